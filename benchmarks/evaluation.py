@@ -23,7 +23,8 @@ from benchmarks.targets import Target, ratios
 from benchmarks.training import PACKAGE, lines_of
 from cera_train.adapters.build import build
 from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation
+from cera_train.evaluation.engine import LoadedModel
+from cera_train.evaluation.generate import Request, generate, prepare_generation
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.weights import load_model
 from cera_train.runs.evaluation_folder import Generation
@@ -63,12 +64,11 @@ class Answering:
 
     def ours(self, requests: Sequence[Request], max_new_tokens: int) -> list[Generation]:
         """The answers of cera-eval."""
-        prepare_generation(self.base, self.tokenizer, max_new_tokens, [])
-        config = GenerationConfig()
-        answers = []
-        for batch in cut_batches(requests, max_new_tokens, config.batch_tokens):
-            with self.autocast:
-                answers += generate(self.model, self.base, self.tokenizer, batch, config)
+        engine, config = LoadedModel(self.model, self.base, self.tokenizer, lambda: self.autocast), GenerationConfig()
+        batches = engine.batches(requests, max_new_tokens, config.batch_tokens)
+        answers = [
+            answer.generation for batch in engine.answers(batches, max_new_tokens, [], config) for answer in batch
+        ]
         return sorted(answers, key=lambda answer: int(answer.problem))
 
     def published(self, requests: Sequence[Request], max_new_tokens: int) -> list[Generation]:

@@ -20,9 +20,8 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
 from cera_train.common.settings import keys_of
 from cera_train.common.trust import check_config_folder
-from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.evaluation import ChatConfig, EvalConfig, ExportConfig
 from cera_train.settings.run import Config, PlanRun
-from cera_train.settings.serving import ChatConfig, ExportConfig
 
 SCHEMAS = {
     "cera-train": Config,

@@ -8,8 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -20,8 +18,7 @@ from cera_train.distributed.processes import is_one_of_several
 from cera_train.evaluation.tasks.task import AnswerTask, build_task, load_problems
 from cera_train.model.folder import check_model
 from cera_train.runs.subject import Subject, find_subject
-from cera_train.settings.evaluation import EvalConfig
-from cera_train.settings.serving import ChatConfig, ExportConfig
+from cera_train.settings.evaluation import ChatConfig, EvalConfig, ExportConfig
 
 EVAL = "cera-eval"
 
@@ -39,21 +36,23 @@ def checked(composed: DictConfig, schema: type) -> tuple[Any, Subject]:
 
 
 def eval_main() -> None:
+    failed = []
+
+    def evaluate(composed: DictConfig) -> None:
+        """One evaluation. With -m the others run after one that fails."""
+        try:
+            measure(composed)
+        except BrokenPipeError:
+            leave_closed_pipe()
+        except Exception as error:
+            if HydraConfig.get().mode != RunMode.MULTIRUN or is_one_of_several():  # others wait for this process
+                raise
+            print_error(EVAL, error)
+            failed.append(error)
+
     start_hydra(EVAL, evaluate)
-
-
-def evaluate(composed: DictConfig) -> bool:
-    """One evaluation. Returns whether it failed: with -m the others run, without, the process ends."""
-    try:
-        measure(composed)
-        return False
-    except BrokenPipeError:
-        leave_closed_pipe()
-    except Exception as error:
-        if HydraConfig.get().mode != RunMode.MULTIRUN or is_one_of_several():  # others wait for this process
-            raise
-        print_error(EVAL, error)
-        return True
+    if failed:
+        sys.exit(1)
 
 
 def measure(composed: DictConfig) -> None:
@@ -65,20 +64,6 @@ def measure(composed: DictConfig) -> None:
         from cera_train.evaluation.evaluate import evaluate
 
     in_processes(evaluate, config)
-
-
-class EvaluationSweep(Callback):
-    """Hydra's hooks of several evaluations: exit status 1 unless all are finished. conf/eval.yaml names it."""
-
-    def __init__(self) -> None:
-        self.has_failed = False
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        self.has_failed |= job_return.return_value
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        if self.has_failed:
-            sys.exit(1)
 
 
 # --- cera-chat and cera-export ---------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 Except for rounding, an answer depends neither on its batch nor on the order of problems. Batches are always cut from
 all requests, also where some are done, so a resumed evaluation repeats an uninterrupted one bit for bit.
 
-`decode` gives the answers of `model.generate`, faster: prompts run beside others of like length, a finished row leaves
-the batch at once, and keys and values are written in place; transformers' cache copies them for every token.
+`decode` gives the answers of `model.generate`, faster: prompts run beside others of like length, and a finished row
+leaves the batch at once.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import transformers
 from peft import LoraConfig
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, StopStringCriteria
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StopStringCriteria, TextStreamer
 from transformers.cache_utils import DynamicLayer
 
 from cera_train.cera import for_inference
 from cera_train.common.errors import UserError
+from cera_train.common.settings import require
 from cera_train.data.prepare import ids_of, start_ids, stop_ids
 from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.settings.evaluation import GenerationConfig
@@ -52,21 +53,24 @@ class Answer(NamedTuple):
 def requests_for(
     problems: Sequence[Problem], samples: int, tokenizer: Any, max_new_tokens: int, positions: int | None
 ) -> list[Request]:
-    """The answers to generate: `samples` for each problem, in order. Raises UserError where the longest would need more
-    positions than the model has."""
+    """The answers to generate: `samples` for each problem, in order."""
     start = start_ids(tokenizer)
     prompts = [(*start, *ids) for ids in ids_of([problem.prompt for problem in problems], tokenizer)]
-    longest = max(map(len, prompts))
-    if positions is not None and longest + max_new_tokens > positions:
-        raise UserError(
-            f"task.max_new_tokens={max_new_tokens} after the longest prompt, of {longest} tokens, is beyond the "
-            f"{positions} positions of this model: lower task.max_new_tokens, or shorten task.prompt."
-        )
+    check_positions("task.max_new_tokens", max_new_tokens, max(map(len, prompts)), positions)
     return [
         Request(problem.id, sample, prompt)
         for problem, prompt in zip(problems, prompts, strict=True)
         for sample in range(samples)
     ]
+
+
+def check_positions(setting: str, max_new_tokens: int, longest: int, positions: int | None) -> None:
+    """Raises UserError where an answer to the longest prompt may need more positions than the model has."""
+    require(
+        positions is None or longest + max_new_tokens <= positions,
+        f"{setting}={max_new_tokens} after a prompt of {longest} tokens is beyond the {positions} positions of this "
+        f"model: lower {setting}, or shorten the prompt.",
+    )
 
 
 def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: int) -> list[list[Request]]:
@@ -91,8 +95,7 @@ def generation_settings(
 ) -> transformers.GenerationConfig:
     """When an answer ends. Raises UserError where no token ends one."""
     ends = stop_ids(tokenizer, model_ends)
-    if not ends:
-        raise UserError("the tokenizer has no end-of-text token: set one in its tokenizer_config.json.")
+    require(bool(ends), "the tokenizer has no end-of-text token: set one in its tokenizer_config.json.")
     return transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -102,20 +105,17 @@ def generation_settings(
     )
 
 
-def generate(
-    model: Any, base: PreTrainedModel, tokenizer: Any, batch: Sequence[Request], config: GenerationConfig
-) -> list[Generation]:
-    """Generates the answers of a batch. `base` is the transformers model in `model`, after `prepare_generation`."""
-    answers = generate_ids(model, base, tokenizer, batch, config)
-    settings = base.generation_config
-    return [generation_of(request, ids, tokenizer, settings) for request, ids in zip(batch, answers, strict=True)]
-
-
 @torch.no_grad()
-def generate_ids(
-    model: Any, base: PreTrainedModel, tokenizer: Any, batch: Sequence[Request], config: GenerationConfig
-) -> list[list[int]]:
-    """The tokens of the answers of a batch, their end tokens included."""
+def generate(
+    model: Any,
+    base: PreTrainedModel,
+    tokenizer: Any,
+    batch: Sequence[Request],
+    config: GenerationConfig,
+    streamer: TextStreamer | None = None,
+) -> list[Answer]:
+    """Generates the answers of a batch. `base` is the transformers model in `model`, after `prepare_generation`. A
+    streamer gets the tokens of a single request as they come."""
     settings = base.generation_config
     prompts = [torch.tensor(request.prompt_ids, dtype=torch.long) for request in batch]
     ids_BT = pad_sequence(prompts, True, settings.pad_token_id, "left").to(base.device)
@@ -123,33 +123,40 @@ def generate_ids(
     choice = TokenChoice(batch, settings.max_new_tokens, config)
     with for_inference(model):
         if can_decode(model, base):
-            return decode(model, base, ids_BT, mask_BT, choice, tokenizer)
-        output = model.generate(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            logits_processor=[choice],
-            tokenizer=tokenizer if settings.stop_strings else None,
-        )
-        answers = output[:, ids_BT.shape[1] :].tolist()
-    ends = [next((place for place, id in enumerate(ids) if id in settings.eos_token_id), None) for ids in answers]
-    return [ids if end is None else ids[: end + 1] for ids, end in zip(answers, ends, strict=True)]  # it repeats them
+            answers = decode(model, base, ids_BT, mask_BT, choice, tokenizer, streamer)
+        else:
+            output = model.generate(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                logits_processor=[choice],
+                tokenizer=tokenizer if settings.stop_strings else None,
+                streamer=streamer,
+            )
+            answers = output[:, ids_BT.shape[1] :].tolist()
+    return [answer_of(request, ids, tokenizer, settings) for request, ids in zip(batch, answers, strict=True)]
 
 
-def generation_of(
-    request: Request, ids: list[int], tokenizer: Any, settings: transformers.GenerationConfig
-) -> Generation:
-    """The answer that these tokens are, their end token included."""
+def answer_of(
+    request: Request,
+    ids: list[int],
+    tokenizer: Any,
+    settings: transformers.GenerationConfig,
+    log_p: list[float] | None = None,
+) -> Answer:
+    """The answer that these tokens are, up to the first end token."""
     end = next((place for place, token in enumerate(ids) if token in settings.eos_token_id), None)
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     stops = [text.index(stop) for stop in settings.stop_strings or [] if stop in text]
-    return Generation(
+    # `model.generate` pads a row that met a stop text with the end token, which then is no token of the answer.
+    ids = ids if end is None else ids[: end + (not stops)]
+    generation = Generation(
         request.problem,
         request.sample,
         text[: min(stops)] if stops else text,
-        # `model.generate` pads a row that met a stop text with the end token, which then is no token of the answer.
-        tokens=len(ids) if end is None else end + (not stops),
-        truncated=end is None and not stops and len(ids) == settings.max_new_tokens,
+        tokens=len(ids),
+        truncated=end is None and not stops,
     )
+    return Answer(generation, ids, log_p)
 
 
 def seed_of(request: Request, config: GenerationConfig) -> int:
@@ -190,7 +197,7 @@ class TokenChoice:
         return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
 
     def keep(self, rows_B: torch.Tensor) -> None:
-        """Reduces the batch to these rows, in this order."""
+        """Reduces the batch to these rows."""
         self.uniform_BT = self.uniform_BT[rows_B.cpu()]
 
 
@@ -213,7 +220,13 @@ def can_decode(model: Any, base: PreTrainedModel) -> bool:
 
 
 def decode(
-    model: Any, base: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor, choice: TokenChoice, tokenizer: Any
+    model: Any,
+    base: PreTrainedModel,
+    ids_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    choice: TokenChoice,
+    tokenizer: Any,
+    streamer: TextStreamer | None = None,
 ) -> list[list[int]]:
     """Generates the new tokens of every row, its end token included.
 
@@ -223,128 +236,72 @@ def decode(
         ids_BT: prompts, padded on the left.
         mask_BT: 0 where they are padded, else 1.
     """
-    settings = base.generation_config
+    settings, prompt = base.generation_config, ids_BT.shape[1]
     ends = torch.tensor(settings.eos_token_id, device=ids_BT.device)
     stops = StopStringCriteria(tokenizer, settings.stop_strings) if settings.stop_strings else None
-    prompt, longest = ids_BT.shape[1], ids_BT.shape[1] + settings.max_new_tokens
-    order = mask_BT.sum(-1).sort(descending=True, stable=True).indices
-    choice.keep(order)
-    batch = DecodingBatch(model, base, ids_BT[order], mask_BT[order], settings.max_new_tokens)
-    answers: dict[int, list[int]] = {}
-    rows = order.tolist()
-    for now in range(prompt, longest):
-        batch.ids_BT[:, now] = choice.tokens(batch.logits(now))
-        has_ended_B = torch.isin(batch.ids_BT[:, now], ends)
+    if streamer is not None:
+        streamer.put(ids_BT.cpu())
+    cache, logits_BV = read_prompts(model, base, ids_BT, mask_BT)
+    rows, answers = [*range(len(ids_BT))], {}
+    for step in range(1, settings.max_new_tokens + 1):
+        tokens_B = choice.tokens(logits_BV)
+        ids_BT = torch.cat([ids_BT, tokens_B[:, None]], 1)
+        if streamer is not None:
+            streamer.put(tokens_B.cpu())
+        has_ended_B = torch.isin(tokens_B, ends)
         if stops is not None:
-            has_ended_B |= stops(batch.ids_BT[:, : now + 1], None)
-        has_ended = has_ended_B.tolist() if now + 1 < longest else [True] * len(rows)
-        for place, row in enumerate(rows):
-            if has_ended[place]:
-                answers[row] = batch.ids_BT[place, prompt : now + 1].tolist()
+            has_ended_B |= stops(ids_BT, None)
+        has_ended = has_ended_B.tolist() if step < settings.max_new_tokens else [True] * len(rows)
+        answers |= {row: ids_BT[place, prompt:].tolist() for place, row in enumerate(rows) if has_ended[place]}
         if all(has_ended):
             break
         if any(has_ended):
-            kept = batch.drop(has_ended)
-            choice.keep(kept)
+            kept = (~has_ended_B).nonzero()[:, 0]
             rows = [rows[place] for place in kept.tolist()]
+            ids_BT, mask_BT = ids_BT[kept], mask_BT[kept]
+            choice.keep(kept)
+            cache.batch_select_indices(kept)
+        mask_BT = pad(mask_BT, (0, 1), value=1)
+        logits_BV = next_logits(model, base, ids_BT[:, -1:], mask_BT, cache)
+    if streamer is not None:
+        streamer.end()
     return [answers[row] for row in range(len(answers))]
 
 
-class DecodingBatch:
-    """The rows that are still being answered, longest prompt first: tokens, masks, positions, keys and values.
-    `room` is the length of the longest answer."""
-
-    def __init__(
-        self, model: Any, base: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor, room: int
-    ) -> None:
-        self.model, self.prompt, self.window = model, ids_BT.shape[1], Window()
-        self.lengths = mask_BT.sum(-1).tolist()
-        self.ids_BT = pad(ids_BT, (0, room))
-        self.mask_BT = pad(mask_BT, (0, room), value=1)
-        self.positions_BT = (self.mask_BT.cumsum(-1) - 1).clamp(min=0)
-        layers = len(DynamicCache(config=base.config).layers)
-        self.cache = Cache(layers=[GrowingLayer(len(ids_BT), self.prompt, self.window) for _ in range(layers)])
-        # transformers 5.24 renames the argument, and warns of the old name
-        self.cache_name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
-
-    def logits(self, column: int) -> torch.Tensor:
-        """Logits of the token at a column, from the token before it or, right after the prompts, from these."""
-        if column > self.prompt:
-            return self._last_logits(slice(0, len(self.ids_BT)), 0, column - 1, column)
-        logits = []
-        for row in range(0, len(self.ids_BT), PROMPTS_AT_ONCE):  # of like length: padding costs as much as tokens do
-            first = self.prompt - self.lengths[row]
-            logits.append(self._last_logits(slice(row, row + PROMPTS_AT_ONCE), first, first, self.prompt))
-        return torch.cat(logits)
-
-    def _last_logits(self, rows: slice, first: int, start: int, end: int) -> torch.Tensor:
-        """Runs the tokens of columns start to end; `first` is the first column with a token in any of the rows."""
-        self.window.row, self.window.column, self.window.end = rows.start, first, start
-        output = self.model(
-            input_ids=self.ids_BT[rows, start:end],
-            attention_mask=self.mask_BT[rows, first:end],
-            position_ids=self.positions_BT[rows, start:end],
-            use_cache=True,
-            logits_to_keep=1,
-            **{self.cache_name: self.cache},
+def read_prompts(
+    model: Any, base: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+) -> tuple[DynamicCache, torch.Tensor]:
+    """Keys and values of prompts, and the logits after each. A few run at a time, which `cut_batches` made neighbours
+    because of their like length: padding costs as much as tokens do."""
+    caches, logits = [], []
+    for ids, mask in zip(ids_BT.split(PROMPTS_AT_ONCE), mask_BT.split(PROMPTS_AT_ONCE), strict=True):
+        longest = int(mask.sum(-1).max())
+        caches.append(DynamicCache(config=base.config))
+        logits.append(next_logits(model, base, ids[:, -longest:], mask[:, -longest:], caches[-1]))
+    joined, width = DynamicCache(config=base.config), ids_BT.shape[1]
+    for number in range(len(joined.layers)):
+        layers = [cache.layers[number] for cache in caches]
+        # Masked places weigh 0 in attention.
+        keys, values = (
+            torch.cat([pad(states, (0, 0, width - states.shape[-2], 0)) for states in each])
+            for each in zip(*((layer.keys, layer.values) for layer in layers), strict=True)
         )
-        return output.logits[:, -1]
-
-    def drop(self, has_ended: list[bool]) -> torch.Tensor:
-        """Removes the rows that ended. The last rows take their places, so that few keys and values are copied. Returns
-        the former place of each row that remains."""
-        remaining = has_ended.count(False)
-        last = [place for place in range(remaining, len(has_ended)) if not has_ended[place]]
-        places = [last.pop() if has_ended[place] else place for place in range(remaining)]
-        kept = torch.tensor(places, device=self.ids_BT.device)
-        self.ids_BT, self.mask_BT, self.positions_BT = self.ids_BT[kept], self.mask_BT[kept], self.positions_BT[kept]
-        gaps = torch.tensor(has_ended[:remaining], device=kept.device).nonzero()[:, 0]
-        for layer in self.cache.layers if len(gaps) else []:
-            layer.keys[gaps], layer.values[gaps] = layer.keys[kept[gaps]], layer.values[kept[gaps]]
-        return kept
+        joined.update(keys, values, number)
+    return joined, torch.cat(logits)
 
 
-@dataclass
-class Window:
-    """The part of the cache that a call of the model reads and extends."""
-
-    row: int = 0  # its first row
-    column: int = 0  # its first column
-    end: int = 0  # the column after its written ones, where the call's first token goes
-
-
-class GrowingLayer(DynamicLayer):
-    """Keys and values of a layer, [rows, heads, room, width], right-aligned like the left-padded prompts. Room grows
-    block by block, since most answers end far before max_new_tokens. All layers share one window."""
-
-    BLOCK = 128
-
-    def __init__(self, rows: int, prompt: int, window: Window) -> None:
-        super().__init__()
-        self.rows, self.prompt, self.window = rows, prompt, window
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocates zeros: masked places weigh 0 in attention, and 0 times leftover memory may be NaN."""
-        self.keys, self.values = (
-            states.new_zeros(self.rows, states.shape[1], self.prompt + self.BLOCK, states.shape[-1])
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes new keys and values, [rows, heads, new, width]; returns views of all in the window."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        rows = slice(self.window.row, self.window.row + len(key_states))
-        start, end = self.window.end, self.window.end + key_states.shape[-2]
-        if end > self.keys.shape[-2]:  # one more block, without the rows that have left
-            self.keys, self.values = (pad(states[rows], (0, 0, 0, self.BLOCK)) for states in (self.keys, self.values))
-        self.keys[rows, :, start:end] = key_states
-        self.values[rows, :, start:end] = value_states
-        return self.keys[rows, :, self.window.column : end], self.values[rows, :, self.window.column : end]
-
-    def get_seq_length(self) -> int:
-        """The tokens before those of this call, which the attention mask is made for."""
-        return self.window.end - self.window.column
+def next_logits(
+    model: Any, base: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache
+) -> torch.Tensor:
+    """[B, V] logits after the last of these tokens. The cache has what the mask covers before them, and gets them."""
+    # transformers 5.24 renames the argument, and warns of the old name
+    name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+    output = model(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :],
+        use_cache=True,
+        logits_to_keep=1,
+        **{name: cache},
+    )
+    return output.logits[:, -1]

@@ -14,18 +14,19 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
+import torch
 import transformers
+from transformers import TextStreamer
 
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.terminal import announce
-from cera_train.evaluation.generate import Answer, Request, generation_of, seed_of
-from cera_train.model.folder import files_of
+from cera_train.evaluation.generate import Answer, Request, answer_of, generation_settings, seed_of
+from cera_train.model.folder import files_of, model_ends
 from cera_train.runs.subject import digest_of
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import ModelConfig
@@ -58,100 +59,90 @@ class Unavailable(UserError):
 
 
 class Server:
-    """A vLLM that answers by an adapter on its base, or by the base alone, in a `with` block.
+    """A vLLM that answers by an adapter on its base, or by the base alone. Raises UserError where it has another base,
+    or no vLLM answers.
 
     Args:
         url: such as http://localhost:8000.
         model: the base, which the server must have.
-        adapter: its folder, for `load_adapter`.
+        adapter: the folder of the adapter to load.
     """
 
-    def __init__(self, url: str, model: ModelConfig, adapter: Path | None = None) -> None:
-        self.url, self.model, self.adapter = url.rstrip("/").removesuffix("/v1"), model, adapter
+    def __init__(self, url: str, model: ModelConfig, tokenizer: Any, adapter: Path | None = None) -> None:
+        self.url, self.model, self.tokenizer = url.rstrip("/").removesuffix("/v1"), model, tokenizer
         self.headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
             self.headers["Authorization"] = f"Bearer {key}"
         self.stopped, self.has_waited = threading.Event(), False
-
-    def __enter__(self) -> Self:
-        """Reads what is served. Raises UserError where that is another base, or no vLLM answers."""
         try:
-            self.engine = f"vllm {json.loads(self._ask('/version'))['version']}"
+            self.version = f"vllm {json.loads(self._ask('/version'))['version']}"
             models = json.loads(self._ask("/v1/models"))["data"]
             served = next(model for model in models if model["parent"] is None)
-            self.name, root, self.positions = served["id"], served["root"], served["max_model_len"]
+            self.base, root, self.positions = served["id"], served["root"], served["max_model_len"]
         except (json.JSONDecodeError, LookupError, TypeError, StopIteration) as error:
             raise UserError(f"server={self.url} is no vLLM: it describes itself in another way ({error!r}).") from error
-        base = str(files_of(self.model.path))
-        if root != base and not (Path(base).is_dir() and Path(root).resolve() == Path(base).resolve()):
-            raise UserError(f"server={self.url} serves {root}, not {base}: start it by `vllm serve {base}`.")
-        self.pool = ThreadPoolExecutor(AT_ONCE)
-        return self
+        folder = str(files_of(model.path))
+        if root != folder and not (Path(folder).is_dir() and Path(root).resolve() == Path(folder).resolve()):
+            raise UserError(f"server={self.url} serves {root}, not {folder}: start it by `vllm serve {folder}`.")
+        self.name = self.base
+        if adapter is not None:
+            self.load_adapter(adapter)
 
-    def __exit__(self, *_: object) -> None:
-        self.stopped.set()
-        self.pool.shutdown(cancel_futures=True)
-
-    def load_adapter(self) -> None:
-        """Loads the adapter under a name with its digest. Raises UserError where the server refuses it."""
-        if self.adapter is None:
-            return
-        config = (self.adapter / "adapter_config.json").read_bytes()
-        digest = hashlib.sha256(config + digest_of(self.adapter).encode()).hexdigest()[:16]
-        folder = self.adapter.resolve()
-        self.name = f"{folder.parent.name}-{folder.name}-{digest}"
+    def load_adapter(self, adapter: Path) -> None:
+        """Loads an adapter under a name with its digest, in the place of the one before. Raises UserError where the
+        server refuses it."""
+        config = (adapter / "adapter_config.json").read_bytes()
+        digest = hashlib.sha256(config + digest_of(adapter).encode()).hexdigest()[:16]
+        folder = adapter.resolve()
+        before, self.name = self.name, f"{folder.parent.name}-{folder.name}-{digest}"
         try:
             self._ask(LOAD, {"lora_name": self.name, "lora_path": str(folder)})
         except UserError as error:
             if "has already been loaded" not in str(error):
                 raise
-
-    def replace_adapter(self, adapter: Path) -> None:
-        """Loads an adapter in the place of the one before."""
-        before, had_one = self.name, self.adapter is not None
-        self.adapter = adapter
-        self.load_adapter()
-        if had_one and self.name != before:
+        if before not in (self.base, self.name):
             self._ask(UNLOAD, {"lora_name": before})
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
+    def batches(self, requests: Sequence[Request], *_: int) -> list[list[Request]]:
+        """Each request by itself: the server makes the batches."""
+        return [[request] for request in requests]
+
     def answers(
         self,
-        requests: Sequence[Request],
-        tokenizer: Any,
-        settings: transformers.GenerationConfig,
+        batches: Sequence[list[Request]],
+        max_new_tokens: int,
+        stop: list[str],
         config: GenerationConfig,
-        with_log_p: bool = False,
-    ) -> Iterator[Answer]:
-        """Answers requests, in the order in which they are done. `settings` define when an answer ends."""
-        more = {"stream_interval": TOKENS_AT_ONCE} | ({"logprobs": 1} if with_log_p else {})
+        streamer: TextStreamer | None = None,
+    ) -> Iterator[list[Answer]]:
+        """The answers, in the order in which they are done. A streamer gets the tokens of a single request as they
+        come, and an answer that breaks off is not tried again."""
+        settings = generation_settings(self.tokenizer, model_ends(self.model), max_new_tokens, stop)
 
-        def answer(request: Request) -> Answer:
-            pieces = self._patiently(lambda: list(self.stream(request, settings, config, more)))
-            ids, log_p = [], [] if with_log_p else None
-            for piece in pieces:
-                ids += piece["token_ids"]
-                if log_p is not None:
-                    log_p += piece["logprobs"]["token_logprobs"]
-            return Answer(generation_of(request, ids, tokenizer, settings), ids, log_p)
+        def answer(request: Request) -> list[Answer]:
+            if streamer is not None:
+                return [self._answer(request, settings, config, streamer)]
+            return [self._patiently(lambda: self._answer(request, settings, config))]
 
-        for future in as_completed([self.pool.submit(answer, request) for request in requests]):
-            yield future.result()
+        pool = ThreadPoolExecutor(AT_ONCE)
+        try:
+            for future in as_completed([pool.submit(answer, request) for [request] in batches]):
+                yield future.result()
+        finally:
+            self.stopped.set()
+            pool.shutdown(cancel_futures=True)
+            self.stopped.clear()
 
-    def stream(
+    def _answer(
         self,
         request: Request,
         settings: transformers.GenerationConfig,
         config: GenerationConfig,
-        more: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Iterator[dict[str, Any]]:
-        """An answer, piece by piece, each with its `token_ids`. Raises Unavailable where it breaks off, UserError where
-        it is cut or another model's.
-
-        Args:
-            more: fields of the request.
-        """
+        streamer: TextStreamer | None = None,
+    ) -> Answer:
+        """Raises Unavailable where the answer breaks off, UserError where it is cut or another model's."""
         body = PLAIN | {
             "model": self.name,
             "prompt": request.prompt_ids,
@@ -161,26 +152,35 @@ class Server:
             "seed": seed_of(request, config),
             "stop": settings.stop_strings or [],
             "stop_token_ids": settings.eos_token_id,
+            "logprobs": 1,
             "stream": True,
+            "stream_interval": 1 if streamer else TOKENS_AT_ONCE,
             "return_token_ids": True,
-            **more,
         }
-        length, reason = 0, None
+        ids, log_p, reason = [], [], None
+        if streamer is not None:
+            streamer.put(torch.tensor(request.prompt_ids))
         for message in self._messages(body):
             if "error" in message:
                 raise Unavailable(f"server={self.url} broke off an answer: {message['error']}")
             if message["model"] != self.name:
                 raise UserError(f"server={self.url} was asked for {self.name}, and {message['model']} answered.")
             (choice,) = message["choices"]
-            reason, length = choice["finish_reason"], length + len(choice["token_ids"])
-            yield choice
+            reason = choice["finish_reason"]
+            ids += choice["token_ids"]
+            log_p += choice["logprobs"]["token_logprobs"]
+            if streamer is not None:
+                streamer.put(torch.tensor(choice["token_ids"]))
+        if streamer is not None:
+            streamer.end()
         if reason not in ("stop", "length"):  # None, or abort where the server is being stopped
-            raise Unavailable(f"server={self.url} broke off an answer after {length} tokens")
-        if reason == "length" and length < settings.max_new_tokens:
+            raise Unavailable(f"server={self.url} broke off an answer after {len(ids)} tokens")
+        if reason == "length" and len(ids) < settings.max_new_tokens:
             raise UserError(
-                f"server={self.url} cuts answers at {length} of {settings.max_new_tokens} tokens: start vLLM with "
+                f"server={self.url} cuts answers at {len(ids)} of {settings.max_new_tokens} tokens: start vLLM with "
                 "--generation-config vllm."
             )
+        return answer_of(request, ids, self.tokenizer, settings, log_p)
 
     # --- HTTP --------------------------------------------------------------------------------------------------------
 

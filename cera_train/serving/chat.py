@@ -3,17 +3,14 @@ the model was trained to answer, a training row without its last answer; answers
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TextStreamer
 
-from cera_train.cera import for_inference
 from cera_train.common.errors import UserError, error_text, errors_at
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
@@ -21,14 +18,14 @@ from cera_train.data.files import READERS, from_files
 from cera_train.data.prepare import encode
 from cera_train.data.rows import PROMPT, Row
 from cera_train.data.segments import TURNS, columns_read, segmenter, turns_of
-from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.evaluation.generate import Request, TokenChoice, generation_settings, prepare_generation
+from cera_train.distributed.accelerator import quiet_libraries, this_device
+from cera_train.evaluation.engine import choose_dtype, load_subject
+from cera_train.evaluation.generate import Request, check_positions
 from cera_train.evaluation.server import Server
-from cera_train.model.folder import load_tokenizer, model_ends, positions_of
+from cera_train.model.folder import load_tokenizer
 from cera_train.runs.subject import find_subject
-from cera_train.serving.loading import load
 from cera_train.settings.data import DataConfig, Layout, Turns
-from cera_train.settings.serving import ChatConfig, Template
+from cera_train.settings.evaluation import ChatConfig, Template
 
 NEW, END = "/new", "/end"
 
@@ -43,13 +40,8 @@ def chat(config: ChatConfig) -> None:
     """Answers the questions of a config: `prompt`, `prompts`, those of stdin, or a person's in a terminal. Raises
     UserError for a run, a file or a question that cannot be used."""
     quiet_libraries()
-    with contextlib.ExitStack() as stack:
-        places = [place for place in (config.run, config.compare) if place is not None]
-        if config.server is None:
-            engines = [LoadedModel(config, place) for place in places]
-        else:
-            engines = [ServedModel(config, place, stack) for place in places]
-        ask([Answerer(config, engine) for engine in engines], config)
+    places = [place for place in (config.run, config.compare) if place is not None]
+    ask([Answerer(replace(config, run=place)) for place in places], config)
 
 
 def ask(answerers: list[Answerer], config: ChatConfig) -> None:
@@ -74,11 +66,9 @@ def choose_rows(template: Template, trained_on: DataConfig | None, tokenizer: An
     Args:
         trained_on: the rows of the run; None where that is unknown.
     """
-    if template == Template.run and trained_on is None:
-        raise UserError("template=run: run= is no run's folder, so its template is unknown. Set template=chat or none.")
     if template == Template.chat and not tokenizer.chat_template:
-        raise UserError(f"template=chat: {tokenizer.name_or_path} has no chat template. Set template=run or none.")
-    if template in (Template.auto, Template.run) and trained_on is not None:
+        raise UserError(f"template=chat: {tokenizer.name_or_path} has no chat template. Set template=none.")
+    if template == Template.auto and trained_on is not None:
         _, first = next(replace(trained_on, rejected=None).parts())
         return PLAIN if first.layout == Layout.documents or first.prompt == "" else first
     if template != Template.none and tokenizer.chat_template:
@@ -147,71 +137,25 @@ def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
 class Answerer:
     """A model that answers, and how it is asked."""
 
-    def __init__(self, config: ChatConfig, engine: LoadedModel | ServedModel) -> None:
-        self.config, self.engine, self.asked = config, engine, 0
-        self.name = str(engine.subject)
-        run, tokenizer = engine.subject.run, engine.tokenizer
-        self.prompts = Prompts(choose_rows(config.template, run.data if run else None, tokenizer), tokenizer)
+    def __init__(self, config: ChatConfig) -> None:
+        subject = find_subject(config)
+        self.config, self.asked, self.name = config, 0, str(subject)
+        if config.server is None:
+            self.engine = load_subject(choose_dtype(subject), this_device())
+        else:
+            self.engine = Server(config.server, subject.model, load_tokenizer(subject.model), subject.adapter)
+        tokenizer = self.engine.tokenizer
+        self.prompts = Prompts(choose_rows(config.template, subject.data, tokenizer), tokenizer)
 
     def answer(self, row: Row) -> str:
         """Streams the answer to a row's prompt to stdout, and returns it."""
-        ids, room, positions = self.prompts.ids(row), self.config.max_new_tokens, self.engine.positions
-        if positions is not None and len(ids) + room > positions:
-            raise UserError(
-                f"max_new_tokens={room} after a prompt of {len(ids)} tokens is beyond the {positions} positions of "
-                "this model: lower max_new_tokens, or shorten the prompt."
-            )
+        ids, room = self.prompts.ids(row), self.config.max_new_tokens
+        check_positions("max_new_tokens", room, len(ids), self.engine.positions)
         request = Request("chat", self.asked, tuple(ids))  # every question draws other random numbers
         self.asked += 1
-        tokenizer = self.engine.tokenizer
-        streamer = CleanStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        return tokenizer.decode(self.engine.answer(request, streamer), skip_special_tokens=True).strip()
-
-
-class LoadedModel:
-    """A model in this process."""
-
-    def __init__(self, config: ChatConfig, place: str) -> None:
-        self.config, self.loaded = config, load(config, place)
-        self.subject, self.tokenizer = self.loaded.subject, self.loaded.tokenizer
-        self.positions = positions_of(self.loaded.base.config)
-        prepare_generation(self.loaded.base, self.tokenizer, config.max_new_tokens, stop=[])
-
-    @torch.no_grad()
-    def answer(self, request: Request, streamer: TextStreamer) -> list[int]:
-        """The tokens of an answer; the streamer gets them as they come."""
-        model, ids = self.loaded.model, request.prompt_ids
-        with self.loaded.autocast, for_inference(model):
-            output = model.generate(
-                input_ids=torch.tensor([ids], device=model.device),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
-                logits_processor=[TokenChoice([request], self.config.max_new_tokens, self.config.generation)],
-                streamer=streamer,
-            )
-        return output[0, len(ids) :].tolist()
-
-
-class ServedModel:
-    """A model on a server."""
-
-    def __init__(self, config: ChatConfig, place: str, stack: contextlib.ExitStack) -> None:
-        self.config, self.subject = config, find_subject(replace(config, run=place))
-        model = self.subject.model
-        self.tokenizer = load_tokenizer(model)
-        self.settings = generation_settings(self.tokenizer, model_ends(model), config.max_new_tokens, stop=[])
-        self.server = stack.enter_context(Server(config.server, model, self.subject.adapter))
-        self.server.load_adapter()
-        self.positions = self.server.positions
-
-    def answer(self, request: Request, streamer: TextStreamer) -> list[int]:
-        """The tokens of an answer; the streamer gets them as they come."""
-        streamer.put(torch.tensor(request.prompt_ids))
-        answer: list[int] = []
-        for piece in self.server.stream(request, self.settings, self.config.generation):
-            streamer.put(torch.tensor(piece["token_ids"]))
-            answer += piece["token_ids"]
-        streamer.end()
-        return answer
+        streamer = CleanStreamer(self.engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        [[answer]] = self.engine.answers([[request]], room, [], self.config.generation, streamer)
+        return answer.generation.text.strip()
 
 
 class CleanStreamer(TextStreamer):

@@ -1,4 +1,8 @@
-"""Turns a CeRA adapter into a LoRA or a plain model, and certifies on held-out rows what that loses."""
+"""Turns a CeRA adapter into a LoRA or a plain model, and certifies on held-out rows what that loses.
+
+The hidden units h = gate(z) of a branch are replaced by their best linear map of z = A x on calibration rows, h ~ M z
+with M = E[h z^T] E[z z^T]^-1. What is left is a LoRA, B' = s B M.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from typing import Any
 
 import peft
 import torch
+from safetensors.torch import save_file
+from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 
 from cera_train.adapters.build import cera_layers
@@ -16,17 +22,17 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import write_folder, write_text
 from cera_train.common.terminal import announce, print_fields, print_line
 from cera_train.data.prepare import prepare_data
-from cera_train.distributed.accelerator import quiet_libraries
+from cera_train.distributed.accelerator import quiet_libraries, this_device
+from cera_train.evaluation.engine import LoadedModel, choose_dtype, load_subject
 from cera_train.evaluation.statistics import bootstrap_interval
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
 from cera_train.runs.card import card_data
 from cera_train.runs.records import Record
 from cera_train.runs.results import RunResult, describe_linear_share
-from cera_train.serving.linear import fit_all, write_lora
-from cera_train.serving.loading import Loaded, load
+from cera_train.runs.subject import Subject, find_subject
+from cera_train.settings.evaluation import ExportConfig, ExportFormat
 from cera_train.settings.model import ModelConfig
-from cera_train.settings.serving import ExportConfig, ExportFormat
 
 CERTIFICATE = "certificate.json"
 
@@ -68,20 +74,21 @@ def export(config: ExportConfig) -> Certificate:
     """Writes the export of a run's adapter, and its certificate. Raises UserError where the run cannot be exported or
     may lose more than `tolerance`; an earlier export then stays as it is."""
     quiet_libraries()
-    loaded = load(config, config.run)
-    folder = Path(config.output or loaded.subject.folder / f"export_{config.format}")
-    check(config, loaded, folder)
-    if share := describe_linear_share(RunResult.find(loaded.subject.folder / "result.json") or RunResult()):
+    subject = choose_dtype(find_subject(config))
+    loaded = load_subject(subject, this_device())
+    folder = Path(config.output or subject.folder / f"export_{config.format}")
+    check(config, subject, loaded, folder)
+    if share := describe_linear_share(RunResult.find(subject.folder / "result.json") or RunResult()):
         print_line("linear", share)
-    print_line("export", f"{loaded.subject}, as {config.format}, to {folder}")
+    print_line("export", f"{subject}, as {config.format}, to {folder}")
     device = loaded.base.device
-    data = prepare_data(config.data or loaded.subject.run.data, loaded.tokenizer)
+    data = prepare_data(config.data or subject.data, loaded.tokenizer)
     batches = MicroBatches(data.train, False, config.calibration_tokens, device)
     calibration = batches.load(batches.first(config.calibration_tokens))
     mask = torch.ones_like(calibration.input_ids) if calibration.attention_mask is None else calibration.attention_mask
     tokens = int(mask.sum())
     announce("fitting", f"linear maps to {tokens:,} training tokens")
-    with loaded.autocast:
+    with loaded.context():
         decoder = loaded.base.get_decoder()
         maps = fit_all(loaded.model, lambda: decoder(**calibration.inputs, use_cache=False), mask.flatten().bool())
     held_out = MicroBatches(data.evaluation, False, 1, device)  # one row a batch
@@ -89,9 +96,16 @@ def export(config: ExportConfig) -> Certificate:
 
     def write(part: Path) -> None:
         write_lora(loaded.model, maps, loaded.base.name_or_path, part)
-        exported = load_export(config, loaded, part)
+        exported = peft.PeftModel.from_pretrained(load_model(subject.model, device), part).eval()
+        if config.format == ExportFormat.merged:
+            exported = exported.merge_and_unload(safe_merge=True)
+            for path in part.iterdir():
+                path.unlink()
+            exported.save_pretrained(part)
+        loaded.tokenizer.save_pretrained(part)
         announce("judging", f"the export on {len(rows):,} held-out rows")
-        figures = compare(logits_of(loaded.model, loaded), logits_of(exported, loaded), rows)
+        with loaded.context():
+            figures = compare(loaded.model, exported, rows)
         certificate = Certificate(str(config.format), tokens, tolerance=config.tolerance, **figures)
         print_fields(certificate.shown())
         if not certificate.holds:
@@ -100,18 +114,18 @@ def export(config: ExportConfig) -> Certificate:
                 "so nothing is exported. Raise tolerance=, or serve the adapter."
             )
         certificate.write(part / CERTIFICATE)
-        write_text(part / "README.md", card(certificate, loaded.subject.adapter, loaded.subject.model))
+        write_text(part / "README.md", card(certificate, subject.adapter, subject.model))
 
     write_folder(folder, write)
     print_fields({"folder": str(folder)})
     return Certificate.read(folder / CERTIFICATE)
 
 
-def check(config: ExportConfig, loaded: Loaded, folder: Path) -> None:
+def check(config: ExportConfig, subject: Subject, loaded: LoadedModel, folder: Path) -> None:
     """Raises UserError for a run that cannot be exported, or a folder that holds anything but an earlier export: it
     would be replaced."""
     run, layers = config.run, cera_layers(loaded.model)
-    config.check_model(loaded.subject.model)
+    config.check_model(subject.model)
     if not layers:
         raise UserError(f"run={run} holds no CeRA adapter: what is linear already needs no export.")
     peft_config = loaded.model.peft_config[ADAPTER]
@@ -120,7 +134,7 @@ def check(config: ExportConfig, loaded: Loaded, folder: Path) -> None:
             raise UserError(f"run={run} has {name}={value}: a LoRA of this export has no place for it.")
     if loaded.base.get_output_embeddings() in layers.values():
         raise UserError(f"run={run} adapts the head, which is not exported: train without it.")
-    if config.data is None and loaded.subject.run is None:
+    if config.data is None and subject.data is None:
         raise UserError(f"run={run} is an adapter without its run: name rows to fit and to judge on by data=....")
     if not folder.name:
         raise UserError(f"output={folder} needs a name: choose a new folder.")
@@ -128,49 +142,99 @@ def check(config: ExportConfig, loaded: Loaded, folder: Path) -> None:
         raise UserError(f"output: {folder} holds files that are no export, and would be replaced: choose a new folder.")
 
 
-def load_export(config: ExportConfig, loaded: Loaded, folder: Path) -> Any:
-    """The LoRA in a folder on a fresh base, by PEFT; merged, where that is the format, and then in its place."""
-    base = load_model(loaded.subject.model, loaded.base.device)
-    model = peft.PeftModel.from_pretrained(base, folder).eval()
-    if config.format == ExportFormat.merged:
-        model = model.merge_and_unload(safe_merge=True)
-        for path in folder.iterdir():
-            path.unlink()
-        model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
-    return model
+# --- the nearest LoRA ------------------------------------------------------------------------------------------------
 
 
-def logits_of(model: Any, loaded: Loaded) -> Callable[[torch.Tensor], torch.Tensor]:
-    """ids [1, T] -> logits [1, T, V], in the precision of the run."""
+class LinearGate(nn.Module):
+    """M z in place of a gate, with the M that fits the first rows that come.
 
-    def logits(ids: torch.Tensor) -> torch.Tensor:
-        with loaded.autocast:
-            return model(input_ids=ids, use_cache=False).logits
+    Args:
+        is_token: [N], marks the rows that are no padding.
+    """
 
-    return logits
+    def __init__(self, gate: nn.Module, is_token: torch.Tensor) -> None:
+        super().__init__()
+        self.gate, self.is_token = gate, is_token
+        self.M: torch.Tensor | None = None
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        if self.M is None:
+            self.M = fit(*(rows.flatten(0, -2)[self.is_token] for rows in (z, self.gate(z))))
+        return z @ self.M.T.to(z)
+
+
+def fit(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """M of the linear map of z that is nearest to h, by least squares over the rows, [N, r] both."""
+    z, h = z.double(), h.double()
+    return h.T @ z @ torch.linalg.pinv(z.T @ z, hermitian=True)
 
 
 @torch.no_grad()
-def compare(
-    before: Callable[[torch.Tensor], torch.Tensor],
-    after: Callable[[torch.Tensor], torch.Tensor],
-    rows: Sequence[Batch],
-) -> dict[str, Any]:
-    """Compares two models, sequence by sequence: no padding, and one sequence's logits in memory.
+def fit_all(model: nn.Module, forward: Callable[[], object], is_token: torch.Tensor) -> dict[str, torch.Tensor]:
+    """M of every branch, from one pass over the calibration rows: each is fitted to the inputs that the maps below give
+    it. The model is left as it was.
 
     Args:
-        before, after: ids [1, T] -> logits [1, T, V].
-        rows: batches of one sequence.
-
-    Returns:
-        The fields of a `Certificate` that come of it.
+        forward: runs the model on the calibration rows, as one batch.
+        is_token: marks the positions of the batch that are no padding.
     """
+    layers = cera_layers(model)
+    fitted = {name: LinearGate(layer.cera_gate[ADAPTER], is_token) for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.cera_gate[ADAPTER] = fitted[name]
+        forward()
+    finally:
+        for name, layer in layers.items():
+            layer.cera_gate[ADAPTER] = fitted[name].gate
+    return {name: gate.M for name, gate in fitted.items()}
+
+
+def write_lora(model: nn.Module, maps: dict[str, torch.Tensor], base: str, folder: Path) -> None:
+    """Writes the LoRA in PEFT's format.
+
+    Args:
+        base: the base model that its config names: a Hub id or a folder.
+    """
+    tensors, layers = {}, cera_layers(model)
+    for name, layer in layers.items():
+        A, B = layer.cera_A[ADAPTER].weight, layer.cera_B[ADAPTER].weight
+        place = f"base_model.model.{name}"
+        tensors[f"{place}.lora_A.weight"] = A.float().cpu().contiguous()
+        tensors[f"{place}.lora_B.weight"] = (
+            (layer.scaling[ADAPTER] * B.double() @ maps[name]).float().cpu().contiguous()
+        )
+    ranks = {name: layer.r[ADAPTER] for name, layer in layers.items()}
+    r = max(ranks.values())
+    others = {name: rank for name, rank in ranks.items() if rank != r}
+    peft.LoraConfig(
+        r=r,
+        lora_alpha=r,  # a scale of 1: s is in B
+        target_modules=sorted(ranks),
+        rank_pattern=others,
+        alpha_pattern=others,
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    ).save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+# --- what it loses ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def compare(before: Any, after: Any, rows: Sequence[Batch]) -> dict[str, Any]:
+    """Compares two models on batches of one sequence: no padding, and one sequence's logits in memory. Returns the
+    fields of a `Certificate` that come of it."""
     sums = []
     for row in rows:
         counts = row.loss_mask[0, 1:]
         wanted = row.input_ids[0, 1:][counts]
-        log_p, log_q = (log_softmax(model(row.input_ids)[0, :-1][counts].float(), -1) for model in (before, after))
+        log_p, log_q = (
+            log_softmax(model(input_ids=row.input_ids, use_cache=False).logits[0, :-1][counts].float(), -1)
+            for model in (before, after)
+        )
         losses = [-each.gather(1, wanted[:, None]).sum() for each in (log_p, log_q)]
         kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
         same = (log_p.argmax(-1) == log_q.argmax(-1)).sum()

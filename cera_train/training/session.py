@@ -182,7 +182,9 @@ class Session:
         self.held_out = HeldOut(
             self.model, self.local_loss, self.data.evaluation, accelerator, tokens, config.train.probe_tokens
         )
-        self.sampler = Sampler(config, self.tokenizer, self.local_loss, accelerator, folder.path / "served")
+        self.sampler = Sampler(
+            config, self.tokenizer, self.local_loss, accelerator, self.progress, folder.path / "served"
+        )
         self.objective = OBJECTIVES[config.train.objective](self)
         self.exams = Exams(config, self.sampler)
         together = config.data.sequences

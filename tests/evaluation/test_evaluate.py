@@ -16,11 +16,13 @@ from evaluated_runs import QUESTIONS, base_settings, contents, read, tiny_path
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import cera_train.evaluation.evaluate as evaluate_module
 from cera_train.common.errors import UserError
 from cera_train.data.computed import logistic_map_rows
+from cera_train.evaluation import engine
 from cera_train.evaluation.evaluate import evaluate
+from cera_train.evaluation.generate import Answer
 from cera_train.evaluation.tasks import gsm8k
+from cera_train.evaluation.tasks.task import load_problems
 from cera_train.runs.evaluation_folder import ENDINGS, EvaluationFolder, Generation
 from cera_train.runs.records import load_config
 from cera_train.training.train import train
@@ -33,10 +35,10 @@ def write_answers(monkeypatch):
     """write_answers(text_of) -> evaluations get the answer text_of(request) instead of the model's."""
 
     def write_answers(text_of) -> None:
-        def generate(model, base, tokenizer, batch, config):
-            return [Generation(each.problem, each.sample, text_of(each), 1, False) for each in batch]
+        def generate(model, base, tokenizer, batch, config, streamer):
+            return [Answer(Generation(each.problem, each.sample, text_of(each), 1, False), []) for each in batch]
 
-        monkeypatch.setattr(evaluate_module, "generate", generate)
+        monkeypatch.setattr(engine, "generate", generate)
 
     return write_answers
 
@@ -78,15 +80,15 @@ def test_interrupted_equals_uninterrupted(eval_config, run, monkeypatch, tmp_pat
     expected = contents(run / "eval" / "gsm8k")
     shutil.move(run / "eval", tmp_path / "whole")
 
-    generated, generate = [], evaluate_module.generate
+    generated, generate = [], engine.generate
 
-    def die_at_the_third(model, base, tokenizer, batch, config):
+    def die_at_the_third(model, base, tokenizer, batch, config, streamer):
         if len(generated) == 2:
             raise Cut
         generated.append(len(batch))
-        return generate(model, base, tokenizer, batch, config)
+        return generate(model, base, tokenizer, batch, config, streamer)
 
-    monkeypatch.setattr(evaluate_module, "generate", die_at_the_third)
+    monkeypatch.setattr(engine, "generate", die_at_the_third)
     with pytest.raises(Cut):
         evaluate(eval_config(*sampled))
     answers = run / "eval" / "gsm8k" / "generations.jsonl"
@@ -95,16 +97,16 @@ def test_interrupted_equals_uninterrupted(eval_config, run, monkeypatch, tmp_pat
         answers.write_bytes(answers.read_bytes()[:-9])
 
     again = []
-    monkeypatch.setattr(evaluate_module, "generate", lambda *args: again.append(len(args[3])) or generate(*args))
+    monkeypatch.setattr(engine, "generate", lambda *args: again.append(len(args[3])) or generate(*args))
     result = evaluate(eval_config(*sampled))
     assert contents(run / "eval" / "gsm8k") == expected
     assert result == whole
     assert sum(again) == 8 * whole["samples"] - sum(generated) + (generated[-1] if broken_line else 0)
 
 
-def test_samples_give_pass_at_k_for_every_k(eval_config, write_answers):
+def test_samples_give_pass_at_k_for_every_k(eval_config, write_answers, capsys):
     """Problem i has i right answers of 3."""
-    problems = evaluate_module.load_problems(eval_config("task.limit=4").task, None)
+    problems = load_problems(eval_config("task.limit=4").task, None)
     right = {(problem.id, sample): problem.gold for index, problem in enumerate(problems) for sample in range(index)}
     write_answers(lambda request: f"#### {right.get((request.problem, request.sample), 'none')}")
     result = evaluate(eval_config("task.limit=4", "generation=sample", "generation.samples=3"))
@@ -114,18 +116,10 @@ def test_samples_give_pass_at_k_for_every_k(eval_config, write_answers):
     lower, upper = result["exact/pass@3/interval"]
     assert 0 <= lower < 3 / 4 < upper <= 1
     assert result["no_answer"] == 6
-
-
-def test_figures_that_are_the_same_for_every_problem_are_printed_without_interval(eval_config, write_answers, capsys):
-    """Half of the answers to each problem are right: resampling gives a point."""
-    problems = evaluate_module.load_problems(eval_config("task.limit=2").task, None)
-    gold = {problem.id: problem.gold for problem in problems}
-    write_answers(lambda request: f"#### {gold[request.problem]}" if request.sample else "none")
-    evaluate(eval_config("task.limit=2", "generation=sample", "generation.samples=2"))
-    lines = capsys.readouterr().out.splitlines()
-    assert {"problems         2, 2 answers each", "exact pass@1     50.0%"} <= {*lines}
-    assert "exact pass@2     100.0%  (95 % interval 15.8% to 100.0%)" in lines
-    assert "answers          right 50.0%, wrong 50.0%, loop 0.0%, truncated 0.0%, collapsed 0.0%" in lines
+    printed = capsys.readouterr().out
+    assert "problems         4, 3 answers each\n" in printed
+    assert f"exact pass@3     75.0%  (95 % interval {lower:.1%} to {upper:.1%})\n" in printed
+    assert "answers          right 50.0%, wrong 50.0%, loop 0.0%, truncated 0.0%, collapsed 0.0%\n" in printed
 
 
 def test_answers_that_are_there_are_graded_again_without_a_model(eval_config, run, monkeypatch):
@@ -134,7 +128,7 @@ def test_answers_that_are_there_are_graded_again_without_a_model(eval_config, ru
     rows = read(folder / "generations.jsonl")
     rows[0]["text"] = " It is #### 3"
     (folder / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(evaluate_module, "load_model", None)
+    monkeypatch.setattr(engine, "load_model", None)
     result = evaluate(eval_config("grading_seconds=9"))
     assert result["exact/pass@1"] == before["exact/pass@1"] + 1 / 8
     assert json.loads((folder / "result.json").read_text()) == result
@@ -153,8 +147,8 @@ def test_a_grader_that_crashes_counts_as_wrong_and_is_kept(eval_config, run, mon
 
 def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(eval_config, run, write_answers, capsys):
     """Right at r = 3.5, on which the run was trained; one value repeated at r = 3.8; nothing at r = 3.2."""
-    config, data = eval_config("task.max_new_tokens=32", task="logistic_map"), load_config(run / "config.yaml").data
-    problems = {problem.id: problem for problem in evaluate_module.load_problems(config.task, data)}
+    config, data = eval_config(task="logistic_map"), load_config(run / "config.yaml").data
+    problems = {problem.id: problem for problem in load_problems(config.task, data)}
     assert len(problems) == 3 * 20
     _, held_out = logistic_map_rows(data.logistic_map, data.eval_rows)
     asked = {problem.prompt for problem in problems.values() if problem.details["growth"] == 3.5}
@@ -168,14 +162,10 @@ def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(eval_c
     write_answers(text_of)
     result = evaluate(config)
     assert result["exact/pass@1"] == result["state_collapse"] == pytest.approx(1 / 3)
-    assert result["by_growth"]["3.5"] == {
-        **{"trained": True, "step_accuracy": [1.0] * 6, "step_accuracy/mean": 1.0, "state_collapse": 0.0}
-    }
     assert result["by_growth"]["3.8"]["state_collapse"] == 1.0
-    assert (result["by_growth"]["3.2"]["step_accuracy/mean"], result["no_answer"]) == (0.0, 20)
+    assert result["no_answer"] == 20
     printed = " ".join(capsys.readouterr().out.split())
     assert "r = 3.2 steps right 0.0%, state collapse 0.0%, not trained on r = 3.5 steps right 100.0%" in printed
-    assert "state collapse 0.0% r = 3.8 steps right" in printed
 
 
 # --- what can be evaluated --------------------------------------------------------------------------------------------
@@ -196,19 +186,15 @@ def test_every_adapter_of_a_run_can_be_evaluated(eval_config, run, tmp_path):
     assert not list(run.glob("*/eval"))
 
 
-def test_the_untouched_model_has_a_folder_of_its_own(eval_config, run):
-    evaluate(eval_config("task.limit=2", *base_settings(run), run="base"))
-    (folder,) = (run.parent / "outputs").glob("base-*")
-    assert folder.name == f"base-{Path(tiny_path(run)).name}"
-    assert len(read(folder / "eval" / "gsm8k" / "generations.jsonl")) == 2
-
-
-def test_a_name_tells_two_evaluations_of_a_task_apart(eval_config, run):
+def test_a_name_and_the_untouched_model_have_folders_of_their_own(eval_config, run):
     evaluate(eval_config("task.limit=2"))
     evaluate(eval_config("task.limit=2", r"task.prompt='Q: {question} A:'", "name=short"))
-    first, second = (read(run / "eval" / name / "problems.jsonl") for name in ("gsm8k", "short"))
-    assert [row["id"] for row in first] == [row["id"] for row in second]
-    assert second[0]["prompt"].startswith("Q: 1 apples")
+    evaluate(eval_config("task.limit=2", *base_settings(run), run="base"))
+    base = run.parent / "outputs" / f"base-{Path(tiny_path(run)).name}"
+    folders = [run / "eval" / "gsm8k", run / "eval" / "short", base / "eval" / "gsm8k"]
+    first, short, untouched = (read(folder / "problems.jsonl") for folder in folders)
+    assert [row["id"] for row in first] == [row["id"] for row in short] == [row["id"] for row in untouched]
+    assert short[0]["prompt"].startswith("Q: 1 apples")
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from conftest import make_tiny_llama
 from oracles import GREEDY, adapted, answers_of, assert_greedy_answers_are_the_librarys, let_answers_end
 
 from cera_train.evaluation.generate import (
-    GrowingLayer,
     Request,
     TokenChoice,
     can_decode,
@@ -41,9 +40,7 @@ def requests(tokenizer) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("block", [1, 128])
-def test_rows_that_leave_and_room_that_grows_do_not_change_the_others(model, tokenizer, requests, monkeypatch, block):
-    monkeypatch.setattr(GrowingLayer, "BLOCK", block)
+def test_rows_that_leave_do_not_change_the_others(model, tokenizer, requests):
     let_answers_end(model, model, tokenizer, requests)
     lengths = assert_greedy_answers_are_the_librarys(model, model, tokenizer, requests)
     assert len(set(lengths)) >= 3
@@ -109,18 +106,18 @@ def test_an_answer_ends_at_the_end_token(model, tokenizer, requests):
         return torch.full_like(logits, -torch.inf).index_fill(-1, torch.tensor([wanted]), 0.0)
 
     model.lm_head.register_forward_hook(third_is_the_end)
-    (answer,) = generate(model, model, tokenizer, requests[:1], GREEDY)
+    [(answer, *_)] = generate(model, model, tokenizer, requests[:1], GREEDY)
     assert answer.text == tokenizer.decode([300, 300])
     assert (answer.tokens, answer.truncated) == (3, False)
     assert next(steps) == 3  # nothing runs on for a batch that is done
 
 
 def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(model, tokenizer, requests):
-    (whole,) = generate(model, model, tokenizer, requests[:1], GREEDY)
+    [(whole, *_)] = generate(model, model, tokenizer, requests[:1], GREEDY)
     stop = " hello"
     assert stop in whole.text
     prepare_generation(model, tokenizer, 12, [stop])
-    (answer,) = generate(model, model, tokenizer, requests[:1], GREEDY)
+    [(answer, *_)] = generate(model, model, tokenizer, requests[:1], GREEDY)
     assert answer.text == whole.text[: whole.text.index(stop)]
     assert not answer.truncated
     assert answer.tokens < whole.tokens

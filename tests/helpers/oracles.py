@@ -77,8 +77,8 @@ def adapted(base, kind: str):
 
 
 def answers_of(model, tokenizer, batches, config, base=None) -> dict:
-    generations = [answer for batch in batches for answer in generate(model, base or model, tokenizer, batch, config)]
-    return {(answer.problem, answer.sample): answer for answer in generations}
+    answers = [answer for batch in batches for answer in generate(model, base or model, tokenizer, batch, config)]
+    return {(answer.problem, answer.sample): answer for answer, *_ in answers}
 
 
 def assert_greedy_answers_are_the_librarys(model, base, tokenizer, requests) -> list[int]:

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -113,9 +113,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send(name, tokens[1:], reason, log_p[1:])
         self.wfile.write(b"data: [DONE]\n\n")
 
-    def send(self, model: str, tokens: list[int], reason: str | None, log_p: list[float] | None = None) -> None:
+    def send(self, model: str, tokens: list[int], reason: str | None, log_p: Sequence[float] = ()) -> None:
         choice = {"index": 0, "text": "?", "token_ids": tokens, "finish_reason": reason}
-        choice["logprobs"] = {"token_logprobs": log_p}
+        choice["logprobs"] = {"token_logprobs": [*log_p]}
         self.wfile.write(f"data: {json.dumps({'model': model, 'choices': [choice]})}\n\n".encode())
 
 

@@ -1,12 +1,7 @@
 """`cera-chat`: what a question becomes, what answers it, and a conversation in a real terminal."""
 
 import io
-import os
-import pty
-import select
-import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +13,7 @@ from cera_train.data.segments import segmenter
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.serving.chat import Prompts, chat, choose_rows, converse, read_prompts
 from cera_train.settings.data import DataConfig, MixPart
-from cera_train.settings.serving import Template
+from cera_train.settings.evaluation import Template
 
 pytest_plugins = ["evaluated_runs"]
 
@@ -150,33 +145,19 @@ def test_a_conversation_goes_on_after_ctrl_c_and_can_begin_anew_when_it_is_too_l
     assert lengths == [1, 1, 1, 3]
 
 
-@pytest.mark.slow
-def test_a_conversation_in_a_terminal(tiny_folder):
-    """Streams answers, keeps the turns, begins anew, and ends at Ctrl-D with status 0."""
-    code = "import sys; sys.argv[0] = 'cera-chat'\nfrom cera_train.cli.start import main; main()"
-    master, slave = pty.openpty()
-    model = [f"model.path={tiny_folder}", "model.dtype=float32"]
-    command = [sys.executable, "-c", code, "run=base", *model, "max_new_tokens=4"]
-    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)
-    os.close(slave)
+def test_a_conversation_keeps_the_turns_and_begins_anew(compose, tiny_folder, monkeypatch, capsys):
+    lines, printed = iter(["How many?", "How many?", "/new", "How many?"]), []
 
-    def read_to_the_prompt() -> str:
-        text, end = b"", time.monotonic() + 120
-        while not text.endswith(b"> ") and time.monotonic() < end:
-            if select.select([master], [], [], 1)[0]:
-                text += os.read(master, 4096)
-        return text.decode()
+    def type_line(prompt: str) -> str:
+        printed.append(capsys.readouterr().out)
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
 
-    def ask(question: str) -> str:
-        os.write(master, question.encode() + b"\n")
-        return read_to_the_prompt()
-
-    first = read_to_the_prompt()
-    assert "each question sees the turns before it" in first
-    fresh = ask("How many?")
-    again = ask("How many?")
-    ask("/new")
-    assert ask("How many?") == fresh != again
-    os.write(master, b"\x04")
-    assert process.wait(60) == 0
-    os.close(master)
+    monkeypatch.setattr("builtins.input", type_line)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    model = ["model=smollm2_135m", f"model.path={tiny_folder}", "model.dtype=float32"]
+    chat(compose("run=base", *model, "max_new_tokens=4", command="chat"))
+    head, fresh, again, _, anew = printed
+    assert "each question sees the turns before it" in head
+    assert fresh == anew != again

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -17,8 +18,7 @@ from transformers import AutoModelForCausalLM
 from cera_train.common.errors import UserError
 from cera_train.evaluation.statistics import bootstrap_interval
 from cera_train.model.batches import Batch
-from cera_train.serving.export import compare, export
-from cera_train.serving.linear import fit
+from cera_train.serving.export import compare, export, fit
 from cera_train.training.train import train
 
 IDS = torch.arange(3, 23)[None]
@@ -66,7 +66,7 @@ def test_the_certificate_compares_token_by_token():
     first = Batch(torch.tensor([[1, 2, 3]]), torch.tensor([[False, True, True]]))
     second = Batch(torch.tensor([[4, 0]]), torch.tensor([[True, True]]))
     table = torch.randn(2, 5, 5, dtype=torch.float64)
-    before, after = (lambda ids, each=each: each[ids] for each in table)
+    before, after = (lambda input_ids, each=each, **_: SimpleNamespace(logits=each[input_ids]) for each in table)
     figures = compare(before, after, [first, second])
     inputs, targets = [1, 2, 4], [2, 3, 0]
     p, q = table.log_softmax(-1)[:, inputs]

@@ -59,48 +59,6 @@ ADAPTERS = {
 }
 
 
-ENGINE = """
-import json, sys
-from vllm import LLM, SamplingParams
-from vllm.lora.request import LoRARequest
-
-folder, adapters, settings, prompts, tokens = map(json.loads, sys.argv[1:])
-if __name__ == "__main__":
-    engine = LLM(
-        folder, dtype="float32", enable_lora=True, max_lora_rank=8, max_model_len=128, enforce_eager=True,
-        gpu_memory_utilization=0.1, **settings,
-    )
-    prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    answers = {"has plugin": "cera_train" in sys.modules}
-    for number, (name, path) in enumerate(adapters.items(), start=1):
-        request = LoRARequest(name, number, path) if path else None
-        try:
-            if request:
-                engine.llm_engine.add_lora(request)
-        except Exception as error:
-            answers[name] = str(error)
-            continue
-        outputs = engine.generate(prompts, sampling, lora_request=request)
-        answers[name] = [list(output.outputs[0].token_ids) for output in outputs]
-    print("ANSWERS", json.dumps(answers))
-"""
-
-
-def run_engine(script: Path, folder: Path, adapters: dict[str, str], plugins: bool = True, **settings) -> dict:
-    """The tokens that a new vLLM answers to PROMPTS by each adapter (an empty path for the base), or its error. Writes
-    its program to `script`."""
-    script.write_text(ENGINE)
-    arguments = map(json.dumps, (str(folder / BASE), adapters, settings, PROMPTS, TOKENS))
-    done = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, check=False, timeout=500,
-        env=os.environ | SETTINGS | ({} if plugins else {"VLLM_PLUGINS": ""}),
-    )  # fmt: skip
-    line = next((line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")), None)
-    assert line, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(line.removeprefix("ANSWERS "))
-
-
 def greedy(model) -> list[tuple[list[int], list[float]]]:
     """Tokens and log-probabilities of the answers to PROMPTS."""
     answers = []
@@ -227,6 +185,11 @@ def assert_equal(answer, wanted) -> None:
     assert answer[1] == pytest.approx(wanted[1], abs=1e-3)
 
 
+def assert_answers(url: str, model: str, wanted) -> None:
+    for prompt, answer in zip(PROMPTS, wanted, strict=True):
+        assert_equal(ask(url, model, prompt), answer)
+
+
 def test_200_requests_of_8_clients_over_7_adapters_and_the_base_each_get_their_own_answer(server, wanted):
     assert len({str([tokens for tokens, _ in answer]) for answer in wanted.values()}) == len(wanted)
     asked = [(name, place) for name in wanted for place in range(len(PROMPTS))]
@@ -291,16 +254,15 @@ def test_what_cannot_be_served_is_refused_and_the_server_lives(server, folder, w
 @pytest.mark.parametrize("sharded", [True, False])
 def test_tensor_parallel_gates_the_sum_or_refuses(folder, wanted, tmp_path, sharded):
     """A projection whose input is split has a part of x A^T in each process: the gate needs the sum."""
-    # The refused one comes last: of a call that fails in two processes, vLLM leaves one answer for the next call.
-    names = ["silu", "gelu", "mix", "lora", "silu_all"] if sharded else ["silu", "lora", "silu_all"]
-    adapters = {name: str(folder / name) for name in names}
-    sizes = {"tensor_parallel_size": 2, "max_loras": 2, "max_cpu_loras": 8}
-    answers = run_engine(tmp_path / "two.py", folder, adapters, fully_sharded_loras=sharded, **sizes)
-    for name in names:
-        if not sharded and name == "silu_all":
-            assert "start vLLM with --fully-sharded-loras" in answers[name]
-        else:
-            assert answers[name] == [tokens for tokens, _ in wanted[name]], name
+    options = ("--tensor-parallel-size", 2, *["--fully-sharded-loras"] * sharded)
+    with started(folder, tmp_path / "log", *LORA, *options) as (url, _):
+        # The refused one comes last: of a call that fails in two processes, vLLM leaves one answer for the next call.
+        for name in ["silu", "gelu", "mix", "lora", "silu_all"] if sharded else ["silu", "lora", "silu_all"]:
+            response = post(url, "load_lora_adapter", lora_name=name, lora_path=str(folder / name))
+            if not sharded and name == "silu_all":
+                assert "start vLLM with --fully-sharded-loras" in response.text
+            else:
+                assert_answers(url, name, wanted[name])
 
 
 @pytest.fixture
@@ -403,11 +365,10 @@ def exported(compose, folder) -> Path:
 
 
 def test_vllm_serves_the_export_without_the_plugin(folder, exported, tmp_path):
-    wanted = {"has plugin": False, "base": [tokens for tokens, _ in greedy(load_base(folder))]}
-    wanted["lora"] = [tokens for tokens, _ in greedy(PeftModel.from_pretrained(load_base(folder), exported).eval())]
-    answers = run_engine(tmp_path / "engine.py", folder, {"base": "", "lora": str(exported)}, plugins=False)
-    assert answers == wanted
-    assert wanted["base"] != wanted["lora"]
+    modules = ("--lora-modules", f"lora={exported}")
+    with started(folder, tmp_path / "log", *LORA, *modules, VLLM_PLUGINS="") as (url, _):
+        assert_answers(url, BASE, greedy(load_base(folder)))
+        assert_answers(url, "lora", greedy(PeftModel.from_pretrained(load_base(folder), exported).eval()))
 
 
 @pytest.mark.skipif(not LLAMA_CPP.is_dir(), reason=f"llama.cpp's converter is not at {LLAMA_CPP}: make test-serving")

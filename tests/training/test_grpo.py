@@ -72,7 +72,7 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, p
     move()
     session.loss.train()
     session.sampler.is_served = is_served
-    monkeypatch.setattr(Sampler, "_served", Sampler._generated)
+    monkeypatch.setattr(Sampler, "_serve", lambda self: None)
     drawn = session.objective.begin([0, 2, 3])
     assert drawn.passes == passes
     assert 0 < len(drawn.rows) <= 12
