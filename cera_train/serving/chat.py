@@ -27,7 +27,7 @@ from cera_train.runs.subject import find_subject
 from cera_train.settings.data import DataConfig, Layout, Turns
 from cera_train.settings.evaluation import ChatConfig, Template
 
-NEW, END = "/new", "/end"
+NEW = "/new"
 
 ANSWER = "?"
 """Stands for the answer in a row. Its segment is cut off, so its text changes nothing."""
@@ -41,11 +41,7 @@ def chat(config: ChatConfig) -> None:
     UserError for a run, a file or a question that cannot be used."""
     quiet_libraries()
     places = [place for place in (config.run, config.compare) if place is not None]
-    ask([Answerer(replace(config, run=place)) for place in places], config)
-
-
-def ask(answerers: list[Answerer], config: ChatConfig) -> None:
-    """Asks each of the models the questions of a config."""
+    answerers = [Answerer(replace(config, run=place)) for place in places]
     if config.prompts is not None:
         answer_file(answerers, config.prompts)
     elif config.prompt is not None or not sys.stdin.isatty():
@@ -196,15 +192,13 @@ def converse(answerers: list[Answerer]) -> None:
         print_line("model", answerer.name)
     keeps_turns = len(answerers) == 1 and answerers[0].prompts.keeps_turns
     memory = "sees the turns before it" if keeps_turns else "stands alone, as in training"
-    print_line("chat", f"each question {memory}; {NEW} begins anew, Ctrl-C ends an answer, {END} or Ctrl-D the chat")
+    print_line("chat", f"each question {memory}; {NEW} begins anew, Ctrl-C ends an answer, Ctrl-D the chat")
     turns: list[str] = []
     while True:
         try:
             line = input("> ").strip()
         except EOFError:
             print()
-            return
-        if line == END:
             return
         if line == NEW:
             turns = []

@@ -125,7 +125,6 @@ def check(config: ExportConfig, subject: Subject, loaded: LoadedModel, folder: P
     """Raises UserError for a run that cannot be exported, or a folder that holds anything but an earlier export: it
     would be replaced."""
     run, layers = config.run, cera_layers(loaded.model)
-    config.check_model(subject.model)
     if not layers:
         raise UserError(f"run={run} holds no CeRA adapter: what is linear already needs no export.")
     peft_config = loaded.model.peft_config[ADAPTER]

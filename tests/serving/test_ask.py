@@ -123,9 +123,29 @@ def test_what_cannot_be_asked_is_refused_in_one_line(compose, run, tmp_path, tok
         two.row([ONE])
 
 
-def test_a_conversation_goes_on_after_ctrl_c_and_can_begin_anew_when_it_is_too_long(monkeypatch, capsys):
+@pytest.fixture
+def type_lines(monkeypatch, capsys):
+    """type_lines("a", ...) -> a list that gets what is printed before each line, and before the end of the input."""
+
+    def type_lines(*lines: str) -> list[str]:
+        left, printed = iter(lines), []
+
+        def type_line(prompt: str) -> str:
+            printed.append(capsys.readouterr().out)
+            if (line := next(left, None)) is None:
+                raise EOFError
+            return line
+
+        monkeypatch.setattr("builtins.input", type_line)
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+        return printed
+
+    return type_lines
+
+
+def test_a_conversation_goes_on_after_ctrl_c_and_can_begin_anew_when_it_is_too_long(type_lines):
     """A first question that is too long by itself cannot."""
-    lines, lengths = iter(["cut", "long", "a", "b", "/end"]), []
+    lengths = []
 
     def answer(turns: list[str]) -> str:
         lengths.append(len(turns))
@@ -135,27 +155,17 @@ def test_a_conversation_goes_on_after_ctrl_c_and_can_begin_anew_when_it_is_too_l
             raise UserError("It is too long.")
         return "an answer"
 
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    prompts = SimpleNamespace(keeps_turns=True, row=lambda turns: turns)
-    converse([SimpleNamespace(name="it", prompts=prompts, answer=answer)])
-    notes = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    printed = type_lines("cut", "long", "a", "b")
+    converse([SimpleNamespace(name="it", prompts=SimpleNamespace(keeps_turns=True, row=list), answer=answer)])
+    notes = [line.split(maxsplit=1)[1] for line in "".join(printed).splitlines() if line.startswith("note")]
     assert notes == [
         *("the answer is cut, and this question forgotten.", "It is too long.", "It is too long. /new begins anew.")
     ]
     assert lengths == [1, 1, 1, 3]
 
 
-def test_a_conversation_keeps_the_turns_and_begins_anew(compose, tiny_folder, monkeypatch, capsys):
-    lines, printed = iter(["How many?", "How many?", "/new", "How many?"]), []
-
-    def type_line(prompt: str) -> str:
-        printed.append(capsys.readouterr().out)
-        if (line := next(lines, None)) is None:
-            raise EOFError
-        return line
-
-    monkeypatch.setattr("builtins.input", type_line)
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+def test_a_conversation_keeps_the_turns_and_begins_anew(compose, tiny_folder, type_lines):
+    printed = type_lines("How many?", "How many?", "/new", "How many?")
     model = ["model=smollm2_135m", f"model.path={tiny_folder}", "model.dtype=float32"]
     chat(compose("run=base", *model, "max_new_tokens=4", command="chat"))
     head, fresh, again, _, anew = printed
