@@ -1,8 +1,10 @@
-"""A model in this process as the engine of answers, with its adapter and in the precision that it was trained in. A
-server is the other engine: both answer batches of requests."""
+"""What answers requests, in batches: a model in this process, with its adapter and in the precision that it was trained
+in; or a server, in server.py. A run in training samples by either."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -11,19 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, TextStreamer
 
-from cera_train.adapters.saved import attach
+from cera_train.adapters.saved import attach, is_adapter, save
 from cera_train.common.errors import UserError
-from cera_train.common.files import read_json
+from cera_train.common.files import read_json, remove_folder, write_folder
+from cera_train.common.settings import require
+from cera_train.distributed.sharding import trainable_weights
 from cera_train.evaluation.generate import Answer, Request, cut_batches, generate, prepare_generation
+from cera_train.evaluation.server import Server
 from cera_train.model.folder import load_tokenizer, positions_of
+from cera_train.model.loss import SupervisedLoss
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import fingerprint, load_model
+from cera_train.runs.folder import Progress
 from cera_train.runs.records import load_config
 from cera_train.runs.subject import Subject
 from cera_train.settings.evaluation import EvalConfig, GenerationConfig
 from cera_train.settings.model import Dtype
+from cera_train.settings.run import Config
 
 
 @dataclass
@@ -88,3 +98,66 @@ def load_subject(subject: Subject, device: torch.device) -> LoadedModel:
     dtype = subject.model.autocast_dtype(subject.train.autocast, on_gpu=device.type == "cuda")
     autocast = partial(torch.autocast, device.type, dtype and getattr(torch, dtype), enabled=dtype is not None)
     return LoadedModel(model.eval(), base, load_tokenizer(subject.model), autocast)
+
+
+# --- a model in training ----------------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """Answers requests in their order, the same on every process: by the model in training, or by a server that has the
+    adapter of the moment. Processes divide them.
+
+    Args:
+        progress: counts the updates, each of which makes another adapter.
+        folder: for the adapter that a server loads.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Any,
+        loss: SupervisedLoss,
+        accelerator: Accelerator,
+        progress: Progress,
+        folder: Path,
+    ) -> None:
+        self.tokenizer, self.loss, self.accelerator = tokenizer, loss, accelerator
+        self.progress, self.folder, self.served_update = progress, folder, None
+        self.is_served = config.train.server is not None
+        if self.is_served:
+            require(
+                is_adapter(loss.model),
+                f"train.server={config.train.server}: adapter.kind={config.adapter.kind} has no adapter to load there.",
+            )
+            self.engine = Server(config.train.server, config.model, tokenizer)
+        else:
+            self.engine = LoadedModel(loss.model, loss.causal_lm, tokenizer, loss.generating)
+
+    def close(self) -> None:
+        if self.accelerator.is_main_process and self.folder.exists():
+            remove_folder(self.folder)
+
+    def answer(
+        self, requests: Sequence[Request], max_new_tokens: int, stop: list[str], config: GenerationConfig
+    ) -> list[Answer]:
+        if self.is_served and self.served_update != self.progress.update:
+            self._serve()
+        processes, process = self.accelerator.num_processes, self.accelerator.process_index
+        longest = max((len(request.prompt_ids) for request in requests), default=0)
+        share = math.ceil(len(requests) / processes) * (longest + max_new_tokens)
+        batches = self.engine.batches(requests, max_new_tokens, min(config.batch_tokens, share))[process::processes]
+        answered = self.engine.answers(batches, max_new_tokens, stop, config)
+        answers = {
+            (answer.generation.problem, answer.generation.sample): answer
+            for answer in gather_object(list(itertools.chain.from_iterable(answered)))
+        }
+        return [answers[request.problem, request.sample] for request in requests]
+
+    def _serve(self) -> None:
+        """Gives the server the adapter of this update."""
+        if self.accelerator.is_main_process:
+            weights = trainable_weights(self.loss.model)
+            write_folder(self.folder, lambda part: save(self.loss.model, weights, part))
+            self.engine.load_adapter(self.folder)
+        [self.engine.name] = broadcast_object_list([self.engine.name])
+        self.served_update = self.progress.update

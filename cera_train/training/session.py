@@ -25,9 +25,9 @@ from cera_train.data.prepare import prepare_data
 from cera_train.distributed.accelerator import start_accelerator, this_device
 from cera_train.distributed.sharding import load_optimizer_state
 from cera_train.distributed.signals import Interruption
+from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.exams import Exams
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.evaluation.sampler import Sampler
 from cera_train.model.batches import MicroBatches
 from cera_train.model.folder import check_length, load_tokenizer
 from cera_train.model.loss import SupervisedLoss, can_compile, choose_layout

@@ -12,7 +12,7 @@ from tiny_runs import adapter_bytes, folder_of, metrics_of
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import to_plain
-from cera_train.evaluation.sampler import Sampler
+from cera_train.evaluation.engine import Sampler
 from cera_train.runs.folder import RunFolder
 from cera_train.training.objectives import grpo as module
 from cera_train.training.objectives.grpo import MOST_WEIGHT, grade
