@@ -4,28 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cera_train.adapters.family import check_settings, family
+from cera_train.adapters.families import check_settings, family
 from cera_train.adapters.targets import check_targets
 from cera_train.cera import CeraLayer
 from cera_train.cera.coverage import bypassed_projections, idle_projections
-from cera_train.common.errors import UserError
 from cera_train.settings.adapters import AdapterConfig
 
-EXPERTS_COMPILE = torch.__version__ >= (2, 13)
-"""Whether torch.compile takes adapted experts: torch 2.12 guards on the number of tokens that an expert gets."""
 
-
-def check(config: AdapterConfig, is_compiled: bool = False) -> None:
-    """Raises UserError for settings that contradict each other, PEFT or torch.compile. Needs no model."""
+def check(config: AdapterConfig) -> None:
+    """Raises UserError for settings that contradict each other or PEFT. Needs no model."""
     check_settings(config)
-    if is_compiled and config.adapted_experts and not EXPERTS_COMPILE:
-        raise UserError(
-            f"train.compile=true: torch {torch.__version__} compiles no adapted experts: leave it out, or use 2.13."
-        )
     family(config.kind).peft_config(config)
 
 
@@ -36,7 +27,7 @@ def rank(config: AdapterConfig) -> int | None:
 
 def compiles(config: AdapterConfig) -> bool:
     """Whether torch.compile takes layers with this adapter: it would compile PEFT's DoRA for every layer anew."""
-    return config.kind != "dora" and (EXPERTS_COMPILE or not config.adapted_experts)
+    return config.kind != "dora"
 
 
 def build(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = False) -> nn.Module:

@@ -11,9 +11,9 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cera_train.adapters.families import family
 from cera_train.adapters.families.base import ADAPTER
 from cera_train.adapters.families.peft import replaces_base, usable_methods
-from cera_train.adapters.family import family
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.settings import require
@@ -159,10 +159,7 @@ def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     if not is_adapter(model):
         model.load_state_dict(weights, strict=False)
         return
-    try:
-        peft.set_peft_model_state_dict(model, weights)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
+    peft.set_peft_model_state_dict(model, weights)
 
 
 def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
@@ -175,10 +172,8 @@ def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
         if description_file(folder).name == ADAPTER_CONFIG:
             config = peft.PeftConfig.from_pretrained(str(folder))
             config.base_model_name_or_path = None  # PEFT puts the base's name there, and warns of any other
-            config.task_type, config.auto_mapping = (
-                peft.TaskType.CAUSAL_LM,
-                None,
-            )  # another trainer may have left it out
+            config.task_type = peft.TaskType.CAUSAL_LM  # another trainer may have left it out
+            config.auto_mapping = None
             model = peft.get_peft_model(base, config)
         load(model, weights)
     except (KeyError, TypeError) as error:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from cera_train.adapters.families import FAMILIES
 from cera_train.adapters.families.base import Branch
-from cera_train.adapters.family import FAMILIES
+from cera_train.cera.branch import LearnedGate
 
 SUMMARISED = ("effective_rank", "manifold_dimension", "dead_units", "linear_share")
 """Figures of a module whose mean and maximum a run logs."""
@@ -76,13 +77,16 @@ class _Moments:
 
     def take_weights(self) -> None:
         """What follows from weights alone. Called in the model's forward: sharded weights are whole only there."""
-        values, vectors = torch.linalg.eigh(self.branch.gram())
+        branch = self.branch
+        B = branch.B().double()
+        values, vectors = torch.linalg.eigh(branch.scaling**2 * B.T @ B)
         self.root_gram = vectors * values.clamp(min=0).sqrt() @ vectors.T
-        self.gamma = self.branch.gamma() if self.branch.gamma else None
+        self.gamma = branch.gate.gamma.item() if isinstance(branch.gate, LearnedGate) else None
 
-    def add(self, x: torch.Tensor) -> None:
-        """Adds the hidden rows of these inputs, [N, d_in]."""
+    def add(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Adds the hidden rows of these inputs, [B, T, d_in], but for padding; or of those of a head, [N, d_in]."""
         A, gate = self.branch.A.weight, self.branch.gate
+        x = x.flatten(0, -2) if attention_mask is None or x.ndim == 2 else x[attention_mask.bool()]
         z_NR = nn.functional.linear(x.to(A.dtype), A).float()
         h_NR = z_NR if gate is None else gate(z_NR)
         self.open += (h_NR > 0).any(0)
@@ -97,7 +101,7 @@ class _Moments:
         eigenvalues = torch.linalg.eigvalsh(self.root_gram @ scatter[:r, :r] @ self.root_gram)
         singular_values = eigenvalues.clamp(min=0).sqrt().flip(0)
         # A learned mix passes on a part of z, so no unit of it is off.
-        closes = self.branch.gate is not None and self.branch.gamma is None
+        closes = self.branch.gate is not None and self.gamma is None
         dead_units = 1 - (self.open > 0).double().mean().item() if closes else None
         # h B^T has at most d_out directions: with r above that, the rest is rounding.
         return ModuleSpectrum(
@@ -120,25 +124,16 @@ class _Moments:
 def find_branches(model: nn.Module) -> dict[str, Branch]:
     """Module name (as in the base model) -> the adapter's branch there, for every module that has hidden units."""
     return {
-        name.removeprefix("base_model.model.") + suffix: branch
+        name.removeprefix("base_model.model."): branch
         for name, module in model.named_modules()
         for kind in FAMILIES.values()
-        for suffix, branch in kind.branches(module).items()
+        if (branch := kind.branch(module)) is not None
     }
 
 
 def why_no_spectrum(model: nn.Module) -> str | None:
     """The reason why a model has no spectrum; None where it has one."""
-    return None if find_branches(model) else "this method adds no B h with hidden units h beside a projection"
-
-
-def describe_excess_rank(model: nn.Module) -> str | None:
-    """What a rank above the width of every projection brings to branches without a gate; None where that is not so."""
-    branches = find_branches(model).values()
-    widths = [min(branch.A.weight.shape[1], branch.out_features) for branch in branches]
-    if not widths or any(branch.gate is not None or branch.r <= max(widths) for branch in branches):
-        return None
-    return f"r={max(widths)} is enough: a branch without a gate has no more directions than its projection's width"
+    return None if find_branches(model) else "the adapter adds no B h with hidden units h beside a linear projection"
 
 
 @torch.no_grad()
@@ -169,8 +164,7 @@ def measure_spectra(
             if moments.root_gram is None:
                 moments.take_weights()
             if counts:
-                mask = batch.attention_mask
-                moments.add(moments.branch.rows(args, None if mask is None else mask.reshape(-1).bool()))
+                moments.add(args[0], batch.attention_mask)
 
         return hook
 
@@ -186,7 +180,7 @@ def measure_spectra(
             hook.remove()
     for moments in moments_of.values():
         moments.all.copy_(reduce(moments.all))
-    # An expert may have got no token of the probe.
+    # A module that never ran has none.
     return {name: moments.spectrum() for name, moments in moments_of.items() if moments.count}
 
 

@@ -41,14 +41,16 @@ def make_gate(config: CeraConfig, dtype: torch.dtype) -> nn.Module:
 
 
 def start_branch(A: torch.Tensor, B: torch.Tensor, gate: nn.Module, config: CeraConfig) -> None:
-    """Draws A: [r, d_in], with a variance of 2 / d_in for kaiming_normal and 1 / (3 d_in) for kaiming_uniform,
+    """Draws A: [..., r, d_in], with a variance of 2 / d_in for kaiming_normal and 1 / (3 d_in) for kaiming_uniform,
     times init_scale^2. B and gamma start at zero, so update 0 is the base model."""
+    # The rows of all experts as one matrix: what is drawn depends on a row's length alone.
+    A, B = (matrix.detach().flatten(0, -2) for matrix in (A, B))
     if config.init == "kaiming_normal":
         nn.init.kaiming_normal_(A, nonlinearity="relu")
     else:
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     if config.init_scale != 1:
-        A.data.mul_(config.init_scale)
+        A.mul_(config.init_scale)
     nn.init.zeros_(B) if config.init_weights else nn.init.kaiming_normal_(B, nonlinearity="linear")
     if isinstance(gate, LearnedGate):
         nn.init.zeros_(gate.gamma) if config.init_weights else nn.init.normal_(gate.gamma)
@@ -76,11 +78,6 @@ def seeded_dropout(h: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     return (h * is_kept).mul_(BITS / (BITS - dropped))  # in 16 bits, the factor alone would be rounded too
 
 
-def draw_seed(p: float) -> int:
-    """A seed for the masks of one call. The CPU's generator draws it: reading a GPU's would wait for the GPU."""
-    return int(torch.randint(2**63 - 1, (), device="cpu")) if p else 0
-
-
 # --- the branch ------------------------------------------------------------------------------------------------------
 
 
@@ -94,6 +91,14 @@ class Hidden:
     p_x: float
     """The share of x to drop."""
     seed: int
+
+    @classmethod
+    def of_call(cls, gate: nn.Module, dropout_x: nn.Dropout, dropout: nn.Dropout) -> Hidden:
+        """That of a new call, with masks of its own."""
+        p_x, p = (part.p if part.training else 0.0 for part in (dropout_x, dropout))
+        # The CPU's generator draws the seed: reading a GPU's would wait for the GPU.
+        seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p_x or p else 0
+        return cls(gate, p, p_x, seed)
 
     def drop_x(self, x: torch.Tensor) -> torch.Tensor:
         """Multiplies x, or its gradient, by the mask: [..., d_in] -> [N, d_in]."""
@@ -167,29 +172,3 @@ def _leaf(value: torch.Tensor, has_graph: bool) -> torch.Tensor:
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """[..., d] -> [N, d]."""
     return x.reshape(-1, x.shape[-1])
-
-
-@dataclass(frozen=True)
-class PreparedBranch:
-    """x -> s B gate(A x), with weights that are cast once and reused across calls."""
-
-    A_T: torch.Tensor
-    """[d_in, r], a copy: a sharded weight is whole only during the call."""
-    B_T: torch.Tensor
-    """[r, d_out], of A's dtype."""
-    scaling: float
-    gate: nn.Module
-    may_write: bool
-    """Nobody else holds the base layer's output."""
-
-    def fits(self, result: torch.Tensor) -> bool:
-        """Whether the branch may be added in place, in its precision and without gradient."""
-        return not torch.is_grad_enabled() and result.dtype == self.B_T.dtype and result.is_contiguous()
-
-    def add_to(self, result: torch.Tensor, x: torch.Tensor, is_ours: bool) -> torch.Tensor:
-        """result + the branch of x, written into `result` where it is ours, or nobody else's."""
-        if not (is_ours or self.may_write):
-            result = result.clone()
-        h = self.gate.forward(_rows(x.to(self.A_T.dtype)) @ self.A_T)
-        result.view(-1, self.B_T.shape[1]).addmm_(h, self.B_T, alpha=self.scaling)
-        return result

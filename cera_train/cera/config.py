@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -95,30 +94,22 @@ class CeraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType("CERA")
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        ranks = [("r", self.r), *_named("rank_pattern", self.rank_pattern)]
-        if self.expert_r is not None:
-            ranks.append(("expert_r", self.expert_r))
-        for name, r in ranks:
+        expert_r = {} if self.expert_r is None else {"expert_r": self.expert_r}
+        for name, r in {"r": self.r, **expert_r, **_named("rank_pattern", self.rank_pattern)}.items():
             if not (isinstance(r, int) and r > 0):
                 raise ValueError(f"{name} must be a positive integer, got {r!r}.")
+        alpha = {} if self.alpha is None else {"alpha": self.alpha}
+        scales = alpha | {"init_scale": self.init_scale} | _named("alpha_pattern", self.alpha_pattern)
+        for name, scale in scales.items():
+            if not (isinstance(scale, (int, float)) and scale > 0):
+                raise ValueError(f"{name} must be positive, got {scale!r}.")
         if isinstance(self.target_parameters, str):
             raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}.")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, or None for a scale of 1, got {self.alpha!r}.")
-        for name, alpha in _named("alpha_pattern", self.alpha_pattern):
-            if not (isinstance(alpha, (int, float)) and alpha > 0):
-                raise ValueError(f"{name} must be positive, got {alpha!r}.")
-        if not self.init_scale > 0:
-            raise ValueError(f"init_scale must be positive, got {self.init_scale!r}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout!r}.")
         for name, values in CHOICES.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
-        self.check_contradictions()
-
-    def check_contradictions(self) -> None:
-        """Raises ValueError where two fields contradict each other."""
         if self.expert_r is not None and not self.target_parameters:
             raise ValueError("expert_r has a meaning only with target_parameters: name experts' parameters there.")
         if self.mix == "learned" and self.activation == "identity":
@@ -136,8 +127,6 @@ class CeraConfig(PeftConfig):
 
     def of_module(self, name: str) -> CeraConfig:
         """The settings of one module: its rank and alpha by the patterns."""
-        if not (self.rank_pattern or self.alpha_pattern):
-            return self
         r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, name), self.r)
         alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, name), self.alpha)
         return replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
@@ -159,12 +148,11 @@ class CeraConfig(PeftConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
 
-def _named(field: str, pattern: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Each value under the name of its place. Raises ValueError for a key that is no regular expression."""
-    for key, value in pattern.items():
-        name = f"{field}[{key!r}]"
+def _named(field: str, pattern: dict[str, Any]) -> dict[str, Any]:
+    """The values of a pattern by their places. Raises ValueError for a key that is no regular expression."""
+    for key in pattern:
         try:
             re.compile(key)
         except (re.error, TypeError) as error:
-            raise ValueError(f"{name} is no name or regular expression: {error}.") from error
-        yield name, value
+            raise ValueError(f"{field}[{key!r}] is no name or regular expression: {error}.") from error
+    return {f"{field}[{key!r}]": value for key, value in pattern.items()}

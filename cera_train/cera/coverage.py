@@ -7,6 +7,7 @@ matrices has a gradient. A's alone is no proof: it is exactly zero until B has l
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -118,8 +119,6 @@ class CoverageCallback(TrainerCallback):
             return
         self.watching.close()
         self.watching = None  # the first update alone
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.coverage.sum(_sum_over_processes)
         if (problem := self.coverage.problem()) is not None:
             raise ValueError(problem)
 
@@ -138,110 +137,68 @@ class Coverage:
             if isinstance(module, BaseTunerLayer) and any(weight.requires_grad for weight in module.parameters())
         }
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        device = next(iter(self.weights.values())).device if self.weights else "cpu"
-        self.called, self.moves_loss = (torch.zeros(len(self.layers), device=device) for _ in range(2))
-        self.has_gradient = torch.zeros(len(self.weights), device=device)
-        self.idle_in_layers = 0
-        """Experts without a token in layers that hold all of theirs, [E, ...] in one parameter."""
+        self.called: set[str] = set()
+        self.moves_loss: set[str] = set()
+        """Layers whose output has a gradient that is not zero."""
+        self.has_gradient: set[str] = set()
+        """Weights that have a gradient, though it may be zero."""
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Counts calls, and looks at the gradients of outputs and weights."""
+        """Looks at calls, and at the gradients of outputs and weights: in all processes together."""
         with ExitStack() as hooks:
-            for number, layer in enumerate(self.layers.values()):
-                hooks.callback(layer.register_forward_hook(self._count_call(number)).remove)
-            for number, weight in enumerate(self.weights.values()):
-                hooks.callback(weight.register_hook(self._count_gradient(number)).remove)
+            for name, layer in self.layers.items():
+                hooks.callback(layer.register_forward_hook(self._watch_output(name)).remove)
+            for name, weight in self.weights.items():
+                hooks.callback(weight.register_hook(lambda _, name=name: self.has_gradient.add(name)).remove)
             yield
-        for number, weight in enumerate(self.weights.values()):
-            if weight.grad is not None:  # sharded, the hook is on a tensor that takes no part in the pass
-                self.has_gradient[number] = 1
-        self.idle_in_layers = sum(_idle_experts(layer) for name, layer in self.layers.items() if "expert" in name)
+        # sharded, the hook is on a tensor that takes no part in the pass
+        self.has_gradient |= {name for name, weight in self.weights.items() if weight.grad is not None}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            seen = [()] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(seen, (self.called, self.moves_loss, self.has_gradient))
+            self.called, self.moves_loss, self.has_gradient = (set().union(*sets) for sets in zip(*seen, strict=True))
 
-    def _count_call(self, number: int) -> Callable[..., None]:
+    def _watch_output(self, name: str) -> Callable[..., None]:
         def look(gradient: torch.Tensor) -> None:
-            self.moves_loss[number] += gradient.ne(0).any().to(self.moves_loss.device)
+            if gradient.any():
+                self.moves_loss.add(name)
 
         def count(layer: nn.Module, args: Any, output: Any) -> None:
-            self.called[number] = 1
+            self.called.add(name)
             output = output[0] if isinstance(output, tuple) else output
             if output.requires_grad:
                 output.register_hook(look)
 
         return count
 
-    def _count_gradient(self, number: int) -> Callable[..., None]:
-        def count(gradient: torch.Tensor) -> None:
-            self.has_gradient[number] = 1
-
-        return count
-
-    def sum(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Adds what was seen in every process.
-
-        Args:
-            reduce: the sum of a tensor over the processes.
-        """
-        parts = (self.called, self.moves_loss, self.has_gradient)
-        self.called, self.moves_loss, self.has_gradient = reduce(torch.cat(parts)).split([len(part) for part in parts])
-
-    @property
-    def idle_experts(self) -> int:
-        """Adapted experts to which no token was routed: they are proven when one is."""
-        return self.idle_in_layers + sum(self._is_idle(name, called) for name, called in self._calls().items())
-
     def problem(self) -> str | None:
         """The adapted modules that were not proven and the reason, in one line; None where all were."""
         if not self.layers:
             return "this model has no trainable adapter: build one, or load it with is_trainable=True."
-        names: dict[str, list[str]] = {}
-        for name, reason in self._reasons().items():
-            names.setdefault(reason, []).append(name)
+        names = defaultdict(list)
+        for name in self.layers:
+            if (reason := self._reason(name)) is not None:
+                names[reason].append(name)
         if not names:
             return None
         parts = [f"{_first(modules)}: {reason}" for reason, modules in names.items()]
         count = sum(map(len, names.values()))
         return f"{count} of {len(self.layers)} adapted modules would not train. {'; '.join(parts)}."
 
-    def _reasons(self) -> dict[str, str]:
-        """Why a module was not proven, by its name."""
-        reasons = {}
-        has_gradient = dict(zip(self.weights, self.has_gradient.tolist(), strict=True))
-        for (name, called), moves_loss in zip(self._calls().items(), self.moves_loss.tolist(), strict=True):
-            weights = [weight for weight in self.weights if weight.startswith(f"{name}.")]
-            if not called and not self._is_idle(name, called):
-                reasons[name] = "the model never calls it"
-            elif called and not moves_loss:
-                reasons[name] = "called, but the loss has no gradient, or one of exactly zero, at its output"
-            elif called and not all(has_gradient[weight] for weight in weights):
-                without = (weight.removeprefix(f"{name}.") for weight in weights if not has_gradient[weight])
-                reasons[name] = f"no gradient reaches {', '.join(without)}"
-        return reasons
-
-    def _calls(self) -> dict[str, bool]:
-        return dict(zip(self.layers, map(bool, self.called.tolist()), strict=True))
-
-    def _is_idle(self, name: str, called: bool) -> bool:
-        """Whether it belongs to an expert without a token, beside one that has a token."""
-        if called or not EXPERT.search(name):
-            return False
-        siblings = re.compile(re.escape(EXPERT.sub("<>", name)).replace("<>", EXPERT.pattern))
-        return any(found and siblings.fullmatch(other) for other, found in self._calls().items())
-
-
-def _idle_experts(layer: nn.Module) -> int:
-    """The experts of a layer that got no gradient, where its matrices hold one for each: [E, ...]."""
-    gradients = [weight.grad for weight in layer.parameters() if weight.ndim == 3 and weight.grad is not None]
-    if not gradients:
-        return 0
-    whole = [gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient for gradient in gradients]
-    learned = torch.stack([gradient.flatten(1).any(1) for gradient in whole]).any(0)
-    return int(learned.logical_not().sum())
-
-
-def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    torch.distributed.all_reduce(tensor)
-    return tensor
+    def _reason(self, name: str) -> str | None:
+        """Why a module was not proven; None where it was, or belongs to an expert that got no token."""
+        if name not in self.called:
+            siblings = re.compile(re.escape(EXPERT.sub("<>", name)).replace("<>", EXPERT.pattern))
+            return None if any(map(siblings.fullmatch, self.called)) else "the model never calls it"
+        if name not in self.moves_loss:
+            return "called, but the loss has no gradient, or one of exactly zero, at its output"
+        without = [
+            weight.removeprefix(f"{name}.")
+            for weight in self.weights
+            if weight.startswith(f"{name}.") and weight not in self.has_gradient
+        ]
+        return f"no gradient reaches {', '.join(without)}" if without else None
 
 
 def _first(names: list[str]) -> str:

@@ -8,9 +8,7 @@ before their product, to down before the routing weights. A: [E, r, in], B: [E, 
 from __future__ import annotations
 
 import copy
-import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm
 
-from .branch import draw_seed, make_gate, seeded_dropout, start_branch
+from .branch import Hidden
 from .config import CeraConfig
 from .layer import CeraLayer, autocast_dtype, is_transformed
 
@@ -42,22 +40,13 @@ class Routing:
     ends: torch.Tensor
     """The place after the last pair of every expert, int32, [E]."""
 
-    @functools.cached_property
-    def pairs_of(self) -> list[slice]:
-        """The places of every expert's pairs. On a GPU this waits for it."""
-        ends = [0, *self.ends.tolist()]
-        return [slice(start, end) for start, end in itertools.pairwise(ends)]
-
     @classmethod
     def by_expert(cls, top_k_index: torch.Tensor, num_experts: int) -> Routing:
         """The routing of top_k_index, [tokens, k]."""
         experts, order = top_k_index.reshape(-1).sort(stable=True)
-        return cls(order, order // top_k_index.shape[-1], experts, _ends(experts, num_experts))
-
-
-def _ends(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
-    every_expert = torch.arange(num_experts, device=experts.device, dtype=experts.dtype)
-    return torch.searchsorted(experts, every_expert, right=True, out_int32=True)
+        every_expert = torch.arange(num_experts, device=experts.device, dtype=experts.dtype)
+        ends = torch.searchsorted(experts, every_expert, right=True, out_int32=True)
+        return cls(order, order // top_k_index.shape[-1], experts, ends)
 
 
 def grouped_product(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -90,7 +79,8 @@ def experts_forward(
         forward = ALL_EXPERTS_FUNCTIONS.get_interface(base_implementation, type(experts).forward.__wrapped__)
         return forward(experts, hidden_states, top_k_index, top_k_weights)
     routing = Routing.by_expert(top_k_index, experts.num_experts)
-    x = _project(experts, up_name(experts), hidden_states[routing.tokens], routing, branches)
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    x = _project(experts, up, hidden_states[routing.tokens], routing, branches)
     x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
     x = _project(experts, "down_proj", x, routing, branches)
     if getattr(experts, "has_post_expert_norm", False):  # transformers 5.10 knows none
@@ -111,11 +101,6 @@ def _project(experts: nn.Module, name: str, x: torch.Tensor, routing: Routing, b
     return branches(name, result, x, routing)
 
 
-def up_name(experts: nn.Module) -> str:
-    """The parameter that the hidden states meet first."""
-    return "gate_up_proj" if experts.has_gate else "up_proj"
-
-
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
@@ -132,9 +117,6 @@ class ExpertMatrices(nn.Module):
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Rows sorted by expert, [S, in] -> [S, out], in x's dtype."""
         return grouped_product(x, self.weight.to(x.dtype).transpose(-2, -1), routing.ends)
-
-    def extra_repr(self) -> str:
-        return "experts={}, out_features={}, in_features={}".format(*self.weight.shape)
 
 
 class CeraExperts(CeraLayer):
@@ -153,44 +135,35 @@ class CeraExperts(CeraLayer):
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, configs: dict[str, CeraConfig]) -> None:
-        nn.Module.__init__(self)
-        check_experts(base_layer, configs)
-        self.base_layer = base_layer
+        super().__init__(base_layer, adapter_name, configs)
         # A config for this module alone: the model's names the implementation without branches, and generate()
         # changes it.
         base_layer.config, base_config = copy.copy(base_layer.config), base_layer.config
         base_layer.config.base_config = base_config
         base_layer.config._experts_implementation_internal = IMPLEMENTATION
-        self._make_containers(adapter_name)
-        self.train(base_layer.training)
-        self.update_layer(adapter_name, configs)
 
     def update_layer(self, adapter_name: str, configs: dict[str, CeraConfig]) -> None:
         """Adds an adapter, or replaces the one of that name."""
         check_experts(self.base_layer, configs)
-        dtype = self.base_dtype if self.base_dtype.itemsize >= 4 else torch.float32
-        parts = self.cera_A, self.cera_B, self.cera_gate, self.cera_dropout
-        for part in parts:
-            part[adapter_name] = nn.ModuleDict()
-        for values in (self.r, self.scaling, self.drops_input):
-            values[adapter_name] = {}
-        A, B, gate, dropout = (part[adapter_name] for part in parts)
+        branches = {}
         for name, config in configs.items():
             num_experts, d_in, d_out = expert_features(self.base_layer, name)
-            self.r[adapter_name][name] = config.r
-            self.scaling[adapter_name][name] = config.scaling
-            self.drops_input[adapter_name][name] = config.dropout_on == "input"
-            A[name] = ExpertMatrices(num_experts, d_in, config.r, dtype=dtype)
-            B[name] = ExpertMatrices(num_experts, config.r, d_out, dtype=dtype)
-            gate[name] = make_gate(config, dtype)
-            dropout[name] = nn.Dropout(config.dropout).train(self.training)
-            # The rows of all experts as one matrix: what is drawn depends on a row's length alone.
-            start_branch(*(part[name].weight.detach().flatten(0, 1) for part in (A, B)), gate[name], config)
+            A = ExpertMatrices(num_experts, d_in, config.r, dtype=self.adapter_dtype)
+            B = ExpertMatrices(num_experts, config.r, d_out, dtype=self.adapter_dtype)
+            branches[name] = self._make_parts(A, B, config)
+        for container in (*self.adapter_layer_names, *self.other_param_names):
+            parts = {name: branch[container] for name, branch in branches.items()}
+            is_modules = isinstance(getattr(self, container), nn.ModuleDict)
+            getattr(self, container)[adapter_name] = nn.ModuleDict(parts) if is_modules else parts
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        return base_layer.down_proj.device, base_layer.down_proj.dtype
+    @property
+    def base_dtype(self) -> torch.dtype:
+        return self.base_layer.down_proj.dtype
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
+        return base_layer.down_proj.device, None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The experts with their active branches."""
@@ -207,18 +180,14 @@ class CeraExperts(CeraLayer):
 
     def branch(self, x: torch.Tensor, adapter_name: str, name: str, routing: Routing) -> torch.Tensor:
         """s B_e dropout(gate(A_e x)), which one adapter adds to a projection, [S, d_in] -> [S, d_out]."""
-        A, B, gate = (part[adapter_name][name] for part in (self.cera_A, self.cera_B, self.cera_gate))
-        dropout, drops_input = self.cera_dropout[adapter_name][name], self.drops_input[adapter_name][name]
+        A, B, gate, dropout_x, dropout = (part[name] for part in self.parts(adapter_name))
         dtype = autocast_dtype(x.device)
         x = self._cast_input_dtype(x, A.weight.dtype) if dtype is None else x.to(dtype)
         if is_transformed():  # a graph has no place for a seed that Python reads
-            z = A(dropout(x) if drops_input else x, routing)
-            h = gate(z) if drops_input else dropout(gate(z))
+            h = dropout(gate(A(dropout_x(x), routing)))
         else:
-            p = dropout.p if dropout.training else 0.0
-            seed = draw_seed(p)
-            h = gate(A(seeded_dropout(x, p, seed) if drops_input else x, routing))
-            h = h if drops_input else seeded_dropout(h, p, seed)
+            hidden = Hidden.of_call(gate, dropout_x, dropout)
+            h = hidden(A(hidden.drop_x(x), routing))
         return B(h * self.scaling[adapter_name][name], routing)
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -237,11 +206,11 @@ def expert_parameters(module: nn.Module) -> list[str]:
     return [name for name in ("gate_up_proj", "up_proj", "down_proj") if is_experts and name in held]
 
 
-def all_experts(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names of all projections of experts, as those of their module and in it."""
-    for key, module in model.named_modules():
-        for name in expert_parameters(module):
-            yield key.removesuffix(".base_layer"), name
+def expert_names(model: nn.Module) -> list[str]:
+    """The last two parts of the names of the experts' projections, each once."""
+    modules = [(key.removesuffix(".base_layer"), module) for key, module in model.named_modules()]
+    names = (f"{key.rpartition('.')[2]}.{name}" for key, module in modules for name in expert_parameters(module))
+    return list(dict.fromkeys(names))
 
 
 def expert_features(experts: nn.Module, name: str) -> tuple[int, int, int]:

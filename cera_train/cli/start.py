@@ -24,7 +24,7 @@ from hydra.plugins.plugin import Plugin
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cera_train import __version__
-from cera_train.adapters.family import check_settings
+from cera_train.adapters.families import check_settings
 from cera_train.cli.mistakes import SCHEMAS, explain_composition, for_hydra, options, unknown_setting
 from cera_train.common.errors import UserError, explain
 from cera_train.common.files import config_dir

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cera_train.adapters.family import title
+from cera_train.adapters.families import title
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, read_yaml
 from cera_train.common.settings import flatten, to_plain

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cera_train.adapters.family import family, title
+from cera_train.adapters.families import family, title
 from cera_train.adapters.saved import description_file
 from cera_train.common.files import read_json, write_text
 from cera_train.common.pages import escape

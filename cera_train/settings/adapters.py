@@ -1,4 +1,4 @@
-"""Settings of the adapter. What a kind makes of them: `adapters.family`."""
+"""Settings of the adapter. What a kind makes of them: `adapters.families`."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cera_train.adapters.build import rank
-from cera_train.adapters.family import family
-from cera_train.adapters.spectrum import describe_excess_rank, why_no_spectrum
+from cera_train.adapters.families import family
+from cera_train.adapters.spectrum import why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
 from cera_train.common.terminal import TEXT_WIDTH, duration, print_fields, print_line, targets
 from cera_train.data.look import print_data
@@ -82,8 +82,6 @@ def print_adapter(session: Session) -> None:
         print_line("start", f"{weights}; the optimizer starts anew")
     if (reason := why_no_spectrum(model)) is not None:
         print_line("spectrum", f"none: {reason}")
-    if (excess := describe_excess_rank(model)) is not None:
-        print_line("rank", excess)
     is_all = adapter.target_modules == "all-linear"
     for line in filter(None, [describe_targets(model), describe_left_out(model) if is_all else ""]):
         print_line("coverage", line)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cera_train.adapters.family import family, title
+from cera_train.adapters.families import family, title
 from cera_train.common.errors import UserError
 from cera_train.model.folder import load_config
 from cera_train.settings.adapters import AdapterConfig

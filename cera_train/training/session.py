@@ -67,7 +67,7 @@ class Settled(NamedTuple):
 def settle(config: Config, folder: Path) -> Settled:
     """A config whose `auto` settings are decided: as in the run that this folder holds, else by this machine and the
     model. Raises UserError where a setting cannot work here."""
-    adapters.check(config.adapter, config.train.compile is True)
+    adapters.check(config.adapter)
     begun = load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else config
     precision = choose_precision(config.model.dtype)
     if config.model.dtype == Dtype.auto != begun.model.dtype:

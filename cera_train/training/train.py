@@ -204,14 +204,11 @@ def prove_coverage(session: Session) -> None:
         for group, _ in shared_out(session.batches, rows[: accelerator.num_processes], accelerator):
             accelerator.backward(session.loss(batches.load(group)) / sum(batches.supervised[i] for i in group))
     session.optimizer.zero_grad()
-    coverage.sum(accelerator.reduce)
     if (problem := coverage.problem()) is not None:
         raise UserError(
             f"adapter.target_modules: {problem} Leave them out, with all-linear by "
             "adapter.settings.exclude_modules=[...], or set train.check_coverage=false."
         )
-    if accelerator.is_main_process and coverage.idle_experts:
-        print_line("coverage", f"{coverage.idle_experts} experts got no token in the first rows: not proven yet")
 
 
 def evaluate(session: Session) -> None:

@@ -12,7 +12,7 @@ from conftest import make_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from cera_train.adapters import build, saved
-from cera_train.adapters.family import family, title
+from cera_train.adapters.families import family, title
 from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_no_spectrum
 from cera_train.common.errors import UserError
 from cera_train.distributed.sharding import trainable_weights

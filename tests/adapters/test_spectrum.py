@@ -8,7 +8,7 @@ import torch
 from branches import MASKS, ROWS, forward_of
 from conftest import make_tiny_llama
 
-from cera_train.adapters.spectrum import ModuleSpectrum, describe_excess_rank, measure_spectra, spectrum_metrics
+from cera_train.adapters.spectrum import ModuleSpectrum, measure_spectra, spectrum_metrics
 from cera_train.cera import CeraConfig
 from cera_train.model.batches import flat_batch
 
@@ -72,20 +72,6 @@ def test_effective_rank_and_manifold_dimension_by_hand():
     mixed = ModuleSpectrum(torch.tensor([3.0, 1.0], dtype=torch.float64), None)
     assert mixed.effective_rank == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
     assert mixed.manifold_dimension == 1  # 9 / 10 is 90 %
-
-
-@pytest.mark.parametrize(
-    ("config", "shown"),
-    [
-        (peft.LoraConfig(r=33, target_modules=["q_proj", "v_proj"]), "r=32 is enough"),
-        (peft.LoraConfig(r=32, target_modules=["q_proj", "v_proj"]), "None"),  # above v_proj's width only
-        (CeraConfig(r=33, activation="identity"), "r=32 is enough"),
-        (CeraConfig(r=33), "None"),
-    ],
-)
-def test_a_rank_above_every_width_is_named_for_branches_without_a_gate(tiny_llama, config, shown):
-    config.task_type = "CAUSAL_LM"
-    assert str(describe_excess_rank(peft.get_peft_model(tiny_llama, config))).startswith(shown)
 
 
 def test_metrics_have_mean_and_max():

@@ -188,18 +188,6 @@ def test_16_bits_stay_near_the_plain_formula(settings, dtype, autocast):
         assert (one.float() - other.float()).norm() <= 4e-2 * other.float().norm()
 
 
-def test_under_autocast_the_branch_takes_and_gives_16_bits():
-    layer, seen = make_layer(nn.Linear(6, 5, dtype=torch.bfloat16)), []
-    layer.cera_gate["default"].register_forward_hook(
-        lambda module, args, output: seen.append((args[0].dtype, output.dtype))
-    )
-    x = x_of(dtype=torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        layer(x)
-    layer(x)
-    assert seen == [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)]
-
-
 # --- base layers -----------------------------------------------------------------------------------------------------
 
 BASES = {
@@ -242,7 +230,7 @@ def test_over_8_bits_and_a_bias_the_output_may_be_a_view_that_autograd_lets_nobo
 
 
 def test_a_projection_whose_weight_is_read_past_it_is_refused():
-    with pytest.raises(TypeError, match="MultiheadAttention reads this weight"):
+    with pytest.raises(TypeError, match="that are called .*, not NonDynamicallyQuantizableLinear"):
         make_layer(nn.MultiheadAttention(6, 2).out_proj)
 
 

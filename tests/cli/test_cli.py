@@ -120,7 +120,7 @@ def test_the_papers_figures_hold_only_for_what_the_paper_ran(overrides, kept):
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate")
 FOLDERS = ("cli", "sweep", "report", "settings", "common")
-LIGHT = ("cera_train.adapters.family", "cera_train.evaluation.grading", "cera_train.evaluation.tasks.")
+LIGHT = ("cera_train.adapters.families", "cera_train.evaluation.grading", "cera_train.evaluation.tasks.")
 """Settings are checked by the first; processes that verify answers have a memory limit."""
 
 MODULES = sorted(

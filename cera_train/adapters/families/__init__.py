@@ -1,0 +1,55 @@
+"""The kinds of adapters, and the check that a kind reads every setting that is set. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from cera_train.adapters.families.base import Family
+from cera_train.adapters.families.cera import Cera
+from cera_train.adapters.families.full import Full
+from cera_train.adapters.families.lora import Lora
+from cera_train.adapters.families.peft import Peft
+from cera_train.common.errors import UserError
+from cera_train.common.settings import require
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
+
+FAMILIES: dict[AdapterKind, Family] = {
+    AdapterKind.cera: Cera(),
+    AdapterKind.lora: Lora("LoRA"),
+    AdapterKind.rslora: Lora("rsLoRA", use_rslora=True),
+    AdapterKind.dora: Lora("DoRA", use_dora=True),
+    AdapterKind.peft: Peft(),
+    AdapterKind.full: Full(),
+}
+
+UNSET = {"r": None, "alpha": None, "dropout": 0, "target_modules": None, "settings": {}}
+"""Values that count as unset, where the default does not."""
+
+
+def family(kind: str) -> Family:
+    return FAMILIES[AdapterKind(kind)]
+
+
+def title(config: AdapterConfig) -> str:
+    """The name of an adapter for tables and pictures."""
+    return config.label or family(config.kind).title(config)
+
+
+def check_settings(config: AdapterConfig) -> None:
+    """Raises UserError where settings contradict each other, or the kind would ignore one."""
+    kind = family(config.kind)
+    for field in fields(config):
+        name, value, unset = field.name, getattr(config, field.name), UNSET.get(field.name, field.default)
+        if name not in {*kind.uses, "kind", "label", "start_digest"} and value != unset:
+            mend = "null" if unset is None else str(unset).lower()
+            raise UserError(
+                f"adapter.{name}={value}: adapter.kind={config.kind} does not use it. Set adapter.{name}={mend}."
+            )
+    targets, adapts_experts = config.target_modules, config.experts or config.target_parameters
+    is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    is_chosen = bool(targets) and (is_list or isinstance(targets, str))
+    require(
+        is_chosen or (targets is None and not kind.needs_targets) or (targets == [] and bool(adapts_experts)),
+        f"adapter.target_modules={targets!r} must be a list of module names, a regular expression or all-linear.",
+    )
+    kind.check(config)

@@ -29,24 +29,13 @@ class Branch:
     layer: nn.Module
     A: nn.Module
     """Has the weight, [r, d_in]."""
-    gate: nn.Module | None
-    """None for the identity."""
+    B: Callable[[], torch.Tensor]
+    """[d_out, r], called inside the model's forward, where sharded weights are whole."""
+    scaling: float
     r: int
     out_features: int
-    gram: Callable[[], torch.Tensor]
-    """s^2 B^T B, [r, r], float64. Called inside the model's forward, where sharded weights are whole."""
-    gamma: Callable[[], float] | None = None
-    """The learned share of the gate, called inside the forward too; None where it is not learned."""
-
-    def rows(self, inputs: tuple, is_token: torch.Tensor | None) -> torch.Tensor:
-        """The rows that A gets from the layer's inputs, [N, d_in].
-
-        Args:
-            is_token: marks the positions of the flattened batch that are no padding; None for a batch without padding.
-        """
-        x = inputs[0].reshape(-1, inputs[0].shape[-1])
-        # a head gets [N, d_in], without padding
-        return x if is_token is None or inputs[0].ndim == 2 else x[is_token]
+    gate: nn.Module | None = None
+    """None for the identity."""
 
 
 class Family(ABC):
@@ -85,6 +74,6 @@ class Family(ABC):
             left_out: names of projections that all-linear does not take.
         """
 
-    def branches(self, module: nn.Module) -> dict[str, Branch]:
-        """The branches of one module, by the suffix of its name; empty for a module of another kind."""
-        return {}
+    def branch(self, module: nn.Module) -> Branch | None:
+        """The branch of this module; None for a module of another kind."""
+        return None

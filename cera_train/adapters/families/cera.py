@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cera_train.adapters.families.base import ADAPTER, Branch
 from cera_train.adapters.families.peft import RankedPeft
@@ -14,11 +14,8 @@ from cera_train.settings.adapters import Activation, AdapterConfig, Mix
 
 if TYPE_CHECKING:
     import peft
-    import torch
     from torch import nn
     from transformers import PreTrainedModel
-
-    from cera_train.cera.experts import ExpertMatrices
 
 
 class Cera(RankedPeft):
@@ -66,67 +63,20 @@ class Cera(RankedPeft):
         return self.make(CeraConfig, config, values)
 
     def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
-        from cera_train.adapters.targets import expert_names
+        from cera_train.cera.experts import expert_names
 
         if config.experts:
             config = replace(config, experts=False, target_parameters=expert_names(base))
         return super().build(base, config, left_out)
 
-    def branches(self, module: nn.Module) -> dict[str, Branch]:
-        from cera_train.cera import CeraExperts, CeraLayer
+    def branch(self, module: nn.Module) -> Branch | None:
+        from torch import nn
 
-        if not isinstance(module, CeraLayer) or ADAPTER not in module.r:
-            return {}
-        parts = (module.cera_A, module.cera_B, module.cera_gate, module.r, module.scaling)
-        A, B, gate, r, scaling = (part[ADAPTER] for part in parts)
-        if not isinstance(module, CeraExperts):
-            return {"": make_branch(Branch, module, A, B, gate, r, scaling, module.out_features)}
-        return {
-            f".{name}.{expert}": make_branch(
-                *(ExpertBranch, A[name], ExpertMatrix(A[name], expert), ExpertMatrix(B[name], expert)),
-                *(gate[name], r[name], scaling[name], B[name].weight.shape[1]),
-            )
-            for name in A
-            for expert in range(len(A[name].weight))
-        }
+        from cera_train.cera.layer import CeraLinear
 
-
-def make_branch(
-    kind: type[Branch], layer: nn.Module, A: Any, B: Any, gate: nn.Module, r: int, scaling: float, out_features: int
-) -> Branch:
-    """A branch of these matrices.
-
-    Args:
-        A, B: have a weight, [r, d_in] and [d_out, r].
-    """
-    from torch import nn
-
-    from cera_train.cera.branch import LearnedGate
-
-    def gram() -> torch.Tensor:
-        weight = B.weight.double()
-        return scaling**2 * weight.T @ weight
-
-    gamma = (lambda: gate.gamma.item()) if isinstance(gate, LearnedGate) else None
-    return kind(layer, A, None if isinstance(gate, nn.Identity) else gate, r, out_features, gram, gamma)
-
-
-@dataclass
-class ExpertMatrix:
-    """One of the matrices of a layer's experts."""
-
-    matrices: ExpertMatrices
-    expert: int
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return self.matrices.weight[self.expert]
-
-
-class ExpertBranch(Branch):
-    """The branch of one expert: A gets the rows that are routed to it."""
-
-    def rows(self, inputs: tuple, is_token: torch.Tensor | None) -> torch.Tensor:
-        x, routing = inputs
-        pairs = routing.pairs_of[self.A.expert]
-        return x[pairs] if is_token is None else x[pairs][is_token[routing.tokens[pairs]]]
+        if not isinstance(module, CeraLinear) or ADAPTER not in module.r:
+            return None
+        parts = (module.cera_A, module.cera_B, module.scaling, module.r, module.cera_gate)
+        A, B, scaling, r, gate = (part[ADAPTER] for part in parts)
+        gate = None if isinstance(gate, nn.Identity) else gate
+        return Branch(module, A, lambda: B.weight, scaling, r, module.out_features, gate)

@@ -41,25 +41,22 @@ class Lora(RankedPeft):
         }
         return self.make(peft.LoraConfig, config, fields)
 
-    def branches(self, module: nn.Module) -> dict[str, Branch]:
+    def branch(self, module: nn.Module) -> Branch | None:
         from peft.tuners.lora import LoraLayer
         from peft.tuners.lora.layer import ParamWrapper
         from torch import nn
 
         # PEFT's wrapper of experts adds to their weights: it has no hidden units.
         if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper) or ADAPTER not in module.lora_A:
-            return {}
+            return None
         A = module.lora_A[ADAPTER]
         variant = module.lora_variant.get(ADAPTER)
         matrix = {"NoneType": plain_B, "DoraLinearVariant": dora_B}.get(type(variant).__name__)
         if matrix is None or not isinstance(A, nn.Linear):
-            return {}
+            return None
 
-        def gram() -> torch.Tensor:
-            B = matrix(module)
-            return module.scaling[ADAPTER] ** 2 * B.T @ B
-
-        return {"": Branch(module, A, None, module.r[ADAPTER], module.out_features, gram)}
+        scaling, r = module.scaling[ADAPTER], module.r[ADAPTER]
+        return Branch(module, A, lambda: matrix(module), scaling, r, module.out_features)
 
 
 def plain_B(layer: nn.Module) -> torch.Tensor:
