@@ -115,15 +115,19 @@ def test_usual_models_are_changed_whole_before_they_have_weights(kind):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def micro_batches(count: int = 12):
+LIMIT = 4
+"""Variants of a layer that torch compiles here; else 8."""
+
+
+def micro_batches():
     numbers = random.Random(0)
-    for sequences in range(1, count + 1):
+    for sequences in range(1, LIMIT + 3):
         rows = [[numbers.randrange(64) for _ in range(numbers.randint(3, 9))] for _ in range(sequences)]
         yield flat_batch(rows, [[False] + [True] * (len(row) - 1) for row in rows])
 
 
 def make_loss(dtype: str, dropout: float, checkpointing: bool) -> SupervisedLoss:
-    model = make_tiny_llama(vocab_size=64, num_hidden_layers=9).to(getattr(torch, dtype)).requires_grad_(False)
+    model = make_tiny_llama(vocab_size=64, num_hidden_layers=LIMIT + 1).to(getattr(torch, dtype)).requires_grad_(False)
     keep_less(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -154,7 +158,8 @@ def one_process():
 def graphs():
     """Collects the graphs of layers that `compile_layers(graphs.add)` compiled."""
     logging.disable(logging.DEBUG)  # pytest would keep thousands of torch's lines
-    yield Graphs()
+    with torch._dynamo.config.patch(recompile_limit=LIMIT):
+        yield Graphs()
     logging.disable(logging.NOTSET)
     torch.compiler.reset()
     torch.compiler.set_stance("default")
@@ -198,11 +203,11 @@ def test_layers_stay_compiled_whatever_the_number_of_sequences(
     if not dropout:
         expected, _ = gradients(make_loss(dtype, dropout, checkpointing), graphs)
         for ours, eager in zip(got, expected, strict=True):
-            assert (ours - eager).norm() <= 1e-6 * eager.norm()
+            assert (ours - eager).norm() <= 1e-5 * eager.norm()
 
 
 class Widening(nn.Module):
-    """A layer of another width at each call: torch compiles no ninth variant."""
+    """A layer of another width at each call: torch compiles few variants of it."""
 
     def forward(self, x: torch.Tensor, width: object) -> torch.Tensor:
         return x * len(width)
@@ -214,7 +219,7 @@ def test_layers_run_eagerly_once_torch_refuses_a_variant(graphs):
     loss.causal_lm.model.layers.append(layer)
     loss._no_split_modules = {"Widening"}
     loss.compile_layers(graphs.add)
-    for width in range(12):
+    for width in range(LIMIT + 4):
         assert layer(torch.ones(3), ["x"] * width).sum() == 3 * width
     assert loss.is_compiled
     assert loss.stop_compiling()
