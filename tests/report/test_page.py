@@ -63,6 +63,7 @@ def test_pages_show_hostile_text_as_text(pages: Path) -> None:
     assert len(shown) == len(list(pages.glob("*.png")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_page_is_sound_in_a_browser(browser: Any, pages: Path, width: int) -> None:
     """No error, no request, pictures with a text, unique ids, and no wider than the window."""

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.study.page import write_study
 from cera_train.study.results import compare_cells, read_results
 from cera_train.study.verdict import contrast
 
@@ -83,16 +82,6 @@ def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_command, ca
     assert [own["verdict"] for own in results["contrasts"]] == ["not shown", "better"]
     assert results["cells"][0]["losses"][0]["loss"] == pytest.approx([1.02, 1.021, 1.022])
     assert results["command"] == "cera-train -m +study=which"
-
-
-@pytest.mark.slow
-def test_the_page_of_a_study_at_the_edge_of_its_grids_is_no_wider_than_a_window(make_study, tmp_path, browser):
-    write_study(make_study(tune={"optimizer.lr": [1e-3, 1e-2], "adapter.init_scale": [1, 3]}), tmp_path / "page")
-    page = browser.new_page(viewport={"width": 1280, "height": 800})
-    page.goto((tmp_path / "page" / "report.html").as_uri())
-    widths = "[...document.querySelectorAll('.scroll')].map(each => [each.scrollWidth, each.clientWidth])"
-    assert all(width <= visible for width, visible in page.evaluate(widths))
-    page.close()
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
