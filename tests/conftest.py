@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -95,24 +94,6 @@ def configs_parsed_once() -> None:
 
     yaml.load = parse_once
     ConfigStore.__deepcopy__ = lambda store, memo: store
-
-
-@pytest.fixture
-def disk(tmp_path: Path):
-    """disk(folder, "size=64k") mounts a small file system there; disk(folder, "remount,ro") changes it."""
-    mounted = []
-
-    def disk(folder: Path, options: str) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
-            pytest.skip("mounting a file system needs root and its capability for it")
-        if "remount" not in options:
-            mounted.append(folder)
-        return folder
-
-    yield disk
-    for folder in mounted:
-        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -355,6 +356,24 @@ def test_a_folder_between_two_renames_is_put_back(tmp_path):
     with RunFolder.open(tmp_path, {}):
         assert (tmp_path / "best" / "weights").read_text() == "old"
         assert not list(tmp_path.glob(f"{WRITING}*"))
+
+
+@pytest.fixture
+def disk(tmp_path: Path):
+    """disk(folder, "size=64k") mounts a small file system there; disk(folder, "remount,ro") changes it."""
+    mounted = []
+
+    def disk(folder: Path, options: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
+            pytest.skip("mounting a file system needs root and its capability for it")
+        if "remount" not in options:
+            mounted.append(folder)
+        return folder
+
+    yield disk
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_file_that_does_not_fit_leaves_the_earlier_one_alone(tmp_path, disk):

@@ -6,7 +6,6 @@ from oracles import adapted, assert_greedy_answers_are_the_librarys, let_answers
 
 from cera_train.evaluation.generate import Request, can_decode, prepare_generation
 
-pytest_plugins = ["gpu_tests"]
 pytestmark = pytest.mark.gpu
 
 

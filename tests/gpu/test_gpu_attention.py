@@ -9,7 +9,6 @@ from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, attend_by
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.loss import SupervisedLoss
 
-pytest_plugins = ["gpu_tests"]
 pytestmark = pytest.mark.gpu
 
 LENGTHS = [130, 1, 257, 64]

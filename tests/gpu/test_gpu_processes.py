@@ -7,7 +7,6 @@ from tiny_runs import all_losses_of, evaluations_of
 
 from cera_train.training.train import train
 
-pytest_plugins = ["gpu_tests"]
 pytestmark = pytest.mark.gpu
 
 

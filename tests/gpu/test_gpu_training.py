@@ -8,7 +8,6 @@ from tiny_runs import adapter_bytes, losses_of, timeless_metrics, train_and_die_
 
 from cera_train.training.train import train
 
-pytest_plugins = ["gpu_tests"]
 pytestmark = pytest.mark.gpu
 
 BF16 = "model.dtype=bfloat16"
