@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,7 +28,9 @@ def main() -> None:
     rows, rounds, started = arguments.rows, arguments.rounds, time.perf_counter()
     targets: list[Target] = []
     found: dict[str, Any] = {}
-    with evaluation.questions(rows) as questions, training.first_rows(rows) as first_rows:
+    with tempfile.TemporaryDirectory() as folder:
+        questions = rows or evaluation.word_problems(Path(folder) / "questions.jsonl")
+        first_rows = training.write_first_rows(rows, Path(folder) / "rows.jsonl")
         measures: dict[str, Callable[[], Measured]] = {
             "start-up": lambda: startup.measure(rounds),
             "data": lambda: data.measure(rows),

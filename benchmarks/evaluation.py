@@ -6,13 +6,11 @@ slows both. Compare the ratios; the seconds are of this machine, now.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +163,6 @@ def decoding(
         print(f"{name:<34}" + "".join(f"{rows / statistics.median(taken[rows]):>8.0f}" for rows in batches))
     costs = ratios(steps["CeRA"][batches[0]], steps[MERGED][batches[0]])
     return [Target(f"decoding {batches[0]} row, CeRA / merged LoRA", costs, OVERHEAD, is_least=False)], steps
-
-
-@contextlib.contextmanager
-def questions(rows: Path | None) -> Iterator[Path]:
-    """That file, or one of sums in words."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield rows or word_problems(Path(folder) / "rows.jsonl")
 
 
 def word_problems(file: Path, count: int = 64) -> Path:

@@ -7,7 +7,6 @@ the median of some more.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import multiprocessing
@@ -16,7 +15,6 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +59,10 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
     from cera_train.model.batches import flat_batch
 
     quiet_libraries()
-    with maps(point.rows or 20) as file:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        rows = itertools.islice(itertools.cycle(logistic_maps()), point.rows or 20)
+        file.write_text("".join(f"{row}\n" for row in rows))
         setting = Setting(PACKAGE, file, [], "bfloat16", torch.device("cpu"))
         session = our_session(setting, point.kind, point.rank, micro_batch_tokens=MICRO_BATCH_TOKENS)
     order = RowOrder(len(session.data.train), point.sequences, seed=0)
@@ -84,17 +85,6 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
         session.stepper.zero_grad()
         taken.append(time.perf_counter() - started)
     pipe.send({"seconds": statistics.median(taken[1:]), "memory": peak_memory(session.accelerator.device)})
-
-
-@contextlib.contextmanager
-def maps(rows: int) -> Iterator[Path]:
-    """A file of so many logistic maps."""
-    lines = logistic_maps()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
-        with file.open("w") as out:
-            out.writelines(f"{line}\n" for line in itertools.islice(itertools.cycle(lines), rows))
-        yield file
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -9,7 +9,6 @@ SmolLM2-135M on the CPU; where there is a CUDA GPU, also models of the shape of 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import json
@@ -20,7 +19,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -256,14 +254,11 @@ def save_random_model(shape: dict[str, Any], device: str, tokenizer: Any, folder
     torch.cuda.empty_cache()  # it is the contestants' now
 
 
-@contextlib.contextmanager
-def first_rows(rows: Path | None) -> Iterator[Path]:
-    """A file of the first rows of that file; where there is none, of logistic maps: short, and alike."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
-        lines = lines_of(rows) if rows else logistic_maps()
-        file.write_text("".join(f"{line}\n" for line in lines[:FIRST_ROWS]))
-        yield file
+def write_first_rows(rows: Path | None, file: Path) -> Path:
+    """Writes the first rows of a file; where there is none, logistic maps: short, and alike."""
+    lines = lines_of(rows) if rows else logistic_maps()
+    file.write_text("".join(f"{line}\n" for line in lines[:FIRST_ROWS]))
+    return file
 
 
 def lines_of(file: Path) -> list[str]:
