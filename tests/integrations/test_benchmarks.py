@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import needs_smollm2
+from tiny_runs import wait_until
 
 from benchmarks import data, startup
 from benchmarks.gpu import __main__ as command
@@ -94,9 +94,7 @@ def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path):
     arguments = [*command_line, "--piece", *MINIATURE]
     started = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     first, second = (tmp_path / "tiny_cpu" / f"{name}.json" for name in MINIATURE[:2])
-    while not first.exists():
-        assert started.poll() is None
-        time.sleep(0.1)
+    wait_until(lambda: started.poll() is not None or first.exists(), seconds=300, every=0.1)
     os.kill(started.pid, signal.SIGKILL)
     started.communicate()
     stamp = first.stat().st_mtime_ns
