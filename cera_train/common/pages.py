@@ -7,7 +7,6 @@ import base64
 import io
 import itertools
 import math
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +35,8 @@ class Table:
     caption: str
 
     def __post_init__(self) -> None:
-        names = [name for name in self.rows[0] if any(row[name] for row in self.rows)] if self.rows else []
-        self.rows = [{name: row[name] for name in names} for row in self.rows]
+        names = dict.fromkeys(name for row in self.rows for name, cell in row.items() if cell)
+        self.rows = [{name: row.get(name, "") for name in names} for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,11 @@ class Page:
 
     def print(self, folder: Path) -> None:
         """Prints the tables, the notes and where `write` wrote the page."""
-        wrap = textwrap.TextWrapper(terminal_width(), initial_indent="  - ", subsequent_indent="    ")
         for table in self.tables:
             if table.rows:
                 print_rows(table.rows)
         for note in self.notes:
-            print(wrap.fill(clean(note)))
+            print(f"  - {clean(note)}")
         print_line("report", f" {folder / 'report.html'}, report.md")
 
 

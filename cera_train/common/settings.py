@@ -4,9 +4,10 @@ sweeps, reports and recipes read the mark; no list of names stands elsewhere."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
 from urllib.parse import urlsplit
@@ -111,6 +112,17 @@ def word_of(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return f"[{','.join(map(word_of, value))}]" if isinstance(value, list) else str(value)
+
+
+def differing_settings(configs: Mapping[str, dict[str, Any]], schema: type) -> dict[str, dict[str, str]]:
+    """What differs between flat configs, except what changes nothing measured: key -> name -> value in words."""
+    different = {}
+    for key in dict.fromkeys(itertools.chain.from_iterable(configs.values())):
+        words = {name: word_of(config.get(key)) for name, config in configs.items()}
+        # A setting that means nothing to a method stays auto.
+        if len({*words.values()} - {AUTO}) > 1 and changes_of(schema, key) != Changes.nothing:
+            different[key] = words
+    return different
 
 
 def require(condition: bool, message: str) -> None:

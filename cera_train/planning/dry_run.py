@@ -144,7 +144,7 @@ class DryRun:
         """Runs the block on fake tensors, as on the planned device."""
         # transformers would mask whatever is fake, without a look at the values that the meter makes up.
         sees_values = patch("transformers.masking_utils.is_tracing", lambda tensor=None: False)
-        device = choices_of_a_gpu(self.model) if self.config.plan.on_gpu else contextlib.nullcontext()
+        device = choices_of_a_gpu() if self.config.plan.on_gpu else contextlib.nullcontext()
         errors = errors_in_one_line(self.config.model, self.base.config.model_type)
         with errors, sees_values, device, self.fake_mode, self.meter:
             yield
@@ -291,25 +291,19 @@ if hasattr(MOE, "grouped_mm_fallback_backward"):  # transformers 5.10 has none
 
 
 @contextlib.contextmanager
-def choices_of_a_gpu(model: nn.Module) -> Iterator[None]:
+def choices_of_a_gpu() -> Iterator[None]:
     """Larger chunks of logits, FlashAttention's variable-length kernel in 16 bits, and dropout's masks in bytes."""
-    dropouts = [module for module in model.modules() if type(module) is nn.Dropout]
     with (
         patch.object(losses, "chunk_tokens", lambda on_gpu: chunk_tokens(on_gpu=True)),
         patch.object(losses, "kernel_may_run", lambda device, dtype: dtype.itemsize == 2),
+        patch("torch.nn.functional.dropout", gpu_dropout),
     ):
-        for module in dropouts:
-            module.__class__ = GpuDropout
         yield
-        for module in dropouts:
-            module.__class__ = nn.Dropout
 
 
-class GpuDropout(nn.Dropout):
+def gpu_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     """A GPU keeps a dropout's mask in bytes, a CPU as numbers of what it drops."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.native_dropout(x, self.p, self.training)[0] if self.p else x
+    return torch.native_dropout(x, p, training)[0] if p and training else x
 
 
 def keep_input(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:

@@ -100,7 +100,6 @@ class RunTotals:
     """How much of the data a run goes through, without an early stop by `train.patience`."""
 
     updates: int
-    rows: int  # training rows, as often as they are seen
     tokens: float
     evaluations: int
     eval_tokens: float  # of all evaluations, of the probes of spectra, and of what else needs no gradient
@@ -246,7 +245,6 @@ def run_totals(config: Config, size: DataSize) -> RunTotals:
         forward_only += size.train_rows * row_tokens + eval_tokens + tokens
     return RunTotals(
         updates=updates,
-        rows=rows,
         tokens=tokens,
         evaluations=evaluations,
         eval_tokens=forward_only,

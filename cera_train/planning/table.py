@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cera_train.common.settings import Changes, changes_of, flatten, to_plain
+from cera_train.common.settings import differing_settings, flatten, to_plain
 from cera_train.common.terminal import counted, duration, gigabytes, print_line, print_table, targets
 from cera_train.planning.plan import GB, USABLE, RunPlan
 from cera_train.settings.model import Quantization
@@ -47,7 +47,6 @@ def print_plan(plan: RunPlan) -> None:
         print_line("fits", f"{needs} of the {memory}")
     else:
         print_line("too large", f"{needs}, more than {USABLE:.0%} of the {memory}")
-    _print_missing_price(plan)
 
 
 def print_plans(noun: str, groups: Mapping[str, Sequence[RunPlan]]) -> None:
@@ -66,22 +65,18 @@ def print_plans(noun: str, groups: Mapping[str, Sequence[RunPlan]]) -> None:
     rows.append([counted(len(groups), noun), "", *_sums(every), ""])
     header = [noun, "trainable", "runs", "peak", "updates", "time", "GPU-hours", "cost", ""]
     print_table(header, rows, right=range(1, 8))
-    print()
-    _print_missing_price(every[0])
 
 
 def name_jobs(plans: Sequence[RunPlan]) -> dict[str, list[RunPlan]]:
     """The jobs of a sweep by what differs between them."""
-    settings = [flatten(to_plain(plan.config)) for plan in plans]
-    keys = [key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)]
-    keys = [key for key in keys if key.startswith("plan.") or changes_of(PlanRun, key) != Changes.nothing]
+    keys = differing_settings({str(n): flatten(to_plain(plan.config)) for n, plan in enumerate(plans)}, PlanRun)
     for path in ("model.path", "data.path"):  # tells its whole section apart
-        section = path.split(".")[0] + "."
-        keys = [key for key in keys if path not in keys or key == path or not key.startswith(section)]
+        if path in keys:
+            keys = {key: words for key, words in keys.items() if key == path or key.split(".")[0] != path.split(".")[0]}
     named: dict[str, list[RunPlan]] = {}
-    for values, plan in zip(settings, plans, strict=True):
-        name = " ".join(f"{key}={values.get(key)}" for key in keys) or plan.config.name
-        named.setdefault(name, []).append(plan)
+    for n, plan in enumerate(plans):
+        name = " ".join(f"{key}={words[str(n)]}" for key, words in keys.items())
+        named.setdefault(name or plan.config.name, []).append(plan)
     return named
 
 
@@ -138,11 +133,6 @@ def _describe_device(plan: RunPlan) -> str:
         f"{settings.gpus} x {device.name}, {device.memory / GB:.0f} GB, {speed} at best, "
         f"{plan.mfu:.0%} of it in training ({'plan.mfu' if settings.mfu else assumed})"
     )
-
-
-def _print_missing_price(plan: RunPlan) -> None:
-    if plan.cost is None and plan.config.plan.on_gpu:
-        print_line("cost", "set plan.price_per_hour to the price of one GPU")
 
 
 def _size(size: float) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from cera_train.common.errors import UserError
-from cera_train.common.settings import Changes, changes_of, word_of
+from cera_train.common.settings import Changes, changes_of, differing_settings
 from cera_train.evaluation.statistics import ERROR_RATE, Difference, McNemar, holm, mcnemar, paired_bootstrap, sign_flip
-from cera_train.report.runs import Run, Settings, group_by
+from cera_train.report.runs import Run, group_by
 from cera_train.settings.evaluation import EvalConfig
-from cera_train.settings.run import Config
 
 MOST_RUNS_IN_ALL_PAIRS = 6
 
@@ -116,18 +115,6 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
 # --- what to know before comparing -----------------------------------------------------------------------------------
 
 
-def differing_settings(settings: Mapping[str, Settings], schema: type = Config) -> list[dict[str, str]]:
-    """A row for each setting in which runs or their evaluations differ: the setting, then its text by name."""
-    keys = dict.fromkeys(itertools.chain.from_iterable(settings.values()))
-    rows = []
-    for key in keys:
-        texts = {name: word_of(each.get(key)) for name, each in settings.items()}
-        # A setting that means nothing to a method stays auto.
-        if len({*texts.values()} - {"auto"}) > 1 and changes_of(schema, key) != Changes.nothing:
-            rows.append({"setting": key, **texts})
-    return rows
-
-
 def cautions(runs: Sequence[Run]) -> list[str]:
     """What makes figures of these runs not comparable, or less than they seem."""
     notes: list[str] = []
@@ -147,11 +134,10 @@ def cautions(runs: Sequence[Run]) -> list[str]:
     check("Speed, time and peak memory are of different machines", lambda run: run.environment.machine, measured)
     for task in task_names(runs):
         settings = {run.name: run.evaluations[task].settings for run in runs if task in run.evaluations}
-        for row in differing_settings(settings, EvalConfig):
-            key = row.pop("setting")
+        for key, words in differing_settings(settings, EvalConfig).items():
             # Models and adapters are what is compared.
             if not key.startswith(("adapter_digest", "model.")) and changes_of(EvalConfig, key) != Changes.cost:
-                texts = "; ".join(f"{name}: {text}" for name, text in row.items())
+                texts = "; ".join(f"{name}: {word}" for name, word in words.items())
                 notes.append(f"Evaluations on {task} differ in {key}: {texts}.")
     return notes
 

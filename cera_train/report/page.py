@@ -4,18 +4,18 @@ recipe names one; paired tests; settings that differ; pictures and notes."""
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cera_train.common.pages import Page, Table
+from cera_train.common.settings import differing_settings
 from cera_train.common.terminal import announce, counted, duration, gigabytes
-from cera_train.evaluation.tasks.task import Metric
-from cera_train.report.comparison import cautions, differing_settings, missing_pieces, paired_tests
+from cera_train.report.comparison import cautions, missing_pieces, paired_tests
 from cera_train.report.pictures import plan_pictures
 from cera_train.report.runs import Run, accuracy_metric, read_runs
 from cera_train.runs.evaluation_folder import ENDINGS, AccuracyResult, PerplexityResult
 from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share, is_task_figure
+from cera_train.settings.run import Config
 
 CAPTION = (
     "Exact is the task's published rule, verified mathematical equality by math-verify or exact. Below an accuracy: "
@@ -34,11 +34,11 @@ def compare_runs(folders: Sequence[Path]) -> Page:
     announce("comparing", counted(len(runs), "run"))
     tests, notes = paired_tests(runs)
     trained = [run for run in runs if run.is_training]
-    settings = differing_settings({run.name: run.settings for run in trained})
+    settings = differing_settings({run.name: run.settings for run in trained}, Config)
     tables = [
         table_of(runs),
         Table("Paired tests", [test.row for test in tests], TESTS),
-        Table("Settings", settings, "In which the training runs differ."),
+        Table("Settings", [{"setting": key} | words for key, words in settings.items()], "What differs between runs."),
     ]
     title = runs[0].name if len(runs) == 1 else f"Comparison of {len(runs)} runs"
     commands = {run.name: run.environment.command_line or "not on record" for run in trained}
@@ -50,12 +50,11 @@ def compare_runs(folders: Sequence[Path]) -> Page:
 
 def table_of(runs: Sequence[Run]) -> Table:
     """The figures that runs have, and those of the paper that their recipes name."""
-    metrics = _task_metrics(runs)
-    return Table("Runs", [_row(run, metrics) for run in runs], CAPTION)
+    return Table("Runs", list(map(_row, runs)), CAPTION)
 
 
-def _row(run: Run, metrics: Sequence[tuple[str, Metric]]) -> dict[str, str]:
-    figures, tasks = run.figures, dict.fromkeys(task for task, _ in metrics)
+def _row(run: Run) -> dict[str, str]:
+    figures = run.figures
     share, updates = cell(figures.trainable_share, "{:.2%} of the model"), cell(figures.updates, "{:,} updates")
     return {
         "run": run.name,
@@ -63,8 +62,7 @@ def _row(run: Run, metrics: Sequence[tuple[str, Metric]]) -> dict[str, str]:
         "r": cell(run.rank, "{:,}"),
         "parameters": cell(figures.trainable_parameters, "{:,}", share),
         "perplexity": _perplexity(run),
-        **{f"{task} {metric.label}": _of_task(run, task, metric) for task, metric in metrics},
-        **{f"{task} answers, {' / '.join(ENDINGS)}": _endings(run, task) for task in tasks},
+        **_task_cells(run),
         "effective rank, mean / max": _mean_and_max(run, "effective_rank"),
         "manifold dimension, mean / max": _mean_and_max(run, "manifold_dimension"),
         "linear share": describe_linear_share(figures),
@@ -72,6 +70,31 @@ def _row(run: Run, metrics: Sequence[tuple[str, Metric]]) -> dict[str, str]:
         "peak memory": cell(figures.peak_memory_bytes, gigabytes),
         "time": cell(figures.seconds, duration, updates),
     }
+
+
+def _task_cells(run: Run) -> dict[str, str]:
+    """The figures of its evaluations, and the paper's that it has not measured."""
+    cells = {}
+    for task, evaluation in run.evaluations.items():
+        result = evaluation.result
+        for metric in evaluation.metrics:
+            key, (value, interval), notes = f"{task}/{metric.key}", evaluation.figure(metric), []
+            if interval:
+                notes.append(f"{100 * interval[0]:.1f} to {interval[1]:.1%}")
+            if isinstance(result, PerplexityResult) and result.perplexity_base is not None:
+                notes.append(f"{result.perplexity_base:.3f} without adapter")
+            notes += _paper(run, key, value, metric.is_share)
+            if (limit := evaluation.settings.get("task.limit")) is not None and key in run.published:
+                notes.append(f"ours of the first {limit:,} problems")
+            cells[f"{task} {metric.label}"] = cell(value, "{:.1%}" if metric.is_share else "{:.3f}", *notes)
+        if isinstance(result, AccuracyResult) and result.endings:
+            shares = " / ".join(f"{100 * share:.1f}" for share in result.endings.values())
+            cells[f"{task} answers, {' / '.join(ENDINGS)}"] = f"{shares} %"
+    for key in filter(is_task_figure, run.published):
+        task, _, name = key.partition("/")
+        paper = cell(None, "", *_paper(run, key, None, is_share=True))
+        cells.setdefault(f"{task} {accuracy_metric(name).label}", paper)
+    return cells
 
 
 def cell(value: float | None, form: str | Callable[[float], str], *notes: str) -> str:
@@ -101,40 +124,6 @@ def _mean_and_max(run: Run, quantity: str) -> str:
     values = [getattr(run.figures.spectrum, f"{quantity}_{end}") for end in ("mean", "max")]
     texts = [cell(value, "{:,}" if isinstance(value, int) else "{:,.1f}") or "–" for value in values]
     return "" if values == [None, None] else " / ".join(texts)
-
-
-def _task_metrics(runs: Sequence[Run]) -> list[tuple[str, Metric]]:
-    """The metrics of each task that get a column: those of the evaluations, then the paper's accuracies."""
-    metrics: dict[str, dict[str, Metric]] = defaultdict(dict)
-    for run in runs:
-        for task, evaluation in run.evaluations.items():
-            metrics[task] |= {metric.key: metric for metric in evaluation.metrics}
-    for key in (key for run in runs for key in run.published if is_task_figure(key)):
-        task, _, name = key.partition("/")
-        metrics[task].setdefault(name, accuracy_metric(name))
-    return [(task, metric) for task in sorted(metrics) for metric in metrics[task].values()]
-
-
-def _of_task(run: Run, task: str, metric: Metric) -> str:
-    key, form = f"{task}/{metric.key}", "{:.1%}" if metric.is_share else "{:.3f}"
-    if (evaluation := run.evaluations.get(task)) is None:
-        return cell(None, form, *_paper(run, key, None, metric.is_share))
-    (value, interval), result, notes = evaluation.figure(metric), evaluation.result, []
-    if interval:
-        notes.append(f"{100 * interval[0]:.1f} to {interval[1]:.1%}")
-    if isinstance(result, PerplexityResult) and result.perplexity_base is not None:
-        notes.append(f"{result.perplexity_base:.3f} without adapter")
-    notes += _paper(run, key, value, metric.is_share)
-    if (limit := evaluation.settings.get("task.limit")) is not None and key in run.published:
-        notes.append(f"ours of the first {limit:,} problems")
-    return cell(value, form, *notes)
-
-
-def _endings(run: Run, task: str) -> str:
-    """The shares of the answers by how they ended."""
-    result = run.evaluations[task].result if task in run.evaluations else None
-    shares = result.endings if isinstance(result, AccuracyResult) else {}
-    return " / ".join(f"{100 * share:.1f}" for share in shares.values()) + " %" if shares else ""
 
 
 def _paper(run: Run, key: str, value: float | None, is_share: bool = False) -> list[str]:

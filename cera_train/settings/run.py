@@ -92,16 +92,16 @@ def are_deviations(value: Any) -> bool:
 
 @dataclass
 class PlanConfig:
-    gpu: GpuKind = setting(GpuKind.h100, "nothing")
+    gpu: GpuKind = setting(GpuKind.h100, "cost")
     """cpu: this machine's, whose speed is measured for half a second."""
-    gpus: int = setting(1, "nothing")
-    mfu: float | None = setting(None, "nothing")
+    gpus: int = setting(1, "cost")
+    mfu: float | None = setting(None, "cost")
     """Share of the peak speed that training reaches. null: 0.4 on a GPU; on a CPU the share measured with SmolLM2."""
-    price_per_hour: float | None = setting(None, "nothing")
+    price_per_hour: float | None = setting(None, "cost")
     """Price of one GPU, in any currency."""
-    tokens_per_row: float | None = setting(None, "nothing")
+    tokens_per_row: float | None = setting(None, "cost")
     """null: from data.facts or the data files."""
-    spread: Any = setting(None, "nothing")
+    spread: Any = setting(None, "cost")
     """How the difference between two arms of a study varies, by outcome, such as {loss: [0.002, 0.02, 0.02]}: standard
     deviations between seeds, between problems or rows, and beyond both; in nats a token, or in shares of a score."""
 

@@ -1,5 +1,5 @@
-"""The cells of a study: each arm under each condition, its runs, and which of them judge it. Imports no
-torch.
+"""The cells of a study: each arm under each condition, its runs, which of them judge it, and what those measured.
+Imports no torch.
 
 Every seed runs every tuned value to its end, and the value that is best on average, by the study's first outcome,
 judges the arm. With `study.tune_seeds=k` the first k seeds choose, and the others judge.
@@ -8,16 +8,24 @@ judges the arm. With `study.tune_seeds=k` the first k seeds choose, and the othe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from cera_train.runs.results import RunResult, read_grades
+from cera_train.common.errors import UserError
+from cera_train.runs.evaluation_folder import ENDINGS
+from cera_train.runs.results import LOSSES_AFTER, Environment, RunResult, TokenLosses, read_grades
 from cera_train.settings.sweep import LOSS, StudyConfig
 from cera_train.sweep.folder import RECORD, State, SweepRecord, job_name, job_status, key_of
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ARM, SEED = "study.arm", "train.seed"
 
@@ -33,6 +41,58 @@ class Candidate:
 
     def overrides_of(self, seed: int) -> list[str]:
         return [f"{SEED}={seed}" if key_of(word) == SEED else word for word in self.overrides]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An outcome of one run on every problem."""
+
+    problems: list[Any]
+    """Equal for runs on the same problems: their names, or the supervised tokens of held-out rows."""
+    values: Sequence[float]
+    """[problems] nats a token, or scores."""
+    weights: np.ndarray | None = None
+    """[problems]: supervised tokens."""
+    endings: Counter[str] = field(default_factory=Counter)
+    """How many answers end in each way."""
+
+    @classmethod
+    def read(cls, name: str, run: Path) -> Outcome:
+        if name == LOSS:
+            losses = TokenLosses.read(run / LOSSES_AFTER)
+            counts = losses.tokens > 0
+            tokens = losses.tokens[counts]
+            return cls(losses.tokens.tolist(), losses.sums()[counts] / tokens, tokens)
+        problems = sorted(read_grades(run, name), key=lambda problem: problem.problem)
+        endings = Counter(problem.ending for problem in problems)
+        return cls([each.problem for each in problems], [each.score for each in problems], endings=endings)
+
+
+@dataclass(frozen=True)
+class JudgedRun:
+    """A run that judges its cell."""
+
+    folder: Path
+    names: list[str]
+    """Of outcomes."""
+
+    @cached_property
+    def result(self) -> RunResult:
+        return RunResult.read(self.folder / "result.json")
+
+    @cached_property
+    def environment(self) -> Environment:
+        return Environment.find(self.folder / "environment.json") or Environment()
+
+    @cached_property
+    def outcomes(self) -> dict[str, Outcome]:
+        return {name: Outcome.read(name, self.folder) for name in self.names}
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """What is equal for runs that can be compared."""
+        digests = {f"{split.replace('_', '-')} rows": each for split, each in (self.environment.rows or {}).items()}
+        return digests | {f"problems of {name}": outcome.problems for name, outcome in self.outcomes.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +150,42 @@ class Cell:
         mean, chosen = min(zip(map(fmean, self.losses), self.candidates, strict=True), key=lambda pair: pair[0])
         return chosen if math.isfinite(mean) else None
 
-    @property
-    def runs(self) -> list[Path]:
-        """The folders of the runs that judge, there or not; empty where nothing is chosen."""
-        return [self.run(self.chosen, seed) for seed in self.judging] if self.chosen else []
+    @cached_property
+    def runs(self) -> list[JudgedRun]:
+        """The runs that judge, one for each seed. Raises UserError where one diverged."""
+        if not self.chosen or math.inf in [self.loss(self.chosen, seed) for seed in self.judging]:
+            raise UserError(
+                f"{self.study.folder}: {self.name} diverged at every value of study.tune, or with a seed at the value "
+                "chosen. Add smaller values, and repeat the command."
+            )
+        return [JudgedRun(self.run(self.chosen, seed), self.study.config.outcomes) for seed in self.judging]
+
+    def values(self, outcome: str) -> np.ndarray:
+        """[seeds, problems]"""
+        import numpy as np
+
+        return np.array([run.outcomes[outcome].values for run in self.runs], dtype=float)
+
+    def weights(self, outcome: str) -> np.ndarray | None:
+        """[problems]: supervised tokens of the rows of a loss."""
+        return self.runs[0].outcomes[outcome].weights
+
+    def means(self, outcome: str) -> list[float]:
+        """An outcome of each seed."""
+        import numpy as np
+
+        return np.average(self.values(outcome), axis=1, weights=self.weights(outcome)).tolist()
+
+    def endings(self, outcome: str) -> dict[str, float]:
+        """The share of the answers of all seeds that end in each way; empty for a loss."""
+        counts = sum((run.outcomes[outcome].endings for run in self.runs), Counter())
+        return {ending: counts[ending] / counts.total() for ending in ENDINGS} if counts else {}
+
+    def figure(self, name: str) -> float | None:
+        """The mean over seeds of a figure of result.json or of its spectra."""
+        results = [run.result for run in self.runs]
+        values = [getattr(result if hasattr(result, name) else result.spectrum, name) for result in results]
+        return None if None in values else fmean(values)
 
     def along(self, key: str) -> dict[float, float]:
         """The grid through the chosen values along one of them: value -> mean loss, by size; empty for words."""

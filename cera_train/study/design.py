@@ -66,7 +66,7 @@ def study_record(config: DictConfig) -> SweepRecord:
 # --- what makes arms comparable --------------------------------------------------------------------------------------
 
 
-def check_cells(config: DictConfig, study: Study, compose: ComposeJob[Config]) -> None:
+def check_cells(config: DictConfig, study: Study, compose: ComposeJob) -> None:
     """Raises UserError where train.seed is set beside the study's own seeds, or arms do not compare. Names the gates
     without a control."""
     seeds = [override for override in config.hydra.overrides.task if key_of(override) == SEED]
@@ -161,7 +161,7 @@ def is_study(config: DictConfig) -> bool:
     return config.hydra.sweeper.get("_target_", "").endswith(f".{StudySweeper.__name__}")
 
 
-def begin_study(config: DictConfig, compose: ComposeJob[Config]) -> None:
+def begin_study(config: DictConfig, compose: ComposeJob) -> None:
     """`begin` for a study: first refuses one that could not answer its question."""
     study = study_of(config)
     for key in ("tune_seeds", "extend"):

@@ -17,7 +17,7 @@ from cera_train.common.terminal import announce, counted, duration
 from cera_train.runs.results import SPECTRUM_TERMS, Environment
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, Study
-from cera_train.study.results import CellResult, Comparison, compare_cells, read_results
+from cera_train.study.results import Comparison, compare_cells
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,19 +37,16 @@ FIGURES = {
 
 
 def write_study(study: Study, output: Path) -> Page:
-    """Writes the page of a finished study, and study_results.json: numbers to commit as evidence.
-
-    Raises:
-        UserError: what `read_results` and `compare_cells` refuse.
-    """
-    results, outcomes, matters = read_results(study), study.config.outcomes, study.config.matters
-    announce("comparing", counted(len(results), "cell"))
-    comparisons, name = compare_cells(study, results), study.folder.resolve().name
+    """Writes the page of a finished study, and study_results.json: numbers to commit as evidence. Raises UserError
+    where runs are missing or cannot be compared."""
+    cells, outcome, matters = study.cells, study.config.outcomes[0], study.config.matters
+    announce("comparing", counted(len(cells), "cell"))
+    comparisons, name = compare_cells(study), study.folder.resolve().name
     command = Environment(study.record.command).command_line or "not on record"
     tables = [
         Table(
             "Verdicts",
-            [_verdict_row(each, matters if each.outcome == outcomes[0] else None) for each in comparisons],
+            [_verdict_row(each, matters if each.outcome == outcome else None) for each in comparisons],
             "Differences of a loss are in nats a token, of a score in points; the verdict is on the first-named arm. "
             "Edge: an arm is best at the end of its grid, which allows no verdict: add values beyond it, by "
             "study.extend=true. The interval holds for other seeds and problems. Holm corrects p over the contrasts of "
@@ -58,20 +55,20 @@ def write_study(study: Study, output: Path) -> Page:
         ),
         Table(
             "Cells",
-            [_cell_row(result, outcomes) for result in results],
+            list(map(_cell_row, cells)),
             f"Means over seeds at the values of the lowest mean loss, ± a standard deviation. {SPECTRUM_TERMS}",
         ),
     ]
-    picture = _picture(outcomes[0], matters, [each for each in comparisons if each.outcome == outcomes[0]])
+    picture = _picture(outcome, matters, [each for each in comparisons if each.outcome == outcome])
     page = Page(study.config.question or f"Study {name}", tables, [picture], {name: command})
     page.write(output)
-    environments = [run.environment for result in results for run in result.runs]
+    environments = [run.environment for cell in cells for run in cell.runs]
     numbers = {
         "study": name,
         "command": command,
         "config": dataclasses.asdict(study.config),
         "contrasts": list(map(dataclasses.asdict, comparisons)),
-        "cells": [_cell_json(result, outcomes) for result in results],
+        "cells": list(map(_cell_json, cells)),
         "machines": sorted({f"{each.machine}, {each.platform}, Python {each.python}" for each in environments}),
         "versions": {package: version for each in environments for package, version in (each.packages or {}).items()},
     }
@@ -99,35 +96,31 @@ def _verdict_row(comparison: Comparison, matters: float | None) -> dict[str, str
     }
 
 
-def _cell_row(result: CellResult, outcomes: Sequence[str]) -> dict[str, str]:
-    row = {"cell": result.cell.name, "tuned": _chosen(result.cell)}
-    for outcome in outcomes:
-        means = result.means(outcome)
+def _cell_row(cell: Cell) -> dict[str, str]:
+    chosen = " ".join(f"{key}={value}" for key, value in cell.chosen.values.items())
+    row = {"cell": cell.name, "tuned": f"{chosen} (edge)" if cell.edges else chosen}
+    for outcome in cell.study.config.outcomes:
+        means = cell.means(outcome)
         row[outcome] = f"{fmean(means):.4f}" if outcome == LOSS else f"{fmean(means):.1%}"
         row[outcome] += f" ± {_number(outcome, stdev(means))}" if len(means) > 1 else ""
     for name, (label, form) in FIGURES.items():
-        value = result.figure(name)
+        value = cell.figure(name)
         row[label] = "" if value is None else form(value)
     return row
 
 
-def _cell_json(result: CellResult, outcomes: Sequence[str]) -> dict[str, Any]:
-    cell = result.cell
+def _cell_json(cell: Cell) -> dict[str, Any]:
+    outcomes = cell.study.config.outcomes
     return {
         "arm": cell.arm,
         "condition": cell.condition,
         "chosen": cell.chosen.values,
         "edges": cell.edges,
         "losses": [each.values | {"loss": row} for each, row in zip(cell.candidates, cell.losses, strict=True)],
-        "outcomes": {outcome: result.means(outcome) for outcome in outcomes},
-        **{name: result.figure(name) for name in FIGURES},
-        "endings": {outcome: endings for outcome in outcomes if (endings := result.endings(outcome))},
+        "outcomes": {outcome: cell.means(outcome) for outcome in outcomes},
+        **{name: cell.figure(name) for name in FIGURES},
+        "endings": {outcome: endings for outcome in outcomes if (endings := cell.endings(outcome))},
     }
-
-
-def _chosen(cell: Cell) -> str:
-    """The tuned values, such as `optimizer.lr=0.001 (edge)`."""
-    return " ".join(f"{key}={value}" for key, value in cell.chosen.values.items()) + " (edge)" * bool(cell.edges)
 
 
 def _number(outcome: str, value: float, sign: str = "") -> str:

@@ -11,7 +11,6 @@ from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.planning.plan import RunPlan, make_plan
 from cera_train.planning.table import print_plans
-from cera_train.settings.run import PlanRun
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Study
 from cera_train.study.design import check_cells, study_of, study_record
@@ -19,7 +18,7 @@ from cera_train.study.verdict import POWER, Variances, detectable
 from cera_train.sweep.grid import ComposeJob
 
 
-def plan_study(config: DictConfig, compose: ComposeJob[PlanRun]) -> None:
+def plan_study(config: DictConfig, compose: ComposeJob) -> None:
     """Prints the plan of every cell, their sum, and what the study detects.
 
     Args:
@@ -38,6 +37,7 @@ def plan_study(config: DictConfig, compose: ComposeJob[PlanRun]) -> None:
         candidates.sort(key=lambda plan: plan.seconds)  # the values that will be chosen are unknown: count the dearest
         planned[cell.name] = candidates * len(cell.tuning) + candidates[-1:] * (study.config.seeds - len(cell.tuning))
     print_plans("cell", planned)
+    print()
     print_power(study, [runs[-1] for runs in planned.values()], spread)
 
 
@@ -54,7 +54,8 @@ def print_power(study: Study, plans: Sequence[RunPlan], spread: Mapping[str, Seq
             print_line("detects", f"{outcome}: set plan.spread={{{outcome}: [...]}}")
             continue
         what = "rows" if outcome == LOSS else "problems"
-        problems = min(_problems(outcome, plan) for plan in plans)
+        sizes = [{LOSS: plan.data.eval_rows} | {task.name: task.problems for task in plan.tasks} for plan in plans]
+        problems = min(size[outcome] for size in sizes)
         variances = Variances(*(deviation**2 for deviation in spread[outcome]))
         smallest = detectable(variances, config.seeds, problems, contrasts)
         print_line(
@@ -65,10 +66,3 @@ def print_power(study: Study, plans: Sequence[RunPlan], spread: Mapping[str, Seq
         if outcome == config.outcomes[0]:
             verb = "is" if smallest <= config.matters else "is not"
             print_line("", f"study.matters={config.matters:g} {verb} detected")
-
-
-def _problems(outcome: str, plan: RunPlan) -> int:
-    """Rows of a loss, or problems of a task."""
-    if outcome == LOSS:
-        return plan.data.eval_rows
-    return next(size.problems for size in plan.tasks if size.name == outcome)

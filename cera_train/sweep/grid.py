@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -41,8 +41,7 @@ from cera_train.sweep.folder import JOBS, RECORD, JobRecord, SweepRecord, choice
 WRITER = "sweep"
 """Holder of the folder's lock, for messages. A study holds it while it runs: it chooses jobs by earlier results."""
 
-Run = TypeVar("Run")
-ComposeJob = Callable[[Iterable[str]], Run]
+ComposeJob = Callable[[Iterable[str]], Any]
 """compose(overrides) -> the checked config of a job; raises UserError for an impossible one."""
 
 
@@ -76,18 +75,18 @@ def grid(config: DictConfig, params: Mapping[str, str] | None = None) -> list[li
     return jobs
 
 
-def job_composer(config: DictConfig, check: Callable[[DictConfig], Run]) -> ComposeJob[Run]:
+def job_composer(config: DictConfig, check: Callable[[DictConfig], Any]) -> ComposeJob:
     """compose(overrides) -> the checked config of a job, each composed once and passed through `check`."""
     loader = GlobalHydra.instance().config_loader()
 
     @functools.cache
-    def compose(*overrides: str) -> Run:
+    def compose(*overrides: str) -> Any:
         return check(loader.load_sweep_config(config, list(overrides)))
 
     return lambda overrides: compose(*overrides)
 
 
-def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob[Config]) -> None:
+def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) -> None:
     """Composes jobs, name -> overrides, until every value has been in a possible one. A value that is impossible beside
     some others fails in its jobs, and the rest of the sweep runs.
 
@@ -184,7 +183,7 @@ def jobs_by_name(jobs: Iterable[list[str]], swept: Collection[str]) -> dict[str,
     return {job_name(job, swept): job for job in jobs}
 
 
-def begin(config: DictConfig, compose: ComposeJob[Config], record: SweepRecord) -> None:
+def begin(config: DictConfig, compose: ComposeJob, record: SweepRecord) -> None:
     """Writes sweep.json. First refuses what `check_jobs` refuses, and a folder that another command holds."""
     folder = Path(config.hydra.sweep.dir)
     check_jobs(folder, record.jobs, compose)

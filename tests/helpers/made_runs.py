@@ -143,7 +143,8 @@ def add_evaluation(
     grades = []
     for n, sample in itertools.product(range(problems), range(samples)):
         is_right = solved(n, sample) if callable(solved) else n in solved
-        grades.append(Grade(asked[n].id, sample, "7", is_right, is_right if verified else None))
+        steps = {"matches": [is_right]} if kind == "logistic_map" else {}
+        grades.append(Grade(asked[n].id, sample, "7", is_right, is_right if verified else None, **steps))
     (folder / "grades.jsonl").write_text(to_lines(grades))
     result = score(replace(gsm8k.TASK, is_verified=verified), asked, [], grades)
     result.replace(task=task, kind=kind, problems=problems, samples=samples).write(folder / "result.json")

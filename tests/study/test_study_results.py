@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.study.results import compare_cells, read_results
+from cera_train.study.results import compare_cells
 from cera_train.study.verdict import contrast
 
 
@@ -23,12 +23,12 @@ RANKS = {"conditions": {"adapter.r": [16, 64]}, "seeds": 3}
 
 def test_verdicts_are_better_worse_or_not_shown(make_study):
     study = make_study(loss_by_rank, **RANKS, baseline="lora")
-    assert [(own.condition, own.verdict) for own in compare_cells(study, read_results(study))] == [
+    assert [(own.condition, own.verdict) for own in compare_cells(study)] == [
         ("adapter.r=16", "not shown"),
         ("adapter.r=64", "better"),
     ]
     study = make_study(loss_by_rank, **RANKS, baseline="cera")
-    assert [own.verdict for own in compare_cells(study, read_results(study))] == ["not shown", "worse"]
+    assert [own.verdict for own in compare_cells(study)] == ["not shown", "worse"]
 
 
 def test_higher_scores_are_better_and_the_first_outcome_chooses_the_rate(make_study):
@@ -39,9 +39,9 @@ def test_higher_scores_are_better_and_the_first_outcome_chooses_the_rate(make_st
         seeds=3,
     )
     assert [cell.chosen.values for cell in study.cells] == [{"optimizer.lr": "0.001"}] * 2
-    comparisons = compare_cells(study, read_results(study))
+    comparisons = compare_cells(study)
     assert [(own.outcome, own.verdict) for own in comparisons] == [("gsm8k", "better"), ("loss", "not shown")]
-    endings = read_results(study)[0].endings("gsm8k")
+    endings = study.cells[0].endings("gsm8k")
     assert endings["right"] + endings["loop"] == pytest.approx(1)
 
 
@@ -51,7 +51,7 @@ def test_a_best_value_at_the_end_of_its_grid_allows_no_verdict(make_study):
         return 1 - 0.5 * (values["study.arm"] == "cera") + 0.02 * (values["optimizer.lr"] != best)
 
     study = make_study(loss)
-    (comparison,) = compare_cells(study, read_results(study))
+    (comparison,) = compare_cells(study)
     assert comparison.verdict == "not shown"
     assert comparison.p_holm < 0.05
     assert comparison.edges == ["cera at the largest optimizer.lr, 0.003"]
@@ -60,11 +60,11 @@ def test_a_best_value_at_the_end_of_its_grid_allows_no_verdict(make_study):
 def test_what_a_value_between_those_of_the_grid_could_gain_widens_the_interval(make_study):
     losses = {"0.0003": 0.5, "0.001": 0.1, "0.003": 0.3}  # the neighbours are 0.3 higher on average
     study = make_study(lambda values: losses[values["optimizer.lr"]] + 0.05 * (values["study.arm"] == "cera"))
-    first, second = results = read_results(study)
-    (comparison,) = compare_cells(study, results)
-    between = max(first.cell.between, second.cell.between)
+    first, second = study.cells
+    (comparison,) = compare_cells(study)
+    between = max(first.between, second.between)
     assert between == pytest.approx(0.3 / 4, abs=0.01)
-    plain = contrast(first.values("loss"), second.values("loss"), first.runs[0].outcomes["loss"].weights)
+    plain = contrast(first.values("loss"), second.values("loss"), first.weights("loss"))
     assert (comparison.lower, comparison.upper) == pytest.approx((plain.lower - between, plain.upper + between))
     assert plain.p_value < 0.05 < comparison.p_value
 
@@ -87,16 +87,16 @@ def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_command, ca
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_rows_that_were_edited_between_two_runs_are_noticed(make_study, split):
     study = make_study()
-    path = study.cells[1].runs[1] / "environment.json"
+    path = study.cells[1].runs[1].folder / "environment.json"
     tree = json.loads(path.read_text())
     tree["rows"][split] = "other"
     path.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=f"had different {split.replace('_', '-')} rows, and cannot be compared: "):
-        read_results(study)
+        compare_cells(study)
 
 
 def test_one_arm_is_no_comparison(make_study):
     study = make_study()
     del study.cells[1]
     with pytest.raises(UserError, match="has no two arms to compare, only lora"):
-        compare_cells(study, read_results(study))
+        compare_cells(study)

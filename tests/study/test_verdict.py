@@ -71,11 +71,6 @@ def test_the_choice_of_tuned_values_adds_no_error(seeds, tune_seeds):
         assert widened <= at_most(0.03, STUDIES), tuning.name
 
 
-@pytest.mark.parametrize(("seeds", "documented"), [(2, 0.122), (3, 0.030), (5, 0.025)])
-def test_seeds_that_collapse_err_as_often_as_documented(seeds, documented):
-    assert error_of(replace(DESIGNS[-1], seeds=seeds), by_verdict, STUDIES) == pytest.approx(documented, abs=0.02)
-
-
 def test_after_holm_at_most_5_percent_of_studies_have_any_wrong_verdict():
     design = Design(seeds=3, problems=50, seed=(0.3, 0.3), problem=0.3)
     assert family_error(design, arms=10, studies=300) <= at_most(0.05, 300)

@@ -22,9 +22,7 @@ def test_a_job_is_named_by_what_varies_in_any_order():
     swept = ["optimizer.lr", "adapter.r"]
     assert job_name(job, swept) == job_name(reversed(job), swept) == "adapter.r=64,optimizer.lr=0.0003"
     assert job_name(["+recipe=math_r64", "name=main"], swept=["recipe"]) == "recipe=math_r64"
-
-
-def test_a_job_of_a_sweep_in_which_nothing_varies_is_named_by_its_choices():
+    # Where nothing varies, by every choice.
     job = ["optimizer.lr=0.0003", "+sweep=rank_lr", "adapter=cera", "++adapter.r=64", "name=rank_lr", "tracker=wandb"]
     assert job_name(job) == job_name(reversed(job)) == "adapter=cera,adapter.r=64,optimizer.lr=0.0003"
     assert job_name(["+recipe=quickstart", "name=a"]) == "default"
@@ -136,14 +134,13 @@ def test_a_sweep_is_extended_as_a_whole(sweep_here, run_command, capsys, counted
     assert run_command("cera-train", *longer) == 0  # the record has the new length
 
 
-@pytest.mark.parametrize(("metric", "best", "shown"), [("gsm8k/exact", 2, "50.0%"), ("seconds", 2, "120.000")])
-def test_the_metric_decides_which_job_is_best(run_command, capfd, counted, metric, best, shown):
-    command = ["-m", "adapter.r=4,2,8", "train.tasks=[gsm8k]", f"sweep.metric={metric}", "name=mine"]
+def test_the_metric_decides_which_job_is_best(run_command, capfd, counted):
+    command = ["-m", "adapter.r=4,2,8", "train.tasks=[gsm8k]", "sweep.metric=gsm8k/exact", "name=mine"]
     assert run_command("cera-train", *command) == 0
     output = capfd.readouterr().out
-    assert re.search(rf"updates +{metric}\n", output)
-    assert re.search(rf"\nadapter.r={best} +finished +20/20 +{shown}  best\n", output)
-    assert output.endswith(f"best       outputs/mine/adapter.r={best}: {metric} {shown}\n")
+    assert re.search(r"updates +gsm8k/exact\n", output)
+    assert re.search(r"\nadapter.r=2 +finished +20/20 +50.0%  best\n", output)
+    assert output.endswith("best       outputs/mine/adapter.r=2: gsm8k/exact 50.0%\n")
     run_command("cera-sweep", "outputs/mine")  # it needs no setting
     assert capfd.readouterr().out == output[output.rindex("sweep      outputs") :]
 
