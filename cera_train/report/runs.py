@@ -138,12 +138,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     by_folder: dict[Path, Run] = {}
     for run in (run for folder in folders for run in _runs_in(folder)):
         by_folder.setdefault(run.folder.resolve(), run)
-    runs, depth = list(by_folder.values()), 1
-    while repeated := {name for name, count in Counter(run.name for run in runs).items() if count > 1}:
-        names = ["/".join(run.folder.resolve().parts[-depth:]) if run.name in repeated else run.name for run in runs]
-        runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
-        depth += 1
-    return runs
+    runs = list(by_folder.values())
+    count = Counter(run.name for run in runs)
+    return [run if count[run.name] == 1 else replace(run, name=str(run.folder)) for run in runs]
 
 
 def _runs_in(folder: Path) -> list[Run]:

@@ -164,13 +164,11 @@ def is_study(config: DictConfig) -> bool:
 def begin_study(config: DictConfig, compose: ComposeJob) -> None:
     """`begin` for a study: first refuses one that could not answer its question."""
     study = study_of(config)
-    for key in ("tune_seeds", "extend"):
-        value = getattr(study, key)
-        require(
-            not (config.launch.detach and value),
-            f"launch.detach=true with study.{key}={str(value).lower()}: further jobs follow from what the first find. "
-            "Leave one out.",
-        )
+    require(
+        not (config.launch.detach and (study.tune_seeds or study.extend)),
+        "launch.detach=true with study.tune_seeds or study.extend: further jobs follow from what the first find. Leave "
+        "one out.",
+    )
     record = study_record(config)
     planned = Study(Path(config.hydra.sweep.dir), record)
     check_cells(config, planned, compose)

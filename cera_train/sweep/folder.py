@@ -205,11 +205,8 @@ def read_sweep(folder: Path) -> list[JobStatus]:
 
 def job_status(sweep: Path, name: str, choices: Sequence[str] = (), metric: SweepMetric = PERPLEXITY) -> JobStatus:
     """How far a job of a sweep is."""
-    folder, record = sweep / name, sweep / JOBS / f"{name}.json"
-    result, started = RunResult.find(folder / "result.json"), JobRecord.find(record)
-    error = started and started.error
-    if error and result is not None and (folder / "result.json").stat().st_mtime > record.stat().st_mtime:
-        error = None  # it was run again by itself
+    folder, started = sweep / name, JobRecord.find(sweep / JOBS / f"{name}.json")
+    result, error = RunResult.find(folder / "result.json"), started and started.error
     if is_locked(folder):
         state = State.running
     elif result is None and (folder / DIVERGED).exists():

@@ -71,7 +71,7 @@ def test_the_runs_of_a_folder_come_once_and_by_the_numbers_in_their_names(tmp_pa
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")
-    assert [run.name for run in read_runs([first, second])] == ["x/run", "y/run"]
+    assert [run.name for run in read_runs([first, second])] == [str(first), str(second)]
 
 
 def test_the_base_model_and_an_adapter_take_part_with_their_evaluations(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """A sweep's folder: how its jobs are named, which settings they share, the state of every job and the table that shows
 it, which job is the best; and sweeps that are refused before a job begins."""
 
-import os
 import re
 from itertools import combinations
 from pathlib import Path
@@ -222,16 +221,6 @@ def test_a_state_follows_from_what_lies_in_the_folder(tmp_path):
     assert [job.progress for job in jobs.values()] == ["20/20", "5/20", "5/20", "", ""]
     assert [job.value for job in jobs.values()] == [2.5, 9.0, 9.0, None, None]
     assert jobs["adapter.r=8"].error == "the loss is not finite"
-
-
-def test_the_newer_of_an_error_and_a_result_counts(tmp_path):
-    record_sweep(tmp_path, "adapter.r=2")
-    folder = make_job(tmp_path, "adapter.r=2", 2.5, error="holds a run with another config")
-    result, record = folder / "result.json", tmp_path / JOBS / "adapter.r=2.json"
-    os.utime(result, (100, 100))
-    assert states(tmp_path) == {"adapter.r=2": "failed"}
-    os.utime(record, (50, 50))
-    assert states(tmp_path) == {"adapter.r=2": "finished"}
 
 
 def test_jobs_that_no_file_lists_come_as_they_were_started(tmp_path):
