@@ -1,14 +1,10 @@
-"""The base of a run on the meta device, which has shapes and no memory.
-
-config.json comes from the model's folder, the Hub's cache on this disk, or conf/model, never from a network.
-"""
+"""The base of a run on the meta device, which has shapes and no memory."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,6 +16,7 @@ from cera_train.cera.coverage import bypassed_projections
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
 from cera_train.distributed.accelerator import quiet_libraries
+from cera_train.model.folder import load_config
 from cera_train.model.lean import keep_less
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import attention_for
@@ -48,7 +45,9 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
     attention = attention_for(config, "eager" if model.attn_implementation == "eager" else "sdpa")
     dtype = getattr(torch, choose_precision(model.dtype, cuda=False).dtype)
     with errors_in_one_line(model, config.model_type), torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        base = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=model.trust_remote_code
+        )
     base.requires_grad_(False)
     keep_less(base)
     if model.gradient_checkpointing:  # before the adapter: PEFT then lets gradients reach the first layer's input
@@ -57,22 +56,10 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
 
 
 def read_config(model: ModelConfig) -> PretrainedConfig:
-    """The config of `model.path`. Raises UserError where this disk has none, or transformers does not know its type."""
-    try:
-        if not model.path.startswith("pypi:"):  # trust_remote_code: a plan runs no code that comes with a model
-            settings = {"revision": model.revision, "local_files_only": True, "trust_remote_code": False}
-            return AutoConfig.from_pretrained(model.path, **settings)
-    except (OSError, ValueError, KeyError) as error:
-        is_local = Path(model.path).is_dir()
-        if is_local or not isinstance(error, OSError):
-            place = f"{model.path}/config.json" if is_local else f"model.path={model.path}"
-            raise UserError(f"{place} cannot be used: {_first_line(error)}") from error
+    """The config.json of conf/model, else that of `model.path`."""
     if model.facts is not None and model.facts.config is not None:
         return AutoConfig.for_model(**json.loads((config_dir("conf") / "model" / model.facts.config).read_text()))
-    raise UserError(
-        f"model.path={model.path}: its config.json is not on this disk. Get it with `hf download {model.path} "
-        "config.json`, or set model.path to a local folder that has one."
-    )
+    return load_config(model)
 
 
 @contextlib.contextmanager
@@ -83,14 +70,11 @@ def errors_in_one_line(model: ModelConfig, model_type: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        reason = " ".join(str(error).split("\n")[0].split())
         raise UserError(
             f"model.path={model.path}: cera-plan cannot run a model of type {model_type} without its weights "
-            f"({type(error).__name__}: {_first_line(error)})."
+            f"({type(error).__name__}: {reason})."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n")[0].split())
 
 
 def stored_sizes(base: PreTrainedModel, quantization: Quantization) -> dict[nn.Parameter, float]:

@@ -23,7 +23,7 @@ from cera_train.settings.run import Config, GpuKind, PlanRun
 from cera_train.settings.training import ObjectiveKind
 
 if TYPE_CHECKING:
-    from cera_train.planning.dry_run import Cost, DryRun, MicroBatch
+    from cera_train.planning.dry_run import DryRun, MicroBatch
 
 ROW_SPREAD = 0.4
 """Standard deviation of the tokens in a row over their mean: 0.36 on GSM8K, 0.43 on OpenOrca. The largest of many
@@ -195,13 +195,13 @@ def _plan(config: PlanRun) -> RunPlan:
     largest, usual = micro_batches(config, data, run)
     rows = math.ceil(config.data.sequences * config.train.batch_size / config.plan.gpus)
     highest = run.cost(largest, accumulates=rows * data.tokens_per_row > config.train.micro_batch_tokens)
-    memory, evaluation_memory = memory_of(config, run, highest)
     # Without a mask a token costs the same in every micro-batch.
     batch, cost = (usual, run.cost(usual, accumulates=False)) if usual.has_mask else (largest, highest)
     operations = {name: part.operations / batch.tokens for name, part in cost._asdict().items()}
     autocast = config.model.autocast_dtype(config.train.autocast, on_gpu)
     device = GPUS[config.plan.gpu] if on_gpu else this_cpu((autocast or config.model.dtype) != Dtype.float32)
     mfu = config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU)
+    memory = memory_of(config, run, highest.peak)
     layers = run.base.config.get_text_config().num_hidden_layers
     step = LAYER_SECONDS * layers + run.memory["weights"] / device.bandwidth
     token = operations["evaluation"] / (device.flops * mfu)
@@ -216,7 +216,7 @@ def _plan(config: PlanRun) -> RunPlan:
         trainable=run.trainable,
         micro_batch=largest,
         memory=memory,
-        evaluation_memory=evaluation_memory,
+        evaluation_memory=sum(memory.values()) + highest.evaluation.peak - highest.peak,
         flops={
             "forward": operations["forward"] * totals.tokens,
             "backward": operations["backward"] * totals.tokens,
@@ -288,9 +288,9 @@ def micro_batches(config: PlanRun, size: DataSize, run: DryRun) -> tuple[MicroBa
     return batch(most_tokens, longest), batch(rows * size.tokens_per_row, size.tokens_per_row)
 
 
-def memory_of(config: PlanRun, run: DryRun, cost: Cost) -> tuple[dict[str, float], float]:
-    """Bytes of one process by part at the peak of an update, and the peak of an evaluation: on a GPU what torch
-    allocates, on a CPU what is resident."""
+def memory_of(config: PlanRun, run: DryRun, peak: float) -> dict[str, float]:
+    """Bytes of one process by part at the peak of an update: on a GPU what torch allocates, on a CPU what is
+    resident."""
     processes, held = config.plan.gpus, sum(run.memory.values())
     parts = dict(run.memory)
     if processes > 1 and config.distributed.strategy == Strategy.fsdp:
@@ -301,6 +301,5 @@ def memory_of(config: PlanRun, run: DryRun, cost: Cost) -> tuple[dict[str, float
         import torch
 
         parts["libraries"] = PROCESS_BYTES + (CUDA_BUILD_BYTES if torch.version.cuda else 0)
-        parts["heap's gaps"] = HEAP_SHARE * (cost.peak - held)
-    evaluation = sum(parts.values()) + cost.evaluation.peak - held
-    return parts | {"gradients, activations": cost.peak - held}, evaluation
+        parts["heap's gaps"] = HEAP_SHARE * (peak - held)
+    return parts | {"gradients, activations": peak - held}

@@ -35,29 +35,29 @@ def plan_pictures(runs: Sequence[Run]) -> list[Picture]:
 
     on_same_rows = "Runs on the same evaluation rows and model."
     planned = [
-        _lines("rank r", "perplexity", _by_rank(runs, lambda run: run.figures.perplexity), on_same_rows),
+        _lines("perplexity by rank", _by_rank(runs, lambda run: run.figures.perplexity), on_same_rows),
         _lines(
-            *("rank r", "effective rank"),
+            "effective rank by rank",
             _by_rank(runs, lambda run: run.figures.spectrum.effective_rank_mean),
             on_same_rows,
         ),
         _lines(
-            *("direction", "share of the singular values"),
+            "share of the singular values by direction",
             of_runs(lambda run: list(enumerate(run.spectrum, start=1))),
             "Singular values of the branch's centred output over their sum, in the mean over modules.",
         ),
         _lines(
-            *("update", "training loss"),
+            "training loss by update",
             of_runs(lambda run: [(line.update, line.loss) for line in run.metrics.updates]),
             "In nats per supervised token.",
         ),
         _lines(
-            *("update", "perplexity"),
+            "perplexity by update",
             of_runs(lambda run: [(line.update, line.perplexity) for line in run.metrics.evaluations]),
             "On the evaluation rows; update 0 is before training.",
         ),
         _lines(
-            *("update", "linear share"),
+            "linear share by update",
             of_runs(lambda run: [(line.update, line.spectrum.linear_share_mean) for line in run.metrics.evaluations]),
             "Share of a branch's variance that the best affine map of A x explains, in the mean over modules. A LoRA's "
             "is 1.",
@@ -65,7 +65,7 @@ def plan_pictures(runs: Sequence[Run]) -> list[Picture]:
     ]
     for key, (label, caption) in OBJECTIVES.items():
         logged = of_runs(lambda run, key=key: [(line.update, line.details.get(key)) for line in run.metrics.updates])
-        planned.append(_lines("update", label, logged, caption))
+        planned.append(_lines(f"{label} by update", logged, caption))
     planned += [_accuracy(runs, task) for task in task_names(runs)]
     return [picture for picture in planned if picture is not None]
 
@@ -85,13 +85,14 @@ def _by_rank(runs: Sequence[Run], value: Callable[[Run], float | None]) -> dict[
     }
 
 
-def _lines(xlabel: str, ylabel: str, lines: Mapping[str, Line], caption: str) -> Picture | None:
-    """A picture of lines by name."""
+def _lines(title: str, lines: Mapping[str, Line], caption: str) -> Picture | None:
+    """A picture of `y by x`: lines by name."""
     points = {name: [(x, y) for x, y in line.points if _is_finite(y)] for name, line in lines.items()}
     points = {name: line for name, line in points.items() if line}
     if not points:
         return None
     styles = styles_of({name: line.kind for name, line in lines.items()})
+    ylabel, _, xlabel = title.partition(" by ")
 
     def draw(axes: Axes) -> None:
         from matplotlib.ticker import LogFormatter, MaxNLocator
@@ -102,7 +103,7 @@ def _lines(xlabel: str, ylabel: str, lines: Mapping[str, Line], caption: str) ->
             style["linestyle"] = "-" if len({*places}) == len(places) else "none"
             axes.plot(*zip(*line, strict=True), **style, label=name)
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        if xlabel == "rank r":
+        if xlabel == "rank":
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
         else:
@@ -113,9 +114,8 @@ def _lines(xlabel: str, ylabel: str, lines: Mapping[str, Line], caption: str) ->
             axes.yaxis.set_major_formatter(LogFormatter())
             axes.yaxis.set_minor_formatter(LogFormatter())
 
-    title = f"{ylabel.capitalize()} by {xlabel}"
     ends = "; ".join(f"{name}: {line[0][1]:.4g} to {line[-1][1]:.4g}" for name, line in points.items())
-    return Picture(title.lower().replace(" ", "-"), title, f"{title}. {ends}.", caption, draw)
+    return Picture(title.replace(" ", "-"), title.capitalize(), f"{title.capitalize()}. {ends}.", caption, draw)
 
 
 def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:

@@ -118,7 +118,7 @@ def pictures_of(*runs: Path) -> dict[str, Picture]:
 
 
 def test_the_pictures_of_two_runs(tmp_path: Path) -> None:
-    names = ["perplexity-by-rank-r", "effective-rank-by-rank-r", "share-of-the-singular-values-by-direction",
+    names = ["perplexity-by-rank", "effective-rank-by-rank", "share-of-the-singular-values-by-direction",
              "training-loss-by-update", "perplexity-by-update", "linear-share-by-update", "accuracy-math"]  # fmt: skip
     assert list(pictures_of(*two_runs(tmp_path))) == names
 
@@ -160,6 +160,6 @@ def test_runs_on_other_rows_or_that_diverged_are_not_drawn_beside_the_rest(tmp_p
     runs = [make_run(tmp_path / name) for name in "ab"]
     runs.append(make_run(tmp_path / "c", held_out="others"))
     runs.append(make_run(tmp_path / "d", perplexity=float("inf")))
-    pictures_of(*runs)["perplexity-by-rank-r"].draw(axes := Figure().subplots())
+    pictures_of(*runs)["perplexity-by-rank"].draw(axes := Figure().subplots())
     (line,) = axes.lines
     assert list(line.get_xdata()) == [64, 64]
