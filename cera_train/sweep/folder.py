@@ -221,7 +221,7 @@ def job_status(sweep: Path, name: str, choices: Sequence[str] = (), metric: Swee
     value = (result or metrics.so_far()).to_json().get(metric.key)
     environment, progress = Environment.find(folder / "environment.json") or Environment(), ""
     if environment.updates is not None:
-        progress = f"{result.updates if result else metrics.last_update:,}/{environment.updates:,}"
+        progress = f"{(result.updates or 0) if result else metrics.last_update:,}/{environment.updates:,}"
     return JobStatus(name, choices, state, metric, progress, value, error, environment.held_out)
 
 
