@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ from benchmarks.targets import Target, ratios
 from benchmarks.training import PACKAGE, lines_of
 from cera_train.adapters.build import build
 from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.evaluation.engine import LoadedModel
-from cera_train.evaluation.generate import Request, generate, prepare_generation
+from cera_train.evaluation.generate import LoadedModel, Request
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.weights import load_model
 from cera_train.runs.evaluation_folder import Generation
@@ -39,21 +39,19 @@ B_STD = 0.02
 """Deviation of the drawn B, so that the branch is not zero."""
 
 
-class Answering:
+class Answering(LoadedModel):
     """A model in bfloat16 with an adapter, and problems to answer greedily."""
 
     def __init__(self, kind: AdapterKind | None, path: str = PACKAGE, device: str = "cpu") -> None:
         torch.manual_seed(0)
         config = ModelConfig(path=path, dtype=Dtype.bfloat16)
-        self.tokenizer = load_tokenizer(config)
-        self.base = load_model(config, torch.device(device)).eval()
-        self.model: Any = self.base
+        base = model = load_model(config, torch.device(device)).eval()
         if kind is not None:
-            self.model = build(self.base, AdapterConfig(kind, RANK, target_modules=TARGETS)).eval()
-            for name, parameter in self.model.named_parameters():
+            model = build(base, AdapterConfig(kind, RANK, target_modules=TARGETS)).eval()
+            for name, parameter in model.named_parameters():
                 if "cera_B" in name or "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=B_STD)
-        self.autocast = torch.autocast(device, torch.bfloat16)
+        super().__init__(model, base, load_tokenizer(config), partial(torch.autocast, device, torch.bfloat16))
 
     def requests(self, file: Path, problems: int) -> list[Request]:
         rows = [json.loads(line) for line in lines_of(file)[:problems]]
@@ -62,23 +60,21 @@ class Answering:
 
     def ours(self, requests: Sequence[Request], max_new_tokens: int) -> list[Generation]:
         """The answers of cera-eval."""
-        engine, config = LoadedModel(self.model, self.base, self.tokenizer, lambda: self.autocast), GenerationConfig()
-        batches = engine.batches(requests, max_new_tokens, config.batch_tokens)
-        answers = [
-            answer.generation for batch in engine.answers(batches, max_new_tokens, [], config) for answer in batch
-        ]
+        config = GenerationConfig()
+        batches = self.answers(self.batches(requests, max_new_tokens, config.batch_tokens), max_new_tokens, [], config)
+        answers = [answer.generation for batch in batches for answer in batch]
         return sorted(answers, key=lambda answer: int(answer.problem))
 
     def published(self, requests: Sequence[Request], max_new_tokens: int) -> list[Generation]:
         """Batches in the file's order, padded on the left, each as long as its longest answer."""
-        prepare_generation(self.base, self.tokenizer, max_new_tokens, [])
+        self.prepare(max_new_tokens, [])
         ends = self.base.generation_config.eos_token_id
         answers = []
         for start in range(0, len(requests), PUBLISHED_BATCH):
             batch = requests[start : start + PUBLISHED_BATCH]
             rows = {"input_ids": [list(request.prompt_ids) for request in batch]}
             inputs = self.tokenizer.pad(rows, padding_side="left", return_tensors="pt")
-            with self.autocast:
+            with self.context():
                 output = self.model.generate(**inputs, tokenizer=self.tokenizer)
             for request, ids in zip(batch, output[:, inputs.input_ids.shape[1] :].tolist(), strict=True):
                 tokens = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
@@ -126,11 +122,11 @@ def step_seconds(adapter: Answering, requests: Sequence[Request], tokens: int = 
     """Seconds of a step that adds a token to every answer, the prompts left out."""
 
     def seconds(max_new_tokens: int) -> float:
-        prepare_generation(adapter.base, adapter.tokenizer, max_new_tokens, [])
+        adapter.prepare(max_new_tokens, [])
         adapter.base.generation_config.eos_token_id = [-1]  # nobody ends
         started = time.perf_counter()
-        with adapter.autocast:
-            generate(adapter.model, adapter.base, adapter.tokenizer, requests, GenerationConfig())
+        with adapter.context():
+            adapter.generate(requests, GenerationConfig())
         return time.perf_counter() - started
 
     return (seconds(tokens + 1) - seconds(1)) / tokens

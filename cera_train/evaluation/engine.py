@@ -1,13 +1,12 @@
-"""What answers requests, in batches: a model in this process, with its adapter and in the precision that it was trained
-in; or a server, in server.py. A run in training samples by either."""
+"""Which engine answers requests: the model of a subject, with its adapter and in the precision that it was trained in;
+or for a run in training its model, or a server."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import PreTrainedModel, TextStreamer
 
 from cera_train.adapters.saved import attach, is_adapter, save
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, remove_folder, write_folder
 from cera_train.common.settings import require
 from cera_train.distributed.sharding import trainable_weights
-from cera_train.evaluation.generate import Answer, Request, cut_batches, generate, prepare_generation
+from cera_train.evaluation.generate import Answer, LoadedModel, Request
 from cera_train.evaluation.server import Server
-from cera_train.model.folder import load_tokenizer, positions_of
+from cera_train.model.folder import load_tokenizer
 from cera_train.model.loss import SupervisedLoss
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import fingerprint, load_model
@@ -34,40 +32,6 @@ from cera_train.runs.subject import Subject
 from cera_train.settings.evaluation import EvalConfig, GenerationConfig
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
-
-
-@dataclass
-class LoadedModel:
-    """A model in this process."""
-
-    model: Any
-    base: PreTrainedModel
-    """The transformers model in `model`; without an adapter the same."""
-    tokenizer: Any
-    context: Callable[[], AbstractContextManager]
-    """Entered for each batch, such as autocast."""
-
-    @property
-    def positions(self) -> int | None:
-        return positions_of(self.base.config)
-
-    def batches(self, requests: Sequence[Request], max_new_tokens: int, batch_tokens: int) -> list[list[Request]]:
-        return cut_batches(requests, max_new_tokens, batch_tokens)
-
-    def answers(
-        self,
-        batches: Sequence[list[Request]],
-        max_new_tokens: int,
-        stop: list[str],
-        config: GenerationConfig,
-        streamer: TextStreamer | None = None,
-    ) -> Iterator[list[Answer]]:
-        """The answers of each batch. A streamer gets the tokens of a single request as they come."""
-        for batch in batches:
-            with self.context():
-                prepare_generation(self.base, self.tokenizer, max_new_tokens, stop)
-                answers = generate(self.model, self.base, self.tokenizer, batch, config, streamer)
-            yield answers
 
 
 def choose_dtype(subject: Subject, recorded: Path | None = None) -> Subject:

@@ -1,17 +1,16 @@
-"""Generates answers: greedy, or sampled with random numbers that depend on (seed, problem, sample) alone.
+"""Requests, and a model in this process that answers them: greedy, or sampled with random numbers that depend on (seed,
+problem, sample) alone.
 
 Except for rounding, an answer depends neither on its batch nor on the order of problems. Batches are always cut from
 all requests, also where some are done, so a resumed evaluation repeats an uninterrupted one bit for bit.
-
-`decode` gives the answers of `model.generate`, faster: prompts run beside others of like length, and a finished row
-leaves the batch at once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from cera_train.cera import for_inference
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.data.prepare import ids_of, start_ids, stop_ids
+from cera_train.model.folder import positions_of
 from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.settings.evaluation import GenerationConfig
 
@@ -84,12 +84,6 @@ def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: 
     return batches
 
 
-def prepare_generation(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int, stop: list[str]) -> None:
-    """Replaces the generation settings that came with the model, such as a penalty on repetition."""
-    ends = model.generation_config.eos_token_id
-    model.generation_config = generation_settings(tokenizer, ends, max_new_tokens, stop)
-
-
 def generation_settings(
     tokenizer: Any, model_ends: int | list[int] | None, max_new_tokens: int, stop: list[str]
 ) -> transformers.GenerationConfig:
@@ -103,37 +97,6 @@ def generation_settings(
         pad_token_id=min(ends),
         stop_strings=stop or None,
     )
-
-
-@torch.no_grad()
-def generate(
-    model: Any,
-    base: PreTrainedModel,
-    tokenizer: Any,
-    batch: Sequence[Request],
-    config: GenerationConfig,
-    streamer: TextStreamer | None = None,
-) -> list[Answer]:
-    """Generates the answers of a batch. `base` is the transformers model in `model`, after `prepare_generation`. A
-    streamer gets the tokens of a single request as they come."""
-    settings = base.generation_config
-    prompts = [torch.tensor(request.prompt_ids, dtype=torch.long) for request in batch]
-    ids_BT = pad_sequence(prompts, True, settings.pad_token_id, "left").to(base.device)
-    mask_BT = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(base.device)
-    choice = TokenChoice(batch, settings.max_new_tokens, config)
-    with for_inference(model):
-        if can_decode(model, base):
-            answers = decode(model, base, ids_BT, mask_BT, choice, tokenizer, streamer)
-        else:
-            output = model.generate(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                logits_processor=[choice],
-                tokenizer=tokenizer if settings.stop_strings else None,
-                streamer=streamer,
-            )
-            answers = output[:, ids_BT.shape[1] :].tolist()
-    return [answer_of(request, ids, tokenizer, settings) for request, ids in zip(batch, answers, strict=True)]
 
 
 def answer_of(
@@ -201,107 +164,157 @@ class TokenChoice:
         self.uniform_BT = self.uniform_BT[rows_B.cpu()]
 
 
-# --- decoding --------------------------------------------------------------------------------------------------------
+# --- a model in this process -----------------------------------------------------------------------------------------
 
 
-def can_decode(model: Any, base: PreTrainedModel) -> bool:
-    """Whether keys and values are all that the model keeps of earlier tokens, and its inputs are the usual ones. False
-    for sliding windows, recurrent states, and adapters that act on the whole prompt."""
-    adapter = None if model is base else model.active_peft_config
-    is_of_prompt = adapter is not None and (
-        adapter.is_prompt_learning or (isinstance(adapter, LoraConfig) and adapter.alora_invocation_tokens is not None)
-    )
-    return (
-        not is_of_prompt
-        and type(base).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
-        and {"attention_mask", "position_ids", "logits_to_keep"} <= inspect.signature(base.forward).parameters.keys()
-        and all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers)
-    )
+@dataclass
+class LoadedModel:
+    """A model that answers, in eval mode."""
 
+    model: Any
+    base: PreTrainedModel
+    """The transformers model in `model`; without an adapter the same."""
+    tokenizer: Any
+    context: Callable[[], AbstractContextManager] = nullcontext
+    """Entered for each batch, such as autocast."""
 
-def decode(
-    model: Any,
-    base: PreTrainedModel,
-    ids_BT: torch.Tensor,
-    mask_BT: torch.Tensor,
-    choice: TokenChoice,
-    tokenizer: Any,
-    streamer: TextStreamer | None = None,
-) -> list[list[int]]:
-    """Generates the new tokens of every row, its end token included.
+    @property
+    def positions(self) -> int | None:
+        return positions_of(self.base.config)
 
-    Args:
-        model: the model with its adapter, or `base` itself.
-        base: the transformers model; its generation_config defines when an answer ends.
-        ids_BT: prompts, padded on the left.
-        mask_BT: 0 where they are padded, else 1.
-    """
-    settings, prompt = base.generation_config, ids_BT.shape[1]
-    ends = torch.tensor(settings.eos_token_id, device=ids_BT.device)
-    stops = StopStringCriteria(tokenizer, settings.stop_strings) if settings.stop_strings else None
-    if streamer is not None:
-        streamer.put(ids_BT.cpu())
-    cache, logits_BV = read_prompts(model, base, ids_BT, mask_BT)
-    rows, answers = [*range(len(ids_BT))], {}
-    for step in range(1, settings.max_new_tokens + 1):
-        tokens_B = choice.tokens(logits_BV)
-        ids_BT = torch.cat([ids_BT, tokens_B[:, None]], 1)
-        if streamer is not None:
-            streamer.put(tokens_B.cpu())
-        has_ended_B = torch.isin(tokens_B, ends)
-        if stops is not None:
-            has_ended_B |= stops(ids_BT, None)
-        has_ended = has_ended_B.tolist() if step < settings.max_new_tokens else [True] * len(rows)
-        answers |= {row: ids_BT[place, prompt:].tolist() for place, row in enumerate(rows) if has_ended[place]}
-        if all(has_ended):
-            break
-        if any(has_ended):
-            kept = (~has_ended_B).nonzero()[:, 0]
-            rows = [rows[place] for place in kept.tolist()]
-            ids_BT, mask_BT = ids_BT[kept], mask_BT[kept]
-            choice.keep(kept)
-            cache.batch_select_indices(kept)
-        mask_BT = pad(mask_BT, (0, 1), value=1)
-        logits_BV = next_logits(model, base, ids_BT[:, -1:], mask_BT, cache)
-    if streamer is not None:
-        streamer.end()
-    return [answers[row] for row in range(len(answers))]
+    def batches(self, requests: Sequence[Request], max_new_tokens: int, batch_tokens: int) -> list[list[Request]]:
+        return cut_batches(requests, max_new_tokens, batch_tokens)
 
+    def answers(
+        self,
+        batches: Sequence[list[Request]],
+        max_new_tokens: int,
+        stop: list[str],
+        config: GenerationConfig,
+        streamer: TextStreamer | None = None,
+    ) -> Iterator[list[Answer]]:
+        """The answers of each batch. A streamer gets the tokens of a single request as they come."""
+        for batch in batches:
+            with self.context():
+                self.prepare(max_new_tokens, stop)
+                answers = self.generate(batch, config, streamer)
+            yield answers
 
-def read_prompts(
-    model: Any, base: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor
-) -> tuple[DynamicCache, torch.Tensor]:
-    """Keys and values of prompts, and the logits after each. A few run at a time, which `cut_batches` made neighbours
-    because of their like length: padding costs as much as tokens do."""
-    caches, logits = [], []
-    for ids, mask in zip(ids_BT.split(PROMPTS_AT_ONCE), mask_BT.split(PROMPTS_AT_ONCE), strict=True):
-        longest = int(mask.sum(-1).max())
-        caches.append(DynamicCache(config=base.config))
-        logits.append(next_logits(model, base, ids[:, -longest:], mask[:, -longest:], caches[-1]))
-    joined, width = DynamicCache(config=base.config), ids_BT.shape[1]
-    for number in range(len(joined.layers)):
-        layers = [cache.layers[number] for cache in caches]
-        # Masked places weigh 0 in attention.
-        keys, values = (
-            torch.cat([pad(states, (0, 0, width - states.shape[-2], 0)) for states in each])
-            for each in zip(*((layer.keys, layer.values) for layer in layers), strict=True)
+    def prepare(self, max_new_tokens: int, stop: list[str]) -> None:
+        """Replaces the generation settings that came with the model, such as a penalty on repetition."""
+        ends = self.base.generation_config.eos_token_id
+        self.base.generation_config = generation_settings(self.tokenizer, ends, max_new_tokens, stop)
+
+    @torch.no_grad()
+    def generate(
+        self, batch: Sequence[Request], config: GenerationConfig, streamer: TextStreamer | None = None
+    ) -> list[Answer]:
+        """The answers of a batch, after `prepare`."""
+        settings = self.base.generation_config
+        prompts = [torch.tensor(request.prompt_ids, dtype=torch.long) for request in batch]
+        ids_BT = pad_sequence(prompts, True, settings.pad_token_id, "left").to(self.base.device)
+        mask_BT = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(self.base.device)
+        choice = TokenChoice(batch, settings.max_new_tokens, config)
+        with for_inference(self.model):
+            if self.can_decode:
+                answers = self._decode(ids_BT, mask_BT, choice, streamer)
+            else:
+                output = self.model.generate(
+                    input_ids=ids_BT,
+                    attention_mask=mask_BT,
+                    logits_processor=[choice],
+                    tokenizer=self.tokenizer if settings.stop_strings else None,
+                    streamer=streamer,
+                )
+                answers = output[:, ids_BT.shape[1] :].tolist()
+        return [answer_of(request, ids, self.tokenizer, settings) for request, ids in zip(batch, answers, strict=True)]
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether keys and values are all that the model keeps of earlier tokens, and its inputs are the usual ones.
+        False for sliding windows, recurrent states, and adapters that act on the whole prompt."""
+        base, adapter = self.base, None if self.model is self.base else self.model.active_peft_config
+        if adapter is not None and (
+            adapter.is_prompt_learning or (isinstance(adapter, LoraConfig) and adapter.alora_invocation_tokens)
+        ):
+            return False
+        arguments = inspect.signature(base.forward).parameters.keys()
+        return (
+            type(base).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+            and {"attention_mask", "position_ids", "logits_to_keep"} <= arguments
+            and all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers)
         )
-        joined.update(keys, values, number)
-    return joined, torch.cat(logits)
 
+    def _decode(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, choice: TokenChoice, streamer: TextStreamer | None
+    ) -> list[list[int]]:
+        """The new tokens of every row, its end token included. Gives the answers of `model.generate`, faster: prompts
+        run beside others of like length, and a finished row leaves the batch at once.
 
-def next_logits(
-    model: Any, base: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache
-) -> torch.Tensor:
-    """[B, V] logits after the last of these tokens. The cache has what the mask covers before them, and gets them."""
-    # transformers 5.24 renames the argument, and warns of the old name
-    name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
-    output = model(
-        input_ids=ids_BT,
-        attention_mask=mask_BT,
-        position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :],
-        use_cache=True,
-        logits_to_keep=1,
-        **{name: cache},
-    )
-    return output.logits[:, -1]
+        Args:
+            ids_BT: prompts, padded on the left.
+            mask_BT: 0 where they are padded, else 1.
+        """
+        settings, prompt = self.base.generation_config, ids_BT.shape[1]
+        ends = torch.tensor(settings.eos_token_id, device=ids_BT.device)
+        stops = StopStringCriteria(self.tokenizer, settings.stop_strings) if settings.stop_strings else None
+        if streamer is not None:
+            streamer.put(ids_BT.cpu())
+        cache, logits_BV = self._read_prompts(ids_BT, mask_BT)
+        rows, answers = [*range(len(ids_BT))], {}
+        for step in range(1, settings.max_new_tokens + 1):
+            tokens_B = choice.tokens(logits_BV)
+            ids_BT = torch.cat([ids_BT, tokens_B[:, None]], 1)
+            if streamer is not None:
+                streamer.put(tokens_B.cpu())
+            has_ended_B = torch.isin(tokens_B, ends)
+            if stops is not None:
+                has_ended_B |= stops(ids_BT, None)
+            has_ended = has_ended_B.tolist() if step < settings.max_new_tokens else [True] * len(rows)
+            answers |= {row: ids_BT[place, prompt:].tolist() for place, row in enumerate(rows) if has_ended[place]}
+            if all(has_ended):
+                break
+            if any(has_ended):
+                kept = (~has_ended_B).nonzero()[:, 0]
+                rows = [rows[place] for place in kept.tolist()]
+                ids_BT, mask_BT = ids_BT[kept], mask_BT[kept]
+                choice.keep(kept)
+                cache.batch_select_indices(kept)
+            mask_BT = pad(mask_BT, (0, 1), value=1)
+            logits_BV = self._next_logits(ids_BT[:, -1:], mask_BT, cache)
+        if streamer is not None:
+            streamer.end()
+        return [answers[row] for row in range(len(answers))]
+
+    def _read_prompts(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:
+        """Keys and values of prompts, and the logits after each. A few run at a time, which `cut_batches` made
+        neighbours because of their like length: padding costs as much as tokens do."""
+        caches, logits = [], []
+        for ids, mask in zip(ids_BT.split(PROMPTS_AT_ONCE), mask_BT.split(PROMPTS_AT_ONCE), strict=True):
+            longest = int(mask.sum(-1).max())
+            caches.append(DynamicCache(config=self.base.config))
+            logits.append(self._next_logits(ids[:, -longest:], mask[:, -longest:], caches[-1]))
+        joined, width = DynamicCache(config=self.base.config), ids_BT.shape[1]
+        for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+            # Masked places weigh 0 in attention.
+            keys, values = (
+                torch.cat([pad(states, (0, 0, width - states.shape[-2], 0)) for states in parts])
+                for parts in ([layer.keys for layer in layers], [layer.values for layer in layers])
+            )
+            joined.update(keys, values, number)
+        return joined, torch.cat(logits)
+
+    def _next_logits(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """[B, V] logits after the last of these tokens. The cache has what the mask covers before them, and gets
+        them."""
+        # transformers 5.24 renames the argument, and warns of the old name
+        name = "cache" if "cache" in inspect.signature(self.base.forward).parameters else "past_key_values"
+        output = self.model(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :],
+            use_cache=True,
+            logits_to_keep=1,
+            **{name: cache},
+        )
+        return output.logits[:, -1]

@@ -23,7 +23,8 @@ from cera_train.common.files import write_folder, write_text
 from cera_train.common.terminal import announce, print_fields, print_line
 from cera_train.data.prepare import prepare_data
 from cera_train.distributed.accelerator import quiet_libraries, this_device
-from cera_train.evaluation.engine import LoadedModel, choose_dtype, load_subject
+from cera_train.evaluation.engine import choose_dtype, load_subject
+from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.statistics import bootstrap_interval
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model

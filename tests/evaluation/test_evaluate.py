@@ -20,7 +20,7 @@ from cera_train.common.errors import UserError
 from cera_train.data.computed import logistic_map_rows
 from cera_train.evaluation import engine
 from cera_train.evaluation.evaluate import evaluate
-from cera_train.evaluation.generate import Answer
+from cera_train.evaluation.generate import Answer, LoadedModel
 from cera_train.evaluation.tasks import gsm8k
 from cera_train.evaluation.tasks.task import load_problems
 from cera_train.runs.evaluation_folder import ENDINGS, EvaluationFolder, Generation
@@ -35,10 +35,10 @@ def write_answers(monkeypatch):
     """write_answers(text_of) -> evaluations get the answer text_of(request) instead of the model's."""
 
     def write_answers(text_of) -> None:
-        def generate(model, base, tokenizer, batch, config, streamer):
+        def generate(self, batch, *_):
             return [Answer(Generation(each.problem, each.sample, text_of(each), 1, False), []) for each in batch]
 
-        monkeypatch.setattr(engine, "generate", generate)
+        monkeypatch.setattr(LoadedModel, "generate", generate)
 
     return write_answers
 
@@ -80,15 +80,15 @@ def test_interrupted_equals_uninterrupted(eval_config, run, monkeypatch, tmp_pat
     expected = contents(run / "eval" / "gsm8k")
     shutil.move(run / "eval", tmp_path / "whole")
 
-    generated, generate = [], engine.generate
+    generated, generate = [], LoadedModel.generate
 
-    def die_at_the_third(model, base, tokenizer, batch, config, streamer):
+    def die_at_the_third(self, batch, *more):
         if len(generated) == 2:
             raise Cut
         generated.append(len(batch))
-        return generate(model, base, tokenizer, batch, config, streamer)
+        return generate(self, batch, *more)
 
-    monkeypatch.setattr(engine, "generate", die_at_the_third)
+    monkeypatch.setattr(LoadedModel, "generate", die_at_the_third)
     with pytest.raises(Cut):
         evaluate(eval_config(*sampled))
     answers = run / "eval" / "gsm8k" / "generations.jsonl"
@@ -97,7 +97,7 @@ def test_interrupted_equals_uninterrupted(eval_config, run, monkeypatch, tmp_pat
         answers.write_bytes(answers.read_bytes()[:-9])
 
     again = []
-    monkeypatch.setattr(engine, "generate", lambda *args: again.append(len(args[3])) or generate(*args))
+    monkeypatch.setattr(LoadedModel, "generate", lambda *args: again.append(len(args[1])) or generate(*args))
     result = evaluate(eval_config(*sampled))
     assert contents(run / "eval" / "gsm8k") == expected
     assert result == whole

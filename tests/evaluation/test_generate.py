@@ -10,24 +10,28 @@ from architectures import ARCHITECTURES
 from conftest import make_tiny_llama
 from oracles import GREEDY, adapted, answers_of, assert_greedy_answers_are_the_librarys, let_answers_end
 
-from cera_train.evaluation.generate import (
-    Request,
-    TokenChoice,
-    can_decode,
-    cut_batches,
-    generate,
-    prepare_generation,
-)
+from cera_train.evaluation.generate import LoadedModel, Request, TokenChoice, cut_batches
 from cera_train.settings.evaluation import GenerationConfig
 
 SAMPLED = GenerationConfig(samples=2, temperature=0.8, top_p=0.95)
 
 
 @pytest.fixture
-def model(tokenizer):
+def engine_of(tokenizer):
+    """engine_of(model, base) -> an engine that gives answers of up to 12 tokens."""
+
+    def engine_of(model, base) -> LoadedModel:
+        engine = LoadedModel(model, base, tokenizer)
+        engine.prepare(12, [])
+        return engine
+
+    return engine_of
+
+
+@pytest.fixture
+def engine(tokenizer, engine_of) -> LoadedModel:
     model = make_tiny_llama(vocab_size=len(tokenizer))
-    prepare_generation(model, tokenizer, 12, [])
-    return model
+    return engine_of(model, model)
 
 
 @pytest.fixture(scope="session")
@@ -40,41 +44,40 @@ def requests(tokenizer) -> list[Request]:
     ]
 
 
-def test_rows_that_leave_do_not_change_the_others(model, tokenizer, requests):
-    let_answers_end(model, model, tokenizer, requests)
-    lengths = assert_greedy_answers_are_the_librarys(model, model, tokenizer, requests)
-    assert len(set(lengths)) >= 3
-    together = answers_of(model, tokenizer, [requests], SAMPLED)
-    assert together == answers_of(model, tokenizer, [[request] for request in reversed(requests)], SAMPLED)
-    assert together == answers_of(model, tokenizer, cut_batches(requests, 12, 60), SAMPLED)
+def test_rows_that_leave_do_not_change_the_others(engine, requests):
+    let_answers_end(engine, requests)
+    assert len(set(assert_greedy_answers_are_the_librarys(engine, requests))) >= 3
+    together = answers_of(engine, [requests], SAMPLED)
+    assert together == answers_of(engine, [[request] for request in reversed(requests)], SAMPLED)
+    assert together == answers_of(engine, cut_batches(requests, 12, 60), SAMPLED)
     assert len({answer.tokens for answer in together.values()}) >= 3
 
 
 @pytest.mark.parametrize("kind", ["cera", "lora", "dora"])
-def test_answers_of_an_adapter(model, tokenizer, requests, kind):
-    untouched = answers_of(model, tokenizer, [requests], GREEDY)
-    answering = adapted(model, kind)
-    assert can_decode(answering, model)
-    let_answers_end(answering, model, tokenizer, requests)
-    assert len(set(assert_greedy_answers_are_the_librarys(answering, model, tokenizer, requests))) >= 3
-    assert answers_of(answering, tokenizer, [requests], GREEDY, model) != untouched
+def test_answers_of_an_adapter(engine, engine_of, requests, kind):
+    untouched = answers_of(engine, [requests], GREEDY)
+    answering = engine_of(adapted(engine.base, kind), engine.base)
+    assert answering.can_decode
+    let_answers_end(answering, requests)
+    assert len(set(assert_greedy_answers_are_the_librarys(answering, requests))) >= 3
+    assert answers_of(answering, [requests], GREEDY) != untouched
 
 
 @pytest.mark.parametrize(("name", "changes"), [("gpt2", {}), ("mistral", {"sliding_window": 4}), ("mamba", {})])
-def test_answers_of_other_architectures(tokenizer, requests, name, changes):
+def test_answers_of_other_architectures(tokenizer, engine_of, requests, name, changes):
     """Those whose memory is not the keys and values of every token answer through `model.generate`."""
     model = ARCHITECTURES[name].model(vocab_size=len(tokenizer), **changes)
-    prepare_generation(model, tokenizer, 12, [])
-    assert can_decode(model, model) == (name == "gpt2")
-    let_answers_end(model, model, tokenizer, requests)
-    assert len(set(assert_greedy_answers_are_the_librarys(model, model, tokenizer, requests))) >= 2
-    sampled = answers_of(model, tokenizer, [requests], SAMPLED)
-    assert sampled == answers_of(model, tokenizer, [[request] for request in requests], SAMPLED)
+    engine = engine_of(model, model)
+    assert engine.can_decode == (name == "gpt2")
+    let_answers_end(engine, requests)
+    assert len(set(assert_greedy_answers_are_the_librarys(engine, requests))) >= 2
+    sampled = answers_of(engine, [requests], SAMPLED)
+    assert sampled == answers_of(engine, [[request] for request in requests], SAMPLED)
 
 
-def test_samples_differ_from_each_other_and_by_seed(model, tokenizer, requests):
-    answers = answers_of(model, tokenizer, [requests], SAMPLED)
-    other = answers_of(model, tokenizer, [requests], replace(SAMPLED, seed=1))
+def test_samples_differ_from_each_other_and_by_seed(engine, requests):
+    answers = answers_of(engine, [requests], SAMPLED)
+    other = answers_of(engine, [requests], replace(SAMPLED, seed=1))
     assert sum(answers[key].text == other[key].text for key in answers) <= 1
     problems = {problem for problem, _ in answers}
     assert sum(answers[problem, 0].text == answers[problem, 1].text for problem in problems) <= 1
@@ -96,7 +99,7 @@ def test_sampling_follows_temperature_and_top_p():
     assert frequency[2:].sum() == 0
 
 
-def test_an_answer_ends_at_the_end_token(model, tokenizer, requests):
+def test_an_answer_ends_at_the_end_token(engine, tokenizer, requests):
     """The model wants the end token at its third step."""
     end = tokenizer.eos_token_id
     steps = itertools.count()
@@ -105,30 +108,30 @@ def test_an_answer_ends_at_the_end_token(model, tokenizer, requests):
         wanted = end if next(steps) == 2 else 300
         return torch.full_like(logits, -torch.inf).index_fill(-1, torch.tensor([wanted]), 0.0)
 
-    model.lm_head.register_forward_hook(third_is_the_end)
-    [(answer, *_)] = generate(model, model, tokenizer, requests[:1], GREEDY)
+    engine.base.lm_head.register_forward_hook(third_is_the_end)
+    [(answer, *_)] = engine.generate(requests[:1], GREEDY)
     assert answer.text == tokenizer.decode([300, 300])
     assert (answer.tokens, answer.truncated) == (3, False)
     assert next(steps) == 3  # nothing runs on for a batch that is done
 
 
-def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(model, tokenizer, requests):
-    [(whole, *_)] = generate(model, model, tokenizer, requests[:1], GREEDY)
+def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(engine, requests):
+    [(whole, *_)] = engine.generate(requests[:1], GREEDY)
     stop = " hello"
     assert stop in whole.text
-    prepare_generation(model, tokenizer, 12, [stop])
-    [(answer, *_)] = generate(model, model, tokenizer, requests[:1], GREEDY)
+    engine.prepare(12, [stop])
+    [(answer, *_)] = engine.generate(requests[:1], GREEDY)
     assert answer.text == whole.text[: whole.text.index(stop)]
     assert not answer.truncated
     assert answer.tokens < whole.tokens
 
 
-def test_settings_that_came_with_the_model_do_not_count(model, tokenizer, requests):
-    expected = generate(model, model, tokenizer, requests, GREEDY)
-    model.generation_config.repetition_penalty = 5.0
-    model.generation_config.do_sample = True
-    prepare_generation(model, tokenizer, 12, [])
-    assert generate(model, model, tokenizer, requests, GREEDY) == expected
+def test_settings_that_came_with_the_model_do_not_count(engine, requests):
+    expected = engine.generate(requests, GREEDY)
+    engine.base.generation_config.repetition_penalty = 5.0
+    engine.base.generation_config.do_sample = True
+    engine.prepare(12, [])
+    assert engine.generate(requests, GREEDY) == expected
 
 
 def test_batches_hold_every_request_once_sorted_and_bounded(requests):
@@ -146,4 +149,4 @@ def test_a_tokenizer_without_an_end_is_refused():
     model = make_tiny_llama(eos_token_id=None)
     model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="no end-of-text token"):
-        prepare_generation(model, SimpleNamespace(eos_token_id=None), 12, [])
+        LoadedModel(model, model, SimpleNamespace(eos_token_id=None)).prepare(12, [])

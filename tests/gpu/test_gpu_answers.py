@@ -4,7 +4,7 @@ import pytest
 from conftest import make_tiny_llama
 from oracles import adapted, assert_greedy_answers_are_the_librarys, let_answers_end
 
-from cera_train.evaluation.generate import Request, can_decode, prepare_generation
+from cera_train.evaluation.generate import LoadedModel, Request
 
 pytestmark = pytest.mark.gpu
 
@@ -18,8 +18,8 @@ def requests(tokenizer) -> list[Request]:
 @pytest.mark.parametrize("kind", [None, "cera", "lora", "dora"])
 def test_greedy_answers_are_those_of_the_library_one_by_one(tokenizer, requests, device, kind):
     base = make_tiny_llama(vocab_size=len(tokenizer)).to(device)
-    prepare_generation(base, tokenizer, 12, [])
-    model = base if kind is None else adapted(base, kind)
-    assert can_decode(model, base)
-    let_answers_end(model, base, tokenizer, requests)
-    assert len(set(assert_greedy_answers_are_the_librarys(model, base, tokenizer, requests))) >= 3
+    engine = LoadedModel(base if kind is None else adapted(base, kind), base, tokenizer)
+    engine.prepare(12, [])
+    assert engine.can_decode
+    let_answers_end(engine, requests)
+    assert len(set(assert_greedy_answers_are_the_librarys(engine, requests))) >= 3

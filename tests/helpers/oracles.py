@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cera_train.adapters.build import build
 from cera_train.cera import CeraLayer
-from cera_train.evaluation.generate import generate
+from cera_train.evaluation.generate import LoadedModel
 from cera_train.model.weights import load_model
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.evaluation import GenerationConfig
@@ -76,30 +76,30 @@ def adapted(base, kind: str):
     return model
 
 
-def answers_of(model, tokenizer, batches, config, base=None) -> dict:
-    answers = [answer for batch in batches for answer in generate(model, base or model, tokenizer, batch, config)]
+def answers_of(engine: LoadedModel, batches, config) -> dict:
+    answers = [answer for batch in batches for answer in engine.generate(batch, config)]
     return {(answer.problem, answer.sample): answer for answer, *_ in answers}
 
 
-def assert_greedy_answers_are_the_librarys(model, base, tokenizer, requests) -> list[int]:
+def assert_greedy_answers_are_the_librarys(engine: LoadedModel, requests) -> list[int]:
     """Those of `model.generate`, one by one and unpadded. Returns how long each is."""
-    answers = answers_of(model, tokenizer, [requests], GREEDY, base)
+    answers = answers_of(engine, [requests], GREEDY)
     for request in requests:
-        prompt = torch.tensor([request.prompt_ids], device=base.device)
-        alone = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+        prompt = torch.tensor([request.prompt_ids], device=engine.base.device)
+        alone = engine.model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
         ids = alone[0, len(request.prompt_ids) :].tolist()
-        has_end = ids[-1] in base.generation_config.eos_token_id
+        has_end = ids[-1] in engine.base.generation_config.eos_token_id
         answer = answers[request.problem, request.sample]
-        assert answer.text == tokenizer.decode(ids[:-1] if has_end else ids, skip_special_tokens=True)
+        assert answer.text == engine.tokenizer.decode(ids[:-1] if has_end else ids, skip_special_tokens=True)
         assert answer.tokens == len(ids)
         assert answer.truncated == (not has_end)
     return [answers[request.problem, request.sample].tokens for request in requests]
 
 
-def let_answers_end(model, base, tokenizer, requests) -> None:
+def let_answers_end(engine: LoadedModel, requests) -> None:
     """Makes end tokens of the third, the sixth and the ninth token of some answers, so that they leave one by one."""
-    base.generation_config.eos_token_id = [
-        model.generate(input_ids=torch.tensor([request.prompt_ids], device=base.device))[
+    engine.base.generation_config.eos_token_id = [
+        engine.model.generate(input_ids=torch.tensor([request.prompt_ids], device=engine.base.device))[
             0, len(request.prompt_ids) + step
         ].item()
         for request, step in zip(requests[::2], (2, 5, 8), strict=False)
