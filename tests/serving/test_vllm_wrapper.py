@@ -59,19 +59,17 @@ def wrapper():
 
 
 class Projection:
-    """What vLLM computes of q, k and v: three slices, each with an A, a B and a gamma of every slot."""
+    """What vLLM computes of q, k and v: three slices, each with an A and a B of every slot."""
 
     def __init__(self, wrapper) -> None:
         self.wrapper = wrapper
         self.A = tuple(torch.randn(SLOTS, 1, R, WIDTH).to(DTYPE) for _ in SLICES)
         self.B = tuple(torch.randn(SLOTS, 1, out, R).to(DTYPE) / R for out in SLICES)
         self.x = torch.randn(TOKENS, WIDTH).to(DTYPE)
-        plugin.add_gammas(self.B)
 
-    def load(self, gates: tuple[str, ...], gammas: torch.Tensor | None = None) -> None:
+    def load(self, gates: tuple[str, ...]) -> None:
         """Fills the slots."""
         self.wrapper.slot_codes[:SLOTS] = torch.tensor([plugin.GATES.index(name) for name in gates])
-        self.B[0].cera_gammas[:SLOTS] = torch.ones(SLOTS, len(SLICES)) if gammas is None else gammas
 
     def add(self, y: torch.Tensor) -> torch.Tensor:
         self.wrapper.add_lora_linear(y, self.x, self.A, self.B, 1.0, SLICES)
@@ -80,18 +78,15 @@ class Projection:
     def computed(self, add) -> torch.Tensor:
         return add(torch.zeros(TOKENS, sum(SLICES), dtype=DTYPE)).float()
 
-    def wanted(self, adapters: tuple[int, ...], gates: tuple[str, ...], gammas: torch.Tensor | None) -> torch.Tensor:
+    def wanted(self, adapters: tuple[int, ...], gates: tuple[str, ...]) -> torch.Tensor:
         """The formula."""
-        gammas = torch.ones(SLOTS, len(SLICES)) if gammas is None else gammas
         y = torch.zeros(TOKENS, sum(SLICES))
         for token, adapter in enumerate(adapters):
             if adapter:
                 slot = adapter - 1
-                parts = []
-                for A, B, gamma in zip(self.A, self.B, gammas[slot], strict=True):
-                    z = A[slot, 0].float() @ self.x[token].float()
-                    parts.append(B[slot, 0].float() @ (z + gamma * (plugin.formula(gates[slot])(z) - z)))
-                y[token] = torch.cat(parts)
+                zs = [A[slot, 0].float() @ self.x[token].float() for A in self.A]
+                parts = zip(self.B, map(plugin.formula(gates[slot]), zs), strict=True)
+                y[token] = torch.cat([B[slot, 0].float() @ h for B, h in parts])
         return y
 
 
@@ -116,29 +111,28 @@ def test_the_kernels_of_gpus_pass_the_tests_below():
 
 
 @pytest.mark.parametrize("is_prefill", [True, False])
-def test_each_token_of_a_mixed_batch_gets_its_adapters_gate_and_gamma(wrapper, is_prefill):
+def test_each_token_of_a_mixed_batch_gets_its_adapters_gate(wrapper, is_prefill):
     projection, gates = Projection(wrapper), ("identity", "silu", "gelu")
-    gammas = torch.rand(SLOTS, len(SLICES))
-    projection.load(gates, gammas)
+    projection.load(gates)
     use(wrapper, CERA, is_prefill)
-    assert_close(projection.computed(projection.add), projection.wanted(CERA, gates, gammas))
+    assert_close(projection.computed(projection.add), projection.wanted(CERA, gates))
 
 
 def test_a_graph_traced_on_a_batch_of_lora_serves_cera(wrapper):
-    """Codes and gammas are data of the graph, not branches: what vLLM traces and captures once serves every batch."""
+    """Codes are data of the graph, not branches: what vLLM traces and captures once serves every batch."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
     projection = Projection(wrapper)
     compiled = torch.compile(projection.add, fullgraph=True, backend=counter)
     use(wrapper, (1,) * TOKENS, is_prefill=False)
-    assert_close(projection.computed(compiled), projection.wanted((1,) * TOKENS, ("identity",) * SLOTS, None))
+    assert_close(projection.computed(compiled), projection.wanted((1,) * TOKENS, ("identity",) * SLOTS))
 
-    gates, gammas = ("identity", "silu", "relu"), torch.rand(SLOTS, len(SLICES))
-    projection.load(gates, gammas)
+    gates = ("identity", "silu", "relu")
+    projection.load(gates)
     use(wrapper, CERA, is_prefill=False)
     with torch.compiler.set_stance("fail_on_recompile"):
-        assert_close(projection.computed(compiled), projection.wanted(CERA, gates, gammas))
+        assert_close(projection.computed(compiled), projection.wanted(CERA, gates))
     assert counter.frame_count == 1
 
 
