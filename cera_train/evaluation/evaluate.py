@@ -121,7 +121,7 @@ class Evaluation:
         recorded = folder.answers()
         answers = [recorded[key] for key in keys]
         folder.finish_answers(answers)
-        grades = grade_all(task, problems, answers, config.grading_seconds)
+        grades = grade_all(task, problems, answers)
         folder.write_grades(grades)
         return score(task, problems, answers, grades).replace(
             task=config.folder_name,

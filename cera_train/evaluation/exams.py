@@ -27,7 +27,7 @@ from cera_train.model.folder import positions_of
 from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.runs.results import GradedProblem, Sample, describe_tasks
 from cera_train.settings.data import DataConfig
-from cera_train.settings.evaluation import EvalConfig, GenerationConfig
+from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
 
 SAMPLE_ROOM = 64
@@ -120,7 +120,7 @@ class Exams:
         for exam in self.tasks if is_due else []:
             started, answers = time.perf_counter(), self.answer(exam)
             if self.accelerator.is_main_process:
-                grades = grade_all(exam.task, exam.problems, answers, EvalConfig.grading_seconds)
+                grades = grade_all(exam.task, exam.problems, answers)
                 scores = score(exam.task, exam.problems, answers, grades).to_json()
                 figures = {
                     f"{exam.name}/{key}": scores.get(key, scores.get(f"{key}/pass@1")) for key in exam.task.figures

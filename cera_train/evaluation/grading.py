@@ -37,6 +37,7 @@ from cera_train.runs.evaluation_folder import (
     ending_shares,
 )
 
+SECONDS = 5.0  # an answer's time limit
 MEMORY_LIMIT = 2**30  # bytes beyond a process's imports, ten times what math-verify needs for honest answers
 LOOP_TIMES = 3
 LOOP_CHARACTERS = 50
@@ -44,11 +45,8 @@ LONGEST_SEGMENT = 1_000
 PERCENT = re.compile(r"%[\s$.]*$")
 
 
-def grade_all(
-    task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation], seconds: float
-) -> list[Grade]:
-    """The grade of each answer by every grader that the task has, and how the answer ended. math-verify has `seconds`
-    for each."""
+def grade_all(task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation]) -> list[Grade]:
+    """The grade of each answer by every grader that the task has, and how the answer ended."""
     by_id = {problem.id: problem for problem in problems}
     graded = [(by_id[answer.problem], answer, task.grade(by_id[answer.problem], answer)) for answer in answers]
     verdicts = iter(())
@@ -56,7 +54,7 @@ def grade_all(
         candidates = [
             Candidate(problem.gold, grade.answer, answer.text) for problem, answer, grade in graded if not grade.exact
         ]
-        verdicts = iter(judge(candidates, seconds))
+        verdicts = iter(judge(candidates))
     grades = []
     for problem, answer, grade in graded:
         if task.is_verified:
@@ -130,7 +128,7 @@ class Verdict:
     failure: str | None = None  # `timeout`, or `crash:` and the error on one line
 
 
-def judge(candidates: Sequence[Candidate], seconds: float) -> list[Verdict]:
+def judge(candidates: Sequence[Candidate], seconds: float = SECONDS) -> list[Verdict]:
     """Verifies answers in processes that can be stopped, each within `seconds` of when a process begins it."""
     workers = min(len(os.sched_getaffinity(0)), len(candidates)) or 1
     # Spawned: a fork of a process with torch's threads can hang.

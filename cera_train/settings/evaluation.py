@@ -141,8 +141,6 @@ class EvalConfig(AnsweringConfig):
     data: DataConfig | None = section(None)
     """The data set whose evaluation rows task=perplexity predicts. null: the run's."""
     launch: ProcessesConfig = section(ProcessesConfig)
-    grading_seconds: float = setting(5.0, "nothing")
-    """Time limit of math-verify for one answer. An answer that takes longer is wrong and counted."""
     name: str | None = setting(None, "nothing")
     """Results go to RUN/eval/name. null: the task's name."""
     adapter_digest: str | None = setting(None, "answers")
@@ -152,7 +150,6 @@ class EvalConfig(AnsweringConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive("", self, "grading_seconds")
         require(self.task is not None, "task=... is missing: `cera-eval --help` lists the tasks.")
         require_folder_name(self.folder_name)
         if self.server is not None:

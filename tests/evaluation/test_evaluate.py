@@ -129,7 +129,7 @@ def test_answers_that_are_there_are_graded_again_without_a_model(eval_config, ru
     rows[0]["text"] = " It is #### 3"
     (folder / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(engine, "load_model", None)
-    result = evaluate(eval_config("grading_seconds=9"))
+    result = evaluate(eval_config("launch.processes=1"))
     assert result["exact/pass@1"] == before["exact/pass@1"] + 1 / 8
     assert json.loads((folder / "result.json").read_text()) == result
     assert read(folder / "grades.jsonl")[0]["exact"]

@@ -51,7 +51,7 @@ def test_both_graders_count_side_by_side(one_verifier):
         answer("d", r"so the answer is $\frac{1}{2}$."),  # no box: math-verify looks at the text
         answer("e", r"so \boxed{\frac{1", truncated=True),
     ]
-    grades = grade_all(math_task.TASK, problems, answers, seconds=10)
+    grades = grade_all(math_task.TASK, problems, answers)
     assert [grade.exact for grade in grades] == [True, False, False, False, False]
     assert [grade.verified for grade in grades] == [True, True, False, True, False]
     assert [grade.answer for grade in grades] == [r"\frac12", "0.5", "2", None, None]

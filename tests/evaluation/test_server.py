@@ -61,7 +61,7 @@ def test_a_server_that_goes_is_one_line_and_the_same_command_resumes(eval_config
     expected = contents(move_away(run, "here"))
     vllm.faults = ["", "", ""] + ["503"] * 99
     with pytest.raises(UserError) as caught:
-        evaluate(served_config("grading_seconds=9"))
+        evaluate(served_config())
     assert str(caught.value) == (
         f"server={vllm.url} is busy: 503 it is overloaded. Once it is back, the same command resumes."
     )

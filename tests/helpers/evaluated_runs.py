@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def one_verifier(monkeypatch) -> None:
     """Evaluations verify answers in this process, instead of starting two each, which takes longer than the answers."""
-    monkeypatch.setattr(grading, "judge", lambda candidates, seconds: list(map(grading._verdict, candidates)))
+    monkeypatch.setattr(grading, "judge", lambda candidates: list(map(grading._verdict, candidates)))
 
 
 @pytest.fixture

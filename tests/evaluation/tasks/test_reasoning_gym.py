@@ -23,7 +23,7 @@ def problems(limit: int = 4, data: DataConfig | None = None, **settings) -> list
 
 def credits(problems: list[Problem], answers: list[str]) -> list[tuple[float, bool, str | None]]:
     generations = [Generation(problem.id, 0, text, 1, False) for problem, text in zip(problems, answers, strict=True)]
-    grades = grade_all(TASK, problems, generations, 5.0)
+    grades = grade_all(TASK, problems, generations)
     return [(grade.details["credit"], grade.exact, grade.failure) for grade in grades]
 
 
