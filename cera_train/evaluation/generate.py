@@ -178,12 +178,11 @@ class LoadedModel:
     context: Callable[[], AbstractContextManager] = nullcontext
     """Entered for each batch, such as autocast."""
 
+    batches = staticmethod(cut_batches)
+
     @property
     def positions(self) -> int | None:
         return positions_of(self.base.config)
-
-    def batches(self, requests: Sequence[Request], max_new_tokens: int, batch_tokens: int) -> list[list[Request]]:
-        return cut_batches(requests, max_new_tokens, batch_tokens)
 
     def answers(
         self,
