@@ -131,18 +131,21 @@ class Hungry(Candidate):
         return str(len(bytearray(2**31))) if name == "gold" else super().__getattribute__(name)
 
 
-def test_an_extracted_answer_decides_else_the_text():
-    cases = {
-        RIGHT: True,
-        Candidate("12", "13", "the answer is 12"): False,
-        Candidate("12", None, "The final answer is $x = 12$. I hope it is correct."): True,
-        Candidate("12", None, r"we get \[ 24/2 \]"): True,
-        Candidate("12", None, "So the answer is 13, not 12. The answer is 13."): False,
-        Candidate("12", None, ""): False,
-        Candidate("12", None, "the value is x^2 = 5 " * 50_000): False,
-    }
+def test_an_extracted_answer_decides_else_the_text_and_a_crash_stops_no_other():
+    cases = [
+        (RIGHT, Verdict(True)),
+        (Deadly("12", "12", ""), Verdict(False, "crash: ProcessExpired: exit code 3")),
+        (Candidate("12", "13", "the answer is 12"), Verdict(False)),
+        (Hungry("12", "12", ""), Verdict(False, "crash: MemoryError")),
+        (Candidate("12", None, "The final answer is $x = 12$. I hope it is correct."), Verdict(True)),
+        (Candidate(r"\frac{0}{0}", "1", ""), Verdict(False, "crash: ValueError: Can't evaluate nan or zoo")),
+        (Candidate("12", None, r"we get \[ 24/2 \]"), Verdict(True)),
+        (Candidate("12", None, "So the answer is 13, not 12. The answer is 13."), Verdict(False)),
+        (Candidate("12", None, ""), Verdict(False)),
+        (Candidate("12", None, "the value is x^2 = 5 " * 50_000), Verdict(False)),
+    ]
     before = set(multiprocessing.active_children())
-    assert judge(list(cases), seconds=20) == [Verdict(correct) for correct in cases.values()]
+    assert judge([candidate for candidate, _ in cases], seconds=20) == [verdict for _, verdict in cases]
     assert judge([], seconds=20) == []
     assert set(multiprocessing.active_children()) <= before
 
@@ -154,17 +157,6 @@ def test_hostile_answers_are_wrong_and_the_others_go_on():
     verdicts = judge(pairs, seconds=1)
     assert [verdict.correct for verdict in verdicts] == [False, True] * len(hostile)
     assert verdicts[0] == Verdict(False, "timeout")
-
-
-def test_a_process_that_dies_or_has_no_memory_is_a_crash_and_the_others_go_on():
-    crashes = [Deadly("12", "12", ""), Hungry("12", "12", ""), Candidate(r"\frac{0}{0}", "1", "")]
-    verdicts = judge([candidate for crash in crashes for candidate in (crash, RIGHT)], seconds=20)
-    assert verdicts[1::2] == [Verdict(True)] * 3
-    assert [verdict.failure for verdict in verdicts[::2]] == [
-        "crash: ProcessExpired: exit code 3",
-        "crash: MemoryError",
-        "crash: ValueError: Can't evaluate nan or zoo",
-    ]
 
 
 ACCURACY = [1.0] * 120 + [0.0] * 280
