@@ -43,7 +43,7 @@ def distinct_rows(file: Path | None, rows: int, tokenizer: Any) -> Iterator[dict
 def measure(file: Path | None = None, rows: int = ROWS) -> tuple[list[Target], dict[str, Any]]:
     """Tokenises `rows` rows once into an empty cache and opens them from it; against the targets, and all that was
     found."""
-    from cera_train.common.imports import heavy_imports
+    from cera_train.common.libraries import heavy_imports
 
     with heavy_imports():
         import torch

@@ -31,7 +31,7 @@ ANSWERED_AT_ONCE = {
 PARTS = """
 import json, sys, time
 sys.argv = ["cera-train"]  # else the package itself imports PEFT, before the clock starts
-from cera_train.common.imports import heavy_imports
+from cera_train.common.libraries import heavy_imports
 
 started = time.perf_counter()
 with heavy_imports():

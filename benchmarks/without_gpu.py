@@ -145,7 +145,7 @@ def session_of(config: Config, rows: TokenizedRows) -> Iterator[Session]:
         folder = stack.enter_context(RunFolder.open(path, to_plain(settled.config)))
         session = stack.enter_context(Session(settled, folder, resume_from=None))
         session.begin()
-        session.start_clock()
+        session.loss.train()
         yield session
 
 

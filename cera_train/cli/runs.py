@@ -12,9 +12,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cera_train.cli.start import announce_imports, check_trust, leave_closed_pipe, print_error, start_hydra, to_config
-from cera_train.common.imports import heavy_imports
-from cera_train.distributed.launch import in_processes
-from cera_train.distributed.processes import is_one_of_several
+from cera_train.common.libraries import heavy_imports
+from cera_train.distributed.processes import in_processes, is_one_of_several
 from cera_train.evaluation.tasks.task import AnswerTask, build_task, load_problems
 from cera_train.model.folder import check_model
 from cera_train.runs.subject import Subject, find_subject

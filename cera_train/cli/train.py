@@ -25,7 +25,7 @@ from cera_train.cli.start import (
     without_hydra,
 )
 from cera_train.common.errors import UserError
-from cera_train.common.imports import heavy_imports
+from cera_train.common.libraries import heavy_imports
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from cera_train.common.errors import UserError, errors_at
-from cera_train.common.hub import hub_or_cache, offline_reason
+from cera_train.common.libraries import hub_or_cache, offline_reason
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted
 from cera_train.data import reasoning_gym

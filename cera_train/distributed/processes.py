@@ -1,10 +1,25 @@
-"""Rank and size of a command's process group, from its launcher's environment variables. Nothing here imports torch."""
+"""The processes that share a run: rank and size, from the environment variables of a launcher; and from one command to
+one process a GPU, by torch's elastic launcher. A process that torchrun, `accelerate launch` or srun started works as it
+is. No torch at module level: the commands ask for the rank, and signals have a handler before a process imports it."""
 
 from __future__ import annotations
 
+import logging
 import os
+import pkgutil
 import re
-from collections.abc import MutableMapping
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from cera_train.common.errors import UserError, explain
+from cera_train.common.libraries import heavy_imports
+from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, signal_children
+from cera_train.settings.distributed import ProcessesConfig
 
 # Variables in which launchers set the rank; Accelerate reads the same.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -47,3 +62,134 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
         environment[name] = str(value)
     # Accelerate would share out the whole node's cores.
     environment.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))
+
+
+# --- several from one command ----------------------------------------------------------------------------------------
+
+Result = dict[str, Any]
+
+LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|ProcessGroup", re.IGNORECASE)
+"""Errors of the communication library, caused by another process."""
+
+PEER_SECONDS = 5
+"""Pause of a process that lost another before it fails too: the launcher reports the first failure."""
+
+
+def in_processes(function: Callable[[Any], Result], config: Any) -> Result:
+    """`function(config)`, in `launch.processes` processes: the same result, and the same UserError. Any other
+    error is a RuntimeError with its traceback.
+
+    Args:
+        function: one of a module, which every process imports. Only process 0 writes and prints.
+        config: settings with a section `launch`.
+    """
+    try:
+        if is_launched():
+            return beside_others(function, config)
+        processes = processes_to_start(config.launch)
+        return function(config) if processes == 1 else start_processes(function, config, processes)
+    except Interrupted as interrupted:
+        interrupted.hand_over()
+        raise
+
+
+def processes_to_start(config: ProcessesConfig) -> int:
+    """One process a GPU, or as many as the config sets; UserError where there are GPUs, but fewer than that."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    processes = max(1, gpus) if config.processes == "auto" else int(config.processes)
+    if 0 < gpus < processes:
+        raise UserError(f"launch.processes={processes}, but this machine shows {gpus} GPUs: lower it, or set auto.")
+    return processes
+
+
+def start_processes(function: Callable[[Any], Result], config: Any, processes: int) -> Result:
+    """Starts the processes and waits for them; returns the result of process 0."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are reported below
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    target = f"{function.__module__}:{function.__qualname__}"
+    with tempfile.TemporaryDirectory() as logs, Interruption(pass_on=signal_children) as interruption:
+        elastic = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            signals_to_handle="",  # they are passed on, and the processes end when they have saved
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            return elastic_launch(elastic, work)(target, config)[0]
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            ends = {1, *(128 + number for number in SIGNALS), *(-number for number in SIGNALS)}
+            if interruption.signal is not None and failure.exitcode in ends and isinstance(failure.message, str):
+                raise Interrupted(interruption.signal) from None
+            raise error_of(rank, failure) from None
+
+
+def work(target: str, config: Any) -> Any:
+    """Calls a function in one of the processes that `in_processes` started.
+
+    Args:
+        target: MODULE:FUNCTION. It is imported here, since signals are not handled while the arguments are unpickled.
+    """
+    os.setpgrp()  # a terminal's Ctrl-C goes to the parent alone, which passes it on
+    for number in SIGNALS:  # while the function does not handle them, such as while it loads
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    with heavy_imports():
+        import torch
+
+        function = pkgutil.resolve_name(target)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    try:
+        result = beside_others(function, config)
+    except Exception as error:
+        if (message := explain(error)) is not None:
+            raise UserError(message) from None  # the launcher passes on an error's type and words
+        raise
+    finally:
+        sys.stdout.flush()
+    if torch.distributed.is_initialized():  # not where the result was there already
+        torch.distributed.destroy_process_group()
+    return result
+
+
+def beside_others(function: Callable[[Any], Any], config: Any) -> Any:
+    """Calls a function in one of several processes."""
+    try:
+        return function(config)
+    except Exception as error:
+        if not LOST_PEER.search(str(error)):
+            raise
+        if re.search("timed? ?out", str(error), re.IGNORECASE):
+            raise UserError(
+                f"process {os.environ['RANK']} (counted from 0) waited for another that hangs, longer than "
+                "distributed.timeout. Look at the machines; the same command goes on from the last checkpoint."
+            ) from error
+        time.sleep(PEER_SECONDS)
+        raise
+
+
+def error_of(rank: int, failure: Any) -> Exception:
+    """The error of the first process that failed, from what torch's launcher reports of it."""
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        cause = ": the machine may be out of memory" if name == "SIGKILL" else ""
+        return UserError(f"process {rank} was killed by {name}{cause}. The same command goes on from what is saved.")
+    if isinstance(failure.message, str):  # it ended itself and left no error
+        return RuntimeError(f"process {rank} ended with status {failure.exitcode} and no error.")
+    kind, _, text = failure.message["message"].partition(": ")
+    if kind == UserError.__name__:
+        return UserError(text)
+    return RuntimeError(f"process {rank} failed with {kind}: {text}\n{failure.message['extraInfo']['py_callstack']}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
-from cera_train.common.hub import hub_or_cache, offline_reason
+from cera_train.common.libraries import hub_or_cache, offline_reason
 from cera_train.common.terminal import announce
 from cera_train.settings.model import ModelConfig
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cera_train.common.errors import UserError
-from cera_train.common.imports import heavy_imports
+from cera_train.common.libraries import heavy_imports
 from cera_train.model.precision import choose_precision
 from cera_train.planning.data_size import DataSize, TaskSize, data_size, task_size
 from cera_train.settings.distributed import Strategy

@@ -16,7 +16,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.files import locked
-from cera_train.common.imports import heavy_imports
+from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require, word_of
 from cera_train.common.terminal import print_line
 from cera_train.distributed.processes import is_main_process

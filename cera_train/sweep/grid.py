@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import folder_in_use, is_locked
-from cera_train.common.imports import heavy_imports
+from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require_folder_name
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -43,10 +42,9 @@ from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
 from cera_train.settings.training import ObjectiveKind
-from cera_train.training.objectives import Objective
+from cera_train.training.objectives import Objective, Sft
 from cera_train.training.objectives.dpo import Dpo
 from cera_train.training.objectives.grpo import Grpo
-from cera_train.training.objectives.sft import Sft
 from cera_train.training.optimizer import Rate, auto_rate, build_optimizer
 
 OBJECTIVES: dict[ObjectiveKind, Callable[[Session], Objective]] = {
@@ -224,15 +222,6 @@ class Session:
         processes = self.accelerator.num_processes
         folder.write_config(environment(processes, self.base_fingerprint, rows, self.updates, self.precision))
         self.tracker = start_tracker(self.config.tracker, folder.config, self.config.name, folder.path, done)
-
-    def start_clock(self) -> None:
-        self.loss.train()
-        self._started, self._done_before = time.perf_counter(), self.progress.update
-
-    def seconds_left(self) -> float:
-        """Seconds to the end at the pace since `start_clock`, evaluations and checkpoints included."""
-        done = self.progress.update - self._done_before
-        return (time.perf_counter() - self._started) / done * (self.updates - self.progress.update)
 
     def spectra(self) -> dict[str, ModuleSpectrum]:
         """Spectra of the current adapter, measured once after an update."""

@@ -20,8 +20,7 @@ from cera_train.common.files import write_text
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import duration, print_line
 from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory, quiet_libraries
-from cera_train.distributed.launch import in_processes
-from cera_train.distributed.processes import is_main_process
+from cera_train.distributed.processes import in_processes, is_main_process
 from cera_train.distributed.signals import Interrupted, first_heard
 from cera_train.evaluation.held_out import shared_out
 from cera_train.model.loss import perplexity
@@ -93,7 +92,7 @@ def run(session: Session) -> dict[str, Any]:
     prove_coverage(session)
     if progress.update == 0 or progress.evaluation_pending:
         evaluate(session)
-    session.start_clock()
+    session.loss.train()
     while not session.is_done:
         signal = update(session)
         is_last = progress.update == session.updates
@@ -148,7 +147,7 @@ def update(session: Session) -> int | None:
     if session.local_loss.stop_compiling():
         session.bar.note("speed      layers run uncompiled from here: torch compiles no further variant of them")
     numbers = drawn.headline or f"loss {figure(loss)}  perplexity {figure(metrics.perplexity, 2)}"
-    left = duration(session.seconds_left())
+    left = duration(progress.seconds / progress.update * (session.updates - progress.update))
     session.bar.step(f"{numbers}  {figure(metrics.tokens_per_s, 0)} tokens/s  {left} left")
     return first_heard(heard)
 

@@ -19,10 +19,14 @@ from several_processes import cut_copy, popen, torchrun, train_in_processes
 from tiny_runs import all_losses_of, evaluations_of, losses_of, wait_until
 
 from cera_train.common.errors import UserError
-from cera_train.distributed import launch
 from cera_train.distributed.accelerator import start_accelerator
-from cera_train.distributed.launch import error_of, processes_to_start
-from cera_train.distributed.processes import join_slurm_step
+from cera_train.distributed.processes import (
+    PEER_SECONDS,
+    beside_others,
+    error_of,
+    join_slurm_step,
+    processes_to_start,
+)
 from cera_train.runs.results import LOSSES_AFTER, TokenLosses
 from cera_train.settings.distributed import LaunchConfig
 from cera_train.settings.model import ModelConfig
@@ -299,14 +303,14 @@ def test_an_error_of_a_process_keeps_its_kind():
 def test_a_process_that_lost_another_fails_after_it(monkeypatch):
     """The launcher reports the first failure."""
     pauses = []
-    monkeypatch.setattr(launch.time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
 
     def lose(_: None) -> None:
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 
     with pytest.raises(RuntimeError):
-        launch.beside_others(lose, None)
-    assert pauses == [launch.PEER_SECONDS]
+        beside_others(lose, None)
+    assert pauses == [PEER_SECONDS]
 
 
 @pytest.mark.slow

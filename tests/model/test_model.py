@@ -3,7 +3,6 @@ scale of adapters."""
 
 import json
 import shutil
-import threading
 
 import bitsandbytes
 import huggingface_hub
@@ -16,7 +15,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config
 
 from cera_train.adapters.build import build, parameter_counts
-from cera_train.common import hub
 from cera_train.common.errors import UserError
 from cera_train.model.folder import check_length, load_tokenizer
 from cera_train.model.precision import choose_precision
@@ -132,14 +130,6 @@ def test_a_model_of_the_cache_loads_without_a_network(tiny_folder, tmp_path, no_
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     load_tokenizer(ModelConfig(path="some/tiny"))
     load_model(ModelConfig(path="some/tiny"), CPU)
-
-
-def test_a_hub_that_hangs_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(hub, "SECONDS", 0.2)
-    answered = threading.Event()
-    monkeypatch.setattr(huggingface_hub, "get_session", answered.wait)
-    assert not hub.hub_answers()
-    answered.set()
 
 
 def test_what_the_hub_refuses_has_a_mend(monkeypatch):

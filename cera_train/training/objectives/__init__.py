@@ -1,15 +1,20 @@
-"""What a run learns, one file each: the loss of an update, and what the held-out rows tell."""
+"""What a run learns: the loss of an update, and what the held-out rows tell. Supervised fine-tuning is here;
+preferences and rewards have a file each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.results import TokenLosses
+
+if TYPE_CHECKING:
+    from cera_train.training.session import Session
 
 
 @dataclass
@@ -43,3 +48,19 @@ class Objective(Protocol):
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
         """What counts on the held-out rows: losses whose mean is the held-out loss, and further figures."""
         return losses, {}
+
+
+class Sft(Objective):
+    """The mean next-token loss over the supervised tokens of an update."""
+
+    def __init__(self, session: Session) -> None:
+        self.batches, self.accelerator = session.batches, session.accelerator
+
+    def begin(self, rows: list[int]) -> Drawn:
+        supervised = sum(self.batches.supervised[row] for row in rows)
+        # A mean over the tokens of all processes, whose gradients are averaged.
+        self.scale = self.accelerator.num_processes / torch.tensor(supervised, device=self.accelerator.device)
+        return Drawn(self.batches, rows)
+
+    def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
+        return self.scale * losses.sum()
