@@ -8,12 +8,12 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, RunMode, TaskFunction
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cera_train.cli.start import announce_imports, errors_in_one_line, start_hydra, to_config, without_hydra
 from cera_train.settings.run import PlanRun
+from cera_train.study.design import StudySweeper
 from cera_train.sweep.grid import grid, job_composer
 
 PLAN = "cera-plan"
@@ -59,18 +59,11 @@ class PlanSweep(Callback):
                 print_plans("job", name_jobs(self.plans))
 
 
-class PlannedStudy(Sweeper):
+class PlannedStudy(StudySweeper):
     """Stands in the place of the sweeper of a study: plans its runs instead of running them."""
 
-    def __init__(self, **_: Any) -> None:
-        """Hydra passes the settings, which `sweep` reads from the config."""
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config = config
-
     def sweep(self, arguments: list[str]) -> None:
-        with errors_in_one_line(PLAN):
-            from cera_train.study.plan import plan_study
+        from cera_train.study.plan import plan_study
 
-            announce_imports()
-            plan_study(self.config, job_composer(self.config, functools.partial(without_hydra, schema=PlanRun)))
+        announce_imports()
+        plan_study(self.config, job_composer(self.config, functools.partial(without_hydra, schema=PlanRun)))

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from cera_train.cli.mistakes import refuse_arguments
-from cera_train.cli.start import start
 from cera_train.common.settings import require
 
 LONGEST_NAME = 100
@@ -18,10 +17,6 @@ def parser_of(program: str, description: str) -> argparse.ArgumentParser:
     parser.error = refuse_arguments(program)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
-
-
-def main() -> None:
-    start("cera-report", report)
 
 
 def report() -> None:
@@ -49,10 +44,6 @@ def report() -> None:
         page = compare_runs(folders)
         page.write(output)
     page.print(output)
-
-
-def sweep_main() -> None:
-    start("cera-sweep", sweep)
 
 
 def sweep() -> None:

@@ -40,26 +40,17 @@ PROGRAMS = {
     "cera-eval": "runs:eval_main",
     "cera-chat": "runs:chat_main",
     "cera-export": "runs:export_main",
-    "cera-report": "report:main",
-    "cera-sweep": "report:sweep_main",
+    "cera-report": "report:report",
+    "cera-sweep": "report:sweep",
     "cera-plan": "plan:main",
 }
 """Command -> the file of cli/ and its function."""
 
 
 def main() -> None:
-    """The command by whose name this process was started. --help imports the settings and nothing else of a command."""
+    """Runs the command by whose name this process was started. --help imports the settings and nothing else of it."""
     name = Path(sys.argv[0]).stem
     program = name if name in PROGRAMS else "cera-train"  # `python -m cera_train`
-    if program in SCHEMAS and {"--help", "-h"} & set(sys.argv):
-        start_hydra(program, lambda _: None)
-    else:
-        module, _, function = PROGRAMS[program].partition(":")
-        getattr(importlib.import_module(f"cera_train.cli.{module}"), function)()
-
-
-def start(program: str, command: Callable[[], Any]) -> None:
-    """Runs a command as a whole process."""
     if "--version" in sys.argv:
         print(f"cera-train {__version__}")
         return
@@ -72,7 +63,11 @@ def start(program: str, command: Callable[[], Any]) -> None:
     join_slurm_step(os.environ)
     try:
         with errors_in_one_line(program):
-            command()
+            if program in SCHEMAS and {"--help", "-h"} & set(sys.argv):
+                print_help(program)
+            else:
+                module, _, function = PROGRAMS[program].partition(":")
+                getattr(importlib.import_module(f"cera_train.cli.{module}"), function)()
         sys.stdout.flush()
     except BrokenPipeError:
         leave_closed_pipe()
@@ -80,47 +75,46 @@ def start(program: str, command: Callable[[], Any]) -> None:
         sys.exit(130)
 
 
+def config_name(program: str) -> str:
+    """The file of conf/ that a command composes."""
+    return "config" if program == "cera-train" else program.removeprefix("cera-")
+
+
 def start_hydra(
     program: str,
     command: Callable[[DictConfig], Any],
     plugins: Mapping[str, type[Plugin]] | None = None,
 ) -> None:
-    """`start` for a command of a composed config. The only place that changes sys.argv, which Hydra reads.
+    """Composes the config of a command and calls it. The only place that changes sys.argv, which Hydra reads.
 
     Args:
         plugins: sweepers and launchers of ours by name, for the `_target_` of their files in conf/hydra.
     """
-    config_name = "config" if program == "cera-train" else program.removeprefix("cera-")
 
     @functools.wraps(command)
     def explained(composed: DictConfig) -> Any:
         with errors_in_one_line(program):  # Hydra prints a report about an error that reaches it
             return command(composed)
 
-    def compose_and_run() -> None:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained here
-        sys.argv[1:] = for_hydra(program, sys.argv[1:])
-        if "--help" in sys.argv:
-            print_help(config_name, [word for word in sys.argv[1:] if not word.startswith("-")])
-            return
-        register_configs(*options("recipe"))
-        # Hydra builds plugins of the package hydra_plugins only, and other Hydra programs would import a module in it.
-        names = {f"hydra_plugins.cera_train.{name}": plugin for name, plugin in (plugins or {}).items()}
-        Plugins.instance().class_name_to_class.update(names)
-        main = hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name)(explained)
-        # Only training's sweeps have a folder: the multirun.yaml that Hydra writes for the others is thrown away.
-        with contextlib.nullcontext() if program == "cera-train" else tempfile.TemporaryDirectory() as folder:
-            sys.argv += [f"hydra.sweep.dir={folder}"] if folder else []
-            main()
-
-    start(program, compose_and_run)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained by `main`
+    sys.argv[1:] = for_hydra(program, sys.argv[1:])
+    register_configs(*options("recipe"))
+    # Hydra builds plugins of the package hydra_plugins only, and other Hydra programs would import a module in it.
+    names = {f"hydra_plugins.cera_train.{name}": plugin for name, plugin in (plugins or {}).items()}
+    Plugins.instance().class_name_to_class.update(names)
+    decorate = hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name(program))
+    # Only training's sweeps have a folder: the multirun.yaml that Hydra writes for the others is thrown away.
+    with contextlib.nullcontext() if program == "cera-train" else tempfile.TemporaryDirectory() as folder:
+        sys.argv += [f"hydra.sweep.dir={folder}"] if folder else []
+        decorate(explained)()
 
 
-def print_help(config_name: str, overrides: list[str]) -> None:
+def print_help(program: str) -> None:
     """Prints a command's `hydra.help.template` with its config. Hydra's own --help reads every file of conf/ first."""
+    overrides = [word for word in for_hydra(program, sys.argv[1:]) if not word.startswith("-")]
     register_configs(*(name for name in options("recipe") if f"+recipe={name}" in overrides))
     with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
-        config = hydra.compose(config_name, overrides, return_hydra_config=True)
+        config = hydra.compose(config_name(program), overrides, return_hydra_config=True)
     template = config.hydra.help.template
     with open_dict(config):
         del config["hydra"]

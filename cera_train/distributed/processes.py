@@ -66,8 +66,6 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
 
 # --- several from one command ----------------------------------------------------------------------------------------
 
-Result = dict[str, Any]
-
 LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|ProcessGroup", re.IGNORECASE)
 """Errors of the communication library, caused by another process."""
 
@@ -75,7 +73,7 @@ PEER_SECONDS = 5
 """Pause of a process that lost another before it fails too: the launcher reports the first failure."""
 
 
-def in_processes(function: Callable[[Any], Result], config: Any) -> Result:
+def in_processes(function: Callable[[Any], dict[str, Any]], config: Any) -> dict[str, Any]:
     """`function(config)`, in `launch.processes` processes: the same result, and the same UserError. Any other
     error is a RuntimeError with its traceback.
 
@@ -104,7 +102,7 @@ def processes_to_start(config: ProcessesConfig) -> int:
     return processes
 
 
-def start_processes(function: Callable[[Any], Result], config: Any, processes: int) -> Result:
+def start_processes(function: Callable[[Any], dict[str, Any]], config: Any, processes: int) -> dict[str, Any]:
     """Starts the processes and waits for them; returns the result of process 0."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

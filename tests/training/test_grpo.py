@@ -199,17 +199,9 @@ def test_two_processes_sample_and_learn_what_one_does(tiny_folder, tmp_path, wri
     assert one[1]["train/grad_norm"] > 0
 
 
-@pytest.mark.parametrize(
-    ("grader", "answer", "right", "expected"),
-    [
-        ("text", " a  b", "a b", 1),
-        ("text", "a c", "a b", 0),
-        ("text", "", "a", 0),
-        ("number", "so 1,0 is 10.", "#### 10", 1),
-    ],
-)
-def test_an_answer_is_graded_as_by_a_task(grader, answer, right, expected):
-    assert grade("", answer, right, grader) == expected
+def test_an_answer_is_graded_as_by_a_task():
+    assert [grade("", answer, "a b", "text") for answer in (" a  b", "a c", "")] == [1, 0, 0]
+    assert grade("", "so 1,0 is 10.", "#### 10", "number") == 1
 
 
 @pytest.mark.parametrize(
@@ -238,8 +230,3 @@ def test_a_reference_is_the_base_without_an_adapter(grpo):
         UserError, match="^grpo.beta=0.1 needs the base as the reference, and adapter.kind=full trains it"
     ):
         train(grpo("grpo.beta=0.1", "adapter=full", "adapter.r=null", "adapter.dropout=0"))
-
-
-def test_sharded_weights_are_refused(compose):
-    with pytest.raises(UserError, match="train.objective=grpo generate answers, and sharded weights cannot"):
-        compose("train.objective=grpo", "distributed.strategy=fsdp")

@@ -1,6 +1,5 @@
 """Schedules against their formulas; the optimizers of a config are those it names."""
 
-import bitsandbytes
 import pytest
 import torch
 from conftest import make_tiny_llama
@@ -39,16 +38,6 @@ def test_adamw_is_pytorchs_with_the_settings_of_the_config():
     assert type(optimizer) is torch.optim.AdamW
     group = optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (2.0, 0.5, (0.8, 0.7), 1e-3)
-
-
-def test_adamw_8bit_keeps_8_bit_moments_and_steps_on_a_cpu():
-    weights = parameters()
-    optimizer = build_optimizer(weights, OptimizerConfig(OptimizerKind.adamw_8bit, lr=1e-3), torch.device("cpu"))
-    assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
-    weights[0].square().sum().backward()
-    optimizer.step()
-    assert optimizer.state[weights[0]]["state1"].dtype == torch.uint8
-    assert (weights[0] < 1).all()
 
 
 def test_paged_adamw_is_refused_where_there_is_no_gpu_memory_to_page():
