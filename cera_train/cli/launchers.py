@@ -27,9 +27,9 @@ from cera_train.sweep.folder import RECORD, State, SweepRecord, job_name, job_st
 from cera_train.sweep.grid import Job
 
 try:
-    from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLauncher, SlurmLauncher
-except ImportError:  # the extra `slurm`: without it Hydra finds no file of these launchers
-    LocalLauncher = SlurmLauncher = object
+    from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+except ImportError:  # the extra `slurm`: without it Hydra finds no file of this launcher
+    SlurmLauncher = object
 
 
 class MissingJobs:
@@ -56,25 +56,14 @@ class MissingJobs:
         return returns
 
 
-# --- a cluster, and processes on this machine, by submitit -----------------------------------------------------------
-
-
-class Submitted(MissingJobs):
-    """Submits jobs, and waits for them unless `launch.detach=true`."""
+class SubmititSlurm(MissingJobs, SlurmLauncher):
+    """Submits jobs to Slurm, and waits for them unless `launch.detach=true`."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         from cera_train.cli.cluster import replace_waiting  # imports submitit: a fifth of a second
 
         replace_waiting(self.config.launch.detach)
         return super().launch(job_overrides, initial_job_idx)
-
-
-class SubmititLocal(Submitted, LocalLauncher):
-    """Jobs in processes on this machine, all at once."""
-
-
-class SubmititSlurm(Submitted, SlurmLauncher):
-    """Jobs of Slurm."""
 
 
 # --- joblib ----------------------------------------------------------------------------------------------------------

@@ -40,9 +40,9 @@ TRAIN = "cera-train"
 
 def main() -> None:
     Plugins.instance()  # executes the modules of Hydra's plugins, also those that were imported before
-    from cera_train.cli.launchers import Joblib, SubmititLocal, SubmititSlurm
+    from cera_train.cli.launchers import Joblib, SubmititSlurm
 
-    plugins = {plugin.__name__: plugin for plugin in (StudySweeper, Joblib, SubmititLocal, SubmititSlurm)}
+    plugins = {plugin.__name__: plugin for plugin in (StudySweeper, Joblib, SubmititSlurm)}
     start_hydra(TRAIN, look if "--look" in sys.argv else train, plugins)
 
 

@@ -150,7 +150,7 @@ def overrides_of(arguments: list[str]) -> tuple[list[str], bool]:
             settings.append(word)
     for launcher in (word.partition("=")[2] for word in settings if word.startswith("hydra/launcher=")):
         known = {path.stem for path in (config_dir("conf") / "hydra" / "launcher").glob("*.yaml")}
-        assert launcher in known | {"submitit_slurm", "submitit_local"}
+        assert launcher in known
     return [word for word in settings if not word.lstrip("+").startswith("hydra")], "-m" in arguments
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("submitit")
 
 from cera_train.cli.cluster import QueueWatcher
 
-GRID = ["-m", "adapter=cera,lora", "adapter.r=2,4", "name=grid", "hydra/launcher=local"]
+GRID = ["-m", "adapter=cera,lora", "adapter.r=2,4", "name=grid", "hydra/launcher=slurm_gpu"]
 
 
 @pytest.fixture
@@ -23,6 +23,7 @@ def submitted(monkeypatch):
         return [SimpleNamespace(results=lambda: [JobReturn(status=JobStatus.COMPLETED)]) for _ in job_overrides]
 
     monkeypatch.setattr("submitit.AutoExecutor.map_array", map_array)
+    monkeypatch.setattr("submitit.SlurmExecutor.affinity", lambda: 1)  # no srun is looked for
     monkeypatch.setattr("cera_train.cli.cluster.replace_waiting", lambda detach: None)
     return jobs
 

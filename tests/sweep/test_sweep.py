@@ -1,8 +1,6 @@
 """Real sweeps: cut, failed and started again; in other processes, by other sweepers."""
 
-import os
 import signal
-import subprocess
 
 import pytest
 import torch
@@ -53,23 +51,6 @@ def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_m
     from cera_train.report.runs import read_runs
 
     assert [run.name for run in read_runs([sweep])] == [cut, missing, finished]
-
-
-@pytest.mark.slow
-def test_a_job_that_is_killed_in_a_process_of_its_own_stops_no_other(sweep_here):
-    pytest.importorskip("submitit")
-    sweep = sweep_here / "outputs" / "tiny"
-    settings = ["adapter.activation=silu", "train.max_updates=300"]
-    process = start(*TINY, *settings, "hydra/launcher=local", cwd=sweep_here)
-    cut, finished = (sweep / f"adapter={kind}" for kind in ("cera", "lora"))
-    wait_until(lambda: process.poll() is not None or metrics_of(cut), every=0.02)
-    holder = subprocess.run(["fuser", cut / ".lock"], capture_output=True, text=True, check=True).stdout
-    os.kill(int(holder), signal.SIGKILL)
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 1, errors
-    assert "lost       job " in output
-    assert states(sweep) == {finished.name: State.finished, cut.name: State.stopped}
-    assert "jobs       1 finished, 1 stopped" in output
 
 
 @pytest.mark.slow
