@@ -23,7 +23,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cera_train.common.errors import UserError
-from cera_train.settings.distributed import Strategy
+from cera_train.settings.distributed import DistributedConfig, Strategy
 from cera_train.settings.model import Dtype, ModelConfig
 
 MIXED_PRECISIONS = {None: "no", Dtype.bfloat16: "bf16", Dtype.float16: "fp16"}
@@ -35,16 +35,14 @@ def this_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def start_accelerator(
-    model: ModelConfig, autocast: bool | None, timeout: timedelta, strategy: Strategy = Strategy.ddp
-) -> Accelerator:
-    """Joins the processes of this command; `timeout` is the time limit of a collective."""
+def start_accelerator(model: ModelConfig, autocast: bool | None, config: DistributedConfig) -> Accelerator:
+    """Joins the processes of this command."""
     AcceleratorState._reset_state(reset_partial_state=True)  # else a process's first run fixes the precision
     has_gpu = this_device().type == "cuda"
     if has_gpu and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # micro-batches differ in length
     plugin = None
-    if strategy == Strategy.fsdp:
+    if config.strategy == Strategy.fsdp:
         # Each decoder layer is gathered when it computes, in its stored precision, so the numbers are those of DDP.
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -58,7 +56,7 @@ def start_accelerator(
         cpu=not has_gpu,  # else Accelerate does not join several processes there, or takes another accelerator
         fsdp_plugin=plugin,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timeout),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout)),
             DistributedDataParallelKwargs(broadcast_buffers=False),  # nothing trains them: they are the same everywhere
         ],
     )
@@ -69,7 +67,7 @@ def start_accelerator(
         accelerator.state.fsdp_plugin = plugin
         for state in (AcceleratorState, PartialState):
             state._shared_state["distributed_type"] = DistributedType.FSDP
-    check_distribution(accelerator, strategy)
+    check_distribution(accelerator, config.strategy)
     return accelerator
 
 

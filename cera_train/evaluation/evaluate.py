@@ -7,7 +7,6 @@ import time
 from collections.abc import Container, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any, TextIO
 
 from accelerate import Accelerator
@@ -34,6 +33,7 @@ from cera_train.runs.evaluation_folder import (
 )
 from cera_train.runs.results import describe_rank
 from cera_train.runs.subject import Subject, digest_of, find_subject
+from cera_train.settings.distributed import DistributedConfig
 from cera_train.settings.evaluation import EvalConfig
 
 
@@ -53,7 +53,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.server is None:  # else the server chooses
         subject = choose_dtype(subject, path / "config.yaml")
     # Answers differ in length, so one process may wait hours for another.
-    accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
+    accelerator = start_accelerator(subject.model, subject.train.autocast, DistributedConfig(timeout=86_400))
     is_main, server, computes = accelerator.is_main_process, None, str(subject.model.dtype)
     with EvaluationFolder.open(path, is_main, accelerator.process_index) as folder:
         if config.server is not None:
@@ -169,7 +169,7 @@ class Evaluation:
         loss = SupervisedLoss(loaded.model, loaded.base, loaded.context)
         choose_layout(subject.train.batch_layout, loss, accelerator.device)
         micro_batch_tokens = max(subject.train.micro_batch_tokens, *rows.column("length"))
-        held_out = HeldOut(loaded.model, loss, rows, accelerator, micro_batch_tokens, subject.train.probe_tokens)
+        held_out = HeldOut(loss, rows, accelerator, micro_batch_tokens, subject.train.probe_tokens)
         loss_per_token = held_out.token_losses().mean
         result = PerplexityResult(
             task=config.folder_name,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy
 import torch
@@ -28,14 +27,13 @@ class HeldOut:
 
     def __init__(
         self,
-        model: Any,
         loss: SupervisedLoss,
         rows: TokenizedRows,
         accelerator: Accelerator,
         micro_batch_tokens: int,
         probe_tokens: int,
     ) -> None:
-        self.model, self.loss, self.accelerator = model, loss, accelerator
+        self.loss, self.accelerator = loss, accelerator
         self.batches = MicroBatches(rows, loss.is_flat, micro_batch_tokens, accelerator.device)
         self.rows, self.probe = range(len(rows)), self.batches.first(probe_tokens)
 
@@ -48,7 +46,7 @@ class HeldOut:
         groups = shared_out(self.batches, self.probe, self.accelerator)
         probe = ((self.batches.load(group), counts) for group, counts in groups)
         with self.loss.uncompiled():
-            return measure_spectra(self.model, self.loss, probe, self.accelerator.reduce)
+            return measure_spectra(self.loss.model, self.loss, probe, self.accelerator.reduce)
 
 
 @torch.no_grad()

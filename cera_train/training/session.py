@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,9 +140,7 @@ class Session:
         self.tokenizer = load_tokenizer(config.model)
         check_length(config.model, config.data.max_length, "data.max_length")
         self.data = prepare_data(config.data, self.tokenizer)  # before a process group and its time limit exist
-        limit, strategy = config.distributed.timeout, config.distributed.strategy
-        accelerator = start_accelerator(config.model, config.train.autocast, timedelta(seconds=limit), strategy)
-        self.accelerator = accelerator
+        self.accelerator = accelerator = start_accelerator(config.model, config.train.autocast, config.distributed)
         (resume_from,) = broadcast_object_list([resume_from])
 
         base = load_model(config.model, accelerator.device, accelerator.is_fsdp2)
@@ -177,9 +174,7 @@ class Session:
 
         tokens = config.train.micro_batch_tokens
         self.batches = MicroBatches(self.data.train, self.local_loss.is_flat, tokens, accelerator.device)
-        self.held_out = HeldOut(
-            self.model, self.local_loss, self.data.evaluation, accelerator, tokens, config.train.probe_tokens
-        )
+        self.held_out = HeldOut(self.local_loss, self.data.evaluation, accelerator, tokens, config.train.probe_tokens)
         self.sampler = Sampler(
             config, self.tokenizer, self.local_loss, accelerator, self.progress, folder.path / "served"
         )

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +27,7 @@ from cera_train.distributed.processes import (
     processes_to_start,
 )
 from cera_train.runs.results import LOSSES_AFTER, TokenLosses
-from cera_train.settings.distributed import LaunchConfig
+from cera_train.settings.distributed import DistributedConfig, LaunchConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.training.train import train
 
@@ -262,10 +261,10 @@ def test_a_gpus_allocator_joins_its_blocks_unless_the_user_chose_otherwise(monke
     monkeypatch.setattr("cera_train.distributed.accelerator.this_device", lambda: torch.device("cuda"))
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
-    start_accelerator(ModelConfig(path="x", dtype="float32"), None, timedelta(seconds=60))
+    start_accelerator(ModelConfig(path="x", dtype="float32"), None, DistributedConfig())
     assert os.environ["PYTORCH_ALLOC_CONF"] == "backend:native"
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
-    start_accelerator(ModelConfig(path="x", dtype="float32"), None, timedelta(seconds=60))
+    start_accelerator(ModelConfig(path="x", dtype="float32"), None, DistributedConfig())
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
@@ -273,7 +272,7 @@ def test_a_gpus_allocator_joins_its_blocks_unless_the_user_chose_otherwise(monke
 def test_an_accelerator_other_than_cuda_is_left_alone(monkeypatch):
     """Precision and kernels were chosen for the CPU."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    accelerator = start_accelerator(ModelConfig(path="x", dtype="float32"), None, timedelta(seconds=60))
+    accelerator = start_accelerator(ModelConfig(path="x", dtype="float32"), None, DistributedConfig())
     assert accelerator.device == torch.device("cpu")
     assert not accelerator.ddp_handler.broadcast_buffers  # no pass waits for those of process 0
 

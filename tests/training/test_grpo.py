@@ -209,7 +209,10 @@ def test_an_answer_is_graded_as_by_a_task():
     [
         (f"{__name__}.fails", r"^grpo.rewards=\[.*fails\] fails for the answer .*: LookupError: no such"),
         (f"{__name__}.number", r"^grpo.rewards=\[.*number\] gives nan for the answer .*: return a finite"),
-        ("nowhere.at_all", r"^grpo.rewards=\[nowhere.at_all\]: there is no such function: write module"),
+        (
+            "nowhere.at_all",
+            r"^grpo.rewards=\[nowhere.at_all\] cannot be imported: ModuleNotFoundError: .* Write module",
+        ),
         ("", "^train.objective=grpo: in 6 groups all answers earned as much, 0 at last, and nothing can be learnt"),
     ],
     ids=["fails", "number", "nowhere", "alike"],

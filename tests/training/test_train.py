@@ -32,9 +32,8 @@ def finished(trained_config):
     return config, json.loads((folder_of(config) / "result.json").read_text())
 
 
-def test_perplexity_falls_and_the_folder_holds_everything(tiny_config):
-    config = tiny_config()
-    result = train(config)
+def test_perplexity_falls_and_the_folder_holds_everything(finished):
+    config, result = finished
     assert result["eval/perplexity"] < 0.5 * result["perplexity_before"]
     folder = folder_of(config)
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -46,10 +45,6 @@ def test_perplexity_falls_and_the_folder_holds_everything(tiny_config):
     modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
     assert modes == {(folder / "config.yaml").stat().st_mode}  # who may read one may read all
     assert yaml.safe_load((folder / "config.yaml").read_text()) == to_plain(settle(config, folder)[0])
-    assert json.loads((folder / "result.json").read_text()) == result
-    assert len(json.loads((folder / "spectrum.json").read_text())) == 4
-    environment = json.loads((folder / "environment.json").read_text())
-    assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
 def test_a_learned_mix_logs_its_gamma(tiny_config):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
-import pydoc
+import pkgutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -177,10 +177,10 @@ def named(path: str) -> Reward:
     """The reward of an import path. An error or a value that is no number raises UserError."""
     place = f"grpo.rewards=[{path}]"
     try:
-        function = pydoc.locate(path)
-    except pydoc.ErrorDuringImport as error:
-        raise UserError(f"{place} cannot be imported: {error.exc.__name__}: {error.value}.") from error
-    require(callable(function), f"{place}: there is no such function: write module.function, and mind PYTHONPATH.")
+        function = pkgutil.resolve_name(path)
+    except Exception as error:  # of the user's module, or of its name
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{place} cannot be imported: {reason}. Write module.function, and mind PYTHONPATH.") from error
 
     def reward(prompt: str, answer: str, right: str) -> float:
         try:
