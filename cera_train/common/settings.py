@@ -72,9 +72,15 @@ def changes_of(schema: type, key: str) -> Changes:
 
 def keys_of(schema: type) -> list[str]:
     """Every dotted key, and the sections that can be null."""
-    hints = typing.get_type_hints(schema).items()
-    nullable = [name for name, hint in hints if section_of(hint) and isinstance(hint, types.UnionType)]
-    return [*fields_of(schema), *nullable]
+    keys = []
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        inner = section_of(hints[field.name])
+        if inner is not None:
+            keys += [f"{field.name}.{key}" for key in keys_of(inner)]
+        if inner is None or isinstance(hints[field.name], types.UnionType):
+            keys.append(field.name)
+    return keys
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -35,12 +35,6 @@ def is_one_of_several() -> bool:
     return any(name in os.environ for name in RANKS) and os.environ.get("WORLD_SIZE") != "1"
 
 
-def is_launched() -> bool:
-    """Whether a launcher started this process: then it starts no others."""
-    # `accelerate launch` sets no rank for a single process
-    return any(name in os.environ for name in (*RANKS, "ACCELERATE_MIXED_PRECISION"))
-
-
 def join_slurm_step(environment: MutableMapping[str, str]) -> None:
     """Sets torch's variables from Slurm's, where srun started this process as one of several tasks."""
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
@@ -82,7 +76,8 @@ def in_processes(function: Callable[[Any], dict[str, Any]], config: Any) -> dict
         config: settings with a section `launch`.
     """
     try:
-        if is_launched():
+        # A launcher started this process: `accelerate launch` sets no rank for a single one.
+        if any(name in os.environ for name in (*RANKS, "ACCELERATE_MIXED_PRECISION")):
             return beside_others(function, config)
         processes = processes_to_start(config.launch)
         return function(config) if processes == 1 else start_processes(function, config, processes)
