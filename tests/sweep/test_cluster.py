@@ -23,7 +23,7 @@ def submitted(monkeypatch):
         return [SimpleNamespace(results=lambda: [JobReturn(status=JobStatus.COMPLETED)]) for _ in job_overrides]
 
     monkeypatch.setattr("submitit.AutoExecutor.map_array", map_array)
-    monkeypatch.setattr("submitit.SlurmExecutor.affinity", lambda: 1)  # no srun is looked for
+    monkeypatch.setattr("submitit.SlurmExecutor.affinity", lambda executor: 1)  # no srun is looked for
     monkeypatch.setattr("cera_train.cli.cluster.replace_waiting", lambda detach: None)
     return jobs
 
