@@ -15,7 +15,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from cera_train.adapters import build as adapters
 from cera_train.adapters.saved import load, read
 from cera_train.adapters.spectrum import ModuleSpectrum
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import AUTO, require
 from cera_train.common.terminal import ProgressBar
 from cera_train.data.order import RowOrder
@@ -94,8 +94,8 @@ def settle(config: Config, folder: Path) -> Settled:
 
 def check_objective(objective: ObjectiveKind, data: DataConfig) -> None:
     """Raises UserError where an objective learns from other rows."""
-    is_dpo, place = objective == ObjectiveKind.dpo, f"train.objective={objective}"
-    if is_dpo:
+    place = f"train.objective={objective}"
+    if objective == ObjectiveKind.dpo:
         mend = "name rows with the columns prompt, chosen and rejected, or set data.rejected"
         require(data.is_paired, f"{place} learns from preferences, and {data.title} has none: {mend}.")
     else:
@@ -119,15 +119,13 @@ def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -
             f"{place} was trained on other base weights than these: set model.path to its base "
             f"({load_config(run / 'config.yaml').model.path}), or start from another adapter."
         )
-    try:
+    with errors_at(place):
         load(model, read(folder))
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from error
 
 
 class Session:
-    """Everything that an update, an evaluation and a checkpoint of one run need. Building it writes and prints nothing;
-    as a context manager it closes what it opened.
+    """Everything that an update, an evaluation and a checkpoint of one run need. Building it writes nothing but DPO's
+    reference; as a context manager it closes what it opened.
 
     Args:
         folder: open.
@@ -178,7 +176,6 @@ class Session:
         self.sampler = Sampler(
             config, self.tokenizer, self.local_loss, accelerator, self.progress, folder.path / "served"
         )
-        self.objective = OBJECTIVES[config.train.objective](self)
         self.exams = Exams(config, self.sampler)
         together = config.data.sequences
         self.order = RowOrder(len(self.data.train) // together, config.train.batch_size, config.train.seed, together)
@@ -190,6 +187,7 @@ class Session:
                 f"train.patience={config.train.patience} it ends there too: set more, or train on in a new folder, "
                 f"adapter.start_from={folder.path} name=NEW."
             )
+        self.objective = OBJECTIVES[config.train.objective](self)
         self.extended_from: int | None = None  # the last update of the run that `train.extend` makes longer
         self.tracker = Tracker()
         self.bar = ProgressBar("update", self.updates, self.progress.update, visible=accelerator.is_main_process)

@@ -41,6 +41,7 @@ def session_of(tmp_path):
     """session_of(config): its session, before the first update."""
 
     def session_of(config) -> Session:
+        (tmp_path / "run").mkdir()
         settled = settle(config, tmp_path / "run")
         return Session(settled, RunFolder(tmp_path / "run", to_plain(settled.config)), resume_from=None)
 

@@ -10,28 +10,27 @@ passes that follow. On the held-out pairs exp of the loss is the perplexity of t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy
 import torch
-from accelerate.utils import broadcast_object_list
 from safetensors.numpy import load_file, save
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from cera_train.common.errors import UserError
-from cera_train.common.files import cache_dir, write_bytes
+from cera_train.common.files import write_bytes
 from cera_train.common.terminal import announce
 from cera_train.evaluation.held_out import token_losses
-from cera_train.model.batches import MicroBatches
 from cera_train.runs.results import TokenLosses
 from cera_train.settings.training import DpoConfig, PreferenceLoss, Reference
 from cera_train.training.objectives import Drawn, Objective
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
+
+REFERENCE = "reference.safetensors"
+"""In a run's folder: log p of every answer under the reference, taken at the start, whose weights are gone later."""
 
 
 def pair_losses(gains: Tensor, tokens: Tensor, config: DpoConfig) -> Tensor:
@@ -58,8 +57,11 @@ def rewards(gains: Tensor, beta: float, prefix: str) -> dict[str, float]:
 class Dpo(Objective):
     def __init__(self, session: Session) -> None:
         self.session, self.config = session, session.config.dpo
-        self.reference = self._reference(session.batches)
-        self.held_out_reference = self._reference(session.held_out.batches)
+        file = session.folder.path / REFERENCE
+        reference = load_file(file) if session.resumes else self._take_reference()
+        if session.accelerator.is_main_process:
+            write_bytes(file, save(reference))
+        self.reference, self.held_out_reference = (torch.from_numpy(reference[name]) for name in ("train", "held_out"))
 
     def begin(self, rows: list[int]) -> Drawn:
         session, config = self.session, self.config
@@ -89,32 +91,17 @@ class Dpo(Objective):
         judged = TokenLosses(numpy.ones(len(of_pairs), numpy.int64), of_pairs)
         return judged, {"preferences/accuracy": accuracy} | rewards(gains, self.config.beta, "eval")
 
-    def _reference(self, batches: MicroBatches) -> Tensor:
-        """log p of each row under the reference, [rows]; from the cache where a run has taken it before.
-
-        Raises:
-            UserError: it is that of the run's start, which is over, and the cache has lost it.
-        """
-        session, config = self.session, self.session.config
-        is_base = config.adapter.start_from is not None and config.dpo.reference == Reference.base
-        # An adapter begins as its settings and its seed have it.
-        begin = "base" if is_base else (config.adapter, config.train.seed)
-        parts = [batches.rows.digest, session.base_fingerprint, config.model.dtype, config.model.quantization, begin]
-        file = cache_dir() / "reference" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.safetensors"
-        known = load_file(file)["log_p"] if session.accelerator.is_main_process and file.is_file() else None
-        [known] = broadcast_object_list([known])
-        if known is None:
-            if not is_base and session.progress.update:
-                mend = "restore it, or start anew under another name"
-                raise UserError(f"{file} is gone, which held log p of the run's start: {mend}.")
-            announce("reference", f"log p of {len(batches.lengths):,} answers, once")
-            with session.model.disable_adapter() if is_base else contextlib.nullcontext():
-                losses = token_losses(session.local_loss, batches, range(len(batches.lengths)), session.accelerator)
-            known = _log_p(losses).flatten().numpy()
-            if session.accelerator.is_main_process:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(file, save({"log_p": known}))
-        return torch.from_numpy(known)
+    def _take_reference(self) -> dict[str, numpy.ndarray]:
+        """[rows] log p of the training and of the held-out answers, float64."""
+        session, reference = self.session, {}
+        is_base = session.config.adapter.start_from is not None and self.config.reference == Reference.base
+        announce("reference", "log p of every answer, once")
+        with session.model.disable_adapter() if is_base else contextlib.nullcontext():
+            for name, batches in (("train", session.batches), ("held_out", session.held_out.batches)):
+                rows = range(len(batches.lengths))
+                losses = token_losses(session.local_loss, batches, rows, session.accelerator)
+                reference[name] = -losses.sums()
+        return reference
 
 
 def _log_p(losses: TokenLosses) -> Tensor:
