@@ -192,7 +192,7 @@ class Session:
         self.tracker = Tracker()
         self.bar = ProgressBar("update", self.updates, self.progress.update, visible=accelerator.is_main_process)
         self.interruption = Interruption()
-        self._spectra: tuple[int, dict[str, ModuleSpectrum]] | None = None  # an update, and the spectra after it
+        self.spectra: dict[str, ModuleSpectrum] = {}  # at the last evaluation
 
     def __enter__(self) -> Session:
         return self
@@ -215,12 +215,6 @@ class Session:
         processes = self.accelerator.num_processes
         folder.write_config(environment(processes, self.base_fingerprint, rows, self.updates, self.precision))
         self.tracker = start_tracker(self.config.tracker, folder.config, self.config.name, folder.path, done)
-
-    def spectra(self) -> dict[str, ModuleSpectrum]:
-        """Spectra of the current adapter, measured once after an update."""
-        if self._spectra is None or self._spectra[0] != self.progress.update:
-            self._spectra = self.progress.update, self.held_out.spectra()
-        return self._spectra[1]
 
     @property
     def is_done(self) -> bool:

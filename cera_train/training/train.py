@@ -216,7 +216,8 @@ def evaluate(session: Session) -> None:
     which studies compare."""
     progress, folder = session.progress, session.folder
     losses, judged = session.objective.judge(session.held_out.token_losses())
-    loss, spectra = losses.mean, session.spectra()
+    session.spectra = spectra = session.held_out.spectra()
+    loss = losses.mean
     figures = spectrum_metrics(spectra)
     is_best = progress.evaluated(perplexity(loss), figures.get("spectrum/linear_share/mean"))
     figures |= judged | answer_tasks(session)
@@ -276,7 +277,7 @@ def finish(session: Session) -> dict[str, Any]:
     config, folder, progress = session.config, session.folder, session.progress
     session.bar.close()
     save(session)
-    spectra = session.spectra()
+    spectra = session.spectra or session.held_out.spectra()  # none where a run resumes after its last evaluation
     result = RunResult(
         perplexity=progress.perplexity,
         perplexity_before=progress.perplexity_before,
