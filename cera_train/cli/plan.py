@@ -43,20 +43,20 @@ class PlanSweep(Callback):
     def __init__(self) -> None:
         self.plans: list[Any] = []
 
+    @errors_in_one_line(PLAN)
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        with errors_in_one_line(PLAN):
-            grid(config)  # refuses what a grid cannot hold
+        grid(config)  # refuses what a grid cannot hold
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if job_return._return_value is not None:
             self.plans.append(job_return.return_value)
 
+    @errors_in_one_line(PLAN)
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        with errors_in_one_line(PLAN):
-            from cera_train.planning.table import name_jobs, print_plans
+        from cera_train.planning.table import name_jobs, print_plans
 
-            if self.plans:
-                print_plans("job", name_jobs(self.plans))
+        if self.plans:
+            print_plans("job", name_jobs(self.plans))
 
 
 class PlannedStudy(StudySweeper):

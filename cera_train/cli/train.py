@@ -114,33 +114,30 @@ def run(config: Config) -> float | None:
 class TrainingSweep(Callback):
     """Hydra's hooks at the start and the end of a sweep. conf/config.yaml names it."""
 
+    @errors_in_one_line(TRAIN)  # Hydra would turn an error into a warning and continue
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        with errors_in_one_line(TRAIN):  # Hydra would turn an error into a warning and continue
-            if config.launch.detach and "Submitit" not in str(config.hydra.launcher._target_):
-                raise UserError(
-                    "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
-                    "hydra/launcher=slurm_gpu."
-                )
-            if config.hub.push is not None:
-                raise UserError(
-                    f"hub.push={config.hub.push}: every job of a sweep would replace the one before. Leave it out, and "
-                    f"upload the best one: hf upload {config.hub.push} JOB/adapter."
-                )
-            if config.study is not None and not is_study(config):
-                raise UserError("+study=NAME has a sweeper: leave hydra/sweeper=... out.")
-            compose = job_composer(config, without_hydra)
-            if is_study(config):
-                announce_imports()  # to count parameters
-                begin_study(config, compose)
-            else:
-                begin(config, compose, record_of(config))
+        if config.launch.detach and "Submitit" not in str(config.hydra.launcher._target_):
+            raise UserError(
+                "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as hydra/launcher=slurm_gpu."
+            )
+        if config.hub.push is not None:
+            raise UserError(
+                f"hub.push={config.hub.push}: every job of a sweep would replace the one before. Leave it out, and "
+                f"upload the best one: hf upload {config.hub.push} JOB/adapter."
+            )
+        if config.study is not None and not is_study(config):
+            raise UserError("+study=NAME has a sweeper: leave hydra/sweeper=... out.")
+        compose = job_composer(config, without_hydra)
+        if is_study(config):
+            announce_imports()  # to count parameters
+            begin_study(config, compose)
+        else:
+            begin(config, compose, record_of(config))
 
+    @errors_in_one_line(TRAIN)
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Prints the table. Exit status 1 unless all jobs are finished, or submitted and left."""
-        if not is_main_process():
-            return
-        with errors_in_one_line(TRAIN):
-            folder = Path(config.hydra.sweep.dir)
+        if is_main_process():
             print()
-            if not (print_sweep(folder) or config.launch.detach):
+            if not (print_sweep(Path(config.hydra.sweep.dir)) or config.launch.detach):
                 sys.exit(1)
