@@ -42,7 +42,8 @@ def print_start(session: Session) -> None:
         return
     config, accelerator, loss = session.config, session.accelerator, session.local_loss
     folder, done, updates = session.folder.path, session.progress.update, session.updates
-    if (end := session.extended_from) is not None:
+    if config.train.extend and (ends := session.folder.ends()):
+        end = int(ends[-1].name)
         # A schedule follows from the number of updates, so the rate may jump.
         before, now = learning_rate(config.optimizer, end - 1, end), learning_rate(config.optimizer, done, updates)
         steps = f"{folder} from update {done:,} to {updates:,}, learning rate {now:.2g} ({before:.2g} before)"

@@ -188,7 +188,6 @@ class Session:
                 f"adapter.start_from={folder.path} name=NEW."
             )
         self.objective = OBJECTIVES[config.train.objective](self)
-        self.extended_from: int | None = None  # the last update of the run that `train.extend` makes longer
         self.tracker = Tracker()
         self.bar = ProgressBar("update", self.updates, self.progress.update, visible=accelerator.is_main_process)
         self.interruption = Interruption()
@@ -208,7 +207,6 @@ class Session:
         if not self.accelerator.is_main_process:
             return
         if (result := folder.result()) is not None:  # by train.extend: else there would be nothing to begin
-            self.extended_from = result.updates
             folder.keep_end(result)
         folder.rewind(done if self.resumes else None)
         rows = {"train": self.data.train.digest, "held_out": self.data.evaluation.digest}
