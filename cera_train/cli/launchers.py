@@ -37,23 +37,20 @@ class MissingJobs:
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Returns what every job returned, in order."""
-        finished = {} if self.config.train.extend else self._finished(job_overrides)
-        missing = [overrides for number, overrides in enumerate(job_overrides) if number not in finished]
+        sweep = Path(self.config.hydra.sweep.dir)
+        record = SweepRecord.read(sweep / RECORD)
+        finished, missing = {}, []
+        for number, overrides in enumerate(job_overrides):
+            status = job_status(sweep, job_name(overrides, record.swept), metric=record.metric)
+            if status.is_over and not self.config.train.extend:
+                value = status.value if status.state == State.finished else None  # a diverged job returned none
+                finished[number] = JobReturn(status=JobStatus.COMPLETED, _return_value=value)
+            else:
+                missing.append(overrides)
         if finished:
             print_line("finished", f"{len(finished):,} of {len(job_overrides):,} jobs, which are not started again")
         launched = iter(super().launch(missing, initial_job_idx) if missing else ())
         return [finished[number] if number in finished else next(launched) for number in range(len(job_overrides))]
-
-    def _finished(self, job_overrides: Sequence[Sequence[str]]) -> dict[int, JobReturn]:
-        """What jobs with a result returned, by number."""
-        sweep, returns = Path(self.config.hydra.sweep.dir), {}
-        record = SweepRecord.read(sweep / RECORD)
-        for number, overrides in enumerate(job_overrides):
-            status = job_status(sweep, job_name(overrides, record.swept), metric=record.metric)
-            if status.is_over:
-                value = status.value if status.state == State.finished else None  # a diverged job returned none
-                returns[number] = JobReturn(status=JobStatus.COMPLETED, _return_value=value)
-        return returns
 
 
 class SubmititSlurm(MissingJobs, SlurmLauncher):
