@@ -6,13 +6,14 @@ from peft.utils import register_peft_method
 from .config import CeraConfig
 from .coverage import CoverageCallback, check_coverage
 from .experts import CeraExperts
-from .layer import CeraLayer, for_inference
+from .layer import CeraLayer, CeraLinear, for_inference
 from .model import CeraModel
 
 __all__ = [
     "CeraConfig",
     "CeraExperts",
     "CeraLayer",
+    "CeraLinear",
     "CeraModel",
     "CoverageCallback",
     "check_coverage",

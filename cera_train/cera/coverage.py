@@ -57,13 +57,12 @@ def idle_projections(model: PreTrainedModel) -> list[str]:
     def require_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         output.requires_grad_(True)  # of a frozen base nothing else does
 
-    modes = {module: module.training for module in model.modules()}
+    was_training = model.training
     ids = torch.ones(1, 8, dtype=torch.long, device=model.device)
     with ExitStack() as stack:
         for name in outputs:
             stack.callback(model.get_submodule(name).register_forward_hook(keep_output(name)).remove)
-        for module, is_training in modes.items():
-            stack.callback(setattr, module, "training", is_training)
+        stack.callback(model.train, was_training)
         stack.enter_context(torch.random.fork_rng())  # dropout of the base
         stack.callback(model.get_input_embeddings().register_forward_hook(require_gradient).remove)
         logits = model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
@@ -91,7 +90,7 @@ def exclude_projections(config: PeftConfig, names: list[str], model: nn.Module) 
 
 @contextmanager
 def check_coverage(model: nn.Module) -> Iterator[Coverage]:
-    """Watches the passes inside it, and refuses adapters that did not run or do not learn.
+    """Watches the passes inside it, in all processes of a job, and refuses adapters that did not run or do not learn.
 
         with check_coverage(model):
             model(**batch).loss.backward()
@@ -110,17 +109,11 @@ class CoverageCallback(TrainerCallback):
     """`check_coverage` around the first update of transformers' Trainer, and so of TRL's trainers."""
 
     def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        self.coverage = Coverage(model)
-        self.watching: ExitStack | None = ExitStack()
-        self.watching.enter_context(self.coverage.watch())
+        self.watching = ExitStack()
+        self.coverage = self.watching.enter_context(check_coverage(model))
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.watching is None:
-            return
-        self.watching.close()
-        self.watching = None  # the first update alone
-        if (problem := self.coverage.problem()) is not None:
-            raise ValueError(problem)
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.watching.close()  # after the first update it is empty
 
 
 class Coverage:

@@ -15,21 +15,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .branch import GATES, Hidden, LearnedGate, add_branch, make_gate, start_branch
+from .branch import GATES, Hidden, LearnedGate, add_branch, add_kept, make_gate, start_branch
 from .config import CeraConfig
 
 
 class CeraLayer(nn.Module, BaseTunerLayer):
-    """A frozen linear projection with CeRA branches beside it.
-
-    Args:
-        base_layer: the projection W0, [..., d_in] -> [..., d_out].
-        adapter_name: the first adapter.
-        config: its settings.
-
-    Raises:
-        TypeError: the base layer is not a linear projection.
-    """
+    """CeRA branches beside a frozen base, by the names of their adapters."""
 
     adapter_layer_names = ("cera_A", "cera_B", "cera_gate")
     other_param_names = ("cera_dropout_x", "cera_dropout", "r", "scaling")
@@ -37,10 +28,7 @@ class CeraLayer(nn.Module, BaseTunerLayer):
     cast_input_dtype_enabled = True
     """Whether x is cast to the adapter's dtype; `peft.helpers.disable_input_dtype_casting` sets it."""
 
-    kept_weights: dict[tuple[str, torch.dtype], tuple[torch.Tensor, torch.Tensor]] | None = None
-    """A and B of an adapter in the precision of its calls, inside `for_inference`."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: CeraConfig) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.cera_A = nn.ModuleDict()
@@ -53,16 +41,6 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.train(base_layer.training)  # a new module is in train mode, and would drop units of a model in eval mode
         self.update_layer(adapter_name, config)
-
-    def update_layer(self, adapter_name: str, config: CeraConfig) -> None:
-        """Adds an adapter, or replaces the one of that name."""
-        self.in_features, self.out_features = linear_features(self.get_base_layer())
-        A = nn.Linear(self.in_features, config.r, bias=False, dtype=self.adapter_dtype)
-        B = nn.Linear(config.r, self.out_features, bias=False, dtype=self.adapter_dtype)
-        for name, part in self._make_parts(A, B, config).items():
-            getattr(self, name)[adapter_name] = part
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _make_parts(self, A: nn.Module, B: nn.Module, config: CeraConfig) -> dict[str, Any]:
         """A fresh branch, by the names of the containers."""
@@ -93,6 +71,32 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         parts = self.cera_A, self.cera_B, self.cera_gate, self.cera_dropout_x, self.cera_dropout
         return [part[adapter_name] for part in parts]
 
+
+class CeraLinear(CeraLayer):
+    """A frozen linear projection with CeRA branches beside it.
+
+    Args:
+        base_layer: the projection W0, [..., d_in] -> [..., d_out].
+        adapter_name: the first adapter.
+        config: its settings.
+
+    Raises:
+        TypeError: the base layer is not a linear projection.
+    """
+
+    kept: dict[tuple[str, torch.dtype], tuple] | None = None
+    """Branches for `add_kept`, by adapter and the dtype of the output, inside `for_inference`."""
+
+    def update_layer(self, adapter_name: str, config: CeraConfig) -> None:
+        """Adds an adapter, or replaces the one of that name."""
+        self.in_features, self.out_features = linear_features(self.get_base_layer())
+        A = nn.Linear(self.in_features, config.r, bias=False, dtype=self.adapter_dtype)
+        B = nn.Linear(config.r, self.out_features, bias=False, dtype=self.adapter_dtype)
+        for name, part in self._make_parts(A, B, config).items():
+            getattr(self, name)[adapter_name] = part
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The projection with its active branches."""
         result = self.base_layer(x, *args, **kwargs)
@@ -112,6 +116,9 @@ class CeraLayer(nn.Module, BaseTunerLayer):
 
     def _add_branch(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """result + branch(x), as one step where that rounds nowhere else and all weights may be read."""
+        key = adapter_name, result.dtype
+        if self.kept and key in self.kept and not torch.is_grad_enabled() and result.is_contiguous():
+            return add_kept(result, x, *self.kept[key])
         A, B, gate, dropout_x, dropout = self.parts(adapter_name)
         dtype = autocast_dtype(x.device) or A.weight.dtype
         may_read = is_plain(A, nn.Linear) and is_plain(B, nn.Linear) and is_plain(gate, LearnedGate, *GATES.values())
@@ -119,46 +126,35 @@ class CeraLayer(nn.Module, BaseTunerLayer):
             return (result + self.branch(x, adapter_name)).to(result.dtype)
         # Others may hold the output of a base layer with hooks, or need it in backward. A bias returns a view, which
         # autograd does not let an in-place operation change.
-        if not is_plain(self.base_layer, nn.Linear, Conv1D) or (torch.is_grad_enabled() and result._is_view()):
+        may_write = is_plain(self.base_layer, nn.Linear, Conv1D)
+        if not may_write or (torch.is_grad_enabled() and result._is_view()):
             result = result.clone()
-        weights = self._cast_weights(adapter_name, dtype)
-        return add_branch(
-            result, x.to(dtype), *weights, self.scaling[adapter_name], Hidden.of_call(gate, dropout_x, dropout)
-        )
-
-    def _cast_weights(self, adapter_name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of an adapter in this precision."""
-        A, B = self.cera_A[adapter_name].weight, self.cera_B[adapter_name].weight
-        if self.kept_weights is None or torch.is_grad_enabled():
-            return A.to(dtype), B.to(dtype)
-        key = adapter_name, dtype
-        if key not in self.kept_weights:  # a copy: a sharded weight is whole only during the call
-            self.kept_weights[key] = A.to(dtype, copy=True), B.to(dtype, copy=True)
-        return self.kept_weights[key]
+        scaling, hidden = self.scaling[adapter_name], Hidden.of_call(gate, dropout_x, dropout)
+        if self.kept is not None and not (hidden.p_x or hidden.p):
+            # Copies: a sharded weight is whole only during the call.
+            A_T, B_T = (part.weight.detach().to(dtype, copy=True).T for part in (A, B))
+            self.kept[key] = A_T, B_T, scaling, gate, may_write
+        return add_branch(result, x.to(dtype), A.weight.to(dtype), B.weight.to(dtype), scaling, hidden)
 
 
 @contextmanager
 def for_inference(model: nn.Module) -> Iterator[None]:
-    """Lets CeRA layers cast their weights once for all calls without gradient.
+    """Lets CeRA layers cast their weights once for all calls without gradient in eval mode.
 
         with torch.no_grad(), for_inference(model):
             model.generate(**inputs)
 
-    Adapters may be switched inside; their weights may not change. The results are the same to the bit. Every active
-    adapter takes its weights' memory once more in the precision that it computes in.
+    Adapters may be switched inside. Their weights may not change, nor may what autocast casts to. The results are the
+    same to the bit. Every active adapter takes its weights' memory once more in the precision that it computes in.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, CeraLayer)]
+    layers = [layer for layer in model.modules() if isinstance(layer, CeraLinear)]
     for layer in layers:
-        layer.kept_weights = {}
+        layer.kept = {}
     try:
         yield
     finally:
         for layer in layers:
-            layer.kept_weights = None
-
-
-class CeraLinear(CeraLayer):
-    """A `CeraLayer` under the name by which `all-linear` of a second adapter finds it: PEFT looks for "Linear"."""
+            layer.kept = None
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

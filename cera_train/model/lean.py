@@ -70,15 +70,9 @@ def keep_less(model: nn.Module) -> None:
 @functools.cache
 def _lean_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class with a lean forward; None for a layer that computes something else."""
-    lean_forward = {_source(LlamaRMSNorm): _norm, _source(LlamaMLP): _mlp}.get(_source(kind))
-    if lean_forward is None:
+    lean_forwards = {inspect.getsource(LlamaRMSNorm.forward): _norm, inspect.getsource(LlamaMLP.forward): _mlp}
+    try:
+        lean_forward = lean_forwards[inspect.getsource(kind.forward)]
+    except (KeyError, OSError, TypeError):  # OSError and TypeError: its code is in no file
         return None
     return type(f"Lean{kind.__name__}", (kind,), {"forward": lean_forward, "usual_forward": kind.forward})
-
-
-def _source(kind: type[nn.Module]) -> str:
-    """The code of a layer's forward; empty where it is in no file."""
-    try:
-        return inspect.getsource(kind.forward)
-    except (OSError, TypeError):
-        return ""

@@ -7,7 +7,7 @@ from conftest import make_tiny_llama
 from peft import get_peft_model
 from torch import nn
 
-from cera_train.cera import CeraConfig, CeraLayer, check_coverage
+from cera_train.cera import CeraConfig, CeraLinear, check_coverage
 from cera_train.cera.coverage import Coverage
 
 pytestmark = WARNINGS
@@ -65,7 +65,7 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         config = CeraConfig(r=2)
-        self.called, self.read, self.dead = (CeraLayer(nn.Linear(4, 4), "default", config) for _ in range(3))
+        self.called, self.read, self.dead = (CeraLinear(nn.Linear(4, 4), "default", config) for _ in range(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.called(x) @ self.read.weight

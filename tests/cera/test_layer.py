@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import gelu, relu, silu
 from transformers.pytorch_utils import Conv1D
 
-from cera_train.cera import CeraConfig, CeraLayer, for_inference
+from cera_train.cera import CeraConfig, CeraLinear, for_inference
 from cera_train.cera.branch import seeded_dropout
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -35,22 +35,22 @@ VARIANTS = {
 every_variant = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 
 
-def make_layer(base: nn.Module | None = None, **settings) -> CeraLayer:
+def make_layer(base: nn.Module | None = None, **settings) -> CeraLinear:
     """A layer with random A and B over a float64 linear of 6 inputs and 5 outputs."""
     base = nn.Linear(6, 5, dtype=torch.float64) if base is None else base
     config = CeraConfig(**{"r": 3, "init_weights": False, "dropout": 0.0} | settings)
-    return CeraLayer(base.requires_grad_(False), "default", config)
+    return CeraLinear(base.requires_grad_(False), "default", config)
 
 
 def x_of(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(*(shape or (4, 7)), 6, dtype=dtype)
 
 
-def leaves(layer: CeraLayer, x: torch.Tensor) -> list[torch.Tensor]:
+def leaves(layer: CeraLinear, x: torch.Tensor) -> list[torch.Tensor]:
     return [x, *(parameter for name, parameter in layer.named_parameters() if "cera_" in name)]
 
 
-def by_hand(layer: CeraLayer, x: torch.Tensor, config: CeraConfig, mask_x=1.0, mask_h=1.0) -> torch.Tensor:
+def by_hand(layer: CeraLinear, x: torch.Tensor, config: CeraConfig, mask_x=1.0, mask_h=1.0) -> torch.Tensor:
     """W0 x + s B (m_h hidden(A (m_x x))), as CeraConfig's docstring has it."""
     A, B, gate = layer.cera_A["default"].weight, layer.cera_B["default"].weight, layer.cera_gate["default"]
     z = (mask_x * x) @ A.T

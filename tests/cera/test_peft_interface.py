@@ -13,9 +13,8 @@ import pytest
 import torch
 from cera_models import WARNINGS, adapted, cera, cera_dtypes, cera_layers, gradients, logits, with_two
 from conftest import make_tiny_llama
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 import cera_train.cera
@@ -124,13 +123,6 @@ def test_loading_over_a_16_bit_base_does_not_round_the_adapter(tmp_path, low_cpu
         make_tiny_llama().bfloat16(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=False
     )
     assert cera_dtypes(in_16_bits) == {torch.bfloat16}
-
-
-def test_a_module_of_the_base_may_be_named_like_a_part_of_the_adapter():
-    base = nn.ModuleDict({"q": nn.Linear(5, 5), "cera_A": nn.Linear(5, 5)})
-    model = get_peft_model(base, CeraConfig(r=2, target_modules=["q"]))
-    assert not any(parameter.requires_grad for parameter in base["cera_A"].parameters())
-    assert get_peft_model_state_dict(model).keys() == {f"base_model.model.q.cera_{part}.weight" for part in "AB"}
 
 
 def test_the_type_is_a_member_of_pefts_enum_also_where_it_is_registered_twice():

@@ -72,7 +72,7 @@ class Cera(RankedPeft):
     def branch(self, module: nn.Module) -> Branch | None:
         from torch import nn
 
-        from cera_train.cera.layer import CeraLinear
+        from cera_train.cera import CeraLinear
 
         if not isinstance(module, CeraLinear) or ADAPTER not in module.r:
             return None
