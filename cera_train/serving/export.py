@@ -7,6 +7,7 @@ with M = E[h z^T] E[z z^T]^-1. What is left is a LoRA, B' = s B M.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,24 +146,6 @@ def check(config: ExportConfig, subject: Subject, loaded: LoadedModel, folder: P
 # --- the nearest LoRA ------------------------------------------------------------------------------------------------
 
 
-class LinearGate(nn.Module):
-    """M z in place of a gate, with the M that fits the first rows that come.
-
-    Args:
-        is_token: [N], marks the rows that are no padding.
-    """
-
-    def __init__(self, gate: nn.Module, is_token: torch.Tensor) -> None:
-        super().__init__()
-        self.gate, self.is_token = gate, is_token
-        self.M: torch.Tensor | None = None
-
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        if self.M is None:
-            self.M = fit(*(rows.flatten(0, -2)[self.is_token] for rows in (z, self.gate(z))))
-        return z @ self.M.T.to(z)
-
-
 def fit(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """M of the linear map of z that is nearest to h, by least squares over the rows, [N, r] both."""
     z, h = z.double(), h.double()
@@ -172,22 +155,29 @@ def fit(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def fit_all(model: nn.Module, forward: Callable[[], object], is_token: torch.Tensor) -> dict[str, torch.Tensor]:
     """M of every branch, from one pass over the calibration rows: each is fitted to the inputs that the maps below give
-    it. The model is left as it was.
+    it.
 
     Args:
         forward: runs the model on the calibration rows, as one batch.
         is_token: marks the positions of the batch that are no padding.
     """
-    layers = cera_layers(model)
-    fitted = {name: LinearGate(layer.cera_gate[ADAPTER], is_token) for name, layer in layers.items()}
+    maps: dict[str, torch.Tensor] = {}
+
+    def fit_gate(name: str, gate: nn.Module, inputs: tuple[torch.Tensor], h: torch.Tensor) -> torch.Tensor:
+        """As a forward hook: M z in place of gate(z)."""
+        [z] = inputs
+        if name not in maps:
+            maps[name] = fit(*(rows.flatten(0, -2)[is_token] for rows in (z, h)))
+        return z @ maps[name].T.to(z)
+
+    layers = cera_layers(model).items()
+    hooks = [layer.cera_gate[ADAPTER].register_forward_hook(partial(fit_gate, name)) for name, layer in layers]
     try:
-        for name, layer in layers.items():
-            layer.cera_gate[ADAPTER] = fitted[name]
         forward()
     finally:
-        for name, layer in layers.items():
-            layer.cera_gate[ADAPTER] = fitted[name].gate
-    return {name: gate.M for name, gate in fitted.items()}
+        for hook in hooks:
+            hook.remove()
+    return maps
 
 
 def write_lora(model: nn.Module, maps: dict[str, torch.Tensor], base: str, folder: Path) -> None:
