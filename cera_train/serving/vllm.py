@@ -12,10 +12,10 @@ changes. Where a vLLM lacks one of them, nothing is changed, and LoRA goes on as
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import json
 import logging
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,14 +273,13 @@ REPLACED: dict[str, tuple[Callable | None, tuple[str, ...]]] = {
 def _owner(place: str) -> tuple[Any, str]:
     """The module or class, and the name of its attribute."""
     module, _, path = place.partition(":")
-    *owners, name = path.split(".")
-    return functools.reduce(getattr, owners, importlib.import_module(module)), name
+    owner, _, name = path.rpartition(".")
+    return pkgutil.resolve_name(f"{module}:{owner}"), name
 
 
 def _is_there(place: str) -> bool:
     try:
-        owner, name = _owner(place)
-        parameters = inspect.signature(getattr(owner, name)).parameters
+        parameters = inspect.signature(pkgutil.resolve_name(place)).parameters
     except (ImportError, AttributeError):
         return False
     return set(REPLACED[place][1]) <= parameters.keys()
