@@ -160,7 +160,10 @@ class Server:
         ids, log_p, reason = [], [], None
         if streamer is not None:
             streamer.put(torch.tensor(request.prompt_ids))
-        for message in self._messages(body):
+        for line in self._lines(COMPLETIONS, body):
+            if not (line.startswith(b"data: {") and line.endswith(b"\n")):  # half an event, or the final [DONE]
+                continue
+            message = json.loads(line.removeprefix(b"data: "))
             if "error" in message:
                 raise Unavailable(f"server={self.url} broke off an answer: {message['error']}")
             if message["model"] != self.name:
@@ -199,29 +202,19 @@ class Server:
                     raise CancelledError from error
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> bytes:
-        def read() -> bytes:
-            with self._response(path, body) as response:
-                return response.read()
+        return self._patiently(lambda: b"".join(self._lines(path, body)))
 
-        return self._patiently(read)
-
-    def _messages(self, body: dict[str, Any]) -> Iterator[Any]:
-        """The server-sent events of a completion."""
-        with self._response(COMPLETIONS, body) as response:
-            for line in response:
-                if self.stopped.is_set():
-                    raise CancelledError
-                if line.startswith(b"data: {") and line.endswith(b"\n"):  # neither half a line nor the final [DONE]
-                    yield json.loads(line.removeprefix(b"data: "))
-
-    @contextlib.contextmanager
-    def _response(self, path: str, body: dict[str, Any] | None = None) -> Iterator[http.client.HTTPResponse]:
-        """The response to one request. Raises Unavailable where another try may do, UserError where it is refused."""
+    def _lines(self, path: str, body: dict[str, Any] | None = None) -> Iterator[bytes]:
+        """The lines of the response to one request. Raises Unavailable where another try may do, UserError where it is
+        refused."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self.headers)
         try:
             with urllib.request.urlopen(request, timeout=SILENCE) as response:
-                yield response
+                for line in response:
+                    if self.stopped.is_set():
+                        raise CancelledError
+                    yield line
         except urllib.error.HTTPError as error:
             with error:
                 message = message_of(error.read())
