@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.common.errors import UserError, error_text, errors_at
+from cera_train.common.settings import require
 from cera_train.data.rows import PlacedRow, Source, kind_of
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
@@ -26,7 +27,7 @@ STORAGES = ("file", "s3", "gs", "az", "hf", "https", "http")
 """Where files are read from. fsspec has more, such as one that renders a stranger's template."""
 
 
-def from_files(names: Sequence[str], setting: str = "files", whole_text: bool = False) -> Source:
+def from_files(names: Sequence[str], setting: str, whole_text: bool = False) -> Source:
     """The rows of files, one file after the other. Messages name `setting`, the key that names the files. `whole_text`
     reads a .txt file as one row."""
     paths = check_files(names, setting)
@@ -77,13 +78,11 @@ def _matching_files(name: str) -> list[str]:
         kinds = {path: system.info(path)["type"] for path in sorted(paths)}
     except Exception as error:  # each storage raises its own
         raise UserError(f"cannot read the file: {error_text(error)}. Name one that is there.") from error
-    if not kinds:
-        raise UserError(f"no file matches this pattern (from {Path.cwd()}).")
+    require(bool(kinds), f"no file matches this pattern (from {Path.cwd()}).")
+    suffixes = ", ".join(READERS)
     for path, kind in kinds.items():
-        if kind != "file":
-            raise UserError("it is a folder, a pipe or a device: name files, such as those of 'folder/*.jsonl'.")
-        if suffix_of(path) not in READERS:
-            raise UserError(f"unknown kind of file: expected {', '.join(READERS)}. Convert it, or rename it.")
+        require(kind == "file", "it is a folder, a pipe or a device: name files, such as those of 'folder/*.jsonl'.")
+        require(suffix_of(path) in READERS, f"unknown kind of file: expected {suffixes}. Convert it, or rename it.")
     return list(kinds)
 
 
@@ -179,7 +178,6 @@ READERS: dict[str, Callable[[str], Iterator[PlacedRow]]] = {
 
 
 def _parse(text: bytes, path: str, first_line: int) -> Any:
-    """The value of a JSON text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # also not UTF-8, thousands of digits, lists in lists in lists

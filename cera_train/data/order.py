@@ -21,15 +21,13 @@ if TYPE_CHECKING:
 
 # --- the rows of an epoch ---------------------------------------------------------------------------------------------
 
-Weights = Sequence[float | None]
-"""One for each part, in any unit, or None for all: every part then gives the rows that it has."""
 
-
-def rows_of_parts(available: Sequence[int], weights: Weights, total: int | None) -> list[int]:
+def rows_of_parts(available: Sequence[int], weights: Sequence[float | None], total: int | None) -> list[int]:
     """How many rows of each part an epoch has.
 
     Args:
         available: rows that each part has.
+        weights: of each part, in any unit; or None for all, and every part gives the rows that it has.
         total: rows of the epoch; by default as many as repeat no part.
     """
     if None in weights:
@@ -70,8 +68,7 @@ class RowOrder:
     rows: int
     batch_size: int
     seed: int
-    together: int = 1
-    """Sequences of a row, which one update takes: two of a preference."""
+    together: int = 1  # sequences of a row: two of a preference
 
     @property
     def updates_per_epoch(self) -> int:
@@ -90,7 +87,6 @@ class RowOrder:
 
 @functools.lru_cache(maxsize=16)  # takes milliseconds where there are many rows, and every update needs it
 def epoch_order(rows: int, seed: int) -> torch.Tensor:
-    """The rows in the order of an epoch."""
     import torch
 
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))

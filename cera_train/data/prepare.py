@@ -112,12 +112,9 @@ class TokenizedRows:
 class TokenizedData:
     train: TokenizedRows
     evaluation: TokenizedRows
-    shared_prompts: int = 0
-    """Evaluation rows whose prompt is also a training row's."""
-    repeated_prompts: int = 0
-    """Training rows whose prompt is also an earlier one's."""
-    parts: list[str] = field(default_factory=list)
-    """A line for each part of a mix: its rows and tokens, and their shares of an epoch."""
+    shared_prompts: int = 0  # evaluation rows whose prompt is also a training row's
+    repeated_prompts: int = 0  # training rows whose prompt is also an earlier one's
+    parts: list[str] = field(default_factory=list)  # a line for each part of a mix: its rows and tokens of an epoch
 
 
 # --- a run's rows ----------------------------------------------------------------------------------------------------
@@ -141,14 +138,12 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
             for number, (rows, count) in enumerate(zip(train, counts, strict=True))
         ]
         data.train = _join(train, drawn)
-        tokens = [sum(rows.lengths[row] for row in taken) for rows, taken in zip(train, drawn, strict=True)]
-        data.parts = [
-            f"{part.title}: {len(taken):,} rows an epoch, of {len(rows):,} ({len(taken) / len(data.train):.2%}), "
-            f"{count:,} tokens ({count / sum(tokens):.2%}); {len(evaluating):,} rows evaluate"
-            for (_, part), rows, taken, count, evaluating in zip(
-                config.parts(), train, drawn, tokens, evaluation, strict=True
+        for (_, part), rows, taken, evaluating in zip(config.parts(), train, drawn, evaluation, strict=True):
+            tokens = sum(rows.lengths[row] for row in taken)
+            data.parts.append(
+                f"{part.title}: {len(taken):,} rows an epoch, of {len(rows):,} ({len(taken) / len(data.train):.2%}), "
+                f"{tokens:,} tokens ({tokens / sum(data.train.lengths):.2%}); {len(evaluating):,} rows evaluate"
             )
-        ]
     train_keys = set(data.train.column("prompt_key"))
     data.repeated_prompts = len(data.train) // config.sequences - len(train_keys)
     data.shared_prompts = sum(key in train_keys for key in data.evaluation.column("prompt_key"))
@@ -183,8 +178,7 @@ def prepare_evaluation(config: DataConfig, tokenizer: Any, limit: int | None = N
     for place, part in config.parts():
         if part.eval_rows != 0:
             with errors_at(place):
-                source = open_sources(part)[1].between(0, limit if config.mix is None else None)
-                splits.append(_tokenize(source, part, tokenizer, chosen_only=True))
+                splits.append(_tokenize(open_sources(part)[1], part, tokenizer, chosen_only=True))
     return _joined_evaluation(splits, limit)
 
 

@@ -33,24 +33,21 @@ PlacedRow = tuple[str, Row]
 class Source:
     """Rows that are read only when needed."""
 
-    fingerprint: str
-    """Changes when the rows do."""
-    located: Callable[[], Iterable[PlacedRow]]
-    """Reads them."""
-    name: str
-    """The setting that chose the rows, and its value, for messages."""
+    fingerprint: str  # changes when the rows do
+    located: Callable[[], Iterable[PlacedRow]]  # reads them
+    name: str  # the setting that chose the rows, and its value, for messages
 
     @classmethod
     def numbered(cls, fingerprint: str, rows: Iterable[Row], name: str) -> Source:
         """Rows whose places are their numbers."""
         return cls(fingerprint, lambda: ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1)), name)
 
-    def between(self, start: int, stop: int | None) -> Source:
-        """The rows from number `start` up to, and without, `stop`, or to the last."""
-        if (start, stop) == (0, None):
+    def first(self, count: int | None) -> Source:
+        """The first rows; None: all."""
+        if count is None:
             return self
-        fingerprint = f"{self.fingerprint} [{start}:{stop}]"
-        return replace(self, fingerprint=fingerprint, located=lambda: itertools.islice(self.located(), start, stop))
+        fingerprint = f"{self.fingerprint} [0:{count}]"
+        return replace(self, fingerprint=fingerprint, located=lambda: itertools.islice(self.located(), count))
 
 
 def cell_of(row: Row, name: str, mend: str) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from cera_train.common.errors import UserError, errors_at
+from cera_train.common.settings import require
 from cera_train.data.rows import PROMPT, PlacedRow, Row, as_text, cell_of, kind_of, text_of
 from cera_train.settings.data import COLUMN_TEMPLATES, DataConfig, Layout, Turns
 
@@ -67,12 +68,10 @@ def segments_of(rows: Iterable[PlacedRow], *segmenters: Segmenter) -> Iterator[l
 def check_preference(chosen: list[Segment], rejected: list[Segment]) -> None:
     """Raises UserError where there is nothing to prefer."""
     for side, segments in (("chosen", chosen), ("rejected", rejected)):
-        if not segments:
-            raise UserError(f"the {side} answer is empty: write one, or remove the row.")
-    if prompt_of(chosen) != prompt_of(rejected):
-        raise UserError("the chosen and the rejected answer follow different prompts: pair answers to one prompt.")
-    if chosen == rejected:
-        raise UserError("the chosen and the rejected answer are equal: remove the row.")
+        require(bool(segments), f"the {side} answer is empty: write one, or remove the row.")
+    sides = "the chosen and the rejected answer"
+    require(prompt_of(chosen) == prompt_of(rejected), f"{sides} follow different prompts: pair answers to one prompt.")
+    require(chosen != rejected, f"{sides} are equal: remove the row.")
 
 
 def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
@@ -116,8 +115,8 @@ def templates(prompt: str, completion: str, setting: str = "data.completion") ->
     prompt_columns, answer_columns = columns_of(prompt, "data.prompt"), columns_of(completion, setting)
     setting_of = dict.fromkeys(prompt_columns, "data.prompt")
     setting_of |= {name: setting for name in answer_columns if name not in setting_of}
-    if not answer_columns:
-        raise UserError(f"{setting}={completion!r} names no column: write one in braces, such as {{answer}}.")
+    mend = "write one in braces, such as {answer}."
+    require(bool(answer_columns), f"{setting}={completion!r} names no column: {mend}")
 
     def segments(row: Row) -> list[Segment]:
         values = {name: text_of(row, name, setting) for name, setting in setting_of.items()}
@@ -165,8 +164,7 @@ def turns_of(row: Row, layout: str) -> list[Row]:
     """The turns of a row, each an object with a known speaker and a text."""
     speaker, text, known = TURNS[layout]
     turns = cell_of(row, layout, " Choose another data.layout.") or []
-    if not isinstance(turns, list):
-        raise UserError(f"column {layout!r} holds {kind_of(turns)}: expected a list of turns.")
+    require(isinstance(turns, list), f"column {layout!r} holds {kind_of(turns)}: expected a list of turns.")
     for number, turn in enumerate(turns):
         is_turn = isinstance(turn, dict) and turn.get(speaker) in known and (text in turn or turn.get("tool_calls"))
         if not is_turn:
@@ -180,9 +178,8 @@ def supervised_turns(turns: list[Row], answers: list[int], wanted: Turns, layout
     trained = []
     for number in answers:
         flag = turns[number].get("train", turns[number].get("weight"))
-        if flag not in (None, 0, 1):
-            expected = "expected train: true or false, or weight: 1 or 0"
-            raise UserError(f"{layout}[{number}] has the flag {str(flag)[:60]!r}: {expected}.")
+        expected = "expected train: true or false, or weight: 1 or 0."
+        require(flag in (None, 0, 1), f"{layout}[{number}] has the flag {str(flag)[:60]!r}: {expected}")
         if flag != 0:
             trained.append(number)
     return {Turns.first: trained[:1], Turns.last: trained[-1:], Turns.all: trained}[wanted]
@@ -190,19 +187,17 @@ def supervised_turns(turns: list[Row], answers: list[int], wanted: Turns, layout
 
 def conversation(row: Row, wanted: Turns) -> list[Segment]:
     """Layout `conversations`, up to the last answer that is supervised."""
-    turns = [
-        (turn["from"], as_text(turn.get("value"), f"conversations[{number}] 'value'"))
-        for number, turn in enumerate(turns_of(row, "conversations"))
-    ]
+    turns = turns_of(row, "conversations")
+    texts = [as_text(turn.get("value"), f"conversations[{number}] 'value'") for number, turn in enumerate(turns)]
+    spoken = [(turn["from"], text) for turn, text in zip(turns, texts, strict=True)]
     if wanted == Turns.first:  # as published: the first question and answer, without the system prompt
-        firsts = dict(reversed(turns))
-        turns = [(speaker, firsts.get(speaker, "")) for speaker in ("human", "gpt")]
-    answers = [number for number, (speaker, text) in enumerate(turns) if speaker == "gpt" and text.strip()]
-    supervised = answers
-    if wanted != Turns.first:
-        supervised = supervised_turns(row["conversations"], answers, wanted, "conversations")
+        firsts = dict(reversed(spoken))
+        question, answer = firsts.get("human", ""), firsts.get("gpt", "")
+        return answered(f"User: {question}\nAssistant:", f" {answer}") if answer.strip() else []
+    answers = [number for number, (speaker, text) in enumerate(spoken) if speaker == "gpt" and text.strip()]
+    supervised = supervised_turns(turns, answers, wanted, "conversations")
     segments, context = [], ""
-    for number, (speaker, text) in enumerate(turns[: max(supervised, default=-1) + 1]):
+    for number, (speaker, text) in enumerate(spoken[: max(supervised, default=-1) + 1]):
         if number in answers:
             segments += answered(f"{context}Assistant:", f" {text}", number in supervised)
             context = "\n"
@@ -259,8 +254,7 @@ def chat_turns(row: Row, wanted: Turns, tokenizer: Any) -> list[Segment]:
 def preferred_turns(row: Row, side: str, tokenizer: Any) -> list[Segment]:
     """One side of a preference in layout `messages`: its last answer, after a list `prompt` where the row has one."""
     before, turns = row.get("prompt"), row.get(side)
-    if not isinstance(turns, list):
-        raise UserError(f"column {side!r} holds {kind_of(turns)}: expected a list of messages.")
+    require(isinstance(turns, list), f"column {side!r} holds {kind_of(turns)}: expected a list of messages.")
     messages = [*(before if isinstance(before, list) else ()), *turns]
     return chat_turns(row | {"messages": messages}, Turns.last, tokenizer)
 
@@ -300,8 +294,8 @@ def _tools_of(row: Row) -> list[Any] | None:
             tools = json.loads(tools.strip() or "null")
         except ValueError as error:
             raise UserError(f"column 'tools' holds broken JSON ({error}): write a list of tools.") from error
-    if tools and not isinstance(tools, list):
-        raise UserError(f"column 'tools' holds {kind_of(tools)}: expected a list of tools.")
+    is_list = not tools or isinstance(tools, list)
+    require(is_list, f"column 'tools' holds {kind_of(tools)}: expected a list of tools.")
     return _without_nulls(tools) or None
 
 

@@ -15,12 +15,12 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.libraries import hub_or_cache, offline_reason
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted
-from cera_train.data import reasoning_gym
-from cera_train.data.computed import computed_rows
+from cera_train.data.computed import computed_rows, open_generator
 from cera_train.data.files import check_files, from_files, rows_of
 from cera_train.data.rows import PROMPT, PlacedRow, Source, normalized
 from cera_train.data.segments import Segment, prompt_of, segmenter, segmenters, segments_of
 from cera_train.settings.data import DataConfig, Layout, Turns, as_list
+from cera_train.settings.evaluation import TaskConfig
 
 CHECKED_ROWS = 200
 """Rows of each file that `check_data` reads, and of the files whose columns decide a layout."""
@@ -95,7 +95,7 @@ def check_data(config: DataConfig) -> None:
         with errors_at(place):
             if part.layout == Layout.reasoning_gym:
                 for generator in as_list(part.reasoning_gym.generator):
-                    reasoning_gym.open_generator(generator, part.reasoning_gym.level, seed=0)
+                    open_generator(generator, part.reasoning_gym.level, seed=0)
             paths = check_files(part.train_files, "data.train_files") + check_files(part.eval_files, "data.eval_files")
             sides = segmenters(part, None)
             for path in paths:
@@ -119,11 +119,9 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
             count = config.eval_rows
             train, evaluation = _split(rows, partial(last_rows, count, rows), f"[:-{count}]", f"[-{count}:]")
     else:
-        train, evaluation = (
-            from_hub(config.path, config.subset, config.revision, split, setting, config.streaming)
-            for setting, split in (("data.train_split", config.train_split), ("data.eval_split", config.eval_split))
-        )
-    return train.between(0, config.train_rows), evaluation.between(0, config.eval_rows)
+        splits = ("data.train_split", "data.eval_split")
+        train, evaluation = (from_hub(config, split, config.streaming) for split in splits)
+    return train.first(config.train_rows), evaluation.first(config.eval_rows)
 
 
 def answered_rows(config: DataConfig, tokenizer: Any) -> Iterator[tuple[DataConfig, list[Segment], Segment]]:
@@ -183,22 +181,14 @@ def rows_by_prompt(config: DataConfig, source: Source) -> set[int]:
     return held_out
 
 
-def from_hub(
-    path: str, subset: str | None, revision: str | None, split: str, setting: str, streaming: bool = False
-) -> Source:
-    """One split of a data set on the Hub, or of a folder in the same form.
-
-    Args:
-        setting: the key of the split, for messages, such as data.train_split.
-        streaming: downloads rows as they are read.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
+def from_hub(config: DataConfig | TaskConfig, setting: str, streaming: bool = False) -> Source:
+    """The split that a setting names, such as data.train_split, of a data set on the Hub, or of a folder in the same
+    form. Streaming downloads rows as they are read. Raises UserError where it cannot be loaded."""
     import datasets
 
     datasets.disable_progress_bars()
-    section = setting.partition(".")[0]
+    section, _, name = setting.partition(".")
+    path, subset, revision, split = config.path, config.subset, config.revision, getattr(config, name)
     place = f"{section}.path={path}"
     try:
         with hub_or_cache(needs_hub=not os.path.isdir(path)):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Container, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, TextIO
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -29,7 +29,6 @@ from cera_train.runs.evaluation_folder import (
     Key,
     PerplexityResult,
     Problem,
-    append_answers,
 )
 from cera_train.runs.results import describe_rank
 from cera_train.runs.subject import Subject, digest_of, find_subject
@@ -107,20 +106,19 @@ class Evaluation:
         accelerator.wait_for_everyone()  # nobody writes while others read
         keys = [(problem.id, sample) for problem in problems for sample in range(config.generation.samples)]
         if any(key not in answers for key in keys):
-            with folder.append_to_answers() as file:
-                try:
-                    self.generate_missing(problems, answers.keys(), file)
-                except (KeyboardInterrupt, SystemExit):
-                    if is_main:
-                        print_line("stopped", "the answers so far are kept. The same command resumes.")
-                    raise
+            try:
+                self.generate_missing(problems, answers.keys())
+            except (KeyboardInterrupt, SystemExit):
+                if is_main:
+                    print_line("stopped", "the answers so far are kept. The same command resumes.")
+                raise
         accelerator.wait_for_everyone()
         if not is_main:
             return AccuracyResult()
 
         recorded = folder.answers()
         answers = [recorded[key] for key in keys]
-        folder.finish_answers(answers)
+        folder.write_answers(answers)
         grades = grade_all(task, problems, answers)
         folder.write_grades(grades)
         return score(task, problems, answers, grades).replace(
@@ -130,8 +128,8 @@ class Evaluation:
             samples=config.generation.samples,
         )
 
-    def generate_missing(self, problems: Sequence[Problem], done: Container[Key], file: TextIO) -> None:
-        """Appends this process's share of the missing answers to a file, as they come. A batch that lacks one is
+    def generate_missing(self, problems: Sequence[Problem], done: Container[Key]) -> None:
+        """Appends this process's share of the missing answers to its file, as they come. A batch that lacks one is
         generated whole, since the rounding of an answer depends on its batch."""
         accelerator, settings, generation = self.accelerator, self.config.task, self.config.generation
         engine = self.server or load_subject(self.subject, accelerator.device)
@@ -153,7 +151,7 @@ class Evaluation:
         ):
             for batch in batches:
                 answers = [answer.generation for answer in batch]
-                append_answers(file, [answer for answer in answers if (answer.problem, answer.sample) not in done])
+                self.folder.append_answers(each for each in answers if (each.problem, each.sample) not in done)
                 answered += len(answers)
                 correct += sum(self.task.grade(by_id[answer.problem], answer).exact for answer in answers)
                 left = duration((time.perf_counter() - started) / answered * (total - answered))

@@ -135,7 +135,7 @@ def _size_of_rows(config: DataConfig) -> DataSize:
     few = replace(config, train_rows=min(FEW_ROWS, config.train_rows), eval_rows=1) if is_generated else config
     train, evaluation = open_sources(few)
     lengths, answers, sampled = [], 0.0, 0
-    for segments in segments_of(train.between(0, SAMPLE_ROWS).located(), *segmenters(config, tokenizer=None)):
+    for segments in segments_of(train.first(SAMPLE_ROWS).located(), *segmenters(config, tokenizer=None)):
         if segments:
             counts = [len(PIECES.findall(segment.text)) for segment in segments]
             prompt = sum(count for count, segment in zip(counts, segments, strict=True) if not segment.supervised)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from cera_train.common.errors import UserError
@@ -90,22 +91,25 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
     """The paired test of two runs, by the task's score where it has one, else by math-verify's verdicts where both runs
     have them, else by the exact rule. UserError: they answered different problems, or lack grades."""
     evaluations = first.evaluations[task], second.evaluations[task]
-    a, b = (evaluation.answers for evaluation in evaluations)
-    if (names := a.grades.keys()) != (others := b.grades.keys()):
+    a, b = (evaluation.grades for evaluation in evaluations)
+    if (names := a.keys()) != (others := b.keys()):
         raise UserError(
             f"evaluated on different problems ({len(names):,} and {len(others):,}, {len(names & others):,} of them "
             "shared), so a paired test would mean nothing: evaluate both with the same task settings."
         )
     score = evaluations[0].task.score_name
-    grader = score or ("verified" if a.is_verified and b.is_verified else "exact")
-    one, other = (answers.scores(lambda grade: evaluations[0].task.paired_value(grade, grader)) for answers in (a, b))
-    scores = [list(one.values()), [other[name] for name in one]]  # the two may have the problems in another order
-    problems, test = len(one), None
-    if a.samples == b.samples == 1 and not score:
+    answers = [*a.values(), *b.values()]
+    is_verified = all(grade.verified is not None for grades in answers for grade in grades)
+    grader = score or ("verified" if is_verified else "exact")
+    paired_value = evaluations[0].task.paired_value
+    # the two may have the problems in another order
+    scores = [[fmean(paired_value(grade, grader) for grade in grades[name]) for name in a] for grades in (a, b)]
+    test = None
+    if all(len(grades) == 1 for grades in answers) and not score:
         test = mcnemar(*([score == 1 for score in values] for values in scores))
     return PairedTest(
         *(task, grader, first.name, second.name),
-        problems=problems,
+        problems=len(a),
         difference=paired_bootstrap(*scores),
         p_value=test.p_value if test else sign_flip(*scores),
         mcnemar=test,

@@ -16,8 +16,8 @@ from cera_train.common.files import read_json, read_yaml
 from cera_train.common.settings import flatten, to_plain
 from cera_train.common.trust import clean
 from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
-from cera_train.runs.evaluation_folder import AccuracyResult, GradedAnswers, PerplexityResult, read_evaluation_result
-from cera_train.runs.records import load_config
+from cera_train.runs.evaluation_folder import AccuracyResult, Grade, PerplexityResult, read_evaluation_result
+from cera_train.runs.records import load_config, read_lines
 from cera_train.runs.results import METRICS, SPECTRUM, Environment, Metrics, RunResult, mean_spectrum, read_metrics
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 
@@ -49,8 +49,12 @@ class Evaluation:
         return isinstance(self.result, AccuracyResult)
 
     @cached_property
-    def answers(self) -> GradedAnswers:
-        return GradedAnswers(self.folder)
+    def grades(self) -> dict[str, list[Grade]]:
+        """By the problem's id, one for each sample. Raises UserError where the file is broken."""
+        grades: dict[str, list[Grade]] = {}
+        for grade in read_lines(self.folder / "grades.jsonl", Grade):
+            grades.setdefault(grade.problem, []).append(grade)
+        return grades
 
     @property
     def metrics(self) -> list[Metric]:

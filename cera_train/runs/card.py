@@ -7,7 +7,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 
 from cera_train.adapters.families import family, title
 from cera_train.adapters.saved import description_file
@@ -19,9 +20,6 @@ from cera_train.runs.results import RunResult, describe_rank, describe_tasks, fi
 from cera_train.runs.tracking import print_error
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
 
 CARD = """---
 {data}
@@ -79,8 +77,6 @@ def write_card(run: Path, result: RunResult) -> None:
 
 def card_data(model: ModelConfig, library: str, tag: str, datasets: Sequence[str] = ()) -> ModelCardData:
     """The metadata by which the Hub finds an adapter or a model."""
-    from huggingface_hub import ModelCardData
-
     return ModelCardData(
         base_model=model.hub_id,
         library_name=library,
@@ -92,7 +88,6 @@ def card_data(model: ModelConfig, library: str, tag: str, datasets: Sequence[str
 
 
 def _facts(config: Config, result: RunResult) -> dict[str, str]:
-    """How an adapter was trained, and what was measured."""
     model, adapter, train, effective_rank = config.model, config.adapter, config.train, describe_rank(result.spectrum)
     targets = [adapter.target_modules] if isinstance(adapter.target_modules, str) else adapter.target_modules or []
     places = ", ".join(filter(None, [*targets, adapter.adapted_experts]))
@@ -121,8 +116,6 @@ def _facts(config: Config, result: RunResult) -> dict[str, str]:
 def push(config: Config) -> None:
     """Uploads the adapter of a run, if it is finished. A failure prints the command that repeats the upload: the run's,
     whose result stands."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     run = Path(config.output_dir) / config.name
     if config.hub.push is None or not (run / "result.json").is_file():
         return

@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Any, ClassVar
 
 import yaml
 
@@ -29,14 +28,10 @@ from cera_train.settings.evaluation import EvalConfig
 Key = tuple[str, int]
 """Problem and sample."""
 
-EVALUATE_AGAIN = "Evaluate the run again."
-
 
 class Problem(Record, extra="allow"):
     """One problem, a line of problems.jsonl. `details` are what the task's grading or a report needs beside the gold
     answer."""
-
-    mend: ClassVar[str] = EVALUATE_AGAIN
 
     id: str  # a digest of the question: the same in every evaluation, whatever the prompt
     question: str
@@ -47,7 +42,7 @@ class Problem(Record, extra="allow"):
 class Generation(Record):
     """One answer, a line of generations.jsonl."""
 
-    mend: ClassVar[str] = f"Remove the file. {EVALUATE_AGAIN}"
+    mend: ClassVar[str] = "Remove the file, and evaluate the run again."
 
     problem: str
     sample: int
@@ -59,7 +54,7 @@ class Generation(Record):
 class Grade(Record, extra="allow"):
     """The grade of one answer, a line of grades.jsonl."""
 
-    mend: ClassVar[str] = EVALUATE_AGAIN
+    mend: ClassVar[str] = "Evaluate the run again."
 
     problem: str
     sample: int
@@ -106,7 +101,6 @@ class Accuracy:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The keys of result.json."""
         interval = {} if self.interval is None else {f"{self.key}/interval": [*self.interval]}
         return {self.key: self.value} | interval
 
@@ -158,7 +152,6 @@ class PerplexityResult(MeasuredAdapter):
 
 
 def read_evaluation_result(path: Path) -> AccuracyResult | PerplexityResult:
-    """result.json of an evaluation."""
     tree = read_json(path)
     kind = PerplexityResult if tree.get("kind") == "perplexity" else AccuracyResult
     return kind.from_json(tree, path)
@@ -171,7 +164,7 @@ class EvaluationFolder:
     """RUN/eval/NAME."""
 
     def __init__(self, path: Path, is_main: bool = True, process: int = 0) -> None:
-        self.path, self.is_main = path, is_main
+        self.path = path
         self.process_answers = path / ("generations.jsonl" if is_main else f"generations.{process}.jsonl")
 
     @classmethod
@@ -184,6 +177,8 @@ class EvaluationFolder:
             return
         try:
             with locked(path, "evaluation", folder.has_begun):
+                if any(path.glob("generations*.jsonl")):  # of a call that was cut, perhaps of more processes
+                    folder.write_answers(folder.answers().values())
                 yield folder
         finally:
             with contextlib.suppress(OSError):  # there are other evaluations
@@ -229,56 +224,16 @@ class EvaluationFolder:
         answers = [answer for path in paths for answer in read_lines(path, Generation, may_break_off=True)]
         return {(answer.problem, answer.sample): answer for answer in answers}
 
-    def append_to_answers(self) -> TextIO:
-        """Opens this process's file of answers for more, without half a line at its end."""
-        path = self.process_answers
-        if path.exists():
-            write_text(path, to_lines(read_lines(path, Generation, may_break_off=True)))
-        return path.open("a")
+    def append_answers(self, answers: Iterable[Generation]) -> None:
+        """Adds answers to this process's file, which a resumed evaluation finds."""
+        with self.process_answers.open("a") as file:
+            file.write(to_lines(answers))
 
-    def finish_answers(self, answers: Iterable[Generation]) -> None:
-        """Writes all answers, in order, into one file."""
+    def write_answers(self, answers: Iterable[Generation]) -> None:
+        """Writes all answers into one file, in place of those of the processes."""
         write_text(self.path / "generations.jsonl", to_lines(answers))
         for path in self.path.glob("generations.*.jsonl"):
             path.unlink()
 
     def write_grades(self, grades: Iterable[Grade]) -> None:
         write_text(self.path / "grades.jsonl", to_lines(grades))
-
-
-def append_answers(file: TextIO, answers: Iterable[Generation]) -> None:
-    """Appends answers, which a resumed evaluation finds."""
-    file.write(to_lines(answers))
-    file.flush()
-
-
-# --- a finished evaluation -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GradedAnswers:
-    """The grades of an evaluation, read when they are needed; reading raises a UserError that names a broken file."""
-
-    folder: Path
-
-    @cached_property
-    def grades(self) -> dict[str, list[Grade]]:
-        """By the problem's id, one for each sample."""
-        grades: dict[str, list[Grade]] = {}
-        for grade in read_lines(self.folder / "grades.jsonl", Grade):
-            grades.setdefault(grade.problem, []).append(grade)
-        return grades
-
-    @property
-    def samples(self) -> int:
-        """Answers to a problem."""
-        return max(map(len, self.grades.values()))
-
-    @property
-    def is_verified(self) -> bool:
-        """Whether the second grader looked at every answer."""
-        return all(grade.verified is not None for grades in self.grades.values() for grade in grades)
-
-    def scores(self, score: Callable[[Grade], float]) -> dict[str, float]:
-        """The mean score of the answers to each problem."""
-        return {name: sum(map(score, grades)) / len(grades) for name, grades in self.grades.items()}

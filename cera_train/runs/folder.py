@@ -187,9 +187,24 @@ class RunFolder:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def write_config(self, environment: Environment) -> None:
-        """Writes the resolved config and the machine, before the first update."""
+    def write_config(
+        self, processes: int, base_fingerprint: str, rows: dict[str, str], updates: int, precision: Precision
+    ) -> None:
+        """Writes config.yaml, resolved, and environment.json, before the first update."""
         files.write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        environment = Environment(
+            command=sys.argv,
+            python=platform.python_version(),
+            platform=platform.platform(),
+            packages={name: version(name) for name in PACKAGES},
+            gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+            cpu_threads=torch.get_num_threads(),
+            processes=processes,
+            base_fingerprint=base_fingerprint,
+            rows=rows,
+            updates=updates,
+            precision=asdict(precision),
+        )
         environment.write(self.path / "environment.json")
 
     def append(self, log: str, line: dict[str, Any]) -> None:
@@ -300,22 +315,3 @@ def load_checkpoint(folder: Path, model: nn.Module, data_digest: str) -> tuple[P
         )
     load(model, weights)
     return progress, state
-
-
-def environment(
-    processes: int, base_fingerprint: str, rows: dict[str, str], updates: int, precision: Precision
-) -> Environment:
-    """environment.json of a run that begins here and now."""
-    return Environment(
-        command=sys.argv,
-        python=platform.python_version(),
-        platform=platform.platform(),
-        packages={name: version(name) for name in PACKAGES},
-        gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        cpu_threads=torch.get_num_threads(),
-        processes=processes,
-        base_fingerprint=base_fingerprint,
-        rows=rows,
-        updates=updates,
-        precision=asdict(precision),
-    )

@@ -60,7 +60,6 @@ class Record(BaseModel):
         return self.model_dump(exclude_unset=True) | self.details
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other values of some fields."""
         return self.model_copy(update=changes)
 
     @classmethod

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.files import read_json, write_bytes, write_text
@@ -128,19 +128,12 @@ class Environment(Record, extra="allow"):
 SPECTRUM = "spectrum.json"
 
 
-class ModuleSpectrumRecord(Record):
-    """One adapted module in spectrum.json, and what else stands there."""
-
-    singular_values: list[float] = Field(min_length=1)  # of the centred branch output, descending
-
-
 def mean_spectrum(path: Path) -> list[float]:
     """Singular values over their sum, in the mean over the modules of a spectrum.json, as the paper draws them; a
     module with fewer directions counts as zero further on. Empty without the file."""
-    trees = read_json(path) if path.is_file() else {}
     normalized = []
-    for name, tree in trees.items():
-        values = ModuleSpectrumRecord.from_json(tree, f"{path}: {name[:60]!r}").singular_values
+    for module in read_json(path).values() if path.is_file() else ():
+        values = module["singular_values"]  # of the centred branch output, descending
         total = sum(values)
         normalized.append([value / total if total > 0 else 0.0 for value in values])
     return [sum(column) / len(normalized) for column in itertools.zip_longest(*normalized, fillvalue=0.0)]
@@ -228,10 +221,8 @@ GRADES = "grades"
 class TokenLosses:
     """The loss of every supervised held-out token."""
 
-    tokens: np.ndarray
-    """[rows] supervised tokens of each row, int64."""
-    losses: np.ndarray
-    """[sum(tokens)] nats, float32, row by row."""
+    tokens: np.ndarray  # [rows] supervised tokens of each row, int64
+    losses: np.ndarray  # [sum(tokens)] nats, float32, row by row
 
     @property
     def mean(self) -> float:

@@ -20,11 +20,10 @@ from cera_train.settings.training import TrainConfig
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapter on its base model, or a base model alone."""
+    """An adapter on its base model, or a base model alone. Evaluations are written to eval/ in its folder, of a best
+    adapter or a checkpoint in the run's: theirs are replaced during training."""
 
     folder: Path
-    """Evaluations are written to eval/ in here. For a best adapter or a checkpoint it is the run's folder: theirs are
-    replaced during training."""
     model: ModelConfig
     adapter: Path | None = None
     run: Config | None = None  # the config it was trained with, where that is known

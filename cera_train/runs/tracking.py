@@ -161,7 +161,6 @@ def write_id(folder: Path, kind: TrackerKind, run_id: str) -> None:
 
 
 def print_error(text: str) -> None:
-    """Prints one line of stderr."""
     program = Path(sys.argv[0]).name
     program = program if program.startswith("cera-") else "cera-train"
     print(f"{program}: {redact(' '.join(text.split()))}", file=sys.stderr)

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from cera_train.common.errors import UserError, errors_at
+from cera_train.common.errors import errors_at
 from cera_train.common.settings import MISSING, require, require_positive, section, setting
 
 Layout = StrEnum(
@@ -197,14 +197,13 @@ class DataConfig:
             self._check_sources()
 
     def _check_sources(self) -> None:
-        if self.layout == Layout.text and (self.prompt is None or not self.completion):
-            example = "$'data.prompt=\"Question: {question}\\nAnswer:\"' $'data.completion=\" {answer}\"'"
-            raise UserError(f"data.layout=text needs data.prompt and data.completion, such as {example}.")
-        if not (self.path or self.train_files):
-            mend = "set data.train_files to local files or data.path to a Hub data set"
-            raise UserError(f"there is no training data: {mend}.")
-        if self.eval_files and not self.train_files:
-            raise UserError("data.eval_files without data.train_files: name the training files too.")
+        has_templates = self.layout != Layout.text or (self.prompt is not None and bool(self.completion))
+        example = "$'data.prompt=\"Question: {question}\\nAnswer:\"' $'data.completion=\" {answer}\"'"
+        require(has_templates, f"data.layout=text needs data.prompt and data.completion, such as {example}.")
+        mend = "set data.train_files to local files or data.path to a Hub data set."
+        require(bool(self.path or self.train_files), f"there is no training data: {mend}")
+        is_named = bool(self.train_files) or not self.eval_files
+        require(is_named, "data.eval_files without data.train_files: name the training files too.")
 
     def _check_computed(self) -> None:
         mend = "choose another data=NAME, such as data=jsonl, or another layout"
@@ -240,8 +239,8 @@ class DataConfig:
 
     @property
     def weights(self) -> list[float | None]:
-        """The weight of each of `parts`."""
-        return [None] if self.mix is None else [part.weight for part in self.mix]
+        """The weight of each part of a mix."""
+        return [part.weight for part in self.mix]
 
     @property
     def is_paired(self) -> bool:

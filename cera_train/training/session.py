@@ -31,7 +31,7 @@ from cera_train.model.folder import check_length, load_tokenizer
 from cera_train.model.loss import SupervisedLoss, can_compile, choose_layout
 from cera_train.model.precision import Precision, choose_precision
 from cera_train.model.weights import fingerprint, load_model
-from cera_train.runs.folder import Progress, RunFolder, environment, load_checkpoint
+from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.records import load_config
 from cera_train.runs.results import METRICS, Environment, EvaluationMetrics, UpdateMetrics
 from cera_train.runs.subject import digest_of, find_start, run_of
@@ -211,7 +211,7 @@ class Session:
         folder.rewind(done if self.resumes else None)
         rows = {"train": self.data.train.digest, "held_out": self.data.evaluation.digest}
         processes = self.accelerator.num_processes
-        folder.write_config(environment(processes, self.base_fingerprint, rows, self.updates, self.precision))
+        folder.write_config(processes, self.base_fingerprint, rows, self.updates, self.precision)
         self.tracker = start_tracker(self.config.tracker, folder.config, self.config.name, folder.path, done)
 
     @property

@@ -1,6 +1,7 @@
 """Rows in every layout, configs that name them, what becomes of one; and a cache for each test."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -48,16 +49,8 @@ def with_changes(tokenizer: PreTrainedTokenizerFast, **changes) -> PreTrainedTok
 
 def supervised_text(example: Example, tokenizer) -> str:
     """The supervised tokens as text, stretches of them apart by a bar."""
-    stretches, previous = [], False
-    for token, counts in zip(example.input_ids, example.loss_mask, strict=True):
-        if counts:
-            stretches = [*stretches[:-1], [*stretches[-1], token]] if previous else [*stretches, [token]]
-        previous = counts
-    return "|".join(map(tokenizer.decode, stretches))
-
-
-def ids_of(text: str, tokenizer) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
+    stretches = itertools.groupby(zip(example.input_ids, example.loss_mask, strict=True), key=lambda token: token[1])
+    return "|".join(tokenizer.decode([id for id, _ in tokens]) for counts, tokens in stretches if counts)
 
 
 def texts_of(rows: TokenizedRows, tokenizer) -> list[str]:

@@ -10,8 +10,18 @@ from datetime import date
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.data.computed import WAYS, date_row, date_rows, logistic_map_row, logistic_map_rows
-from cera_train.data.reasoning_gym import DRAWS, Split, draws, rows, split_of
+from cera_train.data.computed import (
+    DRAWS,
+    WAYS,
+    Split,
+    date_row,
+    date_rows,
+    draws,
+    logistic_map_row,
+    logistic_map_rows,
+    reasoning_gym_rows,
+    split_of,
+)
 from cera_train.data.sources import check_data, open_sources
 from cera_train.settings.data import GENERATORS, DataConfig, LogisticMapConfig, ReasoningGymConfig
 
@@ -72,7 +82,7 @@ ELSEWHERE = """
 import json, sys
 names, sys.argv[0] = sys.argv[1:], "cera-train"
 from cera_train.settings.data import ReasoningGymConfig
-from cera_train.data.reasoning_gym import rows
+from cera_train.data.computed import reasoning_gym_rows as rows
 print(json.dumps([rows(ReasoningGymConfig(generator=name, level=0), 3, 1) for name in names]))
 """
 
@@ -115,7 +125,7 @@ def test_gym_generators_take_turns_and_a_level_sets_the_difficulty():
 def test_gym_rows_are_the_same_in_every_process():
     command, environment = [sys.executable, "-c", ELSEWHERE, *GENERATORS], os.environ | {"PYTHONHASHSEED": "1"}
     printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    here = [rows(ReasoningGymConfig(generator=name, level=0), 3, 1) for name in GENERATORS]
+    here = [reasoning_gym_rows(ReasoningGymConfig(generator=name, level=0), 3, 1) for name in GENERATORS]
     assert json.loads(printed) == [list(both) for both in here]
 
 

@@ -5,10 +5,10 @@ import json
 
 import pytest
 from conftest import CHAT_TEMPLATE, needs_smollm2
-from examples import CHAT, CONVERSATION, data_config, example_of, ids_of, supervised_text, with_changes
+from examples import CHAT, CONVERSATION, data_config, example_of, supervised_text, with_changes
 from tokenizers.processors import TemplateProcessing
 
-from cera_train.data.prepare import encode
+from cera_train.data.prepare import encode, ids_of
 from cera_train.data.segments import segmenter, templates
 
 # --- layout text -----------------------------------------------------------------------------------------------------
@@ -182,6 +182,8 @@ def test_an_opening_line_and_an_empty_turn_of_the_assistant_are_context(tokenize
 
 
 SHORTENED = "{{ m['content'][:2] if m['role'] == 'ROLE' and not loop.last else m['content'] }}</s>{% endfor %}"
+KNOWS_TWO_ROLES = CHAT_TEMPLATE.replace("messages %}", "messages if message.role in ('user', 'assistant') %}")
+FOR_EACH, DIFFERS = "{% for m in messages %}", "renders earlier turns differently"
 
 
 @pytest.mark.parametrize(
@@ -189,15 +191,17 @@ SHORTENED = "{{ m['content'][:2] if m['role'] == 'ROLE' and not loop.last else m
     [
         (None, r"needs a tokenizer with a chat template.*data\.layout=text"),
         ("{{ raise_exception('no') }}", "chat template refuses these messages: no"),
-        ("{% for m in messages %}{{ m['role'] + 5 }}{% endfor %}", "chat template refuses these messages"),
-        ("{% for m in messages %}" + SHORTENED.replace("ROLE", "user"), "renders earlier turns differently"),
-        ("{% for m in messages %}" + SHORTENED.replace("ROLE", "assistant"), "renders earlier turns differently"),
-        (CHAT_TEMPLATE.replace("assistant\n{% e", "assistant\n<think>{% e"), "renders earlier turns differently"),
+        (f"{FOR_EACH}{{{{ m['role'] + 5 }}}}{{% endfor %}}", "chat template refuses these messages"),
+        (FOR_EACH + SHORTENED.replace("ROLE", "user"), DIFFERS),
+        (FOR_EACH + SHORTENED.replace("ROLE", "assistant"), DIFFERS),
+        (CHAT_TEMPLATE.replace("assistant\n{% e", "assistant\n<think>{% e"), DIFFERS),
+        (KNOWS_TWO_ROLES, r"messages\[5\], of role 'tool', is left out by this model's chat template"),
     ],
 )
 def test_a_template_that_does_not_fit_is_refused(tokenizer, template, reason):
+    row = {"messages": [*CHAT["messages"], {"role": "tool", "content": "rain"}]}
     with pytest.raises(ValueError, match=reason):
-        example_of(CHAT, with_changes(tokenizer, chat_template=template), layout="messages")
+        example_of(row, with_changes(tokenizer, chat_template=template), layout="messages")
 
 
 TOOL_TEMPLATE = (
@@ -225,14 +229,6 @@ def test_tools_of_a_row_are_shown_to_the_model(tokenizer):
         row = {"messages": [USER, ANSWER], "tools": column}
         example = example_of(row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages")
         assert tokenizer.decode(example.input_ids).startswith(f"<|im_start|>system\n{json.dumps(tools)}<|im_end|>")
-
-
-def test_a_role_that_the_template_leaves_out_is_refused(tokenizer):
-    template = CHAT_TEMPLATE.replace("messages %}", "messages if message.role in ('user', 'assistant') %}")
-    row = {"messages": [{"role": "tool", "content": "be brief"}, USER, ANSWER]}
-    assert supervised_text(example_of(row, tokenizer, layout="messages"), tokenizer) == "b<|im_end|>"
-    with pytest.raises(ValueError, match=r"messages\[0\], of role 'tool', is left out by this model's chat"):
-        example_of(row, with_changes(tokenizer, chat_template=template), layout="messages")
 
 
 @needs_smollm2

@@ -123,6 +123,8 @@ def test_rows_of_one_prompt_stay_on_one_side(own, tokenizer):
     assert (len(data.train), len(data.evaluation), data.shared_prompts) == (96, 5, 0)
     assert data.train.dropped == (1, 0)
     assert prepare_evaluation(config, tokenizer).digest == data.evaluation.digest
+    with pytest.raises(UserError, match=r"1 different prompt with an answer.*name data\.eval_files"):
+        prepare_data(own(rows[:1] * 9), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -138,12 +140,6 @@ def test_a_twentieth_of_the_rows_is_held_out_but_at_least_a_prompt(counts, rows)
     assert not {prompts[number]["prompt"] for number in held_out} & {
         row["prompt"] for number, row in enumerate(prompts) if number not in held_out
     }
-
-
-def test_a_single_prompt_cannot_be_on_both_sides(own, tokenizer):
-    config = own([{"prompt": "a", "completion": "b"}] * 9)
-    with pytest.raises(UserError, match=r"1 different prompt with an answer.*name data\.eval_files"):
-        prepare_data(config, tokenizer)
 
 
 def test_a_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(

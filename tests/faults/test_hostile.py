@@ -30,6 +30,7 @@ from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import find_subject
+from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig, GenerationConfig, TaskConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
@@ -273,7 +274,7 @@ def test_a_data_sets_code_and_pickles_are_not_read(tmp_path, marker, monkeypatch
     payload = f"open({str(marker)!r}, 'w')".encode() if name.endswith(".py") else pickle.dumps(Payload(marker))
     (folder / name).write_bytes(payload)
     with pytest.raises(ValueError, match="cannot load it"):
-        from_hub(str(folder), None, None, "train", "data.train_split")
+        from_hub(DataConfig(path=str(folder), layout="documents"), "data.train_split")
     assert not marker.exists()
 
 

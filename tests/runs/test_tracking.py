@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from accelerate.tracking import GeneralTracker
 from conftest import TINY
@@ -15,7 +14,7 @@ from huggingface_hub import RepoUrl
 
 from cera_train.common.errors import UserError
 from cera_train.common.trust import redact
-from cera_train.runs import tracking
+from cera_train.runs import card, tracking
 from cera_train.training.train import launch, train
 
 
@@ -148,7 +147,7 @@ def hub(monkeypatch):
                     self.files[operation.path_in_repo] = file.read()
 
     server = Hub()
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: server)
+    monkeypatch.setattr(card, "HfApi", lambda: server)
     return server
 
 

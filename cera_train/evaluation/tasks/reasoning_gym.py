@@ -1,5 +1,5 @@
 """Questions of reasoning-gym's generators that no training row holds, graded by the generators themselves;
-data/reasoning_gym.py draws them."""
+data/computed.py draws them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.data import reasoning_gym as generated
+from cera_train.data.computed import Draw, Split, draws, open_generator
 from cera_train.data.rows import computed_row
 from cera_train.evaluation.tasks.task import AnswerTask, Metric, Task, mean, question_id
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
@@ -27,7 +27,7 @@ class ReasoningGym(AnswerTask):
         return self
 
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
-        for draw in generated.draws(self._generators(config, data), generated.Split.test, config.limit, "task.limit"):
+        for draw in draws(self._generators(config, data), Split.test, config.limit, "task.limit"):
             prompt = computed_row(draw.question, draw.answer)["prompt"]
             details = {key: value for key, value in asdict(draw).items() if key not in ("question", "answer")}
             yield Problem(question_id(draw.question), draw.question, prompt, draw.answer, **details)
@@ -47,8 +47,8 @@ class ReasoningGym(AnswerTask):
         lines = generation.text.strip().split("\n")[: problem.gold.count("\n") + 1]
         answer, credit, failure = "\n".join(lines).strip(), 0.0, None
         try:
-            draw = generated.Draw(**problem.details, question=problem.question, answer=problem.gold)
-            generator = generated.open_generator(draw.generator, draw.level, draw.seed)
+            draw = Draw(**problem.details, question=problem.question, answer=problem.gold)
+            generator = open_generator(draw.generator, draw.level, draw.seed)
             entry = generator[draw.index]  # what the grader reads beside the text
             mend = "another version of reasoning-gym wrote it. Evaluate the run again."
             require(entry["question"] == draw.question, f"{draw.generator} now has another question here: {mend}")

@@ -174,7 +174,7 @@ def open_rows(config: TaskConfig) -> Source:
     """The rows of `task.files`, or of the data set on the Hub."""
     if config.files:
         return from_files(config.files, "task.files", whole_text=True)
-    return from_hub(config.path, config.subset, config.revision, config.split, "task.split")
+    return from_hub(config, "task.split")
 
 
 def mean(values: Sequence[float]) -> float:
