@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from cera_models import adapted, cera
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
@@ -27,15 +28,11 @@ def make_mixture(model_type: str = "mixtral", **changes) -> nn.Module:
 def adapted_mixture(model_type: str = "mixtral", name: str = "default", double: bool = False, **settings) -> PeftModel:
     """A mixture whose experts carry a random adapter, in eval mode."""
     base = make_mixture(model_type)
-    if double:
-        base.double()
-    return get_peft_model(base, expert_config(**settings), adapter_name=name).eval()
+    return adapted(base.double() if double else base, name, **{"target_parameters": PARAMETERS} | settings)
 
 
 def expert_config(**settings) -> CeraConfig:
-    """A configuration whose adapters start with a random B, so that they change the model."""
-    defaults = {"r": 4, "dropout": 0.0, "init_weights": False, "task_type": "CAUSAL_LM"}
-    return CeraConfig(**(defaults | {"target_parameters": PARAMETERS} | settings))
+    return cera(**{"target_parameters": PARAMETERS} | settings)
 
 
 def mixture_with_two(model_type: str = "mixtral") -> PeftModel:

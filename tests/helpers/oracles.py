@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from cera_train.adapters.build import build
-from cera_train.cera import CeraLayer
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.model.weights import load_model
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
@@ -35,20 +34,23 @@ def under_a_mask(query, key, value, lengths: list[int], window: int | None = Non
     return scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
 
 
-def gradients_after_an_evaluation(model, device: torch.device) -> torch.Tensor:
-    adapted = build(model, AdapterConfig(r=4, alpha=None, target_modules=["q_proj", "v_proj"]))
+def adapted(base, kind: str):
+    """The base with an adapter that changes its answers: B starts at zero."""
+    model = build(base, AdapterConfig(AdapterKind(kind), 4, alpha=None, target_modules=["q_proj", "v_proj"])).eval()
+    for name, parameter in model.named_parameters():
+        if "_B." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def gradients_after_an_evaluation(base, device: torch.device) -> torch.Tensor:
     torch.manual_seed(1)
-    for layer in adapted.modules():
-        if isinstance(layer, CeraLayer):
-            torch.nn.init.normal_(layer.cera_A["default"].weight)
-            torch.nn.init.normal_(layer.cera_B["default"].weight)
-    ids = torch.arange(20, device=device)[None]
-    adapted.eval()
+    model, ids = adapted(base, "cera"), torch.arange(20, device=device)[None]
     with torch.no_grad():
-        adapted(input_ids=ids)
-    adapted.train()
-    adapted(input_ids=ids, labels=ids).loss.backward()
-    return torch.cat([value.grad.flatten() for value in adapted.parameters() if value.requires_grad])
+        model(input_ids=ids)
+    model.train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return torch.cat([value.grad.flatten() for value in model.parameters() if value.requires_grad])
 
 
 def assert_nf4_gradients_are_right(folder: Path, device: torch.device) -> None:
@@ -65,15 +67,6 @@ def assert_nf4_gradients_are_right(folder: Path, device: torch.device) -> None:
 
 
 GREEDY = GenerationConfig()
-
-
-def adapted(base, kind: str):
-    """The base with an adapter that changes its answers: B starts at zero."""
-    model = build(base, AdapterConfig(AdapterKind(kind), 4, alpha=None, target_modules=["q_proj", "v_proj"])).eval()
-    for name, parameter in model.named_parameters():
-        if "_B." in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model
 
 
 def answers_of(engine: LoadedModel, batches, config) -> dict:
