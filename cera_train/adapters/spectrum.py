@@ -19,7 +19,7 @@ from cera_train.adapters.families import FAMILIES
 from cera_train.adapters.families.base import Branch
 from cera_train.cera.branch import LearnedGate
 
-SUMMARISED = ("effective_rank", "manifold_dimension", "dead_units", "linear_share")
+SUMMARISED = ("effective_rank", "manifold_dimension", "linear_share")
 """Figures of a module whose mean and maximum a run logs."""
 
 
@@ -29,8 +29,6 @@ class ModuleSpectrum:
 
     singular_values: torch.Tensor
     """Singular values of the centred branch output, descending, float64, [min(r, d_out)]."""
-    dead_units: float | None
-    """Share of hidden units whose gate is closed (A x <= 0) on every probe token; None where no gate closes."""
     linear_share: float | None = None
     """Share of the branch's variance that the best affine map of z = A x explains; 1 without a gate, None where the
     branch gives nothing."""
@@ -62,14 +60,14 @@ class ModuleSpectrum:
 
 
 class _Moments:
-    """Sums over the rows of a branch, in float64: their number, sum and second moment; and the passes in which a gate
-    was open. A row holds the hidden units h and, where there is a gate, z = A x."""
+    """Sums over the rows of a branch, in float64: their number, sum and second moment. A row holds the hidden units h
+    and, where there is a gate, z = A x."""
 
     def __init__(self, branch: Branch) -> None:
-        self.branch, r = branch, branch.r
-        width = r if branch.gate is None else 2 * r
-        self.all = torch.zeros(1 + width + width**2 + r, dtype=torch.float64, device=branch.A.weight.device)
-        self.count, self.sum, second, self.open = self.all.split([1, width, width**2, r])  # views
+        self.branch = branch
+        width = branch.r if branch.gate is None else 2 * branch.r
+        self.all = torch.zeros(1 + width + width**2, dtype=torch.float64, device=branch.A.weight.device)
+        self.count, self.sum, second = self.all.split([1, width, width**2])  # views
         self.second = second.view(width, width)
         self.root_gram: torch.Tensor | None = None
         """(s^2 B^T B)^(1/2)"""
@@ -89,7 +87,6 @@ class _Moments:
         x = x.flatten(0, -2) if attention_mask is None or x.ndim == 2 else x[attention_mask.bool()]
         z_NR = nn.functional.linear(x.to(A.dtype), A).float()
         h_NR = z_NR if gate is None else gate(z_NR)
-        self.open += (h_NR > 0).any(0)
         rows = (h_NR if gate is None else torch.cat([h_NR, z_NR], -1)).double()
         self.count += len(rows)
         self.sum += rows.sum(0)
@@ -100,13 +97,9 @@ class _Moments:
         scatter = self.second - torch.outer(self.sum, self.sum) / self.count  # N Cov of the rows
         eigenvalues = torch.linalg.eigvalsh(self.root_gram @ scatter[:r, :r] @ self.root_gram)
         singular_values = eigenvalues.clamp(min=0).sqrt().flip(0)
-        # A learned mix passes on a part of z, so no unit of it is off.
-        closes = self.branch.gate is not None and self.gamma is None
-        dead_units = 1 - (self.open > 0).double().mean().item() if closes else None
         # h B^T has at most d_out directions: with r above that, the rest is rounding.
-        return ModuleSpectrum(
-            singular_values[: self.branch.out_features].cpu(), dead_units, self._linear_share(scatter), self.gamma
-        )
+        values = singular_values[: self.branch.out_features].cpu()
+        return ModuleSpectrum(values, self._linear_share(scatter), self.gamma)
 
     def _linear_share(self, scatter: torch.Tensor) -> float | None:
         """tr G Cov(h, z) Cov(z)^-1 Cov(z, h) / tr G Cov(h), with G = s^2 B^T B; where B is still zero, with G = 1."""

@@ -126,22 +126,6 @@ def add_branch(
     return result
 
 
-def add_kept(
-    result: torch.Tensor,
-    x: torch.Tensor,
-    A_T: torch.Tensor,
-    B_T: torch.Tensor,
-    scaling: float,
-    gate: nn.Module,
-    may_write: bool,
-) -> torch.Tensor:
-    """result + s B gate(A x) without gradient, by weights of result's dtype that are kept across calls."""
-    result = result if may_write else result.clone()
-    h = gate.forward(_rows(x.to(A_T.dtype)) @ A_T)
-    result.view(-1, B_T.shape[1]).addmm_(h, B_T, alpha=scaling)
-    return result
-
-
 class _AddBranch(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .branch import GATES, Hidden, LearnedGate, add_branch, add_kept, make_gate, start_branch
+from .branch import GATES, Hidden, LearnedGate, add_branch, make_gate, start_branch
 from .config import CeraConfig
 
 
@@ -85,7 +85,8 @@ class CeraLinear(CeraLayer):
     """
 
     kept: dict[tuple[str, torch.dtype], tuple] | None = None
-    """Branches for `add_kept`, by adapter and the dtype of the output, inside `for_inference`."""
+    """Arguments of `add_branch`, and whether it may write into the base's output, by adapter and the output's dtype:
+    inside `for_inference`."""
 
     def update_layer(self, adapter_name: str, config: CeraConfig) -> None:
         """Adds an adapter, or replaces the one of that name."""
@@ -118,7 +119,8 @@ class CeraLinear(CeraLayer):
         """result + branch(x), as one step where that rounds nowhere else and all weights may be read."""
         key = adapter_name, result.dtype
         if self.kept and key in self.kept and not torch.is_grad_enabled() and result.is_contiguous():
-            return add_kept(result, x, *self.kept[key])
+            *branch, may_write = self.kept[key]
+            return add_branch(result if may_write else result.clone(), x.to(result.dtype), *branch)
         A, B, gate, dropout_x, dropout = self.parts(adapter_name)
         dtype = autocast_dtype(x.device) or A.weight.dtype
         may_read = is_plain(A, nn.Linear) and is_plain(B, nn.Linear) and is_plain(gate, LearnedGate, *GATES.values())
@@ -132,8 +134,8 @@ class CeraLinear(CeraLayer):
         scaling, hidden = self.scaling[adapter_name], Hidden.of_call(gate, dropout_x, dropout)
         if self.kept is not None and not (hidden.p_x or hidden.p):
             # Copies: a sharded weight is whole only during the call.
-            A_T, B_T = (part.weight.detach().to(dtype, copy=True).T for part in (A, B))
-            self.kept[key] = A_T, B_T, scaling, gate, may_write
+            weights = (part.weight.detach().to(dtype, copy=True) for part in (A, B))
+            self.kept[key] = *weights, scaling, hidden, may_write
         return add_branch(result, x.to(dtype), A.weight.to(dtype), B.weight.to(dtype), scaling, hidden)
 
 

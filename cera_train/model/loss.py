@@ -27,9 +27,6 @@ from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, kernel_ma
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.settings.data import BatchLayout
 
-Head = Callable[[Tensor], Tensor]
-"""[N, d] hidden states -> [N, V] logits."""
-
 
 @dataclass(frozen=True)
 class Allowed:
@@ -85,7 +82,11 @@ class SupervisedLoss(nn.Module):
             size = chunk_tokens(hidden_states.is_cuda)
             chunks = zip(hidden_states.split(size), targets.split(size), strict=True)
             # An adapted head: the backward pass makes each chunk's logits again.
-            return torch.cat([checkpoint(losses_of, self._logits, *chunk, use_reentrant=False) for chunk in chunks])
+            return torch.cat([checkpoint(self._losses, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def _losses(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
+        """[N, d], [N] -> [N], in float32."""
+        return cross_entropy(self._logits(hidden_states).float(), targets, reduction="none")
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
         """[N, d] -> [N, V]."""
@@ -223,7 +224,7 @@ class FrozenHeadLoss(torch.autograd.Function):
     forward pass, while its logits are in memory: they are computed once, and only one chunk's exist at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, targets: Tensor, head: Head) -> Tensor:
+    def forward(ctx: Any, hidden_states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
         gradients, losses = [], []
         size = chunk_tokens(hidden_states.is_cuda)
         for hidden, wanted in zip(hidden_states.split(size), targets[:, None].split(size), strict=True):
@@ -268,11 +269,6 @@ def _checkpoint_compiled(checkpoint: Callable, compiled: Callable, layer: functo
 def chunk_tokens(on_gpu: bool) -> int:
     """Supervised tokens whose logits are in memory at once: enough to keep a GPU busy, few enough for CPU caches."""
     return 1024 if on_gpu else 128
-
-
-def losses_of(head: Head, hidden_states: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of [N, d] hidden states against N token ids, [N], in float32."""
-    return cross_entropy(head(hidden_states).float(), targets, reduction="none")
 
 
 def finish_logits(logits: Tensor, config: PretrainedConfig) -> Tensor:

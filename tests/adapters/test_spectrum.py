@@ -28,24 +28,6 @@ def test_a_fresh_adapter_has_no_spectrum_but_a_gate_whose_linear_share_falls_wit
     assert 1 > shares[0] > shares[1] > 0
 
 
-def test_dead_units_are_those_never_open_on_the_probe():
-    model = adapted()
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    inputs = []
-    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
-    with torch.no_grad():
-        model(input_ids=torch.tensor([ROWS[0]]))
-        # Two units point away from every input of the probe.
-        direction = torch.linalg.lstsq(inputs[0], torch.ones(len(inputs[0]), 1)).solution[:, 0]
-        layer.cera_A["default"].weight[0] = -direction
-        layer.cera_A["default"].weight[3] = -2 * direction
-    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS[:1], MASKS[:1]), True)])
-    z = inputs[0] @ layer.cera_A["default"].weight.T
-    expected = (z <= 0).all(0).double().mean().item()
-    assert expected > 0
-    assert spectra["model.layers.0.self_attn.q_proj"].dead_units == pytest.approx(expected)
-
-
 def test_the_linear_share_is_what_a_regression_on_z_explains():
     model = adapted()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -64,12 +46,12 @@ def test_the_linear_share_is_what_a_regression_on_z_explains():
 
 
 def test_effective_rank_and_manifold_dimension_by_hand():
-    alike = ModuleSpectrum(torch.ones(4, dtype=torch.float64), None)
+    alike = ModuleSpectrum(torch.ones(4, dtype=torch.float64))
     assert alike.effective_rank == pytest.approx(4)
     assert alike.manifold_dimension == 4  # three of four explain 75 %
-    alone = ModuleSpectrum(torch.tensor([3.0, 0, 0], dtype=torch.float64), None)
+    alone = ModuleSpectrum(torch.tensor([3.0, 0, 0], dtype=torch.float64))
     assert (alone.effective_rank, alone.manifold_dimension) == (pytest.approx(1), 1)
-    mixed = ModuleSpectrum(torch.tensor([3.0, 1.0], dtype=torch.float64), None)
+    mixed = ModuleSpectrum(torch.tensor([3.0, 1.0], dtype=torch.float64))
     assert mixed.effective_rank == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
     assert mixed.manifold_dimension == 1  # 9 / 10 is 90 %
 
@@ -81,4 +63,4 @@ def test_metrics_have_mean_and_max():
     ranks = [spectrum.effective_rank for spectrum in spectra.values()]
     assert metrics["spectrum/effective_rank/mean"] == pytest.approx(sum(ranks) / 4)
     assert metrics["spectrum/effective_rank/max"] == max(ranks) <= 6
-    assert 0 <= metrics["spectrum/dead_units/mean"] <= 1
+    assert 0 < metrics["spectrum/linear_share/mean"] <= metrics["spectrum/linear_share/max"] <= 1

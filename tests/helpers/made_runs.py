@@ -103,7 +103,7 @@ def make_run(path: Path, perplexity: float = 1.9, finished: bool = True, **chang
     if finished:
         spectrum = {
             f"model.layers.{layer}.self_attn.q_proj": {
-                "effective_rank": r * 0.4, "manifold_dimension": r // 5, "dead_units": None,
+                "effective_rank": r * 0.4, "manifold_dimension": r // 5,
                 "singular_values": [math.exp(-k / (r / (3 + layer))) for k in range(r)],
             }
             for layer in range(2)

@@ -68,12 +68,12 @@ def test_metrics_have_the_promised_names(finished):
     evaluation = lines[-1]
     assert {
         *("eval/loss", "eval/perplexity", "spectrum/effective_rank/mean", "spectrum/effective_rank/max"),
-        *("spectrum/manifold_dimension/mean", "spectrum/dead_units/mean"),
+        *("spectrum/manifold_dimension/mean", "spectrum/linear_share/mean"),
     } <= evaluation.keys()
     spectra = [json.loads(line) for line in (folder_of(config) / "spectra.jsonl").read_text().splitlines()]
     assert [line["update"] for line in spectra] == [0, 4, 8, 12]
     module = spectra[-1]["modules"]["model.layers.0.self_attn.q_proj"]
-    assert module.keys() == {"effective_rank", "manifold_dimension", "dead_units", "linear_share"}
+    assert module.keys() == {"effective_rank", "manifold_dimension", "linear_share"}
     assert evaluation["eval/perplexity"] == result["eval/perplexity"]
     assert 1 < result["spectrum/effective_rank/max"] <= 4
     before, after = (TokenLosses.read(folder_of(config) / name) for name in (LOSSES_BEFORE, LOSSES_AFTER))
