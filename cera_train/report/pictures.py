@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, MaxNLocator
 
 from cera_train.common.pages import Picture, styles_of
 from cera_train.report.comparison import graded, task_names
 from cera_train.report.runs import Run, accuracy_metric, group_by
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 OBJECTIVES = {
     "train/reward": ("reward", "In the mean over the answers of an update."),
@@ -95,8 +95,6 @@ def _lines(title: str, lines: Mapping[str, Line], caption: str) -> Picture | Non
     ylabel, _, xlabel = title.partition(" by ")
 
     def draw(axes: Axes) -> None:
-        from matplotlib.ticker import LogFormatter, MaxNLocator
-
         for name, line in points.items():
             places = [x for x, _ in line]
             style = styles[name] | {"markevery": math.ceil(len(line) / 10)}
@@ -131,8 +129,6 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
     styles = styles_of({run.name: run.kind for run in runs})
 
     def draw(axes: Axes) -> None:
-        from matplotlib.ticker import EngFormatter, LogLocator
-
         axes.set_xscale("log")
         counts = list(filter(None, parameters.values()))
         axes.set_xlim(min(counts) / 1.6, max(counts) * 1.6)

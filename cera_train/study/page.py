@@ -8,7 +8,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
 
 from cera_train.common.files import finite, write_text
 from cera_train.common.pages import BACKGROUND, COLORS, TEXT, Page, Picture, Table, styles_of
@@ -18,9 +20,6 @@ from cera_train.runs.results import SPECTRUM_TERMS, Environment
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, Study
 from cera_train.study.results import Comparison, compare_cells
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 RESULTS = "study_results.json"
 

@@ -21,14 +21,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import numpy
+from numpy import ndarray
+from numpy.typing import ArrayLike
+from scipy.optimize import brentq
+from scipy.special import chdtri, ndtr, stdtrit
+from scipy.stats import binomtest
 
 from cera_train.common.errors import UserError
 from cera_train.evaluation.statistics import ERROR_RATE
-
-if TYPE_CHECKING:
-    from numpy import ndarray
-    from numpy.typing import ArrayLike
 
 SMALLEST_P = 1e-12
 """A p-value below is this one."""
@@ -68,9 +71,6 @@ class Spread:
 
     def half_width(self, error_rate: ndarray | float = ERROR_RATE) -> ndarray:
         """Half the width of the interval that misses the truth with this probability."""
-        import numpy
-        from scipy.special import stdtrit
-
         tail = numpy.divide(error_rate, 2)
         t_seeds, t_problems = stdtrit(self.seed_degrees, tail), stdtrit(self.problem_degrees, tail)
         seeds = numpy.maximum(t_seeds**2 * self.seeds, t_problems**2 * self.residual)
@@ -78,8 +78,6 @@ class Spread:
 
     def p_value(self, difference: ndarray | float) -> ndarray:
         """The error rate at which the interval ends at zero; 1 for no difference."""
-        import numpy
-
         size = numpy.abs(difference)
         lower, upper = numpy.full(size.shape, math.log(SMALLEST_P)), numpy.zeros(size.shape)
         for _ in range(40):  # halves the bracket to 3e-11 of p
@@ -131,9 +129,6 @@ def contrast(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = No
     Raises:
         UserError: a value is not a number.
     """
-    import numpy
-    from scipy.stats import binomtest
-
     first, second = numpy.asarray(first, dtype=float), numpy.asarray(second, dtype=float)
     weights = numpy.ones(first.shape[1]) if weights is None else numpy.asarray(weights, dtype=float)
     differences, weights = (second - first)[:, weights > 0], weights[weights > 0]
@@ -164,8 +159,6 @@ def estimate_mean(differences: ndarray, weights: ndarray) -> tuple[ndarray, Spre
         differences: [..., seeds, problems].
         weights: [problems], positive.
     """
-    import numpy
-
     seeds, problems = differences.shape[-2:]
     seed_means = differences @ weights / weights.sum()  # [..., seeds]
     # How much a problem moves a weighted mean, by leaving it out: the jackknife, which needs no small-sample factor
@@ -195,8 +188,6 @@ def estimate_mean(differences: ndarray, weights: ndarray) -> tuple[ndarray, Spre
 
 def detectable(variances: Variances | None, seeds: int, problems: int, comparisons: int = 1) -> float:
     """The smallest difference that gets its verdict with probability POWER; inf with one seed or one problem."""
-    from scipy.optimize import brentq
-
     if variances is None or min(seeds, problems) < 2:
         return math.inf
     scale = math.sqrt(variances.seed / seeds + variances.problem / problems + variances.residual / (seeds * problems))
@@ -218,9 +209,6 @@ def power_of(variances: Variances, difference: float, seeds: int, problems: int,
     With several comparisons, it is that of Holm's first step, where p is multiplied by their number: the later ones
     have more. The problems' part is taken as known, the seeds' part as drawn: it is integrated over its quantiles.
     """
-    import numpy
-    from scipy.special import chdtri, ndtr
-
     edges = numpy.linspace(0, 1, 65) ** 2  # closer together where the variance is small: power to 0.003
     drawn = chdtri(seeds - 1, 1 - (edges[1:] + edges[:-1]) / 2) / (seeds - 1)
     residual, problem = variances.residual / (seeds * problems), variances.problem / problems
