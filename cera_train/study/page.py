@@ -19,7 +19,7 @@ from cera_train.common.terminal import announce, counted, duration
 from cera_train.runs.results import SPECTRUM_TERMS, Environment
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, Study
-from cera_train.study.results import Comparison, compare_cells
+from cera_train.study.results import Comparison, compare_cells, slopes
 
 RESULTS = "study_results.json"
 
@@ -40,7 +40,7 @@ def write_study(study: Study, output: Path) -> Page:
     where runs are missing or cannot be compared."""
     cells, outcome, matters = study.cells, study.config.outcomes[0], study.config.matters
     announce("comparing", counted(len(cells), "cell"))
-    comparisons, name = compare_cells(study), study.folder.resolve().name
+    comparisons, trends, name = compare_cells(study), slopes(study), study.folder.resolve().name
     command = Environment(study.record.command).command_line or "not on record"
     tables = [
         Table(
@@ -57,6 +57,15 @@ def write_study(study: Study, output: Path) -> Page:
             list(map(_cell_row, cells)),
             f"Means over seeds at the values of the lowest mean loss, ± a standard deviation. {SPECTRUM_TERMS}",
         ),
+        Table(
+            "Slopes",
+            [
+                {"contrast": slope.name, f"{outcome} per doubling": _number(outcome, slope.value, "+")}
+                | {"95 % interval": _interval(outcome, *slope.interval)}
+                for slope in trends
+            ],
+            "Change of the difference with every doubling of the rank. The interval holds for other seeds.",
+        ),
     ]
     picture = _picture(outcome, matters, [each for each in comparisons if each.outcome == outcome])
     page = Page(study.config.question or f"Study {name}", tables, [picture], {name: command})
@@ -68,6 +77,7 @@ def write_study(study: Study, output: Path) -> Page:
         "config": dataclasses.asdict(study.config),
         "contrasts": list(map(dataclasses.asdict, comparisons)),
         "cells": list(map(_cell_json, cells)),
+        "slopes": list(map(dataclasses.asdict, trends)),
         "machines": sorted({f"{each.machine}, {each.platform}, Python {each.python}" for each in environments}),
         "versions": {package: version for each in environments for package, version in (each.packages or {}).items()},
     }
@@ -81,14 +91,13 @@ def write_study(study: Study, output: Path) -> Page:
 
 def _verdict_row(comparison: Comparison, matters: float | None) -> dict[str, str]:
     outcome = comparison.outcome
-    interval = [_number(outcome, end, "+") for end in (comparison.lower, comparison.upper)]
     return {
         "contrast": f"{comparison.second} - {comparison.first}",
         "of": ", ".join(filter(None, [comparison.condition, outcome])),
         "verdict": comparison.verdict,
         "edge": "; ".join(comparison.edges),
         "difference": _number(outcome, comparison.difference, "+"),
-        "95 % interval": " to ".join(filter(None, interval)),
+        "95 % interval": _interval(outcome, comparison.lower, comparison.upper),
         "p after Holm": f"{comparison.p_holm:.2g}",
         "detectable": _number(outcome, comparison.detectable),
         "too small": "" if matters is None else "yes" if comparison.is_within(matters) else "no",
@@ -127,6 +136,10 @@ def _number(outcome: str, value: float, sign: str = "") -> str:
     if math.isinf(value):
         return ""
     return f"{value:{sign}.4f}" if outcome == LOSS else f"{100 * value:{sign}.1f}"
+
+
+def _interval(outcome: str, lower: float, upper: float) -> str:
+    return " to ".join(filter(None, (_number(outcome, end, "+") for end in (lower, upper))))
 
 
 # --- the picture -----------------------------------------------------------------------------------------------------

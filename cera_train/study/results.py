@@ -1,11 +1,15 @@
-"""Every contrast of the arms of a finished study, with a verdict."""
+"""Every contrast of the arms of a finished study, with a verdict, and its slope over the rank."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy
+from scipy.stats import ttest_1samp
+
 from cera_train.common.settings import require
-from cera_train.evaluation.statistics import holm
+from cera_train.evaluation.statistics import LEVEL, holm
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Study
 from cera_train.study.verdict import Contrast, Verdict, contrast, detectable
@@ -93,3 +97,34 @@ def compare_cells(study: Study) -> list[Comparison]:
                 )
             )
     return comparisons
+
+
+@dataclass(frozen=True)
+class Slope:
+    """The change of a contrast in the primary outcome with every doubling of the rank."""
+
+    name: str
+    by_seed: list[float]
+    value: float
+    interval: tuple[float, float]
+    """Student's 95 % interval over seeds, on the problems at hand; without bounds for one seed."""
+
+
+def slopes(study: Study) -> list[Slope]:
+    """The least-squares slope of every contrast against log2 of the rank, where several ranks are conditions."""
+    by_rank: dict[str, dict[int, numpy.ndarray]] = {}
+    for _, first, second in study.contrasts():
+        choices = dict(max(first.choices, second.choices, key=len))
+        rank = int(choices.pop("adapter.r", 0))
+        name = ", ".join([f"{second.arm} - {first.arm}", *(f"{key}={value}" for key, value in choices.items())])
+        means = (cell.means(study.config.outcomes[0]) for cell in (second, first))
+        by_rank.setdefault(name, {})[rank] = numpy.subtract(*means)
+    return [_slope(name, differences) for name, differences in by_rank.items() if len(differences) > 1]
+
+
+def _slope(name: str, differences: dict[int, numpy.ndarray]) -> Slope:
+    by_seed = numpy.polyfit(numpy.log2(list(differences)), list(differences.values()), 1)[0]
+    interval = (-math.inf, math.inf)
+    if len(by_seed) > 1:
+        interval = tuple(map(float, ttest_1samp(by_seed, 0.0).confidence_interval(LEVEL)))
+    return Slope(name, by_seed.tolist(), float(by_seed.mean()), interval)

@@ -4,10 +4,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from cera_train.common.errors import UserError
-from cera_train.study.results import compare_cells
+from cera_train.study.results import compare_cells, slopes
 from cera_train.study.verdict import contrast
 
 
@@ -67,6 +69,15 @@ def test_what_a_value_between_those_of_the_grid_could_gain_widens_the_interval(m
     plain = contrast(first.values("loss"), second.values("loss"), first.weights("loss"))
     assert (comparison.lower, comparison.upper) == pytest.approx((plain.lower - between, plain.upper + between))
     assert plain.p_value < 0.05 < comparison.p_value
+
+
+def test_a_slope_is_that_of_the_seeds_by_doubling(make_study):
+    study = make_study(loss_by_rank, **RANKS)
+    (slope,) = slopes(study)
+    at_16, at_64 = (np.subtract(second.means("loss"), first.means("loss")) for _, first, second in study.contrasts())
+    assert slope.by_seed == pytest.approx((at_64 - at_16) / 2)
+    interval = scipy.stats.ttest_1samp(slope.by_seed, 0).confidence_interval()
+    assert slope.interval == pytest.approx((interval.low, interval.high))
 
 
 def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_command, capsys):
