@@ -48,7 +48,7 @@ def print_power(study: Study, plans: Sequence[RunPlan], spread: Mapping[str, Seq
         plans: one of each cell.
         spread: outcome -> standard deviations of a difference between seeds, between problems, and beyond both.
     """
-    config, contrasts = study.config, len(study.contrasts())
+    config, contrasts, seeds = study.config, len(study.contrasts()), len(study.cells[0].judging)
     for outcome in config.outcomes:
         if outcome not in spread:
             print_line("detects", f"{outcome}: set plan.spread={{{outcome}: [...]}}")
@@ -57,10 +57,10 @@ def print_power(study: Study, plans: Sequence[RunPlan], spread: Mapping[str, Seq
         sizes = [{LOSS: plan.data.eval_rows} | {task.name: task.problems for task in plan.tasks} for plan in plans]
         problems = min(size[outcome] for size in sizes)
         variances = Variances(*(deviation**2 for deviation in spread[outcome]))
-        smallest = detectable(variances, config.seeds, problems, contrasts)
+        smallest = detectable(variances, seeds, problems, contrasts)
         print_line(
             "detects",
-            f"{outcome}: a difference of {smallest:.2g} with probability {POWER}: {config.seeds} seeds, {problems:,} "
+            f"{outcome}: a difference of {smallest:.2g} with probability {POWER}: {seeds} seeds, {problems:,} "
             f"{what}, Holm's first step over {contrasts} contrasts",
         )
         if outcome == config.outcomes[0]:
