@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import NoReturn
 
@@ -84,13 +84,10 @@ def unknown_setting(key: str, place: str, schema: type) -> str:
 # --- before Hydra ----------------------------------------------------------------------------------------------------
 
 
-def refuse_arguments(program: str) -> Callable[[str], NoReturn]:
-    """An `argparse` error handler: one line, like every other mistake."""
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message} (see {program} --help).")
-
-    return refuse
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, like every other mistake."""
+        raise UserError(f"{message} (see {self.prog} --help).")
 
 
 FLAGS = [("--help", "-h"), ("--multirun", "-m"), ("--shell-completion", "-sc"), ("--resolve",), ("--debug",)]
@@ -103,8 +100,7 @@ OF_GRIDS = ("sweep=", "study=", "sweep.", "hydra.launcher", "hydra.sweeper", "la
 
 def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     """The arguments as Hydra should read them, flags first; a UserError where one is a mistake."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = refuse_arguments(program)
+    parser = Parser(program, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for names in [*FLAGS, *([("--look",)] if program == "cera-train" else [])]:
         parser.add_argument(*names, dest=names[0], action="store_true")
     for names in FLAGS_WITH_VALUE:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from cera_train.cli.mistakes import refuse_arguments
+from cera_train.cli.mistakes import Parser
 from cera_train.common.settings import require
 
 LONGEST_NAME = 100
 """Characters. A file system takes 255."""
 
 
-def parser_of(program: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program, description=description)
-    parser.error = refuse_arguments(program)
+def parser_of(program: str, description: str) -> Parser:
+    parser = Parser(program, description=description)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
