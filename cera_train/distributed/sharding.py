@@ -11,7 +11,6 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cera_train.common.errors import UserError
 from cera_train.common.settings import map_values
 
 
@@ -36,16 +35,13 @@ def load_optimizer_state(
     """Loads what `optimizer_state` returned, sharded as the weights are. The scaler begins anew where the state is of a
     run in another precision."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    try:
-        sharded = {
-            index: map_values(functools.partial(_shard, parameters[index]), moments, torch.Tensor)
-            for index, moments in state["state"].items()
-        }
-        optimizer.load_state_dict(state | {"state": sharded})
-        if scaler is not None and "scaler" in state:
-            scaler.load_state_dict(state["scaler"])
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint does not fit this optimizer: {error!r}.") from error
+    sharded = {
+        index: map_values(functools.partial(_shard, parameters[index]), moments, torch.Tensor)
+        for index, moments in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": sharded})
+    if scaler is not None and "scaler" in state:
+        scaler.load_state_dict(state["scaler"])
 
 
 def _whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor | None:
