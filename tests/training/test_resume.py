@@ -139,30 +139,25 @@ def test_layers_are_compiled_by_default_where_a_gpu_and_a_compiler_are(
     assert settle(tiny_config(), tmp_path)[0].train.compile is False
 
 
-def test_what_auto_took_is_recorded_and_kept_on_another_machine(tiny_config, monkeypatch, capsys):
+def test_what_auto_took_is_printed_recorded_and_kept_on_another_machine(tiny_config, monkeypatch, capsys):
     on(monkeypatch, "bfloat16")
-    config = tiny_config("model.dtype=auto", "train.max_updates=2", "train.eval_every=1")
+    settings = ["model.dtype=auto", "train.max_updates=2", "train.eval_every=1"]
+    config = tiny_config(*settings, "optimizer.lr=auto")
     folder = folder_of(config)
     train_and_die_after(config, 1)
-    recorded = yaml.safe_load((folder / "config.yaml").read_text())
-    assert (recorded["model"]["dtype"], recorded["train"]["compile"]) == ("bfloat16", False)
+    printed = capsys.readouterr().out
+    assert "precision  bfloat16: a bfloat16 machine" in printed
+    assert "\nrate       0.025: optimizer.lr=auto, 5e-4 (2000 / 32)^0.781, x 2 for CeRA\n" in printed
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["precision"] == {"dtype": "bfloat16", "reason": "a bfloat16 machine"}
-    assert "precision  bfloat16: a bfloat16 machine" in capsys.readouterr().out
     on(monkeypatch, "float32")
-    train(config)
-    assert f"precision  bfloat16: as {folder} was begun" in capsys.readouterr().out
-    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["dtype"] == "bfloat16"
-
-
-def test_an_automatic_learning_rate_is_printed_recorded_and_kept(tiny_config, monkeypatch, capsys):
-    config = tiny_config("optimizer.lr=auto", "train.max_updates=2")
-    folder = folder_of(config)
-    train_and_die_after(config, 1)
-    assert "\nrate       0.025: optimizer.lr=auto, 5e-4 (2000 / 32)^0.781, x 2 for CeRA\n" in capsys.readouterr().out
-    assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["lr"] == 0.025
     monkeypatch.setattr("cera_train.training.session.auto_rate", None)
     train(config)
-    assert f"\nrate       0.025: as {folder} was begun\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"precision  bfloat16: as {folder} was begun" in printed
+    assert f"\nrate       0.025: as {folder} was begun\n" in printed
+    recorded = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (recorded["model"]["dtype"], recorded["optimizer"]["lr"]) == ("bfloat16", 0.025)
+    assert recorded["train"]["compile"] is False
     with pytest.raises(ValueError, match=r"optimizer\.lr was 0\.025, is 0\.01"):
-        train(tiny_config("train.max_updates=2"))
+        train(tiny_config(*settings))
