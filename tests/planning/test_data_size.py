@@ -1,9 +1,13 @@
 """Rows, tokens and problems: from facts, by computing them, or by counting local files."""
 
+from pathlib import Path
+
 import pytest
-from conftest import SHARED_DATA, needs_shared_data, needs_smollm2
+from conftest import needs_smollm2
 
 from cera_train.planning.data_size import data_size, task_size
+
+GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +79,13 @@ def test_rows_of_unknown_number_are_asked_for(compose):
     assert (of_conf.train_rows, of_conf.source) == (7473, "by SmolLM2's tokenizer")
 
 
-@needs_shared_data
+@pytest.mark.skipif(not GSM8K.is_file(), reason=f"real rows are not at {GSM8K}")
 @needs_smollm2
 def test_the_facts_of_gsm8k_are_its_rows(compose):
     from cera_train.data.prepare import prepare_evaluation
     from cera_train.model.folder import load_tokenizer
 
-    config = compose("data=gsm8k", f"data.train_files=[{SHARED_DATA}/gsm8k_test.jsonl]", "data.eval_rows=1000")
+    config = compose("data=gsm8k", f"data.train_files=[{GSM8K}]", "data.eval_rows=1000")
     rows = prepare_evaluation(config.data, load_tokenizer(config.model))
     assert config.data.facts.tokens_per_row == pytest.approx(sum(rows.lengths) / len(rows), rel=0.06)
     assert config.data.facts.supervised == pytest.approx(sum(rows.supervised) / sum(rows.lengths), abs=0.02)
