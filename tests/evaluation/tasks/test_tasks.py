@@ -32,7 +32,7 @@ def config_of(write_jsonl):
     """config_of(rows, "gsm8k", ...) -> the settings of a task on a file of these rows."""
 
     def config_of(rows, kind="gsm8k", **settings):
-        prompt = {"gsm8k": "Question: {question}", "math": "Problem: {problem}", "arithmetic": "{sum} ="}[kind]
+        prompt = {"math": "Problem: {problem}", "arithmetic": "{sum} ="}.get(kind, "Question: {question}")
         settings = {"kind": kind, "name": kind, "prompt": prompt} | settings
         return TaskConfig(files=[str(write_jsonl("rows.jsonl", rows))], **settings)
 
@@ -113,6 +113,8 @@ def test_a_limit_takes_the_first_rows_and_reads_no_further(config_of):
         ([], {}, r"task.files=\[\S+/rows.jsonl\] has no rows: name a file with a problem on each row\.$"),
         ([MATH | {"level": 1}], {"kind": "math", "level": 5}, r"rows.jsonl\] has no rows of task.level=5"),
         ([MATH | {"solution": "2"}], {"kind": "math"}, r"1: column 'solution' has no \\boxed"),
+        ([{"question": "?"}], {"kind": "jsonl", "grader": "text"}, r"1: column 'answer' is missing; .* task.answer\.$"),
+        ([GSM8K], {"kind": "jsonl", "grader": "choice"}, r"1: .* task.grader=choice finds no answer in it"),
     ],
 )
 def test_a_file_without_what_the_task_needs_gets_one_line_with_its_place(config_of, rows, settings, message):
