@@ -133,6 +133,9 @@ def _read_csv(path: str) -> Iterator[PlacedRow]:
     with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
         rows = csv.DictReader(text, delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True)
         try:
+            header = rows.fieldnames or []
+            if len({*header}) < len(header):
+                raise UserError(f"{path}:1: a column stands twice in {','.join(header)}: rename one.")
             for row in rows:
                 if None in row or None in row.values():  # DictReader's marks of a cell too many and of a missing one
                     raise UserError(f"{path}:{rows.line_num}: more or fewer cells than columns: quote commas.")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterator
+from statistics import fmean
 from typing import Any
 
 from cera_train.common.terminal import console, highlighted, print_line
@@ -13,7 +16,10 @@ from cera_train.data.sources import HELD_OUT, MOST_HELD_OUT
 from cera_train.settings.data import DataConfig, Layout, Turns
 
 LOOKED_AT = 1000
-"""Rows whose last tokens are looked at."""
+"""Rows whose tokens are looked at one by one."""
+
+BARS, BAR_WIDTH = 8, 40
+"""Lines of a histogram, and the characters of its longest."""
 
 
 def print_data(
@@ -35,9 +41,7 @@ def print_data(
     repeated = f"; {data.repeated_prompts:,} training rows repeat a prompt" if data.repeated_prompts else ""
     print_line("shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts{repeated}")
     if at_length:
-        lengths = sorted(train.lengths)
-        low, median, high = (lengths[int(share * (len(lengths) - 1))] for share in (0.05, 0.5, 0.95))
-        print_line("tokens", f"{low:,} (5%), {median:,} (median), {high:,} (95%), {lengths[-1]:,} (longest)")
+        print_lengths(train)
     is_learned, line = describe_stop(train, stops, tokenizer)
     if at_length or not is_learned:
         print_line("stop", line)
@@ -60,6 +64,22 @@ def describe_layouts(config: DataConfig) -> Iterator[str]:
         if part.holds_out_by_prompt:
             line += f"; {HELD_OUT:.0%} of the rows, at most {MOST_HELD_OUT}, are held out by prompt"
         yield line
+
+
+def print_lengths(rows: TokenizedRows) -> None:
+    """Answers and tokens of the rows: percentiles, and a small histogram."""
+    masks = (tokens_of(rows, row)[1] for row in range(min(len(rows), LOOKED_AT)))
+    answers = [sum(is_supervised for is_supervised, _ in itertools.groupby(mask)) for mask in masks]
+    print_line("answers", f"{fmean(answers):.1f} a row, {max(answers)} at most")
+    lengths = sorted(rows.lengths)
+    low, median, high = (lengths[int(share * (len(lengths) - 1))] for share in (0.05, 0.5, 0.95))
+    print_line("tokens", f"{low:,} (5%), {median:,} (median), {high:,} (95%), {lengths[-1]:,} (longest)")
+    width = math.ceil((lengths[-1] - lengths[0] + 1) / BARS)
+    counts = Counter((length - lengths[0]) // width for length in lengths)
+    for bar in range(max(counts) + 1):
+        first = lengths[0] + bar * width
+        hashes = "#" * math.ceil(BAR_WIDTH * counts[bar] / max(counts.values()))
+        print_line("", f"{first:>6,} to {first + width - 1:>6,}  {hashes} {counts[bar]:,}")
 
 
 def describe_stop(rows: TokenizedRows, stops: set[int], tokenizer: Any) -> tuple[bool, str]:

@@ -78,6 +78,7 @@ CSV = "prompt,completion\n1,2\n"
         ("x.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", "x.jsonl:1: broken JSON: maximum recursion depth exceeded"),
         ("x.jsonl.gz", CUT, "x.jsonl.gz: cannot read it: Compressed file ended before"),
         ("x.csv", CSV + '3,"4"5\n', "x.csv:3: ',' expected after '\"'. Write a quote in a quoted cell twice."),
+        ("x.csv", "a,a\n1,2\n", "x.csv:1: a column stands twice in a,a: rename one."),
         ("x.csv", CSV + "1,2,3\n", "x.csv:3: more or fewer cells than columns: quote commas."),
         ("x.csv", CSV + "1\n", "x.csv:3: more or fewer cells than columns: quote commas."),
         ("x.parquet", b"PAR1 and no more", "x.parquet: cannot read it: "),

@@ -148,15 +148,23 @@ def test_without_tasks_the_samples_are_the_first_evaluation_rows_with_their_refe
     assert samples[0]["gold"] == "0.64, 0.81, 0.54, 0.87, 0.40, 0.84"
 
 
-def test_problems_that_are_trained_on_are_named(tiny_config, write_jsonl, one_verifier, capsys):
+def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation(
+    tiny_config, compose, write_jsonl, one_verifier, capsys
+):
     rows, questions = (write_jsonl(f"{name}.jsonl", QUESTIONS) for name in ("rows", "questions"))
     config = tiny_config(
         *("data=gsm8k", "data.path=null", f"data.train_files=[{rows}]", "data.eval_rows=2", "train.max_updates=1"),
         *("train.tasks=[gsm8k]", f"train.task_settings={{gsm8k: {{files: [{questions}], max_new_tokens: 8}}}}"),
     )
-    train(config)
     shared = "6 of its problems are among the training rows, such as '1 apples and 2 more, how many?'\n"
+    train(config)
     assert f"\nshared     gsm8k: {shared}" in capsys.readouterr().out
+    settings = [f"run={folder_of(config)}", "task=gsm8k", f"task.files=[{questions}]", "task.max_new_tokens=8"]
+    evaluate(compose(*settings, command="eval"))
+    assert f"\nshared     {shared}" in capsys.readouterr().out
+    rows.unlink()
+    evaluate(compose(*settings, command="eval"))
+    assert "\nshared     unknown, since the training rows cannot be read: data.train_files=" in capsys.readouterr().out
 
 
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello there"}]

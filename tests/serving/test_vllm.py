@@ -4,6 +4,7 @@ PEFT. llama.cpp's converter takes the LoRA. Run by `make test-serving`."""
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_runs import metrics_of, wait_until  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+import cera_train.evaluation.server as server_module  # noqa: E402
 from cera_train.cera import CeraConfig  # noqa: E402
 from cera_train.common.errors import UserError  # noqa: E402
 from cera_train.evaluation.evaluate import evaluate  # noqa: E402
@@ -116,10 +118,11 @@ def wanted(folder) -> dict[str, list]:
 
 
 @contextmanager
-def started(folder: Path, log: Path, *options: object, **environment: str):
-    """The address of a vLLM of the base."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+def started(folder: Path, log: Path, *options: object, port: int = 0, **environment: str):
+    """A vLLM of the base: its address and its process, in a session of its own."""
+    if not port:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / BASE),
         *("--served-model-name", BASE, "--dtype", "float32", "--host", "127.0.0.1", "--port", port),
@@ -127,13 +130,14 @@ def started(folder: Path, log: Path, *options: object, **environment: str):
     ]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*map(str, command)], stdout=output, stderr=output, env=os.environ | SETTINGS | environment
-        )
+            [*map(str, command)], stdout=output, stderr=output, env=os.environ | SETTINGS | environment,
+            start_new_session=True,
+        )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: process.poll() is not None or is_healthy(url), seconds=300, every=1)
         assert process.poll() is None, log.read_text()[-4000:]
-        yield url
+        yield url, process
     finally:
         process.terminate()
         try:
@@ -149,7 +153,7 @@ LORA = ("--enable-lora", "--max-loras", 2, "--max-cpu-loras", 8, "--max-lora-ran
 def server(folder, wanted, tmp_path_factory):
     """The address of a vLLM with two slots for six adapters."""
     modules = ("--lora-modules", *(f"{name}={folder / name}" for name in ADAPTERS))
-    with started(folder, tmp_path_factory.mktemp("log") / "server.log", *LORA, *modules) as url:
+    with started(folder, tmp_path_factory.mktemp("log") / "server.log", *LORA, *modules) as (url, _):
         yield url
 
 
@@ -250,7 +254,7 @@ def test_what_cannot_be_served_is_refused_and_the_server_lives(server, folder, w
 def test_tensor_parallel_gates_the_sum_or_refuses(folder, wanted, tmp_path, sharded):
     """A projection whose input is split has a part of x A^T in each process: the gate needs the sum."""
     options = ("--tensor-parallel-size", 2, *["--fully-sharded-loras"] * sharded)
-    with started(folder, tmp_path / "log", *LORA, *options) as url:
+    with started(folder, tmp_path / "log", *LORA, *options) as (url, _):
         # The refused one comes last: of a call that fails in two processes, vLLM leaves one answer for the next call.
         for name in ["silu", "gelu", "lora", "silu_all"] if sharded else ["silu", "lora", "silu_all"]:
             response = post(url, "load_lora_adapter", lora_name=name, lora_path=str(folder / name))
@@ -304,6 +308,27 @@ def test_updates_by_rewards_are_sampled_by_vllm(server, compose, folder, write_j
     assert len(models_of(server) - before) == 1  # each adapter took the place of the one before
 
 
+def test_an_evaluation_resumes_when_a_killed_vllm_is_back(folder, evaluation, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "PAUSES", (0.1, 0.1))
+    answers = folder / "silu_all" / "eval" / "cut" / "generations.jsonl"
+    with started(folder, tmp_path / "log", *LORA) as (url, process), ThreadPoolExecutor(1) as pool:
+
+        def kill() -> None:
+            wait_until(lambda: answers.is_file() and answers.stat().st_size)
+            os.killpg(process.pid, signal.SIGKILL)
+
+        killing = pool.submit(kill)
+        with pytest.raises(UserError, match=r"does not answer .*Once it is back, the same command resumes\.$"):
+            evaluation("cut", f"server={url}")
+        killing.result()
+    kept = answers.read_bytes().splitlines()
+    assert 0 < len(kept) < 64
+    with started(folder, tmp_path / "log", *LORA, port=int(url.rpartition(":")[2])):
+        served = evaluation("cut", f"server={url}")
+    assert served == evaluation("whole")
+    assert {*kept} <= {*served["generations.jsonl"].splitlines()}
+
+
 @pytest.mark.parametrize(
     ("options", "environment", "mend"),
     [
@@ -317,7 +342,7 @@ def test_updates_by_rewards_are_sampled_by_vllm(server, compose, folder, write_j
 def test_an_evaluation_by_a_vllm_that_lacks_something_is_refused_with_the_mend(
     folder, evaluation, tmp_path, options, environment, mend
 ):
-    with started(folder, tmp_path / "log", *options, **environment) as url:
+    with started(folder, tmp_path / "log", *options, **environment) as (url, _):
         with pytest.raises(UserError) as caught:
             evaluation("refused", f"server={url}")
         print(caught.value)
@@ -340,7 +365,7 @@ def exported(compose, folder) -> Path:
 
 def test_vllm_serves_the_export_without_the_plugin(folder, exported, tmp_path):
     modules = ("--lora-modules", f"lora={exported}")
-    with started(folder, tmp_path / "log", *LORA, *modules, VLLM_PLUGINS="") as url:
+    with started(folder, tmp_path / "log", *LORA, *modules, VLLM_PLUGINS="") as (url, _):
         assert_answers(url, BASE, greedy(load_base(folder)))
         assert_answers(url, "lora", greedy(PeftModel.from_pretrained(load_base(folder), exported).eval()))
 
