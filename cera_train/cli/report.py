@@ -24,6 +24,7 @@ def report() -> None:
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run, a folder of runs, or a study")
     parser.add_argument("--output", type=Path, help="where the page goes (default: report/NAMES_OF_THE_FOLDERS)")
+    parser.add_argument("--across-engines", action="store_true", help="test answers of different engines too")
     arguments = parser.parse_args()
     folders = arguments.folders
     names = "_and_".join(folder.absolute().name for folder in folders)
@@ -39,7 +40,7 @@ def report() -> None:
     else:
         from cera_train.report.page import compare_runs
 
-        page = compare_runs(folders)
+        page = compare_runs(folders, arguments.across_engines)
         page.write(output)
     page.print(output)
 

@@ -57,9 +57,13 @@ class PairedTest:
         }
 
 
-def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
+def paired_tests(runs: Sequence[Run], across_engines: bool = False) -> tuple[list[PairedTest], list[str]]:
     """A test of every pair of runs on every task that both have, or of each of more than 6 runs against the first; and
-    notes, such as why a test was not made."""
+    notes, such as why a test was not made.
+
+    Args:
+        across_engines: also of runs whose answers are of different engines.
+    """
     tests, notes = [], []
     for task in task_names(runs):
         ready = graded(runs, task)
@@ -69,6 +73,11 @@ def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
             notes.append(f"{task}: each of {len(ready)} runs is tested against the first only, {ready[0].name}.")
         comparisons = []
         for first, second in pairs:
+            engines = {run.evaluations[task].settings.get("engine") or "this program" for run in (first, second)}
+            if len(engines) > 1 and not across_engines:
+                mend = "evaluate both by one engine, or add --across-engines"
+                notes.append(f"{task}, {first.name} and {second.name}: by {' and '.join(sorted(engines))}: {mend}.")
+                continue
             try:
                 comparisons.append(compare(first, second, task))
             except UserError as error:

@@ -28,11 +28,11 @@ TESTS = (
 )
 
 
-def compare_runs(folders: Sequence[Path]) -> Page:
+def compare_runs(folders: Sequence[Path], across_engines: bool = False) -> Page:
     """The page of some runs: tables of the runs, of paired tests and of settings in which they differ."""
     runs = read_runs(folders)
     announce("comparing", counted(len(runs), "run"))
-    tests, notes = paired_tests(runs)
+    tests, notes = paired_tests(runs, across_engines)
     trained = [run for run in runs if run.is_training]
     settings = differing_settings({run.name: run.settings for run in trained}, Config)
     tables = [

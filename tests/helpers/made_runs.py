@@ -133,8 +133,8 @@ def add_evaluation(
                 "task": {"kind": kind, "name": task, "limit": problems, "max_new_tokens": 512},
                 "generation": {"samples": samples, "temperature": 0.8 if samples > 1 else 0.0}}  # fmt: skip
     for key, value in changes.items():
-        section, last = key.split(".")
-        settings[section][last] = value
+        section, _, last = key.rpartition(".")
+        (settings[section] if section else settings)[last] = value
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     asked = [Problem(f"id{n:03}", f"What is {n} + 1?", "Q", str(n + 1)) for n in range(problems)]
     (folder / "problems.jsonl").write_text(to_lines(asked))

@@ -121,7 +121,7 @@ LIMIT = 4
 
 def micro_batches():
     numbers = random.Random(0)
-    for sequences in range(1, LIMIT + 3):
+    for sequences in range(1, 13):
         rows = [[numbers.randrange(64) for _ in range(numbers.randint(3, 9))] for _ in range(sequences)]
         yield flat_batch(rows, [[False] + [True] * (len(row) - 1) for row in rows])
 
@@ -203,7 +203,7 @@ def test_layers_stay_compiled_whatever_the_number_of_sequences(
     if not dropout:
         expected, _ = gradients(make_loss(dtype, dropout, checkpointing), graphs)
         for ours, eager in zip(got, expected, strict=True):
-            assert (ours - eager).norm() <= 1e-5 * eager.norm()
+            assert (ours - eager).norm() <= 1e-6 * eager.norm()
 
 
 class Widening(nn.Module):

@@ -127,6 +127,20 @@ def test_machines_and_settings_of_evaluations_that_differ_are_named(tmp_path: Pa
     assert "gsm8k, a and b: evaluated on different problems (40 and 30, 30 of them shared)" in problems
 
 
+def test_answers_of_two_engines_are_tested_where_that_is_asked_for(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    for run, engine in zip(runs, (None, "vLLM 0.32.0"), strict=True):
+        add_evaluation(run, engine=engine)
+    tests, notes = paired_tests(read_runs(runs))
+    assert not tests
+    assert notes == [
+        "gsm8k, a and b: by this program and vLLM 0.32.0: evaluate both by one engine, or add --across-engines."
+    ]
+    tests, notes = paired_tests(read_runs(runs), across_engines=True)
+    assert len(tests) == 1
+    assert not notes
+
+
 def test_broken_grades_stop_their_test_and_are_named(tmp_path: Path) -> None:
     first, second = two_runs(tmp_path)
     for content in ("null\n", "{}\n"):
