@@ -1,7 +1,5 @@
 """Runs on mixtures: of data sets, and of experts."""
 
-import json
-
 import pytest
 from moe_models import make_mixture
 from safetensors.torch import load_file
@@ -74,15 +72,12 @@ def mixture(tmp_path, tokenizer):
     return f"model.path={tmp_path / 'base'}"
 
 
-def test_experts_are_trained_measured_and_resumed(tiny_config, mixture, capsys):
+def test_experts_are_trained_and_resumed(tiny_config, mixture, capsys):
     config = tiny_config(mixture, *EXPERTS)
     result = train(config)
     assert result["eval/perplexity"] < 0.8 * result["perplexity_before"]
     assert "on all-linear and all experts at r=2" in capsys.readouterr().out
     folder = folder_of(config)
-    spectrum = json.loads((folder / "spectrum.json").read_text())
-    experts = [name for name in spectrum if ".experts." in name]
-    assert len(experts) == 2 * 2 * 4
     assert 1 < result["spectrum/effective_rank/mean"] <= result["spectrum/effective_rank/max"] <= 4
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
     B = tensors["base_model.model.model.layers.0.mlp.experts.cera_B.gate_up_proj.weight"]
