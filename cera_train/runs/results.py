@@ -176,6 +176,8 @@ class Sample(Record):
     answer: str  # as the model wrote it
     gold: str
     exact: bool | None = None
+    reward: float | None = None  # of an answer that train.objective=grpo learns from
+    tokens: int | None = None  # of such an answer
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Group relative policy optimisation: TRL's GRPOTrainer is the oracle."""
 
 import os
+from statistics import fmean
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import to_plain
 from cera_train.evaluation.engine import Sampler
 from cera_train.runs.folder import RunFolder
+from cera_train.runs.records import read_lines
+from cera_train.runs.results import SAMPLES, Sample
 from cera_train.training.objectives import grpo as module
 from cera_train.training.objectives.grpo import MOST_WEIGHT, grade
 from cera_train.training.session import Session, settle
@@ -142,12 +145,18 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, p
         assert passes * (drawn.sums["train/kl"] - sums["train/kl"]).item() == pytest.approx(logged["kl"][0], rel=1e-4)
 
 
-def test_rewards_rise(grpo):
-    config = grpo("optimizer.lr=5e-2", "adapter.dropout=0", "grpo.answers=8")
+def test_rewards_rise_and_answers_are_kept_with_theirs(grpo):
+    config = grpo("optimizer.lr=5e-2", "adapter.dropout=0", "grpo.answers=8", "train.samples=3")
     config.train.max_updates = 16
     train(config)
     rewards = [line["train/reward"] for line in metrics_of(config) if "train/reward" in line]
     assert sum(rewards[-4:]) > sum(rewards[:4])
+    samples = read_lines(folder_of(config) / SAMPLES, Sample)
+    first = [sample for sample in samples if sample.update == 1 and sample.reward is not None]
+    assert len(first) == 3 * 8
+    assert fmean(sample.reward for sample in first) == pytest.approx(rewards[0])
+    assert all(sample.reward == vowels(sample.prompt, sample.answer, sample.gold) for sample in first)
+    assert max(sample.tokens for sample in first) == 6
 
 
 def test_a_run_goes_on_byte_for_byte(grpo):

@@ -28,7 +28,7 @@ from cera_train.evaluation.generate import Answer, Request
 from cera_train.evaluation.held_out import token_losses
 from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, gold
 from cera_train.model.batches import MicroBatches
-from cera_train.runs.results import figure
+from cera_train.runs.results import SAMPLES, Sample, figure
 from cera_train.settings.evaluation import GenerationConfig, Grader
 from cera_train.training.objectives import Drawn, Objective
 
@@ -69,6 +69,7 @@ class Grpo(Objective):
             ]
         )
         self._check_signal(rewards)
+        self._log(prompts, groups, rewards)
         deviations, advantages = rewards.std(1), rewards - rewards.mean(1, keepdim=True)
         if config.scale:
             advantages /= deviations[:, None] + 1e-4
@@ -152,6 +153,17 @@ class Grpo(Objective):
         """The sum of the rewards of an answer."""
         asked = self.session.tokenizer.decode(prompt, skip_special_tokens=True)
         return sum(reward(asked, answer, right) for reward in self.rewards)
+
+    def _log(self, prompts: list[tuple[tuple[int, ...], str]], groups: list[list[Answer]], rewards: Tensor) -> None:
+        """Adds the answers to the first `train.samples` prompts of an update to samples.jsonl."""
+        session, update = self.session, self.session.progress.update + 1
+        count = session.config.train.samples if session.accelerator.is_main_process else 0
+        for (asked, right), group, earned in zip(prompts[:count], groups, rewards.tolist(), strict=False):
+            prompt = session.tokenizer.decode(asked, skip_special_tokens=True)
+            for answer, reward in zip(group, earned, strict=True):
+                text, tokens = answer.generation.text, len(answer.ids)
+                sample = Sample(update, None, prompt, text, right, reward=reward, tokens=tokens)
+                session.folder.append(SAMPLES, sample.to_json())
 
     def _check_signal(self, rewards: Tensor) -> None:
         """Raises UserError where no group of the first hundred had answers of different rewards."""
