@@ -29,8 +29,8 @@ def console() -> Console:
 
 
 def print_line(label: str, text: str, file: TextIO | None = None) -> None:
-    """Prints one labelled line."""
-    print(f"{label:<11}{clean(text)}", file=file, flush=True)
+    """Prints one labelled line, by one write: lines of jobs that run at once do not mix."""
+    print(f"{label:<11}{clean(text)}\n", end="", file=file, flush=True)
 
 
 def announce(label: str, text: str) -> None:

@@ -385,11 +385,11 @@ def test_a_file_that_does_not_fit_leaves_the_earlier_one_alone(tmp_path, disk):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("share", "checkpoints"), [(0.2, 0), (0.97, 3)])
+@pytest.mark.parametrize(("share", "checkpoints"), [(0.2, 0), (0.99, 3)])
 def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
     tmp_path, disk, start, whole, uninterrupted, share, checkpoints
 ):
-    """Full at the first checkpoint, and at the very last files."""
+    """Full at the first checkpoint, and at the last one."""
     blocks = sum(-(-path.stat().st_size // 4096) for path in whole.rglob("*") if path.is_file())
     outputs = disk(tmp_path / "outputs", f"size={int(share * blocks) * 4}k")
     folder = outputs / "run"
@@ -399,7 +399,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
         assert line.endswith("Free some space and repeat the command: a run goes on from its last checkpoint.")
         assert_readable(folder)
         assert len(newest_first(folder)) == checkpoints
-        assert (folder / "adapter").exists() == (share == 0.97)
+        assert not (folder / "adapter").exists()
         assert not (folder / "result.json").exists()
     disk(outputs, "remount,size=1m")
     output = finish(start()).output
