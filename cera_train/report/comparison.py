@@ -73,13 +73,8 @@ def paired_tests(runs: Sequence[Run], across_engines: bool = False) -> tuple[lis
             notes.append(f"{task}: each of {len(ready)} runs is tested against the first only, {ready[0].name}.")
         comparisons = []
         for first, second in pairs:
-            engines = {run.evaluations[task].settings.get("engine") or "this program" for run in (first, second)}
-            if len(engines) > 1 and not across_engines:
-                mend = "evaluate both by one engine, or add --across-engines"
-                notes.append(f"{task}, {first.name} and {second.name}: by {' and '.join(sorted(engines))}: {mend}.")
-                continue
             try:
-                comparisons.append(compare(first, second, task))
+                comparisons.append(compare(first, second, task, across_engines))
             except UserError as error:
                 notes.append(f"{task}, {first.name} and {second.name}: {error}")
         adjusted = holm([test.p_value for test in comparisons])
@@ -96,10 +91,15 @@ def graded(runs: Sequence[Run], task: str) -> list[Run]:
     return [run for run in runs if task in run.evaluations and run.evaluations[task].is_graded]
 
 
-def compare(first: Run, second: Run, task: str) -> PairedTest:
+def compare(first: Run, second: Run, task: str, across_engines: bool) -> PairedTest:
     """The paired test of two runs, by the task's score where it has one, else by math-verify's verdicts where both runs
-    have them, else by the exact rule. UserError: they answered different problems, or lack grades."""
+    have them, else by the exact rule. UserError: they answered by different engines or different problems, or lack
+    grades."""
     evaluations = first.evaluations[task], second.evaluations[task]
+    engines = {evaluation.settings.get("engine") or "this program" for evaluation in evaluations}
+    if len(engines) > 1 and not across_engines:
+        mend = "evaluate both by one engine, or add --across-engines"
+        raise UserError(f"by {' and '.join(sorted(engines))}: {mend}.")
     a, b = (evaluation.grades for evaluation in evaluations)
     if (names := a.keys()) != (others := b.keys()):
         raise UserError(

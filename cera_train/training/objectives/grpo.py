@@ -15,7 +15,7 @@ import operator
 import pkgutil
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ PATIENCE = 100
 """Groups that all lack a difference in reward, after which a run is given up."""
 
 
+class Prompt(NamedTuple):
+    """What a row asks."""
+
+    ids: tuple[int, ...]  # the tokens before the row's answer
+    text: str
+    right: str  # the row's answer
+
+
 class Grpo(Objective):
     def __init__(self, session: Session) -> None:
         self.session, self.config = session, session.config.grpo
@@ -61,10 +69,10 @@ class Grpo(Objective):
     def begin(self, rows: list[int]) -> Drawn:
         session, config = self.session, self.config
         prompts = [self._prompt(row) for row in rows]
-        groups = self._sample([ids for ids, _ in prompts])
+        groups = self._sample([prompt.ids for prompt in prompts])
         rewards = torch.tensor(
             [
-                [self._reward(*prompt, answer.generation.text) for answer in group]
+                [self._reward(prompt, answer.generation.text) for answer in group]
                 for prompt, group in zip(prompts, groups, strict=True)
             ]
         )
@@ -74,8 +82,8 @@ class Grpo(Objective):
         if config.scale:
             advantages /= deviations[:, None] + 1e-4
         examples = [
-            Example([*asked, *answer.ids], [False] * len(asked) + [True] * len(answer.ids))
-            for (asked, _), group in zip(prompts, groups, strict=True)
+            Example([*prompt.ids, *answer.ids], [False] * len(prompt.ids) + [True] * len(answer.ids))
+            for prompt, group in zip(prompts, groups, strict=True)
             for answer in group
         ]
         sampled, tokens = TokenizedRows(table_of(examples)), session.config.train.micro_batch_tokens
@@ -130,12 +138,12 @@ class Grpo(Objective):
             total = total + config.beta * divergence
         return share * total
 
-    def _prompt(self, row: int) -> tuple[tuple[int, ...], str]:
-        """The tokens before a row's answer, and the answer."""
-        rows = self.session.data.train
+    def _prompt(self, row: int) -> Prompt:
+        rows, tokenizer = self.session.data.train, self.session.tokenizer
         ids, supervised = rows.tokens("input_ids", row).to_pylist(), rows.tokens("loss_mask", row).to_pylist()
         start = supervised.index(True)
-        return tuple(ids[:start]), self.session.tokenizer.decode(ids[start:], skip_special_tokens=True)
+        text, right = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:]))
+        return Prompt(tuple(ids[:start]), text, right)
 
     def _sample(self, prompts: Sequence[tuple[int, ...]]) -> list[list[Answer]]:
         """A group of answers to each prompt, the same on every process."""
@@ -149,20 +157,18 @@ class Grpo(Objective):
         answers = session.sampler.answer(requests, config.max_new_tokens, [], settings)
         return [answers[first : first + config.answers] for first in range(0, len(answers), config.answers)]
 
-    def _reward(self, prompt: Sequence[int], right: str, answer: str) -> float:
+    def _reward(self, prompt: Prompt, answer: str) -> float:
         """The sum of the rewards of an answer."""
-        asked = self.session.tokenizer.decode(prompt, skip_special_tokens=True)
-        return sum(reward(asked, answer, right) for reward in self.rewards)
+        return sum(reward(prompt.text, answer, prompt.right) for reward in self.rewards)
 
-    def _log(self, prompts: list[tuple[tuple[int, ...], str]], groups: list[list[Answer]], rewards: Tensor) -> None:
+    def _log(self, prompts: list[Prompt], groups: list[list[Answer]], rewards: Tensor) -> None:
         """Adds the answers to the first `train.samples` prompts of an update to samples.jsonl."""
         session, update = self.session, self.session.progress.update + 1
         count = session.config.train.samples if session.accelerator.is_main_process else 0
-        for (asked, right), group, earned in zip(prompts[:count], groups, rewards.tolist(), strict=False):
-            prompt = session.tokenizer.decode(asked, skip_special_tokens=True)
+        for prompt, group, earned in zip(prompts[:count], groups, rewards.tolist(), strict=False):
             for answer, reward in zip(group, earned, strict=True):
                 text, tokens = answer.generation.text, len(answer.ids)
-                sample = Sample(update, None, prompt, text, right, reward=reward, tokens=tokens)
+                sample = Sample(update, None, prompt.text, text, prompt.right, reward=reward, tokens=tokens)
                 session.folder.append(SAMPLES, sample.to_json())
 
     def _check_signal(self, rewards: Tensor) -> None:
