@@ -40,7 +40,7 @@ class DataSize:
 
 @dataclass(frozen=True)
 class TaskSize:
-    """The problems of one of `train.tasks`."""
+    """The problems of one of `train.tasks`, or the prompts of an update."""
 
     name: str
     problems: int
@@ -94,6 +94,27 @@ def facts_of(path: str, facts: DataFacts | None = None) -> DataFacts | None:
         return facts
     files = map(read_yaml, sorted((config_dir("conf") / "data").glob("*.yaml")))
     return next((DataFacts(**file["facts"]) for file in files if file.get("facts", {}).get("of") == path), None)
+
+
+def trained_size(config: Config, data: DataSize) -> DataSize:
+    """With the sequences of updates: those of the rows, or sampled answers to their prompts, each as long as it may
+    be."""
+    if not config.work.answers:
+        return data
+    tokens = prompt_tokens(data) + config.work.answer_tokens
+    return replace(data, tokens_per_row=tokens, supervised=config.work.answer_tokens / tokens, is_even=False)
+
+
+def sampled_size(config: Config, data: DataSize) -> TaskSize | None:
+    """The answers that an update samples; None where it samples none."""
+    if not config.work.answers:
+        return None
+    count = config.train.batch_size * config.sequences
+    return TaskSize("answers", count, prompt_tokens(data), config.work.answer_tokens, data.source)
+
+
+def prompt_tokens(rows: DataSize | DataFacts) -> float:
+    return rows.tokens_per_row * (1 - rows.supervised)
 
 
 def _size_of_mix(config: DataConfig, tokens_per_row: float | None) -> DataSize:
@@ -178,5 +199,4 @@ def task_size(name: str, config: Config, data: DataSize) -> TaskSize:
             f"{place}: the number of its problems is unknown: set train.task_settings.{name}.limit, or task files."
         )
     rows, source = (data, "a guess by the training rows") if facts is None else (facts, "by facts")
-    tokens = rows.tokens_per_row * (1 - rows.supervised)
-    return TaskSize(name, min(known), tokens, settings.max_new_tokens, source)
+    return TaskSize(name, min(known), prompt_tokens(rows), settings.max_new_tokens, source)

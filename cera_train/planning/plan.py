@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
 from cera_train.model.precision import choose_precision
-from cera_train.planning.data_size import DataSize, TaskSize, data_size, task_size
+from cera_train.planning.data_size import DataSize, TaskSize, data_size, sampled_size, task_size, trained_size
 from cera_train.settings.distributed import Strategy
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config, GpuKind, PlanRun
-from cera_train.settings.training import ObjectiveKind
 
 if TYPE_CHECKING:
     from cera_train.planning.dry_run import DryRun, MicroBatch
@@ -100,9 +99,9 @@ class RunTotals:
     """How much of the data a run goes through, without an early stop by `train.patience`."""
 
     updates: int
-    tokens: float
+    tokens: float  # of the sequences of all updates
     evaluations: int
-    eval_tokens: float  # of all evaluations, of the probes of spectra, and of what else needs no gradient
+    forward_tokens: float  # of what needs no gradient: evaluations, probes of spectra, and passes of the objective
     task_evaluations: int  # at which `train.tasks` are answered
 
 
@@ -115,6 +114,7 @@ class RunPlan:
     mfu: float
     data: DataSize
     tasks: Sequence[TaskSize]
+    sampled: TaskSize | None  # for each update
     totals: RunTotals
     frozen: int  # parameters of the base
     trainable: int
@@ -123,6 +123,7 @@ class RunPlan:
     evaluation_memory: float  # bytes of one process at the peak of an evaluation
     flops: dict[str, float]  # floating-point operations of the run by part
     answer_seconds: float  # of all answers to `train.tasks`, if each is as long as it may be
+    sampling_seconds: float  # of an update's answers, likewise
 
     @property
     def peak(self) -> float:
@@ -135,13 +136,15 @@ class RunPlan:
     @property
     def seconds(self) -> float:
         speed = self.device.flops * self.mfu * self.config.plan.gpus
-        return sum(self.flops.values()) / speed + self.answer_seconds
+        answering = self.answer_seconds + self.totals.updates * self.sampling_seconds
+        return sum(self.flops.values()) / speed + answering
 
     @property
     def update_seconds(self) -> float:
         """Seconds of an update, evaluations not counted."""
         trained = self.flops["forward"] + self.flops["backward"]
-        return trained / self.totals.updates / (self.device.flops * self.mfu * self.config.plan.gpus)
+        speed = self.device.flops * self.mfu * self.config.plan.gpus
+        return trained / self.totals.updates / speed + self.sampling_seconds
 
     @property
     def gpu_hours(self) -> float:
@@ -160,9 +163,8 @@ PLANS: dict[str, RunPlan] = {}
 def make_plan(config: PlanRun) -> RunPlan:
     """Plans a run. Raises UserError where it cannot be planned."""
     train = replace(config.train, seed=0)
-    shape = repr(
-        (config.model, config.adapter, config.data, train, config.optimizer.kind, config.distributed, config.plan)
-    )
+    parts = [config.model, config.adapter, config.data, train, config.work, config.optimizer.kind]
+    shape = repr([*parts, config.distributed, config.plan])
     if shape not in PLANS:
         PLANS[shape] = _plan(config)
     return replace(PLANS[shape], config=replace(config, model=PLANS[shape].config.model))
@@ -178,9 +180,8 @@ def _plan(config: PlanRun) -> RunPlan:
     if config.model.dtype == Dtype.auto:  # every GPU here multiplies bf16
         dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).dtype
         config = replace(config, model=replace(config.model, dtype=dtype))
-    if config.train.objective == ObjectiveKind.grpo:
-        raise UserError("train.objective=grpo: cera-plan knows no answers that are sampled. Plan sft on the same rows.")
     data = data_size(config.data, config.plan.tokens_per_row)
+    trained, sampled = trained_size(config, data), sampled_size(config, data)
     tasks, totals = [task_size(name, config, data) for name in config.train.tasks], run_totals(config, data)
     with heavy_imports():
         from cera_train.model.folder import positions_of
@@ -192,9 +193,9 @@ def _plan(config: PlanRun) -> RunPlan:
             f"data.max_length={config.data.max_length} is beyond the {positions} positions of {config.model.path}: "
             "lower it."
         )
-    largest, usual = micro_batches(config, data, run)
-    rows = math.ceil(config.data.sequences * config.train.batch_size / config.plan.gpus)
-    highest = run.cost(largest, accumulates=rows * data.tokens_per_row > config.train.micro_batch_tokens)
+    largest, usual = micro_batches(config, trained, run)
+    rows = math.ceil(config.sequences * config.train.batch_size / config.plan.gpus)
+    highest = run.cost(largest, accumulates=rows * trained.tokens_per_row > config.train.micro_batch_tokens)
     # Without a mask a token costs the same in every micro-batch.
     batch, cost = (usual, run.cost(usual, accumulates=False)) if usual.has_mask else (largest, highest)
     operations = {name: part.operations / batch.tokens for name, part in cost._asdict().items()}
@@ -205,12 +206,15 @@ def _plan(config: PlanRun) -> RunPlan:
     layers = run.base.config.get_text_config().num_hidden_layers
     step = LAYER_SECONDS * layers + run.memory["weights"] / device.bandwidth
     token = operations["evaluation"] / (device.flops * mfu)
+    answering = functools.partial(answer_seconds, processes=config.plan.gpus, step_seconds=step, token_seconds=token)
+    trained_tokens = config.work.passes * totals.tokens
     return RunPlan(
         config=config,
         device=device,
         mfu=mfu,
         data=data,
         tasks=tasks,
+        sampled=sampled,
         totals=totals,
         frozen=run.total - run.trainable,
         trainable=run.trainable,
@@ -218,17 +222,17 @@ def _plan(config: PlanRun) -> RunPlan:
         memory=memory,
         evaluation_memory=sum(memory.values()) + highest.evaluation.peak - highest.peak,
         flops={
-            "forward": operations["forward"] * totals.tokens,
-            "backward": operations["backward"] * totals.tokens,
-            "evaluations": operations["evaluation"] * totals.eval_tokens,
+            "forward": operations["forward"] * trained_tokens,
+            "backward": operations["backward"] * trained_tokens,
+            "evaluations": operations["evaluation"] * totals.forward_tokens,
         },
-        answer_seconds=totals.task_evaluations
-        * sum(answer_seconds(task, config.plan.gpus, step, token) for task in tasks),
+        answer_seconds=totals.task_evaluations * sum(map(answering, tasks)),
+        sampling_seconds=0.0 if sampled is None else answering(sampled),
     )
 
 
 def run_totals(config: Config, size: DataSize) -> RunTotals:
-    train = config.train
+    train, work = config.train, config.work
     updates_per_epoch = math.ceil(size.train_rows / train.batch_size)
     updates = train.max_updates or train.epochs * updates_per_epoch
 
@@ -238,22 +242,23 @@ def run_totals(config: Config, size: DataSize) -> RunTotals:
 
     epochs, rest = divmod(updates, updates_per_epoch)
     rows = epochs * size.train_rows + min(rest * train.batch_size, size.train_rows)
+    tokens = rows * config.sequences * trained_size(config, size).tokens_per_row
     row_tokens = config.data.sequences * size.tokens_per_row
-    tokens, eval_tokens, evaluations = rows * row_tokens, size.eval_rows * row_tokens, times(train.eval_every)
-    forward_only = evaluations * eval_tokens + (evaluations + 1) * min(train.probe_tokens, eval_tokens)
-    if train.objective == ObjectiveKind.dpo:  # log p of the reference once, and of the model before each update
-        forward_only += size.train_rows * row_tokens + eval_tokens + tokens
+    eval_tokens, evaluations = size.eval_rows * row_tokens, times(train.eval_every)
+    forward_tokens = evaluations * eval_tokens + (evaluations + 1) * min(train.probe_tokens, eval_tokens)
+    reference_tokens = size.train_rows * row_tokens + eval_tokens
+    forward_tokens += work.forward_passes * tokens + work.reference_passes * reference_tokens
     return RunTotals(
         updates=updates,
         tokens=tokens,
         evaluations=evaluations,
-        eval_tokens=forward_only,
+        forward_tokens=forward_tokens,
         task_evaluations=(times(train.tasks_every) if train.tasks_every else 1) if train.tasks else 0,
     )
 
 
 def answer_seconds(task: TaskSize, processes: int, step_seconds: float, token_seconds: float) -> float:
-    """Time of an evaluation's answers to a task.
+    """Time of the answers to a task, or to the prompts of an update.
 
     Decoding waits for the calls of its layers and for the weights to be read, not for its arithmetic: its time is that
     of its steps, one for each token of the longest answer of a batch, and of the products of all tokens.
@@ -275,10 +280,11 @@ def micro_batches(config: PlanRun, size: DataSize, run: DryRun) -> tuple[MicroBa
     train, is_flat = config.train, run.loss.is_flat
     has_mask = run.loss.allowed.attention is None if is_flat else not size.is_even
     has_mask = has_mask or run.base.config._attn_implementation == "eager"
-    rows = math.ceil(config.data.sequences * train.batch_size / config.plan.gpus)
+    rows = math.ceil(config.sequences * train.batch_size / config.plan.gpus)
+    max_length = config.data.max_length + config.work.answer_tokens
     spread = 0 if size.is_even else 3 * ROW_SPREAD / math.sqrt(rows)
-    most_tokens = rows * min(size.tokens_per_row * (1 + spread), config.data.max_length)
-    longest = size.tokens_per_row if is_flat or size.is_even else config.data.max_length
+    most_tokens = rows * min(size.tokens_per_row * (1 + spread), max_length)
+    longest = size.tokens_per_row if is_flat or size.is_even else max_length
 
     def batch(tokens: float, length: float) -> MicroBatch:
         tokens = min(tokens, train.micro_batch_tokens)

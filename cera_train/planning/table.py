@@ -19,6 +19,8 @@ def print_plan(plan: RunPlan) -> None:
     totals, flops = plan.totals, plan.flops | {"in all": sum(plan.flops.values())}
     peaks = {"peak in training": sum(plan.memory.values()), "peak in evaluation": plan.evaluation_memory}
     time = {"an update": f"{plan.update_seconds:.3g} s"}
+    if plan.sampled is not None:
+        time["of it sampling, at most"] = f"{plan.sampling_seconds:.3g} s"
     if plan.tasks:
         time["answers, at most"] = duration(plan.answer_seconds)
     time["the run, h:mm:ss"] = duration(plan.seconds)
@@ -122,7 +124,10 @@ def _describe_data(plan: RunPlan) -> list[tuple[str, str]]:
         f"{task.new_tokens:,} to answer, at {counted(times, 'evaluation')}"
         for task in plan.tasks
     ]
-    return [("data", rows), *(("task", text) for text in tasks)]
+    lines = [("data", rows), *(("task", text) for text in tasks)]
+    if (sampled := plan.sampled) is not None:
+        lines.insert(1, ("answers", f"{sampled.problems:,} an update, of up to {sampled.new_tokens:,} tokens"))
+    return lines
 
 
 def _describe_device(plan: RunPlan) -> str:

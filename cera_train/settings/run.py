@@ -22,6 +22,7 @@ from cera_train.settings.training import (
     OptimizerConfig,
     TrackerConfig,
     TrainConfig,
+    Work,
 )
 
 
@@ -61,7 +62,7 @@ class Config:
             return
         quantization, mend = self.model.quantization, "with distributed.strategy=fsdp choose"
         require(
-            not self.train.tasks and not self.train.samples and self.train.objective != ObjectiveKind.grpo,
+            not self.train.tasks and not self.train.samples and not self.work.answers,
             "train.tasks, train.samples and train.objective=grpo generate answers, and sharded weights cannot: with "
             "distributed.strategy=fsdp leave them out, and run cera-eval afterwards.",
         )
@@ -75,6 +76,17 @@ class Config:
             "adapter=dora reads the base's weights, and sharded ones of 4 bits cannot be read: "
             f"{mend} model.quantization=none or another adapter.",
         )
+
+    @property
+    def work(self) -> Work:
+        """What the objective runs."""
+        objectives = {ObjectiveKind.sft: Work(), ObjectiveKind.dpo: self.dpo.work, ObjectiveKind.grpo: self.grpo.work}
+        return objectives[self.train.objective]
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that an update trains on for each of its rows."""
+        return self.work.answers or self.data.sequences
 
 
 class GpuKind(StrEnum):

@@ -43,6 +43,23 @@ PreferenceLoss = StrEnum("PreferenceLoss", ["sigmoid", "ipo"])
 Reference = StrEnum("Reference", ["start", "base"])
 
 
+class Work(NamedTuple):
+    """What an objective runs for its rows, evaluations not counted."""
+
+    unit: str = "sequences"
+    """What `train.batch_size` counts."""
+    passes: int = 1
+    """Forward and backward, over every sequence of an update."""
+    forward_passes: int = 0
+    """Forward alone, over every sequence of an update."""
+    reference_passes: int = 0
+    """Forward alone, over every row before the first update."""
+    answers: int = 0
+    """Sequences of an update that are sampled for each row; 0: the row's own."""
+    answer_tokens: int = 0
+    """The most tokens of a sampled answer."""
+
+
 class TrackerKind(StrEnum):
     wandb = "wandb"
     trackio = "trackio"
@@ -100,6 +117,10 @@ class DpoConfig:
         require(0 <= smoothing < 0.5, f"dpo.label_smoothing={smoothing} must be at least 0 and less than 0.5.")
         require(weight >= 0, f"dpo.sft_weight={weight} must not be negative.")
 
+    @property
+    def work(self) -> Work:
+        return Work("pairs", forward_passes=1, reference_passes=1)
+
 
 @dataclass
 class GrpoConfig:
@@ -132,6 +153,11 @@ class GrpoConfig:
             self.grader is not None or bool(self.rewards), "grpo.grader=null without grpo.rewards: name a function."
         )
         require(self.answers > 1, f"grpo.answers={self.answers} must be at least 2: a group is compared with itself.")
+
+    @property
+    def work(self) -> Work:
+        reads_base = int(self.beta > 0)
+        return Work("prompts", self.epochs, reads_base, answers=self.answers, answer_tokens=self.max_new_tokens)
 
 
 @dataclass

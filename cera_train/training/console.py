@@ -48,8 +48,8 @@ def print_start(session: Session) -> None:
         before, now = learning_rate(config.optimizer, end - 1, end), learning_rate(config.optimizer, done, updates)
         steps = f"{folder} from update {done:,} to {updates:,}, learning rate {now:.2g} ({before:.2g} before)"
         print_line("extend", f"{steps}; ends/{end} keeps the run as it ended")
-    already, unit = f", {done:,} done" if done else "", "pairs" if config.data.is_paired else "sequences"
-    print_line("run", f"{folder}, {updates:,} updates of {config.train.batch_size} {unit}{already}")
+    already = f", {done:,} done" if done else ""
+    print_line("run", f"{folder}, {updates:,} updates of {config.train.batch_size} {config.work.unit}{already}")
     quantization = "" if config.model.quantization == Quantization.none else f", {config.model.quantization}"
     frozen = session.total_count - session.trainable_count
     weights = frozen or session.total_count  # full fine-tuning freezes none

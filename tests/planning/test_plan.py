@@ -140,11 +140,44 @@ def test_totals_follow_from_epochs_or_updates(compose):
 
     quick = totals(QUICK, "train.max_updates=20", "train.eval_every=10")
     assert (quick.updates, quick.tokens, quick.evaluations) == (20, 158 * 72, 3)
-    assert quick.eval_tokens == 3 * 20 * 72 + 4 * 20 * 72  # and a probe before, after and between
+    assert quick.forward_tokens == 3 * 20 * 72 + 4 * 20 * 72  # and a probe before, after and between
     gsm8k = totals("+recipe=gsm8k_r64", "train.epochs=2", "train.eval_every=null")
     assert (gsm8k.updates, gsm8k.tokens, gsm8k.evaluations) == (2 * 117, 2 * 7473 * 187, 2)
     often = totals(QUICK, "train.max_updates=100", "train.tasks=[gsm8k]", "train.tasks_every=50")
     assert (often.task_evaluations, totals(QUICK, "train.tasks=[gsm8k]").task_evaluations) == (3, 1)
+
+
+def test_objectives_add_their_passes_and_answers(compose):
+    def size(*overrides: str):
+        config = compose("train.max_updates=10", "train.batch_size=16", *overrides, command="plan")
+        data = data_size(config.data)
+        return data, run_totals(config, data)
+
+    data, plain = size("data=gsm8k")
+    words = ["data=gsm8k", "train.objective=grpo", "grpo.answers=4", "grpo.max_new_tokens=100"]
+    grpo, held = size(*words)[1], size(*words, "grpo.beta=0.1")[1]
+    sequence = data.tokens_per_row * (1 - data.supervised) + 100
+    assert (grpo.tokens, grpo.forward_tokens) == (pytest.approx(10 * 16 * 4 * sequence), plain.forward_tokens)
+    assert held.forward_tokens - plain.forward_tokens == pytest.approx(held.tokens)
+    data, dpo = size("data=preferences", "train.objective=dpo", "train.probe_tokens=1")
+    pair, probes = 2 * data.tokens_per_row, 3
+    assert dpo.tokens == 10 * 16 * pair
+    reference = (data.train_rows + data.eval_rows) * pair
+    assert dpo.forward_tokens == 2 * data.eval_rows * pair + probes + dpo.tokens + reference
+
+
+def test_answers_of_an_update_are_counted(tiny_plan, capsys):
+    words = ["plan.gpu=a100", "train.objective=grpo", "grpo.max_new_tokens=16", "train.batch_size=4"]
+    once, twice = (tiny_plan(*words, f"grpo.epochs={epochs}") for epochs in (1, 2))
+    assert twice.flops["backward"] == 2 * once.flops["backward"]
+    assert twice.sampling_seconds == once.sampling_seconds > 0
+    trained = sum(once.flops.values()) / (312e12 * GPU_MFU)
+    assert once.seconds == pytest.approx(trained + once.totals.updates * once.sampling_seconds)
+    assert once.update_seconds > once.sampling_seconds
+    print_plan(once)
+    out = capsys.readouterr().out
+    assert "answers    32 an update, of up to 16 tokens\n" in out
+    assert "of it sampling, at most" in out
 
 
 def test_runs_that_differ_in_their_rate_or_seed_are_planned_once(tiny_plan, monkeypatch):

@@ -18,7 +18,7 @@ from cera_train.sweep.folder import job_name
 from cera_train.sweep.grid import grid
 
 SWEEPS = sorted(config_dir("conf").glob("sweep/*.yaml"))
-MEASURED = {"quickstart", "logistic_map", "grpo_gsm8k", "grpo_reasoning_gym", "sft"}
+MEASURED = {"quickstart", "logistic_map", "grpo_reasoning_gym", "sft"}
 """Recipes whose cost was measured, or that cera-plan does not know."""
 
 
