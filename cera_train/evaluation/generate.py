@@ -151,10 +151,12 @@ class TokenChoice:
         if not self.config.temperature:
             return likeliest_B
         probabilities = torch.softmax(logits_BV.double() / self.config.temperature, -1)
-        ranked, order = probabilities.sort(descending=True)
-        is_kept = ranked.cumsum(-1) - ranked < self.config.top_p  # includes the token that brings the sum to top_p
+        if self.config.top_p < 1:  # sorting takes longer than all else here
+            ranked, order = probabilities.sort(descending=True)
+            is_kept = ranked.cumsum(-1) - ranked < self.config.top_p  # includes the token that brings the sum to top_p
+            probabilities *= torch.zeros_like(probabilities).scatter(-1, order, is_kept.double())
         # In the vocabulary's order: sorted by likelihood, rounding would swap tokens that are nearly as likely.
-        cumulative = (probabilities * torch.zeros_like(probabilities).scatter(-1, order, is_kept.double())).cumsum(-1)
+        cumulative = probabilities.cumsum(-1)
         uniform = self.uniform_BT[:, self.step, None].to(logits_BV.device)
         self.step += 1
         return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
