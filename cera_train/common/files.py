@@ -52,18 +52,19 @@ def finite(tree: Any) -> Any:
 
 def read_json(path: Path, mend: str = "Restore it.") -> dict[str, Any]:
     """Reads a JSON object; raises UserError with the mend for anything else."""
-    return _read(path, json.loads, mend)
+    return read_parsed(path, json.loads, mend)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a config as plain values, nothing in it resolved or run; raises UserError for anything else."""
-    return _read(path, yaml.safe_load, "Restore it.")
+    return read_parsed(path, yaml.safe_load, "Restore it.")
 
 
-def _read(path: Path, parse: Callable[[bytes], Any], mend: str) -> dict[str, Any]:
+def read_parsed(path: Path, parse: Callable[[bytes], Any], mend: str) -> dict[str, Any]:
+    """Reads names and values; raises UserError with the mend for anything else."""
     try:
         tree = parse(path.read_bytes())
-    except Exception as error:  # PyYAML's constructors raise whatever Python raises
+    except Exception as error:  # parsers of strange bytes raise whatever Python raises
         raise UserError(f"{path} is broken: {' '.join(error_text(error).split())}. {mend}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} is broken: expected names and values, got {type(tree).__name__}. {mend}")

@@ -200,7 +200,7 @@ def _join(splits: Sequence[TokenizedRows], drawn: Sequence[Sequence[int]], limit
         [start + split.numbers[row] for row in rows] for start, split, rows in zip(starts, splits, drawn, strict=False)
     ]
     numbers = array("q", interleaved(placed)[:limit])
-    digest = _digest([split.digest for split in splits], hashlib.sha256(numbers).hexdigest())
+    digest = digest_of_parts([split.digest for split in splits], hashlib.sha256(numbers).hexdigest())
     return TokenizedRows(pyarrow.concat_tables(tables), digest, numbers)
 
 
@@ -215,7 +215,7 @@ def _tokenize(source: Source, config: DataConfig, tokenizer: Any, chosen_only: b
     settings |= {"rejected": config.rejected} if len(sides) > 1 else {}
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else [*tokenizer.get_vocab().items()]
     template, special = tokenizer.chat_template, tokenizer.special_tokens_map
-    digest = _digest(CACHE_VERSION, settings, vocabulary, template, special, source.fingerprint)
+    digest = digest_of_parts(CACHE_VERSION, settings, vocabulary, template, special, source.fingerprint)
 
     def write(folder: Path) -> None:
         rows = iter(source.located())
@@ -230,7 +230,10 @@ def _tokenize(source: Source, config: DataConfig, tokenizer: Any, chosen_only: b
                 writer.write_table(table_of(examples))
 
     file = cached_folder(f"tokens/{digest}", write) / "rows.arrow"
-    rows = TokenizedRows(pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all(), digest)
+    try:
+        rows = TokenizedRows(pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all(), digest)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise UserError(f"{file} is broken: {error}. Remove {file.parent}: it is written anew.") from error
     if not rows:
         empty, beyond = rows.dropped
         raise UserError(
@@ -286,7 +289,7 @@ def prepare_windows(text: str, tokenizer: Any, window: int, limit: int | None) -
     examples = [Example(window, [False] + [True] * (len(window) - 1)) for window in windows if len(window) > 1]
     if not examples:
         raise UserError("the text has no token to predict: it is empty or a single token.")
-    return TokenizedRows(table_of(examples), _digest(text, window, limit))
+    return TokenizedRows(table_of(examples), digest_of_parts(text, window, limit))
 
 
 def start_ids(tokenizer: Any) -> list[int]:
@@ -304,5 +307,5 @@ def ids_of(texts: str | list[str], tokenizer: Any) -> list:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
 
 
-def _digest(*parts: Any) -> str:
+def digest_of_parts(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

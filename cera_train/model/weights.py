@@ -114,6 +114,16 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def sample_digest(model: nn.Module) -> str:
+    """A digest of a thousand values of every weight as it is stored: different also where only matrices differ, as
+    after merging an adapter."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        values = parameter.detach().flatten()[:: max(1, parameter.numel() // 1000)]
+        digest.update(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def quantization_config(
     quantization: Quantization, dtype: torch.dtype, will_be_sharded: bool = False, skip: list[str] | None = None
 ) -> BitsAndBytesConfig | None:

@@ -30,14 +30,14 @@ from cera_train.model.batches import MicroBatches
 from cera_train.model.folder import check_length, load_tokenizer
 from cera_train.model.loss import SupervisedLoss, can_compile, choose_layout
 from cera_train.model.precision import Precision, choose_precision
-from cera_train.model.weights import fingerprint, load_model
+from cera_train.model.weights import fingerprint, load_model, sample_digest
 from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.records import load_config
 from cera_train.runs.results import METRICS, Environment, EvaluationMetrics, UpdateMetrics
 from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.runs.tracking import Tracker, start_tracker
 from cera_train.settings.adapters import AdapterConfig
-from cera_train.settings.data import DataConfig, Layout
+from cera_train.settings.data import DataConfig, Layout, LossOn
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
 from cera_train.settings.training import ObjectiveKind
@@ -101,6 +101,11 @@ def check_objective(objective: ObjectiveKind, data: DataConfig) -> None:
     else:
         mend = "set train.objective=dpo, or for the chosen answers $'data.prompt={prompt}' $'data.completion={chosen}'"
         require(not data.is_paired, f"{place}: {data.title} holds preferences: {mend}.")
+    if objective == ObjectiveKind.grpo:
+        parts = [part for _, part in data.parts()]
+        have_prompts = all(part.layout != Layout.documents and part.loss_on != LossOn.all for part in parts)
+        mend = "name rows with a prompt and an answer, and leave data.loss_on at completion"
+        require(have_prompts, f"{place} answers prompts, and {data.title} has text without: {mend}.")
 
 
 def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -> None:
@@ -142,7 +147,7 @@ class Session:
         (resume_from,) = broadcast_object_list([resume_from])
 
         base = load_model(config.model, accelerator.device, accelerator.is_fsdp2)
-        self.base_fingerprint = fingerprint(base)  # before DoRA adds its magnitudes
+        self.base_fingerprint, self.base_digest = fingerprint(base), sample_digest(base)  # before DoRA adds to it
         torch.manual_seed(config.train.seed)
         self.model = adapters.build(base, config.adapter, accelerator.is_fsdp2)
         self.trainable_count, self.total_count = adapters.parameter_counts(self.model)
@@ -217,9 +222,8 @@ class Session:
     @property
     def is_done(self) -> bool:
         """Whether the last update is done, or the last evaluations brought no lower perplexity."""
-        train = self.config.train
         # Rewards rise where the perplexity of the rows' answers does not fall.
-        patience = None if train.objective == ObjectiveKind.grpo else train.patience
+        patience = None if self.config.work.answers else self.config.train.patience
         return self.progress.update >= self.updates or self.progress.out_of_patience(patience)
 
     def is_due(self, every: int | None) -> bool:

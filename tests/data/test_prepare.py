@@ -127,6 +127,14 @@ def test_what_decides_the_tokens_gives_another_entry(config_of, tokenizer, reads
     assert before.table.to_pylist() != after.table.to_pylist() or change == {"max_length": 511}
 
 
+def test_a_broken_file_of_the_cache_is_named(config_of, tokenizer, cache):
+    prepare_data(config_of(), tokenizer)
+    for file in cache.glob("*/rows.arrow"):
+        file.write_bytes(file.read_bytes()[:-300])
+    with pytest.raises(UserError, match=r"rows.arrow is broken: .*\. Remove .*: it is written anew"):
+        prepare_data(config_of(), tokenizer)
+
+
 def test_another_tokenizer_gives_another_entry(config_of, tokenizer):
     from tokenizers.processors import TemplateProcessing
 

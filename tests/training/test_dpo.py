@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from cera_models import WARNINGS
 from conftest import TINY
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from several_processes import train_in_processes
 from tiny_runs import adapter_bytes, all_losses_of, folder_of, metrics_of
 
@@ -123,8 +125,15 @@ def test_the_loss_depends_on_no_micro_batch_and_is_that_of_the_formula(dpo, sess
         assert (gradient - taken_apart[name]).norm() <= 1e-5 * gradient.norm(), name
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setenv("CERA_TRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_run_learns_the_choice_and_goes_on_byte_for_byte(dpo, quantization):
+def test_a_run_learns_the_choice_and_goes_on_byte_for_byte_without_the_cache(dpo, cache, quantization):
     words = ["optimizer.lr=2e-2", f"model.quantization={quantization}"]
     whole, part = dpo("name=whole", *words), dpo("name=part", *words)
     whole.train.max_updates = 8
@@ -133,6 +142,7 @@ def test_a_run_learns_the_choice_and_goes_on_byte_for_byte(dpo, quantization):
     assert result["eval/perplexity"] < 1.9
     assert result["preferences/accuracy"] == 1
     train(part)
+    shutil.rmtree(cache / "reference")
     part.train.max_updates, part.train.extend = 8, True
     train(part)
     assert adapter_bytes(part) == adapter_bytes(whole)
@@ -151,6 +161,30 @@ def test_the_reference_is_the_start_or_the_base(dpo):
     ]
     assert before[0] == pytest.approx(2, rel=1e-6)
     assert before[1] == pytest.approx(json.loads((folder_of(first) / "result.json").read_text())["eval/perplexity"])
+
+
+def test_the_reference_is_taken_once_for_a_model_and_rows(dpo, cache, tiny_folder, tmp_path, capsys):
+    def takes(*overrides: str) -> bool:
+        capsys.readouterr()
+        train(dpo(*overrides, "train.max_updates=1"))
+        return "log p of every answer, once" in capsys.readouterr().err
+
+    assert takes("name=first")
+    assert not takes("name=second", "train.seed=1", "optimizer.lr=1e-3", "adapter=dora", "adapter.r=2")
+    assert takes("name=rows", "data.eval_rows=5")
+    start = f"adapter.start_from={folder_of(dpo('name=first'))}"
+    assert takes("name=start", start)
+    assert not takes("name=further", start, "optimizer.lr=1e-3", "train.seed=1")
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    assert takes("name=base", f"model.path={base}")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] *= 1.1  # as merging an adapter would
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert takes("name=merged", f"model.path={base}")
+    for file in cache.glob("reference/*/reference.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"reference.safetensors is broken: .* Remove .*: it is taken anew"):
+        takes("name=broken")
 
 
 @pytest.mark.slow
@@ -183,6 +217,9 @@ def test_the_answers_of_a_pair_are_dropped_together(dpo, tokenizer, write_jsonl)
     assert data.truncated[:3] == [False, True, False]
 
 
+ASKED = {"role": "user", "content": "Is it?"}
+YES, NO = ({"role": "assistant", "content": text} for text in ("yes", "no"))
+
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -191,9 +228,7 @@ TEMPLATE = (
 
 def test_messages_are_read_with_and_without_a_prompt_of_their_own(dpo, tokenizer, write_jsonl, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
-    asked = {"role": "user", "content": "Is it?"}
-    yes, no = ({"role": "assistant", "content": text} for text in ("yes", "no"))
-    rows = [{"prompt": [asked], "chosen": [yes], "rejected": [no]}, {"chosen": [asked, yes], "rejected": [asked, no]}]
+    rows = [{"prompt": [ASKED], "chosen": [YES], "rejected": [NO]}, {"chosen": [ASKED, YES], "rejected": [ASKED, NO]}]
     file = write_jsonl("rows.jsonl", rows * 3)
     config = settle(dpo(f"data.train_files=[{file}]", "data.allow_overlap=1"), folder_of(dpo()))[0].data
     data = prepare_data(config, tokenizer).train
@@ -218,6 +253,14 @@ def test_a_row_without_a_preference_is_named(dpo, write_jsonl, row, overrides, m
     file = write_jsonl("rows.jsonl", [ROWS[0], row, *ROWS[1:]])
     with pytest.raises(UserError, match=message):
         train(dpo(f"data.train_files=[{file}]", *overrides))
+
+
+def test_answers_to_different_prompts_are_no_preference(dpo, write_jsonl):
+    row = {"chosen": [ASKED, YES], "rejected": [ASKED, NO]}
+    other = row | {"rejected": [{"role": "user", "content": "Was it?"}, NO]}
+    file = write_jsonl("rows.jsonl", [row, other, *[row] * 6])
+    with pytest.raises(UserError, match="rows.jsonl:2: the chosen and the rejected answer follow different prompts"):
+        train(dpo(f"data.train_files=[{file}]"))
 
 
 def test_objective_and_rows_have_to_fit(dpo, write_jsonl):

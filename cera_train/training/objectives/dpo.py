@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING
 
 import numpy
 import torch
-from safetensors.numpy import load_file, save
+from accelerate.utils import broadcast_object_list
+from safetensors.numpy import load, save
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from cera_train.common.files import write_bytes
+from cera_train.adapters.saved import keeps_base
+from cera_train.common.files import cache_dir, cached_folder, read_parsed, write_bytes
+from cera_train.common.settings import to_plain
 from cera_train.common.terminal import announce
+from cera_train.data.prepare import digest_of_parts
 from cera_train.evaluation.held_out import token_losses
 from cera_train.runs.results import TokenLosses
 from cera_train.settings.training import DpoConfig, PreferenceLoss, Reference
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from cera_train.training.session import Session
 
 REFERENCE = "reference.safetensors"
-"""In a run's folder: log p of every answer under the reference, taken at the start, whose weights are gone later."""
+"""Log p of every answer under the reference: in the cache, and in the run's folder, which resumes without the cache."""
 
 
 def pair_losses(gains: Tensor, tokens: Tensor, config: DpoConfig) -> Tensor:
@@ -57,10 +61,20 @@ def rewards(gains: Tensor, beta: float, prefix: str) -> dict[str, float]:
 class Dpo(Objective):
     def __init__(self, session: Session) -> None:
         self.session, self.config = session, session.config.dpo
-        file = session.folder.path / REFERENCE
-        reference = load_file(file) if session.resumes else self._take_reference()
-        if session.accelerator.is_main_process:
-            write_bytes(file, save(reference))
+        adapter = session.config.adapter
+        is_base = adapter.start_from is None or self.config.reference == Reference.base
+        self.is_base = is_base and keeps_base(session.model)
+        kept, name, reference = session.folder.path / REFERENCE, f"reference/{self._digest()}", None
+        is_main, folder = session.accelerator.is_main_process, cache_dir() / name
+        if is_main and session.resumes:
+            reference = read_parsed(kept, load, "Restore it, or train in a new folder.")
+        elif is_main and folder.is_dir():
+            reference = read_parsed(folder / REFERENCE, load, f"Remove {folder}: it is taken anew.")
+        [reference] = broadcast_object_list([reference])
+        reference = reference or self._take_reference()
+        if is_main and not session.resumes:
+            cached_folder(name, lambda folder: write_bytes(folder / REFERENCE, save(reference)))
+            write_bytes(kept, save(reference))
         self.reference, self.held_out_reference = (torch.from_numpy(reference[name]) for name in ("train", "held_out"))
 
     def begin(self, rows: list[int]) -> Drawn:
@@ -91,12 +105,23 @@ class Dpo(Objective):
         judged = TokenLosses(numpy.ones(len(of_pairs), numpy.int64), of_pairs)
         return judged, {"preferences/accuracy": accuracy} | rewards(gains, self.config.beta, "eval")
 
+    def _digest(self) -> str:
+        """Of the model, the rows, and what decides how the passes round."""
+        session, config = self.session, self.session.config
+        start = None if self.is_base else config.adapter.start_digest or [to_plain(config.adapter), config.train.seed]
+        device, processes = session.accelerator.device.type, session.accelerator.num_processes
+        return digest_of_parts(
+            *(to_plain(config.model), session.base_digest, start),
+            *(session.data.train.digest, session.data.evaluation.digest),
+            *(config.train.autocast, config.train.compile, config.train.micro_batch_tokens),
+            *(session.local_loss.is_flat, device, processes),
+        )
+
     def _take_reference(self) -> dict[str, numpy.ndarray]:
         """[rows] log p of the training and of the held-out answers, float64."""
         session, reference = self.session, {}
-        is_base = session.config.adapter.start_from is not None and self.config.reference == Reference.base
         announce("reference", "log p of every answer, once")
-        with session.model.disable_adapter() if is_base else contextlib.nullcontext():
+        with session.model.disable_adapter() if self.is_base else contextlib.nullcontext():
             for name, batches in (("train", session.batches), ("held_out", session.held_out.batches)):
                 rows = range(len(batches.lengths))
                 losses = token_losses(session.local_loss, batches, rows, session.accelerator)
