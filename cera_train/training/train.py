@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def run(session: Session) -> dict[str, Any]:
         if signal is not None and not is_last:
             stop(session, signal)  # without the evaluation: the sender may not wait for it
         if progress.evaluation_pending:
-            evaluate(session)
+            with saved_before_errors(session):
+                evaluate(session)
         if session.is_due(config.save_every) and not session.is_done:
             save(session)
     return finish(session)
@@ -118,7 +120,8 @@ def update(session: Session) -> int | None:
     torch.manual_seed(session.seed())
     lr = learning_rate(config, progress.update, session.updates)
     set_learning_rate(session.optimizer, lr)
-    drawn = session.objective.begin(rows)
+    with saved_before_errors(session):
+        drawn = session.objective.begin(rows)
     for _ in range(drawn.passes):
         loss = backward(session, drawn)
         heard = torch.tensor(session.interruption.heard(), device=accelerator.device)
@@ -215,12 +218,13 @@ def evaluate(session: Session) -> None:
     the adapter if it is the best so far. Before the first update and after the last, also writes each token's loss,
     which studies compare."""
     progress, folder = session.progress, session.folder
+    scores = answer_tasks(session)  # first: a server may be away, and nothing is counted yet
     losses, judged = session.objective.judge(session.held_out.token_losses())
     session.spectra = spectra = session.held_out.spectra()
     loss = losses.mean
     figures = spectrum_metrics(spectra)
     is_best = progress.evaluated(perplexity(loss), figures.get("spectrum/linear_share/mean"))
-    figures |= judged | answer_tasks(session)
+    figures |= judged | scores
     progress.tasks |= {name: value for name, value in figures.items() if is_task_figure(name)}
     if session.accelerator.is_main_process:
         for name, is_due in ((LOSSES_BEFORE, progress.update == 0), (LOSSES_AFTER, session.is_done)):
@@ -258,6 +262,17 @@ def save(session: Session) -> None:
     """A checkpoint of this update."""
     keep, scaler = session.config.train.keep, session.accelerator.scaler
     session.folder.save_checkpoint(session.model, session.optimizer, session.progress, keep, scaler)
+
+
+@contextlib.contextmanager
+def saved_before_errors(session: Session) -> Iterator[None]:
+    """Saves the updates so far where a UserError ends the run, as of a reward that fails or a server that is away."""
+    try:
+        yield
+    except UserError:
+        if session.progress.update > 0:
+            save(session)
+        raise
 
 
 def stop(session: Session, signal: int) -> None:

@@ -92,6 +92,10 @@ REFUSALS = {
         lambda vllm: vllm.refusals.update({server_module.LOAD: (404, {"detail": "Not Found"})}),
         ["Start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"],
     ),
+    "no plugin": (
+        lambda vllm: vllm.refusals.update({server_module.LOAD: (500, {"detail": "'CeraConfig' has no 'lora_alpha'"})}),
+        ["Install cera-train where vLLM runs"],
+    ),
     "few positions": (lambda vllm: vllm.served.update(max_model_len=16), ["beyond the 16 positions"]),
     "another model": (
         lambda vllm: vllm.faults.append("another model"),

@@ -1,6 +1,9 @@
 """Group relative policy optimisation: TRL's GRPOTrainer is the oracle."""
 
+import itertools
+import math
 import os
+import sys
 from statistics import fmean
 
 import pytest
@@ -9,7 +12,7 @@ from cera_models import WARNINGS
 from datasets import Dataset
 from played_vllm import playing_vllm
 from several_processes import train_in_processes
-from tiny_runs import adapter_bytes, folder_of, metrics_of
+from tiny_runs import adapter_bytes, folder_of, metrics_of, train_and_die_after
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import to_plain
@@ -159,13 +162,31 @@ def test_rewards_rise_and_answers_are_kept_with_theirs(grpo):
     assert max(sample.tokens for sample in first) == 6
 
 
-def test_a_run_goes_on_byte_for_byte(grpo):
-    words = ["optimizer.lr=5e-2", "grpo.epochs=2", "grpo.beta=0.01"]
+def test_a_run_killed_between_answers_and_update_goes_on_byte_for_byte(grpo):
+    words = ["optimizer.lr=5e-2", "grpo.epochs=2", "grpo.beta=0.01", "train.samples=1", "train.save_every=2"]
     whole, part = (grpo(*words, name) for name in ("name=whole", "name=part"))
-    whole.train.max_updates = 6
     train(whole)
+    train_and_die_after(part, 4, log=SAMPLES)
+    assert metrics_of(part)[-1]["update"] == 3
     train(part)
-    part.train.max_updates, part.train.extend = 6, True
+    assert adapter_bytes(part) == adapter_bytes(whole)
+    assert (folder_of(part) / SAMPLES).read_bytes() == (folder_of(whole) / SAMPLES).read_bytes()
+
+
+def test_nothing_is_lost_where_a_reward_fails(grpo, monkeypatch):
+    words = ["optimizer.lr=5e-2", "train.save_every=null"]
+    whole, part = (grpo(*words, name) for name in ("name=whole", "name=part"))
+    train(whole)
+    reward, calls = vowels, itertools.count()
+
+    def fails_at_update_3(*words: str) -> float:
+        return reward(*words) if next(calls) < 2 * 3 * 4 else math.nan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "vowels", fails_at_update_3)
+        with pytest.raises(UserError, match=r"vowels\] gives nan for the answer"):
+            train(part)
+    assert [path.name for path in folder_of(part).glob("checkpoints/*")] == ["2"]
     train(part)
     assert adapter_bytes(part) == adapter_bytes(whole)
 
@@ -235,6 +256,13 @@ def test_a_reward_that_tells_nothing_is_refused(grpo, monkeypatch, rewards, mess
 def test_a_row_without_an_answer_for_the_grader_is_refused(grpo):
     with pytest.raises(UserError, match="^grpo.grader=choice: .*finds no answer in it"):
         train(grpo("grpo.grader=choice"))
+
+
+def test_rows_without_a_prompt_or_with_one_too_long_are_refused(grpo):
+    with pytest.raises(UserError, match="^train.objective=grpo answers prompts, and rows.jsonl has text without: name"):
+        train(grpo("data.loss_on=all"))
+    with pytest.raises(UserError, match="^grpo.max_new_tokens=256 after a prompt of .* beyond the 256 positions"):
+        train(grpo("grpo.max_new_tokens=256"))
 
 
 def test_a_reference_is_the_base_without_an_adapter(grpo):

@@ -24,7 +24,7 @@ from cera_train.adapters.saved import keeps_base
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
 from cera_train.data.prepare import Example, TokenizedRows, table_of
-from cera_train.evaluation.generate import Answer, Request
+from cera_train.evaluation.generate import Answer, Request, check_positions
 from cera_train.evaluation.held_out import token_losses
 from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, gold
 from cera_train.model.batches import MicroBatches
@@ -64,6 +64,9 @@ class Grpo(Objective):
             f"grpo.beta={self.config.beta:g} needs the base as the reference, and adapter.kind="
             f"{session.config.adapter.kind} trains it: set grpo.beta=0.",
         )
+        rows = session.data.train
+        longest = max(rows.tokens("loss_mask", row).index(True).as_py() for row in range(len(rows)))
+        check_positions("grpo.max_new_tokens", self.config.max_new_tokens, longest, session.sampler.engine.positions)
         self._groups_without_signal: float = 0
 
     def begin(self, rows: list[int]) -> Drawn:
@@ -142,7 +145,8 @@ class Grpo(Objective):
         rows, tokenizer = self.session.data.train, self.session.tokenizer
         ids, supervised = rows.tokens("input_ids", row).to_pylist(), rows.tokens("loss_mask", row).to_pylist()
         start = supervised.index(True)
-        text, right = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:]))
+        end = [*supervised, False].index(False, start)  # of a chat's first answer
+        text, right = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:end]))
         return Prompt(tuple(ids[:start]), text, right)
 
     def _sample(self, prompts: Sequence[tuple[int, ...]]) -> list[list[Answer]]:
