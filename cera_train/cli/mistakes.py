@@ -7,6 +7,7 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import traceback
 from collections.abc import Sequence
 from dataclasses import fields
@@ -163,9 +164,9 @@ def explain_composition(error: Exception, program: str) -> str | None:
     match error:
         case OverrideParseException():
             key, _, value = error.override.partition("=")
-            mend = f"a text needs quotes in the shell's: '{key}=\"{value}\"'"
-            if value.startswith(("{", "[")) and "=" in value:
-                mend = "a text in a list needs quotes in the shell's: 'KEY=[\"a=b\"]'"
+            mend = f"a text needs quotes for Hydra too: {quoted(key, value)}"
+            if value.startswith(("{", "[")):
+                mend = 'close its brackets and quotes, and quote texts in it for Hydra too: \'KEY=["a=b","c: d"]\''
             return f"{error.override}: cannot read the value: {mend}."
         case MissingConfigException():
             group, _, name = error.missing_cfg_file.rpartition("/")
@@ -175,13 +176,26 @@ def explain_composition(error: Exception, program: str) -> str | None:
             return f"{group}={name}: there is no such file. {near}{plugin}There are: {', '.join(choices)}."
         case yaml.MarkedYAMLError() if error.problem_mark is not None:
             return f"{error.problem_mark.name}:{error.problem_mark.line + 1}: broken YAML: {error.problem}."
-        case AssertionError() if "Unexpected type for root: NoneType" in str(error):  # by OmegaConf
-            sections = "task=NAME, data=NAME, model=NAME, or -m +study=NAME"
-            return f"a value is set in a section that is null here: choose a file for it: {sections}."
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if "Unexpected type for root: NoneType" in str(error):  # OmegaConf's, which names no key
+        setting = next(frame.f_locals["override"].input_line for frame in frames if "override" in frame.f_locals)
+        section = setting.partition(".")[0]
+        file = "-m +study=NAME" if section == "study" else f"{section}=NAME"
+        return f"{setting}: the section {section} is null here: choose a file for it, {file}."
+    frame = frames[-1]
     is_hydras = isinstance(error, HydraException | OmegaConfBaseException)
     is_hydras |= frame.f_globals["__name__"].startswith(("hydra.", "omegaconf."))  # it raises others too
     return _describe(error, program) if is_hydras else None
+
+
+def quoted(key: str, text: str) -> str:
+    """A setting with a text, in quotes for Hydra and for the shell."""
+    text = text.replace('"', '\\"')
+    setting = f'{key}="{text}"'
+    if "\n" not in text:
+        return shlex.quote(setting)
+    escaped = setting.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{escaped}'"
 
 
 def _describe(error: Exception, program: str) -> str:
@@ -190,6 +204,10 @@ def _describe(error: Exception, program: str) -> str:
     cause, message = causes[0] if causes else None, " ".join(str(error).split())
     not_overridden = re.match("Could not override '([^']+)'", message)
     key = not_overridden[1] if not_overridden else getattr(cause, "full_key", None)
+    if ambiguous := re.match("Ambiguous value for argument '(.*)' 1. To use it as a list", message):
+        name, _, values = ambiguous[1].partition("=")
+        forms = f"-m runs each of them, {name}=[{values}] is a list, and '{name}=\"{values}\"' a text"
+        return f"{ambiguous[1]}: commas separate values: {forms}."
     if not key:
         return message
     # No attribute of Hydra's exception holds the file in which a key or value stands.
@@ -199,4 +217,7 @@ def _describe(error: Exception, program: str) -> str:
         return f"{place}: the value has a new key: write ++{key}=... to add it."
     if not_overridden or isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return unknown_setting(key, place, SCHEMAS[program])
+    if "is not a ListConfig" in str(cause):
+        value = message.partition(f"merging override {key}=")[2] or "A,B"
+        return f"{place}: expected a list: write {key}=[{value}]."
     return f"{place}: {str(cause).splitlines()[0].rstrip('.')}."

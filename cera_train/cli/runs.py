@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 
 from cera_train.cli.start import announce_imports, check_trust, leave_closed_pipe, print_error, start_hydra, to_config
 from cera_train.common.libraries import heavy_imports
+from cera_train.common.settings import require
 from cera_train.distributed.processes import in_processes, is_one_of_several
 from cera_train.evaluation.tasks.task import AnswerTask, build_task, load_problems
 from cera_train.model.folder import check_model
@@ -76,6 +78,8 @@ def chat(composed: DictConfig) -> None:
     config, _ = checked(composed, ChatConfig)
     if config.compare is not None:
         check_model(find_subject(replace(config, run=config.compare)).model.path)
+    if config.prompts is not None:
+        require(Path(config.prompts).exists(), f"prompts={config.prompts}: no such file. Name one that is there.")
     announce_imports()
     with heavy_imports():
         from cera_train.serving.chat import chat

@@ -8,6 +8,7 @@ import functools
 import importlib
 import itertools
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -68,9 +69,7 @@ def main() -> None:
             else:
                 module, _, function = PROGRAMS[program].partition(":")
                 getattr(importlib.import_module(f"cera_train.cli.{module}"), function)()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        leave_closed_pipe()
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -129,11 +128,12 @@ def leave_closed_pipe() -> NoReturn:
 
 @contextlib.contextmanager
 def errors_in_one_line(program: str) -> Iterator[None]:
-    """Prints a mistake in one line and exits with status 2; prints the traceback of a bug and exits with 1."""
+    """Prints a mistake in one line and exits with status 2; prints the traceback of a bug and exits with 1. Where the
+    reader of stdout is gone, exits without a word."""
     try:
         yield
     except BrokenPipeError:
-        raise
+        leave_closed_pipe()
     except Exception as error:
         sys.exit(1 if print_error(program, error) is None else 2)
 
@@ -206,16 +206,16 @@ def to_config(composed: DictConfig, schema: type = Config) -> Any:
 
 
 def check_line_breaks(key: str, value: Any) -> None:
-    """Raises UserError for a template with a backslash and an n: neither a shell's plain quotes nor Hydra's make a line
-    break of them."""
+    """Raises UserError for a template with a backslash and an n or a t: neither a shell's plain quotes nor Hydra's make
+    a line break or a tab of them."""
     section, _, name = key.rpartition(".")
-    if section and name in ("prompt", "completion", "stop"):
+    if section and name in ("prompt", "completion", "rejected", "stop"):
         for text in as_list(value):
             quoted = f'["{text}"]' if isinstance(value, list) else f'"{text}"'
             require(
-                "\\n" not in str(text),
-                f"{key}: {text} has a backslash and an n in place of a line break: write $'{key}={quoted}' in the "
-                "shell, and double quotes in a YAML file.",
+                not re.search(r"\\n|\\t(?![a-z])", str(text)),  # LaTeX has \times
+                f"{key}={text} has a backslash and a letter in place of a line break or a tab: write "
+                f"$'{key}={quoted}' in the shell, and double quotes in a YAML file.",
             )
 
 

@@ -49,6 +49,7 @@ def main() -> None:
 def look(composed: DictConfig) -> None:
     """Prints the rows as the run would train on them. Their tokens are cached, and the run takes them from there."""
     config = prepare(composed)
+    announce_imports()
     with heavy_imports():
         from cera_train.data.look import print_data
         from cera_train.data.prepare import prepare_data, stop_ids

@@ -44,7 +44,7 @@ def explain(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     for number, (what, mend) in LIMITS.items():
         if os.strerror(number) in text:  # safetensors wraps the system's error in one of its own
-            return f"{what} ({text}). {mend} and repeat the command: a run goes on from its last checkpoint."
+            return f"{what} ({text}). {mend} and repeat the command: a run resumes from its last checkpoint."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ELOOP):
         mend = "Name another file, or set output_dir and $CERA_TRAIN_CACHE to folders you may write to."
         return f"no access to {error.filename}: {error.strerror}. {mend}"

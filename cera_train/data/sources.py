@@ -69,6 +69,8 @@ def _layout_of(names: Sequence[str]) -> dict[str, Any]:
     except UserError:
         return {}
     rows = list(itertools.islice(rows_of(paths), CHECKED_ROWS))
+    place = f"{paths[0]}: data.layout=auto"
+    require(bool(rows), f"{place} finds no rows: the file is empty.")
     for _, row in rows[:1]:
         if "rejected" in row and type(row.get("chosen")) in PREFERENCES:
             return PREFERENCES[type(row["chosen"])]
@@ -78,7 +80,6 @@ def _layout_of(names: Sequence[str]) -> dict[str, Any]:
         fitting.pop(("text",), None)
     if len(fitting) == 1:
         return next(iter(fitting.values()))
-    place = f"{paths[0]}: data.layout=auto"
     if fitting:
         one, other, *_ = (f"{layout['layout']} ({', '.join(needed)})" for needed, layout in fitting.items())
         mend = "set data.layout, for text data.prompt and data.completion"

@@ -168,7 +168,7 @@ def beside_others(function: Callable[[Any], Any], config: Any) -> Any:
         if re.search("timed? ?out", str(error), re.IGNORECASE):
             raise UserError(
                 f"process {os.environ['RANK']} (counted from 0) waited for another that hangs, longer than "
-                "distributed.timeout. Look at the machines; the same command goes on from the last checkpoint."
+                "distributed.timeout. Look at the machines; the same command resumes from the last checkpoint."
             ) from error
         time.sleep(PEER_SECONDS)
         raise
@@ -179,7 +179,7 @@ def error_of(rank: int, failure: Any) -> Exception:
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         cause = ": the machine may be out of memory" if name == "SIGKILL" else ""
-        return UserError(f"process {rank} was killed by {name}{cause}. The same command goes on from what is saved.")
+        return UserError(f"process {rank} was killed by {name}{cause}. The same command resumes from what is saved.")
     if isinstance(failure.message, str):  # it ended itself and left no error
         return RuntimeError(f"process {rank} ended with status {failure.exitcode} and no error.")
     kind, _, text = failure.message["message"].partition(": ")

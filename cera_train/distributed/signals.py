@@ -39,7 +39,7 @@ class Interrupted(SystemExit):
         try:
             handler(self.signal, None)
         except Exception as error:
-            raise UserError(f"it was saved, but is not started again: {error} The same command goes on.") from error
+            raise UserError(f"it was saved, but is not started again: {error} The same command resumes it.") from error
         if self.signal in (signal.SIGUSR1, signal.SIGUSR2):
             raise SystemExit(0)
 

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 
 from cera_train.adapters.saved import keeps_base
 from cera_train.adapters.spectrum import spectrum_metrics
-from cera_train.common.errors import UserError
 from cera_train.common.terminal import ProgressBar, duration, print_fields, print_line
 from cera_train.distributed.accelerator import quiet_libraries, start_accelerator
 from cera_train.evaluation.engine import choose_dtype, load_subject
@@ -103,7 +102,8 @@ class Evaluation:
         problems = load_problems(config.task, self.subject.data)
         if is_main:
             folder.write_problems(problems)
-            self.print_shared(problems)
+            if self.subject.data and (shared := describe_trained_on(problems, self.subject.data)):
+                print_line("shared", shared)
         answers = folder.answers()
         accelerator.wait_for_everyone()  # nobody writes while others read
         keys = [(problem.id, sample) for problem in problems for sample in range(config.generation.samples)]
@@ -129,16 +129,6 @@ class Evaluation:
             problems=len(problems),
             samples=config.generation.samples,
         )
-
-    def print_shared(self, problems: Sequence[Problem]) -> None:
-        """Prints how many problems are among the rows that the run was trained on, where these can still be read."""
-        trained_on = self.subject.data
-        try:
-            shared = describe_trained_on(problems, trained_on) if trained_on else ""
-        except UserError as error:
-            shared = f"unknown, since the training rows cannot be read: {error}"
-        if shared:
-            print_line("shared", shared)
 
     def generate_missing(self, problems: Sequence[Problem], done: Container[Key]) -> None:
         """Appends this process's share of the missing answers to its file, as they come. A batch that lacks one is

@@ -101,7 +101,8 @@ def compare(first: Run, second: Run, task: str, across_engines: bool) -> PairedT
         mend = "evaluate both by one engine, or add --across-engines"
         raise UserError(f"by {' and '.join(sorted(engines))}: {mend}.")
     a, b = (evaluation.grades for evaluation in evaluations)
-    if (names := a.keys()) != (others := b.keys()):
+    names, others = a.keys(), b.keys()
+    if names != others or not names:
         raise UserError(
             f"evaluated on different problems ({len(names):,} and {len(others):,}, {len(names & others):,} of them "
             "shared), so a paired test would mean nothing: evaluate both with the same task settings."

@@ -109,7 +109,8 @@ class Run:
 
     @property
     def rank(self) -> int | None:
-        return self.adapter.r if self.adapter else None
+        """`adapter.r`, or the default of PEFT's method."""
+        return (self.adapter.r or self.figures.adapter_r) if self.adapter else None
 
     @property
     def method(self) -> str:

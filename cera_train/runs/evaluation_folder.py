@@ -109,6 +109,8 @@ class AccuracyResult(Record, extra="allow"):
     """result.json of an evaluation with answers and grades. `details` are the accuracies, GRADER/pass@K, the shares of
     endings, and what the task adds, under its names."""
 
+    __pydantic_extra__: dict[str, int | float | list | dict | None]
+
     task: str | None = None  # the name of the evaluation's folder
     kind: str | None = None  # the kind of task, such as gsm8k
     problems: int | None = None

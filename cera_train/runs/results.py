@@ -128,12 +128,18 @@ class Environment(Record, extra="allow"):
 SPECTRUM = "spectrum.json"
 
 
+class ModuleSpectrum(Record, extra="allow"):
+    """What is read of a module in spectrum.json."""
+
+    singular_values: list[float]  # of the centred branch output, descending
+
+
 def mean_spectrum(path: Path) -> list[float]:
     """Singular values over their sum, in the mean over the modules of a spectrum.json, as the paper draws them; a
     module with fewer directions counts as zero further on. Empty without the file."""
     normalized = []
-    for module in read_json(path).values() if path.is_file() else ():
-        values = module["singular_values"]  # of the centred branch output, descending
+    for name, module in read_json(path).items() if path.is_file() else ():
+        values = ModuleSpectrum.from_json(module, f"{path}: {name}").singular_values
         total = sum(values)
         normalized.append([value / total if total > 0 else 0.0 for value in values])
     return [sum(column) / len(normalized) for column in itertools.zip_longest(*normalized, fillvalue=0.0)]

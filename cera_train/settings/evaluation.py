@@ -168,7 +168,8 @@ class EvalConfig(AnsweringConfig):
                 f"task={self.task.name} with run=base needs data=..., since there is no run whose rows to take.",
             )
         else:
-            require(self.data is None, f"data=... belongs to task=perplexity; task={self.task.name} has task.files.")
+            mend = f"leave it out. `cera-eval --help` lists the settings task.KEY=... of task={self.task.name}"
+            require(self.data is None, f"data=... belongs to task=perplexity: {mend}.")
 
     @property
     def folder_name(self) -> str:

@@ -20,7 +20,7 @@ def check_runs(study: Study) -> None:
     missing = study.missing()
     require(
         not missing,
-        f"{study.folder} is an unfinished study, whose command goes on. Missing: {'; '.join(missing[:5])}"
+        f"{study.folder} is an unfinished study. Its command runs what is missing: {'; '.join(missing[:5])}"
         f"{f'; and {len(missing) - 5:,} more' * (len(missing) > 5)}.",
     )
     for cells in study.by_condition.values():

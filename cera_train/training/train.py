@@ -281,7 +281,7 @@ def stop(session: Session, signal: int) -> None:
     session.bar.close()
     if session.accelerator.is_main_process:
         command = "same command" if session.config.train.resume == Resume.auto else "command with train.resume=auto"
-        print_line("stopped", f"after update {session.progress.update}, saved. The {command} goes on.")
+        print_line("stopped", f"after update {session.progress.update}, saved. The {command} resumes it.")
     session.tracker.finish()
     session.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
     raise Interrupted(signal)

@@ -4,9 +4,12 @@ answer at once imports nothing heavy."""
 import dataclasses
 import errno
 import importlib
+import os
 import pkgutil
 import re
 import resource
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -99,6 +102,19 @@ def test_what_the_system_refuses_is_named_with_the_mend(tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "a file may grow no further" in explain(refused.value)
     assert "Raise `ulimit -f` and repeat the command" in explain(refused.value)
+
+
+def test_a_closed_pipe_ends_a_command_without_a_word(tmp_path):
+    start = "from cera_train.cli.start import start_hydra"
+    program = f"{start}; start_hydra('cera-train', lambda config: print('', flush=True))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert done.returncode == 141
+    assert b"Error executing job" not in done.stderr  # Hydra's report
 
 
 def test_a_bug_of_ours_keeps_its_traceback():

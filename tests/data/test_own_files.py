@@ -73,7 +73,8 @@ def test_templates_that_are_set_choose_text_and_each_part_of_a_mix_is_read_by_it
         ([CHAT | {"question": "a", "answer": "b"}], "finds the columns of both messages (messages) and text (question"),
         ([{"prompt": "a", "completion": "b"}, CONVERSATION], "finds the columns of both conversations (conversations)"),
         ([{"q": "a", "a": "b"}], "does not know these columns, q, a: rename them (messages; conversations; instr"),
-        ([], "does not know these columns, none: "),
+        ([{}], "does not know these columns, none: "),
+        ([], "finds no rows: "),
     ],
 )
 def test_columns_of_no_layout_or_of_two_are_refused(own, rows, line):

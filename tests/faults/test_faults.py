@@ -396,7 +396,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
     for _ in range(2):  # it is no worse for trying again
         line = refuse(start())
         assert line.startswith("cera-train: the disk is full (")
-        assert line.endswith("Free some space and repeat the command: a run goes on from its last checkpoint.")
+        assert line.endswith("Free some space and repeat the command: a run resumes from its last checkpoint.")
         assert_readable(folder)
         assert len(newest_first(folder)) == checkpoints
         assert not (folder / "adapter").exists()

@@ -141,10 +141,19 @@ def test_answers_of_two_engines_are_tested_where_that_is_asked_for(tmp_path: Pat
     assert not notes
 
 
-def test_broken_grades_stop_their_test_and_are_named(tmp_path: Path) -> None:
-    first, second = two_runs(tmp_path)
-    for content in ("null\n", "{}\n"):
-        (first / "eval/math/grades.jsonl").write_text(content)
-        tests, (note,) = paired_tests(read_runs([first, second]))
-        assert not tests
-        assert "grades.jsonl:1 is broken" in note
+@pytest.mark.parametrize(
+    ("task", "content", "line"),
+    [
+        ("math", "null\n", "grades.jsonl:1 is broken"),
+        ("math", "{}\n", "grades.jsonl:1 is broken"),
+        ("math", "", "evaluated on different problems (0 and 0"),
+        ("logistic_map", '{"problem": "x", "sample": 0, "exact": true}\n', "grade of problem x is broken: matches"),
+    ],
+)
+def test_broken_grades_stop_their_test_and_are_named(tmp_path: Path, task: str, content: str, line: str) -> None:
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    for run in runs:
+        (add_evaluation(run, task) / "grades.jsonl").write_text(content)
+    tests, (note,) = paired_tests(read_runs(runs))
+    assert not tests
+    assert line in note

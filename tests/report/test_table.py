@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_runs import add_evaluation, cells, make_run, result_of, two_runs
@@ -60,6 +61,13 @@ def test_variants_of_a_method_are_told_apart(tmp_path: Path) -> None:
     assert cells(relu, scaled, matched, mixed)["method"] == methods
 
 
+def test_a_rank_that_peft_chose_is_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("r: 64", "r: null"))
+    assert cells(run)["r"] == ["64"]
+
+
 def test_the_runs_of_a_folder_come_once_and_by_the_numbers_in_their_names(tmp_path: Path) -> None:
     names = [f"adapter.r={r},optimizer.lr={lr}" for r in (64, 512) for lr in ("1e-05", "0.0005", "0.01")]
     for name in reversed(names):
@@ -100,6 +108,14 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
         (run / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{run / name}(:1)? is broken"):
             read_runs([run])
+
+
+@pytest.mark.parametrize("module", [[1.0], {"singular_values": None}, {"effective_rank": 1.0}])
+def test_a_spectrum_without_singular_values_is_named(tmp_path: Path, module: Any) -> None:
+    run = make_run(tmp_path / "a")
+    (run / "spectrum.json").write_text(json.dumps({"q_proj": module}))
+    with pytest.raises(ValueError, match=f"{run / 'spectrum.json'}: q_proj is broken"):
+        read_runs([run])
 
 
 def test_an_unfinished_run_shows_what_it_has_and_is_named(tmp_path: Path) -> None:

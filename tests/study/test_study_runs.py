@@ -108,9 +108,8 @@ def test_an_error_of_the_environment_is_no_result_and_is_tried_again(launcher, r
     assert run_study() == 1
     assert run_command("cera-report", "outputs/which") == 2
     error = capfd.readouterr().err
-    assert (
-        "unfinished study, whose command goes on. Missing: cera, adapter.r=4, optimizer.lr=0.01, train.seed=1 " in error
-    )
+    assert "unfinished study. Its command runs what is missing: " in error
+    assert ": cera, adapter.r=4, optimizer.lr=0.01, train.seed=1 (" in error
     assert "(failed: the disk is full)" in error
     launcher.failing = set()
     launcher.began.clear()

@@ -24,7 +24,7 @@ def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_m
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "The same command goes on" in output
+    assert "The same command resumes it" in output
     assert list(states(sweep)) == [failing, finished, cut, missing]
     assert list(states(sweep).values()) == ["failed", "finished", "stopped", "waiting"]
     (checkpoint,) = (sweep / cut / "checkpoints").iterdir()

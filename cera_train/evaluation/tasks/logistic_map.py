@@ -5,16 +5,27 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import Field
 
 from cera_train.data.computed import logistic_map_row, starting_points
 from cera_train.evaluation.tasks.task import AnswerTask, Metric, Task, mean, question_id
 from cera_train.runs.evaluation_folder import COLLAPSED, Generation, Grade, Problem
+from cera_train.runs.records import Record
 from cera_train.settings.data import DataConfig, Layout, as_list, check_growths
 from cera_train.settings.evaluation import TaskConfig
 
 EVAL_ROWS = 20
 """Starting points for a model that was not trained on this task: those of conf/data/logistic_map.yaml."""
+
+
+class StepGrades(Record, extra="allow"):
+    """What is read of a grade in a file."""
+
+    mend: ClassVar[str] = Grade.mend
+
+    matches: list[bool] = Field(min_length=1)  # by step
 
 
 class LogisticMap(AnswerTask):
@@ -53,7 +64,7 @@ class LogisticMap(AnswerTask):
         return step_scores(grades) | {"by_growth": by_growth}
 
     def paired_value(self, grade: Grade, grader: str) -> float:
-        return mean(grade.details["matches"])
+        return mean(StepGrades.from_json(grade.details, f"the grade of problem {grade.problem}").matches)
 
     def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
         lines = {"by step": "  ".join(f"{share:.0%}" for share in result["step_accuracy"])}

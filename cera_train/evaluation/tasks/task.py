@@ -278,6 +278,9 @@ def trained_on(problems: Iterable[Problem], data: DataConfig) -> list[str]:
 
 
 def describe_trained_on(problems: Iterable[Problem], data: DataConfig) -> str:
-    """How many problems are among the training rows; empty where none is."""
-    shared = trained_on(problems, data)
+    """How many problems are among the training rows; empty where none is. The rows may be gone since the training."""
+    try:
+        shared = trained_on(problems, data)
+    except UserError as error:
+        return f"unknown, since the training rows cannot be read: {error}"
     return f"{len(shared):,} of its problems are among the training rows, such as {shared[0][:60]!r}" if shared else ""
