@@ -165,7 +165,7 @@ def explain_composition(error: Exception, program: str) -> str | None:
         case OverrideParseException():
             key, _, value = error.override.partition("=")
             mend = f"a text needs quotes for Hydra too: {quoted(key, value)}"
-            if value.startswith(("{", "[")):
+            if value.startswith("[") or re.match(r"\{(?!\w+\})", value):  # a mapping, not a template such as {question}
                 mend = 'close its brackets and quotes, and quote texts in it for Hydra too: \'KEY=["a=b","c: d"]\''
             return f"{error.override}: cannot read the value: {mend}."
         case MissingConfigException():
@@ -208,6 +208,8 @@ def _describe(error: Exception, program: str) -> str:
         name, _, values = ambiguous[1].partition("=")
         forms = f"-m runs each of them, {name}=[{values}] is a list, and '{name}=\"{values}\"' a text"
         return f"{ambiguous[1]}: commas separate values: {forms}."
+    if twice := re.match("Multiple values for ([^.]+)\\.", message):
+        return f"{twice[1]}=... stands twice: keep one of the two."
     if not key:
         return message
     # No attribute of Hydra's exception holds the file in which a key or value stands.

@@ -28,7 +28,8 @@ def checked(composed: DictConfig, schema: type) -> tuple[Any, Subject]:
     """The config of a command, and what its `run` names."""
     config = to_config(composed, schema)
     check_trust(composed, HydraConfig.get().overrides.task)
-    subject = find_subject(config)
+    with heavy_imports():  # of PEFT, for an adapter that is neither CeRA nor LoRA
+        subject = find_subject(config)
     check_model(subject.model.path)
     return config, subject
 

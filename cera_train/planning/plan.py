@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from cera_train.adapters.families import title
 from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
+from cera_train.common.terminal import announce
 from cera_train.model.precision import choose_precision
 from cera_train.planning.data_size import DataSize, TaskSize, data_size, sampled_size, task_size, trained_size
 from cera_train.settings.distributed import Strategy
@@ -193,6 +195,7 @@ def _plan(config: PlanRun) -> RunPlan:
             f"data.max_length={config.data.max_length} is beyond the {positions} positions of {config.model.path}: "
             "lower it."
         )
+    announce("planning", f"{title(config.adapter)}, r = {config.adapter.r}, on {config.model.path}")
     largest, usual = micro_batches(config, trained, run)
     rows = math.ceil(config.sequences * config.train.batch_size / config.plan.gpus)
     highest = run.cost(largest, accumulates=rows * trained.tokens_per_row > config.train.micro_batch_tokens)

@@ -10,7 +10,7 @@ from cera_train.adapters.build import rank
 from cera_train.adapters.families import family
 from cera_train.adapters.spectrum import why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
-from cera_train.common.terminal import TEXT_WIDTH, duration, print_fields, print_line, targets
+from cera_train.common.terminal import TEXT_WIDTH, counted, duration, print_fields, print_line, targets
 from cera_train.data.look import print_data
 from cera_train.data.prepare import stop_ids
 from cera_train.evaluation.tasks.task import describe_trained_on
@@ -49,7 +49,8 @@ def print_start(session: Session) -> None:
         steps = f"{folder} from update {done:,} to {updates:,}, learning rate {now:.2g} ({before:.2g} before)"
         print_line("extend", f"{steps}; ends/{end} keeps the run as it ended")
     already = f", {done:,} done" if done else ""
-    print_line("run", f"{folder}, {updates:,} updates of {config.train.batch_size} {config.work.unit}{already}")
+    steps = counted(updates, "update")
+    print_line("run", f"{folder}, {steps} of {config.train.batch_size} {config.work.unit}{already}")
     quantization = "" if config.model.quantization == Quantization.none else f", {config.model.quantization}"
     frozen = session.total_count - session.trainable_count
     weights = frozen or session.total_count  # full fine-tuning freezes none
@@ -132,7 +133,7 @@ def print_result(result: RunResult, config: Config) -> None:
         "linear share": describe_linear_share(result),
         "trainable": f"{result.trainable_parameters:,} parameters, {result.trainable_share:.2%} of the model",
         "speed": f"{result.tokens_per_s:,.0f} tokens/s",
-        "time": f"{duration(result.seconds)} for {result.updates:,} updates",
+        "time": f"{duration(result.seconds)} for {counted(result.updates, 'update')}",
         "folder": result.folder,
         "ask it": shlex.join(["cera-chat", f"run={result.folder}"]),
         "grade it": shlex.join(["cera-eval", f"run={result.folder}", f"task={task}"]),

@@ -54,11 +54,17 @@ MISTAKES = [
     ("cera-eval run=x task=perplexity server=http://a", "task=perplexity measures losses", "leave out server="),
     ("cera-eval run=x task=gsm8k server=http://a launch.processes=2", "launch.processes=2: one", "Leave one of the"),
     (r'cera-eval run=x task=gsm8k task.stop=["\n"]', "in place of a line break", r"""$'task.stop=["\n"]'"""),
-    (r"cera-train data.completion=\t{a}", "in place of a line break or a tab", r"""write $'data.completion="\t{a}"'"""),
+    (
+        r'cera-train data.completion="\t{a}"',
+        "in place of a line break or a tab",
+        r"""write $'data.completion="\t{a}"'""",
+    ),
     ("cera-train -m +study=first_look study.arm=nope", "study.arm=nope: no such arm", "from lora, identity, cera"),
     # an argument of a wrong form
     ("cera-train adapter.r=[", "adapter.r=[: cannot read the value", "close its brackets"),
     ("cera-train name=a:\nb:", "cannot read the value", r"""$'name="a:\nb:"'"""),
+    ("cera-train data.prompt={q}\n{a}", "cannot read the value", r"""$'data.prompt="{q}\n{a}"'"""),
+    ("cera-train +recipe=sft +recipe=quickstart", "recipe=... stands twice", "keep one of the two"),
     ("cera-train study.arms={a:[adapter=lora]}", "cannot read the value", """'KEY=["a=b","""),
     ("cera-train -m +study=first_look study.tune={a.b:[3]}", "study.tune: the value has a new key", "++study.tune="),
     ("cera-train adapter.r 4", "adapter.r: expected key=value", "without spaces"),

@@ -93,7 +93,7 @@ def plan_command(tmp_path, tiny_folder, run_command, capfd):
         run_command("cera-plan", *arguments, f"model.path={tiny_folder}", "plan.gpu=h100")
         assert not list(tmp_path.iterdir())
         printed = capfd.readouterr()
-        return printed.err or printed.out
+        return printed.out or printed.err
 
     return plan_command
 
