@@ -25,7 +25,7 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import folder_in_use, is_locked
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require_folder_name
-from cera_train.common.terminal import announce, print_line
+from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
 from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process
@@ -124,8 +124,6 @@ def check_inputs(config: Config, folder: Path) -> None:
                 with errors_at(f"train.tasks=[{name}]"):
                     load_problems(task, config.data)
     if config.adapter.start_from is not None and not (folder / "config.yaml").exists():
-        if is_main_process() and "torch" not in sys.modules:
-            announce("loading", "PyTorch and PEFT")
         with heavy_imports():  # of PEFT
             find_start(config.adapter)
 

@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field
 
@@ -21,9 +21,7 @@ EVAL_ROWS = 20
 
 
 class StepGrades(Record, extra="allow"):
-    """What is read of a grade in a file."""
-
-    mend: ClassVar[str] = Grade.mend
+    """What a grade of this task holds beside its verdict."""
 
     matches: list[bool] = Field(min_length=1)  # by step
 
