@@ -190,8 +190,7 @@ def explain_composition(error: Exception, program: str) -> str | None:
 
 def quoted(key: str, text: str) -> str:
     """A setting with a text, in quotes for Hydra and for the shell."""
-    text = text.replace('"', '\\"')
-    setting = f'{key}="{text}"'
+    setting = '{}="{}"'.format(key, text.replace('"', '\\"'))
     if "\n" not in text:
         return shlex.quote(setting)
     escaped = setting.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
@@ -206,7 +205,7 @@ def _describe(error: Exception, program: str) -> str:
     key = not_overridden[1] if not_overridden else getattr(cause, "full_key", None)
     if ambiguous := re.match("Ambiguous value for argument '(.*)' 1. To use it as a list", message):
         name, _, values = ambiguous[1].partition("=")
-        forms = f"-m runs each of them, {name}=[{values}] is a list, and '{name}=\"{values}\"' a text"
+        forms = f"-m runs each of them, {name}=[{values}] is a list, and {quoted(name, values)} a text"
         return f"{ambiguous[1]}: commas separate values: {forms}."
     if twice := re.match("Multiple values for ([^.]+)\\.", message):
         return f"{twice[1]}=... stands twice: keep one of the two."
