@@ -46,18 +46,12 @@ Reference = StrEnum("Reference", ["start", "base"])
 class Work(NamedTuple):
     """What an objective runs for its rows, evaluations not counted."""
 
-    unit: str = "sequences"
-    """What `train.batch_size` counts."""
-    passes: int = 1
-    """Forward and backward, over every sequence of an update."""
-    forward_passes: int = 0
-    """Forward alone, over every sequence of an update."""
-    reference_passes: int = 0
-    """Forward alone, over every row before the first update."""
-    answers: int = 0
-    """Sequences of an update that are sampled for each row; 0: the row's own."""
-    answer_tokens: int = 0
-    """The most tokens of a sampled answer."""
+    unit: str = "sequences"  # what train.batch_size counts
+    passes: int = 1  # forward and backward, over the sequences of an update
+    forward_passes: int = 0  # forward alone, over the sequences of an update
+    reference_passes: int = 0  # forward alone, over all rows before the first update
+    answers: int = 0  # sampled for each row, and trained on in its place
+    answer_tokens: int = 0  # of an answer, at most
 
 
 class TrackerKind(StrEnum):

@@ -61,20 +61,9 @@ def rewards(gains: Tensor, beta: float, prefix: str) -> dict[str, float]:
 class Dpo(Objective):
     def __init__(self, session: Session) -> None:
         self.session, self.config = session, session.config.dpo
-        adapter = session.config.adapter
-        is_base = adapter.start_from is None or self.config.reference == Reference.base
+        is_base = session.config.adapter.start_from is None or self.config.reference == Reference.base
         self.is_base = is_base and keeps_base(session.model)
-        kept, name, reference = session.folder.path / REFERENCE, f"reference/{self._digest()}", None
-        is_main, folder = session.accelerator.is_main_process, cache_dir() / name
-        if is_main and session.resumes:
-            reference = read_parsed(kept, load, "Restore it, or train in a new folder.")
-        elif is_main and folder.is_dir():
-            reference = read_parsed(folder / REFERENCE, load, f"Remove {folder}: it is taken anew.")
-        [reference] = broadcast_object_list([reference])
-        reference = reference or self._take_reference()
-        if is_main and not session.resumes:
-            cached_folder(name, lambda folder: write_bytes(folder / REFERENCE, save(reference)))
-            write_bytes(kept, save(reference))
+        reference = self._find_reference()
         self.reference, self.held_out_reference = (torch.from_numpy(reference[name]) for name in ("train", "held_out"))
 
     def begin(self, rows: list[int]) -> Drawn:
@@ -105,20 +94,33 @@ class Dpo(Objective):
         judged = TokenLosses(numpy.ones(len(of_pairs), numpy.int64), of_pairs)
         return judged, {"preferences/accuracy": accuracy} | rewards(gains, self.config.beta, "eval")
 
+    def _find_reference(self) -> dict[str, numpy.ndarray]:
+        """The run's copy where it resumes; else from the cache, or taken for it."""
+        session, name, reference = self.session, f"reference/{self._digest()}", None
+        kept, cached, is_main = session.folder.path / REFERENCE, cache_dir() / name, session.accelerator.is_main_process
+        if is_main and session.resumes:
+            reference = read_parsed(kept, load, "Restore it, or train in a new folder.")
+        elif is_main and cached.is_dir():
+            reference = read_parsed(cached / REFERENCE, load, f"Remove {cached}: it is taken anew.")
+        [reference] = broadcast_object_list([reference])
+        reference = reference or self._take_reference()
+        if is_main and not session.resumes:
+            cached_folder(name, lambda folder: write_bytes(folder / REFERENCE, save(reference)))
+            write_bytes(kept, save(reference))
+        return reference
+
     def _digest(self) -> str:
         """Of the model, the rows, and what decides how the passes round."""
-        session, config = self.session, self.session.config
+        session, config, accelerator = self.session, self.session.config, self.session.accelerator
         start = None if self.is_base else config.adapter.start_digest or [to_plain(config.adapter), config.train.seed]
-        device, processes = session.accelerator.device.type, session.accelerator.num_processes
-        return digest_of_parts(
-            *(to_plain(config.model), session.base_digest, start),
-            *(session.data.train.digest, session.data.evaluation.digest),
-            *(config.train.autocast, config.train.compile, config.train.micro_batch_tokens),
-            *(session.local_loss.is_flat, device, processes),
-        )
+        rows = session.data.train.digest, session.data.evaluation.digest
+        passes = config.train.autocast, config.train.compile, config.train.micro_batch_tokens
+        machine = session.local_loss.is_flat, accelerator.device.type, accelerator.num_processes
+        return digest_of_parts(to_plain(config.model), session.base_digest, start, rows, passes, machine)
 
     def _take_reference(self) -> dict[str, numpy.ndarray]:
         """[rows] log p of the training and of the held-out answers, float64."""
+        # Of the base with the adapter off, which runs of other adapters share, or of the adapter as the run starts.
         session, reference = self.session, {}
         announce("reference", "log p of every answer, once")
         with session.model.disable_adapter() if self.is_base else contextlib.nullcontext():
