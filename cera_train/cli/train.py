@@ -86,9 +86,6 @@ def prepare(composed: DictConfig, job: Job | None = None) -> Config:
     config = to_config(composed)
     overrides = HydraConfig.get().overrides.task
     check_trust(composed, overrides)
-    folder = Path(config.output_dir) / config.name
-    if job is None and (folder / RECORD).exists():
-        raise UserError(f"{folder} is the folder of a sweep: choose another name=... for a run, or add -m.")
     if job is not None:
         tracker = replace(config.tracker, group=config.tracker.group or job.sweep.name)
         config = replace(config, output_dir=str(job.sweep), name=job.name, tracker=tracker)
@@ -105,6 +102,9 @@ def is_as_published(overrides: list[str]) -> bool:
 
 def run(config: Config) -> float | None:
     """Trains; returns the run's `sweep.metric`."""
+    folder = Path(config.output_dir) / config.name
+    if (folder / RECORD).exists():
+        raise UserError(f"{folder} is the folder of a sweep: choose another name=... for a run, or add -m.")
     announce_imports()
     with heavy_imports():
         from cera_train.training.train import launch

@@ -168,7 +168,7 @@ class EvalConfig(AnsweringConfig):
                 f"task={self.task.name} with run=base needs data=..., since there is no run whose rows to take.",
             )
         else:
-            mend = f"leave it out. `cera-eval --help` lists the settings task.KEY=... of task={self.task.name}"
+            mend = f"leave it out. `cera-eval task={self.task.name} --help` lists what this task takes"
             require(self.data is None, f"data=... belongs to task=perplexity: {mend}.")
 
     @property

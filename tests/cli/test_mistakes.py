@@ -51,6 +51,11 @@ MISTAKES = [
     ),
     ("cera-eval run=x task=gsm8k server=localhost:8000", "server=localhost:8000: ", "such as http://localhost:8000"),
     ("cera-train train.server=localhost:8000", "train.server=localhost:8000: ", "such as http://localhost:8000"),
+    (
+        "cera-eval run=x data=gsm8k task=reasoning_gym",
+        "data=... belongs to task=perplexity",
+        "task=reasoning_gym --help",
+    ),
     ("cera-eval run=x task=perplexity server=http://a", "task=perplexity measures losses", "leave out server="),
     ("cera-eval run=x task=gsm8k server=http://a launch.processes=2", "launch.processes=2: one", "Leave one of the"),
     (r'cera-eval run=x task=gsm8k task.stop=["\n"]', "in place of a line break", r"""$'task.stop=["\n"]'"""),

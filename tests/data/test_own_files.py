@@ -150,6 +150,9 @@ def test_a_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
     turns = [[question | {"content": f"next to {number}?"}, answer] for number in range(40)]
     write_jsonl("rows.jsonl", [{"messages": turn * (1 + number // 30)} for number, turn in enumerate(turns)])
     settings = [f"model.path={tiny_folder}", "data.train_files=[rows.jsonl]", "data.max_length=128"]
+    sweep = tmp_path / "outputs" / "default" / "sweep.json"  # a run of this name would be refused
+    sweep.parent.mkdir(parents=True)
+    sweep.touch()
     assert run_command("cera-train", *settings, "--look") == 0
     lines = capsys.readouterr().out.splitlines()
     labels = [line[:11].strip() for line in lines]
@@ -162,7 +165,8 @@ def test_a_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
     assert "[[hello there<|im_end|>]]" in "\n".join(lines)
     assert labels.count("example") == 2
     assert values["train it"] == shlex.join(["cera-train", "data=jsonl", *settings])
-    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["rows.jsonl"]
+    files = {path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts}
+    assert files == {tmp_path / "rows.jsonl", sweep}
 
 
 def test_a_run_records_what_it_decided_and_needs_the_files_no_more_once_it_is_finished(
