@@ -124,8 +124,8 @@ class AccuracyResult(Record, extra="allow"):
     def accuracies(self) -> list[Accuracy]:
         accuracies = []
         for match in filter(None, map(Accuracy.KEY.fullmatch, self.details)):
-            lower, upper = self.details.get(f"{match[0]}/interval") or (0, 0)
-            interval = (lower, upper) if lower < upper else None
+            ends = self.details.get(f"{match[0]}/interval")
+            interval = (*ends,) if isinstance(ends, list) and len(ends) == 2 and ends[0] < ends[1] else None
             accuracies.append(Accuracy(match[1], int(match[2]), self.details[match[0]], interval))
         return accuracies
 
@@ -213,7 +213,7 @@ class EvaluationFolder:
     def write_problems(self, problems: Sequence[Problem]) -> None:
         """Records the problems; a UserError where the folder has answers to others."""
         path, text = self.path / "problems.jsonl", to_lines(problems)
-        if path.exists() and self.has_begun() and path.read_text() != text:
+        if path.exists() and self.has_begun() and path.read_bytes() != text.encode():
             raise UserError(
                 f"{self.path} has answers to other problems: a data file changed. Restore it, or set "
                 "name=... for another folder."

@@ -118,6 +118,13 @@ def test_a_spectrum_without_singular_values_is_named(tmp_path: Path, module: Any
         read_runs([run])
 
 
+def test_a_figure_of_an_evaluation_that_is_no_number_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    (add_evaluation(run, "math") / "result.json").write_text('{"exact/pass@1": "high"}')
+    with pytest.raises(ValueError, match=r"math/result.json is broken: exact/pass@1\b.*got 'high'"):
+        read_runs([run])
+
+
 def test_an_unfinished_run_shows_what_it_has_and_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", perplexity=2.0, finished=False)
     with (run / "metrics.jsonl").open("a") as file:
