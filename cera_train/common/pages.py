@@ -140,6 +140,11 @@ STYLE = {
 }
 
 
+def shortened(label: str, longest: int) -> str:
+    """A label, without its middle where it is longer than that."""
+    return label if len(label) <= longest else f"{label[: longest - 13]}…{label[-12:]}"
+
+
 def render(picture: Picture) -> bytes:
     """The picture as PNG."""
     import matplotlib
@@ -150,9 +155,7 @@ def render(picture: Picture) -> bytes:
         axes = figure.subplots()
         picture.draw(axes)
         handles, labels = axes.get_legend_handles_labels()
-        labels = [
-            label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 13]}…{label[-12:]}" for label in labels
-        ]
+        labels = [shortened(label, LONGEST_LABEL) for label in labels]
         columns = 2 if max(map(len, labels), default=0) <= LONGEST_LABEL // 2 else 1
         figure.set_figheight(picture.height + LEGEND_LINE * math.ceil(len(labels) / columns))
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)

@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from cera_train.common.files import finite, write_text
-from cera_train.common.pages import BACKGROUND, COLORS, TEXT, Page, Picture, Table, styles_of
+from cera_train.common.pages import BACKGROUND, COLORS, TEXT, Page, Picture, Table, shortened, styles_of
 from cera_train.common.settings import map_values
 from cera_train.common.terminal import announce, counted, duration
 from cera_train.runs.results import SPECTRUM_TERMS, Environment
@@ -22,6 +22,9 @@ from cera_train.study.cells import Cell, Study
 from cera_train.study.results import Comparison, compare_cells, slopes
 
 RESULTS = "study_results.json"
+
+LONGEST_NAME = 28
+"""Characters of an arm or a condition beside the picture, which is narrow."""
 
 FIGURES = {
     "trainable_parameters": ("parameters", "{:,.0f}".format),
@@ -162,7 +165,8 @@ def _picture(outcome: str, matters: float, comparisons: Sequence[Comparison]) ->
             seeds = [scale * value for value in each.by_seed]
             axes.plot(seeds, [row + 0.2] * len(seeds), linestyle="none", marker="|", color=style["color"])
             axes.plot(scale * each.difference, row, **style | {"markerfacecolor": fill})
-        labels = ["\n".join(filter(None, [f"{each.second} - {each.first}", each.condition])) for each in comparisons]
+        names = ([f"{each.second} - {each.first}", each.condition] for each in comparisons)
+        labels = ["\n".join(shortened(name, LONGEST_NAME) for name in lines if name) for lines in names]
         axes.set_yticks(range(len(comparisons)), labels, fontsize=8.5)
         axes.set_ylim(len(comparisons) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+from matplotlib.figure import Figure
 
 from cera_train.common.errors import UserError
+from cera_train.study.page import write_study
 from cera_train.study.results import compare_cells, slopes
 from cera_train.study.verdict import contrast
 
@@ -93,6 +95,13 @@ def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_command, ca
     assert [own["verdict"] for own in results["contrasts"]] == ["not shown", "better"]
     assert results["cells"][0]["losses"][0]["loss"] == pytest.approx([1.02, 1.021, 1.022])
     assert results["command"] == "cera-train -m +study=which"
+
+
+def test_a_long_condition_leaves_the_picture_its_width(make_study, tmp_path):
+    study = make_study(conditions={"data.train_files": ["outputs/ground_truth/even.jsonl"]})
+    axes = Figure().subplots()
+    write_study(study, tmp_path / "report").pictures[0].draw(axes)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cera - lora\ndata.train_file…h/even.jsonl"]
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
