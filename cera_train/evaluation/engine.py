@@ -4,7 +4,6 @@ or for a run in training its model, or a server."""
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -107,9 +106,7 @@ class Sampler:
         if self.is_served and self.served_update != self.progress.update:
             self._serve()
         processes, process = self.accelerator.num_processes, self.accelerator.process_index
-        longest = max((len(request.prompt_ids) for request in requests), default=0)
-        share = math.ceil(len(requests) / processes) * (longest + max_new_tokens)
-        batches = self.engine.batches(requests, max_new_tokens, min(config.batch_tokens, share))[process::processes]
+        batches = self.engine.batches(requests, max_new_tokens, config, processes)[process::processes]
         answered = self.engine.answers(batches, max_new_tokens, stop, config)
         answers = {
             (answer.generation.problem, answer.generation.sample): answer

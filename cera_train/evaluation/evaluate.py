@@ -9,14 +9,16 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from cera_train.adapters.saved import keeps_base
 from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.terminal import ProgressBar, duration, print_fields, print_line
 from cera_train.distributed.accelerator import quiet_libraries, start_accelerator
 from cera_train.evaluation.engine import choose_dtype, load_subject
-from cera_train.evaluation.generate import requests_for
+from cera_train.evaluation.generate import CACHE_BYTES, requests_for
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.evaluation.server import Server
@@ -67,6 +69,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         )
         task = build_task(config.task)
         if is_main:
+            if config.generation.batch_tokens is None:
+                config = replace(config, generation=replace(config.generation, batch_tokens=folder.batch_tokens()))
             folder.write_config(config)
             print_line("evaluate", f"{subject}, on {config.task.name}, {computes}")
         accelerator.wait_for_everyone()
@@ -137,27 +141,39 @@ class Evaluation:
         engine = self.server or load_subject(self.subject, accelerator.device)
         room = settings.max_new_tokens
         requests = requests_for(problems, generation.samples, engine.tokenizer, room, engine.positions)
+        processes = accelerator.num_processes
+        if self.server is None:  # rounding follows from the batch: every process and a resumed call cut the same ones
+            tokens = generation.batch_tokens or engine.batch_tokens(requests, room, processes, self.cache_memory())
+            [tokens] = broadcast_object_list([tokens])
+            generation = replace(generation, batch_tokens=tokens)
+            if accelerator.is_main_process:
+                self.folder.write_config(replace(self.config, generation=generation))
         unfinished = [
             batch
-            for batch in engine.batches(requests, room, generation.batch_tokens)
+            for batch in engine.batches(requests, room, generation, processes)
             if any((request.problem, request.sample) not in done for request in batch)
         ]
-        mine = unfinished[accelerator.process_index :: accelerator.num_processes]
+        mine = unfinished[accelerator.process_index :: processes]
         by_id = {problem.id: problem for problem in problems}
         total, answered, correct, started = sum(map(len, mine)), 0, 0, time.perf_counter()
-        others = accelerator.num_processes - 1
+        others = processes - 1
         sharing = f" in this process, {others} more at work" if others else ""
         with (
             closing(ProgressBar("answer", total, 0, visible=accelerator.is_main_process)) as progress,
             closing(engine.answers(mine, room, settings.stop, generation)) as batches,
         ):
-            for batch in batches:
-                answers = [answer.generation for answer in batch]
+            for ended in batches:
+                answers = [answer.generation for answer in ended]
                 self.folder.append_answers(each for each in answers if (each.problem, each.sample) not in done)
                 answered += len(answers)
                 correct += sum(self.task.grade(by_id[answer.problem], answer).exact for answer in answers)
                 left = duration((time.perf_counter() - started) / answered * (total - answered))
                 progress.step(f"exact {correct / answered:.1%}{sharing}  {left} left", len(answers))
+
+    def cache_memory(self) -> int:
+        """Bytes for the keys and values of a batch."""
+        device = self.accelerator.device
+        return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CACHE_BYTES
 
     def measure_perplexity(self) -> PerplexityResult:
         """Measures perplexity with the adapter and without it, and on rows the spectra; once, then it is on record."""

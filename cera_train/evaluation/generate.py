@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,11 +27,13 @@ from cera_train.cera import for_inference
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.data.prepare import ids_of, start_ids, stop_ids
-from cera_train.model.folder import positions_of
+from cera_train.model.folder import cache_bytes, positions_of
 from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.settings.evaluation import GenerationConfig
 
 PROMPTS_AT_ONCE = 8  # few, so that prompts are padded little; enough to keep matrix products large
+ROWS_AT_ONCE = 256  # more answer no faster, and each needs logits of the whole vocabulary
+CACHE_BYTES = 2**32  # keys and values of a batch, where generation.batch_tokens is null
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: 
     batches: list[list[Request]] = []
     for request in sorted(requests, key=lambda request: -len(request.prompt_ids)):
         longest = len(batches[-1][0].prompt_ids) if batches else 0
-        if not batches or (len(batches[-1]) + 1) * (longest + max_new_tokens) > batch_tokens:
+        most = min(ROWS_AT_ONCE, batch_tokens // (longest + max_new_tokens))
+        if not batches or len(batches[-1]) >= most:
             batches.append([])
         batches[-1].append(request)
     return batches
@@ -180,11 +184,23 @@ class LoadedModel:
     context: Callable[[], AbstractContextManager] = nullcontext
     """Entered for each batch, such as autocast."""
 
-    batches = staticmethod(cut_batches)
-
     @property
     def positions(self) -> int | None:
         return positions_of(self.base.config)
+
+    def batches(
+        self, requests: Sequence[Request], max_new_tokens: int, config: GenerationConfig, processes: int
+    ) -> list[list[Request]]:
+        tokens = config.batch_tokens or self.batch_tokens(requests, max_new_tokens, processes)
+        return cut_batches(requests, max_new_tokens, tokens)
+
+    def batch_tokens(
+        self, requests: Sequence[Request], max_new_tokens: int, processes: int, memory: int = CACHE_BYTES
+    ) -> int:
+        """Tokens of a batch: as many as have room for keys and values, at most a process's share of the requests."""
+        longest = max((len(request.prompt_ids) for request in requests), default=0)
+        share = math.ceil(len(requests) / processes) * (longest + max_new_tokens)
+        return min(share, memory // cache_bytes(self.base.config, self.base.dtype.itemsize))
 
     def answers(
         self,
@@ -194,12 +210,11 @@ class LoadedModel:
         config: GenerationConfig,
         streamer: TextStreamer | None = None,
     ) -> Iterator[list[Answer]]:
-        """The answers of each batch. A streamer gets the tokens of a single request as they come."""
+        """The answers, as they end. A streamer gets the tokens of a single request as they come."""
         for batch in batches:
             with self.context():
                 self.prepare(max_new_tokens, stop)
-                answers = self.generate(batch, config, streamer)
-            yield answers
+                yield from self.generate(batch, config, streamer)
 
     def prepare(self, max_new_tokens: int, stop: list[str]) -> None:
         """Replaces the generation settings that came with the model, such as a penalty on repetition."""
@@ -209,8 +224,8 @@ class LoadedModel:
     @torch.no_grad()
     def generate(
         self, batch: Sequence[Request], config: GenerationConfig, streamer: TextStreamer | None = None
-    ) -> list[Answer]:
-        """The answers of a batch, after `prepare`."""
+    ) -> Iterator[list[Answer]]:
+        """The answers of a batch, as they end, after `prepare`."""
         settings = self.base.generation_config
         prompts = [torch.tensor(request.prompt_ids, dtype=torch.long) for request in batch]
         ids_BT = pad_sequence(prompts, True, settings.pad_token_id, "left").to(self.base.device)
@@ -218,7 +233,7 @@ class LoadedModel:
         choice = TokenChoice(batch, settings.max_new_tokens, config)
         with for_inference(self.model):
             if self.can_decode:
-                answers = self._decode(ids_BT, mask_BT, choice, streamer)
+                ended = self._decode(ids_BT, mask_BT, choice, streamer)
             else:
                 output = self.model.generate(
                     input_ids=ids_BT,
@@ -227,8 +242,9 @@ class LoadedModel:
                     tokenizer=self.tokenizer if settings.stop_strings else None,
                     streamer=streamer,
                 )
-                answers = output[:, ids_BT.shape[1] :].tolist()
-        return [answer_of(request, ids, self.tokenizer, settings) for request, ids in zip(batch, answers, strict=True)]
+                ended = [enumerate(output[:, ids_BT.shape[1] :].tolist())]
+            for answers in ended:
+                yield [answer_of(batch[row], ids, self.tokenizer, settings) for row, ids in answers]
 
     @property
     def can_decode(self) -> bool:
@@ -248,9 +264,9 @@ class LoadedModel:
 
     def _decode(
         self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, choice: TokenChoice, streamer: TextStreamer | None
-    ) -> list[list[int]]:
-        """The new tokens of every row, its end token included. Gives the answers of `model.generate`, faster: prompts
-        run beside others of like length, and a finished row leaves the batch at once.
+    ) -> Iterator[list[tuple[int, list[int]]]]:
+        """The rows that end at a step, each with its new tokens, the end token included. Gives the answers of
+        `model.generate`, faster: prompts run beside others of like length, and a finished row leaves the batch at once.
 
         Args:
             ids_BT: prompts, padded on the left.
@@ -262,7 +278,7 @@ class LoadedModel:
         if streamer is not None:
             streamer.put(ids_BT.cpu())
         cache, logits_BV = self._read_prompts(ids_BT, mask_BT)
-        rows, answers = [*range(len(ids_BT))], {}
+        rows = [*range(len(ids_BT))]
         for step in range(1, settings.max_new_tokens + 1):
             tokens_B = choice.tokens(logits_BV)
             ids_BT = torch.cat([ids_BT, tokens_B[:, None]], 1)
@@ -272,10 +288,10 @@ class LoadedModel:
             if stops is not None:
                 has_ended_B |= stops(ids_BT, None)
             has_ended = has_ended_B.tolist() if step < settings.max_new_tokens else [True] * len(rows)
-            answers |= {row: ids_BT[place, prompt:].tolist() for place, row in enumerate(rows) if has_ended[place]}
-            if all(has_ended):
-                break
             if any(has_ended):
+                yield [(row, ids_BT[place, prompt:].tolist()) for place, row in enumerate(rows) if has_ended[place]]
+                if all(has_ended):
+                    break
                 kept = (~has_ended_B).nonzero()[:, 0]
                 rows = [rows[place] for place in kept.tolist()]
                 ids_BT, mask_BT = ids_BT[kept], mask_BT[kept]
@@ -285,7 +301,6 @@ class LoadedModel:
             logits_BV = self._next_logits(ids_BT[:, -1:], mask_BT, cache)
         if streamer is not None:
             streamer.end()
-        return [answers[row] for row in range(len(answers))]
 
     def _read_prompts(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:
         """Keys and values of prompts, and the logits after each. A few run at a time, which `cut_batches` made

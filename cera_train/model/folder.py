@@ -92,6 +92,15 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1)
+    widths = [getattr(text, name, None) or 0 for name in ("head_dim", "qk_head_dim", "v_head_dim")]
+    width = max(widths) or text.hidden_size // heads
+    return 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width * itemsize
+
+
 # --- errors of transformers ------------------------------------------------------------------------------------------
 
 MENDS = {

@@ -9,6 +9,7 @@ import torch
 from architectures import ARCHITECTURES
 from conftest import make_tiny_llama
 from oracles import GREEDY, adapted, answers_of, assert_greedy_answers_are_the_librarys, let_answers_end
+from transformers import DynamicCache
 
 from cera_train.evaluation.generate import LoadedModel, Request, TokenChoice, cut_batches
 from cera_train.settings.evaluation import GenerationConfig
@@ -47,6 +48,8 @@ def requests(tokenizer) -> list[Request]:
 def test_rows_that_leave_do_not_change_the_others(engine, requests):
     let_answers_end(engine, requests)
     assert len(set(assert_greedy_answers_are_the_librarys(engine, requests))) >= 3
+    lengths = [{answer.tokens for answer, *_ in ended} for ended in engine.generate(requests, GREEDY)]
+    assert max(map(len, lengths)) == 1 < len(lengths)  # an answer comes as soon as it ends
     together = answers_of(engine, [requests], SAMPLED)
     assert together == answers_of(engine, [[request] for request in reversed(requests)], SAMPLED)
     assert together == answers_of(engine, cut_batches(requests, 12, 60), SAMPLED)
@@ -109,29 +112,29 @@ def test_an_answer_ends_at_the_end_token(engine, tokenizer, requests):
         return torch.full_like(logits, -torch.inf).index_fill(-1, torch.tensor([wanted]), 0.0)
 
     engine.base.lm_head.register_forward_hook(third_is_the_end)
-    [(answer, *_)] = engine.generate(requests[:1], GREEDY)
+    [[(answer, *_)]] = engine.generate(requests[:1], GREEDY)
     assert answer.text == tokenizer.decode([300, 300])
     assert (answer.tokens, answer.truncated) == (3, False)
     assert next(steps) == 3  # nothing runs on for a batch that is done
 
 
 def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(engine, requests):
-    [(whole, *_)] = engine.generate(requests[:1], GREEDY)
+    [[(whole, *_)]] = engine.generate(requests[:1], GREEDY)
     stop = " hello"
     assert stop in whole.text
     engine.prepare(12, [stop])
-    [(answer, *_)] = engine.generate(requests[:1], GREEDY)
+    [[(answer, *_)]] = engine.generate(requests[:1], GREEDY)
     assert answer.text == whole.text[: whole.text.index(stop)]
     assert not answer.truncated
     assert answer.tokens < whole.tokens
 
 
 def test_settings_that_came_with_the_model_do_not_count(engine, requests):
-    expected = engine.generate(requests, GREEDY)
+    expected = answers_of(engine, [requests], GREEDY)
     engine.base.generation_config.repetition_penalty = 5.0
     engine.base.generation_config.do_sample = True
     engine.prepare(12, [])
-    assert engine.generate(requests, GREEDY) == expected
+    assert answers_of(engine, [requests], GREEDY) == expected
 
 
 def test_batches_hold_every_request_once_sorted_and_bounded(requests):
@@ -143,6 +146,18 @@ def test_batches_hold_every_request_once_sorted_and_bounded(requests):
         assert len(batch) * (len(batch[0].prompt_ids) + 12) <= 100
     assert len(batches) < len(requests) / 2
     assert cut_batches(requests, 12, 1) == [[request] for batch in batches for request in batch]  # one always goes
+    assert [len(batch) for batch in cut_batches(requests * 60, 12, 10**9)] == [256, 256, 88]
+
+
+def test_a_batch_has_the_tokens_that_memory_holds_and_at_most_a_share_of_the_requests(engine, requests):
+    cache = DynamicCache(config=engine.base.config)
+    engine._next_logits(torch.tensor([[1]]), torch.tensor([[1]]), cache)
+    token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert engine.batch_tokens(requests, 12, processes=1, memory=100 * token) == 100
+    assert engine.batches(requests, 12, GenerationConfig(batch_tokens=100), 1) == cut_batches(requests, 12, 100)
+    [batch] = engine.batches(requests, 12, GenerationConfig(), processes=1)
+    assert len(batch) == len(requests)
+    assert 1 < len(engine.batches(requests, 12, GenerationConfig(), processes=4)) <= 4
 
 
 def test_a_tokenizer_without_an_end_is_refused():

@@ -70,7 +70,7 @@ GREEDY = GenerationConfig()
 
 
 def answers_of(engine: LoadedModel, batches, config) -> dict:
-    answers = [answer for batch in batches for answer in engine.generate(batch, config)]
+    answers = [answer for batch in batches for ended in engine.generate(batch, config) for answer in ended]
     return {(answer.problem, answer.sample): answer for answer, *_ in answers}
 
 
