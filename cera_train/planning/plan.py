@@ -19,7 +19,6 @@ from cera_train.common.terminal import announce
 from cera_train.model.precision import choose_precision
 from cera_train.planning.data_size import DataSize, TaskSize, data_size, sampled_size, task_size, trained_size
 from cera_train.settings.distributed import Strategy
-from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config, GpuKind, PlanRun
 
@@ -125,6 +124,7 @@ class RunPlan:
     evaluation_memory: float  # bytes of one process at the peak of an evaluation
     flops: dict[str, float]  # floating-point operations of the run by part
     answer_seconds: float  # of all answers to `train.tasks`, if each is as long as it may be
+    served_seconds: float  # of the same by one vLLM on such a device
     sampling_seconds: float  # of an update's answers, likewise
 
     @property
@@ -186,7 +186,9 @@ def _plan(config: PlanRun) -> RunPlan:
     trained, sampled = trained_size(config, data), sampled_size(config, data)
     tasks, totals = [task_size(name, config, data) for name in config.train.tasks], run_totals(config, data)
     with heavy_imports():
-        from cera_train.model.folder import positions_of
+        from cera_train.evaluation.generate import CACHE_BYTES, ROWS_AT_ONCE
+        from cera_train.evaluation.server import AT_ONCE
+        from cera_train.model.folder import cache_bytes, positions_of
         from cera_train.planning.dry_run import DryRun
     run = DryRun(config)
     positions = positions_of(run.base.config)
@@ -207,9 +209,18 @@ def _plan(config: PlanRun) -> RunPlan:
     mfu = config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU)
     memory = memory_of(config, run, highest.peak)
     layers = run.base.config.get_text_config().num_hidden_layers
-    step = LAYER_SECONDS * layers + run.memory["weights"] / device.bandwidth
-    token = operations["evaluation"] / (device.flops * mfu)
-    answering = functools.partial(answer_seconds, processes=config.plan.gpus, step_seconds=step, token_seconds=token)
+    reading, token = run.memory["weights"] / device.bandwidth, operations["evaluation"] / (device.flops * mfu)
+    tokens_at_once = CACHE_BYTES // cache_bytes(run.base.config, run.base.dtype.itemsize)
+
+    def served(task: TaskSize) -> float:  # a vLLM records the calls of the layers once
+        return answer_seconds(task, 1, AT_ONCE, reading, token)
+
+    def answered(task: TaskSize) -> float:
+        if config.train.server is not None:
+            return served(task)
+        rows = min(ROWS_AT_ONCE, int(tokens_at_once / (task.prompt_tokens + task.new_tokens)))
+        return answer_seconds(task, config.plan.gpus, rows, LAYER_SECONDS * layers + reading, token)
+
     trained_tokens = config.work.passes * totals.tokens
     return RunPlan(
         config=config,
@@ -229,8 +240,9 @@ def _plan(config: PlanRun) -> RunPlan:
             "backward": operations["backward"] * trained_tokens,
             "evaluations": operations["evaluation"] * totals.forward_tokens,
         },
-        answer_seconds=totals.task_evaluations * sum(map(answering, tasks)),
-        sampling_seconds=0.0 if sampled is None else answering(sampled),
+        answer_seconds=totals.task_evaluations * sum(map(answered, tasks)),
+        served_seconds=totals.task_evaluations * sum(map(served, tasks)),
+        sampling_seconds=0.0 if sampled is None else answered(sampled),
     )
 
 
@@ -260,19 +272,19 @@ def run_totals(config: Config, size: DataSize) -> RunTotals:
     )
 
 
-def answer_seconds(task: TaskSize, processes: int, step_seconds: float, token_seconds: float) -> float:
+def answer_seconds(task: TaskSize, processes: int, rows: int, step_seconds: float, token_seconds: float) -> float:
     """Time of the answers to a task, or to the prompts of an update.
 
     Decoding waits for the calls of its layers and for the weights to be read, not for its arithmetic: its time is that
     of its steps, one for each token of the longest answer of a batch, and of the products of all tokens.
 
     Args:
+        rows: answers at once in a process.
         step_seconds: of a step, before any product.
         token_seconds: of a token's products, at the speed of training.
     """
     count = math.ceil(task.problems / processes)
-    at_once = max(1, int(GenerationConfig.batch_tokens / (task.prompt_tokens + task.new_tokens)))
-    steps = math.ceil(count / at_once) * task.new_tokens
+    steps = math.ceil(count / max(1, rows)) * task.new_tokens
     return steps * step_seconds + count * token_seconds * (task.prompt_tokens + task.new_tokens / DECODING_SHARE)
 
 

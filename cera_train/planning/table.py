@@ -23,6 +23,7 @@ def print_plan(plan: RunPlan) -> None:
         time["of it sampling, at most"] = f"{plan.sampling_seconds:.3g} s"
     if plan.tasks:
         time["answers, at most"] = duration(plan.answer_seconds)
+        time["by a vLLM, at most"] = duration(plan.served_seconds)
     time["the run, h:mm:ss"] = duration(plan.seconds)
     if plan.config.plan.on_gpu:
         time["GPU-hours"] = f"{plan.gpu_hours:,.2f}"

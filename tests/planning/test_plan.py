@@ -123,14 +123,16 @@ def test_time_and_cost_follow_from_the_operations(tiny_plan):
     tasks = tiny_plan(*run, "train.tasks=[gsm8k]")
     assert tasks.answer_seconds > 0
     assert tasks.seconds - one.seconds == pytest.approx(tasks.answer_seconds)
+    served = tiny_plan(*run, "train.tasks=[gsm8k]", "train.server=http://localhost:8000")
+    assert served.answer_seconds == served.served_seconds == tasks.served_seconds < tasks.answer_seconds
 
 
 def test_the_time_of_answers_by_hand():
-    math = TaskSize("math", problems=5_000, prompt_tokens=100, new_tokens=924, source="")  # 32 of 1,024 tokens at once
-    assert answer_seconds(math, 1, step_seconds=2, token_seconds=0) == 157 * 924 * 2
-    assert answer_seconds(math, 4, step_seconds=2, token_seconds=0) == 40 * 924 * 2
+    math = TaskSize("math", problems=5_000, prompt_tokens=100, new_tokens=924, source="")
+    assert answer_seconds(math, 1, rows=32, step_seconds=2, token_seconds=0) == 157 * 924 * 2
+    assert answer_seconds(math, 4, rows=32, step_seconds=2, token_seconds=0) == 40 * 924 * 2
     products = 5_000 * 1e-5 * (100 + 924 / DECODING_SHARE)
-    assert answer_seconds(math, 1, step_seconds=0, token_seconds=1e-5) == pytest.approx(products)
+    assert answer_seconds(math, 1, 32, step_seconds=0, token_seconds=1e-5) == pytest.approx(products)
 
 
 def test_totals_follow_from_epochs_or_updates(compose):
