@@ -62,11 +62,13 @@ def start_accelerator(model: ModelConfig, autocast: bool | None, config: Distrib
     )
     if plugin is not None:
         os.environ.pop("ACCELERATE_USE_FSDP")  # else later runs of this process would be FSDP too
-    if plugin is not None and not has_gpu and accelerator.num_processes > 1:
-        # Accelerate offers FSDP2 on accelerators only; torch has it on CPUs too.
-        accelerator.state.fsdp_plugin = plugin
+    if not has_gpu:
+        shared = {"device": torch.device("cpu")}  # Accelerate's is cpu:0, and to move there copies what a file maps
+        if plugin is not None and accelerator.num_processes > 1:
+            # Accelerate offers FSDP2 on accelerators only; torch has it on CPUs too.
+            shared |= {"fsdp_plugin": plugin, "distributed_type": DistributedType.FSDP}
         for state in (AcceleratorState, PartialState):
-            state._shared_state["distributed_type"] = DistributedType.FSDP
+            state._shared_state.update(shared)
     check_distribution(accelerator, config.strategy)
     return accelerator
 

@@ -52,14 +52,15 @@ class Rate(NamedTuple):
 
 
 def auto_rate(model: ModelConfig, adapter: AdapterConfig, objective: ObjectiveKind) -> Rate:
-    """The learning rate of `optimizer.lr=auto`, to two digits: 5e-4 (2000 / hidden size)^p for LoRA, times the factors
-    of the adapter and the objective.
+    """The learning rate of `optimizer.lr=auto`, to two digits: 7.5e-4 (2000 / hidden size)^p for LoRA, times the
+    factors of the adapter and the objective.
 
-    5e-4, and p = 0.0775 for Qwen and 0.781 for Llama and others, were fitted by Tinker to sweeps with alpha = 32
-    (https://tinker-docs.thinkingmachines.ai/supervised-learning/sl-hyperparams). The factors: 2 for CeRA and its
-    control, whose branches start at half of LoRA's scale, as conf/study/auto_rate.yaml found; by argument 1/10 for full
-    fine-tuning, Tinker's too, and dense, 1 for LoRA's kin, and 1/10 for DPO and GRPO, which start from a model that
-    answers.
+    Tinker fitted 5e-4, and p = 0.0775 for Qwen and 0.781 for Llama and others, to sweeps with alpha = 32
+    (https://tinker-docs.thinkingmachines.ai/supervised-learning/sl-hyperparams). Short runs want more: 1.5 times by
+    https://thinkingmachines.ai/blog/lora, twice in those of 16 to 80 updates of conf/study/auto_rate.yaml and
+    fair_scale.yaml, where 1.5 costs less than 1 % of the loss. The factors: 2 for CeRA and its control, whose branches
+    start at half of LoRA's scale, as auto_rate.yaml found; by argument 1/10 for full fine-tuning, Tinker's too, and
+    dense, 1 for LoRA's kin, and 1/10 for DPO and GRPO, which start from a model that answers.
     """
     config = load_config(model).get_text_config()
     hidden_size = getattr(config, "hidden_size", None)
@@ -68,8 +69,8 @@ def auto_rate(model: ModelConfig, adapter: AdapterConfig, objective: ObjectiveKi
             f"optimizer.lr=auto: the config of {model.path} has no hidden_size: set a number, such as 3e-4."
         )
     exponent = 0.0775 if config.model_type.startswith("qwen") else 0.781
-    rate = 5e-4 * (2000 / hidden_size) ** exponent
-    reason = f"optimizer.lr=auto, 5e-4 (2000 / {hidden_size})^{exponent}"
+    rate = 7.5e-4 * (2000 / hidden_size) ** exponent
+    reason = f"optimizer.lr=auto, 7.5e-4 (2000 / {hidden_size})^{exponent}"
     if (factor := family(adapter.kind).rate_factor(adapter)) is None:
         reason += f", LoRA's: no factor is known for {title(adapter)}"
     else:

@@ -21,7 +21,7 @@ from cera_train.common.terminal import ProgressBar
 from cera_train.data.order import RowOrder
 from cera_train.data.prepare import prepare_data
 from cera_train.distributed.accelerator import start_accelerator, this_device
-from cera_train.distributed.sharding import load_optimizer_state
+from cera_train.distributed.sharding import load_optimizer_state, share_frozen_weights
 from cera_train.distributed.signals import Interruption
 from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.exams import Exams
@@ -162,6 +162,7 @@ class Session:
         groups = adapters.parameter_groups(self.model, config.adapter)
         self.optimizer = build_optimizer(groups, config.optimizer, accelerator.device)
         loss = SupervisedLoss(self.model, base, accelerator.autocast)
+        share_frozen_weights(loss)
         # `loss` under DDP or FSDP, and an optimizer that knows the gradient scaler
         self.loss, self.stepper = accelerator.prepare(loss, self.optimizer)
         self.local_loss = accelerator.unwrap_model(self.loss)

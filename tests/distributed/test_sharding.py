@@ -1,19 +1,32 @@
-"""Sharded weights and moments become whole one tensor at a time, and stay in one process only."""
+"""Sharded weights and moments become whole one tensor at a time, and stay in one process only. Replicas share the
+memory of what none of them trains."""
 
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import folder_of
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
+from cera_train.common.settings import to_plain
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
+from cera_train.runs.folder import RunFolder
+from cera_train.training.session import Session, settle
 
 
 @pytest.fixture
-def sharded():
-    """A model whose weights are sharded over a team of one, and its optimizer after a step."""
+def team_of_one():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def sharded(team_of_one):
+    """A model whose weights are sharded, and its optimizer after a step."""
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     for layer in model:
@@ -22,8 +35,7 @@ def sharded():
     optimizer = AdamW(model.parameters())
     model(distribute_tensor(torch.ones(2, 4), mesh, [Replicate()])).sum().backward()
     optimizer.step()
-    yield model, optimizer
-    torch.distributed.destroy_process_group()
+    return model, optimizer
 
 
 @pytest.fixture
@@ -51,3 +63,18 @@ def test_one_whole_tensor_at_a_time_is_on_the_gpu(sharded, on_the_gpu, keep):
     kept = [*weights.values(), *(moment for moments in state["state"].values() for moment in moments.values())]
     assert len(kept) == 16  # with the step count of each
     assert {type(tensor) for tensor in kept} == {torch.Tensor if keep else type(None)}
+
+
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
+def test_replicas_leave_the_frozen_weights_in_the_pages_of_their_file(tiny_config, team_of_one, monkeypatch):
+    """Which the processes of a machine share until one writes to them."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1" if "SIZE" in name else "0")
+    config = tiny_config("train.max_updates=1")
+    path = folder_of(config)
+    settled = settle(config, path)
+    with RunFolder.open(path, to_plain(settled.config)) as folder, Session(settled, folder, None) as session:
+        assert isinstance(session.loss, DistributedDataParallel)
+        mappings = Path("/proc/self/smaps").read_text().split("model.safetensors\n")[1:]
+        written = [next(line for line in mapping.splitlines() if "Anonymous" in line) for mapping in mappings]
+    assert {line.split(":")[1].strip() for line in written} == {"0 kB"}

@@ -68,10 +68,10 @@ def test_b_learns_faster_than_the_rest_by_its_ratio(kind):
         *[("adapter=full", 1 / 10), ("adapter=dense", 1 / 10)],
     ],
 )
-def test_the_automatic_rate_is_tinkers_times_the_factor_of_the_adapter(compose, tiny_folder, words, factor):
+def test_the_automatic_rate_is_the_formula_times_the_factor_of_the_adapter(compose, tiny_folder, words, factor):
     config = compose(f"model.path={tiny_folder}", words)
     rate, reason = auto_rate(config.model, config.adapter, ObjectiveKind.sft)
-    assert rate == pytest.approx(5e-4 * (2000 / 32) ** 0.781 * factor, rel=0.05)
+    assert rate == pytest.approx(7.5e-4 * (2000 / 32) ** 0.781 * factor, rel=0.05)
     assert f"x {factor:g} for " in reason
     assert auto_rate(config.model, config.adapter, ObjectiveKind.grpo).value == pytest.approx(rate / 10, rel=0.05)
 
@@ -80,5 +80,5 @@ def test_the_automatic_rate_of_qwen_and_of_a_method_without_a_factor(compose, tm
     Qwen2Config(hidden_size=5120, architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)
     config = compose(f"model.path={tmp_path}", "adapter=hira")
     rate, reason = auto_rate(config.model, config.adapter, ObjectiveKind.sft)
-    assert rate == 4.6e-4
-    assert reason.endswith("5e-4 (2000 / 5120)^0.0775, LoRA's: no factor is known for HiRA")
+    assert rate == 7e-4
+    assert reason.endswith("7.5e-4 (2000 / 5120)^0.0775, LoRA's: no factor is known for HiRA")

@@ -147,7 +147,7 @@ def test_what_auto_took_is_printed_recorded_and_kept_on_another_machine(tiny_con
     train_and_die_after(config, 1)
     printed = capsys.readouterr().out
     assert "precision  bfloat16: a bfloat16 machine" in printed
-    assert "\nrate       0.025: optimizer.lr=auto, 5e-4 (2000 / 32)^0.781, x 2 for CeRA\n" in printed
+    assert "\nrate       0.038: optimizer.lr=auto, 7.5e-4 (2000 / 32)^0.781, x 2 for CeRA\n" in printed
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["precision"] == {"dtype": "bfloat16", "reason": "a bfloat16 machine"}
     on(monkeypatch, "float32")
@@ -155,9 +155,9 @@ def test_what_auto_took_is_printed_recorded_and_kept_on_another_machine(tiny_con
     train(config)
     printed = capsys.readouterr().out
     assert f"precision  bfloat16: as {folder} was begun" in printed
-    assert f"\nrate       0.025: as {folder} was begun\n" in printed
+    assert f"\nrate       0.038: as {folder} was begun\n" in printed
     recorded = yaml.safe_load((folder / "config.yaml").read_text())
-    assert (recorded["model"]["dtype"], recorded["optimizer"]["lr"]) == ("bfloat16", 0.025)
+    assert (recorded["model"]["dtype"], recorded["optimizer"]["lr"]) == ("bfloat16", 0.038)
     assert recorded["train"]["compile"] is False
-    with pytest.raises(ValueError, match=r"optimizer\.lr was 0\.025, is 0\.01"):
+    with pytest.raises(ValueError, match=r"optimizer\.lr was 0\.038, is 0\.01"):
         train(tiny_config(*settings))

@@ -59,7 +59,7 @@ class Family(ABC):
         """Raises UserError where settings contradict each other. Imports no torch."""
 
     def rate_factor(self, config: AdapterConfig) -> float | None:
-        """The best learning rate over LoRA's, for `optimizer.lr=auto`, by argument and not measured. None: unknown."""
+        """The best learning rate over LoRA's, for `optimizer.lr=auto`. None: unknown."""
         return None
 
     def peft_config(self, config: AdapterConfig) -> peft.PeftConfig | None:
