@@ -23,6 +23,9 @@ from unittest.mock import patch
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses import fake_tensor as fake_tensors
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
@@ -53,11 +56,13 @@ class FakeDevice(TorchDispatchMode):
         self.masks = WeakIdKeyDictionary()
         """Real masks by the storage of their fakes."""
         self.blocks = WeakIdKeyDictionary()
-        """Sizes of the storages that are alive."""
+        """Blocks of the storages that are alive."""
         self.allocated = self.peak = 0
         """Bytes that torch's allocator would hold now, and held at most."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if any(issubclass(kind, DTensor | AsyncCollectiveTensor) for kind in types):
+            return NotImplemented  # they call the operations on their shards
         kwargs = kwargs or {}
         inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
         if not any(isinstance(tensor, FakeTensor) for tensor in inputs):
@@ -84,13 +89,19 @@ class FakeDevice(TorchDispatchMode):
     def _allocate(self, storage: torch.UntypedStorage) -> None:
         """Counts a storage once, in the allocator's blocks, until it is let go of."""
         if storage not in self.blocks:
-            self.blocks[storage] = size = -(-storage.nbytes() // BLOCK) * BLOCK
-            weakref.finalize(storage, self._free, size)
-            self.allocated += size
-            self.peak = max(self.peak, self.allocated)
+            self.blocks[storage] = block = SimpleNamespace(size=0)
+            weakref.finalize(storage, self._resize, block, 0)
+            self._resize(block, storage.nbytes())
 
-    def _free(self, size: int) -> None:
-        self.allocated -= size
+    def _resize(self, block: SimpleNamespace, size: int) -> None:
+        before, block.size = block.size, -(-size // BLOCK) * BLOCK
+        self.allocated += block.size - before
+        self.peak = max(self.peak, self.allocated)
+
+    def resize(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Counts a storage that FSDP frees or allocates in place, past all operations."""
+        if storage in self.blocks:
+            self._resize(self.blocks[storage], size)
 
     def reset_peak(self) -> None:
         self.peak = self.allocated
@@ -134,9 +145,35 @@ def swap_moved(swap: Callable[[torch.Tensor, torch.Tensor], None]) -> Callable[[
     return lambda old, new: None if (old.device, old.dtype) == (new.device, new.dtype) else swap(old, new)
 
 
+def resizing(device: FakeDevice) -> Callable[[torch.UntypedStorage, int], torch.UntypedStorage]:
+    """`torch.UntypedStorage.resize_`, counted."""
+    resize = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        device.resize(storage, size)
+        return resize(storage, size)
+
+    return resize_
+
+
 @contextlib.contextmanager
-def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeDevice]:
+def first_of(processes: int) -> Iterator[None]:
+    """Process 0 of so many, whose collectives bring no numbers."""
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    with patch.dict(os.environ, ranks):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def fake_gpu(capability: tuple[int, int] = (9, 0), processes: int = 1) -> Iterator[FakeDevice]:
     """A machine with one GPU, for as long as the block lasts. Backward passes run in the calling thread.
+
+    Args:
+        processes: with a GPU each; this is the first of them.
 
     Raises:
         RuntimeError: there is a GPU.
@@ -160,6 +197,8 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeDevice]:
     with contextlib.ExitStack() as stack:
         for name, value in values.items():
             stack.enter_context(patch.object(torch.cuda, name, lambda *args, answer=value, **settings: answer))
+        for name in ("Stream", "Event", "stream", "current_stream"):
+            stack.enter_context(patch.object(torch.cuda, name, getattr(torch.cpu, name)))
         stack.enter_context(patch.object(torch.accelerator, "is_available", lambda: True))
         stack.enter_context(patch.object(fake_tensors, "init_gpu_context", lambda device: None))
         stack.enter_context(patch.object(torch.utils, "swap_tensors", swap_moved(torch.utils.swap_tensors)))
@@ -179,6 +218,11 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeDevice]:
         device = stack.enter_context(FakeDevice())
         stack.enter_context(patch.object(torch.cuda, "max_memory_allocated", lambda *args: device.peak))
         stack.enter_context(patch.object(torch.cuda, "reset_peak_memory_stats", lambda *args: device.reset_peak()))
+        stack.enter_context(patch.object(torch.UntypedStorage, "resize_", resizing(device)))
+        # Accelerate finds the optimizer's weights among those of FSDP by their addresses.
+        stack.enter_context(patch.object(FakeTensor, "data_ptr", lambda fake: fake.untyped_storage()._cdata))
+        if processes > 1:
+            stack.enter_context(first_of(processes))
         yield device
 
 

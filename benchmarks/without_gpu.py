@@ -2,6 +2,7 @@
 
     python -m benchmarks.without_gpu                a table of all recipes, in two minutes
     python -m benchmarks.without_gpu math_r64 train.micro_batch_tokens=8192
+    python -m benchmarks.without_gpu math_r64 model=llama3_1_70b distributed.strategy=fsdp plan.gpus=8
 
 The updates are the program's: its session, model, adapter, loss and optimizer. What comes from the Hub is not there:
 the base has the shapes of its config.json, and the rows are as many and as long as cera-plan takes them to be.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -81,7 +83,7 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
         overrides: settings that differ from the recipe's, as on a command line.
     """
     with tempfile.TemporaryDirectory() as folder:
-        architecture = read_config(composed(f"+recipe={recipe}", *overrides).model)
+        architecture = read_config(composed(f"+recipe={recipe}", *overrides, command="plan").model)
         architecture.num_hidden_layers = layers or architecture.num_hidden_layers
         architecture.save_pretrained(folder)
         # Coverage is proven by gradients that are not zero, and a fake one has no numbers.
@@ -89,8 +91,9 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
         settings.append("train.compile=false")  # no compiler takes a fake device
         settings += ["train.tasks=[]", "train.tasks_every=null", "train.task_settings=null", "train.samples=0"]
         plan = make_plan(composed(*settings, command="plan"))
+        settings = [setting for setting in settings if not setting.startswith("plan.")]
         config, rows = composed(*settings, f"output_dir={folder}/outputs"), rows_of(plan)
-        with fake_gpu() as gpu, session_of(config, rows) as session:
+        with fake_gpu(processes=plan.config.plan.gpus) as gpu, session_of(config, rows) as session:
             gpu.reset_peak()
             for _ in range(UPDATES):
                 update(session)
@@ -100,18 +103,19 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
 
 
 def track_by_layers(recipe: str, *overrides: str) -> Tracked:
-    """The same for all layers of the base, by what the third adds to the first two."""
-    two, three = (track(recipe, layers, *overrides) for layers in (2, 3))
+    """The same for all layers of the base, by what one more adds to the first few."""
     plan = make_plan(composed(f"+recipe={recipe}", *overrides, command="plan"))
+    few = 2 if plan.config.plan.gpus == 1 else 12  # in fewer sharded layers, what is outside them needs the most
+    some, more = (track(recipe, layers, *overrides) for layers in (few, few + 1))
     layers = read_config(plan.config.model).num_hidden_layers
-    size = two.bytes + (layers - 2) * (three.bytes - two.bytes)
-    return replace(two, plan=plan, bytes=size)
+    size = some.bytes + (layers - few) * (more.bytes - some.bytes)
+    return replace(some, plan=plan, bytes=size)
 
 
 def rows_of(plan: RunPlan) -> TokenizedRows:
     """Rows of one length, for all updates, that fill a micro-batch as the planned one is filled."""
     largest, train = plan.micro_batch, plan.config.train
-    at_once = min(largest.rows, train.batch_size)
+    at_once = min(largest.rows, math.ceil(train.batch_size / plan.config.plan.gpus))
     length = min(largest.tokens, train.micro_batch_tokens) // at_once
     supervised = max(1, min(length - 1, round(length * largest.supervised)))
     example = Example([0] * length, [False] * (length - supervised) + [True] * supervised)
@@ -151,8 +155,8 @@ def session_of(config: Config, rows: TokenizedRows) -> Iterator[Session]:
 
 def random_base(path: str, **settings: Any) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """AutoModelForCausalLM.from_pretrained for a folder that has a config.json alone."""
-    device, quantization = settings["device_map"][""], settings["quantization_config"]
-    with torch.device(device):
+    quantization = settings["quantization_config"]
+    with torch.device("cuda"):  # also where it will be sharded: only the updates count
         base = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(path),
             dtype=settings["dtype"],

@@ -95,8 +95,8 @@ class DryRun:
                 linear.register_forward_hook(keep_input)
         layers = [layer for layer in self.base.modules() if type(layer).__name__ in self.base._no_split_modules]
         inside = sum(sizes[weight] for layer in layers for weight in layer.parameters())
-        self.gathered = sum(sizes.values()) - inside + 2 * inside / max(1, len(layers))
-        """Bytes of the weights that FSDP gathers while they compute: what is outside the layers, and two layers."""
+        self.layer, self.outside = inside / max(1, len(layers)), sum(sizes.values()) - inside
+        """Bytes of the weights of a layer, and of those outside the layers."""
         layout = config.train.batch_layout
         if layout == BatchLayout.auto and mixes_sequences(self.base):
             layout = BatchLayout.padded

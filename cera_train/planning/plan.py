@@ -315,7 +315,11 @@ def memory_of(config: PlanRun, run: DryRun, peak: float) -> dict[str, float]:
     processes, held = config.plan.gpus, sum(run.memory.values())
     parts = dict(run.memory)
     if processes > 1 and config.distributed.strategy == Strategy.fsdp:
-        parts = {name: size / processes for name, size in parts.items()} | {"gathered": run.gathered}
+        parts = {name: size / processes for name, size in parts.items()}
+        # FSDP2 gathers into a buffer and copies from there: as the first layer begins, what is outside the layers is in
+        # memory twice. Later the buffer holds the next layer.
+        activations = peak - held
+        parts["gathered"] = run.outside + 2 * run.layer + max(0, run.outside - activations)
     elif processes > 1:
         parts["buckets"] = parts["adapter"]  # gradients a second time, as DDP sends them
     if not config.plan.on_gpu:

@@ -71,6 +71,16 @@ def test_memory_is_linear_in_the_layers():
     assert abs(all_layers.difference) <= TOLERANCE
 
 
+SHARDED = ["model=llama3_1_70b", "distributed.strategy=fsdp", "plan.gpus=8"]
+
+
+@pytest.mark.parametrize("layers", [2, pytest.param(None, marks=pytest.mark.slow)])
+def test_a_sharded_70b_trains_within_the_planned_memory(layers):
+    """Process 0 of 8. With two layers the most is needed while the first one computes, with 80 when backward begins."""
+    tracked = track("math_r64", layers, *SHARDED)
+    assert abs(tracked.difference) <= TOLERANCE, f"{tracked.planned:,.0f} planned, {tracked.bytes:,} allocated"
+
+
 def test_mistakes_that_a_gpu_would_refuse_are_refused():
     with fake_gpu():
         x = torch.ones(3, 4, device="cuda")
