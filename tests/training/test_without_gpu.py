@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from benchmarks import compiled_layer
 from benchmarks.fake_gpu import fake_gpu
 from benchmarks.without_gpu import recipes, track
 
@@ -79,6 +80,13 @@ def test_a_sharded_70b_trains_within_the_planned_memory(layers):
     """Process 0 of 8. With two layers the most is needed while the first one computes, with 80 when backward begins."""
     tracked = track("math_r64", layers, *SHARDED)
     assert abs(tracked.difference) <= TOLERANCE, f"{tracked.planned:,.0f} planned, {tracked.bytes:,} allocated"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_the_compiler_saves_half_of_an_8b_layers_kernels():
+    for target in compiled_layer.targets(*compiled_layer.count()):
+        assert target.is_reached, target.line()
 
 
 def test_mistakes_that_a_gpu_would_refuse_are_refused():
