@@ -124,8 +124,8 @@ class GrpoConfig:
     """Sampled for each prompt: a group."""
     max_new_tokens: int = setting(256, "result")
     grader: Grader | None = setting(Grader.text, "result")
-    """How an answer is compared with the row's, as in task=jsonl: text, number, math or choice. A right one earns 1.
-    null: only `rewards` count."""
+    """How an answer is compared with the row's, as in task=jsonl: text, number, math or choice; rows of reasoning-gym
+    have their generators' grade instead of text. A right one earns 1. null: only `rewards` count."""
     rewards: list[str] = setting(list, "result")
     """Functions by import path, such as my_rewards.brevity: f(prompt, answer, gold) -> number, added to the grade."""
     scale: bool = setting(True, "result")

@@ -22,7 +22,7 @@ from cera_train.runs.folder import RunFolder
 from cera_train.runs.records import read_lines
 from cera_train.runs.results import SAMPLES, Sample
 from cera_train.training.objectives import grpo as module
-from cera_train.training.objectives.grpo import MOST_WEIGHT, grade
+from cera_train.training.objectives.grpo import MOST_WEIGHT, drawn_questions, grade
 from cera_train.training.session import Session, settle
 from cera_train.training.train import backward, train
 
@@ -245,8 +245,8 @@ def test_two_processes_sample_and_learn_what_one_does(tiny_folder, tmp_path, wri
 
 
 def test_an_answer_is_graded_as_by_a_task():
-    assert [grade("", answer, "a b", "text") for answer in (" a  b", "a c", "")] == [1, 0, 0]
-    assert grade("", "so 1,0 is 10.", "#### 10", "number") == 1
+    assert [grade("", answer, "a b", "text", {}) for answer in (" a  b", "a c", "")] == [1, 0, 0]
+    assert grade("", "so 1,0 is 10.", "#### 10", "number", {}) == 1
 
 
 @pytest.mark.parametrize(
@@ -266,6 +266,14 @@ def test_a_reward_that_tells_nothing_is_refused(grpo, monkeypatch, rewards, mess
     monkeypatch.setattr(module, "PATIENCE", 6)
     with pytest.raises(UserError, match=message):
         train(grpo(f"grpo.rewards=[{rewards}]"))
+
+
+def test_a_row_of_a_generator_is_graded_by_it(compose):
+    pytest.importorskip("reasoning_gym")
+    drawn = drawn_questions(compose("data=reasoning_gym", "data.train_rows=2").data)
+    for prompt, draw in drawn.items():
+        rewards = [grade(f"{prompt} ", f" {draw.answer}{rest}", draw.answer, "text", drawn) for rest in ("", ".0", "1")]
+        assert rewards == [1, 1, 0]  # the text of a sum with .0 is another
 
 
 def test_a_row_without_an_answer_for_the_grader_is_refused(grpo):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
@@ -15,6 +15,31 @@ from cera_train.evaluation.tasks.task import AnswerTask, Metric, Task, mean, que
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout, ReasoningGymConfig, check_generators
 from cera_train.settings.evaluation import TaskConfig
+
+
+class Graded(NamedTuple):
+    answer: str
+    credit: float
+    failure: str | None
+
+    @property
+    def is_right(self) -> bool:
+        return self.credit > 1 - 1e-9
+
+
+def grade(draw: Draw, text: str) -> Graded:
+    """What the generator of a question gives for as many lines of a text as the gold answer has."""
+    answer = "\n".join(text.strip().split("\n")[: draw.answer.count("\n") + 1]).strip()
+    try:
+        generator = open_generator(draw.generator, draw.level, draw.seed)
+        entry = generator[draw.index]  # what the grader reads beside the text
+        mend = "another version of reasoning-gym wrote it. Evaluate the run again."
+        require(entry["question"] == draw.question, f"{draw.generator} now has another question here: {mend}")
+        return Graded(answer, float(generator.score_answer(answer, entry=entry)), None)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a model may write must not end a run of hours
+        return Graded(answer, 0.0, f"crash: {type(error).__name__}: {error}")
 
 
 class ReasoningGym(AnswerTask):
@@ -43,22 +68,12 @@ class ReasoningGym(AnswerTask):
         return replace(settings, **{name: value for name, value in changes.items() if value is not None})
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
-        """The credit of the answer, which is as many lines as the gold answer."""
-        lines = generation.text.strip().split("\n")[: problem.gold.count("\n") + 1]
-        answer, credit, failure = "\n".join(lines).strip(), 0.0, None
-        try:
-            draw = Draw(**problem.details, question=problem.question, answer=problem.gold)
-            generator = open_generator(draw.generator, draw.level, draw.seed)
-            entry = generator[draw.index]  # what the grader reads beside the text
-            mend = "another version of reasoning-gym wrote it. Evaluate the run again."
-            require(entry["question"] == draw.question, f"{draw.generator} now has another question here: {mend}")
-            credit = float(generator.score_answer(answer, entry=entry))
-        except UserError:
-            raise
-        except Exception as error:  # whatever a model may write must not end an evaluation of hours
-            failure = f"crash: {type(error).__name__}: {error}"
-        is_right = credit > 1 - 1e-9
-        return Grade(generation.problem, generation.sample, answer or None, is_right, failure=failure, credit=credit)
+        draw = Draw(**problem.details, question=problem.question, answer=problem.gold)
+        graded = grade(draw, generation.text)
+        answer, is_right = graded.answer or None, graded.is_right
+        return Grade(
+            generation.problem, generation.sample, answer, is_right, failure=graded.failure, credit=graded.credit
+        )
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
         return {"credit": mean([grade.details["credit"] for grade in grades])}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import operator
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,12 +23,16 @@ from torch import Tensor
 from cera_train.adapters.saved import keeps_base
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
+from cera_train.data.computed import Draw, Split, draws
 from cera_train.data.prepare import Example, TokenizedRows, table_of
+from cera_train.data.rows import computed_row
 from cera_train.evaluation.generate import Answer, Request, check_positions
 from cera_train.evaluation.held_out import token_losses
+from cera_train.evaluation.tasks import reasoning_gym
 from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, gold
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.results import SAMPLES, Sample, figure
+from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.evaluation import GenerationConfig, Grader
 from cera_train.training.objectives import Drawn, Objective
 
@@ -58,7 +62,7 @@ class Grpo(Objective):
         self.session, self.config = session, session.config.grpo
         self.rewards: list[Reward] = [*map(named, self.config.rewards)]
         if self.config.grader is not None:
-            self.rewards.append(partial(grade, grader=self.config.grader))
+            self.rewards.append(partial(grade, grader=self.config.grader, drawn=drawn_questions(session.config.data)))
         require(
             not self.config.beta or keeps_base(session.model),
             f"grpo.beta={self.config.beta:g} needs the base as the reference, and adapter.kind="
@@ -187,8 +191,20 @@ class Grpo(Objective):
         )
 
 
-def grade(prompt: str, answer: str, right: str, grader: Grader) -> float:
-    """1 for an answer that is the row's, by one of the graders of task=jsonl."""
+def drawn_questions(data: DataConfig) -> dict[str, Draw]:
+    """The training questions of reasoning-gym by their prompts."""
+    return {
+        computed_row(draw.question, draw.answer)["prompt"].strip(): draw
+        for _, part in data.parts()
+        if part.layout == Layout.reasoning_gym
+        for draw in draws(part.reasoning_gym, Split.train, part.train_rows, "data.train_rows")
+    }
+
+
+def grade(prompt: str, answer: str, right: str, grader: Grader, drawn: Mapping[str, Draw]) -> float:
+    """1 for a right answer: by the generator that drew the question, else by one of the graders of task=jsonl."""
+    if grader == Grader.text and prompt.strip() in drawn:
+        return float(reasoning_gym.grade(drawn[prompt.strip()], answer).is_right)
     with errors_at(f"grpo.grader={grader}"):
         expected = gold({"answer": right}, "answer", grader)
     found = EXTRACT[grader](answer)
