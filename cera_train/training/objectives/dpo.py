@@ -110,7 +110,7 @@ class Dpo(Objective):
         return reference
 
     def _digest(self) -> str:
-        """Of the model, the rows, and what decides how the passes round."""
+        """A digest of the model, the rows, and what decides how the passes round."""
         session, config, accelerator = self.session, self.session.config, self.session.accelerator
         start = None if self.is_base else config.adapter.start_digest or [to_plain(config.adapter), config.train.seed]
         rows = session.data.train.digest, session.data.evaluation.digest
