@@ -20,7 +20,7 @@ import transformers
 from peft import LoraConfig
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StopStringCriteria, TextStreamer
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, StopStringCriteria, TextStreamer
 from transformers.cache_utils import DynamicLayer
 
 from cera_train.cera import for_inference
@@ -292,7 +292,7 @@ class LoadedModel:
                 yield [(row, ids_BT[place, prompt:].tolist()) for place, row in enumerate(rows) if has_ended[place]]
                 if all(has_ended):
                     break
-                kept = (~has_ended_B).nonzero()[:, 0]
+                kept = gap_free(has_ended_B)
                 rows = [rows[place] for place in kept.tolist()]
                 ids_BT, mask_BT = ids_BT[kept], mask_BT[kept]
                 choice.keep(kept)
@@ -302,27 +302,31 @@ class LoadedModel:
         if streamer is not None:
             streamer.end()
 
-    def _read_prompts(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:
-        """Keys and values of prompts, and the logits after each. A few run at a time, which `cut_batches` made
-        neighbours because of their like length: padding costs as much as tokens do."""
+    def _read_prompts(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[Cache, torch.Tensor]:
+        """Keys and values of prompts, and the logits after each. A prompt of several answers runs once. A few run at a
+        time, which `cut_batches` made neighbours because of their like length: padding costs as much as tokens do."""
+        (mask_BT, ids_BT), prompt_B = torch.stack([mask_BT, ids_BT]).unique_consecutive(return_inverse=True, dim=1)
         caches, logits = [], []
         for ids, mask in zip(ids_BT.split(PROMPTS_AT_ONCE), mask_BT.split(PROMPTS_AT_ONCE), strict=True):
             longest = int(mask.sum(-1).max())
             caches.append(DynamicCache(config=self.base.config))
             logits.append(self._next_logits(ids[:, -longest:], mask[:, -longest:], caches[-1]))
-        joined, width = DynamicCache(config=self.base.config), ids_BT.shape[1]
-        for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        width, room = ids_BT.shape[1], self.base.generation_config.max_new_tokens
+        layers = []
+        for parts in zip(*(cache.layers for cache in caches), strict=True):
             # Masked places weigh 0 in attention.
             keys, values = (
-                torch.cat([pad(states, (0, 0, width - states.shape[-2], 0)) for states in parts])
-                for parts in ([layer.keys for layer in layers], [layer.values for layer in layers])
+                torch.cat([pad(states, (0, 0, width - states.shape[-2], 0)) for states in states_of_parts])[prompt_B]
+                for states_of_parts in ([layer.keys for layer in parts], [layer.values for layer in parts])
             )
-            joined.update(keys, values, number)
-        return joined, torch.cat(logits)
+            layers.append(RoomyLayer(keys, values, room))
+        return Cache(layers), torch.cat(logits)[prompt_B]
 
-    def _next_logits(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    def _next_logits(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
         """[B, V] logits after the last of these tokens. The cache has what the mask covers before them, and gets
         them."""
+        # An index, since torch multiplies each row of a slice by a copy of the head's weights where they are frozen.
+        last = torch.tensor([-1], device=ids_BT.device)
         # transformers 5.24 renames the argument, and warns of the old name
         name = "cache" if "cache" in inspect.signature(self.base.forward).parameters else "past_key_values"
         output = self.model(
@@ -330,7 +334,45 @@ class LoadedModel:
             attention_mask=mask_BT,
             position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :],
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
             **{name: cache},
         )
         return output.logits[:, -1]
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room for more tokens. A DynamicLayer copies all it has for every token, and again for rows
+    that leave."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
+        super().__init__()
+        self._room = [
+            states.new_empty(*states.shape[:2], states.shape[2] + room, states.shape[3]) for states in (keys, values)
+        ]
+        self.lazy_initialization(keys, values)
+        self.update(keys, values)
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **settings: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self.get_seq_length()
+        end = start + keys.shape[2]
+        for room, states in zip(self._room, (keys, values), strict=True):
+            room[: len(states), :, start:end] = states
+        self.keys, self.values = (room[: len(keys), :, :end] for room in self._room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, rows_B: torch.Tensor) -> None:
+        """Reduces the batch to these rows; only those that change places are copied."""
+        moved = (rows_B != torch.arange(len(rows_B), device=rows_B.device)).nonzero()[:, 0]
+        for states in (self.keys, self.values):
+            states[moved] = states[rows_B[moved]]
+        self.keys, self.values = self.keys[: len(rows_B)], self.values[: len(rows_B)]
+
+
+def gap_free(has_ended_B: torch.Tensor) -> torch.Tensor:
+    """The rows that have not ended, the last ones in the places of those that have."""
+    going_on = (~has_ended_B).nonzero()[:, 0]
+    rows = torch.arange(len(going_on), device=going_on.device)
+    rows[has_ended_B[: len(rows)]] = going_on[going_on >= len(rows)]
+    return rows

@@ -9,6 +9,7 @@ import torch
 from architectures import ARCHITECTURES
 from conftest import make_tiny_llama
 from oracles import GREEDY, adapted, answers_of, assert_greedy_answers_are_the_librarys, let_answers_end
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from cera_train.evaluation.generate import LoadedModel, Request, TokenChoice, cut_batches
@@ -84,6 +85,35 @@ def test_samples_differ_from_each_other_and_by_seed(engine, requests):
     assert sum(answers[key].text == other[key].text for key in answers) <= 1
     problems = {problem for problem, _ in answers}
     assert sum(answers[problem, 0].text == answers[problem, 1].text for problem in problems) <= 1
+
+
+def test_a_prompt_of_several_answers_is_read_once(engine, requests):
+    read = []
+
+    def record(_, args, inputs):
+        read.append(inputs["input_ids"])
+
+    engine.model.register_forward_pre_hook(record, with_kwargs=True)
+    answers_of(engine, [requests], SAMPLED)
+    assert len(read[0]) == len({request.problem for request in requests}) == len(requests) / 2
+
+
+def test_the_head_multiplies_all_rows_at_once(engine, requests):
+    """torch would multiply each row of a slice, its last position, by a copy of the head's frozen weights."""
+    engine.base.requires_grad_(False)
+    widths = {"mm": set(), "bmm": set()}
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+            if (name := function.overloadpacket.__name__) in widths:
+                widths[name].add(arguments[1].shape[-1])
+            return function(*arguments, **(settings or {}))
+
+    with Products():
+        answers_of(engine, [requests], GREEDY)
+    vocabulary = engine.base.config.vocab_size
+    assert vocabulary in widths["mm"]
+    assert vocabulary not in widths["bmm"]
 
 
 def test_sampling_follows_temperature_and_top_p():
