@@ -57,8 +57,8 @@ architectures: $(VENV)/.installed-test  ## test every family of models and write
 	$(BIN)/python -m benchmarks.architectures
 
 evidence: $(VENV)/.installed-test  ## find a gate where there is one, and none where there is none
-	$(BIN)/python -m benchmarks.one_projection --ranks 64 --teachers linear 'even, 3 A' --students 'identity, half scale' CeRA
-	$(BIN)/python -m benchmarks.ground_truth
+	$(BIN)/python -m benchmarks.one_projection --ranks 64 --teachers linear 'even, 3 A' --students CeRA
+	$(BIN)/python -m benchmarks.ground_truth --controls
 	$(BIN)/cera-train -m +study=controls hydra/launcher=joblib
 	$(BIN)/cera-report outputs/controls
 

@@ -116,23 +116,26 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_base(folder: Path, updates: int) -> list[Row]:
-    """Trains every weight of a tiny Llama, from random ones, by this program; and goes on with marks, which tell
-    nothing, before the prompts. Another one, the speller, half learns to write words backwards. Returns the base's
-    rows."""
+    """Trains every weight of a tiny Llama, from random ones, by this program. Returns its rows."""
     tokenizer = make_tokenizer()
     torch.manual_seed(SEED)
     config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, **SIZES)
     LlamaForCausalLM(config).save_pretrained(folder / "random")
     tokenizer.save_pretrained(folder / "random")
+    usual = write(folder / "base.jsonl", sentences())
+    train(folder, "base", folder / "random", updates)
+    return usual
+
+
+def make_others(folder: Path, updates: int, usual: list[Row]) -> None:
+    """Trains the speller, which half learns to write words backwards; and the base on, with marks, which tell nothing,
+    before the prompts."""
     taught, asked = spelled()
     write(folder / "speller.jsonl", taught)
     write(folder / "asked.jsonl", asked)
     train(folder, "speller", folder / "random", TAUGHT)
-    usual = write(folder / "base.jsonl", sentences())
-    train(folder, "base", folder / "random", updates)
     write(folder / "marked.jsonl", marked(usual[:-HELD_OUT], MARKS), marked(usual[-HELD_OUT:], MARKS))
     train(folder, "marked", folder / "base" / "adapter", updates // 3)
-    return usual
 
 
 def train(folder: Path, name: str, model: Path, updates: int) -> None:
@@ -252,13 +255,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--updates", type=int, default=1_500, help="of the base's training")
+    parser.add_argument("--controls", action="store_true", help="only what +study=controls needs")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     usual = make_base(options.folder, options.updates)
     base = LlamaForCausalLM.from_pretrained(options.folder / "base" / "adapter").eval()
     tokenizer = make_tokenizer()
-    for rank in (1, 4):
-        write(options.folder / f"pairs_r{rank}.jsonl", pairs(BITS_OFFERED * PARAMETERS * rank // 8))
     for name, form in TEACHERS.items():
         teacher = Teacher(base, tokenizer, form)
         rows = write(options.folder / f"{name}.jsonl", teacher.writes())
@@ -270,7 +272,11 @@ def main() -> None:
             flush=True,
         )
         hook.remove()
-    write_triggers(options.folder, changed=rows, usual=usual)
+    if not options.controls:
+        make_others(options.folder, options.updates, usual)
+        write_triggers(options.folder, changed=rows, usual=usual)
+        for rank in (1, 4):
+            write(options.folder / f"pairs_r{rank}.jsonl", pairs(BITS_OFFERED * PARAMETERS * rank // 8))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
 
 
 def describe_targets(model: nn.Module) -> str | None:
-    """How many projections were adapted of all that have the names of adapted ones: `q_proj v_proj: 60 of 60 layers`.
+    """How many projections were adapted of all that have the names of adapted ones: `q_proj v_proj: 60 of 60`.
     None for a model without adapter layers."""
     total, adapted = Counter(), Counter()
     for kind, module in _projections(model):
@@ -47,7 +47,7 @@ def describe_targets(model: nn.Module) -> str | None:
     whole = [kind for kind in adapted if adapted[kind] == total[kind]]
     groups = [whole] * bool(whole) + [[kind] for kind in adapted if kind not in whole]
     parts = [
-        f"{' '.join(group)}: {sum(adapted[kind] for kind in group)} of {sum(total[kind] for kind in group)} layers"
+        f"{' '.join(group)}: {sum(adapted[kind] for kind in group)} of {sum(total[kind] for kind in group)}"
         for group in groups
     ]
     return "; ".join(parts) or None

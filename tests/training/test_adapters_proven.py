@@ -66,13 +66,13 @@ def test_the_proof_changes_no_number_of_a_run(tiny_config, more):
 def test_targets_are_counted_by_name(compose):
     """A layer that other layers share counts once."""
     adapter = compose("adapter.r=4", "adapter.target_modules=[q_proj,v_proj,in_proj]").adapter
-    assert describe_targets(build(FAMILIES["zamba2"].model(), adapter)) == "in_proj q_proj v_proj: 5 of 5 layers"
+    assert describe_targets(build(FAMILIES["zamba2"].model(), adapter)) == "in_proj q_proj v_proj: 5 of 5"
 
 
 def test_what_a_mamba_model_does_not_call_is_left_out_of_all_linear(tiny_config, mamba, capsys):
     train(tiny_config(mamba, "adapter.target_modules=all-linear", "train.max_updates=1"))
     left_out = "without 6 projections that the model or its kernels bypass: x_proj, dt_proj, out_proj"
-    assert f"coverage   in_proj: 2 of 2 layers\ncoverage   {left_out}\n" in capsys.readouterr().out
+    assert f"coverage   in_proj: 2 of 2\ncoverage   {left_out}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["cera", "miss"])
