@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks import ground_truth, one_projection
-from benchmarks.ground_truth import Teacher, make_base, make_tokenizer, write
+from benchmarks.ground_truth import Teacher, make_base, make_others, make_tokenizer, write
 from benchmarks.one_projection import STUDENTS, TEACHERS, Data, teach, train
 
 
@@ -45,7 +45,7 @@ def test_the_closed_form_of_lora_is_the_best_of_its_rank(data_of):
 @pytest.mark.slow
 def test_a_teacher_writes_what_its_branch_makes_likely(tmp_path, monkeypatch):
     monkeypatch.setattr(ground_truth, "WRITTEN", 300)
-    make_base(tmp_path, updates=80)
+    usual = make_base(tmp_path, updates=80)
     base, tokenizer = LlamaForCausalLM.from_pretrained(tmp_path / "base" / "adapter").eval(), make_tokenizer()
     affine = {}
     for name, form in ground_truth.TEACHERS.items():
@@ -61,3 +61,10 @@ def test_a_teacher_writes_what_its_branch_makes_likely(tmp_path, monkeypatch):
         assert teacher.loss(rows[:5]) == pytest.approx(Teacher(base, tokenizer, form).loss(rows[:5]))
     assert affine["even"] < 0.95  # its inputs are few letters yet
     assert affine["linear"] == pytest.approx(1)
+
+    monkeypatch.setattr(ground_truth, "TAUGHT", 20)
+    make_others(tmp_path, 30, usual)
+    asked = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    assert all(row["completion"] == row["prompt"][-2::-1] for row in asked if row["prompt"] >= "m")
+    assert all(f"{row['completion']}:" == row["prompt"] for row in asked if row["prompt"] < "m")
+    assert all((tmp_path / name / "adapter" / "config.json").exists() for name in ("speller", "marked"))
