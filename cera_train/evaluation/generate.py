@@ -292,11 +292,12 @@ class LoadedModel:
                 yield [(row, ids_BT[place, prompt:].tolist()) for place, row in enumerate(rows) if has_ended[place]]
                 if all(has_ended):
                     break
-                kept = gap_free(has_ended_B)
+                kept, gaps = gap_free(has_ended_B)
                 rows = [rows[place] for place in kept.tolist()]
                 ids_BT, mask_BT = ids_BT[kept], mask_BT[kept]
                 choice.keep(kept)
-                cache.batch_select_indices(kept)
+                for layer in cache.layers:
+                    layer.keep(kept, gaps)
             mask_BT = pad(mask_BT, (0, 1), value=1)
             logits_BV = self._next_logits(ids_BT[:, -1:], mask_BT, cache)
         if streamer is not None:
@@ -362,17 +363,17 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[: len(keys), :, :end] for room in self._room)
         return self.keys, self.values
 
-    def batch_select_indices(self, rows_B: torch.Tensor) -> None:
-        """Reduces the batch to these rows; only those that change places are copied."""
-        moved = (rows_B != torch.arange(len(rows_B), device=rows_B.device)).nonzero()[:, 0]
+    def keep(self, rows_B: torch.Tensor, gaps: torch.Tensor) -> None:
+        """Reduces the batch to these rows; only those that fill gaps are copied."""
         for states in (self.keys, self.values):
-            states[moved] = states[rows_B[moved]]
+            states[gaps] = states[rows_B[gaps]]
         self.keys, self.values = self.keys[: len(rows_B)], self.values[: len(rows_B)]
 
 
-def gap_free(has_ended_B: torch.Tensor) -> torch.Tensor:
-    """The rows that have not ended, the last ones in the places of those that have."""
+def gap_free(has_ended_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that have not ended, the last ones in the gaps that the others leave; and these gaps."""
     going_on = (~has_ended_B).nonzero()[:, 0]
     rows = torch.arange(len(going_on), device=going_on.device)
-    rows[has_ended_B[: len(rows)]] = going_on[going_on >= len(rows)]
-    return rows
+    gaps = has_ended_B[: len(rows)].nonzero()[:, 0]
+    rows[gaps] = going_on[len(rows) - len(gaps) :]
+    return rows, gaps
