@@ -193,7 +193,7 @@ def print_errors(studies: int) -> None:
 @dataclass(frozen=True)
 class Tuning:
     """Two arms that are equal at their best rate, which lies anywhere within half a step of the middle of five rates a
-    doubling apart: losses = bend d^2 + skew max(d, 0)^3 + noise, d in doublings."""
+    doubling apart: losses = bend d^2 + skew max(d, 0)^3 + noise, d in doublings. A run that breaks down is 1 higher."""
 
     name: str
     bend: tuple[float, float]
@@ -203,6 +203,8 @@ class Tuning:
     """Standard deviation between the seeds of an arm, common to its rates."""
     skew: float = 0.0
     """Of the second arm."""
+    broken: float = 0.0
+    """Share of the runs at the two highest rates that break down."""
 
     def draw(self, studies: int, seeds: int, generator: numpy.random.Generator) -> numpy.ndarray:
         """[studies, arms, rates, seeds]"""
@@ -210,7 +212,9 @@ class Tuning:
         skew = numpy.array([0, self.skew])[:, None, None] * distance.clip(min=0) ** 3
         losses = numpy.array(self.bend)[:, None, None] * distance**2 + skew
         losses = losses + self.seed * generator.normal(size=(studies, 2, 1, seeds))
-        return losses + self.noise * generator.normal(size=(studies, 2, 5, seeds))
+        losses = losses + self.noise * generator.normal(size=(studies, 2, 5, seeds))
+        losses[:, :, 3:] += generator.random((studies, 2, 2, seeds)) < self.broken
+        return losses
 
 
 TUNINGS = (
@@ -220,6 +224,7 @@ TUNINGS = (
     Tuning("flatter against sharper: bend 0 and 0.2", (0.0, 0.2)),
     Tuning("one arm steep beyond its best, 0.1 a doubling cubed", (0.02, 0.02), skew=0.1),
     Tuning("steep, hardly noisy: bend 0.2, noise 0.01", (0.2, 0.2), noise=0.01, skew=0.1),
+    Tuning("the first; a tenth of the runs at high rates break down", (0.02, 0.02), seed=0.03, broken=0.1),
 )
 
 
@@ -227,12 +232,12 @@ def wrong_after_tuning(tuning: Tuning, seeds: int, tune_seeds: int, studies: int
     """Shares of wrong verdicts: each seed judged at the rate that the other seeds choose; all at the rate of the lowest
     mean; the same, widened as a study does. `tune_seeds` choose and do not judge; 0: all do both."""
     losses = tuning.draw(studies, seeds + tune_seeds, numpy.random.default_rng(0))
-    means = losses[..., : tune_seeds or seeds].mean(-1)
-    best, judging = means.argmin(2), losses[..., tune_seeds:]
+    tuning_losses, judging = losses[..., : tune_seeds or seeds], losses[..., tune_seeds:]
+    best, middle = tuning_losses.mean(-1).argmin(2), numpy.median(tuning_losses, -1)
     others = best[..., None] if tune_seeds else (losses.sum(-1, keepdims=True) - losses).argmin(2)
 
     def at(place: numpy.ndarray) -> numpy.ndarray:
-        return numpy.take_along_axis(means, place[..., None], axis=2)[..., 0]
+        return numpy.take_along_axis(middle, place[..., None], axis=2)[..., 0]
 
     def wrong(rates: numpy.ndarray, between: numpy.ndarray | float = 0.0) -> float:
         values = numpy.take_along_axis(judging, rates[:, :, None], axis=2)[:, :, 0]
@@ -241,7 +246,7 @@ def wrong_after_tuning(tuning: Tuning, seeds: int, tune_seeds: int, studies: int
         return float((numpy.abs(differences.mean(1)) > half + between).mean())
 
     inside = best.clip(1, 3)
-    between = ((at(inside - 1) + at(inside + 1)) / 2 - at(inside)).max(1) / 4
+    between = ((at(inside - 1) + at(inside + 1)) / 2 - at(inside)).max(1).clip(min=0) / 4
     between[(inside != best).any(1)] = numpy.inf  # a best rate at the end of its grid allows no verdict
     everywhere = numpy.broadcast_to(best[..., None], (*best.shape, seeds))
     return wrong(numpy.broadcast_to(others, everywhere.shape)), wrong(everywhere), wrong(everywhere, between)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
@@ -187,12 +187,12 @@ class Cell:
         values = [getattr(result if hasattr(result, name) else result.spectrum, name) for result in results]
         return None if None in values else fmean(values)
 
-    def along(self, key: str) -> dict[float, float]:
-        """The grid through the chosen values along one of them: value -> mean loss, by size; empty for words."""
+    def along(self, key: str, average: Callable = fmean) -> dict[float, float]:
+        """The grid through the chosen values along one of them: value -> loss over seeds, by size; empty for words."""
         others = self.chosen.values | {key: ""}
         try:
             line = [
-                (float(candidate.values[key]), fmean(row))
+                (float(candidate.values[key]), average(row))
                 for row, candidate in zip(self.losses, self.candidates, strict=True)
                 if candidate.values | {key: ""} == others
             ]
@@ -233,17 +233,17 @@ class Cell:
         """The most by which a value between those of the grid could lower the loss: in nats a token, or of a score.
 
         Near its minimum a loss is a parabola. If its neighbours are higher than the best value by b on average, the
-        minimum is at most b / 4 below that value.
+        minimum is at most b / 4 below that value. Medians over seeds: one run that breaks down is no bend.
         """
         most = 0.0
         for key, value in self.chosen.values.items():
-            if len(line := self.along(key)) > 2:
+            if len(line := self.along(key, median)) > 2:
                 numbers, losses = list(line), list(line.values())
                 place = numbers.index(float(value))
                 # A neighbour that diverged says nothing of the bend.
                 neighbours = [loss for loss in losses[max(place - 1, 0) : place + 2] if math.isfinite(loss)]
                 neighbours.remove(losses[place])
-                most += (fmean(neighbours) - losses[place]) / 4 if neighbours else 0.0
+                most += max(fmean(neighbours) - losses[place], 0.0) / 4 if neighbours else 0.0
         return most
 
     def missing(self) -> list[str]:
