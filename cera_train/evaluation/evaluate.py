@@ -69,8 +69,6 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         )
         task = build_task(config.task)
         if is_main:
-            if config.generation.batch_tokens is None:
-                config = replace(config, generation=replace(config.generation, batch_tokens=folder.batch_tokens()))
             folder.write_config(config)
             print_line("evaluate", f"{subject}, on {config.task.name}, {computes}")
         accelerator.wait_for_everyone()
@@ -135,25 +133,21 @@ class Evaluation:
         )
 
     def generate_missing(self, problems: Sequence[Problem], done: Container[Key]) -> None:
-        """Appends this process's share of the missing answers to its file, as they come. A batch that lacks one is
-        generated whole, since the rounding of an answer depends on its batch."""
+        """Appends this process's share of the missing answers to its file, as they come."""
         accelerator, settings, generation = self.accelerator, self.config.task, self.config.generation
         engine = self.server or load_subject(self.subject, accelerator.device)
         room = settings.max_new_tokens
-        requests = requests_for(problems, generation.samples, engine.tokenizer, room, engine.positions)
+        requests = [
+            request
+            for request in requests_for(problems, generation.samples, engine.tokenizer, room, engine.positions)
+            if (request.problem, request.sample) not in done
+        ]
         processes = accelerator.num_processes
-        if self.server is None:  # rounding follows from the batch: every process and a resumed call cut the same ones
+        if self.server is None:  # rounding follows from the batch: every process cuts the same ones
             tokens = generation.batch_tokens or engine.batch_tokens(requests, room, processes, self.cache_memory())
             [tokens] = broadcast_object_list([tokens])
             generation = replace(generation, batch_tokens=tokens)
-            if accelerator.is_main_process:
-                self.folder.write_config(replace(self.config, generation=generation))
-        unfinished = [
-            batch
-            for batch in engine.batches(requests, room, generation, processes)
-            if any((request.problem, request.sample) not in done for request in batch)
-        ]
-        mine = unfinished[accelerator.process_index :: processes]
+        mine = engine.batches(requests, room, generation, processes)[accelerator.process_index :: processes]
         by_id = {problem.id: problem for problem in problems}
         total, answered, correct, started = sum(map(len, mine)), 0, 0, time.perf_counter()
         others = processes - 1
@@ -164,7 +158,7 @@ class Evaluation:
         ):
             for ended in batches:
                 answers = [answer.generation for answer in ended]
-                self.folder.append_answers(each for each in answers if (each.problem, each.sample) not in done)
+                self.folder.append_answers(answers)
                 answered += len(answers)
                 correct += sum(self.task.grade(by_id[answer.problem], answer).exact for answer in answers)
                 left = duration((time.perf_counter() - started) / answered * (total - answered))

@@ -1,8 +1,8 @@
 """Requests, and a model in this process that answers them: greedy, or sampled with random numbers that depend on (seed,
 problem, sample) alone.
 
-Except for rounding, an answer depends neither on its batch nor on the order of problems. Batches are always cut from
-all requests, also where some are done, so a resumed evaluation repeats an uninterrupted one bit for bit.
+Except for rounding, an answer depends neither on its batch nor on the order of problems, so a resumed evaluation
+answers only what is missing.
 """
 
 from __future__ import annotations

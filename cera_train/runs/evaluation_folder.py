@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import yaml
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import locked, read_json, read_yaml, write_text
+from cera_train.common.files import locked, read_json, write_text
 from cera_train.common.settings import to_plain
 from cera_train.common.trust import redact_tree
 from cera_train.runs.records import Record, differences, read_lines, to_lines
@@ -202,11 +202,6 @@ class EvaluationFolder:
                 "for another folder, or set these back to resume it."
             )
         write_text(path, yaml.safe_dump(plain, sort_keys=False))
-
-    def batch_tokens(self) -> int | None:
-        """`generation.batch_tokens` of an earlier call."""
-        path = self.path / "config.yaml"
-        return read_yaml(path)["generation"]["batch_tokens"] if path.exists() else None
 
     def result(self) -> AccuracyResult | PerplexityResult | None:
         """result.json; None before the evaluation is finished."""

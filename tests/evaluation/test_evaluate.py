@@ -101,20 +101,7 @@ def test_interrupted_equals_uninterrupted(eval_config, run, monkeypatch, tmp_pat
     result = evaluate(eval_config(*sampled))
     assert contents(run / "eval" / "gsm8k") == expected
     assert result == whole
-    assert sum(again) == 8 * whole["samples"] - sum(generated) + (generated[-1] if broken_line else 0)
-
-
-def test_the_size_of_batches_is_recorded_and_kept(eval_config, run, monkeypatch):
-    """A resumed evaluation cuts the batches of the first call, whatever memory is free by then."""
-    sizes, folder = iter([60]), run / "eval" / "gsm8k"
-    monkeypatch.setattr(LoadedModel, "batch_tokens", lambda *_: next(sizes))
-    config = eval_config("generation.batch_tokens=null")
-    evaluate(config)
-    whole = contents(folder)
-    (folder / "generations.jsonl").write_bytes(b"".join(whole["generations.jsonl"].splitlines(keepends=True)[:3]))
-    evaluate(config)
-    assert contents(folder) == whole
-    assert yaml.safe_load((folder / "config.yaml").read_text())["generation"]["batch_tokens"] == 60
+    assert sum(again) == 8 * whole["samples"] - sum(generated) + broken_line
 
 
 def test_samples_give_pass_at_k_for_every_k(eval_config, write_answers, capsys):
