@@ -22,7 +22,8 @@ from benchmarks.targets import Target, ratios
 from benchmarks.training import PACKAGE, lines_of
 from cera_train.adapters.build import build
 from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.evaluation.generate import LoadedModel, Request, answer_of
+from cera_train.evaluation.generate import LoadedModel
+from cera_train.evaluation.requests import Request, answer_of
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.weights import load_model
 from cera_train.runs.evaluation_folder import Generation

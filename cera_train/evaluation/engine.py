@@ -19,7 +19,8 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, remove_folder, write_folder
 from cera_train.common.settings import require
 from cera_train.distributed.sharding import trainable_weights
-from cera_train.evaluation.generate import Answer, LoadedModel, Request
+from cera_train.evaluation.generate import LoadedModel
+from cera_train.evaluation.requests import Answer, Request
 from cera_train.evaluation.server import Server
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.loss import SupervisedLoss

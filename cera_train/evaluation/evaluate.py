@@ -18,9 +18,10 @@ from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.terminal import ProgressBar, duration, print_fields, print_line
 from cera_train.distributed.accelerator import quiet_libraries, start_accelerator
 from cera_train.evaluation.engine import choose_dtype, load_subject
-from cera_train.evaluation.generate import CACHE_BYTES, requests_for
+from cera_train.evaluation.generate import CACHE_BYTES
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
+from cera_train.evaluation.requests import requests_for
 from cera_train.evaluation.server import Server
 from cera_train.evaluation.tasks.task import AnswerTask, Task, build_task, describe_trained_on, load_problems
 from cera_train.model.folder import load_tokenizer

@@ -20,8 +20,8 @@ from cera_train.common.terminal import counted
 from cera_train.data.prepare import encode
 from cera_train.data.sources import answered_rows
 from cera_train.evaluation.engine import Sampler
-from cera_train.evaluation.generate import Request, requests_for
 from cera_train.evaluation.grading import grade_all, score
+from cera_train.evaluation.requests import Request, requests_for
 from cera_train.evaluation.tasks.task import AnswerTask, build_task, load_problems, question_id, training_task
 from cera_train.model.folder import positions_of
 from cera_train.runs.evaluation_folder import Generation, Problem

@@ -25,7 +25,7 @@ from transformers import TextStreamer
 
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.terminal import announce
-from cera_train.evaluation.generate import Answer, Request, answer_of, generation_settings, seed_of
+from cera_train.evaluation.requests import Answer, Request, answer_of, generation_settings, seed_of
 from cera_train.model.folder import files_of, model_ends
 from cera_train.runs.subject import digest_of
 from cera_train.settings.evaluation import GenerationConfig

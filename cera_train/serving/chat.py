@@ -20,7 +20,7 @@ from cera_train.data.rows import PROMPT, Row
 from cera_train.data.segments import TURNS, columns_read, segmenter, turns_of
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
-from cera_train.evaluation.generate import Request, check_positions
+from cera_train.evaluation.requests import Request, check_positions
 from cera_train.evaluation.server import Server
 from cera_train.model.folder import load_tokenizer
 from cera_train.runs.subject import find_subject

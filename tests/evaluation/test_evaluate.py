@@ -20,7 +20,8 @@ from cera_train.common.errors import UserError
 from cera_train.data.computed import logistic_map_rows
 from cera_train.evaluation import engine
 from cera_train.evaluation.evaluate import evaluate
-from cera_train.evaluation.generate import Answer, LoadedModel
+from cera_train.evaluation.generate import LoadedModel
+from cera_train.evaluation.requests import Answer
 from cera_train.evaluation.tasks import gsm8k
 from cera_train.evaluation.tasks.task import load_problems
 from cera_train.runs.evaluation_folder import ENDINGS, EvaluationFolder, Generation

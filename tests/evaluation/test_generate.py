@@ -12,7 +12,8 @@ from oracles import GREEDY, adapted, answers_of, assert_greedy_answers_are_the_l
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from cera_train.evaluation.generate import LoadedModel, Request, TokenChoice, cut_batches
+from cera_train.evaluation.generate import LoadedModel, TokenChoice, cut_batches
+from cera_train.evaluation.requests import Request
 from cera_train.settings.evaluation import GenerationConfig
 
 SAMPLED = GenerationConfig(samples=2, temperature=0.8, top_p=0.95)

@@ -4,7 +4,8 @@ import pytest
 from conftest import make_tiny_llama
 from oracles import adapted, assert_greedy_answers_are_the_librarys, let_answers_end
 
-from cera_train.evaluation.generate import LoadedModel, Request
+from cera_train.evaluation.generate import LoadedModel
+from cera_train.evaluation.requests import Request
 
 pytestmark = pytest.mark.gpu
 

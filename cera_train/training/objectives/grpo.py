@@ -26,8 +26,8 @@ from cera_train.common.settings import require
 from cera_train.data.computed import Draw, Split, draws
 from cera_train.data.prepare import Example, TokenizedRows, table_of
 from cera_train.data.rows import computed_row
-from cera_train.evaluation.generate import Answer, Request, check_positions
 from cera_train.evaluation.held_out import token_losses
+from cera_train.evaluation.requests import Answer, Request, check_positions
 from cera_train.evaluation.tasks import reasoning_gym
 from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, gold
 from cera_train.model.batches import MicroBatches

@@ -1,0 +1,99 @@
+"""Requests to a model, and the answers to them, whichever engine gives them: this process or a server."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import transformers
+
+from cera_train.common.settings import require
+from cera_train.data.prepare import ids_of, start_ids, stop_ids
+from cera_train.runs.evaluation_folder import Generation, Problem
+from cera_train.settings.evaluation import GenerationConfig
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to generate."""
+
+    problem: str
+    sample: int
+    prompt_ids: tuple[int, ...]
+
+
+class Answer(NamedTuple):
+    generation: Generation
+    ids: list[int]
+    """Its tokens, the end token included."""
+    log_p: list[float] | None = None
+    """Of each token, where a server sampled them."""
+
+
+def requests_for(
+    problems: Sequence[Problem], samples: int, tokenizer: Any, max_new_tokens: int, positions: int | None
+) -> list[Request]:
+    """The answers to generate: `samples` for each problem, in order."""
+    start = start_ids(tokenizer)
+    prompts = [(*start, *ids) for ids in ids_of([problem.prompt for problem in problems], tokenizer)]
+    check_positions("task.max_new_tokens", max_new_tokens, max(map(len, prompts)), positions)
+    return [
+        Request(problem.id, sample, prompt)
+        for problem, prompt in zip(problems, prompts, strict=True)
+        for sample in range(samples)
+    ]
+
+
+def check_positions(setting: str, max_new_tokens: int, longest: int, positions: int | None) -> None:
+    """Raises UserError where an answer to the longest prompt may need more positions than the model has."""
+    require(
+        positions is None or longest + max_new_tokens <= positions,
+        f"{setting}={max_new_tokens} after a prompt of {longest} tokens is beyond the {positions} positions of this "
+        f"model: lower {setting}, or shorten the prompt.",
+    )
+
+
+def generation_settings(
+    tokenizer: Any, model_ends: int | list[int] | None, max_new_tokens: int, stop: list[str]
+) -> transformers.GenerationConfig:
+    """When an answer ends. Raises UserError where no token ends one."""
+    ends = stop_ids(tokenizer, model_ends)
+    require(bool(ends), "the tokenizer has no end-of-text token: set one in its tokenizer_config.json.")
+    return transformers.GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=min(ends),
+        stop_strings=stop or None,
+    )
+
+
+def answer_of(
+    request: Request,
+    ids: list[int],
+    tokenizer: Any,
+    settings: transformers.GenerationConfig,
+    log_p: list[float] | None = None,
+) -> Answer:
+    """The answer that these tokens are, up to the first end token."""
+    end = next((place for place, token in enumerate(ids) if token in settings.eos_token_id), None)
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    stops = [text.index(stop) for stop in settings.stop_strings or [] if stop in text]
+    # `model.generate` pads a row that met a stop text with the end token, which then is no token of the answer.
+    ids = ids if end is None else ids[: end + (not stops)]
+    generation = Generation(
+        request.problem,
+        request.sample,
+        text[: min(stops)] if stops else text,
+        tokens=len(ids),
+        truncated=end is None and not stops,
+    )
+    return Answer(generation, ids, log_p)
+
+
+def seed_of(request: Request, config: GenerationConfig) -> int:
+    """The seed of an answer's random numbers, 63 bits."""
+    digest = hashlib.sha256(f"{config.seed}/{request.problem}/{request.sample}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
