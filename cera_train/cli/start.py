@@ -30,7 +30,7 @@ from cera_train.cli.mistakes import SCHEMAS, explain_composition, for_hydra, opt
 from cera_train.common.errors import UserError, explain
 from cera_train.common.files import config_dir
 from cera_train.common.settings import MISSING, flatten, keys_of, require
-from cera_train.common.terminal import announce
+from cera_train.common.terminal import announce_import
 from cera_train.common.trust import clean, redact
 from cera_train.distributed.processes import is_main_process, join_slurm_step
 from cera_train.settings.data import as_list
@@ -167,9 +167,8 @@ def register_configs(*recipes: str) -> None:
 
 
 def announce_imports() -> None:
-    """Prints a line before torch and the libraries on it take their seconds to import."""
-    if is_main_process() and "torch" not in sys.modules:
-        announce("loading", "PyTorch and transformers")
+    if is_main_process():
+        announce_import("PyTorch and transformers")
 
 
 def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:

@@ -38,6 +38,12 @@ def announce(label: str, text: str) -> None:
     print_line(label, text, sys.stderr)
 
 
+def announce_import(libraries: str) -> None:
+    """Says so before torch and libraries on it take their seconds to import."""
+    if "torch" not in sys.modules:
+        announce("loading", libraries)
+
+
 def print_fields(fields: Mapping[str, str]) -> None:
     """A label and a value on each line, values aligned."""
     width = max([16, *(len(label) + 2 for label in fields)])

@@ -4,13 +4,12 @@ that a mistake is answered at once."""
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from cera_train.adapters.saved import check_saved, check_start, is_saved_in, weights_file
 from cera_train.common.errors import UserError
-from cera_train.common.terminal import announce
+from cera_train.common.terminal import announce_import
 from cera_train.runs.records import load_config
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig
@@ -98,8 +97,7 @@ def find_start(config: AdapterConfig) -> Path:
     """The folder of the adapter that `adapter.start_from` names. Raises UserError where there is none, or one that does
     not fit the settings."""
     _, adapter = find_adapter(Path(config.start_from), "adapter.start_from")
-    if "torch" not in sys.modules:
-        announce("loading", "PyTorch and PEFT")
+    announce_import("PyTorch and PEFT")
     check_start(config, adapter)
     return adapter
 

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import dataclasses
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cera_train.adapters.families.base import Family
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.common.terminal import announce
+from cera_train.common.terminal import announce_import
 from cera_train.common.trust import BEYOND_WEIGHTS
 from cera_train.settings.adapters import AdapterConfig
 
@@ -140,8 +139,7 @@ def config_class_of(method: str) -> type[peft.PeftConfig]:
 def usable_methods() -> list[str]:
     """The names of PEFT's methods whose tuner only replaces modules: the loop calls the model inside it, and nothing
     between updates."""
-    if "torch" not in sys.modules:
-        announce("loading", "PyTorch and PEFT")
+    announce_import("PyTorch and PEFT")
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 
