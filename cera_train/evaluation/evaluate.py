@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 
 from cera_train.adapters.saved import keeps_base
 from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.terminal import ProgressBar, duration, print_fields, print_line
-from cera_train.distributed.accelerator import quiet_libraries, start_accelerator
+from cera_train.distributed.accelerator import forget_earlier_runs, quiet_libraries, start_accelerator
 from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.generate import CACHE_BYTES
 from cera_train.evaluation.grading import grade_all, score
@@ -49,6 +49,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         UserError: the run, the task or its data cannot be used.
     """
     quiet_libraries()
+    forget_earlier_runs()
     subject = find_subject(config)
     name = config.folder_name + (subject.part if config.name is None else "")
     path = subject.folder / "eval" / name
@@ -146,8 +147,7 @@ class Evaluation:
         processes = accelerator.num_processes
         if self.server is None:  # rounding follows from the batch: every process cuts the same ones
             tokens = generation.batch_tokens or engine.batch_tokens(requests, room, processes, self.cache_memory())
-            [tokens] = broadcast_object_list([tokens])
-            generation = replace(generation, batch_tokens=tokens)
+            generation = replace(generation, batch_tokens=min(gather_object([tokens])))
         mine = engine.batches(requests, room, generation, processes)[accelerator.process_index :: processes]
         by_id = {problem.id: problem for problem in problems}
         total, answered, correct, started = sum(map(len, mine)), 0, 0, time.perf_counter()

@@ -6,7 +6,6 @@ the model, so the losses of a run are equal to the bit with and without it.
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -59,15 +58,21 @@ def task_exam(name: str, config: Config, tokenizer: Any, model: PreTrainedModel)
 
 
 def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | None) -> Exam:
-    """The prompts of the first evaluation rows that have one, each up to its first answer, which is the reference."""
+    """The prompts of the first evaluation rows that have one, each up to its first answer, which is the reference; none
+    that leaves a sample no room."""
     problems, requests, room = [], [], SAMPLE_ROOM
-    for part, prompt, answer in itertools.islice(answered_rows(config, tokenizer), count):
+    longest = sys.maxsize if positions is None else positions - SAMPLE_ROOM
+    for part, prompt, answer in answered_rows(config, tokenizer):
         text = "".join(segment.text for segment in prompt)
         whole = replace(part, max_length=sys.maxsize)
         [encoded_prompt, encoded_answer] = encode([prompt, [answer]], whole, tokenizer)
+        if len(encoded_prompt.input_ids) > longest:
+            continue
         problems.append(Problem(f"{question_id(text)}-{len(problems)}", text, text, answer.text.strip()))
         requests.append(Request(problems[-1].id, 0, tuple(encoded_prompt.input_ids)))
         room = max(room, len(encoded_answer.input_ids))
+        if len(problems) == count:
+            break
     if positions is not None:
         room = min(room, positions - max((len(request.prompt_ids) for request in requests), default=0))
     return Exam(None, None, problems, requests, room, [])

@@ -195,7 +195,7 @@ class LoadedModel:
                 streamer.put(tokens_B.cpu())
             has_ended_B = torch.isin(tokens_B, ends)
             if stops is not None:
-                has_ended_B |= stops(ids_BT, None)
+                has_ended_B |= stops(ids_BT[:, prompt:], None)
             has_ended = has_ended_B.tolist() if step < settings.max_new_tokens else [True] * len(rows)
             if any(has_ended):
                 yield [(row, ids_BT[place, prompt:].tolist()) for place, row in enumerate(rows) if has_ended[place]]
@@ -223,13 +223,16 @@ class LoadedModel:
             logits.append(self._next_logits(ids[:, -longest:], mask[:, -longest:], caches[-1]))
         width, room = ids_BT.shape[1], self.base.generation_config.max_new_tokens
         layers = []
-        for parts in zip(*(cache.layers for cache in caches), strict=True):
+        for number in range(len(caches[0].layers)):
+            parts = [cache.layers[number] for cache in caches]
             # Masked places weigh 0 in attention.
             keys, values = (
                 torch.cat([pad(states, (0, 0, width - states.shape[-2], 0)) for states in states_of_parts])[prompt_B]
                 for states_of_parts in ([layer.keys for layer in parts], [layer.values for layer in parts])
             )
             layers.append(RoomyLayer(keys, values, room))
+            for cache in caches:
+                cache.layers[number] = None  # else keys and values of all layers would be there twice
         return Cache(layers), torch.cat(logits)[prompt_B]
 
     def _next_logits(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: Cache) -> torch.Tensor:

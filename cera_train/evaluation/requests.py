@@ -59,14 +59,16 @@ def generation_settings(
     tokenizer: Any, model_ends: int | list[int] | None, max_new_tokens: int, stop: list[str]
 ) -> transformers.GenerationConfig:
     """When an answer ends. Raises UserError where no token ends one."""
-    ends = stop_ids(tokenizer, model_ends)
+    added = tokenizer.added_tokens_decoder.items() if stop else []
+    special = {token.content: number for number, token in added if token.special}
+    ends = stop_ids(tokenizer, model_ends) | {special[text] for text in stop if text in special}
     require(bool(ends), "the tokenizer has no end-of-text token: set one in its tokenizer_config.json.")
     return transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=min(ends),
-        stop_strings=stop or None,
+        stop_strings=[text for text in stop if text not in special] or None,  # decoded texts have no special tokens
     )
 
 

@@ -196,7 +196,8 @@ def test_a_sample_is_a_row_up_to_its_first_answer(tokenizer, compose, write_json
     assert [request.prompt_ids for request in exam.requests] == [ids] * 2
     assert len({request.problem for request in exam.requests}) == 2
     assert exam.max_new_tokens == SAMPLE_ROOM
-    assert rows_exam(data, 1, tokenizer, positions=len(ids) + 5).max_new_tokens == 5
+    assert rows_exam(data, 1, tokenizer, positions=len(ids) + SAMPLE_ROOM).requests
+    assert not rows_exam(data, 1, tokenizer, positions=len(ids) + SAMPLE_ROOM - 1).requests
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from cera_train.evaluation.generate import LoadedModel, TokenChoice, cut_batches
-from cera_train.evaluation.requests import Request
+from cera_train.evaluation.requests import Request, generation_settings
 from cera_train.settings.evaluation import GenerationConfig
 
 SAMPLED = GenerationConfig(samples=2, temperature=0.8, top_p=0.95)
@@ -158,6 +158,22 @@ def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(engine, requests):
     assert answer.text == whole.text[: whole.text.index(stop)]
     assert not answer.truncated
     assert answer.tokens < whole.tokens
+
+
+def test_a_stop_text_does_not_begin_in_the_prompt(engine, requests, tokenizer):
+    logits = torch.zeros(len(tokenizer)).index_fill(0, torch.tensor([300]), 1.0)
+    engine.base.lm_head.register_forward_hook(lambda head, inputs, output: logits.expand_as(output))
+    engine.prepare(12, [tokenizer.decode([requests[0].prompt_ids[-1], 300])])
+    [[(answer, *_)]] = engine.generate(requests[:1], GREEDY)
+    assert (answer.text, answer.truncated) == (tokenizer.decode([300] * 12), True)
+
+
+def test_a_special_token_as_stop_text_is_an_end_token(tokenizer):
+    """Neither engine finds it in an answer's text, which has no special tokens."""
+    special = next(text for text in tokenizer.all_special_tokens if text != tokenizer.eos_token)
+    settings = generation_settings(tokenizer, None, 8, [special, "Q:"])
+    assert set(settings.eos_token_id) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(special)}
+    assert settings.stop_strings == ["Q:"]
 
 
 def test_settings_that_came_with_the_model_do_not_count(engine, requests):

@@ -214,6 +214,7 @@ def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
         seen[problem.id] += 1
         count = seen[problem.id]
         problems.append(problem if count == 1 else problem.replace(id=f"{problem.id}-{count}"))
+    require(bool(problems), f"task={config.name} has no problems: the run holds out no row that it could ask.")
     return problems
 
 

@@ -157,6 +157,14 @@ def test_rows_that_held_out_cannot_ask_are_refused(write_jsonl):
         held_out_problems(None)
 
 
+def test_a_run_that_holds_out_no_row_of_a_task_is_refused(write_jsonl):
+    file = str(write_jsonl("qa.jsonl", [{"q": "1", "a": "2"}] * 4))
+    parts = [MixPart(train_files=[file], prompt="{q}", completion="{a}"), MixPart(layout="logistic_map", eval_rows=0)]
+    data = DataConfig(prompt="x", completion="{y}", eval_rows=1, mix=parts)
+    with pytest.raises(UserError, match="task=logistic_map has no problems: the run holds out no row"):
+        load_problems(training_task("logistic_map", {}), data)
+
+
 def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and_place(config_of, write_jsonl):
     questions = [f"How many apples has {name}?" for name in ("Ann", "Bob", "Cem", "Dan", "Eve")]
     task = config_of([GSM8K | {"question": question} for question in questions])
