@@ -204,7 +204,7 @@ class Tuning:
     skew: float = 0.0
     """Of the second arm."""
     broken: float = 0.0
-    """Share of the runs at the two highest rates that break down."""
+    """Share of the runs at the three highest rates that break down."""
 
     def draw(self, studies: int, seeds: int, generator: numpy.random.Generator) -> numpy.ndarray:
         """[studies, arms, rates, seeds]"""
@@ -213,7 +213,7 @@ class Tuning:
         losses = numpy.array(self.bend)[:, None, None] * distance**2 + skew
         losses = losses + self.seed * generator.normal(size=(studies, 2, 1, seeds))
         losses = losses + self.noise * generator.normal(size=(studies, 2, 5, seeds))
-        losses[:, :, 3:] += generator.random((studies, 2, 2, seeds)) < self.broken
+        losses[:, :, 2:] += generator.random((studies, 2, 3, seeds)) < self.broken
         return losses
 
 
@@ -225,6 +225,7 @@ TUNINGS = (
     Tuning("one arm steep beyond its best, 0.1 a doubling cubed", (0.02, 0.02), skew=0.1),
     Tuning("steep, hardly noisy: bend 0.2, noise 0.01", (0.2, 0.2), noise=0.01, skew=0.1),
     Tuning("the first; a tenth of the runs at high rates break down", (0.02, 0.02), seed=0.03, broken=0.1),
+    Tuning("the last; a tenth of the runs at high rates break down", (0.2, 0.2), noise=0.01, skew=0.1, broken=0.1),
 )
 
 
@@ -245,9 +246,10 @@ def wrong_after_tuning(tuning: Tuning, seeds: int, tune_seeds: int, studies: int
         half = stdtrit(seeds - 1, 1 - ERROR_RATE / 2) * differences.std(1, ddof=1) / numpy.sqrt(seeds)
         return float((numpy.abs(differences.mean(1)) > half + between).mean())
 
-    inside = best.clip(1, 3)
-    between = ((at(inside - 1) + at(inside + 1)) / 2 - at(inside)).max(1).clip(min=0) / 4
-    between[(inside != best).any(1)] = numpy.inf  # a best rate at the end of its grid allows no verdict
+    lowest = middle.argmin(2).clip(1, 3)
+    between = at(best) - at(lowest) + ((at(lowest - 1) + at(lowest + 1)) / 2 - at(lowest)) / 4
+    between = between.clip(min=0).max(1)
+    between[(best.clip(1, 3) != best).any(1)] = numpy.inf  # a best rate at the end of its grid allows no verdict
     everywhere = numpy.broadcast_to(best[..., None], (*best.shape, seeds))
     return wrong(numpy.broadcast_to(others, everywhere.shape)), wrong(everywhere), wrong(everywhere, between)
 

@@ -230,20 +230,21 @@ class Cell:
 
     @property
     def between(self) -> float:
-        """The most by which a value between those of the grid could lower the loss: in nats a token, or of a score.
+        """The most by which another value, in the grid or between, could lower the loss: in nats, or of a score.
 
-        Near its minimum a loss is a parabola. If its neighbours are higher than the best value by b on average, the
+        Near its minimum a loss is a parabola. If its neighbours are higher than the lowest value by b on average, the
         minimum is at most b / 4 below that value. Medians over seeds: one run that breaks down is no bend.
         """
         most = 0.0
         for key, value in self.chosen.values.items():
             if len(line := self.along(key, median)) > 2:
-                numbers, losses = list(line), list(line.values())
-                place = numbers.index(float(value))
+                losses = list(line.values())
+                lowest = min(losses)
+                place = losses.index(lowest)
                 # A neighbour that diverged says nothing of the bend.
                 neighbours = [loss for loss in losses[max(place - 1, 0) : place + 2] if math.isfinite(loss)]
-                neighbours.remove(losses[place])
-                most += max(fmean(neighbours) - losses[place], 0.0) / 4 if neighbours else 0.0
+                neighbours.remove(lowest)
+                most += line[float(value)] - lowest + (fmean(neighbours) - lowest if neighbours else 0.0) / 4
         return most
 
     def missing(self) -> list[str]:

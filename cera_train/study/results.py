@@ -106,7 +106,7 @@ class Slope:
     name: str
     by_seed: list[float]
     value: float
-    interval: tuple[float, float]
+    interval: list[float]
     """Student's 95 % interval over seeds, on the problems at hand; without bounds for one seed."""
 
 
@@ -124,7 +124,7 @@ def slopes(study: Study) -> list[Slope]:
 
 def _slope(name: str, differences: dict[int, numpy.ndarray]) -> Slope:
     by_seed = numpy.polyfit(numpy.log2(list(differences)), list(differences.values()), 1)[0]
-    interval = (-math.inf, math.inf)
+    interval = [-math.inf, math.inf]
     if len(by_seed) > 1:
-        interval = tuple(map(float, ttest_1samp(by_seed, 0.0).confidence_interval(LEVEL)))
+        interval = [*map(float, ttest_1samp(by_seed, 0.0).confidence_interval(LEVEL))]
     return Slope(name, by_seed.tolist(), float(by_seed.mean()), interval)

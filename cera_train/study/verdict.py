@@ -12,7 +12,7 @@ Each part has the t quantile of its degrees of freedom. If each part alone keeps
 whatever the parts' sizes: Banerjee 1960, "Expressions for the lower bound to confidence coefficient", Sankhya 21.
 
 Each arm is compared at the best of its tuned values. Chance has a part in which one that is, and a better one may lie
-between two of the grid: `Cell.between` bounds what that is worth, and widens the interval. Without it, and where every
+between two of the grid: `Cell.between` bounds what those are worth, and widens the interval. Without it, and if every
 seed is judged at the value that the others choose, more than 5 % of verdicts on equal arms are wrong: `python -m
 benchmarks.verdicts`.
 """
