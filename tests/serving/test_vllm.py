@@ -59,15 +59,20 @@ ADAPTERS = {
 }
 
 
+def generate(model, prompt: list[int], tokens: int):
+    """The library's greedy answer, with its scores."""
+    ids = torch.tensor([prompt])
+    return model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+        output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+
+
 def greedy(model) -> list[tuple[list[int], list[float]]]:
     """Tokens and log-probabilities of the answers to PROMPTS."""
     answers = []
     for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False,
-            output_scores=True, return_dict_in_generate=True,
-        )  # fmt: skip
+        output = generate(model, prompt, TOKENS)
         tokens = output.sequences[0, len(prompt) :].tolist()
         scores = [score[0].log_softmax(-1)[token].item() for score, token in zip(output.scores, tokens, strict=True)]
         answers.append((tokens, scores))
@@ -270,11 +275,7 @@ def sums(folder, wanted, tokenizer) -> list[dict[str, str]]:
     """64 problems whose greedy answers have no tie, which rounding would decide."""
     model, rows = PeftModel.from_pretrained(load_base(folder), folder / "silu_all").eval(), []
     for a, b in itertools.product(range(9), range(9)):
-        ids = torch.tensor([tokenizer(f"Question: {a} and {b}\nAnswer:").input_ids])
-        output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False,
-            output_scores=True, return_dict_in_generate=True,
-        )  # fmt: skip
+        output = generate(model, tokenizer(f"Question: {a} and {b}\nAnswer:").input_ids, 48)
         first, second = torch.stack(output.scores).topk(2).values.unbind(-1)
         if (first - second).min() > 1e-4:
             rows.append({"question": f"{a} and {b}", "answer": f"#### {a + b}"})
