@@ -10,6 +10,8 @@ in the bucket resumes, wherever the copying is cut. The exit status is the comma
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -23,13 +25,15 @@ SECONDS = float(os.environ.get("MIRROR_SECONDS", 60))
 """Between two copies."""
 TRIES = 10
 """Of the last copy."""
+CHECKSUMS = "checksums.json"
+"""The SHA-256 of every other file of a checkpoint."""
 WRITING = ".writing-"
 """The start of a name whose file or folder is being written."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Mirror:
-    """Keeps a copy of a folder up to date; at first, takes from the copy what the folder lacks."""
+    """Keeps a copy of a folder up to date; at first, takes from the copy what the folder lacks and is whole."""
 
     def __init__(self, folder: Path, copy: Path) -> None:
         self.folder, self.copy = folder, copy
@@ -42,6 +46,11 @@ class Mirror:
                 shutil.copyfile(copy / path, part)
                 os.replace(part, target)
                 self._copied[path] = _state(target)
+        for path in [path for path in self._copied if path.name == CHECKSUMS]:
+            if not _is_whole(folder / path.parent):
+                print(f"mirror     {copy / path.parent} was cut or damaged: not used", file=sys.stderr, flush=True)
+                shutil.rmtree(folder / path.parent)
+                self._copied = {other: state for other, state in self._copied.items() if other.parent != path.parent}
 
     def update(self) -> None:
         """Copies what has changed, then removes what is gone."""
@@ -84,7 +93,20 @@ def _place(path: Path) -> int:
         return 3
     if "checkpoints" not in path.parts:
         return 0
-    return 1 if path.name == "checksums.json" else 2
+    return 1 if path.name == CHECKSUMS else 2
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        sums = json.loads((checkpoint / CHECKSUMS).read_bytes())
+        return all(_sha256(checkpoint / name) == written for name, written in sums.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _state(path: Path) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ import yaml
 from conftest import TINY
 from tiny_runs import losses_of, wait_until
 
+from cera_train.common.files import write_checksums
 from cera_train.training.train import train
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
@@ -29,8 +30,9 @@ spec.loader.exec_module(mirror)
 def write_checkpoint(run: Path, update: int) -> None:
     folder = run / "checkpoints" / str(update)
     folder.mkdir(parents=True)
-    for name in ("adapter_model.safetensors", "checksums.json", "optimizer.pt", "progress.json"):
+    for name in ("adapter_model.safetensors", "optimizer.pt", "progress.json"):
         (folder / name).write_text(f"{name} {update}")
+    write_checksums(folder)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(f"{update}\n")
 
@@ -76,6 +78,11 @@ def test_a_copy_that_is_cut_anywhere_resumes(tmp_path, monkeypatch):
             here.update()  # nothing has changed: nothing is copied
         assert_resumes(copy)
         assert len([path for path in copy.rglob("*") if path.is_file()]) == cut_after
+        monkeypatch.setattr(shutil, "copyfile", copyfile)
+        (fresh := tmp_path / f"fresh-{cut_after}").mkdir()
+        mirror.Mirror(fresh, copy)
+        # A run refuses to start where all its checkpoints are damaged, as the only one is whose copying was cut.
+        assert not [folder for folder in fresh.glob("checkpoints/*") if len(list(folder.iterdir())) < 4]
 
 
 def test_a_removed_checkpoint_never_looks_whole(tmp_path, monkeypatch):
@@ -164,7 +171,8 @@ def test_a_killed_machine_loses_nothing(tiny_folder, tiny_config, compose, tmp_p
             return subprocess.Popen(["bash", "-c", script], stdout=log, stderr=log, **where)
 
     first = start("first")
-    wait_until(lambda: list(bucket.glob("run/checkpoints/*/checksums.json")), seconds=240, every=0.02)
+    saved = "run/checkpoints/*"
+    wait_until(lambda: any(map(mirror._is_whole, bucket.glob(saved))), seconds=240, every=0.02)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     assert not (bucket / "run" / "result.json").exists()
