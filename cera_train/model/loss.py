@@ -295,10 +295,12 @@ def _close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool((values.float() - expected.float()).norm() <= tolerance * expected.float().norm())
 
 
-def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.device) -> None:
-    """Probes the model and makes the loss take flat batches where that is correct and fast. Raises UserError where flat
-    is wanted, and this model would let sequences see each other."""
-    allowed = loss.probe()
+def choose_layout(
+    wanted: BatchLayout, loss: SupervisedLoss, device: torch.device, known: Allowed | None = None
+) -> None:
+    """Probes the model, unless it is `known` what it allows, and makes the loss take flat batches where that is correct
+    and fast. Raises UserError where flat is wanted, and this model would let sequences see each other."""
+    allowed = loss.allowed = known or loss.probe()
     if wanted == BatchLayout.flat and not allowed.flattens:
         raise UserError("train.batch_layout=flat: this model mixes sequences that share a row. Use padded or auto.")
     # On a CPU, attention over one long row under a mask costs more than the padding of rows of near-equal length.

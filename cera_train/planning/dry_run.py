@@ -28,7 +28,7 @@ from transformers.integrations import moe  # noqa: F401 - registers grouped_mm_f
 from cera_train.adapters.build import build, parameter_counts, parameter_groups
 from cera_train.model import loss as losses
 from cera_train.model.batches import Batch
-from cera_train.model.loss import SupervisedLoss, choose_layout, chunk_tokens
+from cera_train.model.loss import Allowed, SupervisedLoss, choose_layout, chunk_tokens
 from cera_train.model.weights import mixes_sequences
 from cera_train.planning.count import build_base, errors_in_one_line, quantised_linears, stored_sizes
 from cera_train.settings.data import BatchLayout
@@ -79,6 +79,10 @@ class Cost(NamedTuple):
         return max(self.forward.peak, self.backward.peak, self.step.peak)
 
 
+ALLOWED: dict[str, Allowed] = {}
+"""What a base allows under a method, of this process: to find it takes half of a dry run."""
+
+
 class DryRun:
     """The model, loss and optimizer of a run.
 
@@ -121,7 +125,10 @@ class DryRun:
             self.model, self.base, lambda: torch.autocast("cpu", dtype, enabled=dtype is not None)
         )
         with self.running():
-            choose_layout(layout, self.loss, torch.device("cuda" if on_gpu else "cpu"))
+            method = (config.adapter.kind, config.adapter.method, config.adapter.target_modules)
+            probed = repr((config.model, method, on_gpu))
+            choose_layout(layout, self.loss, torch.device("cuda" if on_gpu else "cpu"), ALLOWED.get(probed))
+            ALLOWED[probed] = self.loss.allowed
             self._fill_gradients()
             self.optimizer.step()  # makes the optimizer's states
             self.optimizer.zero_grad()
