@@ -58,10 +58,9 @@ def test_what_lowers_memory(tiny_plan):
 
 @pytest.mark.slow
 @needs_smollm2
-@pytest.mark.parametrize("kind", ["cera", "lora"])
-def test_a_run_takes_what_was_predicted(plan, tmp_path, kind):
+def test_a_run_takes_what_was_predicted(plan, tmp_path):
     """In a process of its own: the peak counts everything a process ever held."""
-    settings = [QUICK, f"adapter={kind}", "train.max_updates=12", "train.eval_every=12"]
+    settings = [QUICK, "train.max_updates=12", "train.eval_every=12"]
     script = "import sys; from cera_train.cli.train import main; main()"
     # With all threads, as a user's: a test's one thread holds a tenth less.
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
