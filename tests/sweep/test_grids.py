@@ -99,7 +99,8 @@ def test_the_table_of_the_papers_results_says_what_cera_plan_predicts(plans_of):
         (command,) = re.fullmatch(r"`cera-train (.*)`", command).groups()
         seen |= set(re.findall(r"\b(?:\w+_)*\w+\b", command))
         if sweep := re.fullmatch(r"-m \+sweep=(\w+)", command):  # whose header has what cera-plan predicts
-            assert f"cost      {jobs} jobs, {hours} GPU-hours" in (config_dir("conf") / f"sweep/{sweep[1]}.yaml").read_text()
+            header = (config_dir("conf") / f"sweep/{sweep[1]}.yaml").read_text()
+            assert f"cost      {jobs} jobs, {hours} GPU-hours" in header
             continue
         arguments = [argument for argument in shlex.split(command) if argument != "-m"]
         plans = plans_of(*arguments)
