@@ -99,14 +99,19 @@ def is_adapter(model: nn.Module) -> bool:
 
 def keeps_base(model: nn.Module) -> bool:
     """Whether `model.disable_adapter()` gives the untouched base model back. PiSSA moves a part of W0 into the adapter,
-    and full fine-tuning has no adapter."""
-    return is_adapter(model) and not replaces_base(getattr(model.peft_config[ADAPTER], "init_lora_weights", None))
+    biases of the base stay as trained, and full fine-tuning has no adapter."""
+    if not is_adapter(model):
+        return False
+    config = model.peft_config[ADAPTER]
+    keeps_biases = getattr(config, "bias", None) in (None, "none")
+    return keeps_biases and not replaces_base(getattr(config, "init_lora_weights", None))
 
 
 def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Writes trained weights, whole and by parameter name, into a folder."""
     if not is_adapter(model):
-        model.save_pretrained(str(folder), state_dict=dict(weights), max_shard_size="1TB")  # one file
+        # One file, by the names that `load` knows: those of the original format split what experts share.
+        model.save_pretrained(str(folder), state_dict=dict(weights), max_shard_size="1TB", save_original_format=False)
         marker = {"kind": "full", "base_model_name_or_path": model.name_or_path}
         (folder / FULL_MODEL).write_text(json.dumps(marker, indent=2) + "\n")
         return

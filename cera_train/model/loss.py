@@ -129,7 +129,7 @@ class SupervisedLoss(nn.Module):
         """Finds out by trying what this architecture allows, and keeps it in `allowed`. Sharded weights have to be
         whole here, as in `forward`: see `register_fsdp_forward_method`."""
         causal_lm, decoder = self.causal_lm, self._parts["decoder"]
-        vocabulary = causal_lm.get_input_embeddings().num_embeddings
+        vocabulary = causal_lm.config.get_text_config().vocab_size
         first, second, third = ([(7 * i + offset) % vocabulary for i in range(1, 9)] for offset in (0, 3, 5))
         masks = [[False] + [True] * 7] * 2
         was_training = self.training

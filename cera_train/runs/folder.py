@@ -82,6 +82,7 @@ class Progress(Record):
     evaluations_since_best: int = 0
     evaluation_pending: bool = False  # an evaluation of `update` was due when a signal came
     data_digest: str | None = None  # of the training rows
+    rewards_differed: bool = False  # grpo: those of some prompt's answers
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(exclude_none=True)  # null would read as infinite

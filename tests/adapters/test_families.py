@@ -2,6 +2,7 @@
 none."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -9,6 +10,7 @@ import pytest
 import torch
 from branches import MASKS, ROWS, branch_outputs, forward_of
 from conftest import make_tiny_llama
+from moe_models import make_mixture
 from transformers import AutoModelForCausalLM
 
 from cera_train.adapters import build, saved
@@ -184,6 +186,21 @@ def test_a_full_model_is_one_that_transformers_loads(adapter_of, tmp_path, tie_w
     base = make_tiny_llama(tie_word_embeddings=tie_word_embeddings)
     assert torch.equal(logits(saved.attach(base, tmp_path)), logits(model))
     assert len(saved.read(tmp_path)) == len(list(model.parameters()))
+
+
+def test_a_full_mixture_of_experts_comes_back(adapter_of, tmp_path):
+    model = build.build(make_mixture("qwen3_moe").requires_grad_(False), adapter_of("full"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    saved.save(model, trainable_weights(model), tmp_path)
+    assert torch.equal(logits(saved.attach(make_mixture("qwen3_moe"), tmp_path)), logits(model))
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_trained_biases_are_not_the_bases(adapter_of):
+    config = replace(adapter_of("lora"), settings={"bias": "all"})
+    assert not saved.keeps_base(build.build(make_tiny_llama(attention_bias=True), config))
 
 
 def test_full_fine_tuning_of_quantised_weights_is_refused(adapter_of):

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from conftest import make_tiny_llama
 from torch.nn.functional import log_softmax
 
 from cera_train.cera import CeraConfig
@@ -54,6 +55,17 @@ def test_loss_equals_brute_force(tiny_llama, batch, size):
     supervised = make_loss(tiny_llama)
     total = sum(supervised(micro_batch) for micro_batch in groups_of(rows, masks, size, batch)).item()
     assert total == pytest.approx(brute_force(supervised.model, rows, masks), rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_of_trained_tokens_equals_brute_force(tied):
+    model = make_tiny_llama(tie_word_embeddings=tied)
+    config = CeraConfig(r=4, dropout=0.0, trainable_token_indices=[3, 4], task_type="CAUSAL_LM")
+    supervised = SupervisedLoss(peft.get_peft_model(model, config), model)
+    assert supervised.probe().flattens
+    rows, masks = make_rows()
+    expected = brute_force(supervised.model, rows, masks)
+    assert supervised(flat_batch(rows, masks)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monkeypatch):

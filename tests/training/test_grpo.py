@@ -224,8 +224,10 @@ def test_nothing_is_lost_where_a_server_goes(grpo, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_sample_and_learn_what_one_does(tiny_folder, tmp_path, write_jsonl, compose, monkeypatch):
-    reward = "def vowels(prompt, answer, right):\n    return sum(letter in 'aeiou' for letter in answer)\n"
-    (tmp_path / "rewards_of_a_test.py").write_text(reward)
+    # A judge that says otherwise when another process asks: only the main one does.
+    sign = "import os\n\nSIGN = 1 if os.environ.get('RANK', '0') == '0' else -1\n"
+    reward = "def vowels(prompt, answer, right):\n    return SIGN * sum(letter in 'aeiou' for letter in answer)\n"
+    (tmp_path / "rewards_of_a_test.py").write_text(sign + reward)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     words = [
@@ -268,6 +270,13 @@ def test_a_reward_that_tells_nothing_is_refused(grpo, monkeypatch, rewards, mess
         train(grpo(f"grpo.rewards=[{rewards}]"))
 
 
+def test_a_run_that_had_a_signal_goes_on_without_one_when_it_resumes_too(grpo, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 6)
+    train(grpo("train.max_updates=1"))
+    monkeypatch.setitem(globals(), "vowels", lambda *_: 1.0)
+    train(grpo("train.max_updates=4", "train.extend=true"))
+
+
 def test_a_row_of_a_generator_is_graded_by_it(compose):
     pytest.importorskip("reasoning_gym")
     drawn = drawn_questions(compose("data=reasoning_gym", "data.train_rows=2").data)
@@ -286,6 +295,8 @@ def test_rows_without_a_prompt_or_with_one_too_long_are_refused(grpo):
         train(grpo("data.loss_on=all"))
     with pytest.raises(UserError, match="^grpo.max_new_tokens=256 after a prompt of .* beyond the 256 positions"):
         train(grpo("grpo.max_new_tokens=256"))
+    with pytest.raises(UserError, match="^train.objective=grpo: 4 of 4 training rows are longer than data.max_length="):
+        train(grpo("data.max_length=10"))
 
 
 def test_a_reference_is_the_base_without_an_adapter(grpo):

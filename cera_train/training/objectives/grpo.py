@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from cera_train.adapters.saved import keeps_base
@@ -71,18 +72,17 @@ class Grpo(Objective):
         rows = session.data.train
         longest = max(rows.tokens("loss_mask", row).index(True).as_py() for row in range(len(rows)))
         check_positions("grpo.max_new_tokens", self.config.max_new_tokens, longest, session.sampler.engine.positions)
-        self._groups_without_signal: float = 0
+        require(
+            not any(rows.truncated),
+            f"train.objective=grpo: {sum(rows.truncated)} of {len(rows)} training rows are longer than data.max_length="
+            f"{session.config.data.max_length}, and an answer that is cut earns no reward for the right one: raise it.",
+        )
 
     def begin(self, rows: list[int]) -> Drawn:
         session, config = self.session, self.config
         prompts = [self._prompt(row) for row in rows]
         groups = self._sample([prompt.ids for prompt in prompts])
-        rewards = torch.tensor(
-            [
-                [self._reward(prompt, answer.generation.text) for answer in group]
-                for prompt, group in zip(prompts, groups, strict=True)
-            ]
-        )
+        rewards = self._rewards(prompts, groups)
         self._check_signal(rewards)
         self._log(prompts, groups, rewards)
         deviations, advantages = rewards.std(1), rewards - rewards.mean(1, keepdim=True)
@@ -165,9 +165,20 @@ class Grpo(Objective):
         answers = session.sampler.answer(requests, config.max_new_tokens, [], settings)
         return [answers[first : first + config.answers] for first in range(0, len(answers), config.answers)]
 
-    def _reward(self, prompt: Prompt, answer: str) -> float:
-        """The sum of the rewards of an answer."""
-        return sum(reward(prompt.text, answer, prompt.right) for reward in self.rewards)
+    def _rewards(self, prompts: list[Prompt], groups: list[list[Answer]]) -> Tensor:
+        """[prompts, answers]: the sums of an answer's rewards, taken once for all processes: a judge may say otherwise
+        when asked again."""
+        rewards = None
+        if self.session.accelerator.is_main_process:
+            rewards = [
+                [
+                    sum(reward(prompt.text, each.generation.text, prompt.right) for reward in self.rewards)
+                    for each in group
+                ]
+                for prompt, group in zip(prompts, groups, strict=True)
+            ]
+        [rewards] = broadcast_object_list([rewards])
+        return torch.tensor(rewards)
 
     def _log(self, prompts: list[Prompt], groups: list[list[Answer]], rewards: Tensor) -> None:
         """Adds the answers to the first `train.samples` prompts of an update to samples.jsonl."""
@@ -181,11 +192,10 @@ class Grpo(Objective):
 
     def _check_signal(self, rewards: Tensor) -> None:
         """Raises UserError where no group of the first hundred had answers of different rewards."""
-        if (rewards != rewards[:, :1]).any():
-            self._groups_without_signal = -math.inf
-        self._groups_without_signal += len(rewards)
+        progress = self.session.progress
+        progress.rewards_differed |= bool((rewards != rewards[:, :1]).any())
         require(
-            self._groups_without_signal < PATIENCE,
+            progress.rewards_differed or (progress.update + 1) * len(rewards) < PATIENCE,
             f"train.objective=grpo: in {PATIENCE} groups all answers earned as much, {rewards.mean():g} at last, and "
             "nothing can be learnt: train on these rows first, raise grpo.answers, or choose another grpo.grader.",
         )
