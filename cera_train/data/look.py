@@ -42,7 +42,7 @@ def print_data(
     print_line("shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts{repeated}")
     if at_length:
         print_lengths(train)
-    is_learned, line = describe_stop(train, stops, tokenizer)
+    is_learned, line = describe_stop(train, config.max_length, stops, tokenizer)
     if at_length or not is_learned:
         print_line("stop", line)
     for row in sorted({0, len(train) // 2}) if at_length else range(config.sequences):
@@ -82,13 +82,15 @@ def print_lengths(rows: TokenizedRows) -> None:
         print_line("", f"{first:>6,} to {first + width - 1:>6,}  {hashes} {counts[bar]:,}")
 
 
-def describe_stop(rows: TokenizedRows, stops: set[int], tokenizer: Any) -> tuple[bool, str]:
+def describe_stop(rows: TokenizedRows, max_length: int, stops: set[int], tokenizer: Any) -> tuple[bool, str]:
     """Whether the model learns to end its answers where generation stops, and a line about it."""
 
     def names(tokens: set[int]) -> str:
         return " and ".join(tokenizer.decode(token) for token in sorted(tokens))
 
-    last = [tokens_of(rows, row) for row in range(min(len(rows), LOOKED_AT)) if not rows.truncated[row]]
+    whole = [row for row in range(min(len(rows), LOOKED_AT)) if not rows.truncated[row]]
+    # A window of a document that goes on fills its row.
+    last = [tokens_of(rows, row) for row in whole if rows.lengths[row] < max_length]
     ends = {input_ids[-1] for input_ids, loss_mask in last if loss_mask[-1]}
     if not ends:
         return False, "all rows are truncated, so the model learns no end of an answer: raise data.max_length"

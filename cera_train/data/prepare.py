@@ -23,7 +23,7 @@ from cera_train.data.segments import Segment, prompt_of, segmenters, segments_of
 from cera_train.data.sources import open_sources
 from cera_train.settings.data import DataConfig, Layout, LossOn
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 """Raised when the same rows would be tokenised or written differently than before."""
 
 ROWS_AT_ONCE = 1000
@@ -146,12 +146,13 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
             )
     train_keys = set(data.train.column("prompt_key"))
     data.repeated_prompts = len(data.train) // config.sequences - len(train_keys)
-    data.shared_prompts = sum(key in train_keys for key in data.evaluation.column("prompt_key"))
+    eval_keys = data.evaluation.column("prompt_key")[:: config.sequences]
+    data.shared_prompts = sum(key in train_keys for key in eval_keys)
     if data.shared_prompts and not config.allow_overlap:
-        count = f"{data.shared_prompts} of {len(data.evaluation)} evaluation prompts are also training prompts"
+        count = f"{data.shared_prompts} of {len(eval_keys)} evaluation prompts are also training prompts"
         mend = "Remove them from one side, or set data.allow_overlap=0.05."
         raise UserError(f"{config.title}: {count}, so the perplexity would measure memory. {mend}")
-    if data.shared_prompts > config.allow_overlap * len(data.evaluation):
+    if data.shared_prompts > config.allow_overlap * len(eval_keys):
         check_repeated_rows(config, data)
     return data
 
@@ -254,8 +255,8 @@ def encode(rows_segments: Iterable[list[Segment]], config: DataConfig, tokenizer
     start = [] if is_chat else start_ids(tokenizer)  # a chat template writes the start token
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     rows_segments = list(rows_segments)
-    texts = [segment.text for segments in rows_segments for segment in segments]
-    segment_ids = iter(ids_of(texts, tokenizer) if texts else [])
+    pieces = [(segment.text, number > 0) for segments in rows_segments for number, segment in enumerate(segments)]
+    segment_ids = iter(_ids_of_pieces(pieces, tokenizer) if pieces else [])
 
     examples, step = [], config.max_length - len(start)
     for segments in rows_segments:
@@ -271,7 +272,8 @@ def encode(rows_segments: Iterable[list[Segment]], config: DataConfig, tokenizer
             loss_mask += [segment.supervised] * len(ids)
         prompt_key = hashlib.blake2b(prompt_of(segments).encode(), digest_size=16).hexdigest()
         is_cut = len(input_ids) > step and not is_document
-        for first in range(0, len(input_ids), step) if is_document else (0,):
+        # Without a start token, nothing is before a last token alone.
+        for first in range(0, max(1, len(input_ids) - (not start)), step) if is_document else (0,):
             kept = slice(first, first + step)
             ids, mask = start + input_ids[kept], [False] * len(start) + loss_mask[kept]
             has_answer = any(mask[1:])
@@ -305,6 +307,23 @@ def stop_ids(tokenizer: Any, model_ends: int | list[int] | None) -> set[int]:
 def ids_of(texts: str | list[str], tokenizer: Any) -> list:
     """The token ids of a text or of each of several, without special tokens."""
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+
+
+def _ids_of_pieces(pieces: list[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
+    """The token ids of texts, each with whether it follows another. Llama 2's tokenizer and others write a space before
+    what they take for the start of a text: after a line break they do not."""
+    texts = [text for text, _ in pieces]
+    plain = ids_of(texts, tokenizer)
+    [first, *_] = tokenizer.convert_ids_to_tokens(ids_of("a", tokenizer)) or [""]
+    if not first.startswith(("\u2581", "\u0120")):  # how tokens write a space
+        return plain
+    line_break = ids_of("\n", tokenizer)
+    after = ids_of([f"\n{text}" for text in texts], tokenizer)
+    count = len(line_break)
+    return [
+        long[count:] if follows and long[:count] == line_break else ids
+        for (_, follows), ids, long in zip(pieces, plain, after, strict=True)
+    ]
 
 
 def digest_of_parts(*parts: Any) -> str:

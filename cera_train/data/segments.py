@@ -190,12 +190,13 @@ def conversation(row: Row, wanted: Turns) -> list[Segment]:
     turns = turns_of(row, "conversations")
     texts = [as_text(turn.get("value"), f"conversations[{number}] 'value'") for number, turn in enumerate(turns)]
     spoken = [(turn["from"], text) for turn, text in zip(turns, texts, strict=True)]
+    answers = [number for number, (speaker, text) in enumerate(spoken) if speaker == "gpt" and text.strip()]
+    supervised = supervised_turns(turns, answers, wanted, "conversations")
     if wanted == Turns.first:  # as published: the first question and answer, without the system prompt
         firsts = dict(reversed(spoken))
         question, answer = firsts.get("human", ""), firsts.get("gpt", "")
-        return answered(f"User: {question}\nAssistant:", f" {answer}") if answer.strip() else []
-    answers = [number for number, (speaker, text) in enumerate(spoken) if speaker == "gpt" and text.strip()]
-    supervised = supervised_turns(turns, answers, wanted, "conversations")
+        is_trained = answer.strip() and answers[0] in supervised
+        return answered(f"User: {question}\nAssistant:", f" {answer}") if is_trained else []
     segments, context = [], ""
     for number, (speaker, text) in enumerate(spoken[: max(supervised, default=-1) + 1]):
         if number in answers:
@@ -224,11 +225,12 @@ def chat_turns(row: Row, wanted: Turns, tokenizer: Any) -> list[Segment]:
 
     def render(count: int, add_generation_prompt: bool) -> str:
         try:
-            return tokenizer.apply_chat_template(
+            text = tokenizer.apply_chat_template(
                 messages[:count], tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise UserError(f"the chat template refuses these messages: {error}") from error
+        return as_text(text, "the chat")
 
     for number in supervised:
         before, after = render(number, True), render(number + 1, False)
@@ -240,14 +242,17 @@ def chat_turns(row: Row, wanted: Turns, tokenizer: Any) -> list[Segment]:
         # A template may write a line break after its end token: nobody generates that, it belongs to the next prompt.
         answer = after.removeprefix(before).rstrip()
         message = messages[number]
-        parts = [call["function"]["name"] for call in message.get("tool_calls", [])]
-        parts += [as_text(message[key], f"messages[{number}] {key!r}").strip() for key in REASONING if key in message]
-        _check_is_rendered(number, message, parts, answer)
+        said = message["content"].rpartition("</think>")[2]  # a template may write such reasoning anew
+        parts = [as_text(message[key], f"messages[{number}] {key!r}") for key in REASONING if key in message]
+        _check_is_rendered(f"messages[{number}], of role 'assistant',", [said, *parts], answer)
         segments += answered(before.removeprefix(rendered), answer)
         rendered = before + answer
-    for number, message in enumerate(messages):
-        if message["role"] in ("tool", "developer"):
-            _check_is_rendered(number, message, [message["content"].strip()], render(len(messages), False))
+    for number, message in enumerate(messages[: max(supervised, default=-1) + 1]):
+        said = [message["content"]] if message["role"] in ("system", "developer", "tool") else []
+        calls = [call["function"]["name"] for call in message.get("tool_calls", [])]
+        _check_is_rendered(f"messages[{number}], of role {message['role']!r},", [*said, *calls], rendered)
+    for tool in tools or () if supervised else ():
+        _check_is_rendered("column 'tools'", [str(tool.get("function", tool).get("name", ""))], rendered)
     return segments
 
 
@@ -259,11 +264,12 @@ def preferred_turns(row: Row, side: str, tokenizer: Any) -> list[Segment]:
     return chat_turns(row | {"messages": messages}, Turns.last, tokenizer)
 
 
-def _check_is_rendered(number: int, message: Row, texts: list[str], rendered: str) -> None:
-    """Refuses a message that the chat template leaves out: many know no tools, no developer and no reasoning."""
-    if not all(text in rendered or json.dumps(text, ensure_ascii=False)[1:-1] in rendered for text in texts):
-        reason = f"messages[{number}], of role {message['role']!r}, is left out by this model's chat template"
-        raise UserError(f"{reason}: use a model whose template renders it, or write it into another turn.")
+def _check_is_rendered(what: str, texts: list[str], rendered: str) -> None:
+    """Refuses what the chat template leaves out: many know no tools, no developer and no reasoning."""
+    for text in map(str.strip, texts):
+        if text not in rendered and json.dumps(text, ensure_ascii=False)[1:-1] not in rendered:
+            mend = "use a model whose template renders it, or write it into another turn."
+            raise UserError(f"{what} is left out by this model's chat template: {mend}")
 
 
 def messages_of(row: Row) -> list[Row]:
@@ -294,8 +300,9 @@ def _tools_of(row: Row) -> list[Any] | None:
             tools = json.loads(tools.strip() or "null")
         except ValueError as error:
             raise UserError(f"column 'tools' holds broken JSON ({error}): write a list of tools.") from error
-    is_list = not tools or isinstance(tools, list)
-    require(is_list, f"column 'tools' holds {kind_of(tools)}: expected a list of tools.")
+    is_list = not tools or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))
+    held = f"{kind_of(tools)} of {kind_of(tools[0])}" if isinstance(tools, list) and tools else kind_of(tools)
+    require(is_list, f"column 'tools' holds {held}: expected a list of tools.")
     return _without_nulls(tools) or None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TextStreamer
 
 from cera_train.common.errors import UserError, error_text, errors_at
+from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
 from cera_train.data.files import READERS, from_files
@@ -76,7 +77,8 @@ class Prompts:
     """Writes questions as the rows of a data set."""
 
     def __init__(self, data: DataConfig, tokenizer: Any) -> None:
-        turns = Turns.all if (data.layout, data.turns) == (Layout.messages, Turns.first) else data.turns
+        # Only a prompt is rendered: a template may render earlier turns otherwise once an answer follows.
+        turns = Turns.last if data.layout == Layout.messages else data.turns
         self.data, self.tokenizer = replace(data, max_length=sys.maxsize, turns=turns), tokenizer
         self._segments = segmenter(self.data, tokenizer)
 
@@ -109,7 +111,8 @@ class Prompts:
             answered = row | {str(layout): [*turns_of(row, str(layout)), {speaker: model, text: ANSWER}]}
         else:
             answered = row | dict.fromkeys(columns_read(self.data)[1], ANSWER)
-        *prompt, _ = self._segments(answered)
+        *prompt, _ = self._segments(answered) or [None]
+        require(bool(prompt), f"column {str(layout)!r} asks nothing: write a question.")
         return encode([prompt], self.data, self.tokenizer)[0].input_ids
 
 

@@ -169,6 +169,7 @@ def test_a_tokenizer_without_an_end_token_is_refused_by_its_model(refusal, token
         ("messages", {"messages": [USER, CALLING]}, "messages[1], of role 'assistant', is left out by this model's ch"),
         ("messages", {"messages": [USER], "tools": "["}, "column 'tools' holds broken JSON"),
         ("messages", {"messages": [USER], "tools": {"a": 1}}, "column 'tools' holds a dict: expected a list of tools."),
+        ("messages", {"messages": [USER], "tools": ["w"]}, "column 'tools' holds a list of a str: expected"),
         ("conversations", {"a": 1}, "column 'conversations' is missing; its columns are a. Choose another"),
         ("conversations", {"conversations": [{"from": "user"}]}, "conversations[0] is \"{'from': 'user'}\": expected"),
         ("conversations", {"conversations": [GPT | {"value": ["a"]}]}, "conversations[0] 'value' holds a list: exp"),

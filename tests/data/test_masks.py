@@ -2,12 +2,18 @@
 
 import copy
 import json
+import re
 
 import pytest
 from conftest import CHAT_TEMPLATE, needs_smollm2
 from examples import CHAT, CONVERSATION, data_config, example_of, supervised_text, with_changes
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
+from cera_train.common.errors import UserError
 from cera_train.data.prepare import encode, ids_of
 from cera_train.data.segments import segmenter, templates
 
@@ -37,6 +43,16 @@ def test_the_boundary_is_what_inference_tokenises_where_prompt_and_completion_wo
     example = example_of({"a": "hel", "b": "lo"}, tokenizer, prompt="{a}", completion="{b}")
     assert len(ids_of("hello", tokenizer)) < len(example.input_ids) - 2
     assert supervised_text(example, tokenizer) == "lo</s>"
+
+
+@pytest.mark.parametrize("prepend", ["always", "first"])
+def test_a_tokenizer_that_writes_a_space_before_a_text_writes_none_within_a_row(tokenizer, prepend):
+    backend = Tokenizer(BPE({letter: number for number, letter in enumerate("\u2581\nQA: abc?")}, []))
+    backend.pre_tokenizer = Metaspace(prepend_scheme=prepend, split=False)
+    spaced = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    example = example_of({"a": "a b?", "b": "cc"}, spaced, prompt="Q: {a}\nA:\n", completion="{b}")
+    assert example.input_ids == [*ids_of("Q: a b?\nA:\ncc", spaced), spaced.eos_token_id]
+    assert example.loss_mask == [False] * (len(example.input_ids) - 3) + [True] * 3
 
 
 def test_the_end_token_is_always_supervised_though_it_pads_and_the_answer_ends_in_a_special_token(tokenizer):
@@ -120,6 +136,9 @@ def test_flags_and_turns_choose_what_is_supervised(tokenizer, row, layout, first
     for flag in ({"train": False}, {"weight": 0.0}):
         assert supervised([*turns[:2], turns[2] | flag, *turns[3:]], "all") == last
         assert supervised([*turns[:4], turns[4] | flag], "last") == first
+    first_alone = [*turns[:2], turns[2] | {"weight": 0}]
+    segments = segmenter(data_config(layout=layout, turns="first"), tokenizer)
+    assert not any(segment.supervised for segment in segments({layout: first_alone}))
 
 
 # --- layout messages -------------------------------------------------------------------------------------------------
@@ -195,11 +214,11 @@ FOR_EACH, DIFFERS = "{% for m in messages %}", "renders earlier turns differentl
         (FOR_EACH + SHORTENED.replace("ROLE", "user"), DIFFERS),
         (FOR_EACH + SHORTENED.replace("ROLE", "assistant"), DIFFERS),
         (CHAT_TEMPLATE.replace("assistant\n{% e", "assistant\n<think>{% e"), DIFFERS),
-        (KNOWS_TWO_ROLES, r"messages\[5\], of role 'tool', is left out by this model's chat template"),
+        (KNOWS_TWO_ROLES, r"messages\[0\], of role 'system', is left out by this model's chat template"),
     ],
 )
 def test_a_template_that_does_not_fit_is_refused(tokenizer, template, reason):
-    row = {"messages": [*CHAT["messages"], {"role": "tool", "content": "rain"}]}
+    row = {"messages": CHAT["messages"]}
     with pytest.raises(ValueError, match=reason):
         example_of(row, with_changes(tokenizer, chat_template=template), layout="messages")
 
@@ -229,6 +248,32 @@ def test_tools_of_a_row_are_shown_to_the_model(tokenizer):
         row = {"messages": [USER, ANSWER], "tools": column}
         example = example_of(row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages")
         assert tokenizer.decode(example.input_ids).startswith(f"<|im_start|>system\n{json.dumps(tools)}<|im_end|>")
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [WEATHER]}
+RAIN = {"role": "tool", "content": "rain"}
+CALLS_ALONE = TOOL_TEMPLATE.replace("{{ message.content }}", "{{ message.content if not message.tool_calls }}")
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "line"),
+    [
+        (CHAT_TEMPLATE, {"messages": [USER, ANSWER], "tools": [WEATHER]}, "column 'tools' is left out"),
+        (CHAT_TEMPLATE, {"messages": [USER, CALLING, RAIN, ANSWER]}, "messages[1], of role 'assistant', is left out"),
+        (KNOWS_TWO_ROLES, {"messages": [USER, ANSWER, RAIN, ANSWER]}, "messages[2], of role 'tool', is left out"),
+        (
+            CALLS_ALONE,
+            {"messages": [USER, CALLING | {"content": "So."}]},
+            "messages[1], of role 'assistant', is left out",
+        ),
+        (TOOL_TEMPLATE, {"messages": [USER, ANSWER], "tools": [{"name": "\ud83d"}]}, "the chat holds half of a surrog"),
+    ],
+    ids=["tools", "a call before the answer", "a role", "a text beside a call", "half a character"],
+)
+def test_what_a_template_leaves_out_or_no_tokenizer_takes_is_refused(tokenizer, template, row, line):
+    with pytest.raises(UserError, match=re.escape(line)):
+        example_of(row, with_changes(tokenizer, chat_template=template), layout="messages", turns="last")
 
 
 @needs_smollm2

@@ -10,6 +10,7 @@ from examples import CHAT, CONVERSATION
 
 from cera_train.common.errors import UserError
 from cera_train.data.files import rows_of
+from cera_train.data.look import describe_stop
 from cera_train.data.prepare import TokenizedRows, prepare_data, prepare_evaluation
 from cera_train.data.rows import Source
 from cera_train.data.segments import segmenter
@@ -112,6 +113,8 @@ def test_a_document_longer_than_max_length_becomes_rows_that_together_are_the_do
     assert sorted([*documents(data.train), *documents(data.evaluation)]) == sorted([*texts, texts[0]])
     assert data.repeated_prompts == len(data.train) / len(documents(data.train))  # the rows of one document
     assert data.train.describe().endswith(" 0 truncated")
+    is_learned, line = describe_stop(data.train, config.max_length, {tokenizer.eos_token_id}, tokenizer)
+    assert (is_learned, line.split()[0]) == (True, "</s>")  # not what a window within a document ends in
     size = data_size(replace(config, max_length=3))
     assert (size.train_rows, size.eval_rows) == (8 * 3, 3)  # of 7 estimated tokens
 

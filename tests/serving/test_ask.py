@@ -1,5 +1,6 @@
 """`cera-chat`: what a question becomes, what answers it, and a conversation in a real terminal."""
 
+import copy
 import io
 import sys
 from types import SimpleNamespace
@@ -45,6 +46,14 @@ def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_
     assert ids == example.input_ids[: len(ids)]
     assert not example.loss_mask[len(ids) - 1]
     assert all(example.loss_mask[len(ids) : -1])
+
+
+def test_a_conversation_under_a_template_that_shortens_earlier_answers_goes_on(tokenizer):
+    shortens = "{{ m['content'][:2] if m['role'] == 'assistant' and not loop.last else m['content'] }}"
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = f"{{% for m in messages %}}{shortens}|{{% endfor %}}"
+    prompts = Prompts(DataConfig(layout="messages", path="x"), chat)
+    assert chat.decode(prompts.ids(prompts.row([ONE, "Six.", TWO]))) == f"{ONE}|Si|{TWO}|"
 
 
 def test_an_answer_is_the_one_that_an_evaluation_gives(compose, run, eval_config, write_jsonl, capsys):
@@ -121,6 +130,8 @@ def test_what_cannot_be_asked_is_refused_in_one_line(compose, run, tmp_path, tok
     two = Prompts(DataConfig(**TEXT | {"prompt": "{context} {question}"}), tokenizer)
     with pytest.raises(UserError, match="2 columns, and a text fills one"):
         two.row([ONE])
+    with pytest.raises(UserError, match="^column 'messages' asks nothing: write a question"):
+        Prompts(DataConfig(layout="messages", path="x"), tokenizer).ids({"messages": []})
 
 
 @pytest.fixture
