@@ -8,13 +8,15 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from cera_train.common.errors import UserError
 from cera_train.common.files import locked
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require, word_of
@@ -175,11 +177,15 @@ def begin_study(config: DictConfig, compose: ComposeJob) -> None:
     unfinished = [cell for cell in planned.cells if cell.missing()]  # a finished cell reads its rows no more
     check_problems(compose(cell.candidates[0].overrides) for cell in unfinished)
     begin(config, compose, record)
+    StudySweeper.compose = staticmethod(compose)
 
 
 class StudySweeper(Sweeper):
     """Runs the whole grid; with `study.extend`, then values beyond its edges; with `study.tune_seeds`, then what these
     seeds chose with every other seed."""
+
+    compose: ClassVar[ComposeJob]
+    """Of the study that begins."""
 
     def __init__(self, **_: Any) -> None:
         """Hydra passes the settings, of which a study has none here."""
@@ -195,15 +201,23 @@ class StudySweeper(Sweeper):
             self.launch(SweepRecord.read(self.folder / RECORD).jobs)
             for _ in range(EXTENSIONS if self.config.study.extend else 0):
                 beyond = [overrides for cell in self.cells if cell.chosen for overrides in cell.beyond()]
-                if not beyond:
+                if not (possible := list(filter(self.is_possible, beyond))):
                     break
-                self.add(beyond)
+                self.add(possible)
             chosen = [(cell, seed) for cell in self.cells for seed in cell.judging if seed not in cell.tuning]
             self.add([cell.chosen.overrides_of(seed) for cell, seed in chosen if cell.chosen])
 
     @property
     def cells(self) -> list[Cell]:
         return Study(self.folder, SweepRecord.read(self.folder / RECORD)).cells
+
+    def is_possible(self, overrides: list[str]) -> bool:
+        """Whether a job composes: a step may leave a setting's range, as a dropout of 1.6 does, or a whole number's."""
+        try:
+            self.compose(overrides)
+        except (UserError, HydraException):
+            return False
+        return True
 
     def add(self, jobs: list[list[str]]) -> None:
         """Adds jobs to the record, and runs them."""

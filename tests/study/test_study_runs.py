@@ -160,10 +160,15 @@ def test_every_study_of_ours_can_be_composed(compose):
         assert config.name == name
 
 
-def test_nothing_lies_beyond_zero(launcher, run_study):
-    launcher.loss = lambda values: 1 - float(values["optimizer.weight_decay"])
-    assert run_study("study.extend=true", study={"tune": {"optimizer.weight_decay": [0.0, 0.1]}, "seeds": 1}) == 0
-    assert len(launcher.began) == 6
+@pytest.mark.parametrize(
+    ("key", "values", "sign"),
+    [("optimizer.weight_decay", [0.0, 0.1], -1), ("adapter.dropout", [0.2, 0.4], -1), ("train.batch_size", [1, 2], 1)],
+)
+def test_nothing_lies_beyond_zero_or_what_is_possible(launcher, run_study, key, values, sign):
+    """A dropout of 1.6 is refused, and half a row too."""
+    launcher.loss = lambda words: 1 + sign * 0.1 * float(words[key])
+    assert run_study("study.extend=true", study={"tune": {key: values}, "seeds": 1}) == 0
+    assert len(launcher.began) == (9 if key == "adapter.dropout" else 6)  # 0.8
 
 
 STUDY = {
