@@ -35,7 +35,7 @@ from cera_train.common.trust import redact_tree
 from cera_train.data.order import RowOrder
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.precision import Precision
-from cera_train.runs.records import LENGTH, Record, differences
+from cera_train.runs.records import LENGTH, Record, another_config, differences
 from cera_train.runs.results import (
     DIVERGED,
     GRADES,
@@ -177,10 +177,8 @@ class RunFolder:
             return
         different = self._differences() if checkpoints or is_finished else {}
         is_longer = different.keys() <= set(LENGTH) and bool(checkpoints)
-        if not different or (is_longer and self.config["train"]["extend"]):
-            return
-        mend = "Set these back, or choose another name=..." + " To train longer, add train.extend=true." * is_longer
-        raise UserError(f"{self.path} holds a run with another config: {'; '.join(different.values())}. {mend}")
+        if different and not (is_longer and self.config["train"]["extend"]):
+            raise another_config(self.path, different)
 
     def _differences(self) -> dict[str, str]:
         path = self.path / "config.yaml"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -133,6 +133,13 @@ def differences(path: Path, config: dict[str, Any], schema: type = Config) -> di
         for key in sorted(before.keys() | now.keys())
         if before.get(key) not in (now.get(key), AUTO) and changes_result(key, schema)
     }
+
+
+def another_config(folder: Path, different: Mapping[str, str]) -> UserError:
+    """The refusal of a run's folder by its `differences` from what is asked for."""
+    is_longer = different.keys() <= set(LENGTH) and any(folder.glob("checkpoints/*"))
+    mend = "Set these back, or choose another name=..." + " To train longer, add train.extend=true." * is_longer
+    return UserError(f"{folder} holds a run with another config: {'; '.join(different.values())}. {mend}")
 
 
 @functools.cache

@@ -24,14 +24,14 @@ from omegaconf import DictConfig, OmegaConf
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import folder_in_use, is_locked
 from cera_train.common.libraries import heavy_imports
-from cera_train.common.settings import require_folder_name
+from cera_train.common.settings import AUTO, flatten, require_folder_name, to_plain
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
 from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process
 from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.model.folder import check_model
-from cera_train.runs.records import LENGTH
+from cera_train.runs.records import LENGTH, another_config, differences
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import find_start
 from cera_train.settings.evaluation import known_tasks
@@ -112,6 +112,25 @@ def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) 
             raise error
 
 
+def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) -> None:
+    """Raises UserError where a job that has a result, and is not started again, ran with another config. Composes jobs
+    until every value of these has been in one."""
+    seen = set[str]()
+    for name, values in jobs.items():
+        folder = sweep / name
+        has_result = (folder / "result.json").exists() or (folder / DIVERGED).exists()
+        if seen.issuperset(values) or not (has_result and (folder / "config.yaml").exists()):
+            continue
+        seen.update(values)
+        config = to_plain(compose(values))
+        # What a run decides itself; rows whose files are gone have no layout.
+        auto = [key for key, value in flatten(config).items() if value == AUTO]
+        decided = ("adapter.start_digest", *("data." if key.endswith(".layout") else key for key in auto))
+        different = differences(folder / "config.yaml", redact_tree(config))
+        if different := {key: text for key, text in different.items() if not key.startswith(decided)}:
+            raise another_config(folder, different)
+
+
 def check_inputs(config: Config, folder: Path) -> None:
     """Raises UserError for a model, rows, problems or a start that a run in this folder cannot read: torch takes
     seconds to import, and a mistake is answered before."""
@@ -184,9 +203,12 @@ def jobs_by_name(jobs: Iterable[list[str]], swept: Collection[str]) -> dict[str,
 
 
 def begin(config: DictConfig, compose: ComposeJob, record: SweepRecord) -> None:
-    """Writes sweep.json. First refuses what `check_jobs` refuses, and a folder that another command holds."""
+    """Writes sweep.json. First refuses what `check_jobs` and `check_results` refuse, and a folder that another command
+    holds."""
     folder = Path(config.hydra.sweep.dir)
     check_jobs(folder, record.jobs, compose)
+    if not config.train.extend:
+        check_results(folder, record.jobs, compose)
     if is_main_process() and is_locked(folder):  # another process may find the lock of its own command
         raise folder_in_use(folder, WRITER)
 

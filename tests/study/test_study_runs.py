@@ -2,12 +2,16 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+from cera_train.common.settings import to_plain
 from cera_train.settings.sweep import StudyConfig
 from cera_train.study.cells import find_study
+from cera_train.study.design import StudySweeper
 from cera_train.sweep.folder import State, read_sweep
 
 ARMS = ("lora", "cera", "relu")
@@ -76,6 +80,24 @@ def test_more_seeds_run_what_is_missing_and_the_same_command_nothing(launcher, r
     assert not launcher.began
     assert run_study("study.seeds=3") == 0
     assert launcher.began == [job(arm, lr, 2) for arm in ARMS for lr in (0.001, 0.01)]
+
+
+def test_an_edited_study_keeps_no_old_runs(launcher, run_study, capfd):
+    study = {"arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]}, "contrasts": {}}
+    assert run_study(study=study) == 0
+    for cell in find_study(launcher.sweep).cells:
+        config = to_plain(StudySweeper.compose(cell.candidates[0].overrides))
+        (cell.run(cell.candidates[0], 0) / "config.yaml").write_text(yaml.safe_dump(config))
+    launcher.began.clear()
+    assert run_study(study=study) == 0
+    arms = {"lora": ["adapter=lora"], "cera": ["adapter=cera", "adapter.b_lr_ratio=4"]}
+    for edited, message in (
+        ({"study": study | {"arms": arms}}, "adapter.b_lr_ratio was 1.0, is 4.0. Set these back, or choose another"),
+        ({"study": study | {"seeds": 3}, "train": {"max_updates": 50}}, "train.max_updates was 100, is 50"),
+    ):
+        assert run_study(**edited) == 2
+        assert re.search(rf"which/\S+ holds a run with another config: {message}", capfd.readouterr().err)
+    assert not launcher.began
 
 
 def test_a_killed_study_goes_on_where_it_was(launcher, run_study):
