@@ -323,4 +323,5 @@ def finish(session: Session) -> dict[str, Any]:
         write_card(folder.path, result)
         result.write(folder.path / "result.json")  # the last file: from here on the run is finished
         console.print_result(result, config)
+    session.accelerator.wait_for_everyone()  # a study looks for result.json in every process
     return result.to_json()

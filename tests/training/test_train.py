@@ -145,6 +145,14 @@ def test_gradients_are_clipped_to_the_norm(tiny_config):
     assert result["eval/perplexity"] == pytest.approx(result["perplexity_before"], rel=1e-5)
 
 
+def test_every_process_leaves_after_the_result_is_written(tiny_config, monkeypatch):
+    config, written = tiny_config("train.max_updates=1"), []
+    result = folder_of(config) / "result.json"
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda _: written.append(result.exists()))
+    train(config)
+    assert written == [True]
+
+
 def test_patience_stops_when_perplexity_no_longer_falls(tiny_config):
     config = tiny_config("optimizer.lr=3", "train.max_updates=100", "train.eval_every=2", "train.patience=2")
     result = train(config)
