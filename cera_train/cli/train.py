@@ -71,7 +71,11 @@ def train(composed: DictConfig) -> float | None:
         return run(prepare(composed))
     try:
         job.start()
-        return None if job.has_diverged else run(prepare(composed, job))
+        if job.has_diverged:
+            return None
+        value = run(prepare(composed, job))
+        job.clear_error()
+        return value
     except BrokenPipeError:
         leave_closed_pipe()
     except Exception as error:

@@ -270,7 +270,12 @@ class Job:
             if self.has_diverged:
                 print_line("diverged", f"{self.sweep / self.name}, before this start; remove it to train it again")
             else:
-                self._write(None)
+                self.clear_error()
+
+    def clear_error(self) -> None:
+        """Also once the job is through: a second command that found it running wrote one."""
+        if is_main_process():
+            self._write(None)
 
     def fail(self, error: str) -> None:
         """Writes the job's error for the table. Where several processes fail, the first error stays."""

@@ -1,10 +1,11 @@
 """Real sweeps: cut, failed and started again; in other processes, by other sweepers."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import torch
-from made_sweeps import TINY, content_of, start, states
+from made_sweeps import TINY, content_of, make_job, start, states
 from tiny_runs import metrics_of, wait_until
 
 from cera_train.settings.run import Config
@@ -74,6 +75,8 @@ def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(sweep_here, run_c
     def train(config: Config) -> dict:
         if config.adapter.activation == "relu":
             raise RuntimeError("of ours")
+        # A second command finds the folder in use meanwhile.
+        make_job(Path(config.output_dir), config.name, 1.5, error="another run is writing to it")
         return {"eval/perplexity": 1.5}
 
     monkeypatch.setattr("cera_train.training.train.launch", train)
@@ -82,6 +85,7 @@ def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(sweep_here, run_c
     assert errors.count("Traceback") == 1
     assert "a bug: RuntimeError: of ours" in output
     assert "job        2 of 2: " in output
+    assert list(states(sweep_here / "outputs" / "tiny").values()) == ["failed", "finished"]
 
 
 def test_a_value_that_is_impossible_beside_some_others_fails_in_its_jobs_alone(sweep_here, run_command, counted):
