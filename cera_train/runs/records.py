@@ -95,9 +95,10 @@ def read_trees(path: Path, mend: str = RESTORE, may_break_off: bool = False) -> 
     """
     number, trees = 0, []
     try:
-        lines = path.read_text().splitlines()
-        if may_break_off and lines and not lines[-1].endswith("}"):
-            lines.pop()
+        text = path.read_text()
+        lines = text.splitlines()
+        if may_break_off and not text.endswith("\n"):
+            lines = lines[:-1]
         for number, line in enumerate(lines, start=1):
             trees.append((f"{path}:{number}", json.loads(line)))
     except (OSError, ValueError, RecursionError) as error:
