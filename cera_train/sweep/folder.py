@@ -194,8 +194,9 @@ def read_sweep(folder: Path) -> list[JobStatus]:
     started = {path.stem: JobRecord.read(path) for path in (folder / JOBS).glob("[!.]*.json")}
     earlier = sorted(started.keys() - record.jobs.keys(), key=lambda name: (started[name].number, name))
     overrides = record.jobs | {name: started[name].overrides for name in earlier}
-    # The name of a study's arm stands for its overrides.
+    # The name of a study's arm stands for its overrides, but not for a condition that others have.
     of_arms = {key_of(word) for arm in (record.study or {"arms": {}})["arms"].values() for word in arm}
+    of_arms -= {*record.swept}
     choices = {
         name: [choice for choice in choices_of(words, record.swept) if key_of(choice) not in of_arms]
         for name, words in overrides.items()

@@ -111,13 +111,14 @@ def test_a_killed_study_goes_on_where_it_was(launcher, run_study):
     assert launcher.began == GRID
 
 
-def test_an_arm_with_a_rank_of_its_own_runs_once_and_stands_beside_every_rank(launcher, run_study):
+def test_an_arm_with_a_rank_of_its_own_runs_once_and_stands_beside_every_rank(launcher, run_study, capfd):
     arms = {"lora": ["adapter=lora"], "wide": ["adapter=lora", "adapter.r=64"]}
     study = {"arms": arms, "contrasts": {}, "conditions": {"adapter.r": [4, 8]}, "seeds": 1}
     assert run_study("study.equal=none", study=study | {"tune": {"optimizer.lr": [1e-3]}}) == 0
     names = [f"adapter.r={r},optimizer.lr=0.001,study.arm={arm},train.seed=0" for r, arm in
              ((4, "lora"), (8, "lora"), (64, "wide"))]  # fmt: skip
     assert launcher.began == names
+    assert "\nadapter.r=64,study.arm=wide  finished" in capfd.readouterr().out
     assert [(first.name, second.name) for _, first, second in find_study(launcher.sweep).contrasts()] == [
         ("lora, adapter.r=4", "wide"),
         ("lora, adapter.r=8", "wide"),
