@@ -161,7 +161,8 @@ def missing_pieces(runs: Sequence[Run]) -> list[str]:
     lines, tasks = [], task_names(runs)
     for run in runs:
         if run.is_unfinished:
-            lines.append(f"{run.name} is unfinished (update {run.metrics.last_update:,}).")
+            state = "diverged after update {:,}." if run.has_diverged else "is unfinished (update {:,})."
+            lines.append(f"{run.name} {state.format(run.metrics.last_update)}")
         for task in tasks:
             evaluation = run.evaluations.get(task)
             if evaluation is None or evaluation.result is None:

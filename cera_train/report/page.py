@@ -113,7 +113,8 @@ def _perplexity(run: Run) -> str:
     figures, notes = run.figures, []
     value, best = figures.perplexity, figures.best_perplexity
     if run.is_unfinished and value is not None:
-        notes.append(f"unfinished, at update {run.metrics.evaluations[-1].update:,}")
+        state = "before it diverged" if run.has_diverged else "unfinished"
+        notes.append(f"{state}, at update {run.metrics.evaluations[-1].update:,}")
     if None not in (value, best, figures.best_update) and best < value:
         notes.append(f"best {best:.3f} at update {figures.best_update:,}")
     return cell(value, "{:.3f}", *notes, *_paper(run, "eval/perplexity", value))

@@ -18,7 +18,16 @@ from cera_train.common.trust import clean
 from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
 from cera_train.runs.evaluation_folder import AccuracyResult, Grade, PerplexityResult, read_evaluation_result
 from cera_train.runs.records import load_config, read_lines
-from cera_train.runs.results import METRICS, SPECTRUM, Environment, Metrics, RunResult, mean_spectrum, read_metrics
+from cera_train.runs.results import (
+    DIVERGED,
+    METRICS,
+    SPECTRUM,
+    Environment,
+    Metrics,
+    RunResult,
+    mean_spectrum,
+    read_metrics,
+)
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 
 PERPLEXITY = Metric("perplexity", "perplexity", is_share=False)
@@ -88,6 +97,7 @@ class Run:
     adapter: AdapterConfig | None  # None for the untouched base model
     evaluations: dict[str, Evaluation]  # by the name of their task
     is_training: bool = False  # else there are evaluations only
+    has_diverged: bool = False
     result: RunResult | None = None
     metrics: Metrics = field(default_factory=Metrics)
     environment: Environment = field(default_factory=Environment)
@@ -178,6 +188,7 @@ def _read_run(folder: Path) -> Run | None:
     return Run(
         *(folder, name, settings, config.adapter, evaluations),
         is_training=True,
+        has_diverged=(folder / DIVERGED).exists(),
         result=RunResult.find(folder / "result.json"),
         metrics=read_metrics(folder / METRICS),
         environment=Environment.find(folder / "environment.json") or Environment(),

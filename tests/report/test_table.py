@@ -9,6 +9,7 @@ from made_runs import add_evaluation, cells, make_run, result_of, two_runs
 
 from cera_train.report.page import compare_runs
 from cera_train.report.runs import read_runs
+from cera_train.runs.results import DIVERGED
 
 
 def test_every_column_has_the_figures_of_the_files(tmp_path: Path) -> None:
@@ -135,6 +136,9 @@ def test_an_unfinished_run_shows_what_it_has_and_is_named(tmp_path: Path) -> Non
     assert table["time"] == ["5:00"]
     assert "parameters" not in table
     assert compare_runs([run]).notes[0] == "a is unfinished (update 50)."
+    (run / DIVERGED).write_text("the loss of update 51 is not finite")
+    assert cells(run)["perplexity"] == ["2.960\nbefore it diverged, at update 40"]
+    assert compare_runs([run]).notes[0] == "a diverged after update 50."
 
 
 def test_what_a_run_lacks_is_named(tmp_path: Path) -> None:
