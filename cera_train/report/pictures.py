@@ -127,6 +127,7 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
         return None
     figures = {name: evaluation.figure(metric) for name, evaluation in evaluations.items()}
     styles = styles_of({run.name: run.kind for run in runs})
+    untouched = [run.name for run in runs if run.adapter is None]
 
     def draw(axes: Axes) -> None:
         axes.set_xscale("log")
@@ -138,7 +139,7 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
                 bars = [[100 * max(0, value - lower)], [100 * max(0, upper - value)]]
                 style = styles[name] | {"linestyle": "none", "capsize": 3, "elinewidth": 1.1}
                 axes.errorbar(parameters[name], 100 * value, yerr=bars, **style, label=name)
-            else:  # the untouched base model
+            elif name in untouched:
                 axes.axhline(100 * value, color=styles[name]["color"], linestyle="--", label=name)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

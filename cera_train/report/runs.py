@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.adapters.families import title
-from cera_train.common.errors import UserError
-from cera_train.common.files import read_json, read_yaml
+from cera_train.common.errors import UserError, errors_at
+from cera_train.common.files import read_yaml
 from cera_train.common.settings import flatten, to_plain
 from cera_train.common.trust import clean
 from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
 from cera_train.runs.evaluation_folder import AccuracyResult, Grade, PerplexityResult, read_evaluation_result
-from cera_train.runs.records import load_config, read_lines
+from cera_train.runs.records import Record, load_config, read_lines
 from cera_train.runs.results import (
     DIVERGED,
     METRICS,
@@ -144,6 +144,28 @@ def group_by(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[R
     return groups
 
 
+class SavedAdapter(Record):
+    """What is read of PEFT's adapter_config.json."""
+
+    peft_type: str = ""
+    use_dora: bool | None = None
+    use_rslora: bool | None = None
+    r: int | None = None
+    alpha: float | None = None
+    lora_alpha: float | None = None
+    activation: Any = None
+    mix: Any = None
+
+    @property
+    def config(self) -> AdapterConfig:
+        kind = "dora" if self.use_dora else "rslora" if self.use_rslora else self.peft_type.lower()
+        known = {"kind": kind} if kind in list(AdapterKind) else {"kind": AdapterKind.peft, "method": self.peft_type}
+        if kind == AdapterKind.cera:
+            known |= {name: getattr(self, name) for name in ("activation", "mix") if getattr(self, name) is not None}
+        # PEFT writes a rank of 0 where another setting decides.
+        return AdapterConfig(**known, r=self.r or None, alpha=self.lora_alpha or self.alpha or None)
+
+
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
@@ -199,16 +221,15 @@ def _read_run(folder: Path) -> Run | None:
 
 def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
     """The folder of an adapter from elsewhere, known by PEFT's file, or of a base model, known by its evaluations."""
-    place, path = folder.resolve(), folder / "adapter_config.json"
+    place, path, adapter = folder.resolve(), folder / "adapter_config.json", None
     evaluation = next(iter(evaluations.values()))
     settings = {key: value for key, value in evaluation.settings.items() if key.startswith("model.")}
-    if not path.is_file():
-        return Run(folder, place.name, settings, None, evaluations)
-    saved = read_json(path)
-    method = str(saved.get("peft_type", ""))
-    kind = next((kind for kind in ("dora", "rslora") if saved.get(f"use_{kind}")), method.lower())
-    known = {"kind": kind} if kind in list(AdapterKind) else {"kind": AdapterKind.peft, "method": method}
-    adapter = AdapterConfig(**known, r=saved.get("r"), alpha=saved.get("lora_alpha"))
+    if path.is_file():
+        saved = SavedAdapter.read(path)
+        with errors_at(str(path)):
+            adapter = saved.config
+    elif (folder / "full_model.json").is_file():
+        adapter = AdapterConfig(AdapterKind.full, r=None, alpha=None)
     return Run(folder, place.name, settings, adapter, evaluations)
 
 

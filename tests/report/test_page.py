@@ -172,6 +172,15 @@ def test_the_accuracy_of_trajectories_is_drawn_by_their_steps(tmp_path: Path) ->
     assert {point for line in axes.lines for point in line.get_ydata()} == {25, 50}
 
 
+def test_only_the_base_model_is_a_dashed_line(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    for name in ("a", "base", "lora"):
+        add_evaluation(tmp_path / name, "math", solved={1, 2})
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 64}')  # parameters unknown
+    pictures_of(tmp_path)["accuracy-math"].draw(axes := Figure().subplots())
+    assert [line.get_label() for line in axes.lines if line.get_linestyle() == "--"] == ["base"]
+
+
 def test_runs_on_other_rows_or_that_diverged_are_not_drawn_beside_the_rest(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in "ab"]
     runs.append(make_run(tmp_path / "c", held_out="others"))
