@@ -7,9 +7,10 @@ judges the arm. With `study.tune_seeds=k` the first k seeds choose, and the othe
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -95,6 +96,10 @@ class JudgedRun:
         return digests | {f"problems of {name}": outcome.problems for name, outcome in self.outcomes.items()}
 
 
+def words_of(choices: Iterable[tuple[str, str]]) -> str:
+    return ", ".join(map("=".join, choices))
+
+
 @dataclass(frozen=True, eq=False)
 class Cell:
     """An arm under a condition."""
@@ -108,7 +113,7 @@ class Cell:
     @property
     def condition(self) -> str:
         """Such as `adapter.r=16`; empty where a study has none."""
-        return ", ".join(f"{key}={value}" for key, value in self.choices.items())
+        return words_of(self.choices.items())
 
     @property
     def name(self) -> str:
@@ -288,11 +293,11 @@ class Study:
     @property
     def by_condition(self) -> dict[str, dict[str, Cell]]:
         """Condition -> arm -> cell. An arm that has a condition's setting itself stands under all of its values."""
-        most = max((len(cell.choices) for cell in self.cells), default=0)
-        conditions = {cell.condition: cell.choices.items() for cell in self.cells if len(cell.choices) == most}
+        choices = dict.fromkeys(choice for cell in self.cells for choice in cell.choices.items())
+        by_key = [[choice for choice in choices if choice[0] == key] for key in self.config.conditions]
         return {
-            condition: {cell.arm: cell for cell in self.cells if cell.choices.items() <= choices}
-            for condition, choices in conditions.items()
+            words_of(condition): {cell.arm: cell for cell in self.cells if cell.choices.items() <= {*condition}}
+            for condition in itertools.product(*filter(None, by_key))
         }
 
     def contrasts(self) -> list[tuple[str, Cell, Cell]]:

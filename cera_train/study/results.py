@@ -11,7 +11,7 @@ from scipy.stats import ttest_1samp
 from cera_train.common.settings import require
 from cera_train.evaluation.statistics import LEVEL, holm
 from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import Study
+from cera_train.study.cells import Study, words_of
 from cera_train.study.verdict import Contrast, Verdict, contrast, detectable
 
 
@@ -80,6 +80,7 @@ def compare_cells(study: Study) -> list[Comparison]:
             means = zip(first.means(outcome), second.means(outcome), strict=True)
             edges = [*first.edges, *second.edges]
             verdict = difference.verdict_at(p_holm, higher_is_better=outcome != LOSS)
+            both = first.choices | second.choices
             least = detectable(difference.variances, difference.seeds, difference.problems, len(pairs))
             comparisons.append(
                 Comparison(
@@ -88,7 +89,7 @@ def compare_cells(study: Study) -> list[Comparison]:
                     asked=asked,
                     first=first.arm,
                     second=second.arm,
-                    condition=max(first.condition, second.condition, key=len),
+                    condition=words_of((key, both[key]) for key in study.config.conditions if key in both),
                     by_seed=[b - a for a, b in means],
                     p_holm=p_holm,
                     verdict="not shown" if edges else verdict,
@@ -114,7 +115,7 @@ def slopes(study: Study) -> list[Slope]:
     """The least-squares slope of every contrast against log2 of the rank, where several ranks are conditions."""
     by_rank: dict[str, dict[int, numpy.ndarray]] = {}
     for _, first, second in study.contrasts():
-        choices = dict(max(first.choices, second.choices, key=len))
+        choices = first.choices | second.choices
         rank = int(choices.pop("adapter.r", 0))
         name = ", ".join([f"{second.arm} - {first.arm}", *(f"{key}={value}" for key, value in choices.items())])
         means = (cell.means(study.config.outcomes[0]) for cell in (second, first))

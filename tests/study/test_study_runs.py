@@ -10,9 +10,9 @@ import yaml
 
 from cera_train.common.settings import to_plain
 from cera_train.settings.sweep import StudyConfig
-from cera_train.study.cells import find_study
+from cera_train.study.cells import Study, find_study
 from cera_train.study.design import StudySweeper
-from cera_train.sweep.folder import State, read_sweep
+from cera_train.sweep.folder import State, SweepRecord, read_sweep
 
 ARMS = ("lora", "cera", "relu")
 
@@ -122,6 +122,18 @@ def test_an_arm_with_a_rank_of_its_own_runs_once_and_stands_beside_every_rank(la
     assert [(first.name, second.name) for _, first, second in find_study(launcher.sweep).contrasts()] == [
         ("lora, adapter.r=4", "wide"),
         ("lora, adapter.r=8", "wide"),
+    ]
+
+
+def test_arms_that_set_a_condition_each_are_compared_under_every_value(tmp_path, study_section):
+    arms = {"lora": ["adapter.r=64"], "b": ["data.max_length=256"]}
+    conditions = {"adapter.r": [4, 8], "data.max_length": [64, 128]}
+    section = study_section | {"arms": arms, "contrasts": {}, "conditions": conditions}
+    choices = ["lora data.max_length=64", "lora data.max_length=128", "b adapter.r=4", "b adapter.r=8"]
+    jobs = {choice: f"study.arm={choice} optimizer.lr=0.001 train.seed=0".split() for choice in choices}
+    contrasts = Study(tmp_path, SweepRecord([], jobs, [], study=section)).contrasts()
+    assert [(first.condition, second.condition) for _, first, second in contrasts] == [
+        (f"data.max_length={length}", f"adapter.r={r}") for r in (4, 8) for length in (64, 128)
     ]
 
 
