@@ -93,7 +93,7 @@ class CeraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("CERA")
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        self.rank_pattern, self.alpha_pattern = longest_first(self.rank_pattern), longest_first(self.alpha_pattern)
         expert_r = {} if self.expert_r is None else {"expert_r": self.expert_r}
         for name, r in {"r": self.r, **expert_r, **_named("rank_pattern", self.rank_pattern)}.items():
             if not (isinstance(r, int) and r > 0):
@@ -118,11 +118,10 @@ class CeraConfig(PeftConfig):
             raise ValueError("use_rslora divides alpha by sqrt(r), and alpha=None is a scale of 1: set alpha.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has a meaning only with layers_to_transform: set that too.")
-        is_expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        if is_expression and self.layers_to_transform is not None:
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
-                "layers_to_transform cannot be combined with a regular expression in target_modules: "
-                "name the layers in the expression."
+                "layers_to_transform cannot be combined with all-linear or a regular expression in target_modules: "
+                "name the layers in an expression."
             )
 
     def of_module(self, name: str) -> CeraConfig:
@@ -146,6 +145,11 @@ class CeraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields, with sets in a fixed order so that a saved config has the same bytes every time."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+
+def longest_first(pattern: dict[str, Any] | None) -> dict[str, Any]:
+    """A pattern whose longest key decides: the first that matches does, and PEFT saves them by name."""
+    return dict(sorted((pattern or {}).items(), key=lambda item: (-len(str(item[0])), str(item[0]))))
 
 
 def _named(field: str, pattern: dict[str, Any]) -> dict[str, Any]:

@@ -37,16 +37,27 @@ class CeraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if str(config.target_modules).lower() == "all-linear":
             exclude_projections(config, bypassed_projections(model), model)
-        with warnings.catch_warnings():
-            # PEFT looks for patterns among modules alone, not among experts' parameters.
-            warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            with warnings.catch_warnings():
+                # PEFT looks for patterns among modules alone, not among experts' parameters.
+                warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._check_patterns(config)
+        except ValueError:  # what is refused leaves no branch behind
+            for layer in model.modules():
+                if isinstance(layer, CeraLayer):
+                    layer.delete_adapter(adapter_name)
+            raise
+
+    def _check_patterns(self, config: CeraConfig) -> None:
+        """Raises ValueError for a pattern that decides for no target module."""
         targets = [*self.targeted_module_names, *self.targeted_parameter_names]
         for field in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(config, field)
             if unmatched := patterns.keys() - {get_pattern_key(patterns, name) for name in targets}:
                 raise ValueError(
-                    f"{field} has {', '.join(map(repr, sorted(unmatched)))}, which matches no target module."
+                    f"{field} has {', '.join(map(repr, sorted(unmatched)))}, which matches no target module that a "
+                    "longer pattern does not match, too."
                 )
 
     def _prepare_adapter_config(self, config: CeraConfig, model_config: dict[str, Any]) -> CeraConfig:
@@ -54,7 +65,7 @@ class CeraModel(BaseTuner):
         if config.target_modules is None and config.target_parameters:
             config.target_modules = []
         names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
-        is_expression = isinstance(self.target_module_mapping.get(model_config["model_type"]), str)
+        is_expression = isinstance(self.target_module_mapping.get(model_config.get("model_type")), str)
         if config.target_modules is None and names >= {"q_proj", "v_proj"} and not is_expression:
             config.target_modules = {"q_proj", "v_proj"}
         return super()._prepare_adapter_config(config, model_config)

@@ -77,8 +77,10 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
 
 def unknown_setting(key: str, place: str, schema: type) -> str:
     """The line about a key that no setting has, in an argument or a file."""
+    if key.startswith("adapter.settings."):  # PEFT's fields are no part of the schema
+        return f"{place}: adapter.settings has no {key.rpartition('.')[2]} yet: write ++{key}=... to add it."
     program = next(program for program, other in SCHEMAS.items() if other is schema)
-    near = did_you_mean(key, [*(field.name for field in fields(schema)), *keys_of(schema)])
+    near = did_you_mean(key, list(dict.fromkeys([*(field.name for field in fields(schema)), *keys_of(schema)])))
     return f"{place}: unknown setting {key}. {near}`{program} --help` lists all."
 
 

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from cera_train.cera.config import longest_first
+
 logger = logging.getLogger("vllm.cera_train")
 
 GATES = ("identity", "silu", "relu", "gelu", "tanh")
@@ -82,7 +84,7 @@ def read_config(original: Callable, cls: type, lora_path: str, max_position_embe
             raise ValueError(
                 f"{lora_path}: {name}={config[name]} is not served: cera-export makes a LoRA of it, if little is lost."
             )
-    ranks = config.get("rank_pattern") or {}
+    ranks, alphas = (longest_first(config.get(name)) for name in ("rank_pattern", "alpha_pattern"))
     is_scaled = config.get("alpha") is not None
     helper = cls.from_dict(
         {
@@ -92,7 +94,10 @@ def read_config(original: Callable, cls: type, lora_path: str, max_position_embe
             "modules_to_save": config.get("modules_to_save"),
             "use_rslora": bool(is_scaled and config.get("use_rslora")),
             "rank_pattern": ranks,
-            "alpha_pattern": (config.get("alpha_pattern") or {}) if is_scaled else ranks,  # a scale of 1 everywhere
+            # Without alpha the scale is 1 where no pattern sets another, and the first that matches decides.
+            "alpha_pattern": alphas
+            if is_scaled
+            else alphas | {key: r for key, r in ranks.items() if key not in alphas},
             "vllm_max_position_embeddings": max_position_embeddings,
         }
     )

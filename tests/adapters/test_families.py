@@ -198,6 +198,14 @@ def test_a_full_mixture_of_experts_comes_back(adapter_of, tmp_path):
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("name", ["cera", "lora", "rslora", "dora"])
+def test_no_alpha_is_a_scale_of_1_at_other_ranks_too(adapter_of, name):
+    config = replace(adapter_of(name), alpha=None, settings={"rank_pattern": {"v_proj": 2}})
+    model = built(config)
+    branches = [family(config.kind).branch(module) for module in model.modules()]
+    assert {(branch.r, round(branch.scaling, 6)) for branch in branches if branch} == {(4, 1), (2, 1)}
+
+
 def test_trained_biases_are_not_the_bases(adapter_of):
     config = replace(adapter_of("lora"), settings={"bias": "all"})
     assert not saved.keeps_base(build.build(make_tiny_llama(attention_bias=True), config))

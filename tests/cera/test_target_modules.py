@@ -10,7 +10,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from cera_train.cera import CeraConfig
+from cera_train.cera import CeraConfig, CeraLayer
 
 pytestmark = WARNINGS
 
@@ -77,7 +77,8 @@ def test_without_targets_the_papers_are_taken_else_those_of_lora(model_type):
         ({"dropout": 1}, "dropout must be at least 0 and less than 1, got 1"),
         ({"activation": "swish"}, "activation must be one of silu, relu, gelu, tanh, identity, got 'swish'"),
         ({"layers_pattern": "layers"}, "layers_pattern has a meaning only with layers_to_transform"),
-        ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "cannot be combined with a regular expression"),
+        ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "cannot be combined with all-linear or a regular"),
+        ({"layers_to_transform": [0], "target_modules": "all-linear"}, "cannot be combined with all-linear or a regu"),
         ({"init": "xavier"}, "init must be one of kaiming_normal, kaiming_uniform, got 'xavier'"),
         ({"mix": "learned", "activation": "identity"}, "activation must not be 'identity'"),
         ({"use_rslora": True}, "use_rslora divides alpha by sqrt"),
@@ -97,7 +98,7 @@ def test_patterns_give_modules_their_rank_and_scale(tmp_path):
     settings = {
         "r": 4,
         "alpha": 8,
-        "rank_pattern": {"v_proj": 2, r"layers\.1\.self_attn\.q_proj": 6},
+        "rank_pattern": {r"self_attn\.v_proj": 2, r"1\..*_proj": 6},  # the longer decides; PEFT saves them by name
         "alpha_pattern": {"v_proj": 1},
     }
     adapted(**settings).save_pretrained(tmp_path)
@@ -110,3 +111,16 @@ def test_patterns_give_modules_their_rank_and_scale(tmp_path):
         "model.layers.1.self_attn.v_proj": (2, 0.5),
     }
     assert {len(layer.cera_A["default"].weight) for layer in layers.values()} == {2, 4, 6}
+
+
+def test_a_refused_adapter_leaves_nothing_behind():
+    model = get_peft_model(make_tiny_llama(), CeraConfig(target_modules=["v_proj"]))
+    with pytest.raises(ValueError, match="rank_pattern has 'k_projj', which matches no target module"):
+        model.add_adapter("second", CeraConfig(target_modules=["q_proj"], rank_pattern={"k_projj": 8}))
+    assert not any("second" in module.cera_A for module in model.modules() if isinstance(module, CeraLayer))
+
+
+def test_a_model_with_a_config_of_its_own_takes_an_adapter():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.config = {"width": 4}
+    assert len(cera_layers(get_peft_model(model, CeraConfig(target_modules=["0"], r=2)))) == 1

@@ -17,6 +17,11 @@ from cera_train.common.settings import keys_of
 MISTAKES = [
     # a name that does not exist: spelled otherwise, or as other programs have it
     ("cera-train adapter.rank=3", "adapter.rank: unknown setting", "Did you mean adapter.r?"),
+    (
+        "cera-train adapter.settings.bias=all",
+        "adapter.settings has no bias yet",
+        "write ++adapter.settings.bias=... to",
+    ),
     ("cera-train +train.batch=3", "+train.batch=3: unknown setting", "Did you mean train.batch_size?"),
     ("cera-train gradient_accumulation_steps=4", "unknown setting", "Did you mean train.micro_batch_tokens?"),
     # a file that does not exist, or a section without a file

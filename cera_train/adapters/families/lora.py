@@ -6,6 +6,7 @@ rsLoRA: s = alpha / sqrt(r). DoRA: the rows of W0 + s B A rescaled to a learned 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cera_train.adapters.families.base import ADAPTER, Branch
@@ -31,10 +32,13 @@ class Lora(RankedPeft):
     def peft_config(self, config: AdapterConfig) -> peft.PeftConfig:
         import peft
 
-        scale_one = math.sqrt(config.r) if self.use_rslora else config.r
+        scale_one = math.sqrt if self.use_rslora else int
+        if config.alpha is None and (ranks := config.settings.get("rank_pattern")):
+            alphas = {key: scale_one(r) for key, r in ranks.items()} | (config.settings.get("alpha_pattern") or {})
+            config = replace(config, settings=config.settings | {"alpha_pattern": alphas})
         fields = {
             "r": config.r,
-            "lora_alpha": scale_one if config.alpha is None else config.alpha,
+            "lora_alpha": scale_one(config.r) if config.alpha is None else config.alpha,
             "lora_dropout": config.dropout,
             "use_rslora": self.use_rslora,
             "use_dora": self.use_dora,
