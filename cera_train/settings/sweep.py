@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -56,6 +57,9 @@ class StudyConfig:
     def __post_init__(self) -> None:
         names = ", ".join(self.arms) or "none"
         require(len(self.arms) > 1, f"study.arms has {names}: a study compares two or more.")
+        for name in self.arms:
+            is_name = re.fullmatch(r"[\w.+-]*[A-Za-z][\w.+-]*", name, re.ASCII)
+            require(bool(is_name), f"study.arms.{name}: give a name of letters, digits and _ . + -, with a letter.")
         require(self.baseline in self.arms, f"study.baseline={self.baseline}: no such arm: choose one of {names}.")
         for question, pair in self.contrasts.items():
             is_pair = len(pair) == len({*pair}) == 2 and {*pair} <= self.arms.keys()

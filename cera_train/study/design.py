@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +56,7 @@ def study_record(config: DictConfig) -> SweepRecord:
     study = config.study
     dimensions: dict[str, Sequence[Any]] = {ARM: list(study.arms), **study.conditions, **study.tune}
     dimensions |= {SEED: range(study.tune_seeds or study.seeds)}
-    params = {key: ",".join(map(word_of, values)) for key, values in dimensions.items()}
+    params = {key: ",".join(map(quoted, values)) for key, values in dimensions.items()}
     overrides = {f"{ARM}={name}": words for name, words in study.arms.items()}
     jobs = []
     for arm, *choices in grid(config, params):
@@ -63,6 +64,13 @@ def study_record(config: DictConfig) -> SweepRecord:
         own = {key_of(word) for word in overrides[arm]}
         jobs.append([arm, *overrides[arm], *(choice for choice in choices if key_of(choice) not in own)])
     return record_of(config, jobs, params).replace(study=OmegaConf.to_container(study))
+
+
+def quoted(value: Any) -> str:
+    """A value as one writes it in a grid of Hydra's: a text with signs of its grammar, in quotes."""
+    word = word_of(value)
+    is_plain = not isinstance(value, str) or re.fullmatch(r"[\w /+.$%*@?|:-]*|.*\$\{.*", word, re.ASCII)
+    return word if is_plain else "'" + word.replace("'", "\\'") + "'"
 
 
 # --- what makes arms comparable --------------------------------------------------------------------------------------

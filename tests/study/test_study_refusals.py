@@ -17,6 +17,11 @@ TWO = {"lora": ["adapter=lora"], "b": ["adapter=cera"]}
     [
         (dict(baseline=None), "study.baseline=None: no such arm: choose one of lora, cera, relu"),
         (dict(arms={"lora": ["adapter=lora"]}), "study.arms has lora: a study compares two or more"),
+        (
+            dict(arms={"lora": [], "a b": []}),
+            "study.arms.a b: give a name of letters, digits",
+        ),
+        (dict(arms={"lora": [], "1_000": []}), "study.arms.1_000: give a name"),
         (dict(contrasts={"x": ["lora"]}), r"study.contrasts.x=\['lora'\]: expected two arms of lora"),
         (dict(arms={"lora": [], "b": ["+hydra.job.env_set.X=1"]}), "hydra.job.env_set.X can run code"),
         (dict(tune={}), "study.tune={}: name what each arm may choose"),

@@ -125,6 +125,14 @@ def test_an_arm_with_a_rank_of_its_own_runs_once_and_stands_beside_every_rank(la
     ]
 
 
+def test_a_condition_of_any_text_is_one_value(launcher, run_study):
+    targets = [".*(q|v)_proj", "all-linear"]
+    study = {"conditions": {"adapter.target_modules": targets}, "tune": {"optimizer.lr": [1e-3]}, "seeds": 1}
+    assert run_study(study=study | {"arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]}, "contrasts": {}}) == 0
+    conditions = find_study(launcher.sweep).by_condition
+    assert list(conditions) == ["adapter.target_modules='.*(q|v)_proj'", "adapter.target_modules=all-linear"]
+
+
 def test_arms_that_set_a_condition_each_are_compared_under_every_value(tmp_path, study_section):
     arms = {"lora": ["adapter.r=64"], "b": ["data.max_length=256"]}
     conditions = {"adapter.r": [4, 8], "data.max_length": [64, 128]}

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from made_sweeps import make_job
 
+from cera_train.common.settings import to_plain
 from cera_train.settings.run import Config
 
 
@@ -39,6 +40,7 @@ def counted(monkeypatch) -> list[Config]:
         if config.train.extend or not (folder / "result.json").exists():
             begun.append(config)
             make_job(folder.parent, folder.name)
+            (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(config)))
             (folder / "result.json").write_text(json.dumps(result))
         return result
 
