@@ -168,10 +168,16 @@ class Server:
                 raise Unavailable(f"server={self.url} broke off an answer: {message['error']}")
             if message["model"] != self.name:
                 raise UserError(f"server={self.url} was asked for {self.name}, and {message['model']} answered.")
+            if not message["choices"]:  # the number of tokens, which a server may count at the end
+                continue
             (choice,) = message["choices"]
-            reason = choice["finish_reason"]
-            ids += choice["token_ids"]
-            log_p += choice["logprobs"]["token_logprobs"]
+            try:
+                reason = choice["finish_reason"]
+                ids += choice["token_ids"]
+                log_p += choice["logprobs"]["token_logprobs"]
+            except (LookupError, TypeError) as error:
+                lacks = "answers without token ids or their log p"
+                raise UserError(f"server={self.url} {lacks} ({error!r}): update vLLM.") from error
             if streamer is not None:
                 streamer.put(torch.tensor(choice["token_ids"]))
         if streamer is not None:

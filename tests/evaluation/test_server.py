@@ -44,7 +44,7 @@ def test_a_server_that_fails_now_and_then_gives_the_answers_of_the_model_in_this
     result = evaluate(eval_config(*stop))
     here = move_away(run, "here")
     assert any(answer["tokens"] < 8 for answer in read(here / "generations.jsonl")) == bool(stop)
-    vllm.faults = ["503", "gone", "", "429", "aborted", "500", "broken"]
+    vllm.faults = ["503", "gone", "usage", "429", "aborted", "500", "broken"]
     assert evaluate(served_config(*stop)) == result
     assert contents(run / "eval" / "gsm8k") == contents(here)
     config = yaml.safe_load((run / "eval" / "gsm8k" / "config.yaml").read_text())
@@ -100,6 +100,10 @@ REFUSALS = {
     "another model": (
         lambda vllm: vllm.faults.append("another model"),
         ["asked for run-adapter-", "base answered"],
+    ),
+    "no log p": (
+        lambda vllm: vllm.faults.append("no log p"),
+        ["without token ids or their log p (TypeError", "update"],
     ),
     "cut answers": (lambda vllm: vllm.faults.append("cut"), ["cuts answers at 2 of 8 tokens", "--generation-config"]),
 }

@@ -109,13 +109,17 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if fault == "cut":
             return self.send(name, tokens[:2], "length")
+        if fault == "no log p":
+            return self.send(name, tokens, reason, None)
         self.send(name, tokens[:1], None, log_p[:1])
         self.send(name, tokens[1:], reason, log_p[1:])
+        if fault == "usage":
+            self.wfile.write(f"data: {json.dumps({'model': name, 'choices': []})}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
 
-    def send(self, model: str, tokens: list[int], reason: str | None, log_p: Sequence[float] = ()) -> None:
+    def send(self, model: str, tokens: list[int], reason: str | None, log_p: Sequence[float] | None = ()) -> None:
         choice = {"index": 0, "text": "?", "token_ids": tokens, "finish_reason": reason}
-        choice["logprobs"] = {"token_logprobs": [*log_p]}
+        choice["logprobs"] = None if log_p is None else {"token_logprobs": [*log_p]}
         self.wfile.write(f"data: {json.dumps({'model': model, 'choices': [choice]})}\n\n".encode())
 
 
