@@ -38,6 +38,9 @@ def requests_for(
     """The answers to generate: `samples` for each problem, in order."""
     start = start_ids(tokenizer)
     prompts = [(*start, *ids) for ids in ids_of([problem.prompt for problem in problems], tokenizer)]
+    empty = prompts.index(()) + 1 if () in prompts else None
+    mend = "add words to task.prompt"
+    require(empty is None, f"the prompt of problem {empty} is empty, and the tokenizer has no start token: {mend}.")
     check_positions("task.max_new_tokens", max_new_tokens, max(map(len, prompts)), positions)
     return [
         Request(problem.id, sample, prompt)

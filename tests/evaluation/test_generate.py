@@ -1,5 +1,6 @@
 """Answers: what the library's own `generate` gives, one by one, whatever the batch, the order and the padding."""
 
+import copy
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,8 +13,10 @@ from oracles import GREEDY, adapted, answers_of, assert_greedy_answers_are_the_l
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+from cera_train.common.errors import UserError
 from cera_train.evaluation.generate import LoadedModel, TokenChoice, cut_batches
-from cera_train.evaluation.requests import Request, generation_settings
+from cera_train.evaluation.requests import Request, generation_settings, requests_for
+from cera_train.runs.evaluation_folder import Problem
 from cera_train.settings.evaluation import GenerationConfig
 
 SAMPLED = GenerationConfig(samples=2, temperature=0.8, top_p=0.95)
@@ -115,6 +118,17 @@ def test_the_head_multiplies_all_rows_at_once(engine, requests):
     vocabulary = engine.base.config.vocab_size
     assert vocabulary in widths["mm"]
     assert vocabulary not in widths["bmm"]
+
+
+def test_a_prompt_without_tokens_is_refused(tokenizer):
+    problems = [Problem("a", "x", "x", "y"), Problem("b", "", "", "y")]
+    assert requests_for(problems, 1, tokenizer, 8, None)[1].prompt_ids == (tokenizer.bos_token_id,)
+    startless = copy.deepcopy(tokenizer)
+    startless.bos_token = None
+    with pytest.raises(
+        UserError, match="prompt of problem 2 is empty, and the tokenizer has no start token: add words"
+    ):
+        requests_for(problems, 1, startless, 8, None)
 
 
 def test_sampling_follows_temperature_and_top_p():
