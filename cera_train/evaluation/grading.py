@@ -43,6 +43,7 @@ LOOP_TIMES = 3
 LOOP_CHARACTERS = 50
 LONGEST_SEGMENT = 1_000
 PERCENT = re.compile(r"%[\s$.]*$")
+BASE = re.compile(r"-?[\dA-Z]+_\{?(\d+)\}?$")  # 11_8, which math-verify takes for 11
 
 
 def grade_all(task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation]) -> list[Grade]:
@@ -177,6 +178,9 @@ def _is_equal(candidate: Candidate) -> bool:
         return _is_any_equal(_parse_box(gold), _parse(candidate.text))
     if math.is_exact(answer, gold):  # also where math-verify cannot read the gold answer
         return True
+    bases = [BASE.match(math.normalize(text)) for text in (gold, answer)]
+    if all(bases) and bases[0][1] != bases[1][1]:
+        return False
     golds, answers = _parse_box(gold), _parse_box(answer)
     # Two percentages are compared as numbers; one alone, 20\%, may stand for 20 or for 1/5.
     if PERCENT.search(gold) and not PERCENT.search(answer):

@@ -73,6 +73,8 @@ PAIRS = [
     (r"6:30\text{ p.m.}", r"6:30", True, True),
     (r"0.2", r"6:30", False, True),  # not equal, but math-verify takes a time for a ratio
     (r"11111_2", r"11111_{2}", False, True),
+    (r"11_{7}", r"11_8", False, False),
+    (r"2516", r"2516_8", False, True),
     # unicode
     (r"−3", r"-3", False, True),
     (r"½", r"\frac{1}{2}", False, False),  # equal, but neither grader reads it
