@@ -20,8 +20,8 @@ from cera_train.settings.evaluation import Grader, TaskConfig
 STATED = re.compile(r"(?i:answer)\b(?i:\s+is)?[\s:*(\[]*([A-Z])\b(?!')")
 """The answer is (B). Answer: B"""
 
-FIRST = re.compile(r"\W*([A-Z])(?:[).:,\]*]|\s*(?:\n|\Z))")
-"""B. (B) Paris. B, alone on the first line; not the A of `A dog`."""
+FIRST = re.compile(r"\W*([A-Z])(?!-?[\w'’])(?:(?<![AI])|[^\w\s]|\s*(?:\n|\Z|[-–—=]))")
+"""B. (B) Paris. B Paris. B, alone on the first line; not the X of X-ray, nor the A of `A dog`: A and I may be words."""
 
 
 def single_spaced(text: str) -> str | None:
