@@ -8,6 +8,7 @@ published rule it reads thousands separators, mixed numbers such as 1 1/2, and a
 import re
 
 from cera_train.common.errors import UserError
+from cera_train.common.settings import require
 from cera_train.data.rows import Row, text_of
 from cera_train.evaluation.tasks.task import QuestionTask
 
@@ -42,9 +43,12 @@ RULES = (
 
 
 def gold(row: Row) -> str:
-    """The reference answer: column `answer` where there is one (MATH-500), else the last box of column `solution`."""
+    """The reference answer: column `answer` where there is one (MATH-500), in a box or alone, else the last box of
+    column `solution`."""
     if row.get("answer") is not None:
-        return text_of(row, "answer")
+        cell = text_of(row, "answer")
+        require(bool(cell.strip()), "column 'answer' is empty: mend the row.")
+        return extract(cell) or cell.strip()
     solution = text_of(row, "solution")
     answer = extract(solution)
     if answer is None:

@@ -132,3 +132,4 @@ def test_gold_is_the_column_answer_or_the_box_of_the_solution():
     assert gold({"problem": "?", "solution": r"\boxed{1}", "answer": "2"}) == "2"
     assert gold({"problem": "?", "solution": r"\boxed{1}", "answer": None}) == "1"
     assert gold({"problem": "?", "answer": 2}) == "2"
+    assert gold({"problem": "?", "answer": r"$\boxed{3}$"}) == "3"

@@ -113,6 +113,7 @@ def test_a_limit_takes_the_first_rows_and_reads_no_further(config_of):
         ([], {}, r"task.files=\[\S+/rows.jsonl\] has no rows: name a file with a problem on each row\.$"),
         ([MATH | {"level": 1}], {"kind": "math", "level": 5}, r"rows.jsonl\] has no rows of task.level=5"),
         ([MATH | {"solution": "2"}], {"kind": "math"}, r"1: column 'solution' has no \\boxed"),
+        ([MATH | {"answer": " "}], {"kind": "math"}, r"1: column 'answer' is empty: mend the row"),
         ([{"question": "?"}], {"kind": "jsonl", "grader": "text"}, r"1: column 'answer' is missing; .* task.answer\.$"),
         ([GSM8K], {"kind": "jsonl", "grader": "choice"}, r"1: .* task.grader=choice finds no answer in it"),
     ],
