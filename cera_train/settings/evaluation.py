@@ -67,6 +67,7 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         require_positive("task", self, "limit", "max_new_tokens", "window")
+        require(all(self.stop), f"task.stop={self.stop} has an empty text, which ends every answer at once: remove it.")
 
 
 @dataclass

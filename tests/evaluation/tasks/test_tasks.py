@@ -66,6 +66,7 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
         ({"kind": "reasoning_gym", "limit": 9, "generator": "chain_sums"}, "generator=chain_sums: expected generators"),
         ({"kind": "reasoning_gym"}, "task.limit=null: a generator has no last problem"),
         ({"kind": "reasoning_gym", "limit": 9, "files": ["x"]}, "has no meaning for a task of kind reasoning_gym"),
+        ({"kind": "jsonl", "stop": ["\n", ""]}, r"task.stop=\['\\n', ''\] has an empty text, which ends every answer"),
         ({"kind": "logistic_map"}, r"task.growths=\[\] must be numbers above 0"),
     ],
 )
