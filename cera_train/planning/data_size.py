@@ -36,6 +36,7 @@ class DataSize:
     supervised: float  # share of the tokens whose prediction counts in the loss
     source: str  # of the number of tokens, for people
     is_even: bool = False  # whether all rows have the same length
+    prompt_tokens: float = 0.0  # of a row, whatever counts in the loss
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,14 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
         )
     if tokens_per_row is not None:
         size = replace(size, tokens_per_row=tokens_per_row, source="plan.tokens_per_row")
-    return replace(
+    size = replace(
         size,
         train_rows=min(size.train_rows, config.train_rows or size.train_rows),
         eval_rows=size.eval_rows if config.eval_rows is None else min(size.eval_rows, config.eval_rows),
         tokens_per_row=min(size.tokens_per_row, config.max_length),
-        supervised=1.0 if config.loss_on == LossOn.all else size.supervised,
     )
+    supervised = 1.0 if config.loss_on == LossOn.all else size.supervised
+    return replace(size, supervised=supervised, prompt_tokens=_prompt_tokens(size))
 
 
 def facts_of(path: str, facts: DataFacts | None = None) -> DataFacts | None:
@@ -101,7 +103,7 @@ def trained_size(config: Config, data: DataSize) -> DataSize:
     be."""
     if not config.work.answers:
         return data
-    tokens = prompt_tokens(data) + config.work.answer_tokens
+    tokens = data.prompt_tokens + config.work.answer_tokens
     return replace(data, tokens_per_row=tokens, supervised=config.work.answer_tokens / tokens, is_even=False)
 
 
@@ -110,11 +112,12 @@ def sampled_size(config: Config, data: DataSize) -> TaskSize | None:
     if not config.work.answers:
         return None
     count = config.train.batch_size * config.sequences
-    return TaskSize("answers", count, prompt_tokens(data), config.work.answer_tokens, data.source)
+    return TaskSize("answers", count, data.prompt_tokens, config.work.answer_tokens, data.source)
 
 
-def prompt_tokens(rows: DataSize | DataFacts) -> float:
-    return rows.tokens_per_row * (1 - rows.supervised)
+def _prompt_tokens(rows: DataSize | DataFacts) -> float:
+    """Those that no completion holds; the whole row where no prompt is known."""
+    return rows.tokens_per_row * (1 - round(rows.supervised, 6)) or rows.tokens_per_row
 
 
 def _size_of_mix(config: DataConfig, tokens_per_row: float | None) -> DataSize:
@@ -130,6 +133,7 @@ def _size_of_mix(config: DataConfig, tokens_per_row: float | None) -> DataSize:
         tokens_per_row=sum(tokens) / sum(counts),
         supervised=sum(count * size.supervised for count, size in zip(tokens, sizes, strict=True)) / sum(tokens),
         source="; ".join(dict.fromkeys(size.source for size in sizes)),
+        prompt_tokens=sum(count * size.prompt_tokens for count, size in zip(counts, sizes, strict=True)) / sum(counts),
     )
 
 
@@ -198,5 +202,7 @@ def task_size(name: str, config: Config, data: DataSize) -> TaskSize:
         raise UserError(
             f"{place}: the number of its problems is unknown: set train.task_settings.{name}.limit, or task files."
         )
-    rows, source = (data, "a guess by the training rows") if facts is None else (facts, "by facts")
-    return TaskSize(name, min(known), prompt_tokens(rows), settings.max_new_tokens, source)
+    tokens, source = data.prompt_tokens, "a guess by the training rows"
+    if facts is not None:
+        tokens, source = _prompt_tokens(facts), "by facts"
+    return TaskSize(name, min(known), tokens, settings.max_new_tokens, source)

@@ -65,6 +65,7 @@ def test_a_mix_is_the_sum_of_its_parts_by_their_weights(size):
     assert (mixed.train_rows, mixed.eval_rows) == (7473 + 2491, 1319 + 2000)
     tokens = [7473 * gsm8k.tokens_per_row, 2491 * orca.tokens_per_row]
     assert mixed.tokens_per_row * 9964 == pytest.approx(sum(tokens))
+    assert mixed.prompt_tokens == pytest.approx(mixed.tokens_per_row * (1 - mixed.supervised))
     assert size("data=gsm8k_slimorca", "data.train_rows=20000", "data.mix.0.weight=4").train_rows == 20_000
 
 
@@ -73,7 +74,7 @@ def test_rows_of_unknown_number_are_asked_for(compose):
     with pytest.raises(ValueError, match="data.path=org/rows: its size is unknown. Set data.train_rows"):
         data_size(compose(*unknown).data)
     known = data_size(compose(*unknown, "data.train_rows=640", "data.eval_rows=10").data, tokens_per_row=100)
-    assert (known.train_rows, known.tokens_per_row) == (640, 100)
+    assert (known.train_rows, known.tokens_per_row, known.prompt_tokens) == (640, 100, 100)
     settings = ["data=jsonl", "data.path=openai/gsm8k", "data.prompt='{question}'", "data.completion=' {answer}'"]
     of_conf = data_size(compose(*settings).data)
     assert (of_conf.train_rows, of_conf.source) == (7473, "by SmolLM2's tokenizer")
@@ -103,7 +104,7 @@ def test_problems_of_a_task_are_counted_or_known_or_need_a_limit(compose, write_
     path = write_jsonl("test.jsonl", [{"question": "a" * 28, "answer": "#### 1"}] * 7)
     local = task("gsm8k", f"train.task_settings={{gsm8k: {{files: ['{path}']}}}}")
     assert (local.problems, local.prompt_tokens) == (7, 4 + len(["Question", ":", "\n", "Answer", ":"]))
-    guessed = task("math500")
-    assert (guessed.problems, guessed.prompt_tokens, guessed.source) == (50, 36, "a guess by the training rows")
+    for guessed in (task("math500"), task("math500", "data.loss_on=all")):
+        assert (guessed.problems, guessed.prompt_tokens, guessed.source) == (50, 36, "a guess by the training rows")
     with pytest.raises(ValueError, match=r"train.tasks=\[math500\]: the number of its problems is unknown: set train"):
         task("math500", "train.task_settings={math500: {limit: null}}")
