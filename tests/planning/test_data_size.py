@@ -100,6 +100,7 @@ def test_problems_of_a_task_are_counted_or_known_or_need_a_limit(compose, write_
     few, every = (task("gsm8k", f"train.tasks_limit={limit}") for limit in (30, 9999))
     assert (few.problems, few.new_tokens) == (30, 512)
     assert (every.problems, round(every.prompt_tokens), every.source) == (1_319, 64, "by facts")
+    assert task("math_hard", "train.tasks_limit=5000").problems == 1_324
     assert task("logistic_map", "train.tasks_limit=15").problems == 15
     path = write_jsonl("test.jsonl", [{"question": "a" * 28, "answer": "#### 1"}] * 7)
     local = task("gsm8k", f"train.task_settings={{gsm8k: {{files: ['{path}']}}}}")
