@@ -3,12 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from hydra.core.utils import JobReturn, JobStatus
 from made_sweeps import make_job, record_job
 
 pytest.importorskip("submitit")
 
 from cera_train.cli.cluster import QueueWatcher
+from cera_train.common.settings import to_plain
 
 GRID = ["-m", "adapter=cera,lora", "adapter.r=2,4", "name=grid", "hydra/launcher=slurm_gpu"]
 
@@ -28,18 +30,25 @@ def submitted(monkeypatch):
     return jobs
 
 
-def test_finished_jobs_are_not_submitted_unless_they_are_to_train_longer(tmp_path, run_command, capsys, submitted):
+def test_finished_jobs_are_not_submitted_unless_they_are_to_train_longer(
+    tmp_path, run_command, capsys, submitted, compose
+):
     grid = tmp_path / "outputs" / "grid"
-    make_job(grid, "adapter=cera,adapter.r=2", 1.5)
+
+    def finish(name: str) -> None:
+        config = to_plain(compose(*name.split(",")))
+        (make_job(grid, name, 1.5) / "config.yaml").write_text(yaml.safe_dump(config))
+
+    finish("adapter=cera,adapter.r=2")
     make_job(grid, "adapter=cera,adapter.r=4")  # cut
-    make_job(grid, "adapter=lora,adapter.r=2", 1.5)
+    finish("adapter=lora,adapter.r=2")
     record_job(grid, "adapter=lora,adapter.r=2", error=None)
     assert run_command("cera-train", *GRID) == 1
     assert submitted == ["adapter=cera,adapter.r=4", "adapter=lora,adapter.r=4"]
     assert "finished   2 of 4 jobs, which are not started again" in capsys.readouterr().out
 
-    (grid / submitted[0] / "result.json").write_text('{"updates": 20}')
-    make_job(grid, submitted.pop(), 1.5)
+    for name in submitted:
+        finish(name)
     submitted.clear()
     assert run_command("cera-train", *GRID) == 0
     assert submitted == []
