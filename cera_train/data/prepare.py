@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow
 import pyarrow.compute
@@ -97,6 +97,14 @@ class TokenizedRows:
         """Rows without an answer, and rows whose answer lies wholly beyond max_length."""
         empty = self.table["length"].to_pylist().count(0)
         return empty, self.table["has_answer"].to_pylist().count(False) - empty
+
+    def uncut(self) -> Self:
+        """Without the truncated rows, which then count as dropped. Raises UserError where no row is left."""
+        whole = pyarrow.compute.and_not(self.table["has_answer"], self.table["truncated"])
+        table = self.table.set_column(self.table.column_names.index("has_answer"), "has_answer", whole)
+        numbers = [number for number, is_cut in zip(self.numbers, self.truncated, strict=True) if not is_cut]
+        require(bool(numbers), "all training rows are longer than data.max_length: raise it.")
+        return TokenizedRows(table, self.digest, numbers)
 
     def describe(self, unit: str = "rows") -> str:
         """Rows kept, dropped and truncated, and the supervised share, for people."""

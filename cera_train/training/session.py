@@ -143,6 +143,8 @@ class Session:
         self.tokenizer = load_tokenizer(config.model)
         check_length(config.model, config.data.max_length, "data.max_length")
         self.data = prepare_data(config.data, self.tokenizer)  # before a process group and its time limit exist
+        if config.train.objective == ObjectiveKind.grpo:  # part of a right answer would be another one
+            self.data.train = self.data.train.uncut()
         self.accelerator = accelerator = start_accelerator(config.model, config.train.autocast, config.distributed)
         (resume_from,) = broadcast_object_list([resume_from])
 

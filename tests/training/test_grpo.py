@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 import sys
 from statistics import fmean
 
@@ -295,8 +296,14 @@ def test_rows_without_a_prompt_or_with_one_too_long_are_refused(grpo):
         train(grpo("data.loss_on=all"))
     with pytest.raises(UserError, match="^grpo.max_new_tokens=256 after a prompt of .* beyond the 256 positions"):
         train(grpo("grpo.max_new_tokens=256"))
-    with pytest.raises(UserError, match="^train.objective=grpo: 4 of 4 training rows are longer than data.max_length="):
+    with pytest.raises(UserError, match="^all training rows are longer than data.max_length: raise it"):
         train(grpo("data.max_length=10"))
+
+
+def test_a_row_whose_right_answer_is_cut_is_left_out(grpo, write_jsonl, capsys):
+    rows = [*ROWS, *({"prompt": f"Say {word}:", "completion": " all" * 60} for word in ("all", "each", "both"))]
+    train(grpo(f"data.train_files=[{write_jsonl('more.jsonl', rows)}]", "data.max_length=60", "train.max_updates=1"))
+    assert re.search(r"train .* [1-3] beyond max_length\), 0 truncated", capsys.readouterr().out)
 
 
 def test_a_reference_is_the_base_without_an_adapter(grpo):

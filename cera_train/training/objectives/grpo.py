@@ -72,11 +72,6 @@ class Grpo(Objective):
         rows = session.data.train
         longest = max(rows.tokens("loss_mask", row).index(True).as_py() for row in range(len(rows)))
         check_positions("grpo.max_new_tokens", self.config.max_new_tokens, longest, session.sampler.engine.positions)
-        require(
-            not any(rows.truncated),
-            f"train.objective=grpo: {sum(rows.truncated)} of {len(rows)} training rows are longer than data.max_length="
-            f"{session.config.data.max_length}, and an answer that is cut earns no reward for the right one: raise it.",
-        )
 
     def begin(self, rows: list[int]) -> Drawn:
         session, config = self.session, self.config
