@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.adapters.families import title
+from cera_train.adapters.saved import ADAPTER_CONFIG, FULL_MODEL
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import read_yaml
 from cera_train.common.settings import flatten, to_plain
@@ -221,14 +222,14 @@ def _read_run(folder: Path) -> Run | None:
 
 def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
     """The folder of an adapter from elsewhere, known by PEFT's file, or of a base model, known by its evaluations."""
-    place, path, adapter = folder.resolve(), folder / "adapter_config.json", None
+    place, path, adapter = folder.resolve(), folder / ADAPTER_CONFIG, None
     evaluation = next(iter(evaluations.values()))
     settings = {key: value for key, value in evaluation.settings.items() if key.startswith("model.")}
     if path.is_file():
         saved = SavedAdapter.read(path)
         with errors_at(str(path)):
             adapter = saved.config
-    elif (folder / "full_model.json").is_file():
+    elif (folder / FULL_MODEL).is_file():
         adapter = AdapterConfig(AdapterKind.full, r=None, alpha=None)
     return Run(folder, place.name, settings, adapter, evaluations)
 
