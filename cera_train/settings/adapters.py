@@ -9,37 +9,11 @@ from typing import Any
 
 from cera_train.common.settings import require, require_positive, setting
 
-
-class AdapterKind(StrEnum):
-    cera = "cera"
-    dora = "dora"
-    full = "full"
-    lora = "lora"
-    peft = "peft"
-    rslora = "rslora"
-
-
-class Activation(StrEnum):
-    silu = "silu"
-    relu = "relu"
-    gelu = "gelu"
-    tanh = "tanh"
-    identity = "identity"
-
-
-class Init(StrEnum):
-    kaiming_normal = "kaiming_normal"
-    kaiming_uniform = "kaiming_uniform"
-
-
-class DropoutOn(StrEnum):
-    hidden = "hidden"
-    input = "input"
-
-
-class Mix(StrEnum):
-    none = "none"
-    learned = "learned"
+AdapterKind = StrEnum("AdapterKind", ["cera", "dora", "full", "lora", "peft", "rslora"])
+Activation = StrEnum("Activation", ["silu", "relu", "gelu", "tanh", "identity"])
+Init = StrEnum("Init", ["kaiming_normal", "kaiming_uniform"])
+DropoutOn = StrEnum("DropoutOn", ["hidden", "input"])
+Mix = StrEnum("Mix", ["none", "learned"])
 
 
 @dataclass

@@ -7,10 +7,7 @@ from enum import StrEnum
 
 from cera_train.common.settings import require, require_positive, setting
 
-
-class Strategy(StrEnum):
-    ddp = "ddp"
-    fsdp = "fsdp"
+Strategy = StrEnum("Strategy", ["ddp", "fsdp"])
 
 
 @dataclass

@@ -8,18 +8,8 @@ from pathlib import Path
 
 from cera_train.common.settings import MISSING, require, section, setting
 
-
-class Dtype(StrEnum):
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
-
-class Quantization(StrEnum):
-    none = "none"
-    int8 = "int8"
-    nf4 = "nf4"
+Dtype = StrEnum("Dtype", ["auto", "bfloat16", "float16", "float32"])
+Quantization = StrEnum("Quantization", ["none", "int8", "nf4"])
 
 
 @dataclass

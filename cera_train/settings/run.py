@@ -89,12 +89,7 @@ class Config:
         return self.work.answers or self.data.sequences
 
 
-class GpuKind(StrEnum):
-    h100 = "h100"
-    a100 = "a100"
-    l40s = "l40s"
-    rtx4090 = "rtx4090"
-    cpu = "cpu"
+GpuKind = StrEnum("GpuKind", ["h100", "a100", "l40s", "rtx4090", "cpu"])
 
 
 def are_deviations(value: Any) -> bool:

@@ -31,12 +31,7 @@ OPTIMIZERS = {
 OptimizerKind = StrEnum("OptimizerKind", {kind: kind for kind in OPTIMIZERS}, module=__name__)
 
 
-class Schedule(StrEnum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
+Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
 Resume = StrEnum("Resume", ["auto", "never"])
 ObjectiveKind = StrEnum("ObjectiveKind", ["sft", "dpo", "grpo"])
 PreferenceLoss = StrEnum("PreferenceLoss", ["sigmoid", "ipo"])
@@ -54,13 +49,7 @@ class Work(NamedTuple):
     answer_tokens: int = 0  # of an answer, at most
 
 
-class TrackerKind(StrEnum):
-    wandb = "wandb"
-    trackio = "trackio"
-    mlflow = "mlflow"
-    tensorboard = "tensorboard"
-    comet = "comet"
-    swanlab = "swanlab"
+TrackerKind = StrEnum("TrackerKind", ["wandb", "trackio", "mlflow", "tensorboard", "comet", "swanlab"])
 
 
 @dataclass
