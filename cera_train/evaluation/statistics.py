@@ -46,6 +46,14 @@ def bootstrap_interval(values: Sequence[float], counts: Sequence[float] | None =
     return tuple(map(float, resampled.confidence_interval))
 
 
+def interval_where_all_agree(difference: float, problems: int) -> tuple[float, float]:
+    """The interval of a difference of scores that is the same on every problem, where resampling gives a point: that of
+    a share of problems which differ so, or not at all (Clopper & Pearson 1934)."""
+    share = (ERROR_RATE / 2) ** (1 / problems)
+    lower, upper = sorted((difference * share, difference)) if difference else (share - 1, 1 - share)
+    return lower, upper
+
+
 def accuracy_interval(values: Sequence[float]) -> tuple[float, float]:
     """The bootstrap interval of an accuracy; `values` are the shares of each problem's answers that are right.
 
@@ -113,16 +121,22 @@ class Difference:
 
 
 def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Resamples problems with both runs' values together, so that what makes a problem hard for both cancels."""
+    """Resamples problems with both runs' scores together, so that what makes a problem hard for both cancels."""
     differences = [float(b) - float(a) for a, b in zip(first, second, strict=True)]
+    if len({*differences}) == 1:
+        return Difference(differences[0], *interval_where_all_agree(differences[0], len(differences)))
     return Difference(sum(differences) / len(differences), *bootstrap_interval(differences))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float], family: int = 0) -> list[float]:
     """P-values adjusted for their number, in the order given (Holm 1979). Where one is at most 0.05, the chance of any
-    error among all verdicts stays at most 5 %, however the comparisons depend on each other."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
+    error among all verdicts stays at most 5 %, however the comparisons depend on each other.
+
+    Args:
+        family: the number of planned comparisons where that is larger, as if the others had p = 1.
+    """
+    adjusted, largest, family = [0.0] * len(p_values), 0.0, max(family, len(p_values))
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        largest = max(largest, min(1.0, (family - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted

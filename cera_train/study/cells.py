@@ -310,6 +310,18 @@ class Study:
         }
         return list(pairs.values())
 
+    @property
+    def family(self) -> int:
+        """The number of contrasts over which Holm's method corrects: all of the study's file. Were it those that ran,
+        leaving out arms would turn a verdict."""
+
+        def count(pair: tuple[str, str]) -> int:
+            first, second = ({*map(key_of, self.config.arms[arm])} for arm in pair)
+            conditions = self.config.conditions.items()
+            return math.prod(len(values) for key, values in conditions if key not in first & second)
+
+        return max(len(self.contrasts()), sum(map(count, self.config.pairs)))
+
     def missing(self) -> list[str]:
         """The runs that have not ended, each with why."""
         return [text for cell in self.cells for text in cell.missing()]

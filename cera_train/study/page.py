@@ -51,9 +51,9 @@ def write_study(study: Study, output: Path) -> Page:
             [_verdict_row(each, matters if each.outcome == outcome else None) for each in comparisons],
             "Differences of a loss are in nats a token, of a score in points; the verdict is on the first-named arm. "
             "Edge: an arm is best at the end of its grid, which allows no verdict: add values beyond it, by "
-            "study.extend=true. The interval holds for other seeds and problems. Holm corrects p over the contrasts of "
-            "an outcome. Detectable: the smallest difference shown with power 80 %. Too small: the interval lies "
-            f"within ±{matters:g}.",
+            "study.extend=true. The interval holds for other seeds and problems. Holm corrects p over the "
+            f"{study.family} contrasts of the study's file. Detectable: the smallest difference shown with power 80 %. "
+            f"Too small: the interval lies within ±{matters:g}.",
         ),
         Table(
             "Cells",
@@ -78,6 +78,7 @@ def write_study(study: Study, output: Path) -> Page:
         "study": name,
         "command": command,
         "config": dataclasses.asdict(study.config),
+        "family": study.family,
         "contrasts": list(map(dataclasses.asdict, comparisons)),
         "cells": list(map(_cell_json, cells)),
         "slopes": list(map(dataclasses.asdict, trends)),

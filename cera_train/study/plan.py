@@ -48,7 +48,7 @@ def print_power(study: Study, plans: Sequence[RunPlan], spread: Mapping[str, Seq
         plans: one of each cell.
         spread: outcome -> standard deviations of a difference between seeds, between problems, and beyond both.
     """
-    config, contrasts, seeds = study.config, len(study.contrasts()), len(study.cells[0].judging)
+    config, contrasts, seeds = study.config, study.family, len(study.cells[0].judging)
     for outcome in config.outcomes:
         if outcome not in spread:
             print_line("detects", f"{outcome}: set plan.spread={{{outcome}: [...]}}")

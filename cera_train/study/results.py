@@ -75,13 +75,13 @@ def compare_cells(study: Study) -> list[Comparison]:
             )
             for _, first, second in pairs
         ]
-        adjusted = holm([difference.p_value for difference in differences])
+        adjusted = holm([difference.p_value for difference in differences], study.family)
         for (asked, first, second), difference, p_holm in zip(pairs, differences, adjusted, strict=True):
             means = zip(first.means(outcome), second.means(outcome), strict=True)
             edges = [*first.edges, *second.edges]
             verdict = difference.verdict_at(p_holm, higher_is_better=outcome != LOSS)
             both = first.choices | second.choices
-            least = detectable(difference.variances, difference.seeds, difference.problems, len(pairs))
+            least = detectable(difference.variances, difference.seeds, difference.problems, study.family)
             comparisons.append(
                 Comparison(
                     **vars(difference),

@@ -31,7 +31,7 @@ from scipy.special import chdtri, ndtr, stdtrit
 from scipy.stats import binomtest
 
 from cera_train.common.errors import UserError
-from cera_train.evaluation.statistics import ERROR_RATE
+from cera_train.evaluation.statistics import ERROR_RATE, interval_where_all_agree
 
 SMALLEST_P = 1e-12
 """A p-value below is this one."""
@@ -98,7 +98,7 @@ class Contrast:
     p_value: float
     """Two-sided; 1 with one seed or one problem."""
     variances: Variances | None
-    """None with one seed or one problem."""
+    """None with one seed or one problem, and where a score differs by the same on every problem."""
     seeds: int
     problems: int
     between: float
@@ -122,7 +122,7 @@ def contrast(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = No
     Args:
         first, second: [seeds, problems], the same seeds and problems in the same order.
         weights: [problems], the supervised tokens of each row, where values are nats a token: means are then sums of
-            nats over sums of tokens. Rows of weight 0 are left out.
+            nats over sums of tokens. Rows of weight 0 are left out. Values without weights are scores from 0 to 1.
         between: what a tuned value between those of the grid could still change, by which the interval is widened on
             both sides.
 
@@ -130,6 +130,7 @@ def contrast(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = No
         UserError: a value is not a number.
     """
     first, second = numpy.asarray(first, dtype=float), numpy.asarray(second, dtype=float)
+    is_score = weights is None
     weights = numpy.ones(first.shape[1]) if weights is None else numpy.asarray(weights, dtype=float)
     differences, weights = (second - first)[:, weights > 0], weights[weights > 0]
     if not numpy.isfinite(differences).all():
@@ -143,12 +144,12 @@ def contrast(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = No
     lower, upper = difference - half, difference + half
     size = max(abs(difference) - between, 0.0)
     p_value = float(spread.p_value(size))
-    if half <= 1e-12 * abs(difference) and difference:  # up to rounding
-        # Every seed has the same difference on every problem: as where all answers are right, the interval is that of
-        # a share of problems which differ so (Clopper & Pearson 1934), and the test is McNemar's.
-        lower, upper = sorted((difference * (ERROR_RATE / 2) ** (1 / problems), difference))
-        p_value = float(binomtest(problems, problems).pvalue) if size else 1.0
     plain = Variances(float(variances.seed), float(variances.problem), float(variances.residual))
+    if half <= 1e-12 * abs(difference) and (is_score or difference):  # up to rounding
+        # Every seed has the same difference on every problem: the test is McNemar's.
+        lower, upper = interval_where_all_agree(difference, problems)
+        p_value = float(binomtest(problems, problems).pvalue) if size else 1.0
+        plain = None if is_score else plain
     return Contrast(difference, lower - between, upper + between, p_value, plain, seeds, problems, between)
 
 

@@ -122,6 +122,7 @@ def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
     assert f"detects    loss: a difference of {smallest:.2g} with probability 0.8: 2 seeds, 20 rows, Holm's" in out
     assert "study.matters=0.02 is not detected\n" in out
     assert out.endswith("logistic_map: set plan.spread={logistic_map: [...]}\n")
+    assert "Holm's first step over 3 contrasts" in plan_command(*STUDY, spread, "study.arm=cera")
 
 
 @pytest.mark.parametrize(

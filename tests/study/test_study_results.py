@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,17 @@ def test_verdicts_are_better_worse_or_not_shown(make_study):
     ]
     study = make_study(loss_by_rank, **RANKS, baseline="cera")
     assert [own.verdict for own in compare_cells(study)] == ["not shown", "worse"]
+
+
+def test_arms_that_did_not_run_count_for_holm(make_study):
+    """Else leaving them out would turn a verdict."""
+    (both,) = compare_cells(make_study(seeds=3))
+    arms = {name: [f"adapter={name}"] for name in ("lora", "cera", "dora", "hira")}
+    study = make_study(seeds=3)
+    study = replace(study, record=study.record.replace(study=study.record.study | {"arms": arms}))
+    (planned,) = compare_cells(study)
+    assert planned.p_holm == pytest.approx(min(1.0, 3 * both.p_holm))
+    assert planned.detectable > both.detectable
 
 
 def test_higher_scores_are_better_and_the_first_outcome_chooses_the_rate(make_study):

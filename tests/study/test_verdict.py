@@ -31,7 +31,8 @@ def values(seeds: int = 3, problems: int = 60, shift: float = 0.0, seed: int = 0
 @pytest.mark.parametrize("path", EVIDENCE, ids=lambda path: path.stem)
 def test_the_evidence_gets_the_verdicts_that_it_has(path):
     """From differences by seed and variance components, as rounded there; rows count by their number."""
-    contrasts = json.loads(path.read_text())["contrasts"]
+    results = json.loads(path.read_text())
+    contrasts, family = results["contrasts"], results.get("family", 0)
     for outcome in dict.fromkeys(own["outcome"] for own in contrasts):
         same = [own for own in contrasts if own["outcome"] == outcome]
         again = []
@@ -48,10 +49,10 @@ def test_the_evidence_gets_the_verdicts_that_it_has(path):
             )
             p_value = float(spread.p_value(max(abs(difference) - between, 0.0)))
             again.append(Contrast(difference, -half, half, p_value, variances, seeds, problems, between))
-            comparisons = len(same)
+            comparisons = family or len(same)
             least = detectable(variances, seeds, problems, comparisons)
             assert least + between == pytest.approx(own["detectable"], rel=0.01)
-        for own, result, p_value in zip(same, again, holm([each.p_value for each in again]), strict=True):
+        for own, result, p_value in zip(same, again, holm([each.p_value for each in again], family), strict=True):
             assert result.verdict_at(p_value, higher_is_better=outcome != "loss") == own["verdict"]
             assert p_value == pytest.approx(own["p_holm"], rel=0.02)
 
@@ -135,10 +136,14 @@ def test_swapping_the_arms_swaps_the_sign():
     assert there.verdict_at(0.051, True) == "not shown"
 
 
-def test_identical_arms_are_a_point():
-    result = contrast(values(), values())
+def test_identical_losses_are_a_point_and_identical_scores_are_not():
+    """That two arms solve the same of 60 problems, such as none, leaves a share of others on which they may differ."""
+    result = contrast(values(), values(), numpy.ones(60))
     assert (result.difference, result.lower, result.upper, result.p_value) == (0, 0, 0, 1)
     assert result.is_within(1e-9)
+    scores = contrast(numpy.zeros((3, 60)), numpy.zeros((3, 60)))
+    assert scores.upper == -scores.lower == pytest.approx(1 - 0.025 ** (1 / 60))
+    assert (scores.p_value, scores.variances) == (1, None)
 
 
 def test_all_right_against_all_wrong_is_exact():
