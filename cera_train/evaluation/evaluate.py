@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 
 from cera_train.adapters.saved import keeps_base
 from cera_train.adapters.spectrum import spectrum_metrics
+from cera_train.common.settings import require
 from cera_train.common.terminal import ProgressBar, duration, print_fields, print_line
 from cera_train.distributed.accelerator import forget_earlier_runs, quiet_libraries, start_accelerator
 from cera_train.evaluation.engine import choose_dtype, load_subject
@@ -173,9 +174,14 @@ class Evaluation:
     def measure_perplexity(self) -> PerplexityResult:
         """Measures perplexity with the adapter and without it, and on rows the spectra; once, then it is on record."""
         config, subject, accelerator = self.config, self.subject, self.accelerator
-        if (before := self.folder.result()) is not None:
-            return before
         rows = self.task.rows(config.task, config.data or subject.data, subject.model, load_tokenizer(subject.model))
+        if (before := self.folder.result()) is not None:
+            require(
+                before.rows_digest == rows.digest,
+                f"{self.folder.path} has the perplexity of other rows: a data file changed. Restore it, or set "
+                "name=... for another folder.",
+            )
+            return before
         loaded = load_subject(subject, accelerator.device)
         loss = SupervisedLoss(loaded.model, loaded.base, loaded.context)
         choose_layout(subject.train.batch_layout, loss, accelerator.device)
@@ -189,6 +195,7 @@ class Evaluation:
             loss=loss_per_token,
             rows=len(rows),
             tokens=sum(held_out.batches.supervised),
+            rows_digest=rows.digest,
         )
         if subject.adapter is not None:
             if keeps_base(loaded.model):

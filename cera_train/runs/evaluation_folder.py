@@ -17,7 +17,7 @@ import yaml
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import locked, read_json, write_text
-from cera_train.common.settings import to_plain
+from cera_train.common.settings import require, to_plain
 from cera_train.common.trust import redact_tree
 from cera_train.runs.records import Record, differences, read_lines, to_lines
 from cera_train.runs.results import MeasuredAdapter, Perplexity
@@ -150,6 +150,7 @@ class PerplexityResult(MeasuredAdapter):
     loss: float | None = None
     rows: int | None = None
     tokens: int | None = None  # tokens predicted
+    rows_digest: str | None = None
     perplexity_base: Perplexity = None  # without the adapter; None where there is no adapter
 
 
@@ -201,6 +202,11 @@ class EvaluationFolder:
                 f"{self.path} holds an evaluation with other settings: {'; '.join(different.values())}. Set name=... "
                 "for another folder, or set these back to resume it."
             )
+        # The folder of an untouched model is named by the last part of its path alone.
+        for other in self.path.parent.glob("*/config.yaml") if config.run == "base" else ():
+            others = differences(other, plain, EvalConfig)
+            models = [others[key] for key in ("model.path", "model.quantization") if key in others]
+            require(not models, f"{other.parent} is of another model: {'; '.join(models)}. Set output_dir=OTHER.")
         write_text(path, yaml.safe_dump(plain, sort_keys=False))
 
     def result(self) -> AccuracyResult | PerplexityResult | None:

@@ -198,6 +198,9 @@ def test_a_name_and_the_untouched_model_have_folders_of_their_own(eval_config, r
     first, short, untouched = (read(folder / "problems.jsonl") for folder in folders)
     assert [row["id"] for row in first] == [row["id"] for row in short] == [row["id"] for row in untouched]
     assert short[0]["prompt"].startswith("Q: 1 apples")
+    namesake = Path(shutil.copytree(tiny_path(run), run.parent / "other" / Path(tiny_path(run)).name))
+    with pytest.raises(UserError, match=r"gsm8k is of another model: model.path was .* Set output_dir=OTHER"):
+        evaluate(eval_config(*base_settings(run), f"model.path={namesake}", "name=again", run="base"))
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -332,6 +335,10 @@ def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenize
     assert result["perplexity"] != pytest.approx(result["perplexity_base"], rel=1e-3)
     untouched = evaluate(eval_config(*settings, *base_settings(run), task="forgetting", run="base"))
     assert untouched["perplexity"] == pytest.approx(result["perplexity_base"], rel=1e-6)
+
+    (tmp_path / "text.txt").write_text(text + "there")
+    with pytest.raises(UserError, match="forgetting has the perplexity of other rows: a data file changed"):
+        evaluate(eval_config(*settings, task="forgetting"))
 
 
 def test_finewiki_measures_each_article_as_pefts_comparison_does(eval_config, run, tokenizer, tmp_path, monkeypatch):
