@@ -17,11 +17,14 @@ from cera_train.evaluation.tasks import gsm8k, math
 from cera_train.evaluation.tasks.task import QuestionTask
 from cera_train.settings.evaluation import Grader, TaskConfig
 
-STATED = re.compile(r"(?i:answer)\b(?i:\s+is)?[\s:*(\[]*([A-Z])\b(?!')")
+# A and I may be words: they count as letters before no word, or before one of these.
+LETTER = r"([A-Z])(?!-?[\w'’])(?:(?<![AI])|[^\w\s]|\s*(?:\n|\Z|[-–—=])|\s+(?:is|because|since|as|and|or|not|but)\b)"
+
+STATED = re.compile(rf"(?i:answer)\b(?i:\s+is)?[\s:*(\[]*{LETTER}")
 """The answer is (B). Answer: B"""
 
-FIRST = re.compile(r"\W*([A-Z])(?!-?[\w'’])(?:(?<![AI])|[^\w\s]|\s*(?:\n|\Z|[-–—=]))")
-"""B. (B) Paris. B Paris. B, alone on the first line; not the X of X-ray, nor the A of `A dog`: A and I may be words."""
+FIRST = re.compile(rf"\W*{LETTER}")
+"""B. (B) Paris. B Paris. A is right. B, alone on the first line; not the X of X-ray, nor the A of `A dog`."""
 
 
 def single_spaced(text: str) -> str | None:

@@ -54,6 +54,8 @@ def test_each_grader_reads_gold_and_answer_by_its_rule(config_of, grader, gold, 
         ("X-rays, so the answer is C", "C"),
         ("I think the answer is C", "C"),
         ("A dog, so none", None),
+        ("A is correct, B is not", "A"),
+        ("Answer: I think none", None),
         ("The answer is Paris", None),
     ],
 )
