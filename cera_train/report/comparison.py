@@ -143,7 +143,7 @@ def cautions(runs: Sequence[Run]) -> list[str]:
     trained = [run for run in runs if run.figures.perplexity is not None]
     text = "Perplexities and spectra are on different evaluation rows or tokens, so do not rank them, by digest"
     check(text, lambda run: run.environment.held_out, trained)
-    check("The runs are on different base models", lambda run: run.base, trained)
+    check("The runs are on different base models", lambda run: run.base, runs)
     measured = [run for run in trained if run.environment.machine]
     check("Speed, time and peak memory are of different machines", lambda run: run.environment.machine, measured)
     for task in task_names(runs):

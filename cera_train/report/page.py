@@ -86,6 +86,8 @@ def _task_cells(run: Run) -> dict[str, str]:
             notes += _paper(run, key, value, metric.is_share)
             if (limit := evaluation.settings.get("task.limit")) is not None and key in run.published:
                 notes.append(f"ours of the first {limit:,} problems")
+            if (heat := evaluation.settings.get("generation.temperature")) and key in run.published:
+                notes.append(f"ours sampled at temperature {heat:g}")
             cells[f"{task} {metric.label}"] = cell(value, "{:.1%}" if metric.is_share else "{:.3f}", *notes)
         if isinstance(result, AccuracyResult) and result.endings:
             shares = " / ".join(f"{100 * share:.1f}" for share in result.endings.values())

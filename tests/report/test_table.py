@@ -32,9 +32,12 @@ def test_every_column_has_the_figures_of_the_files(tmp_path: Path) -> None:
     assert table["math exact"][0].endswith(paper)
 
 
-def test_a_published_figure_that_was_not_measured_is_named(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a", published={"math/exact/pass@1": 0.1636})
-    assert cells(run)["math exact"] == ["–\npaper 16.36%, not measured here"]
+def test_a_published_figure_that_was_not_measured_or_otherwise_is_named(tmp_path: Path) -> None:
+    run, sampled = (make_run(tmp_path / name, published={"math/exact/pass@1": 0.1636}) for name in "ab")
+    add_evaluation(sampled, "math", samples=2)
+    measured, missing = cells(sampled, run)["math exact"]
+    assert missing == "–\npaper 16.36%, not measured here"
+    assert measured.endswith("ours sampled at temperature 0.8")
 
 
 def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -> None:
