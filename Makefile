@@ -44,7 +44,7 @@ lint: $(VENV)/.installed-test  ## run ruff, the contracts of what imports what, 
 
 check: lint test  ## run both
 
-bench: $(VENV)/.installed-test  ## measure the targets, in 15 minutes on a CPU, longer with CUDA; ROWS=train.jsonl takes GSM8K's rows
+bench: $(VENV)/.installed-test  ## measure the targets, in 12 to 26 minutes on a CPU, longer with CUDA; ROWS=train.jsonl takes GSM8K's rows
 	$(BIN)/python -m benchmarks $(if $(ROWS),--rows $(ROWS))
 
 gpu: $(VENV)/.installed-test  ## accept on a CUDA machine, in pieces of ten minutes that resume; MINUTES=10 stops in time
