@@ -234,10 +234,14 @@ def chat_turns(row: Row, wanted: Turns, tokenizer: Any) -> list[Segment]:
 
     for number in supervised:
         before, after = render(number, True), render(number + 1, False)
-        if not (before.startswith(rendered) and after.startswith(before)):
+        is_continued = after.startswith(before)
+        if not (is_continued and before.startswith(rendered)):
+            what, mend = "earlier turns", "Set data.turns=last"
+            if not is_continued:  # the last answer would not be found either
+                what, mend = "a prompt, such as one that ends in <think>,", "Choose a model with another template"
             raise UserError(
-                "the chat template renders earlier turns differently once an answer follows, so answers cannot be "
-                "told apart. Set data.turns=last, or use data.layout=text."
+                f"the chat template renders {what} differently once an answer follows, so answers cannot be told "
+                f"apart. {mend}, or use data.layout=text."
             )
         # A template may write a line break after its end token: nobody generates that, it belongs to the next prompt.
         answer = after.removeprefix(before).rstrip()

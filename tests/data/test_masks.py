@@ -202,7 +202,9 @@ def test_an_opening_line_and_an_empty_turn_of_the_assistant_are_context(tokenize
 
 SHORTENED = "{{ m['content'][:2] if m['role'] == 'ROLE' and not loop.last else m['content'] }}</s>{% endfor %}"
 KNOWS_TWO_ROLES = CHAT_TEMPLATE.replace("messages %}", "messages if message.role in ('user', 'assistant') %}")
-FOR_EACH, DIFFERS = "{% for m in messages %}", "renders earlier turns differently"
+FOR_EACH = "{% for m in messages %}"
+DIFFERS = r"renders earlier turns differently.*data\.turns=last"
+OPENS = "renders a prompt, such as one that ends in <think>, differently.*model with another template"
 
 
 @pytest.mark.parametrize(
@@ -211,9 +213,9 @@ FOR_EACH, DIFFERS = "{% for m in messages %}", "renders earlier turns differentl
         (None, r"needs a tokenizer with a chat template.*data\.layout=text"),
         ("{{ raise_exception('no') }}", "chat template refuses these messages: no"),
         (f"{FOR_EACH}{{{{ m['role'] + 5 }}}}{{% endfor %}}", "chat template refuses these messages"),
-        (FOR_EACH + SHORTENED.replace("ROLE", "user"), DIFFERS),
+        (FOR_EACH + SHORTENED.replace("ROLE", "user"), OPENS),
         (FOR_EACH + SHORTENED.replace("ROLE", "assistant"), DIFFERS),
-        (CHAT_TEMPLATE.replace("assistant\n{% e", "assistant\n<think>{% e"), DIFFERS),
+        (CHAT_TEMPLATE.replace("assistant\n{% e", "assistant\n<think>{% e"), OPENS),
         (KNOWS_TWO_ROLES, r"messages\[0\], of role 'system', is left out by this model's chat template"),
     ],
 )
