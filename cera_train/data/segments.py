@@ -34,6 +34,9 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 @dataclass
 class Segment:
+TOOLS = "expected a list of objects with function.name"
+"""The shape of tools and of calls."""
+
     """A stretch of text. An answer ends with the end token; one that is not supervised is context."""
 
     text: str
@@ -284,14 +287,13 @@ def messages_of(row: Row) -> list[Row]:
         message = _without_nulls(turn)
         message["content"] = as_text(message.get("content"), f"messages[{number}] 'content'")
         calls = message.get("tool_calls", [])
-        for call in calls if isinstance(calls, list) else [calls]:
+        for call in calls if isinstance(calls, list) else [None]:
             match call:
                 case {"function": {"name": str()} as function}:
                     with contextlib.suppress(TypeError, ValueError):  # they are an object already, or no JSON
                         function["arguments"] = json.loads(function.get("arguments"))
                 case _:
-                    shape = "expected a list of objects with function.name"
-                    raise UserError(f"messages[{number}] has tool_calls of another shape: {shape}.")
+                    raise UserError(f"messages[{number}] has tool_calls of another shape: {TOOLS}.")
         messages.append(message)
     return messages
 
@@ -304,10 +306,12 @@ def _tools_of(row: Row) -> list[Any] | None:
             tools = json.loads(tools.strip() or "null")
         except ValueError as error:
             raise UserError(f"column 'tools' holds broken JSON ({error}): write a list of tools.") from error
-    is_list = not tools or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))
-    held = f"{kind_of(tools)} of {kind_of(tools[0])}" if isinstance(tools, list) and tools else kind_of(tools)
-    require(is_list, f"column 'tools' holds {held}: expected a list of tools.")
-    return _without_nulls(tools) or None
+    tools = _without_nulls(tools) or []
+    are_tools = isinstance(tools, list) and all(
+        isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools
+    )
+    require(are_tools, f"column 'tools' is {str(tools)[:60]!r}: {TOOLS}.")
+    return tools or None
 
 
 def _without_nulls(value: Any) -> Any:
