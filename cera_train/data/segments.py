@@ -28,15 +28,18 @@ TURNS = {
 }
 """The keys of a turn by layout, and the speakers: who asks, who answers, others."""
 
+ASKS = ("user", "human", "tool")
+"""The speakers whose turns the assistant answers. What it says before any of them is context."""
+
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold what a model thinks before it answers."""
+
+TOOLS = "expected a list of objects with function.name"
+"""The shape of tools and of calls."""
 
 
 @dataclass
 class Segment:
-TOOLS = "expected a list of objects with function.name"
-"""The shape of tools and of calls."""
-
     """A stretch of text. An answer ends with the end token; one that is not supervised is context."""
 
     text: str
@@ -176,6 +179,12 @@ def turns_of(row: Row, layout: str) -> list[Row]:
     return turns
 
 
+def first_question(turns: list[Row], layout: str) -> int:
+    """The number of the first turn that asks; where none does, of the turns."""
+    speaker, *_ = TURNS[layout]
+    return next((number for number, turn in enumerate(turns) if turn[speaker] in ASKS), len(turns))
+
+
 def supervised_turns(turns: list[Row], answers: list[int], wanted: Turns, layout: str) -> list[int]:
     """The numbers of the answers that are supervised. A turn with `train: false` or `weight: 0` is not."""
     trained = []
@@ -193,10 +202,13 @@ def conversation(row: Row, wanted: Turns) -> list[Segment]:
     turns = turns_of(row, "conversations")
     texts = [as_text(turn.get("value"), f"conversations[{number}] 'value'") for number, turn in enumerate(turns)]
     spoken = [(turn["from"], text) for turn, text in zip(turns, texts, strict=True)]
-    answers = [number for number, (speaker, text) in enumerate(spoken) if speaker == "gpt" and text.strip()]
+    asked = first_question(turns, "conversations")
+    answers = [
+        number for number, (speaker, text) in enumerate(spoken) if speaker == "gpt" and number > asked and text.strip()
+    ]
     supervised = supervised_turns(turns, answers, wanted, "conversations")
     if wanted == Turns.first:  # as published: the first question and answer, without the system prompt
-        firsts = dict(reversed(spoken))
+        firsts = dict(reversed(spoken[asked:]))
         question, answer = firsts.get("human", ""), firsts.get("gpt", "")
         is_trained = answer.strip() and answers[0] in supervised
         return answered(f"User: {question}\nAssistant:", f" {answer}") if is_trained else []
@@ -214,11 +226,13 @@ def chat_turns(row: Row, wanted: Turns, tokenizer: Any) -> list[Segment]:
     """Layout `messages`: the tokenizer's chat template. What a supervised turn adds to the rendered conversation so far
     is its answer, so no marker has to be searched for. Tool calls and reasoning are part of the turn."""
     messages, tools = messages_of(row), _tools_of(row)
-    # An assistant's opening line answers nothing: like an empty turn it is context.
-    answers = [
+    asked = first_question(messages, "messages")
+    answers = [  # an empty turn is context
         number
         for number, message in enumerate(messages)
-        if message["role"] == "assistant" and number and (message["content"].strip() or message.get("tool_calls"))
+        if message["role"] == "assistant"
+        and number > asked
+        and (message["content"].strip() or message.get("tool_calls"))
     ]
     supervised = supervised_turns(messages, answers, wanted, "messages")
     if tokenizer is None:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from conftest import CHAT_TEMPLATE, needs_smollm2
-from examples import CHAT, CONVERSATION, data_config, example_of, supervised_text, with_changes
+from examples import CHAT, CONVERSATION, ROLES, data_config, example_of, supervised_text, with_changes
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
@@ -112,6 +112,21 @@ def test_all_turns_have_the_system_prompt_and_supervise_every_answer(tokenizer):
     assert [segment.text for segment in segments] == ["User: a\nAssistant:  \nUser: b\nAssistant:", " c"]
 
 
+@pytest.mark.parametrize("before", [[], [{"from": "system", "value": "Be brief."}]])
+def test_what_the_assistant_says_before_a_question_is_context(tokenizer, before):
+    row = {"conversations": [*before, {"from": "gpt", "value": "Hi!"}, *CONVERSATION["conversations"][1:]]}
+    first, every = (
+        segmenter(data_config(layout="conversations", turns=turns), None)(row) for turns in ("first", "all")
+    )
+    assert [segment.text for segment in first] == ["User: hello\nAssistant:", " hello there"]
+    assert [segment.text for segment in every if segment.supervised] == [" hello there", " 0.84"]
+    assert every[0].text.endswith("Assistant: Hi!\nUser: hello\nAssistant:")
+    chat = {"messages": [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]}
+    example = example_of(chat, tokenizer, layout="messages")
+    assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
+    assert "<|im_start|>assistant\nHi!<|im_end|>" in tokenizer.decode(example.input_ids)
+
+
 @pytest.mark.parametrize("turns", ["first", "all"])
 def test_a_conversation_without_an_answer_has_no_segments(tokenizer, turns):
     segments = segmenter(data_config(layout="conversations", turns=turns), tokenizer)
@@ -191,9 +206,9 @@ def test_the_last_answer_is_supervised_where_a_template_shortens_earlier_ones(to
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
-def test_an_opening_line_and_an_empty_turn_of_the_assistant_are_context(tokenizer):
-    opening, empty = {"role": "assistant", "content": "hello"}, {"role": "assistant", "content": None}
-    example = example_of({"messages": [opening, USER, empty, USER, ANSWER]}, tokenizer, layout="messages")
+def test_an_empty_turn_of_the_assistant_is_context(tokenizer):
+    empty = {"role": "assistant", "content": None}
+    example = example_of({"messages": [USER, empty, USER, ANSWER]}, tokenizer, layout="messages")
     assert supervised_text(example, tokenizer) == "b<|im_end|>"
     assert "None" not in tokenizer.decode(example.input_ids)
     segments = segmenter(data_config(layout="messages"), tokenizer)
