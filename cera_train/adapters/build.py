@@ -11,6 +11,7 @@ from cera_train.adapters.families import check_settings, family
 from cera_train.adapters.targets import check_targets
 from cera_train.cera import CeraLayer
 from cera_train.cera.coverage import bypassed_projections, idle_projections
+from cera_train.common.settings import require
 from cera_train.settings.adapters import AdapterConfig
 
 
@@ -30,15 +31,30 @@ def compiles(config: AdapterConfig) -> bool:
     return config.kind != "dora"
 
 
-def build(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = False) -> nn.Module:
+def build(
+    base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = False, has_autocast: bool = True
+) -> nn.Module:
     """The base with what is trained: a fresh adapter, float32 whatever the base; or, for full, the base itself. Raises
     UserError where the adapter does not go with the model.
 
     Args:
         is_sharded: only one process has the base's weights.
+        has_autocast: the model runs under autocast.
     """
     check_targets(base, config)
-    return family(config.kind).build(base, config, left_out(base, config, is_sharded))
+    model = family(config.kind).build(base, config, left_out(base, config, is_sharded))
+    # PEFT leaves biases and copies of the base's modules in its 16 bits, which would round most updates away.
+    narrow = [weight for weight in model.parameters() if weight.requires_grad and weight.dtype.itemsize < 4]
+    require(
+        has_autocast or not narrow,
+        f"adapter.kind={config.kind} trains weights of the base, in float32 beside 16-bit ones, which needs autocast: "
+        "set model.dtype=float32, or bfloat16 without train.autocast=false.",
+    )
+    # Beside them, a CPU's layer norm takes no 16-bit weights.
+    norms = [weight for module in model.modules() if isinstance(module, nn.LayerNorm) for weight in module.parameters()]
+    for weight in [*narrow, *norms] if narrow else []:
+        weight.data = weight.data.float()
+    return model
 
 
 def left_out(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = False) -> list[str]:

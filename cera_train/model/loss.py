@@ -134,7 +134,9 @@ class SupervisedLoss(nn.Module):
         masks = [[False] + [True] * 7] * 2
         was_training = self.training
         self.eval()  # dropout would make any two passes differ
-        with torch.autocast(causal_lm.device.type, enabled=False):
+        # In 16 bits, where an adapter may need autocast; else without it, to compare to more digits.
+        is_wide = causal_lm.dtype.itemsize >= 4
+        with torch.autocast(causal_lm.device.type, enabled=False) if is_wide else self.autocast():
             apart = self._inputs(padded_batch([first, second], masks).to(causal_lm.device))
             expected = causal_lm(**apart).logits
             states = getattr(decoder(**apart), "last_hidden_state", None)  # Llama 4's decoder gives logits

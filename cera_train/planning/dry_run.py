@@ -104,8 +104,9 @@ class DryRun:
         layout = config.train.batch_layout
         if layout == BatchLayout.auto and mixes_sequences(self.base):
             layout = BatchLayout.padded
+        autocast = config.model.autocast_dtype(config.train.autocast, on_gpu)
         with torch.device("meta"):
-            self.model = build(self.base, config.adapter).train()
+            self.model = build(self.base, config.adapter, has_autocast=autocast is not None).train()
         self.trainable, self.total = parameter_counts(self.model)
         self.fake_mode, self.meter = FakeTensorMode(allow_non_fake_inputs=True), Meter()
         self._make_fake(sizes)
@@ -119,7 +120,6 @@ class DryRun:
         if on_gpu and "foreach" in self.optimizer.defaults:
             for group in self.optimizer.param_groups:
                 group["foreach"] = True
-        autocast = config.model.autocast_dtype(config.train.autocast, on_gpu)
         dtype = None if autocast is None else getattr(torch, autocast)
         self.loss = SupervisedLoss(
             self.model, self.base, lambda: torch.autocast("cpu", dtype, enabled=dtype is not None)

@@ -37,7 +37,7 @@ class ModelConfig:
     revision: str | None = setting(None, "result")
     """Branch, tag or commit on the Hub."""
     dtype: Dtype = setting(Dtype.auto, "result")
-    """Precision of the base weights; adapter weights are float32. auto: bfloat16 where the processor or GPU multiplies
+    """Precision of the base weights; trained weights are float32. auto: bfloat16 where the processor or GPU multiplies
     it, else float32. The run's folder records what was taken."""
     quantization: Quantization = setting(Quantization.none, "result")
     """`int8` or `nf4` (double quantisation, computing in `dtype`) of the frozen linears, by bitsandbytes."""

@@ -151,7 +151,8 @@ class Session:
         base = load_model(config.model, accelerator.device, accelerator.is_fsdp2)
         self.base_fingerprint, self.base_digest = fingerprint(base), sample_digest(base)  # before DoRA adds to it
         torch.manual_seed(config.train.seed)
-        self.model = adapters.build(base, config.adapter, accelerator.is_fsdp2)
+        has_autocast = accelerator.mixed_precision != "no"
+        self.model = adapters.build(base, config.adapter, accelerator.is_fsdp2, has_autocast)
         self.trainable_count, self.total_count = adapters.parameter_counts(self.model)
 
         self.resumes = resume_from is not None

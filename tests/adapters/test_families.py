@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from branches import MASKS, ROWS, branch_outputs, forward_of
 from conftest import make_tiny_llama
 from moe_models import make_mixture
@@ -19,6 +20,8 @@ from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_
 from cera_train.common.errors import UserError
 from cera_train.distributed.sharding import trainable_weights
 from cera_train.model.batches import flat_batch, padded_batch
+from cera_train.model.loss import SupervisedLoss, choose_layout
+from cera_train.settings.data import BatchLayout
 from cera_train.settings.training import OptimizerConfig
 from cera_train.training.optimizer import build_optimizer
 
@@ -209,6 +212,41 @@ def test_no_alpha_is_a_scale_of_1_at_other_ranks_too(adapter_of, name):
 def test_trained_biases_are_not_the_bases(adapter_of):
     config = replace(adapter_of("lora"), settings={"bias": "all"})
     assert not saved.keeps_base(build.build(make_tiny_llama(attention_bias=True), config))
+
+
+@pytest.mark.parametrize("name", ["lora", "cera", "dense"])
+def test_what_trains_beside_an_adapter_is_float32_over_a_16_bit_base(adapter_of, tmp_path, name):
+    """PEFT leaves the base's biases, here also of layer norms, and copies of its modules in 16 bits."""
+    config = adapter_of(name)
+    if name != "dense":
+        config = replace(config, settings={"bias": "all", "modules_to_save": ["lm_head"]})
+
+    def build_narrow(**arguments):
+        base = ARCHITECTURES["starcoder2"].model(tie_word_embeddings=False).bfloat16()
+        return build.build(base, config, **arguments)
+
+    with pytest.raises(UserError, match=r"needs autocast: set model\.dtype=float32"):
+        build_narrow(has_autocast=False)
+    model = build_narrow().train()
+    loss = SupervisedLoss(model, causal_lm(model), lambda: torch.autocast("cpu", torch.bfloat16))
+    choose_layout(BatchLayout.auto, loss, torch.device("cpu"))
+    loss(flat_batch(ROWS, MASKS) if loss.is_flat else padded_batch(ROWS, MASKS)).backward()
+    before = {key: weight.clone() for key, weight in trainable_weights(model).items()}
+    optimizer = build_optimizer(build.parameter_groups(model, config), OptimizerConfig(lr=1e-5), torch.device("cpu"))
+    optimizer.step()  # less than a step of 16 bits
+    after = trainable_weights(model)
+    grads = {key: weight.grad for key, weight in model.named_parameters() if weight.grad is not None}
+    assert {weight.dtype for weight in after.values()} == {torch.float32}
+    learning = [key for key in grads if grads[key].any()]
+    assert not [key for key in learning if torch.equal(after[key], before[key])]
+    if name != "dense":
+        assert all(any(part in key for key in learning) for part in ("norm.bias", "q_proj.base_layer.bias", "lm_head"))
+
+    saved.save(model, after, tmp_path)
+    resumed = build_narrow()
+    saved.load(resumed, saved.read(tmp_path))
+    weights = trainable_weights(resumed)
+    assert all(torch.equal(weights[key], after[key]) for key in after)
 
 
 def test_full_fine_tuning_of_quantised_weights_is_refused(adapter_of):
