@@ -106,14 +106,27 @@ def check_coverage(model: nn.Module) -> Iterator[Coverage]:
 
 
 class CoverageCallback(TrainerCallback):
-    """`check_coverage` around the first update of transformers' Trainer, and so of TRL's trainers."""
+    """`check_coverage` around the first update of transformers' Trainer, and so of TRL's trainers. Where all gradients
+    are zero, as GRPO's where rewards do not differ, it looks again at the next."""
 
     def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        self.watching = ExitStack()
-        self.coverage = self.watching.enter_context(check_coverage(model))
+        self.coverage = Coverage(model)
+        self.updates = self._watch()
+        next(self.updates)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.watching.close()  # after the first update it is empty
+        next(self.updates, None)
+
+    def _watch(self) -> Iterator[None]:
+        """Runs on at the start of training, and after each backward pass."""
+        coverage = self.coverage
+        while not coverage.moves_loss:
+            with coverage.watch():
+                yield
+            if not coverage.called:
+                break
+        if (problem := coverage.problem()) is not None:
+            raise ValueError(problem)
 
 
 class Coverage:

@@ -9,7 +9,7 @@ from cera_models import WARNINGS, logits
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from cera_train.adapters.saved import attach
 from cera_train.cera import CeraConfig, CoverageCallback
@@ -106,9 +106,9 @@ TRL_ROWS = {
 }
 
 
-def count_letters(completions: list[str], **_: object) -> list[float]:
-    """GRPO's reward."""
-    return [float(sum(letter.isalpha() for letter in text)) for text in completions]
+def count_letters(completions: list[str], trainer_state: TrainerState, **_: object) -> list[float]:
+    """GRPO's reward. In the first update all answers get the same, so that no gradient is left."""
+    return [float(trainer_state.global_step and sum(letter.isalpha() for letter in text)) for text in completions]
 
 
 @pytest.mark.parametrize("name", TRL_ROWS)
