@@ -20,6 +20,7 @@ from cera_train.common.settings import AUTO, require
 from cera_train.common.terminal import ProgressBar
 from cera_train.data.order import RowOrder
 from cera_train.data.prepare import prepare_data
+from cera_train.data.sources import decide_layouts
 from cera_train.distributed.accelerator import start_accelerator, this_device
 from cera_train.distributed.sharding import load_optimizer_state, share_frozen_weights
 from cera_train.distributed.signals import Interruption
@@ -65,6 +66,7 @@ def settle(config: Config, folder: Path) -> Settled:
     """A config whose `auto` settings are decided: as in the run that this folder holds, else by this machine and the
     model. Raises UserError where a setting cannot work here."""
     adapters.check(config.adapter)
+    config = replace(config, data=decide_layouts(config.data))
     begun = load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else config
     precision = choose_precision(config.model.dtype)
     if config.model.dtype == Dtype.auto != begun.model.dtype:

@@ -178,7 +178,8 @@ def test_a_run_records_what_it_decided_and_needs_the_files_no_more_once_it_is_fi
     path = write_jsonl("rows.jsonl", [{"question": f"{number}?", "answer": f"{number}"} for number in range(40)])
     settings = ["data=jsonl", f"data.train_files=[{path}]", "train.max_updates=1"]
     config = tiny_config(*settings)
-    result = train(config)
+    undecided = replace(config.data, layout="auto", prompt=None, completion=None)  # from Python: no command decides
+    result = train(replace(config, data=undecided))
     assert re.search(
         r"^layout +text, by the columns `question` and `answer`; 5% ", capsys.readouterr().out, re.MULTILINE
     )
