@@ -108,7 +108,10 @@ class Prompts:
         layout = self.data.layout
         if layout in TURNS:
             speaker, text, (_, model, *_) = TURNS[layout]
-            answered = row | {str(layout): [*turns_of(row, str(layout)), {speaker: model, text: ANSWER}]}
+            turns = [*turns_of(row, str(layout))]
+            while turns and turns[-1][speaker] == model:  # a row of training data has its answer
+                turns.pop()
+            answered = row | {str(layout): [*turns, {speaker: model, text: ANSWER}]}
         else:
             answered = row | dict.fromkeys(columns_read(self.data)[1], ANSWER)
         *prompt, _ = self._segments(answered) or [None]

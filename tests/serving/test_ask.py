@@ -46,6 +46,7 @@ def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_
     assert ids == example.input_ids[: len(ids)]
     assert not example.loss_mask[len(ids) - 1]
     assert all(example.loss_mask[len(ids) : -1])
+    assert prompts.ids(trained_row) == ids
 
 
 def test_a_conversation_under_a_template_that_shortens_earlier_answers_goes_on(tokenizer):
