@@ -22,7 +22,7 @@ from cera_train.adapters.families.base import ADAPTER
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_folder, write_text
 from cera_train.common.terminal import announce, print_fields, print_line
-from cera_train.data.prepare import prepare_data
+from cera_train.data.prepare import TokenizedRows, prepare_data
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.generate import LoadedModel
@@ -84,8 +84,13 @@ def export(config: ExportConfig) -> Certificate:
         print_line("linear", share)
     print_line("export", f"{subject}, as {config.format}, to {folder}")
     device = loaded.base.device
-    data = prepare_data(config.data or subject.data, loaded.tokenizer)
-    batches = MicroBatches(data.train, False, config.calibration_tokens, device)
+    source = config.data or subject.data
+    data = prepare_data(source, loaded.tokenizer)
+    train, evaluation = (  # of preferences the chosen answers
+        TokenizedRows(split.table, numbers=split.numbers[:: source.sequences])
+        for split in (data.train, data.evaluation)
+    )
+    batches = MicroBatches(train, False, config.calibration_tokens, device)
     calibration = batches.load(batches.first(config.calibration_tokens))
     mask = torch.ones_like(calibration.input_ids) if calibration.attention_mask is None else calibration.attention_mask
     tokens = int(mask.sum())
@@ -93,7 +98,7 @@ def export(config: ExportConfig) -> Certificate:
     with loaded.context():
         decoder = loaded.base.get_decoder()
         maps = fit_all(loaded.model, lambda: decoder(**calibration.inputs, use_cache=False), mask.flatten().bool())
-    held_out = MicroBatches(data.evaluation, False, 1, device)  # one row a batch
+    held_out = MicroBatches(evaluation, False, 1, device)  # one row a batch
     rows = [held_out.load([number]) for number in range(len(held_out.lengths))[: config.rows]]
 
     def write(part: Path) -> None:

@@ -84,6 +84,17 @@ def test_the_interval_is_the_bootstraps_and_weighs_sequences_by_their_tokens():
     assert bootstrap_interval(long, short)[1] <= 1 / 50  # a long sequence does not count as one of two
 
 
+def test_of_preferences_the_chosen_answers_are_fitted_and_judged(compose, trained, write_jsonl):
+    pairs = [{"prompt": f"{n} is", "chosen": f" {n} it is", "rejected": " no" * n} for n in range(1, 13)]
+    rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+    folder, certificates = trained(), []
+    for name, lines in (("pairs.jsonl", pairs), ("rows.jsonl", rows)):
+        words = ("data=jsonl", f"data.train_files=[{write_jsonl(name, lines)}]", "data.eval_rows=4", "tolerance=100")
+        certificates.append(export(compose(f"run={folder}", *words, command="export")))
+    assert certificates[0] == certificates[1]
+    assert certificates[0].rows == 4
+
+
 def test_what_loses_too_much_is_not_exported(compose, trained):
     folder = trained(name="steep")
     weights, output = folder / "adapter" / "adapter_model.safetensors", folder / "export_lora"
