@@ -51,7 +51,9 @@ class CeraModel(BaseTuner):
 
     def _check_patterns(self, config: CeraConfig) -> None:
         """Raises ValueError for a pattern that decides for no target module."""
-        targets = [*self.targeted_module_names, *self.targeted_parameter_names]
+        # PEFT's list is of all adapters.
+        targets = [name for name in self.targeted_module_names if self._check_target_module_exists(config, name)]
+        targets += self.targeted_parameter_names
         for field in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(config, field)
             if unmatched := patterns.keys() - {get_pattern_key(patterns, name) for name in targets}:

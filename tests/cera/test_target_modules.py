@@ -113,10 +113,11 @@ def test_patterns_give_modules_their_rank_and_scale(tmp_path):
     assert {len(layer.cera_A["default"].weight) for layer in layers.values()} == {2, 4, 6}
 
 
-def test_a_refused_adapter_leaves_nothing_behind():
+@pytest.mark.parametrize("name", ["k_projj", "v_proj"])
+def test_a_refused_adapter_leaves_nothing_behind(name):
     model = get_peft_model(make_tiny_llama(), CeraConfig(target_modules=["v_proj"]))
-    with pytest.raises(ValueError, match="rank_pattern has 'k_projj', which matches no target module"):
-        model.add_adapter("second", CeraConfig(target_modules=["q_proj"], rank_pattern={"k_projj": 8}))
+    with pytest.raises(ValueError, match=f"rank_pattern has '{name}', which matches no target module"):
+        model.add_adapter("second", CeraConfig(target_modules=["q_proj"], rank_pattern={name: 8}))
     assert not any("second" in module.cera_A for module in model.modules() if isinstance(module, CeraLayer))
 
 
