@@ -99,15 +99,16 @@ class Progress(Record):
         self.perplexity, self.evaluation_pending = perplexity, False
         if self.perplexity_before is None:
             self.perplexity_before, self.linear_share_before = perplexity, linear_share
-        is_best = self.best_perplexity is None or perplexity < self.best_perplexity
+        self.evaluations_since_best = self.since_best(perplexity)
+        is_best = self.evaluations_since_best == 0
         if is_best:
             self.best_perplexity, self.best_update = perplexity, self.update
-        self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
         return is_best
 
-    def out_of_patience(self, patience: int | None) -> bool:
-        """Whether the last `patience` evaluations brought no lower perplexity."""
-        return patience is not None and self.evaluations_since_best >= patience
+    def since_best(self, perplexity: float) -> int:
+        """`evaluations_since_best` after one more evaluation."""
+        is_best = self.best_perplexity is None or perplexity < self.best_perplexity
+        return 0 if is_best else self.evaluations_since_best + 1
 
 
 class RunFolder:

@@ -227,10 +227,15 @@ class Session:
 
     @property
     def is_done(self) -> bool:
-        """Whether the last update is done, or the last evaluations brought no lower perplexity."""
+        """Whether the last update and the evaluations so far end the run."""
+        return self.ends_after(self.progress.evaluations_since_best)
+
+    def ends_after(self, evaluations_since_best: int) -> bool:
+        """Whether the last update is done, or so many evaluations brought no lower perplexity."""
         # Rewards rise where the perplexity of the rows' answers does not fall.
         patience = None if self.config.work.answers else self.config.train.patience
-        return self.progress.update >= self.updates or self.progress.out_of_patience(patience)
+        is_out = patience is not None and evaluations_since_best >= patience
+        return self.progress.update >= self.updates or is_out
 
     def is_due(self, every: int | None) -> bool:
         """Whether something is due after this update."""

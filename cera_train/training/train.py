@@ -218,16 +218,17 @@ def evaluate(session: Session) -> None:
     the adapter if it is the best so far. Before the first update and after the last, also writes each token's loss,
     which studies compare."""
     progress, folder = session.progress, session.folder
-    scores = answer_tasks(session)  # first: a server may be away, and nothing is counted yet
     losses, judged = session.objective.judge(session.held_out.token_losses())
     session.spectra = spectra = session.held_out.spectra()
     loss = losses.mean
+    is_last = session.ends_after(progress.since_best(perplexity(loss)))
+    scores = answer_tasks(session, is_last)  # before anything is counted: a server may be away
     figures = spectrum_metrics(spectra)
     is_best = progress.evaluated(perplexity(loss), figures.get("spectrum/linear_share/mean"))
     figures |= judged | scores
     progress.tasks |= {name: value for name, value in figures.items() if is_task_figure(name)}
     if session.accelerator.is_main_process:
-        for name, is_due in ((LOSSES_BEFORE, progress.update == 0), (LOSSES_AFTER, session.is_done)):
+        for name, is_due in ((LOSSES_BEFORE, progress.update == 0), (LOSSES_AFTER, is_last)):
             if is_due:
                 losses.write(folder.path / name)
     metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), **figures)
@@ -242,12 +243,12 @@ def evaluate(session: Session) -> None:
     session.bar.note(f"evaluation at update {progress.update}: {numbers}")
 
 
-def answer_tasks(session: Session) -> dict[str, float]:
+def answer_tasks(session: Session, is_last: bool) -> dict[str, float]:
     """Answers the tasks that are due, and the samples; keeps them in the run's folder and the tracker."""
     progress, folder = session.progress, session.folder
-    results = session.exams.take(progress.update, is_last=session.is_done)
+    results = session.exams.take(progress.update, is_last)
     if session.accelerator.is_main_process:
-        for name, problems in results.graded.items() if session.is_done else ():
+        for name, problems in results.graded.items() if is_last else ():
             write_grades(folder.path, name, problems)
         for sample in results.samples:
             folder.append(SAMPLES, sample.to_json())

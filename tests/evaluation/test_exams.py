@@ -8,8 +8,9 @@ import pytest
 from conftest import TINY
 from evaluated_runs import QUESTIONS, read
 from several_processes import train_in_processes
-from tiny_runs import folder_of, train_and_die_after
+from tiny_runs import folder_of, timeless_metrics, train_and_die_after
 
+from cera_train.common.errors import UserError
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.evaluation.exams import SAMPLE_ROOM, Exams, rows_exam
 from cera_train.runs.evaluation_folder import Generation
@@ -134,6 +135,30 @@ def test_figures_of_the_last_evaluation_outlive_a_cut_before_the_result(tiny_con
         with pytest.raises(ZeroDivisionError):
             train(config)
     assert train(config)["logistic_map/exact"] == 0.5
+
+
+def test_a_run_that_patience_ends_answers_its_tasks_at_its_end(tiny_config, half_right, monkeypatch):
+    settings = [*TASKS, *SHORT, "train.tasks_every=null", "train.max_updates=100"]
+    settings += ["optimizer.lr=3", "train.eval_every=2", "train.patience=2"]
+    whole, cut = (tiny_config(*settings, f"name={name}") for name in ("whole", "cut"))
+    result = train(whole)
+    assert result["updates"] == result["best_update"] + 4 < 100
+    assert [result[name] for name in FIGURES] == [0.5, 0.5, 0.0]
+    assert len(read_grades(folder_of(whole), "logistic_map")) == 4
+
+    answer = Exams.answer
+
+    def answer_samples_alone(exams, exam):
+        if len(exam.problems) == 4:
+            raise UserError("the server is away")
+        return answer(exams, exam)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Exams, "answer", answer_samples_alone)
+        with pytest.raises(UserError, match="is away"):
+            train(cut)
+    assert train(cut)["updates"] == result["updates"]
+    assert timeless_metrics(cut) == timeless_metrics(whole)
 
 
 def test_without_tasks_the_samples_are_the_first_evaluation_rows_with_their_references(tiny_config):
