@@ -126,7 +126,8 @@ def update(session: Session) -> int | None:
         loss = backward(session, drawn)
         heard = torch.tensor(session.interruption.heard(), device=accelerator.device)
         loss, *heard = accelerator.reduce(torch.cat([loss[None], heard]), reduction="mean").tolist()
-        grad_norm = float(accelerator.clip_grad_norm_(session.weights, config.max_grad_norm))
+        accelerator.unscale_gradients()  # Accelerate's own clipping does so twice under FSDP
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(session.weights, config.max_grad_norm))
         check_finite(session, rows, loss, grad_norm)
         session.stepper.step()
         session.stepper.zero_grad()

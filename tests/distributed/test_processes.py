@@ -16,7 +16,7 @@ import torch
 from conftest import TINY
 from moe_models import make_mixture
 from several_processes import cut_copy, popen, torchrun, train_in_processes
-from tiny_runs import all_losses_of, evaluations_of, losses_of, wait_until
+from tiny_runs import all_losses_of, evaluations_of, losses_of, metrics_of, wait_until
 
 from cera_train.common.errors import UserError
 from cera_train.distributed.accelerator import start_accelerator
@@ -124,6 +124,22 @@ def test_sharding_computes_what_one_process_computes_for_every_kind_of_adapter_a
         assert results[0]["trainable_share"] == results[1]["trainable_share"]
         sizes = [(folder / "adapter" / "adapter_model.safetensors").stat().st_size for folder in (one, fsdp)]
         assert sizes[0] == sizes[1]
+
+
+@pytest.mark.slow
+def test_scaled_gradients_are_clipped_at_their_own_norm_by_either_strategy(tmp_path, arguments, compose):
+    """As those of float16 are on a GPU."""
+    short = [*arguments, "train.max_updates=6", "optimizer.max_grad_norm=0.1"]
+    train(compose(*short, "name=one"))
+    strategies = ("ddp", "fsdp")
+    runs = [[*short, f"distributed.strategy={strategy}", f"name={strategy}"] for strategy in strategies]
+    train_in_processes(runs, 2, tmp_path, "scaled")
+    one, *others = (metrics_of(tmp_path / "outputs" / name) for name in ("one", *strategies))
+    for lines in others:
+        for name in ("train/loss", "train/grad_norm"):
+            expected = [line[name] for line in one if name in line]
+            assert [line[name] for line in lines if name in line] == pytest.approx(expected, rel=1e-5)
+    assert min(line["train/grad_norm"] for line in one if "train/grad_norm" in line) > 0.1
 
 
 def test_what_cannot_be_sharded_is_refused(compose):
