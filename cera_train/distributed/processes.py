@@ -21,18 +21,25 @@ from cera_train.common.libraries import heavy_imports
 from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, signal_children
 from cera_train.settings.distributed import ProcessesConfig
 
-# Variables in which launchers set the rank; Accelerate reads the same.
-RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+def launched_rank() -> int | None:
+    """The rank that a launcher gave this process, in the variables that Accelerate reads; None where none did."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    for library in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD"):
+        if int(os.environ.get(f"{library}_SIZE", 1)) > 1:  # srun gives a lone task a rank, too
+            return int(os.environ[f"{library}_RANK"])
+    return None
 
 
 def is_main_process() -> bool:
     """Whether this process writes files and prints."""
-    return next((int(os.environ[name]) for name in RANKS if name in os.environ), 0) == 0
+    return not launched_rank()
 
 
 def is_one_of_several() -> bool:
     """Whether others wait for this process."""
-    return any(name in os.environ for name in RANKS) and os.environ.get("WORLD_SIZE") != "1"
+    return launched_rank() is not None and os.environ.get("WORLD_SIZE") != "1"
 
 
 def join_slurm_step(environment: MutableMapping[str, str]) -> None:
@@ -77,7 +84,7 @@ def in_processes(function: Callable[[Any], dict[str, Any]], config: Any) -> dict
     """
     try:
         # A launcher started this process: `accelerate launch` sets no rank for a single one.
-        if any(name in os.environ for name in (*RANKS, "ACCELERATE_MIXED_PRECISION")):
+        if launched_rank() is not None or "ACCELERATE_MIXED_PRECISION" in os.environ:
             return beside_others(function, config)
         processes = processes_to_start(config.launch)
         return function(config) if processes == 1 else start_processes(function, config, processes)
@@ -167,7 +174,7 @@ def beside_others(function: Callable[[Any], Any], config: Any) -> Any:
             raise
         if re.search("timed? ?out", str(error), re.IGNORECASE):
             raise UserError(
-                f"process {os.environ['RANK']} (counted from 0) waited for another that hangs, longer than "
+                f"process {launched_rank()} (counted from 0) waited for another that hangs, longer than "
                 "distributed.timeout. Look at the machines; the same command resumes from the last checkpoint."
             ) from error
         time.sleep(PEER_SECONDS)

@@ -24,6 +24,9 @@ from cera_train.distributed.processes import (
     PEER_SECONDS,
     beside_others,
     error_of,
+    in_processes,
+    is_main_process,
+    is_one_of_several,
     join_slurm_step,
     processes_to_start,
 )
@@ -221,6 +224,19 @@ def test_tasks_of_a_slurm_step_are_recognised():
         before = dict(other)
         join_slurm_step(other)
         assert other == before
+
+
+def test_a_lone_task_with_a_rank_starts_a_process_for_each_gpu(monkeypatch):
+    """srun sets PMI_RANK where Slurm's MPI is PMI2, also for one task."""
+    module = "cera_train.distributed.processes.start_processes"
+    monkeypatch.setattr(module, lambda function, config, processes: {"processes": processes})
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    config = SimpleNamespace(launch=LaunchConfig("auto"))
+    for rank, size, started in [("0", "1", 8), ("0", "2", 1), ("1", "2", 1)]:
+        monkeypatch.setenv("PMI_RANK", rank)
+        monkeypatch.setenv("PMI_SIZE", size)
+        assert in_processes(lambda config: {"processes": 1}, config) == {"processes": started}
+        assert (is_main_process(), is_one_of_several()) == (rank == "0", size == "2")
 
 
 def test_a_process_for_each_gpu_unless_the_config_says_otherwise(monkeypatch):
