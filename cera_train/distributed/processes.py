@@ -51,14 +51,15 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
     gpus = environment.get("CUDA_VISIBLE_DEVICES")
     # node[003-007,9]: the first host
     host = re.sub(r"\[(\d+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
-    # The port follows from the job, so that jobs on one node use different ports.
+    # Jobs on one node, and steps of a job, use different ports.
+    port = 20_000 + (int(environment["SLURM_JOB_ID"]) + 997 * int(environment.get("SLURM_STEP_ID", 0))) % 20_000
     for name, value in {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": tasks,
         "LOCAL_RANK": local % len(gpus.split(",")) if gpus else local,  # a task that sees one GPU counts it as 0
         "LOCAL_WORLD_SIZE": re.match(r"\d+", environment["SLURM_STEP_TASKS_PER_NODE"])[0],
         "MASTER_ADDR": environment.get("MASTER_ADDR", host),
-        "MASTER_PORT": environment.get("MASTER_PORT", 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+        "MASTER_PORT": environment.get("MASTER_PORT", port),
     }.items():
         environment[name] = str(value)
     # Accelerate would share out the whole node's cores.

@@ -217,9 +217,10 @@ def test_tasks_of_a_slurm_step_are_recognised():
         **{"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "gpu003"}
     }
     assert step["MASTER_PORT"] == "23456"
-    bound = {name: value for name, value in step.items() if name.startswith("SLURM")} | {"CUDA_VISIBLE_DEVICES": "1"}
-    join_slurm_step(bound)
-    assert bound["LOCAL_RANK"] == "0"
+    next_step = {name: value for name, value in step.items() if name.startswith("SLURM")}
+    next_step |= {"CUDA_VISIBLE_DEVICES": "1", "SLURM_STEP_ID": "1"}
+    join_slurm_step(next_step)
+    assert (next_step["LOCAL_RANK"], next_step["MASTER_PORT"]) == ("0", "24453")
     for other in ({}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, {"SLURM_STEP_NUM_TASKS": "2", "RANK": "0"}):
         before = dict(other)
         join_slurm_step(other)
