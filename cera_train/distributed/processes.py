@@ -186,7 +186,10 @@ def error_of(rank: int, failure: Any) -> Exception:
     """The error of the first process that failed, from what torch's launcher reports of it."""
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        cause = ": the machine may be out of memory" if name == "SIGKILL" else ""
+        cause = {
+            "SIGKILL": ": the machine may be out of memory",
+            "SIGABRT": ": it may have waited for another longer than distributed.timeout",  # as NCCL ends it
+        }.get(name, "")
         return UserError(f"process {rank} was killed by {name}{cause}. The same command resumes from what is saved.")
     if isinstance(failure.message, str):  # it ended itself and left no error
         return RuntimeError(f"process {rank} ended with status {failure.exitcode} and no error.")

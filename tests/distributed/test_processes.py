@@ -344,6 +344,8 @@ def test_an_error_of_a_process_keeps_its_kind():
         error = error_of(1, SimpleNamespace(exitcode=1, message=report))
         assert type(error) is kind
         assert words in str(error)
+    aborted = error_of(1, SimpleNamespace(exitcode=-signal.SIGABRT, message=""))
+    assert "killed by SIGABRT: it may have waited for another longer than distributed.timeout. The same" in str(aborted)
 
 
 def test_a_process_that_lost_another_fails_after_it(monkeypatch):
