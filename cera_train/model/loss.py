@@ -11,8 +11,10 @@ import contextlib
 import functools
 import math
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ from cera_train.common.errors import UserError
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, kernel_may_run
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.settings.data import BatchLayout
+
+PYTHON_HEADER = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+"""Where Triton and torch's inductor look for it: what they generate includes it."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,8 @@ class SupervisedLoss(nn.Module):
         if not can_compile(causal_lm.device):
             raise UserError(
                 "train.compile=true needs a C++ compiler on a CPU, such as g++; on CUDA a C compiler, such as gcc, and "
-                "Triton: install it, or set train.compile=false."
+                f"Triton; on both Python's headers ({PYTHON_HEADER}), such as python3-dev: install what is missing, or "
+                "set train.compile=false."
             )
         torch.compiler.reset()  # an earlier run's layers count towards the limit of variants
         refused_variants().clear()
@@ -250,7 +256,9 @@ class FrozenHeadLoss(torch.autograd.Function):
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has the compiler that it needs."""
+    """Whether torch.compile has the compiler and the headers that it needs."""
+    if not PYTHON_HEADER.is_file():
+        return False
     if device.type == "cuda":
         return has_triton() and any(map(shutil.which, ("gcc", "clang", "cc")))
     return any(map(shutil.which, ("g++", "clang++", "cl")))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -134,9 +135,13 @@ def test_compiled_layers_change_nothing(tiny_config):
     assert run(True) == pytest.approx(run(False), rel=1e-5)
 
 
-def test_compiling_without_a_compiler_is_refused(tiny_config, monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler on a CPU"):
+@pytest.mark.parametrize("missing", ["compiler", "headers"])
+def test_compiling_without_what_it_needs_is_refused(tiny_config, monkeypatch, missing):
+    if missing == "compiler":
+        monkeypatch.setenv("PATH", "/nowhere")
+    else:
+        monkeypatch.setattr("cera_train.model.loss.PYTHON_HEADER", Path("/nowhere/Python.h"))
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler on a CPU, .* Python's headers \(/.*/Python.h\)"):
         train(tiny_config("train.compile=true"))
 
 
