@@ -69,7 +69,7 @@ def load_subject(subject: Subject, device: torch.device) -> LoadedModel:
 
 class Sampler:
     """Answers requests in their order, the same on every process: by the model in training, or by a server that has the
-    adapter of the moment. Processes divide them.
+    adapter of the moment. Processes divide them; a UserError in one is raised in all.
 
     Args:
         progress: counts the updates, each of which makes another adapter.
@@ -108,10 +108,16 @@ class Sampler:
             self._serve()
         processes, process = self.accelerator.num_processes, self.accelerator.process_index
         batches = self.engine.batches(requests, max_new_tokens, config, processes)[process::processes]
-        answered = self.engine.answers(batches, max_new_tokens, stop, config)
+        answered, problem = [], None
+        try:
+            answered = list(itertools.chain.from_iterable(self.engine.answers(batches, max_new_tokens, stop, config)))
+        except UserError as error:  # of this process alone: the others wait in the next line
+            problem = str(error)
+        shares = gather_object([(answered, problem)])
+        if problem := next((problem for _, problem in shares if problem is not None), None):
+            raise UserError(problem)
         answers = {
-            (answer.generation.problem, answer.generation.sample): answer
-            for answer in gather_object(list(itertools.chain.from_iterable(answered)))
+            (answer.generation.problem, answer.generation.sample): answer for share, _ in shares for answer in share
         }
         return [answers[request.problem, request.sample] for request in requests]
 

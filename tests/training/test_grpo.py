@@ -11,6 +11,7 @@ import pytest
 import torch
 from cera_models import WARNINGS
 from datasets import Dataset
+from made_sweeps import start
 from played_vllm import playing_vllm
 from several_processes import train_in_processes
 from tiny_runs import adapter_bytes, folder_of, metrics_of, once_logged, train_and_die_after
@@ -245,6 +246,35 @@ def test_two_processes_sample_and_learn_what_one_does(tiny_folder, tmp_path, wri
     for key in ("train/reward", "train/grad_norm", "train/completions/mean_length"):
         assert two[1][key] == pytest.approx(one[1][key], rel=1e-5), key
     assert one[1]["train/grad_norm"] > 0
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_where_one_process_of_two_cannot_answer(tiny_folder, tmp_path, write_jsonl, monkeypatch):
+    """Process 0, which saves, is told of it."""
+    (tmp_path / "rewards_of_a_test.py").write_text(
+        "import os\n"
+        "from cera_train.common.errors import UserError\n"
+        "from cera_train.evaluation.generate import LoadedModel\n\n"
+        "def vowels(prompt, answer, right):\n"
+        "    return sum(letter in 'aeiou' for letter in answer)\n\n"
+        "def answers(model, batches, *rest, answers=LoadedModel.answers):\n"
+        "    if os.environ['RANK'] == '1' and batches and batches[0][0].problem.startswith('2/'):\n"
+        "        raise UserError('the logits are not finite')\n"
+        "    return answers(model, batches, *rest)\n\n"
+        "LoadedModel.answers = answers\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    run = start(
+        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4", "data=jsonl"),
+        *(f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]", "data.eval_rows=2", "train.objective=grpo"),
+        *("grpo.answers=4", "grpo.max_new_tokens=6", "grpo.rewards=[rewards_of_a_test.vowels]"),
+        *("train.batch_size=3", "train.max_updates=4", "train.save_every=null", "launch.processes=2", "name=run"),
+        cwd=tmp_path,
+    )
+    _, errors = run.communicate(timeout=200)
+    assert run.returncode == 2
+    assert errors.splitlines()[-1] == "cera-train: the logits are not finite"
+    assert [path.name for path in (tmp_path / "outputs" / "run" / "checkpoints").iterdir()] == ["2"]
 
 
 def test_an_answer_is_graded_as_by_a_task():
