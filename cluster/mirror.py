@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 OUTPUTS = Path("outputs")
@@ -27,6 +28,8 @@ TRIES = 10
 """Of the last copy."""
 CHECKSUMS = "checksums.json"
 """The SHA-256 of every other file of a checkpoint."""
+RESULT = "result.json"
+"""The last file of a run: one that has it is finished."""
 WRITING = ".writing-"
 """The start of a name whose file or folder is being written."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -53,7 +56,9 @@ class Mirror:
                 self._copied = {other: state for other, state in self._copied.items() if other.parent != path.parent}
 
     def update(self) -> None:
-        """Copies what has changed, then removes what is gone."""
+        """Copies what has changed, then removes what is gone; first a result that is gone, since beside the config of
+        a run that train.extend makes longer it would be that run's."""
+        self._remove(path for path in self._gone() if path.name == RESULT)
         # What a checkpoint or a result relies on was there before it, so it is in a list made after.
         last = [path for path in _files(self.folder) if _place(path) > 0]
         first = [path for path in _files(self.folder) if _place(path) == 0]
@@ -62,8 +67,13 @@ class Mirror:
                 self._copy(path)
             except FileNotFoundError:  # replaced or removed by the run meanwhile
                 continue
-        there = {*_files(self.folder)}
-        for path in sorted(self._copied.keys() - there, key=_place, reverse=True):
+        self._remove(self._gone())
+
+    def _gone(self) -> list[Path]:
+        return sorted(self._copied.keys() - {*_files(self.folder)}, key=_place, reverse=True)
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        for path in paths:
             (self.copy / path).unlink(missing_ok=True)
             del self._copied[path]
             with contextlib.suppress(OSError):  # it holds other files, or a bucket knows no folders
@@ -89,7 +99,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _place(path: Path) -> int:
     """The place in the order of copying. Part of a checkpoint is seen to be damaged by its checksums alone."""
-    if path.name == "result.json":
+    if path.name == RESULT:
         return 3
     if "checkpoints" not in path.parts:
         return 0
