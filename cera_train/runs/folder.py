@@ -229,17 +229,18 @@ class RunFolder:
         files.sync(end)
         files.sync(self.path)
 
-    def rewind(self, update: int | None) -> None:
-        """Removes what comes after a checkpoint's update, which the resumed run writes again; without one, everything.
+    def rewind(self, progress: Progress | None) -> None:
+        """Removes what comes after a checkpoint, by its progress: the resumed run writes it again. Without one, removes
+        everything.
 
         best/ stays, also one of a later update, and so do losses and grades: the resumed run comes to the same
         evaluations, and so to the same files.
         """
         (self.path / DIVERGED).unlink(missing_ok=True)
         for checkpoint in reversed(self.checkpoints()):
-            if update is None or int(checkpoint.name) > update:
+            if progress is None or int(checkpoint.name) > progress.update:
                 files.remove_folder(checkpoint)
-        if update is None:
+        if progress is None:
             for name in ("best", "adapter", "tensorboard", GRADES):
                 shutil.rmtree(self.path / name, ignore_errors=True)
             for name in (*LOGS, LOSSES_BEFORE, LOSSES_AFTER, IDS):
@@ -250,7 +251,9 @@ class RunFolder:
             # A cut leaves half a line, and a loss of power any bytes, but only after the checkpoint's.
             with contextlib.suppress(LookupError, TypeError, ValueError):
                 for line in path.read_bytes().splitlines(keepends=True):
-                    if json.loads(line)["update"] <= update:
+                    content = json.loads(line)
+                    is_repeated = progress.evaluation_pending and {"train/loss", "reward"}.isdisjoint(content)
+                    if content["update"] <= progress.update - is_repeated:
                         kept.append(line)
             files.write_bytes(path, b"".join(kept))
 

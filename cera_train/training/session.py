@@ -219,7 +219,7 @@ class Session:
             return
         if (result := folder.result()) is not None:  # by train.extend: else there would be nothing to begin
             folder.keep_end(result)
-        folder.rewind(done if self.resumes else None)
+        folder.rewind(self.progress if self.resumes else None)
         rows = {"train": self.data.train.digest, "held_out": self.data.evaluation.digest}
         processes = self.accelerator.num_processes
         folder.write_config(processes, self.base_fingerprint, rows, self.updates, self.precision)

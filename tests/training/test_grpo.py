@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import re
+import signal
 import sys
 from statistics import fmean
 
@@ -167,8 +168,10 @@ def test_rewards_rise_and_answers_are_kept_with_theirs(grpo):
 
 def test_a_run_killed_between_answers_and_update_goes_on_byte_for_byte(grpo):
     words = ["optimizer.lr=5e-2", "grpo.epochs=2", "grpo.beta=0.01", "train.samples=1", "train.save_every=2"]
-    whole, part = (grpo(*words, name) for name in ("name=whole", "name=part"))
+    whole, part = (grpo(*words, "train.eval_every=2", name) for name in ("name=whole", "name=part"))
     train(whole)
+    with once_logged(1, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(SystemExit):
+        train(part)  # saved after update 2, whose evaluation is due
     train_and_die_after(part, 4, log=SAMPLES)
     assert metrics_of(part)[-1]["update"] == 3
     train(part)
