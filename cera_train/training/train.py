@@ -164,7 +164,8 @@ def backward(session: Session, drawn: Drawn) -> torch.Tensor:
     for number, (group, counts) in enumerate(micro_batches, start=1):
         is_last = number == len(micro_batches)  # it reduces the gradients over the processes
         with contextlib.nullcontext() if is_last else accelerator.no_sync(session.loss):
-            loss = counts * objective.loss(session.loss(drawn.batches.load(group), by_token=True), group)
+            losses = session.loss(drawn.batches.load(group), by_token=True)
+            loss = objective.loss(losses, group) if counts else 0 * losses.sum()
             accelerator.backward(loss)
         total += loss.detach()
     return total
