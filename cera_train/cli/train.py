@@ -43,7 +43,13 @@ def main() -> None:
     from cera_train.cli.launchers import Joblib, SubmititSlurm
 
     plugins = {plugin.__name__: plugin for plugin in (StudySweeper, Joblib, SubmititSlurm)}
-    start_hydra(TRAIN, look if "--look" in sys.argv else train, plugins)
+    try:
+        start_hydra(TRAIN, look if "--look" in sys.argv else train, plugins)
+    except ValueError as error:
+        if "No trials are completed" in str(error):  # Optuna asks for the best of them
+            mend = "look at the errors above, mend these or the ranges, and repeat the command"
+            raise UserError(f"hydra/sweeper=optuna: all trials failed or diverged: {mend}.") from error
+        raise
 
 
 def look(composed: DictConfig) -> None:
@@ -124,6 +130,11 @@ class TrainingSweep(Callback):
         if config.launch.detach and "Submitit" not in str(config.hydra.launcher._target_):
             raise UserError(
                 "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as hydra/launcher=slurm_gpu."
+            )
+        if config.launch.detach and not config.hydra.sweeper._target_.endswith((".BasicSweeper", ".StudySweeper")):
+            raise UserError(
+                "launch.detach=true leaves before a job has a result, by which this hydra/sweeper chooses others: "
+                "leave one of the two out."
             )
         if config.hub.push is not None:
             raise UserError(

@@ -112,3 +112,6 @@ def test_a_trial_that_is_impossible_does_not_end_the_search(sweep_here, run_comm
     assert run_command("cera-train", *TINY, *sampler, *arguments) == 1
     assert sorted(states(sweep_here / "outputs" / "tiny").values()) == [State.failed, State.finished]
     assert "Error executing job" not in capfd.readouterr().err
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "adapter.dropout=interval(1.5,2)", "name=all"]
+    assert run_command("cera-train", *TINY, *arguments[:-1], *search) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("cera-train: hydra/sweeper=optuna: all trials failed")

@@ -148,6 +148,7 @@ def test_the_metric_decides_which_job_is_best(run_command, capfd, counted):
 def test_optuna_gets_the_metric_and_its_direction(tmp_path, run_command, capfd, counted, metric):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
     sampler = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
+    sampler += ["hydra.sweeper.sampler.seed=0"]
     drawn = ["adapter.r=range(1,64)", "optimizer.lr=tag(log,interval(1e-3,1e-1))"]
     command = ["-m", *sampler, *drawn, "train.tasks=[gsm8k]", f"sweep.metric={metric}", "name=mine"]
     assert run_command("cera-train", *command) == 0
@@ -159,6 +160,11 @@ def test_optuna_gets_the_metric_and_its_direction(tmp_path, run_command, capfd, 
     assert results["best_value"] == best.value
     assert f"optimizer.lr={results['best_params']['optimizer.lr']}" in best.choices
     assert f"best       outputs/mine/{best.name}: {metric.removeprefix('eval/')}" in capfd.readouterr().out
+    assert run_command("cera-train", *command) == 0  # draws the same again
+    assert len(counted) == 3
+    launcher = ["hydra/launcher=slurm_cpu", "launch.detach=true"]
+    assert run_command("cera-train", *command, *launcher) == 2
+    assert "launch.detach=true leaves before a job has a result" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
