@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -19,6 +22,7 @@ from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 from omegaconf import DictConfig
 
 from cera_train.common.errors import UserError
+from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.distributed.processes import is_one_of_several
@@ -67,10 +71,13 @@ class SubmititSlurm(MissingJobs, SlurmLauncher):
 
 
 class Joblib(MissingJobs, JoblibLauncher):
-    """Trains `n_jobs` jobs at once, in processes that share the cores."""
+    """Trains `n_jobs` jobs at once, in processes that share the cores and the GPUs."""
 
     def setup(self, *, task_function: Callable[[DictConfig], Any], **context: Any) -> None:
-        super().setup(task_function=functools.partial(run_in_worker, task_function), **context)
+        from joblib import effective_n_jobs
+
+        self.workers = effective_n_jobs(self.joblib["n_jobs"])
+        super().setup(task_function=functools.partial(run_in_worker, task_function, self.workers), **context)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Passes signals on to the jobs, and stops once they have saved."""
@@ -78,9 +85,7 @@ class Joblib(MissingJobs, JoblibLauncher):
             not is_one_of_several(),
             "hydra/launcher=joblib: it starts the processes of its jobs itself: start one command, without torchrun.",
         )
-        from joblib import effective_n_jobs
-
-        if effective_n_jobs(self.joblib["n_jobs"]) == 1:  # in this process
+        if self.workers == 1:  # in this process
             return super().launch(job_overrides, initial_job_idx)
         with Interruption(pass_on=signal_children) as interruption:
             try:
@@ -103,7 +108,7 @@ def end_job(number: int) -> None:
     sys.exit(128 + number)
 
 
-def run_in_worker(task_function: Callable[[DictConfig], Any], composed: DictConfig) -> Any:
+def run_in_worker(task_function: Callable[[DictConfig], Any], workers: int, composed: DictConfig) -> Any:
     """A job in a process of joblib's. Its output goes to its log, and one line is printed when it begins and one when
     it ends, so that no lines of several jobs mix."""
     if multiprocessing.parent_process() is None:  # joblib starts none for one job at once
@@ -116,6 +121,7 @@ def run_in_worker(task_function: Callable[[DictConfig], Any], composed: DictConf
     print_line("job", job.title)
     try:
         with Interruption(pass_on=end_job), output_to(job.log):
+            take_gpus(workers)
             return task_function(composed)
     except SystemExit:
         if not SIGNALLED:
@@ -123,6 +129,27 @@ def run_in_worker(task_function: Callable[[DictConfig], Any], composed: DictConf
     finally:
         status = job_status(job.sweep, job.name, metric=SweepRecord.read(job.sweep / RECORD).metric)
         print_line(status.state, f"{job.name}: {status.outcome}")
+
+
+@functools.cache  # a process keeps its GPUs, and the socket open
+def take_gpus(workers: int) -> socket.socket:
+    """Lets CUDA see this process's share of the GPUs alone; where there are fewer, one that it shares.
+
+    joblib replaces processes, so a share is the lowest that no living one holds: by the abstract name of a socket,
+    which is free again when its process has ended."""
+    held = socket.socket(socket.AF_UNIX)
+    for share in itertools.cycle(range(workers)):
+        try:
+            held.bind(f"\0cera-train-{os.getppid()}-{share}")
+            break
+        except OSError:
+            time.sleep(0.05)  # the process that this one replaces may still be ending
+    with heavy_imports():
+        import torch
+    if gpus := torch.cuda.device_count():  # which does not start CUDA yet
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[share::workers] or [visible[share % gpus]])
+    return held
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import pytest
 from made_sweeps import TINY, start, states
 from tiny_runs import adapter_bytes, losses_of, wait_until
 
+from cera_train.cli.launchers import take_gpus
 from cera_train.sweep.folder import JOBS
 
 JOBLIB = [*TINY, "hydra/launcher=joblib"]
@@ -19,6 +20,26 @@ ENDLESS = ["adapter=cera", "adapter.activation=relu,silu,gelu", "train.max_updat
 @pytest.fixture
 def sweep(sweep_here) -> Path:
     return sweep_here / "outputs" / "tiny"
+
+
+@pytest.mark.parametrize(
+    ("workers", "visible", "shares"),
+    [(3, None, ["0,3", "1", "2"]), (2, "1,3,5,7", ["1,5", "3,7"]), (6, None, ["0", "1", "2", "3", "0", "1"])],
+)
+def test_jobs_at_once_share_the_gpus(monkeypatch, workers, visible, shares):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr(os, "getppid", lambda: f"{workers}-of-{os.getpid()}")  # tests run beside each other
+    held = []
+    for share in [*shares, shares[1]]:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        held.append(take_gpus.__wrapped__(workers))  # in another process each
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == share
+        if len(held) == workers:
+            held[1].close()  # joblib replaces the process
+    for each in held:
+        each.close()
 
 
 @pytest.mark.slow
