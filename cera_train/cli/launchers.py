@@ -132,11 +132,15 @@ def run_in_worker(task_function: Callable[[DictConfig], Any], workers: int, comp
 
 
 @functools.cache  # a process keeps its GPUs, and the socket open
-def take_gpus(workers: int) -> socket.socket:
+def take_gpus(workers: int) -> socket.socket | None:
     """Lets CUDA see this process's share of the GPUs alone; where there are fewer, one that it shares.
 
     joblib replaces processes, so a share is the lowest that no living one holds: by the abstract name of a socket,
     which is free again when its process has ended."""
+    with heavy_imports():
+        import torch
+    if not (gpus := torch.cuda.device_count()):  # which does not start CUDA yet
+        return None
     held = socket.socket(socket.AF_UNIX)
     for share in itertools.cycle(range(workers)):
         try:
@@ -144,11 +148,8 @@ def take_gpus(workers: int) -> socket.socket:
             break
         except OSError:
             time.sleep(0.05)  # the process that this one replaces may still be ending
-    with heavy_imports():
-        import torch
-    if gpus := torch.cuda.device_count():  # which does not start CUDA yet
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[share::workers] or [visible[share % gpus]])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[share::workers] or [visible[share % gpus]])
     return held
 
 

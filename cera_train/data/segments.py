@@ -180,9 +180,9 @@ def turns_of(row: Row, layout: str) -> list[Row]:
 
 
 def first_question(turns: list[Row], layout: str) -> int:
-    """The number of the first turn that asks; where none does, of the turns."""
+    """The number of the first turn that asks: where none does, as where a system prompt has the question, the first."""
     speaker, *_ = TURNS[layout]
-    return next((number for number, turn in enumerate(turns) if turn[speaker] in ASKS), len(turns))
+    return next((number for number, turn in enumerate(turns) if turn[speaker] in ASKS), 0)
 
 
 def supervised_turns(turns: list[Row], answers: list[int], wanted: Turns, layout: str) -> list[int]:

@@ -125,6 +125,8 @@ def test_what_the_assistant_says_before_a_question_is_context(tokenizer, before)
     example = example_of(chat, tokenizer, layout="messages")
     assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
     assert "<|im_start|>assistant\nHi!<|im_end|>" in tokenizer.decode(example.input_ids)
+    asked_by_system = {"messages": [{"role": "system", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+    assert supervised_text(example_of(asked_by_system, tokenizer, layout="messages"), tokenizer) == "4<|im_end|>"
 
 
 @pytest.mark.parametrize("turns", ["first", "all"])
