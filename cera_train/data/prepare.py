@@ -23,7 +23,7 @@ from cera_train.data.segments import Segment, prompt_of, segmenters, segments_of
 from cera_train.data.sources import open_sources
 from cera_train.settings.data import DataConfig, Layout, LossOn
 
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 """Raised when the same rows would be tokenised or written differently than before."""
 
 ROWS_AT_ONCE = 1000
