@@ -76,6 +76,10 @@ class Config:
             "adapter=dora reads the base's weights, and sharded ones of 4 bits cannot be read: "
             f"{mend} model.quantization=none or another adapter.",
         )
+        require(
+            "modules_to_save" not in self.adapter.settings,
+            f"adapter.settings: the copies of modules_to_save cannot be sharded: {mend} none.",
+        )
 
     @property
     def work(self) -> Work:

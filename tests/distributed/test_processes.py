@@ -147,7 +147,8 @@ def test_scaled_gradients_are_clipped_at_their_own_norm_by_either_strategy(tmp_p
 
 def test_what_cannot_be_sharded_is_refused(compose):
     nf4 = ["adapter=dora", "model.quantization=nf4"]
-    for settings in (["optimizer=adamw_8bit"], ["model.quantization=int8"], nf4, ["train.objective=grpo"]):
+    copies = ["adapter.settings={modules_to_save: [lm_head]}"]
+    for settings in (["optimizer=adamw_8bit"], ["model.quantization=int8"], nf4, ["train.objective=grpo"], copies):
         with pytest.raises(ValueError, match="with distributed.strategy=fsdp (choose|leave)"):
             compose("distributed.strategy=fsdp", *settings)
 
