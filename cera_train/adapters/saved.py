@@ -17,7 +17,7 @@ from cera_train.adapters.families.peft import replaces_base, usable_methods
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.settings import require
-from cera_train.common.trust import check_adapter_settings, weights_of
+from cera_train.common.trust import check_adapter_settings
 from cera_train.settings.adapters import AdapterConfig
 
 if TYPE_CHECKING:
@@ -41,12 +41,19 @@ def description_file(folder: Path) -> Path:
 
 
 def weights_file(folder: Path) -> Path:
-    """The safetensors file with the weights. Raises UserError where there is none."""
-    if description_file(folder).name == ADAPTER_CONFIG:
-        return weights_of(folder)
-    if not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} lacks its weights, model.safetensors: restore the file.")
-    return folder / "model.safetensors"
+    """The safetensors file with the weights. Raises UserError where there is none: PEFT would look for an adapter's on
+    the Hub, by the folder's name, and would read a pickle."""
+    of_adapter = description_file(folder).name == ADAPTER_CONFIG
+    weights = folder / ("adapter_model.safetensors" if of_adapter else "model.safetensors")
+    if weights.is_file():
+        return weights
+    if of_adapter and (folder / "adapter_model.bin").is_file():
+        raise UserError(
+            f"{folder}/adapter_model.bin is a pickle, which can run code when it is read: convert it to safetensors "
+            "where it comes from, safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
+            "'adapter_model.safetensors')."
+        )
+    raise UserError(f"{folder} lacks its weights, {weights.name}: restore the file.")
 
 
 def check_saved(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,14 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from cera_train.cli.start import announce_imports, errors_in_one_line, start_hydra, to_config, without_hydra
+from cera_train.cli.start import (
+    announce_imports,
+    check_trust,
+    errors_in_one_line,
+    start_hydra,
+    to_config,
+    without_hydra,
+)
 from cera_train.planning.plan import make_plan
 from cera_train.planning.table import name_jobs, print_plan, print_plans
 from cera_train.settings.run import PlanRun
@@ -26,6 +33,7 @@ def main() -> None:
 
     def plan(composed: DictConfig) -> None:
         """Prints the plan of a run; keeps that of a sweep's job, which Hydra makes one after the other."""
+        check_trust(composed, HydraConfig.get().overrides.task)
         config = to_config(composed, PlanRun)
         announce_imports()
         plans.append(make_plan(config))

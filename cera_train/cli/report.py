@@ -27,7 +27,7 @@ def report() -> None:
     parser.add_argument("--across-engines", action="store_true", help="test answers of different engines too")
     arguments = parser.parse_args()
     folders = arguments.folders
-    names = "_and_".join(folder.absolute().name for folder in folders)
+    names = "_and_".join(folder.resolve().name for folder in folders)
     output = arguments.output or Path("report") / names[:LONGEST_NAME]
     is_free = output.is_dir() or not output.exists()
     require(is_free, f"--output={output}: it is a file, and a report needs a folder: choose another.")

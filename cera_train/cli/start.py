@@ -110,7 +110,11 @@ def start_hydra(
 
 def print_help(program: str) -> None:
     """Prints a command's `hydra.help.template` with its config. Hydra's own --help reads every file of conf/ first."""
-    overrides = [word for word in for_hydra(program, sys.argv[1:]) if not word.startswith("-")]
+    words = [
+        re.sub("^--config-dir=(.*)", lambda match: f"hydra.searchpath=[file://{Path(match[1]).absolute()}]", word)
+        for word in for_hydra(program, sys.argv[1:])
+    ]
+    overrides = [word for word in words if not word.startswith("-")]
     register_configs(*(name for name in options("recipe") if f"+recipe={name}" in overrides))
     with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
         config = hydra.compose(config_name(program), overrides, return_hydra_config=True)
@@ -220,6 +224,7 @@ def check_line_breaks(key: str, value: Any) -> None:
 
 def without_hydra(composed: DictConfig, schema: type = Config) -> Any:
     """The checked config of a job, from all that Hydra composed for it."""
+    check_trust(composed, composed.hydra.overrides.task)
     with read_write(composed), open_dict(composed):
         del composed["hydra"]
     return to_config(composed, schema)

@@ -63,7 +63,7 @@ def look(composed: DictConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     data, stops = prepare_data(config.data, tokenizer), stop_ids(tokenizer, model_ends(config.model))
     print_data(config.data, data, tokenizer, stops, at_length=True)
-    print_line("train it", redact(shlex.join([TRAIN, *HydraConfig.get().overrides.task])))
+    print_line("train it", redact(shlex.join([TRAIN, *sys.argv[1:]])))
 
 
 def train(composed: DictConfig) -> float | None:

@@ -199,8 +199,9 @@ def config_dir(name: str) -> Path:
 
 def cache_dir() -> Path:
     """Folder of tokenised rows and converted weights: $CERA_TRAIN_CACHE, else the user's cache folder."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("CERA_TRAIN_CACHE") or Path(user_cache) / "cera-train")
+    if ours := os.environ.get("CERA_TRAIN_CACHE"):
+        return Path(ours)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cera-train"
 
 
 def cached_folder(name: str, write: Callable[[Path], None]) -> Path:

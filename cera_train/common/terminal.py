@@ -137,4 +137,4 @@ def gigabytes(size: float, decimals: int = 1) -> str:
 
 def targets(target_modules: Any) -> str:
     """`adapter.target_modules` in a line."""
-    return target_modules if isinstance(target_modules, str) else " ".join(target_modules)
+    return target_modules if isinstance(target_modules, str) else " ".join(target_modules or ())

@@ -68,21 +68,6 @@ def check_adapter_settings(adapter: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def weights_of(adapter: Path) -> Path:
-    """The safetensors file with an adapter's weights. PEFT would look for a missing one on the Hub, by the folder's
-    name, and would read a pickle."""
-    weights = adapter / "adapter_model.safetensors"
-    if weights.is_file():
-        return weights
-    if (adapter / "adapter_model.bin").is_file():
-        raise UserError(
-            f"{adapter}/adapter_model.bin is a pickle, which can run code when it is read: convert it to safetensors "
-            "where it comes from, safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
-            "'adapter_model.safetensors')."
-        )
-    raise UserError(f"{adapter} lacks its weights, adapter_model.safetensors: restore the file.")
-
-
 UNSAFE_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, such as the start of a terminal's escape sequence; marks that reorder the letters after them; and
 halves of a surrogate pair, which no file and no terminal takes."""

@@ -123,9 +123,15 @@ class Sampler:
 
     def _serve(self) -> None:
         """Gives the server the adapter of this update."""
+        problem = None
         if self.accelerator.is_main_process:
             weights = trainable_weights(self.loss.model)
             write_folder(self.folder, lambda part: save(self.loss.model, weights, part))
-            self.engine.load_adapter(self.folder)
-        [self.engine.name] = broadcast_object_list([self.engine.name])
+            try:
+                self.engine.load_adapter(self.folder)
+            except UserError as error:  # the others wait in the next line
+                problem = str(error)
+        self.engine.name, problem = broadcast_object_list([self.engine.name, problem])
+        if problem is not None:
+            raise UserError(problem)
         self.served_update = self.progress.update

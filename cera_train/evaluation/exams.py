@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel
 
 from cera_train.common.errors import errors_at
 from cera_train.common.terminal import counted
@@ -22,7 +21,6 @@ from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.requests import Request, requests_for
 from cera_train.evaluation.tasks.task import AnswerTask, build_task, load_problems, question_id, training_task
-from cera_train.model.folder import positions_of
 from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.runs.results import GradedProblem, Sample, describe_tasks
 from cera_train.settings.data import DataConfig
@@ -47,14 +45,6 @@ class Exam:
 
     def __str__(self) -> str:
         return f"{len(self.problems):,} problems of {self.name}"
-
-
-def task_exam(name: str, config: Config, tokenizer: Any, model: PreTrainedModel) -> Exam:
-    """The problems of a task. Raises UserError where an answer may need more positions than the model has."""
-    settings = training_task(name, config.train.changes_of_task(name))
-    problems = load_problems(settings, config.data)
-    requests = requests_for(problems, 1, tokenizer, settings.max_new_tokens, positions_of(model.config))
-    return Exam(name, build_task(settings), problems, requests, settings.max_new_tokens, settings.stop)
 
 
 def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | None) -> Exam:
@@ -96,14 +86,17 @@ class Exams:
 
     def __init__(self, config: Config, sampler: Sampler) -> None:
         self.every, self.sampler, self.accelerator = config.train.tasks_every, sampler, sampler.accelerator
-        tokenizer, loss = sampler.tokenizer, sampler.loss
+        tokenizer, positions = sampler.tokenizer, sampler.engine.positions
         self.tasks: list[Exam] = []
         for name in config.train.tasks:
             with errors_at(f"train.tasks=[{name}]"):
-                self.tasks.append(task_exam(name, config, tokenizer, loss.causal_lm))
+                settings = training_task(name, config.train.changes_of_task(name))
+                problems, room = load_problems(settings, config.data), settings.max_new_tokens
+                requests = requests_for(problems, 1, tokenizer, room, positions)
+                self.tasks.append(Exam(name, build_task(settings), problems, requests, room, settings.stop))
         self.sampled: list[Exam] = []
         if count := config.train.samples:
-            exams = self.tasks or [rows_exam(config.data, count, tokenizer, positions_of(loss.causal_lm.config))]
+            exams = self.tasks or [rows_exam(config.data, count, tokenizer, positions)]
             self.sampled = [
                 replace(exam, problems=exam.problems[:count], requests=exam.requests[:count]) for exam in exams
             ]

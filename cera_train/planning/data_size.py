@@ -68,8 +68,8 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
         size = _size_of_rows(config)
     elif (facts := facts_of(config.path, config.facts)) is not None:
         size = DataSize(
-            _sliced(config.train_split, facts.train_rows),
-            _sliced(config.eval_split, facts.eval_rows),
+            _sliced(config.train_split, facts),
+            _sliced(config.eval_split, facts),
             facts.tokens_per_row,
             facts.supervised,
             ESTIMATED if facts.estimated else COUNTED,
@@ -140,14 +140,11 @@ def _size_of_mix(config: DataConfig, tokens_per_row: float | None) -> DataSize:
     )
 
 
-def _sliced(split: str, rows: int) -> int:
-    """Rows of a slice such as train[:100000] or test[:10%].
-
-    Raises:
-        UserError: the split is none, or one of several parts.
-    """
+def _sliced(split: str, facts: DataFacts) -> int:
+    """Rows of a slice such as train[:100000] or test[:10%]. Raises UserError for any other form."""
     from datasets import ReadInstruction
 
+    rows = facts.train_rows if split.startswith("train") else facts.eval_rows
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({re.match(r"\w*", split)[0]: rows})
     except (ValueError, AssertionError) as error:
@@ -183,7 +180,8 @@ def _size_of_rows(config: DataConfig) -> DataSize:
         ESTIMATED,
         is_even=len(set(lengths)) == 1,
     )
-    if config.facts is not None and config.logistic_map == LogisticMapConfig():
+    is_default = config.layout == Layout.logistic_map and config.logistic_map == LogisticMapConfig()
+    if config.facts is not None and is_default:
         tokens, supervised = config.facts.tokens_per_row, config.facts.supervised
         return replace(size, tokens_per_row=tokens, supervised=supervised, source=COUNTED)
     return size
@@ -194,13 +192,16 @@ def task_size(name: str, config: Config, data: DataSize) -> TaskSize:
     has the facts of its rows; without facts, its prompts are taken to be as long as those that the run trains on.
     Raises UserError where the number of problems is neither known nor limited."""
     settings, place = training_task(name, config.train.changes_of_task(name)), f"train.tasks=[{name}]"
+    if settings.kind == "held_out":  # the evaluation rows
+        rows = min(data.eval_rows, settings.limit or data.eval_rows)
+        return TaskSize(name, rows, data.prompt_tokens, settings.max_new_tokens, data.source)
     if settings.files or settings.path is None:
         with errors_at(place):
             problems = load_problems(settings, config.data)
         tokens = fmean(len(PIECES.findall(problem.prompt)) for problem in problems)
         return TaskSize(name, len(problems), tokens, settings.max_new_tokens, ESTIMATED)
     facts = facts_of(settings.path)
-    rows = facts and OF_LEVEL.get(settings.level, facts.eval_rows)
+    rows = facts and (OF_LEVEL.get(settings.level) or _sliced(settings.split, facts))
     known = [count for count in (settings.limit, rows) if count is not None]
     if not known:
         raise UserError(

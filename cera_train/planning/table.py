@@ -13,8 +13,9 @@ from cera_train.settings.run import PlanRun
 
 def print_plan(plan: RunPlan) -> None:
     adapter = plan.config.adapter
-    places = [place for place in (targets(adapter.target_modules), adapter.adapted_experts) if place]
-    print_line("plan", f"{plan.config.name}: {adapter.kind} r={adapter.r} on {' and '.join(places)}")
+    rank = "" if adapter.r is None else f" r={adapter.r}"
+    places = " and ".join(filter(None, (targets(adapter.target_modules), adapter.adapted_experts)))
+    print_line("plan", f"{plan.config.name}: {adapter.kind}{rank}{places and f' on {places}'}")
     _print_basis([plan])
     totals, flops = plan.totals, plan.flops | {"in all": sum(plan.flops.values())}
     peaks = {"peak in training": sum(plan.memory.values()), "peak in evaluation": plan.evaluation_memory}

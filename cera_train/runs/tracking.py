@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cera_train.common.files import read_json, write_text
 from cera_train.common.settings import flatten
 from cera_train.common.terminal import print_line
-from cera_train.common.trust import redact
+from cera_train.common.trust import clean, redact
 from cera_train.settings.training import TrackerConfig, TrackerKind
 
 if TYPE_CHECKING:
@@ -163,4 +163,4 @@ def write_id(folder: Path, kind: TrackerKind, run_id: str) -> None:
 def print_error(text: str) -> None:
     program = Path(sys.argv[0]).name
     program = program if program.startswith("cera-") else "cera-train"
-    print(f"{program}: {redact(' '.join(text.split()))}", file=sys.stderr)
+    print(f"{program}: {clean(redact(' '.join(text.split())))}", file=sys.stderr)

@@ -149,19 +149,23 @@ class Cell:
 
     @cached_property
     def chosen(self) -> Candidate | None:
-        """The values of the lowest mean loss. None: a run has not ended, or each value diverged with some seed."""
+        """The values of the lowest mean loss, none of whose seeds diverged, not even one that judges alone. None: a run
+        has not ended, or there is no such value."""
         if any(None in row for row in self.losses):
             return None
-        mean, chosen = min(zip(map(fmean, self.losses), self.candidates, strict=True), key=lambda pair: pair[0])
-        return chosen if math.isfinite(mean) else None
+        means = [
+            math.inf if math.inf in [self.loss(candidate, seed) for seed in self.judging] else fmean(row)
+            for row, candidate in zip(self.losses, self.candidates, strict=True)
+        ]
+        return self.candidates[means.index(min(means))] if math.isfinite(min(means)) else None
 
     @cached_property
     def runs(self) -> list[JudgedRun]:
-        """The runs that judge, one for each seed. Raises UserError where one diverged."""
-        if not self.chosen or math.inf in [self.loss(self.chosen, seed) for seed in self.judging]:
+        """The runs that judge, one for each seed. Raises UserError where each value diverged with one."""
+        if not self.chosen:
             raise UserError(
-                f"{self.study.folder}: {self.name} diverged at every value of study.tune, or with a seed at the value "
-                "chosen. Add smaller values, and repeat the command."
+                f"{self.study.folder}: {self.name} diverged at every value of study.tune. Add smaller values, and "
+                "repeat the command."
             )
         return [JudgedRun(self.run(self.chosen, seed), self.study.config.outcomes) for seed in self.judging]
 

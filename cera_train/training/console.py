@@ -102,7 +102,7 @@ def describe_adapter(adapter: AdapterConfig) -> str:
         parts += [str(adapter.activation), *others]
     if "dropout" in kind.uses:
         parts.append(f"dropout {adapter.dropout:g}")
-    if places := [place for place in (targets(adapter.target_modules or ""), adapter.adapted_experts) if place]:
+    if places := [place for place in (targets(adapter.target_modules), adapter.adapted_experts) if place]:
         parts.append(f"on {' and '.join(places)}")
     return ", ".join(parts)
 

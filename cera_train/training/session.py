@@ -34,14 +34,14 @@ from cera_train.model.precision import Precision, choose_precision
 from cera_train.model.weights import fingerprint, load_model, sample_digest
 from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.records import load_config
-from cera_train.runs.results import METRICS, Environment, EvaluationMetrics, UpdateMetrics
+from cera_train.runs.results import DIVERGED, METRICS, Environment, EvaluationMetrics, UpdateMetrics
 from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.runs.tracking import Tracker, start_tracker
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig, Layout, LossOn
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
-from cera_train.settings.training import ObjectiveKind
+from cera_train.settings.training import ObjectiveKind, Resume
 from cera_train.training.objectives import Objective, Sft
 from cera_train.training.objectives.dpo import Dpo
 from cera_train.training.objectives.grpo import Grpo
@@ -67,7 +67,7 @@ def settle(config: Config, folder: Path) -> Settled:
     model. Raises UserError where a setting cannot work here."""
     adapters.check(config.adapter)
     config = replace(config, data=decide_layouts(config.data))
-    begun = load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else config
+    begun = config if starts_anew(config, folder) else load_config(folder / "config.yaml")
     precision = choose_precision(config.model.dtype)
     if config.model.dtype == Dtype.auto != begun.model.dtype:
         precision = Precision(begun.model.dtype, f"as {folder} was begun")
@@ -88,10 +88,18 @@ def settle(config: Config, folder: Path) -> Settled:
     model, training = replace(config.model, dtype=precision.dtype), replace(config.train, compile=compiles)
     optimizer = replace(config.optimizer, lr=rate.value)
     # Files that are gone, as those of a finished run may be, leave their layout undecided.
-    data = begun.data if any(part.layout == Layout.auto for _, part in config.data.parts()) else config.data
+    is_undecided = any(part.layout == Layout.auto for _, part in config.data.parts())
+    files, begun_files = ([part.train_files for _, part in each.data.parts()] for each in (config, begun))
+    data = begun.data if is_undecided and files == begun_files else config.data
     check_objective(config.train.objective, data)
     config = replace(config, model=model, adapter=adapter, data=data, optimizer=optimizer, train=training)
     return Settled(config, precision, rate)
+
+
+def starts_anew(config: Config, folder: Path) -> bool:
+    """Whether a folder holds no run, or one of which nothing goes on: it diverged before its first checkpoint."""
+    is_lost = (folder / DIVERGED).exists() and not any((folder / "checkpoints").glob("*"))
+    return is_lost or config.train.resume == Resume.never or not (folder / "config.yaml").is_file()
 
 
 def check_objective(objective: ObjectiveKind, data: DataConfig) -> None:

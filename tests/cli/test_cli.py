@@ -44,6 +44,13 @@ def test_help_answers_without_torch_and_names_every_choice(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+def test_help_knows_the_files_of_a_config_folder(tmp_path, run_command, capfd):
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "ours.yaml").write_text("path: our/model\n")
+    assert run_command("cera-train", "--config-dir", str(tmp_path / "mine"), "model=ours", "--help") == 0
+    assert "path: our/model\n" in capfd.readouterr().out
+
+
 def test_a_shell_completes_settings_and_choices(tmp_path):
     done = command("cera-train", "-sc", "query=bash", cwd=tmp_path, COMP_LINE="cera-train adapter=lo")
     assert done.stdout.split() == ["adapter=lora", "adapter=loraplus"], done.stderr

@@ -187,3 +187,5 @@ def test_a_run_records_what_it_decided_and_needs_the_files_no_more_once_it_is_fi
     assert recorded == config.data
     path.unlink()
     assert train(tiny_config(*settings)) == result
+    with pytest.raises(UserError, match=r"data\.train_files was"):
+        train(tiny_config("data=jsonl", "data.train_files=[other.jsonl]", "train.max_updates=1"))

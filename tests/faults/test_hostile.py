@@ -135,6 +135,8 @@ def test_a_config_file_cannot_ask_to_run_a_models_code(tmp_path, refusal):
     assert "model.trust_remote_code=true in a config file runs" in line
     line = refusal("cera-eval", "--config-dir", "stranger", "model=mine", "run=base", "task=gsm8k", "model.revision=x")
     assert "put model.trust_remote_code=true on the command line" in line
+    for words in (["cera-plan"], ["cera-plan", "-m", "+study=first_look"], ["cera-train", "-m", "+study=first_look"]):
+        assert "model.trust_remote_code=true in a" in refusal(*words, "--config-dir", "stranger", "model=mine")
 
 
 # --- runs and adapters -----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ def size(compose):
 def test_a_split_is_sliced_as_datasets_does_or_refused(size):
     for split, rows in (("train", 7473), ("train[100:300]", 200), ("train[7000:]", 473), ("train[:10%]", 747)):
         assert size("data=gsm8k", f"data.train_split='{split}'").train_rows == rows
+    assert size("data=gsm8k", "data.eval_split='train[90%:]'").eval_rows == 747
     for split in ("train+test", "train[x]"):
         with pytest.raises(ValueError, match="data split 'train.*': cera-plan reads splits such as train or train"):
             size("data=gsm8k", f"data.train_split='{split}'")
@@ -55,6 +56,8 @@ def test_local_rows_and_their_words_are_counted(size, write_jsonl):
     counted = size("data=jsonl", f"data.train_files=[{rows}]", "data.eval_rows=10")
     assert (counted.train_rows, counted.eval_rows, counted.tokens_per_row) == (40, 10, 40)
     assert (counted.supervised, counted.source) == (pytest.approx(0.75), "an estimate")
+    columns = ["data.prompt='{prompt}'", "data.completion='{completion}'"]
+    assert size("data=gsm8k", f"data.train_files=[{rows}]", *columns, "data.eval_rows=10") == counted
     empty = write_jsonl("empty.jsonl", [{"prompt": "p", "completion": ""}])
     with pytest.raises(ValueError, match=r"data.train_files=.*empty.jsonl.: no row to train on has"):
         size("data=jsonl", f"data.train_files=[{empty}]", f"data.eval_files=[{rows}]")
@@ -101,6 +104,8 @@ def test_problems_of_a_task_are_counted_or_known_or_need_a_limit(compose, write_
     assert (few.problems, few.new_tokens) == (30, 512)
     assert (every.problems, round(every.prompt_tokens), every.source) == (1_319, 64, "by facts")
     assert task("math_hard", "train.tasks_limit=5000").problems == 1_324
+    assert task("gsm8k", "train.task_settings={gsm8k: {split: train, limit: null}}").problems == 7_473
+    assert task("held_out", "data=gsm8k").problems == 50  # of rows that are on the Hub
     assert task("logistic_map", "train.tasks_limit=15").problems == 15
     path = write_jsonl("test.jsonl", [{"question": "a" * 28, "answer": "#### 1"}] * 7)
     local = task("gsm8k", f"train.task_settings={{gsm8k: {{files: ['{path}']}}}}")

@@ -181,6 +181,11 @@ def test_answers_of_an_update_are_counted(tiny_plan, capsys):
     assert "of it sampling, at most" in out
 
 
+def test_a_run_without_rank_and_targets_is_planned(tiny_plan, capsys):
+    print_plan(tiny_plan("adapter=full", "adapter.r=null"))
+    assert capsys.readouterr().out.splitlines()[0].endswith(": full")
+
+
 def test_runs_that_differ_in_their_rate_or_seed_are_planned_once(tiny_plan, monkeypatch):
     first = tiny_plan("optimizer.lr=1e-3")
     monkeypatch.setattr("cera_train.planning.dry_run.DryRun", None)

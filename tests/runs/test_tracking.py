@@ -111,6 +111,11 @@ def test_secrets_of_the_environment_are_blotted_out(monkeypatch):
     assert redact("see https://user:pass@host/x and https://host/y") == "see https://***@host/x and https://host/y"
 
 
+def test_what_a_server_says_steers_no_terminal(capsys):
+    tracking.print_error("\x1b[31mgone")
+    assert capsys.readouterr().err == "cera-train: \N{REPLACEMENT CHARACTER}[31mgone\n"
+
+
 def test_no_secret_reaches_the_folder_or_the_terminal(tiny_config, monkeypatch, capfd):
     secret = "s3cr3t-value-of-a-key"
     for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):

@@ -18,8 +18,9 @@ from tiny_runs import (
     train_and_die_after,
 )
 
+from cera_train.common.settings import to_plain
 from cera_train.model.precision import Precision
-from cera_train.runs.results import LOSSES_AFTER, LOSSES_BEFORE, SPECTRA
+from cera_train.runs.results import DIVERGED, LOSSES_AFTER, LOSSES_BEFORE, SPECTRA
 from cera_train.settings.model import Dtype
 from cera_train.training.session import settle
 from cera_train.training.train import train
@@ -163,3 +164,15 @@ def test_what_auto_took_is_printed_recorded_and_kept_on_another_machine(tiny_con
     assert recorded["train"]["compile"] is False
     with pytest.raises(ValueError, match=r"optimizer\.lr was 0\.038, is 0\.01"):
         train(tiny_config(*settings))
+
+
+def test_auto_takes_nothing_of_a_run_of_which_nothing_goes_on(tiny_config, tmp_path):
+    auto, folder = tiny_config("optimizer.lr=auto"), tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(tiny_config("optimizer.lr=0.5"))))
+    assert settle(auto, folder).rate.value == 0.5
+    assert settle(tiny_config("optimizer.lr=auto", "train.resume=never"), folder).rate.value == 0.038
+    (folder / DIVERGED).touch()
+    assert settle(auto, folder).rate.value == 0.038
+    (folder / "checkpoints" / "4").mkdir(parents=True)
+    assert settle(auto, folder).rate.value == 0.5
