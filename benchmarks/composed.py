@@ -6,9 +6,9 @@ from typing import Any
 
 import hydra
 
-from cera_train.cli.mistakes import SCHEMAS, options, with_implied_files
+from cera_train.cli.mistakes import SCHEMAS, with_implied_files
 from cera_train.cli.start import register_configs, to_config
-from cera_train.common.files import config_dir
+from cera_train.common.files import config_dir, options
 
 
 def composed(*overrides: str, command: str = "train") -> Any:

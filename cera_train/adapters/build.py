@@ -1,7 +1,5 @@
 """An adapter on its base model: built, counted, grouped for the optimizer. What differs by kind is in families/."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn
@@ -24,11 +22,6 @@ def check(config: AdapterConfig) -> None:
 def rank(config: AdapterConfig) -> int | None:
     """`adapter.r`, or the default of PEFT's method; None for a method without one."""
     return config.r or getattr(family(config.kind).peft_config(config), "r", None) or None
-
-
-def compiles(config: AdapterConfig) -> bool:
-    """Whether torch.compile takes layers with this adapter: it would compile PEFT's DoRA for every layer anew."""
-    return config.kind != "dora"
 
 
 def build(

@@ -5,8 +5,6 @@ N (B^T B)^(1/2) Cov(h) (B^T B)^(1/2), an r x r problem, instead of an SVD of tok
 method with hidden units. What A, the gate and B are stands in families/.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,13 +25,11 @@ SUMMARISED = ("effective_rank", "manifold_dimension", "linear_share")
 class ModuleSpectrum:
     """One adapted projection."""
 
-    singular_values: torch.Tensor
-    """Singular values of the centred branch output, descending, float64, [min(r, d_out)]."""
+    singular_values: torch.Tensor  # singular values of the centred branch output, descending, float64, [min(r, d_out)]
     linear_share: float | None = None
     """Share of the branch's variance that the best affine map of z = A x explains; 1 without a gate, None where the
     branch gives nothing."""
-    gamma: float | None = None
-    """The learned share of the gate; None where it is not learned."""
+    gamma: float | None = None  # the learned share of the gate; None where it is not learned
 
     @property
     def effective_rank(self) -> float:

@@ -1,7 +1,5 @@
 """The modules that an adapter goes to, checked on the model before anything is built."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator

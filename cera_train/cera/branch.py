@@ -34,12 +34,6 @@ class LearnedGate(nn.Module):
         return z + gamma.to(z.dtype) * (self.gate(z) - z)
 
 
-def make_gate(config: CeraConfig, dtype: torch.dtype) -> nn.Module:
-    """The gate of one projection, [..., r] -> [..., r]."""
-    gate = GATES[config.activation]()
-    return LearnedGate(gate, dtype) if config.mix == "learned" else gate
-
-
 def start_branch(A: torch.Tensor, B: torch.Tensor, gate: nn.Module, config: CeraConfig) -> None:
     """Draws A: [..., r, d_in], with a variance of 2 / d_in for kaiming_normal and 1 / (3 d_in) for kaiming_uniform,
     times init_scale^2. B and gamma start at zero, so update 0 is the base model."""
@@ -86,10 +80,8 @@ class Hidden:
     """x -> dropout(gate(A dropout(x))) of one call: the same input gives the same output every time."""
 
     gate: nn.Module
-    p: float
-    """The share of hidden units to drop."""
-    p_x: float
-    """The share of x to drop."""
+    p: float  # the share of hidden units to drop
+    p_x: float  # the share of x to drop
     seed: int
 
     @classmethod

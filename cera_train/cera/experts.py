@@ -20,8 +20,7 @@ from .branch import Hidden
 from .config import CeraConfig
 from .layer import CeraLayer, autocast_dtype, is_transformed
 
-IMPLEMENTATION = "cera"
-"""Our name in transformers' experts interface."""
+IMPLEMENTATION = "cera"  # our name in transformers' experts interface
 
 Branches = Callable[[str, torch.Tensor, torch.Tensor, "Routing"], torch.Tensor]
 """(parameter name, W x, x, routing) -> W x with the branches added."""
@@ -31,14 +30,10 @@ Branches = Callable[[str, torch.Tensor, torch.Tensor, "Routing"], torch.Tensor]
 class Routing:
     """Pairs of a token and one of its experts, sorted by expert."""
 
-    order: torch.Tensor
-    """Places of the pairs in top_k_index, flattened, [S]."""
-    tokens: torch.Tensor
-    """The pairs' tokens, [S]."""
-    experts: torch.Tensor
-    """The pairs' experts, ascending, [S]."""
-    ends: torch.Tensor
-    """The place after the last pair of every expert, int32, [E]."""
+    order: torch.Tensor  # places of the pairs in top_k_index, flattened, [S]
+    tokens: torch.Tensor  # the pairs' tokens, [S]
+    experts: torch.Tensor  # the pairs' experts, ascending, [S]
+    ends: torch.Tensor  # the place after the last pair of every expert, int32, [E]
 
     @classmethod
     def by_expert(cls, top_k_index: torch.Tensor, num_experts: int) -> Routing:

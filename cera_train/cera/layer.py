@@ -4,8 +4,6 @@ W0 is never read, only called: the same layer stands on nn.Linear, transformers'
 8-bit linears. All adapters of a projection live in one layer, by name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .branch import GATES, Hidden, LearnedGate, add_branch, make_gate, start_branch
+from .branch import GATES, Hidden, LearnedGate, add_branch, start_branch
 from .config import CeraConfig
 
 
@@ -44,7 +42,8 @@ class CeraLayer(nn.Module, BaseTunerLayer):
 
     def _make_parts(self, A: nn.Module, B: nn.Module, config: CeraConfig) -> dict[str, Any]:
         """A fresh branch, by the names of the containers."""
-        gate = make_gate(config, A.weight.dtype)
+        gate = GATES[config.activation]()
+        gate = LearnedGate(gate, A.weight.dtype) if config.mix == "learned" else gate
         start_branch(A.weight, B.weight, gate, config)
         drops = [config.dropout if config.dropout_on == place else 0.0 for place in ("input", "hidden")]
         dropout_x, dropout = (nn.Dropout(p).train(self.training) for p in drops)

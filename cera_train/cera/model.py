@@ -1,7 +1,5 @@
 """Puts CeRA layers into a model, and keeps PEFT's promises that a non-linear branch can keep."""
 
-from __future__ import annotations
-
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Hydra's launcher waits by `job.results()` and offers no hook. So `submitit.Job.results` is replaced, and with it
 `SlurmJob.watcher`, which knows the states of jobs: the two names of submitit that this project replaces."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from typing import Any
@@ -22,8 +20,7 @@ ENDED = (
 )
 """States of a Slurm job that never runs again. One that is preempted may be requeued."""
 
-LONGEST_PAUSE = 60
-"""Seconds between two looks into Slurm's queue, at most. submitit starts with 2."""
+LONGEST_PAUSE = 60  # seconds between two looks into Slurm's queue, at most. submitit starts with 2.
 
 
 class QueueWatcher(SlurmInfoWatcher):

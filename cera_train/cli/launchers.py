@@ -1,7 +1,5 @@
 """Where the jobs of a sweep run: the launchers of Hydra's plugins, made to start no finished job again."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools
@@ -99,8 +97,7 @@ class Joblib(MissingJobs, JoblibLauncher):
                 ) from error
 
 
-SIGNALLED: list[int] = []
-"""The signals that this process of joblib's got. After the first it begins no job."""
+SIGNALLED: list[int] = []  # the signals that this process of joblib's got. After the first it begins no job.
 
 
 def end_job(number: int) -> None:

@@ -1,8 +1,6 @@
 """One line for a mistake on the command line: the place, the cause and the mend. Hydra's and OmegaConf's errors are cut
 to a line, with a suggestion for an unknown setting. Imports no torch."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import os
@@ -18,7 +16,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import config_dir
+from cera_train.common.files import options
 from cera_train.common.settings import keys_of
 from cera_train.common.trust import check_config_folder
 from cera_train.settings.evaluation import ChatConfig, EvalConfig, ExportConfig
@@ -57,12 +55,6 @@ train.max_updates          max_steps
 train.resume               resume_from_checkpoint
 """
 """Names that Transformers, PEFT, TRL and axolotl give to a setting of ours."""
-
-
-def options(group: str) -> list[str]:
-    """The choices of a config group."""
-    folder = config_dir("recipes") if group == "recipe" else config_dir("conf") / group
-    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:

@@ -1,8 +1,6 @@
 """How every command starts and ends: Hydra composes its config, dataclasses check it, a mistake is one line and a bug a
 traceback. Imports no torch."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib
@@ -26,9 +24,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cera_train import __version__
 from cera_train.adapters.families import check_settings
-from cera_train.cli.mistakes import SCHEMAS, explain_composition, for_hydra, options, unknown_setting
+from cera_train.cli.mistakes import SCHEMAS, explain_composition, for_hydra, unknown_setting
 from cera_train.common.errors import UserError, explain
-from cera_train.common.files import config_dir
+from cera_train.common.files import config_dir, options
 from cera_train.common.settings import MISSING, flatten, keys_of, require
 from cera_train.common.terminal import announce_import
 from cera_train.common.trust import clean, redact
@@ -41,8 +39,8 @@ PROGRAMS = {
     "cera-eval": "runs:eval_main",
     "cera-chat": "runs:chat_main",
     "cera-export": "runs:export_main",
-    "cera-report": "report:report",
-    "cera-sweep": "report:sweep",
+    "cera-report": "runs:report",
+    "cera-sweep": "runs:sweep",
     "cera-plan": "plan:main",
 }
 """Command -> the file of cli/ and its function."""

@@ -1,7 +1,5 @@
 """`cera-train`: one training run, or a sweep with -m."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

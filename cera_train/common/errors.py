@@ -1,7 +1,5 @@
 """`UserError`, and one line for every error that a user can mend. Any other error is a bug and keeps its traceback."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,8 +1,6 @@
 """Files and folders that appear whole or not at all: written under another name, flushed to the disk and renamed. Their
 checksums reveal damage. Also where configs and caches are."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -195,6 +193,12 @@ def config_dir(name: str) -> Path:
     """conf/ or recipes/: inside the package where a wheel put it, else beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return package / name if (package / name).is_dir() else package.parent / name
+
+
+def options(group: str) -> list[str]:
+    """The choices of a config group."""
+    folder = config_dir("recipes") if group == "recipe" else config_dir("conf") / group
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def cache_dir() -> Path:

@@ -1,8 +1,6 @@
 """torch and the libraries on it: importing them, and loading from the Hugging Face Hub, or from the cache alone where
 it does not answer."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import logging
@@ -11,8 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-SECONDS = 5.0
-"""How long the Hub may take for its first answer."""
+SECONDS = 5.0  # how long the Hub may take for its first answer
 
 LOGGERS = ("huggingface_hub", "transformers", "datasets")
 

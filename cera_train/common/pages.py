@@ -1,8 +1,6 @@
 """A report of tables and pictures in HTML, Markdown and the terminal. The HTML needs no file beside it. Pictures tell
 methods by colour (Okabe and Ito's palette, for colour-blind readers), and lines by marker."""
 
-from __future__ import annotations
-
 import base64
 import io
 import itertools
@@ -42,11 +40,9 @@ class Table:
 @dataclass(frozen=True)
 class Page:
     title: str
-    tables: list[Table]
-    """Tables without rows are not shown."""
+    tables: list[Table]  # tables without rows are not shown
     pictures: list[Picture]
-    commands: dict[str, str]
-    """Name -> the command line that made it."""
+    commands: dict[str, str]  # name -> the command line that made it
     notes: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:

@@ -1,8 +1,6 @@
 """A setting is a dataclass field with a default and a mark of what another value changes. Resuming, the token cache,
 sweeps, reports and recipes read the mark; no list of names stands elsewhere."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import types
@@ -16,8 +14,7 @@ from cera_train.common.errors import UserError
 
 MISSING: Any = "???"  # OmegaConf's mark for a value that has to be given
 
-AUTO = "auto"
-"""Value of a setting that a run decides and records. A folder with this value agrees with every choice."""
+AUTO = "auto"  # value of a setting that a run decides and records. A folder with this value agrees with every choice.
 
 
 class Changes(StrEnum):

@@ -1,8 +1,6 @@
 """What every command prints: labelled lines, aligned tables, quantities, and a progress bar that becomes plain lines in
 a log. Colours and a live bar appear in a terminal only."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 import time
@@ -105,17 +103,6 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def highlighted(parts: Iterable[tuple[str, bool]], indent: int) -> Any:
-    """A text with marked parts: green in a terminal, between [[ ]] elsewhere."""
-    text, is_terminal = Text(), sys.stdout.isatty()
-    for part, is_marked in parts:
-        shown = clean(part).replace("\n", "\n" + " " * indent)
-        if is_marked and not is_terminal:
-            shown = f"[[{shown}]]"
-        text.append(shown, style="green" if is_marked and is_terminal else None)
-    return text
 
 
 def duration(seconds: float) -> str:

@@ -1,8 +1,6 @@
 """Protection against files from strangers: a config or an adapter runs no code, a text steers no terminal. Secrets stay
 out of all that a run writes or prints."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

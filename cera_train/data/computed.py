@@ -1,7 +1,5 @@
 """Rows that are computed: of the logistic map, of dates, and of reasoning-gym's generators."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools
@@ -110,8 +108,7 @@ def date_row(answer: date, way: str) -> Row:
 DRAWS = 1_000_000
 """Draws of a split at most. A generator seeds draw i with seed + i, so seeds that are nearer than this share draws."""
 
-PATIENCE = 5_000
-"""A generator has no more questions after so many draws without a new one."""
+PATIENCE = 5_000  # A generator has no more questions after so many draws without a new one
 
 
 class Split(IntEnum):

@@ -1,25 +1,25 @@
 """What a run prints about its rows, so that a person can see what the model will learn. Nothing here imports torch."""
 
-from __future__ import annotations
-
 import itertools
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
 
-from cera_train.common.terminal import console, highlighted, print_line
+from rich.text import Text
+
+from cera_train.common.terminal import console, print_line
+from cera_train.common.trust import clean
 from cera_train.data.prepare import TokenizedData, TokenizedRows
 from cera_train.data.segments import TURNS, columns_read
 from cera_train.data.sources import HELD_OUT, MOST_HELD_OUT
 from cera_train.settings.data import DataConfig, Layout, Turns
 
-LOOKED_AT = 1000
-"""Rows whose tokens are looked at one by one."""
+LOOKED_AT = 1000  # rows whose tokens are looked at one by one
 
-BARS, BAR_WIDTH = 8, 40
-"""Lines of a histogram, and the characters of its longest."""
+BARS, BAR_WIDTH = 8, 40  # lines of a histogram, and the characters of its longest
 
 
 def print_data(
@@ -106,7 +106,10 @@ def tokens_of(rows: TokenizedRows, row: int) -> tuple[list[int], list[bool]]:
 
 
 def print_example(rows: TokenizedRows, row: int, tokenizer: Any) -> None:
-    """A row's text with its supervised parts marked."""
-    runs = itertools.groupby(zip(*tokens_of(rows, row), strict=True), key=lambda token: token[1])
-    parts = ((tokenizer.decode([id for id, _ in run]), is_supervised) for is_supervised, run in runs)
-    console().print(f"{'example':<11}", highlighted(parts, 11), sep="")
+    """A row's text with its supervised parts marked: green in a terminal, between [[ ]] elsewhere."""
+    text, is_terminal = Text(f"{'example':<11}"), sys.stdout.isatty()
+    for is_marked, run in itertools.groupby(zip(*tokens_of(rows, row), strict=True), key=lambda token: token[1]):
+        part = clean(tokenizer.decode([id for id, _ in run])).replace("\n", "\n" + " " * 11)
+        marked = f"[[{part}]]" if is_marked and not is_terminal else part
+        text.append(marked, style="green" if is_marked and is_terminal else None)
+    console().print(text)

@@ -23,11 +23,9 @@ from cera_train.data.segments import Segment, prompt_of, segmenters, segments_of
 from cera_train.data.sources import open_sources
 from cera_train.settings.data import DataConfig, Layout, LossOn
 
-CACHE_VERSION = 6
-"""Raised when the same rows would be tokenised or written differently than before."""
+CACHE_VERSION = 6  # raised when the same rows would be tokenised or written differently than before
 
-ROWS_AT_ONCE = 1000
-"""Rows in memory at a time, which the tokenizer shares out to its threads."""
+ROWS_AT_ONCE = 1000  # rows in memory at a time, which the tokenizer shares out to its threads
 
 SCHEMA = pyarrow.schema(
     {
@@ -48,8 +46,7 @@ class Example:
 
     input_ids: list[int]
     loss_mask: list[bool]
-    prompt_key: str = ""
-    """A digest of the text before the first supervised token: equal prompts have equal keys."""
+    prompt_key: str = ""  # A digest of the text before the first supervised token: equal prompts have equal keys
     has_answer: bool = True
     """Whether a token of an answer is left, also where the loss is on all tokens. A row without one is dropped."""
     truncated: bool = False

@@ -12,8 +12,7 @@ from cera_train.common.errors import UserError
 
 Row = dict[str, Any]
 
-PROMPT = "Question: {question}\nAnswer:"
-"""The prompt of a computed row."""
+PROMPT = "Question: {question}\nAnswer:"  # the prompt of a computed row
 
 
 def computed_row(question: str, answer: str) -> Row:
@@ -25,8 +24,7 @@ def normalized(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-PlacedRow = tuple[str, Row]
-"""A row after its place, such as `train.jsonl:17`, so that an error can name it."""
+PlacedRow = tuple[str, Row]  # A row after its place, such as `train.jsonl:17`, so that an error can name it
 
 
 @dataclass

@@ -34,8 +34,7 @@ ASKS = ("user", "human", "tool")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold what a model thinks before it answers."""
 
-TOOLS = "expected a list of objects with function.name"
-"""The shape of tools and of calls."""
+TOOLS = "expected a list of objects with function.name"  # the shape of tools and of calls
 
 
 @dataclass

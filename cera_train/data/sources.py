@@ -22,8 +22,7 @@ from cera_train.data.segments import Segment, prompt_of, segmenter, segmenters, 
 from cera_train.settings.data import DataConfig, Layout, Turns, as_list
 from cera_train.settings.evaluation import TaskConfig
 
-CHECKED_ROWS = 200
-"""Rows of each file that `check_data` reads, and of the files whose columns decide a layout."""
+CHECKED_ROWS = 200  # rows of each file that `check_data` reads, and of the files whose columns decide a layout
 
 BY_COLUMNS: dict[tuple[str, ...], dict[str, Any]] = {
     ("messages",): {"layout": Layout.messages},
@@ -154,8 +153,7 @@ def last_rows(count: int, source: Source) -> range:
     return range(total - count, total)
 
 
-HELD_OUT, MOST_HELD_OUT = 0.05, 500
-"""Share of the rows that evaluate by default, and the most of them."""
+HELD_OUT, MOST_HELD_OUT = 0.05, 500  # share of the rows that evaluate by default, and the most of them
 
 
 def rows_by_prompt(config: DataConfig, source: Source) -> set[int]:

@@ -1,8 +1,6 @@
 """Accelerate, set up for our loops: processes, device and precision. The time limit of the process group ends a run of
 which one process hangs."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os

@@ -2,8 +2,6 @@
 one process a GPU, by torch's elastic launcher. A process that torchrun, `accelerate launch` or srun started works as it
 is. No torch at module level: the commands ask for the rank, and signals have a handler before a process imports it."""
 
-from __future__ import annotations
-
 import logging
 import os
 import pkgutil
@@ -71,8 +69,7 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
 LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|ProcessGroup", re.IGNORECASE)
 """Errors of the communication library, caused by another process."""
 
-PEER_SECONDS = 5
-"""Pause of a process that lost another before it fails too: the launcher reports the first failure."""
+PEER_SECONDS = 5  # pause of a process that lost another before it fails too: the launcher reports the first failure
 
 
 def in_processes(function: Callable[[Any], dict[str, Any]], config: Any) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """One model on several processes: replicated (DDP) or sharded (FSDP2). A checkpoint holds whole tensors either way: a
 run can resume with another number of processes or another strategy."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

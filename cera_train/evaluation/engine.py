@@ -1,8 +1,6 @@
 """Which engine answers requests: the model of a subject, with its adapter and in the precision that it was trained in;
 or for a run in training its model, or a server."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,8 +1,6 @@
 """Evaluation, top to bottom: load the model; generate answers and grade them, or measure perplexity; write and print
 the result. A run's folder is all it needs: the folder holds the config."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Container, Sequence
 from contextlib import closing
@@ -33,6 +31,7 @@ from cera_train.runs.evaluation_folder import (
     Key,
     PerplexityResult,
     Problem,
+    find_evaluation_result,
 )
 from cera_train.runs.results import describe_rank
 from cera_train.runs.subject import Subject, digest_of, find_subject
@@ -129,10 +128,7 @@ class Evaluation:
         grades = grade_all(task, problems, answers)
         folder.write_grades(grades)
         return score(task, problems, answers, grades).replace(
-            task=config.folder_name,
-            kind=config.task.kind,
-            problems=len(problems),
-            samples=config.generation.samples,
+            task=config.folder_name, kind=config.task.kind, problems=len(problems), samples=config.generation.samples
         )
 
     def generate_missing(self, problems: Sequence[Problem], done: Container[Key]) -> None:
@@ -175,7 +171,7 @@ class Evaluation:
         """Measures perplexity with the adapter and without it, and on rows the spectra; once, then it is on record."""
         config, subject, accelerator = self.config, self.subject, self.accelerator
         rows = self.task.rows(config.task, config.data or subject.data, subject.model, load_tokenizer(subject.model))
-        if (before := self.folder.result()) is not None:
+        if (before := find_evaluation_result(self.folder.path)) is not None:
             require(
                 before.rows_digest == rows.digest,
                 f"{self.folder.path} has the perplexity of other rows: a data file changed. Restore it, or set "

@@ -4,8 +4,6 @@ Problems, answers, grades and scores are those of an evaluation, greedy. Answeri
 the model, so the losses of a run are equal to the bit with and without it.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -27,16 +25,14 @@ from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
 
-SAMPLE_ROOM = 64
-"""Tokens that a sampled answer to an evaluation row may have; more where a reference has more."""
+SAMPLE_ROOM = 64  # tokens that a sampled answer to an evaluation row may have; more where a reference has more
 
 
 @dataclass(frozen=True)
 class Exam:
     """Problems that the model answers."""
 
-    name: str | None
-    """The task's. The prompts of evaluation rows have no task."""
+    name: str | None  # the task's. The prompts of evaluation rows have no task.
     task: AnswerTask | None
     problems: list[Problem]
     requests: list[Request]
@@ -72,13 +68,10 @@ def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | N
 class ExamResults:
     """The results of one evaluation's exams. Only the main process has more than the figures."""
 
-    figures: dict[str, float] = field(default_factory=dict)
-    """By their keys in metrics.jsonl, such as gsm8k/exact."""
-    graded: dict[str, list[GradedProblem]] = field(default_factory=dict)
-    """By the task."""
+    figures: dict[str, float] = field(default_factory=dict)  # by their keys in metrics.jsonl, such as gsm8k/exact
+    graded: dict[str, list[GradedProblem]] = field(default_factory=dict)  # by the task
     samples: list[Sample] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    """A line to print about each."""
+    notes: list[str] = field(default_factory=list)  # A line to print about each
 
 
 class Exams:

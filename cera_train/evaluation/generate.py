@@ -5,8 +5,6 @@ Except for rounding, an answer depends neither on its batch nor on the order of 
 answers only what is missing.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -87,11 +85,9 @@ class LoadedModel:
     """A model that answers, in eval mode."""
 
     model: Any
-    base: PreTrainedModel
-    """The transformers model in `model`; without an adapter the same."""
+    base: PreTrainedModel  # the transformers model in `model`; without an adapter the same
     tokenizer: Any
-    context: Callable[[], AbstractContextManager] = nullcontext
-    """Entered for each batch, such as autocast."""
+    context: Callable[[], AbstractContextManager] = nullcontext  # entered for each batch, such as autocast
 
     @property
     def positions(self) -> int | None:

@@ -5,8 +5,6 @@ A model's answer is hostile input: 9^{9^{9^9}} would take all time and memory. S
 memory limit and a time limit for each answer. An answer that exceeds one is wrong; the others go on.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import multiprocessing

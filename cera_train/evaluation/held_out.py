@@ -1,8 +1,6 @@
 """Rows held out from training, under a model: the losses of their tokens, and the spectra of its adapter on a probe of
 them."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Requests to a model, and the answers to them, whichever engine gives them: this process or a server."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +24,8 @@ class Request:
 
 class Answer(NamedTuple):
     generation: Generation
-    ids: list[int]
-    """Its tokens, the end token included."""
-    log_p: list[float] | None = None
-    """Of each token, where a server sampled them."""
+    ids: list[int]  # its tokens, the end token included
+    log_p: list[float] | None = None  # of each token, where a server sampled them
 
 
 def requests_for(

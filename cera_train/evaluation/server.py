@@ -4,8 +4,6 @@ Nothing is taken for granted: the base model, the model that each answer names, 
 Several requests are under way at once; where the server is busy or away, each is repeated for about a minute.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import http.client

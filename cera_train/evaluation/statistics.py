@@ -1,19 +1,14 @@
 """The uncertainty of an accuracy, and of a difference between two runs on the same problems."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ERROR_RATE = 0.05
-"""The share of verdicts where there is no difference, and of intervals that miss it."""
+ERROR_RATE = 0.05  # the share of verdicts where there is no difference, and of intervals that miss it
 
-LEVEL = 1 - ERROR_RATE
-"""The confidence of an interval."""
+LEVEL = 1 - ERROR_RATE  # the confidence of an interval
 
-BLOCK = 1_000_000
-"""Numbers that resampling draws at once: 8 MB."""
+BLOCK = 1_000_000  # numbers that resampling draws at once: 8 MB
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

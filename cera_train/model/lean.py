@@ -4,8 +4,6 @@ Autograd keeps a norm's input in float32, and act(gate) beside gate and up. Both
 again: recipes/math_r64.yaml needs 31 GB instead of 37.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from typing import Any

@@ -5,8 +5,6 @@ Only the hidden states that predict a supervised token go through the LM head, i
 sequence over a large vocabulary are never in memory as a whole.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math
@@ -41,8 +39,7 @@ class Allowed:
     """Its head can be applied apart from its forward: what it does to the logits afterwards is in `finish_logits`."""
     flattens: bool = False
     """Sequences can lie end to end in one row: it neither ignores position ids nor carries a state across."""
-    attention: str | None = None
-    """Name of the fastest attention by sequence that works here, for flat rows."""
+    attention: str | None = None  # name of the fastest attention by sequence that works here, for flat rows
 
 
 class SupervisedLoss(nn.Module):

@@ -4,8 +4,6 @@ The hardware's own report decides, never a stopwatch, so that one machine always
 only to read it: cera-plan answers a mistake before.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Base weights, in 32, 16, 8 or 4 bits."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """The base of a run on the meta device, which has shapes and no memory."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator

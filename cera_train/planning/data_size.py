@@ -1,7 +1,5 @@
 """How much there is to train on and to answer: by data.facts, by computing the rows, or by counting local files."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass, replace
@@ -23,8 +21,7 @@ token of SmolLM2's there are 0.99 on GSM8K, 0.95 to 1.12 in prose and code, 0.8 
 SAMPLE_ROWS, FEW_ROWS = 1000, 100
 """Rows whose tokens are estimated, and rows of a generator, which may take milliseconds for one."""
 
-OF_LEVEL = {1: 437, 2: 894, 3: 1131, 4: 1214, 5: 1324}
-"""MATH's test problems: no other task of the Hub has levels."""
+OF_LEVEL = {1: 437, 2: 894, 3: 1131, 4: 1214, 5: 1324}  # MATH's test problems: no other task of the Hub has levels
 
 COUNTED, ESTIMATED = "by SmolLM2's tokenizer", "an estimate"
 

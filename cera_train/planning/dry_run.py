@@ -5,8 +5,6 @@ floating-point operations by torch's formulas. The tensors lie on the CPU, where
 `choices_of_a_gpu` holds what a GPU does differently.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

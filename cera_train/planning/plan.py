@@ -35,8 +35,7 @@ PROCESS_BYTES = 610_000_000
 CUDA_BUILD_BYTES = 320_000_000
 """What a torch built for CUDA, as PyPI's is on x86-64, holds besides where there is no GPU."""
 
-HEAP_SHARE = 0.4
-"""On a CPU, freed blocks below 32 MB stay with the C library's heap, and its gaps add about this share."""
+HEAP_SHARE = 0.4  # on a CPU, freed blocks below 32 MB stay with the C library's heap, and its gaps add about this share
 
 LAYER_SECONDS = 4e-4
 """Time in which a layer is called for one token: SmolLM2's on a CPU; on a GPU, where kernels wait to be launched, an
@@ -54,8 +53,7 @@ GPU_MFU, CPU_MFU = 0.4, 0.45
 """Share of the peak speed that training reaches. On a GPU an assumption; on a CPU what SmolLM2-135M reached with CeRA
 (with LoRA 0.38: its dropout runs over the whole input of a projection)."""
 
-USABLE = 0.95
-"""Usable share of a GPU's memory: CUDA itself and the gaps of torch's allocator take the rest."""
+USABLE = 0.95  # usable share of a GPU's memory: CUDA itself and the gaps of torch's allocator take the rest
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,7 @@ GPUS = {
 }
 """Memory, dense bf16 speed and bandwidth by the vendor's data sheets (SXM cards, the A100 of 80 GB)."""
 
-CPU_BANDWIDTH = 25e9
-"""On two cores, SmolLM2-135M answers with 42 tokens a second."""
+CPU_BANDWIDTH = 25e9  # on two cores, SmolLM2-135M answers with 42 tokens a second
 
 
 @functools.cache
@@ -188,15 +185,10 @@ def _plan(config: PlanRun) -> RunPlan:
     with heavy_imports():
         from cera_train.evaluation.generate import CACHE_BYTES, ROWS_AT_ONCE
         from cera_train.evaluation.server import AT_ONCE
-        from cera_train.model.folder import cache_bytes, positions_of
+        from cera_train.model.folder import cache_bytes, check_length
         from cera_train.planning.dry_run import DryRun
     run = DryRun(config)
-    positions = positions_of(run.base.config)
-    if positions is not None and config.data.max_length > positions:
-        raise UserError(
-            f"data.max_length={config.data.max_length} is beyond the {positions} positions of {config.model.path}: "
-            "lower it."
-        )
+    check_length(config.model, config.data.max_length, "data.max_length", run.base.config)
     announce("planning", f"{title(config.adapter)}, r = {config.adapter.r}, on {config.model.path}")
     largest, usual = micro_batches(config, trained, run)
     rows = math.ceil(config.sequences * config.train.batch_size / config.plan.gpus)

@@ -1,7 +1,5 @@
 """Plans in the terminal: of one run, of the jobs of a sweep, or of the cells of a study."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from cera_train.common.settings import differing_settings, flatten, to_plain

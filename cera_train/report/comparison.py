@@ -1,7 +1,5 @@
 """Whether runs differ: paired tests on the same problems; and what stands in the way of a comparison."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace

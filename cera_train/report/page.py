@@ -1,8 +1,6 @@
 """The page of runs side by side: a row for each run and a column for each figure, the paper's beside ours where a
 recipe names one; paired tests; settings that differ; pictures and notes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,8 +1,6 @@
 """The pictures of runs side by side. A run has the same colour and marker in every picture of runs; a picture without
 figures is left out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Reads the runs of a report. What is not on disk is None, or empty."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +15,7 @@ from cera_train.common.files import read_yaml
 from cera_train.common.settings import flatten, to_plain
 from cera_train.common.trust import clean
 from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
-from cera_train.runs.evaluation_folder import AccuracyResult, Grade, PerplexityResult, read_evaluation_result
+from cera_train.runs.evaluation_folder import AccuracyResult, Grade, PerplexityResult, find_evaluation_result
 from cera_train.runs.records import Record, load_config, read_lines
 from cera_train.runs.results import (
     DIVERGED,
@@ -35,8 +33,7 @@ PERPLEXITY = Metric("perplexity", "perplexity", is_share=False)
 
 NUMBER_IN_NAME = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 
-Settings = dict[str, Any]
-"""A config.yaml with dotted keys."""
+Settings = dict[str, Any]  # A config.yaml with dotted keys
 
 
 @dataclass(frozen=True)
@@ -202,7 +199,8 @@ def _read_run(folder: Path) -> Run | None:
     """The run or the evaluations in a folder; None where there is neither."""
     path = folder / "config.yaml"
     evaluations = {
-        file.parent.name: _read_evaluation(file.parent) for file in sorted(folder.glob("eval/*/config.yaml"))
+        file.parent.name: Evaluation(file.parent, flatten(read_yaml(file)), find_evaluation_result(file.parent))
+        for file in sorted(folder.glob("eval/*/config.yaml"))
     }
     if not path.is_file() or "adapter" not in read_yaml(path):  # an evaluation's config.yaml has none
         return _without_training(folder, evaluations) if evaluations else None
@@ -232,9 +230,3 @@ def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
     elif (folder / FULL_MODEL).is_file():
         adapter = AdapterConfig(AdapterKind.full, r=None, alpha=None)
     return Run(folder, place.name, settings, adapter, evaluations)
-
-
-def _read_evaluation(folder: Path) -> Evaluation:
-    file = folder / "result.json"
-    result = read_evaluation_result(file) if file.is_file() else None
-    return Evaluation(folder, flatten(read_yaml(folder / "config.yaml")), result)

@@ -1,7 +1,5 @@
 """The model card of an adapter, and the upload of both to the Hub."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

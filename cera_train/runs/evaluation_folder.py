@@ -25,8 +25,7 @@ from cera_train.settings.evaluation import EvalConfig
 
 # --- its records ------------------------------------------------------------------------------------------------------
 
-Key = tuple[str, int]
-"""Problem and sample."""
+Key = tuple[str, int]  # problem and sample
 
 
 class Problem(Record, extra="allow"):
@@ -154,7 +153,10 @@ class PerplexityResult(MeasuredAdapter):
     perplexity_base: Perplexity = None  # without the adapter; None where there is no adapter
 
 
-def read_evaluation_result(path: Path) -> AccuracyResult | PerplexityResult:
+def find_evaluation_result(folder: Path) -> AccuracyResult | PerplexityResult | None:
+    """result.json of an evaluation; None before it is finished."""
+    if not (path := folder / "result.json").exists():
+        return None
     tree = read_json(path)
     kind = PerplexityResult if tree.get("kind") == "perplexity" else AccuracyResult
     return kind.from_json(tree, path)
@@ -208,11 +210,6 @@ class EvaluationFolder:
             models = [others[key] for key in ("model.path", "model.quantization") if key in others]
             require(not models, f"{other.parent} is of another model: {'; '.join(models)}. Set output_dir=OTHER.")
         write_text(path, yaml.safe_dump(plain, sort_keys=False))
-
-    def result(self) -> AccuracyResult | PerplexityResult | None:
-        """result.json; None before the evaluation is finished."""
-        path = self.path / "result.json"
-        return read_evaluation_result(path) if path.exists() else None
 
     # --- problems, answers, grades -----------------------------------------------------------------------------------
 

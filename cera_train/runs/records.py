@@ -3,8 +3,6 @@
 A field has the name of its key, or `key("eval/perplexity")`, so that no other module spells a key. None stands for "not
 measured"."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re
@@ -109,8 +107,7 @@ def read_trees(path: Path, mend: str = RESTORE, may_break_off: bool = False) -> 
 
 # --- config.yaml ------------------------------------------------------------------------------------------------------
 
-LENGTH = ("train.epochs", "train.max_updates")
-"""The settings that `train.extend` may change."""
+LENGTH = ("train.epochs", "train.max_updates")  # the settings that `train.extend` may change
 
 
 def load_config(path: Path, schema: type = Config) -> Any:

@@ -221,8 +221,7 @@ def read_metrics(path: Path) -> Metrics:
 # --- losses and grades -----------------------------------------------------------------------------------------------
 
 LOSSES_BEFORE, LOSSES_AFTER = "losses_before.safetensors", "losses_after.safetensors"
-GRADES = "grades"
-"""Folder with a file TASK.jsonl for each task."""
+GRADES = "grades"  # folder with a file TASK.jsonl for each task
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,8 +282,7 @@ def read_grades(run: Path, task: str) -> list[GradedProblem]:
 
 # --- figures in a line -----------------------------------------------------------------------------------------------
 
-NEARLY_LINEAR = 0.99
-"""A branch whose variance is linear in A x to more than this share computes what a LoRA computes."""
+NEARLY_LINEAR = 0.99  # A branch whose variance is linear in A x to more than this share computes what a LoRA computes
 
 SPECTRUM_TERMS = (
     "Effective rank: how many directions a branch's output has, at most r. Manifold dimension: how many have 90 % of "

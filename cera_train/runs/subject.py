@@ -1,8 +1,6 @@
 """The model that an evaluation measures: an adapter on its base, or a base alone. Resolved without loading anything, so
 that a mistake is answered at once."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path

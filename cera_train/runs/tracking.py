@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 IDS = "tracker-ids.json"
 """File in the run's folder: the id under which each tracker knows the run, so that a resumed run continues there."""
 
-WANDB_NAME = 128
-"""Characters that W&B's server takes for the name of a run or of a group."""
+WANDB_NAME = 128  # characters that W&B's server takes for the name of a run or of a group
 
 ENVIRONMENT = {
     "WANDB_SILENT": "true",

@@ -1,8 +1,6 @@
 """Asks a model: one question, a file of them, or a conversation in the terminal. A question becomes the token ids that
 the model was trained to answer, a training row without its last answer; answers are streamed."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -30,8 +28,7 @@ from cera_train.settings.evaluation import ChatConfig, Template
 
 NEW = "/new"
 
-ANSWER = "?"
-"""Stands for the answer in a row. Its segment is cut off, so its text changes nothing."""
+ANSWER = "?"  # stands for the answer in a row. Its segment is cut off, so its text changes nothing.
 
 PLAIN = DataConfig(layout=Layout.text, path="a text", prompt="{text}", completion="{answer}")
 """A text as it is: also the question to a model that was trained on documents."""

@@ -4,8 +4,6 @@ The hidden units h = gate(z) of a branch are replaced by their best linear map o
 with M = E[h z^T] E[z z^T]^-1. What is left is a LoRA, B' = s B M.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path

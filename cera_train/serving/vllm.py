@@ -9,8 +9,6 @@ vLLM loads this in each of its processes, through the entry point `vllm.general_
 changes. Where a vLLM lacks one of them, nothing is changed, and LoRA goes on as before.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import json
@@ -27,8 +25,7 @@ from cera_train.cera.config import longest_first
 
 logger = logging.getLogger("vllm.cera_train")
 
-GATES = ("identity", "silu", "relu", "gelu", "tanh")
-"""The gates by code."""
+GATES = ("identity", "silu", "relu", "gelu", "tanh")  # the gates by code
 
 LORA = GATES.index("identity")
 NO_ADAPTER = len(GATES)

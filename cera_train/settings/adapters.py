@@ -1,7 +1,5 @@
 """Settings of the adapter. What a kind makes of them: `adapters.families`."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """Settings of the processes that share a run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 

@@ -1,12 +1,9 @@
 """Settings of what comes after training: `cera-eval` and its benchmarks, `cera-chat` and `cera-export`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from cera_train.common.files import config_dir
 from cera_train.common.settings import (
     MISSING,
     require,
@@ -21,11 +18,6 @@ from cera_train.settings.distributed import ProcessesConfig
 from cera_train.settings.model import ModelConfig, Quantization
 
 Grader = StrEnum("Grader", ["text", "number", "math", "choice"])
-
-
-def known_tasks() -> list[str]:
-    """The names of the files in conf/task."""
-    return sorted(path.stem for path in (config_dir("conf") / "task").glob("*.yaml"))
 
 
 @dataclass

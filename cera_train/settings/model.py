@@ -1,7 +1,5 @@
 """Settings of the frozen base model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path

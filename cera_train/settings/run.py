@@ -1,8 +1,6 @@
 """The settings of a whole run, put together from those of each folder, and of a plan. Hydra fills them from conf/ and
 recipes/; every `__post_init__` checks its part. Every builder takes its part; only `train()` sees the whole."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any

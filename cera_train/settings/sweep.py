@@ -1,7 +1,5 @@
 """Settings of a sweep as a whole, and of a study: a sweep that answers a question."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from enum import StrEnum

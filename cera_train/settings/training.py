@@ -1,14 +1,13 @@
 """Settings of the loop, the optimizer and the tracker."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from cera_train.common.files import options
 from cera_train.common.settings import AUTO, require, require_address, require_positive, setting
 from cera_train.settings.data import BatchLayout
-from cera_train.settings.evaluation import Grader, known_tasks
+from cera_train.settings.evaluation import Grader
 
 
 class Optimizer(NamedTuple):
@@ -210,8 +209,8 @@ class TrainConfig:
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must be between 0 and 2**32 - 1.")
         require(self.samples >= 0, f"train.samples={self.samples} must not be negative.")
         for name in self.tasks:
-            choices = ", ".join(known_tasks())
-            require(name in known_tasks(), f"train.tasks=[{name}]: there is no such task: choose from {choices}.")
+            choices = ", ".join(options("task"))
+            require(name in options("task"), f"train.tasks=[{name}]: there is no such task: choose from {choices}.")
             require(self.tasks.count(name) == 1, f"train.tasks names {name} twice: keep one.")
         settings = self.task_settings or {}
         require(isinstance(settings, dict), f"train.task_settings={settings}: expected {{gsm8k: {{limit: 100}}}}.")

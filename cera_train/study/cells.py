@@ -35,10 +35,8 @@ ARM, SEED = "study.arm", "train.seed"
 class Candidate:
     """Tuned values of an arm."""
 
-    values: dict[str, str]
-    """Such as {"optimizer.lr": "0.001"}."""
-    overrides: list[str]
-    """The overrides of its run with seed 0."""
+    values: dict[str, str]  # such as {"optimizer.lr": "0.001"}
+    overrides: list[str]  # the overrides of its run with seed 0
 
     def overrides_of(self, seed: int) -> list[str]:
         return [f"{SEED}={seed}" if key_of(word) == SEED else word for word in self.overrides]
@@ -48,14 +46,10 @@ class Candidate:
 class Outcome:
     """An outcome of one run on every problem."""
 
-    problems: list[Any]
-    """Equal for runs on the same problems: their names, or the supervised tokens of held-out rows."""
-    values: Sequence[float]
-    """[problems] nats a token, or scores."""
-    weights: np.ndarray | None = None
-    """[problems]: supervised tokens."""
-    endings: Counter[str] = field(default_factory=Counter)
-    """How many answers end in each way."""
+    problems: list[Any]  # equal for runs on the same problems: their names, or the supervised tokens of held-out rows
+    values: Sequence[float]  # [problems] nats a token, or scores
+    weights: np.ndarray | None = None  # [problems]: supervised tokens
+    endings: Counter[str] = field(default_factory=Counter)  # how many answers end in each way
 
     @classmethod
     def read(cls, name: str, run: Path) -> Outcome:
@@ -74,8 +68,7 @@ class JudgedRun:
     """A run that judges its cell."""
 
     folder: Path
-    names: list[str]
-    """Of outcomes."""
+    names: list[str]  # of outcomes
 
     @cached_property
     def result(self) -> RunResult:
@@ -106,8 +99,7 @@ class Cell:
 
     study: Study
     arm: str
-    choices: dict[str, str]
-    """The condition, such as {"adapter.r": "16"}, without the settings that the arm has itself."""
+    choices: dict[str, str]  # the condition, such as {"adapter.r": "16"}, without the settings that the arm has itself
     candidates: list[Candidate]
 
     @property

@@ -1,8 +1,6 @@
 """What a study runs: the grid of its section, what makes its arms comparable, and `hydra/sweeper=study`, which runs the
 jobs that have not ended by any launcher. Imports no torch."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import re
@@ -30,11 +28,9 @@ from cera_train.study.cells import ARM, SEED, Cell, Study
 from cera_train.sweep.folder import RECORD, SweepRecord, job_status, key_of
 from cera_train.sweep.grid import WRITER, ComposeJob, begin, grid, jobs_by_name, record_of
 
-PARAMETERS = 0.01
-"""Share by which trainable parameters may differ and count as equal."""
+PARAMETERS = 0.01  # share by which trainable parameters may differ and count as equal
 
-EXTENSIONS = 6
-"""Steps beyond the end of a grid at most."""
+EXTENSIONS = 6  # steps beyond the end of a grid at most
 
 OF_EVERY_METHOD = ("r", "dropout", "target_modules", "layers", "start_from")
 """Settings of an adapter that an arm has to name where they differ from the baseline's. The rest of conf/adapter/NAME
@@ -192,8 +188,7 @@ class StudySweeper(Sweeper):
     """Runs the whole grid; with `study.extend`, then values beyond its edges; with `study.tune_seeds`, then what these
     seeds chose with every other seed."""
 
-    compose: ClassVar[ComposeJob]
-    """Of the study that begins."""
+    compose: ClassVar[ComposeJob]  # of the study that begins
 
     def __init__(self, **_: Any) -> None:
         """Hydra passes the settings, of which a study has none here."""

@@ -1,7 +1,5 @@
 """The page of a study: a verdict for every contrast, one picture, and the numbers."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -23,8 +21,7 @@ from cera_train.study.results import Comparison, compare_cells, slopes
 
 RESULTS = "study_results.json"
 
-LONGEST_NAME = 28
-"""Characters of an arm or a condition beside the picture, which is narrow."""
+LONGEST_NAME = 28  # characters of an arm or a condition beside the picture, which is narrow
 
 FIGURES = {
     "trainable_parameters": ("parameters", "{:,.0f}".format),

@@ -1,7 +1,5 @@
 """Every contrast of the arms of a finished study, with a verdict, and its slope over the rank."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -43,16 +41,11 @@ class Comparison(Contrast):
     first: str
     second: str
     condition: str
-    by_seed: list[float]
-    """The difference of each seed."""
-    p_holm: float
-    """After Holm, over the contrasts of the outcome."""
-    verdict: Verdict
-    """On the second arm; `not shown` where an edge speaks against it."""
-    edges: list[str]
-    """What is best at the end of its grid, such as `cera at the largest optimizer.lr, 0.01`."""
-    detectable: float
-    """The smallest difference that this design shows with power 80 %."""
+    by_seed: list[float]  # the difference of each seed
+    p_holm: float  # after Holm, over the contrasts of the outcome
+    verdict: Verdict  # on the second arm; `not shown` where an edge speaks against it
+    edges: list[str]  # what is best at the end of its grid, such as `cera at the largest optimizer.lr, 0.01`
+    detectable: float  # the smallest difference that this design shows with power 80 %
 
 
 def compare_cells(study: Study) -> list[Comparison]:
@@ -107,8 +100,7 @@ class Slope:
     name: str
     by_seed: list[float]
     value: float
-    interval: list[float]
-    """Student's 95 % interval over seeds, on the problems at hand; without bounds for one seed."""
+    interval: list[float]  # Student's 95 % interval over seeds, on the problems at hand; without bounds for one seed
 
 
 def slopes(study: Study) -> list[Slope]:

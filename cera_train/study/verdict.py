@@ -17,8 +17,6 @@ seed is judged at the value that the others choose, more than 5 % of verdicts on
 benchmarks.verdicts`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -33,11 +31,9 @@ from scipy.stats import binomtest
 from cera_train.common.errors import UserError
 from cera_train.evaluation.statistics import ERROR_RATE, interval_where_all_agree
 
-SMALLEST_P = 1e-12
-"""A p-value below is this one."""
+SMALLEST_P = 1e-12  # A p-value below is this one
 
-POWER = 0.8
-"""The probability with which a difference counts as detected."""
+POWER = 0.8  # the probability with which a difference counts as detected
 
 Verdict = Literal["better", "worse", "not shown"]
 
@@ -47,26 +43,21 @@ class Variances:
     """Variance components of the difference of two arms:
     Var(difference) = seed / seeds + problem / problems + residual / (seeds * problems)."""
 
-    seed: float
-    """By A."""
-    problem: float
-    """By C."""
-    residual: float
-    """By R."""
+    seed: float  # by A
+    problem: float  # by C
+    residual: float  # by R
 
 
 @dataclass(frozen=True)
 class Spread:
     """Variance of an estimate in two parts; arrays for many estimates at once."""
 
-    seeds: ndarray | float
-    """By A and R."""
+    seeds: ndarray | float  # by A and R
     seed_degrees: int
     residual: ndarray | float
     """By R alone, which is no larger and known better: the interval is never narrower than that of the seeds at hand on
     other problems. It keeps few right answers, whose means agree by chance, from passing for sure."""
-    problems: ndarray | float
-    """By C."""
+    problems: ndarray | float  # by C
     problem_degrees: ndarray | float
 
     def half_width(self, error_rate: ndarray | float = ERROR_RATE) -> ndarray:
@@ -92,17 +83,14 @@ class Contrast:
     """Two arms on the same problems: second - first, with a 95 % interval that holds for other seeds and problems."""
 
     difference: float
-    lower: float
-    """-inf with one seed or one problem. Not adjusted for other comparisons."""
+    lower: float  # -inf with one seed or one problem. Not adjusted for other comparisons.
     upper: float
-    p_value: float
-    """Two-sided; 1 with one seed or one problem."""
+    p_value: float  # two-sided; 1 with one seed or one problem
     variances: Variances | None
     """None with one seed or one problem, and where a score differs by the same on every problem."""
     seeds: int
     problems: int
-    between: float
-    """What a tuned value between those of the grid could still change: the bounds, the p-value, have it."""
+    between: float  # what a tuned value between those of the grid could still change: the bounds, the p-value, have it
 
     def verdict_at(self, adjusted_p: float, higher_is_better: bool) -> Verdict:
         """Whether the second arm is better than the first, by a p-value that `holm` adjusted."""

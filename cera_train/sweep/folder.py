@@ -1,8 +1,6 @@
 """A sweep's folder: OUTPUT_DIR/NAME holds sweep.json and one folder a job, named by what varies, and the state of a job
 follows from what lies in it. Imports no torch."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter
@@ -13,25 +11,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import is_locked
+from cera_train.common.files import is_locked, options
 from cera_train.common.terminal import print_line, print_table
 from cera_train.common.trust import redact
 from cera_train.evaluation.tasks.task import task_figures
 from cera_train.runs.records import Record, changes_result
 from cera_train.runs.results import DIVERGED, METRICS, Environment, Metrics, RunResult, is_task_figure, read_metrics
-from cera_train.settings.evaluation import known_tasks
 
 RECORD = "sweep.json"
-JOBS = ".jobs"
-"""Folder in the sweep's: NAME.json for every job that was started, written by the job itself."""
+JOBS = ".jobs"  # folder in the sweep's: NAME.json for every job that was started, written by the job itself
 
 START_AGAIN = "Remove it, and start the sweep again."
 
-LONGEST_NAME = 150
-"""Characters. A file system takes 255, and files are written under a longer name first."""
+LONGEST_NAME = 150  # characters. A file system takes 255, and files are written under a longer name first.
 
-SHORT_ERROR = 72
-"""Characters of an error in the table."""
+SHORT_ERROR = 72  # characters of an error in the table
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -75,8 +69,7 @@ def key_of(override: str) -> str:
 
 # --- records ---------------------------------------------------------------------------------------------------------
 
-PERPLEXITIES = ("eval/perplexity", "best_perplexity")
-"""Figures that compare on the same evaluation rows only."""
+PERPLEXITIES = ("eval/perplexity", "best_perplexity")  # figures that compare on the same evaluation rows only
 
 HIGHER_IS_BETTER = {
     **dict.fromkeys([*PERPLEXITIES, "seconds", "peak_memory_bytes", "trainable_parameters"], False),
@@ -115,7 +108,7 @@ def sweep_metric(key: str, tasks: Mapping[str, Mapping[str, Any] | None]) -> Swe
     if key in known:
         return SweepMetric(key, known[key])
     task = key.partition("/")[0]
-    is_left_out = task not in tasks and task in known_tasks() and key in task_figures(task)
+    is_left_out = task not in tasks and task in options("task") and key in task_figures(task)
     mend = f"add train.tasks=[{task}]" if is_left_out else f"choose one of {', '.join(known)}"
     raise UserError(f"sweep.metric={key}: no job has this figure: {mend}.")
 

@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError, errors_at
-from cera_train.common.files import folder_in_use, is_locked
+from cera_train.common.files import folder_in_use, is_locked, options
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import AUTO, flatten, require_folder_name, to_plain
 from cera_train.common.terminal import print_line
@@ -34,7 +34,6 @@ from cera_train.model.folder import check_model
 from cera_train.runs.records import LENGTH, another_config, differences
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import find_start
-from cera_train.settings.evaluation import known_tasks
 from cera_train.settings.run import Config
 from cera_train.sweep.folder import JOBS, RECORD, JobRecord, SweepRecord, choices_of, job_name, key_of, sweep_metric
 
@@ -174,7 +173,7 @@ def record_of(
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
     is_grid = jobs is not None or config.hydra.sweeper._target_.endswith(".BasicSweeper")
     jobs = (grid(config) if is_grid else []) if jobs is None else jobs
-    tasks = [name for name in known_tasks() if is_grid or name in config.train.tasks]
+    tasks = [name for name in options("task") if is_grid or name in config.train.tasks]
     metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
 
     earlier = SweepRecord.find(folder / RECORD)

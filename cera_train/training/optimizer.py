@@ -1,7 +1,5 @@
 """The optimizer of a config, and its learning rate as a function of the update."""
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Iterable

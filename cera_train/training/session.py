@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -42,16 +41,12 @@ from cera_train.settings.data import DataConfig, Layout, LossOn
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
 from cera_train.settings.training import ObjectiveKind, Resume
-from cera_train.training.objectives import Objective, Sft
+from cera_train.training.objectives import Sft
 from cera_train.training.objectives.dpo import Dpo
 from cera_train.training.objectives.grpo import Grpo
 from cera_train.training.optimizer import Rate, auto_rate, build_optimizer
 
-OBJECTIVES: dict[ObjectiveKind, Callable[[Session], Objective]] = {
-    ObjectiveKind.sft: Sft,
-    ObjectiveKind.dpo: Dpo,
-    ObjectiveKind.grpo: Grpo,
-}
+OBJECTIVES = {ObjectiveKind.sft: Sft, ObjectiveKind.dpo: Dpo, ObjectiveKind.grpo: Grpo}
 
 
 class Settled(NamedTuple):
@@ -73,8 +68,8 @@ def settle(config: Config, folder: Path) -> Settled:
         precision = Precision(begun.model.dtype, f"as {folder} was begun")
     compiles = begun.train.compile if config.train.compile is None else config.train.compile
     if compiles is None:
-        device = this_device()
-        compiles = device.type == "cuda" and adapters.compiles(config.adapter) and can_compile(device)
+        device, is_dora = this_device(), config.adapter.kind == "dora"  # whose every layer would be compiled anew
+        compiles = device.type == "cuda" and not is_dora and can_compile(device)
     rate = Rate(config.optimizer.lr, "")
     if AUTO == config.optimizer.lr != begun.optimizer.lr:
         rate = Rate(begun.optimizer.lr, f"as {folder} was begun")

@@ -1,8 +1,6 @@
 """A training run, top to bottom: build everything, then update, evaluate, save; then leave what the next command
 needs."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -297,20 +295,14 @@ def finish(session: Session) -> dict[str, Any]:
     save(session)
     spectra = session.spectra or session.held_out.spectra()  # none where a run resumes after its last evaluation
     result = RunResult(
-        perplexity=progress.perplexity,
-        perplexity_before=progress.perplexity_before,
-        linear_share_before=progress.linear_share_before,
-        best_perplexity=progress.best_perplexity,
-        best_update=progress.best_update,
+        **progress.model_dump(include={*RunResult.model_fields}),
         adapter_kind=config.adapter.kind.value,
         adapter_r=rank(config.adapter),
         trainable_parameters=session.trainable_count,
         trainable_share=session.trainable_count / session.total_count,
         updates=progress.update,
         epochs=progress.update / session.order.updates_per_epoch,
-        tokens=progress.tokens,
         tokens_per_s=progress.tokens / progress.seconds,
-        seconds=progress.seconds,
         peak_memory_bytes=peak_memory(session.accelerator.device),
         folder=str(folder.path),
         **spectrum_metrics(spectra) | progress.tasks,

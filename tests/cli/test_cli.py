@@ -18,11 +18,11 @@ from commands import WITHOUT_TORCH, command, python
 
 import cera_train
 from cera_train import __version__
-from cera_train.cli.mistakes import SCHEMAS, options
+from cera_train.cli.mistakes import SCHEMAS
 from cera_train.cli.start import PROGRAMS
 from cera_train.cli.train import is_as_published
 from cera_train.common.errors import explain
-from cera_train.common.files import cached_folder, write_text
+from cera_train.common.files import cached_folder, options, write_text
 from cera_train.common.settings import Changes, section_of
 
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cera_train.cli.mistakes import options
-from cera_train.common.files import config_dir
+from cera_train.common.files import config_dir, options
 from cera_train.common.settings import flatten, to_plain, word_of
 
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published_configs.yaml").read_text())

@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cera_train.adapters import build as adapters
 from cera_train.adapters.build import parameter_counts
-from cera_train.cli.mistakes import options
-from cera_train.common.files import config_dir
+from cera_train.common.files import config_dir, options
 from cera_train.planning.count import build_base, read_config, stored_sizes, trainable_parameters
 from cera_train.planning.dry_run import Cost, DryRun, MicroBatch
 from cera_train.settings.model import ModelConfig, Quantization

@@ -203,7 +203,7 @@ def test_a_finished_study_needs_its_rows_no_more(launcher, run_study, tmp_path, 
 
 
 def test_every_study_of_ours_can_be_composed(compose):
-    from cera_train.cli.mistakes import options
+    from cera_train.common.files import options
 
     for name in options("study"):
         config = compose(f"+study={name}")

@@ -9,9 +9,8 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from cera_train.cli.mistakes import options
 from cera_train.cli.start import register_configs
-from cera_train.common.files import config_dir
+from cera_train.common.files import config_dir, options
 from cera_train.planning.plan import RunPlan
 from cera_train.settings.run import Config
 from cera_train.sweep.folder import job_name

@@ -1,7 +1,5 @@
 """The kinds of adapters, and the check that a kind reads every setting that is set. Imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 
 from cera_train.adapters.families.base import Family

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-ADAPTER = "default"
-"""The name under which PEFT keeps the adapter."""
+ADAPTER = "default"  # the name under which PEFT keeps the adapter
 
 
 @dataclass
@@ -27,30 +26,22 @@ class Branch:
     """s B gate(A x) beside one projection: r hidden units, whose spectrum can be taken."""
 
     layer: nn.Module
-    A: nn.Module
-    """Has the weight, [r, d_in]."""
-    B: Callable[[], torch.Tensor]
-    """[d_out, r], called inside the model's forward, where sharded weights are whole."""
+    A: nn.Module  # has the weight, [r, d_in]
+    B: Callable[[], torch.Tensor]  # [d_out, r], called inside the model's forward, where sharded weights are whole
     scaling: float
     r: int
     out_features: int
-    gate: nn.Module | None = None
-    """None for the identity."""
+    gate: nn.Module | None = None  # none for the identity
 
 
 class Family(ABC):
     """One kind of adapter."""
 
-    name: str
-    """For tables and pictures."""
-    uses: frozenset[str]
-    """The settings that it reads, beside kind and label. Any other that is set is refused."""
-    needs_targets: bool = True
-    """Whether target_modules must be given."""
-    trains_base: bool = False
-    """Whether the base's weights are trained, and so loaded in float32."""
-    b_matrix: str | None = None
-    """The module that holds B, for `adapter.b_lr_ratio`."""
+    name: str  # for tables and pictures
+    uses: frozenset[str]  # the settings that it reads, beside kind and label. Any other that is set is refused.
+    needs_targets: bool = True  # whether target_modules must be given
+    trains_base: bool = False  # whether the base's weights are trained, and so loaded in float32
+    b_matrix: str | None = None  # the module that holds B, for `adapter.b_lr_ratio`
 
     def title(self, config: AdapterConfig) -> str:
         return self.name

@@ -1,7 +1,5 @@
 """The evaluation rows of a run: their prompts are the questions, their answers the gold ones, graded as in jsonl.py."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from cera_train.common.errors import UserError

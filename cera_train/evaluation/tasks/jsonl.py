@@ -20,8 +20,7 @@ from cera_train.settings.evaluation import Grader, TaskConfig
 # A and I may be words: they count as letters before no word, or before one of these.
 LETTER = r"([A-Z])(?!-?[\w'’])(?:(?<![AI])|[^\w\s]|\s*(?:\n|\Z|[-–—=])|\s+(?:is|because|since|as|and|or|not|but)\b)"
 
-STATED = re.compile(rf"(?i:answer)\b(?i:\s+is)?[\s:*(\[]*{LETTER}")
-"""The answer is (B). Answer: B"""
+STATED = re.compile(rf"(?i:answer)\b(?i:\s+is)?[\s:*(\[]*{LETTER}")  # The answer is (B). Answer: B
 
 FIRST = re.compile(rf"\W*{LETTER}")
 """B. (B) Paris. B Paris. A is right. B, alone on the first line; not the X of X-ray, nor the A of `A dog`."""
@@ -38,12 +37,7 @@ def chosen(text: str) -> str | None:
     return match[1] if match else None
 
 
-EXTRACT = {
-    Grader.text: single_spaced,
-    Grader.number: gsm8k.extract,
-    Grader.math: math.extract,
-    Grader.choice: chosen,
-}
+EXTRACT = {Grader.text: single_spaced, Grader.number: gsm8k.extract, Grader.math: math.extract, Grader.choice: chosen}
 IS_EXACT = {Grader.number: gsm8k.is_exact, Grader.math: math.is_exact}
 """The graders of mathematics, which math-verify grades too. Other answers are equal or not."""
 

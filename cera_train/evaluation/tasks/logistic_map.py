@@ -16,8 +16,7 @@ from cera_train.runs.records import Record
 from cera_train.settings.data import DataConfig, Layout, as_list, check_growths
 from cera_train.settings.evaluation import TaskConfig
 
-EVAL_ROWS = 20
-"""Starting points for a model that was not trained on this task: those of conf/data/logistic_map.yaml."""
+EVAL_ROWS = 20  # starting points for a model that was not trained on this task: those of conf/data/logistic_map.yaml
 
 
 class StepGrades(Record, extra="allow"):

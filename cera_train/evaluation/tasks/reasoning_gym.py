@@ -1,8 +1,6 @@
 """Questions of reasoning-gym's generators that no training row holds, graded by the generators themselves;
 data/computed.py draws them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple

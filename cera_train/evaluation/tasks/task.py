@@ -36,12 +36,9 @@ class Metric:
     """A number of result.json that a report shows."""
 
     key: str
-    label: str
-    """Follows the task's name in the column's header."""
-    is_share: bool = True
-    """Shown in per cent; False: a number with three decimals."""
-    in_picture: bool = False
-    """Whether the accuracy picture shows it in place of pass@1."""
+    label: str  # follows the task's name in the column's header
+    is_share: bool = True  # shown in per cent; False: a number with three decimals
+    in_picture: bool = False  # whether the accuracy picture shows it in place of pass@1
     lower_is_better: bool = False
 
 
@@ -49,12 +46,10 @@ class Metric:
 class Task:
     """A benchmark."""
 
-    settings: tuple[str, ...] = ()
-    """The settings among `OPTIONAL` that this task has."""
+    settings: tuple[str, ...] = ()  # the settings among `OPTIONAL` that this task has
     score_name: str = ""
     """What `paired_value` counts, in the plural, such as steps. Empty: whole answers, right or wrong."""
-    shown: tuple[Metric, ...] = ()
-    """What a report shows beside accuracy or perplexity."""
+    shown: tuple[Metric, ...] = ()  # what a report shows beside accuracy or perplexity
 
     def configured(self, config: TaskConfig) -> Task:
         """This task with its settings. Raises UserError for settings that it cannot use. Imports no torch."""
@@ -70,8 +65,7 @@ class Task:
 class AnswerTask(Task, ABC):
     """A benchmark of problems whose answers are generated and graded."""
 
-    is_verified: bool = True
-    """Whether math-verify grades the answers too."""
+    is_verified: bool = True  # whether math-verify grades the answers too
 
     @property
     def graders(self) -> tuple[str, ...]:
@@ -105,14 +99,10 @@ class QuestionTask(AnswerTask):
     """A benchmark whose rows hold a question and a gold answer."""
 
     settings: tuple[str, ...] = ("files", "prompt")
-    question: str
-    """The column with the question."""
-    gold: Callable[[Row], str]
-    """Finds the gold answer of a row, or raises UserError."""
-    extract: Callable[[str], str | None]
-    """Finds the answer in a generated text; None where there is none."""
-    is_exact: Callable[[str, str], bool] = operator.eq
-    """Whether an answer equals the gold answer by the published rule."""
+    question: str  # the column with the question
+    gold: Callable[[Row], str]  # finds the gold answer of a row, or raises UserError
+    extract: Callable[[str], str | None]  # finds the answer in a generated text; None where there is none
+    is_exact: Callable[[str, str], bool] = operator.eq  # whether an answer equals the gold answer by the published rule
 
     def configured(self, config: TaskConfig) -> Task:
         if "files" in self.settings:
@@ -257,8 +247,7 @@ def _file(name: str) -> dict[str, Any]:
 # --- problems among the training rows --------------------------------------------------------------------------------
 
 
-START = 4
-"""Words of a question by which a text is searched for it."""
+START = 4  # words of a question by which a text is searched for it
 
 
 def trained_on(problems: Iterable[Problem], data: DataConfig) -> list[str]:

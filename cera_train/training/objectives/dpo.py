@@ -28,7 +28,7 @@ from cera_train.data.prepare import digest_of_parts
 from cera_train.evaluation.held_out import token_losses
 from cera_train.runs.results import TokenLosses
 from cera_train.settings.training import DpoConfig, PreferenceLoss, Reference
-from cera_train.training.objectives import Drawn, Objective
+from cera_train.training.objectives import Drawn, Sft
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
@@ -58,7 +58,7 @@ def rewards(gains: Tensor, beta: float, prefix: str) -> dict[str, float]:
     return {f"{prefix}/rewards/{name}": float(values.mean()) for name, values in figures.items()}
 
 
-class Dpo(Objective):
+class Dpo(Sft):
     def __init__(self, session: Session) -> None:
         self.session, self.config = session, session.config.dpo
         is_base = session.config.adapter.start_from is None or self.config.reference == Reference.base

@@ -35,19 +35,17 @@ from cera_train.model.batches import MicroBatches
 from cera_train.runs.results import SAMPLES, Sample, figure
 from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.evaluation import GenerationConfig, Grader
-from cera_train.training.objectives import Drawn, Objective
+from cera_train.training.objectives import Drawn, Sft
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
 
-Reward = Callable[[str, str, str], float]
-"""Takes a prompt, an answer to it, and the row's answer."""
+Reward = Callable[[str, str, str], float]  # takes a prompt, an answer to it, and the row's answer
 
 MOST_WEIGHT = 2.0
 """Of a token that a server sampled, its probability here over that there: truncated importance sampling, as TRL's."""
 
-PATIENCE = 100
-"""Groups that all lack a difference in reward, after which a run is given up."""
+PATIENCE = 100  # groups that all lack a difference in reward, after which a run is given up
 
 
 class Prompt(NamedTuple):
@@ -58,7 +56,7 @@ class Prompt(NamedTuple):
     right: str  # the row's answer
 
 
-class Grpo(Objective):
+class Grpo(Sft):
     def __init__(self, session: Session) -> None:
         self.session, self.config = session, session.config.grpo
         self.rewards: list[Reward] = [*map(named, self.config.rewards)]
