@@ -202,11 +202,14 @@ def test_a_full_mixture_of_experts_comes_back(adapter_of, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cera", "lora", "rslora", "dora"])
-def test_no_alpha_is_a_scale_of_1_at_other_ranks_too(adapter_of, name):
-    config = replace(adapter_of(name), alpha=None, settings={"rank_pattern": {"v_proj": 2}})
-    model = built(config)
-    branches = [family(config.kind).branch(module) for module in model.modules()]
-    assert {(branch.r, round(branch.scaling, 6)) for branch in branches if branch} == {(4, 1), (2, 1)}
+def test_alpha_scales_the_branch_and_none_is_a_scale_of_1_at_other_ranks_too(adapter_of, name):
+    by_alpha = {None: {(4, 1), (2, 1)}, 8: {(4, 4), (2, 5.656854)} if name == "rslora" else {(4, 2), (2, 4)}}
+    for alpha, scales in by_alpha.items():
+        model = built(config := replace(adapter_of(name), alpha=alpha, settings={"rank_pattern": {"v_proj": 2}}))
+        branches = [family(config.kind).branch(module) for module in model.modules()]
+        assert {(branch.r, round(branch.scaling, 6)) for branch in branches if branch} == scales
+        loras = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+        assert {module.use_dora["default"] for module in loras} <= {name == "dora"}
 
 
 def test_trained_biases_are_not_the_bases(adapter_of):

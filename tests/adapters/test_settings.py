@@ -56,8 +56,6 @@ def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
             AdapterConfig("cera", 4, settings={"layers_pattern": "h"}),
             "adapter.kind=cera adapter.settings.layers_pattern=h: ",
         ),
-        (AdapterConfig("cera", 4, mix="learned", activation="identity"), "adapter.kind=cera: mix='learned' mixes the"),
-        (AdapterConfig("cera", 4, expert_r=2), "adapter.kind=cera: expert_r has a meaning only with target_parameters"),
     ],
 )
 def test_what_peft_does_not_know_is_refused_before_anything_is_loaded(config, message):
@@ -98,12 +96,6 @@ def test_free_form_settings_come_through_the_command_line(compose, overrides, ex
 def test_what_peft_refuses_on_this_model_is_a_line_that_names_the_settings(config, message):
     with refuses(message):
         build.build(make_tiny_llama(), config)
-
-
-def test_patterns_and_scales_of_the_settings_reach_the_layers():
-    config = AdapterConfig(r=4, settings={"rank_pattern": {"q_proj": 2}, "use_rslora": True}, alpha=8)
-    layer = build.build(make_tiny_llama(), config).get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
-    assert (layer.r, layer.scaling) == ({"default": 2}, {"default": 8 / 2**0.5})
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -160,14 +152,6 @@ def test_all_linear_has_experts_in_or_out(model_type):
     trainable, total = build.parameter_counts(model)
     assert (trainable - weights, total - weights) == build.parameter_counts(without)
     assert model.peft_config["default"].target_parameters == ["experts.gate_up_proj", "experts.down_proj"]
-
-
-def test_b_of_every_expert_learns_faster_where_it_should():
-    config = AdapterConfig(r=4, dropout=0.0, experts=True, b_lr_ratio=4)
-    model = build.build(make_mixture().requires_grad_(False), config)
-    fast = {id(weight) for weight in build.parameter_groups(model, config)[1]["params"]}
-    matrices = [matrix for layer in experts_of(model) for matrix in layer.cera_B["default"].values()]
-    assert {id(matrix.weight) for matrix in matrices} <= fast
 
 
 def test_pefts_lora_takes_experts_by_its_own_settings():

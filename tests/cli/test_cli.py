@@ -124,11 +124,6 @@ def test_a_closed_pipe_ends_a_command_without_a_word(tmp_path):
     assert b"Error executing job" not in done.stderr  # Hydra's report
 
 
-def test_a_bug_of_ours_keeps_its_traceback():
-    assert explain(AttributeError("'NoneType' object has no attribute 'x'")) is None
-    assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
-
-
 @pytest.mark.parametrize(
     ("overrides", "kept"),
     [

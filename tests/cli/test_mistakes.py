@@ -15,6 +15,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import keys_of
 
 MISTAKES = [
+    ("cera-train tracker.kinds={nobody:{}}", "tracker.kinds={nobody: ...}: no such tracker", "choose from wandb, "),
     # a name that does not exist: spelled otherwise, or as other programs have it
     ("cera-train adapter.rank=3", "adapter.rank: unknown setting", "Did you mean adapter.r?"),
     (

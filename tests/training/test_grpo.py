@@ -19,7 +19,6 @@ from tiny_runs import adapter_bytes, folder_of, metrics_of, once_logged, train_a
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import to_plain
-from cera_train.evaluation import server
 from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.held_out import shared_out
 from cera_train.runs.folder import RunFolder
@@ -218,20 +217,6 @@ def test_a_server_answers_by_the_adapter_of_each_update(grpo):
     assert not (folder_of(config) / "served").exists()
 
 
-def test_nothing_is_lost_where_a_server_goes(grpo, monkeypatch):
-    monkeypatch.setattr(server, "PAUSES", ())
-    words = ["adapter.r=4", "optimizer.lr=5e-2", "train.save_every=null"]
-    with playing_vllm(grpo(*words).model) as vllm:
-        config = grpo(*words, f"train.server={vllm.url}")
-        away = once_logged(2, lambda: vllm.faults.extend(["503"] * 999))
-        with away, pytest.raises(UserError, match="Once it is back, the same command resumes"):
-            train(config)
-        assert [path.name for path in folder_of(config).glob("checkpoints/*")] == ["2"]
-        vllm.faults = []
-        train(config)
-    assert [line["update"] for line in metrics_of(config) if "train/reward" in line] == [1, 2, 3, 4]
-
-
 @pytest.mark.slow
 def test_two_processes_sample_and_learn_what_one_does(tiny_folder, tmp_path, write_jsonl, compose, monkeypatch):
     # A judge that says otherwise when another process asks: only the main one does.
@@ -291,22 +276,24 @@ def test_an_answer_is_graded_as_by_a_task():
 
 
 @pytest.mark.parametrize(
-    ("rewards", "message"),
+    ("words", "message"),
     [
-        (f"{__name__}.fails", r"^grpo.rewards=\[.*fails\] fails for the answer .*: LookupError: no such"),
-        (f"{__name__}.number", r"^grpo.rewards=\[.*number\] gives nan for the answer .*: return a finite"),
-        (
-            "nowhere.at_all",
-            r"^grpo.rewards=\[nowhere.at_all\] cannot be imported: ModuleNotFoundError: .* Write module",
-        ),
-        ("", "^train.objective=grpo: in 6 groups all answers earned as much, 0 at last, and nothing can be learnt"),
+        ([f"grpo.rewards=[{__name__}.fails]"], r"^grpo.rewards=\[.*fails\] fails for the answer .*: LookupError: no"),
+        ([f"grpo.rewards=[{__name__}.number]"], r"^grpo.rewards=\[.*number\] gives nan for the answer .*: return a "),
+        (["grpo.rewards=[nowhere.at_all]"], r"^grpo.rewards=\[nowhere.at_all\] cannot be imported: ModuleNotFoun"),
+        (["grpo.rewards=[]"], "^train.objective=grpo: in 6 groups all answers earned as much, 0 at last, and nothing"),
+        (["grpo.grader=choice"], "^grpo.grader=choice: .*finds no answer in it"),
+        (["data.loss_on=all"], "^train.objective=grpo answers prompts, and rows.jsonl has text without: name"),
+        (["grpo.max_new_tokens=256"], "^grpo.max_new_tokens=256 after a prompt of .* beyond the 256 positions"),
+        (["data.max_length=10"], "^all training rows are longer than data.max_length: raise it"),
+        (["grpo.beta=0.1", "adapter=full", "adapter.r=null", "adapter.dropout=0"], "^grpo.beta=0.1 needs the base as"),
     ],
-    ids=["fails", "number", "nowhere", "alike"],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_reward_that_tells_nothing_is_refused(grpo, monkeypatch, rewards, message):
+def test_what_teaches_nothing_is_refused(grpo, monkeypatch, words, message):
     monkeypatch.setattr(module, "PATIENCE", 6)
     with pytest.raises(UserError, match=message):
-        train(grpo(f"grpo.rewards=[{rewards}]"))
+        train(grpo(*words))
 
 
 def test_a_run_that_had_a_signal_goes_on_without_one_when_it_resumes_too(grpo, monkeypatch):
@@ -324,28 +311,7 @@ def test_a_row_of_a_generator_is_graded_by_it(compose):
         assert rewards == [1, 1, 0]  # the text of a sum with .0 is another
 
 
-def test_a_row_without_an_answer_for_the_grader_is_refused(grpo):
-    with pytest.raises(UserError, match="^grpo.grader=choice: .*finds no answer in it"):
-        train(grpo("grpo.grader=choice"))
-
-
-def test_rows_without_a_prompt_or_with_one_too_long_are_refused(grpo):
-    with pytest.raises(UserError, match="^train.objective=grpo answers prompts, and rows.jsonl has text without: name"):
-        train(grpo("data.loss_on=all"))
-    with pytest.raises(UserError, match="^grpo.max_new_tokens=256 after a prompt of .* beyond the 256 positions"):
-        train(grpo("grpo.max_new_tokens=256"))
-    with pytest.raises(UserError, match="^all training rows are longer than data.max_length: raise it"):
-        train(grpo("data.max_length=10"))
-
-
 def test_a_row_whose_right_answer_is_cut_is_left_out(grpo, write_jsonl, capsys):
     rows = [*ROWS, *({"prompt": f"Say {word}:", "completion": " all" * 60} for word in ("all", "each", "both"))]
     train(grpo(f"data.train_files=[{write_jsonl('more.jsonl', rows)}]", "data.max_length=60", "train.max_updates=1"))
     assert re.search(r"train .* [1-3] beyond max_length\), 0 truncated", capsys.readouterr().out)
-
-
-def test_a_reference_is_the_base_without_an_adapter(grpo):
-    with pytest.raises(
-        UserError, match="^grpo.beta=0.1 needs the base as the reference, and adapter.kind=full trains it"
-    ):
-        train(grpo("grpo.beta=0.1", "adapter=full", "adapter.r=null", "adapter.dropout=0"))

@@ -6,7 +6,6 @@ from safetensors.torch import load_file
 from tiny_runs import adapter_bytes, folder_of, train_and_die_after
 
 from cera_train.evaluation.evaluate import evaluate
-from cera_train.planning.data_size import data_size
 from cera_train.training.train import train
 
 
@@ -24,18 +23,10 @@ def mixed(tiny_config, write_jsonl):
     return mixed
 
 
-def test_the_first_lines_count_the_parts_and_a_plan_finds_the_same(mixed, capsys):
-    config = mixed("train.max_updates=1")
-    train(config)
+def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_its_parts(mixed, compose, tmp_path, capsys):
+    trained = train(mixed("train.max_updates=2"))
     printed = " ".join(capsys.readouterr().out.split())
     assert "part a.jsonl: 18 rows an epoch, of 30 (66.67%), " in printed
-    assert "part b.jsonl: 9 rows an epoch, of 6 (33.33%), " in printed
-    size = data_size(config.data)
-    assert (size.train_rows, size.eval_rows) == (18 + 9, 2 + 2)
-
-
-def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_its_parts(mixed, compose, tmp_path):
-    trained = train(mixed("train.max_updates=2"))
     run = f"run={trained['folder']}"
     result = evaluate(compose(run, "task=perplexity", command="eval"))
     assert result["perplexity"] == pytest.approx(trained["eval/perplexity"], rel=1e-6)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from conftest import make_tiny_llama
+from moe_models import make_mixture
 from transformers import Qwen2Config
 
 from cera_train.adapters.build import build, parameter_groups
-from cera_train.settings.adapters import AdapterConfig, AdapterKind
+from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.training import ObjectiveKind, OptimizerConfig, OptimizerKind, Schedule
 from cera_train.training.optimizer import auto_rate, build_optimizer, learning_rate, set_learning_rate
 
@@ -45,10 +46,10 @@ def test_paged_adamw_is_refused_where_there_is_no_gpu_memory_to_page():
         build_optimizer(parameters(), OptimizerConfig(OptimizerKind.paged_adamw_8bit, lr=1e-3), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("kind", [AdapterKind.dora, AdapterKind.cera])
-def test_b_learns_faster_than_the_rest_by_its_ratio(kind):
-    config = AdapterConfig(kind, 4, b_lr_ratio=16)
-    model = build(make_tiny_llama().requires_grad_(False), config)
+@pytest.mark.parametrize(("kind", "of"), [("dora", make_tiny_llama), ("cera", make_tiny_llama), ("cera", make_mixture)])
+def test_b_learns_faster_than_the_rest_by_its_ratio(kind, of):
+    config = AdapterConfig(kind, 4, b_lr_ratio=16, experts=of is make_mixture)
+    model = build(of().requires_grad_(False), config)
     B = {id(parameter) for name, parameter in model.named_parameters() if "lora_B" in name or "cera_B" in name}
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     optimizer = build_optimizer(parameter_groups(model, config), OptimizerConfig(lr=1e-3), torch.device("cpu"))
