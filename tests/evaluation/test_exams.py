@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 from evaluated_runs import QUESTIONS, read
+from played_vllm import playing_vllm
 from several_processes import train_in_processes
 from tiny_runs import folder_of, timeless_metrics, train_and_die_after
 
@@ -171,6 +172,13 @@ def test_without_tasks_the_samples_are_the_first_evaluation_rows_with_their_refe
     assert {(line["task"], line["exact"]) for line in samples} == {(None, None)}
     assert samples[0]["prompt"].startswith("Question: x' = 3.5 x (1 - x). Starting from x = 0.24")
     assert samples[0]["gold"] == "0.64, 0.81, 0.54, 0.87, 0.40, 0.84"
+
+
+def test_answers_of_a_server_need_its_positions(tiny_config):
+    with playing_vllm(tiny_config().model) as vllm:
+        vllm.served.update(max_model_len=16)
+        with pytest.raises(UserError, match=r"^train.tasks=\[logistic_map\]: .* beyond the 16 positions"):
+            train(tiny_config(*TASKS, f"train.server={vllm.url}"))
 
 
 def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation(
