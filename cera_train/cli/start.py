@@ -108,11 +108,11 @@ def start_hydra(
 
 def print_help(program: str) -> None:
     """Prints a command's `hydra.help.template` with its config. Hydra's own --help reads every file of conf/ first."""
-    words = [
-        re.sub("^--config-dir=(.*)", lambda match: f"hydra.searchpath=[file://{Path(match[1]).absolute()}]", word)
-        for word in for_hydra(program, sys.argv[1:])
-    ]
+    words = for_hydra(program, sys.argv[1:])
     overrides = [word for word in words if not word.startswith("-")]
+    for folder in [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]:
+        path = str(Path(folder).absolute()).replace("'", "\\'")
+        overrides.append(f"hydra.searchpath=['file://{path}']")
     register_configs(*(name for name in options("recipe") if f"+recipe={name}" in overrides))
     with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
         config = hydra.compose(config_name(program), overrides, return_hydra_config=True)
@@ -176,8 +176,7 @@ def announce_imports() -> None:
 def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
     """Raises UserError where a file, rather than the command line, asks to run a model's Python code."""
     for key in ("model.trust_remote_code", "trust_remote_code"):
-        is_typed = any(word.lstrip("+").startswith(f"{key}=") for word in overrides)
-        if OmegaConf.select(composed, key) and not is_typed:
+        if OmegaConf.select(composed, key) and not any(word.lstrip("+").startswith(f"{key}=") for word in overrides):
             raise UserError(
                 f"{key}=true in a config file runs Python code that comes with the model. If you trust that code, put "
                 f"{key}=true on the command line."

@@ -65,8 +65,8 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
         size = _size_of_rows(config)
     elif (facts := facts_of(config.path, config.facts)) is not None:
         size = DataSize(
-            _sliced(config.train_split, facts),
-            _sliced(config.eval_split, facts),
+            _sliced(config.train_split, facts.train_rows),
+            _sliced(config.eval_split, facts.train_rows if _is_of_training(config) else facts.eval_rows),
             facts.tokens_per_row,
             facts.supervised,
             ESTIMATED if facts.estimated else COUNTED,
@@ -137,11 +137,16 @@ def _size_of_mix(config: DataConfig, tokens_per_row: float | None) -> DataSize:
     )
 
 
-def _sliced(split: str, facts: DataFacts) -> int:
+def _is_of_training(config: DataConfig) -> bool:
+    """Whether the evaluation rows are a slice of the training split."""
+    train, evaluation = (re.match(r"\w*", split)[0] for split in (config.train_split, config.eval_split))
+    return train == evaluation
+
+
+def _sliced(split: str, rows: int) -> int:
     """Rows of a slice such as train[:100000] or test[:10%]. Raises UserError for any other form."""
     from datasets import ReadInstruction
 
-    rows = facts.train_rows if split.startswith("train") else facts.eval_rows
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({re.match(r"\w*", split)[0]: rows})
     except (ValueError, AssertionError) as error:
@@ -189,7 +194,8 @@ def task_size(name: str, config: Config, data: DataSize) -> TaskSize:
     has the facts of its rows; without facts, its prompts are taken to be as long as those that the run trains on.
     Raises UserError where the number of problems is neither known nor limited."""
     settings, place = training_task(name, config.train.changes_of_task(name)), f"train.tasks=[{name}]"
-    if settings.kind == "held_out":  # the evaluation rows
+    of_hub = any(part.path and not part.train_files for _, part in config.data.parts())
+    if settings.kind == "held_out" and of_hub:  # the evaluation rows, which a plan does not load
         rows = min(data.eval_rows, settings.limit or data.eval_rows)
         return TaskSize(name, rows, data.prompt_tokens, settings.max_new_tokens, data.source)
     if settings.files or settings.path is None:
@@ -198,7 +204,8 @@ def task_size(name: str, config: Config, data: DataSize) -> TaskSize:
         tokens = fmean(len(PIECES.findall(problem.prompt)) for problem in problems)
         return TaskSize(name, len(problems), tokens, settings.max_new_tokens, ESTIMATED)
     facts = facts_of(settings.path)
-    rows = facts and (OF_LEVEL.get(settings.level) or _sliced(settings.split, facts))
+    of_split = facts and (facts.train_rows if settings.split.startswith("train") else facts.eval_rows)
+    rows = facts and OF_LEVEL.get(settings.level, of_split)
     known = [count for count in (settings.limit, rows) if count is not None]
     if not known:
         raise UserError(

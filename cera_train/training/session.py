@@ -17,6 +17,7 @@ from cera_train.adapters.spectrum import ModuleSpectrum
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import AUTO, require
 from cera_train.common.terminal import ProgressBar
+from cera_train.common.trust import redact_tree
 from cera_train.data.order import RowOrder
 from cera_train.data.prepare import prepare_data
 from cera_train.data.sources import decide_layouts
@@ -85,7 +86,10 @@ def settle(config: Config, folder: Path) -> Settled:
     # Files that are gone, as those of a finished run may be, leave their layout undecided.
     is_undecided = any(part.layout == Layout.auto for _, part in config.data.parts())
     files, begun_files = ([part.train_files for _, part in each.data.parts()] for each in (config, begun))
-    data = begun.data if is_undecided and files == begun_files else config.data
+    data = config.data
+    if is_undecided and redact_tree(files) == begun_files:
+        names = ("layout", "prompt", "completion", "rejected", "turns", "mix")
+        data = replace(data, **{name: getattr(begun.data, name) for name in names})
     check_objective(config.train.objective, data)
     config = replace(config, model=model, adapter=adapter, data=data, optimizer=optimizer, train=training)
     return Settled(config, precision, rate)

@@ -45,9 +45,9 @@ def test_help_answers_without_torch_and_names_every_choice(tmp_path, name):
 
 
 def test_help_knows_the_files_of_a_config_folder(tmp_path, run_command, capfd):
-    (tmp_path / "mine" / "model").mkdir(parents=True)
-    (tmp_path / "mine" / "model" / "ours.yaml").write_text("path: our/model\n")
-    assert run_command("cera-train", "--config-dir", str(tmp_path / "mine"), "model=ours", "--help") == 0
+    (tmp_path / "josé's" / "model").mkdir(parents=True)
+    (tmp_path / "josé's" / "model" / "ours.yaml").write_text("path: our/model\n")
+    assert run_command("cera-train", "--config-dir", str(tmp_path / "josé's"), "model=ours", "--help") == 0
     assert "path: our/model\n" in capfd.readouterr().out
 
 

@@ -189,3 +189,5 @@ def test_a_run_records_what_it_decided_and_needs_the_files_no_more_once_it_is_fi
     assert train(tiny_config(*settings)) == result
     with pytest.raises(UserError, match=r"data\.train_files was"):
         train(tiny_config("data=jsonl", "data.train_files=[other.jsonl]", "train.max_updates=1"))
+    with pytest.raises(UserError, match=r"data\.loss_on was"):
+        train(tiny_config(*settings, "data.loss_on=all"))

@@ -17,7 +17,13 @@ def size(compose):
 
 
 def test_a_split_is_sliced_as_datasets_does_or_refused(size):
-    for split, rows in (("train", 7473), ("train[100:300]", 200), ("train[7000:]", 473), ("train[:10%]", 747)):
+    for split, rows in (
+        ("train", 7473),
+        ("full", 7473),
+        ("train[100:300]", 200),
+        ("train[7000:]", 473),
+        ("train[:10%]", 747),
+    ):
         assert size("data=gsm8k", f"data.train_split='{split}'").train_rows == rows
     assert size("data=gsm8k", "data.eval_split='train[90%:]'").eval_rows == 747
     for split in ("train+test", "train[x]"):

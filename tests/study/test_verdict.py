@@ -84,6 +84,14 @@ def test_a_detectable_difference_is_found_by_80_percent(comparisons):
             assert found(replace(design, seeds=seeds), comparisons, STUDIES) == pytest.approx(0.8, abs=0.035)
 
 
+@pytest.mark.parametrize(
+    ("seeds", "comparisons", "standard_errors"), [(2, 1, 16.3), (3, 1, 5.7), (5, 1, 3.8), (3, 10, 18.0), (5, 10, 7.1)]
+)
+def test_detectable_differences_are_those_of_docs_statistics_where_seeds_dominate(seeds, comparisons, standard_errors):
+    difference = detectable(Variances(1, 0, 0), seeds, 200, comparisons)
+    assert difference / math.sqrt(1 / seeds) == pytest.approx(standard_errors, rel=0.015)
+
+
 def test_one_seed_detects_nothing_and_no_variance_anything():
     assert detectable(Variances(1, 1, 1), 1, 200) == math.inf
     assert detectable(Variances(0, 0, 0), 3, 200) == 0

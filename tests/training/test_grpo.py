@@ -19,6 +19,7 @@ from tiny_runs import adapter_bytes, folder_of, metrics_of, once_logged, train_a
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import to_plain
+from cera_train.evaluation import server
 from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.held_out import shared_out
 from cera_train.runs.folder import RunFolder
@@ -215,6 +216,20 @@ def test_a_server_answers_by_the_adapter_of_each_update(grpo):
     updates = [line for line in metrics_of(config) if "train/reward" in line]
     assert max(line["train/sampling/log_p_difference"] for line in updates) < 1e-4
     assert not (folder_of(config) / "served").exists()
+
+
+def test_nothing_is_lost_where_a_server_goes(grpo, monkeypatch):
+    monkeypatch.setattr(server, "PAUSES", ())
+    words = ["adapter.r=4", "optimizer.lr=5e-2", "train.save_every=null"]
+    with playing_vllm(grpo(*words).model) as vllm:
+        config = grpo(*words, f"train.server={vllm.url}")
+        away = once_logged(2, lambda: vllm.faults.extend(["503"] * 999))
+        with away, pytest.raises(UserError, match="Once it is back, the same command resumes"):
+            train(config)
+        assert [path.name for path in folder_of(config).glob("checkpoints/*")] == ["2"]
+        vllm.faults = []
+        train(config)
+    assert [line["update"] for line in metrics_of(config) if "train/reward" in line] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ class Branch:
     scaling: float
     r: int
     out_features: int
-    gate: nn.Module | None = None  # none for the identity
+    gate: nn.Module | None = None  # None for the identity
 
 
 class Family(ABC):

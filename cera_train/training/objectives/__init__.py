@@ -25,7 +25,7 @@ class Drawn:
     rows: list[int]  # sequences of `batches`
     figures: dict[str, float] = field(default_factory=dict)  # for metrics.jsonl
     sums: dict[str, Tensor] = field(default_factory=dict)
-    """Further figures, scalars, which `Sft.loss` adds up in each pass, and the processes average."""
+    """Further figures, scalars, which `loss` adds up in each pass, and the processes average."""
     passes: int = 1  # steps of the optimizer on these batches
     headline: str | None = None  # for the progress line, in place of the loss
 
