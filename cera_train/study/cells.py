@@ -120,6 +120,11 @@ class Cell:
     def judging(self) -> range:
         return range(self.study.config.tune_seeds or 0, self.study.config.seeds)
 
+    @property
+    def fresh(self) -> list[int]:
+        """The seeds that judge without having chosen."""
+        return [seed for seed in self.judging if seed not in self.tuning]
+
     def run(self, candidate: Candidate, seed: int) -> Path:
         """The folder of a seed's run, there or not."""
         return self.study.folder / job_name(candidate.overrides_of(seed), self.study.record.swept)
@@ -146,7 +151,7 @@ class Cell:
         if any(None in row for row in self.losses):
             return None
         means = [
-            math.inf if math.inf in [self.loss(candidate, seed) for seed in self.judging] else fmean(row)
+            math.inf if math.inf in [self.loss(candidate, seed) for seed in self.fresh] else fmean(row)
             for row, candidate in zip(self.losses, self.candidates, strict=True)
         ]
         return self.candidates[means.index(min(means))] if math.isfinite(min(means)) else None

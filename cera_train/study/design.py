@@ -207,8 +207,8 @@ class StudySweeper(Sweeper):
                 if not (possible := list(filter(self.is_possible, beyond))):
                     break
                 self.add(possible)
-            chosen = [(cell, seed) for cell in self.cells for seed in cell.judging if seed not in cell.tuning]
-            self.add([cell.chosen.overrides_of(seed) for cell, seed in chosen if cell.chosen])
+            chosen = [cell for cell in self.cells if cell.chosen]
+            self.add([cell.chosen.overrides_of(seed) for cell in chosen for seed in cell.fresh])
 
     @property
     def cells(self) -> list[Cell]:
