@@ -206,11 +206,11 @@ def accuracy_lines(task: AnswerTask, result: AccuracyResult) -> dict[str, str]:
     """Labels and texts to print."""
     is_sampled = result.samples > 1
     lines = {"problems": f"{result.problems:,}" + f", {result.samples:,} answers each" * is_sampled}
-    for accuracy in result.accuracies:
-        label = accuracy.key.replace("/", " ") if is_sampled else accuracy.grader
-        lines[label] = f"{accuracy.value:.1%}"
-        if accuracy.interval is not None:
-            lines[label] += "  (95 % interval {:.1%} to {:.1%})".format(*accuracy.interval)
+    for key, interval in result.accuracies.items():
+        label = key.replace("/", " ") if is_sampled else key.removesuffix("/pass@1")
+        lines[label] = f"{result.details[key]:.1%}"
+        if interval is not None:
+            lines[label] += "  (95 % interval {:.1%} to {:.1%})".format(*interval)
     lines |= task.lines(result.details)
     lines["answers"] = ", ".join(f"{name} {share:.1%}" for name, share in result.endings.items())
     lines |= {"no answer": f"{result.no_answer:,}", "grader failed": f"{result.grader_failures:,}"}

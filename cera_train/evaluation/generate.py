@@ -61,7 +61,10 @@ class TokenChoice:
         """[B] tokens. Raises UserError where logits are not finite."""
         likeliest_B = logits_BV.argmax(-1)  # argmax returns the place of a NaN, if there is one
         if not logits_BV.gather(-1, likeliest_B[:, None]).isfinite().all():
-            raise UserError("the model's logits are not finite: this adapter, or its training, diverged.")
+            raise UserError(
+                "the model's logits are not finite: its training diverged. Take an earlier adapter, such as RUN/best, "
+                "or train with a lower optimizer.lr."
+            )
         if not self.config.temperature:
             return likeliest_B
         probabilities = torch.softmax(logits_BV.double() / self.config.temperature, -1)

@@ -27,7 +27,6 @@ from cera_train.runs.evaluation_folder import (
     RIGHT,
     TRUNCATED,
     WRONG,
-    Accuracy,
     AccuracyResult,
     Generation,
     Grade,
@@ -99,7 +98,8 @@ def score(
             by_problem.setdefault(grade.problem, []).append(getattr(grade, grader))
         for k in range(1, min(map(len, by_problem.values())) + 1):
             values = [pass_at_k(len(correct), sum(correct), k) for correct in by_problem.values()]
-            figures |= Accuracy(grader, k, mean(values), accuracy_interval(values)).figures
+            key = f"{grader}/pass@{k}"
+            figures |= {key: mean(values), f"{key}/interval": [*accuracy_interval(values)]}
     return AccuracyResult(
         truncated=sum(answer.truncated for answer in answers),
         no_answer=sum(grade.answer is None for grade in grades),

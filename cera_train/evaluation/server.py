@@ -99,7 +99,8 @@ class Server:
             if "has already been loaded" not in str(error):
                 raise
         if before not in (self.base, self.name):
-            self._ask(UNLOAD, {"lora_name": before})
+            with contextlib.suppress(UserError):  # a server that has restarted since has none
+                self._ask(UNLOAD, {"lora_name": before})
 
     # --- answers -----------------------------------------------------------------------------------------------------
 

@@ -62,37 +62,18 @@ def accuracy_interval(values: Sequence[float]) -> tuple[float, float]:
     return bootstrap_interval(values)
 
 
-@dataclass(frozen=True)
-class McNemar:
-    """McNemar's test on the problems that exactly one of two runs solves."""
-
-    only_first: int
-    only_second: int
-    p_value: float
-    """Two-sided and exact: the probability of a split at least as uneven if a fair coin chose the run that solves each
-    of these problems."""
-
-
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """Compares two runs on the same problems, in the same order (McNemar 1947, exact binomial form)."""
-    from scipy.stats import binomtest
-
-    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
-    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
-    differ = only_first + only_second
-    return McNemar(only_first, only_second, float(binomtest(only_first, differ).pvalue) if differ else 1.0)
-
-
 def sign_flip(first: Sequence[float], second: Sequence[float]) -> float:
     """The two-sided p-value of the paired permutation test of a mean (Fisher 1935): the probability of a difference at
-    least as large if a fair coin chose for each problem which run has which of the two values. For right and wrong it
-    is McNemar's. Exact where at most 13 problems differ; else of random outcomes, the observed one among them, which
-    keeps its error rate at any number of them (Phipson & Smyth 2010)."""
-    from scipy.stats import permutation_test
+    least as large if a fair coin chose for each problem which run has which of the two values. Exact for right and
+    wrong, where it is McNemar's test (1947), and where at most 13 problems differ; else of random outcomes, the
+    observed one among them, which keeps its error rate at any number of them (Phipson & Smyth 2010)."""
+    from scipy.stats import binomtest, permutation_test
 
     differences = [float(b) - float(a) for a, b in zip(first, second, strict=True) if a != b]
-    if len(differences) < 2:  # scipy takes two or more
+    if not differences:
         return 1.0
+    if len({*map(abs, differences)}) == 1:  # only the signs count
+        return float(binomtest(sum(each > 0 for each in differences), len(differences)).pvalue)
     return float(
         permutation_test(
             (differences,),

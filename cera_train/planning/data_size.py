@@ -15,8 +15,8 @@ from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapC
 from cera_train.settings.run import Config
 
 PIECES = re.compile(r"\d|[^\W\d_]{1,8}|[^\w\s]|\n")
-"""Digits, up to eight letters of a word, and signs: an estimate of tokens, for rows that are not tokenised here. To a
-token of SmolLM2's there are 0.99 on GSM8K, 0.95 to 1.12 in prose and code, 0.8 to 1.05 in generated questions."""
+"""Digits, up to eight letters of a word, and signs: an estimate of tokens, for rows that are not tokenised here. Pieces
+per token of SmolLM2: 0.99 on GSM8K, 0.95 to 1.12 in prose and code, 0.8 to 1.05 in generated questions."""
 
 SAMPLE_ROWS, FEW_ROWS = 1000, 100
 """Rows whose tokens are estimated, and rows of a generator, which may take milliseconds for one."""
@@ -64,9 +64,10 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
     if config.is_computed or config.train_files:
         size = _size_of_rows(config)
     elif (facts := facts_of(config.path, config.facts)) is not None:
+        eval_rows = _sliced(config.eval_split, facts.train_rows if _is_of_training(config) else facts.eval_rows)
         size = DataSize(
-            _sliced(config.train_split, facts.train_rows),
-            _sliced(config.eval_split, facts.train_rows if _is_of_training(config) else facts.eval_rows),
+            min(_sliced(config.train_split, facts.train_rows), config.train_rows or math.inf),
+            eval_rows if config.eval_rows is None else min(eval_rows, config.eval_rows),
             facts.tokens_per_row,
             facts.supervised,
             ESTIMATED if facts.estimated else COUNTED,
@@ -80,12 +81,7 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
         )
     if tokens_per_row is not None:
         size = replace(size, tokens_per_row=tokens_per_row, source="plan.tokens_per_row")
-    size = replace(
-        size,
-        train_rows=min(size.train_rows, config.train_rows or size.train_rows),
-        eval_rows=size.eval_rows if config.eval_rows is None else min(size.eval_rows, config.eval_rows),
-        tokens_per_row=min(size.tokens_per_row, config.max_length),
-    )
+    size = replace(size, tokens_per_row=min(size.tokens_per_row, config.max_length))
     supervised = 1.0 if config.loss_on == LossOn.all else size.supervised
     return replace(size, supervised=supervised, prompt_tokens=_prompt_tokens(size))
 
@@ -99,8 +95,7 @@ def facts_of(path: str, facts: DataFacts | None = None) -> DataFacts | None:
 
 
 def trained_size(config: Config, data: DataSize) -> DataSize:
-    """With the sequences of updates: those of the rows, or sampled answers to their prompts, each as long as it may
-    be."""
+    """The size of what updates train on: the rows, or prompts with sampled answers of the greatest length."""
     if not config.work.answers:
         return data
     tokens = data.prompt_tokens + config.work.answer_tokens
@@ -116,7 +111,7 @@ def sampled_size(config: Config, data: DataSize) -> TaskSize | None:
 
 
 def _prompt_tokens(rows: DataSize | DataFacts) -> float:
-    """Those that no completion holds; the whole row where no prompt is known."""
+    """Tokens of a row outside its completions; of the whole row where no prompt is known."""
     return rows.tokens_per_row * (1 - round(rows.supervised, 6)) or rows.tokens_per_row
 
 
@@ -163,6 +158,7 @@ def _size_of_rows(config: DataConfig) -> DataSize:
     train, evaluation = open_sources(few)
     lengths, answers, sampled = [], 0.0, 0
     for segments in segments_of(train.first(SAMPLE_ROWS).located(), *segmenters(config, tokenizer=None)):
+        sampled += 1  # a row without an answer, too: training drops it
         if segments:
             counts = [len(PIECES.findall(segment.text)) for segment in segments]
             prompt = sum(count for count, segment in zip(counts, segments, strict=True) if not segment.supervised)
@@ -170,7 +166,6 @@ def _size_of_rows(config: DataConfig) -> DataSize:
             length = min(sum(counts), windows * config.max_length)
             lengths += [length / windows] * windows
             answers += max(0.0, length - prompt)
-            sampled += 1
     if not sum(lengths):
         raise UserError(f"{train.name}: no row to train on has an answer. Check columns, templates, data.eval_rows.")
     windows = len(lengths) / sampled

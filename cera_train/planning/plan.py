@@ -33,13 +33,13 @@ PROCESS_BYTES = 610_000_000
 """Resident memory of Python, torch, transformers, peft and pandas, a tokenizer loaded and no model (on Linux)."""
 
 CUDA_BUILD_BYTES = 320_000_000
-"""What a torch built for CUDA, as PyPI's is on x86-64, holds besides where there is no GPU."""
+"""Resident memory that a torch built for CUDA, as PyPI's is on x86-64, adds on a machine without a GPU."""
 
 HEAP_SHARE = 0.4  # on a CPU, freed blocks below 32 MB stay with the C library's heap, and its gaps add about this share
 
 LAYER_SECONDS = 4e-4
-"""Time in which a layer is called for one token: SmolLM2's on a CPU; on a GPU, where kernels wait to be launched, an
-assumption."""
+"""Time that a decoding step spends to call one layer: SmolLM2's on a CPU; on a GPU, whose kernels wait to be launched,
+an assumption."""
 
 DECODING_SHARE = 0.5
 """Speed of a decoding step's products, over that of training: SmolLM2's on a CPU with 64 answers at once."""
@@ -77,8 +77,8 @@ CPU_BANDWIDTH = 25e9  # on two cores, SmolLM2-135M answers with 42 tokens a seco
 
 @functools.cache
 def this_cpu(is_16bit: bool) -> Device:
-    """This machine: its memory, and its peak speed at matrix products: one thread's at its best, times the threads.
-    Several at once would wait for other programs."""
+    """This machine: its memory, and its peak speed at matrix products: one thread's best, times the threads. Timing all
+    at once would include waiting for other programs."""
     import torch
     from torch.utils.benchmark import Timer
 
@@ -176,12 +176,12 @@ def _plan(config: PlanRun) -> RunPlan:
             f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes all its threads. "
             "Leave plan.gpus at 1."
         )
-    if config.model.dtype == Dtype.auto:  # every GPU here multiplies bf16
-        dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).dtype
-        config = replace(config, model=replace(config.model, dtype=dtype))
     data = data_size(config.data, config.plan.tokens_per_row)
     trained, sampled = trained_size(config, data), sampled_size(config, data)
     tasks, totals = [task_size(name, config, data) for name in config.train.tasks], run_totals(config, data)
+    if config.model.dtype == Dtype.auto:  # every GPU here multiplies bf16
+        dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).dtype
+        config = replace(config, model=replace(config.model, dtype=dtype))
     with heavy_imports():
         from cera_train.evaluation.generate import CACHE_BYTES, ROWS_AT_ONCE
         from cera_train.evaluation.server import AT_ONCE

@@ -8,7 +8,7 @@ from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import Changes, changes_of, differing_settings
-from cera_train.evaluation.statistics import ERROR_RATE, Difference, McNemar, holm, mcnemar, paired_bootstrap, sign_flip
+from cera_train.evaluation.statistics import ERROR_RATE, Difference, holm, paired_bootstrap, sign_flip
 from cera_train.report.runs import Run, group_by
 from cera_train.settings.evaluation import EvalConfig
 
@@ -29,7 +29,7 @@ class PairedTest:
     problems: int
     difference: Difference
     p_value: float  # after Holm's correction over the pairs of a task, in a report: decides at 5 %
-    mcnemar: McNemar | None  # where each run has one answer to a problem; else a sign-flip permutation test decides
+    only: tuple[int, int] | None  # problems that the first alone solves, and the second; of one answer to each
 
     @property
     def verdict(self) -> str:
@@ -42,7 +42,6 @@ class PairedTest:
     def row(self) -> dict[str, str]:
         """The row of the report's table; differences are in points."""
         points, lower, upper = (f"{100 * value:+.1f}" for value in astuple(self.difference))
-        counts = self.mcnemar and f"{self.mcnemar.only_first:,} and {self.mcnemar.only_second:,}"
         return {
             "runs": f"{self.second} - {self.first}",
             "task": f"{self.task}, {self.grader}",
@@ -51,7 +50,7 @@ class PairedTest:
             "95 % interval": f"{lower} to {upper}",
             "p": f"{self.p_value:.2g}",
             "problems": f"{self.problems:,}",
-            "only the first / second solves": counts or "",
+            "only the first / second solves": "{:,} and {:,}".format(*self.only) if self.only else "",
         }
 
 
@@ -112,15 +111,15 @@ def compare(first: Run, second: Run, task: str, across_engines: bool) -> PairedT
     paired_value = evaluations[0].task.paired_value
     # the two may have the problems in another order
     scores = [[fmean(paired_value(grade, grader) for grade in grades[name]) for name in a] for grades in (a, b)]
-    test = None
+    only = None
     if all(len(grades) == 1 for grades in answers) and not score:
-        test = mcnemar(*([score == 1 for score in values] for values in scores))
+        only = tuple(sum(a > b for a, b in zip(*pair, strict=True)) for pair in (scores, scores[::-1]))
     return PairedTest(
         *(task, grader, first.name, second.name),
         problems=len(a),
         difference=paired_bootstrap(*scores),
-        p_value=test.p_value if test else sign_flip(*scores),
-        mcnemar=test,
+        p_value=sign_flip(*scores),
+        only=only,
     )
 
 

@@ -68,16 +68,16 @@ class Evaluation:
         """The figures to show: pass@1 and pass@n of n samples by each grader, and what the task adds."""
         if not self.is_graded:
             return [PERPLEXITY] if self.result else []
-        rates = sorted(self.result.accuracies, key=lambda rate: (rate.k, rate.grader))
+        rates = [key for key in self.result.accuracies if key.endswith(("/pass@1", f"/pass@{self.result.samples}"))]
+        rates.sort(key=lambda key: (not key.endswith("/pass@1"), key))
         added = [metric for metric in self.task.shown if metric.key in self.result.details]
-        return [accuracy_metric(rate.key) for rate in rates if rate.k in (1, self.result.samples)] + added
+        return [*map(accuracy_metric, rates), *added]
 
     def figure(self, metric: Metric) -> tuple[float | None, tuple[float, float] | None]:
         """A figure, and the 95 % interval of an accuracy."""
         if not self.is_graded:
             return self.result.perplexity if self.result and metric == PERPLEXITY else None, None
-        intervals = (rate.interval for rate in self.result.accuracies if rate.key == metric.key)
-        return self.result.figure(metric.key), next(intervals, None)
+        return self.result.figure(metric.key), self.result.accuracies.get(metric.key)
 
 
 def accuracy_metric(name: str) -> Metric:

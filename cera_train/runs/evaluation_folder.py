@@ -9,9 +9,8 @@ import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import yaml
 
@@ -83,25 +82,7 @@ def ending_shares(endings: Sequence[str]) -> dict[str, float]:
     return {f"ending/{name}": counts[name] / len(endings) for name in ENDINGS} if endings else {}
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """The share of problems that one of k answers solves."""
-
-    grader: str
-    k: int
-    value: float | None
-    interval: tuple[float, float] | None  # 95 % over problems; None where all came out alike
-
-    KEY: ClassVar[re.Pattern] = re.compile(r"(\w+)/pass@(\d+)")
-
-    @property
-    def key(self) -> str:
-        return f"{self.grader}/pass@{self.k}"
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        interval = {} if self.interval is None else {f"{self.key}/interval": [*self.interval]}
-        return {self.key: self.value} | interval
+PASS_AT_K = re.compile(r"\w+/pass@\d+")  # the key of the share of problems that one of k answers solves, by a grader
 
 
 class AccuracyResult(Record, extra="allow"):
@@ -120,13 +101,13 @@ class AccuracyResult(Record, extra="allow"):
     tokens: int | None = None  # tokens generated
 
     @property
-    def accuracies(self) -> list[Accuracy]:
-        accuracies = []
-        for match in filter(None, map(Accuracy.KEY.fullmatch, self.details)):
-            ends = self.details.get(f"{match[0]}/interval")
-            interval = (*ends,) if isinstance(ends, list) and len(ends) == 2 and ends[0] < ends[1] else None
-            accuracies.append(Accuracy(match[1], int(match[2]), self.details[match[0]], interval))
-        return accuracies
+    def accuracies(self) -> dict[str, tuple[float, float] | None]:
+        """The 95 % interval over problems of each accuracy; None where none is on record."""
+        ends = {key: self.details.get(f"{key}/interval") for key in filter(PASS_AT_K.fullmatch, self.details)}
+        return {
+            key: (*each,) if isinstance(each, list) and len(each) == 2 and each[0] < each[1] else None
+            for key, each in ends.items()
+        }
 
     @property
     def endings(self) -> dict[str, float]:
@@ -175,7 +156,7 @@ class EvaluationFolder:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, is_main: bool = True, process: int = 0) -> Iterator[EvaluationFolder]:
-        """The folder, locked by the main process. A mistake before the first answer leaves no trace."""
+        """The folder, locked by the main process. An error before the first answer leaves no folder."""
         folder = cls(path, is_main, process)
         if not is_main:
             yield folder

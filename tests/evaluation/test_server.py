@@ -72,6 +72,13 @@ def test_a_server_that_goes_is_one_line_and_the_same_command_resumes(eval_config
     assert contents(run / "eval" / "gsm8k") == expected
 
 
+def test_a_server_that_has_restarted_takes_the_next_adapter(eval_config, vllm, run):
+    server = server_module.Server(vllm.url, find_subject(eval_config()).model, None, run / "adapter")
+    vllm.loaded.clear()
+    server.load_adapter(Path(shutil.copytree(run / "adapter", run / "next")))
+    assert [*vllm.loaded] == [server.name]
+
+
 def test_ctrl_c_keeps_the_answers_so_far(served_config, vllm, run):
     answers = run / "eval" / "gsm8k" / "generations.jsonl"
     vllm.may_interrupt = lambda: len(read(answers)) == 3

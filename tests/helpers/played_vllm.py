@@ -77,8 +77,8 @@ class Handler(BaseHTTPRequestHandler):
             server.load(body["lora_name"], body["lora_path"])
             self.respond(200, {})
         elif self.path == "/v1/unload_lora_adapter":
-            del server.loaded[body["lora_name"]]
-            self.respond(200, {})
+            known = server.loaded.pop(body["lora_name"], None) is not None
+            self.respond(*((200, {}) if known else (404, {"error": {"message": "it cannot be found."}})))
         else:
             self.complete(body)
 

@@ -69,6 +69,15 @@ def test_local_rows_and_their_words_are_counted(size, write_jsonl):
         size("data=jsonl", f"data.train_files=[{empty}]", f"data.eval_files=[{rows}]")
 
 
+def test_windows_of_documents_count_and_rows_without_an_answer_do_not(size, write_jsonl):
+    documents = write_jsonl("documents.jsonl", [{"text": "w " * 100}] * 50)
+    settings = [f"data.train_files=[{documents}]", "data.layout=documents", "data.max_length=20"]
+    windows = size("data=jsonl", *settings, "data.train_rows=30", "data.eval_rows=10")
+    assert (windows.train_rows, windows.eval_rows, windows.tokens_per_row) == (150, 50, 20)
+    half = write_jsonl("half.jsonl", [{"prompt": "p", "completion": "c" * (row % 2)} for row in range(60)])
+    assert size("data=jsonl", f"data.train_files=[{half}]", f"data.eval_files=[{documents}]").train_rows == 30
+
+
 def test_a_mix_is_the_sum_of_its_parts_by_their_weights(size):
     mixed, gsm8k, orca = size("data=gsm8k_slimorca"), size("data=gsm8k"), size("data=slimorca")
     assert (mixed.train_rows, mixed.eval_rows) == (7473 + 2491, 1319 + 2000)

@@ -28,7 +28,7 @@ def compare_two(tmp_path: Path):
 
 def test_paired_tests_count_the_problems_that_one_run_solves(tmp_path: Path) -> None:
     (test,), notes = paired_tests(read_runs(two_runs(tmp_path)))
-    assert (test.mcnemar.only_first, test.mcnemar.only_second, test.problems) == (12, 9, 40)
+    assert (test.only, test.problems) == ((12, 9), 40)
     assert test.difference.difference == pytest.approx(-3 / 40)
     assert (test.verdict, test.row["p"], test.row["difference, points"]) == ("not shown", "0.66", "-7.5")
     assert notes == []
@@ -45,7 +45,7 @@ def test_several_samples_are_tested_by_their_mean_for_each_problem(compare_two) 
     test = compare_two(
         {"solved": lambda n, sample: sample == 0, "samples": 4}, {"solved": lambda n, sample: sample < 2, "samples": 4}
     )
-    assert test.mcnemar is None
+    assert test.only is None
     assert test.difference.difference == pytest.approx(0.25)
     assert test.verdict == "better"
 
@@ -85,7 +85,7 @@ def test_trajectories_are_tested_by_their_steps(tmp_path: Path) -> None:
             grade["matches"] = [step < right for step in range(4)]
         (folder / "grades.jsonl").write_text("".join(json.dumps(grade) + "\n" for grade in grades))
     (test,), _ = paired_tests(read_runs(runs))
-    assert (test.problems, test.difference.difference, test.mcnemar) == (40, 0.25, None)
+    assert (test.problems, test.difference.difference, test.only) == (40, 0.25, None)
     assert (test.verdict, test.row["task"]) == ("better", "logistic_map, steps")
 
 

@@ -21,6 +21,7 @@ class HeldOut(jsonl.JsonlTask):
                 reason = "knows neither chat templates nor answers before the asked one"
                 raise UserError(f"task={config.name} {reason}, and these rows have them: {mend}.")
             rows.append({"question": prompt[0].text, "answer": answer.text})
+        require(bool(rows), f"task={config.name}: no evaluation row has a prompt and an answer: {mend}.")
         return Source.numbered("", rows, f"task={config.name}")
 
 

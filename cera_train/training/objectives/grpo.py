@@ -207,9 +207,7 @@ def drawn_questions(data: DataConfig) -> dict[str, Draw]:
 def grade(prompt: str, answer: str, right: str, grader: Grader, drawn: Mapping[str, Draw]) -> float:
     """1 for a right answer: by the generator that drew the question, else by one of the graders of task=jsonl."""
     if grader == Grader.text and prompt.strip() in drawn:
-        draw = drawn[prompt.strip()]
-        details = reasoning_gym.details_of(draw)
-        return float(reasoning_gym.grade(answer, draw.question, draw.answer, details).is_right)
+        return float(reasoning_gym.grade(answer, drawn[prompt.strip()]).is_right)
     with errors_at(f"grpo.grader={grader}"):
         expected = gold({"answer": right}, "answer", grader)
     found = EXTRACT[grader](answer)

@@ -60,13 +60,3 @@ def test_problems_are_of_the_generators_and_the_level_that_the_run_was_trained_o
     assert problems(2, mixed) == problems(2, data)
     with pytest.raises(UserError, match=r"task.generator is missing, .* such as task.generator=chain_sum"):
         problems()
-
-
-def test_a_problem_of_another_version_or_of_a_grader_that_runs_answers_is_refused():
-    [problem] = problems(1, generator="gcd")
-    other = Problem(problem.id, "Find 2 + 2.", problem.prompt, problem.gold, **problem.details)
-    with pytest.raises(UserError, match="gcd now has another question"):
-        credits([other], ["2"])
-    hostile = Problem(problem.id, "x", "x", "x", **problem.details | {"generator": "spiral_matrix"})
-    with pytest.raises(UserError, match="generator=spiral_matrix: expected generators"):
-        credits([hostile], ["__import__('os').getcwd()"])

@@ -49,7 +49,7 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
     assert [(problem.prompt, problem.gold) for problem in problems] == [("1 + 1 =", "2"), ("1 + 2 =", "3")]
     answers = [Generation(problem.id, 0, " 2", 2, False) for problem in problems]
     scores = score(task, problems, answers, [task.grade(*pair) for pair in zip(problems, answers, strict=True)])
-    assert [(each.key, each.value) for each in scores.accuracies] == [("exact/pass@1", 0.5)]
+    assert (list(scores.accuracies), scores.details["exact/pass@1"]) == (["exact/pass@1"], 0.5)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,9 @@ def test_rows_that_held_out_cannot_ask_are_refused(write_jsonl):
         held_out_problems(DataConfig(layout="messages", train_files=[file], eval_rows=1))
     with pytest.raises(UserError, match="task=held_out: the rows that this model was trained on are unknown: write"):
         held_out_problems(None)
+    text = str(write_jsonl("text.jsonl", [{"text": "a document"}] * 2))
+    with pytest.raises(UserError, match="task=held_out: no evaluation row has a prompt and an answer: write the ques"):
+        held_out_problems(DataConfig(layout="documents", train_files=[text], eval_files=[text]))
 
 
 def test_a_run_that_holds_out_no_row_of_a_task_is_refused(write_jsonl):
