@@ -188,7 +188,7 @@ def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
             config.auto_mapping = None
             model = peft.get_peft_model(base, config)
         load(model, weights)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged or no adapter: {error}") from error
     except ValueError as error:
         reason = textwrap.shorten(str(error), 240, placeholder="...")

@@ -60,7 +60,7 @@ def describe_left_out(model: nn.Module) -> str | None:
         if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, BaseTunerLayer) and module is not head
     ]
     kinds = ", ".join(dict.fromkeys(names))
-    return f"without {len(names)} projections that the model or its kernels bypass: {kinds}" if names else None
+    return f"all-linear leaves out {len(names)} projections: {kinds}" if names else None
 
 
 def linear_names(named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:

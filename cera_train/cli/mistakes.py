@@ -9,16 +9,18 @@ import shlex
 import traceback
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import NoReturn
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import options
-from cera_train.common.settings import keys_of
-from cera_train.common.trust import check_config_folder
+from cera_train.common.settings import fields_of
+from cera_train.common.trust import may_run_code
 from cera_train.settings.evaluation import ChatConfig, EvalConfig, ExportConfig
 from cera_train.settings.run import Config, PlanRun
 
@@ -72,7 +74,7 @@ def unknown_setting(key: str, place: str, schema: type) -> str:
     if key.startswith("adapter.settings."):  # PEFT's fields are no part of the schema
         return f"{place}: adapter.settings has no {key.rpartition('.')[2]} yet: write ++{key}=... to add it."
     program = next(program for program, other in SCHEMAS.items() if other is schema)
-    near = did_you_mean(key, list(dict.fromkeys([*(field.name for field in fields(schema)), *keys_of(schema)])))
+    near = did_you_mean(key, list(dict.fromkeys([*(field.name for field in fields(schema)), *fields_of(schema)])))
     return f"{place}: unknown setting {key}. {near}`{program} --help` lists all."
 
 
@@ -130,6 +132,37 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
             )
     words = [name if value is True else f"{name}={value}" for name, value in flags.items()]
     return [*words, *map(with_folder_quoted, settings)]
+
+
+def check_config_folder(folder: str) -> None:
+    """Refuses a folder of config files from elsewhere of which one sets Hydra's section: it runs code by a `_target_`,
+    the factories of a logging config, the environment of processes, or a launcher's shell commands. A file may choose
+    one of our sweepers or launchers, and set the dimensions of a sweep."""
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_dir() and path.is_symlink():
+            raise UserError(f"{path} is a link, and Hydra would read what it leads to: put the files there instead.")
+        if path.suffix != ".yaml":
+            continue
+        text = path.read_text(errors="replace")
+        try:
+            tree = yaml.load(text, get_yaml_loader())  # Hydra's, which takes more than YAML's safe one
+        except yaml.YAMLError:
+            continue  # Hydra cannot read it either, and names the line
+        tree = tree if isinstance(tree, dict) else {}
+        match tree.get("hydra", {}):
+            case {"sweeper": {"params": dict(params), **others}, **more} if not (others or more):
+                is_refused = any(may_run_code(str(key)) for key in params)
+            case section:
+                is_refused = bool(section)
+        defaults = tree.get("defaults") or []
+        words = [str(word) for entry in defaults for word in (entry if isinstance(entry, dict) else [entry])]
+        is_refused |= any("hydra" in word and not re.fullmatch(r"override /hydra/\w+", word) for word in words)
+        is_refused |= any("@package" in line and "hydra" in line for line in text.splitlines())
+        if is_refused or "hydra" in path.relative_to(folder).parts:
+            raise UserError(
+                f"{path} sets `hydra`, by which a file can run code: write what you need of it on the command line, "
+                "such as hydra.launcher.partition=gpu."
+            )
 
 
 def with_implied_files(program: str, settings: Sequence[str]) -> list[str]:
@@ -208,7 +241,7 @@ def _describe(error: Exception, program: str) -> str:
     # No attribute of Hydra's exception holds the file in which a key or value stands.
     file = re.search(r"In '([\w./-]+)': \w+ raised while composing", message)
     place = f"{file[1]}.yaml: {key}" if file else key
-    if not_overridden and key in keys_of(SCHEMAS[program]):
+    if not_overridden and key in fields_of(SCHEMAS[program]):
         return f"{place}: the value has a new key: write ++{key}=... to add it."
     if not_overridden or isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return unknown_setting(key, place, SCHEMAS[program])

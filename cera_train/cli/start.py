@@ -4,7 +4,6 @@ traceback. Imports no torch."""
 import contextlib
 import functools
 import importlib
-import itertools
 import os
 import re
 import signal
@@ -27,7 +26,7 @@ from cera_train.adapters.families import check_settings
 from cera_train.cli.mistakes import SCHEMAS, explain_composition, for_hydra, unknown_setting
 from cera_train.common.errors import UserError, explain
 from cera_train.common.files import config_dir, options
-from cera_train.common.settings import MISSING, flatten, keys_of, require
+from cera_train.common.settings import MISSING, fields_at, flatten, require
 from cera_train.common.terminal import announce_import
 from cera_train.common.trust import clean, redact
 from cera_train.distributed.processes import is_main_process, join_slurm_step
@@ -174,21 +173,22 @@ def announce_imports() -> None:
 
 
 def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
-    """Raises UserError where a file, rather than the command line, asks to run a model's Python code."""
-    for key in ("model.trust_remote_code", "trust_remote_code"):
-        if OmegaConf.select(composed, key) and not any(word.lstrip("+").startswith(f"{key}=") for word in overrides):
+    """Raises UserError where a file, rather than the command line, chooses Python code to run."""
+    for key in ("model.trust_remote_code", "trust_remote_code", "grpo.rewards"):
+        value = OmegaConf.select(composed, key)
+        if value and not any(word.lstrip("+").startswith(f"{key}=") for word in overrides):
+            setting = f"{key}={'true' if value is True else value}"
             raise UserError(
-                f"{key}=true in a config file runs Python code that comes with the model. If you trust that code, put "
-                f"{key}=true on the command line."
+                f"{setting} in a config file runs Python code that comes with the model or the file. If you trust that "
+                f"code, put {setting} on the command line."
             )
 
 
 def to_config(composed: DictConfig, schema: type = Config) -> Any:
     """The checked dataclasses of a composed config. Below this line nothing sees OmegaConf."""
-    tree, known = flatten(OmegaConf.to_container(composed)), keys_of(schema)
+    tree = flatten(OmegaConf.to_container(composed))
     for key in sorted(tree):  # Hydra lets +key=value add anything
-        names = itertools.accumulate(key.split("."), "{}.{}".format)
-        if tree[key] != MISSING and not any(name in known for name in names):
+        if tree[key] != MISSING and not fields_at(schema, key):
             raise UserError(unknown_setting(key, f"+{key}={tree[key]}", schema))
         check_line_breaks(key, tree[key])
     config = OmegaConf.to_object(composed)

@@ -120,9 +120,9 @@ def find_damage(folder: Path) -> str | None:
     if not (folder / checked).exists():
         return None
     try:
-        sums = json.loads((folder / checked).read_bytes())
+        sums = read_json(folder / checked)
         for checked, written in sums.items():
-            if _sha256(folder / checked) != written:
+            if checked != Path(checked).name or _sha256(folder / checked) != written:
                 return f"{checked}: checksum differs"
     except (OSError, ValueError) as error:
         return f"{checked}: {error_text(error)}"

@@ -2,8 +2,8 @@
 sweeps, reports and recipes read the mark; no list of names stands elsewhere."""
 
 import dataclasses
+import functools
 import itertools
-import types
 import typing
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -42,6 +42,7 @@ def _field(default: Any, metadata: dict[str, Any]) -> Any:
     return dataclasses.field(**{kind: default}, metadata=metadata)
 
 
+@functools.cache
 def fields_of(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:
     """The field of every setting of a schema, by its dotted key, such as optimizer.lr."""
     fields, hints = {}, typing.get_type_hints(schema)
@@ -59,25 +60,17 @@ def section_of(hint: Any) -> type | None:
 def changes_of(schema: type, key: str) -> Changes:
     """What a key changes: for a section, the strongest change of its settings; for an unknown key, `result`. A key
     below a free-form setting, such as published.math/exact/pass@1, changes what the setting does."""
-    changes = [
-        field.metadata["changes"]
-        for name, field in fields_of(schema).items()
-        if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
-    ]
+    changes = [field.metadata["changes"] for field in fields_at(schema, key)]
     return min(changes, key=list(Changes).index, default=Changes.result)
 
 
-def keys_of(schema: type) -> list[str]:
-    """Every dotted key, and the sections that can be null."""
-    keys = []
-    hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        inner = section_of(hints[field.name])
-        if inner is not None:
-            keys += [f"{field.name}.{key}" for key in keys_of(inner)]
-        if inner is None or isinstance(hints[field.name], types.UnionType):
-            keys.append(field.name)
-    return keys
+def fields_at(schema: type, key: str) -> list[dataclasses.Field]:
+    """The setting of a key, those of a section, or the free-form one that the key lies in."""
+    return [
+        field
+        for name, field in fields_of(schema).items()
+        if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
+    ]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,42 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cera_train.common.errors import UserError
 from cera_train.common.settings import map_values
 
 
-def check_config_folder(folder: str) -> None:
-    """Refuses a folder of config files from elsewhere of which one sets Hydra's section: it runs code by a `_target_`,
-    the factories of a logging config, the environment of processes, or a launcher's shell commands. A file may choose
-    one of our sweepers or launchers, and set the dimensions of a sweep."""
-    for path in sorted(Path(folder).rglob("*.yaml")):
-        text = path.read_text(errors="replace")
-        try:
-            tree = yaml.safe_load(text)
-        except yaml.YAMLError:
-            continue  # Hydra cannot read it either, and names the line
-        tree = tree if isinstance(tree, dict) else {}
-        match tree.get("hydra", {}):
-            case {"sweeper": {"params": dict(params), **others}, **more} if not (others or more):
-                is_refused = any(may_run_code(str(key)) for key in params)
-            case section:
-                is_refused = bool(section)
-        defaults = tree.get("defaults") or []
-        words = [str(word) for entry in defaults for word in (entry if isinstance(entry, dict) else [entry])]
-        is_refused |= any("hydra" in word and not re.fullmatch(r"override /hydra/\w+", word) for word in words)
-        is_refused |= bool(re.search("^#.*@package.*hydra", text, re.MULTILINE))
-        if is_refused or "hydra" in path.relative_to(folder).parts:
-            raise UserError(
-                f"{path} sets `hydra`, by which a file can run code: write what you need of it on the command line, "
-                "such as hydra.launcher.partition=gpu."
-            )
-
-
 def may_run_code(key: str) -> bool:
-    """Whether an override of this key sets Hydra's section, or trusts the code of a model."""
-    return any(word in key for word in ("hydra", "trust_remote_code"))
+    """Whether an override of this key sets Hydra's section, trusts the code of a model, or names functions to call."""
+    return any(word in key for word in ("hydra", "trust_remote_code", "grpo.rewards"))
 
 
 # Fields of PEFT's configs that name modules to import, files to open, or layers to add.

@@ -167,6 +167,8 @@ def beside_others(function: Callable[[Any], Any], config: Any) -> Any:
     """Calls a function in one of several processes."""
     try:
         return function(config)
+    except UserError:
+        raise
     except Exception as error:
         if not LOST_PEER.search(str(error)):
             raise

@@ -89,8 +89,10 @@ def test_free_form_settings_come_through_the_command_line(compose, overrides, ex
                 ("rank_pattern", {"q_proj": 2, "x_proj": 2}),
                 ("exclude_modules", ["x_proj"]),
                 ("rank_pattern", {"(": 2}),
+                ("rank_pattern", ["q_proj"]),
             )
         ),
+        (AdapterConfig("lora", 4, alpha=None, settings={"rank_pattern": {"q_proj": "x"}}), "adapter.kind=lora .*x"),
     ],
 )
 def test_what_peft_refuses_on_this_model_is_a_line_that_names_the_settings(config, message):

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from cera_train.cli.mistakes import SCHEMAS, USUAL_NAMES, did_you_mean, for_hydra
 from cera_train.common.errors import UserError
-from cera_train.common.settings import keys_of
+from cera_train.common.settings import fields_of
 
 MISTAKES = [
     ("cera-train tracker.kinds={nobody:{}}", "tracker.kinds={nobody: ...}: no such tracker", "choose from wandb, "),
@@ -254,7 +254,7 @@ def test_flags_stand_anywhere_and_without_arguments_the_quickstart_runs():
 
 
 def test_every_usual_name_leads_to_a_setting_that_exists():
-    known = [name for schema in SCHEMAS.values() for name in [*vars(schema)["__annotations__"], *keys_of(schema)]]
+    known = [name for schema in SCHEMAS.values() for name in [*vars(schema)["__annotations__"], *fields_of(schema)]]
     for row in USUAL_NAMES.strip().splitlines():
         ours, *names = row.split()
         assert ours.partition("=")[0] in known

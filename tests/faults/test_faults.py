@@ -305,6 +305,9 @@ def test_damage_to_any_file_of_a_folder_is_found(tmp_path, damage):
         assert find_damage(folder) is None
         damage(folder / name)
         assert find_damage(folder) or (name == "checksums.json" and damage is Path.unlink)
+    for text in ("[]", json.dumps({"/dev/zero": ""})):
+        (folder / "checksums.json").write_text(text)
+        assert find_damage(folder)
 
 
 @pytest.mark.slow

@@ -102,6 +102,11 @@ CALLBACKS = {
     "in the environment of children": "# @package hydra.job\nenv_set: {PYTHONSTARTUP: MARKER}\n",
     "beside the grid of a sweep": GRID + f"}}\n  callbacks:\n   x:\n    {CREATE}",
     "as a dimension of a sweep": GRID + ", +hydra.job.env_set.PYTHONSTARTUP: MARKER}\n",
+    "as an object of YAML's": (
+        f"{GLOBAL}hydra: {{callbacks: {{x: {{_target_: os.mknod, _args_: "
+        "[!!python/object/apply:pathlib.Path [MARKER]]}}}\n"
+    ),
+    "under an indented package": f"  # @package hydra.callbacks.x\n{CREATE.replace('    ', '')}",
     "as a dimension that trusts": GRID + ", model.trust_remote_code: true}\n",
 }
 
@@ -115,6 +120,21 @@ def test_a_config_file_from_elsewhere_runs_no_code(tmp_path, marker, refusal, wa
     line = refusal("cera-train", "--config-dir", str(folder), "model=mine", "name=run")
     assert not marker.exists()
     assert re.search(r"stranger/.*\.yaml sets `hydra`.*write what you need of it on the command line", line)
+
+
+def test_a_linked_folder_of_config_files_is_refused(tmp_path, refusal):
+    for name in ("stranger", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "stranger" / "model").symlink_to(tmp_path / "elsewhere")
+    assert "stranger/model is a link, and" in refusal("cera-train", "--config-dir", "stranger", "name=run")
+
+
+def test_a_config_file_cannot_name_functions_to_call(tmp_path, refusal):
+    (tmp_path / "stranger" / "model").mkdir(parents=True)
+    file = tmp_path / "stranger" / "model" / "mine.yaml"
+    file.write_text(f"{GLOBAL}model: {{path: a/b}}\ntrain: {{objective: grpo}}\ngrpo: {{rewards: [os.execl]}}\n")
+    line = refusal("cera-train", "--config-dir", "stranger", "model=mine", "name=run")
+    assert "grpo.rewards=['os.execl'] in a config file runs Python code" in line
 
 
 def test_a_callback_on_the_command_line_is_the_users_and_runs(marker, refusal):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cera_train.adapters.families.base import ADAPTER, Branch
-from cera_train.adapters.families.peft import RankedPeft
+from cera_train.adapters.families.peft import RankedPeft, peft_errors
 from cera_train.settings.adapters import AdapterConfig
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class Lora(RankedPeft):
 
         scale_one = math.sqrt if self.use_rslora else int
         if config.alpha is None and (ranks := config.settings.get("rank_pattern")):
-            alphas = {key: scale_one(r) for key, r in ranks.items()} | (config.settings.get("alpha_pattern") or {})
+            with peft_errors(config):
+                alphas = {key: scale_one(r) for key, r in ranks.items()} | (config.settings.get("alpha_pattern") or {})
             config = replace(config, settings=config.settings | {"alpha_pattern": alphas})
         fields = {
             "r": config.r,

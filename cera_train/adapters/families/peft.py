@@ -116,7 +116,7 @@ def peft_errors(config: AdapterConfig) -> Iterator[None]:
                 "error", "The following .*_pattern keys|You have passed exclude_modules|.* tied layer"
             )
             yield
-    except (TypeError, ValueError, NotImplementedError, ImportError, re.error, Warning) as error:
+    except (AttributeError, TypeError, ValueError, NotImplementedError, ImportError, re.error, Warning) as error:
         settings = "".join(f" adapter.settings.{key}={value}" for key, value in config.settings.items())
         method = f"method={config.method}" if config.method else f"kind={config.kind}"
         raise UserError(f"adapter.{method}{settings}: {' '.join(str(error).split())}") from error

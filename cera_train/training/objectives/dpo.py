@@ -122,7 +122,8 @@ class Dpo(Sft):
         """[rows] log p of the training and of the held-out answers, float64."""
         # Of the base with the adapter off, which runs of other adapters share, or of the adapter as the run starts.
         session, reference = self.session, {}
-        announce("reference", "log p of every answer, once")
+        if session.accelerator.is_main_process:
+            announce("reference", "log p of every answer, once")
         with session.model.disable_adapter() if self.is_base else contextlib.nullcontext():
             for name, batches in (("train", session.batches), ("held_out", session.held_out.batches)):
                 rows = range(len(batches.lengths))
