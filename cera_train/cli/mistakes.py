@@ -123,6 +123,8 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
             raise UserError(f"{setting}: name the folder by --config-dir, where its files are checked.")
         if key in ("recipe", "sweep", "study"):
             raise UserError(f"{setting}: a {key} is added with a plus sign: write +{setting}.")
+        if program != "cera-train" and key in ("hydra/launcher", "hydra/sweeper"):
+            raise UserError(f"{setting}: the jobs of {program} run here, one after the other: leave it out.")
         if is_single and setting.lstrip("+").replace("hydra/", "hydra.").startswith(OF_GRIDS):
             raise UserError(f"{setting} is for a grid of runs: add -m to take them all.")
         if not (value or key.startswith("~") or "--shell-completion" in flags):

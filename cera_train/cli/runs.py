@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cera_train.cli.mistakes import Parser
-from cera_train.cli.start import announce_imports, check_trust, leave_closed_pipe, print_error, start_hydra, to_config
+from cera_train.cli.start import announce_imports, check_trust, print_error, start_hydra, to_config
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
 from cera_train.distributed.processes import in_processes, is_one_of_several
@@ -44,8 +44,6 @@ def eval_main() -> None:
         """One evaluation. With -m the others run after one that fails."""
         try:
             measure(composed)
-        except BrokenPipeError:
-            leave_closed_pipe()
         except Exception as error:
             if HydraConfig.get().mode != RunMode.MULTIRUN or is_one_of_several():  # others wait for this process
                 raise

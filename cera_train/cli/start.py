@@ -3,8 +3,8 @@ traceback. Imports no torch."""
 
 import contextlib
 import functools
-import importlib
 import os
+import pkgutil
 import re
 import signal
 import sys
@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -64,8 +64,7 @@ def main() -> None:
             if program in SCHEMAS and {"--help", "-h"} & set(sys.argv):
                 print_help(program)
             else:
-                module, _, function = PROGRAMS[program].partition(":")
-                getattr(importlib.import_module(f"cera_train.cli.{module}"), function)()
+                pkgutil.resolve_name(f"cera_train.cli.{PROGRAMS[program]}")()
             sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
@@ -106,7 +105,7 @@ def start_hydra(
 
 
 def print_help(program: str) -> None:
-    """Prints a command's `hydra.help.template` with its config. Hydra's own --help reads every file of conf/ first."""
+    """Prints a command's `hydra.help.template` with its config. Hydra's own --help takes four seconds."""
     words = for_hydra(program, sys.argv[1:])
     overrides = [word for word in words if not word.startswith("-")]
     for folder in [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]:
@@ -121,26 +120,21 @@ def print_help(program: str) -> None:
     print(template.replace("$CONFIG", OmegaConf.to_yaml(config)))
 
 
-def leave_closed_pipe() -> NoReturn:
-    """Ends the process quietly: the reader closed the pipe, as `| head` does."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(141)
-
-
 @contextlib.contextmanager
 def errors_in_one_line(program: str) -> Iterator[None]:
-    """Prints a mistake in one line and exits with status 2; prints the traceback of a bug and exits with 1. Where the
-    reader of stdout is gone, exits without a word."""
+    """Prints a mistake in one line and exits with status 2; prints the traceback of a bug and exits with 1."""
     try:
         yield
-    except BrokenPipeError:
-        leave_closed_pipe()
     except Exception as error:
         sys.exit(1 if print_error(program, error) is None else 2)
 
 
 def print_error(program: str, error: Exception) -> str | None:
-    """Prints one line for an error that the user can mend and returns it; for any other prints the traceback."""
+    """Prints one line for an error that the user can mend and returns it; for any other prints the traceback. Exits
+    without a word where the reader of stdout has closed the pipe, as `| head` does."""
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     message = explain(error) or explain_composition(error, program)
     if message is None or os.environ.get("CERA_TRAIN_DEBUG"):
         print(clean(redact("".join(traceback.format_exception(error)))), file=sys.stderr)

@@ -16,7 +16,6 @@ from cera_train.cli.start import (
     announce_imports,
     check_trust,
     errors_in_one_line,
-    leave_closed_pipe,
     print_error,
     start_hydra,
     to_config,
@@ -80,8 +79,6 @@ def train(composed: DictConfig) -> float | None:
         value = run(prepare(composed, job))
         job.clear_error()
         return value
-    except BrokenPipeError:
-        leave_closed_pipe()
     except Exception as error:
         job.fail(print_error(TRAIN, error) or f"a bug: {type(error).__name__}: {error}")
         if is_one_of_several():
@@ -152,6 +149,7 @@ class TrainingSweep(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Prints the table. Exit status 1 unless all jobs are finished, or submitted and left."""
         if is_main_process():
+            (Path(config.hydra.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)  # as `Job.start`, had none to do
             print()
             if not (print_sweep(Path(config.hydra.sweep.dir)) or config.launch.detach):
                 sys.exit(1)

@@ -122,9 +122,9 @@ def _perplexity(run: Run) -> str:
 
 def _mean_and_max(run: Run, quantity: str) -> str:
     """Over the adapted modules of a run."""
-    values = [getattr(run.figures.spectrum, f"{quantity}_{end}") for end in ("mean", "max")]
-    texts = [cell(value, "{:,}" if isinstance(value, int) else "{:,.1f}") or "–" for value in values]
-    return "" if values == [None, None] else " / ".join(texts)
+    mean, highest = (getattr(run.figures.spectrum, f"{quantity}_{end}") for end in ("mean", "max"))
+    texts = [cell(mean, "{:,.1f}"), cell(highest, "{:,.0f}" if quantity == "manifold_dimension" else "{:,.1f}")]
+    return " / ".join(text or "–" for text in texts) if any(texts) else ""
 
 
 def _paper(run: Run, key: str, value: float | None, is_share: bool = False) -> list[str]:

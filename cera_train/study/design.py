@@ -181,7 +181,7 @@ def begin_study(config: DictConfig, compose: ComposeJob) -> None:
     unfinished = [cell for cell in planned.cells if cell.missing()]  # a finished cell reads its rows no more
     check_problems(compose(cell.candidates[0].overrides) for cell in unfinished)
     begin(config, compose, record)
-    StudySweeper.compose = staticmethod(compose)
+    StudySweeper.compose, StudySweeper.record = staticmethod(compose), record
 
 
 class StudySweeper(Sweeper):
@@ -189,6 +189,7 @@ class StudySweeper(Sweeper):
     seeds chose with every other seed."""
 
     compose: ClassVar[ComposeJob]  # of the study that begins
+    record: ClassVar[SweepRecord]  # that in the folder is without secrets, which jobs may need
 
     def __init__(self, **_: Any) -> None:
         """Hydra passes the settings, of which a study has none here."""
@@ -201,7 +202,7 @@ class StudySweeper(Sweeper):
         """Holds the folder while it runs. Of several processes that run it, the main one holds."""
         self.folder, self.launched = Path(self.config.hydra.sweep.dir), 0
         with locked(self.folder, WRITER) if is_main_process() else contextlib.nullcontext():
-            self.launch(SweepRecord.read(self.folder / RECORD).jobs)
+            self.launch(self.record.jobs)
             for _ in range(EXTENSIONS if self.config.study.extend else 0):
                 beyond = [overrides for cell in self.cells if cell.chosen for overrides in cell.beyond()]
                 if not (possible := list(filter(self.is_possible, beyond))):
@@ -212,7 +213,7 @@ class StudySweeper(Sweeper):
 
     @property
     def cells(self) -> list[Cell]:
-        return Study(self.folder, SweepRecord.read(self.folder / RECORD)).cells
+        return Study(self.folder, self.record).cells
 
     def is_possible(self, overrides: list[str]) -> bool:
         """Whether a job composes: a step may leave a setting's range, as a dropout of 1.6 does, or a whole number's."""
@@ -225,9 +226,9 @@ class StudySweeper(Sweeper):
     def add(self, jobs: list[list[str]]) -> None:
         """Adds jobs to the record, and runs them."""
         if jobs:
-            record = SweepRecord.read(self.folder / RECORD)
-            named = jobs_by_name(jobs, record.swept)
-            record.replace(jobs=record.jobs | named).write(self.folder / RECORD)
+            named = jobs_by_name(jobs, self.record.swept)
+            self.record = self.record.replace(jobs=self.record.jobs | named)
+            self.record.write(self.folder / RECORD)
             self.launch(named)
 
     def launch(self, jobs: dict[str, list[str]]) -> None:

@@ -95,6 +95,7 @@ MISTAKES = [
     ("cera-train -m adapter.r=4,8 launch.detach=true", "launch.detach=true is for jobs", "that run elsewhere"),
     ("cera-train -m adapter.r=2,4 name=r${adapter.r}", "name=... is the folder of all jobs", "name="),
     ("cera-train -m output_dir=a,b", "output_dir=a,b is another for each job", "output_dir"),
+    ("cera-plan -m adapter.r=2,4 hydra/launcher=joblib", "the jobs of cera-plan run here", "leave it out"),
     ("cera-plan --look", "--look: unknown option", "see cera-plan --help"),
     ("cera-plan -m optimizer.lr=interval(1,2)", "a grid takes single values", "hydra/sweeper=optuna"),
     ("cera-report nothing", "nothing is not a folder", "expected"),

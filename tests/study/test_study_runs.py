@@ -12,7 +12,7 @@ from cera_train.common.settings import to_plain
 from cera_train.settings.sweep import StudyConfig
 from cera_train.study.cells import Study, find_study
 from cera_train.study.design import StudySweeper
-from cera_train.sweep.folder import State, SweepRecord, read_sweep
+from cera_train.sweep.folder import JOBS, RECORD, State, SweepRecord, read_sweep
 
 ARMS = ("lora", "cera", "relu")
 
@@ -42,6 +42,14 @@ def test_every_seed_runs_every_value(launcher, run_study, capfd):
         ("cera or lora", "lora", "cera", "adapter.r=4"),
         ("relu or lora", "lora", "relu", "adapter.r=4"),
     ]
+
+
+def test_a_job_gets_the_secret_that_the_record_leaves_out(launcher, run_study, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "hf_abcdefghijkl")
+    label = "adapter.label=hf_abcdefghijkl"
+    assert run_study(label, "study.arm=cera") == 0
+    assert all(label in json.loads(file.read_text())["overrides"] for file in (launcher.sweep / JOBS).iterdir())
+    assert "hf_abcdefghijkl" not in (launcher.sweep / RECORD).read_text()
 
 
 def test_the_lowest_mean_loss_chooses(launcher, run_study):
