@@ -48,10 +48,9 @@ def measure(file: Path | None = None, rows: int = ROWS) -> tuple[list[Target], d
     with heavy_imports():
         import torch
 
-        from cera_train.data.order import RowOrder
         from cera_train.data.prepare import prepare_data
         from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory
-        from cera_train.model.batches import MicroBatches
+        from cera_train.model.batches import MicroBatches, RowOrder
         from cera_train.model.folder import load_tokenizer
         from cera_train.settings.data import DataConfig
         from cera_train.settings.model import ModelConfig

@@ -54,9 +54,8 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
     import logging
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
-    from cera_train.data.order import RowOrder
     from cera_train.distributed.accelerator import peak_memory, quiet_libraries
-    from cera_train.model.batches import flat_batch
+    from cera_train.model.batches import RowOrder, flat_batch
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:

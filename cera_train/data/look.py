@@ -1,9 +1,7 @@
 """What a run prints about its rows, so that a person can see what the model will learn. Nothing here imports torch."""
 
 import itertools
-import math
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
@@ -13,13 +11,11 @@ from rich.text import Text
 from cera_train.common.terminal import console, print_line
 from cera_train.common.trust import clean
 from cera_train.data.prepare import TokenizedData, TokenizedRows
-from cera_train.data.segments import TURNS, columns_read
+from cera_train.data.segments import TURNS, columns_of, columns_read
 from cera_train.data.sources import HELD_OUT, MOST_HELD_OUT
 from cera_train.settings.data import DataConfig, Layout, Turns
 
 LOOKED_AT = 1000  # rows whose tokens are looked at one by one
-
-BARS, BAR_WIDTH = 8, 40  # lines of a histogram, and the characters of its longest
 
 
 def print_data(
@@ -45,8 +41,10 @@ def print_data(
     is_learned, line = describe_stop(train, config.max_length, stops, tokenizer)
     if at_length or not is_learned:
         print_line("stop", line)
-    for row in sorted({0, len(train) // 2}) if at_length else range(config.sequences):
-        print_example(train, row, tokenizer)
+    middle = len(train) // config.sequences // 2 * config.sequences
+    for row in sorted({0, middle}) if at_length else [0]:
+        for sequence in range(config.sequences):
+            print_example(train, row + sequence, tokenizer)
 
 
 def describe_layouts(config: DataConfig) -> Iterator[str]:
@@ -58,6 +56,8 @@ def describe_layouts(config: DataConfig) -> Iterator[str]:
         columns = [str(part.layout)] if is_chat else list(dict.fromkeys(itertools.chain(*columns_read(part))))
         if part.layout == Layout.instruction:
             columns.insert(1, "input")
+        if part.is_paired:
+            columns = ["chosen", part.rejected] if is_chat else [*columns, *columns_of(part.rejected, "data.rejected")]
         line = f"{part.layout}, by the column{'s' * (len(columns) > 1)} {' and '.join(f'`{name}`' for name in columns)}"
         if is_chat:
             line += ", all answers" if part.turns == Turns.all else f", the {part.turns} answer"
@@ -67,19 +67,13 @@ def describe_layouts(config: DataConfig) -> Iterator[str]:
 
 
 def print_lengths(rows: TokenizedRows) -> None:
-    """Answers and tokens of the rows: percentiles, and a small histogram."""
+    """Answers and tokens of the rows."""
     masks = (tokens_of(rows, row)[1] for row in range(min(len(rows), LOOKED_AT)))
     answers = [sum(is_supervised for is_supervised, _ in itertools.groupby(mask)) for mask in masks]
     print_line("answers", f"{fmean(answers):.1f} a row, {max(answers)} at most")
     lengths = sorted(rows.lengths)
     low, median, high = (lengths[int(share * (len(lengths) - 1))] for share in (0.05, 0.5, 0.95))
     print_line("tokens", f"{low:,} (5%), {median:,} (median), {high:,} (95%), {lengths[-1]:,} (longest)")
-    width = math.ceil((lengths[-1] - lengths[0] + 1) / BARS)
-    counts = Counter((length - lengths[0]) // width for length in lengths)
-    for bar in range(max(counts) + 1):
-        first = lengths[0] + bar * width
-        hashes = "#" * math.ceil(BAR_WIDTH * counts[bar] / max(counts.values()))
-        print_line("", f"{first:>6,} to {first + width - 1:>6,}  {hashes} {counts[bar]:,}")
 
 
 def describe_stop(rows: TokenizedRows, max_length: int, stops: set[int], tokenizer: Any) -> tuple[bool, str]:

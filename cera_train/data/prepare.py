@@ -17,10 +17,9 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, fields_of, require, to_plain
 from cera_train.common.terminal import announce
-from cera_train.data.order import drawn_rows, interleaved, rows_of_parts
 from cera_train.data.rows import Source
 from cera_train.data.segments import Segment, prompt_of, segmenters, segments_of
-from cera_train.data.sources import open_sources
+from cera_train.data.sources import drawn_rows, interleaved, open_sources, rows_of_parts
 from cera_train.settings.data import DataConfig, Layout, LossOn
 
 CACHE_VERSION = 6  # raised when the same rows would be tokenised or written differently than before

@@ -1,14 +1,28 @@
-"""A row of a data set: its place and the text in its cells. Nothing here imports torch."""
+"""A row of a data set, its place and the text in its cells; and the rows of files, on this machine or wherever fsspec
+reaches: s3://..., hf://..., https://.... Nothing here imports torch.
+
+The readers of `datasets` change rows: 42 beside 0.5 becomes 42.0, 2026-01-01 a date, a missing column null. The tokens
+of a row would depend on the rows around it.
+"""
 
 from __future__ import annotations
 
+import csv
+import glob
+import hashlib
+import io
 import itertools
+import json
 import math
-from collections.abc import Callable, Iterable
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, error_text, errors_at
+from cera_train.common.settings import require
 
 Row = dict[str, Any]
 
@@ -79,3 +93,173 @@ def kind_of(value: Any) -> str:
     """The type of a value, with its article."""
     name = type(value).__name__
     return "null" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+# --- rows of files ----------------------------------------------------------------------------------------------------
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
+
+STORAGES = ("file", "s3", "gs", "az", "hf", "https", "http")
+"""Where files are read from. fsspec has more, such as one that renders a stranger's template."""
+
+
+def from_files(names: Sequence[str], setting: str, whole_text: bool = False) -> Source:
+    """The rows of files, one file after the other. Messages name `setting`, the key that names the files. `whole_text`
+    reads a .txt file as one row."""
+    paths = check_files(names, setting)
+    title = f"{setting}=[{','.join(names[:3])}{',...' if len(names) > 3 else ''}]"
+    return Source(" ".join(map(_content_digest, paths)), lambda: rows_of(paths, whole_text), title)
+
+
+def rows_of(paths: Iterable[str], whole_text: bool = False) -> Iterator[PlacedRow]:
+    """The rows of files, one file after the other."""
+    readers = READERS | {".txt": _read_text} if whole_text else READERS
+    for path in paths:
+        try:
+            yield from readers[suffix_of(path)](path)
+        except UserError:
+            raise
+        except Exception as error:  # each storage, compression and format raises its own
+            reason = " ".join(error_text(error).split())
+            raise UserError(f"{path}: cannot read it: {reason}. Mend it, or write it again as UTF-8.") from error
+
+
+def suffix_of(path: str) -> str:
+    """The suffix that chooses the reader: .jsonl of rows.jsonl.gz."""
+    name = path.lower()
+    return Path(name.removesuffix(Path(name).suffix) if name.endswith(COMPRESSED) else name).suffix
+
+
+def check_files(names: Sequence[str], setting: str) -> list[str]:
+    """The files of these names; a name with a * stands for all files that match. Opens no local file: a pipe would wait
+    for a writer, and a device may never end."""
+    paths = []
+    for name in names:
+        with errors_at(f"{setting}={name}"):
+            paths += _matching_files(name)
+    return paths
+
+
+def _matching_files(name: str) -> list[str]:
+    import fsspec
+
+    storage = name.partition("://")[0] if "://" in name else "file"
+    if "::" in name or storage not in STORAGES:
+        raise UserError(f"files are read from {', '.join(f'{each}://' for each in STORAGES)}: copy it to one of these.")
+    try:
+        system = fsspec.filesystem(storage)
+        paths = [os.path.expanduser(name.removeprefix("file://")) if storage == "file" else name]
+        if "*" in name:
+            paths = glob.glob(paths[0]) if storage == "file" else map(system.unstrip_protocol, system.glob(name))
+        kinds = {path: system.info(path)["type"] for path in sorted(paths)}
+    except Exception as error:  # each storage raises its own
+        raise UserError(f"cannot read the file: {error_text(error)}. Name one that is there.") from error
+    require(bool(kinds), f"no file matches this pattern (from {Path.cwd()}).")
+    suffixes = ", ".join(READERS)
+    for path, kind in kinds.items():
+        require(kind == "file", "it is a folder, a pipe or a device: name files, such as those of 'folder/*.jsonl'.")
+        require(suffix_of(path) in READERS, f"unknown kind of file: expected {suffixes}. Convert it, or rename it.")
+    return list(kinds)
+
+
+def _content_digest(path: str) -> str:
+    """Changes when the content does. Of a file elsewhere, its size and version as its storage reports them."""
+    if "://" in path:
+        import fsspec
+
+        return str(fsspec.filesystem(path.partition("://")[0]).info(path))
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open(path: str) -> Any:
+    """The bytes of a file, decompressed."""
+    import fsspec
+
+    return fsspec.open(path, "rb", compression="infer")
+
+
+# --- one reader for each kind of file --------------------------------------------------------------------------------
+
+
+def _read_jsonl(path: str) -> Iterator[PlacedRow]:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                row = _parse(line.rstrip(), path, number)
+                if not isinstance(row, dict):
+                    mend = "A row is a JSON object; a list of rows is .json."
+                    raise UserError(f"{path}:{number}: expected a row's columns, got {kind_of(row)}. {mend}")
+                yield f"{path}:{number}", row
+
+
+def _read_json(path: str) -> Iterator[PlacedRow]:
+    with _open(path) as file:
+        text = file.read()
+    rows = _parse(text, path, 1) if text.strip() else []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: expected a JSON list of objects. One row a line is .jsonl: rename the file.")
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", row
+
+
+def _read_csv(path: str) -> Iterator[PlacedRow]:
+    """Columns by the first line; every cell is text."""
+    csv.field_size_limit(2**31 - 1)
+    with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+        rows = csv.DictReader(text, delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True)
+        try:
+            header = rows.fieldnames or []
+            if len({*header}) < len(header):
+                raise UserError(f"{path}:1: a column stands twice in {','.join(header)}: rename one.")
+            for row in rows:
+                if None in row or None in row.values():  # DictReader's marks of a cell too many and of a missing one
+                    raise UserError(f"{path}:{rows.line_num}: more or fewer cells than columns: quote commas.")
+                yield f"{path}:{rows.line_num}", row
+        except csv.Error as error:
+            raise UserError(f"{path}:{rows.reader.line_num}: {error}. Write a quote in a quoted cell twice.") from error
+
+
+def _read_parquet(path: str) -> Iterator[PlacedRow]:
+    import pyarrow.parquet
+
+    numbers = itertools.count(1)
+    with _open(path) as file:
+        # As Python's objects, rows take many times as much memory: a thousand at a time.
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
+            for row in batch.to_pylist():
+                yield f"{path}, row {next(numbers)}", row
+
+
+def _read_text(path: str) -> Iterator[PlacedRow]:
+    """One row of one column, `text`."""
+    with _open(path) as file:
+        yield path, {"text": file.read().decode("utf-8-sig")}
+
+
+def _read_documents(path: str) -> Iterator[PlacedRow]:
+    """Rows of one column, `text`. Blank lines separate them; in a file without blank lines every line is a row."""
+    [(_, row)] = _read_text(path)
+    text = row["text"].replace("\r\n", "\n").strip("\n")
+    blank_lines = re.compile(r"\n\s*\n")
+    documents = blank_lines.split(text) if blank_lines.search(text.strip()) else text.split("\n")
+    for number, document in enumerate(filter(str.strip, documents), start=1):
+        yield f"{path}, row {number}", {"text": document}
+
+
+READERS: dict[str, Callable[[str], Iterator[PlacedRow]]] = {
+    **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
+    ".json": _read_json,
+    **dict.fromkeys((".csv", ".tsv"), _read_csv),
+    ".parquet": _read_parquet,
+    ".txt": _read_documents,
+}
+
+
+def _parse(text: bytes, path: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also not UTF-8, thousands of digits, lists in lists in lists
+        line = first_line + getattr(error, "lineno", 1) - 1
+        mend = "One row a line is .jsonl, a list of rows .json; both are UTF-8."
+        raise UserError(f"{path}:{line}: broken JSON: {error}. {mend}") from error

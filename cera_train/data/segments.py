@@ -166,7 +166,7 @@ def columns_of(template: str, setting: str = "template") -> list[str]:
 
 
 def turns_of(row: Row, layout: str) -> list[Row]:
-    """The turns of a row, each an object with a known speaker and a text."""
+    """The turns of a row, each an object with a known speaker and a text; a null is an empty text."""
     speaker, text, known = TURNS[layout]
     turns = cell_of(row, layout, " Choose another data.layout.") or []
     require(isinstance(turns, list), f"column {layout!r} holds {kind_of(turns)}: expected a list of turns.")
@@ -175,17 +175,19 @@ def turns_of(row: Row, layout: str) -> list[Row]:
         if not is_turn:
             expected = f"expected an object with {speaker} (one of {', '.join(known)}) and {text}"
             raise UserError(f"{layout}[{number}] is {str(turn)[:60]!r}: {expected}. Mend it, or remove the turn.")
-    return turns
+    return [turn | {text: as_text(turn.get(text), f"{layout}[{number}] {text!r}")} for number, turn in enumerate(turns)]
 
 
-def first_question(turns: list[Row], layout: str) -> int:
-    """The number of the first turn that asks: where none does, as where a system prompt has the question, the first."""
-    speaker, *_ = TURNS[layout]
-    return next((number for number, turn in enumerate(turns) if turn[speaker] in ASKS), 0)
-
-
-def supervised_turns(turns: list[Row], answers: list[int], wanted: Turns, layout: str) -> list[int]:
-    """The numbers of the answers that are supervised. A turn with `train: false` or `weight: 0` is not."""
+def answers_of(turns: list[Row], wanted: Turns, layout: str) -> tuple[list[int], list[int]]:
+    """The numbers of the turns that answer, and of those that are supervised: a turn with `train: false` or `weight: 0`
+    is not. What stands before the first question, or is empty, is context."""
+    speaker, text, (_, model, *_) = TURNS[layout]
+    asked = next((number for number, turn in enumerate(turns) if turn[speaker] in ASKS), 0)  # perhaps a system prompt
+    answers = [
+        number
+        for number, turn in enumerate(turns)
+        if turn[speaker] == model and number > asked and (turn[text].strip() or turn.get("tool_calls"))
+    ]
     trained = []
     for number in answers:
         flag = turns[number].get("train", turns[number].get("weight"))
@@ -193,21 +195,16 @@ def supervised_turns(turns: list[Row], answers: list[int], wanted: Turns, layout
         require(flag in (None, 0, 1), f"{layout}[{number}] has the flag {str(flag)[:60]!r}: {expected}")
         if flag != 0:
             trained.append(number)
-    return {Turns.first: trained[:1], Turns.last: trained[-1:], Turns.all: trained}[wanted]
+    return answers, {Turns.first: trained[:1], Turns.last: trained[-1:], Turns.all: trained}[wanted]
 
 
 def conversation(row: Row, wanted: Turns) -> list[Segment]:
     """Layout `conversations`, up to the last answer that is supervised."""
     turns = turns_of(row, "conversations")
-    texts = [as_text(turn.get("value"), f"conversations[{number}] 'value'") for number, turn in enumerate(turns)]
-    spoken = [(turn["from"], text) for turn, text in zip(turns, texts, strict=True)]
-    asked = first_question(turns, "conversations")
-    answers = [
-        number for number, (speaker, text) in enumerate(spoken) if speaker == "gpt" and number > asked and text.strip()
-    ]
-    supervised = supervised_turns(turns, answers, wanted, "conversations")
+    spoken = [(turn["from"], turn["value"]) for turn in turns]
+    answers, supervised = answers_of(turns, wanted, "conversations")
     if wanted == Turns.first:  # as published: the first question and answer, without the system prompt
-        firsts = dict(reversed(spoken[asked:]))
+        firsts = dict(reversed([*itertools.dropwhile(lambda turn: turn[0] not in ASKS, spoken)]))
         question, answer = firsts.get("human", ""), firsts.get("gpt", "")
         is_trained = answer.strip() and answers[0] in supervised
         return answered(f"User: {question}\nAssistant:", f" {answer}") if is_trained else []
@@ -225,15 +222,7 @@ def chat_turns(row: Row, wanted: Turns, tokenizer: Any) -> list[Segment]:
     """Layout `messages`: the tokenizer's chat template. What a supervised turn adds to the rendered conversation so far
     is its answer, so no marker has to be searched for. Tool calls and reasoning are part of the turn."""
     messages, tools = messages_of(row), _tools_of(row)
-    asked = first_question(messages, "messages")
-    answers = [  # an empty turn is context
-        number
-        for number, message in enumerate(messages)
-        if message["role"] == "assistant"
-        and number > asked
-        and (message["content"].strip() or message.get("tool_calls"))
-    ]
-    supervised = supervised_turns(messages, answers, wanted, "messages")
+    answers, supervised = answers_of(messages, wanted, "messages")
     if tokenizer is None:
         turns = enumerate(messages[: max(supervised, default=-1) + 1])
         return [Segment(message["content"], number in answers, number in supervised) for number, message in turns]
@@ -298,7 +287,6 @@ def messages_of(row: Row) -> list[Row]:
     messages = []
     for number, turn in enumerate(turns_of(row, "messages")):
         message = _without_nulls(turn)
-        message["content"] = as_text(message.get("content"), f"messages[{number}] 'content'")
         calls = message.get("tool_calls", [])
         for call in calls if isinstance(calls, list) else [None]:
             match call:

@@ -6,8 +6,10 @@ import hashlib
 import itertools
 import json
 import os
+import random
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -16,8 +18,7 @@ from cera_train.common.libraries import hub_or_cache, offline_reason
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted
 from cera_train.data.computed import computed_rows, open_generator
-from cera_train.data.files import check_files, from_files, rows_of
-from cera_train.data.rows import PROMPT, PlacedRow, Source, normalized
+from cera_train.data.rows import PROMPT, PlacedRow, Source, check_files, from_files, normalized, rows_of
 from cera_train.data.segments import Segment, prompt_of, segmenter, segmenters, segments_of
 from cera_train.settings.data import DataConfig, Layout, Turns, as_list
 from cera_train.settings.evaluation import TaskConfig
@@ -207,3 +208,42 @@ def from_hub(config: DataConfig | TaskConfig, setting: str, streaming: bool = Fa
         files = "data.train_files" if section == "data" else f"{section}.files"
         raise UserError(f"{place}: cannot load it: {reason}. {mend}, or set {files} to local files.") from error
     return Source.numbered(f"{path} {split} {fingerprint}", dataset, f"{place}, split {split}")
+
+
+# --- a mix of sources -------------------------------------------------------------------------------------------------
+
+
+def rows_of_parts(available: Sequence[int], weights: Sequence[float | None], total: int | None) -> list[int]:
+    """How many rows of each part an epoch has: its weight's share, by largest remainder.
+
+    Args:
+        available: rows that each part has.
+        weights: of each part, in any unit; or None for all, and every part gives the rows that it has.
+        total: rows of the epoch; by default as many as repeat no part.
+    """
+    if None in weights:
+        weights, total = available, min(total or sum(available), sum(available))
+    exact = [Fraction(str(weight)) for weight in weights]  # 0.7 counts as seven tenths
+    shares = [weight / sum(exact) for weight in exact]
+    if total is None:
+        total = min(int(rows / share) for rows, share in zip(available, shares, strict=True) if share)
+    quotas = [share * total for share in shares]
+    rows = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(rows)), key=lambda part: (rows[part] - quotas[part], part))
+    for part in by_remainder[: total - sum(rows)]:
+        rows[part] += 1
+    return rows
+
+
+def drawn_rows(available: int, count: int, seed: str) -> list[int]:
+    """The numbers of `count` rows of a part: whole passes over it, then rows drawn without replacement."""
+    passes, rest = divmod(count, available)
+    return [*range(available)] * passes + sorted(random.Random(seed).sample(range(available), rest))
+
+
+def interleaved(parts: Sequence[Sequence[int]]) -> list[int]:
+    """The rows of all parts as one list, over which each part is spread evenly: its first rows represent all parts."""
+    places = (
+        ((place + 0.5) / len(rows), part, row) for part, rows in enumerate(parts) for place, row in enumerate(rows)
+    )
+    return [row for *_, row in sorted(places)]

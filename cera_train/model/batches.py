@@ -1,11 +1,12 @@
-"""The sequences of an update -> a share for each process -> micro-batches of a bounded number of tokens. The loss is a
-sum over supervised tokens, so none of it changes the result."""
+"""The rows of an update -> a share for each process -> micro-batches of a bounded number of tokens. The loss is a sum
+over supervised tokens, so neither shares nor micro-batches change the result."""
 
 from __future__ import annotations
 
 import bisect
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,36 @@ from torch.nn.utils.rnn import pad_sequence
 OVERHEAD_TOKENS = 96
 """Cost of one more micro-batch beyond its tokens, in tokens (SmolLM2-135M on two cores): padding fewer tokens than this
 is cheaper than another pass."""
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """Which of the `rows` training rows each update takes, in batches of `batch_size`. An epoch is a permutation that
+    follows from the seed and the update, so resuming needs no state, and all processes find the same."""
+
+    rows: int
+    batch_size: int
+    seed: int
+    together: int = 1  # sequences of a row: two of a preference
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Updates of an epoch. The last takes the rows that remain, so an epoch has every row once."""
+        return math.ceil(self.rows / self.batch_size)
+
+    def epoch(self, update: int) -> int:
+        return update // self.updates_per_epoch
+
+    def sequences(self, update: int) -> list[int]:
+        order = epoch_order(self.rows, self.seed * 1_000_003 + self.epoch(update))
+        start = update % self.updates_per_epoch * self.batch_size
+        rows = order[start : start + self.batch_size].tolist()
+        return [row * self.together + number for row in rows for number in range(self.together)]
+
+
+@functools.lru_cache(maxsize=16)  # takes milliseconds where there are many rows, and every update needs it
+def epoch_order(rows: int, seed: int) -> torch.Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
 def shares(rows: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:

@@ -7,9 +7,8 @@ from statistics import fmean
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
-from cera_train.data.order import rows_of_parts
 from cera_train.data.segments import segmenters, segments_of
-from cera_train.data.sources import open_sources
+from cera_train.data.sources import open_sources, rows_of_parts
 from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn
 from cera_train.settings.run import Config

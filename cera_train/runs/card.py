@@ -89,7 +89,7 @@ def _facts(config: Config, result: RunResult) -> dict[str, str]:
     model, adapter, train, effective_rank = config.model, config.adapter, config.train, describe_rank(result.spectrum)
     targets = [adapter.target_modules] if isinstance(adapter.target_modules, str) else adapter.target_modules or []
     places = ", ".join(filter(None, [*targets, adapter.adapted_experts]))
-    rank, where = "" if adapter.r is None else f" of rank {adapter.r}", f" on {places}" if places else ""
+    rank, where = f" of rank {result.adapter_r}" if result.adapter_r else "", f" on {places}" if places else ""
     before = "before the first update" if adapter.start_from else "untouched base"
     rows = {
         "Base model": model.path + (f", revision {model.revision}" if model.revision else ""),
@@ -102,7 +102,7 @@ def _facts(config: Config, result: RunResult) -> dict[str, str]:
         f"{config.optimizer.kind.value}, learning rate {config.optimizer.lr:g}, seed {train.seed}",
         f"Perplexity, {before}": figure(result.perplexity_before),
         "Perplexity": figure(result.perplexity),
-        "Effective rank": effective_rank and f"{effective_rank} (of {adapter.r})",
+        "Effective rank": effective_rank and f"{effective_rank} (of {result.adapter_r})",
         "Tasks": describe_tasks(result.tasks),
     }
     return {name: text for name, text in rows.items() if text}

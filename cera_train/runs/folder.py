@@ -32,8 +32,8 @@ from cera_train.common import files
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
-from cera_train.data.order import RowOrder
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
+from cera_train.model.batches import RowOrder
 from cera_train.model.precision import Precision
 from cera_train.runs.records import LENGTH, Record, another_config, differences
 from cera_train.runs.results import (

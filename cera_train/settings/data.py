@@ -176,7 +176,8 @@ class DataConfig:
     """For cera-plan only."""
 
     def __post_init__(self) -> None:
-        require_positive("data", self, "max_length", "train_rows")
+        require_positive("data", self, "train_rows")
+        require(self.max_length > 1, f"data.max_length={self.max_length}: set 2 or more: a first token has no loss.")
         if self.mix is None:
             has_templates = (self.prompt, self.completion) not in ((None, None), COLUMN_TEMPLATES)
             if self.layout == Layout.auto and (has_templates or not self.train_files):

@@ -18,7 +18,6 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import AUTO, require
 from cera_train.common.terminal import ProgressBar
 from cera_train.common.trust import redact_tree
-from cera_train.data.order import RowOrder
 from cera_train.data.prepare import prepare_data
 from cera_train.data.sources import decide_layouts
 from cera_train.distributed.accelerator import start_accelerator, this_device
@@ -27,7 +26,7 @@ from cera_train.distributed.signals import Interruption
 from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.exams import Exams
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.model.batches import MicroBatches
+from cera_train.model.batches import MicroBatches, RowOrder
 from cera_train.model.folder import check_length, load_tokenizer
 from cera_train.model.loss import SupervisedLoss, can_compile, choose_layout
 from cera_train.model.precision import Precision, choose_precision

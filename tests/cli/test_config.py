@@ -87,6 +87,7 @@ def test_a_recipe_yields_to_the_command_line(compose):
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1.0 must not be negative"),
         ("optimizer.warmup_ratio=1", "optimizer.warmup_ratio=1.0 must be at least 0 and less than 1"),
         ("train.seed=4294967296", "train.seed=4294967296 must be between 0 and 2**32 - 1"),
+        ("data.max_length=1", "data.max_length=1: set 2 or more"),
         ("train.micro_batch_tokens=10", "train.micro_batch_tokens=10 is less than data.max_length=128"),
         ("data=jsonl data.eval_files=[a.jsonl] data.path=x/y", "data.eval_files without data.train_files"),
         ("data=gsm8k data.completion=''", "data.layout=text needs data.prompt and data.completion"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from cera_train.data import files
+from cera_train.data import rows as data_rows
 from cera_train.data.prepare import Example, TokenizedRows, encode
 from cera_train.data.segments import segmenter
 from cera_train.settings.data import DataConfig
@@ -83,6 +83,6 @@ def config_of(write_jsonl):
 def reads(monkeypatch) -> list[str]:
     """The files whose rows were read, in order."""
     names: list[str] = []
-    read = files.READERS[".jsonl"]
-    monkeypatch.setitem(files.READERS, ".jsonl", lambda path: names.append(Path(path).name) or read(path))
+    read = data_rows.READERS[".jsonl"]
+    monkeypatch.setitem(data_rows.READERS, ".jsonl", lambda path: names.append(Path(path).name) or read(path))
     return names

@@ -133,7 +133,8 @@ def test_what_the_assistant_says_before_a_question_is_context(tokenizer, before)
 def test_a_conversation_without_an_answer_has_no_segments(tokenizer, turns):
     segments = segmenter(data_config(layout="conversations", turns=turns), tokenizer)
     question = {"from": "human", "value": "a"}
-    for conversation in (None, [question], [question, {"from": "gpt", "value": " \n"}]):
+    unasked = [{"from": "gpt", "value": "Hello."}]
+    for conversation in (None, [question], [question, {"from": "gpt", "value": " \n"}], unasked):
         assert segments({"conversations": conversation}) == []
 
 

@@ -8,9 +8,8 @@ import pytest
 from examples import CONVERSATION, texts_of
 
 from cera_train.common.errors import UserError
-from cera_train.data.order import drawn_rows, interleaved, rows_of_parts
 from cera_train.data.prepare import prepare_data, prepare_evaluation
-from cera_train.data.sources import check_data
+from cera_train.data.sources import check_data, drawn_rows, interleaved, rows_of_parts
 from cera_train.settings.data import DataConfig, MixPart
 
 pytest_plugins = ["examples"]

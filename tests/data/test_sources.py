@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.data import files
+from cera_train.data import rows as data_rows
 from cera_train.data.sources import check_data, open_sources
 from cera_train.settings.data import DataConfig
 
@@ -63,7 +63,7 @@ def test_cells_of_a_table_are_text(tmp_path, name, separator):
 def test_files_of_a_storage_elsewhere_are_read_like_those_of_this_machine(monkeypatch):
     import fsspec
 
-    monkeypatch.setattr(files, "STORAGES", ("memory",))
+    monkeypatch.setattr(data_rows, "STORAGES", ("memory",))
     lines = [json.dumps(row) + "\n" for row in number_rows(5)]
     with fsspec.open("memory://bucket/a.jsonl.gz", "wt", compression="gzip") as one:
         one.writelines(lines[:3])

@@ -307,6 +307,9 @@ def test_perplexity_on_other_rows(eval_config, questions):
         )
     )
     assert result["rows"] == 5
+    mixed = ["data=jsonl", f"data.mix=[{{train_files: ['{questions}']}}]"]
+    result = evaluate(eval_config(*mixed, f"task.files=[{questions}]", "name=mixed", task="perplexity"))
+    assert result["rows"] == 8
 
 
 @pytest.mark.parametrize(("limit", "rows"), [(7, 7), (60, 20)])

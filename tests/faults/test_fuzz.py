@@ -19,8 +19,8 @@ from cera_train.adapters.saved import check_saved
 from cera_train.common.files import read_json, read_yaml
 from cera_train.common.settings import to_plain
 from cera_train.common.trust import clean
-from cera_train.data.files import rows_of
 from cera_train.data.prepare import encode
+from cera_train.data.rows import rows_of
 from cera_train.data.segments import segmenter
 from cera_train.evaluation.tasks import gsm8k
 from cera_train.evaluation.tasks import math as math_task

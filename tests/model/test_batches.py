@@ -7,11 +7,11 @@ import pyarrow
 import pytest
 import torch
 
-from cera_train.data.order import RowOrder
 from cera_train.data.prepare import Example, TokenizedRows, table_of
 from cera_train.model.batches import (
     OVERHEAD_TOKENS,
     MicroBatches,
+    RowOrder,
     flat_batch,
     flat_micro_batches,
     padded_batch,

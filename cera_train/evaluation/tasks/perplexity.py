@@ -27,6 +27,7 @@ class Perplexity(Task):
     def rows(self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
         """The rows to predict. `data` is that of `data=`, else the run's; None if neither is known."""
         from cera_train.data.prepare import prepare_evaluation, prepare_windows
+        from cera_train.data.sources import decide_layouts
         from cera_train.model.folder import check_length
 
         if config.window is not None:
@@ -39,9 +40,10 @@ class Perplexity(Task):
                 return prepare_windows("\n\n".join(texts), tokenizer, config.window, config.limit)
         require(data is not None, "data=... is missing: this adapter's training data is unknown. Choose the rows.")
         if config.files:
-            mend = "this run computed its rows and has no layout for files. Add one, such as data=jsonl."
+            mend = "this run computed its rows and has no layout for files. Add data=jsonl 'data.train_files=[FILE]'."
             require(data.layout not in COMPUTED, f"task.files: {mend}")
-            data = replace(data, mix=None, train_files=config.files, eval_files=config.files, eval_rows=None)
+            files = {"train_files": config.files, "eval_files": config.files}
+            data = decide_layouts(replace(data, mix=None, eval_rows=None, **files))
         return prepare_evaluation(data, tokenizer, config.limit)
 
 

@@ -22,8 +22,7 @@ import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.common.settings import flatten, require
-from cera_train.data.files import from_files
-from cera_train.data.rows import Row, Source, normalized, text_of
+from cera_train.data.rows import Row, Source, from_files, normalized, text_of
 from cera_train.data.segments import columns_of
 from cera_train.data.sources import from_hub, open_sources
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
