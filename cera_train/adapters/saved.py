@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cera_train.adapters.families import family
-from cera_train.adapters.families.base import ADAPTER
-from cera_train.adapters.families.peft import replaces_base, usable_methods
+from cera_train.adapters.families.base import ADAPTER, replaces_base, usable_methods
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.settings import require

@@ -2,11 +2,9 @@
 
 from dataclasses import fields
 
-from cera_train.adapters.families.base import Family
+from cera_train.adapters.families.base import Family, Full
 from cera_train.adapters.families.cera import Cera
-from cera_train.adapters.families.full import Full
 from cera_train.adapters.families.lora import Lora
-from cera_train.adapters.families.peft import Peft
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
@@ -16,7 +14,7 @@ FAMILIES: dict[AdapterKind, Family] = {
     AdapterKind.lora: Lora("LoRA"),
     AdapterKind.rslora: Lora("rsLoRA", use_rslora=True),
     AdapterKind.dora: Lora("DoRA", use_dora=True),
-    AdapterKind.peft: Peft(),
+    AdapterKind.peft: Family(),
     AdapterKind.full: Full(),
 }
 

@@ -1,15 +1,23 @@
-"""What a kind of adapter has: settings to check, a model to build, branches whose spectra are taken.
+"""A kind of adapter: any method of PEFT, by its name in peft.PeftType, unless a subclass says otherwise. CeRA and LoRA
+give PEFT a config of their own; full fine-tuning has none.
 
 Commands check settings before they load anything: the files of this folder import torch and peft inside functions.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import contextlib
+import copy
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
+from cera_train.common.errors import UserError
+from cera_train.common.settings import require
+from cera_train.common.terminal import announce_import
+from cera_train.common.trust import BEYOND_WEIGHTS
 from cera_train.settings.adapters import AdapterConfig
 
 if TYPE_CHECKING:
@@ -20,8 +28,16 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"  # the name under which PEFT keeps the adapter
 
+REPLACES_BASE = ("pissa", "olora", "corda", "lora_ga", "mica")
+"""Starts of LoRA's init_lora_weights that take something out of W0."""
 
-@dataclass
+
+def replaces_base(start: Any) -> bool:
+    """Whether a value of init_lora_weights takes something out of W0."""
+    return isinstance(start, str) and start.startswith(REPLACES_BASE)
+
+
+@dataclasses.dataclass
 class Branch:
     """s B gate(A x) beside one projection: r hidden units, whose spectrum can be taken."""
 
@@ -34,37 +50,164 @@ class Branch:
     gate: nn.Module | None = None  # None for the identity
 
 
-class Family(ABC):
-    """One kind of adapter."""
+class Family:
+    """One kind of adapter; as it stands, a method of PEFT."""
 
-    name: str  # for tables and pictures
-    uses: frozenset[str]  # the settings that it reads, beside kind and label. Any other that is set is refused.
-    needs_targets: bool = True  # whether target_modules must be given
-    trains_base: bool = False  # whether the base's weights are trained, and so loaded in float32
+    name = "PEFT"  # for tables and pictures
+    # The settings that it reads, beside kind and label. Any other that is set is refused.
+    uses = frozenset({"method", "r", "alpha", "dropout", "target_modules", "layers", "settings"})
+    needs_targets = False  # whether target_modules must be given
+    trains_base = False  # whether the base's weights are trained
     b_matrix: str | None = None  # the module that holds B, for `adapter.b_lr_ratio`
 
     def title(self, config: AdapterConfig) -> str:
-        return self.name
+        return config.method or self.name
 
-    def check(self, config: AdapterConfig) -> None:  # noqa: B027 - most have nothing to add
+    def check(self, config: AdapterConfig) -> None:
         """Raises UserError where settings contradict each other. Imports no torch."""
+        require(
+            "method" not in self.uses or config.method is not None,
+            "adapter.method=null: name a method of PEFT, such as adapter.method=MISS.",
+        )
 
     def rate_factor(self, config: AdapterConfig) -> float | None:
         """The best learning rate over LoRA's, for `optimizer.lr=auto`. None: unknown."""
-        return None
+        is_full_rank = (config.method or "").upper() == "LN_TUNING"  # adapter=dense
+        return 0.1 if is_full_rank else None
 
     def peft_config(self, config: AdapterConfig) -> peft.PeftConfig | None:
-        """The config of PEFT; None without an adapter. Raises UserError for settings that PEFT refuses."""
-        return None
+        """The PEFT config; None without an adapter. r, alpha and dropout go to the fields of these names, MISS's to
+        miss_alpha and miss_dropout; null and 0 leave PEFT's defaults. Raises UserError for what PEFT refuses."""
+        config_class = config_class_of(config.method)
+        names, fields = {field.name for field in dataclasses.fields(config_class)}, {}
+        for setting, unset in (("r", None), ("alpha", None), ("dropout", 0)):
+            if (value := getattr(config, setting)) != unset:
+                long_name = f"{config.method.lower()}_{setting}"
+                fields[long_name if long_name in names else setting] = value
+        return self.make(config_class, config, fields)
 
-    @abstractmethod
+    def make(self, config_class: type, config: AdapterConfig, fields: dict[str, Any]) -> peft.PeftConfig:
+        """A PEFT config of these fields, the targets and `adapter.settings`."""
+        import peft
+
+        fields = fields | {"task_type": peft.TaskType.CAUSAL_LM}
+        if config.target_modules is not None:
+            fields["target_modules"] = config.target_modules
+        if config.layers is not None and config.target_modules != "all-linear":  # PEFT takes not both: see `build`
+            fields["layers_to_transform"] = config.layers
+        for key in config.settings.keys() & {*BEYOND_WEIGHTS}:
+            raise UserError(f"adapter.settings.{key} can import or open files: no run sets it. Leave it out.")
+        with peft_errors(config):
+            return config_class(**fields, **config.settings)
+
     def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
         """The base with a fresh adapter. Its trainable parameters require gradients, no others do.
 
         Args:
             left_out: names of projections that all-linear does not take.
         """
+        import peft
+
+        from cera_train.adapters.targets import linear_names
+        from cera_train.cera.coverage import exclude_projections
+
+        if config.target_modules == "all-linear" and config.layers is not None:
+            in_layers = [(name, module) for name, module in base.named_modules() if re.search(r"\.\d+\.", name)]
+            config = dataclasses.replace(config, target_modules=linear_names(in_layers))
+        peft_config = self.peft_config(config)
+        exclude_projections(peft_config, left_out, base)
+        with peft_errors(config):
+            model = peft.get_peft_model(base, peft_config)
+            # PEFT fills in fields while it builds, such as IA3's feedforward_modules: what is saved must load again.
+            peft.PeftConfig.from_peft_type(**copy.deepcopy(peft_config.to_dict()))
+            return model
 
     def branch(self, module: nn.Module) -> Branch | None:
         """The branch of this module; None for a module of another kind."""
         return None
+
+
+class RankedFamily(Family):
+    """A method with A and B of a rank, which has a kind of its own."""
+
+    uses = Family.uses - {"method"} | {"b_lr_ratio", "start_from"}
+    needs_targets = True
+
+    def check(self, config: AdapterConfig) -> None:
+        require(config.r is not None, f"adapter.r=null: adapter.kind={config.kind} needs a rank, such as adapter.r=64.")
+        start = config.settings.get("init_lora_weights")
+        require(
+            config.start_from is None or not replaces_base(start),
+            f"adapter.start_from={config.start_from}: adapter.settings.init_lora_weights={start} moves a part of W0 "
+            "into fresh weights. Leave one of the two out.",
+        )
+
+
+class Full(Family):
+    """Full fine-tuning: every weight of the base, in float32, and no adapter."""
+
+    name = "full fine-tuning"
+    uses = frozenset()
+    trains_base = True
+
+    def rate_factor(self, config: AdapterConfig) -> float:
+        return 0.1
+
+    def peft_config(self, config: AdapterConfig) -> None:
+        return None
+
+    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
+        require(
+            not getattr(base, "is_quantized", False),
+            "adapter.kind=full trains every weight, and quantised ones take no gradient: set model.quantization=none.",
+        )
+        # 16-bit weights would round most updates away; the loop computes in 16 bits by autocast.
+        return base.float().requires_grad_(True)
+
+
+@contextlib.contextmanager
+def peft_errors(config: AdapterConfig) -> Iterator[None]:
+    """Turns an error of PEFT, or its warning that a setting matches nothing, into a UserError with the settings to look
+    at."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "error", "The following .*_pattern keys|You have passed exclude_modules|.* tied layer"
+            )
+            yield
+    except (AttributeError, TypeError, ValueError, NotImplementedError, ImportError, re.error, Warning) as error:
+        settings = "".join(f" adapter.settings.{key}={value}" for key, value in config.settings.items())
+        method = f"method={config.method}" if config.method else f"kind={config.kind}"
+        raise UserError(f"adapter.{method}{settings}: {' '.join(str(error).split())}") from error
+
+
+def config_class_of(method: str) -> type[peft.PeftConfig]:
+    """The config class of a PEFT method that the loop can train."""
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    usable = usable_methods()
+    require(
+        method.upper() in usable,
+        f"adapter.method={method} is no method of PEFT that a forward and a backward pass train. There are: "
+        f"{', '.join(usable)}.",
+    )
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
+
+
+def usable_methods() -> list[str]:
+    """The names of PEFT's methods whose tuner only replaces modules: the loop calls the model inside it, and nothing
+    between updates."""
+    announce_import("PyTorch and PEFT")
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    import cera_train.cera  # noqa: F401 - registers CeRA
+
+    return sorted(
+        kind.value
+        for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
+        if issubclass(tuner, BaseTuner)
+        and tuner.forward is BaseTuner.forward
+        and not hasattr(tuner, "update_and_allocate")
+    )

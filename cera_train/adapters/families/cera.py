@@ -7,8 +7,7 @@ from dataclasses import fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from cera_train.adapters.families.base import ADAPTER, Branch
-from cera_train.adapters.families.peft import RankedPeft
+from cera_train.adapters.families.base import ADAPTER, Branch, RankedFamily
 from cera_train.common.settings import require
 from cera_train.settings.adapters import Activation, AdapterConfig, Mix
 
@@ -18,9 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Cera(RankedPeft):
+class Cera(RankedFamily):
     name = "CeRA"
-    uses = RankedPeft.uses | {"activation", "init", "init_scale", "dropout_on", "mix"}
+    uses = RankedFamily.uses | {"activation", "init", "init_scale", "dropout_on", "mix"}
     uses |= {"target_parameters", "experts", "expert_r"}
     b_matrix = "cera_B"
 

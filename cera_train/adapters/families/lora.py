@@ -9,8 +9,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cera_train.adapters.families.base import ADAPTER, Branch
-from cera_train.adapters.families.peft import RankedPeft, peft_errors
+from cera_train.adapters.families.base import ADAPTER, Branch, RankedFamily, peft_errors
 from cera_train.settings.adapters import AdapterConfig
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Lora(RankedPeft):
+class Lora(RankedFamily):
     b_matrix = "lora_B"
 
     def __init__(self, name: str, use_rslora: bool = False, use_dora: bool = False) -> None:
