@@ -28,7 +28,7 @@ ADAPTER_CONFIG, FULL_MODEL = "adapter_config.json", "full_model.json"
 
 
 def is_saved_in(folder: Path) -> bool:
-    """Whether a folder holds what `save` wrote, or a library that saves alike."""
+    """Whether a folder holds an adapter or a full model in the format of `save`."""
     return (folder / ADAPTER_CONFIG).is_file() or (folder / FULL_MODEL).is_file()
 
 

@@ -29,8 +29,8 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def bypassed_projections(model: nn.Module) -> list[str]:
-    """Names of the linear projections that models are known to use without calling them for one tensor, whether or not
-    the kernels are installed here. Needs no weights.
+    """Names of the linear projections whose weights a model may read without calling them, or which return a tuple.
+    Needs neither weights nor the kernels.
 
     Mamba's fused kernels take the weights of x_proj, dt_proj and out_proj as arguments; a router returns a tuple.
     """

@@ -1,4 +1,4 @@
-"""Where the jobs of a sweep run: the launchers of Hydra's plugins, made to start no finished job again."""
+"""Where the jobs of a sweep run: the launchers of Hydra's plugins, which here skip finished jobs."""
 
 import contextlib
 import functools
@@ -97,7 +97,7 @@ class Joblib(MissingJobs, JoblibLauncher):
                 ) from error
 
 
-SIGNALLED: list[int] = []  # the signals that this process of joblib's got. After the first it begins no job.
+SIGNALLED: list[int] = []  # the signals that this process of joblib's received; after the first it starts no job
 
 
 def end_job(number: int) -> None:

@@ -1,5 +1,5 @@
-"""The commands about runs that are there: `cera-eval`, `cera-chat`, `cera-export`, `cera-report`, `cera-sweep`. All is
-checked before torch takes its seconds to import."""
+"""The commands on existing runs: `cera-eval`, `cera-chat`, `cera-export`, `cera-report`, `cera-sweep`. A mistake is
+answered before torch, which takes seconds, is imported."""
 
 import sys
 from dataclasses import replace

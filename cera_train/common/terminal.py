@@ -37,7 +37,7 @@ def announce(label: str, text: str) -> None:
 
 
 def announce_import(libraries: str) -> None:
-    """Says so before torch and libraries on it take their seconds to import."""
+    """Prints a line before torch and libraries on it are imported, which takes seconds."""
     if "torch" not in sys.modules:
         announce("loading", libraries)
 

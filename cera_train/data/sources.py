@@ -43,8 +43,8 @@ PREFERENCES = {
 
 
 def decide_layouts(config: DataConfig) -> DataConfig:
-    """A config without `data.layout=auto`: it becomes a layout with its templates, of a mix part by part. Missing files
-    leave it: whatever opens them says so.
+    """A config with the layout and the templates that fit the columns in place of `data.layout=auto`, in each part of a
+    mix. Where files are missing it stays auto: whatever opens them reports that.
 
     Raises:
         UserError: the columns of the first rows fit no layout, or several.

@@ -1,5 +1,5 @@
-"""Which engine answers requests: the model of a subject, with its adapter and in the precision that it was trained in;
-or for a run in training its model, or a server."""
+"""The engines that answer requests: the model of a subject with its adapter, in the precision of its training; or while
+a run trains, its model or a server."""
 
 import itertools
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ def load_subject(subject: Subject, device: torch.device) -> LoadedModel:
     if subject.adapter is not None:
         record = subject.folder / "environment.json"
         if subject.run is not None and subject.run.model.dtype == subject.model.dtype and record.is_file():
-            # models of one shape load the same adapter
+            # an adapter also loads into another model of the same shape
             expected = read_json(record).get("base_fingerprint")
             if expected not in (None, fingerprint(base)):
                 raise UserError(
@@ -70,7 +70,7 @@ class Sampler:
     adapter of the moment. Processes divide them; a UserError in one is raised in all.
 
     Args:
-        progress: counts the updates, each of which makes another adapter.
+        progress: its update tells when the server's adapter is out of date.
         folder: for the adapter that a server loads.
     """
 
@@ -109,7 +109,7 @@ class Sampler:
         answered, problem = [], None
         try:
             answered = list(itertools.chain.from_iterable(self.engine.answers(batches, max_new_tokens, stop, config)))
-        except UserError as error:  # of this process alone: the others wait in the next line
+        except UserError as error:  # of this process alone: the others wait in the gather
             problem = str(error)
         shares = gather_object([(answered, problem)])
         if problem := next((problem for _, problem in shares if problem is not None), None):

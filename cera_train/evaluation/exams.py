@@ -12,6 +12,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from cera_train.common.errors import errors_at
+from cera_train.common.settings import require
 from cera_train.common.terminal import counted
 from cera_train.data.prepare import encode
 from cera_train.data.sources import answered_rows
@@ -90,6 +91,8 @@ class Exams:
         self.sampled: list[Exam] = []
         if count := config.train.samples:
             exams = self.tasks or [rows_exam(config.data, count, tokenizer, positions)]
+            mend = "no evaluation row has a prompt with room for an answer: set train.samples=0"
+            require(bool(exams[0].problems), f"train.samples={count}: {mend}.")
             self.sampled = [
                 replace(exam, problems=exam.problems[:count], requests=exam.requests[:count]) for exam in exams
             ]

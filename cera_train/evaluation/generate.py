@@ -235,8 +235,7 @@ class LoadedModel:
         return Cache(layers), torch.cat(logits)[prompt_B]
 
     def _next_logits(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """[B, V] logits after the last of these tokens. The cache has what the mask covers before them, and gets
-        them."""
+        """[B, V] logits after the last of these tokens. The cache holds the tokens before them; these are added."""
         # An index, since torch multiplies each row of a slice by a copy of the head's weights where they are frozen.
         last = torch.tensor([-1], device=ids_BT.device)
         # transformers 5.24 renames the argument, and warns of the old name
@@ -282,7 +281,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def gap_free(has_ended_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows that have not ended, the last ones in the gaps that the others leave; and these gaps."""
+    """The rows that have not ended, the last ones in the places of those that have; and these places."""
     going_on = (~has_ended_B).nonzero()[:, 0]
     rows = torch.arange(len(going_on), device=going_on.device)
     gaps = has_ended_B[: len(rows)].nonzero()[:, 0]

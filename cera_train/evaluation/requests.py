@@ -78,7 +78,7 @@ def answer_of(
     settings: transformers.GenerationConfig,
     log_p: list[float] | None = None,
 ) -> Answer:
-    """The answer that these tokens are, up to the first end token."""
+    """The answer in these tokens, up to the first end token."""
     end = next((place for place, token in enumerate(ids) if token in settings.eos_token_id), None)
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     stops = [text.index(stop) for stop in settings.stop_strings or [] if stop in text]

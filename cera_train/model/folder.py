@@ -122,8 +122,8 @@ DOWNLOAD = "Download or copy the model again (`git lfs pull` in a clone), or che
 
 
 def from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any) -> Any:
-    """A part of the model, by transformers, whose errors become UserErrors: they meet a wrong value in a file with
-    whatever Python raises there."""
+    """Loads a part of the model by transformers. Its errors become UserErrors: a wrong value in a file can raise any
+    exception there."""
     check_model(config.path)
     path = files_of(config.path)
     try:

@@ -78,7 +78,7 @@ class Cost(NamedTuple):
 
 
 ALLOWED: dict[str, Allowed] = {}
-"""What a base allows under a method, of this process: to find it takes half of a dry run."""
+"""What a base allows under a method, for this process: probing takes half of a dry run."""
 
 
 class DryRun:
@@ -147,7 +147,7 @@ class DryRun:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Runs the block on fake tensors, as on the planned device."""
-        # transformers would mask whatever is fake, without a look at the values that the meter makes up.
+        # transformers masks every fake tensor without reading it: let it read the meter's values.
         sees_values = patch("transformers.masking_utils.is_tracing", lambda tensor=None: False)
         device = choices_of_a_gpu() if self.config.plan.on_gpu else contextlib.nullcontext()
         errors = errors_in_one_line(self.config.model, self.base.config.model_type)

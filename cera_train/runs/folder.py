@@ -55,7 +55,7 @@ COPIED_TO_END = ("config.yaml", "environment.json", LOSSES_BEFORE, *LOGS)
 """Copied to ends/UPDATE, since a longer run adds to them."""
 
 MOVED_TO_END = ("adapter", "eval", GRADES, LOSSES_AFTER, "spectrum.json", "result.json")
-"""Moved to ends/UPDATE. While result.json, the last, is there, the move is not over."""
+"""Moved to ends/UPDATE, result.json last: while the run's folder has it, the move is not complete."""
 
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 """Their versions stand in environment.json."""

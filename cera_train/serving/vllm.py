@@ -82,6 +82,8 @@ def read_config(original: Callable, cls: type, lora_path: str, max_position_embe
                 f"{lora_path}: {name}={config[name]} is not served: cera-export makes a LoRA of it, if little is lost."
             )
     ranks, alphas = (longest_first(config.get(name)) for name in ("rank_pattern", "alpha_pattern"))
+    if (ranks or alphas) and not hasattr(cls, "get_rank_and_scaling"):
+        raise ValueError(f"{lora_path}: this vLLM ignores rank_pattern and alpha_pattern: install a newer one.")
     is_scaled = config.get("alpha") is not None
     helper = cls.from_dict(
         {

@@ -11,8 +11,8 @@ seed by seed and problem by problem, and what is common to both cancels:
 Each part has the t quantile of its degrees of freedom. If each part alone keeps its error rate, so does the sum,
 whatever the parts' sizes: Banerjee 1960, "Expressions for the lower bound to confidence coefficient", Sankhya 21.
 
-Each arm is compared at the best of its tuned values. Chance has a part in which one that is, and a better one may lie
-between two of the grid: `Cell.between` bounds what those are worth, and widens the interval. Without it, and if every
+Each arm is compared at the best of its tuned values. Chance helps to decide which looks best, and a better one may lie
+between two of the grid: `Cell.between` bounds what that is worth, and widens the interval. Without it, and if every
 seed is judged at the value that the others choose, more than 5 % of verdicts on equal arms are wrong: `python -m
 benchmarks.verdicts`.
 """
@@ -90,7 +90,7 @@ class Contrast:
     """None with one seed or one problem, and where a score differs by the same on every problem."""
     seeds: int
     problems: int
-    between: float  # what a tuned value between those of the grid could still change: the bounds, the p-value, have it
+    between: float  # what a tuned value between those of the grid could still change: in the bounds and the p-value
 
     def verdict_at(self, adjusted_p: float, higher_is_better: bool) -> Verdict:
         """Whether the second arm is better than the first, by a p-value that `holm` adjusted."""

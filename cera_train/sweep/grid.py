@@ -1,7 +1,7 @@
 """The jobs of a sweep: its grid, checked before the first job begins, and each job while it runs.
 
-A sweep has no state beside what its jobs left. Started again, each job finds its folder: the finished are skipped, the
-cut resume, the missing run. `config` is what Hydra composed for the sweep, with Hydra's section. Imports no torch.
+A sweep's state is what its jobs left on disk. The same command skips finished jobs, resumes interrupted ones and runs
+missing ones. `config` is what Hydra composed for the sweep, with Hydra's section. Imports no torch.
 """
 
 from __future__ import annotations

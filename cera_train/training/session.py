@@ -95,13 +95,13 @@ def settle(config: Config, folder: Path) -> Settled:
 
 
 def starts_anew(config: Config, folder: Path) -> bool:
-    """Whether a folder holds no run, or one of which nothing goes on: it diverged before its first checkpoint."""
+    """Whether there is nothing to resume: no run in the folder, or one that diverged before its first checkpoint."""
     is_lost = (folder / DIVERGED).exists() and not any((folder / "checkpoints").glob("*"))
     return is_lost or config.train.resume == Resume.never or not (folder / "config.yaml").is_file()
 
 
 def check_objective(objective: ObjectiveKind, data: DataConfig) -> None:
-    """Raises UserError where an objective learns from other rows."""
+    """Raises UserError where the rows do not fit the objective."""
     place = f"train.objective={objective}"
     if objective == ObjectiveKind.dpo:
         mend = "name rows with the columns prompt, chosen and rejected, or set data.rejected"

@@ -200,7 +200,7 @@ def prove_coverage(session: Session) -> None:
         return
     accelerator, batches = session.accelerator, session.batches
     rows = session.order.sequences(session.progress.update)
-    rows = sorted(rows, key=lambda row: abs(batches.lengths[row] - 64))  # attention matters in 64
+    rows = sorted(rows, key=lambda row: abs(batches.lengths[row] - 64))  # in about 64 tokens attention matters
     session.loss.train()
     with session.local_loss.uncompiled(), coverage.watch():
         for group, _ in shared_out(session.batches, rows[: accelerator.num_processes], accelerator):
@@ -267,7 +267,7 @@ def save(session: Session) -> None:
 
 @contextlib.contextmanager
 def saved_before_errors(session: Session) -> Iterator[None]:
-    """Saves the updates so far where a UserError ends the run, as of a reward that fails or a server that is away."""
+    """Saves the updates so far where a UserError ends the run, such as a failing reward or an unreachable server."""
     try:
         yield
     except UserError:

@@ -115,6 +115,13 @@ def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_righ
     )
 
 
+def test_samples_without_a_prompt_are_refused(tiny_config, write_jsonl):
+    rows = write_jsonl("text.jsonl", [{"text": f"document {number}"} for number in range(40)])
+    config = tiny_config("data=jsonl", f"data.train_files=[{rows}]", "data.layout=documents", "train.samples=2")
+    with pytest.raises(UserError, match="train.samples=2: no evaluation row has a prompt"):
+        train(config)
+
+
 def test_a_run_that_was_cut_ends_with_the_figures_and_samples_of_one_that_was_not(tiny_config, half_right):
     whole, cut = (tiny_config(*TASKS, *SHORT, "train.max_updates=8", f"name={name}") for name in ("whole", "cut"))
     result = train(whole)

@@ -51,7 +51,9 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 QV = ["q_proj", "v_proj"]
 ADAPTERS = {
     "silu": CeraConfig(r=8, target_modules=QV),
-    "silu_all": CeraConfig(r=4, alpha=8, target_modules=LINEARS),
+    "silu_all": CeraConfig(
+        r=4, alpha=8, target_modules=LINEARS, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 4}
+    ),
     "relu": CeraConfig(r=8, target_modules=QV, activation="relu"),
     "gelu": CeraConfig(r=8, target_modules=LINEARS, activation="gelu"),
     "identity": CeraConfig(r=8, target_modules=QV, activation="identity"),

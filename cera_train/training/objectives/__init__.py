@@ -1,4 +1,4 @@
-"""What a run learns: the loss of an update, and what the held-out rows tell. Supervised fine-tuning is here;
+"""Training objectives: the loss of an update, and the figures of the held-out rows. Supervised fine-tuning is here;
 preferences and rewards have a file each."""
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Reward = Callable[[str, str, str], float]  # takes a prompt, an answer to it, and the row's answer
 
 MOST_WEIGHT = 2.0
-"""Of a token that a server sampled, its probability here over that there: truncated importance sampling, as TRL's."""
+"""Upper bound of a sampled token's importance weight, p here / p on the server: truncated, as in TRL."""
 
 PATIENCE = 100  # groups that all lack a difference in reward, after which a run is given up
 
