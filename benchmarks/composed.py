@@ -17,4 +17,4 @@ def composed(*overrides: str, command: str = "train") -> Any:
     name = "config" if command == "train" else command
     with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
         settings = with_implied_files(f"cera-{command}", overrides)
-        return to_config(hydra.compose(name, settings), SCHEMAS[f"cera-{command}"])
+        return to_config(hydra.compose(name, settings), settings, SCHEMAS[f"cera-{command}"])

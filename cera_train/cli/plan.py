@@ -10,14 +10,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cera_train.cli.start import (
-    announce_imports,
-    check_trust,
-    errors_in_one_line,
-    start_hydra,
-    to_config,
-    without_hydra,
-)
+from cera_train.cli.start import announce_imports, errors_in_one_line, start_hydra, to_config, without_hydra
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.planning.plan import RunPlan, make_plan
@@ -37,8 +30,7 @@ def main() -> None:
 
     def plan(composed: DictConfig) -> None:
         """Prints the plan of a run; keeps that of a sweep's job, which Hydra makes one after the other."""
-        check_trust(composed, HydraConfig.get().overrides.task)
-        config = to_config(composed, PlanRun)
+        config = to_config(composed, HydraConfig.get().overrides.task, PlanRun)
         announce_imports()
         plans.append(make_plan(config))
         if HydraConfig.get().mode != RunMode.MULTIRUN:

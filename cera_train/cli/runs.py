@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cera_train.cli.mistakes import Parser
-from cera_train.cli.start import announce_imports, check_trust, print_error, start_hydra, to_config
+from cera_train.cli.start import announce_imports, print_error, start_hydra, to_config
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
 from cera_train.distributed.processes import in_processes, is_one_of_several
@@ -26,8 +26,7 @@ LONGEST_NAME = 100  # characters of a report's folder; a file system takes 255
 
 def checked(composed: DictConfig, schema: type) -> tuple[Any, Subject]:
     """The config of a command, and what its `run` names."""
-    config = to_config(composed, schema)
-    check_trust(composed, HydraConfig.get().overrides.task)
+    config = to_config(composed, HydraConfig.get().overrides.task, schema)
     with heavy_imports():  # of PEFT, for an adapter that is neither CeRA nor LoRA
         subject = find_subject(config)
     check_model(subject.model.path)

@@ -178,8 +178,13 @@ def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
             )
 
 
-def to_config(composed: DictConfig, schema: type = Config) -> Any:
-    """The checked dataclasses of a composed config. Below this line nothing sees OmegaConf."""
+def to_config(composed: DictConfig, overrides: Sequence[str], schema: type = Config) -> Any:
+    """The checked dataclasses of a composed config. Below this line nothing sees OmegaConf.
+
+    Args:
+        overrides: those of the command line, which alone may choose code to run.
+    """
+    check_trust(composed, overrides)
     tree = flatten(OmegaConf.to_container(composed))
     for key in sorted(tree):  # Hydra lets +key=value add anything
         if tree[key] != MISSING and not fields_at(schema, key):
@@ -215,7 +220,7 @@ def check_line_breaks(key: str, value: Any) -> None:
 
 def without_hydra(composed: DictConfig, schema: type = Config) -> Any:
     """The checked config of a job, from all that Hydra composed for it."""
-    check_trust(composed, composed.hydra.overrides.task)
+    overrides = composed.hydra.overrides.task
     with read_write(composed), open_dict(composed):
         del composed["hydra"]
-    return to_config(composed, schema)
+    return to_config(composed, overrides, schema)

@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 
 from cera_train.cli.start import (
     announce_imports,
-    check_trust,
     errors_in_one_line,
     print_error,
     start_hydra,
@@ -88,9 +87,8 @@ def train(composed: DictConfig) -> float | None:
 
 def prepare(composed: DictConfig, job: Job | None = None) -> Config:
     """The checked config of a run as composed; of a job of a sweep, in its folder there."""
-    config = to_config(composed)
     overrides = HydraConfig.get().overrides.task
-    check_trust(composed, overrides)
+    config = to_config(composed, overrides)
     if job is not None:
         tracker = replace(config.tracker, group=config.tracker.group or job.sweep.name)
         config = replace(config, output_dir=str(job.sweep), name=job.name, tracker=tracker)
