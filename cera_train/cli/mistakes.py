@@ -10,17 +10,18 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf, resolvers
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import options
-from cera_train.common.settings import fields_of
-from cera_train.common.trust import may_run_code
+from cera_train.common.settings import fields_of, require
+from cera_train.common.trust import SECRET_NAME, may_run_code
 from cera_train.settings.evaluation import ChatConfig, EvalConfig, ExportConfig
 from cera_train.settings.run import Config, PlanRun
 
@@ -113,6 +114,7 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
         raise UserError("--look: it shows the rows of one run: leave out -m.")
     if "--config-dir" in flags:
         check_config_folder(flags["--config-dir"])
+        OmegaConf.register_new_resolver("oc.env", env_without_secrets, replace=True)
     if program == "cera-train" and not settings and not flags:
         settings = ["+recipe=quickstart"]
     settings = with_implied_files(program, settings)
@@ -137,34 +139,57 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
 
 
 def check_config_folder(folder: str) -> None:
-    """Refuses a folder of config files from elsewhere of which one sets Hydra's section: it runs code by a `_target_`,
-    the factories of a logging config, the environment of processes, or a launcher's shell commands. A file may choose
-    one of our sweepers or launchers, and set the dimensions of a sweep."""
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_dir() and path.is_symlink():
-            raise UserError(f"{path} is a link, and Hydra would read what it leads to: put the files there instead.")
-        if path.suffix != ".yaml":
-            continue
-        text = path.read_text(errors="replace")
-        try:
-            tree = yaml.load(text, get_yaml_loader())  # Hydra's, which takes more than YAML's safe one
-        except yaml.YAMLError:
-            continue  # Hydra cannot read it either, and names the line
-        tree = tree if isinstance(tree, dict) else {}
-        match tree.get("hydra", {}):
-            case {"sweeper": {"params": dict(params), **others}, **more} if not (others or more):
-                is_refused = any(may_run_code(str(key)) for key in params)
-            case section:
-                is_refused = bool(section)
-        defaults = tree.get("defaults") or []
-        words = [str(word) for entry in defaults for word in (entry if isinstance(entry, dict) else [entry])]
-        is_refused |= any("hydra" in word and not re.fullmatch(r"override /hydra/\w+", word) for word in words)
-        is_refused |= any("@package" in line and "hydra" in line for line in text.splitlines())
-        if is_refused or "hydra" in path.relative_to(folder).parts:
-            raise UserError(
-                f"{path} sets `hydra`, by which a file can run code: write what you need of it on the command line, "
-                "such as hydra.launcher.partition=gpu."
-            )
+    """Refuses a folder of config files from elsewhere if one sets Hydra's section, which runs code by a `_target_`,
+    the factories of a logging config, the environment of processes, or a launcher's shell commands; or if one reads a
+    file outside the folder. A file may choose one of our sweepers or launchers, and set the dimensions of a sweep."""
+    for root, folders, names in os.walk(folder, onerror=_raise):
+        for path in map(Path(root).joinpath, folders):
+            require(not path.is_symlink(), f"{path} is a link, which Hydra follows: put the files there instead.")
+        for path in map(Path(root).joinpath, names):
+            if path.name.endswith(".yaml") and path.is_file():
+                is_refused = "hydra" in path.relative_to(folder).parts or _may_run_code(
+                    path.read_text(errors="replace")
+                )
+                reason = "sets `hydra` or reads a file elsewhere, by which it can run code"
+                mend = "write what you need of it on the command line, such as hydra.launcher.partition=gpu"
+                require(not is_refused, f"{path} {reason}: {mend}.")
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _may_run_code(text: str) -> bool:
+    """Whether a config file sets Hydra's section, or names a file outside its folder."""
+    if any("@package" in line and "hydra" in line for line in text.splitlines()):
+        return True
+    try:
+        tree = yaml.load(text, get_yaml_loader())  # Hydra's, which takes more than YAML's safe one
+    except Exception:  # as Hydra, which then says where
+        return False
+    if not isinstance(tree, dict):
+        return False
+    defaults = tree.get("defaults") or []
+    if not isinstance(defaults, list):  # a resolver may make a list of it
+        return True
+    for entry in defaults:
+        for key, value in entry.items() if isinstance(entry, dict) else [(entry, "")]:
+            if re.fullmatch(r"override /hydra/(launcher|sweeper)", str(key)) and re.fullmatch(r"\w+", str(value)):
+                continue
+            if re.search(r"hydra|\.\.|//|\$\{", f"{key}={value}"):
+                return True
+    match tree.get("hydra", {}):
+        case {"sweeper": {"params": dict(params), **others}, **more} if not (others or more):
+            return any(may_run_code(str(key), str(value)) for key, value in params.items())
+        case section:
+            return bool(section)
+
+
+def env_without_secrets(name: str, *default: Any) -> Any:
+    """${oc.env:NAME} of a file from elsewhere, which could pass a secret on."""
+    mend = "with --config-dir no setting reads a secret. Leave it out"
+    require(not SECRET_NAME.search(name), f"${{oc.env:{name}}}: {mend}.")
+    return resolvers.oc.env(name, *default)
 
 
 def with_implied_files(program: str, settings: Sequence[str]) -> list[str]:
@@ -206,9 +231,11 @@ def explain_composition(error: Exception, program: str) -> str | None:
         case yaml.MarkedYAMLError() if error.problem_mark is not None:
             return f"{error.problem_mark.name}:{error.problem_mark.line + 1}: broken YAML: {error.problem}."
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if "Unexpected type for root: NoneType" in str(error):  # OmegaConf's, which names no key
+    if re.match(
+        "Unexpected type for root: NoneType|'NoneType' object has no attribute 'get'", str(error)
+    ):  # OmegaConf's
         setting = next(frame.f_locals["override"].input_line for frame in frames if "override" in frame.f_locals)
-        section = setting.partition(".")[0]
+        section = re.match(r"\w+", setting)[0]
         file = "-m +study=NAME" if section == "study" else f"{section}=NAME"
         return f"{setting}: the section {section} is null here: choose a file for it, {file}."
     frame = frames[-1]
@@ -243,7 +270,7 @@ def _describe(error: Exception, program: str) -> str:
     # No attribute of Hydra's exception holds the file in which a key or value stands.
     file = re.search(r"In '([\w./-]+)': \w+ raised while composing", message)
     place = f"{file[1]}.yaml: {key}" if file else key
-    if not_overridden and key in fields_of(SCHEMAS[program]):
+    if not_overridden and any(f"{name}.".startswith(f"{key}.") for name in fields_of(SCHEMAS[program])):
         return f"{place}: the value has a new key: write ++{key}=... to add it."
     if not_overridden or isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return unknown_setting(key, place, SCHEMAS[program])

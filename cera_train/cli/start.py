@@ -26,7 +26,7 @@ from cera_train.adapters.families import check_settings
 from cera_train.cli.mistakes import SCHEMAS, explain_composition, for_hydra, unknown_setting
 from cera_train.common.errors import UserError, explain
 from cera_train.common.files import config_dir, options
-from cera_train.common.settings import MISSING, fields_at, flatten, require
+from cera_train.common.settings import MISSING, fields_at, flatten, require, word_of
 from cera_train.common.terminal import announce_import
 from cera_train.common.trust import clean, redact
 from cera_train.distributed.processes import is_main_process, join_slurm_step
@@ -171,7 +171,7 @@ def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
     for key in ("model.trust_remote_code", "trust_remote_code", "grpo.rewards"):
         value = OmegaConf.select(composed, key)
         if value and not any(word.lstrip("+").startswith(f"{key}=") for word in overrides):
-            setting = f"{key}={'true' if value is True else value}"
+            setting = f"{key}={'true' if value is True else word_of([*value])}"
             raise UserError(
                 f"{setting} in a config file runs Python code that comes with the model or the file. If you trust that "
                 f"code, put {setting} on the command line."

@@ -147,7 +147,8 @@ class TrainingSweep(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Prints the table. Exit status 1 unless all jobs are finished, or submitted and left."""
         if is_main_process():
-            (Path(config.hydra.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)  # as `Job.start`, had none to do
+            # `Job.start` removes it, too, but no job may have started.
+            (Path(config.hydra.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
             print()
             if not (print_sweep(Path(config.hydra.sweep.dir)) or config.launch.detach):
                 sys.exit(1)

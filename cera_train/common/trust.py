@@ -10,9 +10,11 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import map_values
 
 
-def may_run_code(key: str) -> bool:
-    """Whether an override of this key sets Hydra's section, trusts the code of a model, or names functions to call."""
-    return any(word in key for word in ("hydra", "trust_remote_code", "grpo.rewards"))
+def may_run_code(key: str, value: str) -> bool:
+    """Whether an override sets Hydra's section, trusts the code of a model, names functions to call, or chooses a
+    config file outside its folder."""
+    is_group = "." not in key
+    return any(word in key for word in ("hydra", "trust_remote_code", "grpo.rewards")) or (is_group and ".." in value)
 
 
 # Fields of PEFT's configs that name modules to import, files to open, or layers to add.

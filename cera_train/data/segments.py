@@ -178,15 +178,17 @@ def turns_of(row: Row, layout: str) -> list[Row]:
     return [turn | {text: as_text(turn.get(text), f"{layout}[{number}] {text!r}")} for number, turn in enumerate(turns)]
 
 
-def answers_of(turns: list[Row], wanted: Turns, layout: str) -> tuple[list[int], list[int]]:
-    """The numbers of the turns that answer, and of those that are supervised: a turn with `train: false` or `weight: 0`
-    is not. What stands before the first question, or is empty, is context."""
+def answers_of(turns: list[Row], wanted: Turns, layout: str) -> tuple[int, list[int], list[int]]:
+    """The number of the first question; those of the answers after it, which are not empty; and those of the answers
+    that are supervised: a turn with `train: false` or `weight: 0` is not."""
     speaker, text, (_, model, *_) = TURNS[layout]
     asked = next((number for number, turn in enumerate(turns) if turn[speaker] in ASKS), 0)  # perhaps a system prompt
     answers = [
         number
         for number, turn in enumerate(turns)
-        if turn[speaker] == model and number > asked and (turn[text].strip() or turn.get("tool_calls"))
+        if turn[speaker] == model
+        and number > asked
+        and (turn[text].strip() or (layout == Layout.messages and turn.get("tool_calls")))
     ]
     trained = []
     for number in answers:
@@ -195,18 +197,18 @@ def answers_of(turns: list[Row], wanted: Turns, layout: str) -> tuple[list[int],
         require(flag in (None, 0, 1), f"{layout}[{number}] has the flag {str(flag)[:60]!r}: {expected}")
         if flag != 0:
             trained.append(number)
-    return answers, {Turns.first: trained[:1], Turns.last: trained[-1:], Turns.all: trained}[wanted]
+    return asked, answers, {Turns.first: trained[:1], Turns.last: trained[-1:], Turns.all: trained}[wanted]
 
 
 def conversation(row: Row, wanted: Turns) -> list[Segment]:
     """Layout `conversations`, up to the last answer that is supervised."""
     turns = turns_of(row, "conversations")
     spoken = [(turn["from"], turn["value"]) for turn in turns]
-    answers, supervised = answers_of(turns, wanted, "conversations")
+    asked, answers, supervised = answers_of(turns, wanted, "conversations")
     if wanted == Turns.first:  # as published: the first question and answer, without the system prompt
-        firsts = dict(reversed([*itertools.dropwhile(lambda turn: turn[0] not in ASKS, spoken)]))
+        firsts = dict(reversed(spoken[asked:]))
         question, answer = firsts.get("human", ""), firsts.get("gpt", "")
-        is_trained = answer.strip() and answers[0] in supervised
+        is_trained = answer.strip() and answers and answers[0] in supervised
         return answered(f"User: {question}\nAssistant:", f" {answer}") if is_trained else []
     segments, context = [], ""
     for number, (speaker, text) in enumerate(spoken[: max(supervised, default=-1) + 1]):
@@ -222,7 +224,7 @@ def chat_turns(row: Row, wanted: Turns, tokenizer: Any) -> list[Segment]:
     """Layout `messages`: the tokenizer's chat template. What a supervised turn adds to the rendered conversation so far
     is its answer, so no marker has to be searched for. Tool calls and reasoning are part of the turn."""
     messages, tools = messages_of(row), _tools_of(row)
-    answers, supervised = answers_of(messages, wanted, "messages")
+    _, answers, supervised = answers_of(messages, wanted, "messages")
     if tokenizer is None:
         turns = enumerate(messages[: max(supervised, default=-1) + 1])
         return [Segment(message["content"], number in answers, number in supervised) for number, message in turns]

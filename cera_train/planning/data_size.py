@@ -155,10 +155,11 @@ def _size_of_rows(config: DataConfig) -> DataSize:
     is_generated = config.layout == Layout.reasoning_gym  # as many as the settings say, and slow to make
     few = replace(config, train_rows=min(FEW_ROWS, config.train_rows), eval_rows=1) if is_generated else config
     train, evaluation = open_sources(few)
-    lengths, answers, sampled = [], 0.0, 0
+    lengths, answers, sampled, answered = [], 0.0, 0, 0
     for segments in segments_of(train.first(SAMPLE_ROWS).located(), *segmenters(config, tokenizer=None)):
-        sampled += 1  # a row without an answer, too: training drops it
+        sampled += 1  # also a row without an answer, which training drops
         if segments:
+            answered += 1
             counts = [len(PIECES.findall(segment.text)) for segment in segments]
             prompt = sum(count for count, segment in zip(counts, segments, strict=True) if not segment.supervised)
             windows = math.ceil(sum(counts) / config.max_length) if config.layout == Layout.documents else 1
@@ -167,10 +168,9 @@ def _size_of_rows(config: DataConfig) -> DataSize:
             answers += max(0.0, length - prompt)
     if not sum(lengths):
         raise UserError(f"{train.name}: no row to train on has an answer. Check columns, templates, data.eval_rows.")
-    windows = len(lengths) / sampled
     size = DataSize(
-        config.train_rows if is_generated else round(windows * sum(1 for _ in train.located())),
-        config.eval_rows if is_generated else round(windows * sum(1 for _ in evaluation.located())),
+        config.train_rows if is_generated else round(len(lengths) / sampled * sum(1 for _ in train.located())),
+        config.eval_rows if is_generated else round(len(lengths) / answered * sum(1 for _ in evaluation.located())),
         fmean(lengths),
         answers / sum(lengths),
         ESTIMATED,

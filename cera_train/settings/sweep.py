@@ -84,10 +84,10 @@ class StudyConfig:
                 is_free = key not in places or (places[key], group) == ("an arm", "conditions")
                 require(is_free, f"{place}: {places.get(key)} sets it too. Keep one.")
                 places[key] = f"study.{group}"
-        for key in places:
-            require(
-                not may_run_code(key), f"study: {key} can run code: put it on the command line, for all arms alike."
-            )
+        overrides = [word.lstrip("+").partition("=")[::2] for word in words]
+        for key, value in (*overrides, *self.tune.items(), *self.conditions.items()):
+            mend = "put it on the command line, for all arms alike"
+            require(not may_run_code(key, str(value)), f"study: {key} can run code: {mend}.")
 
     @property
     def pairs(self) -> dict[tuple[str, str], str]:

@@ -189,7 +189,7 @@ class StudySweeper(Sweeper):
     seeds chose with every other seed."""
 
     compose: ClassVar[ComposeJob]  # of the study that begins
-    record: ClassVar[SweepRecord]  # that in the folder is without secrets, which jobs may need
+    record: ClassVar[SweepRecord]  # the copy in the folder lacks secrets, which jobs may need
 
     def __init__(self, **_: Any) -> None:
         """Hydra passes the settings, of which a study has none here."""

@@ -200,7 +200,7 @@ def prove_coverage(session: Session) -> None:
         return
     accelerator, batches = session.accelerator, session.batches
     rows = session.order.sequences(session.progress.update)
-    rows = sorted(rows, key=lambda row: abs(batches.lengths[row] - 64))  # in about 64 tokens attention matters
+    rows = sorted(rows, key=lambda row: abs(batches.lengths[row] - 64))  # rows of about 64 tokens: attention matters
     session.loss.train()
     with session.local_loss.uncompiled(), coverage.watch():
         for group, _ in shared_out(session.batches, rows[: accelerator.num_processes], accelerator):

@@ -51,6 +51,10 @@ def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
         (peft_of("IA3", 4), "adapter.method=IA3: .*unexpected keyword argument 'r'"),
         (peft_of("MISS", 4, minir=2), "adapter.method=MISS adapter.settings.minir=2: .*unexpected keyword argument"),
         (peft_of("MISS", 4, r=3), "adapter.method=MISS adapter.settings.r=3: .*multiple values for keyword"),
+        *(
+            (AdapterConfig(kind, 4, settings={name: value}), f"adapter.settings.{name}=.*: expected numbers by name")
+            for kind, name, value in (("cera", "rank_pattern", ["q_proj"]), ("lora", "alpha_pattern", {"q_proj": "x"}))
+        ),
         (AdapterConfig("lora", 4, settings={"eva_config": {}}), "adapter.settings.eva_config can import or open files"),
         (
             AdapterConfig("cera", 4, settings={"layers_pattern": "h"}),
@@ -89,10 +93,8 @@ def test_free_form_settings_come_through_the_command_line(compose, overrides, ex
                 ("rank_pattern", {"q_proj": 2, "x_proj": 2}),
                 ("exclude_modules", ["x_proj"]),
                 ("rank_pattern", {"(": 2}),
-                ("rank_pattern", ["q_proj"]),
             )
         ),
-        (AdapterConfig("lora", 4, alpha=None, settings={"rank_pattern": {"q_proj": "x"}}), "adapter.kind=lora .*x"),
     ],
 )
 def test_what_peft_refuses_on_this_model_is_a_line_that_names_the_settings(config, message):

@@ -78,6 +78,7 @@ MISTAKES = [
     ("cera-train +recipe=sft +recipe=quickstart", "recipe=... stands twice", "keep one of the two"),
     ("cera-train study.arms={a:[adapter=lora]}", "cannot read the value", """'KEY=["a=b","""),
     ("cera-train -m +study=first_look study.tune={a.b:[3]}", "study.tune: the value has a new key", "++study.tune="),
+    ("cera-eval model={pth:x}", "model={pth:x}: the section model is null here", "choose a file for it, model=NAME"),
     ("cera-train adapter.r 4", "adapter.r: expected key=value", "without spaces"),
     ("cera-train math_r64", "math_r64: expected key=value", "+recipe=NAME"),
     ("cera-train --adapter.r 4", "--adapter.r: unknown option", "settings take no dashes"),

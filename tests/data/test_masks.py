@@ -134,6 +134,8 @@ def test_a_conversation_without_an_answer_has_no_segments(tokenizer, turns):
     segments = segmenter(data_config(layout="conversations", turns=turns), tokenizer)
     question = {"from": "human", "value": "a"}
     unasked = [{"from": "gpt", "value": "Hello."}]
+    by_system = segments({"conversations": [{"from": "system", "value": "Greet."}, *unasked]})
+    assert [segment.text for segment in by_system if segment.supervised] == [" Hello."]
     for conversation in (None, [question], [question, {"from": "gpt", "value": " \n"}], unasked):
         assert segments({"conversations": conversation}) == []
 

@@ -193,6 +193,12 @@ def test_sign_flip_of_right_and_wrong_is_mcnemars(only_first, only_second):
     assert sign_flip(first, second) == (scipy.stats.binomtest(only_first, differ).pvalue if differ else 1)
 
 
+def test_sign_flip_of_scores_counts_outcomes_or_draws_them():
+    assert sign_flip([0] * 4, [1, 1, 1, 0.5]) == 2 / 16
+    assert sign_flip([0] * 15, [1] * 14 + [0.5]) == pytest.approx(1e-4, abs=1e-4)  # 2 of 32,768: one of 10,000 draws
+    assert sign_flip([0] * 16, [1, -1] * 7 + [0.5, -0.5]) == 1
+
+
 def test_paired_bootstrap_uses_the_pairing():
     """Two runs that differ on 20 of 400 problems: their intervals overlap widely, the difference is sure."""
     second = [1.0] * 140 + [0.0] * 260

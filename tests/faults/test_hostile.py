@@ -108,6 +108,12 @@ CALLBACKS = {
     ),
     "under an indented package": f"  # @package hydra.callbacks.x\n{CREATE.replace('    ', '')}",
     "as a dimension that trusts": GRID + ", model.trust_remote_code: true}\n",
+    "as a dimension outside": GRID + ", model: ../../evil}\n",
+    "by a file outside": "defaults: [/../evil]\npath: x\n",
+    "by an absolute path": "defaults: [/OUTSIDE]\npath: x\n",
+    "by a choice outside": f"{GLOBAL}defaults: [{{override /hydra/callbacks: ../../../evil}}]\n",
+    "by defaults that are made": GLOBAL + 'defaults: "${oc.create:[/payload@_global_.hydra.callbacks.x]}"\n',
+    "by defaults with a resolver": 'defaults: ["/payload@_global_.h${oc.decode:ydra}.callbacks.x"]\npath: x\n',
 }
 
 
@@ -115,18 +121,27 @@ CALLBACKS = {
 def test_a_config_file_from_elsewhere_runs_no_code(tmp_path, marker, refusal, way):
     folder = tmp_path / "stranger"
     (folder / "model").mkdir(parents=True)
-    (folder / "model" / "mine.yaml").write_text(CALLBACKS[way].replace("MARKER", str(marker)))
+    text = CALLBACKS[way].replace("MARKER", str(marker)).replace("OUTSIDE", str(tmp_path / "evil"))
+    (folder / "model" / "mine.yaml").write_text(text)
+    (tmp_path / "evil.yaml").write_text(
+        f"# @package hydra.callbacks\nx: {{_target_: os.mknod, _args_: ['{marker}']}}\n"
+    )
     (folder / "payload.yaml").write_text(CREATE.replace("    ", "").replace("MARKER", str(marker)))
     line = refusal("cera-train", "--config-dir", str(folder), "model=mine", "name=run")
     assert not marker.exists()
     assert re.search(r"stranger/.*\.yaml sets `hydra`.*write what you need of it on the command line", line)
 
 
-def test_a_linked_folder_of_config_files_is_refused(tmp_path, refusal):
-    for name in ("stranger", "elsewhere"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "stranger" / "model").symlink_to(tmp_path / "elsewhere")
-    assert "stranger/model is a link, and" in refusal("cera-train", "--config-dir", "stranger", "name=run")
+def test_a_linked_folder_a_nameless_file_and_a_secret_are_refused(tmp_path, refusal, monkeypatch):
+    for name in ("linked", "nameless", "curious/model"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "linked" / "model").symlink_to(tmp_path)
+    (tmp_path / "nameless" / ".yaml").write_text(f"# @package hydra.callbacks.x\n{CREATE.replace('    ', '')}")
+    (tmp_path / "curious" / "model" / "mine.yaml").write_text("path: https://host/${oc.env:MY_TOKEN}\n")
+    monkeypatch.setenv("MY_TOKEN", "hf_abcdefghijkl")
+    assert "linked/model is a link, which" in refusal("cera-train", "--config-dir", "linked", "name=run")
+    assert "nameless/.yaml sets `hydra`" in refusal("cera-train", "--config-dir", "nameless", "name=run")
+    assert "no setting reads a secret" in refusal("cera-train", "--config-dir", "curious", "model=mine")
 
 
 def test_a_config_file_cannot_name_functions_to_call(tmp_path, refusal):
@@ -134,7 +149,7 @@ def test_a_config_file_cannot_name_functions_to_call(tmp_path, refusal):
     file = tmp_path / "stranger" / "model" / "mine.yaml"
     file.write_text(f"{GLOBAL}model: {{path: a/b}}\ntrain: {{objective: grpo}}\ngrpo: {{rewards: [os.execl]}}\n")
     line = refusal("cera-train", "--config-dir", "stranger", "model=mine", "name=run")
-    assert "grpo.rewards=['os.execl'] in a config file runs Python code" in line
+    assert "grpo.rewards=[os.execl] in a config file runs Python code" in line
 
 
 def test_a_callback_on_the_command_line_is_the_users_and_runs(marker, refusal):

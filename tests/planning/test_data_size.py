@@ -75,7 +75,8 @@ def test_windows_of_documents_count_and_rows_without_an_answer_do_not(size, writ
     windows = size("data=jsonl", *settings, "data.train_rows=30", "data.eval_rows=10")
     assert (windows.train_rows, windows.eval_rows, windows.tokens_per_row) == (150, 50, 20)
     half = write_jsonl("half.jsonl", [{"prompt": "p", "completion": "c" * (row % 2)} for row in range(60)])
-    assert size("data=jsonl", f"data.train_files=[{half}]", f"data.eval_files=[{documents}]").train_rows == 30
+    halved = size("data=jsonl", f"data.train_files=[{half}]", f"data.eval_files=[{documents}]")
+    assert (halved.train_rows, halved.eval_rows) == (30, 50)
 
 
 def test_a_mix_is_the_sum_of_its_parts_by_their_weights(size):

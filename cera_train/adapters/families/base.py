@@ -135,6 +135,10 @@ class RankedFamily(Family):
 
     def check(self, config: AdapterConfig) -> None:
         require(config.r is not None, f"adapter.r=null: adapter.kind={config.kind} needs a rank, such as adapter.r=64.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = config.settings.get(name) or {}
+            is_pattern = isinstance(pattern, dict) and all(isinstance(each, int | float) for each in pattern.values())
+            require(is_pattern, f"adapter.settings.{name}={pattern}: expected numbers by name, such as {{q_proj: 8}}.")
         start = config.settings.get("init_lora_weights")
         require(
             config.start_from is None or not replaces_base(start),
@@ -175,7 +179,7 @@ def peft_errors(config: AdapterConfig) -> Iterator[None]:
                 "error", "The following .*_pattern keys|You have passed exclude_modules|.* tied layer"
             )
             yield
-    except (AttributeError, TypeError, ValueError, NotImplementedError, ImportError, re.error, Warning) as error:
+    except (TypeError, ValueError, NotImplementedError, ImportError, re.error, Warning) as error:
         settings = "".join(f" adapter.settings.{key}={value}" for key, value in config.settings.items())
         method = f"method={config.method}" if config.method else f"kind={config.kind}"
         raise UserError(f"adapter.{method}{settings}: {' '.join(str(error).split())}") from error

@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cera_train.adapters.families.base import ADAPTER, Branch, RankedFamily, peft_errors
+from cera_train.adapters.families.base import ADAPTER, Branch, RankedFamily
 from cera_train.settings.adapters import AdapterConfig
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ class Lora(RankedFamily):
 
         scale_one = math.sqrt if self.use_rslora else int
         if config.alpha is None and (ranks := config.settings.get("rank_pattern")):
-            with peft_errors(config):
-                alphas = {key: scale_one(r) for key, r in ranks.items()} | (config.settings.get("alpha_pattern") or {})
+            alphas = {key: scale_one(r) for key, r in ranks.items()} | (config.settings.get("alpha_pattern") or {})
             config = replace(config, settings=config.settings | {"alpha_pattern": alphas})
         fields = {
             "r": config.r,
