@@ -147,12 +147,10 @@ def check_config_folder(folder: str) -> None:
             require(not path.is_symlink(), f"{path} is a link, which Hydra follows: put the files there instead.")
         for path in map(Path(root).joinpath, names):
             if path.name.endswith(".yaml") and path.is_file():
-                is_refused = "hydra" in path.relative_to(folder).parts or _may_run_code(
-                    path.read_text(errors="replace")
-                )
+                is_hydras, text = "hydra" in path.relative_to(folder).parts, path.read_text(errors="replace")
                 reason = "sets `hydra` or reads a file elsewhere, by which it can run code"
                 mend = "write what you need of it on the command line, such as hydra.launcher.partition=gpu"
-                require(not is_refused, f"{path} {reason}: {mend}.")
+                require(not (is_hydras or _may_run_code(text)), f"{path} {reason}: {mend}.")
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -231,9 +229,7 @@ def explain_composition(error: Exception, program: str) -> str | None:
         case yaml.MarkedYAMLError() if error.problem_mark is not None:
             return f"{error.problem_mark.name}:{error.problem_mark.line + 1}: broken YAML: {error.problem}."
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if re.match(
-        "Unexpected type for root: NoneType|'NoneType' object has no attribute 'get'", str(error)
-    ):  # OmegaConf's
+    if re.match("Unexpected type for root: NoneType|'NoneType' object has no attribute 'get'", str(error)):
         setting = next(frame.f_locals["override"].input_line for frame in frames if "override" in frame.f_locals)
         section = re.match(r"\w+", setting)[0]
         file = "-m +study=NAME" if section == "study" else f"{section}=NAME"
