@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -120,8 +120,3 @@ def counted(number: int, noun: str) -> str:
 def gigabytes(size: float, decimals: int = 1) -> str:
     """Gigabytes of 10^9 bytes."""
     return f"{size / 1e9:,.{decimals}f} GB"
-
-
-def targets(target_modules: Any) -> str:
-    """`adapter.target_modules` in a line."""
-    return target_modules if isinstance(target_modules, str) else " ".join(target_modules or ())

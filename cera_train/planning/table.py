@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from cera_train.common.settings import differing_settings, flatten, to_plain
-from cera_train.common.terminal import counted, duration, gigabytes, print_line, print_table, targets
+from cera_train.common.terminal import counted, duration, gigabytes, print_line, print_table
 from cera_train.planning.plan import GB, USABLE, RunPlan
 from cera_train.settings.model import Quantization
 from cera_train.settings.run import PlanRun
@@ -12,8 +12,7 @@ from cera_train.settings.run import PlanRun
 def print_plan(plan: RunPlan) -> None:
     adapter = plan.config.adapter
     rank = "" if adapter.r is None else f" r={adapter.r}"
-    places = " and ".join(filter(None, (targets(adapter.target_modules), adapter.adapted_experts)))
-    print_line("plan", f"{plan.config.name}: {adapter.kind}{rank}{places and f' on {places}'}")
+    print_line("plan", f"{plan.config.name}: {adapter.kind}{rank}{adapter.places and f' on {adapter.places}'}")
     _print_basis([plan])
     totals, flops = plan.totals, plan.flops | {"in all": sum(plan.flops.values())}
     peaks = {"peak in training": sum(plan.memory.values()), "peak in evaluation": plan.evaluation_memory}

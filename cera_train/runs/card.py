@@ -87,9 +87,8 @@ def card_data(model: ModelConfig, library: str, tag: str, datasets: Sequence[str
 
 def _facts(config: Config, result: RunResult) -> dict[str, str]:
     model, adapter, train, effective_rank = config.model, config.adapter, config.train, describe_rank(result.spectrum)
-    targets = [adapter.target_modules] if isinstance(adapter.target_modules, str) else adapter.target_modules or []
-    places = ", ".join(filter(None, [*targets, adapter.adapted_experts]))
-    rank, where = f" of rank {result.adapter_r}" if result.adapter_r else "", f" on {places}" if places else ""
+    rank = f" of rank {result.adapter_r}" if result.adapter_r else ""
+    where = f" on {adapter.places}" if adapter.places else ""
     before = "before the first update" if adapter.start_from else "untouched base"
     rows = {
         "Base model": model.path + (f", revision {model.revision}" if model.revision else ""),

@@ -79,9 +79,11 @@ class AdapterConfig:
                 require(False, f"adapter.target_modules={self.target_modules!r} is not a regular expression: {error}.")
 
     @property
-    def adapted_experts(self) -> str:
-        """The experts' projections that are adapted, in a few words; empty for none."""
-        if not (self.experts or self.target_parameters):
-            return ""
-        names = "all experts" if self.experts else " ".join(self.target_parameters)
-        return f"{names} at r={self.expert_r or self.r}"
+    def places(self) -> str:
+        """What is adapted, in a few words; empty where the method decides."""
+        targets = self.target_modules or ()
+        words = [targets if isinstance(targets, str) else " ".join(targets)]
+        if self.experts or self.target_parameters:
+            names = "all experts" if self.experts else " ".join(self.target_parameters)
+            words.append(f"{names} at r={self.expert_r or self.r}")
+        return " and ".join(filter(None, words))

@@ -10,7 +10,7 @@ from cera_train.adapters.build import rank
 from cera_train.adapters.families import family
 from cera_train.adapters.spectrum import why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
-from cera_train.common.terminal import TEXT_WIDTH, counted, duration, print_fields, print_line, targets
+from cera_train.common.terminal import TEXT_WIDTH, counted, duration, print_fields, print_line
 from cera_train.data.look import print_data
 from cera_train.data.prepare import stop_ids
 from cera_train.evaluation.tasks.task import describe_trained_on
@@ -102,8 +102,8 @@ def describe_adapter(adapter: AdapterConfig) -> str:
         parts += [str(adapter.activation), *others]
     if "dropout" in kind.uses:
         parts.append(f"dropout {adapter.dropout:g}")
-    if places := [place for place in (targets(adapter.target_modules), adapter.adapted_experts) if place]:
-        parts.append(f"on {' and '.join(places)}")
+    if adapter.places:
+        parts.append(f"on {adapter.places}")
     return ", ".join(parts)
 
 
