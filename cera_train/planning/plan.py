@@ -189,7 +189,8 @@ def _plan(config: PlanRun) -> RunPlan:
         from cera_train.planning.dry_run import DryRun
     run = DryRun(config)
     check_length(config.model, config.data.max_length, "data.max_length", run.base.config)
-    announce("planning", f"{title(config.adapter)}, r = {config.adapter.r}, on {config.model.path}")
+    rank = f", r = {config.adapter.r}," if config.adapter.r else ""
+    announce("planning", f"{title(config.adapter)}{rank} on {config.model.path}")
     largest, usual = micro_batches(config, trained, run)
     rows = math.ceil(config.sequences * config.train.batch_size / config.plan.gpus)
     highest = run.cost(largest, accumulates=rows * trained.tokens_per_row > config.train.micro_batch_tokens)
