@@ -151,7 +151,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @fuzz
-@given(row=HOSTILE_ROWS, max_length=st.integers(1, 40))
+@given(row=HOSTILE_ROWS, max_length=st.integers(2, 40))
 def test_any_row_is_an_example_or_a_reason(tokenizer, layout, row, max_length):
     config = DataConfig(**LAYOUTS[layout], path="x", max_length=max_length)
     segments = result_or_value_error(segmenter(config, tokenizer), row)
