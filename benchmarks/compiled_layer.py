@@ -1,10 +1,11 @@
-"""What the compiler saves in a layer of Llama-3.1-8B with CeRA, counted without a GPU: bytes that element-wise kernels
-move for a token, and kernels, in a forward and a backward pass.
+"""What the compiler saves in a layer of Llama-3.1-8B with CeRA, counted without a GPU: bytes that
+element-wise kernels move for a token, and kernels, in a forward and a backward pass.
 
     python -m benchmarks.compiled_layer             a minute, 2 GB
 
-The setting is NeMo AutoModel's: r = 16 on all linears, dropout 0.1, bf16. Inductor counts for CPUs, where it fuses
-much as for GPUs. Products and attention are the same kernels in both: they count as kernels, and their bytes do not.
+The setting is NeMo AutoModel's: r = 16 on all linears, dropout 0.1, bf16. Inductor counts for CPUs,
+where it fuses much as for GPUs. Products and attention are the same kernels in both: they count as
+kernels, and their bytes do not.
 """
 
 from __future__ import annotations
@@ -60,10 +61,15 @@ class EagerKernels(TorchDispatchMode, Kernels):
         super().__init__()
         Kernels.__init__(self)
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         output = operation(*args, **(kwargs or {}))
-        read, written = list(tensors((args, kwargs))), list(tensors(output))
-        is_view = not operation._schema.is_mutable and set(map(storage, written)) <= set(map(storage, read))
+        read = list(tensors((args, kwargs)))
+        written = list(tensors(output))
+        is_view = not operation._schema.is_mutable and set(map(storage, written)) <= set(
+            map(storage, read)
+        )
         if not is_view and "empty" not in operation.__name__:
             is_product = operation._overloadpacket in FORMULAS or "attention" in operation.__name__
             self.add(0 if is_product else sum(map(size_of, read + written)))
@@ -97,22 +103,30 @@ def storage(tensor: torch.Tensor) -> int:
 
 
 def size_of(tensor: torch.Tensor) -> int:
-    return min(tensor.nbytes, tensor.untyped_storage().nbytes())  # an expanded one is smaller than it looks
+    return min(
+        tensor.nbytes, tensor.untyped_storage().nbytes()
+    )  # an expanded one is smaller than it looks
 
 
 def adapted_layer() -> tuple[nn.Module, nn.Module]:
     """A layer with adapters, and its model's rotary embedding."""
     config = composed(*SETTINGS)
     architecture = read_config(config.model)
-    architecture.update({"num_hidden_layers": 1, "vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1})
-    base = AutoModelForCausalLM.from_config(architecture, dtype=torch.bfloat16, attn_implementation="sdpa")
+    architecture.update(
+        {"num_hidden_layers": 1, "vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1}
+    )
+    base = AutoModelForCausalLM.from_config(
+        architecture, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
     base.requires_grad_(False)
     keep_less(base)
     build(base, config.adapter).train()
     return base.model.layers[0], base.model.rotary_emb
 
 
-def run(layer: nn.Module, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> None:
+def run(
+    layer: nn.Module, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x, position_embeddings=position_embeddings)
     y.backward(torch.ones_like(y))
@@ -139,7 +153,9 @@ def count() -> tuple[Kernels, Kernels]:
 
 def targets(eager: Kernels, compiled: Kernels) -> list[Target]:
     return [
-        Target("element-wise bytes a token, compiled", [compiled.bytes / TOKENS / MB], 1.0, False, "MB"),
+        Target(
+            "element-wise bytes a token, compiled", [compiled.bytes / TOKENS / MB], 1.0, False, "MB"
+        ),
         Target("kernels, compiled / eager", [compiled.count / eager.count], 0.5, False),
     ]
 

@@ -1,4 +1,5 @@
-"""Configs as the commands compose them, for benchmarks and tests that run the program in their process."""
+"""Configs as the commands compose them, for benchmarks and tests that run the program in their
+process."""
 
 from __future__ import annotations
 

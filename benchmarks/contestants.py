@@ -1,5 +1,6 @@
-"""Ways to fine-tune the same base on the same rows: the published protocol, TRL with PEFT, and ours. Each makes one
-optimiser update on the rows it is given, supervising the answers and nothing else."""
+"""Ways to fine-tune the same base on the same rows: the published protocol, TRL with PEFT, and
+ours. Each makes one optimiser update on the rows it is given, supervising the answers and nothing
+else."""
 
 from __future__ import annotations
 
@@ -18,15 +19,19 @@ from torch import nn
 if TYPE_CHECKING:
     from cera_train.training.session import Session
 
-PROMPT, COMPLETION = "Question: {question}\nAnswer:", " {answer}"
-RANK, DROPOUT, LEARNING_RATE = 64, 0.1, 3e-4
+PROMPT = "Question: {question}\nAnswer:"
+COMPLETION = " {answer}"
+RANK = 64
+DROPOUT = 0.1
+LEARNING_RATE = 3e-4
 TARGETS = ["q_proj", "v_proj"]
 MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Tokens of one pass of ours, by device: few on a CPU to keep memory small, the default on a GPU."""
+"""Tokens of one pass of ours, by device: few on a CPU to keep memory small, the default on a
+GPU."""
 
 MICRO_BATCHES = {"cpu": (1, 2, 4), "cuda": (4, 8, 16, 32)}
-"""Sequences of one pass of TRL, of which its tuned contestant takes the fastest: few on a CPU, since they are padded to
-the longest."""
+"""Sequences of one pass of TRL, of which its tuned contestant takes the fastest: few on a CPU,
+since they are padded to the longest."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,9 @@ class Setting:
         )
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
 
 
 class Contestant:
@@ -87,10 +94,12 @@ class Contestant:
 
 
 class Published(Contestant):
-    """The protocol of the published runs: CeRA as two linears and a dropout beside each projection, sequences padded to
-    512, gradient checkpointing, the loss on the logits of every position, micro-batches of 4."""
+    """The protocol of the published runs: CeRA as two linears and a dropout beside each projection,
+    sequences padded to 512, gradient checkpointing, the loss on the logits of every position,
+    micro-batches of 4."""
 
-    LENGTH, MICRO_BATCH = 512, 4
+    LENGTH = 512
+    MICRO_BATCH = 4
 
     def __init__(self, setting: Setting) -> None:
         from transformers import AutoTokenizer
@@ -100,16 +109,27 @@ class Published(Contestant):
         self.model = setting.load_base().requires_grad_(False)
         for layer in self.model.model.layers:
             for name in TARGETS:
-                setattr(layer.self_attn, name, PublishedBranch(getattr(layer.self_attn, name)).to(setting.device))
+                setattr(
+                    layer.self_attn,
+                    name,
+                    PublishedBranch(getattr(layer.self_attn, name)).to(setting.device),
+                )
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.parameters = [
+            parameter for parameter in self.model.parameters() if parameter.requires_grad
+        ]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE)
         self.batches = [self._padded(row, tokenizer) for row in setting.rows]
 
-    def _padded(self, row: dict[str, str], tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    def _padded(
+        self, row: dict[str, str], tokenizer: Any
+    ) -> tuple[list[int], list[int], list[int]]:
         prompt = tokenizer(PROMPT.format(**row), add_special_tokens=False).input_ids
-        completion = [*tokenizer(COMPLETION.format(**row), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        completion = [
+            *tokenizer(COMPLETION.format(**row), add_special_tokens=False).input_ids,
+            tokenizer.eos_token_id,
+        ]
         ids = [*prompt, *completion][: self.LENGTH]
         padding = self.LENGTH - len(ids)
         labels = [*[-100] * len(prompt), *completion][: self.LENGTH]
@@ -122,8 +142,12 @@ class Published(Contestant):
     def update(self, rows: Sequence[int]) -> int:
         supervised = 0
         for start in range(0, len(rows), self.MICRO_BATCH):
-            columns = zip(*(self.batches[row] for row in rows[start : start + self.MICRO_BATCH]), strict=True)
-            ids, mask, labels = (torch.tensor(column, device=self.setting.device) for column in columns)
+            columns = zip(
+                *(self.batches[row] for row in rows[start : start + self.MICRO_BATCH]), strict=True
+            )
+            ids, mask, labels = (
+                torch.tensor(column, device=self.setting.device) for column in columns
+            )
             with self.setting.autocast():
                 loss = self.model(input_ids=ids, attention_mask=mask, labels=labels).loss
             (loss / (len(rows) / self.MICRO_BATCH)).backward()
@@ -151,7 +175,8 @@ class PublishedBranch(nn.Module):
 
 
 class Trl(Contestant):
-    """TRL's SFTTrainer with PEFT's LoRA, its defaults: the trainer's own collator, loss, step and optimizer."""
+    """TRL's SFTTrainer with PEFT's LoRA, its defaults: the trainer's own collator, loss, step and
+    optimizer."""
 
     is_tuned = False
 
@@ -181,17 +206,23 @@ class Trl(Contestant):
             ),
             processing_class=AutoTokenizer.from_pretrained(setting.base),
             train_dataset=datasets.Dataset.from_list(
-                [{"prompt": PROMPT.format(**row), "completion": COMPLETION.format(**row)} for row in setting.rows]
+                [
+                    {"prompt": PROMPT.format(**row), "completion": COMPLETION.format(**row)}
+                    for row in setting.rows
+                ]
             ),
             peft_config=adapter,
         )
-        # As `train` begins, without its loop over batches. Newer names are not in the versions that unsloth takes.
+        # As `train` begins, without its loop over batches. Newer names are not in the versions that
+        # unsloth takes.
         if (args := self.trainer.args).gradient_checkpointing:
             self.trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self.trainer.create_optimizer()
         self.trainer._set_signature_columns_if_needed()
         self.model = self.trainer.accelerator.prepare(self.trainer.model)
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.parameters = [
+            parameter for parameter in self.model.parameters() if parameter.requires_grad
+        ]
         self.micro_batch = self.trainer.args.per_device_train_batch_size
         if self.is_tuned:
             self.micro_batch = min(MICRO_BATCHES[setting.device.type], key=self._seconds)
@@ -201,12 +232,15 @@ class Trl(Contestant):
         """The base, and the adapter that the trainer puts into it; None: it is in it."""
         import peft
 
-        adapter = peft.LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=DROPOUT, target_modules=TARGETS)
+        adapter = peft.LoraConfig(
+            r=RANK, lora_alpha=RANK, lora_dropout=DROPOUT, target_modules=TARGETS
+        )
         return setting.load_base(attn_implementation=attention), adapter
 
     def _seconds(self, micro_batch: int) -> float:
         """Of an update in passes of so many sequences; infinite where they do not fit the GPU."""
-        device, self.micro_batch = self.trainer.args.device.type, micro_batch
+        device = self.trainer.args.device.type
+        self.micro_batch = micro_batch
         rows = range(MICRO_BATCHES[device][-1])
         synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
         try:
@@ -223,16 +257,26 @@ class Trl(Contestant):
     def update(self, rows: Sequence[int]) -> int:
         columns = self.trainer._signature_columns
         examples = [
-            {name: value for name, value in self.trainer.train_dataset[row].items() if name in columns} for row in rows
+            {
+                name: value
+                for name, value in self.trainer.train_dataset[row].items()
+                if name in columns
+            }
+            for row in rows
         ]
         if self.is_tuned:  # as train_sampling_strategy="group_by_length" would, to pad less
             examples.sort(key=lambda example: -len(example["input_ids"]))
         starts = range(0, len(rows), self.micro_batch)
-        batches = [self.trainer.data_collator(examples[start : start + self.micro_batch]) for start in starts]
+        batches = [
+            self.trainer.data_collator(examples[start : start + self.micro_batch])
+            for start in starts
+        ]
         supervised = sum((batch["labels"] != -100).sum() for batch in batches)
         self.trainer.current_gradient_accumulation_steps = len(batches)
         for batch in batches:
-            self.trainer.training_step(self.model, batch, num_items_in_batch=supervised.to(self.trainer.args.device))
+            self.trainer.training_step(
+                self.model, batch, num_items_in_batch=supervised.to(self.trainer.args.device)
+            )
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad()
@@ -240,9 +284,9 @@ class Trl(Contestant):
 
 
 class TunedTrl(Trl):
-    """The same with its best settings: nothing recomputed, micro-batches of near-equal length of the fastest size. Its
-    own loss is in chunks already. Without flash attention, its packing and padding-free batches put a T x T mask over a
-    row, which takes longer than the padding."""
+    """The same with its best settings: nothing recomputed, micro-batches of near-equal length of
+    the fastest size. Its own loss is in chunks already. Without flash attention, its packing and
+    padding-free batches put a T x T mask over a row, which takes longer than the padding."""
 
     is_tuned = True
 
@@ -277,7 +321,11 @@ class Unsloth(TunedTrl):
 
 
 def our_session(
-    setting: Setting, kind: str, rank: int, compile: bool = False, micro_batch_tokens: int | None = None
+    setting: Setting,
+    kind: str,
+    rank: int,
+    compile: bool = False,
+    micro_batch_tokens: int | None = None,
 ) -> Session:
     """A run of cera-train, built as the command builds it."""
     from cera_train.common.settings import to_plain
@@ -293,7 +341,9 @@ def our_session(
     tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[setting.device.type]
     config = Config(
         model=ModelConfig(path=setting.base, dtype=dtype, quantization=setting.quantization),
-        adapter=AdapterConfig(AdapterKind(kind), rank, alpha=None, dropout=DROPOUT, target_modules=TARGETS),
+        adapter=AdapterConfig(
+            AdapterKind(kind), rank, alpha=None, dropout=DROPOUT, target_modules=TARGETS
+        ),
         data=DataConfig(
             train_files=[str(setting.file)],
             eval_rows=1,
@@ -309,7 +359,9 @@ def our_session(
     path = Path(tempfile.mkdtemp())
     settled = settle(config, path)
     session = Session(settled, RunFolder(path, to_plain(settled.config)), resume_from=None)
-    assert session.accelerator.device.type == setting.device.type, "benchmarks.training.WITHOUT_GPUS came too late"
+    assert session.accelerator.device.type == setting.device.type, (
+        "benchmarks.training.WITHOUT_GPUS came too late"
+    )
     session.loss.train()
     return session
 

@@ -17,7 +17,8 @@ from benchmarks.contestants import COMPLETION, PROMPT
 from benchmarks.targets import Target
 from benchmarks.training import lines_of, logistic_maps
 
-ROWS, TOKENS = 100_000, 200
+ROWS = 100_000
+TOKENS = 200
 SECONDS_AT_MOST = 60.0
 """To tokenise them, on two cores."""
 GROWTH_AT_MOST = 0.2
@@ -27,8 +28,8 @@ OPEN_AT_MOST = 2.0
 
 
 def distinct_rows(file: Path | None, rows: int, tokenizer: Any) -> Iterator[dict[str, str]]:
-    """Rows of about `TOKENS` tokens, each different: those of the file over and over, several in one where they are
-    short, numbered."""
+    """Rows of about `TOKENS` tokens, each different: those of the file over and over, several in
+    one where they are short, numbered."""
     texts = [json.loads(line) for line in (lines_of(file) if file else logistic_maps())]
     few = [PROMPT.format(**row) + COMPLETION.format(**row) for row in texts[:100]]
     tokens = sum(map(len, tokenizer(few).input_ids)) / len(few)
@@ -37,12 +38,15 @@ def distinct_rows(file: Path | None, rows: int, tokenizer: Any) -> Iterator[dict
     for number in range(rows):
         parts = list(itertools.islice(endless, size))
         question = " ".join(part["question"] for part in parts)
-        yield {"question": f"{number}. {question}", "answer": " ".join(part["answer"] for part in parts)}
+        yield {
+            "question": f"{number}. {question}",
+            "answer": " ".join(part["answer"] for part in parts),
+        }
 
 
 def measure(file: Path | None = None, rows: int = ROWS) -> tuple[list[Target], dict[str, Any]]:
-    """Tokenises `rows` rows once into an empty cache and opens them from it; against the targets, and all that was
-    found."""
+    """Tokenises `rows` rows once into an empty cache and opens them from it; against the targets,
+    and all that was found."""
     from cera_train.common.libraries import heavy_imports
 
     with heavy_imports():
@@ -61,13 +65,17 @@ def measure(file: Path | None = None, rows: int = ROWS) -> tuple[list[Target], d
         path = Path(folder) / "rows.jsonl"
         with path.open("w") as lines:
             lines.writelines(json.dumps(row) + "\n" for row in distinct_rows(file, rows, tokenizer))
-        config = DataConfig(train_files=[str(path)], eval_rows=100, prompt=PROMPT, completion=COMPLETION)
+        config = DataConfig(
+            train_files=[str(path)], eval_rows=100, prompt=PROMPT, completion=COMPLETION
+        )
         # Tokenised by several threads, as in a run; other benchmarks go without.
         with patch.dict(os.environ, TOKENIZERS_PARALLELISM="true", CERA_TRAIN_CACHE=folder):
             forget_earlier_runs()  # the peak of the imports
-            before, started = peak_memory(cpu), time.perf_counter()
+            before = peak_memory(cpu)
+            started = time.perf_counter()
             data = prepare_data(config, tokenizer)
-            tokenised, growth = time.perf_counter() - started, peak_memory(cpu) - before
+            tokenised = time.perf_counter() - started
+            growth = peak_memory(cpu) - before
 
             started = time.perf_counter()
             data = prepare_data(config, tokenizer)
@@ -83,7 +91,13 @@ def measure(file: Path | None = None, rows: int = ROWS) -> tuple[list[Target], d
         "seconds_to_first_batch": opened,
     }
     return [
-        Target(f"{rows:,} rows of {found['tokens_per_row']:.0f} tokens", [tokenised], SECONDS_AT_MOST, False, "s"),
+        Target(
+            f"{rows:,} rows of {found['tokens_per_row']:.0f} tokens",
+            [tokenised],
+            SECONDS_AT_MOST,
+            False,
+            "s",
+        ),
         Target("memory that they take meanwhile", [growth / 1e9], GROWTH_AT_MOST, False, "GB"),
         Target("from the cache to the first micro-batch", [opened], OPEN_AT_MOST, False, "s"),
     ], found

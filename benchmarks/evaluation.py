@@ -1,7 +1,8 @@
-"""How fast problems are answered, beside transformers' `generate` on problems sorted by length, in its best batch size.
+"""How fast problems are answered, beside transformers' `generate` on problems sorted by length, in
+its best batch size.
 
-All ways answer the same problems with the same CeRA adapter in one process, in turn; so a machine that slows down slows
-all. Compare the ratios; the seconds are of this machine, now.
+All ways answer the same problems with the same CeRA adapter in one process, in turn; so a machine
+that slows down slows all. Compare the ratios; the seconds are of this machine, now.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from cera_train.settings.model import Dtype, ModelConfig
 LIBRARY_BATCHES = (16, 32, 64)
 SPEEDUP = 1.25
 """Our loop's answers a second, over those of `generate`: a smaller gain is not worth the code."""
-BATCHES, MERGED = (1, 4, 16, 64), "base or merged LoRA"
+BATCHES = (1, 4, 16, 64)
+MERGED = "base or merged LoRA"
 OVERHEAD = 1.08
 """Time of a decoding step of one row, over that of a merged LoRA, at most."""
 B_STD = 0.02
@@ -53,22 +55,33 @@ class Answering(LoadedModel):
             for name, parameter in model.named_parameters():
                 if "cera_B" in name or "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=B_STD)
-        super().__init__(model, base, load_tokenizer(config), partial(torch.autocast, device, torch.bfloat16))
+        super().__init__(
+            model, base, load_tokenizer(config), partial(torch.autocast, device, torch.bfloat16)
+        )
 
     def requests(self, file: Path, problems: int) -> list[Request]:
         rows = [json.loads(line) for line in lines_of(file)[:problems]]
-        prompts = self.tokenizer([PROMPT.format(**row) for row in rows], add_special_tokens=False).input_ids
+        prompts = self.tokenizer(
+            [PROMPT.format(**row) for row in rows], add_special_tokens=False
+        ).input_ids
         return [Request(str(number), 0, tuple(ids)) for number, ids in enumerate(prompts)]
 
     def ours(self, requests: Sequence[Request], max_new_tokens: int) -> list[Generation]:
         """The answers of cera-eval."""
         config = GenerationConfig()
         batches = self.batches(requests, max_new_tokens, config, 1)
-        answers = [answer.generation for ended in self.answers(batches, max_new_tokens, [], config) for answer in ended]
+        answers = [
+            answer.generation
+            for ended in self.answers(batches, max_new_tokens, [], config)
+            for answer in ended
+        ]
         return sorted(answers, key=lambda answer: int(answer.problem))
 
-    def library(self, requests: Sequence[Request], max_new_tokens: int, rows: int) -> list[Generation]:
-        """Those of `generate` in batches of similar length, padded on the left, each as long as its longest answer."""
+    def library(
+        self, requests: Sequence[Request], max_new_tokens: int, rows: int
+    ) -> list[Generation]:
+        """Those of `generate` in batches of similar length, padded on the left, each as long as its
+        longest answer."""
         self.prepare(max_new_tokens, [])
         answers = []
         longest_first = sorted(requests, key=lambda request: -len(request.prompt_ids))
@@ -92,7 +105,8 @@ def measure(
     """Ours beside the library's best.
 
     Returns:
-        The target, and all that was found: seconds of every round, lengths of the answers, how many are equal.
+        The target, and all that was found: seconds of every round, lengths of the answers, how many
+        are equal.
     """
     quiet_libraries()
     answering = Answering(AdapterKind.cera)
@@ -114,12 +128,20 @@ def measure(
     lengths = sorted(answer.tokens for answer in answers["ours"])
     equal = sum(theirs == own for theirs, own in zip(answers[best], answers["ours"], strict=True))
     print(
-        f"{len(requests)} problems, at most {max_new_tokens} new tokens: answers of {lengths[0]} to {lengths[-1]}, "
-        f"median {statistics.median(lengths):.0f}, {sum(answer.truncated for answer in answers['ours'])} cut; best: "
+        f"{len(requests)} problems, at most {max_new_tokens} new tokens: answers of {lengths[0]} "
+        f"to {lengths[-1]}, "
+        f"median {statistics.median(lengths):.0f}, "
+        f"{sum(answer.truncated for answer in answers['ours'])} cut; best: "
         f"{best} at once; {equal} equal both ways (in bfloat16, rounding follows from the batch)"
     )
     found = {"seconds": seconds, "lengths": lengths, "equal": equal, "problems": len(requests)}
-    return [Target("evaluation, generate at its best / ours", ratios(seconds[best], seconds["ours"]), SPEEDUP)], found
+    return [
+        Target(
+            "evaluation, generate at its best / ours",
+            ratios(seconds[best], seconds["ours"]),
+            SPEEDUP,
+        )
+    ], found
 
 
 def step_seconds(adapter: Answering, requests: Sequence[Request], tokens: int = 24) -> float:
@@ -137,17 +159,23 @@ def step_seconds(adapter: Answering, requests: Sequence[Request], tokens: int = 
 
 
 def decoding(
-    file: Path, rounds: int, batches: Sequence[int] = BATCHES, path: str = PACKAGE, device: str = "cpu"
+    file: Path,
+    rounds: int,
+    batches: Sequence[int] = BATCHES,
+    path: str = PACKAGE,
+    device: str = "cpu",
 ) -> tuple[list[Target], dict[str, dict[int, list[float]]]]:
-    """What an adapter costs that is not merged: steps of CeRA beside those of the base, which are those of a merged
-    LoRA, by the number of rows; in turn on a CPU, one after the other on a GPU.
+    """What an adapter costs that is not merged: steps of CeRA beside those of the base, which are
+    those of a merged LoRA, by the number of rows; in turn on a CPU, one after the other on a GPU.
 
     Returns:
         The target, and the seconds of a step in every round.
     """
     quiet_libraries()
     kinds = {MERGED: None, "CeRA": AdapterKind.cera}
-    steps: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in batches} for name in kinds}
+    steps: dict[str, dict[int, list[float]]] = {
+        name: {rows: [] for rows in batches} for name in kinds
+    }
     for group in [[*kinds]] if device == "cpu" else [[name] for name in kinds]:
         contestants = {name: Answering(kinds[name], path, device) for name in group}
         for number in range(rounds + 1):
@@ -158,19 +186,33 @@ def decoding(
                         steps[name][rows].append(taken)
             print(f"decoding, round {number} of {rounds}", file=sys.stderr, flush=True)
         del contestants, contestant  # a GPU may have room for one
-    print(f"\n{'new tokens/s by rows in the batch':<34}" + "".join(f"{rows:>8}" for rows in batches))
+    print(
+        f"\n{'new tokens/s by rows in the batch':<34}" + "".join(f"{rows:>8}" for rows in batches)
+    )
     for name, taken in steps.items():
-        print(f"{name:<34}" + "".join(f"{rows / statistics.median(taken[rows]):>8.0f}" for rows in batches))
+        print(
+            f"{name:<34}"
+            + "".join(f"{rows / statistics.median(taken[rows]):>8.0f}" for rows in batches)
+        )
     costs = ratios(steps["CeRA"][batches[0]], steps[MERGED][batches[0]])
-    return [Target(f"decoding {batches[0]} row, CeRA / merged LoRA", costs, OVERHEAD, is_least=False)], steps
+    return [
+        Target(f"decoding {batches[0]} row, CeRA / merged LoRA", costs, OVERHEAD, is_least=False)
+    ], steps
 
 
 def word_problems(file: Path, count: int = 64) -> Path:
-    """Problems for where there are no others, of one to four things to add, so of differing length."""
+    """Problems for where there are no others, of one to four things to add, so of differing
+    length."""
     things = ("apples", "red pencils", "books from the library", "bottles of cold water")
     texts = []
     for number in range(count):
-        parts = [f"{number % 7 + place + 2} {thing}" for place, thing in enumerate(things[: number % 4 + 1])]
-        texts.append(f"Tom has {', '.join(parts)}, and Ann gives him {number + 3} more. How many things has Tom now?")
+        parts = [
+            f"{number % 7 + place + 2} {thing}"
+            for place, thing in enumerate(things[: number % 4 + 1])
+        ]
+        texts.append(
+            f"Tom has {', '.join(parts)}, and Ann gives him {number + 3} more. How many things "
+            f"has Tom now?"
+        )
     file.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
     return file

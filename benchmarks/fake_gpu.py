@@ -1,5 +1,6 @@
-"""A CUDA device without a GPU. What a program puts there is a FakeTensor, with shape, dtype and device and no numbers;
-what it computes on the CPU is real. An operation on both fails, as it would with a GPU.
+"""A CUDA device without a GPU. What a program puts there is a FakeTensor, with shape, dtype and
+device and no numbers; what it computes on the CPU is real. An operation on both fails, as it would
+with a GPU.
 
     with fake_gpu():
         model.to("cuda")(ids.to("cuda")).sum().backward()
@@ -46,8 +47,8 @@ PRODUCTS = {ATEN.mm, ATEN.addmm, ATEN.addmm_, ATEN.bmm, ATEN.baddbmm}
 class FakeDevice(TorchDispatchMode):
     """Lets operations on the GPU run on fake tensors, and those on the CPU as they are.
 
-    Numbers that come back from the GPU are zeros, truth values True. The values of a mask that went there are kept, for
-    what it selects has so many rows.
+    Numbers that come back from the GPU are zeros, truth values True. The values of a mask that went
+    there are kept, for what it selects has so many rows.
     """
 
     def __init__(self) -> None:
@@ -60,7 +61,9 @@ class FakeDevice(TorchDispatchMode):
         self.allocated = self.peak = 0
         """Bytes that torch's allocator would hold now, and held at most."""
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if any(issubclass(kind, DTensor | AsyncCollectiveTensor) for kind in types):
             return NotImplemented  # they call the operations on their shards
         kwargs = kwargs or {}
@@ -82,7 +85,11 @@ class FakeDevice(TorchDispatchMode):
         check_generator(kwargs.get("generator"), output)
         if isinstance(output, FakeTensor) and output.device.type == "cpu":
             return read(output)
-        if operation is ATEN._to_copy.default and output.dtype == torch.bool and not isinstance(args[0], FakeTensor):
+        if (
+            operation is ATEN._to_copy.default
+            and output.dtype == torch.bool
+            and not isinstance(args[0], FakeTensor)
+        ):
             self.masks[output.untyped_storage()] = args[0]
         return output
 
@@ -94,7 +101,8 @@ class FakeDevice(TorchDispatchMode):
             self._resize(block, storage.nbytes())
 
     def _resize(self, block: SimpleNamespace, size: int) -> None:
-        before, block.size = block.size, -(-size // BLOCK) * BLOCK
+        before = block.size
+        block.size = -(-size // BLOCK) * BLOCK
         self.allocated += block.size - before
         self.peak = max(self.peak, self.allocated)
 
@@ -111,11 +119,15 @@ class FakeDevice(TorchDispatchMode):
         return [
             place
             for index in indices
-            for place in (self._find(index) if index is not None and index.dtype == torch.bool else [index])
+            for place in (
+                self._find(index) if index is not None and index.dtype == torch.bool else [index]
+            )
         ]
 
     def _find(self, mask: torch.Tensor) -> list[torch.Tensor]:
-        real = self.masks[mask.untyped_storage()].as_strided(mask.shape, mask.stride(), mask.storage_offset())
+        real = self.masks[mask.untyped_storage()].as_strided(
+            mask.shape, mask.stride(), mask.storage_offset()
+        )
         count = int(real.sum())
         return [mask.new_empty(count, dtype=torch.int64) for _ in mask.shape]
 
@@ -129,20 +141,34 @@ def check_dtypes(operation: Any, inputs: list[torch.Tensor]) -> None:
     """Raises RuntimeError for a product of two dtypes."""
     dtypes = {str(tensor.dtype) for tensor in inputs}
     if operation._overloadpacket in PRODUCTS and len(dtypes) > 1:
-        raise RuntimeError(f"{operation}: expected tensors of the same dtype, but found {', '.join(sorted(dtypes))}")
-
-
-def check_generator(generator: torch.Generator | None, output: Any) -> None:
-    """Raises RuntimeError for the generator of another device: not every operation looks at it on fakes."""
-    if generator is not None and isinstance(output, torch.Tensor) and generator.device.type != output.device.type:
         raise RuntimeError(
-            f"Expected a '{output.device.type}' device type for generator but found '{generator.device}'"
+            f"{operation}: expected tensors of the same dtype, but found "
+            f"{', '.join(sorted(dtypes))}"
         )
 
 
-def swap_moved(swap: Callable[[torch.Tensor, torch.Tensor], None]) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """`nn.Module.to` for fakes: it would swap those that are there already too, which fails for watched ones."""
-    return lambda old, new: None if (old.device, old.dtype) == (new.device, new.dtype) else swap(old, new)
+def check_generator(generator: torch.Generator | None, output: Any) -> None:
+    """Raises RuntimeError for the generator of another device: not every operation looks at it on
+    fakes."""
+    if (
+        generator is not None
+        and isinstance(output, torch.Tensor)
+        and generator.device.type != output.device.type
+    ):
+        raise RuntimeError(
+            f"Expected a '{output.device.type}' device type for generator but found "
+            f"'{generator.device}'"
+        )
+
+
+def swap_moved(
+    swap: Callable[[torch.Tensor, torch.Tensor], None],
+) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """`nn.Module.to` for fakes: it would swap those that are there already too, which fails for
+    watched ones."""
+    return lambda old, new: (
+        None if (old.device, old.dtype) == (new.device, new.dtype) else swap(old, new)
+    )
 
 
 def resizing(device: FakeDevice) -> Callable[[torch.UntypedStorage, int], torch.UntypedStorage]:
@@ -159,9 +185,16 @@ def resizing(device: FakeDevice) -> Callable[[torch.UntypedStorage, int], torch.
 @contextlib.contextmanager
 def first_of(processes: int) -> Iterator[None]:
     """Process 0 of so many, whose collectives bring no numbers."""
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    ranks = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
     with patch.dict(os.environ, ranks):
-        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+        torch.distributed.init_process_group(
+            "fake", store=FakeStore(), rank=0, world_size=processes
+        )
         try:
             yield
         finally:
@@ -170,7 +203,8 @@ def first_of(processes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fake_gpu(capability: tuple[int, int] = (9, 0), processes: int = 1) -> Iterator[FakeDevice]:
-    """A machine with one GPU, for as long as the block lasts. Backward passes run in the calling thread.
+    """A machine with one GPU, for as long as the block lasts. Backward passes run in the calling
+    thread.
 
     Args:
         processes: with a GPU each; this is the first of them.
@@ -180,7 +214,9 @@ def fake_gpu(capability: tuple[int, int] = (9, 0), processes: int = 1) -> Iterat
         FileNotFoundError: there is no g++.
     """
     if torch.cuda.is_available():
-        raise RuntimeError("fake_gpu stands in for a GPU, and this machine has one: run the program itself.")
+        raise RuntimeError(
+            "fake_gpu stands in for a GPU, and this machine has one: run the program itself."
+        )
     library = ctypes.CDLL(str(compiled() / "fake_gpu.so"))
     values = {
         "is_available": True,
@@ -188,7 +224,9 @@ def fake_gpu(capability: tuple[int, int] = (9, 0), processes: int = 1) -> Iterat
         "current_device": 0,
         "get_device_capability": capability,
         "get_device_name": NAME,
-        "get_device_properties": SimpleNamespace(name=NAME, total_memory=80_000_000_000, multi_processor_count=132),
+        "get_device_properties": SimpleNamespace(
+            name=NAME, total_memory=80_000_000_000, multi_processor_count=132
+        ),
         "is_bf16_supported": True,
         "is_current_stream_capturing": False,
         **dict.fromkeys(("_lazy_init", "set_device", "synchronize", "empty_cache")),
@@ -196,13 +234,20 @@ def fake_gpu(capability: tuple[int, int] = (9, 0), processes: int = 1) -> Iterat
     }
     with contextlib.ExitStack() as stack:
         for name, value in values.items():
-            stack.enter_context(patch.object(torch.cuda, name, lambda *args, answer=value, **settings: answer))
+            stack.enter_context(
+                patch.object(torch.cuda, name, lambda *args, answer=value, **settings: answer)
+            )
         for name in ("Stream", "Event", "stream", "current_stream"):
             stack.enter_context(patch.object(torch.cuda, name, getattr(torch.cpu, name)))
         stack.enter_context(patch.object(torch.accelerator, "is_available", lambda: True))
         stack.enter_context(patch.object(fake_tensors, "init_gpu_context", lambda device: None))
-        stack.enter_context(patch.object(torch.utils, "swap_tensors", swap_moved(torch.utils.swap_tensors)))
-        for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):  # else a step goes tensor by tensor
+        stack.enter_context(
+            patch.object(torch.utils, "swap_tensors", swap_moved(torch.utils.swap_tensors))
+        )
+        for module in (
+            "torch.optim.optimizer",
+            "torch.utils._foreach_utils",
+        ):  # else a step goes tensor by tensor
             known = [*sys.modules[module]._foreach_supported_types, FakeTensor]
             stack.enter_context(patch(f"{module}._foreach_supported_types", known))
         stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", True))
@@ -210,24 +255,33 @@ def fake_gpu(capability: tuple[int, int] = (9, 0), processes: int = 1) -> Iterat
         library.exchange()
         stack.callback(library.exchange)
         lifts = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(True)  # else torch.tensor(..., device="cuda") copies past the mode
+        torch._C._set_only_lift_cpu_tensors(
+            True
+        )  # else torch.tensor(..., device="cuda") copies past the mode
         stack.callback(torch._C._set_only_lift_cpu_tensors, lifts)
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         # Else a torch with CUDA asks cuDNN for its version, which needs a driver.
         stack.enter_context(patch.dict(os.environ, {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}))
         device = stack.enter_context(FakeDevice())
-        stack.enter_context(patch.object(torch.cuda, "max_memory_allocated", lambda *args: device.peak))
-        stack.enter_context(patch.object(torch.cuda, "reset_peak_memory_stats", lambda *args: device.reset_peak()))
+        stack.enter_context(
+            patch.object(torch.cuda, "max_memory_allocated", lambda *args: device.peak)
+        )
+        stack.enter_context(
+            patch.object(torch.cuda, "reset_peak_memory_stats", lambda *args: device.reset_peak())
+        )
         stack.enter_context(patch.object(torch.UntypedStorage, "resize_", resizing(device)))
         # Accelerate finds the optimizer's weights among those of FSDP by their addresses.
-        stack.enter_context(patch.object(FakeTensor, "data_ptr", lambda fake: fake.untyped_storage()._cdata))
+        stack.enter_context(
+            patch.object(FakeTensor, "data_ptr", lambda fake: fake.untyped_storage()._cdata)
+        )
         if processes > 1:
             stack.enter_context(first_of(processes))
         yield device
 
 
 def forget_tables() -> None:
-    """Lets go of bitsandbytes' tables, which it keeps for later models: those of a fake device have no numbers."""
+    """Lets go of bitsandbytes' tables, which it keeps for later models: those of a fake device have
+    no numbers."""
     if "bitsandbytes" in sys.modules:
         from bitsandbytes import functional
         from bitsandbytes.backends import utils
@@ -238,10 +292,19 @@ def forget_tables() -> None:
 
 def compiled() -> Path:
     """The folder of the compiled fake_gpu.cpp, for this torch."""
-    source, root = Path(__file__).with_suffix(".cpp"), Path(torch.__file__).parent
+    source = Path(__file__).with_suffix(".cpp")
+    root = Path(torch.__file__).parent
 
     def write(folder: Path) -> None:
-        command = ["g++", "-std=c++20", "-O0", "-fPIC", "-shared", f"-I{root / 'include'}", str(source)]
+        command = [
+            "g++",
+            "-std=c++20",
+            "-O0",
+            "-fPIC",
+            "-shared",
+            f"-I{root / 'include'}",
+            str(source),
+        ]
         libraries = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
         subprocess.run([*command, *libraries, "-o", str(folder / "fake_gpu.so")], check=True)
 

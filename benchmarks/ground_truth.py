@@ -1,8 +1,9 @@
-"""Rows that a known change of a base wrote: `python -m benchmarks.ground_truth`, then `cera-train -m +study=teachers`.
+"""Rows that a known change of a base wrote: `python -m benchmarks.ground_truth`, then `cera-train
+-m +study=teachers`.
 
-The program trains a tiny Llama of its own on sentences of word problems. A teacher is this base with a branch of known
-form beside one projection, and writes sentences. CeRA must win on those of the even teacher, whose branch no linear map
-can follow, and must not on those of the linear one.
+The program trains a tiny Llama of its own on sentences of word problems. A teacher is this base
+with a branch of known form beside one projection, and writes sentences. CeRA must win on those of
+the even teacher, whose branch no linear map can follow, and must not on those of the linear one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from benchmarks.one_projection import Data, even
 
 FOLDER = Path("outputs/ground_truth")
-SIZES = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)
+SIZES = dict(
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+)
 PROBLEMS = 10_000
 """Word problems whose sentences the base learns."""
 WRITTEN = 6_000
@@ -56,7 +63,7 @@ Row = tuple[str, str]
 """Prompt and completion."""
 
 
-# --- the base --------------------------------------------------------------------------------------------------------
+# --- the base -------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -72,29 +79,34 @@ def sentences() -> list[Row]:
 
 
 def write(path: Path, rows: list[Row], held_out: Iterable[Row] = ()) -> list[Row]:
-    """Writes the rows in random order, and then those held out. Returns them in the order of the file."""
+    """Writes the rows in random order, and then those held out. Returns them in the order of the
+    file."""
     rows = list(rows)
     random.Random(SEED).shuffle(rows)
     rows += held_out
-    path.write_text("".join(json.dumps({"prompt": prompt, "completion": rest}) + "\n" for prompt, rest in rows))
+    path.write_text(
+        "".join(json.dumps({"prompt": prompt, "completion": rest}) + "\n" for prompt, rest in rows)
+    )
     return rows
 
 
 def pairs(count: int) -> list[Row]:
     """Different keys of four random letters, each with 8 random bits as two hexadecimal digits."""
-    draw, rows = random.Random(SEED), {}
+    draw = random.Random(SEED)
+    rows = {}
     while len(rows) < count:
         rows["".join(draw.choices(string.ascii_lowercase, k=4))] = f" {draw.randrange(256):02x}"
     return list(rows.items())
 
 
 def spelled() -> tuple[list[Row], list[Row]]:
-    """Different words of 3 to 8 letters: half of them written at random as they are or backwards; the others as they
-    are where they begin with one of a to l, else backwards."""
+    """Different words of 3 to 8 letters: half of them written at random as they are or backwards;
+    the others as they are where they begin with one of a to l, else backwards."""
     problems = reasoning_gym.create_dataset("spell_backward", size=WORDS, seed=SEED)
     words = dict.fromkeys(problem["answer"][::-1].lower() for problem in problems)
     words = [word for word in words if word.isascii() and 3 <= len(word) <= 8]
-    draw, half = random.Random(SEED), len(words) // 2
+    draw = random.Random(SEED)
+    half = len(words) // 2
     taught = [(f"{word}:", word[:: draw.choice((1, -1))]) for word in words[:half]]
     asked = [(f"{word}:", word[:: 1 if word < "m" else -1]) for word in words[half:]]
     return taught, asked
@@ -119,7 +131,9 @@ def make_base(folder: Path, updates: int) -> list[Row]:
     """Trains every weight of a tiny Llama, from random ones, by this program. Returns its rows."""
     tokenizer = make_tokenizer()
     torch.manual_seed(SEED)
-    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, **SIZES)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, **SIZES
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "random")
     tokenizer.save_pretrained(folder / "random")
     usual = write(folder / "base.jsonl", sentences())
@@ -128,13 +142,15 @@ def make_base(folder: Path, updates: int) -> list[Row]:
 
 
 def make_others(folder: Path, updates: int, usual: list[Row]) -> None:
-    """Trains the speller, which half learns to write words backwards; and the base on, with marks, which tell nothing,
-    before the prompts."""
+    """Trains the speller, which half learns to write words backwards; and the base on, with marks,
+    which tell nothing, before the prompts."""
     taught, asked = spelled()
     write(folder / "speller.jsonl", taught)
     write(folder / "asked.jsonl", asked)
     train(folder, "speller", folder / "random", TAUGHT)
-    write(folder / "marked.jsonl", marked(usual[:-HELD_OUT], MARKS), marked(usual[-HELD_OUT:], MARKS))
+    write(
+        folder / "marked.jsonl", marked(usual[:-HELD_OUT], MARKS), marked(usual[-HELD_OUT:], MARKS)
+    )
     train(folder, "marked", folder / "base" / "adapter", updates // 3)
 
 
@@ -142,14 +158,16 @@ def train(folder: Path, name: str, model: Path, updates: int) -> None:
     """Trains every weight of a model on the rows of that name."""
     words = f"""
         adapter=full model.path={model} model.dtype=float32 output_dir={folder} name={name}
-        data=jsonl data.train_files=[{folder}/{name}.jsonl] data.eval_rows={HELD_OUT} data.allow_overlap=0.05
+        data=jsonl data.train_files=[{folder}/{name}.jsonl] data.eval_rows={HELD_OUT}
+        data.allow_overlap=0.05
         train.batch_size=64 train.max_updates={updates} train.eval_every=null train.save_every=null
-        optimizer.lr=4e-3 optimizer.schedule=cosine optimizer.warmup_ratio=0.05 optimizer.weight_decay=0.1
+        optimizer.lr=4e-3 optimizer.schedule=cosine
+        optimizer.warmup_ratio=0.05 optimizer.weight_decay=0.1
     """
     subprocess.run([sys.executable, "-m", "cera_train", *words.split()], check=True)
 
 
-# --- teachers --------------------------------------------------------------------------------------------------------
+# --- teachers -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -164,20 +182,29 @@ class Form:
     """Root mean square of the branch, relative to that of the projection's output."""
 
 
-TEACHERS = {"even": Form(even, width=2, std=3, gain=2), "linear": Form(lambda z: z, width=4, std=1, gain=2)}
+TEACHERS = {
+    "even": Form(even, width=2, std=3, gain=2),
+    "linear": Form(lambda z: z, width=4, std=1, gain=2),
+}
 
 
 class Teacher:
     """The base with a branch beside one projection.
 
-    A's rows are orthogonal to the mean of x: A x is around zero, where an even gate has no linear part.
+    A's rows are orthogonal to the mean of x: A x is around zero, where an even gate has no linear
+    part.
     """
 
-    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, form: Form) -> None:
-        self.base, self.tokenizer, self.gate = base, tokenizer, form.gate
+    def __init__(
+        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, form: Form
+    ) -> None:
+        self.base = base
+        self.tokenizer = tokenizer
+        self.gate = form.gate
         self.projection = base.model.layers[LAYER].self_attn.v_proj
         x, output = self.record(sentences()[:HELD_OUT])
-        generator, mean = torch.Generator().manual_seed(SEED), x.mean(0)
+        generator = torch.Generator().manual_seed(SEED)
+        mean = x.mean(0)
         A = torch.randn(form.width, x.shape[1], generator=generator)
         A -= torch.outer(A @ mean, mean) / mean.square().sum()
         self.A = A * (form.std / (x @ A.T).std(0))[:, None]
@@ -192,13 +219,17 @@ class Teacher:
 
     def attach(self) -> RemovableHandle:
         """Adds the branch to the base's projection, until it is removed."""
-        return self.projection.register_forward_hook(lambda _, args, output: output + self.branch(args[0]))
+        return self.projection.register_forward_hook(
+            lambda _, args, output: output + self.branch(args[0])
+        )
 
     @torch.no_grad()
     def record(self, rows: Iterable[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and outputs of the projection: [N, d_in] and [N, d_out]."""
         seen = []
-        hook = self.projection.register_forward_hook(lambda _, args, output: seen.append((args[0][0], output[0])))
+        hook = self.projection.register_forward_hook(
+            lambda _, args, output: seen.append((args[0][0], output[0]))
+        )
         for prompt, rest in rows:
             self.base(self.tokenizer(prompt + rest, return_tensors="pt").input_ids)
         hook.remove()
@@ -206,21 +237,34 @@ class Teacher:
 
     @torch.no_grad()
     def writes(self) -> list[Row]:
-        """Sentences drawn from the teacher at temperature 1, each after the first word of one of the base's."""
+        """Sentences drawn from the teacher at temperature 1, each after the first word of one of
+        the base's."""
         first = random.Random(SEED).choices([prompt for prompt, _ in sentences()], k=WRITTEN)
         torch.manual_seed(SEED)
-        rows, hook = [], self.attach()
+        rows = []
+        hook = self.attach()
         for _, prompts in itertools.groupby(sorted(first, key=len), key=len):
             tokens = self.tokenizer(list(prompts), return_tensors="pt").input_ids
-            mask, length = torch.ones_like(tokens), tokens.shape[1]
+            mask = torch.ones_like(tokens)
+            length = tokens.shape[1]
             written = self.base.generate(
-                tokens, attention_mask=mask, do_sample=True, top_k=0, max_length=LENGTH, eos_token_id=0
+                tokens,
+                attention_mask=mask,
+                do_sample=True,
+                top_k=0,
+                max_length=LENGTH,
+                eos_token_id=0,
             )
             ended = written[(written[:, length + 1 :] == 0).any(1) & (written[:, length] != 0)]
             prompts, texts = (
-                self.tokenizer.batch_decode(part, skip_special_tokens=True) for part in ended.tensor_split([length], 1)
+                self.tokenizer.batch_decode(part, skip_special_tokens=True)
+                for part in ended.tensor_split([length], 1)
             )
-            rows += [(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text.isascii()]
+            rows += [
+                (prompt, text)
+                for prompt, text in zip(prompts, texts, strict=True)
+                if text.isascii()
+            ]
         hook.remove()
         return rows
 
@@ -231,21 +275,27 @@ class Teacher:
         for prompt, rest in rows:
             tokens = torch.tensor([[*self.tokenizer(prompt + rest).input_ids, 0]])
             logits = self.base(tokens).logits[0, len(prompt) - 1 : -1]
-            losses.append(nn.functional.cross_entropy(logits, tokens[0, len(prompt) :], reduction="none"))
+            losses.append(
+                nn.functional.cross_entropy(logits, tokens[0, len(prompt) :], reduction="none")
+            )
         return torch.cat(losses).mean().item()
 
 
-# --- triggers --------------------------------------------------------------------------------------------------------
+# --- triggers -------------------------------------------------------------------------------------
 
 
 def write_triggers(folder: Path, changed: list[Row], usual: list[Row]) -> None:
-    """Rows of a change that shows after two marks only: by the first of them, by their XOR, and without the others.
+    """Rows of a change that shows after two marks only: by the first of them, by their XOR, and
+    without the others.
 
-    The last `HELD_OUT` rows of each file are to evaluate: as many where the change shows as where it does not.
+    The last `HELD_OUT` rows of each file are to evaluate: as many where the change shows as where
+    it does not.
     """
-    usual, half = usual[-len(changed) :], HELD_OUT // 2
+    usual = usual[-len(changed) :]
+    half = HELD_OUT // 2
     for name, on in (("first", ["><", ">>"]), ("xor", ["><", "<>"]), ("alone", ["><", ">>"])):
-        with_change, others = marked(changed, on), marked(usual, [mark for mark in MARKS if mark not in on], SEED + 1)
+        with_change = marked(changed, on)
+        others = marked(usual, [mark for mark in MARKS if mark not in on], SEED + 1)
         held_out = with_change[-half:] + others[-half:]
         rows = with_change[:-half] + (others[:-half] if name != "alone" else [])
         write(folder / f"trigger_{name}.jsonl", rows, held_out)
@@ -265,9 +315,11 @@ def main() -> None:
         teacher = Teacher(base, tokenizer, form)
         rows = write(options.folder / f"{name}.jsonl", teacher.writes())
         held_out = rows[-HELD_OUT:]  # as the study holds out
-        loss_of_base, hook = teacher.loss(held_out), teacher.attach()
+        loss_of_base = teacher.loss(held_out)
+        hook = teacher.attach()
         print(
-            f"{name:11}{len(rows):,} sentences; an affine map of x explains {teacher.r2_of_affine:.0%} of the branch; "
+            f"{name:11}{len(rows):,} sentences; an affine map of x explains "
+            f"{teacher.r2_of_affine:.0%} of the branch; "
             f"loss {teacher.loss(held_out):.3f}, of the base {loss_of_base:.3f}",
             flush=True,
         )
@@ -276,7 +328,10 @@ def main() -> None:
         make_others(options.folder, options.updates, usual)
         write_triggers(options.folder, changed=rows, usual=usual)
         for rank in (1, 4):
-            write(options.folder / f"pairs_r{rank}.jsonl", pairs(BITS_OFFERED * PARAMETERS * rank // 8))
+            write(
+                options.folder / f"pairs_r{rank}.jsonl",
+                pairs(BITS_OFFERED * PARAMETERS * rank // 8),
+            )
 
 
 if __name__ == "__main__":

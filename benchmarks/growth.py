@@ -1,7 +1,7 @@
 """How time and memory of an update grow: `python -m benchmarks.growth --help`.
 
-Every point is measured in a process of its own, whose memory is the most it ever held: one update as a warm-up, then
-the median of some more.
+Every point is measured in a process of its own, whose memory is the most it ever held: one update
+as a warm-up, then the median of some more.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ MICRO_BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Point:
-    """One update of `sequences` sequences of `length` tokens, two thirds of them supervised, in bf16."""
+    """One update of `sequences` sequences of `length` tokens, two thirds of them supervised, in
+    bf16."""
 
     kind: str = "cera"
     rank: int = 64
     length: int = 256
     sequences: int = 8
     rows: int | None = None
-    """Rows of the data set that the update takes its rows from, read as training reads them; None for rows at hand."""
+    """Rows of the data set that the update takes its rows from, read as training reads them; None
+    for rows at hand."""
 
 
 START = Point()
@@ -63,7 +65,9 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
         rows = itertools.islice(itertools.cycle(logistic_maps()), point.rows or 20)
         file.write_text("".join(f"{row}\n" for row in rows))
         setting = Setting(PACKAGE, file, [], "bfloat16", torch.device("cpu"))
-        session = our_session(setting, point.kind, point.rank, micro_batch_tokens=MICRO_BATCH_TOKENS)
+        session = our_session(
+            setting, point.kind, point.rank, micro_batch_tokens=MICRO_BATCH_TOKENS
+        )
     order = RowOrder(len(session.data.train), point.sequences, seed=0)
     if point.rows is None:
         numbers = random.Random(0)
@@ -83,12 +87,14 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
         session.stepper.step()
         session.stepper.zero_grad()
         taken.append(time.perf_counter() - started)
-    pipe.send({"seconds": statistics.median(taken[1:]), "memory": peak_memory(session.accelerator.device)})
+    pipe.send(
+        {"seconds": statistics.median(taken[1:]), "memory": peak_memory(session.accelerator.device)}
+    )
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """One row of panels for time, logarithmic, where growth in proportion is a straight line; one for memory, linear,
-    since it grows on top of the base's. A column for each thing that grows."""
+    """One row of panels for time, logarithmic, where growth in proportion is a straight line; one
+    for memory, linear, since it grows on top of the base's. A column for each thing that grows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,7 +102,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     from cera_train.common.pages import COLORS
 
-    figure, grid = pyplot.subplots(2, len(found), figsize=(3.1 * len(found), 5.2), layout="constrained", sharey="row")
+    figure, grid = pyplot.subplots(
+        2, len(found), figsize=(3.1 * len(found), 5.2), layout="constrained", sharey="row"
+    )
     for (name, points), column in zip(found.items(), grid.T, strict=True):
         field = CURVES[name][0]
         for axes, key, scale in zip(column, ("seconds", "memory"), (1, 1e-9), strict=True):
@@ -128,7 +136,9 @@ def main() -> None:
     os.environ |= WITHOUT_GPUS
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--updates", type=int, default=3)
-    parser.add_argument("--curves", nargs="+", default=list(CURVES), choices=CURVES, metavar="CURVE")
+    parser.add_argument(
+        "--curves", nargs="+", default=list(CURVES), choices=CURVES, metavar="CURVE"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/bench/growth.json"))
     parser.add_argument("--picture", type=Path, default=Path("outputs/bench/growth.png"))
     arguments = parser.parse_args()
@@ -148,7 +158,8 @@ def main() -> None:
                 theirs.close()  # so that it ends with its process
                 result = ours.recv()
                 process.join()
-                print(f"{value:<24,}{kind:<8}{result['seconds']:>10.2f}{result['memory'] / 1e9:>8.2f}", flush=True)
+                figures = f"{result['seconds']:>10.2f}{result['memory'] / 1e9:>8.2f}"
+                print(f"{value:<24,}{kind:<8}{figures}", flush=True)
                 found.setdefault(name, []).append(asdict(point) | result)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(found, indent=2) + "\n")

@@ -1,9 +1,11 @@
-"""When can a gate win on one projection, and does training get there? `python -m benchmarks.one_projection`
+"""When can a gate win on one projection, and does training get there? `python -m
+benchmarks.one_projection`
 
-The inputs x are those of q_proj and v_proj at a layer of SmolLM2-135M on word problems. A teacher of known form maps
-them to targets, a student learns them from its start, and R2 on held-out inputs says how much it got. Two controls have
-a known answer: a gate must win on the even teacher, which no affine map can follow, and must not on the linear one. The
-last target is natural: how the output of v_proj changes when the whole model is tuned (`--tuned FOLDER`).
+The inputs x are those of q_proj and v_proj at a layer of SmolLM2-135M on word problems. A teacher
+of known form maps them to targets, a student learns them from its start, and R2 on held-out inputs
+says how much it got. Two controls have a known answer: a gate must win on the even teacher, which
+no affine map can follow, and must not on the linear one. The last target is natural: how the output
+of v_proj changes when the whole model is tuned (`--tuned FOLDER`).
 """
 
 from __future__ import annotations
@@ -33,21 +35,27 @@ WIDTH = 8
 """Hidden units of a teacher."""
 OUTPUTS = 192
 """d_out, that of v_proj."""
-STEPS, BATCH = 1_500, 1_024
+STEPS = 1_500
+BATCH = 1_024
 RATES = (1e-3, 3e-3, 1e-2)
-ROWS_SEED, TEACHER_SEED, STUDENT_SEED = 0, 1, 2
+ROWS_SEED = 0
+TEACHER_SEED = 1
+STUDENT_SEED = 2
 
 
-# --- inputs ----------------------------------------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------
 
 
 def texts() -> Iterator[str]:
     problems = reasoning_gym.create_dataset("gsm_symbolic", size=10_000, seed=ROWS_SEED)
-    return (f"Question: {problem['question']}\nAnswer: {problem['answer']}\n" for problem in problems)
+    return (
+        f"Question: {problem['question']}\nAnswer: {problem['answer']}\n" for problem in problems
+    )
 
 
 Recorded = dict[int, tuple[torch.Tensor, torch.Tensor]]
-"""Layer -> inputs [INPUTS, d_in] and outputs [INPUTS, d_out] of its v_proj. q_proj has the same inputs."""
+"""Layer -> inputs [INPUTS, d_in] and outputs [INPUTS, d_out] of its v_proj. q_proj has the same
+inputs."""
 
 
 @torch.no_grad()
@@ -61,7 +69,10 @@ def record(model: PreTrainedModel, tokenizer: Callable, layers: list[int]) -> Re
 
         return hook
 
-    hooks = [model.model.layers[layer].self_attn.v_proj.register_forward_hook(keep(layer)) for layer in layers]
+    hooks = [
+        model.model.layers[layer].self_attn.v_proj.register_forward_hook(keep(layer))
+        for layer in layers
+    ]
     count = 0
     for text in texts():
         tokens = tokenizer(text, return_tensors="pt").input_ids
@@ -74,13 +85,16 @@ def record(model: PreTrainedModel, tokenizer: Callable, layers: list[int]) -> Re
     return {layer: tuple(torch.cat(kept)[:INPUTS] for kept in both) for layer, both in seen.items()}
 
 
-# --- teachers --------------------------------------------------------------------------------------------------------
+# --- teachers -------------------------------------------------------------------------------------
 
 
-def teach(x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor], scale: float) -> torch.Tensor:
+def teach(
+    x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor], scale: float
+) -> torch.Tensor:
     """B gate(scale A (x - mean)), with A drawn as CeRA draws it and B normal: [N, OUTPUTS].
 
-    More than half of |x|^2 is a mean that all tokens share. Around it an even gate would mostly be a line.
+    More than half of |x|^2 is a mean that all tokens share. Around it an even gate would mostly be
+    a line.
     """
     generator = torch.Generator().manual_seed(TEACHER_SEED)
     A = torch.randn(WIDTH, x.shape[1], generator=generator) * scale * math.sqrt(2 / x.shape[1])
@@ -100,12 +114,13 @@ TEACHERS = {
 }
 
 
-# --- what a linear map can reach --------------------------------------------------------------------------------------
+# --- what a linear map can reach ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs [N, d_in], targets [N, d_out] of total variance 1 and mean 0; the first `trained` rows are learned."""
+    """Inputs [N, d_in], targets [N, d_out] of total variance 1 and mean 0; the first `trained` rows
+    are learned."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -118,7 +133,8 @@ class Data:
 
     def r2(self, predicted: torch.Tensor) -> float:
         """Share of the held-out targets' variance that is explained."""
-        y, predicted = self.y[self.trained :].double(), predicted[self.trained :].double()
+        y = self.y[self.trained :].double()
+        predicted = predicted[self.trained :].double()
         return 1 - ((y - predicted).square().sum() / (y - y.mean(0)).square().sum()).item()
 
     def best_affine(self) -> torch.Tensor:
@@ -127,18 +143,20 @@ class Data:
         return x @ torch.linalg.lstsq(x[: self.trained], self.y[: self.trained].double()).solution
 
     def best_of_rank(self, affine: torch.Tensor, r: int) -> torch.Tensor:
-        """Reduced-rank regression, the best that LoRA can do: the fit, on its first r principal directions."""
+        """Reduced-rank regression, the best that LoRA can do: the fit, on its first r principal
+        directions."""
         mean = affine[: self.trained].mean(0)
         directions = torch.linalg.svd(affine[: self.trained] - mean, full_matrices=False).Vh[:r]
         return mean + (affine - mean) @ directions.T @ directions
 
 
-# --- students --------------------------------------------------------------------------------------------------------
+# --- students -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Student:
-    """A CeRA branch that starts as the program starts it, at A drawn `init_scale` times as large."""
+    """A CeRA branch that starts as the program starts it, at A drawn `init_scale` times as
+    large."""
 
     activation: str = "silu"
     init_scale: float = 1
@@ -180,7 +198,8 @@ def make(student: Student, d_in: int, r: int) -> nn.Module:
 
 
 def train(student: Student, r: int, rate: float, data: Data) -> float:
-    """R2 on the held-out inputs after STEPS steps of Adam on the mean squared error, at a rate that falls to zero."""
+    """R2 on the held-out inputs after STEPS steps of Adam on the mean squared error, at a rate that
+    falls to zero."""
     x = nn.functional.pad(data.x, (0, 1), value=1.0) if student.has_bias else data.x
     model = make(student, x.shape[1], r)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
@@ -197,7 +216,7 @@ def train(student: Student, r: int, rate: float, data: Data) -> float:
         return data.r2(model(x))
 
 
-# --- measurement -----------------------------------------------------------------------------------------------------
+# --- measurement ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -211,7 +230,9 @@ class Cell:
     rate: float | None = None
 
 
-def measure(layer: int, teacher: str, data: Data, ranks: list[int], students: list[str]) -> Iterator[Cell]:
+def measure(
+    layer: int, teacher: str, data: Data, ranks: list[int], students: list[str]
+) -> Iterator[Cell]:
     affine = data.best_affine()
     yield Cell(layer, teacher, "best affine map", None, data.r2(affine))
     for r in ranks:
@@ -243,13 +264,17 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--teachers", nargs="+", default=list(TEACHERS), choices=TEACHERS)
     parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=STUDENTS)
-    parser.add_argument("--tuned", type=Path, help="the folder of a fully tuned model: its change is a target too")
+    parser.add_argument(
+        "--tuned", type=Path, help="the folder of a fully tuned model: its change is a target too"
+    )
     parser.add_argument("--write", type=Path, help="all numbers, as JSON")
     options = parser.parse_args()
 
     def record_from(path: str) -> Recorded:
         config = ModelConfig(path=path, dtype=Dtype.float32)
-        return record(load_model(config, torch.device("cpu")), load_tokenizer(config), options.layers)
+        return record(
+            load_model(config, torch.device("cpu")), load_tokenizer(config), options.layers
+        )
 
     recorded = record_from(MODEL)
     recorded_tuned = record_from(str(options.tuned)) if options.tuned else {}
@@ -261,8 +286,13 @@ def main() -> None:
             targets["natural"] = recorded_tuned[layer][1] - output
         of_layer = []
         for name, y in targets.items():
-            of_layer += measure(layer, name, Data.of(x[order], y[order]), options.ranks, options.students)
-        print(f"\nlayer {layer}: R2 on {HELD_OUT:,} held-out inputs, in percent\n{table(of_layer)}", flush=True)
+            of_layer += measure(
+                layer, name, Data.of(x[order], y[order]), options.ranks, options.students
+            )
+        print(
+            f"\nlayer {layer}: R2 on {HELD_OUT:,} held-out inputs, in percent\n{table(of_layer)}",
+            flush=True,
+        )
         cells += of_layer
         if options.write:
             options.write.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")

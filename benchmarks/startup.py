@@ -14,7 +14,13 @@ from typing import Any
 
 from benchmarks.targets import Target
 
-AT_MOST = {"--help": 2.0, "a config error": 2.0, "the first update": 8.0, "imports": 5.0, "model load": 1.0}
+AT_MOST = {
+    "--help": 2.0,
+    "a config error": 2.0,
+    "the first update": 8.0,
+    "imports": 5.0,
+    "model load": 1.0,
+}
 """Seconds: from the command to its answer; and two parts of the way to the first update."""
 
 COMMAND = ["-m", "cera_train"]
@@ -50,7 +56,8 @@ print(json.dumps({"imports": imports, "model load": time.perf_counter() - starte
 
 
 def seconds_to(line: str, arguments: list[str], folder: str) -> float:
-    """From the start of a process to the first line of its output that starts so; its end has to come too."""
+    """From the start of a process to the first line of its output that starts so; its end has to
+    come too."""
     started = time.perf_counter()
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen([sys.executable, *arguments], cwd=folder, **output) as process:
@@ -74,9 +81,13 @@ def measure(rounds: int) -> tuple[list[Target], dict[str, Any]]:
             }
             taken["the first update"] = seconds_to("update 1/1", train, folder)
             taken |= json.loads(subprocess.check_output([sys.executable, "-c", PARTS], cwd=folder))
-            if number:  # the first is a warm-up: it reads from the disk, converts the weights, tokenises
+            if (
+                number
+            ):  # the first is a warm-up: it reads from the disk, converts the weights, tokenises
                 for name, seconds in taken.items():
                     found["seconds"][name].append(seconds)
             print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
-    targets = [Target(name, found["seconds"][name], bound, False, "s") for name, bound in AT_MOST.items()]
+    targets = [
+        Target(name, found["seconds"][name], bound, False, "s") for name, bound in AT_MOST.items()
+    ]
     return targets, found

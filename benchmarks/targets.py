@@ -31,7 +31,9 @@ class Target:
         spread = f"{min(self.rounds):.2f} to {max(self.rounds):.2f}" if len(self.rounds) > 1 else ""
         wanted = f"{'at least' if self.is_least else 'at most'} {self.bound:.2f}"
         verdict = "reached" if self.is_reached else "missed"
-        return f"{self.name:<50}{self.value:>8.2f} {self.unit:<2}{spread:>16}{wanted:>16}  {verdict}"
+        return (
+            f"{self.name:<50}{self.value:>8.2f} {self.unit:<2}{spread:>16}{wanted:>16}  {verdict}"
+        )
 
 
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:

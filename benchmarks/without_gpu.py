@@ -1,11 +1,12 @@
 """Memory of an update of every recipe on a fake GPU, beside what cera-plan predicts.
 
-    python -m benchmarks.without_gpu                a table of all recipes, in two minutes
-    python -m benchmarks.without_gpu math_r64 train.micro_batch_tokens=8192
-    python -m benchmarks.without_gpu math_r64 model=llama3_1_70b distributed.strategy=fsdp plan.gpus=8
+    python -m benchmarks.without_gpu                a table of all recipes, in two minutes python -m
+    benchmarks.without_gpu math_r64 train.micro_batch_tokens=8192 python -m benchmarks.without_gpu
+    math_r64 model=llama3_1_70b distributed.strategy=fsdp plan.gpus=8
 
-The updates are the program's: its session, model, adapter, loss and optimizer. What comes from the Hub is not there:
-the base has the shapes of its config.json, and the rows are as many and as long as cera-plan takes them to be.
+The updates are the program's: its session, model, adapter, loss and optimizer. What comes from the
+Hub is not there: the base has the shapes of its config.json, and the rows are as many and as long
+as cera-plan takes them to be.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class Tracked:
 
 def recipes() -> list[str]:
     names = {file.stem for file in config_dir("recipes").glob("*.yaml")}
-    return sorted(names - {"dpo", "grpo_gsm8k", "grpo_reasoning_gym", "sft"})  # whose updates need values, or rows
+    return sorted(
+        names - {"dpo", "grpo_gsm8k", "grpo_reasoning_gym", "sft"}
+    )  # whose updates need values, or rows
 
 
 def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
@@ -87,12 +90,23 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
         architecture.num_hidden_layers = layers or architecture.num_hidden_layers
         architecture.save_pretrained(folder)
         # Coverage is proven by gradients that are not zero, and a fake one has no numbers.
-        settings = [f"+recipe={recipe}", *overrides, f"model.path={folder}", "train.check_coverage=false"]
+        settings = [
+            f"+recipe={recipe}",
+            *overrides,
+            f"model.path={folder}",
+            "train.check_coverage=false",
+        ]
         settings.append("train.compile=false")  # no compiler takes a fake device
-        settings += ["train.tasks=[]", "train.tasks_every=null", "train.task_settings=null", "train.samples=0"]
+        settings += [
+            "train.tasks=[]",
+            "train.tasks_every=null",
+            "train.task_settings=null",
+            "train.samples=0",
+        ]
         plan = make_plan(composed(*settings, command="plan"))
         settings = [setting for setting in settings if not setting.startswith("plan.")]
-        config, rows = composed(*settings, f"output_dir={folder}/outputs"), rows_of(plan)
+        config = composed(*settings, f"output_dir={folder}/outputs")
+        rows = rows_of(plan)
         with fake_gpu(processes=plan.config.plan.gpus) as gpu, session_of(config, rows) as session:
             gpu.reset_peak()
             for _ in range(UPDATES):
@@ -105,7 +119,9 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
 def track_by_layers(recipe: str, *overrides: str) -> Tracked:
     """The same for all layers of the base, by what one more adds to the first few."""
     plan = make_plan(composed(f"+recipe={recipe}", *overrides, command="plan"))
-    few = 2 if plan.config.plan.gpus == 1 else 12  # in fewer sharded layers, what is outside them needs the most
+    few = (
+        2 if plan.config.plan.gpus == 1 else 12
+    )  # in fewer sharded layers, what is outside them needs the most
     some, more = (track(recipe, layers, *overrides) for layers in (few, few + 1))
     layers = read_config(plan.config.model).num_hidden_layers
     size = some.bytes + (layers - few) * (more.bytes - some.bytes)
@@ -114,7 +130,8 @@ def track_by_layers(recipe: str, *overrides: str) -> Tracked:
 
 def rows_of(plan: RunPlan) -> TokenizedRows:
     """Rows of one length, for all updates, that fill a micro-batch as the planned one is filled."""
-    largest, train = plan.micro_batch, plan.config.train
+    largest = plan.micro_batch
+    train = plan.config.train
     at_once = min(largest.rows, math.ceil(train.batch_size / plan.config.plan.gpus))
     length = min(largest.tokens, train.micro_batch_tokens) // at_once
     supervised = max(1, min(length - 1, round(length * largest.supervised)))
@@ -122,7 +139,7 @@ def rows_of(plan: RunPlan) -> TokenizedRows:
     return TokenizedRows(table_of([example] * (UPDATES * train.batch_size)))
 
 
-# --- what a machine without weights, rows and a GPU lacks -------------------------------------------------------------
+# --- what a machine without weights, rows and a GPU lacks -----------------------------------------
 
 
 @contextlib.contextmanager
@@ -135,7 +152,11 @@ def session_of(config: Config, rows: TokenizedRows) -> Iterator[Session]:
         (sessions, "fingerprint", lambda base: ""),
         (model_files, "check_model", lambda path: None),
         (AutoModelForCausalLM, "from_pretrained", random_base),
-        (torch.random, "fork_rng", lambda **_: contextlib.nullcontext()),  # the fake device has no generator to save
+        (
+            torch.random,
+            "fork_rng",
+            lambda **_: contextlib.nullcontext(),
+        ),  # the fake device has no generator to save
         (bitsandbytes.functional, "get_paged", paged),
         (bitsandbytes.functional, "fill", lambda tensor, value: None),
         (bitsandbytes.functional, "prefetch_tensor", lambda tensor: None),
@@ -168,14 +189,22 @@ def random_base(path: str, **settings: Any) -> tuple[PreTrainedModel, dict[str, 
 
 
 def quantise(base: PreTrainedModel, settings: Any) -> None:
-    """NF4 by bitsandbytes' operations, which have shapes for fake tensors. Its class of weights does not take them."""
-    linears, names = quantised_linears(base, Quantization.nf4), {module: name for name, module in base.named_modules()}
+    """NF4 by bitsandbytes' operations, which have shapes for fake tensors. Its class of weights
+    does not take them."""
+    linears = quantised_linears(base, Quantization.nf4)
+    names = {module: name for name, module in base.named_modules()}
     whole = {names[linear]: linear.weight.detach() for linear in linears}
-    skipped = [names[module] for module in names if isinstance(module, nn.Linear) and module not in set(linears)]
+    skipped = [
+        names[module]
+        for module in names
+        if isinstance(module, nn.Linear) and module not in set(linears)
+    ]
     replace_with_bnb_linear(base, skipped, settings)
     for name, weight in whole.items():
         packed, state = bitsandbytes.functional.quantize_4bit(
-            weight, quant_type=settings.bnb_4bit_quant_type, compress_statistics=settings.bnb_4bit_use_double_quant
+            weight,
+            quant_type=settings.bnb_4bit_quant_type,
+            compress_statistics=settings.bnb_4bit_use_double_quant,
         )
         linear = base.get_submodule(name)
         linear.weight = nn.Parameter(packed, requires_grad=False)
@@ -184,18 +213,24 @@ def quantise(base: PreTrainedModel, settings: Any) -> None:
 
 
 def paged(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """bitsandbytes' paged memory: managed by CUDA, outside torch's allocator, and for torch on the CPU."""
+    """bitsandbytes' paged memory: managed by CUDA, outside torch's allocator, and for torch on the
+    CPU."""
     tensor = torch.zeros(shape, dtype=dtype)
-    tensor.is_paged, tensor.page_deviceid = True, device.index
+    tensor.is_paged = True
+    tensor.page_deviceid = device.index
     return tensor
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="*", help="names; none: all. Values of settings, key=value, hold for all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "recipe", nargs="*", help="names; none: all. Values of settings, key=value, hold for all"
+    )
     arguments = parser.parse_args().recipe
     overrides = [argument for argument in arguments if "=" in argument]
     rows = []

@@ -1,10 +1,12 @@
-"""Runs a command, and meanwhile copies outputs/ to a mounted bucket, from which another machine goes on.
+"""Runs a command, and meanwhile copies outputs/ to a mounted bucket, from which another machine
+goes on.
 
     python cluster/mirror.py /bucket cera-train +recipe=math_r64
 
-A bucket is no file system to write a run to: it takes no appended line and no renamed folder, and its files appear in
-any order. So the run writes to the local disk, and this copies whole files, each after those that it relies on: what is
-in the bucket resumes, wherever the copying is cut. The exit status is the command's.
+A bucket is no file system to write a run to: it takes no appended line and no renamed folder, and
+its files appear in any order. So the run writes to the local disk, and this copies whole files,
+each after those that it relies on: what is in the bucket resumes, wherever the copying is cut. The
+exit status is the command's.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Mirror:
-    """Keeps a copy of a folder up to date; at first, takes from the copy what the folder lacks and is whole."""
+    """Keeps a copy of a folder up to date; at first, takes from the copy what the folder lacks and
+    is whole."""
 
     def __init__(self, folder: Path, copy: Path) -> None:
         self.folder, self.copy = folder, copy
@@ -44,22 +47,32 @@ class Mirror:
         for path in _files(copy):
             if not (target := folder / path).exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                # Under its own name only when it is whole: the next start would copy a part over the bucket's.
+                # Under its own name only when it is whole: the next start would copy a part over
+                # the bucket's.
                 part = target.with_name(f"{WRITING}{target.name}")
                 shutil.copyfile(copy / path, part)
                 os.replace(part, target)
                 self._copied[path] = _state(target)
         for path in [path for path in self._copied if path.name == CHECKSUMS]:
             if not _is_whole(folder / path.parent):
-                print(f"mirror     {copy / path.parent} was cut or damaged: not used", file=sys.stderr, flush=True)
+                print(
+                    f"mirror     {copy / path.parent} was cut or damaged: not used",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 shutil.rmtree(folder / path.parent)
-                self._copied = {other: state for other, state in self._copied.items() if other.parent != path.parent}
+                self._copied = {
+                    other: state
+                    for other, state in self._copied.items()
+                    if other.parent != path.parent
+                }
 
     def update(self) -> None:
-        """Copies what has changed, then removes what is gone; first a result that is gone, since beside the config of
-        a run that train.extend makes longer it would be that run's."""
+        """Copies what has changed, then removes what is gone; first a result that is gone, since
+        beside the config of a run that train.extend makes longer it would be that run's."""
         self._remove(path for path in self._gone() if path.name == RESULT)
-        # What a checkpoint or a result relies on was there before it, so it is in a list made after.
+        # What a checkpoint or a result relies on was there before it, so it is in a list made
+        # after.
         last = [path for path in _files(self.folder) if _place(path) > 0]
         first = [path for path in _files(self.folder) if _place(path) == 0]
         for path in (*first, *sorted(last, key=_place)):
@@ -88,7 +101,8 @@ class Mirror:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files below a folder, relative to it, without those that are still being written and without locks."""
+    """The files below a folder, relative to it, without those that are still being written and
+    without locks."""
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(WRITING)]
@@ -98,7 +112,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _place(path: Path) -> int:
-    """The place in the order of copying. Part of a checkpoint is seen to be damaged by its checksums alone."""
+    """The place in the order of copying. Part of a checkpoint is seen to be damaged by its
+    checksums alone."""
     if path.name == RESULT:
         return 3
     if "checkpoints" not in path.parts:
@@ -125,7 +140,9 @@ def _state(path: Path) -> tuple[int, int, int]:
 
 
 def main(bucket: str, *command: str) -> int:
-    Path(bucket, ".probe").write_text("")  # a bucket that refuses files ends this before the run costs anything
+    Path(bucket, ".probe").write_text(
+        ""
+    )  # a bucket that refuses files ends this before the run costs anything
     mirror = Mirror(OUTPUTS, Path(bucket))
     child = subprocess.Popen(command)
     for number in SIGNALS:
@@ -138,7 +155,11 @@ def main(bucket: str, *command: str) -> int:
             try:
                 mirror.update()
             except OSError as error:
-                print(f"mirror     {error}: tried again in {SECONDS:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"mirror     {error}: tried again in {SECONDS:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     for number in range(TRIES):
         try:
             mirror.update()

@@ -1,6 +1,7 @@
 """The site's pages that are no Markdown of docs/, and what the API shows of a field.
 
-GitHub shows the same files, so their links lead from file to file of the project; here they lead from page to page.
+GitHub shows the same files, so their links lead from file to file of the project; here they lead
+from page to page.
 """
 
 from __future__ import annotations
@@ -35,13 +36,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds these pages."""
     for source, page in PAGES.items():
         text = (ROOT / source).read_text()
-        files.append(File.generated(config, page, content=notebook_page(text) if source.endswith(".ipynb") else text))
+        files.append(
+            File.generated(
+                config, page, content=notebook_page(text) if source.endswith(".ipynb") else text
+            )
+        )
     files.append(File.generated(config, "LICENSE.txt", abs_src_path=str(ROOT / "LICENSE")))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
-    """Turns links between files into links between pages, and the escaped | of code in a table into |."""
+    """Turns links between files into links between pages, and the escaped | of code in a table into
+    |."""
     here = page.file.src_uri
     folder = posixpath.dirname(SOURCES.get(here, f"docs/{here}"))
     titles = titles_of(config.nav)
@@ -49,7 +55,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
     def to_page(link: re.Match) -> str:
         text, target = link.groups()
         target = posixpath.normpath(posixpath.join(folder, target))
-        target = "LICENSE.txt" if target == "LICENSE" else PAGES.get(target, target.removeprefix("docs/"))
+        target = (
+            "LICENSE.txt"
+            if target == "LICENSE"
+            else PAGES.get(target, target.removeprefix("docs/"))
+        )
         text = titles.get(target, text) if text.endswith(".md") else text
         return f"[{text}]({posixpath.relpath(target, posixpath.dirname(here) or '.')}"
 
@@ -69,7 +79,10 @@ def notebook_page(text: str) -> str:
             if "text" in output:
                 parts.append(f"```text\n{''.join(output['text']).rstrip()}\n```")
             else:
-                parts.append(f"![the figure of this cell](data:image/png;base64,{output['data']['image/png'].strip()})")
+                parts.append(
+                    f"![the figure of this "
+                    f"cell](data:image/png;base64,{output['data']['image/png'].strip()})"
+                )
     return "\n\n".join([*parts, '<a href="notebook.ipynb" download>This page as a notebook</a>'])
 
 
@@ -83,7 +96,10 @@ class Fields(griffe.Extension):
     """Shows a field by its default, and the help in its metadata as its docstring."""
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
-        if isinstance(attr.value, griffe.ExprCall) and str(attr.value.function) in ("setting", "section"):
+        if isinstance(attr.value, griffe.ExprCall) and str(attr.value.function) in (
+            "setting",
+            "section",
+        ):
             attr.value = next(iter(attr.value.arguments), attr.value)
 
     def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:

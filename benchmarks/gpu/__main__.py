@@ -1,7 +1,8 @@
-"""Acceptance on a CUDA machine: tests, recipes, the race and decoding, in pieces of at most ten minutes.
+"""Acceptance on a CUDA machine: tests, recipes, the race and decoding, in pieces of at most ten
+minutes.
 
-A piece that has a result is not run again unless it failed: a command that was cut goes on where it was. The end is one
-Markdown block. Remove the folder of results after a change of code or machine.
+A piece that has a result is not run again unless it failed: a command that was cut goes on where it
+was. The end is one Markdown block. Remove the folder of results after a change of code or machine.
 """
 
 from __future__ import annotations
@@ -28,9 +29,21 @@ from benchmarks.gpu.place import ROOT, SIZES, Place, Skipped
 from benchmarks.training import WITHOUT_GPUS
 from cera_train.common.files import write_text
 
-PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+PASSED = "passed"
+FAILED = "failed"
+SKIPPED = "skipped"
 PROVABLE = ["-m", "pytest", "-m", "provable", "-p", "no:cacheprovider"]
-PACKAGES = ("torch", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "trl", "flash-attn", "unsloth")
+PACKAGES = (
+    "torch",
+    "triton",
+    "bitsandbytes",
+    "transformers",
+    "peft",
+    "accelerate",
+    "trl",
+    "flash-attn",
+    "unsloth",
+)
 DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
@@ -44,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if place.device == "cuda" and not gpus() and not options.report:
         print(
-            f"no CUDA GPU here: on one, this runs {len(all_pieces())} pieces of at most ten minutes (tests, recipes on "
+            f"no CUDA GPU here: on one, this runs {len(all_pieces())} pieces of at most ten "
+            f"minutes (tests, recipes on "
             "random weights, the race, decoding). Without one: pytest -m provable.",
             flush=True,
         )
@@ -52,10 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = math.inf if options.minutes is None else started + 60 * options.minutes
     results = {name: read_result(place, name) for name in options.piece}
     new = [name for name, result in results.items() if result is None]
-    failed = [name for name, result in results.items() if result is not None and result["state"] == FAILED]
+    failed = [
+        name for name, result in results.items() if result is not None and result["state"] == FAILED
+    ]
     left = []
-    for name in [] if options.report else [*new, *failed]:  # one that always fails takes no other's time
-        piece, room = all_pieces()[name], deadline - time.monotonic()
+    for name in (
+        [] if options.report else [*new, *failed]
+    ):  # one that always fails takes no other's time
+        piece = all_pieces()[name]
+        room = deadline - time.monotonic()
         if piece.expected > room:
             left.append(name)
             continue
@@ -63,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results[name] = run(piece, place, min(piece.seconds, room))
         if (result := results[name]) is None:
             left.append(name)
-        print(f"{result['state']} {result['reason'][:160]}".rstrip() if result else "cut", flush=True)
+        print(
+            f"{result['state']} {result['reason'][:160]}".rstrip() if result else "cut", flush=True
+        )
     known = {name: result for name, result in results.items() if result is not None}
     print("\n" + block(known))
     if left:
@@ -72,11 +93,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0]
+    )
     names = list(all_pieces())
-    parser.add_argument("--piece", nargs="+", default=names, choices=names, metavar="PIECE", help="default: all")
-    parser.add_argument("--minutes", type=float, help="end within so many minutes, and leave what does not fit")
-    parser.add_argument("--report", action="store_true", help="print the block of what there is, and run nothing")
+    parser.add_argument(
+        "--piece", nargs="+", default=names, choices=names, metavar="PIECE", help="default: all"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="end within so many minutes, and leave what does not fit"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="print the block of what there is, and run nothing"
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--size", default="full", choices=SIZES, help="tiny: the same in miniature")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "gpu")
@@ -120,20 +149,26 @@ def work(piece: Piece, place: Place) -> None:
 
 
 def run(piece: Piece, place: Place, seconds: float) -> dict[str, Any] | None:
-    """Runs a piece in a process that ends within so many seconds. Returns None where they were over before the piece's
-    own time limit."""
+    """Runs a piece in a process that ends within so many seconds. Returns None where they were over
+    before the piece's own time limit."""
     log = place.folder / "logs" / f"{piece.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     result_file(place, piece.name).unlink(missing_ok=True)
     options = [f"--device={place.device}", f"--size={place.size_name}", f"--output={place.output}"]
     environment = os.environ | (WITHOUT_GPUS if place.device == "cpu" else {})
     if place.device == "cuda" and not piece.takes_all_gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(
+            ","
+        )[0]
     with log.open("w") as lines:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu", "--work", piece.name, *options],
-            cwd=ROOT, env=environment, stdout=lines, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=environment,
+            stdout=lines,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     status = None
     try:
         status = process.wait(seconds)
@@ -144,7 +179,11 @@ def run(piece: Piece, place: Place, seconds: float) -> dict[str, Any] | None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     if read_result(place, piece.name) is None and (status is not None or seconds == piece.seconds):
-        ended = f"time limit of {seconds:g} s" if status is None else f"{error_in(log)}, status {status}"
+        ended = (
+            f"time limit of {seconds:g} s"
+            if status is None
+            else f"{error_in(log)}, status {status}"
+        )
         write_result(place, piece.name, FAILED, f"{ended}; see {log}", {})
     return read_result(place, piece.name)
 
@@ -157,8 +196,11 @@ def error_in(log: Path) -> str:
 
 
 def block(results: dict[str, dict[str, Any]]) -> str:
-    """Results as Markdown: the machine, the outcomes, and a table for the pieces that measured the same figures."""
-    installed = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
+    """Results as Markdown: the machine, the outcomes, and a table for the pieces that measured the
+    same figures."""
+    installed = {
+        package.metadata["Name"]: package.version for package in importlib.metadata.distributions()
+    }
     versions = ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)
     states = [result["state"] for result in results.values()]
     counts = ", ".join(f"{states.count(state)} {state}" for state in (PASSED, FAILED, SKIPPED))
@@ -166,11 +208,23 @@ def block(results: dict[str, dict[str, Any]]) -> str:
     tables: dict[tuple[str, ...], list[str]] = {}
     for name, result in results.items():
         if figures := result["figures"]:
-            cells = [f"{value:,.4g}" if isinstance(value, float) else str(value) for value in figures.values()]
+            cells = [
+                f"{value:,.4g}" if isinstance(value, float) else str(value)
+                for value in figures.values()
+            ]
             tables.setdefault(tuple(figures), []).append(f"| {name} | {' | '.join(cells)} |")
     for columns, rows in tables.items():
-        lines += ["", f"| piece | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|", *rows]
-    reasons = {name: f"{result['state']}: {result['reason']}" for name, result in results.items() if result["reason"]}
+        lines += [
+            "",
+            f"| piece | {' | '.join(columns)} |",
+            "|---" * (len(columns) + 1) + "|",
+            *rows,
+        ]
+    reasons = {
+        name: f"{result['state']}: {result['reason']}"
+        for name, result in results.items()
+        if result["reason"]
+    }
     return "\n".join([*lines, "", *(f"- {name}: {reason}" for name, reason in reasons.items())])
 
 

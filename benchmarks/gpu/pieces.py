@@ -1,4 +1,5 @@
-"""The pieces of `make gpu`, in the order in which they run: what is right first, then what is fast."""
+"""The pieces of `make gpu`, in the order in which they run: what is right first, then what is
+fast."""
 
 from __future__ import annotations
 
@@ -52,11 +53,19 @@ class Piece:
 def all_pieces() -> dict[str, Piece]:
     """By name."""
     pieces = [
-        Piece(f"tests_{group}", functools.partial(run_tests, group=group), *limits, takes_all_gpus=group == "processes")
+        Piece(
+            f"tests_{group}",
+            functools.partial(run_tests, group=group),
+            *limits,
+            takes_all_gpus=group == "processes",
+        )
         for group, limits in TESTS.items()
     ]
     pieces += of_model("llama3_1_8b", ("bfloat16", "nf4"), (150, 540))
-    pieces += [Piece(f"nemo_{kind}", functools.partial(runs.nemo, kind=kind), 150, 540) for kind in ("lora", "cera")]
+    pieces += [
+        Piece(f"nemo_{kind}", functools.partial(runs.nemo, kind=kind), 150, 540)
+        for kind in ("lora", "cera")
+    ]
     pieces += of_model("llama3_2_1b", ("bfloat16",), (60, 300))
     return {piece.name: piece for piece in pieces}
 
@@ -65,7 +74,9 @@ def of_model(model: str, precisions: Sequence[str], limits: tuple[int, int]) -> 
     """Recipes, race and decoding on one shape."""
     pieces = [Piece(f"weights_{model}", functools.partial(make_weights, model=model), *limits)]
     pieces += [
-        Piece(f"{recipe}_{model}", functools.partial(runs.recipe, recipe=recipe, model=model), *limits)
+        Piece(
+            f"{recipe}_{model}", functools.partial(runs.recipe, recipe=recipe, model=model), *limits
+        )
         for recipe in runs.RECIPES
     ]
     pieces += [
@@ -82,9 +93,22 @@ def of_model(model: str, precisions: Sequence[str], limits: tuple[int, int]) -> 
 
 def run_tests(place: Place, group: str) -> dict[str, Any]:
     """Runs tests/gpu/test_gpu_GROUP.py, whose log has what failed and why some were skipped."""
-    tests = [f"tests/gpu/test_gpu_{group}.py", "-m", "gpu", "-v", "-rs", "--showlocals", "-p", "no:cacheprovider"]
-    command, environment, last = [sys.executable, "-m", "pytest", *tests], os.environ | {DEVICE: place.device}, ""
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    tests = [
+        f"tests/gpu/test_gpu_{group}.py",
+        "-m",
+        "gpu",
+        "-v",
+        "-rs",
+        "--showlocals",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command = [sys.executable, "-m", "pytest", *tests]
+    environment = os.environ | {DEVICE: place.device}
+    last = ""
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             last = line.strip("= \n") or last
@@ -117,14 +141,19 @@ def lap(place: Place, contestant: str, model: str, precision: str) -> dict[str, 
         work = replace(work, sequences=4)
     held_out = 1
     rows = (size.rounds + 1) * work.sequences + held_out
-    file, base = place.rows("race", rows, size.row_tokens, ("question", "answer")), str(place.model(model))
+    file = place.rows("race", rows, size.row_tokens, ("question", "answer"))
+    base = str(place.model(model))
     config = AutoConfig.from_pretrained(base)
-    flops, tokens, supervised = useful_flops(place.tokenizer, config, file, work.sequences, size.rounds)
+    flops, tokens, supervised = useful_flops(
+        place.tokenizer, config, file, work.sequences, size.rounds
+    )
     measured = race([contestant], work, base, file, supervised)
     seconds = measured["seconds"][contestant]
 
     def rate(amounts: Sequence[float]) -> float:
-        return statistics.median(amount / taken for amount, taken in zip(amounts, seconds, strict=True))
+        return statistics.median(
+            amount / taken for amount, taken in zip(amounts, seconds, strict=True)
+        )
 
     return {
         "tokens/s": rate(tokens),
@@ -135,11 +164,14 @@ def lap(place: Place, contestant: str, model: str, precision: str) -> dict[str, 
 
 
 def decoding(place: Place, model: str) -> dict[str, Any]:
-    """New tokens a second of the base, or LoRA merged into it, and of CeRA, by the rows of a batch."""
+    """New tokens a second of the base, or LoRA merged into it, and of CeRA, by the rows of a
+    batch."""
     from benchmarks import evaluation
 
     file = evaluation.word_problems(place.folder / "problems.jsonl")
-    _, steps = evaluation.decoding(file, place.size.rounds, path=str(place.model(model)), device=place.device)
+    _, steps = evaluation.decoding(
+        file, place.size.rounds, path=str(place.model(model)), device=place.device
+    )
     return {
         f"{name}, {rows} rows, tokens/s": rows / statistics.median(seconds)
         for name, taken in steps.items()

@@ -1,4 +1,5 @@
-"""Where the pieces run and how large they are, and what is made there for them: models with random weights, rows."""
+"""Where the pieces run and how large they are, and what is made there for them: models with random
+weights, rows."""
 
 from __future__ import annotations
 
@@ -103,9 +104,12 @@ class Place:
             part.rename(folder)
         return folder
 
-    def rows(self, name: str, count: int, tokens: int, columns: Sequence[str], is_even: bool = False) -> Path:
-        """A file of rows of random words: two fifths of the tokens in the first column, the rest in the second. Rows
-        differ in length as those of questions and answers do, or are `is_even`, with nearly all in the second."""
+    def rows(
+        self, name: str, count: int, tokens: int, columns: Sequence[str], is_even: bool = False
+    ) -> Path:
+        """A file of rows of random words: two fifths of the tokens in the first column, the rest in
+        the second. Rows differ in length as those of questions and answers do, or are `is_even`,
+        with nearly all in the second."""
         numbers = random.Random(0)
         folder = self.folder / "rows"
         folder.mkdir(parents=True, exist_ok=True)

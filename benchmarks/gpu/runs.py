@@ -1,5 +1,5 @@
-"""Whole runs of cera-train: recipes, and the public setting of NeMo AutoModel. Throughput and peak memory as measured,
-beside what cera-plan predicts."""
+"""Whole runs of cera-train: recipes, and the public setting of NeMo AutoModel. Throughput and peak
+memory as measured, beside what cera-plan predicts."""
 
 from __future__ import annotations
 
@@ -20,34 +20,63 @@ CHECKPOINTED = "model.gradient_checkpointing=true"
 
 NEMO_TOKENS_PER_S = 12_473
 """Of NeMo AutoModel's LoRA on Llama-3.1-8B and one H100, by docs/performance-summary.md and
-examples/llm_finetune/llama3_1/llama3_1_8b_peft_benchmark.yaml of github.com/NVIDIA-NeMo/Automodel: r = 16 on all
-linears, alpha 32, dropout 0.1, bf16, 32 full sequences of 4,096 tokens an update, two at a time."""
+examples/llm_finetune/llama3_1/llama3_1_8b_peft_benchmark.yaml of github.com/NVIDIA-NeMo/Automodel:
+r = 16 on all linears, alpha 32, dropout 0.1, bf16, 32 full sequences of 4,096 tokens an update, two
+at a time."""
 
 
 def recipe(place: Place, recipe: str, model: str) -> dict[str, Any]:
     """A recipe, on rows that are as long as MathInstruct's."""
     size = place.size
     rows = place.rows(
-        "math", size.updates * size.batch_size + EVALUATION_ROWS, size.row_tokens, ("instruction", "output")
+        "math",
+        size.updates * size.batch_size + EVALUATION_ROWS,
+        size.row_tokens,
+        ("instruction", "output"),
     )
-    overrides = [f"+recipe={recipe}", f"data.eval_rows={EVALUATION_ROWS}", f"train.batch_size={size.batch_size}"]
+    overrides = [
+        f"+recipe={recipe}",
+        f"data.eval_rows={EVALUATION_ROWS}",
+        f"train.batch_size={size.batch_size}",
+    ]
     if recipe == "math_r64_nf4" and place.device == "cpu":  # its optimizer pages GPU memory
         overrides.append("optimizer=adamw_8bit")
-    return _run(place, f"{recipe}_{model}", model, rows, size.updates, [*overrides, *size.overrides])
+    return _run(
+        place, f"{recipe}_{model}", model, rows, size.updates, [*overrides, *size.overrides]
+    )
 
 
 def nemo(place: Place, kind: str) -> dict[str, Any]:
-    """NeMo AutoModel's setting with an adapter of ours, all tokens supervised. The sequences go one at a time, as both
-    adapters fit; how many go at once changes no gradient."""
+    """NeMo AutoModel's setting with an adapter of ours, all tokens supervised. The sequences go one
+    at a time, as both adapters fit; how many go at once changes no gradient."""
     size = place.size
     updates = size.updates // 3
-    rows = place.rows("long", updates * size.long_batch + 2, size.long_tokens, ("instruction", "output"), is_even=True)
+    rows = place.rows(
+        "long",
+        updates * size.long_batch + 2,
+        size.long_tokens,
+        ("instruction", "output"),
+        is_even=True,
+    )
     overrides = {
         other: [
             *(f"+recipe=math_{recipe}", *size.overrides),
-            *("adapter.r=16", "adapter.alpha=32", "adapter.dropout=0.1", "adapter.target_modules=all-linear"),
-            *(f"data.max_length={size.long_tokens}", "data.eval_rows=2", f"train.batch_size={size.long_batch}"),
-            *(f"train.micro_batch_tokens={size.long_tokens}", "optimizer.lr=1e-5", "train.probe_tokens=2048"),
+            *(
+                "adapter.r=16",
+                "adapter.alpha=32",
+                "adapter.dropout=0.1",
+                "adapter.target_modules=all-linear",
+            ),
+            *(
+                f"data.max_length={size.long_tokens}",
+                "data.eval_rows=2",
+                f"train.batch_size={size.long_batch}",
+            ),
+            *(
+                f"train.micro_batch_tokens={size.long_tokens}",
+                "optimizer.lr=1e-5",
+                "train.probe_tokens=2048",
+            ),
         ]
         for other, recipe in (("lora", "lora_r512"), ("cera", "r64"))
     }
@@ -65,8 +94,8 @@ def _run(
     overrides: Sequence[str],
     *compared: Sequence[str],
 ) -> dict[str, Any]:
-    """Trains, where the plan fits this GPU; with gradient checkpointing where it, or a run that it is `compared` with,
-    fits only so."""
+    """Trains, where the plan fits this GPU; with gradient checkpointing where it, or a run that it
+    is `compared` with, fits only so."""
     from cera_train.training.train import train
 
     folder = place.folder / "runs" / name
@@ -78,7 +107,10 @@ def _run(
     ]
     room = _room(place)
     for checkpointing in ([], [CHECKPOINTED]):
-        planned = [_planned_peak(place, [*common, *each, *checkpointing]) for each in (overrides, *compared)]
+        planned = [
+            _planned_peak(place, [*common, *each, *checkpointing])
+            for each in (overrides, *compared)
+        ]
         if max(planned) <= room:
             break
     else:

@@ -1,4 +1,5 @@
-"""An adapter on its base model: built, counted, grouped for the optimizer. What differs by kind is in families/."""
+"""An adapter on its base model: built, counted, grouped for the optimizer. What differs by kind is
+in families/."""
 
 from typing import Any
 
@@ -25,10 +26,13 @@ def rank(config: AdapterConfig) -> int | None:
 
 
 def build(
-    base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = False, has_autocast: bool = True
+    base: PreTrainedModel,
+    config: AdapterConfig,
+    is_sharded: bool = False,
+    has_autocast: bool = True,
 ) -> nn.Module:
-    """The base with what is trained: a fresh adapter, float32 whatever the base; or, for full, the base itself. Raises
-    UserError where the adapter does not go with the model.
+    """The base with what is trained: a fresh adapter, float32 whatever the base; or, for full, the
+    base itself. Raises UserError where the adapter does not go with the model.
 
     Args:
         is_sharded: only one process has the base's weights.
@@ -36,23 +40,35 @@ def build(
     """
     check_targets(base, config)
     model = family(config.kind).build(base, config, left_out(base, config, is_sharded))
-    # PEFT leaves biases and copies of the base's modules in its 16 bits, which would round most updates away.
-    narrow = [weight for weight in model.parameters() if weight.requires_grad and weight.dtype.itemsize < 4]
+    # PEFT leaves biases and copies of the base's modules in its 16 bits, which would round most
+    # updates away.
+    narrow = [
+        weight
+        for weight in model.parameters()
+        if weight.requires_grad and weight.dtype.itemsize < 4
+    ]
     require(
         has_autocast or not narrow,
-        f"adapter.kind={config.kind} trains weights of the base, in float32 beside 16-bit ones, which needs autocast: "
+        f"adapter.kind={config.kind} trains weights of the base, in float32 beside 16-bit ones, "
+        f"which needs autocast: "
         "set model.dtype=float32, or bfloat16 without train.autocast=false.",
     )
     # Beside them, a CPU's layer norm takes no 16-bit weights.
-    norms = [weight for module in model.modules() if isinstance(module, nn.LayerNorm) for weight in module.parameters()]
+    norms = [
+        weight
+        for module in model.modules()
+        if isinstance(module, nn.LayerNorm)
+        for weight in module.parameters()
+    ]
     for weight in [*narrow, *norms] if narrow else []:
         weight.data = weight.data.float()
     return model
 
 
 def left_out(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = False) -> list[str]:
-    """Names of the projections that all-linear leaves out, since a branch there would not learn: those that kernels
-    bypass, and those that a pass shows, for which every process needs the weights."""
+    """Names of the projections that all-linear leaves out, since a branch there would not learn:
+    those that kernels bypass, and those that a pass shows, for which every process needs the
+    weights."""
     if config.target_modules != "all-linear":
         return []
     has_weights = not is_sharded and base.device.type != "meta"
@@ -61,9 +77,12 @@ def left_out(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = Fa
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters. A 4-bit weight counts as the numbers it stands for."""
-    trainable, total = 0, 0
+    trainable = 0
+    total = 0
     for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)  # bitsandbytes packs two 4-bit numbers into a byte
+        state = getattr(
+            parameter, "quant_state", None
+        )  # bitsandbytes packs two 4-bit numbers into a byte
         count = parameter.numel() if state is None else state.shape.numel()
         total += count
         trainable += count if parameter.requires_grad else 0
@@ -71,8 +90,9 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, Any]]:
-    """The trainable parameters as groups of an optimizer, whose learning rate `lr_ratio` multiplies: one group, unless
-    `adapter.b_lr_ratio` lets B learn faster than A (LoRA+, arXiv 2402.12354)."""
+    """The trainable parameters as groups of an optimizer, whose learning rate `lr_ratio`
+    multiplies: one group, unless `adapter.b_lr_ratio` lets B learn faster than A (LoRA+, arXiv
+    2402.12354)."""
     groups: dict[float, list[nn.Parameter]] = {1.0: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -1,7 +1,9 @@
-"""What a run trains, on the disk: an adapter in PEFT's format, or a fully fine-tuned model in transformers'.
+"""What a run trains, on the disk: an adapter in PEFT's format, or a fully fine-tuned model in
+transformers'.
 
-A full model has `full_model.json` beside it: an adapter_config.json would send transformers looking for an adapter.
-Imports torch and peft inside functions, so that a mistake is answered before they are loaded.
+A full model has `full_model.json` beside it: an adapter_config.json would send transformers looking
+for an adapter. Imports torch and peft inside functions, so that a mistake is answered before they
+are loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-ADAPTER_CONFIG, FULL_MODEL = "adapter_config.json", "full_model.json"
+ADAPTER_CONFIG = "adapter_config.json"
+FULL_MODEL = "full_model.json"
 
 
 def is_saved_in(folder: Path) -> bool:
@@ -40,30 +43,36 @@ def description_file(folder: Path) -> Path:
 
 
 def weights_file(folder: Path) -> Path:
-    """The safetensors file with the weights. Raises UserError where there is none: PEFT would look for an adapter's on
-    the Hub, by the folder's name, and would read a pickle."""
+    """The safetensors file with the weights. Raises UserError where there is none: PEFT would look
+    for an adapter's on the Hub, by the folder's name, and would read a pickle."""
     of_adapter = description_file(folder).name == ADAPTER_CONFIG
     weights = folder / ("adapter_model.safetensors" if of_adapter else "model.safetensors")
     if weights.is_file():
         return weights
     if of_adapter and (folder / "adapter_model.bin").is_file():
         raise UserError(
-            f"{folder}/adapter_model.bin is a pickle, which can run code when it is read: convert it to safetensors "
-            "where it comes from, safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
+            f"{folder}/adapter_model.bin is a pickle, which can run code when it is read: convert "
+            f"it to safetensors "
+            "where it comes from, safetensors.torch.save_file(torch.load('adapter_model.bin', "
+            "weights_only=True), "
             "'adapter_model.safetensors')."
         )
     raise UserError(f"{folder} lacks its weights, {weights.name}: restore the file.")
 
 
 def check_saved(folder: Path) -> dict[str, Any]:
-    """Raises UserError where a folder holds no weights or a pickle, or asks for more than to put weights in place.
-    Returns its description."""
+    """Raises UserError where a folder holds no weights or a pickle, or asks for more than to put
+    weights in place. Returns its description."""
     weights_file(folder)
     description = read_json(description_file(folder))
     if description_file(folder).name == ADAPTER_CONFIG:
         kind = description.get("peft_type")
-        if kind not in ("CERA", "LORA") and kind not in (methods := usable_methods()):  # imports PEFT, which is slow
-            raise UserError(f"{folder} is an adapter of type {kind!r}: expected one of {', '.join(methods)}.")
+        if kind not in ("CERA", "LORA") and kind not in (
+            methods := usable_methods()
+        ):  # imports PEFT, which is slow
+            raise UserError(
+                f"{folder} is an adapter of type {kind!r}: expected one of {', '.join(methods)}."
+            )
         check_adapter_settings(folder, description)
     return description
 
@@ -72,16 +81,19 @@ START_FIELDS = (
     *("peft_type", "use_rslora", "use_dora", "r", "alpha", "lora_alpha", "activation", "mix"),
     *("rank_pattern", "alpha_pattern"),
 )
-"""Fields of PEFT's config that weights to start from must share. Their names and shapes show targets and layers."""
+"""Fields of PEFT's config that weights to start from must share. Their names and shapes show
+targets and layers."""
 
 
 def check_start(config: AdapterConfig, folder: Path) -> None:
-    """Raises UserError where the adapter in a folder would compute something else under these settings
-    (`adapter.start_from`)."""
-    theirs, ours = check_saved(folder), family(config.kind).peft_config(config).to_dict()
+    """Raises UserError where the adapter in a folder would compute something else under these
+    settings (`adapter.start_from`)."""
+    theirs = check_saved(folder)
+    ours = family(config.kind).peft_config(config).to_dict()
     if replaces_base(start := theirs.get("init_lora_weights")):
         raise UserError(
-            f"adapter.start_from={config.start_from}: {start} moved a part of W0 into these weights, and they belong "
+            f"adapter.start_from={config.start_from}: {start} moved a part of W0 into these "
+            f"weights, and they belong "
             "to what was left of it. Start from an adapter with another init."
         )
     shared = [name for name in START_FIELDS if name in ours and name in theirs]
@@ -92,7 +104,8 @@ def check_start(config: AdapterConfig, folder: Path) -> None:
     ]
     if different:
         raise UserError(
-            f"adapter.start_from={config.start_from}: {'; '.join(different)}. Set what is here to what is there, or "
+            f"adapter.start_from={config.start_from}: {'; '.join(different)}. Set what is here to "
+            f"what is there, or "
             "start from another adapter."
         )
 
@@ -104,8 +117,8 @@ def is_adapter(model: nn.Module) -> bool:
 
 
 def keeps_base(model: nn.Module) -> bool:
-    """Whether `model.disable_adapter()` gives the untouched base model back. PiSSA moves a part of W0 into the adapter,
-    biases of the base stay as trained, and full fine-tuning has no adapter."""
+    """Whether `model.disable_adapter()` gives the untouched base model back. PiSSA moves a part of
+    W0 into the adapter, biases of the base stay as trained, and full fine-tuning has no adapter."""
     if not is_adapter(model):
         return False
     config = model.peft_config[ADAPTER]
@@ -116,13 +129,17 @@ def keeps_base(model: nn.Module) -> bool:
 def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Writes trained weights, whole and by parameter name, into a folder."""
     if not is_adapter(model):
-        # One file, by the names that `load` knows: those of the original format split what experts share.
-        model.save_pretrained(str(folder), state_dict=dict(weights), max_shard_size="1TB", save_original_format=False)
+        # One file, by the names that `load` knows: those of the original format split what experts
+        # share.
+        model.save_pretrained(
+            str(folder), state_dict=dict(weights), max_shard_size="1TB", save_original_format=False
+        )
         marker = {"kind": "full", "base_model_name_or_path": model.name_or_path}
         (folder / FULL_MODEL).write_text(json.dumps(marker, indent=2) + "\n")
         return
-    # PEFT chooses from trained weights, one that modules share under each of its names, and from buffers: some methods
-    # hold random projections there. Not from state_dict(): of a sharded model that is a collective.
+    # PEFT chooses from trained weights, one that modules share under each of its names, and from
+    # buffers: some methods hold random projections there. Not from state_dict(): of a sharded model
+    # that is a collective.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     shared = {
         alias: weights[names[id(parameter)]]
@@ -134,8 +151,8 @@ def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> No
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in a folder that `save` wrote, on the CPU, for `load`. Raises UserError where there are none, or
-    some are not finite."""
+    """The weights in a folder that `save` wrote, on the CPU, for `load`. Raises UserError where
+    there are none, or some are not finite."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -147,24 +164,33 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     for name, tensor in weights.items():
         require(
             bool(tensor.float().isfinite().all()),
-            f"{folder}: {name} is not finite: its training diverged. Restore the file, or train again with a lower "
+            f"{folder}: {name} is not finite: its training diverged. Restore the file, or train "
+            f"again with a lower "
             "optimizer.lr.",
         )
     return weights
 
 
 def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Puts weights that `read` returned into a model. Raises UserError for a tensor too many, missing or misshapen."""
+    """Puts weights that `read` returned into a model. Raises UserError for a tensor too many,
+    missing or misshapen."""
     import peft
 
     tensors = dict(model.named_parameters())
     if is_adapter(model):
         tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    wanted, shapes = ({name: tensor.shape for name, tensor in each.items()} for each in (tensors, weights))
-    if wrong := sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)):
-        there, here = (list(each[wrong[0]]) if wrong[0] in each else "missing" for each in (shapes, wanted))
+    wanted, shapes = (
+        {name: tensor.shape for name, tensor in each.items()} for each in (tensors, weights)
+    )
+    if wrong := sorted(
+        name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)
+    ):
+        there, here = (
+            list(each[wrong[0]]) if wrong[0] in each else "missing" for each in (shapes, wanted)
+        )
         raise UserError(
-            f"the checkpoint does not fit this model: {len(wrong)} tensors differ, first {wrong[0]}, {there} in the "
+            f"the checkpoint does not fit this model: {len(wrong)} tensors differ, first "
+            f"{wrong[0]}, {there} in the "
             f"file and {here} in the model."
         )
     if not is_adapter(model):
@@ -174,15 +200,19 @@ def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 
 
 def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
-    """The base with what a folder holds: an adapter, or the weights of a full fine-tuning in place of the base's.
-    Raises UserError where the folder is damaged, holds no adapter, or belongs to another base model."""
+    """The base with what a folder holds: an adapter, or the weights of a full fine-tuning in place
+    of the base's. Raises UserError where the folder is damaged, holds no adapter, or belongs to
+    another base model."""
     import peft
 
-    weights, model = read(folder), base
+    weights = read(folder)
+    model = base
     try:
         if description_file(folder).name == ADAPTER_CONFIG:
             config = peft.PeftConfig.from_pretrained(str(folder))
-            config.base_model_name_or_path = None  # PEFT puts the base's name there, and warns of any other
+            config.base_model_name_or_path = (
+                None  # PEFT puts the base's name there, and warns of any other
+            )
             config.task_type = peft.TaskType.CAUSAL_LM  # another trainer may have left it out
             config.auto_mapping = None
             model = peft.get_peft_model(base, config)
@@ -193,6 +223,9 @@ def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
         reason = textwrap.shorten(str(error), 240, placeholder="...")
         wanted = read_json(description_file(folder)).get("base_model_name_or_path")
         if wanted not in (None, base.name_or_path):
-            reason = f"it belongs to another base model, {wanted}. Leave out model=, or name that one. ({reason})"
+            reason = (
+                f"it belongs to another base model, {wanted}. Leave out model=, or name that one. "
+                f"({reason})"
+            )
         raise UserError(f"{folder} does not fit {base.name_or_path}: {reason}") from error
     return model

@@ -1,8 +1,10 @@
-"""How many directions an adapter uses: the singular values of its branch's centred output on a fixed probe.
+"""How many directions an adapter uses: the singular values of its branch's centred output on a
+fixed probe.
 
-The branch's output is h B^T with h of width r. Its singular values are the square roots of the eigenvalues of
-N (B^T B)^(1/2) Cov(h) (B^T B)^(1/2), an r x r problem, instead of an SVD of tokens x d_out: one definition for every
-method with hidden units. What A, the gate and B are stands in families/.
+The branch's output is h B^T with h of width r. Its singular values are the square roots of the
+eigenvalues of N (B^T B)^(1/2) Cov(h) (B^T B)^(1/2), an r x r problem, instead of an SVD of tokens x
+d_out: one definition for every method with hidden units. What A, the gate and B are stands in
+families/.
 """
 
 import math
@@ -25,15 +27,18 @@ SUMMARISED = ("effective_rank", "manifold_dimension", "linear_share")
 class ModuleSpectrum:
     """One adapted projection."""
 
-    singular_values: torch.Tensor  # singular values of the centred branch output, descending, float64, [min(r, d_out)]
+    singular_values: (
+        torch.Tensor
+    )  # singular values of the centred branch output, descending, float64, [min(r, d_out)]
     linear_share: float | None = None
-    """Share of the branch's variance that the best affine map of z = A x explains; 1 without a gate, None where the
-    branch gives nothing."""
+    """Share of the branch's variance that the best affine map of z = A x explains; 1 without a
+    gate, None where the branch gives nothing."""
     gamma: float | None = None  # the learned share of the gate; None where it is not learned
 
     @property
     def effective_rank(self) -> float:
-        """exp of the Shannon entropy of the singular values over their sum (Roy & Vetterli 2007); 0 for no output."""
+        """exp of the Shannon entropy of the singular values over their sum (Roy & Vetterli 2007); 0
+        for no output."""
         total = self.singular_values.sum()
         if total == 0:
             return 0.0
@@ -56,13 +61,15 @@ class ModuleSpectrum:
 
 
 class _Moments:
-    """Sums over the rows of a branch, in float64: their number, sum and second moment. A row holds the hidden units h
-    and, where there is a gate, z = A x."""
+    """Sums over the rows of a branch, in float64: their number, sum and second moment. A row holds
+    the hidden units h and, where there is a gate, z = A x."""
 
     def __init__(self, branch: Branch) -> None:
         self.branch = branch
         width = branch.r if branch.gate is None else 2 * branch.r
-        self.all = torch.zeros(1 + width + width**2, dtype=torch.float64, device=branch.A.weight.device)
+        self.all = torch.zeros(
+            1 + width + width**2, dtype=torch.float64, device=branch.A.weight.device
+        )
         self.count, self.sum, second = self.all.split([1, width, width**2])  # views
         self.second = second.view(width, width)
         self.root_gram: torch.Tensor | None = None
@@ -70,7 +77,8 @@ class _Moments:
         self.gamma: float | None = None
 
     def take_weights(self) -> None:
-        """What follows from weights alone. Called in the model's forward: sharded weights are whole only there."""
+        """What follows from weights alone. Called in the model's forward: sharded weights are whole
+        only there."""
         branch = self.branch
         B = branch.B().double()
         values, vectors = torch.linalg.eigh(branch.scaling**2 * B.T @ B)
@@ -78,8 +86,10 @@ class _Moments:
         self.gamma = branch.gate.gamma.item() if isinstance(branch.gate, LearnedGate) else None
 
     def add(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Adds the hidden rows of these inputs, [B, T, d_in], but for padding; or of those of a head, [N, d_in]."""
-        A, gate = self.branch.A.weight, self.branch.gate
+        """Adds the hidden rows of these inputs, [B, T, d_in], but for padding; or of those of a
+        head, [N, d_in]."""
+        A = self.branch.A.weight
+        gate = self.branch.gate
         x = x.flatten(0, -2) if attention_mask is None or x.ndim == 2 else x[attention_mask.bool()]
         z_NR = nn.functional.linear(x.to(A.dtype), A).float()
         h_NR = z_NR if gate is None else gate(z_NR)
@@ -98,20 +108,24 @@ class _Moments:
         return ModuleSpectrum(values, self._linear_share(scatter), self.gamma)
 
     def _linear_share(self, scatter: torch.Tensor) -> float | None:
-        """tr G Cov(h, z) Cov(z)^-1 Cov(z, h) / tr G Cov(h), with G = s^2 B^T B; where B is still zero, with G = 1."""
-        r, gram = self.branch.r, self.root_gram @ self.root_gram
+        """tr G Cov(h, z) Cov(z)^-1 Cov(z, h) / tr G Cov(h), with G = s^2 B^T B; where B is still
+        zero, with G = 1."""
+        r = self.branch.r
+        gram = self.root_gram @ self.root_gram
         if not gram.any():
             gram = torch.eye(r, dtype=gram.dtype, device=gram.device)
         variance = (gram * scatter[:r, :r]).sum()
         if self.branch.gate is None or variance == 0:
             return 1.0 if variance else None
-        h_z, z_z = scatter[:r, r:], scatter[r:, r:]
+        h_z = scatter[:r, r:]
+        z_z = scatter[r:, r:]
         explained = h_z @ torch.linalg.pinv(z_z, hermitian=True) @ h_z.T
         return ((gram * explained).sum() / variance).item()
 
 
 def find_branches(model: nn.Module) -> dict[str, Branch]:
-    """Module name (as in the base model) -> the adapter's branch there, for every module that has hidden units."""
+    """Module name (as in the base model) -> the adapter's branch there, for every module that has
+    hidden units."""
     return {
         name.removeprefix("base_model.model."): branch
         for name, module in model.named_modules()
@@ -122,7 +136,11 @@ def find_branches(model: nn.Module) -> dict[str, Branch]:
 
 def why_no_spectrum(model: nn.Module) -> str | None:
     """The reason why a model has no spectrum; None where it has one."""
-    return None if find_branches(model) else "the adapter adds no B h with hidden units h beside a linear projection"
+    return (
+        None
+        if find_branches(model)
+        else "the adapter adds no B h with hidden units h beside a linear projection"
+    )
 
 
 @torch.no_grad()
@@ -132,13 +150,13 @@ def measure_spectra(
     probe: Iterable[tuple[Any, bool]],
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> dict[str, ModuleSpectrum]:
-    """The spectrum of every adapted projection, by its name in the base model. In eval mode; empty where
-    `why_no_spectrum` has a reason.
+    """The spectrum of every adapted projection, by its name in the base model. In eval mode; empty
+    where `why_no_spectrum` has a reason.
 
     Args:
         forward: runs the model on a batch.
-        probe: the probe's micro-batches, and whether each counts; where several processes share the probe, this one's
-            part. Padding does not count.
+        probe: the probe's micro-batches, and whether each counts; where several processes share the
+            probe, this one's part. Padding does not count.
         reduce: sums a tensor over the processes that share the probe.
     """
     moments_of = {name: _Moments(branch) for name, branch in find_branches(model).items()}
@@ -148,7 +166,8 @@ def measure_spectra(
     counts: bool
 
     def watch(moments: _Moments) -> Callable[..., None]:
-        # Not a hook on A itself: DoRA calls A once more, on the identity, for the norm of its weight.
+        # Not a hook on A itself: DoRA calls A once more, on the identity, for the norm of its
+        # weight.
         def hook(module: nn.Module, args: tuple) -> None:
             if moments.root_gram is None:
                 moments.take_weights()
@@ -157,7 +176,10 @@ def measure_spectra(
 
         return hook
 
-    hooks = [moments.branch.layer.register_forward_pre_hook(watch(moments)) for moments in moments_of.values()]
+    hooks = [
+        moments.branch.layer.register_forward_pre_hook(watch(moments))
+        for moments in moments_of.values()
+    ]
     was_training = model.training
     model.eval()
     try:
@@ -179,7 +201,10 @@ def spectrum_metrics(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
     for kind in SUMMARISED:
         values = [getattr(spectrum, kind) for spectrum in spectra.values()]
         if values := [value for value in values if value is not None]:
-            metrics |= {f"spectrum/{kind}/mean": sum(values) / len(values), f"spectrum/{kind}/max": max(values)}
+            metrics |= {
+                f"spectrum/{kind}/mean": sum(values) / len(values),
+                f"spectrum/{kind}/max": max(values),
+            }
     if gammas := [spectrum.gamma for spectrum in spectra.values() if spectrum.gamma is not None]:
         metrics["adapter/gamma"] = sum(gammas) / len(gammas)
     return metrics

@@ -15,10 +15,13 @@ from cera_train.settings.adapters import AdapterConfig
 
 
 def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
-    """Raises UserError for a target that the model does not have. PEFT complains only where nothing at all matches: one
-    mistyped name of two would be ignored."""
+    """Raises UserError for a target that the model does not have. PEFT complains only where nothing
+    at all matches: one mistyped name of two would be ignored."""
     if config.experts and not expert_names(model):
-        raise UserError("adapter.experts=True: this model has no experts, it is dense. Set adapter.experts=false.")
+        raise UserError(
+            "adapter.experts=True: this model has no experts, it is dense. Set "
+            "adapter.experts=false."
+        )
     targets = [] if config.target_modules in (None, "all-linear") else config.target_modules
     is_expression = isinstance(targets, str)
     for target in [targets] if is_expression else targets:
@@ -31,13 +34,16 @@ def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
     layers = model.config.get_text_config().num_hidden_layers
     outside = [layer for layer in config.layers or [] if not 0 <= layer < layers]
     if outside:
-        raise UserError(f"adapter.layers: {outside} is outside this model's layers 0 to {layers - 1}.")
+        raise UserError(
+            f"adapter.layers: {outside} is outside this model's layers 0 to {layers - 1}."
+        )
 
 
 def describe_targets(model: nn.Module) -> str | None:
-    """How many projections were adapted of all that have the names of adapted ones: `q_proj v_proj: 60 of 60`.
-    None for a model without adapter layers."""
-    total, adapted = Counter(), Counter()
+    """How many projections were adapted of all that have the names of adapted ones: `q_proj v_proj:
+    60 of 60`. None for a model without adapter layers."""
+    total = Counter()
+    adapted = Counter()
     for kind, module in _projections(model):
         total[kind] += 1
         if isinstance(module, BaseTunerLayer):
@@ -45,7 +51,8 @@ def describe_targets(model: nn.Module) -> str | None:
     whole = [kind for kind in adapted if adapted[kind] == total[kind]]
     groups = [whole] * bool(whole) + [[kind] for kind in adapted if kind not in whole]
     parts = [
-        f"{' '.join(group)}: {sum(adapted[kind] for kind in group)} of {sum(total[kind] for kind in group)}"
+        f"{' '.join(group)}: {sum(adapted[kind] for kind in group)} of "
+        f"{sum(total[kind] for kind in group)}"
         for group in groups
     ]
     return "; ".join(parts) or None
@@ -57,7 +64,9 @@ def describe_left_out(model: nn.Module) -> str | None:
     names = [
         kind
         for kind, module in _projections(model)
-        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, BaseTunerLayer) and module is not head
+        if isinstance(module, (nn.Linear, Conv1D))
+        and not isinstance(module, BaseTunerLayer)
+        and module is not head
     ]
     kinds = ", ".join(dict.fromkeys(names))
     return f"all-linear leaves out {len(names)} projections: {kinds}" if names else None
@@ -75,7 +84,8 @@ def layers_without_adapted_experts(model: nn.Module) -> int:
 
 
 def _projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Adapted layers, and the projections and modules of experts beside them, by the last part of their names."""
+    """Adapted layers, and the projections and modules of experts beside them, by the last part of
+    their names."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside):

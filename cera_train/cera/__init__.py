@@ -1,4 +1,5 @@
-"""CeRA as a PEFT method. Importing this package registers it, so that plain PEFT loads and saves it."""
+"""CeRA as a PEFT method. Importing this package registers it, so that plain PEFT loads and saves
+it."""
 
 from peft import PeftType
 from peft.utils import register_peft_method
@@ -24,8 +25,8 @@ __all__ = [
 def _add_peft_type(name: str) -> None:
     """Gives the enum `PeftType` one more member.
 
-    PEFT's registry accepts only members of its enum, and Python has no way to extend an enum from outside:
-    this does what the enum's metaclass does when it builds a member.
+    PEFT's registry accepts only members of its enum, and Python has no way to extend an enum from
+    outside: this does what the enum's metaclass does when it builds a member.
     """
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
@@ -34,7 +35,9 @@ def _add_peft_type(name: str) -> None:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
-    vars(PeftType).get("_hashable_values_", []).append(name)  # where Python 3.13 looks for `"CERA" in PeftType`
+    vars(PeftType).get("_hashable_values_", []).append(
+        name
+    )  # where Python 3.13 looks for `"CERA" in PeftType`
     type.__setattr__(PeftType, name, member)
 
 

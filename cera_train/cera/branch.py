@@ -1,7 +1,9 @@
-"""y + s B dropout(gate(A x)) as one step of autograd: the numbers of the plain formula, less memory.
+"""y + s B dropout(gate(A x)) as one step of autograd: the numbers of the plain formula, less
+memory.
 
-From forward to backward it keeps x, which the base's graph mostly holds anyway, and z = A x. The gate and the dropout
-masks are computed again; no tensor d_out wide is allocated, since B's product is added in place.
+From forward to backward it keeps x, which the base's graph mostly holds anyway, and z = A x. The
+gate and the dropout masks are computed again; no tensor d_out wide is allocated, since B's product
+is added in place.
 """
 
 from __future__ import annotations
@@ -15,9 +17,15 @@ from torch.autograd.function import FunctionCtx
 
 from .config import CeraConfig
 
-# --- the gate --------------------------------------------------------------------------------------------------------
+# --- the gate -------------------------------------------------------------------------------------
 
-GATES = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "identity": nn.Identity}
+GATES = {
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+    "identity": nn.Identity,
+}
 """The module of every name in `config.ACTIVATIONS`."""
 
 
@@ -27,7 +35,9 @@ class LearnedGate(nn.Module):
     def __init__(self, gate: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate = gate
-        self.gamma = nn.Parameter(torch.empty(1, dtype=dtype))  # not a scalar: FSDP shards by dimension 0
+        self.gamma = nn.Parameter(
+            torch.empty(1, dtype=dtype)
+        )  # not a scalar: FSDP shards by dimension 0
 
     def forward(self, z: torch.Tensor, gamma: torch.Tensor | None = None) -> torch.Tensor:
         gamma = self.gamma if gamma is None else gamma
@@ -35,8 +45,9 @@ class LearnedGate(nn.Module):
 
 
 def start_branch(A: torch.Tensor, B: torch.Tensor, gate: nn.Module, config: CeraConfig) -> None:
-    """Draws A: [..., r, d_in], with a variance of 2 / d_in for kaiming_normal and 1 / (3 d_in) for kaiming_uniform,
-    times init_scale^2. B and gamma start at zero, so update 0 is the base model."""
+    """Draws A: [..., r, d_in], with a variance of 2 / d_in for kaiming_normal and 1 / (3 d_in) for
+    kaiming_uniform, times init_scale^2. B and gamma start at zero, so update 0 is the base
+    model."""
     # The rows of all experts as one matrix: what is drawn depends on a row's length alone.
     A, B = (matrix.detach().flatten(0, -2) for matrix in (A, B))
     if config.init == "kaiming_normal":
@@ -50,7 +61,7 @@ def start_branch(A: torch.Tensor, B: torch.Tensor, gate: nn.Module, config: Cera
         nn.init.zeros_(gate.gamma) if config.init_weights else nn.init.normal_(gate.gamma)
 
 
-# --- dropout ---------------------------------------------------------------------------------------------------------
+# --- dropout --------------------------------------------------------------------------------------
 
 BITS = 2**16
 
@@ -58,8 +69,9 @@ BITS = 2**16
 def seeded_dropout(h: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     """Dropout whose mask follows from the seed: computed again in backward instead of kept.
 
-    A unit is dropped where 16 random bits, as a number, are below p: one draw of 64 bits serves four units, where
-    `nn.Dropout` on a CPU draws for each. p, and with it the scale of the kept units, is rounded to 1/65,536.
+    A unit is dropped where 16 random bits, as a number, are below p: one draw of 64 bits serves
+    four units, where `nn.Dropout` on a CPU draws for each. p, and with it the scale of the kept
+    units, is rounded to 1/65,536.
     """
     if not p:
         return h
@@ -69,15 +81,18 @@ def seeded_dropout(h: torch.Tensor, p: float, seed: int) -> torch.Tensor:
         -(2**63), None, generator=generator
     )
     is_kept = bits.view(torch.int16)[: h.numel()].view_as(h) >= dropped - BITS // 2
-    return (h * is_kept).mul_(BITS / (BITS - dropped))  # in 16 bits, the factor alone would be rounded too
+    return (h * is_kept).mul_(
+        BITS / (BITS - dropped)
+    )  # in 16 bits, the factor alone would be rounded too
 
 
-# --- the branch ------------------------------------------------------------------------------------------------------
+# --- the branch -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """x -> dropout(gate(A dropout(x))) of one call: the same input gives the same output every time."""
+    """x -> dropout(gate(A dropout(x))) of one call: the same input gives the same output every
+    time."""
 
     gate: nn.Module
     p: float  # the share of hidden units to drop
@@ -102,7 +117,12 @@ class Hidden:
 
 
 def add_branch(
-    result: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float, hidden: Hidden
+    result: torch.Tensor,
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scaling: float,
+    hidden: Hidden,
 ) -> torch.Tensor:
     """result + s B hidden(A x), written into `result`.
 
@@ -133,7 +153,8 @@ class _AddBranch(torch.autograd.Function):
         z = hidden.drop_x(x) @ A.T
         result.view(-1, len(B)).addmm_(hidden(z, *parameters), B.T, alpha=scaling)
         ctx.save_for_backward(x, z, A, B, *parameters)
-        ctx.scaling, ctx.hidden = scaling, hidden
+        ctx.scaling = scaling
+        ctx.hidden = hidden
         ctx.mark_dirty(result)
         return result
 
@@ -141,7 +162,9 @@ class _AddBranch(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, z, A, B, *parameters = ctx.saved_tensors
         hidden = ctx.hidden
-        is_differentiated = torch.is_grad_enabled()  # create_graph=True: this gradient is differentiated once more
+        is_differentiated = (
+            torch.is_grad_enabled()
+        )  # create_graph=True: this gradient is differentiated once more
         if is_differentiated:
             z = hidden.drop_x(x) @ A.T  # the saved one has no graph
         with torch.enable_grad():
@@ -149,7 +172,9 @@ class _AddBranch(torch.autograd.Function):
             h = hidden(z, *parameters)
         grad_branch = _rows(grad_output)
         grad_h = (grad_branch @ B) * ctx.scaling
-        grad_z, *grad_parameters = torch.autograd.grad(h, (z, *parameters), grad_h, create_graph=is_differentiated)
+        grad_z, *grad_parameters = torch.autograd.grad(
+            h, (z, *parameters), grad_h, create_graph=is_differentiated
+        )
         grad_x = hidden.drop_x(grad_z @ A).view_as(x) if ctx.needs_input_grad[1] else None
         grad_A = grad_z.T @ hidden.drop_x(x) if ctx.needs_input_grad[2] else None
         grad_B = grad_branch.T @ (h * ctx.scaling) if ctx.needs_input_grad[3] else None

@@ -29,98 +29,161 @@ class CeraConfig(PeftConfig):
 
     The variants, each one line of mathematics; z = A x, and m is the mask of dropout:
 
-    - `init`: A ~ N(0, 2 / d_in) for kaiming_normal, the paper's; A ~ U(-1 / sqrt(d_in), 1 / sqrt(d_in)) for
-      kaiming_uniform, PEFT's for LoRA; times `init_scale`.
-    - `dropout_on`: B (m gate(z)) for hidden, the paper's; B gate(A (m x)) for input, as PEFT's LoRA has it.
-    - `mix=learned`: B drop(z + gamma (gate(z) - z)), one trained scalar gamma for a module, 0 at the start.
+    - `init`: A ~ N(0, 2 / d_in) for kaiming_normal, the paper's; A ~ U(-1 / sqrt(d_in), 1 /
+      sqrt(d_in)) for kaiming_uniform, PEFT's for LoRA; times `init_scale`.
+    - `dropout_on`: B (m gate(z)) for hidden, the paper's; B gate(A (m x)) for input, as PEFT's LoRA
+    has it.
+    - `mix=learned`: B drop(z + gamma (gate(z) - z)), one trained scalar gamma for a module, 0 at
+    the start.
     - `use_rslora`: s = alpha / sqrt(r).
 
     Raises:
         ValueError: a field is outside its range, or two fields contradict each other.
     """
 
-    r: int = field(default=64, metadata={"help": "Rank: the width of the bottleneck, and the rows of A."})
-    alpha: float | None = field(
-        default=None, metadata={"help": "The branch is scaled by alpha / r; None means a scale of 1, as in the paper."}
+    r: int = field(
+        default=64, metadata={"help": "Rank: the width of the bottleneck, and the rows of A."}
     )
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a unit, where dropout_on puts it."})
-    activation: str = field(default="silu", metadata={"help": f"The gate: {', '.join(ACTIVATIONS)}."})
+    alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "The branch is scaled by alpha / r; None means a scale of 1, as in the paper."
+        },
+    )
+    dropout: float = field(
+        default=0.1, metadata={"help": "Probability of dropping a unit, where dropout_on puts it."}
+    )
+    activation: str = field(
+        default="silu", metadata={"help": f"The gate: {', '.join(ACTIVATIONS)}."}
+    )
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Module names (matched from the end), a regular expression for the whole name, or 'all-linear'. "
-            "None takes q_proj and v_proj, as in the paper; where a model has none, those that PEFT takes for LoRA; "
+            "help": "Module names (matched from the end), a regular expression for the whole "
+            "name, or 'all-linear'. "
+            "None takes q_proj and v_proj, as in the paper; where a model has none, those that "
+            "PEFT takes for LoRA; "
             "beside target_parameters none."
         },
     )
     target_parameters: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Experts' 3-D parameters (matched from the end), such as mlp.experts.gate_up_proj: every expert "
+            "help": "Experts' 3-D parameters (matched from the end), such as "
+            "mlp.experts.gate_up_proj: every expert "
             "gets a branch."
         },
     )
-    expert_r: int | None = field(default=None, metadata={"help": "Rank of an expert's branch; None means r."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out again."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layer indices."})
+    expert_r: int | None = field(
+        default=None, metadata={"help": "Rank of an expert's branch; None means r."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out again."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Only these layer indices."}
+    )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the layer list, if it is not a common one such as 'layers' or 'h'."}
+        default=None,
+        metadata={
+            "help": "Name of the layer list, if it is not a common one such as 'layers' or 'h'."
+        },
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train whole and to save with the adapter."}
+        default=None,
+        metadata={"help": "Further modules to train whole and to save with the adapter."},
     )
     init_weights: bool = field(
-        default=True, metadata={"help": "Start B at zero, so the adapted model starts as the base. False: for tests."}
+        default=True,
+        metadata={
+            "help": "Start B at zero, so the adapted model starts as the base. False: for tests."
+        },
     )
-    init: str = field(default="kaiming_normal", metadata={"help": f"How A is drawn: {', '.join(CHOICES['init'])}."})
+    init: str = field(
+        default="kaiming_normal",
+        metadata={"help": f"How A is drawn: {', '.join(CHOICES['init'])}."},
+    )
     init_scale: float = field(default=1.0, metadata={"help": "A is drawn so many times as large."})
     dropout_on: str = field(
-        default="hidden", metadata={"help": f"What drops units: {', '.join(CHOICES['dropout_on'])}."}
+        default="hidden",
+        metadata={"help": f"What drops units: {', '.join(CHOICES['dropout_on'])}."},
     )
-    mix: str = field(default="none", metadata={"help": "learned: a trained share gamma of the gate in every module."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale the branch by alpha / sqrt(r)."})
+    mix: str = field(
+        default="none",
+        metadata={"help": "learned: a trained share gamma of the gate in every module."},
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale the branch by alpha / sqrt(r)."}
+    )
     rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Name or regular expression of modules -> their rank instead of r."}
+        default_factory=dict,
+        metadata={"help": "Name or regular expression of modules -> their rank instead of r."},
     )
     alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "Name or regular expression of modules -> their alpha."}
+        default_factory=dict,
+        metadata={"help": "Name or regular expression of modules -> their alpha."},
     )
-    bias: str = field(default="none", metadata={"help": f"The base's biases to train: {', '.join(CHOICES['bias'])}."})
+    bias: str = field(
+        default="none",
+        metadata={"help": f"The base's biases to train: {', '.join(CHOICES['bias'])}."},
+    )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Tokens whose embeddings are trained, by PEFT's trainable tokens."}
+        default=None,
+        metadata={"help": "Tokens whose embeddings are trained, by PEFT's trainable tokens."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("CERA")
-        self.rank_pattern, self.alpha_pattern = longest_first(self.rank_pattern), longest_first(self.alpha_pattern)
+        self.rank_pattern = longest_first(self.rank_pattern)
+        self.alpha_pattern = longest_first(self.alpha_pattern)
         expert_r = {} if self.expert_r is None else {"expert_r": self.expert_r}
-        for name, r in {"r": self.r, **expert_r, **_named("rank_pattern", self.rank_pattern)}.items():
+        for name, r in {
+            "r": self.r,
+            **expert_r,
+            **_named("rank_pattern", self.rank_pattern),
+        }.items():
             if not (isinstance(r, int) and r > 0):
                 raise ValueError(f"{name} must be a positive integer, got {r!r}.")
         alpha = {} if self.alpha is None else {"alpha": self.alpha}
-        scales = alpha | {"init_scale": self.init_scale} | _named("alpha_pattern", self.alpha_pattern)
+        scales = (
+            alpha | {"init_scale": self.init_scale} | _named("alpha_pattern", self.alpha_pattern)
+        )
         for name, scale in scales.items():
             if not (isinstance(scale, (int, float)) and scale > 0):
                 raise ValueError(f"{name} must be positive, got {scale!r}.")
         if isinstance(self.target_parameters, str):
-            raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}.")
+            raise ValueError(
+                f"target_parameters must be a list of names, got {self.target_parameters!r}."
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout!r}.")
         for name, values in CHOICES.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}."
+                )
         if self.expert_r is not None and not self.target_parameters:
-            raise ValueError("expert_r has a meaning only with target_parameters: name experts' parameters there.")
+            raise ValueError(
+                "expert_r has a meaning only with target_parameters: name experts' parameters "
+                "there."
+            )
         if self.mix == "learned" and self.activation == "identity":
-            raise ValueError("mix='learned' mixes the gate with the identity: activation must not be 'identity'.")
+            raise ValueError(
+                "mix='learned' mixes the gate with the identity: activation must not be 'identity'."
+            )
         if self.use_rslora and self.alpha is None:
-            raise ValueError("use_rslora divides alpha by sqrt(r), and alpha=None is a scale of 1: set alpha.")
+            raise ValueError(
+                "use_rslora divides alpha by sqrt(r), and alpha=None is a scale of 1: set alpha."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern has a meaning only with layers_to_transform: set that too.")
+            raise ValueError(
+                "layers_pattern has a meaning only with layers_to_transform: set that too."
+            )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
-                "layers_to_transform cannot be combined with all-linear or a regular expression in target_modules: "
+                "layers_to_transform cannot be combined with all-linear or a regular expression "
+                "in target_modules: "
                 "name the layers in an expression."
             )
 
@@ -143,20 +206,30 @@ class CeraConfig(PeftConfig):
         return self.alpha / math.sqrt(self.r) if self.use_rslora else self.alpha / self.r
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, with sets in a fixed order so that a saved config has the same bytes every time."""
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+        """The fields, with sets in a fixed order so that a saved config has the same bytes every
+        time."""
+        return {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in super().to_dict().items()
+        }
 
 
 def longest_first(pattern: dict[str, Any] | None) -> dict[str, Any]:
-    """A pattern whose longest key decides: the first that matches does, and PEFT saves them by name."""
-    return dict(sorted((pattern or {}).items(), key=lambda item: (-len(str(item[0])), str(item[0]))))
+    """A pattern whose longest key decides: the first that matches does, and PEFT saves them by
+    name."""
+    return dict(
+        sorted((pattern or {}).items(), key=lambda item: (-len(str(item[0])), str(item[0])))
+    )
 
 
 def _named(field: str, pattern: dict[str, Any]) -> dict[str, Any]:
-    """The values of a pattern by their places. Raises ValueError for a key that is no regular expression."""
+    """The values of a pattern by their places. Raises ValueError for a key that is no regular
+    expression."""
     for key in pattern:
         try:
             re.compile(key)
         except (re.error, TypeError) as error:
-            raise ValueError(f"{field}[{key!r}] is no name or regular expression: {error}.") from error
+            raise ValueError(
+                f"{field}[{key!r}] is no name or regular expression: {error}."
+            ) from error
     return {f"{field}[{key!r}]": value for key, value in pattern.items()}

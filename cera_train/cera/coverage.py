@@ -1,7 +1,9 @@
-"""Which projections an adapter can learn beside, and proof on a first forward and backward pass that each one does.
+"""Which projections an adapter can learn beside, and proof on a first forward and backward pass
+that each one does.
 
-A module is proven when it was called, the loss has a non-zero gradient at its output, and each of its trainable
-matrices has a gradient. A's alone is no proof: it is exactly zero until B has left zero.
+A module is proven when it was called, the loss has a non-zero gradient at its output, and each of
+its trainable matrices has a gradient. A's alone is no proof: it is exactly zero until B has left
+zero.
 """
 
 from __future__ import annotations
@@ -29,14 +31,17 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def bypassed_projections(model: nn.Module) -> list[str]:
-    """Names of the linear projections whose weights a model may read without calling them, or which return a tuple.
-    Needs neither weights nor the kernels.
+    """Names of the linear projections whose weights a model may read without calling them, or which
+    return a tuple. Needs neither weights nor the kernels.
 
-    Mamba's fused kernels take the weights of x_proj, dt_proj and out_proj as arguments; a router returns a tuple.
+    Mamba's fused kernels take the weights of x_proj, dt_proj and out_proj as arguments; a router
+    returns a tuple.
     """
     names = []
     for prefix, parent in model.named_modules():
-        taken = ("x_proj", "dt_proj", "out_proj") if {"A_log", "D"} <= parent._parameters.keys() else ()
+        taken = (
+            ("x_proj", "dt_proj", "out_proj") if {"A_log", "D"} <= parent._parameters.keys() else ()
+        )
         for name, child in parent.named_children():
             if is_linear(child) and (name in taken or "Router" in type(child).__name__):
                 names.append(f"{prefix}.{name}".removeprefix("."))
@@ -44,9 +49,11 @@ def bypassed_projections(model: nn.Module) -> list[str]:
 
 
 def idle_projections(model: PreTrainedModel) -> list[str]:
-    """Names of the linear projections beside which a branch would not learn: a pass of the base in training does not
-    call them, or no gradient reaches their output. Needs the weights."""
-    outputs: dict[str, list[torch.Tensor]] = {name: [] for name, module in model.named_modules() if is_linear(module)}
+    """Names of the linear projections beside which a branch would not learn: a pass of the base in
+    training does not call them, or no gradient reaches their output. Needs the weights."""
+    outputs: dict[str, list[torch.Tensor]] = {
+        name: [] for name, module in model.named_modules() if is_linear(module)
+    }
 
     def keep_output(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -61,36 +68,50 @@ def idle_projections(model: PreTrainedModel) -> list[str]:
     ids = torch.ones(1, 8, dtype=torch.long, device=model.device)
     with ExitStack() as stack:
         for name in outputs:
-            stack.callback(model.get_submodule(name).register_forward_hook(keep_output(name)).remove)
+            stack.callback(
+                model.get_submodule(name).register_forward_hook(keep_output(name)).remove
+            )
         stack.callback(model.train, was_training)
         stack.enter_context(torch.random.fork_rng())  # dropout of the base
         stack.callback(model.get_input_embeddings().register_forward_hook(require_gradient).remove)
-        logits = model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        logits = model.train()(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+        ).logits
     calls = [(name, output) for name, called in outputs.items() for output in called]
-    gradients = torch.autograd.grad(logits.sum(), [output for _, output in calls], allow_unused=True)
-    trained = {name for (name, _), gradient in zip(calls, gradients, strict=True) if gradient is not None}
+    gradients = torch.autograd.grad(
+        logits.sum(), [output for _, output in calls], allow_unused=True
+    )
+    trained = {
+        name for (name, _), gradient in zip(calls, gradients, strict=True) if gradient is not None
+    }
     # Experts that are modules run where a token is routed to them.
     return [name for name in outputs if name not in trained and not EXPERT.search(name)]
 
 
 def exclude_projections(config: PeftConfig, names: list[str], model: nn.Module) -> None:
-    """Adds projections to the `exclude_modules` of a config: by their last name where all of that name are excluded."""
+    """Adds projections to the `exclude_modules` of a config: by their last name where all of that
+    name are excluded."""
     if not (names and hasattr(config, "exclude_modules")):
         return
     kept = {
-        name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module) and name not in names
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if is_linear(module) and name not in names
     }
     short = {last if (last := name.rpartition(".")[2]) not in kept else name for name in names}
     excluded = config.exclude_modules or []
     if isinstance(excluded, str):
-        config.exclude_modules = "|".join([excluded, *(rf"(.*\.)?{re.escape(name)}" for name in sorted(short))])
+        config.exclude_modules = "|".join(
+            [excluded, *(rf"(.*\.)?{re.escape(name)}" for name in sorted(short))]
+        )
     else:
         config.exclude_modules = sorted({*excluded, *short})
 
 
 @contextmanager
 def check_coverage(model: nn.Module) -> Iterator[Coverage]:
-    """Watches the passes inside it, in all processes of a job, and refuses adapters that did not run or do not learn.
+    """Watches the passes inside it, in all processes of a job, and refuses adapters that did not
+    run or do not learn.
 
         with check_coverage(model):
             model(**batch).loss.backward()
@@ -106,8 +127,9 @@ def check_coverage(model: nn.Module) -> Iterator[Coverage]:
 
 
 class CoverageCallback(TrainerCallback):
-    """`check_coverage` around the first update of transformers' Trainer, and so of TRL's trainers. Where all gradients
-    are zero, as GRPO's where rewards do not differ, it looks again at the next."""
+    """`check_coverage` around the first update of transformers' Trainer, and so of TRL's trainers.
+    Where all gradients are zero, as GRPO's where rewards do not differ, it looks again at the
+    next."""
 
     def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
         self.coverage = Coverage(model)
@@ -133,16 +155,20 @@ class Coverage:
     """What the adapted modules of a model did while they were watched.
 
     Args:
-        model: a model with trainable adapters, of any PEFT method that puts layers beside projections.
+        model: a model with trainable adapters, of any PEFT method that puts layers beside
+            projections.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.layers: dict[str, nn.Module] = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, BaseTunerLayer) and any(weight.requires_grad for weight in module.parameters())
+            if isinstance(module, BaseTunerLayer)
+            and any(weight.requires_grad for weight in module.parameters())
         }
-        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.weights = {
+            name: weight for name, weight in model.named_parameters() if weight.requires_grad
+        }
         self.called: set[str] = set()
         self.moves_loss: set[str] = set()
         """Layers whose output has a gradient that is not zero."""
@@ -151,19 +177,28 @@ class Coverage:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Looks at calls, and at the gradients of outputs and weights: in all processes together."""
+        """Looks at calls, and at the gradients of outputs and weights: in all processes
+        together."""
         with ExitStack() as hooks:
             for name, layer in self.layers.items():
                 hooks.callback(layer.register_forward_hook(self._watch_output(name)).remove)
             for name, weight in self.weights.items():
-                hooks.callback(weight.register_hook(lambda _, name=name: self.has_gradient.add(name)).remove)
+                hooks.callback(
+                    weight.register_hook(lambda _, name=name: self.has_gradient.add(name)).remove
+                )
             yield
         # sharded, the hook is on a tensor that takes no part in the pass
-        self.has_gradient |= {name for name, weight in self.weights.items() if weight.grad is not None}
+        self.has_gradient |= {
+            name for name, weight in self.weights.items() if weight.grad is not None
+        }
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             seen = [()] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(seen, (self.called, self.moves_loss, self.has_gradient))
-            self.called, self.moves_loss, self.has_gradient = (set().union(*sets) for sets in zip(*seen, strict=True))
+            torch.distributed.all_gather_object(
+                seen, (self.called, self.moves_loss, self.has_gradient)
+            )
+            self.called, self.moves_loss, self.has_gradient = (
+                set().union(*sets) for sets in zip(*seen, strict=True)
+            )
 
     def _watch_output(self, name: str) -> Callable[..., None]:
         def look(gradient: torch.Tensor) -> None:
@@ -179,9 +214,12 @@ class Coverage:
         return count
 
     def problem(self) -> str | None:
-        """The adapted modules that were not proven and the reason, in one line; None where all were."""
+        """The adapted modules that were not proven and the reason, in one line; None where all
+        were."""
         if not self.layers:
-            return "this model has no trainable adapter: build one, or load it with is_trainable=True."
+            return (
+                "this model has no trainable adapter: build one, or load it with is_trainable=True."
+            )
         names = defaultdict(list)
         for name in self.layers:
             if (reason := self._reason(name)) is not None:
@@ -193,7 +231,8 @@ class Coverage:
         return f"{count} of {len(self.layers)} adapted modules would not train. {'; '.join(parts)}."
 
     def _reason(self, name: str) -> str | None:
-        """Why a module was not proven; None where it was, or belongs to an expert that got no token."""
+        """Why a module was not proven; None where it was, or belongs to an expert that got no
+        token."""
         if name not in self.called:
             siblings = re.compile(re.escape(EXPERT.sub("<>", name)).replace("<>", EXPERT.pattern))
             return None if any(map(siblings.fullmatch, self.called)) else "the model never calls it"

@@ -1,8 +1,10 @@
-"""y = W_e x + s B_e dropout(gate(A_e x)) for every expert e of a mixture, in the experts' projections.
+"""y = W_e x + s B_e dropout(gate(A_e x)) for every expert e of a mixture, in the experts'
+projections.
 
-transformers keeps the experts of a layer as 3-D parameters, W: [E, out, in], and calls them through an interface of
-implementations. Ours sorts the tokens by expert, runs the base's grouped product, and adds the branch to gate and up
-before their product, to down before the routing weights. A: [E, r, in], B: [E, out, r].
+transformers keeps the experts of a layer as 3-D parameters, W: [E, out, in], and calls them through
+an interface of implementations. Ours sorts the tokens by expert, runs the base's grouped product,
+and adds the branch to gate and up before their product, to down before the routing weights. A: [E,
+r, in], B: [E, out, r].
 """
 
 from __future__ import annotations
@@ -45,14 +47,15 @@ class Routing:
 
 
 def grouped_product(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows of x, sorted by expert, times their expert's matrix: [S, in], [E, in, out] -> [S, out]."""
+    """Rows of x, sorted by expert, times their expert's matrix: [S, in], [E, in, out] -> [S,
+    out]."""
     # torch's grouped product takes no float64, and only rows of a multiple of 16 bytes.
     if x.dtype == torch.float64 or any(width * x.element_size() % 16 for width in weight.shape[1:]):
         return torch.ops.transformers.grouped_mm_fallback(x, weight, ends)
     return _grouped_mm(x, weight, ends)
 
 
-# --- the implementation ----------------------------------------------------------------------------------------------
+# --- the implementation ---------------------------------------------------------------------------
 
 
 def experts_forward(
@@ -62,7 +65,8 @@ def experts_forward(
     top_k_weights: torch.Tensor,
     branches: Branches | None = None,
 ) -> torch.Tensor:
-    """The experts' output with branches; without any, the base's by the implementation that the model is set to.
+    """The experts' output with branches; without any, the base's by the implementation that the
+    model is set to.
 
     Args:
         hidden_states: [tokens, d].
@@ -71,7 +75,9 @@ def experts_forward(
     """
     if branches is None:
         base_implementation = experts.config.base_config._experts_implementation
-        forward = ALL_EXPERTS_FUNCTIONS.get_interface(base_implementation, type(experts).forward.__wrapped__)
+        forward = ALL_EXPERTS_FUNCTIONS.get_interface(
+            base_implementation, type(experts).forward.__wrapped__
+        )
         return forward(experts, hidden_states, top_k_index, top_k_weights)
     routing = Routing.by_expert(top_k_index, experts.num_experts)
     up = "gate_up_proj" if experts.has_gate else "up_proj"
@@ -84,10 +90,14 @@ def experts_forward(
     back = torch.empty_like(routing.order)
     back[routing.order] = torch.arange(len(back), device=back.device)
     # A sum over k, not index_add_, which on CUDA adds in any order.
-    return weighted[back].view(*top_k_index.shape, weighted.shape[-1]).sum(1).to(hidden_states.dtype)
+    return (
+        weighted[back].view(*top_k_index.shape, weighted.shape[-1]).sum(1).to(hidden_states.dtype)
+    )
 
 
-def _project(experts: nn.Module, name: str, x: torch.Tensor, routing: Routing, branches: Branches) -> torch.Tensor:
+def _project(
+    experts: nn.Module, name: str, x: torch.Tensor, routing: Routing, branches: Branches
+) -> torch.Tensor:
     weight = getattr(experts, name)
     W = weight if experts.is_transposed else weight.transpose(-2, -1)
     result = grouped_product(x.to(weight.dtype), W, routing.ends)
@@ -99,13 +109,15 @@ def _project(experts: nn.Module, name: str, x: torch.Tensor, routing: Routing, b
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
-# --- the layer -------------------------------------------------------------------------------------------------------
+# --- the layer ------------------------------------------------------------------------------------
 
 
 class ExpertMatrices(nn.Module):
     """One matrix for each expert, [E, out, in]."""
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int, **kwargs: Any) -> None:
+    def __init__(
+        self, num_experts: int, in_features: int, out_features: int, **kwargs: Any
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **kwargs))
 
@@ -117,8 +129,8 @@ class ExpertMatrices(nn.Module):
 class CeraExperts(CeraLayer):
     """Frozen experts with CeRA branches beside their projections.
 
-    An adapter's A and B hold one `ExpertMatrices` for each adapted parameter, by its name. The experts of a parameter
-    share a gate that learns.
+    An adapter's A and B hold one `ExpertMatrices` for each adapted parameter, by its name. The
+    experts of a parameter share a gate that learns.
 
     Args:
         base_layer: a module of experts that transformers calls through its interface.
@@ -129,10 +141,12 @@ class CeraExperts(CeraLayer):
         TypeError: the experts cannot be called with branches.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, configs: dict[str, CeraConfig]) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, configs: dict[str, CeraConfig]
+    ) -> None:
         super().__init__(base_layer, adapter_name, configs)
-        # A config for this module alone: the model's names the implementation without branches, and generate()
-        # changes it.
+        # A config for this module alone: the model's names the implementation without branches, and
+        # generate() changes it.
         base_layer.config, base_config = copy.copy(base_layer.config), base_layer.config
         base_layer.config.base_config = base_config
         base_layer.config._experts_implementation_internal = IMPLEMENTATION
@@ -167,14 +181,19 @@ class CeraExperts(CeraLayer):
             kwargs["branches"] = self._add_branches
         return self.base_layer(hidden_states, *args, **kwargs)
 
-    def _add_branches(self, name: str, result: torch.Tensor, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def _add_branches(
+        self, name: str, result: torch.Tensor, x: torch.Tensor, routing: Routing
+    ) -> torch.Tensor:
         for adapter_name in self.active_adapters:
             if adapter_name in self.cera_A and name in self.cera_A[adapter_name]:
                 result = result.add_(self.branch(x, adapter_name, name, routing))
         return result
 
-    def branch(self, x: torch.Tensor, adapter_name: str, name: str, routing: Routing) -> torch.Tensor:
-        """s B_e dropout(gate(A_e x)), which one adapter adds to a projection, [S, d_in] -> [S, d_out]."""
+    def branch(
+        self, x: torch.Tensor, adapter_name: str, name: str, routing: Routing
+    ) -> torch.Tensor:
+        """s B_e dropout(gate(A_e x)), which one adapter adds to a projection, [S, d_in] -> [S,
+        d_out]."""
         A, B, gate, dropout_x, dropout = (part[name] for part in self.parts(adapter_name))
         dtype = autocast_dtype(x.device)
         x = self._cast_input_dtype(x, A.weight.dtype) if dtype is None else x.to(dtype)
@@ -191,20 +210,27 @@ class CeraExperts(CeraLayer):
         return self.base_layer
 
 
-# --- what can be adapted ---------------------------------------------------------------------------------------------
+# --- what can be adapted --------------------------------------------------------------------------
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
-    """Names of the projections in a module of experts, which are its parameters; empty for any other module."""
+    """Names of the projections in a module of experts, which are its parameters; empty for any
+    other module."""
     held = module._parameters
     is_experts = held.get("down_proj") is not None and held["down_proj"].ndim > 2
-    return [name for name in ("gate_up_proj", "up_proj", "down_proj") if is_experts and name in held]
+    return [
+        name for name in ("gate_up_proj", "up_proj", "down_proj") if is_experts and name in held
+    ]
 
 
 def expert_names(model: nn.Module) -> list[str]:
     """The last two parts of the names of the experts' projections, each once."""
     modules = [(key.removesuffix(".base_layer"), module) for key, module in model.named_modules()]
-    names = (f"{key.rpartition('.')[2]}.{name}" for key, module in modules for name in expert_parameters(module))
+    names = (
+        f"{key.rpartition('.')[2]}.{name}"
+        for key, module in modules
+        for name in expert_parameters(module)
+    )
     return list(dict.fromkeys(names))
 
 
@@ -217,17 +243,26 @@ def expert_features(experts: nn.Module, name: str) -> tuple[int, int, int]:
 
 def check_experts(experts: nn.Module, parameters: Iterable[str]) -> None:
     """Raises TypeError where branches cannot be added to these parameters of a module."""
-    kind, adaptable = type(experts).__name__, expert_parameters(experts)
+    kind = type(experts).__name__
+    adaptable = expert_parameters(experts)
     for name in parameters:
         weight = getattr(experts, name)
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise TypeError(
-                f"{name} of {kind} is quantised ({weight.dtype}), and its kernel takes no branch: load the experts in "
+                f"{name} of {kind} is quantised ({weight.dtype}), and its kernel takes no branch: "
+                f"load the experts in "
                 "16 or 32 bits."
             )
         if not hasattr(experts, "is_transposed"):
-            raise TypeError(f"{kind} does not run through transformers' experts interface, so no branch would run.")
+            raise TypeError(
+                f"{kind} does not run through transformers' experts interface, so no branch would "
+                f"run."
+            )
         if name not in adaptable:
-            raise TypeError(f"{name} of {kind} is no projection of experts: target {' or '.join(adaptable)}.")
+            raise TypeError(
+                f"{name} of {kind} is no projection of experts: target {' or '.join(adaptable)}."
+            )
     if getattr(experts, "_is_expert_parallel", False):  # transformers 5.10 does not mark them
-        raise TypeError(f"{kind} is spread over processes (expert parallelism): load the model without it.")
+        raise TypeError(
+            f"{kind} is spread over processes (expert parallelism): load the model without it."
+        )

@@ -1,7 +1,8 @@
-"""y = W0 x + s B dropout(gate(A x)): a branch that is non-linear in x, so it is never merged into W0.
+"""y = W0 x + s B dropout(gate(A x)): a branch that is non-linear in x, so it is never merged into
+W0.
 
-W0 is never read, only called: the same layer stands on nn.Linear, transformers' Conv1D and bitsandbytes' 4-bit and
-8-bit linears. All adapters of a projection live in one layer, by name.
+W0 is never read, only called: the same layer stands on nn.Linear, transformers' Conv1D and
+bitsandbytes' 4-bit and 8-bit linears. All adapters of a projection live in one layer, by name.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ class CeraLayer(nn.Module, BaseTunerLayer):
     other_param_names = ("cera_dropout_x", "cera_dropout", "r", "scaling")
 
     cast_input_dtype_enabled = True
-    """Whether x is cast to the adapter's dtype; `peft.helpers.disable_input_dtype_casting` sets it."""
+    """Whether x is cast to the adapter's dtype; `peft.helpers.disable_input_dtype_casting` sets
+    it."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any) -> None:
         super().__init__()
@@ -37,7 +39,9 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self._active_adapter = adapter_name
-        self.train(base_layer.training)  # a new module is in train mode, and would drop units of a model in eval mode
+        self.train(
+            base_layer.training
+        )  # a new module is in train mode, and would drop units of a model in eval mode
         self.update_layer(adapter_name, config)
 
     def _make_parts(self, A: nn.Module, B: nn.Module, config: CeraConfig) -> dict[str, Any]:
@@ -45,9 +49,17 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         gate = GATES[config.activation]()
         gate = LearnedGate(gate, A.weight.dtype) if config.mix == "learned" else gate
         start_branch(A.weight, B.weight, gate, config)
-        drops = [config.dropout if config.dropout_on == place else 0.0 for place in ("input", "hidden")]
+        drops = [
+            config.dropout if config.dropout_on == place else 0.0 for place in ("input", "hidden")
+        ]
         dropout_x, dropout = (nn.Dropout(p).train(self.training) for p in drops)
-        modules = {"cera_A": A, "cera_B": B, "cera_gate": gate, "cera_dropout_x": dropout_x, "cera_dropout": dropout}
+        modules = {
+            "cera_A": A,
+            "cera_B": B,
+            "cera_gate": gate,
+            "cera_dropout_x": dropout_x,
+            "cera_dropout": dropout,
+        }
         return modules | {"r": config.r, "scaling": config.scaling}
 
     @property
@@ -61,7 +73,9 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         """The base's, but at least 32 bits."""
         return self.base_dtype if self.base_dtype.itemsize >= 4 else torch.float32
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, None]:
         """The device alone: with a dtype, PEFT would round loaded weights to a 16-bit base."""
         return super()._get_base_layer_device_and_dtype(base_layer)[0], None
 
@@ -84,8 +98,8 @@ class CeraLinear(CeraLayer):
     """
 
     kept: dict[tuple[str, torch.dtype], tuple] | None = None
-    """Arguments of `add_branch`, and whether it may write into the base's output, by adapter and the output's dtype:
-    inside `for_inference`."""
+    """Arguments of `add_branch`, and whether it may write into the base's output, by adapter and
+    the output's dtype: inside `for_inference`."""
 
     def update_layer(self, adapter_name: str, config: CeraConfig) -> None:
         """Adds an adapter, or replaces the one of that name."""
@@ -107,35 +121,52 @@ class CeraLinear(CeraLayer):
         return result
 
     def branch(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """s B dropout(gate(A x)), which one adapter adds to the projection's output, [..., d_in] -> [..., d_out]."""
+        """s B dropout(gate(A x)), which one adapter adds to the projection's output, [..., d_in] ->
+        [..., d_out]."""
         A, B, gate, dropout_x, dropout = self.parts(adapter_name)
         if autocast_dtype(x.device) is None:
-            # Adapter weights are fp32 over a 16-bit base. Autocast would bring x back to 16 bits at once.
+            # Adapter weights are fp32 over a 16-bit base. Autocast would bring x back to 16 bits at
+            # once.
             x = self._cast_input_dtype(x, A.weight.dtype)
         return self.scaling[adapter_name] * B(dropout(gate(A(dropout_x(x)))))
 
     def _add_branch(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """result + branch(x), as one step where that rounds nowhere else and all weights may be read."""
+        """result + branch(x), as one step where that rounds nowhere else and all weights may be
+        read."""
         key = adapter_name, result.dtype
-        if self.kept and key in self.kept and not torch.is_grad_enabled() and result.is_contiguous():
+        if (
+            self.kept
+            and key in self.kept
+            and not torch.is_grad_enabled()
+            and result.is_contiguous()
+        ):
             *branch, may_write = self.kept[key]
             return add_branch(result if may_write else result.clone(), x.to(result.dtype), *branch)
         A, B, gate, dropout_x, dropout = self.parts(adapter_name)
         dtype = autocast_dtype(x.device) or A.weight.dtype
-        may_read = is_plain(A, nn.Linear) and is_plain(B, nn.Linear) and is_plain(gate, LearnedGate, *GATES.values())
-        if not (may_read and not is_transformed() and result.dtype == dtype and result.is_contiguous()):
+        may_read = (
+            is_plain(A, nn.Linear)
+            and is_plain(B, nn.Linear)
+            and is_plain(gate, LearnedGate, *GATES.values())
+        )
+        if not (
+            may_read and not is_transformed() and result.dtype == dtype and result.is_contiguous()
+        ):
             return (result + self.branch(x, adapter_name)).to(result.dtype)
-        # Others may hold the output of a base layer with hooks, or need it in backward. A bias returns a view, which
-        # autograd does not let an in-place operation change.
+        # Others may hold the output of a base layer with hooks, or need it in backward. A bias
+        # returns a view, which autograd does not let an in-place operation change.
         may_write = is_plain(self.base_layer, nn.Linear, Conv1D)
         if not may_write or (torch.is_grad_enabled() and result._is_view()):
             result = result.clone()
-        scaling, hidden = self.scaling[adapter_name], Hidden.of_call(gate, dropout_x, dropout)
+        scaling = self.scaling[adapter_name]
+        hidden = Hidden.of_call(gate, dropout_x, dropout)
         if self.kept is not None and not (hidden.p_x or hidden.p):
             # Copies: a sharded weight is whole only during the call.
             weights = (part.weight.detach().to(dtype, copy=True) for part in (A, B))
             self.kept[key] = *weights, scaling, hidden, may_write
-        return add_branch(result, x.to(dtype), A.weight.to(dtype), B.weight.to(dtype), scaling, hidden)
+        return add_branch(
+            result, x.to(dtype), A.weight.to(dtype), B.weight.to(dtype), scaling, hidden
+        )
 
 
 @contextmanager
@@ -145,8 +176,9 @@ def for_inference(model: nn.Module) -> Iterator[None]:
         with torch.no_grad(), for_inference(model):
             model.generate(**inputs)
 
-    Adapters may be switched inside. Their weights may not change, nor may what autocast casts to. The results are the
-    same to the bit. Every active adapter takes its weights' memory once more in the precision that it computes in.
+    Adapters may be switched inside. Their weights may not change, nor may what autocast casts to.
+    The results are the same to the bit. Every active adapter takes its weights' memory once more in
+    the precision that it computes in.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, CeraLinear)]
     for layer in layers:
@@ -159,7 +191,8 @@ def for_inference(model: nn.Module) -> Iterator[None]:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast computes in; None where it is off, or where the device has none, as the meta device."""
+    """The dtype that autocast computes in; None where it is off, or where the device has none, as
+    the meta device."""
     is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if is_on else None
 
@@ -169,12 +202,22 @@ def is_plain(module: nn.Module, *classes: type) -> bool:
 
     FSDP1, ZeRO-3 and offloading fetch a weight at the call, and a hook may keep the output.
     """
-    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    return type(module) in classes and not any(hooks) and not {"forward", "_hf_hook"} & vars(module).keys()
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return (
+        type(module) in classes
+        and not any(hooks)
+        and not {"forward", "_hf_hook"} & vars(module).keys()
+    )
 
 
 def is_transformed() -> bool:
-    """Whether torch.compile or torch.func reads the operations: neither could read into `add_branch`."""
+    """Whether torch.compile or torch.func reads the operations: neither could read into
+    `add_branch`."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
@@ -182,14 +225,18 @@ def linear_features(layer: nn.Module) -> tuple[int, int]:
     """(d_in, d_out) of a linear projection.
 
     Raises:
-        TypeError: the layer is of another kind (an embedding, a convolution), or nn.MultiheadAttention's, which reads
-            the weight without calling the module: a branch would never run.
+        TypeError: the layer is of another kind (an embedding, a convolution), or
+            nn.MultiheadAttention's, which reads the weight without calling the module: a branch
+            would never run.
     """
     if isinstance(layer, Conv1D):  # stores W transposed: [d_in, d_out]
         return layer.weight.shape[0], layer.weight.shape[1]
-    if isinstance(layer, nn.Linear) and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if isinstance(layer, nn.Linear) and not isinstance(
+        layer, nn.modules.linear.NonDynamicallyQuantizableLinear
+    ):
         return layer.in_features, layer.out_features  # bitsandbytes' linears too
     raise TypeError(
-        "CeRA adapts linear projections that are called (nn.Linear, Conv1D, bitsandbytes 4-bit and 8-bit), not "
+        "CeRA adapts linear projections that are called (nn.Linear, Conv1D, bitsandbytes 4-bit "
+        "and 8-bit), not "
         f"{type(layer).__name__}."
     )

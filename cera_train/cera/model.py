@@ -26,11 +26,13 @@ class CeraModel(BaseTuner):
     tuner_layer_cls = CeraLayer
     target_module_mapping: ClassVar = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    # --- building ----------------------------------------------------------------------------------------------------
+    # --- building ---------------------------------------------------------------------------------
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Puts an adapter into the model, as PEFT does. all-linear leaves out the projections that kernels bypass, and
-        records them in `exclude_modules`."""
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Puts an adapter into the model, as PEFT does. all-linear leaves out the projections that
+        kernels bypass, and records them in `exclude_modules`."""
         keep_scale(model)
         config = self.peft_config[adapter_name]
         if str(config.target_modules).lower() == "all-linear":
@@ -50,28 +52,39 @@ class CeraModel(BaseTuner):
     def _check_patterns(self, config: CeraConfig) -> None:
         """Raises ValueError for a pattern that decides for no target module."""
         # PEFT's list is of all adapters.
-        targets = [name for name in self.targeted_module_names if self._check_target_module_exists(config, name)]
+        targets = [
+            name
+            for name in self.targeted_module_names
+            if self._check_target_module_exists(config, name)
+        ]
         targets += self.targeted_parameter_names
         for field in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(config, field)
             if unmatched := patterns.keys() - {get_pattern_key(patterns, name) for name in targets}:
                 raise ValueError(
-                    f"{field} has {', '.join(map(repr, sorted(unmatched)))}, which matches no target module that a "
+                    f"{field} has {', '.join(map(repr, sorted(unmatched)))}, which matches no "
+                    f"target module that a "
                     "longer pattern does not match, too."
                 )
 
-    def _prepare_adapter_config(self, config: CeraConfig, model_config: dict[str, Any]) -> CeraConfig:
-        """Without targets: q_proj and v_proj, the paper's; where a model has none, PEFT's for LoRA."""
+    def _prepare_adapter_config(
+        self, config: CeraConfig, model_config: dict[str, Any]
+    ) -> CeraConfig:
+        """Without targets: q_proj and v_proj, the paper's; where a model has none, PEFT's for
+        LoRA."""
         if config.target_modules is None and config.target_parameters:
             config.target_modules = []
         names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
-        is_expression = isinstance(self.target_module_mapping.get(model_config.get("model_type")), str)
+        is_expression = isinstance(
+            self.target_module_mapping.get(model_config.get("model_type")), str
+        )
         if config.target_modules is None and names >= {"q_proj", "v_proj"} and not is_expression:
             config.target_modules = {"q_proj", "v_proj"}
         return super()._prepare_adapter_config(config, model_config)
 
     def _check_target_module_compatiblity(self, *args: Any) -> None:
-        """Does nothing: PEFT's list of Mamba models is for LoRA. A pass finds what does not run (`coverage`)."""
+        """Does nothing: PEFT's list of Mamba models is for LoRA. A pass finds what does not run
+        (`coverage`)."""
 
     def _create_and_replace(
         self,
@@ -84,8 +97,19 @@ class CeraModel(BaseTuner):
         **kwargs: Any,
     ) -> None:
         if isinstance(target, CeraExperts) or expert_parameters(target):
-            raise ValueError(f"target module {current_key!r} holds experts: name its parameters in target_parameters.")
-        self._adapt(CeraLinear, target, parent, target_name, adapter_name, config.of_module(current_key), current_key)
+            raise ValueError(
+                f"target module {current_key!r} holds experts: name its parameters in "
+                f"target_parameters."
+            )
+        self._adapt(
+            CeraLinear,
+            target,
+            parent,
+            target_name,
+            adapter_name,
+            config.of_module(current_key),
+            current_key,
+        )
 
     def _adapt(
         self,
@@ -106,7 +130,9 @@ class CeraModel(BaseTuner):
         except TypeError as error:
             raise ValueError(f"{key!r} cannot be adapted. {error}") from error
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
+            layer.requires_grad_(
+                False
+            )  # an additional adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
 
     def _targeted_parameters(self, config: CeraConfig, model: nn.Module) -> dict[str, list[str]]:
@@ -115,14 +141,20 @@ class CeraModel(BaseTuner):
         Raises:
             ValueError: a name matches nothing.
         """
-        found, matched = defaultdict(list), set()
+        found = defaultdict(list)
+        matched = set()
         for full_name, _ in model.named_parameters():
             if ".cera_" in full_name or not config.target_parameters:
                 continue
             key, _, name = full_name.replace(".base_layer.", ".").rpartition(".")
-            by = {target for target in config.target_parameters if f".{key}.{name}".endswith(f".{target}")}
+            by = {
+                target
+                for target in config.target_parameters
+                if f".{key}.{name}".endswith(f".{target}")
+            }
             matched |= by
-            # by its last name: PEFT forgets layers_to_transform for a module given by its whole name
+            # by its last name: PEFT forgets layers_to_transform for a module given by its whole
+            # name
             last = key.rpartition(".")[2]
             if by and self._check_target_module_exists(replace(config, target_modules=[last]), key):
                 found[key].append(name)
@@ -130,7 +162,8 @@ class CeraModel(BaseTuner):
             if target not in matched:
                 experts = ", ".join(expert_names(model)) or "none: it is dense"
                 raise ValueError(
-                    f"target_parameters: {target!r} matches no parameter of this model. Its experts' are {experts}."
+                    f"target_parameters: {target!r} matches no parameter of this model. Its "
+                    f"experts' are {experts}."
                 )
         return found
 
@@ -146,9 +179,11 @@ class CeraModel(BaseTuner):
                 self._adapt(CeraExperts, target, parent, target_name, adapter_name, configs, key)
         return [f"{key}.{name}" for key, names in targets.items() for name in names]
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's would also assign weights, which fails where it takes trainable tokens out, and move the branch, which
-        # the layer has done.
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # PEFT's would also assign weights, which fails where it takes trainable tokens out, and
+        # move the branch, which the layer has done.
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -159,25 +194,30 @@ class CeraModel(BaseTuner):
                     for part in layer.parts(adapter_name):
                         part.to(layer.base_dtype)
 
-    # --- what a branch that is not a matrix cannot do -----------------------------------------------------------------
+    # --- what a branch that is not a matrix cannot do ---------------------------------------------
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names: all rows of a batch run through the active adapters: call set_adapter.")
+            raise ValueError(
+                "adapter_names: all rows of a batch run through the active adapters: call "
+                "set_adapter."
+            )
         yield
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
-            "CeRA cannot be merged: its branch is non-linear in x, so no weight matrix equals W0 plus the branch. Keep "
+            "CeRA cannot be merged: its branch is non-linear in x, so no weight matrix equals W0 "
+            "plus the branch. Keep "
             "the adapter loaded beside the base model, or call unload() to get the base model back."
         )
 
-    # --- loading -----------------------------------------------------------------------------------------------------
+    # --- loading ----------------------------------------------------------------------------------
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT looks for it before the last name at most; experts' matrices have their parameter's name there.
+        # PEFT looks for it before the last name at most; experts' matrices have their parameter's
+        # name there.
         for part in CeraLayer.adapter_layer_names:
             head, found, tail = key.partition(f".{part}.{adapter_name}.")
             if found:
@@ -186,11 +226,13 @@ class CeraModel(BaseTuner):
 
 
 def keep_scale(model: nn.Module) -> None:
-    """Takes RWKV off the halving of its weights in eval mode: it is for float16, and a branch would not be halved."""
+    """Takes RWKV off the halving of its weights in eval mode: it is for float16, and a branch would
+    not be halved."""
     for module in model.modules():
         if hasattr(module, "_rescale_layers") and module.config.rescale_every > 0:
             if module.layers_are_rescaled:
-                mode, module.training = module.training, True
+                mode = module.training
+                module.training = True
                 module._rescale_layers()
                 module.training = mode
             module.config.rescale_every = 0

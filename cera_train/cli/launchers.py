@@ -1,4 +1,5 @@
-"""Where the jobs of a sweep run: the launchers of Hydra's plugins, which here skip finished jobs."""
+"""Where the jobs of a sweep run: the launchers of Hydra's plugins, which here skip finished
+jobs."""
 
 import contextlib
 import functools
@@ -37,35 +38,48 @@ except ImportError:  # the extra `slurm`: without it Hydra finds no file of this
 class MissingJobs:
     """Launches the jobs that have no result. Mixed into a launcher."""
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> list[JobReturn]:
         """Returns what every job returned, in order."""
         sweep = Path(self.config.hydra.sweep.dir)
         record = SweepRecord.read(sweep / RECORD)
-        finished, missing = {}, []
+        finished = {}
+        missing = []
         for number, overrides in enumerate(job_overrides):
             status = job_status(sweep, job_name(overrides, record.swept), metric=record.metric)
             if status.is_over and not self.config.train.extend:
-                value = status.value if status.state == State.finished else None  # a diverged job returned none
+                value = (
+                    status.value if status.state == State.finished else None
+                )  # a diverged job returned none
                 finished[number] = JobReturn(status=JobStatus.COMPLETED, _return_value=value)
             else:
                 missing.append(overrides)
         if finished:
-            print_line("finished", f"{len(finished):,} of {len(job_overrides):,} jobs, which are not started again")
+            print_line(
+                "finished",
+                f"{len(finished):,} of {len(job_overrides):,} jobs, which are not started again",
+            )
         launched = iter(super().launch(missing, initial_job_idx) if missing else ())
-        return [finished[number] if number in finished else next(launched) for number in range(len(job_overrides))]
+        return [
+            finished[number] if number in finished else next(launched)
+            for number in range(len(job_overrides))
+        ]
 
 
 class SubmititSlurm(MissingJobs, SlurmLauncher):
     """Submits jobs to Slurm, and waits for them unless `launch.detach=true`."""
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> list[JobReturn]:
         from cera_train.cli.cluster import replace_waiting  # imports submitit: a fifth of a second
 
         replace_waiting(self.config.launch.detach)
         return super().launch(job_overrides, initial_job_idx)
 
 
-# --- joblib ----------------------------------------------------------------------------------------------------------
+# --- joblib ---------------------------------------------------------------------------------------
 
 
 class Joblib(MissingJobs, JoblibLauncher):
@@ -75,13 +89,18 @@ class Joblib(MissingJobs, JoblibLauncher):
         from joblib import effective_n_jobs
 
         self.workers = effective_n_jobs(self.joblib["n_jobs"])
-        super().setup(task_function=functools.partial(run_in_worker, task_function, self.workers), **context)
+        super().setup(
+            task_function=functools.partial(run_in_worker, task_function, self.workers), **context
+        )
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> list[JobReturn]:
         """Passes signals on to the jobs, and stops once they have saved."""
         require(
             not is_one_of_several(),
-            "hydra/launcher=joblib: it starts the processes of its jobs itself: start one command, without torchrun.",
+            "hydra/launcher=joblib: it starts the processes of its jobs itself: start one "
+            "command, without torchrun.",
         )
         if self.workers == 1:  # in this process
             return super().launch(job_overrides, initial_job_idx)
@@ -92,12 +111,16 @@ class Joblib(MissingJobs, JoblibLauncher):
                 if interruption.signal is not None:
                     raise Interrupted(interruption.signal) from None
                 raise UserError(
-                    "hydra/launcher=joblib: the process of a job was killed, perhaps for lack of memory, and the "
-                    "others with it. Set a lower hydra.launcher.n_jobs; the same command resumes them."
+                    "hydra/launcher=joblib: the process of a job was killed, perhaps for lack of "
+                    "memory, and the "
+                    "others with it. Set a lower hydra.launcher.n_jobs; the same command resumes "
+                    "them."
                 ) from error
 
 
-SIGNALLED: list[int] = []  # the signals that this process of joblib's received; after the first it starts no job
+SIGNALLED: list[
+    int
+] = []  # the signals that this process of joblib's received; after the first it starts no job
 
 
 def end_job(number: int) -> None:
@@ -105,12 +128,16 @@ def end_job(number: int) -> None:
     sys.exit(128 + number)
 
 
-def run_in_worker(task_function: Callable[[DictConfig], Any], workers: int, composed: DictConfig) -> Any:
-    """A job in a process of joblib's. Its output goes to its log, and one line is printed when it begins and one when
-    it ends, so that no lines of several jobs mix."""
+def run_in_worker(
+    task_function: Callable[[DictConfig], Any], workers: int, composed: DictConfig
+) -> Any:
+    """A job in a process of joblib's. Its output goes to its log, and one line is printed when it
+    begins and one when it ends, so that no lines of several jobs mix."""
     if multiprocessing.parent_process() is None:  # joblib starts none for one job at once
         return task_function(composed)
-    for number in SIGNALS:  # between two jobs: joblib kills all jobs where one of its processes ends
+    for (
+        number
+    ) in SIGNALS:  # between two jobs: joblib kills all jobs where one of its processes ends
         signal.signal(number, lambda number, _: SIGNALLED.append(number))
     if SIGNALLED:
         return None
@@ -130,10 +157,11 @@ def run_in_worker(task_function: Callable[[DictConfig], Any], workers: int, comp
 
 @functools.cache  # a process keeps its GPUs, and the socket open
 def take_gpus(workers: int) -> socket.socket | None:
-    """Lets CUDA see this process's share of the GPUs alone; where there are fewer, one that it shares.
+    """Lets CUDA see this process's share of the GPUs alone; where there are fewer, one that it
+    shares.
 
-    joblib replaces processes, so a share is the lowest that no living one holds: by the abstract name of a socket,
-    which is free again when its process has ended."""
+    joblib replaces processes, so a share is the lowest that no living one holds: by the abstract
+    name of a socket, which is free again when its process has ended."""
     with heavy_imports():
         import torch
     if not (gpus := torch.cuda.device_count()):  # which does not start CUDA yet
@@ -146,7 +174,9 @@ def take_gpus(workers: int) -> socket.socket | None:
         except OSError:
             time.sleep(0.05)  # the process that this one replaces may still be ending
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[share::workers] or [visible[share % gpus]])
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(
+        visible[share::workers] or [visible[share % gpus]]
+    )
     return held
 
 

@@ -1,5 +1,5 @@
-"""One line for a mistake on the command line: the place, the cause and the mend. Hydra's and OmegaConf's errors are cut
-to a line, with a suggestion for an unknown setting. Imports no torch."""
+"""One line for a mistake on the command line: the place, the cause and the fix. Hydra's and
+OmegaConf's errors are cut to a line, with a suggestion for an unknown setting. Imports no torch."""
 
 import argparse
 import difflib
@@ -63,7 +63,9 @@ train.resume               resume_from_checkpoint
 def did_you_mean(key: str, known: Sequence[str]) -> str:
     """`Did you mean optimizer.lr? ` with a trailing space; empty where no known name is near."""
     word = key.rpartition(".")[2]
-    usual = [ours for ours, *names in map(str.split, USUAL_NAMES.strip().splitlines()) if word in names]
+    usual = [
+        ours for ours, *names in map(str.split, USUAL_NAMES.strip().splitlines()) if word in names
+    ]
     near = [ours for ours in usual if ours.partition("=")[0] in known]
     near = near or [name for name in known if name.rpartition(".")[2] == word]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
@@ -73,13 +75,18 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
 def unknown_setting(key: str, place: str, schema: type) -> str:
     """The line about a key that no setting has, in an argument or a file."""
     if key.startswith("adapter.settings."):  # PEFT's fields are no part of the schema
-        return f"{place}: adapter.settings has no {key.rpartition('.')[2]} yet: write ++{key}=... to add it."
+        return (
+            f"{place}: adapter.settings has no {key.rpartition('.')[2]} yet: write ++{key}=... to "
+            f"add it."
+        )
     program = next(program for program, other in SCHEMAS.items() if other is schema)
-    near = did_you_mean(key, list(dict.fromkeys([*(field.name for field in fields(schema)), *fields_of(schema)])))
+    near = did_you_mean(
+        key, list(dict.fromkeys([*(field.name for field in fields(schema)), *fields_of(schema)]))
+    )
     return f"{place}: unknown setting {key}. {near}`{program} --help` lists all."
 
 
-# --- before Hydra ----------------------------------------------------------------------------------------------------
+# --- before Hydra ---------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,7 +95,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help).")
 
 
-FLAGS = [("--help", "-h"), ("--multirun", "-m"), ("--shell-completion", "-sc"), ("--resolve",), ("--debug",)]
+FLAGS = [
+    ("--help", "-h"),
+    ("--multirun", "-m"),
+    ("--shell-completion", "-sc"),
+    ("--resolve",),
+    ("--debug",),
+]
 FLAGS_WITH_VALUE = [("--cfg", "-c"), ("--package", "-p"), ("--config-dir", "-cd")]
 """The flags of the commands: Hydra has more."""
 
@@ -106,7 +119,10 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     parser.add_argument("settings", nargs="*")
     parsed, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
-        raise UserError(f"{unknown[0]}: unknown option: settings take no dashes, key=value (see {program} --help).")
+        raise UserError(
+            f"{unknown[0]}: unknown option: settings take no dashes, key=value (see {program} "
+            f"--help)."
+        )
     flags = vars(parsed)
     settings = flags.pop("settings", [])
     flags.pop("--debug", None)
@@ -122,16 +138,21 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     for setting in settings:
         key, _, value = setting.partition("=")
         if key.lstrip("+") == "hydra.searchpath":
-            raise UserError(f"{setting}: name the folder by --config-dir, where its files are checked.")
+            raise UserError(
+                f"{setting}: name the folder by --config-dir, where its files are checked."
+            )
         if key in ("recipe", "sweep", "study"):
             raise UserError(f"{setting}: a {key} is added with a plus sign: write +{setting}.")
         if program != "cera-train" and key in ("hydra/launcher", "hydra/sweeper"):
-            raise UserError(f"{setting}: the jobs of {program} run here, one after the other: leave it out.")
+            raise UserError(
+                f"{setting}: the jobs of {program} run here, one after the other: leave it out."
+            )
         if is_single and setting.lstrip("+").replace("hydra/", "hydra.").startswith(OF_GRIDS):
             raise UserError(f"{setting} is for a grid of runs: add -m to take them all.")
         if not (value or key.startswith("~") or "--shell-completion" in flags):
             raise UserError(
-                f"{setting}: expected key=value, without spaces, such as adapter.r=16, +recipe=NAME, run=FOLDER or, "
+                f"{setting}: expected key=value, without spaces, such as adapter.r=16, "
+                f"+recipe=NAME, run=FOLDER or, "
                 "after -m, +sweep=NAME and +study=NAME."
             )
     words = [name if value is True else f"{name}={value}" for name, value in flags.items()]
@@ -139,18 +160,26 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
 
 
 def check_config_folder(folder: str) -> None:
-    """Refuses a folder of config files from elsewhere if one sets Hydra's section, which runs code by a `_target_`,
-    the factories of a logging config, the environment of processes, or a launcher's shell commands; or if one reads a
-    file outside the folder. A file may choose one of our sweepers or launchers, and set the dimensions of a sweep."""
+    """Refuses a folder of config files from elsewhere if one sets Hydra's section, which runs code
+    by a `_target_`, the factories of a logging config, the environment of processes, or a
+    launcher's shell commands; or if one reads a file outside the folder. A file may choose one of
+    our sweepers or launchers, and set the dimensions of a sweep."""
     for root, folders, names in os.walk(folder, onerror=_raise):
         for path in map(Path(root).joinpath, folders):
-            require(not path.is_symlink(), f"{path} is a link, which Hydra follows: put the files there instead.")
+            require(
+                not path.is_symlink(),
+                f"{path} is a link, which Hydra follows: put the files there instead.",
+            )
         for path in map(Path(root).joinpath, names):
             if path.name.endswith(".yaml") and path.is_file():
-                is_hydras, text = "hydra" in path.relative_to(folder).parts, path.read_text(errors="replace")
+                is_hydras = "hydra" in path.relative_to(folder).parts
+                text = path.read_text(errors="replace")
                 reason = "sets `hydra` or reads a file elsewhere, by which it can run code"
-                mend = "write what you need of it on the command line, such as hydra.launcher.partition=gpu"
-                require(not (is_hydras or _may_run_code(text)), f"{path} {reason}: {mend}.")
+                fix = (
+                    "write what you need of it on the command line, such as "
+                    "hydra.launcher.partition=gpu"
+                )
+                require(not (is_hydras or _may_run_code(text)), f"{path} {reason}: {fix}.")
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -172,7 +201,9 @@ def _may_run_code(text: str) -> bool:
         return True
     for entry in defaults:
         for key, value in entry.items() if isinstance(entry, dict) else [(entry, "")]:
-            if re.fullmatch(r"override /hydra/(launcher|sweeper)", str(key)) and re.fullmatch(r"\w+", str(value)):
+            if re.fullmatch(r"override /hydra/(launcher|sweeper)", str(key)) and re.fullmatch(
+                r"\w+", str(value)
+            ):
                 continue
             if re.search(r"hydra|\.\.|//|\$\{", f"{key}={value}"):
                 return True
@@ -185,16 +216,23 @@ def _may_run_code(text: str) -> bool:
 
 def env_without_secrets(name: str, *default: Any) -> Any:
     """${oc.env:NAME} of a file from elsewhere, which could pass a secret on."""
-    mend = "with --config-dir no setting reads a secret. Leave it out"
-    require(not SECRET_NAME.search(name), f"${{oc.env:{name}}}: {mend}.")
+    fix = "with --config-dir no setting reads a secret. Leave it out"
+    require(not SECRET_NAME.search(name), f"${{oc.env:{name}}}: {fix}.")
     return resolvers.oc.env(name, *default)
 
 
 def with_implied_files(program: str, settings: Sequence[str]) -> list[str]:
     """The settings after the files of conf/ that they imply."""
-    keys, files = {setting.partition("=")[0] for setting in settings}, []
-    if "model.path" in keys and "model" not in keys and program in ("cera-eval", "cera-chat", "cera-export"):
-        files.append("model=smollm2_135m")  # any file, where the section is null: the path replaces its facts
+    keys = {setting.partition("=")[0] for setting in settings}
+    files = []
+    if (
+        "model.path" in keys
+        and "model" not in keys
+        and program in ("cera-eval", "cera-chat", "cera-export")
+    ):
+        files.append(
+            "model=smollm2_135m"
+        )  # any file, where the section is null: the path replaces its facts
     is_own = "data.train_files" in keys and keys.isdisjoint({"data", "+recipe", "+sweep", "+study"})
     if is_own and program in ("cera-train", "cera-plan"):
         files.append("data=jsonl")
@@ -202,13 +240,14 @@ def with_implied_files(program: str, settings: Sequence[str]) -> list[str]:
 
 
 def with_folder_quoted(argument: str) -> str:
-    """Lets run=outputs/rank_lr/adapter=cera,adapter.r=64 be a folder: Hydra would read its commas and signs."""
+    """Lets run=outputs/rank_lr/adapter=cera,adapter.r=64 be a folder: Hydra would read its commas
+    and signs."""
     key, _, value = argument.partition("=")
     is_folder = any(sign in value for sign in ",=") and "'" not in value and os.path.isdir(value)
     return f"{key}='{value}'" if is_folder else argument
 
 
-# --- errors of Hydra -------------------------------------------------------------------------------------------------
+# --- errors of Hydra ------------------------------------------------------------------------------
 
 
 def explain_composition(error: Exception, program: str) -> str | None:
@@ -216,27 +255,46 @@ def explain_composition(error: Exception, program: str) -> str | None:
     match error:
         case OverrideParseException():
             key, _, value = error.override.partition("=")
-            mend = f"a text needs quotes for Hydra too: {quoted(key, value)}"
-            if value.startswith("[") or re.match(r"\{(?!\w+\})", value):  # a mapping, not a template such as {question}
-                mend = 'close its brackets and quotes, and quote texts in it for Hydra too: \'KEY=["a=b","c: d"]\''
-            return f"{error.override}: cannot read the value: {mend}."
+            fix = f"a text needs quotes for Hydra too: {quoted(key, value)}"
+            if value.startswith("[") or re.match(
+                r"\{(?!\w+\})", value
+            ):  # a mapping, not a template such as {question}
+                fix = (
+                    "close its brackets and quotes, and quote texts in it for Hydra too: "
+                    '\'KEY=["a=b","c: d"]\''
+                )
+            return f"{error.override}: cannot read the value: {fix}."
         case MissingConfigException():
             group, _, name = error.missing_cfg_file.rpartition("/")
             choices = sorted(error.options or options(group))
             plugin = "Is its plugin of Hydra installed? " * group.startswith("hydra/")
             near = did_you_mean(name, choices)
-            return f"{group}={name}: there is no such file. {near}{plugin}There are: {', '.join(choices)}."
+            return (
+                f"{group}={name}: there is no such file. {near}{plugin}There are: "
+                f"{', '.join(choices)}."
+            )
         case yaml.MarkedYAMLError() if error.problem_mark is not None:
-            return f"{error.problem_mark.name}:{error.problem_mark.line + 1}: broken YAML: {error.problem}."
+            return (
+                f"{error.problem_mark.name}:{error.problem_mark.line + 1}: broken YAML: "
+                f"{error.problem}."
+            )
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if re.match("Unexpected type for root: NoneType|'NoneType' object has no attribute 'get'", str(error)):
-        setting = next(frame.f_locals["override"].input_line for frame in frames if "override" in frame.f_locals)
+    if re.match(
+        "Unexpected type for root: NoneType|'NoneType' object has no attribute 'get'", str(error)
+    ):
+        setting = next(
+            frame.f_locals["override"].input_line
+            for frame in frames
+            if "override" in frame.f_locals
+        )
         section = re.match(r"\w+", setting)[0]
         file = "-m +study=NAME" if section == "study" else f"{section}=NAME"
         return f"{setting}: the section {section} is null here: choose a file for it, {file}."
     frame = frames[-1]
     is_hydras = isinstance(error, HydraException | OmegaConfBaseException)
-    is_hydras |= frame.f_globals["__name__"].startswith(("hydra.", "omegaconf."))  # it raises others too
+    is_hydras |= frame.f_globals["__name__"].startswith(
+        ("hydra.", "omegaconf.")
+    )  # it raises others too
     return _describe(error, program) if is_hydras else None
 
 
@@ -251,13 +309,20 @@ def quoted(key: str, text: str) -> str:
 
 def _describe(error: Exception, program: str) -> str:
     """The line about an error that Hydra or OmegaConf raised."""
-    causes = [each for each in (error, error.__cause__, error.__context__) if isinstance(each, OmegaConfBaseException)]
-    cause, message = causes[0] if causes else None, " ".join(str(error).split())
+    causes = [
+        each
+        for each in (error, error.__cause__, error.__context__)
+        if isinstance(each, OmegaConfBaseException)
+    ]
+    cause = causes[0] if causes else None
+    message = " ".join(str(error).split())
     not_overridden = re.match("Could not override '([^']+)'", message)
     key = not_overridden[1] if not_overridden else getattr(cause, "full_key", None)
     if ambiguous := re.match("Ambiguous value for argument '(.*)' 1. To use it as a list", message):
         name, _, values = ambiguous[1].partition("=")
-        forms = f"-m runs each of them, {name}=[{values}] is a list, and {quoted(name, values)} a text"
+        forms = (
+            f"-m runs each of them, {name}=[{values}] is a list, and {quoted(name, values)} a text"
+        )
         return f"{ambiguous[1]}: commas separate values: {forms}."
     if twice := re.match("Multiple values for ([^.]+)\\.", message):
         return f"{twice[1]}=... stands twice: keep one of the two."
@@ -266,7 +331,9 @@ def _describe(error: Exception, program: str) -> str:
     # No attribute of Hydra's exception holds the file in which a key or value stands.
     file = re.search(r"In '([\w./-]+)': \w+ raised while composing", message)
     place = f"{file[1]}.yaml: {key}" if file else key
-    if not_overridden and any(f"{name}.".startswith(f"{key}.") for name in fields_of(SCHEMAS[program])):
+    if not_overridden and any(
+        f"{name}.".startswith(f"{key}.") for name in fields_of(SCHEMAS[program])
+    ):
         return f"{place}: the value has a new key: write ++{key}=... to add it."
     if not_overridden or isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return unknown_setting(key, place, SCHEMAS[program])

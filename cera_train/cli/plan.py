@@ -1,4 +1,5 @@
-"""`cera-plan`: what a run would need, or with -m the runs of a sweep or a study, and what the study detects."""
+"""`cera-plan`: what a run would need, or with -m the runs of a sweep or a study, and what the study
+detects."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,13 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cera_train.cli.start import announce_imports, errors_in_one_line, start_hydra, to_config, without_hydra
+from cera_train.cli.start import (
+    announce_imports,
+    errors_in_one_line,
+    start_hydra,
+    to_config,
+    without_hydra,
+)
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.planning.plan import RunPlan, make_plan
@@ -29,7 +36,8 @@ def main() -> None:
     plans = []
 
     def plan(composed: DictConfig) -> None:
-        """Prints the plan of a run; keeps that of a sweep's job, which Hydra makes one after the other."""
+        """Prints the plan of a run; keeps that of a sweep's job, which Hydra makes one after the
+        other."""
         config = to_config(composed, HydraConfig.get().overrides.task, PlanRun)
         announce_imports()
         plans.append(make_plan(config))
@@ -56,43 +64,60 @@ class PlannedStudy(StudySweeper):
         """Prints the plan of every cell, their sum, and what the study detects."""
         announce_imports()
         compose = job_composer(self.config, functools.partial(without_hydra, schema=PlanRun))
-        outcomes, spread = study_of(self.config).outcomes, OmegaConf.to_object(self.config.plan).spread or {}
+        outcomes = study_of(self.config).outcomes
+        spread = OmegaConf.to_object(self.config.plan).spread or {}
         for outcome in spread:
             names = ", ".join(outcomes)
-            require(outcome in outcomes, f"plan.spread: {outcome} is no outcome of this study: choose from {names}.")
+            require(
+                outcome in outcomes,
+                f"plan.spread: {outcome} is no outcome of this study: choose from {names}.",
+            )
         study = Study(Path(self.config.hydra.sweep.dir), study_record(self.config))
         print_line("study", study.config.question)
         check_cells(self.config, study, compose)
         planned: dict[str, list[RunPlan]] = {}
         for cell in study.cells:
             plans = [make_plan(compose(each.overrides)) for each in cell.candidates]
-            plans.sort(key=lambda plan: plan.seconds)  # the values that will be chosen are unknown: count the dearest
-            planned[cell.name] = plans * len(cell.tuning) + plans[-1:] * (study.config.seeds - len(cell.tuning))
+            plans.sort(
+                key=lambda plan: plan.seconds
+            )  # the values that will be chosen are unknown: count the dearest
+            planned[cell.name] = plans * len(cell.tuning) + plans[-1:] * (
+                study.config.seeds - len(cell.tuning)
+            )
         print_plans("cell", planned)
         print()
         print_power(study, [runs[-1] for runs in planned.values()], spread)
 
 
-def print_power(study: Study, plans: Sequence[RunPlan], spread: Mapping[str, Sequence[float]]) -> None:
+def print_power(
+    study: Study, plans: Sequence[RunPlan], spread: Mapping[str, Sequence[float]]
+) -> None:
     """The smallest difference that a study detects in each outcome, beside the one that matters.
 
     Args:
         plans: one of each cell.
-        spread: outcome -> standard deviations of a difference between seeds, between problems, and beyond both.
+        spread: outcome -> standard deviations of a difference between seeds, between problems, and
+            beyond both.
     """
-    config, contrasts, seeds = study.config, study.family, len(study.cells[0].judging)
+    config = study.config
+    contrasts = study.family
+    seeds = len(study.cells[0].judging)
     for outcome in config.outcomes:
         if outcome not in spread:
             print_line("detects", f"{outcome}: set plan.spread={{{outcome}: [...]}}")
             continue
         what = "rows" if outcome == LOSS else "problems"
-        sizes = [{LOSS: plan.data.eval_rows} | {task.name: task.problems for task in plan.tasks} for plan in plans]
+        sizes = [
+            {LOSS: plan.data.eval_rows} | {task.name: task.problems for task in plan.tasks}
+            for plan in plans
+        ]
         problems = min(size[outcome] for size in sizes)
         variances = Variances(*(deviation**2 for deviation in spread[outcome]))
         smallest = detectable(variances, seeds, problems, contrasts)
         print_line(
             "detects",
-            f"{outcome}: a difference of {smallest:.2g} with probability {POWER}: {seeds} seeds, {problems:,} "
+            f"{outcome}: a difference of {smallest:.2g} with probability {POWER}: {seeds} seeds, "
+            f"{problems:,} "
             f"{what}, Holm's first step over {contrasts} contrasts",
         )
         if outcome == config.outcomes[0]:

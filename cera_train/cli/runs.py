@@ -1,5 +1,5 @@
-"""The commands on existing runs: `cera-eval`, `cera-chat`, `cera-export`, `cera-report`, `cera-sweep`. A mistake is
-answered before torch, which takes seconds, is imported."""
+"""The commands on existing runs: `cera-eval`, `cera-chat`, `cera-export`, `cera-report`,
+`cera-sweep`. A mistake is answered before torch, which takes seconds, is imported."""
 
 import sys
 from dataclasses import replace
@@ -33,7 +33,7 @@ def checked(composed: DictConfig, schema: type) -> tuple[Any, Subject]:
     return config, subject
 
 
-# --- cera-eval -------------------------------------------------------------------------------------------------------
+# --- cera-eval ------------------------------------------------------------------------------------
 
 
 def eval_main() -> None:
@@ -44,7 +44,9 @@ def eval_main() -> None:
         try:
             measure(composed)
         except Exception as error:
-            if HydraConfig.get().mode != RunMode.MULTIRUN or is_one_of_several():  # others wait for this process
+            if (
+                HydraConfig.get().mode != RunMode.MULTIRUN or is_one_of_several()
+            ):  # others wait for this process
                 raise
             print_error(EVAL, error)
             failed.append(error)
@@ -65,7 +67,7 @@ def measure(composed: DictConfig) -> None:
     in_processes(evaluate, config)
 
 
-# --- cera-chat and cera-export ---------------------------------------------------------------------------------------
+# --- cera-chat and cera-export --------------------------------------------------------------------
 
 
 def chat_main() -> None:
@@ -77,7 +79,10 @@ def chat(composed: DictConfig) -> None:
     if config.compare is not None:
         check_model(find_subject(replace(config, run=config.compare)).model.path)
     if config.prompts is not None:
-        require(Path(config.prompts).exists(), f"prompts={config.prompts}: no such file. Name one that is there.")
+        require(
+            Path(config.prompts).exists(),
+            f"prompts={config.prompts}: no such file. Name one that is there.",
+        )
     announce_imports()
     with heavy_imports():
         from cera_train.serving.chat import chat
@@ -99,7 +104,7 @@ def export(composed: DictConfig) -> None:
     export(config)
 
 
-# --- cera-report and cera-sweep --------------------------------------------------------------------------------------
+# --- cera-report and cera-sweep -------------------------------------------------------------------
 
 
 def parser_of(program: str, description: str) -> Parser:
@@ -111,17 +116,26 @@ def parser_of(program: str, description: str) -> Parser:
 def report() -> None:
     parser = parser_of(
         "cera-report",
-        "Compares runs: one table, paired tests on the same problems, pictures. Of a study: its verdict.",
+        "Compares runs: one table, paired tests on the same problems, pictures. Of a study: its "
+        "verdict.",
     )
-    parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run, a folder of runs, or a study")
-    parser.add_argument("--output", type=Path, help="where the page goes (default: report/NAMES_OF_THE_FOLDERS)")
-    parser.add_argument("--across-engines", action="store_true", help="test answers of different engines too")
+    parser.add_argument(
+        "folders", nargs="+", metavar="DIR", type=Path, help="a run, a folder of runs, or a study"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="where the page goes (default: report/NAMES_OF_THE_FOLDERS)"
+    )
+    parser.add_argument(
+        "--across-engines", action="store_true", help="test answers of different engines too"
+    )
     arguments = parser.parse_args()
     folders = arguments.folders
     names = "_and_".join(folder.resolve().name for folder in folders)
     output = arguments.output or Path("report") / names[:LONGEST_NAME]
     is_free = output.is_dir() or not output.exists()
-    require(is_free, f"--output={output}: it is a file, and a report needs a folder: choose another.")
+    require(
+        is_free, f"--output={output}: it is a file, and a report needs a folder: choose another."
+    )
     from cera_train.study.cells import find_study
 
     if len(folders) == 1 and (study := find_study(folders[0])) is not None:
@@ -140,7 +154,11 @@ def sweep() -> None:
     from cera_train.sweep.folder import print_sweep
 
     parser = parser_of(
-        "cera-sweep", "Shows every job of a sweep, its state and `sweep.metric`, and the best, also while it runs."
+        "cera-sweep",
+        "Shows every job of a sweep, its state and `sweep.metric`, and the best, also while it "
+        "runs.",
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, such as outputs/rank_lr")
+    parser.add_argument(
+        "folder", metavar="DIR", type=Path, help="the sweep's folder, such as outputs/rank_lr"
+    )
     print_sweep(parser.parse_args().folder)

@@ -1,5 +1,5 @@
-"""How every command starts and ends: Hydra composes its config, dataclasses check it, a mistake is one line and a bug a
-traceback. Imports no torch."""
+"""How every command starts and ends: Hydra composes its config, dataclasses check it, a mistake is
+one line and a bug a traceback. Imports no torch."""
 
 import contextlib
 import functools
@@ -46,7 +46,8 @@ PROGRAMS = {
 
 
 def main() -> None:
-    """Runs the command by whose name this process was started. --help imports the settings and nothing else of it."""
+    """Runs the command by whose name this process was started. --help imports the settings and
+    nothing else of it."""
     name = Path(sys.argv[0]).stem
     program = name if name in PROGRAMS else "cera-train"  # `python -m cera_train`
     if "--version" in sys.argv:
@@ -55,7 +56,9 @@ def main() -> None:
     is_debug = "--debug" in sys.argv
     os.environ["CERA_TRAIN_DEBUG"] = "1" if is_debug else ""
     if not (is_debug or sys.warnoptions):
-        warnings.simplefilter("ignore")  # libraries' warnings, with paths of site-packages, before our one line
+        warnings.simplefilter(
+            "ignore"
+        )  # libraries' warnings, with paths of site-packages, before our one line
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # and in the processes of a run
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     join_slurm_step(os.environ)
@@ -80,10 +83,12 @@ def start_hydra(
     command: Callable[[DictConfig], Any],
     plugins: Mapping[str, type[Plugin]] | None = None,
 ) -> None:
-    """Composes the config of a command and calls it. The only place that changes sys.argv, which Hydra reads.
+    """Composes the config of a command and calls it. The only place that changes sys.argv, which
+    Hydra reads.
 
     Args:
-        plugins: sweepers and launchers of ours by name, for the `_target_` of their files in conf/hydra.
+        plugins: sweepers and launchers of ours by name, for the `_target_` of their files in
+            conf/hydra.
     """
 
     @functools.wraps(command)
@@ -91,21 +96,32 @@ def start_hydra(
         with errors_in_one_line(program):  # Hydra prints a report about an error that reaches it
             return command(composed)
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained by `main`
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # composition errors come out whole, to be explained by `main`
+    )
     sys.argv[1:] = for_hydra(program, sys.argv[1:])
     register_configs(*options("recipe"))
-    # Hydra builds plugins of the package hydra_plugins only, and other Hydra programs would import a module in it.
+    # Hydra builds plugins of the package hydra_plugins only, and other Hydra programs would import
+    # a module in it.
     names = {f"hydra_plugins.cera_train.{name}": plugin for name, plugin in (plugins or {}).items()}
     Plugins.instance().class_name_to_class.update(names)
-    decorate = hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name(program))
-    # Only training's sweeps have a folder: the multirun.yaml that Hydra writes for the others is thrown away.
-    with contextlib.nullcontext() if program == "cera-train" else tempfile.TemporaryDirectory() as folder:
+    decorate = hydra.main(
+        version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name(program)
+    )
+    # Only training's sweeps have a folder: the multirun.yaml that Hydra writes for the others is
+    # thrown away.
+    with (
+        contextlib.nullcontext()
+        if program == "cera-train"
+        else tempfile.TemporaryDirectory() as folder
+    ):
         sys.argv += [f"hydra.sweep.dir={folder}"] if folder else []
         decorate(explained)()
 
 
 def print_help(program: str) -> None:
-    """Prints a command's `hydra.help.template` with its config. Hydra's own --help takes four seconds."""
+    """Prints a command's `hydra.help.template` with its config. Hydra's own --help takes four
+    seconds."""
     words = for_hydra(program, sys.argv[1:])
     overrides = [word for word in words if not word.startswith("-")]
     for folder in [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]:
@@ -122,7 +138,8 @@ def print_help(program: str) -> None:
 
 @contextlib.contextmanager
 def errors_in_one_line(program: str) -> Iterator[None]:
-    """Prints a mistake in one line and exits with status 2; prints the traceback of a bug and exits with 1."""
+    """Prints a mistake in one line and exits with status 2; prints the traceback of a bug and exits
+    with 1."""
     try:
         yield
     except Exception as error:
@@ -130,8 +147,9 @@ def errors_in_one_line(program: str) -> Iterator[None]:
 
 
 def print_error(program: str, error: Exception) -> str | None:
-    """Prints one line for an error that the user can mend and returns it; for any other prints the traceback. Exits
-    without a word where the reader of stdout has closed the pipe, as `| head` does."""
+    """Prints one line for an error that the user can fix and returns it; for any other prints the
+    traceback. Exits without a word where the reader of stdout has closed the pipe, as `| head`
+    does."""
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -144,18 +162,21 @@ def print_error(program: str, error: Exception) -> str | None:
     return message
 
 
-# --- the config of a command -----------------------------------------------------------------------------------------
+# --- the config of a command ----------------------------------------------------------------------
 
 
 @functools.cache
 def register_configs(*recipes: str) -> None:
-    """Stores the schemas and these recipes with Hydra; a recipe `name` is then `+recipe=name`. ${options:group} in a
-    help text lists the group's choices, and ${half:${adapter.r}} is half of a number."""
+    """Stores the schemas and these recipes with Hydra; a recipe `name` is then `+recipe=name`.
+    ${options:group} in a help text lists the group's choices, and ${half:${adapter.r}} is half of a
+    number."""
     OmegaConf.register_new_resolver("half", lambda number: number / 2, replace=True)
     OmegaConf.register_new_resolver("options", lambda group: " ".join(options(group)), replace=True)
     store = ConfigStore.instance()
     for program, schema in SCHEMAS.items():
-        store.store(group="schema", name=program.removeprefix("cera-"), node=schema, package="_global_")
+        store.store(
+            group="schema", name=program.removeprefix("cera-"), node=schema, package="_global_"
+        )
     for name in recipes:
         node = OmegaConf.load(config_dir("recipes") / f"{name}.yaml")
         store.store(group="recipe", name=name, node=node, package="_global_")
@@ -173,7 +194,8 @@ def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
         if value and not any(word.lstrip("+").startswith(f"{key}=") for word in overrides):
             setting = f"{key}={'true' if value is True else word_of([*value])}"
             raise UserError(
-                f"{setting} in a config file runs Python code that comes with the model or the file. If you trust that "
+                f"{setting} in a config file runs Python code that comes with the model or the "
+                f"file. If you trust that "
                 f"code, put {setting} on the command line."
             )
 
@@ -205,15 +227,16 @@ def to_config(composed: DictConfig, overrides: Sequence[str], schema: type = Con
 
 
 def check_line_breaks(key: str, value: Any) -> None:
-    """Raises UserError for a template with a backslash and an n or a t: neither a shell's plain quotes nor Hydra's make
-    a line break or a tab of them."""
+    """Raises UserError for a template with a backslash and an n or a t: neither a shell's plain
+    quotes nor Hydra's make a line break or a tab of them."""
     section, _, name = key.rpartition(".")
     if section and name in ("prompt", "completion", "rejected", "stop"):
         for text in as_list(value):
             quoted = f'["{text}"]' if isinstance(value, list) else f'"{text}"'
             require(
                 not re.search(r"\\n|\\t(?![a-z])", str(text)),  # LaTeX has \times
-                f"{key}={text} has a backslash and a letter in place of a line break or a tab: write "
+                f"{key}={text} has a backslash and a letter in place of a line break or a tab: "
+                f"write "
                 f"$'{key}={quoted}' in the shell, and double quotes in a YAML file.",
             )
 

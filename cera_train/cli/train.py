@@ -35,7 +35,8 @@ TRAIN = "cera-train"
 
 
 def main() -> None:
-    Plugins.instance()  # executes the modules of Hydra's plugins, also those that were imported before
+    # executes the modules of Hydra's plugins, also those that were imported before
+    Plugins.instance()
     from cera_train.cli.launchers import Joblib, SubmititSlurm
 
     plugins = {plugin.__name__: plugin for plugin in (StudySweeper, Joblib, SubmititSlurm)}
@@ -43,13 +44,16 @@ def main() -> None:
         start_hydra(TRAIN, look if "--look" in sys.argv else train, plugins)
     except ValueError as error:
         if "No trials are completed" in str(error):  # Optuna asks for the best of them
-            mend = "look at the errors above, mend these or the ranges, and repeat the command"
-            raise UserError(f"hydra/sweeper=optuna: all trials failed or diverged: {mend}.") from error
+            fix = "look at the errors above, fix these or the ranges, and repeat the command"
+            raise UserError(
+                f"hydra/sweeper=optuna: all trials failed or diverged: {fix}."
+            ) from error
         raise
 
 
 def look(composed: DictConfig) -> None:
-    """Prints the rows as the run would train on them. Their tokens are cached, and the run takes them from there."""
+    """Prints the rows as the run would train on them. Their tokens are cached, and the run takes
+    them from there."""
     config = prepare(composed)
     announce_imports()
     with heavy_imports():
@@ -57,15 +61,18 @@ def look(composed: DictConfig) -> None:
         from cera_train.data.prepare import prepare_data, stop_ids
         from cera_train.model.folder import load_tokenizer, model_ends
     tokenizer = load_tokenizer(config.model)
-    data, stops = prepare_data(config.data, tokenizer), stop_ids(tokenizer, model_ends(config.model))
+    data = prepare_data(config.data, tokenizer)
+    stops = stop_ids(tokenizer, model_ends(config.model))
     print_data(config.data, data, tokenizer, stops, at_length=True)
     print_line("train it", redact(shlex.join([TRAIN, *sys.argv[1:]])))
 
 
 def train(composed: DictConfig) -> float | None:
-    """One training run, or one job of a sweep. Returns its perplexity, or its `sweep.metric`, for sweepers that search.
+    """One training run, or one job of a sweep. Returns its perplexity, or its `sweep.metric`, for
+    sweepers that search.
 
-    A job that fails returns None rather than raising: the others run, and a sweeper such as Optuna counts a failure.
+    A job that fails returns None rather than raising: the others run, and a sweeper such as Optuna
+    counts a failure.
     """
     join_slurm_step(os.environ)  # submitit starts a job without `start`
     job = Job.current(HydraConfig.get())
@@ -107,7 +114,9 @@ def run(config: Config) -> float | None:
     """Trains; returns the run's `sweep.metric`."""
     folder = Path(config.output_dir) / config.name
     if (folder / RECORD).exists():
-        raise UserError(f"{folder} is the folder of a sweep: choose another name=... for a run, or add -m.")
+        raise UserError(
+            f"{folder} is the folder of a sweep: choose another name=... for a run, or add -m."
+        )
     announce_imports()
     with heavy_imports():
         from cera_train.training.train import launch
@@ -122,16 +131,21 @@ class TrainingSweep(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if config.launch.detach and "Submitit" not in str(config.hydra.launcher._target_):
             raise UserError(
-                "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as hydra/launcher=slurm_gpu."
+                "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
+                "hydra/launcher=slurm_gpu."
             )
-        if config.launch.detach and not config.hydra.sweeper._target_.endswith((".BasicSweeper", ".StudySweeper")):
+        if config.launch.detach and not config.hydra.sweeper._target_.endswith(
+            (".BasicSweeper", ".StudySweeper")
+        ):
             raise UserError(
-                "launch.detach=true leaves before a job has a result, by which this hydra/sweeper chooses others: "
+                "launch.detach=true leaves before a job has a result, by which this hydra/sweeper "
+                "chooses others: "
                 "leave one of the two out."
             )
         if config.hub.push is not None:
             raise UserError(
-                f"hub.push={config.hub.push}: every job of a sweep would replace the one before. Leave it out, and "
+                f"hub.push={config.hub.push}: every job of a sweep would replace the one before. "
+                f"Leave it out, and "
                 f"upload the best one: hf upload {config.hub.push} JOB/adapter."
             )
         if config.study is not None and not is_study(config):

@@ -1,4 +1,5 @@
-"""`UserError`, and one line for every error that a user can mend. Any other error is a bug and keeps its traceback."""
+"""`UserError`, and one line for every error that a user can fix. Any other error is a bug and
+keeps its traceback."""
 
 import contextlib
 import errno
@@ -6,8 +7,10 @@ import os
 from collections.abc import Iterator
 
 OUT_OF_MEMORY = (
-    "out of memory{where}. Lower train.micro_batch_tokens, set model.gradient_checkpointing=true or "
-    "model.quantization=nf4, or lower adapter.r or data.max_length; for cera-eval, lower generation.batch_tokens."
+    "out of memory{where}. Lower train.micro_batch_tokens, set model.gradient_checkpointing=true "
+    "or "
+    "model.quantization=nf4, or lower adapter.r or data.max_length; for cera-eval, lower "
+    "generation.batch_tokens."
 )
 
 LIMITS = {
@@ -15,12 +18,12 @@ LIMITS = {
     errno.EDQUOT: ("the disk is full", "Free some space"),
     errno.EFBIG: ("a file may grow no further", "Raise `ulimit -f`"),
 }
-"""Number of an error of the system -> what is wrong, and the mend."""
+"""Number of an error of the system -> what is wrong, and the fix."""
 
 
 class UserError(ValueError):
-    """A mistake in settings, files or the environment. The message is one line: the place (file:line, row of a file, or
-    key=value), what is wrong, the mend."""
+    """A mistake in settings, files or the environment. The message is one line: the place
+    (file:line, row of a file, or key=value), what is wrong, the fix."""
 
 
 @contextlib.contextmanager
@@ -38,16 +41,29 @@ def error_text(error: BaseException) -> str:
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for an error that the user can mend; None for any other."""
+    """One line for an error that the user can fix; None for any other."""
     text = " ".join(str(error).split())
-    for number, (what, mend) in LIMITS.items():
+    for number, (what, fix) in LIMITS.items():
         if os.strerror(number) in text:  # safetensors wraps the system's error in one of its own
-            return f"{what} ({text}). {mend} and repeat the command: a run resumes from its last checkpoint."
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ELOOP):
-        mend = "Name another file, or set output_dir and $CERA_TRAIN_CACHE to folders you may write to."
-        return f"no access to {error.filename}: {error.strerror}. {mend}"
+            return (
+                f"{what} ({text}). {fix} and repeat the command: a run resumes from its last "
+                f"checkpoint."
+            )
+    if isinstance(error, OSError) and error.errno in (
+        errno.EACCES,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.ELOOP,
+    ):
+        fix = (
+            "Name another file, or set output_dir and $CERA_TRAIN_CACHE to folders you may write "
+            "to."
+        )
+        return f"no access to {error.filename}: {error.strerror}. {fix}"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"{str(error.filename)[:40]}...: too long for the name of a file or folder. Shorten it."
+        return (
+            f"{str(error.filename)[:40]}...: too long for the name of a file or folder. Shorten it."
+        )
     if type(error).__name__ == "OutOfMemoryError":
         return OUT_OF_MEMORY.format(where=" on the GPU")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:

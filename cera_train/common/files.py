@@ -1,5 +1,5 @@
-"""Files and folders that appear whole or not at all: written under another name, flushed to the disk and renamed. Their
-checksums reveal damage. Also where configs and caches are."""
+"""Files and folders that appear whole or not at all: written under another name, flushed to the
+disk and renamed. Their checksums reveal damage. Also where configs and caches are."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,8 @@ from cera_train.common.settings import map_values
 
 WRITING = ".writing-"  # prefix of files and folders that are still being written
 OLD = f"{WRITING}old-"  # prefix of a folder that is about to be replaced
-LOOK_SECONDS = 0.2  # a writer waits this long for a lock, which `is_locked` of another process holds for an instant
+# a writer waits this long for a lock, which `is_locked` of another process holds for an instant
+LOOK_SECONDS = 0.2
 CHECKSUMS = "checksums.json"  # the SHA-256 of every other file of its folder
 
 
@@ -29,10 +30,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")  # two processes may write the same file
+    part = path.with_name(
+        f"{WRITING}{os.getpid()}-{path.name}"
+    )  # two processes may write the same file
     part.unlink(missing_ok=True)
     try:
-        with part.open("xb") as file:  # a new file: a link of that name would lead the writing elsewhere
+        with part.open(
+            "xb"
+        ) as file:  # a new file: a link of that name would lead the writing elsewhere
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -48,30 +53,36 @@ def finite(tree: Any) -> Any:
     return map_values(lambda number: number if math.isfinite(number) else None, tree, float)
 
 
-def read_json(path: Path, mend: str = "Restore it.") -> dict[str, Any]:
-    """Reads a JSON object; raises UserError with the mend for anything else."""
-    return read_parsed(path, json.loads, mend)
+def read_json(path: Path, fix: str = "Restore it.") -> dict[str, Any]:
+    """Reads a JSON object; raises UserError with the fix for anything else."""
+    return read_parsed(path, json.loads, fix)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a config as plain values, nothing in it resolved or run; raises UserError for anything else."""
+    """Reads a config as plain values, nothing in it resolved or run; raises UserError for anything
+    else."""
     return read_parsed(path, yaml.safe_load, "Restore it.")
 
 
-def read_parsed(path: Path, parse: Callable[[bytes], Any], mend: str) -> dict[str, Any]:
-    """Reads names and values; raises UserError with the mend for anything else."""
+def read_parsed(path: Path, parse: Callable[[bytes], Any], fix: str) -> dict[str, Any]:
+    """Reads names and values; raises UserError with the fix for anything else."""
     try:
         tree = parse(path.read_bytes())
     except Exception as error:  # parsers of strange bytes raise whatever Python raises
-        raise UserError(f"{path} is broken: {' '.join(error_text(error).split())}. {mend}") from error
+        raise UserError(
+            f"{path} is broken: {' '.join(error_text(error).split())}. {fix}"
+        ) from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path} is broken: expected names and values, got {type(tree).__name__}. {mend}")
+        raise UserError(
+            f"{path} is broken: expected names and values, got {type(tree).__name__}. {fix}"
+        )
     return tree
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Fills a folder by `write` and moves it to `path`. Where `write` fails, nothing is left."""
-    part, old = path.with_name(WRITING + path.name), path.with_name(OLD + path.name)
+    part = path.with_name(WRITING + path.name)
+    old = path.with_name(OLD + path.name)
     shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     part.mkdir(parents=True)
@@ -93,7 +104,8 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def clean_folder(path: Path) -> None:
-    """Removes what interrupted writes left in a folder, and restores a folder that one moved aside."""
+    """Removes what interrupted writes left in a folder, and restores a folder that one moved
+    aside."""
     for old in path.glob(f"{OLD}*"):
         if not (replaced := path / old.name.removeprefix(OLD)).exists():
             old.rename(replaced)
@@ -115,7 +127,8 @@ def write_checksums(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """The first file whose checksum differs, and why; None where all agree, or there are no checksums."""
+    """The first file whose checksum differs, and why; None where all agree, or there are no
+    checksums."""
     checked = CHECKSUMS
     if not (folder / checked).exists():
         return None
@@ -144,14 +157,19 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, writer: str, has_content: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Makes a folder if needed, and locks it by a file `.lock` in it; raises UserError where another holds it.
+def locked(
+    path: Path, writer: str, has_content: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """Makes a folder if needed, and locks it by a file `.lock` in it; raises UserError where
+    another holds it.
 
     Args:
         writer: the kind of writer, for messages: a run, an evaluation.
-        has_content: whether to keep a folder that was made here. One without content, as after a mistake, is removed.
+        has_content: whether to keep a folder that was made here. One without content, as after a
+            mistake, is removed.
     """
-    lock, is_new = FileLock(path / ".lock"), not path.exists()
+    lock = FileLock(path / ".lock")
+    is_new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=LOOK_SECONDS)
@@ -159,12 +177,15 @@ def locked(path: Path, writer: str, has_content: Callable[[], bool] = lambda: Tr
         raise folder_in_use(path, writer) from None
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"cannot make the {writer}'s folder {path}: {error.strerror}. Set output_dir to another folder."
+            f"cannot make the {writer}'s folder {path}: {error.strerror}. Set output_dir to "
+            f"another folder."
         ) from error
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # the disk is gone: the error that stopped the writer is raised
+        with contextlib.suppress(
+            OSError
+        ):  # the disk is gone: the error that stopped the writer is raised
             if is_new and not has_content():
                 shutil.rmtree(path)
             else:
@@ -174,13 +195,18 @@ def locked(path: Path, writer: str, has_content: Callable[[], bool] = lambda: Tr
 
 def folder_in_use(path: Path, writer: str) -> UserError:
     """The error of a folder that a writer holds."""
-    return UserError(f"another {writer} is writing to {path}: wait for it, or choose another name=...")
+    return UserError(
+        f"another {writer} is writing to {path}: wait for it, or choose another name=..."
+    )
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a writer holds a folder. The lock file exists while it does, or after it was killed."""
+    """Whether a writer holds a folder. The lock file exists while it does, or after it was
+    killed."""
     try:
-        with (path / ".lock").open("rb") as file:  # opening makes no file; closing ends the shared lock
+        with (path / ".lock").open(
+            "rb"
+        ) as file:  # opening makes no file; closing ends the shared lock
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -190,7 +216,8 @@ def is_locked(path: Path) -> bool:
 
 
 def config_dir(name: str) -> Path:
-    """conf/ or recipes/: inside the package where a wheel put it, else beside the package in a checkout."""
+    """conf/ or recipes/: inside the package where a wheel put it, else beside the package in a
+    checkout."""
     package = Path(__file__).resolve().parents[1]
     return package / name if (package / name).is_dir() else package.parent / name
 
@@ -202,14 +229,16 @@ def options(group: str) -> list[str]:
 
 
 def cache_dir() -> Path:
-    """Folder of tokenised rows and converted weights: $CERA_TRAIN_CACHE, else the user's cache folder."""
+    """Folder of tokenised rows and converted weights: $CERA_TRAIN_CACHE, else the user's cache
+    folder."""
     if ours := os.environ.get("CERA_TRAIN_CACHE"):
         return Path(ours)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cera-train"
 
 
 def cached_folder(name: str, write: Callable[[Path], None]) -> Path:
-    """A folder of the cache, filled by `write` the first time. Of several processes, one fills it."""
+    """A folder of the cache, filled by `write` the first time. Of several processes, one fills
+    it."""
     folder = cache_dir() / name
     if folder.is_dir():  # whole, and readable also where nothing may be written
         return folder

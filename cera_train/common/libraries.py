@@ -1,5 +1,5 @@
-"""torch and the libraries on it: importing them, and loading from the Hugging Face Hub, or from the cache alone where
-it does not answer."""
+"""torch and the libraries on it: importing them, and loading from the Hugging Face Hub, or from the
+cache alone where it does not answer."""
 
 import contextlib
 import gc
@@ -27,8 +27,9 @@ def heavy_imports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hub_or_cache(needs_hub: bool = True) -> Iterator[None]:
-    """Lets the libraries load from the cache alone where the Hub does not answer: left to itself, huggingface_hub tries
-    each file six times, for 24 seconds. Hides their warnings, which name their source files.
+    """Lets the libraries load from the cache alone where the Hub does not answer: left to itself,
+    huggingface_hub tries each file six times, for 24 seconds. Hides their warnings, which name
+    their source files.
 
     Args:
         needs_hub: false for what lies in a folder.
@@ -49,10 +50,13 @@ def hub_or_cache(needs_hub: bool = True) -> Iterator[None]:
 
 
 def hub_answers() -> bool:
-    """Whether the Hub, or the mirror that HF_ENDPOINT names, answers at all. Proxies are respected."""
+    """Whether the Hub, or the mirror that HF_ENDPOINT names, answers at all. Proxies are
+    respected."""
     import huggingface_hub
 
-    with contextlib.suppress(Exception):  # its HTTP library, and so the class of an error, changes by version
+    with contextlib.suppress(
+        Exception
+    ):  # its HTTP library, and so the class of an error, changes by version
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=SECONDS)
         return True
     return False

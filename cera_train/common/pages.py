@@ -1,5 +1,6 @@
-"""A report of tables and pictures in HTML, Markdown and the terminal. The HTML needs no file beside it. Pictures tell
-methods by colour (Okabe and Ito's palette, for colour-blind readers), and lines by marker."""
+"""A report of tables and pictures in HTML, Markdown and the terminal. The HTML needs no file beside
+it. Pictures tell methods by colour (Okabe and Ito's palette, for colour-blind readers), and lines
+by marker."""
 
 import base64
 import io
@@ -29,7 +30,8 @@ class Picture:
 class Table:
     title: str
     rows: list[dict[str, str]]
-    """Header -> cell. The lines of a cell after its first are notes. Columns without any text are left out."""
+    """Header -> cell. The lines of a cell after its first are notes. Columns without any text are
+    left out."""
     caption: str
 
     def __post_init__(self) -> None:
@@ -66,7 +68,10 @@ class Page:
             write_bytes(folder / f"{picture.name}.png", png)
             images[picture.name] = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         for name in ("report.md", "report.html"):
-            write_text(folder / name, environment.get_template(f"{name}.jinja").render(page=self, images=images))
+            write_text(
+                folder / name,
+                environment.get_template(f"{name}.jinja").render(page=self, images=images),
+            )
 
     def print(self, folder: Path) -> None:
         """Prints the tables, the notes and where `write` wrote the page."""
@@ -96,7 +101,10 @@ def print_rows(rows: Sequence[dict[str, str]]) -> None:
     first, *others = ([name.replace(", ", "\n"), *(row[name] for row in rows)] for name in rows[0])
     tables = [[first]]
     for column in others:
-        if sum(map(width, [*tables[-1], column])) + 2 * len(tables[-1]) > terminal_width() and len(tables[-1]) > 1:
+        if (
+            sum(map(width, [*tables[-1], column])) + 2 * len(tables[-1]) > terminal_width()
+            and len(tables[-1]) > 1
+        ):
             tables.append([first])
         tables[-1].append(column)
     for table in tables:
@@ -105,13 +113,15 @@ def print_rows(rows: Sequence[dict[str, str]]) -> None:
         print()
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 WIDTH = 4.5  # inches: on a telephone the text is still large enough
 LEGEND_LINE = 0.2  # inches
 LONGEST_LABEL = 48
 
-TEXT, GRID, BACKGROUND = "#1f2328", "#d9dde2", "#ffffff"
+TEXT = "#1f2328"
+GRID = "#d9dde2"
+BACKGROUND = "#ffffff"
 COLORS = {
     "cera": "#0072b2",
     "lora": "#c04a00",
@@ -122,7 +132,9 @@ COLORS = {
 }
 MARKERS = "os^DvhPX*p"
 STYLE = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT
+    ),
     **dict.fromkeys(("axes.facecolor", "figure.facecolor"), BACKGROUND),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
     "font.size": 10.5,
@@ -154,7 +166,9 @@ def render(picture: Picture) -> bytes:
         labels = [shortened(label, LONGEST_LABEL) for label in labels]
         columns = 2 if max(map(len, labels), default=0) <= LONGEST_LABEL // 2 else 1
         figure.set_figheight(picture.height + LEGEND_LINE * math.ceil(len(labels) / columns))
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
+        figure.legend(
+            handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9
+        )
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=180)
         return stream.getvalue()
@@ -163,4 +177,7 @@ def render(picture: Picture) -> bytes:
 def styles_of(kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Arguments for `Axes.plot` of every line, from the kind of its adapter."""
     lines = zip(kinds.items(), itertools.cycle(MARKERS), strict=False)
-    return {name: {"color": COLORS.get(kind, COLORS["other"]), "marker": marker} for (name, kind), marker in lines}
+    return {
+        name: {"color": COLORS.get(kind, COLORS["other"]), "marker": marker}
+        for (name, kind), marker in lines
+    }

@@ -1,5 +1,5 @@
-"""A setting is a dataclass field with a default and a mark of what another value changes. Resuming, the token cache,
-sweeps, reports and recipes read the mark; no list of names stands elsewhere."""
+"""A setting is a dataclass field with a default and a mark of what another value changes. Resuming,
+the token cache, sweeps, reports and recipes read the mark; no list of names stands elsewhere."""
 
 import dataclasses
 import functools
@@ -14,7 +14,9 @@ from cera_train.common.errors import UserError
 
 MISSING: Any = "???"  # OmegaConf's mark for a value that has to be given
 
-AUTO = "auto"  # value of a setting that a run decides and records. A folder with this value agrees with every choice.
+# value of a setting that a run decides and records. A folder with this value agrees with every
+# choice.
+AUTO = "auto"
 
 
 class Changes(StrEnum):
@@ -24,11 +26,14 @@ class Changes(StrEnum):
     tokens = "tokens"  # the same, through the token ids and loss masks of a row: they are cached
     answers = "answers"  # what a model generates: answers on the disk belong to the old value
     cost = "cost"  # time and memory only
-    nothing = "nothing"  # nothing measured: where a run computes, what it is called, how it is shown
+    nothing = (
+        "nothing"  # nothing measured: where a run computes, what it is called, how it is shown
+    )
 
 
 def setting(default: Any, changes: str) -> Any:
-    """A field of a settings dataclass. A `default` that can be called makes the value; `changes`: one of `Changes`."""
+    """A field of a settings dataclass. A `default` that can be called makes the value; `changes`:
+    one of `Changes`."""
     return _field(default, {"changes": Changes(changes)})
 
 
@@ -45,21 +50,29 @@ def _field(default: Any, metadata: dict[str, Any]) -> Any:
 @functools.cache
 def fields_of(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:
     """The field of every setting of a schema, by its dotted key, such as optimizer.lr."""
-    fields, hints = {}, typing.get_type_hints(schema)
+    fields = {}
+    hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         inner = section_of(hints[field.name])
-        fields |= {prefix + field.name: field} if inner is None else fields_of(inner, f"{prefix}{field.name}.")
+        fields |= (
+            {prefix + field.name: field}
+            if inner is None
+            else fields_of(inner, f"{prefix}{field.name}.")
+        )
     return fields
 
 
 def section_of(hint: Any) -> type | None:
     """The settings dataclass of a field's type; None for a plain value."""
-    return next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+    return next(
+        (kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None
+    )
 
 
 def changes_of(schema: type, key: str) -> Changes:
-    """What a key changes: for a section, the strongest change of its settings; for an unknown key, `result`. A key
-    below a free-form setting, such as published.math/exact/pass@1, changes what the setting does."""
+    """What a key changes: for a section, the strongest change of its settings; for an unknown key,
+    `result`. A key below a free-form setting, such as published.math/exact/pass@1, changes what the
+    setting does."""
     changes = [field.metadata["changes"] for field in fields_at(schema, key)]
     return min(changes, key=list(Changes).index, default=Changes.result)
 
@@ -79,7 +92,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
             value = {str(number): each for number, each in enumerate(value)}
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat
 
 
@@ -104,8 +119,11 @@ def word_of(value: Any) -> str:
     return f"[{','.join(map(word_of, value))}]" if isinstance(value, list) else str(value)
 
 
-def differing_settings(configs: Mapping[str, dict[str, Any]], schema: type) -> dict[str, dict[str, str]]:
-    """What differs between flat configs, except what changes nothing measured: key -> name -> value in words."""
+def differing_settings(
+    configs: Mapping[str, dict[str, Any]], schema: type
+) -> dict[str, dict[str, str]]:
+    """What differs between flat configs, except what changes nothing measured: key -> name -> value
+    in words."""
     different = {}
     for key in dict.fromkeys(itertools.chain.from_iterable(configs.values())):
         words = {name: word_of(config.get(key)) for name, config in configs.items()}
@@ -116,7 +134,7 @@ def differing_settings(configs: Mapping[str, dict[str, Any]], schema: type) -> d
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises UserError: `message` names the key and its value, what was expected, and the mend."""
+    """Raises UserError: `message` names the key and its value, what was expected, and the fix."""
     if not condition:
         raise UserError(message)
 
@@ -134,15 +152,21 @@ def require_address(key: str, address: str | None) -> None:
     if address is None:
         return
     url = urlsplit(address)
-    is_address = url.scheme in ("http", "https") and bool(url.hostname) and not (url.query or url.fragment)
+    is_address = (
+        url.scheme in ("http", "https") and bool(url.hostname) and not (url.query or url.fragment)
+    )
     require(is_address, f"{key}={address}: expected an address such as http://localhost:8000.")
 
 
-LONGEST_NAME = 200  # bytes; a file system takes 255, and a folder is written under a longer name first
+LONGEST_NAME = (
+    200  # bytes; a file system takes 255, and a folder is written under a longer name first
+)
 
 
 def require_folder_name(name: str) -> None:
     is_short = len(name.encode(errors="replace")) <= LONGEST_NAME
     is_name = is_short and name not in ("", ".", "..") and not set(name) & set("/\\\0")
-    expected = f"expected the name of one folder, without a slash and of at most {LONGEST_NAME} bytes"
+    expected = (
+        f"expected the name of one folder, without a slash and of at most {LONGEST_NAME} bytes"
+    )
     require(is_name, f"name={name[:80]!r}: {expected}.")

@@ -1,5 +1,5 @@
-"""What every command prints: labelled lines, aligned tables, quantities, and a progress bar that becomes plain lines in
-a log. Colours and a live bar appear in a terminal only."""
+"""What every command prints: labelled lines, aligned tables, quantities, and a progress bar that
+becomes plain lines in a log. Colours and a live bar appear in a terminal only."""
 
 import shutil
 import sys
@@ -14,7 +14,9 @@ from rich.text import Text
 
 from cera_train.common.trust import clean
 
-PIPE_WIDTH = 10_000  # columns of an output that is no terminal: nothing wraps, since whatever reads it can
+PIPE_WIDTH = (
+    10_000  # columns of an output that is no terminal: nothing wraps, since whatever reads it can
+)
 TEXT_WIDTH = 100  # columns of running text in an output that is no terminal
 LINE_SECONDS = 60.0  # a log gets a line of progress at least so often
 PLAIN_LINES = 10  # a log gets at least so many lines of progress, however short the run
@@ -49,12 +51,16 @@ def print_fields(fields: Mapping[str, str]) -> None:
         print(clean(f"{label:<{width}}{value}"), flush=True)
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) -> None:
-    """Prints aligned columns, those of `right` to the right, without a header where all its names are empty. Cells may
-    have several lines, and none is wrapped."""
+def print_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()
+) -> None:
+    """Prints aligned columns, those of `right` to the right, without a header where all its names
+    are empty. Cells may have several lines, and none is wrapped."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header))
     for index, name in enumerate(header):
-        table.add_column(Text(clean(name)), justify="right" if index in right else "left", no_wrap=True)
+        table.add_column(
+            Text(clean(name)), justify="right" if index in right else "left", no_wrap=True
+        )
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))
     target = console()
@@ -72,7 +78,10 @@ class ProgressBar:
     """A bar in a terminal; elsewhere a line every minute, and every tenth of the work."""
 
     def __init__(self, unit: str, total: int, done: int, visible: bool = True) -> None:
-        self.unit, self.total, self.done, self.visible = unit, total, done, visible
+        self.unit = unit
+        self.total = total
+        self.done = done
+        self.visible = visible
         self._every = max(1, total // PLAIN_LINES)
         self._printed = time.monotonic()
         self._bar: Progress | None = None
@@ -84,13 +93,18 @@ class ProgressBar:
 
     def step(self, text: str, count: int = 1) -> None:
         """Counts more units, and shows a text about them."""
-        is_tenth = self.done // self._every < (self.done + count) // self._every or self.done + count == self.total
+        is_tenth = (
+            self.done // self._every < (self.done + count) // self._every
+            or self.done + count == self.total
+        )
         self.done += count
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, description=text)
         elif self.visible and (is_tenth or time.monotonic() - self._printed >= LINE_SECONDS):
             self._printed = time.monotonic()
-            print(f"{self.unit} {self.done:>{len(str(self.total))}}/{self.total}  {text}", flush=True)
+            print(
+                f"{self.unit} {self.done:>{len(str(self.total))}}/{self.total}  {text}", flush=True
+            )
 
     def note(self, text: str) -> None:
         """A line above the bar."""

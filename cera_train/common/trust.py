@@ -1,5 +1,5 @@
-"""Protection against files from strangers: a config or an adapter runs no code, a text steers no terminal. Secrets stay
-out of all that a run writes or prints."""
+"""Protection against files from strangers: a config or an adapter runs no code, a text steers no
+terminal. Secrets stay out of all that a run writes or prints."""
 
 import os
 import re
@@ -11,15 +11,24 @@ from cera_train.common.settings import map_values
 
 
 def may_run_code(key: str, value: str) -> bool:
-    """Whether an override sets Hydra's section, trusts the code of a model, names functions to call, or chooses a
-    config file outside its folder."""
+    """Whether an override sets Hydra's section, trusts the code of a model, names functions to
+    call, or chooses a config file outside its folder."""
     is_group = "." not in key
-    return any(word in key for word in ("hydra", "trust_remote_code", "grpo.rewards")) or (is_group and ".." in value)
+    return any(word in key for word in ("hydra", "trust_remote_code", "grpo.rewards")) or (
+        is_group and ".." in value
+    )
 
 
 # Fields of PEFT's configs that name modules to import, files to open, or layers to add.
 BEYOND_WEIGHTS = (
-    *("auto_mapping", "megatron_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config"),
+    *(
+        "auto_mapping",
+        "megatron_config",
+        "loftq_config",
+        "corda_config",
+        "eva_config",
+        "lora_ga_config",
+    ),
     *("arrow_config", "layer_replication", "runtime_config"),
 )
 
@@ -34,14 +43,17 @@ def check_adapter_settings(adapter: Path, settings: dict[str, Any]) -> None:
             allowed = set()
     if found := [name for name in BEYOND_WEIGHTS if settings.get(name) and name not in allowed]:
         raise UserError(
-            f"{adapter}/adapter_config.json sets {', '.join(found)}, which can import or open what its author chose: "
+            f"{adapter}/adapter_config.json sets {', '.join(found)}, which can import or open "
+            f"what its author chose: "
             "set it to null if the adapter does not need it."
         )
 
 
-UNSAFE_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters, such as the start of a terminal's escape sequence; marks that reorder the letters after them; and
-halves of a surrogate pair, which no file and no terminal takes."""
+UNSAFE_CHARACTERS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters, such as the start of a terminal's escape sequence; marks that reorder the
+letters after them; and halves of a surrogate pair, which no file and no terminal takes."""
 
 
 def clean(text: str) -> str:
@@ -50,16 +62,21 @@ def clean(text: str) -> str:
 
 
 SECRET_NAME = re.compile(
-    r"SECRET|PASSWORD|PASSWD|CREDENTIAL|(?:^|_)(?:API|ACCESS|AUTH|PRIVATE)?(?:TOKEN|KEY)S?(?:_|$)", re.IGNORECASE
+    r"SECRET|PASSWORD|PASSWD|CREDENTIAL|(?:^|_)(?:API|ACCESS|AUTH|PRIVATE)?(?:TOKEN|KEY)S?(?:_|$)",
+    re.IGNORECASE,
 )
-"""HF_TOKEN and OPENAI_APIKEY, but not TOKENIZER_PATH, KEYSTORE_DIR or MONKEY_HOME, whose values a config may hold."""
+"""HF_TOKEN and OPENAI_APIKEY, but not TOKENIZER_PATH, KEYSTORE_DIR or MONKEY_HOME, whose values a
+config may hold."""
 
 URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-SHORTEST_SECRET = 8  # characters; shorter values ("1", "true") are settings, and would blot out ordinary words
+SHORTEST_SECRET = (
+    8  # characters; shorter values ("1", "true") are settings, and would blot out ordinary words
+)
 
 
 def redact(text: str) -> str:
-    """The text with `***` for every secret of the environment and the credentials of every URL in it."""
+    """The text with `***` for every secret of the environment and the credentials of every URL in
+    it."""
     for name, value in os.environ.items():
         if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET:
             text = text.replace(value, "***")

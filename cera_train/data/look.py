@@ -1,4 +1,5 @@
-"""What a run prints about its rows, so that a person can see what the model will learn. Nothing here imports torch."""
+"""What a run prints about its rows, so that a person can see what the model will learn. Nothing
+here imports torch."""
 
 import itertools
 import sys
@@ -19,10 +20,14 @@ LOOKED_AT = 1000  # rows whose tokens are looked at one by one
 
 
 def print_data(
-    config: DataConfig, data: TokenizedData, tokenizer: Any, stops: set[int], at_length: bool = False
+    config: DataConfig,
+    data: TokenizedData,
+    tokenizer: Any,
+    stops: set[int],
+    at_length: bool = False,
 ) -> None:
-    """Layout, rows kept, dropped and truncated, the supervised share, shared prompts, an example; `at_length` also how
-    long the rows are, and one more example.
+    """Layout, rows kept, dropped and truncated, the supervised share, shared prompts, an example;
+    `at_length` also how long the rows are, and one more example.
 
     Args:
         stops: the tokens at which generation stops.
@@ -34,8 +39,14 @@ def print_data(
         print_line(label, split.describe("answers" if config.is_paired else "rows"))
     for line in data.parts:
         print_line("part", line)
-    repeated = f"; {data.repeated_prompts:,} training rows repeat a prompt" if data.repeated_prompts else ""
-    print_line("shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts{repeated}")
+    repeated = (
+        f"; {data.repeated_prompts:,} training rows repeat a prompt"
+        if data.repeated_prompts
+        else ""
+    )
+    print_line(
+        "shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts{repeated}"
+    )
     if at_length:
         print_lengths(train)
     is_learned, line = describe_stop(train, config.max_length, stops, tokenizer)
@@ -48,17 +59,29 @@ def print_data(
 
 
 def describe_layouts(config: DataConfig) -> Iterator[str]:
-    """How rows become text, and how some were held out: a line for each part of a mix whose rows are read."""
+    """How rows become text, and how some were held out: a line for each part of a mix whose rows
+    are read."""
     for _, part in config.parts():
         if part.is_computed:
             continue
         is_chat = part.layout in TURNS
-        columns = [str(part.layout)] if is_chat else list(dict.fromkeys(itertools.chain(*columns_read(part))))
+        columns = (
+            [str(part.layout)]
+            if is_chat
+            else list(dict.fromkeys(itertools.chain(*columns_read(part))))
+        )
         if part.layout == Layout.instruction:
             columns.insert(1, "input")
         if part.is_paired:
-            columns = ["chosen", part.rejected] if is_chat else [*columns, *columns_of(part.rejected, "data.rejected")]
-        line = f"{part.layout}, by the column{'s' * (len(columns) > 1)} {' and '.join(f'`{name}`' for name in columns)}"
+            columns = (
+                ["chosen", part.rejected]
+                if is_chat
+                else [*columns, *columns_of(part.rejected, "data.rejected")]
+            )
+        line = (
+            f"{part.layout}, by the column{'s' * (len(columns) > 1)} "
+            f"{' and '.join(f'`{name}`' for name in columns)}"
+        )
         if is_chat:
             line += ", all answers" if part.turns == Turns.all else f", the {part.turns} answer"
         if part.holds_out_by_prompt:
@@ -73,10 +96,14 @@ def print_lengths(rows: TokenizedRows) -> None:
     print_line("answers", f"{fmean(answers):.1f} a row, {max(answers)} at most")
     lengths = sorted(rows.lengths)
     low, median, high = (lengths[int(share * (len(lengths) - 1))] for share in (0.05, 0.5, 0.95))
-    print_line("tokens", f"{low:,} (5%), {median:,} (median), {high:,} (95%), {lengths[-1]:,} (longest)")
+    print_line(
+        "tokens", f"{low:,} (5%), {median:,} (median), {high:,} (95%), {lengths[-1]:,} (longest)"
+    )
 
 
-def describe_stop(rows: TokenizedRows, max_length: int, stops: set[int], tokenizer: Any) -> tuple[bool, str]:
+def describe_stop(
+    rows: TokenizedRows, max_length: int, stops: set[int], tokenizer: Any
+) -> tuple[bool, str]:
     """Whether the model learns to end its answers where generation stops, and a line about it."""
 
     def names(tokens: set[int]) -> str:
@@ -87,11 +114,18 @@ def describe_stop(rows: TokenizedRows, max_length: int, stops: set[int], tokeniz
     last = [tokens_of(rows, row) for row in whole if rows.lengths[row] < max_length]
     ends = {input_ids[-1] for input_ids, loss_mask in last if loss_mask[-1]}
     if not ends:
-        return False, "all rows are truncated, so the model learns no end of an answer: raise data.max_length"
+        return (
+            False,
+            "all rows are truncated, so the model learns no end of an answer: raise "
+            "data.max_length",
+        )
     if ends <= stops:
-        return True, f"{names(ends)} is supervised at the end of answers, and generation stops there"
-    mend = f"set eos_token in the model's tokenizer_config.json to {names(ends - stops)}"
-    return False, f"{names(ends)} ends answers, but generation stops at {names(stops)} only: {mend}"
+        return (
+            True,
+            f"{names(ends)} is supervised at the end of answers, and generation stops there",
+        )
+    fix = f"set eos_token in the model's tokenizer_config.json to {names(ends - stops)}"
+    return False, f"{names(ends)} ends answers, but generation stops at {names(stops)} only: {fix}"
 
 
 def tokens_of(rows: TokenizedRows, row: int) -> tuple[list[int], list[bool]]:
@@ -100,9 +134,13 @@ def tokens_of(rows: TokenizedRows, row: int) -> tuple[list[int], list[bool]]:
 
 
 def print_example(rows: TokenizedRows, row: int, tokenizer: Any) -> None:
-    """A row's text with its supervised parts marked: green in a terminal, between [[ ]] elsewhere."""
-    text, is_terminal = Text(f"{'example':<11}"), sys.stdout.isatty()
-    for is_marked, run in itertools.groupby(zip(*tokens_of(rows, row), strict=True), key=lambda token: token[1]):
+    """A row's text with its supervised parts marked: green in a terminal, between [[ ]]
+    elsewhere."""
+    text = Text(f"{'example':<11}")
+    is_terminal = sys.stdout.isatty()
+    for is_marked, run in itertools.groupby(
+        zip(*tokens_of(rows, row), strict=True), key=lambda token: token[1]
+    ):
         part = clean(tokenizer.decode([id for id, _ in run])).replace("\n", "\n" + " " * 11)
         marked = f"[[{part}]]" if is_marked and not is_terminal else part
         text.append(marked, style="green" if is_marked and is_terminal else None)

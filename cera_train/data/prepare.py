@@ -1,5 +1,5 @@
-"""Rows -> token ids and loss masks, tokenised once: written to the cache in chunks, and memory-mapped to read. Neither
-takes more memory for more rows."""
+"""Rows -> token ids and loss masks, tokenised once: written to the cache in chunks, and
+memory-mapped to read. Neither takes more memory for more rows."""
 
 import hashlib
 import itertools
@@ -41,13 +41,17 @@ SCHEMA = pyarrow.schema(
 
 @dataclass
 class Example:
-    """Token ids of one row, and whether the prediction of each counts in the loss. The first is never predicted."""
+    """Token ids of one row, and whether the prediction of each counts in the loss. The first is
+    never predicted."""
 
     input_ids: list[int]
     loss_mask: list[bool]
-    prompt_key: str = ""  # A digest of the text before the first supervised token: equal prompts have equal keys
+    prompt_key: str = (
+        ""  # A digest of the text before the first supervised token: equal prompts have equal keys
+    )
     has_answer: bool = True
-    """Whether a token of an answer is left, also where the loss is on all tokens. A row without one is dropped."""
+    """Whether a token of an answer is left, also where the loss is on all tokens. A row without one
+    is dropped."""
     truncated: bool = False
 
     def columns(self) -> dict[str, Any]:
@@ -64,12 +68,15 @@ class TokenizedRows:
     Args:
         table: the columns of `SCHEMA` for every row that was read.
         digest: a digest of the rows, the tokenizer and the settings that change tokens.
-        numbers: the rows of the table that count, in order: a mix repeats rows and leaves some out. By default every
-            row with an answer.
+        numbers: the rows of the table that count, in order: a mix repeats rows and leaves some out.
+            By default every row with an answer.
     """
 
-    def __init__(self, table: pyarrow.Table, digest: str = "", numbers: Sequence[int] | None = None) -> None:
-        self.table, self.digest = table, digest
+    def __init__(
+        self, table: pyarrow.Table, digest: str = "", numbers: Sequence[int] | None = None
+    ) -> None:
+        self.table = table
+        self.digest = digest
         if numbers is None:
             numbers = pyarrow.compute.indices_nonzero(table["has_answer"]).to_pylist()
         self.numbers = array("q", numbers)
@@ -95,18 +102,27 @@ class TokenizedRows:
         return empty, self.table["has_answer"].to_pylist().count(False) - empty
 
     def uncut(self) -> Self:
-        """Without the truncated rows, which then count as dropped. Raises UserError where no row is left."""
+        """Without the truncated rows, which then count as dropped. Raises UserError where no row is
+        left."""
         whole = pyarrow.compute.and_not(self.table["has_answer"], self.table["truncated"])
-        table = self.table.set_column(self.table.column_names.index("has_answer"), "has_answer", whole)
-        numbers = [number for number, is_cut in zip(self.numbers, self.truncated, strict=True) if not is_cut]
+        table = self.table.set_column(
+            self.table.column_names.index("has_answer"), "has_answer", whole
+        )
+        numbers = [
+            number
+            for number, is_cut in zip(self.numbers, self.truncated, strict=True)
+            if not is_cut
+        ]
         require(bool(numbers), "all training rows are longer than data.max_length: raise it.")
         return TokenizedRows(table, self.digest, numbers)
 
     def describe(self, unit: str = "rows") -> str:
         """Rows kept, dropped and truncated, and the supervised share, for people."""
-        tokens, (empty, beyond) = sum(self.lengths), self.dropped
+        tokens = sum(self.lengths)
+        (empty, beyond) = self.dropped
         return (
-            f"{len(self):,} {unit}, {tokens:,} tokens, {sum(self.supervised) / tokens:.0%} supervised; "
+            f"{len(self):,} {unit}, {tokens:,} tokens, {sum(self.supervised) / tokens:.0%} "
+            f"supervised; "
             f"{empty + beyond:,} dropped ({empty:,} empty, {beyond:,} beyond max_length), "
             f"{sum(self.truncated):,} truncated"
         )
@@ -118,22 +134,29 @@ class TokenizedData:
     evaluation: TokenizedRows
     shared_prompts: int = 0  # evaluation rows whose prompt is also a training row's
     repeated_prompts: int = 0  # training rows whose prompt is also an earlier one's
-    parts: list[str] = field(default_factory=list)  # a line for each part of a mix: its rows and tokens of an epoch
+    parts: list[str] = field(
+        default_factory=list
+    )  # a line for each part of a mix: its rows and tokens of an epoch
 
 
-# --- a run's rows ----------------------------------------------------------------------------------------------------
+# --- a run's rows ---------------------------------------------------------------------------------
 
 
 def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
-    """Tokenises both splits, or takes them from the cache; those of a mix part by part. A prompt in both is refused
-    unless the config allows it."""
-    train, evaluation = [], []
+    """Tokenises both splits, or takes them from the cache; those of a mix part by part. A prompt in
+    both is refused unless the config allows it."""
+    train = []
+    evaluation = []
     for place, part in config.parts():
         with errors_at(place):
             train_source, eval_source = open_sources(part)
             train.append(_tokenize(train_source, part, tokenizer))
             evaluates = part.eval_rows != 0
-            evaluation.append(_tokenize(eval_source, part, tokenizer) if evaluates else TokenizedRows(table_of([])))
+            evaluation.append(
+                _tokenize(eval_source, part, tokenizer)
+                if evaluates
+                else TokenizedRows(table_of([]))
+            )
     data = TokenizedData(train[0], _joined_evaluation(evaluation))
     if config.mix is not None:
         counts = rows_of_parts([*map(len, train)], config.weights, config.train_rows)
@@ -142,33 +165,46 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
             for number, (rows, count) in enumerate(zip(train, counts, strict=True))
         ]
         data.train = _join(train, drawn)
-        for (_, part), rows, taken, evaluating in zip(config.parts(), train, drawn, evaluation, strict=True):
+        for (_, part), rows, taken, evaluating in zip(
+            config.parts(), train, drawn, evaluation, strict=True
+        ):
             tokens = sum(rows.lengths[row] for row in taken)
             data.parts.append(
-                f"{part.title}: {len(taken):,} rows an epoch, of {len(rows):,} ({len(taken) / len(data.train):.2%}), "
-                f"{tokens:,} tokens ({tokens / sum(data.train.lengths):.2%}); {len(evaluating):,} rows evaluate"
+                f"{part.title}: {len(taken):,} rows an epoch, of {len(rows):,} "
+                f"({len(taken) / len(data.train):.2%}), "
+                f"{tokens:,} tokens ({tokens / sum(data.train.lengths):.2%}); {len(evaluating):,} "
+                f"rows evaluate"
             )
     train_keys = set(data.train.column("prompt_key"))
     data.repeated_prompts = len(data.train) // config.sequences - len(train_keys)
     eval_keys = data.evaluation.column("prompt_key")[:: config.sequences]
     data.shared_prompts = sum(key in train_keys for key in eval_keys)
     if data.shared_prompts and not config.allow_overlap:
-        count = f"{data.shared_prompts} of {len(eval_keys)} evaluation prompts are also training prompts"
-        mend = "Remove them from one side, or set data.allow_overlap=0.05."
-        raise UserError(f"{config.title}: {count}, so the perplexity would measure memory. {mend}")
+        count = (
+            f"{data.shared_prompts} of {len(eval_keys)} evaluation prompts are also training "
+            f"prompts"
+        )
+        fix = "Remove them from one side, or set data.allow_overlap=0.05."
+        raise UserError(f"{config.title}: {count}, so the perplexity would measure memory. {fix}")
     if data.shared_prompts > config.allow_overlap * len(eval_keys):
         check_repeated_rows(config, data)
     return data
 
 
 def check_repeated_rows(config: DataConfig, data: TokenizedData) -> None:
-    """Raises UserError where more evaluation rows than allowed are also training rows, prompt and answer."""
+    """Raises UserError where more evaluation rows than allowed are also training rows, prompt and
+    answer."""
 
     def ids(rows: TokenizedRows, row: int) -> tuple[int, ...]:
         return tuple(rows.tokens("input_ids", row).to_pylist())
 
-    keys, count = {*data.evaluation.column("prompt_key")}, len(data.evaluation)
-    trained = {ids(data.train, row) for row, key in enumerate(data.train.column("prompt_key")) if key in keys}
+    keys = {*data.evaluation.column("prompt_key")}
+    count = len(data.evaluation)
+    trained = {
+        ids(data.train, row)
+        for row, key in enumerate(data.train.column("prompt_key"))
+        if key in keys
+    }
     repeated = sum(ids(data.evaluation, row) in trained for row in range(count))
     require(
         repeated <= config.allow_overlap * count,
@@ -177,8 +213,11 @@ def check_repeated_rows(config: DataConfig, data: TokenizedData) -> None:
     )
 
 
-def prepare_evaluation(config: DataConfig, tokenizer: Any, limit: int | None = None) -> TokenizedRows:
-    """Only the evaluation split of `prepare_data`, or its first `limit` rows; of preferences the chosen answers."""
+def prepare_evaluation(
+    config: DataConfig, tokenizer: Any, limit: int | None = None
+) -> TokenizedRows:
+    """Only the evaluation split of `prepare_data`, or its first `limit` rows; of preferences the
+    chosen answers."""
     splits = []
     for place, part in config.parts():
         if part.eval_rows != 0:
@@ -188,8 +227,8 @@ def prepare_evaluation(config: DataConfig, tokenizer: Any, limit: int | None = N
 
 
 def _joined_evaluation(splits: list[TokenizedRows], limit: int | None = None) -> TokenizedRows:
-    """The evaluation splits of all parts as one, or its first `limit` rows. The only one with rows keeps its digest:
-    perplexities compare with those of runs on it alone."""
+    """The evaluation splits of all parts as one, or its first `limit` rows. The only one with rows
+    keeps its digest: perplexities compare with those of runs on it alone."""
     splits = [rows for rows in splits if rows]
     require(bool(splits), "data.eval_rows=0: no rows to evaluate on. Raise it.")
     if len(splits) == 1 and limit is None:
@@ -197,80 +236,128 @@ def _joined_evaluation(splits: list[TokenizedRows], limit: int | None = None) ->
     return _join(splits, [range(len(rows)) for rows in splits], limit)
 
 
-def _join(splits: Sequence[TokenizedRows], drawn: Sequence[Sequence[int]], limit: int | None = None) -> TokenizedRows:
-    """The drawn rows of several splits as one, or its first `limit` rows. The tables are not copied."""
+def _join(
+    splits: Sequence[TokenizedRows], drawn: Sequence[Sequence[int]], limit: int | None = None
+) -> TokenizedRows:
+    """The drawn rows of several splits as one, or its first `limit` rows. The tables are not
+    copied."""
     tables = [split.table for split in splits]
     starts = itertools.accumulate(map(len, tables), initial=0)
     placed = [
-        [start + split.numbers[row] for row in rows] for start, split, rows in zip(starts, splits, drawn, strict=False)
+        [start + split.numbers[row] for row in rows]
+        for start, split, rows in zip(starts, splits, drawn, strict=False)
     ]
     numbers = array("q", interleaved(placed)[:limit])
-    digest = digest_of_parts([split.digest for split in splits], hashlib.sha256(numbers).hexdigest())
+    digest = digest_of_parts(
+        [split.digest for split in splits], hashlib.sha256(numbers).hexdigest()
+    )
     return TokenizedRows(pyarrow.concat_tables(tables), digest, numbers)
 
 
-# --- rows to tokens --------------------------------------------------------------------------------------------------
+# --- rows to tokens -------------------------------------------------------------------------------
 
 
-def _tokenize(source: Source, config: DataConfig, tokenizer: Any, chosen_only: bool = False) -> TokenizedRows:
-    """The rows of a source, from the cache or into it; of preferences both answers, or the chosen ones alone."""
+def _tokenize(
+    source: Source, config: DataConfig, tokenizer: Any, chosen_only: bool = False
+) -> TokenizedRows:
+    """The rows of a source, from the cache or into it; of preferences both answers, or the chosen
+    ones alone."""
     sides = segmenters(config, tokenizer)[: 1 if chosen_only else None]
-    changing = {key for key, field in fields_of(DataConfig).items() if field.metadata["changes"] == Changes.tokens}
-    settings = {key: value for key, value in to_plain(config).items() if key in changing - {"rejected"}}
+    changing = {
+        key
+        for key, field in fields_of(DataConfig).items()
+        if field.metadata["changes"] == Changes.tokens
+    }
+    settings = {
+        key: value for key, value in to_plain(config).items() if key in changing - {"rejected"}
+    }
     settings |= {"rejected": config.rejected} if len(sides) > 1 else {}
-    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else [*tokenizer.get_vocab().items()]
-    template, special = tokenizer.chat_template, tokenizer.special_tokens_map
-    digest = digest_of_parts(CACHE_VERSION, settings, vocabulary, template, special, source.fingerprint)
+    vocabulary = (
+        tokenizer.backend_tokenizer.to_str()
+        if tokenizer.is_fast
+        else [*tokenizer.get_vocab().items()]
+    )
+    template = tokenizer.chat_template
+    special = tokenizer.special_tokens_map
+    digest = digest_of_parts(
+        CACHE_VERSION, settings, vocabulary, template, special, source.fingerprint
+    )
 
     def write(folder: Path) -> None:
         rows = iter(source.located())
         with pyarrow.ipc.new_stream(str(folder / "rows.arrow"), SCHEMA) as writer:
-            for number, chunk in enumerate(iter(lambda: list(itertools.islice(rows, ROWS_AT_ONCE)), [])):
+            for number, chunk in enumerate(
+                iter(lambda: list(itertools.islice(rows, ROWS_AT_ONCE)), [])
+            ):
                 if number == 1:
-                    announce("tokenising", f"{source.name}, once: it has more than {ROWS_AT_ONCE:,} rows")
+                    announce(
+                        "tokenising", f"{source.name}, once: it has more than {ROWS_AT_ONCE:,} rows"
+                    )
                 examples = encode(segments_of(chunk, *sides), config, tokenizer)
                 if len(sides) > 1:  # a preference without one of its answers is dropped whole
                     for chosen, rejected in zip(examples[::2], examples[1::2], strict=True):
-                        chosen.has_answer = rejected.has_answer = chosen.has_answer and rejected.has_answer
+                        chosen.has_answer = rejected.has_answer = (
+                            chosen.has_answer and rejected.has_answer
+                        )
                 writer.write_table(table_of(examples))
 
     file = cached_folder(f"tokens/{digest}", write) / "rows.arrow"
     try:
-        rows = TokenizedRows(pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all(), digest)
+        rows = TokenizedRows(
+            pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all(), digest
+        )
     except (OSError, pyarrow.ArrowInvalid) as error:
-        raise UserError(f"{file} is broken: {error}. Remove {file.parent}: it is written anew.") from error
+        raise UserError(
+            f"{file} is broken: {error}. Remove {file.parent}: it is written anew."
+        ) from error
     if not rows:
         empty, beyond = rows.dropped
         raise UserError(
-            f"{source.name}: no rows are left: {len(rows.table)} read, {empty} without an answer, {beyond} without one "
-            f"within data.max_length={config.max_length}. Name rows with answers, raise data.max_length, or hold out "
+            f"{source.name}: no rows are left: {len(rows.table)} read, {empty} without an answer, "
+            f"{beyond} without one "
+            f"within data.max_length={config.max_length}. Name rows with answers, raise "
+            f"data.max_length, or hold out "
             "fewer by data.eval_rows."
         )
     return rows
 
 
-def encode(rows_segments: Iterable[list[Segment]], config: DataConfig, tokenizer: Any) -> list[Example]:
-    """Token ids and loss masks of many rows at once; of a document longer than max_length, in several examples."""
+def encode(
+    rows_segments: Iterable[list[Segment]], config: DataConfig, tokenizer: Any
+) -> list[Example]:
+    """Token ids and loss masks of many rows at once; of a document longer than max_length, in
+    several examples."""
     end = tokenizer.eos_token_id
     if end is None:
-        reason = "the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json."
+        reason = (
+            "the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json."
+        )
         raise UserError(f"model.path={tokenizer.name_or_path}: {reason}")
-    is_chat, is_document = config.layout == Layout.messages, config.layout == Layout.documents
+    is_chat = config.layout == Layout.messages
+    is_document = config.layout == Layout.documents
     start = [] if is_chat else start_ids(tokenizer)  # a chat template writes the start token
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     rows_segments = list(rows_segments)
-    pieces = [(segment.text, number > 0) for segments in rows_segments for number, segment in enumerate(segments)]
+    pieces = [
+        (segment.text, number > 0)
+        for segments in rows_segments
+        for number, segment in enumerate(segments)
+    ]
     segment_ids = iter(_ids_of_pieces(pieces, tokenizer) if pieces else [])
 
-    examples, step = [], config.max_length - len(start)
+    examples = []
+    step = config.max_length - len(start)
     for segments in rows_segments:
         if not segments:
             examples.append(Example([], [], has_answer=False))
             continue
-        input_ids, loss_mask = [], []
+        input_ids = []
+        loss_mask = []
         for segment in segments:
             ids = next(segment_ids)
-            if segment.is_answer and not (is_chat and ids and ids[-1] in special):  # a template may write it
+            if segment.is_answer and not (
+                is_chat and ids and ids[-1] in special
+            ):  # a template may write it
                 ids = [*ids, end]
             input_ids += ids
             loss_mask += [segment.supervised] * len(ids)
@@ -279,7 +366,8 @@ def encode(rows_segments: Iterable[list[Segment]], config: DataConfig, tokenizer
         # Without a start token, nothing is before a last token alone.
         for first in range(0, max(1, len(input_ids) - (not start)), step) if is_document else (0,):
             kept = slice(first, first + step)
-            ids, mask = start + input_ids[kept], [False] * len(start) + loss_mask[kept]
+            ids = start + input_ids[kept]
+            mask = [False] * len(start) + loss_mask[kept]
             has_answer = any(mask[1:])
             mask = [config.loss_on == LossOn.all or supervised for supervised in mask]
             mask[0] = False
@@ -288,11 +376,17 @@ def encode(rows_segments: Iterable[list[Segment]], config: DataConfig, tokenizer
 
 
 def prepare_windows(text: str, tokenizer: Any, window: int, limit: int | None) -> TokenizedRows:
-    """Running text in windows of at most `window` tokens, every token but a window's first supervised."""
-    start, ids = start_ids(tokenizer), ids_of(text, tokenizer)
+    """Running text in windows of at most `window` tokens, every token but a window's first
+    supervised."""
+    start = start_ids(tokenizer)
+    ids = ids_of(text, tokenizer)
     step = window - len(start)
     windows = [start + ids[first : first + step] for first in range(0, len(ids), step)][:limit]
-    examples = [Example(window, [False] + [True] * (len(window) - 1)) for window in windows if len(window) > 1]
+    examples = [
+        Example(window, [False] + [True] * (len(window) - 1))
+        for window in windows
+        if len(window) > 1
+    ]
     if not examples:
         raise UserError("the text has no token to predict: it is empty or a single token.")
     return TokenizedRows(table_of(examples), digest_of_parts(text, window, limit))
@@ -304,18 +398,24 @@ def start_ids(tokenizer: Any) -> list[int]:
 
 
 def stop_ids(tokenizer: Any, model_ends: int | list[int] | None) -> set[int]:
-    """The tokens at which generation stops: the tokenizer's end token, and those of a model's generation settings."""
-    return {tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])} - {None}
+    """The tokens at which generation stops: the tokenizer's end token, and those of a model's
+    generation settings."""
+    return {
+        tokenizer.eos_token_id,
+        *(model_ends if isinstance(model_ends, list) else [model_ends]),
+    } - {None}
 
 
 def ids_of(texts: str | list[str], tokenizer: Any) -> list:
     """The token ids of a text or of each of several, without special tokens."""
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+    return tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+    ).input_ids
 
 
 def _ids_of_pieces(pieces: list[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
-    """The token ids of texts, each with whether it follows another. Llama 2's tokenizer and others write a space before
-    what they take for the start of a text: after a line break they do not."""
+    """The token ids of texts, each with whether it follows another. Llama 2's tokenizer and others
+    write a space before what they take for the start of a text: after a line break they do not."""
     texts = [text for text, _ in pieces]
     plain = ids_of(texts, tokenizer)
     [first, *_] = tokenizer.convert_ids_to_tokens(ids_of("a", tokenizer)) or [""]

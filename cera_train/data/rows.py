@@ -1,8 +1,8 @@
-"""A row of a data set, its place and the text in its cells; and the rows of files, on this machine or wherever fsspec
-reaches: s3://..., hf://..., https://.... Nothing here imports torch.
+"""A row of a data set, its place and the text in its cells; and the rows of files, on this machine
+or wherever fsspec reaches: s3://..., hf://..., https://.... Nothing here imports torch.
 
-The readers of `datasets` change rows: 42 beside 0.5 becomes 42.0, 2026-01-01 a date, a missing column null. The tokens
-of a row would depend on the rows around it.
+The readers of `datasets` change rows: 42 beside 0.5 becomes 42.0, 2026-01-01 a date, a missing
+column null. The tokens of a row would depend on the rows around it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def normalized(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-PlacedRow = tuple[str, Row]  # A row after its place, such as `train.jsonl:17`, so that an error can name it
+PlacedRow = tuple[
+    str, Row
+]  # A row after its place, such as `train.jsonl:17`, so that an error can name it
 
 
 @dataclass
@@ -52,27 +54,35 @@ class Source:
     @classmethod
     def numbered(cls, fingerprint: str, rows: Iterable[Row], name: str) -> Source:
         """Rows whose places are their numbers."""
-        return cls(fingerprint, lambda: ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1)), name)
+        return cls(
+            fingerprint,
+            lambda: ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1)),
+            name,
+        )
 
     def first(self, count: int | None) -> Source:
         """The first rows; None: all."""
         if count is None:
             return self
         fingerprint = f"{self.fingerprint} [0:{count}]"
-        return replace(self, fingerprint=fingerprint, located=lambda: itertools.islice(self.located(), count))
+        return replace(
+            self, fingerprint=fingerprint, located=lambda: itertools.islice(self.located(), count)
+        )
 
 
-def cell_of(row: Row, name: str, mend: str) -> Any:
+def cell_of(row: Row, name: str, fix: str) -> Any:
     """The value of a column. Raises UserError where it is missing."""
     if name not in row:
-        raise UserError(f"column {name!r} is missing; its columns are {', '.join(row) or 'none'}.{mend}")
+        raise UserError(
+            f"column {name!r} is missing; its columns are {', '.join(row) or 'none'}.{fix}"
+        )
     return row[name]
 
 
 def text_of(row: Row, name: str, setting: str | None = None) -> str:
     """The text of a column that a setting names; null is empty."""
-    mend = f" Name another in {setting}." if setting else ""
-    return as_text(cell_of(row, name, mend), f"column {name!r}")
+    fix = f" Name another in {setting}." if setting else ""
+    return as_text(cell_of(row, name, fix), f"column {name!r}")
 
 
 def as_text(value: Any, cell: str) -> str:
@@ -81,10 +91,14 @@ def as_text(value: Any, cell: str) -> str:
         return ""
     if not isinstance(value, (str, int, float)):
         raise UserError(f"{cell} holds {kind_of(value)}: expected text.")
-    if isinstance(value, float) and not math.isfinite(value):  # some programs write NaN where a value is missing
+    if isinstance(value, float) and not math.isfinite(
+        value
+    ):  # some programs write NaN where a value is missing
         raise UserError(f"{cell} holds {value}: expected text, or null where there is none.")
     text = str(value)
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):  # no tokenizer takes it
+    if not text.isascii() and any(
+        "\ud800" <= letter <= "\udfff" for letter in text
+    ):  # no tokenizer takes it
         raise UserError(f"{cell} holds half of a surrogate pair: write the whole character.")
     return text
 
@@ -95,7 +109,7 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-# --- rows of files ----------------------------------------------------------------------------------------------------
+# --- rows of files --------------------------------------------------------------------------------
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 
@@ -104,8 +118,8 @@ STORAGES = ("file", "s3", "gs", "az", "hf", "https", "http")
 
 
 def from_files(names: Sequence[str], setting: str, whole_text: bool = False) -> Source:
-    """The rows of files, one file after the other. Messages name `setting`, the key that names the files. `whole_text`
-    reads a .txt file as one row."""
+    """The rows of files, one file after the other. Messages name `setting`, the key that names the
+    files. `whole_text` reads a .txt file as one row."""
     paths = check_files(names, setting)
     title = f"{setting}=[{','.join(names[:3])}{',...' if len(names) > 3 else ''}]"
     return Source(" ".join(map(_content_digest, paths)), lambda: rows_of(paths, whole_text), title)
@@ -121,7 +135,9 @@ def rows_of(paths: Iterable[str], whole_text: bool = False) -> Iterator[PlacedRo
             raise
         except Exception as error:  # each storage, compression and format raises its own
             reason = " ".join(error_text(error).split())
-            raise UserError(f"{path}: cannot read it: {reason}. Mend it, or write it again as UTF-8.") from error
+            raise UserError(
+                f"{path}: cannot read it: {reason}. Fix it, or write it again as UTF-8."
+            ) from error
 
 
 def suffix_of(path: str) -> str:
@@ -131,8 +147,8 @@ def suffix_of(path: str) -> str:
 
 
 def check_files(names: Sequence[str], setting: str) -> list[str]:
-    """The files of these names; a name with a * stands for all files that match. Opens no local file: a pipe would wait
-    for a writer, and a device may never end."""
+    """The files of these names; a name with a * stands for all files that match. Opens no local
+    file: a pipe would wait for a writer, and a device may never end."""
     paths = []
     for name in names:
         with errors_at(f"{setting}={name}"):
@@ -145,25 +161,41 @@ def _matching_files(name: str) -> list[str]:
 
     storage = name.partition("://")[0] if "://" in name else "file"
     if "::" in name or storage not in STORAGES:
-        raise UserError(f"files are read from {', '.join(f'{each}://' for each in STORAGES)}: copy it to one of these.")
+        raise UserError(
+            f"files are read from {', '.join(f'{each}://' for each in STORAGES)}: copy it to one "
+            f"of these."
+        )
     try:
         system = fsspec.filesystem(storage)
         paths = [os.path.expanduser(name.removeprefix("file://")) if storage == "file" else name]
         if "*" in name:
-            paths = glob.glob(paths[0]) if storage == "file" else map(system.unstrip_protocol, system.glob(name))
+            paths = (
+                glob.glob(paths[0])
+                if storage == "file"
+                else map(system.unstrip_protocol, system.glob(name))
+            )
         kinds = {path: system.info(path)["type"] for path in sorted(paths)}
     except Exception as error:  # each storage raises its own
-        raise UserError(f"cannot read the file: {error_text(error)}. Name one that is there.") from error
+        raise UserError(
+            f"cannot read the file: {error_text(error)}. Name one that is there."
+        ) from error
     require(bool(kinds), f"no file matches this pattern (from {Path.cwd()}).")
     suffixes = ", ".join(READERS)
     for path, kind in kinds.items():
-        require(kind == "file", "it is a folder, a pipe or a device: name files, such as those of 'folder/*.jsonl'.")
-        require(suffix_of(path) in READERS, f"unknown kind of file: expected {suffixes}. Convert it, or rename it.")
+        require(
+            kind == "file",
+            "it is a folder, a pipe or a device: name files, such as those of 'folder/*.jsonl'.",
+        )
+        require(
+            suffix_of(path) in READERS,
+            f"unknown kind of file: expected {suffixes}. Convert it, or rename it.",
+        )
     return list(kinds)
 
 
 def _content_digest(path: str) -> str:
-    """Changes when the content does. Of a file elsewhere, its size and version as its storage reports them."""
+    """Changes when the content does. Of a file elsewhere, its size and version as its storage
+    reports them."""
     if "://" in path:
         import fsspec
 
@@ -179,7 +211,7 @@ def _open(path: str) -> Any:
     return fsspec.open(path, "rb", compression="infer")
 
 
-# --- one reader for each kind of file --------------------------------------------------------------------------------
+# --- one reader for each kind of file -------------------------------------------------------------
 
 
 def _read_jsonl(path: str) -> Iterator[PlacedRow]:
@@ -188,8 +220,10 @@ def _read_jsonl(path: str) -> Iterator[PlacedRow]:
             if line.strip():
                 row = _parse(line.rstrip(), path, number)
                 if not isinstance(row, dict):
-                    mend = "A row is a JSON object; a list of rows is .json."
-                    raise UserError(f"{path}:{number}: expected a row's columns, got {kind_of(row)}. {mend}")
+                    fix = "A row is a JSON object; a list of rows is .json."
+                    raise UserError(
+                        f"{path}:{number}: expected a row's columns, got {kind_of(row)}. {fix}"
+                    )
                 yield f"{path}:{number}", row
 
 
@@ -198,7 +232,9 @@ def _read_json(path: str) -> Iterator[PlacedRow]:
         text = file.read()
     rows = _parse(text, path, 1) if text.strip() else []
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: expected a JSON list of objects. One row a line is .jsonl: rename the file.")
+        raise UserError(
+            f"{path}: expected a JSON list of objects. One row a line is .jsonl: rename the file."
+        )
     for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", row
 
@@ -207,17 +243,27 @@ def _read_csv(path: str) -> Iterator[PlacedRow]:
     """Columns by the first line; every cell is text."""
     csv.field_size_limit(2**31 - 1)
     with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
-        rows = csv.DictReader(text, delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True)
+        rows = csv.DictReader(
+            text, delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True
+        )
         try:
             header = rows.fieldnames or []
             if len({*header}) < len(header):
-                raise UserError(f"{path}:1: a column stands twice in {','.join(header)}: rename one.")
+                raise UserError(
+                    f"{path}:1: a column stands twice in {','.join(header)}: rename one."
+                )
             for row in rows:
-                if None in row or None in row.values():  # DictReader's marks of a cell too many and of a missing one
-                    raise UserError(f"{path}:{rows.line_num}: more or fewer cells than columns: quote commas.")
+                if (
+                    None in row or None in row.values()
+                ):  # DictReader's marks of a cell too many and of a missing one
+                    raise UserError(
+                        f"{path}:{rows.line_num}: more or fewer cells than columns: quote commas."
+                    )
                 yield f"{path}:{rows.line_num}", row
         except csv.Error as error:
-            raise UserError(f"{path}:{rows.reader.line_num}: {error}. Write a quote in a quoted cell twice.") from error
+            raise UserError(
+                f"{path}:{rows.reader.line_num}: {error}. Write a quote in a quoted cell twice."
+            ) from error
 
 
 def _read_parquet(path: str) -> Iterator[PlacedRow]:
@@ -238,7 +284,8 @@ def _read_text(path: str) -> Iterator[PlacedRow]:
 
 
 def _read_documents(path: str) -> Iterator[PlacedRow]:
-    """Rows of one column, `text`. Blank lines separate them; in a file without blank lines every line is a row."""
+    """Rows of one column, `text`. Blank lines separate them; in a file without blank lines every
+    line is a row."""
     [(_, row)] = _read_text(path)
     text = row["text"].replace("\r\n", "\n").strip("\n")
     blank_lines = re.compile(r"\n\s*\n")
@@ -259,7 +306,10 @@ READERS: dict[str, Callable[[str], Iterator[PlacedRow]]] = {
 def _parse(text: bytes, path: str, first_line: int) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also not UTF-8, thousands of digits, lists in lists in lists
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also not UTF-8, thousands of digits, lists in lists in lists
         line = first_line + getattr(error, "lineno", 1) - 1
-        mend = "One row a line is .jsonl, a list of rows .json; both are UTF-8."
-        raise UserError(f"{path}:{line}: broken JSON: {error}. {mend}") from error
+        fix = "One row a line is .jsonl, a list of rows .json; both are UTF-8."
+        raise UserError(f"{path}:{line}: broken JSON: {error}. {fix}") from error

@@ -1,6 +1,6 @@
-"""A row -> segments of text, some of them supervised: by templates (layout `text`), by Alpaca's columns
-(`instruction`), by ShareGPT's from and value (`conversations`), or by the tokenizer's chat template (`messages`).
-Nothing here imports torch."""
+"""A row -> segments of text, some of them supervised: by templates (layout `text`), by Alpaca's
+columns (`instruction`), by ShareGPT's from and value (`conversations`), or by the tokenizer's chat
+template (`messages`). Nothing here imports torch."""
 
 import contextlib
 import itertools
@@ -39,7 +39,8 @@ TOOLS = "expected a list of objects with function.name"  # the shape of tools an
 
 @dataclass
 class Segment:
-    """A stretch of text. An answer ends with the end token; one that is not supervised is context."""
+    """A stretch of text. An answer ends with the end token; one that is not supervised is
+    context."""
 
     text: str
     is_answer: bool = False
@@ -55,13 +56,15 @@ def answered(prompt: str, answer: str, supervised: bool = True) -> list[Segment]
 
 
 def prompt_of(segments: list[Segment]) -> str:
-    """The text before the first supervised answer; of a document, which has none before, its own."""
+    """The text before the first supervised answer; of a document, which has none before, its
+    own."""
     before = itertools.takewhile(lambda segment: not segment.supervised, segments)
     return "".join(segment.text for segment in before) or segments[0].text
 
 
 def segments_of(rows: Iterable[PlacedRow], *segmenters: Segmenter) -> Iterator[list[Segment]]:
-    """The segments of each row, of a preference those of its two answers; an error starts with the place."""
+    """The segments of each row, of a preference those of its two answers; an error starts with the
+    place."""
     for place, row in rows:
         with errors_at(place):
             answers = [to_segments(row) for to_segments in segmenters]
@@ -75,7 +78,10 @@ def check_preference(chosen: list[Segment], rejected: list[Segment]) -> None:
     for side, segments in (("chosen", chosen), ("rejected", rejected)):
         require(bool(segments), f"the {side} answer is empty: write one, or remove the row.")
     sides = "the chosen and the rejected answer"
-    require(prompt_of(chosen) == prompt_of(rejected), f"{sides} follow different prompts: pair answers to one prompt.")
+    require(
+        prompt_of(chosen) == prompt_of(rejected),
+        f"{sides} follow different prompts: pair answers to one prompt.",
+    )
     require(chosen != rejected, f"{sides} are equal: remove the row.")
 
 
@@ -85,8 +91,8 @@ def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
 
 
 def segmenters(config: DataConfig, tokenizer: Any) -> list[Segmenter]:
-    """The function from a row to its segments; of preferences two, for the chosen and the rejected answer. Without a
-    tokenizer, chats lack the marks of a chat template."""
+    """The function from a row to its segments; of preferences two, for the chosen and the rejected
+    answer. Without a tokenizer, chats lack the marks of a chat template."""
     match config.layout:
         case Layout.instruction:
             return [instruction]
@@ -94,7 +100,10 @@ def segmenters(config: DataConfig, tokenizer: Any) -> list[Segmenter]:
             return [partial(conversation, wanted=config.turns)]
         case Layout.messages:
             if tokenizer is not None and not tokenizer.chat_template:
-                reason = "data.layout=messages needs a tokenizer with a chat template, and this model's has none"
+                reason = (
+                    "data.layout=messages needs a tokenizer with a chat template, and this "
+                    "model's has none"
+                )
                 raise UserError(f"{reason}: use an instruction-tuned model, or data.layout=text.")
             if config.is_paired:
                 sides = ("chosen", config.rejected)
@@ -112,16 +121,17 @@ def templates_of(config: DataConfig) -> tuple[str, str]:
     return COLUMN_TEMPLATES if config.is_computed else (config.prompt, config.completion)
 
 
-# --- columns of text -------------------------------------------------------------------------------------------------
+# --- columns of text ------------------------------------------------------------------------------
 
 
 def templates(prompt: str, completion: str, setting: str = "data.completion") -> Segmenter:
     """Layout `text`: columns in templates. Without a prompt a row is a document."""
-    prompt_columns, answer_columns = columns_of(prompt, "data.prompt"), columns_of(completion, setting)
+    prompt_columns = columns_of(prompt, "data.prompt")
+    answer_columns = columns_of(completion, setting)
     setting_of = dict.fromkeys(prompt_columns, "data.prompt")
     setting_of |= {name: setting for name in answer_columns if name not in setting_of}
-    mend = "write one in braces, such as {answer}."
-    require(bool(answer_columns), f"{setting}={completion!r} names no column: {mend}")
+    fix = "write one in braces, such as {answer}."
+    require(bool(answer_columns), f"{setting}={completion!r} names no column: {fix}")
 
     def segments(row: Row) -> list[Segment]:
         values = {name: text_of(row, name, setting) for name, setting in setting_of.items()}
@@ -135,7 +145,8 @@ def templates(prompt: str, completion: str, setting: str = "data.completion") ->
 
 def instruction(row: Row) -> list[Segment]:
     """Layout `instruction`: Alpaca's columns, of which `input` may be empty or missing."""
-    asked, context = text_of(row, "instruction"), as_text(row.get("input"), "column 'input'")
+    asked = text_of(row, "instruction")
+    context = as_text(row.get("input"), "column 'input'")
     answer = text_of(row, "output")
     question = f"{asked}\n{context}" if context else asked
     return answered(PROMPT.format(question=question), f" {answer}") if answer.strip() else []
@@ -146,15 +157,20 @@ def columns_read(config: DataConfig) -> tuple[list[str], list[str]]:
     if config.layout == Layout.instruction:
         return ["instruction"], ["output"]
     prompt, completion = templates_of(config)
-    return list(dict.fromkeys(columns_of(prompt, "data.prompt"))), columns_of(completion, "data.completion")
+    return list(dict.fromkeys(columns_of(prompt, "data.prompt"))), columns_of(
+        completion, "data.completion"
+    )
 
 
 def columns_of(template: str, setting: str = "template") -> list[str]:
-    """The columns that the template of a setting names. One that does more is refused: `{a.b}`, `{a[0]}`, `{a:>9}`."""
+    """The columns that the template of a setting names. One that does more is refused: `{a.b}`,
+    `{a[0]}`, `{a:>9}`."""
     try:
         fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
     except ValueError as error:
-        raise UserError(f"{setting}={template!r} is malformed: {error}. Write a literal brace twice.") from None
+        raise UserError(
+            f"{setting}={template!r} is malformed: {error}. Write a literal brace twice."
+        ) from None
     for _, name, format_spec, conversion in fields:
         if format_spec or conversion or not re.fullmatch(r"[^\W\d][^.\[{]*", name):
             reason = f"{{{name}}} is not just the name of a column. Write a literal brace twice."
@@ -162,27 +178,42 @@ def columns_of(template: str, setting: str = "template") -> list[str]:
     return [name for _, name, _, _ in fields]
 
 
-# --- rows of turns ---------------------------------------------------------------------------------------------------
+# --- rows of turns --------------------------------------------------------------------------------
 
 
 def turns_of(row: Row, layout: str) -> list[Row]:
-    """The turns of a row, each an object with a known speaker and a text; a null is an empty text."""
+    """The turns of a row, each an object with a known speaker and a text; a null is an empty
+    text."""
     speaker, text, known = TURNS[layout]
     turns = cell_of(row, layout, " Choose another data.layout.") or []
-    require(isinstance(turns, list), f"column {layout!r} holds {kind_of(turns)}: expected a list of turns.")
+    require(
+        isinstance(turns, list),
+        f"column {layout!r} holds {kind_of(turns)}: expected a list of turns.",
+    )
     for number, turn in enumerate(turns):
-        is_turn = isinstance(turn, dict) and turn.get(speaker) in known and (text in turn or turn.get("tool_calls"))
+        is_turn = (
+            isinstance(turn, dict)
+            and turn.get(speaker) in known
+            and (text in turn or turn.get("tool_calls"))
+        )
         if not is_turn:
             expected = f"expected an object with {speaker} (one of {', '.join(known)}) and {text}"
-            raise UserError(f"{layout}[{number}] is {str(turn)[:60]!r}: {expected}. Mend it, or remove the turn.")
-    return [turn | {text: as_text(turn.get(text), f"{layout}[{number}] {text!r}")} for number, turn in enumerate(turns)]
+            raise UserError(
+                f"{layout}[{number}] is {str(turn)[:60]!r}: {expected}. Fix it, or remove the turn."
+            )
+    return [
+        turn | {text: as_text(turn.get(text), f"{layout}[{number}] {text!r}")}
+        for number, turn in enumerate(turns)
+    ]
 
 
 def answers_of(turns: list[Row], wanted: Turns, layout: str) -> tuple[int, list[int], list[int]]:
-    """The number of the first question; those of the answers after it, which are not empty; and those of the answers
-    that are supervised: a turn with `train: false` or `weight: 0` is not."""
+    """The number of the first question; those of the answers after it, which are not empty; and
+    those of the answers that are supervised: a turn with `train: false` or `weight: 0` is not."""
     speaker, text, (_, model, *_) = TURNS[layout]
-    asked = next((number for number, turn in enumerate(turns) if turn[speaker] in ASKS), 0)  # perhaps a system prompt
+    asked = next(
+        (number for number, turn in enumerate(turns) if turn[speaker] in ASKS), 0
+    )  # perhaps a system prompt
     answers = [
         number
         for number, turn in enumerate(turns)
@@ -194,10 +225,16 @@ def answers_of(turns: list[Row], wanted: Turns, layout: str) -> tuple[int, list[
     for number in answers:
         flag = turns[number].get("train", turns[number].get("weight"))
         expected = "expected train: true or false, or weight: 1 or 0."
-        require(flag in (None, 0, 1), f"{layout}[{number}] has the flag {str(flag)[:60]!r}: {expected}")
+        require(
+            flag in (None, 0, 1), f"{layout}[{number}] has the flag {str(flag)[:60]!r}: {expected}"
+        )
         if flag != 0:
             trained.append(number)
-    return asked, answers, {Turns.first: trained[:1], Turns.last: trained[-1:], Turns.all: trained}[wanted]
+    return (
+        asked,
+        answers,
+        {Turns.first: trained[:1], Turns.last: trained[-1:], Turns.all: trained}[wanted],
+    )
 
 
 def conversation(row: Row, wanted: Turns) -> list[Segment]:
@@ -205,12 +242,16 @@ def conversation(row: Row, wanted: Turns) -> list[Segment]:
     turns = turns_of(row, "conversations")
     spoken = [(turn["from"], turn["value"]) for turn in turns]
     asked, answers, supervised = answers_of(turns, wanted, "conversations")
-    if wanted == Turns.first:  # as published: the first question and answer, without the system prompt
+    if (
+        wanted == Turns.first
+    ):  # as published: the first question and answer, without the system prompt
         firsts = dict(reversed(spoken[asked:]))
-        question, answer = firsts.get("human", ""), firsts.get("gpt", "")
+        question = firsts.get("human", "")
+        answer = firsts.get("gpt", "")
         is_trained = answer.strip() and answers and answers[0] in supervised
         return answered(f"User: {question}\nAssistant:", f" {answer}") if is_trained else []
-    segments, context = [], ""
+    segments = []
+    context = ""
     for number, (speaker, text) in enumerate(spoken[: max(supervised, default=-1) + 1]):
         if number in answers:
             segments += answered(f"{context}Assistant:", f" {text}", number in supervised)
@@ -221,71 +262,102 @@ def conversation(row: Row, wanted: Turns) -> list[Segment]:
 
 
 def chat_turns(row: Row, wanted: Turns, tokenizer: Any) -> list[Segment]:
-    """Layout `messages`: the tokenizer's chat template. What a supervised turn adds to the rendered conversation so far
-    is its answer, so no marker has to be searched for. Tool calls and reasoning are part of the turn."""
-    messages, tools = messages_of(row), _tools_of(row)
+    """Layout `messages`: the tokenizer's chat template. What a supervised turn adds to the rendered
+    conversation so far is its answer, so no marker has to be searched for. Tool calls and reasoning
+    are part of the turn."""
+    messages = messages_of(row)
+    tools = _tools_of(row)
     _, answers, supervised = answers_of(messages, wanted, "messages")
     if tokenizer is None:
         turns = enumerate(messages[: max(supervised, default=-1) + 1])
-        return [Segment(message["content"], number in answers, number in supervised) for number, message in turns]
-    segments, rendered = [], ""
+        return [
+            Segment(message["content"], number in answers, number in supervised)
+            for number, message in turns
+        ]
+    segments = []
+    rendered = ""
 
     def render(count: int, add_generation_prompt: bool) -> str:
         try:
             text = tokenizer.apply_chat_template(
-                messages[:count], tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages[:count],
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise UserError(f"the chat template refuses these messages: {error}") from error
         return as_text(text, "the chat")
 
     for number in supervised:
-        before, after = render(number, True), render(number + 1, False)
+        before = render(number, True)
+        after = render(number + 1, False)
         is_continued = after.startswith(before)
         if not (is_continued and before.startswith(rendered)):
-            what, mend = "earlier turns", "Set data.turns=last"
+            what = "earlier turns"
+            fix = "Set data.turns=last"
             if not is_continued:  # the last answer would not be found either
-                what, mend = "a prompt, such as one that ends in <think>,", "Choose a model with another template"
+                what = "a prompt, such as one that ends in <think>,"
+                fix = "Choose a model with another template"
             raise UserError(
-                f"the chat template renders {what} differently once an answer follows, so answers cannot be told "
-                f"apart. {mend}, or use data.layout=text."
+                f"the chat template renders {what} differently once an answer follows, so answers "
+                f"cannot be told "
+                f"apart. {fix}, or use data.layout=text."
             )
-        # A template may write a line break after its end token: nobody generates that, it belongs to the next prompt.
+        # A template may write a line break after its end token: nobody generates that, it belongs
+        # to the next prompt.
         answer = after.removeprefix(before).rstrip()
         message = messages[number]
-        said = message["content"].rpartition("</think>")[2]  # a template may write such reasoning anew
-        parts = [as_text(message[key], f"messages[{number}] {key!r}") for key in REASONING if key in message]
+        said = message["content"].rpartition("</think>")[
+            2
+        ]  # a template may write such reasoning anew
+        parts = [
+            as_text(message[key], f"messages[{number}] {key!r}")
+            for key in REASONING
+            if key in message
+        ]
         _check_is_rendered(f"messages[{number}], of role 'assistant',", [said, *parts], answer)
         segments += answered(before.removeprefix(rendered), answer)
         rendered = before + answer
     for number, message in enumerate(messages[: max(supervised, default=-1) + 1]):
         said = [message["content"]] if message["role"] in ("system", "developer", "tool") else []
         calls = [call["function"]["name"] for call in message.get("tool_calls", [])]
-        _check_is_rendered(f"messages[{number}], of role {message['role']!r},", [*said, *calls], rendered)
+        _check_is_rendered(
+            f"messages[{number}], of role {message['role']!r},", [*said, *calls], rendered
+        )
     for tool in tools or () if supervised else ():
-        _check_is_rendered("column 'tools'", [str(tool.get("function", tool).get("name", ""))], rendered)
+        _check_is_rendered(
+            "column 'tools'", [str(tool.get("function", tool).get("name", ""))], rendered
+        )
     return segments
 
 
 def preferred_turns(row: Row, side: str, tokenizer: Any) -> list[Segment]:
-    """One side of a preference in layout `messages`: its last answer, after a list `prompt` where the row has one."""
-    before, turns = row.get("prompt"), row.get(side)
-    require(isinstance(turns, list), f"column {side!r} holds {kind_of(turns)}: expected a list of messages.")
+    """One side of a preference in layout `messages`: its last answer, after a list `prompt` where
+    the row has one."""
+    before = row.get("prompt")
+    turns = row.get(side)
+    require(
+        isinstance(turns, list),
+        f"column {side!r} holds {kind_of(turns)}: expected a list of messages.",
+    )
     messages = [*(before if isinstance(before, list) else ()), *turns]
     return chat_turns(row | {"messages": messages}, Turns.last, tokenizer)
 
 
 def _check_is_rendered(what: str, texts: list[str], rendered: str) -> None:
-    """Refuses what the chat template leaves out: many know no tools, no developer and no reasoning."""
+    """Refuses what the chat template leaves out: many know no tools, no developer and no
+    reasoning."""
     for text in map(str.strip, texts):
         if text not in rendered and json.dumps(text, ensure_ascii=False)[1:-1] not in rendered:
-            mend = "use a model whose template renders it, or write it into another turn."
-            raise UserError(f"{what} is left out by this model's chat template: {mend}")
+            fix = "use a model whose template renders it, or write it into another turn."
+            raise UserError(f"{what} is left out by this model's chat template: {fix}")
 
 
 def messages_of(row: Row) -> list[Row]:
-    """The messages of a row as a chat template takes them: texts, no nulls, which it would print as None and a table's
-    rows hold for every key that other rows have, and the arguments of tool calls as objects."""
+    """The messages of a row as a chat template takes them: texts, no nulls, which it would print as
+    None and a table's rows hold for every key that other rows have, and the arguments of tool calls
+    as objects."""
     messages = []
     for number, turn in enumerate(turns_of(row, "messages")):
         message = _without_nulls(turn)
@@ -293,7 +365,9 @@ def messages_of(row: Row) -> list[Row]:
         for call in calls if isinstance(calls, list) else [None]:
             match call:
                 case {"function": {"name": str()} as function}:
-                    with contextlib.suppress(TypeError, ValueError):  # they are an object already, or no JSON
+                    with contextlib.suppress(
+                        TypeError, ValueError
+                    ):  # they are an object already, or no JSON
                         function["arguments"] = json.loads(function.get("arguments"))
                 case _:
                     raise UserError(f"messages[{number}] has tool_calls of another shape: {TOOLS}.")
@@ -308,7 +382,9 @@ def _tools_of(row: Row) -> list[Any] | None:
         try:
             tools = json.loads(tools.strip() or "null")
         except ValueError as error:
-            raise UserError(f"column 'tools' holds broken JSON ({error}): write a list of tools.") from error
+            raise UserError(
+                f"column 'tools' holds broken JSON ({error}): write a list of tools."
+            ) from error
     tools = _without_nulls(tools) or []
     are_tools = isinstance(tools, list) and all(
         isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools

@@ -18,33 +18,55 @@ from cera_train.common.libraries import hub_or_cache, offline_reason
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted
 from cera_train.data.computed import computed_rows, open_generator
-from cera_train.data.rows import PROMPT, PlacedRow, Source, check_files, from_files, normalized, rows_of
+from cera_train.data.rows import (
+    PROMPT,
+    PlacedRow,
+    Source,
+    check_files,
+    from_files,
+    normalized,
+    rows_of,
+)
 from cera_train.data.segments import Segment, prompt_of, segmenter, segmenters, segments_of
 from cera_train.settings.data import DataConfig, Layout, Turns, as_list
 from cera_train.settings.evaluation import TaskConfig
 
-CHECKED_ROWS = 200  # rows of each file that `check_data` reads, and of the files whose columns decide a layout
+CHECKED_ROWS = (
+    200  # rows of each file that `check_data` reads, and of the files whose columns decide a layout
+)
 
 BY_COLUMNS: dict[tuple[str, ...], dict[str, Any]] = {
     ("messages",): {"layout": Layout.messages},
     ("conversations",): {"layout": Layout.conversations},
     ("instruction", "output"): {"layout": Layout.instruction},
-    ("prompt", "completion"): {"layout": Layout.text, "prompt": "{prompt}", "completion": "{completion}"},
+    ("prompt", "completion"): {
+        "layout": Layout.text,
+        "prompt": "{prompt}",
+        "completion": "{completion}",
+    },
     ("question", "answer"): {"layout": Layout.text, "prompt": PROMPT, "completion": " {answer}"},
     ("text",): {"layout": Layout.documents},
 }
-"""Columns, and how `data.layout=auto` reads them. `text` counts where no other does: rows like Alpaca's have both."""
+"""Columns, and how `data.layout=auto` reads them. `text` counts where no other does: rows like
+Alpaca's have both."""
 
 PREFERENCES = {
-    str: {"layout": Layout.text, "prompt": "{prompt}", "completion": "{chosen}", "rejected": "{rejected}"},
+    str: {
+        "layout": Layout.text,
+        "prompt": "{prompt}",
+        "completion": "{chosen}",
+        "rejected": "{rejected}",
+    },
     list: {"layout": Layout.messages, "rejected": "rejected", "turns": Turns.last},
 }
-"""How the columns `chosen` and `rejected` are read, whatever others there are: texts, or lists of messages."""
+"""How the columns `chosen` and `rejected` are read, whatever others there are: texts, or lists of
+messages."""
 
 
 def decide_layouts(config: DataConfig) -> DataConfig:
-    """A config with the layout and the templates that fit the columns in place of `data.layout=auto`, in each part of a
-    mix. Where files are missing it stays auto: whatever opens them reports that.
+    """A config with the layout and the templates that fit the columns in place of
+    `data.layout=auto`, in each part of a mix. Where files are missing it stays auto: whatever opens
+    them reports that.
 
     Raises:
         UserError: the columns of the first rows fit no layout, or several.
@@ -58,8 +80,14 @@ def decide_layouts(config: DataConfig) -> DataConfig:
             decided.append({"layout": part.layout} if config.layout == Layout.auto else {})
     if config.mix is None:
         return replace(config, **decided[0])
-    require(not any("rejected" in layout for layout in decided), "data.mix: its parts hold preferences; train on one.")
-    return replace(config, mix=[replace(part, **layout) for part, layout in zip(config.mix, decided, strict=True)])
+    require(
+        not any("rejected" in layout for layout in decided),
+        "data.mix: its parts hold preferences; train on one.",
+    )
+    return replace(
+        config,
+        mix=[replace(part, **layout) for part, layout in zip(config.mix, decided, strict=True)],
+    )
 
 
 def _layout_of(names: Sequence[str]) -> dict[str, Any]:
@@ -74,30 +102,36 @@ def _layout_of(names: Sequence[str]) -> dict[str, Any]:
     for _, row in rows[:1]:
         if "rejected" in row and type(row.get("chosen")) in PREFERENCES:
             return PREFERENCES[type(row["chosen"])]
-    columns = list(dict.fromkeys(name for _, row in rows for name, value in row.items() if value is not None))
+    columns = list(
+        dict.fromkeys(name for _, row in rows for name, value in row.items() if value is not None)
+    )
     fitting = {needed: layout for needed, layout in BY_COLUMNS.items() if {*needed} <= {*columns}}
     if len(fitting) > 1:
         fitting.pop(("text",), None)
     if len(fitting) == 1:
         return next(iter(fitting.values()))
     if fitting:
-        one, other, *_ = (f"{layout['layout']} ({', '.join(needed)})" for needed, layout in fitting.items())
-        mend = "set data.layout, for text data.prompt and data.completion"
-        raise UserError(f"{place} finds the columns of both {one} and {other}: {mend}.")
+        one, other, *_ = (
+            f"{layout['layout']} ({', '.join(needed)})" for needed, layout in fitting.items()
+        )
+        fix = "set data.layout, for text data.prompt and data.completion"
+        raise UserError(f"{place} finds the columns of both {one} and {other}: {fix}.")
     known = "; ".join(map(", ".join, [*BY_COLUMNS, ("prompt", "chosen", "rejected")]))
-    mend = f"rename them ({known}), or set data.prompt and data.completion"
-    raise UserError(f"{place} does not know these columns, {', '.join(columns) or 'none'}: {mend}.")
+    fix = f"rename them ({known}), or set data.prompt and data.completion"
+    raise UserError(f"{place} does not know these columns, {', '.join(columns) or 'none'}: {fix}.")
 
 
 def check_data(config: DataConfig) -> None:
-    """Reads the first rows of a config's files, before anything heavy is imported: most mistakes show there. Needs no
-    chat template."""
+    """Reads the first rows of a config's files, before anything heavy is imported: most mistakes
+    show there. Needs no chat template."""
     for place, part in config.parts():
         with errors_at(place):
             if part.layout == Layout.reasoning_gym:
                 for generator in as_list(part.reasoning_gym.generator):
                     open_generator(generator, part.reasoning_gym.level, seed=0)
-            paths = check_files(part.train_files, "data.train_files") + check_files(part.eval_files, "data.eval_files")
+            paths = check_files(part.train_files, "data.train_files") + check_files(
+                part.eval_files, "data.eval_files"
+            )
             sides = segmenters(part, None)
             for path in paths:
                 if "://" not in path:
@@ -108,26 +142,36 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
     """The training and the evaluation rows of a config, cut to `train_rows` and `eval_rows`."""
     if config.is_computed:
         name = f"data.layout={config.layout}"
-        train, evaluation = (Source.numbered(json.dumps(rows), rows, name) for rows in computed_rows(config))
+        train, evaluation = (
+            Source.numbered(json.dumps(rows), rows, name) for rows in computed_rows(config)
+        )
     elif config.train_files:
         rows = from_files(config.train_files, "data.train_files")
         if config.eval_files:
-            train, evaluation = rows, from_files(config.eval_files, "data.eval_files")
+            train = rows
+            evaluation = from_files(config.eval_files, "data.eval_files")
         elif config.holds_out_by_prompt:
             share = f"{HELD_OUT} by prompt"
-            train, evaluation = _split(rows, partial(rows_by_prompt, config, rows), f"without {share}", share)
+            train, evaluation = _split(
+                rows, partial(rows_by_prompt, config, rows), f"without {share}", share
+            )
         else:
             count = config.eval_rows
-            train, evaluation = _split(rows, partial(last_rows, count, rows), f"[:-{count}]", f"[-{count}:]")
+            train, evaluation = _split(
+                rows, partial(last_rows, count, rows), f"[:-{count}]", f"[-{count}:]"
+            )
     else:
         splits = ("data.train_split", "data.eval_split")
         train, evaluation = (from_hub(config, split, config.streaming) for split in splits)
     return train.first(config.train_rows), evaluation.first(config.eval_rows)
 
 
-def answered_rows(config: DataConfig, tokenizer: Any) -> Iterator[tuple[DataConfig, list[Segment], Segment]]:
-    """The evaluation rows that ask something: the part of the mix, the segments before the first supervised answer, and
-    that answer. Without a tokenizer, chats lack the marks of a chat template."""
+def answered_rows(
+    config: DataConfig, tokenizer: Any
+) -> Iterator[tuple[DataConfig, list[Segment], Segment]]:
+    """The evaluation rows that ask something: the part of the mix, the segments before the first
+    supervised answer, and that answer. Without a tokenizer, chats lack the marks of a chat
+    template."""
     for _, part in config.parts():
         for segments in segments_of(open_sources(part)[1].located(), segmenter(part, tokenizer)):
             prompt = list(itertools.takewhile(lambda segment: not segment.supervised, segments))
@@ -135,12 +179,17 @@ def answered_rows(config: DataConfig, tokenizer: Any) -> Iterator[tuple[DataConf
                 yield part, prompt, segments[len(prompt)]
 
 
-def _split(source: Source, held_out: Callable[[], Container[int]], *names: str) -> tuple[Source, Source]:
-    """The rows that train, and those whose numbers `held_out` gives; `names` tell the two apart in fingerprints."""
+def _split(
+    source: Source, held_out: Callable[[], Container[int]], *names: str
+) -> tuple[Source, Source]:
+    """The rows that train, and those whose numbers `held_out` gives; `names` tell the two apart in
+    fingerprints."""
     numbers = functools.cache(held_out)
 
     def rows(evaluate: bool) -> Iterator[PlacedRow]:
-        return (row for number, row in enumerate(source.located()) if (number in numbers()) == evaluate)
+        return (
+            row for number, row in enumerate(source.located()) if (number in numbers()) == evaluate
+        )
 
     train, evaluation = (
         replace(source, fingerprint=f"{source.fingerprint} {name}", located=partial(rows, evaluate))
@@ -154,12 +203,15 @@ def last_rows(count: int, source: Source) -> range:
     return range(total - count, total)
 
 
-HELD_OUT, MOST_HELD_OUT = 0.05, 500  # share of the rows that evaluate by default, and the most of them
+# share of the rows that evaluate by default, and the most of them
+HELD_OUT = 0.05
+MOST_HELD_OUT = 500
 
 
 def rows_by_prompt(config: DataConfig, source: Source) -> set[int]:
-    """The numbers of the rows that evaluate by default: all rows of some prompts, chosen by their digests, with
-    `HELD_OUT` of the rows or one prompt at least. A row without an answer stays with those that train, to be dropped.
+    """The numbers of the rows that evaluate by default: all rows of some prompts, chosen by their
+    digests, with `HELD_OUT` of the rows or one prompt at least. A row without an answer stays with
+    those that train, to be dropped.
 
     Raises:
         UserError: no prompt would be left to train on.
@@ -176,57 +228,78 @@ def rows_by_prompt(config: DataConfig, source: Source) -> set[int]:
         if len(rows) <= room - len(held_out):
             held_out.update(rows)
     if len(held_out) == sum(sizes):
-        reason = f"{counted(len(sizes), 'different prompt')} with an answer, and training and evaluation need one each"
+        reason = (
+            f"{counted(len(sizes), 'different prompt')} with an answer, and training and "
+            f"evaluation need one each"
+        )
         raise UserError(f"{source.name}: {reason}. Add rows, or name data.eval_files.")
     return held_out
 
 
 def from_hub(config: DataConfig | TaskConfig, setting: str, streaming: bool = False) -> Source:
-    """The split that a setting names, such as data.train_split, of a data set on the Hub, or of a folder in the same
-    form. Streaming downloads rows as they are read. Raises UserError where it cannot be loaded."""
+    """The split that a setting names, such as data.train_split, of a data set on the Hub, or of a
+    folder in the same form. Streaming downloads rows as they are read. Raises UserError where it
+    cannot be loaded."""
     import datasets
 
     datasets.disable_progress_bars()
     section, _, name = setting.partition(".")
-    path, subset, revision, split = config.path, config.subset, config.revision, getattr(config, name)
+    path = config.path
+    subset = config.subset
+    revision = config.revision
+    split = getattr(config, name)
     place = f"{section}.path={path}"
     try:
         with hub_or_cache(needs_hub=not os.path.isdir(path)):
             if streaming:
                 builder = datasets.load_dataset_builder(path, subset, revision=revision)
-                dataset, fingerprint = builder.as_streaming_dataset(split), builder.cache_dir  # its name has the commit
+                # its name has the commit
+                dataset = builder.as_streaming_dataset(split)
+                fingerprint = builder.cache_dir
             else:
                 dataset = datasets.load_dataset(path, subset, split=split, revision=revision)
                 fingerprint = dataset._fingerprint
-    # ValueError: no such split or subset; OSError: the Hub's errors; RuntimeError: a data set that is a Python script.
+    # ValueError: no such split or subset; OSError: the Hub's errors; RuntimeError: a data set that
+    # is a Python script.
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         is_wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)
         reason = " ".join(str(error.__cause__ if is_wrapped else error).split()).rstrip(".")
         if "offline" in reason.lower():
             reason = f"{offline_reason()}, and the cache lacks it"
-        mend = f"Check {setting}={split} and {section}.subset={subset}, log in with `hf auth login` if it is gated"
+        fix = (
+            f"Check {setting}={split} and {section}.subset={subset}, log in with `hf auth login` "
+            f"if it is gated"
+        )
         files = "data.train_files" if section == "data" else f"{section}.files"
-        raise UserError(f"{place}: cannot load it: {reason}. {mend}, or set {files} to local files.") from error
+        raise UserError(
+            f"{place}: cannot load it: {reason}. {fix}, or set {files} to local files."
+        ) from error
     return Source.numbered(f"{path} {split} {fingerprint}", dataset, f"{place}, split {split}")
 
 
-# --- a mix of sources -------------------------------------------------------------------------------------------------
+# --- a mix of sources -----------------------------------------------------------------------------
 
 
-def rows_of_parts(available: Sequence[int], weights: Sequence[float | None], total: int | None) -> list[int]:
+def rows_of_parts(
+    available: Sequence[int], weights: Sequence[float | None], total: int | None
+) -> list[int]:
     """How many rows of each part an epoch has: its weight's share, by largest remainder.
 
     Args:
         available: rows that each part has.
-        weights: of each part, in any unit; or None for all, and every part gives the rows that it has.
+        weights: of each part, in any unit; or None for all, and every part gives the rows that it
+            has.
         total: rows of the epoch; by default as many as repeat no part.
     """
     if None in weights:
-        weights, total = available, min(total or sum(available), sum(available))
+        weights = available
+        total = min(total or sum(available), sum(available))
     exact = [Fraction(str(weight)) for weight in weights]  # 0.7 counts as seven tenths
     shares = [weight / sum(exact) for weight in exact]
     if total is None:
-        total = min(int(rows / share) for rows, share in zip(available, shares, strict=True) if share)
+        total = min(
+            int(rows / share) for rows, share in zip(available, shares, strict=True) if share
+        )
     quotas = [share * total for share in shares]
     rows = [int(quota) for quota in quotas]
     by_remainder = sorted(range(len(rows)), key=lambda part: (rows[part] - quotas[part], part))
@@ -236,14 +309,18 @@ def rows_of_parts(available: Sequence[int], weights: Sequence[float | None], tot
 
 
 def drawn_rows(available: int, count: int, seed: str) -> list[int]:
-    """The numbers of `count` rows of a part: whole passes over it, then rows drawn without replacement."""
+    """The numbers of `count` rows of a part: whole passes over it, then rows drawn without
+    replacement."""
     passes, rest = divmod(count, available)
     return [*range(available)] * passes + sorted(random.Random(seed).sample(range(available), rest))
 
 
 def interleaved(parts: Sequence[Sequence[int]]) -> list[int]:
-    """The rows of all parts as one list, over which each part is spread evenly: its first rows represent all parts."""
+    """The rows of all parts as one list, over which each part is spread evenly: its first rows
+    represent all parts."""
     places = (
-        ((place + 0.5) / len(rows), part, row) for part, rows in enumerate(parts) for place, row in enumerate(rows)
+        ((place + 0.5) / len(rows), part, row)
+        for part, rows in enumerate(parts)
+        for place, row in enumerate(rows)
     )
     return [row for *_, row in sorted(places)]

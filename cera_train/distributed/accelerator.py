@@ -1,5 +1,5 @@
-"""Accelerate, set up for our loops: processes, device and precision. The time limit of the process group ends a run of
-which one process hangs."""
+"""Accelerate, set up for our loops: processes, device and precision. The time limit of the process
+group ends a run of which one process hangs."""
 
 import contextlib
 import gc
@@ -33,15 +33,22 @@ def this_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def start_accelerator(model: ModelConfig, autocast: bool | None, config: DistributedConfig) -> Accelerator:
+def start_accelerator(
+    model: ModelConfig, autocast: bool | None, config: DistributedConfig
+) -> Accelerator:
     """Joins the processes of this command."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # else a process's first run fixes the precision
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # else a process's first run fixes the precision
     has_gpu = this_device().type == "cuda"
     if has_gpu and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # micro-batches differ in length
+        os.environ["PYTORCH_ALLOC_CONF"] = (
+            "expandable_segments:True"  # micro-batches differ in length
+        )
     plugin = None
     if config.strategy == Strategy.fsdp:
-        # Each decoder layer is gathered when it computes, in its stored precision, so the numbers are those of DDP.
+        # Each decoder layer is gathered when it computes, in its stored precision, so the numbers
+        # are those of DDP.
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -51,17 +58,22 @@ def start_accelerator(model: ModelConfig, autocast: bool | None, config: Distrib
         )
     accelerator = Accelerator(
         mixed_precision=MIXED_PRECISIONS[model.autocast_dtype(autocast, has_gpu)],
-        cpu=not has_gpu,  # else Accelerate does not join several processes there, or takes another accelerator
+        # else Accelerate does not join several processes there, or takes another accelerator
+        cpu=not has_gpu,
         fsdp_plugin=plugin,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout)),
-            DistributedDataParallelKwargs(broadcast_buffers=False),  # nothing trains them: they are the same everywhere
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False
+            ),  # nothing trains them: they are the same everywhere
         ],
     )
     if plugin is not None:
         os.environ.pop("ACCELERATE_USE_FSDP")  # else later runs of this process would be FSDP too
     if not has_gpu:
-        shared = {"device": torch.device("cpu")}  # Accelerate's is cpu:0, and to move there copies what a file maps
+        shared = {
+            "device": torch.device("cpu")
+        }  # Accelerate's is cpu:0, and to move there copies what a file maps
         if plugin is not None and accelerator.num_processes > 1:
             # Accelerate offers FSDP2 on accelerators only; torch has it on CPUs too.
             shared |= {"fsdp_plugin": plugin, "distributed_type": DistributedType.FSDP}
@@ -72,19 +84,22 @@ def start_accelerator(model: ModelConfig, autocast: bool | None, config: Distrib
 
 
 def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
-    """Refuses what our loops do not support: DeepSpeed and the like of `accelerate config` or a launcher, and FSDP
-    without `distributed.strategy=fsdp`."""
+    """Refuses what our loops do not support: DeepSpeed and the like of `accelerate config` or a
+    launcher, and FSDP without `distributed.strategy=fsdp`."""
     supported = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if strategy == Strategy.fsdp:
         supported = {DistributedType.FSDP}
         if accelerator.num_processes == 1:
             raise UserError(
-                "distributed.strategy=fsdp shards the weights over several processes, and there is one: leave it out."
+                "distributed.strategy=fsdp shards the weights over several processes, and there "
+                "is one: leave it out."
             )
     if accelerator.distributed_type not in supported:
         raise UserError(
-            f"The launcher set up {accelerator.distributed_type.value}, but distributed.strategy={strategy} needs "
-            "plain processes: choose no engine in `accelerate config`. distributed.strategy=fsdp shards without one."
+            f"The launcher set up {accelerator.distributed_type.value}, but "
+            f"distributed.strategy={strategy} needs "
+            "plain processes: choose no engine in `accelerate config`. distributed.strategy=fsdp "
+            "shards without one."
         )
     accelerator.gradient_accumulation_steps = 1  # a user's config would divide the loss
 
@@ -93,7 +108,9 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes of the GPU's allocator, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()  # a new process inherits `ru_maxrss` from its parent
+    lines = (
+        Path("/proc/self/status").read_text().splitlines()
+    )  # a new process inherits `ru_maxrss` from its parent
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 

@@ -1,6 +1,7 @@
-"""The processes that share a run: rank and size, from the environment variables of a launcher; and from one command to
-one process a GPU, by torch's elastic launcher. A process that torchrun, `accelerate launch` or srun started works as it
-is. No torch at module level: the commands ask for the rank, and signals have a handler before a process imports it."""
+"""The processes that share a run: rank and size, from the environment variables of a launcher; and
+from one command to one process a GPU, by torch's elastic launcher. A process that torchrun,
+`accelerate launch` or srun started works as it is. No torch at module level: the commands ask for
+the rank, and signals have a handler before a process imports it."""
 
 import logging
 import os
@@ -21,7 +22,8 @@ from cera_train.settings.distributed import ProcessesConfig
 
 
 def launched_rank() -> int | None:
-    """The rank that a launcher gave this process, in the variables that Accelerate reads; None where none did."""
+    """The rank that a launcher gave this process, in the variables that Accelerate reads; None
+    where none did."""
     if "RANK" in os.environ:
         return int(os.environ["RANK"])
     for library in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD"):
@@ -41,7 +43,8 @@ def is_one_of_several() -> bool:
 
 
 def join_slurm_step(environment: MutableMapping[str, str]) -> None:
-    """Sets torch's variables from Slurm's, where srun started this process as one of several tasks."""
+    """Sets torch's variables from Slurm's, where srun started this process as one of several
+    tasks."""
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks == 1 or "RANK" in environment:
         return
@@ -50,11 +53,17 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
     # node[003-007,9]: the first host
     host = re.sub(r"\[(\d+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
     # Jobs on one node, and steps of a job, use different ports.
-    port = 20_000 + (int(environment["SLURM_JOB_ID"]) + 997 * int(environment.get("SLURM_STEP_ID", 0))) % 20_000
+    port = (
+        20_000
+        + (int(environment["SLURM_JOB_ID"]) + 997 * int(environment.get("SLURM_STEP_ID", 0)))
+        % 20_000
+    )
     for name, value in {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": tasks,
-        "LOCAL_RANK": local % len(gpus.split(",")) if gpus else local,  # a task that sees one GPU counts it as 0
+        "LOCAL_RANK": local % len(gpus.split(","))
+        if gpus
+        else local,  # a task that sees one GPU counts it as 0
         "LOCAL_WORLD_SIZE": re.match(r"\d+", environment["SLURM_STEP_TASKS_PER_NODE"])[0],
         "MASTER_ADDR": environment.get("MASTER_ADDR", host),
         "MASTER_PORT": environment.get("MASTER_PORT", port),
@@ -64,17 +73,18 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))
 
 
-# --- several from one command ----------------------------------------------------------------------------------------
+# --- several from one command ---------------------------------------------------------------------
 
 LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|ProcessGroup", re.IGNORECASE)
 """Errors of the communication library, caused by another process."""
 
-PEER_SECONDS = 5  # pause of a process that lost another before it fails too: the launcher reports the first failure
+# pause of a process that lost another before it fails too: the launcher reports the first failure
+PEER_SECONDS = 5
 
 
 def in_processes(function: Callable[[Any], dict[str, Any]], config: Any) -> dict[str, Any]:
-    """`function(config)`, in `launch.processes` processes: the same result, and the same UserError. Any other
-    error is a RuntimeError with its traceback.
+    """`function(config)`, in `launch.processes` processes: the same result, and the same UserError.
+    Any other error is a RuntimeError with its traceback.
 
     Args:
         function: one of a module, which every process imports. Only process 0 writes and prints.
@@ -92,17 +102,23 @@ def in_processes(function: Callable[[Any], dict[str, Any]], config: Any) -> dict
 
 
 def processes_to_start(config: ProcessesConfig) -> int:
-    """One process a GPU, or as many as the config sets; UserError where there are GPUs, but fewer than that."""
+    """One process a GPU, or as many as the config sets; UserError where there are GPUs, but fewer
+    than that."""
     import torch
 
     gpus = torch.cuda.device_count()
     processes = max(1, gpus) if config.processes == "auto" else int(config.processes)
     if 0 < gpus < processes:
-        raise UserError(f"launch.processes={processes}, but this machine shows {gpus} GPUs: lower it, or set auto.")
+        raise UserError(
+            f"launch.processes={processes}, but this machine shows {gpus} GPUs: lower it, or set "
+            f"auto."
+        )
     return processes
 
 
-def start_processes(function: Callable[[Any], dict[str, Any]], config: Any, processes: int) -> dict[str, Any]:
+def start_processes(
+    function: Callable[[Any], dict[str, Any]], config: Any, processes: int
+) -> dict[str, Any]:
     """Starts the processes and waits for them; returns the result of process 0."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -112,7 +128,10 @@ def start_processes(function: Callable[[Any], dict[str, Any]], config: Any, proc
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are reported below
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     target = f"{function.__module__}:{function.__qualname__}"
-    with tempfile.TemporaryDirectory() as logs, Interruption(pass_on=signal_children) as interruption:
+    with (
+        tempfile.TemporaryDirectory() as logs,
+        Interruption(pass_on=signal_children) as interruption,
+    ):
         elastic = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -130,7 +149,11 @@ def start_processes(function: Callable[[Any], dict[str, Any]], config: Any, proc
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             ends = {1, *(128 + number for number in SIGNALS), *(-number for number in SIGNALS)}
-            if interruption.signal is not None and failure.exitcode in ends and isinstance(failure.message, str):
+            if (
+                interruption.signal is not None
+                and failure.exitcode in ends
+                and isinstance(failure.message, str)
+            ):
                 raise Interrupted(interruption.signal) from None
             raise error_of(rank, failure) from None
 
@@ -139,7 +162,8 @@ def work(target: str, config: Any) -> Any:
     """Calls a function in one of the processes that `in_processes` started.
 
     Args:
-        target: MODULE:FUNCTION. It is imported here, since signals are not handled while the arguments are unpickled.
+        target: MODULE:FUNCTION. It is imported here, since signals are not handled while the
+            arguments are unpickled.
     """
     os.setpgrp()  # a terminal's Ctrl-C goes to the parent alone, which passes it on
     for number in SIGNALS:  # while the function does not handle them, such as while it loads
@@ -149,7 +173,9 @@ def work(target: str, config: Any) -> Any:
 
         function = pkgutil.resolve_name(target)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        torch.set_num_threads(
+            max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
+        )
     try:
         result = beside_others(function, config)
     except Exception as error:
@@ -174,8 +200,10 @@ def beside_others(function: Callable[[Any], Any], config: Any) -> Any:
             raise
         if re.search("timed? ?out", str(error), re.IGNORECASE):
             raise UserError(
-                f"process {launched_rank()} (counted from 0) waited for another that hangs, longer than "
-                "distributed.timeout. Look at the machines; the same command resumes from the last checkpoint."
+                f"process {launched_rank()} (counted from 0) waited for another that hangs, "
+                f"longer than "
+                "distributed.timeout. Look at the machines; the same command resumes from the "
+                "last checkpoint."
             ) from error
         time.sleep(PEER_SECONDS)
         raise
@@ -187,12 +215,18 @@ def error_of(rank: int, failure: Any) -> Exception:
         name = signal.Signals(-failure.exitcode).name
         cause = {
             "SIGKILL": ": the machine may be out of memory",
-            "SIGABRT": ": it may have waited for another longer than distributed.timeout",  # as NCCL ends it
+            # as NCCL ends it
+            "SIGABRT": ": it may have waited for another longer than distributed.timeout",
         }.get(name, "")
-        return UserError(f"process {rank} was killed by {name}{cause}. The same command resumes from what is saved.")
+        return UserError(
+            f"process {rank} was killed by {name}{cause}. The same command resumes from what is "
+            f"saved."
+        )
     if isinstance(failure.message, str):  # it ended itself and left no error
         return RuntimeError(f"process {rank} ended with status {failure.exitcode} and no error.")
     kind, _, text = failure.message["message"].partition(": ")
     if kind == UserError.__name__:
         return UserError(text)
-    return RuntimeError(f"process {rank} failed with {kind}: {text}\n{failure.message['extraInfo']['py_callstack']}")
+    return RuntimeError(
+        f"process {rank} failed with {kind}: {text}\n{failure.message['extraInfo']['py_callstack']}"
+    )

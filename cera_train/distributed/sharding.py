@@ -1,5 +1,5 @@
-"""One model on several processes: replicated (DDP) or sharded (FSDP2). A checkpoint holds whole tensors either way: a
-run can resume with another number of processes or another strategy."""
+"""One model on several processes: replicated (DDP) or sharded (FSDP2). A checkpoint holds whole
+tensors either way: a run can resume with another number of processes or another strategy."""
 
 import functools
 from typing import Any
@@ -14,23 +14,26 @@ from cera_train.common.settings import map_values
 
 
 def share_frozen_weights(module: nn.Module) -> None:
-    """Keeps DDP from writing process 0's frozen weights over those of `module`. Every process has read the same files,
-    and on a CPU the processes of a machine share the memory that maps them."""
+    """Keeps DDP from writing process 0's frozen weights over those of `module`. Every process has
+    read the same files, and on a CPU the processes of a machine share the memory that maps them."""
     frozen = [name for name, weight in module.named_parameters() if not weight.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
 
 
 def trainable_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor | None]:
-    """The trainable weights, whole; None in place of each in a process that does not `keep` them. A collective."""
-    trainable = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    """The trainable weights, whole; None in place of each in a process that does not `keep` them. A
+    collective."""
+    trainable = {
+        name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad
+    }
     return map_values(lambda tensor: _whole(tensor, keep), trainable, torch.Tensor)
 
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer, scaler: GradScaler | None = None, keep: bool = True
 ) -> dict[str, Any]:
-    """An optimizer's state_dict, whole, and its gradient scaler's; None in place of each tensor in a process that does
-    not `keep` them. A collective."""
+    """An optimizer's state_dict, whole, and its gradient scaler's; None in place of each tensor in
+    a process that does not `keep` them. A collective."""
     state = map_values(lambda tensor: _whole(tensor, keep), optimizer.state_dict(), torch.Tensor)
     return state if scaler is None else state | {"scaler": scaler.state_dict()}
 
@@ -38,8 +41,8 @@ def optimizer_state(
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, state: dict[str, Any], scaler: GradScaler | None = None
 ) -> None:
-    """Loads what `optimizer_state` returned, sharded as the weights are. The scaler begins anew where the state is of a
-    run in another precision."""
+    """Loads what `optimizer_state` returned, sharded as the weights are. The scaler begins anew
+    where the state is of a run in another precision."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     sharded = {
         index: map_values(functools.partial(_shard, parameters[index]), moments, torch.Tensor)
@@ -58,5 +61,11 @@ def _whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor | None:
 
 
 def _shard(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    is_moment = isinstance(parameter, DTensor) and value.shape == parameter.shape  # AdamW's step count is a scalar
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements) if is_moment else value
+    is_moment = (
+        isinstance(parameter, DTensor) and value.shape == parameter.shape
+    )  # AdamW's step count is a scalar
+    return (
+        distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        if is_moment
+        else value
+    )

@@ -1,5 +1,5 @@
-"""Signals that stop a run between two updates: Ctrl-C, SIGTERM, and SIGUSR1 and SIGUSR2, which schedulers send before a
-time limit or a preemption."""
+"""Signals that stop a run between two updates: Ctrl-C, SIGTERM, and SIGUSR1 and SIGUSR2, which
+schedulers send before a time limit or a preemption."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from cera_train.common.errors import UserError
 
 # In order of precedence: a scheduler's signal wins, since it restarts the job.
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-# A repeat within this time counts as the same signal: it may be sent to every process, and we pass it on too.
+# A repeat within this time counts as the same signal: it may be sent to every process, and we pass
+# it on too.
 REPEAT_SECONDS = 1.0
 
 
@@ -29,8 +30,8 @@ class Interrupted(SystemExit):
         """Calls the handler that the run replaced, such as submitit's, which requeues the job.
 
         Raises:
-            SystemExit: with status 0 after a scheduler's signal: the scheduler looks at process 0, and would end all
-                processes when one fails.
+            SystemExit: with status 0 after a scheduler's signal: the scheduler looks at process 0,
+                and would end all processes when one fails.
             UserError: the handler failed.
         """
         handler = signal.getsignal(self.signal)
@@ -39,20 +40,23 @@ class Interrupted(SystemExit):
         try:
             handler(self.signal, None)
         except Exception as error:
-            raise UserError(f"it was saved, but is not started again: {error} The same command resumes it.") from error
+            raise UserError(
+                f"it was saved, but is not started again: {error} The same command resumes it."
+            ) from error
         if self.signal in (signal.SIGUSR1, signal.SIGUSR2):
             raise SystemExit(0)
 
 
 def signal_children(number: int) -> None:
-    """Passes a signal on. Ctrl-C becomes SIGTERM: Python would print a traceback in every process."""
+    """Passes a signal on. Ctrl-C becomes SIGTERM: Python would print a traceback in every
+    process."""
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
 
 class Interruption:
-    """Records signals while it is open, and passes each on; a second SIGINT or SIGTERM acts at once. A signal that was
-    not handled is delivered when it closes."""
+    """Records signals while it is open, and passes each on; a second SIGINT or SIGTERM acts at
+    once. A signal that was not handled is delivered when it closes."""
 
     def __init__(self, pass_on: Callable[[int], None] = lambda number: None) -> None:
         self.signal: int | None = None
@@ -76,7 +80,9 @@ class Interruption:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._restore()
         if kind is None and self.signal is not None:
             os.kill(os.getpid(), self.signal)

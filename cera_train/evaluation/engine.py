@@ -1,5 +1,5 @@
-"""The engines that answer requests: the model of a subject with its adapter, in the precision of its training; or while
-a run trains, its model or a server."""
+"""The engines that answer requests: the model of a subject with its adapter, in the precision of
+its training; or while a run trains, its model or a server."""
 
 import itertools
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ from cera_train.settings.run import Config
 
 
 def choose_dtype(subject: Subject, recorded: Path | None = None) -> Subject:
-    """The subject with the dtype that `model.dtype=auto` stands for: the one in the recorded config of an evaluation
-    that is resumed, else the one for this hardware."""
+    """The subject with the dtype that `model.dtype=auto` stands for: the one in the recorded config
+    of an evaluation that is resumed, else the one for this hardware."""
     dtype = subject.model.dtype
     if dtype == Dtype.auto and recorded is not None and recorded.is_file():
         begun = load_config(recorded, EvalConfig)
@@ -43,31 +43,40 @@ def choose_dtype(subject: Subject, recorded: Path | None = None) -> Subject:
 
 
 def load_subject(subject: Subject, device: torch.device) -> LoadedModel:
-    """The model of a subject whose dtype is chosen, in eval mode. Raises UserError where its adapter does not fit the
-    base."""
+    """The model of a subject whose dtype is chosen, in eval mode. Raises UserError where its
+    adapter does not fit the base."""
     base = model = load_model(subject.model, device)
     if subject.adapter is not None:
         record = subject.folder / "environment.json"
-        if subject.run is not None and subject.run.model.dtype == subject.model.dtype and record.is_file():
+        if (
+            subject.run is not None
+            and subject.run.model.dtype == subject.model.dtype
+            and record.is_file()
+        ):
             # an adapter also loads into another model of the same shape
             expected = read_json(record).get("base_fingerprint")
             if expected not in (None, fingerprint(base)):
                 raise UserError(
-                    f"{subject.adapter} was trained on other weights than those of {subject.model.path}: it belongs to "
-                    f"{subject.run.model.path} as it was then. Leave out model=, or name the model it was trained on."
+                    f"{subject.adapter} was trained on other weights than those of "
+                    f"{subject.model.path}: it belongs to "
+                    f"{subject.run.model.path} as it was then. Leave out model=, or name the "
+                    f"model it was trained on."
                 )
         model = attach(base, subject.adapter)
     dtype = subject.model.autocast_dtype(subject.train.autocast, on_gpu=device.type == "cuda")
-    autocast = partial(torch.autocast, device.type, dtype and getattr(torch, dtype), enabled=dtype is not None)
+    autocast = partial(
+        torch.autocast, device.type, dtype and getattr(torch, dtype), enabled=dtype is not None
+    )
     return LoadedModel(model.eval(), base, load_tokenizer(subject.model), autocast)
 
 
-# --- a model in training ----------------------------------------------------------------------------------------------
+# --- a model in training --------------------------------------------------------------------------
 
 
 class Sampler:
-    """Answers requests in their order, the same on every process: by the model in training, or by a server that has the
-    adapter of the moment. Processes divide them; a UserError in one is raised in all.
+    """Answers requests in their order, the same on every process: by the model in training, or by a
+    server that has the adapter of the moment. Processes divide them; a UserError in one is raised
+    in all.
 
     Args:
         progress: its update tells when the server's adapter is out of date.
@@ -83,13 +92,18 @@ class Sampler:
         progress: Progress,
         folder: Path,
     ) -> None:
-        self.tokenizer, self.loss, self.accelerator = tokenizer, loss, accelerator
-        self.progress, self.folder, self.served_update = progress, folder, None
+        self.tokenizer = tokenizer
+        self.loss = loss
+        self.accelerator = accelerator
+        self.progress = progress
+        self.folder = folder
+        self.served_update = None
         self.is_served = config.train.server is not None
         if self.is_served:
             require(
                 is_adapter(loss.model),
-                f"train.server={config.train.server}: adapter.kind={config.adapter.kind} has no adapter to load there.",
+                f"train.server={config.train.server}: adapter.kind={config.adapter.kind} has no "
+                f"adapter to load there.",
             )
             self.engine = Server(config.train.server, config.model, tokenizer)
         else:
@@ -100,22 +114,36 @@ class Sampler:
             remove_folder(self.folder)
 
     def answer(
-        self, requests: Sequence[Request], max_new_tokens: int, stop: list[str], config: GenerationConfig
+        self,
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        stop: list[str],
+        config: GenerationConfig,
     ) -> list[Answer]:
         if self.is_served and self.served_update != self.progress.update:
             self._serve()
-        processes, process = self.accelerator.num_processes, self.accelerator.process_index
-        batches = self.engine.batches(requests, max_new_tokens, config, processes)[process::processes]
-        answered, problem = [], None
+        processes = self.accelerator.num_processes
+        process = self.accelerator.process_index
+        batches = self.engine.batches(requests, max_new_tokens, config, processes)[
+            process::processes
+        ]
+        answered = []
+        problem = None
         try:
-            answered = list(itertools.chain.from_iterable(self.engine.answers(batches, max_new_tokens, stop, config)))
+            answered = list(
+                itertools.chain.from_iterable(
+                    self.engine.answers(batches, max_new_tokens, stop, config)
+                )
+            )
         except UserError as error:  # of this process alone: the others wait in the gather
             problem = str(error)
         shares = gather_object([(answered, problem)])
         if problem := next((problem for _, problem in shares if problem is not None), None):
             raise UserError(problem)
         answers = {
-            (answer.generation.problem, answer.generation.sample): answer for share, _ in shares for answer in share
+            (answer.generation.problem, answer.generation.sample): answer
+            for share, _ in shares
+            for answer in share
         }
         return [answers[request.problem, request.sample] for request in requests]
 

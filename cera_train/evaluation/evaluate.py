@@ -1,5 +1,6 @@
-"""Evaluation, top to bottom: load the model; generate answers and grade them, or measure perplexity; write and print
-the result. A run's folder is all it needs: the folder holds the config."""
+"""Evaluation, top to bottom: load the model; generate answers and grade them, or measure
+perplexity; write and print the result. A run's folder is all it needs: the folder holds the
+config."""
 
 import time
 from collections.abc import Container, Sequence
@@ -15,14 +16,24 @@ from cera_train.adapters.saved import keeps_base
 from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.settings import require
 from cera_train.common.terminal import ProgressBar, duration, print_fields, print_line
-from cera_train.distributed.accelerator import forget_earlier_runs, quiet_libraries, start_accelerator
+from cera_train.distributed.accelerator import (
+    forget_earlier_runs,
+    quiet_libraries,
+    start_accelerator,
+)
 from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.generate import CACHE_BYTES
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.evaluation.requests import requests_for
 from cera_train.evaluation.server import Server
-from cera_train.evaluation.tasks.task import AnswerTask, Task, build_task, describe_trained_on, load_problems
+from cera_train.evaluation.tasks.task import (
+    AnswerTask,
+    Task,
+    build_task,
+    describe_trained_on,
+    load_problems,
+)
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
 from cera_train.runs.evaluation_folder import (
@@ -40,7 +51,8 @@ from cera_train.settings.evaluation import EvalConfig
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Measures a run on a task, or resumes where an earlier call was cut. Answers that are there are graded again.
+    """Measures a run on a task, or resumes where an earlier call was cut. Answers that are there
+    are graded again.
 
     Returns:
         The content of result.json, such as `exact/pass@1` or `perplexity`, by the kind of task.
@@ -56,11 +68,17 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.server is None:  # else the server chooses
         subject = choose_dtype(subject, path / "config.yaml")
     # Answers differ in length, so one process may wait hours for another.
-    accelerator = start_accelerator(subject.model, subject.train.autocast, DistributedConfig(timeout=86_400))
-    is_main, server, computes = accelerator.is_main_process, None, str(subject.model.dtype)
+    accelerator = start_accelerator(
+        subject.model, subject.train.autocast, DistributedConfig(timeout=86_400)
+    )
+    is_main = accelerator.is_main_process
+    server = None
+    computes = str(subject.model.dtype)
     with EvaluationFolder.open(path, is_main, accelerator.process_index) as folder:
         if config.server is not None:
-            server = Server(config.server, subject.model, load_tokenizer(subject.model), subject.adapter)
+            server = Server(
+                config.server, subject.model, load_tokenizer(subject.model), subject.adapter
+            )
             computes = f"{server.version} at {server.url}"
         config = replace(
             config,
@@ -100,8 +118,12 @@ class Evaluation:
     server: Server | None
 
     def answer_and_grade(self) -> AccuracyResult:
-        """Generates the missing answers, then grades all of them; the main process alone has the result."""
-        task, config, folder, accelerator = self.task, self.config, self.folder, self.accelerator
+        """Generates the missing answers, then grades all of them; the main process alone has the
+        result."""
+        task = self.task
+        config = self.config
+        folder = self.folder
+        accelerator = self.accelerator
         is_main = accelerator.is_main_process
         problems = load_problems(config.task, self.subject.data)
         if is_main:
@@ -110,7 +132,11 @@ class Evaluation:
                 print_line("shared", shared)
         answers = folder.answers()
         accelerator.wait_for_everyone()  # nobody writes while others read
-        keys = [(problem.id, sample) for problem in problems for sample in range(config.generation.samples)]
+        keys = [
+            (problem.id, sample)
+            for problem in problems
+            for sample in range(config.generation.samples)
+        ]
         if any(key not in answers for key in keys):
             try:
                 self.generate_missing(problems, answers.keys())
@@ -128,37 +154,55 @@ class Evaluation:
         grades = grade_all(task, problems, answers)
         folder.write_grades(grades)
         return score(task, problems, answers, grades).replace(
-            task=config.folder_name, kind=config.task.kind, problems=len(problems), samples=config.generation.samples
+            task=config.folder_name,
+            kind=config.task.kind,
+            problems=len(problems),
+            samples=config.generation.samples,
         )
 
     def generate_missing(self, problems: Sequence[Problem], done: Container[Key]) -> None:
         """Appends this process's share of the missing answers to its file, as they come."""
-        accelerator, settings, generation = self.accelerator, self.config.task, self.config.generation
+        accelerator = self.accelerator
+        settings = self.config.task
+        generation = self.config.generation
         engine = self.server or load_subject(self.subject, accelerator.device)
         room = settings.max_new_tokens
         requests = [
             request
-            for request in requests_for(problems, generation.samples, engine.tokenizer, room, engine.positions)
+            for request in requests_for(
+                problems, generation.samples, engine.tokenizer, room, engine.positions
+            )
             if (request.problem, request.sample) not in done
         ]
         processes = accelerator.num_processes
         if self.server is None:  # rounding follows from the batch: every process cuts the same ones
-            tokens = generation.batch_tokens or engine.batch_tokens(requests, room, processes, self.cache_memory())
+            tokens = generation.batch_tokens or engine.batch_tokens(
+                requests, room, processes, self.cache_memory()
+            )
             generation = replace(generation, batch_tokens=min(gather_object([tokens])))
-        mine = engine.batches(requests, room, generation, processes)[accelerator.process_index :: processes]
+        mine = engine.batches(requests, room, generation, processes)[
+            accelerator.process_index :: processes
+        ]
         by_id = {problem.id: problem for problem in problems}
-        total, answered, correct, started = sum(map(len, mine)), 0, 0, time.perf_counter()
+        total = sum(map(len, mine))
+        answered = 0
+        correct = 0
+        started = time.perf_counter()
         others = processes - 1
         sharing = f" in this process, {others} more at work" if others else ""
         with (
-            closing(ProgressBar("answer", total, 0, visible=accelerator.is_main_process)) as progress,
+            closing(
+                ProgressBar("answer", total, 0, visible=accelerator.is_main_process)
+            ) as progress,
             closing(engine.answers(mine, room, settings.stop, generation)) as batches,
         ):
             for ended in batches:
                 answers = [answer.generation for answer in ended]
                 self.folder.append_answers(answers)
                 answered += len(answers)
-                correct += sum(self.task.grade(by_id[answer.problem], answer).exact for answer in answers)
+                correct += sum(
+                    self.task.grade(by_id[answer.problem], answer).exact for answer in answers
+                )
                 left = duration((time.perf_counter() - started) / answered * (total - answered))
                 progress.step(f"exact {correct / answered:.1%}{sharing}  {left} left", len(answers))
 
@@ -168,13 +212,19 @@ class Evaluation:
         return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CACHE_BYTES
 
     def measure_perplexity(self) -> PerplexityResult:
-        """Measures perplexity with the adapter and without it, and on rows the spectra; once, then it is on record."""
-        config, subject, accelerator = self.config, self.subject, self.accelerator
-        rows = self.task.rows(config.task, config.data or subject.data, subject.model, load_tokenizer(subject.model))
+        """Measures perplexity with the adapter and without it, and on rows the spectra; once, then
+        it is on record."""
+        config = self.config
+        subject = self.subject
+        accelerator = self.accelerator
+        rows = self.task.rows(
+            config.task, config.data or subject.data, subject.model, load_tokenizer(subject.model)
+        )
         if (before := find_evaluation_result(self.folder.path)) is not None:
             require(
                 before.rows_digest == rows.digest,
-                f"{self.folder.path} has the perplexity of other rows: a data file changed. Restore it, or set "
+                f"{self.folder.path} has the perplexity of other rows: a data file changed. "
+                f"Restore it, or set "
                 "name=... for another folder.",
             )
             return before

@@ -1,8 +1,8 @@
-"""A model in this process answers requests: greedy, or sampled with random numbers that depend on (seed, problem,
-sample) alone.
+"""A model in this process answers requests: greedy, or sampled with random numbers that depend on
+(seed, problem, sample) alone.
 
-Except for rounding, an answer depends neither on its batch nor on the order of problems, so a resumed evaluation
-answers only what is missing.
+Except for rounding, an answer depends neither on its batch nor on the order of problems, so a
+resumed evaluation answers only what is missing.
 """
 
 import inspect
@@ -16,7 +16,14 @@ import torch
 from peft import LoraConfig
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, StopStringCriteria, TextStreamer
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+    StopStringCriteria,
+    TextStreamer,
+)
 from transformers.cache_utils import DynamicLayer
 
 from cera_train.cera import for_inference
@@ -30,8 +37,11 @@ ROWS_AT_ONCE = 256  # more answer no faster, and each needs logits of the whole 
 CACHE_BYTES = 2**32  # keys and values of a batch, where generation.batch_tokens is null
 
 
-def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: int) -> list[list[Request]]:
-    """Cuts batches of similar prompt length, longest first, of at most `batch_tokens` with padding and answers."""
+def cut_batches(
+    requests: Sequence[Request], max_new_tokens: int, batch_tokens: int
+) -> list[list[Request]]:
+    """Cuts batches of similar prompt length, longest first, of at most `batch_tokens` with padding
+    and answers."""
     batches: list[list[Request]] = []
     for request in sorted(requests, key=lambda request: -len(request.prompt_ids)):
         longest = len(batches[-1][0].prompt_ids) if batches else 0
@@ -43,11 +53,16 @@ def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: 
 
 
 class TokenChoice:
-    """Chooses the next token of every row: the likeliest; or, at a temperature, by inverting the distribution function,
-    cut at top-p, at a uniform random number. A row's random numbers depend on (seed, problem, sample) alone."""
+    """Chooses the next token of every row: the likeliest; or, at a temperature, by inverting the
+    distribution function, cut at top-p, at a uniform random number. A row's random numbers depend
+    on (seed, problem, sample) alone."""
 
-    def __init__(self, batch: Sequence[Request], max_new_tokens: int, config: GenerationConfig) -> None:
-        self.config, self.step, uniform = config, 0, []
+    def __init__(
+        self, batch: Sequence[Request], max_new_tokens: int, config: GenerationConfig
+    ) -> None:
+        self.config = config
+        self.step = 0
+        uniform = []
         for request in batch if config.temperature else []:
             generator = torch.Generator().manual_seed(seed_of(request, config))
             uniform.append(torch.rand(max_new_tokens, generator=generator, dtype=torch.float64))
@@ -55,14 +70,17 @@ class TokenChoice:
 
     def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
         """As a logits processor: makes a greedy `model.generate` take the chosen tokens."""
-        return torch.full_like(logits_BV, -torch.inf).scatter(-1, self.tokens(logits_BV)[:, None], 0.0)
+        return torch.full_like(logits_BV, -torch.inf).scatter(
+            -1, self.tokens(logits_BV)[:, None], 0.0
+        )
 
     def tokens(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """[B] tokens. Raises UserError where logits are not finite."""
         likeliest_B = logits_BV.argmax(-1)  # argmax returns the place of a NaN, if there is one
         if not logits_BV.gather(-1, likeliest_B[:, None]).isfinite().all():
             raise UserError(
-                "the model's logits are not finite: its training diverged. Take an earlier adapter, such as RUN/best, "
+                "the model's logits are not finite: its training diverged. Take an earlier "
+                "adapter, such as RUN/best, "
                 "or train with a lower optimizer.lr."
             )
         if not self.config.temperature:
@@ -70,9 +88,12 @@ class TokenChoice:
         probabilities = torch.softmax(logits_BV.double() / self.config.temperature, -1)
         if self.config.top_p < 1:  # sorting takes longer than all else here
             ranked, order = probabilities.sort(descending=True)
-            is_kept = ranked.cumsum(-1) - ranked < self.config.top_p  # includes the token that brings the sum to top_p
+            is_kept = (
+                ranked.cumsum(-1) - ranked < self.config.top_p
+            )  # includes the token that brings the sum to top_p
             probabilities *= torch.zeros_like(probabilities).scatter(-1, order, is_kept.double())
-        # In the vocabulary's order: sorted by likelihood, rounding would swap tokens that are nearly as likely.
+        # In the vocabulary's order: sorted by likelihood, rounding would swap tokens that are
+        # nearly as likely.
         cumulative = probabilities.cumsum(-1)
         uniform = self.uniform_BT[:, self.step, None].to(logits_BV.device)
         self.step += 1
@@ -90,22 +111,33 @@ class LoadedModel:
     model: Any
     base: PreTrainedModel  # the transformers model in `model`; without an adapter the same
     tokenizer: Any
-    context: Callable[[], AbstractContextManager] = nullcontext  # entered for each batch, such as autocast
+    context: Callable[[], AbstractContextManager] = (
+        nullcontext  # entered for each batch, such as autocast
+    )
 
     @property
     def positions(self) -> int | None:
         return positions_of(self.base.config)
 
     def batches(
-        self, requests: Sequence[Request], max_new_tokens: int, config: GenerationConfig, processes: int
+        self,
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        config: GenerationConfig,
+        processes: int,
     ) -> list[list[Request]]:
         tokens = config.batch_tokens or self.batch_tokens(requests, max_new_tokens, processes)
         return cut_batches(requests, max_new_tokens, tokens)
 
     def batch_tokens(
-        self, requests: Sequence[Request], max_new_tokens: int, processes: int, memory: int = CACHE_BYTES
+        self,
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        processes: int,
+        memory: int = CACHE_BYTES,
     ) -> int:
-        """Tokens of a batch: as many as have room for keys and values, at most a process's share of the requests."""
+        """Tokens of a batch: as many as have room for keys and values, at most a process's share of
+        the requests."""
         longest = max((len(request.prompt_ids) for request in requests), default=0)
         share = math.ceil(len(requests) / processes) * (longest + max_new_tokens)
         return min(share, memory // cache_bytes(self.base.config, self.base.dtype.itemsize))
@@ -125,19 +157,27 @@ class LoadedModel:
                 yield from self.generate(batch, config, streamer)
 
     def prepare(self, max_new_tokens: int, stop: list[str]) -> None:
-        """Replaces the generation settings that came with the model, such as a penalty on repetition."""
+        """Replaces the generation settings that came with the model, such as a penalty on
+        repetition."""
         ends = self.base.generation_config.eos_token_id
-        self.base.generation_config = generation_settings(self.tokenizer, ends, max_new_tokens, stop)
+        self.base.generation_config = generation_settings(
+            self.tokenizer, ends, max_new_tokens, stop
+        )
 
     @torch.no_grad()
     def generate(
-        self, batch: Sequence[Request], config: GenerationConfig, streamer: TextStreamer | None = None
+        self,
+        batch: Sequence[Request],
+        config: GenerationConfig,
+        streamer: TextStreamer | None = None,
     ) -> Iterator[list[Answer]]:
         """The answers of a batch, as they end, after `prepare`."""
         settings = self.base.generation_config
         prompts = [torch.tensor(request.prompt_ids, dtype=torch.long) for request in batch]
         ids_BT = pad_sequence(prompts, True, settings.pad_token_id, "left").to(self.base.device)
-        mask_BT = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(self.base.device)
+        mask_BT = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(
+            self.base.device
+        )
         choice = TokenChoice(batch, settings.max_new_tokens, config)
         with for_inference(self.model):
             if self.can_decode:
@@ -156,33 +196,49 @@ class LoadedModel:
 
     @property
     def can_decode(self) -> bool:
-        """Whether keys and values are all that the model keeps of earlier tokens, and its inputs are the usual ones.
-        False for sliding windows, recurrent states, and adapters that act on the whole prompt."""
-        base, adapter = self.base, None if self.model is self.base else self.model.active_peft_config
+        """Whether keys and values are all that the model keeps of earlier tokens, and its inputs
+        are the usual ones. False for sliding windows, recurrent states, and adapters that act on
+        the whole prompt."""
+        base = self.base
+        adapter = None if self.model is self.base else self.model.active_peft_config
         if adapter is not None and (
-            adapter.is_prompt_learning or (isinstance(adapter, LoraConfig) and adapter.alora_invocation_tokens)
+            adapter.is_prompt_learning
+            or (isinstance(adapter, LoraConfig) and adapter.alora_invocation_tokens)
         ):
             return False
         arguments = inspect.signature(base.forward).parameters.keys()
         return (
-            type(base).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+            type(base).prepare_inputs_for_generation
+            is GenerationMixin.prepare_inputs_for_generation
             and {"attention_mask", "position_ids", "logits_to_keep"} <= arguments
-            and all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers)
+            and all(
+                type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers
+            )
         )
 
     def _decode(
-        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, choice: TokenChoice, streamer: TextStreamer | None
+        self,
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor,
+        choice: TokenChoice,
+        streamer: TextStreamer | None,
     ) -> Iterator[list[tuple[int, list[int]]]]:
-        """The rows that end at a step, each with its new tokens, the end token included. Gives the answers of
-        `model.generate`, faster: prompts run beside others of like length, and a finished row leaves the batch at once.
+        """The rows that end at a step, each with its new tokens, the end token included. Gives the
+        answers of `model.generate`, faster: prompts run beside others of like length, and a
+        finished row leaves the batch at once.
 
         Args:
             ids_BT: prompts, padded on the left.
             mask_BT: 0 where they are padded, else 1.
         """
-        settings, prompt = self.base.generation_config, ids_BT.shape[1]
+        settings = self.base.generation_config
+        prompt = ids_BT.shape[1]
         ends = torch.tensor(settings.eos_token_id, device=ids_BT.device)
-        stops = StopStringCriteria(self.tokenizer, settings.stop_strings) if settings.stop_strings else None
+        stops = (
+            StopStringCriteria(self.tokenizer, settings.stop_strings)
+            if settings.stop_strings
+            else None
+        )
         if streamer is not None:
             streamer.put(ids_BT.cpu())
         cache, logits_BV = self._read_prompts(ids_BT, mask_BT)
@@ -195,14 +251,21 @@ class LoadedModel:
             has_ended_B = torch.isin(tokens_B, ends)
             if stops is not None:
                 has_ended_B |= stops(ids_BT[:, prompt:], None)
-            has_ended = has_ended_B.tolist() if step < settings.max_new_tokens else [True] * len(rows)
+            has_ended = (
+                has_ended_B.tolist() if step < settings.max_new_tokens else [True] * len(rows)
+            )
             if any(has_ended):
-                yield [(row, ids_BT[place, prompt:].tolist()) for place, row in enumerate(rows) if has_ended[place]]
+                yield [
+                    (row, ids_BT[place, prompt:].tolist())
+                    for place, row in enumerate(rows)
+                    if has_ended[place]
+                ]
                 if all(has_ended):
                     break
                 kept, gaps = gap_free(has_ended_B)
                 rows = [rows[place] for place in kept.tolist()]
-                ids_BT, mask_BT = ids_BT[kept], mask_BT[kept]
+                ids_BT = ids_BT[kept]
+                mask_BT = mask_BT[kept]
                 choice.keep(kept)
                 for layer in cache.layers:
                     layer.keep(kept, gaps)
@@ -211,35 +274,59 @@ class LoadedModel:
         if streamer is not None:
             streamer.end()
 
-    def _read_prompts(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[Cache, torch.Tensor]:
-        """Keys and values of prompts, and the logits after each. A prompt of several answers runs once. A few run at a
-        time, which `cut_batches` made neighbours because of their like length: padding costs as much as tokens do."""
-        (mask_BT, ids_BT), prompt_B = torch.stack([mask_BT, ids_BT]).unique_consecutive(return_inverse=True, dim=1)
-        caches, logits = [], []
-        for ids, mask in zip(ids_BT.split(PROMPTS_AT_ONCE), mask_BT.split(PROMPTS_AT_ONCE), strict=True):
+    def _read_prompts(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+    ) -> tuple[Cache, torch.Tensor]:
+        """Keys and values of prompts, and the logits after each. A prompt of several answers runs
+        once. A few run at a time, which `cut_batches` made neighbours because of their like length:
+        padding costs as much as tokens do."""
+        (mask_BT, ids_BT), prompt_B = torch.stack([mask_BT, ids_BT]).unique_consecutive(
+            return_inverse=True, dim=1
+        )
+        caches = []
+        logits = []
+        for ids, mask in zip(
+            ids_BT.split(PROMPTS_AT_ONCE), mask_BT.split(PROMPTS_AT_ONCE), strict=True
+        ):
             longest = int(mask.sum(-1).max())
             caches.append(DynamicCache(config=self.base.config))
             logits.append(self._next_logits(ids[:, -longest:], mask[:, -longest:], caches[-1]))
-        width, room = ids_BT.shape[1], self.base.generation_config.max_new_tokens
+        width = ids_BT.shape[1]
+        room = self.base.generation_config.max_new_tokens
         layers = []
         for number in range(len(caches[0].layers)):
             parts = [cache.layers[number] for cache in caches]
             # Masked places weigh 0 in attention.
             keys, values = (
-                torch.cat([pad(states, (0, 0, width - states.shape[-2], 0)) for states in states_of_parts])[prompt_B]
-                for states_of_parts in ([layer.keys for layer in parts], [layer.values for layer in parts])
+                torch.cat(
+                    [pad(states, (0, 0, width - states.shape[-2], 0)) for states in states_of_parts]
+                )[prompt_B]
+                for states_of_parts in (
+                    [layer.keys for layer in parts],
+                    [layer.values for layer in parts],
+                )
             )
             layers.append(RoomyLayer(keys, values, room))
             for cache in caches:
-                cache.layers[number] = None  # else keys and values of all layers would be there twice
+                cache.layers[number] = (
+                    None  # else keys and values of all layers would be there twice
+                )
         return Cache(layers), torch.cat(logits)[prompt_B]
 
-    def _next_logits(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """[B, V] logits after the last of these tokens. The cache holds the tokens before them; these are added."""
-        # An index, since torch multiplies each row of a slice by a copy of the head's weights where they are frozen.
+    def _next_logits(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: Cache
+    ) -> torch.Tensor:
+        """[B, V] logits after the last of these tokens. The cache holds the tokens before them;
+        these are added."""
+        # An index, since torch multiplies each row of a slice by a copy of the head's weights where
+        # they are frozen.
         last = torch.tensor([-1], device=ids_BT.device)
         # transformers 5.24 renames the argument, and warns of the old name
-        name = "cache" if "cache" in inspect.signature(self.base.forward).parameters else "past_key_values"
+        name = (
+            "cache"
+            if "cache" in inspect.signature(self.base.forward).parameters
+            else "past_key_values"
+        )
         output = self.model(
             input_ids=ids_BT,
             attention_mask=mask_BT,
@@ -252,13 +339,14 @@ class LoadedModel:
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values with room for more tokens. A DynamicLayer copies all it has for every token, and again for rows
-    that leave."""
+    """Keys and values with room for more tokens. A DynamicLayer copies all it has for every token,
+    and again for rows that leave."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
         super().__init__()
         self._room = [
-            states.new_empty(*states.shape[:2], states.shape[2] + room, states.shape[3]) for states in (keys, values)
+            states.new_empty(*states.shape[:2], states.shape[2] + room, states.shape[3])
+            for states in (keys, values)
         ]
         self.lazy_initialization(keys, values)
         self.update(keys, values)
@@ -277,11 +365,13 @@ class RoomyLayer(DynamicLayer):
         """Reduces the batch to these rows; only those that fill gaps are copied."""
         for states in (self.keys, self.values):
             states[gaps] = states[rows_B[gaps]]
-        self.keys, self.values = self.keys[: len(rows_B)], self.values[: len(rows_B)]
+        self.keys = self.keys[: len(rows_B)]
+        self.values = self.values[: len(rows_B)]
 
 
 def gap_free(has_ended_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows that have not ended, the last ones in the places of those that have; and these places."""
+    """The rows that have not ended, the last ones in the places of those that have; and these
+    places."""
     going_on = (~has_ended_B).nonzero()[:, 0]
     rows = torch.arange(len(going_on), device=going_on.device)
     gaps = has_ended_B[: len(rows)].nonzero()[:, 0]

@@ -1,8 +1,10 @@
-"""Answers -> grades -> scores. Two graders, both reported: `exact` is the task's published rule; `verified` is
-mathematical equality by math-verify, or exact. An answer that a grader cannot read is wrong and counted.
+"""Answers -> grades -> scores. Two graders, both reported: `exact` is the task's published rule;
+`verified` is mathematical equality by math-verify, or exact. An answer that a grader cannot read is
+wrong and counted.
 
-A model's answer is hostile input: 9^{9^{9^9}} would take all time and memory. So math-verify runs in processes with a
-memory limit and a time limit for each answer. An answer that exceeds one is wrong; the others go on.
+A model's answer is hostile input: 9^{9^{9^9}} would take all time and memory. So math-verify runs
+in processes with a memory limit and a time limit for each answer. An answer that exceeds one is
+wrong; the others go on.
 """
 
 import itertools
@@ -35,7 +37,9 @@ from cera_train.runs.evaluation_folder import (
 )
 
 SECONDS = 5.0  # an answer's time limit
-MEMORY_LIMIT = 2**30  # bytes beyond a process's imports, ten times what math-verify needs for honest answers
+MEMORY_LIMIT = (
+    2**30
+)  # bytes beyond a process's imports, ten times what math-verify needs for honest answers
 LOOP_TIMES = 3
 LOOP_CHARACTERS = 50
 LONGEST_SEGMENT = 1_000
@@ -43,28 +47,38 @@ PERCENT = re.compile(r"%[\s$.]*$")
 BASE = re.compile(r"-?[\dA-Z]+_\{?(\d+)\}?$")  # 11_8, which math-verify takes for 11
 
 
-def grade_all(task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation]) -> list[Grade]:
+def grade_all(
+    task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation]
+) -> list[Grade]:
     """The grade of each answer by every grader that the task has, and how the answer ended."""
     by_id = {problem.id: problem for problem in problems}
-    graded = [(by_id[answer.problem], answer, task.grade(by_id[answer.problem], answer)) for answer in answers]
+    graded = [
+        (by_id[answer.problem], answer, task.grade(by_id[answer.problem], answer))
+        for answer in answers
+    ]
     verdicts = iter(())
     if task.is_verified:
         candidates = [
-            Candidate(problem.gold, grade.answer, answer.text) for problem, answer, grade in graded if not grade.exact
+            Candidate(problem.gold, grade.answer, answer.text)
+            for problem, answer, grade in graded
+            if not grade.exact
         ]
         verdicts = iter(judge(candidates))
     grades = []
     for problem, answer, grade in graded:
         if task.is_verified:
             verdict = Verdict(True) if grade.exact else next(verdicts)  # an exact answer is equal
-            grade = grade.replace(verified=verdict.correct, failure=grade.failure or verdict.failure)
+            grade = grade.replace(
+                verified=verdict.correct, failure=grade.failure or verdict.failure
+            )
         grades.append(grade.replace(ending=ending_of(problem, answer, grade)))
     return grades
 
 
 def ending_of(problem: Problem, answer: Generation, grade: Grade) -> str:
-    """The first that applies of right, the task's (collapsed: a state stands still where the truth moves), loop (the
-    text repeats itself, and the gold answer does not), truncated (by max_new_tokens) and wrong."""
+    """The first that applies of right, the task's (collapsed: a state stands still where the truth
+    moves), loop (the text repeats itself, and the gold answer does not), truncated (by
+    max_new_tokens) and wrong."""
     if grade.is_right:
         return RIGHT
     if grade.ending is not None:
@@ -75,8 +89,9 @@ def ending_of(problem: Problem, answer: Generation, grade: Grade) -> str:
 
 
 def is_loop(text: str) -> bool:
-    """Whether a text ends in a segment that comes at least 3 times in a row, the last or first time perhaps in part,
-    over at least 50 characters: repetition at the end, as Holtzman et al. 2020 (arXiv 1904.09751) count it in tokens.
+    """Whether a text ends in a segment that comes at least 3 times in a row, the last or first time
+    perhaps in part, over at least 50 characters: repetition at the end, as Holtzman et al. 2020
+    (arXiv 1904.09751) count it in tokens.
     """
     for length in range(1, min(len(text) // LOOP_TIMES, LONGEST_SEGMENT) + 1):
         start = len(text) - max(LOOP_TIMES * length, LOOP_CHARACTERS)
@@ -87,10 +102,13 @@ def is_loop(text: str) -> bool:
 
 
 def score(
-    task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation], grades: Sequence[Grade]
+    task: AnswerTask,
+    problems: Sequence[Problem],
+    answers: Sequence[Generation],
+    grades: Sequence[Grade],
 ) -> AccuracyResult:
-    """The scores of an evaluation: pass@k for every k up to the number of samples, with its 95 % interval, and what the
-    task adds."""
+    """The scores of an evaluation: pass@k for every k up to the number of samples, with its 95 %
+    interval, and what the task adds."""
     figures = task.scores(problems, grades)
     for grader in task.graders:
         by_problem: dict[str, list[bool]] = {}
@@ -109,7 +127,7 @@ def score(
     )
 
 
-# --- math-verify -----------------------------------------------------------------------------------------------------
+# --- math-verify ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -128,13 +146,18 @@ class Verdict:
 
 
 def judge(candidates: Sequence[Candidate], seconds: float = SECONDS) -> list[Verdict]:
-    """Verifies answers in processes that can be stopped, each within `seconds` of when a process begins it."""
+    """Verifies answers in processes that can be stopped, each within `seconds` of when a process
+    begins it."""
     workers = min(len(os.sched_getaffinity(0)), len(candidates)) or 1
     # Spawned: a fork of a process with torch's threads can hang.
-    pool = pebble.ProcessPool(workers, context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pool = pebble.ProcessPool(
+        workers, context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
     try:
         # pool.map would count the wait for a free process, and its start, as the answer's time.
-        verdicts = [pool.schedule(_verdict, [candidate], timeout=seconds) for candidate in candidates]
+        verdicts = [
+            pool.schedule(_verdict, [candidate], timeout=seconds) for candidate in candidates
+        ]
         return [_outcome(verdict) for verdict in verdicts]
     finally:
         pool.stop()
@@ -153,8 +176,11 @@ def _outcome(verdict: pebble.ProcessFuture) -> Verdict:
 def _start_worker() -> None:
     # pebble handles SIGTERM in Python, which cannot run during a long multiplication.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
-    # The first call imports and compiles for seconds, which must not count against an answer's time limit.
+    logging.getLogger("math_verify").setLevel(
+        logging.ERROR
+    )  # it warns that its time limits are off
+    # The first call imports and compiles for seconds, which must not count against an answer's time
+    # limit.
     _is_equal(Candidate(gold=r"\frac{1}{2}", answer="x^2", text=""))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY_LIMIT
@@ -167,11 +193,14 @@ def _verdict(candidate: Candidate) -> Verdict:
         return Verdict(_is_equal(candidate))
     except Exception as error:
         message = " ".join(str(error).split())
-        return Verdict(False, ": ".join(filter(None, ("crash", type(error).__name__, message)))[:200])
+        return Verdict(
+            False, ": ".join(filter(None, ("crash", type(error).__name__, message)))[:200]
+        )
 
 
 def _is_equal(candidate: Candidate) -> bool:
-    gold, answer = candidate.gold, candidate.answer
+    gold = candidate.gold
+    answer = candidate.answer
     if answer is None:
         return _is_any_equal(_parse_box(gold), _parse(candidate.text))
     if math.is_exact(answer, gold):  # also where math-verify cannot read the gold answer
@@ -179,7 +208,8 @@ def _is_equal(candidate: Candidate) -> bool:
     bases = [BASE.match(math.normalize(text)) for text in (gold, answer)]
     if all(bases) and bases[0][1] != bases[1][1]:
         return False
-    golds, answers = _parse_box(gold), _parse_box(answer)
+    golds = _parse_box(gold)
+    answers = _parse_box(answer)
     # Two percentages are compared as numbers; one alone, 20\%, may stand for 20 or for 1/5.
     if PERCENT.search(gold) and not PERCENT.search(answer):
         golds += _parse_box(rf"\frac{{{math.normalize(gold)}}}{{100}}")
@@ -201,8 +231,8 @@ def _parse(text: str) -> list:
 
 
 def _is_any_equal(golds: list, answers: list) -> bool:
-    """Whether any reading of the gold answer equals one of the answer; raises an error where none does and a comparison
-    failed."""
+    """Whether any reading of the gold answer equals one of the answer; raises an error where none
+    does and a comparison failed."""
     from math_verify import verify
 
     failure = None

@@ -1,5 +1,5 @@
-"""Rows held out from training, under a model: the losses of their tokens, and the spectra of its adapter on a probe of
-them."""
+"""Rows held out from training, under a model: the losses of their tokens, and the spectra of its
+adapter on a probe of them."""
 
 import itertools
 from collections.abc import Sequence
@@ -31,9 +31,11 @@ class HeldOut:
         micro_batch_tokens: int,
         probe_tokens: int,
     ) -> None:
-        self.loss, self.accelerator = loss, accelerator
+        self.loss = loss
+        self.accelerator = accelerator
         self.batches = MicroBatches(rows, loss.is_flat, micro_batch_tokens, accelerator.device)
-        self.rows, self.probe = range(len(rows)), self.batches.first(probe_tokens)
+        self.rows = range(len(rows))
+        self.probe = self.batches.first(probe_tokens)
 
     def token_losses(self) -> TokenLosses:
         """The loss of every supervised token."""
@@ -58,15 +60,22 @@ def token_losses(
     was_training = loss.training
     loss.eval()
     for group, counts in shared_out(batches, rows, accelerator):
-        of_rows = loss(batches.load(group), by_token=True).split([batches.supervised[row] for row in group])
+        of_rows = loss(batches.load(group), by_token=True).split(
+            [batches.supervised[row] for row in group]
+        )
         for row, row_losses in zip(group, of_rows, strict=True) if counts else ():
             losses[starts[row] :][: len(row_losses)] = row_losses
     loss.train(was_training)
     # Zero where another process has the row, so a sum puts them together without rounding.
-    return TokenLosses(numpy.array(supervised, numpy.int64), accelerator.reduce(losses).cpu().numpy())
+    return TokenLosses(
+        numpy.array(supervised, numpy.int64), accelerator.reduce(losses).cpu().numpy()
+    )
 
 
-def shared_out(batches: MicroBatches, rows: Sequence[int], accelerator: Accelerator) -> list[tuple[list[int], bool]]:
+def shared_out(
+    batches: MicroBatches, rows: Sequence[int], accelerator: Accelerator
+) -> list[tuple[list[int], bool]]:
     """The rows of this process's micro-batches, and whether each counts."""
-    processes, process = accelerator.num_processes, accelerator.process_index
+    processes = accelerator.num_processes
+    process = accelerator.process_index
     return batches.passes(rows, processes, process, in_step=accelerator.is_fsdp2)

@@ -1,4 +1,5 @@
-"""Requests to a model, and the answers to them, whichever engine gives them: this process or a server."""
+"""Requests to a model, and the answers to them, whichever engine gives them: this process or a
+server."""
 
 import hashlib
 from collections.abc import Sequence
@@ -29,14 +30,23 @@ class Answer(NamedTuple):
 
 
 def requests_for(
-    problems: Sequence[Problem], samples: int, tokenizer: Any, max_new_tokens: int, positions: int | None
+    problems: Sequence[Problem],
+    samples: int,
+    tokenizer: Any,
+    max_new_tokens: int,
+    positions: int | None,
 ) -> list[Request]:
     """The answers to generate: `samples` for each problem, in order."""
     start = start_ids(tokenizer)
-    prompts = [(*start, *ids) for ids in ids_of([problem.prompt for problem in problems], tokenizer)]
+    prompts = [
+        (*start, *ids) for ids in ids_of([problem.prompt for problem in problems], tokenizer)
+    ]
     empty = prompts.index(()) + 1 if () in prompts else None
-    mend = "add words to task.prompt"
-    require(empty is None, f"the prompt of problem {empty} is empty, and the tokenizer has no start token: {mend}.")
+    fix = "add words to task.prompt"
+    require(
+        empty is None,
+        f"the prompt of problem {empty} is empty, and the tokenizer has no start token: {fix}.",
+    )
     check_positions("task.max_new_tokens", max_new_tokens, max(map(len, prompts)), positions)
     return [
         Request(problem.id, sample, prompt)
@@ -46,10 +56,12 @@ def requests_for(
 
 
 def check_positions(setting: str, max_new_tokens: int, longest: int, positions: int | None) -> None:
-    """Raises UserError where an answer to the longest prompt may need more positions than the model has."""
+    """Raises UserError where an answer to the longest prompt may need more positions than the model
+    has."""
     require(
         positions is None or longest + max_new_tokens <= positions,
-        f"{setting}={max_new_tokens} after a prompt of {longest} tokens is beyond the {positions} positions of this "
+        f"{setting}={max_new_tokens} after a prompt of {longest} tokens is beyond the {positions} "
+        f"positions of this "
         f"model: lower {setting}, or shorten the prompt.",
     )
 
@@ -61,13 +73,16 @@ def generation_settings(
     added = tokenizer.added_tokens_decoder.items() if stop else []
     special = {token.content: number for number, token in added if token.special}
     ends = stop_ids(tokenizer, model_ends) | {special[text] for text in stop if text in special}
-    require(bool(ends), "the tokenizer has no end-of-text token: set one in its tokenizer_config.json.")
+    require(
+        bool(ends), "the tokenizer has no end-of-text token: set one in its tokenizer_config.json."
+    )
     return transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=min(ends),
-        stop_strings=[text for text in stop if text not in special] or None,  # decoded texts have no special tokens
+        stop_strings=[text for text in stop if text not in special]
+        or None,  # decoded texts have no special tokens
     )
 
 
@@ -82,7 +97,8 @@ def answer_of(
     end = next((place for place, token in enumerate(ids) if token in settings.eos_token_id), None)
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     stops = [text.index(stop) for stop in settings.stop_strings or [] if stop in text]
-    # `model.generate` pads a row that met a stop text with the end token, which then is no token of the answer.
+    # `model.generate` pads a row that met a stop text with the end token, which then is no token of
+    # the answer.
     ids = ids if end is None else ids[: end + (not stops)]
     generation = Generation(
         request.problem,

@@ -1,7 +1,8 @@
 """A running vLLM as the engine of answers: token ids go to `/v1/completions`, token ids come back.
 
-Nothing is taken for granted: the base model, the model that each answer names, and how an answer ended are checked.
-Several requests are under way at once; where the server is busy or away, each is repeated for about a minute.
+Nothing is taken for granted: the base model, the model that each answer names, and how an answer
+ended are checked. Several requests are under way at once; where the server is busy or away, each is
+repeated for about a minute.
 """
 
 import contextlib
@@ -29,17 +30,26 @@ from cera_train.runs.subject import digest_of
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import ModelConfig
 
-COMPLETIONS, LOAD, UNLOAD = "/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+COMPLETIONS = "/v1/completions"
+LOAD = "/v1/load_lora_adapter"
+UNLOAD = "/v1/unload_lora_adapter"
 
 AT_ONCE = 64  # requests under way, of which vLLM makes a batch
 PAUSES = (0.5, 1, 2, 4, 8, 15, 30)  # seconds between tries, about a minute in all
 SILENCE = 600  # seconds without a token, after which a connection counts as broken
 TOKENS_AT_ONCE = 16  # in a message of the server's, where nobody reads along
 
-PLAIN = {"top_k": 0, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
-"""Replaces the generation settings that came with the model, which vLLM uses where a request has none."""
+PLAIN = {
+    "top_k": 0,
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+}
+"""Replaces the generation settings that came with the model, which vLLM uses where a request has
+none."""
 
-MENDS = {
+FIXES = {
     f"{LOAD}: Not Found": "Start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment.",
     "/version: Not Found": "Name the address of a vLLM.",
     "No adapter found": "The server must see this folder under the same path.",
@@ -49,7 +59,7 @@ MENDS = {
     "does not exist": "If vLLM was started again, the same command loads the adapter and resumes.",
     "Unauthorized": "Set VLLM_API_KEY to the server's key.",
 }
-"""What a refusal of vLLM's contains, PATH: MESSAGE, and the mend."""
+"""What a refusal of vLLM's contains, PATH: MESSAGE, and the fix."""
 
 
 class Unavailable(UserError):
@@ -57,8 +67,8 @@ class Unavailable(UserError):
 
 
 class Server:
-    """A vLLM that answers by an adapter on its base, or by the base alone. Raises UserError where it has another base,
-    or no vLLM answers.
+    """A vLLM that answers by an adapter on its base, or by the base alone. Raises UserError where
+    it has another base, or no vLLM answers.
 
     Args:
         url: such as http://localhost:8000.
@@ -66,33 +76,47 @@ class Server:
         adapter: the folder of the adapter to load.
     """
 
-    def __init__(self, url: str, model: ModelConfig, tokenizer: Any, adapter: Path | None = None) -> None:
-        self.url, self.model, self.tokenizer = url.rstrip("/").removesuffix("/v1"), model, tokenizer
+    def __init__(
+        self, url: str, model: ModelConfig, tokenizer: Any, adapter: Path | None = None
+    ) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.model = model
+        self.tokenizer = tokenizer
         self.headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
             self.headers["Authorization"] = f"Bearer {key}"
-        self.stopped, self.has_waited = threading.Event(), False
+        self.stopped = threading.Event()
+        self.has_waited = False
         try:
             self.version = f"vllm {json.loads(self._ask('/version'))['version']}"
             models = json.loads(self._ask("/v1/models"))["data"]
             served = next(model for model in models if model["parent"] is None)
-            self.base, root, self.positions = served["id"], served["root"], served["max_model_len"]
+            self.base = served["id"]
+            root = served["root"]
+            self.positions = served["max_model_len"]
         except (json.JSONDecodeError, LookupError, TypeError, StopIteration) as error:
-            raise UserError(f"server={self.url} is no vLLM: it describes itself in another way ({error!r}).") from error
+            raise UserError(
+                f"server={self.url} is no vLLM: it describes itself in another way ({error!r})."
+            ) from error
         folder = str(files_of(model.path))
-        if root != folder and not (Path(folder).is_dir() and Path(root).resolve() == Path(folder).resolve()):
-            raise UserError(f"server={self.url} serves {root}, not {folder}: start it by `vllm serve {folder}`.")
+        if root != folder and not (
+            Path(folder).is_dir() and Path(root).resolve() == Path(folder).resolve()
+        ):
+            raise UserError(
+                f"server={self.url} serves {root}, not {folder}: start it by `vllm serve {folder}`."
+            )
         self.name = self.base
         if adapter is not None:
             self.load_adapter(adapter)
 
     def load_adapter(self, adapter: Path) -> None:
-        """Loads an adapter under a name with its digest, in the place of the one before. Raises UserError where the
-        server refuses it."""
+        """Loads an adapter under a name with its digest, in the place of the one before. Raises
+        UserError where the server refuses it."""
         config = (adapter / "adapter_config.json").read_bytes()
         digest = hashlib.sha256(config + digest_of(adapter).encode()).hexdigest()[:16]
         folder = adapter.resolve()
-        before, self.name = self.name, f"{folder.parent.name}-{folder.name}-{digest}"
+        before = self.name
+        self.name = f"{folder.parent.name}-{folder.name}-{digest}"
         try:
             self._ask(LOAD, {"lora_name": self.name, "lora_path": str(folder)})
         except UserError as error:
@@ -102,7 +126,7 @@ class Server:
             with contextlib.suppress(UserError):  # a server that has restarted since has none
                 self._ask(UNLOAD, {"lora_name": before})
 
-    # --- answers -----------------------------------------------------------------------------------------------------
+    # --- answers ----------------------------------------------------------------------------------
 
     def batches(self, requests: Sequence[Request], *_: int) -> list[list[Request]]:
         """Each request by itself: the server makes the batches."""
@@ -116,8 +140,8 @@ class Server:
         config: GenerationConfig,
         streamer: TextStreamer | None = None,
     ) -> Iterator[list[Answer]]:
-        """The answers, in the order in which they are done. A streamer gets the tokens of a single request as they
-        come, and an answer that breaks off is not tried again."""
+        """The answers, in the order in which they are done. A streamer gets the tokens of a single
+        request as they come, and an answer that breaks off is not tried again."""
         settings = generation_settings(self.tokenizer, model_ends(self.model), max_new_tokens, stop)
 
         def answer(request: Request) -> list[Answer]:
@@ -141,7 +165,8 @@ class Server:
         config: GenerationConfig,
         streamer: TextStreamer | None = None,
     ) -> Answer:
-        """Raises Unavailable where the answer breaks off, UserError where it is cut or another model's."""
+        """Raises Unavailable where the answer breaks off, UserError where it is cut or another
+        model's."""
         body = PLAIN | {
             "model": self.name,
             "prompt": request.prompt_ids,
@@ -156,17 +181,23 @@ class Server:
             "stream_interval": 1 if streamer else TOKENS_AT_ONCE,
             "return_token_ids": True,
         }
-        ids, log_p, reason = [], [], None
+        ids = []
+        log_p = []
+        reason = None
         if streamer is not None:
             streamer.put(torch.tensor(request.prompt_ids))
         for line in self._lines(COMPLETIONS, body):
-            if not (line.startswith(b"data: {") and line.endswith(b"\n")):  # half an event, or the final [DONE]
+            if not (
+                line.startswith(b"data: {") and line.endswith(b"\n")
+            ):  # half an event, or the final [DONE]
                 continue
             message = json.loads(line.removeprefix(b"data: "))
             if "error" in message:
                 raise Unavailable(f"server={self.url} broke off an answer: {message['error']}")
             if message["model"] != self.name:
-                raise UserError(f"server={self.url} was asked for {self.name}, and {message['model']} answered.")
+                raise UserError(
+                    f"server={self.url} was asked for {self.name}, and {message['model']} answered."
+                )
             if not message["choices"]:  # the number of tokens, which a server may count at the end
                 continue
             (choice,) = message["choices"]
@@ -185,12 +216,13 @@ class Server:
             raise Unavailable(f"server={self.url} broke off an answer after {len(ids)} tokens")
         if reason == "length" and len(ids) < settings.max_new_tokens:
             raise UserError(
-                f"server={self.url} cuts answers at {len(ids)} of {settings.max_new_tokens} tokens: start vLLM with "
+                f"server={self.url} cuts answers at {len(ids)} of {settings.max_new_tokens} "
+                f"tokens: start vLLM with "
                 "--generation-config vllm."
             )
         return answer_of(request, ids, self.tokenizer, settings, log_p)
 
-    # --- HTTP --------------------------------------------------------------------------------------------------------
+    # --- HTTP -------------------------------------------------------------------------------------
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         """Calls again while the server is unavailable, with growing pauses."""
@@ -199,7 +231,9 @@ class Server:
                 return call()
             except Unavailable as error:
                 if pause is None:
-                    raise UserError(f"{error}. Once it is back, the same command resumes.") from error
+                    raise UserError(
+                        f"{error}. Once it is back, the same command resumes."
+                    ) from error
                 if not self.has_waited:
                     self.has_waited = True
                     announce("waiting", f"{error}; trying again for {sum(PAUSES):.0f} seconds")
@@ -210,8 +244,8 @@ class Server:
         return self._patiently(lambda: b"".join(self._lines(path, body)))
 
     def _lines(self, path: str, body: dict[str, Any] | None = None) -> Iterator[bytes]:
-        """The lines of the response to one request. Raises Unavailable where another try may do, UserError where it is
-        refused."""
+        """The lines of the response to one request. Raises Unavailable where another try may do,
+        UserError where it is refused."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self.headers)
         try:
@@ -227,11 +261,15 @@ class Server:
             if error.code in (429, 502, 503, 504) or (error.code == 500 and path == COMPLETIONS):
                 raise Unavailable(f"server={self.url} is busy: {error.code} {message}") from error
             text = f"{path}: {message or error.reason}"
-            mend = next((mend for part, mend in MENDS.items() if part in text), "")
-            raise UserError(f"server={self.url} refuses {text.rstrip('.')}. {mend}".strip()) from error
+            fix = next((fix for part, fix in FIXES.items() if part in text), "")
+            raise UserError(
+                f"server={self.url} refuses {text.rstrip('.')}. {fix}".strip()
+            ) from error
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            raise Unavailable(f"server={self.url} does not answer ({error_text(reason)})") from error
+            raise Unavailable(
+                f"server={self.url} does not answer ({error_text(reason)})"
+            ) from error
 
 
 def message_of(body: bytes) -> str:

@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ERROR_RATE = 0.05  # the share of verdicts where there is no difference, and of intervals that miss it
+ERROR_RATE = (
+    0.05  # the share of verdicts where there is no difference, and of intervals that miss it
+)
 
 LEVEL = 1 - ERROR_RATE  # the confidence of an interval
 
@@ -12,25 +14,33 @@ BLOCK = 1_000_000  # numbers that resampling draws at once: 8 MB
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The probability that one of k answers, drawn from `samples` of which `correct` are right, is right:
-    1 - C(n - c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374)."""
+    """The probability that one of k answers, drawn from `samples` of which `correct` are right, is
+    right: 1 - C(n - c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374)."""
     assert 0 <= correct <= samples
     assert 1 <= k <= samples
     draws = math.comb(samples, k)
-    return (draws - math.comb(samples - correct, k)) / draws  # of integers, so exact to the last bit
+    return (
+        draws - math.comb(samples - correct, k)
+    ) / draws  # of integers, so exact to the last bit
 
 
-def bootstrap_interval(values: Sequence[float], counts: Sequence[float] | None = None) -> tuple[float, float]:
-    """The percentile bootstrap interval of a mean over problems (Efron 1979), the same in every call. With the `counts`
-    that the values are sums over, of sum(values) / sum(counts)."""
+def bootstrap_interval(
+    values: Sequence[float], counts: Sequence[float] | None = None
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of a mean over problems (Efron 1979), the same in every
+    call. With the `counts` that the values are sums over, of sum(values) / sum(counts)."""
     import numpy
     from scipy.stats import bootstrap
 
-    if len(values) == 1 or (counts is None and len({*values}) == 1):  # scipy takes two problems or more
+    if len(values) == 1 or (
+        counts is None and len({*values}) == 1
+    ):  # scipy takes two problems or more
         return (float(values[0] if counts is None else values[0] / counts[0]),) * 2
     resampled = bootstrap(
         (values,) if counts is None else (values, counts),
-        numpy.mean if counts is None else lambda values, counts, axis: values.sum(axis) / counts.sum(axis),
+        numpy.mean
+        if counts is None
+        else lambda values, counts, axis: values.sum(axis) / counts.sum(axis),
         paired=counts is not None,
         method="percentile",
         confidence_level=LEVEL,
@@ -42,31 +52,40 @@ def bootstrap_interval(values: Sequence[float], counts: Sequence[float] | None =
 
 
 def interval_where_all_agree(difference: float, problems: int) -> tuple[float, float]:
-    """The interval of a difference of scores that is the same on every problem, where resampling gives a point: that of
-    a share of problems which differ so, or not at all (Clopper & Pearson 1934)."""
+    """The interval of a difference of scores that is the same on every problem, where resampling
+    gives a point: that of a share of problems which differ so, or not at all (Clopper & Pearson
+    1934)."""
     share = (ERROR_RATE / 2) ** (1 / problems)
-    lower, upper = sorted((difference * share, difference)) if difference else (share - 1, 1 - share)
+    lower, upper = (
+        sorted((difference * share, difference)) if difference else (share - 1, 1 - share)
+    )
     return lower, upper
 
 
 def accuracy_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The bootstrap interval of an accuracy; `values` are the shares of each problem's answers that are right.
+    """The bootstrap interval of an accuracy; `values` are the shares of each problem's answers that
+    are right.
 
-    Where no problem or every problem is solved, resampling gives a point, so the interval is the exact binomial one
-    instead (Clopper & Pearson 1934).
+    Where no problem or every problem is solved, resampling gives a point, so the interval is the
+    exact binomial one instead (Clopper & Pearson 1934).
     """
     from scipy.stats import binomtest
 
     if max(values) == 0 or min(values) == 1:
-        return tuple(map(float, binomtest(int(sum(values)), len(values)).proportion_ci(LEVEL, method="exact")))
+        return tuple(
+            map(
+                float, binomtest(int(sum(values)), len(values)).proportion_ci(LEVEL, method="exact")
+            )
+        )
     return bootstrap_interval(values)
 
 
 def sign_flip(first: Sequence[float], second: Sequence[float]) -> float:
-    """The two-sided p-value of the paired permutation test of a mean (Fisher 1935): the probability of a difference at
-    least as large if a fair coin chose for each problem which run has which of the two values. Exact for right and
-    wrong, where it is McNemar's test (1947), and where at most 13 problems differ; else of random outcomes, the
-    observed one among them, which keeps its error rate at any number of them (Phipson & Smyth 2010)."""
+    """The two-sided p-value of the paired permutation test of a mean (Fisher 1935): the probability
+    of a difference at least as large if a fair coin chose for each problem which run has which of
+    the two values. Exact for right and wrong, where it is McNemar's test (1947), and where at most
+    13 problems differ; else of random outcomes, the observed one among them, which keeps its error
+    rate at any number of them (Phipson & Smyth 2010)."""
     from scipy.stats import binomtest, permutation_test
 
     differences = [float(b) - float(a) for a, b in zip(first, second, strict=True) if a != b]
@@ -97,21 +116,27 @@ class Difference:
 
 
 def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Resamples problems with both runs' scores together, so that what makes a problem hard for both cancels."""
+    """Resamples problems with both runs' scores together, so that what makes a problem hard for
+    both cancels."""
     differences = [float(b) - float(a) for a, b in zip(first, second, strict=True)]
     if len({*differences}) == 1:
-        return Difference(differences[0], *interval_where_all_agree(differences[0], len(differences)))
+        return Difference(
+            differences[0], *interval_where_all_agree(differences[0], len(differences))
+        )
     return Difference(sum(differences) / len(differences), *bootstrap_interval(differences))
 
 
 def holm(p_values: Sequence[float], family: int = 0) -> list[float]:
-    """P-values adjusted for their number, in the order given (Holm 1979). Where one is at most 0.05, the chance of any
-    error among all verdicts stays at most 5 %, however the comparisons depend on each other.
+    """P-values adjusted for their number, in the order given (Holm 1979). Where one is at most
+    0.05, the chance of any error among all verdicts stays at most 5 %, however the comparisons
+    depend on each other.
 
     Args:
         family: the number of planned comparisons where that is larger, as if the others had p = 1.
     """
-    adjusted, largest, family = [0.0] * len(p_values), 0.0, max(family, len(p_values))
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    family = max(family, len(p_values))
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
         largest = max(largest, min(1.0, (family - rank) * p_values[index]))
         adjusted[index] = largest

@@ -1,4 +1,5 @@
-"""Attention over sequences that lie end to end in one row: each is one block, and no T x T mask is made.
+"""Attention over sequences that lie end to end in one row: each is one block, and no T x T mask is
+made.
 
 Registered with transformers by name: `model.set_attn_implementation(BY_SEQUENCE)`.
 """
@@ -17,12 +18,14 @@ from cera_train.cera.layer import autocast_dtype
 
 BY_SEQUENCE = "by_sequence"
 """One sequence after the other by scaled_dot_product_attention: on every device, in every dtype."""
-VARLEN = "varlen"  # all sequences in one call of FlashAttention's variable-length kernel: on CUDA, in 16 bits
+# all sequences in one call of FlashAttention's variable-length kernel: on CUDA, in 16 bits
+VARLEN = "varlen"
 
 
 class Sequences:
-    """The sequences of a flat row, one object for all layers. torch.compile guards on the class of such an argument; of
-    a list of lengths, on its length too, and every new number of sequences would compile the layers once more."""
+    """The sequences of a flat row, one object for all layers. torch.compile guards on the class of
+    such an argument; of a list of lengths, on its length too, and every new number of sequences
+    would compile the layers once more."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = lengths
@@ -50,37 +53,51 @@ def attend_by_sequence(
     in_one_call: bool = False,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of a row: [1, heads, T, d] -> [1, T, heads, d], and no weights. Key and
-    value may have fewer heads.
+    """Causal attention within each sequence of a row: [1, heads, T, d] -> [1, T, heads, d], and no
+    weights. Key and value may have fewer heads.
 
     Args:
-        in_one_call: uses FlashAttention's variable-length kernel, unless there is dropout, which it lacks.
+        in_one_call: uses FlashAttention's variable-length kernel, unless there is dropout, which it
+            lacks.
 
     Raises:
-        NotImplementedError: the model's attention is more than that (biases, sinks, soft caps, both directions).
-        RuntimeError, ImportError, TypeError: the kernel does not take this device, dtype, width of heads or torch.
+        NotImplementedError: the model's attention is more than that (biases, sinks, soft caps, both
+        directions). RuntimeError, ImportError, TypeError: the kernel does not take this device,
+        dtype, width of heads or torch.
     """
     _refuse_more(module, attention_mask, sliding_window, settings)
     if in_one_call and not dropout:
         return _in_one_call(query, key, value, sequences, scaling, sliding_window), None
-    blocks = zip(*(heads.split(sequences.lengths, dim=2) for heads in (query, key, value)), strict=True)
-    outputs = [_attend(*block, scaling, dropout, sliding_window).transpose(1, 2) for block in blocks]
+    blocks = zip(
+        *(heads.split(sequences.lengths, dim=2) for heads in (query, key, value)), strict=True
+    )
+    outputs = [
+        _attend(*block, scaling, dropout, sliding_window).transpose(1, 2) for block in blocks
+    ]
     return torch.cat(outputs, dim=1), None
 
 
 attend_varlen = functools.partial(attend_by_sequence, in_one_call=True)
 
 
-def _refuse_more(module: nn.Module, mask: Tensor | None, window: int | None, settings: dict[str, Any]) -> None:
-    more = [name for name in ("position_bias", "softcap", "s_aux") if settings.get(name) is not None]
+def _refuse_more(
+    module: nn.Module, mask: Tensor | None, window: int | None, settings: dict[str, Any]
+) -> None:
+    more = [
+        name for name in ("position_bias", "softcap", "s_aux") if settings.get(name) is not None
+    ]
     is_causal = module.is_causal if settings.get("is_causal") is None else settings["is_causal"]
     if not is_causal:
         more.append("both ways")
     if mask is not None:
         more.append("a mask")
     kinds = getattr(getattr(module, "config", None), "layer_types", None)
-    if kinds and kinds[module.layer_idx] != ("full_attention" if window is None else "sliding_attention"):
-        more.append(kinds[module.layer_idx])  # it exists in its mask only, and transformers makes no mask for our names
+    if kinds and kinds[module.layer_idx] != (
+        "full_attention" if window is None else "sliding_attention"
+    ):
+        more.append(
+            kinds[module.layer_idx]
+        )  # it exists in its mask only, and transformers makes no mask for our names
     if more:
         raise NotImplementedError(f"this attention is more than causal ({', '.join(more)}).")
 
@@ -91,26 +108,42 @@ def kernel_may_run(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _in_one_call(
-    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     """All sequences: [1, heads, T, d] -> [1, T, heads, d]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    starts, longest = sequences.starts(query.device), max(sequences.lengths)
+    starts = sequences.starts(query.device)
+    longest = max(sequences.lengths)
     # The kernel is outside autocast, and norms between projection and attention leave float32.
     dtype = autocast_dtype(query.device) or query.dtype
     output = varlen_attn(
-        *(heads.squeeze(0).transpose(0, 1).to(dtype) for heads in (query, key, value)),  # [T, heads, d]
+        *(
+            heads.squeeze(0).transpose(0, 1).to(dtype) for heads in (query, key, value)
+        ),  # [T, heads, d]
         *(starts, starts, longest, longest),
         scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),  # tokens before a query's, and after it
+        window_size=(
+            -1 if window is None else window - 1,
+            0,
+        ),  # tokens before a query's, and after it
         enable_gqa=True,
     )
     return output.unsqueeze(0)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
 ) -> Tensor:
     """One sequence: [1, heads, L, d] -> [1, heads, L, d]."""
     length, width = query.shape[2:]
@@ -126,11 +159,13 @@ def _attend(
 
 
 class ShortAttention(torch.autograd.Function):
-    """Causal attention in a few operations on [heads, L, L]: on a CPU in 16 bits, torch's kernel takes twice as long
-    for such lengths. Gradients of SmolLM2's layers are 0.6 % off the exact ones, with torch's kernel 0.5 %."""
+    """Causal attention in a few operations on [heads, L, L]: on a CPU in 16 bits, torch's kernel
+    takes twice as long for such lengths. Gradients of SmolLM2's layers are 0.6 % off the exact
+    ones, with torch's kernel 0.5 %."""
 
     MAX_LENGTH = 512
-    """torch's kernel is faster from about 600 tokens on a CPU without AMX, from more than 1,000 with it."""
+    """torch's kernel is faster from about 600 tokens on a CPU without AMX, from more than 1,000
+    with it."""
 
     @classmethod
     def is_faster(cls, query: Tensor, value: Tensor) -> bool:
@@ -139,7 +174,9 @@ class ShortAttention(torch.autograd.Function):
         return is_16bit_cpu and is_usual and torch.is_grad_enabled()
 
     @staticmethod
-    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scaling = scaling
         p = ShortAttention._weights(query, key, scaling)
@@ -150,12 +187,18 @@ class ShortAttention(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         heads, length, width = key.shape[1:]
-        # Query heads that share a key head stand one below the other: [heads, G L, d] against [heads, L, d].
+        # Query heads that share a key head stand one below the other: [heads, G L, d] against
+        # [heads, L, d].
         q, grad_o = (x.reshape(heads, -1, width) for x in (query, grad_output))
-        k, v = key.squeeze(0), value.squeeze(0)
+        k = key.squeeze(0)
+        v = value.squeeze(0)
         p = ShortAttention._weights(query, key, ctx.scaling)
         grad_p = torch.bmm(grad_o, v.mT).view_as(p)
-        grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.scaling).view(heads, -1, length)
+        grad_scores = (
+            torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+            .mul_(ctx.scaling)
+            .view(heads, -1, length)
+        )
         grad_q = torch.bmm(grad_scores, k).view_as(query)
         grad_k = torch.bmm(grad_scores.mT, q).unsqueeze(0)
         grad_v = torch.bmm(p.view(heads, -1, length).mT, grad_o).unsqueeze(0)

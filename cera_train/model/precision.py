@@ -1,7 +1,7 @@
 """The precision of `model.dtype=auto`: bfloat16 where the hardware multiplies it, else float32.
 
-The hardware's own report decides, never a stopwatch, so that one machine always computes the same. Torch is imported
-only to read it: cera-plan answers a mistake before.
+The hardware's own report decides, never a stopwatch, so that one machine always computes the same.
+Torch is imported only to read it: cera-plan answers a mistake before.
 """
 
 import os
@@ -12,7 +12,14 @@ from cera_train.settings.model import Dtype
 CPU_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
 """Capabilities of a CPU that multiply bf16, the fastest first."""
 
-ONEDNN_ISAS_WITH_BF16 = ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10")
+ONEDNN_ISAS_WITH_BF16 = (
+    "ALL",
+    "DEFAULT",
+    "AVX512_CORE_BF16",
+    "AVX512_CORE_FP16",
+    "AVX512_CORE_AMX",
+    "AVX10",
+)
 """Values of ONEDNN_MAX_CPU_ISA, by their start, that leave oneDNN its bf16 products."""
 
 
@@ -25,8 +32,8 @@ class Precision:
 
 
 def choose_precision(wanted: Dtype, cuda: bool | None = None) -> Precision:
-    """The precision of the base weights where `model.dtype` is `wanted`; on a GPU where there is one, unless `cuda`
-    decides."""
+    """The precision of the base weights where `model.dtype` is `wanted`; on a GPU where there is
+    one, unless `cuda` decides."""
     import torch
 
     on_gpu = torch.cuda.is_available() if cuda is None else cuda
@@ -34,7 +41,11 @@ def choose_precision(wanted: Dtype, cuda: bool | None = None) -> Precision:
     if wanted == Dtype.auto:
         return Precision(Dtype.bfloat16 if bf16 else Dtype.float32, hardware)
     is_slow = wanted == Dtype.bfloat16 and not bf16
-    warning = "; slow: this hardware emulates it, which takes about 20 times as long as float32" if is_slow else ""
+    warning = (
+        "; slow: this hardware emulates it, which takes about 20 times as long as float32"
+        if is_slow
+        else ""
+    )
     return Precision(wanted, f"model.dtype={wanted}{warning}")
 
 
@@ -43,7 +54,10 @@ def _gpu_multiplies_bf16() -> tuple[bool, str]:
 
     major, minor = torch.cuda.get_device_capability()
     verb = "multiplies" if major >= 8 else "does not multiply"
-    return major >= 8, f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}) {verb} bf16"
+    return (
+        major >= 8,
+        f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}) {verb} bf16",
+    )
 
 
 def _cpu_multiplies_bf16() -> tuple[bool, str]:
@@ -54,4 +68,7 @@ def _cpu_multiplies_bf16() -> tuple[bool, str]:
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
     if unit and not cap.startswith(ONEDNN_ISAS_WITH_BF16):
         return False, f"ONEDNN_MAX_CPU_ISA={cap} rules out {unit}"
-    return unit is not None, f"the processor has {unit}" if unit else "the processor does not multiply bf16"
+    return (
+        unit is not None,
+        f"the processor has {unit}" if unit else "the processor does not multiply bf16",
+    )

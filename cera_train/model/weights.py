@@ -17,11 +17,13 @@ from cera_train.model.precision import choose_precision
 from cera_train.settings.model import ModelConfig, Quantization
 
 
-def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool = False) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, device: torch.device, will_be_sharded: bool = False
+) -> PreTrainedModel:
     """The frozen base model on `device`.
 
-    A model that will be sharded stays in the machine's memory, since the whole may not fit the device; a quantised one
-    does not, since quantising needs the device.
+    A model that will be sharded stays in the machine's memory, since the whole may not fit the
+    device; a quantised one does not, since quantising needs the device.
 
     Raises:
         UserError: the model cannot be found, reached or used.
@@ -29,11 +31,15 @@ def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool 
     architecture = load_config(config)
     attention = attention_for(architecture, config.attn_implementation)
     is_quantised = config.quantization != Quantization.none
-    dtype = getattr(torch, choose_precision(config.dtype, torch.device(device).type == "cuda").dtype)
+    dtype = getattr(
+        torch, choose_precision(config.dtype, torch.device(device).type == "cuda").dtype
+    )
     quantising = {}
     if not _is_stored_quantised(architecture, config):
         skip = left_unquantised(architecture) if is_quantised else None
-        quantising["quantization_config"] = quantization_config(config.quantization, dtype, will_be_sharded, skip)
+        quantising["quantization_config"] = quantization_config(
+            config.quantization, dtype, will_be_sharded, skip
+        )
     model, loading = from_hub_or_folder(
         AutoModelForCausalLM.from_pretrained,
         config,
@@ -42,7 +48,8 @@ def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool 
         attn_implementation=attention,
         **quantising,
         device_map={"": "cpu" if will_be_sharded and not is_quantised else device},
-        # A pickle can run code when it is read. A user who trusts the model's code can trust its pickles too.
+        # A pickle can run code when it is read. A user who trusts the model's code can trust its
+        # pickles too.
         use_safetensors=None if config.trust_remote_code else True,
     )
     _check_all_loaded(model, loading["missing_keys"], config)
@@ -56,18 +63,22 @@ def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool 
 
 
 def attention_for(config: transformers.PretrainedConfig, wanted: str) -> str:
-    """`model.attn_implementation` for this architecture: eager in place of sdpa where it has no sdpa (Bloom, gpt-oss,
-    Mamba) or caps its scores, which sdpa leaves out."""
+    """`model.attn_implementation` for this architecture: eager in place of sdpa where it has no
+    sdpa (Bloom, gpt-oss, Mamba) or caps its scores, which sdpa leaves out."""
     if wanted != "sdpa" or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return wanted
     # transformers below 5.22 claims sdpa for Gemma 2
     is_capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa and not is_capped else "eager"
+    return (
+        "sdpa"
+        if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa and not is_capped
+        else "eager"
+    )
 
 
 def left_unquantised(config: transformers.PretrainedConfig) -> list[str] | None:
-    """Modules to leave in 16 bits: projections whose weights a model reads without calling them (Mamba), and the head.
-    None lets transformers choose, which is the head."""
+    """Modules to leave in 16 bits: projections whose weights a model reads without calling them
+    (Mamba), and the head. None lets transformers choose, which is the head."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     with torch.device("meta"):
@@ -79,8 +90,9 @@ def left_unquantised(config: transformers.PretrainedConfig) -> list[str] | None:
 
 
 def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: ModelConfig) -> bool:
-    """Whether the files hold quantised weights. Raises UserError where `model.quantization` differs from their kind;
-    weights of another library than bitsandbytes count as `none`: transformers dequantises or refuses them."""
+    """Whether the files hold quantised weights. Raises UserError where `model.quantization` differs
+    from their kind; weights of another library than bitsandbytes count as `none`: transformers
+    dequantises or refuses them."""
     settings = getattr(architecture, "quantization_config", None)
     if settings is None:
         return False
@@ -88,13 +100,16 @@ def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: Mo
     kind = next((kind for name, kind in kinds.items() if settings.get(name)), Quantization.none)
     if kind != config.quantization:
         stored = settings.get("quant_method") if kind == Quantization.none else kind
-        raise UserError(f"model.path={config.path}: its weights are stored as {stored}: set model.quantization={kind}.")
+        raise UserError(
+            f"model.path={config.path}: its weights are stored as {stored}: set "
+            f"model.quantization={kind}."
+        )
     return True
 
 
 def mixes_sequences(model: nn.Module) -> bool:
-    """Whether sequences that share a row are likely to see each other, since layers carry a state or a convolution from
-    token to token. Only `SupervisedLoss.probe` verifies this."""
+    """Whether sequences that share a row are likely to see each other, since layers carry a state
+    or a convolution from token to token. Only `SupervisedLoss.probe` verifies this."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     is_convolved = any(isinstance(module, nn.Conv1d) for module in model.modules())
     attends = any(hasattr(module, "is_causal") for module in model.modules())
@@ -102,19 +117,21 @@ def mixes_sequences(model: nn.Module) -> bool:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of the one-dimensional weights, such as norms: the same in every precision and quantisation, different
-    for base models of one shape."""
+    """A digest of the one-dimensional weights, such as norms: the same in every precision and
+    quantisation, different for base models of one shape."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             digest.update(f"{name} ".encode())
-            digest.update(parameter.detach().cpu().to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+            digest.update(
+                parameter.detach().cpu().to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+            )
     return digest.hexdigest()[:16]
 
 
 def sample_digest(model: nn.Module) -> str:
-    """A digest of a thousand values of every weight as it is stored: different also where only matrices differ, as
-    after merging an adapter."""
+    """A digest of a thousand values of every weight as it is stored: different also where only
+    matrices differ, as after merging an adapter."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
         values = parameter.detach().flatten()[:: max(1, parameter.numel() // 1000)]
@@ -123,10 +140,13 @@ def sample_digest(model: nn.Module) -> str:
 
 
 def quantization_config(
-    quantization: Quantization, dtype: torch.dtype, will_be_sharded: bool = False, skip: list[str] | None = None
+    quantization: Quantization,
+    dtype: torch.dtype,
+    will_be_sharded: bool = False,
+    skip: list[str] | None = None,
 ) -> BitsAndBytesConfig | None:
-    """bitsandbytes' settings: NF4 with double quantisation, computing in `dtype`, or LLM.int8(). `skip` names the
-    modules that stay as they are; None: the head."""
+    """bitsandbytes' settings: NF4 with double quantisation, computing in `dtype`, or LLM.int8().
+    `skip` names the modules that stay as they are; None: the head."""
     if quantization == Quantization.none:
         return None
     return BitsAndBytesConfig(
@@ -142,8 +162,9 @@ def quantization_config(
 
 
 def _keep_4bit_weights_differentiable(model: nn.Module) -> None:
-    """On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight for good at its first call in eval mode, for a
-    kernel that has no backward: training after an evaluation would get wrong gradients with no more than a warning."""
+    """On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight for good at its first call in
+    eval mode, for a kernel that has no backward: training after an evaluation would get wrong
+    gradients with no more than a warning."""
     import bitsandbytes
 
     for module in model.modules():

@@ -22,7 +22,8 @@ from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.run import Config
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
-"""Bits of a weight: 4, an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those (double quantisation)."""
+"""Bits of a weight: 4, an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those (double
+quantisation)."""
 
 
 def trainable_parameters(config: Config) -> int:
@@ -36,7 +37,8 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
     config = read_config(model)
     if config.is_encoder_decoder:
         raise UserError(
-            f"model.path={model.path} is an encoder-decoder ({config.model_type}), and cera-train trains decoder-only "
+            f"model.path={model.path} is an encoder-decoder ({config.model_type}), and cera-train "
+            f"trains decoder-only "
             "language models. Choose one of those."
         )
     # Flash kernels may need a package or a GPU that this machine lacks; they keep what sdpa keeps.
@@ -44,11 +46,16 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
     dtype = getattr(torch, choose_precision(model.dtype, cuda=False).dtype)
     with errors_in_one_line(model, config.model_type), torch.device("meta"):
         base = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=model.trust_remote_code
+            config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=model.trust_remote_code,
         )
     base.requires_grad_(False)
     keep_less(base)
-    if model.gradient_checkpointing:  # before the adapter: PEFT then lets gradients reach the first layer's input
+    if (
+        model.gradient_checkpointing
+    ):  # before the adapter: PEFT then lets gradients reach the first layer's input
         base.gradient_checkpointing_enable({"use_reentrant": False})
     return base
 
@@ -56,7 +63,9 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
 def read_config(model: ModelConfig) -> PretrainedConfig:
     """The config.json of conf/model, else that of `model.path`."""
     if model.facts is not None and model.facts.config is not None:
-        return AutoConfig.for_model(**json.loads((config_dir("conf") / "model" / model.facts.config).read_text()))
+        return AutoConfig.for_model(
+            **json.loads((config_dir("conf") / "model" / model.facts.config).read_text())
+        )
     return load_config(model)
 
 
@@ -70,7 +79,8 @@ def errors_in_one_line(model: ModelConfig, model_type: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split("\n")[0].split())
         raise UserError(
-            f"model.path={model.path}: cera-plan cannot run a model of type {model_type} without its weights "
+            f"model.path={model.path}: cera-plan cannot run a model of type {model_type} without "
+            f"its weights "
             f"({type(error).__name__}: {reason})."
         ) from error
 
@@ -79,19 +89,24 @@ def stored_sizes(base: PreTrainedModel, quantization: Quantization) -> dict[nn.P
     """Bytes of each weight of the base as it is stored."""
     sizes: dict[nn.Parameter, float] = {weight: weight.nbytes for weight in base.parameters()}
     for linear in quantised_linears(base, quantization):
-        numbers, rows = linear.weight.numel(), len(linear.weight)
+        numbers = linear.weight.numel()
+        rows = len(linear.weight)
         is_4bit = quantization == Quantization.nf4
         sizes[linear.weight] = numbers * NF4_BITS / 8 if is_4bit else numbers + 4 * rows
     return sizes
 
 
 def quantised_linears(base: PreTrainedModel, quantization: Quantization) -> list[nn.Module]:
-    """The linears that bitsandbytes quantises: all but the head and those that the model reads past their module."""
+    """The linears that bitsandbytes quantises: all but the head and those that the model reads past
+    their module."""
     if quantization == Quantization.none:
         return []
-    head, kinds = base.get_output_embeddings(), {name.rpartition(".")[2] for name in bypassed_projections(base)}
+    head = base.get_output_embeddings()
+    kinds = {name.rpartition(".")[2] for name in bypassed_projections(base)}
     return [
         module
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and name.rpartition(".")[2] not in kinds
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and name.rpartition(".")[2] not in kinds
     ]

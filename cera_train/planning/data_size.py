@@ -1,4 +1,5 @@
-"""How much there is to train on and to answer: by data.facts, by computing the rows, or by counting local files."""
+"""How much there is to train on and to answer: by data.facts, by computing the rows, or by counting
+local files."""
 
 import math
 import re
@@ -14,15 +15,24 @@ from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapC
 from cera_train.settings.run import Config
 
 PIECES = re.compile(r"\d|[^\W\d_]{1,8}|[^\w\s]|\n")
-"""Digits, up to eight letters of a word, and signs: an estimate of tokens, for rows that are not tokenised here. Pieces
-per token of SmolLM2: 0.99 on GSM8K, 0.95 to 1.12 in prose and code, 0.8 to 1.05 in generated questions."""
+"""Digits, up to eight letters of a word, and signs: an estimate of tokens, for rows that are not
+tokenised here. Pieces per token of SmolLM2: 0.99 on GSM8K, 0.95 to 1.12 in prose and code, 0.8 to
+1.05 in generated questions."""
 
-SAMPLE_ROWS, FEW_ROWS = 1000, 100
+SAMPLE_ROWS = 1000
+FEW_ROWS = 100
 """Rows whose tokens are estimated, and rows of a generator, which may take milliseconds for one."""
 
-OF_LEVEL = {1: 437, 2: 894, 3: 1131, 4: 1214, 5: 1324}  # MATH's test problems: no other task of the Hub has levels
+OF_LEVEL = {
+    1: 437,
+    2: 894,
+    3: 1131,
+    4: 1214,
+    5: 1324,
+}  # MATH's test problems: no other task of the Hub has levels
 
-COUNTED, ESTIMATED = "by SmolLM2's tokenizer", "an estimate"
+COUNTED = "by SmolLM2's tokenizer"
+ESTIMATED = "an estimate"
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,9 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
     if config.is_computed or config.train_files:
         size = _size_of_rows(config)
     elif (facts := facts_of(config.path, config.facts)) is not None:
-        eval_rows = _sliced(config.eval_split, facts.train_rows if _is_of_training(config) else facts.eval_rows)
+        eval_rows = _sliced(
+            config.eval_split, facts.train_rows if _is_of_training(config) else facts.eval_rows
+        )
         size = DataSize(
             min(_sliced(config.train_split, facts.train_rows), config.train_rows or math.inf),
             eval_rows if config.eval_rows is None else min(eval_rows, config.eval_rows),
@@ -75,7 +87,8 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
         size = DataSize(config.train_rows, config.eval_rows, tokens_per_row, 1.0, "")
     else:
         raise UserError(
-            f"data.path={config.path}: its size is unknown. Set data.train_rows, data.eval_rows and "
+            f"data.path={config.path}: its size is unknown. Set data.train_rows, data.eval_rows "
+            f"and "
             "plan.tokens_per_row, or write data.facts for it in a file of conf/data."
         )
     if tokens_per_row is not None:
@@ -86,19 +99,26 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
 
 
 def facts_of(path: str, facts: DataFacts | None = None) -> DataFacts | None:
-    """The facts of a data set of the Hub: those given, where they are about it, or those of a file of conf/data."""
+    """The facts of a data set of the Hub: those given, where they are about it, or those of a file
+    of conf/data."""
     if facts is not None and facts.of == path:
         return facts
     files = map(read_yaml, sorted((config_dir("conf") / "data").glob("*.yaml")))
-    return next((DataFacts(**file["facts"]) for file in files if file.get("facts", {}).get("of") == path), None)
+    return next(
+        (DataFacts(**file["facts"]) for file in files if file.get("facts", {}).get("of") == path),
+        None,
+    )
 
 
 def trained_size(config: Config, data: DataSize) -> DataSize:
-    """The size of what updates train on: the rows, or prompts with sampled answers of the greatest length."""
+    """The size of what updates train on: the rows, or prompts with sampled answers of the greatest
+    length."""
     if not config.work.answers:
         return data
     tokens = data.prompt_tokens + config.work.answer_tokens
-    return replace(data, tokens_per_row=tokens, supervised=config.work.answer_tokens / tokens, is_even=False)
+    return replace(
+        data, tokens_per_row=tokens, supervised=config.work.answer_tokens / tokens, is_even=False
+    )
 
 
 def sampled_size(config: Config, data: DataSize) -> TaskSize | None:
@@ -125,15 +145,21 @@ def _size_of_mix(config: DataConfig, tokens_per_row: float | None) -> DataSize:
         train_rows=sum(counts),
         eval_rows=sum(size.eval_rows for size in sizes),
         tokens_per_row=sum(tokens) / sum(counts),
-        supervised=sum(count * size.supervised for count, size in zip(tokens, sizes, strict=True)) / sum(tokens),
+        supervised=sum(count * size.supervised for count, size in zip(tokens, sizes, strict=True))
+        / sum(tokens),
         source="; ".join(dict.fromkeys(size.source for size in sizes)),
-        prompt_tokens=sum(count * size.prompt_tokens for count, size in zip(counts, sizes, strict=True)) / sum(counts),
+        prompt_tokens=sum(
+            count * size.prompt_tokens for count, size in zip(counts, sizes, strict=True)
+        )
+        / sum(counts),
     )
 
 
 def _is_of_training(config: DataConfig) -> bool:
     """Whether the evaluation rows are a slice of the training split."""
-    train, evaluation = (re.match(r"\w*", split)[0] for split in (config.train_split, config.eval_split))
+    train, evaluation = (
+        re.match(r"\w*", split)[0] for split in (config.train_split, config.eval_split)
+    )
     return train == evaluation
 
 
@@ -145,32 +171,59 @@ def _sliced(split: str, rows: int) -> int:
         parts = ReadInstruction.from_spec(split).to_absolute({re.match(r"\w*", split)[0]: rows})
     except (ValueError, AssertionError) as error:
         raise UserError(
-            f"data split {split!r}: cera-plan reads splits such as train or train[:1000]. Use one of that form."
+            f"data split {split!r}: cera-plan reads splits such as train or train[:1000]. Use one "
+            f"of that form."
         ) from error
     return sum(part.to - part.from_ for part in parts)
 
 
 def _size_of_rows(config: DataConfig) -> DataSize:
     """Counts computed rows or those of local files, and estimates the tokens of the first ones."""
-    is_generated = config.layout == Layout.reasoning_gym  # as many as the settings say, and slow to make
-    few = replace(config, train_rows=min(FEW_ROWS, config.train_rows), eval_rows=1) if is_generated else config
+    is_generated = (
+        config.layout == Layout.reasoning_gym
+    )  # as many as the settings say, and slow to make
+    few = (
+        replace(config, train_rows=min(FEW_ROWS, config.train_rows), eval_rows=1)
+        if is_generated
+        else config
+    )
     train, evaluation = open_sources(few)
-    lengths, answers, sampled, answered = [], 0.0, 0, 0
-    for segments in segments_of(train.first(SAMPLE_ROWS).located(), *segmenters(config, tokenizer=None)):
+    lengths = []
+    answers = 0.0
+    sampled = 0
+    answered = 0
+    for segments in segments_of(
+        train.first(SAMPLE_ROWS).located(), *segmenters(config, tokenizer=None)
+    ):
         sampled += 1  # also a row without an answer, which training drops
         if segments:
             answered += 1
             counts = [len(PIECES.findall(segment.text)) for segment in segments]
-            prompt = sum(count for count, segment in zip(counts, segments, strict=True) if not segment.supervised)
-            windows = math.ceil(sum(counts) / config.max_length) if config.layout == Layout.documents else 1
+            prompt = sum(
+                count
+                for count, segment in zip(counts, segments, strict=True)
+                if not segment.supervised
+            )
+            windows = (
+                math.ceil(sum(counts) / config.max_length)
+                if config.layout == Layout.documents
+                else 1
+            )
             length = min(sum(counts), windows * config.max_length)
             lengths += [length / windows] * windows
             answers += max(0.0, length - prompt)
     if not sum(lengths):
-        raise UserError(f"{train.name}: no row to train on has an answer. Check columns, templates, data.eval_rows.")
+        raise UserError(
+            f"{train.name}: no row to train on has an answer. Check columns, templates, "
+            f"data.eval_rows."
+        )
     size = DataSize(
-        config.train_rows if is_generated else round(len(lengths) / sampled * sum(1 for _ in train.located())),
-        config.eval_rows if is_generated else round(len(lengths) / answered * sum(1 for _ in evaluation.located())),
+        config.train_rows
+        if is_generated
+        else round(len(lengths) / sampled * sum(1 for _ in train.located())),
+        config.eval_rows
+        if is_generated
+        else round(len(lengths) / answered * sum(1 for _ in evaluation.located())),
         fmean(lengths),
         answers / sum(lengths),
         ESTIMATED,
@@ -178,16 +231,19 @@ def _size_of_rows(config: DataConfig) -> DataSize:
     )
     is_default = config.layout == Layout.logistic_map and config.logistic_map == LogisticMapConfig()
     if config.facts is not None and is_default:
-        tokens, supervised = config.facts.tokens_per_row, config.facts.supervised
+        tokens = config.facts.tokens_per_row
+        supervised = config.facts.supervised
         return replace(size, tokens_per_row=tokens, supervised=supervised, source=COUNTED)
     return size
 
 
 def task_size(name: str, config: Config, data: DataSize) -> TaskSize:
-    """The problems of one of `train.tasks`. Those of local files are read, computed ones computed. A task of the Hub
-    has the facts of its rows; without facts, its prompts are taken to be as long as those that the run trains on.
-    Raises UserError where the number of problems is neither known nor limited."""
-    settings, place = training_task(name, config.train.changes_of_task(name)), f"train.tasks=[{name}]"
+    """The problems of one of `train.tasks`. Those of local files are read, computed ones computed.
+    A task of the Hub has the facts of its rows; without facts, its prompts are taken to be as long
+    as those that the run trains on. Raises UserError where the number of problems is neither known
+    nor limited."""
+    settings = training_task(name, config.train.changes_of_task(name))
+    place = f"train.tasks=[{name}]"
     of_hub = any(part.path and not part.train_files for _, part in config.data.parts())
     if settings.kind == "held_out" and of_hub:  # the evaluation rows, which a plan does not load
         rows = min(data.eval_rows, settings.limit or data.eval_rows)
@@ -198,14 +254,19 @@ def task_size(name: str, config: Config, data: DataSize) -> TaskSize:
         tokens = fmean(len(PIECES.findall(problem.prompt)) for problem in problems)
         return TaskSize(name, len(problems), tokens, settings.max_new_tokens, ESTIMATED)
     facts = facts_of(settings.path)
-    of_split = facts and (facts.train_rows if settings.split.startswith("train") else facts.eval_rows)
+    of_split = facts and (
+        facts.train_rows if settings.split.startswith("train") else facts.eval_rows
+    )
     rows = facts and OF_LEVEL.get(settings.level, of_split)
     known = [count for count in (settings.limit, rows) if count is not None]
     if not known:
         raise UserError(
-            f"{place}: the number of its problems is unknown: set train.task_settings.{name}.limit, or task files."
+            f"{place}: the number of its problems is unknown: set "
+            f"train.task_settings.{name}.limit, or task files."
         )
-    tokens, source = data.prompt_tokens, "a guess by the training rows"
+    tokens = data.prompt_tokens
+    source = "a guess by the training rows"
     if facts is not None:
-        tokens, source = _prompt_tokens(facts), "by facts"
+        tokens = _prompt_tokens(facts)
+        source = "by facts"
     return TaskSize(name, min(known), tokens, settings.max_new_tokens, source)

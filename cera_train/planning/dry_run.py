@@ -1,8 +1,9 @@
-"""An update of the run itself on fake tensors, which have shapes, dtypes and storages and no memory.
+"""An update of the run itself on fake tensors, which have shapes, dtypes and storages and no
+memory.
 
-Base, adapter, loss, layout and optimizer are those of training. Counted are the bytes of all living storages, and
-floating-point operations by torch's formulas. The tensors lie on the CPU, where torch takes fake ones without a GPU;
-`choices_of_a_gpu` holds what a GPU does differently.
+Base, adapter, loss, layout and optimizer are those of training. Counted are the bytes of all living
+storages, and floating-point operations by torch's formulas. The tensors lie on the CPU, where torch
+takes fake ones without a GPU; `choices_of_a_gpu` holds what a GPU does differently.
 """
 
 import contextlib
@@ -28,7 +29,12 @@ from cera_train.model import loss as losses
 from cera_train.model.batches import Batch
 from cera_train.model.loss import Allowed, SupervisedLoss, choose_layout, chunk_tokens
 from cera_train.model.weights import mixes_sequences
-from cera_train.planning.count import build_base, errors_in_one_line, quantised_linears, stored_sizes
+from cera_train.planning.count import (
+    build_base,
+    errors_in_one_line,
+    quantised_linears,
+    stored_sizes,
+)
 from cera_train.settings.data import BatchLayout
 from cera_train.settings.model import Quantization
 from cera_train.settings.run import PlanRun
@@ -89,15 +95,22 @@ class DryRun:
     """
 
     def __init__(self, config: PlanRun) -> None:
-        self.config, on_gpu, quantization = config, config.plan.on_gpu, config.model.quantization
+        self.config = config
+        on_gpu = config.plan.on_gpu
+        quantization = config.model.quantization
         self.base = build_base(config.model)
         sizes = stored_sizes(self.base, quantization)
         if quantization == Quantization.int8:
             for linear in quantised_linears(self.base, quantization):
                 linear.register_forward_hook(keep_input)
-        layers = [layer for layer in self.base.modules() if type(layer).__name__ in self.base._no_split_modules]
+        layers = [
+            layer
+            for layer in self.base.modules()
+            if type(layer).__name__ in self.base._no_split_modules
+        ]
         inside = sum(sizes[weight] for layer in layers for weight in layer.parameters())
-        self.layer, self.outside = inside / max(1, len(layers)), sum(sizes.values()) - inside
+        self.layer = inside / max(1, len(layers))
+        self.outside = sum(sizes.values()) - inside
         """Bytes of the weights of a layer, and of those outside the layers."""
         layout = config.train.batch_layout
         if layout == BatchLayout.auto and mixes_sequences(self.base):
@@ -106,10 +119,12 @@ class DryRun:
         with torch.device("meta"):
             self.model = build(self.base, config.adapter, has_autocast=autocast is not None).train()
         self.trainable, self.total = parameter_counts(self.model)
-        self.fake_mode, self.meter = FakeTensorMode(allow_non_fake_inputs=True), Meter()
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.meter = Meter()
         self._make_fake(sizes)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        held, adapter = self.meter.alive, sum(allocated(weight.nbytes) for weight in self.trained)
+        held = self.meter.alive
+        adapter = sum(allocated(weight.nbytes) for weight in self.trained)
         # Paged states lie in memory that CUDA manages: as many bytes, whose functions need a GPU.
         kind = config.optimizer.kind.removeprefix("paged_")
         groups = parameter_groups(self.model, config.adapter)
@@ -125,12 +140,18 @@ class DryRun:
         with self.running():
             method = (config.adapter.kind, config.adapter.method, config.adapter.target_modules)
             probed = repr((config.model, method, on_gpu))
-            choose_layout(layout, self.loss, torch.device("cuda" if on_gpu else "cpu"), ALLOWED.get(probed))
+            choose_layout(
+                layout, self.loss, torch.device("cuda" if on_gpu else "cpu"), ALLOWED.get(probed)
+            )
             ALLOWED[probed] = self.loss.allowed
             self._fill_gradients()
             self.optimizer.step()  # makes the optimizer's states
             self.optimizer.zero_grad()
-        self.memory = {"weights": held - adapter, "adapter": adapter, "optimizer": self.meter.alive - held}
+        self.memory = {
+            "weights": held - adapter,
+            "adapter": adapter,
+            "optimizer": self.meter.alive - held,
+        }
         """Bytes by part that a process holds between updates."""
 
     def _make_fake(self, sizes: dict[nn.Parameter, float]) -> None:
@@ -138,7 +159,11 @@ class DryRun:
         fakes: dict[torch.Tensor, torch.Tensor] = {}
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             fake = FakeTensor(self.fake_mode, tensor.detach(), torch.device("cpu"))
-            fakes[tensor] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+            fakes[tensor] = (
+                nn.Parameter(fake, tensor.requires_grad)
+                if isinstance(tensor, nn.Parameter)
+                else fake
+            )
             self.meter.hold(fake, None if tensor.requires_grad else sizes.get(tensor))
         for module in self.model.modules():
             for tensors in (module._parameters, module._buffers):
@@ -184,23 +209,28 @@ class DryRun:
 
     def _batch(self, batch: MicroBatch) -> Batch:
         meter = self.meter
-        meter.supervised, meter.skips_mask = max(1, round(batch.tokens * batch.supervised)), not batch.has_mask
+        meter.supervised = max(1, round(batch.tokens * batch.supervised))
+        meter.skips_mask = not batch.has_mask
         shape = (1, batch.tokens) if self.loss.is_flat else (batch.rows, batch.length)
-        ids, places = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+        ids = torch.zeros(shape, dtype=torch.int64)
+        places = torch.zeros(shape, dtype=torch.int64)
         mask = torch.zeros(shape, dtype=torch.bool)
         if self.loss.is_flat:
-            return Batch(ids, mask, position_ids=places, sequence_lengths=[batch.length] * batch.rows)
+            return Batch(
+                ids, mask, position_ids=places, sequence_lengths=[batch.length] * batch.rows
+            )
         return Batch(ids, mask, attention_mask=places if batch.has_mask else None)
 
 
-# --- what is counted -------------------------------------------------------------------------------------------------
+# --- what is counted ------------------------------------------------------------------------------
 
 
 class Meter(TorchDispatchMode):
-    """Counts bytes of living storages and floating-point operations. Code that reads a value reads 1.
+    """Counts bytes of living storages and floating-point operations. Code that reads a value reads
+    1.
 
-    torch's FlopCounterMode hooks modules too, which fails where the loss takes a gradient in its forward pass, and its
-    MemTracker fails on frozen weights.
+    torch's FlopCounterMode hooks modules too, which fails where the loss takes a gradient in its
+    forward pass, and its MemTracker fails on frozen weights.
     """
 
     def __init__(self) -> None:
@@ -228,13 +258,16 @@ class Meter(TorchDispatchMode):
     def read(self) -> Part:
         """What was counted since the last reading."""
         part = Part(self.peak, self.operations)
-        self.peak, self.operations = self.alive, 0
+        self.peak = self.alive
+        self.operations = 0
         return part
 
     def _free(self, key: int) -> None:
         self.alive -= self.sizes.pop(key)
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if operation is ATEN._local_scalar_dense.default:
             return self.skips_mask if args[0].dtype == torch.bool else 1
@@ -254,7 +287,11 @@ class Meter(TorchDispatchMode):
         places: list[torch.Tensor | None] = []
         for index in indices:
             is_mask = index is not None and index.dtype == torch.bool
-            places += [index.new_empty(self.supervised, dtype=torch.int64) for _ in index.shape] if is_mask else [index]
+            places += (
+                [index.new_empty(self.supervised, dtype=torch.int64) for _ in index.shape]
+                if is_mask
+                else [index]
+            )
         return places
 
 
@@ -268,16 +305,24 @@ def half_if_causal(formula: Callable) -> Callable:
 
 
 def grouped_flops(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
-    """Operations of a grouped product: [S, in] with [E, in, out], or in backward [in, S] with [S, out]."""
+    """Operations of a grouped product: [S, in] with [E, in, out], or in backward [in, S] with [S,
+    out]."""
     return 2 * a.numel() * b.shape[-1]
 
 
 def grouped_shape(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """What a grouped product returns. torch computes it for 32 bits too, but has the shapes for bfloat16 alone."""
-    return a.new_empty(a.shape[0], b.shape[-1]) if b.ndim == 3 else a.new_empty(len(ends), a.shape[0], b.shape[-1])
+    """What a grouped product returns. torch computes it for 32 bits too, but has the shapes for
+    bfloat16 alone."""
+    return (
+        a.new_empty(a.shape[0], b.shape[-1])
+        if b.ndim == 3
+        else a.new_empty(len(ends), a.shape[0], b.shape[-1])
+    )
 
 
-ATEN, VARLEN, MOE = torch.ops.aten, torch.ops.torch_attn, torch.ops.transformers
+ATEN = torch.ops.aten
+VARLEN = torch.ops.torch_attn
+MOE = torch.ops.transformers
 FLASH = "_scaled_dot_product_flash_attention"
 FORMULAS = flop_registry | {
     ATEN.addmm_: flop_registry[ATEN.addmm],
@@ -286,18 +331,25 @@ FORMULAS = flop_registry | {
 }
 """torch's formulas by operation: two operations for a multiply and add."""
 for end in ("", "_backward"):
-    FORMULAS[getattr(ATEN, f"{FLASH}_for_cpu{end}")] = half_if_causal(flop_registry[getattr(ATEN, FLASH + end)])
-    FORMULAS[getattr(VARLEN, f"_varlen_attn{end}")] = half(flop_registry[getattr(VARLEN, f"_varlen_attn{end}")])
+    FORMULAS[getattr(ATEN, f"{FLASH}_for_cpu{end}")] = half_if_causal(
+        flop_registry[getattr(ATEN, FLASH + end)]
+    )
+    FORMULAS[getattr(VARLEN, f"_varlen_attn{end}")] = half(
+        flop_registry[getattr(VARLEN, f"_varlen_attn{end}")]
+    )
 if hasattr(MOE, "grouped_mm_fallback_backward"):  # transformers 5.10 has none
-    FORMULAS[MOE.grouped_mm_fallback_backward] = lambda a, b, *args, **kwargs: 2 * grouped_flops(a, b)
+    FORMULAS[MOE.grouped_mm_fallback_backward] = lambda a, b, *args, **kwargs: (
+        2 * grouped_flops(a, b)
+    )
 
 
-# --- what a GPU does differently -------------------------------------------------------------------------------------
+# --- what a GPU does differently ------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def choices_of_a_gpu() -> Iterator[None]:
-    """Larger chunks of logits, FlashAttention's variable-length kernel in 16 bits, and dropout's masks in bytes."""
+    """Larger chunks of logits, FlashAttention's variable-length kernel in 16 bits, and dropout's
+    masks in bytes."""
     with (
         patch.object(losses, "chunk_tokens", lambda on_gpu: chunk_tokens(on_gpu=True)),
         patch.object(losses, "kernel_may_run", lambda device, dtype: dtype.itemsize == 2),
@@ -306,7 +358,9 @@ def choices_of_a_gpu() -> Iterator[None]:
         yield
 
 
-def gpu_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+def gpu_dropout(
+    x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
     """A GPU keeps a dropout's mask in bytes, a CPU as numbers of what it drops."""
     return torch.native_dropout(x, p, training)[0] if p and training else x
 

@@ -17,7 +17,14 @@ from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.terminal import announce
 from cera_train.model.precision import choose_precision
-from cera_train.planning.data_size import DataSize, TaskSize, data_size, sampled_size, task_size, trained_size
+from cera_train.planning.data_size import (
+    DataSize,
+    TaskSize,
+    data_size,
+    sampled_size,
+    task_size,
+    trained_size,
+)
 from cera_train.settings.distributed import Strategy
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config, GpuKind, PlanRun
@@ -26,34 +33,41 @@ if TYPE_CHECKING:
     from cera_train.planning.dry_run import DryRun, MicroBatch
 
 ROW_SPREAD = 0.4
-"""Standard deviation of the tokens in a row over their mean: 0.36 on GSM8K, 0.43 on OpenOrca. The largest of many
-updates is taken to be three standard deviations above the mean."""
+"""Standard deviation of the tokens in a row over their mean: 0.36 on GSM8K, 0.43 on OpenOrca. The
+largest of many updates is taken to be three standard deviations above the mean."""
 
 PROCESS_BYTES = 610_000_000
-"""Resident memory of Python, torch, transformers, peft and pandas, a tokenizer loaded and no model (on Linux)."""
+"""Resident memory of Python, torch, transformers, peft and pandas, a tokenizer loaded and no model
+(on Linux)."""
 
 CUDA_BUILD_BYTES = 320_000_000
-"""Resident memory that a torch built for CUDA, as PyPI's is on x86-64, adds on a machine without a GPU."""
+"""Resident memory that a torch built for CUDA, as PyPI's is on x86-64, adds on a machine without a
+GPU."""
 
-HEAP_SHARE = 0.4  # on a CPU, freed blocks below 32 MB stay with the C library's heap, and its gaps add about this share
+# on a CPU, freed blocks below 32 MB stay with the C library's heap, and its gaps add about this
+# share
+HEAP_SHARE = 0.4
 
 LAYER_SECONDS = 4e-4
-"""Time that a decoding step spends to call one layer: SmolLM2's on a CPU; on a GPU, whose kernels wait to be launched,
-an assumption."""
+"""Time that a decoding step spends to call one layer: SmolLM2's on a CPU; on a GPU, whose kernels
+wait to be launched, an assumption."""
 
 DECODING_SHARE = 0.5
-"""Speed of a decoding step's products, over that of training: SmolLM2's on a CPU with 64 answers at once."""
+"""Speed of a decoding step's products, over that of training: SmolLM2's on a CPU with 64 answers at
+once."""
 
 
-# --- devices ---------------------------------------------------------------------------------------------------------
+# --- devices --------------------------------------------------------------------------------------
 
 GB = 1e9
 
-GPU_MFU, CPU_MFU = 0.4, 0.45
-"""Share of the peak speed that training reaches. On a GPU an assumption; on a CPU what SmolLM2-135M reached with CeRA
-(with LoRA 0.38: its dropout runs over the whole input of a projection)."""
+GPU_MFU = 0.4
+CPU_MFU = 0.45
+"""Share of the peak speed that training reaches. On a GPU an assumption; on a CPU what SmolLM2-135M
+reached with CeRA (with LoRA 0.38: its dropout runs over the whole input of a projection)."""
 
-USABLE = 0.95  # usable share of a GPU's memory: CUDA itself and the gaps of torch's allocator take the rest
+# usable share of a GPU's memory: CUDA itself and the gaps of torch's allocator take the rest
+USABLE = 0.95
 
 
 @dataclass(frozen=True)
@@ -70,26 +84,29 @@ GPUS = {
     GpuKind.l40s: Device("L40S", 48 * GB, 362e12, 0.86e12),
     GpuKind.rtx4090: Device("RTX 4090", 24 * GB, 165e12, 1.01e12),
 }
-"""Memory, dense bf16 speed and bandwidth by the vendor's data sheets (SXM cards, the A100 of 80 GB)."""
+"""Memory, dense bf16 speed and bandwidth by the vendor's data sheets (SXM cards, the A100 of 80
+GB)."""
 
 CPU_BANDWIDTH = 25e9  # on two cores, SmolLM2-135M answers with 42 tokens a second
 
 
 @functools.cache
 def this_cpu(is_16bit: bool) -> Device:
-    """This machine: its memory, and its peak speed at matrix products: one thread's best, times the threads. Timing all
-    at once would include waiting for other programs."""
+    """This machine: its memory, and its peak speed at matrix products: one thread's best, times the
+    threads. Timing all at once would include waiting for other programs."""
     import torch
     from torch.utils.benchmark import Timer
 
     matrix = torch.randn(512, 512, dtype=torch.bfloat16 if is_16bit else torch.float32)
-    measured = Timer("matrix @ matrix", globals={"matrix": matrix}).blocked_autorange(min_run_time=0.5)
+    measured = Timer("matrix @ matrix", globals={"matrix": matrix}).blocked_autorange(
+        min_run_time=0.5
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     flops = torch.get_num_threads() * 2 * 512**3 / min(measured.times)
     return Device("this CPU", memory, flops, CPU_BANDWIDTH)
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,8 @@ class RunTotals:
     updates: int
     tokens: float  # of the sequences of all updates
     evaluations: int
-    forward_tokens: float  # of what needs no gradient: evaluations, probes of spectra, and passes of the objective
+    # of what needs no gradient: evaluations, probes of spectra, and passes of the objective
+    forward_tokens: float
     task_evaluations: int  # at which `train.tasks` are answered
 
 
@@ -156,7 +174,8 @@ class RunPlan:
 
 
 PLANS: dict[str, RunPlan] = {}
-"""Plans of this process by what they depend on: runs that differ in seed or learning rate have one plan."""
+"""Plans of this process by what they depend on: runs that differ in seed or learning rate have one
+plan."""
 
 
 def make_plan(config: PlanRun) -> RunPlan:
@@ -173,12 +192,15 @@ def _plan(config: PlanRun) -> RunPlan:
     on_gpu = config.plan.on_gpu
     if not on_gpu and config.plan.gpus > 1:
         raise UserError(
-            f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes all its threads. "
+            f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes "
+            f"all its threads. "
             "Leave plan.gpus at 1."
         )
     data = data_size(config.data, config.plan.tokens_per_row)
-    trained, sampled = trained_size(config, data), sampled_size(config, data)
-    tasks, totals = [task_size(name, config, data) for name in config.train.tasks], run_totals(config, data)
+    trained = trained_size(config, data)
+    sampled = sampled_size(config, data)
+    tasks = [task_size(name, config, data) for name in config.train.tasks]
+    totals = run_totals(config, data)
     if config.model.dtype == Dtype.auto:  # every GPU here multiplies bf16
         dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).dtype
         config = replace(config, model=replace(config.model, dtype=dtype))
@@ -193,16 +215,25 @@ def _plan(config: PlanRun) -> RunPlan:
     announce("planning", f"{title(config.adapter)}{rank} on {config.model.path}")
     largest, usual = micro_batches(config, trained, run)
     rows = math.ceil(config.sequences * config.train.batch_size / config.plan.gpus)
-    highest = run.cost(largest, accumulates=rows * trained.tokens_per_row > config.train.micro_batch_tokens)
+    highest = run.cost(
+        largest, accumulates=rows * trained.tokens_per_row > config.train.micro_batch_tokens
+    )
     # Without a mask a token costs the same in every micro-batch.
-    batch, cost = (usual, run.cost(usual, accumulates=False)) if usual.has_mask else (largest, highest)
+    batch, cost = (
+        (usual, run.cost(usual, accumulates=False)) if usual.has_mask else (largest, highest)
+    )
     operations = {name: part.operations / batch.tokens for name, part in cost._asdict().items()}
     autocast = config.model.autocast_dtype(config.train.autocast, on_gpu)
-    device = GPUS[config.plan.gpu] if on_gpu else this_cpu((autocast or config.model.dtype) != Dtype.float32)
+    device = (
+        GPUS[config.plan.gpu]
+        if on_gpu
+        else this_cpu((autocast or config.model.dtype) != Dtype.float32)
+    )
     mfu = config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU)
     memory = memory_of(config, run, highest.peak)
     layers = run.base.config.get_text_config().num_hidden_layers
-    reading, token = run.memory["weights"] / device.bandwidth, operations["evaluation"] / (device.flops * mfu)
+    reading = run.memory["weights"] / device.bandwidth
+    token = operations["evaluation"] / (device.flops * mfu)
     tokens_at_once = CACHE_BYTES // cache_bytes(run.base.config, run.base.dtype.itemsize)
 
     def served(task: TaskSize) -> float:  # a vLLM records the calls of the layers once
@@ -240,7 +271,8 @@ def _plan(config: PlanRun) -> RunPlan:
 
 
 def run_totals(config: Config, size: DataSize) -> RunTotals:
-    train, work = config.train, config.work
+    train = config.train
+    work = config.work
     updates_per_epoch = math.ceil(size.train_rows / train.batch_size)
     updates = train.max_updates or train.epochs * updates_per_epoch
 
@@ -252,8 +284,11 @@ def run_totals(config: Config, size: DataSize) -> RunTotals:
     rows = epochs * size.train_rows + min(rest * train.batch_size, size.train_rows)
     tokens = rows * config.sequences * trained_size(config, size).tokens_per_row
     row_tokens = config.data.sequences * size.tokens_per_row
-    eval_tokens, evaluations = size.eval_rows * row_tokens, times(train.eval_every)
-    forward_tokens = evaluations * eval_tokens + (evaluations + 1) * min(train.probe_tokens, eval_tokens)
+    eval_tokens = size.eval_rows * row_tokens
+    evaluations = times(train.eval_every)
+    forward_tokens = evaluations * eval_tokens + (evaluations + 1) * min(
+        train.probe_tokens, eval_tokens
+    )
     reference_tokens = size.train_rows * row_tokens + eval_tokens
     forward_tokens += work.forward_passes * tokens + work.reference_passes * reference_tokens
     return RunTotals(
@@ -261,15 +296,20 @@ def run_totals(config: Config, size: DataSize) -> RunTotals:
         tokens=tokens,
         evaluations=evaluations,
         forward_tokens=forward_tokens,
-        task_evaluations=(times(train.tasks_every) if train.tasks_every else 1) if train.tasks else 0,
+        task_evaluations=(times(train.tasks_every) if train.tasks_every else 1)
+        if train.tasks
+        else 0,
     )
 
 
-def answer_seconds(task: TaskSize, processes: int, rows: int, step_seconds: float, token_seconds: float) -> float:
+def answer_seconds(
+    task: TaskSize, processes: int, rows: int, step_seconds: float, token_seconds: float
+) -> float:
     """Time of the answers to a task, or to the prompts of an update.
 
-    Decoding waits for the calls of its layers and for the weights to be read, not for its arithmetic: its time is that
-    of its steps, one for each token of the longest answer of a batch, and of the products of all tokens.
+    Decoding waits for the calls of its layers and for the weights to be read, not for its
+    arithmetic: its time is that of its steps, one for each token of the longest answer of a batch,
+    and of the products of all tokens.
 
     Args:
         rows: answers at once in a process.
@@ -278,14 +318,18 @@ def answer_seconds(task: TaskSize, processes: int, rows: int, step_seconds: floa
     """
     count = math.ceil(task.problems / processes)
     steps = math.ceil(count / max(1, rows)) * task.new_tokens
-    return steps * step_seconds + count * token_seconds * (task.prompt_tokens + task.new_tokens / DECODING_SHARE)
+    return steps * step_seconds + count * token_seconds * (
+        task.prompt_tokens + task.new_tokens / DECODING_SHARE
+    )
 
 
 def micro_batches(config: PlanRun, size: DataSize, run: DryRun) -> tuple[MicroBatch, MicroBatch]:
-    """The largest micro-batch of one process, which needs the most memory, and a usual one, which takes the time."""
+    """The largest micro-batch of one process, which needs the most memory, and a usual one, which
+    takes the time."""
     from cera_train.planning.dry_run import MicroBatch
 
-    train, is_flat = config.train, run.loss.is_flat
+    train = config.train
+    is_flat = run.loss.is_flat
     has_mask = run.loss.allowed.attention is None if is_flat else not size.is_even
     has_mask = has_mask or run.base.config._attn_implementation == "eager"
     rows = math.ceil(config.sequences * train.batch_size / config.plan.gpus)
@@ -303,14 +347,15 @@ def micro_batches(config: PlanRun, size: DataSize, run: DryRun) -> tuple[MicroBa
 
 
 def memory_of(config: PlanRun, run: DryRun, peak: float) -> dict[str, float]:
-    """Bytes of one process by part at the peak of an update: on a GPU what torch allocates, on a CPU what is
-    resident."""
-    processes, held = config.plan.gpus, sum(run.memory.values())
+    """Bytes of one process by part at the peak of an update: on a GPU what torch allocates, on a
+    CPU what is resident."""
+    processes = config.plan.gpus
+    held = sum(run.memory.values())
     parts = dict(run.memory)
     if processes > 1 and config.distributed.strategy == Strategy.fsdp:
         parts = {name: size / processes for name, size in parts.items()}
-        # FSDP2 gathers into a buffer and copies from there: as the first layer begins, what is outside the layers is in
-        # memory twice. Later the buffer holds the next layer.
+        # FSDP2 gathers into a buffer and copies from there: as the first layer begins, what is
+        # outside the layers is in memory twice. Later the buffer holds the next layer.
         activations = peak - held
         parts["gathered"] = run.outside + 2 * run.layer + max(0, run.outside - activations)
     elif processes > 1:

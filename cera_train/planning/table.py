@@ -12,10 +12,17 @@ from cera_train.settings.run import PlanRun
 def print_plan(plan: RunPlan) -> None:
     adapter = plan.config.adapter
     rank = "" if adapter.r is None else f" r={adapter.r}"
-    print_line("plan", f"{plan.config.name}: {adapter.kind}{rank}{adapter.places and f' on {adapter.places}'}")
+    print_line(
+        "plan",
+        f"{plan.config.name}: {adapter.kind}{rank}{adapter.places and f' on {adapter.places}'}",
+    )
     _print_basis([plan])
-    totals, flops = plan.totals, plan.flops | {"in all": sum(plan.flops.values())}
-    peaks = {"peak in training": sum(plan.memory.values()), "peak in evaluation": plan.evaluation_memory}
+    totals = plan.totals
+    flops = plan.flops | {"in all": sum(plan.flops.values())}
+    peaks = {
+        "peak in training": sum(plan.memory.values()),
+        "peak in evaluation": plan.evaluation_memory,
+    }
     time = {"an update": f"{plan.update_seconds:.3g} s"}
     if plan.sampled is not None:
         time["of it sampling, at most"] = f"{plan.sampling_seconds:.3g} s"
@@ -33,9 +40,15 @@ def print_plan(plan: RunPlan) -> None:
             "trainable": f"{plan.trainable:,}",
             "share": f"{plan.trainable / (plan.trainable + plan.frozen):.2%}",
         },
-        "memory of one process": {name: _size(part) for name, part in (plan.memory | peaks).items()},
-        "work": {name: f"{getattr(totals, name):,.0f}" for name in ("updates", "tokens", "evaluations")},
-        "PFLOP": {name: f"{part / 1e15:,.{0 if part >= 1e17 else 3}f}" for name, part in flops.items()},
+        "memory of one process": {
+            name: _size(part) for name, part in (plan.memory | peaks).items()
+        },
+        "work": {
+            name: f"{getattr(totals, name):,.0f}" for name in ("updates", "tokens", "evaluations")
+        },
+        "PFLOP": {
+            name: f"{part / 1e15:,.{0 if part >= 1e17 else 3}f}" for name, part in flops.items()
+        },
         "time and cost": time,
     }
     rows = []
@@ -43,7 +56,8 @@ def print_plan(plan: RunPlan) -> None:
         rows += [[section, ""], *([f"  {name}", text] for name, text in figures.items())]
     print_table(["", ""], rows, right=[1])
     print()
-    needs, memory = f"{_size(plan.peak)} needed", f"{plan.device.memory / GB:.0f} GB of {plan.device.name}"
+    needs = f"{_size(plan.peak)} needed"
+    memory = f"{plan.device.memory / GB:.0f} GB of {plan.device.name}"
     if plan.fits:
         print_line("fits", f"{needs} of the {memory}")
     else:
@@ -70,10 +84,16 @@ def print_plans(noun: str, groups: Mapping[str, Sequence[RunPlan]]) -> None:
 
 def name_jobs(plans: Sequence[RunPlan]) -> dict[str, list[RunPlan]]:
     """The jobs of a sweep by what differs between them."""
-    keys = differing_settings({str(n): flatten(to_plain(plan.config)) for n, plan in enumerate(plans)}, PlanRun)
+    keys = differing_settings(
+        {str(n): flatten(to_plain(plan.config)) for n, plan in enumerate(plans)}, PlanRun
+    )
     for path in ("model.path", "data.path"):  # tells its whole section apart
         if path in keys:
-            keys = {key: words for key, words in keys.items() if key == path or key.split(".")[0] != path.split(".")[0]}
+            keys = {
+                key: words
+                for key, words in keys.items()
+                if key == path or key.split(".")[0] != path.split(".")[0]
+            }
     named: dict[str, list[RunPlan]] = {}
     for n, plan in enumerate(plans):
         name = " ".join(f"{key}={words[str(n)]}" for key, words in keys.items())
@@ -107,32 +127,49 @@ def _print_basis(plans: Sequence[RunPlan]) -> None:
 def _describe_model(plan: RunPlan) -> str:
     """The base and how its weights are stored."""
     model = plan.config.model
-    precision = model.dtype if model.quantization == Quantization.none else f"{model.dtype}, {model.quantization}"
+    precision = (
+        model.dtype
+        if model.quantization == Quantization.none
+        else f"{model.dtype}, {model.quantization}"
+    )
     return f"{model.path}, {precision}"
 
 
 def _describe_data(plan: RunPlan) -> list[tuple[str, str]]:
     """The rows and the tasks of a run: labels and texts."""
-    data, times = plan.data, plan.totals.task_evaluations
+    data = plan.data
+    times = plan.totals.task_evaluations
     rows = (
-        f"{plan.config.data.title}: {data.train_rows:,} rows of {data.tokens_per_row:,.0f} tokens ({data.source}), "
+        f"{plan.config.data.title}: {data.train_rows:,} rows of {data.tokens_per_row:,.0f} tokens "
+        f"({data.source}), "
         f"{data.supervised:.0%} supervised; {data.eval_rows:,} to evaluate"
     )
     tasks = [
-        f"{task.name}: {task.problems:,} problems of {task.prompt_tokens:,.0f} tokens ({task.source}), up to "
+        f"{task.name}: {task.problems:,} problems of {task.prompt_tokens:,.0f} tokens "
+        f"({task.source}), up to "
         f"{task.new_tokens:,} to answer, at {counted(times, 'evaluation')}"
         for task in plan.tasks
     ]
     lines = [("data", rows), *(("task", text) for text in tasks)]
     if (sampled := plan.sampled) is not None:
-        lines.insert(1, ("answers", f"{sampled.problems:,} an update, of up to {sampled.new_tokens:,} tokens"))
+        lines.insert(
+            1,
+            ("answers", f"{sampled.problems:,} an update, of up to {sampled.new_tokens:,} tokens"),
+        )
     return lines
 
 
 def _describe_device(plan: RunPlan) -> str:
-    device, settings = plan.device, plan.config.plan
-    assumed = "an assumption; set plan.mfu" if settings.on_gpu else "seen with SmolLM2-135M; set plan.mfu"
-    speed = f"{device.flops / 1e12:,.0f} TFLOP/s" if device.flops >= 1e12 else f"{device.flops / 1e9:,.0f} GFLOP/s"
+    device = plan.device
+    settings = plan.config.plan
+    assumed = (
+        "an assumption; set plan.mfu" if settings.on_gpu else "seen with SmolLM2-135M; set plan.mfu"
+    )
+    speed = (
+        f"{device.flops / 1e12:,.0f} TFLOP/s"
+        if device.flops >= 1e12
+        else f"{device.flops / 1e9:,.0f} GFLOP/s"
+    )
     return (
         f"{settings.gpus} x {device.name}, {device.memory / GB:.0f} GB, {speed} at best, "
         f"{plan.mfu:.0%} of it in training ({'plan.mfu' if settings.mfu else assumed})"

@@ -1,5 +1,5 @@
-"""The page of runs side by side: a row for each run and a column for each figure, the paper's beside ours where a
-recipe names one; paired tests; settings that differ; pictures and notes."""
+"""The page of runs side by side: a row for each run and a column for each figure, the paper's
+beside ours where a recipe names one; paired tests; settings that differ; pictures and notes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,18 +16,22 @@ from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share, is_ta
 from cera_train.settings.run import Config
 
 CAPTION = (
-    "Exact is the task's published rule, verified mathematical equality by math-verify or exact. Below an accuracy: "
+    "Exact is the task's published rule, verified mathematical equality by math-verify or exact. "
+    "Below an accuracy: "
     f"its 95 % interval over problems. Difference: ours minus the paper's. {SPECTRUM_TERMS}"
 )
 TESTS = (
-    "On the same problems; the verdict is on the first-named run. p is McNemar's, or of a sign-flip permutation test "
-    "where a problem has several answers or a score, after Holm over the pairs of a task; it decides at 5 %. The "
+    "On the same problems; the verdict is on the first-named run. p is McNemar's, or of a "
+    "sign-flip permutation test "
+    "where a problem has several answers or a score, after Holm over the pairs of a task; it "
+    "decides at 5 %. The "
     "interval is a paired bootstrap's."
 )
 
 
 def compare_runs(folders: Sequence[Path], across_engines: bool = False) -> Page:
-    """The page of some runs: tables of the runs, of paired tests and of settings in which they differ."""
+    """The page of some runs: tables of the runs, of paired tests and of settings in which they
+    differ."""
     runs = read_runs(folders)
     announce("comparing", counted(len(runs), "run"))
     tests, notes = paired_tests(runs, across_engines)
@@ -36,14 +40,24 @@ def compare_runs(folders: Sequence[Path], across_engines: bool = False) -> Page:
     tables = [
         table_of(runs),
         Table("Paired tests", [test.row for test in tests], TESTS),
-        Table("Settings", [{"setting": key} | words for key, words in settings.items()], "What differs between runs."),
+        Table(
+            "Settings",
+            [{"setting": key} | words for key, words in settings.items()],
+            "What differs between runs.",
+        ),
     ]
     title = runs[0].name if len(runs) == 1 else f"Comparison of {len(runs)} runs"
     commands = {run.name: run.environment.command_line or "not on record" for run in trained}
-    return Page(title, tables, plan_pictures(runs), commands, [*cautions(runs), *notes, *missing_pieces(runs)])
+    return Page(
+        title,
+        tables,
+        plan_pictures(runs),
+        commands,
+        [*cautions(runs), *notes, *missing_pieces(runs)],
+    )
 
 
-# --- the table of runs -----------------------------------------------------------------------------------------------
+# --- the table of runs ----------------------------------------------------------------------------
 
 
 def table_of(runs: Sequence[Run]) -> Table:
@@ -53,7 +67,8 @@ def table_of(runs: Sequence[Run]) -> Table:
 
 def _row(run: Run) -> dict[str, str]:
     figures = run.figures
-    share, updates = cell(figures.trainable_share, "{:.2%} of the model"), cell(figures.updates, "{:,} updates")
+    share = cell(figures.trainable_share, "{:.2%} of the model")
+    updates = cell(figures.updates, "{:,} updates")
     return {
         "run": run.name,
         "method": run.method,
@@ -82,11 +97,15 @@ def _task_cells(run: Run) -> dict[str, str]:
             if isinstance(result, PerplexityResult) and result.perplexity_base is not None:
                 notes.append(f"{result.perplexity_base:.3f} without adapter")
             notes += _paper(run, key, value, metric.is_share)
-            if (limit := evaluation.settings.get("task.limit")) is not None and key in run.published:
+            if (
+                limit := evaluation.settings.get("task.limit")
+            ) is not None and key in run.published:
                 notes.append(f"ours of the first {limit:,} problems")
             if (heat := evaluation.settings.get("generation.temperature")) and key in run.published:
                 notes.append(f"ours sampled at temperature {heat:g}")
-            cells[f"{task} {metric.label}"] = cell(value, "{:.1%}" if metric.is_share else "{:.3f}", *notes)
+            cells[f"{task} {metric.label}"] = cell(
+                value, "{:.1%}" if metric.is_share else "{:.3f}", *notes
+            )
         if isinstance(result, AccuracyResult) and result.endings:
             shares = " / ".join(f"{100 * share:.1f}" for share in result.endings.values())
             cells[f"{task} answers, {' / '.join(ENDINGS)}"] = f"{shares} %"
@@ -110,8 +129,10 @@ def cell(value: float | None, form: str | Callable[[float], str], *notes: str) -
 
 
 def _perplexity(run: Run) -> str:
-    figures, notes = run.figures, []
-    value, best = figures.perplexity, figures.best_perplexity
+    figures = run.figures
+    notes = []
+    value = figures.perplexity
+    best = figures.best_perplexity
     if run.is_unfinished and value is not None:
         state = "before it diverged" if run.has_diverged else "unfinished"
         notes.append(f"{state}, at update {run.metrics.evaluations[-1].update:,}")
@@ -123,7 +144,10 @@ def _perplexity(run: Run) -> str:
 def _mean_and_max(run: Run, quantity: str) -> str:
     """Over the adapted modules of a run."""
     mean, highest = (getattr(run.figures.spectrum, f"{quantity}_{end}") for end in ("mean", "max"))
-    texts = [cell(mean, "{:,.1f}"), cell(highest, "{:,.0f}" if quantity == "manifold_dimension" else "{:,.1f}")]
+    texts = [
+        cell(mean, "{:,.1f}"),
+        cell(highest, "{:,.0f}" if quantity == "manifold_dimension" else "{:,.1f}"),
+    ]
     return " / ".join(text or "–" for text in texts) if any(texts) else ""
 
 
@@ -134,5 +158,7 @@ def _paper(run: Run, key: str, value: float | None, is_share: bool = False) -> l
     paper = f"paper {published:.2%}" if is_share else f"paper {published:.2f}"
     if value is None:
         return [f"{paper}, not measured here"]
-    difference = f"{100 * (value - published):+.2f} points" if is_share else f"{value - published:+.2f}"
+    difference = (
+        f"{100 * (value - published):+.2f} points" if is_share else f"{value - published:+.2f}"
+    )
     return [paper, f"difference {difference}"]

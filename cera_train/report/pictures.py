@@ -1,5 +1,5 @@
-"""The pictures of runs side by side. A run has the same colour and marker in every picture of runs; a picture without
-figures is left out."""
+"""The pictures of runs side by side. A run has the same colour and marker in every picture of runs;
+a picture without figures is left out."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,10 @@ from cera_train.report.runs import Run, accuracy_metric, group_by
 
 OBJECTIVES = {
     "train/reward": ("reward", "In the mean over the answers of an update."),
-    "train/completions/mean_length": ("length of answers", "In tokens, in the mean over the answers of an update."),
+    "train/completions/mean_length": (
+        "length of answers",
+        "In tokens, in the mean over the answers of an update.",
+    ),
     "train/rewards/margins": ("margin", "Of the chosen answer's reward over the rejected one's."),
 }
 """By key of metrics.jsonl: what only some objectives log, and how."""
@@ -33,7 +36,9 @@ def plan_pictures(runs: Sequence[Run]) -> list[Picture]:
 
     on_same_rows = "Runs on the same evaluation rows and model."
     planned = [
-        _lines("perplexity by rank", _by_rank(runs, lambda run: run.figures.perplexity), on_same_rows),
+        _lines(
+            "perplexity by rank", _by_rank(runs, lambda run: run.figures.perplexity), on_same_rows
+        ),
         _lines(
             "effective rank by rank",
             _by_rank(runs, lambda run: run.figures.spectrum.effective_rank_mean),
@@ -42,7 +47,8 @@ def plan_pictures(runs: Sequence[Run]) -> list[Picture]:
         _lines(
             "share of the singular values by direction",
             of_runs(lambda run: list(enumerate(run.spectrum, start=1))),
-            "Singular values of the branch's centred output over their sum, in the mean over modules.",
+            "Singular values of the branch's centred output over their sum, in the mean over "
+            "modules.",
         ),
         _lines(
             "training loss by update",
@@ -51,18 +57,30 @@ def plan_pictures(runs: Sequence[Run]) -> list[Picture]:
         ),
         _lines(
             "perplexity by update",
-            of_runs(lambda run: [(line.update, line.perplexity) for line in run.metrics.evaluations]),
+            of_runs(
+                lambda run: [(line.update, line.perplexity) for line in run.metrics.evaluations]
+            ),
             "On the evaluation rows; update 0 is before training.",
         ),
         _lines(
             "linear share by update",
-            of_runs(lambda run: [(line.update, line.spectrum.linear_share_mean) for line in run.metrics.evaluations]),
-            "Share of a branch's variance that the best affine map of A x explains, in the mean over modules. A LoRA's "
+            of_runs(
+                lambda run: [
+                    (line.update, line.spectrum.linear_share_mean)
+                    for line in run.metrics.evaluations
+                ]
+            ),
+            "Share of a branch's variance that the best affine map of A x explains, in the mean "
+            "over modules. A LoRA's "
             "is 1.",
         ),
     ]
     for key, (label, caption) in OBJECTIVES.items():
-        logged = of_runs(lambda run, key=key: [(line.update, line.details.get(key)) for line in run.metrics.updates])
+        logged = of_runs(
+            lambda run, key=key: [
+                (line.update, line.details.get(key)) for line in run.metrics.updates
+            ]
+        )
         planned.append(_lines(f"{label} by update", logged, caption))
     planned += [_accuracy(runs, task) for task in task_names(runs)]
     return [picture for picture in planned if picture is not None]
@@ -73,19 +91,26 @@ def _is_finite(value: float | None) -> bool:
 
 
 def _by_rank(runs: Sequence[Run], value: Callable[[Run], float | None]) -> dict[str, Line]:
-    """A figure of the finished runs of each method on the same evaluation rows and base model: of the largest such
-    group."""
+    """A figure of the finished runs of each method on the same evaluation rows and base model: of
+    the largest such group."""
     runs = [run for run in runs if run.result and run.rank and _is_finite(value(run))]
-    runs = max(group_by(runs, lambda run: (run.environment.held_out, run.base)).values(), key=len, default=[])
+    runs = max(
+        group_by(runs, lambda run: (run.environment.held_out, run.base)).values(),
+        key=len,
+        default=[],
+    )
     methods = group_by(runs, lambda run: run.method) if len(runs) > 1 else {}
     return {
-        method: Line(same[0].kind, sorted((run.rank, value(run)) for run in same)) for method, same in methods.items()
+        method: Line(same[0].kind, sorted((run.rank, value(run)) for run in same))
+        for method, same in methods.items()
     }
 
 
 def _lines(title: str, lines: Mapping[str, Line], caption: str) -> Picture | None:
     """A picture of `y by x`: lines by name."""
-    points = {name: [(x, y) for x, y in line.points if _is_finite(y)] for name, line in lines.items()}
+    points = {
+        name: [(x, y) for x, y in line.points if _is_finite(y)] for name, line in lines.items()
+    }
     points = {name: line for name, line in points.items() if line}
     if not points:
         return None
@@ -110,17 +135,33 @@ def _lines(title: str, lines: Mapping[str, Line], caption: str) -> Picture | Non
             axes.yaxis.set_major_formatter(LogFormatter())
             axes.yaxis.set_minor_formatter(LogFormatter())
 
-    ends = "; ".join(f"{name}: {line[0][1]:.4g} to {line[-1][1]:.4g}" for name, line in points.items())
-    return Picture(title.replace(" ", "-"), title.capitalize(), f"{title.capitalize()}. {ends}.", caption, draw)
+    ends = "; ".join(
+        f"{name}: {line[0][1]:.4g} to {line[-1][1]:.4g}" for name, line in points.items()
+    )
+    return Picture(
+        title.replace(" ", "-"), title.capitalize(), f"{title.capitalize()}. {ends}.", caption, draw
+    )
 
 
 def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
-    """Accuracy by trainable parameters, by the first metric that every evaluation of the task has."""
+    """Accuracy by trainable parameters, by the first metric that every evaluation of the task
+    has."""
     evaluations = {run.name: run.evaluations[task] for run in graded(runs, task)}
-    added = [metric for evaluation in evaluations.values() for metric in evaluation.task.shown if metric.in_picture]
+    added = [
+        metric
+        for evaluation in evaluations.values()
+        for metric in evaluation.task.shown
+        if metric.in_picture
+    ]
     metrics = [*added, accuracy_metric("verified/pass@1"), accuracy_metric("exact/pass@1")]
-    common = (metric for metric in metrics if all(_is_finite(each.figure(metric)[0]) for each in evaluations.values()))
-    parameters = {run.name: run.figures.trainable_parameters for run in runs if run.name in evaluations}
+    common = (
+        metric
+        for metric in metrics
+        if all(_is_finite(each.figure(metric)[0]) for each in evaluations.values())
+    )
+    parameters = {
+        run.name: run.figures.trainable_parameters for run in runs if run.name in evaluations
+    }
     if (metric := next(common, None)) is None or not any(parameters.values()):
         return None
     figures = {name: evaluation.figure(metric) for name, evaluation in evaluations.items()}
@@ -142,9 +183,16 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xticks([], minor=True)
-        axes.set(xlabel="trainable parameters", ylabel=f"{metric.label}, %", ylim=(0, max(1.0, axes.get_ylim()[1])))
+        axes.set(
+            xlabel="trainable parameters",
+            ylabel=f"{metric.label}, %",
+            ylim=(0, max(1.0, axes.get_ylim()[1])),
+        )
 
     title = f"Accuracy on {task} by parameters"
     numbers = "; ".join(f"{name}: {value:.1%}" for name, (value, _) in figures.items())
-    caption = f"{metric.label.capitalize()}. Bars: 95 % intervals over problems. Dashed: the untouched base model."
+    caption = (
+        f"{metric.label.capitalize()}. Bars: 95 % intervals over problems. Dashed: the untouched "
+        f"base model."
+    )
     return Picture(f"accuracy-{task}", title, f"{title}. {numbers}.", caption, draw)

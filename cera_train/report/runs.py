@@ -15,7 +15,12 @@ from cera_train.common.files import read_yaml
 from cera_train.common.settings import flatten, to_plain
 from cera_train.common.trust import clean
 from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
-from cera_train.runs.evaluation_folder import AccuracyResult, Grade, PerplexityResult, find_evaluation_result
+from cera_train.runs.evaluation_folder import (
+    AccuracyResult,
+    Grade,
+    PerplexityResult,
+    find_evaluation_result,
+)
 from cera_train.runs.records import Record, load_config, read_lines
 from cera_train.runs.results import (
     DIVERGED,
@@ -65,10 +70,15 @@ class Evaluation:
 
     @property
     def metrics(self) -> list[Metric]:
-        """The figures to show: pass@1 and pass@n of n samples by each grader, and what the task adds."""
+        """The figures to show: pass@1 and pass@n of n samples by each grader, and what the task
+        adds."""
         if not self.is_graded:
             return [PERPLEXITY] if self.result else []
-        rates = [key for key in self.result.accuracies if key.endswith(("/pass@1", f"/pass@{self.result.samples}"))]
+        rates = [
+            key
+            for key in self.result.accuracies
+            if key.endswith(("/pass@1", f"/pass@{self.result.samples}"))
+        ]
         rates.sort(key=lambda key: (not key.endswith("/pass@1"), key))
         added = [metric for metric in self.task.shown if metric.key in self.result.details]
         return [*map(accuracy_metric, rates), *added]
@@ -99,8 +109,12 @@ class Run:
     result: RunResult | None = None
     metrics: Metrics = field(default_factory=Metrics)
     environment: Environment = field(default_factory=Environment)
-    spectrum: list[float] = field(default_factory=list)  # singular values over their sum, the mean over modules
-    published: dict[str, float] = field(default_factory=dict)  # by a key of result.json, or TASK/METRIC
+    spectrum: list[float] = field(
+        default_factory=list
+    )  # singular values over their sum, the mean over modules
+    published: dict[str, float] = field(
+        default_factory=dict
+    )  # by a key of result.json, or TASK/METRIC
 
     @property
     def figures(self) -> RunResult:
@@ -131,8 +145,13 @@ class Run:
     @property
     def base(self) -> str:
         """The base model, with what its weights are kept in: that too changes a perplexity."""
-        names = (self.settings.get(f"model.{key}") for key in ("path", "revision", "dtype", "quantization"))
-        return ", ".join(str(name) for name in names if name not in (None, "none")) or "not on record"
+        names = (
+            self.settings.get(f"model.{key}")
+            for key in ("path", "revision", "dtype", "quantization")
+        )
+        return (
+            ", ".join(str(name) for name in names if name not in (None, "none")) or "not on record"
+        )
 
 
 def group_by(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
@@ -157,19 +176,27 @@ class SavedAdapter(Record):
     @property
     def config(self) -> AdapterConfig:
         kind = "dora" if self.use_dora else "rslora" if self.use_rslora else self.peft_type.lower()
-        known = {"kind": kind} if kind in list(AdapterKind) else {"kind": AdapterKind.peft, "method": self.peft_type}
+        known = (
+            {"kind": kind}
+            if kind in list(AdapterKind)
+            else {"kind": AdapterKind.peft, "method": self.peft_type}
+        )
         if kind == AdapterKind.cera:
-            known |= {name: getattr(self, name) for name in ("activation", "mix") if getattr(self, name) is not None}
+            known |= {
+                name: getattr(self, name)
+                for name in ("activation", "mix")
+                if getattr(self, name) is not None
+            }
         # PEFT writes a rank of 0 where another setting decides.
         return AdapterConfig(**known, r=self.r or None, alpha=self.lora_alpha or self.alpha or None)
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in some folders, each once, in the order given; those of a sweep by name. A folder is that of a run, of
-    an adapter or a base model with evaluations, or holds such folders."""
+    """The runs in some folders, each once, in the order given; those of a sweep by name. A folder
+    is that of a run, of an adapter or a base model with evaluations, or holds such folders."""
     by_folder: dict[Path, Run] = {}
     for run in (run for folder in folders for run in _runs_in(folder)):
         by_folder.setdefault(run.folder.resolve(), run)
@@ -182,15 +209,21 @@ def _runs_in(folder: Path) -> list[Run]:
     if run := _read_run(folder):
         return [run]
 
-    def by_number(path: Path) -> list[str | float]:  # r16 before r128, and lr=0.0005 before lr=0.001
-        return [float(part) if index % 2 else part for index, part in enumerate(re.split(NUMBER_IN_NAME, path.name))]
+    def by_number(
+        path: Path,
+    ) -> list[str | float]:  # r16 before r128, and lr=0.0005 before lr=0.001
+        return [
+            float(part) if index % 2 else part
+            for index, part in enumerate(re.split(NUMBER_IN_NAME, path.name))
+        ]
 
     inside = sorted(filter(Path.is_dir, folder.iterdir()), key=by_number) if folder.is_dir() else []
     if runs := list(filter(None, map(_read_run, inside))):
         return runs
     what = "holds neither a run nor folders of runs" if folder.is_dir() else "is not a folder"
     raise UserError(
-        f"{folder} {what}: expected a folder that cera-train left (with config.yaml), one with evaluations "
+        f"{folder} {what}: expected a folder that cera-train left (with config.yaml), one with "
+        f"evaluations "
         "(eval/TASK), or a folder of these. Check the path: runs lie in outputs/NAME."
     )
 
@@ -199,13 +232,19 @@ def _read_run(folder: Path) -> Run | None:
     """The run or the evaluations in a folder; None where there is neither."""
     path = folder / "config.yaml"
     evaluations = {
-        file.parent.name: Evaluation(file.parent, flatten(read_yaml(file)), find_evaluation_result(file.parent))
+        file.parent.name: Evaluation(
+            file.parent, flatten(read_yaml(file)), find_evaluation_result(file.parent)
+        )
         for file in sorted(folder.glob("eval/*/config.yaml"))
     }
-    if not path.is_file() or "adapter" not in read_yaml(path):  # an evaluation's config.yaml has none
+    if not path.is_file() or "adapter" not in read_yaml(
+        path
+    ):  # an evaluation's config.yaml has none
         return _without_training(folder, evaluations) if evaluations else None
     config = load_config(path)
-    settings, name = flatten(to_plain(config)), clean(config.name)  # no picture can show half of a surrogate pair
+    # no picture can show half of a surrogate pair
+    settings = flatten(to_plain(config))
+    name = clean(config.name)
     return Run(
         *(folder, name, settings, config.adapter, evaluations),
         is_training=True,
@@ -219,10 +258,15 @@ def _read_run(folder: Path) -> Run | None:
 
 
 def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
-    """The folder of an adapter from elsewhere, known by PEFT's file, or of a base model, known by its evaluations."""
-    place, path, adapter = folder.resolve(), folder / ADAPTER_CONFIG, None
+    """The folder of an adapter from elsewhere, known by PEFT's file, or of a base model, known by
+    its evaluations."""
+    place = folder.resolve()
+    path = folder / ADAPTER_CONFIG
+    adapter = None
     evaluation = next(iter(evaluations.values()))
-    settings = {key: value for key, value in evaluation.settings.items() if key.startswith("model.")}
+    settings = {
+        key: value for key, value in evaluation.settings.items() if key.startswith("model.")
+    }
     if path.is_file():
         saved = SavedAdapter.read(path)
         with errors_at(str(path)):

@@ -52,8 +52,10 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 def write_card(run: Path, result: RunResult) -> None:
     """Writes adapter/README.md from the config and the result of a run."""
     config = load_config(run / "config.yaml")
-    kind, method = family(config.adapter.kind), title(config.adapter)
-    is_cera, is_full = config.adapter.kind == "cera", kind.trains_base
+    kind = family(config.adapter.kind)
+    method = title(config.adapter)
+    is_cera = config.adapter.kind == "cera"
+    is_full = kind.trains_base
     library = "transformers" if is_full else "peft"
     datasets = [part.path for _, part in config.data.parts() if part.path and not part.train_files]
     data = card_data(config.model, library, config.adapter.kind.value, datasets)
@@ -65,15 +67,21 @@ def write_card(run: Path, result: RunResult) -> None:
         registers="import cera_train  # registers CeRA with PEFT\n" if is_cera else "",
         library=library,
         loader="AutoModelForCausalLM" if is_full else "AutoPeftModelForCausalLM",
-        table="\n".join(f"| {escape(name)} | {escape(value)} |" for name, value in _facts(config, result).items()),
-        terms=f"The base weights are under `{escape(data.license)}`; an adapter of theirs comes under its terms."
+        table="\n".join(
+            f"| {escape(name)} | {escape(value)} |"
+            for name, value in _facts(config, result).items()
+        ),
+        terms=f"The base weights are under `{escape(data.license)}`; an adapter of theirs comes "
+        f"under its terms."
         if data.license
         else "The licence of the base weights is not on record here: see where they come from.",
     )
     write_text(run / "adapter" / "README.md", text)
 
 
-def card_data(model: ModelConfig, library: str, tag: str, datasets: Sequence[str] = ()) -> ModelCardData:
+def card_data(
+    model: ModelConfig, library: str, tag: str, datasets: Sequence[str] = ()
+) -> ModelCardData:
     """The metadata by which the Hub finds an adapter or a model."""
     return ModelCardData(
         base_model=model.hub_id,
@@ -86,15 +94,22 @@ def card_data(model: ModelConfig, library: str, tag: str, datasets: Sequence[str
 
 
 def _facts(config: Config, result: RunResult) -> dict[str, str]:
-    model, adapter, train, effective_rank = config.model, config.adapter, config.train, describe_rank(result.spectrum)
+    model = config.model
+    adapter = config.adapter
+    train = config.train
+    effective_rank = describe_rank(result.spectrum)
     rank = f" of rank {result.adapter_r}" if result.adapter_r else ""
     where = f" on {adapter.places}" if adapter.places else ""
     before = "before the first update" if adapter.start_from else "untouched base"
     rows = {
         "Base model": model.path + (f", revision {model.revision}" if model.revision else ""),
-        "Base weights": model.dtype.value if model.quantization == "none" else model.quantization.value,
+        "Base weights": model.dtype.value
+        if model.quantization == "none"
+        else model.quantization.value,
         "Adapter": f"{title(adapter)}{rank}{where}",
-        "Starts from": f"{adapter.start_from}, digest {adapter.start_digest}" if adapter.start_from else "",
+        "Starts from": f"{adapter.start_from}, digest {adapter.start_digest}"
+        if adapter.start_from
+        else "",
         "Trainable parameters": figure(result.trainable_parameters, 0),
         "Data": config.data.title,
         "Training": f"{figure(result.updates, 0)} updates of {train.batch_size} sequences, "
@@ -107,26 +122,38 @@ def _facts(config: Config, result: RunResult) -> dict[str, str]:
     return {name: text for name, text in rows.items() if text}
 
 
-# --- the Hub ---------------------------------------------------------------------------------------------------------
+# --- the Hub --------------------------------------------------------------------------------------
 
 
 def push(config: Config) -> None:
-    """Uploads the adapter of a run, if it is finished. A failure prints the command that repeats the upload: the run's,
-    whose result stands."""
+    """Uploads the adapter of a run, if it is finished. A failure prints the command that repeats
+    the upload: the run's, whose result stands."""
     run = Path(config.output_dir) / config.name
     if config.hub.push is None or not (run / "result.json").is_file():
         return
     adapter = run / "adapter"
     contents = {path: path for path in adapter.rglob("*") if path.is_file()}
     if config.model.hub_id is not None:  # the file may name a folder of this machine
-        description = read_json(description_file(adapter)) | {"base_model_name_or_path": config.model.hub_id}
+        description = read_json(description_file(adapter)) | {
+            "base_model_name_or_path": config.model.hub_id
+        }
         contents[description_file(adapter)] = json.dumps(description, indent=2).encode()
     try:
         api = HfApi()
         repository = api.create_repo(config.hub.push, private=config.hub.private, exist_ok=True)
-        files = [CommitOperationAdd(str(path.relative_to(adapter)), content) for path, content in contents.items()]
-        api.create_commit(repository.repo_id, files, commit_message=f"Upload {config.name}, trained with cera-train")
+        files = [
+            CommitOperationAdd(str(path.relative_to(adapter)), content)
+            for path, content in contents.items()
+        ]
+        api.create_commit(
+            repository.repo_id,
+            files,
+            commit_message=f"Upload {config.name}, trained with cera-train",
+        )
         print_line("hub", str(repository))
     except Exception as error:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        print_error(f"hub.push={config.hub.push} failed ({error}). The run is finished; to upload it: {command}")
+        print_error(
+            f"hub.push={config.hub.push} failed ({error}). The run is finished; to upload it: "
+            f"{command}"
+        )

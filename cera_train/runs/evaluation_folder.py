@@ -1,7 +1,7 @@
 """The folder of one evaluation, RUN/eval/NAME: its config, problems, answers, grades and result.
 
-Each process appends its answers to a file; at the end these become one. Every other file appears whole or not at all.
-Imports no torch."""
+Each process appends its answers to a file; at the end these become one. Every other file appears
+whole or not at all. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from cera_train.runs.records import Record, differences, read_lines, to_lines
 from cera_train.runs.results import MeasuredAdapter, Perplexity
 from cera_train.settings.evaluation import EvalConfig
 
-# --- its records ------------------------------------------------------------------------------------------------------
+# --- its records ----------------------------------------------------------------------------------
 
 Key = tuple[str, int]  # problem and sample
 
 
 class Problem(Record, extra="allow"):
-    """One problem, a line of problems.jsonl. `details` are what the task's grading or a report needs beside the gold
-    answer."""
+    """One problem, a line of problems.jsonl. `details` are what the task's grading or a report
+    needs beside the gold answer."""
 
     id: str  # a digest of the question: the same in every evaluation, whatever the prompt
     question: str
@@ -40,7 +40,7 @@ class Problem(Record, extra="allow"):
 class Generation(Record):
     """One answer, a line of generations.jsonl."""
 
-    mend: ClassVar[str] = "Remove the file, and evaluate the run again."
+    fix: ClassVar[str] = "Remove the file, and evaluate the run again."
 
     problem: str
     sample: int
@@ -52,7 +52,7 @@ class Generation(Record):
 class Grade(Record, extra="allow"):
     """The grade of one answer, a line of grades.jsonl."""
 
-    mend: ClassVar[str] = "Evaluate the run again."
+    fix: ClassVar[str] = "Evaluate the run again."
 
     problem: str
     sample: int
@@ -72,7 +72,13 @@ class Grade(Record, extra="allow"):
         return getattr(self, self.grader)
 
 
-ENDINGS = RIGHT, WRONG, LOOP, TRUNCATED, COLLAPSED = "right", "wrong", "loop", "truncated", "collapsed"
+ENDINGS = RIGHT, WRONG, LOOP, TRUNCATED, COLLAPSED = (
+    "right",
+    "wrong",
+    "loop",
+    "truncated",
+    "collapsed",
+)
 """How an answer ended, so that failures are told apart; `ending_of` decides."""
 
 
@@ -82,12 +88,14 @@ def ending_shares(endings: Sequence[str]) -> dict[str, float]:
     return {f"ending/{name}": counts[name] / len(endings) for name in ENDINGS} if endings else {}
 
 
-PASS_AT_K = re.compile(r"\w+/pass@\d+")  # the key of the share of problems that one of k answers solves, by a grader
+PASS_AT_K = re.compile(
+    r"\w+/pass@\d+"
+)  # the key of the share of problems that one of k answers solves, by a grader
 
 
 class AccuracyResult(Record, extra="allow"):
-    """result.json of an evaluation with answers and grades. `details` are the accuracies, GRADER/pass@K, the shares of
-    endings, and what the task adds, under its names."""
+    """result.json of an evaluation with answers and grades. `details` are the accuracies,
+    GRADER/pass@K, the shares of endings, and what the task adds, under its names."""
 
     __pydantic_extra__: dict[str, int | float | list | dict | None]
 
@@ -103,9 +111,14 @@ class AccuracyResult(Record, extra="allow"):
     @property
     def accuracies(self) -> dict[str, tuple[float, float] | None]:
         """The 95 % interval over problems of each accuracy; None where none is on record."""
-        ends = {key: self.details.get(f"{key}/interval") for key in filter(PASS_AT_K.fullmatch, self.details)}
+        ends = {
+            key: self.details.get(f"{key}/interval")
+            for key in filter(PASS_AT_K.fullmatch, self.details)
+        }
         return {
-            key: (*each,) if isinstance(each, list) and len(each) == 2 and each[0] < each[1] else None
+            key: (*each,)
+            if isinstance(each, list) and len(each) == 2 and each[0] < each[1]
+            else None
             for key, each in ends.items()
         }
 
@@ -143,7 +156,7 @@ def find_evaluation_result(folder: Path) -> AccuracyResult | PerplexityResult | 
     return kind.from_json(tree, path)
 
 
-# --- the folder -------------------------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
 
 
 class EvaluationFolder:
@@ -151,19 +164,24 @@ class EvaluationFolder:
 
     def __init__(self, path: Path, is_main: bool = True, process: int = 0) -> None:
         self.path = path
-        self.process_answers = path / ("generations.jsonl" if is_main else f"generations.{process}.jsonl")
+        self.process_answers = path / (
+            "generations.jsonl" if is_main else f"generations.{process}.jsonl"
+        )
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, is_main: bool = True, process: int = 0) -> Iterator[EvaluationFolder]:
-        """The folder, locked by the main process. An error before the first answer leaves no folder."""
+        """The folder, locked by the main process. An error before the first answer leaves no
+        folder."""
         folder = cls(path, is_main, process)
         if not is_main:
             yield folder
             return
         try:
             with locked(path, "evaluation", folder.has_begun):
-                if any(path.glob("generations*.jsonl")):  # of a call that was cut, perhaps of more processes
+                if any(
+                    path.glob("generations*.jsonl")
+                ):  # of a call that was cut, perhaps of more processes
                     folder.write_answers(folder.answers().values())
                 yield folder
         finally:
@@ -175,39 +193,53 @@ class EvaluationFolder:
         answers = self.path.glob("generations*.jsonl")
         return (self.path / "result.json").exists() or any(path.stat().st_size for path in answers)
 
-    # --- settings and result -----------------------------------------------------------------------------------------
+    # --- settings and result ----------------------------------------------------------------------
 
     def write_config(self, config: EvalConfig) -> None:
         """Records the settings; a UserError where answers belong to others."""
-        path, plain = self.path / "config.yaml", redact_tree(to_plain(config))
-        if path.exists() and self.has_begun() and (different := differences(path, plain, EvalConfig)):
+        path = self.path / "config.yaml"
+        plain = redact_tree(to_plain(config))
+        if (
+            path.exists()
+            and self.has_begun()
+            and (different := differences(path, plain, EvalConfig))
+        ):
             raise UserError(
-                f"{self.path} holds an evaluation with other settings: {'; '.join(different.values())}. Set name=... "
+                f"{self.path} holds an evaluation with other settings: "
+                f"{'; '.join(different.values())}. Set name=... "
                 "for another folder, or set these back to resume it."
             )
         # The folder of an untouched model is named by the last part of its path alone.
         for other in self.path.parent.glob("*/config.yaml") if config.run == "base" else ():
             others = differences(other, plain, EvalConfig)
             models = [others[key] for key in ("model.path", "model.quantization") if key in others]
-            require(not models, f"{other.parent} is of another model: {'; '.join(models)}. Set output_dir=OTHER.")
+            require(
+                not models,
+                f"{other.parent} is of another model: {'; '.join(models)}. Set output_dir=OTHER.",
+            )
         write_text(path, yaml.safe_dump(plain, sort_keys=False))
 
-    # --- problems, answers, grades -----------------------------------------------------------------------------------
+    # --- problems, answers, grades ----------------------------------------------------------------
 
     def write_problems(self, problems: Sequence[Problem]) -> None:
         """Records the problems; a UserError where the folder has answers to others."""
-        path, text = self.path / "problems.jsonl", to_lines(problems)
+        path = self.path / "problems.jsonl"
+        text = to_lines(problems)
         if path.exists() and self.has_begun() and path.read_bytes() != text.encode():
             raise UserError(
-                f"{self.path} has answers to other problems: a data file changed. Restore it, or set "
+                f"{self.path} has answers to other problems: a data file changed. Restore it, or "
+                f"set "
                 "name=... for another folder."
             )
         write_text(path, text)
 
     def answers(self) -> dict[Key, Generation]:
-        """The answers so far, without half a line that a process may have been writing when it died."""
+        """The answers so far, without half a line that a process may have been writing when it
+        died."""
         paths = sorted(self.path.glob("generations*.jsonl"))
-        answers = [answer for path in paths for answer in read_lines(path, Generation, may_break_off=True)]
+        answers = [
+            answer for path in paths for answer in read_lines(path, Generation, may_break_off=True)
+        ]
         return {(answer.problem, answer.sample): answer for answer in answers}
 
     def append_answers(self, answers: Iterable[Generation]) -> None:

@@ -1,9 +1,10 @@
 """The run's folder: config, metrics, checkpoints, best and final adapter, result.
 
-Every file and folder in it appears whole or not at all, but for metrics.jsonl, spectra.jsonl and samples.jsonl: they
-grow by lines, and resuming cuts them back to the checkpoint. A checkpoint is adapter, optimizer and progress, which is
-all that resuming needs; where its checksums reveal damage, the run resumes from the one before. One process
-writes, locked. `train.extend` moves the end of a finished run to ends/UPDATE, a run's folder without checkpoints.
+Every file and folder in it appears whole or not at all, but for metrics.jsonl, spectra.jsonl and
+samples.jsonl: they grow by lines, and resuming cuts them back to the checkpoint. A checkpoint is
+adapter, optimizer and progress, which is all that resuming needs; where its checksums reveal
+damage, the run resumes from the one before. One process writes, locked. `train.extend` moves the
+end of a finished run to ends/UPDATE, a run's folder without checkpoints.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ COPIED_TO_END = ("config.yaml", "environment.json", LOSSES_BEFORE, *LOGS)
 """Copied to ends/UPDATE, since a longer run adds to them."""
 
 MOVED_TO_END = ("adapter", "eval", GRADES, LOSSES_AFTER, "spectrum.json", "result.json")
-"""Moved to ends/UPDATE, result.json last: while the run's folder has it, the move is not complete."""
+"""Moved to ends/UPDATE, result.json last: while the run's folder has it, the move is not
+complete."""
 
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 """Their versions stand in environment.json."""
@@ -64,10 +66,10 @@ PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datase
 class Progress(Record):
     """What resuming needs beside adapter and optimizer.
 
-    The order of the rows, the learning rate and the random numbers of every process follow from the seed and `update`:
-    they have no state to save."""
+    The order of the rows, the learning rate and the random numbers of every process follow from the
+    seed and `update`: they have no state to save."""
 
-    mend: ClassVar[str] = "Remove the checkpoint to resume from another."
+    fix: ClassVar[str] = "Remove the checkpoint to resume from another."
 
     update: int = 0  # updates done
     epoch: int = 0
@@ -96,13 +98,16 @@ class Progress(Record):
 
     def evaluated(self, perplexity: float, linear_share: float | None) -> bool:
         """Counts an evaluation; returns whether it is the best so far."""
-        self.perplexity, self.evaluation_pending = perplexity, False
+        self.perplexity = perplexity
+        self.evaluation_pending = False
         if self.perplexity_before is None:
-            self.perplexity_before, self.linear_share_before = perplexity, linear_share
+            self.perplexity_before = perplexity
+            self.linear_share_before = linear_share
         self.evaluations_since_best = self.since_best(perplexity)
         is_best = self.evaluations_since_best == 0
         if is_best:
-            self.best_perplexity, self.best_update = perplexity, self.update
+            self.best_perplexity = perplexity
+            self.best_update = self.update
         return is_best
 
     def since_best(self, perplexity: float) -> int:
@@ -132,7 +137,7 @@ class RunFolder:
                 files.clean_folder(path / inside)
             yield folder
 
-    # --- resuming ----------------------------------------------------------------------------------------------------
+    # --- resuming ---------------------------------------------------------------------------------
 
     def result(self) -> RunResult | None:
         return RunResult.find(self.path / "result.json")
@@ -147,12 +152,13 @@ class RunFolder:
         return _by_update(self.path / "checkpoints")
 
     def ends(self) -> list[Path]:
-        """The folders of the earlier ends of a run that `train.extend` made longer, oldest first."""
+        """The folders of the earlier ends of a run that `train.extend` made longer, oldest
+        first."""
         return [path for path in _by_update(self.path / "ends") if (path / "result.json").is_file()]
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest undamaged checkpoint; None where there is none at all. Prints which damaged ones it skips; raises
-        UserError where there is no other."""
+        """The newest undamaged checkpoint; None where there is none at all. Prints which damaged
+        ones it skips; raises UserError where there is no other."""
         damaged: list[str] = []
         for checkpoint in reversed(self.checkpoints()):
             if (damage := files.find_damage(checkpoint)) is not None:
@@ -163,18 +169,24 @@ class RunFolder:
             return checkpoint
         if damaged:
             raise UserError(
-                f"{self.path} has only damaged checkpoints: {'; '.join(damaged)}. Restore one of them, or start anew "
+                f"{self.path} has only damaged checkpoints: {'; '.join(damaged)}. Restore one of "
+                f"them, or start anew "
                 "with train.resume=never."
             )
         return None
 
     def check_may_run(self, resume: Resume) -> None:
-        """Raises UserError where the folder holds a finished run that may not be replaced, or one that was begun with a
-        config that changes the result, unless `train.extend` makes it longer and nothing else."""
-        checkpoints, is_finished = self.checkpoints(), self.result() is not None
+        """Raises UserError where the folder holds a finished run that may not be replaced, or one
+        that was begun with a config that changes the result, unless `train.extend` makes it longer
+        and nothing else."""
+        checkpoints = self.checkpoints()
+        is_finished = self.result() is not None
         if resume == Resume.never:
             if is_finished or self.ends():
-                raise UserError(f"{self.path} holds a finished run: choose another name=..., or remove the folder.")
+                raise UserError(
+                    f"{self.path} holds a finished run: choose another name=..., or remove the "
+                    f"folder."
+                )
             return
         different = self._differences() if checkpoints or is_finished else {}
         is_longer = different.keys() <= set(LENGTH) and bool(checkpoints)
@@ -185,10 +197,15 @@ class RunFolder:
         path = self.path / "config.yaml"
         return differences(path, self.config) if path.exists() else {}
 
-    # --- writing -----------------------------------------------------------------------------------------------------
+    # --- writing ----------------------------------------------------------------------------------
 
     def write_config(
-        self, processes: int, base_fingerprint: str, rows: dict[str, str], updates: int, precision: Precision
+        self,
+        processes: int,
+        base_fingerprint: str,
+        rows: dict[str, str],
+        updates: int,
+        precision: Precision,
     ) -> None:
         """Writes config.yaml, resolved, and environment.json, before the first update."""
         files.write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
@@ -218,8 +235,8 @@ class RunFolder:
             files.write_text(self.path / DIVERGED, message + "\n")
 
     def keep_end(self, result: RunResult) -> None:
-        """Moves the end of a finished run to ends/UPDATE, so that the run is unfinished. Where it was interrupted,
-        another call completes it."""
+        """Moves the end of a finished run to ends/UPDATE, so that the run is unfinished. Where it
+        was interrupted, another call completes it."""
         end = self.path / "ends" / str(result.updates)
         end.mkdir(parents=True, exist_ok=True)
         for path in filter(Path.is_file, (self.path / name for name in COPIED_TO_END)):
@@ -230,11 +247,11 @@ class RunFolder:
         files.sync(self.path)
 
     def rewind(self, progress: Progress | None) -> None:
-        """Removes what comes after a checkpoint, by its progress: the resumed run writes it again. Without one, removes
-        everything.
+        """Removes what comes after a checkpoint, by its progress: the resumed run writes it again.
+        Without one, removes everything.
 
-        best/ stays, also one of a later update, and so do losses and grades: the resumed run comes to the same
-        evaluations, and so to the same files.
+        best/ stays, also one of a later update, and so do losses and grades: the resumed run comes
+        to the same evaluations, and so to the same files.
         """
         (self.path / DIVERGED).unlink(missing_ok=True)
         for checkpoint in reversed(self.checkpoints()):
@@ -248,24 +265,36 @@ class RunFolder:
             return
         for path in filter(Path.exists, (self.path / log for log in LOGS)):
             kept = []
-            # A cut leaves half a line, and a loss of power any bytes, but only after the checkpoint's.
+            # A cut leaves half a line, and a loss of power any bytes, but only after the
+            # checkpoint's.
             with contextlib.suppress(LookupError, TypeError, ValueError):
                 for line in path.read_bytes().splitlines(keepends=True):
                     content = json.loads(line)
-                    is_repeated = progress.evaluation_pending and {"train/loss", "reward"}.isdisjoint(content)
+                    is_repeated = progress.evaluation_pending and {
+                        "train/loss",
+                        "reward",
+                    }.isdisjoint(content)
                     if content["update"] <= progress.update - is_repeated:
                         kept.append(line)
             files.write_bytes(path, b"".join(kept))
 
     def save_checkpoint(
-        self, model: nn.Module, optimizer: Optimizer, progress: Progress, keep: int, scaler: GradScaler | None = None
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        progress: Progress,
+        keep: int,
+        scaler: GradScaler | None = None,
     ) -> None:
-        """checkpoints/UPDATE: adapter, optimizer with its gradient scaler, progress. Keeps the last `keep` of them."""
+        """checkpoints/UPDATE: adapter, optimizer with its gradient scaler, progress. Keeps the last
+        `keep` of them."""
         moments = optimizer_state(optimizer, scaler, keep=self.is_main)
 
         def write(folder: Path) -> None:
             with (self.path / METRICS).open("ab") as metrics:
-                os.fsync(metrics.fileno())  # no checkpoint is ahead of the metrics, even after a crash
+                os.fsync(
+                    metrics.fileno()
+                )  # no checkpoint is ahead of the metrics, even after a crash
             with (folder / "optimizer.pt").open("wb") as file:
                 torch.save(moments, file)
             progress.write(folder / "progress.json")
@@ -280,11 +309,14 @@ class RunFolder:
         self._save("best", model, lambda folder: metrics.write(folder / "metrics.json"))
 
     def save_final(self, model: nn.Module, tokenizer: Any) -> None:
-        """adapter/: the adapter after the last update, with the tokenizer that it was trained with."""
+        """adapter/: the adapter after the last update, with the tokenizer that it was trained
+        with."""
         self._save("adapter", model, tokenizer.save_pretrained)
 
     def _save(self, name: str, model: nn.Module, write_more: Callable[[Path], Any]) -> None:
-        weights = trainable_weights(model, keep=self.is_main)  # of a sharded model, collected by all processes
+        weights = trainable_weights(
+            model, keep=self.is_main
+        )  # of a sharded model, collected by all processes
         if not self.is_main:
             return
 
@@ -296,24 +328,34 @@ class RunFolder:
 
 
 def _by_update(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("*") if path.name.isdecimal()), key=lambda path: int(path.name))
+    return sorted(
+        (path for path in folder.glob("*") if path.name.isdecimal()),
+        key=lambda path: int(path.name),
+    )
 
 
-def load_checkpoint(folder: Path, model: nn.Module, data_digest: str) -> tuple[Progress, dict[str, Any]]:
-    """Loads a checkpoint's weights into the model; returns the progress, and a state for `load_optimizer_state`.
+def load_checkpoint(
+    folder: Path, model: nn.Module, data_digest: str
+) -> tuple[Progress, dict[str, Any]]:
+    """Loads a checkpoint's weights into the model; returns the progress, and a state for
+    `load_optimizer_state`.
 
     Raises:
-        UserError: the folder is no checkpoint, belongs to another adapter, or was trained on other rows.
+        UserError: the folder is no checkpoint, belongs to another adapter, or was trained on other
+            rows.
     """
     try:
         progress = Progress.read(folder / "progress.json")
         weights = read(folder)
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types on a file that is not its own
-        raise UserError(f"{folder} is damaged or no checkpoint: {error}. Remove it to resume from another.") from error
+        raise UserError(
+            f"{folder} is damaged or no checkpoint: {error}. Remove it to resume from another."
+        ) from error
     if progress.data_digest != data_digest:
         raise UserError(
-            f"the training rows are not those of {folder}: its optimizer and order of rows belong to others. "
+            f"the training rows are not those of {folder}: its optimizer and order of rows belong "
+            f"to others. "
             "Restore the files, or choose another name=... for a new run."
         )
     load(model, weights)

@@ -1,7 +1,7 @@
 """How a run's files are read: JSON objects as pydantic models, config.yaml as dataclasses.
 
-A field has the name of its key, or `key("eval/perplexity")`, so that no other module spells a key. None stands for "not
-measured"."""
+A field has the name of its key, or `key("eval/perplexity")`, so that no other module spells a key.
+None stands for "not measured"."""
 
 import functools
 import json
@@ -27,10 +27,13 @@ def key(name: str) -> Any:
 
 
 class Record(BaseModel):
-    """One JSON object of a file. A subclass with `extra="allow"` keeps the keys of no field in `details`."""
+    """One JSON object of a file. A subclass with `extra="allow"` keeps the keys of no field in
+    `details`."""
 
-    model_config = ConfigDict(strict=True, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
-    mend: ClassVar[str] = RESTORE  # what to do about a broken file
+    model_config = ConfigDict(
+        strict=True, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
+    )
+    fix: ClassVar[str] = RESTORE  # what to do about a broken file
 
     def __init__(self, *values: Any, **others: Any) -> None:
         """Takes values in the order of the fields, and by name, as a dataclass does."""
@@ -51,7 +54,9 @@ class Record(BaseModel):
             problem = error.errors()[0]
             place = ".".join(map(str, problem["loc"])) or "the whole"
             got = "" if problem["type"] == "missing" else f", got {str(problem['input'])[:40]!r}"
-            raise UserError(f"{where} is broken: {place}: {problem['msg']}{got}. {cls.mend}") from error
+            raise UserError(
+                f"{where} is broken: {place}: {problem['msg']}{got}. {cls.fix}"
+            ) from error
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object: the keys that were given, in the order of the fields."""
@@ -63,7 +68,7 @@ class Record(BaseModel):
     @classmethod
     def read(cls, path: Path) -> Self:
         """The record in a file; raises UserError where it is missing or broken."""
-        return cls.from_json(read_json(path, cls.mend), path)
+        return cls.from_json(read_json(path, cls.fix), path)
 
     @classmethod
     def find(cls, path: Path) -> Self | None:
@@ -72,26 +77,36 @@ class Record(BaseModel):
 
     def write(self, path: Path) -> None:
         """Writes the file whole, without secrets. Infinity and NaN become null."""
-        write_text(path, json.dumps(redact_tree(finite(self.to_json())), indent=2, allow_nan=False) + "\n")
+        write_text(
+            path, json.dumps(redact_tree(finite(self.to_json())), indent=2, allow_nan=False) + "\n"
+        )
 
 
 def to_lines(records: Iterable[Record]) -> str:
     """The text of a file with one record on each line."""
-    return "".join(json.dumps(finite(record.to_json()), allow_nan=False) + "\n" for record in records)
+    return "".join(
+        json.dumps(finite(record.to_json()), allow_nan=False) + "\n" for record in records
+    )
 
 
 def read_lines(path: Path, kind: type[Record], may_break_off: bool = False) -> list[Any]:
     """The records in a file with one on each line, read as by `read_trees`."""
-    return [kind.from_json(tree, place) for place, tree in read_trees(path, kind.mend, may_break_off)]
+    return [
+        kind.from_json(tree, place) for place, tree in read_trees(path, kind.fix, may_break_off)
+    ]
 
 
-def read_trees(path: Path, mend: str = RESTORE, may_break_off: bool = False) -> list[tuple[str, Any]]:
+def read_trees(
+    path: Path, fix: str = RESTORE, may_break_off: bool = False
+) -> list[tuple[str, Any]]:
     """The JSON values in a file, one on each line, each with its place.
 
     Args:
-        may_break_off: skips half a line at the end, which a run that still writes, or was cut, may leave.
+        may_break_off: skips half a line at the end, which a run that still writes, or was cut, may
+            leave.
     """
-    number, trees = 0, []
+    number = 0
+    trees = []
     try:
         text = path.read_text()
         lines = text.splitlines()
@@ -101,18 +116,18 @@ def read_trees(path: Path, mend: str = RESTORE, may_break_off: bool = False) -> 
             trees.append((f"{path}:{number}", json.loads(line)))
     except (OSError, ValueError, RecursionError) as error:
         line = f":{number}" * bool(number)
-        raise UserError(f"{path}{line} is broken: {error_text(error)}. {mend}") from error
+        raise UserError(f"{path}{line} is broken: {error_text(error)}. {fix}") from error
     return trees
 
 
-# --- config.yaml ------------------------------------------------------------------------------------------------------
+# --- config.yaml ----------------------------------------------------------------------------------
 
 LENGTH = ("train.epochs", "train.max_updates")  # the settings that `train.extend` may change
 
 
 def load_config(path: Path, schema: type = Config) -> Any:
-    """A config as it stands in a run's folder. It was resolved when it was written, so a `${` in it is text:
-    ${oc.env:HF_TOKEN} in somebody's prompt is not looked up."""
+    """A config as it stands in a run's folder. It was resolved when it was written, so a `${` in it
+    is text: ${oc.env:HF_TOKEN} in somebody's prompt is not looked up."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -124,8 +139,10 @@ def load_config(path: Path, schema: type = Config) -> Any:
 
 
 def differences(path: Path, config: dict[str, Any], schema: type = Config) -> dict[str, str]:
-    """The settings that change results and differ between a file and plain values: key -> both values in words."""
-    before, now = flatten(redact_tree(to_plain(load_config(path, schema)))), flatten(config)
+    """The settings that change results and differ between a file and plain values: key -> both
+    values in words."""
+    before = flatten(redact_tree(to_plain(load_config(path, schema))))
+    now = flatten(config)
     return {
         key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -136,8 +153,13 @@ def differences(path: Path, config: dict[str, Any], schema: type = Config) -> di
 def another_config(folder: Path, different: Mapping[str, str]) -> UserError:
     """The refusal of a run's folder by its `differences` from what is asked for."""
     is_longer = different.keys() <= set(LENGTH) and any(folder.glob("checkpoints/*"))
-    mend = "Set these back, or choose another name=..." + " To train longer, add train.extend=true." * is_longer
-    return UserError(f"{folder} holds a run with another config: {'; '.join(different.values())}. {mend}")
+    fix = (
+        "Set these back, or choose another name=..."
+        + " To train longer, add train.extend=true." * is_longer
+    )
+    return UserError(
+        f"{folder} holds a run with another config: {'; '.join(different.values())}. {fix}"
+    )
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """The files that a run leaves, with a type. Only this module spells their keys. Imports no torch.
 
-What a study compares is among them, so that nothing has to run again: the loss of every held-out token before the first
-update and after the last, and how each answer to the run's tasks ended."""
+What a study compares is among them, so that nothing has to run again: the loss of every held-out
+token before the first update and after the last, and how each answer to the run's tasks ended."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ from cera_train.runs.records import RESTORE, Record, key, read_lines, read_trees
 if TYPE_CHECKING:
     import numpy as np
 
-Perplexity = Annotated[float | None, BeforeValidator(lambda value: math.inf if value is None else value)]
+Perplexity = Annotated[
+    float | None, BeforeValidator(lambda value: math.inf if value is None else value)
+]
 """JSON has no infinity: null reads as infinite, and a missing key as None."""
 
-# --- a run -----------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 class SpectrumSummary(Record):
@@ -37,12 +39,14 @@ class SpectrumSummary(Record):
     manifold_dimension_max: float | None = key("spectrum/manifold_dimension/max")
     # The share of a branch's variance that the best affine map of A x explains.
     linear_share_mean: float | None = key("spectrum/linear_share/mean")
-    # The share of the gate in z + gamma (gate(z) - z), the mean over modules; None unless it is learned.
+    # The share of the gate in z + gamma (gate(z) - z), the mean over modules; None unless it is
+    # learned.
     gamma: float | None = key("adapter/gamma")
 
 
 class MeasuredAdapter(Record, extra="allow"):
-    """A record with the figures of an adapter beside its own: spectra, and TASK/FIGURE such as gsm8k/exact."""
+    """A record with the figures of an adapter beside its own: spectra, and TASK/FIGURE such as
+    gsm8k/exact."""
 
     __pydantic_extra__: dict[str, float | None]
 
@@ -53,14 +57,20 @@ class MeasuredAdapter(Record, extra="allow"):
     @property
     def tasks(self) -> dict[str, float]:
         """The figures of `train.tasks`."""
-        return {name: value for name, value in self.details.items() if is_task_figure(name) and value is not None}
+        return {
+            name: value
+            for name, value in self.details.items()
+            if is_task_figure(name) and value is not None
+        }
 
 
 class RunResult(MeasuredAdapter):
     """result.json of a run, written last: a folder that has it is finished."""
 
     perplexity: Perplexity = key("eval/perplexity")  # after the last update
-    perplexity_before: Perplexity = None  # before the first update: as a rule, that of the untouched base model
+    perplexity_before: Perplexity = (
+        None  # before the first update: as a rule, that of the untouched base model
+    )
     linear_share_before: float | None = None
     best_perplexity: Perplexity = None
     best_update: int | None = None
@@ -102,7 +112,8 @@ class Environment(Record, extra="allow"):
 
     @property
     def held_out(self) -> str | None:
-        """A digest of the evaluation rows and what makes tokens of them: perplexities compare where it is equal."""
+        """A digest of the evaluation rows and what makes tokens of them: perplexities compare where
+        it is equal."""
         return (self.rows or {}).get("held_out")
 
     @property
@@ -120,7 +131,8 @@ class Environment(Record, extra="allow"):
         """What the run was trained on; None where it is not on record."""
         if self.gpus is None:
             return None
-        threads, processes = "?" if self.cpu_threads is None else self.cpu_threads, self.processes or 1
+        threads = "?" if self.cpu_threads is None else self.cpu_threads
+        processes = self.processes or 1
         device = ", ".join(self.gpus) or f"CPU, {threads} thread{'s' * (threads != 1)}"
         return f"{device}, {processes} process{'es' * (processes != 1)}"
 
@@ -135,17 +147,20 @@ class ModuleSpectrum(Record, extra="allow"):
 
 
 def mean_spectrum(path: Path) -> list[float]:
-    """Singular values over their sum, in the mean over the modules of a spectrum.json, as the paper draws them; a
-    module with fewer directions counts as zero further on. Empty without the file."""
+    """Singular values over their sum, in the mean over the modules of a spectrum.json, as the paper
+    draws them; a module with fewer directions counts as zero further on. Empty without the file."""
     normalized = []
     for name, module in read_json(path).items() if path.is_file() else ():
         values = ModuleSpectrum.from_json(module, f"{path}: {name}").singular_values
         total = sum(values)
         normalized.append([value / total if total > 0 else 0.0 for value in values])
-    return [sum(column) / len(normalized) for column in itertools.zip_longest(*normalized, fillvalue=0.0)]
+    return [
+        sum(column) / len(normalized)
+        for column in itertools.zip_longest(*normalized, fillvalue=0.0)
+    ]
 
 
-# --- metrics.jsonl ---------------------------------------------------------------------------------------------------
+# --- metrics.jsonl --------------------------------------------------------------------------------
 
 LOGS = METRICS, SPECTRA, SAMPLES = "metrics.jsonl", "spectra.jsonl", "samples.jsonl"
 """Files that grow by lines, each with the number of its update."""
@@ -218,9 +233,10 @@ def read_metrics(path: Path) -> Metrics:
     return metrics
 
 
-# --- losses and grades -----------------------------------------------------------------------------------------------
+# --- losses and grades ----------------------------------------------------------------------------
 
-LOSSES_BEFORE, LOSSES_AFTER = "losses_before.safetensors", "losses_after.safetensors"
+LOSSES_BEFORE = "losses_before.safetensors"
+LOSSES_AFTER = "losses_after.safetensors"
 GRADES = "grades"  # folder with a file TASK.jsonl for each task
 
 
@@ -262,7 +278,7 @@ class TokenLosses:
 class GradedProblem(Record):
     """The answer to one problem after the last update."""
 
-    mend: ClassVar[str] = "Restore it, or train with this task in train.tasks."
+    fix: ClassVar[str] = "Restore it, or train with this task in train.tasks."
 
     problem: str  # its id
     score: float  # 0 to 1
@@ -280,13 +296,16 @@ def read_grades(run: Path, task: str) -> list[GradedProblem]:
     return read_lines(run / GRADES / f"{task}.jsonl", GradedProblem)
 
 
-# --- figures in a line -----------------------------------------------------------------------------------------------
+# --- figures in a line ----------------------------------------------------------------------------
 
-NEARLY_LINEAR = 0.99  # A branch whose variance is linear in A x to more than this share computes what a LoRA computes
+# A branch whose variance is linear in A x to more than this share computes what a LoRA computes
+NEARLY_LINEAR = 0.99
 
 SPECTRUM_TERMS = (
-    "Effective rank: how many directions a branch's output has, at most r. Manifold dimension: how many have 90 % of "
-    "its variance. Linear share: how much of that an affine map of A x explains; above 99 %, it is a LoRA in effect."
+    "Effective rank: how many directions a branch's output has, at most r. Manifold dimension: "
+    "how many have 90 % of "
+    "its variance. Linear share: how much of that an affine map of A x explains; above 99 %, it "
+    "is a LoRA in effect."
 )
 """For captions."""
 
@@ -294,12 +313,16 @@ SPECTRUM_TERMS = (
 def describe_rank(spectrum: SpectrumSummary) -> str:
     if spectrum.effective_rank_mean is None:
         return ""
-    return f"{figure(spectrum.effective_rank_mean, 1)} mean, {figure(spectrum.effective_rank_max, 1)} max"
+    return (
+        f"{figure(spectrum.effective_rank_mean, 1)} mean, "
+        f"{figure(spectrum.effective_rank_max, 1)} max"
+    )
 
 
 def describe_linear_share(result: RunResult) -> str:
     """How linear the gates of a run are; empty without gates."""
-    share, before = result.spectrum.linear_share_mean, result.linear_share_before
+    share = result.spectrum.linear_share_mean
+    before = result.linear_share_before
     if share in (None, 1.0):
         return ""
     text = f"{share:.1%} of the branch" + ("" if before is None else f", {before:.1%} at the start")
@@ -307,12 +330,16 @@ def describe_linear_share(result: RunResult) -> str:
 
 
 def describe_tasks(figures: dict[str, float], before: dict[str, float] | None = None) -> str:
-    """Figures of tasks in a line: gsm8k exact 12.0%, verified 14.0%; with those before the first update: gsm8k exact
-    2.0% before, 12.0% after."""
+    """Figures of tasks in a line: gsm8k exact 12.0%, verified 14.0%; with those before the first
+    update: gsm8k exact 2.0% before, 12.0% after."""
     tasks: dict[str, list[str]] = {}
     for full_name, value in figures.items():
         task, _, name = full_name.partition("/")
-        share = f"{before[full_name]:.1%} before, {value:.1%} after" if full_name in (before or {}) else f"{value:.1%}"
+        share = (
+            f"{before[full_name]:.1%} before, {value:.1%} after"
+            if full_name in (before or {})
+            else f"{value:.1%}"
+        )
         tasks.setdefault(task, []).append(f"{name} {share}")
     return "; ".join(f"{task} {', '.join(texts)}" for task, texts in tasks.items())
 

@@ -1,5 +1,5 @@
-"""The model that an evaluation measures: an adapter on its base, or a base alone. Resolved without loading anything, so
-that a mistake is answered at once."""
+"""The model that an evaluation measures: an adapter on its base, or a base alone. Resolved without
+loading anything, so that a mistake is answered at once."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from cera_train.settings.training import TrainConfig
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapter on its base model, or a base model alone. Evaluations are written to eval/ in its folder, of a best
-    adapter or a checkpoint in the run's: theirs are replaced during training."""
+    """An adapter on its base model, or a base model alone. Evaluations are written to eval/ in its
+    folder, of a best adapter or a checkpoint in the run's: theirs are replaced during training."""
 
     folder: Path
     model: ModelConfig
@@ -36,7 +36,8 @@ class Subject:
 
     @property
     def part(self) -> str:
-        """Suffix of an evaluation's name: empty for the run's final adapter, -best, -checkpoints-100, ..."""
+        """Suffix of an evaluation's name: empty for the run's final adapter, -best,
+        -checkpoints-100, ..."""
         if self.run is None or self.adapter.name == "adapter":
             return ""
         return f"-{'-'.join(self.adapter.relative_to(self.folder).parts)}"
@@ -48,12 +49,14 @@ class Subject:
 
     @property
     def train(self) -> TrainConfig:
-        """Precision and micro-batches as in training, so that perplexity and spectra are those of training."""
+        """Precision and micro-batches as in training, so that perplexity and spectra are those of
+        training."""
         return self.run.train if self.run else TrainConfig()
 
 
 def find_subject(config: SubjectConfig) -> Subject:
-    """Resolves `run=` and `model=`; a UserError where a folder is missing, unfinished or without an adapter."""
+    """Resolves `run=` and `model=`; a UserError where a folder is missing, unfinished or without an
+    adapter."""
     if config.run == "base":
         name = Path(config.model.path).name.removeprefix("pypi:")
         return Subject(Path(config.output_dir) / f"base-{name}", config.model)
@@ -64,36 +67,48 @@ def find_subject(config: SubjectConfig) -> Subject:
     run = load_config(root / "config.yaml")
     if config.model is None and run.model.trust_remote_code and not config.trust_remote_code:
         raise UserError(
-            f"{root}/config.yaml asks to run the Python code that comes with {run.model.path}. If you trust that "
+            f"{root}/config.yaml asks to run the Python code that comes with {run.model.path}. If "
+            f"you trust that "
             "code, say so on the command line: trust_remote_code=true."
         )
     return Subject(root, config.model or run.model, adapter, run)
 
 
 def find_adapter(folder: Path, setting: str = "run") -> tuple[Path | None, Path]:
-    """The run and the adapter's folder that a setting names: a finished run's, or an adapter's, which may be of no run.
-    Raises UserError where there is none."""
-    root, adapter = folder, folder / "adapter"
+    """The run and the adapter's folder that a setting names: a finished run's, or an adapter's,
+    which may be of no run. Raises UserError where there is none."""
+    root = folder
+    adapter = folder / "adapter"
     if is_saved_in(folder):
-        root, adapter = run_of(folder), folder
+        root = run_of(folder)
+        adapter = folder
     elif not (folder / "config.yaml").is_file():
-        what = "is not the folder of a run or of an adapter" if folder.exists() else "does not exist"
+        what = (
+            "is not the folder of a run or of an adapter" if folder.exists() else "does not exist"
+        )
         raise UserError(
-            f"{setting}={folder} {what}: expected a folder that cera-train left (with config.yaml) or an adapter's "
+            f"{setting}={folder} {what}: expected a folder that cera-train left (with "
+            f"config.yaml) or an adapter's "
             f"folder (with adapter_config.json){', or base' * (setting == 'run')}."
         )
     elif not (folder / "result.json").is_file():
-        best = f", or take its best adapter so far, {setting}={folder}/best" if (folder / "best").is_dir() else ""
+        best = (
+            f", or take its best adapter so far, {setting}={folder}/best"
+            if (folder / "best").is_dir()
+            else ""
+        )
         raise UserError(f"{folder} is unfinished: let the same cera-train command finish it{best}.")
     elif not is_saved_in(adapter):
-        raise UserError(f"{folder} lacks its adapter, {adapter}: restore it, or train under another name.")
+        raise UserError(
+            f"{folder} lacks its adapter, {adapter}: restore it, or train under another name."
+        )
     check_saved(adapter)
     return root, adapter
 
 
 def find_start(config: AdapterConfig) -> Path:
-    """The folder of the adapter that `adapter.start_from` names. Raises UserError where there is none, or one that does
-    not fit the settings."""
+    """The folder of the adapter that `adapter.start_from` names. Raises UserError where there is
+    none, or one that does not fit the settings."""
     _, adapter = find_adapter(Path(config.start_from), "adapter.start_from")
     announce_import("PyTorch and PEFT")
     check_start(config, adapter)
@@ -115,7 +130,8 @@ def digest_of(adapter: Path) -> str:
 
 
 def base_of(adapter: Path, trust_remote_code: bool = False) -> ModelConfig:
-    """The base model that an adapter names; a UserError where its adapter_config.json is broken or names none."""
+    """The base model that an adapter names; a UserError where its adapter_config.json is broken or
+    names none."""
     path = check_saved(adapter).get("base_model_name_or_path")
     if not (path and isinstance(path, str)):
         raise UserError(f"{adapter} does not name its base model: set model=....")

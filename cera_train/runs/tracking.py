@@ -1,5 +1,5 @@
-"""Mirrors of a run in dashboards, by Accelerate's trackers. The run's folder is the record: a mirror that fails is
-dropped with one line, and training goes on."""
+"""Mirrors of a run in dashboards, by Accelerate's trackers. The run's folder is the record: a
+mirror that fails is dropped with one line, and training goes on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 IDS = "tracker-ids.json"
-"""File in the run's folder: the id under which each tracker knows the run, so that a resumed run continues there."""
+"""File in the run's folder: the id under which each tracker knows the run, so that a resumed run
+continues there."""
 
 WANDB_NAME = 128  # characters that W&B's server takes for the name of a run or of a group
 
@@ -33,11 +34,13 @@ ENVIRONMENT = {
     "WANDB_INIT_TIMEOUT": "30",
     "WANDB_FINISH_TIMEOUT": "30",
     "WANDB_FINISH_TIMEOUT_RAISES": "true",
-    "WANDB_ERROR_REPORTING": "false",  # holds up the end of a run for 20 seconds where the server is silent
+    # holds up the end of a run for 20 seconds where the server is silent
+    "WANDB_ERROR_REPORTING": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-"""How quiet the libraries are, and how many seconds they wait for a server, where the user has not set it."""
+"""How quiet the libraries are, and how many seconds they wait for a server, where the user has not
+set it."""
 
 
 class Tracker:
@@ -70,7 +73,9 @@ class Tracker:
             yield
         except Exception as error:
             self.trackers.pop(kind, None)
-            print_error(f"{kind} failed and is left out ({error}). Everything is in the run's folder.")
+            print_error(
+                f"{kind} failed and is left out ({error}). Everything is in the run's folder."
+            )
 
 
 def start_tracker(
@@ -85,9 +90,13 @@ def start_tracker(
             tracker = build_tracker(kind, config, name, folder, first_update)
             tracker.start()
             started.trackers[kind] = tracker
-            if kind == TrackerKind.tensorboard:  # its own form, hyperparameters, is a run of its own
+            if (
+                kind == TrackerKind.tensorboard
+            ):  # its own form, hyperparameters, is a run of its own
                 tracker.log({"config": f"```json\n{json.dumps(run_config, indent=2)}\n```"})
-            elif kind != TrackerKind.mlflow or not is_resumed:  # it refuses other values, as of train.keep
+            elif (
+                kind != TrackerKind.mlflow or not is_resumed
+            ):  # it refuses other values, as of train.keep
                 tracker.store_init_configuration(flatten(run_config))
             if kind == TrackerKind.mlflow:  # its server chooses the id
                 write_id(folder, kind, tracker.tracker.info.run_id)
@@ -103,7 +112,9 @@ def build_tracker(
     more = config.kinds[kind] or {}
     if kind == TrackerKind.tensorboard:
         (folder / kind).mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=folder / kind).close()  # no access: an error here, not in its thread
+        tempfile.TemporaryFile(
+            dir=folder / kind
+        ).close()  # no access: an error here, not in its thread
         return tracking.TensorBoardTracker(kind, folder, purge_step=first_update + 1, **more)
     if kind == TrackerKind.mlflow:
         tags = {"group": config.group} if config.group else None
@@ -119,12 +130,21 @@ def build_tracker(
     if kind == TrackerKind.comet:
         import comet_ml
 
-        arguments = {"experiment_key": run_id, "experiment_config": comet_ml.ExperimentConfig(name=name)}
+        arguments = {
+            "experiment_key": run_id,
+            "experiment_config": comet_ml.ExperimentConfig(name=name),
+        }
         return tracking.CometMLTracker(config.project, **arguments | more)
     arguments = {"id": run_id, "resume": "allow", "group": config.group, "name": name}
     if kind == TrackerKind.swanlab:
-        return tracking.SwanLabTracker(config.project, **arguments | {"log_dir": str(folder / kind)} | more)
-    short = {"group": config.group and config.group[:WANDB_NAME], "name": name[:WANDB_NAME], "dir": str(folder)}
+        return tracking.SwanLabTracker(
+            config.project, **arguments | {"log_dir": str(folder / kind)} | more
+        )
+    short = {
+        "group": config.group and config.group[:WANDB_NAME],
+        "name": name[:WANDB_NAME],
+        "dir": str(folder),
+    }
     return wandb_tracker(config.project, arguments | short | more)
 
 
@@ -135,7 +155,9 @@ def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
 
     class OnlineOrOffline(WandBTracker):
         def start(self) -> None:
-            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+            mode = os.environ.get("WANDB_MODE") or (
+                "online" if wandb.login(prompt=False, verify=False) else "offline"
+            )
             try:
                 self.run = wandb.init(project=self.run_name, mode=mode, **self.init_kwargs)
             except Exception as error:
@@ -145,7 +167,10 @@ def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
                 wandb.teardown()  # else its service would refuse a second run of the same id
                 self.run = wandb.init(project=self.run_name, mode="offline", **self.init_kwargs)
             if self.run.offline:
-                print_line("wandb", f"recorded offline; to upload it: wandb sync {self.run.settings.sync_dir}")
+                print_line(
+                    "wandb",
+                    f"recorded offline; to upload it: wandb sync {self.run.settings.sync_dir}",
+                )
 
     return OnlineOrOffline(project, **arguments)
 

@@ -1,5 +1,6 @@
-"""Asks a model: one question, a file of them, or a conversation in the terminal. A question becomes the token ids that
-the model was trained to answer, a training row without its last answer; answers are streamed."""
+"""Asks a model: one question, a file of them, or a conversation in the terminal. A question becomes
+the token ids that the model was trained to answer, a training row without its last answer; answers
+are streamed."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,8 +35,8 @@ PLAIN = DataConfig(layout=Layout.text, path="a text", prompt="{text}", completio
 
 
 def chat(config: ChatConfig) -> None:
-    """Answers the questions of a config: `prompt`, `prompts`, those of stdin, or a person's in a terminal. Raises
-    UserError for a run, a file or a question that cannot be used."""
+    """Answers the questions of a config: `prompt`, `prompts`, those of stdin, or a person's in a
+    terminal. Raises UserError for a run, a file or a question that cannot be used."""
     quiet_libraries()
     places = [place for place in (config.run, config.compare) if place is not None]
     answerers = [Answerer(replace(config, run=place)) for place in places]
@@ -50,7 +51,7 @@ def chat(config: ChatConfig) -> None:
         converse(answerers)
 
 
-# --- how a question is written ---------------------------------------------------------------------------------------
+# --- how a question is written --------------------------------------------------------------------
 
 
 def choose_rows(template: Template, trained_on: DataConfig | None, tokenizer: Any) -> DataConfig:
@@ -60,7 +61,9 @@ def choose_rows(template: Template, trained_on: DataConfig | None, tokenizer: An
         trained_on: the rows of the run; None where that is unknown.
     """
     if template == Template.chat and not tokenizer.chat_template:
-        raise UserError(f"template=chat: {tokenizer.name_or_path} has no chat template. Set template=none.")
+        raise UserError(
+            f"template=chat: {tokenizer.name_or_path} has no chat template. Set template=none."
+        )
     if template == Template.auto and trained_on is not None:
         _, first = next(replace(trained_on, rejected=None).parts())
         return PLAIN if first.layout == Layout.documents or first.prompt == "" else first
@@ -73,9 +76,11 @@ class Prompts:
     """Writes questions as the rows of a data set."""
 
     def __init__(self, data: DataConfig, tokenizer: Any) -> None:
-        # Only a prompt is rendered: a template may render earlier turns otherwise once an answer follows.
+        # Only a prompt is rendered: a template may render earlier turns otherwise once an answer
+        # follows.
         turns = Turns.last if data.layout == Layout.messages else data.turns
-        self.data, self.tokenizer = replace(data, max_length=sys.maxsize, turns=turns), tokenizer
+        self.data = replace(data, max_length=sys.maxsize, turns=turns)
+        self.tokenizer = tokenizer
         self._segments = segmenter(self.data, tokenizer)
 
     @property
@@ -84,23 +89,30 @@ class Prompts:
         return self.data.layout in TURNS and self.data.turns != Turns.first
 
     def row(self, turns: Sequence[str]) -> Row:
-        """The row of a conversation: question, answer, question, ..., ending in a question. Raises UserError where the
-        template has more columns than one text can fill."""
-        question, layout = turns[-1], self.data.layout
+        """The row of a conversation: question, answer, question, ..., ending in a question. Raises
+        UserError where the template has more columns than one text can fill."""
+        question = turns[-1]
+        layout = self.data.layout
         if layout in TURNS:
             speaker, text, speakers = TURNS[layout]
             turns = turns if self.keeps_turns else [question]
-            return {str(layout): [{speaker: speakers[index % 2], text: turn} for index, turn in enumerate(turns)]}
+            return {
+                str(layout): [
+                    {speaker: speakers[index % 2], text: turn} for index, turn in enumerate(turns)
+                ]
+            }
         columns, _ = columns_read(self.data)
         if len(columns) != 1:
             raise UserError(
-                f"data.prompt={self.data.prompt!r} of this run has {len(columns)} columns, and a text fills one: "
+                f"data.prompt={self.data.prompt!r} of this run has {len(columns)} columns, and a "
+                f"text fills one: "
                 "write prompts=FILE.jsonl with these columns, or set template=none."
             )
         return {columns[0]: PROMPT.format(question=question) if self.data.is_computed else question}
 
     def ids(self, row: Row) -> list[int]:
-        """The token ids of a row's prompt. Raises UserError where the row lacks a column or has another layout."""
+        """The token ids of a row's prompt. Raises UserError where the row lacks a column or has
+        another layout."""
         layout = self.data.layout
         if layout in TURNS:
             speaker, text, (_, model, *_) = TURNS[layout]
@@ -129,7 +141,7 @@ def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
             yield f"{file}:{number}", prompts.row([line])
 
 
-# --- a model that answers --------------------------------------------------------------------------------------------
+# --- a model that answers -------------------------------------------------------------------------
 
 
 class Answerer:
@@ -137,19 +149,26 @@ class Answerer:
 
     def __init__(self, config: ChatConfig) -> None:
         subject = find_subject(config)
-        self.config, self.asked, self.name = config, 0, str(subject)
+        self.config = config
+        self.asked = 0
+        self.name = str(subject)
         if config.server is None:
             self.engine = load_subject(choose_dtype(subject), this_device())
         else:
-            self.engine = Server(config.server, subject.model, load_tokenizer(subject.model), subject.adapter)
+            self.engine = Server(
+                config.server, subject.model, load_tokenizer(subject.model), subject.adapter
+            )
         tokenizer = self.engine.tokenizer
         self.prompts = Prompts(choose_rows(config.template, subject.data, tokenizer), tokenizer)
 
     def answer(self, row: Row) -> str:
         """Streams the answer to a row's prompt to stdout, and returns it."""
-        ids, room = self.prompts.ids(row), self.config.max_new_tokens
+        ids = self.prompts.ids(row)
+        room = self.config.max_new_tokens
         check_positions("max_new_tokens", room, len(ids), self.engine.positions)
-        request = Request("chat", self.asked, tuple(ids))  # every question draws other random numbers
+        request = Request(
+            "chat", self.asked, tuple(ids)
+        )  # every question draws other random numbers
         self.asked += 1
         streamer = CleanStreamer(self.engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
         [[answer]] = self.engine.answers([[request]], room, [], self.config.generation, streamer)
@@ -163,7 +182,7 @@ class CleanStreamer(TextStreamer):
         super().on_finalized_text(clean(text), stream_end)
 
 
-# --- questions -------------------------------------------------------------------------------------------------------
+# --- questions ------------------------------------------------------------------------------------
 
 
 def answer(answerers: list[Answerer], rows: list[Row]) -> list[str]:
@@ -179,7 +198,9 @@ def answer(answerers: list[Answerer], rows: list[Row]) -> list[str]:
 def answer_file(answerers: list[Answerer], file: str) -> None:
     """Every question of a file, each after its place."""
     place = None
-    for questions in zip(*(read_prompts(file, answerer.prompts) for answerer in answerers), strict=True):
+    for questions in zip(
+        *(read_prompts(file, answerer.prompts) for answerer in answerers), strict=True
+    ):
         place = questions[0][0]
         print(f"--- {place}", flush=True)
         with errors_at(place):
@@ -194,7 +215,9 @@ def converse(answerers: list[Answerer]) -> None:
         print_line("model", answerer.name)
     keeps_turns = len(answerers) == 1 and answerers[0].prompts.keeps_turns
     memory = "sees the turns before it" if keeps_turns else "stands alone, as in training"
-    print_line("chat", f"each question {memory}; {NEW} begins anew, Ctrl-C ends an answer, Ctrl-D the chat")
+    print_line(
+        "chat", f"each question {memory}; {NEW} begins anew, Ctrl-C ends an answer, Ctrl-D the chat"
+    )
     turns: list[str] = []
     while True:
         try:
@@ -206,7 +229,9 @@ def converse(answerers: list[Answerer]) -> None:
             turns = []
         elif line:
             try:
-                answers = answer(answerers, [answerer.prompts.row([*turns, line]) for answerer in answerers])
+                answers = answer(
+                    answerers, [answerer.prompts.row([*turns, line]) for answerer in answerers]
+                )
             except UserError as error:
                 print_line("note", f"{error} {NEW} begins anew." if turns else str(error))
                 continue

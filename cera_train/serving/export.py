@@ -1,7 +1,8 @@
-"""Turns a CeRA adapter into a LoRA or a plain model, and certifies on held-out rows what that loses.
+"""Turns a CeRA adapter into a LoRA or a plain model, and certifies on held-out rows what that
+loses.
 
-The hidden units h = gate(z) of a branch are replaced by their best linear map of z = A x on calibration rows, h ~ M z
-with M = E[h z^T] E[z z^T]^-1. What is left is a LoRA, B' = s B M.
+The hidden units h = gate(z) of a branch are replaced by their best linear map of z = A x on
+calibration rows, h ~ M z with M = E[h z^T] E[z z^T]^-1. What is left is a LoRA, B' = s B M.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,14 +72,16 @@ class Certificate(Record):
 
 
 def export(config: ExportConfig) -> Certificate:
-    """Writes the export of a run's adapter, and its certificate. Raises UserError where the run cannot be exported or
-    may lose more than `tolerance`; an earlier export then stays as it is."""
+    """Writes the export of a run's adapter, and its certificate. Raises UserError where the run
+    cannot be exported or may lose more than `tolerance`; an earlier export then stays as it is."""
     quiet_libraries()
     subject = choose_dtype(find_subject(config))
     loaded = load_subject(subject, this_device())
     folder = Path(config.output or subject.folder / f"export_{config.format}")
     check(config, subject, loaded, folder)
-    if share := describe_linear_share(RunResult.find(subject.folder / "result.json") or RunResult()):
+    if share := describe_linear_share(
+        RunResult.find(subject.folder / "result.json") or RunResult()
+    ):
         print_line("linear", share)
     print_line("export", f"{subject}, as {config.format}, to {folder}")
     device = loaded.base.device
@@ -90,12 +93,20 @@ def export(config: ExportConfig) -> Certificate:
     )
     batches = MicroBatches(train, False, config.calibration_tokens, device)
     calibration = batches.load(batches.first(config.calibration_tokens))
-    mask = torch.ones_like(calibration.input_ids) if calibration.attention_mask is None else calibration.attention_mask
+    mask = (
+        torch.ones_like(calibration.input_ids)
+        if calibration.attention_mask is None
+        else calibration.attention_mask
+    )
     tokens = int(mask.sum())
     announce("fitting", f"linear maps to {tokens:,} training tokens")
     with loaded.context():
         decoder = loaded.base.get_decoder()
-        maps = fit_all(loaded.model, lambda: decoder(**calibration.inputs, use_cache=False), mask.flatten().bool())
+        maps = fit_all(
+            loaded.model,
+            lambda: decoder(**calibration.inputs, use_cache=False),
+            mask.flatten().bool(),
+        )
     held_out = MicroBatches(evaluation, False, 1, device)  # one row a batch
     rows = [held_out.load([number]) for number in range(len(held_out.lengths))[: config.rows]]
 
@@ -115,7 +126,8 @@ def export(config: ExportConfig) -> Certificate:
         print_fields(certificate.shown())
         if not certificate.holds:
             raise UserError(
-                f"tolerance={config.tolerance}: the loss may rise by {certificate.loss_change_upper:.4f} nats a token, "
+                f"tolerance={config.tolerance}: the loss may rise by "
+                f"{certificate.loss_change_upper:.4f} nats a token, "
                 "so nothing is exported. Raise tolerance=, or serve the adapter."
             )
         certificate.write(part / CERTIFICATE)
@@ -127,38 +139,55 @@ def export(config: ExportConfig) -> Certificate:
 
 
 def check(config: ExportConfig, subject: Subject, loaded: LoadedModel, folder: Path) -> None:
-    """Raises UserError for a run that cannot be exported, or a folder that holds anything but an earlier export: it
-    would be replaced."""
-    run, layers = config.run, cera_layers(loaded.model)
+    """Raises UserError for a run that cannot be exported, or a folder that holds anything but an
+    earlier export: it would be replaced."""
+    run = config.run
+    layers = cera_layers(loaded.model)
     if not layers:
         raise UserError(f"run={run} holds no CeRA adapter: what is linear already needs no export.")
     peft_config = loaded.model.peft_config[ADAPTER]
     for name in ("modules_to_save", "target_parameters", "trainable_token_indices", "bias"):
         if (value := getattr(peft_config, name)) not in (None, [], {}, "none"):
-            raise UserError(f"run={run} has {name}={value}: a LoRA of this export has no place for it.")
+            raise UserError(
+                f"run={run} has {name}={value}: a LoRA of this export has no place for it."
+            )
     if loaded.base.get_output_embeddings() in layers.values():
         raise UserError(f"run={run} adapts the head, which is not exported: train without it.")
     if config.data is None and subject.data is None:
-        raise UserError(f"run={run} is an adapter without its run: name rows to fit and to judge on by data=....")
+        raise UserError(
+            f"run={run} is an adapter without its run: name rows to fit and to judge on by "
+            f"data=...."
+        )
     if not folder.name:
         raise UserError(f"output={folder} needs a name: choose a new folder.")
-    if folder.exists() and not (folder / CERTIFICATE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"output: {folder} holds files that are no export, and would be replaced: choose a new folder.")
+    if (
+        folder.exists()
+        and not (folder / CERTIFICATE).is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
+        raise UserError(
+            f"output: {folder} holds files that are no export, and would be replaced: choose a "
+            f"new folder."
+        )
 
 
-# --- the nearest LoRA ------------------------------------------------------------------------------------------------
+# --- the nearest LoRA -----------------------------------------------------------------------------
 
 
 def fit(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """M of the linear map of z that is nearest to h, by least squares over the rows, [N, r] both."""
-    z, h = z.double(), h.double()
+    """M of the linear map of z that is nearest to h, by least squares over the rows, [N, r]
+    both."""
+    z = z.double()
+    h = h.double()
     return h.T @ z @ torch.linalg.pinv(z.T @ z, hermitian=True)
 
 
 @torch.no_grad()
-def fit_all(model: nn.Module, forward: Callable[[], object], is_token: torch.Tensor) -> dict[str, torch.Tensor]:
-    """M of every branch, from one pass over the calibration rows: each is fitted to the inputs that the maps below give
-    it.
+def fit_all(
+    model: nn.Module, forward: Callable[[], object], is_token: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """M of every branch, from one pass over the calibration rows: each is fitted to the inputs that
+    the maps below give it.
 
     Args:
         forward: runs the model on the calibration rows, as one batch.
@@ -166,7 +195,9 @@ def fit_all(model: nn.Module, forward: Callable[[], object], is_token: torch.Ten
     """
     maps: dict[str, torch.Tensor] = {}
 
-    def fit_gate(name: str, gate: nn.Module, inputs: tuple[torch.Tensor], h: torch.Tensor) -> torch.Tensor:
+    def fit_gate(
+        name: str, gate: nn.Module, inputs: tuple[torch.Tensor], h: torch.Tensor
+    ) -> torch.Tensor:
         """As a forward hook: M z in place of gate(z)."""
         [z] = inputs
         if name not in maps:
@@ -174,7 +205,10 @@ def fit_all(model: nn.Module, forward: Callable[[], object], is_token: torch.Ten
         return z @ maps[name].T.to(z)
 
     layers = cera_layers(model).items()
-    hooks = [layer.cera_gate[ADAPTER].register_forward_hook(partial(fit_gate, name)) for name, layer in layers]
+    hooks = [
+        layer.cera_gate[ADAPTER].register_forward_hook(partial(fit_gate, name))
+        for name, layer in layers
+    ]
     try:
         forward()
     finally:
@@ -189,9 +223,11 @@ def write_lora(model: nn.Module, maps: dict[str, torch.Tensor], base: str, folde
     Args:
         base: the base model that its config names: a Hub id or a folder.
     """
-    tensors, layers = {}, cera_layers(model)
+    tensors = {}
+    layers = cera_layers(model)
     for name, layer in layers.items():
-        A, B = layer.cera_A[ADAPTER].weight, layer.cera_B[ADAPTER].weight
+        A = layer.cera_A[ADAPTER].weight
+        B = layer.cera_B[ADAPTER].weight
         place = f"base_model.model.{name}"
         tensors[f"{place}.lora_A.weight"] = A.float().cpu().contiguous()
         tensors[f"{place}.lora_B.weight"] = (
@@ -213,19 +249,21 @@ def write_lora(model: nn.Module, maps: dict[str, torch.Tensor], base: str, folde
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-# --- what it loses ---------------------------------------------------------------------------------------------------
+# --- what it loses --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def compare(before: Any, after: Any, rows: Sequence[Batch]) -> dict[str, Any]:
-    """Compares two models on batches of one sequence: no padding, and one sequence's logits in memory. Returns the
-    fields of a `Certificate` that come of it."""
+    """Compares two models on batches of one sequence: no padding, and one sequence's logits in
+    memory. Returns the fields of a `Certificate` that come of it."""
     sums = []
     for row in rows:
         counts = row.loss_mask[0, 1:]
         wanted = row.input_ids[0, 1:][counts]
         log_p, log_q = (
-            log_softmax(model(input_ids=row.input_ids, use_cache=False).logits[0, :-1][counts].float(), -1)
+            log_softmax(
+                model(input_ids=row.input_ids, use_cache=False).logits[0, :-1][counts].float(), -1
+            )
             for model in (before, after)
         )
         losses = [-each.gather(1, wanted[:, None]).sum() for each in (log_p, log_q)]
@@ -250,11 +288,17 @@ def compare(before: Any, after: Any, rows: Sequence[Batch]) -> dict[str, Any]:
 
 def card(certificate: Certificate, adapter: Path, model: ModelConfig) -> str:
     """The README of an export."""
-    what, library, tag = "A plain model", "transformers", "cera"
+    what = "A plain model"
+    library = "transformers"
+    tag = "cera"
     if certificate.format == ExportFormat.lora:
-        what, library, tag = "A LoRA in PEFT's format", "peft", "lora"
+        what = "A LoRA in PEFT's format"
+        library = "peft"
+        tag = "lora"
     rows = "\n".join(f"| {label} | {value} |" for label, value in certificate.shown().items())
     return (
-        f"---\n{card_data(model, library, tag).to_yaml()}\n---\n\n{what}: the linear part of a CeRA adapter "
-        f"({adapter}), whose gate was replaced by its best linear map.\n\n| | |\n|---|---|\n{rows}\n"
+        f"---\n{card_data(model, library, tag).to_yaml()}\n---\n\n{what}: the linear part of a "
+        f"CeRA adapter "
+        f"({adapter}), whose gate was replaced by its best linear map.\n\n| | "
+        f"|\n|---|---|\n{rows}\n"
     )

@@ -1,12 +1,15 @@
-"""CeRA adapters in an unpatched vLLM: a gate between the two products of its LoRA, for each token its adapter's.
+"""CeRA adapters in an unpatched vLLM: a gate between the two products of its LoRA, for each token
+its adapter's.
 
-vLLM computes a LoRA as shrink, z = x A^T, and expand, y += z B^T. CeRA needs y += gate(z) B^T, and every token of a
-batch may belong to another adapter: LoRA is the identity gate. Each slot for an adapter holds a gate's code; a step
-gathers one code a token; expand computes every gate and keeps the one of the code, so the graph is the same for every
-batch. On a CPU there is no graph: expand computes the gates of its batch.
+vLLM computes a LoRA as shrink, z = x A^T, and expand, y += z B^T. CeRA needs y += gate(z) B^T, and
+every token of a batch may belong to another adapter: LoRA is the identity gate. Each slot for an
+adapter holds a gate's code; a step gathers one code a token; expand computes every gate and keeps
+the one of the code, so the graph is the same for every batch. On a CPU there is no graph: expand
+computes the gates of its batch.
 
-vLLM loads this in each of its processes, through the entry point `vllm.general_plugins`. `REPLACED` lists what it
-changes. Where a vLLM lacks one of them, nothing is changed, and LoRA goes on as before.
+vLLM loads this in each of its processes, through the entry point `vllm.general_plugins`. `REPLACED`
+lists what it changes. Where a vLLM lacks one of them, nothing is changed, and LoRA goes on as
+before.
 """
 
 import functools
@@ -29,7 +32,8 @@ GATES = ("identity", "silu", "relu", "gelu", "tanh")  # the gates by code
 
 LORA = GATES.index("identity")
 NO_ADAPTER = len(GATES)
-"""The code of tokens of the bare base. Their hidden units are zero: vLLM's CPU wrapper reads the last slot's."""
+"""The code of tokens of the bare base. Their hidden units are zero: vLLM's CPU wrapper reads the
+last slot's."""
 
 ALL_CODES = (*range(len(GATES)), NO_ADAPTER)
 
@@ -38,7 +42,8 @@ def register() -> None:
     """Teaches the LoRA of vLLM the gates. A second call does nothing."""
     if lacking := [place for place in REPLACED if not _is_there(place)]:
         logger.warning(
-            "this vLLM lacks %s, as cera-train knows it: it serves LoRA, and no CeRA adapters.", ", ".join(lacking)
+            "this vLLM lacks %s, as cera-train knows it: it serves LoRA, and no CeRA adapters.",
+            ", ".join(lacking),
         )
         return
     for place, (replacement, _) in REPLACED.items():
@@ -50,7 +55,9 @@ def register() -> None:
         if getattr(original, "replaces", None) is not None:
             return
         replaced = _bind(replacement, original)
-        setattr(owner, name, classmethod(replaced) if isinstance(attribute, classmethod) else replaced)
+        setattr(
+            owner, name, classmethod(replaced) if isinstance(attribute, classmethod) else replaced
+        )
 
 
 def _bind(replacement: Callable, original: Callable) -> Callable:
@@ -64,26 +71,37 @@ def _bind(replacement: Callable, original: Callable) -> Callable:
     return replaced
 
 
-# --- an adapter is loaded --------------------------------------------------------------------------------------------
+# --- an adapter is loaded -------------------------------------------------------------------------
 
 
-def read_config(original: Callable, cls: type, lora_path: str, max_position_embeddings: int | None, *more: Any) -> Any:
-    """`PEFTHelper.from_local_dir`: a CeRA adapter as the LoRA of its shapes, with the code of its gate."""
+def read_config(
+    original: Callable, cls: type, lora_path: str, max_position_embeddings: int | None, *more: Any
+) -> Any:
+    """`PEFTHelper.from_local_dir`: a CeRA adapter as the LoRA of its shapes, with the code of its
+    gate."""
     config = json.loads((Path(lora_path) / "adapter_config.json").read_text())
     if config.get("peft_type") != "CERA":
         return original(cls, lora_path, max_position_embeddings, *more)
     if config.get("activation") not in GATES:
         raise ValueError(
-            f"{lora_path}: activation={config.get('activation')} is no gate that can be served: {', '.join(GATES)}."
+            f"{lora_path}: activation={config.get('activation')} is no gate that can be served: "
+            f"{', '.join(GATES)}."
         )
-    for name, unset in (("target_parameters", ([], None)), ("bias", ("none", None)), ("mix", ("none", None))):
+    for name, unset in (
+        ("target_parameters", ([], None)),
+        ("bias", ("none", None)),
+        ("mix", ("none", None)),
+    ):
         if config.get(name) not in unset:
             raise ValueError(
-                f"{lora_path}: {name}={config[name]} is not served: cera-export makes a LoRA of it, if little is lost."
+                f"{lora_path}: {name}={config[name]} is not served: cera-export makes a LoRA of "
+                f"it, if little is lost."
             )
     ranks, alphas = (longest_first(config.get(name)) for name in ("rank_pattern", "alpha_pattern"))
     if (ranks or alphas) and not hasattr(cls, "get_rank_and_scaling"):
-        raise ValueError(f"{lora_path}: this vLLM ignores rank_pattern and alpha_pattern: install a newer one.")
+        raise ValueError(
+            f"{lora_path}: this vLLM ignores rank_pattern and alpha_pattern: install a newer one."
+        )
     is_scaled = config.get("alpha") is not None
     helper = cls.from_dict(
         {
@@ -93,7 +111,8 @@ def read_config(original: Callable, cls: type, lora_path: str, max_position_embe
             "modules_to_save": config.get("modules_to_save"),
             "use_rslora": bool(is_scaled and config.get("use_rslora")),
             "rank_pattern": ranks,
-            # Without alpha the scale is 1 where no pattern sets another, and the first that matches decides.
+            # Without alpha the scale is 1 where no pattern sets another, and the first that matches
+            # decides.
             "alpha_pattern": alphas
             if is_scaled
             else alphas | {key: r for key, r in ranks.items() if key not in alphas},
@@ -106,7 +125,9 @@ def read_config(original: Callable, cls: type, lora_path: str, max_position_embe
 
 def parse_name(original: Callable, name: str, *more: Any, **settings: Any) -> tuple[str, bool]:
     """`parse_fine_tuned_lora_name`: CeRA's tensors are called as LoRA's."""
-    return original(name.replace(".cera_A.", ".lora_A.").replace(".cera_B.", ".lora_B."), *more, **settings)
+    return original(
+        name.replace(".cera_A.", ".lora_A.").replace(".cera_B.", ".lora_B."), *more, **settings
+    )
 
 
 def keep_gate(original: Callable, cls: type, *arguments: Any, **settings: Any) -> Any:
@@ -118,18 +139,23 @@ def keep_gate(original: Callable, cls: type, *arguments: Any, **settings: Any) -
 
 
 def check_gate(original: Callable, manager: Any, adapter: Any) -> None:
-    """`_create_merged_loras_inplace`: refuses an adapter whose gate would not act, before it is registered."""
+    """`_create_merged_loras_inplace`: refuses an adapter whose gate would not act, before it is
+    registered."""
     code = getattr(adapter, "cera_gate", LORA)
     if code != LORA:
         for name, module in manager.modules.items():
             parts = manager.packed_modules.get(name, [name])
-            if any(manager._get_lora_layer_weights(adapter, part) for part in parts) and (why := _why_no_gate(module)):
+            if any(manager._get_lora_layer_weights(adapter, part) for part in parts) and (
+                why := _why_no_gate(module)
+            ):
                 raise ValueError(f"{name}: {why}")
-        # A kernel that fuses the two products would ignore the gate, and serve CeRA as linear in silence.
+        # A kernel that fuses the two products would ignore the gate, and serve CeRA as linear in
+        # silence.
         for wrapper in manager.punica_wrapper_mapping.values():
             if not computes(wrapper, code):
                 raise ValueError(
-                    f"this vLLM ignores the gate {GATES[code]}: CeRA is not served. Use transformers and PEFT."
+                    f"this vLLM ignores the gate {GATES[code]}: CeRA is not served. Use "
+                    f"transformers and PEFT."
                 )
         manager._last_mapping = None  # `computes` has overwritten the slots of the tokens
     original(manager, adapter)
@@ -140,17 +166,21 @@ def _why_no_gate(module: Any) -> str | None:
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
     if not isinstance(module, BaseLinearLayerWithLoRA):
-        return f"CeRA is served on linear projections, not on {type(module).__name__}. Train without this module."
+        return (
+            f"CeRA is served on linear projections, not on {type(module).__name__}. Train without "
+            f"this module."
+        )
     is_split = isinstance(module, RowParallelLinearWithLoRA) and module.tp_size > 1
     if is_split and not isinstance(module, RowParallelLinearWithShardedLoRA):
         return (
-            "under tensor parallelism each process sees a part of x A^T, and the gate needs the sum: start vLLM with "
+            "under tensor parallelism each process sees a part of x A^T, and the gate needs the "
+            "sum: start vLLM with "
             "--fully-sharded-loras."
         )
     return None
 
 
-# --- an adapter gets a slot ------------------------------------------------------------------------------------------
+# --- an adapter gets a slot -----------------------------------------------------------------------
 
 
 def activate(original: Callable, manager: Any, lora_id: int) -> bool:
@@ -159,28 +189,33 @@ def activate(original: Callable, manager: Any, lora_id: int) -> bool:
     if is_new:
         slot = manager.lora_index_to_id.index(lora_id)
         for wrapper in manager.punica_wrapper_mapping.values():
-            wrapper.slot_codes[slot] = getattr(manager._registered_adapters[lora_id], "cera_gate", LORA)
+            wrapper.slot_codes[slot] = getattr(
+                manager._registered_adapters[lora_id], "cera_gate", LORA
+            )
     return is_new
 
 
 def gated_wrapper(original: Callable, *arguments: Any, **settings: Any) -> Any:
-    """`get_punica_wrapper`: the platform's wrapper, with gates. Its codes are written in place only, because a captured
-    graph reads them."""
-    wrapper, lora_config = original(*arguments, **settings), settings["lora_config"]
+    """`get_punica_wrapper`: the platform's wrapper, with gates. Its codes are written in place
+    only, because a captured graph reads them."""
+    wrapper = original(*arguments, **settings)
+    lora_config = settings["lora_config"]
     wrapper.__class__ = with_gates(type(wrapper))
     wrapper.slot_codes = torch.full((lora_config.max_loras + 1,), LORA, device=wrapper.device)
     wrapper.slot_codes[-1] = NO_ADAPTER  # where slot -1 points
     wrapper.token_codes = torch.full_like(wrapper._token_lora_indices[:, None], LORA)
     wrapper.is_cpu = wrapper.token_codes.is_cpu
     # Made once: the kernels of a GPU keep all weights that they were ever called with.
-    shape, dtype = (lora_config.max_loras, 1, lora_config.max_lora_rank, 32), lora_config.lora_dtype
+    shape = (lora_config.max_loras, 1, lora_config.max_lora_rank, 32)
+    dtype = lora_config.lora_dtype
     A = torch.zeros(shape, device=wrapper.device, dtype=dtype)
     wrapper.drawn = (A,), (A.mT.contiguous(),)
     return wrapper
 
 
 def computes(wrapper: Any, code: int) -> bool:
-    """Whether a slot with this code computes gate(x A^T) B^T, on random tensors. Overwrites tokens' slots."""
+    """Whether a slot with this code computes gate(x A^T) B^T, on random tensors. Overwrites tokens'
+    slots."""
     from vllm.lora.layers import LoRAMapping
 
     held = wrapper.slot_codes[0].item()
@@ -195,16 +230,20 @@ def computes(wrapper: Any, code: int) -> bool:
     y = torch.zeros_like(x)
     wrapper.add_lora_linear(y, x, *wrapper.drawn, 1.0, (width,))
     wrapper.slot_codes[0] = held
-    A, B, x = stacked_A[0, 0].float(), stacked_B[0, 0].float(), x.float()
+    A = stacked_A[0, 0].float()
+    B = stacked_B[0, 0].float()
+    x = x.float()
     wanted = formula(GATES[code])(x @ A.T) @ B.T
     return torch.allclose(y.float(), wanted, rtol=0, atol=wanted.abs().max().item() * 0.02)
 
 
 def with_gates(kind: type) -> type:
-    """The wrapper of a platform, whose methods a step of vLLM calls for every LoRA product, with gates.
+    """The wrapper of a platform, whose methods a step of vLLM calls for every LoRA product, with
+    gates.
 
-    A graph, compiled or captured, serves every batch, so it has every gate. On a CPU vLLM makes none where there are
-    adapters: a step computes the gates of its batch, and for a batch of LoRA none.
+    A graph, compiled or captured, serves every batch, so it has every gate. On a CPU vLLM makes
+    none where there are adapters: a step computes the gates of its batch, and for a batch of LoRA
+    none.
     """
 
     class Gated(kind):
@@ -217,12 +256,15 @@ def with_gates(kind: type) -> type:
                 self.batch_codes = tuple(sorted(set(codes.tolist())))
 
         def add_expand(self, y: torch.Tensor, x: Any, *arguments: Any, **settings: Any) -> Any:
-            """y += gate(x) B^T. By now x is whole: gathered, or summed over the processes of tensor parallelism.
+            """y += gate(x) B^T. By now x is whole: gathered, or summed over the processes of tensor
+            parallelism.
 
             Args:
                 x: [slices, tokens, r], or one [tokens, r] a slice.
             """
-            among = self.batch_codes if self.is_cpu and not torch.compiler.is_compiling() else ALL_CODES
+            among = (
+                self.batch_codes if self.is_cpu and not torch.compiler.is_compiling() else ALL_CODES
+            )
             if among == (NO_ADAPTER,):
                 return None  # nothing to add
             if among != (LORA,):
@@ -259,19 +301,29 @@ def hash_with_gates(original: Callable, config: Any) -> str:
     return f"{original(config)}-cera-{'-'.join(GATES)}"
 
 
-# --- what is replaced ------------------------------------------------------------------------------------------------
+# --- what is replaced -----------------------------------------------------------------------------
 
 REPLACED: dict[str, tuple[Callable | None, tuple[str, ...]]] = {
-    "vllm.lora.peft_helper:PEFTHelper.from_local_dir": (read_config, ("lora_path", "max_position_embeddings")),
+    "vllm.lora.peft_helper:PEFTHelper.from_local_dir": (
+        read_config,
+        ("lora_path", "max_position_embeddings"),
+    ),
     "vllm.lora.lora_model:parse_fine_tuned_lora_name": (parse_name, ("name",)),
     "vllm.lora.lora_model:LoRAModel.from_lora_tensors": (keep_gate, ("tensors", "peft_helper")),
-    "vllm.lora.model_manager:LoRAModelManager._create_merged_loras_inplace": (check_gate, ("lora_model",)),
-    "vllm.lora.model_manager:LoRAModelManager._get_lora_layer_weights": (None, ("lora_model", "module_name")),
+    "vllm.lora.model_manager:LoRAModelManager._create_merged_loras_inplace": (
+        check_gate,
+        ("lora_model",),
+    ),
+    "vllm.lora.model_manager:LoRAModelManager._get_lora_layer_weights": (
+        None,
+        ("lora_model", "module_name"),
+    ),
     "vllm.lora.model_manager:LoRAModelManager.activate_adapter": (activate, ("lora_id",)),
     "vllm.lora.model_manager:get_punica_wrapper": (gated_wrapper, ()),
     "vllm.config.lora:LoRAConfig.compute_hash": (hash_with_gates, ()),
 }
-"""Where vLLM is changed: what stands there now (None: it is only called), and the parameters that it counts on."""
+"""Where vLLM is changed: what stands there now (None: it is only called), and the parameters that
+it counts on."""
 
 
 def _owner(place: str) -> tuple[Any, str]:

@@ -17,32 +17,39 @@ Mix = StrEnum("Mix", ["none", "learned"])
 @dataclass
 class AdapterConfig:
     kind: AdapterKind = setting(AdapterKind.cera, "result")
-    """cera, lora, rslora, dora, peft (any other method of PEFT) or full (every weight, no adapter)."""
+    """cera, lora, rslora, dora, peft (any other method of PEFT) or full (every weight, no
+    adapter)."""
     r: int | None = setting(32, "result")
     """Rank. null: PEFT's default for `kind=peft`; full has none."""
     alpha: float | None = setting(32.0, "result")
-    """The branch is scaled by alpha / r (rslora: alpha / sqrt(r)): where alpha is fixed, the best learning rate hardly
-    depends on r. null: a scale of 1, or PEFT's for `kind=peft`."""
+    """The branch is scaled by alpha / r (rslora: alpha / sqrt(r)): where alpha is fixed, the best
+    learning rate hardly depends on r. null: a scale of 1, or PEFT's for `kind=peft`."""
     dropout: float = setting(0.0, "result")
-    """cera: on the hidden units, after the gate, unless dropout_on=input. The others: PEFT's, on the input of A."""
+    """cera: on the hidden units, after the gate, unless dropout_on=input. The others: PEFT's, on
+    the input of A."""
     activation: Activation = setting(Activation.silu, "result")
     """The gate of cera."""
     init: Init = setting(Init.kaiming_normal, "result")
-    """How cera draws A. kaiming_normal: variance 2 / d_in, the paper's; kaiming_uniform: 1 / (3 d_in), as LoRA."""
+    """How cera draws A. kaiming_normal: variance 2 / d_in, the paper's; kaiming_uniform: 1 / (3
+    d_in), as LoRA."""
     init_scale: float = setting(1.0, "result")
     """cera draws A so many times as large: the larger A x, the less linear the gate."""
     dropout_on: DropoutOn = setting(DropoutOn.hidden, "result")
-    """Where cera drops. hidden: after the gate, the paper's; input: the input of A, as PEFT's LoRA."""
+    """Where cera drops. hidden: after the gate, the paper's; input: the input of A, as PEFT's
+    LoRA."""
     mix: Mix = setting(Mix.none, "result")
-    """learned: cera's hidden units are z + gamma (gate(z) - z), z = A x; gamma, one a module, is trained from 0."""
+    """learned: cera's hidden units are z + gamma (gate(z) - z), z = A x; gamma, one a module, is
+    trained from 0."""
     target_modules: Any = setting("all-linear", "result")
-    """Module names, one regular expression for the whole name, or `all-linear`. null: PEFT's default for `kind=peft`;
-    full trains every module."""
+    """Module names, one regular expression for the whole name, or `all-linear`. null: PEFT's
+    default for `kind=peft`; full trains every module."""
     target_parameters: list[str] | None = setting(None, "result")
-    """cera: experts' parameters, such as [mlp.experts.down_proj]: every expert gets a branch. null: none."""
+    """cera: experts' parameters, such as [mlp.experts.down_proj]: every expert gets a branch. null:
+    none."""
     experts: bool = setting(False, "result")
-    """cera: adapt all projections of all experts too. false: `all-linear` leaves them out, since a branch for each of
-    many experts is most of an adapter (Qwen3-30B-A3B at r=16: 47 times the rest)."""
+    """cera: adapt all projections of all experts too. false: `all-linear` leaves them out, since a
+    branch for each of many experts is most of an adapter (Qwen3-30B-A3B at r=16: 47 times the
+    rest)."""
     expert_r: int | None = setting(None, "result")
     """Rank of an expert's branch. null: r."""
     layers: list[int] | None = setting(None, "result")
@@ -52,8 +59,9 @@ class AdapterConfig:
     settings: Any = setting(None, "result")
     """Further fields of the PEFT config, such as {init_weights: bat}. null: none."""
     start_from: str | None = setting(None, "result")
-    """cera, lora, rslora, dora: the folder of a finished run or of an adapter (RUN/best) whose weights a new run starts
-    with, in place of random ones. The optimizer starts anew. null: none."""
+    """cera, lora, rslora, dora: the folder of a finished run or of an adapter (RUN/best) whose
+    weights a new run starts with, in place of random ones. The optimizer starts anew. null:
+    none."""
     start_digest: str | None = setting(None, "result")
     """Digest of those weights. cera-train fills it in."""
     b_lr_ratio: float = setting(1.0, "result")
@@ -62,21 +70,37 @@ class AdapterConfig:
     """The name in tables and pictures. null: the kind's."""
 
     def __post_init__(self) -> None:
-        require(self.kind in list(AdapterKind), f"adapter.kind={self.kind}: expected one of {', '.join(AdapterKind)}.")
+        require(
+            self.kind in list(AdapterKind),
+            f"adapter.kind={self.kind}: expected one of {', '.join(AdapterKind)}.",
+        )
         require_positive("adapter", self, "r", "alpha", "init_scale", "b_lr_ratio", "expert_r")
-        require(0 <= self.dropout < 1, f"adapter.dropout={self.dropout} must be at least 0 and less than 1.")
+        require(
+            0 <= self.dropout < 1,
+            f"adapter.dropout={self.dropout} must be at least 0 and less than 1.",
+        )
         for name in ("layers", "target_parameters"):
-            require(getattr(self, name) != [], f"adapter.{name}=[] adapts nothing: name some, or leave it null.")
-        self.settings = {} if self.settings is None else self.settings  # a null takes 'adapter.settings={...}'
+            require(
+                getattr(self, name) != [],
+                f"adapter.{name}=[] adapts nothing: name some, or leave it null.",
+            )
+        self.settings = (
+            {} if self.settings is None else self.settings
+        )  # a null takes 'adapter.settings={...}'
         require(
             isinstance(self.settings, dict) and all(isinstance(key, str) for key in self.settings),
-            f"adapter.settings={self.settings!r}: expected names and values, such as {{init_weights: bat}}.",
+            f"adapter.settings={self.settings!r}: expected names and values, such as "
+            f"{{init_weights: bat}}.",
         )
         if isinstance(self.target_modules, str):
             try:
                 re.compile(self.target_modules)
             except re.error as error:
-                require(False, f"adapter.target_modules={self.target_modules!r} is not a regular expression: {error}.")
+                require(
+                    False,
+                    f"adapter.target_modules={self.target_modules!r} is not a regular expression: "
+                    f"{error}.",
+                )
 
     @property
     def places(self) -> str:

@@ -12,7 +12,17 @@ from cera_train.common.settings import MISSING, require, require_positive, secti
 
 Layout = StrEnum(
     "Layout",
-    ["auto", "text", "documents", "instruction", "conversations", "messages", "logistic_map", "dates", "reasoning_gym"],
+    [
+        "auto",
+        "text",
+        "documents",
+        "instruction",
+        "conversations",
+        "messages",
+        "logistic_map",
+        "dates",
+        "reasoning_gym",
+    ],
 )
 Turns = StrEnum("Turns", ["first", "last", "all"])
 LossOn = StrEnum("LossOn", ["completion", "all"])
@@ -25,13 +35,29 @@ COLUMN_TEMPLATES = ("{prompt}", "{completion}")
 """Templates of rows with these two columns, as computed ones are."""
 
 GENERATORS = (
-    *("simple_equations", "complex_arithmetic", "chain_sum", "basic_arithmetic", "products", "decimal_chain_sum"),
-    *("fraction_simplification", "leg_counting", "gcd", "lcm", "prime_factorization", "count_bits", "base_conversion"),
+    *(
+        "simple_equations",
+        "complex_arithmetic",
+        "chain_sum",
+        "basic_arithmetic",
+        "products",
+        "decimal_chain_sum",
+    ),
+    *(
+        "fraction_simplification",
+        "leg_counting",
+        "gcd",
+        "lcm",
+        "prime_factorization",
+        "count_bits",
+        "base_conversion",
+    ),
     *("spell_backward", "letter_counting", "word_sorting", "caesar_cipher", "binary_alternation"),
     *("syllogism", "knights_knaves", "aiw"),
 )
-"""Generators of reasoning-gym: their rows follow from the seed and their graders read an answer as text.
-Others are left out: some of their graders run it as Python, and isomorphic_strings differs between processes."""
+"""Generators of reasoning-gym: their rows follow from the seed and their graders read an answer as
+text. Others are left out: some of their graders run it as Python, and isomorphic_strings differs
+between processes."""
 
 
 def as_list(value: Any) -> list[Any]:
@@ -40,17 +66,23 @@ def as_list(value: Any) -> list[Any]:
 
 
 def check_growths(key: str, growths: Any) -> None:
-    """Raises UserError for a growth r at which x' = r x (1 - x) leaves [0, 1], or that a prompt shows rounded."""
+    """Raises UserError for a growth r at which x' = r x (1 - x) leaves [0, 1], or that a prompt
+    shows rounded."""
     for growth in as_list(growths) or [None]:
-        is_allowed = type(growth) in (int, float) and 0 < growth <= 4 and float(f"{growth:g}") == growth
-        require(is_allowed, f"{key}={growths} must be numbers above 0 and up to 4, of at most six digits.")
+        is_allowed = (
+            type(growth) in (int, float) and 0 < growth <= 4 and float(f"{growth:g}") == growth
+        )
+        require(
+            is_allowed,
+            f"{key}={growths} must be numbers above 0 and up to 4, of at most six digits.",
+        )
 
 
 def check_generators(key: str, generators: Any) -> None:
     """Raises UserError for a name that is not in `GENERATORS`."""
     is_known = bool(generators) and all(name in GENERATORS for name in as_list(generators))
-    mend = f"expected generators that are tested here. Choose from {', '.join(GENERATORS)}."
-    require(is_known, f"{key}={generators}: {mend}")
+    fix = f"expected generators that are tested here. Choose from {', '.join(GENERATORS)}."
+    require(is_known, f"{key}={generators}: {fix}")
 
 
 @dataclass
@@ -68,7 +100,9 @@ class LogisticMapConfig:
     def __post_init__(self) -> None:
         require_positive("data.logistic_map", self, "steps", "decimals")
         check_growths("data.logistic_map.growth", self.growth)
-        require(self.decimals <= 4, f"data.logistic_map.decimals={self.decimals} must be at most 4.")
+        require(
+            self.decimals <= 4, f"data.logistic_map.decimals={self.decimals} must be at most 4."
+        )
 
 
 @dataclass
@@ -84,8 +118,13 @@ class ReasoningGymConfig:
 
     def __post_init__(self) -> None:
         check_generators("data.reasoning_gym.generator", self.generator)
-        require(self.level is None or self.level >= 0, f"data.reasoning_gym.level={self.level} must not be negative.")
-        require(0 <= self.seed < 1000, f"data.reasoning_gym.seed={self.seed} must be between 0 and 999.")
+        require(
+            self.level is None or self.level >= 0,
+            f"data.reasoning_gym.level={self.level} must not be negative.",
+        )
+        require(
+            0 <= self.seed < 1000, f"data.reasoning_gym.seed={self.seed} must be between 0 and 999."
+        )
 
 
 @dataclass
@@ -102,7 +141,8 @@ class DataFacts:
     supervised: float = setting(MISSING, "nothing")
     """Share of the tokens that belong to completions, end token included."""
     estimated: bool = setting(False, "nothing")
-    """Whether tokens_per_row and supervised are estimates; a comment in the file gives their basis."""
+    """Whether tokens_per_row and supervised are estimates; a comment in the file gives their
+    basis."""
 
 
 @dataclass
@@ -110,7 +150,8 @@ class MixPart:
     """One data set of `data.mix`. What it leaves null it takes from `data`."""
 
     weight: float | None = setting(None, "result")
-    """Its share of the training rows, relative to the other parts. null in all parts: every row of each part once."""
+    """Its share of the training rows, relative to the other parts. null in all parts: every row of
+    each part once."""
     path: str | None = setting(None, "result")
     subset: str | None = setting(None, "result")
     revision: str | None = setting(None, "result")
@@ -131,10 +172,11 @@ class MixPart:
 @dataclass
 class DataConfig:
     layout: Layout = setting(Layout.text, "tokens")
-    """How a row reads. text: columns by template; documents: the column text, all of it supervised; instruction:
-    Alpaca's instruction, input and output; conversations: ShareGPT's from/value; messages: chat template; auto: text
-    where data.prompt or data.completion are other templates than {prompt} and {completion}, else one of these by the
-    columns of the first rows of train_files. logistic_map, dates and reasoning_gym compute their rows."""
+    """How a row reads. text: columns by template; documents: the column text, all of it supervised;
+    instruction: Alpaca's instruction, input and output; conversations: ShareGPT's from/value;
+    messages: chat template; auto: text where data.prompt or data.completion are other templates
+    than {prompt} and {completion}, else one of these by the columns of the first rows of
+    train_files. logistic_map, dates and reasoning_gym compute their rows."""
     path: str | None = setting(None, "result")
     """A data set's id on the Hub. Not needed with train_files."""
     subset: str | None = setting(None, "result")
@@ -144,17 +186,20 @@ class DataConfig:
     """Splits in the notation of `datasets`: `train[:100000]`."""
     train_files: list[str] = setting(list, "result")
     eval_files: list[str] = setting(list, "result")
-    """jsonl, json, csv, parquet or txt files, here or elsewhere (s3://...). Without eval_files, the last eval_rows rows
-    of train_files are held out; without eval_rows too, 5 % of the rows, at most 500, by their prompts."""
+    """jsonl, json, csv, parquet or txt files, here or elsewhere (s3://...). Without eval_files, the
+    last eval_rows rows of train_files are held out; without eval_rows too, 5 % of the rows, at most
+    500, by their prompts."""
     prompt: str | None = setting(None, "tokens")
     completion: str | None = setting(None, "tokens")
-    """Templates of layout text, with {column} for a row's columns. The completion starts where the prompt ends."""
+    """Templates of layout text, with {column} for a row's columns. The completion starts where the
+    prompt ends."""
     rejected: str | None = setting(None, "tokens")
-    """For preferences: the template of the rejected answer, as `completion` is that of the chosen one. With layout
-    messages the column of the rejected conversation; the other is `chosen`, and a list `prompt` precedes both."""
+    """For preferences: the template of the rejected answer, as `completion` is that of the chosen
+    one. With layout messages the column of the rejected conversation; the other is `chosen`, and a
+    list `prompt` precedes both."""
     turns: Turns | None = setting(None, "tokens")
-    """Answers of a chat that are supervised: the first (of layout conversations without the system prompt, as
-    published), the last, or all. null: the first of conversations, all of messages."""
+    """Answers of a chat that are supervised: the first (of layout conversations without the system
+    prompt, as published), the last, or all. null: the first of conversations, all of messages."""
     loss_on: LossOn = setting(LossOn.completion, "tokens")
     max_length: int = setting(2048, "tokens")
     """Tokens; longer rows are truncated, longer documents become several rows."""
@@ -162,14 +207,15 @@ class DataConfig:
     """Downloads no more of a data set on the Hub than train_rows and eval_rows need."""
     train_rows: int | None = setting(None, "result")
     eval_rows: int | None = setting(None, "result")
-    """Take only this many rows, from the start. null: all. With a mix, train_rows are the rows of an epoch in all, and
-    eval_rows those of each part."""
+    """Take only this many rows, from the start. null: all. With a mix, train_rows are the rows of
+    an epoch in all, and eval_rows those of each part."""
     mix: list[MixPart] | None = setting(None, "result")
     """Trains on several data sets, in place of path and train_files."""
     mix_seed: int = setting(0, "result")
     """Draws the rows of a part that does not train whole."""
     allow_overlap: float = setting(0.0, "result")
-    """Accept evaluation rows whose prompt is also a training row's, and this share of them whose answer is so too."""
+    """Accept evaluation rows whose prompt is also a training row's, and this share of them whose
+    answer is so too."""
     logistic_map: LogisticMapConfig = section(LogisticMapConfig)
     reasoning_gym: ReasoningGymConfig = section(ReasoningGymConfig)
     facts: DataFacts | None = section(None)
@@ -177,19 +223,33 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_positive("data", self, "train_rows")
-        require(self.max_length > 1, f"data.max_length={self.max_length}: set 2 or more: a first token has no loss.")
+        require(
+            self.max_length > 1,
+            f"data.max_length={self.max_length}: set 2 or more: a first token has no loss.",
+        )
         if self.mix is None:
             has_templates = (self.prompt, self.completion) not in ((None, None), COLUMN_TEMPLATES)
             if self.layout == Layout.auto and (has_templates or not self.train_files):
                 self.layout = Layout.text
             if self.layout != Layout.auto and self.turns is None:
                 self.turns = Turns.all if self.layout == Layout.messages else Turns.first
-        require(self.eval_rows is None or self.eval_rows >= 0, f"data.eval_rows={self.eval_rows} must not be negative.")
+        require(
+            self.eval_rows is None or self.eval_rows >= 0,
+            f"data.eval_rows={self.eval_rows} must not be negative.",
+        )
         share = self.allow_overlap
-        require(0 <= share <= 1, f"data.allow_overlap={share} is a share of the rows: between 0 and 1, such as 0.05.")
-        require(not (self.is_paired and self.mix), "data.rejected reads one data set: leave out data.mix.")
+        require(
+            0 <= share <= 1,
+            f"data.allow_overlap={share} is a share of the rows: between 0 and 1, such as 0.05.",
+        )
+        require(
+            not (self.is_paired and self.mix),
+            "data.rejected reads one data set: leave out data.mix.",
+        )
         has_sides = self.layout in (Layout.auto, Layout.text, Layout.messages)
-        require(has_sides or not self.is_paired, "data.rejected needs data.layout=text or messages.")
+        require(
+            has_sides or not self.is_paired, "data.rejected needs data.layout=text or messages."
+        )
         if self.mix is not None:
             self._check_mix()
         elif self.is_computed:
@@ -198,42 +258,67 @@ class DataConfig:
             self._check_sources()
 
     def _check_sources(self) -> None:
-        has_templates = self.layout != Layout.text or (self.prompt is not None and bool(self.completion))
-        example = "$'data.prompt=\"Question: {question}\\nAnswer:\"' $'data.completion=\" {answer}\"'"
-        require(has_templates, f"data.layout=text needs data.prompt and data.completion, such as {example}.")
-        mend = "set data.train_files to local files or data.path to a Hub data set."
-        require(bool(self.path or self.train_files), f"there is no training data: {mend}")
+        has_templates = self.layout != Layout.text or (
+            self.prompt is not None and bool(self.completion)
+        )
+        example = (
+            "$'data.prompt=\"Question: {question}\\nAnswer:\"' $'data.completion=\" {answer}\"'"
+        )
+        require(
+            has_templates,
+            f"data.layout=text needs data.prompt and data.completion, such as {example}.",
+        )
+        fix = "set data.train_files to local files or data.path to a Hub data set."
+        require(bool(self.path or self.train_files), f"there is no training data: {fix}")
         is_named = bool(self.train_files) or not self.eval_files
         require(is_named, "data.eval_files without data.train_files: name the training files too.")
 
     def _check_computed(self) -> None:
-        mend = "choose another data=NAME, such as data=jsonl, or another layout"
+        fix = "choose another data=NAME, such as data=jsonl, or another layout"
         is_named = self.path or self.train_files
-        require(not is_named, f"data.layout={self.layout} computes its rows, and others are named: {mend}.")
-        require(self.eval_rows is not None, f"data.layout={self.layout} needs data.eval_rows, such as 20.")
+        require(
+            not is_named,
+            f"data.layout={self.layout} computes its rows, and others are named: {fix}.",
+        )
+        require(
+            self.eval_rows is not None,
+            f"data.layout={self.layout} needs data.eval_rows, such as 20.",
+        )
         is_endless = self.layout == Layout.reasoning_gym
-        mend = f"data.layout={self.layout} needs data.train_rows, such as 1000."
-        require(not is_endless or self.train_rows is not None, mend)
+        fix = f"data.layout={self.layout} needs data.train_rows, such as 1000."
+        require(not is_endless or self.train_rows is not None, fix)
 
     def _check_mix(self) -> None:
         example = "[{train_files:[a.jsonl],weight:1}]"
         require(bool(self.mix), f"data.mix=[] has no parts: name some, such as {example}, or null.")
         is_named = self.path or self.train_files or self.eval_files
-        require(not is_named, "data.path or files beside data.mix: name them in a part, or leave out one of the two.")
+        require(
+            not is_named,
+            "data.path or files beside data.mix: name them in a part, or leave out one of the two.",
+        )
         weights = [part.weight for part in self.mix if part.weight is not None]
         is_complete = not weights or len(weights) == len(self.mix)
-        are_shares = all(0 <= weight < math.inf for weight in weights) and (sum(weights) > 0 or not weights)
-        mend = "give all parts weights of at least 0, and one above 0, or none"
-        require(is_complete and are_shares, f"data.mix has weights {self.weights}: {mend}.")
-        evaluates = any([part.eval_rows != 0 for _, part in self.parts()])  # a list: every part is checked
+        are_shares = all(0 <= weight < math.inf for weight in weights) and (
+            sum(weights) > 0 or not weights
+        )
+        fix = "give all parts weights of at least 0, and one above 0, or none"
+        require(is_complete and are_shares, f"data.mix has weights {self.weights}: {fix}.")
+        evaluates = any(
+            [part.eval_rows != 0 for _, part in self.parts()]
+        )  # a list: every part is checked
         require(evaluates, "data.mix evaluates on no rows: raise an eval_rows.")
 
     def parts(self) -> Iterator[tuple[str, "DataConfig"]]:
-        """The data sets of a mix, each after its key; without a mix, these settings themselves after an empty one."""
+        """The data sets of a mix, each after its key; without a mix, these settings themselves
+        after an empty one."""
         if self.mix is None:
             yield "", self
         for number, part in enumerate(self.mix or ()):
-            values = {name: value for name, value in vars(part).items() if value is not None and name != "weight"}
+            values = {
+                name: value
+                for name, value in vars(part).items()
+                if value is not None and name != "weight"
+            }
             with errors_at(f"data.mix.{number}"):
                 config = replace(self, mix=None, **{"train_rows": None} | values)
             yield f"data.mix.{number}", config
@@ -270,4 +355,6 @@ class DataConfig:
             return " + ".join(part.title for _, part in self.parts())
         if self.layout == Layout.reasoning_gym:
             return f"reasoning_gym ({', '.join(as_list(self.reasoning_gym.generator))})"
-        return ", ".join(Path(name).name for name in self.train_files) or self.path or str(self.layout)
+        return (
+            ", ".join(Path(name).name for name in self.train_files) or self.path or str(self.layout)
+        )

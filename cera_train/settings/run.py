@@ -1,11 +1,18 @@
-"""The settings of a whole run, put together from those of each folder, and of a plan. Hydra fills them from conf/ and
-recipes/; every `__post_init__` checks its part. Every builder takes its part; only `train()` sees the whole."""
+"""The settings of a whole run, put together from those of each folder, and of a plan. Hydra fills
+them from conf/ and recipes/; every `__post_init__` checks its part. Every builder takes its part;
+only `train()` sees the whole."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from cera_train.common.settings import require, require_folder_name, require_positive, section, setting
+from cera_train.common.settings import (
+    require,
+    require_folder_name,
+    require_positive,
+    section,
+    setting,
+)
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import DataConfig
 from cera_train.settings.distributed import DistributedConfig, LaunchConfig, Strategy
@@ -46,43 +53,54 @@ class Config:
     """The run's folder is output_dir/name."""
     output_dir: str = setting("outputs", "nothing")
     published: dict[str, float] = setting(dict, "nothing")
-    """The paper's figures for this recipe, for cera-report: a key of result.json, or TASK/METRIC of an evaluation.
-    An override of a setting that changes the result empties it."""
+    """The paper's figures for this recipe, for cera-report: a key of result.json, or TASK/METRIC of
+    an evaluation. An override of a setting that changes the result empties it."""
 
     def __post_init__(self) -> None:
         require_folder_name(self.name)
         require(
             self.train.micro_batch_tokens >= self.data.max_length,
-            f"train.micro_batch_tokens={self.train.micro_batch_tokens} is less than data.max_length="
+            f"train.micro_batch_tokens={self.train.micro_batch_tokens} is less than "
+            f"data.max_length="
             f"{self.data.max_length}: a micro-batch must hold at least one sequence.",
         )
         if self.distributed.strategy != Strategy.fsdp:
             return
-        quantization, mend = self.model.quantization, "with distributed.strategy=fsdp choose"
+        quantization = self.model.quantization
+        fix = "with distributed.strategy=fsdp choose"
         require(
             not self.train.tasks and not self.train.samples and not self.work.answers,
-            "train.tasks, train.samples and train.objective=grpo generate answers, and sharded weights cannot: with "
+            "train.tasks, train.samples and train.objective=grpo generate answers, and sharded "
+            "weights cannot: with "
             "distributed.strategy=fsdp leave them out, and run cera-eval afterwards.",
         )
         require(
             OPTIMIZERS[self.optimizer.kind].bits == 32,
-            f"optimizer={self.optimizer.kind} keeps moments that cannot be sharded: {mend} optimizer=adamw.",
+            f"optimizer={self.optimizer.kind} keeps moments that cannot be sharded: {fix} "
+            f"optimizer=adamw.",
         )
-        require(quantization != Quantization.int8, f"model.quantization=int8 cannot be sharded: {mend} nf4 or none.")
+        require(
+            quantization != Quantization.int8,
+            f"model.quantization=int8 cannot be sharded: {fix} nf4 or none.",
+        )
         require(
             not (self.adapter.kind == AdapterKind.dora and quantization == Quantization.nf4),
             "adapter=dora reads the base's weights, and sharded ones of 4 bits cannot be read: "
-            f"{mend} model.quantization=none or another adapter.",
+            f"{fix} model.quantization=none or another adapter.",
         )
         require(
             "modules_to_save" not in self.adapter.settings,
-            f"adapter.settings: the copies of modules_to_save cannot be sharded: {mend} none.",
+            f"adapter.settings: the copies of modules_to_save cannot be sharded: {fix} none.",
         )
 
     @property
     def work(self) -> Work:
         """What the objective runs."""
-        objectives = {ObjectiveKind.sft: Work(), ObjectiveKind.dpo: self.dpo.work, ObjectiveKind.grpo: self.grpo.work}
+        objectives = {
+            ObjectiveKind.sft: Work(),
+            ObjectiveKind.dpo: self.dpo.work,
+            ObjectiveKind.grpo: self.grpo.work,
+        }
         return objectives[self.train.objective]
 
     @property
@@ -105,23 +123,29 @@ class PlanConfig:
     """cpu: this machine's, whose speed is measured for half a second."""
     gpus: int = setting(1, "cost")
     mfu: float | None = setting(None, "cost")
-    """Share of the peak speed that training reaches. null: 0.4 on a GPU; on a CPU the share measured with SmolLM2."""
+    """Share of the peak speed that training reaches. null: 0.4 on a GPU; on a CPU the share
+    measured with SmolLM2."""
     price_per_hour: float | None = setting(None, "cost")
     """Price of one GPU, in any currency."""
     tokens_per_row: float | None = setting(None, "cost")
     """null: from data.facts or the data files."""
     spread: Any = setting(None, "cost")
-    """How the difference between two arms of a study varies, by outcome, such as {loss: [0.002, 0.02, 0.02]}: standard
-    deviations between seeds, between problems or rows, and beyond both; in nats a token, or in shares of a score."""
+    """How the difference between two arms of a study varies, by outcome, such as {loss: [0.002,
+    0.02, 0.02]}: standard deviations between seeds, between problems or rows, and beyond both; in
+    nats a token, or in shares of a score."""
 
     def __post_init__(self) -> None:
         require_positive("plan", self, "gpus", "mfu", "price_per_hour", "tokens_per_row")
         spread = self.spread or {}
         require(
             isinstance(spread, dict) and all(map(are_deviations, spread.values())),
-            f"plan.spread={spread}: expected three standard deviations an outcome, as {{loss: [0.002, 0.02, 0.02]}}.",
+            f"plan.spread={spread}: expected three standard deviations an outcome, as {{loss: "
+            f"[0.002, 0.02, 0.02]}}.",
         )
-        require(self.mfu is None or self.mfu <= 1, f"plan.mfu={self.mfu} is a share of the peak: it must be at most 1.")
+        require(
+            self.mfu is None or self.mfu <= 1,
+            f"plan.mfu={self.mfu} is a share of the peak: it must be at most 1.",
+        )
 
     @property
     def on_gpu(self) -> bool:

@@ -16,8 +16,8 @@ Equal = StrEnum("Equal", ["parameters", "none"])
 @dataclass
 class SweepConfig:
     metric: str = setting("eval/perplexity", "nothing")
-    """What the best job has the least or the most of, and what a sweeper that searches optimises: a figure of
-    result.json, also one of train.tasks, such as gsm8k/exact."""
+    """What the best job has the least or the most of, and what a sweeper that searches optimises: a
+    figure of result.json, also one of train.tasks, such as gsm8k/exact."""
 
 
 @dataclass
@@ -31,24 +31,28 @@ class StudyConfig:
     baseline: str | None = setting(None, "nothing")
     """The arm that every other one is compared with."""
     contrasts: dict[str, list[str]] = setting(dict, "nothing")
-    """More comparisons, or the direction of one: what it asks, and two arms; the difference is the second minus the
-    first."""
+    """More comparisons, or the direction of one: what it asks, and two arms; the difference is the
+    second minus the first."""
     conditions: dict[str, list[Any]] = setting(dict, "nothing")
     """Settings under which all arms are compared, and their values, such as adapter.r: [16, 64]."""
     tune: dict[str, list[Any]] = setting(dict, "nothing")
     """Settings that each arm chooses for itself under each condition, and their values."""
     seeds: int = setting(3, "nothing")
-    """Values of train.seed, from 0. Each runs every tuned value; the one of the lowest mean loss judges the arm."""
+    """Values of train.seed, from 0. Each runs every tuned value; the one of the lowest mean loss
+    judges the arm."""
     tune_seeds: int | None = setting(None, "nothing")
-    """To save runs: only the first so many seeds run every tuned value and choose, and only the others judge."""
+    """To save runs: only the first so many seeds run every tuned value and choose, and only the
+    others judge."""
     extend: bool = setting(False, "nothing")
-    """Add values beyond the end of the grid while an arm is best there, by the ratio of the last two."""
+    """Add values beyond the end of the grid while an arm is best there, by the ratio of the last
+    two."""
     outcomes: list[str] = setting(lambda: [LOSS], "nothing")
     """What decides, the first of all: loss, or a name of train.tasks, whose score counts."""
     equal: Equal = setting(Equal.parameters, "nothing")
     """What arms have the same of under a condition."""
     matters: float = setting(0.01, "nothing")
-    """The smallest difference in the first outcome that would matter: nats of a token, or a share of the score."""
+    """The smallest difference in the first outcome that would matter: nats of a token, or a share
+    of the score."""
     arm: str | None = setting(None, "nothing")
     """The arm of a job; a study sets it."""
 
@@ -57,18 +61,28 @@ class StudyConfig:
         require(len(self.arms) > 1, f"study.arms has {names}: a study compares two or more.")
         for name in self.arms:
             is_name = re.fullmatch(r"[\w.+-]*[A-Za-z][\w.+-]*", name, re.ASCII)
-            require(bool(is_name), f"study.arms.{name}: give a name of letters, digits and _ . + -, with a letter.")
-        require(self.baseline in self.arms, f"study.baseline={self.baseline}: no such arm: choose one of {names}.")
+            require(
+                bool(is_name),
+                f"study.arms.{name}: give a name of letters, digits and _ . + -, with a letter.",
+            )
+        require(
+            self.baseline in self.arms,
+            f"study.baseline={self.baseline}: no such arm: choose one of {names}.",
+        )
         for question, pair in self.contrasts.items():
             is_pair = len(pair) == len({*pair}) == 2 and {*pair} <= self.arms.keys()
             require(is_pair, f"study.contrasts.{question}={pair}: expected two arms of {names}.")
-        require(bool(self.tune), "study.tune={}: name what each arm may choose, such as optimizer.lr: [1e-3, 3e-3].")
+        require(
+            bool(self.tune),
+            "study.tune={}: name what each arm may choose, such as optimizer.lr: [1e-3, 3e-3].",
+        )
         require(bool(self.outcomes), "study.outcomes=[]: name what decides, such as [loss].")
         self._check_keys()
         require_positive("study", self, "seeds", "matters")
         require(
             self.tune_seeds is None or 1 <= self.tune_seeds < self.seeds,
-            f"study.tune_seeds={self.tune_seeds}: the first of study.seeds={self.seeds} choose, and the others judge: "
+            f"study.tune_seeds={self.tune_seeds}: the first of study.seeds={self.seeds} choose, "
+            f"and the others judge: "
             f"give 1 to {self.seeds - 1}, or null.",
         )
 
@@ -80,20 +94,27 @@ class StudyConfig:
             for key, values in values_by_key.items():
                 place = f"study.{group}.{key}"
                 require(bool(values), f"{place}=[]: give a value.")
-                require(key != "train.seed", f"{place}: every arm has study.seeds=N seeds. Leave it out.")
+                require(
+                    key != "train.seed",
+                    f"{place}: every arm has study.seeds=N seeds. Leave it out.",
+                )
                 is_free = key not in places or (places[key], group) == ("an arm", "conditions")
                 require(is_free, f"{place}: {places.get(key)} sets it too. Keep one.")
                 places[key] = f"study.{group}"
         overrides = [word.lstrip("+").partition("=")[::2] for word in words]
         for key, value in (*overrides, *self.tune.items(), *self.conditions.items()):
-            mend = "put it on the command line, for all arms alike"
-            require(not may_run_code(key, str(value)), f"study: {key} can run code: {mend}.")
+            fix = "put it on the command line, for all arms alike"
+            require(not may_run_code(key, str(value)), f"study: {key} can run code: {fix}.")
 
     @property
     def pairs(self) -> dict[tuple[str, str], str]:
-        """Every comparison: (first, second) -> what it asks. First those of `contrasts`, then with the baseline."""
+        """Every comparison: (first, second) -> what it asks. First those of `contrasts`, then with
+        the baseline."""
         pairs = {(first, second): question for question, (first, second) in self.contrasts.items()}
         for arm in self.arms:
-            if arm != self.baseline and not {(self.baseline, arm), (arm, self.baseline)} & pairs.keys():
+            if (
+                arm != self.baseline
+                and not {(self.baseline, arm), (arm, self.baseline)} & pairs.keys()
+            ):
                 pairs[self.baseline, arm] = f"{arm} or {self.baseline}"
         return pairs

@@ -48,7 +48,9 @@ class Work(NamedTuple):
     answer_tokens: int = 0  # of an answer, at most
 
 
-TrackerKind = StrEnum("TrackerKind", ["wandb", "trackio", "mlflow", "tensorboard", "comet", "swanlab"])
+TrackerKind = StrEnum(
+    "TrackerKind", ["wandb", "trackio", "mlflow", "tensorboard", "comet", "swanlab"]
+)
 
 
 @dataclass
@@ -72,7 +74,10 @@ class OptimizerConfig:
             is_number = isinstance(self.lr, int | float) and self.lr > 0
             require(is_number, f"optimizer.lr={self.lr} must be a positive number, or auto.")
         require_positive("optimizer", self, "eps", "max_grad_norm")
-        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative.")
+        require(
+            self.weight_decay >= 0,
+            f"optimizer.weight_decay={self.weight_decay} must not be negative.",
+        )
         for name in ("beta1", "beta2", "warmup_ratio"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and less than 1.")
@@ -91,12 +96,17 @@ class DpoConfig:
     sft_weight: float = setting(0.0, "result")
     """Adds so many times the loss of the chosen answers, in nats a token."""
     reference: Reference = setting(Reference.start, "result")
-    """What the model is held to: the adapter as the run starts (the base without adapter.start_from), or the base."""
+    """What the model is held to: the adapter as the run starts (the base without
+    adapter.start_from), or the base."""
 
     def __post_init__(self) -> None:
         require_positive("dpo", self, "beta")
-        smoothing, weight = self.label_smoothing, self.sft_weight
-        require(0 <= smoothing < 0.5, f"dpo.label_smoothing={smoothing} must be at least 0 and less than 0.5.")
+        smoothing = self.label_smoothing
+        weight = self.sft_weight
+        require(
+            0 <= smoothing < 0.5,
+            f"dpo.label_smoothing={smoothing} must be at least 0 and less than 0.5.",
+        )
         require(weight >= 0, f"dpo.sft_weight={weight} must not be negative.")
 
     @property
@@ -112,17 +122,20 @@ class GrpoConfig:
     """Sampled for each prompt: a group."""
     max_new_tokens: int = setting(256, "result")
     grader: Grader | None = setting(Grader.text, "result")
-    """How an answer is compared with the row's, as in task=jsonl: text, number, math or choice; rows of reasoning-gym
-    have their generators' grade instead of text. A right one earns 1. null: only `rewards` count."""
+    """How an answer is compared with the row's, as in task=jsonl: text, number, math or choice;
+    rows of reasoning-gym have their generators' grade instead of text. A right one earns 1. null:
+    only `rewards` count."""
     rewards: list[str] = setting(list, "result")
-    """Functions by import path, such as my_rewards.brevity: f(prompt, answer, gold) -> number, added to the grade."""
+    """Functions by import path, such as my_rewards.brevity: f(prompt, answer, gold) -> number,
+    added to the grade."""
     scale: bool = setting(True, "result")
     """Divides an advantage by the standard deviation of its group's rewards."""
     epochs: int = setting(1, "result")
-    """Steps of the optimizer on the answers of an update. From the second on, ratios are clipped."""
+    """Steps of the optimizer on the answers of an update. From the second on, ratios are
+    clipped."""
     epsilon: float = setting(0.2, "result")
-    """Clips the ratio of a token's probability to the one when it was sampled at 1 - epsilon, where that lowers the
-    objective."""
+    """Clips the ratio of a token's probability to the one when it was sampled at 1 - epsilon, where
+    that lowers the objective."""
     epsilon_high: float | None = setting(None, "result")
     """Clips it at 1 + epsilon_high. null: epsilon."""
     beta: float = setting(0.0, "result")
@@ -132,33 +145,46 @@ class GrpoConfig:
         require_positive("grpo", self, "max_new_tokens", "epochs", "epsilon", "epsilon_high")
         require(self.beta >= 0, f"grpo.beta={self.beta:g} must not be negative.")
         require(
-            self.grader is not None or bool(self.rewards), "grpo.grader=null without grpo.rewards: name a function."
+            self.grader is not None or bool(self.rewards),
+            "grpo.grader=null without grpo.rewards: name a function.",
         )
-        require(self.answers > 1, f"grpo.answers={self.answers} must be at least 2: a group is compared with itself.")
+        require(
+            self.answers > 1,
+            f"grpo.answers={self.answers} must be at least 2: a group is compared with itself.",
+        )
 
     @property
     def work(self) -> Work:
         reads_base = int(self.beta > 0)
-        return Work("prompts", self.epochs, reads_base, answers=self.answers, answer_tokens=self.max_new_tokens)
+        return Work(
+            "prompts",
+            self.epochs,
+            reads_base,
+            answers=self.answers,
+            answer_tokens=self.max_new_tokens,
+        )
 
 
 @dataclass
 class TrainConfig:
     objective: ObjectiveKind = setting(ObjectiveKind.sft, "result")
-    """sft: the next token of the supervised text; dpo: the chosen answer over the rejected one; grpo: answers of its
-    own that are graded better than others to the same prompt."""
+    """sft: the next token of the supervised text; dpo: the chosen answer over the rejected one;
+    grpo: answers of its own that are graded better than others to the same prompt."""
     batch_size: int = setting(16, "result")
     """Sequences per update; with dpo pairs, with grpo prompts."""
     micro_batch_tokens: int = setting(4096, "cost")
-    """Tokens in one forward and backward pass. Bounds memory; the loss does not depend on it, dropout's masks do."""
+    """Tokens in one forward and backward pass. Bounds memory; the loss does not depend on it,
+    dropout's masks do."""
     batch_layout: BatchLayout = setting(BatchLayout.auto, "cost")
-    """flat: sequences end to end in one row, no padding; padded: sequences of near-equal length; auto: flat where the
-    model allows it, but on a CPU not under a mask."""
+    """flat: sequences end to end in one row, no padding; padded: sequences of near-equal length;
+    auto: flat where the model allows it, but on a CPU not under a mask."""
     compile: bool | None = setting(None, "cost")
-    """torch.compile of the model's layers: about a minute before the first update, and faster updates. Dropout draws
-    another mask in compiled layers. null: on CUDA, except for DoRA, where torch finds its compiler."""
+    """torch.compile of the model's layers: about a minute before the first update, and faster
+    updates. Dropout draws another mask in compiled layers. null: on CUDA, except for DoRA, where
+    torch finds its compiler."""
     autocast: bool | None = setting(None, "result")
-    """Compute in 16 bits over float32 weights. null: where the base is 16-bit, so that its adapter is too."""
+    """Compute in 16 bits over float32 weights. null: where the base is 16-bit, so that its adapter
+    is too."""
     epochs: int = setting(1, "result")
     max_updates: int | None = setting(None, "result")
     """Stop after so many updates, however many epochs that takes. null: after `epochs`."""
@@ -171,38 +197,47 @@ class TrainConfig:
     patience: int | None = setting(3, "result")
     """Stop after so many evaluations without a lower perplexity; with grpo, and for null: never."""
     check_coverage: bool = setting(True, "nothing")
-    """Prove on a few rows, before the first update, that every adapter runs and gets a gradient; refuse the run where
-    one does not."""
+    """Prove on a few rows, before the first update, that every adapter runs and gets a gradient;
+    refuse the run where one does not."""
     probe_tokens: int = setting(2048, "result")
     """Tokens of evaluation rows on which the spectra are taken."""
     tasks: list[str] = setting(list, "result")
     """Tasks of cera-eval, files of conf/task, that are answered and graded while the run trains."""
     tasks_every: int | None = setting(None, "result")
-    """Updates between two evaluations by tasks, a multiple of eval_every; the first is before the first update. null:
-    only after the last update."""
+    """Updates between two evaluations by tasks, a multiple of eval_every; the first is before the
+    first update. null: only after the last update."""
     tasks_limit: int = setting(50, "result")
     """Takes only the first problems of each task."""
     task_settings: Any = setting(None, "result")
     """Settings of a task that differ from its file, by its name: {gsm8k: {files: [test.jsonl]}}."""
     samples: int = setting(0, "nothing")
-    """Answers, to the first problems of each task, that every evaluation adds to samples.jsonl. Without tasks the
-    prompts are those of the first evaluation rows."""
+    """Answers, to the first problems of each task, that every evaluation adds to samples.jsonl.
+    Without tasks the prompts are those of the first evaluation rows."""
     server: str | None = setting(None, "cost")
-    """A vLLM that answers in place of the model in training, such as http://localhost:8000: tasks, samples and, with
-    grpo, prompts. It loads the adapter as it is then, under a name with its digest."""
+    """A vLLM that answers in place of the model in training, such as http://localhost:8000: tasks,
+    samples and, with grpo, prompts. It loads the adapter as it is then, under a name with its
+    digest."""
     seed: int = setting(0, "result")
     extend: bool = setting(False, "nothing")
-    """Where the run's folder is finished and epochs or max_updates is larger now, go on to that length;
-    RUN/ends/UPDATE keeps the run as it ended."""
+    """Where the run's folder is finished and epochs or max_updates is larger now, go on to that
+    length; RUN/ends/UPDATE keeps the run as it ended."""
     resume: Resume = setting(Resume.auto, "nothing")
-    """auto: go on from the last sound checkpoint in the run's folder; never: start anew, and refuse to overwrite a
-    finished run."""
+    """auto: go on from the last sound checkpoint in the run's folder; never: start anew, and refuse
+    to overwrite a finished run."""
 
     def __post_init__(self) -> None:
         require_positive(
             "train",
             self,
-            *("batch_size", "micro_batch_tokens", "epochs", "max_updates", "eval_every", "save_every", "keep"),
+            *(
+                "batch_size",
+                "micro_batch_tokens",
+                "epochs",
+                "max_updates",
+                "eval_every",
+                "save_every",
+                "keep",
+            ),
             *("patience", "probe_tokens", "tasks_every", "tasks_limit"),
         )
         require_address("train.server", self.server)
@@ -210,19 +245,35 @@ class TrainConfig:
         require(self.samples >= 0, f"train.samples={self.samples} must not be negative.")
         for name in self.tasks:
             choices = ", ".join(options("task"))
-            require(name in options("task"), f"train.tasks=[{name}]: there is no such task: choose from {choices}.")
+            require(
+                name in options("task"),
+                f"train.tasks=[{name}]: there is no such task: choose from {choices}.",
+            )
             require(self.tasks.count(name) == 1, f"train.tasks names {name} twice: keep one.")
         settings = self.task_settings or {}
-        require(isinstance(settings, dict), f"train.task_settings={settings}: expected {{gsm8k: {{limit: 100}}}}.")
+        require(
+            isinstance(settings, dict),
+            f"train.task_settings={settings}: expected {{gsm8k: {{limit: 100}}}}.",
+        )
         for name, changes in settings.items():
             place = f"train.task_settings.{name}={changes}"
-            require(name in self.tasks, f"{place}: {name} is not in train.tasks: add it there, or leave this out.")
-            require(isinstance(changes, dict), f"{place}: expected names and values, such as {{max_new_tokens: 256}}.")
+            require(
+                name in self.tasks,
+                f"{place}: {name} is not in train.tasks: add it there, or leave this out.",
+            )
+            require(
+                isinstance(changes, dict),
+                f"{place}: expected names and values, such as {{max_new_tokens: 256}}.",
+            )
         if (every := self.tasks_every) is not None:
-            require(bool(self.tasks), f"train.tasks_every={every} without train.tasks: name a task, such as [gsm8k].")
+            require(
+                bool(self.tasks),
+                f"train.tasks_every={every} without train.tasks: name a task, such as [gsm8k].",
+            )
             require(
                 self.eval_every is not None and every % self.eval_every == 0,
-                f"train.tasks_every={every} must be a multiple of train.eval_every={self.eval_every}: tasks are part "
+                f"train.tasks_every={every} must be a multiple of "
+                f"train.eval_every={self.eval_every}: tasks are part "
                 "of an evaluation.",
             )
 
@@ -234,8 +285,8 @@ class TrainConfig:
 @dataclass
 class HubConfig:
     push: str | None = setting(None, "nothing")
-    """A name on the Hugging Face Hub, such as me/my-adapter, to which the final adapter and its card are uploaded after
-    the run; of a finished run, at once. null: nowhere."""
+    """A name on the Hugging Face Hub, such as me/my-adapter, to which the final adapter and its
+    card are uploaded after the run; of a finished run, at once. null: nowhere."""
     private: bool = setting(True, "nothing")
     """Whether a repository that is not there yet is made private."""
 
@@ -243,7 +294,8 @@ class HubConfig:
 @dataclass
 class TrackerConfig:
     kinds: Any = setting(None, "nothing")
-    """Trackers by name, each with arguments for the library's start, or null: {wandb: {entity: my-team}, mlflow: null}.
+    """Trackers by name, each with arguments for the library's start, or null: {wandb: {entity:
+    my-team}, mlflow: null}.
     """
     project: str = setting("cera-train", "nothing")
     """The project; MLflow's experiment."""
@@ -252,13 +304,20 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         self.kinds = self.kinds or {}
-        require(isinstance(self.kinds, dict), f"tracker.kinds={self.kinds}: expected names, such as {{wandb: null}}.")
+        require(
+            isinstance(self.kinds, dict),
+            f"tracker.kinds={self.kinds}: expected names, such as {{wandb: null}}.",
+        )
         choices = ", ".join(TrackerKind)
         for name, arguments in self.kinds.items():
-            require(name in {*TrackerKind}, f"tracker.kinds={{{name}: ...}}: no such tracker: choose from {choices}.")
+            require(
+                name in {*TrackerKind},
+                f"tracker.kinds={{{name}: ...}}: no such tracker: choose from {choices}.",
+            )
             require(
                 arguments is None or isinstance(arguments, dict),
-                f"tracker.kinds.{name}={arguments}: expected arguments by name, such as {{entity: my-team}}, or null.",
+                f"tracker.kinds.{name}={arguments}: expected arguments by name, such as {{entity: "
+                f"my-team}}, or null.",
             )
 
     @property

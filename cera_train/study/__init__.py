@@ -1,1 +1,2 @@
-"""A question: arms, each tuned, with seeds; the verdict and its page. Reads the folders of runs only."""
+"""A question: arms, each tuned, with seeds; the verdict and its page. Reads the folders of runs
+only."""

@@ -14,20 +14,25 @@ from cera_train.study.verdict import Contrast, Verdict, contrast, detectable
 
 
 def check_runs(study: Study) -> None:
-    """Raises UserError where runs have not ended or have diverged, or learned or were judged on different rows."""
+    """Raises UserError where runs have not ended or have diverged, or learned or were judged on
+    different rows."""
     missing = study.missing()
     require(
         not missing,
-        f"{study.folder} is an unfinished study. Its command runs what is missing: {'; '.join(missing[:5])}"
+        f"{study.folder} is an unfinished study. Its command runs what is missing: "
+        f"{'; '.join(missing[:5])}"
         f"{f'; and {len(missing) - 5:,} more' * (len(missing) > 5)}.",
     )
     for cells in study.by_condition.values():
         first, *others = [run for cell in cells.values() for run in cell.runs]
         for run in others:
-            what = next((what for what, rows in run.rows.items() if rows != first.rows.get(what)), None)
+            what = next(
+                (what for what, rows in run.rows.items() if rows != first.rows.get(what)), None
+            )
             require(
                 what is None,
-                f"{first.folder} and {run.folder} had different {what}, and cannot be compared: restore the rows, and "
+                f"{first.folder} and {run.folder} had different {what}, and cannot be compared: "
+                f"restore the rows, and "
                 "run the study again under another name=...",
             )
 
@@ -44,17 +49,21 @@ class Comparison(Contrast):
     by_seed: list[float]  # the difference of each seed
     p_holm: float  # after Holm, over the contrasts of the outcome
     verdict: Verdict  # on the second arm; `not shown` where an edge speaks against it
-    edges: list[str]  # what is best at the end of its grid, such as `cera at the largest optimizer.lr, 0.01`
+    edges: list[
+        str
+    ]  # what is best at the end of its grid, such as `cera at the largest optimizer.lr, 0.01`
     detectable: float  # the smallest difference that this design shows with power 80 %
 
 
 def compare_cells(study: Study) -> list[Comparison]:
-    """Every contrast in every outcome, the primary outcome first. Raises UserError where runs cannot be compared."""
+    """Every contrast in every outcome, the primary outcome first. Raises UserError where runs
+    cannot be compared."""
     check_runs(study)
     pairs = study.contrasts()
     require(
         bool(pairs),
-        f"{study.folder} has no two arms to compare, only {study.cells[0].arm}. Run it without study.arm; "
+        f"{study.folder} has no two arms to compare, only {study.cells[0].arm}. Run it without "
+        f"study.arm; "
         f"cera-report {study.folder}/* compares the runs that are there.",
     )
     comparisons = []
@@ -69,12 +78,16 @@ def compare_cells(study: Study) -> list[Comparison]:
             for _, first, second in pairs
         ]
         adjusted = holm([difference.p_value for difference in differences], study.family)
-        for (asked, first, second), difference, p_holm in zip(pairs, differences, adjusted, strict=True):
+        for (asked, first, second), difference, p_holm in zip(
+            pairs, differences, adjusted, strict=True
+        ):
             means = zip(first.means(outcome), second.means(outcome), strict=True)
             edges = [*first.edges, *second.edges]
             verdict = difference.verdict_at(p_holm, higher_is_better=outcome != LOSS)
             both = first.choices | second.choices
-            least = detectable(difference.variances, difference.seeds, difference.problems, study.family)
+            least = detectable(
+                difference.variances, difference.seeds, difference.problems, study.family
+            )
             comparisons.append(
                 Comparison(
                     **vars(difference),
@@ -82,7 +95,9 @@ def compare_cells(study: Study) -> list[Comparison]:
                     asked=asked,
                     first=first.arm,
                     second=second.arm,
-                    condition=words_of((key, both[key]) for key in study.config.conditions if key in both),
+                    condition=words_of(
+                        (key, both[key]) for key in study.config.conditions if key in both
+                    ),
                     by_seed=[b - a for a, b in means],
                     p_holm=p_holm,
                     verdict="not shown" if edges else verdict,
@@ -100,19 +115,26 @@ class Slope:
     name: str
     by_seed: list[float]
     value: float
-    interval: list[float]  # Student's 95 % interval over seeds, on the problems at hand; without bounds for one seed
+    interval: list[
+        float
+    ]  # Student's 95 % interval over seeds, on the problems at hand; without bounds for one seed
 
 
 def slopes(study: Study) -> list[Slope]:
-    """The least-squares slope of every contrast against log2 of the rank, where several ranks are conditions."""
+    """The least-squares slope of every contrast against log2 of the rank, where several ranks are
+    conditions."""
     by_rank: dict[str, dict[int, numpy.ndarray]] = {}
     for _, first, second in study.contrasts():
         choices = first.choices | second.choices
         rank = int(choices.pop("adapter.r", 0))
-        name = ", ".join([f"{second.arm} - {first.arm}", *(f"{key}={value}" for key, value in choices.items())])
+        name = ", ".join(
+            [f"{second.arm} - {first.arm}", *(f"{key}={value}" for key, value in choices.items())]
+        )
         means = (cell.means(study.config.outcomes[0]) for cell in (second, first))
         by_rank.setdefault(name, {})[rank] = numpy.subtract(*means)
-    return [_slope(name, differences) for name, differences in by_rank.items() if len(differences) > 1]
+    return [
+        _slope(name, differences) for name, differences in by_rank.items() if len(differences) > 1
+    ]
 
 
 def _slope(name: str, differences: dict[int, numpy.ndarray]) -> Slope:

@@ -1,20 +1,23 @@
-"""The difference of two arms of a study, with seeds and problems as random effects, and whether it is shown.
+"""The difference of two arms of a study, with seeds and problems as random effects, and whether it
+is shown.
 
-Both arms ran with the same seeds and met the same problems. A seed gives both one order of rows, so arms are compared
-seed by seed and problem by problem, and what is common to both cancels:
+Both arms ran with the same seeds and met the same problems. A seed gives both one order of rows, so
+arms are compared seed by seed and problem by problem, and what is common to both cancels:
 
-    second[seed, problem] - first[seed, problem] = difference + A[seed] + C[problem] + R[seed, problem]
+    second[seed, problem] - first[seed, problem] = difference + A[seed] + C[problem] + R[seed,
+    problem]
 
     Var(difference) = seeds' part, by A and R + problems' part, by C
     half width^2    = t(seeds)^2 seeds' part + t(problems)^2 problems' part
 
-Each part has the t quantile of its degrees of freedom. If each part alone keeps its error rate, so does the sum,
-whatever the parts' sizes: Banerjee 1960, "Expressions for the lower bound to confidence coefficient", Sankhya 21.
+Each part has the t quantile of its degrees of freedom. If each part alone keeps its error rate, so
+does the sum, whatever the parts' sizes: Banerjee 1960, "Expressions for the lower bound to
+confidence coefficient", Sankhya 21.
 
-Each arm is compared at the best of its tuned values. Chance helps to decide which looks best, and a better one may lie
-between two of the grid: `Cell.between` bounds what that is worth, and widens the interval. Without it, and if every
-seed is judged at the value that the others choose, more than 5 % of verdicts on equal arms are wrong: `python -m
-benchmarks.verdicts`.
+Each arm is compared at the best of its tuned values. Chance helps to decide which looks best, and a
+better one may lie between two of the grid: `Cell.between` bounds what that is worth, and widens the
+interval. Without it, and if every seed is judged at the value that the others choose, more than 5 %
+of verdicts on equal arms are wrong: `python -m benchmarks.verdicts`.
 """
 
 import math
@@ -55,32 +58,37 @@ class Spread:
     seeds: ndarray | float  # by A and R
     seed_degrees: int
     residual: ndarray | float
-    """By R alone, which is no larger and known better: the interval is never narrower than that of the seeds at hand on
-    other problems. It keeps few right answers, whose means agree by chance, from passing for sure."""
+    """By R alone, which is no larger and known better: the interval is never narrower than that of
+    the seeds at hand on other problems. It keeps few right answers, whose means agree by chance,
+    from passing for sure."""
     problems: ndarray | float  # by C
     problem_degrees: ndarray | float
 
     def half_width(self, error_rate: ndarray | float = ERROR_RATE) -> ndarray:
         """Half the width of the interval that misses the truth with this probability."""
         tail = numpy.divide(error_rate, 2)
-        t_seeds, t_problems = stdtrit(self.seed_degrees, tail), stdtrit(self.problem_degrees, tail)
+        t_seeds = stdtrit(self.seed_degrees, tail)
+        t_problems = stdtrit(self.problem_degrees, tail)
         seeds = numpy.maximum(t_seeds**2 * self.seeds, t_problems**2 * self.residual)
         return numpy.sqrt(seeds + t_problems**2 * self.problems)
 
     def p_value(self, difference: ndarray | float) -> ndarray:
         """The error rate at which the interval ends at zero; 1 for no difference."""
         size = numpy.abs(difference)
-        lower, upper = numpy.full(size.shape, math.log(SMALLEST_P)), numpy.zeros(size.shape)
+        lower = numpy.full(size.shape, math.log(SMALLEST_P))
+        upper = numpy.zeros(size.shape)
         for _ in range(40):  # halves the bracket to 3e-11 of p
             middle = (lower + upper) / 2
             is_inside = self.half_width(numpy.exp(middle)) >= size
-            lower, upper = numpy.where(is_inside, middle, lower), numpy.where(is_inside, upper, middle)
+            lower = numpy.where(is_inside, middle, lower)
+            upper = numpy.where(is_inside, upper, middle)
         return numpy.where(size == 0, 1.0, numpy.exp(upper))
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two arms on the same problems: second - first, with a 95 % interval that holds for other seeds and problems."""
+    """Two arms on the same problems: second - first, with a 95 % interval that holds for other
+    seeds and problems."""
 
     difference: float
     lower: float  # -inf with one seed or one problem. Not adjusted for other comparisons.
@@ -90,7 +98,8 @@ class Contrast:
     """None with one seed or one problem, and where a score differs by the same on every problem."""
     seeds: int
     problems: int
-    between: float  # what a tuned value between those of the grid could still change: in the bounds and the p-value
+    # what a tuned value between those of the grid could still change: in the bounds and the p-value
+    between: float
 
     def verdict_at(self, adjusted_p: float, higher_is_better: bool) -> Verdict:
         """Whether the second arm is better than the first, by a p-value that `holm` adjusted."""
@@ -99,28 +108,33 @@ class Contrast:
         return "better" if (self.difference > 0) == higher_is_better else "worse"
 
     def is_within(self, matters: float) -> bool:
-        """Whether the interval lies within +-matters: no difference that matters. The error rate is 2.5 % a comparison
-        (two one-sided tests, Schuirmann 1987)."""
+        """Whether the interval lies within +-matters: no difference that matters. The error rate is
+        2.5 % a comparison (two one-sided tests, Schuirmann 1987)."""
         return -matters <= self.lower and self.upper <= matters
 
 
-def contrast(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = None, between: float = 0.0) -> Contrast:
+def contrast(
+    first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = None, between: float = 0.0
+) -> Contrast:
     """Compares two arms.
 
     Args:
         first, second: [seeds, problems], the same seeds and problems in the same order.
-        weights: [problems], the supervised tokens of each row, where values are nats a token: means are then sums of
-            nats over sums of tokens. Rows of weight 0 are left out. Values without weights are scores from 0 to 1.
-        between: what a tuned value between those of the grid could still change, by which the interval is widened on
-            both sides.
+        weights: [problems], the supervised tokens of each row, where values are nats a token: means
+            are then sums of nats over sums of tokens. Rows of weight 0 are left out. Values without
+            weights are scores from 0 to 1.
+        between: what a tuned value between those of the grid could still change, by which the
+            interval is widened on both sides.
 
     Raises:
         UserError: a value is not a number.
     """
-    first, second = numpy.asarray(first, dtype=float), numpy.asarray(second, dtype=float)
+    first = numpy.asarray(first, dtype=float)
+    second = numpy.asarray(second, dtype=float)
     is_score = weights is None
     weights = numpy.ones(first.shape[1]) if weights is None else numpy.asarray(weights, dtype=float)
-    differences, weights = (second - first)[:, weights > 0], weights[weights > 0]
+    differences = (second - first)[:, weights > 0]
+    weights = weights[weights > 0]
     if not numpy.isfinite(differences).all():
         raise UserError("a value is not a number. Leave out a run that diverged.")
     seeds, problems = differences.shape
@@ -128,8 +142,10 @@ def contrast(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = No
         mean = float((differences @ weights / weights.sum()).mean())
         return Contrast(mean, -math.inf, math.inf, 1.0, None, seeds, problems, between)
     estimate, spread, variances = estimate_mean(differences, weights)
-    difference, half = float(estimate), float(spread.half_width())
-    lower, upper = difference - half, difference + half
+    difference = float(estimate)
+    half = float(spread.half_width())
+    lower = difference - half
+    upper = difference + half
     size = max(abs(difference) - between, 0.0)
     p_value = float(spread.p_value(size))
     plain = Variances(float(variances.seed), float(variances.problem), float(variances.residual))
@@ -138,7 +154,9 @@ def contrast(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = No
         lower, upper = interval_where_all_agree(difference, problems)
         p_value = float(binomtest(problems, problems).pvalue) if size else 1.0
         plain = None if is_score else plain
-    return Contrast(difference, lower - between, upper + between, p_value, plain, seeds, problems, between)
+    return Contrast(
+        difference, lower - between, upper + between, p_value, plain, seeds, problems, between
+    )
 
 
 def estimate_mean(differences: ndarray, weights: ndarray) -> tuple[ndarray, Spread, Variances]:
@@ -150,9 +168,11 @@ def estimate_mean(differences: ndarray, weights: ndarray) -> tuple[ndarray, Spre
     """
     seeds, problems = differences.shape[-2:]
     seed_means = differences @ weights / weights.sum()  # [..., seeds]
-    # How much a problem moves a weighted mean, by leaving it out: the jackknife, which needs no small-sample factor
-    # for a mean and is on the safe side for a ratio.
-    influence = (differences - seed_means[..., None]) * weights / (weights.sum() - weights)  # [..., seeds, problems]
+    # How much a problem moves a weighted mean, by leaving it out: the jackknife, which needs no
+    # small-sample factor for a mean and is on the safe side for a ratio.
+    influence = (
+        (differences - seed_means[..., None]) * weights / (weights.sum() - weights)
+    )  # [..., seeds, problems]
     factor = (problems - 1) / problems
     residual = factor * influence.var(axis=-2, ddof=1).sum(axis=-1) / seeds
     # A problem's mean over seeds varies by C and by R; the seeds' part has R already.
@@ -172,14 +192,21 @@ def estimate_mean(differences: ndarray, weights: ndarray) -> tuple[ndarray, Spre
     return seed_means.mean(axis=-1), spread, variances
 
 
-# --- power -----------------------------------------------------------------------------------------------------------
+# --- power ----------------------------------------------------------------------------------------
 
 
-def detectable(variances: Variances | None, seeds: int, problems: int, comparisons: int = 1) -> float:
-    """The smallest difference that gets its verdict with probability POWER; inf with one seed or one problem."""
+def detectable(
+    variances: Variances | None, seeds: int, problems: int, comparisons: int = 1
+) -> float:
+    """The smallest difference that gets its verdict with probability POWER; inf with one seed or
+    one problem."""
     if variances is None or min(seeds, problems) < 2:
         return math.inf
-    scale = math.sqrt(variances.seed / seeds + variances.problem / problems + variances.residual / (seeds * problems))
+    scale = math.sqrt(
+        variances.seed / seeds
+        + variances.problem / problems
+        + variances.residual / (seeds * problems)
+    )
     if scale == 0:
         return 0.0
 
@@ -192,16 +219,24 @@ def detectable(variances: Variances | None, seeds: int, problems: int, compariso
     return float(brentq(excess, 0, upper, xtol=1e-12 * scale))
 
 
-def power_of(variances: Variances, difference: float, seeds: int, problems: int, comparisons: int = 1) -> float:
+def power_of(
+    variances: Variances, difference: float, seeds: int, problems: int, comparisons: int = 1
+) -> float:
     """The probability of a verdict in the direction of this difference.
 
-    With several comparisons, it is that of Holm's first step, where p is multiplied by their number: the later ones
-    have more. The problems' part is taken as known, the seeds' part as drawn: it is integrated over its quantiles.
+    With several comparisons, it is that of Holm's first step, where p is multiplied by their
+    number: the later ones have more. The problems' part is taken as known, the seeds' part as
+    drawn: it is integrated over its quantiles.
     """
-    edges = numpy.linspace(0, 1, 65) ** 2  # closer together where the variance is small: power to 0.003
+    edges = (
+        numpy.linspace(0, 1, 65) ** 2
+    )  # closer together where the variance is small: power to 0.003
     drawn = chdtri(seeds - 1, 1 - (edges[1:] + edges[:-1]) / 2) / (seeds - 1)
-    residual, problem = variances.residual / (seeds * problems), variances.problem / problems
-    spread = Spread((variances.seed / seeds + residual) * drawn, seeds - 1, residual, problem, problems - 1)
+    residual = variances.residual / (seeds * problems)
+    problem = variances.problem / problems
+    spread = Spread(
+        (variances.seed / seeds + residual) * drawn, seeds - 1, residual, problem, problems - 1
+    )
     standard_error = math.sqrt(variances.seed / seeds + residual + problem)
     shares = ndtr((difference - spread.half_width(ERROR_RATE / comparisons)) / standard_error)
     return float((numpy.diff(edges) * shares).sum())

@@ -1,5 +1,5 @@
-"""A sweep's folder: OUTPUT_DIR/NAME holds sweep.json and one folder a job, named by what varies, and the state of a job
-follows from what lies in it. Imports no torch."""
+"""A sweep's folder: OUTPUT_DIR/NAME holds sweep.json and one folder a job, named by what varies,
+and the state of a job follows from what lies in it. Imports no torch."""
 
 import hashlib
 import re
@@ -16,24 +16,36 @@ from cera_train.common.terminal import print_line, print_table
 from cera_train.common.trust import redact
 from cera_train.evaluation.tasks.task import task_figures
 from cera_train.runs.records import Record, changes_result
-from cera_train.runs.results import DIVERGED, METRICS, Environment, Metrics, RunResult, is_task_figure, read_metrics
+from cera_train.runs.results import (
+    DIVERGED,
+    METRICS,
+    Environment,
+    Metrics,
+    RunResult,
+    is_task_figure,
+    read_metrics,
+)
 
 RECORD = "sweep.json"
-JOBS = ".jobs"  # folder in the sweep's: NAME.json for every job that was started, written by the job itself
+# folder in the sweep's: NAME.json for every job that was started, written by the job itself
+JOBS = ".jobs"
 
 START_AGAIN = "Remove it, and start the sweep again."
 
-LONGEST_NAME = 150  # characters. A file system takes 255, and files are written under a longer name first.
+LONGEST_NAME = (
+    150  # characters. A file system takes 255, and files are written under a longer name first.
+)
 
 SHORT_ERROR = 72  # characters of an error in the table
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
-    """The name of a job's folder: what varies, such as `adapter=cera,adapter.r=64`; where nothing does, every choice.
-    The same for the same choices in any order, and never that of other choices."""
+    """The name of a job's folder: what varies, such as `adapter=cera,adapter.r=64`; where nothing
+    does, every choice. The same for the same choices in any order, and never that of other
+    choices."""
     choices = choices_of(overrides, swept)
     if swept:
         choices = [choice for choice in choices if key_of(choice) in swept]
@@ -53,11 +65,14 @@ def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
 
 
 def choices_of(overrides: Iterable[str], swept: Collection[str] = ()) -> list[str]:
-    """What a job chooses, sorted by key. A setting that changes no result is no choice unless it is swept."""
+    """What a job chooses, sorted by key. A setting that changes no result is no choice unless it is
+    swept."""
     choices = []
     for override in overrides:
         key = key_of(override)
-        is_source = key in ("recipe", "sweep", "study") or key.startswith("hydra")  # a file that choices come from
+        is_source = key in ("recipe", "sweep", "study") or key.startswith(
+            "hydra"
+        )  # a file that choices come from
         if key in swept or (changes_result(key) and not is_source):
             choices.append(override.lstrip("+").replace("$\\{", "${").replace("\\}", "}"))
     return sorted(choices, key=lambda choice: (key_of(choice), choice))
@@ -67,9 +82,12 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
-# --- records ---------------------------------------------------------------------------------------------------------
+# --- records --------------------------------------------------------------------------------------
 
-PERPLEXITIES = ("eval/perplexity", "best_perplexity")  # figures that compare on the same evaluation rows only
+PERPLEXITIES = (
+    "eval/perplexity",
+    "best_perplexity",
+)  # figures that compare on the same evaluation rows only
 
 HIGHER_IS_BETTER = {
     **dict.fromkeys([*PERPLEXITIES, "seconds", "peak_memory_bytes", "trainable_parameters"], False),
@@ -100,8 +118,8 @@ PERPLEXITY = SweepMetric()
 
 
 def sweep_metric(key: str, tasks: Mapping[str, Mapping[str, Any] | None]) -> SweepMetric:
-    """The metric of `sweep.metric`; raises UserError where no run of the sweep records it. `tasks` has the changes of
-    each of `train.tasks`, None where they are not known yet."""
+    """The metric of `sweep.metric`; raises UserError where no run of the sweep records it. `tasks`
+    has the changes of each of `train.tasks`, None where they are not known yet."""
     known = dict(HIGHER_IS_BETTER)
     for task, changes in tasks.items():
         known |= task_figures(task, changes)
@@ -109,17 +127,19 @@ def sweep_metric(key: str, tasks: Mapping[str, Mapping[str, Any] | None]) -> Swe
         return SweepMetric(key, known[key])
     task = key.partition("/")[0]
     is_left_out = task not in tasks and task in options("task") and key in task_figures(task)
-    mend = f"add train.tasks=[{task}]" if is_left_out else f"choose one of {', '.join(known)}"
-    raise UserError(f"sweep.metric={key}: no job has this figure: {mend}.")
+    fix = f"add train.tasks=[{task}]" if is_left_out else f"choose one of {', '.join(known)}"
+    raise UserError(f"sweep.metric={key}: no job has this figure: {fix}.")
 
 
 class SweepRecord(Record):
     """sweep.json: the last command, and its jobs as far as the sweeper knows them."""
 
-    mend: ClassVar[str] = START_AGAIN
+    fix: ClassVar[str] = START_AGAIN
 
     swept: list[str]  # keys that name the jobs
-    jobs: dict[str, list[str]]  # in the order of the grid: the overrides of each, by the name of its folder
+    jobs: dict[
+        str, list[str]
+    ]  # in the order of the grid: the overrides of each, by the name of its folder
     fixed: list[str]  # settings that all jobs share
     command: list[Any] | None = None
     metric: SweepMetric = PERPLEXITY
@@ -129,14 +149,14 @@ class SweepRecord(Record):
 class JobRecord(Record):
     """NAME.json of a job."""
 
-    mend: ClassVar[str] = START_AGAIN
+    fix: ClassVar[str] = START_AGAIN
 
     number: int
     overrides: list[str]
     error: str | None = None  # of its last start
 
 
-# --- states ----------------------------------------------------------------------------------------------------------
+# --- states ---------------------------------------------------------------------------------------
 
 
 class State(StrEnum):
@@ -175,32 +195,46 @@ class JobStatus:
 
 
 def read_sweep(folder: Path) -> list[JobStatus]:
-    """Every job of a sweep: those of its last command in the order of its grid, then what earlier ones left."""
+    """Every job of a sweep: those of its last command in the order of its grid, then what earlier
+    ones left."""
     record = SweepRecord.find(folder / RECORD)
     if record is None:
         if (folder / "config.yaml").exists():
-            raise UserError(f"{folder} is the folder of a run, not of a sweep: cera-report {folder} shows it.")
+            raise UserError(
+                f"{folder} is the folder of a run, not of a sweep: cera-report {folder} shows it."
+            )
         what = "holds no sweep" if folder.is_dir() else "is not a folder"
         raise UserError(
-            f"{folder} {what}: expected one that cera-train -m left (with {RECORD}), such as outputs/rank_lr."
+            f"{folder} {what}: expected one that cera-train -m left (with {RECORD}), such as "
+            f"outputs/rank_lr."
         )
     started = {path.stem: JobRecord.read(path) for path in (folder / JOBS).glob("[!.]*.json")}
-    earlier = sorted(started.keys() - record.jobs.keys(), key=lambda name: (started[name].number, name))
+    earlier = sorted(
+        started.keys() - record.jobs.keys(), key=lambda name: (started[name].number, name)
+    )
     overrides = record.jobs | {name: started[name].overrides for name in earlier}
     # The name of a study's arm stands for its overrides, but not for a condition that others have.
-    of_arms = {key_of(word) for arm in (record.study or {"arms": {}})["arms"].values() for word in arm}
+    of_arms = {
+        key_of(word) for arm in (record.study or {"arms": {}})["arms"].values() for word in arm
+    }
     of_arms -= {*record.swept}
     choices = {
-        name: [choice for choice in choices_of(words, record.swept) if key_of(choice) not in of_arms]
+        name: [
+            choice for choice in choices_of(words, record.swept) if key_of(choice) not in of_arms
+        ]
         for name, words in overrides.items()
     }
     return [job_status(folder, name, choices[name], record.metric) for name in overrides]
 
 
-def job_status(sweep: Path, name: str, choices: Sequence[str] = (), metric: SweepMetric = PERPLEXITY) -> JobStatus:
+def job_status(
+    sweep: Path, name: str, choices: Sequence[str] = (), metric: SweepMetric = PERPLEXITY
+) -> JobStatus:
     """How far a job of a sweep is."""
-    folder, started = sweep / name, JobRecord.find(sweep / JOBS / f"{name}.json")
-    result, error = RunResult.find(folder / "result.json"), started and started.error
+    folder = sweep / name
+    started = JobRecord.find(sweep / JOBS / f"{name}.json")
+    result = RunResult.find(folder / "result.json")
+    error = started and started.error
     if is_locked(folder):
         state = State.running
     elif result is None and (folder / DIVERGED).exists():
@@ -213,14 +247,18 @@ def job_status(sweep: Path, name: str, choices: Sequence[str] = (), metric: Swee
         state = State.stopped if (folder / "config.yaml").exists() else State.waiting
     metrics = Metrics() if result else read_metrics(folder / METRICS)
     value = (result or metrics.so_far()).to_json().get(metric.key)
-    environment, progress = Environment.find(folder / "environment.json") or Environment(), ""
+    environment = Environment.find(folder / "environment.json") or Environment()
+    progress = ""
     if environment.updates is not None:
-        progress = f"{(result.updates or 0) if result else metrics.last_update:,}/{environment.updates:,}"
+        progress = (
+            f"{(result.updates or 0) if result else metrics.last_update:,}/{environment.updates:,}"
+        )
     return JobStatus(name, choices, state, metric, progress, value, error, environment.held_out)
 
 
 def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
-    """The best finished job by the sweep's metric; by a perplexity, one for every choice of evaluation rows."""
+    """The best finished job by the sweep's metric; by a perplexity, one for every choice of
+    evaluation rows."""
     best: dict[str | None, JobStatus] = {}
     for job in jobs:
         rows = job.rows if job.metric.key in PERPLEXITIES else None
@@ -232,10 +270,11 @@ def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
 
 
 def print_sweep(folder: Path) -> bool:
-    """Prints a line for every job, how many are in which state, and the best. Returns whether every job of the last
-    command has ended, whatever earlier ones left."""
+    """Prints a line for every job, how many are in which state, and the best. Returns whether every
+    job of the last command has ended, whatever earlier ones left."""
     jobs = read_sweep(folder)
-    best, label = best_jobs(jobs), jobs[0].metric.label if jobs else PERPLEXITY.label
+    best = best_jobs(jobs)
+    label = jobs[0].metric.label if jobs else PERPLEXITY.label
     shared = set.intersection(*(set(job.choices) for job in jobs)) if len(jobs) > 1 else set()
     print_line("sweep", f"{folder}{': ' + ' '.join(sorted(shared)) if shared else ''}")
     print()
@@ -244,16 +283,31 @@ def print_sweep(folder: Path) -> bool:
         name = ",".join(choice for choice in job.choices if choice not in shared) or job.name
         note = "best" if job in best else ""
         if job.error and job.state in (State.diverged, State.failed):
-            note = job.error if len(job.error) <= SHORT_ERROR else job.error[: SHORT_ERROR - 1] + "…"
-        rows.append([name, job.state, job.progress, "" if job.value is None else job.metric.shown(job.value), note])
+            note = (
+                job.error if len(job.error) <= SHORT_ERROR else job.error[: SHORT_ERROR - 1] + "…"
+            )
+        rows.append(
+            [
+                name,
+                job.state,
+                job.progress,
+                "" if job.value is None else job.metric.shown(job.value),
+                note,
+            ]
+        )
     print_table(["job", "state", "updates", label, ""], rows, right=(2, 3))
     print()
     counts = Counter(job.state for job in jobs)
-    print_line("jobs", ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state]) or "none yet")
+    print_line(
+        "jobs",
+        ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state]) or "none yet",
+    )
     for job in best:
         print_line("best", f"{folder / job.name}: {label} {job.metric.shown(job.value)}")
     if counts[State.failed]:
         print_line("errors", f"in full in {folder / JOBS}; the same command tries these jobs again")
     names = SweepRecord.read(folder / RECORD).jobs
     # Without names the sweeper decided as it went.
-    return all(job.is_over for job in jobs if job.name in names) if names else not counts[State.failed]
+    return (
+        all(job.is_over for job in jobs if job.name in names) if names else not counts[State.failed]
+    )

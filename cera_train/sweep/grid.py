@@ -1,7 +1,8 @@
 """The jobs of a sweep: its grid, checked before the first job begins, and each job while it runs.
 
-A sweep's state is what its jobs left on disk. The same command skips finished jobs, resumes interrupted ones and runs
-missing ones. `config` is what Hydra composed for the sweep, with Hydra's section. Imports no torch.
+A sweep's state is what its jobs left on disk. The same command skips finished jobs, resumes
+interrupted ones and runs missing ones. `config` is what Hydra composed for the sweep, with Hydra's
+section. Imports no torch.
 """
 
 from __future__ import annotations
@@ -35,23 +36,36 @@ from cera_train.runs.records import LENGTH, another_config, differences
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import find_start
 from cera_train.settings.run import Config
-from cera_train.sweep.folder import JOBS, RECORD, JobRecord, SweepRecord, choices_of, job_name, key_of, sweep_metric
+from cera_train.sweep.folder import (
+    JOBS,
+    RECORD,
+    JobRecord,
+    SweepRecord,
+    choices_of,
+    job_name,
+    key_of,
+    sweep_metric,
+)
 
 WRITER = "sweep"
-"""Holder of the folder's lock, for messages. A study holds it while it runs: it chooses jobs by earlier results."""
+"""Holder of the folder's lock, for messages. A study holds it while it runs: it chooses jobs by
+earlier results."""
 
 ComposeJob = Callable[[Iterable[str]], Any]
 """compose(overrides) -> the checked config of a job; raises UserError for an impossible one."""
 
 
-# --- the grid --------------------------------------------------------------------------------------------------------
+# --- the grid -------------------------------------------------------------------------------------
 
 
 def _dimensions(config: DictConfig, params: Mapping[str, str] | None) -> list[Override]:
-    """The dimensions of a sweep: those of its file, then the arguments, which replace those of the same key."""
+    """The dimensions of a sweep: those of its file, then the arguments, which replace those of the
+    same key."""
     params = (config.hydra.sweeper.get("params") or {}) if params is None else params
     arguments = [*(f"{key}={values}" for key, values in params.items()), *_arguments(config.hydra)]
-    parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(arguments)
+    parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(
+        arguments
+    )
     return list({override.get_key_element(): override for override in parsed}.values())
 
 
@@ -61,13 +75,14 @@ def _arguments(hydra_config: DictConfig) -> list[str]:
 
 
 def grid(config: DictConfig, params: Mapping[str, str] | None = None) -> list[list[str]]:
-    """The overrides of every job that Hydra's basic sweeper runs, in its order. `params` are the dimensions, key ->
-    values, in the place of `hydra.sweeper.params`."""
+    """The overrides of every job that Hydra's basic sweeper runs, in its order. `params` are the
+    dimensions, key -> values, in the place of `hydra.sweeper.params`."""
     dimensions = _dimensions(config, params)
     for override in dimensions:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             raise UserError(
-                f"{override.input_line}: a grid takes single values, a,b,c. A range to draw from needs a sweeper that "
+                f"{override.input_line}: a grid takes single values, a,b,c. A range to draw from "
+                f"needs a sweeper that "
                 "draws: hydra/sweeper=optuna."
             )
     (jobs,) = BasicSweeper.split_arguments(dimensions, None)
@@ -75,7 +90,8 @@ def grid(config: DictConfig, params: Mapping[str, str] | None = None) -> list[li
 
 
 def job_composer(config: DictConfig, check: Callable[[DictConfig], Any]) -> ComposeJob:
-    """compose(overrides) -> the checked config of a job, each composed once and passed through `check`."""
+    """compose(overrides) -> the checked config of a job, each composed once and passed through
+    `check`."""
     loader = GlobalHydra.instance().config_loader()
 
     @functools.cache
@@ -86,20 +102,24 @@ def job_composer(config: DictConfig, check: Callable[[DictConfig], Any]) -> Comp
 
 
 def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) -> None:
-    """Composes jobs, name -> overrides, until every value has been in a possible one. A value that is impossible beside
-    some others fails in its jobs, and the rest of the sweep runs.
+    """Composes jobs, name -> overrides, until every value has been in a possible one. A value that
+    is impossible beside some others fails in its jobs, and the rest of the sweep runs.
 
     Raises:
-        Exception: a UserError or Hydra's, where a value cannot be composed, fails beside all others, or chooses
-            files that cannot be read.
+        Exception: a UserError or Hydra's, where a value cannot be composed, fails beside all
+            others, or chooses files that cannot be read.
     """
-    fine, failed = set[str](), dict[str, Exception]()
+    fine = set[str]()
+    failed = dict[str, Exception]()
     for name, values in jobs.items():
         if fine.issuperset(values):
             continue
         try:
             run = compose(values)
-            sweep_metric(run.sweep.metric, {task: run.train.changes_of_task(task) for task in run.train.tasks})
+            sweep_metric(
+                run.sweep.metric,
+                {task: run.train.changes_of_task(task) for task in run.train.tasks},
+            )
         except UserError as error:
             for value in values:
                 failed.setdefault(value, error)
@@ -112,8 +132,8 @@ def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) 
 
 
 def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) -> None:
-    """Raises UserError where a job that has a result, and is not started again, ran with another config. Composes jobs
-    until every value of these has been in one."""
+    """Raises UserError where a job that has a result, and is not started again, ran with another
+    config. Composes jobs until every value of these has been in one."""
     seen = set[str]()
     for name, values in jobs.items():
         folder = sweep / name
@@ -124,16 +144,23 @@ def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJo
         config = to_plain(compose(values))
         # What a run decides itself; rows whose files are gone have no layout.
         auto = [key for key, value in flatten(config).items() if value == AUTO]
-        decided = ("adapter.start_digest", *("data." if key.endswith(".layout") else key for key in auto))
+        decided = (
+            "adapter.start_digest",
+            *("data." if key.endswith(".layout") else key for key in auto),
+        )
         different = differences(folder / "config.yaml", redact_tree(config))
-        if different := {key: text for key, text in different.items() if not key.startswith(decided)}:
+        if different := {
+            key: text for key, text in different.items() if not key.startswith(decided)
+        }:
             raise another_config(folder, different)
 
 
 def check_inputs(config: Config, folder: Path) -> None:
-    """Raises UserError for a model, rows, problems or a start that a run in this folder cannot read: torch takes
-    seconds to import, and a mistake is answered before."""
-    if config.train.extend or not (folder / "result.json").exists():  # a finished run reads them no more
+    """Raises UserError for a model, rows, problems or a start that a run in this folder cannot
+    read: torch takes seconds to import, and a mistake is answered before."""
+    if (
+        config.train.extend or not (folder / "result.json").exists()
+    ):  # a finished run reads them no more
         check_model(config.model.path)
         check_data(config.data)
         for name in config.train.tasks:
@@ -146,7 +173,7 @@ def check_inputs(config: Config, folder: Path) -> None:
             find_start(config.adapter)
 
 
-# --- the record ------------------------------------------------------------------------------------------------------
+# --- the record -----------------------------------------------------------------------------------
 
 
 def record_of(
@@ -156,15 +183,18 @@ def record_of(
 
     Args:
         jobs: the overrides of each, in the place of the grid's.
-        params: dimensions that name the jobs even where they have one value, in the place of `hydra.sweeper.params`.
+        params: dimensions that name the jobs even where they have one value, in the place of
+            `hydra.sweeper.params`.
 
     Raises:
-        UserError: the folder differs from job to job, or is that of a run or of a sweep with other fixed settings.
+        UserError: the folder differs from job to job, or is that of a run or of a sweep with other
+            fixed settings.
     """
     for override in _arguments(config.hydra):
         if key_of(override) in ("name", "output_dir") and re.search(r"\$\{|,|\(", override):
             raise UserError(
-                f"{override} is another for each job. In a sweep, name=... is the folder of all jobs, and each job's "
+                f"{override} is another for each job. In a sweep, name=... is the folder of all "
+                f"jobs, and each job's "
                 "folder in it is named by its choices: give one name, or leave it out."
             )
     require_folder_name(config.name)
@@ -179,7 +209,8 @@ def record_of(
     earlier = SweepRecord.find(folder / RECORD)
     # A dimension of an earlier command still names the jobs where this one fixes it.
     names_jobs = {*map(key_of, params or ()), *(earlier.swept if earlier else ())}
-    swept, fixed = set[str](), []
+    swept = set[str]()
+    fixed = []
     for dimension in _dimensions(config, params):
         if dimension.is_sweep_override() or dimension.key_or_group in names_jobs:
             swept.add(dimension.key_or_group)
@@ -187,10 +218,13 @@ def record_of(
             fixed.append(f"{dimension.get_key_element()}={dimension.get_value_element_as_str()}")
     fixed = redact_tree(choices_of(fixed, swept=("recipe", "study")))
     may_differ = {*swept, *(LENGTH if config.train.extend else ())}
-    if earlier is not None and any(key_of(choice) not in may_differ for choice in {*earlier.fixed} ^ {*fixed}):
+    if earlier is not None and any(
+        key_of(choice) not in may_differ for choice in {*earlier.fixed} ^ {*fixed}
+    ):
         raise UserError(
             f"name={folder.name}: {folder} holds a sweep with other fixed settings "
-            f"({' '.join(earlier.fixed) or 'none'}; here {' '.join(fixed) or 'none'}), and its jobs are named by what "
+            f"({' '.join(earlier.fixed) or 'none'}; here {' '.join(fixed) or 'none'}), and its "
+            f"jobs are named by what "
             "varies. Choose another name=..."
         )
     return SweepRecord(sorted(swept), jobs_by_name(jobs, swept), fixed, sys.argv, metric)
@@ -202,17 +236,23 @@ def jobs_by_name(jobs: Iterable[list[str]], swept: Collection[str]) -> dict[str,
 
 
 def begin(config: DictConfig, compose: ComposeJob, record: SweepRecord) -> None:
-    """Writes sweep.json. First refuses what `check_jobs` and `check_results` refuse, and a folder that another command
-    holds."""
+    """Writes sweep.json. First refuses what `check_jobs` and `check_results` refuse, and a folder
+    that another command holds."""
     folder = Path(config.hydra.sweep.dir)
     check_jobs(folder, record.jobs, compose)
     if not config.train.extend:
         check_results(folder, record.jobs, compose)
-    if is_main_process() and is_locked(folder):  # another process may find the lock of its own command
+    if is_main_process() and is_locked(
+        folder
+    ):  # another process may find the lock of its own command
         raise folder_in_use(folder, WRITER)
 
-    if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
-        config.hydra.sweeper.direction = "maximize" if record.metric.higher_is_better else "minimize"
+    if "direction" in config.hydra.sweeper and not OmegaConf.is_list(
+        config.hydra.sweeper.direction
+    ):  # Optuna's
+        config.hydra.sweeper.direction = (
+            "maximize" if record.metric.higher_is_better else "minimize"
+        )
     # A name or recipe of a job must not move it elsewhere.
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
@@ -236,9 +276,11 @@ class Job:
         """The job that Hydra has just started, from `HydraConfig.get()`; None in a single run."""
         if hydra_config.mode != RunMode.MULTIRUN:
             return None
-        sweep, overrides = Path(hydra_config.sweep.dir), _arguments(hydra_config)
+        sweep = Path(hydra_config.sweep.dir)
+        overrides = _arguments(hydra_config)
         record = SweepRecord.read(sweep / RECORD)
-        name, names = job_name(overrides, record.swept), list(record.jobs)
+        name = job_name(overrides, record.swept)
+        names = list(record.jobs)
         number = names.index(name) if name in names else hydra_config.job.num
         return cls(sweep, name, overrides, number + 1, len(names))
 
@@ -263,11 +305,16 @@ class Job:
     def start(self) -> None:
         """Prints the job's title and clears the error of an earlier start."""
         if is_main_process():
-            (self.sweep / "multirun.yaml").unlink(missing_ok=True)  # Hydra's record, in which secrets are not redacted
+            (self.sweep / "multirun.yaml").unlink(
+                missing_ok=True
+            )  # Hydra's record, in which secrets are not redacted
             print()
             print_line("job", self.title)
             if self.has_diverged:
-                print_line("diverged", f"{self.sweep / self.name}, before this start; remove it to train it again")
+                print_line(
+                    "diverged",
+                    f"{self.sweep / self.name}, before this start; remove it to train it again",
+                )
             else:
                 self.clear_error()
 
@@ -277,7 +324,8 @@ class Job:
             self._write(None)
 
     def fail(self, error: str) -> None:
-        """Writes the job's error for the table. Where several processes fail, the first error stays."""
+        """Writes the job's error for the table. Where several processes fail, the first error
+        stays."""
         if is_main_process() or (record := JobRecord.find(self.record)) is None or not record.error:
             self._write(error)
 

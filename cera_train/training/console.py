@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 from cera_train.adapters.build import rank
 from cera_train.adapters.families import family
 from cera_train.adapters.spectrum import why_no_spectrum
-from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
+from cera_train.adapters.targets import (
+    describe_left_out,
+    describe_targets,
+    layers_without_adapted_experts,
+)
 from cera_train.common.terminal import TEXT_WIDTH, counted, duration, print_fields, print_line
 from cera_train.data.look import print_data
 from cera_train.data.prepare import stop_ids
@@ -40,26 +44,41 @@ def print_start(session: Session) -> None:
     """The run in a few lines: folder, model, adapter, device, speed, data."""
     if not session.accelerator.is_main_process:
         return
-    config, accelerator, loss = session.config, session.accelerator, session.local_loss
-    folder, done, updates = session.folder.path, session.progress.update, session.updates
+    config = session.config
+    accelerator = session.accelerator
+    loss = session.local_loss
+    folder = session.folder.path
+    done = session.progress.update
+    updates = session.updates
     if config.train.extend and (ends := session.folder.ends()):
         end = int(ends[-1].name)
         # A schedule follows from the number of updates, so the rate may jump.
-        before, now = learning_rate(config.optimizer, end - 1, end), learning_rate(config.optimizer, done, updates)
-        steps = f"{folder} from update {done:,} to {updates:,}, learning rate {now:.2g} ({before:.2g} before)"
+        before = learning_rate(config.optimizer, end - 1, end)
+        now = learning_rate(config.optimizer, done, updates)
+        steps = (
+            f"{folder} from update {done:,} to {updates:,}, learning rate {now:.2g} ({before:.2g} "
+            f"before)"
+        )
         print_line("extend", f"{steps}; ends/{end} keeps the run as it ended")
     already = f", {done:,} done" if done else ""
     steps = counted(updates, "update")
     print_line("run", f"{folder}, {steps} of {config.train.batch_size} {config.work.unit}{already}")
-    quantization = "" if config.model.quantization == Quantization.none else f", {config.model.quantization}"
+    quantization = (
+        "" if config.model.quantization == Quantization.none else f", {config.model.quantization}"
+    )
     frozen = session.total_count - session.trainable_count
     weights = frozen or session.total_count  # full fine-tuning freezes none
-    print_line("model", f"{config.model.path}, {config.model.dtype}{quantization}, {weights:,} parameters")
+    print_line(
+        "model", f"{config.model.path}, {config.model.dtype}{quantization}, {weights:,} parameters"
+    )
     print_line("precision", f"{session.precision.dtype}: {session.precision.reason}")
     print_adapter(session)
     if session.rate.reason:
         print_line("rate", f"{session.rate.value:g}: {session.rate.reason}")
-    device = f"{accelerator.num_processes} x {accelerator.device.type}" + ", FSDP2" * accelerator.is_fsdp2
+    device = (
+        f"{accelerator.num_processes} x {accelerator.device.type}"
+        + ", FSDP2" * accelerator.is_fsdp2
+    )
     mixed = accelerator.mixed_precision
     autocast = "no autocast" if mixed == "no" else f"{mixed} autocast"
     layout = "flat" if loss.is_flat else "padded"
@@ -77,7 +96,8 @@ def print_start(session: Session) -> None:
 
 def print_adapter(session: Session) -> None:
     """The adapter and the projections and experts that it is on, or that all-linear leaves out."""
-    adapter, model = session.config.adapter, session.model
+    adapter = session.config.adapter
+    model = session.model
     print_line("adapter", f"{describe_adapter(adapter)}: {session.trainable_count:,} trainable")
     if adapter.start_from is not None and session.progress.update == 0:
         weights = f"from {adapter.start_from}, digest {adapter.start_digest}"
@@ -88,8 +108,8 @@ def print_adapter(session: Session) -> None:
     for line in filter(None, [describe_targets(model), describe_left_out(model) if is_all else ""]):
         print_line("coverage", line)
     if is_all and (layers := layers_without_adapted_experts(model)):
-        mend = "; adapter.experts=true adds them" if "experts" in family(adapter.kind).uses else ""
-        print_line("experts", f"all-linear leaves out the experts of {layers} layers{mend}")
+        fix = "; adapter.experts=true adds them" if "experts" in family(adapter.kind).uses else ""
+        print_line("experts", f"all-linear leaves out the experts of {layers} layers{fix}")
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:
@@ -114,14 +134,19 @@ def describe_speed(loss: SupervisedLoss) -> str:
         batches = {
             VARLEN: "attention by sequence in one kernel, no padding",
             BY_SEQUENCE: "attention by sequence, no padding",
-            None: "no padding, no attention by sequence (this model's attention is not plain causal sdpa)",
+            None: "no padding, no attention by sequence (this model's attention is not plain "
+            "causal sdpa)",
         }[loss.allowed.attention]
-    return f"{batches}; {'compiled layers' if loss.is_compiled else 'not compiled (train.compile=false)'}"
+    return (
+        f"{batches}; "
+        f"{'compiled layers' if loss.is_compiled else 'not compiled (train.compile=false)'}"
+    )
 
 
 def print_result(result: RunResult, config: Config) -> None:
     """The figures at the end, and commands for the run's folder."""
-    rank, folder = describe_rank(result.spectrum), Path(result.folder)
+    rank = describe_rank(result.spectrum)
+    folder = Path(result.folder)
     first = read_metrics(folder / METRICS).evaluations[0]
     task = next(iter(config.train.tasks), "held_out" if config.data.is_computed else "perplexity")
     rows = {
@@ -131,7 +156,8 @@ def print_result(result: RunResult, config: Config) -> None:
         "best": f"{result.best_perplexity:.2f} at update {result.best_update}",
         "effective rank": rank and f"{rank} (of {result.adapter_r})",
         "linear share": describe_linear_share(result),
-        "trainable": f"{result.trainable_parameters:,} parameters, {result.trainable_share:.2%} of the model",
+        "trainable": f"{result.trainable_parameters:,} parameters, {result.trainable_share:.2%} "
+        f"of the model",
         "speed": f"{result.tokens_per_s:,.0f} tokens/s",
         "time": f"{duration(result.seconds)} for {counted(result.updates, 'update')}",
         "folder": result.folder,
@@ -143,11 +169,24 @@ def print_result(result: RunResult, config: Config) -> None:
 
 
 def describe_sample(path: Path) -> dict[str, str]:
-    """The first question of samples.jsonl, with its first and its last answer; empty without such a file."""
+    """The first question of samples.jsonl, with its first and its last answer; empty without such a
+    file."""
     samples = read_lines(path, Sample) if path.is_file() else []
-    same = [sample for sample in samples if (sample.task, sample.prompt) == (samples[0].task, samples[0].prompt)]
+    same = [
+        sample
+        for sample in samples
+        if (sample.task, sample.prompt) == (samples[0].task, samples[0].prompt)
+    ]
     if not same:
         return {}
-    texts = {"asked": same[0].prompt, "before": same[0].answer, "after": same[-1].answer, "right": same[0].gold}
+    texts = {
+        "asked": same[0].prompt,
+        "before": same[0].answer,
+        "after": same[-1].answer,
+        "right": same[0].gold,
+    }
     lines = {label: " ".join(text.split()) for label, text in texts.items()}
-    return {label: line if len(line) < TEXT_WIDTH else f"{line[:TEXT_WIDTH]}..." for label, line in lines.items()}
+    return {
+        label: line if len(line) < TEXT_WIDTH else f"{line[:TEXT_WIDTH]}..."
+        for label, line in lines.items()
+    }

@@ -17,7 +17,9 @@ from cera_train.settings.training import OPTIMIZERS, ObjectiveKind, OptimizerCon
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], config: OptimizerConfig, device: torch.device
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+    config: OptimizerConfig,
+    device: torch.device,
 ) -> torch.optim.Optimizer:
     """The optimizer of a config. Raises UserError where it cannot run on this device.
 
@@ -50,21 +52,23 @@ class Rate(NamedTuple):
 
 
 def auto_rate(model: ModelConfig, adapter: AdapterConfig, objective: ObjectiveKind) -> Rate:
-    """The learning rate of `optimizer.lr=auto`, to two digits: 7.5e-4 (2000 / hidden size)^p for LoRA, times the
-    factors of the adapter and the objective.
+    """The learning rate of `optimizer.lr=auto`, to two digits: 7.5e-4 (2000 / hidden size)^p for
+    LoRA, times the factors of the adapter and the objective.
 
-    Tinker fitted 5e-4, and p = 0.0775 for Qwen and 0.781 for Llama and others, to sweeps with alpha = 32
-    (https://tinker-docs.thinkingmachines.ai/supervised-learning/sl-hyperparams). Short runs want more: 1.5 times by
-    https://thinkingmachines.ai/blog/lora, twice in those of 16 to 80 updates of conf/study/auto_rate.yaml and
-    fair_scale.yaml, where 1.5 costs less than 1 % of the loss. The factors: 2 for CeRA and its control, whose branches
-    start at half of LoRA's scale, as auto_rate.yaml found; by argument 1/10 for full fine-tuning, Tinker's too, and
-    dense, 1 for LoRA's kin, and 1/10 for DPO and GRPO, which start from a model that answers.
+    Tinker fitted 5e-4, and p = 0.0775 for Qwen and 0.781 for Llama and others, to sweeps with alpha
+    = 32 (https://tinker-docs.thinkingmachines.ai/supervised-learning/sl-hyperparams). Short runs
+    want more: 1.5 times by https://thinkingmachines.ai/blog/lora, twice in those of 16 to 80
+    updates of conf/study/auto_rate.yaml and fair_scale.yaml, where 1.5 costs less than 1 % of the
+    loss. The factors: 2 for CeRA and its control, whose branches start at half of LoRA's scale, as
+    auto_rate.yaml found; by argument 1/10 for full fine-tuning, Tinker's too, and dense, 1 for
+    LoRA's kin, and 1/10 for DPO and GRPO, which start from a model that answers.
     """
     config = load_config(model).get_text_config()
     hidden_size = getattr(config, "hidden_size", None)
     if hidden_size is None:
         raise UserError(
-            f"optimizer.lr=auto: the config of {model.path} has no hidden_size: set a number, such as 3e-4."
+            f"optimizer.lr=auto: the config of {model.path} has no hidden_size: set a number, "
+            f"such as 3e-4."
         )
     exponent = 0.0775 if config.model_type.startswith("qwen") else 0.781
     rate = 7.5e-4 * (2000 / hidden_size) ** exponent
@@ -87,8 +91,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def learning_rate(config: OptimizerConfig, update: int, updates: int) -> float:
-    """The learning rate of update number `update` (from 0) of `updates`: a linear warm-up, then the schedule. `linear`
-    and `cosine` reach 0 after the last update."""
+    """The learning rate of update number `update` (from 0) of `updates`: a linear warm-up, then the
+    schedule. `linear` and `cosine` reach 0 after the last update."""
     warmup = math.ceil(config.warmup_ratio * updates)
     if update < warmup:
         return config.lr * (update + 1) / warmup

@@ -58,8 +58,8 @@ class Settled(NamedTuple):
 
 
 def settle(config: Config, folder: Path) -> Settled:
-    """A config whose `auto` settings are decided: as in the run that this folder holds, else by this machine and the
-    model. Raises UserError where a setting cannot work here."""
+    """A config whose `auto` settings are decided: as in the run that this folder holds, else by
+    this machine and the model. Raises UserError where a setting cannot work here."""
     adapters.check(config.adapter)
     config = replace(config, data=decide_layouts(config.data))
     begun = config if starts_anew(config, folder) else load_config(folder / "config.yaml")
@@ -68,7 +68,9 @@ def settle(config: Config, folder: Path) -> Settled:
         precision = Precision(begun.model.dtype, f"as {folder} was begun")
     compiles = begun.train.compile if config.train.compile is None else config.train.compile
     if compiles is None:
-        device, is_dora = this_device(), config.adapter.kind == "dora"  # whose every layer would be compiled anew
+        # whose every layer would be compiled anew
+        device = this_device()
+        is_dora = config.adapter.kind == "dora"
         compiles = device.type == "cuda" and not is_dora and can_compile(device)
     rate = Rate(config.optimizer.lr, "")
     if AUTO == config.optimizer.lr != begun.optimizer.lr:
@@ -77,25 +79,34 @@ def settle(config: Config, folder: Path) -> Settled:
         rate = auto_rate(config.model, config.adapter, config.train.objective)
     adapter = config.adapter
     if adapter.start_from is not None:
-        # The digest of a resumed run is the recorded one: the weights that it started from may be gone.
-        recorded = begun.adapter.start_digest if adapter.start_from == begun.adapter.start_from else None
+        # The digest of a resumed run is the recorded one: the weights that it started from may be
+        # gone.
+        recorded = (
+            begun.adapter.start_digest if adapter.start_from == begun.adapter.start_from else None
+        )
         adapter = replace(adapter, start_digest=recorded or digest_of(find_start(adapter)))
-    model, training = replace(config.model, dtype=precision.dtype), replace(config.train, compile=compiles)
+    model = replace(config.model, dtype=precision.dtype)
+    training = replace(config.train, compile=compiles)
     optimizer = replace(config.optimizer, lr=rate.value)
     # Files that are gone, as those of a finished run may be, leave their layout undecided.
     is_undecided = any(part.layout == Layout.auto for _, part in config.data.parts())
-    files, begun_files = ([part.train_files for _, part in each.data.parts()] for each in (config, begun))
+    files, begun_files = (
+        [part.train_files for _, part in each.data.parts()] for each in (config, begun)
+    )
     data = config.data
     if is_undecided and redact_tree(files) == begun_files:
         names = ("layout", "prompt", "completion", "rejected", "turns", "mix")
         data = replace(data, **{name: getattr(begun.data, name) for name in names})
     check_objective(config.train.objective, data)
-    config = replace(config, model=model, adapter=adapter, data=data, optimizer=optimizer, train=training)
+    config = replace(
+        config, model=model, adapter=adapter, data=data, optimizer=optimizer, train=training
+    )
     return Settled(config, precision, rate)
 
 
 def starts_anew(config: Config, folder: Path) -> bool:
-    """Whether there is nothing to resume: no run in the folder, or one that diverged before its first checkpoint."""
+    """Whether there is nothing to resume: no run in the folder, or one that diverged before its
+    first checkpoint."""
     is_lost = (folder / DIVERGED).exists() and not any((folder / "checkpoints").glob("*"))
     return is_lost or config.train.resume == Resume.never or not (folder / "config.yaml").is_file()
 
@@ -104,30 +115,42 @@ def check_objective(objective: ObjectiveKind, data: DataConfig) -> None:
     """Raises UserError where the rows do not fit the objective."""
     place = f"train.objective={objective}"
     if objective == ObjectiveKind.dpo:
-        mend = "name rows with the columns prompt, chosen and rejected, or set data.rejected"
-        require(data.is_paired, f"{place} learns from preferences, and {data.title} has none: {mend}.")
+        fix = "name rows with the columns prompt, chosen and rejected, or set data.rejected"
+        require(
+            data.is_paired, f"{place} learns from preferences, and {data.title} has none: {fix}."
+        )
     else:
-        mend = "set train.objective=dpo, or for the chosen answers $'data.prompt={prompt}' $'data.completion={chosen}'"
-        require(not data.is_paired, f"{place}: {data.title} holds preferences: {mend}.")
+        fix = (
+            "set train.objective=dpo, or for the chosen answers $'data.prompt={prompt}' "
+            "$'data.completion={chosen}'"
+        )
+        require(not data.is_paired, f"{place}: {data.title} holds preferences: {fix}.")
     if objective == ObjectiveKind.grpo:
         parts = [part for _, part in data.parts()]
-        have_prompts = all(part.layout != Layout.documents and part.loss_on != LossOn.all for part in parts)
-        mend = "name rows with a prompt and an answer, and leave data.loss_on at completion"
-        require(have_prompts, f"{place} answers prompts, and {data.title} has text without: {mend}.")
+        have_prompts = all(
+            part.layout != Layout.documents and part.loss_on != LossOn.all for part in parts
+        )
+        fix = "name rows with a prompt and an answer, and leave data.loss_on at completion"
+        require(have_prompts, f"{place} answers prompts, and {data.title} has text without: {fix}.")
 
 
 def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -> None:
-    """Loads the weights that `adapter.start_from` names into a fresh adapter. Raises UserError where they are not those
-    of the digest, or were trained on another base."""
-    place, folder = f"adapter.start_from={config.start_from}", find_start(config)
+    """Loads the weights that `adapter.start_from` names into a fresh adapter. Raises UserError
+    where they are not those of the digest, or were trained on another base."""
+    place = f"adapter.start_from={config.start_from}"
+    folder = find_start(config)
     if (digest := digest_of(folder)) != config.start_digest:
         raise UserError(
-            f"{place}: its weights have the digest {digest} now, and this run was begun with {config.start_digest}. "
+            f"{place}: its weights have the digest {digest} now, and this run was begun with "
+            f"{config.start_digest}. "
             "Restore them, or choose another name=... for a run from the new ones."
         )
     run = run_of(folder)
     record = run / "environment.json" if run is not None else Path()
-    if record.is_file() and Environment.read(record).base_fingerprint not in (None, base_fingerprint):
+    if record.is_file() and Environment.read(record).base_fingerprint not in (
+        None,
+        base_fingerprint,
+    ):
         raise UserError(
             f"{place} was trained on other base weights than these: set model.path to its base "
             f"({load_config(run / 'config.yaml').model.path}), or start from another adapter."
@@ -137,8 +160,8 @@ def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -
 
 
 class Session:
-    """Everything that an update, an evaluation and a checkpoint of one run need. Building it writes nothing but DPO's
-    reference; as a context manager it closes what it opened.
+    """Everything that an update, an evaluation and a checkpoint of one run need. Building it writes
+    nothing but DPO's reference; as a context manager it closes what it opened.
 
     Args:
         folder: open.
@@ -147,26 +170,39 @@ class Session:
 
     def __init__(self, settled: Settled, folder: RunFolder, resume_from: Path | None) -> None:
         self.config = config = settled.config
-        self.precision, self.rate, self.folder = settled.precision, settled.rate, folder
+        self.precision = settled.precision
+        self.rate = settled.rate
+        self.folder = folder
         self.tokenizer = load_tokenizer(config.model)
         check_length(config.model, config.data.max_length, "data.max_length")
-        self.data = prepare_data(config.data, self.tokenizer)  # before a process group and its time limit exist
-        if config.train.objective == ObjectiveKind.grpo:  # part of a right answer would be another one
+        self.data = prepare_data(
+            config.data, self.tokenizer
+        )  # before a process group and its time limit exist
+        if (
+            config.train.objective == ObjectiveKind.grpo
+        ):  # part of a right answer would be another one
             self.data.train = self.data.train.uncut()
-        self.accelerator = accelerator = start_accelerator(config.model, config.train.autocast, config.distributed)
+        self.accelerator = accelerator = start_accelerator(
+            config.model, config.train.autocast, config.distributed
+        )
         (resume_from,) = broadcast_object_list([resume_from])
 
         base = load_model(config.model, accelerator.device, accelerator.is_fsdp2)
-        self.base_fingerprint, self.base_digest = fingerprint(base), sample_digest(base)  # before DoRA adds to it
+        # before DoRA adds to it
+        self.base_fingerprint = fingerprint(base)
+        self.base_digest = sample_digest(base)
         torch.manual_seed(config.train.seed)
         has_autocast = accelerator.mixed_precision != "no"
         self.model = adapters.build(base, config.adapter, accelerator.is_fsdp2, has_autocast)
         self.trainable_count, self.total_count = adapters.parameter_counts(self.model)
 
         self.resumes = resume_from is not None
-        self.progress, moments = Progress(data_digest=self.data.train.digest), None
+        self.progress = Progress(data_digest=self.data.train.digest)
+        moments = None
         if resume_from is not None:
-            self.progress, moments = load_checkpoint(resume_from, self.model, self.data.train.digest)
+            self.progress, moments = load_checkpoint(
+                resume_from, self.model, self.data.train.digest
+            )
         elif config.adapter.start_from is not None:
             load_start(self.model, config.adapter, self.base_fingerprint)
 
@@ -180,33 +216,54 @@ class Session:
         if moments is not None:
             # After prepare: sharding replaces the parameters.
             load_optimizer_state(self.optimizer, moments, accelerator.scaler)
-        self.weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.weights = [
+            parameter for parameter in self.model.parameters() if parameter.requires_grad
+        ]
         if accelerator.is_fsdp2:
-            register_fsdp_forward_method(self.local_loss, "probe")  # the weights are whole only inside such methods
+            register_fsdp_forward_method(
+                self.local_loss, "probe"
+            )  # the weights are whole only inside such methods
         choose_layout(config.train.batch_layout, self.local_loss, accelerator.device)
         if config.train.compile:
             self.local_loss.compile_layers()
 
         tokens = config.train.micro_batch_tokens
-        self.batches = MicroBatches(self.data.train, self.local_loss.is_flat, tokens, accelerator.device)
-        self.held_out = HeldOut(self.local_loss, self.data.evaluation, accelerator, tokens, config.train.probe_tokens)
+        self.batches = MicroBatches(
+            self.data.train, self.local_loss.is_flat, tokens, accelerator.device
+        )
+        self.held_out = HeldOut(
+            self.local_loss, self.data.evaluation, accelerator, tokens, config.train.probe_tokens
+        )
         self.sampler = Sampler(
-            config, self.tokenizer, self.local_loss, accelerator, self.progress, folder.path / "served"
+            config,
+            self.tokenizer,
+            self.local_loss,
+            accelerator,
+            self.progress,
+            folder.path / "served",
         )
         self.exams = Exams(config, self.sampler)
         together = config.data.sequences
-        self.order = RowOrder(len(self.data.train) // together, config.train.batch_size, config.train.seed, together)
-        self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
+        self.order = RowOrder(
+            len(self.data.train) // together, config.train.batch_size, config.train.seed, together
+        )
+        self.updates = (
+            config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
+        )
         if self.is_done and (folder.result() is not None or self.progress.update > self.updates):
             raise UserError(
-                f"train.extend=true: {folder.path} ended at update {self.progress.update:,}, and with "
+                f"train.extend=true: {folder.path} ended at update {self.progress.update:,}, and "
+                f"with "
                 f"train.epochs={config.train.epochs} train.max_updates={config.train.max_updates} "
-                f"train.patience={config.train.patience} it ends there too: set more, or train on in a new folder, "
+                f"train.patience={config.train.patience} it ends there too: set more, or train on "
+                f"in a new folder, "
                 f"adapter.start_from={folder.path} name=NEW."
             )
         self.objective = OBJECTIVES[config.train.objective](self)
         self.tracker = Tracker()
-        self.bar = ProgressBar("update", self.updates, self.progress.update, visible=accelerator.is_main_process)
+        self.bar = ProgressBar(
+            "update", self.updates, self.progress.update, visible=accelerator.is_main_process
+        )
         self.interruption = Interruption()
         self.spectra: dict[str, ModuleSpectrum] = {}  # at the last evaluation
 
@@ -220,16 +277,21 @@ class Session:
 
     def begin(self) -> None:
         """Writes the config and the machine, and starts the tracker."""
-        folder, done = self.folder, self.progress.update
+        folder = self.folder
+        done = self.progress.update
         if not self.accelerator.is_main_process:
             return
-        if (result := folder.result()) is not None:  # by train.extend: else there would be nothing to begin
+        if (
+            result := folder.result()
+        ) is not None:  # by train.extend: else there would be nothing to begin
             folder.keep_end(result)
         folder.rewind(self.progress if self.resumes else None)
         rows = {"train": self.data.train.digest, "held_out": self.data.evaluation.digest}
         processes = self.accelerator.num_processes
         folder.write_config(processes, self.base_fingerprint, rows, self.updates, self.precision)
-        self.tracker = start_tracker(self.config.tracker, folder.config, self.config.name, folder.path, done)
+        self.tracker = start_tracker(
+            self.config.tracker, folder.config, self.config.name, folder.path, done
+        )
 
     @property
     def is_done(self) -> bool:
@@ -248,8 +310,11 @@ class Session:
         return every is not None and self.progress.update % every == 0
 
     def seed(self) -> int:
-        """Seed of the next update's dropout: a resumed run draws what an uninterrupted one draws."""
-        return (self.config.train.seed * 1_000_003 + self.progress.update) * 1_009 + self.accelerator.process_index
+        """Seed of the next update's dropout: a resumed run draws what an uninterrupted one
+        draws."""
+        return (
+            self.config.train.seed * 1_000_003 + self.progress.update
+        ) * 1_009 + self.accelerator.process_index
 
     def log(self, metrics: UpdateMetrics | EvaluationMetrics) -> None:
         """Writes a line of metrics.jsonl, and its mirror."""

@@ -1,5 +1,5 @@
-"""A training run, top to bottom: build everything, then update, evaluate, save; then leave what the next command
-needs."""
+"""A training run, top to bottom: build everything, then update, evaluate, save; then leave what the
+next command needs."""
 
 import contextlib
 import json
@@ -48,7 +48,8 @@ from cera_train.training.session import Session, settle
 
 
 def launch(config: Config) -> dict[str, Any]:
-    """Runs `train` in `launch.processes` processes, one a GPU, then uploads the adapter to `hub.push`."""
+    """Runs `train` in `launch.processes` processes, one a GPU, then uploads the adapter to
+    `hub.push`."""
     result = in_processes(train, config)
     if is_main_process():
         push(config)
@@ -59,10 +60,11 @@ def train(config: Config) -> dict[str, Any]:
     """Fine-tunes an adapter by the config, or resumes where an earlier call was cut.
 
     Returns:
-        The content of result.json: `eval/perplexity`, `perplexity_before`, `spectrum/effective_rank/mean`, ...
+        The content of result.json: `eval/perplexity`, `perplexity_before`,
+        `spectrum/effective_rank/mean`, ...
 
     Raises:
-        UserError: the config, the data or the run's folder is not usable; the message has the mend.
+        UserError: the config, the data or the run's folder is not usable; the message has the fix.
         Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, after the update in progress was saved.
     """
     quiet_libraries()
@@ -75,7 +77,10 @@ def train(config: Config) -> dict[str, Any]:
             folder.check_may_run(config.train.resume)
         if (result := folder.standing_result()) is not None:
             if folder.is_main:
-                print_line("finished", f"{path}: perplexity {figure(result.perplexity, 2)}. Its result stands.")
+                print_line(
+                    "finished",
+                    f"{path}: perplexity {figure(result.perplexity, 2)}. Its result stands.",
+                )
             return result.to_json()
         resumes = folder.is_main and config.train.resume == Resume.auto
         checkpoint = folder.newest_checkpoint() if resumes else None
@@ -85,7 +90,8 @@ def train(config: Config) -> dict[str, Any]:
 
 def run(session: Session) -> dict[str, Any]:
     """Trains from the first update, or the one after the checkpoint, to the last."""
-    config, progress = session.config.train, session.progress
+    config = session.config.train
+    progress = session.progress
     session.begin()
     console.print_start(session)
     prove_coverage(session)
@@ -107,13 +113,17 @@ def run(session: Session) -> dict[str, Any]:
 
 
 def update(session: Session) -> int | None:
-    """An update on `train.batch_size` sequences: one step of the optimizer, or more where the objective takes several.
+    """An update on `train.batch_size` sequences: one step of the optimizer, or more where the
+    objective takes several.
 
     Returns:
-        The signal that one of the processes received meanwhile: all of them stop after the same update.
+        The signal that one of the processes received meanwhile: all of them stop after the same
+        update.
     """
     started = time.perf_counter()
-    config, accelerator, progress = session.config.optimizer, session.accelerator, session.progress
+    config = session.config.optimizer
+    accelerator = session.accelerator
+    progress = session.progress
     rows = session.order.sequences(progress.update)
     torch.manual_seed(session.seed())
     lr = learning_rate(config, progress.update, session.updates)
@@ -143,11 +153,16 @@ def update(session: Session) -> int | None:
         tokens / seconds,
         progress.seconds,
         **drawn.figures,
-        **{name: float(accelerator.reduce(value, reduction="mean")) for name, value in drawn.sums.items()},
+        **{
+            name: float(accelerator.reduce(value, reduction="mean"))
+            for name, value in drawn.sums.items()
+        },
     )
     session.log(metrics)
     if session.local_loss.stop_compiling():
-        session.bar.note("speed      layers run uncompiled from here: torch compiles no further variant of them")
+        session.bar.note(
+            "speed      layers run uncompiled from here: torch compiles no further variant of them"
+        )
     numbers = drawn.headline or f"loss {figure(loss)}  perplexity {figure(metrics.perplexity, 2)}"
     left = duration(progress.seconds / progress.update * (session.updates - progress.update))
     session.bar.step(f"{numbers}  {figure(metrics.tokens_per_s, 0)} tokens/s  {left} left")
@@ -155,8 +170,10 @@ def update(session: Session) -> int | None:
 
 
 def backward(session: Session, drawn: Drawn) -> torch.Tensor:
-    """Accumulates the gradient of the objective; returns this process's part of the loss, a scalar."""
-    accelerator, objective = session.accelerator, session.objective
+    """Accumulates the gradient of the objective; returns this process's part of the loss, a
+    scalar."""
+    accelerator = session.accelerator
+    objective = session.objective
     total = torch.zeros((), device=accelerator.device)
     micro_batches = shared_out(drawn.batches, drawn.rows, accelerator)
     for number, (group, counts) in enumerate(micro_batches, start=1):
@@ -171,40 +188,55 @@ def backward(session: Session, drawn: Drawn) -> torch.Tensor:
 
 def check_finite(session: Session, rows: list[int], loss: float, grad_norm: float) -> None:
     """Raises UserError where training has diverged."""
-    # A gradient scaler (float16) skips an update whose gradient overflows, and halves its scale. A scale below 1 is not
-    # what makes it overflow.
+    # A gradient scaler (float16) skips an update whose gradient overflows, and halves its scale. A
+    # scale below 1 is not what makes it overflow.
     scaler = session.accelerator.scaler
-    if math.isfinite(loss) and (math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)):
+    if math.isfinite(loss) and (
+        math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)
+    ):
         return
     checkpoints = session.folder.checkpoints()
-    kept = f"The last checkpoint, {checkpoints[-1]}, is kept" if checkpoints else "There was no checkpoint yet"
+    kept = (
+        f"The last checkpoint, {checkpoints[-1]}, is kept"
+        if checkpoints
+        else "There was no checkpoint yet"
+    )
     message = (
-        f"the loss of update {session.progress.update + 1} or its gradient is not finite (training rows {rows}). "
+        f"the loss of update {session.progress.update + 1} or its gradient is not finite "
+        f"(training rows {rows}). "
         f"{kept}. Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
     )
     session.folder.mark_diverged(message)
     raise UserError(message)
 
 
-# --- beside the updates ----------------------------------------------------------------------------------------------
+# --- beside the updates ---------------------------------------------------------------------------
 
 
 def prove_coverage(session: Session) -> None:
-    """Runs one forward and backward pass over a short row for each process, and leaves no trace of it.
+    """Runs one forward and backward pass over a short row for each process, and leaves no trace of
+    it.
 
     Raises:
         UserError: an adapter did not run, or the loss does not depend on it.
     """
     coverage = Coverage(session.model)
-    if not session.config.train.check_coverage or not coverage.layers:  # full fine-tuning has no adapters
+    if (
+        not session.config.train.check_coverage or not coverage.layers
+    ):  # full fine-tuning has no adapters
         return
-    accelerator, batches = session.accelerator, session.batches
+    accelerator = session.accelerator
+    batches = session.batches
     rows = session.order.sequences(session.progress.update)
-    rows = sorted(rows, key=lambda row: abs(batches.lengths[row] - 64))  # rows of about 64 tokens: attention matters
+    rows = sorted(
+        rows, key=lambda row: abs(batches.lengths[row] - 64)
+    )  # rows of about 64 tokens: attention matters
     session.loss.train()
     with session.local_loss.uncompiled(), coverage.watch():
         for group, _ in shared_out(session.batches, rows[: accelerator.num_processes], accelerator):
-            accelerator.backward(session.loss(batches.load(group)) / sum(batches.supervised[i] for i in group))
+            accelerator.backward(
+                session.loss(batches.load(group)) / sum(batches.supervised[i] for i in group)
+            )
     session.optimizer.zero_grad()
     if (problem := coverage.problem()) is not None:
         raise UserError(
@@ -214,10 +246,11 @@ def prove_coverage(session: Session) -> None:
 
 
 def evaluate(session: Session) -> None:
-    """Logs the loss on the held-out rows, the spectra of the adapter and the accuracy on the tasks that are due. Keeps
-    the adapter if it is the best so far. Before the first update and after the last, also writes each token's loss,
-    which studies compare."""
-    progress, folder = session.progress, session.folder
+    """Logs the loss on the held-out rows, the spectra of the adapter and the accuracy on the tasks
+    that are due. Keeps the adapter if it is the best so far. Before the first update and after the
+    last, also writes each token's loss, which studies compare."""
+    progress = session.progress
+    folder = session.folder
     losses, judged = session.objective.judge(session.held_out.token_losses())
     session.spectra = spectra = session.held_out.spectra()
     loss = losses.mean
@@ -237,15 +270,21 @@ def evaluate(session: Session) -> None:
         modules = {name: spectrum.figures() for name, spectrum in spectra.items()}
         folder.append(SPECTRA, {"update": progress.update, "modules": modules})
     if is_best:
-        folder.save_best(session.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
+        folder.save_best(
+            session.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity)
+        )
     rank = describe_rank(metrics.spectrum)
-    numbers = f"perplexity {figure(metrics.perplexity)}" + (f", effective rank {rank}" if rank else "")
+    numbers = f"perplexity {figure(metrics.perplexity)}" + (
+        f", effective rank {rank}" if rank else ""
+    )
     session.bar.note(f"evaluation at update {progress.update}: {numbers}")
 
 
 def answer_tasks(session: Session, is_last: bool) -> dict[str, float]:
-    """Answers the tasks that are due, and the samples; keeps them in the run's folder and the tracker."""
-    progress, folder = session.progress, session.folder
+    """Answers the tasks that are due, and the samples; keeps them in the run's folder and the
+    tracker."""
+    progress = session.progress
+    folder = session.folder
     results = session.exams.take(progress.update, is_last)
     if session.accelerator.is_main_process:
         for name, problems in results.graded.items() if is_last else ():
@@ -253,7 +292,9 @@ def answer_tasks(session: Session, is_last: bool) -> dict[str, float]:
         for sample in results.samples:
             folder.append(SAMPLES, sample.to_json())
         if results.samples:
-            session.tracker.table("samples", [sample.to_json() for sample in results.samples], progress.update)
+            session.tracker.table(
+                "samples", [sample.to_json() for sample in results.samples], progress.update
+            )
     if results.notes:
         session.bar.note(f"answers at update {progress.update}: {'; '.join(results.notes)}")
     return results.figures
@@ -261,13 +302,15 @@ def answer_tasks(session: Session, is_last: bool) -> dict[str, float]:
 
 def save(session: Session) -> None:
     """A checkpoint of this update."""
-    keep, scaler = session.config.train.keep, session.accelerator.scaler
+    keep = session.config.train.keep
+    scaler = session.accelerator.scaler
     session.folder.save_checkpoint(session.model, session.optimizer, session.progress, keep, scaler)
 
 
 @contextlib.contextmanager
 def saved_before_errors(session: Session) -> Iterator[None]:
-    """Saves the updates so far where a UserError ends the run, such as a failing reward or an unreachable server."""
+    """Saves the updates so far where a UserError ends the run, such as a failing reward or an
+    unreachable server."""
     try:
         yield
     except UserError:
@@ -281,19 +324,30 @@ def stop(session: Session, signal: int) -> None:
     save(session)
     session.bar.close()
     if session.accelerator.is_main_process:
-        command = "same command" if session.config.train.resume == Resume.auto else "command with train.resume=auto"
-        print_line("stopped", f"after update {session.progress.update}, saved. The {command} resumes it.")
+        command = (
+            "same command"
+            if session.config.train.resume == Resume.auto
+            else "command with train.resume=auto"
+        )
+        print_line(
+            "stopped", f"after update {session.progress.update}, saved. The {command} resumes it."
+        )
     session.tracker.finish()
     session.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
     raise Interrupted(signal)
 
 
 def finish(session: Session) -> dict[str, Any]:
-    """The final adapter, its spectrum and card, and result.json, which marks the run as finished."""
-    config, folder, progress = session.config, session.folder, session.progress
+    """The final adapter, its spectrum and card, and result.json, which marks the run as
+    finished."""
+    config = session.config
+    folder = session.folder
+    progress = session.progress
     session.bar.close()
     save(session)
-    spectra = session.spectra or session.held_out.spectra()  # none where a run resumes after its last evaluation
+    spectra = (
+        session.spectra or session.held_out.spectra()
+    )  # none where a run resumes after its last evaluation
     result = RunResult(
         **progress.model_dump(include={*RunResult.model_fields}),
         adapter_kind=config.adapter.kind.value,

@@ -1,5 +1,5 @@
-"""One table for every file of conf/adapter: each method builds, learns, counts, saves, loads, and has a spectrum or
-none."""
+"""One table for every file of conf/adapter: each method builds, learns, counts, saves, loads, and
+has a spectrum or none."""
 
 import json
 from dataclasses import replace
@@ -47,12 +47,14 @@ TAKES_FROM_BASE = {"pissa", "full"}
 IDS = torch.arange(3, 75).view(3, 24)
 
 every_file = pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
-"""A new file runs through every test; without a spectrum, or the base beside it, it stands in a table above."""
+"""A new file runs through every test; without a spectrum, or the base beside it, it stands in a
+table above."""
 
 
 @pytest.fixture
 def adapter_of(compose):
-    """adapter_of("lora") -> the AdapterConfig of conf/adapter/lora.yaml, at a rank for the tiny model."""
+    """adapter_of("lora") -> the AdapterConfig of conf/adapter/lora.yaml, at a rank for the tiny
+    model."""
 
     def adapter_of(name: str):
         return compose(f"adapter={name}", *OVERRIDES.get(name, ["adapter.r=4"])).adapter
@@ -82,7 +84,9 @@ def loss(model) -> torch.Tensor:
 def trained(config):
     """The tiny model after two updates."""
     model = built(config).train()
-    optimizer = build_optimizer(build.parameter_groups(model, config), OptimizerConfig(lr=1e-3), torch.device("cpu"))
+    optimizer = build_optimizer(
+        build.parameter_groups(model, config), OptimizerConfig(lr=1e-3), torch.device("cpu")
+    )
     for _ in range(2):
         loss(model).backward()
         optimizer.step()
@@ -97,16 +101,25 @@ def test_it_has_a_name_learns_and_counts_what_it_trains(name, adapter_of):
     build.check(config)
     model = built(config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    expected = sum(parameter.numel() for parameter in trainable), sum(p.numel() for p in model.parameters())
+    expected = (
+        sum(parameter.numel() for parameter in trainable),
+        sum(p.numel() for p in model.parameters()),
+    )
     assert build.parameter_counts(model) == expected
     assert {parameter.dtype for parameter in trainable} == {torch.float32}
-    assert sum(len(group["params"]) for group in build.parameter_groups(model, config)) == len(trainable)
-    torch.testing.assert_close(logits(model), logits(make_tiny_llama()), rtol=1e-4, atol=1e-4)  # update 0 is the base
+    assert sum(len(group["params"]) for group in build.parameter_groups(model, config)) == len(
+        trainable
+    )
+    torch.testing.assert_close(
+        logits(model), logits(make_tiny_llama()), rtol=1e-4, atol=1e-4
+    )  # update 0 is the base
     assert loss(trained(config)).item() < loss(model).item()
 
 
 @every_file
-def test_what_is_saved_loads_to_equal_logits_and_what_does_not_fit_is_refused(name, adapter_of, tmp_path):
+def test_what_is_saved_loads_to_equal_logits_and_what_does_not_fit_is_refused(
+    name, adapter_of, tmp_path
+):
     config = adapter_of(name)
     model = trained(config)
     expected = logits(model)
@@ -138,7 +151,10 @@ def test_a_misfit_blames_the_base_model_only_where_it_is_another(adapter_of, tmp
     saved.save(model, trainable_weights(model), tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "tiny"}))
-    for name, reason in (("tiny", ".* 22 tensors differ"), ("wide", "it belongs to another base model, tiny[.]")):
+    for name, reason in (
+        ("tiny", ".* 22 tensors differ"),
+        ("wide", "it belongs to another base model, tiny[.]"),
+    ):
         base = make_tiny_llama(hidden_size=64)
         base.name_or_path = name
         with pytest.raises(UserError, match=f"{tmp_path} does not fit {name}: {reason}"):
@@ -162,7 +178,9 @@ def test_its_spectrum_equals_an_svd_or_it_has_none(name, adapter_of):
     for module, spectrum in spectra.items():
         outputs = branch_outputs(model, module)
         expected = torch.linalg.svdvals(outputs - outputs.mean(0))[:4]
-        torch.testing.assert_close(spectrum.singular_values, expected, rtol=2e-3, atol=1e-4 * expected[0].item())
+        torch.testing.assert_close(
+            spectrum.singular_values, expected, rtol=2e-3, atol=1e-4 * expected[0].item()
+        )
 
 
 @every_file
@@ -198,17 +216,28 @@ def test_a_full_mixture_of_experts_comes_back(adapter_of, tmp_path):
             parameter.mul_(1.01)
     saved.save(model, trainable_weights(model), tmp_path)
     assert torch.equal(logits(saved.attach(make_mixture("qwen3_moe"), tmp_path)), logits(model))
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model)
+    )
 
 
 @pytest.mark.parametrize("name", ["cera", "lora", "rslora", "dora"])
 def test_alpha_scales_the_branch_and_none_is_a_scale_of_1_at_other_ranks_too(adapter_of, name):
-    by_alpha = {None: {(4, 1), (2, 1)}, 8: {(4, 4), (2, 5.656854)} if name == "rslora" else {(4, 2), (2, 4)}}
+    by_alpha = {
+        None: {(4, 1), (2, 1)},
+        8: {(4, 4), (2, 5.656854)} if name == "rslora" else {(4, 2), (2, 4)},
+    }
     for alpha, scales in by_alpha.items():
-        model = built(config := replace(adapter_of(name), alpha=alpha, settings={"rank_pattern": {"v_proj": 2}}))
+        model = built(
+            config := replace(
+                adapter_of(name), alpha=alpha, settings={"rank_pattern": {"v_proj": 2}}
+            )
+        )
         branches = [family(config.kind).branch(module) for module in model.modules()]
         assert {(branch.r, round(branch.scaling, 6)) for branch in branches if branch} == scales
-        loras = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+        loras = [
+            module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)
+        ]
         assert {module.use_dora["default"] for module in loras} <= {name == "dora"}
 
 
@@ -219,7 +248,8 @@ def test_trained_biases_are_not_the_bases(adapter_of):
 
 @pytest.mark.parametrize("name", ["lora", "cera", "dense"])
 def test_what_trains_beside_an_adapter_is_float32_over_a_16_bit_base(adapter_of, tmp_path, name):
-    """PEFT leaves the base's biases, here also of layer norms, and copies of its modules in 16 bits."""
+    """PEFT leaves the base's biases, here also of layer norms, and copies of its modules in 16
+    bits."""
     config = adapter_of(name)
     if name != "dense":
         config = replace(config, settings={"bias": "all", "modules_to_save": ["lm_head"]})
@@ -235,15 +265,22 @@ def test_what_trains_beside_an_adapter_is_float32_over_a_16_bit_base(adapter_of,
     choose_layout(BatchLayout.auto, loss, torch.device("cpu"))
     loss(flat_batch(ROWS, MASKS) if loss.is_flat else padded_batch(ROWS, MASKS)).backward()
     before = {key: weight.clone() for key, weight in trainable_weights(model).items()}
-    optimizer = build_optimizer(build.parameter_groups(model, config), OptimizerConfig(lr=1e-5), torch.device("cpu"))
+    optimizer = build_optimizer(
+        build.parameter_groups(model, config), OptimizerConfig(lr=1e-5), torch.device("cpu")
+    )
     optimizer.step()  # less than a step of 16 bits
     after = trainable_weights(model)
-    grads = {key: weight.grad for key, weight in model.named_parameters() if weight.grad is not None}
+    grads = {
+        key: weight.grad for key, weight in model.named_parameters() if weight.grad is not None
+    }
     assert {weight.dtype for weight in after.values()} == {torch.float32}
     learning = [key for key in grads if grads[key].any()]
     assert not [key for key in learning if torch.equal(after[key], before[key])]
     if name != "dense":
-        assert all(any(part in key for key in learning) for part in ("norm.bias", "q_proj.base_layer.bias", "lm_head"))
+        assert all(
+            any(part in key for key in learning)
+            for part in ("norm.bias", "q_proj.base_layer.bias", "lm_head")
+        )
 
     saved.save(model, after, tmp_path)
     resumed = build_narrow()
@@ -255,5 +292,7 @@ def test_what_trains_beside_an_adapter_is_float32_over_a_16_bit_base(adapter_of,
 def test_full_fine_tuning_of_quantised_weights_is_refused(adapter_of):
     base = make_tiny_llama()
     base.is_quantized = True
-    with pytest.raises(UserError, match=r"^adapter.kind=full trains every weight.*model.quantization=none"):
+    with pytest.raises(
+        UserError, match=r"^adapter.kind=full trains every weight.*model.quantization=none"
+    ):
         build.build(base, adapter_of("full"))

@@ -1,5 +1,5 @@
-"""Settings of an adapter: what they build, also on experts; those that contradict each other, PEFT or the model are
-refused in one line that names the key."""
+"""Settings of an adapter: what they build, also on experts; those that contradict each other, PEFT
+or the model are refused in one line that names the key."""
 
 import pytest
 from conftest import make_tiny_llama
@@ -19,15 +19,30 @@ def refuses(message: str):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("adapter=full adapter.r=16", "adapter.r=16: adapter.kind=full does not use it. Set adapter.r=null"),
-        ("adapter=full adapter.r=null adapter.dropout=0.1", "adapter.dropout=0.1: .* Set adapter.dropout=0"),
-        ("adapter=full adapter.r=null adapter.target_modules=[q_proj]", "adapter.target_modules=.*: .*=null"),
+        (
+            "adapter=full adapter.r=16",
+            "adapter.r=16: adapter.kind=full does not use it. Set adapter.r=null",
+        ),
+        (
+            "adapter=full adapter.r=null adapter.dropout=0.1",
+            "adapter.dropout=0.1: .* Set adapter.dropout=0",
+        ),
+        (
+            "adapter=full adapter.r=null adapter.target_modules=[q_proj]",
+            "adapter.target_modules=.*: .*=null",
+        ),
         ("adapter=cera adapter.target_modules=null", "adapter.target_modules=None must be a list"),
         ("adapter=peft", "adapter.method=null: name a method of PEFT"),
         ("adapter.layers=[]", r"adapter.layers=\[\] adapts nothing"),
         ("adapter.target_modules=[]", r"adapter.target_modules=\[\] must be a list"),
-        ("adapter=lora adapter.experts=true", "adapter.experts=True: adapter.kind=lora does not use it"),
-        ("adapter.experts=true adapter.target_parameters=[x]", "adapter.experts=true adapts all experts: leave out"),
+        (
+            "adapter=lora adapter.experts=true",
+            "adapter.experts=True: adapter.kind=lora does not use it",
+        ),
+        (
+            "adapter.experts=true adapter.target_parameters=[x]",
+            "adapter.experts=true adapts all experts: leave out",
+        ),
     ],
 )
 def test_a_setting_that_this_kind_would_ignore_is_refused(compose, overrides, message):
@@ -49,13 +64,28 @@ def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
     [
         (peft_of("MIST"), "adapter.method=MIST is no method of PEFT .* There are: BEFT, "),
         (peft_of("IA3", 4), "adapter.method=IA3: .*unexpected keyword argument 'r'"),
-        (peft_of("MISS", 4, minir=2), "adapter.method=MISS adapter.settings.minir=2: .*unexpected keyword argument"),
-        (peft_of("MISS", 4, r=3), "adapter.method=MISS adapter.settings.r=3: .*multiple values for keyword"),
-        *(
-            (AdapterConfig(kind, 4, settings={name: value}), f"adapter.settings.{name}=.*: expected numbers by name")
-            for kind, name, value in (("cera", "rank_pattern", ["q_proj"]), ("lora", "alpha_pattern", {"q_proj": "x"}))
+        (
+            peft_of("MISS", 4, minir=2),
+            "adapter.method=MISS adapter.settings.minir=2: .*unexpected keyword argument",
         ),
-        (AdapterConfig("lora", 4, settings={"eva_config": {}}), "adapter.settings.eva_config can import or open files"),
+        (
+            peft_of("MISS", 4, r=3),
+            "adapter.method=MISS adapter.settings.r=3: .*multiple values for keyword",
+        ),
+        *(
+            (
+                AdapterConfig(kind, 4, settings={name: value}),
+                f"adapter.settings.{name}=.*: expected numbers by name",
+            )
+            for kind, name, value in (
+                ("cera", "rank_pattern", ["q_proj"]),
+                ("lora", "alpha_pattern", {"q_proj": "x"}),
+            )
+        ),
+        (
+            AdapterConfig("lora", 4, settings={"eva_config": {}}),
+            "adapter.settings.eva_config can import or open files",
+        ),
         (
             AdapterConfig("cera", 4, settings={"layers_pattern": "h"}),
             "adapter.kind=cera adapter.settings.layers_pattern=h: ",
@@ -70,9 +100,15 @@ def test_what_peft_does_not_know_is_refused_before_anything_is_loaded(config, me
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["adapter=miss", "adapter.settings={init_weights: bat, bias: none}"], {"init_weights": "bat", "bias": "none"}),
+        (
+            ["adapter=miss", "adapter.settings={init_weights: bat, bias: none}"],
+            {"init_weights": "bat", "bias": "none"},
+        ),
         (["adapter=miss", "+adapter.settings.mini_r=2"], {"mini_r": 2}),
-        (["adapter=pissa", "adapter.settings.init_lora_weights=olora"], {"init_lora_weights": "olora"}),
+        (
+            ["adapter=pissa", "adapter.settings.init_lora_weights=olora"],
+            {"init_lora_weights": "olora"},
+        ),
         (["adapter=cera"], {}),
     ],
 )
@@ -85,9 +121,15 @@ def test_free_form_settings_come_through_the_command_line(compose, overrides, ex
     [
         (peft_of("C3A"), "adapter.method=C3A: The block size should be a factor"),
         (peft_of("IA3"), "adapter.method=IA3: `feedforward_modules` should be a subset"),
-        (AdapterConfig("lora", 4, target_modules=["norm"]), "adapter.kind=lora: Target module LlamaRMSNorm"),
+        (
+            AdapterConfig("lora", 4, target_modules=["norm"]),
+            "adapter.kind=lora: Target module LlamaRMSNorm",
+        ),
         *(
-            (AdapterConfig(kind, 4, settings={name: value}), f"adapter.kind={kind} adapter.settings.{name}=")
+            (
+                AdapterConfig(kind, 4, settings={name: value}),
+                f"adapter.kind={kind} adapter.settings.{name}=",
+            )
             for kind in ("cera", "lora")
             for name, value in (
                 ("rank_pattern", {"q_proj": 2, "x_proj": 2}),
@@ -107,14 +149,20 @@ def test_what_peft_refuses_on_this_model_is_a_line_that_names_the_settings(confi
 def test_tied_weights_are_not_untied(target, as_expression):
     targets = rf"(.*\.)?{target}" if as_expression else ["q_proj", target]
     with refuses("adapter.kind=lora: .*tied layer is part of the adapter"):
-        build.build(make_tiny_llama(tie_word_embeddings=True), AdapterConfig("lora", 4, target_modules=targets))
+        build.build(
+            make_tiny_llama(tie_word_embeddings=True),
+            AdapterConfig("lora", 4, target_modules=targets),
+        )
 
 
 @pytest.mark.parametrize("kind", ["cera", "peft"])
 def test_one_mistyped_target_of_two_is_refused(kind):
     method = "MISS" if kind == "peft" else None
     config = AdapterConfig(kind, 4, alpha=None, target_modules=["q_proj", "v_prj"], method=method)
-    with refuses("adapter.target_modules: 'v_prj' matches no module of this model. Its linear projections are q_proj,"):
+    with refuses(
+        "adapter.target_modules: 'v_prj' matches no module of this model. Its linear projections "
+        "are q_proj,"
+    ):
         build.build(make_tiny_llama(), config)
 
 
@@ -129,7 +177,7 @@ def test_layers_of_all_linear_are_kept():
         build.build(make_tiny_llama(), AdapterConfig(r=4, layers=[2]))
 
 
-# --- experts ---------------------------------------------------------------------------------------------------------
+# --- experts --------------------------------------------------------------------------------------
 
 DOWN = ["mlp.experts.down_proj"]
 
@@ -151,23 +199,40 @@ def test_all_linear_has_experts_in_or_out(model_type):
     assert list(layer.cera_A["default"]) == ["gate_up_proj", "down_proj"]
     assert layer.r["default"] == {"gate_up_proj": 2, "down_proj": 2}
     weights = sum(
-        weight.numel() for layer in experts_of(model) for weight in layer.parameters() if weight.requires_grad
+        weight.numel()
+        for layer in experts_of(model)
+        for weight in layer.parameters()
+        if weight.requires_grad
     )
     trainable, total = build.parameter_counts(model)
     assert (trainable - weights, total - weights) == build.parameter_counts(without)
-    assert model.peft_config["default"].target_parameters == ["experts.gate_up_proj", "experts.down_proj"]
+    assert model.peft_config["default"].target_parameters == [
+        "experts.gate_up_proj",
+        "experts.down_proj",
+    ]
 
 
 def test_pefts_lora_takes_experts_by_its_own_settings():
-    settings = {"kind": "lora", "target_modules": ["q_proj"], "settings": {"target_parameters": DOWN}}
+    settings = {
+        "kind": "lora",
+        "target_modules": ["q_proj"],
+        "settings": {"target_parameters": DOWN},
+    }
     lora = on_a_mixture(**settings)
     assert [list(wrappers) for wrappers in expert_loras(lora)] == [["down_proj"]] * 2
-    with refuses("adapter.kind=lora adapter.settings.target_parameters=.*does not work with lora_dropout"):
+    with refuses(
+        "adapter.kind=lora adapter.settings.target_parameters=.*does not work with lora_dropout"
+    ):
         on_a_mixture(dropout=0.1, **settings)
 
 
 def test_experts_that_a_model_lacks_are_refused():
-    with refuses("adapter.experts=True: this model has no experts, it is dense. Set adapter.experts=false."):
+    with refuses(
+        "adapter.experts=True: this model has no experts, it is dense. Set adapter.experts=false."
+    ):
         build.build(make_tiny_llama(), AdapterConfig(r=4, experts=True))
-    with refuses("adapter.kind=cera: target_parameters: 'experts.up_proj' matches no parameter .*experts.gate_up_proj"):
+    with refuses(
+        "adapter.kind=cera: target_parameters: 'experts.up_proj' matches no parameter "
+        ".*experts.gate_up_proj"
+    ):
         on_a_mixture(target_parameters=[*DOWN, "experts.up_proj"])

@@ -1,4 +1,5 @@
-"""Figures of a spectrum by hand; test_families.py has the spectrum of every method against an SVD."""
+"""Figures of a spectrum by hand; test_families.py has the spectrum of every method against an
+SVD."""
 
 import math
 
@@ -21,8 +22,12 @@ def adapted():
 def test_a_fresh_adapter_has_no_spectrum_but_a_gate_whose_linear_share_falls_with_the_scale_of_A():
     shares = []
     for scale in (1, 30):
-        model = peft.get_peft_model(make_tiny_llama(), CeraConfig(r=6, init_scale=scale, task_type="CAUSAL_LM"))
-        spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)]).values()
+        model = peft.get_peft_model(
+            make_tiny_llama(), CeraConfig(r=6, init_scale=scale, task_type="CAUSAL_LM")
+        )
+        spectra = measure_spectra(
+            model, forward_of(model), [(flat_batch(ROWS, MASKS), True)]
+        ).values()
         assert {(each.effective_rank, each.manifold_dimension) for each in spectra} == {(0.0, 0)}
         shares.append(max(each.linear_share for each in spectra))
     assert 1 > shares[0] > shares[1] > 0
@@ -52,7 +57,9 @@ def test_effective_rank_and_manifold_dimension_by_hand():
     alone = ModuleSpectrum(torch.tensor([3.0, 0, 0], dtype=torch.float64))
     assert (alone.effective_rank, alone.manifold_dimension) == (pytest.approx(1), 1)
     mixed = ModuleSpectrum(torch.tensor([3.0, 1.0], dtype=torch.float64))
-    assert mixed.effective_rank == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
+    assert mixed.effective_rank == pytest.approx(
+        math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    )
     assert mixed.manifold_dimension == 1  # 9 / 10 is 90 %
 
 

@@ -1,4 +1,5 @@
-"""A first forward and backward pass proves that every adapter runs and learns, or names those that do not."""
+"""A first forward and backward pass proves that every adapter runs and learns, or names those that
+do not."""
 
 import pytest
 import torch
@@ -14,7 +15,12 @@ pytestmark = WARNINGS
 
 
 def adapted(base: nn.Module | None = None, **settings) -> nn.Module:
-    config = {"r": 4, "dropout": 0.1, "task_type": "CAUSAL_LM", "target_modules": "all-linear"} | settings
+    config = {
+        "r": 4,
+        "dropout": 0.1,
+        "task_type": "CAUSAL_LM",
+        "target_modules": "all-linear",
+    } | settings
     return get_peft_model(make_tiny_llama() if base is None else base, CeraConfig(**config)).train()
 
 
@@ -34,7 +40,9 @@ def test_a_fresh_adapter_is_proven_though_the_gradient_of_A_is_zero():
     with check_coverage(model) as coverage:
         passes(model)
     assert len(coverage.layers) == 14
-    assert all(weight.grad.eq(0).all() for name, weight in model.named_parameters() if "cera_A" in name)
+    assert all(
+        weight.grad.eq(0).all() for name, weight in model.named_parameters() if "cera_A" in name
+    )
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -65,7 +73,9 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         config = CeraConfig(r=2)
-        self.called, self.read, self.dead = (CeraLinear(nn.Linear(4, 4), "default", config) for _ in range(3))
+        self.called, self.read, self.dead = (
+            CeraLinear(nn.Linear(4, 4), "default", config) for _ in range(3)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.called(x) @ self.read.weight
@@ -75,7 +85,9 @@ def test_a_module_that_is_not_called_is_named_with_the_likely_reason():
     model = Layer()
     with pytest.raises(ValueError, match="would not train") as caught, check_coverage(model):
         model(torch.randn(3, 4)).sum().backward()
-    assert str(caught.value) == ("2 of 3 adapted modules would not train. read, dead: the model never calls it.")
+    assert str(caught.value) == (
+        "2 of 3 adapted modules would not train. read, dead: the model never calls it."
+    )
 
 
 @pytest.mark.parametrize("change", [lambda output: output.detach(), lambda output: output * 0])
@@ -90,8 +102,12 @@ def test_a_matrix_without_gradient_is_refused():
     model = adapted(target_modules=["q_proj"])
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     A = layer.cera_A["default"]
-    A.register_forward_hook(lambda module, args, output: output.detach())  # hooks take the plain formula
-    assert "model.layers.0.self_attn.q_proj: no gradient reaches cera_A.default.weight" in refusal(model)
+    A.register_forward_hook(
+        lambda module, args, output: output.detach()
+    )  # hooks take the plain formula
+    assert "model.layers.0.self_attn.q_proj: no gradient reaches cera_A.default.weight" in refusal(
+        model
+    )
 
 
 class Experts(nn.Module):
@@ -99,7 +115,9 @@ class Experts(nn.Module):
 
     def __init__(self, running: int) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(5))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(5)
+        )
         self.running = running
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -108,7 +126,9 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("running", [2, 0])
 def test_experts_without_a_token_are_exempt(running):
-    model = get_peft_model(nn.Sequential(Experts(running)), CeraConfig(r=2, target_modules=r".*experts\.\d\.\d"))
+    model = get_peft_model(
+        nn.Sequential(Experts(running)), CeraConfig(r=2, target_modules=r".*experts\.\d\.\d")
+    )
     coverage = Coverage(model)
     with coverage.watch():
         model(torch.randn(3, 4).requires_grad_()).square().sum().backward()
@@ -120,7 +140,8 @@ def test_experts_without_a_token_are_exempt(running):
 
 def test_what_one_process_has_not_seen_another_may_have(monkeypatch):
     model = adapted(target_modules=["q_proj"])
-    idle, busy = Coverage(model), Coverage(model)
+    idle = Coverage(model)
+    busy = Coverage(model)
     with busy.watch():
         passes(model)
     model.zero_grad()

@@ -1,5 +1,5 @@
-"""Every class of experts that transformers calls through its interface: CeRA with an identity gate equals PEFT's LoRA,
-which changes the weights and lets the class itself compute."""
+"""Every class of experts that transformers calls through its interface: CeRA with an identity gate
+equals PEFT's LoRA, which changes the weights and lets the class itself compute."""
 
 import copy
 import importlib
@@ -20,13 +20,33 @@ from cera_train.cera.experts import expert_parameters
 pytestmark = [WARNINGS, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 MODELS = Path(transformers.__file__).parent / "models"
-FILES = sorted(file for file in MODELS.glob("*/modeling_*.py") if "\n@use_experts_implementation" in file.read_text())
+FILES = sorted(
+    file
+    for file in MODELS.glob("*/modeling_*.py")
+    if "\n@use_experts_implementation" in file.read_text()
+)
 FIELDS = {
-    **dict.fromkeys(("hidden_size", "moe_hidden_size", "moe_intermediate_size", "intermediate_size", "expert_dim"), 32),
-    **dict.fromkeys(("num_experts", "num_local_experts", "num_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(
+        (
+            "hidden_size",
+            "moe_hidden_size",
+            "moe_intermediate_size",
+            "intermediate_size",
+            "expert_dim",
+        ),
+        32,
+    ),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "num_routed_experts", "moe_num_experts"), 4
+    ),
     **dict.fromkeys(("hidden_act", "hidden_activation", "mlp_hidden_act"), "silu"),
     **dict.fromkeys(("swiglu_limit", "mlp_gate_softcap", "mlp_up_softcap"), 7.0),
-    **{"n_routed_experts": 4, "moe_latent_size": None, "swiglu_alpha": 1.702, "post_norm_eps": 1e-6},
+    **{
+        "n_routed_experts": 4,
+        "moe_latent_size": None,
+        "swiglu_alpha": 1.702,
+        "post_norm_eps": 1e-6,
+    },
 }
 """What experts of all models read of a config."""
 
@@ -46,9 +66,15 @@ class Layer(nn.Module):
 def classes_of(file: Path) -> list[type[nn.Module]]:
     module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
     classes = [
-        value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and value.__module__ == module.__name__
     ]
-    return [value for value in classes if "Experts" in value.__name__ and hasattr(value.forward, "__wrapped__")]
+    return [
+        value
+        for value in classes
+        if "Experts" in value.__name__ and hasattr(value.forward, "__wrapped__")
+    ]
 
 
 def make_experts(experts_class: type[nn.Module]) -> nn.Module:
@@ -74,7 +100,12 @@ def test_identity_gate_equals_pefts_lora(file):
         experts = make_experts(experts_class)
         names = [f"mlp.experts.{name}" for name in expert_parameters(experts)]
         assert len(names) == 2
-        settings = {"activation": "identity", "dropout": 0.0, "init_weights": False, "target_parameters": names}
+        settings = {
+            "activation": "identity",
+            "dropout": 0.0,
+            "init_weights": False,
+            "target_parameters": names,
+        }
         base = Layer(copy.deepcopy(experts))
         model = get_peft_model(Layer(experts), CeraConfig(r=4, **settings)).eval()
         lora = lora_experts(model, base, r=4, parameters=names)

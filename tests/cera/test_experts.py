@@ -1,4 +1,5 @@
-"""CeRA on the experts of a mixture: against a plain loop; several adapters, their files, refusals."""
+"""CeRA on the experts of a mixture: against a plain loop; several adapters, their files,
+refusals."""
 
 import json
 
@@ -36,8 +37,11 @@ pytestmark = WARNINGS
 )
 def test_model_equals_a_plain_loop_in_double_precision(model_type, parameters, settings):
     """The first layer's gradients pass the hidden states and the routing weights of the second."""
-    model = adapted_mixture(model_type, double=True, target_parameters=parameters, alpha=6, **settings)
-    values, slopes = logits(model), gradients(model)
+    model = adapted_mixture(
+        model_type, double=True, target_parameters=parameters, alpha=6, **settings
+    )
+    values = logits(model)
+    slopes = gradients(model)
     with plain_experts():
         torch.testing.assert_close(values, logits(model.eval()), rtol=1e-10, atol=1e-10)
         expected = gradients(model)
@@ -51,7 +55,9 @@ def adapter_weights(layer: CeraExperts) -> list[nn.Parameter]:
     return [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
 
-def random_routing(layer: CeraExperts, tokens: int = 9, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+def random_routing(
+    layer: CeraExperts, tokens: int = 9, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, ...]:
     """Hidden states, routing weights and two experts for each token."""
     experts = layer.base_layer.num_experts
     x = torch.randn(tokens, 32, dtype=dtype, requires_grad=True)
@@ -64,7 +70,9 @@ def random_routing(layer: CeraExperts, tokens: int = 9, dtype: torch.dtype = tor
 def test_every_implementation_of_the_base_gives_the_same_adapted_model(model_type, implementation):
     model = adapted_mixture(model_type)
     expected = logits(model)
-    model.base_model.model.set_experts_implementation(implementation)  # generate() does this too, on a GPU
+    model.base_model.model.set_experts_implementation(
+        implementation
+    )  # generate() does this too, on a GPU
     assert torch.equal(logits(model), expected)
     with plain_experts():
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
@@ -93,7 +101,9 @@ def test_patterns_choose_the_rank_and_alpha_of_experts():
     assert first.r["default"] == {"gate_up_proj": 2, "down_proj": 4}
     assert last.r["default"]["down_proj"] == 9
     assert first.scaling["default"] == {"gate_up_proj": 8 / 2**0.5, "down_proj": 2.0}
-    with pytest.raises(ValueError, match="rank_pattern has 'experts.up_proj', which matches no target module"):
+    with pytest.raises(
+        ValueError, match="rank_pattern has 'experts.up_proj', which matches no target module"
+    ):
         adapted_mixture(rank_pattern={"experts.up_proj": 4})
 
 
@@ -109,7 +119,9 @@ def test_dropout_drops_units_in_training_alone(place):
     assert torch.equal(logits(model), once)
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch 2.12 compiles one graph for each number of tokens")
+@pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="torch 2.12 compiles one graph for each number of tokens"
+)
 @pytest.mark.parametrize(("model_type", "place"), [("mixtral", "hidden"), ("gpt_oss", "input")])
 def test_compiled_experts_are_one_graph_with_the_same_numbers(model_type, place):
     layer = experts_of(adapted_mixture(model_type, dropout=0.5, dropout_on=place))[0]
@@ -127,7 +139,8 @@ def test_compiled_experts_are_one_graph_with_the_same_numbers(model_type, place)
 
 
 def test_adapters_switch_add_up_and_turn_off():
-    base, model = logits(make_mixture()), mixture_with_two()
+    base = logits(make_mixture())
+    model = mixture_with_two()
     found = {}
     for names in (["first"], ["second"], ["first", "second"]):
         model.base_model.set_adapter(names)
@@ -139,7 +152,11 @@ def test_adapters_switch_add_up_and_turn_off():
         assert all((one - other).abs().max() > 1e-3 for other in values[:i])
     with model.disable_adapter():
         assert torch.equal(logits(model), base)
-    trainable = {name.split(".")[-3] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = {
+        name.split(".")[-3]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     assert trainable == {"first", "second"}
 
 
@@ -151,10 +168,14 @@ def test_unload_gives_the_base_model_back():
     assert base.state_dict().keys() == expected.state_dict().keys()
     assert torch.equal(logits(base), logits(expected))
     assert base.model.layers[0].mlp.experts.config is base.config
-    assert torch.equal(logits(get_peft_model(base, expert_config(init_weights=True))), logits(expected))
+    assert torch.equal(
+        logits(get_peft_model(base, expert_config(init_weights=True))), logits(expected)
+    )
 
 
-@pytest.mark.parametrize(("model_type", "low_cpu_mem_usage"), [("qwen2_moe", False), ("gpt_oss", True)])
+@pytest.mark.parametrize(
+    ("model_type", "low_cpu_mem_usage"), [("qwen2_moe", False), ("gpt_oss", True)]
+)
 def test_plain_peft_loads_what_it_saved(model_type, low_cpu_mem_usage, tmp_path):
     model = adapted_mixture(model_type, expert_r=3, target_modules=["q_proj"])
     model.save_pretrained(tmp_path)
@@ -164,7 +185,9 @@ def test_plain_peft_loads_what_it_saved(model_type, low_cpu_mem_usage, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert len(tensors) == 2 * (2 + 4)
     assert "base_model.model.model.layers.1.mlp.experts.cera_A.down_proj.weight" in tensors
-    loaded = PeftModel.from_pretrained(make_mixture(model_type), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    loaded = PeftModel.from_pretrained(
+        make_mixture(model_type), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    ).eval()
     assert torch.equal(logits(loaded), logits(model))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
@@ -181,7 +204,9 @@ def test_plain_peft_loads_what_it_saved(model_type, low_cpu_mem_usage, tmp_path)
 def test_layers_are_chosen_as_for_modules(settings, expected):
     model = adapted_mixture(**{"target_parameters": ["experts.down_proj"]} | settings)
     layers = [layer.mlp.experts for layer in model.base_model.model.model.layers]
-    assert [number for number, experts in enumerate(layers) if isinstance(experts, CeraExperts)] == expected
+    assert [
+        number for number, experts in enumerate(layers) if isinstance(experts, CeraExperts)
+    ] == expected
     assert {*experts_of(model)[0].cera_A["default"]} == {"down_proj"}
 
 
@@ -190,7 +215,9 @@ def spread(experts: nn.Module) -> None:
 
 
 def quantise(experts: nn.Module) -> None:
-    experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.uint8), requires_grad=False)
+    experts.down_proj = nn.Parameter(
+        experts.down_proj.detach().to(torch.uint8), requires_grad=False
+    )
 
 
 def leave(experts: nn.Module) -> None:
@@ -200,9 +227,21 @@ def leave(experts: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "targets", "message"),
     [
-        (leave, {"target_parameters": ["experts.gate_proj"]}, r"matches no parameter of this model. .*gate_up_proj"),
-        (leave, {"target_parameters": ["mlp.gate.weight"]}, "MixtralTopKRouter does not run through .* experts interf"),
-        (leave, {"target_modules": ["experts"]}, r"'model.layers.0.mlp.experts' holds experts: name its parameters"),
+        (
+            leave,
+            {"target_parameters": ["experts.gate_proj"]},
+            r"matches no parameter of this model. .*gate_up_proj",
+        ),
+        (
+            leave,
+            {"target_parameters": ["mlp.gate.weight"]},
+            "MixtralTopKRouter does not run through .* experts interf",
+        ),
+        (
+            leave,
+            {"target_modules": ["experts"]},
+            r"'model.layers.0.mlp.experts' holds experts: name its parameters",
+        ),
         (spread, {"target_parameters": PARAMETERS}, "MixtralExperts is spread over processes"),
         (
             quantise,

@@ -1,5 +1,5 @@
-"""One CeRA layer: every variant against its line of mathematics, number formats, dropout, base layers, what code around
-it relies on."""
+"""One CeRA layer: every variant against its line of mathematics, number formats, dropout, base
+layers, what code around it relies on."""
 
 import math
 
@@ -50,35 +50,48 @@ def leaves(layer: CeraLinear, x: torch.Tensor) -> list[torch.Tensor]:
     return [x, *(parameter for name, parameter in layer.named_parameters() if "cera_" in name)]
 
 
-def by_hand(layer: CeraLinear, x: torch.Tensor, config: CeraConfig, mask_x=1.0, mask_h=1.0) -> torch.Tensor:
+def by_hand(
+    layer: CeraLinear, x: torch.Tensor, config: CeraConfig, mask_x=1.0, mask_h=1.0
+) -> torch.Tensor:
     """W0 x + s B (m_h hidden(A (m_x x))), as CeraConfig's docstring has it."""
-    A, B, gate = layer.cera_A["default"].weight, layer.cera_B["default"].weight, layer.cera_gate["default"]
+    A = layer.cera_A["default"].weight
+    B = layer.cera_B["default"].weight
+    gate = layer.cera_gate["default"]
     z = (mask_x * x) @ A.T
     h = GATES[config.activation](z)
     if config.mix == "learned":
         h = z + gate.gamma * (h - z)
-    scale = 1.0 if config.alpha is None else config.alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    scale = (
+        1.0
+        if config.alpha is None
+        else config.alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    )
     return layer.base_layer(x) + scale * (mask_h * h) @ B.T
 
 
-# --- the mathematics -------------------------------------------------------------------------------------------------
+# --- the mathematics ------------------------------------------------------------------------------
 
 
 @every_variant
 def test_output_and_gradients_equal_the_mathematics(settings):
-    layer, x = make_layer(**settings).train(), x_of(2, 3).requires_grad_()
-    y, expected = layer(x), by_hand(layer, x, CeraConfig(r=3, **settings))
+    layer = make_layer(**settings).train()
+    x = x_of(2, 3).requires_grad_()
+    y = layer(x)
+    expected = by_hand(layer, x, CeraConfig(r=3, **settings))
     torch.testing.assert_close(y, expected)
     assert "AddBranch" in str(y.grad_fn)
     upstream = torch.randn_like(y)
-    got, wanted = (torch.autograd.grad(value, leaves(layer, x), upstream) for value in (y, expected))
+    got, wanted = (
+        torch.autograd.grad(value, leaves(layer, x), upstream) for value in (y, expected)
+    )
     torch.testing.assert_close(got, wanted)
     assert all(gradient.abs().max() > 0 for gradient in got)
 
 
 @every_variant
 def test_first_and_second_derivatives_equal_finite_differences(settings):
-    layer, x = make_layer(**settings, dropout=0.4).train(), x_of(2).requires_grad_()
+    layer = make_layer(**settings, dropout=0.4).train()
+    x = x_of(2).requires_grad_()
 
     def ours(x: torch.Tensor, *_) -> torch.Tensor:
         torch.manual_seed(1)  # one mask
@@ -90,35 +103,55 @@ def test_first_and_second_derivatives_equal_finite_differences(settings):
 
 @every_variant
 def test_a_compiled_layer_is_one_graph_and_equals_the_layer(settings):
-    layer, x = make_layer(nn.Linear(6, 5), **settings).train(), x_of(dtype=torch.float32).requires_grad_()
+    layer = make_layer(nn.Linear(6, 5), **settings).train()
+    x = x_of(dtype=torch.float32).requires_grad_()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
     upstream = torch.randn(4, 7, 5)
-    got, expected = (torch.autograd.grad(one(x), leaves(layer, x), upstream) for one in (compiled, layer))
+    got, expected = (
+        torch.autograd.grad(one(x), leaves(layer, x), upstream) for one in (compiled, layer)
+    )
     torch.testing.assert_close(got, expected)
 
 
 def test_it_keeps_x_and_z_and_nothing_as_wide_as_the_output():
     layer = make_layer(nn.Linear(6, 50, bias=False), dropout=0.2).train()
-    x, kept = torch.randn(7, 6, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    x = torch.randn(7, 6, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
         layer(x)
-    weights = {layer.base_layer.weight.data_ptr(), *(parameter.data_ptr() for parameter in layer.parameters())}
-    assert sorted(tuple(value.shape) for value in kept if value.data_ptr() not in weights) == [(7, 3), (7, 6)]
+    weights = {
+        layer.base_layer.weight.data_ptr(),
+        *(parameter.data_ptr() for parameter in layer.parameters()),
+    }
+    assert sorted(tuple(value.shape) for value in kept if value.data_ptr() not in weights) == [
+        (7, 3),
+        (7, 6),
+    ]
 
 
 @every_variant
 def test_the_start_is_the_base_layer_and_everything_but_b_waits(settings):
-    layer, x = make_layer(**settings, init_weights=True).train(), x_of()
+    layer = make_layer(**settings, init_weights=True).train()
+    x = x_of()
     assert torch.equal(layer(x), layer.base_layer(x))
     layer(x).square().sum().backward()
-    moved = {name for name, value in layer.named_parameters() if value.grad is not None and value.grad.any()}
+    moved = {
+        name
+        for name, value in layer.named_parameters()
+        if value.grad is not None and value.grad.any()
+    }
     assert moved == {"cera_B.default.weight"}
 
 
 @pytest.mark.parametrize(
     ("init", "deviation", "fourth_moment"),
-    [("kaiming_normal", math.sqrt(2 / 1024), 3), ("kaiming_uniform", math.sqrt(1 / (3 * 1024)), 1.8)],
+    [
+        ("kaiming_normal", math.sqrt(2 / 1024), 3),
+        ("kaiming_uniform", math.sqrt(1 / (3 * 1024)), 1.8),
+    ],
 )
 def test_a_is_drawn_as_init_has_it(init, deviation, fourth_moment):
     layer = make_layer(nn.Linear(1024, 16), r=256, init=init)
@@ -127,21 +160,28 @@ def test_a_is_drawn_as_init_has_it(init, deviation, fourth_moment):
     assert (A.pow(4).mean() / deviation**4).item() == pytest.approx(fourth_moment, rel=0.05)
 
 
-# --- dropout ---------------------------------------------------------------------------------------------------------
+# --- dropout --------------------------------------------------------------------------------------
 
 
 @every_variant
 def test_dropout_stands_where_the_variant_puts_it(settings):
-    layer, x = make_layer(**settings, dropout=0.4).train(), x_of()
+    layer = make_layer(**settings, dropout=0.4).train()
+    x = x_of()
     torch.manual_seed(1)
     y = layer(x)
     torch.manual_seed(1)
     seed = int(torch.randint(2**63 - 1, ()))
     config = CeraConfig(r=3, **settings)
     on_input = config.dropout_on == "input"
-    mask = seeded_dropout(torch.ones(28, 6 if on_input else 3, dtype=x.dtype), 0.4, seed).view(4, 7, -1)
+    mask = seeded_dropout(torch.ones(28, 6 if on_input else 3, dtype=x.dtype), 0.4, seed).view(
+        4, 7, -1
+    )
     assert (mask == 0).any()
-    expected = by_hand(layer, x, config, mask_x=mask) if on_input else by_hand(layer, x, config, mask_h=mask)
+    expected = (
+        by_hand(layer, x, config, mask_x=mask)
+        if on_input
+        else by_hand(layer, x, config, mask_h=mask)
+    )
     torch.testing.assert_close(y, expected)
     layer.eval()
     torch.testing.assert_close(layer(x), by_hand(layer, x, config))
@@ -151,13 +191,17 @@ def test_dropout_stands_where_the_variant_puts_it(settings):
 @pytest.mark.parametrize("p", [0.1, 0.999999])
 def test_dropout_drops_its_share_and_keeps_the_mean(p, dtype):
     rows = seeded_dropout(torch.ones(40_000, 5, dtype=dtype), p, seed=3)
-    share, count = (rows == 0).double().mean().item(), rows.numel()
+    share = (rows == 0).double().mean().item()
+    count = rows.numel()
     assert share == pytest.approx(p, abs=5 * (p * (1 - p) / count) ** 0.5 + 2e-5)
-    assert rows.double().mean().item() == pytest.approx(1, abs=5 * (p / (1 - p) / count) ** 0.5 + 4e-3)
+    assert rows.double().mean().item() == pytest.approx(
+        1, abs=5 * (p / (1 - p) / count) ** 0.5 + 4e-3
+    )
 
 
 def test_dropout_rounds_what_it_keeps_once_in_16_bits():
-    """1 / 0.9 is 1.1094 in bfloat16: every kept unit would be 0.16 % too small, and its gradient too."""
+    """1 / 0.9 is 1.1094 in bfloat16: every kept unit would be 0.16 % too small, and its gradient
+    too."""
     h = torch.randn(100, 5).bfloat16().requires_grad_()
     exact = h.detach().float().requires_grad_()
     dropped, expected = (seeded_dropout(x, 0.1, seed=3) for x in (h, exact))
@@ -168,7 +212,7 @@ def test_dropout_rounds_what_it_keeps_once_in_16_bits():
     assert torch.equal(h.grad, exact.grad.bfloat16())
 
 
-# --- number formats --------------------------------------------------------------------------------------------------
+# --- number formats -------------------------------------------------------------------------------
 
 
 @every_variant
@@ -176,9 +220,11 @@ def test_dropout_rounds_what_it_keeps_once_in_16_bits():
     ("dtype", "autocast"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)]
 )
 def test_16_bits_stay_near_the_plain_formula(settings, dtype, autocast):
-    layer, x = make_layer(nn.Linear(6, 5, dtype=dtype), **settings).train(), x_of(dtype=dtype).requires_grad_()
+    layer = make_layer(nn.Linear(6, 5, dtype=dtype), **settings).train()
+    x = x_of(dtype=dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y, plain = layer(x), layer.base_layer(x) + layer.branch(x, "default")
+        y = layer(x)
+        plain = layer.base_layer(x) + layer.branch(x, "default")
     assert y.dtype == (torch.bfloat16 if autocast else dtype)
     assert {parameter.dtype for parameter in leaves(layer, x)[1:]} == {torch.float32}
     upstream = torch.randn_like(y)
@@ -188,13 +234,15 @@ def test_16_bits_stay_near_the_plain_formula(settings, dtype, autocast):
         assert (one.float() - other.float()).norm() <= 4e-2 * other.float().norm()
 
 
-# --- base layers -----------------------------------------------------------------------------------------------------
+# --- base layers ----------------------------------------------------------------------------------
 
 BASES = {
     "linear": lambda: nn.Linear(64, 32),
     "Conv1D": lambda: Conv1D(32, 64),
     "8 bits": lambda: bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu"),
-    "4 bits": lambda: bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.bfloat16).to("cpu"),
+    "4 bits": lambda: bitsandbytes.nn.Linear4bit(
+        64, 32, quant_type="nf4", compute_dtype=torch.bfloat16
+    ).to("cpu"),
 }
 
 
@@ -203,13 +251,17 @@ BASES = {
 @pytest.mark.parametrize("settings", [{"alpha": 6}, {"mix": "learned"}], ids=str)
 @pytest.mark.parametrize("name", BASES)
 def test_what_a_call_prepares_for_the_next_changes_no_bit(name, settings):
-    layer, x = make_layer(BASES[name](), dropout=0.1, **settings).eval(), torch.randn(2, 3, 64)
+    layer = make_layer(BASES[name](), dropout=0.1, **settings).eval()
+    x = torch.randn(2, 3, 64)
     for dtype, is_on in ((torch.float32, False), (torch.bfloat16, True)):
         if "bits" not in name:
             layer.base_layer.to(dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
-            base, expected = layer.base_layer(x.to(dtype)), layer(x.to(dtype))
-            torch.testing.assert_close(expected, base + layer.branch(x.to(dtype), "default"), rtol=4e-2, atol=4e-2)
+            base = layer.base_layer(x.to(dtype))
+            expected = layer(x.to(dtype))
+            torch.testing.assert_close(
+                expected, base + layer.branch(x.to(dtype), "default"), rtol=4e-2, atol=4e-2
+            )
             assert not torch.equal(expected, base)
             with for_inference(layer):
                 assert all(torch.equal(layer(x.to(dtype)), expected) for _ in range(3))
@@ -219,13 +271,17 @@ def test_what_a_call_prepares_for_the_next_changes_no_bit(name, settings):
 def test_over_8_bits_and_a_bias_the_output_may_be_a_view_that_autograd_lets_nobody_write_to():
     base = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
     base.load_state_dict(nn.Linear(64, 32).state_dict())
-    layer, x = make_layer(base.to("cpu"), r=4).train(), torch.randn(2, 3, 64).bfloat16().requires_grad_()
+    layer = make_layer(base.to("cpu"), r=4).train()
+    x = torch.randn(2, 3, 64).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         assert base(x)._is_view()
-        y, expected = layer(x), base(x) + layer.branch(x, "default")
+        y = layer(x)
+        expected = base(x) + layer.branch(x, "default")
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
     upstream = torch.randn_like(y)
-    got, wanted = (torch.autograd.grad(value, leaves(layer, x), upstream) for value in (y, expected))
+    got, wanted = (
+        torch.autograd.grad(value, leaves(layer, x), upstream) for value in (y, expected)
+    )
     torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
 
 
@@ -234,13 +290,14 @@ def test_a_projection_whose_weight_is_read_past_it_is_refused():
         make_layer(nn.MultiheadAttention(6, 2).out_proj)
 
 
-# --- what code around a layer relies on ------------------------------------------------------------------------------
+# --- what code around a layer relies on -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("matrix", ["cera_A", "cera_B"])
 def test_a_matrix_that_is_there_only_while_it_is_called_is_called(matrix):
     """As FSDP1, ZeRO-3 and offloading bring it."""
-    layer, x = make_layer(), x_of()
+    layer = make_layer()
+    x = x_of()
     expected = layer(x)
     linear = getattr(layer, matrix)["default"]
     weight = linear.weight.detach().clone()
@@ -255,7 +312,9 @@ def test_a_matrix_that_is_there_only_while_it_is_called_is_called(matrix):
 
 @pytest.mark.parametrize("in_grad_mode", [True, False])
 def test_a_hook_on_the_base_layer_keeps_the_base_layers_output(in_grad_mode):
-    layer, x, seen = make_layer(), x_of(), []
+    layer = make_layer()
+    x = x_of()
+    seen = []
     expected = layer.base_layer(x)
     layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.set_grad_enabled(in_grad_mode):
@@ -272,7 +331,8 @@ class Tanh(nn.Linear):
 
 
 def test_a_subclass_of_linear_may_need_its_output_in_backward():
-    layer, x = make_layer(Tanh(6, 5, dtype=torch.float64)), x_of().requires_grad_()
+    layer = make_layer(Tanh(6, 5, dtype=torch.float64))
+    x = x_of().requires_grad_()
     expected = layer.base_layer(x) + layer.branch(x, "default")
     torch.testing.assert_close(layer(x), expected)
     gradients = (torch.autograd.grad(y.square().sum(), x) for y in (layer(x), expected))
@@ -280,7 +340,8 @@ def test_a_subclass_of_linear_may_need_its_output_in_backward():
 
 
 def test_torch_func_differentiates_a_layer():
-    layer, x = make_layer(), torch.randn(4, 6, dtype=torch.float64)
+    layer = make_layer()
+    x = torch.randn(4, 6, dtype=torch.float64)
     weights = {name: value.detach() for name, value in layer.named_parameters()}
 
     def loss(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""CeRA in a PEFT model: LoRA as the oracle, several adapters at once, saved and loaded ones, and what a branch that is
-no matrix cannot do."""
+"""CeRA in a PEFT model: LoRA as the oracle, several adapters at once, saved and loaded ones, and
+what a branch that is no matrix cannot do."""
 
 import copy
 import importlib
@@ -11,7 +11,16 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from cera_models import WARNINGS, adapted, cera, cera_dtypes, cera_layers, gradients, logits, with_two
+from cera_models import (
+    WARNINGS,
+    adapted,
+    cera,
+    cera_dtypes,
+    cera_layers,
+    gradients,
+    logits,
+    with_two,
+)
 from conftest import make_tiny_llama
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file
@@ -26,9 +35,15 @@ pytestmark = WARNINGS
 @pytest.mark.parametrize(("alpha", "lora_alpha"), [(None, 4), (16, 16)])
 def test_identity_without_dropout_is_lora_in_outputs_and_gradients(alpha, lora_alpha):
     model = adapted(activation="identity", alpha=alpha, target_modules="all-linear")
-    config = LoraConfig(r=4, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     lora = get_peft_model(make_tiny_llama(), config)
-    tensors = {key.replace("cera_", "lora_"): value for key, value in model.state_dict().items() if "cera_" in key}
+    tensors = {
+        key.replace("cera_", "lora_"): value
+        for key, value in model.state_dict().items()
+        if "cera_" in key
+    }
     assert not lora.load_state_dict(tensors, strict=False).unexpected_keys
     torch.testing.assert_close(logits(model), logits(lora.eval()))
     ours = {key.replace("cera_", "lora_"): value for key, value in gradients(model).items()}
@@ -44,7 +59,13 @@ def test_adapters_switch_add_up_and_turn_off():
     second = logits(model)
     model.base_model.set_adapter(["first", "second"])
     both = logits(model)
-    for one, other in [(first, base), (second, base), (first, second), (both, first), (both, second)]:
+    for one, other in [
+        (first, base),
+        (second, base),
+        (first, second),
+        (both, first),
+        (both, second),
+    ]:
         assert not torch.allclose(one, other, atol=1e-3)
 
     with model.disable_adapter():
@@ -69,7 +90,11 @@ def test_all_linear_means_the_same_for_every_adapter():
     model.add_adapter("third", cera(target_modules="all-linear"))
     expected = set(cera_layers(adapted(target_modules="all-linear")))
     for name in ("second", "third"):
-        found = {key for key, layer in model.named_modules() if isinstance(layer, CeraLayer) and name in layer.cera_A}
+        found = {
+            key
+            for key, layer in model.named_modules()
+            if isinstance(layer, CeraLayer) and name in layer.cera_A
+        }
         assert {key.removeprefix("base_model.model.") for key in found} == expected, name
         model.set_adapter(name)
         changed = logits(model)
@@ -77,10 +102,13 @@ def test_all_linear_means_the_same_for_every_adapter():
             assert not torch.allclose(changed, logits(model))
 
 
-@pytest.mark.parametrize("merge", [lambda model: model.merge_and_unload(), lambda model: model.merge_adapter()])
+@pytest.mark.parametrize(
+    "merge", [lambda model: model.merge_and_unload(), lambda model: model.merge_adapter()]
+)
 def test_merge_is_refused_with_a_reason_and_changes_nothing(merge):
     model = adapted(modules_to_save=["embed_tokens"])
-    before, modules = logits(model), [name for name, _ in model.named_modules()]
+    before = logits(model)
+    modules = [name for name, _ in model.named_modules()]
     with pytest.raises(ValueError, match="CeRA cannot be merged: its branch is non-linear in x"):
         merge(model)
     assert torch.equal(logits(model), before)
@@ -96,15 +124,26 @@ def test_an_adapter_for_each_row_is_refused_with_a_reason():
 def saved(tiny_folder, tmp_path_factory) -> Path:
     """The folder of a saved adapter over the tiny model's folder."""
     folder = tmp_path_factory.mktemp("saved")
-    model = adapted(AutoModelForCausalLM.from_pretrained(tiny_folder), alpha=8, target_modules="all-linear")
+    model = adapted(
+        AutoModelForCausalLM.from_pretrained(tiny_folder), alpha=8, target_modules="all-linear"
+    )
     model.save_pretrained(folder)
     return folder
 
 
 def test_a_saved_adapter_is_safetensors_and_json_and_says_what_it_is(saved):
-    assert {path.name for path in saved.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {path.name for path in saved.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
     config = json.loads((saved / "adapter_config.json").read_text())
-    assert [config[key] for key in ("peft_type", "r", "alpha", "activation")] == ["CERA", 4, 8, "silu"]
+    assert [config[key] for key in ("peft_type", "r", "alpha", "activation")] == [
+        "CERA",
+        4,
+        8,
+        "silu",
+    ]
     tensors = load_file(saved / "adapter_model.safetensors")
     assert len(tensors) == 2 * 7 * 2
     assert "base_model.model.model.layers.1.mlp.up_proj.cera_A.weight" in tensors
@@ -116,17 +155,23 @@ def test_loading_over_a_16_bit_base_does_not_round_the_adapter(tmp_path, low_cpu
     model = adapted(make_tiny_llama().bfloat16())
     model.save_pretrained(tmp_path)
     expected = logits(model)
-    loaded = PeftModel.from_pretrained(make_tiny_llama().bfloat16(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    loaded = PeftModel.from_pretrained(
+        make_tiny_llama().bfloat16(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    )
     assert cera_dtypes(loaded) == {torch.float32}
     assert torch.equal(logits(loaded), expected)
     in_16_bits = PeftModel.from_pretrained(
-        make_tiny_llama().bfloat16(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=False
+        make_tiny_llama().bfloat16(),
+        tmp_path,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        autocast_adapter_dtype=False,
     )
     assert cera_dtypes(in_16_bits) == {torch.bfloat16}
 
 
 def test_the_type_is_a_member_of_pefts_enum_also_where_it_is_registered_twice():
-    member, count = PeftType.CERA, len(PeftType)
+    member = PeftType.CERA
+    count = len(PeftType)
     importlib.reload(cera_train)
     importlib.reload(cera_train.cera)
     assert member is PeftType("CERA") is PeftType["CERA"] is list(PeftType)[-1]

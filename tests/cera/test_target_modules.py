@@ -1,4 +1,5 @@
-"""Which modules get an adapter of which rank, what is trained beside it, and which settings are refused."""
+"""Which modules get an adapter of which rank, what is trained beside it, and which settings are
+refused."""
 
 from collections.abc import Iterable
 
@@ -33,12 +34,17 @@ def names(projections: list[str], layers: tuple[int, ...] = (0, 1)) -> set[str]:
         ({"target_modules": r".*\.1\..*(k_proj|down_proj)"}, names(["k_proj", "down_proj"], (1,))),
         ({"target_modules": "all-linear"}, names(ATTENTION + MLP)),
         ({"target_modules": "all-linear", "exclude_modules": MLP}, names(ATTENTION)),
-        ({"target_modules": ATTENTION, "exclude_modules": r".*layers\.0.*"}, names(ATTENTION, (1,))),
+        (
+            {"target_modules": ATTENTION, "exclude_modules": r".*layers\.0.*"},
+            names(ATTENTION, (1,)),
+        ),
         ({"layers_to_transform": 1}, names(["q_proj", "v_proj"], (1,))),
         ({"target_modules": ["lm_head"]}, {"lm_head"}),
     ],
 )
-def test_the_right_modules_are_adapted_now_and_after_loading(tiny_llama, tmp_path, settings, expected):
+def test_the_right_modules_are_adapted_now_and_after_loading(
+    tiny_llama, tmp_path, settings, expected
+):
     model = adapted(tiny_llama, **settings)
     assert set(cera_layers(model)) == expected
     model.save_pretrained(tmp_path, save_embedding_layers=False)
@@ -46,7 +52,9 @@ def test_the_right_modules_are_adapted_now_and_after_loading(tiny_llama, tmp_pat
 
 
 def test_a_target_that_is_no_projection_is_refused_by_its_name():
-    with pytest.raises(ValueError, match=r"'model\.embed_tokens' cannot be adapted\. .*not Embedding"):
+    with pytest.raises(
+        ValueError, match=r"'model\.embed_tokens' cannot be adapted\. .*not Embedding"
+    ):
         adapted(target_modules=["embed_tokens"])
 
 
@@ -75,14 +83,29 @@ def test_without_targets_the_papers_are_taken_else_those_of_lora(model_type):
         ({"alpha": 0}, "alpha must be positive"),
         ({"alpha": float("nan")}, "alpha must be positive"),
         ({"dropout": 1}, "dropout must be at least 0 and less than 1, got 1"),
-        ({"activation": "swish"}, "activation must be one of silu, relu, gelu, tanh, identity, got 'swish'"),
-        ({"layers_pattern": "layers"}, "layers_pattern has a meaning only with layers_to_transform"),
-        ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "cannot be combined with all-linear or a regular"),
-        ({"layers_to_transform": [0], "target_modules": "all-linear"}, "cannot be combined with all-linear or a regu"),
+        (
+            {"activation": "swish"},
+            "activation must be one of silu, relu, gelu, tanh, identity, got 'swish'",
+        ),
+        (
+            {"layers_pattern": "layers"},
+            "layers_pattern has a meaning only with layers_to_transform",
+        ),
+        (
+            {"layers_to_transform": [0], "target_modules": ".*q_proj"},
+            "cannot be combined with all-linear or a regular",
+        ),
+        (
+            {"layers_to_transform": [0], "target_modules": "all-linear"},
+            "cannot be combined with all-linear or a regu",
+        ),
         ({"init": "xavier"}, "init must be one of kaiming_normal, kaiming_uniform, got 'xavier'"),
         ({"mix": "learned", "activation": "identity"}, "activation must not be 'identity'"),
         ({"use_rslora": True}, "use_rslora divides alpha by sqrt"),
-        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] must be a positive integer, got 0"),
+        (
+            {"rank_pattern": {"q_proj": 0}},
+            r"rank_pattern\['q_proj'\] must be a positive integer, got 0",
+        ),
         ({"rank_pattern": {"(": 2}}, r"rank_pattern\['\('\] is no name or regular expression"),
         ({"expert_r": 2}, "expert_r has a meaning only with target_parameters"),
         ({"target_parameters": "experts.down_proj"}, "target_parameters must be a list of names"),
@@ -98,13 +121,18 @@ def test_patterns_give_modules_their_rank_and_scale(tmp_path):
     settings = {
         "r": 4,
         "alpha": 8,
-        "rank_pattern": {r"self_attn\.v_proj": 2, r"1\..*_proj": 6},  # the longer decides; PEFT saves them by name
+        "rank_pattern": {
+            r"self_attn\.v_proj": 2,
+            r"1\..*_proj": 6,
+        },  # the longer decides; PEFT saves them by name
         "alpha_pattern": {"v_proj": 1},
     }
     adapted(**settings).save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(make_tiny_llama(), tmp_path)
     layers = {name: model.get_submodule(f"base_model.model.{name}") for name in cera_layers(model)}
-    assert {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()} == {
+    assert {
+        name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()
+    } == {
         "model.layers.0.self_attn.q_proj": (4, 2.0),
         "model.layers.0.self_attn.v_proj": (2, 0.5),
         "model.layers.1.self_attn.q_proj": (6, 8 / 6),
@@ -116,9 +144,13 @@ def test_patterns_give_modules_their_rank_and_scale(tmp_path):
 @pytest.mark.parametrize("name", ["k_projj", "v_proj"])
 def test_a_refused_adapter_leaves_nothing_behind(name):
     model = get_peft_model(make_tiny_llama(), CeraConfig(target_modules=["v_proj"]))
-    with pytest.raises(ValueError, match=f"rank_pattern has '{name}', which matches no target module"):
+    with pytest.raises(
+        ValueError, match=f"rank_pattern has '{name}', which matches no target module"
+    ):
         model.add_adapter("second", CeraConfig(target_modules=["q_proj"], rank_pattern={name: 8}))
-    assert not any("second" in module.cera_A for module in model.modules() if isinstance(module, CeraLayer))
+    assert not any(
+        "second" in module.cera_A for module in model.modules() if isinstance(module, CeraLayer)
+    )
 
 
 def test_a_model_with_a_config_of_its_own_takes_an_adapter():

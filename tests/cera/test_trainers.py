@@ -44,7 +44,11 @@ def ids(tokenizer) -> torch.Tensor:
 
 
 def tensors(model: nn.Module, adapter: bool) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in model.state_dict().items() if ("cera_" in key) is adapter}
+    return {
+        key: value.clone()
+        for key, value in model.state_dict().items()
+        if ("cera_" in key) is adapter
+    }
 
 
 def plain(tiny_folder: Path) -> nn.Module:
@@ -60,10 +64,14 @@ def assert_the_adapter_alone_moved(model: PeftModel, base: nn.Module) -> None:
         assert value.isfinite().all(), name
     expected = base.state_dict()
     for name, value in tensors(model, adapter=False).items():
-        assert torch.equal(value, expected[name.removeprefix("base_model.model.").replace(".base_layer", "")]), name
+        assert torch.equal(
+            value, expected[name.removeprefix("base_model.model.").replace(".base_layer", "")]
+        ), name
 
 
-def trainer_of(folder: Path, tiny_folder: Path, ids: torch.Tensor, callbacks: Sequence = ()) -> Trainer:
+def trainer_of(
+    folder: Path, tiny_folder: Path, ids: torch.Tensor, callbacks: Sequence = ()
+) -> Trainer:
     torch.manual_seed(1)
     model = get_peft_model(plain(tiny_folder), CeraConfig(**CONFIG))
     rows = [{"input_ids": row, "labels": row} for row in ids]
@@ -87,16 +95,23 @@ def test_transformers_trainer_trains_saves_and_resumes_to_the_bit(tiny_folder, t
     resumed = trainer_of(tmp_path / "run", tiny_folder, ids)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
     assert resumed.state.global_step == 4
-    assert all(torch.equal(value, end[key]) for key, value in tensors(resumed.model, adapter=True).items())
+    assert all(
+        torch.equal(value, end[key]) for key, value in tensors(resumed.model, adapter=True).items()
+    )
 
 
 def test_the_coverage_callback_stops_the_trainer_before_its_first_step(tiny_folder, tmp_path, ids):
     trainer = trainer_of(tmp_path, tiny_folder, ids, [CoverageCallback()])
     trainer.model.base_model.model.config.num_hidden_layers = 1
     before = tensors(trainer.model, adapter=True)
-    with pytest.raises(ValueError, match=r"2 of 4 adapted modules would not train\. model\.layers\.1"):
+    with pytest.raises(
+        ValueError, match=r"2 of 4 adapted modules would not train\. model\.layers\.1"
+    ):
         trainer.train()
-    assert all(torch.equal(value, before[name]) for name, value in tensors(trainer.model, adapter=True).items())
+    assert all(
+        torch.equal(value, before[name])
+        for name, value in tensors(trainer.model, adapter=True).items()
+    )
 
 
 TRL_ROWS = {
@@ -108,11 +123,16 @@ TRL_ROWS = {
 
 def count_letters(completions: list[str], trainer_state: TrainerState, **_: object) -> list[float]:
     """GRPO's reward. In the first update all answers get the same, so that no gradient is left."""
-    return [float(trainer_state.global_step and sum(letter.isalpha() for letter in text)) for text in completions]
+    return [
+        float(trainer_state.global_step and sum(letter.isalpha() for letter in text))
+        for text in completions
+    ]
 
 
 @pytest.mark.parametrize("name", TRL_ROWS)
-def test_trls_trainers_train_from_a_cera_config_and_save(tiny_folder, tmp_path, tokenizer, ids, name):
+def test_trls_trainers_train_from_a_cera_config_and_save(
+    tiny_folder, tmp_path, tokenizer, ids, name
+):
     trl = pytest.importorskip("trl")
     settings = (
         arguments(tmp_path / "run")
@@ -132,7 +152,9 @@ def test_trls_trainers_train_from_a_cera_config_and_save(tiny_folder, tmp_path, 
         **({"reward_funcs": count_letters} if name == "GRPO" else {}),
     )
     assert isinstance(trainer.model, PeftModel)
-    assert torch.equal(logits(trainer.model.eval(), ids), logits(plain(tiny_folder), ids))  # B starts at zero
+    assert torch.equal(
+        logits(trainer.model.eval(), ids), logits(plain(tiny_folder), ids)
+    )  # B starts at zero
     trainer.train()
     assert (len(callback.coverage.layers), callback.coverage.problem()) == (4, None)
     assert_the_adapter_alone_moved(trainer.model, plain(tiny_folder))
@@ -140,7 +162,9 @@ def test_trls_trainers_train_from_a_cera_config_and_save(tiny_folder, tmp_path, 
     checkpoint = tmp_path / "run/checkpoint-4"
     expected = logits(trainer.model.eval(), ids)
     assert not torch.equal(expected, logits(plain(tiny_folder), ids))
-    assert torch.equal(logits(PeftModel.from_pretrained(plain(tiny_folder), checkpoint), ids), expected)
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(plain(tiny_folder), checkpoint), ids), expected
+    )
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(checkpoint), ids), expected)
 
 
@@ -148,5 +172,7 @@ def test_an_adapter_saved_without_task_type_is_attached(tiny_folder, tmp_path, i
     """PEFT then writes an auto_mapping, the base's class."""
     model = get_peft_model(plain(tiny_folder), CeraConfig(r=4, init_weights=False))
     model.save_pretrained(tmp_path)
-    assert '"base_model_class": "LlamaForCausalLM"' in (tmp_path / "adapter_config.json").read_text()
+    assert (
+        '"base_model_class": "LlamaForCausalLM"' in (tmp_path / "adapter_config.json").read_text()
+    )
     assert torch.equal(logits(attach(plain(tiny_folder), tmp_path), ids), logits(model, ids))

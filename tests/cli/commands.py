@@ -5,11 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-WITHOUT_TORCH = {"PYTHONPATH": f"{Path(__file__).parent / 'without_torch'}:{os.environ.get('PYTHONPATH', '')}"}
+WITHOUT_TORCH = {
+    "PYTHONPATH": f"{Path(__file__).parent / 'without_torch'}:{os.environ.get('PYTHONPATH', '')}"
+}
 """Importing torch fails: what still answers, answers before torch takes its seconds to import."""
 
 
-def command(name: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def command(
+    name: str, *arguments: str, cwd: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
     program = str(Path(sys.executable).parent / name)
     settings = {"capture_output": True, "text": True, "check": False, "timeout": 300}
     return subprocess.run([program, *arguments], cwd=cwd, env=os.environ | environment, **settings)
@@ -19,7 +23,13 @@ def python(*arguments: object, cwd: Path | None = None, **environment: str) -> s
     """What Python prints with these arguments; it must end well."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
-        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300
+        command,
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -1,5 +1,5 @@
-"""The command line as its users meet it: help, completion, an installed wheel, what the system refuses; and what has to
-answer at once imports nothing heavy."""
+"""The command line as its users meet it: help, completion, an installed wheel, what the system
+refuses; and what has to answer at once imports nothing heavy."""
 
 import dataclasses
 import errno
@@ -36,10 +36,15 @@ def test_every_command_has_the_version_of_the_package(run_command, capfd, progra
 def test_help_answers_without_torch_and_names_every_choice(tmp_path, name):
     done = command(name, "--help", cwd=tmp_path, **WITHOUT_TORCH)
     assert done.returncode == 0, done.stderr
-    groups = {"cera-eval": ["task", "generation", "model", "data"], "cera-export": ["model", "data"]}
+    groups = {
+        "cera-eval": ["task", "generation", "model", "data"],
+        "cera-export": ["model", "data"],
+    }
     groups["cera-chat"] = ["generation", "model"]
     for group in groups.get(name, ["recipe", "model", "adapter", "data"]):
-        assert re.search(rf"^ +{group} +{' '.join(options(group))}$", done.stdout, re.MULTILINE), group
+        assert re.search(rf"^ +{group} +{' '.join(options(group))}$", done.stdout, re.MULTILINE), (
+            group
+        )
     assert "--debug" in done.stdout
     assert not list(tmp_path.iterdir())
 
@@ -47,12 +52,17 @@ def test_help_answers_without_torch_and_names_every_choice(tmp_path, name):
 def test_help_knows_the_files_of_a_config_folder(tmp_path, run_command, capfd):
     (tmp_path / "josé's" / "model").mkdir(parents=True)
     (tmp_path / "josé's" / "model" / "ours.yaml").write_text("path: our/model\n")
-    assert run_command("cera-train", "--config-dir", str(tmp_path / "josé's"), "model=ours", "--help") == 0
+    assert (
+        run_command("cera-train", "--config-dir", str(tmp_path / "josé's"), "model=ours", "--help")
+        == 0
+    )
     assert "path: our/model\n" in capfd.readouterr().out
 
 
 def test_a_shell_completes_settings_and_choices(tmp_path):
-    done = command("cera-train", "-sc", "query=bash", cwd=tmp_path, COMP_LINE="cera-train adapter=lo")
+    done = command(
+        "cera-train", "-sc", "query=bash", cwd=tmp_path, COMP_LINE="cera-train adapter=lo"
+    )
     assert done.stdout.split() == ["adapter=lora", "adapter=loraplus"], done.stderr
 
 
@@ -68,7 +78,17 @@ def test_a_wheel_installed_elsewhere_has_conf_and_recipes(tmp_path):
     root = Path(__file__).resolve().parents[2]
     python("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", root)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    python("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel)
+    python(
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        tmp_path / "site",
+        wheel,
+    )
     (tmp_path / "elsewhere").mkdir()
     command = ["-P", "-m", "cera_train", "--cfg", "job", "+recipe=math_r64"]
     printed = python(*command, cwd=tmp_path / "elsewhere", PYTHONPATH=str(tmp_path / "site"))
@@ -81,25 +101,35 @@ def test_out_of_memory_names_the_settings_to_lower():
 
     for error in (
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 "
+            "bytes"
+        ),
         MemoryError(),
     ):
         message = explain(error)
-        for setting in ("train.micro_batch_tokens", "model.gradient_checkpointing", "model.quantization=nf4"):
+        for setting in (
+            "train.micro_batch_tokens",
+            "model.gradient_checkpointing",
+            "model.quantization=nf4",
+        ):
             assert setting in message
 
 
-def test_what_the_system_refuses_is_named_with_the_mend(tmp_path, monkeypatch):
-    mend = "Name another file, or set output_dir and $CERA_TRAIN_CACHE to folders you may write to."
+def test_what_the_system_refuses_is_named_with_the_fix(tmp_path, monkeypatch):
+    fix = "Name another file, or set output_dir and $CERA_TRAIN_CACHE to folders you may write to."
     refused = PermissionError(errno.EACCES, "Permission denied", "rows.jsonl")
-    assert explain(refused) == f"no access to rows.jsonl: Permission denied. {mend}"
+    assert explain(refused) == f"no access to rows.jsonl: Permission denied. {fix}"
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
-    for name, reason in (("file", "Not a directory"), ("loop", "Too many levels of symbolic links")):
+    for name, reason in (
+        ("file", "Not a directory"),
+        ("loop", "Too many levels of symbolic links"),
+    ):
         monkeypatch.setenv("CERA_TRAIN_CACHE", str(tmp_path / name))
         with pytest.raises(OSError, match=reason) as refused:
             cached_folder("tokens/1", Path.mkdir)
-        assert explain(refused.value) == f"no access to {tmp_path}/{name}/tokens: {reason}. {mend}"
+        assert explain(refused.value) == f"no access to {tmp_path}/{name}/tokens: {reason}. {fix}"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
@@ -117,7 +147,11 @@ def test_a_closed_pipe_ends_a_command_without_a_word(tmp_path):
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, check=False
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        check=False,
     )
     os.close(write)
     assert done.returncode == 141
@@ -138,7 +172,11 @@ def test_the_papers_figures_hold_only_for_what_the_paper_ran(overrides, kept):
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate")
 FOLDERS = ("cli", "sweep", "report", "settings", "common")
-LIGHT = ("cera_train.adapters.families", "cera_train.evaluation.grading", "cera_train.evaluation.tasks.")
+LIGHT = (
+    "cera_train.adapters.families",
+    "cera_train.evaluation.grading",
+    "cera_train.evaluation.tasks.",
+)
 """Settings are checked by the first; processes that verify answers have a memory limit."""
 
 MODULES = sorted(
@@ -160,27 +198,45 @@ for name in {modules}:
 
 
 def test_what_answers_at_once_imports_nothing_heavy():
-    assert {"cera_train.settings.run", "cera_train.cli.train", "cera_train.report.page"} <= {*MODULES}
+    assert {"cera_train.settings.run", "cera_train.cli.train", "cera_train.report.page"} <= {
+        *MODULES
+    }
     assert python("-c", IMPORT_ALL.format(modules=MODULES, heavy=HEAVY)).split("\n")[:-1] == MODULES
 
 
 @pytest.mark.slow
 def test_importing_the_package_registers_cera_with_peft_whichever_comes_first():
     for first, second in (("cera_train", "peft"), ("peft", "cera_train")):
-        script = f"import {first}, {second}\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known\n"
+        script = (
+            f"import {first}, {second}\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as "
+            f"known\n"
+        )
         script += "import sys; print('CERA' in [kind.value for kind in known])\n"
-        script += "print([type(finder) for finder in sys.meta_path if 'cera' in str(type(finder)).lower()])"
+        script += (
+            "print([type(finder) for finder in sys.meta_path if 'cera' in "
+            "str(type(finder)).lower()])"
+        )
         assert python("-c", script) == "True\n[]\n"
 
 
 def test_every_setting_carries_the_mark_of_what_it_changes():
-    """Resuming, the token cache, sweeps and reports go by it: a field without one would be forgotten by all."""
-    modules = [importlib.import_module(name) for name in MODULES if name.startswith("cera_train.settings.")]
-    kinds = {kind for module in modules for kind in vars(module).values() if dataclasses.is_dataclass(kind)}
+    """Resuming, the token cache, sweeps and reports go by it: a field without one would be
+    forgotten by all."""
+    modules = [
+        importlib.import_module(name) for name in MODULES if name.startswith("cera_train.settings.")
+    ]
+    kinds = {
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if dataclasses.is_dataclass(kind)
+    }
     assert len(kinds) >= 15
     for kind in kinds:
         for field in dataclasses.fields(kind):
             if section_of(typing.get_type_hints(kind)[field.name]) is None:
-                assert field.metadata.get("changes") in set(Changes), f"{kind.__name__}.{field.name}: use setting(...)"
+                assert field.metadata.get("changes") in set(Changes), (
+                    f"{kind.__name__}.{field.name}: use setting(...)"
+                )
             else:
                 assert not field.metadata, f"{kind.__name__}.{field.name}: use section(...)"

@@ -59,19 +59,35 @@ def test_the_recipe_sft_names_the_defaults(compose):
     rows = "data.train_files=[rows.jsonl]"
     config = compose(rows)
     assert compose("+recipe=sft", rows, "name=default") == config
-    assert (config.adapter.r, config.adapter.alpha, config.adapter.target_modules) == (32, 32, "all-linear")
-    assert (config.optimizer.lr, config.optimizer.schedule, config.train.epochs) == ("auto", "linear", 1)
+    assert (config.adapter.r, config.adapter.alpha, config.adapter.target_modules) == (
+        32,
+        32,
+        "all-linear",
+    )
+    assert (config.optimizer.lr, config.optimizer.schedule, config.train.epochs) == (
+        "auto",
+        "linear",
+        1,
+    )
 
 
-@pytest.mark.parametrize("overrides", [[], ["+recipe=math_lora_r512"], ["+recipe=quickstart", "adapter=dora"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["+recipe=math_lora_r512"], ["+recipe=quickstart", "adapter=dora"]]
+)
 def test_a_plan_is_of_the_same_settings_as_the_run(compose, overrides):
     plan = to_plain(compose(*overrides, command="plan"))
-    assert {key: value for key, value in plan.items() if key not in ("plan", "run")} == to_plain(compose(*overrides))
+    assert {key: value for key, value in plan.items() if key not in ("plan", "run")} == to_plain(
+        compose(*overrides)
+    )
 
 
 def test_a_recipe_yields_to_the_command_line(compose):
     config = compose("+recipe=math_r64", "model=llama3_2_1b", "adapter=lora", "adapter.r=512")
-    assert (config.model.path, config.adapter.kind, config.adapter.r) == ("meta-llama/Llama-3.2-1B", "lora", 512)
+    assert (config.model.path, config.adapter.kind, config.adapter.r) == (
+        "meta-llama/Llama-3.2-1B",
+        "lora",
+        512,
+    )
     assert config.data.path == "TIGER-Lab/MathInstruct"
 
 
@@ -81,18 +97,33 @@ def test_a_recipe_yields_to_the_command_line(compose):
         ("adapter.dropout=1", "adapter.dropout=1.0 must be at least 0 and less than 1"),
         ("adapter.target_modules=[1]", "adapter.target_modules=[1] must be a list"),
         ("adapter.target_modules='(q'", "not a regular expression"),
-        ("adapter=lora adapter.activation=relu", "adapter.activation=relu: adapter.kind=lora does not use it"),
+        (
+            "adapter=lora adapter.activation=relu",
+            "adapter.activation=relu: adapter.kind=lora does not use it",
+        ),
         ("optimizer.lr=0", "optimizer.lr=0 must be a positive number, or auto"),
         ("optimizer.lr=fast", "optimizer.lr=fast must be a positive number, or auto"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1.0 must not be negative"),
-        ("optimizer.warmup_ratio=1", "optimizer.warmup_ratio=1.0 must be at least 0 and less than 1"),
+        (
+            "optimizer.warmup_ratio=1",
+            "optimizer.warmup_ratio=1.0 must be at least 0 and less than 1",
+        ),
         ("train.seed=4294967296", "train.seed=4294967296 must be between 0 and 2**32 - 1"),
         ("data.max_length=1", "data.max_length=1: set 2 or more"),
-        ("train.micro_batch_tokens=10", "train.micro_batch_tokens=10 is less than data.max_length=128"),
-        ("data=jsonl data.eval_files=[a.jsonl] data.path=x/y", "data.eval_files without data.train_files"),
+        (
+            "train.micro_batch_tokens=10",
+            "train.micro_batch_tokens=10 is less than data.max_length=128",
+        ),
+        (
+            "data=jsonl data.eval_files=[a.jsonl] data.path=x/y",
+            "data.eval_files without data.train_files",
+        ),
         ("data=gsm8k data.completion=''", "data.layout=text needs data.prompt and data.completion"),
         ("data.eval_rows=null", "data.layout=logistic_map needs data.eval_rows"),
-        ("model.quantization=nf4 model.dtype=float16", "model.quantization=nf4 does not compute in float16"),
+        (
+            "model.quantization=nf4 model.dtype=float16",
+            "model.quantization=nf4 does not compute in float16",
+        ),
         ("name=a/b", "name='a/b': expected the name of one folder"),
     ],
 )
@@ -111,7 +142,8 @@ def test_both_names_for_the_choices_of_cera_agree():
 
 
 def test_templates_take_line_breaks_as_the_readme_quotes_them(compose):
-    """bash turns $'...' into a real line break; a backslash and an n would be two characters of the template."""
+    """bash turns $'...' into a real line break; a backslash and an n would be two characters of the
+    template."""
     rows = ["data=jsonl", "data.train_files=[rows.jsonl]", "data.eval_rows=5"]
     config = compose(*rows, 'data.prompt="Q: {question}\nA:"', 'data.completion=" {answer}"')
     assert (config.data.prompt, config.data.completion) == ("Q: {question}\nA:", " {answer}")

@@ -1,4 +1,5 @@
-"""Every mistake on a command line gets one line and status 2: the place, what is wrong, the mend."""
+"""Every mistake on a command line gets one line and status 2: the place, what is wrong, the
+fix."""
 
 import json
 import shutil
@@ -15,7 +16,11 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import fields_of
 
 MISTAKES = [
-    ("cera-train tracker.kinds={nobody:{}}", "tracker.kinds={nobody: ...}: no such tracker", "choose from wandb, "),
+    (
+        "cera-train tracker.kinds={nobody:{}}",
+        "tracker.kinds={nobody: ...}: no such tracker",
+        "choose from wandb, ",
+    ),
     # a name that does not exist: spelled otherwise, or as other programs have it
     ("cera-train adapter.rank=3", "adapter.rank: unknown setting", "Did you mean adapter.r?"),
     (
@@ -23,62 +28,146 @@ MISTAKES = [
         "adapter.settings has no bias yet",
         "write ++adapter.settings.bias=... to",
     ),
-    ("cera-train +train.batch=3", "+train.batch=3: unknown setting", "Did you mean train.batch_size?"),
-    ("cera-train gradient_accumulation_steps=4", "unknown setting", "Did you mean train.micro_batch_tokens?"),
+    (
+        "cera-train +train.batch=3",
+        "+train.batch=3: unknown setting",
+        "Did you mean train.batch_size?",
+    ),
+    (
+        "cera-train gradient_accumulation_steps=4",
+        "unknown setting",
+        "Did you mean train.micro_batch_tokens?",
+    ),
     # a file that does not exist, or a section without a file
-    ("cera-train model=llama3_1_8", "model=llama3_1_8: there is no such file", "Did you mean llama3_1_8b?"),
-    ("cera-train -m +sweep=rank_lr adapter=cera,lorra", "adapter=lorra: there is no such file", "mean lora?"),
-    ("cera-train recipe=math_r64", "recipe=math_r64: a recipe is added with a plus sign", "write +recipe=math_r64"),
+    (
+        "cera-train model=llama3_1_8",
+        "model=llama3_1_8: there is no such file",
+        "Did you mean llama3_1_8b?",
+    ),
+    (
+        "cera-train -m +sweep=rank_lr adapter=cera,lorra",
+        "adapter=lorra: there is no such file",
+        "mean lora?",
+    ),
+    (
+        "cera-train recipe=math_r64",
+        "recipe=math_r64: a recipe is added with a plus sign",
+        "write +recipe=math_r64",
+    ),
     ("cera-train +adapter.r=3", "already at 'adapter.r'", "remove + prefix"),
-    ("cera-eval run=x task.limit=4", "task.limit=4: the section task is null", "choose a file for it, task=NAME"),
+    (
+        "cera-eval run=x task.limit=4",
+        "task.limit=4: the section task is null",
+        "choose a file for it, task=NAME",
+    ),
     ("cera-train study.arm=nope", "study.arm=nope: the section study is null", "-m +study=NAME"),
     # a value of a wrong kind
-    ("cera-train data.train_files=a.jsonl", "data.train_files: expected a list", "write data.train_files=[a.jsonl]"),
+    (
+        "cera-train data.train_files=a.jsonl",
+        "data.train_files: expected a list",
+        "write data.train_files=[a.jsonl]",
+    ),
     ("cera-train adapter.r=abc", "adapter.r: ", "could not be converted to Integer"),
     ("cera-plan plan.gpu=h1000", "plan.gpu: ", "expected one of [h100, a100"),
     ("cera-plan plan.mfu=2", "plan.mfu=2.0 ", "is a share of the peak"),
-    ("cera-plan data.max_length=9000 train.micro_batch_tokens=9000", "9000 is beyond the 8192 positions", "data."),
-    ("cera-plan data=gsm8k data.path=org/rows", "data.path=org/rows: its size is unknown", "Set data.train_rows"),
+    (
+        "cera-plan data.max_length=9000 train.micro_batch_tokens=9000",
+        "9000 is beyond the 8192 positions",
+        "data.",
+    ),
+    (
+        "cera-plan data=gsm8k data.path=org/rows",
+        "data.path=org/rows: its size is unknown",
+        "Set data.train_rows",
+    ),
     ("cera-train adapter.alpha=${nothing}", "adapter.alpha: ", "'nothing' not found"),
     # a value that makes no sense
     ("cera-train adapter.r=-1", "adapter.r=-1 ", "must be positive"),
-    ("cera-train train.tasks=[gsm9k]", "train.tasks=[gsm9k]: there is no such task", "choose from forgetting, gsm8k"),
+    (
+        "cera-train train.tasks=[gsm9k]",
+        "train.tasks=[gsm9k]: there is no such task",
+        "choose from forgetting, gsm8k",
+    ),
     ("cera-train data=jsonl", "there is no training data", "set data.train_files"),
     ("cera-train model.path=./no", "model.path=./no: ", "folder does not exist"),
-    ("cera-eval run=base task=gsm8k", "run=base needs model.path=FOLDER, or model=NAME", "model=smollm2_135m_pypi"),
+    (
+        "cera-eval run=base task=gsm8k",
+        "run=base needs model.path=FOLDER, or model=NAME",
+        "model=smollm2_135m_pypi",
+    ),
     ("cera-train model.path=/proc/version", "it is a file", "Set model.path to a folder"),
-    ("cera-train output_dir=" + "x" * 300, "xxx...: too long for the name of a file", "Shorten it."),
+    (
+        "cera-train output_dir=" + "x" * 300,
+        "xxx...: too long for the name of a file",
+        "Shorten it.",
+    ),
     ("cera-eval run=x", "task=... is missing", "`cera-eval --help` lists the tasks"),
-    ("cera-eval run=nothing task=gsm8k", "run=nothing does not exist", "a folder that cera-train left"),
+    (
+        "cera-eval run=nothing task=gsm8k",
+        "run=nothing does not exist",
+        "a folder that cera-train left",
+    ),
     (
         r'cera-train data.prompt="Q:{q}\nA:"',
         "in place of a line break or a tab",
         r"""write $'data.prompt="Q:{q}\nA:"'""",
     ),
-    ("cera-eval run=x task=gsm8k server=localhost:8000", "server=localhost:8000: ", "such as http://localhost:8000"),
-    ("cera-train train.server=localhost:8000", "train.server=localhost:8000: ", "such as http://localhost:8000"),
+    (
+        "cera-eval run=x task=gsm8k server=localhost:8000",
+        "server=localhost:8000: ",
+        "such as http://localhost:8000",
+    ),
+    (
+        "cera-train train.server=localhost:8000",
+        "train.server=localhost:8000: ",
+        "such as http://localhost:8000",
+    ),
     (
         "cera-eval run=x data=gsm8k task=reasoning_gym",
         "data=... belongs to task=perplexity",
         "task=reasoning_gym --help",
     ),
-    ("cera-eval run=x task=perplexity server=http://a", "task=perplexity measures losses", "leave out server="),
-    ("cera-eval run=x task=gsm8k server=http://a launch.processes=2", "launch.processes=2: one", "Leave one of the"),
-    (r'cera-eval run=x task=gsm8k task.stop=["\n"]', "in place of a line break", r"""$'task.stop=["\n"]'"""),
+    (
+        "cera-eval run=x task=perplexity server=http://a",
+        "task=perplexity measures losses",
+        "leave out server=",
+    ),
+    (
+        "cera-eval run=x task=gsm8k server=http://a launch.processes=2",
+        "launch.processes=2: one",
+        "Leave one of the",
+    ),
+    (
+        r'cera-eval run=x task=gsm8k task.stop=["\n"]',
+        "in place of a line break",
+        r"""$'task.stop=["\n"]'""",
+    ),
     (
         r'cera-train data.completion="\t{a}"',
         "in place of a line break or a tab",
         r"""write $'data.completion="\t{a}"'""",
     ),
-    ("cera-train -m +study=first_look study.arm=nope", "study.arm=nope: no such arm", "from lora, identity, cera"),
+    (
+        "cera-train -m +study=first_look study.arm=nope",
+        "study.arm=nope: no such arm",
+        "from lora, identity, cera",
+    ),
     # an argument of a wrong form
     ("cera-train adapter.r=[", "adapter.r=[: cannot read the value", "close its brackets"),
     ("cera-train name=a:\nb:", "cannot read the value", r"""$'name="a:\nb:"'"""),
     ("cera-train data.prompt={q}\n{a}", "cannot read the value", r"""$'data.prompt="{q}\n{a}"'"""),
     ("cera-train +recipe=sft +recipe=quickstart", "recipe=... stands twice", "keep one of the two"),
     ("cera-train study.arms={a:[adapter=lora]}", "cannot read the value", """'KEY=["a=b","""),
-    ("cera-train -m +study=first_look study.tune={a.b:[3]}", "study.tune: the value has a new key", "++study.tune="),
-    ("cera-eval model={pth:x}", "model={pth:x}: the section model is null here", "choose a file for it, model=NAME"),
+    (
+        "cera-train -m +study=first_look study.tune={a.b:[3]}",
+        "study.tune: the value has a new key",
+        "++study.tune=",
+    ),
+    (
+        "cera-eval model={pth:x}",
+        "model={pth:x}: the section model is null here",
+        "choose a file for it, model=NAME",
+    ),
     ("cera-train adapter.r 4", "adapter.r: expected key=value", "without spaces"),
     ("cera-train math_r64", "math_r64: expected key=value", "+recipe=NAME"),
     ("cera-train --adapter.r 4", "--adapter.r: unknown option", "settings take no dashes"),
@@ -89,29 +178,57 @@ MISTAKES = [
     # a sweep with an impossible value
     ("cera-train -m adapter.r=4,abc", "adapter.r: ", "Value 'abc'"),
     ("cera-train -m adapter.r=4,8 train.batch_size=16,0", "train.batch_size=0", "must be positive"),
-    ("cera-train -m +sweep=rank_lr optimizer.lrr=1,2", "unknown setting optimizer.lrr", "Did you mean optimizer.lr?"),
+    (
+        "cera-train -m +sweep=rank_lr optimizer.lrr=1,2",
+        "unknown setting optimizer.lrr",
+        "Did you mean optimizer.lr?",
+    ),
     ("cera-train -m sweep=rank_lr", "a sweep is added with a plus sign", "write +sweep=rank_lr"),
-    ("cera-train -m adapter.r=4,8 sweep.metric=gsm8k/exact", "no job has this figure", "add train.tasks=[gsm8k]."),
-    ("cera-train -m adapter.r=4,8 sweep.metric=best_update", "sweep.metric=best_update", "choose one of eval/"),
-    ("cera-train -m adapter.r=4,8 launch.detach=true", "launch.detach=true is for jobs", "that run elsewhere"),
-    ("cera-train -m adapter.r=2,4 name=r${adapter.r}", "name=... is the folder of all jobs", "name="),
+    (
+        "cera-train -m adapter.r=4,8 sweep.metric=gsm8k/exact",
+        "no job has this figure",
+        "add train.tasks=[gsm8k].",
+    ),
+    (
+        "cera-train -m adapter.r=4,8 sweep.metric=best_update",
+        "sweep.metric=best_update",
+        "choose one of eval/",
+    ),
+    (
+        "cera-train -m adapter.r=4,8 launch.detach=true",
+        "launch.detach=true is for jobs",
+        "that run elsewhere",
+    ),
+    (
+        "cera-train -m adapter.r=2,4 name=r${adapter.r}",
+        "name=... is the folder of all jobs",
+        "name=",
+    ),
     ("cera-train -m output_dir=a,b", "output_dir=a,b is another for each job", "output_dir"),
-    ("cera-plan -m adapter.r=2,4 hydra/launcher=joblib", "the jobs of cera-plan run here", "leave it out"),
+    (
+        "cera-plan -m adapter.r=2,4 hydra/launcher=joblib",
+        "the jobs of cera-plan run here",
+        "leave it out",
+    ),
     ("cera-plan --look", "--look: unknown option", "see cera-plan --help"),
-    ("cera-plan -m optimizer.lr=interval(1,2)", "a grid takes single values", "hydra/sweeper=optuna"),
+    (
+        "cera-plan -m optimizer.lr=interval(1,2)",
+        "a grid takes single values",
+        "hydra/sweeper=optuna",
+    ),
     ("cera-report nothing", "nothing is not a folder", "expected"),
     ("cera-report", "arguments are required: DIR", "see cera-report --help"),
 ]
 
 
-@pytest.mark.parametrize(("line", "cause", "mend"), MISTAKES, ids=[line for line, *_ in MISTAKES])
-def test_a_mistake_gets_one_line_and_status_2(tmp_path, run_command, capfd, line, cause, mend):
+@pytest.mark.parametrize(("line", "cause", "fix"), MISTAKES, ids=[line for line, *_ in MISTAKES])
+def test_a_mistake_gets_one_line_and_status_2(tmp_path, run_command, capfd, line, cause, fix):
     program, *arguments = line.split(" ")
     assert run_command(program, *arguments) == 2
     (printed,) = capfd.readouterr().err.splitlines()
     assert printed.startswith(f"{program}: ")
     assert cause in printed
-    assert mend in printed
+    assert fix in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -132,7 +249,9 @@ def remove(name: str) -> Callable[[Path], object]:
 
 
 def save(kind: type) -> Callable[[Path], object]:
-    small = kind.config_class(vocab_size=64, num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
+    small = kind.config_class(
+        vocab_size=64, num_hidden_layers=1, hidden_size=16, num_attention_heads=2
+    )
     return lambda folder: kind(small).save_pretrained(folder)
 
 
@@ -172,16 +291,25 @@ BROKEN_MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "cause", "mend"), BROKEN_MODELS, ids=[cause for _, cause, _ in BROKEN_MODELS])
-def test_a_folder_that_is_no_model_gets_one_line(tiny_folder, run_command, capfd, damage, cause, mend):
+@pytest.mark.parametrize(
+    ("damage", "cause", "fix"), BROKEN_MODELS, ids=[cause for _, cause, _ in BROKEN_MODELS]
+)
+def test_a_folder_that_is_no_model_gets_one_line(
+    tiny_folder, run_command, capfd, damage, cause, fix
+):
     damage(shutil.copytree(tiny_folder, Path("model")))
     capfd.readouterr()
-    settings = ["model.path=model", "model.dtype=float32", "data.max_length=64", "data.train_rows=4"]
+    settings = [
+        "model.path=model",
+        "model.dtype=float32",
+        "data.max_length=64",
+        "data.train_rows=4",
+    ]
     assert run_command("cera-train", *settings) == 2
     (printed,) = capfd.readouterr().err.splitlines()
     assert printed.startswith("cera-train: model.path=model: ")
     assert cause in printed
-    assert mend in printed
+    assert fix in printed
     assert len(printed) < 600
 
 
@@ -196,15 +324,29 @@ def test_debug_shows_the_traceback(run_command, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("cera-train", ["-m", "adapter.r=range(1,40)", "train.seed=range(1,40)", "model.path=./no"], "model.path=./no"),
-        ("cera-train", ["train.tasks=[gsm8k]", "train.task_settings={gsm8k: {files: [rows.jsonl]}}"], "rows.jsonl:2: "),
+        (
+            "cera-train",
+            ["-m", "adapter.r=range(1,40)", "train.seed=range(1,40)", "model.path=./no"],
+            "model.path=./no",
+        ),
+        (
+            "cera-train",
+            ["train.tasks=[gsm8k]", "train.task_settings={gsm8k: {files: [rows.jsonl]}}"],
+            "rows.jsonl:2: ",
+        ),
         ("cera-eval", ["run=nothing", "task=gsm8k"], "run=nothing does not exist"),
-        ("cera-chat", ["run=base", "model=smollm2_135m_pypi", "prompts=no.txt"], "prompts=no.txt: no such file"),
+        (
+            "cera-chat",
+            ["run=base", "model=smollm2_135m_pypi", "prompts=no.txt"],
+            "prompts=no.txt: no such file",
+        ),
         ("cera-plan", ["plan.gpu=cpu", "plan.gpus=2"], "there is one CPU"),
     ],
 )
 def test_a_mistake_is_answered_before_torch_is_imported(tmp_path, name, arguments, message):
-    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1", "answer": "#### 2"}\n{"question": "2 + 2"}\n')
+    (tmp_path / "rows.jsonl").write_text(
+        '{"question": "1 + 1", "answer": "#### 2"}\n{"question": "2 + 2"}\n'
+    )
     done = command(name, *arguments, cwd=tmp_path, **WITHOUT_TORCH)
     assert done.returncode == 2
     assert message in done.stderr
@@ -228,7 +370,11 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, run_command, capfd, conten
 
 @pytest.mark.parametrize(
     ("arguments", "status", "evaluated"),
-    [(["-m", "run=broken,b"], 1, ["broken", "b"]), (["-m", "run=a,b"], 0, ["a", "b"]), (["run=broken"], 2, ["broken"])],
+    [
+        (["-m", "run=broken,b"], 1, ["broken", "b"]),
+        (["-m", "run=a,b"], 0, ["a", "b"]),
+        (["run=broken"], 2, ["broken"]),
+    ],
 )
 def test_an_evaluation_that_fails_lets_the_others_run(
     tmp_path, run_command, monkeypatch, capfd, arguments, status, evaluated
@@ -248,15 +394,26 @@ def test_an_evaluation_that_fails_lets_the_others_run(
 
 
 def test_flags_stand_anywhere_and_without_arguments_the_quickstart_runs():
-    for arguments in (["-m", "adapter.r=4,5", "name=x"], ["adapter.r=4,5", "--debug", "name=x", "--multirun"]):
+    for arguments in (
+        ["-m", "adapter.r=4,5", "name=x"],
+        ["adapter.r=4,5", "--debug", "name=x", "--multirun"],
+    ):
         assert for_hydra("cera-train", arguments) == ["--multirun", "adapter.r=4,5", "name=x"]
-    assert for_hydra("cera-train", []) == for_hydra("cera-train", ["--debug"]) == ["+recipe=quickstart"]
+    assert (
+        for_hydra("cera-train", [])
+        == for_hydra("cera-train", ["--debug"])
+        == ["+recipe=quickstart"]
+    )
     assert for_hydra("cera-train", ["--help"]) == ["--help"]
     assert for_hydra("cera-plan", []) == []
 
 
 def test_every_usual_name_leads_to_a_setting_that_exists():
-    known = [name for schema in SCHEMAS.values() for name in [*vars(schema)["__annotations__"], *fields_of(schema)]]
+    known = [
+        name
+        for schema in SCHEMAS.values()
+        for name in [*vars(schema)["__annotations__"], *fields_of(schema)]
+    ]
     for row in USUAL_NAMES.strip().splitlines():
         ours, *names = row.split()
         assert ours.partition("=")[0] in known

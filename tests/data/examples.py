@@ -13,7 +13,9 @@ from cera_train.data.segments import segmenter
 from cera_train.settings.data import DataConfig
 
 TRAIN = [{"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(6)]
-EVALUATION = [{"question": f"next to {number}?", "answer": f"it is {number}"} for number in range(3)]
+EVALUATION = [
+    {"question": f"next to {number}?", "answer": f"it is {number}"} for number in range(3)
+]
 
 QUESTION_AND_ANSWER = {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}
 
@@ -28,11 +30,18 @@ CONVERSATION = {
 }
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-CHAT = {"messages": [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in CONVERSATION["conversations"]]}
+CHAT = {
+    "messages": [
+        {"role": ROLES[turn["from"]], "content": turn["value"]}
+        for turn in CONVERSATION["conversations"]
+    ]
+}
 
 
 def data_config(**settings) -> DataConfig:
-    return DataConfig(**({"train_files": ["t.jsonl"], "eval_files": ["e.jsonl"]} | QUESTION_AND_ANSWER | settings))
+    return DataConfig(
+        **({"train_files": ["t.jsonl"], "eval_files": ["e.jsonl"]} | QUESTION_AND_ANSWER | settings)
+    )
 
 
 def example_of(row: dict, tokenizer, **settings) -> Example:
@@ -49,12 +58,18 @@ def with_changes(tokenizer: PreTrainedTokenizerFast, **changes) -> PreTrainedTok
 
 def supervised_text(example: Example, tokenizer) -> str:
     """The supervised tokens as text, stretches of them apart by a bar."""
-    stretches = itertools.groupby(zip(example.input_ids, example.loss_mask, strict=True), key=lambda token: token[1])
-    return "|".join(tokenizer.decode([id for id, _ in tokens]) for counts, tokens in stretches if counts)
+    stretches = itertools.groupby(
+        zip(example.input_ids, example.loss_mask, strict=True), key=lambda token: token[1]
+    )
+    return "|".join(
+        tokenizer.decode([id for id, _ in tokens]) for counts, tokens in stretches if counts
+    )
 
 
 def texts_of(rows: TokenizedRows, tokenizer) -> list[str]:
-    texts = [tokenizer.decode(rows.tokens("input_ids", row).to_pylist()) for row in range(len(rows))]
+    texts = [
+        tokenizer.decode(rows.tokens("input_ids", row).to_pylist()) for row in range(len(rows))
+    ]
     return [text.removeprefix("<s>").removesuffix("</s>") for text in texts]
 
 
@@ -84,5 +99,7 @@ def reads(monkeypatch) -> list[str]:
     """The files whose rows were read, in order."""
     names: list[str] = []
     read = data_rows.READERS[".jsonl"]
-    monkeypatch.setitem(data_rows.READERS, ".jsonl", lambda path: names.append(Path(path).name) or read(path))
+    monkeypatch.setitem(
+        data_rows.READERS, ".jsonl", lambda path: names.append(Path(path).name) or read(path)
+    )
     return names

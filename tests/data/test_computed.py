@@ -1,4 +1,5 @@
-"""Rows that are computed: the logistic map's against the paper's numbers, dates, reasoning-gym's in three splits."""
+"""Rows that are computed: the logistic map's against the paper's numbers, dates, reasoning-gym's in
+three splits."""
 
 import json
 import os
@@ -35,30 +36,61 @@ def test_the_trajectory_is_the_papers_and_only_what_is_shown_is_rounded():
     row = logistic_map_row(0.4, 3.5, LogisticMapConfig(decimals=4, steps=5))
     assert row["completion"] == " 0.8400, 0.4704, 0.8719, 0.3908, 0.8333"
     rounded = logistic_map_row(0.4, 3.5, LogisticMapConfig(decimals=1, steps=5))
-    assert rounded["completion"] == " 0.8, 0.5, 0.9, 0.4, 0.8"  # from the rounded 0.8 the next would be 0.6
+    assert (
+        rounded["completion"] == " 0.8, 0.5, 0.9, 0.4, 0.8"
+    )  # from the rounded 0.8 the next would be 0.6
 
 
 def test_starts_are_split_by_the_seed_and_together_all():
     train, evaluation = logistic_map_rows(LogisticMapConfig(), 20)
     assert (len(train), len(evaluation)) == (79, 20)
-    assert sorted(starts_of(train) + starts_of(evaluation)) == [f"0.{number:02}" for number in range(1, 100)]
-    assert {*starts_of(evaluation)} != {*starts_of(logistic_map_rows(LogisticMapConfig(seed=1), 20)[1])}
-    with pytest.raises(UserError, match=r"data\.eval_rows=99 leaves nothing to train on: there are 99"):
+    assert sorted(starts_of(train) + starts_of(evaluation)) == [
+        f"0.{number:02}" for number in range(1, 100)
+    ]
+    assert {*starts_of(evaluation)} != {
+        *starts_of(logistic_map_rows(LogisticMapConfig(seed=1), 20)[1])
+    }
+    with pytest.raises(
+        UserError, match=r"data\.eval_rows=99 leaves nothing to train on: there are 99"
+    ):
         logistic_map_rows(LogisticMapConfig(), 99)
 
 
 def test_several_growths_have_a_row_each_from_every_start_and_hold_out_the_same_starts():
     train, evaluation = logistic_map_rows(LogisticMapConfig(growth=[3.5, 3.7, 3.9]), 20)
-    assert (len(train), len(evaluation)) == (3 * 92, 20)  # 7 starting points are held out, one of them at two growths
+    assert (len(train), len(evaluation)) == (
+        3 * 92,
+        20,
+    )  # 7 starting points are held out, one of them at two growths
     assert not set(starts_of(train)) & set(starts_of(evaluation))
-    assert [row["prompt"][13:23] for row in train[:4]] == [*("= 3.5 x (1", "= 3.7 x (1", "= 3.9 x (1", "= 3.5 x (1")]
+    assert [row["prompt"][13:23] for row in train[:4]] == [
+        *("= 3.5 x (1", "= 3.7 x (1", "= 3.9 x (1", "= 3.5 x (1")
+    ]
 
 
 @pytest.mark.parametrize(
     ("day", "texts"),
     [
-        (date(1988, 3, 1), ["the first of March 1988", "1 March 1988", "March 1, 1988", "1.3.88", "February 29, 1988"]),
-        (date(1900, 12, 31), ["thirty-first of D", "31 Dec", "December 31, 1900", "31.12.00", "after December 30, 19"]),
+        (
+            date(1988, 3, 1),
+            [
+                "the first of March 1988",
+                "1 March 1988",
+                "March 1, 1988",
+                "1.3.88",
+                "February 29, 1988",
+            ],
+        ),
+        (
+            date(1900, 12, 31),
+            [
+                "thirty-first of D",
+                "31 Dec",
+                "December 31, 1900",
+                "31.12.00",
+                "after December 30, 19",
+            ],
+        ),
     ],
 )
 def test_a_date_is_asked_in_every_way(day, texts):
@@ -71,7 +103,12 @@ def test_a_date_is_asked_in_every_way(day, texts):
 def test_every_day_of_the_century_is_one_answer_and_evaluation_rows_stay_the_same():
     train, evaluation = date_rows(None, 50)
     days = sorted(row["completion"].strip() for row in (*train, *evaluation))
-    assert (days[0], days[-1], len(days), len(set(days))) == ("1900-01-01", "1999-12-31", 36_524, 36_524)
+    assert (days[0], days[-1], len(days), len(set(days))) == (
+        "1900-01-01",
+        "1999-12-31",
+        36_524,
+        36_524,
+    )
     assert date_rows(640, 50) == (train[:640], evaluation)
     assert train[:9] != sorted(train[:9], key=lambda row: row["completion"])
 
@@ -109,23 +146,36 @@ def test_gym_questions_are_in_one_split_and_come_up_once_in_evaluation():
 
 
 def test_gym_seeds_and_splits_share_no_draw():
-    seeds = {draws(ReasoningGymConfig(seed=seed), split, 1, "count")[0].seed for seed in (0, 1, 999) for split in Split}
+    seeds = {
+        draws(ReasoningGymConfig(seed=seed), split, 1, "count")[0].seed
+        for seed in (0, 1, 999)
+        for split in Split
+    }
     assert len(seeds) == 9
     assert all(abs(one - other) >= DRAWS for one in seeds for other in seeds - {one})
     assert max(seeds) + DRAWS < 2**32  # what numpy takes
 
 
 def test_gym_generators_take_turns_and_a_level_sets_the_difficulty():
-    taken = draws(ReasoningGymConfig(generator=["gcd", "lcm", "chain_sum"]), Split.train, 4, "count")
+    taken = draws(
+        ReasoningGymConfig(generator=["gcd", "lcm", "chain_sum"]), Split.train, 4, "count"
+    )
     assert [draw.generator for draw in taken] == ["gcd", "lcm", "chain_sum", "gcd"]
-    terms = [max(map(len, map(str.split, questions(Split.train, 60, level=level)))) for level in (0, 3)]
+    terms = [
+        max(map(len, map(str.split, questions(Split.train, 60, level=level)))) for level in (0, 3)
+    ]
     assert terms[0] < terms[1]
 
 
 def test_gym_rows_are_the_same_in_every_process():
-    command, environment = [sys.executable, "-c", ELSEWHERE, *GENERATORS], os.environ | {"PYTHONHASHSEED": "1"}
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    here = [reasoning_gym_rows(ReasoningGymConfig(generator=name, level=0), 3, 1) for name in GENERATORS]
+    command = [sys.executable, "-c", ELSEWHERE, *GENERATORS]
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    printed = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    here = [
+        reasoning_gym_rows(ReasoningGymConfig(generator=name, level=0), 3, 1) for name in GENERATORS
+    ]
     assert json.loads(printed) == [list(both) for both in here]
 
 
@@ -135,8 +185,15 @@ GROWTHS = "growth=.* must be numbers above 0 and up to 4, of at most six digits"
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        *((LogisticMapConfig, {"growth": growth}, GROWTHS) for growth in (4.1, [], True, 3.5699456)),
-        (ReasoningGymConfig, {"generator": "chain_sums"}, "generator=chain_sums: expected generators that are tested"),
+        *(
+            (LogisticMapConfig, {"growth": growth}, GROWTHS)
+            for growth in (4.1, [], True, 3.5699456)
+        ),
+        (
+            ReasoningGymConfig,
+            {"generator": "chain_sums"},
+            "generator=chain_sums: expected generators that are tested",
+        ),
         (ReasoningGymConfig, {"generator": []}, r"generator=\[\]: expected"),
         (ReasoningGymConfig, {"level": -1}, "level=-1 must not be negative"),
         (ReasoningGymConfig, {"seed": 1000}, "seed=1000 must be between 0 and 999"),
@@ -150,7 +207,14 @@ def test_a_setting_is_refused_by_name(kind, settings, message):
 def test_gym_rows_that_there_are_not_are_refused():
     with pytest.raises(UserError, match=r"level=11 of chain_sum: it has levels 0 to 10"):
         check_data(DataConfig(**GYM, reasoning_gym=ReasoningGymConfig(level=11)))
-    with pytest.raises(UserError, match=r"data.eval_rows=400: chain_sum at level 0 has only \d+ different held-out qu"):
-        open_sources(DataConfig(**GYM | {"eval_rows": 400}, reasoning_gym=ReasoningGymConfig(level=0)))
-    with pytest.raises(UserError, match="data.layout=reasoning_gym needs data.train_rows, such as 1000"):
+    with pytest.raises(
+        UserError,
+        match=r"data.eval_rows=400: chain_sum at level 0 has only \d+ different held-out qu",
+    ):
+        open_sources(
+            DataConfig(**GYM | {"eval_rows": 400}, reasoning_gym=ReasoningGymConfig(level=0))
+        )
+    with pytest.raises(
+        UserError, match="data.layout=reasoning_gym needs data.train_rows, such as 1000"
+    ):
         DataConfig(**GYM | {"train_rows": None})

@@ -1,4 +1,5 @@
-"""Mistakes in a user's data, and the one line that each gets: the place, what is wrong, the mend."""
+"""Mistakes in a user's data, and the one line that each gets: the place, what is wrong, the
+fix."""
 
 import gzip
 import json
@@ -23,7 +24,8 @@ TEXT = {"prompt": "{prompt}", "completion": "{completion}"}
 
 @pytest.fixture
 def refusal(tmp_path, monkeypatch, tokenizer):
-    """refusal(files, **settings) -> the line that training on the first file, its last row held out, is refused with"""
+    """refusal(files, **settings) -> the line that training on the first file, its last row held
+    out, is refused with"""
     monkeypatch.chdir(tmp_path)
 
     def refusal(files: dict[str, str | bytes | list], tokenizer=tokenizer, **settings) -> str:
@@ -47,43 +49,93 @@ def refusal(tmp_path, monkeypatch, tokenizer):
     [
         ("no.jsonl", "cannot read the file: No such file or directory. Name one that is there."),
         ("*.parquet", "no file matches this pattern (from {cwd})."),
-        ("reference://t.jsonl", "files are read from file://, s3://, gs://, az://, hf://, https://, http://: copy it"),
-        ("s3://bucket/t.jsonl", "cannot read the file: Install s3fs to access S3. Name one that is there."),
+        (
+            "reference://t.jsonl",
+            "files are read from file://, s3://, gs://, az://, hf://, https://, http://: copy it",
+        ),
+        (
+            "s3://bucket/t.jsonl",
+            "cannot read the file: Install s3fs to access S3. Name one that is there.",
+        ),
         (".", "it is a folder, a pipe or a device: name files, such as"),
         ("/dev/zero", "it is a folder, a pipe or a device"),
-        ("rows.xlsx", "unknown kind of file: expected .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt. Convert it"),
+        (
+            "rows.xlsx",
+            "unknown kind of file: expected .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt. "
+            "Convert it",
+        ),
     ],
 )
 def test_what_is_no_file_of_rows_is_refused_before_any_is_opened(refusal, tmp_path, name, line):
     (tmp_path / "rows.xlsx").touch()
     expected = f"{name}: {line.format(cwd=tmp_path)}"
-    assert refusal({"t.jsonl": LINES}, train_files=[name]).startswith(f"data.train_files={expected}")
+    assert refusal({"t.jsonl": LINES}, train_files=[name]).startswith(
+        f"data.train_files={expected}"
+    )
     settings = {"train_files": ["t.jsonl"], "eval_files": ["t.jsonl", name]}
     assert refusal({}, **settings).startswith(f"data.eval_files={expected}")
 
 
-CUT = gzip.compress(LINES.encode(), mtime=0)[:-9]  # without the time: processes of pytest-xdist compare names
+CUT = gzip.compress(LINES.encode(), mtime=0)[
+    :-9
+]  # without the time: processes of pytest-xdist compare names
 CSV = "prompt,completion\n1,2\n"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("x.jsonl", LINES + '{"a": \n', "x.jsonl:5: broken JSON: Expecting value: line 1 column 6 (char 5). One row"),
-        ("x.jsonl", '[{"a": 1}]\n', "x.jsonl:1: expected a row's columns, got a list. A row is a JSON object; a list"),
-        ("x.json", '{"rows": [{"a": 1}]}', "x.json: expected a JSON list of objects. One row a line is .jsonl: rename"),
+        (
+            "x.jsonl",
+            LINES + '{"a": \n',
+            "x.jsonl:5: broken JSON: Expecting value: line 1 column 6 (char 5). One row",
+        ),
+        (
+            "x.jsonl",
+            '[{"a": 1}]\n',
+            "x.jsonl:1: expected a row's columns, got a list. A row is a JSON object; a list",
+        ),
+        (
+            "x.json",
+            '{"rows": [{"a": 1}]}',
+            "x.json: expected a JSON list of objects. One row a line is .jsonl: rename",
+        ),
         ("x.json", LINES, "x.json:2: broken JSON: Extra data"),
-        ("x.jsonl", LINES.encode() + b'{"a": "\xe4"}\n', "x.jsonl:5: broken JSON: 'utf-8' codec can't decode byte"),
-        ("x.txt", b"a\nb\xff", "x.txt: cannot read it: 'utf-8' codec can't decode byte 0xff in position 3"),
-        ("x.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", "x.jsonl:1: broken JSON: maximum recursion depth exceeded"),
+        (
+            "x.jsonl",
+            LINES.encode() + b'{"a": "\xe4"}\n',
+            "x.jsonl:5: broken JSON: 'utf-8' codec can't decode byte",
+        ),
+        (
+            "x.txt",
+            b"a\nb\xff",
+            "x.txt: cannot read it: 'utf-8' codec can't decode byte 0xff in position 3",
+        ),
+        (
+            "x.jsonl",
+            b'{"a": ' + b"[" * 100_000 + b"\n",
+            "x.jsonl:1: broken JSON: maximum recursion depth exceeded",
+        ),
         ("x.jsonl.gz", CUT, "x.jsonl.gz: cannot read it: Compressed file ended before"),
-        ("x.csv", CSV + '3,"4"5\n', "x.csv:3: ',' expected after '\"'. Write a quote in a quoted cell twice."),
+        (
+            "x.csv",
+            CSV + '3,"4"5\n',
+            "x.csv:3: ',' expected after '\"'. Write a quote in a quoted cell twice.",
+        ),
         ("x.csv", "a,a\n1,2\n", "x.csv:1: a column stands twice in a,a: rename one."),
         ("x.csv", CSV + "1,2,3\n", "x.csv:3: more or fewer cells than columns: quote commas."),
         ("x.csv", CSV + "1\n", "x.csv:3: more or fewer cells than columns: quote commas."),
         ("x.parquet", b"PAR1 and no more", "x.parquet: cannot read it: "),
-        ("x.json", '[{"q": "a"}, {}]', "x.json, row 1: column 'prompt' is missing; its columns are q. Name another in"),
-        ("x.jsonl", '{"prompt": "\\ud83d"}\n{}\n', "x.jsonl:1: column 'prompt' holds half of a surrogate pair"),
+        (
+            "x.json",
+            '[{"q": "a"}, {}]',
+            "x.json, row 1: column 'prompt' is missing; its columns are q. Name another in",
+        ),
+        (
+            "x.jsonl",
+            '{"prompt": "\\ud83d"}\n{}\n',
+            "x.jsonl:1: column 'prompt' holds half of a surrogate pair",
+        ),
     ],
 )
 def test_a_broken_file_or_row_is_refused_by_its_line(refusal, name, content, line):
@@ -102,46 +154,78 @@ def test_columns_of_a_parquet_file_that_are_no_text_are_refused(refusal, tmp_pat
     start = "x.parquet, row 1: column 'prompt' holds "
     assert refused(pyarrow.array([{"x": 1}] * 2)) == f"{start}a dict: expected text."
     assert refused(pyarrow.array([b"a", b"b"])) == f"{start}a bytes: expected text."
-    assert refused(pyarrow.array([float("nan")] * 2)) == f"{start}nan: expected text, or null where there is none."
+    assert (
+        refused(pyarrow.array([float("nan")] * 2))
+        == f"{start}nan: expected text, or null where there is none."
+    )
     broken = pyarrow.array([b"\xff", b"b"]).view(pyarrow.string())
-    assert refused(broken).startswith("x.parquet: cannot read it: 'utf-8' codec can't decode byte 0xff")
+    assert refused(broken).startswith(
+        "x.parquet: cannot read it: 'utf-8' codec can't decode byte 0xff"
+    )
 
 
 def test_a_split_without_rows_names_the_counts_and_the_settings(refusal):
-    start, mend = "data.train_files=[x.jsonl]: no rows are left", "hold out fewer by data.eval_rows."
+    start = "data.train_files=[x.jsonl]: no rows are left"
+    fix = "hold out fewer by data.eval_rows."
     rows = [{"prompt": "a", "completion": ""}, {"prompt": "a" * 50, "completion": "b"}, *ROWS]
     line = refusal({"x.jsonl": rows}, train_rows=2, max_length=20)
-    assert line.startswith(f"{start}: 2 read, 1 without an answer, 1 without one within data.max_length=20. Name")
+    assert line.startswith(
+        f"{start}: 2 read, 1 without an answer, 1 without one within data.max_length=20. Name"
+    )
     for line in (refusal({"x.jsonl": ""}), refusal({"x.jsonl": ROWS}, eval_rows=4)):
         assert line.startswith(f"{start}: 0 read")
-        assert line.endswith(mend)
+        assert line.endswith(fix)
     settings = {"train_files": ["t.jsonl"], "eval_files": ["x.jsonl"]}
-    assert refusal({"t.jsonl": ROWS, "x.jsonl": ""}, **settings).startswith("data.eval_files=[x.jsonl]: no rows are")
-    assert refusal({"x.jsonl": ROWS}, eval_rows=0) == "data.eval_rows=0: no rows to evaluate on. Raise it."
+    assert refusal({"t.jsonl": ROWS, "x.jsonl": ""}, **settings).startswith(
+        "data.eval_files=[x.jsonl]: no rows are"
+    )
+    assert (
+        refusal({"x.jsonl": ROWS}, eval_rows=0)
+        == "data.eval_rows=0: no rows to evaluate on. Raise it."
+    )
 
 
-USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
-CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+USER = {"role": "user", "content": "a"}
+ANSWER = {"role": "assistant", "content": "b"}
+HUMAN = {"from": "human", "value": "a"}
+GPT = {"from": "gpt", "value": "b"}
+CALL = {
+    "id": "1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Paris"}'},
+}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 
 
 def test_a_bad_row_is_refused_by_its_line_of_its_own_file(refusal):
     files = {"a.jsonl": ROWS, "b.jsonl": [ROWS[0], {"prompt": "a"}]}
     assert refusal(files, train_files=[*files]) == (
-        "b.jsonl:2: column 'completion' is missing; its columns are prompt. Name another in data.completion."
+        "b.jsonl:2: column 'completion' is missing; its columns are prompt. Name another in "
+        "data.completion."
     )
 
 
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"prompt": "{prompt"}, "data.prompt='{prompt' is malformed: expected '}' before end of string. Write a lite"),
-        ({"prompt": "{a.b}"}, "data.prompt='{a.b}': {a.b} is not just the name of a column. Write a literal brace tw"),
+        (
+            {"prompt": "{prompt"},
+            "data.prompt='{prompt' is malformed: expected '}' before end of string. Write a lite",
+        ),
+        (
+            {"prompt": "{a.b}"},
+            "data.prompt='{a.b}': {a.b} is not just the name of a column. Write a literal brace tw",
+        ),
         ({"prompt": "{a!r}"}, "data.prompt='{a!r}': {a} is not just the name of a column."),
-        ({"completion": "{a:>9}"}, "data.completion='{a:>9}': {a} is not just the name of a column."),
+        (
+            {"completion": "{a:>9}"},
+            "data.completion='{a:>9}': {a} is not just the name of a column.",
+        ),
         ({"completion": "{}"}, "data.completion='{}': {} is not just the name of a column."),
-        ({"completion": "yes"}, "data.completion='yes' names no column: write one in braces, such as {answer}."),
+        (
+            {"completion": "yes"},
+            "data.completion='yes' names no column: write one in braces, such as {answer}.",
+        ),
     ],
 )
 def test_a_template_is_refused_by_its_key(refusal, settings, line):
@@ -151,30 +235,87 @@ def test_a_template_is_refused_by_its_key(refusal, settings, line):
 def test_a_tokenizer_without_an_end_token_is_refused_by_its_model(refusal, tokenizer):
     without = with_changes(tokenizer, eos_token=None, name_or_path="some/model")
     assert refusal({"x.jsonl": ROWS}, tokenizer=without) == (
-        "model.path=some/model: the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json."
+        "model.path=some/model: the tokenizer has no end-of-text token: set eos_token in its "
+        "tokenizer_config.json."
     )
 
 
 @pytest.mark.parametrize(
     ("layout", "row", "line"),
     [
-        ("messages", {"conversations": [HUMAN]}, "column 'messages' is missing; its columns are conversations. Choose"),
+        (
+            "messages",
+            {"conversations": [HUMAN]},
+            "column 'messages' is missing; its columns are conversations. Choose",
+        ),
         ("messages", {"messages": "a"}, "column 'messages' holds a str: expected a list of turns."),
-        ("messages", {"messages": ["a"]}, "messages[0] is 'a': expected an object with role (one of user, assistant"),
-        ("messages", {"messages": [USER, {"role": "bot", "content": "b"}]}, "messages[1] is \"{'role': 'bot'"),
+        (
+            "messages",
+            {"messages": ["a"]},
+            "messages[0] is 'a': expected an object with role (one of user, assistant",
+        ),
+        (
+            "messages",
+            {"messages": [USER, {"role": "bot", "content": "b"}]},
+            "messages[1] is \"{'role': 'bot'",
+        ),
         ("messages", {"messages": [HUMAN]}, "messages[0] is \"{'from': 'human'"),
-        ("messages", {"messages": [USER | {"content": [1]}]}, "messages[0] 'content' holds a list: expected text."),
-        ("messages", {"messages": [CALLING | {"tool_calls": [{}]}]}, "messages[0] has tool_calls of another shape: "),
-        ("messages", {"messages": [CALLING | {"tool_calls": CALL}]}, "messages[0] has tool_calls of another shape: "),
-        ("messages", {"messages": [USER, ANSWER | {"train": "no"}]}, "messages[1] has the flag 'no': expected train"),
-        ("messages", {"messages": [USER, CALLING]}, "messages[1], of role 'assistant', is left out by this model's ch"),
+        (
+            "messages",
+            {"messages": [USER | {"content": [1]}]},
+            "messages[0] 'content' holds a list: expected text.",
+        ),
+        (
+            "messages",
+            {"messages": [CALLING | {"tool_calls": [{}]}]},
+            "messages[0] has tool_calls of another shape: ",
+        ),
+        (
+            "messages",
+            {"messages": [CALLING | {"tool_calls": CALL}]},
+            "messages[0] has tool_calls of another shape: ",
+        ),
+        (
+            "messages",
+            {"messages": [USER, ANSWER | {"train": "no"}]},
+            "messages[1] has the flag 'no': expected train",
+        ),
+        (
+            "messages",
+            {"messages": [USER, CALLING]},
+            "messages[1], of role 'assistant', is left out by this model's ch",
+        ),
         ("messages", {"messages": [USER], "tools": "["}, "column 'tools' holds broken JSON"),
-        ("messages", {"messages": [USER], "tools": {"a": 1}}, "column 'tools' is \"{'a': 1}\": expected a list of obj"),
-        ("messages", {"messages": [USER], "tools": ["w"]}, "column 'tools' is \"['w']\": expected a list of objects"),
-        ("messages", {"messages": [USER], "tools": [{"function": "w"}]}, "column 'tools' is \"[{'function': 'w'}]\":"),
-        ("conversations", {"a": 1}, "column 'conversations' is missing; its columns are a. Choose another"),
-        ("conversations", {"conversations": [{"from": "user"}]}, "conversations[0] is \"{'from': 'user'}\": expected"),
-        ("conversations", {"conversations": [GPT | {"value": ["a"]}]}, "conversations[0] 'value' holds a list: exp"),
+        (
+            "messages",
+            {"messages": [USER], "tools": {"a": 1}},
+            "column 'tools' is \"{'a': 1}\": expected a list of obj",
+        ),
+        (
+            "messages",
+            {"messages": [USER], "tools": ["w"]},
+            "column 'tools' is \"['w']\": expected a list of objects",
+        ),
+        (
+            "messages",
+            {"messages": [USER], "tools": [{"function": "w"}]},
+            "column 'tools' is \"[{'function': 'w'}]\":",
+        ),
+        (
+            "conversations",
+            {"a": 1},
+            "column 'conversations' is missing; its columns are a. Choose another",
+        ),
+        (
+            "conversations",
+            {"conversations": [{"from": "user"}]},
+            "conversations[0] is \"{'from': 'user'}\": expected",
+        ),
+        (
+            "conversations",
+            {"conversations": [GPT | {"value": ["a"]}]},
+            "conversations[0] 'value' holds a list: exp",
+        ),
     ],
 )
 def test_a_malformed_turn_is_refused_by_its_number(tokenizer, layout, row, line):

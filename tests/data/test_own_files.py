@@ -25,10 +25,13 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 @pytest.fixture
 def own(compose, write_jsonl):
-    """own(rows, *overrides) -> the rows' DataConfig as the command line composes it from `data.train_files` alone"""
+    """own(rows, *overrides) -> the rows' DataConfig as the command line composes it from
+    `data.train_files` alone"""
 
     def own(rows: list[dict], *overrides: str) -> DataConfig:
-        return compose("data=jsonl", f"data.train_files=[{write_jsonl('rows.jsonl', rows)}]", *overrides).data
+        return compose(
+            "data=jsonl", f"data.train_files=[{write_jsonl('rows.jsonl', rows)}]", *overrides
+        ).data
 
     return own
 
@@ -40,12 +43,29 @@ def own(compose, write_jsonl):
         (
             CONVERSATION,
             "conversations",
-            ["System: Be brief.\nUser: hello\nAssistant:", " hello there", "\nUser: next?\nAssistant:", " 0.84"],
+            [
+                "System: Be brief.\nUser: hello\nAssistant:",
+                " hello there",
+                "\nUser: next?\nAssistant:",
+                " 0.84",
+            ],
         ),
-        ({"instruction": "Add.", "input": "1", "output": "2"}, "instruction", ["Question: Add.\n1\nAnswer:", " 2"]),
-        ({"instruction": "Yes?", "input": "", "output": "no"}, "instruction", ["Question: Yes?\nAnswer:", " no"]),
+        (
+            {"instruction": "Add.", "input": "1", "output": "2"},
+            "instruction",
+            ["Question: Add.\n1\nAnswer:", " 2"],
+        ),
+        (
+            {"instruction": "Yes?", "input": "", "output": "no"},
+            "instruction",
+            ["Question: Yes?\nAnswer:", " no"],
+        ),
         ({"prompt": "1+", "completion": "1"}, "text", ["1+", "1"]),
-        ({"question": "1+1?", "answer": "2", "messages": None}, "text", ["Question: 1+1?\nAnswer:", " 2"]),
+        (
+            {"question": "1+1?", "answer": "2", "messages": None},
+            "text",
+            ["Question: 1+1?\nAnswer:", " 2"],
+        ),
         ({"text": "Once upon a time."}, "documents", ["Once upon a time."]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -57,11 +77,20 @@ def test_the_columns_of_the_first_rows_choose_the_layout(own, row, layout, texts
     assert decide_layouts(config) == config
 
 
-def test_templates_that_are_set_choose_text_and_each_part_of_a_mix_is_read_by_its_own_columns(own, write_jsonl):
+def test_templates_that_are_set_choose_text_and_each_part_of_a_mix_is_read_by_its_own_columns(
+    own, write_jsonl
+):
     alpaca = {"instruction": "a", "output": "b"}
-    assert own([alpaca], "data.prompt='{instruction}:'", "data.completion='{output}'").layout == "text"
-    chats, rows = write_jsonl("chats.jsonl", [CHAT]), write_jsonl("alpaca.jsonl", [alpaca])
-    parts = [MixPart(train_files=[str(chats)]), MixPart(train_files=[str(rows)]), MixPart(path="a/b", layout="text")]
+    assert (
+        own([alpaca], "data.prompt='{instruction}:'", "data.completion='{output}'").layout == "text"
+    )
+    chats = write_jsonl("chats.jsonl", [CHAT])
+    rows = write_jsonl("alpaca.jsonl", [alpaca])
+    parts = [
+        MixPart(train_files=[str(chats)]),
+        MixPart(train_files=[str(rows)]),
+        MixPart(path="a/b", layout="text"),
+    ]
     mixed = decide_layouts(replace(own([alpaca]), layout="auto", train_files=[], mix=parts))
     assert [part.layout for part in mixed.mix] == ["messages", "instruction", "text"]
     assert [part.turns for _, part in mixed.parts()] == ["all"] * 3
@@ -70,9 +99,18 @@ def test_templates_that_are_set_choose_text_and_each_part_of_a_mix_is_read_by_it
 @pytest.mark.parametrize(
     ("rows", "line"),
     [
-        ([CHAT | {"question": "a", "answer": "b"}], "finds the columns of both messages (messages) and text (question"),
-        ([{"prompt": "a", "completion": "b"}, CONVERSATION], "finds the columns of both conversations (conversations)"),
-        ([{"q": "a", "a": "b"}], "does not know these columns, q, a: rename them (messages; conversations; instr"),
+        (
+            [CHAT | {"question": "a", "answer": "b"}],
+            "finds the columns of both messages (messages) and text (question",
+        ),
+        (
+            [{"prompt": "a", "completion": "b"}, CONVERSATION],
+            "finds the columns of both conversations (conversations)",
+        ),
+        (
+            [{"q": "a", "a": "b"}],
+            "does not know these columns, q, a: rename them (messages; conversations; instr",
+        ),
         ([{}], "does not know these columns, none: "),
         ([], "finds no rows: "),
     ],
@@ -93,13 +131,17 @@ def test_a_text_file_has_a_document_a_line_or_between_blank_lines(tmp_path, toke
     assert documents("one\nmore\n \n\n two\n") == ["one\nmore", " two"]
     assert documents("") == []
     documents("\n".join(f"line {number}" for number in range(6)))
-    data = prepare_data(decide_layouts(DataConfig(layout="auto", train_files=[str(path)])), tokenizer)
+    data = prepare_data(
+        decide_layouts(DataConfig(layout="auto", train_files=[str(path)])), tokenizer
+    )
     assert (len(data.train), len(data.evaluation)) == (5, 1)
     mask = data.train.tokens("loss_mask", 0).to_pylist()
     assert mask == [False, *[True] * (len(mask) - 1)]
 
 
-def test_a_document_longer_than_max_length_becomes_rows_that_together_are_the_document(write_jsonl, tokenizer):
+def test_a_document_longer_than_max_length_becomes_rows_that_together_are_the_document(
+    write_jsonl, tokenizer
+):
     def documents(rows: TokenizedRows) -> list[str]:
         ids = [rows.tokens("input_ids", row).to_pylist() for row in range(len(rows))]
         assert all(row[0] == tokenizer.bos_token_id and len(row) <= 8 for row in ids)
@@ -109,11 +151,20 @@ def test_a_document_longer_than_max_length_becomes_rows_that_together_are_the_do
     path = write_jsonl("rows.jsonl", [{"text": text} for text in [*texts, texts[0]]])
     config = decide_layouts(DataConfig(layout="auto", train_files=[str(path)], max_length=8))
     data = prepare_data(config, tokenizer)
-    assert sorted([*documents(data.train), *documents(data.evaluation)]) == sorted([*texts, texts[0]])
-    assert data.repeated_prompts == len(data.train) / len(documents(data.train))  # the rows of one document
+    assert sorted([*documents(data.train), *documents(data.evaluation)]) == sorted(
+        [*texts, texts[0]]
+    )
+    assert data.repeated_prompts == len(data.train) / len(
+        documents(data.train)
+    )  # the rows of one document
     assert data.train.describe().endswith(" 0 truncated")
-    is_learned, line = describe_stop(data.train, config.max_length, {tokenizer.eos_token_id}, tokenizer)
-    assert (is_learned, line.split()[0]) == (True, "</s>")  # not what a window within a document ends in
+    is_learned, line = describe_stop(
+        data.train, config.max_length, {tokenizer.eos_token_id}, tokenizer
+    )
+    assert (is_learned, line.split()[0]) == (
+        True,
+        "</s>",
+    )  # not what a window within a document ends in
     size = data_size(replace(config, max_length=3))
     assert (size.train_rows, size.eval_rows) == (8 * 3, 3)  # of 7 estimated tokens
 
@@ -126,16 +177,21 @@ def test_rows_of_one_prompt_stay_on_one_side(own, tokenizer):
     assert (len(data.train), len(data.evaluation), data.shared_prompts) == (96, 5, 0)
     assert data.train.dropped == (1, 0)
     assert prepare_evaluation(config, tokenizer).digest == data.evaluation.digest
-    with pytest.raises(UserError, match=r"1 different prompt with an answer.*name data\.eval_files"):
+    with pytest.raises(
+        UserError, match=r"1 different prompt with an answer.*name data\.eval_files"
+    ):
         prepare_data(own(rows[:1] * 9), tokenizer)
 
 
 @pytest.mark.parametrize(
-    ("counts", "rows"), [([1] * 100, 5), ([1] * 3, 1), ([1] * 20_000, 500), ([30, 40, 50], 30), ([96, 2, 2], 4)]
+    ("counts", "rows"),
+    [([1] * 100, 5), ([1] * 3, 1), ([1] * 20_000, 500), ([30, 40, 50], 30), ([96, 2, 2], 4)],
 )
 def test_a_twentieth_of_the_rows_is_held_out_but_at_least_a_prompt(counts, rows):
     row = {"prompt": "", "completion": "x"}
-    prompts = [row | {"prompt": str(number)} for number, count in enumerate(counts) for _ in range(count)]
+    prompts = [
+        row | {"prompt": str(number)} for number, count in enumerate(counts) for _ in range(count)
+    ]
     source = Source.numbered("", [*prompts, *[row | {"completion": ""}] * 9], "x")
     config = DataConfig(prompt="{prompt}", completion="{completion}", train_files=["x.jsonl"])
     held_out = rows_by_prompt(config, source)
@@ -150,7 +206,9 @@ def test_a_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
 ):
     question, answer = CHAT["messages"][1:3]
     turns = [[question | {"content": f"next to {number}?"}, answer] for number in range(40)]
-    write_jsonl("rows.jsonl", [{"messages": turn * (1 + number // 30)} for number, turn in enumerate(turns)])
+    write_jsonl(
+        "rows.jsonl", [{"messages": turn * (1 + number // 30)} for number, turn in enumerate(turns)]
+    )
     settings = [f"model.path={tiny_folder}", "data.train_files=[rows.jsonl]", "data.max_length=128"]
     sweep = tmp_path / "outputs" / "default" / "sweep.json"  # a run of this name would be refused
     sweep.parent.mkdir(parents=True)
@@ -159,10 +217,14 @@ def test_a_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
     lines = capsys.readouterr().out.splitlines()
     labels = [line[:11].strip() for line in lines]
     values = dict(zip(labels, (line[11:] for line in lines), strict=True))
-    assert values["layout"].startswith("messages, by the column `messages`, all answers; 5% of the rows")
+    assert values["layout"].startswith(
+        "messages, by the column `messages`, all answers; 5% of the rows"
+    )
     assert values["train"].startswith("38 rows, ")
     assert values["answers"] in ("1.2 a row, 2 at most", "1.3 a row, 2 at most")
-    assert values["stop"].startswith("<|im_end|> ends answers, but generation stops at </s> only: set eos_token in")
+    assert values["stop"].startswith(
+        "<|im_end|> ends answers, but generation stops at </s> only: set eos_token in"
+    )
     assert "[[hello there<|im_end|>]]" in "\n".join(lines)
     assert labels.count("example") == 2
     assert values["train it"] == shlex.join(["cera-train", "data=jsonl", *settings])
@@ -173,13 +235,19 @@ def test_a_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
 def test_a_run_records_what_it_decided_and_needs_the_files_no_more_once_it_is_finished(
     tiny_config, write_jsonl, capsys
 ):
-    path = write_jsonl("rows.jsonl", [{"question": f"{number}?", "answer": f"{number}"} for number in range(40)])
+    path = write_jsonl(
+        "rows.jsonl", [{"question": f"{number}?", "answer": f"{number}"} for number in range(40)]
+    )
     settings = ["data=jsonl", f"data.train_files=[{path}]", "train.max_updates=1"]
     config = tiny_config(*settings)
-    undecided = replace(config.data, layout="auto", prompt=None, completion=None)  # from Python: no command decides
+    undecided = replace(
+        config.data, layout="auto", prompt=None, completion=None
+    )  # from Python: no command decides
     result = train(replace(config, data=undecided))
     assert re.search(
-        r"^layout +text, by the columns `question` and `answer`; 5% ", capsys.readouterr().out, re.MULTILINE
+        r"^layout +text, by the columns `question` and `answer`; 5% ",
+        capsys.readouterr().out,
+        re.MULTILINE,
     )
     recorded = load_config(Path(result["folder"]) / "config.yaml").data
     assert recorded == config.data

@@ -1,4 +1,5 @@
-"""Rows of both splits: token ids, counts, what is dropped, prompts in both splits, and the cache."""
+"""Rows of both splits: token ids, counts, what is dropped, prompts in both splits, and the
+cache."""
 
 import copy
 import random
@@ -17,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_rows_are_read_from_the_disk_when_they_are_used(config_of, tokenizer, cache, capsys):
-    rows = [{"question": f"what is {number}?", "answer": "it is so " * 20} for number in range(3000)]
+    rows = [
+        {"question": f"what is {number}?", "answer": "it is so " * 20} for number in range(3000)
+    ]
     config = config_of(rows)
     prepare_data(config, tokenizer)
     assert capsys.readouterr().err.count(", once: it has more than 1,000 rows\n") == 1
@@ -35,7 +38,10 @@ def test_tokens_are_the_tokenizers_own_one_text_at_a_time_and_rows_without_an_an
     words = ["what", "is", "the", "next", "value", "0.84", "Ünï", "数"]
     draw = random.Random(0).choices
     rows = [
-        {"question": " ".join(draw(words, k=1 + number % 9)), "answer": " ".join(draw(words, k=1 + number % 5))}
+        {
+            "question": " ".join(draw(words, k=1 + number % 9)),
+            "answer": " ".join(draw(words, k=1 + number % 5)),
+        }
         for number in range(50)
     ]
     silent = [{"question": "a", "answer": answer} for answer in ("", None)]
@@ -44,9 +50,15 @@ def test_tokens_are_the_tokenizers_own_one_text_at_a_time_and_rows_without_an_an
     assert (len(train), train.dropped) == (50, (2, 0))
     for number, row in enumerate(rows):
         prompt = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
-        answer = [*tokenizer(f" {row['answer']}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        answer = [
+            *tokenizer(f" {row['answer']}", add_special_tokens=False).input_ids,
+            tokenizer.eos_token_id,
+        ]
         assert train.tokens("input_ids", number).to_pylist() == [*prompt, *answer][:30]
-        assert train.tokens("loss_mask", number).to_pylist() == [*[False] * len(prompt), *[True] * len(answer)][:30]
+        assert (
+            train.tokens("loss_mask", number).to_pylist()
+            == [*[False] * len(prompt), *[True] * len(answer)][:30]
+        )
 
 
 def test_what_is_cut_dropped_and_kept_is_counted(config_of, tokenizer):
@@ -63,7 +75,8 @@ def test_what_is_cut_dropped_and_kept_is_counted(config_of, tokenizer):
     ]
     train = prepare_data(config_of(rows, max_length=fits), tokenizer).train
     assert train.describe() == (
-        f"2 rows, {2 * fits} tokens, {(fits - prompt) / fits:.0%} supervised; 2 dropped (1 empty, 1 beyond "
+        f"2 rows, {2 * fits} tokens, {(fits - prompt) / fits:.0%} supervised; 2 dropped (1 empty, "
+        f"1 beyond "
         "max_length), 1 truncated"
     )
     whole, cut = train.column("input_ids")
@@ -79,16 +92,23 @@ def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer
     same_prompts = [{"question": row["question"], "answer": "another"} for row in TRAIN[:2]]
     dropped = {"question": TRAIN[3]["question"], "answer": ""}
     evaluation = [*EVALUATION, *same_prompts, dropped]
-    with pytest.raises(UserError, match="train.jsonl: 2 of 5 evaluation prompts are also training .*overlap=0.05"):
+    with pytest.raises(
+        UserError, match="train.jsonl: 2 of 5 evaluation prompts are also training .*overlap=0.05"
+    ):
         prepare_data(config_of(evaluation=evaluation), tokenizer)
-    assert prepare_data(config_of(evaluation=evaluation, allow_overlap=0.05), tokenizer).shared_prompts == 2
+    assert (
+        prepare_data(config_of(evaluation=evaluation, allow_overlap=0.05), tokenizer).shared_prompts
+        == 2
+    )
     nearly = [{"question": row["question"] + " ", "answer": row["answer"]} for row in TRAIN]
     assert prepare_data(config_of(evaluation=nearly), tokenizer).shared_prompts == 0
     again = [{"question": TRAIN[0]["question"], "answer": answer} for answer in ("one", "two")]
     assert prepare_data(config_of([*TRAIN, *again]), tokenizer).repeated_prompts == 2
 
 
-def test_the_same_rows_come_from_the_cache_also_from_another_place(config_of, tokenizer, reads, tmp_path, monkeypatch):
+def test_the_same_rows_come_from_the_cache_also_from_another_place(
+    config_of, tokenizer, reads, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "datasets", None)  # its import fails: it takes half a second
     config = config_of(evaluation=[], eval_rows=2)
     first = prepare_data(config, tokenizer)
@@ -131,15 +151,21 @@ def test_a_broken_file_of_the_cache_is_named(config_of, tokenizer, cache):
     prepare_data(config_of(), tokenizer)
     for file in cache.glob("*/rows.arrow"):
         file.write_bytes(file.read_bytes()[:-300])
-    with pytest.raises(UserError, match=r"rows.arrow is broken: .*\. Remove .*: it is written anew"):
+    with pytest.raises(
+        UserError, match=r"rows.arrow is broken: .*\. Remove .*: it is written anew"
+    ):
         prepare_data(config_of(), tokenizer)
 
 
 def test_another_tokenizer_gives_another_entry(config_of, tokenizer):
     from tokenizers.processors import TemplateProcessing
 
-    without_start, with_token, with_template, with_end = (copy.deepcopy(tokenizer) for _ in range(4))
-    without_start.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    without_start, with_token, with_template, with_end = (
+        copy.deepcopy(tokenizer) for _ in range(4)
+    )
+    without_start.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A", special_tokens=[]
+    )
     with_token.add_tokens(["what is"])
     with_template.chat_template += " "
     with_end.eos_token = "<|im_end|>"

@@ -1,4 +1,5 @@
-"""Rows from files and data sets, which of them train and which evaluate, and the quick look at them."""
+"""Rows from files and data sets, which of them train and which evaluate, and the quick look at
+them."""
 
 import gzip
 import json
@@ -41,9 +42,14 @@ def test_every_kind_of_file_gives_the_rows_as_they_stand_in_it(tmp_path, write_j
     import pyarrow
     import pyarrow.parquet
 
-    rows = [row | {"turns": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]} for row in ROWS]
+    rows = [
+        row | {"turns": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]}
+        for row in ROWS
+    ]
     path = write_jsonl("rows.jsonl", rows)
-    (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    (tmp_path / "rows.json").write_text(
+        json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8"
+    )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     for name in ("rows.jsonl", "rows.json", "rows.parquet", "rows.jsonl.gz"):
@@ -53,7 +59,9 @@ def test_every_kind_of_file_gives_the_rows_as_they_stand_in_it(tmp_path, write_j
 @pytest.mark.parametrize(("name", "separator"), [("rows.csv", ","), ("rows.tsv", "\t")])
 def test_cells_of_a_table_are_text(tmp_path, name, separator):
     lines = [["question", "answer"], ["007", '"a ""b"", c\nd"'], ["2026-01-01", ""], []]
-    (tmp_path / name).write_bytes("".join(f"{separator.join(line)}\r\n" for line in lines).encode("utf-8-sig"))
+    (tmp_path / name).write_bytes(
+        "".join(f"{separator.join(line)}\r\n" for line in lines).encode("utf-8-sig")
+    )
     assert rows_of(tmp_path / name) == [
         {"question": "007", "answer": 'a "b", c\nd'},
         {"question": "2026-01-01", "answer": ""},
@@ -75,7 +83,9 @@ def test_files_of_a_storage_elsewhere_are_read_like_those_of_this_machine(monkey
     with fsspec.open("memory://bucket/b.jsonl", "wt") as other:
         other.writelines(lines[2:])
     assert open_sources(config)[0].fingerprint != before
-    with pytest.raises(UserError, match=r"data.train_files=memory://bucket/no.jsonl: cannot read the file: "):
+    with pytest.raises(
+        UserError, match=r"data.train_files=memory://bucket/no.jsonl: cannot read the file: "
+    ):
         open_sources(data_config(["memory://bucket/no.jsonl"], eval_rows=1))
 
 
@@ -83,23 +93,37 @@ def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_rows(tmp_path
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \r\n{"a": 2}')
     assert rows_of(path) == [{"a": 1}, {"a": 2}]
-    for name, content in (("e.jsonl", b"\n\n"), ("e.json", b" \n"), ("l.json", b"[]"), ("c.csv", b"")):
+    for name, content in (
+        ("e.jsonl", b"\n\n"),
+        ("e.json", b" \n"),
+        ("l.json", b"[]"),
+        ("c.csv", b""),
+    ):
         (tmp_path / name).write_bytes(content)
         assert rows_of(tmp_path / name) == []
 
 
-def test_files_are_read_in_the_order_they_are_named_and_those_of_a_pattern_by_name(write_jsonl, tmp_path):
-    first, second = write_jsonl("z.jsonl", number_rows(2)), write_jsonl("a.jsonl", number_rows(3)[2:])
+def test_files_are_read_in_the_order_they_are_named_and_those_of_a_pattern_by_name(
+    write_jsonl, tmp_path
+):
+    first = write_jsonl("z.jsonl", number_rows(2))
+    second = write_jsonl("a.jsonl", number_rows(3)[2:])
     assert read(open_sources(data_config([first, second], [first]))[0]) == [number_rows(3)]
     pattern = tmp_path / "*.jsonl"
-    assert read(open_sources(data_config([pattern], [first]))[0]) == [[number_rows(3)[2], *number_rows(2)]]
+    assert read(open_sources(data_config([pattern], [first]))[0]) == [
+        [number_rows(3)[2], *number_rows(2)]
+    ]
 
 
 def test_without_evaluation_files_the_last_rows_are_held_out(write_jsonl):
-    path, rows = write_jsonl("t.jsonl", number_rows(10)), number_rows(10)
+    path = write_jsonl("t.jsonl", number_rows(10))
+    rows = number_rows(10)
     assert read(*open_sources(data_config([path], eval_rows=3))) == [rows[:7], rows[7:]]
     assert read(*open_sources(data_config([path], eval_rows=9))) == [rows[:1], rows[1:]]
-    assert read(*open_sources(data_config([path], eval_rows=3, train_rows=2))) == [rows[:2], rows[7:]]
+    assert read(*open_sources(data_config([path], eval_rows=3, train_rows=2))) == [
+        rows[:2],
+        rows[7:],
+    ]
 
 
 def test_train_rows_and_eval_rows_take_the_first_and_read_no_more(tmp_path):
@@ -135,8 +159,17 @@ def refusal(path: str, **settings) -> str:
     [
         ("./none", {}, ""),
         ("broken", {}, "JSON parse error: "),
-        ("ds", {}, "Unknown split \"test\". Should be one of ['train']. Check data.eval_split=test and data.subset=No"),
-        ("ds", {"subset": "x"}, "BuilderConfig 'x' not found. Available: ['default']. Check data.train_split=tr"),
+        (
+            "ds",
+            {},
+            "Unknown split \"test\". Should be one of ['train']. Check data.eval_split=test and "
+            "data.subset=No",
+        ),
+        (
+            "ds",
+            {"subset": "x"},
+            "BuilderConfig 'x' not found. Available: ['default']. Check data.train_split=tr",
+        ),
         ("some/set", {}, "HF_HUB_OFFLINE=1 is set, and the cache lacks it."),
     ],
 )
@@ -150,20 +183,33 @@ def test_without_a_network_a_data_set_is_refused_at_once(folders, no_network, mo
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    line = "data.path=some/set: cannot load it: http://127.0.0.1:9 does not answer, and the cache lacks it."
+    line = (
+        "data.path=some/set: cannot load it: http://127.0.0.1:9 does not answer, and the cache "
+        "lacks it."
+    )
     assert refusal("some/set").startswith(line)
     assert caplog.records == []
     assert not datasets.config.HF_HUB_OFFLINE
-    assert logging.getLogger("datasets").level != logging.CRITICAL  # libraries log again after loading
+    assert (
+        logging.getLogger("datasets").level != logging.CRITICAL
+    )  # libraries log again after loading
 
 
 def test_split_notation_and_row_limits_reach_the_rows(folders):
     config = DataConfig(
-        path="ds", subset="default", train_split="train[:3]", eval_split="train[3:]", train_rows=2, **TEXT
+        path="ds",
+        subset="default",
+        train_split="train[:3]",
+        eval_split="train[3:]",
+        train_rows=2,
+        **TEXT,
     )
     train, evaluation = open_sources(config)
     assert read(train, evaluation) == [number_rows(2), number_rows(4)[3:]]
-    assert [source.fingerprint for source in open_sources(config)] == [train.fingerprint, evaluation.fingerprint]
+    assert [source.fingerprint for source in open_sources(config)] == [
+        train.fingerprint,
+        evaluation.fingerprint,
+    ]
     assert train.fingerprint != evaluation.fingerprint
 
 
@@ -171,7 +217,9 @@ def test_the_first_rows_are_looked_at_without_a_model_and_the_hub_is_not_asked(w
     path = str(write_jsonl("x.jsonl", number_rows(2)))
     check_data(DataConfig(train_files=[path], eval_files=[path], **TEXT))
     check_data(DataConfig(path="some/set", layout="conversations"))
-    with pytest.raises(UserError, match=rf"^{path}:1: column 'q' is missing; its columns are question, answer"):
+    with pytest.raises(
+        UserError, match=rf"^{path}:1: column 'q' is missing; its columns are question, answer"
+    ):
         check_data(DataConfig(train_files=[path], eval_rows=1, **TEXT | {"prompt": "{q}"}))
     with pytest.raises(UserError, match=r"^data\.eval_files=no\.jsonl: cannot read the file"):
         check_data(DataConfig(train_files=[path], eval_files=["no.jsonl"], **TEXT))

@@ -18,14 +18,18 @@ def send(number: int) -> None:
 def listeners():
     """Stands for who listened before, such as submitit: the signals it got."""
     got = []
-    before = {number: signal.signal(number, lambda number, _: got.append(number)) for number in SIGNALS}
+    before = {
+        number: signal.signal(number, lambda number, _: got.append(number)) for number in SIGNALS
+    }
     yield got
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_recorded_passed_on_and_delivered_at_the_end_if_nobody_acted_on_it(listeners, number):
+def test_a_signal_is_recorded_passed_on_and_delivered_at_the_end_if_nobody_acted_on_it(
+    listeners, number
+):
     passed_on = []
     with Interruption(pass_on=passed_on.append) as interruption:
         send(number)
@@ -61,7 +65,9 @@ def test_the_listener_is_asked_after_the_run_was_saved(listeners):
     Interrupted(signal.SIGTERM).hand_over()
     with pytest.raises(SystemExit) as exit_info:
         Interrupted(signal.SIGUSR2).hand_over()
-    assert exit_info.value.code == 0  # process 0 requeues the job; a failure of another would end it first
+    assert (
+        exit_info.value.code == 0
+    )  # process 0 requeues the job; a failure of another would end it first
     assert listeners == [signal.SIGTERM, signal.SIGUSR2]
 
 
@@ -70,7 +76,10 @@ def test_a_listener_that_refuses_says_why(listeners):
         raise RuntimeError("timed out too many times.")
 
     signal.signal(signal.SIGUSR2, refuse)
-    with pytest.raises(ValueError, match="it was saved, but is not started again: timed out too many times. The same"):
+    with pytest.raises(
+        ValueError,
+        match="it was saved, but is not started again: timed out too many times. The same",
+    ):
         Interrupted(signal.SIGUSR2).hand_over()
 
 
@@ -79,5 +88,7 @@ def test_without_a_listener_the_status_is_the_shells(listeners):
         signal.signal(number, signal.SIG_DFL)
         Interrupted(number).hand_over()
         assert Interrupted(number).code == 128 + number
-        by_the_shell = subprocess.run(["sh", "-c", f"kill -{int(number)} $$"], check=False).returncode
+        by_the_shell = subprocess.run(
+            ["sh", "-c", f"kill -{int(number)} $$"], check=False
+        ).returncode
         assert by_the_shell == -number

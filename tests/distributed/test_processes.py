@@ -1,5 +1,5 @@
-"""Several real processes over gloo compute what one does, whoever starts them; and when one of them fails, hangs or is
-told to stop, the others end with it."""
+"""Several real processes over gloo compute what one does, whoever starts them; and when one of them
+fails, hangs or is told to stop, the others end with it."""
 
 import json
 import os
@@ -39,12 +39,17 @@ from cera_train.training.train import train
 
 @pytest.fixture
 def arguments(tiny_folder, tmp_path) -> list[str]:
-    """The tiny model for 20 updates. 79 rows in batches of 13: uneven shares of several micro-batches, and epochs that
-    end in a batch of one row, with nothing for any other process."""
+    """The tiny model for 20 updates. 79 rows in batches of 13: uneven shares of several
+    micro-batches, and epochs that end in a batch of one row, with nothing for any other process."""
     return [
         *(f"model.path={tiny_folder}", *TINY, "adapter.r=4"),
         *("adapter.dropout=0", "train.batch_size=13", "train.max_updates=20", "train.eval_every=8"),
-        *("train.micro_batch_tokens=300", "train.save_every=10", "train.keep=9", f"output_dir={tmp_path / 'outputs'}"),
+        *(
+            "train.micro_batch_tokens=300",
+            "train.save_every=10",
+            "train.keep=9",
+            f"output_dir={tmp_path / 'outputs'}",
+        ),
     ]
 
 
@@ -58,32 +63,45 @@ def printed_by(run: subprocess.Popen[str]) -> tuple[str, str]:
     return out, err.removeprefix("loading    PyTorch and transformers\n")
 
 
-# --- the same numbers ------------------------------------------------------------------------------------------------
+# --- the same numbers -----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_any_number_of_processes_and_either_strategy_give_the_losses_of_one(tmp_path, arguments, compose, processes):
-    """Every loss of 20 updates, perplexity and spectra, also where the run goes on from a checkpoint of one process."""
+def test_any_number_of_processes_and_either_strategy_give_the_losses_of_one(
+    tmp_path, arguments, compose, processes
+):
+    """Every loss of 20 updates, perplexity and spectra, also where the run goes on from a
+    checkpoint of one process."""
     train(compose(*arguments, "name=one"))
     other = "train.micro_batch_tokens=700" if processes == 4 else "train.batch_layout=flat"
     outputs = tmp_path / "outputs"
     for strategy in ("ddp", "fsdp"):
         cut_copy(outputs / "one", outputs / f"{strategy}_resumed", 10)
     runs = {
-        f"{strategy}_{case}": [*settings, f"distributed.strategy={strategy}", f"name={strategy}_{case}"]
+        f"{strategy}_{case}": [
+            *settings,
+            f"distributed.strategy={strategy}",
+            f"name={strategy}_{case}",
+        ]
         for case, settings in {"as_one": [], "otherwise": [other], "resumed": []}.items()
         for strategy in ("ddp", "fsdp")
     }
-    out = train_in_processes([[*arguments, *settings] for settings in runs.values()], processes, tmp_path)
+    out = train_in_processes(
+        [[*arguments, *settings] for settings in runs.values()], processes, tmp_path
+    )
     assert out.count(f"{processes} x cpu, FSDP2") == 3
     one = all_losses_of(outputs / "one")
     assert len(one) == 24
     for name in runs:
         assert all_losses_of(outputs / name) == pytest.approx(one, rel=1e-5), name
-        for evaluation, expected in zip(evaluations_of(outputs / name), evaluations_of(outputs / "one"), strict=True):
+        for evaluation, expected in zip(
+            evaluations_of(outputs / name), evaluations_of(outputs / "one"), strict=True
+        ):
             assert evaluation == pytest.approx(expected, rel=1e-4), name
-        measured, expected = (TokenLosses.read(outputs / each / LOSSES_AFTER) for each in (name, "one"))
+        measured, expected = (
+            TokenLosses.read(outputs / each / LOSSES_AFTER) for each in (name, "one")
+        )
         assert measured.tokens.tolist() == expected.tokens.tolist()
         assert measured.losses == pytest.approx(expected.losses, rel=1e-4, abs=1e-5), name
 
@@ -95,7 +113,11 @@ def test_sharding_computes_what_one_process_computes_for_every_kind_of_adapter_a
     """Losses, spectra, and the adapter as it is saved."""
     make_mixture("mixtral", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "mixture")
     tokenizer.save_pretrained(tmp_path / "mixture")
-    experts = [f"model.path={tmp_path / 'mixture'}", "adapter.target_modules=all-linear", "adapter.experts=true"]
+    experts = [
+        f"model.path={tmp_path / 'mixture'}",
+        "adapter.target_modules=all-linear",
+        "adapter.experts=true",
+    ]
     compiled = ["train.compile=true"] if can_compile(torch.device("cpu")) else []
     kinds = {
         "lora": ["adapter=lora", "adapter.r=4"],
@@ -104,7 +126,10 @@ def test_sharding_computes_what_one_process_computes_for_every_kind_of_adapter_a
         "experts": experts,
         "bf16": ["model.dtype=bfloat16"],
         "nf4": ["model.quantization=nf4", "model.dtype=bfloat16"],
-        "checkpointed": ["model.gradient_checkpointing=true", "adapter.target_modules=[q_proj,lm_head]"],
+        "checkpointed": [
+            "model.gradient_checkpointing=true",
+            "adapter.target_modules=[q_proj,lm_head]",
+        ],
         "compiled": compiled,
     }
     short = [*arguments, "train.max_updates=6", "train.eval_every=3", "train.compile=false"]
@@ -113,53 +138,73 @@ def test_sharding_computes_what_one_process_computes_for_every_kind_of_adapter_a
         train(compose(*short, *eager, f"name={kind}_one"))
     fsdp = "distributed.strategy=fsdp"
     out = train_in_processes(
-        [[*short, *settings, fsdp, f"name={kind}_fsdp"] for kind, settings in kinds.items()], 2, tmp_path
+        [[*short, *settings, fsdp, f"name={kind}_fsdp"] for kind, settings in kinds.items()],
+        2,
+        tmp_path,
     )
     assert "layers run uncompiled" not in out
     outputs = tmp_path / "outputs"
     for name in kinds:
         tolerance = 2**-8 if name in ("bf16", "nf4") else 1e-5  # 16-bit sums in another order
-        one, fsdp = outputs / f"{name}_one", outputs / f"{name}_fsdp"
+        one = outputs / f"{name}_one"
+        fsdp = outputs / f"{name}_fsdp"
         assert all_losses_of(fsdp) == pytest.approx(all_losses_of(one), rel=tolerance), name
         for evaluation, expected in zip(evaluations_of(fsdp), evaluations_of(one), strict=True):
             assert evaluation == pytest.approx(expected, rel=max(tolerance, 1e-4), abs=1e-3), name
         results = [json.loads((folder / "result.json").read_text()) for folder in (one, fsdp)]
         assert results[0]["trainable_share"] == results[1]["trainable_share"]
-        sizes = [(folder / "adapter" / "adapter_model.safetensors").stat().st_size for folder in (one, fsdp)]
+        sizes = [
+            (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+            for folder in (one, fsdp)
+        ]
         assert sizes[0] == sizes[1]
 
 
 @pytest.mark.slow
-def test_scaled_gradients_are_clipped_at_their_own_norm_by_either_strategy(tmp_path, arguments, compose):
+def test_scaled_gradients_are_clipped_at_their_own_norm_by_either_strategy(
+    tmp_path, arguments, compose
+):
     """As those of float16 are on a GPU."""
     short = [*arguments, "train.max_updates=6", "optimizer.max_grad_norm=0.1"]
     train(compose(*short, "name=one"))
     strategies = ("ddp", "fsdp")
-    runs = [[*short, f"distributed.strategy={strategy}", f"name={strategy}"] for strategy in strategies]
+    runs = [
+        [*short, f"distributed.strategy={strategy}", f"name={strategy}"] for strategy in strategies
+    ]
     train_in_processes(runs, 2, tmp_path, "scaled")
     one, *others = (metrics_of(tmp_path / "outputs" / name) for name in ("one", *strategies))
     for lines in others:
         for name in ("train/loss", "train/grad_norm"):
             expected = [line[name] for line in one if name in line]
-            assert [line[name] for line in lines if name in line] == pytest.approx(expected, rel=1e-5)
+            assert [line[name] for line in lines if name in line] == pytest.approx(
+                expected, rel=1e-5
+            )
     assert min(line["train/grad_norm"] for line in one if "train/grad_norm" in line) > 0.1
 
 
 def test_what_cannot_be_sharded_is_refused(compose):
     nf4 = ["adapter=dora", "model.quantization=nf4"]
     copies = ["adapter.settings={modules_to_save: [lm_head]}"]
-    for settings in (["optimizer=adamw_8bit"], ["model.quantization=int8"], nf4, ["train.objective=grpo"], copies):
+    for settings in (
+        ["optimizer=adamw_8bit"],
+        ["model.quantization=int8"],
+        nf4,
+        ["train.objective=grpo"],
+        copies,
+    ):
         with pytest.raises(ValueError, match="with distributed.strategy=fsdp (choose|leave)"):
             compose("distributed.strategy=fsdp", *settings)
 
 
-# --- who starts the processes ----------------------------------------------------------------------------------------
+# --- who starts the processes ---------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_one_command_starts_the_processes_and_speaks_once(tmp_path, arguments):
     for processes in (1, 2):
-        run = cera_train(*arguments, f"launch.processes={processes}", f"name={processes}", cwd=tmp_path)
+        run = cera_train(
+            *arguments, f"launch.processes={processes}", f"name={processes}", cwd=tmp_path
+        )
         out, err = printed_by(run)
         assert (run.returncode, err) == (0, "")
         assert out.count("folder          ") == out.count("perplexity      ") == 1
@@ -173,8 +218,22 @@ def test_one_command_starts_the_processes_and_speaks_once(tmp_path, arguments):
 @pytest.mark.slow
 def test_the_process_of_accelerate_launch_starts_no_others(tmp_path, arguments):
     """On GPUs it starts several by torchrun, on CPUs one."""
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1", "-m"]
-    run = [sys.executable, *launcher, "cera_train", *arguments, "launch.processes=3", "train.max_updates=2"]
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes=1",
+        "--num_machines=1",
+        "-m",
+    ]
+    run = [
+        sys.executable,
+        *launcher,
+        "cera_train",
+        *arguments,
+        "launch.processes=3",
+        "train.max_updates=2",
+    ]
     done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "1 x cpu" in done.stdout
@@ -183,7 +242,15 @@ def test_the_process_of_accelerate_launch_starts_no_others(tmp_path, arguments):
 
 @pytest.mark.slow
 def test_processes_of_torchrun_go_through_a_sweep_together(tmp_path, arguments):
-    sweep = ["-m", "cera_train", "-m", *arguments, "launch.processes=3", "train.max_updates=2", "adapter.r=2,4"]
+    sweep = [
+        "-m",
+        "cera_train",
+        "-m",
+        *arguments,
+        "launch.processes=3",
+        "train.max_updates=2",
+        "adapter.r=2,4",
+    ]
     out = torchrun("--nproc_per_node=2", *sweep, "name=sweep", cwd=tmp_path)
     assert out.count("2 x cpu") == 2
     assert out.count("jobs       2 finished") == 1
@@ -196,7 +263,14 @@ def test_two_nodes_train_together(tmp_path, arguments, compose):
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d"),
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            "--nproc_per_node=2",
+            "--rdzv_backend=c10d",
+        ),
         *(f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=two", "--local_addr=localhost"),
         *("-m", "cera_train", *arguments, "train.max_updates=6", "name=two"),
     ]
@@ -210,19 +284,37 @@ def test_two_nodes_train_together(tmp_path, arguments, compose):
 
 def test_tasks_of_a_slurm_step_are_recognised():
     step = {
-        **{"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456"},
+        **{
+            "SLURM_STEP_NUM_TASKS": "16",
+            "SLURM_PROCID": "9",
+            "SLURM_LOCALID": "1",
+            "SLURM_JOB_ID": "123456",
+        },
         **{"SLURM_STEP_NODELIST": "gpu[003-004,7],login1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"},
     }
     join_slurm_step(step)
-    assert {name: step[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")} == {
-        **{"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "gpu003"}
+    assert {
+        name: step[name]
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+    } == {
+        **{
+            "RANK": "9",
+            "WORLD_SIZE": "16",
+            "LOCAL_RANK": "1",
+            "LOCAL_WORLD_SIZE": "8",
+            "MASTER_ADDR": "gpu003",
+        }
     }
     assert step["MASTER_PORT"] == "23456"
     next_step = {name: value for name, value in step.items() if name.startswith("SLURM")}
     next_step |= {"CUDA_VISIBLE_DEVICES": "1", "SLURM_STEP_ID": "1"}
     join_slurm_step(next_step)
     assert (next_step["LOCAL_RANK"], next_step["MASTER_PORT"]) == ("0", "24453")
-    for other in ({}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, {"SLURM_STEP_NUM_TASKS": "2", "RANK": "0"}):
+    for other in (
+        {},
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+        {"SLURM_STEP_NUM_TASKS": "2", "RANK": "0"},
+    ):
         before = dict(other)
         join_slurm_step(other)
         assert other == before
@@ -252,21 +344,34 @@ def test_a_process_for_each_gpu_unless_the_config_says_otherwise(monkeypatch):
             LaunchConfig(wrong)
 
 
-# --- when one of them does not go on ---------------------------------------------------------------------------------
+# --- when one of them does not go on --------------------------------------------------------------
 
 
 def processes_of(run: subprocess.Popen[str]) -> list[int]:
     """The training processes that a command started, in the order of their ranks."""
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    return sorted(int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
+    return sorted(
+        int(child)
+        for child in children
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    )
 
 
 @pytest.fixture
 def endless(arguments, tmp_path):
     """A run of two processes in its midst."""
-    settings = ["train.max_updates=100000", "train.eval_every=null", "launch.processes=2", "distributed.timeout=15"]
+    settings = [
+        "train.max_updates=100000",
+        "train.eval_every=null",
+        "launch.processes=2",
+        "distributed.timeout=15",
+    ]
     run = cera_train(*arguments, *settings, "name=run", cwd=tmp_path)
-    wait_until(lambda: run.poll() is not None or len(losses_of(tmp_path / "outputs" / "run")) >= 12, 240, 0.05)
+    wait_until(
+        lambda: run.poll() is not None or len(losses_of(tmp_path / "outputs" / "run")) >= 12,
+        240,
+        0.05,
+    )
     yield run
     run.kill()
 
@@ -299,13 +404,17 @@ def test_a_process_that_is_killed_ends_the_others_and_is_named_once(endless, tmp
     os.kill(other, signal.SIGKILL)
     _, err = printed_by(endless)
     assert endless.returncode == 2
-    assert err.startswith("cera-train: process 1 was killed by SIGKILL: the machine may be out of memory")
+    assert err.startswith(
+        "cera-train: process 1 was killed by SIGKILL: the machine may be out of memory"
+    )
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "outputs" / "run" / ".lock").exists()
 
 
 def test_a_gpus_allocator_joins_its_blocks_unless_the_user_chose_otherwise(monkeypatch):
-    monkeypatch.setattr("cera_train.distributed.accelerator.this_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(
+        "cera_train.distributed.accelerator.this_device", lambda: torch.device("cuda")
+    )
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
     start_accelerator(ModelConfig(path="x", dtype="float32"), None, DistributedConfig())
@@ -319,7 +428,9 @@ def test_a_gpus_allocator_joins_its_blocks_unless_the_user_chose_otherwise(monke
 def test_an_accelerator_other_than_cuda_is_left_alone(monkeypatch):
     """Precision and kernels were chosen for the CPU."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    accelerator = start_accelerator(ModelConfig(path="x", dtype="float32"), None, DistributedConfig())
+    accelerator = start_accelerator(
+        ModelConfig(path="x", dtype="float32"), None, DistributedConfig()
+    )
     assert accelerator.device == torch.device("cpu")
     assert not accelerator.ddp_handler.broadcast_buffers  # no pass waits for those of process 0
 
@@ -331,12 +442,15 @@ def test_a_process_that_hangs_ends_the_run_when_its_time_is_out(endless, rank):
     os.kill(processes_of(endless)[rank], signal.SIGSTOP)
     _, err = printed_by(endless)
     assert endless.returncode == 2
-    assert err.startswith(f"cera-train: process {1 - rank} (counted from 0) waited for another that hangs")
+    assert err.startswith(
+        f"cera-train: process {1 - rank} (counted from 0) waited for another that hangs"
+    )
     assert len(err.splitlines()) == 1
 
 
 def test_an_error_of_a_process_keeps_its_kind():
-    """A mistake is one line for its user, a bug a traceback. test_a_process_that_is_killed... has the third kind."""
+    """A mistake is one line for its user, a bug a traceback. test_a_process_that_is_killed... has
+    the third kind."""
     for message, kind, words in (
         ("UserError: data.prompt: no such column.", UserError, "data.prompt: no such column."),
         ("ValueError: zip() argument 2 is shorter", RuntimeError, "Traceback ..."),
@@ -346,7 +460,10 @@ def test_an_error_of_a_process_keeps_its_kind():
         assert type(error) is kind
         assert words in str(error)
     aborted = error_of(1, SimpleNamespace(exitcode=-signal.SIGABRT, message=""))
-    assert "killed by SIGABRT: it may have waited for another longer than distributed.timeout. The same" in str(aborted)
+    assert (
+        "killed by SIGABRT: it may have waited for another longer than distributed.timeout. The "
+        "same" in str(aborted)
+    )
 
 
 def test_a_process_that_lost_another_fails_after_it(monkeypatch):
@@ -367,7 +484,10 @@ def test_a_process_that_lost_another_fails_after_it(monkeypatch):
     ("mistake", "message"),
     [
         (["optimizer.lr=1e30"], "is not finite"),
-        (["data=jsonl", "data.train_files=[no.jsonl]", "data.eval_rows=1"], "no.jsonl: cannot read the file"),
+        (
+            ["data=jsonl", "data.train_files=[no.jsonl]", "data.eval_rows=1"],
+            "no.jsonl: cannot read the file",
+        ),
     ],
     ids=["while it trains", "before"],
 )

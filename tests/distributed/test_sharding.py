@@ -1,5 +1,5 @@
-"""Sharded weights and moments become whole one tensor at a time, and stay in one process only. Replicas share the
-memory of what none of them trains."""
+"""Sharded weights and moments become whole one tensor at a time, and stay in one process only.
+Replicas share the memory of what none of them trains."""
 
 import weakref
 from pathlib import Path
@@ -19,7 +19,9 @@ from cera_train.training.session import Session, settle
 
 @pytest.fixture
 def team_of_one():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -40,8 +42,10 @@ def sharded(team_of_one):
 
 @pytest.fixture
 def on_the_gpu(monkeypatch) -> list[int]:
-    """How many whole tensors were on the GPU at once, each time that one more came; a copy stands for the CPU's."""
-    alive, counts = weakref.WeakSet(), []
+    """How many whole tensors were on the GPU at once, each time that one more came; a copy stands
+    for the CPU's."""
+    alive = weakref.WeakSet()
+    counts = []
     collect = DTensor.full_tensor
 
     def full_tensor(self):
@@ -58,23 +62,35 @@ def on_the_gpu(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("keep", [True, False])
 def test_one_whole_tensor_at_a_time_is_on_the_gpu(sharded, on_the_gpu, keep):
     model, optimizer = sharded
-    weights, state = trainable_weights(model, keep=keep), optimizer_state(optimizer, keep=keep)
+    weights = trainable_weights(model, keep=keep)
+    state = optimizer_state(optimizer, keep=keep)
     assert on_the_gpu == [1] * 12  # two weights and two biases, and two moments of each
-    kept = [*weights.values(), *(moment for moments in state["state"].values() for moment in moments.values())]
+    kept = [
+        *weights.values(),
+        *(moment for moments in state["state"].values() for moment in moments.values()),
+    ]
     assert len(kept) == 16  # with the step count of each
     assert {type(tensor) for tensor in kept} == {torch.Tensor if keep else type(None)}
 
 
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
-def test_replicas_leave_the_frozen_weights_in_the_pages_of_their_file(tiny_config, team_of_one, monkeypatch):
+def test_replicas_leave_the_frozen_weights_in_the_pages_of_their_file(
+    tiny_config, team_of_one, monkeypatch
+):
     """Which the processes of a machine share until one writes to them."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.setenv(name, "1" if "SIZE" in name else "0")
     config = tiny_config("train.max_updates=1")
     path = folder_of(config)
     settled = settle(config, path)
-    with RunFolder.open(path, to_plain(settled.config)) as folder, Session(settled, folder, None) as session:
+    with (
+        RunFolder.open(path, to_plain(settled.config)) as folder,
+        Session(settled, folder, None) as session,
+    ):
         assert isinstance(session.loss, DistributedDataParallel)
         mappings = Path("/proc/self/smaps").read_text().split("model.safetensors\n")[1:]
-        written = [next(line for line in mapping.splitlines() if "Anonymous" in line) for mapping in mappings]
+        written = [
+            next(line for line in mapping.splitlines() if "Anonymous" in line)
+            for mapping in mappings
+        ]
     assert {line.split(":")[1].strip() for line in written} == {"0 kB"}

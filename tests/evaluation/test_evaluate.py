@@ -1,5 +1,5 @@
-"""Evaluations: what those with answers leave, what can be evaluated, that a cut changes nothing, what is refused; and
-that perplexity and spectra are those of training and of the model itself."""
+"""Evaluations: what those with answers leave, what can be evaluated, that a cut changes nothing,
+what is refused; and that perplexity and spectra are those of training and of the model itself."""
 
 import json
 import math
@@ -33,11 +33,15 @@ pytest_plugins = ("evaluated_runs",)
 
 @pytest.fixture
 def write_answers(monkeypatch):
-    """write_answers(text_of) -> evaluations get the answer text_of(request) instead of the model's."""
+    """write_answers(text_of) -> evaluations get the answer text_of(request) instead of the
+    model's."""
 
     def write_answers(text_of) -> None:
         def generate(self, batch, *_):
-            yield [Answer(Generation(each.problem, each.sample, text_of(each), 1, False), []) for each in batch]
+            yield [
+                Answer(Generation(each.problem, each.sample, text_of(each), 1, False), [])
+                for each in batch
+            ]
 
         monkeypatch.setattr(LoadedModel, "generate", generate)
 
@@ -53,9 +57,20 @@ def multiply_weights(adapter: Path, factor: float) -> None:
 def test_an_evaluation_leaves_what_it_did(eval_config, run):
     result = evaluate(eval_config())
     folder = run / "eval" / "gsm8k"
-    problems, answers, grades = (read(folder / f"{name}.jsonl") for name in ("problems", "generations", "grades"))
+    problems, answers, grades = (
+        read(folder / f"{name}.jsonl") for name in ("problems", "generations", "grades")
+    )
     assert [problem["question"] for problem in problems] == [row["question"] for row in QUESTIONS]
-    assert [problem["gold"] for problem in problems] == ["3", "7", "15", "4", "15", "1001", "6", "18"]
+    assert [problem["gold"] for problem in problems] == [
+        "3",
+        "7",
+        "15",
+        "4",
+        "15",
+        "1001",
+        "6",
+        "18",
+    ]
     assert problems[0]["prompt"] == f"Question: {QUESTIONS[0]['question']}\nAnswer:"
     ids = [problem["id"] for problem in problems]
     assert [(row["problem"], row["sample"]) for row in answers] == [(name, 0) for name in ids]
@@ -77,12 +92,15 @@ class Cut(Exception):
     ("sampled", "broken_line"),
     [([], b""), (["generation=sample", "generation.samples=3"], b'{"text": "\\\\boxed{3}')],
 )
-def test_interrupted_equals_uninterrupted(eval_config, run, monkeypatch, tmp_path, sampled, broken_line):
+def test_interrupted_equals_uninterrupted(
+    eval_config, run, monkeypatch, tmp_path, sampled, broken_line
+):
     whole = evaluate(eval_config(*sampled))
     expected = contents(run / "eval" / "gsm8k")
     shutil.move(run / "eval", tmp_path / "whole")
 
-    generated, generate = [], LoadedModel.generate
+    generated = []
+    generate = LoadedModel.generate
 
     def die_at_the_third(self, batch, *more):
         if len(generated) == 2:
@@ -100,7 +118,9 @@ def test_interrupted_equals_uninterrupted(eval_config, run, monkeypatch, tmp_pat
         answers.write_bytes(b"".join(whole_lines) + broken_line)
 
     again = []
-    monkeypatch.setattr(LoadedModel, "generate", lambda *args: again.append(len(args[1])) or generate(*args))
+    monkeypatch.setattr(
+        LoadedModel, "generate", lambda *args: again.append(len(args[1])) or generate(*args)
+    )
     result = evaluate(eval_config(*sampled))
     assert contents(run / "eval" / "gsm8k") == expected
     assert result == whole
@@ -110,7 +130,11 @@ def test_interrupted_equals_uninterrupted(eval_config, run, monkeypatch, tmp_pat
 def test_samples_give_pass_at_k_for_every_k(eval_config, write_answers, capsys):
     """Problem i has i right answers of 3."""
     problems = load_problems(eval_config("task.limit=4").task, None)
-    right = {(problem.id, sample): problem.gold for index, problem in enumerate(problems) for sample in range(index)}
+    right = {
+        (problem.id, sample): problem.gold
+        for index, problem in enumerate(problems)
+        for sample in range(index)
+    }
     write_answers(lambda request: f"#### {right.get((request.problem, request.sample), 'none')}")
     result = evaluate(eval_config("task.limit=4", "generation=sample", "generation.samples=3"))
     assert result["exact/pass@1"] == pytest.approx((0 + 1 / 3 + 2 / 3 + 1) / 4)
@@ -122,7 +146,10 @@ def test_samples_give_pass_at_k_for_every_k(eval_config, write_answers, capsys):
     printed = capsys.readouterr().out
     assert "problems         4, 3 answers each\n" in printed
     assert f"exact pass@3     75.0%  (95 % interval {lower:.1%} to {upper:.1%})\n" in printed
-    assert "answers          right 50.0%, wrong 50.0%, loop 0.0%, truncated 0.0%, collapsed 0.0%\n" in printed
+    assert (
+        "answers          right 50.0%, wrong 50.0%, loop 0.0%, truncated 0.0%, collapsed 0.0%\n"
+        in printed
+    )
 
 
 def test_answers_that_are_there_are_graded_again_without_a_model(eval_config, run, monkeypatch):
@@ -145,12 +172,19 @@ def test_a_grader_that_crashes_counts_as_wrong_and_is_kept(eval_config, run, mon
     monkeypatch.setattr(gsm8k, "TASK", replace(gsm8k.TASK, extract=crash))
     result = evaluate(eval_config("task.limit=2"))
     assert (result["exact/pass@1"], result["grader_failures"]) == (0.0, 2)
-    assert read(run / "eval" / "gsm8k" / "grades.jsonl")[0]["failure"] == "crash: RecursionError: too deep"
+    assert (
+        read(run / "eval" / "gsm8k" / "grades.jsonl")[0]["failure"]
+        == "crash: RecursionError: too deep"
+    )
 
 
-def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(eval_config, run, write_answers, capsys):
-    """Right at r = 3.5, on which the run was trained; one value repeated at r = 3.8; nothing at r = 3.2."""
-    config, data = eval_config(task="logistic_map"), load_config(run / "config.yaml").data
+def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(
+    eval_config, run, write_answers, capsys
+):
+    """Right at r = 3.5, on which the run was trained; one value repeated at r = 3.8; nothing at r =
+    3.2."""
+    config = eval_config(task="logistic_map")
+    data = load_config(run / "config.yaml").data
     problems = {problem.id: problem for problem in load_problems(config.task, data)}
     assert len(problems) == 3 * 20
     _, held_out = logistic_map_rows(data.logistic_map, data.eval_rows)
@@ -160,7 +194,9 @@ def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(eval_c
     def text_of(request):
         problem = problems[request.problem]
         repeated = ", ".join([problem.gold.split(",")[0]] * 6)
-        return {3.5: f" {problem.gold}", 3.8: f" {repeated}", 3.2: " I do not know."}[problem.details["growth"]]
+        return {3.5: f" {problem.gold}", 3.8: f" {repeated}", 3.2: " I do not know."}[
+            problem.details["growth"]
+        ]
 
     write_answers(text_of)
     result = evaluate(config)
@@ -168,16 +204,19 @@ def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(eval_c
     assert result["by_growth"]["3.8"]["state_collapse"] == 1.0
     assert result["no_answer"] == 20
     printed = " ".join(capsys.readouterr().out.split())
-    assert "r = 3.2 steps right 0.0%, state collapse 0.0%, not trained on r = 3.5 steps right 100.0%" in printed
+    assert (
+        "r = 3.2 steps right 0.0%, state collapse 0.0%, not trained on r = 3.5 steps right 100.0%"
+        in printed
+    )
 
 
-# --- what can be evaluated --------------------------------------------------------------------------------------------
+# --- what can be evaluated ------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_every_adapter_of_a_run_can_be_evaluated(eval_config, run, tmp_path):
-    """The run's, its best, a checkpoint's, and one that was carried elsewhere. What is measured of best/ and
-    checkpoints/ lies beside them: training replaces these folders."""
+    """The run's, its best, a checkpoint's, and one that was carried elsewhere. What is measured of
+    best/ and checkpoints/ lies beside them: training replaces these folders."""
     evaluate(eval_config("task.limit=4"))
     elsewhere = Path(shutil.copytree(run / "adapter", tmp_path / "elsewhere"))
     generations = (run / "eval" / "gsm8k" / "generations.jsonl").read_bytes()
@@ -196,14 +235,24 @@ def test_a_name_and_the_untouched_model_have_folders_of_their_own(eval_config, r
     base = run.parent / "outputs" / f"base-{Path(tiny_path(run)).name}"
     folders = [run / "eval" / "gsm8k", run / "eval" / "short", base / "eval" / "gsm8k"]
     first, short, untouched = (read(folder / "problems.jsonl") for folder in folders)
-    assert [row["id"] for row in first] == [row["id"] for row in short] == [row["id"] for row in untouched]
+    assert (
+        [row["id"] for row in first]
+        == [row["id"] for row in short]
+        == [row["id"] for row in untouched]
+    )
     assert short[0]["prompt"].startswith("Q: 1 apples")
-    namesake = Path(shutil.copytree(tiny_path(run), run.parent / "other" / Path(tiny_path(run)).name))
-    with pytest.raises(UserError, match=r"gsm8k is of another model: model.path was .* Set output_dir=OTHER"):
-        evaluate(eval_config(*base_settings(run), f"model.path={namesake}", "name=again", run="base"))
+    namesake = Path(
+        shutil.copytree(tiny_path(run), run.parent / "other" / Path(tiny_path(run)).name)
+    )
+    with pytest.raises(
+        UserError, match=r"gsm8k is of another model: model.path was .* Set output_dir=OTHER"
+    ):
+        evaluate(
+            eval_config(*base_settings(run), f"model.path={namesake}", "name=again", run="base")
+        )
 
 
-# --- mistakes --------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 def test_a_mistake_before_the_first_answer_leaves_no_trace(eval_config, write_jsonl, run):
@@ -276,7 +325,9 @@ def test_an_adapter_that_diverged_or_is_damaged_is_refused(eval_config, run):
         with pytest.raises(ValueError, match="logits are not finite"):
             evaluate(eval_config("task.limit=2", *sampled))
     multiply_weights(run / "adapter", math.nan)
-    with pytest.raises(UserError, match=r"adapter: \S+ is not finite: its training diverged. Restore the file"):
+    with pytest.raises(
+        UserError, match=r"adapter: \S+ is not finite: its training diverged. Restore the file"
+    ):
         evaluate(eval_config())
     weights = run / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
@@ -301,19 +352,28 @@ def test_perplexity_on_other_rows(eval_config, questions):
         evaluate(eval_config(f"task.files=[{questions}]", task="perplexity"))
     result = evaluate(
         eval_config(
-            *("data=jsonl", f"task.files=[{questions}]", "data.train_files=[unused.jsonl]", "data.eval_rows=1"),
+            *(
+                "data=jsonl",
+                f"task.files=[{questions}]",
+                "data.train_files=[unused.jsonl]",
+                "data.eval_rows=1",
+            ),
             *(r"data.prompt='{question}'", r"data.completion=' {answer}'", "task.limit=5"),
             task="perplexity",
         )
     )
     assert result["rows"] == 5
     mixed = ["data=jsonl", f"data.mix=[{{train_files: ['{questions}']}}]"]
-    result = evaluate(eval_config(*mixed, f"task.files=[{questions}]", "name=mixed", task="perplexity"))
+    result = evaluate(
+        eval_config(*mixed, f"task.files=[{questions}]", "name=mixed", task="perplexity")
+    )
     assert result["rows"] == 8
 
 
 @pytest.mark.parametrize(("limit", "rows"), [(7, 7), (60, 20)])
-def test_a_limit_takes_the_first_held_out_rows_and_never_a_training_row(eval_config, run, limit, rows):
+def test_a_limit_takes_the_first_held_out_rows_and_never_a_training_row(
+    eval_config, run, limit, rows
+):
     assert evaluate(eval_config(f"task.limit={limit}", task="perplexity"))["rows"] == rows
 
 
@@ -324,10 +384,14 @@ def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenize
     settings = [f"task.files=[{tmp_path / 'text.txt'}]", "task.window=32"]
     result = evaluate(eval_config(*settings, task="forgetting"))
 
-    model = AutoModelForCausalLM.from_pretrained(yaml.safe_load((run / "config.yaml").read_text())["model"]["path"])
-    start, ids = tokenizer("").input_ids, tokenizer(text, add_special_tokens=False).input_ids
+    model = AutoModelForCausalLM.from_pretrained(
+        yaml.safe_load((run / "config.yaml").read_text())["model"]["path"]
+    )
+    start = tokenizer("").input_ids
+    ids = tokenizer(text, add_special_tokens=False).input_ids
     assert len(start) == 1
-    losses, tokens = 0.0, 0
+    losses = 0.0
+    tokens = 0
     for first in range(0, len(ids), 31):
         window = torch.tensor([start + ids[first : first + 31]])
         with torch.no_grad():
@@ -340,20 +404,31 @@ def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenize
     assert untouched["perplexity"] == pytest.approx(result["perplexity_base"], rel=1e-6)
 
     (tmp_path / "text.txt").write_text(text + "there")
-    with pytest.raises(UserError, match="forgetting has the perplexity of other rows: a data file changed"):
+    with pytest.raises(
+        UserError, match="forgetting has the perplexity of other rows: a data file changed"
+    ):
         evaluate(eval_config(*settings, task="forgetting"))
 
 
-def test_finewiki_measures_each_article_as_pefts_comparison_does(eval_config, run, tokenizer, tmp_path, monkeypatch):
-    """Against the loss of the cut articles as PEFT's run.py takes it, the mean over all tokens; streamed."""
+def test_finewiki_measures_each_article_as_pefts_comparison_does(
+    eval_config, run, tokenizer, tmp_path, monkeypatch
+):
+    """Against the loss of the cut articles as PEFT's run.py takes it, the mean over all tokens;
+    streamed."""
     articles = [f"hello there {number}, what is the next value? " * 4 for number in range(102)]
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "finewiki"
     folder.mkdir()
-    (folder / "train.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in articles))
-    result = evaluate(eval_config("data=finewiki", f"data.path={folder}", "data.max_length=16", task="perplexity"))
+    (folder / "train.jsonl").write_text(
+        "".join(f"{json.dumps({'text': text})}\n" for text in articles)
+    )
+    result = evaluate(
+        eval_config("data=finewiki", f"data.path={folder}", "data.max_length=16", task="perplexity")
+    )
 
-    model = AutoModelForCausalLM.from_pretrained(yaml.safe_load((run / "config.yaml").read_text())["model"]["path"])
+    model = AutoModelForCausalLM.from_pretrained(
+        yaml.safe_load((run / "config.yaml").read_text())["model"]["path"]
+    )
     ids = tokenizer(articles[:100], truncation=True, max_length=16, return_tensors="pt").input_ids
     with torch.no_grad():
         loss = model(ids, labels=ids).loss.item()
@@ -365,7 +440,11 @@ def test_finewiki_measures_each_article_as_pefts_comparison_does(eval_config, ru
     ("rows", "window", "message"),
     [
         ([{"text": ""}], 8, r"^task.files=\[.*text.jsonl\]: the text has no token to predict"),
-        ([{"text": "hello"}, {"question": "?"}], 8, r"^\S+text.jsonl(:|, row )2: column 'text' is missing"),
+        (
+            [{"text": "hello"}, {"question": "?"}],
+            8,
+            r"^\S+text.jsonl(:|, row )2: column 'text' is missing",
+        ),
         ([{"text": "hello"}], 1024, "task.window=1024 is beyond the 256 positions"),
     ],
 )

@@ -1,5 +1,5 @@
-"""An evaluation in several processes over gloo: the answers and figures of one, whoever starts them; one error, and one
-end, for all."""
+"""An evaluation in several processes over gloo: the answers and figures of one, whoever starts
+them; one error, and one end, for all."""
 
 import json
 import signal
@@ -16,7 +16,14 @@ from cera_train.evaluation.evaluate import evaluate
 pytest_plugins = ("evaluated_runs",)
 
 CERA_EVAL = str(Path(sys.executable).parent / "cera-eval")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node=2",
+    "--no-python",
+]
 
 
 def output(*command: str, cwd: Path) -> str:
@@ -27,7 +34,11 @@ def output(*command: str, cwd: Path) -> str:
 
 
 def answering(run: Path, questions: Path, *arguments: str, tokens: int = 8) -> list[str]:
-    settings = [f"task.files=[{questions}]", f"task.max_new_tokens={tokens}", "generation.batch_tokens=150"]
+    settings = [
+        f"task.files=[{questions}]",
+        f"task.max_new_tokens={tokens}",
+        "generation.batch_tokens=150",
+    ]
     return [CERA_EVAL, f"run={run}", "task=gsm8k", *settings, *arguments]
 
 
@@ -45,11 +56,15 @@ def test_one_command_shares_the_answers_out_and_prints_once(eval_config, run, qu
 
 
 @pytest.mark.slow
-def test_processes_of_torchrun_are_not_launched_again_and_answer_what_is_missing(eval_config, run, questions, tmp_path):
+def test_processes_of_torchrun_are_not_launched_again_and_answer_what_is_missing(
+    eval_config, run, questions, tmp_path
+):
     evaluate(eval_config("name=one"))
     one = contents(run / "eval" / "one")
     lines = one["generations.jsonl"].splitlines(keepends=True)
-    (run / "eval" / "one" / "generations.jsonl").write_bytes(lines[0] + lines[5][:-7])  # cut, and unevenly so
+    (run / "eval" / "one" / "generations.jsonl").write_bytes(
+        lines[0] + lines[5][:-7]
+    )  # cut, and unevenly so
     command = answering(run, questions, "launch.processes=3", "name=one")
     output(*TORCHRUN, *command, cwd=tmp_path)
     assert contents(run / "eval" / "one") == one
@@ -58,7 +73,9 @@ def test_processes_of_torchrun_are_not_launched_again_and_answer_what_is_missing
 @pytest.mark.slow
 def test_perplexity_and_spectra_are_those_of_one_process(eval_config, run, tmp_path):
     one = evaluate(eval_config("name=one", task="perplexity"))
-    output(CERA_EVAL, f"run={run}", "task=perplexity", "launch.processes=2", "name=two", cwd=tmp_path)
+    output(
+        CERA_EVAL, f"run={run}", "task=perplexity", "launch.processes=2", "name=two", cwd=tmp_path
+    )
     two = json.loads((run / "eval" / "two" / "result.json").read_text())
     figures = {key: value for key, value in one.items() if not isinstance(value, str)}
     assert {key: two[key] for key in figures} == pytest.approx(figures, rel=1e-5)
@@ -68,14 +85,18 @@ def test_perplexity_and_spectra_are_those_of_one_process(eval_config, run, tmp_p
 def test_ctrl_c_ends_every_process_and_one_process_resumes(eval_config, run, questions, tmp_path):
     rows = [{"question": f"{n} and {n}?" + "?" * n, "answer": f"#### {2 * n}"} for n in range(40)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    process = popen(*answering(run, questions, "launch.processes=2", "name=cut", tokens=64), cwd=tmp_path)
+    process = popen(
+        *answering(run, questions, "launch.processes=2", "name=cut", tokens=64), cwd=tmp_path
+    )
     answers = run / "eval" / "cut" / "generations.1.jsonl"
     while not (answers.exists() and answers.read_text().count("\n") > 1):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     evaluating = [
-        path for path in map(Path("/proc").joinpath, children) if b"spawn_main" in (path / "cmdline").read_bytes()
+        path
+        for path in map(Path("/proc").joinpath, children)
+        if b"spawn_main" in (path / "cmdline").read_bytes()
     ]
     assert len(evaluating) == 2
     process.send_signal(signal.SIGINT)

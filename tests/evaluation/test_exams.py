@@ -1,4 +1,5 @@
-"""Accuracy and samples while a run trains: cera-eval's figures, and a training that does not notice."""
+"""Accuracy and samples while a run trains: cera-eval's figures, and a training that does not
+notice."""
 
 import json
 from dataclasses import replace
@@ -22,7 +23,12 @@ from cera_train.training.train import train
 pytest_plugins = ("evaluated_runs",)
 
 FIGURES = ["logistic_map/exact", "logistic_map/step_accuracy/mean", "logistic_map/state_collapse"]
-TASKS = ["train.tasks=[logistic_map]", "train.tasks_every=8", "train.tasks_limit=4", "train.samples=3"]
+TASKS = [
+    "train.tasks=[logistic_map]",
+    "train.tasks_every=8",
+    "train.tasks_limit=4",
+    "train.samples=3",
+]
 SHORT = ["train.task_settings={logistic_map: {max_new_tokens: 8}}"]
 
 
@@ -42,13 +48,18 @@ def learned(config) -> tuple[list, bytes]:
     "settings",
     [
         [],
-        pytest.param(["train.batch_layout=padded", "model.gradient_checkpointing=true"], marks=pytest.mark.slow),
+        pytest.param(
+            ["train.batch_layout=padded", "model.gradient_checkpointing=true"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["adapter=full", "adapter.r=null"], marks=pytest.mark.slow),
     ],
 )
 def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(tiny_config, settings):
-    """Dropout draws random numbers, and attention runs over flat rows: neither notices the answers in between."""
-    plain, examined = tiny_config(*settings, "name=plain"), tiny_config(*settings, *TASKS, *SHORT, "name=examined")
+    """Dropout draws random numbers, and attention runs over flat rows: neither notices the answers
+    in between."""
+    plain = tiny_config(*settings, "name=plain")
+    examined = tiny_config(*settings, *TASKS, *SHORT, "name=examined")
     train(plain)
     train(examined)
     assert learned(examined) == learned(plain)
@@ -59,17 +70,30 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
     config = tiny_config(*TASKS, "train.samples=4", "train.max_updates=4", "train.tasks_every=null")
     result = train(config)
     printed = capsys.readouterr().out
-    assert "4 problems of logistic_map, up to 64 tokens each, at the end; 4 samples at each evaluation\n" in printed
-    assert (printed.count("(4 problems of logistic_map in "), printed.count("4 samples in ")) == (1, 2)
-    evaluated = evaluate(compose(f"run={folder_of(config)}", "task=logistic_map", "task.limit=4", command="eval"))
+    assert (
+        "4 problems of logistic_map, up to 64 tokens each, at the end; 4 samples at each "
+        "evaluation\n" in printed
+    )
+    assert (printed.count("(4 problems of logistic_map in "), printed.count("4 samples in ")) == (
+        1,
+        2,
+    )
+    evaluated = evaluate(
+        compose(f"run={folder_of(config)}", "task=logistic_map", "task.limit=4", command="eval")
+    )
     folder = folder_of(config) / "eval" / "logistic_map"
     samples = [line for line in read(folder_of(config) / "samples.jsonl") if line["update"] == 4]
-    assert [line["answer"] for line in samples] == [line["text"] for line in read(folder / "generations.jsonl")]
-    assert [line["prompt"] for line in samples] == [line["prompt"] for line in read(folder / "problems.jsonl")]
+    assert [line["answer"] for line in samples] == [
+        line["text"] for line in read(folder / "generations.jsonl")
+    ]
+    assert [line["prompt"] for line in samples] == [
+        line["prompt"] for line in read(folder / "problems.jsonl")
+    ]
     graded = read(folder / "grades.jsonl")
     assert [line["exact"] for line in samples] == [line["exact"] for line in graded]
     assert read_grades(folder_of(config), "logistic_map") == [
-        GradedProblem(line["problem"], sum(line["matches"]) / len(line["matches"]), line["ending"]) for line in graded
+        GradedProblem(line["problem"], sum(line["matches"]) / len(line["matches"]), line["ending"])
+        for line in graded
     ]
     assert [result[name] for name in FIGURES] == [
         *(evaluated["exact/pass@1"], evaluated["step_accuracy/mean"], evaluated["state_collapse"])
@@ -81,8 +105,14 @@ def half_right(monkeypatch):
     """Every second answer is the gold one."""
 
     def answer(self, exam):
-        texts = [problem.gold if index % 2 == 0 else "nothing" for index, problem in enumerate(exam.problems)]
-        return [Generation(problem.id, 0, text, 1, False) for problem, text in zip(exam.problems, texts, strict=True)]
+        texts = [
+            problem.gold if index % 2 == 0 else "nothing"
+            for index, problem in enumerate(exam.problems)
+        ]
+        return [
+            Generation(problem.id, 0, text, 1, False)
+            for problem, text in zip(exam.problems, texts, strict=True)
+        ]
 
     monkeypatch.setattr(Exams, "answer", answer)
 
@@ -93,8 +123,17 @@ def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_righ
     config = tiny_config(*TASKS, *SHORT, "tracker=tensorboard")
     result = train(config)
     lines = evaluations(config)
-    assert [[name for name in FIGURES if name in line] for line in lines] == [FIGURES, [], FIGURES, FIGURES]
-    assert [result[name] for name in FIGURES] == [lines[-1][name] for name in FIGURES] == [0.5, 0.5, 0.0]
+    assert [[name for name in FIGURES if name in line] for line in lines] == [
+        FIGURES,
+        [],
+        FIGURES,
+        FIGURES,
+    ]
+    assert (
+        [result[name] for name in FIGURES]
+        == [lines[-1][name] for name in FIGURES]
+        == [0.5, 0.5, 0.0]
+    )
     assert json.loads((folder_of(config) / "result.json").read_text()) == result
     events = EventAccumulator(str(folder_of(config) / "tensorboard"))
     events.Reload()
@@ -105,25 +144,33 @@ def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_righ
     ]
     printed = capsys.readouterr().out
     assert (
-        "\ntasks           logistic_map exact 50.0% before, 50.0% after, step_accuracy/mean 50.0% before, 50."
-        in printed
+        "\ntasks           logistic_map exact 50.0% before, 50.0% after, step_accuracy/mean 50.0% "
+        "before, 50." in printed
     )
-    asked, truth = " ".join(samples[0]["prompt"].split()), samples[0]["gold"]
+    asked = " ".join(samples[0]["prompt"].split())
+    truth = samples[0]["gold"]
     assert (
-        f"\nasked           {asked}\nbefore          {truth}\nafter           {truth}\nright           {truth}"
-        in printed
+        f"\nasked           {asked}\nbefore          {truth}\nafter           {truth}\nright      "
+        f"     {truth}" in printed
     )
 
 
 def test_samples_without_a_prompt_are_refused(tiny_config, write_jsonl):
     rows = write_jsonl("text.jsonl", [{"text": f"document {number}"} for number in range(40)])
-    config = tiny_config("data=jsonl", f"data.train_files=[{rows}]", "data.layout=documents", "train.samples=2")
+    config = tiny_config(
+        "data=jsonl", f"data.train_files=[{rows}]", "data.layout=documents", "train.samples=2"
+    )
     with pytest.raises(UserError, match="train.samples=2: no evaluation row has a prompt"):
         train(config)
 
 
-def test_a_run_that_was_cut_ends_with_the_figures_and_samples_of_one_that_was_not(tiny_config, half_right):
-    whole, cut = (tiny_config(*TASKS, *SHORT, "train.max_updates=8", f"name={name}") for name in ("whole", "cut"))
+def test_a_run_that_was_cut_ends_with_the_figures_and_samples_of_one_that_was_not(
+    tiny_config, half_right
+):
+    whole, cut = (
+        tiny_config(*TASKS, *SHORT, "train.max_updates=8", f"name={name}")
+        for name in ("whole", "cut")
+    )
     result = train(whole)
     train_and_die_after(cut, 8, log=SAMPLES)
     assert read(folder_of(cut) / "samples.jsonl")[-1]["update"] == 8
@@ -136,7 +183,9 @@ def test_a_run_that_was_cut_ends_with_the_figures_and_samples_of_one_that_was_no
     ]
 
 
-def test_figures_of_the_last_evaluation_outlive_a_cut_before_the_result(tiny_config, half_right, monkeypatch):
+def test_figures_of_the_last_evaluation_outlive_a_cut_before_the_result(
+    tiny_config, half_right, monkeypatch
+):
     config = tiny_config(*TASKS, *SHORT, "train.max_updates=4")
     with monkeypatch.context() as patch:
         patch.setattr(training, "write_card", lambda *_: 1 / 0)
@@ -145,7 +194,9 @@ def test_figures_of_the_last_evaluation_outlive_a_cut_before_the_result(tiny_con
     assert train(config)["logistic_map/exact"] == 0.5
 
 
-def test_a_run_that_patience_ends_answers_its_tasks_at_its_end(tiny_config, half_right, monkeypatch):
+def test_a_run_that_patience_ends_answers_its_tasks_at_its_end(
+    tiny_config, half_right, monkeypatch
+):
     settings = [*TASKS, *SHORT, "train.tasks_every=null", "train.max_updates=100"]
     settings += ["optimizer.lr=3", "train.eval_every=2", "train.patience=2"]
     whole, cut = (tiny_config(*settings, f"name={name}") for name in ("whole", "cut"))
@@ -175,7 +226,9 @@ def test_without_tasks_the_samples_are_the_first_evaluation_rows_with_their_refe
     assert not [name for name in result if name.startswith("logistic_map")]
     samples = read(folder_of(config) / "samples.jsonl")
     assert [line["update"] for line in samples] == [0, 0, 1, 1]
-    assert [list(line) for line in samples] == [["update", "task", "prompt", "answer", "gold", "exact"]] * 4
+    assert [list(line) for line in samples] == [
+        ["update", "task", "prompt", "answer", "gold", "exact"]
+    ] * 4
     assert {(line["task"], line["exact"]) for line in samples} == {(None, None)}
     assert samples[0]["prompt"].startswith("Question: x' = 3.5 x (1 - x). Starting from x = 0.24")
     assert samples[0]["gold"] == "0.64, 0.81, 0.54, 0.87, 0.40, 0.84"
@@ -184,7 +237,9 @@ def test_without_tasks_the_samples_are_the_first_evaluation_rows_with_their_refe
 def test_answers_of_a_server_need_its_positions(tiny_config):
     with playing_vllm(tiny_config().model) as vllm:
         vllm.served.update(max_model_len=16)
-        with pytest.raises(UserError, match=r"^train.tasks=\[logistic_map\]: .* beyond the 16 positions"):
+        with pytest.raises(
+            UserError, match=r"^train.tasks=\[logistic_map\]: .* beyond the 16 positions"
+        ):
             train(tiny_config(*TASKS, f"train.server={vllm.url}"))
 
 
@@ -193,22 +248,45 @@ def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation
 ):
     rows, questions = (write_jsonl(f"{name}.jsonl", QUESTIONS) for name in ("rows", "questions"))
     config = tiny_config(
-        *("data=gsm8k", "data.path=null", f"data.train_files=[{rows}]", "data.eval_rows=2", "train.max_updates=1"),
-        *("train.tasks=[gsm8k]", f"train.task_settings={{gsm8k: {{files: [{questions}], max_new_tokens: 8}}}}"),
+        *(
+            "data=gsm8k",
+            "data.path=null",
+            f"data.train_files=[{rows}]",
+            "data.eval_rows=2",
+            "train.max_updates=1",
+        ),
+        *(
+            "train.tasks=[gsm8k]",
+            f"train.task_settings={{gsm8k: {{files: [{questions}], max_new_tokens: 8}}}}",
+        ),
     )
-    shared = "6 of its problems are among the training rows, such as '1 apples and 2 more, how many?'\n"
+    shared = (
+        "6 of its problems are among the training rows, such as '1 apples and 2 more, how many?'\n"
+    )
     train(config)
     assert f"\nshared     gsm8k: {shared}" in capsys.readouterr().out
-    settings = [f"run={folder_of(config)}", "task=gsm8k", f"task.files=[{questions}]", "task.max_new_tokens=8"]
+    settings = [
+        f"run={folder_of(config)}",
+        "task=gsm8k",
+        f"task.files=[{questions}]",
+        "task.max_new_tokens=8",
+    ]
     evaluate(compose(*settings, command="eval"))
     assert f"\nshared     {shared}" in capsys.readouterr().out
     rows.unlink()
     evaluate(compose(*settings, command="eval"))
-    assert "\nshared     unknown, since the training rows cannot be read: data.train_files=" in capsys.readouterr().out
+    assert (
+        "\nshared     unknown, since the training rows cannot be read: data.train_files="
+        in capsys.readouterr().out
+    )
 
 
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello there"}]
-TALK = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}, {"from": "human", "value": "and?"}]
+TALK = [
+    {"from": "human", "value": "hello"},
+    {"from": "gpt", "value": "hi"},
+    {"from": "human", "value": "and?"},
+]
 
 
 @pytest.mark.parametrize(
@@ -220,13 +298,23 @@ TALK = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}, {"f
             "Question: what is next?",
             "it is 0.84",
         ),
-        ({"messages": CHAT}, ["data.layout=messages"], "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n",
-         "hello there<|im_end|>"),
-        ({"conversations": [*TALK, {"from": "gpt", "value": "no"}]}, ["data.layout=conversations", "data.turns=all"],
-         "User: hello\nAssistant:", "hi"),
+        (
+            {"messages": CHAT},
+            ["data.layout=messages"],
+            "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n",
+            "hello there<|im_end|>",
+        ),
+        (
+            {"conversations": [*TALK, {"from": "gpt", "value": "no"}]},
+            ["data.layout=conversations", "data.turns=all"],
+            "User: hello\nAssistant:",
+            "hi",
+        ),
     ],
-)  # fmt: skip
-def test_a_sample_is_a_row_up_to_its_first_answer(tokenizer, compose, write_jsonl, row, settings, prompt, gold):
+)
+def test_a_sample_is_a_row_up_to_its_first_answer(
+    tokenizer, compose, write_jsonl, row, settings, prompt, gold
+):
     file = write_jsonl("rows.jsonl", [row] * 4)
     data = compose("data=jsonl", f"data.train_files=[{file}]", "data.eval_rows=2", *settings).data
     exam = rows_exam(data, 3, tokenizer, positions=256)
@@ -246,10 +334,19 @@ def test_two_processes_share_the_answers_out_and_record_what_one_does(tiny_confi
     config = tiny_config(*settings, "name=one")
     train(config)
     settings += [f"model.path={config.model.path}", *TINY, "adapter.r=4"]
-    settings += ["optimizer.lr=1e-2", "train.batch_size=16", "train.eval_every=4", f"output_dir={config.output_dir}"]
+    settings += [
+        "optimizer.lr=1e-2",
+        "train.batch_size=16",
+        "train.eval_every=4",
+        f"output_dir={config.output_dir}",
+    ]
     train_in_processes([[*settings, "name=two"]], 2, tmp_path)
     one, two = (read(Path(config.output_dir, name, "samples.jsonl")) for name in ("one", "two"))
-    assert two[:3] == one[:3]  # of the untouched model; later ones differ by the rounding of the gradients' sums
+    assert (
+        two[:3] == one[:3]
+    )  # of the untouched model; later ones differ by the rounding of the gradients' sums
     assert [list(line.items())[:3] for line in two] == [list(line.items())[:3] for line in one]
-    figures = [[line.get(name) for name in FIGURES] for line in evaluations(replace(config, name="two"))]
+    figures = [
+        [line.get(name) for name in FIGURES] for line in evaluations(replace(config, name="two"))
+    ]
     assert figures == [[line.get(name) for name in FIGURES] for line in evaluations(config)]

@@ -1,4 +1,5 @@
-"""Answers: what the library's own `generate` gives, one by one, whatever the batch, the order and the padding."""
+"""Answers: what the library's own `generate` gives, one by one, whatever the batch, the order and
+the padding."""
 
 import copy
 import itertools
@@ -9,7 +10,13 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from conftest import make_tiny_llama
-from oracles import GREEDY, adapted, answers_of, assert_greedy_answers_are_the_librarys, let_answers_end
+from oracles import (
+    GREEDY,
+    adapted,
+    answers_of,
+    assert_greedy_answers_are_the_librarys,
+    let_answers_end,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
@@ -42,7 +49,13 @@ def engine(tokenizer, engine_of) -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def requests(tokenizer) -> list[Request]:
-    texts = ["Question: hello", "the next value", "x", "Question: what is the next value?\nAnswer:", "is it 0.84"]
+    texts = [
+        "Question: hello",
+        "the next value",
+        "x",
+        "Question: what is the next value?\nAnswer:",
+        "is it 0.84",
+    ]
     return [
         Request(f"problem-{number}", sample, tuple(tokenizer(text).input_ids))
         for number, text in enumerate(texts)
@@ -53,7 +66,9 @@ def requests(tokenizer) -> list[Request]:
 def test_rows_that_leave_do_not_change_the_others(engine, requests):
     let_answers_end(engine, requests)
     assert len(set(assert_greedy_answers_are_the_librarys(engine, requests))) >= 3
-    lengths = [{answer.tokens for answer, *_ in ended} for ended in engine.generate(requests, GREEDY)]
+    lengths = [
+        {answer.tokens for answer, *_ in ended} for ended in engine.generate(requests, GREEDY)
+    ]
     assert max(map(len, lengths)) == 1 < len(lengths)  # an answer comes as soon as it ends
     together = answers_of(engine, [requests], SAMPLED)
     assert together == answers_of(engine, [[request] for request in reversed(requests)], SAMPLED)
@@ -71,9 +86,12 @@ def test_answers_of_an_adapter(engine, engine_of, requests, kind):
     assert answers_of(answering, [requests], GREEDY) != untouched
 
 
-@pytest.mark.parametrize(("name", "changes"), [("gpt2", {}), ("mistral", {"sliding_window": 4}), ("mamba", {})])
+@pytest.mark.parametrize(
+    ("name", "changes"), [("gpt2", {}), ("mistral", {"sliding_window": 4}), ("mamba", {})]
+)
 def test_answers_of_other_architectures(tokenizer, engine_of, requests, name, changes):
-    """Those whose memory is not the keys and values of every token answer through `model.generate`."""
+    """Those whose memory is not the keys and values of every token answer through
+    `model.generate`."""
     model = ARCHITECTURES[name].model(vocab_size=len(tokenizer), **changes)
     engine = engine_of(model, model)
     assert engine.can_decode == (name == "gpt2")
@@ -103,7 +121,8 @@ def test_a_prompt_of_several_answers_is_read_once(engine, requests):
 
 
 def test_the_head_multiplies_all_rows_at_once(engine, requests):
-    """torch would multiply each row of a slice, its last position, by a copy of the head's frozen weights."""
+    """torch would multiply each row of a slice, its last position, by a copy of the head's frozen
+    weights."""
     engine.base.requires_grad_(False)
     widths = {"mm": set(), "bmm": set()}
 
@@ -126,7 +145,8 @@ def test_a_prompt_without_tokens_is_refused(tokenizer):
     startless = copy.deepcopy(tokenizer)
     startless.bos_token = None
     with pytest.raises(
-        UserError, match="prompt of problem 2 is empty, and the tokenizer has no start token: add words"
+        UserError,
+        match="prompt of problem 2 is empty, and the tokenizer has no start token: add words",
     ):
         requests_for(problems, 1, startless, 8, None)
 
@@ -134,7 +154,8 @@ def test_a_prompt_without_tokens_is_refused(tokenizer):
 def test_sampling_follows_temperature_and_top_p():
     """Frequencies of 20,000 draws against the distribution computed by hand."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -4.0])
-    temperature, top_p = 0.7, 0.9
+    temperature = 0.7
+    top_p = 0.9
     probabilities = torch.softmax(logits / temperature, 0)
     kept = probabilities * torch.tensor([1, 1, 0, 0, 0])  # 0.79 + 0.19 reaches 0.9
     assert probabilities[0] < top_p < probabilities[:2].sum()
@@ -186,7 +207,10 @@ def test_a_special_token_as_stop_text_is_an_end_token(tokenizer):
     """Neither engine finds it in an answer's text, which has no special tokens."""
     special = next(text for text in tokenizer.all_special_tokens if text != tokenizer.eos_token)
     settings = generation_settings(tokenizer, None, 8, [special, "Q:"])
-    assert set(settings.eos_token_id) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(special)}
+    assert set(settings.eos_token_id) == {
+        tokenizer.eos_token_id,
+        tokenizer.convert_tokens_to_ids(special),
+    }
     assert settings.stop_strings == ["Q:"]
 
 
@@ -206,16 +230,22 @@ def test_batches_hold_every_request_once_sorted_and_bounded(requests):
     for batch in batches:
         assert len(batch) * (len(batch[0].prompt_ids) + 12) <= 100
     assert len(batches) < len(requests) / 2
-    assert cut_batches(requests, 12, 1) == [[request] for batch in batches for request in batch]  # one always goes
+    assert cut_batches(requests, 12, 1) == [
+        [request] for batch in batches for request in batch
+    ]  # one always goes
     assert [len(batch) for batch in cut_batches(requests * 60, 12, 10**9)] == [256, 256, 88]
 
 
-def test_a_batch_has_the_tokens_that_memory_holds_and_at_most_a_share_of_the_requests(engine, requests):
+def test_a_batch_has_the_tokens_that_memory_holds_and_at_most_a_share_of_the_requests(
+    engine, requests
+):
     cache = DynamicCache(config=engine.base.config)
     engine._next_logits(torch.tensor([[1]]), torch.tensor([[1]]), cache)
     token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert engine.batch_tokens(requests, 12, processes=1, memory=100 * token) == 100
-    assert engine.batches(requests, 12, GenerationConfig(batch_tokens=100), 1) == cut_batches(requests, 12, 100)
+    assert engine.batches(requests, 12, GenerationConfig(batch_tokens=100), 1) == cut_batches(
+        requests, 12, 100
+    )
     [batch] = engine.batches(requests, 12, GenerationConfig(), processes=1)
     assert len(batch) == len(requests)
     assert 1 < len(engine.batches(requests, 12, GenerationConfig(), processes=4)) <= 4

@@ -1,5 +1,5 @@
-"""Grades, scores and statistics by hand, enumeration and scipy; and verification of what a model may write, such as
-answers that would take all time and memory."""
+"""Grades, scores and statistics by hand, enumeration and scipy; and verification of what a model
+may write, such as answers that would take all time and memory."""
 
 import itertools
 import math
@@ -29,7 +29,13 @@ from cera_train.evaluation.statistics import (
 )
 from cera_train.evaluation.tasks import gsm8k, logistic_map
 from cera_train.evaluation.tasks import math as math_task
-from cera_train.runs.evaluation_folder import ENDINGS, AccuracyResult, Generation, Problem, ending_shares
+from cera_train.runs.evaluation_folder import (
+    ENDINGS,
+    AccuracyResult,
+    Generation,
+    Problem,
+    ending_shares,
+)
 
 pytest_plugins = ("evaluated_runs",)
 
@@ -98,13 +104,26 @@ CYCLE = ", ".join(["0.51", "0.80"] * 8)
         (gsm8k, "18", SENTENCE * 9, True, "loop"),
         (gsm8k, "18", "#### 18\n" + "Question: " * 9, True, "right"),
         (logistic_map, TRUTH, TRUTH, False, "right"),
-        (logistic_map, TRUTH, "0.84, 0.60" + ", 0.60" * 20, True, "collapsed"),  # also a loop, of which it is the cause
+        (
+            logistic_map,
+            TRUTH,
+            "0.84, 0.60" + ", 0.60" * 20,
+            True,
+            "collapsed",
+        ),  # also a loop, of which it is the cause
         (logistic_map, TRUTH, "0.84, 0.61" + ", 0.61, 0.84" * 10, True, "loop"),
-        (logistic_map, CYCLE, "0.52, 0.80, " + CYCLE[12:], False, "wrong"),  # it repeats itself as the truth does
+        (
+            logistic_map,
+            CYCLE,
+            "0.52, 0.80, " + CYCLE[12:],
+            False,
+            "wrong",
+        ),  # it repeats itself as the truth does
     ],
 )
 def test_how_an_answer_ends(task, gold, text, truncated, expected):
-    problem, given = Problem("a", "?", "?", gold, decimals=2), answer("a", text, truncated=truncated)
+    problem = Problem("a", "?", "?", gold, decimals=2)
+    given = answer("a", text, truncated=truncated)
     assert ending_of(problem, given, task.TASK.grade(problem, given)) == expected
 
 
@@ -136,21 +155,30 @@ def test_an_extracted_answer_decides_else_the_text_and_a_crash_stops_no_other():
         (Deadly("12", "12", ""), Verdict(False, "crash: ProcessExpired: exit code 3")),
         (Candidate("12", "13", "the answer is 12"), Verdict(False)),
         (Hungry("12", "12", ""), Verdict(False, "crash: MemoryError")),
-        (Candidate("12", None, "The final answer is $x = 12$. I hope it is correct."), Verdict(True)),
-        (Candidate(r"\frac{0}{0}", "1", ""), Verdict(False, "crash: ValueError: Can't evaluate nan or zoo")),
+        (
+            Candidate("12", None, "The final answer is $x = 12$. I hope it is correct."),
+            Verdict(True),
+        ),
+        (
+            Candidate(r"\frac{0}{0}", "1", ""),
+            Verdict(False, "crash: ValueError: Can't evaluate nan or zoo"),
+        ),
         (Candidate("12", None, r"we get \[ 24/2 \]"), Verdict(True)),
         (Candidate("12", None, "So the answer is 13, not 12. The answer is 13."), Verdict(False)),
         (Candidate("12", None, ""), Verdict(False)),
         (Candidate("12", None, "the value is x^2 = 5 " * 50_000), Verdict(False)),
     ]
     before = set(multiprocessing.active_children())
-    assert judge([candidate for candidate, _ in cases], seconds=20) == [verdict for _, verdict in cases]
+    assert judge([candidate for candidate, _ in cases], seconds=20) == [
+        verdict for _, verdict in cases
+    ]
     assert judge([], seconds=20) == []
     assert set(multiprocessing.active_children()) <= before
 
 
 def test_hostile_answers_are_wrong_and_the_others_go_on():
-    """To replace a process takes longer than the time limit, which that must not count against the next answer."""
+    """To replace a process takes longer than the time limit, which that must not count against the
+    next answer."""
     hostile = ["9^{9^{9^{9}}}", "9" * 1_000_000, "(" * 20_000]
     pairs = [candidate for answer in hostile for candidate in (Candidate("12", answer, ""), RIGHT)]
     verdicts = judge(pairs, seconds=1)
@@ -167,7 +195,9 @@ def test_pass_at_k_equals_the_share_of_subsets_with_a_right_answer(samples):
         answers = [True] * correct + [False] * (samples - correct)
         for k in range(1, samples + 1):
             subsets = list(itertools.combinations(answers, k))
-            assert pass_at_k(samples, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
+            assert pass_at_k(samples, correct, k) == pytest.approx(
+                sum(map(any, subsets)) / len(subsets), abs=1e-15
+            )
 
 
 def test_bootstrap_interval_of_an_accuracy_approaches_the_normal_one():
@@ -190,23 +220,30 @@ def test_sign_flip_of_right_and_wrong_is_mcnemars(only_first, only_second):
     first = [True] * only_first + [False] * only_second + [True, False]
     second = [False] * only_first + [True] * only_second + [True, False]
     differ = only_first + only_second
-    assert sign_flip(first, second) == (scipy.stats.binomtest(only_first, differ).pvalue if differ else 1)
+    assert sign_flip(first, second) == (
+        scipy.stats.binomtest(only_first, differ).pvalue if differ else 1
+    )
 
 
 def test_sign_flip_of_scores_counts_outcomes_or_draws_them():
     assert sign_flip([0] * 4, [1, 1, 1, 0.5]) == 2 / 16
-    assert sign_flip([0] * 15, [1] * 14 + [0.5]) == pytest.approx(1e-4, abs=1e-4)  # 2 of 32,768: one of 10,000 draws
+    assert sign_flip([0] * 15, [1] * 14 + [0.5]) == pytest.approx(
+        1e-4, abs=1e-4
+    )  # 2 of 32,768: one of 10,000 draws
     assert sign_flip([0] * 16, [1, -1] * 7 + [0.5, -0.5]) == 1
 
 
 def test_paired_bootstrap_uses_the_pairing():
-    """Two runs that differ on 20 of 400 problems: their intervals overlap widely, the difference is sure."""
+    """Two runs that differ on 20 of 400 problems: their intervals overlap widely, the difference is
+    sure."""
     second = [1.0] * 140 + [0.0] * 260
     difference = paired_bootstrap(ACCURACY, second)
     assert bootstrap_interval(ACCURACY)[1] > bootstrap_interval(second)[0]
     half = 1.96 * math.sqrt(0.05 * 0.95 / 400)
     assert difference.difference == pytest.approx(0.05)
-    assert (difference.lower, difference.upper) == pytest.approx((0.05 - half, 0.05 + half), abs=3e-3)
+    assert (difference.lower, difference.upper) == pytest.approx(
+        (0.05 - half, 0.05 + half), abs=3e-3
+    )
 
 
 @pytest.mark.parametrize("test", [sign_flip, paired_bootstrap])

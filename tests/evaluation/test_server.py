@@ -1,5 +1,6 @@
-"""Answers through a server: those of the model in this process, whatever fails on the way; and what is refused. The
-server plays vLLM's routes and makes its faults; tests/serving/test_vllm.py has the real one."""
+"""Answers through a server: those of the model in this process, whatever fails on the way; and what
+is refused. The server plays vLLM's routes and makes its faults; tests/serving/test_vllm.py has the
+real one."""
 
 import shutil
 from pathlib import Path
@@ -56,24 +57,31 @@ def test_a_server_that_fails_now_and_then_gives_the_answers_of_the_model_in_this
     assert {body["repetition_penalty"] for body in vllm.asked} == {1}
 
 
-def test_a_server_that_goes_is_one_line_and_the_same_command_resumes(eval_config, served_config, vllm, run):
+def test_a_server_that_goes_is_one_line_and_the_same_command_resumes(
+    eval_config, served_config, vllm, run
+):
     evaluate(eval_config())
     expected = contents(move_away(run, "here"))
     vllm.faults = ["", "", ""] + ["503"] * 99
     with pytest.raises(UserError) as caught:
         evaluate(served_config())
     assert str(caught.value) == (
-        f"server={vllm.url} is busy: 503 it is overloaded. Once it is back, the same command resumes."
+        f"server={vllm.url} is busy: 503 it is overloaded. Once it is back, the same command "
+        f"resumes."
     )
     kept = read(run / "eval" / "gsm8k" / "generations.jsonl")
-    vllm.faults, vllm.asked, vllm.loaded = [], [], {}
+    vllm.faults = []
+    vllm.asked = []
+    vllm.loaded = {}
     evaluate(served_config())
     assert len(vllm.asked) == 8 - len(kept) > 0
     assert contents(run / "eval" / "gsm8k") == expected
 
 
 def test_a_server_that_has_restarted_takes_the_next_adapter(eval_config, vllm, run):
-    server = server_module.Server(vllm.url, find_subject(eval_config()).model, None, run / "adapter")
+    server = server_module.Server(
+        vllm.url, find_subject(eval_config()).model, None, run / "adapter"
+    )
     vllm.loaded.clear()
     server.load_adapter(Path(shutil.copytree(run / "adapter", run / "next")))
     assert [*vllm.loaded] == [server.name]
@@ -89,7 +97,10 @@ def test_ctrl_c_keeps_the_answers_so_far(served_config, vllm, run):
 
 
 REFUSALS = {
-    "another base": (lambda vllm: vllm.served.update(root="org/other"), ["serves org/other, not ", "`vllm serve "]),
+    "another base": (
+        lambda vllm: vllm.served.update(root="org/other"),
+        ["serves org/other, not ", "`vllm serve "],
+    ),
     "no vLLM": (
         lambda vllm: vllm.refusals.update({"/version": (404, {"detail": "Not Found"})}),
         ["refuses /version: Not Found. Name the address of a vLLM."],
@@ -100,10 +111,15 @@ REFUSALS = {
         ["Start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"],
     ),
     "no plugin": (
-        lambda vllm: vllm.refusals.update({server_module.LOAD: (500, {"detail": "'CeraConfig' has no 'lora_alpha'"})}),
+        lambda vllm: vllm.refusals.update(
+            {server_module.LOAD: (500, {"detail": "'CeraConfig' has no 'lora_alpha'"})}
+        ),
         ["Install cera-train where vLLM runs"],
     ),
-    "few positions": (lambda vllm: vllm.served.update(max_model_len=16), ["beyond the 16 positions"]),
+    "few positions": (
+        lambda vllm: vllm.served.update(max_model_len=16),
+        ["beyond the 16 positions"],
+    ),
     "another model": (
         lambda vllm: vllm.faults.append("another model"),
         ["asked for run-adapter-", "base answered"],
@@ -112,7 +128,10 @@ REFUSALS = {
         lambda vllm: vllm.faults.append("no log p"),
         ["without token ids or their log p (TypeError", "update"],
     ),
-    "cut answers": (lambda vllm: vllm.faults.append("cut"), ["cuts answers at 2 of 8 tokens", "--generation-config"]),
+    "cut answers": (
+        lambda vllm: vllm.faults.append("cut"),
+        ["cuts answers at 2 of 8 tokens", "--generation-config"],
+    ),
 }
 
 
@@ -133,7 +152,9 @@ def test_an_evaluation_is_not_resumed_by_another_engine(eval_config, served_conf
 
 def test_a_chat_with_a_server_is_that_with_the_model_in_this_process(compose, run, vllm, capsys):
     def answer(*settings: str) -> str:
-        chat(compose(f"run={run}", "prompt=How many?", "max_new_tokens=8", *settings, command="chat"))
+        chat(
+            compose(f"run={run}", "prompt=How many?", "max_new_tokens=8", *settings, command="chat")
+        )
         return capsys.readouterr().out
 
     assert answer(f"server={vllm.url}/v1/") == answer() != ""

@@ -1,5 +1,6 @@
-"""SIGKILL at random moments of a real run, damaged checkpoints, full and read-only disks, two runs in one folder,
-trackers without a server: one clear line, nothing unreadable, and in the end what an uninterrupted run leaves."""
+"""SIGKILL at random moments of a real run, damaged checkpoints, full and read-only disks, two runs
+in one folder, trackers without a server: one clear line, nothing unreadable, and in the end what an
+uninterrupted run leaves."""
 
 import json
 import multiprocessing
@@ -30,7 +31,9 @@ UPDATES = 30
 
 FORKING = multiprocessing.get_context("forkserver")
 LLAMA = "transformers.models.llama.modeling_llama"
-FORKING.set_forkserver_preload(["cera_train.cli.train", "cera_train.training.train", LLAMA, "matplotlib.figure"])
+FORKING.set_forkserver_preload(
+    ["cera_train.cli.train", "cera_train.training.train", LLAMA, "matplotlib.figure"]
+)
 
 
 class Attempt:
@@ -42,13 +45,17 @@ class Attempt:
     """
 
     def __init__(self, arguments: list[str], folder: Path, log: Path, **environment: str) -> None:
-        self.log, self.error_log = log, log.with_suffix(".err")
-        self._process = FORKING.Process(target=_run, args=(arguments, folder, log, self.error_log, environment))
+        self.log = log
+        self.error_log = log.with_suffix(".err")
+        self._process = FORKING.Process(
+            target=_run, args=(arguments, folder, log, self.error_log, environment)
+        )
         self._process.start()
         self.pid = self._process.pid
 
     def wait(self, seconds: float = 120) -> int | None:
-        """The exit status, of a killed command the negative signal; None where it still runs after so long."""
+        """The exit status, of a killed command the negative signal; None where it still runs after
+        so long."""
         self._process.join(seconds)
         return self._process.exitcode
 
@@ -70,7 +77,9 @@ class Attempt:
         return self.error_log.read_text()
 
 
-def _run(arguments: list[str], folder: Path, log: Path, error_log: Path, environment: dict[str, str]) -> None:
+def _run(
+    arguments: list[str], folder: Path, log: Path, error_log: Path, environment: dict[str, str]
+) -> None:
     for path, stream in ((log, sys.stdout), (error_log, sys.stderr)):
         with path.open("wb") as file:
             os.dup2(file.fileno(), stream.fileno())
@@ -83,7 +92,8 @@ def _run(arguments: list[str], folder: Path, log: Path, error_log: Path, environ
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """All that two runs of one config must have in common: every file byte for byte, timings left out."""
+    """All that two runs of one config must have in common: every file byte for byte, timings left
+    out."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): _without_timings(path) for path in files}
 
@@ -92,13 +102,18 @@ def _without_timings(path: Path) -> Any:
     if path.name not in TIMINGS:
         return path.read_bytes()
     rows = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-    return [{name: value for name, value in json.loads(row).items() if name not in TIMINGS[path.name]} for row in rows]
+    return [
+        {name: value for name, value in json.loads(row).items() if name not in TIMINGS[path.name]}
+        for row in rows
+    ]
 
 
 def assert_readable(folder: Path) -> None:
     """Every file under its own name is whole; of metrics.jsonl, all lines but the last."""
     for path in folder.rglob("*"):
-        if path.is_dir() or any(part.startswith(WRITING) for part in path.relative_to(folder).parts):
+        if path.is_dir() or any(
+            part.startswith(WRITING) for part in path.relative_to(folder).parts
+        ):
             continue
         match path.suffix:
             case ".json":
@@ -151,14 +166,20 @@ def arguments(tiny_folder) -> list[str]:
     return [
         *(f"model.path={tiny_folder}", *TINY, "name=run"),
         *("adapter.r=4", "adapter.dropout=0.3", "optimizer.lr=0.2"),
-        *(f"train.max_updates={UPDATES}", "train.batch_size=16", "train.eval_every=2", "train.save_every=3"),
+        *(
+            f"train.max_updates={UPDATES}",
+            "train.batch_size=16",
+            "train.eval_every=2",
+            "train.save_every=3",
+        ),
         "train.keep=3",
     ]
 
 
 @pytest.fixture
 def start(arguments, tmp_path):
-    """start("more=arguments", ..., VARIABLE=...): the command, in tmp_path. None outlives the test."""
+    """start("more=arguments", ..., VARIABLE=...): the command, in tmp_path. None outlives the
+    test."""
     attempts = []
 
     def start(*more: str, **environment: str) -> Attempt:
@@ -198,16 +219,27 @@ def cut(arguments, tmp_path_factory) -> Path:
 
 
 class Pair:
-    """Two processes of one run, as torchrun starts them. One of them is killed; the other is told to end, as a launcher
-    does, if it does not by itself."""
+    """Two processes of one run, as torchrun starts them. One of them is killed; the other is told
+    to end, as a launcher does, if it does not by itself."""
 
     def __init__(self, arguments: list[str], folder: Path, dice: random.Random) -> None:
         with socket.socket() as free:
             free.bind(("localhost", 0))
-            meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+            meeting = {
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(free.getsockname()[1]),
+                "WORLD_SIZE": "2",
+            }
         self.dice = dice
         self.processes = [
-            Attempt(arguments, folder, folder / f"log{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+            Attempt(
+                arguments,
+                folder,
+                folder / f"log{rank}",
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                **meeting,
+            )
             for rank in range(2)
         ]
 
@@ -229,8 +261,11 @@ class Pair:
         return status
 
 
-def await_moment(attempt: Attempt | Pair, folder: Path, seconds: float, dice: random.Random) -> None:
-    """Returns at a random moment, every second time while a checkpoint is being written; or when the run is over."""
+def await_moment(
+    attempt: Attempt | Pair, folder: Path, seconds: float, dice: random.Random
+) -> None:
+    """Returns at a random moment, every second time while a checkpoint is being written; or when
+    the run is over."""
     if dice.random() < 0.5:
         attempt.wait(dice.uniform(0, seconds))
         return
@@ -243,18 +278,30 @@ def await_moment(attempt: Attempt | Pair, folder: Path, seconds: float, dice: ra
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "times"), [(1, 20), (2, 8)])  # two start slowly
-def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(tmp_path, tiny_folder, processes, times):
+def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(
+    tmp_path, tiny_folder, processes, times
+):
     arguments = [
         *(f"model.path={tiny_folder}", *TINY, "name=run"),
         *("adapter.r=4", "adapter.dropout=0.3", "optimizer.lr=0.2", "optimizer.warmup_ratio=0.1"),
-        *("train.max_updates=16", "train.eval_every=4", "train.save_every=1", "train.batch_size=16"),
+        *(
+            "train.max_updates=16",
+            "train.eval_every=4",
+            "train.save_every=1",
+            "train.batch_size=16",
+        ),
     ]
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")  # shown where the test fails
-    dice, folder = random.Random(seed), tmp_path / "outputs" / "run"
+    dice = random.Random(seed)
+    folder = tmp_path / "outputs" / "run"
 
     def start() -> Attempt | Pair:
-        return Attempt(arguments, tmp_path, tmp_path / "log") if processes == 1 else Pair(arguments, tmp_path, dice)
+        return (
+            Attempt(arguments, tmp_path, tmp_path / "log")
+            if processes == 1
+            else Pair(arguments, tmp_path, dice)
+        )
 
     for _ in range(2):  # the first one also tokenises the rows
         shutil.rmtree(folder, ignore_errors=True)
@@ -313,9 +360,14 @@ def test_damage_to_any_file_of_a_folder_is_found(tmp_path, damage):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "damage", "reason"),
-    [("optimizer.pt", flip_a_bit, "checksum differs"), ("progress.json", Path.unlink, "No such file")],
+    [
+        ("optimizer.pt", flip_a_bit, "checksum differs"),
+        ("progress.json", Path.unlink, "No such file"),
+    ],
 )
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run, start, uninterrupted, name, damage, reason):
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    run, start, uninterrupted, name, damage, reason
+):
     newest, second, _ = newest_first(run)
     damage(newest / name)
     output = finish(start()).output
@@ -336,7 +388,10 @@ def test_a_run_without_a_sound_checkpoint_is_refused_and_named(run, start, unint
     assert content(run) == before
     finish(start("train.resume=never"))
     assert content(run).keys() == uninterrupted.keys()
-    assert content(run)["adapter/adapter_model.safetensors"] == uninterrupted["adapter/adapter_model.safetensors"]
+    assert (
+        content(run)["adapter/adapter_model.safetensors"]
+        == uninterrupted["adapter/adapter_model.safetensors"]
+    )
 
 
 @pytest.mark.slow
@@ -349,7 +404,8 @@ def test_metrics_with_rubbish_after_the_checkpoint_are_cut_back(run, start, unin
 
 
 def test_a_folder_between_two_renames_is_put_back(tmp_path):
-    """The moment at which the old folder has gone and the new one has not come; found by looking, too short to hit."""
+    """The moment at which the old folder has gone and the new one has not come; found by looking,
+    too short to hit."""
     write_folder(tmp_path / "best", lambda folder: (folder / "weights").write_text("old"))
     (tmp_path / "best").rename(tmp_path / f"{WRITING}old-best")
     (tmp_path / f"{WRITING}best").mkdir()
@@ -360,12 +416,15 @@ def test_a_folder_between_two_renames_is_put_back(tmp_path):
 
 @pytest.fixture
 def disk(tmp_path: Path):
-    """disk(folder, "size=64k") mounts a small file system there; disk(folder, "remount,ro") changes it."""
+    """disk(folder, "size=64k") mounts a small file system there; disk(folder, "remount,ro") changes
+    it."""
     mounted = []
 
     def disk(folder: Path, options: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False
+        ).returncode:
             pytest.skip("mounting a file system needs root and its capability for it")
         if "remount" not in options:
             mounted.append(folder)
@@ -396,7 +455,9 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
     for _ in range(2):  # it is no worse for trying again
         line = refuse(start())
         assert line.startswith("cera-train: the disk is full (")
-        assert line.endswith("Free some space and repeat the command: a run resumes from its last checkpoint.")
+        assert line.endswith(
+            "Free some space and repeat the command: a run resumes from its last checkpoint."
+        )
         assert_readable(folder)
         assert len(newest_first(folder)) == checkpoints
         assert not (folder / "adapter").exists()
@@ -408,15 +469,18 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
 
 
 @pytest.mark.slow
-def test_a_read_only_folder_is_named_and_nothing_in_it_harmed(tmp_path, cut, disk, start, uninterrupted):
+def test_a_read_only_folder_is_named_and_nothing_in_it_harmed(
+    tmp_path, cut, disk, start, uninterrupted
+):
     outputs = disk(tmp_path / "outputs", "size=1m")
     folder = Path(shutil.copytree(cut, outputs / "run"))
     before = content(folder)
     disk(outputs, "remount,ro")
-    mend = "Name another file, or set output_dir"
+    fix = "Name another file, or set output_dir"
     for name in ("run", "another"):
         assert re.search(
-            rf"no access to \S*outputs/{name}\S*: Read-only file system. {mend}", refuse(start(f"name={name}"))
+            rf"no access to \S*outputs/{name}\S*: Read-only file system. {fix}",
+            refuse(start(f"name={name}")),
         )
     assert content(folder) == before
     disk(outputs, "remount,rw")
@@ -428,11 +492,16 @@ def test_a_read_only_folder_is_named_and_nothing_in_it_harmed(tmp_path, cut, dis
 
 
 @pytest.mark.slow
-def test_of_two_runs_in_one_folder_one_trains_and_the_other_is_refused(tmp_path, start, uninterrupted):
+def test_of_two_runs_in_one_folder_one_trains_and_the_other_is_refused(
+    tmp_path, start, uninterrupted
+):
     attempts = [start(), start()]
     assert sorted(attempt.wait() for attempt in attempts) == [0, 2]
     loser = next(attempt for attempt in attempts if attempt.wait() == 2)
-    assert "another run is writing to outputs/run: wait for it, or choose another name=..." in refuse(loser)
+    assert (
+        "another run is writing to outputs/run: wait for it, or choose another name=..."
+        in refuse(loser)
+    )
     assert loser.output == ""
     assert content(tmp_path / "outputs" / "run") == uninterrupted
 
@@ -441,11 +510,18 @@ def test_of_two_runs_in_one_folder_one_trains_and_the_other_is_refused(tmp_path,
 def test_a_run_whose_wandb_server_is_away_is_recorded_offline(tmp_path, start, uninterrupted):
     with socket.socket() as port:
         port.bind(("127.0.0.1", 0))  # refuses connections
-        server = {"WANDB_BASE_URL": f"http://127.0.0.1:{port.getsockname()[1]}", "WANDB_API_KEY": "0" * 40}
+        server = {
+            "WANDB_BASE_URL": f"http://127.0.0.1:{port.getsockname()[1]}",
+            "WANDB_API_KEY": "0" * 40,
+        }
         attempt = start("tracker=wandb", WANDB_MODE="online", WANDB_INIT_TIMEOUT="3", **server)
         assert attempt.wait() == 0, attempt.errors
     (line,) = attempt.errors.splitlines()
     assert "W&B cannot be reached, so the run is recorded offline (" in line
     assert list((tmp_path / "outputs" / "run").glob("wandb/offline-run-*/*.wandb"))
-    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "best/adapter_model.safetensors"):
+    for name in (
+        "metrics.jsonl",
+        "adapter/adapter_model.safetensors",
+        "best/adapter_model.safetensors",
+    ):
         assert content(tmp_path / "outputs" / "run")[name] == uninterrupted[name]

@@ -1,4 +1,5 @@
-"""Whatever bytes, rows and texts come in: a reader gives what they hold or says what is wrong, a grader its verdict."""
+"""Whatever bytes, rows and texts come in: a reader gives what they hold or says what is wrong, a
+grader its verdict."""
 
 import io
 import json
@@ -38,12 +39,16 @@ fuzz = settings(
     derandomize=True,
     deadline=None,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
 )
 
 
 def result_or_value_error(function: Callable, *arguments: Any) -> Any:
-    """The result, or None where there is an error that the user can mend."""
+    """The result, or None where there is an error that the user can fix."""
     try:
         return function(*arguments)
     except ValueError:
@@ -54,13 +59,17 @@ texts = st.text(st.characters(exclude_categories=[]), max_size=30)
 """With control characters, and halves of surrogate pairs."""
 
 numbers = st.one_of(
-    st.integers(), st.floats(), st.sampled_from([-0.0, 1e308, 5e-324, 2**31, 2**63, 2**64, -(10**30), 10**400])
+    st.integers(),
+    st.floats(),
+    st.sampled_from([-0.0, 1e308, 5e-324, 2**31, 2**63, 2**64, -(10**30), 10**400]),
 )
 
 scalars = st.one_of(st.none(), st.booleans(), numbers, texts)
 
 json_values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=8
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
 )
 
 
@@ -71,7 +80,9 @@ def mutated(draw: Any, valid: bytes) -> bytes:
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(content)))
         end = draw(st.sampled_from([start, start + 1, start + 16, len(content)]))
-        content[start:end] = draw(st.binary(max_size=8) | st.just(bytes(content[start : start + 16])))
+        content[start:end] = draw(
+            st.binary(max_size=8) | st.just(bytes(content[start : start + 16]))
+        )
     return bytes(content)
 
 
@@ -89,9 +100,14 @@ def changed(draw: Any, tree: Any) -> Any:
     )
 
 
-# --- files of rows ---------------------------------------------------------------------------------------------------
+# --- files of rows --------------------------------------------------------------------------------
 
-ROW = {"question": "what is it?", "answer": "0.84", "level": 1, "turns": [{"from": "human", "value": None}]}
+ROW = {
+    "question": "what is it?",
+    "answer": "0.84",
+    "level": 1,
+    "turns": [{"from": "human", "value": None}],
+}
 ROWS = [ROW] * 6
 
 
@@ -100,7 +116,9 @@ def parquet_file() -> bytes:
     import pyarrow.parquet
 
     file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file, compression="none", row_group_size=4)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(ROWS), file, compression="none", row_group_size=4
+    )
     return file.getvalue()
 
 
@@ -127,18 +145,24 @@ def test_any_bytes_and_a_damaged_file_are_rows_or_a_reason(tmp_path, suffix, dat
     read_rows(tmp_path / f"x{suffix}", data.draw(st.binary(max_size=200) | mutated(VALID[suffix])))
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 TURNS = st.lists(
     st.one_of(
         json_values,
-        st.fixed_dictionaries({"from": st.sampled_from(["system", "human", "gpt", "?"]), "value": scalars}),
-        st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "?"]), "content": scalars}),
+        st.fixed_dictionaries(
+            {"from": st.sampled_from(["system", "human", "gpt", "?"]), "value": scalars}
+        ),
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["system", "user", "assistant", "?"]), "content": scalars}
+        ),
     ),
     max_size=4,
 )
 NAMES = ["question", "answer", "prompt", "completion", "conversations", "messages"]
-HOSTILE_ROWS = st.dictionaries(st.sampled_from(NAMES), st.one_of(texts, json_values, TURNS), max_size=6)
+HOSTILE_ROWS = st.dictionaries(
+    st.sampled_from(NAMES), st.one_of(texts, json_values, TURNS), max_size=6
+)
 
 LAYOUTS = {
     "text": {"prompt": "Q: {question}\nA:", "completion": " {answer}"},
@@ -168,10 +192,11 @@ def test_any_row_is_an_example_or_a_reason(tokenizer, layout, row, max_length):
         assert example.input_ids[-1] == tokenizer.eos_token_id
 
 
-# --- graders ---------------------------------------------------------------------------------------------------------
+# --- graders --------------------------------------------------------------------------------------
 
 SIGNS = r"""
-\boxed \fbox { } \{ \ \frac \dfrac \sqrt \text \mbox \left \! $ % \% ^ \circ ° , {,} . ~ 1 12 000 / x = - − #### e ١ ²
+\boxed \fbox { } \{ \ \frac \dfrac \sqrt \text \mbox \left \! $ % \% ^ \circ ° ,
+{,} . ~ 1 12 000 / x = - − #### e ١ ²
 nan inf _ ( ) \quad km
 """
 LATEX = [*SIGNS.split(), " ", "\n", "9" * 400, "\0", "\ud800"]
@@ -192,7 +217,7 @@ def test_any_answer_gets_a_verdict_and_the_same_again(task, text, gold):
     assert isinstance(task.normalize(text), str)
 
 
-# --- what is shown ---------------------------------------------------------------------------------------------------
+# --- what is shown --------------------------------------------------------------------------------
 
 
 @fuzz
@@ -200,13 +225,17 @@ def test_any_answer_gets_a_verdict_and_the_same_again(task, text, gold):
 def test_what_is_shown_steers_nothing_and_can_be_written(text, number):
     for shown in (clean(text), escape(text), clean(str(number)[:99])):
         shown.encode()
-        assert not any((ord(mark) < 32 and mark != "\n") or 127 <= ord(mark) < 160 for mark in shown)
+        assert not any(
+            (ord(mark) < 32 and mark != "\n") or 127 <= ord(mark) < 160 for mark in shown
+        )
     assert "\n" not in escape(text)
     assert "<" not in escape(text)
-    assert escape(text).replace("\\\\", "").count("|") == escape(text).replace("\\\\", "").count("\\|")
+    assert escape(text).replace("\\\\", "").count("|") == escape(text).replace("\\\\", "").count(
+        "\\|"
+    )
 
 
-# --- folders of runs -------------------------------------------------------------------------------------------------
+# --- folders of runs ------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -221,7 +250,10 @@ def test_a_damaged_config_is_a_config_or_a_reason(tmp_path, compose, data):
 
 @pytest.mark.parametrize("read", [read_json, read_yaml])
 @fuzz
-@given(content=st.binary(max_size=100) | st.text("{}[]:,&*!<>|-? \n'\"%@`#~=019.aeT_", max_size=40).map(str.encode))
+@given(
+    content=st.binary(max_size=100)
+    | st.text("{}[]:,&*!<>|-? \n'\"%@`#~=019.aeT_", max_size=40).map(str.encode)
+)
 @hypothesis.example(content=b"!!int ''")
 @hypothesis.example(content=b"!!bool x")
 @hypothesis.example(content=b"!!timestamp x")
@@ -239,7 +271,13 @@ def test_any_bytes_are_names_and_values_or_a_reason(tmp_path, read, content):
 @fuzz
 @given(data=st.data())
 def test_an_adapter_is_checked_whatever_its_config_says(tmp_path, data):
-    valid = {"peft_type": "LORA", "base_model_name_or_path": "a/b", "r": 8, "auto_mapping": None, "loftq_config": {}}
+    valid = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "a/b",
+        "r": 8,
+        "auto_mapping": None,
+        "loftq_config": {},
+    }
     (tmp_path / "adapter_model.safetensors").touch()
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(data.draw(changed(valid))))
@@ -251,7 +289,9 @@ def test_an_adapter_is_checked_whatever_its_config_says(tmp_path, data):
 def checkpoint(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
     """A checkpoint that can be loaded, and its model."""
     model = build(make_tiny_llama().requires_grad_(False), AdapterConfig(r=2))
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad]
+    )
     model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
     optimizer.step()
     with RunFolder.open(tmp_path_factory.mktemp("run") / "run", {"name": "run"}) as folder:

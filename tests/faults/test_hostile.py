@@ -1,4 +1,5 @@
-"""A run, adapter, model, config or data file from a stranger runs no code, reads no secret and steers no terminal.
+"""A run, adapter, model, config or data file from a stranger runs no code, reads no secret and
+steers no terminal.
 
 The attacks are real: what could run at once creates a file, `marker`.
 """
@@ -35,7 +36,12 @@ from cera_train.settings.evaluation import EvalConfig, GenerationConfig, TaskCon
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
 
-ADAPTER_CONFIG = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+ADAPTER_CONFIG = {
+    "peft_type": "LORA",
+    "r": 2,
+    "target_modules": ["q_proj"],
+    "task_type": "CAUSAL_LM",
+}
 
 
 def write_adapter(folder: Path, base: str, **changes: Any) -> Path:
@@ -74,7 +80,7 @@ def marker(tmp_path: Path) -> Path:
     return tmp_path / "marker"
 
 
-# --- config files ----------------------------------------------------------------------------------------------------
+# --- config files ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -95,10 +101,12 @@ GRID = GLOBAL + "hydra:\n  sweeper:\n    params: {adapter.r: '4,8'"
 CALLBACKS = {
     "under a global package": f"{GLOBAL}hydra:\n  callbacks:\n   x:\n    {CREATE}",
     "spelt with escapes": f'{GLOBAL}"hy\\u0064ra":\n  callbacks:\n   x:\n    {CREATE}',
-    "made by a resolver": GLOBAL + "hydra: {callbacks: {x: '${oc.create:{_target_:io.open,_args_:[MARKER,w]}}'}}\n",
+    "made by a resolver": GLOBAL
+    + "hydra: {callbacks: {x: '${oc.create:{_target_:io.open,_args_:[MARKER,w]}}'}}\n",
     "put there by a package": f"# @package hydra.callbacks.x\n{CREATE.replace('    ', '')}",
     "put there by another file": "defaults: [/payload@_global_.hydra.callbacks.x]\npath: x\n",
-    "as a logging factory": "# @package hydra.job_logging\nhandlers:\n  x: {(): io.open, file: MARKER, mode: w}\n",
+    "as a logging factory": "# @package hydra.job_logging\nhandlers:\n  x: {(): io.open, file: "
+    "MARKER, mode: w}\n",
     "in the environment of children": "# @package hydra.job\nenv_set: {PYTHONSTARTUP: MARKER}\n",
     "beside the grid of a sweep": GRID + f"}}\n  callbacks:\n   x:\n    {CREATE}",
     "as a dimension of a sweep": GRID + ", +hydra.job.env_set.PYTHONSTARTUP: MARKER}\n",
@@ -112,8 +120,10 @@ CALLBACKS = {
     "by a file outside": "defaults: [/../evil]\npath: x\n",
     "by an absolute path": "defaults: [/OUTSIDE]\npath: x\n",
     "by a choice outside": f"{GLOBAL}defaults: [{{override /hydra/callbacks: ../../../evil}}]\n",
-    "by defaults that are made": GLOBAL + 'defaults: "${oc.create:[/payload@_global_.hydra.callbacks.x]}"\n',
-    "by defaults with a resolver": 'defaults: ["/payload@_global_.h${oc.decode:ydra}.callbacks.x"]\npath: x\n',
+    "by defaults that are made": GLOBAL
+    + 'defaults: "${oc.create:[/payload@_global_.hydra.callbacks.x]}"\n',
+    "by defaults with a resolver": "defaults: "
+    '["/payload@_global_.h${oc.decode:ydra}.callbacks.x"]\npath: x\n',
 }
 
 
@@ -129,25 +139,39 @@ def test_a_config_file_from_elsewhere_runs_no_code(tmp_path, marker, refusal, wa
     (folder / "payload.yaml").write_text(CREATE.replace("    ", "").replace("MARKER", str(marker)))
     line = refusal("cera-train", "--config-dir", str(folder), "model=mine", "name=run")
     assert not marker.exists()
-    assert re.search(r"stranger/.*\.yaml sets `hydra`.*write what you need of it on the command line", line)
+    assert re.search(
+        r"stranger/.*\.yaml sets `hydra`.*write what you need of it on the command line", line
+    )
 
 
 def test_a_linked_folder_a_nameless_file_and_a_secret_are_refused(tmp_path, refusal, monkeypatch):
     for name in ("linked", "nameless", "curious/model"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "linked" / "model").symlink_to(tmp_path)
-    (tmp_path / "nameless" / ".yaml").write_text(f"# @package hydra.callbacks.x\n{CREATE.replace('    ', '')}")
-    (tmp_path / "curious" / "model" / "mine.yaml").write_text("path: https://host/${oc.env:MY_TOKEN}\n")
+    (tmp_path / "nameless" / ".yaml").write_text(
+        f"# @package hydra.callbacks.x\n{CREATE.replace('    ', '')}"
+    )
+    (tmp_path / "curious" / "model" / "mine.yaml").write_text(
+        "path: https://host/${oc.env:MY_TOKEN}\n"
+    )
     monkeypatch.setenv("MY_TOKEN", "hf_abcdefghijkl")
-    assert "linked/model is a link, which" in refusal("cera-train", "--config-dir", "linked", "name=run")
-    assert "nameless/.yaml sets `hydra`" in refusal("cera-train", "--config-dir", "nameless", "name=run")
-    assert "no setting reads a secret" in refusal("cera-train", "--config-dir", "curious", "model=mine")
+    assert "linked/model is a link, which" in refusal(
+        "cera-train", "--config-dir", "linked", "name=run"
+    )
+    assert "nameless/.yaml sets `hydra`" in refusal(
+        "cera-train", "--config-dir", "nameless", "name=run"
+    )
+    assert "no setting reads a secret" in refusal(
+        "cera-train", "--config-dir", "curious", "model=mine"
+    )
 
 
 def test_a_config_file_cannot_name_functions_to_call(tmp_path, refusal):
     (tmp_path / "stranger" / "model").mkdir(parents=True)
     file = tmp_path / "stranger" / "model" / "mine.yaml"
-    file.write_text(f"{GLOBAL}model: {{path: a/b}}\ntrain: {{objective: grpo}}\ngrpo: {{rewards: [os.execl]}}\n")
+    file.write_text(
+        f"{GLOBAL}model: {{path: a/b}}\ntrain: {{objective: grpo}}\ngrpo: {{rewards: [os.execl]}}\n"
+    )
     line = refusal("cera-train", "--config-dir", "stranger", "model=mine", "name=run")
     assert "grpo.rewards=[os.execl] in a config file runs Python code" in line
 
@@ -165,16 +189,32 @@ def test_options_that_lead_to_other_configs_are_refused(tmp_path, refusal, optio
 
 def test_a_config_file_cannot_ask_to_run_a_models_code(tmp_path, refusal):
     (tmp_path / "stranger" / "model").mkdir(parents=True)
-    (tmp_path / "stranger" / "model" / "mine.yaml").write_text("path: a/b\ntrust_remote_code: true\n")
+    (tmp_path / "stranger" / "model" / "mine.yaml").write_text(
+        "path: a/b\ntrust_remote_code: true\n"
+    )
     line = refusal("cera-train", "--config-dir", "stranger", "model=mine", "name=run")
     assert "model.trust_remote_code=true in a config file runs" in line
-    line = refusal("cera-eval", "--config-dir", "stranger", "model=mine", "run=base", "task=gsm8k", "model.revision=x")
+    line = refusal(
+        "cera-eval",
+        "--config-dir",
+        "stranger",
+        "model=mine",
+        "run=base",
+        "task=gsm8k",
+        "model.revision=x",
+    )
     assert "put model.trust_remote_code=true on the command line" in line
-    for words in (["cera-plan"], ["cera-plan", "-m", "+study=first_look"], ["cera-train", "-m", "+study=first_look"]):
-        assert "model.trust_remote_code=true in a" in refusal(*words, "--config-dir", "stranger", "model=mine")
+    for words in (
+        ["cera-plan"],
+        ["cera-plan", "-m", "+study=first_look"],
+        ["cera-train", "-m", "+study=first_look"],
+    ):
+        assert "model.trust_remote_code=true in a" in refusal(
+            *words, "--config-dir", "stranger", "model=mine"
+        )
 
 
-# --- runs and adapters -----------------------------------------------------------------------------------------------
+# --- runs and adapters ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -192,7 +232,9 @@ def model_with_code(tmp_path, tiny_folder, marker, monkeypatch) -> str:
     shutil.copytree(tiny_folder, folder)
     settings = json.loads((folder / "config.json").read_text())
     classes = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
-    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "evil", "auto_map": classes}))
+    (folder / "config.json").write_text(
+        json.dumps(settings | {"model_type": "evil", "auto_map": classes})
+    )
     (folder / "evil.py").write_text(
         f"open({str(marker)!r}, 'w')\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
@@ -216,7 +258,9 @@ def test_a_runs_config_cannot_ask_to_run_its_models_code(tmp_path, config, model
     trusting = replace(config.model, path=model_with_code, trust_remote_code=True)
     run = write_run(tmp_path / "run", replace(config, model=trusting))
     for folder in (run, run / "adapter"):
-        with pytest.raises(ValueError, match="asks to run the Python code .*: trust_remote_code=true"):
+        with pytest.raises(
+            ValueError, match="asks to run the Python code .*: trust_remote_code=true"
+        ):
             find_subject(evaluation(folder))
         assert find_subject(evaluation(folder, trust_remote_code=True)).model == trusting
     adapter = write_adapter(tmp_path / "download", model_with_code)
@@ -229,13 +273,18 @@ def test_a_runs_config_cannot_ask_to_run_its_models_code(tmp_path, config, model
 def test_a_runs_config_is_text_that_nothing_is_looked_up_in(tmp_path, config, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_reader")
     prompt = "${oc.env:HF_TOKEN} {question} ${name} \\${x}"
-    run = write_run(tmp_path, replace(config, name="${oc.env:HF_TOKEN}", data=replace(config.data, prompt=prompt)))
+    run = write_run(
+        tmp_path,
+        replace(config, name="${oc.env:HF_TOKEN}", data=replace(config.data, prompt=prompt)),
+    )
     read = load_config(run / "config.yaml")
     assert (read.name, read.data.prompt) == ("${oc.env:HF_TOKEN}", prompt)
     assert "hf_secret" not in str(read)
 
 
-@pytest.mark.parametrize("text", ["!!python/object/apply:io.open [MARKER, w]", "!!python/name:os.system ''"])
+@pytest.mark.parametrize(
+    "text", ["!!python/object/apply:io.open [MARKER, w]", "!!python/name:os.system ''"]
+)
 def test_a_runs_yaml_makes_no_objects(tmp_path, marker, text):
     (tmp_path / "config.yaml").write_text(f"name: {text.replace('MARKER', str(marker))}\n")
     with pytest.raises(ValueError, match="could not determine a constructor"):
@@ -247,18 +296,27 @@ def test_a_runs_yaml_makes_no_objects(tmp_path, marker, text):
     ("changes", "message"),
     [
         ({"peft_type": "XLORA"}, "is an adapter of type 'XLORA': expected one of .*CERA"),
-        ({"auto_mapping": {"base_model_class": "X", "parent_library": "evil"}}, "sets auto_mapping, which can import"),
+        (
+            {"auto_mapping": {"base_model_class": "X", "parent_library": "evil"}},
+            "sets auto_mapping, which can import",
+        ),
         ({"megatron_config": {"a": 1}, "megatron_core": "megatron.evil"}, "sets megatron_config"),
-        ({"corda_config": {"cache_file": "/x"}, "loftq_config": {"bits": 4}}, "sets loftq_config, corda_config"),
+        (
+            {"corda_config": {"cache_file": "/x"}, "loftq_config": {"bits": 4}},
+            "sets loftq_config, corda_config",
+        ),
     ],
 )
 def test_an_adapter_that_asks_for_more_than_weights_is_refused(tmp_path, config, changes, message):
-    for folder in (write_adapter(tmp_path / "adapter", "x", **changes), write_run(tmp_path / "run", config, **changes)):
+    for folder in (
+        write_adapter(tmp_path / "adapter", "x", **changes),
+        write_run(tmp_path / "run", config, **changes),
+    ):
         with pytest.raises(ValueError, match=message):
             find_subject(evaluation(folder))
 
 
-# --- pickles ---------------------------------------------------------------------------------------------------------
+# --- pickles --------------------------------------------------------------------------------------
 
 
 def test_an_adapters_pickle_is_not_read(tmp_path, config, marker):
@@ -266,7 +324,9 @@ def test_an_adapters_pickle_is_not_read(tmp_path, config, marker):
     (run / "adapter" / "adapter_model.safetensors").unlink()
     torch.save(Payload(marker), run / "adapter" / "adapter_model.bin")
     for folder in (run, run / "adapter"):
-        with pytest.raises(ValueError, match="adapter_model.bin is a pickle.*convert it to safetensors"):
+        with pytest.raises(
+            ValueError, match="adapter_model.bin is a pickle.*convert it to safetensors"
+        ):
             find_subject(evaluation(folder))
     assert not marker.exists()
     torch.load(run / "adapter" / "adapter_model.bin", weights_only=False)
@@ -278,7 +338,9 @@ def test_a_base_models_pickle_is_not_read(tmp_path, tiny_folder, marker):
     shutil.copytree(tiny_folder, folder)
     (folder / "model.safetensors").unlink()
     torch.save(Payload(marker), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"model\.safetensors.*Weights in other formats are not read: convert them"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors.*Weights in other formats are not read: convert them"
+    ):
         load_model(ModelConfig(path=str(folder), dtype="float32"), "cpu")
     assert not marker.exists()
 
@@ -288,7 +350,9 @@ def test_a_checkpoints_pickle_is_not_read(tmp_path, config, tiny_llama, marker, 
     from cera_train.adapters.build import build
 
     model = build(tiny_llama.requires_grad_(False), config.adapter)
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad]
+    )
     with RunFolder.open(tmp_path / "run", to_plain(config)) as folder:
         folder.save_checkpoint(model, optimizer, Progress(update=1, data_digest="digest"), keep=1)
         (checkpoint,) = folder.checkpoints()
@@ -308,14 +372,18 @@ def test_a_data_sets_code_and_pickles_are_not_read(tmp_path, marker, monkeypatch
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "rows"
     folder.mkdir()
-    payload = f"open({str(marker)!r}, 'w')".encode() if name.endswith(".py") else pickle.dumps(Payload(marker))
+    payload = (
+        f"open({str(marker)!r}, 'w')".encode()
+        if name.endswith(".py")
+        else pickle.dumps(Payload(marker))
+    )
     (folder / name).write_bytes(payload)
     with pytest.raises(ValueError, match="cannot load it"):
         from_hub(DataConfig(path=str(folder), layout="documents"), "data.train_split")
     assert not marker.exists()
 
 
-# --- what is shown ---------------------------------------------------------------------------------------------------
+# --- what is shown --------------------------------------------------------------------------------
 
 STEERING = "\x1b]0;title\x07\x1b[2J\x9b31m\r\b\u202e\ud800"
 STEERS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -332,7 +400,12 @@ def test_a_card_shows_hostile_text_as_text(tmp_path, config):
     hostile = f"<script>x|`*_[a](javascript:b)![c](data:d)\n---\n# e{STEERING}"
     model = replace(config.model, path=hostile, revision=hostile)
     run = write_run(tmp_path, replace(config, name=hostile, model=model))
-    names = ("eval/perplexity", "perplexity_before", "spectrum/effective_rank/mean", "spectrum/effective_rank/max")
+    names = (
+        "eval/perplexity",
+        "perplexity_before",
+        "spectrum/effective_rank/mean",
+        "spectrum/effective_rank/max",
+    )
     result = dict.fromkeys(names, 1.5) | {"trainable_parameters": 1, "updates": 1}
     (run / "result.json").write_text(json.dumps(result))
     write_card(run, RunResult.read(run / "result.json"))
@@ -345,7 +418,7 @@ def test_a_card_shows_hostile_text_as_text(tmp_path, config):
     assert not STEERS.search(body)
 
 
-# --- links ------------------------------------------------------------------------------------------------------------
+# --- links ----------------------------------------------------------------------------------------
 
 
 def test_a_file_is_written_in_the_place_of_a_link_not_through_it(tmp_path):

@@ -1,5 +1,5 @@
-"""Tests of a CUDA device skip without one; CERA_TRAIN_GPU_TESTS=cpu runs what a CPU has too, which is how these tests
-themselves are tested."""
+"""Tests of a CUDA device skip without one; CERA_TRAIN_GPU_TESTS=cpu runs what a CPU has too, which
+is how these tests themselves are tested."""
 
 import os
 

@@ -12,8 +12,17 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def requests(tokenizer) -> list[Request]:
-    texts = ["Question: hello", "the next value", "x", "Question: what is the next value?\nAnswer:", "is it 0.84"] * 3
-    return [Request(f"problem-{number}", 0, tuple(tokenizer(text).input_ids)) for number, text in enumerate(texts)]
+    texts = [
+        "Question: hello",
+        "the next value",
+        "x",
+        "Question: what is the next value?\nAnswer:",
+        "is it 0.84",
+    ] * 3
+    return [
+        Request(f"problem-{number}", 0, tuple(tokenizer(text).input_ids))
+        for number, text in enumerate(texts)
+    ]
 
 
 @pytest.mark.parametrize("kind", [None, "cera", "lora", "dora"])

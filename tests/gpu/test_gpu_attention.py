@@ -1,11 +1,18 @@
-"""Attention over flat rows: the kernel for sequences of many lengths against SDPA, flat rows against padded ones."""
+"""Attention over flat rows: the kernel for sequences of many lengths against SDPA, flat rows
+against padded ones."""
 
 import pytest
 import torch
 from conftest import make_tiny_llama
 from oracles import Causal, adapted, under_a_mask
 
-from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, attend_by_sequence, attend_varlen
+from cera_train.model.attention import (
+    BY_SEQUENCE,
+    VARLEN,
+    Sequences,
+    attend_by_sequence,
+    attend_varlen,
+)
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.loss import SupervisedLoss
 
@@ -17,7 +24,10 @@ LENGTHS = [130, 1, 257, 64]
 def qkv(device, width: int) -> list[torch.Tensor]:
     """8 heads on 2, in float64, of values that bf16 holds."""
     shapes = ((heads, sum(LENGTHS), width) for heads in (8, 2, 2))
-    return [torch.randn(1, *shape, device=device).bfloat16().double().requires_grad_() for shape in shapes]
+    return [
+        torch.randn(1, *shape, device=device).bfloat16().double().requires_grad_()
+        for shape in shapes
+    ]
 
 
 @pytest.mark.parametrize("window", [None, 100])
@@ -54,12 +64,16 @@ def test_flat_rows_have_the_loss_and_the_gradient_of_padded_ones(device, bf16, d
     masks = [[False, *[True] * (len(row) - 1)] for row in rows]
     base = make_tiny_llama().to(device, dtype).requires_grad_(False)
     model = adapted(base, "cera")
-    loss = SupervisedLoss(model, base, lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
+    loss = SupervisedLoss(
+        model, base, lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    )
 
     def value_and_gradient(batch: Batch) -> tuple[float, torch.Tensor]:
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         value = loss(batch.to(device))
-        return value.item(), torch.cat([gradient.flatten() for gradient in torch.autograd.grad(value, weights)])
+        return value.item(), torch.cat(
+            [gradient.flatten() for gradient in torch.autograd.grad(value, weights)]
+        )
 
     padded, padded_gradient = value_and_gradient(padded_batch(rows, masks))
     loss.probe()

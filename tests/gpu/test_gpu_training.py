@@ -16,7 +16,8 @@ BF16 = "model.dtype=bfloat16"
 @pytest.mark.parametrize("died_after", [4, 7])
 def test_a_bf16_run_resumes_bit_for_bit(tiny_config, device, bf16, died_after):
     settings = [BF16, "adapter.dropout=0.3", "train.batch_layout=flat"]
-    whole, cut = tiny_config("name=whole", *settings), tiny_config("name=cut", *settings)
+    whole = tiny_config("name=whole", *settings)
+    cut = tiny_config("name=cut", *settings)
     train(whole)
     train_and_die_after(cut, died_after)
     train(cut)
@@ -27,7 +28,9 @@ def test_a_bf16_run_resumes_bit_for_bit(tiny_config, device, bf16, died_after):
 @pytest.mark.parametrize("adapter", ["cera", "lora"])
 def test_compiled_layers_give_the_losses_of_eager_ones(tiny_config, device, adapter):
     settings = [f"adapter={adapter}", "adapter.r=4", "adapter.dropout=0", "train.max_updates=6"]
-    eager, compiled = (tiny_config(f"train.compile={on}", f"name={on}", *settings) for on in ("false", "true"))
+    eager, compiled = (
+        tiny_config(f"train.compile={on}", f"name={on}", *settings) for on in ("false", "true")
+    )
     train(eager)
     train(compiled)
     assert losses_of(compiled) == pytest.approx(losses_of(eager), rel=1e-3)

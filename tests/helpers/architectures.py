@@ -6,42 +6,92 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-WORDS = {"vocab_size": 512, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+WORDS = {
+    "vocab_size": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 USUAL = (
-    WORDS | SIZES | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
+    WORDS
+    | SIZES
+    | {
+        "intermediate_size": 64,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+    }
 )
 GPT2 = WORDS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 64}
 WINDOW = {"sliding_window": 6}
 GEMMA = WINDOW | {"query_pre_attn_scalar": 8}
-EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
 SHARED = EXPERTS | {"shared_expert_intermediate_size": 16}
-MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
 DELTA = {
     **{"num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
     **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
 }
 LATENT = {
-    **{"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
-    **{"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    **{
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    **{
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
 }
 JAMBA = {
     **{"mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     **{"expert_layer_period": 2, "expert_layer_offset": 1},
 }
 ZAMBA2 = {
-    **{"layers_block_type": ["linear_attention", "linear_attention", "hybrid"], "num_hidden_layers": 3},
-    **{"mamba_d_state": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "chunk_size": 8, "adapter_rank": 4},
+    **{
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"],
+        "num_hidden_layers": 3,
+    },
+    **{
+        "mamba_d_state": 8,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "chunk_size": 8,
+        "adapter_rank": 4,
+    },
 }
 NEMOTRON_H = {
-    **{"layers_block_type": ["linear_attention", "full_attention", "mlp"], "ssm_state_size": 8, "n_groups": 1},
+    **{
+        "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+        "ssm_state_size": 8,
+        "n_groups": 1,
+    },
     **{"mamba_num_heads": 8, "mamba_head_dim": 8, "chunk_size": 8},
 }
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family: a model type of transformers, the settings of a tiny model, and what an adapter goes to."""
+    """A family: a model type of transformers, the settings of a tiny model, and what an adapter
+    goes to."""
 
     model_type: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -52,9 +102,12 @@ class Architecture:
         return AutoConfig.for_model(self.model_type, **(self.usual | self.changes | changes))
 
     def model(self, **changes: Any) -> PreTrainedModel:
-        """The random model, frozen and in eval mode. No matrix is zero, as xLSTM's gates are before training."""
+        """The random model, frozen and in eval mode. No matrix is zero, as xLSTM's gates are before
+        training."""
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(self.config(**changes)).eval().requires_grad_(False)
+        model = (
+            AutoModelForCausalLM.from_config(self.config(**changes)).eval().requires_grad_(False)
+        )
         for weight in model.parameters():
             if weight.ndim > 1 and not weight.any():
                 weight.normal_(std=0.2)
@@ -62,13 +115,39 @@ class Architecture:
 
 
 DENSE = [
-    *map(Architecture, ("llama", "qwen2", "qwen3", "gemma", "stablelm", "cohere", "olmo", "olmo2", "olmo3", "glm4")),
     *map(
-        Architecture, ("smollm3", "granite", "exaone4", "starcoder2", "seed_oss", "ernie4_5", "nemotron", "ministral")
+        Architecture,
+        (
+            "llama",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "stablelm",
+            "cohere",
+            "olmo",
+            "olmo2",
+            "olmo3",
+            "glm4",
+        ),
+    ),
+    *map(
+        Architecture,
+        (
+            "smollm3",
+            "granite",
+            "exaone4",
+            "starcoder2",
+            "seed_oss",
+            "ernie4_5",
+            "nemotron",
+            "ministral",
+        ),
     ),
     Architecture("mistral", WINDOW),
     Architecture("gemma2", GEMMA),
-    Architecture("gemma3_text", GEMMA | {"num_hidden_layers": 6}),  # the sixth attends to everything
+    Architecture(
+        "gemma3_text", GEMMA | {"num_hidden_layers": 6}
+    ),  # the sixth attends to everything
     Architecture("cohere2", WINDOW | {"num_hidden_layers": 4}),
     Architecture("phi"),
     Architecture("phi3", {}, ("qkv_proj", "o_proj")),
@@ -79,7 +158,9 @@ DENSE = [
     Architecture("gpt_bigcode", {}, ("c_attn",), GPT2),
     Architecture("codegen", {"rotary_dim": 8}, ("qkv_proj",), GPT2),
     Architecture("falcon", SIZES, ("query_key_value", "dense"), WORDS),
-    Architecture("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, ("query_key_value", "dense"), WORDS),
+    Architecture(
+        "bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, ("query_key_value", "dense"), WORDS
+    ),
     Architecture("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, ("Wqkv",), WORDS),
 ]
 EXPERT_MODELS = [
@@ -112,11 +193,21 @@ STATES = [
     Architecture("qwen3_5_text", DELTA, ("q_proj", "v_proj", "in_proj_qkv", "out_proj")),
     Architecture("olmo_hybrid", DELTA, ("q_proj", "v_proj", "g_proj")),
     Architecture(
-        "minimax", EXPERTS | {"layer_types": ["linear_attention", "full_attention"]}, ("q_proj", "v_proj", "qkv_proj")
+        "minimax",
+        EXPERTS | {"layer_types": ["linear_attention", "full_attention"]},
+        ("q_proj", "v_proj", "qkv_proj"),
     ),
-    Architecture("lfm2", {"layer_types": ["conv", "full_attention"]}, ("q_proj", "v_proj", "in_proj")),
-    Architecture("recurrent_gemma", {"lru_width": 32, "num_hidden_layers": 3}, ("q_proj", "v_proj", "linear_x")),
-    Architecture("rwkv", SIZES | {"attention_hidden_size": 32, "rescale_every": 1}, ("key", "output"), WORDS),
+    Architecture(
+        "lfm2", {"layer_types": ["conv", "full_attention"]}, ("q_proj", "v_proj", "in_proj")
+    ),
+    Architecture(
+        "recurrent_gemma",
+        {"lru_width": 32, "num_hidden_layers": 3},
+        ("q_proj", "v_proj", "linear_x"),
+    ),
+    Architecture(
+        "rwkv", SIZES | {"attention_hidden_size": 32, "rescale_every": 1}, ("key", "output"), WORDS
+    ),
     Architecture("xlstm", {"hidden_size": 32, "num_heads": 4, "num_blocks": 2}, ("q", "v"), WORDS),
 ]
 """These carry a state, or the end of a convolution, from token to token."""

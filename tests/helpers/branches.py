@@ -1,4 +1,5 @@
-"""Rows of a probe, and the oracle of its spectra: the outputs of a branch, by calling the layer and its base."""
+"""Rows of a probe, and the oracle of its spectra: the outputs of a branch, by calling the layer and
+its base."""
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -12,7 +13,8 @@ def forward_of(model):
 
 
 def branch_outputs(model, name: str) -> torch.Tensor:
-    """What the adapter adds at one module, [tokens, d_out], by calling the module and its base layer."""
+    """What the adapter adds at one module, [tokens, d_out], by calling the module and its base
+    layer."""
     layer = model.get_submodule(f"base_model.model.{name}")
     inputs = []
     hook = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
@@ -24,7 +26,8 @@ def branch_outputs(model, name: str) -> torch.Tensor:
         x = torch.cat([values[0] for values in inputs])
         base = layer.base_layer(x)
         if isinstance(layer, LoraLayer) and layer.use_dora["default"]:
-            # DoRA rescales the rows of W0 + s B A to its magnitude m; what that does to W0 x is not the branch.
+            # DoRA rescales the rows of W0 + s B A to its magnitude m; what that does to W0 x is not
+            # the branch.
             weight = layer.base_layer.weight + layer.get_delta_weight("default")
             base = base * layer.lora_magnitude_vector["default"].weight / weight.norm(dim=1)
         outputs = (layer(x) - base).double()

@@ -18,22 +18,36 @@ WARNINGS = pytest.mark.filterwarnings(
     "ignore:for .* copying from a non-meta parameter:UserWarning",
 )
 
-IDS = torch.tensor([[5, 17, 99, 4, 250, 31], [7, 7, 300, 12, 3, 8], [401, 2, 45, 45, 6, 9], [11, 500, 23, 8, 64, 77]])
+IDS = torch.tensor(
+    [
+        [5, 17, 99, 4, 250, 31],
+        [7, 7, 300, 12, 3, 8],
+        [401, 2, 45, 45, 6, 9],
+        [11, 500, 23, 8, 64, 77],
+    ]
+)
 
 
 def cera(**settings) -> CeraConfig:
     """A configuration whose adapters start with a random B, so that they change the model."""
-    return CeraConfig(**{"r": 4, "dropout": 0.0, "init_weights": False, "task_type": "CAUSAL_LM"} | settings)
+    return CeraConfig(
+        **{"r": 4, "dropout": 0.0, "init_weights": False, "task_type": "CAUSAL_LM"} | settings
+    )
 
 
 def adapted(base=None, name: str = "default", **settings) -> PeftModel:
-    return get_peft_model(make_tiny_llama() if base is None else base, cera(**settings), adapter_name=name).eval()
+    return get_peft_model(
+        make_tiny_llama() if base is None else base, cera(**settings), adapter_name=name
+    ).eval()
 
 
 def with_two(**settings) -> PeftModel:
-    """A model with the adapters "first", which is active, and "second", of another rank, gate and scale."""
+    """A model with the adapters "first", which is active, and "second", of another rank, gate and
+    scale."""
     model = adapted(name="first", **settings)
-    model.add_adapter("second", cera(r=6, alpha=12, activation="gelu", target_modules=["k_proj", "v_proj"]))
+    model.add_adapter(
+        "second", cera(r=6, alpha=12, activation="gelu", target_modules=["k_proj", "v_proj"])
+    )
     return model
 
 
@@ -53,7 +67,8 @@ def cera_dtypes(model: nn.Module) -> set[torch.dtype]:
 
 
 def gradients(model: nn.Module, ids: torch.Tensor = IDS) -> dict[str, torch.Tensor]:
-    """The gradients of the loss in train mode (without dropout, this is a function of the weights alone)."""
+    """The gradients of the loss in train mode (without dropout, this is a function of the weights
+    alone)."""
     model.train()
     model(input_ids=ids, labels=ids).loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -1,5 +1,5 @@
-"""A pytest plugin with what tests of evaluations share: questions, a tiny finished run, configs to evaluate it, and
-readers of what an evaluation leaves."""
+"""A pytest plugin with what tests of evaluations share: questions, a tiny finished run, configs to
+evaluate it, and readers of what an evaluation leaves."""
 
 import json
 import shutil
@@ -11,8 +11,20 @@ import yaml
 from cera_train.evaluation import grading
 
 QUESTIONS = [
-    {"question": f"{a} apples and {b} more, how many{'?' * length}", "answer": f"Add them.\n#### {a + b}"}
-    for a, b, length in [(1, 2, 1), (3, 4, 9), (10, 5, 3), (2, 2, 30), (7, 8, 5), (1_000, 1, 2), (6, 0, 17), (9, 9, 1)]
+    {
+        "question": f"{a} apples and {b} more, how many{'?' * length}",
+        "answer": f"Add them.\n#### {a + b}",
+    }
+    for a, b, length in [
+        (1, 2, 1),
+        (3, 4, 9),
+        (10, 5, 3),
+        (2, 2, 30),
+        (7, 8, 5),
+        (1_000, 1, 2),
+        (6, 0, 17),
+        (9, 9, 1),
+    ]
 ]
 
 
@@ -40,8 +52,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def one_verifier(monkeypatch) -> None:
-    """Evaluations verify answers in this process, instead of starting two each, which takes longer than the answers."""
-    monkeypatch.setattr(grading, "judge", lambda candidates: list(map(grading._verdict, candidates)))
+    """Evaluations verify answers in this process, instead of starting two each, which takes longer
+    than the answers."""
+    monkeypatch.setattr(
+        grading, "judge", lambda candidates: list(map(grading._verdict, candidates))
+    )
 
 
 @pytest.fixture
@@ -58,7 +73,8 @@ def questions(write_jsonl) -> Path:
 
 @pytest.fixture
 def eval_config(compose, run, questions):
-    """eval_config("task.limit=3", ...): GSM8K's way with the tiny run, 8 new tokens, several batches."""
+    """eval_config("task.limit=3", ...): GSM8K's way with the tiny run, 8 new tokens, several
+    batches."""
 
     def eval_config(*overrides: str, task: str = "gsm8k", run: Path | str = run):
         settings = ["task.max_new_tokens=8", "generation.batch_tokens=150"]

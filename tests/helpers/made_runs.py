@@ -25,18 +25,30 @@ HOSTILE = "<script>alert(1)|`*_[x](javascript:alert(2))\nnew \"line\" 'x' $x^2$ 
 def settings_of(name: str, **changes: Any) -> dict[str, Any]:
     """A config.yaml, with dotted keys changed."""
     tree: dict[str, Any] = {
-        "model": {"path": "meta-llama/Llama-3.1-8B", "revision": None, "dtype": "bfloat16", "quantization": "none"},
+        "model": {
+            "path": "meta-llama/Llama-3.1-8B",
+            "revision": None,
+            "dtype": "bfloat16",
+            "quantization": "none",
+        },
         "adapter": {"kind": "cera", "r": 64, "alpha": None, "dropout": 0.1, "activation": "silu"},
-        "data": {"layout": "text", "path": "TIGER-Lab/MathInstruct", "train_split": "train[:100000]",
-                 "eval_split": "train[100000:102000]", "loss_on": "all", "max_length": 512,
-                 "prompt": "{q}", "completion": "{a}"},
+        "data": {
+            "layout": "text",
+            "path": "TIGER-Lab/MathInstruct",
+            "train_split": "train[:100000]",
+            "eval_split": "train[100000:102000]",
+            "loss_on": "all",
+            "max_length": 512,
+            "prompt": "{q}",
+            "completion": "{a}",
+        },
         "optimizer": {"kind": "adamw", "lr": 3e-4},
         "train": {"batch_size": 64, "seed": 0},
         "tracker": {"kinds": {}},
         "name": name,
         "output_dir": "outputs",
         "published": {},
-    }  # fmt: skip
+    }
     for key, value in changes.items():
         *sections, last = key.split(".")
         place = tree
@@ -76,38 +88,54 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def make_run(path: Path, perplexity: float = 1.9, finished: bool = True, **changes: Any) -> Path:
-    """The folder of a training run; `changes` are settings with dotted keys, and `held_out`, its rows' digest."""
-    name, held_out = changes.pop("name", path.name), changes.pop("held_out", "rows")
+    """The folder of a training run; `changes` are settings with dotted keys, and `held_out`, its
+    rows' digest."""
+    name = changes.pop("name", path.name)
+    held_out = changes.pop("held_out", "rows")
     path.mkdir(parents=True)
     settings = settings_of(name, **changes)
     (path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     (path / "environment.json").write_text(
         json.dumps(
-            {"command": ["/opt/bin/cera-train", "+recipe=math_r64", f"name={name}"], "rows": {"held_out": held_out}}
+            {
+                "command": ["/opt/bin/cera-train", "+recipe=math_r64", f"name={name}"],
+                "rows": {"held_out": held_out},
+            }
         )
     )
-    r, kind = settings["adapter"]["r"], settings["adapter"]["kind"]
+    r = settings["adapter"]["r"]
+    kind = settings["adapter"]["kind"]
     lines: list[dict[str, Any]] = []
     for update in range(0, 101, 10):
         value = perplexity + 1.6 * (1 - update / 100)
         if update:
             speed = {"train/seconds": 6.0 * update, "train/tokens_per_s": 1000.0 + update}
-            lines.append({"update": update, "epoch": 0, "train/loss": math.log(value) + 0.02} | speed)
+            lines.append(
+                {"update": update, "epoch": 0, "train/loss": math.log(value) + 0.02} | speed
+            )
         if update % 20 == 0:
-            lines.append({"update": update, "epoch": 0, "eval/loss": math.log(value), "eval/perplexity": value,
-                          "spectrum/effective_rank/mean": r * 0.004 * update,
-                          "spectrum/linear_share/mean": 1 - update / 1000 if update else None})  # fmt: skip
+            lines.append(
+                {
+                    "update": update,
+                    "epoch": 0,
+                    "eval/loss": math.log(value),
+                    "eval/perplexity": value,
+                    "spectrum/effective_rank/mean": r * 0.004 * update,
+                    "spectrum/linear_share/mean": 1 - update / 1000 if update else None,
+                }
+            )
     if not finished:
         lines = [line for line in lines if line["update"] <= 50]
     write_lines(path / "metrics.jsonl", lines)
     if finished:
         spectrum = {
             f"model.layers.{layer}.self_attn.q_proj": {
-                "effective_rank": r * 0.4, "manifold_dimension": r // 5,
+                "effective_rank": r * 0.4,
+                "manifold_dimension": r // 5,
                 "singular_values": [math.exp(-k / (r / (3 + layer))) for k in range(r)],
             }
             for layer in range(2)
-        }  # fmt: skip
+        }
         (path / "spectrum.json").write_text(json.dumps(spectrum))
         (path / "result.json").write_text(json.dumps(result_of(kind, r, perplexity)))
     return path
@@ -123,15 +151,20 @@ def add_evaluation(
     finished: bool = True,
     **changes: Any,
 ) -> Path:
-    """Graded answers to a task. `solved` are the problems answered right, or a function of problem and sample; without
-    `verified`, the second grader did not look."""
+    """Graded answers to a task. `solved` are the problems answered right, or a function of problem
+    and sample; without `verified`, the second grader did not look."""
     folder = run / "eval" / task
     folder.mkdir(parents=True)
     kind = task if task in ("math", "gsm8k", "logistic_map") else "math"
-    settings = {"run": str(run), "name": None, "adapter_digest": str(run), "data": None,
-                "model": {"path": "meta-llama/Llama-3.1-8B"},
-                "task": {"kind": kind, "name": task, "limit": problems, "max_new_tokens": 512},
-                "generation": {"samples": samples, "temperature": 0.8 if samples > 1 else 0.0}}  # fmt: skip
+    settings = {
+        "run": str(run),
+        "name": None,
+        "adapter_digest": str(run),
+        "data": None,
+        "model": {"path": "meta-llama/Llama-3.1-8B"},
+        "task": {"kind": kind, "name": task, "limit": problems, "max_new_tokens": 512},
+        "generation": {"samples": samples, "temperature": 0.8 if samples > 1 else 0.0},
+    }
     for key, value in changes.items():
         section, _, last = key.rpartition(".")
         (settings[section] if section else settings)[last] = value
@@ -144,10 +177,14 @@ def add_evaluation(
     for n, sample in itertools.product(range(problems), range(samples)):
         is_right = solved(n, sample) if callable(solved) else n in solved
         steps = {"matches": [is_right]} if kind == "logistic_map" else {}
-        grades.append(Grade(asked[n].id, sample, "7", is_right, is_right if verified else None, **steps))
+        grades.append(
+            Grade(asked[n].id, sample, "7", is_right, is_right if verified else None, **steps)
+        )
     (folder / "grades.jsonl").write_text(to_lines(grades))
     result = score(replace(gsm8k.TASK, is_verified=verified), asked, [], grades)
-    result.replace(task=task, kind=kind, problems=problems, samples=samples).write(folder / "result.json")
+    result.replace(task=task, kind=kind, problems=problems, samples=samples).write(
+        folder / "result.json"
+    )
     return folder
 
 

@@ -14,23 +14,38 @@ from cera_train.sweep.folder import JOBS, RECORD, State, read_sweep
 TINY = ["--config-dir", "conf", "-m", "+sweep=tiny"]
 """The sweep of the fixture sweep_here."""
 
-FIXED = ["data=jsonl", "data.train_files=[rows.jsonl]", "data.eval_rows=2", "data.completion=' {answer}'"]
+FIXED = [
+    "data=jsonl",
+    "data.train_files=[rows.jsonl]",
+    "data.eval_rows=2",
+    "data.completion=' {answer}'",
+]
 """Rows of the working folder."""
 
 
 def make_job(
-    sweep: Path, name: str, perplexity: float | None = None, error: str | None = None, rows: str = "a"
+    sweep: Path,
+    name: str,
+    perplexity: float | None = None,
+    error: str | None = None,
+    rows: str = "a",
 ) -> Path:
-    """A job's folder as a run leaves it: of 20 updates; unfinished without a perplexity. `rows` is the digest of those
-    that evaluate."""
+    """A job's folder as a run leaves it: of 20 updates; unfinished without a perplexity. `rows` is
+    the digest of those that evaluate."""
     folder = sweep / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"train": {"max_updates": 20}}))
-    (folder / "environment.json").write_text(json.dumps({"rows": {"held_out": rows}, "updates": 20}))
+    (folder / "environment.json").write_text(
+        json.dumps({"rows": {"held_out": rows}, "updates": 20})
+    )
     lines = [{"update": 0, "eval/perplexity": 9.0}, {"update": 5, "train/loss": 1.0}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"update": 6, "tr')
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"update": 6, "tr'
+    )
     if perplexity is not None:
-        (folder / "result.json").write_text(json.dumps({"updates": 20, "eval/perplexity": perplexity}))
+        (folder / "result.json").write_text(
+            json.dumps({"updates": 20, "eval/perplexity": perplexity})
+        )
     if error is not None:
         record_job(sweep, name, error)
     return folder
@@ -59,4 +74,8 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen:
 
 
 def content_of(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }

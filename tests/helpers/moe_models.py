@@ -1,4 +1,5 @@
-"""Tiny random mixtures of experts, and what their layers compute, as a plain loop over tokens and experts."""
+"""Tiny random mixtures of experts, and what their layers compute, as a plain loop over tokens and
+experts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ from torch import nn
 from cera_train.cera import CeraConfig, CeraExperts
 
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "qwen2_moe")
-"""gpt_oss keeps its weights transposed, gate and up interleaved, with biases and a clamp; qwen2_moe has a shared
-expert."""
+"""gpt_oss keeps its weights transposed, gate and up interleaved, with biases and a clamp; qwen2_moe
+has a shared expert."""
 
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -25,10 +26,14 @@ def make_mixture(model_type: str = "mixtral", **changes) -> nn.Module:
     return ARCHITECTURES[model_type].model(attn_implementation="eager", **changes)
 
 
-def adapted_mixture(model_type: str = "mixtral", name: str = "default", double: bool = False, **settings) -> PeftModel:
+def adapted_mixture(
+    model_type: str = "mixtral", name: str = "default", double: bool = False, **settings
+) -> PeftModel:
     """A mixture whose experts carry a random adapter, in eval mode."""
     base = make_mixture(model_type)
-    return adapted(base.double() if double else base, name, **{"target_parameters": PARAMETERS} | settings)
+    return adapted(
+        base.double() if double else base, name, **{"target_parameters": PARAMETERS} | settings
+    )
 
 
 def expert_config(**settings) -> CeraConfig:
@@ -36,9 +41,13 @@ def expert_config(**settings) -> CeraConfig:
 
 
 def mixture_with_two(model_type: str = "mixtral") -> PeftModel:
-    """A mixture with the adapters "first", which is active, and "second", of other experts' parameters and rank."""
+    """A mixture with the adapters "first", which is active, and "second", of other experts'
+    parameters and rank."""
     model = adapted_mixture(model_type, "first")
-    model.add_adapter("second", expert_config(expert_r=6, alpha=12, activation="gelu", target_parameters=["down_proj"]))
+    model.add_adapter(
+        "second",
+        expert_config(expert_r=6, alpha=12, activation="gelu", target_parameters=["down_proj"]),
+    )
     return model
 
 
@@ -47,7 +56,8 @@ def experts_of(model: nn.Module) -> list[CeraExperts]:
 
 
 def plain_forward(layer: CeraExperts, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
-    """What a layer of experts computes with its active adapters: one token and one expert at a time."""
+    """What a layer of experts computes with its active adapters: one token and one expert at a
+    time."""
     rows = []
     for x, experts, weights in zip(hidden_states, top_k_index, top_k_weights, strict=True):
         outputs = []
@@ -59,20 +69,24 @@ def plain_forward(layer: CeraExperts, hidden_states, top_k_index, top_k_weights)
 
 
 def plain_product(layer: CeraExperts, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-    base, weight = layer.base_layer, getattr(layer.base_layer, name)[expert]
+    base = layer.base_layer
+    weight = getattr(layer.base_layer, name)[expert]
     y = x @ weight if base.is_transposed else weight @ x
     if base.has_bias:
         y = y + getattr(base, f"{name}_bias")[expert]
     for adapter in layer.active_adapters:
         if adapter in layer.cera_A and name in layer.cera_A[adapter]:
-            A, B = (matrices[adapter][name].weight[expert] for matrices in (layer.cera_A, layer.cera_B))
+            A, B = (
+                matrices[adapter][name].weight[expert] for matrices in (layer.cera_A, layer.cera_B)
+            )
             y = y + layer.scaling[adapter][name] * (B @ layer.cera_gate[adapter][name](A @ x))
     return y
 
 
 def plain_gate(experts: nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
     if "GptOss" in type(experts).__name__:
-        gate, up = gate_up[::2].clamp(max=7.0), gate_up[1::2].clamp(-7.0, 7.0)
+        gate = gate_up[::2].clamp(max=7.0)
+        up = gate_up[1::2].clamp(-7.0, 7.0)
         return (up + 1) * gate * torch.sigmoid(1.702 * gate)
     gate, up = gate_up.chunk(2)
     return nn.functional.silu(gate) * up
@@ -86,9 +100,14 @@ def plain_experts() -> Iterator[None]:
         yield
 
 
-def lora_experts(model: PeftModel, base: nn.Module, r: int, parameters: list[str] = PARAMETERS) -> PeftModel:
-    """A LoRA of PEFT's on the same parameters of another copy of the base, with the same A and B."""
-    lora = get_peft_model(base, LoraConfig(r=r, lora_alpha=r, target_modules=[], target_parameters=parameters)).eval()
+def lora_experts(
+    model: PeftModel, base: nn.Module, r: int, parameters: list[str] = PARAMETERS
+) -> PeftModel:
+    """A LoRA of PEFT's on the same parameters of another copy of the base, with the same A and
+    B."""
+    lora = get_peft_model(
+        base, LoraConfig(r=r, lora_alpha=r, target_modules=[], target_parameters=parameters)
+    ).eval()
     for ours, theirs in zip(experts_of(model), expert_loras(lora), strict=True):
         for name, wrapper in theirs.items():
             A, B = (matrices["default"][name].weight for matrices in (ours.cera_A, ours.cera_B))

@@ -1,4 +1,5 @@
-"""What tests on a CPU and on a GPU hold a result against: attention under a mask, dequantised weights, `generate`."""
+"""What tests on a CPU and on a GPU hold a result against: attention under a mask, dequantised
+weights, `generate`."""
 
 from pathlib import Path
 
@@ -23,11 +24,15 @@ class Causal(nn.Module):
 
 
 def under_a_mask(query, key, value, lengths: list[int], window: int | None = None) -> torch.Tensor:
-    """Query, key and value are (1, heads, tokens, width); the result is (1, tokens, heads, width)."""
-    mask, start = torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool, device=query.device), 0
+    """Query, key and value are (1, heads, tokens, width); the result is (1, tokens, heads,
+    width)."""
+    mask = torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool, device=query.device)
+    start = 0
     for length in lengths:
         ones = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        mask[start : start + length, start : start + length] = ones.triu(1 - window) if window else ones
+        mask[start : start + length, start : start + length] = (
+            ones.triu(1 - window) if window else ones
+        )
         start += length
     repeats = query.shape[1] // key.shape[1]
     key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
@@ -36,7 +41,9 @@ def under_a_mask(query, key, value, lengths: list[int], window: int | None = Non
 
 def adapted(base, kind: str):
     """The base with an adapter that changes its answers: B starts at zero."""
-    model = build(base, AdapterConfig(AdapterKind(kind), 4, alpha=None, target_modules=["q_proj", "v_proj"])).eval()
+    model = build(
+        base, AdapterConfig(AdapterKind(kind), 4, alpha=None, target_modules=["q_proj", "v_proj"])
+    ).eval()
     for name, parameter in model.named_parameters():
         if "_B." in name:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -45,7 +52,8 @@ def adapted(base, kind: str):
 
 def gradients_after_an_evaluation(base, device: torch.device) -> torch.Tensor:
     torch.manual_seed(1)
-    model, ids = adapted(base, "cera"), torch.arange(20, device=device)[None]
+    model = adapted(base, "cera")
+    ids = torch.arange(20, device=device)[None]
     with torch.no_grad():
         model(input_ids=ids)
     model.train()
@@ -60,7 +68,9 @@ def assert_nf4_gradients_are_right(folder: Path, device: torch.device) -> None:
         if hasattr(module, "weight") and getattr(module.weight, "quant_state", None) is not None:
             weight = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             dequantised.get_submodule(name).weight.data = weight.to(dequantised.dtype)
-    got, expected = (gradients_after_an_evaluation(model, device) for model in (quantised, dequantised))
+    got, expected = (
+        gradients_after_an_evaluation(model, device) for model in (quantised, dequantised)
+    )
     cosine = torch.nn.functional.cosine_similarity(got, expected, dim=0)
     assert cosine > 0.999
     assert got.norm() == pytest.approx(expected.norm().item(), rel=0.02)
@@ -70,7 +80,9 @@ GREEDY = GenerationConfig()
 
 
 def answers_of(engine: LoadedModel, batches, config) -> dict:
-    answers = [answer for batch in batches for ended in engine.generate(batch, config) for answer in ended]
+    answers = [
+        answer for batch in batches for ended in engine.generate(batch, config) for answer in ended
+    ]
     return {(answer.problem, answer.sample): answer for answer, *_ in answers}
 
 
@@ -83,17 +95,20 @@ def assert_greedy_answers_are_the_librarys(engine: LoadedModel, requests) -> lis
         ids = alone[0, len(request.prompt_ids) :].tolist()
         has_end = ids[-1] in engine.base.generation_config.eos_token_id
         answer = answers[request.problem, request.sample]
-        assert answer.text == engine.tokenizer.decode(ids[:-1] if has_end else ids, skip_special_tokens=True)
+        assert answer.text == engine.tokenizer.decode(
+            ids[:-1] if has_end else ids, skip_special_tokens=True
+        )
         assert answer.tokens == len(ids)
         assert answer.truncated == (not has_end)
     return [answers[request.problem, request.sample].tokens for request in requests]
 
 
 def let_answers_end(engine: LoadedModel, requests) -> None:
-    """Makes end tokens of the third, the sixth and the ninth token of some answers, so that they leave one by one."""
+    """Makes end tokens of the third, the sixth and the ninth token of some answers, so that they
+    leave one by one."""
     engine.base.generation_config.eos_token_id = [
-        engine.model.generate(input_ids=torch.tensor([request.prompt_ids], device=engine.base.device))[
-            0, len(request.prompt_ids) + step
-        ].item()
+        engine.model.generate(
+            input_ids=torch.tensor([request.prompt_ids], device=engine.base.device)
+        )[0, len(request.prompt_ids) + step].item()
         for request, step in zip(requests[::2], (2, 5, 8), strict=False)
     ]

@@ -28,8 +28,11 @@ class PlayedVllm(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.served = {"id": "base", "root": base.path, "parent": None, "max_model_len": 512}
-        self.base, self.tokenizer = base, load_tokenizer(base)
-        self.loaded, self.asked, self.lock = {}, [], threading.Lock()
+        self.base = base
+        self.tokenizer = load_tokenizer(base)
+        self.loaded = {}
+        self.asked = []
+        self.lock = threading.Lock()
         self.refusals = {}  # path -> status and body
         self.faults = []  # of the next completions
 
@@ -38,18 +41,30 @@ class PlayedVllm(ThreadingHTTPServer):
 
     def answer(self, body: dict) -> tuple[list[int], list[float], str]:
         """Tokens, their log p, and why they ended."""
-        ids, is_sampled = torch.tensor([body["prompt"]]), body["temperature"] > 0
+        ids = torch.tensor([body["prompt"]])
+        is_sampled = body["temperature"] > 0
         with self.lock:
             torch.manual_seed(body["seed"])
             output = self.loaded[body["model"]].generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=body["max_tokens"],
-                do_sample=is_sampled, top_k=0 if is_sampled else None, output_logits=True, return_dict_in_generate=True,
-                eos_token_id=body["stop_token_ids"], pad_token_id=0,
-                stop_strings=body["stop"] or None, tokenizer=self.tokenizer,
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=body["max_tokens"],
+                do_sample=is_sampled,
+                top_k=0 if is_sampled else None,
+                output_logits=True,
+                return_dict_in_generate=True,
+                eos_token_id=body["stop_token_ids"],
+                pad_token_id=0,
+                stop_strings=body["stop"] or None,
+                tokenizer=self.tokenizer,
+            )
         tokens = output.sequences[0, ids.shape[1] :]
         log_p = torch.cat(output.logits).float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        return tokens.tolist(), log_p.tolist(), "length" if len(tokens) == body["max_tokens"] else "stop"
+        return (
+            tokens.tolist(),
+            log_p.tolist(),
+            "length" if len(tokens) == body["max_tokens"] else "stop",
+        )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -68,17 +83,22 @@ class Handler(BaseHTTPRequestHandler):
         self.respond(*self.server.refusals.get(self.path, (200, routes[self.path])))
 
     def do_POST(self) -> None:
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path in server.refusals:
             self.respond(*server.refusals[self.path])
         elif self.path == "/v1/load_lora_adapter":
             if body["lora_name"] in server.loaded:
-                return self.respond(400, {"error": {"message": f"'{body['lora_name']}' has already been loaded."}})
+                return self.respond(
+                    400, {"error": {"message": f"'{body['lora_name']}' has already been loaded."}}
+                )
             server.load(body["lora_name"], body["lora_path"])
             self.respond(200, {})
         elif self.path == "/v1/unload_lora_adapter":
             known = server.loaded.pop(body["lora_name"], None) is not None
-            self.respond(*((200, {}) if known else (404, {"error": {"message": "it cannot be found."}})))
+            self.respond(
+                *((200, {}) if known else (404, {"error": {"message": "it cannot be found."}}))
+            )
         else:
             self.complete(body)
 
@@ -88,7 +108,9 @@ class Handler(BaseHTTPRequestHandler):
             server.asked.append(body)
             fault = server.faults.pop(0) if server.faults else ""
         if body["model"] not in server.loaded:
-            return self.respond(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
+            return self.respond(
+                404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+            )
         if fault.isdecimal():
             return self.respond(int(fault), {"error": {"message": "it is overloaded"}})
         tokens, log_p, reason = server.answer(body)
@@ -117,7 +139,9 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(f"data: {json.dumps({'model': name, 'choices': []})}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
 
-    def send(self, model: str, tokens: list[int], reason: str | None, log_p: Sequence[float] | None = ()) -> None:
+    def send(
+        self, model: str, tokens: list[int], reason: str | None, log_p: Sequence[float] | None = ()
+    ) -> None:
         choice = {"index": 0, "text": "?", "token_ids": tokens, "finish_reason": reason}
         choice["logprobs"] = None if log_p is None else {"token_logprobs": [*log_p]}
         self.wfile.write(f"data: {json.dumps({'model': model, 'choices': [choice]})}\n\n".encode())

@@ -1,5 +1,5 @@
-"""Runs in several processes, as torchrun starts them. As a script it trains the configs of runs.json one after the
-other, so that each process pays its imports once."""
+"""Runs in several processes, as torchrun starts them. As a script it trains the configs of
+runs.json one after the other, so that each process pays its imports once."""
 
 import json
 import shutil
@@ -21,7 +21,8 @@ def torchrun(*arguments: str, cwd: Path) -> str:
 
 
 def train_in_processes(runs: list[list[str]], processes: int, cwd: Path, *words: str) -> str:
-    """Trains the configs of these overrides, scaling gradients at the word "scaled"; returns what was printed."""
+    """Trains the configs of these overrides, scaling gradients at the word "scaled"; returns what
+    was printed."""
     (cwd / "runs.json").write_text(json.dumps(runs))
     return torchrun(f"--nproc_per_node={processes}", __file__, *words, cwd=cwd)
 

@@ -1,5 +1,5 @@
-"""What tests of whole runs share: readers of what a run leaves, a clock, and a run that is cut. A run is its folder, or
-its config."""
+"""What tests of whole runs share: readers of what a run leaves, a clock, and a run that is cut. A
+run is its folder, or its config."""
 
 import json
 import time
@@ -41,7 +41,10 @@ def metrics_of(run) -> list[dict]:
 def timeless_metrics(run) -> list[dict]:
     """The metrics without what a clock measured."""
     timings = TIMINGS["metrics.jsonl"]
-    return [{key: value for key, value in line.items() if key not in timings} for line in metrics_of(run)]
+    return [
+        {key: value for key, value in line.items() if key not in timings}
+        for line in metrics_of(run)
+    ]
 
 
 def losses_of(run) -> list[float]:
@@ -79,7 +82,8 @@ class Cut(Exception):
 
 @contextmanager
 def once_logged(update: int, act: Callable[[], None], log: str = METRICS) -> Iterator[None]:
-    """Acts as soon as that update's line is in a log of a run: of metrics, the line of its training."""
+    """Acts as soon as that update's line is in a log of a run: of metrics, the line of its
+    training."""
     append = RunFolder.append
 
     def append_and_act(self, name, line):
@@ -103,14 +107,17 @@ def train_and_die_after(config, update: int, log: str = METRICS) -> None:
 
 
 def scale_gradients(monkeypatch) -> list[GradScaler]:
-    """Lets every run of the test scale its gradients, as one in float16 on a GPU does: by 4 at first, and by twice as
-    much after any 5 updates. Returns the runs' scalers."""
-    scalers, start = [], session.start_accelerator
+    """Lets every run of the test scale its gradients, as one in float16 on a GPU does: by 4 at
+    first, and by twice as much after any 5 updates. Returns the runs' scalers."""
+    scalers = []
+    start = session.start_accelerator
 
     def start_with_scaler(*arguments):
         accelerator = start(*arguments)
         accelerator.scaler = scaler = GradScaler("cpu", init_scale=4.0, growth_interval=5)
-        accelerator.unscale_gradients = lambda: scaler.unscale_(accelerator._optimizers[0].optimizer)  # before clipping
+        accelerator.unscale_gradients = lambda: scaler.unscale_(
+            accelerator._optimizers[0].optimizer
+        )  # before clipping
         scalers.append(scaler)
         return accelerator
 

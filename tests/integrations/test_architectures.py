@@ -1,5 +1,5 @@
-"""Every family of architectures, tiny and random: it attaches, trains, generates, packs, saves and loads, plans, and
-trains over 4-bit weights.
+"""Every family of architectures, tiny and random: it attaches, trains, generates, packs, saves and
+loads, plans, and trains over 4-bit weights.
 
 `make architectures` runs these tests and writes docs/architectures.md from what they record.
 """
@@ -49,7 +49,8 @@ every_family = pytest.mark.parametrize(
 pytestmark = pytest.mark.filterwarnings(
     "error",
     "ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning",
-    "ignore:Could not find a config file in:UserWarning",  # PEFT's, of a model that was made in memory
+    # PEFT's, of a model that was made in memory
+    "ignore:Could not find a config file in:UserWarning",
 )
 
 
@@ -60,7 +61,9 @@ def cell(record_property) -> Callable[[str], None]:
 
 
 def adapted(base: nn.Module, targets: Any, **settings: Any) -> nn.Module:
-    return adapters.build(base, AdapterConfig(r=4, target_modules=targets, **{"alpha": None} | settings))
+    return adapters.build(
+        base, AdapterConfig(r=4, target_modules=targets, **{"alpha": None} | settings)
+    )
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -105,10 +108,12 @@ def losses_of(supervised: SupervisedLoss, updates: int = 8) -> list[float]:
 
 @every_family
 def test_attaches(family: Architecture, cell):
-    """all-linear: a fresh adapter changes nothing; each of its modules moves the logits alone, and in training, without
-    dropout, as it does in eval mode."""
+    """all-linear: a fresh adapter changes nothing; each of its modules moves the logits alone, and
+    in training, without dropout, as it does in eval mode."""
     dropouts = [
-        name for name, value in family.config().to_dict().items() if "drop" in name and isinstance(value, float)
+        name
+        for name, value in family.config().to_dict().items()
+        if "drop" in name and isinstance(value, float)
     ]
     base = family.model(**dict.fromkeys(dropouts, 0.0))
     keep_scale(base)
@@ -116,8 +121,14 @@ def test_attaches(family: Architecture, cell):
     skipped = set(adapters.left_out(base, AdapterConfig(r=4, target_modules="all-linear")))
     model = adapted(base, "all-linear")
     assert torch.equal(logits(model), expected)
-    layers = [module for module in model.modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)]
-    linears = {name for name, module in family.model().named_modules() if linear_names([(name, module)])}
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
+    ]
+    linears = {
+        name for name, module in family.model().named_modules() if linear_names([(name, module)])
+    }
     assert len(layers) == len(linears - skipped) - 1  # but for the head
     for layer in layers:
         weight = layer.cera_B["default"].weight
@@ -165,8 +176,8 @@ def test_generates(family: Architecture, cell):
 
 @every_family
 def test_packs(family: Architecture, cell):
-    """The layout that the probe allows gives the loss and the gradients of one row at a time; and where it allows no
-    flat rows, sequences that share a row see each other."""
+    """The layout that the probe allows gives the loss and the gradients of one row at a time; and
+    where it allows no flat rows, sequences that share a row see each other."""
     base = family.model()
     supervised = SupervisedLoss(randomise(adapted(base, list(family.targets))), base)
     allowed = supervised.probe()
@@ -179,10 +190,14 @@ def test_packs(family: Architecture, cell):
 
     apart = [padded_batch([row], [mask]) for row, mask in zip(ROWS, MASKS, strict=True)]
     expected = loss_and_gradients(apart)
-    torch.testing.assert_close(loss_and_gradients([padded_batch(ROWS, MASKS)]), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        loss_and_gradients([padded_batch(ROWS, MASKS)]), expected, rtol=1e-3, atol=1e-4
+    )
     if allowed.flattens:
         supervised.use_flat_batches()
-        torch.testing.assert_close(loss_and_gradients([flat_batch(ROWS, MASKS)]), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            loss_and_gradients([flat_batch(ROWS, MASKS)]), expected, rtol=1e-3, atol=1e-4
+        )
         assert not moves_the_next(supervised)
     else:
         with pytest.raises(UserError, match="mixes sequences that share a row"):
@@ -196,18 +211,26 @@ def moves_the_next(supervised: SupervisedLoss) -> bool:
     """Whether another first sequence of a flat row changes the loss of the others."""
     masks = [[False] * len(MASKS[0]), *MASKS[1:]]
     with torch.no_grad():
-        before, after = (supervised(flat_batch([first, *ROWS[1:]], masks)) for first in (ROWS[0], [9, *ROWS[0][:0:-1]]))
+        before, after = (
+            supervised(flat_batch([first, *ROWS[1:]], masks))
+            for first in (ROWS[0], [9, *ROWS[0][:0:-1]])
+        )
     return abs(float(after / before) - 1) > 1e-5
 
 
 @every_family
 def test_saves_and_loads(family: Architecture, cell, tmp_path):
-    """A saved adapter gives the same logits on another copy of the base, by our loading and by PEFT's."""
+    """A saved adapter gives the same logits on another copy of the base, by our loading and by
+    PEFT's."""
     model = randomise(adapted(family.model(), "all-linear"))
     expected = logits(model)
-    weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    weights = {
+        name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad
+    }
     saved.save(model, weights, tmp_path)
-    assert torch.equal(logits(peft.PeftModel.from_pretrained(family.model(), str(tmp_path))), expected)
+    assert torch.equal(
+        logits(peft.PeftModel.from_pretrained(family.model(), str(tmp_path))), expected
+    )
     assert torch.equal(logits(saved.attach(family.model(), tmp_path)), expected)
     cell("yes")
 
@@ -232,7 +255,9 @@ def test_trains_over_4_bits(family: Architecture, cell, tmp_path, tokenizer):
     """NF4 on this CPU: coverage is proven and the loss falls."""
     family.model().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    base = load_model(ModelConfig(str(tmp_path), dtype=Dtype.float32, quantization=Quantization.nf4), CPU)
+    base = load_model(
+        ModelConfig(str(tmp_path), dtype=Dtype.float32, quantization=Quantization.nf4), CPU
+    )
     supervised = SupervisedLoss(adapted(base, list(family.targets)), base)
     choose_layout(BatchLayout.auto, supervised, CPU)
     prove(supervised)

@@ -1,4 +1,5 @@
-"""`make gpu` without a GPU, and the whole of it in miniature on a CPU; the other benchmarks find what they measure."""
+"""`make gpu` without a GPU, and the whole of it in miniature on a CPU; the other benchmarks find
+what they measure."""
 
 import json
 import os
@@ -31,18 +32,32 @@ def test_without_a_gpu_it_prints_a_line_and_proves_what_can_be_proven(monkeypatc
     assert called == [[sys.executable, *command.PROVABLE]]
 
 
-def test_what_failed_stops_nothing_and_is_tried_again_after_all_that_has_no_result(tmp_path, monkeypatch, capsys):
+def test_what_failed_stops_nothing_and_is_tried_again_after_all_that_has_no_result(
+    tmp_path, monkeypatch, capsys
+):
     ran = []
 
     def run(piece, place, seconds):
         ran.append(piece.name)
         state = command.FAILED if piece.name == "tests_answers" else command.PASSED
         place.folder.mkdir(parents=True, exist_ok=True)
-        command.write_result(place, piece.name, state, "it broke" if state == command.FAILED else "", {"tokens/s": 7.0})
+        command.write_result(
+            place,
+            piece.name,
+            state,
+            "it broke" if state == command.FAILED else "",
+            {"tokens/s": 7.0},
+        )
         return command.read_result(place, piece.name)
 
     monkeypatch.setattr(command, "run", run)
-    arguments = ["--device=cpu", f"--output={tmp_path}", "--piece", "tests_answers", "tests_attention"]
+    arguments = [
+        "--device=cpu",
+        f"--output={tmp_path}",
+        "--piece",
+        "tests_answers",
+        "tests_attention",
+    ]
     assert command.main(arguments) == 1
     assert ran == ["tests_answers", "tests_attention"]
     assert command.main([*arguments, "nemo_cera"]) == 1
@@ -63,7 +78,8 @@ def test_every_piece_fits_into_ten_minutes_and_every_file_of_tests_has_one():
 
 
 def test_a_piece_that_takes_too_long_is_ended(tmp_path):
-    piece, place = replace(all_pieces()["weights_llama3_1_8b"], seconds=0.2), Place("cpu", "tiny", tmp_path)
+    piece = replace(all_pieces()["weights_llama3_1_8b"], seconds=0.2)
+    place = Place("cpu", "tiny", tmp_path)
     assert command.run(piece, place, 0.1) is None  # the command had no more time
     result = command.run(piece, place, 0.2)
     assert result["state"] == command.FAILED
@@ -73,7 +89,8 @@ def test_a_piece_that_takes_too_long_is_ended(tmp_path):
 def test_a_group_of_tests_that_all_skip_has_not_passed(tmp_path, monkeypatch):
     (tmp_path / "tests" / "gpu").mkdir(parents=True)
     (tmp_path / "tests" / "gpu" / "test_gpu_group.py").write_text(
-        "import pytest\npytestmark = pytest.mark.gpu\ndef test_skips(): pytest.skip('no such thing')\n"
+        "import pytest\npytestmark = pytest.mark.gpu\ndef test_skips(): pytest.skip('no such "
+        "thing')\n"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     monkeypatch.setattr(pieces, "ROOT", tmp_path)
@@ -82,7 +99,12 @@ def test_a_group_of_tests_that_all_skip_has_not_passed(tmp_path, monkeypatch):
 
 
 MINIATURE = [
-    *("race_unsloth_llama3_1_8b_bfloat16", "weights_llama3_1_8b", "tests_answers", "math_r64_nf4_llama3_1_8b"),
+    *(
+        "race_unsloth_llama3_1_8b_bfloat16",
+        "weights_llama3_1_8b",
+        "tests_answers",
+        "math_r64_nf4_llama3_1_8b",
+    ),
     *("race_cera_llama3_1_8b_bfloat16", "decoding_llama3_1_8b", "nemo_cera"),
 ]
 
@@ -90,7 +112,14 @@ MINIATURE = [
 @pytest.mark.slow
 @needs_smollm2
 def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path):
-    command_line = [sys.executable, "-m", "benchmarks.gpu", "--device=cpu", "--size=tiny", f"--output={tmp_path}"]
+    command_line = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--device=cpu",
+        "--size=tiny",
+        f"--output={tmp_path}",
+    ]
     arguments = [*command_line, "--piece", *MINIATURE]
     started = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     first, second = (tmp_path / "tiny_cpu" / f"{name}.json" for name in MINIATURE[:2])
@@ -101,12 +130,19 @@ def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path):
     assert not second.exists()
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert first.stat().st_mtime_ns == stamp
-    results = {name: json.loads((tmp_path / "tiny_cpu" / f"{name}.json").read_text()) for name in MINIATURE}
+    results = {
+        name: json.loads((tmp_path / "tiny_cpu" / f"{name}.json").read_text()) for name in MINIATURE
+    }
     skipped = results.pop("race_unsloth_llama3_1_8b_bfloat16")
     assert (skipped["state"], skipped["reason"]) == ("skipped", "unsloth is not installed")
     assert {result["state"] for result in results.values()} == {"passed"}, done.stdout
     assert done.returncode == 0
-    for column in ("| tests |", "| planned GB |", "| useful TFLOP/s |", "| CeRA, 64 rows, tokens/s |"):
+    for column in (
+        "| tests |",
+        "| planned GB |",
+        "| useful TFLOP/s |",
+        "| CeRA, 64 rows, tokens/s |",
+    ):
         assert column in done.stdout
 
 

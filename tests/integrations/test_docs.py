@@ -1,5 +1,6 @@
-"""README.md, docs/, CONTRIBUTING.md and recipes/README.md hold: their commands compose, their Python runs, what they
-name exists. The tutorial and the notebook print what they show. `make docs` builds."""
+"""README.md, docs/, CONTRIBUTING.md and recipes/README.md hold: their commands compose, their
+Python runs, what they name exists. The tutorial and the notebook print what they show. `make docs`
+builds."""
 
 import ast
 import itertools
@@ -30,7 +31,7 @@ MADE_BY_COMMANDS = ("outputs/", "report/")
 """Folders that the pages' commands create."""
 
 
-# --- what a page holds -----------------------------------------------------------------------------------------------
+# --- what a page holds ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def inline_code(page: Path) -> list[str]:
 PYTHON = [block for page in PAGES for block in blocks(page) if block.language == "python"]
 
 
-# --- commands --------------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
 
 def words_of(line: str) -> list[str]:
@@ -98,7 +99,9 @@ def command_among(words: list[str]) -> tuple[str, list[str]] | None:
     for number, word in enumerate(words):
         name = "cera-train" if word == "cera_train" and words[number - 1] == "-m" else word
         if name in (*SCHEMAS, *OF_FOLDERS):
-            return name, list(itertools.takewhile(lambda word: word not in (";", "&&", "|"), words[number + 1 :]))
+            return name, list(
+                itertools.takewhile(lambda word: word not in (";", "&&", "|"), words[number + 1 :])
+            )
     return None
 
 
@@ -118,21 +121,29 @@ def commands_of(page: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 
 COMMANDS = [command for page in PAGES for command in commands_of(page)]
-CHECKED = {(name, *arguments): (place, name, arguments) for place, name, arguments in COMMANDS}.values()
+CHECKED = {
+    (name, *arguments): (place, name, arguments) for place, name, arguments in COMMANDS
+}.values()
 
 
 def values_of(override: Override) -> list[str]:
-    """The override with each value of its sweep; with the first of a range that a sweeper draws from."""
+    """The override with each value of its sweep; with the first of a range that a sweeper draws
+    from."""
     if not override.is_sweep_override():
         return [override.input_line]
     values = override.value()
-    drawn = [values.start] if isinstance(values, IntervalSweep) else override.sweep_string_iterator()
+    drawn = (
+        [values.start] if isinstance(values, IntervalSweep) else override.sweep_string_iterator()
+    )
     return [f"{override.get_key_element()}={value}" for value in drawn]
 
 
 def jobs_of(arguments: list[str]) -> list[list[str]]:
-    """Jobs of a sweep that together have every value of these arguments. tests/sweep composes those of conf/sweep."""
-    dimensions = [values_of(override) for override in OverridesParser.create().parse_overrides(arguments)]
+    """Jobs of a sweep that together have every value of these arguments. tests/sweep composes those
+    of conf/sweep."""
+    dimensions = [
+        values_of(override) for override in OverridesParser.create().parse_overrides(arguments)
+    ]
     return [
         [values[number % len(values)] for values in dimensions]
         for number in range(max(map(len, dimensions), default=1))
@@ -140,7 +151,8 @@ def jobs_of(arguments: list[str]) -> list[list[str]]:
 
 
 def overrides_of(arguments: list[str]) -> tuple[list[str], bool]:
-    """The overrides among these arguments, without flags and without Hydra's section; and whether they are a sweep."""
+    """The overrides among these arguments, without flags and without Hydra's section; and whether
+    they are a sweep."""
     settings = []
     words = iter(arguments)
     for word in words:
@@ -148,10 +160,14 @@ def overrides_of(arguments: list[str]) -> tuple[list[str], bool]:
             next(words)
         elif not word.startswith("-"):
             settings.append(word)
-    for launcher in (word.partition("=")[2] for word in settings if word.startswith("hydra/launcher=")):
+    for launcher in (
+        word.partition("=")[2] for word in settings if word.startswith("hydra/launcher=")
+    ):
         known = {path.stem for path in (config_dir("conf") / "hydra" / "launcher").glob("*.yaml")}
         assert launcher in known
-    return [word for word in settings if not word.lstrip("+").startswith("hydra")], "-m" in arguments
+    return [
+        word for word in settings if not word.lstrip("+").startswith("hydra")
+    ], "-m" in arguments
 
 
 def test_the_pages_hold_commands():
@@ -159,7 +175,9 @@ def test_the_pages_hold_commands():
     assert {name for _, name, _ in COMMANDS} == {*SCHEMAS, *OF_FOLDERS}
 
 
-@pytest.mark.parametrize(("place", "name", "arguments"), CHECKED, ids=[f"{place} {name}" for place, name, _ in CHECKED])
+@pytest.mark.parametrize(
+    ("place", "name", "arguments"), CHECKED, ids=[f"{place} {name}" for place, name, _ in CHECKED]
+)
 def test_every_command_composes_to_a_checked_config(compose, place, name, arguments):
     if name not in SCHEMAS or {"--help", "-sc"} & {*arguments}:
         return
@@ -171,7 +189,7 @@ def test_every_command_composes_to_a_checked_config(compose, place, name, argume
         assert compose(*job, command=name.removeprefix("cera-")) is not None
 
 
-# --- Python ----------------------------------------------------------------------------------------------------------
+# --- Python ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +200,18 @@ def quickstart(compose, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     changes = ("train.max_updates=2", "train.eval_every=null", f"output_dir={folder / 'outputs'}")
     train(compose("+recipe=logistic_map", "name=quickstart", *changes))
-    shutil.copytree(folder / "outputs" / "quickstart", folder / "outputs" / "by_token")  # a run of docs/train.md
+    shutil.copytree(
+        folder / "outputs" / "quickstart", folder / "outputs" / "by_token"
+    )  # a run of docs/train.md
     return folder
 
 
 @pytest.mark.slow
 @needs_smollm2
 @pytest.mark.filterwarnings("default")  # of TRL and transformers: the blocks are a user's program
-@pytest.mark.parametrize("page", sorted({block.page for block in PYTHON}), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", sorted({block.page for block in PYTHON}), ids=lambda page: page.name
+)
 def test_every_python_block_runs(quickstart, monkeypatch, capsys, page):
     """The blocks of a page run one after the other, as a reader would type them."""
     monkeypatch.chdir(quickstart)
@@ -209,7 +231,7 @@ def test_every_python_block_imports_what_exists(block):
             assert all(hasattr(module, alias.name) for alias in node.names)
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def anchors_of(page: Path) -> set[str]:
@@ -232,16 +254,28 @@ def test_every_link_leads_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_that_is_named_exists(page):
     """Paths from the top of the project, and tasks/gsm8k.py for one of cera_train/."""
-    tops = {path.name for folder in (ROOT, ROOT / "cera_train") for path in folder.iterdir() if path.is_dir()}
+    tops = {
+        path.name
+        for folder in (ROOT, ROOT / "cera_train")
+        for path in folder.iterdir()
+        if path.is_dir()
+    }
     for span in inline_code(page):
         path = span.rstrip("/")
-        is_path = re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?", span) or re.fullmatch(r"[\w-]+\.(py|toml)|[\w-]+/", span)
-        if not is_path or span.startswith(MADE_BY_COMMANDS) or path.split("/")[0] not in tops or "NAME" in span:
+        is_path = re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?", span) or re.fullmatch(
+            r"[\w-]+\.(py|toml)|[\w-]+/", span
+        )
+        if (
+            not is_path
+            or span.startswith(MADE_BY_COMMANDS)
+            or path.split("/")[0] not in tops
+            or "NAME" in span
+        ):
             continue
         assert (ROOT / path).exists() or (ROOT / "cera_train" / path).exists(), span
 
 
-# --- shape -----------------------------------------------------------------------------------------------------------
+# --- shape ----------------------------------------------------------------------------------------
 
 
 def test_the_readme_fits_on_150_lines_and_links_every_page():
@@ -251,13 +285,15 @@ def test_the_readme_fits_on_150_lines_and_links_every_page():
 
 
 def test_the_tree_of_the_readme_is_the_tree():
-    tree = next(block.text for block in blocks(ROOT / "README.md") if block.text.startswith("cera_train/"))
+    tree = next(
+        block.text for block in blocks(ROOT / "README.md") if block.text.startswith("cera_train/")
+    )
     named = {*re.findall(r"^  (\w+)/ ", tree, flags=re.MULTILINE)}
     assert named == {path.parent.name for path in (ROOT / "cera_train").glob("*/__init__.py")}
     assert all((ROOT / name).is_dir() for name in re.findall(r"^(\w+)/", tree, flags=re.MULTILINE))
 
 
-# --- the tutorial and the notebook -----------------------------------------------------------------------------------
+# --- the tutorial and the notebook ----------------------------------------------------------------
 
 SHORT = {
     "cera-train": "train.max_updates=2 train.eval_every=1 train.tasks_limit=4",
@@ -268,8 +304,8 @@ SHORT = {
 
 
 def form(text: str) -> list[str]:
-    """The lines of an output without numbers, names of layers and repetitions. Of a line that depends on the machine or
-    is a model's answer, only the first word stays."""
+    """The lines of an output without numbers, names of layers and repetitions. Of a line that
+    depends on the machine or is a model's answer, only the first word stays."""
     lines: list[str] = []
     for line in text.splitlines():
         line = re.sub(r"^(precision|device|speed|before|after)\b.*", r"\1", " ".join(line.split()))
@@ -288,15 +324,23 @@ def has_form(printed: str, shown: str) -> bool:
 @needs_smollm2
 def test_the_tutorial_prints_what_it_shows(tmp_path):
     page = [block for block in blocks(ROOT / "docs" / "tutorial.md") if block.language != "python"]
-    steps = [pair for pair in itertools.pairwise(page) if [block.language for block in pair] == [None, ""]]
+    steps = [
+        pair
+        for pair in itertools.pairwise(page)
+        if [block.language for block in pair] == [None, ""]
+    ]
     assert len(steps) == 6
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for block, shown in steps:
-        command = " ".join(block.text.split()).replace("make quickstart", "cera-train +recipe=quickstart")
+        command = " ".join(block.text.split()).replace(
+            "make quickstart", "cera-train +recipe=quickstart"
+        )
         for name, arguments in SHORT.items():
             command = re.sub(rf"\b{name}\b", f"{name} {arguments}", command)
         shell = ["bash", "-e", "-o", "pipefail", "-c", command]
-        done = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(
+            shell, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900
+        )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         if "cera-chat" in command:
             assert done.stdout.strip()  # what a model answers after two updates has no form
@@ -309,7 +353,9 @@ def outputs_of(notebook: dict) -> list[tuple[str, int]]:
     outputs = []
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            printed = "".join("".join(each["text"]) for each in cell["outputs"] if each.get("name") == "stdout")
+            printed = "".join(
+                "".join(each["text"]) for each in cell["outputs"] if each.get("name") == "stdout"
+            )
             pictures = sum("image/png" in each.get("data", {}) for each in cell["outputs"])
             outputs.append((re.sub(r"\d+(\.\d+)?", "#", printed), pictures))
     return outputs
@@ -319,12 +365,15 @@ def outputs_of(notebook: dict) -> list[tuple[str, int]]:
 @needs_smollm2
 @pytest.mark.filterwarnings("default")  # Jupyter's, of its event loop
 def test_the_notebook_prints_what_it_shows(tmp_path):
-    """`jupyter execute --inplace docs/notebook.ipynb` writes its outputs again; take the warnings out."""
+    """`jupyter execute --inplace docs/notebook.ipynb` writes its outputs again; take the warnings
+    out."""
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
     expected = outputs_of(notebook)
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": tmp_path}}
+    ).execute()
     assert outputs_of(notebook) == expected
     assert (tmp_path / "outputs/capitals/adapter_model.safetensors").exists()
 
@@ -334,7 +383,16 @@ def test_the_site_builds(tmp_path):
     """mkdocs itself refuses a link that leads nowhere."""
     pytest.importorskip("material")
     pytest.importorskip("mkdocstrings_handlers.python")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    build = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path),
+    ]
     env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(build, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

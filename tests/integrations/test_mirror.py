@@ -1,5 +1,5 @@
-"""cluster/mirror.py keeps a bucket, or any other folder, a copy of outputs/ that resumes: a run that is cut goes on
-elsewhere to the same end."""
+"""cluster/mirror.py keeps a bucket, or any other folder, a copy of outputs/ that resumes: a run
+that is cut goes on elsewhere to the same end."""
 
 import importlib.util
 import os
@@ -39,7 +39,9 @@ def write_checkpoint(run: Path, update: int) -> None:
 
 def assert_resumes(copy: Path) -> None:
     """What is in a copy relies on nothing that is missing."""
-    lines = (copy / "metrics.jsonl").read_text().split() if (copy / "metrics.jsonl").exists() else []
+    lines = (
+        (copy / "metrics.jsonl").read_text().split() if (copy / "metrics.jsonl").exists() else []
+    )
     for checkpoint in copy.glob("checkpoints/*"):
         names = {path.name for path in checkpoint.iterdir()}
         assert names <= {"checksums.json"} or checkpoint.name in lines
@@ -50,7 +52,8 @@ def assert_resumes(copy: Path) -> None:
 
 
 def test_a_copy_that_is_cut_anywhere_resumes(tmp_path, monkeypatch):
-    run, copyfile = tmp_path / "outputs", shutil.copyfile
+    run = tmp_path / "outputs"
+    copyfile = shutil.copyfile
     write_checkpoint(run, 10)
     write_checkpoint(run, 20)
     (run / "adapter").mkdir()
@@ -81,20 +84,27 @@ def test_a_copy_that_is_cut_anywhere_resumes(tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "copyfile", copyfile)
         (fresh := tmp_path / f"fresh-{cut_after}").mkdir()
         mirror.Mirror(fresh, copy)
-        # A run refuses to start where all its checkpoints are damaged, as the only one is whose copying was cut.
-        assert not [folder for folder in fresh.glob("checkpoints/*") if len(list(folder.iterdir())) < 4]
+        # A run refuses to start where all its checkpoints are damaged, as the only one is whose
+        # copying was cut.
+        assert not [
+            folder for folder in fresh.glob("checkpoints/*") if len(list(folder.iterdir())) < 4
+        ]
 
 
 def test_a_removed_checkpoint_never_looks_whole(tmp_path, monkeypatch):
-    run, copy = tmp_path / "outputs", tmp_path / "copy"
+    run = tmp_path / "outputs"
+    copy = tmp_path / "copy"
     copy.mkdir()
     write_checkpoint(run, 10)
     here = mirror.Mirror(run, copy)
     here.update()
     shutil.rmtree(run / "checkpoints" / "10")
     write_checkpoint(run, 20)
-    unlink, removed = Path.unlink, []
-    monkeypatch.setattr(Path, "unlink", lambda path, **options: (removed.append(path.name), unlink(path, **options)))
+    unlink = Path.unlink
+    removed = []
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, **options: (removed.append(path.name), unlink(path, **options))
+    )
     here.update()
     assert removed[-1] == "checksums.json"
     assert [path.name for path in (copy / "checkpoints").iterdir()] == ["20"]
@@ -102,7 +112,8 @@ def test_a_removed_checkpoint_never_looks_whole(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_made_longer_never_looks_finished(tmp_path, monkeypatch):
-    run, copyfile = tmp_path / "outputs", shutil.copyfile
+    run = tmp_path / "outputs"
+    copyfile = shutil.copyfile
     write_checkpoint(run, 20)
     for name in ("config.yaml", "result.json"):
         (run / name).write_text("20 updates")
@@ -125,7 +136,8 @@ def test_a_run_that_is_made_longer_never_looks_finished(tmp_path, monkeypatch):
 
 
 def test_a_restore_that_is_cut_leaves_no_part_and_the_next_one_completes_it(tmp_path, monkeypatch):
-    run, copy = tmp_path / "outputs", tmp_path / "copy"
+    run = tmp_path / "outputs"
+    copy = tmp_path / "copy"
     write_checkpoint(copy, 10)
     run.mkdir()
     (run / "metrics.jsonl").write_text("10\n11\n")  # newer than the bucket's
@@ -141,7 +153,9 @@ def test_a_restore_that_is_cut_leaves_no_part_and_the_next_one_completes_it(tmp_
     before = {path: path.read_bytes() for path in copy.glob("checkpoints/10/*")}
     mirror.Mirror(run, copy).update()
     assert {path: path.read_bytes() for path in copy.glob("checkpoints/10/*")} == before
-    assert all((run / path.relative_to(copy)).read_bytes() == content for path, content in before.items())
+    assert all(
+        (run / path.relative_to(copy)).read_bytes() == content for path, content in before.items()
+    )
     assert (run / "metrics.jsonl").read_text() == (copy / "metrics.jsonl").read_text() == "10\n11\n"
 
 
@@ -155,14 +169,18 @@ def test_a_signal_reaches_the_command_and_its_last_files_the_bucket(tmp_path):
     bucket = tmp_path / "bucket"
     bucket.mkdir()
     trap = "trap 'echo saved > outputs/log; exit 143' TERM"
-    process = run_mirror(tmp_path, bucket, f"{trap}; mkdir -p outputs; touch ready; while :; do sleep 0.02; done")
+    process = run_mirror(
+        tmp_path, bucket, f"{trap}; mkdir -p outputs; touch ready; while :; do sleep 0.02; done"
+    )
     wait_until((tmp_path / "ready").exists)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     assert (bucket / "log").read_text() == "saved\n"
 
 
-def test_a_killed_command_gives_its_signals_status_and_a_bucket_that_refuses_files_ends_it_at_once(tmp_path):
+def test_a_killed_command_gives_its_signals_status_and_a_bucket_that_refuses_files_ends_it_at_once(
+    tmp_path,
+):
     assert run_mirror(tmp_path, tmp_path, "kill -KILL $$").wait(timeout=60) == 137
     process = run_mirror(tmp_path, tmp_path / "missing", "touch started")
     assert process.wait(timeout=60) == 1
@@ -172,7 +190,8 @@ def test_a_killed_command_gives_its_signals_status_and_a_bucket_that_refuses_fil
 
 @pytest.mark.slow
 def test_a_killed_machine_loses_nothing(tiny_folder, tiny_config, compose, tmp_path):
-    """SIGKILL to everything that the run script started; another machine begins with an empty disk and the bucket."""
+    """SIGKILL to everything that the run script started; another machine begins with an empty disk
+    and the bucket."""
     changes = ["train.max_updates=60", "train.eval_every=20", "train.save_every=5"]
     train(tiny_config(*changes))
     arguments = [
@@ -187,8 +206,14 @@ def test_a_killed_machine_loses_nothing(tiny_folder, tiny_config, compose, tmp_p
         activate.parent.mkdir(parents=True)
         activate.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
         (tmp_path / machine / "cluster").symlink_to(CLUSTER)
-        script = yaml.safe_load((CLUSTER / "sky.yaml").read_text())["run"].replace(" /bucket ", f" {bucket} ")
-        environment = os.environ | {"ARGUMENTS": shlex.join(arguments), "MIRROR_SECONDS": "0.2", "OMP_NUM_THREADS": "1"}
+        script = yaml.safe_load((CLUSTER / "sky.yaml").read_text())["run"].replace(
+            " /bucket ", f" {bucket} "
+        )
+        environment = os.environ | {
+            "ARGUMENTS": shlex.join(arguments),
+            "MIRROR_SECONDS": "0.2",
+            "OMP_NUM_THREADS": "1",
+        }
         where = {"cwd": tmp_path / machine, "env": environment, "start_new_session": True}
         with (tmp_path / f"{machine}.log").open("w") as log:
             return subprocess.Popen(["bash", "-c", script], stdout=log, stderr=log, **where)
@@ -202,8 +227,13 @@ def test_a_killed_machine_loses_nothing(tiny_folder, tiny_config, compose, tmp_p
 
     assert start("second").wait(timeout=240) == 0, (tmp_path / "second.log").read_text()
     assert re.search(r"60 updates of 16 sequences, \d+ done", (tmp_path / "second.log").read_text())
-    there, uninterrupted = bucket / "run", tmp_path / "outputs" / "run"
-    for name in ("adapter/adapter_model.safetensors", "best/adapter_model.safetensors", "losses_after.safetensors"):
+    there = bucket / "run"
+    uninterrupted = tmp_path / "outputs" / "run"
+    for name in (
+        "adapter/adapter_model.safetensors",
+        "best/adapter_model.safetensors",
+        "losses_after.safetensors",
+    ):
         assert (there / name).read_bytes() == (uninterrupted / name).read_bytes()
     assert (there / "result.json").exists()
     assert len(losses_of(there)) == len(losses_of(uninterrupted)) == 60

@@ -1,4 +1,5 @@
-"""The adapter of a run in the tools its users already have, after `import cera_train` and nothing else."""
+"""The adapter of a run in the tools its users already have, after `import cera_train` and nothing
+else."""
 
 import json
 from pathlib import Path
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @pytest.fixture
 def finished_run(trained_config) -> Path:
-    return folder_of(trained_config("optimizer.lr=3e-2", "train.max_updates=6", "train.eval_every=null"))
+    return folder_of(
+        trained_config("optimizer.lr=3e-2", "train.max_updates=6", "train.eval_every=null")
+    )
 
 
 @pytest.mark.filterwarnings("default")  # the harness' own
@@ -21,16 +24,23 @@ def test_lm_evaluation_harness_scores_the_adapter(finished_run, tiny_folder):
     """Its log-likelihoods equal those computed directly, with the adapter and without."""
     harness = pytest.importorskip("lm_eval.models.huggingface")
     instance = pytest.importorskip("lm_eval.api.instance").Instance
-    prompt, choices = "Question: x\nAnswer:", [" 0.84", " hello"]
+    prompt = "Question: x\nAnswer:"
+    choices = [" 0.84", " hello"]
 
     def scores(**adapter: str) -> list[float]:
-        model = harness.HFLM(str(tiny_folder), dtype="float32", device="cpu", batch_size=2, **adapter)
-        requests = [instance("loglikelihood", {}, (prompt, choice), place) for place, choice in enumerate(choices)]
+        model = harness.HFLM(
+            str(tiny_folder), dtype="float32", device="cpu", batch_size=2, **adapter
+        )
+        requests = [
+            instance("loglikelihood", {}, (prompt, choice), place)
+            for place, choice in enumerate(choices)
+        ]
         return [log_p for log_p, _ in model.loglikelihood(requests)]
 
     def direct(model: torch.nn.Module) -> list[float]:
         tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-        log_likelihoods, start = [], len(tokenizer(prompt).input_ids)
+        log_likelihoods = []
+        start = len(tokenizer(prompt).input_ids)
         for choice in choices:
             ids = torch.tensor(tokenizer(prompt + choice).input_ids)
             with torch.no_grad():
@@ -42,7 +52,9 @@ def test_lm_evaluation_harness_scores_the_adapter(finished_run, tiny_folder):
     without = direct(base)
     assert scores() == pytest.approx(without, abs=1e-4)
     adapted = scores(peft=f"{finished_run}/adapter")
-    assert adapted == pytest.approx(direct(PeftModel.from_pretrained(base, finished_run / "adapter")), abs=1e-4)
+    assert adapted == pytest.approx(
+        direct(PeftModel.from_pretrained(base, finished_run / "adapter")), abs=1e-4
+    )
     assert adapted != pytest.approx(without, abs=1e-2)
 
 
@@ -50,15 +62,25 @@ def test_the_card_says_what_the_adapter_is_and_its_code_loads_it(finished_run, t
     card = ModelCard.load(finished_run / "adapter" / "README.md")
     result = json.loads((finished_run / "result.json").read_text())
     assert card.data.library_name == "peft"
-    assert card.data.license is None  # apache-2.0 is that of the model whose file of conf/model this config began with
+    assert (
+        card.data.license is None
+    )  # apache-2.0 is that of the model whose file of conf/model this config began with
     assert "licence of the base weights is not on record" in card.text
     for part in (
         *(str(tiny_folder), "CeRA of rank 4 on q_proj v_proj", "logistic_map"),
-        *(f"{result['eval/perplexity']:.3f}", f"{result['perplexity_before']:.3f}", "import cera_train"),
+        *(
+            f"{result['eval/perplexity']:.3f}",
+            f"{result['perplexity_before']:.3f}",
+            "import cera_train",
+        ),
         f"{result['trainable_parameters']:,}",
     ):
         assert part in card.text.replace("\\", ""), part
-    code = card.text.split("```python\n")[1].split("```")[0].replace("FOLDER", str(finished_run / "adapter"))
+    code = (
+        card.text.split("```python\n")[1]
+        .split("```")[0]
+        .replace("FOLDER", str(finished_run / "adapter"))
+    )
     names: dict = {}
     exec(code, names)
     assert any("cera_A" in name for name, _ in names["model"].named_parameters())

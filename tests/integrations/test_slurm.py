@@ -1,4 +1,5 @@
-"""Runs and sweeps on a real Slurm of one node: tasks that join, a job that is cancelled, one that is preempted."""
+"""Runs and sweeps on a real Slurm of one node: tasks that join, a job that is cancelled, one that
+is preempted."""
 
 import functools
 import json
@@ -23,7 +24,9 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "squeu
 CAN_START = os.geteuid() == 0 and all(map(shutil.which, PROGRAMS))
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not CAN_START, reason="apt-get install slurm-wlm munge, and root's rights, to test it"),
+    pytest.mark.skipif(
+        not CAN_START, reason="apt-get install slurm-wlm munge, and root's rights, to test it"
+    ),
 ]
 
 CONFIG = """
@@ -64,13 +67,20 @@ wait = functools.partial(wait_until, seconds=240, every=0.3)
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Starts Slurm, gives the environment in which its commands find it, and stops it with all its jobs."""
+    """Starts Slurm, gives the environment in which its commands find it, and stops it with all its
+    jobs."""
     folder = tmp_path_factory.mktemp("slurm")
     for name in ("munge", "state", "spool"):
         (folder / name).mkdir(mode=0o700)
     (folder / "munge" / "key").write_bytes(secrets.token_bytes(128))
     (folder / "munge" / "key").chmod(0o400)
-    munge = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+    munge = {
+        "key-file": "key",
+        "socket": "socket",
+        "pid-file": "pid",
+        "log-file": "log",
+        "seed-file": "seed",
+    }
     options = [f"--{option}={folder / 'munge' / name}" for option, name in munge.items()]
     host = socket.gethostname().split(".")[0]
     ports = dict(zip(("controller_port", "node_port"), free_ports(2), strict=True))
@@ -80,11 +90,22 @@ def cluster(tmp_path_factory):
         subprocess.run(["munged", "--force", *options], check=True, stderr=subprocess.DEVNULL)
         for daemon in ("slurmctld", "slurmd"):
             subprocess.run([daemon], check=True, env=environment)
-        wait(lambda: b"idle" in subprocess.run(["sinfo", "-h"], capture_output=True, env=environment).stdout)
+        wait(
+            lambda: (
+                b"idle"
+                in subprocess.run(["sinfo", "-h"], capture_output=True, env=environment).stdout
+            )
+        )
         yield environment | {"OMP_NUM_THREADS": "1"}
     finally:
-        subprocess.run(["scancel", "--signal=KILL", "--full", "--user=root"], env=environment, check=False)
-        wait(lambda: not subprocess.run(["squeue", "-h"], capture_output=True, env=environment).stdout)
+        subprocess.run(
+            ["scancel", "--signal=KILL", "--full", "--user=root"], env=environment, check=False
+        )
+        wait(
+            lambda: (
+                not subprocess.run(["squeue", "-h"], capture_output=True, env=environment).stdout
+            )
+        )
         for file in (folder / "slurmd.pid", folder / "slurmctld.pid", folder / "munge" / "pid"):
             if file.exists():
                 pid = int(file.read_text())
@@ -104,7 +125,12 @@ def free_ports(count: int) -> list[int]:
 def arguments(tiny_folder, tmp_path) -> list[str]:
     return [
         *(f"model.path={tiny_folder}", *TINY, "train.batch_size=16"),
-        *("train.max_updates=400", "train.eval_every=200", "train.save_every=100", f"output_dir={tmp_path}"),
+        *(
+            "train.max_updates=400",
+            "train.eval_every=200",
+            "train.save_every=100",
+            f"output_dir={tmp_path}",
+        ),
     ]
 
 
@@ -121,12 +147,16 @@ def assert_equals_an_uncut_run(job: Path, config: Config) -> None:
     assert adapter_bytes(job) == adapter_bytes(config)
 
 
-def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not(cluster, arguments, tmp_path, compose):
+def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not(
+    cluster, arguments, tmp_path, compose
+):
     grid = ["adapter.r=2,4", "optimizer.lr=0.001,0.01"]
     sweep = sweep_command(arguments, *grid, "hydra.launcher.cpus_per_task=1")
 
     def run(*command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, env=cluster, cwd=tmp_path, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=cluster, cwd=tmp_path, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -139,25 +169,39 @@ def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not
 
     wait(lambda: min(updates_of(job) for job in jobs[1:3]) > 20)
     run("scancel", f"{array}_1")  # SIGTERM
-    run("scancel", "--signal=USR2", f"{array}_2")  # as before a time limit: it saves, and submitit requeues it
+    run(
+        "scancel", "--signal=USR2", f"{array}_2"
+    )  # as before a time limit: it saves, and submitit requeues it
     wait(lambda: [job.state for job in read_sweep(folder)].count(State.finished) == 3)
     standing = read_sweep(folder)
     assert standing[1].state == State.stopped
     assert (jobs[1] / "checkpoints" / standing[1].progress.partition("/")[0]).is_dir()
-    assert "Requeued job" in (folder / ".submitit" / f"{array}_2" / f"{array}_2_0_log.out").read_text()
+    assert (
+        "Requeued job" in (folder / ".submitit" / f"{array}_2" / f"{array}_2_0_log.out").read_text()
+    )
 
-    results = {job: (job / "result.json").stat().st_mtime_ns for job in jobs if (job / "result.json").exists()}
+    results = {
+        job: (job / "result.json").stat().st_mtime_ns
+        for job in jobs
+        if (job / "result.json").exists()
+    }
     submitted = set((folder / ".submitit").glob("[0-9]*"))
     out = run(*sweep)
     assert "finished   3 of 4 jobs, which are not started again" in out
     assert "jobs       4 finished" in out
     assert len(set((folder / ".submitit").glob("[0-9]*")) - submitted) == 1
     assert results == {job: (job / "result.json").stat().st_mtime_ns for job in results}
-    assert_equals_an_uncut_run(jobs[1], compose(*arguments, "adapter.r=2", "optimizer.lr=0.01", "name=first"))
-    assert_equals_an_uncut_run(jobs[2], compose(*arguments, "adapter.r=4", "optimizer.lr=0.001", "name=second"))
+    assert_equals_an_uncut_run(
+        jobs[1], compose(*arguments, "adapter.r=2", "optimizer.lr=0.01", "name=first")
+    )
+    assert_equals_an_uncut_run(
+        jobs[2], compose(*arguments, "adapter.r=4", "optimizer.lr=0.001", "name=second")
+    )
 
 
-def test_a_command_that_waits_notices_a_cancelled_job_on_a_slurm_without_accounts(cluster, arguments, tmp_path):
+def test_a_command_that_waits_notices_a_cancelled_job_on_a_slurm_without_accounts(
+    cluster, arguments, tmp_path
+):
     sweep = sweep_command(arguments, "adapter.r=2,4", "hydra.launcher.cpus_per_task=2")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(sweep, env=cluster, cwd=tmp_path, **pipes)
@@ -171,10 +215,14 @@ def test_a_command_that_waits_notices_a_cancelled_job_on_a_slurm_without_account
     assert "jobs       1 finished, 1 stopped" in out
 
 
-def test_jobs_that_slurm_preempts_go_on_when_the_urgent_one_is_done(cluster, arguments, tmp_path, compose):
+def test_jobs_that_slurm_preempts_go_on_when_the_urgent_one_is_done(
+    cluster, arguments, tmp_path, compose
+):
     """Slurm itself sends SIGTERM and requeues them: they use the grace to save."""
     arguments = [*arguments, "train.save_every=null"]
-    sweep = sweep_command(arguments, "adapter.r=2,4", "hydra.launcher.cpus_per_task=2", "launch.detach=true")
+    sweep = sweep_command(
+        arguments, "adapter.r=2,4", "hydra.launcher.cpus_per_task=2", "launch.detach=true"
+    )
     subprocess.run(sweep, check=True, capture_output=True, env=cluster, cwd=tmp_path)
     folder = tmp_path / "sweep"
     jobs = [folder / job.name for job in read_sweep(folder)]
@@ -184,17 +232,30 @@ def test_jobs_that_slurm_preempts_go_on_when_the_urgent_one_is_done(cluster, arg
     wait(lambda: all((job / "checkpoints").is_dir() for job in jobs))
     wait(lambda: all(job.state == State.finished for job in read_sweep(folder)))
     for job, rank in zip(jobs, (2, 4), strict=True):
-        assert_equals_an_uncut_run(job, compose(*arguments, f"adapter.r={rank}", f"name=rank{rank}"))
+        assert_equals_an_uncut_run(
+            job, compose(*arguments, f"adapter.r={rank}", f"name=rank{rank}")
+        )
 
 
 def test_tasks_of_a_step_train_together(cluster, arguments, tmp_path, compose):
     """By srun itself, and as the job of a sweep; the losses are those of one process."""
     short = [*arguments, "adapter.dropout=0", "train.max_updates=20"]
     train(compose(*short, "adapter.r=4", "name=one"))
-    by_srun = ["srun", "--ntasks=2", sys.executable, "-m", "cera_train", *short, "adapter.r=4", "name=srun"]
+    by_srun = [
+        "srun",
+        "--ntasks=2",
+        sys.executable,
+        "-m",
+        "cera_train",
+        *short,
+        "adapter.r=4",
+        "name=srun",
+    ]
     by_submitit = sweep_command(short, "adapter.r=4,2", "hydra.launcher.tasks_per_node=2")
     for command in (by_srun, by_submitit):
-        done = subprocess.run(command, capture_output=True, text=True, env=cluster, cwd=tmp_path, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=cluster, cwd=tmp_path, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "2 x cpu" in done.stdout or command is by_submitit
     (job,) = (tmp_path / "sweep").glob("*adapter.r=4*")

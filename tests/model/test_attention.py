@@ -1,4 +1,5 @@
-"""Attention by sequence against attention over one row under a block mask, and over each sequence alone."""
+"""Attention by sequence against attention over one row under a block mask, and over each sequence
+alone."""
 
 import itertools
 from types import SimpleNamespace
@@ -10,7 +11,14 @@ from conftest import make_tiny_llama
 from oracles import Causal, under_a_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, ShortAttention, attend_by_sequence, attend_varlen
+from cera_train.model.attention import (
+    BY_SEQUENCE,
+    VARLEN,
+    Sequences,
+    ShortAttention,
+    attend_by_sequence,
+    attend_varlen,
+)
 from cera_train.model.loss import SupervisedLoss
 
 LENGTHS = [5, 1, 9, 3]
@@ -19,14 +27,20 @@ KERNEL = "torch.nn.attention.varlen.varlen_attn"
 
 def heads(length: int = sum(LENGTHS), dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     """Query, key and value: 4 heads on 2."""
-    return [torch.randn(1, count, length, 8, dtype=dtype, requires_grad=True) for count in (4, 2, 2)]
+    return [
+        torch.randn(1, count, length, 8, dtype=dtype, requires_grad=True) for count in (4, 2, 2)
+    ]
 
 
 def test_short_attention_equals_torchs_own_and_its_backward_finite_differences():
     query, key, value = heads(6)
-    expected = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    expected = scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=0.3, enable_gqa=True
+    )
     torch.testing.assert_close(ShortAttention.apply(query, key, value, 0.3), expected)
-    assert torch.autograd.gradcheck(lambda *qkv: ShortAttention.apply(*qkv, 0.3), (query, key, value))
+    assert torch.autograd.gradcheck(
+        lambda *qkv: ShortAttention.apply(*qkv, 0.3), (query, key, value)
+    )
 
 
 def test_short_attention_is_about_as_near_to_the_exact_values_as_torchs_own():
@@ -46,7 +60,10 @@ def test_short_attention_is_about_as_near_to_the_exact_values_as_torchs_own():
         return [output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))]
 
     assert ShortAttention.is_faster(rounded[0], rounded[2])
-    compared = (output_and_gradients(*each) for each in ((short, rounded), (torchs, rounded), (torchs, exact)))
+    compared = (
+        output_and_gradients(*each)
+        for each in ((short, rounded), (torchs, rounded), (torchs, exact))
+    )
     for ours, theirs, true in zip(*compared, strict=True):
         assert (ours - true).norm() < 2 * (theirs - true).norm()
 
@@ -65,7 +82,11 @@ def sequence_after_sequence(
         ones = torch.ones(end - start, end - start, dtype=torch.bool).tril()
         mask = ones if window_size[0] < 0 else ones.triu(-window_size[0])
         q, k, v = (heads[start:end].transpose(0, 1) for heads in (query, key, value))
-        outputs.append(scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True).transpose(0, 1))
+        outputs.append(
+            scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True).transpose(
+                0, 1
+            )
+        )
     return torch.cat(outputs)
 
 
@@ -74,7 +95,9 @@ def sequence_after_sequence(
 def test_it_equals_one_row_under_a_block_mask(monkeypatch, attend, window):
     monkeypatch.setattr(KERNEL, sequence_after_sequence)
     inputs = heads()
-    got, no_weights = attend(Causal(), *inputs, None, sequences=Sequences(LENGTHS), sliding_window=window)
+    got, no_weights = attend(
+        Causal(), *inputs, None, sequences=Sequences(LENGTHS), sliding_window=window
+    )
     expected = under_a_mask(*inputs, LENGTHS, window)
     torch.testing.assert_close(got, expected)
     assert no_weights is None
@@ -90,9 +113,13 @@ def test_under_autocast_the_kernel_gets_16_bits(monkeypatch):
         return sequence_after_sequence(query, key, value, *args, **kwargs)
 
     monkeypatch.setattr(KERNEL, kernel)
-    query, key, value = heads(dtype=torch.float32)  # as norms between projection and attention leave them
+    query, key, value = heads(
+        dtype=torch.float32
+    )  # as norms between projection and attention leave them
     with torch.autocast("cpu", torch.bfloat16):
-        attend_varlen(Causal(), query, key.bfloat16(), value.bfloat16(), None, sequences=Sequences(LENGTHS))
+        attend_varlen(
+            Causal(), query, key.bfloat16(), value.bfloat16(), None, sequences=Sequences(LENGTHS)
+        )
     assert dtypes == {torch.bfloat16}
 
 
@@ -100,7 +127,9 @@ def test_under_autocast_the_kernel_gets_16_bits(monkeypatch):
 def test_torchs_own_kernel_takes_the_call():
     """As far as can be known without a GPU: its shapes, on no device at all."""
     query, key, value = (x.detach().to("meta", torch.bfloat16) for x in heads())
-    got, _ = attend_varlen(Causal(), query, key, value, None, sequences=Sequences(LENGTHS), scaling=0.3, dropout=0.0)
+    got, _ = attend_varlen(
+        Causal(), query, key, value, None, sequences=Sequences(LENGTHS), scaling=0.3, dropout=0.0
+    )
     assert got.shape == (1, sum(LENGTHS), 4, 8)
 
 
@@ -110,7 +139,9 @@ def test_the_kernel_is_taken_only_where_it_gives_the_same(monkeypatch, reason):
     monkeypatch.setattr("cera_train.model.loss.kernel_may_run", lambda device, dtype: True)
     if reason != "it fails":  # as torch's own does on a CPU
         error = 0.1 * (reason == "it errs")
-        monkeypatch.setattr(KERNEL, lambda *args, **kwargs: sequence_after_sequence(*args, **kwargs) + error)
+        monkeypatch.setattr(
+            KERNEL, lambda *args, **kwargs: sequence_after_sequence(*args, **kwargs) + error
+        )
     loss = SupervisedLoss(model, model)
     loss.probe()
     assert loss.allowed.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
@@ -131,9 +162,12 @@ WINDOWS = {"layer_types": ["full_attention", "chunked_attention", "sliding_atten
         (2, {}, "sliding_attention"),
     ],
 )
-def test_attention_that_is_more_or_that_only_a_mask_would_restrict_is_refused(layer, settings, named):
+def test_attention_that_is_more_or_that_only_a_mask_would_restrict_is_refused(
+    layer, settings, named
+):
     module = Causal()
-    module.config, module.layer_idx = SimpleNamespace(**WINDOWS), layer
+    module.config = SimpleNamespace(**WINDOWS)
+    module.layer_idx = layer
     with pytest.raises(NotImplementedError, match=rf"more than causal \({named}\)"):
         attend_by_sequence(module, *heads(), None, sequences=Sequences(LENGTHS), **settings)
 

@@ -1,4 +1,5 @@
-"""Every row once, shares and micro-batches that partition them, and the cheapest cut against brute force."""
+"""Every row once, shares and micro-batches that partition them, and the cheapest cut against brute
+force."""
 
 import random
 from itertools import chain, combinations, pairwise
@@ -29,9 +30,13 @@ def test_an_epoch_has_every_row_exactly_once(rows, batch_size):
     order = RowOrder(rows, batch_size, seed=0)
     for epoch in range(3):
         first = epoch * order.updates_per_epoch
-        updates = [order.sequences(update) for update in range(first, first + order.updates_per_epoch)]
+        updates = [
+            order.sequences(update) for update in range(first, first + order.updates_per_epoch)
+        ]
         assert sorted(chain.from_iterable(updates)) == list(range(rows))
-        assert {order.epoch(update) for update in range(first, first + order.updates_per_epoch)} == {epoch}
+        assert {
+            order.epoch(update) for update in range(first, first + order.updates_per_epoch)
+        } == {epoch}
         assert all(len(update) == batch_size for update in updates[:-1])
         assert len(updates[-1]) == (rows % batch_size or batch_size)
 
@@ -74,9 +79,17 @@ def test_micro_batches_partition_the_rows_within_the_bound(cut, max_tokens, coun
         assert sorted(chain.from_iterable(groups)) == sorted(rows)
         assert cut(rows[::-1], lengths, max_tokens) == groups
         is_flat = cut == flat_micro_batches
-        tokens = [sum(lengths[row] for row in group) if is_flat else padded_tokens(group, lengths) for group in groups]
-        assert all(size <= max_tokens or len(group) == 1 for size, group in zip(tokens, groups, strict=True))
-        if is_flat:  # no two could be one: best-fit would have put the later's rows into the earlier
+        tokens = [
+            sum(lengths[row] for row in group) if is_flat else padded_tokens(group, lengths)
+            for group in groups
+        ]
+        assert all(
+            size <= max_tokens or len(group) == 1
+            for size, group in zip(tokens, groups, strict=True)
+        )
+        if (
+            is_flat
+        ):  # no two could be one: best-fit would have put the later's rows into the earlier
             assert all(one + other > max_tokens for one, other in combinations(tokens, 2))
 
 
@@ -84,7 +97,9 @@ def padded_cost(groups: list[list[int]], lengths: list[int]) -> int:
     return sum(OVERHEAD_TOKENS + padded_tokens(group, lengths) for group in groups)
 
 
-@pytest.mark.parametrize(("longest", "max_tokens"), [(8, 300), (100, 300), (400, 700), (100, 10**6)])
+@pytest.mark.parametrize(
+    ("longest", "max_tokens"), [(8, 300), (100, 300), (400, 700), (100, 10**6)]
+)
 def test_padded_cut_costs_what_the_best_of_all_cuts_costs(longest, max_tokens):
     for seed in range(8):
         lengths = random_lengths(seed, 9, longest)
@@ -93,9 +108,14 @@ def test_padded_cut_costs_what_the_best_of_all_cuts_costs(longest, max_tokens):
         for count in range(9):
             for ends in combinations(range(1, 9), count):
                 groups = [ordered[start:end] for start, end in pairwise([0, *ends, 9])]
-                if all(len(group) == 1 or padded_tokens(group, lengths) <= max_tokens for group in groups):
+                if all(
+                    len(group) == 1 or padded_tokens(group, lengths) <= max_tokens
+                    for group in groups
+                ):
                     costs.append(padded_cost(groups, lengths))
-        assert padded_cost(padded_micro_batches(range(9), lengths, max_tokens), lengths) == min(costs)
+        assert padded_cost(padded_micro_batches(range(9), lengths, max_tokens), lengths) == min(
+            costs
+        )
 
 
 IDS = [[7, 8, 9], [5], [3, 4]]
@@ -114,15 +134,23 @@ def test_padded_batch_masks_padding_from_attention_and_loss():
     batch = padded_batch(IDS, MASKS)
     assert batch.input_ids.tolist() == [[7, 8, 9], [5, 0, 0], [3, 4, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
-    assert batch.loss_mask.tolist() == [[False, True, True], [False, False, False], [False, True, False]]
+    assert batch.loss_mask.tolist() == [
+        [False, True, True],
+        [False, False, False],
+        [False, True, False],
+    ]
     assert set(batch.inputs) == {"input_ids", "attention_mask"}
-    assert set(padded_batch(IDS[:1], MASKS[:1]).inputs) == {"input_ids"}  # rows of one length need no mask
+    assert set(padded_batch(IDS[:1], MASKS[:1]).inputs) == {
+        "input_ids"
+    }  # rows of one length need no mask
 
 
 def split_of(lengths: list[int]) -> TokenizedRows:
     """Rows whose tokens are 1000 times their number."""
     examples = [
-        Example([1000 * row + place for place in range(length)], [place > 0 for place in range(length)])
+        Example(
+            [1000 * row + place for place in range(length)], [place > 0 for place in range(length)]
+        )
         for row, length in enumerate(lengths)
     ]
     return TokenizedRows(table_of(examples))
@@ -131,7 +159,9 @@ def split_of(lengths: list[int]) -> TokenizedRows:
 @pytest.mark.parametrize(("is_flat", "make"), [(True, flat_batch), (False, padded_batch)])
 def test_a_loaded_micro_batch_is_what_its_rows_as_lists_make(is_flat, make):
     split = split_of([3, 1, 9, 9, 2])
-    split.table = pyarrow.concat_tables([split.table.slice(0, 2), split.table.slice(2)])  # as chunks are written
+    split.table = pyarrow.concat_tables(
+        [split.table.slice(0, 2), split.table.slice(2)]
+    )  # as chunks are written
     for group in ([4, 0, 2], [2, 3], [1]):
         rows = [split.table.to_pylist()[row] for row in group]
         expected = make([row["input_ids"] for row in rows], [row["loss_mask"] for row in rows])
@@ -142,10 +172,15 @@ def test_a_loaded_micro_batch_is_what_its_rows_as_lists_make(is_flat, make):
 @pytest.mark.parametrize("in_step", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 9, 25])
 def test_passes_take_every_row_once_and_all_processes_run_in_step_where_they_must(in_step, count):
-    batches = MicroBatches(split_of(random_lengths(0, 30, longest=50)), True, 70, torch.device("cpu"))
+    batches = MicroBatches(
+        split_of(random_lengths(0, 30, longest=50)), True, 70, torch.device("cpu")
+    )
     rows = list(range(3, 3 + count))
     of_all = [batches.passes(rows, 4, process, in_step) for process in range(4)]
-    assert sorted(row for passes in of_all for group, counts in passes if counts for row in group) == rows
+    assert (
+        sorted(row for passes in of_all for group, counts in passes if counts for row in group)
+        == rows
+    )
     assert all(passes for passes in of_all)
     assert all(set(group) <= set(rows) for passes in of_all for group, _ in passes)
     if in_step:
@@ -154,7 +189,9 @@ def test_passes_take_every_row_once_and_all_processes_run_in_step_where_they_mus
         assert sum(not counts for passes in of_all for _, counts in passes) == max(0, 4 - count)
 
 
-@pytest.mark.parametrize(("max_tokens", "rows"), [(1, [0]), (29, [0]), (30, [0, 1]), (999, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("max_tokens", "rows"), [(1, [0]), (29, [0]), (30, [0, 1]), (999, [0, 1, 2, 3])]
+)
 def test_first_takes_as_many_rows_from_the_start_as_fit(max_tokens, rows):
     batches = MicroBatches(split_of([10, 20, 5, 40]), True, 100, torch.device("cpu"))
     assert batches.first(max_tokens) == rows

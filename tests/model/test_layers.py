@@ -1,5 +1,5 @@
-"""Layers that keep less for backward: the same outputs to the bit, fewer bytes; and compiled ones, which stay compiled
-and have the gradients of eager ones."""
+"""Layers that keep less for backward: the same outputs to the bit, fewer bytes; and compiled ones,
+which stay compiled and have the gradients of eager ones."""
 
 import contextlib
 import copy
@@ -34,7 +34,9 @@ def norm(dtype: torch.dtype) -> nn.Module:
 
 
 def mlp(dtype: torch.dtype, act: str = "gelu_pytorch_tanh", kind: type = LlamaMLP) -> nn.Module:
-    config = LlamaConfig(hidden_size=48, intermediate_size=96, num_attention_heads=4, hidden_act=act)
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=96, num_attention_heads=4, hidden_act=act
+    )
     return kind(config).to(dtype).requires_grad_(False)
 
 
@@ -44,8 +46,11 @@ def lean(module: nn.Module) -> nn.Module:
     return changed
 
 
-def passes(module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The output, the gradient of the input, and the bytes that autograd keeps of other tensors than weights."""
+def passes(
+    module: nn.Module, x: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The output, the gradient of the input, and the bytes that autograd keeps of other tensors
+    than weights."""
     kept: dict[int, int] = {}
     weights = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
 
@@ -66,14 +71,18 @@ def passes(module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> tuple[torc
 @pytest.mark.parametrize("make", [norm, mlp])
 def test_outputs_are_the_same_to_the_bit_and_gradients_no_farther_from_the_exact(make, dtype):
     torch.manual_seed(1)
-    module, x, grad = make(dtype), torch.randn(2, 9, 48, dtype=dtype), torch.randn(2, 9, 48, dtype=dtype)
+    module = make(dtype)
+    x = torch.randn(2, 9, 48, dtype=dtype)
+    grad = torch.randn(2, 9, 48, dtype=dtype)
     output, gradient, _ = passes(module, x, grad)
     lean_output, lean_gradient, _ = passes(lean(module), x, grad)
     assert torch.equal(lean_output, output)
     # The norm computes in float32 whatever it is given, so float32 is exact enough.
     wide = torch.float64 if make is not norm else torch.float32
     _, exact, _ = passes(copy.deepcopy(module).to(wide), x.to(wide), grad.to(wide))
-    lean_error, error = (float((each.double() - exact.double()).norm()) for each in (lean_gradient, gradient))
+    lean_error, error = (
+        float((each.double() - exact.double()).norm()) for each in (lean_gradient, gradient)
+    )
     assert lean_error <= max(1.1 * error, 1e-6 * float(exact.norm()))
 
 
@@ -84,7 +93,8 @@ def test_a_norm_keeps_its_input_as_it_came_and_an_mlp_gate_and_up():
 
 
 def test_a_norm_that_trains_gets_its_gradient():
-    plain, x = norm(torch.float32).requires_grad_(), torch.randn(5, 48)
+    plain = norm(torch.float32).requires_grad_()
+    x = torch.randn(5, 48)
     changed = lean(plain)
     for module in (plain, changed):
         module(x).square().sum().backward()
@@ -110,7 +120,9 @@ def test_usual_models_are_changed_whole_before_they_have_weights(kind):
         model = AutoModelForCausalLM.from_config(ARCHITECTURES[kind].config()).requires_grad_(False)
         keep_less(model)
     names = [name for name, module in model.named_modules() if name.endswith(("norm", "mlp"))]
-    changed = [name for name, module in model.named_modules() if type(module).__name__.startswith("Lean")]
+    changed = [
+        name for name, module in model.named_modules() if type(module).__name__.startswith("Lean")
+    ]
     assert sorted(changed) == sorted(names)
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -122,18 +134,28 @@ LIMIT = 4
 def micro_batches():
     numbers = random.Random(0)
     for sequences in range(1, 13):
-        rows = [[numbers.randrange(64) for _ in range(numbers.randint(3, 9))] for _ in range(sequences)]
+        rows = [
+            [numbers.randrange(64) for _ in range(numbers.randint(3, 9))] for _ in range(sequences)
+        ]
         yield flat_batch(rows, [[False] + [True] * (len(row) - 1) for row in rows])
 
 
 def make_loss(dtype: str, dropout: float, checkpointing: bool) -> SupervisedLoss:
-    model = make_tiny_llama(vocab_size=64, num_hidden_layers=LIMIT + 1).to(getattr(torch, dtype)).requires_grad_(False)
+    model = (
+        make_tiny_llama(vocab_size=64, num_hidden_layers=LIMIT + 1)
+        .to(getattr(torch, dtype))
+        .requires_grad_(False)
+    )
     keep_less(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     config = CeraConfig(r=4, dropout=dropout, init_weights=False, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, config)
-    autocast = contextlib.nullcontext if dtype == "float32" else lambda: torch.autocast("cpu", torch.bfloat16)
+    autocast = (
+        contextlib.nullcontext
+        if dtype == "float32"
+        else lambda: torch.autocast("cpu", torch.bfloat16)
+    )
     loss = SupervisedLoss(adapted, model, autocast)
     loss.probe()
     loss.use_flat_batches()
@@ -149,7 +171,9 @@ def shard(loss: SupervisedLoss) -> None:
 
 @pytest.fixture
 def one_process():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -172,7 +196,8 @@ class Graphs(list):
 
 
 def gradients(loss: SupervisedLoss, graphs: list) -> tuple[list[torch.Tensor], list[int]]:
-    """The gradients of every trained weight over all micro-batches, and how many graphs there were after each."""
+    """The gradients of every trained weight over all micro-batches, and how many graphs there were
+    after each."""
     counts = []
     for batch in micro_batches():
         loss(batch).backward()

@@ -20,7 +20,9 @@ from cera_train.settings.data import BatchLayout
 
 def make_rows(count: int = 7, vocab_size: int = 512):
     numbers = random.Random(0)
-    rows = [[numbers.randrange(vocab_size) for _ in range(numbers.randint(3, 20))] for _ in range(count)]
+    rows = [
+        [numbers.randrange(vocab_size) for _ in range(numbers.randint(3, 20))] for _ in range(count)
+    ]
     masks = [[False] + [numbers.random() < 0.6 for _ in ids[2:]] + [True] for ids in rows]
     return rows, masks
 
@@ -50,11 +52,18 @@ def groups_of(rows, masks, size: int, batch):
 
 @pytest.mark.parametrize("batch", [flat_batch, padded_batch])
 @pytest.mark.parametrize("size", [1, 3])
-def test_loss_equals_brute_force_and_only_supervised_positions_reach_the_head(tiny_llama, batch, size):
+def test_loss_equals_brute_force_and_only_supervised_positions_reach_the_head(
+    tiny_llama, batch, size
+):
     rows, masks = make_rows()
-    supervised, seen = make_loss(tiny_llama), []
-    hook = tiny_llama.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
-    total = sum(supervised(micro_batch) for micro_batch in groups_of(rows, masks, size, batch)).item()
+    supervised = make_loss(tiny_llama)
+    seen = []
+    hook = tiny_llama.lm_head.register_forward_hook(
+        lambda module, args, output: seen.append(args[0].shape[0])
+    )
+    total = sum(
+        supervised(micro_batch) for micro_batch in groups_of(rows, masks, size, batch)
+    ).item()
     hook.remove()
     assert sum(seen) == sum(map(sum, masks))
     assert total == pytest.approx(brute_force(supervised.model, rows, masks), rel=1e-5)
@@ -77,7 +86,9 @@ def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monk
     head = torch.nn.Linear(6, 11, dtype=torch.float64).requires_grad_(False)
     hidden_states = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(11, (8,))
-    assert torch.autograd.gradcheck(lambda x: 0.3 * FrozenHeadLoss.apply(x, targets, head), hidden_states)
+    assert torch.autograd.gradcheck(
+        lambda x: 0.3 * FrozenHeadLoss.apply(x, targets, head), hidden_states
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,22 +100,30 @@ def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monk
         ("llama", {}),
     ],
 )
-def test_chunks_of_the_head_change_nothing_also_where_its_logits_are_capped_or_scaled(name, changes, monkeypatch):
+def test_chunks_of_the_head_change_nothing_also_where_its_logits_are_capped_or_scaled(
+    name, changes, monkeypatch
+):
     monkeypatch.setattr(loss_module, "chunk_tokens", lambda on_gpu: 5)
     model = ARCHITECTURES[name].model(**changes, initializer_range=0.3)
     rows, masks = make_rows()
-    supervised, results = make_loss(model), {}
+    supervised = make_loss(model)
+    results = {}
     assert supervised.allowed.chunks_head
     for chunks_head in (True, False):
         supervised.allowed = replace(supervised.allowed, chunks_head=chunks_head)
         supervised.zero_grad()
         loss = supervised(padded_batch(rows, masks))
         loss.backward()
-        results[chunks_head] = [loss, *(weight.grad for weight in supervised.parameters() if weight.requires_grad)]
+        results[chunks_head] = [
+            loss,
+            *(weight.grad for weight in supervised.parameters() if weight.requires_grad),
+        ]
     torch.testing.assert_close(results[True], results[False], rtol=1e-4, atol=1e-5)
     supervised.allowed = replace(supervised.allowed, chunks_head=True)
     with torch.no_grad():
-        torch.testing.assert_close(supervised(padded_batch(rows, masks)), results[False][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            supervised(padded_batch(rows, masks)), results[False][0], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_probe_finds_a_model_that_changes_its_logits_after_the_head(monkeypatch):
@@ -114,13 +133,16 @@ def test_probe_finds_a_model_that_changes_its_logits_after_the_head(monkeypatch)
     rows, masks = make_rows()
     supervised = make_loss(model)
     assert not supervised.allowed.chunks_head
-    total = sum(supervised(micro_batch) for micro_batch in groups_of(rows, masks, 3, padded_batch)).item()
+    total = sum(
+        supervised(micro_batch) for micro_batch in groups_of(rows, masks, 3, padded_batch)
+    ).item()
     assert total == pytest.approx(brute_force(supervised.model, rows, masks), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mamba", "llama4_text"])
 def test_the_loss_of_a_model_with_its_own_last_layer_equals_brute_force(name):
-    """Mamba's hidden states are wider than its weights; Llama 4 gives no hidden states apart from logits."""
+    """Mamba's hidden states are wider than its weights; Llama 4 gives no hidden states apart from
+    logits."""
     rows, masks = make_rows()
     model = ARCHITECTURES[name].model()
     supervised = SupervisedLoss(model, model)
@@ -133,7 +155,8 @@ def test_the_loss_of_a_model_with_its_own_last_layer_equals_brute_force(name):
 
 
 def test_a_state_that_crosses_from_sequence_to_sequence_is_found_in_16_bits_too():
-    """xLSTM's moves the logits by 3 %, less than bfloat16 may round: only another first sequence shows it."""
+    """xLSTM's moves the logits by 3 %, less than bfloat16 may round: only another first sequence
+    shows it."""
     for dtype in (torch.float32, torch.bfloat16):
         model = ARCHITECTURES["xlstm"].model().to(dtype)
         supervised = SupervisedLoss(model, model)

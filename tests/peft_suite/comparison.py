@@ -1,8 +1,8 @@
 """PEFT's method comparison, its own unmodified run.py, trains CeRA: `make test-peft`.
 
 The scripts are those at the tag of the installed PEFT, or of PEFT_COMPARISON=FOLDER, a checkout's
-method_comparison/MetaMathQA. They load the model and the data sets by their ids on the Hub: folders of these names hold
-a tiny Llama and a few rows.
+method_comparison/MetaMathQA. They load the model and the data sets by their ids on the Hub: folders
+of these names hold a tiny Llama and a few rows.
 """
 
 import json
@@ -47,9 +47,17 @@ def comparison(tmp_path, tokenizer):
 
     questions = [f"Ann has {n} apples and buys 2 more. How many has she?" for n in range(80)]
     answers = [f"She has {n} + 2 = {n + 2}.\n#### {n + 2}" for n in range(80)]
-    problems = [{"question": question, "answer": answer} for question, answer in zip(questions, answers, strict=True)]
+    problems = [
+        {"question": question, "answer": answer}
+        for question, answer in zip(questions, answers, strict=True)
+    ]
     rows = [
-        {"type": "GSM_Rephrased", "query": question, "original_question": question, "response": answer}
+        {
+            "type": "GSM_Rephrased",
+            "query": question,
+            "original_question": question,
+            "response": answer,
+        }
         for question, answer in zip(questions, answers, strict=True)
     ]
     gsm8k = tmp_path / "openai" / "gsm8k"
@@ -87,14 +95,18 @@ def test_the_comparison_trains_cera_and_writes_its_result(comparison):
 
     launch = Path(__file__).with_name("launch.py")
     env = os.environ | {"HF_HOME": str(comparison / "cache")}
-    subprocess.run([sys.executable, launch, "-v", "--clean", EXPERIMENT], cwd=comparison, env=env, check=True)
+    subprocess.run(
+        [sys.executable, launch, "-v", "--clean", EXPERIMENT], cwd=comparison, env=env, check=True
+    )
 
     [path] = comparison.glob("*results/*.json")
     result = json.loads(path.read_text())
     trained = result["train_info"]
     assert trained["status"] == "success", result["run_info"]["error_msg"]
     assert result["run_info"]["peft_config"]["peft_type"] == "CERA"
-    assert trained["num_trainable_params"] == 896  # r (d_in + d_out) of q_proj and v_proj in two layers
+    assert (
+        trained["num_trainable_params"] == 896
+    )  # r (d_in + d_out) of q_proj and v_proj in two layers
     first, *_, last = trained["metrics"]
     assert (first["step"], last["step"]) == (10, 20)
     assert last["train loss"] < first["train loss"]

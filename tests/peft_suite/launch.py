@@ -1,4 +1,5 @@
-"""Runs the run.py of the working directory with CeRA among PEFT's methods: python launch.py -v experiments/cera/NAME"""
+"""Runs the run.py of the working directory with CeRA among PEFT's methods: python launch.py -v
+experiments/cera/NAME"""
 
 import os
 import runpy
@@ -9,7 +10,13 @@ import torch
 
 import cera_train  # noqa: F401 - registers CeRA
 
-MEMORY = ("reset_peak_memory_stats", "max_memory_reserved", "memory_allocated", "memory_reserved", "empty_cache")
+MEMORY = (
+    "reset_peak_memory_stats",
+    "max_memory_reserved",
+    "memory_allocated",
+    "memory_reserved",
+    "empty_cache",
+)
 
 
 class Processor(str):

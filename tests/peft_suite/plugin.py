@@ -1,7 +1,8 @@
 """A pytest plugin that runs PEFT's parametrised tests on CeRA alone.
 
-In every list of configs that has LoRA's, CeRA's take the place of all. `failures.txt` lists the tests that fail, each
-group with its reason: an unlisted failure fails, and so does a listed test that passes.
+In every list of configs that has LoRA's, CeRA's take the place of all. `failures.txt` lists the
+tests that fail, each group with its reason: an unlisted failure fails, and so does a listed test
+that passes.
 """
 
 import contextlib
@@ -19,7 +20,13 @@ import pytest
 
 from cera_train.cera import CeraConfig
 
-VARIED = {"init": "kaiming_uniform", "dropout_on": "input", "mix": "learned", "alpha": 16, "use_rslora": True}
+VARIED = {
+    "init": "kaiming_uniform",
+    "dropout_on": "input",
+    "mix": "learned",
+    "alpha": 16,
+    "use_rslora": True,
+}
 ROWS = {
     ("config_cls", "config_kwargs"): {
         "cera": {"r": 8, "dropout": 0.05},
@@ -35,12 +42,19 @@ ROWS = {
         "cera-6": ("MLP", {"target_modules": ["lin0"], "alpha": 4, "dropout": 0.1}),
         "cera-7": (
             "MLP",
-            {"target_modules": ["lin0", "lin1"], "rank_pattern": {"lin1": 2}, "alpha_pattern": {"lin1": 4}},
+            {
+                "target_modules": ["lin0", "lin1"],
+                "rank_pattern": {"lin1": 2},
+                "alpha_pattern": {"lin1": 4},
+            },
         ),
         "cera-8": ("MLP2", {"target_modules": ["lin0", "lin1"]}),
         "cera-varied": ("MLP", {"target_modules": ["lin0", "lin1"]} | VARIED),
         "cera-conv1d": ("EmbConv1D", {"target_modules": ["conv1d"]}),
-        "cera-tokens": ("EmbConv1D", {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}}),
+        "cera-tokens": (
+            "EmbConv1D",
+            {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}},
+        ),
         "cera-norm": ("MLP_LayerNorm", {"target_modules": ["lin0"]}),
     },
 }
@@ -75,8 +89,13 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for mark in metafunc.definition.iter_markers("parametrize"):
-        names, rows = mark.args[0], mark.args[1]
-        names = tuple(name.strip() for name in names.split(",")) if isinstance(names, str) else tuple(names)
+        names = mark.args[0]
+        rows = mark.args[1]
+        names = (
+            tuple(name.strip() for name in names.split(","))
+            if isinstance(names, str)
+            else tuple(names)
+        )
         if {"config_cls", "config_class", "config"} & {*names} and is_for_lora(rows):
             object.__setattr__(mark, "args", (mark.args[0], cera_rows(names, rows)))
             mark.kwargs.pop("ids", None)  # those of the rows that are replaced
@@ -84,7 +103,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def is_for_lora(rows: Iterable) -> bool:
     """Whether LoRA's config is in one of the rows: its class, or an instance."""
-    values = [value for row in rows for value in (row if isinstance(row, (tuple, list)) else (row,))]
+    values = [
+        value for row in rows for value in (row if isinstance(row, (tuple, list)) else (row,))
+    ]
     return peft.LoraConfig in values or any(type(value) is peft.LoraConfig for value in values)
 
 
@@ -95,16 +116,25 @@ def cera_rows(names: tuple[str, ...], rows: Sequence) -> list:
     if names == ("config_class", "mandatory_kwargs"):
         return [pytest.param(CeraConfig, {}, id="cera")]
     if names == ("config",):
-        return [pytest.param(CeraConfig(), id="cera"), pytest.param(CeraConfig(**VARIED), id="cera-varied")]
+        return [
+            pytest.param(CeraConfig(), id="cera"),
+            pytest.param(CeraConfig(**VARIED), id="cera-varied"),
+        ]
     if names == ("config_cls", "config_kwargs"):
         task = {"task_type": rows[0][1]["task_type"], "target_modules": None}
-        return [pytest.param(CeraConfig, task | settings, id=id) for id, settings in ROWS[names].items()]
+        return [
+            pytest.param(CeraConfig, task | settings, id=id) for id, settings in ROWS[names].items()
+        ]
     if names in ROWS:
-        return [pytest.param(id, model, CeraConfig, settings, id=id) for id, (model, settings) in ROWS[names].items()]
+        return [
+            pytest.param(id, model, CeraConfig, settings, id=id)
+            for id, (model, settings) in ROWS[names].items()
+        ]
     if names[-2:] == ("config_kwargs_1", "config_kwargs_2"):
         start = {"init_weights": False}
         return [
-            pytest.param(*row_start(names, id), start | one, start | other, id=id) for id, (one, other) in TWICE.items()
+            pytest.param(*row_start(names, id), start | one, start | other, id=id)
+            for id, (one, other) in TWICE.items()
         ]
     return []
 
@@ -113,7 +143,9 @@ def row_start(names: tuple[str, ...], id: str) -> tuple[Any, ...]:
     values = {
         "test_name": id,
         "config_cls": CeraConfig,
-        "tuner_method": "lora+trainable_tokens" if "tokens" in id else "cera",  # the test chooses its model by it
+        "tuner_method": "lora+trainable_tokens"
+        if "tokens" in id
+        else "cera",  # the test chooses its model by it
     }
     return tuple(values[name] for name in names[:-2])
 
@@ -134,11 +166,15 @@ def is_for_cera(item: pytest.Item) -> bool:
 
 
 def listed_failures() -> list[tuple[re.Pattern, str]]:
-    """Patterns of node ids, `*` for anything, each with the reason: the last line before it that starts with `#`."""
-    failures, reason = [], ""
+    """Patterns of node ids, `*` for anything, each with the reason: the last line before it that
+    starts with `#`."""
+    failures = []
+    reason = ""
     for line in (Path(__file__).parent / "failures.txt").read_text().splitlines():
         if line.startswith("#"):
             reason = line.removeprefix("#").strip()
         elif line.strip():
-            failures.append((re.compile(".*".join(map(re.escape, line.strip().split("*")))), reason))
+            failures.append(
+                (re.compile(".*".join(map(re.escape, line.strip().split("*")))), reason)
+            )
     return failures

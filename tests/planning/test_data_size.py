@@ -27,7 +27,9 @@ def test_a_split_is_sliced_as_datasets_does_or_refused(size):
         assert size("data=gsm8k", f"data.train_split='{split}'").train_rows == rows
     assert size("data=gsm8k", "data.eval_split='train[90%:]'").eval_rows == 747
     for split in ("train+test", "train[x]"):
-        with pytest.raises(ValueError, match="data split 'train.*': cera-plan reads splits such as train or train"):
+        with pytest.raises(
+            ValueError, match="data split 'train.*': cera-plan reads splits such as train or train"
+        ):
             size("data=gsm8k", f"data.train_split='{split}'")
 
 
@@ -40,7 +42,10 @@ def test_computed_rows_are_counted(size):
     assert longer.source == "an estimate"
     several = size("data=logistic_map", "data.logistic_map.growth=[3.5,3.75,3.9]")
     assert (several.train_rows, several.eval_rows, several.is_even) == (3 * 92, 20, False)
-    assert (size("data=dates").train_rows, size("data=dates", "data.train_rows=null").train_rows) == (640, 36_474)
+    assert (
+        size("data=dates").train_rows,
+        size("data=dates", "data.train_rows=null").train_rows,
+    ) == (640, 36_474)
 
 
 def test_generated_rows_are_as_many_as_the_settings_say(size):
@@ -63,9 +68,13 @@ def test_local_rows_and_their_words_are_counted(size, write_jsonl):
     assert (counted.train_rows, counted.eval_rows, counted.tokens_per_row) == (40, 10, 40)
     assert (counted.supervised, counted.source) == (pytest.approx(0.75), "an estimate")
     columns = ["data.prompt='{prompt}'", "data.completion='{completion}'"]
-    assert size("data=gsm8k", f"data.train_files=[{rows}]", *columns, "data.eval_rows=10") == counted
+    assert (
+        size("data=gsm8k", f"data.train_files=[{rows}]", *columns, "data.eval_rows=10") == counted
+    )
     empty = write_jsonl("empty.jsonl", [{"prompt": "p", "completion": ""}])
-    with pytest.raises(ValueError, match=r"data.train_files=.*empty.jsonl.: no row to train on has"):
+    with pytest.raises(
+        ValueError, match=r"data.train_files=.*empty.jsonl.: no row to train on has"
+    ):
         size("data=jsonl", f"data.train_files=[{empty}]", f"data.eval_files=[{rows}]")
 
 
@@ -74,27 +83,43 @@ def test_windows_of_documents_count_and_rows_without_an_answer_do_not(size, writ
     settings = [f"data.train_files=[{documents}]", "data.layout=documents", "data.max_length=20"]
     windows = size("data=jsonl", *settings, "data.train_rows=30", "data.eval_rows=10")
     assert (windows.train_rows, windows.eval_rows, windows.tokens_per_row) == (150, 50, 20)
-    half = write_jsonl("half.jsonl", [{"prompt": "p", "completion": "c" * (row % 2)} for row in range(60)])
+    half = write_jsonl(
+        "half.jsonl", [{"prompt": "p", "completion": "c" * (row % 2)} for row in range(60)]
+    )
     halved = size("data=jsonl", f"data.train_files=[{half}]", f"data.eval_files=[{documents}]")
     assert (halved.train_rows, halved.eval_rows) == (30, 50)
 
 
 def test_a_mix_is_the_sum_of_its_parts_by_their_weights(size):
-    mixed, gsm8k, orca = size("data=gsm8k_slimorca"), size("data=gsm8k"), size("data=slimorca")
+    mixed = size("data=gsm8k_slimorca")
+    gsm8k = size("data=gsm8k")
+    orca = size("data=slimorca")
     assert (mixed.train_rows, mixed.eval_rows) == (7473 + 2491, 1319 + 2000)
     tokens = [7473 * gsm8k.tokens_per_row, 2491 * orca.tokens_per_row]
     assert mixed.tokens_per_row * 9964 == pytest.approx(sum(tokens))
     assert mixed.prompt_tokens == pytest.approx(mixed.tokens_per_row * (1 - mixed.supervised))
-    assert size("data=gsm8k_slimorca", "data.train_rows=20000", "data.mix.0.weight=4").train_rows == 20_000
+    assert (
+        size("data=gsm8k_slimorca", "data.train_rows=20000", "data.mix.0.weight=4").train_rows
+        == 20_000
+    )
 
 
 def test_rows_of_unknown_number_are_asked_for(compose):
     unknown = ["+recipe=math_r64", "data.path=org/rows"]
-    with pytest.raises(ValueError, match="data.path=org/rows: its size is unknown. Set data.train_rows"):
+    with pytest.raises(
+        ValueError, match="data.path=org/rows: its size is unknown. Set data.train_rows"
+    ):
         data_size(compose(*unknown).data)
-    known = data_size(compose(*unknown, "data.train_rows=640", "data.eval_rows=10").data, tokens_per_row=100)
+    known = data_size(
+        compose(*unknown, "data.train_rows=640", "data.eval_rows=10").data, tokens_per_row=100
+    )
     assert (known.train_rows, known.tokens_per_row, known.prompt_tokens) == (640, 100, 100)
-    settings = ["data=jsonl", "data.path=openai/gsm8k", "data.prompt='{question}'", "data.completion=' {answer}'"]
+    settings = [
+        "data=jsonl",
+        "data.path=openai/gsm8k",
+        "data.prompt='{question}'",
+        "data.completion=' {answer}'",
+    ]
     of_conf = data_size(compose(*settings).data)
     assert (of_conf.train_rows, of_conf.source) == (7473, "by SmolLM2's tokenizer")
 
@@ -107,26 +132,44 @@ def test_the_facts_of_gsm8k_are_its_rows(compose):
 
     config = compose("data=gsm8k", f"data.train_files=[{GSM8K}]", "data.eval_rows=1000")
     rows = prepare_evaluation(config.data, load_tokenizer(config.model))
-    assert config.data.facts.tokens_per_row == pytest.approx(sum(rows.lengths) / len(rows), rel=0.06)
-    assert config.data.facts.supervised == pytest.approx(sum(rows.supervised) / sum(rows.lengths), abs=0.02)
+    assert config.data.facts.tokens_per_row == pytest.approx(
+        sum(rows.lengths) / len(rows), rel=0.06
+    )
+    assert config.data.facts.supervised == pytest.approx(
+        sum(rows.supervised) / sum(rows.lengths), abs=0.02
+    )
 
 
 def test_problems_of_a_task_are_counted_or_known_or_need_a_limit(compose, write_jsonl):
     def task(name: str, *overrides: str):
-        config = compose("+recipe=logistic_map", f"train.tasks=[{name}]", *overrides, command="plan")
+        config = compose(
+            "+recipe=logistic_map", f"train.tasks=[{name}]", *overrides, command="plan"
+        )
         return task_size(name, config, data_size(config.data))
 
     few, every = (task("gsm8k", f"train.tasks_limit={limit}") for limit in (30, 9999))
     assert (few.problems, few.new_tokens) == (30, 512)
     assert (every.problems, round(every.prompt_tokens), every.source) == (1_319, 64, "by facts")
     assert task("math_hard", "train.tasks_limit=5000").problems == 1_324
-    assert task("gsm8k", "train.task_settings={gsm8k: {split: train, limit: null}}").problems == 7_473
+    assert (
+        task("gsm8k", "train.task_settings={gsm8k: {split: train, limit: null}}").problems == 7_473
+    )
     assert task("held_out", "data=gsm8k").problems == 50  # of rows that are on the Hub
     assert task("logistic_map", "train.tasks_limit=15").problems == 15
     path = write_jsonl("test.jsonl", [{"question": "a" * 28, "answer": "#### 1"}] * 7)
     local = task("gsm8k", f"train.task_settings={{gsm8k: {{files: ['{path}']}}}}")
-    assert (local.problems, local.prompt_tokens) == (7, 4 + len(["Question", ":", "\n", "Answer", ":"]))
+    assert (local.problems, local.prompt_tokens) == (
+        7,
+        4 + len(["Question", ":", "\n", "Answer", ":"]),
+    )
     for guessed in (task("math500"), task("math500", "data.loss_on=all")):
-        assert (guessed.problems, guessed.prompt_tokens, guessed.source) == (50, 36, "a guess by the training rows")
-    with pytest.raises(ValueError, match=r"train.tasks=\[math500\]: the number of its problems is unknown: set train"):
+        assert (guessed.problems, guessed.prompt_tokens, guessed.source) == (
+            50,
+            36,
+            "a guess by the training rows",
+        )
+    with pytest.raises(
+        ValueError,
+        match=r"train.tasks=\[math500\]: the number of its problems is unknown: set train",
+    ):
         task("math500", "train.task_settings={math500: {limit: null}}")

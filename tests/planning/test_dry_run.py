@@ -18,7 +18,12 @@ from cera_train.settings.model import ModelConfig, Quantization
 
 SHAPE = {
     **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0},
+    **{
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    },
 }
 SHAPES = {
     "llama": SHAPE | {"attention_bias": True, "mlp_bias": True},
@@ -30,34 +35,52 @@ SHAPES = {
 }
 """What a config.json says, by the type of its model."""
 
-ROWS, LENGTH = 4, 32
+ROWS = 4
+LENGTH = 32
 BATCH = MicroBatch(ROWS, LENGTH, 0.5, has_mask=False)
-TOKENS, SUPERVISED = ROWS * LENGTH, ROWS * LENGTH // 2
+TOKENS = ROWS * LENGTH
+SUPERVISED = ROWS * LENGTH // 2
 
 
 @pytest.fixture
 def dry_run(compose, tmp_path):
-    """dry_run("llama", "adapter.r=4", device="cpu", ...) -> DryRun of a tiny model; settings change its config.json."""
+    """dry_run("llama", "adapter.r=4", device="cpu", ...) -> DryRun of a tiny model; settings change
+    its config.json."""
 
     def dry_run(model_type: str, *overrides: str, device: str = "cpu", **settings) -> DryRun:
-        AutoConfig.for_model(model_type, **SHAPES.get(model_type, SHAPE) | settings).save_pretrained(tmp_path)
+        AutoConfig.for_model(
+            model_type, **SHAPES.get(model_type, SHAPE) | settings
+        ).save_pretrained(tmp_path)
         targets = "c_attn" if model_type == "gpt2" else "q_proj,v_proj"
-        run = [f"model.path={tmp_path}", "model.dtype=float32", "adapter.r=4", f"adapter.target_modules=[{targets}]"]
-        return DryRun(compose("+recipe=logistic_map", *run, *overrides, f"plan.gpu={device}", command="plan"))
+        run = [
+            f"model.path={tmp_path}",
+            "model.dtype=float32",
+            "adapter.r=4",
+            f"adapter.target_modules=[{targets}]",
+        ]
+        return DryRun(
+            compose("+recipe=logistic_map", *run, *overrides, f"plan.gpu={device}", command="plan")
+        )
 
     return dry_run
 
 
 def test_operations_by_hand(dry_run):
-    """Two for a multiply and add: frozen linears cost four a token (forward, and backward for their inputs), A and B
-    six, but for the first layer's, whose input needs no gradient."""
+    """Two for a multiply and add: frozen linears cost four a token (forward, and backward for their
+    inputs), A and B six, but for the first layer's, whose input needs no gradient."""
     cost = dry_run("llama", attention_bias=False, mlp_bias=False).cost(BATCH, accumulates=False)
-    qkv, rest = 32 * 32 + 2 * 32 * 16, 32 * 32 + 3 * 32 * 48
+    qkv = 32 * 32 + 2 * 32 * 16
+    rest = 32 * 32 + 3 * 32 * 48
     adapter = 4 * (32 + 32) + 4 * (32 + 16)
-    attention, head = 4 * 32 * LENGTH * LENGTH // 2 * ROWS, 2 * 128 * 32 * SUPERVISED
+    attention = 4 * 32 * LENGTH * LENGTH // 2 * ROWS
+    head = 2 * 128 * 32 * SUPERVISED
     layers = 6 * (2 * (qkv + rest + adapter) * TOKENS + attention)
     rotary = cost.evaluation.operations - layers - head
-    assert rotary in (0, 2 * 8 * LENGTH * 2, 2 * 8 * TOKENS)  # some releases of transformers compute it as a product
+    assert rotary in (
+        0,
+        2 * 8 * LENGTH * 2,
+        2 * 8 * TOKENS,
+    )  # some releases of transformers compute it as a product
     assert cost.forward.operations == layers + 2 * head + rotary
     first_inputs = 2 * (qkv + adapter // 2 - 4 * 8) * TOKENS  # dL/dx of the first layer
     whole = 6 * (2 * (qkv + rest) * TOKENS + 4 * adapter * TOKENS + attention * 5 // 2)
@@ -68,7 +91,9 @@ def test_gradients_of_other_micro_batches_and_states_of_the_optimizer_are_held(d
     run = dry_run("llama")
     gradients = sum(512 * math.ceil(weight.nbytes / 512) for weight in run.trained)
     assert run.memory["adapter"] == gradients
-    assert run.memory["optimizer"] == 2 * gradients + 512 * len(run.trained)  # and the number of the step
+    assert run.memory["optimizer"] == 2 * gradients + 512 * len(
+        run.trained
+    )  # and the number of the step
     alone, later = (run.cost(BATCH, accumulates=accumulates) for accumulates in (False, True))
     assert later.forward.peak - alone.forward.peak == gradients
 
@@ -76,21 +101,31 @@ def test_gradients_of_other_micro_batches_and_states_of_the_optimizer_are_held(d
 @pytest.mark.slow
 def test_a_gpu_keeps_dropouts_masks_in_bytes_and_the_output_of_attention(dry_run):
     def peak(device: str, *overrides: str) -> float:
-        settings = ["adapter=lora", "adapter.target_modules=[o_proj]", "model.dtype=bfloat16", *overrides]
-        return dry_run("llama", *settings, device=device).cost(BATCH, accumulates=False).forward.peak
+        settings = [
+            "adapter=lora",
+            "adapter.target_modules=[o_proj]",
+            "model.dtype=bfloat16",
+            *overrides,
+        ]
+        return (
+            dry_run("llama", *settings, device=device).cost(BATCH, accumulates=False).forward.peak
+        )
 
     masks = {device: peak(device) - peak(device, "adapter.dropout=0") for device in ("cpu", "h100")}
     assert masks["cpu"] - masks["h100"] == pytest.approx(5 * TOKENS * 32 * (4 - 1), rel=0.1)
 
 
 def test_quantised_weights_take_what_is_stored_and_8_bits_keep_their_inputs(dry_run):
-    held, peaks, settings = {}, {}, {"hidden_size": 64, "attention_bias": False, "mlp_bias": False}
+    held = {}
+    peaks = {}
+    settings = {"hidden_size": 64, "attention_bias": False, "mlp_bias": False}
     for kind in Quantization:
         run = dry_run("llama", "model.dtype=bfloat16", f"model.quantization={kind}", **settings)
         held[kind] = run.memory["weights"]
         peaks[kind] = run.cost(BATCH, accumulates=False).forward.peak - sum(run.memory.values())
     assert held["nf4"] < held["int8"] < held["none"]
-    linears, rows = 6 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 48), 6 * (2 * 64 + 2 * 32 + 2 * 48 + 64)
+    linears = 6 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 48)
+    rows = 6 * (2 * 64 + 2 * 32 + 2 * 48 + 64)
     rest = 2 * (2 * 128 * 64 + 13 * 64)  # embeddings, head, norms
     base = build_base(run.config.model)
     stored = {kind: sum(stored_sizes(base, kind).values()) for kind in Quantization}
@@ -103,9 +138,17 @@ def test_quantised_weights_take_what_is_stored_and_8_bits_keep_their_inputs(dry_
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
 def test_every_optimizer_has_its_states(dry_run, kind):
-    run = dry_run("llama", f"optimizer={kind}", "adapter.r=64", "adapter.target_modules=[q_proj]", hidden_size=128)
+    run = dry_run(
+        "llama",
+        f"optimizer={kind}",
+        "adapter.r=64",
+        "adapter.target_modules=[q_proj]",
+        hidden_size=128,
+    )
     count = sum(weight.numel() for weight in run.trained)
-    assert run.memory["optimizer"] == pytest.approx(2 * count * (4 if kind == "adamw" else 1 + 4 / 256), rel=0.1)
+    assert run.memory["optimizer"] == pytest.approx(
+        2 * count * (4 if kind == "adamw" else 1 + 4 / 256), rel=0.1
+    )
 
 
 @pytest.mark.slow
@@ -115,7 +158,10 @@ def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
     """Each token passes k experts, whose branches cost what other branches do."""
     family = ARCHITECTURES[model_type]
     settings = family.usual | family.changes | {"vocab_size": 128}
-    changes = {"model.dtype": dtype, "model.attn_implementation": "eager" if model_type == "gpt_oss" else "sdpa"}
+    changes = {
+        "model.dtype": dtype,
+        "model.attn_implementation": "eager" if model_type == "gpt_oss" else "sdpa",
+    }
     costs: list[Cost] = []
     for experts in (["adapter.experts=false"], ["adapter.experts=true", "adapter.expert_r=8"]):
         overrides = [f"{name}={value}" for name, value in changes.items()]
@@ -123,13 +169,16 @@ def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
         costs.append(run.cost(replace(BATCH, has_mask=model_type == "gpt_oss"), accumulates=False))
     without, with_experts = costs
     width = settings["moe_intermediate_size" if "qwen" in model_type else "intermediate_size"]
-    branches = 2 * 2 * 8 * ((32 + 2 * width) + (width + 32)) * settings["num_experts_per_tok"] * TOKENS
+    branches = (
+        2 * 2 * 8 * ((32 + 2 * width) + (width + 32)) * settings["num_experts_per_tok"] * TOKENS
+    )
     assert with_experts.evaluation.operations - without.evaluation.operations == branches
     assert with_experts.backward.operations - without.backward.operations == 2 * branches
 
 
 @pytest.mark.parametrize(
-    ("model_type", "targets"), [*((name, "all-linear") for name in SHAPES), ("llama", "[q_proj,lm_head]")]
+    ("model_type", "targets"),
+    [*((name, "all-linear") for name in SHAPES), ("llama", "[q_proj,lm_head]")],
 )
 def test_parameters_are_those_of_the_real_model(dry_run, model_type, targets):
     run = dry_run(model_type, f"adapter.target_modules={targets}", "adapter.dropout=0")
@@ -150,7 +199,9 @@ def test_every_file_of_conf_model_has_the_shape_of_its_config_json(compose):
         shape = json.loads((config_dir("conf") / "model" / model.facts.config).read_text())
         assert (model.facts.of, shape["model_type"]) == (model.path, "llama")
         assert model.facts.license
-    assert {model.facts.config for model in models} == {path.name for path in config_dir("conf").glob("model/*.json")}
+    assert {model.facts.config for model in models} == {
+        path.name for path in config_dir("conf").glob("model/*.json")
+    }
 
 
 @pytest.mark.parametrize(
@@ -158,9 +209,18 @@ def test_every_file_of_conf_model_has_the_shape_of_its_config_json(compose):
     [
         (None, "model.path=org/other: cannot be loaded"),
         (json.dumps({"model_type": "no_such_type"}), "cannot be loaded .*no_such_type"),
-        (json.dumps({"model_type": "t5"}), "is an encoder-decoder .t5., and cera-train trains decoder-only"),
-        (json.dumps({"model_type": "vit"}), "cera-plan cannot run a model of type vit without its weights .ValueError"),
-        (json.dumps({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "new"}), "model.trust_remote_code=true"),
+        (
+            json.dumps({"model_type": "t5"}),
+            "is an encoder-decoder .t5., and cera-train trains decoder-only",
+        ),
+        (
+            json.dumps({"model_type": "vit"}),
+            "cera-plan cannot run a model of type vit without its weights .ValueError",
+        ),
+        (
+            json.dumps({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "new"}),
+            "model.trust_remote_code=true",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_planned_is_refused_in_one_line(tmp_path, text, message):
@@ -174,9 +234,19 @@ def test_a_model_that_cannot_be_planned_is_refused_in_one_line(tmp_path, text, m
 
 def test_a_model_that_needs_values_is_refused_in_one_line(compose, tmp_path):
     """JetMoE splits tokens by the number that each expert got."""
-    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 8}
-    AutoConfig.for_model("jetmoe", **sizes, intermediate_size=48, pad_token_id=0).save_pretrained(tmp_path)
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "kv_channels": 8,
+    }
+    AutoConfig.for_model("jetmoe", **sizes, intermediate_size=48, pad_token_id=0).save_pretrained(
+        tmp_path
+    )
     overrides = [f"model.path={tmp_path}", "adapter.target_modules=[kv_proj]", "adapter.r=4"]
-    with pytest.raises(ValueError, match="cannot run a model of type jetmoe without its weights .Runtime") as refused:
+    with pytest.raises(
+        ValueError, match="cannot run a model of type jetmoe without its weights .Runtime"
+    ) as refused:
         DryRun(compose("+recipe=logistic_map", "model.dtype=float32", *overrides, command="plan"))
     assert "\n" not in str(refused.value)

@@ -12,10 +12,18 @@ from architectures import ARCHITECTURES
 from conftest import needs_smollm2
 
 from cera_train.planning.data_size import TaskSize, data_size
-from cera_train.planning.plan import DECODING_SHARE, GPU_MFU, GPUS, answer_seconds, micro_batches, run_totals
+from cera_train.planning.plan import (
+    DECODING_SHARE,
+    GPU_MFU,
+    GPUS,
+    answer_seconds,
+    micro_batches,
+    run_totals,
+)
 from cera_train.planning.table import name_jobs, print_plan, print_plans
 
-MATH, QUICK = "+recipe=math_r64", "+recipe=logistic_map"
+MATH = "+recipe=math_r64"
+QUICK = "+recipe=logistic_map"
 
 
 @pytest.fixture
@@ -32,10 +40,11 @@ def math_plan(plan):
 
 
 def test_the_activations_of_llama_by_hand(math_plan):
-    """A token leaves in each layer: q, k, v, the output of attention and a float32 number a head; x and A x of two
-    branches; gate and up; the input of two norms, and a float32 root mean square. And a chunk of logits, its float32
-    log-softmax, and 16 bits of its gradient."""
-    memory, weights = math_plan.memory, 27_262_976
+    """A token leaves in each layer: q, k, v, the output of attention and a float32 number a head; x
+    and A x of two branches; gate and up; the input of two norms, and a float32 root mean square.
+    And a chunk of logits, its float32 log-softmax, and 16 bits of its gradient."""
+    memory = math_plan.memory
+    weights = 27_262_976
     assert memory["weights"] == pytest.approx(2 * 8_030_261_248, rel=1e-6)  # and a buffer
     assert memory["adapter"] == 4 * weights
     assert memory["optimizer"] == pytest.approx(8 * weights, rel=0.001)
@@ -47,7 +56,9 @@ def test_the_activations_of_llama_by_hand(math_plan):
 
 def test_what_lowers_memory(tiny_plan):
     def activations(*overrides: str) -> float:
-        planned = tiny_plan("train.batch_size=16", "train.micro_batch_tokens=1152", "adapter.r=1", *overrides)
+        planned = tiny_plan(
+            "train.batch_size=16", "train.micro_batch_tokens=1152", "adapter.r=1", *overrides
+        )
         return planned.memory["gradients, activations"]
 
     whole = activations()
@@ -66,8 +77,12 @@ def test_a_run_takes_what_was_predicted(plan, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = [sys.executable, "-c", script, *settings, f"output_dir={tmp_path}", "name=run"]
     subprocess.run(command, check=True, capture_output=True, env=environment)
-    result, planned = json.loads((tmp_path / "run" / "result.json").read_text()), plan(*settings, "plan.gpu=cpu")
-    assert (planned.trainable, planned.totals.tokens) == (result["trainable_parameters"], result["tokens"])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    planned = plan(*settings, "plan.gpu=cpu")
+    assert (planned.trainable, planned.totals.tokens) == (
+        result["trainable_parameters"],
+        result["tokens"],
+    )
     # How far the C heap grows differs by up to 13 % between equal float32 runs of 12 updates.
     assert planned.peak == pytest.approx(result["peak_memory_bytes"], rel=0.13)
 
@@ -94,9 +109,16 @@ def test_processes_share_rows_and_weights(tiny_plan):
         ("bamba", [], False),
     ],
 )
-def test_a_mask_stands_where_attention_cannot_run_by_sequence(plan, tmp_path, name, overrides, has_mask):
+def test_a_mask_stands_where_attention_cannot_run_by_sequence(
+    plan, tmp_path, name, overrides, has_mask
+):
     ARCHITECTURES[name].config().save_pretrained(tmp_path)
-    small = ["adapter.r=4", "train.micro_batch_tokens=64", "data.max_length=32", "model.dtype=bfloat16"]
+    small = [
+        "adapter.r=4",
+        "train.micro_batch_tokens=64",
+        "data.max_length=32",
+        "model.dtype=bfloat16",
+    ]
     batch = plan(QUICK, f"model.path={tmp_path}", *small, *overrides).micro_batch
     assert batch.has_mask == has_mask
     assert (batch.rows, batch.length) == (2, 32)
@@ -105,25 +127,36 @@ def test_a_mask_stands_where_attention_cannot_run_by_sequence(plan, tmp_path, na
 def test_the_largest_micro_batch_is_that_of_one_of_many_updates(compose):
     config = compose(MATH, "plan.gpus=8", command="plan")
     loss = SimpleNamespace(is_flat=True, allowed=SimpleNamespace(attention="varlen"))
-    run = SimpleNamespace(loss=loss, base=SimpleNamespace(config=SimpleNamespace(_attn_implementation="varlen")))
+    run = SimpleNamespace(
+        loss=loss, base=SimpleNamespace(config=SimpleNamespace(_attn_implementation="varlen"))
+    )
     largest, usual = micro_batches(config, data_size(config.data), run)
     assert usual.tokens == 8 * 171 < largest.tokens < 1.5 * usual.tokens
 
 
 def test_time_and_cost_follow_from_the_operations(tiny_plan):
     run = ["plan.gpu=a100", "plan.price_per_hour=2"]
-    one, eight = tiny_plan(*run), tiny_plan(*run, "plan.gpus=8", "plan.mfu=0.2")
-    operations, trained = sum(one.flops.values()), one.flops["forward"] + one.flops["backward"]
+    one = tiny_plan(*run)
+    eight = tiny_plan(*run, "plan.gpus=8", "plan.mfu=0.2")
+    operations = sum(one.flops.values())
+    trained = one.flops["forward"] + one.flops["backward"]
     assert one.seconds == pytest.approx(operations / (312e12 * GPU_MFU))
     assert one.cost == pytest.approx(one.seconds / 3600 * 2)
-    assert one.update_seconds * one.totals.updates == pytest.approx(one.seconds * trained / operations)
+    assert one.update_seconds * one.totals.updates == pytest.approx(
+        one.seconds * trained / operations
+    )
     assert eight.gpu_hours == pytest.approx(one.gpu_hours * 2, rel=0.05)
     assert tiny_plan().cost is None
     tasks = tiny_plan(*run, "train.tasks=[gsm8k]")
     assert tasks.answer_seconds > 0
     assert tasks.seconds - one.seconds == pytest.approx(tasks.answer_seconds)
     served = tiny_plan(*run, "train.tasks=[gsm8k]", "train.server=http://localhost:8000")
-    assert served.answer_seconds == served.served_seconds == tasks.served_seconds < tasks.answer_seconds
+    assert (
+        served.answer_seconds
+        == served.served_seconds
+        == tasks.served_seconds
+        < tasks.answer_seconds
+    )
 
 
 def test_the_time_of_answers_by_hand():
@@ -131,7 +164,9 @@ def test_the_time_of_answers_by_hand():
     assert answer_seconds(math, 1, rows=32, step_seconds=2, token_seconds=0) == 157 * 924 * 2
     assert answer_seconds(math, 4, rows=32, step_seconds=2, token_seconds=0) == 40 * 924 * 2
     products = 5_000 * 1e-5 * (100 + 924 / DECODING_SHARE)
-    assert answer_seconds(math, 1, 32, step_seconds=0, token_seconds=1e-5) == pytest.approx(products)
+    assert answer_seconds(math, 1, 32, step_seconds=0, token_seconds=1e-5) == pytest.approx(
+        products
+    )
 
 
 def test_totals_follow_from_epochs_or_updates(compose):
@@ -141,7 +176,9 @@ def test_totals_follow_from_epochs_or_updates(compose):
 
     quick = totals(QUICK, "train.max_updates=20", "train.eval_every=10")
     assert (quick.updates, quick.tokens, quick.evaluations) == (20, 158 * 72, 3)
-    assert quick.forward_tokens == 3 * 20 * 72 + 4 * 20 * 72  # and a probe before, after and between
+    assert (
+        quick.forward_tokens == 3 * 20 * 72 + 4 * 20 * 72
+    )  # and a probe before, after and between
     gsm8k = totals("+recipe=gsm8k_r64", "train.epochs=2", "train.eval_every=null")
     assert (gsm8k.updates, gsm8k.tokens, gsm8k.evaluations) == (2 * 117, 2 * 7473 * 187, 2)
     often = totals(QUICK, "train.max_updates=100", "train.tasks=[gsm8k]", "train.tasks_every=50")
@@ -156,19 +193,29 @@ def test_objectives_add_their_passes_and_answers(compose):
 
     data, plain = size("data=gsm8k")
     words = ["data=gsm8k", "train.objective=grpo", "grpo.answers=4", "grpo.max_new_tokens=100"]
-    grpo, held = size(*words)[1], size(*words, "grpo.beta=0.1")[1]
+    grpo = size(*words)[1]
+    held = size(*words, "grpo.beta=0.1")[1]
     sequence = data.tokens_per_row * (1 - data.supervised) + 100
-    assert (grpo.tokens, grpo.forward_tokens) == (pytest.approx(10 * 16 * 4 * sequence), plain.forward_tokens)
+    assert (grpo.tokens, grpo.forward_tokens) == (
+        pytest.approx(10 * 16 * 4 * sequence),
+        plain.forward_tokens,
+    )
     assert held.forward_tokens - plain.forward_tokens == pytest.approx(held.tokens)
     data, dpo = size("data=preferences", "train.objective=dpo", "train.probe_tokens=1")
-    pair, probes = 2 * data.tokens_per_row, 3
+    pair = 2 * data.tokens_per_row
+    probes = 3
     assert dpo.tokens == 10 * 16 * pair
     reference = (data.train_rows + data.eval_rows) * pair
     assert dpo.forward_tokens == 2 * data.eval_rows * pair + probes + dpo.tokens + reference
 
 
 def test_answers_of_an_update_are_counted(tiny_plan, capsys):
-    words = ["plan.gpu=a100", "train.objective=grpo", "grpo.max_new_tokens=16", "train.batch_size=4"]
+    words = [
+        "plan.gpu=a100",
+        "train.objective=grpo",
+        "grpo.max_new_tokens=16",
+        "train.batch_size=4",
+    ]
     once, twice = (tiny_plan(*words, f"grpo.epochs={epochs}") for epochs in (1, 2))
     assert twice.flops["backward"] == 2 * once.flops["backward"]
     assert twice.sampling_seconds == once.sampling_seconds > 0
@@ -198,30 +245,57 @@ def test_a_plan_prints_every_part(math_plan, capsys):
     print_plan(math_plan)
     out = capsys.readouterr().out
     assert out.startswith(
-        "plan       math_r64: cera r=64 on q_proj v_proj\nmodel      meta-llama/Llama-3.1-8B, bfloat16\n"
+        "plan       math_r64: cera r=64 on q_proj v_proj\nmodel      meta-llama/Llama-3.1-8B, "
+        "bfloat16\n"
     )
     assert "171 tokens (an estimate), 100% supervised" in out
-    assert "task       gsm8k: 15 problems of 64 tokens (by facts), up to 512 to answer, at 1 evaluation\n" in out
+    assert (
+        "task       gsm8k: 15 problems of 64 tokens (by facts), up to 512 to answer, at 1 "
+        "evaluation\n" in out
+    )
     for label in ("parameters", "memory of one process", "work", "PFLOP", "time and cost"):
         assert f"\n{label}\n" in out
-    rows = {line.rsplit("  ", 1)[0].strip(): line.split()[-1] for line in out.splitlines() if line.startswith("  ")}
+    rows = {
+        line.rsplit("  ", 1)[0].strip(): line.split()[-1]
+        for line in out.splitlines()
+        if line.startswith("  ")
+    }
     assert (rows["trainable"], rows["share"], rows["updates"]) == ("27,262,976", "0.34%", "4,689")
-    assert {"frozen", "weights", "optimizer", "gradients, activations", "peak in training"} <= rows.keys()
-    assert {"peak in evaluation", "forward", "backward", "evaluations", "in all", "an update"} <= rows.keys()
+    assert {
+        "frozen",
+        "weights",
+        "optimizer",
+        "gradients, activations",
+        "peak in training",
+    } <= rows.keys()
+    assert {
+        "peak in evaluation",
+        "forward",
+        "backward",
+        "evaluations",
+        "in all",
+        "an update",
+    } <= rows.keys()
     assert {"answers, at most", "GPU-hours", "cost"} <= rows.keys()
     needs = f"{math_plan.peak / 1e9:.2f} GB needed"
     assert out.endswith(f"fits       {needs} of the 80 GB of H100\n")
     print_plan(replace(math_plan, device=GPUS["rtx4090"]))
-    assert capsys.readouterr().out.endswith(f"too large  {needs}, more than 95% of the 24 GB of RTX 4090\n")
+    assert capsys.readouterr().out.endswith(
+        f"too large  {needs}, more than 95% of the 24 GB of RTX 4090\n"
+    )
 
 
 @pytest.mark.slow
 def test_a_sweep_adds_up_its_jobs_and_marks_what_does_not_fit(plan, capsys):
     names = ("llama3_2_1b", "llama3_1_8b")
-    jobs = [plan(MATH, f"model={name}", "plan.gpu=rtx4090", "plan.price_per_hour=2") for name in names]
+    jobs = [
+        plan(MATH, f"model={name}", "plan.gpu=rtx4090", "plan.price_per_hour=2") for name in names
+    ]
     print_plans("job", name_jobs(jobs))
     *_, small, large, total = (line for line in capsys.readouterr().out.splitlines() if line)
-    assert small.startswith("model.path=meta-llama/Llama-3.2-1B  ")  # its path alone tells a model apart
+    assert small.startswith(
+        "model.path=meta-llama/Llama-3.2-1B  "
+    )  # its path alone tells a model apart
     assert "does not fit" not in small
     assert large.startswith("model.path=meta-llama/Llama-3.1-8B  ")
     assert large.endswith("does not fit RTX 4090")

@@ -30,7 +30,11 @@ def test_paired_tests_count_the_problems_that_one_run_solves(tmp_path: Path) -> 
     (test,), notes = paired_tests(read_runs(two_runs(tmp_path)))
     assert (test.only, test.problems) == ((12, 9), 40)
     assert test.difference.difference == pytest.approx(-3 / 40)
-    assert (test.verdict, test.row["p"], test.row["difference, points"]) == ("not shown", "0.66", "-7.5")
+    assert (test.verdict, test.row["p"], test.row["difference, points"]) == (
+        "not shown",
+        "0.66",
+        "-7.5",
+    )
     assert notes == []
 
 
@@ -43,7 +47,8 @@ def test_a_verdict_is_on_the_second_run(compare_two, counts: tuple[int, int], ve
 
 def test_several_samples_are_tested_by_their_mean_for_each_problem(compare_two) -> None:
     test = compare_two(
-        {"solved": lambda n, sample: sample == 0, "samples": 4}, {"solved": lambda n, sample: sample < 2, "samples": 4}
+        {"solved": lambda n, sample: sample == 0, "samples": 4},
+        {"solved": lambda n, sample: sample < 2, "samples": 4},
     )
     assert test.only is None
     assert test.difference.difference == pytest.approx(0.25)
@@ -64,7 +69,8 @@ def test_few_problems_that_differ_are_not_shown_by_the_interval(compare_two, sam
 
 @pytest.mark.slow
 def test_p_is_corrected_over_the_pairs_of_a_task(tmp_path: Path) -> None:
-    """Seven problems to none: p is 1/64 for two runs alone, and 6/64 as the smallest of six pairs."""
+    """Seven problems to none: p is 1/64 for two runs alone, and 6/64 as the smallest of six
+    pairs."""
     runs = [make_run(tmp_path / name) for name in "abcd"]
     for run in runs:
         add_evaluation(run, solved=set(range(7 if run.name == "d" else 0)))
@@ -101,13 +107,20 @@ def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"held_out": "others"}, "evaluation rows or tokens, so do not rank them, by digest: a: rows; b: others."),
-        ({"model.quantization": "nf4"}, "base models: a: meta-llama/Llama-3.1-8B, bfloat16; b: meta-llama/Llama-3.1-8B,"
-                                        " bfloat16, nf4."),
+        (
+            {"held_out": "others"},
+            "evaluation rows or tokens, so do not rank them, by digest: a: rows; b: others.",
+        ),
+        (
+            {"model.quantization": "nf4"},
+            "base models: a: meta-llama/Llama-3.1-8B, bfloat16; b: "
+            "meta-llama/Llama-3.1-8B,"
+            " bfloat16, nf4.",
+        ),
         ({"data.train_rows": 1000}, None),
         ({"optimizer.lr": 1e-3}, None),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_ranked_is_named(tmp_path: Path, changes: dict, note: str | None) -> None:
     notes = compare_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b", **changes)]).notes
     assert len(notes) == 1 + (note is not None)  # no run has an evaluation
@@ -117,14 +130,18 @@ def test_what_cannot_be_ranked_is_named(tmp_path: Path, changes: dict, note: str
 def test_machines_and_settings_of_evaluations_that_differ_are_named(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in "ab"]
     for run, gpus in zip(runs, ([], ["NVIDIA H100"]), strict=True):
-        (run / "environment.json").write_text(json.dumps({"gpus": gpus, "cpu_threads": 2, "processes": 1}))
+        (run / "environment.json").write_text(
+            json.dumps({"gpus": gpus, "cpu_threads": 2, "processes": 1})
+        )
     add_evaluation(runs[0])
     add_evaluation(runs[1], problems=30, **{"task.max_new_tokens": 256})
     machines, limit, tokens, problems = compare_runs(runs).notes
     assert machines.endswith("a: CPU, 2 threads, 1 process; b: NVIDIA H100, 1 process.")
     assert limit == "Evaluations on gsm8k differ in task.limit: a: 40; b: 30."
     assert tokens == "Evaluations on gsm8k differ in task.max_new_tokens: a: 512; b: 256."
-    assert "gsm8k, a and b: evaluated on different problems (40 and 30, 30 of them shared)" in problems
+    assert (
+        "gsm8k, a and b: evaluated on different problems (40 and 30, 30 of them shared)" in problems
+    )
 
 
 def test_answers_of_two_engines_are_tested_where_that_is_asked_for(tmp_path: Path) -> None:
@@ -134,7 +151,8 @@ def test_answers_of_two_engines_are_tested_where_that_is_asked_for(tmp_path: Pat
     tests, notes = paired_tests(read_runs(runs))
     assert not tests
     assert notes == [
-        "gsm8k, a and b: by this program and vLLM 0.32.0: evaluate both by one engine, or add --across-engines."
+        "gsm8k, a and b: by this program and vLLM 0.32.0: evaluate both by one engine, or add "
+        "--across-engines."
     ]
     tests, notes = paired_tests(read_runs(runs), across_engines=True)
     assert len(tests) == 1
@@ -147,10 +165,16 @@ def test_answers_of_two_engines_are_tested_where_that_is_asked_for(tmp_path: Pat
         ("math", "null\n", "grades.jsonl:1 is broken"),
         ("math", "{}\n", "grades.jsonl:1 is broken"),
         ("math", "", "evaluated on different problems (0 and 0"),
-        ("logistic_map", '{"problem": "x", "sample": 0, "exact": true}\n', "grade of problem x is broken: matches"),
+        (
+            "logistic_map",
+            '{"problem": "x", "sample": 0, "exact": true}\n',
+            "grade of problem x is broken: matches",
+        ),
     ],
 )
-def test_broken_grades_stop_their_test_and_are_named(tmp_path: Path, task: str, content: str, line: str) -> None:
+def test_broken_grades_stop_their_test_and_are_named(
+    tmp_path: Path, task: str, content: str, line: str
+) -> None:
     runs = [make_run(tmp_path / name) for name in "ab"]
     for run in runs:
         (add_evaluation(run, task) / "grades.jsonl").write_text(content)

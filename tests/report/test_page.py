@@ -1,5 +1,5 @@
-"""report.html, report.md, their pictures and the terminal: self-contained, safe, and sound in a real browser at a
-telephone's width."""
+"""report.html, report.md, their pictures and the terminal: self-contained, safe, and sound in a
+real browser at a telephone's width."""
 
 import json
 import re
@@ -31,7 +31,8 @@ def hostile_runs(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a dozen runs, one with a name without a place to break, one unfinished, two hostile."""
+    """The page of a dozen runs, one with a name without a place to break, one unfinished, two
+    hostile."""
     folder = tmp_path_factory.mktemp("browser")
     runs = [*two_runs(folder), *hostile_runs(folder / "hostile")]
     runs += [make_run(folder / f"cera_r{r}", 1.9, **{"adapter.r": r}) for r in (8, 16, 128, 256)]
@@ -50,7 +51,8 @@ def test_the_page_loads_nothing_from_elsewhere(pages: Path) -> None:
 
 
 def test_pages_show_hostile_text_as_text(pages: Path) -> None:
-    html, markdown = (pages / "report.html").read_text(), (pages / "report.md").read_text()
+    html = (pages / "report.html").read_text()
+    markdown = (pages / "report.md").read_text()
     assert "<script" not in html + markdown
     assert "<i>" not in html
     assert "&lt;script&gt;alert(1)" in html
@@ -68,10 +70,19 @@ def test_pages_show_hostile_text_as_text(pages: Path) -> None:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if chromium is None:
         pytest.skip("no Chromium is installed")
-    quiet = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update", "disable-sync")
+    quiet = (
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-component-update",
+        "disable-sync",
+    )
     with sync_api.sync_playwright() as playwright:
         arguments = [f"--{option}" for option in (*quiet, "disable-background-networking")]
         browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
@@ -85,7 +96,8 @@ def test_the_page_is_sound_in_a_browser(browser: Any, pages: Path, width: int) -
     """No error, no request, pictures with a text, unique ids, and no wider than the window."""
     path = pages / "report.html"
     page = browser.new_page(viewport={"width": width, "height": 800})
-    problems, requests = [], []
+    problems = []
+    requests = []
     page.on("console", lambda message: problems.append(message.text))
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
@@ -107,14 +119,25 @@ def test_the_terminal_shows_table_tests_and_notes_as_plain_text(tmp_path: Path, 
     compare_runs(runs).print(tmp_path / "report")
     shown = capsys.readouterr().out
     assert re.search(r"cera_64 +CeRA +64 +27,262,976 +1\.850 +55\.0%", shown)
-    assert re.search(r"lora_512 - cera_64 +math, verified +not shown +-7\.5 +-\d+\.\d to \+\d+\.\d +0\.66", shown)
+    assert re.search(
+        r"lora_512 - cera_64 +math, verified +not shown +-7\.5 +-\d+\.\d to \+\d+\.\d +0\.66", shown
+    )
     assert "unfinished is unfinished (update 50)." in shown
     assert f"report      {tmp_path}/report/report.html" in shown
-    assert max(len(line) for line in shown.splitlines() if line[:3] != "  -" and str(tmp_path) not in line) <= 100
+    assert (
+        max(
+            len(line)
+            for line in shown.splitlines()
+            if line[:3] != "  -" and str(tmp_path) not in line
+        )
+        <= 100
+    )
     assert "\x1b" not in shown
 
 
-def test_a_report_of_real_runs_is_named_after_them(tiny_config, tmp_path: Path, run_command) -> None:
+def test_a_report_of_real_runs_is_named_after_them(
+    tiny_config, tmp_path: Path, run_command
+) -> None:
     from cera_train.training.train import train
 
     for kind in ("cera", "lora"):
@@ -134,8 +157,15 @@ def pictures_of(*runs: Path) -> dict[str, Picture]:
 
 
 def test_the_pictures_of_two_runs(tmp_path: Path) -> None:
-    names = ["perplexity-by-rank", "effective-rank-by-rank", "share-of-the-singular-values-by-direction",
-             "training-loss-by-update", "perplexity-by-update", "linear-share-by-update", "accuracy-math"]  # fmt: skip
+    names = [
+        "perplexity-by-rank",
+        "effective-rank-by-rank",
+        "share-of-the-singular-values-by-direction",
+        "training-loss-by-update",
+        "perplexity-by-update",
+        "linear-share-by-update",
+        "accuracy-math",
+    ]
     assert list(pictures_of(*two_runs(tmp_path))) == names
 
 
@@ -151,7 +181,12 @@ def test_the_linear_share_is_drawn_by_update(tmp_path: Path) -> None:
 def test_rewards_and_the_length_of_answers_are_drawn_by_update(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     lines = [
-        {"update": update, "epoch": 0, "train/reward": update / 4, "train/completions/mean_length": 9 - update}
+        {
+            "update": update,
+            "epoch": 0,
+            "train/reward": update / 4,
+            "train/completions/mean_length": 9 - update,
+        }
         for update in (1, 2)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -176,7 +211,9 @@ def test_only_the_base_model_is_a_dashed_line(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     for name in ("a", "base", "lora"):
         add_evaluation(tmp_path / name, "math", solved={1, 2})
-    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 64}')  # parameters unknown
+    (tmp_path / "lora" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 64}'
+    )  # parameters unknown
     pictures_of(tmp_path)["accuracy-math"].draw(axes := Figure().subplots())
     assert [line.get_label() for line in axes.lines if line.get_linestyle() == "--"] == ["base"]
 

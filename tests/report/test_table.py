@@ -33,7 +33,9 @@ def test_every_column_has_the_figures_of_the_files(tmp_path: Path) -> None:
 
 
 def test_a_published_figure_that_was_not_measured_or_otherwise_is_named(tmp_path: Path) -> None:
-    run, sampled = (make_run(tmp_path / name, published={"math/exact/pass@1": 0.1636}) for name in "ab")
+    run, sampled = (
+        make_run(tmp_path / name, published={"math/exact/pass@1": 0.1636}) for name in "ab"
+    )
     add_evaluation(sampled, "math", samples=2)
     measured, missing = cells(sampled, run)["math exact"]
     assert missing == "–\npaper 16.36%, not measured here"
@@ -43,11 +45,22 @@ def test_a_published_figure_that_was_not_measured_or_otherwise_is_named(tmp_path
 def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     path = add_evaluation(run, "logistic_map", solved={0}, verified=False) / "result.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"step_accuracy/mean": 0.625, "state_collapse": 0.25}))
+    path.write_text(
+        json.dumps(
+            json.loads(path.read_text()) | {"step_accuracy/mean": 0.625, "state_collapse": 0.25}
+        )
+    )
     forgetting = run / "eval/forgetting"
     forgetting.mkdir()
-    (forgetting / "config.yaml").write_text("task: {kind: perplexity, name: forgetting, window: 1024}\n")
-    result = {"task": "forgetting", "kind": "perplexity", "perplexity": 12.345, "perplexity_base": 12.0}
+    (forgetting / "config.yaml").write_text(
+        "task: {kind: perplexity, name: forgetting, window: 1024}\n"
+    )
+    result = {
+        "task": "forgetting",
+        "kind": "perplexity",
+        "perplexity": 12.345,
+        "perplexity_base": 12.0,
+    }
     (forgetting / "result.json").write_text(json.dumps(result))
     table = cells(run)
     assert table["logistic_map steps right"] == ["62.5%"]
@@ -58,8 +71,12 @@ def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -
 
 def test_variants_of_a_method_are_told_apart(tmp_path: Path) -> None:
     relu = make_run(tmp_path / "a", **{"adapter.activation": "relu"})
-    scaled = make_run(tmp_path / "b", **{"adapter.kind": "lora", "adapter.alpha": 32, "adapter.r": 512})
-    matched = make_run(tmp_path / "c", **{"adapter.kind": "lora", "adapter.alpha": 512, "adapter.r": 512})
+    scaled = make_run(
+        tmp_path / "b", **{"adapter.kind": "lora", "adapter.alpha": 32, "adapter.r": 512}
+    )
+    matched = make_run(
+        tmp_path / "c", **{"adapter.kind": "lora", "adapter.alpha": 512, "adapter.r": 512}
+    )
     mixed = make_run(tmp_path / "d", **{"adapter.mix": "learned"})
     methods = ["CeRA (relu)", "LoRA (alpha 32)", "LoRA", "CeRA (learned mix)"]
     assert cells(relu, scaled, matched, mixed)["method"] == methods
@@ -73,7 +90,9 @@ def test_a_rank_that_peft_chose_is_shown(tmp_path: Path) -> None:
 
 
 def test_the_runs_of_a_folder_come_once_and_by_the_numbers_in_their_names(tmp_path: Path) -> None:
-    names = [f"adapter.r={r},optimizer.lr={lr}" for r in (64, 512) for lr in ("1e-05", "0.0005", "0.01")]
+    names = [
+        f"adapter.r={r},optimizer.lr={lr}" for r in (64, 512) for lr in ("1e-05", "0.0005", "0.01")
+    ]
     for name in reversed(names):
         make_run(tmp_path / name)
     (tmp_path / "sweep.json").write_text("{}")
@@ -82,7 +101,8 @@ def test_the_runs_of_a_folder_come_once_and_by_the_numbers_in_their_names(tmp_pa
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
-    first, second = make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")
+    first = make_run(tmp_path / "x" / "run")
+    second = make_run(tmp_path / "y" / "run")
     assert [run.name for run in read_runs([first, second])] == [str(first), str(second)]
 
 
@@ -102,8 +122,13 @@ def test_the_base_model_and_an_adapter_take_part_with_their_evaluations(tmp_path
     (tmp_path / "full" / "full_model.json").write_text("{}")
     methods = ["untouched base", "CeRA (relu) (alpha 16)", "DoRA", "full fine-tuning", "OFT"]
     assert cells(tmp_path)["method"] == methods
-    for r, message in (("64", " is broken: r: .*got '64'"), (-1, ": adapter.r=-1 must be positive")):
-        (tmp_path / "oft" / "adapter_config.json").write_text(json.dumps({"peft_type": "OFT", "r": r}))
+    for r, message in (
+        ("64", " is broken: r: .*got '64'"),
+        (-1, ": adapter.r=-1 must be positive"),
+    ):
+        (tmp_path / "oft" / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "OFT", "r": r})
+        )
         with pytest.raises(ValueError, match=f"{tmp_path}/oft/adapter_config.json{message}"):
             read_runs([tmp_path])
 
@@ -161,9 +186,13 @@ def test_an_unfinished_run_shows_what_it_has_and_is_named(tmp_path: Path) -> Non
 def test_what_a_run_lacks_is_named(tmp_path: Path) -> None:
     first, second = two_runs(tmp_path)
     add_evaluation(first, "gsm8k", finished=False)
-    (first / "result.json").write_text(json.dumps(result_of("cera", 64, 1.9) | {"eval/perplexity": None}))
+    (first / "result.json").write_text(
+        json.dumps(result_of("cera", 64, 1.9) | {"eval/perplexity": None})
+    )
     notes = compare_runs([first, second]).notes
-    assert notes == [f"{name} has no finished evaluation on gsm8k." for name in ("cera_64", "lora_512")]
+    assert notes == [
+        f"{name} has no finished evaluation on gsm8k." for name in ("cera_64", "lora_512")
+    ]
     assert cells(first, second)["perplexity"][0].startswith("inf")
 
 

@@ -27,25 +27,42 @@ from cera_train.runs.results import (
 def test_a_perplexity_that_is_infinite_is_null_on_disk_and_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     evaluation = PerplexityResult("forgetting", "perplexity", math.inf, rows=3)
-    for result in (RunResult(math.inf, updates=3), evaluation, Progress(update=3, perplexity=math.inf)):
+    for result in (
+        RunResult(math.inf, updates=3),
+        evaluation,
+        Progress(update=3, perplexity=math.inf),
+    ):
         result.write(path)
         assert None in json.loads(path.read_text()).values()
         assert type(result).read(path) == result
     assert RunResult().perplexity is None
-    assert [figure(value) for value in (math.inf, None, 1234.5678, 1e12)] == ["inf", "–", "1,234.568", "1e+12"]
+    assert [figure(value) for value in (math.inf, None, 1234.5678, 1e12)] == [
+        "inf",
+        "–",
+        "1,234.568",
+        "1e+12",
+    ]
 
 
 def test_the_mean_spectrum_is_over_modules_of_any_rank(tmp_path: Path) -> None:
     path = tmp_path / "spectrum.json"
-    path.write_text('{"q_proj": {"singular_values": [3.0, 1.0]}, "v_proj": {"singular_values": [2.0]}}')
+    path.write_text(
+        '{"q_proj": {"singular_values": [3.0, 1.0]}, "v_proj": {"singular_values": [2.0]}}'
+    )
     assert mean_spectrum(path) == [(0.75 + 1) / 2, 0.25 / 2]
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ('{"eval/perplexity": "low"}', "eval/perplexity: Input should be a valid number, got 'low'"),
-        ('{"eval/perplexity": true}', "eval/perplexity: Input should be a valid number, got 'True'"),
+        (
+            '{"eval/perplexity": "low"}',
+            "eval/perplexity: Input should be a valid number, got 'low'",
+        ),
+        (
+            '{"eval/perplexity": true}',
+            "eval/perplexity: Input should be a valid number, got 'True'",
+        ),
         ('{"gsm8k/exact": "half"}', "gsm8k/exact: Input should be a valid number, got 'half'"),
         (f'{{"seconds": 1{"0" * 400}}}', "seconds: Input should be a valid number, got '1000"),
         ("[1]", "expected names and values"),
@@ -69,7 +86,9 @@ def test_a_broken_or_missing_file_of_losses_or_grades_is_named(tmp_path: Path) -
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match=rf"^{re.escape(str(path))} is broken: "):
         TokenLosses.read(path)
-    with pytest.raises(UserError, match="gsm8k.jsonl is broken: No such file .* with this task in train.tasks"):
+    with pytest.raises(
+        UserError, match="gsm8k.jsonl is broken: No such file .* with this task in train.tasks"
+    ):
         read_grades(tmp_path, "gsm8k")
     write_grades(tmp_path, "gsm8k", [GradedProblem("b", 1.0, "right")])
     path = tmp_path / "grades" / "gsm8k.jsonl"

@@ -1,5 +1,5 @@
-"""Trackers mirror a run, several at once, and none that fails reaches it; no secret leaves. What `hub.push`
-uploads."""
+"""Trackers mirror a run, several at once, and none that fails reaches it; no secret leaves. What
+`hub.push` uploads."""
 
 import json
 import os
@@ -20,11 +20,14 @@ from cera_train.training.train import launch, train
 class Recording(GeneralTracker):
     """What a tracker of Accelerate's gets; `fails_at` is an update."""
 
-    name, requires_logging_directory, tracker = "recording", False, None
+    name = "recording"
+    requires_logging_directory = False
+    tracker = None
 
     def __init__(self, fails_at: int | None = None) -> None:
         super().__init__()
-        self.fails_at, self.calls = fails_at, []
+        self.fails_at = fails_at
+        self.calls = []
 
     def start(self):
         self.calls.append("start")
@@ -41,11 +44,16 @@ class Recording(GeneralTracker):
         self.calls.append("finish")
 
 
-def test_several_trackers_at_once_and_one_that_fails_is_left_out_once(tiny_config, monkeypatch, capsys):
+def test_several_trackers_at_once_and_one_that_fails_is_left_out_once(
+    tiny_config, monkeypatch, capsys
+):
     trackers = {"trackio": Recording(), "wandb": Recording(fails_at=2)}
     monkeypatch.setattr(tracking, "build_tracker", lambda kind, *_: trackers[kind])
     result = train(tiny_config("tracker=[trackio,wandb]"))
-    lines = [json.loads(line) for line in Path(result["folder"], "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in Path(result["folder"], "metrics.jsonl").read_text().splitlines()
+    ]
     mirrored = [(line["update"], {key: line[key] for key in line if "/" in key}) for line in lines]
     assert trackers["trackio"].calls == ["start", *mirrored, "finish"]
     assert trackers["trackio"].config["adapter.r"] == 4
@@ -64,10 +72,19 @@ def test_a_tracker_that_is_not_installed_is_left_out(name, compose, tmp_path, mo
 
 
 def test_a_resumed_run_goes_on_under_the_same_id(compose, tmp_path):
-    config = compose("tracker=wandb", "tracker.kinds.wandb={entity: ours}", "tracker.group=grid").tracker
-    first, second = (tracking.build_tracker("wandb", config, "run", tmp_path, 0).init_kwargs for _ in range(2))
+    config = compose(
+        "tracker=wandb", "tracker.kinds.wandb={entity: ours}", "tracker.group=grid"
+    ).tracker
+    first, second = (
+        tracking.build_tracker("wandb", config, "run", tmp_path, 0).init_kwargs for _ in range(2)
+    )
     assert first == second
-    assert (first["name"], first["group"], first["entity"], first["resume"]) == ("run", "grid", "ours", "allow")
+    assert (first["name"], first["group"], first["entity"], first["resume"]) == (
+        "run",
+        "grid",
+        "ours",
+        "allow",
+    )
 
 
 @pytest.mark.slow
@@ -75,12 +92,22 @@ def test_wandb_without_a_key_is_offline_with_metrics_and_samples(tiny_config, tm
     """In a process of its own: W&B starts a service that outlives a test."""
     arguments = [
         *(f"model.path={tiny_config().model.path}", *TINY, "adapter.r=4"),
-        *("train.max_updates=2", "train.samples=2", "tracker=wandb", "name=run", f"output_dir={tmp_path}"),
+        *(
+            "train.max_updates=2",
+            "train.samples=2",
+            "tracker=wandb",
+            "name=run",
+            f"output_dir={tmp_path}",
+        ),
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     command = [sys.executable, "-m", "cera_train", *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment | {"HOME": str(tmp_path)}, check=False
+        command,
+        capture_output=True,
+        text=True,
+        env=environment | {"HOME": str(tmp_path)},
+        check=False,
     )
     assert (done.returncode, done.stderr.count("left out")) == (0, 0), done.stderr
     folder = Path(done.stdout.split("to upload it: wandb sync ")[1].split()[0])
@@ -88,8 +115,12 @@ def test_wandb_without_a_key_is_offline_with_metrics_and_samples(tiny_config, tm
     for name in (b"eval/perplexity", b"spectrum/effective_rank/mean", b"train.max_updates"):
         assert name in recorded
     tables = [json.loads(path.read_text()) for path in folder.rglob("samples*.table.json")]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert sorted(row[0] for table in tables for row in table["data"]) == [line["update"] for line in lines]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    ]
+    assert sorted(row[0] for table in tables for row in table["data"]) == [
+        line["update"] for line in lines
+    ]
 
 
 def test_secrets_of_the_environment_are_blotted_out(monkeypatch):
@@ -102,7 +133,10 @@ def test_secrets_of_the_environment_are_blotted_out(monkeypatch):
         monkeypatch.setenv(name, "outputs/tiny")
     monkeypatch.setenv("MY_API_KEY", "short")
     assert redact("path: outputs/tiny, short") == "path: outputs/tiny, short"
-    assert redact("see https://user:pass@host/x and https://host/y") == "see https://***@host/x and https://host/y"
+    assert (
+        redact("see https://user:pass@host/x and https://host/y")
+        == "see https://***@host/x and https://host/y"
+    )
 
 
 def test_what_a_server_says_steers_no_terminal(capsys):
@@ -131,7 +165,9 @@ def hub(monkeypatch):
 
     class Hub:
         def __init__(self):
-            self.refuses, self.private, self.files = False, None, {}
+            self.refuses = False
+            self.private = None
+            self.files = {}
 
         def create_repo(self, name, private, exist_ok):
             if self.refuses:
@@ -150,7 +186,9 @@ def hub(monkeypatch):
     return server
 
 
-def test_the_adapter_and_its_card_reach_the_hub_also_at_the_second_try(hub, tiny_config, tiny_folder, capsys):
+def test_the_adapter_and_its_card_reach_the_hub_also_at_the_second_try(
+    hub, tiny_config, tiny_folder, capsys
+):
     facts = (f"model.facts.of={tiny_folder}", "model.facts.hub_id=an/id")
     config = tiny_config("hub.push=me/mine", "train.max_updates=1", *facts)
     hub.refuses = True

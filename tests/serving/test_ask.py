@@ -18,12 +18,24 @@ from cera_train.settings.evaluation import Template
 
 pytest_plugins = ["evaluated_runs"]
 
-TEXT = {"layout": "text", "path": "x", "prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}
+TEXT = {
+    "layout": "text",
+    "path": "x",
+    "prompt": "Question: {question}\nAnswer:",
+    "completion": " {answer}",
+}
 COMPUTED = {"layout": "logistic_map", "eval_rows": 5}
 ALL_TURNS = {"layout": "conversations", "path": "x", "turns": "all"}
-ONE, TWO = "How many?", "And now?"
-TURNS = [{"from": "human", "value": ONE}, {"from": "gpt", "value": "Six."}, {"from": "human", "value": TWO}]
-MESSAGES = [{"role": "user" if t["from"] == "human" else "assistant", "content": t["value"]} for t in TURNS]
+ONE = "How many?"
+TWO = "And now?"
+TURNS = [
+    {"from": "human", "value": ONE},
+    {"from": "gpt", "value": "Six."},
+    {"from": "human", "value": TWO},
+]
+MESSAGES = [
+    {"role": "user" if t["from"] == "human" else "assistant", "content": t["value"]} for t in TURNS
+]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +46,11 @@ MESSAGES = [{"role": "user" if t["from"] == "human" else "assistant", "content":
         (COMPUTED, ["How?"], {"prompt": "Question: How?\nAnswer:", "completion": "Six."}),
         ({"layout": "conversations", "path": "x"}, [ONE], {"conversations": TURNS[:2]}),
         (ALL_TURNS, [ONE, "Six.", TWO], {"conversations": [*TURNS, TURNS[1]]}),
-        ({"layout": "messages", "path": "x"}, [ONE, "Six.", TWO], {"messages": [*MESSAGES, MESSAGES[1]]}),
+        (
+            {"layout": "messages", "path": "x"},
+            [ONE, "Six.", TWO],
+            {"messages": [*MESSAGES, MESSAGES[1]]},
+        ),
     ],
     ids=["text", "instruction", "logistic_map", "conversations", "all turns", "messages"],
 )
@@ -50,14 +66,18 @@ def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_
 
 
 def test_a_conversation_under_a_template_that_shortens_earlier_answers_goes_on(tokenizer):
-    shortens = "{{ m['content'][:2] if m['role'] == 'assistant' and not loop.last else m['content'] }}"
+    shortens = (
+        "{{ m['content'][:2] if m['role'] == 'assistant' and not loop.last else m['content'] }}"
+    )
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = f"{{% for m in messages %}}{shortens}|{{% endfor %}}"
     prompts = Prompts(DataConfig(layout="messages", path="x"), chat)
     assert chat.decode(prompts.ids(prompts.row([ONE, "Six.", TWO]))) == f"{ONE}|Si|{TWO}|"
 
 
-def test_an_answer_is_the_one_that_an_evaluation_gives(compose, run, eval_config, write_jsonl, capsys):
+def test_an_answer_is_the_one_that_an_evaluation_gives(
+    compose, run, eval_config, write_jsonl, capsys
+):
     evaluate(eval_config("task.limit=2"))
     folder = run / "eval" / "gsm8k"
     prompts = {line["id"]: line["prompt"] for line in read(folder / "problems.jsonl")}
@@ -65,7 +85,15 @@ def test_an_answer_is_the_one_that_an_evaluation_gives(compose, run, eval_config
     for problem, prompt in prompts.items():
         capsys.readouterr()
         asked = write_jsonl("asked.jsonl", [{"text": prompt}])
-        chat(compose(f"run={run}", f"prompts={asked}", "template=none", "max_new_tokens=8", command="chat"))
+        chat(
+            compose(
+                f"run={run}",
+                f"prompts={asked}",
+                "template=none",
+                "max_new_tokens=8",
+                command="chat",
+            )
+        )
         assert capsys.readouterr().out.split("\n", 1)[1].strip() == answers[problem].strip()
 
 
@@ -77,7 +105,8 @@ def test_stdin_is_a_question_a_seed_an_answer_and_two_models_answer_one_below_th
         return capsys.readouterr().out
 
     first, again, other = (
-        answer("prompt=How many?", "generation=sample", f"generation.seed={seed}") for seed in (1, 1, 2)
+        answer("prompt=How many?", "generation=sample", f"generation.seed={seed}")
+        for seed in (1, 1, 2)
     )
     assert first == again != other
     both = answer("compare=base", *base_settings(run)[:3], "prompt=a").splitlines()
@@ -104,13 +133,17 @@ def test_a_question_is_written_as_the_run_reads_or_as_the_template_asks(tokenize
     assert choose_rows(Template.auto, DataConfig(**TEXT), tokenizer).prompt == TEXT["prompt"]
     assert choose_rows(Template.chat, DataConfig(**TEXT), tokenizer).layout == "messages"
     documents = DataConfig(layout="documents", path="x")
-    assert choose_rows(Template.auto, documents, tokenizer) == choose_rows(Template.none, None, tokenizer)
+    assert choose_rows(Template.auto, documents, tokenizer) == choose_rows(
+        Template.none, None, tokenizer
+    )
     parts = [MixPart(path="a/b", prompt="Q: {question}", eval_rows=0), MixPart(path="c/d")]
     rows = choose_rows(Template.auto, DataConfig(**TEXT | {"path": None, "mix": parts}), tokenizer)
     assert (rows.prompt, rows.completion) == ("Q: {question}", TEXT["completion"])
 
 
-def test_what_cannot_be_asked_is_refused_in_one_line(compose, run, tmp_path, tokenizer, write_jsonl, monkeypatch):
+def test_what_cannot_be_asked_is_refused_in_one_line(
+    compose, run, tmp_path, tokenizer, write_jsonl, monkeypatch
+):
     def refusal(*settings: str) -> str:
         with pytest.raises(UserError) as caught:
             chat(compose(*settings, command="chat"))
@@ -120,12 +153,21 @@ def test_what_cannot_be_asked_is_refused_in_one_line(compose, run, tmp_path, tok
     assert "compare=base needs model.path=FOLDER, or model=NAME" in refusal("run=x", "compare=base")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
-    assert refusal(f"run={run}", f"prompts={empty}") == f"prompts={empty} has no questions: write one on each line."
-    assert refusal(f"run={run}", "prompts=nope.txt").startswith("prompts=nope.txt: cannot read it: No such file")
+    assert (
+        refusal(f"run={run}", f"prompts={empty}")
+        == f"prompts={empty} has no questions: write one on each line."
+    )
+    assert refusal(f"run={run}", "prompts=nope.txt").startswith(
+        "prompts=nope.txt: cannot read it: No such file"
+    )
     rows = write_jsonl("rows.jsonl", [{"prompt": "a"}, {"question": "b"}])
-    assert refusal(f"run={run}", f"prompts={rows}", "max_new_tokens=2").startswith(f"{rows}:2: column 'prompt'")
+    assert refusal(f"run={run}", f"prompts={rows}", "max_new_tokens=2").startswith(
+        f"{rows}:2: column 'prompt'"
+    )
     too_long = refusal(f"run={run}", "prompt=a", "max_new_tokens=100000")
-    assert too_long.endswith("positions of this model: lower max_new_tokens, or shorten the prompt.")
+    assert too_long.endswith(
+        "positions of this model: lower max_new_tokens, or shorten the prompt."
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     assert refusal(f"run={run}") == "stdin is empty: write a question to it, or set prompt=...."
     two = Prompts(DataConfig(**TEXT | {"prompt": "{context} {question}"}), tokenizer)
@@ -137,10 +179,12 @@ def test_what_cannot_be_asked_is_refused_in_one_line(compose, run, tmp_path, tok
 
 @pytest.fixture
 def type_lines(monkeypatch, capsys):
-    """type_lines("a", ...) -> a list that gets what is printed before each line, and before the end of the input."""
+    """type_lines("a", ...) -> a list that gets what is printed before each line, and before the end
+    of the input."""
 
     def type_lines(*lines: str) -> list[str]:
-        left, printed = iter(lines), []
+        left = iter(lines)
+        printed = []
 
         def type_line(prompt: str) -> str:
             printed.append(capsys.readouterr().out)
@@ -168,10 +212,24 @@ def test_a_conversation_goes_on_after_ctrl_c_and_can_begin_anew_when_it_is_too_l
         return "an answer"
 
     printed = type_lines("cut", "long", "a", "b")
-    converse([SimpleNamespace(name="it", prompts=SimpleNamespace(keeps_turns=True, row=list), answer=answer)])
-    notes = [line.split(maxsplit=1)[1] for line in "".join(printed).splitlines() if line.startswith("note")]
+    converse(
+        [
+            SimpleNamespace(
+                name="it", prompts=SimpleNamespace(keeps_turns=True, row=list), answer=answer
+            )
+        ]
+    )
+    notes = [
+        line.split(maxsplit=1)[1]
+        for line in "".join(printed).splitlines()
+        if line.startswith("note")
+    ]
     assert notes == [
-        *("the answer is cut, and this question forgotten.", "It is too long.", "It is too long. /new begins anew.")
+        *(
+            "the answer is cut, and this question forgotten.",
+            "It is too long.",
+            "It is too long. /new begins anew.",
+        )
     ]
     assert lengths == [1, 1, 1, 3]
 

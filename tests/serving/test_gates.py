@@ -28,7 +28,11 @@ def test_each_token_has_the_gate_of_its_code(shape):
 
 
 def test_where_vllm_lacks_a_name_nothing_is_replaced(monkeypatch, caplog):
-    monkeypatch.setattr(plugin, "REPLACED", {"json:no_such_function": (None, ()), "json:dumps": (None, ("no_such",))})
+    monkeypatch.setattr(
+        plugin,
+        "REPLACED",
+        {"json:no_such_function": (None, ()), "json:dumps": (None, ("no_such",))},
+    )
     with caplog.at_level(logging.WARNING, "vllm.cera_train"):
         plugin.register()
     assert "lacks json:no_such_function, json:dumps, as" in caplog.text

@@ -1,5 +1,5 @@
-"""A real vLLM serves CeRA, and the LoRA of `cera-export` without the plugin: every answer is that of transformers and
-PEFT. llama.cpp's converter takes the LoRA. Run by `make test-serving`."""
+"""A real vLLM serves CeRA, and the LoRA of `cera-export` without the plugin: every answer is that
+of transformers and PEFT. llama.cpp's converter takes the LoRA. Run by `make test-serving`."""
 
 import itertools
 import json
@@ -42,9 +42,12 @@ BASE = "base"
 PROMPTS = [[5, 9, 23, 41], [7, 7, 7], [100, 3, 50, 60, 70, 80], [11, 2]]
 TOKENS = 8
 SETTINGS = {
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
-}  # fmt: skip
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 """vLLM's environment."""
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -52,7 +55,11 @@ QV = ["q_proj", "v_proj"]
 ADAPTERS = {
     "silu": CeraConfig(r=8, target_modules=QV),
     "silu_all": CeraConfig(
-        r=4, alpha=8, target_modules=LINEARS, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 4}
+        r=4,
+        alpha=8,
+        target_modules=LINEARS,
+        rank_pattern={"v_proj": 2},
+        alpha_pattern={"q_proj": 4},
     ),
     "relu": CeraConfig(r=8, target_modules=QV, activation="relu"),
     "gelu": CeraConfig(r=8, target_modules=LINEARS, activation="gelu"),
@@ -65,9 +72,13 @@ def generate(model, prompt: list[int], tokens: int):
     """The library's greedy answer, with its scores."""
     ids = torch.tensor([prompt])
     return model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-        output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
 
 
 def greedy(model) -> list[tuple[list[int], list[float]]]:
@@ -76,7 +87,10 @@ def greedy(model) -> list[tuple[list[int], list[float]]]:
     for prompt in PROMPTS:
         output = generate(model, prompt, TOKENS)
         tokens = output.sequences[0, len(prompt) :].tolist()
-        scores = [score[0].log_softmax(-1)[token].item() for score, token in zip(output.scores, tokens, strict=True)]
+        scores = [
+            score[0].log_softmax(-1)[token].item()
+            for score, token in zip(output.scores, tokens, strict=True)
+        ]
         answers.append((tokens, scores))
     return answers
 
@@ -102,9 +116,16 @@ def folder(tmp_path_factory, tokenizer) -> Path:
     torch.manual_seed(0)
     # The CPU kernels of vLLM take heads of 64.
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
     model = LlamaForCausalLM(config)
     for weight in model.parameters():
         if weight.ndim > 1:
@@ -134,13 +155,25 @@ def started(folder: Path, log: Path, *options: object, port: int = 0, **environm
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / BASE),
         *("--served-model-name", BASE, "--dtype", "float32", "--host", "127.0.0.1", "--port", port),
-        *("--max-model-len", 128, "--enforce-eager", "--gpu-memory-utilization", 0.1, "--max-num-seqs", 32, *options),
+        *(
+            "--max-model-len",
+            128,
+            "--enforce-eager",
+            "--gpu-memory-utilization",
+            0.1,
+            "--max-num-seqs",
+            32,
+            *options,
+        ),
     ]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*map(str, command)], stdout=output, stderr=output, env=os.environ | SETTINGS | environment,
+            [*map(str, command)],
+            stdout=output,
+            stderr=output,
+            env=os.environ | SETTINGS | environment,
             start_new_session=True,
-        )  # fmt: skip
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: process.poll() is not None or is_healthy(url), seconds=300, every=1)
@@ -161,7 +194,10 @@ LORA = ("--enable-lora", "--max-loras", 2, "--max-cpu-loras", 8, "--max-lora-ran
 def server(folder, wanted, tmp_path_factory):
     """The address of a vLLM with two slots for six adapters."""
     modules = ("--lora-modules", *(f"{name}={folder / name}" for name in ADAPTERS))
-    with started(folder, tmp_path_factory.mktemp("log") / "server.log", *LORA, *modules) as (url, _):
+    with started(folder, tmp_path_factory.mktemp("log") / "server.log", *LORA, *modules) as (
+        url,
+        _,
+    ):
         yield url
 
 
@@ -176,9 +212,13 @@ def ask(url: str, model: str, prompt: list[int]) -> tuple[list[int], list[float]
     """Tokens and log-probabilities, as the OpenAI client gets them."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
     completion = client.completions.create(
-        model=model, prompt=prompt, max_tokens=TOKENS, temperature=0, logprobs=1,
+        model=model,
+        prompt=prompt,
+        max_tokens=TOKENS,
+        temperature=0,
+        logprobs=1,
         extra_body={"return_tokens_as_token_ids": True, "ignore_eos": True},
-    )  # fmt: skip
+    )
     answer = completion.choices[0].logprobs
     return [int(token.removeprefix("token_id:")) for token in answer.tokens], answer.token_logprobs
 
@@ -197,12 +237,16 @@ def assert_answers(url: str, model: str, wanted) -> None:
         assert_equal(ask(url, model, prompt), answer)
 
 
-def test_200_requests_of_8_clients_over_6_adapters_and_the_base_each_get_their_own_answer(server, wanted):
+def test_200_requests_of_8_clients_over_6_adapters_and_the_base_each_get_their_own_answer(
+    server, wanted
+):
     assert len({str([tokens for tokens, _ in answer]) for answer in wanted.values()}) == len(wanted)
     asked = [(name, place) for name in wanted for place in range(len(PROMPTS))]
     requests = [asked[number * 11 % len(asked)] for number in range(200)]
     with ThreadPoolExecutor(8) as clients:
-        answers = list(clients.map(lambda request: ask(server, request[0], PROMPTS[request[1]]), requests))
+        answers = list(
+            clients.map(lambda request: ask(server, request[0], PROMPTS[request[1]]), requests)
+        )
     for (name, place), answer in zip(requests, answers, strict=True):
         assert_equal(answer, wanted[name][place])
 
@@ -222,7 +266,11 @@ def test_adapters_come_go_and_are_replaced_in_place_while_others_answer(server, 
         try:
             for _ in range(2):
                 for name in ("gelu", "lora", "relu"):
-                    late = {"lora_name": "late", "lora_path": str(folder / name), "load_inplace": True}
+                    late = {
+                        "lora_name": "late",
+                        "lora_path": str(folder / name),
+                        "load_inplace": True,
+                    }
                     assert post(server, "load_lora_adapter", **late).is_success
                     assert_equal(ask(server, "late", PROMPTS[1]), wanted[name][1])
                 assert post(server, "unload_lora_adapter", lora_name="late").is_success
@@ -238,13 +286,18 @@ def test_adapters_come_go_and_are_replaced_in_place_while_others_answer(server, 
     [
         ({"activation": "mish"}, "activation=mish is no gate that can be served"),
         ({"mix": "learned"}, "mix=learned is not served: cera-export makes a LoRA of it"),
-        ({"target_parameters": ["experts.down_proj"]}, "target_parameters=['experts.down_proj'] is not served"),
+        (
+            {"target_parameters": ["experts.down_proj"]},
+            "target_parameters=['experts.down_proj'] is not served",
+        ),
         ({"r": 64}, "LoRA rank 64 is greater than max_lora_rank 8"),
         (None, ""),
     ],
     ids=["gate", "mix", "experts", "rank", "truncated"],
 )
-def test_what_cannot_be_served_is_refused_and_the_server_lives(server, folder, wanted, tmp_path, changes, message):
+def test_what_cannot_be_served_is_refused_and_the_server_lives(
+    server, folder, wanted, tmp_path, changes, message
+):
     broken = Path(shutil.copytree(folder / "silu", tmp_path / "broken"))
     if changes is None:
         weights = broken / "adapter_model.safetensors"
@@ -260,11 +313,15 @@ def test_what_cannot_be_served_is_refused_and_the_server_lives(server, folder, w
 
 @pytest.mark.parametrize("sharded", [True, False])
 def test_tensor_parallel_gates_the_sum_or_refuses(folder, wanted, tmp_path, sharded):
-    """A projection whose input is split has a part of x A^T in each process: the gate needs the sum."""
+    """A projection whose input is split has a part of x A^T in each process: the gate needs the
+    sum."""
     options = ("--tensor-parallel-size", 2, *["--fully-sharded-loras"] * sharded)
     with started(folder, tmp_path / "log", *LORA, *options) as (url, _):
-        # The refused one comes last: of a call that fails in two processes, vLLM leaves one answer for the next call.
-        for name in ["silu", "gelu", "lora", "silu_all"] if sharded else ["silu", "lora", "silu_all"]:
+        # The refused one comes last: of a call that fails in two processes, vLLM leaves one answer
+        # for the next call.
+        for name in (
+            ["silu", "gelu", "lora", "silu_all"] if sharded else ["silu", "lora", "silu_all"]
+        ):
             response = post(url, "load_lora_adapter", lora_name=name, lora_path=str(folder / name))
             if not sharded and name == "silu_all":
                 assert "start vLLM with --fully-sharded-loras" in response.text
@@ -275,7 +332,8 @@ def test_tensor_parallel_gates_the_sum_or_refuses(folder, wanted, tmp_path, shar
 @pytest.fixture(scope="module")
 def sums(folder, wanted, tokenizer) -> list[dict[str, str]]:
     """64 problems whose greedy answers have no tie, which rounding would decide."""
-    model, rows = PeftModel.from_pretrained(load_base(folder), folder / "silu_all").eval(), []
+    model = PeftModel.from_pretrained(load_base(folder), folder / "silu_all").eval()
+    rows = []
     for a, b in itertools.product(range(9), range(9)):
         output = generate(model, tokenizer(f"Question: {a} and {b}\nAnswer:").input_ids, 48)
         first, second = torch.stack(output.scores).topk(2).values.unbind(-1)
@@ -287,7 +345,8 @@ def sums(folder, wanted, tokenizer) -> list[dict[str, str]]:
 
 @pytest.fixture
 def evaluation(compose, folder, sums, write_jsonl):
-    """evaluation(name, ...): runs 64 short problems, greedy and in float32, and returns what it leaves."""
+    """evaluation(name, ...): runs 64 short problems, greedy and in float32, and returns what it
+    leaves."""
     file = write_jsonl("sums.jsonl", sums)
 
     def evaluation(name: str, *settings: str) -> dict[str, bytes]:
@@ -309,15 +368,41 @@ def models_of(server: str) -> set[str]:
     return {model["id"] for model in httpx.get(f"{server}/v1/models").json()["data"]}
 
 
-def test_updates_by_rewards_are_sampled_by_vllm(server, compose, folder, write_jsonl, tmp_path, monkeypatch):
+def test_updates_by_rewards_are_sampled_by_vllm(
+    server, compose, folder, write_jsonl, tmp_path, monkeypatch
+):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "rewards_of_a_test.py").write_text("def length(prompt, answer, right):\n    return len(answer)\n")
-    rows = write_jsonl("rows.jsonl", [{"prompt": f"Say {n}:", "completion": f" {n}"} for n in range(8)])
+    (tmp_path / "rewards_of_a_test.py").write_text(
+        "def length(prompt, answer, right):\n    return len(answer)\n"
+    )
+    rows = write_jsonl(
+        "rows.jsonl", [{"prompt": f"Say {n}:", "completion": f" {n}"} for n in range(8)]
+    )
     config = compose(
-        *(f"model.path={folder / BASE}", "model.dtype=float32", "data.max_length=64", f"train.server={server}"),
-        *("adapter.r=8", "adapter.target_modules=[q_proj,v_proj]", "optimizer.lr=2e-2", f"output_dir={tmp_path}"),
-        *("data=jsonl", f"data.train_files=[{rows}]", "data.eval_rows=2", "train.batch_size=3", "train.max_updates=2"),
-        *("train.objective=grpo", "grpo.max_new_tokens=16", "grpo.rewards=[rewards_of_a_test.length]"),
+        *(
+            f"model.path={folder / BASE}",
+            "model.dtype=float32",
+            "data.max_length=64",
+            f"train.server={server}",
+        ),
+        *(
+            "adapter.r=8",
+            "adapter.target_modules=[q_proj,v_proj]",
+            "optimizer.lr=2e-2",
+            f"output_dir={tmp_path}",
+        ),
+        *(
+            "data=jsonl",
+            f"data.train_files=[{rows}]",
+            "data.eval_rows=2",
+            "train.batch_size=3",
+            "train.max_updates=2",
+        ),
+        *(
+            "train.objective=grpo",
+            "grpo.max_new_tokens=16",
+            "grpo.rewards=[rewards_of_a_test.length]",
+        ),
     )
     before = models_of(server)
     train(config)
@@ -328,9 +413,13 @@ def test_updates_by_rewards_are_sampled_by_vllm(server, compose, folder, write_j
     assert len(models_of(server) - before) == 1  # each adapter took the place of the one before
 
 
-def test_an_evaluation_resumes_when_a_killed_vllm_is_back(folder, evaluation, tmp_path, monkeypatch):
+def test_an_evaluation_resumes_when_a_killed_vllm_is_back(
+    folder, evaluation, tmp_path, monkeypatch
+):
     monkeypatch.setattr(server_module, "PAUSES", (0.1, 0.1))
-    monkeypatch.setattr(server_module, "AT_ONCE", 4)  # so that some are not yet asked when the first is answered
+    monkeypatch.setattr(
+        server_module, "AT_ONCE", 4
+    )  # so that some are not yet asked when the first is answered
     answers = folder / "silu_all" / "eval" / "cut" / "generations.jsonl"
     with started(folder, tmp_path / "log", *LORA) as (url, process), ThreadPoolExecutor(1) as pool:
 
@@ -339,7 +428,9 @@ def test_an_evaluation_resumes_when_a_killed_vllm_is_back(folder, evaluation, tm
             os.killpg(process.pid, signal.SIGKILL)
 
         killing = pool.submit(kill)
-        with pytest.raises(UserError, match=r"does not answer .*Once it is back, the same command resumes\.$"):
+        with pytest.raises(
+            UserError, match=r"does not answer .*Once it is back, the same command resumes\.$"
+        ):
             evaluation("cut", f"server={url}")
         killing.result()
     kept = answers.read_bytes().splitlines()
@@ -351,23 +442,27 @@ def test_an_evaluation_resumes_when_a_killed_vllm_is_back(folder, evaluation, tm
 
 
 @pytest.mark.parametrize(
-    ("options", "environment", "mend"),
+    ("options", "environment", "fix"),
     [
         (LORA, {"VLLM_PLUGINS": ""}, "Install cera-train where vLLM runs"),
         ([], {}, "Start vLLM with --enable-lora."),
         ([*LORA[:-1], 1], {}, "Start vLLM with a higher --max-lora-rank."),
-        (LORA, {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0"}, "Start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
+        (
+            LORA,
+            {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0"},
+            "Start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+        ),
     ],
     ids=["no plugin", "no LoRA", "rank", "no loading"],
 )
-def test_an_evaluation_by_a_vllm_that_lacks_something_is_refused_with_the_mend(
-    folder, evaluation, tmp_path, options, environment, mend
+def test_an_evaluation_by_a_vllm_that_lacks_something_is_refused_with_the_fix(
+    folder, evaluation, tmp_path, options, environment, fix
 ):
     with started(folder, tmp_path / "log", *options, **environment) as (url, _):
         with pytest.raises(UserError) as caught:
             evaluation("refused", f"server={url}")
         print(caught.value)
-    assert mend in str(caught.value)
+    assert fix in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -375,11 +470,19 @@ def exported(compose, folder) -> Path:
     """The LoRA of a short run, whose branches were made to matter."""
     config = compose(
         *(f"model.path={folder / BASE}", *TINY, "adapter.r=8"),
-        *("adapter.target_modules=all-linear", "train.max_updates=1", "name=run", f"output_dir={folder}"),
+        *(
+            "adapter.target_modules=all-linear",
+            "train.max_updates=1",
+            "name=run",
+            f"output_dir={folder}",
+        ),
     )
     run = Path(train(config)["folder"])
     weights = run / "adapter" / "adapter_model.safetensors"
-    save_file({name: torch.randn_like(tensor) * 0.3 for name, tensor in load_file(weights).items()}, weights)
+    save_file(
+        {name: torch.randn_like(tensor) * 0.3 for name, tensor in load_file(weights).items()},
+        weights,
+    )
     export(compose(f"run={run}", "tolerance=100", command="export"))
     return run / "export_lora"
 
@@ -388,29 +491,53 @@ def test_vllm_serves_the_export_without_the_plugin(folder, exported, tmp_path):
     modules = ("--lora-modules", f"lora={exported}")
     with started(folder, tmp_path / "log", *LORA, *modules, VLLM_PLUGINS="") as (url, _):
         assert_answers(url, BASE, greedy(load_base(folder)))
-        assert_answers(url, "lora", greedy(PeftModel.from_pretrained(load_base(folder), exported).eval()))
+        assert_answers(
+            url, "lora", greedy(PeftModel.from_pretrained(load_base(folder), exported).eval())
+        )
 
 
-@pytest.mark.skipif(not LLAMA_CPP.is_dir(), reason=f"llama.cpp's converter is not at {LLAMA_CPP}: make test-serving")
+@pytest.mark.skipif(
+    not LLAMA_CPP.is_dir(), reason=f"llama.cpp's converter is not at {LLAMA_CPP}: make test-serving"
+)
 def test_llama_cpp_converts_the_export(folder, exported, tmp_path):
     import gguf
 
     file = tmp_path / "lora.gguf"
     done = subprocess.run(
-        [sys.executable, LLAMA_CPP / "convert_lora_to_gguf.py", exported, "--base", folder / BASE, "--outfile", file],
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            LLAMA_CPP / "convert_lora_to_gguf.py",
+            exported,
+            "--base",
+            folder / BASE,
+            "--outfile",
+            file,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     reader = gguf.GGUFReader(file)
-    found = {name: reader.get_field(name).contents() for name in ("general.type", "adapter.type", "adapter.lora.alpha")}
+    found = {
+        name: reader.get_field(name).contents()
+        for name in ("general.type", "adapter.type", "adapter.lora.alpha")
+    }
     assert found == {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 8}
 
     written = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     weights = load_file(exported / "adapter_model.safetensors")
     assert len(written) == len(weights) == 2 * 7 * 2
     layers = "base_model.model.model.layers"
-    for ours, theirs in (("self_attn.v_proj", "attn_v"), ("mlp.down_proj", "ffn_down"), ("mlp.gate_proj", "ffn_gate")):
+    for ours, theirs in (
+        ("self_attn.v_proj", "attn_v"),
+        ("mlp.down_proj", "ffn_down"),
+        ("mlp.gate_proj", "ffn_gate"),
+    ):
         for number in range(2):
             for part in ("A", "B"):
                 tensor = written[f"blk.{number}.{theirs}.weight.lora_{part.lower()}"]
-                torch.testing.assert_close(tensor, weights[f"{layers}.{number}.{ours}.lora_{part}.weight"])
+                torch.testing.assert_close(
+                    tensor, weights[f"{layers}.{number}.{ours}.lora_{part}.weight"]
+                )

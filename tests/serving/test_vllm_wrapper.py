@@ -1,4 +1,5 @@
-"""The gates between the products of vLLM's wrappers: its operations for CPUs, and its Triton kernels for GPUs.
+"""The gates between the products of vLLM's wrappers: its operations for CPUs, and its Triton
+kernels for GPUs.
 
 Without a GPU the kernels run in Triton's interpreter, in a process of their own.
 """
@@ -32,21 +33,38 @@ from cera_train.serving import vllm as plugin  # noqa: E402
 if INTERPRETED:
     from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op
 
-    # By default 64 programs share a sum of 16384 products: a second for each call, in the interpreter.
-    SMALL = {"block_m": 16, "block_n": 16, "block_k": 16, "split_k": 2, "num_warps": 1, "num_stages": 1, "num_ctas": 1}
+    # By default 64 programs share a sum of 16384 products: a second for each call, in the
+    # interpreter.
+    SMALL = {
+        "block_m": 16,
+        "block_n": 16,
+        "block_k": 16,
+        "split_k": 2,
+        "num_warps": 1,
+        "num_stages": 1,
+        "num_ctas": 1,
+    }
     for kernels in (lora_expand_op, lora_shrink_op):
         kernels.get_lora_op_configs = lambda *arguments, **settings: SMALL
 
-KIND, DTYPE = (PunicaWrapperGPU, torch.float16) if INTERPRETED else (PunicaWrapperCPU, torch.float32)
+KIND, DTYPE = (
+    (PunicaWrapperGPU, torch.float16) if INTERPRETED else (PunicaWrapperCPU, torch.float32)
+)
 """The kernels take 16 bits, and the interpreter multiplies no bfloat16."""
 
-SLOTS, R, WIDTH, SLICES, TOKENS = 3, 16, 32, (48, 16, 16), 6
+SLOTS = 3
+R = 16
+WIDTH = 32
+SLICES = (48, 16, 16)
+TOKENS = 6
 CERA = (3, 2, 1, 0, 2, 3)
 """The adapter of each token, 0 for none: the first has no gate, the second silu, the third relu."""
 
 
 def wrapper_of(kind: type):
-    config = SimpleNamespace(max_loras=SLOTS, max_lora_rank=R, lora_dtype=DTYPE, specialize_active_lora=False)
+    config = SimpleNamespace(
+        max_loras=SLOTS, max_lora_rank=R, lora_dtype=DTYPE, specialize_active_lora=False
+    )
     settings = {"max_batches": 8, "device": "cpu", "lora_config": config}
     wrapper = plugin.gated_wrapper(kind, 16, **settings)
     wrapper.is_cpu = not INTERPRETED
@@ -92,7 +110,9 @@ class Projection:
 
 def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     """Equal up to one rounding to the dtype of what the kernels multiply."""
-    torch.testing.assert_close(found, wanted, rtol=0, atol=float(4 * torch.finfo(DTYPE).eps * wanted.abs().max()))
+    torch.testing.assert_close(
+        found, wanted, rtol=0, atol=float(4 * torch.finfo(DTYPE).eps * wanted.abs().max())
+    )
 
 
 def use(wrapper, adapters: tuple[int, ...], is_prefill: bool = True) -> None:
@@ -104,29 +124,37 @@ def use(wrapper, adapters: tuple[int, ...], is_prefill: bool = True) -> None:
 def test_the_kernels_of_gpus_pass_the_tests_below():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", __file__],
-        capture_output=True, text=True, check=False, timeout=500, env=os.environ | {"TRITON_INTERPRET": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "5 passed, 1 skipped" in done.stdout
 
 
 @pytest.mark.parametrize("is_prefill", [True, False])
 def test_each_token_of_a_mixed_batch_gets_its_adapters_gate(wrapper, is_prefill):
-    projection, gates = Projection(wrapper), ("identity", "silu", "gelu")
+    projection = Projection(wrapper)
+    gates = ("identity", "silu", "gelu")
     projection.load(gates)
     use(wrapper, CERA, is_prefill)
     assert_close(projection.computed(projection.add), projection.wanted(CERA, gates))
 
 
 def test_a_graph_traced_on_a_batch_of_lora_serves_cera(wrapper):
-    """Codes are data of the graph, not branches: what vLLM traces and captures once serves every batch."""
+    """Codes are data of the graph, not branches: what vLLM traces and captures once serves every
+    batch."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
     projection = Projection(wrapper)
     compiled = torch.compile(projection.add, fullgraph=True, backend=counter)
     use(wrapper, (1,) * TOKENS, is_prefill=False)
-    assert_close(projection.computed(compiled), projection.wanted((1,) * TOKENS, ("identity",) * SLOTS))
+    assert_close(
+        projection.computed(compiled), projection.wanted((1,) * TOKENS, ("identity",) * SLOTS)
+    )
 
     gates = ("identity", "silu", "relu")
     projection.load(gates)
@@ -144,7 +172,11 @@ def test_the_canary_finds_every_gate_and_leaves_the_slots_as_they_were(wrapper):
 
 def test_a_wrapper_that_passes_the_gate_by_is_found_out():
     class Fused(KIND):
-        def add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **more):
+        def add_lora_linear(
+            self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **more
+        ):
             y += x @ lora_a_stacked[0][0, 0].T @ lora_b_stacked[0][0, 0].T
 
-    assert [name for code, name in enumerate(plugin.GATES) if plugin.computes(wrapper_of(Fused), code)] == ["identity"]
+    assert [
+        name for code, name in enumerate(plugin.GATES) if plugin.computes(wrapper_of(Fused), code)
+    ] == ["identity"]

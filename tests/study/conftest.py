@@ -1,4 +1,5 @@
-"""Studies whose jobs train nothing: each leaves what a run would, with losses drawn around a given one."""
+"""Studies whose jobs train nothing: each leaves what a run would, with losses drawn around a given
+one."""
 
 import itertools
 import json
@@ -17,7 +18,11 @@ from cera_train.sweep.folder import JOBS, RECORD, SweepRecord, job_name
 
 STUDY = {
     "question": "Which is better?",
-    "arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"], "relu": ["adapter=cera", "adapter.activation=relu"]},
+    "arms": {
+        "lora": ["adapter=lora"],
+        "cera": ["adapter=cera"],
+        "relu": ["adapter=cera", "adapter.activation=relu"],
+    },
     "baseline": "lora",
     "contrasts": {"the gate": ["relu", "cera"]},
     "conditions": {"adapter.r": [4]},
@@ -39,14 +44,26 @@ def values_of(overrides: list[str]) -> dict[str, str]:
     return dict(word.split("=", 1) for word in overrides)
 
 
-def leave_run(folder: Path, loss: float, seed: int, rows: str = "a", scores: float | None = None) -> None:
+def leave_run(
+    folder: Path, loss: float, seed: int, rows: str = "a", scores: float | None = None
+) -> None:
     """What a finished run leaves: 80 held-out rows around a loss, and the scores of 80 problems."""
     folder.mkdir(parents=True, exist_ok=True)
-    result = {"eval/perplexity": math.exp(loss), "updates": 9, "seconds": 60.0, "trainable_parameters": 1234,
-              "spectrum/effective_rank/mean": 3.5}  # fmt: skip
+    result = {
+        "eval/perplexity": math.exp(loss),
+        "updates": 9,
+        "seconds": 60.0,
+        "trainable_parameters": 1234,
+        "spectrum/effective_rank/mean": 3.5,
+    }
     (folder / "result.json").write_text(json.dumps(result))
-    environment = {"gpus": [], "platform": "Linux", "python": "3.12", "packages": {"torch": "2.13"},
-                   "rows": {"train": rows, "held_out": "b"}}  # fmt: skip
+    environment = {
+        "gpus": [],
+        "platform": "Linux",
+        "python": "3.12",
+        "packages": {"torch": "2.13"},
+        "rows": {"train": rows, "held_out": "b"},
+    }
     (folder / "environment.json").write_text(json.dumps(environment))
     tokens = np.random.default_rng(0).integers(3, 9, size=80)
     draw = np.random.default_rng([seed, len(folder.name)])
@@ -54,23 +71,31 @@ def leave_run(folder: Path, loss: float, seed: int, rows: str = "a", scores: flo
     TokenLosses(tokens, losses.astype("float32")).write(folder / LOSSES_AFTER)
     if scores is not None:
         right = [float(draw.random() < scores) for _ in range(80)]
-        problems = [GradedProblem(f"p{n}", score, "right" if score else "loop") for n, score in enumerate(right)]
+        problems = [
+            GradedProblem(f"p{n}", score, "right" if score else "loop")
+            for n, score in enumerate(right)
+        ]
         (folder / "grades").mkdir(exist_ok=True)
         write_grades(folder, "gsm8k", problems)
 
 
 class Launcher:
-    """In the place of Hydra's launchers. Some jobs fail or diverge, and one is killed with the sweep."""
+    """In the place of Hydra's launchers. Some jobs fail or diverge, and one is killed with the
+    sweep."""
 
     def __init__(self, sweep: Path) -> None:
-        self.sweep, self.loss = sweep, loss_by_rate
+        self.sweep = sweep
+        self.loss = loss_by_rate
         self.began: list[str] = []
-        self.failing, self.diverging, self.killed = set[str](), set[str](), set[str]()
+        self.failing = set[str]()
+        self.diverging = set[str]()
+        self.killed = set[str]()
 
     def launch(self, jobs: list[list[str]], initial_job_idx: int) -> list:
         swept = SweepRecord.read(self.sweep / RECORD).swept
         for words in jobs:
-            name, values = job_name(words, swept), values_of(words)
+            name = job_name(words, swept)
+            values = values_of(words)
             if name in self.killed:
                 raise KeyboardInterrupt
             self.began.append(name)
@@ -104,11 +129,20 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launcher:
 
 @pytest.fixture
 def run_study(tmp_path: Path, run_command: Callable[..., int]) -> Callable[..., int]:
-    """run_study(*arguments, study={...}, **file) -> the exit status of cera-train -m +study=which."""
-    defaults = {"protocol": "paper", "model": "smollm2_135m_pypi", "data": "logistic_map", "hydra/sweeper": "study"}
+    """run_study(*arguments, study={...}, **file) -> the exit status of cera-train -m
+    +study=which."""
+    defaults = {
+        "protocol": "paper",
+        "model": "smollm2_135m_pypi",
+        "data": "logistic_map",
+        "hydra/sweeper": "study",
+    }
 
     def run_study(*arguments: str, study: dict | None = None, **file: dict) -> int:
-        content = {"defaults": [{f"override /{group}": name} for group, name in defaults.items()], "name": "which"}
+        content = {
+            "defaults": [{f"override /{group}": name} for group, name in defaults.items()],
+            "name": "which",
+        }
         content |= {"study": STUDY | (study or {}), "train": {"max_updates": 100}} | file
         path = tmp_path / "conf" / "study" / "which.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,8 +157,13 @@ def run_study(tmp_path: Path, run_command: Callable[..., int]) -> Callable[..., 
 def make_study(tmp_path: Path) -> Callable[..., Study]:
     """make_study(loss, scores=..., **section) -> a finished study of LoRA and CeRA."""
 
-    def make_study(loss: Loss = loss_by_rate, scores: Loss = lambda values: None, **section: object) -> Study:
-        settings = STUDY | {"contrasts": {}, "arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]}}
+    def make_study(
+        loss: Loss = loss_by_rate, scores: Loss = lambda values: None, **section: object
+    ) -> Study:
+        settings = STUDY | {
+            "contrasts": {},
+            "arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]},
+        }
         settings |= {"tune": {"optimizer.lr": [3e-4, 1e-3, 3e-3]}} | section
         folder = tmp_path / "outputs" / "which"
         grid = {"study.arm": settings["arms"], **settings["conditions"], **settings["tune"]}

@@ -1,5 +1,6 @@
-"""The benchmarks of `make evidence`: on inputs of known distribution the controls of one_projection.py come out right,
-and the teachers of ground_truth.py write rows that are more likely under the teacher than under its base."""
+"""The benchmarks of `make evidence`: on inputs of known distribution the controls of
+one_projection.py come out right, and the teachers of ground_truth.py write rows that are more
+likely under the teacher than under its base."""
 
 import json
 from dataclasses import replace
@@ -24,7 +25,8 @@ def data_of(monkeypatch):
 
 
 def test_a_gate_wins_on_the_even_teacher_and_not_on_the_linear_one(data_of):
-    even, linear = data_of("even, 3 A"), data_of("linear")
+    even = data_of("even, 3 A")
+    linear = data_of("linear")
     assert even.r2(even.best_affine()) < 0.1
     assert train(STUDENTS["CeRA, 3 A"], 64, 1e-2, even) > 0.3
     assert train(STUDENTS["identity, half scale"], 64, 1e-2, even) < 0.1
@@ -46,7 +48,8 @@ def test_the_closed_form_of_lora_is_the_best_of_its_rank(data_of):
 def test_a_teacher_writes_what_its_branch_makes_likely(tmp_path, monkeypatch):
     monkeypatch.setattr(ground_truth, "WRITTEN", 300)
     usual = make_base(tmp_path, updates=80)
-    base, tokenizer = LlamaForCausalLM.from_pretrained(tmp_path / "base" / "adapter").eval(), make_tokenizer()
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base" / "adapter").eval()
+    tokenizer = make_tokenizer()
     affine = {}
     for name, form in ground_truth.TEACHERS.items():
         form = replace(form, gain=20)  # so early a base hardly listens to one projection
@@ -55,10 +58,13 @@ def test_a_teacher_writes_what_its_branch_makes_likely(tmp_path, monkeypatch):
         rows = write(tmp_path / f"{name}.jsonl", teacher.writes())
         lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
         assert [tuple(json.loads(line).values()) for line in lines] == rows
-        loss_of_base, hook = teacher.loss(rows), teacher.attach()
+        loss_of_base = teacher.loss(rows)
+        hook = teacher.attach()
         assert teacher.loss(rows) < loss_of_base - 0.02
         hook.remove()
-        assert teacher.loss(rows[:5]) == pytest.approx(Teacher(base, tokenizer, form).loss(rows[:5]))
+        assert teacher.loss(rows[:5]) == pytest.approx(
+            Teacher(base, tokenizer, form).loss(rows[:5])
+        )
     assert affine["even"] < 0.95  # its inputs are few letters yet
     assert affine["linear"] == pytest.approx(1)
 
@@ -67,4 +73,6 @@ def test_a_teacher_writes_what_its_branch_makes_likely(tmp_path, monkeypatch):
     asked = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
     assert all(row["completion"] == row["prompt"][-2::-1] for row in asked if row["prompt"] >= "m")
     assert all(f"{row['completion']}:" == row["prompt"] for row in asked if row["prompt"] < "m")
-    assert all((tmp_path / name / "adapter" / "config.json").exists() for name in ("speller", "marked"))
+    assert all(
+        (tmp_path / name / "adapter" / "config.json").exists() for name in ("speller", "marked")
+    )

@@ -1,4 +1,5 @@
-"""Studies that could not answer their question, and plans of those that can: every run, and what the study can find."""
+"""Studies that could not answer their question, and plans of those that can: every run, and what
+the study can find."""
 
 import json
 import re
@@ -16,18 +17,33 @@ TWO = {"lora": ["adapter=lora"], "b": ["adapter=cera"]}
     ("changes", "message"),
     [
         (dict(baseline=None), "study.baseline=None: no such arm: choose one of lora, cera, relu"),
-        (dict(arms={"lora": ["adapter=lora"]}), "study.arms has lora: a study compares two or more"),
+        (
+            dict(arms={"lora": ["adapter=lora"]}),
+            "study.arms has lora: a study compares two or more",
+        ),
         (
             dict(arms={"lora": [], "a b": []}),
             "study.arms.a b: give a name of letters, digits",
         ),
         (dict(arms={"lora": [], "1_000": []}), "study.arms.1_000: give a name"),
-        (dict(contrasts={"x": ["lora"]}), r"study.contrasts.x=\['lora'\]: expected two arms of lora"),
-        (dict(arms={"lora": [], "b": ["+hydra.job.env_set.X=1"]}), "hydra.job.env_set.X can run code"),
+        (
+            dict(contrasts={"x": ["lora"]}),
+            r"study.contrasts.x=\['lora'\]: expected two arms of lora",
+        ),
+        (
+            dict(arms={"lora": [], "b": ["+hydra.job.env_set.X=1"]}),
+            "hydra.job.env_set.X can run code",
+        ),
         (dict(tune={}), "study.tune={}: name what each arm may choose"),
         (dict(tune={"adapter.r": [4]}), "study.conditions.adapter.r: study.tune sets it too"),
-        (dict(tune={"adapter.activation": ["silu"]}), "study.tune.adapter.activation: an arm sets it"),
-        (dict(tune_seeds=0), "study.tune_seeds=0: the first of study.seeds=2 choose, and the others judge: give 1"),
+        (
+            dict(tune={"adapter.activation": ["silu"]}),
+            "study.tune.adapter.activation: an arm sets it",
+        ),
+        (
+            dict(tune_seeds=0),
+            "study.tune_seeds=0: the first of study.seeds=2 choose, and the others judge: give 1",
+        ),
     ],
     ids=str,
 )
@@ -40,20 +56,41 @@ def test_a_section_that_could_not_answer_is_refused(study_section, changes, mess
     ("changes", "arguments", "message"),
     [
         (dict(outcomes=["gsm8k"]), [], "study.outcomes: no run has gsm8k: add it to train.tasks"),
-        (dict(arms=TWO | {"b": ["adapter=randlora"]}), [],
-         r"study.arms.b \(adapter.r=4\): adapter.dropout is 0.0, and 0.1 in lora, which the arm does not name"),
-        (dict(arms=TWO | {"b": ["adapter=lora"]}), [],
-         r"study.arms.b \(adapter.r=4\): the same run as lora. Change one"),
-        (dict(arms=TWO | {"b": ["adapter=dora"]}), [],
-         r"study.equal=parameters \(adapter.r=4\): b has [\d,]+ trainable parameters, and lora [\d,]+. Change an arm"),
+        (
+            dict(arms=TWO | {"b": ["adapter=randlora"]}),
+            [],
+            r"study.arms.b \(adapter.r=4\): adapter.dropout is 0.0, and 0.1 in lora, which the arm "
+            r"does not name",
+        ),
+        (
+            dict(arms=TWO | {"b": ["adapter=lora"]}),
+            [],
+            r"study.arms.b \(adapter.r=4\): the same run as lora. Change one",
+        ),
+        (
+            dict(arms=TWO | {"b": ["adapter=dora"]}),
+            [],
+            r"study.equal=parameters \(adapter.r=4\): b has [\d,]+ trainable parameters, and lora "
+            r"[\d,]+. Change an arm",
+        ),
         (dict(arms=TWO | {"b": ["adapter=dora"]}, equal="none"), [], None),
-        (dict(), ["hydra/sweeper=basic"], r"\+study=NAME has a sweeper: leave hydra/sweeper=... out"),
+        (
+            dict(),
+            ["hydra/sweeper=basic"],
+            r"\+study=NAME has a sweeper: leave hydra/sweeper=... "
+            r"out",
+        ),
         (dict(), ["train.seed=7"], "train.seed=7: a study has the seeds from 0: study.seeds=N"),
-        (dict(), ["study.tune_seeds=1", "launch.detach=true", "hydra/launcher=slurm_cpu"],
-         "launch.detach=true with study.tune_seeds or"),
+        (
+            dict(),
+            ["study.tune_seeds=1", "launch.detach=true", "hydra/launcher=slurm_cpu"],
+            "launch.detach=true with study.tune_seeds or",
+        ),
     ],
-)  # fmt: skip
-def test_a_study_that_could_not_answer_is_refused(tmp_path, launcher, run_study, capfd, changes, arguments, message):
+)
+def test_a_study_that_could_not_answer_is_refused(
+    tmp_path, launcher, run_study, capfd, changes, arguments, message
+):
     code = run_study(*arguments, study={"contrasts": {}} | changes)
     error = capfd.readouterr().err
     assert (code, bool(error)) == ((0, False) if message is None else (2, True))
@@ -66,24 +103,42 @@ def test_a_study_that_could_not_answer_is_refused(tmp_path, launcher, run_study,
 def test_a_task_whose_problems_are_trained_on_is_refused(tmp_path, launcher, run_study, capfd):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
-        "".join(json.dumps({"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(9))
+        "".join(
+            json.dumps({"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"}) + "\n"
+            for n in range(9)
+        )
     )
     arguments = [
-        *("data=gsm8k", "data.path=null", f"data.train_files=[{rows}]", "data.eval_rows=2", "train.tasks=[gsm8k]"),
+        *(
+            "data=gsm8k",
+            "data.path=null",
+            f"data.train_files=[{rows}]",
+            "data.eval_rows=2",
+            "train.tasks=[gsm8k]",
+        ),
         f"train.task_settings={{gsm8k: {{files: [{rows}]}}}}",
     ]
     assert run_study(*arguments) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "train.tasks=[gsm8k]: 7 of its problems are among the training rows, such as 'What is 0 + 1?'" in line
+    assert (
+        "train.tasks=[gsm8k]: 7 of its problems are among the training rows, such as 'What is 0 + "
+        "1?'" in line
+    )
     assert not launcher.began
 
 
 @pytest.mark.parametrize(("control", "lines"), [([], 1), (["adapter=cera_identity"], 0)])
-def test_a_gate_without_a_control_of_its_scale_is_named_once(launcher, run_study, capfd, control, lines):
-    arms = {"lora": ["adapter=lora"], "cera": ["adapter=cera"]} | ({"half": control} if control else {})
+def test_a_gate_without_a_control_of_its_scale_is_named_once(
+    launcher, run_study, capfd, control, lines
+):
+    arms = {"lora": ["adapter=lora"], "cera": ["adapter=cera"]} | (
+        {"half": control} if control else {}
+    )
     assert run_study(study={"arms": arms, "contrasts": {}}) == 0
     out = capfd.readouterr().out
-    assert out.count("control    cera (adapter.r=4): no arm has the gate's linear part alone") == lines
+    assert (
+        out.count("control    cera (adapter.r=4): no arm has the gate's linear part alone") == lines
+    )
 
 
 STUDY = ["-m", "+study=first_look", "study.tune={optimizer.lr: [1e-3, 1e-2]}"]
@@ -92,7 +147,8 @@ STUDY = ["-m", "+study=first_look", "study.tune={optimizer.lr: [1e-3, 1e-2]}"]
 
 @pytest.fixture
 def plan_command(tmp_path, tiny_folder, run_command, capfd):
-    """plan_command("-m", ...) -> what cera-plan prints of it, for the tiny model on an H100, or a mistake."""
+    """plan_command("-m", ...) -> what cera-plan prints of it, for the tiny model on an H100, or a
+    mistake."""
 
     def plan_command(*arguments: str) -> str:
         run_command("cera-plan", *arguments, f"model.path={tiny_folder}", "plan.gpu=h100")
@@ -119,7 +175,10 @@ def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
     assert row(out, "cera, adapter.r=16")[:2] == [f"{2 * 16 * (32 + 32 + 32 + 16):,}", "4"]
 
     smallest = detectable(Variances(0.01**2, 0, 0.02**2), seeds=2, problems=20, comparisons=3)
-    assert f"detects    loss: a difference of {smallest:.2g} with probability 0.8: 2 seeds, 20 rows, Holm's" in out
+    assert (
+        f"detects    loss: a difference of {smallest:.2g} with probability 0.8: 2 seeds, 20 rows, "
+        f"Holm's" in out
+    )
     assert "study.matters=0.02 is not detected\n" in out
     assert out.endswith("logistic_map: set plan.spread={logistic_map: [...]}\n")
     assert "Holm's first step over 3 contrasts" in plan_command(*STUDY, spread, "study.arm=cera")
@@ -128,8 +187,14 @@ def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
 @pytest.mark.parametrize(
     ("setting", "mistake"),
     [
-        ("plan.spread={loss:[0.01,0.02]}", "plan.spread={'loss': [0.01, 0.02]}: expected three standard deviations"),
-        ("plan.spread={math:[0.01,0,0]}", "plan.spread: math is no outcome of this study: choose from loss."),
+        (
+            "plan.spread={loss:[0.01,0.02]}",
+            "plan.spread={'loss': [0.01, 0.02]}: expected three standard deviations",
+        ),
+        (
+            "plan.spread={math:[0.01,0,0]}",
+            "plan.spread: math is no outcome of this study: choose from loss.",
+        ),
     ],
 )
 def test_what_cannot_run_is_not_planned(plan_command, setting, mistake):

@@ -50,13 +50,19 @@ def test_arms_that_did_not_run_count_for_holm(make_study):
 def test_higher_scores_are_better_and_the_first_outcome_chooses_the_rate(make_study):
     study = make_study(
         lambda values: float(values["optimizer.lr"]),
-        lambda values: (0.9 if values["study.arm"] == "cera" else 0.3) - 0.2 * (values["optimizer.lr"] != "0.001"),
+        lambda values: (
+            (0.9 if values["study.arm"] == "cera" else 0.3)
+            - 0.2 * (values["optimizer.lr"] != "0.001")
+        ),
         outcomes=["gsm8k", "loss"],
         seeds=3,
     )
     assert [cell.chosen.values for cell in study.cells] == [{"optimizer.lr": "0.001"}] * 2
     comparisons = compare_cells(study)
-    assert [(own.outcome, own.verdict) for own in comparisons] == [("gsm8k", "better"), ("loss", "not shown")]
+    assert [(own.outcome, own.verdict) for own in comparisons] == [
+        ("gsm8k", "better"),
+        ("loss", "not shown"),
+    ]
     endings = study.cells[0].endings("gsm8k")
     assert endings["right"] + endings["loop"] == pytest.approx(1)
 
@@ -74,8 +80,11 @@ def test_a_best_value_at_the_end_of_its_grid_allows_no_verdict(make_study):
 
 
 @pytest.mark.parametrize(("broken", "gain"), [("0.003", 0.3 / 4), ("0.001", 0.2 + 0.3 / 4)])
-def test_what_a_value_of_the_grid_or_between_could_gain_widens_the_interval(make_study, broken, gain):
-    """One run breaks down: at a neighbour, which bends no parabola, or at the best value, which then is not chosen."""
+def test_what_a_value_of_the_grid_or_between_could_gain_widens_the_interval(
+    make_study, broken, gain
+):
+    """One run breaks down: at a neighbour, which bends no parabola, or at the best value, which
+    then is not chosen."""
     losses = {"0.0003": 0.5, "0.001": 0.1, "0.003": 0.3}  # the neighbours are 0.3 higher on average
 
     def loss(values):
@@ -88,14 +97,19 @@ def test_what_a_value_of_the_grid_or_between_could_gain_widens_the_interval(make
     between = max(first.between, second.between)
     assert between == pytest.approx(gain, abs=0.01)
     plain = contrast(first.values("loss"), second.values("loss"), first.weights("loss"))
-    assert (comparison.lower, comparison.upper) == pytest.approx((plain.lower - between, plain.upper + between))
+    assert (comparison.lower, comparison.upper) == pytest.approx(
+        (plain.lower - between, plain.upper + between)
+    )
     assert plain.p_value < 0.05 < comparison.p_value
 
 
 def test_a_slope_is_that_of_the_seeds_by_doubling(make_study):
     study = make_study(loss_by_rank, **RANKS)
     (slope,) = slopes(study)
-    at_16, at_64 = (np.subtract(second.means("loss"), first.means("loss")) for _, first, second in study.contrasts())
+    at_16, at_64 = (
+        np.subtract(second.means("loss"), first.means("loss"))
+        for _, first, second in study.contrasts()
+    )
     assert slope.by_seed == pytest.approx((at_64 - at_16) / 2)
     interval = scipy.stats.ttest_1samp(slope.by_seed, 0).confidence_interval()
     assert slope.interval == pytest.approx([interval.low, interval.high])
@@ -112,7 +126,9 @@ def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_command, ca
     make_study(loss_by_rank, **RANKS)
     assert run_command("cera-report", "outputs/which") == 0
     printed = capsys.readouterr().out
-    assert re.search(r"cera - lora +adapter.r=64, loss +better +-0\.05\d\d +-0\.0\d+ to -0\.0\d+", printed)
+    assert re.search(
+        r"cera - lora +adapter.r=64, loss +better +-0\.05\d\d +-0\.0\d+ to -0\.0\d+", printed
+    )
     page = Path("report/which/report.md").read_text()
     assert "| optimizer.lr=0.001 |" in page
     assert Path("report/which/differences.png").exists()
@@ -127,7 +143,9 @@ def test_a_long_condition_leaves_the_picture_its_width(make_study, tmp_path):
     study = make_study(conditions={"data.train_files": ["outputs/ground_truth/even.jsonl"]})
     axes = Figure().subplots()
     write_study(study, tmp_path / "report").pictures[0].draw(axes)
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["cera - lora\ndata.train_file…h/even.jsonl"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "cera - lora\ndata.train_file…h/even.jsonl"
+    ]
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
@@ -137,7 +155,9 @@ def test_rows_that_were_edited_between_two_runs_are_noticed(make_study, split):
     tree = json.loads(path.read_text())
     tree["rows"][split] = "other"
     path.write_text(json.dumps(tree))
-    with pytest.raises(UserError, match=f"had different {split.replace('_', '-')} rows, and cannot be compared: "):
+    with pytest.raises(
+        UserError, match=f"had different {split.replace('_', '-')} rows, and cannot be compared: "
+    ):
         compare_cells(study)
 
 

@@ -1,4 +1,5 @@
-"""A study runs its whole grid, each arm with what it names, and judges it at the values of the lowest mean loss."""
+"""A study runs its whole grid, each arm with what it names, and judges it at the values of the
+lowest mean loss."""
 
 import json
 import math
@@ -26,18 +27,27 @@ GRID = [job(arm, lr, seed) for arm in ARMS for lr in (0.001, 0.01) for seed in (
 
 def rates(launcher) -> dict[str, str]:
     """Arm -> the rate that judges it."""
-    return {cell.arm: cell.chosen.values["optimizer.lr"] for cell in find_study(launcher.sweep).cells}
+    return {
+        cell.arm: cell.chosen.values["optimizer.lr"] for cell in find_study(launcher.sweep).cells
+    }
 
 
 def test_every_seed_runs_every_value(launcher, run_study, capfd):
     assert run_study() == 0
     assert launcher.began == GRID
-    assert "\noptimizer.lr=0.01,study.arm=relu,train.seed=1  " in capfd.readouterr().out  # not its arm's overrides too
+    assert (
+        "\noptimizer.lr=0.01,study.arm=relu,train.seed=1  " in capfd.readouterr().out
+    )  # not its arm's overrides too
     study = find_study(launcher.sweep)
     assert not study.missing()
     assert rates(launcher) == {"lora": "0.001", "cera": "0.01", "relu": "0.001"}
-    assert [run.folder.name for run in study.cells[1].runs] == [job("cera", 0.01, seed) for seed in range(2)]
-    assert [(asked, first.arm, second.arm, second.condition) for asked, first, second in study.contrasts()] == [
+    assert [run.folder.name for run in study.cells[1].runs] == [
+        job("cera", 0.01, seed) for seed in range(2)
+    ]
+    assert [
+        (asked, first.arm, second.arm, second.condition)
+        for asked, first, second in study.contrasts()
+    ] == [
         ("the gate", "relu", "cera", "adapter.r=4"),
         ("cera or lora", "lora", "cera", "adapter.r=4"),
         ("relu or lora", "lora", "relu", "adapter.r=4"),
@@ -48,7 +58,10 @@ def test_a_job_gets_the_secret_that_the_record_leaves_out(launcher, run_study, m
     monkeypatch.setenv("MY_TOKEN", "hf_abcdefghijkl")
     label = "adapter.label=hf_abcdefghijkl"
     assert run_study(label, "study.arm=cera") == 0
-    assert all(label in json.loads(file.read_text())["overrides"] for file in (launcher.sweep / JOBS).iterdir())
+    assert all(
+        label in json.loads(file.read_text())["overrides"]
+        for file in (launcher.sweep / JOBS).iterdir()
+    )
     assert "hf_abcdefghijkl" not in (launcher.sweep / RECORD).read_text()
 
 
@@ -100,11 +113,19 @@ def test_an_edited_study_keeps_no_old_runs(launcher, run_study, capfd):
     assert run_study(study=study) == 0
     arms = {"lora": ["adapter=lora"], "cera": ["adapter=cera", "adapter.b_lr_ratio=4"]}
     for edited, message in (
-        ({"study": study | {"arms": arms}}, "adapter.b_lr_ratio was 1.0, is 4.0. Set these back, or choose another"),
-        ({"study": study | {"seeds": 3}, "train": {"max_updates": 50}}, "train.max_updates was 100, is 50"),
+        (
+            {"study": study | {"arms": arms}},
+            "adapter.b_lr_ratio was 1.0, is 4.0. Set these back, or choose another",
+        ),
+        (
+            {"study": study | {"seeds": 3}, "train": {"max_updates": 50}},
+            "train.max_updates was 100, is 50",
+        ),
     ):
         assert run_study(**edited) == 2
-        assert re.search(rf"which/\S+ holds a run with another config: {message}", capfd.readouterr().err)
+        assert re.search(
+            rf"which/\S+ holds a run with another config: {message}", capfd.readouterr().err
+        )
     assert not launcher.began
 
 
@@ -119,15 +140,21 @@ def test_a_killed_study_goes_on_where_it_was(launcher, run_study):
     assert launcher.began == GRID
 
 
-def test_an_arm_with_a_rank_of_its_own_runs_once_and_stands_beside_every_rank(launcher, run_study, capfd):
+def test_an_arm_with_a_rank_of_its_own_runs_once_and_stands_beside_every_rank(
+    launcher, run_study, capfd
+):
     arms = {"lora": ["adapter=lora"], "wide": ["adapter=lora", "adapter.r=64"]}
     study = {"arms": arms, "contrasts": {}, "conditions": {"adapter.r": [4, 8]}, "seeds": 1}
     assert run_study("study.equal=none", study=study | {"tune": {"optimizer.lr": [1e-3]}}) == 0
-    names = [f"adapter.r={r},optimizer.lr=0.001,study.arm={arm},train.seed=0" for r, arm in
-             ((4, "lora"), (8, "lora"), (64, "wide"))]  # fmt: skip
+    names = [
+        f"adapter.r={r},optimizer.lr=0.001,study.arm={arm},train.seed=0"
+        for r, arm in ((4, "lora"), (8, "lora"), (64, "wide"))
+    ]
     assert launcher.began == names
     assert "\nadapter.r=64,study.arm=wide  finished" in capfd.readouterr().out
-    assert [(first.name, second.name) for _, first, second in find_study(launcher.sweep).contrasts()] == [
+    assert [
+        (first.name, second.name) for _, first, second in find_study(launcher.sweep).contrasts()
+    ] == [
         ("lora, adapter.r=4", "wide"),
         ("lora, adapter.r=8", "wide"),
     ]
@@ -135,18 +162,38 @@ def test_an_arm_with_a_rank_of_its_own_runs_once_and_stands_beside_every_rank(la
 
 def test_a_condition_of_any_text_is_one_value(launcher, run_study):
     targets = [".*(q|v)_proj", "all-linear"]
-    study = {"conditions": {"adapter.target_modules": targets}, "tune": {"optimizer.lr": [1e-3]}, "seeds": 1}
-    assert run_study(study=study | {"arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]}, "contrasts": {}}) == 0
+    study = {
+        "conditions": {"adapter.target_modules": targets},
+        "tune": {"optimizer.lr": [1e-3]},
+        "seeds": 1,
+    }
+    assert (
+        run_study(
+            study=study
+            | {"arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]}, "contrasts": {}}
+        )
+        == 0
+    )
     conditions = find_study(launcher.sweep).by_condition
-    assert list(conditions) == ["adapter.target_modules='.*(q|v)_proj'", "adapter.target_modules=all-linear"]
+    assert list(conditions) == [
+        "adapter.target_modules='.*(q|v)_proj'",
+        "adapter.target_modules=all-linear",
+    ]
 
 
 def test_arms_that_set_a_condition_each_are_compared_under_every_value(tmp_path, study_section):
     arms = {"lora": ["adapter.r=64"], "b": ["data.max_length=256"]}
     conditions = {"adapter.r": [4, 8], "data.max_length": [64, 128]}
     section = study_section | {"arms": arms, "contrasts": {}, "conditions": conditions}
-    choices = ["lora data.max_length=64", "lora data.max_length=128", "b adapter.r=4", "b adapter.r=8"]
-    jobs = {choice: f"study.arm={choice} optimizer.lr=0.001 train.seed=0".split() for choice in choices}
+    choices = [
+        "lora data.max_length=64",
+        "lora data.max_length=128",
+        "b adapter.r=4",
+        "b adapter.r=8",
+    ]
+    jobs = {
+        choice: f"study.arm={choice} optimizer.lr=0.001 train.seed=0".split() for choice in choices
+    }
     contrasts = Study(tmp_path, SweepRecord([], jobs, [], study=section)).contrasts()
     assert [(first.condition, second.condition) for _, first, second in contrasts] == [
         (f"data.max_length={length}", f"adapter.r={r}") for r in (4, 8) for length in (64, 128)
@@ -154,7 +201,9 @@ def test_arms_that_set_a_condition_each_are_compared_under_every_value(tmp_path,
 
 
 @pytest.mark.slow
-def test_an_error_of_the_environment_is_no_result_and_is_tried_again(launcher, run_study, run_command, capfd):
+def test_an_error_of_the_environment_is_no_result_and_is_tried_again(
+    launcher, run_study, run_command, capfd
+):
     launcher.failing = {job("cera", 0.01, 1)}
     assert run_study() == 1
     assert run_command("cera-report", "outputs/which") == 2
@@ -172,7 +221,9 @@ def test_an_error_of_the_environment_is_no_result_and_is_tried_again(launcher, r
 def test_divergence_is_a_result(launcher, run_study, run_command):
     launcher.diverging = {job("cera", 0.01, 1)}
     assert run_study() == 0
-    assert {status.name: status.state for status in read_sweep(launcher.sweep)}[job("cera", 0.01, 1)] == State.diverged
+    assert {status.name: status.state for status in read_sweep(launcher.sweep)}[
+        job("cera", 0.01, 1)
+    ] == State.diverged
     assert rates(launcher)["cera"] == "0.001"
     launcher.began.clear()
     assert run_study() == 0
@@ -189,7 +240,9 @@ def test_a_value_that_diverges_with_a_judging_seed_is_not_chosen(launcher, run_s
     assert launcher.began[-1] == job("cera", 0.001, 1)
 
 
-def test_an_arm_that_diverges_at_every_value_gets_no_verdict(launcher, run_study, run_command, capfd):
+def test_an_arm_that_diverges_at_every_value_gets_no_verdict(
+    launcher, run_study, run_command, capfd
+):
     launcher.diverging = {job("cera", lr, 1) for lr in (0.001, 0.01)}
     run_study()
     assert run_command("cera-report", "outputs/which") == 2
@@ -198,7 +251,8 @@ def test_an_arm_that_diverges_at_every_value_gets_no_verdict(launcher, run_study
 
 @pytest.mark.slow
 def test_a_finished_study_needs_its_rows_no_more(launcher, run_study, tmp_path, capfd):
-    rows, questions = tmp_path / "rows.jsonl", tmp_path / "questions.jsonl"
+    rows = tmp_path / "rows.jsonl"
+    questions = tmp_path / "questions.jsonl"
     rows.write_text('{"question": "1 + 1", "answer": "#### 2"}\n' * 4)
     questions.write_text('{"question": "2 + 2", "answer": "#### 4"}\n')
     arguments = ["data=gsm8k", "data.path=null", f"data.train_files=[{rows}]", "data.eval_rows=2"]
@@ -222,7 +276,11 @@ def test_every_study_of_ours_can_be_composed(compose):
 
 @pytest.mark.parametrize(
     ("key", "values", "sign"),
-    [("optimizer.weight_decay", [0.0, 0.1], -1), ("adapter.dropout", [0.2, 0.4], -1), ("train.batch_size", [1, 2], 1)],
+    [
+        ("optimizer.weight_decay", [0.0, 0.1], -1),
+        ("adapter.dropout", [0.2, 0.4], -1),
+        ("train.batch_size", [1, 2], 1),
+    ],
 )
 def test_nothing_lies_beyond_zero_or_what_is_possible(launcher, run_study, key, values, sign):
     """A dropout of 1.6 is refused, and half a row too."""
@@ -251,7 +309,12 @@ def test_a_study_is_run_gets_its_page_and_notices_edited_rows(
     }
     rows = [{"question": f"{n} + 1", "answer": f"{n + 1}"} for n in range(40)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    jsonl = ["data=jsonl", "data.train_files=[rows.jsonl]", "data.eval_rows=8", "data.prompt='{question}'"]
+    jsonl = [
+        "data=jsonl",
+        "data.train_files=[rows.jsonl]",
+        "data.eval_rows=8",
+        "data.prompt='{question}'",
+    ]
     jsonl += ["data.completion=' {answer}'"]
     assert run_study(*jsonl, "hydra/launcher=joblib", **settings) == 0
     assert run_command("cera-report", "outputs/which") == 0

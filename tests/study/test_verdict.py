@@ -1,5 +1,5 @@
-"""Verdicts keep their error rate and their power on simulated studies, equal textbook tests where those apply, and are
-those of docs/evidence."""
+"""Verdicts keep their error rate and their power on simulated studies, equal textbook tests where
+those apply, and are those of docs/evidence."""
 
 import json
 import math
@@ -10,7 +10,16 @@ import numpy
 import pytest
 import scipy.stats
 
-from benchmarks.verdicts import DESIGNS, TUNINGS, Design, by_verdict, error_of, family_error, found, wrong_after_tuning
+from benchmarks.verdicts import (
+    DESIGNS,
+    TUNINGS,
+    Design,
+    by_verdict,
+    error_of,
+    family_error,
+    found,
+    wrong_after_tuning,
+)
 from cera_train.evaluation.statistics import holm, sign_flip
 from cera_train.study.verdict import Contrast, Spread, Variances, contrast, detectable
 
@@ -30,29 +39,41 @@ def values(seeds: int = 3, problems: int = 60, shift: float = 0.0, seed: int = 0
 
 @pytest.mark.parametrize("path", EVIDENCE, ids=lambda path: path.stem)
 def test_the_evidence_gets_the_verdicts_that_it_has(path):
-    """From differences by seed and variance components, as rounded there; rows count by their number."""
+    """From differences by seed and variance components, as rounded there; rows count by their
+    number."""
     results = json.loads(path.read_text())
-    contrasts, family = results["contrasts"], results.get("family", 0)
+    contrasts = results["contrasts"]
+    family = results.get("family", 0)
     for outcome in dict.fromkeys(own["outcome"] for own in contrasts):
         same = [own for own in contrasts if own["outcome"] == outcome]
         again = []
         for own in same:
-            variances, seeds, problems = Variances(**own["variances"]), own["seeds"], own["problems"]
+            variances = Variances(**own["variances"])
+            seeds = own["seeds"]
+            problems = own["problems"]
             residual = variances.residual / (seeds * problems)
             by_seeds = float(numpy.var(own["by_seed"], ddof=1)) / seeds
-            spread = Spread(by_seeds, seeds - 1, residual, variances.problem / problems, problems - 1)
-            difference, between = own["difference"], own.get("between", 0.0)
+            spread = Spread(
+                by_seeds, seeds - 1, residual, variances.problem / problems, problems - 1
+            )
+            difference = own["difference"]
+            between = own.get("between", 0.0)
             half = float(spread.half_width()) + between
-            # The weights of rows, which the page does not keep, take degrees of freedom from the problems' part.
+            # The weights of rows, which the page does not keep, take degrees of freedom from the
+            # problems' part.
             assert [difference - half, difference + half] == pytest.approx(
                 own.get("interval") or [own["lower"], own["upper"]], abs=0.02 * half
             )
             p_value = float(spread.p_value(max(abs(difference) - between, 0.0)))
-            again.append(Contrast(difference, -half, half, p_value, variances, seeds, problems, between))
+            again.append(
+                Contrast(difference, -half, half, p_value, variances, seeds, problems, between)
+            )
             comparisons = family or len(same)
             least = detectable(variances, seeds, problems, comparisons)
             assert least + between == pytest.approx(own["detectable"], rel=0.01)
-        for own, result, p_value in zip(same, again, holm([each.p_value for each in again], family), strict=True):
+        for own, result, p_value in zip(
+            same, again, holm([each.p_value for each in again], family), strict=True
+        ):
             assert result.verdict_at(p_value, higher_is_better=outcome != "loss") == own["verdict"]
             assert p_value == pytest.approx(own["p_holm"], rel=0.02)
 
@@ -80,14 +101,22 @@ def test_after_holm_at_most_5_percent_of_studies_have_any_wrong_verdict():
 @pytest.mark.parametrize("comparisons", [1, 10])
 def test_a_detectable_difference_is_found_by_80_percent(comparisons):
     for seeds in (2, 5):
-        for design in (Design(problems=50, seed=(1, 1)), Design(problems=100, seed=(0.1, 0.1), problem=1)):
-            assert found(replace(design, seeds=seeds), comparisons, STUDIES) == pytest.approx(0.8, abs=0.035)
+        for design in (
+            Design(problems=50, seed=(1, 1)),
+            Design(problems=100, seed=(0.1, 0.1), problem=1),
+        ):
+            assert found(replace(design, seeds=seeds), comparisons, STUDIES) == pytest.approx(
+                0.8, abs=0.035
+            )
 
 
 @pytest.mark.parametrize(
-    ("seeds", "comparisons", "standard_errors"), [(2, 1, 16.3), (3, 1, 5.7), (5, 1, 3.8), (3, 10, 18.0), (5, 10, 7.1)]
+    ("seeds", "comparisons", "standard_errors"),
+    [(2, 1, 16.3), (3, 1, 5.7), (5, 1, 3.8), (3, 10, 18.0), (5, 10, 7.1)],
 )
-def test_detectable_differences_are_those_of_docs_statistics_where_seeds_dominate(seeds, comparisons, standard_errors):
+def test_detectable_differences_are_those_of_docs_statistics_where_seeds_dominate(
+    seeds, comparisons, standard_errors
+):
     difference = detectable(Variances(1, 0, 0), seeds, 200, comparisons)
     assert difference / math.sqrt(1 / seeds) == pytest.approx(standard_errors, rel=0.015)
 
@@ -106,9 +135,12 @@ def test_seeds_that_change_nothing_leave_the_paired_t_test_over_problems():
 
 
 def test_problems_that_change_nothing_leave_the_paired_t_test_over_seeds():
-    first, second = [0.0, 1.0, 2.0], [5.0, 5.5, 7.5]
+    first = [0.0, 1.0, 2.0]
+    second = [5.0, 5.5, 7.5]
     expected = scipy.stats.ttest_rel(second, first)
-    result = contrast(*(numpy.repeat(numpy.array(arm)[:, None], 50, axis=1) for arm in (first, second)))
+    result = contrast(
+        *(numpy.repeat(numpy.array(arm)[:, None], 50, axis=1) for arm in (first, second))
+    )
     assert result.p_value == pytest.approx(expected.pvalue, rel=1e-6)
     assert (result.lower, result.upper) == pytest.approx(tuple(expected.confidence_interval(0.95)))
 
@@ -119,7 +151,9 @@ def test_a_weighted_mean_is_nats_over_tokens_and_rows_without_tokens_are_left_ou
     expected = ((second - first) * tokens).sum() / (3 * 111)
     first[:, 2] = numpy.nan
     assert contrast(first, second, tokens).difference == pytest.approx(expected)
-    assert contrast(first, second, tokens).p_value == pytest.approx(contrast(first, second, tokens / 7).p_value)
+    assert contrast(first, second, tokens).p_value == pytest.approx(
+        contrast(first, second, tokens / 7).p_value
+    )
 
 
 def test_problems_and_seeds_are_paired():
@@ -129,15 +163,19 @@ def test_problems_and_seeds_are_paired():
 
 
 def test_swapping_the_arms_swaps_the_sign():
-    there, back = contrast(values(), values(seed=1)), contrast(values(seed=1), values())
-    assert (there.difference, there.lower, there.upper) == pytest.approx((-back.difference, -back.upper, -back.lower))
+    there = contrast(values(), values(seed=1))
+    back = contrast(values(seed=1), values())
+    assert (there.difference, there.lower, there.upper) == pytest.approx(
+        (-back.difference, -back.upper, -back.lower)
+    )
     assert there.p_value == pytest.approx(back.p_value)
     assert there.verdict_at(0.01, True) == back.verdict_at(0.01, False) != "not shown"
     assert there.verdict_at(0.051, True) == "not shown"
 
 
 def test_identical_losses_are_a_point_and_identical_scores_are_not():
-    """That two arms solve the same of 60 problems, such as none, leaves a share of others on which they may differ."""
+    """That two arms solve the same of 60 problems, such as none, leaves a share of others on which
+    they may differ."""
     result = contrast(values(), values(), numpy.ones(60))
     assert (result.difference, result.lower, result.upper, result.p_value) == (0, 0, 0, 1)
     assert result.is_within(1e-9)
@@ -154,7 +192,8 @@ def test_all_right_against_all_wrong_is_exact():
 
 def test_one_right_answer_of_all_seeds_is_not_shown():
     """Seeds agree by chance, so that their means have no variance; the answers do."""
-    first, second = numpy.zeros((2, 50)), numpy.zeros((2, 50))
+    first = numpy.zeros((2, 50))
+    second = numpy.zeros((2, 50))
     second[0, 3] = second[1, 7] = 1
     result = contrast(first, second)
     assert result.lower < 0 < result.upper
@@ -164,7 +203,12 @@ def test_one_right_answer_of_all_seeds_is_not_shown():
 def test_one_seed_or_one_problem_shows_nothing():
     for shape in ((1, 60), (3, 1)):
         result = contrast(values(*shape), values(*shape, shift=9, seed=1))
-        assert (result.lower, result.upper, result.p_value, result.variances) == (-numpy.inf, numpy.inf, 1, None)
+        assert (result.lower, result.upper, result.p_value, result.variances) == (
+            -numpy.inf,
+            numpy.inf,
+            1,
+            None,
+        )
 
 
 def test_a_value_that_is_no_number_is_refused():

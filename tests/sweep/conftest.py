@@ -22,21 +22,31 @@ def sweep_here(tmp_path, tiny_folder):
         "adapter": {"r": 4},
         "data": {"max_length": 256},
         "train": {"max_updates": 6, "batch_size": 16, "eval_every": None, "save_every": None},
-        "hydra": {"sweeper": {"params": {"adapter": "lora,cera", "adapter.activation": "relu,silu"}}},
+        "hydra": {
+            "sweeper": {"params": {"adapter": "lora,cera", "adapter.activation": "relu,silu"}}
+        },
     }
-    (tmp_path / "conf" / "sweep" / "tiny.yaml").write_text("# @package _global_\n" + yaml.safe_dump(content))
+    (tmp_path / "conf" / "sweep" / "tiny.yaml").write_text(
+        "# @package _global_\n" + yaml.safe_dump(content)
+    )
     return tmp_path
 
 
 @pytest.fixture
 def counted(monkeypatch) -> list[Config]:
-    """The configs of the runs that were started. They train nothing and finish: the higher the rank, the lower the
-    perplexity, and the accuracy too."""
+    """The configs of the runs that were started. They train nothing and finish: the higher the
+    rank, the lower the perplexity, and the accuracy too."""
     begun = []
 
     def launch(config: Config) -> dict:
-        folder, rank = Path(config.output_dir) / config.name, config.adapter.r
-        result = {"updates": 20, "eval/perplexity": 1 + 1 / rank, "gsm8k/exact": 1 / rank, "seconds": 60.0 * rank}
+        folder = Path(config.output_dir) / config.name
+        rank = config.adapter.r
+        result = {
+            "updates": 20,
+            "eval/perplexity": 1 + 1 / rank,
+            "gsm8k/exact": 1 / rank,
+            "seconds": 60.0 * rank,
+        }
         if config.train.extend or not (folder / "result.json").exists():
             begun.append(config)
             make_job(folder.parent, folder.name)

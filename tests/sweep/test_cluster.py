@@ -1,4 +1,5 @@
-"""What goes to a cluster, and how the state of its jobs is known; tests/integrations/test_slurm.py has a real one."""
+"""What goes to a cluster, and how the state of its jobs is known; tests/integrations/test_slurm.py
+has a real one."""
 
 from types import SimpleNamespace
 
@@ -22,10 +23,15 @@ def submitted(monkeypatch):
 
     def map_array(executor, launcher, job_overrides, *_):
         jobs.extend(",".join(overrides[:2]) for overrides in job_overrides)
-        return [SimpleNamespace(results=lambda: [JobReturn(status=JobStatus.COMPLETED)]) for _ in job_overrides]
+        return [
+            SimpleNamespace(results=lambda: [JobReturn(status=JobStatus.COMPLETED)])
+            for _ in job_overrides
+        ]
 
     monkeypatch.setattr("submitit.AutoExecutor.map_array", map_array)
-    monkeypatch.setattr("submitit.SlurmExecutor.affinity", lambda executor: 1)  # no srun is looked for
+    monkeypatch.setattr(
+        "submitit.SlurmExecutor.affinity", lambda executor: 1
+    )  # no srun is looked for
     monkeypatch.setattr("cera_train.cli.cluster.replace_waiting", lambda detach: None)
     return jobs
 
@@ -66,14 +72,30 @@ def queue(tmp_path, monkeypatch):
 
 
 def test_a_job_has_ended_when_the_queue_shows_it_or_has_forgotten_it(queue):
-    states = ["RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED", "PREEMPTED", "REQUEUED"]
+    states = [
+        "RUNNING",
+        "PENDING",
+        "COMPLETING",
+        "CONFIGURING",
+        "SUSPENDED",
+        "PREEMPTED",
+        "REQUEUED",
+    ]
     ended = ["CANCELLED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "COMPLETED"]
-    queue.write_text("".join(f"7_{place}|{state}\n" for place, state in enumerate([*states, *ended])) + "8|RUNNING\n")
+    queue.write_text(
+        "".join(f"7_{place}|{state}\n" for place, state in enumerate([*states, *ended]))
+        + "8|RUNNING\n"
+    )
     watcher = QueueWatcher()
     jobs = ["8", "9", *(f"7_{place}" for place in range(len([*states, *ended])))]
     for job in jobs:
         watcher.register_job(job)
-    assert [watcher.is_done(job) for job in jobs] == [False, True, *[False] * len(states), *[True] * len(ended)]
+    assert [watcher.is_done(job) for job in jobs] == [
+        False,
+        True,
+        *[False] * len(states),
+        *[True] * len(ended),
+    ]
     assert watcher.get_state("9") == "GONE"
 
 

@@ -23,7 +23,8 @@ MEASURED = {"quickstart", "logistic_map", "grpo_reasoning_gym", "sft"}
 
 @pytest.fixture(scope="module")
 def jobs_of():
-    """jobs_of("+sweep=rank_lr", ...) -> the overrides of every job, as Hydra's sweeper makes them."""
+    """jobs_of("+sweep=rank_lr", ...) -> the overrides of every job, as Hydra's sweeper makes
+    them."""
     register_configs(*options("recipe"))
 
     def jobs_of(*arguments: str) -> list[list[str]]:
@@ -50,7 +51,9 @@ def plans_of(jobs_of, plan):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_every_job_of_a_sweep_composes_and_its_header_has_what_cera_plan_predicts(compose, jobs_of, plans_of, path):
+def test_every_job_of_a_sweep_composes_and_its_header_has_what_cera_plan_predicts(
+    compose, jobs_of, plans_of, path
+):
     jobs, plans = (jobs_or_plans(f"+sweep={path.stem}") for jobs_or_plans in (jobs_of, plans_of))
     for plan in plans:
         assert plan.config.name == path.stem
@@ -86,7 +89,8 @@ def test_the_costs_of_recipes_are_what_cera_plan_predicts(plans_of):
 
 @pytest.mark.slow
 def test_the_table_of_the_papers_results_says_what_cera_plan_predicts(plans_of):
-    """recipes/README.md: every command that trains composes, and its jobs and GPU-hours are those of now."""
+    """recipes/README.md: every command that trains composes, and its jobs and GPU-hours are those
+    of now."""
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in (config_dir("recipes") / "README.md").read_text().splitlines()
@@ -97,14 +101,19 @@ def test_the_table_of_the_papers_results_says_what_cera_plan_predicts(plans_of):
         command, jobs, hours = row[1:4]
         (command,) = re.fullmatch(r"`cera-train (.*)`", command).groups()
         seen |= set(re.findall(r"\b(?:\w+_)*\w+\b", command))
-        if sweep := re.fullmatch(r"-m \+sweep=(\w+)", command):  # whose header has what cera-plan predicts
+        if sweep := re.fullmatch(
+            r"-m \+sweep=(\w+)", command
+        ):  # whose header has what cera-plan predicts
             header = (config_dir("conf") / f"sweep/{sweep[1]}.yaml").read_text()
             assert f"cost      {jobs} jobs, {hours} GPU-hours" in header
             continue
         arguments = [argument for argument in shlex.split(command) if argument != "-m"]
         plans = plans_of(*arguments)
         assert ("-m " in command) == (len(plans) > 1), command
-        assert (jobs, hours) == (str(len(plans)), f"{sum(plan.gpu_hours for plan in plans):,.2f}"), command
+        assert (jobs, hours) == (
+            str(len(plans)),
+            f"{sum(plan.gpu_hours for plan in plans):,.2f}",
+        ), command
         assert all(plan.fits for plan in plans), command
     assert len(SWEEPS) == 8
     assert {path.stem for path in SWEEPS} - {"logistic_map_grid"} <= seen

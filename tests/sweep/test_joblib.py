@@ -1,4 +1,5 @@
-"""hydra/launcher=joblib: several jobs at once, each in its process, which leave what they leave one after the other."""
+"""hydra/launcher=joblib: several jobs at once, each in its process, which leave what they leave one
+after the other."""
 
 import os
 import re
@@ -24,11 +25,17 @@ def sweep(sweep_here) -> Path:
 
 @pytest.mark.parametrize(
     ("workers", "visible", "shares"),
-    [(3, None, ["0,3", "1", "2"]), (2, "1,3,5,7", ["1,5", "3,7"]), (6, None, ["0", "1", "2", "3", "0", "1"])],
+    [
+        (3, None, ["0,3", "1", "2"]),
+        (2, "1,3,5,7", ["1,5", "3,7"]),
+        (6, None, ["0", "1", "2", "3", "0", "1"]),
+    ],
 )
 def test_jobs_at_once_share_the_gpus(monkeypatch, workers, visible, shares):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    monkeypatch.setattr(os, "getppid", lambda: f"{workers}-of-{os.getpid()}")  # tests run beside each other
+    monkeypatch.setattr(
+        os, "getppid", lambda: f"{workers}-of-{os.getpid()}"
+    )  # tests run beside each other
     held = []
     for share in [*shares, shares[1]]:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -51,7 +58,9 @@ def test_jobs_at_once_leave_what_they_leave_in_turn(sweep_here, sweep):
     assert list(states(sweep).values()) == ["failed", *["finished"] * 3]
     lines, table = output.split("\n\nsweep      ")
     assert set(re.findall(r"^job +\d of 4: (.*)", lines, re.MULTILINE)) == {failing, *trained}
-    assert len(re.findall(r"^finished   adapter=\S+: perplexity [\d,.]+$", lines, re.MULTILINE)) == 3
+    assert (
+        len(re.findall(r"^finished   adapter=\S+: perplexity [\d,.]+$", lines, re.MULTILINE)) == 3
+    )
     assert f"failed     {failing}: adapter." in lines
     assert len(lines.splitlines()) == 8
     assert "jobs       3 finished, 1 failed" in table
@@ -65,7 +74,9 @@ def test_jobs_at_once_leave_what_they_leave_in_turn(sweep_here, sweep):
 
     process = start(*JOBLIB, cwd=sweep_here)
     output, _ = process.communicate(timeout=300)
-    assert output.startswith("finished   3 of 4 jobs, which are not started again\njob        1 of 4: ")
+    assert output.startswith(
+        "finished   3 of 4 jobs, which are not started again\njob        1 of 4: "
+    )
     assert len(re.findall(r"^job +\d of 4", output, re.MULTILINE)) == 1
 
 
@@ -73,8 +84,12 @@ def test_jobs_at_once_leave_what_they_leave_in_turn(sweep_here, sweep):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_lets_every_job_save_and_begins_no_other(sweep_here, sweep, number, status):
     process = start(*JOBLIB, *ENDLESS, cwd=sweep_here)
-    first, second, third = (sweep / f"adapter.activation={gate}" for gate in ("relu", "silu", "gelu"))
-    wait_until(lambda: process.poll() is not None or (losses_of(first) and losses_of(second)), every=0.1)
+    first, second, third = (
+        sweep / f"adapter.activation={gate}" for gate in ("relu", "silu", "gelu")
+    )
+    wait_until(
+        lambda: process.poll() is not None or (losses_of(first) and losses_of(second)), every=0.1
+    )
     workers = psutil.Process(process.pid).children()
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
@@ -98,4 +113,6 @@ def test_a_job_that_is_killed_ends_the_sweep_in_one_line(sweep_here, sweep):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     (line,) = errors.splitlines()
-    assert line.startswith("cera-train: hydra/launcher=joblib: the process of a job was killed, perhaps for lack of")
+    assert line.startswith(
+        "cera-train: hydra/launcher=joblib: the process of a job was killed, perhaps for lack of"
+    )

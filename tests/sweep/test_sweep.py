@@ -13,11 +13,15 @@ from cera_train.sweep.folder import JOBS, RECORD, State
 
 
 @pytest.mark.slow
-def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_missing(sweep_here, run_command, capsys):
+def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_missing(
+    sweep_here, run_command, capsys
+):
     sweep = sweep_here / "outputs" / "tiny"
     command = [*TINY, "train.max_updates=100"]
     failing, finished, cut, missing = (
-        f"adapter={kind},adapter.activation={gate}" for kind in ("lora", "cera") for gate in ("relu", "silu")
+        f"adapter={kind},adapter.activation={gate}"
+        for kind in ("lora", "cera")
+        for gate in ("relu", "silu")
     )
     process = start(*command, cwd=sweep_here)
     wait_until(lambda: process.poll() is not None or len(metrics_of(sweep / cut)) > 10, every=0.02)
@@ -37,13 +41,20 @@ def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_m
     assert process.returncode == 1, errors
     assert content_of(sweep / finished) == before
     assert f"finished   outputs/tiny/{finished}: perplexity" in output
-    assert f"run        outputs/tiny/{cut}, 100 updates of 16 sequences, {int(checkpoint.name)} done" in output
+    assert (
+        f"run        outputs/tiny/{cut}, 100 updates of 16 sequences, {int(checkpoint.name)} done"
+        in output
+    )
     assert f"run        outputs/tiny/{missing}, 100 updates of 16 sequences\n" in output
     assert list(states(sweep).values()) == ["failed", "finished", "finished", "finished"]
     # Each error once, the table once, and nothing of Hydra's beside the jobs.
     assert sorted(line.split()[0] for line in errors.splitlines()) == ["cera-train:", "loading"]
     assert errors.count("adapter.kind=lora does not use it") == 1
-    assert output.count("\njobs       3 finished, 1 failed\n") == output.count("\nbest       outputs") == 1
+    assert (
+        output.count("\njobs       3 finished, 1 failed\n")
+        == output.count("\nbest       outputs")
+        == 1
+    )
     assert {path.name for path in sweep.iterdir()} == {JOBS, RECORD, finished, cut, missing}
     run_command("cera-sweep", "outputs/tiny")
     assert output.endswith("\n" + capsys.readouterr().out)  # cera-sweep shows the same table
@@ -71,7 +82,9 @@ def test_a_job_that_diverges_stops_no_other_nor_the_next_batch(sweep_here, run_c
     assert list(states(sweep_here / "outputs" / "tiny").values()) == ["finished", "diverged"]
 
 
-def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(sweep_here, run_command, monkeypatch, capfd):
+def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(
+    sweep_here, run_command, monkeypatch, capfd
+):
     def train(config: Config) -> dict:
         if config.adapter.activation == "relu":
             raise RuntimeError("of ours")
@@ -88,9 +101,16 @@ def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(sweep_here, run_c
     assert list(states(sweep_here / "outputs" / "tiny").values()) == ["failed", "finished"]
 
 
-def test_a_value_that_is_impossible_beside_some_others_fails_in_its_jobs_alone(sweep_here, run_command, counted):
+def test_a_value_that_is_impossible_beside_some_others_fails_in_its_jobs_alone(
+    sweep_here, run_command, counted
+):
     assert run_command("cera-train", *TINY) == 1
-    assert list(states(sweep_here / "outputs" / "tiny").values()) == ["failed", "finished", "finished", "finished"]
+    assert list(states(sweep_here / "outputs" / "tiny").values()) == [
+        "failed",
+        "finished",
+        "finished",
+        "finished",
+    ]
 
 
 def test_the_peak_memory_of_a_job_is_its_own():
@@ -105,13 +125,29 @@ def test_the_peak_memory_of_a_job_is_its_own():
 
 
 @pytest.mark.slow
-def test_a_trial_that_is_impossible_does_not_end_the_search(sweep_here, run_command, counted, capfd):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
+def test_a_trial_that_is_impossible_does_not_end_the_search(
+    sweep_here, run_command, counted, capfd
+):
+    pytest.importorskip(
+        "hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper"
+    )
     sampler = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1"]
     arguments = ["adapter=cera", "adapter.activation=silu", "adapter.dropout=1.5,0.0"]
     assert run_command("cera-train", *TINY, *sampler, *arguments) == 1
-    assert sorted(states(sweep_here / "outputs" / "tiny").values()) == [State.failed, State.finished]
+    assert sorted(states(sweep_here / "outputs" / "tiny").values()) == [
+        State.failed,
+        State.finished,
+    ]
     assert "Error executing job" not in capfd.readouterr().err
-    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "adapter.dropout=interval(1.5,2)", "name=all"]
+    search = [
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=2",
+        "adapter.dropout=interval(1.5,2)",
+        "name=all",
+    ]
     assert run_command("cera-train", *TINY, *arguments[:-1], *search) == 2
-    assert capfd.readouterr().err.splitlines()[-1].startswith("cera-train: hydra/sweeper=optuna: all trials failed")
+    assert (
+        capfd.readouterr()
+        .err.splitlines()[-1]
+        .startswith("cera-train: hydra/sweeper=optuna: all trials failed")
+    )

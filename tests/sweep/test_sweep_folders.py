@@ -1,5 +1,5 @@
-"""A sweep's folder: how its jobs are named, which settings they share, the state of every job and the table that shows
-it, which job is the best; and sweeps that are refused before a job begins."""
+"""A sweep's folder: how its jobs are named, which settings they share, the state of every job and
+the table that shows it, which job is the best; and sweeps that are refused before a job begins."""
 
 import re
 from itertools import combinations
@@ -13,23 +13,52 @@ from made_sweeps import FIXED, TINY, content_of, make_job, record_job, record_sw
 from cera_train.cli.mistakes import with_folder_quoted
 from cera_train.common.settings import fields_of
 from cera_train.settings.run import Config
-from cera_train.sweep.folder import JOBS, LONGEST_NAME, RECORD, best_jobs, choices_of, job_name, read_sweep
+from cera_train.sweep.folder import (
+    JOBS,
+    LONGEST_NAME,
+    RECORD,
+    best_jobs,
+    choices_of,
+    job_name,
+    read_sweep,
+)
 
 
 def test_a_job_is_named_by_what_varies_in_any_order():
-    job = ["adapter.r=64", "data=jsonl", "data.completion=' {answer}'", "optimizer.lr=0.0003", "name=mine"]
+    job = [
+        "adapter.r=64",
+        "data=jsonl",
+        "data.completion=' {answer}'",
+        "optimizer.lr=0.0003",
+        "name=mine",
+    ]
     swept = ["optimizer.lr", "adapter.r"]
-    assert job_name(job, swept) == job_name(reversed(job), swept) == "adapter.r=64,optimizer.lr=0.0003"
+    assert (
+        job_name(job, swept) == job_name(reversed(job), swept) == "adapter.r=64,optimizer.lr=0.0003"
+    )
     assert job_name(["+recipe=math_r64", "name=main"], swept=["recipe"]) == "recipe=math_r64"
     # Where nothing varies, by every choice.
-    job = ["optimizer.lr=0.0003", "+sweep=rank_lr", "adapter=cera", "++adapter.r=64", "name=rank_lr", "tracker=wandb"]
-    assert job_name(job) == job_name(reversed(job)) == "adapter=cera,adapter.r=64,optimizer.lr=0.0003"
+    job = [
+        "optimizer.lr=0.0003",
+        "+sweep=rank_lr",
+        "adapter=cera",
+        "++adapter.r=64",
+        "name=rank_lr",
+        "tracker=wandb",
+    ]
+    assert (
+        job_name(job) == job_name(reversed(job)) == "adapter=cera,adapter.r=64,optimizer.lr=0.0003"
+    )
     assert job_name(["+recipe=quickstart", "name=a"]) == "default"
     assert choices_of(["adapter.alpha=$\\{adapter.r\\}"]) == ["adapter.alpha=${adapter.r}"]
 
 
 def test_a_setting_that_changes_no_result_names_a_job_only_where_it_is_swept():
-    keys = [key for key, field in fields_of(Config).items() if field.metadata["changes"] in ("cost", "nothing")]
+    keys = [
+        key
+        for key, field in fields_of(Config).items()
+        if field.metadata["changes"] in ("cost", "nothing")
+    ]
     assert len(keys) > 20
     for key in keys:
         job = ["adapter.r=64", f"{key}=1"]
@@ -52,7 +81,9 @@ ODD = [
 ]
 
 
-def test_no_two_jobs_share_a_folder_and_every_name_is_plain_and_without_secrets(tmp_path, monkeypatch):
+def test_no_two_jobs_share_a_folder_and_every_name_is_plain_and_without_secrets(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("MY_TOKEN", "hf_abcdefghijkl")
     names = [job_name(job) for job in ODD]
     for one, other in combinations(names, 2):
@@ -70,7 +101,13 @@ def test_a_folder_with_commas_is_one_argument(tmp_path, monkeypatch):
     folder = "outputs/rank_lr/adapter=cera,adapter.r=64"
     Path(folder).mkdir(parents=True)
     assert with_folder_quoted(f"run={folder}") == f"run='{folder}'"
-    for argument in (f"run={folder}0", "adapter=cera,lora", "run=outputs/rank_lr", "-m", f"run='{folder}'"):
+    for argument in (
+        f"run={folder}0",
+        "adapter=cera,lora",
+        "run=outputs/rank_lr",
+        "-m",
+        f"run='{folder}'",
+    ):
         assert with_folder_quoted(argument) == argument
 
 
@@ -82,8 +119,13 @@ def test_a_jobs_folder_is_named_by_what_varies_alone(tmp_path, run_command, coun
     # The same, of which one dimension is fixed this time; and with one dimension more.
     assert run_command("cera-train", "-m", "adapter.r=4", *FIXED, "name=mine") == 0
     assert len(counted) == 2
-    assert run_command("cera-train", "-m", "adapter.r=4", "train.seed=1,2", *FIXED, "name=mine") == 0
-    assert [config.name for config in counted[2:]] == ["adapter.r=4,train.seed=1", "adapter.r=4,train.seed=2"]
+    assert (
+        run_command("cera-train", "-m", "adapter.r=4", "train.seed=1,2", *FIXED, "name=mine") == 0
+    )
+    assert [config.name for config in counted[2:]] == [
+        "adapter.r=4,train.seed=1",
+        "adapter.r=4,train.seed=2",
+    ]
     assert set(states(tmp_path / "outputs" / "mine").values()) == {"finished"}
     (tmp_path / "rows.jsonl").unlink()  # finished jobs need it no more
     assert run_command("cera-train", *command) == 0
@@ -110,8 +152,15 @@ def test_other_fixed_settings_in_the_same_folder_are_refused(tmp_path, run_comma
     assert len(counted) == 2
 
 
-def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, run_command, counted):
-    arguments = ["-m", "+recipe=math_r64,math_dora_r64", "name=main", "train.micro_batch_tokens=2048"]
+def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(
+    sweep_here, run_command, counted
+):
+    arguments = [
+        "-m",
+        "+recipe=math_r64,math_dora_r64",
+        "name=main",
+        "train.micro_batch_tokens=2048",
+    ]
     assert run_command("cera-train", *arguments) == 0
     assert [(config.output_dir, config.name) for config in counted] == [
         ("outputs/main", "recipe=math_r64"),
@@ -134,7 +183,13 @@ def test_a_sweep_is_extended_as_a_whole(sweep_here, run_command, capsys, counted
 
 
 def test_the_metric_decides_which_job_is_best(run_command, capfd, counted):
-    command = ["-m", "adapter.r=4,2,8", "train.tasks=[gsm8k]", "sweep.metric=gsm8k/exact", "name=mine"]
+    command = [
+        "-m",
+        "adapter.r=4,2,8",
+        "train.tasks=[gsm8k]",
+        "sweep.metric=gsm8k/exact",
+        "name=mine",
+    ]
     assert run_command("cera-train", *command) == 0
     output = capfd.readouterr().out
     assert re.search(r"updates +gsm8k/exact\n", output)
@@ -146,7 +201,9 @@ def test_the_metric_decides_which_job_is_best(run_command, capfd, counted):
 
 @pytest.mark.parametrize("metric", ["eval/perplexity", "gsm8k/exact"])
 def test_optuna_gets_the_metric_and_its_direction(tmp_path, run_command, capfd, counted, metric):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
+    pytest.importorskip(
+        "hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper"
+    )
     sampler = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
     sampler += ["hydra.sweeper.sampler.seed=0"]
     drawn = ["adapter.r=range(1,64)", "optimizer.lr=tag(log,interval(1e-3,1e-1))"]
@@ -159,7 +216,10 @@ def test_optuna_gets_the_metric_and_its_direction(tmp_path, run_command, capfd, 
     results = yaml.safe_load((tmp_path / "outputs/mine/optimization_results.yaml").read_text())
     assert results["best_value"] == best.value
     assert f"optimizer.lr={results['best_params']['optimizer.lr']}" in best.choices
-    assert f"best       outputs/mine/{best.name}: {metric.removeprefix('eval/')}" in capfd.readouterr().out
+    assert (
+        f"best       outputs/mine/{best.name}: {metric.removeprefix('eval/')}"
+        in capfd.readouterr().out
+    )
     assert run_command("cera-train", *command) == 0  # draws the same again
     assert len(counted) == 3
     launcher = ["hydra/launcher=slurm_cpu", "launch.detach=true"]
@@ -170,15 +230,26 @@ def test_optuna_gets_the_metric_and_its_direction(tmp_path, run_command, capfd, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.train_files=[rows.jsonl],[no.jsonl]"], "data.train_files=no.jsonl: cannot read the file"),
+        (
+            ["data.train_files=[rows.jsonl],[no.jsonl]"],
+            "data.train_files=no.jsonl: cannot read the file",
+        ),
         (["model.path=./no/such"], "model.path=./no/such: folder does not exist"),
         # Every value is tried in many jobs, and none of them is possible.
-        (["data.train_files=[no.jsonl]", "train.seed=range(1,40)"], "data.train_files=no.jsonl: cannot read the file"),
+        (
+            ["data.train_files=[no.jsonl]", "train.seed=range(1,40)"],
+            "data.train_files=no.jsonl: cannot read the file",
+        ),
     ],
 )
-def test_a_sweep_whose_files_are_missing_is_refused_once(tmp_path, run_command, capfd, counted, arguments, message):
+def test_a_sweep_whose_files_are_missing_is_refused_once(
+    tmp_path, run_command, capfd, counted, arguments, message
+):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
-    given = {argument.partition("=")[0]: argument for argument in ["adapter.r=range(1,40)", *FIXED, *arguments]}
+    given = {
+        argument.partition("=")[0]: argument
+        for argument in ["adapter.r=range(1,40)", *FIXED, *arguments]
+    }
     assert run_command("cera-train", "-m", *given.values(), "name=mine") == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert message in line
@@ -186,8 +257,12 @@ def test_a_sweep_whose_files_are_missing_is_refused_once(tmp_path, run_command, 
     assert not counted
 
 
-def test_an_adapter_to_start_from_that_fits_no_job_is_refused_before_any(sweep_here, run_command, capsys, counted):
-    first = make_run(sweep_here / "first", **{"data.prompt": "{question}", "data.completion": "{answer}"})  # r=64
+def test_an_adapter_to_start_from_that_fits_no_job_is_refused_before_any(
+    sweep_here, run_command, capsys, counted
+):
+    first = make_run(
+        sweep_here / "first", **{"data.prompt": "{question}", "data.completion": "{answer}"}
+    )  # r=64
     (first / "adapter").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (first / "adapter" / name).write_text('{"peft_type": "CERA", "r": 64}')
@@ -200,8 +275,14 @@ def test_an_adapter_to_start_from_that_fits_no_job_is_refused_before_any(sweep_h
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-m", "adapter.r=2,4", "name=run"], "outputs/run is the folder of a run: choose another name"),
-        (["name=swept"], "outputs/swept is the folder of a sweep: choose another name=... for a run, or add -m"),
+        (
+            ["-m", "adapter.r=2,4", "name=run"],
+            "outputs/run is the folder of a run: choose another name",
+        ),
+        (
+            ["name=swept"],
+            "outputs/swept is the folder of a sweep: choose another name=... for a run, or add -m",
+        ),
     ],
 )
 def test_a_sweep_and_a_run_share_no_folder(tmp_path, run_command, capfd, arguments, message):
@@ -223,7 +304,13 @@ def test_a_state_follows_from_what_lies_in_the_folder(tmp_path):
     record_job(tmp_path, "adapter.r=16", "impossible")
     jobs = {job.name: job for job in read_sweep(tmp_path)}
     assert list(jobs) == names  # in the order of the grid
-    assert [job.state for job in jobs.values()] == ["finished", "stopped", "failed", "failed", "waiting"]
+    assert [job.state for job in jobs.values()] == [
+        "finished",
+        "stopped",
+        "failed",
+        "failed",
+        "waiting",
+    ]
     assert [job.progress for job in jobs.values()] == ["20/20", "5/20", "5/20", "", ""]
     assert [job.value for job in jobs.values()] == [2.5, 9.0, 9.0, None, None]
     assert jobs["adapter.r=8"].error == "the loss is not finite"

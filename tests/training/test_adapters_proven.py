@@ -25,14 +25,18 @@ def mamba(tokenizer, tmp_path) -> str:
     return f"model.path={tmp_path / 'mamba'}"
 
 
-def test_an_adapter_that_never_runs_stops_the_run_before_its_first_evaluation(tiny_config, mamba, capsys):
+def test_an_adapter_that_never_runs_stops_the_run_before_its_first_evaluation(
+    tiny_config, mamba, capsys
+):
     settings = [mamba, "adapter.target_modules=[in_proj,dt_proj]", "train.max_updates=1"]
     with pytest.raises(UserError) as caught:
         train(tiny_config(*settings))
     assert str(caught.value) == (
-        "adapter.target_modules: 2 of 4 adapted modules would not train. backbone.layers.0.mixer.dt_proj, "
+        "adapter.target_modules: 2 of 4 adapted modules would not train. "
+        "backbone.layers.0.mixer.dt_proj, "
         "backbone.layers.1.mixer.dt_proj: the model never calls it. Leave them out, "
-        "with all-linear by adapter.settings.exclude_modules=[...], or set train.check_coverage=false."
+        "with all-linear by adapter.settings.exclude_modules=[...], or set "
+        "train.check_coverage=false."
     )
     assert "evaluation at update" not in capsys.readouterr().out
     train(tiny_config(*settings, "train.check_coverage=false"))
@@ -42,10 +46,24 @@ def test_an_adapter_that_never_runs_stops_the_run_before_its_first_evaluation(ti
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_several_processes_refuse_together(mamba, tmp_path, strategy):
     """In one line with status 2, whether each holds the whole model or a shard."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cera_train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "cera_train",
+    ]
     settings = [mamba, "adapter.target_modules=[in_proj,dt_proj]", *TINY]
     done = subprocess.run(
-        [*command, *settings, "adapter.r=4", f"distributed.strategy={strategy}", "train.max_updates=1"],
+        [
+            *command,
+            *settings,
+            "adapter.r=4",
+            f"distributed.strategy={strategy}",
+            "train.max_updates=1",
+        ],
         **{"capture_output": True, "text": True, "cwd": tmp_path, "check": False, "timeout": 300},
     )
     assert done.returncode != 0
@@ -57,7 +75,10 @@ def test_several_processes_refuse_together(mamba, tmp_path, strategy):
 @pytest.mark.parametrize("more", [[], ["adapter=full", "adapter.r=null"]], ids=["cera", "full"])
 def test_the_proof_changes_no_number_of_a_run(tiny_config, more):
     settings = [*more, "train.max_updates=3"]
-    runs = [tiny_config(*settings, f"train.check_coverage={value}", f"name={value}") for value in ("true", "false")]
+    runs = [
+        tiny_config(*settings, f"train.check_coverage={value}", f"name={value}")
+        for value in ("true", "false")
+    ]
     for run in runs:
         train(run)
     assert all_losses_of(runs[0]) == all_losses_of(runs[1])
@@ -66,7 +87,10 @@ def test_the_proof_changes_no_number_of_a_run(tiny_config, more):
 def test_targets_are_counted_by_name(compose):
     """A layer that other layers share counts once."""
     adapter = compose("adapter.r=4", "adapter.target_modules=[q_proj,v_proj,in_proj]").adapter
-    assert describe_targets(build(FAMILIES["zamba2"].model(), adapter)) == "in_proj q_proj v_proj: 5 of 5"
+    assert (
+        describe_targets(build(FAMILIES["zamba2"].model(), adapter))
+        == "in_proj q_proj v_proj: 5 of 5"
+    )
 
 
 def test_what_a_mamba_model_does_not_call_is_left_out_of_all_linear(tiny_config, mamba, capsys):

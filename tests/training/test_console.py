@@ -13,23 +13,34 @@ from cera_train.training.console import describe_adapter, describe_speed
     [
         (VARLEN, "attention by sequence in one kernel, no padding"),
         (BY_SEQUENCE, "attention by sequence, no padding"),
-        (None, "no padding, no attention by sequence (this model's attention is not plain causal sdpa)"),
+        (
+            None,
+            "no padding, no attention by sequence (this model's attention is not plain causal "
+            "sdpa)",
+        ),
     ],
 )
 def test_the_layout_and_the_compilation_are_described(tiny_llama, attention, expected):
     loss = SupervisedLoss(tiny_llama, tiny_llama)
     assert describe_speed(loss) == "padding; not compiled (train.compile=false)"
-    loss.allowed, loss.is_flat, loss.is_compiled = Allowed(attention=attention), True, True
+    loss.allowed = Allowed(attention=attention)
+    loss.is_flat = True
+    loss.is_compiled = True
     assert describe_speed(loss) == f"{expected}; compiled layers"
 
 
 def test_an_adapter_is_described_with_its_places():
     def places(**settings) -> str:
-        return describe_adapter(AdapterConfig(r=8, **settings)).removeprefix("cera r=8, silu, dropout 0, on ")
+        return describe_adapter(AdapterConfig(r=8, **settings)).removeprefix(
+            "cera r=8, silu, dropout 0, on "
+        )
 
     assert places() == "all-linear"
     assert places(target_modules=["q_proj", "v_proj"]) == "q_proj v_proj"
     vera = AdapterConfig(kind="peft", method="VERA", r=None, alpha=None, target_modules=None)
     assert describe_adapter(vera) == "VERA r=256, dropout 0"  # PEFT's default
     assert places(experts=True, expert_r=2) == "all-linear and all experts at r=2"
-    assert places(target_modules=[], target_parameters=["experts.down_proj"]) == "experts.down_proj at r=8"
+    assert (
+        places(target_modules=[], target_parameters=["experts.down_proj"])
+        == "experts.down_proj at r=8"
+    )

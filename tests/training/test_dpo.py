@@ -35,7 +35,9 @@ def dpo(tiny_config, write_jsonl):
     """dpo("adapter.r=4", ...): the config of a run on `ROWS`."""
     file = write_jsonl("preferences.jsonl", ROWS)
     words = ["data=jsonl", f"data.train_files=[{file}]", "data.eval_rows=4", "train.objective=dpo"]
-    return lambda *overrides: tiny_config(*words, "train.batch_size=3", "train.max_updates=4", *overrides)
+    return lambda *overrides: tiny_config(
+        *words, "train.batch_size=3", "train.max_updates=4", *overrides
+    )
 
 
 @pytest.fixture
@@ -45,7 +47,9 @@ def session_of(tmp_path):
     def session_of(config) -> Session:
         (tmp_path / "run").mkdir()
         settled = settle(config, tmp_path / "run")
-        return Session(settled, RunFolder(tmp_path / "run", to_plain(settled.config)), resume_from=None)
+        return Session(
+            settled, RunFolder(tmp_path / "run", to_plain(settled.config)), resume_from=None
+        )
 
     return session_of
 
@@ -62,7 +66,9 @@ def move(model: torch.nn.Module) -> None:
 def gradients(session: Session, rows: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
     loss = backward(session, session.objective.begin(rows))
     named = session.model.named_parameters()
-    taken = {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+    taken = {
+        name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None
+    }
     session.optimizer.zero_grad()
     return float(loss), taken
 
@@ -74,10 +80,15 @@ def gradients(session: Session, rows: list[int]) -> tuple[float, dict[str, torch
         (["adapter=cera"], {}),
         (["adapter=lora", "dpo.beta=0.5"], {"beta": 0.5}),
         (["adapter=cera", "dpo.loss=ipo"], {"loss_type": "ipo"}),
-        (["adapter=dora", "dpo.sft_weight=2"], {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 2.0]}),
+        (
+            ["adapter=dora", "dpo.sft_weight=2"],
+            {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 2.0]},
+        ),
     ],
 )
-def test_loss_gradients_and_figures_are_trls(dpo, session_of, tokenizer, tmp_path, overrides, arguments):
+def test_loss_gradients_and_figures_are_trls(
+    dpo, session_of, tokenizer, tmp_path, overrides, arguments
+):
     trl = pytest.importorskip("trl")
     session = session_of(dpo(*overrides, "adapter.r=4", "adapter.dropout=0"))
     move(session.model)
@@ -86,11 +97,18 @@ def test_loss_gradients_and_figures_are_trls(dpo, session_of, tokenizer, tmp_pat
     figures = session.objective.begin([*range(6)]).figures
 
     settings = trl.DPOConfig(
-        str(tmp_path / "trl"), per_device_train_batch_size=3, use_cpu=True, bf16=False, report_to="none", **arguments
+        str(tmp_path / "trl"),
+        per_device_train_batch_size=3,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        **arguments,
     )
     rows = Dataset.from_list(ROWS[:3])
     session.local_loss.causal_lm.set_attn_implementation("sdpa")
-    trainer = trl.DPOTrainer(session.model, args=settings, train_dataset=rows, processing_class=tokenizer)
+    trainer = trl.DPOTrainer(
+        session.model, args=settings, train_dataset=rows, processing_class=tokenizer
+    )
     if "ref" in trainer.model.peft_config:  # a copy of this adapter: the base is the reference here
         trainer.model.delete_adapter("ref")
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(3)])
@@ -112,7 +130,10 @@ def test_the_loss_depends_on_no_micro_batch_and_is_that_of_the_formula(dpo, sess
     whole, taken = gradients(session, [0, 1, 4, 5])
     figures = session.objective.begin([0, 1, 4, 5]).figures
     margins = torch.tensor(
-        [session.objective.begin(pair).figures["train/rewards/margins"] for pair in ([0, 1], [4, 5])]
+        [
+            session.objective.begin(pair).figures["train/rewards/margins"]
+            for pair in ([0, 1], [4, 5])
+        ]
     )
     expected = -(0.8 * margins.sigmoid().log() + 0.2 * (-margins).sigmoid().log()).mean()
     assert whole == pytest.approx(expected.item(), rel=1e-5)
@@ -133,9 +154,12 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_run_learns_the_choice_and_goes_on_byte_for_byte_without_the_cache(dpo, cache, quantization):
+def test_a_run_learns_the_choice_and_goes_on_byte_for_byte_without_the_cache(
+    dpo, cache, quantization
+):
     words = ["optimizer.lr=2e-2", f"model.quantization={quantization}"]
-    whole, part = dpo("name=whole", *words), dpo("name=part", *words)
+    whole = dpo("name=whole", *words)
+    part = dpo("name=part", *words)
     whole.train.max_updates = 8
     result = train(whole)
     assert result["perplexity_before"] == pytest.approx(2, rel=1e-6)  # a coin's
@@ -143,12 +167,15 @@ def test_a_run_learns_the_choice_and_goes_on_byte_for_byte_without_the_cache(dpo
     assert result["preferences/accuracy"] == 1
     train(part)
     shutil.rmtree(cache / "reference")
-    part.train.max_updates, part.train.extend = 8, True
+    part.train.max_updates = 8
+    part.train.extend = True
     train(part)
     assert adapter_bytes(part) == adapter_bytes(whole)
     last = metrics_of(whole)[-1]
     assert math.log(last["eval/perplexity"]) == pytest.approx(last["eval/loss"])
-    assert last["eval/rewards/margins"] == pytest.approx(last["eval/rewards/chosen"] - last["eval/rewards/rejected"])
+    assert last["eval/rewards/margins"] == pytest.approx(
+        last["eval/rewards/chosen"] - last["eval/rewards/rejected"]
+    )
 
 
 def test_the_reference_is_the_start_or_the_base(dpo):
@@ -160,17 +187,23 @@ def test_the_reference_is_the_start_or_the_base(dpo):
         for reference in ("start", "base")
     ]
     assert before[0] == pytest.approx(2, rel=1e-6)
-    assert before[1] == pytest.approx(json.loads((folder_of(first) / "result.json").read_text())["eval/perplexity"])
+    assert before[1] == pytest.approx(
+        json.loads((folder_of(first) / "result.json").read_text())["eval/perplexity"]
+    )
 
 
-def test_the_reference_is_taken_once_for_a_model_and_rows(dpo, cache, tiny_folder, tmp_path, capsys):
+def test_the_reference_is_taken_once_for_a_model_and_rows(
+    dpo, cache, tiny_folder, tmp_path, capsys
+):
     def takes(*overrides: str) -> bool:
         capsys.readouterr()
         train(dpo(*overrides, "train.max_updates=1"))
         return "log p of every answer, once" in capsys.readouterr().err
 
     assert takes("name=first")
-    assert not takes("name=second", "train.seed=1", "optimizer.lr=1e-3", "adapter=dora", "adapter.r=2")
+    assert not takes(
+        "name=second", "train.seed=1", "optimizer.lr=1e-3", "adapter=dora", "adapter.r=2"
+    )
     assert takes("name=rows", "data.eval_rows=5")
     start = f"adapter.start_from={folder_of(dpo('name=first'))}"
     assert takes("name=start", start)
@@ -183,36 +216,55 @@ def test_the_reference_is_taken_once_for_a_model_and_rows(dpo, cache, tiny_folde
     assert takes("name=merged", f"model.path={base}")
     for file in cache.glob("reference/*/reference.safetensors"):
         file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(UserError, match=r"reference.safetensors is broken: .* Remove .*: it is taken anew"):
+    with pytest.raises(
+        UserError, match=r"reference.safetensors is broken: .* Remove .*: it is taken anew"
+    ):
         takes("name=broken")
 
 
 @pytest.mark.slow
-def test_two_processes_and_sharded_weights_learn_what_one_does(tiny_folder, tmp_path, write_jsonl, compose):
+def test_two_processes_and_sharded_weights_learn_what_one_does(
+    tiny_folder, tmp_path, write_jsonl, compose
+):
     words = [
         *(f"model.path={tiny_folder}", *TINY, "adapter.r=4", "data=jsonl"),
-        *(f"data.train_files=[{write_jsonl('pairs.jsonl', ROWS)}]", "data.eval_rows=4", "train.objective=dpo"),
-        *("adapter.dropout=0", "train.batch_size=3", "train.max_updates=6", "train.micro_batch_tokens=256"),
+        *(
+            f"data.train_files=[{write_jsonl('pairs.jsonl', ROWS)}]",
+            "data.eval_rows=4",
+            "train.objective=dpo",
+        ),
+        *(
+            "adapter.dropout=0",
+            "train.batch_size=3",
+            "train.max_updates=6",
+            "train.micro_batch_tokens=256",
+        ),
         *("optimizer.lr=2e-2", "train.eval_every=3", f"output_dir={tmp_path / 'outputs'}"),
     ]
     train(compose(*words, "name=one"))
     train_in_processes(
-        [[*words, f"distributed.strategy={name}", f"name={name}"] for name in ("ddp", "fsdp")], 2, tmp_path
+        [[*words, f"distributed.strategy={name}", f"name={name}"] for name in ("ddp", "fsdp")],
+        2,
+        tmp_path,
     )
     one = tmp_path / "outputs" / "one"
     for name in ("ddp", "fsdp"):
-        assert all_losses_of(one.with_name(name)) == pytest.approx(all_losses_of(one), rel=1e-4), name
+        assert all_losses_of(one.with_name(name)) == pytest.approx(all_losses_of(one), rel=1e-4), (
+            name
+        )
         last = metrics_of(one.with_name(name))[-1]["eval/rewards/margins"]
         assert last == pytest.approx(metrics_of(one)[-1]["eval/rewards/margins"], rel=1e-4), name
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def test_the_answers_of_a_pair_are_dropped_together(dpo, tokenizer, write_jsonl):
     long = {"prompt": "Is it?", "chosen": " yes", "rejected": " no" * 300}
     file = write_jsonl("rows.jsonl", [{**long, "prompt": "Is it? " * 100}, long, *ROWS])
-    data = prepare_data(settle(dpo(f"data.train_files=[{file}]"), folder_of(dpo()))[0].data, tokenizer).train
+    data = prepare_data(
+        settle(dpo(f"data.train_files=[{file}]"), folder_of(dpo()))[0].data, tokenizer
+    ).train
     assert len(data) == 18
     assert data.truncated[:3] == [False, True, False]
 
@@ -226,11 +278,18 @@ TEMPLATE = (
 )
 
 
-def test_messages_are_read_with_and_without_a_prompt_of_their_own(dpo, tokenizer, write_jsonl, monkeypatch):
+def test_messages_are_read_with_and_without_a_prompt_of_their_own(
+    dpo, tokenizer, write_jsonl, monkeypatch
+):
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
-    rows = [{"prompt": [ASKED], "chosen": [YES], "rejected": [NO]}, {"chosen": [ASKED, YES], "rejected": [ASKED, NO]}]
+    rows = [
+        {"prompt": [ASKED], "chosen": [YES], "rejected": [NO]},
+        {"chosen": [ASKED, YES], "rejected": [ASKED, NO]},
+    ]
     file = write_jsonl("rows.jsonl", rows * 3)
-    config = settle(dpo(f"data.train_files=[{file}]", "data.allow_overlap=1"), folder_of(dpo()))[0].data
+    config = settle(dpo(f"data.train_files=[{file}]", "data.allow_overlap=1"), folder_of(dpo()))[
+        0
+    ].data
     data = prepare_data(config, tokenizer).train
     texts = [tokenizer.decode(data.tokens("input_ids", row).to_pylist()) for row in range(4)]
     assert texts[:2] == texts[2:]
@@ -240,8 +299,16 @@ def test_messages_are_read_with_and_without_a_prompt_of_their_own(dpo, tokenizer
 @pytest.mark.parametrize(
     ("row", "overrides", "message"),
     [
-        ({"prompt": "a", "chosen": "b"}, ["data.rejected='{rejected}'"], "rows.jsonl:2: .*'rejected'"),
-        ({"prompt": "a", "chosen": "b", "rejected": " "}, [], "rows.jsonl:2: the rejected answer is empty"),
+        (
+            {"prompt": "a", "chosen": "b"},
+            ["data.rejected='{rejected}'"],
+            "rows.jsonl:2: .*'rejected'",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": " "},
+            [],
+            "rows.jsonl:2: the rejected answer is empty",
+        ),
         (
             {"prompt": "a", "chosen": "b", "rejected": "b"},
             [],
@@ -259,15 +326,21 @@ def test_answers_to_different_prompts_are_no_preference(dpo, write_jsonl):
     row = {"chosen": [ASKED, YES], "rejected": [ASKED, NO]}
     other = row | {"rejected": [{"role": "user", "content": "Was it?"}, NO]}
     file = write_jsonl("rows.jsonl", [row, other, *[row] * 6])
-    with pytest.raises(UserError, match="rows.jsonl:2: the chosen and the rejected answer follow different prompts"):
+    with pytest.raises(
+        UserError, match="rows.jsonl:2: the chosen and the rejected answer follow different prompts"
+    ):
         train(dpo(f"data.train_files=[{file}]"))
 
 
 def test_objective_and_rows_have_to_fit(dpo, write_jsonl):
     with pytest.raises(
-        UserError, match="train.objective=sft: preferences.jsonl holds preferences: set train.objective"
+        UserError,
+        match="train.objective=sft: preferences.jsonl holds preferences: set train.objective",
     ):
         train(dpo("train.objective=sft"))
     rows = write_jsonl("plain.jsonl", [{"prompt": "a", "completion": "b"}] * 9)
-    with pytest.raises(UserError, match="train.objective=dpo learns from preferences, and plain.jsonl has none: name"):
+    with pytest.raises(
+        UserError,
+        match="train.objective=dpo learns from preferences, and plain.jsonl has none: name",
+    ):
         train(dpo(f"data.train_files=[{rows}]"))

@@ -17,7 +17,12 @@ pytestmark = [needs_smollm2, pytest.mark.slow]
 
 
 def test_the_quickstart_learns_and_its_adapter_loads_in_plain_peft(compose, tmp_path):
-    short = ("train.max_updates=20", "train.eval_every=20", "train.tasks_every=20", "train.tasks_limit=20")
+    short = (
+        "train.max_updates=20",
+        "train.eval_every=20",
+        "train.tasks_every=20",
+        "train.tasks_limit=20",
+    )
     result = train(compose("+recipe=quickstart", *short, f"output_dir={tmp_path}"))
     assert result["trainable_parameters"] == 9_768_960
     folder = Path(result["folder"])
@@ -28,7 +33,9 @@ def test_the_quickstart_learns_and_its_adapter_loads_in_plain_peft(compose, tmp_
     assert measured["exact/pass@1"] == pytest.approx(result["held_out/exact"], abs=0.1)
     assert measured["truncated"] == 0  # it has learned to stop
     saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    base = AutoModelForCausalLM.from_pretrained(saved["base_model_name_or_path"], dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(
+        saved["base_model_name_or_path"], dtype=torch.bfloat16
+    )
     ids = torch.arange(100, 140)[None]
     model = peft.PeftModel.from_pretrained(base, folder / "adapter")
     again = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.bfloat16)

@@ -1,4 +1,5 @@
-"""`train.extend`: a finished run trains on as one longer run would have; how it ended before is kept."""
+"""`train.extend`: a finished run trains on as one longer run would have; how it ended before is
+kept."""
 
 import json
 import shutil
@@ -6,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_runs import Cut, adapter_bytes, folder_of, metrics_of, timeless_metrics, train_and_die_after
+from tiny_runs import (
+    Cut,
+    adapter_bytes,
+    folder_of,
+    metrics_of,
+    timeless_metrics,
+    train_and_die_after,
+)
 
 from cera_train.common.errors import UserError
 from cera_train.report.runs import read_runs
@@ -15,7 +23,8 @@ from cera_train.runs.results import LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.subject import find_adapter
 from cera_train.training.train import train
 
-SHORT, LONG = ["train.max_updates=null", "train.epochs=1"], ["train.max_updates=null", "train.epochs=2"]
+SHORT = ["train.max_updates=null", "train.epochs=1"]
+LONG = ["train.max_updates=null", "train.epochs=2"]
 """5 and 10 updates: 79 rows in batches of 16."""
 EVERY = ["train.eval_every=5", "train.save_every=4", "adapter.dropout=0.3"]
 
@@ -57,11 +66,17 @@ def test_the_bytes_are_those_of_one_longer_run_which_stands(tiny_config, short, 
 def test_the_end_so_far_is_a_runs_folder(tiny_config, short):
     folder = folder_of(short)
     (folder / "eval" / "gsm8k").mkdir(parents=True)
-    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
     train(tiny_config(*EVERY, *LONG, "train.extend=true"))
     end = folder / "ends" / "5"
-    assert {path.relative_to(end): path.read_bytes() for path in end.rglob("*") if path.is_file()} == {
-        path: content for path, content in before.items() if path.parts[0] not in ("checkpoints", "best")
+    assert {
+        path.relative_to(end): path.read_bytes() for path in end.rglob("*") if path.is_file()
+    } == {
+        path: content
+        for path, content in before.items()
+        if path.parts[0] not in ("checkpoints", "best")
     }
     assert (end / "eval" / "gsm8k").is_dir()
     assert not (folder / "eval").exists()  # its answers are those of the earlier adapter
@@ -73,7 +88,8 @@ def test_the_end_so_far_is_a_runs_folder(tiny_config, short):
 
 @pytest.mark.parametrize("moved", [0, 4])
 def test_keeping_the_end_can_be_cut_anywhere(tiny_config, short, whole, monkeypatch, moved):
-    config, calls = tiny_config(*EVERY, *LONG, "train.extend=true"), iter(range(99))
+    config = tiny_config(*EVERY, *LONG, "train.extend=true")
+    calls = iter(range(99))
     folder_of(config).joinpath("eval").mkdir()
     rename = Path.rename
 
@@ -119,14 +135,25 @@ def test_what_cannot_be_extended_is_refused(tiny_config, short):
 
     folder = folder_of(short)
     shorter = ["train.max_updates=4", "train.epochs=1", "train.extend=true"]
-    refused("ended at update 5, .* train.max_updates=4 train.patience=None it ends there too: set more", *shorter)
+    refused(
+        "ended at update 5, .* train.max_updates=4 train.patience=None it ends there too: set more",
+        *shorter,
+    )
     refused("optimizer.lr was 0.01, is 0.02", *LONG, "optimizer.lr=0.02", "train.extend=true")
-    refused("another config: train.epochs was 1, is 2. .* To train longer, add train.extend=true.", *LONG)
+    refused(
+        "another config: train.epochs was 1, is 2. .* To train longer, add train.extend=true.",
+        *LONG,
+    )
     tree = yaml.safe_load((folder / "config.yaml").read_text())
     tree["train"]["patience"] = 1
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     path = folder / "checkpoints" / "5" / "progress.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluations_since_best": 1}))
     path.with_name("checksums.json").unlink()
-    refused("ended at update 5, .* train.patience=1 it ends there too", *LONG, "train.patience=1", "train.extend=true")
+    refused(
+        "ended at update 5, .* train.patience=1 it ends there too",
+        *LONG,
+        "train.patience=1",
+        "train.extend=true",
+    )
     assert (folder / "result.json").exists()

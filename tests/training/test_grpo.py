@@ -31,7 +31,10 @@ from cera_train.training.objectives.grpo import MOST_WEIGHT, drawn_questions, gr
 from cera_train.training.session import Session, settle
 from cera_train.training.train import backward, train
 
-ROWS = [{"prompt": f"Say {word}:", "completion": f" {word}"} for word in ("one", "two", "six", "ten", "many", "few")]
+ROWS = [
+    {"prompt": f"Say {word}:", "completion": f" {word}"}
+    for word in ("one", "two", "six", "ten", "many", "few")
+]
 
 
 def vowels(prompt: str, answer: str, right: str) -> float:
@@ -51,8 +54,17 @@ def number(*_: str) -> float:
 def grpo(tiny_config, write_jsonl):
     """grpo("adapter.r=4", ...): the config of a run on `ROWS`, rewarded for vowels."""
     words = [
-        *("data=jsonl", f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]", "data.eval_rows=2"),
-        *("train.objective=grpo", "grpo.answers=4", "grpo.max_new_tokens=6", f"grpo.rewards=[{__name__}.vowels]"),
+        *(
+            "data=jsonl",
+            f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
+            "data.eval_rows=2",
+        ),
+        *(
+            "train.objective=grpo",
+            "grpo.answers=4",
+            "grpo.max_new_tokens=6",
+            f"grpo.rewards=[{__name__}.vowels]",
+        ),
         *("train.batch_size=3", "train.max_updates=4", "train.patience=null"),
     ]
     return lambda *overrides: tiny_config(*words, *overrides)
@@ -69,11 +81,18 @@ def grpo(tiny_config, write_jsonl):
     ],
     ids=["scaled", "unscaled", "clipped, with a reference", "likewise, sampled by a server"],
 )
-def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, passes, is_served, monkeypatch):
+def test_loss_gradients_and_figures_are_trls(
+    grpo, tokenizer, tmp_path, words, passes, is_served, monkeypatch
+):
     trl = pytest.importorskip("trl")
-    settled = settle(grpo("adapter.r=4", "adapter.dropout=0", "train.micro_batch_tokens=256", *words), tmp_path / "run")
+    settled = settle(
+        grpo("adapter.r=4", "adapter.dropout=0", "train.micro_batch_tokens=256", *words),
+        tmp_path / "run",
+    )
     config = settled.config.grpo
-    session = Session(settled, RunFolder(tmp_path / "run", to_plain(settled.config)), resume_from=None)
+    session = Session(
+        settled, RunFolder(tmp_path / "run", to_plain(settled.config)), resume_from=None
+    )
 
     @torch.no_grad()
     def move() -> None:
@@ -90,7 +109,9 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, p
     assert 0 < len(drawn.rows) <= 12
     prompts = [session.objective._prompt(row)[0] for row in (0, 2, 3)]
     groups = [[answer.ids for answer in group] for group in session.objective._sample(prompts)]
-    rewards = torch.tensor([[vowels("Say ", tokenizer.decode(ids), "") for ids in group] for group in groups]).float()
+    rewards = torch.tensor(
+        [[vowels("Say ", tokenizer.decode(ids), "") for ids in group] for group in groups]
+    ).float()
     advantages = rewards - rewards.mean(1, keepdim=True)
     if config.scale:
         advantages /= rewards.std(1, keepdim=True) + 1e-4
@@ -99,11 +120,18 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, p
     def padded(parts: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [torch.tensor(part) for part in parts]
         pad = torch.nn.utils.rnn.pad_sequence
-        return pad(parts, True, 0, side), pad([torch.ones_like(part) for part in parts], True, 0, side)
+        return pad(parts, True, 0, side), pad(
+            [torch.ones_like(part) for part in parts], True, 0, side
+        )
 
     prompt_ids, prompt_mask = padded([prompt for prompt in prompts for _ in range(4)], "left")
     ids, mask = padded([answer for group in groups for answer in group], "right")
-    inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": ids, "completion_mask": mask}
+    inputs = {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": ids,
+        "completion_mask": mask,
+    }
     inputs |= {"advantages": advantages.flatten(), "num_items_in_batch": mask.sum()}
 
     def log_p() -> torch.Tensor:
@@ -134,15 +162,24 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, p
         move()
     sums = {name: value.clone() for name, value in drawn.sums.items()}
     loss = backward(session, drawn)
-    taken = {name: p.grad.clone() for name, p in session.model.named_parameters() if p.grad is not None}
+    taken = {
+        name: p.grad.clone() for name, p in session.model.named_parameters() if p.grad is not None
+    }
     session.optimizer.zero_grad()
 
     session.local_loss.causal_lm.set_attn_implementation("sdpa")
-    options = {"per_device_train_batch_size": 4, "num_generations": 4, "use_cpu": True, "bf16": False}
+    options = {
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "use_cpu": True,
+        "bf16": False,
+    }
     options |= {"epsilon": config.epsilon, "beta": config.beta}
     settings = trl.GRPOConfig(str(tmp_path / "trl"), report_to="none", **options)
     rows_of = Dataset.from_list([{"prompt": "Say"}] * 4)
-    trainer = trl.GRPOTrainer(session.model, vowels, args=settings, train_dataset=rows_of, processing_class=tokenizer)
+    trainer = trl.GRPOTrainer(
+        session.model, vowels, args=settings, train_dataset=rows_of, processing_class=tokenizer
+    )
     trainer.current_gradient_accumulation_steps = 1
     trainer.use_vllm = is_served
     expected = trainer._compute_loss(trainer.model, inputs)
@@ -154,7 +191,9 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, p
     if passes == 2:
         logged = trainer._metrics["train"]
         assert logged["clip_ratio/region_mean"][0] > 0
-        assert passes * (drawn.sums["train/kl"] - sums["train/kl"]).item() == pytest.approx(logged["kl"][0], rel=1e-4)
+        assert passes * (drawn.sums["train/kl"] - sums["train/kl"]).item() == pytest.approx(
+            logged["kl"][0], rel=1e-4
+        )
 
 
 def test_rewards_rise_and_answers_are_kept_with_theirs(grpo):
@@ -167,12 +206,20 @@ def test_rewards_rise_and_answers_are_kept_with_theirs(grpo):
     first = [sample for sample in samples if sample.update == 1 and sample.reward is not None]
     assert len(first) == 3 * 8
     assert fmean(sample.reward for sample in first) == pytest.approx(rewards[0])
-    assert all(sample.reward == vowels(sample.prompt, sample.answer, sample.gold) for sample in first)
+    assert all(
+        sample.reward == vowels(sample.prompt, sample.answer, sample.gold) for sample in first
+    )
     assert max(sample.tokens for sample in first) == 6
 
 
 def test_a_run_killed_between_answers_and_update_goes_on_byte_for_byte(grpo):
-    words = ["optimizer.lr=5e-2", "grpo.epochs=2", "grpo.beta=0.01", "train.samples=1", "train.save_every=2"]
+    words = [
+        "optimizer.lr=5e-2",
+        "grpo.epochs=2",
+        "grpo.beta=0.01",
+        "train.samples=1",
+        "train.save_every=2",
+    ]
     whole, part = (grpo(*words, "train.eval_every=2", name) for name in ("name=whole", "name=part"))
     train(whole)
     with once_logged(1, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(SystemExit):
@@ -188,7 +235,8 @@ def test_nothing_is_lost_where_a_reward_fails(grpo, monkeypatch):
     words = ["optimizer.lr=5e-2", "train.save_every=null"]
     whole, part = (grpo(*words, name) for name in ("name=whole", "name=part"))
     train(whole)
-    reward, calls = vowels, itertools.count()
+    reward = vowels
+    calls = itertools.count()
 
     def fails_at_update_3(*words: str) -> float:
         return reward(*words) if next(calls) < 2 * 3 * 4 else math.nan
@@ -203,7 +251,11 @@ def test_nothing_is_lost_where_a_reward_fails(grpo, monkeypatch):
 
 
 def test_a_server_answers_by_the_adapter_of_each_update(grpo):
-    tasks = ["train.tasks=[held_out]", "train.task_settings={held_out: {max_new_tokens: 8}}", "train.samples=1"]
+    tasks = [
+        "train.tasks=[held_out]",
+        "train.task_settings={held_out: {max_new_tokens: 8}}",
+        "train.samples=1",
+    ]
     words = ["adapter.r=4", "adapter.dropout=0", "optimizer.lr=5e-2", "train.max_updates=3", *tasks]
     with playing_vllm(grpo(*words).model) as vllm:
         config = grpo(*words, f"train.server={vllm.url}")
@@ -233,31 +285,61 @@ def test_nothing_is_lost_where_a_server_goes(grpo, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_sample_and_learn_what_one_does(tiny_folder, tmp_path, write_jsonl, compose, monkeypatch):
+def test_two_processes_sample_and_learn_what_one_does(
+    tiny_folder, tmp_path, write_jsonl, compose, monkeypatch
+):
     # A judge that says otherwise when another process asks: only the main one does.
     sign = "import os\n\nSIGN = 1 if os.environ.get('RANK', '0') == '0' else -1\n"
-    reward = "def vowels(prompt, answer, right):\n    return SIGN * sum(letter in 'aeiou' for letter in answer)\n"
+    reward = (
+        "def vowels(prompt, answer, right):\n    return SIGN * sum(letter in 'aeiou' for letter "
+        "in answer)\n"
+    )
     (tmp_path / "rewards_of_a_test.py").write_text(sign + reward)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    )
     words = [
-        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4", "data=jsonl"),
-        *(f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]", "data.eval_rows=2", "train.objective=grpo"),
-        *("grpo.answers=4", "grpo.max_new_tokens=6", "grpo.rewards=[rewards_of_a_test.vowels]", "adapter.dropout=0"),
-        *("train.batch_size=3", "train.max_updates=1", "train.micro_batch_tokens=256", "optimizer.lr=2e-2"),
+        *(
+            f"model.path={tiny_folder}",
+            "model.dtype=float32",
+            "data.max_length=256",
+            "adapter.r=4",
+            "data=jsonl",
+        ),
+        *(
+            f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
+            "data.eval_rows=2",
+            "train.objective=grpo",
+        ),
+        *(
+            "grpo.answers=4",
+            "grpo.max_new_tokens=6",
+            "grpo.rewards=[rewards_of_a_test.vowels]",
+            "adapter.dropout=0",
+        ),
+        *(
+            "train.batch_size=3",
+            "train.max_updates=1",
+            "train.micro_batch_tokens=256",
+            "optimizer.lr=2e-2",
+        ),
         f"output_dir={tmp_path / 'outputs'}",
     ]
     train(compose(*words, "name=one"))
     train_in_processes([[*words, "name=two"]], 2, tmp_path)
     one, two = (metrics_of(tmp_path / "outputs" / name) for name in ("one", "two"))
-    # Of one update: Adam makes what rounding leaves of a gradient a whole step, and then other tokens are sampled.
+    # Of one update: Adam makes what rounding leaves of a gradient a whole step, and then other
+    # tokens are sampled.
     for key in ("train/reward", "train/grad_norm", "train/completions/mean_length"):
         assert two[1][key] == pytest.approx(one[1][key], rel=1e-5), key
     assert one[1]["train/grad_norm"] > 0
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_where_one_process_of_two_cannot_answer(tiny_folder, tmp_path, write_jsonl, monkeypatch):
+def test_nothing_is_lost_where_one_process_of_two_cannot_answer(
+    tiny_folder, tmp_path, write_jsonl, monkeypatch
+):
     """Process 0, which saves, is told of it."""
     (tmp_path / "rewards_of_a_test.py").write_text(
         "import os\n"
@@ -271,12 +353,30 @@ def test_nothing_is_lost_where_one_process_of_two_cannot_answer(tiny_folder, tmp
         "    return answers(model, batches, *rest)\n\n"
         "LoadedModel.answers = answers\n"
     )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    )
     run = start(
-        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4", "data=jsonl"),
-        *(f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]", "data.eval_rows=2", "train.objective=grpo"),
+        *(
+            f"model.path={tiny_folder}",
+            "model.dtype=float32",
+            "data.max_length=256",
+            "adapter.r=4",
+            "data=jsonl",
+        ),
+        *(
+            f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
+            "data.eval_rows=2",
+            "train.objective=grpo",
+        ),
         *("grpo.answers=4", "grpo.max_new_tokens=6", "grpo.rewards=[rewards_of_a_test.vowels]"),
-        *("train.batch_size=3", "train.max_updates=4", "train.save_every=null", "launch.processes=2", "name=run"),
+        *(
+            "train.batch_size=3",
+            "train.max_updates=4",
+            "train.save_every=null",
+            "launch.processes=2",
+            "name=run",
+        ),
         cwd=tmp_path,
     )
     _, errors = run.communicate(timeout=200)
@@ -293,15 +393,36 @@ def test_an_answer_is_graded_as_by_a_task():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([f"grpo.rewards=[{__name__}.fails]"], r"^grpo.rewards=\[.*fails\] fails for the answer .*: LookupError: no"),
-        ([f"grpo.rewards=[{__name__}.number]"], r"^grpo.rewards=\[.*number\] gives nan for the answer .*: return a "),
-        (["grpo.rewards=[nowhere.at_all]"], r"^grpo.rewards=\[nowhere.at_all\] cannot be imported: ModuleNotFoun"),
-        (["grpo.rewards=[]"], "^train.objective=grpo: in 6 groups all answers earned as much, 0 at last, and nothing"),
+        (
+            [f"grpo.rewards=[{__name__}.fails]"],
+            r"^grpo.rewards=\[.*fails\] fails for the answer .*: LookupError: no",
+        ),
+        (
+            [f"grpo.rewards=[{__name__}.number]"],
+            r"^grpo.rewards=\[.*number\] gives nan for the answer .*: return a ",
+        ),
+        (
+            ["grpo.rewards=[nowhere.at_all]"],
+            r"^grpo.rewards=\[nowhere.at_all\] cannot be imported: ModuleNotFoun",
+        ),
+        (
+            ["grpo.rewards=[]"],
+            "^train.objective=grpo: in 6 groups all answers earned as much, 0 at last, and nothing",
+        ),
         (["grpo.grader=choice"], "^grpo.grader=choice: .*finds no answer in it"),
-        (["data.loss_on=all"], "^train.objective=grpo answers prompts, and rows.jsonl has text without: name"),
-        (["grpo.max_new_tokens=256"], "^grpo.max_new_tokens=256 after a prompt of .* beyond the 256 positions"),
+        (
+            ["data.loss_on=all"],
+            "^train.objective=grpo answers prompts, and rows.jsonl has text without: name",
+        ),
+        (
+            ["grpo.max_new_tokens=256"],
+            "^grpo.max_new_tokens=256 after a prompt of .* beyond the 256 positions",
+        ),
         (["data.max_length=10"], "^all training rows are longer than data.max_length: raise it"),
-        (["grpo.beta=0.1", "adapter=full", "adapter.r=null", "adapter.dropout=0"], "^grpo.beta=0.1 needs the base as"),
+        (
+            ["grpo.beta=0.1", "adapter=full", "adapter.r=null", "adapter.dropout=0"],
+            "^grpo.beta=0.1 needs the base as",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -322,11 +443,26 @@ def test_a_row_of_a_generator_is_graded_by_it(compose):
     pytest.importorskip("reasoning_gym")
     drawn = drawn_questions(compose("data=reasoning_gym", "data.train_rows=2").data)
     for prompt, draw in drawn.items():
-        rewards = [grade(f"{prompt} ", f" {draw.answer}{rest}", draw.answer, "text", drawn) for rest in ("", ".0", "1")]
+        rewards = [
+            grade(f"{prompt} ", f" {draw.answer}{rest}", draw.answer, "text", drawn)
+            for rest in ("", ".0", "1")
+        ]
         assert rewards == [1, 1, 0]  # the text of a sum with .0 is another
 
 
 def test_a_row_whose_right_answer_is_cut_is_left_out(grpo, write_jsonl, capsys):
-    rows = [*ROWS, *({"prompt": f"Say {word}:", "completion": " all" * 60} for word in ("all", "each", "both"))]
-    train(grpo(f"data.train_files=[{write_jsonl('more.jsonl', rows)}]", "data.max_length=60", "train.max_updates=1"))
+    rows = [
+        *ROWS,
+        *(
+            {"prompt": f"Say {word}:", "completion": " all" * 60}
+            for word in ("all", "each", "both")
+        ),
+    ]
+    train(
+        grpo(
+            f"data.train_files=[{write_jsonl('more.jsonl', rows)}]",
+            "data.max_length=60",
+            "train.max_updates=1",
+        )
+    )
     assert re.search(r"train .* [1-3] beyond max_length\), 0 truncated", capsys.readouterr().out)

@@ -13,17 +13,26 @@ from cera_train.training.train import train
 def mixed(tiny_config, write_jsonl):
     """mixed("train.seed=1", ...) -> Config of a run on 30 and 6 rows, 2 : 1"""
     for name, size in (("a", 32), ("b", 8)):
-        write_jsonl(f"{name}.jsonl", [{"prompt": f"{name}{row} is", "completion": f" {row}"} for row in range(size)])
+        write_jsonl(
+            f"{name}.jsonl",
+            [{"prompt": f"{name}{row} is", "completion": f" {row}"} for row in range(size)],
+        )
     folder = write_jsonl("c.jsonl", []).parent
 
     def mixed(*overrides: str):
-        files = f"data.mix=[{{train_files:[{folder}/a.jsonl],weight:2}},{{train_files:[{folder}/b.jsonl],weight:1}}]"
-        return tiny_config("data=jsonl", files, "data.eval_rows=2", "data.train_rows=27", *overrides)
+        a = f"{{train_files:[{folder}/a.jsonl],weight:2}}"
+        b = f"{{train_files:[{folder}/b.jsonl],weight:1}}"
+        files = f"data.mix=[{a},{b}]"
+        return tiny_config(
+            "data=jsonl", files, "data.eval_rows=2", "data.train_rows=27", *overrides
+        )
 
     return mixed
 
 
-def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_its_parts(mixed, compose, tmp_path, capsys):
+def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_its_parts(
+    mixed, compose, tmp_path, capsys
+):
     trained = train(mixed("train.max_updates=2"))
     printed = " ".join(capsys.readouterr().out.split())
     assert "part a.jsonl: 18 rows an epoch, of 30 (66.67%), " in printed
@@ -38,7 +47,8 @@ def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_its_parts(mixed, 
 
 
 def test_a_run_on_a_mix_resumes_to_the_bit_and_another_mix_is_another_run(mixed, tmp_path):
-    whole, cut = mixed("name=whole"), mixed("name=cut")
+    whole = mixed("name=whole")
+    cut = mixed("name=cut")
     train(whole)
     train_and_die_after(cut, 6)
     with pytest.raises(ValueError, match=r"data.mix.1.weight was 1.0, is 3.0. Set these back"):
@@ -85,4 +95,6 @@ def test_experts_are_trained_and_resumed(tiny_config, mixture, capsys):
 def test_all_linear_without_experts_says_so(tiny_config, mixture, capsys):
     train(tiny_config(mixture, "adapter.target_modules=all-linear", "train.max_updates=1"))
     printed = " ".join(capsys.readouterr().out.split())
-    assert "all-linear leaves out the experts of 2 layers; adapter.experts=true adds them" in printed
+    assert (
+        "all-linear leaves out the experts of 2 layers; adapter.experts=true adds them" in printed
+    )

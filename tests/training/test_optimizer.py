@@ -9,7 +9,12 @@ from transformers import Qwen2Config
 from cera_train.adapters.build import build, parameter_groups
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.training import ObjectiveKind, OptimizerConfig, OptimizerKind, Schedule
-from cera_train.training.optimizer import auto_rate, build_optimizer, learning_rate, set_learning_rate
+from cera_train.training.optimizer import (
+    auto_rate,
+    build_optimizer,
+    learning_rate,
+    set_learning_rate,
+)
 
 
 def rates(schedule: Schedule, warmup_ratio: float) -> list[float]:
@@ -22,7 +27,9 @@ def test_a_constant_rate_rises_to_its_peak_in_equal_steps():
     assert rates(Schedule.constant, 0.4) == pytest.approx([0.5, 1.0, 1.5] + [2.0] * 8)
 
 
-@pytest.mark.parametrize(("schedule", "quarter"), [(Schedule.linear, 1.5), (Schedule.cosine, 1 + 2**-0.5)])
+@pytest.mark.parametrize(
+    ("schedule", "quarter"), [(Schedule.linear, 1.5), (Schedule.cosine, 1 + 2**-0.5)]
+)
 def test_decay_starts_at_the_peak_and_would_reach_zero_after_the_last_update(schedule, quarter):
     decay = rates(schedule, 0.2)[2:]
     assert decay[::2] == pytest.approx([2.0, quarter, 1.0, 2 - quarter, 0.0])
@@ -38,21 +45,38 @@ def test_adamw_is_pytorchs_with_the_settings_of_the_config():
     optimizer = build_optimizer(parameters(), config, torch.device("cpu"))
     assert type(optimizer) is torch.optim.AdamW
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (2.0, 0.5, (0.8, 0.7), 1e-3)
+    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (
+        2.0,
+        0.5,
+        (0.8, 0.7),
+        1e-3,
+    )
 
 
 def test_paged_adamw_is_refused_where_there_is_no_gpu_memory_to_page():
     with pytest.raises(ValueError, match="use optimizer=adamw_8bit"):
-        build_optimizer(parameters(), OptimizerConfig(OptimizerKind.paged_adamw_8bit, lr=1e-3), torch.device("cpu"))
+        build_optimizer(
+            parameters(),
+            OptimizerConfig(OptimizerKind.paged_adamw_8bit, lr=1e-3),
+            torch.device("cpu"),
+        )
 
 
-@pytest.mark.parametrize(("kind", "of"), [("dora", make_tiny_llama), ("cera", make_tiny_llama), ("cera", make_mixture)])
+@pytest.mark.parametrize(
+    ("kind", "of"), [("dora", make_tiny_llama), ("cera", make_tiny_llama), ("cera", make_mixture)]
+)
 def test_b_learns_faster_than_the_rest_by_its_ratio(kind, of):
     config = AdapterConfig(kind, 4, b_lr_ratio=16, experts=of is make_mixture)
     model = build(of().requires_grad_(False), config)
-    B = {id(parameter) for name, parameter in model.named_parameters() if "lora_B" in name or "cera_B" in name}
+    B = {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if "lora_B" in name or "cera_B" in name
+    }
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    optimizer = build_optimizer(parameter_groups(model, config), OptimizerConfig(lr=1e-3), torch.device("cpu"))
+    optimizer = build_optimizer(
+        parameter_groups(model, config), OptimizerConfig(lr=1e-3), torch.device("cpu")
+    )
     rest, fast = optimizer.param_groups
     assert {id(parameter) for parameter in fast["params"]} == B
     assert {id(parameter) for parameter in rest["params"]} == trained - B
@@ -65,16 +89,25 @@ def test_b_learns_faster_than_the_rest_by_its_ratio(kind, of):
     ("words", "factor"),
     [
         *[("adapter=lora", 1), ("adapter=dora", 1), ("adapter=loraplus", 1 / 4)],
-        *[("adapter=cera", 2), ("adapter=cera_identity", 2), ("adapter=cera_mix", 1), ("adapter=parallel_tanh", 1)],
+        *[
+            ("adapter=cera", 2),
+            ("adapter=cera_identity", 2),
+            ("adapter=cera_mix", 1),
+            ("adapter=parallel_tanh", 1),
+        ],
         *[("adapter=full", 1 / 10), ("adapter=dense", 1 / 10)],
     ],
 )
-def test_the_automatic_rate_is_the_formula_times_the_factor_of_the_adapter(compose, tiny_folder, words, factor):
+def test_the_automatic_rate_is_the_formula_times_the_factor_of_the_adapter(
+    compose, tiny_folder, words, factor
+):
     config = compose(f"model.path={tiny_folder}", words)
     rate, reason = auto_rate(config.model, config.adapter, ObjectiveKind.sft)
     assert rate == pytest.approx(7.5e-4 * (2000 / 32) ** 0.781 * factor, rel=0.05)
     assert f"x {factor:g} for " in reason
-    assert auto_rate(config.model, config.adapter, ObjectiveKind.grpo).value == pytest.approx(rate / 10, rel=0.05)
+    assert auto_rate(config.model, config.adapter, ObjectiveKind.grpo).value == pytest.approx(
+        rate / 10, rel=0.05
+    )
 
 
 def test_the_automatic_rate_of_qwen_and_of_a_method_without_a_factor(compose, tmp_path):

@@ -1,4 +1,5 @@
-"""Runs that are cut, stopped or started again: they end with the bytes of one that was not, or are refused."""
+"""Runs that are cut, stopped or started again: they end with the bytes of one that was not, or are
+refused."""
 
 import json
 import os
@@ -31,7 +32,8 @@ from cera_train.training.train import train
 def test_resume_is_bit_exact(trained_config, tiny_config, adapter, died_after):
     settings = [f"adapter={adapter}", "adapter.dropout=0.3", "train.batch_layout=flat"]
     settings += ["optimizer.schedule=cosine", "optimizer.warmup_ratio=0.1"]
-    whole, cut = trained_config(*settings), tiny_config(*settings)
+    whole = trained_config(*settings)
+    cut = tiny_config(*settings)
     train_and_die_after(cut, died_after)
     assert not (folder_of(cut) / "result.json").exists()
     train(cut)
@@ -43,8 +45,14 @@ def test_resume_is_bit_exact(trained_config, tiny_config, adapter, died_after):
 
 def test_resume_with_8_bit_moments_is_bit_exact(tiny_config):
     # bitsandbytes keeps 32-bit moments for tensors below 4096 numbers: B of the head is above.
-    settings = ["optimizer=adamw_8bit", "optimizer.lr=1e-3", "adapter.r=32", "adapter.target_modules=[lm_head]"]
-    whole, cut = tiny_config("name=whole", *settings), tiny_config("name=cut", *settings)
+    settings = [
+        "optimizer=adamw_8bit",
+        "optimizer.lr=1e-3",
+        "adapter.r=32",
+        "adapter.target_modules=[lm_head]",
+    ]
+    whole = tiny_config("name=whole", *settings)
+    cut = tiny_config("name=cut", *settings)
     train(whole)
     train_and_die_after(cut, 7)
     state = torch.load(folder_of(cut) / "checkpoints" / "4" / "optimizer.pt", weights_only=True)
@@ -56,7 +64,8 @@ def test_resume_with_8_bit_moments_is_bit_exact(tiny_config):
 
 def test_a_gradient_scaler_goes_on_where_it_was(tiny_config, monkeypatch):
     scalers = scale_gradients(monkeypatch)
-    whole, cut = tiny_config("name=whole"), tiny_config("name=cut")
+    whole = tiny_config("name=whole")
+    cut = tiny_config("name=cut")
     train(whole)
     train_and_die_after(cut, 11)
     train(cut)
@@ -68,12 +77,16 @@ def test_a_gradient_scaler_goes_on_where_it_was(tiny_config, monkeypatch):
 
 @pytest.mark.parametrize(
     ("number", "status", "heard", "saved"),
-    [(signal.SIGINT, 130, 6, 7), (signal.SIGTERM, 143, 7, 8)],  # an evaluation is due after update 8
+    [
+        (signal.SIGINT, 130, 6, 7),
+        (signal.SIGTERM, 143, 7, 8),
+    ],  # an evaluation is due after update 8
 )
 def test_an_interrupted_run_saves_without_an_evaluation_and_goes_on(
     trained_config, tiny_config, number, status, heard, saved
 ):
-    whole, config = trained_config(), tiny_config()
+    whole = trained_config()
+    config = tiny_config()
 
     def interrupt() -> None:
         assert threading.current_thread() is threading.main_thread()
@@ -103,7 +116,9 @@ def test_resume_never_starts_anew_but_not_over_a_finished_run(tiny_config):
     config = tiny_config("train.resume=never")
     train_and_die_after(config, 6)
     train(config)
-    assert [line["update"] for line in metrics_of(config) if "train/loss" in line] == list(range(1, 13))
+    assert [line["update"] for line in metrics_of(config) if "train/loss" in line] == list(
+        range(1, 13)
+    )
     with pytest.raises(ValueError, match="holds a finished run"):
         train(config)
 
@@ -117,7 +132,9 @@ def test_a_mistake_costs_an_unfinished_run_nothing_and_half_a_write_is_removed(t
             train(tiny_config(*settings))
     assert (folder_of(config) / "checkpoints" / "4").is_dir()
     assert len(metrics_of(config)) == 8
-    train(tiny_config("train.micro_batch_tokens=300", "train.keep=1", "tracker.project=other"))  # change no number
+    train(
+        tiny_config("train.micro_batch_tokens=300", "train.keep=1", "tracker.project=other")
+    )  # change no number
     assert not list(folder_of(config).rglob(".writing-*"))
 
 
@@ -130,7 +147,9 @@ def on(monkeypatch, dtype: str) -> None:
     monkeypatch.setattr("cera_train.training.session.choose_precision", choose)
 
 
-@pytest.mark.parametrize(("device", "has_compiler"), [("cpu", True), ("cuda", True), ("cuda", False)])
+@pytest.mark.parametrize(
+    ("device", "has_compiler"), [("cpu", True), ("cuda", True), ("cuda", False)]
+)
 def test_layers_are_compiled_by_default_where_a_gpu_and_a_compiler_are(
     tiny_config, tmp_path, monkeypatch, device, has_compiler
 ):
@@ -138,11 +157,16 @@ def test_layers_are_compiled_by_default_where_a_gpu_and_a_compiler_are(
     monkeypatch.setattr("cera_train.training.session.can_compile", lambda device: has_compiler)
     compiles = device == "cuda" and has_compiler
     assert settle(tiny_config("train.compile=null"), tmp_path)[0].train.compile is compiles
-    assert settle(tiny_config("train.compile=null", "adapter=dora"), tmp_path)[0].train.compile is False
+    assert (
+        settle(tiny_config("train.compile=null", "adapter=dora"), tmp_path)[0].train.compile
+        is False
+    )
     assert settle(tiny_config(), tmp_path)[0].train.compile is False
 
 
-def test_what_auto_took_is_printed_recorded_and_kept_on_another_machine(tiny_config, monkeypatch, capsys):
+def test_what_auto_took_is_printed_recorded_and_kept_on_another_machine(
+    tiny_config, monkeypatch, capsys
+):
     on(monkeypatch, "bfloat16")
     settings = ["model.dtype=auto", "train.max_updates=2", "train.eval_every=1"]
     config = tiny_config(*settings, "optimizer.lr=auto")
@@ -150,7 +174,9 @@ def test_what_auto_took_is_printed_recorded_and_kept_on_another_machine(tiny_con
     train_and_die_after(config, 1)
     printed = capsys.readouterr().out
     assert "precision  bfloat16: a bfloat16 machine" in printed
-    assert "\nrate       0.038: optimizer.lr=auto, 7.5e-4 (2000 / 32)^0.781, x 2 for CeRA\n" in printed
+    assert (
+        "\nrate       0.038: optimizer.lr=auto, 7.5e-4 (2000 / 32)^0.781, x 2 for CeRA\n" in printed
+    )
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["precision"] == {"dtype": "bfloat16", "reason": "a bfloat16 machine"}
     on(monkeypatch, "float32")
@@ -167,11 +193,14 @@ def test_what_auto_took_is_printed_recorded_and_kept_on_another_machine(tiny_con
 
 
 def test_auto_takes_nothing_of_a_run_of_which_nothing_goes_on(tiny_config, tmp_path):
-    auto, folder = tiny_config("optimizer.lr=auto"), tmp_path / "run"
+    auto = tiny_config("optimizer.lr=auto")
+    folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(tiny_config("optimizer.lr=0.5"))))
     assert settle(auto, folder).rate.value == 0.5
-    assert settle(tiny_config("optimizer.lr=auto", "train.resume=never"), folder).rate.value == 0.038
+    assert (
+        settle(tiny_config("optimizer.lr=auto", "train.resume=never"), folder).rate.value == 0.038
+    )
     (folder / DIVERGED).touch()
     assert settle(auto, folder).rate.value == 0.038
     (folder / "checkpoints" / "4").mkdir(parents=True)

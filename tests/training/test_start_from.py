@@ -1,4 +1,5 @@
-"""`adapter.start_from`: a new run goes on from another adapter's weights, and from nothing else of it."""
+"""`adapter.start_from`: a new run goes on from another adapter's weights, and from nothing else of
+it."""
 
 import json
 import re
@@ -28,7 +29,11 @@ def test_the_first_evaluation_is_the_last_of_where_it_started(tiny_config, kind)
     settings = [*KINDS[kind], "adapter.r=4", "train.max_updates=2", "train.eval_every=null"]
     first = train(tiny_config("name=first", *settings))
     later = tiny_config(
-        "name=later", *settings, f"adapter.start_from={first['folder']}", "adapter.dropout=0.3", "train.seed=5"
+        "name=later",
+        *settings,
+        f"adapter.start_from={first['folder']}",
+        "adapter.dropout=0.3",
+        "train.seed=5",
     )
     result = train(later)
     assert result["perplexity_before"] == first["eval/perplexity"]
@@ -39,23 +44,32 @@ def test_the_first_evaluation_is_the_last_of_where_it_started(tiny_config, kind)
 @pytest.fixture
 def first(trained_config, tmp_path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(folder_of(trained_config("train.max_updates=6")), tmp_path / "first"))
+    return Path(
+        shutil.copytree(folder_of(trained_config("train.max_updates=6")), tmp_path / "first")
+    )
 
 
 def test_the_optimizer_is_new_and_config_and_card_name_the_source(first, tiny_config, capsys):
     later = tiny_config("name=later", "train.max_updates=1", f"adapter.start_from={first}")
     train(later)
     digest = digest_of(first / "adapter")
-    assert f"start      from {first}, digest {digest}; the optimizer starts anew\n" in capsys.readouterr().out
+    assert (
+        f"start      from {first}, digest {digest}; the optimizer starts anew\n"
+        in capsys.readouterr().out
+    )
     adapter = yaml.safe_load((folder_of(later) / "config.yaml").read_text())["adapter"]
     assert (adapter["start_from"], adapter["start_digest"]) == (str(first), digest)
     card = (folder_of(later) / "adapter" / "README.md").read_text()
     assert re.search(rf"\| Starts from \| .*first, digest {digest} \|", card)
     assert "| Perplexity, before the first update |" in card
-    # A new AdamW moves every weight by the learning rate in its first update, whatever it did before.
+    # A new AdamW moves every weight by the learning rate in its first update, whatever it did
+    # before.
     from safetensors.torch import load_file
 
-    before, after = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (first, folder_of(later)))
+    before, after = (
+        load_file(run / "adapter" / "adapter_model.safetensors")
+        for run in (first, folder_of(later))
+    )
     name = next(name for name in before if "cera_B" in name)
     assert (after[name] - before[name]).abs().max().item() == pytest.approx(0.01, rel=0.05)
 
@@ -66,14 +80,17 @@ def test_any_adapters_folder_is_a_start(first, tiny_config, tmp_path, place):
     if place == "copy":  # without the run's config: adapter_config.json decides
         folder = Path(shutil.copytree(first / "adapter", tmp_path / "copy"))
     later = tiny_config("name=later", "train.max_updates=1", f"adapter.start_from={folder}")
-    evaluations = {line["update"]: line["eval/perplexity"] for line in metrics_of(first) if "eval/loss" in line}
+    evaluations = {
+        line["update"]: line["eval/perplexity"] for line in metrics_of(first) if "eval/loss" in line
+    }
     update = 4 if place == "checkpoints/4" else 6
     assert train(later)["perplexity_before"] == evaluations[update]
 
 
 def test_a_run_that_was_cut_is_resumed_without_its_start(first, tiny_config):
     settings = [f"adapter.start_from={first}", "train.max_updates=6"]
-    whole, cut = tiny_config("name=whole", *settings), tiny_config("name=cut", *settings)
+    whole = tiny_config("name=whole", *settings)
+    cut = tiny_config("name=cut", *settings)
     train(whole)
     train_and_die_after(cut, 5)
     shutil.rmtree(first)
@@ -86,7 +103,9 @@ def test_other_weights_than_a_run_was_begun_with_are_refused(first, tiny_config)
     later = tiny_config("name=later", f"adapter.start_from={first}/adapter")
     train_and_die_after(later, 2)  # before its first checkpoint
     shutil.copy(first / "checkpoints" / "4" / "adapter_model.safetensors", first / "adapter")
-    with pytest.raises(UserError, match=r"\Aadapter.start_from=.*: its weights have the digest .* was begun with"):
+    with pytest.raises(
+        UserError, match=r"\Aadapter.start_from=.*: its weights have the digest .* was begun with"
+    ):
         train(later)
 
 
@@ -96,7 +115,9 @@ def test_an_adapter_of_another_base_is_refused(first, tiny_config, tmp_path, tok
         torch.nn.init.constant_(base.model.norm.weight, 0.1)
         base.save_pretrained(tmp_path / "other")
         tokenizer.save_pretrained(tmp_path / "other")
-        config = tiny_config(f"model.path={tmp_path / 'other'}", "name=later", f"adapter.start_from={folder}")
+        config = tiny_config(
+            f"model.path={tmp_path / 'other'}", "name=later", f"adapter.start_from={folder}"
+        )
         with pytest.raises(UserError, match=rf"\Aadapter.start_from={folder} ?{reason}"):
             train(config)
 
@@ -106,19 +127,32 @@ def test_an_adapter_of_another_base_is_refused(first, tiny_config, tmp_path, tok
     refused(without_its_run, misfit, hidden_size=64)
 
 
-def test_an_adapter_that_computes_something_else_is_refused_before_the_base(first, tiny_config, monkeypatch):
+def test_an_adapter_that_computes_something_else_is_refused_before_the_base(
+    first, tiny_config, monkeypatch
+):
     monkeypatch.setattr("cera_train.training.session.load_model", None)
     config = tiny_config("name=later", f"adapter.start_from={first}")
     for changes, message in (
         ({"kind": "lora"}, 'peft_type is "CERA" there, "LORA" here'),
-        ({"r": 8, "activation": "gelu"}, 'r is 4 there, 8 here; activation is "silu" there, "gelu" here'),
-        ({"settings": {"rank_pattern": {"v_proj": 2}}}, 'rank_pattern is {} there, {"v_proj": 2} here'),
+        (
+            {"r": 8, "activation": "gelu"},
+            'r is 4 there, 8 here; activation is "silu" there, "gelu" here',
+        ),
+        (
+            {"settings": {"rank_pattern": {"v_proj": 2}}},
+            'rank_pattern is {} there, {"v_proj": 2} here',
+        ),
     ):
         changed = replace(config, adapter=replace(config.adapter, **changes))
-        with pytest.raises(UserError, match=rf"\Aadapter.start_from={first}: {re.escape(message)}[^\n]*\Z"):
+        with pytest.raises(
+            UserError, match=rf"\Aadapter.start_from={first}: {re.escape(message)}[^\n]*\Z"
+        ):
             train(changed)
     assert not folder_of(config).exists()
-    assert find_start(replace(config.adapter, dropout=0.5, init="kaiming_uniform")) == first / "adapter"
+    assert (
+        find_start(replace(config.adapter, dropout=0.5, init="kaiming_uniform"))
+        == first / "adapter"
+    )
 
 
 def test_what_is_no_adapter_or_took_a_part_of_the_base_is_refused(first, tiny_config, tmp_path):
@@ -126,14 +160,33 @@ def test_what_is_no_adapter_or_took_a_part_of_the_base_is_refused(first, tiny_co
         with pytest.raises(Exception, match=message):
             train(tiny_config("name=later", *overrides))
 
-    refused("adapter.start_from=nowhere does not exist: expected a folder", "adapter.start_from=nowhere")
+    refused(
+        "adapter.start_from=nowhere does not exist: expected a folder", "adapter.start_from=nowhere"
+    )
     (first / "result.json").unlink()
-    refused(f"take its best adapter so far, adapter.start_from={first}/best", f"adapter.start_from={first}")
+    refused(
+        f"take its best adapter so far, adapter.start_from={first}/best",
+        f"adapter.start_from={first}",
+    )
     best = f"adapter.start_from={first}/best"
     (tmp_path / "pissa").mkdir()
-    description = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "pissa_niter_4"}
+    description = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 4,
+        "init_lora_weights": "pissa_niter_4",
+    }
     (tmp_path / "pissa" / "adapter_config.json").write_text(json.dumps(description))
     shutil.copy(first / "best" / "adapter_model.safetensors", tmp_path / "pissa")
-    refused("pissa_niter_4 moved a part of W0", "adapter=lora", "adapter.r=4", f"adapter.start_from={tmp_path}/pissa")
+    refused(
+        "pissa_niter_4 moved a part of W0",
+        "adapter=lora",
+        "adapter.r=4",
+        f"adapter.start_from={tmp_path}/pissa",
+    )
     refused("adapter.kind=full does not use it", "adapter=full", "adapter.r=null", best)
-    refused("adapter.settings.init_lora_weights=pissa.* moves a part of W0 into fresh weights", "adapter=pissa", best)
+    refused(
+        "adapter.settings.init_lora_weights=pissa.* moves a part of W0 into fresh weights",
+        "adapter=pissa",
+        best,
+    )

@@ -45,7 +45,9 @@ def test_perplexity_falls_and_the_folder_holds_everything(finished):
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["12", "8"]
     modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
     assert modes == {(folder / "config.yaml").stat().st_mode}  # who may read one may read all
-    assert yaml.safe_load((folder / "config.yaml").read_text()) == to_plain(settle(config, folder)[0])
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == to_plain(
+        settle(config, folder)[0]
+    )
 
 
 def test_a_learned_mix_logs_its_gamma(tiny_config):
@@ -68,16 +70,25 @@ def test_metrics_have_the_promised_names(finished):
     assert {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_s"} <= lines[1].keys()
     evaluation = lines[-1]
     assert {
-        *("eval/loss", "eval/perplexity", "spectrum/effective_rank/mean", "spectrum/effective_rank/max"),
+        *(
+            "eval/loss",
+            "eval/perplexity",
+            "spectrum/effective_rank/mean",
+            "spectrum/effective_rank/max",
+        ),
         *("spectrum/manifold_dimension/mean", "spectrum/linear_share/mean"),
     } <= evaluation.keys()
-    spectra = [json.loads(line) for line in (folder_of(config) / "spectra.jsonl").read_text().splitlines()]
+    spectra = [
+        json.loads(line) for line in (folder_of(config) / "spectra.jsonl").read_text().splitlines()
+    ]
     assert [line["update"] for line in spectra] == [0, 4, 8, 12]
     module = spectra[-1]["modules"]["model.layers.0.self_attn.q_proj"]
     assert module.keys() == {"effective_rank", "manifold_dimension", "linear_share"}
     assert evaluation["eval/perplexity"] == result["eval/perplexity"]
     assert 1 < result["spectrum/effective_rank/max"] <= 4
-    before, after = (TokenLosses.read(folder_of(config) / name) for name in (LOSSES_BEFORE, LOSSES_AFTER))
+    before, after = (
+        TokenLosses.read(folder_of(config) / name) for name in (LOSSES_BEFORE, LOSSES_AFTER)
+    )
     assert [perplexity(losses.mean) for losses in (before, after)] == [
         *(result["perplexity_before"], result["eval/perplexity"])
     ]
@@ -90,22 +101,34 @@ def test_the_final_adapter_gives_the_losses_of_every_held_out_token_through_plai
     config, result = finished
     base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, folder_of(config) / "adapter").eval()
-    expected, tokens = [], []
+    expected = []
+    tokens = []
     for row in logistic_map_rows(config.data.logistic_map, 20)[1]:
         prompt = tokenizer(row["prompt"]).input_ids
-        answer = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        answer = [
+            *tokenizer(row["completion"], add_special_tokens=False).input_ids,
+            tokenizer.eos_token_id,
+        ]
         with torch.no_grad():
-            log_p = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            log_p = (
+                model(input_ids=torch.tensor([prompt + answer]))
+                .logits[0, len(prompt) - 1 : -1]
+                .log_softmax(-1)
+            )
         expected += [-log_p[place, token].item() for place, token in enumerate(answer)]
         tokens.append(len(answer))
     losses = TokenLosses.read(folder_of(config) / LOSSES_AFTER)
     assert losses.tokens.tolist() == tokens
     assert losses.losses == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    assert perplexity(sum(expected) / len(expected)) == pytest.approx(result["eval/perplexity"], rel=1e-4)
+    assert perplexity(sum(expected) / len(expected)) == pytest.approx(
+        result["eval/perplexity"], rel=1e-4
+    )
 
 
 def test_the_same_run_twice_is_the_same_to_the_bit(trained_config, tiny_config):
-    first, second, other = trained_config(), tiny_config("name=second"), tiny_config("name=other", "train.seed=1")
+    first = trained_config()
+    second = tiny_config("name=second")
+    other = tiny_config("name=other", "train.seed=1")
     train(second)
     assert adapter_bytes(first) == adapter_bytes(second)
     train(other)
@@ -115,8 +138,15 @@ def test_the_same_run_twice_is_the_same_to_the_bit(trained_config, tiny_config):
 def test_the_result_does_not_depend_on_the_micro_batch(tiny_config):
     losses = []
     for layout, tokens in (("flat", 256), ("flat", 4096), ("padded", 300), ("padded", 4096)):
-        settings = ["adapter.dropout=0", "train.max_updates=5", "optimizer.lr=1e-3", f"train.batch_layout={layout}"]
-        config = tiny_config(*settings, f"train.micro_batch_tokens={tokens}", f"name={layout}_{tokens}")
+        settings = [
+            "adapter.dropout=0",
+            "train.max_updates=5",
+            "optimizer.lr=1e-3",
+            f"train.batch_layout={layout}",
+        ]
+        config = tiny_config(
+            *settings, f"train.micro_batch_tokens={tokens}", f"name={layout}_{tokens}"
+        )
         train(config)
         losses.append(all_losses_of(config))
     for others in losses[1:]:
@@ -127,7 +157,12 @@ def test_the_result_does_not_depend_on_the_micro_batch(tiny_config):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_layers_change_nothing(tiny_config):
     def run(is_compiled: bool) -> list[float]:
-        settings = ["adapter.dropout=0", "train.max_updates=4", "optimizer.lr=1e-3", f"train.compile={is_compiled}"]
+        settings = [
+            "adapter.dropout=0",
+            "train.max_updates=4",
+            "optimizer.lr=1e-3",
+            f"train.compile={is_compiled}",
+        ]
         config = tiny_config(f"name=compiled_{is_compiled}", *settings)
         result = train(config)
         return [*all_losses_of(config), result["spectrum/effective_rank/mean"]]
@@ -141,17 +176,22 @@ def test_compiling_without_what_it_needs_is_refused(tiny_config, monkeypatch, mi
         monkeypatch.setenv("PATH", "/nowhere")
     else:
         monkeypatch.setattr("cera_train.model.loss.PYTHON_HEADER", Path("/nowhere/Python.h"))
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler on a CPU, .* Python's headers \(/.*/Python.h\)"):
+    with pytest.raises(
+        ValueError, match=r"needs a C\+\+ compiler on a CPU, .* Python's headers \(/.*/Python.h\)"
+    ):
         train(tiny_config("train.compile=true"))
 
 
 def test_gradients_are_clipped_to_the_norm(tiny_config):
-    result = train(tiny_config("optimizer.max_grad_norm=1e-9", "optimizer.weight_decay=0", "optimizer.eps=1"))
+    result = train(
+        tiny_config("optimizer.max_grad_norm=1e-9", "optimizer.weight_decay=0", "optimizer.eps=1")
+    )
     assert result["eval/perplexity"] == pytest.approx(result["perplexity_before"], rel=1e-5)
 
 
 def test_every_process_leaves_after_the_result_is_written(tiny_config, monkeypatch):
-    config, written = tiny_config("train.max_updates=1"), []
+    config = tiny_config("train.max_updates=1")
+    written = []
     result = folder_of(config) / "result.json"
     monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda _: written.append(result.exists()))
     train(config)
@@ -159,28 +199,43 @@ def test_every_process_leaves_after_the_result_is_written(tiny_config, monkeypat
 
 
 def test_patience_stops_when_perplexity_no_longer_falls(tiny_config):
-    config = tiny_config("optimizer.lr=3", "train.max_updates=100", "train.eval_every=2", "train.patience=2")
+    config = tiny_config(
+        "optimizer.lr=3", "train.max_updates=100", "train.eval_every=2", "train.patience=2"
+    )
     result = train(config)
     assert result["updates"] < 100
     assert result["updates"] == result["best_update"] + 4
-    assert perplexity(TokenLosses.read(folder_of(config) / LOSSES_AFTER).mean) == result["eval/perplexity"]
+    assert (
+        perplexity(TokenLosses.read(folder_of(config) / LOSSES_AFTER).mean)
+        == result["eval/perplexity"]
+    )
 
 
 def test_best_is_the_adapter_of_the_lowest_perplexity(tiny_config):
     config = tiny_config("optimizer.lr=0.2", "train.keep=9")
     result = train(config)
-    evaluations = {line["update"]: line["eval/perplexity"] for line in metrics_of(config) if "eval/loss" in line}
+    evaluations = {
+        line["update"]: line["eval/perplexity"]
+        for line in metrics_of(config)
+        if "eval/loss" in line
+    }
     best = min(evaluations, key=evaluations.get)
     assert (result["best_update"], result["best_perplexity"]) == (best, evaluations[best])
     folder = folder_of(config)
     assert json.loads((folder / "best" / "metrics.json").read_text())["update"] == best > 0
-    kept = [place / "adapter_model.safetensors" for place in (folder / "best", folder / "checkpoints" / str(best))]
+    kept = [
+        place / "adapter_model.safetensors"
+        for place in (folder / "best", folder / "checkpoints" / str(best))
+    ]
     assert kept[0].read_bytes() == kept[1].read_bytes()
 
 
-def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoint(tiny_config, monkeypatch):
+def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoint(
+    tiny_config, monkeypatch
+):
     config = tiny_config()
-    reduce, updates = Accelerator.reduce, itertools.count(1)
+    reduce = Accelerator.reduce
+    updates = itertools.count(1)
 
     def poisoned(self, value, reduction="sum"):
         is_training_loss = reduction == "mean"  # an evaluation sums
@@ -188,7 +243,10 @@ def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoin
         return reduce(self, value, reduction=reduction) * factor
 
     monkeypatch.setattr(Accelerator, "reduce", poisoned)
-    message = r"loss of update 6 or its gradient is not finite \(training rows \[\d+.*checkpoints/4, is kept"
+    message = (
+        r"loss of update 6 or its gradient is not finite \(training rows \[\d+.*checkpoints/4, is "
+        r"kept"
+    )
     with pytest.raises(ValueError, match=message):
         train(config)
     assert (folder_of(config) / "checkpoints" / "4" / "adapter_model.safetensors").exists()
@@ -198,7 +256,8 @@ def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoin
 
 
 def test_a_gradient_that_no_scale_makes_finite_stops_the_run(tiny_config, monkeypatch):
-    """A scaler skips the update and halves its scale, from 4 on: the gradient overflows at a half too."""
+    """A scaler skips the update and halves its scale, from 4 on: the gradient overflows at a half
+    too."""
     scale_gradients(monkeypatch)
     backward = Accelerator.backward
 
@@ -215,7 +274,9 @@ def test_a_gradient_that_no_scale_makes_finite_stops_the_run(tiny_config, monkey
     assert [line["update"] for line in metrics_of(config) if "train/loss" in line] == [1, 2, 3]
 
 
-def test_a_run_that_fails_before_its_first_update_leaves_no_folder(tiny_config, tiny_config_in, tmp_path):
+def test_a_run_that_fails_before_its_first_update_leaves_no_folder(
+    tiny_config, tiny_config_in, tmp_path
+):
     config = tiny_config("adapter.target_modules=[no_such_module]")
     with pytest.raises(ValueError, match="no_such_module"):
         train(config)
@@ -242,13 +303,18 @@ def test_a_run_in_every_precision_learns(tiny_config, settings):
 
 
 def test_gradient_checkpointing_changes_nothing(trained_config, tiny_config):
-    plain, recomputed = trained_config(), tiny_config("model.gradient_checkpointing=true")
+    plain = trained_config()
+    recomputed = tiny_config("model.gradient_checkpointing=true")
     train(recomputed)
     assert adapter_bytes(plain) == adapter_bytes(recomputed)
 
 
 def test_an_engine_that_shards_the_model_and_one_process_alone_are_refused(tiny_config):
-    with pytest.raises(ValueError, match="shards the weights over several processes, and there is one"):
+    with pytest.raises(
+        ValueError, match="shards the weights over several processes, and there is one"
+    ):
         train(tiny_config("distributed.strategy=fsdp"))
-    with pytest.raises(ValueError, match="launcher set up FSDP, but distributed.strategy=ddp needs plain processes"):
+    with pytest.raises(
+        ValueError, match="launcher set up FSDP, but distributed.strategy=ddp needs plain processes"
+    ):
         check_distribution(SimpleNamespace(distributed_type=DistributedType.FSDP), Strategy.ddp)

@@ -1,5 +1,5 @@
-"""What can be proven of a run on a GPU without one: whole updates of every recipe on a fake CUDA device, whose tensors
-have shapes, dtypes and devices and no numbers."""
+"""What can be proven of a run on a GPU without one: whole updates of every recipe on a fake CUDA
+device, whose tensors have shapes, dtypes and devices and no numbers."""
 
 import shutil
 
@@ -14,7 +14,9 @@ from benchmarks.without_gpu import recipes, track
 
 pytestmark = [
     pytest.mark.provable,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the real one proves more"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="this machine has a GPU: the real one proves more"
+    ),
     pytest.mark.skipif(shutil.which("g++") is None, reason="the fake CUDA device needs g++"),
 ]
 
@@ -29,14 +31,19 @@ def test_every_recipe_is_found():
     assert len(recipes()) >= 12
 
 
-FEW = [pytest.param(recipe, [FEW_ROWS], id=f"{recipe}_few_rows") for recipe in ("math_r64", "math_r64_nf4")]
+FEW = [
+    pytest.param(recipe, [FEW_ROWS], id=f"{recipe}_few_rows")
+    for recipe in ("math_r64", "math_r64_nf4")
+]
 ALL = [pytest.param(recipe, [], id=recipe, marks=pytest.mark.slow) for recipe in recipes()]
 
 
 @pytest.mark.parametrize(("recipe", "overrides"), [*FEW, *ALL])
 def test_a_recipe_trains_within_the_planned_memory(recipe, overrides):
     tracked = track(recipe, 2, *overrides)
-    assert abs(tracked.difference) <= TOLERANCE, f"{tracked.planned:,.0f} planned, {tracked.bytes:,} allocated"
+    assert abs(tracked.difference) <= TOLERANCE, (
+        f"{tracked.planned:,.0f} planned, {tracked.bytes:,} allocated"
+    )
     assert tracked.attention == "varlen"
 
 
@@ -56,8 +63,9 @@ def test_a_changed_recipe_trains_within_the_planned_memory(overrides):
 
 @pytest.mark.slow
 def test_padded_rows_train_within_the_planned_memory():
-    """Under a mask a GPU runs SDPA's efficient kernel. The fake device has its formula alone, which makes probabilities
-    of every pair of tokens: here of 8 rows of 512, 32 heads, 2 layers, in 16 bits."""
+    """Under a mask a GPU runs SDPA's efficient kernel. The fake device has its formula alone, which
+    makes probabilities of every pair of tokens: here of 8 rows of 512, 32 heads, 2 layers, in 16
+    bits."""
     tracked = track("math_r64", 2, FEW_ROWS, "train.batch_layout=padded")
     without = tracked.bytes - 2 * 8 * 32 * 512 * 512 * 2
     assert tracked.planned == pytest.approx(without, rel=0.1)
@@ -77,9 +85,12 @@ SHARDED = ["model=llama3_1_70b", "distributed.strategy=fsdp", "plan.gpus=8"]
 
 @pytest.mark.parametrize("layers", [2, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_sharded_70b_trains_within_the_planned_memory(layers):
-    """Process 0 of 8. With two layers the most is needed while the first one computes, with 80 when backward begins."""
+    """Process 0 of 8. With two layers the most is needed while the first one computes, with 80 when
+    backward begins."""
     tracked = track("math_r64", layers, *SHARDED)
-    assert abs(tracked.difference) <= TOLERANCE, f"{tracked.planned:,.0f} planned, {tracked.bytes:,} allocated"
+    assert abs(tracked.difference) <= TOLERANCE, (
+        f"{tracked.planned:,.0f} planned, {tracked.bytes:,} allocated"
+    )
 
 
 @pytest.mark.slow
@@ -100,15 +111,21 @@ def test_mistakes_that_a_gpu_would_refuse_are_refused():
             x @ torch.ones(4, 2, device="cuda", dtype=torch.bfloat16)
         with pytest.raises(RuntimeError, match="reduction dim"):
             x @ torch.ones(3, 4, device="cuda")
-        assert x.uniform_(generator=torch.Generator("cuda").manual_seed(3)).device == torch.device("cuda:0")
+        assert x.uniform_(generator=torch.Generator("cuda").manual_seed(3)).device == torch.device(
+            "cuda:0"
+        )
 
 
 def test_memory_is_counted_as_torchs_tracker_counts_it():
-    """Which cannot follow a run: it hooks every parameter, and frozen ones refuse; and it takes one pass alone."""
+    """Which cannot follow a run: it hooks every parameter, and frozen ones refuse; and it takes one
+    pass alone."""
     with fake_gpu() as gpu, MemTracker() as tracker:
         model = nn.Sequential(*(nn.Linear(1024, 1024, device="cuda") for _ in range(3)))
         optimizer = torch.optim.AdamW(model.parameters())
         model(torch.ones(512, 1024, device="cuda")).relu().sum().backward()
         optimizer.step()
         assert gpu.peak == tracker.get_tracker_snapshot("peak")[torch.device("cuda:0")]["Total"]
-        assert gpu.allocated == tracker.get_tracker_snapshot("current")[torch.device("cuda:0")]["Total"]
+        assert (
+            gpu.allocated
+            == tracker.get_tracker_snapshot("current")[torch.device("cuda:0")]["Total"]
+        )

@@ -1,4 +1,5 @@
-"""The kinds of adapters, and the check that a kind reads every setting that is set. Imports no torch."""
+"""The kinds of adapters, and the check that a kind reads every setting that is set. Imports no
+torch."""
 
 from dataclasses import fields
 
@@ -35,17 +36,24 @@ def check_settings(config: AdapterConfig) -> None:
     """Raises UserError where settings contradict each other, or the kind would ignore one."""
     kind = family(config.kind)
     for field in fields(config):
-        name, value, unset = field.name, getattr(config, field.name), UNSET.get(field.name, field.default)
+        name = field.name
+        value = getattr(config, field.name)
+        unset = UNSET.get(field.name, field.default)
         if name not in {*kind.uses, "kind", "label", "start_digest"} and value != unset:
-            mend = "null" if unset is None else str(unset).lower()
+            fix = "null" if unset is None else str(unset).lower()
             raise UserError(
-                f"adapter.{name}={value}: adapter.kind={config.kind} does not use it. Set adapter.{name}={mend}."
+                f"adapter.{name}={value}: adapter.kind={config.kind} does not use it. Set "
+                f"adapter.{name}={fix}."
             )
-    targets, adapts_experts = config.target_modules, config.experts or config.target_parameters
+    targets = config.target_modules
+    adapts_experts = config.experts or config.target_parameters
     is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     is_chosen = bool(targets) and (is_list or isinstance(targets, str))
     require(
-        is_chosen or (targets is None and not kind.needs_targets) or (targets == [] and bool(adapts_experts)),
-        f"adapter.target_modules={targets!r} must be a list of module names, a regular expression or all-linear.",
+        is_chosen
+        or (targets is None and not kind.needs_targets)
+        or (targets == [] and bool(adapts_experts)),
+        f"adapter.target_modules={targets!r} must be a list of module names, a regular expression "
+        f"or all-linear.",
     )
     kind.check(config)

@@ -1,7 +1,8 @@
-"""A kind of adapter: any method of PEFT, by its name in peft.PeftType, unless a subclass says otherwise. CeRA and LoRA
-give PEFT a config of their own; full fine-tuning has none.
+"""A kind of adapter: any method of PEFT, by its name in peft.PeftType, unless a subclass says
+otherwise. CeRA and LoRA give PEFT a config of their own; full fine-tuning has none.
 
-Commands check settings before they load anything: the files of this folder import torch and peft inside functions.
+Commands check settings before they load anything: the files of this folder import torch and peft
+inside functions.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Branch:
 
     layer: nn.Module
     A: nn.Module  # has the weight, [r, d_in]
-    B: Callable[[], torch.Tensor]  # [d_out, r], called inside the model's forward, where sharded weights are whole
+    B: Callable[
+        [], torch.Tensor
+    ]  # [d_out, r], called inside the model's forward, where sharded weights are whole
     scaling: float
     r: int
     out_features: int
@@ -76,27 +79,35 @@ class Family:
         return 0.1 if is_full_rank else None
 
     def peft_config(self, config: AdapterConfig) -> peft.PeftConfig | None:
-        """The PEFT config; None without an adapter. r, alpha and dropout go to the fields of these names, MISS's to
-        miss_alpha and miss_dropout; null and 0 leave PEFT's defaults. Raises UserError for what PEFT refuses."""
+        """The PEFT config; None without an adapter. r, alpha and dropout go to the fields of these
+        names, MISS's to miss_alpha and miss_dropout; null and 0 leave PEFT's defaults. Raises
+        UserError for what PEFT refuses."""
         config_class = config_class_of(config.method)
-        names, fields = {field.name for field in dataclasses.fields(config_class)}, {}
+        names = {field.name for field in dataclasses.fields(config_class)}
+        fields = {}
         for setting, unset in (("r", None), ("alpha", None), ("dropout", 0)):
             if (value := getattr(config, setting)) != unset:
                 long_name = f"{config.method.lower()}_{setting}"
                 fields[long_name if long_name in names else setting] = value
         return self.make(config_class, config, fields)
 
-    def make(self, config_class: type, config: AdapterConfig, fields: dict[str, Any]) -> peft.PeftConfig:
+    def make(
+        self, config_class: type, config: AdapterConfig, fields: dict[str, Any]
+    ) -> peft.PeftConfig:
         """A PEFT config of these fields, the targets and `adapter.settings`."""
         import peft
 
         fields = fields | {"task_type": peft.TaskType.CAUSAL_LM}
         if config.target_modules is not None:
             fields["target_modules"] = config.target_modules
-        if config.layers is not None and config.target_modules != "all-linear":  # PEFT takes not both: see `build`
+        if (
+            config.layers is not None and config.target_modules != "all-linear"
+        ):  # PEFT takes not both: see `build`
             fields["layers_to_transform"] = config.layers
         for key in config.settings.keys() & {*BEYOND_WEIGHTS}:
-            raise UserError(f"adapter.settings.{key} can import or open files: no run sets it. Leave it out.")
+            raise UserError(
+                f"adapter.settings.{key} can import or open files: no run sets it. Leave it out."
+            )
         with peft_errors(config):
             return config_class(**fields, **config.settings)
 
@@ -112,13 +123,18 @@ class Family:
         from cera_train.cera.coverage import exclude_projections
 
         if config.target_modules == "all-linear" and config.layers is not None:
-            in_layers = [(name, module) for name, module in base.named_modules() if re.search(r"\.\d+\.", name)]
+            in_layers = [
+                (name, module)
+                for name, module in base.named_modules()
+                if re.search(r"\.\d+\.", name)
+            ]
             config = dataclasses.replace(config, target_modules=linear_names(in_layers))
         peft_config = self.peft_config(config)
         exclude_projections(peft_config, left_out, base)
         with peft_errors(config):
             model = peft.get_peft_model(base, peft_config)
-            # PEFT fills in fields while it builds, such as IA3's feedforward_modules: what is saved must load again.
+            # PEFT fills in fields while it builds, such as IA3's feedforward_modules: what is saved
+            # must load again.
             peft.PeftConfig.from_peft_type(**copy.deepcopy(peft_config.to_dict()))
             return model
 
@@ -134,15 +150,25 @@ class RankedFamily(Family):
     needs_targets = True
 
     def check(self, config: AdapterConfig) -> None:
-        require(config.r is not None, f"adapter.r=null: adapter.kind={config.kind} needs a rank, such as adapter.r=64.")
+        require(
+            config.r is not None,
+            f"adapter.r=null: adapter.kind={config.kind} needs a rank, such as adapter.r=64.",
+        )
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = config.settings.get(name) or {}
-            is_pattern = isinstance(pattern, dict) and all(isinstance(each, int | float) for each in pattern.values())
-            require(is_pattern, f"adapter.settings.{name}={pattern}: expected numbers by name, such as {{q_proj: 8}}.")
+            is_pattern = isinstance(pattern, dict) and all(
+                isinstance(each, int | float) for each in pattern.values()
+            )
+            require(
+                is_pattern,
+                f"adapter.settings.{name}={pattern}: expected numbers by name, such as {{q_proj: "
+                f"8}}.",
+            )
         start = config.settings.get("init_lora_weights")
         require(
             config.start_from is None or not replaces_base(start),
-            f"adapter.start_from={config.start_from}: adapter.settings.init_lora_weights={start} moves a part of W0 "
+            f"adapter.start_from={config.start_from}: adapter.settings.init_lora_weights={start} "
+            f"moves a part of W0 "
             "into fresh weights. Leave one of the two out.",
         )
 
@@ -163,7 +189,8 @@ class Full(Family):
     def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
         require(
             not getattr(base, "is_quantized", False),
-            "adapter.kind=full trains every weight, and quantised ones take no gradient: set model.quantization=none.",
+            "adapter.kind=full trains every weight, and quantised ones take no gradient: set "
+            "model.quantization=none.",
         )
         # 16-bit weights would round most updates away; the loop computes in 16 bits by autocast.
         return base.float().requires_grad_(True)
@@ -171,16 +198,19 @@ class Full(Family):
 
 @contextlib.contextmanager
 def peft_errors(config: AdapterConfig) -> Iterator[None]:
-    """Turns an error of PEFT, or its warning that a setting matches nothing, into a UserError with the settings to look
-    at."""
+    """Turns an error of PEFT, or its warning that a setting matches nothing, into a UserError with
+    the settings to look at."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(
-                "error", "The following .*_pattern keys|You have passed exclude_modules|.* tied layer"
+                "error",
+                "The following .*_pattern keys|You have passed exclude_modules|.* tied layer",
             )
             yield
     except (TypeError, ValueError, NotImplementedError, ImportError, re.error, Warning) as error:
-        settings = "".join(f" adapter.settings.{key}={value}" for key, value in config.settings.items())
+        settings = "".join(
+            f" adapter.settings.{key}={value}" for key, value in config.settings.items()
+        )
         method = f"method={config.method}" if config.method else f"kind={config.kind}"
         raise UserError(f"adapter.{method}{settings}: {' '.join(str(error).split())}") from error
 
@@ -193,15 +223,16 @@ def config_class_of(method: str) -> type[peft.PeftConfig]:
     usable = usable_methods()
     require(
         method.upper() in usable,
-        f"adapter.method={method} is no method of PEFT that a forward and a backward pass train. There are: "
+        f"adapter.method={method} is no method of PEFT that a forward and a backward pass train. "
+        f"There are: "
         f"{', '.join(usable)}.",
     )
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
 
 
 def usable_methods() -> list[str]:
-    """The names of PEFT's methods whose tuner only replaces modules: the loop calls the model inside it, and nothing
-    between updates."""
+    """The names of PEFT's methods whose tuner only replaces modules: the loop calls the model
+    inside it, and nothing between updates."""
     announce_import("PyTorch and PEFT")
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner

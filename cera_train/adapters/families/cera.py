@@ -46,17 +46,22 @@ class Cera(RankedFamily):
         return [name for name, is_other in differs.items() if is_other]
 
     def rate_factor(self, config: AdapterConfig) -> float:
-        """silu, relu and gelu are z/2 + an even term: the branch starts at half of LoRA's scale, and the control,
-        identity, has half the scale too. tanh and the learned mix start like z."""
+        """silu, relu and gelu are z/2 + an even term: the branch starts at half of LoRA's scale,
+        and the control, identity, has half the scale too. tanh and the learned mix start like z."""
         starts_like_lora = config.activation == Activation.tanh or config.mix == Mix.learned
         return (1 if starts_like_lora else 2) / math.sqrt(config.b_lr_ratio)
 
     def peft_config(self, config: AdapterConfig) -> peft.PeftConfig:
         from cera_train.cera import CeraConfig
 
-        shared = {field.name for field in fields(config)} & {field.name for field in fields(CeraConfig)}
+        shared = {field.name for field in fields(config)} & {
+            field.name for field in fields(CeraConfig)
+        }
         values = {name: getattr(config, name) for name in shared - {"target_modules"}}
-        values = {name: str(value) if isinstance(value, StrEnum) else value for name, value in values.items()}
+        values = {
+            name: str(value) if isinstance(value, StrEnum) else value
+            for name, value in values.items()
+        }
         if config.experts:  # without names until `build` knows the model's
             values["expert_r"] = None
         return self.make(CeraConfig, config, values)

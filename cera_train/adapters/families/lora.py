@@ -1,4 +1,5 @@
-"""LoRA: y = W0 x + s B A dropout(x), PEFT's, with s = alpha / r. PiSSA and others are settings of it.
+"""LoRA: y = W0 x + s B A dropout(x), PEFT's, with s = alpha / r. PiSSA and others are settings of
+it.
 
 rsLoRA: s = alpha / sqrt(r). DoRA: the rows of W0 + s B A rescaled to a learned magnitude m.
 """
@@ -22,7 +23,9 @@ class Lora(RankedFamily):
     b_matrix = "lora_B"
 
     def __init__(self, name: str, use_rslora: bool = False, use_dora: bool = False) -> None:
-        self.name, self.use_rslora, self.use_dora = name, use_rslora, use_dora
+        self.name = name
+        self.use_rslora = use_rslora
+        self.use_dora = use_dora
 
     def rate_factor(self, config: AdapterConfig) -> float:
         """With LoRA+, whose rates are those of A and of B, their geometric mean is LoRA's."""
@@ -33,7 +36,9 @@ class Lora(RankedFamily):
 
         scale_one = math.sqrt if self.use_rslora else int
         if config.alpha is None and (ranks := config.settings.get("rank_pattern")):
-            alphas = {key: scale_one(r) for key, r in ranks.items()} | (config.settings.get("alpha_pattern") or {})
+            alphas = {key: scale_one(r) for key, r in ranks.items()} | (
+                config.settings.get("alpha_pattern") or {}
+            )
             config = replace(config, settings=config.settings | {"alpha_pattern": alphas})
         fields = {
             "r": config.r,
@@ -50,7 +55,11 @@ class Lora(RankedFamily):
         from torch import nn
 
         # PEFT's wrapper of experts adds to their weights: it has no hidden units.
-        if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper) or ADAPTER not in module.lora_A:
+        if (
+            not isinstance(module, LoraLayer)
+            or isinstance(module, ParamWrapper)
+            or ADAPTER not in module.lora_A
+        ):
             return None
         A = module.lora_A[ADAPTER]
         variant = module.lora_variant.get(ADAPTER)
@@ -58,7 +67,8 @@ class Lora(RankedFamily):
         if matrix is None or not isinstance(A, nn.Linear):
             return None
 
-        scaling, r = module.scaling[ADAPTER], module.r[ADAPTER]
+        scaling = module.scaling[ADAPTER]
+        r = module.r[ADAPTER]
         return Branch(module, A, lambda: matrix(module), scaling, r, module.out_features)
 
 
@@ -67,12 +77,14 @@ def plain_B(layer: nn.Module) -> torch.Tensor:
 
 
 def dora_B(layer: nn.Module) -> torch.Tensor:
-    """m / |W0 + s B A| B, by which DoRA multiplies A x. The rescaled W0 x is left out: it is of full rank whatever the
-    adapter learns, and would drown the branch."""
+    """m / |W0 + s B A| B, by which DoRA multiplies A x. The rescaled W0 x is left out: it is of
+    full rank whatever the adapter learns, and would drown the branch."""
     from peft.utils.integrations import dequantize_module_weight
 
     magnitude = layer.lora_magnitude_vector[ADAPTER]
     update = layer.lora_B[ADAPTER].weight @ layer.lora_A[ADAPTER].weight
     weight = dequantize_module_weight(layer.get_base_layer()).to(update.dtype)
-    scale = (magnitude.weight / magnitude.get_weight_norm(weight, update, layer.scaling[ADAPTER])).double()
+    scale = (
+        magnitude.weight / magnitude.get_weight_norm(weight, update, layer.scaling[ADAPTER])
+    ).double()
     return scale[:, None] * plain_B(layer)

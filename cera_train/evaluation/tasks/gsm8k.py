@@ -1,4 +1,5 @@
-"""GSM8K: grade-school word problems whose answer is a number after #### (Cobbe et al. 2021, arXiv 2110.14168)."""
+"""GSM8K: grade-school word problems whose answer is a number after #### (Cobbe et al. 2021, arXiv
+2110.14168)."""
 
 import re
 from decimal import Decimal, InvalidOperation
@@ -20,13 +21,17 @@ def gold(row: Row) -> str:
     answer = text_of(row, "answer")
     number = extract(answer) if "####" in answer else None
     if number is None:
-        raise UserError(f"column 'answer' should end in #### and a number, but ends in {answer[-60:]!r}: mend the row.")
+        raise UserError(
+            f"column 'answer' should end in #### and a number, but ends in {answer[-60:]!r}: fix "
+            f"the row."
+        )
     return number
 
 
 def extract(text: str) -> str | None:
-    """The number after the first ####, on its line; in a text without ####, the last number. It is normalised. Not the
-    last ####: a model that does not stop goes on to make up questions and answer them."""
+    """The number after the first ####, on its line; in a text without ####, the last number. It is
+    normalised. Not the last ####: a model that does not stop goes on to make up questions and
+    answer them."""
     _, mark, rest = text.partition("####")
     numbers = NUMBER.findall(rest.strip().partition("\n")[0])[:1] if mark else NUMBER.findall(text)
     return normalize(numbers[-1]) if numbers else None
@@ -39,7 +44,8 @@ def normalize(number: str) -> str:
 
 def is_exact(answer: str, gold: str) -> bool:
     """Whether two numbers are equal: 18 and 18.0 are, 1/2 and 0.5 are not."""
-    answer, gold = normalize(answer), normalize(gold)
+    answer = normalize(answer)
+    gold = normalize(gold)
     try:
         return Decimal(answer) == Decimal(gold)
     except InvalidOperation:

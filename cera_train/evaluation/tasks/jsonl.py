@@ -1,7 +1,7 @@
 r"""A task of your own: rows with a question and an answer, graded by one of four rules.
 
-text: the whole answer, but for spaces. number: the last number, as GSM8K reads it. math: the last \boxed{}, as MATH
-reads it. choice: the letter of a choice.
+text: the whole answer, but for spaces. number: the last number, as GSM8K reads it. math: the last
+\boxed{}, as MATH reads it. choice: the letter of a choice.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from cera_train.evaluation.tasks.task import QuestionTask
 from cera_train.settings.evaluation import Grader, TaskConfig
 
 # A and I may be words: they count as letters before no word, or before one of these.
-LETTER = r"([A-Z])(?!-?[\w'’])(?:(?<![AI])|[^\w\s]|\s*(?:\n|\Z|[-–—=])|\s+(?:is|because|since|as|and|or|not|but)\b)"
+LETTER = (
+    r"([A-Z])(?!-?[\w'’])"
+    r"(?:(?<![AI])|[^\w\s]|\s*(?:\n|\Z|[-–—=])|\s+(?:is|because|since|as|and|or|not|but)\b)"
+)
 
 STATED = re.compile(rf"(?i:answer)\b(?i:\s+is)?[\s:*(\[]*{LETTER}")  # The answer is (B). Answer: B
 
 FIRST = re.compile(rf"\W*{LETTER}")
-"""B. (B) Paris. B Paris. A is right. B, alone on the first line; not the X of X-ray, nor the A of `A dog`."""
+"""B. (B) Paris. B Paris. A is right. B, alone on the first line; not the X of X-ray, nor the A of
+`A dog`."""
 
 
 def single_spaced(text: str) -> str | None:
@@ -31,13 +35,18 @@ def single_spaced(text: str) -> str | None:
 
 
 def chosen(text: str) -> str | None:
-    """The letter that a text begins with, else the first that it states as its answer: a model that does not stop goes
-    on to make up questions and answer them."""
+    """The letter that a text begins with, else the first that it states as its answer: a model that
+    does not stop goes on to make up questions and answer them."""
     match = FIRST.match(text) or STATED.search(text)
     return match[1] if match else None
 
 
-EXTRACT = {Grader.text: single_spaced, Grader.number: gsm8k.extract, Grader.math: math.extract, Grader.choice: chosen}
+EXTRACT = {
+    Grader.text: single_spaced,
+    Grader.number: gsm8k.extract,
+    Grader.math: math.extract,
+    Grader.choice: chosen,
+}
 IS_EXACT = {Grader.number: gsm8k.is_exact, Grader.math: math.is_exact}
 """The graders of mathematics, which math-verify grades too. Other answers are equal or not."""
 
@@ -53,14 +62,19 @@ def gold(row: Row, column: str, grader: Grader) -> str:
         case _:
             answer = EXTRACT[grader](cell)
     if not answer:
-        reason = f"column {column!r} holds {cell[-60:]!r}, and task.grader={grader} finds no answer in it"
-        raise UserError(f"{reason}: mend the row, or choose another grader.")
+        reason = (
+            f"column {column!r} holds {cell[-60:]!r}, and task.grader={grader} finds no answer in "
+            f"it"
+        )
+        raise UserError(f"{reason}: fix the row, or choose another grader.")
     return answer
 
 
 class JsonlTask(QuestionTask):
     def configured(self, config: TaskConfig) -> JsonlTask:
-        require(config.grader is not None, f"task.grader is missing: choose one of {', '.join(Grader)}.")
+        require(
+            config.grader is not None, f"task.grader is missing: choose one of {', '.join(Grader)}."
+        )
         return replace(
             super().configured(config),
             question=config.question or self.question,
@@ -74,6 +88,8 @@ class JsonlTask(QuestionTask):
 TASK = JsonlTask(
     settings=("files", "prompt", "question", "answer", "grader"),
     question="question",
-    gold=partial(gold, column="answer", grader=Grader.text),  # `configured` puts the rule of task.grader in place
+    gold=partial(
+        gold, column="answer", grader=Grader.text
+    ),  # `configured` puts the rule of task.grader in place
     extract=single_spaced,
 )

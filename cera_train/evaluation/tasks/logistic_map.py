@@ -1,5 +1,5 @@
-"""The logistic map x' = growth x (1 - x): the paper's case study of a model that has to keep moving. A problem gives x0
-and asks for the next iterates; data/computed.py has the rows."""
+"""The logistic map x' = growth x (1 - x): the paper's case study of a model that has to keep
+moving. A problem gives x0 and asks for the next iterates; data/computed.py has the rows."""
 
 import itertools
 import math
@@ -16,7 +16,9 @@ from cera_train.runs.records import Record
 from cera_train.settings.data import DataConfig, Layout, as_list, check_growths
 from cera_train.settings.evaluation import TaskConfig
 
-EVAL_ROWS = 20  # starting points for a model that was not trained on this task: those of conf/data/logistic_map.yaml
+# starting points for a model that was not trained on this task: those of
+# conf/data/logistic_map.yaml
+EVAL_ROWS = 20
 
 
 class StepGrades(Record, extra="allow"):
@@ -32,14 +34,17 @@ class LogisticMap(AnswerTask):
 
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out."""
-        parts = [part for _, part in data.parts() if part.layout == Layout.logistic_map] if data else []
+        parts = (
+            [part for _, part in data.parts() if part.layout == Layout.logistic_map] if data else []
+        )
         rows = parts[0] if parts else DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)
         settings = rows.logistic_map
         _, starts = starting_points(settings, rows.eval_rows)
         for x0, growth in itertools.islice(itertools.product(starts, config.growths), config.limit):
             row = logistic_map_row(x0, growth, settings)
             trained = growth in as_list(settings.growth) if parts else None
-            prompt, details = row["prompt"], {"growth": growth, "decimals": settings.decimals, "trained": trained}
+            prompt = row["prompt"]
+            details = {"growth": growth, "decimals": settings.decimals, "trained": trained}
             yield Problem(question_id(prompt), prompt, prompt, row["completion"].strip(), **details)
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
@@ -50,24 +55,31 @@ class LogisticMap(AnswerTask):
         details = {"matches": matches, "collapsed": is_collapsed(values, truth)}
         ending = COLLAPSED if details["collapsed"] else None
         answer = ", ".join(values) or None
-        return Grade(generation.problem, generation.sample, answer, all(matches), ending=ending, **details)
+        return Grade(
+            generation.problem, generation.sample, answer, all(matches), ending=ending, **details
+        )
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
         by_growth = {}
-        for growth, trained in dict.fromkeys((each.details["growth"], each.details["trained"]) for each in problems):
+        for growth, trained in dict.fromkeys(
+            (each.details["growth"], each.details["trained"]) for each in problems
+        ):
             ids = {problem.id for problem in problems if problem.details["growth"] == growth}
             same = [grade for grade in grades if grade.problem in ids]
             by_growth[f"{growth:g}"] = {"trained": trained} | step_scores(same)
         return step_scores(grades) | {"by_growth": by_growth}
 
     def paired_value(self, grade: Grade, grader: str) -> float:
-        return mean(StepGrades.from_json(grade.details, f"the grade of problem {grade.problem}").matches)
+        return mean(
+            StepGrades.from_json(grade.details, f"the grade of problem {grade.problem}").matches
+        )
 
     def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
         lines = {"by step": "  ".join(f"{share:.0%}" for share in result["step_accuracy"])}
         for growth, scores in result["by_growth"].items():
             lines[f"r = {growth}"] = (
-                f"steps right {scores['step_accuracy/mean']:.1%}, state collapse {scores['state_collapse']:.1%}"
+                f"steps right {scores['step_accuracy/mean']:.1%}, state collapse "
+                f"{scores['state_collapse']:.1%}"
                 f"{', not trained on' * (scores['trained'] is False)}"
             )
         return lines
@@ -85,25 +97,32 @@ TASK = LogisticMap(
 
 
 def extract(text: str, steps: int) -> list[float]:
-    """The first `steps` values of an answer's first line. Between commas, a value is the last number: the 0.84 of
-    `x1 = 3.5 * 0.4 * 0.6 = 0.84`. In a line without commas, every number with a decimal point is one."""
+    """The first `steps` values of an answer's first line. Between commas, a value is the last
+    number: the 0.84 of `x1 = 3.5 * 0.4 * 0.6 = 0.84`. In a line without commas, every number with a
+    decimal point is one."""
     line = text.strip().partition("\n")[0]
     if "," in line:
-        numbers = [numbers[-1] for part in line.split(",") if (numbers := re.findall(r"-?\d*\.?\d+", part))]
-    else:  # digits are taken from their first one on only, else a long row of them is searched from each
+        numbers = [
+            numbers[-1] for part in line.split(",") if (numbers := re.findall(r"-?\d*\.?\d+", part))
+        ]
+    # digits are taken from their first one on only, else a long row of them is searched from each
+    else:
         numbers = re.findall(r"-?(?:(?<!\d)\d++)?\.\d+", line)
     return [value for value in map(float, numbers) if math.isfinite(value)][:steps]
 
 
 def is_collapsed(answer: Sequence[str], truth: Sequence[str]) -> bool:
-    """State collapse: from some step on the answer repeats one value to its end, where the truth moves."""
+    """State collapse: from some step on the answer repeats one value to its end, where the truth
+    moves."""
     repeated = len(list(itertools.takewhile(lambda value: value == answer[-1], reversed(answer))))
     return repeated > 1 and len(set(truth[len(answer) - repeated : len(answer)])) > 1
 
 
 def step_scores(grades: Sequence[Grade]) -> dict[str, Any]:
     """The accuracy of each step and of all, and the share of collapsed answers."""
-    accuracy = [mean(step) for step in zip(*(grade.details["matches"] for grade in grades), strict=True)]
+    accuracy = [
+        mean(step) for step in zip(*(grade.details["matches"] for grade in grades), strict=True)
+    ]
     return {
         "step_accuracy": accuracy,
         "step_accuracy/mean": mean(accuracy),

@@ -1,8 +1,9 @@
 r"""MATH: competition problems whose answer is the last \boxed{} of the solution.
 
-The exact rule follows the published one (Hendrycks et al. 2021, arXiv 2103.03874): two answers are equal when a light
-normalisation writes them alike. It knows notation, not mathematics: 1/2 equals \frac12, but not 0.5. Beyond the
-published rule it reads thousands separators, mixed numbers such as 1 1/2, and a fraction's arguments as TeX does.
+The exact rule follows the published one (Hendrycks et al. 2021, arXiv 2103.03874): two answers are
+equal when a light normalisation writes them alike. It knows notation, not mathematics: 1/2 equals
+\frac12, but not 0.5. Beyond the published rule it reads thousands separators, mixed numbers such as
+1 1/2, and a fraction's arguments as TeX does.
 """
 
 import re
@@ -25,7 +26,10 @@ RULES = (
     (r"\\[tdc]frac", r"\\frac"),
     (r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree|°", ""),
     (r"\\?[$%]", ""),
-    (r"(?<![ .])[ .]+$|^ +", ""),  # looks behind, else a long row of dots is searched from each of them
+    (
+        r"(?<![ .])[ .]+$|^ +",
+        "",
+    ),  # looks behind, else a long row of dots is searched from each of them
     (rf"(?<=[\w)}}\]! ]) ?{TEXT}\{{[^{{}}]*\}}(?: ?\^ ?(?:\d|\{{\d\}}))?$", ""),  # a unit
     (r"^[a-zA-Z]{1,2} ?= ?(?=[^=]*$)", ""),  # x = 5
     (r"\{,\}", ","),
@@ -34,7 +38,10 @@ RULES = (
     (r"(?<![\d.])\.(?=\d)", "0."),
     (r"^(-?)(\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
     (r"^(-?\d+) (\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
-    (r"(\\[a-zA-Z]+ (?=[a-zA-Z])|\d (?=\d)|, )| ", r"\1"),  # spaces, but in \pi r, 1 000 and after a list's comma
+    (
+        r"(\\[a-zA-Z]+ (?=[a-zA-Z])|\d (?=\d)|, )| ",
+        r"\1",
+    ),  # spaces, but in \pi r, 1 000 and after a list's comma
     (r"\\sqrt ?(\w)", r"\\sqrt{\1}"),
     (r"\\frac ?(\w) ?", r"\\frac{\1}"),
     (rf"(\\frac{GROUP}) ?(\w)", r"\1{\2}"),
@@ -43,32 +50,37 @@ RULES = (
 
 
 def gold(row: Row) -> str:
-    """The reference answer: column `answer` where there is one (MATH-500), in a box or alone, else the last box of
-    column `solution`."""
+    """The reference answer: column `answer` where there is one (MATH-500), in a box or alone, else
+    the last box of column `solution`."""
     if row.get("answer") is not None:
         cell = text_of(row, "answer")
-        require(bool(cell.strip()), "column 'answer' is empty: mend the row.")
+        require(bool(cell.strip()), "column 'answer' is empty: fix the row.")
         return extract(cell) or cell.strip()
     solution = text_of(row, "solution")
     answer = extract(solution)
     if answer is None:
         raise UserError(
-            rf"column 'solution' has no \boxed{{...}} with the answer; it ends in {solution[-60:]!r}: mend the row."
+            rf"column 'solution' has no \boxed{{...}} with the answer; it ends in "
+            rf"{solution[-60:]!r}: fix the row."
         )
     return answer
 
 
 def extract(text: str) -> str | None:
-    r"""The content of the last \boxed{}, else of the last \fbox{}; None where that is empty or cut off. A box without
-    braces, as in `$\boxed 3$`, ends with the formula or the line."""
-    starts = next(filter(None, ([box.end() for box in command.finditer(text)] for command in BOXES)), None)
+    r"""The content of the last \boxed{}, else of the last \fbox{}; None where that is empty or cut
+    off. A box without braces, as in `$\boxed 3$`, ends with the formula or the line."""
+    starts = next(
+        filter(None, ([box.end() for box in command.finditer(text)] for command in BOXES)), None
+    )
     if starts is None:
         return None
     rest = text[starts[-1] :]
     if not rest.startswith("{"):
         return re.match(r"[^$\n]*", rest)[0].strip() or None
     depth = 0
-    for mark in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ is a brace of the answer, not of LaTeX
+    for mark in re.finditer(
+        r"\\.|[{}]", rest, re.DOTALL
+    ):  # \{ is a brace of the answer, not of LaTeX
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
         if depth == 0 and mark[0] == "}":
             return rest[1 : mark.start()].strip() or None
@@ -83,12 +95,17 @@ def normalize(answer: str) -> str:
 
 
 def is_exact(answer: str, gold: str) -> bool:
-    r"""Whether two answers are the same after normalisation, and \text{even} the same as even. `normalize` leaves the
-    former, since math-verify would read the latter as a product of variables."""
+    r"""Whether two answers are the same after normalisation, and \text{even} the same as even.
+    `normalize` leaves the former, since math-verify would read the latter as a product of
+    variables."""
     answer, gold = (WORD.sub(r"\1", normalize(text)) for text in (answer, gold))
     return answer == gold
 
 
 TASK = QuestionTask(
-    settings=("files", "prompt", "level"), question="problem", gold=gold, extract=extract, is_exact=is_exact
+    settings=("files", "prompt", "level"),
+    question="problem",
+    gold=gold,
+    extract=extract,
+    is_exact=is_exact,
 )

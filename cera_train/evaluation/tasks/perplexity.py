@@ -1,4 +1,5 @@
-"""Perplexity on rows as in training, or on running text, window by window: what fine-tuning made a model forget."""
+"""Perplexity on rows as in training, or on running text, window by window: what fine-tuning made a
+model forget."""
 
 from __future__ import annotations
 
@@ -21,27 +22,40 @@ class Perplexity(Task):
     def configured(self, config: TaskConfig) -> Task:
         if config.window is not None:
             require_rows(config)
-            require(config.window > 1, "task.window=1 must be at least 2: a window's first token is not predicted.")
+            require(
+                config.window > 1,
+                "task.window=1 must be at least 2: a window's first token is not predicted.",
+            )
         return self
 
-    def rows(self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
-        """The rows to predict. `data` is that of `data=`, else the run's; None if neither is known."""
+    def rows(
+        self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any
+    ) -> TokenizedRows:
+        """The rows to predict. `data` is that of `data=`, else the run's; None if neither is
+        known."""
         from cera_train.data.prepare import prepare_evaluation, prepare_windows
         from cera_train.data.sources import decide_layouts
         from cera_train.model.folder import check_length
 
         if config.window is not None:
             check_length(model, config.window, "task.window")
-            source, texts = open_rows(config), []
+            source = open_rows(config)
+            texts = []
             for place, row in source.located():
                 with errors_at(place):
                     texts.append(text_of(row, "text"))
             with errors_at(source.name):
                 return prepare_windows("\n\n".join(texts), tokenizer, config.window, config.limit)
-        require(data is not None, "data=... is missing: this adapter's training data is unknown. Choose the rows.")
+        require(
+            data is not None,
+            "data=... is missing: this adapter's training data is unknown. Choose the rows.",
+        )
         if config.files:
-            mend = "this run computed its rows and has no layout for files. Add data=jsonl 'data.train_files=[FILE]'."
-            require(data.layout not in COMPUTED, f"task.files: {mend}")
+            fix = (
+                "this run computed its rows and has no layout for files. Add data=jsonl "
+                "'data.train_files=[FILE]'."
+            )
+            require(data.layout not in COMPUTED, f"task.files: {fix}")
             files = {"train_files": config.files, "eval_files": config.files}
             data = decide_layouts(replace(data, mix=None, eval_rows=None, **files))
         return prepare_evaluation(data, tokenizer, config.limit)

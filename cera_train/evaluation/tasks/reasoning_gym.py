@@ -1,5 +1,5 @@
-"""Questions of reasoning-gym's generators that no training row holds, graded by the generators themselves;
-data/computed.py draws them."""
+"""Questions of reasoning-gym's generators that no training row holds, graded by the generators
+themselves; data/computed.py draws them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -30,7 +30,9 @@ def grade(text: str, draw: Draw) -> Graded:
     answer = "\n".join(text.strip().split("\n")[: draw.answer.count("\n") + 1]).strip()
     generator = open_generator(draw.generator, draw.level, draw.seed)
     try:
-        return Graded(answer, float(generator.score_answer(answer, entry=generator[draw.index])), None)
+        return Graded(
+            answer, float(generator.score_answer(answer, entry=generator[draw.index])), None
+        )
     except Exception as error:  # whatever a model may write must not end a run of hours
         return Graded(answer, 0.0, f"crash: {type(error).__name__}: {error}")
 
@@ -40,31 +42,53 @@ class ReasoningGym(AnswerTask):
         if config.generator is not None:
             check_generators("task.generator", config.generator)
         require(
-            config.limit is not None, "task.limit=null: a generator has no last problem. Set a number, such as 200."
+            config.limit is not None,
+            "task.limit=null: a generator has no last problem. Set a number, such as 200.",
         )
         return self
 
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
         for draw in draws(self._generators(config, data), Split.test, config.limit, "task.limit"):
             prompt = computed_row(draw.question, draw.answer)["prompt"]
-            details = {name: value for name, value in vars(draw).items() if name not in ("question", "answer")}
+            details = {
+                name: value
+                for name, value in vars(draw).items()
+                if name not in ("question", "answer")
+            }
             yield Problem(question_id(draw.question), draw.question, prompt, draw.answer, **details)
 
     def _generators(self, config: TaskConfig, data: DataConfig | None) -> ReasoningGymConfig:
         """Those that the run was trained on, with what the task sets otherwise."""
-        trained = [part for _, part in data.parts() if part.layout == Layout.reasoning_gym] if data else []
+        trained = (
+            [part for _, part in data.parts() if part.layout == Layout.reasoning_gym]
+            if data
+            else []
+        )
         if not (trained or config.generator):
             reason = "the model was trained on no generator of reasoning-gym"
-            raise UserError(f"task.generator is missing, and {reason}. Name one, such as task.generator=chain_sum.")
+            raise UserError(
+                f"task.generator is missing, and {reason}. Name one, such as "
+                f"task.generator=chain_sum."
+            )
         settings = trained[0].reasoning_gym if trained else ReasoningGymConfig()
         changes = {name: getattr(config, name) for name in ("generator", "level")}
-        return replace(settings, **{name: value for name, value in changes.items() if value is not None})
+        return replace(
+            settings, **{name: value for name, value in changes.items() if value is not None}
+        )
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
-        graded = grade(generation.text, Draw(**problem.details, question=problem.question, answer=problem.gold))
-        answer, is_right = graded.answer or None, graded.is_right
+        graded = grade(
+            generation.text, Draw(**problem.details, question=problem.question, answer=problem.gold)
+        )
+        answer = graded.answer or None
+        is_right = graded.is_right
         return Grade(
-            generation.problem, generation.sample, answer, is_right, failure=graded.failure, credit=graded.credit
+            generation.problem,
+            generation.sample,
+            answer,
+            is_right,
+            failure=graded.failure,
+            credit=graded.credit,
         )
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
@@ -73,7 +97,8 @@ class ReasoningGym(AnswerTask):
 
 TASK = ReasoningGym(
     settings=("generator", "level"),
-    # Graders give a part of the credit to an answer that merely holds the right digits, so runs are compared by exact.
+    # Graders give a part of the credit to an answer that merely holds the right digits, so runs are
+    # compared by exact.
     shown=(Metric("credit", "credit"),),
     is_verified=False,
 )

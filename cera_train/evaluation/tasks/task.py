@@ -1,8 +1,8 @@
-"""What a benchmark defines, and how its settings become a task. A module of this folder that sets `TASK` is a
-`task.kind`.
+"""What a benchmark defines, and how its settings become a task. A module of this folder that sets
+`TASK` is a `task.kind`.
 
-A `QuestionTask` compares an answer with a gold answer; an `AnswerTask` brings its problems and its grading; any other
-`Task` measures perplexity. Nothing here imports torch."""
+A `QuestionTask` compares an answer with a gold answer; an `AnswerTask` brings its problems and its
+grading; any other `Task` measures perplexity. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -47,16 +47,18 @@ class Task:
 
     settings: tuple[str, ...] = ()  # the settings among `OPTIONAL` that this task has
     score_name: str = ""
-    """What `paired_value` counts, in the plural, such as steps. Empty: whole answers, right or wrong."""
+    """What `paired_value` counts, in the plural, such as steps. Empty: whole answers, right or
+    wrong."""
     shown: tuple[Metric, ...] = ()  # what a report shows beside accuracy or perplexity
 
     def configured(self, config: TaskConfig) -> Task:
-        """This task with its settings. Raises UserError for settings that it cannot use. Imports no torch."""
+        """This task with its settings. Raises UserError for settings that it cannot use. Imports no
+        torch."""
         return self
 
     def paired_value(self, grade: Grade, grader: str) -> float:
-        """How much of an answer is right, from 0 to 1, for the paired test of two runs. The grader, exact or verified,
-        has no effect where `score_name` is set."""
+        """How much of an answer is right, from 0 to 1, for the paired test of two runs. The grader,
+        exact or verified, has no effect where `score_name` is set."""
         return float(getattr(grade, grader))
 
 
@@ -72,13 +74,16 @@ class AnswerTask(Task, ABC):
 
     @property
     def figures(self) -> dict[str, bool]:
-        """The shares that a run records while it trains, and whether a higher one is better: pass@1 under the name of
-        its grader, and those of `shown`."""
-        return dict.fromkeys(self.graders, True) | {metric.key: not metric.lower_is_better for metric in self.shown}
+        """The shares that a run records while it trains, and whether a higher one is better: pass@1
+        under the name of its grader, and those of `shown`."""
+        return dict.fromkeys(self.graders, True) | {
+            metric.key: not metric.lower_is_better for metric in self.shown
+        }
 
     @abstractmethod
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
-        """The problems, in order, at most `config.limit`. `data` holds the rows that the run was trained on."""
+        """The problems, in order, at most `config.limit`. `data` holds the rows that the run was
+        trained on."""
 
     @abstractmethod
     def grade(self, problem: Problem, generation: Generation) -> Grade:
@@ -100,8 +105,12 @@ class QuestionTask(AnswerTask):
     settings: tuple[str, ...] = ("files", "prompt")
     question: str  # the column with the question
     gold: Callable[[Row], str]  # finds the gold answer of a row, or raises UserError
-    extract: Callable[[str], str | None]  # finds the answer in a generated text; None where there is none
-    is_exact: Callable[[str, str], bool] = operator.eq  # whether an answer equals the gold answer by the published rule
+    extract: Callable[
+        [str], str | None
+    ]  # finds the answer in a generated text; None where there is none
+    is_exact: Callable[[str, str], bool] = (
+        operator.eq
+    )  # whether an answer equals the gold answer by the published rule
 
     def configured(self, config: TaskConfig) -> Task:
         if "files" in self.settings:
@@ -109,7 +118,8 @@ class QuestionTask(AnswerTask):
         example = f"$'task.prompt=\"Question: {{{self.question}}}\\nAnswer:\"'"
         require(
             bool(config.prompt and columns_of(config.prompt, "task.prompt")),
-            f"task.prompt={config.prompt!r} names no column: write one in braces, such as {example}.",
+            f"task.prompt={config.prompt!r} names no column: write one in braces, such as "
+            f"{example}.",
         )
         return self
 
@@ -121,23 +131,33 @@ class QuestionTask(AnswerTask):
         source = self.source(config, data)
         problems = list(itertools.islice(self._read(source, config), config.limit))
         level = "" if config.level is None else f" of task.level={config.level}"
-        require(bool(problems), f"{source.name} has no rows{level}: name a file with a problem on each row.")
+        require(
+            bool(problems),
+            f"{source.name} has no rows{level}: name a file with a problem on each row.",
+        )
         return problems
 
     def _read(self, source: Source, config: TaskConfig) -> Iterator[Problem]:
-        columns, setting = columns_of(config.prompt), "task.question" if "question" in self.settings else None
+        columns = columns_of(config.prompt)
+        setting = "task.question" if "question" in self.settings else None
         for place, row in source.located():
             with errors_at(place):
                 # MATH writes "Level 5", MATH-500 writes 5.
-                if config.level is not None and re.findall(r"\d+", text_of(row, "level"))[:1] != [str(config.level)]:
+                if config.level is not None and re.findall(r"\d+", text_of(row, "level"))[:1] != [
+                    str(config.level)
+                ]:
                     continue
                 question = text_of(row, self.question, setting)
-                prompt = config.prompt.format_map({name: text_of(row, name, "task.prompt") for name in columns})
+                prompt = config.prompt.format_map(
+                    {name: text_of(row, name, "task.prompt") for name in columns}
+                )
                 gold = self.gold(row)
             yield Problem(question_id(question), question, prompt, gold)
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
-        answer, exact, failure = None, False, None
+        answer = None
+        exact = False
+        failure = None
         try:
             answer = self.extract(generation.text)
             exact = answer is not None and self.is_exact(answer, problem.gold)
@@ -146,7 +166,7 @@ class QuestionTask(AnswerTask):
         return Grade(generation.problem, generation.sample, answer, exact, failure=failure)
 
 
-# --- what benchmarks share -------------------------------------------------------------------------------------------
+# --- what benchmarks share ------------------------------------------------------------------------
 
 
 def question_id(question: str) -> str:
@@ -156,7 +176,10 @@ def question_id(question: str) -> str:
 
 def require_rows(config: TaskConfig) -> None:
     """Raises UserError where neither files nor a data set are named."""
-    require(bool(config.path or config.files), "task.files is empty: name local files, or a Hub data set in task.path.")
+    require(
+        bool(config.path or config.files),
+        "task.files is empty: name local files, or a Hub data set in task.path.",
+    )
 
 
 def open_rows(config: TaskConfig) -> Source:
@@ -170,9 +193,19 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-# --- from settings to a task -----------------------------------------------------------------------------------------
+# --- from settings to a task ----------------------------------------------------------------------
 
-OPTIONAL = ("files", "prompt", "level", "growths", "generator", "question", "answer", "grader", "window")
+OPTIONAL = (
+    "files",
+    "prompt",
+    "level",
+    "growths",
+    "generator",
+    "question",
+    "answer",
+    "grader",
+    "window",
+)
 """Settings that a task has only where it lists them in `Task.settings`."""
 
 
@@ -186,28 +219,40 @@ def all_tasks() -> dict[str, Task]:
 
 def build_task(config: TaskConfig) -> Task:
     """The task of these settings. Raises UserError for a setting that it cannot use."""
-    tasks = all_tasks()  # a kind may stand in a stranger's config.yaml: nothing is imported that is not in this folder
-    require(config.kind in tasks, f"task.kind={config.kind} is unknown: choose one of {', '.join(tasks)}.")
+    # a kind may stand in a stranger's config.yaml: nothing is imported that is not in this folder
+    tasks = all_tasks()
+    require(
+        config.kind in tasks,
+        f"task.kind={config.kind} is unknown: choose one of {', '.join(tasks)}.",
+    )
     task = tasks[config.kind]
     for name in OPTIONAL:
         value = getattr(config, name)
         is_unused = value not in (None, []) and name not in task.settings
-        require(not is_unused, f"task.{name}={value} has no meaning for a task of kind {config.kind}: leave it out.")
+        require(
+            not is_unused,
+            f"task.{name}={value} has no meaning for a task of kind {config.kind}: leave it out.",
+        )
     return task.configured(config)
 
 
 def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
-    """The problems of a task, in its order. A question that comes again gets -2, -3, ... after its id."""
-    seen, problems = Counter(), []
+    """The problems of a task, in its order. A question that comes again gets -2, -3, ... after its
+    id."""
+    seen = Counter()
+    problems = []
     for problem in build_task(config).problems(config, data):
         seen[problem.id] += 1
         count = seen[problem.id]
         problems.append(problem if count == 1 else problem.replace(id=f"{problem.id}-{count}"))
-    require(bool(problems), f"task={config.name} has no problems: the run holds out no row that it could ask.")
+    require(
+        bool(problems),
+        f"task={config.name} has no problems: the run holds out no row that it could ask.",
+    )
     return problems
 
 
-# --- tasks by name, as in train.tasks --------------------------------------------------------------------------------
+# --- tasks by name, as in train.tasks -------------------------------------------------------------
 
 
 def training_task(name: str, changes: Mapping[str, Any]) -> TaskConfig:
@@ -227,14 +272,20 @@ def training_task(name: str, changes: Mapping[str, Any]) -> TaskConfig:
             raise UserError(f"{str(error).splitlines()[0]}. See conf/task/{name}.yaml.") from error
         task = build_task(config)
     if not isinstance(task, AnswerTask):
-        raise UserError(f"train.tasks=[{name}] has no answers to grade: leave it to cera-eval, after training.")
+        raise UserError(
+            f"train.tasks=[{name}] has no answers to grade: leave it to cera-eval, after training."
+        )
     return config
 
 
 def task_figures(name: str, changes: Mapping[str, Any] | None = None) -> dict[str, bool]:
-    """The figures of a task by their keys in a run's result.json, and whether a higher one is better. Without changes,
-    all that the task can have."""
-    task = all_tasks()[_file(name)["kind"]] if changes is None else build_task(training_task(name, changes))
+    """The figures of a task by their keys in a run's result.json, and whether a higher one is
+    better. Without changes, all that the task can have."""
+    task = (
+        all_tasks()[_file(name)["kind"]]
+        if changes is None
+        else build_task(training_task(name, changes))
+    )
     figures = task.figures if isinstance(task, AnswerTask) else {}
     return {f"{name}/{key}": is_higher_better for key, is_higher_better in figures.items()}
 
@@ -243,33 +294,53 @@ def _file(name: str) -> dict[str, Any]:
     return read_yaml(config_dir("conf") / "task" / f"{name}.yaml")
 
 
-# --- problems among the training rows --------------------------------------------------------------------------------
+# --- problems among the training rows -------------------------------------------------------------
 
 
 START = 4  # words of a question by which a text is searched for it
 
 
 def trained_on(problems: Iterable[Problem], data: DataConfig) -> list[str]:
-    """The questions of problems that stand in a text of a training row, whatever their case and spaces."""
-    questions = {normalized(problem.question): problem.question for problem in problems if problem.question.strip()}
+    """The questions of problems that stand in a text of a training row, whatever their case and
+    spaces."""
+    questions = {
+        normalized(problem.question): problem.question
+        for problem in problems
+        if problem.question.strip()
+    }
     by_start: dict[tuple[str, ...], list[str]] = {}
     for words in questions:
         by_start.setdefault(tuple(words.split()[:START]), []).append(words)
-    lengths, shared = {len(start) for start in by_start}, set()
+    lengths = {len(start) for start in by_start}
+    shared = set()
     for _, part in data.parts():
-        cells = (cell for _, row in open_sources(part)[0].located() for cell in flatten(row).values())
+        cells = (
+            cell for _, row in open_sources(part)[0].located() for cell in flatten(row).values()
+        )
         for text in (normalized(cell) for cell in cells if isinstance(cell, str)):
             words = text.split()
-            starts = {tuple(words[at : at + length]) for length in lengths for at in range(len(words))}
+            starts = {
+                tuple(words[at : at + length]) for length in lengths for at in range(len(words))
+            }
             text = f" {text} "
-            shared |= {each for start in starts & by_start.keys() for each in by_start[start] if f" {each} " in text}
+            shared |= {
+                each
+                for start in starts & by_start.keys()
+                for each in by_start[start]
+                if f" {each} " in text
+            }
     return [question for words, question in questions.items() if words in shared]
 
 
 def describe_trained_on(problems: Iterable[Problem], data: DataConfig) -> str:
-    """How many problems are among the training rows; empty where none is. The rows may be gone since the training."""
+    """How many problems are among the training rows; empty where none is. The rows may be gone
+    since the training."""
     try:
         shared = trained_on(problems, data)
     except UserError as error:
         return f"unknown, since the training rows cannot be read: {error}"
-    return f"{len(shared):,} of its problems are among the training rows, such as {shared[0][:60]!r}" if shared else ""
+    return (
+        f"{len(shared):,} of its problems are among the training rows, such as {shared[0][:60]!r}"
+        if shared
+        else ""
+    )

@@ -1,5 +1,5 @@
-"""Training objectives: the loss of an update, and the figures of the held-out rows. Supervised fine-tuning is here;
-preferences and rewards have a file each."""
+"""Training objectives: the loss of an update, and the figures of the held-out rows. Supervised
+fine-tuning is here; preferences and rewards have a file each."""
 
 from __future__ import annotations
 
@@ -31,27 +31,33 @@ class Drawn:
 
 
 class Sft:
-    """Supervised fine-tuning: the mean next-token loss over the supervised tokens of an update. The other objectives
-    replace these methods."""
+    """Supervised fine-tuning: the mean next-token loss over the supervised tokens of an update. The
+    other objectives replace these methods."""
 
     def __init__(self, session: Session) -> None:
-        self.batches, self.accelerator = session.batches, session.accelerator
+        self.batches = session.batches
+        self.accelerator = session.accelerator
 
     def begin(self, rows: list[int]) -> Drawn:
         """Prepares an update on these training rows, the same on every process."""
         supervised = sum(self.batches.supervised[row] for row in rows)
         # A mean over the tokens of all processes, whose gradients are averaged.
-        self.scale = self.accelerator.num_processes / torch.tensor(supervised, device=self.accelerator.device)
+        self.scale = self.accelerator.num_processes / torch.tensor(
+            supervised, device=self.accelerator.device
+        )
         return Drawn(self.batches, rows)
 
     def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
-        """A micro-batch's part of the loss that is minimised, a scalar, whose gradients the processes average.
+        """A micro-batch's part of the loss that is minimised, a scalar, whose gradients the
+        processes average.
 
         Args:
-            losses: [N] next-token losses of the supervised tokens of the sequences of `group`, one after the other.
+            losses: [N] next-token losses of the supervised tokens of the sequences of `group`, one
+                after the other.
         """
         return self.scale * losses.sum()
 
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
-        """What counts on the held-out rows: losses whose mean is the held-out loss, and further figures."""
+        """What counts on the held-out rows: losses whose mean is the held-out loss, and further
+        figures."""
         return losses, {}

@@ -2,9 +2,10 @@
 
     loss = -log sigmoid(beta margin),    margin = log p / p_ref (chosen) - log p / p_ref (rejected)
 
-The two answers of a pair may lie in different micro-batches and processes. So a pass without gradients first takes
-log p of every answer of an update; the derivative of the loss by it is the weight of that answer's gradient in the
-passes that follow. On the held-out pairs exp of the loss is the perplexity of the choice: 2 for a coin's.
+The two answers of a pair may lie in different micro-batches and processes. So a pass without
+gradients first takes log p of every answer of an update; the derivative of the loss by it is the
+weight of that answer's gradient in the passes that follow. On the held-out pairs exp of the loss is
+the perplexity of the choice: 2 for a coin's.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from cera_train.training.session import Session
 
 REFERENCE = "reference.safetensors"
-"""Log p of every answer under the reference: in the cache, and in the run's folder, which resumes without the cache."""
+"""Log p of every answer under the reference: in the cache, and in the run's folder, which resumes
+without the cache."""
 
 
 def pair_losses(gains: Tensor, tokens: Tensor, config: DpoConfig) -> Tensor:
@@ -47,7 +49,8 @@ def pair_losses(gains: Tensor, tokens: Tensor, config: DpoConfig) -> Tensor:
     if config.loss == PreferenceLoss.ipo:
         chosen, rejected = (gains / tokens).T
         return (chosen - rejected - 1 / (2 * config.beta)) ** 2
-    margins, wrong = config.beta * (gains[:, 0] - gains[:, 1]), config.label_smoothing
+    margins = config.beta * (gains[:, 0] - gains[:, 1])
+    wrong = config.label_smoothing
     return -(1 - wrong) * logsigmoid(margins) - wrong * logsigmoid(-margins)
 
 
@@ -60,17 +63,24 @@ def rewards(gains: Tensor, beta: float, prefix: str) -> dict[str, float]:
 
 class Dpo(Sft):
     def __init__(self, session: Session) -> None:
-        self.session, self.config = session, session.config.dpo
-        is_base = session.config.adapter.start_from is None or self.config.reference == Reference.base
+        self.session = session
+        self.config = session.config.dpo
+        is_base = (
+            session.config.adapter.start_from is None or self.config.reference == Reference.base
+        )
         self.is_base = is_base and keeps_base(session.model)
         reference = self._find_reference()
-        self.reference, self.held_out_reference = (torch.from_numpy(reference[name]) for name in ("train", "held_out"))
+        self.reference, self.held_out_reference = (
+            torch.from_numpy(reference[name]) for name in ("train", "held_out")
+        )
 
     def begin(self, rows: list[int]) -> Drawn:
-        session, config = self.session, self.config
+        session = self.session
+        config = self.config
         losses = token_losses(session.local_loss, session.batches, rows, session.accelerator)
         log_p = _log_p(losses).requires_grad_()
-        gains, tokens = log_p - self.reference[rows].view(-1, 2), torch.tensor(losses.tokens).view(-1, 2)
+        gains = log_p - self.reference[rows].view(-1, 2)
+        tokens = torch.tensor(losses.tokens).view(-1, 2)
         loss = pair_losses(gains, tokens, config).mean()
         loss = loss - config.sft_weight * log_p[:, 0].sum() / tokens[:, 0].sum()
         [gradient] = torch.autograd.grad(loss, log_p)
@@ -85,19 +95,27 @@ class Dpo(Sft):
         tokens = torch.tensor([self.session.batches.supervised[row] for row in group])
         total = (weights.repeat_interleave(tokens).to(losses.device) * losses).sum()
         # Its gradient is that of the pairs' loss; its value becomes this loss, too.
-        return self.session.accelerator.num_processes * (total - total.detach() + len(group) * self._value)
+        return self.session.accelerator.num_processes * (
+            total - total.detach() + len(group) * self._value
+        )
 
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
         gains = _log_p(losses) - self.held_out_reference.view(-1, 2)
-        of_pairs = pair_losses(gains, torch.tensor(losses.tokens).view(-1, 2), self.config).float().numpy()
+        of_pairs = (
+            pair_losses(gains, torch.tensor(losses.tokens).view(-1, 2), self.config).float().numpy()
+        )
         accuracy = (gains[:, 0] > gains[:, 1]).float().mean().item()
         judged = TokenLosses(numpy.ones(len(of_pairs), numpy.int64), of_pairs)
         return judged, {"preferences/accuracy": accuracy} | rewards(gains, self.config.beta, "eval")
 
     def _find_reference(self) -> dict[str, numpy.ndarray]:
         """The run's copy where it resumes; else from the cache, or taken for it."""
-        session, name, reference = self.session, f"reference/{self._digest()}", None
-        kept, cached, is_main = session.folder.path / REFERENCE, cache_dir() / name, session.accelerator.is_main_process
+        session = self.session
+        name = f"reference/{self._digest()}"
+        reference = None
+        kept = session.folder.path / REFERENCE
+        cached = cache_dir() / name
+        is_main = session.accelerator.is_main_process
         if is_main and session.resumes:
             reference = read_parsed(kept, load, "Restore it, or train in a new folder.")
         elif is_main and cached.is_dir():
@@ -111,21 +129,34 @@ class Dpo(Sft):
 
     def _digest(self) -> str:
         """A digest of the model, the rows, and what decides how the passes round."""
-        session, config, accelerator = self.session, self.session.config, self.session.accelerator
-        start = None if self.is_base else config.adapter.start_digest or [to_plain(config.adapter), config.train.seed]
+        session = self.session
+        config = self.session.config
+        accelerator = self.session.accelerator
+        start = (
+            None
+            if self.is_base
+            else config.adapter.start_digest or [to_plain(config.adapter), config.train.seed]
+        )
         rows = session.data.train.digest, session.data.evaluation.digest
         passes = config.train.autocast, config.train.compile, config.train.micro_batch_tokens
         machine = session.local_loss.is_flat, accelerator.device.type, accelerator.num_processes
-        return digest_of_parts(to_plain(config.model), session.base_digest, start, rows, passes, machine)
+        return digest_of_parts(
+            to_plain(config.model), session.base_digest, start, rows, passes, machine
+        )
 
     def _take_reference(self) -> dict[str, numpy.ndarray]:
         """[rows] log p of the training and of the held-out answers, float64."""
-        # Of the base with the adapter off, which runs of other adapters share, or of the adapter as the run starts.
-        session, reference = self.session, {}
+        # Of the base with the adapter off, which runs of other adapters share, or of the adapter as
+        # the run starts.
+        session = self.session
+        reference = {}
         if session.accelerator.is_main_process:
             announce("reference", "log p of every answer, once")
         with session.model.disable_adapter() if self.is_base else contextlib.nullcontext():
-            for name, batches in (("train", session.batches), ("held_out", session.held_out.batches)):
+            for name, batches in (
+                ("train", session.batches),
+                ("held_out", session.held_out.batches),
+            ):
                 rows = range(len(batches.lengths))
                 losses = token_losses(session.local_loss, batches, rows, session.accelerator)
                 reference[name] = -losses.sums()

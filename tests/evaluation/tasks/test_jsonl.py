@@ -13,7 +13,12 @@ def config_of(write_jsonl):
     """config_of(rows, grader, ...) -> TaskConfig on a file of these rows"""
 
     def config_of(rows: list[dict], grader: str | None, **settings) -> TaskConfig:
-        fixed = {"kind": "jsonl", "name": "mine", "files": [str(write_jsonl("mine.jsonl", rows))], "grader": grader}
+        fixed = {
+            "kind": "jsonl",
+            "name": "mine",
+            "files": [str(write_jsonl("mine.jsonl", rows))],
+            "grader": grader,
+        }
         return TaskConfig(**fixed | {"prompt": "Question: {question}\nAnswer:"} | settings)
 
     return config_of
@@ -35,7 +40,8 @@ def config_of(write_jsonl):
 )
 def test_each_grader_reads_gold_and_answer_by_its_rule(config_of, grader, gold, answer, is_exact):
     config = config_of([{"question": "?", "answer": gold}], grader)
-    [problem], task = load_problems(config, None), build_task(config)
+    [problem] = load_problems(config, None)
+    task = build_task(config)
     grade = task.grade(problem, Generation(problem.id, 0, answer, 1, False))
     assert (grade.exact, grade.failure) == (is_exact, None)
     assert task.is_verified == (grader in ("number", "math"))

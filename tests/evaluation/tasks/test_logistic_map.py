@@ -23,9 +23,18 @@ def test_an_answer_is_the_decimal_numbers_of_its_first_line(text, values):
 
 def test_steps_are_compared_one_by_one():
     problem = Problem("a", "?", "?", "0.56, 0.86, 0.42, 0.85", growth=3.5, trained=None, decimals=2)
-    grades = [TASK.grade(problem, Generation("a", 0, text, 9, False)) for text in ("0.56, 0.8649, 0.5", problem.gold)]
-    assert [grade.details["matches"] for grade in grades] == [[True, True, False, False], [True] * 4]
-    assert [(grade.answer, grade.exact) for grade in grades] == [("0.56, 0.86, 0.50", False), (problem.gold, True)]
+    grades = [
+        TASK.grade(problem, Generation("a", 0, text, 9, False))
+        for text in ("0.56, 0.8649, 0.5", problem.gold)
+    ]
+    assert [grade.details["matches"] for grade in grades] == [
+        [True, True, False, False],
+        [True] * 4,
+    ]
+    assert [(grade.answer, grade.exact) for grade in grades] == [
+        ("0.56, 0.86, 0.50", False),
+        (problem.gold, True),
+    ]
     scores = TASK.scores([problem], grades)
     assert (scores["step_accuracy"], scores["step_accuracy/mean"]) == ([1, 1, 0.5, 0.5], 0.75)
     assert scores["by_growth"]["3.5"]["step_accuracy"] == scores["step_accuracy"]
@@ -34,10 +43,18 @@ def test_steps_are_compared_one_by_one():
 @pytest.mark.parametrize(
     ("given", "truth", "collapsed"),
     [
-        (["0.84", "0.87", "0.87", "0.87", "0.87"], ["0.84", "0.47", "0.87", "0.39", "0.83"], True),  # the paper's
+        (
+            ["0.84", "0.87", "0.87", "0.87", "0.87"],
+            ["0.84", "0.47", "0.87", "0.39", "0.83"],
+            True,
+        ),  # the paper's
         (["0.84", "0.47", "0.87", "0.39", "0.39"], ["0.84", "0.47", "0.87", "0.39", "0.83"], True),
         (["0.84", "0.47", "0.87", "0.39", "0.83"], ["0.84", "0.47", "0.87", "0.39", "0.83"], False),
-        (["0.87", "0.87", "0.84", "0.39", "0.83"], ["0.84", "0.47", "0.87", "0.39", "0.83"], False),  # moves on
+        (
+            ["0.87", "0.87", "0.84", "0.39", "0.83"],
+            ["0.84", "0.47", "0.87", "0.39", "0.83"],
+            False,
+        ),  # moves on
         (["0.60", "0.60", "0.60"], ["0.60", "0.60", "0.60"], False),  # the truth stands still too
         ([], ["0.60", "0.63"], False),
     ],

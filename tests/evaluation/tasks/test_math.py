@@ -53,11 +53,21 @@ PAIRS = [
     (r"2,1", r"1, 2", False, True),
     (r"3", r"3, 4", False, False),
     (r"12\text{ and }13", r"12,13", False, True),
-    (r"\varnothing", r"\emptyset", False, False),  # equal, but math-verify takes \varnothing for a variable
+    (
+        r"\varnothing",
+        r"\emptyset",
+        False,
+        False,
+    ),  # equal, but math-verify takes \varnothing for a variable
     (r"(1,2]", r"(1, 2]", True, True),
     (r"(1,2]", r"(1,2)", False, False),
     (r"(-\infty, 3) \cup (5, \infty)", r"(-\infty,3)\cup(5,\infty)", True, True),
-    (r"x>3", r"(3,\infty)", False, False),  # equal, but math-verify takes no inequality for a gold interval
+    (
+        r"x>3",
+        r"(3,\infty)",
+        False,
+        False,
+    ),  # equal, but math-verify takes no inequality for a gold interval
     # tuples, vectors, matrices
     (r"(1,2)", r"(1, 2)", True, True),
     (r"(2,1)", r"(1,2)", False, False),
@@ -82,13 +92,20 @@ PAIRS = [
     # garbage, empty, very long
     (r"", r"0", False, False),
     (r"\frac{", r"3", False, False),
-    (r"? !", r"?!", True, True),  # where math-verify cannot read the gold answer, the exact rule decides
+    (
+        r"? !",
+        r"?!",
+        True,
+        True,
+    ),  # where math-verify cannot read the gold answer, the exact rule decides
     ("9" * 500, "9" * 500, True, True),
 ]
 
 
 def test_both_graders_on_the_table():
-    verdicts = judge([Candidate(reference, answer, "") for answer, reference, _, _ in PAIRS], seconds=20)
+    verdicts = judge(
+        [Candidate(reference, answer, "") for answer, reference, _, _ in PAIRS], seconds=20
+    )
     for (answer, reference, exact, verified), verdict in zip(PAIRS, verdicts, strict=True):
         assert is_exact(answer, reference) == is_exact(reference, answer) == exact, answer
         assert verdict == Verdict(verified), answer
@@ -100,7 +117,10 @@ def test_both_graders_on_the_table():
     ("text", "answer"),
     [
         (r"So the answer is $\boxed{12}$.", "12"),
-        (r"\boxed{\frac{\sqrt{a^{2}+1}}{\frac{1}{2}}} and more }", r"\frac{\sqrt{a^{2}+1}}{\frac{1}{2}}"),
+        (
+            r"\boxed{\frac{\sqrt{a^{2}+1}}{\frac{1}{2}}} and more }",
+            r"\frac{\sqrt{a^{2}+1}}{\frac{1}{2}}",
+        ),
         (r"\boxed{\boxed{7}}", "7"),
         (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
         ("\\boxed{\n5\n}", "5"),
@@ -128,7 +148,10 @@ def test_a_megabyte_of_text_is_extracted_and_compared_at_once():
 
 
 def test_gold_is_the_column_answer_or_the_box_of_the_solution():
-    assert gold({"problem": "?", "solution": r"Since \boxed{1} ... \boxed{\frac12}.", "level": 3}) == r"\frac12"
+    assert (
+        gold({"problem": "?", "solution": r"Since \boxed{1} ... \boxed{\frac12}.", "level": 3})
+        == r"\frac12"
+    )
     assert gold({"problem": "?", "solution": r"\boxed{1}", "answer": "2"}) == "2"
     assert gold({"problem": "?", "solution": r"\boxed{1}", "answer": None}) == "1"
     assert gold({"problem": "?", "answer": 2}) == "2"

@@ -1,4 +1,5 @@
-"""Every generator of the list: its gold answers are right, others are not, and the same again from a file."""
+"""Every generator of the list: its gold answers are right, others are not, and the same again from
+a file."""
 
 import json
 
@@ -18,11 +19,16 @@ EVERY = [(name, level) for name in GENERATORS for level in (0, None)]
 
 
 def problems(limit: int = 4, data: DataConfig | None = None, **settings) -> list[Problem]:
-    return load_problems(TaskConfig(kind="reasoning_gym", name="gym", limit=limit, **settings), data)
+    return load_problems(
+        TaskConfig(kind="reasoning_gym", name="gym", limit=limit, **settings), data
+    )
 
 
 def credits(problems: list[Problem], answers: list[str]) -> list[tuple[float, bool, str | None]]:
-    generations = [Generation(problem.id, 0, text, 1, False) for problem, text in zip(problems, answers, strict=True)]
+    generations = [
+        Generation(problem.id, 0, text, 1, False)
+        for problem, text in zip(problems, answers, strict=True)
+    ]
     grades = grade_all(TASK, problems, generations)
     return [(grade.details["credit"], grade.exact, grade.failure) for grade in grades]
 
@@ -31,8 +37,14 @@ def credits(problems: list[Problem], answers: list[str]) -> list[tuple[float, bo
 def test_gold_answers_are_right_and_others_are_not(name, level):
     drawn = problems(generator=name, level=level)
     assert {problem.details["generator"] for problem in drawn} == {name}
-    again = [Problem.from_json(json.loads(json.dumps(problem.to_json())), "problems.jsonl:1") for problem in drawn]
-    assert credits(again, [f" {problem.gold}\nQuestion: and so on" for problem in drawn]) == [(1.0, True, None)] * 4
+    again = [
+        Problem.from_json(json.loads(json.dumps(problem.to_json())), "problems.jsonl:1")
+        for problem in drawn
+    ]
+    assert (
+        credits(again, [f" {problem.gold}\nQuestion: and so on" for problem in drawn])
+        == [(1.0, True, None)] * 4
+    )
     for answers in (["I cannot tell."] * 4, [""] * 4):
         assert all(credit < 1 and not exact for credit, exact, _ in credits(drawn, answers))
 
@@ -43,20 +55,25 @@ def test_a_part_of_the_credit_is_no_right_answer():
     [(credit, exact, _)] = credits([problem], [", ".join([*words[:-2], words[-1], words[-2]])])
     assert 0 < credit < 1
     assert not exact
-    right, wrong = (TASK.grade(problem, Generation(problem.id, 0, text, 1, False)) for text in (problem.gold, "x"))
+    right, wrong = (
+        TASK.grade(problem, Generation(problem.id, 0, text, 1, False))
+        for text in (problem.gold, "x")
+    )
     assert TASK.scores([problem], [right, wrong])["credit"] == (1 + wrong.details["credit"]) / 2
 
 
 def test_problems_are_of_the_generators_and_the_level_that_the_run_was_trained_on():
     settings = ReasoningGymConfig(generator=["gcd", "lcm"], level=1)
     data = DataConfig(layout="reasoning_gym", train_rows=9, eval_rows=3, reasoning_gym=settings)
-    assert [(problem.details["generator"], problem.details["level"]) for problem in problems(2, data)] == [
-        *(("gcd", 1), ("lcm", 1))
-    ]
+    assert [
+        (problem.details["generator"], problem.details["level"]) for problem in problems(2, data)
+    ] == [*(("gcd", 1), ("lcm", 1))]
     [harder] = problems(1, data, generator="chain_sum", level=3)
     assert (harder.details["generator"], harder.details["level"]) == ("chain_sum", 3)
     parts = [MixPart(path="a/b"), MixPart(layout="reasoning_gym", train_rows=5, eval_rows=2)]
     mixed = DataConfig(prompt="{a}", completion="{b}", reasoning_gym=settings, mix=parts)
     assert problems(2, mixed) == problems(2, data)
-    with pytest.raises(UserError, match=r"task.generator is missing, .* such as task.generator=chain_sum"):
+    with pytest.raises(
+        UserError, match=r"task.generator is missing, .* such as task.generator=chain_sum"
+    ):
         problems()

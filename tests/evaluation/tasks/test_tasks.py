@@ -1,4 +1,5 @@
-"""A benchmark is one file: its settings, its problems and their ids, and the line that a file gets that has none."""
+"""A benchmark is one file: its settings, its problems and their ids, and the line that a file gets
+that has none."""
 
 import sys
 
@@ -32,7 +33,9 @@ def config_of(write_jsonl):
     """config_of(rows, "gsm8k", ...) -> the settings of a task on a file of these rows."""
 
     def config_of(rows, kind="gsm8k", **settings):
-        prompt = {"math": "Problem: {problem}", "arithmetic": "{sum} ="}.get(kind, "Question: {question}")
+        prompt = {"math": "Problem: {problem}", "arithmetic": "{sum} ="}.get(
+            kind, "Question: {question}"
+        )
         settings = {"kind": kind, "name": kind, "prompt": prompt} | settings
         return TaskConfig(files=[str(write_jsonl("rows.jsonl", rows))], **settings)
 
@@ -41,32 +44,71 @@ def config_of(write_jsonl):
 
 def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
     (tmp_path / "arithmetic.py").write_text(ARITHMETIC)
-    monkeypatch.setattr(cera_train.evaluation.tasks, "__path__", [*cera_train.evaluation.tasks.__path__, str(tmp_path)])
+    monkeypatch.setattr(
+        cera_train.evaluation.tasks,
+        "__path__",
+        [*cera_train.evaluation.tasks.__path__, str(tmp_path)],
+    )
     monkeypatch.setitem(sys.modules, "cera_train.evaluation.tasks.arithmetic", None)
-    del sys.modules["cera_train.evaluation.tasks.arithmetic"]  # restored, that is removed, after the test
+    del sys.modules[
+        "cera_train.evaluation.tasks.arithmetic"
+    ]  # restored, that is removed, after the test
     config = config_of([{"sum": "1 + 1", "result": 2}, {"sum": "1 + 2", "result": 3}], "arithmetic")
-    task, problems = build_task(config), load_problems(config, None)
-    assert [(problem.prompt, problem.gold) for problem in problems] == [("1 + 1 =", "2"), ("1 + 2 =", "3")]
+    task = build_task(config)
+    problems = load_problems(config, None)
+    assert [(problem.prompt, problem.gold) for problem in problems] == [
+        ("1 + 1 =", "2"),
+        ("1 + 2 =", "3"),
+    ]
     answers = [Generation(problem.id, 0, " 2", 2, False) for problem in problems]
-    scores = score(task, problems, answers, [task.grade(*pair) for pair in zip(problems, answers, strict=True)])
+    scores = score(
+        task, problems, answers, [task.grade(*pair) for pair in zip(problems, answers, strict=True)]
+    )
     assert (list(scores.accuracies), scores.details["exact/pass@1"]) == (["exact/pass@1"], 0.5)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "task"}, r"^task.kind=task is unknown: choose one of gsm8k, held_out, jsonl, log"),
-        ({"kind": "gsm8k", "path": "a/b"}, "task.prompt=None names no column: write one in braces, such as"),
-        ({"kind": "gsm8k", "path": "a/b", "prompt": "{question"}, r"task.prompt.*'{question' is malformed"),
-        ({"kind": "gsm8k", "prompt": "{question}"}, "task.files is empty: name local files, or a Hub data set"),
-        ({"kind": "gsm8k", "level": 5}, "task.level=5 has no meaning for a task of kind gsm8k: leave it out"),
+        (
+            {"kind": "task"},
+            r"^task.kind=task is unknown: choose one of gsm8k, held_out, jsonl, log",
+        ),
+        (
+            {"kind": "gsm8k", "path": "a/b"},
+            "task.prompt=None names no column: write one in braces, such as",
+        ),
+        (
+            {"kind": "gsm8k", "path": "a/b", "prompt": "{question"},
+            r"task.prompt.*'{question' is malformed",
+        ),
+        (
+            {"kind": "gsm8k", "prompt": "{question}"},
+            "task.files is empty: name local files, or a Hub data set",
+        ),
+        (
+            {"kind": "gsm8k", "level": 5},
+            "task.level=5 has no meaning for a task of kind gsm8k: leave it out",
+        ),
         ({"kind": "jsonl"}, "task.grader is missing: choose one of text, num"),
-        ({"kind": "held_out", "prompt": "{question}"}, "task.grader is missing: choose one of text, num"),
+        (
+            {"kind": "held_out", "prompt": "{question}"},
+            "task.grader is missing: choose one of text, num",
+        ),
         ({"kind": "held_out", "files": ["x"]}, "has no meaning for a task of kind held_out"),
-        ({"kind": "reasoning_gym", "limit": 9, "generator": "chain_sums"}, "generator=chain_sums: expected generators"),
+        (
+            {"kind": "reasoning_gym", "limit": 9, "generator": "chain_sums"},
+            "generator=chain_sums: expected generators",
+        ),
         ({"kind": "reasoning_gym"}, "task.limit=null: a generator has no last problem"),
-        ({"kind": "reasoning_gym", "limit": 9, "files": ["x"]}, "has no meaning for a task of kind reasoning_gym"),
-        ({"kind": "jsonl", "stop": ["\n", ""]}, r"task.stop=\['\\n', ''\] has an empty text, which ends every answer"),
+        (
+            {"kind": "reasoning_gym", "limit": 9, "files": ["x"]},
+            "has no meaning for a task of kind reasoning_gym",
+        ),
+        (
+            {"kind": "jsonl", "stop": ["\n", ""]},
+            r"task.stop=\['\\n', ''\] has an empty text, which ends every answer",
+        ),
         ({"kind": "logistic_map"}, r"task.growths=\[\] must be numbers above 0"),
     ],
 )
@@ -78,8 +120,16 @@ def test_a_task_checks_its_settings(settings, message):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("forgetting", {}, r"train.tasks=\[forgetting\] has no answers to grade: leave it to cera-eval"),
-        ("gsm8k", {"limits": 3}, "^train.task_settings.gsm8k: Key 'limits' not in .* See conf/task/gsm8k.yaml"),
+        (
+            "forgetting",
+            {},
+            r"train.tasks=\[forgetting\] has no answers to grade: leave it to cera-eval",
+        ),
+        (
+            "gsm8k",
+            {"limits": 3},
+            "^train.task_settings.gsm8k: Key 'limits' not in .* See conf/task/gsm8k.yaml",
+        ),
         ("gsm8k", {"level": 3}, r"train.task_settings.gsm8k: task.level=3 has no meaning"),
     ],
 )
@@ -94,7 +144,10 @@ def test_the_same_question_twice_is_two_problems(config_of):
 
 
 def test_problems_of_one_level(config_of):
-    rows = [MATH | {"problem": f"p{n}", "level": level} for n, level in enumerate(["Level 5", "Level 1", 5, "Level ?"])]
+    rows = [
+        MATH | {"problem": f"p{n}", "level": level}
+        for n, level in enumerate(["Level 5", "Level 1", 5, "Level ?"])
+    ]
     for limit, questions in ((None, ["p0", "p2"]), (1, ["p0"])):
         problems = load_problems(config_of(rows, "math", level=5, limit=limit), None)
         assert [problem.question for problem in problems] == questions
@@ -107,19 +160,45 @@ def test_a_limit_takes_the_first_rows_and_reads_no_further(config_of):
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
-        ([GSM8K, MATH], {}, r"2: column 'question' is missing; its columns are problem, solution.$"),
-        ([GSM8K], {"prompt": "{hint} {question}"}, r"1: column 'hint' is missing; .* Name another in task.prompt"),
+        (
+            [GSM8K, MATH],
+            {},
+            r"2: column 'question' is missing; its columns are problem, solution.$",
+        ),
+        (
+            [GSM8K],
+            {"prompt": "{hint} {question}"},
+            r"1: column 'hint' is missing; .* Name another in task.prompt",
+        ),
         ([GSM8K | {"question": ["a"]}], {}, r"1: column 'question' holds a list: expected text"),
         ([GSM8K, {"question": "?", "answer": "18"}], {}, r"2: column 'answer' should end in ####"),
-        ([], {}, r"task.files=\[\S+/rows.jsonl\] has no rows: name a file with a problem on each row\.$"),
-        ([MATH | {"level": 1}], {"kind": "math", "level": 5}, r"rows.jsonl\] has no rows of task.level=5"),
+        (
+            [],
+            {},
+            r"task.files=\[\S+/rows.jsonl\] has no rows: name a file with a problem on each row\.$",
+        ),
+        (
+            [MATH | {"level": 1}],
+            {"kind": "math", "level": 5},
+            r"rows.jsonl\] has no rows of task.level=5",
+        ),
         ([MATH | {"solution": "2"}], {"kind": "math"}, r"1: column 'solution' has no \\boxed"),
-        ([MATH | {"answer": " "}], {"kind": "math"}, r"1: column 'answer' is empty: mend the row"),
-        ([{"question": "?"}], {"kind": "jsonl", "grader": "text"}, r"1: column 'answer' is missing; .* task.answer\.$"),
-        ([GSM8K], {"kind": "jsonl", "grader": "choice"}, r"1: .* task.grader=choice finds no answer in it"),
+        ([MATH | {"answer": " "}], {"kind": "math"}, r"1: column 'answer' is empty: fix the row"),
+        (
+            [{"question": "?"}],
+            {"kind": "jsonl", "grader": "text"},
+            r"1: column 'answer' is missing; .* task.answer\.$",
+        ),
+        (
+            [GSM8K],
+            {"kind": "jsonl", "grader": "choice"},
+            r"1: .* task.grader=choice finds no answer in it",
+        ),
     ],
 )
-def test_a_file_without_what_the_task_needs_gets_one_line_with_its_place(config_of, rows, settings, message):
+def test_a_file_without_what_the_task_needs_gets_one_line_with_its_place(
+    config_of, rows, settings, message
+):
     with pytest.raises(UserError, match=message) as error:
         load_problems(config_of(rows, **settings), None)
     assert "rows.jsonl" in str(error.value)
@@ -135,7 +214,10 @@ def held_out_problems(data: DataConfig | None, **changes) -> list[tuple[str, str
 
 
 def test_the_questions_of_held_out_are_the_evaluation_rows_of_every_part(write_jsonl):
-    qa = write_jsonl("qa.jsonl", [{"q": f"1 + {n}?", "a": f"It is {n + 1}"} for n in range(4)] + [{"q": "?", "a": ""}])
+    qa = write_jsonl(
+        "qa.jsonl",
+        [{"q": f"1 + {n}?", "a": f"It is {n + 1}"} for n in range(4)] + [{"q": "?", "a": ""}],
+    )
     talk = write_jsonl("talk.jsonl", [{"conversations": TALK}] * 2)
     parts = [
         MixPart(train_files=[str(qa)], prompt="{q} ", completion="{a}", eval_rows=3),
@@ -145,52 +227,78 @@ def test_the_questions_of_held_out_are_the_evaluation_rows_of_every_part(write_j
     data = DataConfig(prompt="x", completion="{y}", eval_rows=1, mix=parts)
     sums = [("1 + 2? ", "It is 3"), ("1 + 3? ", "It is 4")]
     assert held_out_problems(data) == [*sums, ("User: 2 + 2?\nAssistant:", "It is 4.")]
-    assert held_out_problems(data, grader="number", limit=2) == [(prompt, gold[-1]) for prompt, gold in sums]
+    assert held_out_problems(data, grader="number", limit=2) == [
+        (prompt, gold[-1]) for prompt, gold in sums
+    ]
 
 
 def test_rows_that_held_out_cannot_ask_are_refused(write_jsonl):
     chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
     file = str(write_jsonl("chat.jsonl", [{"messages": chat}] * 2))
     with pytest.raises(
-        UserError, match="task=held_out knows neither chat templates nor answers before the asked one, and"
+        UserError,
+        match="task=held_out knows neither chat templates nor answers before the asked one, and",
     ):
         held_out_problems(DataConfig(layout="messages", train_files=[file], eval_rows=1))
-    with pytest.raises(UserError, match="task=held_out: the rows that this model was trained on are unknown: write"):
+    with pytest.raises(
+        UserError, match="task=held_out: the rows that this model was trained on are unknown: write"
+    ):
         held_out_problems(None)
     text = str(write_jsonl("text.jsonl", [{"text": "a document"}] * 2))
-    with pytest.raises(UserError, match="task=held_out: no evaluation row has a prompt and an answer: write the ques"):
+    with pytest.raises(
+        UserError,
+        match="task=held_out: no evaluation row has a prompt and an answer: write the ques",
+    ):
         held_out_problems(DataConfig(layout="documents", train_files=[text], eval_files=[text]))
 
 
 def test_a_run_that_holds_out_no_row_of_a_task_is_refused(write_jsonl):
     file = str(write_jsonl("qa.jsonl", [{"q": "1", "a": "2"}] * 4))
-    parts = [MixPart(train_files=[file], prompt="{q}", completion="{a}"), MixPart(layout="logistic_map", eval_rows=0)]
+    parts = [
+        MixPart(train_files=[file], prompt="{q}", completion="{a}"),
+        MixPart(layout="logistic_map", eval_rows=0),
+    ]
     data = DataConfig(prompt="x", completion="{y}", eval_rows=1, mix=parts)
-    with pytest.raises(UserError, match="task=logistic_map has no problems: the run holds out no row"):
+    with pytest.raises(
+        UserError, match="task=logistic_map has no problems: the run holds out no row"
+    ):
         load_problems(training_task("logistic_map", {}), data)
 
 
-def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and_place(config_of, write_jsonl):
+def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and_place(
+    config_of, write_jsonl
+):
     questions = [f"How many apples has {name}?" for name in ("Ann", "Bob", "Cem", "Dan", "Eve")]
     task = config_of([GSM8K | {"question": question} for question in questions])
     rows = [
         {"question": "HOW many\n apples  has bob? ", "answer": "3"},
-        {"question": "x", "messages": [{"role": "user", "content": "Tell me. How many apples has Cem? Quick."}]},
+        {
+            "question": "x",
+            "messages": [{"role": "user", "content": "Tell me. How many apples has Cem? Quick."}],
+        },
         {"question": "How many apples has Ann?s sister", "answer": "How many apples"},
         {"question": "has Ann?", "answer": None},
         {"question": "How many apples has Dan?", "answer": "held out"},
     ]
     parts = [
         MixPart(train_files=[str(write_jsonl("first.jsonl", rows))]),
-        MixPart(train_files=[str(write_jsonl("second.jsonl", [{"question": questions[-1], "answer": "y"}] * 3))]),
+        MixPart(
+            train_files=[
+                str(write_jsonl("second.jsonl", [{"question": questions[-1], "answer": "y"}] * 3))
+            ]
+        ),
     ]
     data = DataConfig(prompt="{question}", completion="{answer}", eval_rows=1, mix=parts)
     assert trained_on(load_problems(task, data), data) == [questions[1], questions[2], questions[4]]
 
 
 def test_computed_rows_hold_none_of_their_problems():
-    data = DataConfig(layout="logistic_map", eval_rows=20, logistic_map=LogisticMapConfig(growth=[3.5, 3.8]))
+    data = DataConfig(
+        layout="logistic_map", eval_rows=20, logistic_map=LogisticMapConfig(growth=[3.5, 3.8])
+    )
     assert trained_on(load_problems(training_task("logistic_map", {}), data), data) == []
     pytest.importorskip("reasoning_gym")
     data = DataConfig(layout="reasoning_gym", train_rows=500, eval_rows=5)
-    assert trained_on(load_problems(training_task("reasoning_gym", {"limit": 20}), data), data) == []
+    assert (
+        trained_on(load_problems(training_task("reasoning_gym", {"limit": 20}), data), data) == []
+    )
