@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 OUTPUTS = Path("outputs")
@@ -68,9 +67,7 @@ class Mirror:
                 }
 
     def update(self) -> None:
-        """Copies what has changed, then removes what is gone; first a result that is gone, since
-        beside the config of a run that train.extend makes longer it would be that run's."""
-        self._remove(path for path in self._gone() if path.name == RESULT)
+        """Copies what has changed, then removes what is gone."""
         # What a checkpoint or a result relies on was there before it, so it is in a list made
         # after.
         last = [path for path in _files(self.folder) if _place(path) > 0]
@@ -80,13 +77,8 @@ class Mirror:
                 self._copy(path)
             except FileNotFoundError:  # replaced or removed by the run meanwhile
                 continue
-        self._remove(self._gone())
-
-    def _gone(self) -> list[Path]:
-        return sorted(self._copied.keys() - {*_files(self.folder)}, key=_place, reverse=True)
-
-    def _remove(self, paths: Iterable[Path]) -> None:
-        for path in paths:
+        gone = self._copied.keys() - {*_files(self.folder)}
+        for path in sorted(gone, key=_place, reverse=True):
             (self.copy / path).unlink(missing_ok=True)
             del self._copied[path]
             with contextlib.suppress(OSError):  # it holds other files, or a bucket knows no folders

@@ -48,7 +48,7 @@ class MissingJobs:
         missing = []
         for number, overrides in enumerate(job_overrides):
             status = job_status(sweep, job_name(overrides, record.swept), metric=record.metric)
-            if status.is_over and not self.config.train.extend:
+            if status.is_over:
                 value = (
                     status.value if status.state == State.finished else None
                 )  # a diverged job returned none

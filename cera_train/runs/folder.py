@@ -3,8 +3,7 @@
 Every file and folder in it appears whole or not at all, but for metrics.jsonl, spectra.jsonl and
 samples.jsonl: they grow by lines, and resuming cuts them back to the checkpoint. A checkpoint is
 adapter, optimizer and progress, which is all that resuming needs; where its checksums reveal
-damage, the run resumes from the one before. One process writes, locked. `train.extend` moves the
-end of a finished run to ends/UPDATE, a run's folder without checkpoints.
+damage, the run resumes from the one before. One process writes, locked.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from cera_train.common.trust import redact_tree
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.batches import RowOrder
 from cera_train.model.precision import Precision
-from cera_train.runs.records import LENGTH, Record, another_config, differences
+from cera_train.runs.records import Record, another_config, differences
 from cera_train.runs.results import (
     DIVERGED,
     GRADES,
@@ -51,13 +50,6 @@ from cera_train.runs.results import (
 )
 from cera_train.runs.tracking import IDS
 from cera_train.settings.training import Resume
-
-COPIED_TO_END = ("config.yaml", "environment.json", LOSSES_BEFORE, *LOGS)
-"""Copied to ends/UPDATE, since a longer run adds to them."""
-
-MOVED_TO_END = ("adapter", "eval", GRADES, LOSSES_AFTER, "spectrum.json", "result.json")
-"""Moved to ends/UPDATE, result.json last: while the run's folder has it, the move is not
-complete."""
 
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 """Their versions stand in environment.json."""
@@ -142,19 +134,11 @@ class RunFolder:
     def result(self) -> RunResult | None:
         return RunResult.find(self.path / "result.json")
 
-    def standing_result(self) -> RunResult | None:
-        """The result of a finished run that `train.extend` does not make longer."""
-        is_extended = self.config["train"]["extend"] and self._differences()
-        return None if is_extended else self.result()
-
     def checkpoints(self) -> list[Path]:
         """Oldest first."""
-        return _by_update(self.path / "checkpoints")
-
-    def ends(self) -> list[Path]:
-        """The folders of the earlier ends of a run that `train.extend` made longer, oldest
-        first."""
-        return [path for path in _by_update(self.path / "ends") if (path / "result.json").is_file()]
+        folders = (self.path / "checkpoints").glob("*")
+        checkpoints = [folder for folder in folders if folder.name.isdecimal()]
+        return sorted(checkpoints, key=lambda checkpoint: int(checkpoint.name))
 
     def newest_checkpoint(self) -> Path | None:
         """The newest undamaged checkpoint; None where there is none at all. Prints which damaged
@@ -177,25 +161,19 @@ class RunFolder:
 
     def check_may_run(self, resume: Resume) -> None:
         """Raises UserError where the folder holds a finished run that may not be replaced, or one
-        that was begun with a config that changes the result, unless `train.extend` makes it longer
-        and nothing else."""
-        checkpoints = self.checkpoints()
+        whose config gives another result."""
         is_finished = self.result() is not None
         if resume == Resume.never:
-            if is_finished or self.ends():
+            if is_finished:
                 raise UserError(
                     f"{self.path} holds a finished run: choose another name=..., or remove the "
-                    f"folder."
+                    "folder."
                 )
             return
-        different = self._differences() if checkpoints or is_finished else {}
-        is_longer = different.keys() <= set(LENGTH) and bool(checkpoints)
-        if different and not (is_longer and self.config["train"]["extend"]):
+        config = self.path / "config.yaml"
+        has_run = is_finished or bool(self.checkpoints())
+        if has_run and config.exists() and (different := differences(config, self.config)):
             raise another_config(self.path, different)
-
-    def _differences(self) -> dict[str, str]:
-        path = self.path / "config.yaml"
-        return differences(path, self.config) if path.exists() else {}
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -233,18 +211,6 @@ class RunFolder:
         """Records divergence, which a sweep counts as a result. Resuming removes the record."""
         if self.is_main:
             files.write_text(self.path / DIVERGED, message + "\n")
-
-    def keep_end(self, result: RunResult) -> None:
-        """Moves the end of a finished run to ends/UPDATE, so that the run is unfinished. Where it
-        was interrupted, another call completes it."""
-        end = self.path / "ends" / str(result.updates)
-        end.mkdir(parents=True, exist_ok=True)
-        for path in filter(Path.is_file, (self.path / name for name in COPIED_TO_END)):
-            files.write_bytes(end / path.name, path.read_bytes())
-        for path in filter(Path.exists, (self.path / name for name in MOVED_TO_END)):
-            path.rename(end / path.name)
-        files.sync(end)
-        files.sync(self.path)
 
     def rewind(self, progress: Progress | None) -> None:
         """Removes what comes after a checkpoint, by its progress: the resumed run writes it again.
@@ -325,13 +291,6 @@ class RunFolder:
             write_more(part)
 
         files.write_folder(self.path / name, write)
-
-
-def _by_update(folder: Path) -> list[Path]:
-    return sorted(
-        (path for path in folder.glob("*") if path.name.isdecimal()),
-        key=lambda path: int(path.name),
-    )
 
 
 def load_checkpoint(

@@ -122,7 +122,8 @@ def read_trees(
 
 # --- config.yaml ----------------------------------------------------------------------------------
 
-LENGTH = ("train.epochs", "train.max_updates")  # the settings that `train.extend` may change
+LENGTH = ("train.epochs", "train.max_updates")
+"""The settings that make a run longer and change nothing else of it."""
 
 
 def load_config(path: Path, schema: type = Config) -> Any:
@@ -152,11 +153,10 @@ def differences(path: Path, config: dict[str, Any], schema: type = Config) -> di
 
 def another_config(folder: Path, different: Mapping[str, str]) -> UserError:
     """The refusal of a run's folder by its `differences` from what is asked for."""
-    is_longer = different.keys() <= set(LENGTH) and any(folder.glob("checkpoints/*"))
-    fix = (
-        "Set these back, or choose another name=..."
-        + " To train longer, add train.extend=true." * is_longer
-    )
+    fix = "Set these back, or choose another name=..."
+    is_finished = (folder / "result.json").is_file()
+    if is_finished and different.keys() <= set(LENGTH):
+        fix += f" For more updates, start a new run from it: adapter.start_from={folder} name=NEW."
     return UserError(
         f"{folder} holds a run with another config: {'; '.join(different.values())}. {fix}"
     )

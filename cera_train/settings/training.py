@@ -218,9 +218,6 @@ class TrainConfig:
     samples and, with grpo, prompts. It loads the adapter as it is then, under a name with its
     digest."""
     seed: int = setting(0, "result")
-    extend: bool = setting(False, "nothing")
-    """Where the run's folder is finished and epochs or max_updates is larger now, go on to that
-    length; RUN/ends/UPDATE keeps the run as it ended."""
     resume: Resume = setting(Resume.auto, "nothing")
     """auto: go on from the last sound checkpoint in the run's folder; never: start anew, and refuse
     to overwrite a finished run."""

@@ -282,7 +282,7 @@ class StudySweeper(Sweeper):
         waiting = [
             overrides
             for name, overrides in jobs.items()
-            if self.config.train.extend or not job_status(self.folder, name).is_over
+            if not job_status(self.folder, name).is_over
         ]
         if waiting:
             for job in self.launcher.launch(waiting, initial_job_idx=self.launched):

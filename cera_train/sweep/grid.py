@@ -32,7 +32,7 @@ from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process
 from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.model.folder import check_model
-from cera_train.runs.records import LENGTH, another_config, differences
+from cera_train.runs.records import another_config, differences
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import find_start
 from cera_train.settings.run import Config
@@ -158,9 +158,7 @@ def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJo
 def check_inputs(config: Config, folder: Path) -> None:
     """Raises UserError for a model, rows, problems or a start that a run in this folder cannot
     read: torch takes seconds to import, and a mistake is answered before."""
-    if (
-        config.train.extend or not (folder / "result.json").exists()
-    ):  # a finished run reads them no more
+    if not (folder / "result.json").exists():  # a finished run no longer reads them
         check_model(config.model.path)
         check_data(config.data)
         for name in config.train.tasks:
@@ -217,9 +215,8 @@ def record_of(
         else:
             fixed.append(f"{dimension.get_key_element()}={dimension.get_value_element_as_str()}")
     fixed = redact_tree(choices_of(fixed, swept=("recipe", "study")))
-    may_differ = {*swept, *(LENGTH if config.train.extend else ())}
     if earlier is not None and any(
-        key_of(choice) not in may_differ for choice in {*earlier.fixed} ^ {*fixed}
+        key_of(choice) not in swept for choice in {*earlier.fixed} ^ {*fixed}
     ):
         raise UserError(
             f"name={folder.name}: {folder} holds a sweep with other fixed settings "
@@ -240,8 +237,7 @@ def begin(config: DictConfig, compose: ComposeJob, record: SweepRecord) -> None:
     that another command holds."""
     folder = Path(config.hydra.sweep.dir)
     check_jobs(folder, record.jobs, compose)
-    if not config.train.extend:
-        check_results(folder, record.jobs, compose)
+    check_results(folder, record.jobs, compose)
     if is_main_process() and is_locked(
         folder
     ):  # another process may find the lock of its own command

@@ -34,7 +34,6 @@ from cera_train.runs.results import (
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.model import Quantization
 from cera_train.settings.run import Config
-from cera_train.training.optimizer import learning_rate
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
@@ -50,16 +49,6 @@ def print_start(session: Session) -> None:
     folder = session.folder.path
     done = session.progress.update
     updates = session.updates
-    if config.train.extend and (ends := session.folder.ends()):
-        end = int(ends[-1].name)
-        # A schedule follows from the number of updates, so the rate may jump.
-        before = learning_rate(config.optimizer, end - 1, end)
-        now = learning_rate(config.optimizer, done, updates)
-        steps = (
-            f"{folder} from update {done:,} to {updates:,}, learning rate {now:.2g} ({before:.2g} "
-            f"before)"
-        )
-        print_line("extend", f"{steps}; ends/{end} keeps the run as it ended")
     already = f", {done:,} done" if done else ""
     steps = counted(updates, "update")
     print_line("run", f"{folder}, {steps} of {config.train.batch_size} {config.work.unit}{already}")

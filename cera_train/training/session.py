@@ -250,15 +250,6 @@ class Session:
         self.updates = (
             config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
         )
-        if self.is_done and (folder.result() is not None or self.progress.update > self.updates):
-            raise UserError(
-                f"train.extend=true: {folder.path} ended at update {self.progress.update:,}, and "
-                f"with "
-                f"train.epochs={config.train.epochs} train.max_updates={config.train.max_updates} "
-                f"train.patience={config.train.patience} it ends there too: set more, or train on "
-                f"in a new folder, "
-                f"adapter.start_from={folder.path} name=NEW."
-            )
         self.objective = OBJECTIVES[config.train.objective](self)
         self.tracker = Tracker()
         self.bar = ProgressBar(
@@ -281,10 +272,6 @@ class Session:
         done = self.progress.update
         if not self.accelerator.is_main_process:
             return
-        if (
-            result := folder.result()
-        ) is not None:  # by train.extend: else there would be nothing to begin
-            folder.keep_end(result)
         folder.rewind(self.progress if self.resumes else None)
         rows = {"train": self.data.train.digest, "held_out": self.data.evaluation.digest}
         processes = self.accelerator.num_processes

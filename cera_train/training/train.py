@@ -75,7 +75,7 @@ def train(config: Config) -> dict[str, Any]:
     with RunFolder.open(path, to_plain(config), is_main_process()) as folder:
         if folder.is_main:
             folder.check_may_run(config.train.resume)
-        if (result := folder.standing_result()) is not None:
+        if (result := folder.result()) is not None:
             if folder.is_main:
                 print_line(
                     "finished",

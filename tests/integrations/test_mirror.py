@@ -111,30 +111,6 @@ def test_a_removed_checkpoint_never_looks_whole(tmp_path, monkeypatch):
     assert (copy / "metrics.jsonl").read_text() == "10\n20\n"
 
 
-def test_a_run_that_is_made_longer_never_looks_finished(tmp_path, monkeypatch):
-    run = tmp_path / "outputs"
-    copyfile = shutil.copyfile
-    write_checkpoint(run, 20)
-    for name in ("config.yaml", "result.json"):
-        (run / name).write_text("20 updates")
-    (tmp_path / "copy").mkdir()
-    here = mirror.Mirror(run, tmp_path / "copy")
-    here.update()
-    (run / "ends" / "20").mkdir(parents=True)
-    (run / "result.json").rename(run / "ends" / "20" / "result.json")
-    (run / "config.yaml").write_text("30 updates, more")
-
-    def copy_one(source, target):
-        copyfile(source, target)
-        raise OSError("the machine is gone")
-
-    monkeypatch.setattr(shutil, "copyfile", copy_one)
-    with pytest.raises(OSError, match="gone"):
-        here.update()
-    assert (tmp_path / "copy" / "config.yaml").read_text() == "30 updates, more"
-    assert not (tmp_path / "copy" / "result.json").exists()
-
-
 def test_a_restore_that_is_cut_leaves_no_part_and_the_next_one_completes_it(tmp_path, monkeypatch):
     run = tmp_path / "outputs"
     copy = tmp_path / "copy"

@@ -36,9 +36,7 @@ def submitted(monkeypatch):
     return jobs
 
 
-def test_finished_jobs_are_not_submitted_unless_they_are_to_train_longer(
-    tmp_path, run_command, capsys, submitted, compose
-):
+def test_finished_jobs_are_not_submitted_again(tmp_path, run_command, capsys, submitted, compose):
     grid = tmp_path / "outputs" / "grid"
 
     def finish(name: str) -> None:
@@ -58,8 +56,6 @@ def test_finished_jobs_are_not_submitted_unless_they_are_to_train_longer(
     submitted.clear()
     assert run_command("cera-train", *GRID) == 0
     assert submitted == []
-    run_command("cera-train", *GRID, "train.extend=true")
-    assert len(submitted) == 4
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from conftest import TINY
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from several_processes import train_in_processes
-from tiny_runs import adapter_bytes, all_losses_of, folder_of, metrics_of
+from tiny_runs import adapter_bytes, all_losses_of, folder_of, metrics_of, train_and_die_after
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import to_plain
@@ -159,16 +159,15 @@ def test_a_run_learns_the_choice_and_goes_on_byte_for_byte_without_the_cache(
 ):
     words = ["optimizer.lr=2e-2", f"model.quantization={quantization}"]
     whole = dpo("name=whole", *words)
-    part = dpo("name=part", *words)
+    part = dpo("name=part", "train.save_every=4", *words)
     whole.train.max_updates = 8
+    part.train.max_updates = 8
     result = train(whole)
     assert result["perplexity_before"] == pytest.approx(2, rel=1e-6)  # a coin's
     assert result["eval/perplexity"] < 1.9
     assert result["preferences/accuracy"] == 1
-    train(part)
+    train_and_die_after(part, update=5)
     shutil.rmtree(cache / "reference")
-    part.train.max_updates = 8
-    part.train.extend = True
     train(part)
     assert adapter_bytes(part) == adapter_bytes(whole)
     last = metrics_of(whole)[-1]

@@ -434,9 +434,9 @@ def test_what_teaches_nothing_is_refused(grpo, monkeypatch, words, message):
 
 def test_a_run_that_had_a_signal_goes_on_without_one_when_it_resumes_too(grpo, monkeypatch):
     monkeypatch.setattr(module, "PATIENCE", 6)
-    train(grpo("train.max_updates=1"))
+    train_and_die_after(grpo("train.save_every=1"), update=2)
     monkeypatch.setitem(globals(), "vowels", lambda *_: 1.0)
-    train(grpo("train.max_updates=4", "train.extend=true"))
+    train(grpo("train.save_every=1"))
 
 
 def test_a_row_of_a_generator_is_graded_by_it(compose):

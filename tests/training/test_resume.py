@@ -1,6 +1,7 @@
 """Runs that are cut, stopped or started again: they end with the bytes of one that was not, or are
 refused."""
 
+import copy
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from tiny_runs import (
     train_and_die_after,
 )
 
+from cera_train.common.errors import UserError
 from cera_train.common.settings import to_plain
 from cera_train.model.precision import Precision
 from cera_train.runs.results import DIVERGED, LOSSES_AFTER, LOSSES_BEFORE, SPECTRA
@@ -110,6 +112,23 @@ def test_a_finished_run_started_again_returns_its_result(trained_config, capsys,
     monkeypatch.setattr("cera_train.training.session.load_model", None)  # nothing is loaded for it
     assert train(config) == json.loads((folder_of(config) / "result.json").read_text())
     assert "finished" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_made_longer_but_starts_another(trained_config):
+    longer = copy.deepcopy(trained_config())
+    longer.train.max_updates += 1
+    fix = f"train.max_updates was .* adapter.start_from={folder_of(longer)} name=NEW"
+    with pytest.raises(UserError, match=fix):
+        train(longer)
+
+
+def test_a_cut_run_is_not_made_longer(tiny_config):
+    config = tiny_config("train.save_every=2")
+    train_and_die_after(config, 3)
+    config.train.max_updates += 1
+    with pytest.raises(UserError, match="another config: train.max_updates was") as error:
+        train(config)
+    assert "start_from" not in str(error.value)  # it has no result to start from
 
 
 def test_resume_never_starts_anew_but_not_over_a_finished_run(tiny_config):
