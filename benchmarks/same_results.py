@@ -1,8 +1,8 @@
 """Whether two commits train the same: `python -P benchmarks/same_results.py --write before.json` at
-one of them, `--against before.json` at the other; PYTHONPATH chooses the tree. Ten tiny
+one of them, `--against before.json` at the other; PYTHONPATH chooses the tree. Twelve tiny
 configurations in float32 are trained by the command line alone, so that this file runs unchanged at
-every commit. They are the same where losses, perplexity and the norm of the adapter agree to
-1e-6."""
+every commit. They are the same where losses, rewards, perplexity and the norm of the adapter agree
+to 1e-6."""
 
 from __future__ import annotations
 
@@ -46,6 +46,23 @@ CONFIGURATIONS = {
     "NF4": ["adapter=cera", "model.quantization=nf4"],
     "two processes": ["adapter=cera", "launch.processes=2"],
     "resume after a kill": ["adapter=cera"],
+    "DPO": [
+        "adapter=cera",
+        "train.objective=dpo",
+        "dpo.sft_weight=0.5",
+        "data.train_files=[train_pairs.jsonl]",
+        "data.eval_files=[eval_pairs.jsonl]",
+    ],
+    "GRPO": [
+        "adapter=cera",
+        "train.objective=grpo",
+        "grpo.rewards=[rewards.evenness]",
+        "grpo.answers=4",
+        "grpo.max_new_tokens=6",
+        "grpo.epochs=2",
+        "grpo.beta=0.1",
+        "train.batch_size=4",
+    ],
     "study": ["-m", "--config-dir=conf", "+study=two_arms"],
 }
 COMMON = [
@@ -71,10 +88,14 @@ study:
   tune: {optimizer.lr: [1e-2]}
   seeds: 2
 """
+REWARDS = """
+def evenness(prompt, answer, gold):
+    return sum(ord(letter) % 2 == 0 for letter in answer)
+"""
 
 
 def make_inputs() -> None:
-    """The tiny models, the rows and the study, in the working folder."""
+    """The tiny models, the rows, the reward and the study, in the working folder."""
     alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     letters = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -105,9 +126,23 @@ def make_inputs() -> None:
             {"prompt": f"{first}+{second}=", "completion": str(first + second)}
             for first, second in pairs
         ]
-        Path(f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        preferences = [
+            {
+                "prompt": row["prompt"],
+                "chosen": row["completion"],
+                "rejected": row["completion"][::-1] + "0",
+            }
+            for row in rows
+        ]
+        write_rows(f"{split}.jsonl", rows)
+        write_rows(f"{split}_pairs.jsonl", preferences)
+    Path("rewards.py").write_text(REWARDS.lstrip())
     Path("conf/study").mkdir(parents=True)
     Path("conf/study/two_arms.yaml").write_text(STUDY.lstrip())
+
+
+def write_rows(file: str, rows: list[dict]) -> None:
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def train(name: str, words: list[str]) -> Path:
@@ -127,7 +162,7 @@ def train(name: str, words: list[str]) -> Path:
 
 
 def measure(folder: Path) -> dict:
-    """The losses, the perplexity and the adapter of a run, or of all runs of a study."""
+    """The losses and rewards, the perplexity and the adapter of a run, or of all runs of a study."""
     losses = []
     perplexity = []
     digest = hashlib.sha256()
@@ -137,7 +172,10 @@ def measure(folder: Path) -> dict:
             json.loads(line) for line in (result.parent / "metrics.jsonl").read_text().splitlines()
         ]
         losses += [
-            line[key] for line in lines for key in ("train/loss", "eval/loss") if key in line
+            line[key]
+            for line in lines
+            for key in ("train/loss", "train/reward", "eval/loss")
+            if key in line
         ]
         perplexity.append(json.loads(result.read_text())["eval/perplexity"])
         for key, tensor in sorted(
