@@ -162,7 +162,7 @@ def train(name: str, words: list[str]) -> Path:
 
 
 def measure(folder: Path) -> dict:
-    """The losses and rewards, the perplexity and the adapter of a run, or of all runs of a study."""
+    """Losses, rewards, perplexity and adapter of a run, or of all runs of a study."""
     losses = []
     perplexity = []
     digest = hashlib.sha256()
