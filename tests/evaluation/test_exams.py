@@ -50,7 +50,7 @@ def learned(config) -> tuple[list, bytes]:
         [],
         pytest.param(
             ["train.batch_layout=padded", "model.gradient_checkpointing=true"],
-            marks=pytest.mark.slow,
+            marks=pytest.mark.nightly,
         ),
         pytest.param(["adapter=full", "adapter.r=null"], marks=pytest.mark.slow),
     ],

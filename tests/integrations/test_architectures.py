@@ -32,6 +32,10 @@ STATEFUL = {family.model_type for family in STATES}
 QUICK = ("llama", "gpt2", "mixtral", "mamba", "qwen3_next")
 """Families whose tests run with the fast ones."""
 
+MECHANISMS = ("gemma2", "phi3", "bloom", "gpt_oss", "deepseek_v3", "jamba", "rwkv")
+"""Those of CI: a window and capped scores, a fused projection, positions as biases, sinks, latent
+attention, layers of several kinds, and a state without a cache."""
+
 WITHOUT_CACHE = ("rwkv", "xlstm")
 """transformers' own models of these fail with a cache, or write other tokens than without one."""
 
@@ -39,13 +43,22 @@ ROWS = [[5, 17, 99, 4, 250, 31, 8, 60], [7, 7, 300, 12, 3], [401, 2, 45, 46, 6, 
 MASKS = [[False, True, True] + [True] * (len(row) - 3) for row in ROWS]
 IDS = torch.tensor([ROWS[0], ROWS[0][::-1]])
 
-every_family = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, id=name, marks=[] if name in QUICK else pytest.mark.slow)
-        for name, family in ARCHITECTURES.items()
-    ],
-)
+
+def families(*in_ci: str) -> pytest.MarkDecorator:
+    """A test for every family: QUICK at once, these in CI, the others nightly."""
+
+    def marks(name: str) -> list[pytest.MarkDecorator]:
+        if name in QUICK:
+            return []
+        return [pytest.mark.slow if name in in_ci else pytest.mark.nightly]
+
+    cases = [
+        pytest.param(family, id=name, marks=marks(name)) for name, family in ARCHITECTURES.items()
+    ]
+    return pytest.mark.parametrize("family", cases)
+
+
+every_family = families(*MECHANISMS)
 pytestmark = pytest.mark.filterwarnings(
     "error",
     "ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning",
@@ -236,7 +249,7 @@ def test_saves_and_loads(family: Architecture, cell, tmp_path):
 
 
 @pytest.mark.slow
-@every_family
+@families()
 def test_plans(family: Architecture, cell, compose, tmp_path):
     """cera-plan counts it from its config.json alone."""
     family.config().save_pretrained(tmp_path)
@@ -250,7 +263,7 @@ def test_plans(family: Architecture, cell, compose, tmp_path):
     cell("yes")
 
 
-@every_family
+@families()
 def test_trains_over_4_bits(family: Architecture, cell, tmp_path, tokenizer):
     """NF4 on this CPU: coverage is proven and the loss falls."""
     family.model().save_pretrained(tmp_path)

@@ -155,7 +155,7 @@ def test_the_benchmark_of_data_leaves_the_environment_as_it_was():
 
 
 @needs_smollm2
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_benchmark_of_the_start_up_finds_every_line_it_waits_for():
     targets, _ = startup.measure(rounds=1)
     assert [target.name for target in targets] == list(startup.AT_MOST)

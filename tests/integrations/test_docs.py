@@ -361,7 +361,7 @@ def outputs_of(notebook: dict) -> list[tuple[str, int]]:
     return outputs
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @needs_smollm2
 @pytest.mark.filterwarnings("default")  # Jupyter's, of its event loop
 def test_the_notebook_prints_what_it_shows(tmp_path):

@@ -199,6 +199,7 @@ def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not
     )
 
 
+@pytest.mark.nightly
 def test_a_command_that_waits_notices_a_cancelled_job_on_a_slurm_without_accounts(
     cluster, arguments, tmp_path
 ):

@@ -210,7 +210,7 @@ def gradients(loss: SupervisedLoss, graphs: list) -> tuple[list[torch.Tensor], l
     ("dtype", "dropout", "checkpointing", "is_sharded"),
     [
         ("float32", 0.0, False, False),
-        pytest.param("bfloat16", 0.1, True, False, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 0.1, True, False, marks=pytest.mark.nightly),
         pytest.param("float32", 0.0, True, True, marks=pytest.mark.slow),
     ],
 )

@@ -152,7 +152,7 @@ def test_every_optimizer_has_its_states(dry_run, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
     """Each token passes k experts, whose branches cost what other branches do."""

@@ -49,20 +49,25 @@ def plans_of(jobs_of, plan):
     return lambda *arguments: [plan_once(job) for job in jobs_of(*arguments)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_every_job_of_a_sweep_composes_and_its_header_has_what_cera_plan_predicts(
-    compose, jobs_of, plans_of, path
-):
-    jobs, plans = (jobs_or_plans(f"+sweep={path.stem}") for jobs_or_plans in (jobs_of, plans_of))
-    for plan in plans:
-        assert plan.config.name == path.stem
-        assert plan.config.adapter.alpha is None  # each method at the scale CeRA has
+every_sweep = pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+
+
+@every_sweep
+def test_the_jobs_of_a_sweep_compose_and_have_names_of_their_own(compose, jobs_of, path):
+    jobs = jobs_of(f"+sweep={path.stem}")
     swept = yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"]
     assert len({job_name(job, swept) for job in jobs}) == len(jobs) > 1
     for job in (jobs[0], jobs[-1]):
-        assert isinstance(compose(*job), Config)
+        config = compose(*job)
+        assert isinstance(config, Config)
+        assert config.name == path.stem
+        assert config.adapter.alpha is None  # each method at the scale CeRA has
 
+
+@pytest.mark.nightly
+@every_sweep
+def test_the_header_of_a_sweep_has_what_cera_plan_predicts(plans_of, path):
+    plans = plans_of(f"+sweep={path.stem}")
     header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert header.startswith("# @package _global_\n")
     assert f"command   cera-train -m +sweep={path.stem}\n" in header
@@ -77,7 +82,7 @@ def test_every_job_of_a_sweep_composes_and_its_header_has_what_cera_plan_predict
         assert all(plan.fits for plan in plans)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_costs_of_recipes_are_what_cera_plan_predicts(plans_of):
     for name in set(options("recipe")) - MEASURED:
         gpu, called = ("rtx4090", "RTX 4090") if name == "math_r64_nf4" else ("h100", "H100")
@@ -87,7 +92,7 @@ def test_the_costs_of_recipes_are_what_cera_plan_predicts(plans_of):
         assert f"{plan.totals.updates:,} updates of {plan.config.train.batch_size}" in header
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_table_of_the_papers_results_says_what_cera_plan_predicts(plans_of):
     """recipes/README.md: every command that trains composes, and its jobs and GPU-hours are those
     of now."""

@@ -81,7 +81,10 @@ def test_jobs_at_once_leave_what_they_leave_in_turn(sweep_here, sweep):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.nightly)],
+)
 def test_a_signal_lets_every_job_save_and_begins_no_other(sweep_here, sweep, number, status):
     process = start(*JOBLIB, *ENDLESS, cwd=sweep_here)
     first, second, third = (

@@ -43,7 +43,7 @@ def test_an_adapter_that_never_runs_stops_the_run_before_its_first_evaluation(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.nightly), "fsdp"])
 def test_several_processes_refuse_together(mamba, tmp_path, strategy):
     """In one line with status 2, whether each holds the whole model or a shard."""
     command = [

@@ -35,7 +35,19 @@ FEW = [
     pytest.param(recipe, [FEW_ROWS], id=f"{recipe}_few_rows")
     for recipe in ("math_r64", "math_r64_nf4")
 ]
-ALL = [pytest.param(recipe, [], id=recipe, marks=pytest.mark.slow) for recipe in recipes()]
+MECHANISMS = (
+    *("math_r64", "math_r64_nf4", "math_lora_r512", "math_dora_r64", "metamath_r64_aligned"),
+)
+"""Recipes of which each has a kind of adapter or of base that the others lack."""
+ALL = [
+    pytest.param(
+        recipe,
+        [],
+        id=recipe,
+        marks=pytest.mark.slow if recipe in MECHANISMS else pytest.mark.nightly,
+    )
+    for recipe in recipes()
+]
 
 
 @pytest.mark.parametrize(("recipe", "overrides"), [*FEW, *ALL])
@@ -83,7 +95,7 @@ def test_memory_is_linear_in_the_layers():
 SHARDED = ["model=llama3_1_70b", "distributed.strategy=fsdp", "plan.gpus=8"]
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layers", [2, pytest.param(None, marks=pytest.mark.nightly)])
 def test_a_sharded_70b_trains_within_the_planned_memory(layers):
     """Process 0 of 8. With two layers the most is needed while the first one computes, with 80 when
     backward begins."""
