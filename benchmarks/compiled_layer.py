@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM
 
-from benchmarks.composed import composed
 from benchmarks.targets import Target, print_targets
 from cera_train.adapters.build import build
+from cera_train.cli.compose import compose
 from cera_train.common.terminal import print_table
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.lean import keep_less
@@ -110,7 +110,7 @@ def size_of(tensor: torch.Tensor) -> int:
 
 def adapted_layer() -> tuple[nn.Module, nn.Module]:
     """A layer with adapters, and its model's rotary embedding."""
-    config = composed(*SETTINGS)
+    config = compose(*SETTINGS)
     architecture = read_config(config.model)
     architecture.update(
         {"num_hidden_layers": 1, "vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1}

@@ -28,8 +28,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from benchmarks.composed import composed
 from benchmarks.fake_gpu import fake_gpu
+from cera_train.cli.compose import compose
 from cera_train.common.files import config_dir
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_table
@@ -86,7 +86,7 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
         overrides: settings that differ from the recipe's, as on a command line.
     """
     with tempfile.TemporaryDirectory() as folder:
-        architecture = read_config(composed(f"+recipe={recipe}", *overrides, command="plan").model)
+        architecture = read_config(compose(f"+recipe={recipe}", *overrides, command="plan").model)
         architecture.num_hidden_layers = layers or architecture.num_hidden_layers
         architecture.save_pretrained(folder)
         # Coverage is proven by gradients that are not zero, and a fake one has no numbers.
@@ -103,9 +103,9 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
             "train.task_settings=null",
             "train.samples=0",
         ]
-        plan = make_plan(composed(*settings, command="plan"))
+        plan = make_plan(compose(*settings, command="plan"))
         settings = [setting for setting in settings if not setting.startswith("plan.")]
-        config = composed(*settings, f"output_dir={folder}/outputs")
+        config = compose(*settings, f"output_dir={folder}/outputs")
         rows = rows_of(plan)
         with fake_gpu(processes=plan.config.plan.gpus) as gpu, session_of(config, rows) as session:
             gpu.reset_peak()
@@ -118,7 +118,7 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
 
 def track_by_layers(recipe: str, *overrides: str) -> Tracked:
     """The same for all layers of the base, by what one more adds to the first few."""
-    plan = make_plan(composed(f"+recipe={recipe}", *overrides, command="plan"))
+    plan = make_plan(compose(f"+recipe={recipe}", *overrides, command="plan"))
     few = (
         2 if plan.config.plan.gpus == 1 else 12
     )  # in fewer sharded layers, what is outside them needs the most

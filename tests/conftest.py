@@ -215,7 +215,7 @@ def run_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def compose():
     """compose("adapter.r=4", ...) -> Config, the way the command line does it; so too the config of
     another command."""
-    from benchmarks.composed import composed
+    from cera_train.cli.compose import compose as composed
 
     once = functools.cache(composed)
     return lambda *overrides, command="train": copy.deepcopy(once(*overrides, command=command))

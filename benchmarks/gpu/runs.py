@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.composed import composed
 from benchmarks.gpu.place import Place, Skipped
+from cera_train.cli.compose import compose
 
 RECIPES = ("math_r64", "math_lora_r512", "math_r64_nf4")
 EVALUATION_ROWS = 64
@@ -115,7 +115,7 @@ def _run(
             break
     else:
         raise Skipped(f"needs {max(planned) / 1e9:.0f} GB by cera-plan, even with {CHECKPOINTED}")
-    result = train(composed(*common, *overrides, *checkpointing))
+    result = train(compose(*common, *overrides, *checkpointing))
     return {
         **_speed(folder / "metrics.jsonl", place.size.warm_up),
         "peak GB": result["peak_memory_bytes"] / 1e9,
@@ -129,7 +129,7 @@ def _planned_peak(place: Place, settings: Sequence[str]) -> float:
     from cera_train.planning.plan import make_plan
 
     device = "cpu" if place.device == "cpu" else "h100"  # memory is alike on every GPU
-    return make_plan(composed(*settings, f"plan.gpu={device}", command="plan")).peak
+    return make_plan(compose(*settings, f"plan.gpu={device}", command="plan")).peak
 
 
 def _room(place: Place) -> float:

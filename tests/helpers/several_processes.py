@@ -40,11 +40,11 @@ if __name__ == "__main__":
     import pytest
     from tiny_runs import scale_gradients
 
-    from benchmarks.composed import composed
+    from cera_train.cli.compose import compose
     from cera_train.training.train import train
 
     with pytest.MonkeyPatch.context() as patch:
         if "scaled" in sys.argv:
             scale_gradients(patch)
         for overrides in json.loads(Path("runs.json").read_text()):
-            train(composed(*overrides))
+            train(compose(*overrides))

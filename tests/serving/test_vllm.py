@@ -1,5 +1,6 @@
 """A real vLLM serves CeRA, and the LoRA of `cera-export` without the plugin: every answer is that
-of transformers and PEFT. llama.cpp's converter takes the LoRA. Run by `make test-serving`."""
+of transformers and PEFT. llama.cpp's converter takes the LoRA. Run by `make test-serving`, whose
+tests share one server; those that start others are nightly."""
 
 import itertools
 import json
@@ -311,6 +312,7 @@ def test_what_cannot_be_served_is_refused_and_the_server_lives(
     assert_equal(ask(server, "silu", PROMPTS[3]), wanted["silu"][3])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("sharded", [True, False])
 def test_tensor_parallel_gates_the_sum_or_refuses(folder, wanted, tmp_path, sharded):
     """A projection whose input is split has a part of x A^T in each process: the gate needs the
@@ -413,6 +415,7 @@ def test_updates_by_rewards_are_sampled_by_vllm(
     assert len(models_of(server) - before) == 1  # each adapter took the place of the one before
 
 
+@pytest.mark.nightly
 def test_an_evaluation_resumes_when_a_killed_vllm_is_back(
     folder, evaluation, tmp_path, monkeypatch
 ):
@@ -441,6 +444,7 @@ def test_an_evaluation_resumes_when_a_killed_vllm_is_back(
     assert {*kept} <= {*served["generations.jsonl"].splitlines()}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("options", "environment", "fix"),
     [
@@ -487,6 +491,7 @@ def exported(compose, folder) -> Path:
     return run / "export_lora"
 
 
+@pytest.mark.nightly
 def test_vllm_serves_the_export_without_the_plugin(folder, exported, tmp_path):
     modules = ("--lora-modules", f"lora={exported}")
     with started(folder, tmp_path / "log", *LORA, *modules, VLLM_PLUGINS="") as (url, _):

@@ -1,0 +1,21 @@
+"""The config that a command line composes, for programs that run a command in their own process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hydra
+
+from cera_train.cli.mistakes import SCHEMAS, with_implied_files
+from cera_train.cli.start import register_configs, to_config
+from cera_train.common.files import config_dir, options
+
+
+def compose(*overrides: str, command: str = "train") -> Any:
+    """The checked config of `cera-train OVERRIDES`, or of another command, such as `plan`."""
+    program = f"cera-{command}"
+    name = "config" if command == "train" else command
+    register_configs(*options("recipe"))
+    with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
+        settings = with_implied_files(program, overrides)
+        return to_config(hydra.compose(name, settings), settings, SCHEMAS[program])
