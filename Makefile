@@ -40,10 +40,11 @@ test-lowest: $(VENV)-lowest/.installed  ## run the fast tests on the lowest vers
 lock: $(VENV)/.installed-test  ## write uv.lock anew, after a change of pyproject.toml
 	$(BIN)/uv lock
 
-lint: $(VENV)/.installed-test  ## run ruff, the contracts of what imports what, and check that uv.lock is that of pyproject.toml
+lint: $(VENV)/.installed-test  ## run ruff, a test of our own, the contracts of what imports what, and check that uv.lock is that of pyproject.toml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --quiet --noconftest tests/test_house.py
 	$(BIN)/uv lock --check --offline --quiet
 
 check: lint test  ## run both

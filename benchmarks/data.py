@@ -30,7 +30,8 @@ OPEN_AT_MOST = 2.0
 def distinct_rows(file: Path | None, rows: int, tokenizer: Any) -> Iterator[dict[str, str]]:
     """Rows of about `TOKENS` tokens, each different: those of the file over and over, several in
     one where they are short, numbered."""
-    texts = [json.loads(line) for line in (lines_of(file) if file else logistic_maps())]
+    lines = lines_of(file) if file else logistic_maps()
+    texts = [json.loads(line) for line in lines]
     few = [PROMPT.format(**row) + COMPLETION.format(**row) for row in texts[:100]]
     tokens = sum(map(len, tokenizer(few).input_ids)) / len(few)
     size = max(1, math.ceil(TOKENS / tokens - 0.1))

@@ -176,7 +176,8 @@ def decoding(
     steps: dict[str, dict[int, list[float]]] = {
         name: {rows: [] for rows in batches} for name in kinds
     }
-    for group in [[*kinds]] if device == "cpu" else [[name] for name in kinds]:
+    groups = [[*kinds]] if device == "cpu" else [[name] for name in kinds]
+    for group in groups:
         contestants = {name: Answering(kinds[name], path, device) for name in group}
         for number in range(rounds + 1):
             for rows in batches:

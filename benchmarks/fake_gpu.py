@@ -116,13 +116,11 @@ class FakeDevice(TorchDispatchMode):
 
     def _places(self, indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Places of a mask's True values in its stead: a fake one has none to look at."""
-        return [
-            place
-            for index in indices
-            for place in (
-                self._find(index) if index is not None and index.dtype == torch.bool else [index]
-            )
-        ]
+        places = []
+        for index in indices:
+            is_mask = index is not None and index.dtype == torch.bool
+            places += self._find(index) if is_mask else [index]
+        return places
 
     def _find(self, mask: torch.Tensor) -> list[torch.Tensor]:
         real = self.masks[mask.untyped_storage()].as_strided(

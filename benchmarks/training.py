@@ -129,7 +129,8 @@ def race(
     device = torch.device("cuda", 0) if work.device == "cuda" else torch.device("cpu")
     setting = Setting(base, file, rows, work.precision, device)
     found: dict[str, Any] = {"seconds": {}, "peak_memory_bytes": {}}
-    for group in [names] if work.device == "cpu" else [[name] for name in names]:
+    groups = [names] if work.device == "cpu" else [[name] for name in names]
+    for group in groups:
         for figure, values in _race_in_turn(group, setting, work.sequences, supervised).items():
             found[figure] |= values
     return found

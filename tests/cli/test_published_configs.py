@@ -63,8 +63,6 @@ def test_published_runs_keep_their_settings(compose):
             changed = {
                 key for key in values.keys() | others.keys() if values.get(key) != others.get(key)
             }
-            settings[run], differing[run] = (
-                values,
-                {key: values.get(key) for key in sorted(changed)},
-            )
+            settings[run] = values
+            differing[run] = {key: values.get(key) for key in sorted(changed)}
     assert differing == PUBLISHED

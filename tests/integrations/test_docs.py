@@ -182,7 +182,8 @@ def test_every_command_composes_to_a_checked_config(compose, place, name, argume
     if name not in SCHEMAS or {"--help", "-sc"} & {*arguments}:
         return
     overrides, is_sweep = overrides_of(arguments)
-    for job in jobs_of(overrides) if is_sweep else [overrides]:
+    jobs = jobs_of(overrides) if is_sweep else [overrides]
+    for job in jobs:
         if any(word.startswith("run=") for word in job) and name == "cera-plan":
             assert [word.partition("=")[0] for word in job] == ["run"]
             continue
@@ -310,7 +311,8 @@ def form(text: str) -> list[str]:
     for line in text.splitlines():
         line = re.sub(r"^(precision|device|speed|before|after)\b.*", r"\1", " ".join(line.split()))
         line = re.sub(r"[+-]?\d[\d.,:]*", "#", line).replace("v_proj", "q_proj")
-        lines += [line] * (lines[-1:] != [line])
+        if lines[-1:] != [line]:
+            lines.append(line)
     return lines
 
 

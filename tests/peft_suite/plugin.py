@@ -103,9 +103,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def is_for_lora(rows: Iterable) -> bool:
     """Whether LoRA's config is in one of the rows: its class, or an instance."""
-    values = [
-        value for row in rows for value in (row if isinstance(row, (tuple, list)) else (row,))
-    ]
+    values = []
+    for row in rows:
+        values += row if isinstance(row, tuple | list) else [row]
     return peft.LoraConfig in values or any(type(value) is peft.LoraConfig for value in values)
 
 
