@@ -1,7 +1,7 @@
-"""The site's pages that are no Markdown of docs/, and what the API shows of a field.
+"""Adds pages from outside docs/ to the site, and shows a setting with its default and its help.
 
-GitHub shows the same files, so their links lead from file to file of the project; here they lead
-from page to page.
+GitHub shows the same files, so their links lead from file to file; on the site they lead from page
+to page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAGES = {
     "recipes/README.md": "recipes.md",
     "docs/notebook.ipynb": "notebook.md",
 }
-"""Files of the project -> pages of the site. Any other file of docs/ is its page."""
+"""Files of the project -> pages of the site. A Markdown file of docs/ is a page by itself."""
 SOURCES = {page: source for source, page in PAGES.items()}
 LINK = re.compile(r"\[([^][]*)\]\((?![a-z]+:)([^)\s#]+)")
 TABLE_ROW = re.compile(r"^\|.*$", flags=re.MULTILINE)
@@ -46,8 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
-    """Turns links between files into links between pages, and the escaped | of code in a table into
-    |."""
+    """Turns links between files into links between pages, and unescapes | in a table's code."""
     here = page.file.src_uri
     folder = posixpath.dirname(SOURCES.get(here, f"docs/{here}"))
     titles = titles_of(config.nav)
@@ -70,7 +69,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
 
 
 def notebook_page(text: str) -> str:
-    """A notebook in Markdown: its cells, each with the text and the picture that it left."""
+    """A notebook as Markdown: its cells, each followed by the text and the picture it printed."""
     parts = []
     for cell in json.loads(text)["cells"]:
         source = "".join(cell["source"])
