@@ -25,7 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from cera_train.common.errors import UserError
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, kernel_may_run
 from cera_train.model.batches import Batch, flat_batch, padded_batch
-from cera_train.settings.data import BatchLayout
+from cera_train.settings.training import BatchLayout
 
 PYTHON_HEADER = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
 """Where Triton and torch's inductor look for it: what they generate includes it."""

@@ -35,9 +35,9 @@ from cera_train.planning.count import (
     quantised_linears,
     stored_sizes,
 )
-from cera_train.settings.data import BatchLayout
 from cera_train.settings.model import Quantization
 from cera_train.settings.run import PlanRun
+from cera_train.settings.training import BatchLayout
 from cera_train.training.optimizer import build_optimizer
 
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # logs what it raises

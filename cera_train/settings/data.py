@@ -26,7 +26,6 @@ Layout = StrEnum(
 )
 Turns = StrEnum("Turns", ["first", "last", "all"])
 LossOn = StrEnum("LossOn", ["completion", "all"])
-BatchLayout = StrEnum("BatchLayout", ["auto", "flat", "padded"])
 
 COMPUTED = (Layout.logistic_map, Layout.dates, Layout.reasoning_gym)
 """Layouts whose rows are computed. A row holds `prompt` and `completion`."""

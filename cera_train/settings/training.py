@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from cera_train.common.files import options
 from cera_train.common.settings import AUTO, require, require_address, require_positive, setting
-from cera_train.settings.data import BatchLayout
 from cera_train.settings.evaluation import Grader
 
 
@@ -31,6 +30,7 @@ OptimizerKind = StrEnum("OptimizerKind", {kind: kind for kind in OPTIMIZERS}, mo
 
 
 Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
+BatchLayout = StrEnum("BatchLayout", ["auto", "flat", "padded"])
 Resume = StrEnum("Resume", ["auto", "never"])
 ObjectiveKind = StrEnum("ObjectiveKind", ["sft", "dpo", "grpo"])
 PreferenceLoss = StrEnum("PreferenceLoss", ["sigmoid", "ipo"])

@@ -21,8 +21,7 @@ from cera_train.common.errors import UserError
 from cera_train.distributed.sharding import trainable_weights
 from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.model.loss import SupervisedLoss, choose_layout
-from cera_train.settings.data import BatchLayout
-from cera_train.settings.training import OptimizerConfig
+from cera_train.settings.training import BatchLayout, OptimizerConfig
 from cera_train.training.optimizer import build_optimizer
 
 CONF = Path(__file__).parents[2] / "conf" / "adapter"

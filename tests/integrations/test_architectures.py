@@ -24,8 +24,8 @@ from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.model.weights import load_model
 from cera_train.planning.plan import make_plan
 from cera_train.settings.adapters import AdapterConfig
-from cera_train.settings.data import BatchLayout
 from cera_train.settings.model import Dtype, ModelConfig, Quantization
+from cera_train.settings.training import BatchLayout
 
 CPU = torch.device("cpu")
 STATEFUL = {family.model_type for family in STATES}

@@ -15,7 +15,7 @@ from cera_train.common.errors import UserError
 from cera_train.model import loss as loss_module
 from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.model.loss import FrozenHeadLoss, SupervisedLoss, choose_layout
-from cera_train.settings.data import BatchLayout
+from cera_train.settings.training import BatchLayout
 
 
 def make_rows(count: int = 7, vocab_size: int = 512):
