@@ -12,6 +12,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,7 @@ def to_config(composed: DictConfig, overrides: Sequence[str], schema: type = Con
     if getattr(config, "data", None) is not None:
         from cera_train.data.sources import decide_layouts  # --help needs no rows
 
-        config.data = decide_layouts(config.data)
+        config = replace(config, data=decide_layouts(config.data))
     if issubclass(schema, Config):
         check_settings(config.adapter)
     if getattr(config, "task", None) is not None:

@@ -31,9 +31,8 @@ from cera_train.data.segments import Segment, prompt_of, segmenter, segmenters, 
 from cera_train.settings.data import DataConfig, Layout, Turns, as_list
 from cera_train.settings.evaluation import TaskConfig
 
-CHECKED_ROWS = (
-    200  # rows of each file that `check_data` reads, and of the files whose columns decide a layout
-)
+FIRST_ROWS = 200
+"""Rows of a file by which its layout is decided and its mistakes are found before a run starts."""
 
 BY_COLUMNS: dict[tuple[str, ...], dict[str, Any]] = {
     ("messages",): {"layout": Layout.messages},
@@ -65,14 +64,17 @@ messages."""
 
 def decide_layouts(config: DataConfig) -> DataConfig:
     """A config with the layout and the templates that fit the columns in place of
-    `data.layout=auto`, in each part of a mix. Where files are missing it stays auto: whatever opens
-    them reports that.
+    `data.layout=auto`, in each part of a mix. A config without `auto` is returned as it is, and no
+    file is opened. Where files are missing the layout stays auto: the code that reads them raises.
 
     Raises:
         UserError: the columns of the first rows fit no layout, or several.
     """
+    parts = list(config.parts())
+    if all(part.layout != Layout.auto for _, part in parts):
+        return config
     decided = []
-    for place, part in config.parts():
+    for place, part in parts:
         if part.layout == Layout.auto:
             with errors_at(place):
                 decided.append(_layout_of(part.train_files))
@@ -96,7 +98,8 @@ def _layout_of(names: Sequence[str]) -> dict[str, Any]:
         paths = check_files(names, "data.train_files")
     except UserError:
         return {}
-    rows = list(itertools.islice(rows_of(paths), CHECKED_ROWS))
+    all_rows = itertools.chain.from_iterable(map(first_rows, paths))
+    rows = list(itertools.islice(all_rows, FIRST_ROWS))
     place = f"{paths[0]}: data.layout=auto"
     require(bool(rows), f"{place} finds no rows: the file is empty.")
     for _, row in rows[:1]:
@@ -121,9 +124,24 @@ def _layout_of(names: Sequence[str]) -> dict[str, Any]:
     raise UserError(f"{place} does not know these columns, {', '.join(columns) or 'none'}: {fix}.")
 
 
+def first_rows(path: str) -> list[PlacedRow]:
+    """The first rows of a file, read once unless the file changes: a command decides the layout by
+    them and checks them, in a sweep for every job."""
+    version = None
+    if "://" not in path:
+        status = os.stat(path)
+        version = (status.st_mtime_ns, status.st_size)
+    return _read_first_rows(path, version)
+
+
+@functools.lru_cache(maxsize=16)
+def _read_first_rows(path: str, version: tuple[int, int] | None) -> list[PlacedRow]:
+    return list(itertools.islice(rows_of([path]), FIRST_ROWS))
+
+
 def check_data(config: DataConfig) -> None:
-    """Reads the first rows of a config's files, before anything heavy is imported: most mistakes
-    show there. Needs no chat template."""
+    """Raises UserError for mistakes in the first rows of a config's files, before anything heavy is
+    imported. Needs no chat template."""
     for place, part in config.parts():
         with errors_at(place):
             if part.layout == Layout.reasoning_gym:
@@ -135,7 +153,7 @@ def check_data(config: DataConfig) -> None:
             sides = segmenters(part, None)
             for path in paths:
                 if "://" not in path:
-                    list(segments_of(itertools.islice(rows_of([path]), CHECKED_ROWS), *sides))
+                    list(segments_of(first_rows(path), *sides))
 
 
 def open_sources(config: DataConfig) -> tuple[Source, Source]:

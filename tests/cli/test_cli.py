@@ -240,3 +240,28 @@ def test_every_setting_carries_the_mark_of_what_it_changes():
                 )
             else:
                 assert not field.metadata, f"{kind.__name__}.{field.name}: use section(...)"
+
+
+def test_a_command_opens_a_data_file_once_to_check_it_and_once_to_train(
+    tiny_folder, write_jsonl, run_command, monkeypatch
+):
+    rows = [{"question": f"{number} + 1?", "answer": f"{number + 1}"} for number in range(40)]
+    path = write_jsonl("rows.jsonl", rows)
+    settings = [
+        *(f"model.path={tiny_folder}", f"data.train_files=[{path}]", "data.max_length=64"),
+        *("model.dtype=float32", "adapter.r=4", "train.max_updates=1", "train.probe_tokens=64"),
+    ]
+    opened = []
+    open_file = open
+
+    def count_and_open(file, *arguments, **settings):
+        opened.append(str(file))
+        return open_file(file, *arguments, **settings)
+
+    monkeypatch.setattr("builtins.open", count_and_open)
+    assert run_command("cera-train", *settings, "--look") == 0  # tokenises the rows
+    os.utime(path)  # the rows may have changed
+    opened.clear()
+    assert run_command("cera-train", *settings) == 0
+    # Its first rows decide the layout and are checked; its digest finds the tokens in the cache.
+    assert opened.count(str(path)) == 2
