@@ -14,7 +14,7 @@ from cera_train.common.settings import (
     setting,
 )
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
-from cera_train.settings.data import DataConfig
+from cera_train.settings.data import DataConfig, Layout, LossOn
 from cera_train.settings.distributed import DistributedConfig, LaunchConfig, Strategy
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.sweep import StudyConfig, SweepConfig
@@ -64,6 +64,7 @@ class Config:
             f"data.max_length="
             f"{self.data.max_length}: a micro-batch must hold at least one sequence.",
         )
+        check_objective(self.train.objective, self.data)
         if self.distributed.strategy != Strategy.fsdp:
             return
         quantization = self.model.quantization
@@ -107,6 +108,36 @@ class Config:
     def sequences(self) -> int:
         """Sequences that an update trains on for each of its rows."""
         return self.work.answers or self.data.sequences
+
+
+def check_objective(objective: ObjectiveKind, data: DataConfig) -> None:
+    """Raises UserError where the rows do not fit the objective. Rows whose layout is still `auto`
+    pass: the config is checked again once it is decided."""
+    parts = [part for _, part in data.parts()]
+    if any(part.layout == Layout.auto for part in parts):
+        return
+    place = f"train.objective={objective}"
+    if objective == ObjectiveKind.dpo:
+        fix = "name rows with the columns prompt, chosen and rejected, or set data.rejected"
+        require(
+            data.is_paired, f"{place} learns from preferences, and {data.title} has none: {fix}."
+        )
+    else:
+        fix = (
+            "set train.objective=dpo, or for the chosen answers $'data.prompt={prompt}' "
+            "$'data.completion={chosen}'"
+        )
+        require(not data.is_paired, f"{place}: {data.title} holds preferences: {fix}.")
+    if objective == ObjectiveKind.grpo:
+        have_prompts = all(has_prompts(part) for part in parts)
+        fix = "name rows with a prompt and an answer, and leave data.loss_on at completion"
+        require(have_prompts, f"{place} answers prompts, and {data.title} has text without: {fix}.")
+
+
+def has_prompts(data: DataConfig) -> bool:
+    """Whether a row has a prompt before the text that is supervised."""
+    is_running_text = data.layout == Layout.text and not data.prompt
+    return data.layout != Layout.documents and not is_running_text and data.loss_on != LossOn.all
 
 
 GpuKind = StrEnum("GpuKind", ["h100", "a100", "l40s", "rtx4090", "cpu"])

@@ -15,7 +15,7 @@ from cera_train.adapters import build as adapters
 from cera_train.adapters.saved import load, read
 from cera_train.adapters.spectrum import ModuleSpectrum
 from cera_train.common.errors import UserError, errors_at
-from cera_train.common.settings import AUTO, require
+from cera_train.common.settings import AUTO
 from cera_train.common.terminal import ProgressBar
 from cera_train.common.trust import redact_tree
 from cera_train.data.prepare import prepare_data
@@ -37,7 +37,7 @@ from cera_train.runs.results import DIVERGED, METRICS, Environment, EvaluationMe
 from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.runs.tracking import Tracker, start_tracker
 from cera_train.settings.adapters import AdapterConfig
-from cera_train.settings.data import DataConfig, Layout, LossOn
+from cera_train.settings.data import Layout
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
 from cera_train.settings.training import ObjectiveKind, Resume
@@ -97,7 +97,6 @@ def settle(config: Config, folder: Path) -> Settled:
     if is_undecided and redact_tree(files) == begun_files:
         names = ("layout", "prompt", "completion", "rejected", "turns", "mix")
         data = replace(data, **{name: getattr(begun.data, name) for name in names})
-    check_objective(config.train.objective, data)
     config = replace(
         config, model=model, adapter=adapter, data=data, optimizer=optimizer, train=training
     )
@@ -109,29 +108,6 @@ def starts_anew(config: Config, folder: Path) -> bool:
     first checkpoint."""
     is_lost = (folder / DIVERGED).exists() and not any((folder / "checkpoints").glob("*"))
     return is_lost or config.train.resume == Resume.never or not (folder / "config.yaml").is_file()
-
-
-def check_objective(objective: ObjectiveKind, data: DataConfig) -> None:
-    """Raises UserError where the rows do not fit the objective."""
-    place = f"train.objective={objective}"
-    if objective == ObjectiveKind.dpo:
-        fix = "name rows with the columns prompt, chosen and rejected, or set data.rejected"
-        require(
-            data.is_paired, f"{place} learns from preferences, and {data.title} has none: {fix}."
-        )
-    else:
-        fix = (
-            "set train.objective=dpo, or for the chosen answers $'data.prompt={prompt}' "
-            "$'data.completion={chosen}'"
-        )
-        require(not data.is_paired, f"{place}: {data.title} holds preferences: {fix}.")
-    if objective == ObjectiveKind.grpo:
-        parts = [part for _, part in data.parts()]
-        have_prompts = all(
-            part.layout != Layout.documents and part.loss_on != LossOn.all for part in parts
-        )
-        fix = "name rows with a prompt and an answer, and leave data.loss_on at completion"
-        require(have_prompts, f"{place} answers prompts, and {data.title} has text without: {fix}.")
 
 
 def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -> None:

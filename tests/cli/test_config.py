@@ -20,6 +20,7 @@ RECIPES = sorted(config_dir("recipes").glob("*.yaml"))
 # What a file leaves for the user to say.
 NEEDED = {
     ("data", "jsonl"): ["data.train_files=[rows.jsonl]", "data.eval_rows=5"],
+    ("data", "preferences"): ["train.objective=dpo"],
     ("task", "jsonl"): ["task.files=[rows.jsonl]"],
     ("adapter", "full"): ["adapter.r=null"],
     ("adapter", "peft"): ["adapter.method=LOHA"],

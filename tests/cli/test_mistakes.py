@@ -152,6 +152,16 @@ MISTAKES = [
         "study.arm=nope: no such arm",
         "from lora, identity, cera",
     ),
+    (
+        "cera-train --look train.objective=grpo data=finewiki",
+        "train.objective=grpo answers prompts",
+        "rows with a prompt and an answer",
+    ),
+    (
+        "cera-train train.objective=dpo",
+        "train.objective=dpo learns from preferences",
+        "set data.rejected",
+    ),
     # an argument of a wrong form
     ("cera-train adapter.r=[", "adapter.r=[: cannot read the value", "close its brackets"),
     ("cera-train name=a:\nb:", "cannot read the value", r"""$'name="a:\nb:"'"""),
