@@ -21,13 +21,21 @@ from cera_train.data.computed import computed_rows, open_generator
 from cera_train.data.rows import (
     PROMPT,
     PlacedRow,
+    Row,
     Source,
     check_files,
     from_files,
     normalized,
     rows_of,
 )
-from cera_train.data.segments import Segment, prompt_of, segmenter, segmenters, segments_of
+from cera_train.data.segments import (
+    Segment,
+    columns_of,
+    prompt_of,
+    segmenter,
+    segmenters,
+    segments_of,
+)
 from cera_train.settings.data import DataConfig, Layout, Turns, as_list
 from cera_train.settings.evaluation import TaskConfig
 
@@ -49,18 +57,6 @@ BY_COLUMNS: dict[tuple[str, ...], dict[str, Any]] = {
 """Columns, and how `data.layout=auto` reads them. `text` counts where no other does: rows like
 Alpaca's have both."""
 
-PREFERENCES = {
-    str: {
-        "layout": Layout.text,
-        "prompt": "{prompt}",
-        "completion": "{chosen}",
-        "rejected": "{rejected}",
-    },
-    list: {"layout": Layout.messages, "rejected": "rejected", "turns": Turns.last},
-}
-"""How the columns `chosen` and `rejected` are read, whatever others there are: texts, or lists of
-messages."""
-
 
 def decide_layouts(config: DataConfig) -> DataConfig:
     """A config with the layout and the templates that fit the columns in place of
@@ -77,7 +73,7 @@ def decide_layouts(config: DataConfig) -> DataConfig:
     for place, part in parts:
         if part.layout == Layout.auto:
             with errors_at(place):
-                decided.append(_layout_of(part.train_files))
+                decided.append(_layout_of(part))
         else:
             decided.append({"layout": part.layout} if config.layout == Layout.auto else {})
     if config.mix is None:
@@ -92,19 +88,26 @@ def decide_layouts(config: DataConfig) -> DataConfig:
     )
 
 
-def _layout_of(names: Sequence[str]) -> dict[str, Any]:
-    """The settings by which the rows of these files are read."""
+def _layout_of(config: DataConfig) -> dict[str, Any]:
+    """The settings by which the rows of the training files are read; none where files are
+    missing."""
     try:
-        paths = check_files(names, "data.train_files")
+        paths = check_files(config.train_files, "data.train_files")
     except UserError:
         return {}
     all_rows = itertools.chain.from_iterable(map(first_rows, paths))
     rows = list(itertools.islice(all_rows, FIRST_ROWS))
     place = f"{paths[0]}: data.layout=auto"
     require(bool(rows), f"{place} finds no rows: the file is empty.")
-    for _, row in rows[:1]:
-        if "rejected" in row and type(row.get("chosen")) in PREFERENCES:
-            return PREFERENCES[type(row["chosen"])]
+    _, first_row = rows[0]
+    rejected = (config.rejected or "rejected").strip("{}")
+    if preferences := _layout_of_preferences(first_row, rejected):
+        return preferences
+    needs_column = config.rejected is not None and not columns_of(config.rejected, "data.rejected")
+    fix = "name rows with the columns prompt, chosen and rejected, or set data.rejected"
+    require(
+        not needs_column, f"{place} finds no preferences by data.rejected={config.rejected}: {fix}."
+    )
     columns = list(
         dict.fromkeys(name for _, row in rows for name, value in row.items() if value is not None)
     )
@@ -122,6 +125,19 @@ def _layout_of(names: Sequence[str]) -> dict[str, Any]:
     known = "; ".join(map(", ".join, [*BY_COLUMNS, ("prompt", "chosen", "rejected")]))
     fix = f"rename them ({known}), or set data.prompt and data.completion"
     raise UserError(f"{place} does not know these columns, {', '.join(columns) or 'none'}: {fix}.")
+
+
+def _layout_of_preferences(row: Row, rejected: str) -> dict[str, Any]:
+    """How a preference is read, whatever other columns it has: its answers are texts, or lists of
+    messages. Empty for another row. `rejected` is the column of the rejected answer."""
+    if rejected not in row:
+        return {}
+    if isinstance(row.get("chosen"), str):
+        answers = {"completion": "{chosen}", "rejected": f"{{{rejected}}}"}
+        return {"layout": Layout.text, "prompt": "{prompt}"} | answers
+    if isinstance(row.get("chosen"), list):
+        return {"layout": Layout.messages, "rejected": rejected, "turns": Turns.last}
+    return {}
 
 
 def first_rows(path: str) -> list[PlacedRow]:

@@ -175,7 +175,8 @@ class DataConfig:
     instruction: Alpaca's instruction, input and output; conversations: ShareGPT's from/value;
     messages: chat template; auto: text where data.prompt or data.completion are other templates
     than {prompt} and {completion}, else one of these by the columns of the first rows of
-    train_files. logistic_map, dates and reasoning_gym compute their rows."""
+    train_files; for a data set on the Hub text, and messages for preferences. logistic_map, dates
+    and reasoning_gym compute their rows."""
     path: str | None = setting(None, "result")
     """A data set's id on the Hub. Not needed with train_files."""
     subset: str | None = setting(None, "result")
@@ -227,9 +228,11 @@ class DataConfig:
             f"data.max_length={self.max_length}: set 2 or more: a first token has no loss.",
         )
         if self.mix is None:
-            has_templates = (self.prompt, self.completion) not in ((None, None), COLUMN_TEMPLATES)
+            templates = (self.prompt, self.completion)
+            has_templates = templates not in ((None, None), COLUMN_TEMPLATES)
             if self.layout == Layout.auto and (has_templates or not self.train_files):
-                self.layout = Layout.text
+                are_chats = self.is_paired and templates == (None, None)
+                self.layout = Layout.messages if are_chats else Layout.text
             if self.layout != Layout.auto and self.turns is None:
                 self.turns = Turns.all if self.layout == Layout.messages else Turns.first
         require(

@@ -12,7 +12,7 @@ from cera_train.common.errors import UserError
 from cera_train.data.look import describe_stop
 from cera_train.data.prepare import TokenizedRows, prepare_data, prepare_evaluation
 from cera_train.data.rows import Source, rows_of
-from cera_train.data.segments import segmenter
+from cera_train.data.segments import segmenter, segmenters
 from cera_train.data.sources import decide_layouts, rows_by_prompt
 from cera_train.planning.data_size import data_size
 from cera_train.runs.records import load_config
@@ -118,6 +118,34 @@ def test_templates_that_are_set_choose_text_and_each_part_of_a_mix_is_read_by_it
 def test_columns_of_no_layout_or_of_two_are_refused(own, rows, line):
     with pytest.raises(UserError, match=rf"^\S+rows.jsonl: data.layout=auto {re.escape(line)}"):
         own(rows)
+
+
+TEXTS = {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}
+ASKED = [{"role": "user", "content": "1 + 1?"}]
+MESSAGES = {
+    "prompt": ASKED,
+    "chosen": [{"role": "assistant", "content": "2"}],
+    "rejected": [{"role": "assistant", "content": "3"}],
+}
+
+
+@pytest.mark.parametrize(("row", "layout"), [(TEXTS, "text"), (MESSAGES, "messages")])
+@pytest.mark.parametrize("source", ["+recipe=dpo", "data=jsonl train.objective=dpo"])
+def test_preferences_hold_texts_or_messages(compose, write_jsonl, source, row, layout):
+    file = f"data.train_files=[{write_jsonl('pairs.jsonl', [row])}]"
+    data = compose(*source.split(), file).data
+    assert data.layout == layout
+    for side, answer in zip(segmenters(data, None), "23", strict=True):
+        assert [segment.text for segment in side(row)] == ["1 + 1?", answer]
+
+
+def test_preferences_with_another_column_or_without_one(compose, write_jsonl):
+    row = {"worse": TEXTS["rejected"], **TEXTS}
+    row.pop("rejected")
+    file = f"data.train_files=[{write_jsonl('pairs.jsonl', [row])}]"
+    assert compose("+recipe=dpo", file, "data.rejected=worse").data.rejected == "{worse}"
+    with pytest.raises(UserError, match="pairs.jsonl: .*data.rejected=rejected: name rows with"):
+        compose("+recipe=dpo", file)
 
 
 def test_a_text_file_has_a_document_a_line_or_between_blank_lines(tmp_path, tokenizer):
