@@ -298,14 +298,10 @@ def read_grades(run: Path, task: str) -> list[GradedProblem]:
 
 # --- figures in a line ----------------------------------------------------------------------------
 
-# A branch whose variance is linear in A x to more than this share computes what a LoRA computes
-NEARLY_LINEAR = 0.99
-
 SPECTRUM_TERMS = (
     "Effective rank: how many directions a branch's output has, at most r. Manifold dimension: "
-    "how many have 90 % of "
-    "its variance. Linear share: how much of that an affine map of A x explains; above 99 %, it "
-    "is a LoRA in effect."
+    "how many hold 90 % of its variance. Linear share: how much of its variance an affine map of "
+    "A x explains; cera-export measures what is lost without the rest."
 )
 """For captions."""
 
@@ -325,8 +321,8 @@ def describe_linear_share(result: RunResult) -> str:
     before = result.linear_share_before
     if share in (None, 1.0):
         return ""
-    text = f"{share:.1%} of the branch" + ("" if before is None else f", {before:.1%} at the start")
-    return f"{text}: a LoRA in effect" if share > NEARLY_LINEAR else text
+    at_start = "" if before is None else f", {before:.1%} at the start"
+    return f"{share:.1%} of the branch{at_start}"
 
 
 def describe_tasks(figures: dict[str, float], before: dict[str, float] | None = None) -> str:
