@@ -107,10 +107,7 @@ def print_power(
             print_line("detects", f"{outcome}: set plan.spread={{{outcome}: [...]}}")
             continue
         what = "rows" if outcome == LOSS else "problems"
-        sizes = [
-            {LOSS: plan.data.eval_rows} | {task.name: task.problems for task in plan.tasks}
-            for plan in plans
-        ]
+        sizes = [{LOSS: plan.data.eval_rows} | plan.problems for plan in plans]
         problems = min(size[outcome] for size in sizes)
         variances = Variances(*(deviation**2 for deviation in spread[outcome]))
         smallest = detectable(variances, seeds, problems, contrasts)

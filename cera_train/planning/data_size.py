@@ -48,17 +48,6 @@ class DataSize:
     prompt_tokens: float = 0.0  # of a row, whatever counts in the loss
 
 
-@dataclass(frozen=True)
-class TaskSize:
-    """The problems of one of `train.tasks`, or the prompts of an update."""
-
-    name: str
-    problems: int
-    prompt_tokens: float
-    new_tokens: int  # of an answer, at most
-    source: str  # of the numbers, for people
-
-
 def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSize:
     """The rows and tokens of a data set.
 
@@ -121,15 +110,7 @@ def trained_size(config: Config, data: DataSize) -> DataSize:
     )
 
 
-def sampled_size(config: Config, data: DataSize) -> TaskSize | None:
-    """The answers that an update samples; None where it samples none."""
-    if not config.work.answers:
-        return None
-    count = config.train.batch_size * config.sequences
-    return TaskSize("answers", count, data.prompt_tokens, config.work.answer_tokens, data.source)
-
-
-def _prompt_tokens(rows: DataSize | DataFacts) -> float:
+def _prompt_tokens(rows: DataSize) -> float:
     """Tokens of a row outside its completions; of the whole row where no prompt is known."""
     return rows.tokens_per_row * (1 - round(rows.supervised, 6)) or rows.tokens_per_row
 
@@ -237,22 +218,21 @@ def _size_of_rows(config: DataConfig) -> DataSize:
     return size
 
 
-def task_size(name: str, config: Config, data: DataSize) -> TaskSize:
-    """The problems of one of `train.tasks`. Those of local files are read, computed ones computed.
-    A task of the Hub has the facts of its rows; without facts, its prompts are taken to be as long
-    as those that the run trains on. Raises UserError where the number of problems is neither known
-    nor limited."""
+def count_problems(name: str, config: Config, data: DataSize) -> int:
+    """The number of problems of one of `train.tasks`. Those of local files are read, computed ones
+    computed; a task of the Hub has the facts of its rows.
+
+    Raises:
+        UserError: the number is neither known nor limited.
+    """
     settings = training_task(name, config.train.changes_of_task(name))
     place = f"train.tasks=[{name}]"
     of_hub = any(part.path and not part.train_files for _, part in config.data.parts())
     if settings.kind == "held_out" and of_hub:  # the evaluation rows, which a plan does not load
-        rows = min(data.eval_rows, settings.limit or data.eval_rows)
-        return TaskSize(name, rows, data.prompt_tokens, settings.max_new_tokens, data.source)
+        return min(data.eval_rows, settings.limit or data.eval_rows)
     if settings.files or settings.path is None:
         with errors_at(place):
-            problems = load_problems(settings, config.data)
-        tokens = fmean(len(PIECES.findall(problem.prompt)) for problem in problems)
-        return TaskSize(name, len(problems), tokens, settings.max_new_tokens, ESTIMATED)
+            return len(load_problems(settings, config.data))
     facts = facts_of(settings.path)
     of_split = facts and (
         facts.train_rows if settings.split.startswith("train") else facts.eval_rows
@@ -264,9 +244,4 @@ def task_size(name: str, config: Config, data: DataSize) -> TaskSize:
             f"{place}: the number of its problems is unknown: set "
             f"train.task_settings.{name}.limit, or task files."
         )
-    tokens = data.prompt_tokens
-    source = "a guess by the training rows"
-    if facts is not None:
-        tokens = _prompt_tokens(facts)
-        source = "by facts"
-    return TaskSize(name, min(known), tokens, settings.max_new_tokens, source)
+    return min(known)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,10 +18,8 @@ from cera_train.common.terminal import announce
 from cera_train.model.precision import choose_precision
 from cera_train.planning.data_size import (
     DataSize,
-    TaskSize,
+    count_problems,
     data_size,
-    sampled_size,
-    task_size,
     trained_size,
 )
 from cera_train.settings.distributed import Strategy
@@ -48,14 +45,6 @@ GPU."""
 # share
 HEAP_SHARE = 0.4
 
-LAYER_SECONDS = 4e-4
-"""Time that a decoding step spends to call one layer: SmolLM2's on a CPU; on a GPU, whose kernels
-wait to be launched, an assumption."""
-
-DECODING_SHARE = 0.5
-"""Speed of a decoding step's products, over that of training: SmolLM2's on a CPU with 64 answers at
-once."""
-
 
 # --- devices --------------------------------------------------------------------------------------
 
@@ -75,19 +64,15 @@ class Device:
     name: str
     memory: float  # bytes
     flops: float  # peak operations a second
-    bandwidth: float  # bytes of memory that it reads in a second
 
 
 GPUS = {
-    GpuKind.h100: Device("H100", 80 * GB, 989e12, 3.35e12),
-    GpuKind.a100: Device("A100", 80 * GB, 312e12, 2.04e12),
-    GpuKind.l40s: Device("L40S", 48 * GB, 362e12, 0.86e12),
-    GpuKind.rtx4090: Device("RTX 4090", 24 * GB, 165e12, 1.01e12),
+    GpuKind.h100: Device("H100", 80 * GB, 989e12),
+    GpuKind.a100: Device("A100", 80 * GB, 312e12),
+    GpuKind.l40s: Device("L40S", 48 * GB, 362e12),
+    GpuKind.rtx4090: Device("RTX 4090", 24 * GB, 165e12),
 }
-"""Memory, dense bf16 speed and bandwidth by the vendor's data sheets (SXM cards, the A100 of 80
-GB)."""
-
-CPU_BANDWIDTH = 25e9  # on two cores, SmolLM2-135M answers with 42 tokens a second
+"""Memory and dense bf16 speed by the vendor's data sheets (SXM cards, the A100 of 80 GB)."""
 
 
 @functools.cache
@@ -103,7 +88,7 @@ def this_cpu(is_16bit: bool) -> Device:
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     flops = torch.get_num_threads() * 2 * 512**3 / min(measured.times)
-    return Device("this CPU", memory, flops, CPU_BANDWIDTH)
+    return Device("this CPU", memory, flops)
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -129,8 +114,7 @@ class RunPlan:
     device: Device
     mfu: float
     data: DataSize
-    tasks: Sequence[TaskSize]
-    sampled: TaskSize | None  # for each update
+    problems: dict[str, int]  # of each of `train.tasks`
     totals: RunTotals
     frozen: int  # parameters of the base
     trainable: int
@@ -138,9 +122,6 @@ class RunPlan:
     memory: dict[str, float]  # bytes of one process by part, at the peak of an update
     evaluation_memory: float  # bytes of one process at the peak of an evaluation
     flops: dict[str, float]  # floating-point operations of the run by part
-    answer_seconds: float  # of all answers to `train.tasks`, if each is as long as it may be
-    served_seconds: float  # of the same by one vLLM on such a device
-    sampling_seconds: float  # of an update's answers, likewise
 
     @property
     def peak(self) -> float:
@@ -151,17 +132,20 @@ class RunPlan:
         return self.peak <= USABLE * self.device.memory
 
     @property
+    def speed(self) -> float:
+        """Operations a second of all processes, at the share of the peak that training reaches."""
+        return self.device.flops * self.mfu * self.config.plan.gpus
+
+    @property
     def seconds(self) -> float:
-        speed = self.device.flops * self.mfu * self.config.plan.gpus
-        answering = self.answer_seconds + self.totals.updates * self.sampling_seconds
-        return sum(self.flops.values()) / speed + answering
+        """Seconds of the run, without those of generating answers."""
+        return sum(self.flops.values()) / self.speed
 
     @property
     def update_seconds(self) -> float:
         """Seconds of an update, evaluations not counted."""
         trained = self.flops["forward"] + self.flops["backward"]
-        speed = self.device.flops * self.mfu * self.config.plan.gpus
-        return trained / self.totals.updates / speed + self.sampling_seconds
+        return trained / self.totals.updates / self.speed
 
     @property
     def gpu_hours(self) -> float:
@@ -198,16 +182,13 @@ def _plan(config: PlanRun) -> RunPlan:
         )
     data = data_size(config.data, config.plan.tokens_per_row)
     trained = trained_size(config, data)
-    sampled = sampled_size(config, data)
-    tasks = [task_size(name, config, data) for name in config.train.tasks]
+    problems = {name: count_problems(name, config, data) for name in config.train.tasks}
     totals = run_totals(config, data)
     if config.model.dtype == Dtype.auto:  # every GPU here multiplies bf16
         dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).dtype
         config = replace(config, model=replace(config.model, dtype=dtype))
     with heavy_imports():
-        from cera_train.evaluation.generate import CACHE_BYTES, ROWS_AT_ONCE
-        from cera_train.evaluation.server import AT_ONCE
-        from cera_train.model.folder import cache_bytes, check_length
+        from cera_train.model.folder import check_length
         from cera_train.planning.dry_run import DryRun
     run = DryRun(config)
     check_length(config.model, config.data.max_length, "data.max_length", run.base.config)
@@ -231,28 +212,13 @@ def _plan(config: PlanRun) -> RunPlan:
     )
     mfu = config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU)
     memory = memory_of(config, run, highest.peak)
-    layers = run.base.config.get_text_config().num_hidden_layers
-    reading = run.memory["weights"] / device.bandwidth
-    token = operations["evaluation"] / (device.flops * mfu)
-    tokens_at_once = CACHE_BYTES // cache_bytes(run.base.config, run.base.dtype.itemsize)
-
-    def served(task: TaskSize) -> float:  # a vLLM records the calls of the layers once
-        return answer_seconds(task, 1, AT_ONCE, reading, token)
-
-    def answered(task: TaskSize) -> float:
-        if config.train.server is not None:
-            return served(task)
-        rows = min(ROWS_AT_ONCE, int(tokens_at_once / (task.prompt_tokens + task.new_tokens)))
-        return answer_seconds(task, config.plan.gpus, rows, LAYER_SECONDS * layers + reading, token)
-
     trained_tokens = config.work.passes * totals.tokens
     return RunPlan(
         config=config,
         device=device,
         mfu=mfu,
         data=data,
-        tasks=tasks,
-        sampled=sampled,
+        problems=problems,
         totals=totals,
         frozen=run.total - run.trainable,
         trainable=run.trainable,
@@ -264,9 +230,6 @@ def _plan(config: PlanRun) -> RunPlan:
             "backward": operations["backward"] * trained_tokens,
             "evaluations": operations["evaluation"] * totals.forward_tokens,
         },
-        answer_seconds=totals.task_evaluations * sum(map(answered, tasks)),
-        served_seconds=totals.task_evaluations * sum(map(served, tasks)),
-        sampling_seconds=0.0 if sampled is None else answered(sampled),
     )
 
 
@@ -299,27 +262,6 @@ def run_totals(config: Config, size: DataSize) -> RunTotals:
         task_evaluations=(times(train.tasks_every) if train.tasks_every else 1)
         if train.tasks
         else 0,
-    )
-
-
-def answer_seconds(
-    task: TaskSize, processes: int, rows: int, step_seconds: float, token_seconds: float
-) -> float:
-    """Time of the answers to a task, or to the prompts of an update.
-
-    Decoding waits for the calls of its layers and for the weights to be read, not for its
-    arithmetic: its time is that of its steps, one for each token of the longest answer of a batch,
-    and of the products of all tokens.
-
-    Args:
-        rows: answers at once in a process.
-        step_seconds: of a step, before any product.
-        token_seconds: of a token's products, at the speed of training.
-    """
-    count = math.ceil(task.problems / processes)
-    steps = math.ceil(count / max(1, rows)) * task.new_tokens
-    return steps * step_seconds + count * token_seconds * (
-        task.prompt_tokens + task.new_tokens / DECODING_SHARE
     )
 
 

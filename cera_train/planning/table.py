@@ -8,6 +8,8 @@ from cera_train.planning.plan import GB, USABLE, RunPlan
 from cera_train.settings.model import Quantization
 from cera_train.settings.run import PlanRun
 
+NOT_COUNTED = "generation time not counted"
+
 
 def print_plan(plan: RunPlan) -> None:
     adapter = plan.config.adapter
@@ -24,11 +26,6 @@ def print_plan(plan: RunPlan) -> None:
         "peak in evaluation": plan.evaluation_memory,
     }
     time = {"an update": f"{plan.update_seconds:.3g} s"}
-    if plan.sampled is not None:
-        time["of it sampling, at most"] = f"{plan.sampling_seconds:.3g} s"
-    if plan.tasks:
-        time["answers, at most"] = duration(plan.answer_seconds)
-        time["by a vLLM, at most"] = duration(plan.served_seconds)
     time["the run, h:mm:ss"] = duration(plan.seconds)
     if plan.config.plan.on_gpu:
         time["GPU-hours"] = f"{plan.gpu_hours:,.2f}"
@@ -144,18 +141,15 @@ def _describe_data(plan: RunPlan) -> list[tuple[str, str]]:
         f"({data.source}), "
         f"{data.supervised:.0%} supervised; {data.eval_rows:,} to evaluate"
     )
-    tasks = [
-        f"{task.name}: {task.problems:,} problems of {task.prompt_tokens:,.0f} tokens "
-        f"({task.source}), up to "
-        f"{task.new_tokens:,} to answer, at {counted(times, 'evaluation')}"
-        for task in plan.tasks
-    ]
-    lines = [("data", rows), *(("task", text) for text in tasks)]
-    if (sampled := plan.sampled) is not None:
-        lines.insert(
-            1,
-            ("answers", f"{sampled.problems:,} an update, of up to {sampled.new_tokens:,} tokens"),
-        )
+    lines = [("data", rows)]
+    config = plan.config
+    if config.work.answers:
+        answers = config.train.batch_size * config.sequences
+        text = f"{answers:,} an update, of up to {config.work.answer_tokens:,} tokens"
+        lines.append(("answers", f"{text} ({NOT_COUNTED})"))
+    for task, problems in plan.problems.items():
+        text = f"{task}: {problems:,} problems at {counted(times, 'evaluation')}"
+        lines.append(("task", f"{text} ({NOT_COUNTED})"))
     return lines
 
 
