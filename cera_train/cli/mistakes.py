@@ -22,8 +22,9 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import options
 from cera_train.common.settings import fields_of, require
 from cera_train.common.trust import SECRET_NAME, may_run_code
-from cera_train.settings.evaluation import ChatConfig, EvalConfig, ExportConfig
+from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.run import Config, PlanRun
+from cera_train.settings.serving import ChatConfig, ExportConfig
 
 SCHEMAS = {
     "cera-train": Config,

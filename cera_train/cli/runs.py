@@ -1,8 +1,10 @@
 """The commands on existing runs: `cera-eval`, `cera-chat`, `cera-export`, `cera-report`,
-`cera-sweep`. A mistake is answered before torch, which takes seconds, is imported."""
+`cera-sweep`.
+
+The first three check all that needs no torch and pass it on; only then do they import torch, which
+takes seconds."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +17,17 @@ from cera_train.cli.start import announce_imports, print_error, start_hydra, to_
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
 from cera_train.distributed.processes import in_processes, is_one_of_several
-from cera_train.evaluation.tasks.task import AnswerTask, build_task, load_problems
-from cera_train.model.folder import check_model
-from cera_train.runs.subject import Subject, find_subject
-from cera_train.settings.evaluation import ChatConfig, EvalConfig, ExportConfig
+from cera_train.evaluation.prepare import prepare
+from cera_train.runs.subject import find_subject, find_subjects
+from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.serving import ChatConfig, ExportConfig
 
 EVAL = "cera-eval"
 LONGEST_NAME = 100  # characters of a report's folder; a file system takes 255
 
 
-def checked(composed: DictConfig, schema: type) -> tuple[Any, Subject]:
-    """The config of a command, and what its `run` names."""
-    config = to_config(composed, HydraConfig.get().overrides.task, schema)
-    with heavy_imports():  # of PEFT, for an adapter that is neither CeRA nor LoRA
-        subject = find_subject(config)
-    check_model(subject.model.path)
-    return config, subject
+def checked_config(composed: DictConfig, schema: type) -> Any:
+    return to_config(composed, HydraConfig.get().overrides.task, schema)
 
 
 # --- cera-eval ------------------------------------------------------------------------------------
@@ -44,9 +41,8 @@ def eval_main() -> None:
         try:
             measure(composed)
         except Exception as error:
-            if (
-                HydraConfig.get().mode != RunMode.MULTIRUN or is_one_of_several()
-            ):  # others wait for this process
+            is_alone = HydraConfig.get().mode != RunMode.MULTIRUN
+            if is_alone or is_one_of_several():  # the others wait for this process
                 raise
             print_error(EVAL, error)
             failed.append(error)
@@ -57,14 +53,14 @@ def eval_main() -> None:
 
 
 def measure(composed: DictConfig) -> None:
-    config, subject = checked(composed, EvalConfig)
-    if config.task.files and isinstance(build_task(config.task), AnswerTask):
-        load_problems(config.task, subject.data)
+    config = checked_config(composed, EvalConfig)
+    with heavy_imports():  # of PEFT, for an adapter that is neither CeRA nor LoRA
+        evaluation = prepare(config)
     announce_imports()
     with heavy_imports():
-        from cera_train.evaluation.evaluate import evaluate
+        from cera_train.evaluation.evaluate import run_evaluation
 
-    in_processes(evaluate, config)
+    in_processes(run_evaluation, evaluation)
 
 
 # --- cera-chat and cera-export --------------------------------------------------------------------
@@ -75,9 +71,9 @@ def chat_main() -> None:
 
 
 def chat(composed: DictConfig) -> None:
-    config, _ = checked(composed, ChatConfig)
-    if config.compare is not None:
-        check_model(find_subject(replace(config, run=config.compare)).model.path)
+    config = checked_config(composed, ChatConfig)
+    with heavy_imports():
+        subjects = find_subjects(config)
     if config.prompts is not None:
         require(
             Path(config.prompts).exists(),
@@ -85,9 +81,9 @@ def chat(composed: DictConfig) -> None:
         )
     announce_imports()
     with heavy_imports():
-        from cera_train.serving.chat import chat
+        from cera_train.serving.chat import ask
 
-    chat(config)
+    ask(config, subjects)
 
 
 def export_main() -> None:
@@ -95,13 +91,15 @@ def export_main() -> None:
 
 
 def export(composed: DictConfig) -> None:
-    config, subject = checked(composed, ExportConfig)
-    config.check_model(subject.model)
+    config = checked_config(composed, ExportConfig)
+    with heavy_imports():
+        subject = find_subject(config)
+    config.check_base(subject.model)
     announce_imports()
     with heavy_imports():
-        from cera_train.serving.export import export
+        from cera_train.serving.export import export_adapter
 
-    export(config)
+    export_adapter(config, subject)
 
 
 # --- cera-report and cera-sweep -------------------------------------------------------------------

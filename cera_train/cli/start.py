@@ -220,10 +220,6 @@ def to_config(composed: DictConfig, overrides: Sequence[str], schema: type = Con
         config = replace(config, data=decide_layouts(config.data))
     if issubclass(schema, Config):
         check_settings(config.adapter)
-    if getattr(config, "task", None) is not None:
-        from cera_train.evaluation.tasks.task import build_task  # --help needs no task
-
-        build_task(config.task)
     return config
 
 

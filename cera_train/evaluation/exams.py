@@ -22,7 +22,6 @@ from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.requests import Request, requests_for
 from cera_train.evaluation.tasks.task import (
     AnswerTask,
-    build_task,
     load_problems,
     question_id,
     training_task,
@@ -103,13 +102,11 @@ class Exams:
         self.tasks: list[Exam] = []
         for name in config.train.tasks:
             with errors_at(f"train.tasks=[{name}]"):
-                settings = training_task(name, config.train.changes_of_task(name))
-                problems = load_problems(settings, config.data)
-                room = settings.max_new_tokens
+                task = training_task(name, config.train.changes_of_task(name))
+                problems = load_problems(task, config.data)
+                room = task.config.max_new_tokens
                 requests = requests_for(problems, 1, tokenizer, room, positions)
-                self.tasks.append(
-                    Exam(name, build_task(settings), problems, requests, room, settings.stop)
-                )
+                self.tasks.append(Exam(name, task, problems, requests, room, task.config.stop))
         self.sampled: list[Exam] = []
         if count := config.train.samples:
             exams = self.tasks or [rows_exam(config.data, count, tokenizer, positions)]

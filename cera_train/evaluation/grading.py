@@ -14,7 +14,7 @@ import os
 import re
 import resource
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import TimeoutError
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from cera_train.runs.evaluation_folder import (
     AccuracyResult,
     Generation,
     Grade,
+    Key,
     Problem,
     ending_shares,
 )
@@ -48,31 +49,46 @@ BASE = re.compile(r"-?[\dA-Z]+_\{?(\d+)\}?$")  # 11_8, which math-verify takes f
 
 
 def grade_all(
-    task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation]
+    task: AnswerTask,
+    problems: Sequence[Problem],
+    answers: Sequence[Generation],
+    exact: Mapping[Key, Grade] | None = None,
 ) -> list[Grade]:
-    """The grade of each answer by every grader that the task has, and how the answer ended."""
+    """The grade of each answer by every grader that the task has, and how the answer ended.
+
+    Args:
+        exact: the answers that `task.grade` has graded already.
+    """
+    exact = exact or {}
     by_id = {problem.id: problem for problem in problems}
-    graded = [
-        (by_id[answer.problem], answer, task.grade(by_id[answer.problem], answer))
-        for answer in answers
-    ]
-    verdicts = iter(())
-    if task.is_verified:
-        candidates = [
-            Candidate(problem.gold, grade.answer, answer.text)
-            for problem, answer, grade in graded
-            if not grade.exact
-        ]
-        verdicts = iter(judge(candidates))
     grades = []
-    for problem, answer, grade in graded:
-        if task.is_verified:
-            verdict = Verdict(True) if grade.exact else next(verdicts)  # an exact answer is equal
-            grade = grade.replace(
-                verified=verdict.correct, failure=grade.failure or verdict.failure
-            )
-        grades.append(grade.replace(ending=ending_of(problem, answer, grade)))
-    return grades
+    for answer in answers:
+        grade = exact.get(answer.key)
+        grades.append(grade or task.grade(by_id[answer.problem], answer))
+    if task.is_verified:
+        grades = verify(by_id, answers, grades)
+    return [
+        grade.replace(ending=ending_of(by_id[answer.problem], answer, grade))
+        for answer, grade in zip(answers, grades, strict=True)
+    ]
+
+
+def verify(
+    problems: Mapping[str, Problem], answers: Sequence[Generation], grades: Sequence[Grade]
+) -> list[Grade]:
+    """The grades with the verdict of math-verify. An exact answer is equal without its help."""
+    comparisons = [
+        Comparison(problems[answer.problem].gold, grade.answer, answer.text)
+        for answer, grade in zip(answers, grades, strict=True)
+        if not grade.exact
+    ]
+    verdicts = iter(judge(comparisons))
+    verified = []
+    for grade in grades:
+        verdict = Verdict(True) if grade.exact else next(verdicts)
+        failure = grade.failure or verdict.failure
+        verified.append(grade.replace(verified=verdict.correct, failure=failure))
+    return verified
 
 
 def ending_of(problem: Problem, answer: Generation, grade: Grade) -> str:
@@ -131,7 +147,7 @@ def score(
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Comparison:
     """An answer to compare with the gold answer."""
 
     gold: str  # bare LaTeX, such as \frac{1}{2}
@@ -145,10 +161,10 @@ class Verdict:
     failure: str | None = None  # `timeout`, or `crash:` and the error on one line
 
 
-def judge(candidates: Sequence[Candidate], seconds: float = SECONDS) -> list[Verdict]:
+def judge(comparisons: Sequence[Comparison], seconds: float = SECONDS) -> list[Verdict]:
     """Verifies answers in processes that can be stopped, each within `seconds` of when a process
     begins it."""
-    workers = min(len(os.sched_getaffinity(0)), len(candidates)) or 1
+    workers = min(len(os.sched_getaffinity(0)), len(comparisons)) or 1
     # Spawned: a fork of a process with torch's threads can hang.
     pool = pebble.ProcessPool(
         workers, context=multiprocessing.get_context("spawn"), initializer=_start_worker
@@ -156,7 +172,7 @@ def judge(candidates: Sequence[Candidate], seconds: float = SECONDS) -> list[Ver
     try:
         # pool.map would count the wait for a free process, and its start, as the answer's time.
         verdicts = [
-            pool.schedule(_verdict, [candidate], timeout=seconds) for candidate in candidates
+            pool.schedule(_verdict, [comparison], timeout=seconds) for comparison in comparisons
         ]
         return [_outcome(verdict) for verdict in verdicts]
     finally:
@@ -181,16 +197,16 @@ def _start_worker() -> None:
     )  # it warns that its time limits are off
     # The first call imports and compiles for seconds, which must not count against an answer's time
     # limit.
-    _is_equal(Candidate(gold=r"\frac{1}{2}", answer="x^2", text=""))
+    _is_equal(Comparison(gold=r"\frac{1}{2}", answer="x^2", text=""))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY_LIMIT
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _verdict(candidate: Candidate) -> Verdict:
+def _verdict(comparison: Comparison) -> Verdict:
     # Some errors cannot be unpickled, which would end the pool: only their text leaves the process.
     try:
-        return Verdict(_is_equal(candidate))
+        return Verdict(_is_equal(comparison))
     except Exception as error:
         message = " ".join(str(error).split())
         return Verdict(
@@ -198,11 +214,11 @@ def _verdict(candidate: Candidate) -> Verdict:
         )
 
 
-def _is_equal(candidate: Candidate) -> bool:
-    gold = candidate.gold
-    answer = candidate.answer
+def _is_equal(comparison: Comparison) -> bool:
+    gold = comparison.gold
+    answer = comparison.answer
     if answer is None:
-        return _is_any_equal(_parse_box(gold), _parse(candidate.text))
+        return _is_any_equal(_parse_box(gold), _parse(comparison.text))
     if math.is_exact(answer, gold):  # also where math-verify cannot read the gold answer
         return True
     bases = [BASE.match(math.normalize(text)) for text in (gold, answer)]

@@ -225,14 +225,15 @@ def count_problems(name: str, config: Config, data: DataSize) -> int:
     Raises:
         UserError: the number is neither known nor limited.
     """
-    settings = training_task(name, config.train.changes_of_task(name))
+    task = training_task(name, config.train.changes_of_task(name))
+    settings = task.config
     place = f"train.tasks=[{name}]"
     of_hub = any(part.path and not part.train_files for _, part in config.data.parts())
     if settings.kind == "held_out" and of_hub:  # the evaluation rows, which a plan does not load
         return min(data.eval_rows, settings.limit or data.eval_rows)
     if settings.files or settings.path is None:
         with errors_at(place):
-            return len(load_problems(settings, config.data))
+            return len(load_problems(task, config.data))
     facts = facts_of(settings.path)
     of_split = facts and (
         facts.train_rows if settings.split.startswith("train") else facts.eval_rows

@@ -48,6 +48,10 @@ class Generation(Record):
     tokens: int  # generated, with the end token
     truncated: bool  # whether max_new_tokens cut it
 
+    @property
+    def key(self) -> Key:
+        return self.problem, self.sample
+
 
 class Grade(Record, extra="allow"):
     """The grade of one answer, a line of grades.jsonl."""
@@ -240,7 +244,7 @@ class EvaluationFolder:
         answers = [
             answer for path in paths for answer in read_lines(path, Generation, may_break_off=True)
         ]
-        return {(answer.problem, answer.sample): answer for answer in answers}
+        return {answer.key: answer for answer in answers}
 
     def append_answers(self, answers: Iterable[Generation]) -> None:
         """Adds answers to this process's file, which a resumed evaluation finds."""

@@ -2,18 +2,20 @@
 loading anything, so that a mistake is answered at once."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cera_train.adapters.saved import check_saved, check_start, is_saved_in, weights_file
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import announce_import
+from cera_train.model.folder import check_model
 from cera_train.runs.records import load_config
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import SubjectConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
+from cera_train.settings.serving import ChatConfig
 from cera_train.settings.training import TrainConfig
 
 
@@ -55,8 +57,22 @@ class Subject:
 
 
 def find_subject(config: SubjectConfig) -> Subject:
-    """Resolves `run=` and `model=`; a UserError where a folder is missing, unfinished or without an
-    adapter."""
+    """Resolves `run=` and `model=`. Raises UserError where a folder is missing, unfinished or
+    without an adapter, or where the path of the base model can be none."""
+    subject = _resolve(config)
+    check_model(subject.model.path)
+    return subject
+
+
+def find_subjects(config: ChatConfig) -> list[Subject]:
+    """Resolves `run=` and, where it is set, `compare=`."""
+    places = [config.run]
+    if config.compare is not None:
+        places.append(config.compare)
+    return [find_subject(replace(config, run=place)) for place in places]
+
+
+def _resolve(config: SubjectConfig) -> Subject:
     if config.run == "base":
         name = Path(config.model.path).name.removeprefix("pypi:")
         return Subject(Path(config.output_dir) / f"base-{name}", config.model)

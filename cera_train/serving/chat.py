@@ -22,9 +22,9 @@ from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.requests import Request, check_positions
 from cera_train.evaluation.server import Server
 from cera_train.model.folder import load_tokenizer
-from cera_train.runs.subject import find_subject
+from cera_train.runs.subject import Subject
 from cera_train.settings.data import DataConfig, Layout, Turns
-from cera_train.settings.evaluation import ChatConfig, Template
+from cera_train.settings.serving import ChatConfig, Template
 
 NEW = "/new"
 
@@ -34,12 +34,11 @@ PLAIN = DataConfig(layout=Layout.text, path="a text", prompt="{text}", completio
 """A text as it is: also the question to a model that was trained on documents."""
 
 
-def chat(config: ChatConfig) -> None:
+def ask(config: ChatConfig, subjects: Sequence[Subject]) -> None:
     """Answers the questions of a config: `prompt`, `prompts`, those of stdin, or a person's in a
-    terminal. Raises UserError for a run, a file or a question that cannot be used."""
+    terminal. Raises UserError for a model, a file or a question that cannot be used."""
     quiet_libraries()
-    places = [place for place in (config.run, config.compare) if place is not None]
-    answerers = [Answerer(replace(config, run=place)) for place in places]
+    answerers = [Answerer(config, subject) for subject in subjects]
     if config.prompts is not None:
         answer_file(answerers, config.prompts)
     elif config.prompt is not None or not sys.stdin.isatty():
@@ -147,8 +146,7 @@ def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
 class Answerer:
     """A model that answers, and how it is asked."""
 
-    def __init__(self, config: ChatConfig) -> None:
-        subject = find_subject(config)
+    def __init__(self, config: ChatConfig, subject: Subject) -> None:
         self.config = config
         self.asked = 0
         self.name = str(subject)

@@ -31,9 +31,9 @@ from cera_train.model.weights import load_model
 from cera_train.runs.card import card_data
 from cera_train.runs.records import Record
 from cera_train.runs.results import RunResult, describe_linear_share
-from cera_train.runs.subject import Subject, find_subject
-from cera_train.settings.evaluation import ExportConfig, ExportFormat
+from cera_train.runs.subject import Subject
 from cera_train.settings.model import ModelConfig
+from cera_train.settings.serving import ExportConfig, ExportFormat
 
 CERTIFICATE = "certificate.json"
 
@@ -71,14 +71,14 @@ class Certificate(Record):
         }
 
 
-def export(config: ExportConfig) -> Certificate:
+def export_adapter(config: ExportConfig, subject: Subject) -> Certificate:
     """Writes the export of a run's adapter, and its certificate. Raises UserError where the run
     cannot be exported or may lose more than `tolerance`; an earlier export then stays as it is."""
     quiet_libraries()
-    subject = choose_dtype(find_subject(config))
+    subject = choose_dtype(subject)
     loaded = load_subject(subject, this_device())
     folder = Path(config.output or subject.folder / f"export_{config.format}")
-    check(config, subject, loaded, folder)
+    check_export(config, subject, loaded, folder)
     if share := describe_linear_share(
         RunResult.find(subject.folder / "result.json") or RunResult()
     ):
@@ -121,7 +121,7 @@ def export(config: ExportConfig) -> Certificate:
         loaded.tokenizer.save_pretrained(part)
         announce("judging", f"the export on {len(rows):,} held-out rows")
         with loaded.context():
-            figures = compare(loaded.model, exported, rows)
+            figures = compare_models(loaded.model, exported, rows)
         certificate = Certificate(str(config.format), tokens, tolerance=config.tolerance, **figures)
         print_fields(certificate.shown())
         if not certificate.holds:
@@ -138,7 +138,7 @@ def export(config: ExportConfig) -> Certificate:
     return Certificate.read(folder / CERTIFICATE)
 
 
-def check(config: ExportConfig, subject: Subject, loaded: LoadedModel, folder: Path) -> None:
+def check_export(config: ExportConfig, subject: Subject, loaded: LoadedModel, folder: Path) -> None:
     """Raises UserError for a run that cannot be exported, or a folder that holds anything but an
     earlier export: it would be replaced."""
     run = config.run
@@ -253,7 +253,7 @@ def write_lora(model: nn.Module, maps: dict[str, torch.Tensor], base: str, folde
 
 
 @torch.no_grad()
-def compare(before: Any, after: Any, rows: Sequence[Batch]) -> dict[str, Any]:
+def compare_models(before: Any, after: Any, rows: Sequence[Batch]) -> dict[str, Any]:
     """Compares two models on batches of one sequence: no padding, and one sequence's logits in
     memory. Returns the fields of a `Certificate` that come of it."""
     sums = []

@@ -1,5 +1,4 @@
-"""Settings of what comes after training: `cera-eval` and its benchmarks, `cera-chat` and
-`cera-export`."""
+"""Settings of `cera-eval`: the model that it measures, a task, how answers are generated."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,7 +15,7 @@ from cera_train.common.settings import (
 )
 from cera_train.settings.data import DataConfig
 from cera_train.settings.distributed import ProcessesConfig
-from cera_train.settings.model import ModelConfig, Quantization
+from cera_train.settings.model import ModelConfig
 
 Grader = StrEnum("Grader", ["text", "number", "math", "choice"])
 
@@ -188,76 +187,3 @@ class EvalConfig(AnsweringConfig):
     @property
     def folder_name(self) -> str:
         return self.name or self.task.name
-
-
-# --- chat and export ------------------------------------------------------------------------------
-
-Template = StrEnum("Template", ["auto", "chat", "none"])
-
-
-@dataclass
-class ChatConfig(AnsweringConfig):
-    compare: str | None = setting(None, "nothing")
-    """A second one, which answers the same questions."""
-    prompt: str | None = setting(None, "answers")
-    """One question. null: from stdin, or a conversation in a terminal."""
-    prompts: str | None = setting(None, "answers")
-    """A file of questions: a line each, or rows with the columns of the template (jsonl, json,
-    parquet)."""
-    template: Template = setting(Template.auto, "answers")
-    """chat: the tokenizer's chat template; none: the text as it is; auto: the rows that the run was
-    trained on, or without a run chat where the tokenizer has one, else none."""
-    max_new_tokens: int = setting(512, "answers")
-    generation: GenerationConfig = section()
-    """A question gets one answer, the first of generation.samples."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_place("compare", self.compare)
-        require_positive("", self, "max_new_tokens")
-        require(
-            self.prompt is None or self.prompts is None,
-            f"prompt={self.prompt!r} and prompts={self.prompts} exclude each other: leave one out.",
-        )
-        require(
-            self.prompt is None or bool(self.prompt.strip()),
-            "prompt='' is empty: write a question.",
-        )
-
-
-ExportFormat = StrEnum("ExportFormat", ["lora", "merged"])
-
-
-@dataclass
-class ExportConfig(SubjectConfig):
-    format: ExportFormat = setting(ExportFormat.lora, "result")
-    """lora: a LoRA of the same rank, in PEFT's format; merged: that LoRA in the base's weights, a
-    plain model."""
-    output: str | None = setting(None, "nothing")
-    """A new folder, or an earlier export, which is replaced. null: RUN/export_FORMAT."""
-    tolerance: float = setting(0.01, "nothing")
-    """Nats a token: nothing is exported where the 95 % interval of the change of the loss reaches
-    above this."""
-    calibration_tokens: int = setting(4096, "result")
-    """Training rows that the linear maps are fitted to, up to so many tokens."""
-    rows: int | None = setting(None, "result")
-    """Held-out rows to judge on. null: all."""
-    data: DataConfig | None = section(None)
-    """null: the run's rows."""
-
-    def __post_init__(self) -> None:
-        require_positive("", self, "calibration_tokens", "rows")
-        require(self.tolerance >= 0, f"tolerance={self.tolerance} must not be negative.")
-        require(
-            self.run not in (None, "base"),
-            "run=... is missing: the folder of a finished run with a CeRA adapter.",
-        )
-
-    def check_model(self, model: ModelConfig) -> None:
-        """Raises UserError for a base that weights cannot be merged into."""
-        require(
-            self.format == ExportFormat.lora or model.quantization == Quantization.none,
-            f"format=merged: the base is quantised (model.quantization={model.quantization}), and "
-            f"merging would round "
-            "the adapter away. Set format=lora, or a model= without quantisation.",
-        )

@@ -163,7 +163,7 @@ def check_inputs(config: Config, folder: Path) -> None:
         check_data(config.data)
         for name in config.train.tasks:
             task = training_task(name, config.train.changes_of_task(name))
-            if task.files:
+            if task.config.files:
                 with errors_at(f"train.tasks=[{name}]"):
                     load_problems(task, config.data)
     if config.adapter.start_from is not None and not (folder / "config.yaml").exists():

@@ -4,6 +4,7 @@ what is refused; and that perplexity and spectra are those of training and of th
 import json
 import math
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,20 +13,21 @@ import pytest
 import torch
 import yaml
 from conftest import make_tiny_llama
-from evaluated_runs import QUESTIONS, base_settings, contents, read, tiny_path
+from evaluated_runs import QUESTIONS, base_settings, contents, evaluate, read, tiny_path
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cera_train.common.errors import UserError
 from cera_train.data.computed import logistic_map_rows
 from cera_train.evaluation import engine
-from cera_train.evaluation.evaluate import evaluate
+from cera_train.evaluation import prepare as evaluation
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Answer
 from cera_train.evaluation.tasks import gsm8k
-from cera_train.evaluation.tasks.task import load_problems
+from cera_train.evaluation.tasks.task import QuestionTask
 from cera_train.runs.evaluation_folder import ENDINGS, EvaluationFolder, Generation
 from cera_train.runs.records import load_config
+from cera_train.runs.subject import find_subject
 from cera_train.training.train import train
 
 pytest_plugins = ("evaluated_runs",)
@@ -129,7 +131,7 @@ def test_interrupted_equals_uninterrupted(
 
 def test_samples_give_pass_at_k_for_every_k(eval_config, write_answers, capsys):
     """Problem i has i right answers of 3."""
-    problems = load_problems(eval_config("task.limit=4").task, None)
+    problems = evaluation.prepare(eval_config("task.limit=4")).problems
     right = {
         (problem.id, sample): problem.gold
         for index, problem in enumerate(problems)
@@ -165,6 +167,31 @@ def test_answers_that_are_there_are_graded_again_without_a_model(eval_config, ru
     assert read(folder / "grades.jsonl")[0]["exact"]
 
 
+def test_a_command_builds_its_task_once_and_grades_an_answer_once(
+    run, questions, run_command, monkeypatch
+):
+    calls = Counter()
+
+    class Counted(QuestionTask):
+        def configured(self, config):
+            calls["built"] += 1
+            return super().configured(config)
+
+        def grade(self, problem, generation):
+            calls["graded"] += 1
+            return super().grade(problem, generation)
+
+    def find(config):
+        calls["found"] += 1
+        return find_subject(config)
+
+    monkeypatch.setattr(gsm8k, "TASK", Counted(**vars(gsm8k.TASK)))
+    monkeypatch.setattr(evaluation, "find_subject", find)
+    settings = [f"run={run}", "task=gsm8k", f"task.files=[{questions}]", "task.max_new_tokens=8"]
+    assert run_command("cera-eval", *settings, "launch.processes=1") == 0
+    assert calls == {"built": 1, "found": 1, "graded": len(QUESTIONS)}
+
+
 def test_a_grader_that_crashes_counts_as_wrong_and_is_kept(eval_config, run, monkeypatch):
     def crash(text):
         raise RecursionError("too deep")
@@ -185,7 +212,7 @@ def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(
     3.2."""
     config = eval_config(task="logistic_map")
     data = load_config(run / "config.yaml").data
-    problems = {problem.id: problem for problem in load_problems(config.task, data)}
+    problems = {problem.id: problem for problem in evaluation.prepare(config).problems}
     assert len(problems) == 3 * 20
     _, held_out = logistic_map_rows(data.logistic_map, data.eval_rows)
     asked = {problem.prompt for problem in problems.values() if problem.details["growth"] == 3.5}

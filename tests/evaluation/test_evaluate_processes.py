@@ -8,10 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from evaluated_runs import contents, read
+from evaluated_runs import contents, evaluate, read
 from several_processes import popen
-
-from cera_train.evaluation.evaluate import evaluate
 
 pytest_plugins = ("evaluated_runs",)
 

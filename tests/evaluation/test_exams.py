@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
-from evaluated_runs import QUESTIONS, read
+from evaluated_runs import QUESTIONS, evaluate, read
 from played_vllm import playing_vllm
 from several_processes import train_in_processes
 from tiny_runs import folder_of, timeless_metrics, train_and_die_after
 
 from cera_train.common.errors import UserError
-from cera_train.evaluation.evaluate import evaluate
 from cera_train.evaluation.exams import SAMPLE_ROOM, Exams, rows_exam
 from cera_train.runs.evaluation_folder import Generation
 from cera_train.runs.results import SAMPLES, GradedProblem, read_grades
@@ -273,8 +272,10 @@ def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation
     ]
     evaluate(compose(*settings, command="eval"))
     assert f"\nshared     {shared}" in capsys.readouterr().out
+    evaluate(compose(*settings, command="eval"))  # no answer is missing: nothing is compared
+    assert "shared" not in capsys.readouterr().out
     rows.unlink()
-    evaluate(compose(*settings, command="eval"))
+    evaluate(compose(*settings, "name=again", command="eval"))
     assert (
         "\nshared     unknown, since the training rows cannot be read: data.train_files="
         in capsys.readouterr().out

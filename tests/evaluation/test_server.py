@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from evaluated_runs import contents, read
+from evaluated_runs import chat, contents, evaluate, read
 from played_vllm import playing_vllm
 
 import cera_train.evaluation.server as server_module
 from cera_train.common.errors import UserError
-from cera_train.evaluation.evaluate import evaluate
 from cera_train.runs.subject import find_subject
-from cera_train.serving.chat import chat
 
 pytest_plugins = ("evaluated_runs",)
 

@@ -4,11 +4,19 @@ evaluate it, and readers of what an evaluation leaves."""
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from cera_train.evaluation import grading
+from cera_train.evaluation.evaluate import run_evaluation
+from cera_train.evaluation.prepare import prepare
+from cera_train.runs.subject import find_subject, find_subjects
+from cera_train.serving.chat import ask
+from cera_train.serving.export import Certificate, export_adapter
+from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.serving import ChatConfig, ExportConfig
 
 QUESTIONS = [
     {
@@ -26,6 +34,21 @@ QUESTIONS = [
         (9, 9, 1),
     ]
 ]
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """As `cera-eval`, in this process."""
+    return run_evaluation(prepare(config))
+
+
+def chat(config: ChatConfig) -> None:
+    """As `cera-chat`, in this process."""
+    ask(config, find_subjects(config))
+
+
+def export(config: ExportConfig) -> Certificate:
+    """As `cera-export`, in this process."""
+    return export_adapter(config, find_subject(config))
 
 
 def tiny_path(run: Path) -> str:
@@ -55,7 +78,7 @@ def one_verifier(monkeypatch) -> None:
     """Evaluations verify answers in this process, instead of starting two each, which takes longer
     than the answers."""
     monkeypatch.setattr(
-        grading, "judge", lambda candidates: list(map(grading._verdict, candidates))
+        grading, "judge", lambda comparisons: list(map(grading._verdict, comparisons))
     )
 
 

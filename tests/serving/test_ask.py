@@ -6,15 +6,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from evaluated_runs import base_settings, read
+from evaluated_runs import base_settings, chat, evaluate, read
 
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import encode
 from cera_train.data.segments import segmenter
-from cera_train.evaluation.evaluate import evaluate
-from cera_train.serving.chat import Prompts, chat, choose_rows, converse, read_prompts
+from cera_train.serving.chat import Prompts, choose_rows, converse, read_prompts
 from cera_train.settings.data import DataConfig, MixPart
-from cera_train.settings.evaluation import Template
+from cera_train.settings.serving import Template
 
 pytest_plugins = ["evaluated_runs"]
 

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 from conftest import TINY
+from evaluated_runs import export
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from cera_train.common.errors import UserError
 from cera_train.evaluation.statistics import bootstrap_interval
 from cera_train.model.batches import Batch
-from cera_train.serving.export import compare, export, fit
+from cera_train.serving.export import compare_models, fit
 from cera_train.training.train import train
 
 IDS = torch.arange(3, 23)[None]
@@ -86,7 +87,7 @@ def test_the_certificate_compares_token_by_token():
     before, after = (
         lambda input_ids, each=each, **_: SimpleNamespace(logits=each[input_ids]) for each in table
     )
-    figures = compare(before, after, [first, second])
+    figures = compare_models(before, after, [first, second])
     inputs = [1, 2, 4]
     targets = [2, 3, 0]
     p, q = table.log_softmax(-1)[:, inputs]

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.serving
 
 import httpx  # noqa: E402
 import openai  # noqa: E402
-from evaluated_runs import contents  # noqa: E402
+from evaluated_runs import contents, evaluate, export  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_runs import metrics_of, wait_until  # noqa: E402
@@ -33,8 +33,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # 
 import cera_train.evaluation.server as server_module  # noqa: E402
 from cera_train.cera import CeraConfig  # noqa: E402
 from cera_train.common.errors import UserError  # noqa: E402
-from cera_train.evaluation.evaluate import evaluate  # noqa: E402
-from cera_train.serving.export import export  # noqa: E402
 from cera_train.training.train import train  # noqa: E402
 
 LLAMA_CPP = Path(sys.prefix) / "llama.cpp"

@@ -7,9 +7,9 @@ import peft
 import pytest
 import torch
 from conftest import needs_smollm2
+from evaluated_runs import evaluate
 from transformers import AutoModelForCausalLM
 
-from cera_train.evaluation.evaluate import evaluate
 from cera_train.runs.results import read_metrics
 from cera_train.training.train import train
 

@@ -1,11 +1,11 @@
 """Runs on mixtures: of data sets, and of experts."""
 
 import pytest
+from evaluated_runs import evaluate
 from moe_models import make_mixture
 from safetensors.torch import load_file
 from tiny_runs import adapter_bytes, folder_of, train_and_die_after
 
-from cera_train.evaluation.evaluate import evaluate
 from cera_train.training.train import train
 
 

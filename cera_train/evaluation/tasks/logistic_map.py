@@ -10,7 +10,14 @@ from typing import Any
 from pydantic import Field
 
 from cera_train.data.computed import logistic_map_row, starting_points
-from cera_train.evaluation.tasks.task import AnswerTask, Metric, Task, mean, question_id
+from cera_train.evaluation.tasks.task import (
+    AnswerTask,
+    Metric,
+    Task,
+    mean,
+    parts_of_layout,
+    question_id,
+)
 from cera_train.runs.evaluation_folder import COLLAPSED, Generation, Grade, Problem
 from cera_train.runs.records import Record
 from cera_train.settings.data import DataConfig, Layout, as_list, check_growths
@@ -30,17 +37,16 @@ class StepGrades(Record, extra="allow"):
 class LogisticMap(AnswerTask):
     def configured(self, config: TaskConfig) -> Task:
         check_growths("task.growths", config.growths)
-        return self
+        return super().configured(config)
 
-    def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
+    def problems(self, data: DataConfig | None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out."""
-        parts = (
-            [part for _, part in data.parts() if part.layout == Layout.logistic_map] if data else []
-        )
+        parts = parts_of_layout(data, Layout.logistic_map)
         rows = parts[0] if parts else DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)
         settings = rows.logistic_map
         _, starts = starting_points(settings, rows.eval_rows)
-        for x0, growth in itertools.islice(itertools.product(starts, config.growths), config.limit):
+        pairs = itertools.product(starts, self.config.growths)
+        for x0, growth in itertools.islice(pairs, self.config.limit):
             row = logistic_map_row(x0, growth, settings)
             trained = growth in as_list(settings.growth) if parts else None
             prompt = row["prompt"]

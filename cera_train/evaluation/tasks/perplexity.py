@@ -26,17 +26,16 @@ class Perplexity(Task):
                 config.window > 1,
                 "task.window=1 must be at least 2: a window's first token is not predicted.",
             )
-        return self
+        return super().configured(config)
 
-    def rows(
-        self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any
-    ) -> TokenizedRows:
+    def rows(self, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
         """The rows to predict. `data` is that of `data=`, else the run's; None if neither is
         known."""
         from cera_train.data.prepare import prepare_evaluation, prepare_windows
         from cera_train.data.sources import decide_layouts
         from cera_train.model.folder import check_length
 
+        config = self.config
         if config.window is not None:
             check_length(model, config.window, "task.window")
             source = open_rows(config)

@@ -9,7 +9,14 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.data.computed import Draw, Split, draws, open_generator
 from cera_train.data.rows import computed_row
-from cera_train.evaluation.tasks.task import AnswerTask, Metric, Task, mean, question_id
+from cera_train.evaluation.tasks.task import (
+    AnswerTask,
+    Metric,
+    Task,
+    mean,
+    parts_of_layout,
+    question_id,
+)
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout, ReasoningGymConfig, check_generators
 from cera_train.settings.evaluation import TaskConfig
@@ -45,10 +52,11 @@ class ReasoningGym(AnswerTask):
             config.limit is not None,
             "task.limit=null: a generator has no last problem. Set a number, such as 200.",
         )
-        return self
+        return super().configured(config)
 
-    def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
-        for draw in draws(self._generators(config, data), Split.test, config.limit, "task.limit"):
+    def problems(self, data: DataConfig | None) -> Iterable[Problem]:
+        generators = self._generators(data)
+        for draw in draws(generators, Split.test, self.config.limit, "task.limit"):
             prompt = computed_row(draw.question, draw.answer)["prompt"]
             details = {
                 name: value
@@ -57,24 +65,21 @@ class ReasoningGym(AnswerTask):
             }
             yield Problem(question_id(draw.question), draw.question, prompt, draw.answer, **details)
 
-    def _generators(self, config: TaskConfig, data: DataConfig | None) -> ReasoningGymConfig:
-        """Those that the run was trained on, with what the task sets otherwise."""
-        trained = (
-            [part for _, part in data.parts() if part.layout == Layout.reasoning_gym]
-            if data
-            else []
-        )
-        if not (trained or config.generator):
+    def _generators(self, data: DataConfig | None) -> ReasoningGymConfig:
+        """The generators that the run was trained on, with the settings that the task changes."""
+        trained = parts_of_layout(data, Layout.reasoning_gym)
+        if not (trained or self.config.generator):
             reason = "the model was trained on no generator of reasoning-gym"
             raise UserError(
                 f"task.generator is missing, and {reason}. Name one, such as "
                 f"task.generator=chain_sum."
             )
         settings = trained[0].reasoning_gym if trained else ReasoningGymConfig()
-        changes = {name: getattr(config, name) for name in ("generator", "level")}
-        return replace(
-            settings, **{name: value for name, value in changes.items() if value is not None}
-        )
+        if self.config.generator is not None:
+            settings = replace(settings, generator=self.config.generator)
+        if self.config.level is not None:
+            settings = replace(settings, level=self.config.level)
+        return settings
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         graded = grade(

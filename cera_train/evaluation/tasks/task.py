@@ -15,7 +15,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cera_train.evaluation.tasks
@@ -26,7 +26,7 @@ from cera_train.data.rows import Row, Source, from_files, normalized, text_of
 from cera_train.data.segments import columns_of
 from cera_train.data.sources import from_hub, open_sources
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
-from cera_train.settings.data import DataConfig
+from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.evaluation import TaskConfig
 
 
@@ -43,8 +43,9 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A benchmark."""
+    """A benchmark. `build_task` configures the `TASK` of its file."""
 
+    config: TaskConfig | None = None  # None before it is configured
     settings: tuple[str, ...] = ()  # the settings among `OPTIONAL` that this task has
     score_name: str = ""
     """What `paired_value` counts, in the plural, such as steps. Empty: whole answers, right or
@@ -54,7 +55,7 @@ class Task:
     def configured(self, config: TaskConfig) -> Task:
         """This task with its settings. Raises UserError for settings that it cannot use. Imports no
         torch."""
-        return self
+        return replace(self, config=config)
 
     def paired_value(self, grade: Grade, grader: str) -> float:
         """How much of an answer is right, from 0 to 1, for the paired test of two runs. The grader,
@@ -81,7 +82,7 @@ class AnswerTask(Task, ABC):
         }
 
     @abstractmethod
-    def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
+    def problems(self, data: DataConfig | None) -> Iterable[Problem]:
         """The problems, in order, at most `config.limit`. `data` holds the rows that the run was
         trained on."""
 
@@ -121,31 +122,29 @@ class QuestionTask(AnswerTask):
             f"task.prompt={config.prompt!r} names no column: write one in braces, such as "
             f"{example}.",
         )
-        return self
+        return super().configured(config)
 
-    def source(self, config: TaskConfig, data: DataConfig | None) -> Source:
+    def source(self, data: DataConfig | None) -> Source:
         """The rows to read: by default those of the task's files, or of its data set on the Hub."""
-        return open_rows(config)
+        return open_rows(self.config)
 
-    def problems(self, config: TaskConfig, data: DataConfig | None) -> list[Problem]:
-        source = self.source(config, data)
-        problems = list(itertools.islice(self._read(source, config), config.limit))
-        level = "" if config.level is None else f" of task.level={config.level}"
+    def problems(self, data: DataConfig | None) -> list[Problem]:
+        source = self.source(data)
+        problems = list(itertools.islice(self._read(source), self.config.limit))
+        level = "" if self.config.level is None else f" of task.level={self.config.level}"
         require(
             bool(problems),
             f"{source.name} has no rows{level}: name a file with a problem on each row.",
         )
         return problems
 
-    def _read(self, source: Source, config: TaskConfig) -> Iterator[Problem]:
+    def _read(self, source: Source) -> Iterator[Problem]:
+        config = self.config
         columns = columns_of(config.prompt)
         setting = "task.question" if "question" in self.settings else None
         for place, row in source.located():
             with errors_at(place):
-                # MATH writes "Level 5", MATH-500 writes 5.
-                if config.level is not None and re.findall(r"\d+", text_of(row, "level"))[:1] != [
-                    str(config.level)
-                ]:
+                if config.level is not None and level_of(row) != str(config.level):
                     continue
                 question = text_of(row, self.question, setting)
                 prompt = config.prompt.format_map(
@@ -169,6 +168,12 @@ class QuestionTask(AnswerTask):
 # --- what benchmarks share ------------------------------------------------------------------------
 
 
+def level_of(row: Row) -> str | None:
+    """The number in column `level`: MATH writes "Level 5", MATH-500 writes 5."""
+    number = re.search(r"\d+", text_of(row, "level"))
+    return number and number[0]
+
+
 def question_id(question: str) -> str:
     """A digest of a question: its id in every evaluation."""
     return hashlib.blake2b(question.encode(), digest_size=6).hexdigest()
@@ -187,6 +192,13 @@ def open_rows(config: TaskConfig) -> Source:
     if config.files:
         return from_files(config.files, "task.files", whole_text=True)
     return from_hub(config, "task.split")
+
+
+def parts_of_layout(data: DataConfig | None, layout: Layout) -> list[DataConfig]:
+    """The data sets of this layout that a run was trained on; `data` is None where its rows are
+    unknown."""
+    parts = [] if data is None else data.parts()
+    return [part for _, part in parts if part.layout == layout]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -236,18 +248,18 @@ def build_task(config: TaskConfig) -> Task:
     return task.configured(config)
 
 
-def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
+def load_problems(task: AnswerTask, data: DataConfig | None) -> list[Problem]:
     """The problems of a task, in its order. A question that comes again gets -2, -3, ... after its
     id."""
     seen = Counter()
     problems = []
-    for problem in build_task(config).problems(config, data):
+    for problem in task.problems(data):
         seen[problem.id] += 1
         count = seen[problem.id]
         problems.append(problem if count == 1 else problem.replace(id=f"{problem.id}-{count}"))
     require(
         bool(problems),
-        f"task={config.name} has no problems: the run holds out no row that it could ask.",
+        f"task={task.config.name} has no problems: the run holds out no row that it could ask.",
     )
     return problems
 
@@ -255,8 +267,8 @@ def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
 # --- tasks by name, as in train.tasks -------------------------------------------------------------
 
 
-def training_task(name: str, changes: Mapping[str, Any]) -> TaskConfig:
-    """The settings in conf/task/NAME.yaml with some changed.
+def training_task(name: str, changes: Mapping[str, Any]) -> AnswerTask:
+    """The task of conf/task/NAME.yaml with some settings changed.
 
     Raises:
         UserError: a change is no setting of the task, or the task has no answers to grade.
@@ -275,17 +287,13 @@ def training_task(name: str, changes: Mapping[str, Any]) -> TaskConfig:
         raise UserError(
             f"train.tasks=[{name}] has no answers to grade: leave it to cera-eval, after training."
         )
-    return config
+    return task
 
 
 def task_figures(name: str, changes: Mapping[str, Any] | None = None) -> dict[str, bool]:
     """The figures of a task by their keys in a run's result.json, and whether a higher one is
     better. Without changes, all that the task can have."""
-    task = (
-        all_tasks()[_file(name)["kind"]]
-        if changes is None
-        else build_task(training_task(name, changes))
-    )
+    task = all_tasks()[_file(name)["kind"]] if changes is None else training_task(name, changes)
     figures = task.figures if isinstance(task, AnswerTask) else {}
     return {f"{name}/{key}": is_higher_better for key, is_higher_better in figures.items()}
 

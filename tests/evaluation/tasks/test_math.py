@@ -2,7 +2,7 @@ r"""MATH's answers: the box, and both graders on one table of pairs, judged by h
 
 import pytest
 
-from cera_train.evaluation.grading import Candidate, Verdict, judge
+from cera_train.evaluation.grading import Comparison, Verdict, judge
 from cera_train.evaluation.tasks.math import extract, gold, is_exact, normalize
 
 # answer, gold, exact?, verified?
@@ -104,7 +104,7 @@ PAIRS = [
 
 def test_both_graders_on_the_table():
     verdicts = judge(
-        [Candidate(reference, answer, "") for answer, reference, _, _ in PAIRS], seconds=20
+        [Comparison(reference, answer, "") for answer, reference, _, _ in PAIRS], seconds=20
     )
     for (answer, reference, exact, verified), verdict in zip(PAIRS, verdicts, strict=True):
         assert is_exact(answer, reference) == is_exact(reference, answer) == exact, answer

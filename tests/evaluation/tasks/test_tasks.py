@@ -9,7 +9,7 @@ import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError
 from cera_train.evaluation.grading import score
 from cera_train.evaluation.tasks.task import build_task, load_problems, trained_on, training_task
-from cera_train.runs.evaluation_folder import Generation
+from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.settings.data import DataConfig, LogisticMapConfig, MixPart
 from cera_train.settings.evaluation import TaskConfig
 
@@ -42,6 +42,10 @@ def config_of(write_jsonl):
     return config_of
 
 
+def problems_of(config: TaskConfig) -> list[Problem]:
+    return load_problems(build_task(config), None)
+
+
 def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
     (tmp_path / "arithmetic.py").write_text(ARITHMETIC)
     monkeypatch.setattr(
@@ -55,7 +59,7 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
     ]  # restored, that is removed, after the test
     config = config_of([{"sum": "1 + 1", "result": 2}, {"sum": "1 + 2", "result": 3}], "arithmetic")
     task = build_task(config)
-    problems = load_problems(config, None)
+    problems = load_problems(task, None)
     assert [(problem.prompt, problem.gold) for problem in problems] == [
         ("1 + 1 =", "2"),
         ("1 + 2 =", "3"),
@@ -139,7 +143,7 @@ def test_a_task_of_training_checks_its_changes(name, changes, message):
 
 
 def test_the_same_question_twice_is_two_problems(config_of):
-    first, second, third = (problem.id for problem in load_problems(config_of([GSM8K] * 3), None))
+    first, second, third = (problem.id for problem in problems_of(config_of([GSM8K] * 3)))
     assert (second, third) == (f"{first}-2", f"{first}-3")
 
 
@@ -149,12 +153,12 @@ def test_problems_of_one_level(config_of):
         for n, level in enumerate(["Level 5", "Level 1", 5, "Level ?"])
     ]
     for limit, questions in ((None, ["p0", "p2"]), (1, ["p0"])):
-        problems = load_problems(config_of(rows, "math", level=5, limit=limit), None)
+        problems = problems_of(config_of(rows, "math", level=5, limit=limit))
         assert [problem.question for problem in problems] == questions
 
 
 def test_a_limit_takes_the_first_rows_and_reads_no_further(config_of):
-    assert len(load_problems(config_of([GSM8K, GSM8K, {"question": "broken"}], limit=2), None)) == 2
+    assert len(problems_of(config_of([GSM8K, GSM8K, {"question": "broken"}], limit=2))) == 2
 
 
 @pytest.mark.parametrize(
@@ -200,7 +204,7 @@ def test_a_file_without_what_the_task_needs_gets_one_line_with_its_place(
     config_of, rows, settings, message
 ):
     with pytest.raises(UserError, match=message) as error:
-        load_problems(config_of(rows, **settings), None)
+        problems_of(config_of(rows, **settings))
     assert "rows.jsonl" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -269,7 +273,7 @@ def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and
     config_of, write_jsonl
 ):
     questions = [f"How many apples has {name}?" for name in ("Ann", "Bob", "Cem", "Dan", "Eve")]
-    task = config_of([GSM8K | {"question": question} for question in questions])
+    config = config_of([GSM8K | {"question": question} for question in questions])
     rows = [
         {"question": "HOW many\n apples  has bob? ", "answer": "3"},
         {
@@ -289,7 +293,7 @@ def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and
         ),
     ]
     data = DataConfig(prompt="{question}", completion="{answer}", eval_rows=1, mix=parts)
-    assert trained_on(load_problems(task, data), data) == [questions[1], questions[2], questions[4]]
+    assert trained_on(problems_of(config), data) == [questions[1], questions[2], questions[4]]
 
 
 def test_computed_rows_hold_none_of_their_problems():

@@ -1,0 +1,34 @@
+"""What an evaluation needs, checked before torch is imported: the subject, the task, its problems.
+
+Built once by the command, and passed to every process that it starts."""
+
+from dataclasses import dataclass
+
+from cera_train.evaluation.tasks.task import AnswerTask, Task, build_task, load_problems
+from cera_train.runs.evaluation_folder import Problem
+from cera_train.runs.subject import Subject, find_subject
+from cera_train.settings.distributed import ProcessesConfig
+from cera_train.settings.evaluation import EvalConfig
+
+
+@dataclass(frozen=True)
+class PreparedEvaluation:
+    """A subject, and a task to measure it on."""
+
+    config: EvalConfig
+    subject: Subject
+    task: Task
+    problems: list[Problem]  # empty for a task that measures perplexity
+
+    @property
+    def launch(self) -> ProcessesConfig:
+        return self.config.launch
+
+
+def prepare(config: EvalConfig) -> PreparedEvaluation:
+    """Builds the task, finds the subject and reads the problems. Raises UserError where one of them
+    cannot be used."""
+    task = build_task(config.task)
+    subject = find_subject(config)
+    problems = load_problems(task, subject.data) if isinstance(task, AnswerTask) else []
+    return PreparedEvaluation(config, subject, task, problems)
