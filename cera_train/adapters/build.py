@@ -1,6 +1,7 @@
 """An adapter on its base model: built, counted, grouped for the optimizer. What differs by kind is
 in families/."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -53,16 +54,17 @@ def build(
         f"which needs autocast: "
         "set model.dtype=float32, or bfloat16 without train.autocast=false.",
     )
-    # Beside them, a CPU's layer norm takes no 16-bit weights.
-    norms = [
-        weight
-        for module in model.modules()
-        if isinstance(module, nn.LayerNorm)
-        for weight in module.parameters()
-    ]
-    for weight in [*narrow, *norms] if narrow else []:
-        weight.data = weight.data.float()
+    if narrow:
+        widen(model, narrow)
     return model
+
+
+def widen(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
+    """Turns trained weights of a 16-bit base into float32, to be used under autocast."""
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    # Beside float32 weights, a CPU's layer norm takes no 16-bit ones.
+    for weight in [*trained, *(weight for norm in norms for weight in norm.parameters())]:
+        weight.data = weight.data.float()
 
 
 def left_out(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = False) -> list[str]:

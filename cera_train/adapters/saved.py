@@ -176,9 +176,7 @@ def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     missing or misshapen."""
     import peft
 
-    tensors = dict(model.named_parameters())
-    if is_adapter(model):
-        tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = saved_tensors(model)
     wanted, shapes = (
         {name: tensor.shape for name, tensor in each.items()} for each in (tensors, weights)
     )
@@ -199,6 +197,16 @@ def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     peft.set_peft_model_state_dict(model, weights)
 
 
+def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers that `save` writes, by their names in its file."""
+    import peft
+
+    if not is_adapter(model):
+        return dict(model.named_parameters())
+    tensors = model.state_dict(keep_vars=True)
+    return peft.get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
+
+
 def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
     """The base with what a folder holds: an adapter, or the weights of a full fine-tuning in place
     of the base's. Raises UserError where the folder is damaged, holds no adapter, or belongs to
@@ -216,6 +224,7 @@ def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
             config.task_type = peft.TaskType.CAUSAL_LM  # another trainer may have left it out
             config.auto_mapping = None
             model = peft.get_peft_model(base, config)
+        _widen_as_trained(model, weights)
         load(model, weights)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged or no adapter: {error}") from error
@@ -229,3 +238,21 @@ def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
             )
         raise UserError(f"{folder} does not fit {base.name_or_path}: {reason}") from error
     return model
+
+
+def _widen_as_trained(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Makes room for float32 weights in a 16-bit base, which would round them: those of a full
+    fine-tuning, or norms and embeddings beside an adapter."""
+    import torch
+
+    from cera_train.adapters.build import widen
+
+    narrow = []
+    for name, tensor in saved_tensors(model).items():
+        is_wide_in_file = name in weights and weights[name].dtype == torch.float32
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        if is_wide_in_file and is_parameter and tensor.dtype.itemsize < 4:
+            # autocast keeps its 16-bit copy only of a weight that takes a gradient
+            narrow.append(tensor.requires_grad_())
+    if narrow:
+        widen(model, narrow)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 
 from cera_train.adapters.saved import attach, is_adapter, save
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, explain
 from cera_train.common.files import read_json, remove_folder, write_folder
 from cera_train.common.settings import require
 from cera_train.distributed.sharding import trainable_weights
@@ -149,14 +150,16 @@ class Sampler:
 
     def _serve(self) -> None:
         """Gives the server the adapter of this update."""
+        is_main = self.accelerator.is_main_process
+        weights = trainable_weights(self.loss.model, keep=is_main)
         problem = None
-        if self.accelerator.is_main_process:
-            weights = trainable_weights(self.loss.model)
-            write_folder(self.folder, lambda part: save(self.loss.model, weights, part))
+        if is_main:
             try:
+                write_folder(self.folder, lambda part: save(self.loss.model, weights, part))
                 self.engine.load_adapter(self.folder)
-            except UserError as error:  # the others wait in the next line
-                problem = str(error)
+            except (UserError, OSError, SafetensorError) as error:  # the others wait below
+                fix = "Check the disk; the same command resumes"
+                problem = explain(error) or f"{self.folder}: cannot write it: {error}. {fix}."
         self.engine.name, problem = broadcast_object_list([self.engine.name, problem])
         if problem is not None:
             raise UserError(problem)

@@ -1,12 +1,15 @@
-"""Accuracy and samples while a run trains: the tasks of cera-eval on their first problems, and
-answers to read.
+"""Exams: a model in training answers problems, for the accuracy on tasks of cera-eval and for
+samples to read.
 
-Problems, answers, grades and scores are those of an evaluation, greedy. Answering draws no random
+Problems, answers, grades and figures are those of cera-eval, greedy. Answering draws no random
 number and restores the model, so the losses of a run are equal to the bit with and without it.
 """
 
+from __future__ import annotations
+
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,15 +21,16 @@ from cera_train.common.terminal import counted
 from cera_train.data.prepare import encode
 from cera_train.data.sources import answered_rows
 from cera_train.evaluation.engine import Sampler
-from cera_train.evaluation.grading import grade_all, score
+from cera_train.evaluation.grading import grade_all
 from cera_train.evaluation.requests import Request, requests_for
 from cera_train.evaluation.tasks.task import (
     AnswerTask,
     load_problems,
+    mean,
     question_id,
     training_task,
 )
-from cera_train.runs.evaluation_folder import Generation, Problem
+from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.runs.results import GradedProblem, Sample, describe_tasks
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import GenerationConfig
@@ -34,6 +38,8 @@ from cera_train.settings.run import Config
 
 # tokens that a sampled answer to an evaluation row may have; more where a reference has more
 SAMPLE_ROOM = 64
+
+GREEDY = GenerationConfig()
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,10 @@ class Exam:
     def __str__(self) -> str:
         return f"{len(self.problems):,} problems of {self.name}"
 
+    def first(self, count: int) -> Exam:
+        """The exam of the first problems."""
+        return replace(self, problems=self.problems[:count], requests=self.requests[:count])
+
 
 def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | None) -> Exam:
     """The prompts of the first evaluation rows that have one, each up to its first answer, which is
@@ -64,30 +74,27 @@ def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | N
         [encoded_prompt, encoded_answer] = encode([prompt, [answer]], whole, tokenizer)
         if len(encoded_prompt.input_ids) > longest:
             continue
-        problems.append(
-            Problem(f"{question_id(text)}-{len(problems)}", text, text, answer.text.strip())
-        )
-        requests.append(Request(problems[-1].id, 0, tuple(encoded_prompt.input_ids)))
+        name = f"{question_id(text)}-{len(problems)}"
+        problems.append(Problem(name, text, text, answer.text.strip()))
+        requests.append(Request(name, 0, tuple(encoded_prompt.input_ids)))
         room = max(room, len(encoded_answer.input_ids))
         if len(problems) == count:
             break
-    if positions is not None:
-        room = min(
-            room, positions - max((len(request.prompt_ids) for request in requests), default=0)
-        )
+    if positions is not None and requests:
+        room = min(room, positions - max(len(request.prompt_ids) for request in requests))
     return Exam(None, None, problems, requests, room, [])
 
 
 @dataclass
 class ExamResults:
-    """The results of one evaluation's exams. Only the main process has more than the figures."""
+    """The results of the exams at one update. Only the main process has more than the figures."""
 
     figures: dict[str, float] = field(
         default_factory=dict
     )  # by their keys in metrics.jsonl, such as gsm8k/exact
     graded: dict[str, list[GradedProblem]] = field(default_factory=dict)  # by the task
     samples: list[Sample] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # A line to print about each
+    notes: list[str] = field(default_factory=list)  # lines to print
 
 
 class Exams:
@@ -95,6 +102,7 @@ class Exams:
 
     def __init__(self, config: Config, sampler: Sampler) -> None:
         self.every = config.train.tasks_every
+        self.sample_count = config.train.samples
         self.sampler = sampler
         self.accelerator = sampler.accelerator
         tokenizer = sampler.tokenizer
@@ -108,23 +116,20 @@ class Exams:
                 requests = requests_for(problems, 1, tokenizer, room, positions)
                 self.tasks.append(Exam(name, task, problems, requests, room, task.config.stop))
         self.sampled: list[Exam] = []
-        if count := config.train.samples:
+        """The problems that samples answer: the first of each task, without tasks the first
+        evaluation rows."""
+        if count := self.sample_count:
             exams = self.tasks or [rows_exam(config.data, count, tokenizer, positions)]
             fix = "no evaluation row has a prompt with room for an answer: set train.samples=0"
             require(bool(exams[0].problems), f"train.samples={count}: {fix}.")
-            self.sampled = [
-                replace(exam, problems=exam.problems[:count], requests=exam.requests[:count])
-                for exam in exams
-            ]
+            self.sampled = [exam.first(count) for exam in exams]
 
     @property
     def plan(self) -> str:
         """What is answered and when, in one line; empty without tasks and samples."""
-        when = (
-            f"at the start, every {self.every:,} updates and at the end"
-            if self.every
-            else "at the end"
-        )
+        when = "at the end"
+        if self.every:
+            when = f"at the start, every {self.every:,} updates and {when}"
         parts = [
             f"{exam}, up to {exam.max_new_tokens:,} tokens each, {when}" for exam in self.tasks
         ]
@@ -134,44 +139,70 @@ class Exams:
         return "; ".join(parts)
 
     def take(self, update: int, is_last: bool) -> ExamResults:
-        """Answers the tasks that are due at this update, and the samples."""
+        """Answers the tasks where they are due at this update, else the problems of the samples
+        alone."""
         results = ExamResults()
         is_due = is_last or (self.every is not None and update % self.every == 0)
-        for exam in self.tasks if is_due else []:
-            started = time.perf_counter()
-            answers = self.answer(exam)
-            if self.accelerator.is_main_process:
-                grades = grade_all(exam.task, exam.problems, answers)
-                scores = score(exam.task, exam.problems, answers, grades).to_json()
-                figures = {
-                    f"{exam.name}/{key}": scores.get(key, scores.get(f"{key}/pass@1"))
-                    for key in exam.task.figures
-                }
-                results.figures |= figures
-                results.graded[exam.name] = [
-                    GradedProblem(
-                        grade.problem, exam.task.paired_value(grade, grade.grader), grade.ending
-                    )
-                    for grade in grades
-                ]
-                seconds = time.perf_counter() - started
-                results.notes.append(f"{describe_tasks(figures)} ({exam} in {seconds:.1f} s)")
-        started = time.perf_counter()
-        for exam in self.sampled:
-            for problem, answer in zip(exam.problems, self.answer(exam), strict=True):
-                exact = exam.task.grade(problem, answer).exact if exam.task else None
-                results.samples.append(
-                    Sample(update, exam.name, problem.prompt, answer.text, problem.gold, exact)
-                )
-        if results.samples:
-            seconds = time.perf_counter() - started
-            results.notes.append(f"{counted(len(results.samples), 'sample')} in {seconds:.1f} s")
+        if self.tasks and is_due:
+            for exam in self.tasks:
+                self._take_task(exam, update, results)
+        else:
+            self._take_samples(update, results)
         [results.figures, *_] = gather_object([results.figures])  # the main process's
         return results
 
+    def _take_task(self, exam: Exam, update: int, results: ExamResults) -> None:
+        """Answers and grades all problems of a task. Its samples are the first of these answers."""
+        started = time.perf_counter()
+        answers = self.answer(exam)
+        if not self.accelerator.is_main_process:
+            return
+        task = exam.task
+        grades = grade_all(task, exam.problems, answers)
+        figures = figures_of(exam, grades)
+        results.figures |= figures
+        results.graded[exam.name] = [
+            GradedProblem(grade.problem, task.paired_value(grade, grade.grader), grade.ending)
+            for grade in grades
+        ]
+        results.samples += samples_of(update, exam.first(self.sample_count), answers, grades)
+        seconds = time.perf_counter() - started
+        results.notes.append(f"{describe_tasks(figures)} ({exam} in {seconds:.1f} s)")
+
+    def _take_samples(self, update: int, results: ExamResults) -> None:
+        started = time.perf_counter()
+        for exam in self.sampled:
+            answers = self.answer(exam)
+            grades = [None] * len(answers)
+            if exam.task is not None:
+                pairs = zip(exam.problems, answers, strict=True)
+                grades = [exam.task.grade(problem, answer) for problem, answer in pairs]
+            results.samples += samples_of(update, exam, answers, grades)
+        if results.samples:
+            seconds = time.perf_counter() - started
+            results.notes.append(f"{counted(len(results.samples), 'sample')} in {seconds:.1f} s")
+
     def answer(self, exam: Exam) -> list[Generation]:
         """An answer to each problem, in their order."""
-        answers = self.sampler.answer(
-            exam.requests, exam.max_new_tokens, exam.stop, GenerationConfig()
-        )
+        answers = self.sampler.answer(exam.requests, exam.max_new_tokens, exam.stop, GREEDY)
         return [answer.generation for answer in answers]
+
+
+def figures_of(exam: Exam, grades: Sequence[Grade]) -> dict[str, float]:
+    """The figures of a task by their keys in metrics.jsonl, from one answer to each problem."""
+    task = exam.task
+    figures = task.scores(exam.problems, grades)
+    for grader in task.graders:
+        figures[grader] = mean([getattr(grade, grader) for grade in grades])
+    return {f"{exam.name}/{key}": figures[key] for key in task.figures}
+
+
+def samples_of(
+    update: int, exam: Exam, answers: Sequence[Generation], grades: Sequence[Grade | None]
+) -> list[Sample]:
+    """The answers to the problems of an exam, to read; there may be answers to more problems."""
+    samples = []
+    for problem, answer, grade in zip(exam.problems, answers, grades, strict=False):
+        exact = None if grade is None else grade.exact
+        samples.append(Sample(update, exam.name, problem.prompt, answer.text, problem.gold, exact))
+    return samples

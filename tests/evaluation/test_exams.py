@@ -1,6 +1,7 @@
 """Accuracy and samples while a run trains: cera-eval's figures, and a training that does not
 notice."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from several_processes import train_in_processes
 from tiny_runs import folder_of, timeless_metrics, train_and_die_after
 
 from cera_train.common.errors import UserError
+from cera_train.evaluation import engine
 from cera_train.evaluation.exams import SAMPLE_ROOM, Exams, rows_exam
 from cera_train.runs.evaluation_folder import Generation
 from cera_train.runs.results import SAMPLES, GradedProblem, read_grades
@@ -75,7 +77,7 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
     )
     assert (printed.count("(4 problems of logistic_map in "), printed.count("4 samples in ")) == (
         1,
-        2,
+        1,  # at the end, the samples are the first answers to the task
     )
     evaluated = evaluate(
         compose(f"run={folder_of(config)}", "task=logistic_map", "task.limit=4", command="eval")
@@ -240,6 +242,28 @@ def test_answers_of_a_server_need_its_positions(tiny_config):
             UserError, match=r"^train.tasks=\[logistic_map\]: .* beyond the 16 positions"
         ):
             train(tiny_config(*TASKS, f"train.server={vllm.url}"))
+
+
+def test_every_process_learns_that_the_adapter_for_a_server_cannot_be_written(
+    tiny_config, monkeypatch
+):
+    """Process 0 writes it, and the others would wait for it."""
+    heard = []
+
+    def broadcast(objects):
+        heard.append(objects[1])
+        return objects
+
+    def write(*_):
+        raise OSError(errno.EIO, "Input/output error", "served")
+
+    monkeypatch.setattr(engine, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(engine, "write_folder", write)
+    with playing_vllm(tiny_config().model) as vllm:
+        config = tiny_config(*TASKS, *SHORT, f"train.server={vllm.url}")
+        with pytest.raises(UserError, match="served: cannot write it: .* Check the disk") as error:
+            train(config)
+    assert heard == [str(error.value)]
 
 
 def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation(
