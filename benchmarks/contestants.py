@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from cera_train.training.session import Session
+    from cera_train.training.build import Data, Model
+    from cera_train.training.objectives.objective import Objective
 
 PROMPT = "Question: {question}\nAnswer:"
 COMPLETION = " {answer}"
@@ -320,13 +321,13 @@ class Unsloth(TunedTrl):
         return model, None
 
 
-def our_session(
+def our_run(
     setting: Setting,
     kind: str,
     rank: int,
     compile: bool = False,
     micro_batch_tokens: int | None = None,
-) -> Session:
+) -> tuple[Data, Model, Objective]:
     """A run of cera-train, built as the command builds it."""
     from cera_train.common.settings import to_plain
     from cera_train.runs.folder import RunFolder
@@ -335,7 +336,8 @@ def our_session(
     from cera_train.settings.model import Dtype, ModelConfig
     from cera_train.settings.run import Config
     from cera_train.settings.training import OptimizerConfig, TrackerConfig, TrainConfig
-    from cera_train.training.session import Session, settle
+    from cera_train.training.resolve import resolve
+    from cera_train.training.train import build
 
     dtype = Dtype(str(setting.dtype).removeprefix("torch."))
     tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[setting.device.type]
@@ -357,13 +359,13 @@ def our_session(
         tracker=TrackerConfig(),
     )
     path = Path(tempfile.mkdtemp())
-    settled = settle(config, path)
-    session = Session(settled, RunFolder(path, to_plain(settled.config)), resume_from=None)
-    assert session.accelerator.device.type == setting.device.type, (
+    config = resolve(config, path).config
+    data, model, _, _, objective = build(config, RunFolder(path, to_plain(config)))
+    assert model.accelerator.device.type == setting.device.type, (
         "benchmarks.training.WITHOUT_GPUS came too late"
     )
-    session.loss.train()
-    return session
+    model.wrapped.train()
+    return data, model, objective
 
 
 class Ours(Contestant):
@@ -373,18 +375,19 @@ class Ours(Contestant):
     is_compiled = False
 
     def __init__(self, setting: Setting) -> None:
-        self.session = our_session(setting, self.kind, RANK, self.is_compiled)
-        self.model = self.session.model
+        _, self.ours, self.objective = our_run(setting, self.kind, RANK, self.is_compiled)
+        self.model = self.ours.adapted
 
     def update(self, rows: Sequence[int]) -> int:
         from cera_train.training.train import backward
 
-        session = self.session
-        backward(session, session.objective.begin(list(rows)))
-        session.accelerator.clip_grad_norm_(session.weights, 1.0)
-        session.stepper.step()
-        session.stepper.zero_grad()
-        return sum(session.batches.supervised[row] for row in rows)
+        ours = self.ours
+        drawn = self.objective.draw(list(rows))
+        backward(ours, self.objective, drawn)
+        ours.accelerator.clip_grad_norm_(ours.trained, 1.0)
+        ours.optimizer.step()
+        ours.optimizer.zero_grad()
+        return sum(drawn.batches.supervised[row] for row in rows)
 
 
 class OursCompiled(Ours):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants import Setting, our_session
+from benchmarks.contestants import Setting, our_run
 from benchmarks.training import PACKAGE, WITHOUT_GPUS, logistic_maps
 
 MICRO_BATCH_TOKENS = 4096
@@ -65,10 +65,11 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
         rows = itertools.islice(itertools.cycle(logistic_maps()), point.rows or 20)
         file.write_text("".join(f"{row}\n" for row in rows))
         setting = Setting(PACKAGE, file, [], "bfloat16", torch.device("cpu"))
-        session = our_session(
+        data, model, _ = our_run(
             setting, point.kind, point.rank, micro_batch_tokens=MICRO_BATCH_TOKENS
         )
-    order = RowOrder(len(session.data.train), point.sequences, seed=0)
+    batches = model.micro_batches(data.rows.train)
+    order = RowOrder(len(data.rows.train), point.sequences, seed=0)
     if point.rows is None:
         numbers = random.Random(0)
         ids = [numbers.randrange(1000) for _ in range(point.length)]
@@ -80,15 +81,15 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
     for update in range(updates + 1):
         started = time.perf_counter()
         if point.rows is not None:
-            groups = session.batches.passes(order.sequences(update), 1, 0, in_step=False)
-            passes = [session.batches.load(group) for group, _ in groups]
+            groups = batches.passes(order.sequences(update), 1, 0, in_step=False)
+            passes = [batches.load(group) for group, _ in groups]
         for batch in passes:
-            (session.loss(batch) / (point.length * point.sequences)).backward()
-        session.stepper.step()
-        session.stepper.zero_grad()
+            (model.wrapped(batch).sum() / (point.length * point.sequences)).backward()
+        model.optimizer.step()
+        model.optimizer.zero_grad()
         taken.append(time.perf_counter() - started)
     pipe.send(
-        {"seconds": statistics.median(taken[1:]), "memory": peak_memory(session.accelerator.device)}
+        {"seconds": statistics.median(taken[1:]), "memory": peak_memory(model.accelerator.device)}
     )
 
 

@@ -4,7 +4,7 @@
     benchmarks.without_gpu math_r64 train.micro_batch_tokens=8192 python -m benchmarks.without_gpu
     math_r64 model=llama3_1_70b distributed.strategy=fsdp plan.gpus=8
 
-The updates are the program's: its session, model, adapter, loss and optimizer. What comes from the
+The updates are the program's: its build, adapter, loss and optimizer. What comes from the
 Hub is not there: the base has the shapes of its config.json, and the rows are as many and as long
 as cera-plan takes them to be.
 """
@@ -34,15 +34,17 @@ from cera_train.common.files import config_dir
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_table
 from cera_train.data.prepare import Example, TokenizedData, TokenizedRows, table_of
+from cera_train.distributed.signals import Interruption
 from cera_train.model import folder as model_files
 from cera_train.planning.count import quantised_linears, read_config
 from cera_train.planning.plan import GB, RunPlan, make_plan
 from cera_train.runs.folder import RunFolder
 from cera_train.settings.model import Quantization
 from cera_train.settings.run import Config
-from cera_train.training import session as sessions
-from cera_train.training.session import Session, settle
-from cera_train.training.train import update
+from cera_train.training import build as builder
+from cera_train.training.log import open_log
+from cera_train.training.resolve import resolve
+from cera_train.training.train import build, update
 
 UPDATES = 2
 """The first makes the optimizer's state, so the second needs the most memory."""
@@ -107,12 +109,14 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
         settings = [setting for setting in settings if not setting.startswith("plan.")]
         config = compose(*settings, f"output_dir={folder}/outputs")
         rows = rows_of(plan)
-        with fake_gpu(processes=plan.config.plan.gpus) as gpu, session_of(config, rows) as session:
+        with fake_gpu(processes=plan.config.plan.gpus) as gpu, run_of(config, rows) as run:
+            config, data, model, objective, progress, log = run
             gpu.reset_peak()
             for _ in range(UPDATES):
-                update(session)
-            passes = session.batches.passes(session.order.sequences(0), 1, 0, in_step=False)
-            attention = session.local_loss.causal_lm.config._attn_implementation
+                update(config, data, model, objective, progress, log, Interruption())
+            batches = model.micro_batches(data.rows.train)
+            passes = batches.passes(data.order.sequences(0), 1, 0, in_step=False)
+            attention = model.language_model.causal_lm.config._attn_implementation
             return Tracked(recipe, plan, torch.cuda.max_memory_allocated(), len(passes), attention)
 
 
@@ -143,13 +147,14 @@ def rows_of(plan: RunPlan) -> TokenizedRows:
 
 
 @contextlib.contextmanager
-def session_of(config: Config, rows: TokenizedRows) -> Iterator[Session]:
-    """The session of a run with these rows, whose base has no numbers."""
+def run_of(config: Config, rows: TokenizedRows) -> Iterator[tuple]:
+    """Config, data, model, objective, progress and log of a run with these rows, whose base has no
+    numbers."""
     data = TokenizedData(rows, rows)
     replaced = [
-        (sessions, "load_tokenizer", lambda model: None),
-        (sessions, "prepare_data", lambda data_config, tokenizer: data),
-        (sessions, "fingerprint", lambda base: ""),
+        (builder, "load_tokenizer", lambda model: None),
+        (builder, "prepare_data", lambda data_config, tokenizer: data),
+        (builder, "fingerprint", lambda base: ""),
         (model_files, "check_model", lambda path: None),
         (AutoModelForCausalLM, "from_pretrained", random_base),
         (
@@ -166,12 +171,13 @@ def session_of(config: Config, rows: TokenizedRows) -> Iterator[Session]:
             stack.enter_context(patch.object(place, name, value))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         path = Path(config.output_dir) / config.name
-        settled = settle(config, path)
-        folder = stack.enter_context(RunFolder.open(path, to_plain(settled.config)))
-        session = stack.enter_context(Session(settled, folder, resume_from=None))
-        session.begin()
-        session.loss.train()
-        yield session
+        resolved = resolve(config, path)
+        config = resolved.config
+        folder = stack.enter_context(RunFolder.open(path, to_plain(config)))
+        data, model, progress, _, objective = build(config, folder)
+        log = stack.enter_context(open_log(resolved, folder, data, model, progress))
+        model.wrapped.train()
+        yield config, data, model, objective, progress, log
 
 
 def random_base(path: str, **settings: Any) -> tuple[PreTrainedModel, dict[str, list[str]]]:

@@ -6,8 +6,9 @@ import functools
 import itertools
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from cera_train.common.errors import UserError
@@ -17,6 +18,17 @@ MISSING: Any = "???"  # OmegaConf's mark for a value that has to be given
 # value of a setting that a run decides and records. A folder with this value agrees with every
 # choice.
 AUTO = "auto"
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    """A value that was chosen, where a setting left it open, and why."""
+
+    value: T
+    why: str
 
 
 class Changes(StrEnum):

@@ -22,7 +22,7 @@ from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Answer, Request
 from cera_train.evaluation.server import Server
 from cera_train.model.folder import load_tokenizer
-from cera_train.model.loss import SupervisedLoss
+from cera_train.model.language_model import LanguageModel
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import fingerprint, load_model
 from cera_train.runs.folder import Progress
@@ -40,7 +40,7 @@ def choose_dtype(subject: Subject, recorded: Path | None = None) -> Subject:
     if dtype == Dtype.auto and recorded is not None and recorded.is_file():
         begun = load_config(recorded, EvalConfig)
         dtype = begun.model.dtype if begun.model else dtype
-    return replace(subject, model=replace(subject.model, dtype=choose_precision(dtype).dtype))
+    return replace(subject, model=replace(subject.model, dtype=choose_precision(dtype).value))
 
 
 def load_subject(subject: Subject, device: torch.device) -> LoadedModel:
@@ -88,13 +88,13 @@ class Sampler:
         self,
         config: Config,
         tokenizer: Any,
-        loss: SupervisedLoss,
+        language_model: LanguageModel,
         accelerator: Accelerator,
         progress: Progress,
         folder: Path,
     ) -> None:
         self.tokenizer = tokenizer
-        self.loss = loss
+        self.language_model = language_model
         self.accelerator = accelerator
         self.progress = progress
         self.folder = folder
@@ -102,13 +102,15 @@ class Sampler:
         self.is_served = config.train.server is not None
         if self.is_served:
             require(
-                is_adapter(loss.model),
+                is_adapter(language_model.model),
                 f"train.server={config.train.server}: adapter.kind={config.adapter.kind} has no "
                 f"adapter to load there.",
             )
             self.engine = Server(config.train.server, config.model, tokenizer)
         else:
-            self.engine = LoadedModel(loss.model, loss.causal_lm, tokenizer, loss.generating)
+            self.engine = LoadedModel(
+                language_model.model, language_model.causal_lm, tokenizer, language_model.generating
+            )
 
     def close(self) -> None:
         if self.accelerator.is_main_process and self.folder.exists():
@@ -151,11 +153,12 @@ class Sampler:
     def _serve(self) -> None:
         """Gives the server the adapter of this update."""
         is_main = self.accelerator.is_main_process
-        weights = trainable_weights(self.loss.model, keep=is_main)
+        model = self.language_model.model
+        weights = trainable_weights(model, keep=is_main)
         problem = None
         if is_main:
             try:
-                write_folder(self.folder, lambda part: save(self.loss.model, weights, part))
+                write_folder(self.folder, lambda part: save(model, weights, part))
                 self.engine.load_adapter(self.folder)
             except (UserError, OSError, SafetensorError) as error:  # the others wait below
                 fix = "Check the disk; the same command resumes"

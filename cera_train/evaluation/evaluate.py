@@ -28,8 +28,10 @@ from cera_train.evaluation.prepare import PreparedEvaluation
 from cera_train.evaluation.requests import Request, requests_for
 from cera_train.evaluation.server import Server
 from cera_train.evaluation.tasks.task import AnswerTask, describe_trained_on
+from cera_train.model.batches import MicroBatches
 from cera_train.model.folder import load_tokenizer
-from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
+from cera_train.model.language_model import LanguageModel, perplexity
+from cera_train.model.layout import choose_layout
 from cera_train.runs.evaluation_folder import (
     AccuracyResult,
     EvaluationFolder,
@@ -268,10 +270,12 @@ def measure_perplexity(
         )
         return before
     loaded = load_subject(subject, accelerator.device)
-    loss = SupervisedLoss(loaded.model, loaded.base, loaded.context)
-    choose_layout(subject.train.batch_layout, loss, accelerator.device)
+    language_model = LanguageModel(loaded.model, loaded.base, loaded.context)
+    choose_layout(subject.train.batch_layout, language_model, accelerator.device)
     micro_batch_tokens = max(subject.train.micro_batch_tokens, *rows.column("length"))
-    held_out = HeldOut(loss, rows, accelerator, micro_batch_tokens, subject.train.probe_tokens)
+    is_flat = language_model.is_flat
+    batches = MicroBatches(rows, is_flat, micro_batch_tokens, accelerator.device)
+    held_out = HeldOut(language_model, batches, accelerator, subject.train.probe_tokens)
     loss_per_token = held_out.token_losses().mean
     result = PerplexityResult(
         task=config.folder_name,

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow
 import torch
+from accelerate import Accelerator
 from torch.nn.utils.rnn import pad_sequence
 
 OVERHEAD_TOKENS = 96
@@ -211,6 +212,14 @@ class MicroBatches:
         return [(group, True) for group in groups] + [(list(rows[:1]), False)] * (
             count - len(groups)
         )
+
+    def of_process(
+        self, accelerator: Accelerator, rows: Sequence[int]
+    ) -> list[tuple[list[int], bool]]:
+        """`passes` of this process; sharded weights are gathered by all processes at once."""
+        processes = accelerator.num_processes
+        process = accelerator.process_index
+        return self.passes(rows, processes, process, in_step=accelerator.is_fsdp2)
 
     def first(self, max_tokens: int) -> list[int]:
         """The first rows, as many as have at most `max_tokens` tokens together; at least one."""

@@ -5,8 +5,8 @@ Torch is imported only to read it: cera-plan answers a mistake before.
 """
 
 import os
-from dataclasses import dataclass
 
+from cera_train.common.settings import Choice
 from cera_train.settings.model import Dtype
 
 CPU_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
@@ -23,15 +23,7 @@ ONEDNN_ISAS_WITH_BF16 = (
 """Values of ONEDNN_MAX_CPU_ISA, by their start, that leave oneDNN its bf16 products."""
 
 
-@dataclass(frozen=True)
-class Precision:
-    """A precision, and why it was taken: environment.json records both."""
-
-    dtype: Dtype
-    reason: str
-
-
-def choose_precision(wanted: Dtype, cuda: bool | None = None) -> Precision:
+def choose_precision(wanted: Dtype, cuda: bool | None = None) -> Choice[Dtype]:
     """The precision of the base weights where `model.dtype` is `wanted`; on a GPU where there is
     one, unless `cuda` decides."""
     import torch
@@ -39,14 +31,14 @@ def choose_precision(wanted: Dtype, cuda: bool | None = None) -> Precision:
     on_gpu = torch.cuda.is_available() if cuda is None else cuda
     bf16, hardware = _gpu_multiplies_bf16() if on_gpu else _cpu_multiplies_bf16()
     if wanted == Dtype.auto:
-        return Precision(Dtype.bfloat16 if bf16 else Dtype.float32, hardware)
+        return Choice(Dtype.bfloat16 if bf16 else Dtype.float32, hardware)
     is_slow = wanted == Dtype.bfloat16 and not bf16
     warning = (
         "; slow: this hardware emulates it, which takes about 20 times as long as float32"
         if is_slow
         else ""
     )
-    return Precision(wanted, f"model.dtype={wanted}{warning}")
+    return Choice(wanted, f"model.dtype={wanted}{warning}")
 
 
 def _gpu_multiplies_bf16() -> tuple[bool, str]:

@@ -32,7 +32,7 @@ def load_model(
     attention = attention_for(architecture, config.attn_implementation)
     is_quantised = config.quantization != Quantization.none
     dtype = getattr(
-        torch, choose_precision(config.dtype, torch.device(device).type == "cuda").dtype
+        torch, choose_precision(config.dtype, torch.device(device).type == "cuda").value
     )
     quantising = {}
     if not _is_stored_quantised(architecture, config):
@@ -109,7 +109,7 @@ def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: Mo
 
 def mixes_sequences(model: nn.Module) -> bool:
     """Whether sequences that share a row are likely to see each other, since layers carry a state
-    or a convolution from token to token. Only `SupervisedLoss.probe` verifies this."""
+    or a convolution from token to token. Only `layout.probe` verifies this."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     is_convolved = any(isinstance(module, nn.Conv1d) for module in model.modules())
     attends = any(hasattr(module, "is_causal") for module in model.modules())

@@ -43,7 +43,7 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
         )
     # Flash kernels may need a package or a GPU that this machine lacks; they keep what sdpa keeps.
     attention = attention_for(config, "eager" if model.attn_implementation == "eager" else "sdpa")
-    dtype = getattr(torch, choose_precision(model.dtype, cuda=False).dtype)
+    dtype = getattr(torch, choose_precision(model.dtype, cuda=False).value)
     with errors_in_one_line(model, config.model_type), torch.device("meta"):
         base = AutoModelForCausalLM.from_config(
             config,

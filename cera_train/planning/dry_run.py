@@ -25,9 +25,11 @@ from torch.utils.flop_counter import flop_registry
 from transformers.integrations import moe  # noqa: F401 - registers grouped_mm_fallback
 
 from cera_train.adapters.build import build, parameter_counts, parameter_groups
-from cera_train.model import loss as losses
+from cera_train.model import head, layout
 from cera_train.model.batches import Batch
-from cera_train.model.loss import Allowed, SupervisedLoss, choose_layout, chunk_tokens
+from cera_train.model.head import chunk_tokens
+from cera_train.model.language_model import LanguageModel
+from cera_train.model.layout import Allowed, choose_layout
 from cera_train.model.weights import mixes_sequences
 from cera_train.planning.count import (
     build_base,
@@ -112,9 +114,9 @@ class DryRun:
         self.layer = inside / max(1, len(layers))
         self.outside = sum(sizes.values()) - inside
         """Bytes of the weights of a layer, and of those outside the layers."""
-        layout = config.train.batch_layout
-        if layout == BatchLayout.auto and mixes_sequences(self.base):
-            layout = BatchLayout.padded
+        batch_layout = config.train.batch_layout
+        if batch_layout == BatchLayout.auto and mixes_sequences(self.base):
+            batch_layout = BatchLayout.padded
         autocast = config.model.autocast_dtype(config.train.autocast, on_gpu)
         with torch.device("meta"):
             self.model = build(self.base, config.adapter, has_autocast=autocast is not None).train()
@@ -134,16 +136,19 @@ class DryRun:
             for group in self.optimizer.param_groups:
                 group["foreach"] = True
         dtype = None if autocast is None else getattr(torch, autocast)
-        self.loss = SupervisedLoss(
+        self.language_model = LanguageModel(
             self.model, self.base, lambda: torch.autocast("cpu", dtype, enabled=dtype is not None)
         )
         with self.running():
             method = (config.adapter.kind, config.adapter.method, config.adapter.target_modules)
             probed = repr((config.model, method, on_gpu))
             choose_layout(
-                layout, self.loss, torch.device("cuda" if on_gpu else "cpu"), ALLOWED.get(probed)
+                batch_layout,
+                self.language_model,
+                torch.device("cuda" if on_gpu else "cpu"),
+                ALLOWED.get(probed),
             )
-            ALLOWED[probed] = self.loss.allowed
+            ALLOWED[probed] = self.language_model.allowed
             self._fill_gradients()
             self.optimizer.step()  # makes the optimizer's states
             self.optimizer.zero_grad()
@@ -191,7 +196,7 @@ class DryRun:
             if accumulates:
                 self._fill_gradients()
             meter.read()
-            loss = self.loss.train()(inputs)
+            loss = self.language_model.train()(inputs).sum()
             forward = meter.read()
             loss.backward()
             del loss
@@ -200,7 +205,7 @@ class DryRun:
             self.optimizer.zero_grad()
             step = meter.read()
             with torch.no_grad():
-                self.loss.eval()(inputs)
+                self.language_model.eval()(inputs).sum()
             return Cost(forward, backward, step, meter.read())
 
     def _fill_gradients(self) -> None:
@@ -211,11 +216,11 @@ class DryRun:
         meter = self.meter
         meter.supervised = max(1, round(batch.tokens * batch.supervised))
         meter.skips_mask = not batch.has_mask
-        shape = (1, batch.tokens) if self.loss.is_flat else (batch.rows, batch.length)
+        shape = (1, batch.tokens) if self.language_model.is_flat else (batch.rows, batch.length)
         ids = torch.zeros(shape, dtype=torch.int64)
         places = torch.zeros(shape, dtype=torch.int64)
         mask = torch.zeros(shape, dtype=torch.bool)
-        if self.loss.is_flat:
+        if self.language_model.is_flat:
             return Batch(
                 ids, mask, position_ids=places, sequence_lengths=[batch.length] * batch.rows
             )
@@ -351,8 +356,8 @@ def choices_of_a_gpu() -> Iterator[None]:
     """Larger chunks of logits, FlashAttention's variable-length kernel in 16 bits, and dropout's
     masks in bytes."""
     with (
-        patch.object(losses, "chunk_tokens", lambda on_gpu: chunk_tokens(on_gpu=True)),
-        patch.object(losses, "kernel_may_run", lambda device, dtype: dtype.itemsize == 2),
+        patch.object(head, "chunk_tokens", lambda on_gpu: chunk_tokens(on_gpu=True)),
+        patch.object(layout, "kernel_may_run", lambda device, dtype: dtype.itemsize == 2),
         patch("torch.nn.functional.dropout", gpu_dropout),
     ):
         yield

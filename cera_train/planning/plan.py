@@ -185,7 +185,7 @@ def _plan(config: PlanRun) -> RunPlan:
     problems = {name: count_problems(name, config, data) for name in config.train.tasks}
     totals = run_totals(config, data)
     if config.model.dtype == Dtype.auto:  # every GPU here multiplies bf16
-        dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).dtype
+        dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).value
         config = replace(config, model=replace(config.model, dtype=dtype))
     with heavy_imports():
         from cera_train.model.folder import check_length
@@ -271,8 +271,8 @@ def micro_batches(config: PlanRun, size: DataSize, run: DryRun) -> tuple[MicroBa
     from cera_train.planning.dry_run import MicroBatch
 
     train = config.train
-    is_flat = run.loss.is_flat
-    has_mask = run.loss.allowed.attention is None if is_flat else not size.is_even
+    is_flat = run.language_model.is_flat
+    has_mask = run.language_model.allowed.attention is None if is_flat else not size.is_even
     has_mask = has_mask or run.base.config._attn_implementation == "eager"
     rows = math.ceil(config.sequences * train.batch_size / config.plan.gpus)
     max_length = config.data.max_length + config.work.answer_tokens

@@ -15,7 +15,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,11 +29,11 @@ from torch.optim import Optimizer
 from cera_train.adapters.saved import load, read, save
 from cera_train.common import files
 from cera_train.common.errors import UserError
+from cera_train.common.settings import Choice
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.batches import RowOrder
-from cera_train.model.precision import Precision
 from cera_train.runs.records import Record, another_config, differences
 from cera_train.runs.results import (
     DIVERGED,
@@ -49,6 +48,7 @@ from cera_train.runs.results import (
     RunResult,
 )
 from cera_train.runs.tracking import IDS
+from cera_train.settings.model import Dtype
 from cera_train.settings.training import Resume
 
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -183,7 +183,7 @@ class RunFolder:
         base_fingerprint: str,
         rows: dict[str, str],
         updates: int,
-        precision: Precision,
+        dtype: Choice[Dtype],
     ) -> None:
         """Writes config.yaml, resolved, and environment.json, before the first update."""
         files.write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
@@ -198,7 +198,7 @@ class RunFolder:
             base_fingerprint=base_fingerprint,
             rows=rows,
             updates=updates,
-            precision=asdict(precision),
+            precision={"dtype": dtype.value, "reason": dtype.why},
         )
         environment.write(self.path / "environment.json")
 

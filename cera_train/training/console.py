@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cera_train.adapters.build import rank
 from cera_train.adapters.families import family
@@ -19,7 +18,8 @@ from cera_train.data.look import print_data
 from cera_train.data.prepare import stop_ids
 from cera_train.evaluation.tasks.task import describe_trained_on
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
-from cera_train.model.loss import SupervisedLoss
+from cera_train.model.language_model import LanguageModel
+from cera_train.runs.folder import Progress
 from cera_train.runs.records import read_lines
 from cera_train.runs.results import (
     METRICS,
@@ -32,73 +32,85 @@ from cera_train.runs.results import (
     read_metrics,
 )
 from cera_train.settings.adapters import AdapterConfig
-from cera_train.settings.model import Quantization
+from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.run import Config
+from cera_train.training.build import Data, Evaluation, Model
+from cera_train.training.resolve import Resolved
 
-if TYPE_CHECKING:
-    from cera_train.training.session import Session
 
-
-def print_start(session: Session) -> None:
+def print_start(
+    resolved: Resolved,
+    folder: Path,
+    data: Data,
+    model: Model,
+    evaluation: Evaluation,
+    progress: Progress,
+) -> None:
     """The run in a few lines: folder, model, adapter, device, speed, data."""
-    if not session.accelerator.is_main_process:
+    accelerator = model.accelerator
+    if not accelerator.is_main_process:
         return
-    config = session.config
-    accelerator = session.accelerator
-    loss = session.local_loss
-    folder = session.folder.path
-    done = session.progress.update
-    updates = session.updates
-    already = f", {done:,} done" if done else ""
-    steps = counted(updates, "update")
-    print_line("run", f"{folder}, {steps} of {config.train.batch_size} {config.work.unit}{already}")
-    quantization = (
-        "" if config.model.quantization == Quantization.none else f", {config.model.quantization}"
-    )
-    frozen = session.total_count - session.trainable_count
-    weights = frozen or session.total_count  # full fine-tuning freezes none
-    print_line(
-        "model", f"{config.model.path}, {config.model.dtype}{quantization}, {weights:,} parameters"
-    )
-    print_line("precision", f"{session.precision.dtype}: {session.precision.reason}")
-    print_adapter(session)
-    if session.rate.reason:
-        print_line("rate", f"{session.rate.value:g}: {session.rate.reason}")
-    device = (
-        f"{accelerator.num_processes} x {accelerator.device.type}"
-        + ", FSDP2" * accelerator.is_fsdp2
-    )
-    mixed = accelerator.mixed_precision
-    autocast = "no autocast" if mixed == "no" else f"{mixed} autocast"
-    layout = "flat" if loss.is_flat else "padded"
-    tokens = config.train.micro_batch_tokens
-    print_line("device", f"{device}, {autocast}, {layout} micro-batches of up to {tokens:,} tokens")
-    print_line("speed", describe_speed(loss))
-    stops = stop_ids(session.tokenizer, loss.causal_lm.generation_config.eos_token_id)
-    print_data(config.data, session.data, session.tokenizer, stops)
-    if session.exams.plan:
-        print_line("answers", session.exams.plan)
-    for exam in session.exams.tasks:
+    config = resolved.config
+    updates = f"{counted(data.updates, 'update')} of {config.train.batch_size} {config.work.unit}"
+    already = f", {progress.update:,} done" if progress.update else ""
+    print_line("run", f"{folder}, {updates}{already}")
+    print_model(config.model, model)
+    print_line("precision", f"{resolved.dtype.value}: {resolved.dtype.why}")
+    print_adapter(config.adapter, model, is_new=progress.update == 0)
+    if resolved.lr.why:
+        print_line("rate", f"{resolved.lr.value:g}: {resolved.lr.why}")
+    print_device(model)
+    print_line("speed", describe_speed(model.language_model, resolved.compile.why))
+    generation = model.language_model.causal_lm.generation_config
+    stops = stop_ids(data.tokenizer, generation.eos_token_id)
+    print_data(config.data, data.rows, data.tokenizer, stops)
+    if evaluation.exams.plan:
+        print_line("answers", evaluation.exams.plan)
+    for exam in evaluation.exams.tasks:
         if shared := describe_trained_on(exam.problems, config.data):
             print_line("shared", f"{exam.name}: {shared}")
 
 
-def print_adapter(session: Session) -> None:
+def print_model(config: ModelConfig, model: Model) -> None:
+    frozen = model.total_count - model.trainable_count
+    weights = frozen or model.total_count  # full fine-tuning freezes none
+    parts = [config.path, str(config.dtype)]
+    if config.quantization != Quantization.none:
+        parts.append(str(config.quantization))
+    print_line("model", ", ".join([*parts, f"{weights:,} parameters"]))
+
+
+def print_adapter(config: AdapterConfig, model: Model, is_new: bool) -> None:
     """The adapter and the projections and experts that it is on, or that all-linear leaves out."""
-    adapter = session.config.adapter
-    model = session.model
-    print_line("adapter", f"{describe_adapter(adapter)}: {session.trainable_count:,} trainable")
-    if adapter.start_from is not None and session.progress.update == 0:
-        weights = f"from {adapter.start_from}, digest {adapter.start_digest}"
+    adapted = model.adapted
+    print_line("adapter", f"{describe_adapter(config)}: {model.trainable_count:,} trainable")
+    if config.start_from is not None and is_new:
+        weights = f"from {config.start_from}, digest {config.start_digest}"
         print_line("start", f"{weights}; the optimizer starts anew")
-    if (reason := why_no_spectrum(model)) is not None:
+    if (reason := why_no_spectrum(adapted)) is not None:
         print_line("spectrum", f"none: {reason}")
-    is_all = adapter.target_modules == "all-linear"
-    for line in filter(None, [describe_targets(model), describe_left_out(model) if is_all else ""]):
-        print_line("coverage", line)
-    if is_all and (layers := layers_without_adapted_experts(model)):
-        fix = "; adapter.experts=true adds them" if "experts" in family(adapter.kind).uses else ""
+    if targets := describe_targets(adapted):
+        print_line("coverage", targets)
+    if config.target_modules != "all-linear":
+        return
+    if left_out := describe_left_out(adapted):
+        print_line("coverage", left_out)
+    if layers := layers_without_adapted_experts(adapted):
+        takes_experts = "experts" in family(config.kind).uses
+        fix = "; adapter.experts=true adds them" if takes_experts else ""
         print_line("experts", f"all-linear leaves out the experts of {layers} layers{fix}")
+
+
+def print_device(model: Model) -> None:
+    accelerator = model.accelerator
+    mixed = accelerator.mixed_precision
+    layout = "flat" if model.language_model.is_flat else "padded"
+    parts = [f"{accelerator.num_processes} x {accelerator.device.type}"]
+    if accelerator.is_fsdp2:
+        parts.append("FSDP2")
+    parts.append("no autocast" if mixed == "no" else f"{mixed} autocast")
+    parts.append(f"{layout} micro-batches of up to {model.micro_batch_tokens:,} tokens")
+    print_line("device", ", ".join(parts))
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:
@@ -116,20 +128,20 @@ def describe_adapter(adapter: AdapterConfig) -> str:
     return ", ".join(parts)
 
 
-def describe_speed(loss: SupervisedLoss) -> str:
+def describe_speed(language_model: LanguageModel, why_not_compiled: str) -> str:
     """Attention and padding of the micro-batches; compilation."""
     batches = "padding"
-    if loss.is_flat:
+    if language_model.is_flat:
         batches = {
             VARLEN: "attention by sequence in one kernel, no padding",
             BY_SEQUENCE: "attention by sequence, no padding",
             None: "no padding, no attention by sequence (this model's attention is not plain "
             "causal sdpa)",
-        }[loss.allowed.attention]
-    return (
-        f"{batches}; "
-        f"{'compiled layers' if loss.is_compiled else 'not compiled (train.compile=false)'}"
-    )
+        }[language_model.allowed.attention]
+    compiled = "compiled layers"
+    if not language_model.is_compiled:
+        compiled = f"not compiled ({why_not_compiled})"
+    return f"{batches}; {compiled}"
 
 
 def print_result(result: RunResult, config: Config) -> None:

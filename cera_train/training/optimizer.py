@@ -3,13 +3,14 @@
 import importlib
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from cera_train.adapters.families import family, title
 from cera_train.common.errors import UserError
+from cera_train.common.settings import Choice
 from cera_train.model.folder import load_config
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.model import ModelConfig
@@ -44,14 +45,9 @@ def build_optimizer(
     return optimizer
 
 
-class Rate(NamedTuple):
-    """A learning rate, and where it comes from."""
-
-    value: float
-    reason: str
-
-
-def auto_rate(model: ModelConfig, adapter: AdapterConfig, objective: ObjectiveKind) -> Rate:
+def auto_rate(
+    model: ModelConfig, adapter: AdapterConfig, objective: ObjectiveKind
+) -> Choice[float]:
     """The learning rate of `optimizer.lr=auto`, to two digits: 7.5e-4 (2000 / hidden size)^p for
     LoRA, times the factors of the adapter and the objective.
 
@@ -81,7 +77,7 @@ def auto_rate(model: ModelConfig, adapter: AdapterConfig, objective: ObjectiveKi
     if objective != ObjectiveKind.sft:
         rate *= 0.1
         reason += f", x 0.1 for {objective}"
-    return Rate(float(f"{rate:.2g}"), reason)
+    return Choice(float(f"{rate:.2g}"), reason)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -1,5 +1,5 @@
-"""A training run, top to bottom: build everything, then update, evaluate, save; then leave what the
-next command needs."""
+"""A training run, top to bottom: decide every `auto`, open the folder, build the rows, the model
+and what evaluates it; then update, evaluate, save; then leave what the next command needs."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cera_train.adapters.build import rank
-from cera_train.adapters.spectrum import spectrum_metrics
+from cera_train.adapters.spectrum import ModuleSpectrum, spectrum_metrics
 from cera_train.cera.coverage import Coverage
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
@@ -20,11 +20,12 @@ from cera_train.common.settings import to_plain
 from cera_train.common.terminal import duration, print_line
 from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory, quiet_libraries
 from cera_train.distributed.processes import in_processes, is_main_process
-from cera_train.distributed.signals import Interrupted, first_heard
-from cera_train.evaluation.held_out import shared_out
-from cera_train.model.loss import perplexity
+from cera_train.distributed.signals import Interrupted, Interruption, first_heard
+from cera_train.evaluation.exams import ExamResults
+from cera_train.model.compiled import stop_compiling, uncompiled
+from cera_train.model.language_model import perplexity
 from cera_train.runs.card import push, write_card
-from cera_train.runs.folder import RunFolder
+from cera_train.runs.folder import Progress, RunFolder
 from cera_train.runs.results import (
     LOSSES_AFTER,
     LOSSES_BEFORE,
@@ -40,11 +41,24 @@ from cera_train.runs.results import (
     write_grades,
 )
 from cera_train.settings.run import Config
-from cera_train.settings.training import Resume
+from cera_train.settings.training import Resume, TrainConfig
 from cera_train.training import console
-from cera_train.training.objectives import Drawn
+from cera_train.training.build import (
+    Data,
+    Evaluation,
+    Model,
+    build_data,
+    build_evaluation,
+    build_model,
+)
+from cera_train.training.log import Log, open_log
+from cera_train.training.objectives import build_objective
+from cera_train.training.objectives.objective import Drawn, Objective
 from cera_train.training.optimizer import learning_rate, set_learning_rate
-from cera_train.training.session import Session, settle
+from cera_train.training.resolve import resolve
+from cera_train.training.timetable import Timetable
+
+Spectra = dict[str, ModuleSpectrum]
 
 
 def launch(config: Config) -> dict[str, Any]:
@@ -64,85 +78,121 @@ def train(config: Config) -> dict[str, Any]:
         `spectrum/effective_rank/mean`, ...
 
     Raises:
-        UserError: the config, the data or the run's folder is not usable; the message has the fix.
+        UserError: the config, the data or the run's folder is not usable; the message says how to
+            fix it.
         Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, after the update in progress was saved.
     """
     quiet_libraries()
     forget_earlier_runs()
     path = Path(config.output_dir) / config.name
-    settled = settle(config, path)
-    config = settled.config
-    with RunFolder.open(path, to_plain(config), is_main_process()) as folder:
+    resolved = resolve(config, path)
+    config = resolved.config
+    with contextlib.ExitStack() as stack:
+        # The folder: what it holds decides whether there is anything to do.
+        opened = RunFolder.open(path, to_plain(config), is_main_process())
+        folder = stack.enter_context(opened)
         if folder.is_main:
             folder.check_may_run(config.train.resume)
         if (result := folder.result()) is not None:
             if folder.is_main:
-                print_line(
-                    "finished",
-                    f"{path}: perplexity {figure(result.perplexity, 2)}. Its result stands.",
-                )
+                reached = f"perplexity {figure(result.perplexity, 2)}"
+                print_line("finished", f"{path}: {reached}. Its result stands.")
             return result.to_json()
         resumes = folder.is_main and config.train.resume == Resume.auto
         checkpoint = folder.newest_checkpoint() if resumes else None
-        with Session(settled, folder, checkpoint) as session, session.interruption:
-            return run(session)
+
+        # Everything that an update and an evaluation need.
+        data, model, progress, evaluation, objective = build(config, folder, checkpoint)
+        stack.enter_context(contextlib.closing(evaluation.sampler))
+        timetable = Timetable.of(config, data.updates)
+
+        # From here on a signal waits for the end of an update.
+        interruption = stack.enter_context(Interruption())
+        log = stack.enter_context(open_log(resolved, folder, data, model, progress))
+        console.print_start(resolved, folder.path, data, model, evaluation, progress)
+        prove_coverage(config.train, data, model, progress)
+        spectra: Spectra = {}
+        if progress.update == 0 or progress.evaluation_pending:
+            spectra = evaluate(model, evaluation, objective, timetable, progress, log)
+        model.wrapped.train()
+        while not timetable.is_done(progress):
+            signal = update(config, data, model, objective, progress, log, interruption)
+            is_last = progress.update == data.updates
+            progress.evaluation_pending = timetable.evaluates(progress.update)
+            if signal is not None and not is_last:
+                # Without the evaluation: the sender may not wait for it.
+                stop(signal, model, progress, log, config.train)
+            if progress.evaluation_pending:
+                with saved_before_errors(model, progress, folder, config.train):
+                    spectra = evaluate(model, evaluation, objective, timetable, progress, log)
+            if timetable.saves(progress.update) and not timetable.is_done(progress):
+                save(model, progress, folder, config.train)
+        # A run that resumes after its last evaluation has no spectra yet.
+        spectra = spectra or evaluation.held_out.spectra()
+        return finish(config, data, model, progress, log, spectra)
 
 
-def run(session: Session) -> dict[str, Any]:
-    """Trains from the first update, or the one after the checkpoint, to the last."""
-    config = session.config.train
-    progress = session.progress
-    session.begin()
-    console.print_start(session)
-    prove_coverage(session)
-    if progress.update == 0 or progress.evaluation_pending:
-        evaluate(session)
-    session.loss.train()
-    while not session.is_done:
-        signal = update(session)
-        is_last = progress.update == session.updates
-        progress.evaluation_pending = is_last or session.is_due(config.eval_every)
-        if signal is not None and not is_last:
-            stop(session, signal)  # without the evaluation: the sender may not wait for it
-        if progress.evaluation_pending:
-            with saved_before_errors(session):
-                evaluate(session)
-        if session.is_due(config.save_every) and not session.is_done:
-            save(session)
-    return finish(session)
+def build(
+    config: Config, folder: RunFolder, checkpoint: Path | None = None
+) -> tuple[Data, Model, Progress, Evaluation, Objective]:
+    """The parts of a run whose `auto` settings are decided.
+
+    Args:
+        folder: of the run; only DPO writes into it, its reference.
+        checkpoint: to go on from; None for a new run.
+    """
+    data = build_data(config)
+    model, progress = build_model(config, data, checkpoint)
+    evaluation = build_evaluation(config, data, model, progress, folder.path)
+    objective = build_objective(config, data, model, evaluation, folder, progress)
+    return data, model, progress, evaluation, objective
 
 
-def update(session: Session) -> int | None:
-    """An update on `train.batch_size` sequences: one step of the optimizer, or more where the
-    objective takes several.
+# --- an update ------------------------------------------------------------------------------------
+
+
+def update(
+    config: Config,
+    data: Data,
+    model: Model,
+    objective: Objective,
+    progress: Progress,
+    log: Log,
+    interruption: Interruption,
+) -> int | None:
+    """An update on `train.batch_size` rows: one step of the optimizer, or more where the objective
+    takes several.
 
     Returns:
         The signal that one of the processes received meanwhile: all of them stop after the same
         update.
     """
     started = time.perf_counter()
-    config = session.config.optimizer
-    accelerator = session.accelerator
-    progress = session.progress
-    rows = session.order.sequences(progress.update)
-    torch.manual_seed(session.seed())
-    lr = learning_rate(config, progress.update, session.updates)
-    set_learning_rate(session.optimizer, lr)
-    with saved_before_errors(session):
-        drawn = session.objective.begin(rows)
+    accelerator = model.accelerator
+    sequences = data.order.sequences(progress.update)
+    torch.manual_seed(seed_of(config.train.seed, progress.update, accelerator.process_index))
+    lr = learning_rate(config.optimizer, progress.update, data.updates)
+    set_learning_rate(model.optimizer, lr)
+    with saved_before_errors(model, progress, log.folder, config.train):
+        drawn = objective.draw(sequences)
     for _ in range(drawn.passes):
-        loss = backward(session, drawn)
-        heard = torch.tensor(session.interruption.heard(), device=accelerator.device)
+        loss = backward(model, objective, drawn)
+        heard = torch.tensor(interruption.heard(), device=accelerator.device)
         loss, *heard = accelerator.reduce(torch.cat([loss[None], heard]), reduction="mean").tolist()
         accelerator.unscale_gradients()  # Accelerate's own clipping does so twice under FSDP
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(session.weights, config.max_grad_norm))
-        check_finite(session, rows, loss, grad_norm)
-        session.stepper.step()
-        session.stepper.zero_grad()
+        norm = torch.nn.utils.clip_grad_norm_(model.trained, config.optimizer.max_grad_norm)
+        grad_norm = float(norm)
+        if has_diverged(loss, grad_norm, accelerator.scaler):
+            raise_diverged(progress.update + 1, sequences, log.folder)
+        model.optimizer.step()
+        model.optimizer.zero_grad()
 
-    tokens = sum(drawn.batches.lengths[row] for row in drawn.rows)
     seconds = time.perf_counter() - started
-    progress.updated(tokens, seconds, session.order)
+    progress.updated(drawn.tokens, seconds, data.order)
+    sums = {
+        name: float(accelerator.reduce(value, reduction="mean"))
+        for name, value in drawn.sums.items()
+    }
     metrics = UpdateMetrics(
         progress.update,
         progress.epoch,
@@ -150,94 +200,97 @@ def update(session: Session) -> int | None:
         perplexity(loss),
         grad_norm,
         lr,
-        tokens / seconds,
+        drawn.tokens / seconds,
         progress.seconds,
-        **drawn.figures,
-        **{
-            name: float(accelerator.reduce(value, reduction="mean"))
-            for name, value in drawn.sums.items()
-        },
+        **drawn.figures | sums,
     )
-    session.log(metrics)
-    if session.local_loss.stop_compiling():
-        session.bar.note(
+    log.metrics(metrics)
+    if stop_compiling(model.language_model):
+        log.bar.note(
             "speed      layers run uncompiled from here: torch compiles no further variant of them"
         )
-    numbers = drawn.headline or f"loss {figure(loss)}  perplexity {figure(metrics.perplexity, 2)}"
-    left = duration(progress.seconds / progress.update * (session.updates - progress.update))
-    session.bar.step(f"{numbers}  {figure(metrics.tokens_per_s, 0)} tokens/s  {left} left")
+    numbers = f"loss {figure(loss)}  perplexity {figure(metrics.perplexity, 2)}"
+    speed = f"{figure(metrics.tokens_per_s, 0)} tokens/s"
+    left = duration(progress.seconds / progress.update * (data.updates - progress.update))
+    log.bar.step(f"{drawn.headline or numbers}  {speed}  {left} left")
     return first_heard(heard)
 
 
-def backward(session: Session, drawn: Drawn) -> torch.Tensor:
+def backward(model: Model, objective: Objective, drawn: Drawn) -> torch.Tensor:
     """Accumulates the gradient of the objective; returns this process's part of the loss, a
     scalar."""
-    accelerator = session.accelerator
-    objective = session.objective
+    accelerator = model.accelerator
     total = torch.zeros((), device=accelerator.device)
-    micro_batches = shared_out(drawn.batches, drawn.rows, accelerator)
+    micro_batches = drawn.batches.of_process(accelerator, drawn.sequences)
     for number, (group, counts) in enumerate(micro_batches, start=1):
         is_last = number == len(micro_batches)  # it reduces the gradients over the processes
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(session.loss):
-            losses = session.loss(drawn.batches.load(group), by_token=True)
-            loss = objective.loss(losses, group) if counts else 0 * losses.sum()
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(model.wrapped):
+            log_p = -model.wrapped(drawn.batches.load(group))
+            if counts:
+                loss, sums = objective.loss(log_p, drawn, group)
+                drawn.add(sums)
+            else:
+                loss = 0 * log_p.sum()
             accelerator.backward(loss)
         total += loss.detach()
     return total
 
 
-def check_finite(session: Session, rows: list[int], loss: float, grad_norm: float) -> None:
-    """Raises UserError where training has diverged."""
-    # A gradient scaler (float16) skips an update whose gradient overflows, and halves its scale. A
-    # scale below 1 is not what makes it overflow.
-    scaler = session.accelerator.scaler
-    if math.isfinite(loss) and (
-        math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)
-    ):
-        return
-    checkpoints = session.folder.checkpoints()
-    kept = (
-        f"The last checkpoint, {checkpoints[-1]}, is kept"
-        if checkpoints
-        else "There was no checkpoint yet"
-    )
+def seed_of(seed: int, update: int, process: int) -> int:
+    """Seed of an update's dropout: a resumed run draws what an uninterrupted one draws."""
+    return (seed * 1_000_003 + update) * 1_009 + process
+
+
+def has_diverged(loss: float, grad_norm: float, scaler: Any) -> bool:
+    """Whether the loss or its gradient is not finite.
+
+    A gradient scaler (float16) skips an update whose gradient overflows, and halves its scale.
+    Below 1, scaling cannot be the cause.
+    """
+    is_skipped = scaler is not None and scaler.get_scale() >= 1
+    return not math.isfinite(loss) or not (math.isfinite(grad_norm) or is_skipped)
+
+
+def raise_diverged(update: int, sequences: list[int], folder: RunFolder) -> None:
+    """Records that training has diverged, and raises UserError."""
+    checkpoints = folder.checkpoints()
+    kept = "There was no checkpoint yet"
+    if checkpoints:
+        kept = f"The last checkpoint, {checkpoints[-1]}, is kept"
     message = (
-        f"the loss of update {session.progress.update + 1} or its gradient is not finite "
-        f"(training rows {rows}). "
+        f"the loss of update {update} or its gradient is not finite (training rows {sequences}). "
         f"{kept}. Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
     )
-    session.folder.mark_diverged(message)
+    folder.mark_diverged(message)
     raise UserError(message)
 
 
 # --- beside the updates ---------------------------------------------------------------------------
 
 
-def prove_coverage(session: Session) -> None:
+def prove_coverage(config: TrainConfig, data: Data, model: Model, progress: Progress) -> None:
     """Runs one forward and backward pass over a short row for each process, and leaves no trace of
     it.
 
     Raises:
         UserError: an adapter did not run, or the loss does not depend on it.
     """
-    coverage = Coverage(session.model)
-    if (
-        not session.config.train.check_coverage or not coverage.layers
-    ):  # full fine-tuning has no adapters
+    coverage = Coverage(model.adapted)
+    if not config.check_coverage or not coverage.layers:  # full fine-tuning has no adapters
         return
-    accelerator = session.accelerator
-    batches = session.batches
-    rows = session.order.sequences(session.progress.update)
-    rows = sorted(
-        rows, key=lambda row: abs(batches.lengths[row] - 64)
-    )  # rows of about 64 tokens: attention matters
-    session.loss.train()
-    with session.local_loss.uncompiled(), coverage.watch():
-        for group, _ in shared_out(session.batches, rows[: accelerator.num_processes], accelerator):
-            accelerator.backward(
-                session.loss(batches.load(group)) / sum(batches.supervised[i] for i in group)
-            )
-    session.optimizer.zero_grad()
+    accelerator = model.accelerator
+    batches = model.micro_batches(data.rows.train)
+    sequences = data.order.sequences(progress.update)
+    # Rows of about 64 tokens: attention matters.
+    sequences.sort(key=lambda sequence: abs(batches.lengths[sequence] - 64))
+    one_each = sequences[: accelerator.num_processes]
+    model.wrapped.train()
+    with uncompiled(model.language_model), coverage.watch():
+        for group, _ in batches.of_process(accelerator, one_each):
+            supervised = sum(batches.supervised[sequence] for sequence in group)
+            loss = model.wrapped(batches.load(group)).sum() / supervised
+            accelerator.backward(loss)
+    model.optimizer.zero_grad()
     if (problem := coverage.problem()) is not None:
         raise UserError(
             f"adapter.target_modules: {problem} Leave them out, with all-linear by "
@@ -245,132 +298,143 @@ def prove_coverage(session: Session) -> None:
         )
 
 
-def evaluate(session: Session) -> None:
+def evaluate(
+    model: Model,
+    evaluation: Evaluation,
+    objective: Objective,
+    timetable: Timetable,
+    progress: Progress,
+    log: Log,
+) -> Spectra:
     """Logs the loss on the held-out rows, the spectra of the adapter and the accuracy on the tasks
     that are due. Keeps the adapter if it is the best so far. Before the first update and after the
-    last, also writes each token's loss, which studies compare."""
-    progress = session.progress
-    folder = session.folder
-    losses, judged = session.objective.judge(session.held_out.token_losses())
-    session.spectra = spectra = session.held_out.spectra()
+    last, also writes each token's loss, which studies compare.
+
+    Returns:
+        The spectra, by the name of the projection.
+    """
+    folder = log.folder
+    losses, judged = objective.judge(evaluation.held_out.token_losses())
+    spectra = evaluation.held_out.spectra()
     loss = losses.mean
-    is_last = session.ends_after(progress.since_best(perplexity(loss)))
-    scores = answer_tasks(session, is_last)  # before anything is counted: a server may be away
+    is_last = timetable.ends_after(progress, progress.since_best(perplexity(loss)))
+    # Before anything is counted: a server may be away.
+    exams = evaluation.exams.take(progress.update, is_last)
+    keep_answers(exams, is_last, progress.update, log)
+
     figures = spectrum_metrics(spectra)
     is_best = progress.evaluated(perplexity(loss), figures.get("spectrum/linear_share/mean"))
-    figures |= judged | scores
+    figures |= judged | exams.figures
     progress.tasks |= {name: value for name, value in figures.items() if is_task_figure(name)}
-    if session.accelerator.is_main_process:
-        for name, is_due in ((LOSSES_BEFORE, progress.update == 0), (LOSSES_AFTER, is_last)):
-            if is_due:
-                losses.write(folder.path / name)
+    if folder.is_main and progress.update == 0:
+        losses.write(folder.path / LOSSES_BEFORE)
+    if folder.is_main and is_last:
+        losses.write(folder.path / LOSSES_AFTER)
     metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), **figures)
-    session.log(metrics)
-    if session.accelerator.is_main_process and spectra:
+    log.metrics(metrics)
+    if folder.is_main and spectra:
         modules = {name: spectrum.figures() for name, spectrum in spectra.items()}
         folder.append(SPECTRA, {"update": progress.update, "modules": modules})
     if is_best:
-        folder.save_best(
-            session.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity)
-        )
-    rank = describe_rank(metrics.spectrum)
-    numbers = f"perplexity {figure(metrics.perplexity)}" + (
-        f", effective rank {rank}" if rank else ""
-    )
-    session.bar.note(f"evaluation at update {progress.update}: {numbers}")
+        best = EvaluationMetrics(progress.update, perplexity=metrics.perplexity)
+        folder.save_best(model.adapted, best)
+    numbers = f"perplexity {figure(metrics.perplexity)}"
+    if effective_rank := describe_rank(metrics.spectrum):
+        numbers += f", effective rank {effective_rank}"
+    log.bar.note(f"evaluation at update {progress.update}: {numbers}")
+    return spectra
 
 
-def answer_tasks(session: Session, is_last: bool) -> dict[str, float]:
-    """Answers the tasks that are due, and the samples; keeps them in the run's folder and the
-    tracker."""
-    progress = session.progress
-    folder = session.folder
-    results = session.exams.take(progress.update, is_last)
-    if session.accelerator.is_main_process:
-        for name, problems in results.graded.items() if is_last else ():
-            write_grades(folder.path, name, problems)
-        for sample in results.samples:
-            folder.append(SAMPLES, sample.to_json())
-        if results.samples:
-            session.tracker.table(
-                "samples", [sample.to_json() for sample in results.samples], progress.update
-            )
-    if results.notes:
-        session.bar.note(f"answers at update {progress.update}: {'; '.join(results.notes)}")
-    return results.figures
+def keep_answers(exams: ExamResults, is_last: bool, update: int, log: Log) -> None:
+    """Keeps samples, and the grades after the last update, in the run's folder and the tracker."""
+    if log.folder.is_main:
+        if is_last:
+            for name, problems in exams.graded.items():
+                write_grades(log.folder.path, name, problems)
+        samples = [sample.to_json() for sample in exams.samples]
+        for sample in samples:
+            log.folder.append(SAMPLES, sample)
+        if samples:
+            log.tracker.table("samples", samples, update)
+    if exams.notes:
+        log.bar.note(f"answers at update {update}: {'; '.join(exams.notes)}")
 
 
-def save(session: Session) -> None:
+def save(model: Model, progress: Progress, folder: RunFolder, config: TrainConfig) -> None:
     """A checkpoint of this update."""
-    keep = session.config.train.keep
-    scaler = session.accelerator.scaler
-    session.folder.save_checkpoint(session.model, session.optimizer, session.progress, keep, scaler)
+    scaler = model.accelerator.scaler
+    folder.save_checkpoint(model.adapted, model.optimizer, progress, config.keep, scaler)
 
 
 @contextlib.contextmanager
-def saved_before_errors(session: Session) -> Iterator[None]:
+def saved_before_errors(
+    model: Model, progress: Progress, folder: RunFolder, config: TrainConfig
+) -> Iterator[None]:
     """Saves the updates so far where a UserError ends the run, such as a failing reward or an
     unreachable server."""
     try:
         yield
     except UserError:
-        if session.progress.update > 0:
-            save(session)
+        if progress.update > 0:
+            save(model, progress, folder, config)
         raise
 
 
-def stop(session: Session, signal: int) -> None:
+def stop(signal: int, model: Model, progress: Progress, log: Log, config: TrainConfig) -> None:
     """Saves and ends the run: always raises Interrupted."""
-    save(session)
-    session.bar.close()
-    if session.accelerator.is_main_process:
-        command = (
-            "same command"
-            if session.config.train.resume == Resume.auto
-            else "command with train.resume=auto"
-        )
-        print_line(
-            "stopped", f"after update {session.progress.update}, saved. The {command} resumes it."
-        )
-    session.tracker.finish()
-    session.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
+    save(model, progress, log.folder, config)
+    log.bar.close()
+    if log.folder.is_main:
+        resumes = config.resume == Resume.auto
+        command = "same command" if resumes else "command with train.resume=auto"
+        saved = f"after update {progress.update}, saved"
+        print_line("stopped", f"{saved}. The {command} resumes it.")
+    log.tracker.finish()
+    model.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
     raise Interrupted(signal)
 
 
-def finish(session: Session) -> dict[str, Any]:
+def finish(
+    config: Config,
+    data: Data,
+    model: Model,
+    progress: Progress,
+    log: Log,
+    spectra: Spectra,
+) -> dict[str, Any]:
     """The final adapter, its spectrum and card, and result.json, which marks the run as
     finished."""
-    config = session.config
-    folder = session.folder
-    progress = session.progress
-    session.bar.close()
-    save(session)
-    spectra = (
-        session.spectra or session.held_out.spectra()
-    )  # none where a run resumes after its last evaluation
+    folder = log.folder
+    log.bar.close()
+    save(model, progress, folder, config.train)
     result = RunResult(
         **progress.model_dump(include={*RunResult.model_fields}),
         adapter_kind=config.adapter.kind.value,
         adapter_r=rank(config.adapter),
-        trainable_parameters=session.trainable_count,
-        trainable_share=session.trainable_count / session.total_count,
+        trainable_parameters=model.trainable_count,
+        trainable_share=model.trainable_count / model.total_count,
         updates=progress.update,
-        epochs=progress.update / session.order.updates_per_epoch,
+        epochs=progress.update / data.order.updates_per_epoch,
         tokens_per_s=progress.tokens / progress.seconds,
-        peak_memory_bytes=peak_memory(session.accelerator.device),
+        peak_memory_bytes=peak_memory(model.accelerator.device),
         folder=str(folder.path),
         **spectrum_metrics(spectra) | progress.tasks,
     )
-    folder.save_final(session.model, session.tokenizer)
-    if session.accelerator.is_main_process:
+    folder.save_final(model.adapted, data.tokenizer)
+    if folder.is_main:
         if spectra:  # a method may have none
-            modules = {
-                name: spectrum.figures() | {"singular_values": spectrum.singular_values.tolist()}
-                for name, spectrum in spectra.items()
-            }
-            write_text(folder.path / SPECTRUM, json.dumps(modules, indent=2) + "\n")
+            write_spectrum(folder.path / SPECTRUM, spectra)
         write_card(folder.path, result)
-        result.write(folder.path / "result.json")  # the last file: from here on the run is finished
+        result.write(folder.path / "result.json")  # the last file: from here the run is finished
         console.print_result(result, config)
-    session.accelerator.wait_for_everyone()  # a study looks for result.json in every process
+    model.accelerator.wait_for_everyone()  # a study looks for result.json in every process
     return result.to_json()
+
+
+def write_spectrum(path: Path, spectra: Spectra) -> None:
+    """The figures and the singular values of every projection."""
+    modules = {
+        name: spectrum.figures() | {"singular_values": spectrum.singular_values.tolist()}
+        for name, spectrum in spectra.items()
+    }
+    write_text(path, json.dumps(modules, indent=2) + "\n")

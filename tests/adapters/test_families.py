@@ -20,7 +20,8 @@ from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_
 from cera_train.common.errors import UserError
 from cera_train.distributed.sharding import trainable_weights
 from cera_train.model.batches import flat_batch, padded_batch
-from cera_train.model.loss import SupervisedLoss, choose_layout
+from cera_train.model.language_model import LanguageModel
+from cera_train.model.layout import choose_layout
 from cera_train.settings.training import BatchLayout, OptimizerConfig
 from cera_train.training.optimizer import build_optimizer
 
@@ -260,9 +261,11 @@ def test_what_trains_beside_an_adapter_is_float32_over_a_16_bit_base(adapter_of,
     with pytest.raises(UserError, match=r"needs autocast: set model\.dtype=float32"):
         build_narrow(has_autocast=False)
     model = build_narrow().train()
-    loss = SupervisedLoss(model, causal_lm(model), lambda: torch.autocast("cpu", torch.bfloat16))
-    choose_layout(BatchLayout.auto, loss, torch.device("cpu"))
-    loss(flat_batch(ROWS, MASKS) if loss.is_flat else padded_batch(ROWS, MASKS)).backward()
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    language_model = LanguageModel(model, causal_lm(model), autocast)
+    choose_layout(BatchLayout.auto, language_model, torch.device("cpu"))
+    make_batch = flat_batch if language_model.is_flat else padded_batch
+    language_model(make_batch(ROWS, MASKS)).sum().backward()
     before = {key: weight.clone() for key, weight in trainable_weights(model).items()}
     optimizer = build_optimizer(
         build.parameter_groups(model, config), OptimizerConfig(lr=1e-5), torch.device("cpu")

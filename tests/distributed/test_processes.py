@@ -30,7 +30,7 @@ from cera_train.distributed.processes import (
     join_slurm_step,
     processes_to_start,
 )
-from cera_train.model.loss import can_compile
+from cera_train.model.compiled import can_compile
 from cera_train.runs.results import LOSSES_AFTER, TokenLosses
 from cera_train.settings.distributed import DistributedConfig, LaunchConfig
 from cera_train.settings.model import ModelConfig

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from built_runs import build_run
 from tiny_runs import folder_of
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from cera_train.common.settings import to_plain
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
-from cera_train.runs.folder import RunFolder
-from cera_train.training.session import Session, settle
 
 
 @pytest.fixture
@@ -81,16 +79,10 @@ def test_replicas_leave_the_frozen_weights_in_the_pages_of_their_file(
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.setenv(name, "1" if "SIZE" in name else "0")
     config = tiny_config("train.max_updates=1")
-    path = folder_of(config)
-    settled = settle(config, path)
-    with (
-        RunFolder.open(path, to_plain(settled.config)) as folder,
-        Session(settled, folder, None) as session,
-    ):
-        assert isinstance(session.loss, DistributedDataParallel)
-        mappings = Path("/proc/self/smaps").read_text().split("model.safetensors\n")[1:]
-        written = [
-            next(line for line in mapping.splitlines() if "Anonymous" in line)
-            for mapping in mappings
-        ]
+    run = build_run(config, folder_of(config))
+    assert isinstance(run.model.wrapped, DistributedDataParallel)
+    mappings = Path("/proc/self/smaps").read_text().split("model.safetensors\n")[1:]
+    written = [
+        next(line for line in mapping.splitlines() if "Anonymous" in line) for mapping in mappings
+    ]
     assert {line.split(":")[1].strip() for line in written} == {"0 kB"}

@@ -14,7 +14,7 @@ from cera_train.model.attention import (
     attend_varlen,
 )
 from cera_train.model.batches import Batch, flat_batch, padded_batch
-from cera_train.model.loss import SupervisedLoss
+from cera_train.model.language_model import LanguageModel
 
 pytestmark = pytest.mark.gpu
 
@@ -54,8 +54,8 @@ def test_attention_equals_sdpa_under_a_block_mask(device, bf16, way, dtype, widt
 
 def test_a_run_here_takes_the_fastest_attention(device, bf16):
     model = make_tiny_llama().to(device, torch.bfloat16)
-    loss = SupervisedLoss(model, model)
-    assert loss.probe().attention == (VARLEN if device.type == "cuda" else BY_SEQUENCE)
+    language_model = LanguageModel(model, model)
+    assert language_model.probe().attention == (VARLEN if device.type == "cuda" else BY_SEQUENCE)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
@@ -64,20 +64,20 @@ def test_flat_rows_have_the_loss_and_the_gradient_of_padded_ones(device, bf16, d
     masks = [[False, *[True] * (len(row) - 1)] for row in rows]
     base = make_tiny_llama().to(device, dtype).requires_grad_(False)
     model = adapted(base, "cera")
-    loss = SupervisedLoss(
+    language_model = LanguageModel(
         model, base, lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     )
 
     def value_and_gradient(batch: Batch) -> tuple[float, torch.Tensor]:
         weights = [weight for weight in model.parameters() if weight.requires_grad]
-        value = loss(batch.to(device))
+        value = language_model(batch.to(device)).sum()
         return value.item(), torch.cat(
             [gradient.flatten() for gradient in torch.autograd.grad(value, weights)]
         )
 
     padded, padded_gradient = value_and_gradient(padded_batch(rows, masks))
-    loss.probe()
-    loss.use_flat_batches()
+    language_model.probe()
+    language_model.use_flat_batches()
     flat, flat_gradient = value_and_gradient(flat_batch(rows, masks))
     assert flat == pytest.approx(padded, rel=tolerance)
     assert (flat_gradient - padded_gradient).norm() < tolerance * padded_gradient.norm()

@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.results import METRICS
-from cera_train.training import session
+from cera_train.training import build
 from cera_train.training.train import train
 
 TIMINGS = {
@@ -110,7 +110,7 @@ def scale_gradients(monkeypatch) -> list[GradScaler]:
     """Lets every run of the test scale its gradients, as one in float16 on a GPU does: by 4 at
     first, and by twice as much after any 5 updates. Returns the runs' scalers."""
     scalers = []
-    start = session.start_accelerator
+    start = build.start_accelerator
 
     def start_with_scaler(*arguments):
         accelerator = start(*arguments)
@@ -121,5 +121,5 @@ def scale_gradients(monkeypatch) -> list[GradScaler]:
         scalers.append(scaler)
         return accelerator
 
-    monkeypatch.setattr(session, "start_accelerator", start_with_scaler)
+    monkeypatch.setattr(build, "start_accelerator", start_with_scaler)
     return scalers

@@ -20,7 +20,8 @@ from cera_train.cera.coverage import check_coverage
 from cera_train.cera.model import keep_scale
 from cera_train.common.errors import UserError
 from cera_train.model.batches import Batch, flat_batch, padded_batch
-from cera_train.model.loss import SupervisedLoss, choose_layout
+from cera_train.model.language_model import LanguageModel
+from cera_train.model.layout import choose_layout
 from cera_train.model.weights import load_model
 from cera_train.planning.plan import make_plan
 from cera_train.settings.adapters import AdapterConfig
@@ -93,25 +94,25 @@ def logits(model: nn.Module) -> torch.Tensor:
     return model.eval()(input_ids=IDS, use_cache=False).logits
 
 
-def batch_of(supervised: SupervisedLoss) -> Batch:
-    return (flat_batch if supervised.is_flat else padded_batch)(ROWS, MASKS)
+def batch_of(language_model: LanguageModel) -> Batch:
+    return (flat_batch if language_model.is_flat else padded_batch)(ROWS, MASKS)
 
 
-def prove(supervised: SupervisedLoss) -> None:
+def prove(language_model: LanguageModel) -> None:
     """Raises where an adapter does not run or gets no gradient."""
-    with check_coverage(supervised.model):
-        supervised.train()(batch_of(supervised)).backward()
-    supervised.zero_grad()
+    with check_coverage(language_model.model):
+        language_model.train()(batch_of(language_model)).sum().backward()
+    language_model.zero_grad()
 
 
-def losses_of(supervised: SupervisedLoss, updates: int = 8) -> list[float]:
+def losses_of(language_model: LanguageModel, updates: int = 8) -> list[float]:
     """The loss of a few updates on the same rows."""
-    batch = batch_of(supervised)
-    weights = [weight for weight in supervised.parameters() if weight.requires_grad]
+    batch = batch_of(language_model)
+    weights = [weight for weight in language_model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.03)
     losses = []
     for _ in range(updates):
-        loss = supervised.train()(batch)
+        loss = language_model.train()(batch).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -161,10 +162,10 @@ def test_trains(family: Architecture, cell):
     """Coverage is proven and the loss falls, over the targets of the family and over all-linear."""
     for targets in (list(family.targets), "all-linear"):
         base = family.model()
-        supervised = SupervisedLoss(adapted(base, targets, dropout=0.1), base)
-        choose_layout(BatchLayout.auto, supervised, CPU)
-        prove(supervised)
-        losses = losses_of(supervised)
+        language_model = LanguageModel(adapted(base, targets, dropout=0.1), base)
+        choose_layout(BatchLayout.auto, language_model, CPU)
+        prove(language_model)
+        losses = losses_of(language_model)
         assert losses[-1] < 0.99 * losses[0]
     cell("yes")
 
@@ -192,13 +193,13 @@ def test_packs(family: Architecture, cell):
     """The layout that the probe allows gives the loss and the gradients of one row at a time; and
     where it allows no flat rows, sequences that share a row see each other."""
     base = family.model()
-    supervised = SupervisedLoss(randomise(adapted(base, list(family.targets))), base)
-    allowed = supervised.probe()
-    supervised.eval()  # GPT-2 drops hidden states by default
+    language_model = LanguageModel(randomise(adapted(base, list(family.targets))), base)
+    allowed = language_model.probe()
+    language_model.eval()  # GPT-2 drops hidden states by default
 
     def loss_and_gradients(batches: list[Batch]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        loss = sum(supervised(batch) for batch in batches)
-        weights = [weight for weight in supervised.parameters() if weight.requires_grad]
+        loss = sum(language_model(batch).sum() for batch in batches)
+        weights = [weight for weight in language_model.parameters() if weight.requires_grad]
         return loss.detach(), list(torch.autograd.grad(loss, weights))
 
     apart = [padded_batch([row], [mask]) for row, mask in zip(ROWS, MASKS, strict=True)]
@@ -207,25 +208,25 @@ def test_packs(family: Architecture, cell):
         loss_and_gradients([padded_batch(ROWS, MASKS)]), expected, rtol=1e-3, atol=1e-4
     )
     if allowed.flattens:
-        supervised.use_flat_batches()
+        language_model.use_flat_batches()
         torch.testing.assert_close(
             loss_and_gradients([flat_batch(ROWS, MASKS)]), expected, rtol=1e-3, atol=1e-4
         )
-        assert not moves_the_next(supervised)
+        assert not moves_the_next(language_model)
     else:
         with pytest.raises(UserError, match="mixes sequences that share a row"):
-            choose_layout(BatchLayout.flat, supervised, CPU)
-        assert moves_the_next(supervised)
+            choose_layout(BatchLayout.flat, language_model, CPU)
+        assert moves_the_next(language_model)
     assert not (allowed.flattens and family.model_type in STATEFUL)
     cell("flat rows" if allowed.flattens else "padded rows")
 
 
-def moves_the_next(supervised: SupervisedLoss) -> bool:
+def moves_the_next(language_model: LanguageModel) -> bool:
     """Whether another first sequence of a flat row changes the loss of the others."""
     masks = [[False] * len(MASKS[0]), *MASKS[1:]]
     with torch.no_grad():
         before, after = (
-            supervised(flat_batch([first, *ROWS[1:]], masks))
+            language_model(flat_batch([first, *ROWS[1:]], masks)).sum()
             for first in (ROWS[0], [9, *ROWS[0][:0:-1]])
         )
     return abs(float(after / before) - 1) > 1e-5
@@ -271,9 +272,9 @@ def test_trains_over_4_bits(family: Architecture, cell, tmp_path, tokenizer):
     base = load_model(
         ModelConfig(str(tmp_path), dtype=Dtype.float32, quantization=Quantization.nf4), CPU
     )
-    supervised = SupervisedLoss(adapted(base, list(family.targets)), base)
-    choose_layout(BatchLayout.auto, supervised, CPU)
-    prove(supervised)
-    losses = losses_of(supervised)
+    language_model = LanguageModel(adapted(base, list(family.targets)), base)
+    choose_layout(BatchLayout.auto, language_model, CPU)
+    prove(language_model)
+    losses = losses_of(language_model)
     assert losses[-1] < losses[0]
     cell("yes")

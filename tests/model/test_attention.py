@@ -19,7 +19,7 @@ from cera_train.model.attention import (
     attend_by_sequence,
     attend_varlen,
 )
-from cera_train.model.loss import SupervisedLoss
+from cera_train.model.language_model import LanguageModel
 
 LENGTHS = [5, 1, 9, 3]
 KERNEL = "torch.nn.attention.varlen.varlen_attn"
@@ -136,15 +136,15 @@ def test_torchs_own_kernel_takes_the_call():
 @pytest.mark.parametrize("reason", ["it fails", "it errs", "it is there"])
 def test_the_kernel_is_taken_only_where_it_gives_the_same(monkeypatch, reason):
     model = make_tiny_llama()
-    monkeypatch.setattr("cera_train.model.loss.kernel_may_run", lambda device, dtype: True)
+    monkeypatch.setattr("cera_train.model.layout.kernel_may_run", lambda device, dtype: True)
     if reason != "it fails":  # as torch's own does on a CPU
         error = 0.1 * (reason == "it errs")
         monkeypatch.setattr(
             KERNEL, lambda *args, **kwargs: sequence_after_sequence(*args, **kwargs) + error
         )
-    loss = SupervisedLoss(model, model)
-    loss.probe()
-    assert loss.allowed.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
+    language_model = LanguageModel(model, model)
+    language_model.probe()
+    assert language_model.allowed.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
 
 
 WINDOWS = {"layer_types": ["full_attention", "chunked_attention", "sliding_attention"]}
@@ -174,8 +174,8 @@ def test_attention_that_is_more_or_that_only_a_mask_would_restrict_is_refused(
 
 def test_what_the_user_chose_is_left_alone():
     model = ARCHITECTURES["gemma2"].model(attn_implementation="eager")  # it caps its scores softly
-    loss = SupervisedLoss(model, model)
-    loss.probe()
-    assert loss.allowed.flattens
-    assert loss.allowed.attention is None
+    language_model = LanguageModel(model, model)
+    language_model.probe()
+    assert language_model.allowed.flattens
+    assert language_model.allowed.attention is None
     assert model.config._attn_implementation == "eager" != BY_SEQUENCE

@@ -23,8 +23,9 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from cera_train.cera import CeraConfig
 from cera_train.model.batches import flat_batch
+from cera_train.model.compiled import compile_layers, stop_compiling
+from cera_train.model.language_model import LanguageModel
 from cera_train.model.lean import keep_less
-from cera_train.model.loss import SupervisedLoss
 
 
 def norm(dtype: torch.dtype) -> nn.Module:
@@ -140,7 +141,7 @@ def micro_batches():
         yield flat_batch(rows, [[False] + [True] * (len(row) - 1) for row in rows])
 
 
-def make_loss(dtype: str, dropout: float, checkpointing: bool) -> SupervisedLoss:
+def make_language_model(dtype: str, dropout: float, checkpointing: bool) -> LanguageModel:
     model = (
         make_tiny_llama(vocab_size=64, num_hidden_layers=LIMIT + 1)
         .to(getattr(torch, dtype))
@@ -156,17 +157,17 @@ def make_loss(dtype: str, dropout: float, checkpointing: bool) -> SupervisedLoss
         if dtype == "float32"
         else lambda: torch.autocast("cpu", torch.bfloat16)
     )
-    loss = SupervisedLoss(adapted, model, autocast)
-    loss.probe()
-    loss.use_flat_batches()
-    return loss.train()
+    language_model = LanguageModel(adapted, model, autocast)
+    language_model.probe()
+    language_model.use_flat_batches()
+    return language_model.train()
 
 
-def shard(loss: SupervisedLoss) -> None:
+def shard(language_model: LanguageModel) -> None:
     mesh = init_device_mesh("cpu", (1,))
-    for layer in loss.causal_lm.model.layers:
+    for layer in language_model.causal_lm.model.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(loss, mesh=mesh)
+    fully_shard(language_model, mesh=mesh)
 
 
 @pytest.fixture
@@ -195,14 +196,14 @@ class Graphs(list):
         return graph.forward
 
 
-def gradients(loss: SupervisedLoss, graphs: list) -> tuple[list[torch.Tensor], list[int]]:
+def gradients(language_model: LanguageModel, graphs: list) -> tuple[list[torch.Tensor], list[int]]:
     """The gradients of every trained weight over all micro-batches, and how many graphs there were
     after each."""
     counts = []
     for batch in micro_batches():
-        loss(batch).backward()
+        language_model(batch).sum().backward()
         counts.append(len(graphs))
-    grads = [weight.grad for weight in loss.parameters() if weight.requires_grad]
+    grads = [weight.grad for weight in language_model.parameters() if weight.requires_grad]
     return [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads], counts
 
 
@@ -217,16 +218,16 @@ def gradients(loss: SupervisedLoss, graphs: list) -> tuple[list[torch.Tensor], l
 def test_layers_stay_compiled_whatever_the_number_of_sequences(
     graphs, one_process, dtype, dropout, checkpointing, is_sharded
 ):
-    compiled = make_loss(dtype, dropout, checkpointing)
+    compiled = make_language_model(dtype, dropout, checkpointing)
     if is_sharded:
         shard(compiled)
-    compiled.compile_layers(graphs.add)
+    compile_layers(compiled, graphs.add)
     got, counts = gradients(compiled, graphs)
     assert counts == [counts[0]] * len(counts)
     assert counts[0] >= 2
-    assert not compiled.stop_compiling()
+    assert not stop_compiling(compiled)
     if not dropout:
-        expected, _ = gradients(make_loss(dtype, dropout, checkpointing), graphs)
+        expected, _ = gradients(make_language_model(dtype, dropout, checkpointing), graphs)
         for ours, eager in zip(got, expected, strict=True):
             assert (ours - eager).norm() <= 1e-6 * eager.norm()
 
@@ -239,16 +240,16 @@ class Widening(nn.Module):
 
 
 def test_layers_run_eagerly_once_torch_refuses_a_variant(graphs):
-    loss = make_loss("float32", 0.0, checkpointing=False)
+    language_model = make_language_model("float32", 0.0, checkpointing=False)
     layer = Widening()
-    loss.causal_lm.model.layers.append(layer)
-    loss._no_split_modules = {"Widening"}
-    loss.compile_layers(graphs.add)
+    language_model.causal_lm.model.layers.append(layer)
+    language_model._no_split_modules = {"Widening"}
+    compile_layers(language_model, graphs.add)
     for width in range(LIMIT + 4):
         assert layer(torch.ones(3), ["x"] * width).sum() == 3 * width
-    assert loss.is_compiled
-    assert loss.stop_compiling()
-    assert not loss.is_compiled
+    assert language_model.is_compiled
+    assert stop_compiling(language_model)
+    assert not language_model.is_compiled
     count = len(graphs)
     layer(torch.ones(3), ["x"])
-    assert (len(graphs), loss.stop_compiling()) == (count, False)
+    assert (len(graphs), stop_compiling(language_model)) == (count, False)

@@ -3,7 +3,8 @@
 import pytest
 
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
-from cera_train.model.loss import Allowed, SupervisedLoss
+from cera_train.model.language_model import LanguageModel
+from cera_train.model.layout import Allowed
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.training.console import describe_adapter, describe_speed
 
@@ -21,12 +22,13 @@ from cera_train.training.console import describe_adapter, describe_speed
     ],
 )
 def test_the_layout_and_the_compilation_are_described(tiny_llama, attention, expected):
-    loss = SupervisedLoss(tiny_llama, tiny_llama)
-    assert describe_speed(loss) == "padding; not compiled (train.compile=false)"
-    loss.allowed = Allowed(attention=attention)
-    loss.is_flat = True
-    loss.is_compiled = True
-    assert describe_speed(loss) == f"{expected}; compiled layers"
+    language_model = LanguageModel(tiny_llama, tiny_llama)
+    speed = describe_speed(language_model, "train.compile=false")
+    assert speed == "padding; not compiled (train.compile=false)"
+    language_model.allowed = Allowed(attention=attention)
+    language_model.is_flat = True
+    language_model.is_compiled = True
+    assert describe_speed(language_model, "") == f"{expected}; compiled layers"
 
 
 def test_an_adapter_is_described_with_its_places():

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from built_runs import build_run
 from cera_models import WARNINGS
 from conftest import TINY
 from datasets import Dataset
@@ -14,11 +15,9 @@ from several_processes import train_in_processes
 from tiny_runs import adapter_bytes, all_losses_of, folder_of, metrics_of, train_and_die_after
 
 from cera_train.common.errors import UserError
-from cera_train.common.settings import to_plain
 from cera_train.data.prepare import prepare_data
-from cera_train.runs.folder import RunFolder
-from cera_train.training.session import Session, settle
-from cera_train.training.train import backward, train
+from cera_train.training.resolve import resolve
+from cera_train.training.train import train
 
 ROWS = [
     {
@@ -40,20 +39,6 @@ def dpo(tiny_config, write_jsonl):
     )
 
 
-@pytest.fixture
-def session_of(tmp_path):
-    """session_of(config): its session, before the first update."""
-
-    def session_of(config) -> Session:
-        (tmp_path / "run").mkdir()
-        settled = settle(config, tmp_path / "run")
-        return Session(
-            settled, RunFolder(tmp_path / "run", to_plain(settled.config)), resume_from=None
-        )
-
-    return session_of
-
-
 def move(model: torch.nn.Module) -> None:
     """Away from the start, where every margin is zero."""
     torch.manual_seed(1)
@@ -61,16 +46,6 @@ def move(model: torch.nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
-
-
-def gradients(session: Session, rows: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
-    loss = backward(session, session.objective.begin(rows))
-    named = session.model.named_parameters()
-    taken = {
-        name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None
-    }
-    session.optimizer.zero_grad()
-    return float(loss), taken
 
 
 @WARNINGS
@@ -86,15 +61,14 @@ def gradients(session: Session, rows: list[int]) -> tuple[float, dict[str, torch
         ),
     ],
 )
-def test_loss_gradients_and_figures_are_trls(
-    dpo, session_of, tokenizer, tmp_path, overrides, arguments
-):
+def test_loss_gradients_and_figures_are_trls(dpo, tokenizer, tmp_path, overrides, arguments):
     trl = pytest.importorskip("trl")
-    session = session_of(dpo(*overrides, "adapter.r=4", "adapter.dropout=0"))
-    move(session.model)
-    session.loss.train()
-    loss, taken = gradients(session, list(range(6)))
-    figures = session.objective.begin([*range(6)]).figures
+    run = build_run(dpo(*overrides, "adapter.r=4", "adapter.dropout=0"), tmp_path / "run")
+    model = run.model
+    move(model.adapted)
+    model.wrapped.train()
+    loss, gradients = run.backward([*range(6)])
+    figures = run.objective.draw([*range(6)]).figures
 
     settings = trl.DPOConfig(
         str(tmp_path / "trl"),
@@ -105,9 +79,9 @@ def test_loss_gradients_and_figures_are_trls(
         **arguments,
     )
     rows = Dataset.from_list(ROWS[:3])
-    session.local_loss.causal_lm.set_attn_implementation("sdpa")
+    model.language_model.causal_lm.set_attn_implementation("sdpa")
     trainer = trl.DPOTrainer(
-        session.model, args=settings, train_dataset=rows, processing_class=tokenizer
+        model.adapted, args=settings, train_dataset=rows, processing_class=tokenizer
     )
     if "ref" in trainer.model.peft_config:  # a copy of this adapter: the base is the reference here
         trainer.model.delete_adapter("ref")
@@ -115,7 +89,7 @@ def test_loss_gradients_and_figures_are_trls(
     expected = trainer.compute_loss(trainer.model, batch)
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
-    for name, gradient in taken.items():
+    for name, gradient in gradients.items():
         wanted = trainer.model.get_parameter(name).grad
         assert (gradient - wanted).norm() <= 1e-5 * wanted.norm(), name
     for name, values in trainer._metrics["train"].items():
@@ -123,27 +97,26 @@ def test_loss_gradients_and_figures_are_trls(
             assert figures[f"train/{name}"] == pytest.approx(values[0], rel=1e-4, abs=1e-6), name
 
 
-def test_the_loss_depends_on_no_micro_batch_and_is_that_of_the_formula(dpo, session_of):
-    session = session_of(dpo("adapter.dropout=0", "dpo.label_smoothing=0.2"))
-    move(session.model)
-    session.loss.train()
-    whole, taken = gradients(session, [0, 1, 4, 5])
-    figures = session.objective.begin([0, 1, 4, 5]).figures
+def test_the_loss_depends_on_no_micro_batch_and_is_that_of_the_formula(dpo, tmp_path):
+    run = build_run(dpo("adapter.dropout=0", "dpo.label_smoothing=0.2"), tmp_path / "run")
+    move(run.model.adapted)
+    run.model.wrapped.train()
+    whole, gradients = run.backward([0, 1, 4, 5])
+    draw = run.objective.draw
+    figures = draw([0, 1, 4, 5]).figures
     margins = torch.tensor(
-        [
-            session.objective.begin(pair).figures["train/rewards/margins"]
-            for pair in ([0, 1], [4, 5])
-        ]
+        [draw(pair).figures["train/rewards/margins"] for pair in ([0, 1], [4, 5])]
     )
     expected = -(0.8 * margins.sigmoid().log() + 0.2 * (-margins).sigmoid().log()).mean()
     assert whole == pytest.approx(expected.item(), rel=1e-5)
     assert figures["train/rewards/accuracies"] == (margins > 0).float().mean()
-    session.batches.max_tokens = 30  # the answers of a pair in passes of their own
-    assert len(session.batches.groups([0, 1, 4, 5])) > 2
-    apart, taken_apart = gradients(session, [0, 1, 4, 5])
+    batches = run.objective.batches
+    batches.max_tokens = 30  # the answers of a pair in passes of their own
+    assert len(batches.groups([0, 1, 4, 5])) > 2
+    apart, gradients_apart = run.backward([0, 1, 4, 5])
     assert apart == pytest.approx(whole, rel=1e-5)
-    for name, gradient in taken.items():
-        assert (gradient - taken_apart[name]).norm() <= 1e-5 * gradient.norm(), name
+    for name, gradient in gradients.items():
+        assert (gradient - gradients_apart[name]).norm() <= 1e-5 * gradient.norm(), name
 
 
 @pytest.fixture
@@ -261,9 +234,8 @@ def test_two_processes_and_sharded_weights_learn_what_one_does(
 def test_the_answers_of_a_pair_are_dropped_together(dpo, tokenizer, write_jsonl):
     long = {"prompt": "Is it?", "chosen": " yes", "rejected": " no" * 300}
     file = write_jsonl("rows.jsonl", [{**long, "prompt": "Is it? " * 100}, long, *ROWS])
-    data = prepare_data(
-        settle(dpo(f"data.train_files=[{file}]"), folder_of(dpo()))[0].data, tokenizer
-    ).train
+    resolved = resolve(dpo(f"data.train_files=[{file}]"), folder_of(dpo()))
+    data = prepare_data(resolved.config.data, tokenizer).train
     assert len(data) == 18
     assert data.truncated[:3] == [False, True, False]
 
@@ -286,9 +258,8 @@ def test_messages_are_read_with_and_without_a_prompt_of_their_own(
         {"chosen": [ASKED, YES], "rejected": [ASKED, NO]},
     ]
     file = write_jsonl("rows.jsonl", rows * 3)
-    config = settle(dpo(f"data.train_files=[{file}]", "data.allow_overlap=1"), folder_of(dpo()))[
-        0
-    ].data
+    config = dpo(f"data.train_files=[{file}]", "data.allow_overlap=1")
+    config = resolve(config, folder_of(dpo())).config.data
     data = prepare_data(config, tokenizer).train
     texts = [tokenizer.decode(data.tokens("input_ids", row).to_pylist()) for row in range(4)]
     assert texts[:2] == texts[2:]

@@ -10,6 +10,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from built_runs import build_run
 from cera_models import WARNINGS
 from datasets import Dataset
 from made_sweeps import start
@@ -18,17 +19,12 @@ from several_processes import train_in_processes
 from tiny_runs import adapter_bytes, folder_of, metrics_of, once_logged, train_and_die_after
 
 from cera_train.common.errors import UserError
-from cera_train.common.settings import to_plain
 from cera_train.evaluation import server
 from cera_train.evaluation.engine import Sampler
-from cera_train.evaluation.held_out import shared_out
-from cera_train.runs.folder import RunFolder
 from cera_train.runs.records import read_lines
 from cera_train.runs.results import SAMPLES, Sample
-from cera_train.training import train as training
 from cera_train.training.objectives import grpo as module
-from cera_train.training.objectives.grpo import MOST_WEIGHT, drawn_questions, grade
-from cera_train.training.session import Session, settle
+from cera_train.training.objectives.grpo import MOST_WEIGHT, generated_questions, grade
 from cera_train.training.train import backward, train
 
 ROWS = [
@@ -85,30 +81,28 @@ def test_loss_gradients_and_figures_are_trls(
     grpo, tokenizer, tmp_path, words, passes, is_served, monkeypatch
 ):
     trl = pytest.importorskip("trl")
-    settled = settle(
-        grpo("adapter.r=4", "adapter.dropout=0", "train.micro_batch_tokens=256", *words),
-        tmp_path / "run",
-    )
-    config = settled.config.grpo
-    session = Session(
-        settled, RunFolder(tmp_path / "run", to_plain(settled.config)), resume_from=None
-    )
+    settings = ("adapter.r=4", "adapter.dropout=0", "train.micro_batch_tokens=256", *words)
+    run = build_run(grpo(*settings), tmp_path / "run")
+    model = run.model
+    objective = run.objective
+    causal_lm = model.language_model.causal_lm
+    config = run.config.grpo
 
     @torch.no_grad()
     def move() -> None:
-        for parameter in session.weights:
+        for parameter in model.trained:
             parameter += 0.1 * torch.randn_like(parameter)
 
     torch.manual_seed(1)
     move()
-    session.loss.train()
-    session.sampler.is_served = is_served
+    model.wrapped.train()
+    run.evaluation.sampler.is_served = is_served
     monkeypatch.setattr(Sampler, "_serve", lambda self: None)
-    drawn = session.objective.begin([0, 2, 3])
+    drawn = objective.draw([0, 2, 3])
     assert drawn.passes == passes
-    assert 0 < len(drawn.rows) <= 12
-    prompts = [session.objective._prompt(row)[0] for row in (0, 2, 3)]
-    groups = [[answer.ids for answer in group] for group in session.objective._sample(prompts)]
+    assert 0 < len(drawn.sequences) <= 12
+    prompts = [objective._prompt(row).ids for row in (0, 2, 3)]
+    groups = [[answer.ids for answer in group] for group in objective._sample(prompts)]
     rewards = torch.tensor(
         [[vowels("Say ", tokenizer.decode(ids), "") for ids in group] for group in groups]
     ).float()
@@ -135,39 +129,37 @@ def test_loss_gradients_and_figures_are_trls(
     inputs |= {"advantages": advantages.flatten(), "num_items_in_batch": mask.sum()}
 
     def log_p() -> torch.Tensor:
-        attention = session.local_loss.causal_lm.config._attn_implementation
-        session.local_loss.causal_lm.set_attn_implementation("sdpa")
+        attention = causal_lm.config._attn_implementation
+        causal_lm.set_attn_implementation("sdpa")
         whole = torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1)
-        logits = session.model(*whole).logits[:, prompt_ids.shape[1] - 1 : -1].log_softmax(-1)
-        session.local_loss.causal_lm.set_attn_implementation(attention)
+        logits = model.adapted(*whole).logits[:, prompt_ids.shape[1] - 1 : -1].log_softmax(-1)
+        causal_lm.set_attn_implementation(attention)
         return logits.gather(-1, ids[..., None])[..., 0].detach()
 
     # As on a process without rows: it changes neither loss nor gradients nor figures.
-    idle = [([drawn.rows[0]], False)]
-    monkeypatch.setattr(training, "shared_out", lambda *arguments: [*shared_out(*arguments), *idle])
+    idle = [([drawn.sequences[0]], False)]
+    of_process = drawn.batches.of_process
+    drawn.batches.of_process = lambda *arguments: [*of_process(*arguments), *idle]
     if passes == 2:
         inputs["old_per_token_logps"] = log_p()
-        with session.model.disable_adapter():
+        with model.adapted.disable_adapter():
             inputs["ref_per_token_logps"] = log_p()
         if is_served:
             sampled = (inputs["old_per_token_logps"] + torch.randn(mask.shape)) * mask
-            session.objective._sampled = [
+            drawn.sampled = [
                 row[:length].tolist() for row, length in zip(sampled, mask.sum(1), strict=True)
             ]
             weights = (inputs["old_per_token_logps"] - sampled).exp()
             assert (weights[mask > 0] > MOST_WEIGHT).any()
             inputs["importance_sampling_ratio"] = weights.clamp(max=MOST_WEIGHT)
-        backward(session, drawn)
-        session.optimizer.zero_grad()
+        backward(model, objective, drawn)
+        model.optimizer.zero_grad()
         move()
     sums = {name: value.clone() for name, value in drawn.sums.items()}
-    loss = backward(session, drawn)
-    taken = {
-        name: p.grad.clone() for name, p in session.model.named_parameters() if p.grad is not None
-    }
-    session.optimizer.zero_grad()
+    loss = backward(model, objective, drawn)
+    gradients = run.take_gradients()
 
-    session.local_loss.causal_lm.set_attn_implementation("sdpa")
+    causal_lm.set_attn_implementation("sdpa")
     options = {
         "per_device_train_batch_size": 4,
         "num_generations": 4,
@@ -178,14 +170,14 @@ def test_loss_gradients_and_figures_are_trls(
     settings = trl.GRPOConfig(str(tmp_path / "trl"), report_to="none", **options)
     rows_of = Dataset.from_list([{"prompt": "Say"}] * 4)
     trainer = trl.GRPOTrainer(
-        session.model, vowels, args=settings, train_dataset=rows_of, processing_class=tokenizer
+        model.adapted, vowels, args=settings, train_dataset=rows_of, processing_class=tokenizer
     )
     trainer.current_gradient_accumulation_steps = 1
     trainer.use_vllm = is_served
     expected = trainer._compute_loss(trainer.model, inputs)
     expected.backward()
     assert float(loss) == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
-    for name, gradient in taken.items():
+    for name, gradient in gradients.items():
         wanted = trainer.model.get_parameter(name).grad
         assert (gradient - wanted).norm() <= 1e-5 * wanted.norm(), name
     if passes == 2:
@@ -441,7 +433,7 @@ def test_a_run_that_had_a_signal_goes_on_without_one_when_it_resumes_too(grpo, m
 
 def test_a_row_of_a_generator_is_graded_by_it(compose):
     pytest.importorskip("reasoning_gym")
-    drawn = drawn_questions(compose("data=reasoning_gym", "data.train_rows=2").data)
+    drawn = generated_questions(compose("data=reasoning_gym", "data.train_rows=2").data)
     for prompt, draw in drawn.items():
         rewards = [
             grade(f"{prompt} ", f" {draw.answer}{rest}", draw.answer, "text", drawn)

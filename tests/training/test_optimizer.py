@@ -102,17 +102,17 @@ def test_the_automatic_rate_is_the_formula_times_the_factor_of_the_adapter(
     compose, tiny_folder, words, factor
 ):
     config = compose(f"model.path={tiny_folder}", words)
-    rate, reason = auto_rate(config.model, config.adapter, ObjectiveKind.sft)
-    assert rate == pytest.approx(7.5e-4 * (2000 / 32) ** 0.781 * factor, rel=0.05)
-    assert f"x {factor:g} for " in reason
+    choice = auto_rate(config.model, config.adapter, ObjectiveKind.sft)
+    assert choice.value == pytest.approx(7.5e-4 * (2000 / 32) ** 0.781 * factor, rel=0.05)
+    assert f"x {factor:g} for " in choice.why
     assert auto_rate(config.model, config.adapter, ObjectiveKind.grpo).value == pytest.approx(
-        rate / 10, rel=0.05
+        choice.value / 10, rel=0.05
     )
 
 
 def test_the_automatic_rate_of_qwen_and_of_a_method_without_a_factor(compose, tmp_path):
     Qwen2Config(hidden_size=5120, architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)
     config = compose(f"model.path={tmp_path}", "adapter=hira")
-    rate, reason = auto_rate(config.model, config.adapter, ObjectiveKind.sft)
-    assert rate == 7e-4
-    assert reason.endswith("7.5e-4 (2000 / 5120)^0.0775, LoRA's: no factor is known for HiRA")
+    choice = auto_rate(config.model, config.adapter, ObjectiveKind.sft)
+    assert choice.value == 7e-4
+    assert choice.why.endswith("7.5e-4 (2000 / 5120)^0.0775, LoRA's: no factor is known for HiRA")

@@ -21,11 +21,10 @@ from tiny_runs import (
 )
 
 from cera_train.common.errors import UserError
-from cera_train.common.settings import to_plain
-from cera_train.model.precision import Precision
+from cera_train.common.settings import Choice, to_plain
 from cera_train.runs.results import DIVERGED, LOSSES_AFTER, LOSSES_BEFORE, SPECTRA
 from cera_train.settings.model import Dtype
-from cera_train.training.session import settle
+from cera_train.training.resolve import resolve
 from cera_train.training.train import train
 
 
@@ -109,7 +108,7 @@ def test_an_interrupted_run_saves_without_an_evaluation_and_goes_on(
 def test_a_finished_run_started_again_returns_its_result(trained_config, capsys, monkeypatch):
     config = trained_config()
     capsys.readouterr()
-    monkeypatch.setattr("cera_train.training.session.load_model", None)  # nothing is loaded for it
+    monkeypatch.setattr("cera_train.training.build.load_model", None)  # nothing is loaded for it
     assert train(config) == json.loads((folder_of(config) / "result.json").read_text())
     assert "finished" in capsys.readouterr().out
 
@@ -160,10 +159,10 @@ def test_a_mistake_costs_an_unfinished_run_nothing_and_half_a_write_is_removed(t
 def on(monkeypatch, dtype: str) -> None:
     """Lets the hardware decide for a precision."""
 
-    def choose(wanted: Dtype) -> Precision:
-        return Precision(Dtype(dtype) if wanted == Dtype.auto else wanted, f"a {dtype} machine")
+    def choose(wanted: Dtype) -> Choice[Dtype]:
+        return Choice(Dtype(dtype) if wanted == Dtype.auto else wanted, f"a {dtype} machine")
 
-    monkeypatch.setattr("cera_train.training.session.choose_precision", choose)
+    monkeypatch.setattr("cera_train.training.resolve.choose_precision", choose)
 
 
 @pytest.mark.parametrize(
@@ -172,15 +171,15 @@ def on(monkeypatch, dtype: str) -> None:
 def test_layers_are_compiled_by_default_where_a_gpu_and_a_compiler_are(
     tiny_config, tmp_path, monkeypatch, device, has_compiler
 ):
-    monkeypatch.setattr("cera_train.training.session.this_device", lambda: torch.device(device))
-    monkeypatch.setattr("cera_train.training.session.can_compile", lambda device: has_compiler)
+    monkeypatch.setattr("cera_train.training.resolve.this_device", lambda: torch.device(device))
+    monkeypatch.setattr("cera_train.training.resolve.can_compile", lambda device: has_compiler)
     compiles = device == "cuda" and has_compiler
-    assert settle(tiny_config("train.compile=null"), tmp_path)[0].train.compile is compiles
+    assert resolve(tiny_config("train.compile=null"), tmp_path).config.train.compile is compiles
     assert (
-        settle(tiny_config("train.compile=null", "adapter=dora"), tmp_path)[0].train.compile
+        resolve(tiny_config("train.compile=null", "adapter=dora"), tmp_path).config.train.compile
         is False
     )
-    assert settle(tiny_config(), tmp_path)[0].train.compile is False
+    assert resolve(tiny_config(), tmp_path).config.train.compile is False
 
 
 def test_what_auto_took_is_printed_recorded_and_kept_on_another_machine(
@@ -199,7 +198,7 @@ def test_what_auto_took_is_printed_recorded_and_kept_on_another_machine(
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["precision"] == {"dtype": "bfloat16", "reason": "a bfloat16 machine"}
     on(monkeypatch, "float32")
-    monkeypatch.setattr("cera_train.training.session.auto_rate", None)
+    monkeypatch.setattr("cera_train.training.resolve.auto_rate", None)
     train(config)
     printed = capsys.readouterr().out
     assert f"precision  bfloat16: as {folder} was begun" in printed
@@ -216,11 +215,9 @@ def test_auto_takes_nothing_of_a_run_of_which_nothing_goes_on(tiny_config, tmp_p
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(tiny_config("optimizer.lr=0.5"))))
-    assert settle(auto, folder).rate.value == 0.5
-    assert (
-        settle(tiny_config("optimizer.lr=auto", "train.resume=never"), folder).rate.value == 0.038
-    )
+    assert resolve(auto, folder).lr.value == 0.5
+    assert resolve(tiny_config("optimizer.lr=auto", "train.resume=never"), folder).lr.value == 0.038
     (folder / DIVERGED).touch()
-    assert settle(auto, folder).rate.value == 0.038
+    assert resolve(auto, folder).lr.value == 0.038
     (folder / "checkpoints" / "4").mkdir(parents=True)
-    assert settle(auto, folder).rate.value == 0.5
+    assert resolve(auto, folder).lr.value == 0.5

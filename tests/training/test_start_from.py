@@ -130,7 +130,7 @@ def test_an_adapter_of_another_base_is_refused(first, tiny_config, tmp_path, tok
 def test_an_adapter_that_computes_something_else_is_refused_before_the_base(
     first, tiny_config, monkeypatch
 ):
-    monkeypatch.setattr("cera_train.training.session.load_model", None)
+    monkeypatch.setattr("cera_train.training.build.load_model", None)
     config = tiny_config("name=later", f"adapter.start_from={first}")
     for changes, message in (
         ({"kind": "lora"}, 'peft_type is "CERA" there, "LORA" here'),

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 from cera_train.common.settings import to_plain
 from cera_train.data.computed import logistic_map_rows
 from cera_train.distributed.accelerator import check_distribution
-from cera_train.model.loss import perplexity
+from cera_train.model.language_model import perplexity
 from cera_train.runs.results import DIVERGED, LOSSES_AFTER, LOSSES_BEFORE, TokenLosses
 from cera_train.settings.distributed import Strategy
-from cera_train.training.session import settle
+from cera_train.training.resolve import resolve
 from cera_train.training.train import train
 
 
@@ -46,7 +46,7 @@ def test_perplexity_falls_and_the_folder_holds_everything(finished):
     modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
     assert modes == {(folder / "config.yaml").stat().st_mode}  # who may read one may read all
     assert yaml.safe_load((folder / "config.yaml").read_text()) == to_plain(
-        settle(config, folder)[0]
+        resolve(config, folder).config
     )
 
 
@@ -175,7 +175,7 @@ def test_compiling_without_what_it_needs_is_refused(tiny_config, monkeypatch, mi
     if missing == "compiler":
         monkeypatch.setenv("PATH", "/nowhere")
     else:
-        monkeypatch.setattr("cera_train.model.loss.PYTHON_HEADER", Path("/nowhere/Python.h"))
+        monkeypatch.setattr("cera_train.model.compiled.PYTHON_HEADER", Path("/nowhere/Python.h"))
     with pytest.raises(
         ValueError, match=r"needs a C\+\+ compiler on a CPU, .* Python's headers \(/.*/Python.h\)"
     ):

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy
 import torch
@@ -27,19 +28,22 @@ from cera_train.common.settings import to_plain
 from cera_train.common.terminal import announce
 from cera_train.data.prepare import digest_of_parts
 from cera_train.evaluation.held_out import token_losses
+from cera_train.model.batches import MicroBatches
 from cera_train.runs.results import TokenLosses
+from cera_train.settings.run import Config
 from cera_train.settings.training import DpoConfig, PreferenceLoss, Reference
-from cera_train.training.objectives import Drawn, Sft
-
-if TYPE_CHECKING:
-    from cera_train.training.session import Session
+from cera_train.training.build import Data, Model
+from cera_train.training.objectives.objective import Drawn
 
 REFERENCE = "reference.safetensors"
 """Log p of every answer under the reference: in the cache, and in the run's folder, which resumes
 without the cache."""
 
 
-def pair_losses(gains: Tensor, tokens: Tensor, config: DpoConfig) -> Tensor:
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def preference_losses(gains: Tensor, tokens: Tensor, config: DpoConfig) -> Tensor:
     """The loss of each pair, without the term of supervised fine-tuning.
 
     Args:
@@ -50,119 +54,166 @@ def pair_losses(gains: Tensor, tokens: Tensor, config: DpoConfig) -> Tensor:
         chosen, rejected = (gains / tokens).T
         return (chosen - rejected - 1 / (2 * config.beta)) ** 2
     margins = config.beta * (gains[:, 0] - gains[:, 1])
-    wrong = config.label_smoothing
-    return -(1 - wrong) * logsigmoid(margins) - wrong * logsigmoid(-margins)
+    smoothing = config.label_smoothing
+    return -(1 - smoothing) * logsigmoid(margins) - smoothing * logsigmoid(-margins)
 
 
-def rewards(gains: Tensor, beta: float, prefix: str) -> dict[str, float]:
+def dpo_loss(log_p: Tensor, reference: Tensor, tokens: Tensor, config: DpoConfig) -> Tensor:
+    """The mean loss of pairs, with the term of supervised fine-tuning: a scalar.
+
+    Args:
+        log_p: [pairs, 2] of the chosen and the rejected answers.
+        reference: [pairs, 2] the same under the reference.
+        tokens: [pairs, 2] their lengths.
+    """
+    loss = preference_losses(log_p - reference, tokens, config).mean()
+    return loss - config.sft_weight * log_p[:, 0].sum() / tokens[:, 0].sum()
+
+
+def preference_figures(gains: Tensor, beta: float, prefix: str) -> dict[str, float]:
     """The figures of pairs by their usual names."""
     chosen, rejected = (beta * gains.detach()).T
-    figures = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected}
-    return {f"{prefix}/rewards/{name}": float(values.mean()) for name, values in figures.items()}
+    rewards = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected}
+    return {f"{prefix}/rewards/{name}": float(values.mean()) for name, values in rewards.items()}
 
 
-class Dpo(Sft):
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.config = session.config.dpo
-        is_base = (
-            session.config.adapter.start_from is None or self.config.reference == Reference.base
-        )
-        self.is_base = is_base and keeps_base(session.model)
-        reference = self._find_reference()
-        self.reference, self.held_out_reference = (
-            torch.from_numpy(reference[name]) for name in ("train", "held_out")
-        )
-
-    def begin(self, rows: list[int]) -> Drawn:
-        session = self.session
-        config = self.config
-        losses = token_losses(session.local_loss, session.batches, rows, session.accelerator)
-        log_p = _log_p(losses).requires_grad_()
-        gains = log_p - self.reference[rows].view(-1, 2)
-        tokens = torch.tensor(losses.tokens).view(-1, 2)
-        loss = pair_losses(gains, tokens, config).mean()
-        loss = loss - config.sft_weight * log_p[:, 0].sum() / tokens[:, 0].sum()
-        [gradient] = torch.autograd.grad(loss, log_p)
-        self._weights = dict(zip(rows, (-gradient).flatten().tolist(), strict=True))
-        self._value = loss.item() / len(rows)
-        accuracy = (gains[:, 0] > gains[:, 1]).float().mean().item()
-        figures = {"train/rewards/accuracies": accuracy} | rewards(gains, config.beta, "train")
-        return Drawn(session.batches, rows, figures)
-
-    def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
-        weights = torch.tensor([self._weights[row] for row in group])
-        tokens = torch.tensor([self.session.batches.supervised[row] for row in group])
-        total = (weights.repeat_interleave(tokens).to(losses.device) * losses).sum()
-        # Its gradient is that of the pairs' loss; its value becomes this loss, too.
-        return self.session.accelerator.num_processes * (
-            total - total.detach() + len(group) * self._value
-        )
-
-    def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
-        gains = _log_p(losses) - self.held_out_reference.view(-1, 2)
-        of_pairs = (
-            pair_losses(gains, torch.tensor(losses.tokens).view(-1, 2), self.config).float().numpy()
-        )
-        accuracy = (gains[:, 0] > gains[:, 1]).float().mean().item()
-        judged = TokenLosses(numpy.ones(len(of_pairs), numpy.int64), of_pairs)
-        return judged, {"preferences/accuracy": accuracy} | rewards(gains, self.config.beta, "eval")
-
-    def _find_reference(self) -> dict[str, numpy.ndarray]:
-        """The run's copy where it resumes; else from the cache, or taken for it."""
-        session = self.session
-        name = f"reference/{self._digest()}"
-        reference = None
-        kept = session.folder.path / REFERENCE
-        cached = cache_dir() / name
-        is_main = session.accelerator.is_main_process
-        if is_main and session.resumes:
-            reference = read_parsed(kept, load, "Restore it, or train in a new folder.")
-        elif is_main and cached.is_dir():
-            reference = read_parsed(cached / REFERENCE, load, f"Remove {cached}: it is taken anew.")
-        [reference] = broadcast_object_list([reference])
-        reference = reference or self._take_reference()
-        if is_main and not session.resumes:
-            cached_folder(name, lambda folder: write_bytes(folder / REFERENCE, save(reference)))
-            write_bytes(kept, save(reference))
-        return reference
-
-    def _digest(self) -> str:
-        """A digest of the model, the rows, and what decides how the passes round."""
-        session = self.session
-        config = self.session.config
-        accelerator = self.session.accelerator
-        start = (
-            None
-            if self.is_base
-            else config.adapter.start_digest or [to_plain(config.adapter), config.train.seed]
-        )
-        rows = session.data.train.digest, session.data.evaluation.digest
-        passes = config.train.autocast, config.train.compile, config.train.micro_batch_tokens
-        machine = session.local_loss.is_flat, accelerator.device.type, accelerator.num_processes
-        return digest_of_parts(
-            to_plain(config.model), session.base_digest, start, rows, passes, machine
-        )
-
-    def _take_reference(self) -> dict[str, numpy.ndarray]:
-        """[rows] log p of the training and of the held-out answers, float64."""
-        # Of the base with the adapter off, which runs of other adapters share, or of the adapter as
-        # the run starts.
-        session = self.session
-        reference = {}
-        if session.accelerator.is_main_process:
-            announce("reference", "log p of every answer, once")
-        with session.model.disable_adapter() if self.is_base else contextlib.nullcontext():
-            for name, batches in (
-                ("train", session.batches),
-                ("held_out", session.held_out.batches),
-            ):
-                rows = range(len(batches.lengths))
-                losses = token_losses(session.local_loss, batches, rows, session.accelerator)
-                reference[name] = -losses.sums()
-        return reference
+def accuracy(gains: Tensor) -> float:
+    """The share of pairs whose chosen answer gained more."""
+    return (gains[:, 0] > gains[:, 1]).float().mean().item()
 
 
-def _log_p(losses: TokenLosses) -> Tensor:
+def answer_log_p(losses: TokenLosses) -> Tensor:
     """[pairs, 2] log p of the chosen and the rejected answers, float64."""
     return -torch.from_numpy(losses.sums()).view(-1, 2)
+
+
+# --- the objective --------------------------------------------------------------------------------
+
+
+@dataclass
+class Pairs(Drawn):
+    """Pairs of answers: sequences 2 i and 2 i + 1 of the rows are one."""
+
+    answer_weights: dict[int, float] = field(default_factory=dict)
+    """The derivative of the loss by log p of each answer."""
+    share: float = 0.0
+    """Each answer's part of the loss."""
+
+
+class Dpo:
+    """
+    Args:
+        held_out: micro-batches of the held-out pairs.
+        run: the run's folder.
+        resumes: the run goes on from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: Data,
+        model: Model,
+        held_out: MicroBatches,
+        run: Path,
+        resumes: bool,
+    ) -> None:
+        self.config = config.dpo
+        self.language_model = model.language_model
+        self.accelerator = model.accelerator
+        self.batches = model.micro_batches(data.rows.train)
+        # The base with the adapter off, which runs of other adapters share; or the adapter as the
+        # run starts.
+        starts_at_base = config.adapter.start_from is None
+        wants_base = starts_at_base or self.config.reference == Reference.base
+        is_base = wants_base and keeps_base(model.adapted)
+        splits = {"train": self.batches, "held_out": held_out}
+        digest = reference_digest(config, data, model, is_base)
+        reference = self._find_reference(splits, digest, is_base, run / REFERENCE, resumes)
+        self.reference = torch.from_numpy(reference["train"])
+        self.held_out_reference = torch.from_numpy(reference["held_out"])
+
+    def draw(self, sequences: list[int]) -> Pairs:
+        losses = token_losses(self.language_model, self.batches, sequences, self.accelerator)
+        log_p = answer_log_p(losses).requires_grad_()
+        reference = self.reference[sequences].view(-1, 2)
+        tokens = torch.tensor(losses.tokens).view(-1, 2)
+        loss = dpo_loss(log_p, reference, tokens, self.config)
+        [weights] = torch.autograd.grad(loss, log_p)
+        gains = log_p - reference
+        return Pairs(
+            self.batches,
+            sequences,
+            figures={
+                "train/rewards/accuracies": accuracy(gains),
+                **preference_figures(gains, self.config.beta, "train"),
+            },
+            answer_weights=dict(zip(sequences, weights.flatten().tolist(), strict=True)),
+            share=loss.item() / len(sequences),
+        )
+
+    def loss(
+        self, log_p: Tensor, drawn: Pairs, group: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        weights = torch.tensor([drawn.answer_weights[sequence] for sequence in group])
+        tokens = torch.tensor([drawn.batches.supervised[sequence] for sequence in group])
+        total = (weights.repeat_interleave(tokens).to(log_p.device) * log_p).sum()
+        # Its gradient is that of the pairs' loss; its value becomes this loss, too.
+        part = total - total.detach() + len(group) * drawn.share
+        return self.accelerator.num_processes * part, {}
+
+    def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
+        gains = answer_log_p(losses) - self.held_out_reference.view(-1, 2)
+        tokens = torch.tensor(losses.tokens).view(-1, 2)
+        pairs = preference_losses(gains, tokens, self.config).float().numpy()
+        figures = preference_figures(gains, self.config.beta, "eval")
+        one_each = numpy.ones(len(pairs), numpy.int64)
+        return TokenLosses(one_each, pairs), {"preferences/accuracy": accuracy(gains), **figures}
+
+    def _find_reference(
+        self, splits: dict[str, MicroBatches], digest: str, is_base: bool, kept: Path, resumes: bool
+    ) -> dict[str, numpy.ndarray]:
+        """[answers] log p of the answers of each split, float64: the run's copy where it resumes;
+        else from the cache, or taken for it."""
+        name = f"reference/{digest}"
+        cached = cache_dir() / name
+        is_main = self.accelerator.is_main_process
+        reference = None
+        if is_main and resumes:
+            reference = read_parsed(kept, load, "Restore it, or train in a new folder.")
+        elif is_main and cached.is_dir():
+            fix = f"Remove {cached}: it is taken anew."
+            reference = read_parsed(cached / REFERENCE, load, fix)
+        [reference] = broadcast_object_list([reference])
+        reference = reference or self._take_reference(splits, is_base)
+        if is_main and not resumes:
+            content = save(reference)
+            cached_folder(name, lambda folder: write_bytes(folder / REFERENCE, content))
+            write_bytes(kept, content)
+        return reference
+
+    def _take_reference(
+        self, splits: dict[str, MicroBatches], is_base: bool
+    ) -> dict[str, numpy.ndarray]:
+        if self.accelerator.is_main_process:
+            announce("reference", "log p of every answer, once")
+        adapter_off = self.language_model.model.disable_adapter
+        with adapter_off() if is_base else contextlib.nullcontext():
+            return {name: self._log_p(batches) for name, batches in splits.items()}
+
+    def _log_p(self, batches: MicroBatches) -> numpy.ndarray:
+        answers = range(len(batches.lengths))
+        return -token_losses(self.language_model, batches, answers, self.accelerator).sums()
+
+
+def reference_digest(config: Config, data: Data, model: Model, is_base: bool) -> str:
+    """A digest of the reference, the rows, and what decides how the passes round."""
+    start = None
+    if not is_base:
+        start = config.adapter.start_digest or [to_plain(config.adapter), config.train.seed]
+    rows = data.rows.train.digest, data.rows.evaluation.digest
+    training = config.train
+    passes = training.autocast, training.compile, training.micro_batch_tokens
+    accelerator = model.accelerator
+    is_flat = model.language_model.is_flat
+    machine = is_flat, accelerator.device.type, accelerator.num_processes
+    return digest_of_parts(to_plain(config.model), model.base_digest, start, rows, passes, machine)

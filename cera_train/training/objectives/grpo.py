@@ -2,8 +2,9 @@
 times, and learns from how an answer's reward differs from those of its group:
 
     loss = - sum of min(ratio A, clip(ratio) A) - beta ratio KL over the sampled tokens / their
-    number A = (reward - mean) / (deviation + 1e-4),    ratio = p / p when sampled,    KL = e^x - x
-    - 1 with x = log p_base / p
+           number
+    A = (reward - mean) / (deviation + 1e-4),    ratio = p / p when sampled
+    KL = e^x - x - 1 with x = log p_base / p
 
 An update trains on answers of the model as it is: a ratio is 1 in the first of its `grpo.epochs`
 passes. Random numbers follow from the seed and the update: a run that was cut samples the same
@@ -16,8 +17,9 @@ import math
 import operator
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -29,18 +31,20 @@ from cera_train.common.settings import require
 from cera_train.data.computed import Draw, Split, draws
 from cera_train.data.prepare import Example, TokenizedRows, table_of
 from cera_train.data.rows import computed_row
+from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.held_out import token_losses
 from cera_train.evaluation.requests import Answer, Request, check_positions
 from cera_train.evaluation.tasks import reasoning_gym
 from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, gold
 from cera_train.model.batches import MicroBatches
-from cera_train.runs.results import SAMPLES, Sample, figure
+from cera_train.runs.folder import Progress, RunFolder
+from cera_train.runs.results import SAMPLES, Sample, TokenLosses, figure
 from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.evaluation import GenerationConfig, Grader
-from cera_train.training.objectives import Drawn, Sft
-
-if TYPE_CHECKING:
-    from cera_train.training.session import Session
+from cera_train.settings.run import Config
+from cera_train.settings.training import GrpoConfig
+from cera_train.training.build import Data, Model
+from cera_train.training.objectives.objective import Drawn
 
 Reward = Callable[[str, str, str], float]  # takes a prompt, an answer to it, and the row's answer
 
@@ -49,6 +53,57 @@ MOST_WEIGHT = 2.0
 TRL."""
 
 PATIENCE = 100  # groups that all lack a difference in reward, after which a run is given up
+
+MISMATCH = "train/sampling/log_p_difference"
+KL = "train/kl"
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
+    """[prompts, answers] -> the same: how a reward differs from the mean of its group, in standard
+    deviations where `scale`."""
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if scale:
+        advantages /= rewards.std(1)[:, None] + 1e-4
+    return advantages
+
+
+def grpo_loss(
+    log_p: Tensor,
+    log_p_before: Tensor,
+    advantages: Tensor,
+    config: GrpoConfig,
+    reference: Tensor | None = None,
+    sampled: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss summed over sampled tokens, and figures summed likewise. All arguments are [N].
+
+    Args:
+        log_p_before: log p of the first pass, when the answers were new.
+        advantages: of the answer of each token.
+        reference: log p under the base; without it there is no KL term.
+        sampled: log p by the server that sampled. Its tokens are weighted by p here / p there.
+    """
+    ratios = (log_p - log_p_before).exp()
+    clipped = ratios.clamp(1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon))
+    gains = torch.minimum(ratios * advantages, clipped * advantages)
+    figures = {}
+    if sampled is not None:
+        difference = log_p_before - sampled
+        figures[MISMATCH] = difference.abs().sum()
+        gains = gains * difference.exp().clamp(max=MOST_WEIGHT)
+    loss = -gains.sum()
+    if reference is not None:
+        excess = reference - log_p
+        divergence = (ratios * (excess.exp() - excess - 1)).sum()
+        figures[KL] = divergence.detach()
+        loss = loss + config.beta * divergence
+    return loss, figures
+
+
+# --- the objective --------------------------------------------------------------------------------
 
 
 class Prompt(NamedTuple):
@@ -59,43 +114,85 @@ class Prompt(NamedTuple):
     right: str  # the row's answer
 
 
-class Grpo(Sft):
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.config = session.config.grpo
-        self.rewards: list[Reward] = [*map(named, self.config.rewards)]
-        if self.config.grader is not None:
-            self.rewards.append(
-                partial(
-                    grade, grader=self.config.grader, drawn=drawn_questions(session.config.data)
-                )
-            )
-        require(
-            not self.config.beta or keeps_base(session.model),
-            f"grpo.beta={self.config.beta:g} needs the base as the reference, and adapter.kind="
-            f"{session.config.adapter.kind} trains it: set grpo.beta=0.",
-        )
-        rows = session.data.train
-        longest = max(rows.tokens("loss_mask", row).index(True).as_py() for row in range(len(rows)))
-        check_positions(
-            "grpo.max_new_tokens",
-            self.config.max_new_tokens,
-            longest,
-            session.sampler.engine.positions,
-        )
+@dataclass
+class Rollout(Drawn):
+    """Sampled answers: a sequence each, its prompt before it."""
 
-    def begin(self, rows: list[int]) -> Drawn:
-        session = self.session
+    advantages: Tensor | None = None
+    """[sequences]."""
+    lengths: Tensor | None = None
+    """[sequences] sampled tokens of each."""
+    token_weight: Tensor | None = None
+    """processes / sampled tokens: the processes average their gradients."""
+    sampled: list[list[float]] | None = None
+    """log p of each answer's tokens by the server that sampled."""
+    reference: list[Tensor] | None = None
+    """log p of each answer's tokens under the base."""
+    log_p_before: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    """log p in the first pass, by micro-batch."""
+
+    def of_group(self, values: Sequence, group: Sequence[int], device: torch.device) -> Tensor:
+        """[N] values of the tokens of a micro-batch, from those of each sequence."""
+        return torch.cat([torch.as_tensor(values[number]) for number in group]).to(device)
+
+
+class Grpo:
+    """
+    Args:
+        folder: its samples.jsonl keeps answers to look at.
+        progress: its update seeds the answers; it records whether any reward differed.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: Data,
+        model: Model,
+        sampler: Sampler,
+        folder: RunFolder,
+        progress: Progress,
+    ) -> None:
+        self.config = config.grpo
+        self.seed = config.train.seed
+        self.samples = config.train.samples
+        self.rows = data.rows.train
+        self.tokenizer = data.tokenizer
+        self.model = model
+        self.sampler = sampler
+        self.folder = folder
+        self.progress = progress
+        self.rewards: list[Reward] = [import_reward(path) for path in self.config.rewards]
+        if self.config.grader is not None:
+            questions = generated_questions(config.data)
+            self.rewards.append(partial(grade, grader=self.config.grader, drawn=questions))
+        require(
+            not self.config.beta or keeps_base(model.adapted),
+            f"grpo.beta={self.config.beta:g} needs the base as the reference, and adapter.kind="
+            f"{config.adapter.kind} trains it: set grpo.beta=0.",
+        )
+        longest = max(self._answer_start(row) for row in range(len(self.rows)))
+        room = self.config.max_new_tokens
+        check_positions("grpo.max_new_tokens", room, longest, sampler.engine.positions)
+
+    def draw(self, rows: list[int]) -> Rollout:
         config = self.config
         prompts = [self._prompt(row) for row in rows]
         groups = self._sample([prompt.ids for prompt in prompts])
-        rewards = self._rewards(prompts, groups)
+        rewards = self._reward(prompts, groups)
         self._check_signal(rewards)
-        self._log(prompts, groups, rewards)
-        deviations = rewards.std(1)
-        advantages = rewards - rewards.mean(1, keepdim=True)
-        if config.scale:
-            advantages /= deviations[:, None] + 1e-4
+        self._keep_samples(prompts, groups, rewards)
+        return self._rollout(prompts, groups, rewards, config)
+
+    def _rollout(
+        self,
+        prompts: list[Prompt],
+        groups: list[list[Answer]],
+        rewards: Tensor,
+        config: GrpoConfig,
+    ) -> Rollout:
+        """What `loss` needs of sampled answers."""
+        accelerator = self.model.accelerator
+        advantages = group_advantages(rewards, config.scale).flatten()
         examples = [
             Example(
                 [*prompt.ids, *answer.ids], [False] * len(prompt.ids) + [True] * len(answer.ids)
@@ -104,147 +201,155 @@ class Grpo(Sft):
             for answer in group
         ]
         sampled = TokenizedRows(table_of(examples))
-        tokens = session.config.train.micro_batch_tokens
-        batches = MicroBatches(
-            sampled, session.local_loss.is_flat, tokens, session.accelerator.device
-        )
-        self._advantages = advantages.flatten()
-        self._lengths = torch.tensor(sampled.supervised)
-        self._before: dict[tuple[int, ...], Tensor] = {}
-        reward = rewards.mean().item()
-        lengths = self._lengths.float()
-        drawn = Drawn(
+        batches = self.model.micro_batches(sampled)
+        lengths = torch.tensor(sampled.supervised)
+        rollout = Rollout(
             batches,
-            self._advantages.nonzero().flatten().tolist() or [0],
-            {
-                "train/reward": reward,
-                "train/reward_std": deviations.mean().item(),
-                "train/frac_reward_zero_std": (deviations == 0).float().mean().item(),
-                "train/completions/mean_length": lengths.mean().item(),
-                "train/completions/clipped_ratio": (lengths == config.max_new_tokens)
-                .float()
-                .mean()
-                .item(),
-            },
+            # An answer without advantage has no gradient, unless KL gives it one.
+            advantages.nonzero().flatten().tolist() or [0],
             passes=config.epochs,
-            headline=f"reward {figure(reward)}",
+            figures=answer_figures(rewards, lengths.float(), config.max_new_tokens),
+            headline=f"reward {figure(rewards.mean().item())}",
+            advantages=advantages,
+            lengths=lengths,
+            token_weight=accelerator.num_processes / lengths.sum().to(batches.device),
         )
-        self._sampled = [answer.log_p for group in groups for answer in group]
-        if session.sampler.is_served:
-            self._mismatch = drawn.sums["train/sampling/log_p_difference"] = torch.zeros(
-                (), device=batches.device
-            )
+        if self.sampler.is_served:
+            rollout.sampled = [answer.log_p for group in groups for answer in group]
+            rollout.sums[MISMATCH] = torch.zeros((), device=batches.device)
         if config.beta:
-            drawn.rows = [*range(len(examples))]
-            with session.model.disable_adapter():
-                losses = token_losses(session.local_loss, batches, drawn.rows, session.accelerator)
-            self._reference = torch.from_numpy(losses.losses).split(sampled.supervised)
-            self._kl = drawn.sums["train/kl"] = torch.zeros((), device=batches.device)
-        self._tokens_run = int(self._lengths[drawn.rows].sum())
-        return drawn
+            rollout.sequences = [*range(len(examples))]
+            rollout.reference = self._reference_log_p(batches, rollout.sequences)
+            rollout.sums[KL] = torch.zeros((), device=batches.device)
+        return rollout
 
-    def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
+    def loss(
+        self, log_p: Tensor, drawn: Rollout, group: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
-        device = losses.device
-        advantages = self._advantages[group].repeat_interleave(self._lengths[group]).to(device)
-        before = self._before.setdefault(tuple(group), losses.detach())  # of the first pass
-        ratios = (before - losses).exp()
-        clipped = ratios.clamp(1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon))
-        gains = torch.minimum(ratios * advantages, clipped * advantages)
-        processes = self.session.accelerator.num_processes
-        share = processes / self._lengths.sum().to(device)
-        if self.session.sampler.is_served:
-            sampled = torch.cat([torch.tensor(self._sampled[number]) for number in group]).to(
-                device
-            )
-            difference = -before - sampled
-            self._mismatch += (
-                processes * difference.abs().sum() / (self._tokens_run * config.epochs)
-            )
-            gains = gains * difference.exp().clamp(max=MOST_WEIGHT)
-        total = -gains.sum()
-        if config.beta:
-            excess = losses - torch.cat([self._reference[number] for number in group]).to(device)
-            divergence = (ratios * (excess.exp() - excess - 1)).sum()
-            self._kl += share * divergence.detach() / config.epochs
-            total = total + config.beta * divergence
-        return share * total
+        device = log_p.device
+        advantages = drawn.advantages[group].repeat_interleave(drawn.lengths[group]).to(device)
+        before = drawn.log_p_before.setdefault(tuple(group), log_p.detach())
+        sampled = None
+        if drawn.sampled is not None:
+            sampled = drawn.of_group(drawn.sampled, group, device)
+        reference = None
+        if drawn.reference is not None:
+            reference = drawn.of_group(drawn.reference, group, device)
+        loss, figures = grpo_loss(log_p, before, advantages, config, reference, sampled)
+        if KL in figures:
+            figures[KL] = drawn.token_weight * figures[KL] / config.epochs
+        if MISMATCH in figures:
+            processes = self.model.accelerator.num_processes
+            tokens = int(drawn.lengths[drawn.sequences].sum())
+            figures[MISMATCH] = processes * figures[MISMATCH] / (tokens * config.epochs)
+        return drawn.token_weight * loss, figures
+
+    def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
+        return losses, {}
+
+    def _answer_start(self, row: int) -> int:
+        """Tokens before the row's answer."""
+        return self.rows.tokens("loss_mask", row).index(True).as_py()
 
     def _prompt(self, row: int) -> Prompt:
-        rows = self.session.data.train
-        tokenizer = self.session.tokenizer
-        ids = rows.tokens("input_ids", row).to_pylist()
-        supervised = rows.tokens("loss_mask", row).to_pylist()
+        ids = self.rows.tokens("input_ids", row).to_pylist()
+        supervised = self.rows.tokens("loss_mask", row).to_pylist()
         start = supervised.index(True)
         end = [*supervised, False].index(False, start)  # of a chat's first answer
-        text, right = (
-            tokenizer.decode(part, skip_special_tokens=True)
-            for part in (ids[:start], ids[start:end])
-        )
+        text = self.tokenizer.decode(ids[:start], skip_special_tokens=True)
+        right = self.tokenizer.decode(ids[start:end], skip_special_tokens=True)
         return Prompt(tuple(ids[:start]), text, right)
 
     def _sample(self, prompts: Sequence[tuple[int, ...]]) -> list[list[Answer]]:
         """A group of answers to each prompt, the same on every process."""
-        session = self.session
-        config = self.config
+        size = self.config.answers
         requests = [
-            Request(f"{session.progress.update}/{number}", sample, prompt)
+            Request(f"{self.progress.update}/{number}", sample, prompt)
             for number, prompt in enumerate(prompts)
-            for sample in range(config.answers)
+            for sample in range(size)
         ]
-        settings = GenerationConfig(temperature=1.0, seed=session.config.train.seed)
-        answers = session.sampler.answer(requests, config.max_new_tokens, [], settings)
-        return [
-            answers[first : first + config.answers]
-            for first in range(0, len(answers), config.answers)
-        ]
+        settings = GenerationConfig(temperature=1.0, seed=self.seed)
+        answers = self.sampler.answer(requests, self.config.max_new_tokens, [], settings)
+        return [answers[first : first + size] for first in range(0, len(answers), size)]
 
-    def _rewards(self, prompts: list[Prompt], groups: list[list[Answer]]) -> Tensor:
+    def _reward(self, prompts: list[Prompt], groups: list[list[Answer]]) -> Tensor:
         """[prompts, answers]: the sums of an answer's rewards, taken once for all processes: a
         judge may say otherwise when asked again."""
         rewards = None
-        if self.session.accelerator.is_main_process:
+        if self.model.accelerator.is_main_process:
             rewards = [
-                [
-                    sum(
-                        reward(prompt.text, each.generation.text, prompt.right)
-                        for reward in self.rewards
-                    )
-                    for each in group
-                ]
+                [self._sum_rewards(prompt, answer) for answer in group]
                 for prompt, group in zip(prompts, groups, strict=True)
             ]
         [rewards] = broadcast_object_list([rewards])
         return torch.tensor(rewards)
 
-    def _log(self, prompts: list[Prompt], groups: list[list[Answer]], rewards: Tensor) -> None:
-        """Adds the answers to the first `train.samples` prompts of an update to samples.jsonl."""
-        session = self.session
-        update = self.session.progress.update + 1
-        count = session.config.train.samples if session.accelerator.is_main_process else 0
-        for prompt, group, earned in zip(prompts[:count], groups, rewards.tolist(), strict=False):
-            for answer, reward in zip(group, earned, strict=True):
-                text = answer.generation.text
-                tokens = len(answer.ids)
-                sample = Sample(
-                    update, None, prompt.text, text, prompt.right, reward=reward, tokens=tokens
-                )
-                session.folder.append(SAMPLES, sample.to_json())
+    def _sum_rewards(self, prompt: Prompt, answer: Answer) -> float:
+        text = answer.generation.text
+        return sum(reward(prompt.text, text, prompt.right) for reward in self.rewards)
 
     def _check_signal(self, rewards: Tensor) -> None:
         """Raises UserError where no group of the first hundred had answers of different rewards."""
-        progress = self.session.progress
+        progress = self.progress
         progress.rewards_differed |= bool((rewards != rewards[:, :1]).any())
         require(
             progress.rewards_differed or (progress.update + 1) * len(rewards) < PATIENCE,
             f"train.objective=grpo: in {PATIENCE} groups all answers earned as much, "
-            f"{rewards.mean():g} at last, and "
-            "nothing can be learnt: train on these rows first, raise grpo.answers, or choose "
-            "another grpo.grader.",
+            f"{rewards.mean():g} at last, and nothing can be learnt: train on these rows first, "
+            "raise grpo.answers, or choose another grpo.grader.",
         )
 
+    def _keep_samples(
+        self, prompts: list[Prompt], groups: list[list[Answer]], rewards: Tensor
+    ) -> None:
+        """Adds the answers to the first `train.samples` prompts of an update to samples.jsonl."""
+        if not self.model.accelerator.is_main_process:
+            return
+        kept = zip(prompts[: self.samples], groups, rewards.tolist(), strict=False)
+        for prompt, group, earned in kept:
+            for answer, reward in zip(group, earned, strict=True):
+                sample = Sample(
+                    self.progress.update + 1,
+                    None,
+                    prompt.text,
+                    answer.generation.text,
+                    prompt.right,
+                    reward=reward,
+                    tokens=len(answer.ids),
+                )
+                self.folder.append(SAMPLES, sample.to_json())
 
-def drawn_questions(data: DataConfig) -> dict[str, Draw]:
+    def _reference_log_p(self, batches: MicroBatches, sequences: list[int]) -> list[Tensor]:
+        """log p of each answer's tokens under the base."""
+        model = self.model
+        with model.adapted.disable_adapter():
+            losses = token_losses(model.language_model, batches, sequences, model.accelerator)
+        return [*(-torch.from_numpy(losses.losses)).split(batches.supervised)]
+
+
+def answer_figures(rewards: Tensor, lengths: Tensor, room: int) -> dict[str, float]:
+    """Figures of an update's answers, by the names that TRL logs.
+
+    Args:
+        rewards: [prompts, answers].
+        lengths: [prompts x answers] tokens.
+        room: the most tokens that an answer may have.
+    """
+    deviations = rewards.std(1)
+    return {
+        "train/reward": rewards.mean().item(),
+        "train/reward_std": deviations.mean().item(),
+        "train/frac_reward_zero_std": (deviations == 0).float().mean().item(),
+        "train/completions/mean_length": lengths.mean().item(),
+        "train/completions/clipped_ratio": (lengths == room).float().mean().item(),
+    }
+
+
+# --- rewards --------------------------------------------------------------------------------------
+
+
+def generated_questions(data: DataConfig) -> dict[str, Draw]:
     """The training questions of reasoning-gym by their prompts."""
     return {
         computed_row(draw.question, draw.answer)["prompt"].strip(): draw
@@ -261,11 +366,12 @@ def grade(prompt: str, answer: str, right: str, grader: Grader, drawn: Mapping[s
         return float(reasoning_gym.grade(answer, drawn[prompt.strip()]).is_right)
     with errors_at(f"grpo.grader={grader}"):
         expected = gold({"answer": right}, "answer", grader)
-    found = EXTRACT[grader](answer)
-    return float(found is not None and IS_EXACT.get(grader, operator.eq)(found, expected))
+    extracted = EXTRACT[grader](answer)
+    is_exact = IS_EXACT.get(grader, operator.eq)
+    return float(extracted is not None and is_exact(extracted, expected))
 
 
-def named(path: str) -> Reward:
+def import_reward(path: str) -> Reward:
     """The reward of an import path. An error or a value that is no number raises UserError."""
     place = f"grpo.rewards=[{path}]"
     try:

@@ -12,9 +12,12 @@ from torch.nn.functional import log_softmax
 
 from cera_train.cera import CeraConfig
 from cera_train.common.errors import UserError
-from cera_train.model import loss as loss_module
+from cera_train.model import head as head_module
+from cera_train.model import language_model as language_model_module
 from cera_train.model.batches import flat_batch, padded_batch
-from cera_train.model.loss import FrozenHeadLoss, SupervisedLoss, choose_layout
+from cera_train.model.head import FrozenHeadCrossEntropy
+from cera_train.model.language_model import LanguageModel
+from cera_train.model.layout import choose_layout
 from cera_train.settings.training import BatchLayout
 
 
@@ -27,11 +30,11 @@ def make_rows(count: int = 7, vocab_size: int = 512):
     return rows, masks
 
 
-def make_loss(model) -> SupervisedLoss:
+def make_language_model(model) -> LanguageModel:
     config = CeraConfig(r=4, dropout=0.0, init_weights=False, task_type="CAUSAL_LM")
-    supervised = SupervisedLoss(peft.get_peft_model(model, config), model)
-    supervised.probe()
-    return supervised
+    language_model = LanguageModel(peft.get_peft_model(model, config), model)
+    language_model.probe()
+    return language_model
 
 
 def brute_force(model, rows, masks) -> float:
@@ -56,38 +59,38 @@ def test_loss_equals_brute_force_and_only_supervised_positions_reach_the_head(
     tiny_llama, batch, size
 ):
     rows, masks = make_rows()
-    supervised = make_loss(tiny_llama)
+    language_model = make_language_model(tiny_llama)
     seen = []
     hook = tiny_llama.lm_head.register_forward_hook(
         lambda module, args, output: seen.append(args[0].shape[0])
     )
     total = sum(
-        supervised(micro_batch) for micro_batch in groups_of(rows, masks, size, batch)
+        language_model(micro_batch).sum() for micro_batch in groups_of(rows, masks, size, batch)
     ).item()
     hook.remove()
     assert sum(seen) == sum(map(sum, masks))
-    assert total == pytest.approx(brute_force(supervised.model, rows, masks), rel=1e-5)
+    assert total == pytest.approx(brute_force(language_model.model, rows, masks), rel=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_loss_of_trained_tokens_equals_brute_force(tied):
     model = make_tiny_llama(tie_word_embeddings=tied)
     config = CeraConfig(r=4, dropout=0.0, trainable_token_indices=[3, 4], task_type="CAUSAL_LM")
-    supervised = SupervisedLoss(peft.get_peft_model(model, config), model)
-    assert supervised.probe().flattens
+    language_model = LanguageModel(peft.get_peft_model(model, config), model)
+    assert language_model.probe().flattens
     rows, masks = make_rows()
-    expected = brute_force(supervised.model, rows, masks)
-    assert supervised(flat_batch(rows, masks)).item() == pytest.approx(expected, rel=1e-5)
+    expected = brute_force(language_model.model, rows, masks)
+    assert language_model(flat_batch(rows, masks)).sum().item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monkeypatch):
     """Against finite differences, in double precision."""
-    monkeypatch.setattr(loss_module, "chunk_tokens", lambda on_gpu: 3)
+    monkeypatch.setattr(head_module, "chunk_tokens", lambda on_gpu: 3)
     head = torch.nn.Linear(6, 11, dtype=torch.float64).requires_grad_(False)
     hidden_states = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(11, (8,))
     assert torch.autograd.gradcheck(
-        lambda x: 0.3 * FrozenHeadLoss.apply(x, targets, head), hidden_states
+        lambda x: 0.3 * FrozenHeadCrossEntropy.apply(x, targets, head), hidden_states
     )
 
 
@@ -103,40 +106,40 @@ def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monk
 def test_chunks_of_the_head_change_nothing_also_where_its_logits_are_capped_or_scaled(
     name, changes, monkeypatch
 ):
-    monkeypatch.setattr(loss_module, "chunk_tokens", lambda on_gpu: 5)
+    monkeypatch.setattr(head_module, "chunk_tokens", lambda on_gpu: 5)
     model = ARCHITECTURES[name].model(**changes, initializer_range=0.3)
     rows, masks = make_rows()
-    supervised = make_loss(model)
+    language_model = make_language_model(model)
     results = {}
-    assert supervised.allowed.chunks_head
+    assert language_model.allowed.chunks_head
     for chunks_head in (True, False):
-        supervised.allowed = replace(supervised.allowed, chunks_head=chunks_head)
-        supervised.zero_grad()
-        loss = supervised(padded_batch(rows, masks))
+        language_model.allowed = replace(language_model.allowed, chunks_head=chunks_head)
+        language_model.zero_grad()
+        loss = language_model(padded_batch(rows, masks)).sum()
         loss.backward()
         results[chunks_head] = [
             loss,
-            *(weight.grad for weight in supervised.parameters() if weight.requires_grad),
+            *(weight.grad for weight in language_model.parameters() if weight.requires_grad),
         ]
     torch.testing.assert_close(results[True], results[False], rtol=1e-4, atol=1e-5)
-    supervised.allowed = replace(supervised.allowed, chunks_head=True)
+    language_model.allowed = replace(language_model.allowed, chunks_head=True)
     with torch.no_grad():
         torch.testing.assert_close(
-            supervised(padded_batch(rows, masks)), results[False][0], rtol=1e-4, atol=1e-5
+            language_model(padded_batch(rows, masks)).sum(), results[False][0], rtol=1e-4, atol=1e-5
         )
 
 
 def test_probe_finds_a_model_that_changes_its_logits_after_the_head(monkeypatch):
     """In a way that is not known: the head alone would give another loss."""
-    monkeypatch.setattr(loss_module, "finish_logits", lambda logits, config: logits)
+    monkeypatch.setattr(language_model_module, "finish_logits", lambda logits, config: logits)
     model = ARCHITECTURES["gemma2"].model(final_logit_softcapping=2.0, initializer_range=0.3)
     rows, masks = make_rows()
-    supervised = make_loss(model)
-    assert not supervised.allowed.chunks_head
+    language_model = make_language_model(model)
+    assert not language_model.allowed.chunks_head
     total = sum(
-        supervised(micro_batch) for micro_batch in groups_of(rows, masks, 3, padded_batch)
+        language_model(micro_batch).sum() for micro_batch in groups_of(rows, masks, 3, padded_batch)
     ).item()
-    assert total == pytest.approx(brute_force(supervised.model, rows, masks), rel=1e-5)
+    assert total == pytest.approx(brute_force(language_model.model, rows, masks), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mamba", "llama4_text"])
@@ -145,13 +148,17 @@ def test_the_loss_of_a_model_with_its_own_last_layer_equals_brute_force(name):
     logits."""
     rows, masks = make_rows()
     model = ARCHITECTURES[name].model()
-    supervised = SupervisedLoss(model, model)
-    assert not supervised.probe().chunks_head or name == "mamba"
+    language_model = LanguageModel(model, model)
+    assert not language_model.probe().chunks_head or name == "mamba"
     expected = brute_force(model, rows, masks)
-    assert supervised(padded_batch(rows, masks)).item() == pytest.approx(expected, rel=1e-5)
+    assert language_model(padded_batch(rows, masks)).sum().item() == pytest.approx(
+        expected, rel=1e-5
+    )
     model.bfloat16()
-    supervised.probe()
-    assert supervised(padded_batch(rows, masks)).item() == pytest.approx(expected, rel=2e-2)
+    language_model.probe()
+    assert language_model(padded_batch(rows, masks)).sum().item() == pytest.approx(
+        expected, rel=2e-2
+    )
 
 
 def test_a_state_that_crosses_from_sequence_to_sequence_is_found_in_16_bits_too():
@@ -159,7 +166,7 @@ def test_a_state_that_crosses_from_sequence_to_sequence_is_found_in_16_bits_too(
     shows it."""
     for dtype in (torch.float32, torch.bfloat16):
         model = ARCHITECTURES["xlstm"].model().to(dtype)
-        supervised = SupervisedLoss(model, model)
-        assert not supervised.probe().flattens
+        language_model = LanguageModel(model, model)
+        assert not language_model.probe().flattens
         with pytest.raises(UserError, match="mixes sequences that share a row"):
-            choose_layout(BatchLayout.flat, supervised, torch.device("cpu"))
+            choose_layout(BatchLayout.flat, language_model, torch.device("cpu"))

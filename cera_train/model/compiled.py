@@ -1,0 +1,92 @@
+"""Layers compiled by torch: the same graphs for all of them, every length and every number of
+sequences."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._triton import has_triton
+
+from cera_train.common.errors import UserError
+
+if TYPE_CHECKING:
+    from cera_train.model.language_model import LanguageModel
+
+PYTHON_HEADER = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+"""Where Triton and torch's inductor look for it: what they generate includes it."""
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has the compiler and the headers that it needs."""
+    if not PYTHON_HEADER.is_file():
+        return False
+    if device.type == "cuda":
+        return has_triton() and any(map(shutil.which, ("gcc", "clang", "cc")))
+    return any(map(shutil.which, ("g++", "clang++", "cl")))
+
+
+def compile_layers(language_model: LanguageModel, backend: str | Callable = "inductor") -> None:
+    """Compiles the layers. Raises UserError without a compiler."""
+    causal_lm = language_model.causal_lm
+    if not can_compile(causal_lm.device):
+        raise UserError(
+            "train.compile=true needs a C++ compiler on a CPU, such as g++; on CUDA a C compiler, "
+            f"such as gcc, and Triton; on both Python's headers ({PYTHON_HEADER}), such as "
+            "python3-dev: install what is missing, or set train.compile=false."
+        )
+    torch.compiler.reset()  # an earlier run's layers count towards the limit of variants
+    _refused_variants().clear()
+    torch.compiler.set_stance("default")
+    compiled = functools.cache(functools.partial(torch.compile, dynamic=True, backend=backend))
+    kinds = set(language_model._no_split_modules or ())
+    for layer in causal_lm.modules():
+        # FSDP2 gives layers a class of its own, below theirs.
+        if kinds.isdisjoint(kind.__name__ for kind in type(layer).__mro__):
+            continue
+        if getattr(layer, "gradient_checkpointing", False):
+            layer._gradient_checkpointing_func = functools.partial(
+                _checkpoint_compiled, layer._gradient_checkpointing_func, compiled
+            )
+        else:
+            layer.compile(dynamic=True, backend=backend)
+    language_model.is_compiled = True
+
+
+def stop_compiling(language_model: LanguageModel) -> bool:
+    """Whether torch has just refused one more variant of a layer. Then all layers run eagerly from
+    now on."""
+    if not language_model.is_compiled:
+        return False
+    if not any("recompile limit" in reason for reason in _refused_variants()):
+        return False
+    torch.compiler.set_stance("force_eager")
+    language_model.is_compiled = False
+    return True
+
+
+def uncompiled(language_model: LanguageModel) -> contextlib.AbstractContextManager:
+    """Passes inside it do without compiled layers, which call no hooks."""
+    if not language_model.is_compiled:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _refused_variants() -> dict[str, int]:
+    """How often torch.compile has run code as it is written, by the reason."""
+    from torch._dynamo.utils import counters  # takes a second
+
+    return counters["unimplemented"]
+
+
+def _checkpoint_compiled(
+    checkpoint: Callable, compiled: Callable, layer: functools.partial, *args: Any
+) -> Any:
+    """Checkpoints a compiled layer. torch.compile runs a layer that holds a checkpoint eagerly."""
+    return checkpoint(functools.partial(compiled(layer.func), *layer.args, **layer.keywords), *args)

@@ -1,0 +1,134 @@
+"""A causal language model as a function from a micro-batch to the losses of its supervised tokens,
+-log p(x_t | x_<t). Every token weighs the same, whatever the batch: perplexity is exp of the mean.
+
+Only the hidden states that predict a supervised token go through the LM head.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cera_train.model import layout
+from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences
+from cera_train.model.batches import Batch
+from cera_train.model.compiled import uncompiled
+from cera_train.model.head import (
+    FrozenHeadCrossEntropy,
+    adapted_head_cross_entropy,
+    finish_logits,
+    narrow_to_head,
+    token_cross_entropy,
+)
+
+
+class LanguageModel(nn.Module):
+    """The module that DDP or FSDP wrap.
+
+    Args:
+        model: `causal_lm` with an adapter inside it.
+        causal_lm: transformers' model.
+        autocast: the context that both compute in.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        causal_lm: PreTrainedModel,
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+        self._no_split_modules = causal_lm._no_split_modules  # Accelerate shards by these
+        # Not registered: these are parts of `model`, and their parameters must not appear twice.
+        self._parts = {"causal_lm": causal_lm, "decoder": causal_lm.get_decoder()}
+        self.allowed = layout.Allowed()
+        self.is_flat = False
+        """Whether it takes flat batches: `layout.choose_layout` decides."""
+        self.is_compiled = False
+        """Whether its layers are: `compiled.compile_layers` sets it."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        """[N] losses of the supervised tokens in nats, float32, in the order of the micro-batch."""
+        is_supervised = batch.loss_mask[:, 1:]
+        targets = batch.input_ids[:, 1:][is_supervised]
+        with self.autocast():
+            if not self.allowed.chunks_head:
+                logits = self.causal_lm(**self.inputs(batch)).logits
+                return token_cross_entropy(logits[:, :-1][is_supervised], targets)
+
+            hidden_states = self.decoder(**self.inputs(batch)).last_hidden_state
+            hidden_states = narrow_to_head(hidden_states[:, :-1][is_supervised], self.head)
+            is_head_trained = any(weight.requires_grad for weight in self.head.parameters())
+            if torch.is_grad_enabled() and not is_head_trained:
+                return FrozenHeadCrossEntropy.apply(hidden_states, targets, self.logits)
+            return adapted_head_cross_entropy(hidden_states, targets, self.logits)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[N, d] -> [N, V]."""
+        return finish_logits(self.head(hidden_states), self.causal_lm.config)
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """The arguments of transformers' model for a micro-batch."""
+        # transformers sees that a row is flat only where it uses no cache
+        inputs = batch.inputs | {"use_cache": False}
+        attends_by_sequence = self.causal_lm.config._attn_implementation in (BY_SEQUENCE, VARLEN)
+        if batch.sequence_lengths is not None and attends_by_sequence:
+            inputs["sequences"] = Sequences(batch.sequence_lengths)
+        return inputs
+
+    def probe(self) -> layout.Allowed:
+        """`layout.probe`, whose result it keeps. A method, since FSDP gathers the weights for
+        methods of this module alone."""
+        self.allowed = layout.probe(self)
+        return self.allowed
+
+    def use_flat_batches(self) -> None:
+        """Takes flat batches from now on, with the fastest attention that the model allows."""
+        self.is_flat = True
+        if self.allowed.attention is not None:
+            self.causal_lm.set_attn_implementation(self.allowed.attention)
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[PreTrainedModel]:
+        """The transformers model as generation needs it: in eval mode, padded rows, layers that are
+        not compiled. What is changed for that, its generation_config too, is put back."""
+        causal_lm = self.causal_lm
+        was_training = self.training
+        attention = causal_lm.config._attn_implementation
+        settings = causal_lm.generation_config
+        self.eval()
+        if attention in (BY_SEQUENCE, VARLEN):
+            causal_lm.set_attn_implementation("sdpa")  # which the probe found there
+        try:
+            with self.autocast(), uncompiled(self):
+                yield causal_lm
+        finally:
+            causal_lm.generation_config = settings
+            if attention in (BY_SEQUENCE, VARLEN):
+                causal_lm.set_attn_implementation(attention)
+            self.train(was_training)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model inside `model`."""
+        return self._parts["causal_lm"]
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Its layers, without the head."""
+        return self._parts["decoder"]
+
+    @property
+    def head(self) -> nn.Module:
+        return self.causal_lm.get_output_embeddings()
+
+
+def perplexity(mean_loss: float) -> float:
+    """exp of a mean loss in nats; infinite where a float has no room for it."""
+    return math.exp(mean_loss) if mean_loss < 700 else math.inf

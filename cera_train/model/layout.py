@@ -1,0 +1,142 @@
+"""Padded or flat: how sequences lie in a micro-batch, and by which attention. A probe of the model
+finds out which of them give the logits that the sequences get apart."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cera_train.common.errors import UserError
+from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run
+from cera_train.model.batches import Batch, flat_batch, padded_batch
+from cera_train.model.head import narrow_to_head
+from cera_train.settings.training import BatchLayout
+
+if TYPE_CHECKING:
+    from cera_train.model.language_model import LanguageModel
+
+SAME_IN_32_BITS = 1e-3
+"""Relative difference of logits that count as equal."""
+SAME_IN_16_BITS = 0.05
+"""Attention rounds differently under another mask; a leak between sequences is far larger."""
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a model allows."""
+
+    chunks_head: bool = False
+    """Its head can be applied apart from its forward: what it does to the logits afterwards is in
+    `head.finish_logits`."""
+    flattens: bool = False
+    """Sequences can lie end to end in one row: it neither ignores position ids nor carries a state
+    across."""
+    attention: str | None = None
+    """The fastest attention by sequence that works here, for flat rows."""
+
+
+def choose_layout(
+    wanted: BatchLayout,
+    language_model: LanguageModel,
+    device: torch.device,
+    known: Allowed | None = None,
+) -> None:
+    """Probes the model, unless it is `known` what it allows, and makes it take flat batches where
+    that is correct and fast. Raises UserError where flat is wanted, and this model would let
+    sequences see each other."""
+    allowed = known or language_model.probe()
+    language_model.allowed = allowed
+    if wanted == BatchLayout.flat and not allowed.flattens:
+        raise UserError(
+            "train.batch_layout=flat: this model mixes sequences that share a row. Use padded or "
+            "auto."
+        )
+    # On a CPU, attention over one long row under a mask costs more than the padding of rows of
+    # near-equal length.
+    is_fast = allowed.attention is not None or device.type != "cpu"
+    is_best = wanted == BatchLayout.auto and allowed.flattens and is_fast
+    if wanted == BatchLayout.flat or is_best:
+        language_model.use_flat_batches()
+
+
+@torch.no_grad()
+def probe(language_model: LanguageModel) -> Allowed:
+    """Finds out by trying what this architecture allows. Sharded weights have to be whole here: see
+    `LanguageModel.probe`."""
+    causal_lm = language_model.causal_lm
+    vocabulary = causal_lm.config.get_text_config().vocab_size
+    first, second, third = (
+        [(7 * position + offset) % vocabulary for position in range(1, 9)] for offset in (0, 3, 5)
+    )
+    masks = [[False] + [True] * 7] * 2
+    was_training = language_model.training
+    language_model.eval()  # dropout would make any two passes differ
+    # In 16 bits, where an adapter may need autocast; else without it, to compare to more digits.
+    is_wide = causal_lm.dtype.itemsize >= 4
+    no_autocast = torch.autocast(causal_lm.device.type, enabled=False)
+    with no_autocast if is_wide else language_model.autocast():
+        apart = padded_batch([first, second], masks).to(causal_lm.device)
+        expected = causal_lm(**language_model.inputs(apart)).logits
+        chunks_head = _can_chunk_head(language_model, apart, expected)
+        flat = flat_batch([first, second], masks).to(causal_lm.device)
+        other = flat_batch([third, second], masks).to(causal_lm.device)
+        flattens, attention = _find_attention(language_model, flat, other, expected)
+    language_model.train(was_training)
+    return Allowed(chunks_head, flattens, attention)
+
+
+def _can_chunk_head(language_model: LanguageModel, batch: Batch, expected: Tensor) -> bool:
+    """Whether the head on the decoder's states gives the model's logits."""
+    output = language_model.decoder(**language_model.inputs(batch))
+    states = getattr(output, "last_hidden_state", None)  # Llama 4's decoder gives logits
+    if states is None:
+        return False
+    logits = language_model.logits(narrow_to_head(states, language_model.head))
+    return _is_close(logits, expected, SAME_IN_32_BITS)
+
+
+def _find_attention(
+    language_model: LanguageModel, flat: Batch, other: Batch, expected: Tensor
+) -> tuple[bool, str | None]:
+    """Whether sequences that share a row get the logits they get apart, and by which attention of
+    ours. In `other` the first sequence is another one: the second's logits must stay, since a state
+    that crosses over can move them less than another mask does in 16 bits."""
+    causal_lm = language_model.causal_lm
+    tolerance = SAME_IN_32_BITS if causal_lm.dtype == torch.float32 else SAME_IN_16_BITS
+
+    def agrees() -> bool:
+        logits = causal_lm(**language_model.inputs(flat)).logits.view_as(expected)
+        moved = causal_lm(**language_model.inputs(other)).logits.view_as(expected)
+        is_kept = _is_close(moved[1], logits[1], tolerance / 10)
+        return _is_close(logits, expected, tolerance) and is_kept
+
+    before = causal_lm.config._attn_implementation
+    if before != "sdpa":  # chosen by the user
+        return agrees(), None
+    names = [BY_SEQUENCE]
+    if kernel_may_run(flat.input_ids.device, causal_lm.dtype):
+        names.insert(0, VARLEN)
+    try:  # the model's sdpa would make a T x T mask for a flat row
+        for name in names:
+            causal_lm.set_attn_implementation(name)
+            if (
+                causal_lm.config._attn_implementation != name
+            ):  # a model of a kind that takes no other
+                break
+            # Its attention needs arguments that ours does not take, or the kernel refuses this GPU
+            # or head width.
+            with contextlib.suppress(NotImplementedError, ImportError, RuntimeError, TypeError):
+                if agrees():
+                    return True, name
+    finally:
+        causal_lm.set_attn_implementation(before)
+    return agrees(), None
+
+
+def _is_close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether the norm of the difference is small against the norm of the expected values."""
+    return bool((values.float() - expected.float()).norm() <= tolerance * expected.float().norm())

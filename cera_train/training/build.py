@@ -1,0 +1,205 @@
+"""What a run is made of: its rows, its model, and what evaluates it. Nothing here writes a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from cera_train.adapters import build as adapters
+from cera_train.adapters.saved import load, read
+from cera_train.common.errors import UserError, errors_at
+from cera_train.data.prepare import TokenizedData, TokenizedRows, prepare_data
+from cera_train.distributed.accelerator import start_accelerator
+from cera_train.distributed.sharding import load_optimizer_state, share_frozen_weights
+from cera_train.evaluation.engine import Sampler
+from cera_train.evaluation.exams import Exams
+from cera_train.evaluation.held_out import HeldOut
+from cera_train.model.batches import MicroBatches, RowOrder
+from cera_train.model.compiled import compile_layers
+from cera_train.model.folder import check_length, load_tokenizer
+from cera_train.model.language_model import LanguageModel
+from cera_train.model.layout import choose_layout
+from cera_train.model.weights import fingerprint, load_model, sample_digest
+from cera_train.runs.folder import Progress, load_checkpoint
+from cera_train.runs.records import load_config
+from cera_train.runs.results import Environment
+from cera_train.runs.subject import digest_of, find_start, run_of
+from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.run import Config
+from cera_train.settings.training import ObjectiveKind
+from cera_train.training.optimizer import build_optimizer
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows as token ids and masks, and which of them each update takes."""
+
+    tokenizer: Any
+    rows: TokenizedData
+    order: RowOrder
+    updates: int
+
+
+def build_data(config: Config) -> Data:
+    """Reads and tokenises the rows, before a process group and its time limit exist."""
+    tokenizer = load_tokenizer(config.model)
+    check_length(config.model, config.data.max_length, "data.max_length")
+    rows = prepare_data(config.data, tokenizer)
+    if config.train.objective == ObjectiveKind.grpo:  # part of a right answer would be another one
+        rows.train = rows.train.uncut()
+    together = config.data.sequences
+    order = RowOrder(
+        len(rows.train) // together, config.train.batch_size, config.train.seed, together
+    )
+    updates = config.train.max_updates or config.train.epochs * order.updates_per_epoch
+    return Data(tokenizer, rows, order, updates)
+
+
+# --- model ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base with its adapter, and what trains it."""
+
+    accelerator: Accelerator
+    adapted: nn.Module
+    """transformers' model with the adapter inside."""
+    language_model: LanguageModel
+    """`adapted` as a function from a micro-batch to token losses."""
+    wrapped: nn.Module
+    """`language_model` under DDP or FSDP, for passes whose gradients the processes share."""
+    optimizer: AcceleratedOptimizer
+    micro_batch_tokens: int
+    trainable_count: int
+    total_count: int
+    base_fingerprint: str
+    base_digest: str
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
+
+    def micro_batches(self, rows: TokenizedRows) -> MicroBatches:
+        """Micro-batches of rows in the layout that the model takes."""
+        is_flat = self.language_model.is_flat
+        return MicroBatches(rows, is_flat, self.micro_batch_tokens, self.accelerator.device)
+
+
+def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Model, Progress]:
+    """Joins the processes, loads the base and puts a fresh adapter on it, or that of a checkpoint.
+
+    Args:
+        checkpoint: as process 0 found it; None for a new run.
+    """
+    accelerator = start_accelerator(config.model, config.train.autocast, config.distributed)
+    [checkpoint] = broadcast_object_list([checkpoint])
+    base = load_model(config.model, accelerator.device, accelerator.is_fsdp2)
+    base_fingerprint = fingerprint(base)  # before DoRA adds to it
+    base_digest = sample_digest(base)
+
+    torch.manual_seed(config.train.seed)
+    has_autocast = accelerator.mixed_precision != "no"
+    adapted = adapters.build(base, config.adapter, accelerator.is_fsdp2, has_autocast)
+    trainable_count, total_count = adapters.parameter_counts(adapted)
+    progress = Progress(data_digest=data.rows.train.digest)
+    moments = None
+    if checkpoint is not None:
+        progress, moments = load_checkpoint(checkpoint, adapted, data.rows.train.digest)
+    elif config.adapter.start_from is not None:
+        load_start(adapted, config.adapter, base_fingerprint)
+
+    groups = adapters.parameter_groups(adapted, config.adapter)
+    optimizer = build_optimizer(groups, config.optimizer, accelerator.device)
+    language_model = LanguageModel(adapted, base, accelerator.autocast)
+    share_frozen_weights(language_model)
+    wrapped, optimizer = accelerator.prepare(language_model, optimizer)
+    language_model = accelerator.unwrap_model(wrapped)
+    if moments is not None:
+        # After prepare: sharding replaces the parameters.
+        load_optimizer_state(optimizer, moments, accelerator.scaler)
+
+    if accelerator.is_fsdp2:
+        # Sharded weights are whole only inside such methods.
+        register_fsdp_forward_method(language_model, "probe")
+    choose_layout(config.train.batch_layout, language_model, accelerator.device)
+    if config.train.compile:
+        compile_layers(language_model)
+    model = Model(
+        accelerator,
+        adapted,
+        language_model,
+        wrapped,
+        optimizer,
+        config.train.micro_batch_tokens,
+        trainable_count,
+        total_count,
+        base_fingerprint,
+        base_digest,
+    )
+    return model, progress
+
+
+def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -> None:
+    """Loads the weights that `adapter.start_from` names into a fresh adapter. Raises UserError
+    where they are not those of the digest, or were trained on another base."""
+    place = f"adapter.start_from={config.start_from}"
+    folder = find_start(config)
+    if (digest := digest_of(folder)) != config.start_digest:
+        raise UserError(
+            f"{place}: its weights have the digest {digest} now, and this run was begun with "
+            f"{config.start_digest}. Restore them, or choose another name=... for a run from the "
+            "new ones."
+        )
+    run = run_of(folder)
+    record = run / "environment.json" if run is not None else Path()
+    if record.is_file():
+        trained_on = Environment.read(record).base_fingerprint
+        if trained_on not in (None, base_fingerprint):
+            base = load_config(run / "config.yaml").model.path
+            raise UserError(
+                f"{place} was trained on other base weights than these: set model.path to its base "
+                f"({base}), or start from another adapter."
+            )
+    with errors_at(place):
+        load(model, read(folder))
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What measures the model while it trains."""
+
+    held_out: HeldOut
+    sampler: Sampler
+    exams: Exams
+
+
+def build_evaluation(
+    config: Config, data: Data, model: Model, progress: Progress, folder: Path
+) -> Evaluation:
+    """
+    Args:
+        progress: its update tells a sampler's server when its adapter is out of date.
+        folder: the run's.
+    """
+    accelerator = model.accelerator
+    language_model = model.language_model
+    batches = model.micro_batches(data.rows.evaluation)
+    held_out = HeldOut(language_model, batches, accelerator, config.train.probe_tokens)
+    sampler = Sampler(
+        config, data.tokenizer, language_model, accelerator, progress, folder / "served"
+    )
+    return Evaluation(held_out, sampler, Exams(config, sampler))

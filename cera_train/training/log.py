@@ -1,0 +1,60 @@
+"""Where a run reports while it trains: metrics.jsonl, its mirror in a tracker, progress."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cera_train.common.terminal import ProgressBar
+from cera_train.runs.folder import Progress, RunFolder
+from cera_train.runs.results import METRICS, EvaluationMetrics, UpdateMetrics
+from cera_train.runs.tracking import Tracker, start_tracker
+from cera_train.training.build import Data, Model
+from cera_train.training.resolve import Resolved
+
+
+@dataclass(frozen=True)
+class Log:
+    """Every process has one; only the main one's writes and prints."""
+
+    folder: RunFolder
+    tracker: Tracker
+    bar: ProgressBar
+
+    def metrics(self, metrics: UpdateMetrics | EvaluationMetrics) -> None:
+        """A line of metrics.jsonl, and its mirror."""
+        if self.folder.is_main:
+            line = metrics.to_json()
+            self.folder.append(METRICS, line)
+            self.tracker.log({name: line[name] for name in line if "/" in name}, metrics.update)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.tracker.finish()
+
+
+@contextlib.contextmanager
+def open_log(
+    resolved: Resolved, folder: RunFolder, data: Data, model: Model, progress: Progress
+) -> Iterator[Log]:
+    """Writes the config and the machine into the run's folder, removes what comes after the
+    checkpoint, and starts the tracker."""
+    config = resolved.config
+    tracker = Tracker()
+    if folder.is_main:
+        folder.rewind(progress if progress.update > 0 else None)
+        digests = {"train": data.rows.train.digest, "held_out": data.rows.evaluation.digest}
+        processes = model.accelerator.num_processes
+        folder.write_config(
+            processes, model.base_fingerprint, digests, data.updates, resolved.dtype
+        )
+        tracker = start_tracker(
+            config.tracker, folder.config, config.name, folder.path, progress.update
+        )
+    bar = ProgressBar("update", data.updates, progress.update, visible=folder.is_main)
+    log = Log(folder, tracker, bar)
+    try:
+        yield log
+    finally:
+        log.close()

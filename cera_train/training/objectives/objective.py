@@ -1,0 +1,67 @@
+"""What an objective is: which sequences an update draws, what their loss is, and what counts on the
+held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from cera_train.model.batches import MicroBatches
+from cera_train.runs.results import TokenLosses
+
+
+@dataclass
+class Drawn:
+    """What an update runs through the model. Objectives add what their loss needs."""
+
+    batches: MicroBatches
+    sequences: list[int]
+    """Numbers of the sequences of `batches`."""
+    passes: int = 1
+    """Steps of the optimizer on these sequences."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """For metrics.jsonl."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Further figures, scalars that start at 0: each micro-batch adds its part, and the processes
+    average."""
+    headline: str | None = None
+    """For the progress line, in place of the loss."""
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        """Adds the parts of a micro-batch."""
+        for name, value in sums.items():
+            self.sums[name] += value
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model reads, padding not counted."""
+        return sum(self.batches.lengths[sequence] for sequence in self.sequences)
+
+
+class Objective(Protocol):
+    def draw(self, sequences: list[int]) -> Drawn:
+        """Prepares an update on these training sequences, the same on every process."""
+
+    def loss(
+        self, log_p: Tensor, drawn: Drawn, group: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch's part of the loss that is minimised, a scalar whose gradients the
+        processes average, and its parts of `drawn.sums`.
+
+        Args:
+            log_p: [N] log p of the supervised tokens of the sequences of `group`, one after the
+                other.
+        """
+
+    def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
+        """The held-out metric, and extra figures.
+
+        Args:
+            losses: of the tokens of the held-out rows.
+
+        Returns:
+            Losses whose mean is the held-out loss, and further figures by their names in the log.
+        """

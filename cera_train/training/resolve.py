@@ -1,0 +1,118 @@
+"""Every setting that `auto` leaves open, decided once before anything is loaded: as in the run that
+the folder holds, else by this machine, the model and the rows."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from cera_train.adapters import build as adapters
+from cera_train.common.settings import AUTO, Choice
+from cera_train.common.trust import redact_tree
+from cera_train.data.sources import decide_layouts
+from cera_train.distributed.accelerator import this_device
+from cera_train.model.compiled import can_compile
+from cera_train.model.precision import choose_precision
+from cera_train.runs.records import load_config
+from cera_train.runs.results import DIVERGED
+from cera_train.runs.subject import digest_of, find_start
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
+from cera_train.settings.data import DataConfig, Layout
+from cera_train.settings.model import Dtype
+from cera_train.settings.run import Config
+from cera_train.settings.training import Resume
+from cera_train.training.optimizer import auto_rate
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config without `auto`, and why three of its settings are what they are."""
+
+    config: Config
+    dtype: Choice[Dtype]
+    lr: Choice[float]
+    compile: Choice[bool]
+
+
+def resolve(config: Config, folder: Path) -> Resolved:
+    """Decides every `auto` of a config. Raises UserError where a setting cannot work here.
+
+    Args:
+        folder: of the run; it may hold a part of it.
+    """
+    adapters.check(config.adapter)
+    config = replace(config, data=decide_layouts(config.data))
+    begun = config if starts_anew(config, folder) else load_config(folder / "config.yaml")
+
+    dtype = as_begun(config.model.dtype, begun.model.dtype, Dtype.auto, folder)
+    dtype = dtype or choose_precision(config.model.dtype)
+    lr = as_begun(config.optimizer.lr, begun.optimizer.lr, AUTO, folder)
+    lr = lr or choose_rate(config)
+    compiles = as_begun(config.train.compile, begun.train.compile, None, folder)
+    compiles = compiles or choose_compile(config)
+
+    resolved = replace(
+        config,
+        model=replace(config.model, dtype=dtype.value),
+        adapter=with_start_digest(config.adapter, begun.adapter),
+        data=with_known_layouts(config.data, begun.data),
+        optimizer=replace(config.optimizer, lr=lr.value),
+        train=replace(config.train, compile=compiles.value),
+    )
+    return Resolved(resolved, dtype, lr, compiles)
+
+
+def starts_anew(config: Config, folder: Path) -> bool:
+    """Whether there is nothing to resume: no run in the folder, or one that diverged before its
+    first checkpoint."""
+    has_diverged = (folder / DIVERGED).exists()
+    has_checkpoint = any((folder / "checkpoints").glob("*"))
+    is_lost = has_diverged and not has_checkpoint
+    has_config = (folder / "config.yaml").is_file()
+    return config.train.resume == Resume.never or not has_config or is_lost
+
+
+def as_begun(wanted: T, begun: T, auto: object, folder: Path) -> Choice[T] | None:
+    """The value that the run in the folder took, where `auto` asks for one and it has one."""
+    return Choice(begun, f"as {folder} was begun") if wanted == auto != begun else None
+
+
+def choose_rate(config: Config) -> Choice[float]:
+    if config.optimizer.lr != AUTO:
+        return Choice(config.optimizer.lr, "")
+    return auto_rate(config.model, config.adapter, config.train.objective)
+
+
+def choose_compile(config: Config) -> Choice[bool]:
+    if config.train.compile is not None:
+        return Choice(config.train.compile, f"train.compile={str(config.train.compile).lower()}")
+    device = this_device()
+    if device.type != "cuda":
+        return Choice(False, "compiling takes longer than it saves on a CPU")
+    if config.adapter.kind == AdapterKind.dora:
+        return Choice(False, "every layer of DoRA would be compiled anew")
+    if not can_compile(device):
+        return Choice(False, "there is no compiler")
+    return Choice(True, "a GPU and a compiler")
+
+
+def with_start_digest(adapter: AdapterConfig, begun: AdapterConfig) -> AdapterConfig:
+    """The adapter's settings with the digest of the weights that `adapter.start_from` names. That
+    of a resumed run is the recorded one: the weights may be gone."""
+    if adapter.start_from is None:
+        return adapter
+    recorded = begun.start_digest if adapter.start_from == begun.start_from else None
+    return replace(adapter, start_digest=recorded or digest_of(find_start(adapter)))
+
+
+def with_known_layouts(data: DataConfig, begun: DataConfig) -> DataConfig:
+    """The data's settings with the layouts of the run that was begun, where files that are gone, as
+    those of a finished run may be, leave their layout undecided."""
+    is_undecided = any(part.layout == Layout.auto for _, part in data.parts())
+    files = [part.train_files for _, part in data.parts()]
+    begun_files = [part.train_files for _, part in begun.parts()]
+    if not is_undecided or redact_tree(files) != begun_files:
+        return data
+    names = ("layout", "prompt", "completion", "rejected", "turns", "mix")
+    return replace(data, **{name: getattr(begun, name) for name in names})

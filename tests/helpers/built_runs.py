@@ -1,0 +1,47 @@
+"""Runs built as the command builds them, for tests that look at one update or one part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cera_train.common.settings import to_plain
+from cera_train.runs.folder import Progress, RunFolder
+from cera_train.settings.run import Config
+from cera_train.training.build import Data, Evaluation, Model
+from cera_train.training.objectives.objective import Objective
+from cera_train.training.resolve import resolve
+from cera_train.training.train import backward, build
+
+
+class BuiltRun(NamedTuple):
+    config: Config
+    data: Data
+    model: Model
+    progress: Progress
+    evaluation: Evaluation
+    objective: Objective
+
+    def backward(self, sequences: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
+        """Loss and gradients, by name, of an update on these sequences."""
+        loss = backward(self.model, self.objective, self.objective.draw(sequences))
+        return float(loss), self.take_gradients()
+
+    def take_gradients(self) -> dict[str, torch.Tensor]:
+        """The gradients by name, which are then zero."""
+        gradients = {
+            name: parameter.grad.clone()
+            for name, parameter in self.model.adapted.named_parameters()
+            if parameter.grad is not None
+        }
+        self.model.optimizer.zero_grad()
+        return gradients
+
+
+def build_run(config: Config, folder: Path) -> BuiltRun:
+    """A new run, before its first update. Creates its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = resolve(config, folder).config
+    return BuiltRun(config, *build(config, RunFolder(folder, to_plain(config))))
