@@ -352,7 +352,7 @@ def our_run(
             max_length=512,
             prompt=PROMPT,
             completion=COMPLETION,
-            allow_overlap=1,
+            allow_overlap=True,
         ),
         optimizer=OptimizerConfig(lr=LEARNING_RATE),
         train=TrainConfig(micro_batch_tokens=tokens, compile=compile),

@@ -159,7 +159,7 @@ def train(folder: Path, name: str, model: Path, updates: int) -> None:
     words = f"""
         adapter=full model.path={model} model.dtype=float32 output_dir={folder} name={name}
         data=jsonl data.train_files=[{folder}/{name}.jsonl] data.eval_rows={HELD_OUT}
-        data.allow_overlap=0.05
+        data.allow_overlap=true
         train.batch_size=64 train.max_updates={updates} train.eval_every=null train.save_every=null
         optimizer.lr=4e-3 optimizer.schedule=cosine
         optimizer.warmup_ratio=0.05 optimizer.weight_decay=0.1

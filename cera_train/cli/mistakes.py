@@ -341,4 +341,7 @@ def _describe(error: Exception, program: str) -> str:
     if "is not a ListConfig" in str(cause):
         value = message.partition(f"merging override {key}=")[2] or "A,B"
         return f"{place}: expected a list: write {key}=[{value}]."
-    return f"{place}: {str(cause).splitlines()[0].rstrip('.')}."
+    problem = str(cause).splitlines()[0].rstrip(".")
+    if "is not a valid bool" in problem:
+        return f"{place}: {problem}: write true or false."
+    return f"{place}: {problem}."

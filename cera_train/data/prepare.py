@@ -184,33 +184,9 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
             f"{data.shared_prompts} of {len(eval_keys)} evaluation prompts are also training "
             f"prompts"
         )
-        fix = "Remove them from one side, or set data.allow_overlap=0.05."
+        fix = "Remove them from one side, or set data.allow_overlap=true."
         raise UserError(f"{config.title}: {count}, so the perplexity would measure memory. {fix}")
-    if data.shared_prompts > config.allow_overlap * len(eval_keys):
-        check_repeated_rows(config, data)
     return data
-
-
-def check_repeated_rows(config: DataConfig, data: TokenizedData) -> None:
-    """Raises UserError where more evaluation rows than allowed are also training rows, prompt and
-    answer."""
-
-    def ids(rows: TokenizedRows, row: int) -> tuple[int, ...]:
-        return tuple(rows.tokens("input_ids", row).to_pylist())
-
-    keys = {*data.evaluation.column("prompt_key")}
-    count = len(data.evaluation)
-    trained = {
-        ids(data.train, row)
-        for row, key in enumerate(data.train.column("prompt_key"))
-        if key in keys
-    }
-    repeated = sum(ids(data.evaluation, row) in trained for row in range(count))
-    require(
-        repeated <= config.allow_overlap * count,
-        f"{config.title}: {repeated} of {count} evaluation rows are also training rows, more than "
-        f"data.allow_overlap={config.allow_overlap} of them: name other rows for one of the two.",
-    )
 
 
 def prepare_evaluation(

@@ -213,9 +213,8 @@ class DataConfig:
     """Trains on several data sets, in place of path and train_files."""
     mix_seed: int = setting(0, "result")
     """Draws the rows of a part that does not train whole."""
-    allow_overlap: float = setting(0.0, "result")
-    """Accept evaluation rows whose prompt is also a training row's, and this share of them whose
-    answer is so too."""
+    allow_overlap: bool = setting(False, "result")
+    """Accept evaluation rows whose prompt is also a training row's."""
     logistic_map: LogisticMapConfig = section(LogisticMapConfig)
     reasoning_gym: ReasoningGymConfig = section(ReasoningGymConfig)
     facts: DataFacts | None = section(None)
@@ -238,11 +237,6 @@ class DataConfig:
         require(
             self.eval_rows is None or self.eval_rows >= 0,
             f"data.eval_rows={self.eval_rows} must not be negative.",
-        )
-        share = self.allow_overlap
-        require(
-            0 <= share <= 1,
-            f"data.allow_overlap={share} is a share of the rows: between 0 and 1, such as 0.05.",
         )
         require(
             not (self.is_paired and self.mix),

@@ -45,7 +45,7 @@ def test_tokens_are_the_tokenizers_own_one_text_at_a_time_and_rows_without_an_an
         for number in range(50)
     ]
     silent = [{"question": "a", "answer": answer} for answer in ("", None)]
-    config = config_of([*rows[:5], *silent, *rows[5:]], max_length=30, allow_overlap=0.05)
+    config = config_of([*rows[:5], *silent, *rows[5:]], max_length=30, allow_overlap=True)
     train = prepare_data(config, tokenizer).train
     assert (len(train), train.dropped) == (50, (2, 0))
     for number, row in enumerate(rows):
@@ -93,11 +93,11 @@ def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer
     dropped = {"question": TRAIN[3]["question"], "answer": ""}
     evaluation = [*EVALUATION, *same_prompts, dropped]
     with pytest.raises(
-        UserError, match="train.jsonl: 2 of 5 evaluation prompts are also training .*overlap=0.05"
+        UserError, match="train.jsonl: 2 of 5 evaluation prompts are also training .*overlap=true"
     ):
         prepare_data(config_of(evaluation=evaluation), tokenizer)
     assert (
-        prepare_data(config_of(evaluation=evaluation, allow_overlap=0.05), tokenizer).shared_prompts
+        prepare_data(config_of(evaluation=evaluation, allow_overlap=True), tokenizer).shared_prompts
         == 2
     )
     nearly = [{"question": row["question"] + " ", "answer": row["answer"]} for row in TRAIN]
@@ -114,7 +114,7 @@ def test_the_same_rows_come_from_the_cache_also_from_another_place(
     first = prepare_data(config, tokenizer)
     assert len(reads) == 3  # to count the rows, and once for each split
     config.train_files = [str(Path(config.train_files[0]).rename(tmp_path / "moved.jsonl"))]
-    config.allow_overlap = 0.05
+    config.allow_overlap = True
     padding = copy.deepcopy(tokenizer)  # pads and truncates by itself
     padding.backend_tokenizer.enable_padding(length=64)
     padding.backend_tokenizer.enable_truncation(max_length=5)
