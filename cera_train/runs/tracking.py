@@ -26,6 +26,13 @@ IDS = "tracker-ids.json"
 """File in the run's folder: the id under which each tracker knows the run, so that a resumed run
 continues there."""
 
+DASHBOARD_NAMES = {
+    "update": "train/global_step",
+    "epoch": "train/epoch",
+    "train/lr": "train/learning_rate",
+}
+"""Names in metrics.jsonl -> names that the dashboards of transformers' runs expect."""
+
 WANDB_NAME = 128  # characters that W&B's server takes for the name of a run or of a group
 
 ENVIRONMENT = {
@@ -49,7 +56,10 @@ class Tracker:
     def __init__(self) -> None:
         self.trackers: dict[TrackerKind, GeneralTracker] = {}
 
-    def log(self, metrics: dict[str, float], update: int) -> None:
+    def log(self, metrics: dict[str, float]) -> None:
+        """Sends a line of metrics.jsonl, under the names of dashboards."""
+        update = metrics["update"]
+        metrics = {DASHBOARD_NAMES.get(name, name): value for name, value in metrics.items()}
         for kind, tracker in [*self.trackers.items()]:
             with self.drop_on_failure(kind):
                 tracker.log(metrics, step=update)

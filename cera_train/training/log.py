@@ -27,7 +27,7 @@ class Log:
         if self.folder.is_main:
             line = metrics.to_json()
             self.folder.append(METRICS, line)
-            self.tracker.log({name: line[name] for name in line if "/" in name}, metrics.update)
+            self.tracker.log(line)
 
     def close(self) -> None:
         self.bar.close()

@@ -11,6 +11,7 @@ import pytest
 from accelerate.tracking import GeneralTracker
 from conftest import TINY
 from huggingface_hub import RepoUrl
+from tiny_runs import folder_of, metrics_of
 
 from cera_train.common.trust import redact
 from cera_train.runs import card, tracking
@@ -44,6 +45,16 @@ class Recording(GeneralTracker):
         self.calls.append("finish")
 
 
+def as_mirrored(line: dict) -> dict:
+    """A line of metrics.jsonl under the names of dashboards."""
+    names = {
+        "update": "train/global_step",
+        "epoch": "train/epoch",
+        "train/lr": "train/learning_rate",
+    }
+    return {names.get(name, name): value for name, value in line.items()}
+
+
 def test_several_trackers_at_once_and_one_that_fails_is_left_out_once(
     tiny_config, monkeypatch, capsys
 ):
@@ -54,7 +65,7 @@ def test_several_trackers_at_once_and_one_that_fails_is_left_out_once(
         json.loads(line)
         for line in Path(result["folder"], "metrics.jsonl").read_text().splitlines()
     ]
-    mirrored = [(line["update"], {key: line[key] for key in line if "/" in key}) for line in lines]
+    mirrored = [(line["update"], as_mirrored(line)) for line in lines]
     assert trackers["trackio"].calls == ["start", *mirrored, "finish"]
     assert trackers["trackio"].config["adapter.r"] == 4
     assert trackers["wandb"].calls == ["start", *mirrored[:2]]
@@ -66,9 +77,24 @@ def test_several_trackers_at_once_and_one_that_fails_is_left_out_once(
 def test_a_tracker_that_is_not_installed_is_left_out(name, compose, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, {"comet": "comet_ml"}.get(name, name), None)
     tracker = tracking.start_tracker(compose(f"tracker={name}").tracker, {}, "run", tmp_path, 0)
-    tracker.log({"train/loss": 1.0}, 1)
+    tracker.log({"update": 1, "train/loss": 1.0})
     tracker.finish()
     assert capsys.readouterr().err.count(f"{name} failed and is left out") == 1
+
+
+def test_tensorboard_has_the_names_of_transformers_dashboards(tiny_config):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = tiny_config("tracker=tensorboard", "train.max_updates=2")
+    train(config)
+    read = events.EventAccumulator(str(folder_of(config) / "tensorboard"))
+    read.Reload()
+    lines = [as_mirrored(line) for line in metrics_of(config)]
+    for name in ("train/loss", "train/learning_rate", "train/global_step", "eval/perplexity"):
+        expected = [(line["train/global_step"], line[name]) for line in lines if name in line]
+        assert [(point.step, point.value) for point in read.Scalars(name)] == [
+            (step, pytest.approx(value)) for step, value in expected
+        ]
+    assert not {"train/lr", "update", "epoch"} & {*read.Tags()["scalars"]}
 
 
 def test_a_resumed_run_goes_on_under_the_same_id(compose, tmp_path):
