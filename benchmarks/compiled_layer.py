@@ -36,7 +36,10 @@ from cera_train.planning.dry_run import FORMULAS
 TOKENS = 512
 
 SETTINGS = (
-    *("+recipe=math_r64", "adapter.r=16", "adapter.alpha=32", "adapter.dropout=0.1"),
+    "+recipe=math_r64",
+    "adapter.r=16",
+    "adapter.alpha=32",
+    "adapter.dropout=0.1",
     "adapter.target_modules=all-linear",
 )
 

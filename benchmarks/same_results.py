@@ -66,17 +66,25 @@ CONFIGURATIONS = {
     "study": ["-m", "--config-dir=conf", "+study=two_arms"],
 }
 COMMON = [
-    *("model.path=llama", "model.dtype=float32", "data=jsonl", "data.train_files=[train.jsonl]"),
-    *("data.eval_files=[eval.jsonl]", "data.max_length=64", "adapter.r=4", "adapter.alpha=null"),
-    *("adapter.dropout=0.1", "adapter.target_modules=[q_proj,v_proj]"),
-    *(
-        "optimizer.lr=1e-2",
-        "optimizer.schedule=constant",
-        "optimizer.warmup_ratio=0",
-        "train.patience=null",
-    ),
-    *("train.batch_size=16", "train.micro_batch_tokens=256", "train.max_updates=12"),
-    *("train.eval_every=4", "train.save_every=4"),
+    "model.path=llama",
+    "model.dtype=float32",
+    "data=jsonl",
+    "data.train_files=[train.jsonl]",
+    "data.eval_files=[eval.jsonl]",
+    "data.max_length=64",
+    "adapter.r=4",
+    "adapter.alpha=null",
+    "adapter.dropout=0.1",
+    "adapter.target_modules=[q_proj,v_proj]",
+    "optimizer.lr=1e-2",
+    "optimizer.schedule=constant",
+    "optimizer.warmup_ratio=0",
+    "train.patience=null",
+    "train.batch_size=16",
+    "train.micro_batch_tokens=256",
+    "train.max_updates=12",
+    "train.eval_every=4",
+    "train.save_every=4",
 ]
 STUDY = """
 # @package _global_

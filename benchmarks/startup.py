@@ -25,8 +25,11 @@ AT_MOST = {
 
 COMMAND = ["-m", "cera_train"]
 ONE_UPDATE = [
-    *("+recipe=logistic_map", "train.max_updates=1", "train.batch_size=1"),
-    *("data.eval_rows=1", "train.probe_tokens=8"),  # evaluations as small as they get
+    "+recipe=logistic_map",
+    "train.max_updates=1",
+    "train.batch_size=1",
+    "data.eval_rows=1",
+    "train.probe_tokens=8",  # evaluations as small as they get
 ]
 ANSWERED_AT_ONCE = {
     "--help": (["--help"], "cera-train fine-tunes"),

@@ -234,9 +234,15 @@ def tiny_config_in(compose, tiny_folder: Path):
     """tiny_config_in(output, "adapter.r=4", ...): the tiny model on the logistic map."""
 
     tiny = (
-        *(f"model.path={tiny_folder}", *TINY, "adapter.r=4"),
-        *("optimizer.lr=1e-2", "train.max_updates=12", "train.batch_size=16"),
-        *("train.eval_every=4", "train.save_every=4", "train.compile=false"),
+        f"model.path={tiny_folder}",
+        *TINY,
+        "adapter.r=4",
+        "optimizer.lr=1e-2",
+        "train.max_updates=12",
+        "train.batch_size=16",
+        "train.eval_every=4",
+        "train.save_every=4",
+        "train.compile=false",
     )
 
     def tiny_config_in(output: Path, *overrides: str):

@@ -63,23 +63,18 @@ def nemo(place: Place, kind: str) -> dict[str, Any]:
     )
     overrides = {
         other: [
-            *(f"+recipe=math_{recipe}", *size.overrides),
-            *(
-                "adapter.r=16",
-                "adapter.alpha=32",
-                "adapter.dropout=0.1",
-                "adapter.target_modules=all-linear",
-            ),
-            *(
-                f"data.max_length={size.long_tokens}",
-                "data.eval_rows=2",
-                f"train.batch_size={size.long_batch}",
-            ),
-            *(
-                f"train.micro_batch_tokens={size.long_tokens}",
-                "optimizer.lr=1e-5",
-                "train.probe_tokens=2048",
-            ),
+            f"+recipe=math_{recipe}",
+            *size.overrides,
+            "adapter.r=16",
+            "adapter.alpha=32",
+            "adapter.dropout=0.1",
+            "adapter.target_modules=all-linear",
+            f"data.max_length={size.long_tokens}",
+            "data.eval_rows=2",
+            f"train.batch_size={size.long_batch}",
+            f"train.micro_batch_tokens={size.long_tokens}",
+            "optimizer.lr=1e-5",
+            "train.probe_tokens=2048",
         ]
         for other, recipe in (("lora", "lora_r512"), ("cera", "r64"))
     }
@@ -104,9 +99,14 @@ def _run(
     folder = place.folder / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)  # of a piece that was cut
     common = [
-        *(f"model.path={place.model(model)}", "data.path=null", f"data.train_files=[{rows}]"),
-        *(f"train.max_updates={updates}", "train.eval_every=null", "train.save_every=null"),
-        *(f"name={name}", f"output_dir={folder.parent}"),
+        f"model.path={place.model(model)}",
+        "data.path=null",
+        f"data.train_files=[{rows}]",
+        f"train.max_updates={updates}",
+        "train.eval_every=null",
+        "train.save_every=null",
+        f"name={name}",
+        f"output_dir={folder.parent}",
     ]
     room = _room(place)
     for checkpointing in ([], [CHECKPOINTED]):

@@ -42,14 +42,17 @@ def arguments(tiny_folder, tmp_path) -> list[str]:
     """The tiny model for 20 updates. 79 rows in batches of 13: uneven shares of several
     micro-batches, and epochs that end in a batch of one row, with nothing for any other process."""
     return [
-        *(f"model.path={tiny_folder}", *TINY, "adapter.r=4"),
-        *("adapter.dropout=0", "train.batch_size=13", "train.max_updates=20", "train.eval_every=8"),
-        *(
-            "train.micro_batch_tokens=300",
-            "train.save_every=10",
-            "train.keep=9",
-            f"output_dir={tmp_path / 'outputs'}",
-        ),
+        f"model.path={tiny_folder}",
+        *TINY,
+        "adapter.r=4",
+        "adapter.dropout=0",
+        "train.batch_size=13",
+        "train.max_updates=20",
+        "train.eval_every=8",
+        "train.micro_batch_tokens=300",
+        "train.save_every=10",
+        "train.keep=9",
+        f"output_dir={tmp_path / 'outputs'}",
     ]
 
 
@@ -269,16 +272,20 @@ def test_two_nodes_train_together(tmp_path, arguments, compose):
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nnodes=2",
-            "--nproc_per_node=1",
-            "--rdzv_backend=c10d",
-        ),
-        *(f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=two", "--local_addr=localhost"),
-        *("-m", "cera_train", *arguments, "train.max_updates=6", "name=two"),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=localhost:{port}",
+        "--rdzv_id=two",
+        "--local_addr=localhost",
+        "-m",
+        "cera_train",
+        *arguments,
+        "train.max_updates=6",
+        "name=two",
     ]
     nodes = [popen(*command, cwd=tmp_path) for _ in range(2)]
     ends = [node.communicate(timeout=200) for node in nodes]
@@ -290,26 +297,23 @@ def test_two_nodes_train_together(tmp_path, arguments, compose):
 
 def test_tasks_of_a_slurm_step_are_recognised():
     step = {
-        **{
-            "SLURM_STEP_NUM_TASKS": "16",
-            "SLURM_PROCID": "9",
-            "SLURM_LOCALID": "1",
-            "SLURM_JOB_ID": "123456",
-        },
-        **{"SLURM_STEP_NODELIST": "gpu[003-004,7],login1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"},
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_STEP_NODELIST": "gpu[003-004,7],login1",
+        "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
     }
     join_slurm_step(step)
     assert {
         name: step[name]
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
     } == {
-        **{
-            "RANK": "9",
-            "WORLD_SIZE": "16",
-            "LOCAL_RANK": "1",
-            "LOCAL_WORLD_SIZE": "8",
-            "MASTER_ADDR": "gpu003",
-        }
+        "RANK": "9",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "gpu003",
     }
     assert step["MASTER_PORT"] == "23456"
     next_step = {name: value for name, value in step.items() if name.startswith("SLURM")}

@@ -164,14 +164,16 @@ def newest_first(run: Path) -> list[Path]:
 def arguments(tiny_folder) -> list[str]:
     """A run that writes something after every update, and whose best adapter is not its last."""
     return [
-        *(f"model.path={tiny_folder}", *TINY, "name=run"),
-        *("adapter.r=4", "adapter.dropout=0.3", "optimizer.lr=0.2"),
-        *(
-            f"train.max_updates={UPDATES}",
-            "train.batch_size=16",
-            "train.eval_every=2",
-            "train.save_every=3",
-        ),
+        f"model.path={tiny_folder}",
+        *TINY,
+        "name=run",
+        "adapter.r=4",
+        "adapter.dropout=0.3",
+        "optimizer.lr=0.2",
+        f"train.max_updates={UPDATES}",
+        "train.batch_size=16",
+        "train.eval_every=2",
+        "train.save_every=3",
         "train.keep=3",
     ]
 
@@ -290,14 +292,17 @@ def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(
     tmp_path, tiny_folder, processes, times, seed
 ):
     arguments = [
-        *(f"model.path={tiny_folder}", *TINY, "name=run"),
-        *("adapter.r=4", "adapter.dropout=0.3", "optimizer.lr=0.2", "optimizer.warmup_ratio=0.1"),
-        *(
-            "train.max_updates=16",
-            "train.eval_every=4",
-            "train.save_every=1",
-            "train.batch_size=16",
-        ),
+        f"model.path={tiny_folder}",
+        *TINY,
+        "name=run",
+        "adapter.r=4",
+        "adapter.dropout=0.3",
+        "optimizer.lr=0.2",
+        "optimizer.warmup_ratio=0.1",
+        "train.max_updates=16",
+        "train.eval_every=4",
+        "train.save_every=1",
+        "train.batch_size=16",
     ]
     if seed is None:
         seed = random.SystemRandom().randrange(2**32)

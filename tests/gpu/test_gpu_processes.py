@@ -18,25 +18,19 @@ def test_two_gpus_replicated_or_sharded_give_the_losses_of_one(
     if device.type == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     arguments = [
-        *(
-            f"model.path={tiny_folder}",
-            "protocol=paper",
-            "data.max_length=256",
-            "adapter.r=4",
-            "adapter.dropout=0",
-        ),
-        *(
-            "train.batch_size=13",
-            "train.max_updates=14",
-            "train.eval_every=7",
-            "train.micro_batch_tokens=300",
-        ),
-        *(
-            "train.save_every=7",
-            "train.keep=9",
-            f"output_dir={tmp_path / 'outputs'}",
-            "train.compile=false",
-        ),
+        f"model.path={tiny_folder}",
+        "protocol=paper",
+        "data.max_length=256",
+        "adapter.r=4",
+        "adapter.dropout=0",
+        "train.batch_size=13",
+        "train.max_updates=14",
+        "train.eval_every=7",
+        "train.micro_batch_tokens=300",
+        "train.save_every=7",
+        "train.keep=9",
+        f"output_dir={tmp_path / 'outputs'}",
+        "train.compile=false",
     ]
     one = {
         "float32": ["model.dtype=float32"],

@@ -42,49 +42,48 @@ MAMBA2 = {
     "mamba_chunk_size": 8,
 }
 DELTA = {
-    **{"num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
-    **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
 }
 LATENT = {
-    **{
-        "kv_lora_rank": 8,
-        "q_lora_rank": 8,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-    },
-    **{
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    },
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
 }
 JAMBA = {
-    **{"mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
-    **{"expert_layer_period": 2, "expert_layer_offset": 1},
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
 }
 ZAMBA2 = {
-    **{
-        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"],
-        "num_hidden_layers": 3,
-    },
-    **{
-        "mamba_d_state": 8,
-        "n_mamba_heads": 8,
-        "mamba_ngroups": 1,
-        "chunk_size": 8,
-        "adapter_rank": 4,
-    },
+    "layers_block_type": ["linear_attention", "linear_attention", "hybrid"],
+    "num_hidden_layers": 3,
+    "mamba_d_state": 8,
+    "n_mamba_heads": 8,
+    "mamba_ngroups": 1,
+    "chunk_size": 8,
+    "adapter_rank": 4,
 }
 NEMOTRON_H = {
-    **{
-        "layers_block_type": ["linear_attention", "full_attention", "mlp"],
-        "ssm_state_size": 8,
-        "n_groups": 1,
-    },
-    **{"mamba_num_heads": 8, "mamba_head_dim": 8, "chunk_size": 8},
+    "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+    "ssm_state_size": 8,
+    "n_groups": 1,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "chunk_size": 8,
 }
 
 
@@ -165,7 +164,8 @@ DENSE = [
 ]
 EXPERT_MODELS = [
     *(Architecture(name, EXPERTS) for name in ("mixtral", "qwen3_moe", "olmoe", "phimoe")),
-    *(Architecture("gpt_oss", EXPERTS | WINDOW), Architecture("qwen2_moe", SHARED)),
+    Architecture("gpt_oss", EXPERTS | WINDOW),
+    Architecture("qwen2_moe", SHARED),
     Architecture("glm4_moe", EXPERTS | {"n_routed_experts": 4}),
     Architecture("llama4_text", EXPERTS),
     Architecture("deepseek_v3", EXPERTS | LATENT, ("q_b_proj", "kv_b_proj")),

@@ -99,13 +99,13 @@ def test_a_group_of_tests_that_all_skip_has_not_passed(tmp_path, monkeypatch):
 
 
 MINIATURE = [
-    *(
-        "race_unsloth_llama3_1_8b_bfloat16",
-        "weights_llama3_1_8b",
-        "tests_answers",
-        "math_r64_nf4_llama3_1_8b",
-    ),
-    *("race_cera_llama3_1_8b_bfloat16", "decoding_llama3_1_8b", "nemo_cera"),
+    "race_unsloth_llama3_1_8b_bfloat16",
+    "weights_llama3_1_8b",
+    "tests_answers",
+    "math_r64_nf4_llama3_1_8b",
+    "race_cera_llama3_1_8b_bfloat16",
+    "decoding_llama3_1_8b",
+    "nemo_cera",
 ]
 
 

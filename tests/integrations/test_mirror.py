@@ -171,8 +171,13 @@ def test_a_killed_machine_loses_nothing(tiny_folder, tiny_config, compose, tmp_p
     changes = ["train.max_updates=60", "train.eval_every=20", "train.save_every=5"]
     train(tiny_config(*changes))
     arguments = [
-        *(f"model.path={tiny_folder}", *TINY, "adapter.r=4"),
-        *("optimizer.lr=1e-2", "train.batch_size=16", "name=run", *changes),
+        f"model.path={tiny_folder}",
+        *TINY,
+        "adapter.r=4",
+        "optimizer.lr=1e-2",
+        "train.batch_size=16",
+        "name=run",
+        *changes,
     ]
     bucket = tmp_path / "bucket"
     bucket.mkdir()

@@ -67,12 +67,12 @@ def test_the_card_says_what_the_adapter_is_and_its_code_loads_it(finished_run, t
     )  # apache-2.0 is that of the model whose file of conf/model this config began with
     assert "licence of the base weights is not on record" in card.text
     for part in (
-        *(str(tiny_folder), "CeRA of rank 4 on q_proj v_proj", "logistic_map"),
-        *(
-            f"{result['eval/perplexity']:.3f}",
-            f"{result['perplexity_before']:.3f}",
-            "import cera_train",
-        ),
+        str(tiny_folder),
+        "CeRA of rank 4 on q_proj v_proj",
+        "logistic_map",
+        f"{result['eval/perplexity']:.3f}",
+        f"{result['perplexity_before']:.3f}",
+        "import cera_train",
         f"{result['trainable_parameters']:,}",
     ):
         assert part in card.text.replace("\\", ""), part

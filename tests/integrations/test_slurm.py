@@ -124,13 +124,13 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture
 def arguments(tiny_folder, tmp_path) -> list[str]:
     return [
-        *(f"model.path={tiny_folder}", *TINY, "train.batch_size=16"),
-        *(
-            "train.max_updates=400",
-            "train.eval_every=200",
-            "train.save_every=100",
-            f"output_dir={tmp_path}",
-        ),
+        f"model.path={tiny_folder}",
+        *TINY,
+        "train.batch_size=16",
+        "train.max_updates=400",
+        "train.eval_every=200",
+        "train.save_every=100",
+        f"output_dir={tmp_path}",
     ]
 
 

@@ -152,18 +152,27 @@ def started(folder: Path, log: Path, *options: object, port: int = 0, **environm
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / BASE),
-        *("--served-model-name", BASE, "--dtype", "float32", "--host", "127.0.0.1", "--port", port),
-        *(
-            "--max-model-len",
-            128,
-            "--enforce-eager",
-            "--gpu-memory-utilization",
-            0.1,
-            "--max-num-seqs",
-            32,
-            *options,
-        ),
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        folder / BASE,
+        "--served-model-name",
+        BASE,
+        "--dtype",
+        "float32",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+        "--max-model-len",
+        128,
+        "--enforce-eager",
+        "--gpu-memory-utilization",
+        0.1,
+        "--max-num-seqs",
+        32,
+        *options,
     ]
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -380,30 +389,22 @@ def test_updates_by_rewards_are_sampled_by_vllm(
         "rows.jsonl", [{"prompt": f"Say {n}:", "completion": f" {n}"} for n in range(8)]
     )
     config = compose(
-        *(
-            f"model.path={folder / BASE}",
-            "model.dtype=float32",
-            "data.max_length=64",
-            f"train.server={server}",
-        ),
-        *(
-            "adapter.r=8",
-            "adapter.target_modules=[q_proj,v_proj]",
-            "optimizer.lr=2e-2",
-            f"output_dir={tmp_path}",
-        ),
-        *(
-            "data=jsonl",
-            f"data.train_files=[{rows}]",
-            "data.eval_rows=2",
-            "train.batch_size=3",
-            "train.max_updates=2",
-        ),
-        *(
-            "train.objective=grpo",
-            "grpo.max_new_tokens=16",
-            "grpo.rewards=[rewards_of_a_test.length]",
-        ),
+        f"model.path={folder / BASE}",
+        "model.dtype=float32",
+        "data.max_length=64",
+        f"train.server={server}",
+        "adapter.r=8",
+        "adapter.target_modules=[q_proj,v_proj]",
+        "optimizer.lr=2e-2",
+        f"output_dir={tmp_path}",
+        "data=jsonl",
+        f"data.train_files=[{rows}]",
+        "data.eval_rows=2",
+        "train.batch_size=3",
+        "train.max_updates=2",
+        "train.objective=grpo",
+        "grpo.max_new_tokens=16",
+        "grpo.rewards=[rewards_of_a_test.length]",
     )
     before = models_of(server)
     train(config)
@@ -472,13 +473,13 @@ def test_an_evaluation_by_a_vllm_that_lacks_something_is_refused_with_the_fix(
 def exported(compose, folder) -> Path:
     """The LoRA of a short run, whose branches were made to matter."""
     config = compose(
-        *(f"model.path={folder / BASE}", *TINY, "adapter.r=8"),
-        *(
-            "adapter.target_modules=all-linear",
-            "train.max_updates=1",
-            "name=run",
-            f"output_dir={folder}",
-        ),
+        f"model.path={folder / BASE}",
+        *TINY,
+        "adapter.r=8",
+        "adapter.target_modules=all-linear",
+        "train.max_updates=1",
+        "name=run",
+        f"output_dir={folder}",
     )
     run = Path(train(config)["folder"])
     weights = run / "adapter" / "adapter_model.safetensors"
