@@ -78,7 +78,7 @@ def test_a_listener_that_refuses_says_why(listeners):
     signal.signal(signal.SIGUSR2, refuse)
     with pytest.raises(
         ValueError,
-        match="it was saved, but is not started again: timed out too many times. The same",
+        match="timed out too many times. The same command resumes",
     ):
         Interrupted(signal.SIGUSR2).hand_over()
 

@@ -247,7 +247,7 @@ def model_with_code(tmp_path, tiny_folder, marker, monkeypatch) -> str:
 def test_a_models_own_code_runs_only_when_asked(model_with_code, marker):
     load_tokenizer(ModelConfig(path=model_with_code))  # it has no code of its own
     for load in (lambda model: check_length(model, 1, "x"), lambda model: load_model(model, "cpu")):
-        with pytest.raises(ValueError, match="trust the Python code that comes with"):
+        with pytest.raises(ValueError, match="set model.trust_remote_code=true"):
             load(ModelConfig(path=model_with_code, dtype="float32"))
     assert not marker.exists()
     check_length(ModelConfig(path=model_with_code, trust_remote_code=True), 1, "x")
@@ -264,7 +264,7 @@ def test_a_runs_config_cannot_ask_to_run_its_models_code(tmp_path, config, model
             find_subject(evaluation(folder))
         assert find_subject(evaluation(folder, trust_remote_code=True)).model == trusting
     adapter = write_adapter(tmp_path / "download", model_with_code)
-    with pytest.raises(ValueError, match="trust the Python code that comes with"):
+    with pytest.raises(ValueError, match="set model.trust_remote_code=true"):
         load_model(find_subject(evaluation(adapter)).model, "cpu")
     assert not marker.exists()
     assert find_subject(evaluation(adapter, trust_remote_code=True)).model.trust_remote_code
@@ -287,7 +287,7 @@ def test_a_runs_config_is_text_that_nothing_is_looked_up_in(tmp_path, config, mo
 )
 def test_a_runs_yaml_makes_no_objects(tmp_path, marker, text):
     (tmp_path / "config.yaml").write_text(f"name: {text.replace('MARKER', str(marker))}\n")
-    with pytest.raises(ValueError, match="could not determine a constructor"):
+    with pytest.raises(ValueError, match="config.yaml"):
         load_config(tmp_path / "config.yaml")
     assert not marker.exists()
 
@@ -360,7 +360,7 @@ def test_a_checkpoints_pickle_is_not_read(tmp_path, config, tiny_llama, marker, 
         if name == "adapter_model.bin":
             (checkpoint / "adapter_model.safetensors").unlink()
         torch.save(Payload(marker), checkpoint / name)
-        with pytest.raises(ValueError, match="is damaged or no checkpoint: "):
+        with pytest.raises(ValueError, match=str(checkpoint)):
             load_checkpoint(checkpoint, model, "digest")
     assert not marker.exists()
 
@@ -378,7 +378,7 @@ def test_a_data_sets_code_and_pickles_are_not_read(tmp_path, marker, monkeypatch
         else pickle.dumps(Payload(marker))
     )
     (folder / name).write_bytes(payload)
-    with pytest.raises(ValueError, match="cannot load it"):
+    with pytest.raises(ValueError, match=f"data.path={folder}"):
         from_hub(DataConfig(path=str(folder), layout="documents"), "data.train_split")
     assert not marker.exists()
 

@@ -214,7 +214,7 @@ def test_packs(family: Architecture, cell):
         )
         assert not moves_the_next(language_model)
     else:
-        with pytest.raises(UserError, match="mixes sequences that share a row"):
+        with pytest.raises(UserError, match="train.batch_layout=flat: .* Use padded"):
             choose_layout(BatchLayout.flat, language_model, CPU)
         assert moves_the_next(language_model)
     assert not (allowed.flattens and family.model_type in STATEFUL)
