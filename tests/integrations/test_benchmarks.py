@@ -98,20 +98,26 @@ def test_a_group_of_tests_that_all_skip_has_not_passed(tmp_path, monkeypatch):
         pieces.run_tests(Place("cpu", "tiny", tmp_path), "group")
 
 
-MINIATURE = [
-    "race_unsloth_llama3_1_8b_bfloat16",
-    "weights_llama3_1_8b",
-    "tests_answers",
-    "math_r64_nf4_llama3_1_8b",
-    "race_cera_llama3_1_8b_bfloat16",
-    "decoding_llama3_1_8b",
-    "nemo_cera",
+UNSLOTH = "race_unsloth_llama3_1_8b_bfloat16"
+MINIATURES = [
+    pytest.param(
+        ["weights_llama3_1_8b", "math_r64_nf4_llama3_1_8b", "race_cera_llama3_1_8b_bfloat16"],
+        ["| planned GB |", "| useful TFLOP/s |"],
+        id="a recipe and the race",
+    ),
+    pytest.param(
+        ["weights_llama3_1_8b", "tests_answers", "decoding_llama3_1_8b", "nemo_cera"],
+        ["| tests |", "| planned GB |", "| CeRA, 64 rows, tokens/s |"],
+        id="tests, decoding and NeMo",
+        marks=pytest.mark.nightly,
+    ),
 ]
 
 
 @pytest.mark.slow
 @needs_smollm2
-def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path):
+@pytest.mark.parametrize(("names", "columns"), MINIATURES)
+def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path, names, columns):
     command_line = [
         sys.executable,
         "-m",
@@ -120,9 +126,9 @@ def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path):
         "--size=tiny",
         f"--output={tmp_path}",
     ]
-    arguments = [*command_line, "--piece", *MINIATURE]
+    arguments = [*command_line, "--piece", UNSLOTH, *names]
     started = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    first, second = (tmp_path / "tiny_cpu" / f"{name}.json" for name in MINIATURE[:2])
+    first, second = (tmp_path / "tiny_cpu" / f"{name}.json" for name in (UNSLOTH, names[0]))
     wait_until(lambda: started.poll() is not None or first.exists(), seconds=300, every=0.1)
     os.kill(started.pid, signal.SIGKILL)
     started.communicate()
@@ -130,19 +136,14 @@ def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path):
     assert not second.exists()
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert first.stat().st_mtime_ns == stamp
-    results = {
-        name: json.loads((tmp_path / "tiny_cpu" / f"{name}.json").read_text()) for name in MINIATURE
-    }
-    skipped = results.pop("race_unsloth_llama3_1_8b_bfloat16")
+    skipped, *results = (
+        json.loads((tmp_path / "tiny_cpu" / f"{name}.json").read_text())
+        for name in (UNSLOTH, *names)
+    )
     assert (skipped["state"], skipped["reason"]) == ("skipped", "unsloth is not installed")
-    assert {result["state"] for result in results.values()} == {"passed"}, done.stdout
+    assert {result["state"] for result in results} == {"passed"}, done.stdout
     assert done.returncode == 0
-    for column in (
-        "| tests |",
-        "| planned GB |",
-        "| useful TFLOP/s |",
-        "| CeRA, 64 rows, tokens/s |",
-    ):
+    for column in columns:
         assert column in done.stdout
 
 

@@ -105,7 +105,7 @@ def test_a_sharded_70b_trains_within_the_planned_memory(layers):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_the_compiler_saves_half_of_an_8b_layers_kernels():
     for target in compiled_layer.targets(*compiled_layer.count()):
