@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.contestants import Setting, our_run
 from benchmarks.training import PACKAGE, WITHOUT_GPUS, logistic_maps
-from cera_train.common.pages import COLORS
+from cera_train.report.document import COLORS
 
 MICRO_BATCH_TOKENS = 4096
 

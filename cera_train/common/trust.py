@@ -86,3 +86,11 @@ def redact(text: str) -> str:
 def redact_tree(tree: Any) -> Any:
     """`redact` for every string in nested dicts and lists."""
     return map_values(redact, tree, str)
+
+
+def for_markdown(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    text = clean(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    for mark in "\\`*_[]|#$~":
+        text = text.replace(mark, f"\\{mark}")
+    return text

@@ -2,7 +2,7 @@
 comparison."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -35,10 +35,9 @@ class PairedTest:
     second: str
     problems: int
     difference: Difference
-    p_value: float  # after Holm's correction over the pairs of a task, in a report: decides at 5 %
-    only: (
-        tuple[int, int] | None
-    )  # problems that the first alone solves, and the second; of one answer to each
+    p_value: float  # in a report after Holm's correction over the pairs of a task: decides at 5 %
+    only: tuple[int, int] | None
+    """Problems that the first alone solves, and the second; of one answer to each."""
 
     @property
     def verdict(self) -> str:
@@ -51,6 +50,9 @@ class PairedTest:
     def row(self) -> dict[str, str]:
         """The row of the report's table; differences are in points."""
         points, lower, upper = (f"{100 * value:+.1f}" for value in astuple(self.difference))
+        only = ""
+        if self.only is not None:
+            only = f"{self.only[0]:,} and {self.only[1]:,}"
         return {
             "runs": f"{self.second} - {self.first}",
             "task": f"{self.task}, {self.grader}",
@@ -59,9 +61,7 @@ class PairedTest:
             "95 % interval": f"{lower} to {upper}",
             "p": f"{self.p_value:.2g}",
             "problems": f"{self.problems:,}",
-            "only the first / second solves": "{:,} and {:,}".format(*self.only)
-            if self.only
-            else "",
+            "only the first / second solves": only,
         }
 
 
@@ -72,30 +72,28 @@ def paired_tests(
     against the first; and notes, such as why a test was not made.
 
     Args:
-        across_engines: also of runs whose answers are of different engines.
+        across_engines: also tests runs whose answers are of different engines.
     """
-    tests = []
+    tests: list[PairedTest] = []
     notes = []
     for task in task_names(runs):
-        ready = graded(runs, task)
-        pairs = list(itertools.combinations(ready, 2))
-        if len(ready) > MOST_RUNS_IN_ALL_PAIRS:
-            pairs = pairs[: len(ready) - 1]
+        graded = graded_runs(runs, task)
+        pairs = list(itertools.combinations(graded, 2))
+        if len(graded) > MOST_RUNS_IN_ALL_PAIRS:
+            pairs = [(graded[0], run) for run in graded[1:]]
             notes.append(
-                f"{task}: each of {len(ready)} runs is tested against the first only, "
-                f"{ready[0].name}."
+                f"{task}: each of {len(graded)} runs is tested against the first only, "
+                f"{graded[0].name}."
             )
-        comparisons = []
+        of_task = []
         for first, second in pairs:
             try:
-                comparisons.append(compare(first, second, task, across_engines))
+                of_task.append(paired_test(first, second, task, across_engines))
             except UserError as error:
                 notes.append(f"{task}, {first.name} and {second.name}: {error}")
-        adjusted = holm([test.p_value for test in comparisons])
-        tests += [
-            replace(test, p_value=p_value)
-            for test, p_value in zip(comparisons, adjusted, strict=True)
-        ]
+        adjusted = holm([test.p_value for test in of_task])
+        for test, p_value in zip(of_task, adjusted, strict=True):
+            tests.append(replace(test, p_value=p_value))
     return tests, notes
 
 
@@ -103,50 +101,57 @@ def task_names(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.evaluations))
 
 
-def graded(runs: Sequence[Run], task: str) -> list[Run]:
+def graded_runs(runs: Sequence[Run], task: str) -> list[Run]:
     """The runs with a finished evaluation of answers on a task."""
     return [run for run in runs if task in run.evaluations and run.evaluations[task].is_graded]
 
 
-def compare(first: Run, second: Run, task: str, across_engines: bool) -> PairedTest:
-    """The paired test of two runs, by the task's score where it has one, else by math-verify's
-    verdicts where both runs have them, else by the exact rule. UserError: they answered by
-    different engines or different problems, or lack grades."""
-    evaluations = first.evaluations[task], second.evaluations[task]
+def paired_test(first: Run, second: Run, task: str, across_engines: bool) -> PairedTest:
+    """Tests two runs by the task's score where it has one, else by math-verify's verdicts where
+    both runs have them, else by the exact rule.
+
+    Raises:
+        UserError: they answered by different engines or different problems, or lack grades.
+    """
+    evaluations = (first.evaluations[task], second.evaluations[task])
     engines = {evaluation.settings.get("engine") or "this program" for evaluation in evaluations}
     if len(engines) > 1 and not across_engines:
         fix = "evaluate both by one engine, or add --across-engines"
         raise UserError(f"by {' and '.join(sorted(engines))}: {fix}.")
-    a, b = (evaluation.grades for evaluation in evaluations)
-    names = a.keys()
-    others = b.keys()
-    if names != others or not names:
+    first_grades, second_grades = (evaluation.grades for evaluation in evaluations)
+    if first_grades.keys() != second_grades.keys() or not first_grades:
+        shared = len(first_grades.keys() & second_grades.keys())
         raise UserError(
-            f"evaluated on different problems ({len(names):,} and {len(others):,}, "
-            f"{len(names & others):,} of them "
-            "shared), so a paired test would mean nothing: evaluate both with the same task "
-            "settings."
+            f"evaluated on different problems ({len(first_grades):,} and {len(second_grades):,}, "
+            f"{shared:,} of them shared), so a paired test would mean nothing: evaluate both with "
+            "the same task settings."
         )
-    score = evaluations[0].task.score_name
-    answers = [*a.values(), *b.values()]
-    is_verified = all(grade.verified is not None for grades in answers for grade in grades)
-    grader = score or ("verified" if is_verified else "exact")
-    paired_value = evaluations[0].task.paired_value
+    kind = evaluations[0].task
+    answers = [*first_grades.values(), *second_grades.values()]
+    if kind.score_name:
+        grader = kind.score_name
+    elif all(grade.verified is not None for grades in answers for grade in grades):
+        grader = "verified"
+    else:
+        grader = "exact"
+
     # the two may have the problems in another order
-    scores = [
-        [fmean(paired_value(grade, grader) for grade in grades[name]) for name in a]
-        for grades in (a, b)
-    ]
+    first_scores, second_scores = (
+        [fmean(kind.paired_value(grade, grader) for grade in grades[name]) for name in first_grades]
+        for grades in (first_grades, second_grades)
+    )
     only = None
-    if all(len(grades) == 1 for grades in answers) and not score:
-        only = tuple(
-            sum(a > b for a, b in zip(*pair, strict=True)) for pair in (scores, scores[::-1])
-        )
+    if all(len(grades) == 1 for grades in answers) and not kind.score_name:
+        pairs = list(zip(first_scores, second_scores, strict=True))
+        only = (sum(a > b for a, b in pairs), sum(b > a for a, b in pairs))
     return PairedTest(
-        *(task, grader, first.name, second.name),
-        problems=len(a),
-        difference=paired_bootstrap(*scores),
-        p_value=sign_flip(*scores),
+        task,
+        grader,
+        first.name,
+        second.name,
+        problems=len(first_grades),
+        difference=paired_bootstrap(first_scores, second_scores),
+        p_value=sign_flip(first_scores, second_scores),
         only=only,
     )
 
@@ -156,61 +161,54 @@ def compare(first: Run, second: Run, task: str, across_engines: bool) -> PairedT
 
 def cautions(runs: Sequence[Run]) -> list[str]:
     """What makes figures of these runs not comparable, or less than they seem."""
-    notes: list[str] = []
-
-    def check(text: str, key: Callable[[Run], Any], runs: Sequence[Run]) -> None:
-        """Adds the text where the runs differ in a key."""
-        groups = group_by(runs, key)
-        if len(groups) > 1:
-            names = (
-                f"{', '.join(run.name for run in same)}: {value}" for value, same in groups.items()
-            )
-            notes.append(f"{text}: {'; '.join(names)}.")
-
     trained = [run for run in runs if run.figures.perplexity is not None]
-    text = (
-        "Perplexities and spectra are on different evaluation rows or tokens, so do not rank "
-        "them, by digest"
-    )
-    check(text, lambda run: run.environment.held_out, trained)
-    check("The runs are on different base models", lambda run: run.base, runs)
     measured = [run for run in trained if run.environment.machine]
-    check(
-        "Speed, time and peak memory are of different machines",
-        lambda run: run.environment.machine,
-        measured,
-    )
+    notes = [
+        _difference(
+            "Perplexities and spectra are on different evaluation rows or tokens, so do not rank "
+            "them, by digest",
+            group_by(trained, lambda run: run.environment.held_out),
+        ),
+        _difference("The runs are on different base models", group_by(runs, lambda run: run.base)),
+        _difference(
+            "Speed, time and peak memory are of different machines",
+            group_by(measured, lambda run: run.environment.machine),
+        ),
+    ]
     for task in task_names(runs):
         settings = {
             run.name: run.evaluations[task].settings for run in runs if task in run.evaluations
         }
         for key, words in differing_settings(settings, EvalConfig).items():
-            # Models and adapters are what is compared.
-            if (
-                not key.startswith(("adapter_digest", "model."))
-                and changes_of(EvalConfig, key) != Changes.cost
-            ):
-                texts = "; ".join(f"{name}: {word}" for name, word in words.items())
-                notes.append(f"Evaluations on {task} differ in {key}: {texts}.")
-    return notes
+            is_compared = key.startswith(("adapter_digest", "model."))  # models and adapters are
+            if not is_compared and changes_of(EvalConfig, key) != Changes.cost:
+                values = "; ".join(f"{name}: {word}" for name, word in words.items())
+                notes.append(f"Evaluations on {task} differ in {key}: {values}.")
+    return [note for note in notes if note]
+
+
+def _difference(text: str, groups: dict[Any, list[Run]]) -> str:
+    """A note on runs that differ: the text, and the names of the runs by value; empty where all
+    have one value."""
+    if len(groups) < 2:
+        return ""
+    values = [f"{', '.join(run.name for run in runs)}: {value}" for value, runs in groups.items()]
+    return f"{text}: {'; '.join(values)}."
 
 
 def missing_pieces(runs: Sequence[Run]) -> list[str]:
-    """What is not there, by name."""
-    lines = []
+    """What is missing: updates of a run, or an evaluation that another run has."""
+    notes = []
     tasks = task_names(runs)
     for run in runs:
-        if run.is_unfinished:
-            state = (
-                "diverged after update {:,}."
-                if run.has_diverged
-                else "is unfinished (update {:,})."
-            )
-            lines.append(f"{run.name} {state.format(run.metrics.last_update)}")
+        if run.is_unfinished and run.has_diverged:
+            notes.append(f"{run.name} diverged after update {run.metrics.last_update:,}.")
+        elif run.is_unfinished:
+            notes.append(f"{run.name} is unfinished (update {run.metrics.last_update:,}).")
         for task in tasks:
             evaluation = run.evaluations.get(task)
             if evaluation is None or evaluation.result is None:
-                lines.append(f"{run.name} has no finished evaluation on {task}.")
+                notes.append(f"{run.name} has no finished evaluation on {task}.")
     if not tasks:
-        lines.append("No run has an evaluation: cera-eval run=DIR task=TASK adds accuracies.")
-    return lines
+        notes.append("No run has an evaluation: cera-eval run=DIR task=TASK adds accuracies.")
+    return notes

@@ -5,27 +5,26 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cera_train.common.pages import Page, Table
 from cera_train.common.settings import differing_settings
 from cera_train.common.terminal import announce, counted, duration, gigabytes
+from cera_train.evaluation.tasks.task import Metric
 from cera_train.report.comparison import cautions, missing_pieces, paired_tests
+from cera_train.report.document import Page, Table
 from cera_train.report.pictures import plan_pictures
-from cera_train.report.runs import Run, accuracy_metric, read_runs
+from cera_train.report.runs import Run, SavedEvaluation, accuracy_metric, read_runs
 from cera_train.runs.evaluation_folder import ENDINGS, AccuracyResult, PerplexityResult
 from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share, is_task_figure
 from cera_train.settings.run import Config
 
 CAPTION = (
     "Exact is the task's published rule, verified mathematical equality by math-verify or exact. "
-    "Below an accuracy: "
-    f"its 95 % interval over problems. Difference: ours minus the paper's. {SPECTRUM_TERMS}"
+    "Below an accuracy: its 95 % interval over problems. Difference: ours minus the paper's. "
+    f"{SPECTRUM_TERMS}"
 )
 TESTS = (
     "On the same problems; the verdict is on the first-named run. p is McNemar's, or of a "
-    "sign-flip permutation test "
-    "where a problem has several answers or a score, after Holm over the pairs of a task; it "
-    "decides at 5 %. The "
-    "interval is a paired bootstrap's."
+    "sign-flip permutation test where a problem has several answers or a score, after Holm over "
+    "the pairs of a task; it decides at 5 %. The interval is a paired bootstrap's."
 )
 
 
@@ -37,30 +36,22 @@ def compare_runs(folders: Sequence[Path], across_engines: bool = False) -> Page:
     tests, notes = paired_tests(runs, across_engines)
     trained = [run for run in runs if run.is_training]
     settings = differing_settings({run.name: run.settings for run in trained}, Config)
+    differing = [{"setting": key} | words for key, words in settings.items()]
     tables = [
-        table_of(runs),
+        table_of_runs(runs),
         Table("Paired tests", [test.row for test in tests], TESTS),
-        Table(
-            "Settings",
-            [{"setting": key} | words for key, words in settings.items()],
-            "What differs between runs.",
-        ),
+        Table("Settings", differing, "What differs between runs."),
     ]
     title = runs[0].name if len(runs) == 1 else f"Comparison of {len(runs)} runs"
     commands = {run.name: run.environment.command_line or "not on record" for run in trained}
-    return Page(
-        title,
-        tables,
-        plan_pictures(runs),
-        commands,
-        [*cautions(runs), *notes, *missing_pieces(runs)],
-    )
+    notes = [*cautions(runs), *notes, *missing_pieces(runs)]
+    return Page(title, tables, plan_pictures(runs), commands, notes)
 
 
 # --- the table of runs ----------------------------------------------------------------------------
 
 
-def table_of(runs: Sequence[Run]) -> Table:
+def table_of_runs(runs: Sequence[Run]) -> Table:
     """The figures that runs have, and those of the paper that their recipes name."""
     return Table("Runs", list(map(_row, runs)), CAPTION)
 
@@ -89,23 +80,9 @@ def _task_cells(run: Run) -> dict[str, str]:
     """The figures of its evaluations, and the paper's that it has not measured."""
     cells = {}
     for task, evaluation in run.evaluations.items():
-        result = evaluation.result
         for metric in evaluation.metrics:
-            key, (value, interval), notes = f"{task}/{metric.key}", evaluation.figure(metric), []
-            if interval:
-                notes.append(f"{100 * interval[0]:.1f} to {interval[1]:.1%}")
-            if isinstance(result, PerplexityResult) and result.perplexity_base is not None:
-                notes.append(f"{result.perplexity_base:.3f} without adapter")
-            notes += _paper(run, key, value, metric.is_share)
-            if (
-                limit := evaluation.settings.get("task.limit")
-            ) is not None and key in run.published:
-                notes.append(f"ours of the first {limit:,} problems")
-            if (heat := evaluation.settings.get("generation.temperature")) and key in run.published:
-                notes.append(f"ours sampled at temperature {heat:g}")
-            cells[f"{task} {metric.label}"] = cell(
-                value, "{:.1%}" if metric.is_share else "{:.3f}", *notes
-            )
+            cells[f"{task} {metric.label}"] = _metric_cell(run, task, evaluation, metric)
+        result = evaluation.result
         if isinstance(result, AccuracyResult) and result.endings:
             shares = " / ".join(f"{100 * share:.1f}" for share in result.endings.values())
             cells[f"{task} answers, {' / '.join(ENDINGS)}"] = f"{shares} %"
@@ -114,6 +91,25 @@ def _task_cells(run: Run) -> dict[str, str]:
         paper = cell(None, "", *_paper(run, key, None, is_share=True))
         cells.setdefault(f"{task} {accuracy_metric(name).label}", paper)
     return cells
+
+
+def _metric_cell(run: Run, task: str, evaluation: SavedEvaluation, metric: Metric) -> str:
+    key = f"{task}/{metric.key}"
+    value, interval = evaluation.figure(metric)
+    result = evaluation.result
+    notes = []
+    if interval:
+        notes.append(f"{100 * interval[0]:.1f} to {interval[1]:.1%}")
+    if isinstance(result, PerplexityResult) and result.perplexity_base is not None:
+        notes.append(f"{result.perplexity_base:.3f} without adapter")
+    notes += _paper(run, key, value, metric.is_share)
+    limit = evaluation.settings.get("task.limit")
+    if limit is not None and key in run.published:
+        notes.append(f"ours of the first {limit:,} problems")
+    temperature = evaluation.settings.get("generation.temperature")
+    if temperature and key in run.published:
+        notes.append(f"ours sampled at temperature {temperature:g}")
+    return cell(value, "{:.1%}" if metric.is_share else "{:.3f}", *notes)
 
 
 def cell(value: float | None, form: str | Callable[[float], str], *notes: str) -> str:
@@ -143,22 +139,23 @@ def _perplexity(run: Run) -> str:
 
 def _mean_and_max(run: Run, quantity: str) -> str:
     """Over the adapted modules of a run."""
-    mean, highest = (getattr(run.figures.spectrum, f"{quantity}_{end}") for end in ("mean", "max"))
-    texts = [
-        cell(mean, "{:,.1f}"),
-        cell(highest, "{:,.0f}" if quantity == "manifold_dimension" else "{:,.1f}"),
-    ]
-    return " / ".join(text or "–" for text in texts) if any(texts) else ""
+    spectrum = run.figures.spectrum
+    mean = cell(getattr(spectrum, f"{quantity}_mean"), "{:,.1f}")
+    is_whole = quantity == "manifold_dimension"
+    highest = cell(getattr(spectrum, f"{quantity}_max"), "{:,.0f}" if is_whole else "{:,.1f}")
+    if not mean and not highest:
+        return ""
+    return f"{mean or '–'} / {highest or '–'}"
 
 
 def _paper(run: Run, key: str, value: float | None, is_share: bool = False) -> list[str]:
     """The published figure and ours minus it: in percentage points for a share, else as it is."""
-    if (published := run.published.get(key)) is None:
+    published = run.published.get(key)
+    if published is None:
         return []
     paper = f"paper {published:.2%}" if is_share else f"paper {published:.2f}"
     if value is None:
         return [f"{paper}, not measured here"]
-    difference = (
-        f"{100 * (value - published):+.2f} points" if is_share else f"{value - published:+.2f}"
-    )
-    return [paper, f"difference {difference}"]
+    difference = value - published
+    text = f"{100 * difference:+.2f} points" if is_share else f"{difference:+.2f}"
+    return [paper, f"difference {text}"]

@@ -8,9 +8,10 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, MaxNLocator
 
-from cera_train.common.pages import Picture, styles_of
-from cera_train.report.comparison import graded, task_names
+from cera_train.report.comparison import graded_runs, task_names
+from cera_train.report.document import Picture, styles_of
 from cera_train.report.runs import Run, accuracy_metric, group_by
+from cera_train.runs.results import EvaluationMetrics
 
 OBJECTIVES = {
     "train/reward": ("reward", "In the mean over the answers of an update."),
@@ -34,45 +35,36 @@ def plan_pictures(runs: Sequence[Run]) -> list[Picture]:
     def of_runs(points: Callable[[Run], list[tuple[float, float | None]]]) -> dict[str, Line]:
         return {run.name: Line(run.kind, points(run)) for run in runs}
 
+    def by_update(figure: Callable[[EvaluationMetrics], float | None]) -> dict[str, Line]:
+        return of_runs(
+            lambda run: [(line.update, figure(line)) for line in run.metrics.evaluations]
+        )
+
     on_same_rows = "Runs on the same evaluation rows and model."
-    planned = [
-        _lines(
-            "perplexity by rank", _by_rank(runs, lambda run: run.figures.perplexity), on_same_rows
-        ),
-        _lines(
-            "effective rank by rank",
-            _by_rank(runs, lambda run: run.figures.spectrum.effective_rank_mean),
-            on_same_rows,
-        ),
+    perplexities = _by_rank(runs, lambda run: run.figures.perplexity)
+    effective_ranks = _by_rank(runs, lambda run: run.figures.spectrum.effective_rank_mean)
+    spectra = of_runs(lambda run: list(enumerate(run.spectrum, start=1)))
+    losses = of_runs(lambda run: [(line.update, line.loss) for line in run.metrics.updates])
+    pictures = [
+        _lines("perplexity by rank", perplexities, on_same_rows),
+        _lines("effective rank by rank", effective_ranks, on_same_rows),
         _lines(
             "share of the singular values by direction",
-            of_runs(lambda run: list(enumerate(run.spectrum, start=1))),
+            spectra,
             "Singular values of the branch's centred output over their sum, in the mean over "
             "modules.",
         ),
-        _lines(
-            "training loss by update",
-            of_runs(lambda run: [(line.update, line.loss) for line in run.metrics.updates]),
-            "In nats per supervised token.",
-        ),
+        _lines("training loss by update", losses, "In nats per supervised token."),
         _lines(
             "perplexity by update",
-            of_runs(
-                lambda run: [(line.update, line.perplexity) for line in run.metrics.evaluations]
-            ),
+            by_update(lambda line: line.perplexity),
             "On the evaluation rows; update 0 is before training.",
         ),
         _lines(
             "linear share by update",
-            of_runs(
-                lambda run: [
-                    (line.update, line.spectrum.linear_share_mean)
-                    for line in run.metrics.evaluations
-                ]
-            ),
+            by_update(lambda line: line.spectrum.linear_share_mean),
             "Share of a branch's variance that the best affine map of A x explains, in the mean "
-            "over modules. A LoRA's "
-            "is 1.",
+            "over modules. A LoRA's is 1.",
         ),
     ]
     for key, (label, caption) in OBJECTIVES.items():
@@ -81,9 +73,9 @@ def plan_pictures(runs: Sequence[Run]) -> list[Picture]:
                 (line.update, line.details.get(key)) for line in run.metrics.updates
             ]
         )
-        planned.append(_lines(f"{label} by update", logged, caption))
-    planned += [_accuracy(runs, task) for task in task_names(runs)]
-    return [picture for picture in planned if picture is not None]
+        pictures.append(_lines(f"{label} by update", logged, caption))
+    pictures += [_accuracy(runs, task) for task in task_names(runs)]
+    return [picture for picture in pictures if picture is not None]
 
 
 def _is_finite(value: float | None) -> bool:
@@ -94,12 +86,11 @@ def _by_rank(runs: Sequence[Run], value: Callable[[Run], float | None]) -> dict[
     """A figure of the finished runs of each method on the same evaluation rows and base model: of
     the largest such group."""
     runs = [run for run in runs if run.result and run.rank and _is_finite(value(run))]
-    runs = max(
-        group_by(runs, lambda run: (run.environment.held_out, run.base)).values(),
-        key=len,
-        default=[],
-    )
-    methods = group_by(runs, lambda run: run.method) if len(runs) > 1 else {}
+    groups = group_by(runs, lambda run: (run.environment.held_out, run.base))
+    largest = max(groups.values(), key=len, default=[])
+    if len(largest) < 2:
+        return {}
+    methods = group_by(largest, lambda run: run.method)
     return {
         method: Line(same[0].kind, sorted((run.rank, value(run)) for run in same))
         for method, same in methods.items()
@@ -108,10 +99,11 @@ def _by_rank(runs: Sequence[Run], value: Callable[[Run], float | None]) -> dict[
 
 def _lines(title: str, lines: Mapping[str, Line], caption: str) -> Picture | None:
     """A picture of `y by x`: lines by name."""
-    points = {
-        name: [(x, y) for x, y in line.points if _is_finite(y)] for name, line in lines.items()
-    }
-    points = {name: line for name, line in points.items() if line}
+    points = {}
+    for name, line in lines.items():
+        finite = [(x, y) for x, y in line.points if _is_finite(y)]
+        if finite:
+            points[name] = finite
     if not points:
         return None
     styles = styles_of({name: line.kind for name, line in lines.items()})
@@ -146,24 +138,25 @@ def _lines(title: str, lines: Mapping[str, Line], caption: str) -> Picture | Non
 def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
     """Accuracy by trainable parameters, by the first metric that every evaluation of the task
     has."""
-    evaluations = {run.name: run.evaluations[task] for run in graded(runs, task)}
-    added = [
+    evaluations = {run.name: run.evaluations[task] for run in graded_runs(runs, task)}
+    metrics = [
         metric
         for evaluation in evaluations.values()
         for metric in evaluation.task.shown
         if metric.in_picture
     ]
-    metrics = [*added, accuracy_metric("verified/pass@1"), accuracy_metric("exact/pass@1")]
-    common = (
+    metrics += [accuracy_metric("verified/pass@1"), accuracy_metric("exact/pass@1")]
+    common = [
         metric
         for metric in metrics
         if all(_is_finite(each.figure(metric)[0]) for each in evaluations.values())
-    )
+    ]
     parameters = {
         run.name: run.figures.trainable_parameters for run in runs if run.name in evaluations
     }
-    if (metric := next(common, None)) is None or not any(parameters.values()):
+    if not common or not any(parameters.values()):
         return None
+    metric = common[0]
     figures = {name: evaluation.figure(metric) for name, evaluation in evaluations.items()}
     styles = styles_of({run.name: run.kind for run in runs})
     untouched = [run.name for run in runs if run.adapter is None]
@@ -193,6 +186,6 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
     numbers = "; ".join(f"{name}: {value:.1%}" for name, (value, _) in figures.items())
     caption = (
         f"{metric.label.capitalize()}. Bars: 95 % intervals over problems. Dashed: the untouched "
-        f"base model."
+        "base model."
     )
     return Picture(f"accuracy-{task}", title, f"{title}. {numbers}.", caption, draw)

@@ -42,7 +42,7 @@ Settings = dict[str, Any]  # A config.yaml with dotted keys
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class SavedEvaluation:
     """RUN/eval/NAME."""
 
     folder: Path
@@ -74,20 +74,20 @@ class Evaluation:
         adds."""
         if not self.is_graded:
             return [PERPLEXITY] if self.result else []
-        rates = [
-            key
-            for key in self.result.accuracies
-            if key.endswith(("/pass@1", f"/pass@{self.result.samples}"))
-        ]
-        rates.sort(key=lambda key: (not key.endswith("/pass@1"), key))
+        first = "/pass@1"
+        last = f"/pass@{self.result.samples}"
+        rates = [key for key in self.result.accuracies if key.endswith((first, last))]
+        rates.sort(key=lambda key: (not key.endswith(first), key))
         added = [metric for metric in self.task.shown if metric.key in self.result.details]
         return [*map(accuracy_metric, rates), *added]
 
     def figure(self, metric: Metric) -> tuple[float | None, tuple[float, float] | None]:
         """A figure, and the 95 % interval of an accuracy."""
-        if not self.is_graded:
-            return self.result.perplexity if self.result and metric == PERPLEXITY else None, None
-        return self.result.figure(metric.key), self.result.accuracies.get(metric.key)
+        if self.is_graded:
+            return self.result.figure(metric.key), self.result.accuracies.get(metric.key)
+        if self.result and metric == PERPLEXITY:
+            return self.result.perplexity, None
+        return None, None
 
 
 def accuracy_metric(name: str) -> Metric:
@@ -103,18 +103,16 @@ class Run:
     name: str
     settings: Settings  # config.yaml; without training, what is known of it
     adapter: AdapterConfig | None  # None for the untouched base model
-    evaluations: dict[str, Evaluation]  # by the name of their task
+    evaluations: dict[str, SavedEvaluation]  # by the name of their task
     is_training: bool = False  # else there are evaluations only
     has_diverged: bool = False
     result: RunResult | None = None
     metrics: Metrics = field(default_factory=Metrics)
     environment: Environment = field(default_factory=Environment)
-    spectrum: list[float] = field(
-        default_factory=list
-    )  # singular values over their sum, the mean over modules
-    published: dict[str, float] = field(
-        default_factory=dict
-    )  # by a key of result.json, or TASK/METRIC
+    spectrum: list[float] = field(default_factory=list)
+    """Singular values over their sum, in the mean over modules."""
+    published: dict[str, float] = field(default_factory=dict)
+    """The paper's figures, by a key of result.json or by TASK/METRIC."""
 
     @property
     def figures(self) -> RunResult:
@@ -132,26 +130,27 @@ class Run:
     @property
     def rank(self) -> int | None:
         """`adapter.r`, or the default of PEFT's method."""
-        return (self.adapter.r or self.figures.adapter_r) if self.adapter else None
+        if self.adapter is None:
+            return None
+        return self.adapter.r or self.figures.adapter_r
 
     @property
     def method(self) -> str:
         """The method, with what sets a variant of it apart: CeRA (relu), LoRA (alpha 32)."""
         if self.adapter is None:
             return "untouched base"
-        is_scaled = self.adapter.alpha not in (None, self.rank)
-        return title(self.adapter) + (f" (alpha {self.adapter.alpha:g})" if is_scaled else "")
+        text = title(self.adapter)
+        if self.adapter.alpha not in (None, self.rank):
+            text += f" (alpha {self.adapter.alpha:g})"
+        return text
 
     @property
     def base(self) -> str:
         """The base model, with what its weights are kept in: that too changes a perplexity."""
-        names = (
-            self.settings.get(f"model.{key}")
-            for key in ("path", "revision", "dtype", "quantization")
-        )
-        return (
-            ", ".join(str(name) for name in names if name not in (None, "none")) or "not on record"
-        )
+        keys = ("path", "revision", "dtype", "quantization")
+        values = [self.settings.get(f"model.{key}") for key in keys]
+        known = [str(value) for value in values if value not in (None, "none")]
+        return ", ".join(known) or "not on record"
 
 
 def group_by(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
@@ -175,20 +174,22 @@ class SavedAdapter(Record):
 
     @property
     def config(self) -> AdapterConfig:
-        kind = "dora" if self.use_dora else "rslora" if self.use_rslora else self.peft_type.lower()
-        known = (
-            {"kind": kind}
-            if kind in list(AdapterKind)
-            else {"kind": AdapterKind.peft, "method": self.peft_type}
-        )
-        if kind == AdapterKind.cera:
-            known |= {
-                name: getattr(self, name)
-                for name in ("activation", "mix")
-                if getattr(self, name) is not None
-            }
+        if self.use_dora:
+            kind = "dora"
+        elif self.use_rslora:
+            kind = "rslora"
+        else:
+            kind = self.peft_type.lower()
+        settings: dict[str, Any] = {"kind": kind}
+        if kind not in list(AdapterKind):
+            settings = {"kind": AdapterKind.peft, "method": self.peft_type}
+        if kind == AdapterKind.cera and self.activation is not None:
+            settings["activation"] = self.activation
+        if kind == AdapterKind.cera and self.mix is not None:
+            settings["mix"] = self.mix
         # PEFT writes a rank of 0 where another setting decides.
-        return AdapterConfig(**known, r=self.r or None, alpha=self.lora_alpha or self.alpha or None)
+        alpha = self.lora_alpha or self.alpha or None
+        return AdapterConfig(**settings, r=self.r or None, alpha=alpha)
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -198,8 +199,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in some folders, each once, in the order given; those of a sweep by name. A folder
     is that of a run, of an adapter or a base model with evaluations, or holds such folders."""
     by_folder: dict[Path, Run] = {}
-    for run in (run for folder in folders for run in _runs_in(folder)):
-        by_folder.setdefault(run.folder.resolve(), run)
+    for folder in folders:
+        for run in _runs_in(folder):
+            by_folder.setdefault(run.folder.resolve(), run)
     runs = list(by_folder.values())
     count = Counter(run.name for run in runs)
     return [run if count[run.name] == 1 else replace(run, name=str(run.folder)) for run in runs]
@@ -208,45 +210,47 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _runs_in(folder: Path) -> list[Run]:
     if run := _read_run(folder):
         return [run]
+    runs = []
+    if folder.is_dir():
+        inside = sorted(filter(Path.is_dir, folder.iterdir()), key=_by_number)
+        runs = [run for run in map(_read_run, inside) if run is not None]
+    if not runs:
+        what = "holds neither a run nor folders of runs" if folder.is_dir() else "is not a folder"
+        raise UserError(
+            f"{folder} {what}: expected a folder that cera-train left (with config.yaml), one with "
+            "evaluations (eval/TASK), or a folder of these. Check the path: runs lie in "
+            "outputs/NAME."
+        )
+    return runs
 
-    def by_number(
-        path: Path,
-    ) -> list[str | float]:  # r16 before r128, and lr=0.0005 before lr=0.001
-        return [
-            float(part) if index % 2 else part
-            for index, part in enumerate(re.split(NUMBER_IN_NAME, path.name))
-        ]
 
-    inside = sorted(filter(Path.is_dir, folder.iterdir()), key=by_number) if folder.is_dir() else []
-    if runs := list(filter(None, map(_read_run, inside))):
-        return runs
-    what = "holds neither a run nor folders of runs" if folder.is_dir() else "is not a folder"
-    raise UserError(
-        f"{folder} {what}: expected a folder that cera-train left (with config.yaml), one with "
-        f"evaluations "
-        "(eval/TASK), or a folder of these. Check the path: runs lie in outputs/NAME."
-    )
+def _by_number(path: Path) -> list[str | float]:
+    """Sorts r16 before r128, and lr=0.0005 before lr=0.001."""
+    parts = re.split(NUMBER_IN_NAME, path.name)  # text, number, text, ...
+    return [float(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def _read_run(folder: Path) -> Run | None:
     """The run or the evaluations in a folder; None where there is neither."""
     path = folder / "config.yaml"
-    evaluations = {
-        file.parent.name: Evaluation(
-            file.parent, flatten(read_yaml(file)), find_evaluation_result(file.parent)
-        )
-        for file in sorted(folder.glob("eval/*/config.yaml"))
-    }
-    if not path.is_file() or "adapter" not in read_yaml(
-        path
-    ):  # an evaluation's config.yaml has none
+    evaluations = {}
+    for file in sorted(folder.glob("eval/*/config.yaml")):
+        settings = flatten(read_yaml(file))
+        result = find_evaluation_result(file.parent)
+        evaluations[file.parent.name] = SavedEvaluation(file.parent, settings, result)
+    # The config.yaml of an evaluation has no adapter.
+    if not path.is_file() or "adapter" not in read_yaml(path):
         return _without_training(folder, evaluations) if evaluations else None
     config = load_config(path)
     # no picture can show half of a surrogate pair
     settings = flatten(to_plain(config))
     name = clean(config.name)
     return Run(
-        *(folder, name, settings, config.adapter, evaluations),
+        folder,
+        name,
+        settings,
+        config.adapter,
+        evaluations,
         is_training=True,
         has_diverged=(folder / DIVERGED).exists(),
         result=RunResult.find(folder / "result.json"),
@@ -257,10 +261,9 @@ def _read_run(folder: Path) -> Run | None:
     )
 
 
-def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
+def _without_training(folder: Path, evaluations: dict[str, SavedEvaluation]) -> Run:
     """The folder of an adapter from elsewhere, known by PEFT's file, or of a base model, known by
     its evaluations."""
-    place = folder.resolve()
     path = folder / ADAPTER_CONFIG
     adapter = None
     evaluation = next(iter(evaluations.values()))
@@ -273,4 +276,4 @@ def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
             adapter = saved.config
     elif (folder / FULL_MODEL).is_file():
         adapter = AdapterConfig(AdapterKind.full, r=None, alpha=None)
-    return Run(folder, place.name, settings, adapter, evaluations)
+    return Run(folder, folder.resolve().name, settings, adapter, evaluations)

@@ -11,8 +11,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from cera_train.adapters.families import family, title
 from cera_train.adapters.saved import description_file
 from cera_train.common.files import read_json, write_text
-from cera_train.common.pages import escape
 from cera_train.common.terminal import print_line
+from cera_train.common.trust import for_markdown
 from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult, describe_rank, describe_tasks, figure
 from cera_train.runs.tracking import print_error
@@ -61,18 +61,18 @@ def write_card(run: Path, result: RunResult) -> None:
     data = card_data(config.model, library, config.adapter.kind.value, datasets)
     text = CARD.format(
         data=data.to_yaml(),
-        name=escape(config.name),
-        what=escape(f"The base model after {method}" if is_full else f"A {method} adapter"),
+        name=for_markdown(config.name),
+        what=for_markdown(f"The base model after {method}" if is_full else f"A {method} adapter"),
         branch=" Its branch, `s B gate(A x)`, stays beside W0." if is_cera else "",
         registers="import cera_train  # registers CeRA with PEFT\n" if is_cera else "",
         library=library,
         loader="AutoModelForCausalLM" if is_full else "AutoPeftModelForCausalLM",
         table="\n".join(
-            f"| {escape(name)} | {escape(value)} |"
+            f"| {for_markdown(name)} | {for_markdown(value)} |"
             for name, value in _facts(config, result).items()
         ),
-        terms=f"The base weights are under `{escape(data.license)}`; an adapter of theirs comes "
-        f"under its terms."
+        terms=f"The base weights are under `{for_markdown(data.license)}`; an adapter of theirs "
+        f"comes under its terms."
         if data.license
         else "The licence of the base weights is not on record here: see where they come from.",
     )

@@ -11,7 +11,9 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from cera_train.common.files import finite, write_text
-from cera_train.common.pages import (
+from cera_train.common.settings import map_values
+from cera_train.common.terminal import announce, counted, duration
+from cera_train.report.document import (
     BACKGROUND,
     COLORS,
     TEXT,
@@ -21,8 +23,6 @@ from cera_train.common.pages import (
     shortened,
     styles_of,
 )
-from cera_train.common.settings import map_values
-from cera_train.common.terminal import announce, counted, duration
 from cera_train.runs.results import SPECTRUM_TERMS, Environment
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, Study

@@ -11,7 +11,7 @@ import yaml
 
 from cera_train.evaluation.grading import score
 from cera_train.evaluation.tasks import gsm8k
-from cera_train.report.page import table_of
+from cera_train.report.page import table_of_runs
 from cera_train.report.runs import read_runs
 from cera_train.runs.evaluation_folder import Grade, Problem
 from cera_train.runs.records import to_lines
@@ -200,5 +200,5 @@ def two_runs(folder: Path) -> tuple[Path, Path]:
 
 def cells(*folders: Path) -> dict[str, list[str]]:
     """Columns by label, in the order of the runs."""
-    rows = table_of(read_runs(folders)).rows
+    rows = table_of_runs(read_runs(folders)).rows
     return {name: [row[name] for row in rows] for name in rows[0]}

@@ -13,7 +13,7 @@ import pytest
 from made_runs import HOSTILE, add_evaluation, make_run, two_runs
 from matplotlib.figure import Figure
 
-from cera_train.common.pages import Picture
+from cera_train.report.document import Picture
 from cera_train.report.page import compare_runs
 
 STEERING = "\x1b[31m\x9b\u202e\ud800"

@@ -11,9 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.cells import cell_len
+
 from cera_train.common.files import write_bytes, write_text
 from cera_train.common.terminal import print_line, print_table, terminal_width
-from cera_train.common.trust import clean
+from cera_train.common.trust import clean, for_markdown
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Picture:
     title: str
     alt: str
     caption: str
-    draw: Callable[..., None]  # into matplotlib axes
+    draw: Callable[[Axes], None]
     height: float = 3.1  # inches, without the legend
 
 
@@ -49,10 +55,8 @@ class Page:
 
     def write(self, folder: Path) -> None:
         """Writes report.html, and report.md with its pictures."""
-        import jinja2
-
         environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("cera_train.common"),
+            loader=jinja2.PackageLoader("cera_train.report"),
             autoescape=lambda name: name.endswith(".html.jinja"),
             finalize=lambda value: clean(value) if type(value) is str else value,
             undefined=jinja2.StrictUndefined,
@@ -60,7 +64,7 @@ class Page:
             lstrip_blocks=True,
             keep_trailing_newline=True,
         )
-        environment.filters["md"] = escape
+        environment.filters["md"] = for_markdown
         folder.mkdir(parents=True, exist_ok=True)
         images = {}
         for picture in self.pictures:
@@ -68,10 +72,8 @@ class Page:
             write_bytes(folder / f"{picture.name}.png", png)
             images[picture.name] = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         for name in ("report.md", "report.html"):
-            write_text(
-                folder / name,
-                environment.get_template(f"{name}.jinja").render(page=self, images=images),
-            )
+            template = environment.get_template(f"{name}.jinja")
+            write_text(folder / name, template.render(page=self, images=images))
 
     def print(self, folder: Path) -> None:
         """Prints the tables, the notes and where `write` wrote the page."""
@@ -83,30 +85,22 @@ class Page:
         print_line("report", f" {folder / 'report.html'}, report.md")
 
 
-def escape(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    text = clean(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
-    for mark in "\\`*_[]|#$~":
-        text = text.replace(mark, f"\\{mark}")
-    return text
-
-
 def print_rows(rows: Sequence[dict[str, str]]) -> None:
     """Prints as many tables as the width needs, each with the first column."""
-    from rich.cells import cell_len
 
     def width(column: list[str]) -> int:
         return max(cell_len(clean(line)) for text in column for line in text.split("\n"))
 
-    first, *others = ([name.replace(", ", "\n"), *(row[name] for row in rows)] for name in rows[0])
+    columns = [[name.replace(", ", "\n"), *(row[name] for row in rows)] for name in rows[0]]
+    first = columns[0]
     tables = [[first]]
-    for column in others:
-        if (
-            sum(map(width, [*tables[-1], column])) + 2 * len(tables[-1]) > terminal_width()
-            and len(tables[-1]) > 1
-        ):
-            tables.append([first])
-        tables[-1].append(column)
+    for column in columns[1:]:
+        table = tables[-1]
+        needed = sum(map(width, [*table, column])) + 2 * len(table)
+        if needed > terminal_width() and len(table) > 1:
+            table = [first]
+            tables.append(table)
+        table.append(column)
     for table in tables:
         header, *lines = zip(*table, strict=True)
         print_table(header, lines, right=range(1, len(header)))
@@ -155,9 +149,6 @@ def shortened(label: str, longest: int) -> str:
 
 def render(picture: Picture) -> bytes:
     """The picture as PNG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, picture.height), layout="constrained")
         axes = figure.subplots()
