@@ -30,8 +30,8 @@ from cera_train.cli.compose import compose
 from cera_train.common.terminal import print_table
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.lean import keep_less
-from cera_train.planning.count import read_config
-from cera_train.planning.dry_run import FORMULAS
+from cera_train.planning.dry_run import architecture_of
+from cera_train.planning.meter import FORMULAS
 
 TOKENS = 512
 
@@ -114,7 +114,7 @@ def size_of(tensor: torch.Tensor) -> int:
 def adapted_layer() -> tuple[nn.Module, nn.Module]:
     """A layer with adapters, and its model's rotary embedding."""
     config = compose(*SETTINGS)
-    architecture = read_config(config.model)
+    architecture = architecture_of(config.model)
     architecture.update(
         {"num_hidden_layers": 1, "vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1}
     )

@@ -36,7 +36,7 @@ from cera_train.common.terminal import print_table
 from cera_train.data.prepare import Example, TokenizedData, TokenizedRows, table_of
 from cera_train.distributed.signals import Interruption
 from cera_train.model import folder as model_files
-from cera_train.planning.count import quantised_linears, read_config
+from cera_train.planning.dry_run import architecture_of, quantised_linears
 from cera_train.planning.plan import GB, RunPlan, make_plan
 from cera_train.runs.folder import RunFolder
 from cera_train.settings.model import Quantization
@@ -88,7 +88,9 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
         overrides: settings that differ from the recipe's, as on a command line.
     """
     with tempfile.TemporaryDirectory() as folder:
-        architecture = read_config(compose(f"+recipe={recipe}", *overrides, command="plan").model)
+        architecture = architecture_of(
+            compose(f"+recipe={recipe}", *overrides, command="plan").model
+        )
         architecture.num_hidden_layers = layers or architecture.num_hidden_layers
         architecture.save_pretrained(folder)
         # Coverage is proven by gradients that are not zero, and a fake one has no numbers.
@@ -127,7 +129,7 @@ def track_by_layers(recipe: str, *overrides: str) -> Tracked:
         2 if plan.config.plan.gpus == 1 else 12
     )  # in fewer sharded layers, what is outside them needs the most
     some, more = (track(recipe, layers, *overrides) for layers in (few, few + 1))
-    layers = read_config(plan.config.model).num_hidden_layers
+    layers = architecture_of(plan.config.model).num_hidden_layers
     size = some.bytes + (layers - few) * (more.bytes - some.bytes)
     return replace(some, plan=plan, bytes=size)
 

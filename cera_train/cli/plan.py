@@ -33,20 +33,23 @@ PLAN = "cera-plan"
 
 
 def main() -> None:
-    plans = []
+    jobs: list[tuple[list[str], RunPlan]] = []
 
     def plan(composed: DictConfig) -> None:
         """Prints the plan of a run; keeps that of a sweep's job, which Hydra makes one after the
         other."""
-        config = to_config(composed, HydraConfig.get().overrides.task, PlanRun)
+        overrides = list(HydraConfig.get().overrides.task)
+        config = to_config(composed, overrides, PlanRun)
         announce_imports()
-        plans.append(make_plan(config))
-        if HydraConfig.get().mode != RunMode.MULTIRUN:
-            print_plan(plans.pop())
+        planned = make_plan(config)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            jobs.append((overrides, planned))
+        else:
+            print_plan(planned)
 
     start_hydra(PLAN, plan, {"StudySweeper": PlannedStudy})
-    if plans:
-        print_plans("job", name_jobs(plans))
+    if jobs:
+        print_plans("job", name_jobs(jobs))
 
 
 class PlanSweep(Callback):

@@ -1,5 +1,5 @@
-"""How much there is to train on and to answer: by data.facts, by computing the rows, or by counting
-local files."""
+"""How many rows and tokens a run trains on, and how many problems its tasks have: by data.facts, by
+computing them, or by counting local files."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from statistics import fmean
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
-from cera_train.data.segments import segmenters, segments_of
+from cera_train.data.segments import Segment, segmenters, segments_of
 from cera_train.data.sources import open_sources, rows_of_parts
 from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn
@@ -20,16 +20,13 @@ tokenised here. Pieces per token of SmolLM2: 0.99 on GSM8K, 0.95 to 1.12 in pros
 1.05 in generated questions."""
 
 SAMPLE_ROWS = 1000
-FEW_ROWS = 100
-"""Rows whose tokens are estimated, and rows of a generator, which may take milliseconds for one."""
+"""Rows whose tokens are estimated."""
 
-OF_LEVEL = {
-    1: 437,
-    2: 894,
-    3: 1131,
-    4: 1214,
-    5: 1324,
-}  # MATH's test problems: no other task of the Hub has levels
+GENERATED_ROWS = 100
+"""The same of a generator, which may take milliseconds for a row."""
+
+PROBLEMS_OF_LEVEL = {1: 437, 2: 894, 3: 1131, 4: 1214, 5: 1324}
+"""MATH's test problems: no other task of the Hub has levels."""
 
 COUNTED = "by SmolLM2's tokenizer"
 ESTIMATED = "an estimate"
@@ -62,23 +59,13 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
     if config.is_computed or config.train_files:
         size = _size_of_rows(config)
     elif (facts := facts_of(config.path, config.facts)) is not None:
-        eval_rows = _sliced(
-            config.eval_split, facts.train_rows if _is_of_training(config) else facts.eval_rows
-        )
-        size = DataSize(
-            min(_sliced(config.train_split, facts.train_rows), config.train_rows or math.inf),
-            eval_rows if config.eval_rows is None else min(eval_rows, config.eval_rows),
-            facts.tokens_per_row,
-            facts.supervised,
-            ESTIMATED if facts.estimated else COUNTED,
-        )
+        size = _size_by_facts(config, facts)
     elif None not in (config.train_rows, config.eval_rows, tokens_per_row):
         size = DataSize(config.train_rows, config.eval_rows, tokens_per_row, 1.0, "")
     else:
         raise UserError(
             f"data.path={config.path}: its size is unknown. Set data.train_rows, data.eval_rows "
-            f"and "
-            "plan.tokens_per_row, or write data.facts for it in a file of conf/data."
+            "and plan.tokens_per_row, or write data.facts for it in a file of conf/data."
         )
     if tokens_per_row is not None:
         size = replace(size, tokens_per_row=tokens_per_row, source="plan.tokens_per_row")
@@ -92,16 +79,20 @@ def facts_of(path: str, facts: DataFacts | None = None) -> DataFacts | None:
     of conf/data."""
     if facts is not None and facts.of == path:
         return facts
-    files = map(read_yaml, sorted((config_dir("conf") / "data").glob("*.yaml")))
-    return next(
-        (DataFacts(**file["facts"]) for file in files if file.get("facts", {}).get("of") == path),
-        None,
-    )
+    for file in sorted((config_dir("conf") / "data").glob("*.yaml")):
+        known = read_yaml(file).get("facts", {})
+        if known.get("of") == path:
+            return DataFacts(**known)
+    return None
 
 
 def trained_size(config: Config, data: DataSize) -> DataSize:
     """The size of what updates train on: the rows, or prompts with sampled answers of the greatest
-    length."""
+    length.
+
+    Args:
+        data: of the rows.
+    """
     if not config.work.answers:
         return data
     tokens = data.prompt_tokens + config.work.answer_tokens
@@ -120,28 +111,44 @@ def _size_of_mix(config: DataConfig, tokens_per_row: float | None) -> DataSize:
     for place, part in config.parts():
         with errors_at(place):
             sizes.append(data_size(part, tokens_per_row))
-    counts = rows_of_parts([size.train_rows for size in sizes], config.weights, config.train_rows)
-    tokens = [count * size.tokens_per_row for count, size in zip(counts, sizes, strict=True)]
+    rows = rows_of_parts([size.train_rows for size in sizes], config.weights, config.train_rows)
+    tokens = 0.0
+    supervised = 0.0
+    prompt_tokens = 0.0
+    for count, size in zip(rows, sizes, strict=True):
+        tokens += count * size.tokens_per_row
+        supervised += count * size.tokens_per_row * size.supervised
+        prompt_tokens += count * size.prompt_tokens
     return DataSize(
-        train_rows=sum(counts),
+        train_rows=sum(rows),
         eval_rows=sum(size.eval_rows for size in sizes),
-        tokens_per_row=sum(tokens) / sum(counts),
-        supervised=sum(count * size.supervised for count, size in zip(tokens, sizes, strict=True))
-        / sum(tokens),
+        tokens_per_row=tokens / sum(rows),
+        supervised=supervised / tokens,
         source="; ".join(dict.fromkeys(size.source for size in sizes)),
-        prompt_tokens=sum(
-            count * size.prompt_tokens for count, size in zip(counts, sizes, strict=True)
-        )
-        / sum(counts),
+        prompt_tokens=prompt_tokens / sum(rows),
     )
 
 
-def _is_of_training(config: DataConfig) -> bool:
-    """Whether the evaluation rows are a slice of the training split."""
-    train, evaluation = (
-        re.match(r"\w*", split)[0] for split in (config.train_split, config.eval_split)
+def _size_by_facts(config: DataConfig, facts: DataFacts) -> DataSize:
+    train_rows = _sliced(config.train_split, facts.train_rows)
+    evaluated = facts.train_rows if _evaluates_on_training_split(config) else facts.eval_rows
+    eval_rows = _sliced(config.eval_split, evaluated)
+    return DataSize(
+        train_rows if config.train_rows is None else min(train_rows, config.train_rows),
+        eval_rows if config.eval_rows is None else min(eval_rows, config.eval_rows),
+        facts.tokens_per_row,
+        facts.supervised,
+        ESTIMATED if facts.estimated else COUNTED,
     )
-    return train == evaluation
+
+
+def _evaluates_on_training_split(config: DataConfig) -> bool:
+    return _name_of(config.train_split) == _name_of(config.eval_split)
+
+
+def _name_of(split: str) -> str:
+    """`train` of train[:1000]."""
+    return re.match(r"\w*", split)[0]
 
 
 def _sliced(split: str, rows: int) -> int:
@@ -149,64 +156,52 @@ def _sliced(split: str, rows: int) -> int:
     from datasets import ReadInstruction
 
     try:
-        parts = ReadInstruction.from_spec(split).to_absolute({re.match(r"\w*", split)[0]: rows})
+        parts = ReadInstruction.from_spec(split).to_absolute({_name_of(split): rows})
     except (ValueError, AssertionError) as error:
         raise UserError(
             f"data split {split!r}: cera-plan reads splits such as train or train[:1000]. Use one "
-            f"of that form."
+            "of that form."
         ) from error
     return sum(part.to - part.from_ for part in parts)
 
 
 def _size_of_rows(config: DataConfig) -> DataSize:
     """Counts computed rows or those of local files, and estimates the tokens of the first ones."""
-    is_generated = (
-        config.layout == Layout.reasoning_gym
-    )  # as many as the settings say, and slow to make
-    few = (
-        replace(config, train_rows=min(FEW_ROWS, config.train_rows), eval_rows=1)
-        if is_generated
-        else config
-    )
-    train, evaluation = open_sources(few)
-    lengths = []
-    answers = 0.0
+    is_generated = config.layout == Layout.reasoning_gym
+    opened = config
+    if is_generated:
+        few = min(GENERATED_ROWS, config.train_rows)
+        opened = replace(config, train_rows=few, eval_rows=1)
+    train, evaluation = open_sources(opened)
     sampled = 0
-    answered = 0
-    for segments in segments_of(
-        train.first(SAMPLE_ROWS).located(), *segmenters(config, tokenizer=None)
-    ):
-        sampled += 1  # also a row without an answer, which training drops
+    answered = 0  # training drops rows without an answer
+    lengths: list[float] = []  # of sequences
+    supervised = 0.0
+    to_segments = segmenters(config, tokenizer=None)
+    for segments in segments_of(train.first(SAMPLE_ROWS).located(), *to_segments):
+        sampled += 1
         if segments:
             answered += 1
-            counts = [len(PIECES.findall(segment.text)) for segment in segments]
-            prompt = sum(
-                count
-                for count, segment in zip(counts, segments, strict=True)
-                if not segment.supervised
-            )
-            windows = (
-                math.ceil(sum(counts) / config.max_length)
-                if config.layout == Layout.documents
-                else 1
-            )
-            length = min(sum(counts), windows * config.max_length)
-            lengths += [length / windows] * windows
-            answers += max(0.0, length - prompt)
+            row_lengths, row_supervised = _tokens_of(segments, config)
+            lengths += row_lengths
+            supervised += row_supervised
     if not sum(lengths):
         raise UserError(
             f"{train.name}: no row to train on has an answer. Check columns, templates, "
-            f"data.eval_rows."
+            "data.eval_rows."
         )
+
+    if is_generated:  # as many rows as the settings say
+        train_rows = config.train_rows
+        eval_rows = config.eval_rows
+    else:
+        train_rows = round(len(lengths) / sampled * sum(1 for _ in train.located()))
+        eval_rows = round(len(lengths) / answered * sum(1 for _ in evaluation.located()))
     size = DataSize(
-        config.train_rows
-        if is_generated
-        else round(len(lengths) / sampled * sum(1 for _ in train.located())),
-        config.eval_rows
-        if is_generated
-        else round(len(lengths) / answered * sum(1 for _ in evaluation.located())),
+        train_rows,
+        eval_rows,
         fmean(lengths),
-        answers / sum(lengths),
+        supervised / sum(lengths),
         ESTIMATED,
         is_even=len(set(lengths)) == 1,
     )
@@ -216,6 +211,22 @@ def _size_of_rows(config: DataConfig) -> DataSize:
         supervised = config.facts.supervised
         return replace(size, tokens_per_row=tokens, supervised=supervised, source=COUNTED)
     return size
+
+
+def _tokens_of(segments: list[Segment], config: DataConfig) -> tuple[list[float], float]:
+    """An estimate of the lengths of a row's sequences, and of its supervised tokens."""
+    tokens = 0
+    prompt = 0
+    for segment in segments:
+        count = len(PIECES.findall(segment.text))
+        tokens += count
+        if not segment.supervised:
+            prompt += count
+    windows = 1
+    if config.layout == Layout.documents:
+        windows = math.ceil(tokens / config.max_length)
+    length = min(tokens, windows * config.max_length)
+    return [length / windows] * windows, max(0.0, length - prompt)
 
 
 def count_problems(name: str, config: Config, data: DataSize) -> int:
@@ -228,21 +239,24 @@ def count_problems(name: str, config: Config, data: DataSize) -> int:
     task = training_task(name, config.train.changes_of_task(name))
     settings = task.config
     place = f"train.tasks=[{name}]"
-    of_hub = any(part.path and not part.train_files for _, part in config.data.parts())
-    if settings.kind == "held_out" and of_hub:  # the evaluation rows, which a plan does not load
+    loads_rows = any(part.path and not part.train_files for _, part in config.data.parts())
+    if settings.kind == "held_out" and loads_rows:  # evaluation rows, which a plan does not load
         return min(data.eval_rows, settings.limit or data.eval_rows)
     if settings.files or settings.path is None:
         with errors_at(place):
             return len(load_problems(task, config.data))
+
+    counts = []
+    if settings.limit is not None:
+        counts.append(settings.limit)
     facts = facts_of(settings.path)
-    of_split = facts and (
-        facts.train_rows if settings.split.startswith("train") else facts.eval_rows
-    )
-    rows = facts and OF_LEVEL.get(settings.level, of_split)
-    known = [count for count in (settings.limit, rows) if count is not None]
-    if not known:
+    if facts is not None:
+        is_train = settings.split.startswith("train")
+        rows = facts.train_rows if is_train else facts.eval_rows
+        counts.append(PROBLEMS_OF_LEVEL.get(settings.level, rows))
+    if not counts:
         raise UserError(
             f"{place}: the number of its problems is unknown: set "
             f"train.task_settings.{name}.limit, or task files."
         )
-    return min(known)
+    return min(counts)

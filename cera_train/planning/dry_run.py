@@ -1,53 +1,158 @@
-"""An update of the run itself on fake tensors, which have shapes, dtypes and storages and no
-memory.
+"""An update of the run itself, without weights: its base on the meta device, which has shapes
+alone, then the update on fake tensors, which have storages too and no memory.
 
-Base, adapter, loss, layout and optimizer are those of training. Counted are the bytes of all living
-storages, and floating-point operations by torch's formulas. The tensors lie on the CPU, where torch
-takes fake ones without a GPU; `choices_of_a_gpu` holds what a GPU does differently.
+Base, adapter, loss, layout and optimizer are those of training. The fake tensors lie on the CPU,
+where torch takes them without a GPU; `choices_of_a_gpu` holds what a GPU does differently.
 """
 
 import contextlib
+import json
 import logging
 import math
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.nn.attention import varlen  # noqa: F401 - registers _varlen_attn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
-from transformers.integrations import moe  # noqa: F401 - registers grouped_mm_fallback
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from cera_train.adapters.build import build, parameter_counts, parameter_groups
-from cera_train.model import head, layout
+from cera_train.cera.coverage import bypassed_projections
+from cera_train.common.errors import UserError
+from cera_train.common.files import config_dir
+from cera_train.distributed.accelerator import quiet_libraries
+from cera_train.model import head
+from cera_train.model import layout as batch_layout
 from cera_train.model.batches import Batch
+from cera_train.model.folder import load_config
 from cera_train.model.head import chunk_tokens
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import Allowed, choose_layout
-from cera_train.model.weights import mixes_sequences
-from cera_train.planning.count import (
-    build_base,
-    errors_in_one_line,
-    quantised_linears,
-    stored_sizes,
-)
-from cera_train.settings.model import Quantization
-from cera_train.settings.run import PlanRun
-from cera_train.settings.training import BatchLayout
+from cera_train.model.lean import keep_less
+from cera_train.model.precision import choose_precision
+from cera_train.model.weights import attention_for, mixes_sequences
+from cera_train.planning.data_size import DataSize
+from cera_train.planning.meter import Meter, Reading, allocated
+from cera_train.settings.data import BatchLayout
+from cera_train.settings.distributed import Strategy
+from cera_train.settings.model import ModelConfig, Quantization
+from cera_train.settings.run import Config, PlanRun
 from cera_train.training.optimizer import build_optimizer
 
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # logs what it raises
 
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+"""Bits of a weight: 4, an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those (double
+quantisation)."""
 
-def allocated(size: float) -> int:
-    """Bytes that torch's allocator for CUDA takes for so many."""
-    return 512 * math.ceil(size / 512)
+ROW_SPREAD = 0.4
+"""Standard deviation of the tokens in a row over their mean: 0.36 on GSM8K, 0.43 on OpenOrca. The
+largest of many updates is taken to be three standard deviations above the mean."""
+
+PROCESS_BYTES = 610_000_000
+"""Resident memory of Python, torch, transformers, peft and pandas, a tokenizer loaded and no model
+(on Linux)."""
+
+CUDA_BUILD_BYTES = 320_000_000
+"""Resident memory that a torch built for CUDA, as PyPI's is on x86-64, adds on a machine without a
+GPU."""
+
+# on a CPU, freed blocks below 32 MB stay with the C library's heap, and its gaps add about this
+# share
+HEAP_SHARE = 0.4
+
+
+# --- the base -------------------------------------------------------------------------------------
+
+
+def trainable_parameters(config: Config) -> int:
+    with torch.device("meta"):
+        return parameter_counts(build(build_base(config.model), config.adapter))[0]
+
+
+def build_base(model: ModelConfig) -> PreTrainedModel:
+    """The frozen base as `load_model` gives it, on the meta device."""
+    quiet_libraries()
+    architecture = architecture_of(model)
+    if architecture.is_encoder_decoder:
+        raise UserError(
+            f"model.path={model.path} is an encoder-decoder ({architecture.model_type}), and "
+            "cera-train trains decoder-only language models. Choose one of those."
+        )
+    # Flash kernels may need a package or a GPU that this machine lacks; they keep what sdpa keeps.
+    wanted = "eager" if model.attn_implementation == "eager" else "sdpa"
+    dtype = getattr(torch, choose_precision(model.dtype, cuda=False).value)
+    with errors_of_architecture(model, architecture.model_type), torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            architecture,
+            dtype=dtype,
+            attn_implementation=attention_for(architecture, wanted),
+            trust_remote_code=model.trust_remote_code,
+        )
+    base.requires_grad_(False)
+    keep_less(base)
+    # Before the adapter: PEFT then lets gradients reach the first layer's input.
+    if model.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return base
+
+
+def architecture_of(model: ModelConfig) -> PretrainedConfig:
+    """The config.json of conf/model, else that of `model.path`."""
+    if model.facts is not None and model.facts.config is not None:
+        text = (config_dir("conf") / "model" / model.facts.config).read_text()
+        return AutoConfig.for_model(**json.loads(text))
+    return load_config(model)
+
+
+@contextlib.contextmanager
+def errors_of_architecture(model: ModelConfig, model_type: str) -> Iterator[None]:
+    """Turns whatever the code of an architecture raises without weights into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise UserError(
+            f"model.path={model.path}: cera-plan cannot run a model of type {model_type} without "
+            f"its weights ({type(error).__name__}: {reason})."
+        ) from error
+
+
+def stored_sizes(base: PreTrainedModel, quantization: Quantization) -> dict[nn.Parameter, float]:
+    """Bytes of each weight of the base as it is stored."""
+    sizes: dict[nn.Parameter, float] = {weight: weight.nbytes for weight in base.parameters()}
+    for linear in quantised_linears(base, quantization):
+        numbers = linear.weight.numel()
+        if quantization == Quantization.nf4:
+            sizes[linear.weight] = numbers * NF4_BITS / 8
+        else:  # a byte a weight, and a float32 scale a row
+            sizes[linear.weight] = numbers + 4 * len(linear.weight)
+    return sizes
+
+
+def quantised_linears(base: PreTrainedModel, quantization: Quantization) -> list[nn.Module]:
+    """The linears that bitsandbytes quantises: all but the head and those that the model reads past
+    their module."""
+    if quantization == Quantization.none:
+        return []
+    head = base.get_output_embeddings()
+    bypassed = {name.rpartition(".")[2] for name in bypassed_projections(base)}
+    return [
+        module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and name.rpartition(".")[2] not in bypassed
+    ]
+
+
+# --- the update -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -64,20 +169,13 @@ class MicroBatch:
         return self.rows * self.length
 
 
-class Part(NamedTuple):
-    """A part of an update: the most bytes at once, and floating-point operations."""
-
-    peak: float
-    operations: int
-
-
 class Cost(NamedTuple):
-    """What one micro-batch takes."""
+    """What one micro-batch takes, by stage of an update."""
 
-    forward: Part  # the loss takes the gradient at a frozen head in its forward pass
-    backward: Part
-    step: Part
-    evaluation: Part
+    forward: Reading  # the loss takes the gradient at a frozen head in its forward pass
+    backward: Reading
+    step: Reading
+    evaluation: Reading
 
     @property
     def peak(self) -> float:
@@ -98,81 +196,79 @@ class DryRun:
 
     def __init__(self, config: PlanRun) -> None:
         self.config = config
-        on_gpu = config.plan.on_gpu
-        quantization = config.model.quantization
         self.base = build_base(config.model)
-        sizes = stored_sizes(self.base, quantization)
-        if quantization == Quantization.int8:
-            for linear in quantised_linears(self.base, quantization):
+        stored = stored_sizes(self.base, config.model.quantization)
+        self.layer_bytes, self.outside_bytes = sizes_by_place(self.base, stored)
+        """Of the weights of a layer, and of those outside the layers."""
+        if config.model.quantization == Quantization.int8:
+            for linear in quantised_linears(self.base, config.model.quantization):
                 linear.register_forward_hook(keep_input)
-        layers = [
-            layer
-            for layer in self.base.modules()
-            if type(layer).__name__ in self.base._no_split_modules
-        ]
-        inside = sum(sizes[weight] for layer in layers for weight in layer.parameters())
-        self.layer = inside / max(1, len(layers))
-        self.outside = sum(sizes.values()) - inside
-        """Bytes of the weights of a layer, and of those outside the layers."""
-        batch_layout = config.train.batch_layout
-        if batch_layout == BatchLayout.auto and mixes_sequences(self.base):
-            batch_layout = BatchLayout.padded
-        autocast = config.model.autocast_dtype(config.train.autocast, on_gpu)
+        layout = config.train.batch_layout
+        if layout == BatchLayout.auto and mixes_sequences(self.base):
+            layout = BatchLayout.padded
+
+        autocast = config.model.autocast_dtype(config.train.autocast, config.plan.on_gpu)
         with torch.device("meta"):
             self.model = build(self.base, config.adapter, has_autocast=autocast is not None).train()
         self.trainable, self.total = parameter_counts(self.model)
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.meter = Meter()
-        self._make_fake(sizes)
+        self._make_fake(stored)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        held = self.meter.alive
-        adapter = sum(allocated(weight.nbytes) for weight in self.trained)
-        # Paged states lie in memory that CUDA manages: as many bytes, whose functions need a GPU.
-        kind = config.optimizer.kind.removeprefix("paged_")
-        groups = parameter_groups(self.model, config.adapter)
-        settings = replace(config.optimizer, kind=kind, lr=1.0)  # any rate: nothing is trained
-        self.optimizer = build_optimizer(groups, settings, torch.device("cpu"))
-        if on_gpu and "foreach" in self.optimizer.defaults:
-            for group in self.optimizer.param_groups:
-                group["foreach"] = True
+        model_bytes = self.meter.alive
+
+        self.optimizer = self._build_optimizer()
         dtype = None if autocast is None else getattr(torch, autocast)
         self.language_model = LanguageModel(
             self.model, self.base, lambda: torch.autocast("cpu", dtype, enabled=dtype is not None)
         )
         with self.running():
-            method = (config.adapter.kind, config.adapter.method, config.adapter.target_modules)
-            probed = repr((config.model, method, on_gpu))
-            choose_layout(
-                batch_layout,
-                self.language_model,
-                torch.device("cuda" if on_gpu else "cpu"),
-                ALLOWED.get(probed),
-            )
-            ALLOWED[probed] = self.language_model.allowed
+            self._choose_layout(layout)
             self._fill_gradients()
             self.optimizer.step()  # makes the optimizer's states
             self.optimizer.zero_grad()
+        adapter = sum(allocated(weight.nbytes) for weight in self.trained)
         self.memory = {
-            "weights": held - adapter,
+            "weights": model_bytes - adapter,
             "adapter": adapter,
-            "optimizer": self.meter.alive - held,
+            "optimizer": self.meter.alive - model_bytes,
         }
         """Bytes by part that a process holds between updates."""
 
-    def _make_fake(self, sizes: dict[nn.Parameter, float]) -> None:
+    def _make_fake(self, stored: dict[nn.Parameter, float]) -> None:
         """Puts fake tensors in the place of the meta device's. A tied weight stays one."""
         fakes: dict[torch.Tensor, torch.Tensor] = {}
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             fake = FakeTensor(self.fake_mode, tensor.detach(), torch.device("cpu"))
-            fakes[tensor] = (
-                nn.Parameter(fake, tensor.requires_grad)
-                if isinstance(tensor, nn.Parameter)
-                else fake
-            )
-            self.meter.hold(fake, None if tensor.requires_grad else sizes.get(tensor))
+            if isinstance(tensor, nn.Parameter):
+                fakes[tensor] = nn.Parameter(fake, tensor.requires_grad)
+            else:
+                fakes[tensor] = fake
+            self.meter.hold(fake, None if tensor.requires_grad else stored.get(tensor))
         for module in self.model.modules():
             for tensors in (module._parameters, module._buffers):
                 tensors.update({name: fakes.get(tensor) for name, tensor in tensors.items()})
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        # Paged states lie in memory that CUDA manages: as many bytes, whose functions need a GPU.
+        kind = self.config.optimizer.kind.removeprefix("paged_")
+        any_rate = 1.0  # nothing is trained
+        settings = replace(self.config.optimizer, kind=kind, lr=any_rate)
+        groups = parameter_groups(self.model, self.config.adapter)
+        optimizer = build_optimizer(groups, settings, torch.device("cpu"))
+        if self.config.plan.on_gpu and "foreach" in optimizer.defaults:
+            for group in optimizer.param_groups:
+                group["foreach"] = True
+        return optimizer
+
+    def _choose_layout(self, wanted: BatchLayout) -> None:
+        on_gpu = self.config.plan.on_gpu
+        adapter = self.config.adapter
+        method = (adapter.kind, adapter.method, adapter.target_modules)
+        probed = repr((self.config.model, method, on_gpu))
+        device = torch.device("cuda" if on_gpu else "cpu")
+        choose_layout(wanted, self.language_model, device, ALLOWED.get(probed))
+        ALLOWED[probed] = self.language_model.allowed
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -180,7 +276,7 @@ class DryRun:
         # transformers masks every fake tensor without reading it: let it read the meter's values.
         sees_values = patch("transformers.masking_utils.is_tracing", lambda tensor=None: False)
         device = choices_of_a_gpu() if self.config.plan.on_gpu else contextlib.nullcontext()
-        errors = errors_in_one_line(self.config.model, self.base.config.model_type)
+        errors = errors_of_architecture(self.config.model, self.base.config.model_type)
         with errors, sees_values, device, self.fake_mode, self.meter:
             yield
 
@@ -192,7 +288,7 @@ class DryRun:
         """
         meter = self.meter
         with self.running():
-            inputs = self._batch(batch)
+            inputs = self._inputs(batch)
             if accumulates:
                 self._fill_gradients()
             meter.read()
@@ -212,140 +308,77 @@ class DryRun:
         for weight in self.trained:
             weight.grad = torch.zeros_like(weight)
 
-    def _batch(self, batch: MicroBatch) -> Batch:
-        meter = self.meter
-        meter.supervised = max(1, round(batch.tokens * batch.supervised))
-        meter.skips_mask = not batch.has_mask
+    def _inputs(self, batch: MicroBatch) -> Batch:
+        self.meter.supervised = max(1, round(batch.tokens * batch.supervised))
+        self.meter.skips_mask = not batch.has_mask
         shape = (1, batch.tokens) if self.language_model.is_flat else (batch.rows, batch.length)
         ids = torch.zeros(shape, dtype=torch.int64)
-        places = torch.zeros(shape, dtype=torch.int64)
-        mask = torch.zeros(shape, dtype=torch.bool)
+        ones = torch.zeros(shape, dtype=torch.int64)
+        supervised = torch.zeros(shape, dtype=torch.bool)
         if self.language_model.is_flat:
-            return Batch(
-                ids, mask, position_ids=places, sequence_lengths=[batch.length] * batch.rows
-            )
-        return Batch(ids, mask, attention_mask=places if batch.has_mask else None)
+            lengths = [batch.length] * batch.rows
+            return Batch(ids, supervised, position_ids=ones, sequence_lengths=lengths)
+        return Batch(ids, supervised, attention_mask=ones if batch.has_mask else None)
 
 
-# --- what is counted ------------------------------------------------------------------------------
+def sizes_by_place(base: PreTrainedModel, stored: dict[nn.Parameter, float]) -> tuple[float, float]:
+    """Bytes of the weights of a layer, in the mean, and of all weights outside the layers."""
+    layers = [
+        module for module in base.modules() if type(module).__name__ in base._no_split_modules
+    ]
+    inside = sum(stored[weight] for layer in layers for weight in layer.parameters())
+    return inside / max(1, len(layers)), sum(stored.values()) - inside
 
 
-class Meter(TorchDispatchMode):
-    """Counts bytes of living storages and floating-point operations. Code that reads a value reads
-    1.
+def micro_batches(run: DryRun, size: DataSize) -> tuple[MicroBatch, MicroBatch]:
+    """The largest micro-batch of one process, which needs the most memory, and a usual one, which
+    takes the time.
 
-    torch's FlopCounterMode hooks modules too, which fails where the loss takes a gradient in its
-    forward pass, and its MemTracker fails on frozen weights.
+    Args:
+        size: of what updates train on.
     """
+    config = run.config
+    train = config.train
+    is_flat = run.language_model.is_flat
+    has_mask = run.language_model.allowed.attention is None if is_flat else not size.is_even
+    if run.base.config._attn_implementation == "eager":
+        has_mask = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, float] = {}
-        self.alive = self.peak = 0.0
-        self.operations = 0
-        self.supervised = 1  # tokens that the mask of the loss selects: a fake one has no values
-        self.skips_mask = True  # whether a look at a padding mask finds that nothing is masked
+    rows = math.ceil(config.sequences * train.batch_size / config.plan.gpus)
+    max_length = config.data.max_length + config.work.answer_tokens
+    spread = 0.0 if size.is_even else 3 * ROW_SPREAD / math.sqrt(rows)
+    most_tokens = rows * min(size.tokens_per_row * (1 + spread), max_length)
+    longest = size.tokens_per_row if is_flat or size.is_even else max_length
 
-    def hold(self, tensor: torch.Tensor, size: float | None = None) -> None:
-        """Counts a tensor's storage once, until it is freed.
+    def batch(tokens: float, length: float) -> MicroBatch:
+        tokens = min(tokens, train.micro_batch_tokens)
+        rows = max(1, round(tokens / length))
+        return MicroBatch(rows, max(2, round(tokens / rows)), size.supervised, has_mask)
 
-        Args:
-            size: bytes; None for those of the storage.
-        """
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = size = allocated(storage.nbytes() if size is None else size)
-            weakref.finalize(storage, self._free, key)
-            self.alive += size
-            self.peak = max(self.peak, self.alive)
-
-    def read(self) -> Part:
-        """What was counted since the last reading."""
-        part = Part(self.peak, self.operations)
-        self.peak = self.alive
-        self.operations = 0
-        return part
-
-    def _free(self, key: int) -> None:
-        self.alive -= self.sizes.pop(key)
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if operation is ATEN._local_scalar_dense.default:
-            return self.skips_mask if args[0].dtype == torch.bool else 1
-        if operation is ATEN.index.Tensor:
-            args = (args[0], self._places(args[1]))
-        is_grouped = operation is ATEN._grouped_mm.default
-        output = grouped_shape(*args[:3]) if is_grouped else operation(*args, **kwargs)
-        for tensor in [output] if isinstance(output, torch.Tensor) else tree_iter(output):
-            if isinstance(tensor, torch.Tensor):
-                self.hold(tensor)
-        if (formula := FORMULAS.get(operation._overloadpacket)) is not None:
-            self.operations += formula(*args, **kwargs, out_val=output)
-        return output
-
-    def _places(self, indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """The places that a mask selects in the place of the mask."""
-        places: list[torch.Tensor | None] = []
-        for index in indices:
-            is_mask = index is not None and index.dtype == torch.bool
-            places += (
-                [index.new_empty(self.supervised, dtype=torch.int64) for _ in index.shape]
-                if is_mask
-                else [index]
-            )
-        return places
+    return batch(most_tokens, longest), batch(rows * size.tokens_per_row, size.tokens_per_row)
 
 
-def half(formula: Callable) -> Callable:
-    """The formula of a causal attention kernel, which skips what the mask takes out."""
-    return lambda *args, **kwargs: formula(*args, **kwargs) // 2
-
-
-def half_if_causal(formula: Callable) -> Callable:
-    return lambda *args, **kwargs: formula(*args, **kwargs) // (1 + any(it is True for it in args))
-
-
-def grouped_flops(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
-    """Operations of a grouped product: [S, in] with [E, in, out], or in backward [in, S] with [S,
-    out]."""
-    return 2 * a.numel() * b.shape[-1]
-
-
-def grouped_shape(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """What a grouped product returns. torch computes it for 32 bits too, but has the shapes for
-    bfloat16 alone."""
-    return (
-        a.new_empty(a.shape[0], b.shape[-1])
-        if b.ndim == 3
-        else a.new_empty(len(ends), a.shape[0], b.shape[-1])
-    )
-
-
-ATEN = torch.ops.aten
-VARLEN = torch.ops.torch_attn
-MOE = torch.ops.transformers
-FLASH = "_scaled_dot_product_flash_attention"
-FORMULAS = flop_registry | {
-    ATEN.addmm_: flop_registry[ATEN.addmm],
-    ATEN._grouped_mm: grouped_flops,
-    MOE.grouped_mm_fallback: grouped_flops,
-}
-"""torch's formulas by operation: two operations for a multiply and add."""
-for end in ("", "_backward"):
-    FORMULAS[getattr(ATEN, f"{FLASH}_for_cpu{end}")] = half_if_causal(
-        flop_registry[getattr(ATEN, FLASH + end)]
-    )
-    FORMULAS[getattr(VARLEN, f"_varlen_attn{end}")] = half(
-        flop_registry[getattr(VARLEN, f"_varlen_attn{end}")]
-    )
-if hasattr(MOE, "grouped_mm_fallback_backward"):  # transformers 5.10 has none
-    FORMULAS[MOE.grouped_mm_fallback_backward] = lambda a, b, *args, **kwargs: (
-        2 * grouped_flops(a, b)
-    )
+def memory_by_part(run: DryRun, peak: float) -> dict[str, float]:
+    """Bytes of one process at the peak of an update: on a GPU what torch allocates, on a CPU what
+    is resident."""
+    processes = run.config.plan.gpus
+    activations = peak - sum(run.memory.values())
+    parts = dict(run.memory)
+    if processes > 1 and run.config.distributed.strategy == Strategy.fsdp:
+        parts = {name: size / processes for name, size in parts.items()}
+        # FSDP2 gathers into a buffer and copies from there: as the first layer begins, what is
+        # outside the layers is in memory twice. Later the buffer holds the next layer.
+        twice = max(0, run.outside_bytes - activations)
+        parts["gathered"] = run.outside_bytes + 2 * run.layer_bytes + twice
+    elif processes > 1:
+        parts["buckets"] = parts["adapter"]  # gradients a second time, as DDP sends them
+    if not run.config.plan.on_gpu:
+        parts["libraries"] = PROCESS_BYTES
+        if torch.version.cuda:
+            parts["libraries"] += CUDA_BUILD_BYTES
+        parts["heap's gaps"] = HEAP_SHARE * activations
+    parts["gradients, activations"] = activations
+    return parts
 
 
 # --- what a GPU does differently ------------------------------------------------------------------
@@ -353,11 +386,11 @@ if hasattr(MOE, "grouped_mm_fallback_backward"):  # transformers 5.10 has none
 
 @contextlib.contextmanager
 def choices_of_a_gpu() -> Iterator[None]:
-    """Larger chunks of logits, FlashAttention's variable-length kernel in 16 bits, and dropout's
+    """Larger chunks of logits, FlashAttention's variable-length kernel in 16 bits, and dropout
     masks in bytes."""
     with (
         patch.object(head, "chunk_tokens", lambda on_gpu: chunk_tokens(on_gpu=True)),
-        patch.object(layout, "kernel_may_run", lambda device, dtype: dtype.itemsize == 2),
+        patch.object(batch_layout, "kernel_may_run", lambda device, dtype: dtype.itemsize == 2),
         patch("torch.nn.functional.dropout", gpu_dropout),
     ):
         yield
@@ -366,7 +399,7 @@ def choices_of_a_gpu() -> Iterator[None]:
 def gpu_dropout(
     x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> torch.Tensor:
-    """A GPU keeps a dropout's mask in bytes, a CPU as numbers of what it drops."""
+    """A GPU keeps a dropout mask in bytes, a CPU in numbers of the input's dtype."""
     return torch.native_dropout(x, p, training)[0] if p and training else x
 
 

@@ -12,39 +12,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cera_train.adapters.families import title
-from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
+from cera_train.common.settings import require
 from cera_train.common.terminal import announce
 from cera_train.model.precision import choose_precision
-from cera_train.planning.data_size import (
-    DataSize,
-    count_problems,
-    data_size,
-    trained_size,
-)
-from cera_train.settings.distributed import Strategy
+from cera_train.planning.data_size import DataSize, count_problems, data_size, trained_size
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config, GpuKind, PlanRun
 
 if TYPE_CHECKING:
-    from cera_train.planning.dry_run import DryRun, MicroBatch
-
-ROW_SPREAD = 0.4
-"""Standard deviation of the tokens in a row over their mean: 0.36 on GSM8K, 0.43 on OpenOrca. The
-largest of many updates is taken to be three standard deviations above the mean."""
-
-PROCESS_BYTES = 610_000_000
-"""Resident memory of Python, torch, transformers, peft and pandas, a tokenizer loaded and no model
-(on Linux)."""
-
-CUDA_BUILD_BYTES = 320_000_000
-"""Resident memory that a torch built for CUDA, as PyPI's is on x86-64, adds on a machine without a
-GPU."""
-
-# on a CPU, freed blocks below 32 MB stay with the C library's heap, and its gaps add about this
-# share
-HEAP_SHARE = 0.4
-
+    from cera_train.planning.dry_run import MicroBatch
 
 # --- devices --------------------------------------------------------------------------------------
 
@@ -63,7 +40,7 @@ USABLE = 0.95
 class Device:
     name: str
     memory: float  # bytes
-    flops: float  # peak operations a second
+    peak_speed: float  # FLOP/s
 
 
 GPUS = {
@@ -75,6 +52,18 @@ GPUS = {
 """Memory and dense bf16 speed by the vendor's data sheets (SXM cards, the A100 of 80 GB)."""
 
 
+def device_of(config: PlanRun) -> Device:
+    """The planned device.
+
+    Args:
+        config: with a decided `model.dtype`.
+    """
+    if config.plan.on_gpu:
+        return GPUS[config.plan.gpu]
+    multiplied = config.model.autocast_dtype(config.train.autocast, on_gpu=False)
+    return this_cpu(is_16bit=(multiplied or config.model.dtype) != Dtype.float32)
+
+
 @functools.cache
 def this_cpu(is_16bit: bool) -> Device:
     """This machine: its memory, and its peak speed at matrix products: one thread's best, times the
@@ -83,12 +72,10 @@ def this_cpu(is_16bit: bool) -> Device:
     from torch.utils.benchmark import Timer
 
     matrix = torch.randn(512, 512, dtype=torch.bfloat16 if is_16bit else torch.float32)
-    measured = Timer("matrix @ matrix", globals={"matrix": matrix}).blocked_autorange(
-        min_run_time=0.5
-    )
+    timer = Timer("matrix @ matrix", globals={"matrix": matrix})
+    fastest = min(timer.blocked_autorange(min_run_time=0.5).times)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    flops = torch.get_num_threads() * 2 * 512**3 / min(measured.times)
-    return Device("this CPU", memory, flops)
+    return Device("this CPU", memory, torch.get_num_threads() * 2 * 512**3 / fastest)
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -133,8 +120,8 @@ class RunPlan:
 
     @property
     def speed(self) -> float:
-        """Operations a second of all processes, at the share of the peak that training reaches."""
-        return self.device.flops * self.mfu * self.config.plan.gpus
+        """FLOP/s of all processes together."""
+        return self.device.peak_speed * self.mfu * self.config.plan.gpus
 
     @property
     def seconds(self) -> float:
@@ -143,7 +130,7 @@ class RunPlan:
 
     @property
     def update_seconds(self) -> float:
-        """Seconds of an update, evaluations not counted."""
+        """Seconds of an update, without those of evaluations and of sampling answers."""
         trained = self.flops["forward"] + self.flops["backward"]
         return trained / self.totals.updates / self.speed
 
@@ -165,58 +152,53 @@ plan."""
 def make_plan(config: PlanRun) -> RunPlan:
     """Plans a run. Raises UserError where it cannot be planned."""
     train = replace(config.train, seed=0)
-    parts = [config.model, config.adapter, config.data, train, config.work, config.optimizer.kind]
-    shape = repr([*parts, config.distributed, config.plan])
-    if shape not in PLANS:
-        PLANS[shape] = _plan(config)
-    return replace(PLANS[shape], config=replace(config, model=PLANS[shape].config.model))
+    sections = [config.model, config.adapter, config.data, train, config.work]
+    key = repr([*sections, config.optimizer.kind, config.distributed, config.plan])
+    if key not in PLANS:
+        PLANS[key] = _plan(config)
+    return replace(PLANS[key], config=replace(config, model=PLANS[key].config.model))
 
 
 def _plan(config: PlanRun) -> RunPlan:
     on_gpu = config.plan.on_gpu
-    if not on_gpu and config.plan.gpus > 1:
-        raise UserError(
-            f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes "
-            f"all its threads. "
-            "Leave plan.gpus at 1."
-        )
+    require(
+        on_gpu or config.plan.gpus == 1,
+        f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes "
+        "all its threads. Leave plan.gpus at 1.",
+    )
     data = data_size(config.data, config.plan.tokens_per_row)
-    trained = trained_size(config, data)
     problems = {name: count_problems(name, config, data) for name in config.train.tasks}
-    totals = run_totals(config, data)
     if config.model.dtype == Dtype.auto:  # every GPU here multiplies bf16
         dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).value
         config = replace(config, model=replace(config.model, dtype=dtype))
+
     with heavy_imports():
         from cera_train.model.folder import check_length
-        from cera_train.planning.dry_run import DryRun
+        from cera_train.planning.dry_run import DryRun, memory_by_part, micro_batches
+
     run = DryRun(config)
     check_length(config.model, config.data.max_length, "data.max_length", run.base.config)
     rank = f", r = {config.adapter.r}," if config.adapter.r else ""
     announce("planning", f"{title(config.adapter)}{rank} on {config.model.path}")
-    largest, usual = micro_batches(config, trained, run)
+
+    trained = trained_size(config, data)
+    largest, usual = micro_batches(run, trained)
     rows = math.ceil(config.sequences * config.train.batch_size / config.plan.gpus)
-    highest = run.cost(
-        largest, accumulates=rows * trained.tokens_per_row > config.train.micro_batch_tokens
-    )
-    # Without a mask a token costs the same in every micro-batch.
-    batch, cost = (
-        (usual, run.cost(usual, accumulates=False)) if usual.has_mask else (largest, highest)
-    )
-    operations = {name: part.operations / batch.tokens for name, part in cost._asdict().items()}
-    autocast = config.model.autocast_dtype(config.train.autocast, on_gpu)
-    device = (
-        GPUS[config.plan.gpu]
-        if on_gpu
-        else this_cpu((autocast or config.model.dtype) != Dtype.float32)
-    )
-    mfu = config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU)
-    memory = memory_of(config, run, highest.peak)
+    accumulates = rows * trained.tokens_per_row > config.train.micro_batch_tokens
+    cost = run.cost(largest, accumulates)
+    memory = memory_by_part(run, cost.peak)
+    evaluation_memory = sum(memory.values()) + cost.evaluation.peak - cost.peak
+
+    timed = largest
+    if usual.has_mask:  # else a token costs the same in every micro-batch
+        timed = usual
+        cost = run.cost(usual, accumulates=False)
+    totals = run_totals(config, data)
     trained_tokens = config.work.passes * totals.tokens
     return RunPlan(
         config=config,
-        device=device,
-        mfu=mfu,
+        device=device_of(config),
+        mfu=config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU),
         data=data,
         problems=problems,
         totals=totals,
@@ -224,87 +206,46 @@ def _plan(config: PlanRun) -> RunPlan:
         trainable=run.trainable,
         micro_batch=largest,
         memory=memory,
-        evaluation_memory=sum(memory.values()) + highest.evaluation.peak - highest.peak,
+        evaluation_memory=evaluation_memory,
         flops={
-            "forward": operations["forward"] * trained_tokens,
-            "backward": operations["backward"] * trained_tokens,
-            "evaluations": operations["evaluation"] * totals.forward_tokens,
+            "forward": cost.forward.flops / timed.tokens * trained_tokens,
+            "backward": cost.backward.flops / timed.tokens * trained_tokens,
+            "evaluations": cost.evaluation.flops / timed.tokens * totals.forward_tokens,
         },
     )
 
 
-def run_totals(config: Config, size: DataSize) -> RunTotals:
+def run_totals(config: Config, data: DataSize) -> RunTotals:
+    from cera_train.model.batches import RowOrder
+
     train = config.train
     work = config.work
-    updates_per_epoch = math.ceil(size.train_rows / train.batch_size)
+    updates_per_epoch = RowOrder(data.train_rows, train.batch_size, train.seed).updates_per_epoch
     updates = train.max_updates or train.epochs * updates_per_epoch
+    epochs, rest = divmod(updates, updates_per_epoch)
+    rows = epochs * data.train_rows + min(rest * train.batch_size, data.train_rows)
+    tokens = rows * config.sequences * trained_size(config, data).tokens_per_row
 
     def times(every: int | None) -> int:
         """Before the first update, after the last, and every so many between."""
         return 2 + ((updates - 1) // every if every else 0)
 
-    epochs, rest = divmod(updates, updates_per_epoch)
-    rows = epochs * size.train_rows + min(rest * train.batch_size, size.train_rows)
-    tokens = rows * config.sequences * trained_size(config, size).tokens_per_row
-    row_tokens = config.data.sequences * size.tokens_per_row
-    eval_tokens = size.eval_rows * row_tokens
     evaluations = times(train.eval_every)
-    forward_tokens = evaluations * eval_tokens + (evaluations + 1) * min(
-        train.probe_tokens, eval_tokens
-    )
-    reference_tokens = size.train_rows * row_tokens + eval_tokens
-    forward_tokens += work.forward_passes * tokens + work.reference_passes * reference_tokens
+    task_evaluations = 0
+    if train.tasks:
+        task_evaluations = times(train.tasks_every) if train.tasks_every else 1
+
+    row_tokens = config.data.sequences * data.tokens_per_row
+    eval_tokens = data.eval_rows * row_tokens
+    probe_tokens = min(train.probe_tokens, eval_tokens)
+    reference_tokens = data.train_rows * row_tokens + eval_tokens
     return RunTotals(
         updates=updates,
         tokens=tokens,
         evaluations=evaluations,
-        forward_tokens=forward_tokens,
-        task_evaluations=(times(train.tasks_every) if train.tasks_every else 1)
-        if train.tasks
-        else 0,
+        forward_tokens=evaluations * eval_tokens
+        + (evaluations + 1) * probe_tokens
+        + work.forward_passes * tokens
+        + work.reference_passes * reference_tokens,
+        task_evaluations=task_evaluations,
     )
-
-
-def micro_batches(config: PlanRun, size: DataSize, run: DryRun) -> tuple[MicroBatch, MicroBatch]:
-    """The largest micro-batch of one process, which needs the most memory, and a usual one, which
-    takes the time."""
-    from cera_train.planning.dry_run import MicroBatch
-
-    train = config.train
-    is_flat = run.language_model.is_flat
-    has_mask = run.language_model.allowed.attention is None if is_flat else not size.is_even
-    has_mask = has_mask or run.base.config._attn_implementation == "eager"
-    rows = math.ceil(config.sequences * train.batch_size / config.plan.gpus)
-    max_length = config.data.max_length + config.work.answer_tokens
-    spread = 0 if size.is_even else 3 * ROW_SPREAD / math.sqrt(rows)
-    most_tokens = rows * min(size.tokens_per_row * (1 + spread), max_length)
-    longest = size.tokens_per_row if is_flat or size.is_even else max_length
-
-    def batch(tokens: float, length: float) -> MicroBatch:
-        tokens = min(tokens, train.micro_batch_tokens)
-        rows = max(1, round(tokens / length))
-        return MicroBatch(rows, max(2, round(tokens / rows)), size.supervised, has_mask)
-
-    return batch(most_tokens, longest), batch(rows * size.tokens_per_row, size.tokens_per_row)
-
-
-def memory_of(config: PlanRun, run: DryRun, peak: float) -> dict[str, float]:
-    """Bytes of one process by part at the peak of an update: on a GPU what torch allocates, on a
-    CPU what is resident."""
-    processes = config.plan.gpus
-    held = sum(run.memory.values())
-    parts = dict(run.memory)
-    if processes > 1 and config.distributed.strategy == Strategy.fsdp:
-        parts = {name: size / processes for name, size in parts.items()}
-        # FSDP2 gathers into a buffer and copies from there: as the first layer begins, what is
-        # outside the layers is in memory twice. Later the buffer holds the next layer.
-        activations = peak - held
-        parts["gathered"] = run.outside + 2 * run.layer + max(0, run.outside - activations)
-    elif processes > 1:
-        parts["buckets"] = parts["adapter"]  # gradients a second time, as DDP sends them
-    if not config.plan.on_gpu:
-        import torch
-
-        parts["libraries"] = PROCESS_BYTES + (CUDA_BUILD_BYTES if torch.version.cuda else 0)
-        parts["heap's gaps"] = HEAP_SHARE * (peak - held)
-    return parts | {"gradients, activations": peak - held}

@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from cera_train.common.settings import differing_settings, flatten, to_plain
 from cera_train.common.terminal import counted, duration, gigabytes, print_line, print_table
 from cera_train.planning.plan import GB, USABLE, RunPlan
 from cera_train.settings.model import Quantization
-from cera_train.settings.run import PlanRun
 
 NOT_COUNTED = "generation time not counted"
 
@@ -14,23 +12,9 @@ NOT_COUNTED = "generation time not counted"
 def print_plan(plan: RunPlan) -> None:
     adapter = plan.config.adapter
     rank = "" if adapter.r is None else f" r={adapter.r}"
-    print_line(
-        "plan",
-        f"{plan.config.name}: {adapter.kind}{rank}{adapter.places and f' on {adapter.places}'}",
-    )
+    places = f" on {adapter.places}" if adapter.places else ""
+    print_line("plan", f"{plan.config.name}: {adapter.kind}{rank}{places}")
     _print_basis([plan])
-    totals = plan.totals
-    flops = plan.flops | {"in all": sum(plan.flops.values())}
-    peaks = {
-        "peak in training": sum(plan.memory.values()),
-        "peak in evaluation": plan.evaluation_memory,
-    }
-    time = {"an update": f"{plan.update_seconds:.3g} s"}
-    time["the run, h:mm:ss"] = duration(plan.seconds)
-    if plan.config.plan.on_gpu:
-        time["GPU-hours"] = f"{plan.gpu_hours:,.2f}"
-    if plan.cost is not None:
-        time["cost"] = f"{plan.cost:,.2f}"
     sections = {
         "parameters": {
             "frozen": f"{plan.frozen:,}",
@@ -38,19 +22,25 @@ def print_plan(plan: RunPlan) -> None:
             "share": f"{plan.trainable / (plan.trainable + plan.frozen):.2%}",
         },
         "memory of one process": {
-            name: _size(part) for name, part in (plan.memory | peaks).items()
+            **{name: _size(part) for name, part in plan.memory.items()},
+            "peak in training": _size(sum(plan.memory.values())),
+            "peak in evaluation": _size(plan.evaluation_memory),
         },
         "work": {
-            name: f"{getattr(totals, name):,.0f}" for name in ("updates", "tokens", "evaluations")
+            "updates": f"{plan.totals.updates:,}",
+            "tokens": f"{plan.totals.tokens:,.0f}",
+            "evaluations": f"{plan.totals.evaluations:,}",
         },
-        "PFLOP": {
-            name: f"{part / 1e15:,.{0 if part >= 1e17 else 3}f}" for name, part in flops.items()
+        "FLOPs": {
+            **{name: _operations(part) for name, part in plan.flops.items()},
+            "in all": _operations(sum(plan.flops.values())),
         },
-        "time and cost": time,
+        "time and cost": _time_and_cost(plan),
     }
     rows = []
     for section, figures in sections.items():
-        rows += [[section, ""], *([f"  {name}", text] for name, text in figures.items())]
+        rows.append([section, ""])
+        rows += [[f"  {name}", text] for name, text in figures.items()]
     print_table(["", ""], rows, right=[1])
     print()
     needs = f"{_size(plan.peak)} needed"
@@ -59,6 +49,18 @@ def print_plan(plan: RunPlan) -> None:
         print_line("fits", f"{needs} of the {memory}")
     else:
         print_line("too large", f"{needs}, more than {USABLE:.0%} of the {memory}")
+
+
+def _time_and_cost(plan: RunPlan) -> dict[str, str]:
+    figures = {
+        "an update": f"{plan.update_seconds:.3g} s",
+        "the run, h:mm:ss": duration(plan.seconds),
+    }
+    if plan.config.plan.on_gpu:
+        figures["GPU-hours"] = f"{plan.gpu_hours:,.2f}"
+    if plan.cost is not None:
+        figures["cost"] = f"{plan.cost:,.2f}"
+    return figures
 
 
 def print_plans(noun: str, groups: Mapping[str, Sequence[RunPlan]]) -> None:
@@ -79,23 +81,18 @@ def print_plans(noun: str, groups: Mapping[str, Sequence[RunPlan]]) -> None:
     print_table(header, rows, right=range(1, 8))
 
 
-def name_jobs(plans: Sequence[RunPlan]) -> dict[str, list[RunPlan]]:
-    """The jobs of a sweep by what differs between them."""
-    keys = differing_settings(
-        {str(n): flatten(to_plain(plan.config)) for n, plan in enumerate(plans)}, PlanRun
-    )
-    for path in ("model.path", "data.path"):  # tells its whole section apart
-        if path in keys:
-            keys = {
-                key: words
-                for key, words in keys.items()
-                if key == path or key.split(".")[0] != path.split(".")[0]
-            }
-    named: dict[str, list[RunPlan]] = {}
-    for n, plan in enumerate(plans):
-        name = " ".join(f"{key}={words[str(n)]}" for key, words in keys.items())
-        named.setdefault(name or plan.config.name, []).append(plan)
-    return named
+def name_jobs(jobs: Sequence[tuple[Sequence[str], RunPlan]]) -> dict[str, list[RunPlan]]:
+    """The jobs of a sweep by the overrides that differ between them.
+
+    Args:
+        jobs: the overrides and the plan of each.
+    """
+    common = set.intersection(*(set(overrides) for overrides, _ in jobs))
+    plans: dict[str, list[RunPlan]] = {}
+    for overrides, plan in jobs:
+        differing = [override for override in overrides if override not in common]
+        plans[" ".join(differing) or plan.config.name] = [plan]
+    return plans
 
 
 def _sums(plans: Sequence[RunPlan]) -> list[str]:
@@ -112,63 +109,69 @@ def _sums(plans: Sequence[RunPlan]) -> list[str]:
 
 
 def _print_basis(plans: Sequence[RunPlan]) -> None:
-    """Prints every model, data set, task and device of these runs."""
+    """Prints every model, data set, task and device of these runs, each once."""
     lines = [("model", _describe_model(plan)) for plan in plans]
-    lines += [line for plan in plans for line in _describe_data(plan)]
+    for plan in plans:
+        lines += _describe_data(plan)
     lines += [("device", _describe_device(plan)) for plan in plans]
-    for line in dict.fromkeys(lines):
-        print_line(*line)
+    for label, text in dict.fromkeys(lines):
+        print_line(label, text)
     print()
 
 
 def _describe_model(plan: RunPlan) -> str:
     """The base and how its weights are stored."""
     model = plan.config.model
-    precision = (
-        model.dtype
-        if model.quantization == Quantization.none
-        else f"{model.dtype}, {model.quantization}"
-    )
-    return f"{model.path}, {precision}"
+    if model.quantization == Quantization.none:
+        return f"{model.path}, {model.dtype}"
+    return f"{model.path}, {model.dtype}, {model.quantization}"
 
 
 def _describe_data(plan: RunPlan) -> list[tuple[str, str]]:
-    """The rows and the tasks of a run: labels and texts."""
+    """The rows, the sampled answers and the tasks of a run: labels and texts."""
+    config = plan.config
     data = plan.data
-    times = plan.totals.task_evaluations
     rows = (
-        f"{plan.config.data.title}: {data.train_rows:,} rows of {data.tokens_per_row:,.0f} tokens "
-        f"({data.source}), "
-        f"{data.supervised:.0%} supervised; {data.eval_rows:,} to evaluate"
+        f"{config.data.title}: {data.train_rows:,} rows of {data.tokens_per_row:,.0f} tokens "
+        f"({data.source}), {data.supervised:.0%} supervised; {data.eval_rows:,} to evaluate"
     )
     lines = [("data", rows)]
-    config = plan.config
     if config.work.answers:
         answers = config.train.batch_size * config.sequences
         text = f"{answers:,} an update, of up to {config.work.answer_tokens:,} tokens"
         lines.append(("answers", f"{text} ({NOT_COUNTED})"))
+    evaluations = counted(plan.totals.task_evaluations, "evaluation")
     for task, problems in plan.problems.items():
-        text = f"{task}: {problems:,} problems at {counted(times, 'evaluation')}"
-        lines.append(("task", f"{text} ({NOT_COUNTED})"))
+        lines.append(("task", f"{task}: {problems:,} problems at {evaluations} ({NOT_COUNTED})"))
     return lines
 
 
 def _describe_device(plan: RunPlan) -> str:
     device = plan.device
     settings = plan.config.plan
-    assumed = (
-        "an assumption; set plan.mfu" if settings.on_gpu else "seen with SmolLM2-135M; set plan.mfu"
-    )
-    speed = (
-        f"{device.flops / 1e12:,.0f} TFLOP/s"
-        if device.flops >= 1e12
-        else f"{device.flops / 1e9:,.0f} GFLOP/s"
-    )
+    if settings.mfu:
+        source = "plan.mfu"
+    elif settings.on_gpu:
+        source = "an assumption; set plan.mfu"
+    else:
+        source = "seen with SmolLM2-135M; set plan.mfu"
+    if device.peak_speed >= 1e12:
+        speed = f"{device.peak_speed / 1e12:,.0f} TFLOP/s"
+    else:
+        speed = f"{device.peak_speed / 1e9:,.0f} GFLOP/s"
     return (
         f"{settings.gpus} x {device.name}, {device.memory / GB:.0f} GB, {speed} at best, "
-        f"{plan.mfu:.0%} of it in training ({'plan.mfu' if settings.mfu else assumed})"
+        f"{plan.mfu:.0%} of it in training ({source})"
     )
 
 
 def _size(size: float) -> str:
     return gigabytes(size, decimals=3 if size < GB else 2)
+
+
+def _operations(flops: float) -> str:
+    """Floating-point operations, in the unit that leaves one to three digits before the point."""
+    for unit, scale in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if flops >= scale:
+            return f"{flops / scale:,.1f} {unit}"
+    return f"{flops / 1e9:,.1f} GFLOP"

@@ -159,7 +159,7 @@ def without_control(runs: dict[str, Config]) -> list[str]:
 def check_budgets(place: str, runs: dict[str, Config]) -> None:
     """Raises UserError where arms have unequal numbers of trainable parameters."""
     with heavy_imports():
-        from cera_train.planning.count import trainable_parameters
+        from cera_train.planning.dry_run import trainable_parameters
 
     counts = {arm: trainable_parameters(run) for arm, run in runs.items()}
     least = min(counts, key=counts.get)

@@ -12,8 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cera_train.adapters import build as adapters
 from cera_train.adapters.build import parameter_counts
 from cera_train.common.files import config_dir, options
-from cera_train.planning.count import build_base, read_config, stored_sizes, trainable_parameters
-from cera_train.planning.dry_run import Cost, DryRun, MicroBatch
+from cera_train.planning.dry_run import (
+    Cost,
+    DryRun,
+    MicroBatch,
+    architecture_of,
+    build_base,
+    stored_sizes,
+    trainable_parameters,
+)
 from cera_train.settings.model import ModelConfig, Quantization
 
 SHAPE = {
@@ -75,16 +82,16 @@ def test_operations_by_hand(dry_run):
     attention = 4 * 32 * LENGTH * LENGTH // 2 * ROWS
     head = 2 * 128 * 32 * SUPERVISED
     layers = 6 * (2 * (qkv + rest + adapter) * TOKENS + attention)
-    rotary = cost.evaluation.operations - layers - head
+    rotary = cost.evaluation.flops - layers - head
     assert rotary in (
         0,
         2 * 8 * LENGTH * 2,
         2 * 8 * TOKENS,
     )  # some releases of transformers compute it as a product
-    assert cost.forward.operations == layers + 2 * head + rotary
+    assert cost.forward.flops == layers + 2 * head + rotary
     first_inputs = 2 * (qkv + adapter // 2 - 4 * 8) * TOKENS  # dL/dx of the first layer
     whole = 6 * (2 * (qkv + rest) * TOKENS + 4 * adapter * TOKENS + attention * 5 // 2)
-    assert cost.backward.operations == pytest.approx(whole - first_inputs, rel=0.03)
+    assert cost.backward.flops == pytest.approx(whole - first_inputs, rel=0.03)
 
 
 def test_gradients_of_other_micro_batches_and_states_of_the_optimizer_are_held(dry_run):
@@ -172,8 +179,8 @@ def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
     branches = (
         2 * 2 * 8 * ((32 + 2 * width) + (width + 32)) * settings["num_experts_per_tok"] * TOKENS
     )
-    assert with_experts.evaluation.operations - without.evaluation.operations == branches
-    assert with_experts.backward.operations - without.backward.operations == 2 * branches
+    assert with_experts.evaluation.flops - without.evaluation.flops == branches
+    assert with_experts.backward.flops - without.backward.flops == 2 * branches
 
 
 @pytest.mark.parametrize(
@@ -182,7 +189,7 @@ def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
 )
 def test_parameters_are_those_of_the_real_model(dry_run, model_type, targets):
     run = dry_run(model_type, f"adapter.target_modules={targets}", "adapter.dropout=0")
-    real = AutoModelForCausalLM.from_config(read_config(run.config.model)).requires_grad_(False)
+    real = AutoModelForCausalLM.from_config(architecture_of(run.config.model)).requires_grad_(False)
     assert run.total - run.trainable == parameter_counts(real)[1]
     assert (run.trainable, run.total) == parameter_counts(adapters.build(real, run.config.adapter))
 

@@ -1,0 +1,154 @@
+"""Counts the memory and the operations of code that runs on fake tensors, which have shapes, dtypes
+and storages and no memory.
+
+Counted are the bytes of all living storages, and floating-point operations by torch's formulas.
+"""
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.attention import varlen  # noqa: F401 - registers _varlen_attn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+from transformers.integrations import moe  # noqa: F401 - registers grouped_mm_fallback
+
+ATEN = torch.ops.aten
+VARLEN = torch.ops.torch_attn
+MOE = torch.ops.transformers
+
+
+class Reading(NamedTuple):
+    """What was counted since the last reading."""
+
+    peak: float  # bytes
+    flops: int
+
+
+class Meter(TorchDispatchMode):
+    """While it is active, `.item()` of a fake tensor returns 1.
+
+    torch's FlopCounterMode hooks modules too, which fails where the loss takes a gradient in its
+    forward pass, and its MemTracker fails on frozen weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, float] = {}
+        self.alive = 0.0
+        self.peak = 0.0
+        self.flops = 0
+        self.supervised = 1  # tokens that the mask of the loss selects: a fake one has no values
+        self.skips_mask = True  # whether a look at a padding mask finds that nothing is masked
+
+    def hold(self, tensor: torch.Tensor, size: float | None = None) -> None:
+        """Counts a tensor's storage once, until it is freed.
+
+        Args:
+            size: bytes; None for those of the storage.
+        """
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.sizes:
+            return
+        size = allocated(storage.nbytes() if size is None else size)
+        self.sizes[key] = size
+        weakref.finalize(storage, self._free, key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+    def read(self) -> Reading:
+        reading = Reading(self.peak, self.flops)
+        self.peak = self.alive
+        self.flops = 0
+        return reading
+
+    def _free(self, key: int) -> None:
+        self.alive -= self.sizes.pop(key)
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if operation is ATEN._local_scalar_dense.default:
+            return self.skips_mask if args[0].dtype == torch.bool else 1
+        if operation is ATEN.index.Tensor:
+            args = (args[0], self._without_masks(args[1]))
+        if operation is ATEN._grouped_mm.default:
+            output = grouped_output(*args[:3])
+        else:
+            output = operation(*args, **kwargs)
+        for tensor in [output] if isinstance(output, torch.Tensor) else tree_iter(output):
+            if isinstance(tensor, torch.Tensor):
+                self.hold(tensor)
+        formula = FORMULAS.get(operation._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=output)
+        return output
+
+    def _without_masks(self, indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The indices of an indexing, each mask replaced by the places that it selects."""
+        places: list[torch.Tensor | None] = []
+        for index in indices:
+            if index is not None and index.dtype == torch.bool:
+                selected = (self.supervised,)
+                places += [index.new_empty(selected, dtype=torch.int64) for _ in index.shape]
+            else:
+                places.append(index)
+        return places
+
+
+def allocated(size: float) -> int:
+    """Bytes that torch's allocator for CUDA takes for so many."""
+    return 512 * math.ceil(size / 512)
+
+
+# --- formulas -------------------------------------------------------------------------------------
+
+
+def half(formula: Callable) -> Callable:
+    """The formula of a causal attention kernel, which skips what the mask takes out."""
+    return lambda *args, **kwargs: formula(*args, **kwargs) // 2
+
+
+def half_if_causal(formula: Callable) -> Callable:
+    def flops(*args: Any, **kwargs: Any) -> int:
+        is_causal = any(arg is True for arg in args)
+        return formula(*args, **kwargs) // (2 if is_causal else 1)
+
+    return flops
+
+
+def grouped_flops(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    """Operations of a grouped product: [S, in] with [E, in, out], or in backward [in, S] with [S,
+    out]."""
+    return 2 * a.numel() * b.shape[-1]
+
+
+def grouped_output(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The output of a grouped product. torch computes it for 32 bits too, but knows its shape for
+    bfloat16 alone."""
+    if b.ndim == 3:
+        return a.new_empty(a.shape[0], b.shape[-1])
+    return a.new_empty(len(ends), a.shape[0], b.shape[-1])
+
+
+FLASH = "_scaled_dot_product_flash_attention"
+FORMULAS = flop_registry | {
+    ATEN.addmm_: flop_registry[ATEN.addmm],
+    ATEN._grouped_mm: grouped_flops,
+    MOE.grouped_mm_fallback: grouped_flops,
+}
+"""torch's formulas by operation: two operations for a multiply and add."""
+for suffix in ("", "_backward"):
+    flash = flop_registry[getattr(ATEN, FLASH + suffix)]
+    FORMULAS[getattr(ATEN, f"{FLASH}_for_cpu{suffix}")] = half_if_causal(flash)
+    varlen_attention = getattr(VARLEN, f"_varlen_attn{suffix}")
+    FORMULAS[varlen_attention] = half(flop_registry[varlen_attention])
+if hasattr(MOE, "grouped_mm_fallback_backward"):  # not in every release
+    FORMULAS[MOE.grouped_mm_fallback_backward] = lambda a, b, *args, **kwargs: (
+        2 * grouped_flops(a, b)
+    )
