@@ -3,7 +3,6 @@ detects."""
 
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -27,7 +26,7 @@ from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Study
 from cera_train.study.design import StudySweeper, check_cells, study_of, study_record
 from cera_train.study.verdict import POWER, Variances, detectable
-from cera_train.sweep.grid import grid, job_composer
+from cera_train.sweep.grid import grid
 
 PLAN = "cera-plan"
 
@@ -47,7 +46,9 @@ def main() -> None:
         else:
             print_plan(planned)
 
-    start_hydra(PLAN, plan, {"StudySweeper": PlannedStudy})
+    check = functools.partial(without_hydra, schema=PlanRun)
+    planned_study = functools.partial(PlannedStudy, check=check)
+    start_hydra(PLAN, plan, {"StudySweeper": planned_study})
     if jobs:
         print_plans("job", name_jobs(jobs))
 
@@ -66,7 +67,6 @@ class PlannedStudy(StudySweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Prints the plan of every cell, their sum, and what the study detects."""
         announce_imports()
-        compose = job_composer(self.config, functools.partial(without_hydra, schema=PlanRun))
         outcomes = study_of(self.config).outcomes
         spread = OmegaConf.to_object(self.config.plan).spread or {}
         for outcome in spread:
@@ -75,21 +75,19 @@ class PlannedStudy(StudySweeper):
                 outcome in outcomes,
                 f"plan.spread: {outcome} is no outcome of this study: choose from {names}.",
             )
-        study = Study(Path(self.config.hydra.sweep.dir), study_record(self.config))
+        study = Study(self.folder, study_record(self.config))
         print_line("study", study.config.question)
-        check_cells(self.config, study, compose)
+        check_cells(self.config, study, self.compose)
         planned: dict[str, list[RunPlan]] = {}
         for cell in study.cells:
-            plans = [make_plan(compose(each.overrides)) for each in cell.candidates]
-            plans.sort(
-                key=lambda plan: plan.seconds
-            )  # the values that will be chosen are unknown: count the dearest
-            planned[cell.name] = plans * len(cell.tuning) + plans[-1:] * (
-                study.config.seeds - len(cell.tuning)
-            )
+            plans = [make_plan(self.compose(point.overrides)) for point in cell.grid]
+            plans.sort(key=lambda plan: plan.seconds)
+            # Which values will be chosen is unknown: count the most expensive.
+            chosen = plans[-1:] * (study.config.seeds - len(cell.tuning_seeds))
+            planned[cell.name] = plans * len(cell.tuning_seeds) + chosen
         print_plans("cell", planned)
         print()
-        print_power(study, [runs[-1] for runs in planned.values()], spread)
+        print_power(study, [plans[-1] for plans in planned.values()], spread)
 
 
 def print_power(
@@ -103,8 +101,8 @@ def print_power(
             beyond both.
     """
     config = study.config
-    contrasts = study.family
-    seeds = len(study.cells[0].judging)
+    contrasts = study.planned_contrasts
+    seeds = len(study.cells[0].compared_seeds)
     for outcome in config.outcomes:
         if outcome not in spread:
             print_line("detects", f"{outcome}: set plan.spread={{{outcome}: [...]}}")

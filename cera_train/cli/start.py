@@ -82,7 +82,7 @@ def config_name(program: str) -> str:
 def start_hydra(
     program: str,
     command: Callable[[DictConfig], Any],
-    plugins: Mapping[str, type[Plugin]] | None = None,
+    plugins: Mapping[str, Callable[..., Plugin]] | None = None,
 ) -> None:
     """Composes the config of a command and calls it. The only place that changes sys.argv, which
     Hydra reads.

@@ -1,5 +1,6 @@
 """`cera-train`: one training run, or a sweep with -m."""
 
+import functools
 import os
 import shlex
 import sys
@@ -27,7 +28,7 @@ from cera_train.common.trust import redact
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.runs.records import changes_result
 from cera_train.settings.run import Config
-from cera_train.study.design import StudySweeper, begin_study, is_study
+from cera_train.study.design import StudySweeper, is_study
 from cera_train.sweep.folder import RECORD, key_of, print_sweep
 from cera_train.sweep.grid import Job, begin, check_inputs, job_composer, record_of
 
@@ -39,7 +40,11 @@ def main() -> None:
     Plugins.instance()
     from cera_train.cli.launchers import Joblib, SubmititSlurm
 
-    plugins = {plugin.__name__: plugin for plugin in (StudySweeper, Joblib, SubmititSlurm)}
+    plugins = {
+        "StudySweeper": functools.partial(StudySweeper, check=without_hydra),
+        "Joblib": Joblib,
+        "SubmititSlurm": SubmititSlurm,
+    }
     try:
         start_hydra(TRAIN, look if "--look" in sys.argv else train, plugins)
     except ValueError as error:
@@ -150,12 +155,10 @@ class TrainingSweep(Callback):
             )
         if config.study is not None and not is_study(config):
             raise UserError("+study=NAME has a sweeper: leave hydra/sweeper=... out.")
-        compose = job_composer(config, without_hydra)
         if is_study(config):
             announce_imports()  # to count parameters
-            begin_study(config, compose)
         else:
-            begin(config, compose, record_of(config))
+            begin(config, job_composer(config, without_hydra), record_of(config))
 
     @errors_in_one_line(TRAIN)
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:

@@ -126,18 +126,18 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Differe
     return Difference(sum(differences) / len(differences), *bootstrap_interval(differences))
 
 
-def holm(p_values: Sequence[float], family: int = 0) -> list[float]:
+def holm(p_values: Sequence[float], planned: int = 0) -> list[float]:
     """P-values adjusted for their number, in the order given (Holm 1979). Where one is at most
     0.05, the chance of any error among all verdicts stays at most 5 %, however the comparisons
     depend on each other.
 
     Args:
-        family: the number of planned comparisons where that is larger, as if the others had p = 1.
+        planned: the number of planned tests where that is larger, as if the others had p = 1.
     """
     adjusted = [0.0] * len(p_values)
     largest = 0.0
-    family = max(family, len(p_values))
+    tests = max(planned, len(p_values))
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        largest = max(largest, min(1.0, (family - rank) * p_values[index]))
+        largest = max(largest, min(1.0, (tests - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted

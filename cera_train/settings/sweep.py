@@ -38,11 +38,11 @@ class StudyConfig:
     tune: dict[str, list[Any]] = setting(dict, "nothing")
     """Settings that each arm chooses for itself under each condition, and their values."""
     seeds: int = setting(3, "nothing")
-    """Values of train.seed, from 0. Each runs every tuned value; the one of the lowest mean loss
-    judges the arm."""
+    """Values of train.seed, from 0. Each runs every tuned value; the arm is compared at the one
+    of the lowest mean loss."""
     tune_seeds: int | None = setting(None, "nothing")
     """To save runs: only the first so many seeds run every tuned value and choose, and only the
-    others judge."""
+    others are compared."""
     extend: bool = setting(False, "nothing")
     """Add values beyond the end of the grid while an arm is best there, by the ratio of the last
     two."""
@@ -82,8 +82,7 @@ class StudyConfig:
         require(
             self.tune_seeds is None or 1 <= self.tune_seeds < self.seeds,
             f"study.tune_seeds={self.tune_seeds}: the first of study.seeds={self.seeds} choose, "
-            f"and the others judge: "
-            f"give 1 to {self.seeds - 1}, or null.",
+            f"and the others are compared: give 1 to {self.seeds - 1}, or null.",
         )
 
     def _check_keys(self) -> None:

@@ -1,9 +1,9 @@
-"""The cells of a study: each arm under each condition, its runs, which of them judge it, and what
-those measured. Imports no torch.
+"""The cells of a study: each arm under each condition, its runs, which of them are compared, and
+what those measured. Imports no torch.
 
-Every seed runs every tuned value to its end, and the value that is best on average, by the study's
-first outcome, judges the arm. With `study.tune_seeds=k` the first k seeds choose, and the others
-judge.
+Every seed runs every tuned value to its end, and an arm is compared at the value that is best on
+average, by the study's first outcome. With `study.tune_seeds=k` the first k seeds choose, and the
+others are compared.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from cera_train.common.errors import UserError
+from cera_train.common.settings import require
 from cera_train.runs.evaluation_folder import ENDINGS
 from cera_train.runs.results import LOSSES_AFTER, Environment, RunResult, TokenLosses, read_grades
 from cera_train.settings.sweep import LOSS, StudyConfig
@@ -33,9 +33,14 @@ ARM = "study.arm"
 SEED = "train.seed"
 
 
+def describe(choices: Iterable[tuple[str, str]]) -> str:
+    """Such as `adapter.r=16, data.max_length=64`."""
+    return ", ".join(f"{key}={value}" for key, value in choices)
+
+
 @dataclass(frozen=True)
-class Candidate:
-    """Tuned values of an arm."""
+class GridPoint:
+    """One value of each tuned setting, for an arm."""
 
     values: dict[str, str]  # such as {"optimizer.lr": "0.001"}
     overrides: list[str]  # the overrides of its run with seed 0
@@ -44,13 +49,34 @@ class Candidate:
         return [f"{SEED}={seed}" if key_of(word) == SEED else word for word in self.overrides]
 
 
+class Edge(NamedTuple):
+    """A tuned setting that is best at the end of its grid."""
+
+    arm: str
+    key: str
+    best: float
+    neighbour: float
+
+    def __str__(self) -> str:
+        """Such as `cera at the largest optimizer.lr, 0.01`."""
+        end = "smallest" if self.best < self.neighbour else "largest"
+        return f"{self.arm} at the {end} {self.key}, {self.best:g}"
+
+    @property
+    def beyond(self) -> str | None:
+        """The next value by the ratio of the last two; None beside 0, which has no ratio."""
+        if min(self.best, self.neighbour) <= 0:
+            return None
+        return f"{self.best * self.best / self.neighbour:g}"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """An outcome of one run on every problem."""
 
-    problems: list[
-        Any
-    ]  # equal for runs on the same problems: their names, or the supervised tokens of held-out rows
+    problems: list[Any]
+    """Equal for runs on the same problems: their names, or the supervised tokens of held-out
+    rows."""
     values: Sequence[float]  # [problems] nats a token, or scores
     weights: np.ndarray | None = None  # [problems]: supervised tokens
     endings: Counter[str] = field(default_factory=Counter)  # how many answers end in each way
@@ -59,22 +85,23 @@ class Outcome:
     def read(cls, name: str, run: Path) -> Outcome:
         if name == LOSS:
             losses = TokenLosses.read(run / LOSSES_AFTER)
-            counts = losses.tokens > 0
-            tokens = losses.tokens[counts]
-            return cls(losses.tokens.tolist(), losses.sums()[counts] / tokens, tokens)
-        problems = sorted(read_grades(run, name), key=lambda problem: problem.problem)
-        endings = Counter(problem.ending for problem in problems)
+            has_loss = losses.tokens > 0
+            tokens = losses.tokens[has_loss]
+            return cls(losses.tokens.tolist(), losses.sums()[has_loss] / tokens, tokens)
+        grades = sorted(read_grades(run, name), key=lambda grade: grade.problem)
         return cls(
-            [each.problem for each in problems], [each.score for each in problems], endings=endings
+            problems=[grade.problem for grade in grades],
+            values=[grade.score for grade in grades],
+            endings=Counter(grade.ending for grade in grades),
         )
 
 
 @dataclass(frozen=True)
-class JudgedRun:
-    """A run that judges its cell."""
+class ComparedRun:
+    """A run that stands for its cell."""
 
     folder: Path
-    names: list[str]  # of outcomes
+    outcome_names: list[str]
 
     @cached_property
     def result(self) -> RunResult:
@@ -86,22 +113,17 @@ class JudgedRun:
 
     @cached_property
     def outcomes(self) -> dict[str, Outcome]:
-        return {name: Outcome.read(name, self.folder) for name in self.names}
+        return {name: Outcome.read(name, self.folder) for name in self.outcome_names}
 
     @property
     def rows(self) -> dict[str, Any]:
         """What is equal for runs that can be compared."""
-        digests = {
-            f"{split.replace('_', '-')} rows": each
-            for split, each in (self.environment.rows or {}).items()
-        }
-        return digests | {
-            f"problems of {name}": outcome.problems for name, outcome in self.outcomes.items()
-        }
-
-
-def words_of(choices: Iterable[tuple[str, str]]) -> str:
-    return ", ".join(map("=".join, choices))
+        rows: dict[str, Any] = {}
+        for split, digest in (self.environment.rows or {}).items():
+            rows[f"{split.replace('_', '-')} rows"] = digest
+        for name, outcome in self.outcomes.items():
+            rows[f"problems of {name}"] = outcome.problems
+        return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,84 +132,95 @@ class Cell:
 
     study: Study
     arm: str
-    choices: dict[
-        str, str
-    ]  # the condition, such as {"adapter.r": "16"}, without the settings that the arm has itself
-    candidates: list[Candidate]
+    choices: dict[str, str]
+    """The condition, such as {"adapter.r": "16"}, without the settings that the arm sets itself."""
+    grid: list[GridPoint]
 
     @property
     def condition(self) -> str:
         """Such as `adapter.r=16`; empty where a study has none."""
-        return words_of(self.choices.items())
+        return describe(self.choices.items())
 
     @property
     def name(self) -> str:
-        return ", ".join(filter(None, [self.arm, self.condition]))
+        return f"{self.arm}, {self.condition}" if self.condition else self.arm
 
     @property
-    def tuning(self) -> range:
-        """The seeds that run every value, and choose."""
+    def tuning_seeds(self) -> range:
+        """Those that run every value, and choose."""
         return range(self.study.config.tune_seeds or self.study.config.seeds)
 
     @property
-    def judging(self) -> range:
+    def compared_seeds(self) -> range:
         return range(self.study.config.tune_seeds or 0, self.study.config.seeds)
 
     @property
-    def fresh(self) -> list[int]:
-        """The seeds that judge without having chosen."""
-        return [seed for seed in self.judging if seed not in self.tuning]
+    def fresh_seeds(self) -> list[int]:
+        """Those that are compared without having chosen."""
+        return [seed for seed in self.compared_seeds if seed not in self.tuning_seeds]
 
-    def run(self, candidate: Candidate, seed: int) -> Path:
-        """The folder of a seed's run, there or not."""
-        return self.study.folder / job_name(candidate.overrides_of(seed), self.study.record.swept)
+    def folder(self, point: GridPoint, seed: int) -> Path:
+        """The folder of a seed's run, whether it exists or not."""
+        return self.study.folder / job_name(point.overrides_of(seed), self.study.record.swept)
 
-    def loss(self, candidate: Candidate, seed: int) -> float | None:
+    def loss(self, point: GridPoint, seed: int) -> float | None:
         """After the last update, the held-out loss, or the part of a task's score that is missed;
         infinite for a run that diverged, None for one that has not ended."""
-        run = self.run(candidate, seed)
+        folder = self.folder(point, seed)
         outcome = self.study.config.outcomes[0]
-        if (result := RunResult.find(run / "result.json")) is not None:
-            if outcome != LOSS:
-                return 1 - fmean(problem.score for problem in read_grades(run, outcome))
-            return math.log(result.perplexity) if result.perplexity else math.inf
-        return math.inf if job_status(self.study.folder, run.name).state == State.diverged else None
+        result = RunResult.find(folder / "result.json")
+        if result is None:
+            has_diverged = job_status(self.study.folder, folder.name).state == State.diverged
+            return math.inf if has_diverged else None
+        if outcome != LOSS:
+            return 1 - fmean(grade.score for grade in read_grades(folder, outcome))
+        return math.log(result.perplexity) if result.perplexity else math.inf
 
     @cached_property
     def losses(self) -> list[list[float | None]]:
-        """[candidates, tuning seeds]"""
-        return [
-            [self.loss(candidate, seed) for seed in self.tuning] for candidate in self.candidates
-        ]
+        """[grid, tuning seeds]"""
+        return [[self.loss(point, seed) for seed in self.tuning_seeds] for point in self.grid]
 
     @cached_property
-    def chosen(self) -> Candidate | None:
-        """The values of the lowest mean loss, none of whose seeds diverged, not even one that
-        judges alone. None: a run has not ended, or there is no such value."""
-        if any(None in row for row in self.losses):
+    def chosen(self) -> GridPoint | None:
+        """The lowest mean loss among points that diverged with no seed. None: a run has not ended,
+        or there is no such point."""
+        if any(None in losses for losses in self.losses):
             return None
-        means = [
-            math.inf
-            if math.inf in [self.loss(candidate, seed) for seed in self.fresh]
-            else fmean(row)
-            for row, candidate in zip(self.losses, self.candidates, strict=True)
-        ]
-        return self.candidates[means.index(min(means))] if math.isfinite(min(means)) else None
+        best = None
+        lowest = math.inf
+        for point, losses in zip(self.grid, self.losses, strict=True):
+            has_diverged = math.inf in [self.loss(point, seed) for seed in self.fresh_seeds]
+            if not has_diverged and fmean(losses) < lowest:
+                best = point
+                lowest = fmean(losses)
+        return best
 
     @cached_property
-    def runs(self) -> list[JudgedRun]:
-        """The runs that judge, one for each seed. Raises UserError where each value diverged with
-        one."""
-        if not self.chosen:
-            raise UserError(
-                f"{self.study.folder}: {self.name} diverged at every value of study.tune. Add "
-                f"smaller values, and "
-                "repeat the command."
-            )
-        return [
-            JudgedRun(self.run(self.chosen, seed), self.study.config.outcomes)
-            for seed in self.judging
-        ]
+    def runs(self) -> list[ComparedRun]:
+        """One for each compared seed. Raises UserError where every point of the grid diverged."""
+        require(
+            self.chosen is not None,
+            f"{self.study.folder}: {self.name} diverged at every value of study.tune. Add "
+            "smaller values, and repeat the command.",
+        )
+        names = self.study.config.outcomes
+        return [ComparedRun(self.folder(self.chosen, seed), names) for seed in self.compared_seeds]
+
+    def missing(self) -> list[str]:
+        """The runs that have not ended, each with why."""
+        needed = [(point, seed) for point in self.grid for seed in self.tuning_seeds]
+        if self.chosen is not None:
+            needed += [(self.chosen, seed) for seed in self.fresh_seeds]
+        lines = []
+        for point, seed in needed:
+            if self.loss(point, seed) is not None:
+                continue
+            job = job_status(self.study.folder, self.folder(point, seed).name)
+            state = f"{job.state}: {job.error}" if job.error else job.state
+            choices = describe([*point.values.items(), (SEED, str(seed))])
+            lines.append(f"{self.name}, {choices} ({state})")
+        return lines
 
     def values(self, outcome: str) -> np.ndarray:
         """[seeds, problems]"""
@@ -208,64 +241,56 @@ class Cell:
     def endings(self, outcome: str) -> dict[str, float]:
         """The share of the answers of all seeds that end in each way; empty for a loss."""
         counts = sum((run.outcomes[outcome].endings for run in self.runs), Counter())
-        return {ending: counts[ending] / counts.total() for ending in ENDINGS} if counts else {}
+        if not counts:
+            return {}
+        return {ending: counts[ending] / counts.total() for ending in ENDINGS}
 
     def figure(self, name: str) -> float | None:
         """The mean over seeds of a figure of result.json or of its spectra."""
-        results = [run.result for run in self.runs]
-        values = [
-            getattr(result if hasattr(result, name) else result.spectrum, name)
-            for result in results
-        ]
-        return None if None in values else fmean(values)
+        figures = []
+        for run in self.runs:
+            holder = run.result if hasattr(run.result, name) else run.result.spectrum
+            figures.append(getattr(holder, name))
+        return None if None in figures else fmean(figures)
 
-    def along(self, key: str, average: Callable = fmean) -> dict[float, float]:
-        """The grid through the chosen values along one of them: value -> loss over seeds, by size;
-        empty for words."""
+    def losses_along(self, key: str, average: Callable = fmean) -> dict[float, float]:
+        """The line of the grid through the chosen point along one setting: value -> loss over
+        seeds, by size; empty for words."""
         others = self.chosen.values | {key: ""}
-        try:
-            line = [
-                (float(candidate.values[key]), average(row))
-                for row, candidate in zip(self.losses, self.candidates, strict=True)
-                if candidate.values | {key: ""} == others
-            ]
-        except ValueError:
-            return {}
-        return dict(sorted(line))
+        line = {}
+        for point, losses in zip(self.grid, self.losses, strict=True):
+            if point.values | {key: ""} != others:
+                continue
+            try:
+                value = float(point.values[key])
+            except ValueError:
+                return {}
+            line[value] = average(losses)
+        return dict(sorted(line.items()))
 
     @property
-    def edges(self) -> list[str]:
-        """Tuned values that are best at the end of their grid, such as `cera at the largest
-        optimizer.lr, 0.01`."""
-        return [
-            f"{self.arm} at the {'smallest' if best < neighbour else 'largest'} {key}, {best:g}"
-            for key, (best, neighbour) in self.ends().items()
-        ]
+    def edges(self) -> list[Edge]:
+        edges = []
+        for key, chosen in self.chosen.values.items():
+            values = list(self.losses_along(key))
+            if len(values) < 2:
+                continue
+            for best, neighbour in ((values[0], values[1]), (values[-1], values[-2])):
+                if best == float(chosen):
+                    edges.append(Edge(self.arm, key, best, neighbour))
+        return edges
 
-    def ends(self) -> dict[str, tuple[float, float]]:
-        """Tuned setting -> its best value and the neighbour, where the best is at the end of the
-        grid."""
-        ends = {}
-        for key, value in self.chosen.values.items():
-            line = list(self.along(key))
-            for best, neighbour in (line[:2], line[:-3:-1]) if len(line) > 1 else ():
-                if best == float(value):
-                    ends[key] = best, neighbour
-        return ends
-
-    def beyond(self) -> list[list[str]]:
-        """The jobs of every tuning seed one step beyond each edge, by the ratio of the last two
-        values; 0 has none."""
-        ends = {key: end for key, end in self.ends().items() if min(end) > 0}
-        steps = {key: f"{best * best / neighbour:g}" for key, (best, neighbour) in ends.items()}
-        return [
-            [
-                f"{key}={value}" if key_of(word) == key else word
-                for word in self.chosen.overrides_of(seed)
-            ]
-            for key, value in steps.items()
-            for seed in self.tuning
-        ]
+    def jobs_beyond(self) -> list[list[str]]:
+        """The jobs of every tuning seed one step beyond each edge."""
+        jobs = []
+        for edge in self.edges:
+            if edge.beyond is None:
+                continue
+            for seed in self.tuning_seeds:
+                words = self.chosen.overrides_of(seed)
+                step = f"{edge.key}={edge.beyond}"
+                jobs.append([step if key_of(word) == edge.key else word for word in words])
+        return jobs
 
     @property
     def between(self) -> float:
@@ -273,44 +298,37 @@ class Cell:
         or of a score.
 
         Near its minimum a loss is a parabola. If its neighbours are higher than the lowest value by
-        b on average, the minimum is at most b / 4 below that value. Medians over seeds: one run
-        that breaks down is no bend.
+        b on average, the minimum is at most b / 4 below that value. Medians over seeds, so that one
+        run that breaks down does not bend the parabola.
         """
         most = 0.0
-        for key, value in self.chosen.values.items():
-            if len(line := self.along(key, median)) > 2:
-                losses = list(line.values())
-                lowest = min(losses)
-                place = losses.index(lowest)
-                # A neighbour that diverged says nothing of the bend.
-                neighbours = [
-                    loss for loss in losses[max(place - 1, 0) : place + 2] if math.isfinite(loss)
-                ]
-                neighbours.remove(lowest)
-                most += (
-                    line[float(value)]
-                    - lowest
-                    + (fmean(neighbours) - lowest if neighbours else 0.0) / 4
-                )
+        for key, chosen in self.chosen.values.items():
+            line = self.losses_along(key, median)
+            if len(line) < 3:
+                continue
+            losses = list(line.values())
+            lowest = min(losses)
+            place = losses.index(lowest)
+            around = losses[max(place - 1, 0) : place + 2]
+            # A neighbour that diverged says nothing about the bend.
+            neighbours = [loss for loss in around if math.isfinite(loss)]
+            neighbours.remove(lowest)
+            rise = fmean(neighbours) - lowest if neighbours else 0.0
+            most += line[float(chosen)] - lowest + rise / 4
         return most
 
-    def missing(self) -> list[str]:
-        """The runs that have not ended, each with why."""
-        pairs = [(candidate, seed) for candidate in self.candidates for seed in self.tuning]
-        pairs += [
-            (self.chosen, seed) for seed in self.judging if self.chosen and seed not in self.tuning
-        ]
-        texts = []
-        for candidate, seed in pairs:
-            if self.loss(candidate, seed) is None:
-                job = job_status(self.study.folder, self.run(candidate, seed).name)
-                words = [
-                    *(f"{key}={value}" for key, value in candidate.values.items()),
-                    f"{SEED}={seed}",
-                ]
-                why = f"{job.state}: {job.error}" if job.error else job.state
-                texts.append(f"{', '.join([self.name, *words])} ({why})")
-        return texts
+
+class Pair(NamedTuple):
+    """Two cells to compare; the difference is the second minus the first."""
+
+    asked: str  # what the comparison asks
+    first: Cell
+    second: Cell
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """The condition, by setting, of both together."""
+        return self.first.choices | self.second.choices
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,27 +340,27 @@ class Study:
 
     @cached_property
     def config(self) -> StudyConfig:
-        return OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(StudyConfig), self.record.study)
-        )
+        schema = OmegaConf.structured(StudyConfig)
+        return OmegaConf.to_object(OmegaConf.merge(schema, self.record.study))
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """In the order of its grid."""
-        candidates: dict[tuple, list[Candidate]] = {}
+        """In the order of the record's jobs."""
+        grids: dict[tuple[str, tuple], list[GridPoint]] = {}
         for overrides in self.record.jobs.values():
-            words = dict(word.partition("=")[::2] for word in overrides)
-            if words[SEED] == "0":
-                own = {key_of(word) for word in self.config.arms[words[ARM]]}
-                place = (
-                    words[ARM],
-                    *((key, words[key]) for key in self.config.conditions if key not in own),
-                )
-                values = {key: words[key] for key in self.config.tune}
-                candidates.setdefault(place, []).append(Candidate(values, overrides))
-        return [
-            Cell(self, arm, dict(choices), values) for (arm, *choices), values in candidates.items()
-        ]
+            values = dict(word.partition("=")[::2] for word in overrides)
+            if values[SEED] != "0":
+                continue
+            arm = values[ARM]
+            choices = tuple((key, values[key]) for key in self._open_conditions(arm))
+            tuned = {key: values[key] for key in self.config.tune}
+            grids.setdefault((arm, choices), []).append(GridPoint(tuned, overrides))
+        return [Cell(self, arm, dict(choices), grid) for (arm, choices), grid in grids.items()]
+
+    def _open_conditions(self, arm: str) -> list[str]:
+        """The conditions whose setting an arm does not set itself."""
+        set_by_arm = {key_of(word) for word in self.config.arms[arm]}
+        return [key for key in self.config.conditions if key not in set_by_arm]
 
     @property
     def by_condition(self) -> dict[str, dict[str, Cell]]:
@@ -353,38 +371,35 @@ class Study:
             [choice for choice in choices if choice[0] == key] for key in self.config.conditions
         ]
         return {
-            words_of(condition): {
+            describe(condition): {
                 cell.arm: cell for cell in self.cells if cell.choices.items() <= {*condition}
             }
             for condition in itertools.product(*filter(None, by_key))
         }
 
-    def contrasts(self) -> list[tuple[str, Cell, Cell]]:
-        """Every comparison: what it asks, and its two cells; the difference is the second minus the
-        first."""
-        pairs = {
-            (arms[first].name, arms[second].name): (asked, arms[first], arms[second])
-            for arms in self.by_condition.values()
-            for (first, second), asked in self.config.pairs.items()
-            if {first, second} <= arms.keys()
-        }
+    def pairs(self) -> list[Pair]:
+        """Every pair of cells to compare, once."""
+        pairs: dict[tuple[str, str], Pair] = {}
+        for arms in self.by_condition.values():
+            for (first, second), asked in self.config.pairs.items():
+                if {first, second} <= arms.keys():
+                    pair = Pair(asked, arms[first], arms[second])
+                    pairs[pair.first.name, pair.second.name] = pair
         return list(pairs.values())
 
     @property
-    def family(self) -> int:
-        """The number of contrasts over which Holm's method corrects: all of the study's file. Were
-        it those that ran, leaving out arms would turn a verdict."""
-
-        def count(pair: tuple[str, str]) -> int:
-            first, second = ({*map(key_of, self.config.arms[arm])} for arm in pair)
-            conditions = self.config.conditions.items()
-            return math.prod(len(values) for key, values in conditions if key not in first & second)
-
-        return max(len(self.contrasts()), sum(map(count, self.config.pairs)))
+    def planned_contrasts(self) -> int:
+        """The number of contrasts over which Holm's method corrects: all of the study's file.
+        Otherwise dropping arms could flip a verdict."""
+        planned = 0
+        for first, second in self.config.pairs:
+            keys = {*self._open_conditions(first), *self._open_conditions(second)}
+            planned += math.prod(len(self.config.conditions[key]) for key in keys)
+        return max(len(self.pairs()), planned)
 
     def missing(self) -> list[str]:
         """The runs that have not ended, each with why."""
-        return [text for cell in self.cells for text in cell.missing()]
+        return [line for cell in self.cells for line in cell.missing()]
 
 
 def find_study(folder: Path) -> Study | None:

@@ -4,10 +4,10 @@
 import contextlib
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
@@ -26,15 +26,27 @@ from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
 from cera_train.study.cells import ARM, SEED, Cell, Study
 from cera_train.sweep.folder import RECORD, SweepRecord, job_status, key_of
-from cera_train.sweep.grid import WRITER, ComposeJob, begin, grid, jobs_by_name, record_of
+from cera_train.sweep.grid import (
+    WRITER,
+    ComposeJob,
+    begin,
+    grid,
+    job_composer,
+    jobs_by_name,
+    record_of,
+)
 
 PARAMETERS = 0.01  # share by which trainable parameters may differ and count as equal
 
+PLAIN_WORD = r"[\w /+.$%*@?|:-]*|.*\$\{.*"  # what a grid of Hydra's takes without quotes
+
 EXTENSIONS = 6  # steps beyond the end of a grid at most
 
-OF_EVERY_METHOD = ("r", "dropout", "target_modules", "layers", "start_from")
-"""Settings of an adapter that an arm has to name where they differ from the baseline's. The rest of
-conf/adapter/NAME is what the method is."""
+COMMON_SETTINGS = ("r", "dropout", "target_modules", "layers", "start_from")
+"""Settings that every adapter has, and that an arm has to name where they differ from the
+baseline's. The rest of conf/adapter/NAME is what the method is."""
+
+HALF_LINEAR_GATES = (Activation.silu, Activation.gelu, Activation.relu)
 
 
 # --- the grid -------------------------------------------------------------------------------------
@@ -54,27 +66,25 @@ def study_record(config: DictConfig) -> SweepRecord:
     sets itself stands in the place of a condition."""
     study = config.study
     dimensions: dict[str, Sequence[Any]] = {ARM: list(study.arms), **study.conditions, **study.tune}
-    dimensions |= {SEED: range(study.tune_seeds or study.seeds)}
-    params = {key: ",".join(map(quoted, values)) for key, values in dimensions.items()}
+    dimensions[SEED] = range(study.tune_seeds or study.seeds)
+    params = {key: ",".join(map(grid_word, values)) for key, values in dimensions.items()}
     overrides = {f"{ARM}={name}": words for name, words in study.arms.items()}
     jobs = []
     for arm, *choices in grid(config, params):
         require(arm in overrides, f"{arm}: no such arm: choose from {', '.join(study.arms)}.")
-        own = {key_of(word) for word in overrides[arm]}
-        jobs.append(
-            [arm, *overrides[arm], *(choice for choice in choices if key_of(choice) not in own)]
-        )
+        set_by_arm = {key_of(word) for word in overrides[arm]}
+        left = [choice for choice in choices if key_of(choice) not in set_by_arm]
+        jobs.append([arm, *overrides[arm], *left])
     return record_of(config, jobs, params).replace(study=OmegaConf.to_container(study))
 
 
-def quoted(value: Any) -> str:
+def grid_word(value: Any) -> str:
     """A value as one writes it in a grid of Hydra's: a text with signs of its grammar, in
     quotes."""
     word = word_of(value)
-    is_plain = not isinstance(value, str) or re.fullmatch(
-        r"[\w /+.$%*@?|:-]*|.*\$\{.*", word, re.ASCII
-    )
-    return word if is_plain else "'" + word.replace("'", "\\'") + "'"
+    if not isinstance(value, str) or re.fullmatch(PLAIN_WORD, word, re.ASCII):
+        return word
+    return "'" + word.replace("'", "\\'") + "'"
 
 
 # --- what makes arms comparable -------------------------------------------------------------------
@@ -88,15 +98,14 @@ def check_cells(config: DictConfig, study: Study, compose: ComposeJob) -> None:
         not seeds, f"{', '.join(seeds)}: a study has the seeds from 0: study.seeds=N. Leave it out."
     )
     for condition, cells in study.by_condition.items():
-        runs = {arm: compose(cell.candidates[0].overrides) for arm, cell in cells.items()}
+        runs = {arm: compose(cell.grid[0].overrides) for arm, cell in cells.items()}
         place = f" ({condition})" if condition else ""
         check_arms(study.config, place, runs)
         if runs.keys() == study.config.arms.keys() and (arms := without_control(runs)):
             print_line(
                 "control",
                 f"{', '.join(arms)}{place}: no arm has the gate's linear part alone, at half the "
-                f"scale: add the arm "
-                "half: [adapter=cera_identity]",
+                "scale: add the arm half: [adapter=cera_identity]",
             )
 
 
@@ -108,21 +117,19 @@ def check_arms(study: StudyConfig, place: str, runs: dict[str, Config]) -> None:
         place: the condition, for messages.
         runs: arm -> its config under it.
     """
-    reference = (
-        study.baseline if study.baseline in runs else next(iter(runs))
-    )  # a part of the arms may run elsewhere
+    # The baseline may run elsewhere: a command may choose some of the arms.
+    reference = study.baseline if study.baseline in runs else next(iter(runs))
     for arm, run in runs.items():
-        names = {key_of(word) for word in [*study.arms[arm], *study.arms[reference], *study.tune]}
-        for field in OF_EVERY_METHOD:
-            key, value, other = (
-                f"adapter.{field}",
-                *(getattr(each.adapter, field) for each in (run, runs[reference])),
-            )
+        words = [*study.arms[arm], *study.arms[reference], *study.tune]
+        named = {key_of(word) for word in words}
+        for setting in COMMON_SETTINGS:
+            key = f"adapter.{setting}"
+            value = getattr(run.adapter, setting)
+            expected = getattr(runs[reference].adapter, setting)
             require(
-                value == other or key in names,
-                f"study.arms.{arm}{place}: {key} is {value}, and {other} in {reference}, which "
-                f"the arm does not name: "
-                f"write {key}=... into one of the two.",
+                value == expected or key in named,
+                f"study.arms.{arm}{place}: {key} is {value}, and {expected} in {reference}, which "
+                f"the arm does not name: write {key}=... into one of the two.",
             )
     for arm, other in itertools.combinations(runs, 2):
         require(
@@ -131,28 +138,29 @@ def check_arms(study: StudyConfig, place: str, runs: dict[str, Config]) -> None:
         )
     if study.equal == Equal.parameters:
         check_budgets(place, runs)
+    measured = (LOSS, *runs[reference].train.tasks)
     for outcome in study.outcomes:
-        is_there = outcome in (LOSS, *runs[reference].train.tasks)
-        require(is_there, f"study.outcomes: no run has {outcome}: add it to train.tasks{place}.")
+        require(
+            outcome in measured,
+            f"study.outcomes: no run has {outcome}: add it to train.tasks{place}.",
+        )
 
 
 def without_control(runs: dict[str, Config]) -> list[str]:
     """The arms with a gate z / 2 + an even term, of which no arm has the linear part alone: a
     difference may be the gate's or the scale's."""
-    scales = {
-        arm: (
-            run.adapter.activation,
-            1.0 if run.adapter.alpha is None else run.adapter.alpha / run.adapter.r,
-        )
-        for arm, run in runs.items()
-        if run.adapter.kind == AdapterKind.cera and run.adapter.mix == Mix.none
-    }
-    controls = {scale for activation, scale in scales.values() if activation == Activation.identity}
-    with_half = (Activation.silu, Activation.gelu, Activation.relu)
+    gates: dict[str, Activation] = {}
+    scales: dict[str, float] = {}
+    for arm, run in runs.items():
+        adapter = run.adapter
+        if adapter.kind == AdapterKind.cera and adapter.mix == Mix.none:
+            gates[arm] = adapter.activation
+            scales[arm] = 1.0 if adapter.alpha is None else adapter.alpha / adapter.r
+    controls = {scales[arm] for arm, gate in gates.items() if gate == Activation.identity}
     return [
         arm
-        for arm, (gate, scale) in scales.items()
-        if gate in with_half and scale / 2 not in controls
+        for arm, gate in gates.items()
+        if gate in HALF_LINEAR_GATES and scales[arm] / 2 not in controls
     ]
 
 
@@ -167,8 +175,7 @@ def check_budgets(place: str, runs: dict[str, Config]) -> None:
     require(
         counts[most] <= counts[least] * (1 + PARAMETERS),
         f"study.equal=parameters{place}: {most} has {counts[most]:,} trainable parameters, and "
-        f"{least} "
-        f"{counts[least]:,}. Change an arm, or the claim: study.equal=none.",
+        f"{least} {counts[least]:,}. Change an arm, or the claim: study.equal=none.",
     )
 
 
@@ -182,15 +189,16 @@ def check_problems(runs: Iterable[Config]) -> None:
         )
 
     # The arms of a condition share rows and tasks, and reading them takes long.
-    pairs = {
-        repr((task, run.train.task_settings, run.data)): (task, run)
-        for run in runs
-        for task in run.train.tasks
-    }
-    for task, run in pairs.values():
-        problems = load_problems(training_task(task, run.train.changes_of_task(task)), run.data)
-        shared = describe_trained_on(problems, run.data)
-        require(not shared, f"train.tasks=[{task}]: {shared}. Choose other rows or problems.")
+    checked = set[str]()
+    for run in runs:
+        for task in run.train.tasks:
+            inputs = repr((task, run.train.task_settings, run.data))
+            if inputs in checked:
+                continue
+            checked.add(inputs)
+            settings = training_task(task, run.train.changes_of_task(task))
+            shared = describe_trained_on(load_problems(settings, run.data), run.data)
+            require(not shared, f"train.tasks=[{task}]: {shared}. Choose other rows or problems.")
 
 
 # --- running it -----------------------------------------------------------------------------------
@@ -201,64 +209,74 @@ def is_study(config: DictConfig) -> bool:
     return config.hydra.sweeper.get("_target_", "").endswith(f".{StudySweeper.__name__}")
 
 
-def begin_study(config: DictConfig, compose: ComposeJob) -> None:
-    """`begin` for a study: first refuses one that could not answer its question."""
+def begin_study(config: DictConfig, compose: ComposeJob) -> SweepRecord:
+    """`begin` for a study: first refuses one that could not answer its question. Returns the record
+    of its jobs: the copy in the folder lacks secrets, which jobs may need."""
     study = study_of(config)
     require(
         not (config.launch.detach and (study.tune_seeds or study.extend)),
         "launch.detach=true with study.tune_seeds or study.extend: further jobs follow from what "
-        "the first find. Leave "
-        "one out.",
+        "the first find. Leave one out.",
     )
     record = study_record(config)
     planned = Study(Path(config.hydra.sweep.dir), record)
     check_cells(config, planned, compose)
-    unfinished = [
-        cell for cell in planned.cells if cell.missing()
-    ]  # a finished cell reads its rows no more
-    check_problems(compose(cell.candidates[0].overrides) for cell in unfinished)
+    unfinished = [cell for cell in planned.cells if cell.missing()]
+    check_problems(compose(cell.grid[0].overrides) for cell in unfinished)
     begin(config, compose, record)
-    StudySweeper.compose = staticmethod(compose)
-    StudySweeper.record = record
+    return record
 
 
 class StudySweeper(Sweeper):
     """Runs the whole grid; with `study.extend`, then values beyond its edges; with
-    `study.tune_seeds`, then what these seeds chose with every other seed."""
+    `study.tune_seeds`, then what these seeds chose with every other seed.
 
-    compose: ClassVar[ComposeJob]  # of the study that begins
-    record: ClassVar[SweepRecord]  # the copy in the folder lacks secrets, which jobs may need
+    Args:
+        check: from the composed config of a job to its checked one.
+    """
 
-    def __init__(self, **_: Any) -> None:
-        """Hydra passes the settings, of which a study has none here."""
+    def __init__(self, check: Callable[[DictConfig], Any], **_: Any) -> None:
+        # Hydra passes the settings of conf/hydra/sweeper/study.yaml, of which there are none.
+        self.check = check
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         self.config = config
+        self.folder = Path(config.hydra.sweep.dir)
+        self.compose = job_composer(config, self.check)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context, task_function, config
         )
 
     def sweep(self, arguments: list[str]) -> None:
         """Holds the folder while it runs. Of several processes that run it, the main one holds."""
-        self.folder = Path(self.config.hydra.sweep.dir)
+        self.record = begin_study(self.config, self.compose)
         self.launched = 0
         with locked(self.folder, WRITER) if is_main_process() else contextlib.nullcontext():
             self.launch(self.record.jobs)
-            for _ in range(EXTENSIONS if self.config.study.extend else 0):
-                beyond = [
-                    overrides for cell in self.cells if cell.chosen for overrides in cell.beyond()
-                ]
-                if not (possible := list(filter(self.is_possible, beyond))):
-                    break
-                self.add(possible)
-            chosen = [cell for cell in self.cells if cell.chosen]
-            self.add([cell.chosen.overrides_of(seed) for cell in chosen for seed in cell.fresh])
+            if self.config.study.extend:
+                self.extend_grids()
+            jobs = []
+            for cell in self.cells:
+                if cell.chosen:
+                    jobs += [cell.chosen.overrides_of(seed) for seed in cell.fresh_seeds]
+            self.add(jobs)
 
     @property
     def cells(self) -> list[Cell]:
         return Study(self.folder, self.record).cells
+
+    def extend_grids(self) -> None:
+        """Runs values beyond the edges until each best value lies inside its grid."""
+        for _ in range(EXTENSIONS):
+            jobs = []
+            for cell in self.cells:
+                if cell.chosen:
+                    jobs += filter(self.is_possible, cell.jobs_beyond())
+            if not jobs:
+                break
+            self.add(jobs)
 
     def is_possible(self, overrides: list[str]) -> bool:
         """Whether a job composes: a step may leave a setting's range, as a dropout of 1.6 does, or
@@ -271,11 +289,12 @@ class StudySweeper(Sweeper):
 
     def add(self, jobs: list[list[str]]) -> None:
         """Adds jobs to the record, and runs them."""
-        if jobs:
-            named = jobs_by_name(jobs, self.record.swept)
-            self.record = self.record.replace(jobs=self.record.jobs | named)
-            self.record.write(self.folder / RECORD)
-            self.launch(named)
+        if not jobs:
+            return
+        by_name = jobs_by_name(jobs, self.record.swept)
+        self.record = self.record.replace(jobs=self.record.jobs | by_name)
+        self.record.write(self.folder / RECORD)
+        self.launch(by_name)
 
     def launch(self, jobs: dict[str, list[str]]) -> None:
         """Runs the jobs that have not ended, and waits for them."""

@@ -26,7 +26,7 @@ from cera_train.report.document import (
 from cera_train.runs.results import SPECTRUM_TERMS, Environment
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, Study
-from cera_train.study.results import Comparison, compare_cells, slopes
+from cera_train.study.results import OutcomeContrast, Slope, contrasts_of, slopes
 
 RESULTS = "study_results.json"
 
@@ -47,125 +47,142 @@ FIGURES = {
 def write_study(study: Study, output: Path) -> Page:
     """Writes the page of a finished study, and study_results.json: numbers to commit as evidence.
     Raises UserError where runs are missing or cannot be compared."""
-    cells = study.cells
-    outcome = study.config.outcomes[0]
-    matters = study.config.matters
-    announce("comparing", counted(len(cells), "cell"))
-    comparisons = compare_cells(study)
+    announce("comparing", counted(len(study.cells), "cell"))
+    contrasts = contrasts_of(study)
     trends = slopes(study)
     name = study.folder.resolve().name
     command = Environment(study.record.command).command_line or "not on record"
-    tables = [
-        Table(
-            "Verdicts",
-            [
-                _verdict_row(each, matters if each.outcome == outcome else None)
-                for each in comparisons
-            ],
-            "Differences of a loss are in nats a token, of a score in points; the verdict is on "
-            "the first-named arm. "
-            "Edge: an arm is best at the end of its grid, which allows no verdict: add values "
-            "beyond it, by "
-            "study.extend=true. The interval holds for other seeds and problems. Holm corrects p "
-            "over the "
-            f"{study.family} contrasts of the study's file. Detectable: the smallest difference "
-            f"shown with power 80 %. "
-            f"Too small: the interval lies within ±{matters:g}.",
-        ),
-        Table(
-            "Cells",
-            list(map(_cell_row, cells)),
-            f"Means over seeds at the values of the lowest mean loss, ± a standard deviation. "
-            f"{SPECTRUM_TERMS}",
-        ),
-        Table(
-            "Slopes",
-            [
-                {
-                    "contrast": slope.name,
-                    f"{outcome} per doubling": _number(outcome, slope.value, "+"),
-                }
-                | {"95 % interval": _interval(outcome, *slope.interval)}
-                for slope in trends
-            ],
-            "Change of the difference with every doubling of the rank. The interval holds for "
-            "other seeds.",
-        ),
-    ]
-    picture = _picture(outcome, matters, [each for each in comparisons if each.outcome == outcome])
-    page = Page(study.config.question or f"Study {name}", tables, [picture], {name: command})
+    tables = [verdict_table(study, contrasts), cell_table(study), slope_table(study, trends)]
+    page = Page(
+        study.config.question or f"Study {name}",
+        tables,
+        [picture_of(study, contrasts)],
+        {name: command},
+    )
     page.write(output)
-    environments = [run.environment for cell in cells for run in cell.runs]
+
     numbers = {
         "study": name,
         "command": command,
         "config": dataclasses.asdict(study.config),
-        "family": study.family,
-        "contrasts": list(map(dataclasses.asdict, comparisons)),
-        "cells": list(map(_cell_json, cells)),
+        "planned_contrasts": study.planned_contrasts,
+        "contrasts": list(map(dataclasses.asdict, contrasts)),
+        "cells": list(map(_cell_json, study.cells)),
         "slopes": list(map(dataclasses.asdict, trends)),
-        "machines": sorted(
-            {f"{each.machine}, {each.platform}, Python {each.python}" for each in environments}
-        ),
-        "versions": {
-            package: version
-            for each in environments
-            for package, version in (each.packages or {}).items()
-        },
+        **_environments(study),
     }
     numbers = map_values(lambda number: float(f"{number:.6g}"), finite(numbers), float)
-    write_text(
-        output / RESULTS, json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(output / RESULTS, f"{text}\n")
     return page
 
 
-# --- contrasts and cells --------------------------------------------------------------------------
+def _environments(study: Study) -> dict[str, Any]:
+    """The machines and the versions of packages that a study's runs had."""
+    machines = set[str]()
+    versions: dict[str, str] = {}
+    for cell in study.cells:
+        for run in cell.runs:
+            environment = run.environment
+            python = f"Python {environment.python}"
+            machines.add(f"{environment.machine}, {environment.platform}, {python}")
+            versions |= environment.packages or {}
+    return {"machines": sorted(machines), "versions": versions}
 
 
-def _verdict_row(comparison: Comparison, matters: float | None) -> dict[str, str]:
-    outcome = comparison.outcome
-    return {
-        "contrast": f"{comparison.second} - {comparison.first}",
-        "of": ", ".join(filter(None, [comparison.condition, outcome])),
-        "verdict": comparison.verdict,
-        "edge": "; ".join(comparison.edges),
-        "difference": _number(outcome, comparison.difference, "+"),
-        "95 % interval": _interval(outcome, comparison.lower, comparison.upper),
-        "p after Holm": f"{comparison.p_holm:.2g}",
-        "detectable": _number(outcome, comparison.detectable),
-        "too small": "" if matters is None else "yes" if comparison.is_within(matters) else "no",
-    }
+# --- tables ---------------------------------------------------------------------------------------
 
 
-def _cell_row(cell: Cell) -> dict[str, str]:
-    chosen = " ".join(f"{key}={value}" for key, value in cell.chosen.values.items())
-    row = {"cell": cell.name, "tuned": f"{chosen} (edge)" if cell.edges else chosen}
-    for outcome in cell.study.config.outcomes:
-        means = cell.means(outcome)
-        row[outcome] = f"{fmean(means):.4f}" if outcome == LOSS else f"{fmean(means):.1%}"
-        row[outcome] += f" ± {_number(outcome, stdev(means))}" if len(means) > 1 else ""
-    for name, (label, form) in FIGURES.items():
-        value = cell.figure(name)
-        row[label] = "" if value is None else form(value)
-    return row
+def verdict_table(study: Study, contrasts: Sequence[OutcomeContrast]) -> Table:
+    primary = study.config.outcomes[0]
+    matters = study.config.matters
+    rows = []
+    for contrast in contrasts:
+        outcome = contrast.outcome
+        too_small = ""
+        if outcome == primary:
+            too_small = "yes" if contrast.is_within(matters) else "no"
+        row = {
+            "contrast": f"{contrast.second} - {contrast.first}",
+            "of": f"{contrast.condition}, {outcome}" if contrast.condition else outcome,
+            "verdict": contrast.verdict,
+            "edge": "; ".join(contrast.edges),
+            "difference": _number(outcome, contrast.difference, "+"),
+            "95 % interval": _interval(outcome, contrast.lower, contrast.upper),
+            "p after Holm": f"{contrast.p_holm:.2g}",
+            "detectable": _number(outcome, contrast.detectable),
+            "too small": too_small,
+        }
+        rows.append(row)
+    return Table(
+        "Verdicts",
+        rows,
+        "Differences of a loss are in nats a token, of a score in points; the verdict is on the "
+        "first-named arm. Edge: an arm is best at the end of its grid, which allows no verdict: "
+        "add values beyond it, by study.extend=true. The interval holds for other seeds and "
+        f"problems. Holm corrects p over the {study.planned_contrasts} contrasts of the study's "
+        "file. Detectable: the smallest difference shown with power 80 %. Too small: the interval "
+        f"lies within ±{matters:g}.",
+    )
+
+
+def cell_table(study: Study) -> Table:
+    rows = []
+    for cell in study.cells:
+        chosen = " ".join(f"{key}={value}" for key, value in cell.chosen.values.items())
+        row = {"cell": cell.name, "tuned": f"{chosen} (edge)" if cell.edges else chosen}
+        for outcome in study.config.outcomes:
+            row[outcome] = _mean_and_deviation(outcome, cell.means(outcome))
+        for name, (label, form) in FIGURES.items():
+            value = cell.figure(name)
+            row[label] = "" if value is None else form(value)
+        rows.append(row)
+    caption = "Means over seeds at the values of the lowest mean loss, ± a standard deviation."
+    return Table("Cells", rows, f"{caption} {SPECTRUM_TERMS}")
+
+
+def slope_table(study: Study, slopes: Sequence[Slope]) -> Table:
+    outcome = study.config.outcomes[0]
+    rows = [
+        {
+            "contrast": slope.name,
+            f"{outcome} per doubling": _number(outcome, slope.value, "+"),
+            "95 % interval": _interval(outcome, *slope.interval),
+        }
+        for slope in slopes
+    ]
+    return Table(
+        "Slopes",
+        rows,
+        "Change of the difference with every doubling of the rank. The interval holds for other "
+        "seeds.",
+    )
 
 
 def _cell_json(cell: Cell) -> dict[str, Any]:
     outcomes = cell.study.config.outcomes
+    losses = [
+        point.values | {"loss": losses}
+        for point, losses in zip(cell.grid, cell.losses, strict=True)
+    ]
+    endings = {outcome: cell.endings(outcome) for outcome in outcomes}
     return {
         "arm": cell.arm,
         "condition": cell.condition,
         "chosen": cell.chosen.values,
-        "edges": cell.edges,
-        "losses": [
-            each.values | {"loss": row}
-            for each, row in zip(cell.candidates, cell.losses, strict=True)
-        ],
+        "edges": list(map(str, cell.edges)),
+        "losses": losses,
         "outcomes": {outcome: cell.means(outcome) for outcome in outcomes},
         **{name: cell.figure(name) for name in FIGURES},
-        "endings": {outcome: endings for outcome in outcomes if (endings := cell.endings(outcome))},
+        "endings": {outcome: shares for outcome, shares in endings.items() if shares},
     }
+
+
+def _mean_and_deviation(outcome: str, by_seed: list[float]) -> str:
+    mean = f"{fmean(by_seed):.4f}" if outcome == LOSS else f"{fmean(by_seed):.1%}"
+    if len(by_seed) == 1:
+        return mean
+    return f"{mean} ± {_number(outcome, stdev(by_seed))}"
 
 
 def _number(outcome: str, value: float, sign: str = "") -> str:
@@ -182,52 +199,56 @@ def _interval(outcome: str, lower: float, upper: float) -> str:
 # --- the picture ----------------------------------------------------------------------------------
 
 
-def _picture(outcome: str, matters: float, comparisons: Sequence[Comparison]) -> Picture:
+def picture_of(study: Study, contrasts: Sequence[OutcomeContrast]) -> Picture:
     """A row for every contrast of the primary outcome, with the band of differences that do not
     matter."""
-    scale, unit = (1, "nats") if outcome == LOSS else (100, "points")
-    styles = styles_of({each.second: each.second for each in comparisons})
+    outcome = study.config.outcomes[0]
+    shown = [contrast for contrast in contrasts if contrast.outcome == outcome]
+    if outcome == LOSS:
+        scale = 1
+        unit = "nats"
+        better = "Left"
+    else:
+        scale = 100
+        unit = "points"
+        better = "Right"
+    styles = styles_of({contrast.second: contrast.second for contrast in shown})
 
     def draw(axes: Axes) -> None:
-        axes.axvspan(
-            -scale * matters,
-            scale * matters,
-            color=COLORS["base"],
-            alpha=0.15,
-            label="would not matter",
-        )
+        matters = scale * study.config.matters
+        axes.axvspan(-matters, matters, color=COLORS["base"], alpha=0.15, label="would not matter")
         axes.axvline(0, color=TEXT, linewidth=0.8)
-        for row, each in enumerate(comparisons):
-            style = styles[each.second] | {"linestyle": "none", "markersize": 7}
-            fill = BACKGROUND if each.verdict == "not shown" else style["color"]
-            if math.isfinite(each.lower):
-                ends = [scale * each.lower, scale * each.upper]
-                axes.plot(ends, [row, row], color=style["color"], linewidth=1.8)
-            seeds = [scale * value for value in each.by_seed]
-            axes.plot(
-                seeds, [row + 0.2] * len(seeds), linestyle="none", marker="|", color=style["color"]
-            )
-            axes.plot(scale * each.difference, row, **style | {"markerfacecolor": fill})
-        names = ([f"{each.second} - {each.first}", each.condition] for each in comparisons)
-        labels = [
-            "\n".join(shortened(name, LONGEST_NAME) for name in lines if name) for lines in names
-        ]
-        axes.set_yticks(range(len(comparisons)), labels, fontsize=8.5)
-        axes.set_ylim(len(comparisons) - 0.4, -0.6)
+        for row, contrast in enumerate(shown):
+            style = styles[contrast.second] | {"linestyle": "none", "markersize": 7}
+            color = style["color"]
+            fill = BACKGROUND if contrast.verdict == "not shown" else color
+            if math.isfinite(contrast.lower):
+                ends = [scale * contrast.lower, scale * contrast.upper]
+                axes.plot(ends, [row, row], color=color, linewidth=1.8)
+            seeds = [scale * value for value in contrast.by_seed]
+            below = [row + 0.2] * len(seeds)
+            axes.plot(seeds, below, linestyle="none", marker="|", color=color)
+            axes.plot(scale * contrast.difference, row, **style | {"markerfacecolor": fill})
+        axes.set_yticks(range(len(shown)), list(map(_label, shown)), fontsize=8.5)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel(f"difference in {outcome}, {unit}")
 
     title = f"Differences in {outcome}"
-    better = "Left" if outcome == LOSS else "Right"
     numbers = "; ".join(
-        f"{each.second}: {_number(outcome, each.difference, '+')}" for each in comparisons
+        f"{contrast.second}: {_number(outcome, contrast.difference, '+')}" for contrast in shown
     )
     caption = (
         f"{better} of zero the first-named arm is better. Lines: 95 % intervals; strokes: seeds; "
-        f"filled: a difference "
-        "is shown."
+        "filled: a difference is shown."
     )
-    return Picture(
-        "differences", title, f"{title}. {numbers}.", caption, draw, 0.9 + 0.42 * len(comparisons)
-    )
+    height = 0.9 + 0.42 * len(shown)
+    return Picture("differences", title, f"{title}. {numbers}.", caption, draw, height)
+
+
+def _label(contrast: OutcomeContrast) -> str:
+    lines = [shortened(f"{contrast.second} - {contrast.first}", LONGEST_NAME)]
+    if contrast.condition:
+        lines.append(shortened(contrast.condition, LONGEST_NAME))
+    return "\n".join(lines)

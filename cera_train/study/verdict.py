@@ -14,10 +14,10 @@ Each part has the t quantile of its degrees of freedom. If each part alone keeps
 does the sum, whatever the parts' sizes: Banerjee 1960, "Expressions for the lower bound to
 confidence coefficient", Sankhya 21.
 
-Each arm is compared at the best of its tuned values. Chance helps to decide which looks best, and a
+Each arm is compared at the best of its tuned values. Which one looks best is partly chance, and a
 better one may lie between two of the grid: `Cell.between` bounds what that is worth, and widens the
-interval. Without it, and if every seed is judged at the value that the others choose, more than 5 %
-of verdicts on equal arms are wrong: `python -m benchmarks.verdicts`.
+interval. Without it, or where every seed is compared at the value that the others choose, more than
+5 % of verdicts on equal arms are wrong: `python -m benchmarks.verdicts`.
 """
 
 import math
@@ -58,9 +58,9 @@ class Spread:
     seeds: ndarray | float  # by A and R
     seed_degrees: int
     residual: ndarray | float
-    """By R alone, which is no larger and known better: the interval is never narrower than that of
-    the seeds at hand on other problems. It keeps few right answers, whose means agree by chance,
-    from passing for sure."""
+    """By R alone, which is no larger and better known. The interval is never narrower than that of
+    these seeds on other problems: otherwise a few right answers, whose means agree by chance, would
+    look certain."""
     problems: ndarray | float  # by C
     problem_degrees: ndarray | float
 
@@ -91,7 +91,7 @@ class Contrast:
     seeds and problems."""
 
     difference: float
-    lower: float  # -inf with one seed or one problem. Not adjusted for other comparisons.
+    lower: float  # -inf with one seed or one problem. Not adjusted for other contrasts.
     upper: float
     p_value: float  # two-sided; 1 with one seed or one problem
     variances: Variances | None
@@ -195,9 +195,7 @@ def estimate_mean(differences: ndarray, weights: ndarray) -> tuple[ndarray, Spre
 # --- power ----------------------------------------------------------------------------------------
 
 
-def detectable(
-    variances: Variances | None, seeds: int, problems: int, comparisons: int = 1
-) -> float:
+def detectable(variances: Variances | None, seeds: int, problems: int, contrasts: int = 1) -> float:
     """The smallest difference that gets its verdict with probability POWER; inf with one seed or
     one problem."""
     if variances is None or min(seeds, problems) < 2:
@@ -211,7 +209,7 @@ def detectable(
         return 0.0
 
     def excess(difference: float) -> float:
-        return power_of(variances, difference, seeds, problems, comparisons) - POWER
+        return power_of(variances, difference, seeds, problems, contrasts) - POWER
 
     upper = scale
     while excess(upper) < 0:
@@ -220,11 +218,11 @@ def detectable(
 
 
 def power_of(
-    variances: Variances, difference: float, seeds: int, problems: int, comparisons: int = 1
+    variances: Variances, difference: float, seeds: int, problems: int, contrasts: int = 1
 ) -> float:
     """The probability of a verdict in the direction of this difference.
 
-    With several comparisons, it is that of Holm's first step, where p is multiplied by their
+    With several contrasts, it is that of Holm's first step, where p is multiplied by their
     number: the later ones have more. The problems' part is taken as known, the seeds' part as
     drawn: it is integrated over its quantiles.
     """
@@ -238,5 +236,5 @@ def power_of(
         (variances.seed / seeds + residual) * drawn, seeds - 1, residual, problem, problems - 1
     )
     standard_error = math.sqrt(variances.seed / seeds + residual + problem)
-    shares = ndtr((difference - spread.half_width(ERROR_RATE / comparisons)) / standard_error)
+    shares = ndtr((difference - spread.half_width(ERROR_RATE / contrasts)) / standard_error)
     return float((numpy.diff(edges) * shares).sum())

@@ -42,7 +42,7 @@ TWO = {"lora": ["adapter=lora"], "b": ["adapter=cera"]}
         ),
         (
             dict(tune_seeds=0),
-            "study.tune_seeds=0: the first of study.seeds=2 choose, and the others judge: give 1",
+            "study.tune_seeds=0: the first of study.seeds=2 choose, and the others are compared",
         ),
     ],
     ids=str,
@@ -171,10 +171,10 @@ def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
     out = plan_command(*STUDY, spread, *outcomes, "study.tune_seeds=1")
     assert out.startswith("study      Does CeRA reach a lower loss than LoRA on the logistic map")
     runs, _, _, updates, *_ = row(out, "3 cells")
-    assert (runs, updates) == ("12", f"{3 * (2 + 2) * 24}")  # the seeds that judge run one value
+    assert (runs, updates) == ("12", f"{3 * (2 + 2) * 24}")  # the compared seeds run one value
     assert row(out, "cera, adapter.r=16")[:2] == [f"{2 * 16 * (32 + 32 + 32 + 16):,}", "4"]
 
-    smallest = detectable(Variances(0.01**2, 0, 0.02**2), seeds=2, problems=20, comparisons=3)
+    smallest = detectable(Variances(0.01**2, 0, 0.02**2), seeds=2, problems=20, contrasts=3)
     assert (
         f"detects    loss: a difference of {smallest:.2g} with probability 0.8: 2 seeds, 20 rows, "
         f"Holm's" in out

@@ -1,4 +1,4 @@
-"""What a study's page says of runs whose losses are known."""
+"""What a study's page says about runs whose losses are known."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from cera_train.common.errors import UserError
 from cera_train.study.page import write_study
-from cera_train.study.results import compare_cells, slopes
+from cera_train.study.results import contrasts_of, slopes
 from cera_train.study.verdict import contrast
 
 
@@ -28,21 +28,21 @@ RANKS = {"conditions": {"adapter.r": [16, 64]}, "seeds": 3}
 
 def test_verdicts_are_better_worse_or_not_shown(make_study):
     study = make_study(loss_by_rank, **RANKS, baseline="lora")
-    assert [(own.condition, own.verdict) for own in compare_cells(study)] == [
+    assert [(each.condition, each.verdict) for each in contrasts_of(study)] == [
         ("adapter.r=16", "not shown"),
         ("adapter.r=64", "better"),
     ]
     study = make_study(loss_by_rank, **RANKS, baseline="cera")
-    assert [own.verdict for own in compare_cells(study)] == ["not shown", "worse"]
+    assert [each.verdict for each in contrasts_of(study)] == ["not shown", "worse"]
 
 
 def test_arms_that_did_not_run_count_for_holm(make_study):
-    """Else leaving them out would turn a verdict."""
-    (both,) = compare_cells(make_study(seeds=3))
+    """Otherwise dropping arms could flip a verdict."""
+    (both,) = contrasts_of(make_study(seeds=3))
     arms = {name: [f"adapter={name}"] for name in ("lora", "cera", "dora", "hira")}
     study = make_study(seeds=3)
     study = replace(study, record=study.record.replace(study=study.record.study | {"arms": arms}))
-    (planned,) = compare_cells(study)
+    (planned,) = contrasts_of(study)
     assert planned.p_holm == pytest.approx(min(1.0, 3 * both.p_holm))
     assert planned.detectable > both.detectable
 
@@ -58,8 +58,8 @@ def test_higher_scores_are_better_and_the_first_outcome_chooses_the_rate(make_st
         seeds=3,
     )
     assert [cell.chosen.values for cell in study.cells] == [{"optimizer.lr": "0.001"}] * 2
-    comparisons = compare_cells(study)
-    assert [(own.outcome, own.verdict) for own in comparisons] == [
+    comparisons = contrasts_of(study)
+    assert [(each.outcome, each.verdict) for each in comparisons] == [
         ("gsm8k", "better"),
         ("loss", "not shown"),
     ]
@@ -73,7 +73,7 @@ def test_a_best_value_at_the_end_of_its_grid_allows_no_verdict(make_study):
         return 1 - 0.5 * (values["study.arm"] == "cera") + 0.02 * (values["optimizer.lr"] != best)
 
     study = make_study(loss)
-    (comparison,) = compare_cells(study)
+    (comparison,) = contrasts_of(study)
     assert comparison.verdict == "not shown"
     assert comparison.p_holm < 0.05
     assert comparison.edges == ["cera at the largest optimizer.lr, 0.003"]
@@ -93,7 +93,7 @@ def test_what_a_value_of_the_grid_or_between_could_gain_widens_the_interval(
 
     study = make_study(loss, seeds=3)
     first, second = study.cells
-    (comparison,) = compare_cells(study)
+    (comparison,) = contrasts_of(study)
     between = max(first.between, second.between)
     assert between == pytest.approx(gain, abs=0.01)
     plain = contrast(first.values("loss"), second.values("loss"), first.weights("loss"))
@@ -107,8 +107,7 @@ def test_a_slope_is_that_of_the_seeds_by_doubling(make_study):
     study = make_study(loss_by_rank, **RANKS)
     (slope,) = slopes(study)
     at_16, at_64 = (
-        np.subtract(second.means("loss"), first.means("loss"))
-        for _, first, second in study.contrasts()
+        np.subtract(second.means("loss"), first.means("loss")) for _, first, second in study.pairs()
     )
     assert slope.by_seed == pytest.approx((at_64 - at_16) / 2)
     interval = scipy.stats.ttest_1samp(slope.by_seed, 0).confidence_interval()
@@ -134,7 +133,7 @@ def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_command, ca
     assert Path("report/which/differences.png").exists()
     assert '<img src="data:image/png' in Path("report/which/report.html").read_text()
     results = json.loads(Path("report/which/study_results.json").read_text())
-    assert [own["verdict"] for own in results["contrasts"]] == ["not shown", "better"]
+    assert [each["verdict"] for each in results["contrasts"]] == ["not shown", "better"]
     assert results["cells"][0]["losses"][0]["loss"] == pytest.approx([1.02, 1.021, 1.022])
     assert results["command"] == "cera-train -m +study=which"
 
@@ -158,11 +157,11 @@ def test_rows_that_were_edited_between_two_runs_are_noticed(make_study, split):
     with pytest.raises(
         UserError, match=f"had different {split.replace('_', '-')} rows, and cannot be compared: "
     ):
-        compare_cells(study)
+        contrasts_of(study)
 
 
 def test_one_arm_is_no_comparison(make_study):
     study = make_study()
     del study.cells[1]
     with pytest.raises(UserError, match="has no two arms to compare, only lora"):
-        compare_cells(study)
+        contrasts_of(study)

@@ -1,5 +1,5 @@
-"""A study runs its whole grid, each arm with what it names, and judges it at the values of the
-lowest mean loss."""
+"""A study runs its whole grid, each arm with its own overrides, and compares arms at the values of
+the lowest mean loss."""
 
 import json
 import math
@@ -26,7 +26,7 @@ GRID = [job(arm, lr, seed) for arm in ARMS for lr in (0.001, 0.01) for seed in (
 
 
 def rates(launcher) -> dict[str, str]:
-    """Arm -> the rate that judges it."""
+    """Arm -> the rate at which it is compared."""
     return {
         cell.arm: cell.chosen.values["optimizer.lr"] for cell in find_study(launcher.sweep).cells
     }
@@ -45,8 +45,7 @@ def test_every_seed_runs_every_value(launcher, run_study, capfd):
         job("cera", 0.01, seed) for seed in range(2)
     ]
     assert [
-        (asked, first.arm, second.arm, second.condition)
-        for asked, first, second in study.contrasts()
+        (asked, first.arm, second.arm, second.condition) for asked, first, second in study.pairs()
     ] == [
         ("the gate", "relu", "cera", "adapter.r=4"),
         ("cera or lora", "lora", "cera", "adapter.r=4"),
@@ -72,7 +71,7 @@ def test_the_lowest_mean_loss_chooses(launcher, run_study):
     assert rates(launcher)["lora"] == "0.001"
 
 
-def test_with_tune_seeds_the_first_seeds_choose_and_the_others_judge(launcher, run_study):
+def test_with_tune_seeds_the_first_seeds_choose_and_the_others_are_compared(launcher, run_study):
     losses = {("0", "0.001"): 1.0, ("0", "0.01"): 1.1, ("1", "0.001"): 1.4, ("1", "0.01"): 1.2}
     launcher.loss = lambda values: losses.get((values["train.seed"], values["optimizer.lr"]), 1.0)
     assert run_study("study.tune_seeds=2", "study.seeds=3") == 0
@@ -94,7 +93,7 @@ def test_extend_adds_values_until_the_best_lies_inside(launcher, run_study):
     assert not launcher.began
 
 
-def test_more_seeds_run_what_is_missing_and_the_same_command_nothing(launcher, run_study):
+def test_more_seeds_run_only_what_is_missing(launcher, run_study):
     run_study()
     launcher.began.clear()
     assert run_study() == 0
@@ -103,12 +102,20 @@ def test_more_seeds_run_what_is_missing_and_the_same_command_nothing(launcher, r
     assert launcher.began == [job(arm, lr, 2) for arm in ARMS for lr in (0.001, 0.01)]
 
 
-def test_an_edited_study_keeps_no_old_runs(launcher, run_study, capfd):
+def test_an_edited_study_keeps_no_old_runs(launcher, run_study, monkeypatch, capfd):
+    sweepers = []
+    setup = StudySweeper.setup
+
+    def kept(sweeper, **settings):
+        sweepers.append(sweeper)
+        setup(sweeper, **settings)
+
+    monkeypatch.setattr(StudySweeper, "setup", kept)
     study = {"arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]}, "contrasts": {}}
     assert run_study(study=study) == 0
     for cell in find_study(launcher.sweep).cells:
-        config = to_plain(StudySweeper.compose(cell.candidates[0].overrides))
-        (cell.run(cell.candidates[0], 0) / "config.yaml").write_text(yaml.safe_dump(config))
+        config = to_plain(sweepers[0].compose(cell.grid[0].overrides))
+        (cell.folder(cell.grid[0], 0) / "config.yaml").write_text(yaml.safe_dump(config))
     launcher.began.clear()
     assert run_study(study=study) == 0
     arms = {"lora": ["adapter=lora"], "cera": ["adapter=cera", "adapter.b_lr_ratio=4"]}
@@ -129,7 +136,7 @@ def test_an_edited_study_keeps_no_old_runs(launcher, run_study, capfd):
     assert not launcher.began
 
 
-def test_a_killed_study_goes_on_where_it_was(launcher, run_study):
+def test_a_killed_study_resumes(launcher, run_study):
     launcher.killed = {job("cera", 0.001, 0)}
     assert run_study() == 130
     missing = find_study(launcher.sweep).missing()
@@ -153,7 +160,7 @@ def test_an_arm_with_a_rank_of_its_own_runs_once_and_stands_beside_every_rank(
     assert launcher.began == names
     assert "\nadapter.r=64,study.arm=wide  finished" in capfd.readouterr().out
     assert [
-        (first.name, second.name) for _, first, second in find_study(launcher.sweep).contrasts()
+        (first.name, second.name) for _, first, second in find_study(launcher.sweep).pairs()
     ] == [
         ("lora, adapter.r=4", "wide"),
         ("lora, adapter.r=8", "wide"),
@@ -194,7 +201,7 @@ def test_arms_that_set_a_condition_each_are_compared_under_every_value(tmp_path,
     jobs = {
         choice: f"study.arm={choice} optimizer.lr=0.001 train.seed=0".split() for choice in choices
     }
-    contrasts = Study(tmp_path, SweepRecord([], jobs, [], study=section)).contrasts()
+    contrasts = Study(tmp_path, SweepRecord([], jobs, [], study=section)).pairs()
     assert [(first.condition, second.condition) for _, first, second in contrasts] == [
         (f"data.max_length={length}", f"adapter.r={r}") for r in (4, 8) for length in (64, 128)
     ]
@@ -231,7 +238,7 @@ def test_divergence_is_a_result(launcher, run_study, run_command):
     assert run_command("cera-report", "outputs/which") == 0
 
 
-def test_a_value_that_diverges_with_a_judging_seed_is_not_chosen(launcher, run_study):
+def test_a_value_that_diverges_with_a_compared_seed_is_not_chosen(launcher, run_study):
     launcher.diverging = {job("cera", 0.01, 1)}
     for value in ("0.01", "0.001"):  # the same command runs the next value's
         assert find_study(launcher.sweep) is None or rates(launcher)["cera"] == value
@@ -250,7 +257,7 @@ def test_an_arm_that_diverges_at_every_value_gets_no_verdict(
 
 
 @pytest.mark.slow
-def test_a_finished_study_needs_its_rows_no_more(launcher, run_study, tmp_path, capfd):
+def test_a_finished_study_no_longer_needs_its_rows(launcher, run_study, tmp_path, capfd):
     rows = tmp_path / "rows.jsonl"
     questions = tmp_path / "questions.jsonl"
     rows.write_text('{"question": "1 + 1", "answer": "#### 2"}\n' * 4)
@@ -282,7 +289,9 @@ def test_every_study_of_ours_can_be_composed(compose):
         ("train.batch_size", [1, 2], 1),
     ],
 )
-def test_nothing_lies_beyond_zero_or_what_is_possible(launcher, run_study, key, values, sign):
+def test_a_grid_is_not_extended_past_zero_or_an_impossible_value(
+    launcher, run_study, key, values, sign
+):
     """A dropout of 1.6 is refused, and half a row too."""
     launcher.loss = lambda words: 1 + sign * 0.1 * float(words[key])
     assert run_study("study.extend=true", study={"tune": {key: values}, "seeds": 1}) == 0
@@ -319,10 +328,10 @@ def test_a_study_is_run_gets_its_page_and_notices_edited_rows(
     assert run_study(*jsonl, "hydra/launcher=joblib", **settings) == 0
     assert run_command("cera-report", "outputs/which") == 0
     results = json.loads(Path("report/which/study_results.json").read_text())
-    assert [own["condition"] for own in results["contrasts"]] == ["adapter.r=2", "adapter.r=4"]
+    assert [each["condition"] for each in results["contrasts"]] == ["adapter.r=2", "adapter.r=4"]
 
     rows[0]["answer"] = "7"
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run_study(*jsonl, "study.seeds=3", **settings) == 0
     assert run_command("cera-report", "outputs/which") == 2
-    assert "had different train rows, and cannot be compared" in capfd.readouterr().err
+    assert "had different train rows" in capfd.readouterr().err

@@ -43,39 +43,39 @@ def test_the_evidence_gets_the_verdicts_that_it_has(path):
     number."""
     results = json.loads(path.read_text())
     contrasts = results["contrasts"]
-    family = results.get("family", 0)
-    for outcome in dict.fromkeys(own["outcome"] for own in contrasts):
-        same = [own for own in contrasts if own["outcome"] == outcome]
+    planned = results.get("planned_contrasts", 0)
+    for outcome in dict.fromkeys(each["outcome"] for each in contrasts):
+        same = [each for each in contrasts if each["outcome"] == outcome]
         again = []
-        for own in same:
-            variances = Variances(**own["variances"])
-            seeds = own["seeds"]
-            problems = own["problems"]
+        for each in same:
+            variances = Variances(**each["variances"])
+            seeds = each["seeds"]
+            problems = each["problems"]
             residual = variances.residual / (seeds * problems)
-            by_seeds = float(numpy.var(own["by_seed"], ddof=1)) / seeds
+            by_seeds = float(numpy.var(each["by_seed"], ddof=1)) / seeds
             spread = Spread(
                 by_seeds, seeds - 1, residual, variances.problem / problems, problems - 1
             )
-            difference = own["difference"]
-            between = own.get("between", 0.0)
+            difference = each["difference"]
+            between = each.get("between", 0.0)
             half = float(spread.half_width()) + between
             # The weights of rows, which the page does not keep, take degrees of freedom from the
             # problems' part.
             assert [difference - half, difference + half] == pytest.approx(
-                own.get("interval") or [own["lower"], own["upper"]], abs=0.02 * half
+                each.get("interval") or [each["lower"], each["upper"]], abs=0.02 * half
             )
             p_value = float(spread.p_value(max(abs(difference) - between, 0.0)))
             again.append(
                 Contrast(difference, -half, half, p_value, variances, seeds, problems, between)
             )
-            comparisons = family or len(same)
-            least = detectable(variances, seeds, problems, comparisons)
-            assert least + between == pytest.approx(own["detectable"], rel=0.01)
-        for own, result, p_value in zip(
-            same, again, holm([each.p_value for each in again], family), strict=True
+            tested = planned or len(same)
+            least = detectable(variances, seeds, problems, tested)
+            assert least + between == pytest.approx(each["detectable"], rel=0.01)
+        for each, result, p_value in zip(
+            same, again, holm([each.p_value for each in again], planned), strict=True
         ):
-            assert result.verdict_at(p_value, higher_is_better=outcome != "loss") == own["verdict"]
-            assert p_value == pytest.approx(own["p_holm"], rel=0.02)
+            assert result.verdict_at(p_value, higher_is_better=outcome != "loss") == each["verdict"]
+            assert p_value == pytest.approx(each["p_holm"], rel=0.02)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
