@@ -103,11 +103,18 @@ FLAGS = [
     ("--resolve",),
     ("--debug",),
 ]
+SHOW_CHOICES = ("--help", "--shell-completion")
 FLAGS_WITH_VALUE = [("--cfg", "-c"), ("--package", "-p"), ("--config-dir", "-cd")]
 """The flags of the commands: Hydra has more."""
 
 OF_GRIDS = ("sweep=", "study=", "sweep.", "hydra.launcher", "hydra.sweeper", "launch.detach=true")
 """How settings begin that mean nothing in a single run."""
+
+OF_ANOTHER_RUN = (
+    *("model", "model.path", "train.tasks"),
+    *("data", "data.layout", "data.path", "data.train_files", "data.mix"),
+)
+"""Settings that choose a model, data or tasks: with one of them a run is not the quickstart."""
 
 
 def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
@@ -132,8 +139,8 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     if "--config-dir" in flags:
         check_config_folder(flags["--config-dir"])
         OmegaConf.register_new_resolver("oc.env", env_without_secrets, replace=True)
-    if program == "cera-train" and not settings and not flags:
-        settings = ["+recipe=quickstart"]
+    if program in ("cera-train", "cera-plan") and flags.keys().isdisjoint(SHOW_CHOICES):
+        settings = with_quickstart(settings)
     settings = with_implied_files(program, settings)
     is_single = not flags.keys() - {"--config-dir"}
     for setting in settings:
@@ -220,6 +227,15 @@ def env_without_secrets(name: str, *default: Any) -> Any:
     fix = "with --config-dir no setting reads a secret. Leave it out"
     require(not SECRET_NAME.search(name), f"${{oc.env:{name}}}: {fix}.")
     return resolvers.oc.env(name, *default)
+
+
+def with_quickstart(settings: Sequence[str]) -> list[str]:
+    """The settings after the recipe of the quickstart, unless they name a recipe, a sweep, a study,
+    or a model, data or tasks of the user's own."""
+    keys = [setting.partition("=")[0] for setting in settings]
+    adds_file = any(key.startswith("+") and "." not in key for key in keys)
+    is_another = adds_file or not {*keys}.isdisjoint(OF_ANOTHER_RUN)
+    return [*settings] if is_another else ["+recipe=quickstart", *settings]
 
 
 def with_implied_files(program: str, settings: Sequence[str]) -> list[str]:

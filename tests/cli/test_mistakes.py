@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+import yaml
 from commands import WITHOUT_TORCH, command
 from omegaconf import DictConfig
 
@@ -404,19 +405,36 @@ def test_an_evaluation_that_fails_lets_the_others_run(
     assert not list(tmp_path.iterdir())
 
 
-def test_flags_stand_anywhere_and_without_arguments_the_quickstart_runs():
+def test_flags_stand_anywhere():
+    expected = ["--multirun", "model=mine", "adapter.r=4,5"]
     for arguments in (
-        ["-m", "adapter.r=4,5", "name=x"],
-        ["adapter.r=4,5", "--debug", "name=x", "--multirun"],
+        ["-m", "model=mine", "adapter.r=4,5"],
+        ["model=mine", "--debug", "adapter.r=4,5", "--multirun"],
     ):
-        assert for_hydra("cera-train", arguments) == ["--multirun", "adapter.r=4,5", "name=x"]
-    assert (
-        for_hydra("cera-train", [])
-        == for_hydra("cera-train", ["--debug"])
-        == ["+recipe=quickstart"]
-    )
-    assert for_hydra("cera-train", ["--help"]) == ["--help"]
-    assert for_hydra("cera-plan", []) == []
+        assert for_hydra("cera-train", arguments) == expected
+
+
+@pytest.mark.parametrize("program", ["cera-train", "cera-plan"])
+def test_without_a_recipe_or_a_model_data_or_tasks_of_ones_own_it_is_the_quickstart(program):
+    for arguments in ([], ["name=x"], ["--cfg=job", "adapter=lora"], ["-m", "adapter.r=4,8"]):
+        assert "+recipe=quickstart" in for_hydra(program, arguments)
+    for arguments in (
+        ["--help"],
+        ["+recipe=math_r64"],
+        ["-m", "+sweep=rank_lr"],
+        ["model=llama3_2_1b"],
+        ["model.path=a/b"],
+        ["data=gsm8k"],
+        ["data.train_files=[rows.jsonl]"],
+        ["train.tasks=[gsm8k]"],
+    ):
+        assert "+recipe=quickstart" not in for_hydra(program, arguments)
+
+
+def test_what_varies_the_quickstart_trains_its_dates(run_command, capfd):
+    assert run_command("cera-train", "--cfg", "job", "name=x", "adapter.r=4") == 0
+    config = yaml.safe_load(capfd.readouterr().out)
+    assert (config["name"], config["adapter"]["r"], config["data"]["layout"]) == ("x", 4, "dates")
 
 
 def test_every_usual_name_leads_to_a_setting_that_exists():
