@@ -223,18 +223,29 @@ def to_config(composed: DictConfig, overrides: Sequence[str], schema: type = Con
     return config
 
 
+LATEX = """
+nabla ncong ne nearrow neg neq nexists ngeq ngtr ni nleftarrow nleq nless nmid not notin nparallel
+nrightarrow nsim nsubseteq nsupseteq nu nwarrow
+tan tanh tau tbinom text textbf textit textrm texttt tfrac therefore theta tilde times to top
+triangle triangleleft triangleright twoheadrightarrow
+"""
+"""Commands of LaTeX that begin with an n or a t, without their backslash."""
+
+IN_PLACE_OF_BREAK = re.compile(rf"\\(?!(?:{'|'.join(LATEX.split())})(?![A-Za-z]))[nt]")
+"""A backslash with an n or a t that begins no command of LaTeX."""
+
+
 def check_line_breaks(key: str, value: Any) -> None:
-    """Raises UserError for a template with a backslash and an n or a t: neither a shell's plain
-    quotes nor Hydra's make a line break or a tab of them."""
+    """Raises UserError for a template with a backslash and a letter in place of a line break or a
+    tab: neither a shell's plain quotes nor Hydra's turn them into one."""
     section, _, name = key.rpartition(".")
     if section and name in ("prompt", "completion", "rejected", "stop"):
         for text in as_list(value):
             quoted = f'["{text}"]' if isinstance(value, list) else f'"{text}"'
             require(
-                not re.search(r"\\n|\\t(?![a-z])", str(text)),  # LaTeX has \times
+                not IN_PLACE_OF_BREAK.search(str(text)),
                 f"{key}={text} has a backslash and a letter in place of a line break or a tab: "
-                f"write "
-                f"$'{key}={quoted}' in the shell, and double quotes in a YAML file.",
+                f"write $'{key}={quoted}' in the shell, and double quotes in a YAML file.",
             )
 
 

@@ -150,3 +150,20 @@ def test_templates_take_line_breaks_as_the_readme_quotes_them(compose):
     assert (config.data.prompt, config.data.completion) == ("Q: {question}\nA:", " {answer}")
     task = compose("run=x", "task=gsm8k", 'task.stop=["\nQuestion:"]', command="eval").task
     assert task.stop == ["\nQuestion:"]
+
+
+@pytest.mark.parametrize("command", [r"\neq", r"\nu", r"\times", r"\theta", r"\text{x}", r"\not="])
+def test_a_template_may_hold_latex(compose, command):
+    prompt = f"Is {{question}} {command} 3?"
+    braces = prompt.replace("text{x}", "text{{x}}")
+    rows = ["data=jsonl", "data.train_files=[rows.jsonl]", "data.eval_rows=5"]
+    config = compose(*rows, f'data.prompt="{braces}"', 'data.completion=" {answer}"')
+    assert config.data.prompt == braces
+
+
+@pytest.mark.parametrize("mistake", [r"\nAnswer", r"\nuser", r"\n", r"\t{answer}", r"\ntimes"])
+def test_a_literal_line_break_or_tab_is_none_of_latex(compose, mistake):
+    with pytest.raises(
+        ValueError, match=r"in place of a line break or a tab: write \$'data.prompt"
+    ):
+        compose("data=gsm8k", f'data.prompt="{{question}}{mistake}"')
