@@ -15,7 +15,7 @@ from cera_train.common.terminal import print_line
 from cera_train.common.trust import for_markdown
 from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult, describe_rank, describe_tasks, figure
-from cera_train.runs.tracking import print_error
+from cera_train.runs.tracking import print_warning
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
 
@@ -153,7 +153,7 @@ def push(config: Config) -> None:
         print_line("hub", str(repository))
     except Exception as error:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        print_error(
+        print_warning(
             f"hub.push={config.hub.push} failed ({error}). The run is finished; to upload it: "
             f"{command}"
         )

@@ -83,7 +83,7 @@ class Tracker:
             yield
         except Exception as error:
             self.trackers.pop(kind, None)
-            print_error(
+            print_warning(
                 f"{kind} failed and is left out ({error}). Everything is in the run's folder."
             )
 
@@ -173,7 +173,7 @@ def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
             except Exception as error:
                 if mode != "online":
                     raise
-                print_error(f"W&B cannot be reached, so the run is recorded offline ({error}).")
+                print_warning(f"W&B cannot be reached, so the run is recorded offline ({error}).")
                 wandb.teardown()  # else its service would refuse a second run of the same id
                 self.run = wandb.init(project=self.run_name, mode="offline", **self.init_kwargs)
             if self.run.offline:
@@ -194,7 +194,8 @@ def write_id(folder: Path, kind: TrackerKind, run_id: str) -> None:
     write_text(folder / IDS, json.dumps(read_ids(folder) | {kind: run_id}, indent=2) + "\n")
 
 
-def print_error(text: str) -> None:
+def print_warning(text: str) -> None:
+    """Prints one line about a part of the run that failed while the run goes on."""
     program = Path(sys.argv[0]).name
     program = program if program.startswith("cera-") else "cera-train"
     print(f"{program}: {clean(redact(' '.join(text.split())))}", file=sys.stderr)

@@ -166,7 +166,7 @@ def test_secrets_of_the_environment_are_blotted_out(monkeypatch):
 
 
 def test_what_a_server_says_steers_no_terminal(capsys):
-    tracking.print_error("\x1b[31mgone")
+    tracking.print_warning("\x1b[31mgone")
     assert capsys.readouterr().err == "cera-train: \N{REPLACEMENT CHARACTER}[31mgone\n"
 
 
