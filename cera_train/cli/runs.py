@@ -17,7 +17,7 @@ from cera_train.cli.start import announce_imports, print_error, start_hydra, to_
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
 from cera_train.distributed.processes import in_processes, is_one_of_several
-from cera_train.evaluation.prepare import prepare
+from cera_train.evaluation.resolve import resolve_evaluation
 from cera_train.runs.subject import find_subject, find_subjects
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.serving import ChatConfig, ExportConfig
@@ -55,7 +55,7 @@ def eval_main() -> None:
 def measure(composed: DictConfig) -> None:
     config = checked_config(composed, EvalConfig)
     with heavy_imports():  # of PEFT, for an adapter that is neither CeRA nor LoRA
-        evaluation = prepare(config)
+        evaluation = resolve_evaluation(config)
     announce_imports()
     with heavy_imports():
         from cera_train.evaluation.evaluate import run_evaluation

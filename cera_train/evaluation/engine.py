@@ -1,7 +1,6 @@
-"""The engines that answer requests: the model of a subject with its adapter, in the precision of
-its training; or while a run trains, its model or a server."""
+"""Engines that answer requests: the model of a subject, with its adapter and in the precision of
+its training; while a run trains, its own model or a server."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -75,9 +74,9 @@ def load_subject(subject: Subject, device: torch.device) -> LoadedModel:
 
 
 class Sampler:
-    """Answers requests in their order, the same on every process: by the model in training, or by a
-    server that has the adapter of the moment. Processes divide them; a UserError in one is raised
-    in all.
+    """Answers requests in their order, by the model in training or by a server with its current
+    adapter. Processes divide the requests; every process gets all answers, and a UserError of one
+    is raised in all.
 
     Args:
         progress: its update tells when the server's adapter is out of date.
@@ -127,28 +126,21 @@ class Sampler:
             self._serve()
         processes = self.accelerator.num_processes
         process = self.accelerator.process_index
-        batches = self.engine.batches(requests, max_new_tokens, config, processes)[
-            process::processes
-        ]
+        batches = self.engine.batches(requests, max_new_tokens, config, processes)
+        batches = batches[process::processes]
         answered = []
         problem = None
         try:
-            answered = list(
-                itertools.chain.from_iterable(
-                    self.engine.answers(batches, max_new_tokens, stop, config)
-                )
-            )
+            for ended in self.engine.answers(batches, max_new_tokens, stop, config):
+                answered += ended
         except UserError as error:  # of this process alone: the others wait in the gather
             problem = str(error)
-        shares = gather_object([(answered, problem)])
-        if problem := next((problem for _, problem in shares if problem is not None), None):
-            raise UserError(problem)
-        answers = {
-            (answer.generation.problem, answer.generation.sample): answer
-            for share, _ in shares
-            for answer in share
-        }
-        return [answers[request.problem, request.sample] for request in requests]
+        answers = {}
+        for share, problem_there in gather_object([(answered, problem)]):
+            if problem_there is not None:
+                raise UserError(problem_there)
+            answers |= {answer.generation.key: answer for answer in share}
+        return [answers[request.key] for request in requests]
 
     def _serve(self) -> None:
         """Gives the server the adapter of this update."""

@@ -22,12 +22,13 @@ from cera_train.distributed.accelerator import (
 )
 from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.generate import CACHE_BYTES, LoadedModel
-from cera_train.evaluation.grading import grade_all, score
+from cera_train.evaluation.grading import grade_all
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.evaluation.prepare import PreparedEvaluation
 from cera_train.evaluation.requests import Request, requests_for
+from cera_train.evaluation.resolve import ResolvedEvaluation
 from cera_train.evaluation.server import Server
-from cera_train.evaluation.tasks.task import AnswerTask, describe_trained_on
+from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
+from cera_train.evaluation.tasks.task import AnswerTask, describe_trained_on, mean
 from cera_train.model.batches import MicroBatches
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.language_model import LanguageModel, perplexity
@@ -35,9 +36,12 @@ from cera_train.model.layout import choose_layout
 from cera_train.runs.evaluation_folder import (
     AccuracyResult,
     EvaluationFolder,
+    Generation,
     Grade,
     Key,
     PerplexityResult,
+    Problem,
+    ending_shares,
     find_evaluation_result,
 )
 from cera_train.runs.results import describe_rank
@@ -46,7 +50,7 @@ from cera_train.settings.distributed import DistributedConfig
 from cera_train.settings.evaluation import GenerationConfig
 
 
-def run_evaluation(evaluation: PreparedEvaluation) -> dict[str, Any]:
+def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
     """Measures a subject on a task, or resumes where an earlier call was cut. Answers that are
     there are graded again.
 
@@ -108,7 +112,7 @@ def run_evaluation(evaluation: PreparedEvaluation) -> dict[str, Any]:
 
 
 def answer_and_grade(
-    evaluation: PreparedEvaluation,
+    evaluation: ResolvedEvaluation,
     folder: EvaluationFolder,
     accelerator: Accelerator,
     server: Server | None,
@@ -161,7 +165,7 @@ def answer_and_grade(
 
 
 def generate_answers(
-    evaluation: PreparedEvaluation,
+    evaluation: ResolvedEvaluation,
     missing: Collection[Key],
     engine: LoadedModel | Server,
     folder: EvaluationFolder,
@@ -179,7 +183,7 @@ def generate_answers(
         for request in requests_for(
             evaluation.problems, generation.samples, engine.tokenizer, room, engine.positions
         )
-        if (request.problem, request.sample) in missing
+        if request.key in missing
     ]
     if isinstance(engine, LoadedModel):
         generation = agree_on_batches(generation, requests, room, engine, accelerator)
@@ -232,6 +236,33 @@ def agree_on_batches(
     return replace(generation, batch_tokens=min(gather_object([tokens])))
 
 
+def score(
+    task: AnswerTask,
+    problems: Sequence[Problem],
+    answers: Sequence[Generation],
+    grades: Sequence[Grade],
+) -> AccuracyResult:
+    """The scores of an evaluation: pass@k for every k up to the number of samples, with its 95 %
+    interval, and what the task adds."""
+    figures = task.scores(problems, grades)
+    for grader in task.graders:
+        by_problem: dict[str, list[bool]] = {}
+        for grade in grades:
+            by_problem.setdefault(grade.problem, []).append(getattr(grade, grader))
+        for k in range(1, min(map(len, by_problem.values())) + 1):
+            values = [pass_at_k(len(correct), sum(correct), k) for correct in by_problem.values()]
+            figures[f"{grader}/pass@{k}"] = mean(values)
+            figures[f"{grader}/pass@{k}/interval"] = [*accuracy_interval(values)]
+    figures |= ending_shares([grade.ending for grade in grades])
+    return AccuracyResult(
+        truncated=sum(answer.truncated for answer in answers),
+        no_answer=sum(grade.answer is None for grade in grades),
+        grader_failures=sum(grade.failure is not None for grade in grades),
+        tokens=sum(answer.tokens for answer in answers),
+        **figures,
+    )
+
+
 def accuracy_lines(task: AnswerTask, result: AccuracyResult) -> dict[str, str]:
     """Labels and texts to print."""
     is_sampled = result.samples > 1
@@ -253,7 +284,7 @@ def accuracy_lines(task: AnswerTask, result: AccuracyResult) -> dict[str, str]:
 
 
 def measure_perplexity(
-    evaluation: PreparedEvaluation, folder: EvaluationFolder, accelerator: Accelerator
+    evaluation: ResolvedEvaluation, folder: EvaluationFolder, accelerator: Accelerator
 ) -> PerplexityResult:
     """Measures perplexity with the adapter and without it, and on rows the spectra; once, then it
     is on record."""

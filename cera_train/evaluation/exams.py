@@ -89,12 +89,13 @@ def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | N
 class ExamResults:
     """The results of the exams at one update. Only the main process has more than the figures."""
 
-    figures: dict[str, float] = field(
-        default_factory=dict
-    )  # by their keys in metrics.jsonl, such as gsm8k/exact
-    graded: dict[str, list[GradedProblem]] = field(default_factory=dict)  # by the task
+    figures: dict[str, float] = field(default_factory=dict)
+    """By their keys in metrics.jsonl, such as gsm8k/exact."""
+    graded: dict[str, list[GradedProblem]] = field(default_factory=dict)
+    """By the task."""
     samples: list[Sample] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # lines to print
+    notes: list[str] = field(default_factory=list)
+    """Lines to print."""
 
 
 class Exams:

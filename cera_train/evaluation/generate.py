@@ -33,7 +33,7 @@ from cera_train.model.folder import cache_bytes, positions_of
 from cera_train.settings.evaluation import GenerationConfig
 
 PROMPTS_AT_ONCE = 8  # few, so that prompts are padded little; enough to keep matrix products large
-ROWS_AT_ONCE = 256  # more answer no faster, and each needs logits of the whole vocabulary
+ROWS_AT_ONCE = 256  # more are no faster, and each row needs logits of the whole vocabulary
 CACHE_BYTES = 2**32  # keys and values of a batch, where generation.batch_tokens is null
 
 
@@ -62,11 +62,14 @@ class TokenChoice:
     ) -> None:
         self.config = config
         self.step = 0
-        uniform = []
-        for request in batch if config.temperature else []:
-            generator = torch.Generator().manual_seed(seed_of(request, config))
-            uniform.append(torch.rand(max_new_tokens, generator=generator, dtype=torch.float64))
-        self.uniform_BT = torch.stack(uniform) if uniform else torch.empty(len(batch), 0)
+        self.uniform_BT = torch.empty(len(batch), 0)
+        if config.temperature:
+            generators = [torch.Generator().manual_seed(seed_of(each, config)) for each in batch]
+            rows = [
+                torch.rand(max_new_tokens, generator=generator, dtype=torch.float64)
+                for generator in generators
+            ]
+            self.uniform_BT = torch.stack(rows)
 
     def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
         """As a logits processor: makes a greedy `model.generate` take the chosen tokens."""
@@ -88,9 +91,8 @@ class TokenChoice:
         probabilities = torch.softmax(logits_BV.double() / self.config.temperature, -1)
         if self.config.top_p < 1:  # sorting takes longer than all else here
             ranked, order = probabilities.sort(descending=True)
-            is_kept = (
-                ranked.cumsum(-1) - ranked < self.config.top_p
-            )  # includes the token that brings the sum to top_p
+            # also the token that brings the sum to top_p
+            is_kept = ranked.cumsum(-1) - ranked < self.config.top_p
             probabilities *= torch.zeros_like(probabilities).scatter(-1, order, is_kept.double())
         # In the vocabulary's order: sorted by likelihood, rounding would swap tokens that are
         # nearly as likely.
@@ -111,9 +113,8 @@ class LoadedModel:
     model: Any
     base: PreTrainedModel  # the transformers model in `model`; without an adapter the same
     tokenizer: Any
-    context: Callable[[], AbstractContextManager] = (
-        nullcontext  # entered for each batch, such as autocast
-    )
+    context: Callable[[], AbstractContextManager] = nullcontext
+    """Entered for each batch, such as autocast."""
 
     @property
     def positions(self) -> int | None:
@@ -173,11 +174,11 @@ class LoadedModel:
     ) -> Iterator[list[Answer]]:
         """The answers of a batch, as they end, after `prepare`."""
         settings = self.base.generation_config
+        device = self.base.device
         prompts = [torch.tensor(request.prompt_ids, dtype=torch.long) for request in batch]
-        ids_BT = pad_sequence(prompts, True, settings.pad_token_id, "left").to(self.base.device)
-        mask_BT = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(
-            self.base.device
-        )
+        masks = [torch.ones_like(prompt) for prompt in prompts]
+        ids_BT = pad_sequence(prompts, True, settings.pad_token_id, "left").to(device)
+        mask_BT = pad_sequence(masks, True, 0, "left").to(device)
         choice = TokenChoice(batch, settings.max_new_tokens, config)
         with for_inference(self.model):
             if self.can_decode:
@@ -200,21 +201,19 @@ class LoadedModel:
         are the usual ones. False for sliding windows, recurrent states, and adapters that act on
         the whole prompt."""
         base = self.base
-        adapter = None if self.model is self.base else self.model.active_peft_config
-        if adapter is not None and (
-            adapter.is_prompt_learning
-            or (isinstance(adapter, LoraConfig) and adapter.alora_invocation_tokens)
-        ):
+        if self.model is not base:
+            adapter = self.model.active_peft_config
+            is_activated = isinstance(adapter, LoraConfig) and adapter.alora_invocation_tokens
+            if adapter.is_prompt_learning or is_activated:
+                return False
+        prepare = type(base).prepare_inputs_for_generation
+        if prepare is not GenerationMixin.prepare_inputs_for_generation:
             return False
         arguments = inspect.signature(base.forward).parameters.keys()
-        return (
-            type(base).prepare_inputs_for_generation
-            is GenerationMixin.prepare_inputs_for_generation
-            and {"attention_mask", "position_ids", "logits_to_keep"} <= arguments
-            and all(
-                type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers
-            )
-        )
+        if not {"attention_mask", "position_ids", "logits_to_keep"} <= arguments:
+            return False
+        layers = DynamicCache(config=base.config).layers
+        return all(type(layer) is DynamicLayer for layer in layers)
 
     def _decode(
         self,
@@ -223,9 +222,9 @@ class LoadedModel:
         choice: TokenChoice,
         streamer: TextStreamer | None,
     ) -> Iterator[list[tuple[int, list[int]]]]:
-        """The rows that end at a step, each with its new tokens, the end token included. Gives the
-        answers of `model.generate`, faster: prompts run beside others of like length, and a
-        finished row leaves the batch at once.
+        """Yields the rows that end at a step, each with its new tokens, the end token included. The
+        answers are those of `model.generate`, but faster: prompts run beside others of similar
+        length, and a finished row leaves the batch at once.
 
         Args:
             ids_BT: prompts, padded on the left.
@@ -234,11 +233,9 @@ class LoadedModel:
         settings = self.base.generation_config
         prompt = ids_BT.shape[1]
         ends = torch.tensor(settings.eos_token_id, device=ids_BT.device)
-        stops = (
-            StopStringCriteria(self.tokenizer, settings.stop_strings)
-            if settings.stop_strings
-            else None
-        )
+        stops = None
+        if settings.stop_strings:
+            stops = StopStringCriteria(self.tokenizer, settings.stop_strings)
         if streamer is not None:
             streamer.put(ids_BT.cpu())
         cache, logits_BV = self._read_prompts(ids_BT, mask_BT)
@@ -251,9 +248,9 @@ class LoadedModel:
             has_ended_B = torch.isin(tokens_B, ends)
             if stops is not None:
                 has_ended_B |= stops(ids_BT[:, prompt:], None)
-            has_ended = (
-                has_ended_B.tolist() if step < settings.max_new_tokens else [True] * len(rows)
-            )
+            has_ended = has_ended_B.tolist()
+            if step == settings.max_new_tokens:
+                has_ended = [True] * len(rows)
             if any(has_ended):
                 yield [
                     (row, ids_BT[place, prompt:].tolist())
@@ -278,8 +275,8 @@ class LoadedModel:
         self, ids_BT: torch.Tensor, mask_BT: torch.Tensor
     ) -> tuple[Cache, torch.Tensor]:
         """Keys and values of prompts, and the logits after each. A prompt of several answers runs
-        once. A few run at a time, which `cut_batches` made neighbours because of their like length:
-        padding costs as much as tokens do."""
+        once. A few prompts run at a time, of similar length since `cut_batches` sorts them: padding
+        costs as much as tokens do."""
         (mask_BT, ids_BT), prompt_B = torch.stack([mask_BT, ids_BT]).unique_consecutive(
             return_inverse=True, dim=1
         )
@@ -296,21 +293,11 @@ class LoadedModel:
         layers = []
         for number in range(len(caches[0].layers)):
             parts = [cache.layers[number] for cache in caches]
-            # Masked places weigh 0 in attention.
-            keys, values = (
-                torch.cat(
-                    [pad(states, (0, 0, width - states.shape[-2], 0)) for states in states_of_parts]
-                )[prompt_B]
-                for states_of_parts in (
-                    [layer.keys for layer in parts],
-                    [layer.values for layer in parts],
-                )
-            )
+            keys = _padded_rows([layer.keys for layer in parts], width)[prompt_B]
+            values = _padded_rows([layer.values for layer in parts], width)[prompt_B]
             layers.append(RoomyLayer(keys, values, room))
-            for cache in caches:
-                cache.layers[number] = (
-                    None  # else keys and values of all layers would be there twice
-                )
+            for cache in caches:  # else keys and values of all layers would be in memory twice
+                cache.layers[number] = None
         return Cache(layers), torch.cat(logits)[prompt_B]
 
     def _next_logits(
@@ -322,11 +309,8 @@ class LoadedModel:
         # they are frozen.
         last = torch.tensor([-1], device=ids_BT.device)
         # transformers 5.24 renames the argument, and warns of the old name
-        name = (
-            "cache"
-            if "cache" in inspect.signature(self.base.forward).parameters
-            else "past_key_values"
-        )
+        arguments = inspect.signature(self.base.forward).parameters
+        name = "cache" if "cache" in arguments else "past_key_values"
         output = self.model(
             input_ids=ids_BT,
             attention_mask=mask_BT,
@@ -336,6 +320,12 @@ class LoadedModel:
             **{name: cache},
         )
         return output.logits[:, -1]
+
+
+def _padded_rows(states: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    """Keys or values of several batches as one batch of this width, padded on the left. What stands
+    there does not matter: attention is masked."""
+    return torch.cat([pad(each, (0, 0, width - each.shape[-2], 0)) for each in states])
 
 
 class RoomyLayer(DynamicLayer):
@@ -370,8 +360,8 @@ class RoomyLayer(DynamicLayer):
 
 
 def gap_free(has_ended_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows that have not ended, the last ones in the places of those that have; and these
-    places."""
+    """The rows that have not ended, where the last ones fill the places of those that have; and
+    these places."""
     going_on = (~has_ended_B).nonzero()[:, 0]
     rows = torch.arange(len(going_on), device=going_on.device)
     gaps = has_ended_B[: len(rows)].nonzero()[:, 0]

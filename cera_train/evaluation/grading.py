@@ -1,6 +1,6 @@
-"""Answers -> grades -> scores. Two graders, both reported: `exact` is the task's published rule;
-`verified` is mathematical equality by math-verify, or exact. An answer that a grader cannot read is
-wrong and counted.
+"""Grades of answers. Two graders, both reported: `exact` is the task's published rule; `verified`
+is mathematical equality by math-verify, or exact. An answer that a grader cannot read is wrong, and
+counted.
 
 A model's answer is hostile input: 9^{9^{9^9}} would take all time and memory. So math-verify runs
 in processes with a memory limit and a time limit for each answer. An answer that exceeds one is
@@ -21,26 +21,22 @@ from pathlib import Path
 
 import pebble
 
-from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
 from cera_train.evaluation.tasks import math
-from cera_train.evaluation.tasks.task import AnswerTask, mean
+from cera_train.evaluation.tasks.task import AnswerTask
 from cera_train.runs.evaluation_folder import (
     LOOP,
     RIGHT,
     TRUNCATED,
     WRONG,
-    AccuracyResult,
     Generation,
     Grade,
     Key,
     Problem,
-    ending_shares,
 )
 
 SECONDS = 5.0  # an answer's time limit
-MEMORY_LIMIT = (
-    2**30
-)  # bytes beyond a process's imports, ten times what math-verify needs for honest answers
+MEMORY_LIMIT = 2**30
+"""Bytes beyond a process's imports, ten times what math-verify needs for honest answers."""
 LOOP_TIMES = 3
 LOOP_CHARACTERS = 50
 LONGEST_SEGMENT = 1_000
@@ -77,12 +73,12 @@ def verify(
     problems: Mapping[str, Problem], answers: Sequence[Generation], grades: Sequence[Grade]
 ) -> list[Grade]:
     """The grades with the verdict of math-verify. An exact answer is equal without its help."""
-    comparisons = [
-        Comparison(problems[answer.problem].gold, grade.answer, answer.text)
+    pairs = [
+        AnswerPair(problems[answer.problem].gold, grade.answer, answer.text)
         for answer, grade in zip(answers, grades, strict=True)
         if not grade.exact
     ]
-    verdicts = iter(judge(comparisons))
+    verdicts = iter(judge(pairs))
     verified = []
     for grade in grades:
         verdict = Verdict(True) if grade.exact else next(verdicts)
@@ -92,9 +88,9 @@ def verify(
 
 
 def ending_of(problem: Problem, answer: Generation, grade: Grade) -> str:
-    """The first that applies of right, the task's (collapsed: a state stands still where the truth
-    moves), loop (the text repeats itself, and the gold answer does not), truncated (by
-    max_new_tokens) and wrong."""
+    """The first that applies: right; the task's (collapsed: a state stands still where the truth
+    moves); loop (the text repeats itself, and the gold answer does not); truncated (by
+    max_new_tokens); wrong."""
     if grade.is_right:
         return RIGHT
     if grade.ending is not None:
@@ -105,10 +101,9 @@ def ending_of(problem: Problem, answer: Generation, grade: Grade) -> str:
 
 
 def is_loop(text: str) -> bool:
-    """Whether a text ends in a segment that comes at least 3 times in a row, the last or first time
-    perhaps in part, over at least 50 characters: repetition at the end, as Holtzman et al. 2020
-    (arXiv 1904.09751) count it in tokens.
-    """
+    """Whether a text ends in a segment that repeats at least 3 times, the first or last perhaps in
+    part, over at least 50 characters: repetition at the end, as Holtzman et al. 2020 (arXiv
+    1904.09751) count it in tokens."""
     for length in range(1, min(len(text) // LOOP_TIMES, LONGEST_SEGMENT) + 1):
         start = len(text) - max(LOOP_TIMES * length, LOOP_CHARACTERS)
         # The tail repeats with this period where it equals itself moved by one segment.
@@ -117,37 +112,11 @@ def is_loop(text: str) -> bool:
     return False
 
 
-def score(
-    task: AnswerTask,
-    problems: Sequence[Problem],
-    answers: Sequence[Generation],
-    grades: Sequence[Grade],
-) -> AccuracyResult:
-    """The scores of an evaluation: pass@k for every k up to the number of samples, with its 95 %
-    interval, and what the task adds."""
-    figures = task.scores(problems, grades)
-    for grader in task.graders:
-        by_problem: dict[str, list[bool]] = {}
-        for grade in grades:
-            by_problem.setdefault(grade.problem, []).append(getattr(grade, grader))
-        for k in range(1, min(map(len, by_problem.values())) + 1):
-            values = [pass_at_k(len(correct), sum(correct), k) for correct in by_problem.values()]
-            key = f"{grader}/pass@{k}"
-            figures |= {key: mean(values), f"{key}/interval": [*accuracy_interval(values)]}
-    return AccuracyResult(
-        truncated=sum(answer.truncated for answer in answers),
-        no_answer=sum(grade.answer is None for grade in grades),
-        grader_failures=sum(grade.failure is not None for grade in grades),
-        tokens=sum(answer.tokens for answer in answers),
-        **ending_shares([grade.ending for grade in grades]) | figures,
-    )
-
-
 # --- math-verify ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AnswerPair:
     """An answer to compare with the gold answer."""
 
     gold: str  # bare LaTeX, such as \frac{1}{2}
@@ -161,19 +130,17 @@ class Verdict:
     failure: str | None = None  # `timeout`, or `crash:` and the error on one line
 
 
-def judge(comparisons: Sequence[Comparison], seconds: float = SECONDS) -> list[Verdict]:
+def judge(pairs: Sequence[AnswerPair], seconds: float = SECONDS) -> list[Verdict]:
     """Verifies answers in processes that can be stopped, each within `seconds` of when a process
     begins it."""
-    workers = min(len(os.sched_getaffinity(0)), len(comparisons)) or 1
+    workers = min(len(os.sched_getaffinity(0)), len(pairs)) or 1
     # Spawned: a fork of a process with torch's threads can hang.
     pool = pebble.ProcessPool(
         workers, context=multiprocessing.get_context("spawn"), initializer=_start_worker
     )
     try:
         # pool.map would count the wait for a free process, and its start, as the answer's time.
-        verdicts = [
-            pool.schedule(_verdict, [comparison], timeout=seconds) for comparison in comparisons
-        ]
+        verdicts = [pool.schedule(_verdict, [pair], timeout=seconds) for pair in pairs]
         return [_outcome(verdict) for verdict in verdicts]
     finally:
         pool.stop()
@@ -192,53 +159,52 @@ def _outcome(verdict: pebble.ProcessFuture) -> Verdict:
 def _start_worker() -> None:
     # pebble handles SIGTERM in Python, which cannot run during a long multiplication.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    logging.getLogger("math_verify").setLevel(
-        logging.ERROR
-    )  # it warns that its time limits are off
+    # It warns that its time limits are off.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     # The first call imports and compiles for seconds, which must not count against an answer's time
     # limit.
-    _is_equal(Comparison(gold=r"\frac{1}{2}", answer="x^2", text=""))
+    _is_equal(AnswerPair(gold=r"\frac{1}{2}", answer="x^2", text=""))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY_LIMIT
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _verdict(comparison: Comparison) -> Verdict:
+def _verdict(pair: AnswerPair) -> Verdict:
     # Some errors cannot be unpickled, which would end the pool: only their text leaves the process.
     try:
-        return Verdict(_is_equal(comparison))
+        return Verdict(_is_equal(pair))
     except Exception as error:
-        message = " ".join(str(error).split())
-        return Verdict(
-            False, ": ".join(filter(None, ("crash", type(error).__name__, message)))[:200]
-        )
+        failure = f"crash: {type(error).__name__}"
+        if message := " ".join(str(error).split()):
+            failure += f": {message}"
+        return Verdict(False, failure[:200])
 
 
-def _is_equal(comparison: Comparison) -> bool:
-    gold = comparison.gold
-    answer = comparison.answer
+def _is_equal(pair: AnswerPair) -> bool:
+    gold = pair.gold
+    answer = pair.answer
     if answer is None:
-        return _is_any_equal(_parse_box(gold), _parse(comparison.text))
-    if math.is_exact(answer, gold):  # also where math-verify cannot read the gold answer
+        return _is_any_equal(_box_readings(gold), _readings(pair.text))
+    if math.same_latex(answer, gold):  # also where math-verify cannot read the gold answer
         return True
-    bases = [BASE.match(math.normalize(text)) for text in (gold, answer)]
+    bases = [BASE.match(math.plain_latex(text)) for text in (gold, answer)]
     if all(bases) and bases[0][1] != bases[1][1]:
         return False
-    golds = _parse_box(gold)
-    answers = _parse_box(answer)
+    golds = _box_readings(gold)
+    answers = _box_readings(answer)
     # Two percentages are compared as numbers; one alone, 20\%, may stand for 20 or for 1/5.
     if PERCENT.search(gold) and not PERCENT.search(answer):
-        golds += _parse_box(rf"\frac{{{math.normalize(gold)}}}{{100}}")
+        golds += _box_readings(rf"\frac{{{math.plain_latex(gold)}}}{{100}}")
     if PERCENT.search(answer) and not PERCENT.search(gold):
-        answers += _parse_box(rf"\frac{{{math.normalize(answer)}}}{{100}}")
+        answers += _box_readings(rf"\frac{{{math.plain_latex(answer)}}}{{100}}")
     return _is_any_equal(golds, answers)
 
 
-def _parse_box(answer: str) -> list:
-    return _parse(rf"\boxed{{{math.normalize(answer)}}}")
+def _box_readings(answer: str) -> list:
+    return _readings(rf"\boxed{{{math.plain_latex(answer)}}}")
 
 
-def _parse(text: str) -> list:
+def _readings(text: str) -> list:
     """Readings of a text: a sympy expression, and a string."""
     from math_verify import parse
 

@@ -10,7 +10,7 @@ import transformers
 
 from cera_train.common.settings import require
 from cera_train.data.prepare import ids_of, start_ids, stop_ids
-from cera_train.runs.evaluation_folder import Generation, Problem
+from cera_train.runs.evaluation_folder import Generation, Key, Problem
 from cera_train.settings.evaluation import GenerationConfig
 
 
@@ -21,6 +21,10 @@ class Request:
     problem: str
     sample: int
     prompt_ids: tuple[int, ...]
+
+    @property
+    def key(self) -> Key:
+        return self.problem, self.sample
 
 
 class Answer(NamedTuple):
@@ -61,8 +65,7 @@ def check_positions(setting: str, max_new_tokens: int, longest: int, positions: 
     require(
         positions is None or longest + max_new_tokens <= positions,
         f"{setting}={max_new_tokens} after a prompt of {longest} tokens is beyond the {positions} "
-        f"positions of this "
-        f"model: lower {setting}, or shorten the prompt.",
+        f"positions of this model: lower {setting}, or shorten the prompt.",
     )
 
 
@@ -97,9 +100,10 @@ def answer_of(
     end = next((place for place, token in enumerate(ids) if token in settings.eos_token_id), None)
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     stops = [text.index(stop) for stop in settings.stop_strings or [] if stop in text]
-    # `model.generate` pads a row that met a stop text with the end token, which then is no token of
-    # the answer.
-    ids = ids if end is None else ids[: end + (not stops)]
+    if end is not None:
+        # `model.generate` pads a row that met a stop text with the end token, which then is no
+        # token of the answer.
+        ids = ids[:end] if stops else ids[: end + 1]
     generation = Generation(
         request.problem,
         request.sample,

@@ -1,8 +1,7 @@
 """A running vLLM as the engine of answers: token ids go to `/v1/completions`, token ids come back.
 
-Nothing is taken for granted: the base model, the model that each answer names, and how an answer
-ended are checked. Several requests are under way at once; where the server is busy or away, each is
-repeated for about a minute.
+The base model, the model that each answer names, and how an answer ended are checked. Several
+requests run at once; where the server is busy or away, each is repeated for about a minute.
 """
 
 import contextlib
@@ -37,7 +36,7 @@ UNLOAD = "/v1/unload_lora_adapter"
 AT_ONCE = 64  # requests under way, of which vLLM makes a batch
 PAUSES = (0.5, 1, 2, 4, 8, 15, 30)  # seconds between tries, about a minute in all
 SILENCE = 600  # seconds without a token, after which a connection counts as broken
-TOKENS_AT_ONCE = 16  # in a message of the server's, where nobody reads along
+TOKENS_AT_ONCE = 16  # in a message of the server's, where no user watches
 
 PLAIN = {
     "top_k": 0,
@@ -98,10 +97,9 @@ class Server:
             raise UserError(
                 f"server={self.url} is no vLLM: it describes itself in another way ({error!r})."
             ) from error
-        folder = str(files_of(model.path))
-        if root != folder and not (
-            Path(folder).is_dir() and Path(root).resolve() == Path(folder).resolve()
-        ):
+        folder = files_of(model.path)
+        is_same_folder = Path(folder).is_dir() and Path(root).resolve() == Path(folder).resolve()
+        if root != str(folder) and not is_same_folder:
             raise UserError(
                 f"server={self.url} serves {root}, not {folder}: start it by `vllm serve {folder}`."
             )
@@ -186,21 +184,7 @@ class Server:
         reason = None
         if streamer is not None:
             streamer.put(torch.tensor(request.prompt_ids))
-        for line in self._lines(COMPLETIONS, body):
-            if not (
-                line.startswith(b"data: {") and line.endswith(b"\n")
-            ):  # half an event, or the final [DONE]
-                continue
-            message = json.loads(line.removeprefix(b"data: "))
-            if "error" in message:
-                raise Unavailable(f"server={self.url} broke off an answer: {message['error']}")
-            if message["model"] != self.name:
-                raise UserError(
-                    f"server={self.url} was asked for {self.name}, and {message['model']} answered."
-                )
-            if not message["choices"]:  # the number of tokens, which a server may count at the end
-                continue
-            (choice,) = message["choices"]
+        for choice in self._choices(body):
             try:
                 reason = choice["finish_reason"]
                 ids += choice["token_ids"]
@@ -221,6 +205,24 @@ class Server:
                 "--generation-config vllm."
             )
         return answer_of(request, ids, self.tokenizer, settings, log_p)
+
+    def _choices(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The pieces of a streamed answer, as they come. Raises Unavailable where it breaks off,
+        UserError where it is another model's."""
+        for line in self._lines(COMPLETIONS, body):
+            is_whole_event = line.startswith(b"data: {") and line.endswith(b"\n")
+            if not is_whole_event:  # also the final [DONE]
+                continue
+            message = json.loads(line.removeprefix(b"data: "))
+            if "error" in message:
+                raise Unavailable(f"server={self.url} broke off an answer: {message['error']}")
+            if message["model"] != self.name:
+                raise UserError(
+                    f"server={self.url} was asked for {self.name}, and {message['model']} answered."
+                )
+            if message["choices"]:  # else the number of tokens, which may come at the end
+                [choice] = message["choices"]
+                yield choice
 
     # --- HTTP -------------------------------------------------------------------------------------
 
@@ -258,7 +260,8 @@ class Server:
             with error:
                 message = message_of(error.read())
             # vLLM answers 500 where its engine died, and also for an adapter that it cannot load
-            if error.code in (429, 502, 503, 504) or (error.code == 500 and path == COMPLETIONS):
+            has_died = error.code == 500 and path == COMPLETIONS
+            if has_died or error.code in (429, 502, 503, 504):
                 raise Unavailable(f"server={self.url} is busy: {error.code} {message}") from error
             text = f"{path}: {message or error.reason}"
             fix = next((fix for part, fix in FIXES.items() if part in text), "")
@@ -273,10 +276,11 @@ class Server:
 
 
 def message_of(body: bytes) -> str:
-    """What the body of a refusal says, in one line."""
+    """The message in the body of a refusal, in one line."""
     text = body.decode(errors="replace")
     with contextlib.suppress(ValueError, LookupError, AttributeError):
         tree = json.loads(text)
         text = tree.get("error") or tree["detail"]
-        text = text["message"] if isinstance(text, dict) else text
+        if isinstance(text, dict):
+            text = text["message"]
     return " ".join(str(text).split())[:400]

@@ -4,9 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ERROR_RATE = (
-    0.05  # the share of verdicts where there is no difference, and of intervals that miss it
-)
+import numpy
+from scipy.stats import binomtest, bootstrap, permutation_test
+
+ERROR_RATE = 0.05
+"""The share of intervals that miss the truth, and of verdicts where there is no difference."""
 
 LEVEL = 1 - ERROR_RATE  # the confidence of an interval
 
@@ -19,9 +21,8 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     assert 0 <= correct <= samples
     assert 1 <= k <= samples
     draws = math.comb(samples, k)
-    return (
-        draws - math.comb(samples - correct, k)
-    ) / draws  # of integers, so exact to the last bit
+    draws_without = math.comb(samples - correct, k)
+    return (draws - draws_without) / draws  # of integers, so exact to the last bit
 
 
 def bootstrap_interval(
@@ -29,18 +30,20 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of a mean over problems (Efron 1979), the same in every
     call. With the `counts` that the values are sums over, of sum(values) / sum(counts)."""
-    import numpy
-    from scipy.stats import bootstrap
-
-    if len(values) == 1 or (
-        counts is None and len({*values}) == 1
-    ):  # scipy takes two problems or more
-        return (float(values[0] if counts is None else values[0] / counts[0]),) * 2
+    if len(values) == 1:  # scipy takes two problems or more
+        ratio = values[0] if counts is None else values[0] / counts[0]
+        return float(ratio), float(ratio)
+    if counts is None and len({*values}) == 1:
+        return float(values[0]), float(values[0])
+    if counts is None:
+        samples = (values,)
+        statistic = numpy.mean
+    else:
+        samples = (values, counts)
+        statistic = _ratio
     resampled = bootstrap(
-        (values,) if counts is None else (values, counts),
-        numpy.mean
-        if counts is None
-        else lambda values, counts, axis: values.sum(axis) / counts.sum(axis),
+        samples,
+        statistic,
         paired=counts is not None,
         method="percentile",
         confidence_level=LEVEL,
@@ -48,7 +51,12 @@ def bootstrap_interval(
         batch=max(1, BLOCK // len(values)),
         rng=0,
     )
-    return tuple(map(float, resampled.confidence_interval))
+    lower, upper = resampled.confidence_interval
+    return float(lower), float(upper)
+
+
+def _ratio(values: numpy.ndarray, counts: numpy.ndarray, axis: int) -> numpy.ndarray:
+    return values.sum(axis) / counts.sum(axis)
 
 
 def interval_where_all_agree(difference: float, problems: int) -> tuple[float, float]:
@@ -56,9 +64,9 @@ def interval_where_all_agree(difference: float, problems: int) -> tuple[float, f
     gives a point: that of a share of problems which differ so, or not at all (Clopper & Pearson
     1934)."""
     share = (ERROR_RATE / 2) ** (1 / problems)
-    lower, upper = (
-        sorted((difference * share, difference)) if difference else (share - 1, 1 - share)
-    )
+    if difference == 0:
+        return share - 1, 1 - share
+    lower, upper = sorted((difference * share, difference))
     return lower, upper
 
 
@@ -69,14 +77,10 @@ def accuracy_interval(values: Sequence[float]) -> tuple[float, float]:
     Where no problem or every problem is solved, resampling gives a point, so the interval is the
     exact binomial one instead (Clopper & Pearson 1934).
     """
-    from scipy.stats import binomtest
-
     if max(values) == 0 or min(values) == 1:
-        return tuple(
-            map(
-                float, binomtest(int(sum(values)), len(values)).proportion_ci(LEVEL, method="exact")
-            )
-        )
+        test = binomtest(int(sum(values)), len(values))
+        lower, upper = test.proportion_ci(LEVEL, method="exact")
+        return float(lower), float(upper)
     return bootstrap_interval(values)
 
 
@@ -86,24 +90,22 @@ def sign_flip(first: Sequence[float], second: Sequence[float]) -> float:
     the two values. Exact for right and wrong, where it is McNemar's test (1947), and where at most
     13 problems differ; else of random outcomes, the observed one among them, which keeps its error
     rate at any number of them (Phipson & Smyth 2010)."""
-    from scipy.stats import binomtest, permutation_test
-
     differences = [float(b) - float(a) for a, b in zip(first, second, strict=True) if a != b]
     if not differences:
         return 1.0
     if len({*map(abs, differences)}) == 1:  # only the signs count
-        return float(binomtest(sum(each > 0 for each in differences), len(differences)).pvalue)
-    return float(
-        permutation_test(
-            (differences,),
-            lambda values, axis: abs(values.mean(axis=axis)),
-            permutation_type="samples",
-            alternative="greater",
-            n_resamples=9_999,
-            batch=max(1, BLOCK // len(differences)),
-            rng=0,
-        ).pvalue
+        rises = sum(difference > 0 for difference in differences)
+        return float(binomtest(rises, len(differences)).pvalue)
+    test = permutation_test(
+        (differences,),
+        lambda values, axis: abs(values.mean(axis=axis)),
+        permutation_type="samples",
+        alternative="greater",
+        n_resamples=9_999,
+        batch=max(1, BLOCK // len(differences)),
+        rng=0,
     )
+    return float(test.pvalue)
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,12 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Differe
     both cancels."""
     differences = [float(b) - float(a) for a, b in zip(first, second, strict=True)]
     if len({*differences}) == 1:
-        return Difference(
-            differences[0], *interval_where_all_agree(differences[0], len(differences))
-        )
-    return Difference(sum(differences) / len(differences), *bootstrap_interval(differences))
+        [difference] = {*differences}
+        lower, upper = interval_where_all_agree(difference, len(differences))
+    else:
+        difference = sum(differences) / len(differences)
+        lower, upper = bootstrap_interval(differences)
+    return Difference(difference, lower, upper)
 
 
 def holm(p_values: Sequence[float], planned: int = 0) -> list[float]:

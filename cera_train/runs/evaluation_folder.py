@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import yaml
 
@@ -92,9 +92,8 @@ def ending_shares(endings: Sequence[str]) -> dict[str, float]:
     return {f"ending/{name}": counts[name] / len(endings) for name in ENDINGS} if endings else {}
 
 
-PASS_AT_K = re.compile(
-    r"\w+/pass@\d+"
-)  # the key of the share of problems that one of k answers solves, by a grader
+PASS_AT_K = re.compile(r"\w+/pass@\d+")
+"""The key of the share of problems that one of k answers solves, by a grader."""
 
 
 class AccuracyResult(Record, extra="allow"):
@@ -115,16 +114,14 @@ class AccuracyResult(Record, extra="allow"):
     @property
     def accuracies(self) -> dict[str, tuple[float, float] | None]:
         """The 95 % interval over problems of each accuracy; None where none is on record."""
-        ends = {
-            key: self.details.get(f"{key}/interval")
-            for key in filter(PASS_AT_K.fullmatch, self.details)
-        }
-        return {
-            key: (*each,)
-            if isinstance(each, list) and len(each) == 2 and each[0] < each[1]
-            else None
-            for key, each in ends.items()
-        }
+        accuracies = {}
+        for key in filter(PASS_AT_K.fullmatch, self.details):
+            match self.details.get(f"{key}/interval"):
+                case [lower, upper] if lower < upper:
+                    accuracies[key] = (lower, upper)
+                case _:
+                    accuracies[key] = None
+        return accuracies
 
     @property
     def endings(self) -> dict[str, float]:
@@ -168,9 +165,8 @@ class EvaluationFolder:
 
     def __init__(self, path: Path, is_main: bool = True, process: int = 0) -> None:
         self.path = path
-        self.process_answers = path / (
-            "generations.jsonl" if is_main else f"generations.{process}.jsonl"
-        )
+        name = "generations.jsonl" if is_main else f"generations.{process}.jsonl"
+        self.process_answers = path / name
 
     @classmethod
     @contextlib.contextmanager
@@ -183,9 +179,8 @@ class EvaluationFolder:
             return
         try:
             with locked(path, "evaluation", folder.has_begun):
-                if any(
-                    path.glob("generations*.jsonl")
-                ):  # of a call that was cut, perhaps of more processes
+                # Of a call that was cut, perhaps of more processes.
+                if any(path.glob("generations*.jsonl")):
                     folder.write_answers(folder.answers().values())
                 yield folder
         finally:
@@ -203,25 +198,30 @@ class EvaluationFolder:
         """Records the settings; a UserError where answers belong to others."""
         path = self.path / "config.yaml"
         plain = redact_tree(to_plain(config))
-        if (
-            path.exists()
-            and self.has_begun()
-            and (different := differences(path, plain, EvalConfig))
-        ):
-            raise UserError(
+        if path.exists() and self.has_begun():
+            different = differences(path, plain, EvalConfig)
+            require(
+                not different,
                 f"{self.path} holds an evaluation with other settings: "
-                f"{'; '.join(different.values())}. Set name=... "
-                "for another folder, or set these back to resume it."
+                f"{'; '.join(different.values())}. Set name=... for another folder, or set these "
+                f"back to resume it.",
             )
-        # The folder of an untouched model is named by the last part of its path alone.
-        for other in self.path.parent.glob("*/config.yaml") if config.run == "base" else ():
-            others = differences(other, plain, EvalConfig)
-            models = [others[key] for key in ("model.path", "model.quantization") if key in others]
+        if config.run == "base":
+            self._check_model(plain)
+        write_text(path, yaml.safe_dump(plain, sort_keys=False))
+
+    def _check_model(self, config: dict[str, Any]) -> None:
+        """Raises UserError where the evaluations beside this one are of another untouched model:
+        the last part of its path alone names their folder."""
+        for other in self.path.parent.glob("*/config.yaml"):
+            different = differences(other, config, EvalConfig)
+            models = [
+                different[key] for key in ("model.path", "model.quantization") if key in different
+            ]
             require(
                 not models,
                 f"{other.parent} is of another model: {'; '.join(models)}. Set output_dir=OTHER.",
             )
-        write_text(path, yaml.safe_dump(plain, sort_keys=False))
 
     # --- problems, answers, grades ----------------------------------------------------------------
 
@@ -232,8 +232,7 @@ class EvaluationFolder:
         if path.exists() and self.has_begun() and path.read_bytes() != text.encode():
             raise UserError(
                 f"{self.path} has answers to other problems: a data file changed. Restore it, or "
-                f"set "
-                "name=... for another folder."
+                f"set name=... for another folder."
             )
         write_text(path, text)
 

@@ -1,5 +1,5 @@
-"""The model that an evaluation measures: an adapter on its base, or a base alone. Resolved without
-loading anything, so that a mistake is answered at once."""
+"""The model that a command works on: an adapter on its base, or a base alone. Found without loading
+anything, so that a mistake is reported at once."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -21,8 +21,8 @@ from cera_train.settings.training import TrainConfig
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapter on its base model, or a base model alone. Evaluations are written to eval/ in its
-    folder, of a best adapter or a checkpoint in the run's: theirs are replaced during training."""
+    """An adapter on its base model, or a base model alone. Evaluations go to eval/ in its folder;
+    for a best adapter or a checkpoint that is the run's, since training replaces theirs."""
 
     folder: Path
     model: ModelConfig
@@ -84,8 +84,7 @@ def _resolve(config: SubjectConfig) -> Subject:
     if config.model is None and run.model.trust_remote_code and not config.trust_remote_code:
         raise UserError(
             f"{root}/config.yaml asks to run the Python code that comes with {run.model.path}. If "
-            f"you trust that "
-            "code, say so on the command line: trust_remote_code=true."
+            f"you trust that code, say so on the command line: trust_remote_code=true."
         )
     return Subject(root, config.model or run.model, adapter, run)
 
@@ -102,17 +101,15 @@ def find_adapter(folder: Path, setting: str = "run") -> tuple[Path | None, Path]
         what = (
             "is not the folder of a run or of an adapter" if folder.exists() else "does not exist"
         )
-        raise UserError(
-            f"{setting}={folder} {what}: expected a folder that cera-train left (with "
-            f"config.yaml) or an adapter's "
-            f"folder (with adapter_config.json){', or base' * (setting == 'run')}."
-        )
+        places = "a folder that cera-train left (with config.yaml) or an adapter's folder (with "
+        places += "adapter_config.json)"
+        if setting == "run":
+            places += ", or base"
+        raise UserError(f"{setting}={folder} {what}: expected {places}.")
     elif not (folder / "result.json").is_file():
-        best = (
-            f", or take its best adapter so far, {setting}={folder}/best"
-            if (folder / "best").is_dir()
-            else ""
-        )
+        best = ""
+        if (folder / "best").is_dir():
+            best = f", or take its best adapter so far, {setting}={folder}/best"
         raise UserError(f"{folder} is unfinished: let the same cera-train command finish it{best}.")
     elif not is_saved_in(adapter):
         raise UserError(

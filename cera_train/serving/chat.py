@@ -1,7 +1,8 @@
-"""Asks a model: one question, a file of them, or a conversation in the terminal. A question becomes
-the token ids that the model was trained to answer, a training row without its last answer; answers
-are streamed."""
+"""Asks a model one question, a file of them, or those of a conversation in the terminal. A question
+becomes the token ids that the model was trained to answer: a training row without its last answer.
+Answers are streamed."""
 
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -94,20 +95,24 @@ class Prompts:
         layout = self.data.layout
         if layout in TURNS:
             speaker, text, speakers = TURNS[layout]
-            turns = turns if self.keeps_turns else [question]
+            if not self.keeps_turns:
+                turns = [question]
+            speakers = itertools.cycle(speakers[:2])
             return {
                 str(layout): [
-                    {speaker: speakers[index % 2], text: turn} for index, turn in enumerate(turns)
+                    {speaker: name, text: turn} for name, turn in zip(speakers, turns, strict=False)
                 ]
             }
         columns, _ = columns_read(self.data)
         if len(columns) != 1:
             raise UserError(
                 f"data.prompt={self.data.prompt!r} of this run has {len(columns)} columns, and a "
-                f"text fills one: "
-                "write prompts=FILE.jsonl with these columns, or set template=none."
+                f"text fills one: write prompts=FILE.jsonl with these columns, or set "
+                f"template=none."
             )
-        return {columns[0]: PROMPT.format(question=question) if self.data.is_computed else question}
+        if self.data.is_computed:
+            question = PROMPT.format(question=question)
+        return {columns[0]: question}
 
     def ids(self, row: Row) -> list[int]:
         """The token ids of a row's prompt. Raises UserError where the row lacks a column or has
@@ -164,9 +169,8 @@ class Answerer:
         ids = self.prompts.ids(row)
         room = self.config.max_new_tokens
         check_positions("max_new_tokens", room, len(ids), self.engine.positions)
-        request = Request(
-            "chat", self.asked, tuple(ids)
-        )  # every question draws other random numbers
+        # A number of its own, so that every question draws other random numbers.
+        request = Request("chat", self.asked, tuple(ids))
         self.asked += 1
         streamer = CleanStreamer(self.engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
         [[answer]] = self.engine.answers([[request]], room, [], self.config.generation, streamer)
@@ -196,10 +200,9 @@ def answer(answerers: list[Answerer], rows: list[Row]) -> list[str]:
 def answer_file(answerers: list[Answerer], file: str) -> None:
     """Every question of a file, each after its place."""
     place = None
-    for questions in zip(
-        *(read_prompts(file, answerer.prompts) for answerer in answerers), strict=True
-    ):
-        place = questions[0][0]
+    prompts = [read_prompts(file, answerer.prompts) for answerer in answerers]
+    for questions in zip(*prompts, strict=True):
+        place, _ = questions[0]
         print(f"--- {place}", flush=True)
         with errors_at(place):
             answer(answerers, [row for _, row in questions])
@@ -227,14 +230,13 @@ def converse(answerers: list[Answerer]) -> None:
             turns = []
         elif line:
             try:
-                answers = answer(
-                    answerers, [answerer.prompts.row([*turns, line]) for answerer in answerers]
-                )
+                rows = [answerer.prompts.row([*turns, line]) for answerer in answerers]
+                answers = answer(answerers, rows)
             except UserError as error:
                 print_line("note", f"{error} {NEW} begins anew." if turns else str(error))
                 continue
             except KeyboardInterrupt:
                 print()
-                print_line("note", "the answer is cut, and this question forgotten.")
+                print_line("note", "the answer is cut off, and the question dropped.")
                 continue
             turns = [*turns, line, answers[0]] if keeps_turns else []

@@ -32,6 +32,7 @@ from cera_train.runs.card import card_data
 from cera_train.runs.records import Record
 from cera_train.runs.results import RunResult, describe_linear_share
 from cera_train.runs.subject import Subject
+from cera_train.settings.data import DataConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.serving import ExportConfig, ExportFormat
 
@@ -79,36 +80,22 @@ def export_adapter(config: ExportConfig, subject: Subject) -> Certificate:
     loaded = load_subject(subject, this_device())
     folder = Path(config.output or subject.folder / f"export_{config.format}")
     check_export(config, subject, loaded, folder)
-    if share := describe_linear_share(
-        RunResult.find(subject.folder / "result.json") or RunResult()
-    ):
+    result = RunResult.find(subject.folder / "result.json") or RunResult()
+    if share := describe_linear_share(result):
         print_line("linear", share)
     print_line("export", f"{subject}, as {config.format}, to {folder}")
     device = loaded.base.device
     source = config.data or subject.data
     data = prepare_data(source, loaded.tokenizer)
-    train, evaluation = (  # of preferences the chosen answers
-        TokenizedRows(split.table, numbers=split.numbers[:: source.sequences])
-        for split in (data.train, data.evaluation)
+    batches = MicroBatches(
+        chosen_answers(data.train, source), False, config.calibration_tokens, device
     )
-    batches = MicroBatches(train, False, config.calibration_tokens, device)
     calibration = batches.load(batches.first(config.calibration_tokens))
-    mask = (
-        torch.ones_like(calibration.input_ids)
-        if calibration.attention_mask is None
-        else calibration.attention_mask
-    )
-    tokens = int(mask.sum())
-    announce("fitting", f"linear maps to {tokens:,} training tokens")
-    with loaded.context():
-        decoder = loaded.base.get_decoder()
-        maps = fit_all(
-            loaded.model,
-            lambda: decoder(**calibration.inputs, use_cache=False),
-            mask.flatten().bool(),
-        )
-    held_out = MicroBatches(evaluation, False, 1, device)  # one row a batch
-    rows = [held_out.load([number]) for number in range(len(held_out.lengths))[: config.rows]]
+    maps = fit_maps(loaded, calibration)
+    tokens = int(token_mask(calibration).sum())
+    held_out = MicroBatches(chosen_answers(data.evaluation, source), False, 1, device)
+    numbers = range(len(held_out.lengths))[: config.rows]
+    rows = [held_out.load([number]) for number in numbers]  # one row a batch
 
     def write(part: Path) -> None:
         write_lora(loaded.model, maps, loaded.base.name_or_path, part)
@@ -138,13 +125,18 @@ def export_adapter(config: ExportConfig, subject: Subject) -> Certificate:
     return Certificate.read(folder / CERTIFICATE)
 
 
+def chosen_answers(rows: TokenizedRows, source: DataConfig) -> TokenizedRows:
+    """The rows without the rejected answers of preferences."""
+    return TokenizedRows(rows.table, numbers=rows.numbers[:: source.sequences])
+
+
 def check_export(config: ExportConfig, subject: Subject, loaded: LoadedModel, folder: Path) -> None:
     """Raises UserError for a run that cannot be exported, or a folder that holds anything but an
     earlier export: it would be replaced."""
     run = config.run
     layers = cera_layers(loaded.model)
     if not layers:
-        raise UserError(f"run={run} holds no CeRA adapter: what is linear already needs no export.")
+        raise UserError(f"run={run} holds no CeRA adapter: a linear one needs no export.")
     peft_config = loaded.model.peft_config[ADAPTER]
     for name in ("modules_to_save", "target_parameters", "trainable_token_indices", "bias"):
         if (value := getattr(peft_config, name)) not in (None, [], {}, "none"):
@@ -160,11 +152,9 @@ def check_export(config: ExportConfig, subject: Subject, loaded: LoadedModel, fo
         )
     if not folder.name:
         raise UserError(f"output={folder} needs a name: choose a new folder.")
-    if (
-        folder.exists()
-        and not (folder / CERTIFICATE).is_file()
-        and (not folder.is_dir() or any(folder.iterdir()))
-    ):
+    is_export = (folder / CERTIFICATE).is_file()
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not (is_export or is_empty):
         raise UserError(
             f"output: {folder} holds files that are no export, and would be replaced: choose a "
             f"new folder."
@@ -180,6 +170,26 @@ def fit(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     z = z.double()
     h = h.double()
     return h.T @ z @ torch.linalg.pinv(z.T @ z, hermitian=True)
+
+
+def token_mask(batch: Batch) -> torch.Tensor:
+    """1 for the tokens of a batch, 0 for its padding."""
+    if batch.attention_mask is None:
+        return torch.ones_like(batch.input_ids)
+    return batch.attention_mask
+
+
+def fit_maps(loaded: LoadedModel, calibration: Batch) -> dict[str, torch.Tensor]:
+    """M of every branch, fitted to the tokens of a batch."""
+    mask = token_mask(calibration)
+    announce("fitting", f"linear maps to {int(mask.sum()):,} training tokens")
+    decoder = loaded.base.get_decoder()
+
+    def forward() -> None:
+        decoder(**calibration.inputs, use_cache=False)
+
+    with loaded.context():
+        return fit_all(loaded.model, forward, mask.flatten().bool())
 
 
 @torch.no_grad()
@@ -201,14 +211,13 @@ def fit_all(
         """As a forward hook: M z in place of gate(z)."""
         [z] = inputs
         if name not in maps:
-            maps[name] = fit(*(rows.flatten(0, -2)[is_token] for rows in (z, h)))
+            maps[name] = fit(z.flatten(0, -2)[is_token], h.flatten(0, -2)[is_token])
         return z @ maps[name].T.to(z)
 
-    layers = cera_layers(model).items()
-    hooks = [
-        layer.cera_gate[ADAPTER].register_forward_hook(partial(fit_gate, name))
-        for name, layer in layers
-    ]
+    hooks = []
+    for name, layer in cera_layers(model).items():
+        gate = layer.cera_gate[ADAPTER]
+        hooks.append(gate.register_forward_hook(partial(fit_gate, name)))
     try:
         forward()
     finally:
@@ -227,12 +236,10 @@ def write_lora(model: nn.Module, maps: dict[str, torch.Tensor], base: str, folde
     layers = cera_layers(model)
     for name, layer in layers.items():
         A = layer.cera_A[ADAPTER].weight
-        B = layer.cera_B[ADAPTER].weight
+        B = layer.scaling[ADAPTER] * layer.cera_B[ADAPTER].weight.double() @ maps[name]
         place = f"base_model.model.{name}"
         tensors[f"{place}.lora_A.weight"] = A.float().cpu().contiguous()
-        tensors[f"{place}.lora_B.weight"] = (
-            (layer.scaling[ADAPTER] * B.double() @ maps[name]).float().cpu().contiguous()
-        )
+        tensors[f"{place}.lora_B.weight"] = B.float().cpu().contiguous()
     ranks = {name: layer.r[ADAPTER] for name, layer in layers.items()}
     r = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != r}
@@ -258,18 +265,17 @@ def compare_models(before: Any, after: Any, rows: Sequence[Batch]) -> dict[str, 
     memory. Returns the fields of a `Certificate` that come of it."""
     sums = []
     for row in rows:
-        counts = row.loss_mask[0, 1:]
-        wanted = row.input_ids[0, 1:][counts]
-        log_p, log_q = (
-            log_softmax(
-                model(input_ids=row.input_ids, use_cache=False).logits[0, :-1][counts].float(), -1
-            )
-            for model in (before, after)
-        )
-        losses = [-each.gather(1, wanted[:, None]).sum() for each in (log_p, log_q)]
+        is_supervised = row.loss_mask[0, 1:]
+        wanted = row.input_ids[0, 1:][is_supervised, None]
+        log_p = log_probabilities(before, row)
+        log_q = log_probabilities(after, row)
+        loss_before = -log_p.gather(1, wanted).sum()
+        loss_after = -log_q.gather(1, wanted).sum()
         kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
         same = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-        sums.append(torch.stack([*losses, kl, same.to(kl), counts.sum().to(kl)]).double().cpu())
+        tokens = is_supervised.sum()
+        row_sums = torch.stack([loss_before, loss_after, kl, same.to(kl), tokens.to(kl)])
+        sums.append(row_sums.double().cpu())
     table = torch.stack(sums).numpy()
     loss_before, loss_after, kl, same, tokens = table.sum(0)
     lower, upper = bootstrap_interval(table[:, 1] - table[:, 0], table[:, 4])
@@ -286,19 +292,23 @@ def compare_models(before: Any, after: Any, rows: Sequence[Batch]) -> dict[str, 
     }
 
 
+def log_probabilities(model: Any, row: Batch) -> torch.Tensor:
+    """[N, V], after each token before a supervised one."""
+    logits = model(input_ids=row.input_ids, use_cache=False).logits[0, :-1]
+    return log_softmax(logits[row.loss_mask[0, 1:]].float(), -1)
+
+
 def card(certificate: Certificate, adapter: Path, model: ModelConfig) -> str:
     """The README of an export."""
     what = "A plain model"
-    library = "transformers"
-    tag = "cera"
+    header = card_data(model, "transformers", "cera")
     if certificate.format == ExportFormat.lora:
         what = "A LoRA in PEFT's format"
-        library = "peft"
-        tag = "lora"
-    rows = "\n".join(f"| {label} | {value} |" for label, value in certificate.shown().items())
+        header = card_data(model, "peft", "lora")
+    rows = "".join(f"| {label} | {value} |\n" for label, value in certificate.shown().items())
     return (
-        f"---\n{card_data(model, library, tag).to_yaml()}\n---\n\n{what}: the linear part of a "
-        f"CeRA adapter "
-        f"({adapter}), whose gate was replaced by its best linear map.\n\n| | "
-        f"|\n|---|---|\n{rows}\n"
+        f"---\n{header.to_yaml()}\n---\n\n"
+        f"{what}: the linear part of a CeRA adapter ({adapter}), whose gate was replaced by its "
+        f"best linear map.\n\n"
+        f"| | |\n|---|---|\n{rows}"
     )

@@ -7,9 +7,11 @@ adapter holds a gate's code; a step gathers one code a token; expand computes ev
 the one of the code, so the graph is the same for every batch. On a CPU there is no graph: expand
 computes the gates of its batch.
 
-vLLM loads this in each of its processes, through the entry point `vllm.general_plugins`. `REPLACED`
-lists what it changes. Where a vLLM lacks one of them, nothing is changed, and LoRA goes on as
-before.
+vLLM loads this in each of its processes, through the entry point `vllm.general_plugins`, which is
+public; where it computes a LoRA is not. So `REPLACED` lists every function that is replaced or
+called, with the parameters that it needs, and where a vLLM lacks one of them, nothing is changed:
+it serves LoRA as before. Beside these, three private attributes are read or reset, each with its
+reason.
 """
 
 import functools
@@ -39,7 +41,7 @@ ALL_CODES = (*range(len(GATES)), NO_ADAPTER)
 
 
 def register() -> None:
-    """Teaches the LoRA of vLLM the gates. A second call does nothing."""
+    """Adds the gates to vLLM's LoRA. A second call does nothing."""
     if lacking := [place for place in REPLACED if not _is_there(place)]:
         logger.warning(
             "this vLLM lacks %s, as cera-train knows it: it serves LoRA, and no CeRA adapters.",
@@ -74,7 +76,7 @@ def _bind(replacement: Callable, original: Callable) -> Callable:
 # --- an adapter is loaded -------------------------------------------------------------------------
 
 
-def read_config(
+def read_adapter(
     original: Callable, cls: type, lora_path: str, max_position_embeddings: int | None, *more: Any
 ) -> Any:
     """`PEFTHelper.from_local_dir`: a CeRA adapter as the LoRA of its shapes, with the code of its
@@ -97,12 +99,16 @@ def read_config(
                 f"{lora_path}: {name}={config[name]} is not served: cera-export makes a LoRA of "
                 f"it, if little is lost."
             )
-    ranks, alphas = (longest_first(config.get(name)) for name in ("rank_pattern", "alpha_pattern"))
+    ranks = longest_first(config.get("rank_pattern"))
+    alphas = longest_first(config.get("alpha_pattern"))
     if (ranks or alphas) and not hasattr(cls, "get_rank_and_scaling"):
         raise ValueError(
             f"{lora_path}: this vLLM ignores rank_pattern and alpha_pattern: install a newer one."
         )
     is_scaled = config.get("alpha") is not None
+    if not is_scaled:
+        # The scale is 1 where no pattern sets another, and the first that matches decides.
+        alphas = alphas | {key: r for key, r in ranks.items() if key not in alphas}
     helper = cls.from_dict(
         {
             "r": config["r"],
@@ -111,11 +117,7 @@ def read_config(
             "modules_to_save": config.get("modules_to_save"),
             "use_rslora": bool(is_scaled and config.get("use_rslora")),
             "rank_pattern": ranks,
-            # Without alpha the scale is 1 where no pattern sets another, and the first that matches
-            # decides.
-            "alpha_pattern": alphas
-            if is_scaled
-            else alphas | {key: r for key, r in ranks.items() if key not in alphas},
+            "alpha_pattern": alphas,
             "vllm_max_position_embeddings": max_position_embeddings,
         }
     )
@@ -124,10 +126,9 @@ def read_config(
 
 
 def parse_name(original: Callable, name: str, *more: Any, **settings: Any) -> tuple[str, bool]:
-    """`parse_fine_tuned_lora_name`: CeRA's tensors are called as LoRA's."""
-    return original(
-        name.replace(".cera_A.", ".lora_A.").replace(".cera_B.", ".lora_B."), *more, **settings
-    )
+    """`parse_fine_tuned_lora_name`: CeRA's tensors by the names of LoRA's."""
+    name = name.replace(".cera_A.", ".lora_A.").replace(".cera_B.", ".lora_B.")
+    return original(name, *more, **settings)
 
 
 def keep_gate(original: Callable, cls: type, *arguments: Any, **settings: Any) -> Any:
@@ -145,19 +146,19 @@ def check_gate(original: Callable, manager: Any, adapter: Any) -> None:
     if code != LORA:
         for name, module in manager.modules.items():
             parts = manager.packed_modules.get(name, [name])
-            if any(manager._get_lora_layer_weights(adapter, part) for part in parts) and (
-                why := _why_no_gate(module)
-            ):
+            is_adapted = any(manager._get_lora_layer_weights(adapter, part) for part in parts)
+            if is_adapted and (why := _why_no_gate(module)):
                 raise ValueError(f"{name}: {why}")
-        # A kernel that fuses the two products would ignore the gate, and serve CeRA as linear in
-        # silence.
+        # A kernel that fuses the two products would ignore the gate, and silently serve CeRA as
+        # linear.
         for wrapper in manager.punica_wrapper_mapping.values():
             if not computes(wrapper, code):
                 raise ValueError(
                     f"this vLLM ignores the gate {GATES[code]}: CeRA is not served. Use "
                     f"transformers and PEFT."
                 )
-        manager._last_mapping = None  # `computes` has overwritten the slots of the tokens
+        # `computes` has overwritten the slots of the tokens: else the next batch would keep them
+        manager._last_mapping = None
     original(manager, adapter)
 
 
@@ -188,10 +189,9 @@ def activate(original: Callable, manager: Any, lora_id: int) -> bool:
     is_new = original(manager, lora_id)
     if is_new:
         slot = manager.lora_index_to_id.index(lora_id)
+        adapter = manager._registered_adapters[lora_id]  # where `original` found it
         for wrapper in manager.punica_wrapper_mapping.values():
-            wrapper.slot_codes[slot] = getattr(
-                manager._registered_adapters[lora_id], "cera_gate", LORA
-            )
+            wrapper.slot_codes[slot] = getattr(adapter, "cera_gate", LORA)
     return is_new
 
 
@@ -203,6 +203,7 @@ def gated_wrapper(original: Callable, *arguments: Any, **settings: Any) -> Any:
     wrapper.__class__ = with_gates(type(wrapper))
     wrapper.slot_codes = torch.full((lora_config.max_loras + 1,), LORA, device=wrapper.device)
     wrapper.slot_codes[-1] = NO_ADAPTER  # where slot -1 points
+    # as long as a batch may be; the public `token_lora_indices` is as long as the last batch
     wrapper.token_codes = torch.full_like(wrapper._token_lora_indices[:, None], LORA)
     wrapper.is_cpu = wrapper.token_codes.is_cpu
     # Made once: the kernels of a GPU keep all weights that they were ever called with.
@@ -223,7 +224,8 @@ def computes(wrapper: Any, code: int) -> bool:
     (stacked_A,), (stacked_B,) = wrapper.drawn
     slots, _, rank, width = stacked_A.shape
     random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(code))
-    stacked_A[0, 0], stacked_B[0, 0] = random(rank, width), random(width, rank) / rank
+    stacked_A[0, 0] = random(rank, width)
+    stacked_B[0, 0] = random(width, rank) / rank
     x = random(8, width).to(stacked_A)
     mapping = LoRAMapping((1,) * len(x), (1,) * len(x), is_prefill=True)
     wrapper.update_metadata(mapping, [1] + [None] * (slots - 1), slots + 1, width)
@@ -262,15 +264,16 @@ def with_gates(kind: type) -> type:
             Args:
                 x: [slices, tokens, r], or one [tokens, r] a slice.
             """
-            among = (
-                self.batch_codes if self.is_cpu and not torch.compiler.is_compiling() else ALL_CODES
-            )
+            is_graph = not self.is_cpu or torch.compiler.is_compiling()
+            among = ALL_CODES if is_graph else self.batch_codes
             if among == (NO_ADAPTER,):
                 return None  # nothing to add
             if among != (LORA,):
                 codes = self.token_codes[: x[0].shape[0]]
-                is_stacked = isinstance(x, torch.Tensor)
-                x = gate(x, codes, among) if is_stacked else tuple(gate(z, codes, among) for z in x)
+                if isinstance(x, torch.Tensor):
+                    x = gate(x, codes, among)
+                else:
+                    x = tuple(gate(z, codes, among) for z in x)
             return super().add_expand(y, x, *arguments, **settings)
 
     Gated.__qualname__ = Gated.__name__ = f"Gated{kind.__name__}"
@@ -305,7 +308,7 @@ def hash_with_gates(original: Callable, config: Any) -> str:
 
 REPLACED: dict[str, tuple[Callable | None, tuple[str, ...]]] = {
     "vllm.lora.peft_helper:PEFTHelper.from_local_dir": (
-        read_config,
+        read_adapter,
         ("lora_path", "max_position_embeddings"),
     ),
     "vllm.lora.lora_model:parse_fine_tuned_lora_name": (parse_name, ("name",)),

@@ -131,7 +131,7 @@ class SubjectConfig:
 
 @dataclass
 class AnsweringConfig(SubjectConfig):
-    """What `cera-eval` and `cera-chat` ask."""
+    """The subject of `cera-eval` and `cera-chat`, and the engine that answers for it."""
 
     server: str | None = setting(None, "nothing")
     """Address of a vLLM that answers, such as http://localhost:8000. null: the model in this

@@ -14,7 +14,7 @@ Template = StrEnum("Template", ["auto", "chat", "none"])
 @dataclass
 class ChatConfig(AnsweringConfig):
     compare: str | None = setting(None, "nothing")
-    """A second one, which answers the same questions."""
+    """A second run, adapter or base, which answers the same questions."""
     prompt: str | None = setting(None, "answers")
     """One question. null: from stdin, or a conversation in a terminal."""
     prompts: str | None = setting(None, "answers")

@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from cera_train.common.errors import UserError
 from cera_train.data.computed import logistic_map_rows
-from cera_train.evaluation import engine
-from cera_train.evaluation import prepare as evaluation
+from cera_train.evaluation import engine, resolve
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Answer
 from cera_train.evaluation.tasks import gsm8k
@@ -131,7 +130,7 @@ def test_interrupted_equals_uninterrupted(
 
 def test_samples_give_pass_at_k_for_every_k(eval_config, write_answers, capsys):
     """Problem i has i right answers of 3."""
-    problems = evaluation.prepare(eval_config("task.limit=4")).problems
+    problems = resolve.resolve_evaluation(eval_config("task.limit=4")).problems
     right = {
         (problem.id, sample): problem.gold
         for index, problem in enumerate(problems)
@@ -186,7 +185,7 @@ def test_a_command_builds_its_task_once_and_grades_an_answer_once(
         return find_subject(config)
 
     monkeypatch.setattr(gsm8k, "TASK", Counted(**vars(gsm8k.TASK)))
-    monkeypatch.setattr(evaluation, "find_subject", find)
+    monkeypatch.setattr(resolve, "find_subject", find)
     settings = [f"run={run}", "task=gsm8k", f"task.files=[{questions}]", "task.max_new_tokens=8"]
     assert run_command("cera-eval", *settings, "launch.processes=1") == 0
     assert calls == {"built": 1, "found": 1, "graded": len(QUESTIONS)}
@@ -212,7 +211,7 @@ def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(
     3.2."""
     config = eval_config(task="logistic_map")
     data = load_config(run / "config.yaml").data
-    problems = {problem.id: problem for problem in evaluation.prepare(config).problems}
+    problems = {problem.id: problem for problem in resolve.resolve_evaluation(config).problems}
     assert len(problems) == 3 * 20
     _, held_out = logistic_map_rows(data.logistic_map, data.eval_rows)
     asked = {problem.prompt for problem in problems.values() if problem.details["growth"] == 3.5}
@@ -372,6 +371,20 @@ def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(tiny
             name = f"spectrum/{kind}/{of}"
             assert result[name] == pytest.approx(trained[name], rel=1e-6)
     assert result["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        ["adapter=full", "adapter.r=null"],
+        ["adapter.r=4", "+adapter.settings.modules_to_save=[norm,embed_tokens]"],
+    ],
+)
+def test_float32_weights_beside_a_16_bit_base_are_read_in_float32(tiny_config, compose, trained):
+    settings = ["model.dtype=bfloat16", "train.max_updates=4", "optimizer.lr=1e-2"]
+    run = train(tiny_config(*trained, *settings))
+    result = evaluate(compose(f"run={run['folder']}", "task=perplexity", command="eval"))
+    assert result["perplexity"] == run["eval/perplexity"]
 
 
 def test_perplexity_on_other_rows(eval_config, questions):

@@ -9,15 +9,15 @@ import os
 import pytest
 import scipy.stats
 
+from cera_train.evaluation.evaluate import score
 from cera_train.evaluation.grading import (
     LONGEST_SEGMENT,
-    Comparison,
+    AnswerPair,
     Verdict,
     ending_of,
     grade_all,
     is_loop,
     judge,
-    score,
 )
 from cera_train.evaluation.statistics import (
     accuracy_interval,
@@ -40,7 +40,7 @@ from cera_train.runs.evaluation_folder import (
 pytest_plugins = ("evaluated_runs",)
 
 
-RIGHT = Comparison("12", r"\frac{24}{2}", "")
+RIGHT = AnswerPair("12", r"\frac{24}{2}", "")
 
 
 def answer(problem: str, text: str, sample: int = 0, truncated: bool = False) -> Generation:
@@ -133,7 +133,7 @@ def test_shares_of_endings_are_unknown_where_one_is():
     assert ending_shares([]) == AccuracyResult(**{"ending/right": 1.0}).endings == {}
 
 
-class Deadly(Comparison):
+class Deadly(AnswerPair):
     """Ends the process that reads its gold answer."""
 
     def __getattribute__(self, name):
@@ -142,7 +142,7 @@ class Deadly(Comparison):
         return super().__getattribute__(name)
 
 
-class Hungry(Comparison):
+class Hungry(AnswerPair):
     """Takes 2 GB to read its gold answer."""
 
     def __getattribute__(self, name):
@@ -153,25 +153,23 @@ def test_an_extracted_answer_decides_else_the_text_and_a_crash_stops_no_other():
     cases = [
         (RIGHT, Verdict(True)),
         (Deadly("12", "12", ""), Verdict(False, "crash: ProcessExpired: exit code 3")),
-        (Comparison("12", "13", "the answer is 12"), Verdict(False)),
+        (AnswerPair("12", "13", "the answer is 12"), Verdict(False)),
         (Hungry("12", "12", ""), Verdict(False, "crash: MemoryError")),
         (
-            Comparison("12", None, "The final answer is $x = 12$. I hope it is correct."),
+            AnswerPair("12", None, "The final answer is $x = 12$. I hope it is correct."),
             Verdict(True),
         ),
         (
-            Comparison(r"\frac{0}{0}", "1", ""),
+            AnswerPair(r"\frac{0}{0}", "1", ""),
             Verdict(False, "crash: ValueError: Can't evaluate nan or zoo"),
         ),
-        (Comparison("12", None, r"we get \[ 24/2 \]"), Verdict(True)),
-        (Comparison("12", None, "So the answer is 13, not 12. The answer is 13."), Verdict(False)),
-        (Comparison("12", None, ""), Verdict(False)),
-        (Comparison("12", None, "the value is x^2 = 5 " * 50_000), Verdict(False)),
+        (AnswerPair("12", None, r"we get \[ 24/2 \]"), Verdict(True)),
+        (AnswerPair("12", None, "So the answer is 13, not 12. The answer is 13."), Verdict(False)),
+        (AnswerPair("12", None, ""), Verdict(False)),
+        (AnswerPair("12", None, "the value is x^2 = 5 " * 50_000), Verdict(False)),
     ]
     before = set(multiprocessing.active_children())
-    assert judge([comparison for comparison, _ in cases], seconds=20) == [
-        verdict for _, verdict in cases
-    ]
+    assert judge([pair for pair, _ in cases], seconds=20) == [verdict for _, verdict in cases]
     assert judge([], seconds=20) == []
     assert set(multiprocessing.active_children()) <= before
 
@@ -180,10 +178,10 @@ def test_hostile_answers_are_wrong_and_the_others_go_on():
     """To replace a process takes longer than the time limit, which that must not count against the
     next answer."""
     hostile = ["9^{9^{9^{9}}}", "9" * 1_000_000, "(" * 20_000]
-    comparisons = []
+    pairs = []
     for answer in hostile:
-        comparisons += [Comparison("12", answer, ""), RIGHT]
-    verdicts = judge(comparisons, seconds=1)
+        pairs += [AnswerPair("12", answer, ""), RIGHT]
+    verdicts = judge(pairs, seconds=1)
     assert [verdict.correct for verdict in verdicts] == [False, True] * len(hostile)
     assert verdicts[0] == Verdict(False, "timeout")
 

@@ -11,7 +11,7 @@ import yaml
 
 from cera_train.evaluation import grading
 from cera_train.evaluation.evaluate import run_evaluation
-from cera_train.evaluation.prepare import prepare
+from cera_train.evaluation.resolve import resolve_evaluation
 from cera_train.runs.subject import find_subject, find_subjects
 from cera_train.serving.chat import ask
 from cera_train.serving.export import Certificate, export_adapter
@@ -38,7 +38,7 @@ QUESTIONS = [
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """As `cera-eval`, in this process."""
-    return run_evaluation(prepare(config))
+    return run_evaluation(resolve_evaluation(config))
 
 
 def chat(config: ChatConfig) -> None:
@@ -77,9 +77,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def one_verifier(monkeypatch) -> None:
     """Evaluations verify answers in this process, instead of starting two each, which takes longer
     than the answers."""
-    monkeypatch.setattr(
-        grading, "judge", lambda comparisons: list(map(grading._verdict, comparisons))
-    )
+    monkeypatch.setattr(grading, "judge", lambda pairs: list(map(grading._verdict, pairs)))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from cera_train.evaluation.grading import score
+from cera_train.evaluation.evaluate import score
 from cera_train.evaluation.tasks import gsm8k
 from cera_train.report.page import table_of_runs
 from cera_train.report.runs import read_runs

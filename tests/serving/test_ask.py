@@ -225,7 +225,7 @@ def test_a_conversation_goes_on_after_ctrl_c_and_can_begin_anew_when_it_is_too_l
     ]
     assert notes == [
         *(
-            "the answer is cut, and this question forgotten.",
+            "the answer is cut off, and the question dropped.",
             "It is too long.",
             "It is too long. /new begins anew.",
         )

@@ -16,10 +16,10 @@ NUMBER = re.compile(
 )
 
 
-def gold(row: Row) -> str:
+def gold_number(row: Row) -> str:
     """The number after #### in column `answer`."""
     answer = text_of(row, "answer")
-    number = extract(answer) if "####" in answer else None
+    number = find_number(answer) if "####" in answer else None
     if number is None:
         raise UserError(
             f"column 'answer' should end in #### and a number, but ends in {answer[-60:]!r}: fix "
@@ -28,28 +28,30 @@ def gold(row: Row) -> str:
     return number
 
 
-def extract(text: str) -> str | None:
+def find_number(text: str) -> str | None:
     """The number after the first ####, on its line; in a text without ####, the last number. It is
     normalised. Not the last ####: a model that does not stop goes on to make up questions and
     answer them."""
     _, mark, rest = text.partition("####")
     numbers = NUMBER.findall(rest.strip().partition("\n")[0])[:1] if mark else NUMBER.findall(text)
-    return normalize(numbers[-1]) if numbers else None
+    return plain_number(numbers[-1]) if numbers else None
 
 
-def normalize(number: str) -> str:
+def plain_number(number: str) -> str:
     """Removes currency, thousands separators, percent and a full stop at the end."""
     return re.sub(r"[\s,$%]", "", number).rstrip(".").replace("−", "-")
 
 
-def is_exact(answer: str, gold: str) -> bool:
+def same_number(answer: str, gold: str) -> bool:
     """Whether two numbers are equal: 18 and 18.0 are, 1/2 and 0.5 are not."""
-    answer = normalize(answer)
-    gold = normalize(gold)
+    answer = plain_number(answer)
+    gold = plain_number(gold)
     try:
         return Decimal(answer) == Decimal(gold)
     except InvalidOperation:
         return answer == gold
 
 
-TASK = QuestionTask(question="question", gold=gold, extract=extract, is_exact=is_exact)
+TASK = QuestionTask(
+    question="question", gold=gold_number, extract=find_number, is_exact=same_number
+)

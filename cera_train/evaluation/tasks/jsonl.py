@@ -1,7 +1,7 @@
 r"""A task of your own: rows with a question and an answer, graded by one of four rules.
 
-text: the whole answer, but for spaces. number: the last number, as GSM8K reads it. math: the last
-\boxed{}, as MATH reads it. choice: the letter of a choice.
+text: the whole answer, except for spaces. number: the last number, as GSM8K reads it. math: the
+last \boxed{}, as MATH reads it. choice: the letter of a choice.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ def chosen(text: str) -> str | None:
 
 EXTRACT = {
     Grader.text: single_spaced,
-    Grader.number: gsm8k.extract,
-    Grader.math: math.extract,
+    Grader.number: gsm8k.find_number,
+    Grader.math: math.find_box,
     Grader.choice: chosen,
 }
-IS_EXACT = {Grader.number: gsm8k.is_exact, Grader.math: math.is_exact}
+IS_EXACT = {Grader.number: gsm8k.same_number, Grader.math: math.same_latex}
 """The graders of mathematics, which math-verify grades too. Other answers are equal or not."""
 
 
-def gold(row: Row, column: str, grader: Grader) -> str:
+def gold_answer(row: Row, column: str, grader: Grader) -> str:
     """The gold answer of a row."""
     cell = text_of(row, column, "task.answer")
     match grader:
         case Grader.math:  # in a box or alone
-            answer = math.extract(cell) or cell.strip()
+            answer = math.find_box(cell) or cell.strip()
         case Grader.choice:
             answer = "".join(re.findall(r"^[A-Z]$", cell.strip()))
         case _:
@@ -78,7 +78,7 @@ class JsonlTask(QuestionTask):
         return replace(
             super().configured(config),
             question=config.question or self.question,
-            gold=partial(gold, column=config.answer or "answer", grader=config.grader),
+            gold=partial(gold_answer, column=config.answer or "answer", grader=config.grader),
             extract=EXTRACT[config.grader],
             is_exact=IS_EXACT.get(config.grader, self.is_exact),
             is_verified=config.grader in IS_EXACT,
@@ -89,7 +89,7 @@ TASK = JsonlTask(
     settings=("files", "prompt", "question", "answer", "grader"),
     question="question",
     gold=partial(
-        gold, column="answer", grader=Grader.text
+        gold_answer, column="answer", grader=Grader.text
     ),  # `configured` puts the rule of task.grader in place
     extract=single_spaced,
 )

@@ -56,7 +56,9 @@ class LogisticMap(AnswerTask):
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         decimals = problem.details["decimals"]
         truth = problem.gold.split(", ")
-        values = [f"{value:.{decimals}f}" for value in extract(generation.text, steps=len(truth))]
+        values = [
+            f"{value:.{decimals}f}" for value in read_values(generation.text, steps=len(truth))
+        ]
         matches = [value == true for value, true in itertools.zip_longest(values, truth)]
         details = {"matches": matches, "collapsed": is_collapsed(values, truth)}
         ending = COLLAPSED if details["collapsed"] else None
@@ -83,11 +85,11 @@ class LogisticMap(AnswerTask):
     def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
         lines = {"by step": "  ".join(f"{share:.0%}" for share in result["step_accuracy"])}
         for growth, scores in result["by_growth"].items():
-            lines[f"r = {growth}"] = (
-                f"steps right {scores['step_accuracy/mean']:.1%}, state collapse "
-                f"{scores['state_collapse']:.1%}"
-                f"{', not trained on' * (scores['trained'] is False)}"
-            )
+            text = f"steps right {scores['step_accuracy/mean']:.1%}"
+            text += f", state collapse {scores['state_collapse']:.1%}"
+            if scores["trained"] is False:
+                text += ", not trained on"
+            lines[f"r = {growth}"] = text
         return lines
 
 
@@ -102,7 +104,7 @@ TASK = LogisticMap(
 )
 
 
-def extract(text: str, steps: int) -> list[float]:
+def read_values(text: str, steps: int) -> list[float]:
     """The first `steps` values of an answer's first line. Between commas, a value is the last
     number: the 0.84 of `x1 = 3.5 * 0.4 * 0.6 = 0.84`. In a line without commas, every number with a
     decimal point is one."""

@@ -13,7 +13,8 @@ from cera_train.common.settings import require
 from cera_train.data.rows import Row, text_of
 from cera_train.evaluation.tasks.task import QuestionTask
 
-BOXES = (re.compile(r"\\boxed(?![a-zA-Z])\s*"), re.compile(r"\\fbox(?![a-zA-Z])\s*"))
+BOXED = re.compile(r"\\boxed(?![a-zA-Z])\s*")
+FBOX = re.compile(r"\\fbox(?![a-zA-Z])\s*")
 
 TEXT = r"\\(?:text|textbf|mbox|mathrm)(?!\{[ie]\})"
 WORD = re.compile(rf"^{TEXT}\{{([^{{}}]*)\}}\Z")
@@ -49,15 +50,15 @@ RULES = (
 """Replacements, in this order."""
 
 
-def gold(row: Row) -> str:
+def gold_latex(row: Row) -> str:
     """The reference answer: column `answer` where there is one (MATH-500), in a box or alone, else
     the last box of column `solution`."""
     if row.get("answer") is not None:
         cell = text_of(row, "answer")
         require(bool(cell.strip()), "column 'answer' is empty: fix the row.")
-        return extract(cell) or cell.strip()
+        return find_box(cell) or cell.strip()
     solution = text_of(row, "solution")
-    answer = extract(solution)
+    answer = find_box(solution)
     if answer is None:
         raise UserError(
             rf"column 'solution' has no \boxed{{...}} with the answer; it ends in "
@@ -66,15 +67,13 @@ def gold(row: Row) -> str:
     return answer
 
 
-def extract(text: str) -> str | None:
+def find_box(text: str) -> str | None:
     r"""The content of the last \boxed{}, else of the last \fbox{}; None where that is empty or cut
     off. A box without braces, as in `$\boxed 3$`, ends with the formula or the line."""
-    starts = next(
-        filter(None, ([box.end() for box in command.finditer(text)] for command in BOXES)), None
-    )
-    if starts is None:
+    boxes = [*BOXED.finditer(text)] or [*FBOX.finditer(text)]
+    if not boxes:
         return None
-    rest = text[starts[-1] :]
+    rest = text[boxes[-1].end() :]
     if not rest.startswith("{"):
         return re.match(r"[^$\n]*", rest)[0].strip() or None
     depth = 0
@@ -87,25 +86,25 @@ def extract(text: str) -> str | None:
     return None
 
 
-def normalize(answer: str) -> str:
+def plain_latex(answer: str) -> str:
     """Writes equal answers alike, still in LaTeX."""
     for pattern, replacement in RULES:
         answer = re.sub(pattern, replacement, answer)
     return answer
 
 
-def is_exact(answer: str, gold: str) -> bool:
+def same_latex(answer: str, gold: str) -> bool:
     r"""Whether two answers are the same after normalisation, and \text{even} the same as even.
-    `normalize` leaves the former, since math-verify would read the latter as a product of
+    `plain_latex` leaves the former, since math-verify would read the latter as a product of
     variables."""
-    answer, gold = (WORD.sub(r"\1", normalize(text)) for text in (answer, gold))
+    answer, gold = (WORD.sub(r"\1", plain_latex(text)) for text in (answer, gold))
     return answer == gold
 
 
 TASK = QuestionTask(
     settings=("files", "prompt", "level"),
     question="problem",
-    gold=gold,
-    extract=extract,
-    is_exact=is_exact,
+    gold=gold_latex,
+    extract=find_box,
+    is_exact=same_latex,
 )

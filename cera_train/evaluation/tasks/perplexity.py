@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from cera_train.common.errors import errors_at
 from cera_train.common.settings import require
 from cera_train.data.rows import text_of
+from cera_train.data.sources import decide_layouts
 from cera_train.evaluation.tasks.task import Task, open_rows, require_rows
+from cera_train.model.folder import check_length
 from cera_train.settings.data import COMPUTED, DataConfig
 from cera_train.settings.evaluation import TaskConfig
 from cera_train.settings.model import ModelConfig
@@ -32,8 +34,6 @@ class Perplexity(Task):
         """The rows to predict. `data` is that of `data=`, else the run's; None if neither is
         known."""
         from cera_train.data.prepare import prepare_evaluation, prepare_windows
-        from cera_train.data.sources import decide_layouts
-        from cera_train.model.folder import check_length
 
         config = self.config
         if config.window is not None:
@@ -50,11 +50,11 @@ class Perplexity(Task):
             "data=... is missing: this adapter's training data is unknown. Choose the rows.",
         )
         if config.files:
-            fix = (
-                "this run computed its rows and has no layout for files. Add data=jsonl "
-                "'data.train_files=[FILE]'."
+            require(
+                data.layout not in COMPUTED,
+                "task.files: this run computed its rows and has no layout for files. Add "
+                "data=jsonl 'data.train_files=[FILE]'.",
             )
-            require(data.layout not in COMPUTED, f"task.files: {fix}")
             files = {"train_files": config.files, "eval_files": config.files}
             data = decide_layouts(replace(data, mix=None, eval_rows=None, **files))
         return prepare_evaluation(data, tokenizer, config.limit)

@@ -32,7 +32,7 @@ class Graded(NamedTuple):
         return self.credit > 1 - 1e-9
 
 
-def grade(text: str, draw: Draw) -> Graded:
+def score_text(text: str, draw: Draw) -> Graded:
     """What the generator of a question gives for as many lines of a text as the gold answer has."""
     answer = "\n".join(text.strip().split("\n")[: draw.answer.count("\n") + 1]).strip()
     generator = open_generator(draw.generator, draw.level, draw.seed)
@@ -82,7 +82,7 @@ class ReasoningGym(AnswerTask):
         return settings
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
-        graded = grade(
+        graded = score_text(
             generation.text, Draw(**problem.details, question=problem.question, answer=problem.gold)
         )
         answer = graded.answer or None

@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
@@ -104,14 +107,14 @@ class QuestionTask(AnswerTask):
     """A benchmark whose rows hold a question and a gold answer."""
 
     settings: tuple[str, ...] = ("files", "prompt")
-    question: str  # the column with the question
-    gold: Callable[[Row], str]  # finds the gold answer of a row, or raises UserError
-    extract: Callable[
-        [str], str | None
-    ]  # finds the answer in a generated text; None where there is none
-    is_exact: Callable[[str, str], bool] = (
-        operator.eq
-    )  # whether an answer equals the gold answer by the published rule
+    question: str
+    """The column with the question."""
+    gold: Callable[[Row], str]
+    """Finds the gold answer of a row, or raises UserError."""
+    extract: Callable[[str], str | None]
+    """Finds the answer in a generated text; None where there is none."""
+    is_exact: Callable[[str, str], bool] = operator.eq
+    """Whether an answer equals the gold answer by the published rule."""
 
     def configured(self, config: TaskConfig) -> Task:
         if "files" in self.settings:
@@ -273,9 +276,6 @@ def training_task(name: str, changes: Mapping[str, Any]) -> AnswerTask:
     Raises:
         UserError: a change is no setting of the task, or the task has no answers to grade.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     with errors_at(f"train.task_settings.{name}"):
         try:
             schema = OmegaConf.structured(TaskConfig)
@@ -321,34 +321,31 @@ def trained_on(problems: Iterable[Problem], data: DataConfig) -> list[str]:
         by_start.setdefault(tuple(words.split()[:START]), []).append(words)
     lengths = {len(start) for start in by_start}
     shared = set()
-    for _, part in data.parts():
-        cells = (
-            cell for _, row in open_sources(part)[0].located() for cell in flatten(row).values()
-        )
-        for text in (normalized(cell) for cell in cells if isinstance(cell, str)):
-            words = text.split()
-            starts = {
-                tuple(words[at : at + length]) for length in lengths for at in range(len(words))
-            }
-            text = f" {text} "
-            shared |= {
-                each
-                for start in starts & by_start.keys()
-                for each in by_start[start]
-                if f" {each} " in text
-            }
+    for text in training_texts(data):
+        words = text.split()
+        starts = {tuple(words[at : at + length]) for length in lengths for at in range(len(words))}
+        for start in starts & by_start.keys():
+            shared |= {each for each in by_start[start] if f" {each} " in f" {text} "}
     return [question for words, question in questions.items() if words in shared]
 
 
+def training_texts(data: DataConfig) -> Iterator[str]:
+    """The texts in the cells of all training rows, normalised."""
+    for _, part in data.parts():
+        source, *_ = open_sources(part)
+        for _, row in source.located():
+            yield from (normalized(cell) for cell in flatten(row).values() if isinstance(cell, str))
+
+
 def describe_trained_on(problems: Iterable[Problem], data: DataConfig) -> str:
-    """How many problems are among the training rows; empty where none is. The rows may be gone
-    since the training."""
+    """How many problems are among the training rows; empty where none is. The rows may have been
+    removed since the training."""
     try:
         shared = trained_on(problems, data)
     except UserError as error:
         return f"unknown, since the training rows cannot be read: {error}"
+    if not shared:
+        return ""
     return (
         f"{len(shared):,} of its problems are among the training rows, such as {shared[0][:60]!r}"
-        if shared
-        else ""
     )

@@ -35,7 +35,7 @@ from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.held_out import token_losses
 from cera_train.evaluation.requests import Answer, Request, check_positions
 from cera_train.evaluation.tasks import reasoning_gym
-from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, gold
+from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, gold_answer
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.folder import Progress, RunFolder
 from cera_train.runs.results import SAMPLES, Sample, TokenLosses, figure
@@ -363,9 +363,9 @@ def grade(prompt: str, answer: str, right: str, grader: Grader, drawn: Mapping[s
     """1 for a right answer: by the generator that drew the question, else by one of the graders of
     task=jsonl."""
     if grader == Grader.text and prompt.strip() in drawn:
-        return float(reasoning_gym.grade(answer, drawn[prompt.strip()]).is_right)
+        return float(reasoning_gym.score_text(answer, drawn[prompt.strip()]).is_right)
     with errors_at(f"grpo.grader={grader}"):
-        expected = gold({"answer": right}, "answer", grader)
+        expected = gold_answer({"answer": right}, "answer", grader)
     extracted = EXTRACT[grader](answer)
     is_exact = IS_EXACT.get(grader, operator.eq)
     return float(extracted is not None and is_exact(extracted, expected))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cera_train.evaluation.tasks.gsm8k import extract, gold, is_exact
+from cera_train.evaluation.tasks.gsm8k import find_number, gold_number, same_number
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from cera_train.evaluation.tasks.gsm8k import extract, gold, is_exact
     ],
 )
 def test_answer_is_the_number_after_the_first_mark_else_the_last(text, answer):
-    assert extract(text) == answer
+    assert find_number(text) == answer
 
 
 @pytest.mark.parametrize(
@@ -40,15 +40,17 @@ def test_answer_is_the_number_after_the_first_mark_else_the_last(text, answer):
     ],
 )
 def test_numbers_are_compared_as_decimals(answer, reference, equal):
-    assert is_exact(answer, reference) == is_exact(reference, answer) == equal
+    assert same_number(answer, reference) == same_number(reference, answer) == equal
 
 
 def test_a_megabyte_of_text_is_read_at_once():
-    assert extract("1," * 500_000) == "1"
-    assert extract("-$" * 500_000) is None
-    assert len(extract("9" * 1_000_000)) == 1_000_000
+    assert find_number("1," * 500_000) == "1"
+    assert find_number("-$" * 500_000) is None
+    assert len(find_number("9" * 1_000_000)) == 1_000_000
 
 
 def test_gold_is_the_normalised_number_after_the_mark():
-    assert gold({"question": "?", "answer": "She has 9 * 2 = <<9*2=18>>18.\n#### 18"}) == "18"
-    assert gold({"question": "?", "answer": "#### -$10.50"}) == "-10.50"
+    assert (
+        gold_number({"question": "?", "answer": "She has 9 * 2 = <<9*2=18>>18.\n#### 18"}) == "18"
+    )
+    assert gold_number({"question": "?", "answer": "#### -$10.50"}) == "-10.50"

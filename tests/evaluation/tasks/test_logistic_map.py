@@ -2,7 +2,7 @@
 
 import pytest
 
-from cera_train.evaluation.tasks.logistic_map import TASK, extract, is_collapsed
+from cera_train.evaluation.tasks.logistic_map import TASK, is_collapsed, read_values
 from cera_train.runs.evaluation_folder import Generation, Problem
 
 
@@ -18,7 +18,7 @@ from cera_train.runs.evaluation_folder import Generation, Problem
     ],
 )
 def test_an_answer_is_the_decimal_numbers_of_its_first_line(text, values):
-    assert extract(text, steps=3) == values
+    assert read_values(text, steps=3) == values
 
 
 def test_steps_are_compared_one_by_one():

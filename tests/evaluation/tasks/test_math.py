@@ -2,8 +2,8 @@ r"""MATH's answers: the box, and both graders on one table of pairs, judged by h
 
 import pytest
 
-from cera_train.evaluation.grading import Comparison, Verdict, judge
-from cera_train.evaluation.tasks.math import extract, gold, is_exact, normalize
+from cera_train.evaluation.grading import AnswerPair, Verdict, judge
+from cera_train.evaluation.tasks.math import find_box, gold_latex, plain_latex, same_latex
 
 # answer, gold, exact?, verified?
 PAIRS = [
@@ -104,13 +104,13 @@ PAIRS = [
 
 def test_both_graders_on_the_table():
     verdicts = judge(
-        [Comparison(reference, answer, "") for answer, reference, _, _ in PAIRS], seconds=20
+        [AnswerPair(reference, answer, "") for answer, reference, _, _ in PAIRS], seconds=20
     )
     for (answer, reference, exact, verified), verdict in zip(PAIRS, verdicts, strict=True):
-        assert is_exact(answer, reference) == is_exact(reference, answer) == exact, answer
+        assert same_latex(answer, reference) == same_latex(reference, answer) == exact, answer
         assert verdict == Verdict(verified), answer
         for text in (answer, reference):
-            assert normalize(normalize(text)) == normalize(text)
+            assert plain_latex(plain_latex(text)) == plain_latex(text)
 
 
 @pytest.mark.parametrize(
@@ -136,23 +136,25 @@ def test_both_graders_on_the_table():
     ],
 )
 def test_answer_is_the_last_box(text, answer):
-    assert extract(text) == answer
+    assert find_box(text) == answer
 
 
 def test_a_megabyte_of_text_is_extracted_and_compared_at_once():
-    assert extract("{" * 1_000_000 + r"\boxed{2}") == "2"
-    assert extract(r"\boxed{" * 140_000) is None
+    assert find_box("{" * 1_000_000 + r"\boxed{2}") == "2"
+    assert find_box(r"\boxed{" * 140_000) is None
     for filler in (" ", "~", ".", " .", "$", "1,", "{}", r"\ ", r"\,", "9", "x=", r"\frac{"):
-        assert not is_exact(filler * 200_000 + "x", "2")
-    assert not is_exact(r"\frac{" * 160_000, r"\text{" * 160_000)
+        assert not same_latex(filler * 200_000 + "x", "2")
+    assert not same_latex(r"\frac{" * 160_000, r"\text{" * 160_000)
 
 
 def test_gold_is_the_column_answer_or_the_box_of_the_solution():
     assert (
-        gold({"problem": "?", "solution": r"Since \boxed{1} ... \boxed{\frac12}.", "level": 3})
+        gold_latex(
+            {"problem": "?", "solution": r"Since \boxed{1} ... \boxed{\frac12}.", "level": 3}
+        )
         == r"\frac12"
     )
-    assert gold({"problem": "?", "solution": r"\boxed{1}", "answer": "2"}) == "2"
-    assert gold({"problem": "?", "solution": r"\boxed{1}", "answer": None}) == "1"
-    assert gold({"problem": "?", "answer": 2}) == "2"
-    assert gold({"problem": "?", "answer": r"$\boxed{3}$"}) == "3"
+    assert gold_latex({"problem": "?", "solution": r"\boxed{1}", "answer": "2"}) == "2"
+    assert gold_latex({"problem": "?", "solution": r"\boxed{1}", "answer": None}) == "1"
+    assert gold_latex({"problem": "?", "answer": 2}) == "2"
+    assert gold_latex({"problem": "?", "answer": r"$\boxed{3}$"}) == "3"

@@ -7,7 +7,7 @@ import pytest
 
 import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError
-from cera_train.evaluation.grading import score
+from cera_train.evaluation.evaluate import score
 from cera_train.evaluation.tasks.task import build_task, load_problems, trained_on, training_task
 from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.settings.data import DataConfig, LogisticMapConfig, MixPart

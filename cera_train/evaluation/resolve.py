@@ -12,7 +12,7 @@ from cera_train.settings.evaluation import EvalConfig
 
 
 @dataclass(frozen=True)
-class PreparedEvaluation:
+class ResolvedEvaluation:
     """A subject, and a task to measure it on."""
 
     config: EvalConfig
@@ -25,10 +25,10 @@ class PreparedEvaluation:
         return self.config.launch
 
 
-def prepare(config: EvalConfig) -> PreparedEvaluation:
+def resolve_evaluation(config: EvalConfig) -> ResolvedEvaluation:
     """Builds the task, finds the subject and reads the problems. Raises UserError where one of them
     cannot be used."""
     task = build_task(config.task)
     subject = find_subject(config)
     problems = load_problems(task, subject.data) if isinstance(task, AnswerTask) else []
-    return PreparedEvaluation(config, subject, task, problems)
+    return ResolvedEvaluation(config, subject, task, problems)
