@@ -1,5 +1,5 @@
-"""A model in this process answers requests: greedy, or sampled with random numbers that depend on
-(seed, problem, sample) alone.
+"""A model in this process answers requests: greedy, or sampled with random numbers that depend
+only on (seed, problem, sample).
 
 Except for rounding, an answer depends neither on its batch nor on the order of problems, so a
 resumed evaluation answers only what is missing.
@@ -40,8 +40,8 @@ CACHE_BYTES = 2**32  # keys and values of a batch, where generation.batch_tokens
 def cut_batches(
     requests: Sequence[Request], max_new_tokens: int, batch_tokens: int
 ) -> list[list[Request]]:
-    """Cuts batches of similar prompt length, longest first, of at most `batch_tokens` with padding
-    and answers."""
+    """Cuts requests into batches of similar prompt length, longest first, each of at most
+    `batch_tokens` tokens, padding and answers included."""
     batches: list[list[Request]] = []
     for request in sorted(requests, key=lambda request: -len(request.prompt_ids)):
         longest = len(batches[-1][0].prompt_ids) if batches else 0
@@ -89,7 +89,7 @@ class TokenChoice:
         if not self.config.temperature:
             return likeliest_B
         probabilities = torch.softmax(logits_BV.double() / self.config.temperature, -1)
-        if self.config.top_p < 1:  # sorting takes longer than all else here
+        if self.config.top_p < 1:  # sorting takes longer than everything else here
             ranked, order = probabilities.sort(descending=True)
             # also the token that brings the sum to top_p
             is_kept = ranked.cumsum(-1) - ranked < self.config.top_p
@@ -137,8 +137,8 @@ class LoadedModel:
         processes: int,
         memory: int = CACHE_BYTES,
     ) -> int:
-        """Tokens of a batch: as many as have room for keys and values, at most a process's share of
-        the requests."""
+        """Tokens of a batch: as many as their keys and values have room for, at most a process's
+        share of the requests."""
         longest = max((len(request.prompt_ids) for request in requests), default=0)
         share = math.ceil(len(requests) / processes) * (longest + max_new_tokens)
         return min(share, memory // cache_bytes(self.base.config, self.base.dtype.itemsize))
@@ -151,7 +151,7 @@ class LoadedModel:
         config: GenerationConfig,
         streamer: TextStreamer | None = None,
     ) -> Iterator[list[Answer]]:
-        """The answers, as they end. A streamer gets the tokens of a single request as they come."""
+        """Yields answers as they end. A streamer gets the tokens of a single request as it runs."""
         for batch in batches:
             with self.context():
                 self.prepare(max_new_tokens, stop)
@@ -303,8 +303,8 @@ class LoadedModel:
     def _next_logits(
         self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: Cache
     ) -> torch.Tensor:
-        """[B, V] logits after the last of these tokens. The cache holds the tokens before them;
-        these are added."""
+        """[B, V] logits after the last of these tokens. The cache holds the earlier tokens, and
+        gets these."""
         # An index, since torch multiplies each row of a slice by a copy of the head's weights where
         # they are frozen.
         last = torch.tensor([-1], device=ids_BT.device)
@@ -329,8 +329,8 @@ def _padded_rows(states: Sequence[torch.Tensor], width: int) -> torch.Tensor:
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values with room for more tokens. A DynamicLayer copies all it has for every token,
-    and again for rows that leave."""
+    """Keys and values with room for more tokens. A DynamicLayer copies everything it holds for
+    every new token, and again for rows that leave."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
         super().__init__()

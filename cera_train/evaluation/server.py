@@ -33,7 +33,7 @@ COMPLETIONS = "/v1/completions"
 LOAD = "/v1/load_lora_adapter"
 UNLOAD = "/v1/unload_lora_adapter"
 
-AT_ONCE = 64  # requests under way, of which vLLM makes a batch
+AT_ONCE = 64  # concurrent requests, which vLLM batches
 PAUSES = (0.5, 1, 2, 4, 8, 15, 30)  # seconds between tries, about a minute in all
 SILENCE = 600  # seconds without a token, after which a connection counts as broken
 TOKENS_AT_ONCE = 16  # in a message of the server's, where no user watches
@@ -62,7 +62,7 @@ FIXES = {
 
 
 class Unavailable(UserError):
-    """The server is busy or away, or an answer broke off: another try may do."""
+    """The server is busy or away, or an answer broke off: trying again may help."""
 
 
 class Server:
@@ -108,7 +108,7 @@ class Server:
             self.load_adapter(adapter)
 
     def load_adapter(self, adapter: Path) -> None:
-        """Loads an adapter under a name with its digest, in the place of the one before. Raises
+        """Loads an adapter under a name with its digest, in place of the previous one. Raises
         UserError where the server refuses it."""
         config = (adapter / "adapter_config.json").read_bytes()
         digest = hashlib.sha256(config + digest_of(adapter).encode()).hexdigest()[:16]
@@ -121,7 +121,7 @@ class Server:
             if "has already been loaded" not in str(error):
                 raise
         if before not in (self.base, self.name):
-            with contextlib.suppress(UserError):  # a server that has restarted since has none
+            with contextlib.suppress(UserError):  # a server that was restarted has none
                 self._ask(UNLOAD, {"lora_name": before})
 
     # --- answers ----------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class Server:
         config: GenerationConfig,
         streamer: TextStreamer | None = None,
     ) -> Iterator[list[Answer]]:
-        """The answers, in the order in which they are done. A streamer gets the tokens of a single
+        """Yields answers in the order in which they finish. A streamer gets the tokens of a single
         request as they come, and an answer that breaks off is not tried again."""
         settings = generation_settings(self.tokenizer, model_ends(self.model), max_new_tokens, stop)
 
@@ -246,7 +246,7 @@ class Server:
         return self._patiently(lambda: b"".join(self._lines(path, body)))
 
     def _lines(self, path: str, body: dict[str, Any] | None = None) -> Iterator[bytes]:
-        """The lines of the response to one request. Raises Unavailable where another try may do,
+        """The lines of the response to one request. Raises Unavailable where trying again may help,
         UserError where it is refused."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self.headers)

@@ -195,7 +195,7 @@ class EvaluationFolder:
     # --- settings and result ----------------------------------------------------------------------
 
     def write_config(self, config: EvalConfig) -> None:
-        """Records the settings; a UserError where answers belong to others."""
+        """Records the settings. Raises UserError where the folder has answers under others."""
         path = self.path / "config.yaml"
         plain = redact_tree(to_plain(config))
         if path.exists() and self.has_begun():
@@ -226,7 +226,7 @@ class EvaluationFolder:
     # --- problems, answers, grades ----------------------------------------------------------------
 
     def write_problems(self, problems: Sequence[Problem]) -> None:
-        """Records the problems; a UserError where the folder has answers to others."""
+        """Records the problems. Raises UserError where the folder has answers to others."""
         path = self.path / "problems.jsonl"
         text = to_lines(problems)
         if path.exists() and self.has_begun() and path.read_bytes() != text.encode():

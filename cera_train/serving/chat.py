@@ -149,7 +149,7 @@ def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
 
 
 class Answerer:
-    """A model that answers, and how it is asked."""
+    """A model that answers, and how questions are written for it."""
 
     def __init__(self, config: ChatConfig, subject: Subject) -> None:
         self.config = config
@@ -178,7 +178,7 @@ class Answerer:
 
 
 class CleanStreamer(TextStreamer):
-    """Prints words as they come, without what steers a terminal."""
+    """Prints words as they come, without the control characters of a terminal."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         super().on_finalized_text(clean(text), stream_end)

@@ -262,7 +262,7 @@ def write_lora(model: nn.Module, maps: dict[str, torch.Tensor], base: str, folde
 @torch.no_grad()
 def compare_models(before: Any, after: Any, rows: Sequence[Batch]) -> dict[str, Any]:
     """Compares two models on batches of one sequence: no padding, and one sequence's logits in
-    memory. Returns the fields of a `Certificate` that come of it."""
+    memory. Returns the fields of a `Certificate` that result."""
     sums = []
     for row in rows:
         is_supervised = row.loss_mask[0, 1:]

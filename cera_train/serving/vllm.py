@@ -1,11 +1,11 @@
-"""CeRA adapters in an unpatched vLLM: a gate between the two products of its LoRA, for each token
-its adapter's.
+"""CeRA adapters in an unpatched vLLM: a gate between the two products of its LoRA, chosen for each
+token by its adapter.
 
 vLLM computes a LoRA as shrink, z = x A^T, and expand, y += z B^T. CeRA needs y += gate(z) B^T, and
-every token of a batch may belong to another adapter: LoRA is the identity gate. Each slot for an
+the tokens of a batch may belong to different adapters; LoRA is the identity gate. Each slot for an
 adapter holds a gate's code; a step gathers one code a token; expand computes every gate and keeps
 the one of the code, so the graph is the same for every batch. On a CPU there is no graph: expand
-computes the gates of its batch.
+computes only the gates of its batch.
 
 vLLM loads this in each of its processes, through the entry point `vllm.general_plugins`, which is
 public; where it computes a LoRA is not. So `REPLACED` lists every function that is replaced or
@@ -63,7 +63,7 @@ def register() -> None:
 
 
 def _bind(replacement: Callable, original: Callable) -> Callable:
-    """A function that calls the replacement, which gets the original before its arguments."""
+    """A function that calls the replacement with the original as its first argument."""
 
     @functools.wraps(original)
     def replaced(*arguments: Any, **settings: Any) -> Any:
@@ -244,8 +244,8 @@ def with_gates(kind: type) -> type:
     gates.
 
     A graph, compiled or captured, serves every batch, so it has every gate. On a CPU vLLM makes
-    none where there are adapters: a step computes the gates of its batch, and for a batch of LoRA
-    none.
+    no graph where there are adapters, so a step computes only the gates of its batch: none for a
+    batch of LoRA.
     """
 
     class Gated(kind):

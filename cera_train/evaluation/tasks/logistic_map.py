@@ -113,7 +113,7 @@ def read_values(text: str, steps: int) -> list[float]:
         numbers = [
             numbers[-1] for part in line.split(",") if (numbers := re.findall(r"-?\d*\.?\d+", part))
         ]
-    # digits are taken from their first one on only, else a long row of them is searched from each
+    # a number starts at its first digit: else a long row of digits is searched from each of them
     else:
         numbers = re.findall(r"-?(?:(?<!\d)\d++)?\.\d+", line)
     return [value for value in map(float, numbers) if math.isfinite(value)][:steps]

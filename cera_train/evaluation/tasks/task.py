@@ -98,7 +98,7 @@ class AnswerTask(Task, ABC):
         return {}
 
     def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
-        """Labels and texts to print of what `scores` returned."""
+        """Labels and texts of what `scores` returned, to print."""
         return {}
 
 
@@ -234,7 +234,7 @@ def all_tasks() -> dict[str, Task]:
 
 def build_task(config: TaskConfig) -> Task:
     """The task of these settings. Raises UserError for a setting that it cannot use."""
-    # a kind may stand in a stranger's config.yaml: nothing is imported that is not in this folder
+    # config.yaml may come from a stranger: only modules of this folder are imported
     tasks = all_tasks()
     require(
         config.kind in tasks,
@@ -305,12 +305,12 @@ def _file(name: str) -> dict[str, Any]:
 # --- problems among the training rows -------------------------------------------------------------
 
 
-START = 4  # words of a question by which a text is searched for it
+START = 4
+"""First words of a question: a text that holds them is searched for the whole question."""
 
 
 def trained_on(problems: Iterable[Problem], data: DataConfig) -> list[str]:
-    """The questions of problems that stand in a text of a training row, whatever their case and
-    spaces."""
+    """The questions that occur in a text of a training row, ignoring case and spaces."""
     questions = {
         normalized(problem.question): problem.question
         for problem in problems
