@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from cera_train.adapters.saved import attach, is_adapter, save
 from cera_train.common.errors import UserError, explain
@@ -45,29 +46,33 @@ def choose_dtype(subject: Subject, recorded: Path | None = None) -> Subject:
 def load_subject(subject: Subject, device: torch.device) -> LoadedModel:
     """The model of a subject whose dtype is chosen, in eval mode. Raises UserError where its
     adapter does not fit the base."""
-    base = model = load_model(subject.model, device)
+    base = load_model(subject.model, device)
+    model = base
     if subject.adapter is not None:
-        record = subject.folder / "environment.json"
-        if (
-            subject.run is not None
-            and subject.run.model.dtype == subject.model.dtype
-            and record.is_file()
-        ):
-            # an adapter also loads into another model of the same shape
-            expected = read_json(record).get("base_fingerprint")
-            if expected not in (None, fingerprint(base)):
-                raise UserError(
-                    f"{subject.adapter} was trained on other weights than those of "
-                    f"{subject.model.path}: it belongs to "
-                    f"{subject.run.model.path} as it was then. Leave out model=, or name the "
-                    f"model it was trained on."
-                )
+        check_same_base(subject, base)
         model = attach(base, subject.adapter)
     dtype = subject.model.autocast_dtype(subject.train.autocast, on_gpu=device.type == "cuda")
     autocast = partial(
         torch.autocast, device.type, dtype and getattr(torch, dtype), enabled=dtype is not None
     )
     return LoadedModel(model.eval(), base, load_tokenizer(subject.model), autocast)
+
+
+def check_same_base(subject: Subject, base: PreTrainedModel) -> None:
+    """Raises UserError where the run of an adapter recorded other weights of its base: the adapter
+    would load, since the shapes agree."""
+    record = subject.folder / "environment.json"
+    if subject.run is None or not record.is_file():
+        return
+    if subject.run.model.dtype != subject.model.dtype:  # rounding may change the digest
+        return
+    expected = read_json(record).get("base_fingerprint")
+    if expected not in (None, fingerprint(base)):
+        raise UserError(
+            f"{subject.adapter} was trained on other weights than those of {subject.model.path}: "
+            f"it belongs to {subject.run.model.path} as it was then. Leave out model=, or name "
+            f"the model it was trained on."
+        )
 
 
 # --- a model in training --------------------------------------------------------------------------

@@ -4,6 +4,8 @@ Built once by the command, and passed to every process that it starts."""
 
 from dataclasses import dataclass
 
+from cera_train.common.terminal import announce
+from cera_train.distributed.processes import is_main_process
 from cera_train.evaluation.tasks.task import AnswerTask, Task, build_task, load_problems
 from cera_train.runs.evaluation_folder import Problem
 from cera_train.runs.subject import Subject, find_subject
@@ -30,5 +32,10 @@ def resolve_evaluation(config: EvalConfig) -> ResolvedEvaluation:
     cannot be used."""
     task = build_task(config.task)
     subject = find_subject(config)
-    problems = load_problems(task, subject.data) if isinstance(task, AnswerTask) else []
+    problems = []
+    if isinstance(task, AnswerTask):
+        is_on_hub = config.task.path is not None and not config.task.files
+        if is_on_hub and is_main_process():
+            announce("reading", f"the problems of {config.task.path}")
+        problems = load_problems(task, subject.data)
     return ResolvedEvaluation(config, subject, task, problems)

@@ -217,7 +217,7 @@ def converse(answerers: list[Answerer]) -> None:
     keeps_turns = len(answerers) == 1 and answerers[0].prompts.keeps_turns
     memory = "sees the turns before it" if keeps_turns else "stands alone, as in training"
     print_line(
-        "chat", f"each question {memory}; {NEW} begins anew, Ctrl-C ends an answer, Ctrl-D the chat"
+        "chat", f"each question {memory}; {NEW} starts over, Ctrl-C ends an answer, Ctrl-D the chat"
     )
     turns: list[str] = []
     while True:
@@ -233,7 +233,7 @@ def converse(answerers: list[Answerer]) -> None:
                 rows = [answerer.prompts.row([*turns, line]) for answerer in answerers]
                 answers = answer(answerers, rows)
             except UserError as error:
-                print_line("note", f"{error} {NEW} begins anew." if turns else str(error))
+                print_line("note", f"{error} {NEW} starts over." if turns else str(error))
                 continue
             except KeyboardInterrupt:
                 print()

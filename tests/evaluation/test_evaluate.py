@@ -55,7 +55,7 @@ def multiply_weights(adapter: Path, factor: float) -> None:
     save_file(tensors, weights, {"format": "pt"})
 
 
-def test_an_evaluation_leaves_what_it_did(eval_config, run):
+def test_an_evaluation_leaves_problems_answers_grades_and_a_result(eval_config, run):
     result = evaluate(eval_config())
     folder = run / "eval" / "gsm8k"
     problems, answers, grades = (
@@ -315,7 +315,7 @@ def test_two_evaluations_do_not_write_to_one_folder(eval_config, run):
         evaluate(eval_config())
 
 
-def test_what_is_no_finished_run_with_its_adapter_is_refused(eval_config, run, tmp_path):
+def test_a_folder_without_a_finished_run_and_its_adapter_is_refused(eval_config, run, tmp_path):
     with pytest.raises(ValueError, match="is not the folder of a run"):
         evaluate(eval_config(run=tmp_path))
     (run / "adapter" / "adapter_model.safetensors").unlink()  # not looked for on the Hub
@@ -392,13 +392,13 @@ def test_perplexity_on_other_rows(eval_config, questions):
         evaluate(eval_config(f"task.files=[{questions}]", task="perplexity"))
     result = evaluate(
         eval_config(
-            *(
-                "data=jsonl",
-                f"task.files=[{questions}]",
-                "data.train_files=[unused.jsonl]",
-                "data.eval_rows=1",
-            ),
-            *(r"data.prompt='{question}'", r"data.completion=' {answer}'", "task.limit=5"),
+            "data=jsonl",
+            f"task.files=[{questions}]",
+            "data.train_files=[unused.jsonl]",
+            "data.eval_rows=1",
+            r"data.prompt='{question}'",
+            r"data.completion=' {answer}'",
+            "task.limit=5",
             task="perplexity",
         )
     )

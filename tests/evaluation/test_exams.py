@@ -97,7 +97,9 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
         for line in graded
     ]
     assert [result[name] for name in FIGURES] == [
-        *(evaluated["exact/pass@1"], evaluated["step_accuracy/mean"], evaluated["state_collapse"])
+        evaluated["exact/pass@1"],
+        evaluated["step_accuracy/mean"],
+        evaluated["state_collapse"],
     ]
 
 
@@ -235,7 +237,7 @@ def test_without_tasks_the_samples_are_the_first_evaluation_rows_with_their_refe
     assert samples[0]["gold"] == "0.64, 0.81, 0.54, 0.87, 0.40, 0.84"
 
 
-def test_answers_of_a_server_need_its_positions(tiny_config):
+def test_answers_of_a_server_must_fit_its_context(tiny_config):
     with playing_vllm(tiny_config().model) as vllm:
         vllm.served.update(max_model_len=16)
         with pytest.raises(
@@ -271,17 +273,13 @@ def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation
 ):
     rows, questions = (write_jsonl(f"{name}.jsonl", QUESTIONS) for name in ("rows", "questions"))
     config = tiny_config(
-        *(
-            "data=gsm8k",
-            "data.path=null",
-            f"data.train_files=[{rows}]",
-            "data.eval_rows=2",
-            "train.max_updates=1",
-        ),
-        *(
-            "train.tasks=[gsm8k]",
-            f"train.task_settings={{gsm8k: {{files: [{questions}], max_new_tokens: 8}}}}",
-        ),
+        "data=gsm8k",
+        "data.path=null",
+        f"data.train_files=[{rows}]",
+        "data.eval_rows=2",
+        "train.max_updates=1",
+        "train.tasks=[gsm8k]",
+        f"train.task_settings={{gsm8k: {{files: [{questions}], max_new_tokens: 8}}}}",
     )
     shared = (
         "6 of its problems are among the training rows, such as '1 apples and 2 more, how many?'\n"

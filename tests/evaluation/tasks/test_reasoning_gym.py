@@ -48,7 +48,7 @@ def test_gold_answers_are_right_and_others_are_not(name, level):
         assert all(credit < 1 and not exact for credit, exact, _ in credits(drawn, answers))
 
 
-def test_a_part_of_the_credit_is_no_right_answer():
+def test_partial_credit_is_not_a_right_answer():
     [problem] = problems(1, generator="word_sorting")
     words = problem.gold.split(", ")
     [(credit, exact, _)] = credits([problem], [", ".join([*words[:-2], words[-1], words[-2]])])
@@ -66,7 +66,7 @@ def test_problems_are_of_the_generators_and_the_level_that_the_run_was_trained_o
     data = DataConfig(layout="reasoning_gym", train_rows=9, eval_rows=3, reasoning_gym=settings)
     assert [
         (problem.details["generator"], problem.details["level"]) for problem in problems(2, data)
-    ] == [*(("gcd", 1), ("lcm", 1))]
+    ] == [("gcd", 1), ("lcm", 1)]
     [harder] = problems(1, data, generator="chain_sum", level=3)
     assert (harder.details["generator"], harder.details["level"]) == ("chain_sum", 3)
     parts = [MixPart(path="a/b"), MixPart(layout="reasoning_gym", train_rows=5, eval_rows=2)]
