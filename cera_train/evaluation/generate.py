@@ -28,7 +28,13 @@ from transformers.cache_utils import DynamicLayer
 
 from cera_train.cera import for_inference
 from cera_train.common.errors import UserError
-from cera_train.evaluation.requests import Answer, Request, answer_of, generation_settings, seed_of
+from cera_train.evaluation.requests import (
+    Answer,
+    Request,
+    answer_of,
+    generation_settings,
+    request_seed,
+)
 from cera_train.model.folder import cache_bytes, positions_of
 from cera_train.settings.evaluation import GenerationConfig
 
@@ -64,11 +70,10 @@ class TokenChoice:
         self.step = 0
         self.uniform_BT = torch.empty(len(batch), 0)
         if config.temperature:
-            generators = [torch.Generator().manual_seed(seed_of(each, config)) for each in batch]
-            rows = [
-                torch.rand(max_new_tokens, generator=generator, dtype=torch.float64)
-                for generator in generators
-            ]
+            rows = []
+            for request in batch:
+                generator = torch.Generator().manual_seed(request_seed(request, config))
+                rows.append(torch.rand(max_new_tokens, generator=generator, dtype=torch.float64))
             self.uniform_BT = torch.stack(rows)
 
     def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:

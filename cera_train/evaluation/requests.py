@@ -114,7 +114,7 @@ def answer_of(
     return Answer(generation, ids, log_p)
 
 
-def seed_of(request: Request, config: GenerationConfig) -> int:
+def request_seed(request: Request, config: GenerationConfig) -> int:
     """The seed of an answer's random numbers, 63 bits."""
     digest = hashlib.sha256(f"{config.seed}/{request.problem}/{request.sample}".encode()).digest()
     return int.from_bytes(digest[:8]) >> 1

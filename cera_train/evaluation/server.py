@@ -23,7 +23,13 @@ from transformers import TextStreamer
 
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.terminal import announce
-from cera_train.evaluation.requests import Answer, Request, answer_of, generation_settings, seed_of
+from cera_train.evaluation.requests import (
+    Answer,
+    Request,
+    answer_of,
+    generation_settings,
+    request_seed,
+)
 from cera_train.model.folder import files_of, model_ends
 from cera_train.runs.subject import digest_of
 from cera_train.settings.evaluation import GenerationConfig
@@ -171,7 +177,7 @@ class Server:
             "max_tokens": settings.max_new_tokens,
             "temperature": config.temperature,
             "top_p": config.top_p,
-            "seed": seed_of(request, config),
+            "seed": request_seed(request, config),
             "stop": settings.stop_strings or [],
             "stop_token_ids": settings.eos_token_id,
             "logprobs": 1,
