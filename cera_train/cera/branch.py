@@ -1,9 +1,9 @@
-"""y + s B dropout(gate(A x)) as one step of autograd: the numbers of the plain formula, less
-memory.
+"""The parts of a branch, and y + s B dropout(gate(A x)) as one step of autograd: the numbers of the
+plain formula in less memory.
 
 From forward to backward it keeps x, which the base's graph mostly holds anyway, and z = A x. The
 gate and the dropout masks are computed again; no tensor d_out wide is allocated, since B's product
-is added in place.
+is added in place. It has no second derivative: the plain formula, which torch.func takes, has.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .config import CeraConfig
 
@@ -35,9 +35,8 @@ class LearnedGate(nn.Module):
     def __init__(self, gate: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate = gate
-        self.gamma = nn.Parameter(
-            torch.empty(1, dtype=dtype)
-        )  # not a scalar: FSDP shards by dimension 0
+        # One element and no scalar: FSDP shards by dimension 0.
+        self.gamma = nn.Parameter(torch.empty(1, dtype=dtype))
 
     def forward(self, z: torch.Tensor, gamma: torch.Tensor | None = None) -> torch.Tensor:
         gamma = self.gamma if gamma is None else gamma
@@ -56,9 +55,15 @@ def start_branch(A: torch.Tensor, B: torch.Tensor, gate: nn.Module, config: Cera
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     if config.init_scale != 1:
         A.mul_(config.init_scale)
-    nn.init.zeros_(B) if config.init_weights else nn.init.kaiming_normal_(B, nonlinearity="linear")
-    if isinstance(gate, LearnedGate):
-        nn.init.zeros_(gate.gamma) if config.init_weights else nn.init.normal_(gate.gamma)
+
+    gammas = [gate.gamma] if isinstance(gate, LearnedGate) else []
+    if config.init_weights:
+        for weight in (B, *gammas):
+            nn.init.zeros_(weight)
+    else:
+        nn.init.kaiming_normal_(B, nonlinearity="linear")
+        for gamma in gammas:
+            nn.init.normal_(gamma)
 
 
 # --- dropout --------------------------------------------------------------------------------------
@@ -76,14 +81,15 @@ def seeded_dropout(h: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     if not p:
         return h
     dropped = min(round(p * BITS), BITS - 1)
-    generator = None if h.is_meta else torch.Generator(h.device).manual_seed(seed)  # meta has none
-    bits = torch.empty(-(-h.numel() // 4), dtype=torch.int64, device=h.device).random_(
-        -(2**63), None, generator=generator
-    )
+    generator = None  # the meta device has none
+    if not h.is_meta:
+        generator = torch.Generator(h.device).manual_seed(seed)
+    draws = math.ceil(h.numel() / 4)
+    bits = torch.empty(draws, dtype=torch.int64, device=h.device)
+    bits.random_(-(2**63), None, generator=generator)
     is_kept = bits.view(torch.int16)[: h.numel()].view_as(h) >= dropped - BITS // 2
-    return (h * is_kept).mul_(
-        BITS / (BITS - dropped)
-    )  # in 16 bits, the factor alone would be rounded too
+    # The mask first: as a 16-bit tensor, the factor would be rounded before it multiplies.
+    return (h * is_kept).mul_(BITS / (BITS - dropped))
 
 
 # --- the branch -----------------------------------------------------------------------------------
@@ -91,17 +97,21 @@ def seeded_dropout(h: torch.Tensor, p: float, seed: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Hidden:
-    """x -> dropout(gate(A dropout(x))) of one call: the same input gives the same output every
-    time."""
+    """The gate and the dropout of one call, whose masks backward draws again."""
 
     gate: nn.Module
-    p: float  # the share of hidden units to drop
-    p_x: float  # the share of x to drop
+    p: float  # probability of dropping a hidden unit
+    p_x: float  # probability of dropping an element of x
     seed: int
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it drops units."""
+        return bool(self.p or self.p_x)
 
     @classmethod
     def of_call(cls, gate: nn.Module, dropout_x: nn.Dropout, dropout: nn.Dropout) -> Hidden:
-        """That of a new call, with masks of its own."""
+        """For a new call, with new masks."""
         p_x, p = (part.p if part.training else 0.0 for part in (dropout_x, dropout))
         # The CPU's generator draws the seed: reading a GPU's would wait for the GPU.
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p_x or p else 0
@@ -116,29 +126,38 @@ class Hidden:
         return seeded_dropout(self.gate(z, *parameters), self.p, self.seed)
 
 
-def add_branch(
-    result: torch.Tensor,
-    x: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    scaling: float,
-    hidden: Hidden,
-) -> torch.Tensor:
-    """result + s B hidden(A x), written into `result`.
+@dataclass(frozen=True)
+class FusedBranch:
+    """s B hidden(A x), to be added to a projection's output in one step."""
 
-    Args:
-        result: [..., d_out], contiguous, of x's dtype.
-        x: [..., d_in].
-        A: [r, d_in]. B: [d_out, r].
-    """
-    if torch.is_grad_enabled():
-        return _AddBranch.apply(result, x, A, B, scaling, hidden, *hidden.gate.parameters())
-    h = hidden(hidden.drop_x(x) @ A.T)
-    result.view(-1, len(B)).addmm_(h, B.T, alpha=scaling)  # result += s h B^T
-    return result
+    A: torch.Tensor  # [r, d_in]
+    B: torch.Tensor  # [d_out, r]
+    scaling: float
+    hidden: Hidden
+    overwrites: bool  # whether the sum takes the output's memory
+
+    def add_to(self, result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """result + s B hidden(A x).
+
+        Args:
+            result: [..., d_out], contiguous, of the dtype of A and B.
+            x: [..., d_in].
+        """
+        if not self.overwrites:
+            result = result.clone()
+        x = x.to(result.dtype)
+        hidden = self.hidden
+        if torch.is_grad_enabled():
+            parameters = hidden.gate.parameters()
+            return _AddBranch.apply(result, x, self.A, self.B, self.scaling, hidden, *parameters)
+        h = hidden(hidden.drop_x(x) @ self.A.T)
+        result.view(-1, len(self.B)).addmm_(h, self.B.T, alpha=self.scaling)  # result += s h B^T
+        return result
 
 
 class _AddBranch(torch.autograd.Function):
+    """`FusedBranch.add_to`, where gradients are wanted."""
+
     @staticmethod
     def forward(
         ctx: FunctionCtx,
@@ -159,31 +178,20 @@ class _AddBranch(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, z, A, B, *parameters = ctx.saved_tensors
         hidden = ctx.hidden
-        is_differentiated = (
-            torch.is_grad_enabled()
-        )  # create_graph=True: this gradient is differentiated once more
-        if is_differentiated:
-            z = hidden.drop_x(x) @ A.T  # the saved one has no graph
         with torch.enable_grad():
-            z, *parameters = (_leaf(value, is_differentiated) for value in (z, *parameters))
+            z, *parameters = (value.detach().requires_grad_() for value in (z, *parameters))
             h = hidden(z, *parameters)
         grad_branch = _rows(grad_output)
         grad_h = (grad_branch @ B) * ctx.scaling
-        grad_z, *grad_parameters = torch.autograd.grad(
-            h, (z, *parameters), grad_h, create_graph=is_differentiated
-        )
+        grad_z, *grad_parameters = torch.autograd.grad(h, (z, *parameters), grad_h)
         grad_x = hidden.drop_x(grad_z @ A).view_as(x) if ctx.needs_input_grad[1] else None
         grad_A = grad_z.T @ hidden.drop_x(x) if ctx.needs_input_grad[2] else None
         grad_B = grad_branch.T @ (h * ctx.scaling) if ctx.needs_input_grad[3] else None
         return grad_output, grad_x, grad_A, grad_B, None, None, *grad_parameters
-
-
-def _leaf(value: torch.Tensor, has_graph: bool) -> torch.Tensor:
-    """`value` to differentiate by: with its graph, or as a leaf."""
-    return value if has_graph and value.requires_grad else value.detach().requires_grad_()
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .branch import GATES, Hidden, LearnedGate, add_branch, start_branch
+from .branch import GATES, FusedBranch, Hidden, LearnedGate, start_branch
 from .config import CeraConfig
 
 
@@ -97,9 +97,8 @@ class CeraLinear(CeraLayer):
         TypeError: the base layer is not a linear projection.
     """
 
-    kept: dict[tuple[str, torch.dtype], tuple] | None = None
-    """Arguments of `add_branch`, and whether it may write into the base's output, by adapter and
-    the output's dtype: inside `for_inference`."""
+    prepared: dict[tuple[str, torch.dtype], FusedBranch] | None = None
+    """Branches by adapter and the output's dtype, inside `for_inference`; None outside."""
 
     def update_layer(self, adapter_name: str, config: CeraConfig) -> None:
         """Adds an adapter, or replaces the one of that name."""
@@ -112,82 +111,98 @@ class CeraLinear(CeraLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The projection with its active branches."""
+        """W0 x + s B h(A x), with a branch for every active adapter."""
         result = self.base_layer(x, *args, **kwargs)
-        if not self.disable_adapters:
-            for adapter_name in self.active_adapters:
-                if adapter_name in self.cera_A:
-                    result = self._add_branch(result, x, adapter_name)
+        if self.disable_adapters:
+            return result
+        for adapter_name in self.active_adapters:
+            if adapter_name not in self.cera_A:
+                continue
+            fused = self.fused_branch(result, adapter_name)
+            if fused:
+                result = fused.add_to(result, x)
+            else:
+                result = (result + self.branch(x, adapter_name)).to(result.dtype)
         return result
 
     def branch(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """s B dropout(gate(A x)), which one adapter adds to the projection's output, [..., d_in] ->
-        [..., d_out]."""
+        """s B h(A x) of one adapter, the plain formula: [..., d_in] -> [..., d_out]."""
         A, B, gate, dropout_x, dropout = self.parts(adapter_name)
         if autocast_dtype(x.device) is None:
-            # Adapter weights are fp32 over a 16-bit base. Autocast would bring x back to 16 bits at
-            # once.
+            # The weights are float32 over a 16-bit base. Autocast would cast x back to 16 bits.
             x = self._cast_input_dtype(x, A.weight.dtype)
         return self.scaling[adapter_name] * B(dropout(gate(A(dropout_x(x)))))
 
-    def _add_branch(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """result + branch(x), as one step where that rounds nowhere else and all weights may be
-        read."""
-        key = adapter_name, result.dtype
-        if (
-            self.kept
-            and key in self.kept
-            and not torch.is_grad_enabled()
-            and result.is_contiguous()
-        ):
-            *branch, may_write = self.kept[key]
-            return add_branch(result if may_write else result.clone(), x.to(result.dtype), *branch)
-        A, B, gate, dropout_x, dropout = self.parts(adapter_name)
-        dtype = autocast_dtype(x.device) or A.weight.dtype
-        may_read = (
-            is_plain(A, nn.Linear)
+    def can_fuse(self, result: torch.Tensor, adapter_name: str) -> bool:
+        """Whether a `FusedBranch` may be added to `result` instead of the plain formula."""
+        A, B, gate, *_ = self.parts(adapter_name)
+        return (
+            # torch.compile and torch.func need to see every operation.
+            not is_transformed()
+            # FSDP1, ZeRO-3 and offloading fetch a weight when its module is called, and a hook may
+            # change what the module returns.
+            and is_plain(A, nn.Linear)
             and is_plain(B, nn.Linear)
             and is_plain(gate, LearnedGate, *GATES.values())
+            # If the branch has another dtype, only the plain formula rounds the sum just once.
+            and result.dtype == (autocast_dtype(result.device) or A.weight.dtype)
+            # The product with B is added to the rows of `result` in place.
+            and result.is_contiguous()
         )
-        if not (
-            may_read and not is_transformed() and result.dtype == dtype and result.is_contiguous()
-        ):
-            return (result + self.branch(x, adapter_name)).to(result.dtype)
-        # Others may hold the output of a base layer with hooks, or need it in backward. A bias
-        # returns a view, which autograd does not let an in-place operation change.
-        may_write = is_plain(self.base_layer, nn.Linear, Conv1D)
-        if not may_write or (torch.is_grad_enabled() and result._is_view()):
-            result = result.clone()
-        scaling = self.scaling[adapter_name]
+
+    def fused_branch(self, result: torch.Tensor, adapter_name: str) -> FusedBranch | None:
+        """An adapter's branch, to be added to `result` in one step; None where `can_fuse` is false.
+        Inside `for_inference`, the first call prepares it for all."""
+        key = adapter_name, result.dtype
+        may_reuse = self.prepared is not None and not torch.is_grad_enabled()
+        if may_reuse and key in self.prepared and result.is_contiguous():
+            return self.prepared[key]
+        if not self.can_fuse(result, adapter_name):
+            return None
+
+        A, B, gate, dropout_x, dropout = self.parts(adapter_name)
         hidden = Hidden.of_call(gate, dropout_x, dropout)
-        if self.kept is not None and not (hidden.p_x or hidden.p):
-            # Copies: a sharded weight is whole only during the call.
-            weights = (part.weight.detach().to(dtype, copy=True) for part in (A, B))
-            self.kept[key] = *weights, scaling, hidden, may_write
-        return add_branch(
-            result, x.to(dtype), A.weight.to(dtype), B.weight.to(dtype), scaling, hidden
+        is_reused = may_reuse and not hidden.is_random
+        fused = FusedBranch(
+            # Reused weights are copies: a sharded weight is whole only during the call.
+            A=A.weight.to(result.dtype, copy=is_reused),
+            B=B.weight.to(result.dtype, copy=is_reused),
+            scaling=self.scaling[adapter_name],
+            hidden=hidden,
+            overwrites=self._may_overwrite_output(),
         )
+        if is_reused:
+            self.prepared[key] = fused
+        return fused
+
+    def _may_overwrite_output(self) -> bool:
+        """Whether nothing else needs the output of the base layer."""
+        # A hook may have kept it, and a layer of another class may need it in backward.
+        if not is_plain(self.base_layer, nn.Linear, Conv1D):
+            return False
+        # With a bias it is a view, and writing through one costs autograd more than a copy.
+        return self.base_layer.bias is None or not torch.is_grad_enabled()
 
 
 @contextmanager
 def for_inference(model: nn.Module) -> Iterator[None]:
-    """Lets CeRA layers cast their weights once for all calls without gradient in eval mode.
+    """Lets CeRA layers prepare their branches once for all calls without gradient in eval mode.
 
         with torch.no_grad(), for_inference(model):
             model.generate(**inputs)
 
-    Adapters may be switched inside. Their weights may not change, nor may what autocast casts to.
-    The results are the same to the bit. Every active adapter takes its weights' memory once more in
-    the precision that it computes in.
+    Adapters may be switched inside. Their weights and hooks must not change, nor autocast's dtype.
+    The results are the same to the bit. Every active adapter takes its weights' memory once more,
+    in the dtype that it computes in.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, CeraLinear)]
     for layer in layers:
-        layer.kept = {}
+        layer.prepared = {}
     try:
         yield
     finally:
         for layer in layers:
-            layer.kept = None
+            layer.prepared = None
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -198,26 +213,21 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def is_plain(module: nn.Module, *classes: type) -> bool:
-    """Whether it is of one of these classes, and a call of it does what its class does.
-
-    FSDP1, ZeRO-3 and offloading fetch a weight at the call, and a hook may keep the output.
-    """
+    """Whether a module is of one of these classes, and calling it does no more than its class
+    does."""
+    # torch has no public way to ask for hooks, and accelerate's replace `forward` in the module.
     hooks = (
         module._forward_pre_hooks,
         module._forward_hooks,
         module._backward_pre_hooks,
         module._backward_hooks,
     )
-    return (
-        type(module) in classes
-        and not any(hooks)
-        and not {"forward", "_hf_hook"} & vars(module).keys()
-    )
+    return type(module) in classes and not any(hooks) and "forward" not in vars(module)
 
 
 def is_transformed() -> bool:
-    """Whether torch.compile or torch.func reads the operations: neither could read into
-    `add_branch`."""
+    """Whether torch.compile or torch.func transforms the operations."""
+    # torch.func has no public counterpart of is_compiling().
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
