@@ -2,33 +2,46 @@
 DoRA.
 
 Importing this package registers CeRA with PEFT, so that `PeftModel.from_pretrained` loads CeRA
-adapters. The commands do so later, where they load torch: their `--help`, mistakes and tables
-answer without those two seconds.
+adapters: at once where PEFT is loaded, else as soon as it is. So the package costs nothing until
+then, and the commands' `--help`, errors and tables and the graders' processes never load torch.
 """
 
+import importlib
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 __version__ = "0.1.0"
 
 
-def _is_command() -> bool:
-    """Whether this process is one of our commands: `cera-train`, `python -m cera_train` (whose name
-    is -m until the package is imported), or a process that one of them spawned."""
-    program = Path(sys.argv[0] if sys.argv else "")
-    is_script = program.name.startswith("cera-") and program.suffix in ("", ".exe")
-    return is_script or program.name == "-m" or program.parent == Path(__file__).parent
+class _RegisterAfterPeft(MetaPathFinder):
+    """Finds `peft` as the other finders do, and registers CeRA once it is executed.
+
+    Python has no hook after an import, and PEFT no entry point for methods from outside.
+    """
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "peft":
+            return None
+        specs = (each.find_spec(name, path, target) for each in sys.meta_path if each is not self)
+        spec = next(filter(None, specs), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            importlib.import_module("cera_train.cera")
+
+        spec.loader.exec_module = execute_and_register
+        return spec
 
 
-def _is_grader() -> bool:
-    """Whether this is a process of evaluation/grading.py, which answers no one who could load an
-    adapter."""
-    multiprocessing = sys.modules.get("multiprocessing")
-    return (
-        multiprocessing is not None
-        and multiprocessing.current_process().name == "pebble_pool_worker"
-    )
-
-
-if not (_is_command() or _is_grader()):
-    import cera_train.cera  # noqa: F401
+if "peft" in sys.modules:
+    importlib.import_module("cera_train.cera")
+else:
+    sys.meta_path.insert(0, _RegisterAfterPeft())

@@ -5,6 +5,7 @@ import copy
 import importlib
 import json
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -167,6 +168,27 @@ def test_loading_over_a_16_bit_base_does_not_round_the_adapter(tmp_path, low_cpu
         autocast_adapter_dtype=False,
     )
     assert cera_dtypes(in_16_bits) == {torch.bfloat16}
+
+
+IMPORTS = {
+    "cera_train first": """
+import importlib.util, sys
+import cera_train
+assert importlib.util.find_spec("peft")  # as libraries look for PEFT without importing it
+assert not {"torch", "peft"} & sys.modules.keys(), "import cera_train is not light"
+import peft
+""",
+    "peft first": "import peft, cera_train",
+    "the method alone": "import cera_train.cera, peft",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", IMPORTS.values(), ids=IMPORTS)
+def test_importing_cera_train_registers_cera_in_any_order(imports):
+    script = f"{imports}\nprint(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType('CERA')].__name__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "CeraConfig\n", done.stderr
 
 
 def test_the_type_is_a_member_of_pefts_enum_also_where_it_is_registered_twice():
