@@ -127,8 +127,8 @@ def duration(seconds: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Such as 1 job, 0 jobs."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    """A number and its noun: 1 job, 0 jobs."""
+    return f"{number:,} {noun if number == 1 else f'{noun}s'}"
 
 
 def gigabytes(size: float, decimals: int = 1) -> str:

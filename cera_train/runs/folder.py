@@ -33,7 +33,6 @@ from cera_train.common.settings import Choice
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
-from cera_train.model.batches import RowOrder
 from cera_train.runs.records import Record, another_config, differences
 from cera_train.runs.results import (
     DIVERGED,
@@ -81,10 +80,10 @@ class Progress(Record):
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(exclude_none=True)  # null would read as infinite
 
-    def updated(self, tokens: int, seconds: float, order: RowOrder) -> None:
+    def updated(self, tokens: int, seconds: float, updates_per_epoch: int) -> None:
         """Counts one more update."""
         self.update += 1
-        self.epoch = order.epoch(self.update)
+        self.epoch = self.update // updates_per_epoch
         self.tokens += tokens
         self.seconds += seconds
 
@@ -141,21 +140,24 @@ class RunFolder:
         return sorted(checkpoints, key=lambda checkpoint: int(checkpoint.name))
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest undamaged checkpoint; None where there is none at all. Prints which damaged
-        ones it skips; raises UserError where there is no other."""
+        """The newest undamaged checkpoint; None without any checkpoint. Prints which damaged ones
+        it skips.
+
+        Raises:
+            UserError: all checkpoints are damaged.
+        """
         damaged: list[str] = []
         for checkpoint in reversed(self.checkpoints()):
-            if (damage := files.find_damage(checkpoint)) is not None:
-                damaged.append(f"{checkpoint} ({damage})")
-                continue
-            if damaged:
-                print_line("damaged", f"{'; '.join(damaged)}. Resuming from {checkpoint}.")
-            return checkpoint
+            damage = files.find_damage(checkpoint)
+            if damage is None:
+                if damaged:
+                    print_line("damaged", f"{'; '.join(damaged)}. Resuming from {checkpoint}.")
+                return checkpoint
+            damaged.append(f"{checkpoint} ({damage})")
         if damaged:
             raise UserError(
                 f"{self.path} has only damaged checkpoints: {'; '.join(damaged)}. Restore one of "
-                f"them, or start anew "
-                "with train.resume=never."
+                "them, or start again with train.resume=never."
             )
         return None
 
@@ -213,36 +215,24 @@ class RunFolder:
             files.write_text(self.path / DIVERGED, message + "\n")
 
     def rewind(self, progress: Progress | None) -> None:
-        """Removes what comes after a checkpoint, by its progress: the resumed run writes it again.
-        Without one, removes everything.
+        """Removes what was written after the checkpoint of this progress: the resumed run writes
+        it again. Without a checkpoint, removes everything.
 
-        best/ stays, also one of a later update, and so do losses and grades: the resumed run comes
-        to the same evaluations, and so to the same files.
+        Keeps best/, even of a later update, and losses and grades: the resumed run comes to the
+        same evaluations, and so to the same files.
         """
         (self.path / DIVERGED).unlink(missing_ok=True)
         for checkpoint in reversed(self.checkpoints()):
             if progress is None or int(checkpoint.name) > progress.update:
                 files.remove_folder(checkpoint)
-        if progress is None:
-            for name in ("best", "adapter", "tensorboard", GRADES):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in (*LOGS, LOSSES_BEFORE, LOSSES_AFTER, IDS):
-                (self.path / name).unlink(missing_ok=True)
+        if progress is not None:
+            for name in LOGS:
+                cut_log(self.path / name, progress)
             return
-        for path in filter(Path.exists, (self.path / log for log in LOGS)):
-            kept = []
-            # A cut leaves half a line, and a loss of power any bytes, but only after the
-            # checkpoint's.
-            with contextlib.suppress(LookupError, TypeError, ValueError):
-                for line in path.read_bytes().splitlines(keepends=True):
-                    content = json.loads(line)
-                    is_repeated = progress.evaluation_pending and {
-                        "train/loss",
-                        "reward",
-                    }.isdisjoint(content)
-                    if content["update"] <= progress.update - is_repeated:
-                        kept.append(line)
-            files.write_bytes(path, b"".join(kept))
+        for name in ("best", "adapter", "tensorboard", GRADES):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in (*LOGS, LOSSES_BEFORE, LOSSES_AFTER, IDS):
+            (self.path / name).unlink(missing_ok=True)
 
     def save_checkpoint(
         self,
@@ -257,18 +247,18 @@ class RunFolder:
         moments = optimizer_state(optimizer, scaler, keep=self.is_main)
 
         def write(folder: Path) -> None:
+            # No checkpoint is ahead of the metrics, even after a crash.
             with (self.path / METRICS).open("ab") as metrics:
-                os.fsync(
-                    metrics.fileno()
-                )  # no checkpoint is ahead of the metrics, even after a crash
+                os.fsync(metrics.fileno())
             with (folder / "optimizer.pt").open("wb") as file:
                 torch.save(moments, file)
             progress.write(folder / "progress.json")
             files.write_checksums(folder)
 
         self._save(f"checkpoints/{progress.update}", model, write)
-        for old in self.checkpoints()[:-keep] if self.is_main else ():
-            files.remove_folder(old)
+        if self.is_main:
+            for old in self.checkpoints()[:-keep]:
+                files.remove_folder(old)
 
     def save_best(self, model: nn.Module, metrics: EvaluationMetrics) -> None:
         """best/: the adapter of the lowest perplexity so far."""
@@ -280,9 +270,8 @@ class RunFolder:
         self._save("adapter", model, tokenizer.save_pretrained)
 
     def _save(self, name: str, model: nn.Module, write_more: Callable[[Path], Any]) -> None:
-        weights = trainable_weights(
-            model, keep=self.is_main
-        )  # of a sharded model, collected by all processes
+        # Of a sharded model all processes collect them.
+        weights = trainable_weights(model, keep=self.is_main)
         if not self.is_main:
             return
 
@@ -291,6 +280,26 @@ class RunFolder:
             write_more(part)
 
         files.write_folder(self.path / name, write)
+
+
+def cut_log(path: Path, progress: Progress) -> None:
+    """Removes the lines of a log that a run which resumes with this progress writes again."""
+    if not path.exists():
+        return
+    kept = []
+    # A cut leaves half a line, and a loss of power any bytes, but only after the checkpoint's.
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        for line in path.read_bytes().splitlines(keepends=True):
+            if _is_kept(json.loads(line), progress):
+                kept.append(line)
+    files.write_bytes(path, b"".join(kept))
+
+
+def _is_kept(line: dict[str, Any], progress: Progress) -> bool:
+    is_of_evaluation = {"train/loss", "reward"}.isdisjoint(line)
+    if is_of_evaluation and progress.evaluation_pending:
+        return line["update"] < progress.update
+    return line["update"] <= progress.update
 
 
 def load_checkpoint(
@@ -313,9 +322,8 @@ def load_checkpoint(
         ) from error
     if progress.data_digest != data_digest:
         raise UserError(
-            f"the training rows are not those of {folder}: its optimizer and order of rows belong "
-            f"to others. "
-            "Restore the files, or choose another name=... for a new run."
+            f"the training rows are not those of {folder}, which its optimizer and order of rows "
+            "belong to. Restore the files, or choose another name=... for a new run."
         )
     load(model, weights)
     return progress, state

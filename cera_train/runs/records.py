@@ -52,10 +52,10 @@ class Record(BaseModel):
             return cls.model_validate(tree)
         except ValidationError as error:
             problem = error.errors()[0]
-            place = ".".join(map(str, problem["loc"])) or "the whole"
+            field = ".".join(map(str, problem["loc"])) or "the whole"
             got = "" if problem["type"] == "missing" else f", got {str(problem['input'])[:40]!r}"
             raise UserError(
-                f"{where} is broken: {place}: {problem['msg']}{got}. {cls.fix}"
+                f"{where} is broken: {field}: {problem['msg']}{got}. {cls.fix}"
             ) from error
 
     def to_json(self) -> dict[str, Any]:
@@ -102,8 +102,7 @@ def read_trees(
     """The JSON values in a file, one on each line, each with its place.
 
     Args:
-        may_break_off: skips half a line at the end, which a run that still writes, or was cut, may
-            leave.
+        may_break_off: skips half a line at the end: the run may still write it, or was cut.
     """
     number = 0
     trees = []
@@ -115,8 +114,8 @@ def read_trees(
         for number, line in enumerate(lines, start=1):
             trees.append((f"{path}:{number}", json.loads(line)))
     except (OSError, ValueError, RecursionError) as error:
-        line = f":{number}" * bool(number)
-        raise UserError(f"{path}{line} is broken: {error_text(error)}. {fix}") from error
+        place = f"{path}:{number}" if number else str(path)
+        raise UserError(f"{place} is broken: {error_text(error)}. {fix}") from error
     return trees
 
 
@@ -127,8 +126,8 @@ LENGTH = ("train.epochs", "train.max_updates")
 
 
 def load_config(path: Path, schema: type = Config) -> Any:
-    """A config as it stands in a run's folder. It was resolved when it was written, so a `${` in it
-    is text: ${oc.env:HF_TOKEN} in somebody's prompt is not looked up."""
+    """The config in a file of a run's folder. It was resolved when it was written, so a `${` in it
+    is text: ${oc.env:HF_TOKEN} in a prompt is not looked up."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -136,7 +135,10 @@ def load_config(path: Path, schema: type = Config) -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
     except OmegaConfBaseException as error:
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}.") from error
+        raise UserError(
+            f"cannot read {path}: {str(error).splitlines()[0]}. Restore it, or use the version of "
+            "cera-train that wrote it."
+        ) from error
 
 
 def differences(path: Path, config: dict[str, Any], schema: type = Config) -> dict[str, str]:
@@ -152,7 +154,7 @@ def differences(path: Path, config: dict[str, Any], schema: type = Config) -> di
 
 
 def another_config(folder: Path, different: Mapping[str, str]) -> UserError:
-    """The refusal of a run's folder by its `differences` from what is asked for."""
+    """The error for a folder whose run has another config, by their `differences`."""
     fix = "Set these back, or choose another name=..."
     is_finished = (folder / "result.json").is_file()
     if is_finished and different.keys() <= set(LENGTH):

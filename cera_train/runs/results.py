@@ -17,6 +17,7 @@ from pydantic import BeforeValidator
 
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.files import read_json, write_bytes, write_text
+from cera_train.common.terminal import counted
 from cera_train.runs.records import RESTORE, Record, key, read_lines, read_trees, to_lines
 
 if TYPE_CHECKING:
@@ -131,17 +132,17 @@ class Environment(Record, extra="allow"):
         """What the run was trained on; None where it is not on record."""
         if self.gpus is None:
             return None
-        threads = "?" if self.cpu_threads is None else self.cpu_threads
+        threads = "? threads" if self.cpu_threads is None else counted(self.cpu_threads, "thread")
+        device = ", ".join(self.gpus) or f"CPU, {threads}"
         processes = self.processes or 1
-        device = ", ".join(self.gpus) or f"CPU, {threads} thread{'s' * (threads != 1)}"
-        return f"{device}, {processes} process{'es' * (processes != 1)}"
+        return f"{device}, {processes} {'process' if processes == 1 else 'processes'}"
 
 
 SPECTRUM = "spectrum.json"
 
 
-class ModuleSpectrum(Record, extra="allow"):
-    """What is read of a module in spectrum.json."""
+class SpectrumRecord(Record, extra="allow"):
+    """A module in spectrum.json."""
 
     singular_values: list[float]  # of the centred branch output, descending
 
@@ -149,9 +150,11 @@ class ModuleSpectrum(Record, extra="allow"):
 def mean_spectrum(path: Path) -> list[float]:
     """Singular values over their sum, in the mean over the modules of a spectrum.json, as the paper
     draws them; a module with fewer directions counts as zero further on. Empty without the file."""
+    if not path.is_file():
+        return []
     normalized = []
-    for name, module in read_json(path).items() if path.is_file() else ():
-        values = ModuleSpectrum.from_json(module, f"{path}: {name}").singular_values
+    for name, module in read_json(path).items():
+        values = SpectrumRecord.from_json(module, f"{path}: {name}").singular_values
         total = sum(values)
         normalized.append([value / total if total > 0 else 0.0 for value in values])
     return [
@@ -162,7 +165,10 @@ def mean_spectrum(path: Path) -> list[float]:
 
 # --- metrics.jsonl --------------------------------------------------------------------------------
 
-LOGS = METRICS, SPECTRA, SAMPLES = "metrics.jsonl", "spectra.jsonl", "samples.jsonl"
+METRICS = "metrics.jsonl"
+SPECTRA = "spectra.jsonl"
+SAMPLES = "samples.jsonl"
+LOGS = (METRICS, SPECTRA, SAMPLES)
 """Files that grow by lines, each with the number of its update."""
 
 
@@ -225,7 +231,9 @@ class Metrics:
 def read_metrics(path: Path) -> Metrics:
     """The metrics of a run, which may still be running; empty where there are none."""
     metrics = Metrics()
-    for place, tree in read_trees(path, may_break_off=True) if path.is_file() else ():
+    if not path.is_file():
+        return metrics
+    for place, tree in read_trees(path, may_break_off=True):
         if isinstance(tree, dict) and any(name.startswith("eval/") for name in tree):
             metrics.evaluations.append(EvaluationMetrics.from_json(tree, place))
         else:

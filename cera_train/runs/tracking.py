@@ -33,7 +33,8 @@ DASHBOARD_NAMES = {
 }
 """Names in metrics.jsonl -> names that the dashboards of transformers' runs expect."""
 
-WANDB_NAME = 128  # characters that W&B's server takes for the name of a run or of a group
+WANDB_NAME = 128
+"""Most characters that W&B's server accepts in the name of a run or of a group."""
 
 ENVIRONMENT = {
     "WANDB_SILENT": "true",
@@ -41,17 +42,17 @@ ENVIRONMENT = {
     "WANDB_INIT_TIMEOUT": "30",
     "WANDB_FINISH_TIMEOUT": "30",
     "WANDB_FINISH_TIMEOUT_RAISES": "true",
-    # holds up the end of a run for 20 seconds where the server is silent
+    # Error reports delay the end of a run by 20 seconds where the server does not answer.
     "WANDB_ERROR_REPORTING": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-"""How quiet the libraries are, and how many seconds they wait for a server, where the user has not
-set it."""
+"""Environment variables that keep the libraries quiet and limit the seconds that they wait for a
+server. The user's own values win."""
 
 
 class Tracker:
-    """The trackers of a run. Without any, what it gets goes nowhere."""
+    """The trackers of a run: none, one or several."""
 
     def __init__(self) -> None:
         self.trackers: dict[TrackerKind, GeneralTracker] = {}
@@ -78,7 +79,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def drop_on_failure(self, kind: TrackerKind) -> Iterator[None]:
-        """Turns an error into one line, and leaves the tracker out from then on."""
+        """Prints an error in one line, and drops the tracker."""
         try:
             yield
         except Exception as error:
@@ -91,7 +92,7 @@ class Tracker:
 def start_tracker(
     config: TrackerConfig, run_config: dict[str, Any], name: str, folder: Path, first_update: int
 ) -> Tracker:
-    """The trackers of a run. `run_config` is shown as it is: it must hold no secret."""
+    """The trackers of a run, started. `run_config` is uploaded as it is: it must hold no secret."""
     os.environ |= ENVIRONMENT | os.environ
     started = Tracker()
     for kind in config.chosen:
@@ -100,13 +101,11 @@ def start_tracker(
             tracker = build_tracker(kind, config, name, folder, first_update)
             tracker.start()
             started.trackers[kind] = tracker
-            if (
-                kind == TrackerKind.tensorboard
-            ):  # its own form, hyperparameters, is a run of its own
+            if kind == TrackerKind.tensorboard:
+                # As hyperparameters, TensorBoard would show the config as another run.
                 tracker.log({"config": f"```json\n{json.dumps(run_config, indent=2)}\n```"})
-            elif (
-                kind != TrackerKind.mlflow or not is_resumed
-            ):  # it refuses other values, as of train.keep
+            elif not (kind == TrackerKind.mlflow and is_resumed):
+                # MLflow refuses another value of a parameter, such as train.keep.
                 tracker.store_init_configuration(flatten(run_config))
             if kind == TrackerKind.mlflow:  # its server chooses the id
                 write_id(folder, kind, tracker.tracker.info.run_id)
@@ -116,15 +115,14 @@ def start_tracker(
 def build_tracker(
     kind: TrackerKind, config: TrackerConfig, name: str, folder: Path, first_update: int
 ) -> GeneralTracker:
-    """Accelerate's tracker of a kind, not started."""
+    """Accelerate's tracker of a kind, not yet started."""
     from accelerate import tracking
 
     more = config.kinds[kind] or {}
     if kind == TrackerKind.tensorboard:
         (folder / kind).mkdir(exist_ok=True)
-        tempfile.TemporaryFile(
-            dir=folder / kind
-        ).close()  # no access: an error here, not in its thread
+        # Without access, fail here rather than in TensorBoard's thread.
+        tempfile.TemporaryFile(dir=folder / kind).close()
         return tracking.TensorBoardTracker(kind, folder, purge_step=first_update + 1, **more)
     if kind == TrackerKind.mlflow:
         tags = {"group": config.group} if config.group else None
@@ -174,7 +172,7 @@ def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
                 if mode != "online":
                     raise
                 print_warning(f"W&B cannot be reached, so the run is recorded offline ({error}).")
-                wandb.teardown()  # else its service would refuse a second run of the same id
+                wandb.teardown()  # otherwise its service refuses a second run of the same id
                 self.run = wandb.init(project=self.run_name, mode="offline", **self.init_kwargs)
             if self.run.offline:
                 print_line(
@@ -195,7 +193,7 @@ def write_id(folder: Path, kind: TrackerKind, run_id: str) -> None:
 
 
 def print_warning(text: str) -> None:
-    """Prints one line about a part of the run that failed while the run goes on."""
+    """Prints what went wrong to stderr, where the run goes on or is finished."""
     program = Path(sys.argv[0]).name
     program = program if program.startswith("cera-") else "cera-train"
     print(f"{program}: {clean(redact(' '.join(text.split())))}", file=sys.stderr)

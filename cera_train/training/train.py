@@ -188,7 +188,7 @@ def update(
         model.optimizer.zero_grad()
 
     seconds = time.perf_counter() - started
-    progress.updated(drawn.tokens, seconds, data.order)
+    progress.updated(drawn.tokens, seconds, data.order.updates_per_epoch)
     sums = {
         name: float(accelerator.reduce(value, reduction="mean"))
         for name, value in drawn.sums.items()
