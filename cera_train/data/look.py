@@ -11,8 +11,9 @@ from rich.text import Text
 
 from cera_train.common.terminal import console, print_line
 from cera_train.common.trust import clean
+from cera_train.data.chats import TURNS
 from cera_train.data.prepare import TokenizedData, TokenizedRows
-from cera_train.data.segments import TURNS, columns_of, columns_read
+from cera_train.data.segments import columns_of, columns_read
 from cera_train.data.sources import HELD_OUT, MOST_HELD_OUT
 from cera_train.settings.data import DataConfig, Layout, Turns
 

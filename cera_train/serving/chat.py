@@ -15,9 +15,10 @@ from cera_train.common.errors import UserError, error_text, errors_at
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
+from cera_train.data.chats import TURNS, turns_of
 from cera_train.data.prepare import encode
 from cera_train.data.rows import PROMPT, READERS, Row, from_files
-from cera_train.data.segments import TURNS, columns_read, segmenter, turns_of
+from cera_train.data.segments import columns_read, segmenter
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.requests import Request, check_positions

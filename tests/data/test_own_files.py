@@ -39,7 +39,7 @@ def own(compose, write_jsonl):
 @pytest.mark.parametrize(
     ("row", "layout", "texts"),
     [
-        (CHAT, "messages", [message["content"] for message in CHAT["messages"]]),
+        (CHAT, "messages", ["Be brief.hello", "hello there", "next?", "0.84"]),
         (
             CONVERSATION,
             "conversations",
