@@ -9,7 +9,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cera_train", "benchmarks", "tests")
 LEFT = {
-    "adapters/build.py",
     "adapters/targets.py",
     "cera/coverage.py",
     "cera/experts.py",
@@ -18,25 +17,11 @@ LEFT = {
     "data/look.py",
     "data/prepare.py",
     "data/segments.py",
-    "evaluation/evaluate.py",
-    "evaluation/exams.py",
-    "evaluation/generate.py",
-    "evaluation/held_out.py",
-    "planning/dry_run.py",
-    "report/page.py",
-    "runs/evaluation_folder.py",
-    "runs/folder.py",
-    "runs/records.py",
-    "runs/results.py",
-    "runs/subject.py",
-    "serving/vllm.py",
-    "study/cells.py",
-    "study/design.py",
-    "study/results.py",
-    "tasks/logistic_map.py",
-    "training/console.py",
-    "training/train.py",
     "evaluation/test_server.py",
+    "planning/meter.py",
+    "runs/folder.py",
+    "runs/results.py",
+    "study/results.py",
 }
 """Files that are not yet so."""
 FILES = [
@@ -82,9 +67,14 @@ def mistakes(code: str) -> Iterator[tuple[int, str]]:
                     yield node.lineno, "a flag multiplies text: write `text if flag else ''`"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_a_line_holds_one_statement(file):
-    assert [f"{file}:{line}: {fix}" for line, fix in mistakes(file.read_text())] == []
+def test_a_line_holds_one_statement():
+    found = [
+        f"{file.relative_to(ROOT)}:{line}: {fix}"
+        for file in FILES
+        for line, fix in mistakes(file.read_text())
+    ]
+    assert len(FILES) > 200
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize(
