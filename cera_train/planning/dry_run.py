@@ -37,10 +37,10 @@ from cera_train.model.precision import choose_precision
 from cera_train.model.weights import attention_for, mixes_sequences
 from cera_train.planning.data_size import DataSize
 from cera_train.planning.meter import Meter, Reading, allocated
-from cera_train.settings.data import BatchLayout
 from cera_train.settings.distributed import Strategy
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.run import Config, PlanRun
+from cera_train.settings.training import BatchLayout
 from cera_train.training.optimizer import build_optimizer
 
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # logs what it raises

@@ -19,13 +19,12 @@ from cera_train.adapters.build import build
 from cera_train.adapters.saved import check_saved
 from cera_train.common.files import read_json, read_yaml
 from cera_train.common.settings import to_plain
-from cera_train.common.trust import clean
+from cera_train.common.trust import clean, for_markdown
 from cera_train.data.prepare import encode
 from cera_train.data.rows import rows_of
 from cera_train.data.segments import segmenter
 from cera_train.evaluation.tasks import gsm8k
 from cera_train.evaluation.tasks import math as math_task
-from cera_train.runs.card import escape
 from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.records import load_config
 from cera_train.runs.results import METRICS
@@ -227,16 +226,16 @@ def test_any_answer_gets_a_verdict_and_the_same_again(task, plain, text, gold):
 @fuzz
 @given(text=texts, number=numbers)
 def test_what_is_shown_steers_nothing_and_can_be_written(text, number):
-    for shown in (clean(text), escape(text), clean(str(number)[:99])):
+    for shown in (clean(text), for_markdown(text), clean(str(number)[:99])):
         shown.encode()
         assert not any(
             (ord(mark) < 32 and mark != "\n") or 127 <= ord(mark) < 160 for mark in shown
         )
-    assert "\n" not in escape(text)
-    assert "<" not in escape(text)
-    assert escape(text).replace("\\\\", "").count("|") == escape(text).replace("\\\\", "").count(
-        "\\|"
-    )
+    assert "\n" not in for_markdown(text)
+    assert "<" not in for_markdown(text)
+    assert for_markdown(text).replace("\\\\", "").count("|") == for_markdown(text).replace(
+        "\\\\", ""
+    ).count("\\|")
 
 
 # --- folders of runs ------------------------------------------------------------------------------
