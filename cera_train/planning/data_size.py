@@ -23,7 +23,7 @@ SAMPLE_ROWS = 1000
 """Rows whose tokens are estimated."""
 
 GENERATED_ROWS = 100
-"""The same of a generator, which may take milliseconds for a row."""
+"""The same for a generator, which may take milliseconds a row."""
 
 PROBLEMS_OF_LEVEL = {1: 437, 2: 894, 3: 1131, 4: 1214, 5: 1324}
 """MATH's test problems: no other task of the Hub has levels."""
@@ -40,9 +40,9 @@ class DataSize:
     eval_rows: int
     tokens_per_row: float
     supervised: float  # share of the tokens whose prediction counts in the loss
-    source: str  # of the number of tokens, for people
+    source: str  # where the number of tokens comes from, in words
     is_even: bool = False  # whether all rows have the same length
-    prompt_tokens: float = 0.0  # of a row, whatever counts in the loss
+    prompt_tokens: float = 0.0  # of a row, whatever the loss counts
 
 
 def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSize:
@@ -75,8 +75,8 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
 
 
 def facts_of(path: str, facts: DataFacts | None = None) -> DataFacts | None:
-    """The facts of a data set of the Hub: those given, where they are about it, or those of a file
-    of conf/data."""
+    """The facts about a data set of the Hub: the given ones if they describe it, else those in a
+    file of conf/data."""
     if facts is not None and facts.of == path:
         return facts
     for file in sorted((config_dir("conf") / "data").glob("*.yaml")):
@@ -87,11 +87,11 @@ def facts_of(path: str, facts: DataFacts | None = None) -> DataFacts | None:
 
 
 def trained_size(config: Config, data: DataSize) -> DataSize:
-    """The size of what updates train on: the rows, or prompts with sampled answers of the greatest
-    length.
+    """The size of what updates train on: the rows, or prompts with sampled answers, each as long
+    as allowed.
 
     Args:
-        data: of the rows.
+        data: the size of the rows.
     """
     if not config.work.answers:
         return data
@@ -230,8 +230,8 @@ def _tokens_of(segments: list[Segment], config: DataConfig) -> tuple[list[float]
 
 
 def count_problems(name: str, config: Config, data: DataSize) -> int:
-    """The number of problems of one of `train.tasks`. Those of local files are read, computed ones
-    computed; a task of the Hub has the facts of its rows.
+    """The number of problems of one of `train.tasks`. Local files are read and computed problems
+    made; for a task of the Hub the facts about its rows count.
 
     Raises:
         UserError: the number is neither known nor limited.

@@ -43,7 +43,7 @@ from cera_train.settings.run import Config, PlanRun
 from cera_train.settings.training import BatchLayout
 from cera_train.training.optimizer import build_optimizer
 
-logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # logs what it raises
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it also raises
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Bits of a weight: 4, an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those (double
@@ -83,7 +83,7 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
             f"model.path={model.path} is an encoder-decoder ({architecture.model_type}), and "
             "cera-train trains decoder-only language models. Choose one of those."
         )
-    # Flash kernels may need a package or a GPU that this machine lacks; they keep what sdpa keeps.
+    # Flash kernels may need a package or a GPU that this machine lacks; sdpa keeps as much.
     wanted = "eager" if model.attn_implementation == "eager" else "sdpa"
     dtype = getattr(torch, choose_precision(model.dtype, cuda=False).value)
     with errors_of_architecture(model, architecture.model_type), torch.device("meta"):
@@ -111,7 +111,7 @@ def architecture_of(model: ModelConfig) -> PretrainedConfig:
 
 @contextlib.contextmanager
 def errors_of_architecture(model: ModelConfig, model_type: str) -> Iterator[None]:
-    """Turns whatever the code of an architecture raises without weights into a UserError."""
+    """Turns any error that the code of an architecture raises without weights into a UserError."""
     try:
         yield
     except UserError:
@@ -137,8 +137,8 @@ def stored_sizes(base: PreTrainedModel, quantization: Quantization) -> dict[nn.P
 
 
 def quantised_linears(base: PreTrainedModel, quantization: Quantization) -> list[nn.Module]:
-    """The linears that bitsandbytes quantises: all but the head and those that the model reads past
-    their module."""
+    """The linears that bitsandbytes quantises: all but the head and those whose weights the model
+    reads directly."""
     if quantization == Quantization.none:
         return []
     head = base.get_output_embeddings()
@@ -172,7 +172,7 @@ class MicroBatch:
 class Cost(NamedTuple):
     """What one micro-batch takes, by stage of an update."""
 
-    forward: Reading  # the loss takes the gradient at a frozen head in its forward pass
+    forward: Reading  # with the gradient at a frozen head, which the loss takes here
     backward: Reading
     step: Reading
     evaluation: Reading
@@ -184,7 +184,7 @@ class Cost(NamedTuple):
 
 
 ALLOWED: dict[str, Allowed] = {}
-"""What a base allows under a method, for this process: probing takes half of a dry run."""
+"""What each base allows under a method, once a process: probing takes half of a dry run."""
 
 
 class DryRun:
@@ -199,7 +199,7 @@ class DryRun:
         self.base = build_base(config.model)
         stored = stored_sizes(self.base, config.model.quantization)
         self.layer_bytes, self.outside_bytes = sizes_by_place(self.base, stored)
-        """Of the weights of a layer, and of those outside the layers."""
+        """Bytes of the weights of a layer, and of those outside the layers."""
         if config.model.quantization == Quantization.int8:
             for linear in quantised_linears(self.base, config.model.quantization):
                 linear.register_forward_hook(keep_input)
@@ -250,7 +250,7 @@ class DryRun:
                 tensors.update({name: fakes.get(tensor) for name, tensor in tensors.items()})
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        # Paged states lie in memory that CUDA manages: as many bytes, whose functions need a GPU.
+        # Paged states take as many bytes, and need a GPU.
         kind = self.config.optimizer.kind.removeprefix("paged_")
         any_rate = 1.0  # nothing is trained
         settings = replace(self.config.optimizer, kind=kind, lr=any_rate)
@@ -284,7 +284,7 @@ class DryRun:
         """The cost of an update that ends with this micro-batch, and of its evaluation.
 
         Args:
-            accumulates: the update has other micro-batches, whose gradients are there.
+            accumulates: earlier micro-batches of the update have left gradients.
         """
         meter = self.meter
         with self.running():
@@ -404,6 +404,6 @@ def gpu_dropout(
 
 
 def keep_input(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-    """bitsandbytes' 8-bit linears keep what they read until the graph goes."""
+    """bitsandbytes' 8-bit linears keep their inputs until the graph is freed."""
     if output.grad_fn is not None:
         output.grad_fn.metadata["input"] = inputs[0]

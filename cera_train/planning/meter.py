@@ -1,7 +1,7 @@
 """Counts the memory and the operations of code that runs on fake tensors, which have shapes, dtypes
 and storages and no memory.
 
-Counted are the bytes of all living storages, and floating-point operations by torch's formulas.
+Memory is the bytes of all living storages; operations follow from torch's formulas.
 """
 
 import math
@@ -41,8 +41,8 @@ class Meter(TorchDispatchMode):
         self.alive = 0.0
         self.peak = 0.0
         self.flops = 0
-        self.supervised = 1  # tokens that the mask of the loss selects: a fake one has no values
-        self.skips_mask = True  # whether a look at a padding mask finds that nothing is masked
+        self.supervised = 1  # tokens that the mask of the loss selects: a fake mask has no values
+        self.skips_mask = True  # what code reads that asks whether a padding mask masks nothing
 
     def hold(self, tensor: torch.Tensor, size: float | None = None) -> None:
         """Counts a tensor's storage once, until it is freed.
@@ -102,7 +102,7 @@ class Meter(TorchDispatchMode):
 
 
 def allocated(size: float) -> int:
-    """Bytes that torch's allocator for CUDA takes for so many."""
+    """Bytes that torch's CUDA allocator takes for a request of this size."""
     return 512 * math.ceil(size / 512)
 
 

@@ -67,7 +67,7 @@ def print_plans(noun: str, groups: Mapping[str, Sequence[RunPlan]]) -> None:
     """Prints the runs of each job or cell together, and the sum of all.
 
     Args:
-        noun: what a group is.
+        noun: what a group is called.
         groups: name -> its runs.
     """
     every = [plan for plans in groups.values() for plan in plans]

@@ -35,9 +35,9 @@ class PairedTest:
     second: str
     problems: int
     difference: Difference
-    p_value: float  # in a report after Holm's correction over the pairs of a task: decides at 5 %
+    p_value: float  # in a report after Holm's correction over the pairs of a task; decides at 5 %
     only: tuple[int, int] | None
-    """Problems that the first alone solves, and the second; of one answer to each."""
+    """Problems that only the first solves, and only the second; None with several answers each."""
 
     @property
     def verdict(self) -> str:

@@ -1,6 +1,6 @@
-"""A report of tables and pictures in HTML, Markdown and the terminal. The HTML needs no file beside
-it. Pictures tell methods by colour (Okabe and Ito's palette, for colour-blind readers), and lines
-by marker."""
+"""A report of tables and pictures in HTML, Markdown and the terminal. The HTML is
+self-contained. In pictures colours stand for methods (Okabe and Ito's palette, for colour-blind
+readers), and markers for lines."""
 
 import base64
 import io
@@ -143,7 +143,7 @@ STYLE = {
 
 
 def shortened(label: str, longest: int) -> str:
-    """A label, without its middle where it is longer than that."""
+    """A label, without its middle if it is longer."""
     return label if len(label) <= longest else f"{label[: longest - 13]}…{label[-12:]}"
 
 

@@ -116,7 +116,7 @@ def cell(value: float | None, form: str | Callable[[float], str], *notes: str) -
     """A figure and the notes below it; empty without both."""
     if value is None:
         text = ""
-    elif not math.isfinite(value):  # a form of whole numbers refuses it
+    elif not math.isfinite(value):  # a format for whole numbers refuses it
         text = str(value)
     else:
         text = form(value) if callable(form) else form.format(value)

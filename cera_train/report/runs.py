@@ -146,7 +146,7 @@ class Run:
 
     @property
     def base(self) -> str:
-        """The base model, with what its weights are kept in: that too changes a perplexity."""
+        """The base model and the precision of its weights, which changes a perplexity too."""
         keys = ("path", "revision", "dtype", "quantization")
         values = [self.settings.get(f"model.{key}") for key in keys]
         known = [str(value) for value in values if value not in (None, "none")]
@@ -161,7 +161,7 @@ def group_by(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[R
 
 
 class SavedAdapter(Record):
-    """What is read of PEFT's adapter_config.json."""
+    """The fields of PEFT's adapter_config.json that a report reads."""
 
     peft_type: str = ""
     use_dora: bool | None = None

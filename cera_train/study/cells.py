@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -208,7 +209,7 @@ class Cell:
         return [ComparedRun(self.folder(self.chosen, seed), names) for seed in self.compared_seeds]
 
     def missing(self) -> list[str]:
-        """The runs that have not ended, each with why."""
+        """The runs that have not ended, each with the reason."""
         needed = [(point, seed) for point in self.grid for seed in self.tuning_seeds]
         if self.chosen is not None:
             needed += [(self.chosen, seed) for seed in self.fresh_seeds]
@@ -245,12 +246,10 @@ class Cell:
             return {}
         return {ending: counts[ending] / counts.total() for ending in ENDINGS}
 
-    def figure(self, name: str) -> float | None:
-        """The mean over seeds of a figure of result.json or of its spectra."""
-        figures = []
-        for run in self.runs:
-            holder = run.result if hasattr(run.result, name) else run.result.spectrum
-            figures.append(getattr(holder, name))
+    def figure(self, field: str) -> float | None:
+        """The mean over seeds of a field of RunResult, such as `spectrum.gamma`; None where a run
+        lacks it."""
+        figures = [attrgetter(field)(run.result) for run in self.runs]
         return None if None in figures else fmean(figures)
 
     def losses_along(self, key: str, average: Callable = fmean) -> dict[float, float]:
@@ -398,7 +397,7 @@ class Study:
         return max(len(self.pairs()), planned)
 
     def missing(self) -> list[str]:
-        """The runs that have not ended, each with why."""
+        """The runs that have not ended, each with the reason."""
         return [line for cell in self.cells for line in cell.missing()]
 
 

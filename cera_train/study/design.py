@@ -79,8 +79,7 @@ def study_record(config: DictConfig) -> SweepRecord:
 
 
 def grid_word(value: Any) -> str:
-    """A value as one writes it in a grid of Hydra's: a text with signs of its grammar, in
-    quotes."""
+    """A value as written in a grid of Hydra's: quoted if it has signs of Hydra's grammar."""
     word = word_of(value)
     if not isinstance(value, str) or re.fullmatch(PLAIN_WORD, word, re.ASCII):
         return word
@@ -91,8 +90,8 @@ def grid_word(value: Any) -> str:
 
 
 def check_cells(config: DictConfig, study: Study, compose: ComposeJob) -> None:
-    """Raises UserError where train.seed is set beside the study's own seeds, or arms do not
-    compare. Names the gates without a control."""
+    """Raises UserError where train.seed is set beside the study's own seeds, or arms cannot
+    be compared. Prints which gates have no control."""
     seeds = [override for override in config.hydra.overrides.task if key_of(override) == SEED]
     require(
         not seeds, f"{', '.join(seeds)}: a study has the seeds from 0: study.seeds=N. Leave it out."
@@ -205,7 +204,7 @@ def check_problems(runs: Iterable[Config]) -> None:
 
 
 def is_study(config: DictConfig) -> bool:
-    """Whether a sweep is that of a study. `config` has Hydra's section."""
+    """Whether a sweep runs a study. `config` has Hydra's section."""
     return config.hydra.sweeper.get("_target_", "").endswith(f".{StudySweeper.__name__}")
 
 
@@ -232,7 +231,7 @@ class StudySweeper(Sweeper):
     `study.tune_seeds`, then what these seeds chose with every other seed.
 
     Args:
-        check: from the composed config of a job to its checked one.
+        check: turns the composed config of a job into its checked one.
     """
 
     def __init__(self, check: Callable[[DictConfig], Any], **_: Any) -> None:
@@ -250,7 +249,7 @@ class StudySweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Holds the folder while it runs. Of several processes that run it, the main one holds."""
+        """Locks the folder while it runs; of several processes, the main one does."""
         self.record = begin_study(self.config, self.compose)
         self.launched = 0
         with locked(self.folder, WRITER) if is_main_process() else contextlib.nullcontext():
@@ -280,7 +279,7 @@ class StudySweeper(Sweeper):
 
     def is_possible(self, overrides: list[str]) -> bool:
         """Whether a job composes: a step may leave a setting's range, as a dropout of 1.6 does, or
-        a whole number's."""
+        ask for half a row."""
         try:
             self.compose(overrides)
         except (UserError, HydraException):

@@ -35,13 +35,13 @@ LONGEST_NAME = 28  # characters of an arm or a condition beside the picture, whi
 FIGURES = {
     "trainable_parameters": ("parameters", "{:,.0f}".format),
     "seconds": ("time of a run", duration),
-    "effective_rank_mean": ("effective rank", "{:.1f}".format),
-    "manifold_dimension_mean": ("manifold dimension", "{:.1f}".format),
+    "spectrum.effective_rank_mean": ("effective rank", "{:.1f}".format),
+    "spectrum.manifold_dimension_mean": ("manifold dimension", "{:.1f}".format),
     "linear_share_before": ("linear share, start", "{:.1%}".format),
-    "linear_share_mean": ("linear share, end", "{:.1%}".format),
-    "gamma": ("gamma", "{:.2f}".format),
+    "spectrum.linear_share_mean": ("linear share, end", "{:.1%}".format),
+    "spectrum.gamma": ("gamma", "{:.2f}".format),
 }
-"""Figures of result.json -> the column of a cell's mean over seeds, and its form."""
+"""Fields of a RunResult -> the column of a cell's mean over seeds, and its form."""
 
 
 def write_study(study: Study, output: Path) -> Page:
@@ -120,9 +120,9 @@ def verdict_table(study: Study, contrasts: Sequence[OutcomeContrast]) -> Table:
         "Differences of a loss are in nats a token, of a score in points; the verdict is on the "
         "first-named arm. Edge: an arm is best at the end of its grid, which allows no verdict: "
         "add values beyond it, by study.extend=true. The interval holds for other seeds and "
-        f"problems. Holm corrects p over the {study.planned_contrasts} contrasts of the study's "
-        "file. Detectable: the smallest difference shown with power 80 %. Too small: the interval "
-        f"lies within ±{matters:g}.",
+        f"problems. Holm corrects p over the {counted(study.planned_contrasts, 'contrast')} of "
+        "the study's file. Detectable: the smallest difference shown with power 80 %. Too small: "
+        f"the interval lies within ±{matters:g}.",
     )
 
 
@@ -133,8 +133,8 @@ def cell_table(study: Study) -> Table:
         row = {"cell": cell.name, "tuned": f"{chosen} (edge)" if cell.edges else chosen}
         for outcome in study.config.outcomes:
             row[outcome] = _mean_and_deviation(outcome, cell.means(outcome))
-        for name, (label, form) in FIGURES.items():
-            value = cell.figure(name)
+        for field, (label, form) in FIGURES.items():
+            value = cell.figure(field)
             row[label] = "" if value is None else form(value)
         rows.append(row)
     caption = "Means over seeds at the values of the lowest mean loss, ± a standard deviation."
@@ -173,7 +173,7 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
         "edges": list(map(str, cell.edges)),
         "losses": losses,
         "outcomes": {outcome: cell.means(outcome) for outcome in outcomes},
-        **{name: cell.figure(name) for name in FIGURES},
+        **{field.removeprefix("spectrum."): cell.figure(field) for field in FIGURES},
         "endings": {outcome: shares for outcome, shares in endings.items() if shares},
     }
 

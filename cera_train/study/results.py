@@ -75,7 +75,7 @@ def contrasts_of(study: Study) -> list[OutcomeContrast]:
 
 
 def _estimate(pair: Pair, outcome: str) -> Contrast:
-    first, second = pair.first, pair.second
+    _, first, second = pair
     # Tuned values are chosen by the first outcome, and how others bend between them is unknown.
     is_primary = outcome == first.study.config.outcomes[0]
     between = max(first.between, second.between) if is_primary else 0.0

@@ -104,7 +104,7 @@ def test_a_mix_is_the_sum_of_its_parts_by_their_weights(size):
     )
 
 
-def test_rows_of_unknown_number_are_asked_for(compose):
+def test_an_unknown_number_of_rows_is_refused(compose):
     unknown = ["+recipe=math_r64", "data.path=org/rows"]
     with pytest.raises(
         ValueError, match="data.path=org/rows: its size is unknown. Set data.train_rows"

@@ -106,7 +106,7 @@ def test_gradients_of_other_micro_batches_and_states_of_the_optimizer_are_held(d
 
 
 @pytest.mark.slow
-def test_a_gpu_keeps_dropouts_masks_in_bytes_and_the_output_of_attention(dry_run):
+def test_a_gpu_keeps_dropout_masks_in_bytes(dry_run):
     def peak(device: str, *overrides: str) -> float:
         settings = [
             "adapter=lora",

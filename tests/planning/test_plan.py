@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -103,7 +104,7 @@ def test_processes_share_rows_and_weights(tiny_plan):
         ("bamba", [], False),
     ],
 )
-def test_a_mask_stands_where_attention_cannot_run_by_sequence(
+def test_attention_gets_a_mask_where_it_cannot_run_by_sequence(
     plan, tmp_path, name, overrides, has_mask
 ):
     ARCHITECTURES[name].config().save_pretrained(tmp_path)
@@ -206,7 +207,9 @@ def test_updates_on_sampled_answers_are_counted_and_sampling_them_is_not(tiny_pl
 
 def test_a_run_without_rank_and_targets_is_planned(tiny_plan, capsys):
     print_plan(tiny_plan("adapter=full", "adapter.r=null"))
-    assert capsys.readouterr().out.splitlines()[0].endswith(": full")
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].endswith(": full")
+    assert re.search(r"\n  forward +[1-9]\d*\.\d [GT]FLOP\n", out)
 
 
 def test_runs_that_differ_in_their_rate_or_seed_are_planned_once(tiny_plan, monkeypatch):

@@ -144,7 +144,7 @@ def test_machines_and_settings_of_evaluations_that_differ_are_named(tmp_path: Pa
     )
 
 
-def test_answers_of_two_engines_are_tested_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_answers_of_two_engines_are_tested_on_request(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in "ab"]
     for run, engine in zip(runs, (None, "vLLM 0.32.0"), strict=True):
         add_evaluation(run, engine=engine)

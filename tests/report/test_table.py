@@ -32,7 +32,7 @@ def test_every_column_has_the_figures_of_the_files(tmp_path: Path) -> None:
     assert table["math exact"][0].endswith(paper)
 
 
-def test_a_published_figure_that_was_not_measured_or_otherwise_is_named(tmp_path: Path) -> None:
+def test_a_published_figure_without_an_equal_measurement_is_marked(tmp_path: Path) -> None:
     run, sampled = (
         make_run(tmp_path / name, published={"math/exact/pass@1": 0.1636}) for name in "ab"
     )

@@ -160,7 +160,7 @@ def test_rows_that_were_edited_between_two_runs_are_noticed(make_study, split):
         contrasts_of(study)
 
 
-def test_one_arm_is_no_comparison(make_study):
+def test_one_arm_has_nothing_to_compare(make_study):
     study = make_study()
     del study.cells[1]
     with pytest.raises(UserError, match="has no two arms to compare, only lora"):

@@ -147,7 +147,7 @@ def test_a_killed_study_resumes(launcher, run_study):
     assert launcher.began == GRID
 
 
-def test_an_arm_with_a_rank_of_its_own_runs_once_and_stands_beside_every_rank(
+def test_an_arm_with_its_own_rank_runs_once_and_is_compared_at_every_rank(
     launcher, run_study, capfd
 ):
     arms = {"lora": ["adapter=lora"], "wide": ["adapter=lora", "adapter.r=64"]}
@@ -208,9 +208,7 @@ def test_arms_that_set_a_condition_each_are_compared_under_every_value(tmp_path,
 
 
 @pytest.mark.slow
-def test_an_error_of_the_environment_is_no_result_and_is_tried_again(
-    launcher, run_study, run_command, capfd
-):
+def test_a_failed_job_is_no_result_and_runs_again(launcher, run_study, run_command, capfd):
     launcher.failing = {job("cera", 0.01, 1)}
     assert run_study() == 1
     assert run_command("cera-report", "outputs/which") == 2
@@ -271,7 +269,7 @@ def test_a_finished_study_no_longer_needs_its_rows(launcher, run_study, tmp_path
     assert f"data.train_files={rows}: cannot read the file" in capfd.readouterr().err
 
 
-def test_every_study_of_ours_can_be_composed(compose):
+def test_every_study_of_conf_composes(compose):
     from cera_train.common.files import options
 
     for name in options("study"):
@@ -307,7 +305,7 @@ STUDY = {
 
 
 @pytest.mark.slow
-def test_a_study_is_run_gets_its_page_and_notices_edited_rows(
+def test_a_real_study_gets_its_page_and_notices_edited_rows(
     tiny_folder: Path, run_study, run_command, capfd: pytest.CaptureFixture
 ) -> None:
     settings = {

@@ -38,7 +38,7 @@ def values(seeds: int = 3, problems: int = 60, shift: float = 0.0, seed: int = 0
 
 
 @pytest.mark.parametrize("path", EVIDENCE, ids=lambda path: path.stem)
-def test_the_evidence_gets_the_verdicts_that_it_has(path):
+def test_the_verdicts_of_the_evidence_are_reproduced(path):
     """From differences by seed and variance components, as rounded there; rows count by their
     number."""
     results = json.loads(path.read_text())
@@ -121,7 +121,7 @@ def test_detectable_differences_are_those_of_docs_statistics_where_seeds_dominat
     assert difference / math.sqrt(1 / seeds) == pytest.approx(standard_errors, rel=0.015)
 
 
-def test_one_seed_detects_nothing_and_no_variance_anything():
+def test_one_seed_detects_nothing_and_no_variance_detects_anything():
     assert detectable(Variances(1, 1, 1), 1, 200) == math.inf
     assert detectable(Variances(0, 0, 0), 3, 200) == 0
 
