@@ -60,10 +60,8 @@ def compile_layers(language_model: LanguageModel, backend: str | Callable = "ind
 
 
 def stop_compiling(language_model: LanguageModel) -> bool:
-    """Whether torch has just refused one more variant of a layer. Then all layers run eagerly from
-    now on."""
-    if not language_model.is_compiled:
-        return False
+    """Whether torch has just refused one more variant of a compiled layer. Then all layers run
+    eagerly from now on."""
     if not any("recompile limit" in reason for reason in _refused_variants()):
         return False
     torch.compiler.set_stance("force_eager")

@@ -13,7 +13,6 @@ from torch import Tensor
 from cera_train.common.errors import UserError
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run
 from cera_train.model.batches import Batch, flat_batch, padded_batch
-from cera_train.model.head import narrow_to_head
 from cera_train.settings.training import BatchLayout
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ class Allowed:
 
     chunks_head: bool = False
     """Its head can be applied apart from its forward: what it does to the logits afterwards is in
-    `head.finish_logits`."""
+    `language_model.finish_logits`."""
     flattens: bool = False
     """Sequences can lie end to end in one row: it neither ignores position ids nor carries a state
     across."""
@@ -95,8 +94,7 @@ def _can_chunk_head(language_model: LanguageModel, batch: Batch, expected: Tenso
     states = getattr(output, "last_hidden_state", None)  # Llama 4's decoder gives logits
     if states is None:
         return False
-    logits = language_model.logits(narrow_to_head(states, language_model.head))
-    return _is_close(logits, expected, SAME_IN_32_BITS)
+    return _is_close(language_model.logits(states), expected, SAME_IN_32_BITS)
 
 
 def _find_attention(

@@ -25,12 +25,11 @@ from cera_train.cera.coverage import bypassed_projections
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
 from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.model import head
+from cera_train.model import language_model as language_models
 from cera_train.model import layout as batch_layout
 from cera_train.model.batches import Batch
 from cera_train.model.folder import load_config
-from cera_train.model.head import chunk_tokens
-from cera_train.model.language_model import LanguageModel
+from cera_train.model.language_model import LanguageModel, chunk_tokens
 from cera_train.model.layout import Allowed, choose_layout
 from cera_train.model.lean import keep_less
 from cera_train.model.precision import choose_precision
@@ -389,7 +388,7 @@ def choices_of_a_gpu() -> Iterator[None]:
     """Larger chunks of logits, FlashAttention's variable-length kernel in 16 bits, and dropout
     masks in bytes."""
     with (
-        patch.object(head, "chunk_tokens", lambda on_gpu: chunk_tokens(on_gpu=True)),
+        patch.object(language_models, "chunk_tokens", lambda on_gpu: chunk_tokens(on_gpu=True)),
         patch.object(batch_layout, "kernel_may_run", lambda device, dtype: dtype.itemsize == 2),
         patch("torch.nn.functional.dropout", gpu_dropout),
     ):

@@ -80,15 +80,12 @@ class Model:
     wrapped: nn.Module
     """`language_model` under DDP or FSDP, for passes whose gradients the processes share."""
     optimizer: AcceleratedOptimizer
+    trained: list[nn.Parameter]
     micro_batch_tokens: int
     trainable_count: int
     total_count: int
     base_fingerprint: str
     base_digest: str
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
 
     def micro_batches(self, rows: TokenizedRows) -> MicroBatches:
         """Micro-batches of rows in the layout that the model takes."""
@@ -141,6 +138,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
         language_model,
         wrapped,
         optimizer,
+        [weight for weight in adapted.parameters() if weight.requires_grad],
         config.train.micro_batch_tokens,
         trainable_count,
         total_count,

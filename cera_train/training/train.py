@@ -205,7 +205,7 @@ def update(
         **drawn.figures | sums,
     )
     log.metrics(metrics)
-    if stop_compiling(model.language_model):
+    if model.language_model.is_compiled and stop_compiling(model.language_model):
         log.bar.note(
             "speed      layers run uncompiled from here: torch compiles no further variant of them"
         )

@@ -12,11 +12,9 @@ from torch.nn.functional import log_softmax
 
 from cera_train.cera import CeraConfig
 from cera_train.common.errors import UserError
-from cera_train.model import head as head_module
 from cera_train.model import language_model as language_model_module
 from cera_train.model.batches import flat_batch, padded_batch
-from cera_train.model.head import FrozenHeadCrossEntropy
-from cera_train.model.language_model import LanguageModel
+from cera_train.model.language_model import FrozenHeadCrossEntropy, LanguageModel
 from cera_train.model.layout import choose_layout
 from cera_train.settings.training import BatchLayout
 
@@ -85,7 +83,7 @@ def test_the_loss_of_trained_tokens_equals_brute_force(tied):
 
 def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monkeypatch):
     """Against finite differences, in double precision."""
-    monkeypatch.setattr(head_module, "chunk_tokens", lambda on_gpu: 3)
+    monkeypatch.setattr(language_model_module, "chunk_tokens", lambda on_gpu: 3)
     head = torch.nn.Linear(6, 11, dtype=torch.float64).requires_grad_(False)
     hidden_states = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(11, (8,))
@@ -106,7 +104,7 @@ def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monk
 def test_chunks_of_the_head_change_nothing_also_where_its_logits_are_capped_or_scaled(
     name, changes, monkeypatch
 ):
-    monkeypatch.setattr(head_module, "chunk_tokens", lambda on_gpu: 5)
+    monkeypatch.setattr(language_model_module, "chunk_tokens", lambda on_gpu: 5)
     model = ARCHITECTURES[name].model(**changes, initializer_range=0.3)
     rows, masks = make_rows()
     language_model = make_language_model(model)

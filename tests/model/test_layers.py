@@ -252,4 +252,4 @@ def test_layers_run_eagerly_once_torch_refuses_a_variant(graphs):
     assert not language_model.is_compiled
     count = len(graphs)
     layer(torch.ones(3), ["x"])
-    assert (len(graphs), stop_compiling(language_model)) == (count, False)
+    assert len(graphs) == count

@@ -1,4 +1,5 @@
-"""Training objectives, a file each: supervised fine-tuning, preferences, rewards.
+"""Training objectives: what they are, with supervised fine-tuning, in one file; preferences and
+rewards in a file each.
 
 To add one, write a file with a class that has the three methods of `objective.Objective`, and a
 line in `build_objective`; its loss is best a pure function of tensors, tested by itself.
@@ -10,8 +11,7 @@ from cera_train.settings.training import ObjectiveKind
 from cera_train.training.build import Data, Evaluation, Model
 from cera_train.training.objectives.dpo import Dpo
 from cera_train.training.objectives.grpo import Grpo
-from cera_train.training.objectives.objective import Objective
-from cera_train.training.objectives.sft import Sft
+from cera_train.training.objectives.objective import Objective, Sft
 
 
 def build_objective(

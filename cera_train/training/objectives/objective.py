@@ -1,5 +1,5 @@
 """What an objective is: which sequences an update draws, what their loss is, and what counts on the
-held-out rows."""
+held-out rows. And the simplest one, supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from cera_train.model.batches import MicroBatches
@@ -65,3 +66,45 @@ class Objective(Protocol):
         Returns:
             Losses whose mean is the held-out loss, and further figures by their names in the log.
         """
+
+
+# --- supervised fine-tuning -----------------------------------------------------------------------
+
+
+@dataclass
+class Weighted(Drawn):
+    """Sequences, and how much each of their supervised tokens weighs: their number over all
+    processes divides, and the processes average their gradients."""
+
+    token_weight: Tensor | None = None
+
+
+def token_weight(batches: MicroBatches, sequences: Sequence[int], processes: int) -> Tensor:
+    """processes / supervised tokens of the update: with it, sums over micro-batches on processes
+    that average make a mean over tokens."""
+    supervised = sum(batches.supervised[sequence] for sequence in sequences)
+    return processes / torch.tensor(supervised, device=batches.device)
+
+
+class Sft:
+    """The mean next-token loss over the supervised tokens of an update.
+
+    Args:
+        batches: of the training rows.
+    """
+
+    def __init__(self, batches: MicroBatches, processes: int) -> None:
+        self.batches = batches
+        self.processes = processes
+
+    def draw(self, sequences: list[int]) -> Weighted:
+        weight = token_weight(self.batches, sequences, self.processes)
+        return Weighted(self.batches, sequences, token_weight=weight)
+
+    def loss(
+        self, log_p: Tensor, drawn: Weighted, group: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return -drawn.token_weight * log_p.sum(), {}
+
+    def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
+        return losses, {}
