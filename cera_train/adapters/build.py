@@ -1,5 +1,5 @@
-"""An adapter on its base model: built, counted, grouped for the optimizer. What differs by kind is
-in families/."""
+"""Builds an adapter on its base model, counts its parameters and groups them for the optimizer.
+What differs by kind is in families/."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from cera_train.adapters.families import check_settings, family
 from cera_train.adapters.targets import check_targets
-from cera_train.cera import CeraLayer
 from cera_train.cera.coverage import bypassed_projections, idle_projections
 from cera_train.common.settings import require
 from cera_train.settings.adapters import AdapterConfig
@@ -32,8 +31,8 @@ def build(
     is_sharded: bool = False,
     has_autocast: bool = True,
 ) -> nn.Module:
-    """The base with what is trained: a fresh adapter, float32 whatever the base; or, for full, the
-    base itself. Raises UserError where the adapter does not go with the model.
+    """The base with a fresh adapter in float32, whatever the base's dtype; for full fine-tuning,
+    the base itself. Raises UserError where the adapter does not fit the model.
 
     Args:
         is_sharded: only one process has the base's weights.
@@ -41,7 +40,7 @@ def build(
     """
     check_targets(base, config)
     model = family(config.kind).build(base, config, left_out(base, config, is_sharded))
-    # PEFT leaves biases and copies of the base's modules in its 16 bits, which would round most
+    # PEFT leaves biases and copies of the base's modules in 16 bits, which would round most
     # updates away.
     narrow = [
         weight
@@ -50,9 +49,8 @@ def build(
     ]
     require(
         has_autocast or not narrow,
-        f"adapter.kind={config.kind} trains weights of the base, in float32 beside 16-bit ones, "
-        f"which needs autocast: "
-        "set model.dtype=float32, or bfloat16 without train.autocast=false.",
+        f"adapter.kind={config.kind} trains weights of the base in float32 beside 16-bit ones, "
+        "which needs autocast: set model.dtype=float32, or bfloat16 without train.autocast=false.",
     )
     if narrow:
         widen(model, narrow)
@@ -82,9 +80,8 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     trainable = 0
     total = 0
     for parameter in model.parameters():
-        state = getattr(
-            parameter, "quant_state", None
-        )  # bitsandbytes packs two 4-bit numbers into a byte
+        # bitsandbytes packs two 4-bit numbers into a byte.
+        state = getattr(parameter, "quant_state", None)
         count = parameter.numel() if state is None else state.shape.numel()
         total += count
         trainable += count if parameter.requires_grad else 0
@@ -101,9 +98,3 @@ def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, 
             ratio = config.b_lr_ratio if f".{family(config.kind).b_matrix}." in name else 1.0
             groups.setdefault(ratio, []).append(parameter)
     return [{"params": parameters, "lr_ratio": ratio} for ratio, parameters in groups.items()]
-
-
-def cera_layers(model: nn.Module) -> dict[str, CeraLayer]:
-    """Every CeRA layer, by its name in the base model."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, CeraLayer)}
-    return {name.removeprefix("base_model.model."): layer for name, layer in layers.items()}

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .config import CeraConfig
+if TYPE_CHECKING:
+    from .config import CeraConfig
 
 # --- the gate -------------------------------------------------------------------------------------
 
@@ -26,7 +28,8 @@ GATES = {
     "tanh": nn.Tanh,
     "identity": nn.Identity,
 }
-"""The module of every name in `config.ACTIVATIONS`."""
+"""The gates between A and B by name. `identity` makes the branch linear: LoRA with its dropout
+moved."""
 
 
 class LearnedGate(nn.Module):

@@ -10,17 +10,16 @@ from typing import Any
 from peft import PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 
-ACTIVATIONS = ("silu", "relu", "gelu", "tanh", "identity")
-"""The gates between A and B. `identity` makes the branch linear: LoRA with its dropout moved."""
+from .branch import GATES
 
 CHOICES = {
-    "activation": ACTIVATIONS,
+    "activation": tuple(GATES),
     "init": ("kaiming_normal", "kaiming_uniform"),
     "dropout_on": ("hidden", "input"),
     "mix": ("none", "learned"),
     "bias": ("none", "all", "cera_only"),
 }
-"""The values of a field."""
+"""The values that a field may have."""
 
 
 @dataclass
@@ -31,10 +30,10 @@ class CeraConfig(PeftConfig):
 
     - `init`: A ~ N(0, 2 / d_in) for kaiming_normal, the paper's; A ~ U(-1 / sqrt(d_in), 1 /
       sqrt(d_in)) for kaiming_uniform, PEFT's for LoRA; times `init_scale`.
-    - `dropout_on`: B (m gate(z)) for hidden, the paper's; B gate(A (m x)) for input, as PEFT's LoRA
-    has it.
-    - `mix=learned`: B drop(z + gamma (gate(z) - z)), one trained scalar gamma for a module, 0 at
-    the start.
+    - `dropout_on`: B (m gate(z)) for hidden, the paper's; B gate(A (m x)) for input, as in PEFT's
+      LoRA.
+    - `mix=learned`: B drop(z + gamma (gate(z) - z)), one trained scalar gamma a module, which
+      starts at 0.
     - `use_rslora`: s = alpha / sqrt(r).
 
     Raises:
@@ -53,9 +52,7 @@ class CeraConfig(PeftConfig):
     dropout: float = field(
         default=0.1, metadata={"help": "Probability of dropping a unit, where dropout_on puts it."}
     )
-    activation: str = field(
-        default="silu", metadata={"help": f"The gate: {', '.join(ACTIVATIONS)}."}
-    )
+    activation: str = field(default="silu", metadata={"help": f"The gate: {', '.join(GATES)}."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
@@ -165,8 +162,7 @@ class CeraConfig(PeftConfig):
                 )
         if self.expert_r is not None and not self.target_parameters:
             raise ValueError(
-                "expert_r has a meaning only with target_parameters: name experts' parameters "
-                "there."
+                "expert_r needs target_parameters: name the parameters of experts there."
             )
         if self.mix == "learned" and self.activation == "identity":
             raise ValueError(
@@ -177,14 +173,11 @@ class CeraConfig(PeftConfig):
                 "use_rslora divides alpha by sqrt(r), and alpha=None is a scale of 1: set alpha."
             )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                "layers_pattern has a meaning only with layers_to_transform: set that too."
-            )
+            raise ValueError("layers_pattern needs layers_to_transform: set that too.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "layers_to_transform cannot be combined with all-linear or a regular expression "
-                "in target_modules: "
-                "name the layers in an expression."
+                "in target_modules: name the layers in an expression."
             )
 
     def of_module(self, name: str) -> CeraConfig:
@@ -215,8 +208,8 @@ class CeraConfig(PeftConfig):
 
 
 def longest_first(pattern: dict[str, Any] | None) -> dict[str, Any]:
-    """A pattern whose longest key decides: the first that matches does, and PEFT saves them by
-    name."""
+    """Sorts a pattern by the length of its keys: PEFT takes the first that matches, and saves them
+    by name."""
     return dict(
         sorted((pattern or {}).items(), key=lambda item: (-len(str(item[0])), str(item[0])))
     )
@@ -230,6 +223,6 @@ def _named(field: str, pattern: dict[str, Any]) -> dict[str, Any]:
             re.compile(key)
         except (re.error, TypeError) as error:
             raise ValueError(
-                f"{field}[{key!r}] is no name or regular expression: {error}."
+                f"{field}[{key!r}] is not a name or a regular expression: {error}."
             ) from error
     return {f"{field}[{key!r}]": value for key, value in pattern.items()}

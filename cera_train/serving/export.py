@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 
-from cera_train.adapters.build import cera_layers
 from cera_train.adapters.families.base import ADAPTER
+from cera_train.cera import CeraLayer
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_folder, write_text
 from cera_train.common.terminal import announce, print_fields, print_line
@@ -162,6 +162,15 @@ def check_export(config: ExportConfig, subject: Subject, loaded: LoadedModel, fo
 
 
 # --- the nearest LoRA -----------------------------------------------------------------------------
+
+
+def cera_layers(model: nn.Module) -> dict[str, CeraLayer]:
+    """Every CeRA layer, by its name in the base model."""
+    return {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, CeraLayer)
+    }
 
 
 def fit(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from cera_train.cera.config import longest_first
+from cera_train.cera.config import CHOICES, longest_first
 
 logger = logging.getLogger("vllm.cera_train")
 
-GATES = ("identity", "silu", "relu", "gelu", "tanh")  # the gates by code
+GATES = CHOICES["activation"]  # the gates by code
 
 LORA = GATES.index("identity")
 NO_ADAPTER = len(GATES)

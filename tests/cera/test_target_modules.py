@@ -89,7 +89,7 @@ def test_without_targets_the_papers_are_taken_else_those_of_lora(model_type):
         ),
         (
             {"layers_pattern": "layers"},
-            "layers_pattern has a meaning only with layers_to_transform",
+            "layers_pattern needs layers_to_transform",
         ),
         (
             {"layers_to_transform": [0], "target_modules": ".*q_proj"},
@@ -106,8 +106,8 @@ def test_without_targets_the_papers_are_taken_else_those_of_lora(model_type):
             {"rank_pattern": {"q_proj": 0}},
             r"rank_pattern\['q_proj'\] must be a positive integer, got 0",
         ),
-        ({"rank_pattern": {"(": 2}}, r"rank_pattern\['\('\] is no name or regular expression"),
-        ({"expert_r": 2}, "expert_r has a meaning only with target_parameters"),
+        ({"rank_pattern": {"(": 2}}, r"rank_pattern\['\('\] is not a name or a regular expression"),
+        ({"expert_r": 2}, "expert_r needs target_parameters"),
         ({"target_parameters": "experts.down_proj"}, "target_parameters must be a list of names"),
     ],
     ids=str,
