@@ -52,9 +52,8 @@ def weights_file(folder: Path) -> Path:
     if of_adapter and (folder / "adapter_model.bin").is_file():
         raise UserError(
             f"{folder}/adapter_model.bin is a pickle, which can run code when it is read: convert "
-            f"it to safetensors "
-            "where it comes from, safetensors.torch.save_file(torch.load('adapter_model.bin', "
-            "weights_only=True), "
+            "it to safetensors where it comes from, "
+            "safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
             "'adapter_model.safetensors')."
         )
     raise UserError(f"{folder} lacks its weights, {weights.name}: restore the file.")
@@ -67,11 +66,12 @@ def check_saved(folder: Path) -> dict[str, Any]:
     description = read_json(description_file(folder))
     if description_file(folder).name == ADAPTER_CONFIG:
         kind = description.get("peft_type")
-        if kind not in ("CERA", "LORA") and kind not in (
-            methods := usable_methods()
-        ):  # imports PEFT, which is slow
-            raise UserError(
-                f"{folder} is an adapter of type {kind!r}: expected one of {', '.join(methods)}."
+        # Only other types are looked up in PEFT, whose import is slow.
+        if kind not in ("CERA", "LORA"):
+            methods = usable_methods()
+            require(
+                kind in methods,
+                f"{folder} is an adapter of type {kind!r}: expected one of {', '.join(methods)}.",
             )
         check_adapter_settings(folder, description)
     return description
@@ -93,8 +93,7 @@ def check_start(config: AdapterConfig, folder: Path) -> None:
     if replaces_base(start := theirs.get("init_lora_weights")):
         raise UserError(
             f"adapter.start_from={config.start_from}: {start} moved a part of W0 into these "
-            f"weights, and they belong "
-            "to what was left of it. Start from an adapter with another init."
+            "weights, which fit only the rest of it. Start from an adapter with another init."
         )
     shared = [name for name in START_FIELDS if name in ours and name in theirs]
     different = [
@@ -105,8 +104,7 @@ def check_start(config: AdapterConfig, folder: Path) -> None:
     if different:
         raise UserError(
             f"adapter.start_from={config.start_from}: {'; '.join(different)}. Set what is here to "
-            f"what is there, or "
-            "start from another adapter."
+            "what is there, or start from another adapter."
         )
 
 
@@ -165,8 +163,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
         require(
             bool(tensor.float().isfinite().all()),
             f"{folder}: {name} is not finite: its training diverged. Restore the file, or train "
-            f"again with a lower "
-            "optimizer.lr.",
+            "again with a lower optimizer.lr.",
         )
     return weights
 
@@ -218,9 +215,8 @@ def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
     try:
         if description_file(folder).name == ADAPTER_CONFIG:
             config = peft.PeftConfig.from_pretrained(str(folder))
-            config.base_model_name_or_path = (
-                None  # PEFT puts the base's name there, and warns of any other
-            )
+            # PEFT puts the base's name there, and warns of any other.
+            config.base_model_name_or_path = None
             config.task_type = peft.TaskType.CAUSAL_LM  # another trainer may have left it out
             config.auto_mapping = None
             model = peft.get_peft_model(base, config)

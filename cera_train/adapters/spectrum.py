@@ -27,13 +27,13 @@ SUMMARISED = ("effective_rank", "manifold_dimension", "linear_share")
 class ModuleSpectrum:
     """One adapted projection."""
 
-    singular_values: (
-        torch.Tensor
-    )  # singular values of the centred branch output, descending, float64, [min(r, d_out)]
+    singular_values: torch.Tensor
+    """Of the centred branch output, descending, float64, [min(r, d_out)]."""
     linear_share: float | None = None
     """Share of the branch's variance that the best affine map of z = A x explains; 1 without a
-    gate, None where the branch gives nothing."""
-    gamma: float | None = None  # the learned share of the gate; None where it is not learned
+    gate, None where the output does not vary."""
+    gamma: float | None = None
+    """The learned share of the gate; None where it is not learned."""
 
     @property
     def effective_rank(self) -> float:
@@ -55,7 +55,7 @@ class ModuleSpectrum:
         return int((explained < 0.9).sum()) + 1
 
     def figures(self) -> dict[str, float]:
-        """Its figures by name, without those that the method has not."""
+        """The figures by name, without those that the method does not have."""
         figures = {name: getattr(self, name) for name in (*SUMMARISED, "gamma")}
         return {name: value for name, value in figures.items() if value is not None}
 
@@ -73,12 +73,12 @@ class _Moments:
         self.count, self.sum, second = self.all.split([1, width, width**2])  # views
         self.second = second.view(width, width)
         self.root_gram: torch.Tensor | None = None
-        """(s^2 B^T B)^(1/2)"""
+        """(s^2 B^T B)^(1/2), from the first call."""
         self.gamma: float | None = None
 
     def take_weights(self) -> None:
-        """What follows from weights alone. Called in the model's forward: sharded weights are whole
-        only there."""
+        """Computes what depends on weights alone. Called in the model's forward: sharded weights
+        are whole only there."""
         branch = self.branch
         B = branch.B().double()
         values, vectors = torch.linalg.eigh(branch.scaling**2 * B.T @ B)
@@ -86,11 +86,12 @@ class _Moments:
         self.gamma = branch.gate.gamma.item() if isinstance(branch.gate, LearnedGate) else None
 
     def add(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Adds the hidden rows of these inputs, [B, T, d_in], but for padding; or of those of a
-        head, [N, d_in]."""
+        """Adds the rows of these inputs, [B, T, d_in], without padding; or of a head's inputs, [N,
+        d_in]."""
         A = self.branch.A.weight
         gate = self.branch.gate
-        x = x.flatten(0, -2) if attention_mask is None or x.ndim == 2 else x[attention_mask.bool()]
+        has_padding = attention_mask is not None and x.ndim > 2
+        x = x[attention_mask.bool()] if has_padding else x.flatten(0, -2)
         z_NR = nn.functional.linear(x.to(A.dtype), A).float()
         h_NR = z_NR if gate is None else gate(z_NR)
         rows = (h_NR if gate is None else torch.cat([h_NR, z_NR], -1)).double()
@@ -126,21 +127,20 @@ class _Moments:
 def find_branches(model: nn.Module) -> dict[str, Branch]:
     """Module name (as in the base model) -> the adapter's branch there, for every module that has
     hidden units."""
-    return {
-        name.removeprefix("base_model.model."): branch
-        for name, module in model.named_modules()
-        for kind in FAMILIES.values()
-        if (branch := kind.branch(module)) is not None
-    }
+    branches = {}
+    for name, module in model.named_modules():
+        for kind in FAMILIES.values():
+            branch = kind.branch(module)
+            if branch is not None:
+                branches[name.removeprefix("base_model.model.")] = branch
+    return branches
 
 
 def why_no_spectrum(model: nn.Module) -> str | None:
     """The reason why a model has no spectrum; None where it has one."""
-    return (
-        None
-        if find_branches(model)
-        else "the adapter adds no B h with hidden units h beside a linear projection"
-    )
+    if find_branches(model):
+        return None
+    return "the adapter adds no B h with hidden units h beside a linear projection"
 
 
 @torch.no_grad()
@@ -191,7 +191,7 @@ def measure_spectra(
             hook.remove()
     for moments in moments_of.values():
         moments.all.copy_(reduce(moments.all))
-    # A module that never ran has none.
+    # A module that never ran has no spectrum.
     return {name: moments.spectrum() for name, moments in moments_of.items() if moments.count}
 
 

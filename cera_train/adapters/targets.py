@@ -16,16 +16,17 @@ from cera_train.settings.adapters import AdapterConfig
 
 def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
     """Raises UserError for a target that the model does not have. PEFT complains only where nothing
-    at all matches: one mistyped name of two would be ignored."""
+    matches: one mistyped name of two would be ignored."""
     if config.experts and not expert_names(model):
         raise UserError(
-            "adapter.experts=True: this model has no experts, it is dense. Set "
-            "adapter.experts=false."
+            "adapter.experts=true: this model has no experts. Set adapter.experts=false."
         )
     targets = [] if config.target_modules in (None, "all-linear") else config.target_modules
-    is_expression = isinstance(targets, str)
-    for target in [targets] if is_expression else targets:
-        expression = target if is_expression else rf"(.*\.)?{re.escape(target)}"
+    if isinstance(targets, str):
+        expressions = {targets: targets}
+    else:
+        expressions = {target: rf"(.*\.)?{re.escape(target)}" for target in targets}
+    for target, expression in expressions.items():
         if not any(re.fullmatch(expression, name) for name, _ in model.named_modules()):
             raise UserError(
                 f"adapter.target_modules: {target!r} matches no module of this model. "
@@ -40,8 +41,8 @@ def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
 
 
 def describe_targets(model: nn.Module) -> str | None:
-    """How many projections were adapted of all that have the names of adapted ones: `q_proj v_proj:
-    60 of 60`. None for a model without adapter layers."""
+    """How many projections have an adapter, of all with the same names: `q_proj v_proj: 60 of 60`.
+    None for a model without adapter layers."""
     total = Counter()
     adapted = Counter()
     for kind, module in _projections(model):
@@ -49,17 +50,20 @@ def describe_targets(model: nn.Module) -> str | None:
         if isinstance(module, BaseTunerLayer):
             adapted[kind] += 1
     whole = [kind for kind in adapted if adapted[kind] == total[kind]]
-    groups = [whole] * bool(whole) + [[kind] for kind in adapted if kind not in whole]
-    parts = [
-        f"{' '.join(group)}: {sum(adapted[kind] for kind in group)} of "
-        f"{sum(total[kind] for kind in group)}"
-        for group in groups
-    ]
+    groups = [[kind] for kind in adapted if kind not in whole]
+    if whole:
+        groups.insert(0, whole)
+
+    parts = []
+    for group in groups:
+        adapted_count = sum(adapted[kind] for kind in group)
+        total_count = sum(total[kind] for kind in group)
+        parts.append(f"{' '.join(group)}: {adapted_count} of {total_count}")
     return "; ".join(parts) or None
 
 
 def describe_left_out(model: nn.Module) -> str | None:
-    """The projections, but for the head, that got no adapter; None where there are none."""
+    """The projections without an adapter, except for the head; None where there are none."""
     head = model.get_output_embeddings()
     names = [
         kind
@@ -84,8 +88,8 @@ def layers_without_adapted_experts(model: nn.Module) -> int:
 
 
 def _projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Adapted layers, and the projections and modules of experts beside them, by the last part of
-    their names."""
+    """Adapted layers, and the projections and modules of experts without an adapter, with the last
+    part of their names."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside):

@@ -39,11 +39,10 @@ def bypassed_projections(model: nn.Module) -> list[str]:
     """
     names = []
     for prefix, parent in model.named_modules():
-        taken = (
-            ("x_proj", "dt_proj", "out_proj") if {"A_log", "D"} <= parent._parameters.keys() else ()
-        )
+        is_mamba = {"A_log", "D"} <= dict(parent.named_parameters(recurse=False)).keys()
+        bypassed = {"x_proj", "dt_proj", "out_proj"} if is_mamba else set()
         for name, child in parent.named_children():
-            if is_linear(child) and (name in taken or "Router" in type(child).__name__):
+            if is_linear(child) and (name in bypassed or "Router" in type(child).__name__):
                 names.append(f"{prefix}.{name}".removeprefix("."))
     return names
 
@@ -57,12 +56,13 @@ def idle_projections(model: PreTrainedModel) -> list[str]:
 
     def keep_output(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            outputs[name] += [output] * (isinstance(output, torch.Tensor) and output.requires_grad)
+            if isinstance(output, torch.Tensor) and output.requires_grad:
+                outputs[name].append(output)
 
         return keep
 
     def require_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        output.requires_grad_(True)  # of a frozen base nothing else does
+        output.requires_grad_(True)  # in a frozen base nothing else does
 
     was_training = model.training
     ids = torch.ones(1, 8, dtype=torch.long, device=model.device)
@@ -128,8 +128,8 @@ def check_coverage(model: nn.Module) -> Iterator[Coverage]:
 
 class CoverageCallback(TrainerCallback):
     """`check_coverage` around the first update of transformers' Trainer, and so of TRL's trainers.
-    Where all gradients are zero, as GRPO's where rewards do not differ, it looks again at the
-    next."""
+    Where all gradients are zero, as in GRPO when rewards do not differ, it checks the next update
+    too."""
 
     def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
         self.coverage = Coverage(model)
@@ -140,7 +140,7 @@ class CoverageCallback(TrainerCallback):
         next(self.updates, None)
 
     def _watch(self) -> Iterator[None]:
-        """Runs on at the start of training, and after each backward pass."""
+        """Advances at the start of training and after each backward pass."""
         coverage = self.coverage
         while not coverage.moves_loss:
             with coverage.watch():
@@ -177,8 +177,7 @@ class Coverage:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Looks at calls, and at the gradients of outputs and weights: in all processes
-        together."""
+        """Records calls and the gradients of outputs and weights, gathered over all processes."""
         with ExitStack() as hooks:
             for name, layer in self.layers.items():
                 hooks.callback(layer.register_forward_hook(self._watch_output(name)).remove)
@@ -187,7 +186,7 @@ class Coverage:
                     weight.register_hook(lambda _, name=name: self.has_gradient.add(name)).remove
                 )
             yield
-        # sharded, the hook is on a tensor that takes no part in the pass
+        # The hook of a sharded weight is on a tensor that takes no part in the pass.
         self.has_gradient |= {
             name for name, weight in self.weights.items() if weight.grad is not None
         }

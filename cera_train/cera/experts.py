@@ -87,12 +87,11 @@ def experts_forward(
     if getattr(experts, "has_post_expert_norm", False):  # transformers 5.10 knows none
         x = experts.post_expert_norm(x)
     weighted = x * top_k_weights.reshape(-1)[routing.order, None]
-    back = torch.empty_like(routing.order)
-    back[routing.order] = torch.arange(len(back), device=back.device)
+    unsorted = torch.empty_like(routing.order)
+    unsorted[routing.order] = torch.arange(len(unsorted), device=unsorted.device)
+    outputs = weighted[unsorted].view(*top_k_index.shape, weighted.shape[-1])
     # A sum over k, not index_add_, which on CUDA adds in any order.
-    return (
-        weighted[back].view(*top_k_index.shape, weighted.shape[-1]).sum(1).to(hidden_states.dtype)
-    )
+    return outputs.sum(1).to(hidden_states.dtype)
 
 
 def _project(
@@ -145,11 +144,13 @@ class CeraExperts(CeraLayer):
         self, base_layer: nn.Module, adapter_name: str, configs: dict[str, CeraConfig]
     ) -> None:
         super().__init__(base_layer, adapter_name, configs)
-        # A config for this module alone: the model's names the implementation without branches, and
-        # generate() changes it.
-        base_layer.config, base_config = copy.copy(base_layer.config), base_layer.config
-        base_layer.config.base_config = base_config
-        base_layer.config._experts_implementation_internal = IMPLEMENTATION
+        # A config for this module alone: the model's keeps naming the implementation without
+        # branches, and generate() changes it. The property would also set the configs of
+        # submodels, which the copy shares.
+        config = copy.copy(base_layer.config)
+        config.base_config = base_layer.config
+        config._experts_implementation_internal = IMPLEMENTATION
+        base_layer.config = config
 
     def update_layer(self, adapter_name: str, configs: dict[str, CeraConfig]) -> None:
         """Adds an adapter, or replaces the one of that name."""
@@ -216,21 +217,18 @@ class CeraExperts(CeraLayer):
 def expert_parameters(module: nn.Module) -> list[str]:
     """Names of the projections in a module of experts, which are its parameters; empty for any
     other module."""
-    held = module._parameters
-    is_experts = held.get("down_proj") is not None and held["down_proj"].ndim > 2
-    return [
-        name for name in ("gate_up_proj", "up_proj", "down_proj") if is_experts and name in held
-    ]
+    parameters = dict(module.named_parameters(recurse=False))
+    if "down_proj" not in parameters or parameters["down_proj"].ndim < 3:
+        return []
+    return [name for name in ("gate_up_proj", "up_proj", "down_proj") if name in parameters]
 
 
 def expert_names(model: nn.Module) -> list[str]:
     """The last two parts of the names of the experts' projections, each once."""
-    modules = [(key.removesuffix(".base_layer"), module) for key, module in model.named_modules()]
-    names = (
-        f"{key.rpartition('.')[2]}.{name}"
-        for key, module in modules
-        for name in expert_parameters(module)
-    )
+    names = []
+    for key, module in model.named_modules():
+        module_name = key.removesuffix(".base_layer").rpartition(".")[2]
+        names += [f"{module_name}.{name}" for name in expert_parameters(module)]
     return list(dict.fromkeys(names))
 
 
@@ -250,13 +248,12 @@ def check_experts(experts: nn.Module, parameters: Iterable[str]) -> None:
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise TypeError(
                 f"{name} of {kind} is quantised ({weight.dtype}), and its kernel takes no branch: "
-                f"load the experts in "
-                "16 or 32 bits."
+                "load the experts in 16 or 32 bits."
             )
         if not hasattr(experts, "is_transposed"):
             raise TypeError(
                 f"{kind} does not run through transformers' experts interface, so no branch would "
-                f"run."
+                "run."
             )
         if name not in adaptable:
             raise TypeError(

@@ -31,7 +31,7 @@ class CeraModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Puts an adapter into the model, as PEFT does. all-linear leaves out the projections that
+        """Adds an adapter to the model, as PEFT does. all-linear leaves out the projections that
         kernels bypass, and records them in `exclude_modules`."""
         keep_scale(model)
         config = self.peft_config[adapter_name]
@@ -43,7 +43,7 @@ class CeraModel(BaseTuner):
                 warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._check_patterns(config)
-        except ValueError:  # what is refused leaves no branch behind
+        except ValueError:  # a refused adapter leaves no branch behind
             for layer in model.modules():
                 if isinstance(layer, CeraLayer):
                     layer.delete_adapter(adapter_name)
@@ -63,8 +63,7 @@ class CeraModel(BaseTuner):
             if unmatched := patterns.keys() - {get_pattern_key(patterns, name) for name in targets}:
                 raise ValueError(
                     f"{field} has {', '.join(map(repr, sorted(unmatched)))}, which matches no "
-                    f"target module that a "
-                    "longer pattern does not match, too."
+                    "target module, or only those of a longer pattern: fix or remove it."
                 )
 
     def _prepare_adapter_config(
@@ -83,8 +82,8 @@ class CeraModel(BaseTuner):
         return super()._prepare_adapter_config(config, model_config)
 
     def _check_target_module_compatiblity(self, *args: Any) -> None:
-        """Does nothing: PEFT's list of Mamba models is for LoRA. A pass finds what does not run
-        (`coverage`)."""
+        """Does nothing: PEFT's check of Mamba models is for LoRA, and `coverage` finds what does
+        not run."""
 
     def _create_and_replace(
         self,
@@ -99,7 +98,7 @@ class CeraModel(BaseTuner):
         if isinstance(target, CeraExperts) or expert_parameters(target):
             raise ValueError(
                 f"target module {current_key!r} holds experts: name its parameters in "
-                f"target_parameters."
+                "target_parameters."
             )
         self._adapt(
             CeraLinear,
@@ -130,9 +129,8 @@ class CeraModel(BaseTuner):
         except TypeError as error:
             raise ValueError(f"{key!r} cannot be adapted. {error}") from error
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(
-                False
-            )  # an additional adapter is not trainable until it is made active
+            # Another adapter is not trainable until it is made active.
+            layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _targeted_parameters(self, config: CeraConfig, model: nn.Module) -> dict[str, list[str]]:
@@ -208,8 +206,8 @@ class CeraModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise ValueError(
             "CeRA cannot be merged: its branch is non-linear in x, so no weight matrix equals W0 "
-            "plus the branch. Keep "
-            "the adapter loaded beside the base model, or call unload() to get the base model back."
+            "plus the branch. Keep the adapter loaded beside the base model, or call unload() to "
+            "get the base model back."
         )
 
     # --- loading ----------------------------------------------------------------------------------
@@ -226,8 +224,8 @@ class CeraModel(BaseTuner):
 
 
 def keep_scale(model: nn.Module) -> None:
-    """Takes RWKV off the halving of its weights in eval mode: it is for float16, and a branch would
-    not be halved."""
+    """Stops RWKV from halving its weights in eval mode: the halving is for float16, and would not
+    apply to a branch."""
     for module in model.modules():
         if hasattr(module, "_rescale_layers") and module.config.rescale_every > 0:
             if module.layers_are_rescaled:

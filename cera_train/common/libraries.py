@@ -1,5 +1,5 @@
-"""torch and the libraries on it: importing them, and loading from the Hugging Face Hub, or from the
-cache alone where it does not answer."""
+"""torch and the libraries on top of it: importing them fast, and loading from the cache alone where
+the Hugging Face Hub does not answer."""
 
 import contextlib
 import gc
@@ -16,8 +16,10 @@ LOGGERS = ("huggingface_hub", "transformers", "datasets")
 
 @contextlib.contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Turns garbage collection off: a third of the time of these imports, and it frees nothing."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while PEFT imports it
+    """Turns garbage collection off: it takes a third of the time of these imports and frees
+    nothing."""
+    # bitsandbytes warns while PEFT imports it.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     gc.disable()
     try:
         yield
@@ -32,7 +34,7 @@ def hub_or_cache(needs_hub: bool = True) -> Iterator[None]:
     their source files.
 
     Args:
-        needs_hub: false for what lies in a folder.
+        needs_hub: false where everything is in a local folder.
     """
     import huggingface_hub
 
@@ -42,8 +44,10 @@ def hub_or_cache(needs_hub: bool = True) -> Iterator[None]:
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL)
         if needs_hub and not huggingface_hub.constants.HF_HUB_OFFLINE and not hub_answers():
-            datasets = sys.modules.get("datasets")
-            for module in (huggingface_hub.constants, *([datasets.config] if datasets else [])):
+            modules = [huggingface_hub.constants]
+            if datasets := sys.modules.get("datasets"):
+                modules.append(datasets.config)
+            for module in modules:
                 stack.callback(setattr, module, "HF_HUB_OFFLINE", module.HF_HUB_OFFLINE)
                 module.HF_HUB_OFFLINE = True
         yield
@@ -54,16 +58,15 @@ def hub_answers() -> bool:
     respected."""
     import huggingface_hub
 
-    with contextlib.suppress(
-        Exception
-    ):  # its HTTP library, and so the class of an error, changes by version
+    # The HTTP library, and with it the class of an error, depends on the version.
+    with contextlib.suppress(Exception):
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=SECONDS)
         return True
     return False
 
 
 def offline_reason() -> str:
-    """Why nothing came from the Hub: it was switched off, or it does not answer."""
+    """Why nothing came from the Hub: it is switched off or does not answer."""
     import huggingface_hub
 
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):

@@ -62,7 +62,7 @@ def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (peft_of("MIST"), "adapter.method=MIST is no method of PEFT .* There are: BEFT, "),
+        (peft_of("MIST"), "adapter.method=MIST is not a method of PEFT .* Choose one of BEFT, "),
         (peft_of("IA3", 4), "adapter.method=IA3: .*unexpected keyword argument 'r'"),
         (
             peft_of("MISS", 4, minir=2),
@@ -227,9 +227,7 @@ def test_pefts_lora_takes_experts_by_its_own_settings():
 
 
 def test_experts_that_a_model_lacks_are_refused():
-    with refuses(
-        "adapter.experts=True: this model has no experts, it is dense. Set adapter.experts=false."
-    ):
+    with refuses("adapter.experts=true: this model has no experts. Set adapter.experts=false."):
         build.build(make_tiny_llama(), AdapterConfig(r=4, experts=True))
     with refuses(
         "adapter.kind=cera: target_parameters: 'experts.up_proj' matches no parameter "

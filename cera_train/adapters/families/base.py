@@ -43,10 +43,10 @@ class Branch:
     """s B gate(A x) beside one projection: r hidden units, whose spectrum can be taken."""
 
     layer: nn.Module
-    A: nn.Module  # has the weight, [r, d_in]
-    B: Callable[
-        [], torch.Tensor
-    ]  # [d_out, r], called inside the model's forward, where sharded weights are whole
+    A: nn.Module
+    """Has the weight, [r, d_in]."""
+    B: Callable[[], torch.Tensor]
+    """-> [d_out, r]. Called inside the model's forward, where sharded weights are whole."""
     scaling: float
     r: int
     out_features: int
@@ -100,9 +100,8 @@ class Family:
         fields = fields | {"task_type": peft.TaskType.CAUSAL_LM}
         if config.target_modules is not None:
             fields["target_modules"] = config.target_modules
-        if (
-            config.layers is not None and config.target_modules != "all-linear"
-        ):  # PEFT takes not both: see `build`
+        # PEFT does not take both: see `build`.
+        if config.layers is not None and config.target_modules != "all-linear":
             fields["layers_to_transform"] = config.layers
         for key in config.settings.keys() & {*BEYOND_WEIGHTS}:
             raise UserError(
@@ -133,8 +132,8 @@ class Family:
         exclude_projections(peft_config, left_out, base)
         with peft_errors(config):
             model = peft.get_peft_model(base, peft_config)
-            # PEFT fills in fields while it builds, such as IA3's feedforward_modules: what is saved
-            # must load again.
+            # PEFT fills in fields while it builds, such as IA3's feedforward_modules. Checks that
+            # the config loads again once it is saved.
             peft.PeftConfig.from_peft_type(**copy.deepcopy(peft_config.to_dict()))
             return model
 
@@ -161,15 +160,14 @@ class RankedFamily(Family):
             )
             require(
                 is_pattern,
-                f"adapter.settings.{name}={pattern}: expected numbers by name, such as {{q_proj: "
-                f"8}}.",
+                f"adapter.settings.{name}={pattern}: expected numbers by name, such as "
+                "{q_proj: 8}.",
             )
         start = config.settings.get("init_lora_weights")
         require(
             config.start_from is None or not replaces_base(start),
             f"adapter.start_from={config.start_from}: adapter.settings.init_lora_weights={start} "
-            f"moves a part of W0 "
-            "into fresh weights. Leave one of the two out.",
+            "moves a part of W0 into fresh weights. Leave one of the two out.",
         )
 
 
@@ -189,7 +187,7 @@ class Full(Family):
     def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
         require(
             not getattr(base, "is_quantized", False),
-            "adapter.kind=full trains every weight, and quantised ones take no gradient: set "
+            "adapter.kind=full trains every weight, and quantised ones have no gradient: set "
             "model.quantization=none.",
         )
         # 16-bit weights would round most updates away; the loop computes in 16 bits by autocast.
@@ -223,9 +221,8 @@ def config_class_of(method: str) -> type[peft.PeftConfig]:
     usable = usable_methods()
     require(
         method.upper() in usable,
-        f"adapter.method={method} is no method of PEFT that a forward and a backward pass train. "
-        f"There are: "
-        f"{', '.join(usable)}.",
+        f"adapter.method={method} is not a method of PEFT that a forward and a backward pass "
+        f"train. Choose one of {', '.join(usable)}.",
     )
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
 
@@ -236,8 +233,6 @@ def usable_methods() -> list[str]:
     announce_import("PyTorch and PEFT")
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
-
-    import cera_train.cera  # noqa: F401 - registers CeRA
 
     return sorted(
         kind.value

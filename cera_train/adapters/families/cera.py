@@ -35,7 +35,7 @@ class Cera(RankedFamily):
         return f"{self.name} ({', '.join(variants)})" if variants else self.name
 
     def variants(self, config: AdapterConfig) -> list[str]:
-        """What sets these settings apart from the paper's."""
+        """How these settings differ from the paper's."""
         differs = {
             str(config.activation): config.activation != "silu",
             f"init {config.init}": config.init != "kaiming_normal",
@@ -57,11 +57,10 @@ class Cera(RankedFamily):
         shared = {field.name for field in fields(config)} & {
             field.name for field in fields(CeraConfig)
         }
-        values = {name: getattr(config, name) for name in shared - {"target_modules"}}
-        values = {
-            name: str(value) if isinstance(value, StrEnum) else value
-            for name, value in values.items()
-        }
+        values = {}
+        for name in shared - {"target_modules"}:
+            value = getattr(config, name)
+            values[name] = str(value) if isinstance(value, StrEnum) else value
         if config.experts:  # without names until `build` knows the model's
             values["expert_r"] = None
         return self.make(CeraConfig, config, values)
@@ -80,7 +79,13 @@ class Cera(RankedFamily):
 
         if not isinstance(module, CeraLinear) or ADAPTER not in module.r:
             return None
-        parts = (module.cera_A, module.cera_B, module.scaling, module.r, module.cera_gate)
-        A, B, scaling, r, gate = (part[ADAPTER] for part in parts)
-        gate = None if isinstance(gate, nn.Identity) else gate
-        return Branch(module, A, lambda: B.weight, scaling, r, module.out_features, gate)
+        A, B, gate, *_ = module.parts(ADAPTER)
+        return Branch(
+            layer=module,
+            A=A,
+            B=lambda: B.weight,
+            scaling=module.scaling[ADAPTER],
+            r=module.r[ADAPTER],
+            out_features=module.out_features,
+            gate=None if isinstance(gate, nn.Identity) else gate,
+        )

@@ -54,12 +54,9 @@ class Lora(RankedFamily):
         from peft.tuners.lora.layer import ParamWrapper
         from torch import nn
 
-        # PEFT's wrapper of experts adds to their weights: it has no hidden units.
-        if (
-            not isinstance(module, LoraLayer)
-            or isinstance(module, ParamWrapper)
-            or ADAPTER not in module.lora_A
-        ):
+        if not isinstance(module, LoraLayer) or ADAPTER not in module.lora_A:
+            return None
+        if isinstance(module, ParamWrapper):  # adds to experts' weights, without hidden units
             return None
         A = module.lora_A[ADAPTER]
         variant = module.lora_variant.get(ADAPTER)
