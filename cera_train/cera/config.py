@@ -134,18 +134,16 @@ class CeraConfig(PeftConfig):
         self.peft_type = PeftType("CERA")
         self.rank_pattern = longest_first(self.rank_pattern)
         self.alpha_pattern = longest_first(self.alpha_pattern)
-        expert_r = {} if self.expert_r is None else {"expert_r": self.expert_r}
-        for name, r in {
-            "r": self.r,
-            **expert_r,
-            **_named("rank_pattern", self.rank_pattern),
-        }.items():
+        ranks = {"r": self.r} | _by_place("rank_pattern", self.rank_pattern)
+        if self.expert_r is not None:
+            ranks["expert_r"] = self.expert_r
+        for name, r in ranks.items():
             if not (isinstance(r, int) and r > 0):
                 raise ValueError(f"{name} must be a positive integer, got {r!r}.")
-        alpha = {} if self.alpha is None else {"alpha": self.alpha}
-        scales = (
-            alpha | {"init_scale": self.init_scale} | _named("alpha_pattern", self.alpha_pattern)
-        )
+        scales = {"init_scale": self.init_scale}
+        scales |= _by_place("alpha_pattern", self.alpha_pattern)
+        if self.alpha is not None:
+            scales["alpha"] = self.alpha
         for name, scale in scales.items():
             if not (isinstance(scale, (int, float)) and scale > 0):
                 raise ValueError(f"{name} must be positive, got {scale!r}.")
@@ -215,8 +213,8 @@ def longest_first(pattern: dict[str, Any] | None) -> dict[str, Any]:
     )
 
 
-def _named(field: str, pattern: dict[str, Any]) -> dict[str, Any]:
-    """The values of a pattern by their places. Raises ValueError for a key that is no regular
+def _by_place(field: str, pattern: dict[str, Any]) -> dict[str, Any]:
+    """The values of a pattern by field[key]. Raises ValueError for a key that is not a regular
     expression."""
     for key in pattern:
         try:

@@ -73,6 +73,7 @@ def experts_forward(
         top_k_index: the experts of every token, [tokens, k].
         top_k_weights: their weights, [tokens, k].
     """
+    # transformers names the parts of its interface with an underscore, and has no others.
     if branches is None:
         base_implementation = experts.config.base_config._experts_implementation
         forward = ALL_EXPERTS_FUNCTIONS.get_interface(

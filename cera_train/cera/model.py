@@ -20,7 +20,10 @@ from .layer import CeraLayer, CeraLinear
 
 
 class CeraModel(BaseTuner):
-    """A model whose targeted projections carry CeRA branches. Built by `peft.get_peft_model`."""
+    """A model whose targeted projections carry CeRA branches. Built by `peft.get_peft_model`.
+
+    Methods with an underscore are those that PEFT calls or that a tuner of PEFT overrides.
+    """
 
     prefix = "cera_"
     tuner_layer_cls = CeraLayer

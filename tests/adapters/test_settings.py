@@ -45,7 +45,7 @@ def refuses(message: str):
         ),
     ],
 )
-def test_a_setting_that_this_kind_would_ignore_is_refused(compose, overrides, message):
+def test_a_setting_that_the_kind_ignores_is_refused(compose, overrides, message):
     with pytest.raises(Exception, match=message):
         compose(*overrides.split())
 
@@ -156,7 +156,7 @@ def test_tied_weights_are_not_untied(target, as_expression):
 
 
 @pytest.mark.parametrize("kind", ["cera", "peft"])
-def test_one_mistyped_target_of_two_is_refused(kind):
+def test_a_mistyped_target_is_refused_even_beside_a_right_one(kind):
     method = "MISS" if kind == "peft" else None
     config = AdapterConfig(kind, 4, alpha=None, target_modules=["q_proj", "v_prj"], method=method)
     with refuses(
@@ -166,7 +166,7 @@ def test_one_mistyped_target_of_two_is_refused(kind):
         build.build(make_tiny_llama(), config)
 
 
-def test_layers_of_all_linear_are_kept():
+def test_all_linear_adapts_only_the_chosen_layers():
     config = AdapterConfig("lora", 4, target_modules="all-linear", layers=[1])
     build.check(config)
     model = build.build(make_tiny_llama(), config)

@@ -19,7 +19,7 @@ def adapted():
     return peft.get_peft_model(make_tiny_llama(), config).train()
 
 
-def test_a_fresh_adapter_has_no_spectrum_but_a_gate_whose_linear_share_falls_with_the_scale_of_A():
+def test_the_linear_share_of_a_fresh_adapter_falls_with_the_scale_of_A():
     shares = []
     for scale in (1, 30):
         model = peft.get_peft_model(

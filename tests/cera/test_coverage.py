@@ -1,5 +1,5 @@
-"""A first forward and backward pass proves that every adapter runs and learns, or names those that
-do not."""
+"""A first forward and backward pass proves that every adapter runs and learns, or names the ones
+that do not."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_checkpointing_and_several_passes_are_proven(reentrant):
         passes(model)
 
 
-def test_only_the_trainable_adapter_of_several_counts():
+def test_only_trainable_adapters_are_checked():
     model = adapted(target_modules=["q_proj"])
     model.add_adapter("second", CeraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"))
     with check_coverage(model) as coverage:
@@ -138,7 +138,7 @@ def test_experts_without_a_token_are_exempt(running):
         assert "10 of 10 adapted modules would not train" in coverage.problem()
 
 
-def test_what_one_process_has_not_seen_another_may_have(monkeypatch):
+def test_processes_share_what_they_have_seen(monkeypatch):
     model = adapted(target_modules=["q_proj"])
     idle = Coverage(model)
     busy = Coverage(model)
@@ -149,8 +149,8 @@ def test_what_one_process_has_not_seen_another_may_have(monkeypatch):
         pass
     assert idle.problem() is not None
 
-    def gather(seen: list, own: tuple) -> None:
-        seen[:] = own, (busy.called, busy.moves_loss, busy.has_gradient)
+    def gather(seen: list, ours: tuple) -> None:
+        seen[:] = ours, (busy.called, busy.moves_loss, busy.has_gradient)
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)

@@ -1,4 +1,4 @@
-"""CeRA on the experts of a mixture: against a plain loop; several adapters, their files,
+"""CeRA on the experts of a mixture: against a plain loop; several adapters, saving and loading,
 refusals."""
 
 import json
@@ -51,20 +51,6 @@ def test_model_equals_a_plain_loop_in_double_precision(model_type, parameters, s
         torch.testing.assert_close(slope, expected[name], rtol=1e-9, atol=1e-11)
 
 
-def adapter_weights(layer: CeraExperts) -> list[nn.Parameter]:
-    return [parameter for parameter in layer.parameters() if parameter.requires_grad]
-
-
-def random_routing(
-    layer: CeraExperts, tokens: int = 9, dtype: torch.dtype = torch.float64
-) -> tuple[torch.Tensor, ...]:
-    """Hidden states, routing weights and two experts for each token."""
-    experts = layer.base_layer.num_experts
-    x = torch.randn(tokens, 32, dtype=dtype, requires_grad=True)
-    weights = torch.rand(tokens, 2, dtype=dtype, requires_grad=True)
-    return x, weights, torch.stack([torch.randperm(experts)[:2] for _ in range(tokens)])
-
-
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_every_implementation_of_the_base_gives_the_same_adapted_model(model_type, implementation):
@@ -108,7 +94,7 @@ def test_patterns_choose_the_rank_and_alpha_of_experts():
 
 
 @pytest.mark.parametrize("place", ["hidden", "input"])
-def test_dropout_drops_units_in_training_alone(place):
+def test_dropout_acts_in_training_only_and_follows_the_seed(place):
     model = adapted_mixture(dropout=0.5, dropout_on=place)
     assert torch.equal(logits(model), logits(model))
     model.train()
@@ -125,17 +111,18 @@ def test_dropout_drops_units_in_training_alone(place):
 @pytest.mark.parametrize(("model_type", "place"), [("mixtral", "hidden"), ("gpt_oss", "input")])
 def test_compiled_experts_are_one_graph_with_the_same_numbers(model_type, place):
     layer = experts_of(adapted_mixture(model_type, dropout=0.5, dropout_on=place))[0]
-    x, weights, index = random_routing(layer, dtype=torch.float32)
+    num_experts = layer.base_layer.num_experts
+    two_experts = torch.stack([torch.randperm(num_experts)[:2] for _ in range(9)])
+    inputs = torch.randn(9, 32, requires_grad=True), two_experts, torch.rand(9, 2)
+    weights = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, index, weights), layer(x, index, weights))
-    found, expected = (
-        torch.autograd.grad(forward(x, index, weights).sin().sum(), adapter_weights(layer))
-        for forward in (compiled, layer)
+    torch.testing.assert_close(compiled(*inputs), layer(*inputs))
+    ours, expected = (
+        torch.autograd.grad(forward(*inputs).sin().sum(), weights) for forward in (compiled, layer)
     )
-    for slope, plain in zip(found, expected, strict=True):
-        torch.testing.assert_close(slope, plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     layer.train()
-    assert not torch.equal(compiled(x, index, weights), compiled(x, index, weights))
+    assert not torch.equal(compiled(*inputs), compiled(*inputs))
 
 
 def test_adapters_switch_add_up_and_turn_off():
@@ -220,7 +207,7 @@ def quantise(experts: nn.Module) -> None:
     )
 
 
-def leave(experts: nn.Module) -> None:
+def leave_as_it_is(experts: nn.Module) -> None:
     pass
 
 
@@ -228,17 +215,17 @@ def leave(experts: nn.Module) -> None:
     ("change", "targets", "message"),
     [
         (
-            leave,
+            leave_as_it_is,
             {"target_parameters": ["experts.gate_proj"]},
             r"matches no parameter of this model. .*gate_up_proj",
         ),
         (
-            leave,
+            leave_as_it_is,
             {"target_parameters": ["mlp.gate.weight"]},
             "MixtralTopKRouter does not run through .* experts interf",
         ),
         (
-            leave,
+            leave_as_it_is,
             {"target_modules": ["experts"]},
             r"'model.layers.0.mlp.experts' holds experts: name its parameters",
         ),
@@ -250,7 +237,7 @@ def leave(experts: nn.Module) -> None:
         ),
     ],
 )
-def test_what_cannot_have_branches_is_refused(change, targets, message):
+def test_experts_that_cannot_be_adapted_are_refused(change, targets, message):
     model = make_mixture()
     change(model.model.layers[0].mlp.experts)
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,5 @@
-"""CeRA in a PEFT model: LoRA as the oracle, several adapters at once, saved and loaded ones, and
-what a branch that is no matrix cannot do."""
+"""CeRA in a PEFT model: against LoRA, several adapters at once, saving and loading, registration,
+and what a non-linear branch cannot do."""
 
 import copy
 import importlib
@@ -76,7 +76,7 @@ def test_adapters_switch_add_up_and_turn_off():
     assert torch.equal(logits(model), first)
 
 
-def test_an_adapter_over_a_model_in_eval_mode_answers_the_same_every_time():
+def test_an_adapter_added_in_eval_mode_does_not_drop_units():
     model = get_peft_model(make_tiny_llama().eval(), cera(dropout=0.9))
     assert torch.equal(logits(model), logits(model))
     model.add_adapter("second", cera(dropout=0.9, target_modules=["k_proj"]))
@@ -132,7 +132,7 @@ def saved(tiny_folder, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_saved_adapter_is_safetensors_and_json_and_says_what_it_is(saved):
+def test_a_saved_adapter_is_safetensors_and_a_json_config(saved):
     assert {path.name for path in saved.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -191,7 +191,7 @@ def test_importing_cera_train_registers_cera_in_any_order(imports):
     assert done.stdout == "CeraConfig\n", done.stderr
 
 
-def test_the_type_is_a_member_of_pefts_enum_also_where_it_is_registered_twice():
+def test_cera_is_a_member_of_pefts_enum_even_if_registered_twice():
     member = PeftType.CERA
     count = len(PeftType)
     importlib.reload(cera_train)

@@ -51,7 +51,7 @@ def test_the_right_modules_are_adapted_now_and_after_loading(
     assert set(cera_layers(PeftModel.from_pretrained(make_tiny_llama(), tmp_path))) == expected
 
 
-def test_a_target_that_is_no_projection_is_refused_by_its_name():
+def test_a_target_that_is_not_a_projection_is_refused_by_name():
     with pytest.raises(
         ValueError, match=r"'model\.embed_tokens' cannot be adapted\. .*not Embedding"
     ):
@@ -69,7 +69,7 @@ def skeleton(model_type: str, names: Iterable[str]) -> nn.Module:
 
 
 @pytest.mark.parametrize("model_type", MAPPED)
-def test_without_targets_the_papers_are_taken_else_those_of_lora(model_type):
+def test_the_default_targets_are_the_papers_or_else_pefts_for_lora(model_type):
     targets = set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type])
     paper = {"q_proj", "v_proj"}
     model = get_peft_model(skeleton(model_type, [*targets, "other"]), CeraConfig(r=2))
