@@ -115,7 +115,7 @@ WAYS = (
     "{day.day}.{day.month}.{day:%y}",
     "the day after {day:%B} {day.day}, {day.year}",
 )
-"""What no model can guess is the convention: 3.5.87 is in May, and of 1987."""
+"""The model must learn the convention: 3.5.87 is in May, and of 1987."""
 
 
 def date_rows(train_rows: int | None, eval_rows: int) -> tuple[list[Row], list[Row]]:

@@ -38,16 +38,12 @@ def print_data(
         print_line("layout", line)
     for label, split in (("train", train), ("eval", data.evaluation)):
         print_line(label, split.describe("answers" if config.is_paired else "rows"))
-    for line in data.parts:
+    for line in data.mix:
         print_line("part", line)
-    repeated = (
-        f"; {data.repeated_prompts:,} training rows repeat a prompt"
-        if data.repeated_prompts
-        else ""
-    )
-    print_line(
-        "shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts{repeated}"
-    )
+    shared = f"{data.shared_prompts:,} evaluation prompts are also training prompts"
+    if data.repeated_prompts:
+        shared += f"; {data.repeated_prompts:,} training rows repeat a prompt"
+    print_line("shared", shared)
     if at_length:
         print_lengths(train)
     is_learned, line = describe_stop(train, config.max_length, stops, tokenizer)

@@ -46,9 +46,8 @@ class Example:
 
     input_ids: list[int]
     loss_mask: list[bool]
-    prompt_key: str = (
-        ""  # A digest of the text before the first supervised token: equal prompts have equal keys
-    )
+    prompt_key: str = ""
+    """A digest of the text before the first supervised token: equal prompts have equal keys."""
     has_answer: bool = True
     """Whether a token of an answer is left, also where the loss is on all tokens. A row without one
     is dropped."""
@@ -59,11 +58,12 @@ class Example:
 
 
 def table_of(examples: Iterable[Example]) -> pyarrow.Table:
+    """The examples as rows of `SCHEMA`."""
     return pyarrow.Table.from_pylist([example.columns() for example in examples], SCHEMA)
 
 
 class TokenizedRows:
-    """A split.
+    """The rows of a split as tokens.
 
     Args:
         table: the columns of `SCHEMA` for every row that was read.
@@ -102,8 +102,8 @@ class TokenizedRows:
         return empty, self.table["has_answer"].to_pylist().count(False) - empty
 
     def uncut(self) -> Self:
-        """Without the truncated rows, which then count as dropped. Raises UserError where no row is
-        left."""
+        """The rows without the truncated ones, which then count as dropped. Raises UserError where
+        none is left."""
         whole = pyarrow.compute.and_not(self.table["has_answer"], self.table["truncated"])
         table = self.table.set_column(
             self.table.column_names.index("has_answer"), "has_answer", whole
@@ -117,12 +117,12 @@ class TokenizedRows:
         return TokenizedRows(table, self.digest, numbers)
 
     def describe(self, unit: str = "rows") -> str:
-        """Rows kept, dropped and truncated, and the supervised share, for people."""
+        """A line about the rows kept, dropped and truncated, and the supervised share."""
         tokens = sum(self.lengths)
-        (empty, beyond) = self.dropped
+        supervised = sum(self.supervised) / tokens
+        empty, beyond = self.dropped
         return (
-            f"{len(self):,} {unit}, {tokens:,} tokens, {sum(self.supervised) / tokens:.0%} "
-            f"supervised; "
+            f"{len(self):,} {unit}, {tokens:,} tokens, {supervised:.0%} supervised; "
             f"{empty + beyond:,} dropped ({empty:,} empty, {beyond:,} beyond max_length), "
             f"{sum(self.truncated):,} truncated"
         )
@@ -134,9 +134,8 @@ class TokenizedData:
     evaluation: TokenizedRows
     shared_prompts: int = 0  # evaluation rows whose prompt is also a training row's
     repeated_prompts: int = 0  # training rows whose prompt is also an earlier one's
-    parts: list[str] = field(
-        default_factory=list
-    )  # a line for each part of a mix: its rows and tokens of an epoch
+    mix: list[str] = field(default_factory=list)
+    """A line about each part of a mix: its rows and tokens in an epoch."""
 
 
 # --- a run's rows ---------------------------------------------------------------------------------
@@ -151,30 +150,13 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
         with errors_at(place):
             train_source, eval_source = open_sources(part)
             train.append(_tokenize(train_source, part, tokenizer))
-            evaluates = part.eval_rows != 0
-            evaluation.append(
-                _tokenize(eval_source, part, tokenizer)
-                if evaluates
-                else TokenizedRows(table_of([]))
-            )
+            if part.eval_rows == 0:
+                evaluation.append(TokenizedRows(table_of([])))
+            else:
+                evaluation.append(_tokenize(eval_source, part, tokenizer))
     data = TokenizedData(train[0], _joined_evaluation(evaluation))
     if config.mix is not None:
-        counts = rows_of_parts([*map(len, train)], config.weights, config.train_rows)
-        drawn = [
-            drawn_rows(len(rows), count, f"{config.mix_seed} {number}")
-            for number, (rows, count) in enumerate(zip(train, counts, strict=True))
-        ]
-        data.train = _join(train, drawn)
-        for (_, part), rows, taken, evaluating in zip(
-            config.parts(), train, drawn, evaluation, strict=True
-        ):
-            tokens = sum(rows.lengths[row] for row in taken)
-            data.parts.append(
-                f"{part.title}: {len(taken):,} rows an epoch, of {len(rows):,} "
-                f"({len(taken) / len(data.train):.2%}), "
-                f"{tokens:,} tokens ({tokens / sum(data.train.lengths):.2%}); {len(evaluating):,} "
-                f"rows evaluate"
-            )
+        _mix(data, config, train, evaluation)
     train_keys = set(data.train.column("prompt_key"))
     data.repeated_prompts = len(data.train) // config.sequences - len(train_keys)
     eval_keys = data.evaluation.column("prompt_key")[:: config.sequences]
@@ -187,6 +169,31 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
         fix = "Remove them from one side, or set data.allow_overlap=true."
         raise UserError(f"{config.title}: {count}, so the perplexity would measure memory. {fix}")
     return data
+
+
+def _mix(
+    data: TokenizedData,
+    config: DataConfig,
+    train: Sequence[TokenizedRows],
+    evaluation: Sequence[TokenizedRows],
+) -> None:
+    """Draws the training rows of an epoch from those of each part, and describes the parts."""
+    counts = rows_of_parts([*map(len, train)], config.weights, config.train_rows)
+    drawn = [
+        drawn_rows(len(rows), count, f"{config.mix_seed} {number}")
+        for number, (rows, count) in enumerate(zip(train, counts, strict=True))
+    ]
+    data.train = _join(train, drawn)
+    total = sum(data.train.lengths)
+    for (_, part), rows, taken, evaluating in zip(
+        config.parts(), train, drawn, evaluation, strict=True
+    ):
+        tokens = sum(rows.lengths[row] for row in taken)
+        data.mix.append(
+            f"{part.title}: {len(taken):,} rows an epoch, of {len(rows):,} "
+            f"({len(taken) / len(data.train):.2%}), {tokens:,} tokens ({tokens / total:.2%}); "
+            f"{len(evaluating):,} rows evaluate"
+        )
 
 
 def prepare_evaluation(
@@ -339,8 +346,12 @@ def encode(
             loss_mask += [segment.supervised] * len(ids)
         prompt_key = hashlib.blake2b(prompt_of(segments).encode(), digest_size=16).hexdigest()
         is_cut = len(input_ids) > step and not is_document
-        # Without a start token, nothing is before a last token alone.
-        for first in range(0, max(1, len(input_ids) - (not start)), step) if is_document else (0,):
+        firsts = [0]
+        if is_document:
+            # Without a start token, nothing is before a last token alone.
+            predicted = len(input_ids) if start else len(input_ids) - 1
+            firsts = range(0, max(1, predicted), step)
+        for first in firsts:
             kept = slice(first, first + step)
             ids = start + input_ids[kept]
             mask = [False] * len(start) + loss_mask[kept]

@@ -41,7 +41,8 @@ class Interrupted(SystemExit):
             handler(self.signal, None)
         except Exception as error:
             raise UserError(
-                f"it was saved, but is not started again: {error} The same command resumes it."
+                f"saved, but the scheduler could not requeue it: {error} "
+                "The same command resumes it."
             ) from error
         if self.signal in (signal.SIGUSR1, signal.SIGUSR2):
             raise SystemExit(0)

@@ -94,7 +94,7 @@ def test_a_mix_trains_on_its_shares_and_evaluates_on_all_parts(part, tokenizer):
     lengths = dict(zip(trained, data.train.lengths, strict=True))
     total = sum(lengths.values())
     of_b = sum(length for text, length in lengths.items() if text.startswith("b"))
-    assert data.parts == [
+    assert data.mix == [
         f"a.jsonl: 10 rows an epoch, of 30 (66.67%), {total - of_b} tokens "
         f"({1 - of_b / total:.2%}); 2 rows evaluate",
         f"b.jsonl: 5 rows an epoch, of 5 (33.33%), {of_b} tokens ({of_b / total:.2%}); 2 rows "
@@ -122,7 +122,7 @@ def test_rows_weights_and_eval_rows_choose_the_rows(
     data = prepare_data(mix(part("a", 12, **first), part("b", 7, **second), **settings), tokenizer)
     expected = [text for name, numbers in trained.items() for text in row_texts(name, numbers)]
     assert sorted(texts_of(data.train, tokenizer)) == sorted(expected)
-    assert [int(part.split("; ")[1].split()[0]) for part in data.parts] == eval_rows
+    assert [int(part.split("; ")[1].split()[0]) for part in data.mix] == eval_rows
     assert len(data.evaluation) == sum(eval_rows)
 
 
