@@ -204,8 +204,8 @@ def rendered_exchanges(
     exchanges = []
     rendered = ""  # up to the last answer
     for number in supervised:
-        prompt = render(messages[:number], tools, tokenizer, add_generation_prompt=True)
-        full = render(messages[: number + 1], tools, tokenizer, add_generation_prompt=False)
+        prompt = render_chat(messages[:number], tools, tokenizer, add_generation_prompt=True)
+        full = render_chat(messages[: number + 1], tools, tokenizer, add_generation_prompt=False)
         _check_continues(rendered, prompt, full)
         # A template may write a line break after its end token: nobody generates that, it belongs
         # to the next prompt.
@@ -217,7 +217,7 @@ def rendered_exchanges(
     return exchanges
 
 
-def render(
+def render_chat(
     messages: Sequence[Row], tools: list[Any] | None, tokenizer: Any, add_generation_prompt: bool
 ) -> str:
     """The text of messages by the chat template. Raises UserError where it refuses them."""
@@ -289,14 +289,16 @@ def messages_of(row: Row) -> list[Row]:
     messages = [_without_nulls(turn) for turn in turns_of(row, Layout.messages)]
     for number, message in enumerate(messages):
         calls = message.get("tool_calls", [])
-        for call in calls if isinstance(calls, list) else [None]:
+        another_shape = f"messages[{number}] has tool_calls of another shape: {TOOLS}."
+        require(isinstance(calls, list), another_shape)
+        for call in calls:
             match call:
                 case {"function": {"name": str()} as function}:
                     # They may be an object already, or no JSON.
                     with contextlib.suppress(TypeError, ValueError):
                         function["arguments"] = json.loads(function.get("arguments"))
                 case _:
-                    raise UserError(f"messages[{number}] has tool_calls of another shape: {TOOLS}.")
+                    raise UserError(another_shape)
     return messages
 
 

@@ -218,7 +218,7 @@ def _read_jsonl(path: str) -> Iterator[PlacedRow]:
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                row = _parse(line.rstrip(), path, number)
+                row = _parse_json(line.rstrip(), path, number)
                 if not isinstance(row, dict):
                     fix = "A row is a JSON object; a list of rows is .json."
                     raise UserError(
@@ -230,7 +230,7 @@ def _read_jsonl(path: str) -> Iterator[PlacedRow]:
 def _read_json(path: str) -> Iterator[PlacedRow]:
     with _open(path) as file:
         text = file.read()
-    rows = _parse(text, path, 1) if text.strip() else []
+    rows = _parse_json(text, path, 1) if text.strip() else []
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(
             f"{path}: expected a JSON list of objects. One row a line is .jsonl: rename the file."
@@ -303,7 +303,7 @@ READERS: dict[str, Callable[[str], Iterator[PlacedRow]]] = {
 }
 
 
-def _parse(text: bytes, path: str, first_line: int) -> Any:
+def _parse_json(text: bytes, path: str, first_line: int) -> Any:
     try:
         return json.loads(text)
     except (

@@ -208,9 +208,9 @@ def test_the_precision_follows_the_processor_where_none_is_set(
         "ONEDNN_MAX_CPU_ISA", raising=False
     )
     chosen = choose_precision(Dtype(wanted), cuda=False)
-    assert chosen.dtype == dtype
-    assert chosen.reason.startswith(reason)
-    assert ("slow" in chosen.reason) == ("slow" in reason)
+    assert chosen.value == dtype
+    assert chosen.why.startswith(reason)
+    assert ("slow" in chosen.why) == ("slow" in reason)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
@@ -218,8 +218,8 @@ def test_a_gpu_is_judged_by_its_compute_capability(monkeypatch, capability, dtyp
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
     chosen = choose_precision(Dtype.auto, cuda=True)
-    assert chosen.dtype == dtype
-    assert "some GPU" in chosen.reason
+    assert chosen.value == dtype
+    assert "some GPU" in chosen.why
 
 
 @pytest.mark.parametrize(

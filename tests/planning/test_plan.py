@@ -121,10 +121,10 @@ def test_attention_gets_a_mask_where_it_cannot_run_by_sequence(
 
 def test_the_largest_micro_batch_is_that_of_one_of_many_updates(compose):
     config = compose(MATH, "plan.gpus=8", command="plan")
-    loss = SimpleNamespace(is_flat=True, allowed=SimpleNamespace(attention="varlen"))
+    language_model = SimpleNamespace(is_flat=True, allowed=SimpleNamespace(attention="varlen"))
     run = SimpleNamespace(
         config=config,
-        loss=loss,
+        language_model=language_model,
         base=SimpleNamespace(config=SimpleNamespace(_attn_implementation="varlen")),
     )
     largest, usual = micro_batches(run, data_size(config.data))
