@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import traceback
+import typing
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import options
-from cera_train.common.settings import fields_of, require
+from cera_train.common.settings import fields_of, require, section_of
 from cera_train.common.trust import SECRET_NAME, may_run_code
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.run import Config, PlanRun
@@ -142,6 +143,7 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     if program in ("cera-train", "cera-plan") and flags.keys().isdisjoint(SHOW_CHOICES):
         settings = with_quickstart(settings)
     settings = with_implied_files(program, settings)
+    check_sections(program, settings)
     is_single = not flags.keys() - {"--config-dir"}
     for setting in settings:
         key, _, value = setting.partition("=")
@@ -256,6 +258,29 @@ def with_implied_files(program: str, settings: Sequence[str]) -> list[str]:
     return [*files, *settings]
 
 
+def check_sections(program: str, settings: Sequence[str]) -> None:
+    """Raises UserError for a setting of a section that is null, since no file is chosen for it."""
+    pairs = [setting.partition("=")[::2] for setting in settings]
+    with_file = {key.lstrip("+") for key, value in pairs if not value.startswith("{")}
+    for setting, (key, _) in zip(settings, pairs, strict=True):
+        section = key.lstrip("+~").partition(".")[0]
+        file = "-m +study=NAME" if section == "study" else f"{section}=NAME"
+        require(
+            section not in null_sections(SCHEMAS[program]) or section in with_file,
+            f"{setting}: the section {section} is null here: choose a file for it, {file}.",
+        )
+
+
+def null_sections(schema: type) -> list[str]:
+    """The sections of a command that are null unless a file is chosen for them."""
+    hints = typing.get_type_hints(schema)
+    return [
+        field.name
+        for field in fields(schema)
+        if field.default is None and section_of(hints[field.name]) is not None
+    ]
+
+
 def with_folder_quoted(argument: str) -> str:
     """Lets run=outputs/rank_lr/adapter=cera,adapter.r=64 be a folder: Hydra would read its commas
     and signs."""
@@ -295,23 +320,10 @@ def explain_composition(error: Exception, program: str) -> str | None:
                 f"{error.problem_mark.name}:{error.problem_mark.line + 1}: broken YAML: "
                 f"{error.problem}."
             )
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if re.match(
-        "Unexpected type for root: NoneType|'NoneType' object has no attribute 'get'", str(error)
-    ):
-        setting = next(
-            frame.f_locals["override"].input_line
-            for frame in frames
-            if "override" in frame.f_locals
-        )
-        section = re.match(r"\w+", setting)[0]
-        file = "-m +study=NAME" if section == "study" else f"{section}=NAME"
-        return f"{setting}: the section {section} is null here: choose a file for it, {file}."
-    frame = frames[-1]
-    is_hydras = isinstance(error, HydraException | OmegaConfBaseException)
-    is_hydras |= frame.f_globals["__name__"].startswith(
-        ("hydra.", "omegaconf.")
-    )  # it raises others too
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    # Hydra raises errors of other kinds too.
+    is_raised_there = frame.f_globals["__name__"].startswith(("hydra.", "omegaconf."))
+    is_hydras = isinstance(error, HydraException | OmegaConfBaseException) or is_raised_there
     return _describe(error, program) if is_hydras else None
 
 
@@ -343,6 +355,8 @@ def _describe(error: Exception, program: str) -> str:
         return f"{ambiguous[1]}: commas separate values: {forms}."
     if twice := re.match("Multiple values for ([^.]+)\\.", message):
         return f"{twice[1]}=... stands twice: keep one of the two."
+    if message == "Unexpected type for root: NoneType":
+        return "a setting lies in a section that is null here: set it whole, SECTION={KEY: VALUE}."
     if not key:
         return message
     # No attribute of Hydra's exception holds the file in which a key or value stands.

@@ -102,8 +102,8 @@ def start_hydra(
     )
     sys.argv[1:] = for_hydra(program, sys.argv[1:])
     register_configs(*options("recipe"))
-    # Hydra builds plugins of the package hydra_plugins only, and other Hydra programs would import
-    # a module in it.
+    # Plugins.register takes a class under the name of its module, and Hydra builds plugins only
+    # from names in the package hydra_plugins, whose modules every Hydra program would import.
     names = {f"hydra_plugins.cera_train.{name}": plugin for name, plugin in (plugins or {}).items()}
     Plugins.instance().class_name_to_class.update(names)
     decorate = hydra.main(

@@ -8,6 +8,7 @@ section. Imports no torch.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -77,16 +77,21 @@ def _arguments(hydra_config: DictConfig) -> list[str]:
 def grid(config: DictConfig, params: Mapping[str, str] | None = None) -> list[list[str]]:
     """The overrides of every job that Hydra's basic sweeper runs, in its order. `params` are the
     dimensions, key -> values, in the place of `hydra.sweeper.params`."""
-    dimensions = _dimensions(config, params)
-    for override in dimensions:
-        if override.is_sweep_override() and not override.is_discrete_sweep():
-            raise UserError(
-                f"{override.input_line}: a grid takes single values, a,b,c. A range to draw from "
-                f"needs a sweeper that "
-                "draws: hydra/sweeper=optuna."
-            )
-    (jobs,) = BasicSweeper.split_arguments(dimensions, None)
-    return jobs
+    dimensions = map(_values_of, _dimensions(config, params))
+    return [list(job) for job in itertools.product(*dimensions)]
+
+
+def _values_of(override: Override) -> list[str]:
+    """The overrides of a dimension, one for each value."""
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [f"{key}={override.get_value_element_as_str()}"]
+    if not override.is_discrete_sweep():
+        raise UserError(
+            f"{override.input_line}: a grid takes single values, a,b,c. A range to draw from needs "
+            f"a sweeper that draws: hydra/sweeper=optuna."
+        )
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
 def job_composer(config: DictConfig, check: Callable[[DictConfig], Any]) -> ComposeJob:

@@ -169,7 +169,17 @@ MISTAKES = [
     ("cera-train name=a:\nb:", "cannot read the value", r"""$'name="a:\nb:"'"""),
     ("cera-train data.prompt={q}\n{a}", "cannot read the value", r"""$'data.prompt="{q}\n{a}"'"""),
     ("cera-train +recipe=sft +recipe=quickstart", "recipe=... stands twice", "keep one of the two"),
-    ("cera-train study.arms={a:[adapter=lora]}", "cannot read the value", """'KEY=["a=b","""),
+    (
+        "cera-train -m +study=first_look study.arms={a:[adapter=lora]}",
+        "cannot read the value",
+        """'KEY=["a=b",""",
+    ),
+    (
+        "cera-train study.seeds=2",
+        "study.seeds=2: the section study is null here",
+        "-m +study=NAME",
+    ),
+    ("cera-train data.facts.of=x", "a section that is null here", "SECTION={KEY: VALUE}"),
     (
         "cera-train -m +study=first_look study.tune={a.b:[3]}",
         "study.tune: the value has a new key",
