@@ -174,6 +174,9 @@ def check_config_folder(folder: str) -> None:
     by a `_target_`, the factories of a logging config, the environment of processes, or a
     launcher's shell commands; or if one reads a file outside the folder. A file may choose one of
     our sweepers or launchers, and set the dimensions of a sweep."""
+    require(
+        os.path.isdir(folder), f"--config-dir={folder}: no such folder: name one that is there."
+    )
     for root, folders, names in os.walk(folder, onerror=_raise):
         for path in map(Path(root).joinpath, folders):
             require(

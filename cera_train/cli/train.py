@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cera_train.cli.start import (
     announce_imports,
@@ -23,6 +23,7 @@ from cera_train.cli.start import (
 )
 from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
+from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
@@ -147,6 +148,10 @@ class TrainingSweep(Callback):
                 "chooses others: "
                 "leave one of the two out."
             )
+        require(
+            OmegaConf.select(config, "hydra.launcher.n_jobs") != 0,
+            "hydra.launcher.n_jobs=0: set the number of jobs at once, or -1 for one a core.",
+        )
         if config.hub.push is not None:
             raise UserError(
                 f"hub.push={config.hub.push}: every job of a sweep would replace the one before. "

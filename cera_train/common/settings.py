@@ -175,10 +175,14 @@ LONGEST_NAME = (
 )
 
 
-def require_folder_name(name: str) -> None:
+def require_folder_name(name: str, key: str = "name") -> None:
+    """Raises UserError for what cannot be the name of a folder, or would break a line or steer a
+    terminal where it is printed."""
     is_short = len(name.encode(errors="replace")) <= LONGEST_NAME
-    is_name = is_short and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    is_plain = name.isprintable() and not set(name) & set("/\\")
     expected = (
-        f"expected the name of one folder, without a slash and of at most {LONGEST_NAME} bytes"
+        f"expected the name of one folder, without a slash or a line break and of at most "
+        f"{LONGEST_NAME} bytes"
     )
-    require(is_name, f"name={name[:80]!r}: {expected}.")
+    is_name = is_short and is_plain and name not in ("", ".", "..")
+    require(is_name, f"{key}={name[:80]!r}: {expected}.")

@@ -159,7 +159,7 @@ class EvalConfig(AnsweringConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.task is not None, "task=... is missing: `cera-eval --help` lists the tasks.")
-        require_folder_name(self.folder_name)
+        require_folder_name(self.folder_name, "name" if self.name else "task.name")
         if self.server is not None:
             require(
                 self.task.kind != "perplexity",

@@ -1,5 +1,6 @@
 """Settings of the loop, the optimizer and the tracker."""
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.lr != AUTO:
-            is_number = isinstance(self.lr, int | float) and self.lr > 0
+            is_number = type(self.lr) in (int, float) and 0 < self.lr < math.inf
             require(is_number, f"optimizer.lr={self.lr} must be a positive number, or auto.")
         require_positive("optimizer", self, "eps", "max_grad_norm")
         require(

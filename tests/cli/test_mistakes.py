@@ -197,7 +197,21 @@ MISTAKES = [
     ("cera-train hydra/launcher=joblib", "hydra/launcher=joblib is for a grid", "add -m"),
     ("cera-train +sweep=rank_lr", "+sweep=rank_lr is for a grid", "add -m"),
     ("cera-train -m --look adapter.r=4,8", "--look: it shows the rows of one run", "leave out -m"),
+    ("cera-train --config-dir nope name=x", "--config-dir=nope: no such folder", "name one that"),
+    (
+        "cera-eval run=base model.path=m task=gsm8k task.name=../../evil",
+        "task.name='../../evil': ",
+        "the name of one folder",
+    ),
+    ('cera-train name="a\nb"', r"name='a\nb': ", "without a slash or a line break"),
+    ("cera-train optimizer.lr=true", "optimizer.lr=True must be a positive number", "or auto"),
+    ("cera-train optimizer.lr=inf", "optimizer.lr=inf must be a positive number", "or auto"),
     # a sweep with an impossible value
+    (
+        "cera-train -m adapter.r=4,8 hydra/launcher=joblib hydra.launcher.n_jobs=0",
+        "hydra.launcher.n_jobs=0: ",
+        "or -1",
+    ),
     ("cera-train -m adapter.r=4,abc", "adapter.r: ", "Value 'abc'"),
     ("cera-train -m adapter.r=4,8 train.batch_size=16,0", "train.batch_size=0", "must be positive"),
     (
