@@ -137,8 +137,11 @@ def test_other_fixed_settings_in_the_same_folder_are_refused(tmp_path, run_comma
     before = content_of(tmp_path)
     capfd.readouterr()
     for other, shown in (
-        (["optimizer.lr=3e-3"], "optimizer.lr=0.001; here optimizer.lr=0.003"),
-        ([], "optimizer.lr=0.001; here none"),
+        (
+            ["optimizer.lr=3e-3"],
+            "optimizer.lr=0.001 recipe=quickstart; here optimizer.lr=0.003 recipe=quick",
+        ),
+        ([], "optimizer.lr=0.001 recipe=quickstart; here recipe=quickstart"),
         (["optimizer.lr=0.001", "+recipe=gsm8k_r64"], "here optimizer.lr=0.001 recipe=gsm8k_r64"),
     ):
         assert run_command("cera-train", "-m", "adapter.r=4,8", *other, "name=mine") == 2
