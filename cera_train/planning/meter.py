@@ -81,7 +81,7 @@ class Meter(TorchDispatchMode):
             output = grouped_output(*args[:3])
         else:
             output = operation(*args, **kwargs)
-        for tensor in [output] if isinstance(output, torch.Tensor) else tree_iter(output):
+        for tensor in tree_iter(output):
             if isinstance(tensor, torch.Tensor):
                 self.hold(tensor)
         formula = FORMULAS.get(operation._overloadpacket)
