@@ -300,7 +300,7 @@ def explain_composition(error: Exception, program: str) -> str | None:
     match error:
         case OverrideParseException():
             key, _, value = error.override.partition("=")
-            fix = f"a text needs quotes for Hydra too: {quoted(key, value)}"
+            fix = f"a text needs quotes for Hydra too: {quoted_setting(key, value)}"
             if value.startswith("[") or re.match(
                 r"\{(?!\w+\})", value
             ):  # a mapping, not a template such as {question}
@@ -330,7 +330,7 @@ def explain_composition(error: Exception, program: str) -> str | None:
     return _describe(error, program) if is_hydras else None
 
 
-def quoted(key: str, text: str) -> str:
+def quoted_setting(key: str, text: str) -> str:
     """A setting with a text, in quotes for Hydra and for the shell."""
     setting = '{}="{}"'.format(key, text.replace('"', '\\"'))
     if "\n" not in text:
@@ -352,9 +352,8 @@ def _describe(error: Exception, program: str) -> str:
     key = not_overridden[1] if not_overridden else getattr(cause, "full_key", None)
     if ambiguous := re.match("Ambiguous value for argument '(.*)' 1. To use it as a list", message):
         name, _, values = ambiguous[1].partition("=")
-        forms = (
-            f"-m runs each of them, {name}=[{values}] is a list, and {quoted(name, values)} a text"
-        )
+        text = quoted_setting(name, values)
+        forms = f"-m runs each of them, {name}=[{values}] is a list, and {text} a text"
         return f"{ambiguous[1]}: commas separate values: {forms}."
     if twice := re.match("Multiple values for ([^.]+)\\.", message):
         return f"{twice[1]}=... stands twice: keep one of the two."
