@@ -14,17 +14,27 @@ from built_runs import build_run
 from cera_models import WARNINGS
 from datasets import Dataset
 from made_sweeps import start
+from peft import get_peft_model
 from played_vllm import playing_vllm
 from several_processes import train_in_processes
 from tiny_runs import adapter_bytes, folder_of, metrics_of, once_logged, train_and_die_after
 
+from cera_train.cera import CeraConfig
 from cera_train.common.errors import UserError
 from cera_train.evaluation import server
 from cera_train.evaluation.engine import Sampler
 from cera_train.runs.records import read_lines
 from cera_train.runs.results import SAMPLES, Sample
+from cera_train.settings.training import GrpoConfig
 from cera_train.training.objectives import grpo as module
-from cera_train.training.objectives.grpo import MOST_WEIGHT, generated_questions, grade
+from cera_train.training.objectives.grpo import (
+    KL,
+    MISMATCH,
+    MOST_WEIGHT,
+    generated_questions,
+    grade,
+    grpo_loss,
+)
 from cera_train.training.train import backward, train
 
 ROWS = [
@@ -186,6 +196,58 @@ def test_loss_gradients_and_figures_are_trls(
         assert passes * (drawn.sums["train/kl"] - sums["train/kl"]).item() == pytest.approx(
             logged["kl"][0], rel=1e-4
         )
+
+
+@WARNINGS
+@pytest.mark.parametrize("is_served", [False, True])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_the_loss_of_tokens_is_trls(tiny_llama, tokenizer, tmp_path, beta, is_served):
+    """As a function of tensors, without a run."""
+    trl = pytest.importorskip("trl")
+    torch.manual_seed(2)
+    lengths = [3, 5, 1, 4]
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    log_p, before, reference, sampled = -torch.rand(4, *mask.shape)
+    log_p.requires_grad_()
+    advantages = torch.tensor([1.0, -0.5, 0.0, 2.0])
+    config = GrpoConfig(beta=beta, epsilon=0.1, epsilon_high=0.3)
+    loss, figures = grpo_loss(
+        log_p[mask],
+        before[mask],
+        advantages.repeat_interleave(torch.tensor(lengths)),
+        config,
+        reference[mask] if beta else None,
+        sampled[mask] if is_served else None,
+    )
+    (gradient,) = torch.autograd.grad(loss / sum(lengths), log_p)
+
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "beta": beta}
+    options |= {"epsilon": 0.1, "epsilon_high": 0.3}
+    options |= {"per_device_train_batch_size": 4, "num_generations": 4}
+    trainer = trl.GRPOTrainer(
+        # With an adapter their reference is the same model without it.
+        get_peft_model(tiny_llama, CeraConfig(r=4, task_type="CAUSAL_LM")),
+        vowels,
+        args=trl.GRPOConfig(str(tmp_path), **options),
+        train_dataset=Dataset.from_list([{"prompt": "Say"}] * 4),
+        processing_class=tokenizer,
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.use_vllm = is_served
+    # Their loss of our numbers: no model computes them.
+    given = (log_p, torch.zeros_like(log_p), None)
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: given
+    ids = torch.zeros(4, 5, dtype=torch.int64)
+    inputs = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids}
+    inputs |= {"completion_mask": mask.long(), "advantages": advantages}
+    inputs |= {"num_items_in_batch": mask.sum(), "old_per_token_logps": before}
+    inputs |= {"ref_per_token_logps": reference}
+    inputs["importance_sampling_ratio"] = (before - sampled).exp().clamp(max=MOST_WEIGHT)
+    expected = trainer._compute_loss(trainer.model, inputs)
+    (wanted,) = torch.autograd.grad(expected, log_p)
+    torch.testing.assert_close(loss / sum(lengths), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
+    assert (KL in figures, MISMATCH in figures) == (beta > 0, is_served)
 
 
 def test_rewards_rise_and_answers_are_kept_with_theirs(grpo):
