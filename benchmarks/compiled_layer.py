@@ -106,9 +106,8 @@ def storage(tensor: torch.Tensor) -> int:
 
 
 def size_of(tensor: torch.Tensor) -> int:
-    return min(
-        tensor.nbytes, tensor.untyped_storage().nbytes()
-    )  # an expanded one is smaller than it looks
+    # An expanded tensor stores less than its shape suggests.
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def adapted_layer() -> tuple[nn.Module, nn.Module]:

@@ -242,10 +242,8 @@ def fake_gpu(capability: tuple[int, int] = (9, 0), processes: int = 1) -> Iterat
         stack.enter_context(
             patch.object(torch.utils, "swap_tensors", swap_moved(torch.utils.swap_tensors))
         )
-        for module in (
-            "torch.optim.optimizer",
-            "torch.utils._foreach_utils",
-        ):  # else a step goes tensor by tensor
+        # Otherwise an optimizer step goes tensor by tensor.
+        for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
             known = [*sys.modules[module]._foreach_supported_types, FakeTensor]
             stack.enter_context(patch(f"{module}._foreach_supported_types", known))
         stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", True))
@@ -253,9 +251,8 @@ def fake_gpu(capability: tuple[int, int] = (9, 0), processes: int = 1) -> Iterat
         library.exchange()
         stack.callback(library.exchange)
         lifts = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(
-            True
-        )  # else torch.tensor(..., device="cuda") copies past the mode
+        # Otherwise torch.tensor(..., device="cuda") bypasses the fake mode.
+        torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, lifts)
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         # Else a torch with CUDA asks cuDNN for its version, which needs a driver.

@@ -84,9 +84,8 @@ def measure(rounds: int) -> tuple[list[Target], dict[str, Any]]:
             }
             taken["the first update"] = seconds_to("update 1/1", train, folder)
             taken |= json.loads(subprocess.check_output([sys.executable, "-c", PARTS], cwd=folder))
-            if (
-                number
-            ):  # the first is a warm-up: it reads from the disk, converts the weights, tokenises
+            # Round 0 is a warm-up: it reads from the disk, converts the weights, tokenises.
+            if number:
                 for name, seconds in taken.items():
                     found["seconds"][name].append(seconds)
             print(f"round {number} of {rounds}", file=sys.stderr, flush=True)

@@ -337,9 +337,8 @@ def wrong_after_tuning(
     lowest = middle.argmin(2).clip(1, 3)
     between = at(best) - at(lowest) + ((at(lowest - 1) + at(lowest + 1)) / 2 - at(lowest)) / 4
     between = between.clip(min=0).max(1)
-    between[(best.clip(1, 3) != best).any(1)] = (
-        numpy.inf
-    )  # a best rate at the end of its grid allows no verdict
+    # A best rate at the end of its grid allows no verdict.
+    between[(best.clip(1, 3) != best).any(1)] = numpy.inf
     everywhere = numpy.broadcast_to(best[..., None], (*best.shape, seeds))
     return (
         wrong(numpy.broadcast_to(others, everywhere.shape)),

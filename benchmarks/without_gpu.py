@@ -75,9 +75,8 @@ class Tracked:
 
 def recipes() -> list[str]:
     names = {file.stem for file in config_dir("recipes").glob("*.yaml")}
-    return sorted(
-        names - {"dpo", "grpo_gsm8k", "grpo_reasoning_gym", "sft"}
-    )  # whose updates need values, or rows
+    # All but those whose updates need real values or rows.
+    return sorted(names - {"dpo", "grpo_gsm8k", "grpo_reasoning_gym", "sft"})
 
 
 def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
@@ -125,9 +124,8 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
 def track_by_layers(recipe: str, *overrides: str) -> Tracked:
     """The same for all layers of the base, by what one more adds to the first few."""
     plan = make_plan(compose(f"+recipe={recipe}", *overrides, command="plan"))
-    few = (
-        2 if plan.config.plan.gpus == 1 else 12
-    )  # in fewer sharded layers, what is outside them needs the most
+    # With fewer sharded layers, the peak would lie outside the layers.
+    few = 2 if plan.config.plan.gpus == 1 else 12
     some, more = (track(recipe, layers, *overrides) for layers in (few, few + 1))
     layers = architecture_of(plan.config.model).num_hidden_layers
     size = some.bytes + (layers - few) * (more.bytes - some.bytes)
@@ -159,11 +157,8 @@ def run_of(config: Config, rows: TokenizedRows) -> Iterator[tuple]:
         (builder, "fingerprint", lambda base: ""),
         (model_files, "check_model", lambda path: None),
         (AutoModelForCausalLM, "from_pretrained", random_base),
-        (
-            torch.random,
-            "fork_rng",
-            lambda **_: contextlib.nullcontext(),
-        ),  # the fake device has no generator to save
+        # The fake device has no generator to save.
+        (torch.random, "fork_rng", lambda **_: contextlib.nullcontext()),
         (bitsandbytes.functional, "get_paged", paged),
         (bitsandbytes.functional, "fill", lambda tensor, value: None),
         (bitsandbytes.functional, "prefetch_tensor", lambda tensor: None),

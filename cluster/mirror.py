@@ -132,9 +132,8 @@ def _state(path: Path) -> tuple[int, int, int]:
 
 
 def main(bucket: str, *command: str) -> int:
-    Path(bucket, ".probe").write_text(
-        ""
-    )  # a bucket that refuses files ends this before the run costs anything
+    # A bucket that refuses files fails here, before the run costs anything.
+    Path(bucket, ".probe").write_text("")
     mirror = Mirror(OUTPUTS, Path(bucket))
     child = subprocess.Popen(command)
     for number in SIGNALS:

@@ -35,9 +35,8 @@ def _add_peft_type(name: str) -> None:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
-    vars(PeftType).get("_hashable_values_", []).append(
-        name
-    )  # where Python 3.13 looks for `"CERA" in PeftType`
+    # Python 3.13 looks here for `"CERA" in PeftType`.
+    vars(PeftType).get("_hashable_values_", []).append(name)
     type.__setattr__(PeftType, name, member)
 
 

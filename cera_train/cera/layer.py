@@ -39,9 +39,8 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self._active_adapter = adapter_name
-        self.train(
-            base_layer.training
-        )  # a new module is in train mode, and would drop units of a model in eval mode
+        # A new module is in train mode and would apply dropout in a model in eval mode.
+        self.train(base_layer.training)
         self.update_layer(adapter_name, config)
 
     def _make_parts(self, A: nn.Module, B: nn.Module, config: CeraConfig) -> dict[str, Any]:

@@ -49,9 +49,8 @@ class MissingJobs:
         for number, overrides in enumerate(job_overrides):
             status = job_status(sweep, job_name(overrides, record.swept), metric=record.metric)
             if status.is_over:
-                value = (
-                    status.value if status.state == State.finished else None
-                )  # a diverged job returned none
+                # A diverged job returned no value.
+                value = status.value if status.state == State.finished else None
                 finished[number] = JobReturn(status=JobStatus.COMPLETED, _return_value=value)
             else:
                 missing.append(overrides)
@@ -118,9 +117,8 @@ class Joblib(MissingJobs, JoblibLauncher):
                 ) from error
 
 
-SIGNALLED: list[
-    int
-] = []  # the signals that this process of joblib's received; after the first it starts no job
+# Signals that this joblib worker received; after the first it starts no job.
+SIGNALLED: list[int] = []
 
 
 def end_job(number: int) -> None:
@@ -135,9 +133,8 @@ def run_in_worker(
     begins and one when it ends, so that no lines of several jobs mix."""
     if multiprocessing.parent_process() is None:  # joblib starts none for one job at once
         return task_function(composed)
-    for (
-        number
-    ) in SIGNALS:  # between two jobs: joblib kills all jobs where one of its processes ends
+    # Between two jobs: joblib kills all jobs when one of its processes ends.
+    for number in SIGNALS:
         signal.signal(number, lambda number, _: SIGNALLED.append(number))
     if SIGNALLED:
         return None

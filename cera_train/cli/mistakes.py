@@ -252,9 +252,8 @@ def with_implied_files(program: str, settings: Sequence[str]) -> list[str]:
         and "model" not in keys
         and program in ("cera-eval", "cera-chat", "cera-export")
     ):
-        files.append(
-            "model=smollm2_135m"
-        )  # any file, where the section is null: the path replaces its facts
+        # Any file, because the section is null: the path replaces its facts.
+        files.append("model=smollm2_135m")
     is_own = "data.train_files" in keys and keys.isdisjoint({"data", "+recipe", "+sweep", "+study"})
     if is_own and program in ("cera-train", "cera-plan"):
         files.append("data=jsonl")
@@ -301,9 +300,8 @@ def explain_composition(error: Exception, program: str) -> str | None:
         case OverrideParseException():
             key, _, value = error.override.partition("=")
             fix = f"a text needs quotes for Hydra too: {quoted_setting(key, value)}"
-            if value.startswith("[") or re.match(
-                r"\{(?!\w+\})", value
-            ):  # a mapping, not a template such as {question}
+            # A mapping, not a template such as {question}.
+            if value.startswith("[") or re.match(r"\{(?!\w+\})", value):
                 fix = (
                     "close its brackets and quotes, and quote texts in it for Hydra too: "
                     '\'KEY=["a=b","c: d"]\''

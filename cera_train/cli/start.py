@@ -57,9 +57,8 @@ def main() -> None:
     is_debug = "--debug" in sys.argv
     os.environ["CERA_TRAIN_DEBUG"] = "1" if is_debug else ""
     if not (is_debug or sys.warnoptions):
-        warnings.simplefilter(
-            "ignore"
-        )  # libraries' warnings, with paths of site-packages, before our one line
+        # Libraries would print warnings with site-packages paths before our one line.
+        warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # and in the processes of a run
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     join_slurm_step(os.environ)

@@ -30,14 +30,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    part = path.with_name(
-        f"{WRITING}{os.getpid()}-{path.name}"
-    )  # two processes may write the same file
+    # Two processes may write the same file.
+    part = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")
     part.unlink(missing_ok=True)
     try:
-        with part.open(
-            "xb"
-        ) as file:  # a new file: a link of that name would lead the writing elsewhere
+        # Always a new file: writing through a link of that name would land elsewhere.
+        with part.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -183,9 +181,8 @@ def locked(
     try:
         yield
     finally:
-        with contextlib.suppress(
-            OSError
-        ):  # the disk is gone: the error that stopped the writer is raised
+        # If the disk is gone, the error that stopped the writer is raised.
+        with contextlib.suppress(OSError):
             if is_new and not has_content():
                 shutil.rmtree(path)
             else:
@@ -204,9 +201,8 @@ def is_locked(path: Path) -> bool:
     """Whether a writer holds a folder. The lock file exists while it does, or after it was
     killed."""
     try:
-        with (path / ".lock").open(
-            "rb"
-        ) as file:  # opening makes no file; closing ends the shared lock
+        # Opening creates no file; closing releases the shared lock.
+        with (path / ".lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -229,9 +229,8 @@ def open_generator(name: str, level: int | None, seed: int) -> Any:
         settings = vars(curriculum.generate_configuration(settings))
     try:
         return factory.create_dataset(name, **settings)
-    except (
-        AssertionError
-    ) as error:  # how reasoning-gym checks settings, also those of its own levels
+    except AssertionError as error:
+        # reasoning-gym checks settings by assertions, also those of its own levels.
         raise UserError(
             f"level={level} of {name}: reasoning-gym refuses it, {error}. Choose another."
         ) from error

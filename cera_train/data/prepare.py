@@ -338,9 +338,8 @@ def encode(
         loss_mask = []
         for segment in segments:
             ids = next(segment_ids)
-            if segment.is_answer and not (
-                is_chat and ids and ids[-1] in special
-            ):  # a template may write it
+            # A template may already have written the end of turn.
+            if segment.is_answer and not (is_chat and ids and ids[-1] in special):
                 ids = [*ids, end]
             input_ids += ids
             loss_mask += [segment.supervised] * len(ids)

@@ -38,9 +38,8 @@ def normalized(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-PlacedRow = tuple[
-    str, Row
-]  # A row after its place, such as `train.jsonl:17`, so that an error can name it
+# A row after its place, such as `train.jsonl:17`, so that an error can name it.
+PlacedRow = tuple[str, Row]
 
 
 @dataclass
@@ -91,14 +90,12 @@ def as_text(value: Any, cell: str) -> str:
         return ""
     if not isinstance(value, (str, int, float)):
         raise UserError(f"{cell} holds {kind_of(value)}: expected text.")
-    if isinstance(value, float) and not math.isfinite(
-        value
-    ):  # some programs write NaN where a value is missing
+    # Some programs write NaN for a missing value.
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{cell} holds {value}: expected text, or null where there is none.")
     text = str(value)
-    if not text.isascii() and any(
-        "\ud800" <= letter <= "\udfff" for letter in text
-    ):  # no tokenizer takes it
+    # No tokenizer accepts half of a surrogate pair.
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise UserError(f"{cell} holds half of a surrogate pair: write the whole character.")
     return text
 
@@ -253,9 +250,8 @@ def _read_csv(path: str) -> Iterator[PlacedRow]:
                     f"{path}:1: a column stands twice in {','.join(header)}: rename one."
                 )
             for row in rows:
-                if (
-                    None in row or None in row.values()
-                ):  # DictReader's marks of a cell too many and of a missing one
+                # DictReader marks an extra cell by the key None, a missing one by the value None.
+                if None in row or None in row.values():
                     raise UserError(
                         f"{path}:{rows.line_num}: more or fewer cells than columns: quote commas."
                     )
@@ -306,10 +302,8 @@ READERS: dict[str, Callable[[str], Iterator[PlacedRow]]] = {
 def _parse_json(text: bytes, path: str, first_line: int) -> Any:
     try:
         return json.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also not UTF-8, thousands of digits, lists in lists in lists
+    except (ValueError, RecursionError) as error:
+        # Also bytes that are not UTF-8, thousands of digits, deeply nested lists.
         line = first_line + getattr(error, "lineno", 1) - 1
         fix = "One row a line is .jsonl, a list of rows .json; both are UTF-8."
         raise UserError(f"{path}:{line}: broken JSON: {error}. {fix}") from error

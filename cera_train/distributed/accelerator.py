@@ -37,9 +37,8 @@ def start_accelerator(
     model: ModelConfig, autocast: bool | None, config: DistributedConfig
 ) -> Accelerator:
     """Joins the processes of this command."""
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # else a process's first run fixes the precision
+    # Otherwise the first run of a process would fix the precision of later ones.
+    AcceleratorState._reset_state(reset_partial_state=True)
     has_gpu = this_device().type == "cuda"
     if has_gpu and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = (
@@ -63,17 +62,15 @@ def start_accelerator(
         fsdp_plugin=plugin,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout)),
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False
-            ),  # nothing trains them: they are the same everywhere
+            # Buffers are not trained: they are the same everywhere.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
         ],
     )
     if plugin is not None:
         os.environ.pop("ACCELERATE_USE_FSDP")  # else later runs of this process would be FSDP too
     if not has_gpu:
-        shared = {
-            "device": torch.device("cpu")
-        }  # Accelerate's is cpu:0, and to move there copies what a file maps
+        # Accelerate's device is cpu:0, and moving weights there copies memory-mapped ones.
+        shared = {"device": torch.device("cpu")}
         if plugin is not None and accelerator.num_processes > 1:
             # Accelerate offers FSDP2 on accelerators only; torch has it on CPUs too.
             shared |= {"fsdp_plugin": plugin, "distributed_type": DistributedType.FSDP}
@@ -108,9 +105,8 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes of the GPU's allocator, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    lines = (
-        Path("/proc/self/status").read_text().splitlines()
-    )  # a new process inherits `ru_maxrss` from its parent
+    # Not `ru_maxrss`, which a new process inherits from its parent.
+    lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 

@@ -61,9 +61,8 @@ def _whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor | None:
 
 
 def _shard(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    is_moment = (
-        isinstance(parameter, DTensor) and value.shape == parameter.shape
-    )  # AdamW's step count is a scalar
+    # AdamW's step count is a scalar, and not sharded.
+    is_moment = isinstance(parameter, DTensor) and value.shape == parameter.shape
     return (
         distribute_tensor(value, parameter.device_mesh, parameter.placements)
         if is_moment

@@ -95,9 +95,8 @@ def _refuse_more(
     if kinds and kinds[module.layer_idx] != (
         "full_attention" if window is None else "sliding_attention"
     ):
-        more.append(
-            kinds[module.layer_idx]
-        )  # it exists in its mask only, and transformers makes no mask for our names
+        # This kind exists only in its mask, and transformers makes no mask for our names.
+        more.append(kinds[module.layer_idx])
     if more:
         raise NotImplementedError(f"this attention is more than causal ({', '.join(more)}).")
 
@@ -123,15 +122,12 @@ def _in_one_call(
     # The kernel is outside autocast, and norms between projection and attention leave float32.
     dtype = autocast_dtype(query.device) or query.dtype
     output = varlen_attn(
-        *(
-            heads.squeeze(0).transpose(0, 1).to(dtype) for heads in (query, key, value)
-        ),  # [T, heads, d]
+        # [T, heads, d]
+        *(heads.squeeze(0).transpose(0, 1).to(dtype) for heads in (query, key, value)),
         *(starts, starts, longest, longest),
         scale=scaling,
-        window_size=(
-            -1 if window is None else window - 1,
-            0,
-        ),  # tokens before a query's, and after it
+        # tokens before and after a query's own
+        window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=True,
     )
     return output.unsqueeze(0)

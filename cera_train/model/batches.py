@@ -48,9 +48,8 @@ class RowOrder:
         return [row * self.together + number for row in rows for number in range(self.together)]
 
 
-@functools.lru_cache(
-    maxsize=16
-)  # takes milliseconds where there are many rows, and every update needs it
+# Takes milliseconds for many rows, and every update needs it.
+@functools.lru_cache(maxsize=16)
 def epoch_order(rows: int, seed: int) -> torch.Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
@@ -60,9 +59,8 @@ def shares(rows: Sequence[int], lengths: Sequence[int], processes: int) -> list[
     `lengths` holds the tokens of every row of the data set."""
     shares: list[list[int]] = [[] for _ in range(processes)]
     tokens = [0] * processes
-    for row in sorted(
-        rows, key=lambda row: (-lengths[row], row)
-    ):  # longest first, to the process with fewest tokens
+    # Longest first, each to the process with the fewest tokens.
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
         process = tokens.index(min(tokens))
         shares[process].append(row)
         tokens[process] += lengths[row]
@@ -95,9 +93,8 @@ def padded_micro_batches(
     cut with the fewest padded tokens and overheads, by dynamic programming over the rows in order
     of length."""
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
-    best = [
-        (0, 0)
-    ]  # best[end]: the cost of the best cut of ordered[:end], and minus the start of its last group
+    # best[end]: the cost of the best cut of ordered[:end], and minus the start of its last group
+    best = [(0, 0)]
     for end, longest in enumerate(ordered, start=1):
         tokens = lengths[longest]  # of each row in the group that ends here, with its padding
         starts = range(max(0, end - max(1, max_tokens // tokens)), end)
@@ -158,9 +155,8 @@ def padded_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequen
     rows = [torch.as_tensor(ids, dtype=torch.int64) for ids in input_ids]
     pad = functools.partial(pad_sequence, batch_first=True)
     batch = Batch(pad(rows), pad([torch.as_tensor(mask) for mask in loss_masks]))
-    if (
-        len(set(map(len, rows))) > 1
-    ):  # where all lengths are equal, attention takes its fast causal path
+    # Rows of one length need no mask: attention takes its fast causal path.
+    if len(set(map(len, rows))) > 1:
         batch.attention_mask = pad([torch.ones_like(ids) for ids in rows])
     return batch
 

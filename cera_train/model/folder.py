@@ -170,9 +170,8 @@ def from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any)
             )
     except Exception as error:
         fix = next((fix for pattern, fix in FIXES.items() if re.search(pattern, str(error))), None)
-        if fix is None and isinstance(
-            error, (MemoryError, RuntimeError)
-        ):  # such as a GPU without room
+        # Such as a GPU out of memory.
+        if fix is None and isinstance(error, (MemoryError, RuntimeError)):
             raise
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {' '.join(lines[0].split())[:200].rstrip('.:')}"
@@ -195,9 +194,8 @@ def _pypi_folder(path: str) -> Path:
     """
     package = path.removeprefix(PYPI)
     module = package.replace("-", "_")
-    spec = (
-        importlib.util.find_spec(module) if module.isidentifier() else None
-    )  # finds it without running its code
+    # Finds the package without running its code.
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         raise UserError(

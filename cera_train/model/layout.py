@@ -121,9 +121,8 @@ def _find_attention(
     try:  # the model's sdpa would make a T x T mask for a flat row
         for name in names:
             causal_lm.set_attn_implementation(name)
-            if (
-                causal_lm.config._attn_implementation != name
-            ):  # a model of a kind that takes no other
+            # Some models accept no other implementation.
+            if causal_lm.config._attn_implementation != name:
                 break
             # Its attention needs arguments that ours does not take, or the kernel refuses this GPU
             # or head width.

@@ -84,9 +84,8 @@ class AdapterConfig:
                 getattr(self, name) != [],
                 f"adapter.{name}=[] adapts nothing: name some, or leave it null.",
             )
-        self.settings = (
-            {} if self.settings is None else self.settings
-        )  # a null takes 'adapter.settings={...}'
+        # On the command line, null accepts 'adapter.settings={...}'.
+        self.settings = {} if self.settings is None else self.settings
         require(
             isinstance(self.settings, dict) and all(isinstance(key, str) for key in self.settings),
             f"adapter.settings={self.settings!r}: expected names and values, such as "

@@ -299,9 +299,8 @@ class DataConfig:
         )
         fix = "give all parts weights of at least 0, and one above 0, or none"
         require(is_complete and are_shares, f"data.mix has weights {self.weights}: {fix}.")
-        evaluates = any(
-            [part.eval_rows != 0 for _, part in self.parts()]
-        )  # a list: every part is checked
+        # A list, not a generator: every part is checked.
+        evaluates = any([part.eval_rows != 0 for _, part in self.parts()])
         require(evaluates, "data.mix evaluates on no rows: raise an eval_rows.")
 
     def parts(self) -> Iterator[tuple[str, "DataConfig"]]:

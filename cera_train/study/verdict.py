@@ -170,9 +170,8 @@ def estimate_mean(differences: ndarray, weights: ndarray) -> tuple[ndarray, Spre
     seed_means = differences @ weights / weights.sum()  # [..., seeds]
     # How much a problem moves a weighted mean, by leaving it out: the jackknife, which needs no
     # small-sample factor for a mean and is on the safe side for a ratio.
-    influence = (
-        (differences - seed_means[..., None]) * weights / (weights.sum() - weights)
-    )  # [..., seeds, problems]
+    # [..., seeds, problems]
+    influence = (differences - seed_means[..., None]) * weights / (weights.sum() - weights)
     factor = (problems - 1) / problems
     residual = factor * influence.var(axis=-2, ddof=1).sum(axis=-1) / seeds
     # A problem's mean over seeds varies by C and by R; the seeds' part has R already.
@@ -226,9 +225,8 @@ def power_of(
     number: the later ones have more. The problems' part is taken as known, the seeds' part as
     drawn: it is integrated over its quantiles.
     """
-    edges = (
-        numpy.linspace(0, 1, 65) ** 2
-    )  # closer together where the variance is small: power to 0.003
+    # Closer together where the variance is small: power is exact to 0.003.
+    edges = numpy.linspace(0, 1, 65) ** 2
     drawn = chdtri(seeds - 1, 1 - (edges[1:] + edges[:-1]) / 2) / (seeds - 1)
     residual = variances.residual / (seeds * problems)
     problem = variances.problem / problems

@@ -70,9 +70,8 @@ def choices_of(overrides: Iterable[str], swept: Collection[str] = ()) -> list[st
     choices = []
     for override in overrides:
         key = key_of(override)
-        is_source = key in ("recipe", "sweep", "study") or key.startswith(
-            "hydra"
-        )  # a file that choices come from
+        # These name a file that choices come from.
+        is_source = key in ("recipe", "sweep", "study") or key.startswith("hydra")
         if key in swept or (changes_result(key) and not is_source):
             choices.append(override.lstrip("+").replace("$\\{", "${").replace("\\}", "}"))
     return sorted(choices, key=lambda choice: (key_of(choice), choice))
@@ -84,10 +83,8 @@ def key_of(override: str) -> str:
 
 # --- records --------------------------------------------------------------------------------------
 
-PERPLEXITIES = (
-    "eval/perplexity",
-    "best_perplexity",
-)  # figures that compare on the same evaluation rows only
+# Metrics that compare only on the same held-out rows.
+PERPLEXITIES = ("eval/perplexity", "best_perplexity")
 
 HIGHER_IS_BETTER = {
     **dict.fromkeys([*PERPLEXITIES, "seconds", "peak_memory_bytes", "trainable_parameters"], False),
@@ -137,9 +134,8 @@ class SweepRecord(Record):
     fix: ClassVar[str] = START_AGAIN
 
     swept: list[str]  # keys that name the jobs
-    jobs: dict[
-        str, list[str]
-    ]  # in the order of the grid: the overrides of each, by the name of its folder
+    # The overrides of each job by the name of its folder, in the order of the grid.
+    jobs: dict[str, list[str]]
     fixed: list[str]  # settings that all jobs share
     command: list[Any] | None = None
     metric: SweepMetric = PERPLEXITY

@@ -243,14 +243,14 @@ def begin(config: DictConfig, compose: ComposeJob, record: SweepRecord) -> None:
     folder = Path(config.hydra.sweep.dir)
     check_jobs(folder, record.jobs, compose)
     check_results(folder, record.jobs, compose)
-    if is_main_process() and is_locked(
-        folder
-    ):  # another process may find the lock of its own command
+    # Another process may find the lock of its own command.
+    if is_main_process() and is_locked(folder):
         raise folder_in_use(folder, WRITER)
 
+    # Optuna's sweeper has a direction.
     if "direction" in config.hydra.sweeper and not OmegaConf.is_list(
         config.hydra.sweeper.direction
-    ):  # Optuna's
+    ):
         config.hydra.sweeper.direction = (
             "maximize" if record.metric.higher_is_better else "minimize"
         )
@@ -306,9 +306,8 @@ class Job:
     def start(self) -> None:
         """Prints the job's title and clears the error of an earlier start."""
         if is_main_process():
-            (self.sweep / "multirun.yaml").unlink(
-                missing_ok=True
-            )  # Hydra's record, in which secrets are not redacted
+            # Hydra's own record does not redact secrets.
+            (self.sweep / "multirun.yaml").unlink(missing_ok=True)
             print()
             print_line("job", self.title)
             if self.has_diverged:

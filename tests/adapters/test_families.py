@@ -110,9 +110,8 @@ def test_it_has_a_name_learns_and_counts_what_it_trains(name, adapter_of):
     assert sum(len(group["params"]) for group in build.parameter_groups(model, config)) == len(
         trainable
     )
-    torch.testing.assert_close(
-        logits(model), logits(make_tiny_llama()), rtol=1e-4, atol=1e-4
-    )  # update 0 is the base
+    # Update 0 is the base model.
+    torch.testing.assert_close(logits(model), logits(make_tiny_llama()), rtol=1e-4, atol=1e-4)
     assert loss(trained(config)).item() < loss(model).item()
 
 

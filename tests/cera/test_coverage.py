@@ -102,9 +102,8 @@ def test_a_matrix_without_gradient_is_refused():
     model = adapted(target_modules=["q_proj"])
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     A = layer.cera_A["default"]
-    A.register_forward_hook(
-        lambda module, args, output: output.detach()
-    )  # hooks take the plain formula
+    # A hook selects the plain formula.
+    A.register_forward_hook(lambda module, args, output: output.detach())
     assert "model.layers.0.self_attn.q_proj: no gradient reaches cera_A.default.weight" in refusal(
         model
     )

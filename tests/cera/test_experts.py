@@ -56,9 +56,8 @@ def test_model_equals_a_plain_loop_in_double_precision(model_type, parameters, s
 def test_every_implementation_of_the_base_gives_the_same_adapted_model(model_type, implementation):
     model = adapted_mixture(model_type)
     expected = logits(model)
-    model.base_model.model.set_experts_implementation(
-        implementation
-    )  # generate() does this too, on a GPU
+    # On a GPU generate() does this too.
+    model.base_model.model.set_experts_implementation(implementation)
     assert torch.equal(logits(model), expected)
     with plain_experts():
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)

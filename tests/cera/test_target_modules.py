@@ -121,10 +121,8 @@ def test_patterns_give_modules_their_rank_and_scale(tmp_path):
     settings = {
         "r": 4,
         "alpha": 8,
-        "rank_pattern": {
-            r"self_attn\.v_proj": 2,
-            r"1\..*_proj": 6,
-        },  # the longer decides; PEFT saves them by name
+        # The longer pattern decides; PEFT saves patterns sorted by name.
+        "rank_pattern": {r"self_attn\.v_proj": 2, r"1\..*_proj": 6},
         "alpha_pattern": {"v_proj": 1},
     }
     adapted(**settings).save_pretrained(tmp_path)

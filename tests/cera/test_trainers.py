@@ -152,9 +152,8 @@ def test_trls_trainers_train_from_a_cera_config_and_save(
         **({"reward_funcs": count_letters} if name == "GRPO" else {}),
     )
     assert isinstance(trainer.model, PeftModel)
-    assert torch.equal(
-        logits(trainer.model.eval(), ids), logits(plain(tiny_folder), ids)
-    )  # B starts at zero
+    # B starts at zero
+    assert torch.equal(logits(trainer.model.eval(), ids), logits(plain(tiny_folder), ids))
     trainer.train()
     assert (len(callback.coverage.layers), callback.coverage.problem()) == (4, None)
     assert_the_adapter_alone_moved(trainer.model, plain(tiny_folder))

@@ -36,9 +36,8 @@ def test_the_trajectory_is_the_papers_and_only_what_is_shown_is_rounded():
     row = logistic_map_row(0.4, 3.5, LogisticMapConfig(decimals=4, steps=5))
     assert row["completion"] == " 0.8400, 0.4704, 0.8719, 0.3908, 0.8333"
     rounded = logistic_map_row(0.4, 3.5, LogisticMapConfig(decimals=1, steps=5))
-    assert (
-        rounded["completion"] == " 0.8, 0.5, 0.9, 0.4, 0.8"
-    )  # from the rounded 0.8 the next would be 0.6
+    # Computed from the rounded 0.8, the next would be 0.6.
+    assert rounded["completion"] == " 0.8, 0.5, 0.9, 0.4, 0.8"
 
 
 def test_starts_are_split_by_the_seed_and_together_all():
@@ -58,10 +57,8 @@ def test_starts_are_split_by_the_seed_and_together_all():
 
 def test_several_growths_have_a_row_each_from_every_start_and_hold_out_the_same_starts():
     train, evaluation = logistic_map_rows(LogisticMapConfig(growth=[3.5, 3.7, 3.9]), 20)
-    assert (len(train), len(evaluation)) == (
-        3 * 92,
-        20,
-    )  # 7 starting points are held out, one of them at two growths
+    # 7 starting points are held out, one of them at two growths
+    assert (len(train), len(evaluation)) == (3 * 92, 20)
     assert not set(starts_of(train)) & set(starts_of(evaluation))
     assert [row["prompt"][13:23] for row in train[:4]] == [
         *("= 3.5 x (1", "= 3.7 x (1", "= 3.9 x (1", "= 3.5 x (1")

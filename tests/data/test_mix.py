@@ -46,12 +46,8 @@ def row_texts(name: str, numbers) -> list[str]:
         ([3000, 254], [3, 1], None, [762, 254]),  # as many as repeat no part
         ([30, 7], [0.7, 0.3], None, [16, 7]),  # 23.3 rows
         ([10, 10, 10], [1, 1, 1], 10, [4, 3, 3]),  # of equal remainders, the first part's
-        (
-            [99, 99, 99],
-            [0.1, 0.2, 0.7],
-            10,
-            [1, 2, 7],
-        ),  # exact: as floats they add up to less than 1
+        # exact: as floats they add up to less than 1
+        ([99, 99, 99], [0.1, 0.2, 0.7], 10, [1, 2, 7]),
         ([5, 5], [1, 3], 100, [25, 75]),  # repeated
         ([5, 5], [0, 3], None, [0, 5]),
         ([30, 7], [None, None], None, [30, 7]),

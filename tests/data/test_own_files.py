@@ -182,17 +182,14 @@ def test_a_document_longer_than_max_length_becomes_rows_that_together_are_the_do
     assert sorted([*documents(data.train), *documents(data.evaluation)]) == sorted(
         [*texts, texts[0]]
     )
-    assert data.repeated_prompts == len(data.train) / len(
-        documents(data.train)
-    )  # the rows of one document
+    # The rows of one document.
+    assert data.repeated_prompts == len(data.train) / len(documents(data.train))
     assert data.train.describe().endswith(" 0 truncated")
     is_learned, line = describe_stop(
         data.train, config.max_length, {tokenizer.eos_token_id}, tokenizer
     )
-    assert (is_learned, line.split()[0]) == (
-        True,
-        "</s>",
-    )  # not what a window within a document ends in
+    # Not the last token of a window within a document.
+    assert (is_learned, line.split()[0]) == (True, "</s>")
     size = data_size(replace(config, max_length=3))
     assert (size.train_rows, size.eval_rows) == (8 * 3, 3)  # of 7 estimated tokens
 
@@ -268,9 +265,8 @@ def test_a_run_records_what_it_decided_and_needs_the_files_no_more_once_it_is_fi
     )
     settings = ["data=jsonl", f"data.train_files=[{path}]", "train.max_updates=1"]
     config = tiny_config(*settings)
-    undecided = replace(
-        config.data, layout="auto", prompt=None, completion=None
-    )  # from Python: no command decides
+    # From Python, where no command decides the layout.
+    undecided = replace(config.data, layout="auto", prompt=None, completion=None)
     result = train(replace(config, data=undecided))
     assert re.search(
         r"^layout +text, by the columns `question` and `answer`; 5% ",

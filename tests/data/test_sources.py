@@ -190,9 +190,8 @@ def test_without_a_network_a_data_set_is_refused_at_once(folders, no_network, mo
     assert refusal("some/set").startswith(line)
     assert caplog.records == []
     assert not datasets.config.HF_HUB_OFFLINE
-    assert (
-        logging.getLogger("datasets").level != logging.CRITICAL
-    )  # libraries log again after loading
+    # Libraries log again after loading.
+    assert logging.getLogger("datasets").level != logging.CRITICAL
 
 
 def test_split_notation_and_row_limits_reach_the_rows(folders):

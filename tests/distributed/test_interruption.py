@@ -65,9 +65,8 @@ def test_the_listener_is_asked_after_the_run_was_saved(listeners):
     Interrupted(signal.SIGTERM).hand_over()
     with pytest.raises(SystemExit) as exit_info:
         Interrupted(signal.SIGUSR2).hand_over()
-    assert (
-        exit_info.value.code == 0
-    )  # process 0 requeues the job; a failure of another would end it first
+    # Process 0 requeues the job; a failure of another process would end it first.
+    assert exit_info.value.code == 0
     assert listeners == [signal.SIGTERM, signal.SIGUSR2]
 
 

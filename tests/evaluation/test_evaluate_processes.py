@@ -60,9 +60,8 @@ def test_processes_of_torchrun_are_not_launched_again_and_answer_what_is_missing
     evaluate(eval_config("name=one"))
     one = contents(run / "eval" / "one")
     lines = one["generations.jsonl"].splitlines(keepends=True)
-    (run / "eval" / "one" / "generations.jsonl").write_bytes(
-        lines[0] + lines[5][:-7]
-    )  # cut, and unevenly so
+    # Cut in the middle of a line.
+    (run / "eval" / "one" / "generations.jsonl").write_bytes(lines[0] + lines[5][:-7])
     command = answering(run, questions, "launch.processes=3", "name=one")
     output(*TORCHRUN, *command, cwd=tmp_path)
     assert contents(run / "eval" / "one") == one

@@ -365,9 +365,8 @@ def test_two_processes_share_the_answers_out_and_record_what_one_does(tiny_confi
     ]
     train_in_processes([[*settings, "name=two"]], 2, tmp_path)
     one, two = (read(Path(config.output_dir, name, "samples.jsonl")) for name in ("one", "two"))
-    assert (
-        two[:3] == one[:3]
-    )  # of the untouched model; later ones differ by the rounding of the gradients' sums
+    # Samples of the untouched model; later ones differ by the rounding of gradient sums.
+    assert two[:3] == one[:3]
     assert [list(line.items())[:3] for line in two] == [list(line.items())[:3] for line in one]
     figures = [
         [line.get(name) for name in FIGURES] for line in evaluations(replace(config, name="two"))

@@ -104,21 +104,11 @@ CYCLE = ", ".join(["0.51", "0.80"] * 8)
         (gsm8k, "18", SENTENCE * 9, True, "loop"),
         (gsm8k, "18", "#### 18\n" + "Question: " * 9, True, "right"),
         (logistic_map, TRUTH, TRUTH, False, "right"),
-        (
-            logistic_map,
-            TRUTH,
-            "0.84, 0.60" + ", 0.60" * 20,
-            True,
-            "collapsed",
-        ),  # also a loop, of which it is the cause
+        # The answer also loops, but because it collapsed.
+        (logistic_map, TRUTH, "0.84, 0.60" + ", 0.60" * 20, True, "collapsed"),
         (logistic_map, TRUTH, "0.84, 0.61" + ", 0.61, 0.84" * 10, True, "loop"),
-        (
-            logistic_map,
-            CYCLE,
-            "0.52, 0.80, " + CYCLE[12:],
-            False,
-            "wrong",
-        ),  # it repeats itself as the truth does
+        # It repeats itself as the truth does.
+        (logistic_map, CYCLE, "0.52, 0.80, " + CYCLE[12:], False, "wrong"),
     ],
 )
 def test_how_an_answer_ends(task, gold, text, truncated, expected):
@@ -227,9 +217,8 @@ def test_sign_flip_of_right_and_wrong_is_mcnemars(only_first, only_second):
 
 def test_sign_flip_of_scores_counts_outcomes_or_draws_them():
     assert sign_flip([0] * 4, [1, 1, 1, 0.5]) == 2 / 16
-    assert sign_flip([0] * 15, [1] * 14 + [0.5]) == pytest.approx(
-        1e-4, abs=1e-4
-    )  # 2 of 32,768: one of 10,000 draws
+    # Exactly 2 of 32,768, so about one of 10,000 draws.
+    assert sign_flip([0] * 15, [1] * 14 + [0.5]) == pytest.approx(1e-4, abs=1e-4)
     assert sign_flip([0] * 16, [1, -1] * 7 + [0.5, -0.5]) == 1
 
 

@@ -144,9 +144,8 @@ DENSE = [
     ),
     Architecture("mistral", WINDOW),
     Architecture("gemma2", GEMMA),
-    Architecture(
-        "gemma3_text", GEMMA | {"num_hidden_layers": 6}
-    ),  # the sixth attends to everything
+    # The sixth layer attends to everything.
+    Architecture("gemma3_text", GEMMA | {"num_hidden_layers": 6}),
     Architecture("cohere2", WINDOW | {"num_hidden_layers": 4}),
     Architecture("phi"),
     Architecture("phi3", {}, ("qkv_proj", "o_proj")),

@@ -115,9 +115,10 @@ def scale_gradients(monkeypatch) -> list[GradScaler]:
     def start_with_scaler(*arguments):
         accelerator = start(*arguments)
         accelerator.scaler = scaler = GradScaler("cpu", init_scale=4.0, growth_interval=5)
+        # Called before clipping.
         accelerator.unscale_gradients = lambda: scaler.unscale_(
             accelerator._optimizers[0].optimizer
-        )  # before clipping
+        )
         scalers.append(scaler)
         return accelerator
 

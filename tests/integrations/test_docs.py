@@ -201,9 +201,8 @@ def quickstart(compose, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     changes = ("train.max_updates=2", "train.eval_every=null", f"output_dir={folder / 'outputs'}")
     train(compose("+recipe=logistic_map", "name=quickstart", *changes))
-    shutil.copytree(
-        folder / "outputs" / "quickstart", folder / "outputs" / "by_token"
-    )  # a run of docs/train.md
+    # The run that docs/train.md makes.
+    shutil.copytree(folder / "outputs" / "quickstart", folder / "outputs" / "by_token")
     return folder
 
 

@@ -62,9 +62,8 @@ def test_the_card_says_what_the_adapter_is_and_its_code_loads_it(finished_run, t
     card = ModelCard.load(finished_run / "adapter" / "README.md")
     result = json.loads((finished_run / "result.json").read_text())
     assert card.data.library_name == "peft"
-    assert (
-        card.data.license is None
-    )  # apache-2.0 is that of the model whose file of conf/model this config began with
+    # Not apache-2.0, the license of the model file that this config started from.
+    assert card.data.license is None
     assert "licence of the base weights is not on record" in card.text
     for part in (
         str(tiny_folder),

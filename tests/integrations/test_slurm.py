@@ -169,9 +169,8 @@ def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not
 
     wait(lambda: min(updates_of(job) for job in jobs[1:3]) > 20)
     run("scancel", f"{array}_1")  # SIGTERM
-    run(
-        "scancel", "--signal=USR2", f"{array}_2"
-    )  # as before a time limit: it saves, and submitit requeues it
+    # As before a time limit: the job saves, and submitit requeues it.
+    run("scancel", "--signal=USR2", f"{array}_2")
     wait(lambda: [job.state for job in read_sweep(folder)].count(State.finished) == 3)
     standing = read_sweep(folder)
     assert standing[1].state == State.stopped

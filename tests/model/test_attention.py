@@ -113,9 +113,8 @@ def test_under_autocast_the_kernel_gets_16_bits(monkeypatch):
         return sequence_after_sequence(query, key, value, *args, **kwargs)
 
     monkeypatch.setattr(KERNEL, kernel)
-    query, key, value = heads(
-        dtype=torch.float32
-    )  # as norms between projection and attention leave them
+    # float32, as norms between projection and attention leave them.
+    query, key, value = heads(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         attend_varlen(
             Causal(), query, key.bfloat16(), value.bfloat16(), None, sequences=Sequences(LENGTHS)

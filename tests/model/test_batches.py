@@ -87,9 +87,8 @@ def test_micro_batches_partition_the_rows_within_the_bound(cut, max_tokens, coun
             size <= max_tokens or len(group) == 1
             for size, group in zip(tokens, groups, strict=True)
         )
-        if (
-            is_flat
-        ):  # no two could be one: best-fit would have put the later's rows into the earlier
+        # No two could be joined: best-fit would have put the later's rows into the earlier.
+        if is_flat:
             assert all(one + other > max_tokens for one, other in combinations(tokens, 2))
 
 
@@ -140,9 +139,8 @@ def test_padded_batch_masks_padding_from_attention_and_loss():
         [False, True, False],
     ]
     assert set(batch.inputs) == {"input_ids", "attention_mask"}
-    assert set(padded_batch(IDS[:1], MASKS[:1]).inputs) == {
-        "input_ids"
-    }  # rows of one length need no mask
+    # Rows of one length need no mask.
+    assert set(padded_batch(IDS[:1], MASKS[:1]).inputs) == {"input_ids"}
 
 
 def split_of(lengths: list[int]) -> TokenizedRows:
@@ -159,9 +157,8 @@ def split_of(lengths: list[int]) -> TokenizedRows:
 @pytest.mark.parametrize(("is_flat", "make"), [(True, flat_batch), (False, padded_batch)])
 def test_a_loaded_micro_batch_is_what_its_rows_as_lists_make(is_flat, make):
     split = split_of([3, 1, 9, 9, 2])
-    split.table = pyarrow.concat_tables(
-        [split.table.slice(0, 2), split.table.slice(2)]
-    )  # as chunks are written
+    # In two chunks, as files are written.
+    split.table = pyarrow.concat_tables([split.table.slice(0, 2), split.table.slice(2)])
     for group in ([4, 0, 2], [2, 3], [1]):
         rows = [split.table.to_pylist()[row] for row in group]
         expected = make([row["input_ids"] for row in rows], [row["loss_mask"] for row in rows])

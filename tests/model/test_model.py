@@ -61,9 +61,8 @@ def test_nf4_is_double_quantised_and_computes_in_the_models_precision(tiny_folde
     assert (layer.weight.quant_type, layer.compute_dtype) == ("nf4", getattr(torch, dtype))
     assert layer.weight.quant_state.nested
     whole = load_model(ModelConfig(path=str(tiny_folder)), CPU)
-    assert (
-        parameter_counts(model)[1] == parameter_counts(whole)[1]
-    )  # of the numbers that 4 bits stand for
+    # The count of parameters, not of bytes that store 4-bit pairs.
+    assert parameter_counts(model)[1] == parameter_counts(whole)[1]
 
 
 @pytest.mark.parametrize("quantization", [Quantization.nf4, Quantization.int8])
@@ -72,9 +71,8 @@ def test_weights_that_are_stored_quantised_load_as_they_are(
 ):
     """Such as those of a Hub id that ends in -bnb-4bit. A run on them sets model.quantization to
     what they are."""
-    monkeypatch.setattr(
-        bitsandbytes.nn.modules, "has_avx512bf16", lambda: True
-    )  # bitsandbytes would repack weights
+    # Otherwise bitsandbytes would repack weights.
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     folder = shutil.copytree(tiny_folder, tmp_path / "stored")
     load_model(ModelConfig(path=str(tiny_folder), quantization=quantization), CPU).save_pretrained(
         folder

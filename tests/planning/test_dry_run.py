@@ -83,11 +83,8 @@ def test_operations_by_hand(dry_run):
     head = 2 * 128 * 32 * SUPERVISED
     layers = 6 * (2 * (qkv + rest + adapter) * TOKENS + attention)
     rotary = cost.evaluation.flops - layers - head
-    assert rotary in (
-        0,
-        2 * 8 * LENGTH * 2,
-        2 * 8 * TOKENS,
-    )  # some releases of transformers compute it as a product
+    # Some releases of transformers compute it as a product.
+    assert rotary in (0, 2 * 8 * LENGTH * 2, 2 * 8 * TOKENS)
     assert cost.forward.flops == layers + 2 * head + rotary
     first_inputs = 2 * (qkv + adapter // 2 - 4 * 8) * TOKENS  # dL/dx of the first layer
     whole = 6 * (2 * (qkv + rest) * TOKENS + 4 * adapter * TOKENS + attention * 5 // 2)
@@ -98,9 +95,8 @@ def test_gradients_of_other_micro_batches_and_states_of_the_optimizer_are_held(d
     run = dry_run("llama")
     gradients = sum(512 * math.ceil(weight.nbytes / 512) for weight in run.trained)
     assert run.memory["adapter"] == gradients
-    assert run.memory["optimizer"] == 2 * gradients + 512 * len(
-        run.trained
-    )  # and the number of the step
+    # Two moments and the number of the step.
+    assert run.memory["optimizer"] == 2 * gradients + 512 * len(run.trained)
     alone, later = (run.cost(BATCH, accumulates=accumulates) for accumulates in (False, True))
     assert later.forward.peak - alone.forward.peak == gradients
 

@@ -155,9 +155,8 @@ def test_totals_follow_from_epochs_or_updates(compose):
 
     quick = totals(QUICK, "train.max_updates=20", "train.eval_every=10")
     assert (quick.updates, quick.tokens, quick.evaluations) == (20, 158 * 72, 3)
-    assert (
-        quick.forward_tokens == 3 * 20 * 72 + 4 * 20 * 72
-    )  # and a probe before, after and between
+    # Training, and a probe before, after and between.
+    assert quick.forward_tokens == 3 * 20 * 72 + 4 * 20 * 72
     gsm8k = totals("+recipe=gsm8k_r64", "train.epochs=2", "train.eval_every=null")
     assert (gsm8k.updates, gsm8k.tokens, gsm8k.evaluations) == (2 * 117, 2 * 7473 * 187, 2)
     often = totals(QUICK, "train.max_updates=100", "train.tasks=[gsm8k]", "train.tasks_every=50")

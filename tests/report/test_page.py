@@ -211,9 +211,8 @@ def test_only_the_base_model_is_a_dashed_line(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     for name in ("a", "base", "lora"):
         add_evaluation(tmp_path / name, "math", solved={1, 2})
-    (tmp_path / "lora" / "adapter_config.json").write_text(
-        '{"peft_type": "LORA", "r": 64}'
-    )  # parameters unknown
+    # The number of parameters is unknown.
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 64}')
     pictures_of(tmp_path)["accuracy-math"].draw(axes := Figure().subplots())
     assert [line.get_label() for line in axes.lines if line.get_linestyle() == "--"] == ["base"]
 

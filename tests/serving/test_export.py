@@ -107,9 +107,8 @@ def test_the_interval_is_the_bootstraps_and_weighs_sequences_by_their_tokens():
     )
     long = numpy.array([1.0, 0.0])
     short = numpy.array([99.0, 1.0])
-    assert (
-        bootstrap_interval(long, short)[1] <= 1 / 50
-    )  # a long sequence does not count as one of two
+    # A long sequence counts for more than one of two.
+    assert bootstrap_interval(long, short)[1] <= 1 / 50
 
 
 def test_the_chosen_answers_of_preferences_are_fitted_and_judged(compose, trained, write_jsonl):

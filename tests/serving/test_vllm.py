@@ -420,9 +420,8 @@ def test_an_evaluation_resumes_when_a_killed_vllm_is_back(
     folder, evaluation, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(server_module, "PAUSES", (0.1, 0.1))
-    monkeypatch.setattr(
-        server_module, "AT_ONCE", 4
-    )  # so that some are not yet asked when the first is answered
+    # So that some problems are not yet sent when the first is answered.
+    monkeypatch.setattr(server_module, "AT_ONCE", 4)
     answers = folder / "silu_all" / "eval" / "cut" / "generations.jsonl"
     with started(folder, tmp_path / "log", *LORA) as (url, process), ThreadPoolExecutor(1) as pool:
 

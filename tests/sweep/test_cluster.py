@@ -29,9 +29,8 @@ def submitted(monkeypatch):
         ]
 
     monkeypatch.setattr("submitit.AutoExecutor.map_array", map_array)
-    monkeypatch.setattr(
-        "submitit.SlurmExecutor.affinity", lambda executor: 1
-    )  # no srun is looked for
+    # Do not look for srun.
+    monkeypatch.setattr("submitit.SlurmExecutor.affinity", lambda executor: 1)
     monkeypatch.setattr("cera_train.cli.cluster.replace_waiting", lambda detach: None)
     return jobs
 

@@ -106,9 +106,8 @@ def test_the_table_of_the_papers_results_says_what_cera_plan_predicts(plans_of):
         command, jobs, hours = row[1:4]
         (command,) = re.fullmatch(r"`cera-train (.*)`", command).groups()
         seen |= set(re.findall(r"\b(?:\w+_)*\w+\b", command))
-        if sweep := re.fullmatch(
-            r"-m \+sweep=(\w+)", command
-        ):  # whose header has what cera-plan predicts
+        # The sweep's header has what cera-plan predicts.
+        if sweep := re.fullmatch(r"-m \+sweep=(\w+)", command):
             header = (config_dir("conf") / f"sweep/{sweep[1]}.yaml").read_text()
             assert f"cost      {jobs} jobs, {hours} GPU-hours" in header
             continue

@@ -33,9 +33,8 @@ def sweep(sweep_here) -> Path:
 )
 def test_jobs_at_once_share_the_gpus(monkeypatch, workers, visible, shares):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    monkeypatch.setattr(
-        os, "getppid", lambda: f"{workers}-of-{os.getpid()}"
-    )  # tests run beside each other
+    # Tests run beside each other.
+    monkeypatch.setattr(os, "getppid", lambda: f"{workers}-of-{os.getpid()}")
     held = []
     for share in [*shares, shares[1]]:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

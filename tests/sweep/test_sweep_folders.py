@@ -260,7 +260,7 @@ def test_an_adapter_to_start_from_that_fits_no_job_is_refused_before_any(
 ):
     first = make_run(
         sweep_here / "first", **{"data.prompt": "{question}", "data.completion": "{answer}"}
-    )  # r=64
+    )
     (first / "adapter").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (first / "adapter" / name).write_text('{"peft_type": "CERA", "r": 64}')

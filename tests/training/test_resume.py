@@ -78,10 +78,8 @@ def test_a_gradient_scaler_goes_on_where_it_was(tiny_config, monkeypatch):
 
 @pytest.mark.parametrize(
     ("number", "status", "heard", "saved"),
-    [
-        (signal.SIGINT, 130, 6, 7),
-        (signal.SIGTERM, 143, 7, 8),
-    ],  # an evaluation is due after update 8
+    # An evaluation is due after update 8.
+    [(signal.SIGINT, 130, 6, 7), (signal.SIGTERM, 143, 7, 8)],
 )
 def test_an_interrupted_run_saves_without_an_evaluation_and_goes_on(
     trained_config, tiny_config, number, status, heard, saved
@@ -150,9 +148,8 @@ def test_a_mistake_costs_an_unfinished_run_nothing_and_half_a_write_is_removed(t
             train(tiny_config(*settings))
     assert (folder_of(config) / "checkpoints" / "4").is_dir()
     assert len(metrics_of(config)) == 8
-    train(
-        tiny_config("train.micro_batch_tokens=300", "train.keep=1", "tracker.project=other")
-    )  # change no number
+    # These settings change no number.
+    train(tiny_config("train.micro_batch_tokens=300", "train.keep=1", "tracker.project=other"))
     assert not list(folder_of(config).rglob(".writing-*"))
 
 

@@ -88,8 +88,7 @@ class JsonlTask(QuestionTask):
 TASK = JsonlTask(
     settings=("files", "prompt", "question", "answer", "grader"),
     question="question",
-    gold=partial(
-        gold_answer, column="answer", grader=Grader.text
-    ),  # `configured` puts the rule of task.grader in place
+    # `configured` replaces the rule by that of task.grader.
+    gold=partial(gold_answer, column="answer", grader=Grader.text),
     extract=single_spaced,
 )

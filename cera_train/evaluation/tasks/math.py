@@ -27,10 +27,8 @@ RULES = (
     (r"\\[tdc]frac", r"\\frac"),
     (r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree|°", ""),
     (r"\\?[$%]", ""),
-    (
-        r"(?<![ .])[ .]+$|^ +",
-        "",
-    ),  # looks behind, else a long row of dots is searched from each of them
+    # The lookbehind keeps a long row of dots from being searched from each dot.
+    (r"(?<![ .])[ .]+$|^ +", ""),
     (rf"(?<=[\w)}}\]! ]) ?{TEXT}\{{[^{{}}]*\}}(?: ?\^ ?(?:\d|\{{\d\}}))?$", ""),  # a unit
     (r"^[a-zA-Z]{1,2} ?= ?(?=[^=]*$)", ""),  # x = 5
     (r"\{,\}", ","),
@@ -39,10 +37,8 @@ RULES = (
     (r"(?<![\d.])\.(?=\d)", "0."),
     (r"^(-?)(\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
     (r"^(-?\d+) (\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
-    (
-        r"(\\[a-zA-Z]+ (?=[a-zA-Z])|\d (?=\d)|, )| ",
-        r"\1",
-    ),  # spaces, but in \pi r, 1 000 and after a list's comma
+    # spaces, except in \pi r, 1 000 and after a list's comma
+    (r"(\\[a-zA-Z]+ (?=[a-zA-Z])|\d (?=\d)|, )| ", r"\1"),
     (r"\\sqrt ?(\w)", r"\\sqrt{\1}"),
     (r"\\frac ?(\w) ?", r"\\frac{\1}"),
     (rf"(\\frac{GROUP}) ?(\w)", r"\1{\2}"),
@@ -77,9 +73,8 @@ def find_box(text: str) -> str | None:
     if not rest.startswith("{"):
         return re.match(r"[^$\n]*", rest)[0].strip() or None
     depth = 0
-    for mark in re.finditer(
-        r"\\.|[{}]", rest, re.DOTALL
-    ):  # \{ is a brace of the answer, not of LaTeX
+    # \{ is a brace of the answer, not of LaTeX.
+    for mark in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
         if depth == 0 and mark[0] == "}":
             return rest[1 : mark.start()].strip() or None

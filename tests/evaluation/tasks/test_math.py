@@ -53,21 +53,13 @@ PAIRS = [
     (r"2,1", r"1, 2", False, True),
     (r"3", r"3, 4", False, False),
     (r"12\text{ and }13", r"12,13", False, True),
-    (
-        r"\varnothing",
-        r"\emptyset",
-        False,
-        False,
-    ),  # equal, but math-verify takes \varnothing for a variable
+    # equal, but math-verify takes \varnothing for a variable
+    (r"\varnothing", r"\emptyset", False, False),
     (r"(1,2]", r"(1, 2]", True, True),
     (r"(1,2]", r"(1,2)", False, False),
     (r"(-\infty, 3) \cup (5, \infty)", r"(-\infty,3)\cup(5,\infty)", True, True),
-    (
-        r"x>3",
-        r"(3,\infty)",
-        False,
-        False,
-    ),  # equal, but math-verify takes no inequality for a gold interval
+    # equal, but math-verify takes no inequality for a gold interval
+    (r"x>3", r"(3,\infty)", False, False),
     # tuples, vectors, matrices
     (r"(1,2)", r"(1, 2)", True, True),
     (r"(2,1)", r"(1,2)", False, False),
@@ -92,12 +84,8 @@ PAIRS = [
     # garbage, empty, very long
     (r"", r"0", False, False),
     (r"\frac{", r"3", False, False),
-    (
-        r"? !",
-        r"?!",
-        True,
-        True,
-    ),  # where math-verify cannot read the gold answer, the exact rule decides
+    # If math-verify cannot read the gold answer, the exact rule decides.
+    (r"? !", r"?!", True, True),
     ("9" * 500, "9" * 500, True, True),
 ]
 

@@ -54,9 +54,8 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
         [*cera_train.evaluation.tasks.__path__, str(tmp_path)],
     )
     monkeypatch.setitem(sys.modules, "cera_train.evaluation.tasks.arithmetic", None)
-    del sys.modules[
-        "cera_train.evaluation.tasks.arithmetic"
-    ]  # restored, that is removed, after the test
+    # After the test, monkeypatch removes the module again.
+    del sys.modules["cera_train.evaluation.tasks.arithmetic"]
     config = config_of([{"sum": "1 + 1", "result": 2}, {"sum": "1 + 2", "result": 3}], "arithmetic")
     task = build_task(config)
     problems = load_problems(task, None)
