@@ -24,7 +24,7 @@ from cera_train.settings.data import (
 
 
 def computed_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
-    """Training and evaluation rows of a config whose layout is computed."""
+    """Training and held-out rows of a config whose layout is computed."""
     match config.layout:
         case Layout.logistic_map:
             return logistic_map_rows(config.logistic_map, config.eval_rows)

@@ -40,7 +40,7 @@ def print_data(
         print_line(label, split.describe("answers" if config.is_paired else "rows"))
     for line in data.mix:
         print_line("part", line)
-    shared = f"{data.shared_prompts:,} evaluation prompts are also training prompts"
+    shared = f"{data.shared_prompts:,} held-out prompts are also training prompts"
     if data.repeated_prompts:
         shared += f"; {data.repeated_prompts:,} training rows repeat a prompt"
     print_line("shared", shared)

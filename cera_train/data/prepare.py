@@ -132,7 +132,7 @@ class TokenizedRows:
 class TokenizedData:
     train: TokenizedRows
     evaluation: TokenizedRows
-    shared_prompts: int = 0  # evaluation rows whose prompt is also a training row's
+    shared_prompts: int = 0  # held-out rows whose prompt is also a training row's
     repeated_prompts: int = 0  # training rows whose prompt is also an earlier one's
     mix: list[str] = field(default_factory=list)
     """A line about each part of a mix: its rows and tokens in an epoch."""
@@ -162,12 +162,10 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
     eval_keys = data.evaluation.column("prompt_key")[:: config.sequences]
     data.shared_prompts = sum(key in train_keys for key in eval_keys)
     if data.shared_prompts and not config.allow_overlap:
-        count = (
-            f"{data.shared_prompts} of {len(eval_keys)} evaluation prompts are also training "
-            f"prompts"
-        )
+        shared = f"{data.shared_prompts} of {len(eval_keys)} held-out prompts"
+        problem = f"{shared} are also training prompts, so the perplexity would measure memory"
         fix = "Remove them from one side, or set data.allow_overlap=true."
-        raise UserError(f"{config.title}: {count}, so the perplexity would measure memory. {fix}")
+        raise UserError(f"{config.title}: {problem}. {fix}")
     return data
 
 

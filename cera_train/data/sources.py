@@ -173,7 +173,7 @@ def check_data(config: DataConfig) -> None:
 
 
 def open_sources(config: DataConfig) -> tuple[Source, Source]:
-    """The training and the evaluation rows of a config, cut to `train_rows` and `eval_rows`."""
+    """The training and the held-out rows of a config, cut to `train_rows` and `eval_rows`."""
     if config.is_computed:
         name = f"data.layout={config.layout}"
         train, evaluation = (
@@ -203,7 +203,7 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
 def answered_rows(
     config: DataConfig, tokenizer: Any
 ) -> Iterator[tuple[DataConfig, list[Segment], Segment]]:
-    """The evaluation rows that ask something: the part of the mix, the segments before the first
+    """The held-out rows that ask something: the part of the mix, the segments before the first
     supervised answer, and that answer. Without a tokenizer, chats lack the marks of a chat
     template."""
     for _, part in config.parts():

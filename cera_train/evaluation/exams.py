@@ -36,7 +36,7 @@ from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
 
-# tokens that a sampled answer to an evaluation row may have; more where a reference has more
+# tokens that a sampled answer to a held-out row may have; more where a reference has more
 SAMPLE_ROOM = 64
 
 GREEDY = GenerationConfig()
@@ -46,7 +46,7 @@ GREEDY = GenerationConfig()
 class Exam:
     """Problems that the model answers."""
 
-    name: str | None  # the task's. The prompts of evaluation rows have no task.
+    name: str | None  # the task's. The prompts of held-out rows have no task.
     task: AnswerTask | None
     problems: list[Problem]
     requests: list[Request]
@@ -62,7 +62,7 @@ class Exam:
 
 
 def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | None) -> Exam:
-    """The prompts of the first evaluation rows that have one, each up to its first answer, which is
+    """The prompts of the first held-out rows that have one, each up to its first answer, which is
     the reference; none that leaves a sample no room."""
     problems = []
     requests = []
@@ -118,10 +118,10 @@ class Exams:
                 self.tasks.append(Exam(name, task, problems, requests, room, task.config.stop))
         self.sampled: list[Exam] = []
         """The problems that samples answer: the first of each task, without tasks the first
-        evaluation rows."""
+        held-out rows."""
         if count := self.sample_count:
             exams = self.tasks or [rows_exam(config.data, count, tokenizer, positions)]
-            fix = "no evaluation row has a prompt with room for an answer: set train.samples=0"
+            fix = "no held-out row has a prompt with room for an answer: set train.samples=0"
             require(bool(exams[0].problems), f"train.samples={count}: {fix}.")
             self.sampled = [exam.first(count) for exam in exams]
 

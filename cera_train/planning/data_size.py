@@ -240,7 +240,7 @@ def count_problems(name: str, config: Config, data: DataSize) -> int:
     settings = task.config
     place = f"train.tasks=[{name}]"
     loads_rows = any(part.path and not part.train_files for _, part in config.data.parts())
-    if settings.kind == "held_out" and loads_rows:  # evaluation rows, which a plan does not load
+    if settings.kind == "held_out" and loads_rows:  # held-out rows, which a plan does not load
         return min(data.eval_rows, settings.limit or data.eval_rows)
     if settings.files or settings.path is None:
         with errors_at(place):

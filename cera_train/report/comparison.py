@@ -165,7 +165,7 @@ def cautions(runs: Sequence[Run]) -> list[str]:
     measured = [run for run in trained if run.environment.machine]
     notes = [
         _difference(
-            "Perplexities and spectra are on different evaluation rows or tokens, so do not rank "
+            "Perplexities and spectra are on different held-out rows or tokens, so do not rank "
             "them, by digest",
             group_by(trained, lambda run: run.environment.held_out),
         ),

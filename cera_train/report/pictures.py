@@ -40,7 +40,7 @@ def plan_pictures(runs: Sequence[Run]) -> list[Picture]:
             lambda run: [(line.update, figure(line)) for line in run.metrics.evaluations]
         )
 
-    on_same_rows = "Runs on the same evaluation rows and model."
+    on_same_rows = "Runs on the same held-out rows and model."
     perplexities = _by_rank(runs, lambda run: run.figures.perplexity)
     effective_ranks = _by_rank(runs, lambda run: run.figures.spectrum.effective_rank_mean)
     spectra = of_runs(lambda run: list(enumerate(run.spectrum, start=1)))
@@ -58,7 +58,7 @@ def plan_pictures(runs: Sequence[Run]) -> list[Picture]:
         _lines(
             "perplexity by update",
             by_update(lambda line: line.perplexity),
-            "On the evaluation rows; update 0 is before training.",
+            "On the held-out rows; update 0 is before training.",
         ),
         _lines(
             "linear share by update",
@@ -83,7 +83,7 @@ def _is_finite(value: float | None) -> bool:
 
 
 def _by_rank(runs: Sequence[Run], value: Callable[[Run], float | None]) -> dict[str, Line]:
-    """A figure of the finished runs of each method on the same evaluation rows and base model: of
+    """A figure of the finished runs of each method on the same held-out rows and base model: of
     the largest such group."""
     runs = [run for run in runs if run.result and run.rank and _is_finite(value(run))]
     groups = group_by(runs, lambda run: (run.environment.held_out, run.base))

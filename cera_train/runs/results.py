@@ -113,7 +113,7 @@ class Environment(Record, extra="allow"):
 
     @property
     def held_out(self) -> str | None:
-        """A digest of the evaluation rows and what makes tokens of them: perplexities compare where
+        """A digest of the held-out rows and what makes tokens of them: perplexities compare where
         it is equal."""
         return (self.rows or {}).get("held_out")
 
@@ -198,7 +198,7 @@ class Sample(Record):
     """An answer during training, a line of samples.jsonl."""
 
     update: int
-    task: str | None = None  # None: the prompt of an evaluation row, which no task grades
+    task: str | None = None  # None: the prompt of a held-out row, which no task grades
     prompt: str
     answer: str  # as the model wrote it
     gold: str

@@ -214,7 +214,7 @@ class DataConfig:
     mix_seed: int = setting(0, "result")
     """Draws the rows of a part that does not train whole."""
     allow_overlap: bool = setting(False, "result")
-    """Accept evaluation rows whose prompt is also a training row's."""
+    """Accept held-out rows whose prompt is also a training row's."""
     logistic_map: LogisticMapConfig = section(LogisticMapConfig)
     reasoning_gym: ReasoningGymConfig = section(ReasoningGymConfig)
     facts: DataFacts | None = section(None)
@@ -340,7 +340,7 @@ class DataConfig:
 
     @property
     def holds_out_by_prompt(self) -> bool:
-        """Whether the evaluation rows are a share of the training files'."""
+        """Whether the held-out rows are a share of the training files'."""
         return bool(self.train_files) and not self.eval_files and self.eval_rows is None
 
     @property

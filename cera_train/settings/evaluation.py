@@ -147,7 +147,7 @@ class EvalConfig(AnsweringConfig):
     task: TaskConfig | None = section(None)
     generation: GenerationConfig = section()
     data: DataConfig | None = section(None)
-    """The data set whose evaluation rows task=perplexity predicts. null: the run's."""
+    """The data set whose held-out rows task=perplexity predicts. null: the run's."""
     launch: ProcessesConfig = section(ProcessesConfig)
     name: str | None = setting(None, "nothing")
     """Results go to RUN/eval/name. null: the task's name."""

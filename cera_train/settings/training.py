@@ -201,7 +201,7 @@ class TrainConfig:
     """Prove on a few rows, before the first update, that every adapter runs and gets a gradient;
     refuse the run where one does not."""
     probe_tokens: int = setting(2048, "result")
-    """Tokens of evaluation rows on which the spectra are taken."""
+    """Tokens of held-out rows on which the spectra are taken."""
     tasks: list[str] = setting(list, "result")
     """Tasks of cera-eval, files of conf/task, that are answered and graded while the run trains."""
     tasks_every: int | None = setting(None, "result")
@@ -213,7 +213,7 @@ class TrainConfig:
     """Settings of a task that differ from its file, by its name: {gsm8k: {files: [test.jsonl]}}."""
     samples: int = setting(0, "nothing")
     """Answers, to the first problems of each task, that every evaluation adds to samples.jsonl.
-    Without tasks the prompts are those of the first evaluation rows."""
+    Without tasks the prompts are those of the first held-out rows."""
     server: str | None = setting(None, "cost")
     """A vLLM that answers in place of the model in training, such as http://localhost:8000: tasks,
     samples and, with grpo, prompts. It loads the adapter as it is then, under a name with its

@@ -254,7 +254,7 @@ def job_status(
 
 def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
     """The best finished job by the sweep's metric; by a perplexity, one for every choice of
-    evaluation rows."""
+    held-out rows."""
     best: dict[str | None, JobStatus] = {}
     for job in jobs:
         rows = job.rows if job.metric.key in PERPLEXITIES else None

@@ -82,7 +82,7 @@ def cache(tmp_path: Path, monkeypatch) -> Path:
 
 @pytest.fixture
 def config_of(write_jsonl):
-    """config_of(train rows, evaluation rows, **settings) -> DataConfig"""
+    """config_of(train rows, held-out rows, **settings) -> DataConfig"""
 
     def config_of(train: list = TRAIN, evaluation: list = EVALUATION, **settings) -> DataConfig:
         names = {

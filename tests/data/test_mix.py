@@ -257,7 +257,7 @@ def test_a_prompt_that_one_part_evaluates_and_another_trains_is_refused(part, to
     files = part("a", 9).train_files
     both = MixPart(train_files=files, eval_files=files)
     line = (
-        "^b.jsonl [+] a.jsonl: 9 of 11 evaluation prompts are also training prompts, so the "
+        "^b.jsonl [+] a.jsonl: 9 of 11 held-out prompts are also training prompts, so the "
         "perplexity would measure"
     )
     with pytest.raises(UserError, match=line):

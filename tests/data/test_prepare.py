@@ -93,7 +93,7 @@ def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer
     dropped = {"question": TRAIN[3]["question"], "answer": ""}
     evaluation = [*EVALUATION, *same_prompts, dropped]
     with pytest.raises(
-        UserError, match="train.jsonl: 2 of 5 evaluation prompts are also training .*overlap=true"
+        UserError, match="train.jsonl: 2 of 5 held-out prompts are also training .*overlap=true"
     ):
         prepare_data(config_of(evaluation=evaluation), tokenizer)
     assert (

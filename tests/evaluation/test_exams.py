@@ -163,7 +163,7 @@ def test_samples_without_a_prompt_are_refused(tiny_config, write_jsonl):
     config = tiny_config(
         "data=jsonl", f"data.train_files=[{rows}]", "data.layout=documents", "train.samples=2"
     )
-    with pytest.raises(UserError, match="train.samples=2: no evaluation row has a prompt"):
+    with pytest.raises(UserError, match="train.samples=2: no held-out row has a prompt"):
         train(config)
 
 

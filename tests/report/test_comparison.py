@@ -109,7 +109,7 @@ def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path: Path) ->
     [
         (
             {"held_out": "others"},
-            "evaluation rows or tokens, so do not rank them, by digest: a: rows; b: others.",
+            "held-out rows or tokens, so do not rank them, by digest: a: rows; b: others.",
         ),
         (
             {"model.quantization": "nf4"},

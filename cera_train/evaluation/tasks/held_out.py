@@ -1,4 +1,4 @@
-"""The evaluation rows of a run: their prompts are the questions, their answers the gold ones,
+"""The held-out rows of a run: their prompts are the questions, their answers the gold ones,
 graded as in jsonl.py."""
 
 from cera_train.common.errors import UserError
@@ -23,7 +23,7 @@ class EvaluationRows(jsonl.JsonlTask):
                 reason = "knows neither chat templates nor answers before the asked one"
                 raise UserError(f"{name} {reason}, and these rows have them: {fix}.")
             rows.append({"question": prompt[0].text, "answer": answer.text})
-        require(bool(rows), f"{name}: no evaluation row has a prompt and an answer: {fix}.")
+        require(bool(rows), f"{name}: no held-out row has a prompt and an answer: {fix}.")
         return Source.numbered("", rows, name)
 
 

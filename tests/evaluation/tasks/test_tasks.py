@@ -250,7 +250,7 @@ def test_rows_that_held_out_cannot_ask_are_refused(write_jsonl):
     text = str(write_jsonl("text.jsonl", [{"text": "a document"}] * 2))
     with pytest.raises(
         UserError,
-        match="task=held_out: no evaluation row has a prompt and an answer: write the ques",
+        match="task=held_out: no held-out row has a prompt and an answer: write the ques",
     ):
         held_out_problems(DataConfig(layout="documents", train_files=[text], eval_files=[text]))
 
