@@ -213,7 +213,8 @@ def _may_run_code(text: str) -> bool:
     if not isinstance(defaults, list):  # a resolver may make a list of it
         return True
     for entry in defaults:
-        for key, value in entry.items() if isinstance(entry, dict) else [(entry, "")]:
+        choices = entry.items() if isinstance(entry, dict) else [(entry, "")]
+        for key, value in choices:
             if re.fullmatch(r"override /hydra/(launcher|sweeper)", str(key)) and re.fullmatch(
                 r"\w+", str(value)
             ):

@@ -50,7 +50,8 @@ def print_data(
     if at_length or not is_learned:
         print_line("stop", line)
     middle = len(train) // config.sequences // 2 * config.sequences
-    for row in sorted({0, middle}) if at_length else [0]:
+    rows = sorted({0, middle}) if at_length else [0]
+    for row in rows:
         for sequence in range(config.sequences):
             print_example(train, row + sequence, tokenizer)
 
@@ -75,10 +76,9 @@ def describe_layouts(config: DataConfig) -> Iterator[str]:
                 if is_chat
                 else [*columns, *columns_of(part.rejected, "data.rejected")]
             )
-        line = (
-            f"{part.layout}, by the column{'s' * (len(columns) > 1)} "
-            f"{' and '.join(f'`{name}`' for name in columns)}"
-        )
+        noun = "columns" if len(columns) > 1 else "column"
+        names = " and ".join(f"`{name}`" for name in columns)
+        line = f"{part.layout}, by the {noun} {names}"
         if is_chat:
             line += ", all answers" if part.turns == Turns.all else f", the {part.turns} answer"
         if part.holds_out_by_prompt:
