@@ -397,9 +397,10 @@ def test_no_line_steers_the_terminal(capsys, tokenizer):
 
 
 def test_a_card_shows_hostile_text_as_text(tmp_path, config):
-    hostile = f"<script>x|`*_[a](javascript:b)![c](data:d)\n---\n# e{STEERING}"
+    name = "<script>x|`*_[a](javascript:b)![c](data:d)"  # others are refused
+    hostile = f"{name}\n---\n# e{STEERING}"
     model = replace(config.model, path=hostile, revision=hostile)
-    run = write_run(tmp_path, replace(config, name=hostile, model=model))
+    run = write_run(tmp_path, replace(config, name=name, model=model))
     names = (
         "eval/perplexity",
         "perplexity_before",
