@@ -17,7 +17,7 @@ from torch import nn
 
 from cera_train.adapters.families import FAMILIES
 from cera_train.adapters.families.base import Branch
-from cera_train.cera.branch import LearnedGate
+from cera_train.cera.gates import LearnedGate
 
 SUMMARISED = ("effective_rank", "manifold_dimension", "linear_share")
 """Figures of a module whose mean and maximum a run logs."""

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 
-from .branch import GATES
+from .gates import GATES
 
 CHOICES = {
     "activation": tuple(GATES),

@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .branch import GATES, FusedBranch, Hidden, LearnedGate, start_branch
+from .branch import FusedBranch, Hidden, start_branch
 from .config import CeraConfig
+from .gates import GATES, LearnedGate
 
 
 class CeraLayer(nn.Module, BaseTunerLayer):

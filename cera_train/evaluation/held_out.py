@@ -10,7 +10,6 @@ from accelerate import Accelerator
 
 from cera_train.adapters.spectrum import ModuleSpectrum, measure_spectra
 from cera_train.model.batches import MicroBatches
-from cera_train.model.compiled import uncompiled
 from cera_train.model.language_model import LanguageModel
 from cera_train.runs.results import TokenLosses
 
@@ -46,7 +45,7 @@ class HeldOut:
         language_model = self.language_model
         groups = self.batches.of_process(self.accelerator, self.probe)
         probe = ((self.batches.load(group), counts) for group, counts in groups)
-        with uncompiled(language_model):
+        with language_model.uncompiled():
             return measure_spectra(
                 language_model.model, language_model, probe, self.accelerator.reduce
             )

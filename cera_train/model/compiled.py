@@ -1,23 +1,18 @@
 """Layers compiled by torch: the same graphs for all of them, every length and every number of
 sequences."""
 
-from __future__ import annotations
-
-import contextlib
 import functools
 import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._triton import has_triton
 
 from cera_train.common.errors import UserError
-
-if TYPE_CHECKING:
-    from cera_train.model.language_model import LanguageModel
+from cera_train.model.language_model import LanguageModel
 
 PYTHON_HEADER = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
 """Where Triton and torch's inductor look for it: what they generate includes it."""
@@ -67,13 +62,6 @@ def stop_compiling(language_model: LanguageModel) -> bool:
     torch.compiler.set_stance("force_eager")
     language_model.is_compiled = False
     return True
-
-
-def uncompiled(language_model: LanguageModel) -> contextlib.AbstractContextManager:
-    """Passes inside it do without compiled layers, which call no hooks."""
-    if not language_model.is_compiled:
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def _refused_variants() -> dict[str, int]:

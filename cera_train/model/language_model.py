@@ -5,10 +5,13 @@ Only the hidden states that predict a supervised token go through the LM head, i
 logits of a long sequence over a large vocabulary are never in memory as a whole.
 """
 
+from __future__ import annotations
+
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +19,25 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
-from cera_train.model import layout
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences
 from cera_train.model.batches import Batch
-from cera_train.model.compiled import uncompiled
 
 Head = Callable[[Tensor], Tensor]  # [N, d] -> [N, V]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a model allows."""
+
+    chunks_head: bool = False
+    """Its head can be applied apart from its forward: what it does to the logits afterwards is in
+    `finish_logits`."""
+    flattens: bool = False
+    """Sequences can lie end to end in one row: it neither ignores position ids nor carries a state
+    across."""
+    attention: str | None = None
+    """The fastest attention by sequence that works here, for flat rows."""
 
 
 class LanguageModel(nn.Module):
@@ -45,7 +61,7 @@ class LanguageModel(nn.Module):
         self._no_split_modules = causal_lm._no_split_modules  # Accelerate shards by these
         # Not registered: these are parts of `model`, and their parameters must not appear twice.
         self._parts = {"causal_lm": causal_lm, "decoder": causal_lm.get_decoder()}
-        self.allowed = layout.Allowed()
+        self.allowed = Allowed()
         self.is_flat = False
         """Whether it takes flat batches: `layout.choose_layout` decides."""
         self.is_compiled = False
@@ -81,11 +97,9 @@ class LanguageModel(nn.Module):
             inputs["sequences"] = Sequences(batch.sequence_lengths)
         return inputs
 
-    def probe(self) -> layout.Allowed:
-        """`layout.probe`, whose result it keeps. A method, since FSDP gathers the weights for
-        methods of this module alone."""
-        self.allowed = layout.probe(self)
-        return self.allowed
+    def with_whole_weights(self, function: Callable[[LanguageModel], T]) -> T:
+        """function(self). FSDP gathers sharded weights for methods of this module alone."""
+        return function(self)
 
     def use_flat_batches(self) -> None:
         """Takes flat batches from now on, with the fastest attention that the model allows."""
@@ -105,13 +119,19 @@ class LanguageModel(nn.Module):
         if attention in (BY_SEQUENCE, VARLEN):
             causal_lm.set_attn_implementation("sdpa")  # which the probe found there
         try:
-            with self.autocast(), uncompiled(self):
+            with self.autocast(), self.uncompiled():
                 yield causal_lm
         finally:
             causal_lm.generation_config = settings
             if attention in (BY_SEQUENCE, VARLEN):
                 causal_lm.set_attn_implementation(attention)
             self.train(was_training)
+
+    def uncompiled(self) -> contextlib.AbstractContextManager:
+        """Passes inside it do without compiled layers, which call no hooks."""
+        if not self.is_compiled:
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")
 
     @property
     def causal_lm(self) -> PreTrainedModel:

@@ -1,11 +1,7 @@
 """Padded or flat: how sequences lie in a micro-batch, and by which attention. A probe of the model
 finds out which of them give the logits that the sequences get apart."""
 
-from __future__ import annotations
-
 import contextlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,29 +9,13 @@ from torch import Tensor
 from cera_train.common.errors import UserError
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run
 from cera_train.model.batches import Batch, flat_batch, padded_batch
+from cera_train.model.language_model import Allowed, LanguageModel
 from cera_train.settings.training import BatchLayout
-
-if TYPE_CHECKING:
-    from cera_train.model.language_model import LanguageModel
 
 SAME_IN_32_BITS = 1e-3
 """Relative difference of logits that count as equal."""
 SAME_IN_16_BITS = 0.05
 """Attention rounds differently under another mask; a leak between sequences is far larger."""
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """What a model allows."""
-
-    chunks_head: bool = False
-    """Its head can be applied apart from its forward: what it does to the logits afterwards is in
-    `language_model.finish_logits`."""
-    flattens: bool = False
-    """Sequences can lie end to end in one row: it neither ignores position ids nor carries a state
-    across."""
-    attention: str | None = None
-    """The fastest attention by sequence that works here, for flat rows."""
 
 
 def choose_layout(
@@ -47,7 +27,7 @@ def choose_layout(
     """Probes the model, unless it is `known` what it allows, and makes it take flat batches where
     that is correct and fast. Raises UserError where flat is wanted, and this model would let
     sequences see each other."""
-    allowed = known or language_model.probe()
+    allowed = known or language_model.with_whole_weights(probe)
     language_model.allowed = allowed
     if wanted == BatchLayout.flat and not allowed.flattens:
         raise UserError(
@@ -64,8 +44,10 @@ def choose_layout(
 
 @torch.no_grad()
 def probe(language_model: LanguageModel) -> Allowed:
-    """Finds out by trying what this architecture allows. Sharded weights have to be whole here: see
-    `LanguageModel.probe`."""
+    """Finds out by trying what this architecture allows, and keeps it.
+
+    Sharded weights have to be whole: see `LanguageModel.with_whole_weights`.
+    """
     causal_lm = language_model.causal_lm
     vocabulary = causal_lm.config.get_text_config().vocab_size
     first, second, third = (
@@ -85,7 +67,8 @@ def probe(language_model: LanguageModel) -> Allowed:
         other = flat_batch([third, second], masks).to(causal_lm.device)
         flattens, attention = _find_attention(language_model, flat, other, expected)
     language_model.train(was_training)
-    return Allowed(chunks_head, flattens, attention)
+    language_model.allowed = Allowed(chunks_head, flattens, attention)
+    return language_model.allowed
 
 
 def _can_chunk_head(language_model: LanguageModel, batch: Batch, expected: Tensor) -> bool:

@@ -29,8 +29,8 @@ from cera_train.model import language_model as language_models
 from cera_train.model import layout as batch_layout
 from cera_train.model.batches import Batch
 from cera_train.model.folder import load_config
-from cera_train.model.language_model import LanguageModel, chunk_tokens
-from cera_train.model.layout import Allowed, choose_layout
+from cera_train.model.language_model import Allowed, LanguageModel, chunk_tokens
+from cera_train.model.layout import choose_layout
 from cera_train.model.lean import keep_less
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import attention_for, mixes_sequences

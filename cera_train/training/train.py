@@ -22,7 +22,7 @@ from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory,
 from cera_train.distributed.processes import in_processes, is_main_process
 from cera_train.distributed.signals import Interrupted, Interruption, first_heard
 from cera_train.evaluation.exams import ExamResults
-from cera_train.model.compiled import stop_compiling, uncompiled
+from cera_train.model.compiled import stop_compiling
 from cera_train.model.language_model import perplexity
 from cera_train.runs.card import push, write_card
 from cera_train.runs.folder import Progress, RunFolder
@@ -285,7 +285,7 @@ def prove_coverage(config: TrainConfig, data: Data, model: Model, progress: Prog
     sequences.sort(key=lambda sequence: abs(batches.lengths[sequence] - 64))
     one_each = sequences[: accelerator.num_processes]
     model.wrapped.train()
-    with uncompiled(model.language_model), coverage.watch():
+    with model.language_model.uncompiled(), coverage.watch():
         for group, _ in batches.of_process(accelerator, one_each):
             supervised = sum(batches.supervised[sequence] for sequence in group)
             loss = model.wrapped(batches.load(group)).sum() / supervised

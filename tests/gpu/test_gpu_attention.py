@@ -15,6 +15,7 @@ from cera_train.model.attention import (
 )
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.language_model import LanguageModel
+from cera_train.model.layout import probe
 
 pytestmark = pytest.mark.gpu
 
@@ -55,7 +56,7 @@ def test_attention_equals_sdpa_under_a_block_mask(device, bf16, way, dtype, widt
 def test_a_run_here_takes_the_fastest_attention(device, bf16):
     model = make_tiny_llama().to(device, torch.bfloat16)
     language_model = LanguageModel(model, model)
-    assert language_model.probe().attention == (VARLEN if device.type == "cuda" else BY_SEQUENCE)
+    assert probe(language_model).attention == (VARLEN if device.type == "cuda" else BY_SEQUENCE)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
@@ -76,7 +77,7 @@ def test_flat_rows_have_the_loss_and_the_gradient_of_padded_ones(device, bf16, d
         )
 
     padded, padded_gradient = value_and_gradient(padded_batch(rows, masks))
-    language_model.probe()
+    probe(language_model)
     language_model.use_flat_batches()
     flat, flat_gradient = value_and_gradient(flat_batch(rows, masks))
     assert flat == pytest.approx(padded, rel=tolerance)

@@ -21,7 +21,7 @@ from cera_train.cera.model import keep_scale
 from cera_train.common.errors import UserError
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.language_model import LanguageModel
-from cera_train.model.layout import choose_layout
+from cera_train.model.layout import choose_layout, probe
 from cera_train.model.weights import load_model
 from cera_train.planning.plan import make_plan
 from cera_train.settings.adapters import AdapterConfig
@@ -194,7 +194,7 @@ def test_packs(family: Architecture, cell):
     where it allows no flat rows, sequences that share a row see each other."""
     base = family.model()
     language_model = LanguageModel(randomise(adapted(base, list(family.targets))), base)
-    allowed = language_model.probe()
+    allowed = probe(language_model)
     language_model.eval()  # GPT-2 drops hidden states by default
 
     def loss_and_gradients(batches: list[Batch]) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -20,6 +20,7 @@ from cera_train.model.attention import (
     attend_varlen,
 )
 from cera_train.model.language_model import LanguageModel
+from cera_train.model.layout import probe
 
 LENGTHS = [5, 1, 9, 3]
 KERNEL = "torch.nn.attention.varlen.varlen_attn"
@@ -142,7 +143,7 @@ def test_the_kernel_is_taken_only_where_it_gives_the_same(monkeypatch, reason):
             KERNEL, lambda *args, **kwargs: sequence_after_sequence(*args, **kwargs) + error
         )
     language_model = LanguageModel(model, model)
-    language_model.probe()
+    probe(language_model)
     assert language_model.allowed.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
 
 
@@ -174,7 +175,7 @@ def test_attention_that_is_more_or_that_only_a_mask_would_restrict_is_refused(
 def test_what_the_user_chose_is_left_alone():
     model = ARCHITECTURES["gemma2"].model(attn_implementation="eager")  # it caps its scores softly
     language_model = LanguageModel(model, model)
-    language_model.probe()
+    probe(language_model)
     assert language_model.allowed.flattens
     assert language_model.allowed.attention is None
     assert model.config._attn_implementation == "eager" != BY_SEQUENCE

@@ -15,7 +15,7 @@ from cera_train.common.errors import UserError
 from cera_train.model import language_model as language_model_module
 from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.model.language_model import FrozenHeadCrossEntropy, LanguageModel
-from cera_train.model.layout import choose_layout
+from cera_train.model.layout import choose_layout, probe
 from cera_train.settings.training import BatchLayout
 
 
@@ -31,7 +31,7 @@ def make_rows(count: int = 7, vocab_size: int = 512):
 def make_language_model(model) -> LanguageModel:
     config = CeraConfig(r=4, dropout=0.0, init_weights=False, task_type="CAUSAL_LM")
     language_model = LanguageModel(peft.get_peft_model(model, config), model)
-    language_model.probe()
+    probe(language_model)
     return language_model
 
 
@@ -75,7 +75,7 @@ def test_the_loss_of_trained_tokens_equals_brute_force(tied):
     model = make_tiny_llama(tie_word_embeddings=tied)
     config = CeraConfig(r=4, dropout=0.0, trainable_token_indices=[3, 4], task_type="CAUSAL_LM")
     language_model = LanguageModel(peft.get_peft_model(model, config), model)
-    assert language_model.probe().flattens
+    assert probe(language_model).flattens
     rows, masks = make_rows()
     expected = brute_force(language_model.model, rows, masks)
     assert language_model(flat_batch(rows, masks)).sum().item() == pytest.approx(expected, rel=1e-5)
@@ -147,13 +147,13 @@ def test_the_loss_of_a_model_with_its_own_last_layer_equals_brute_force(name):
     rows, masks = make_rows()
     model = ARCHITECTURES[name].model()
     language_model = LanguageModel(model, model)
-    assert not language_model.probe().chunks_head or name == "mamba"
+    assert not probe(language_model).chunks_head or name == "mamba"
     expected = brute_force(model, rows, masks)
     assert language_model(padded_batch(rows, masks)).sum().item() == pytest.approx(
         expected, rel=1e-5
     )
     model.bfloat16()
-    language_model.probe()
+    probe(language_model)
     assert language_model(padded_batch(rows, masks)).sum().item() == pytest.approx(
         expected, rel=2e-2
     )
@@ -165,6 +165,6 @@ def test_a_state_that_crosses_from_sequence_to_sequence_is_found_in_16_bits_too(
     for dtype in (torch.float32, torch.bfloat16):
         model = ARCHITECTURES["xlstm"].model().to(dtype)
         language_model = LanguageModel(model, model)
-        assert not language_model.probe().flattens
+        assert not probe(language_model).flattens
         with pytest.raises(UserError, match="mixes sequences that share a row"):
             choose_layout(BatchLayout.flat, language_model, torch.device("cpu"))

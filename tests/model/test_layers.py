@@ -25,6 +25,7 @@ from cera_train.cera import CeraConfig
 from cera_train.model.batches import flat_batch
 from cera_train.model.compiled import compile_layers, stop_compiling
 from cera_train.model.language_model import LanguageModel
+from cera_train.model.layout import probe
 from cera_train.model.lean import keep_less
 
 
@@ -158,7 +159,7 @@ def make_language_model(dtype: str, dropout: float, checkpointing: bool) -> Lang
         else lambda: torch.autocast("cpu", torch.bfloat16)
     )
     language_model = LanguageModel(adapted, model, autocast)
-    language_model.probe()
+    probe(language_model)
     language_model.use_flat_batches()
     return language_model.train()
 

@@ -3,8 +3,7 @@
 import pytest
 
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
-from cera_train.model.language_model import LanguageModel
-from cera_train.model.layout import Allowed
+from cera_train.model.language_model import Allowed, LanguageModel
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.training.console import describe_adapter, describe_speed
 
