@@ -154,7 +154,7 @@ def run_in_worker(
 
 @functools.cache  # a process keeps its GPUs, and the socket open
 def take_gpus(workers: int) -> socket.socket | None:
-    """Lets CUDA see this process's share of the GPUs alone; where there are fewer, one that it
+    """Lets CUDA see this process's share of the GPUs alone; if there are fewer, one that it
     shares.
 
     joblib replaces processes, so a share is the lowest that no living one holds: by the abstract

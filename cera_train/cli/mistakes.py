@@ -63,7 +63,7 @@ train.resume               resume_from_checkpoint
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:
-    """`Did you mean optimizer.lr? ` with a trailing space; empty where no known name is near."""
+    """`Did you mean optimizer.lr? ` with a trailing space; empty if no known name is near."""
     word = key.rpartition(".")[2]
     usual = [
         ours for ours, *names in map(str.split, USUAL_NAMES.strip().splitlines()) if word in names
@@ -119,7 +119,7 @@ OF_ANOTHER_RUN = (
 
 
 def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments as Hydra should read them, flags first; a UserError where one is a mistake."""
+    """The arguments as Hydra should read them, flags first; a UserError if one is a mistake."""
     parser = Parser(program, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for names in [*FLAGS, *([("--look",)] if program == "cera-train" else [])]:
         parser.add_argument(*names, dest=names[0], action="store_true")

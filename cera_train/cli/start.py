@@ -188,7 +188,7 @@ def announce_imports() -> None:
 
 
 def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
-    """Raises UserError where a file, rather than the command line, chooses Python code to run."""
+    """Raises UserError if a file, rather than the command line, chooses Python code to run."""
     for key in ("model.trust_remote_code", "trust_remote_code", "grpo.rewards"):
         value = OmegaConf.select(composed, key)
         if value and not any(word.lstrip("+").startswith(f"{key}=") for word in overrides):

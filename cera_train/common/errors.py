@@ -18,7 +18,7 @@ LIMITS = {
     errno.EDQUOT: ("the disk is full", "Free some space"),
     errno.EFBIG: ("a file may grow no further", "Raise `ulimit -f`"),
 }
-"""Number of an error of the system -> what is wrong, and the fix."""
+"""Errno of the operating system -> the problem and its fix."""
 
 
 class UserError(ValueError):
@@ -28,7 +28,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def errors_at(place: str) -> Iterator[None]:
-    """Puts a place, unless it is empty, before the UserErrors of what is done there."""
+    """Prefixes the UserErrors raised inside with a place, unless it is empty."""
     try:
         yield
     except UserError as error:
@@ -36,7 +36,7 @@ def errors_at(place: str) -> Iterator[None]:
 
 
 def error_text(error: BaseException) -> str:
-    """The message of an error; for an error of the system, without its number and path."""
+    """The message of an error; for an OSError, without its number and path."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -44,7 +44,7 @@ def explain(error: BaseException) -> str | None:
     """One line for an error that the user can fix; None for any other."""
     text = " ".join(str(error).split())
     for number, (what, fix) in LIMITS.items():
-        if os.strerror(number) in text:  # safetensors wraps the system's error in one of its own
+        if os.strerror(number) in text:  # safetensors wraps an OSError in an error of its own
             return (
                 f"{what} ({text}). {fix} and repeat the command: a run resumes from its last "
                 f"checkpoint."

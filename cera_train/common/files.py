@@ -1,5 +1,5 @@
 """Files and folders that appear whole or not at all: written under another name, flushed to the
-disk and renamed. Their checksums reveal damage. Also where configs and caches are."""
+disk and renamed. Their checksums reveal damage. Also the folders of configs and caches."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,7 @@ from cera_train.common.settings import map_values
 
 WRITING = ".writing-"  # prefix of files and folders that are still being written
 OLD = f"{WRITING}old-"  # prefix of a folder that is about to be replaced
-# a writer waits this long for a lock, which `is_locked` of another process holds for an instant
+# seconds that a writer waits for a lock, which another process's `is_locked` holds for an instant
 LOOK_SECONDS = 0.2
 CHECKSUMS = "checksums.json"  # the SHA-256 of every other file of its folder
 
@@ -57,8 +57,8 @@ def read_json(path: Path, fix: str = "Restore it.") -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a config as plain values, nothing in it resolved or run; raises UserError for anything
-    else."""
+    """Reads a config as plain values, without resolving or running anything; raises UserError for
+    anything else."""
     return read_parsed(path, yaml.safe_load, "Restore it.")
 
 
@@ -66,7 +66,7 @@ def read_parsed(path: Path, parse: Callable[[bytes], Any], fix: str) -> dict[str
     """Reads names and values; raises UserError with the fix for anything else."""
     try:
         tree = parse(path.read_bytes())
-    except Exception as error:  # parsers of strange bytes raise whatever Python raises
+    except Exception as error:  # parsers can raise any exception on arbitrary bytes
         raise UserError(
             f"{path} is broken: {' '.join(error_text(error).split())}. {fix}"
         ) from error
@@ -78,7 +78,7 @@ def read_parsed(path: Path, parse: Callable[[bytes], Any], fix: str) -> dict[str
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Fills a folder by `write` and moves it to `path`. Where `write` fails, nothing is left."""
+    """Fills a folder by `write` and moves it to `path`. If `write` fails, nothing is left."""
     part = path.with_name(WRITING + path.name)
     old = path.with_name(OLD + path.name)
     shutil.rmtree(part, ignore_errors=True)
@@ -89,20 +89,21 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    mode = part.stat().st_mode & 0o666  # as the umask has it: safetensors lets the owner alone read
+    # By the umask: safetensors makes files readable to the owner only.
+    mode = part.stat().st_mode & 0o666
     for file in filter(Path.is_file, part.rglob("*")):
         file.chmod(mode)
         sync(file)
     sync(part)
     if path.exists():
-        path.rename(old)  # a cut between these two lines leaves no `path`: see clean_folder
+        path.rename(old)  # killed between these two lines, it leaves no `path`: see clean_folder
     part.rename(path)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def clean_folder(path: Path) -> None:
-    """Removes what interrupted writes left in a folder, and restores a folder that one moved
+    """Removes what interrupted writes left in a folder, and restores a folder that they moved
     aside."""
     for old in path.glob(f"{OLD}*"):
         if not (replaced := path / old.name.removeprefix(OLD)).exists():
@@ -125,7 +126,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """The first file whose checksum differs, and why; None where all agree, or there are no
+    """The first file whose checksum differs, and why; None if all agree, or there are no
     checksums."""
     checked = CHECKSUMS
     if not (folder / checked).exists():
@@ -158,13 +159,13 @@ def sync(path: Path) -> None:
 def locked(
     path: Path, writer: str, has_content: Callable[[], bool] = lambda: True
 ) -> Iterator[None]:
-    """Makes a folder if needed, and locks it by a file `.lock` in it; raises UserError where
-    another holds it.
+    """Creates a folder if needed, and locks it by a file `.lock` in it; raises UserError if another
+    writer holds it.
 
     Args:
         writer: the kind of writer, for messages: a run, an evaluation.
-        has_content: whether to keep a folder that was made here. One without content, as after a
-            mistake, is removed.
+        has_content: whether a folder that was created here has content. Without any, as after a
+            mistake, it is removed.
     """
     lock = FileLock(path / ".lock")
     is_new = not path.exists()
@@ -186,12 +187,12 @@ def locked(
             if is_new and not has_content():
                 shutil.rmtree(path)
             else:
-                (path / ".lock").unlink()  # before the release: the next writer makes a new file
+                (path / ".lock").unlink()  # before the release: the next writer creates a new file
         lock.release()
 
 
 def folder_in_use(path: Path, writer: str) -> UserError:
-    """The error of a folder that a writer holds."""
+    """The error for a folder that a writer holds."""
     return UserError(
         f"another {writer} is writing to {path}: wait for it, or choose another name=..."
     )
@@ -206,14 +207,13 @@ def is_locked(path: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:  # held, or another user's
+    except OSError:  # held, or owned by another user
         return True
     return False
 
 
 def config_dir(name: str) -> Path:
-    """conf/ or recipes/: inside the package where a wheel put it, else beside the package in a
-    checkout."""
+    """conf/ or recipes/: inside the package if a wheel was installed, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return package / name if (package / name).is_dir() else package.parent / name
 
@@ -233,10 +233,10 @@ def cache_dir() -> Path:
 
 
 def cached_folder(name: str, write: Callable[[Path], None]) -> Path:
-    """A folder of the cache, filled by `write` the first time. Of several processes, one fills
+    """A folder of the cache, filled by `write` the first time. Only one of several processes fills
     it."""
     folder = cache_dir() / name
-    if folder.is_dir():  # whole, and readable also where nothing may be written
+    if folder.is_dir():  # complete, and readable even on a read-only file system
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):

@@ -1,5 +1,5 @@
-"""torch and the libraries on top of it: importing them fast, and loading from the cache alone where
-the Hugging Face Hub does not answer."""
+"""torch and the libraries on top of it: importing them fast, and loading from nothing but the cache
+if the Hugging Face Hub does not answer."""
 
 import contextlib
 import gc
@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-SECONDS = 5.0  # how long the Hub may take for its first answer
+SECONDS = 5.0  # seconds within which the Hub has to answer
 
 LOGGERS = ("huggingface_hub", "transformers", "datasets")
 
@@ -29,12 +29,12 @@ def heavy_imports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hub_or_cache(needs_hub: bool = True) -> Iterator[None]:
-    """Lets the libraries load from the cache alone where the Hub does not answer: left to itself,
+    """Lets the libraries load from nothing but the cache if the Hub does not answer: otherwise
     huggingface_hub tries each file six times, for 24 seconds. Hides their warnings, which name
     their source files.
 
     Args:
-        needs_hub: false where everything is in a local folder.
+        needs_hub: false if everything is in a local folder.
     """
     import huggingface_hub
 

@@ -1,5 +1,6 @@
-"""A setting is a dataclass field with a default and a mark of what another value changes. Resuming,
-the token cache, sweeps, reports and recipes read the mark; no list of names stands elsewhere."""
+"""A setting is a dataclass field with a default and a mark that says what changing it changes.
+Resuming, the token cache, sweeps, reports and recipes read the mark, so there is no other list of
+names."""
 
 import dataclasses
 import functools
@@ -25,18 +26,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Choice(Generic[T]):
-    """A value that was chosen, where a setting left it open, and why."""
+    """The value chosen for a setting that was left open, and the reason."""
 
     value: T
     why: str
 
 
 class Changes(StrEnum):
-    """What another value of a setting changes, the most first."""
+    """What changing a setting changes, the strongest effect first."""
 
     result = "result"  # what a run learns, or what an evaluation measures
     tokens = "tokens"  # the same, through the token ids and loss masks of a row: they are cached
-    answers = "answers"  # what a model generates: answers on the disk belong to the old value
+    answers = "answers"  # what a model generates: answers on disk belong to the old value
     cost = "cost"  # time and memory only
     nothing = (
         "nothing"  # nothing measured: where a run computes, what it is called, how it is shown
@@ -44,8 +45,8 @@ class Changes(StrEnum):
 
 
 def setting(default: Any, changes: str) -> Any:
-    """A field of a settings dataclass. A `default` that can be called makes the value; `changes`:
-    one of `Changes`."""
+    """A field of a settings dataclass. A callable `default` is a factory; `changes` is one of
+    `Changes`."""
     return _field(default, {"changes": Changes(changes)})
 
 
@@ -99,7 +100,7 @@ def fields_at(schema: type, key: str) -> list[dataclasses.Field]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted keys; so too a list of dicts: data.mix.0.weight."""
+    """Nested dicts as one flat dict with dotted keys; lists of dicts too: data.mix.0.weight."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
@@ -160,7 +161,7 @@ def require_positive(prefix: str, config: Any, *names: str) -> None:
 
 
 def require_address(key: str, address: str | None) -> None:
-    """Raises UserError for what is no address of a server. None is allowed."""
+    """Raises UserError for text that is not a server's address. None is allowed."""
     if address is None:
         return
     url = urlsplit(address)
@@ -176,8 +177,8 @@ LONGEST_NAME = (
 
 
 def require_folder_name(name: str, key: str = "name") -> None:
-    """Raises UserError for what cannot be the name of a folder, or would break a line or steer a
-    terminal where it is printed."""
+    """Raises UserError for text that cannot name a folder, or that would break a line or control
+    the terminal when printed."""
     is_short = len(name.encode(errors="replace")) <= LONGEST_NAME
     is_plain = name.isprintable() and not set(name) & set("/\\")
     expected = (

@@ -14,27 +14,25 @@ from rich.text import Text
 
 from cera_train.common.trust import clean
 
-PIPE_WIDTH = (
-    10_000  # columns of an output that is no terminal: nothing wraps, since whatever reads it can
-)
-TEXT_WIDTH = 100  # columns of running text in an output that is no terminal
+PIPE_WIDTH = 10_000  # columns of output that is not a terminal: nothing wraps, since its reader can
+TEXT_WIDTH = 100  # columns of running text in output that is not a terminal
 LINE_SECONDS = 60.0  # a log gets a line of progress at least so often
 PLAIN_LINES = 10  # a log gets at least so many lines of progress, however short the run
 
 
 def console() -> Console:
-    """A console for one print: it looks at stdout as it is now, which tests and pipes replace."""
+    """A console for one print: it uses the current stdout, which tests and pipes replace."""
     width = None if sys.stdout.isatty() else PIPE_WIDTH
     return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
 
 def print_line(label: str, text: str, file: TextIO | None = None) -> None:
-    """Prints one labelled line, by one write: lines of jobs that run at once do not mix."""
+    """Prints one labelled line in a single write, so that lines of parallel jobs do not mix."""
     print(f"{label:<11}{clean(text)}\n", end="", file=file, flush=True)
 
 
 def announce(label: str, text: str) -> None:
-    """Prints one labelled line about what takes seconds, to stderr: stdout has results."""
+    """Prints one labelled line about slow work to stderr: stdout is for results."""
     print_line(label, text, sys.stderr)
 
 
@@ -54,8 +52,8 @@ def print_fields(fields: Mapping[str, str]) -> None:
 def print_table(
     header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()
 ) -> None:
-    """Prints aligned columns, those of `right` to the right, without a header where all its names
-    are empty. Cells may have several lines, and none is wrapped."""
+    """Prints aligned columns, those in `right` aligned to the right, without a header if all names
+    are empty. Cells may have several lines; nothing is wrapped."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header))
     for index, name in enumerate(header):
         table.add_column(
@@ -75,7 +73,7 @@ def terminal_width() -> int:
 
 
 class ProgressBar:
-    """A bar in a terminal; elsewhere a line every minute, and every tenth of the work."""
+    """A bar in a terminal; elsewhere a line a minute, and one after each tenth of the work."""
 
     def __init__(self, unit: str, total: int, done: int, visible: bool = True) -> None:
         self.unit = unit
@@ -92,7 +90,7 @@ class ProgressBar:
             self._bar.start()
 
     def step(self, text: str, count: int = 1) -> None:
-        """Counts more units, and shows a text about them."""
+        """Counts finished units, and shows a text about them."""
         is_tenth = (
             self.done // self._every < (self.done + count) // self._every
             or self.done + count == self.total

@@ -1,5 +1,5 @@
-"""Protection against files from strangers: a config or an adapter runs no code, a text steers no
-terminal. Secrets stay out of all that a run writes or prints."""
+"""Protection against files from strangers: no config or adapter runs code, no text controls the
+terminal. Secrets stay out of everything that a run writes or prints."""
 
 import os
 import re
@@ -34,9 +34,9 @@ BEYOND_WEIGHTS = (
 
 
 def check_adapter_settings(adapter: Path, settings: dict[str, Any]) -> None:
-    """Refuses an adapter_config.json that asks for more than to put weights in place."""
+    """Refuses an adapter_config.json that does more than place weights."""
     match settings.get("auto_mapping"):
-        # What PEFT writes where task_type is missing: the base's class and its module.
+        # What PEFT writes if task_type is missing: the base's class and its module.
         case {"base_model_class": str(), "parent_library": str(module), **others} if not others:
             allowed = {"auto_mapping"} if module.startswith("transformers.models.") else set()
         case _:
@@ -53,11 +53,11 @@ UNSAFE_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 """Control characters, such as the start of a terminal's escape sequence; marks that reorder the
-letters after them; and halves of a surrogate pair, which no file and no terminal takes."""
+letters after them; and halves of a surrogate pair, which no file or terminal accepts."""
 
 
 def clean(text: str) -> str:
-    """A text of a model, a data file or a stranger's run, as characters that are only shown."""
+    """A text of a model, a data file or a stranger's run, with only printable characters."""
     return UNSAFE_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text.expandtabs(4))
 
 
@@ -65,12 +65,12 @@ SECRET_NAME = re.compile(
     r"SECRET|PASSWORD|PASSWD|CREDENTIAL|(?:^|_)(?:API|ACCESS|AUTH|PRIVATE)?(?:TOKEN|KEY)S?(?:_|$)",
     re.IGNORECASE,
 )
-"""HF_TOKEN and OPENAI_APIKEY, but not TOKENIZER_PATH, KEYSTORE_DIR or MONKEY_HOME, whose values a
-config may hold."""
+"""Matches HF_TOKEN and OPENAI_APIKEY, but not TOKENIZER_PATH, KEYSTORE_DIR or MONKEY_HOME, whose
+values a config may hold."""
 
 URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 SHORTEST_SECRET = (
-    8  # characters; shorter values ("1", "true") are settings, and would blot out ordinary words
+    8  # characters; shorter values ("1", "true") are settings, and would redact ordinary words
 )
 
 

@@ -220,7 +220,7 @@ def rendered_exchanges(
 def render_chat(
     messages: Sequence[Row], tools: list[Any] | None, tokenizer: Any, add_generation_prompt: bool
 ) -> str:
-    """The text of messages by the chat template. Raises UserError where it refuses them."""
+    """The text of messages by the chat template. Raises UserError if it refuses them."""
     try:
         text = tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt

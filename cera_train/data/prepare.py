@@ -49,7 +49,7 @@ class Example:
     prompt_key: str = ""
     """A digest of the text before the first supervised token: equal prompts have equal keys."""
     has_answer: bool = True
-    """Whether a token of an answer is left, also where the loss is on all tokens. A row without one
+    """Whether a token of an answer is left, also if the loss is on all tokens. A row without one
     is dropped."""
     truncated: bool = False
 
@@ -102,7 +102,7 @@ class TokenizedRows:
         return empty, self.table["has_answer"].to_pylist().count(False) - empty
 
     def uncut(self) -> Self:
-        """The rows without the truncated ones, which then count as dropped. Raises UserError where
+        """The rows without the truncated ones, which then count as dropped. Raises UserError if
         none is left."""
         whole = pyarrow.compute.and_not(self.table["has_answer"], self.table["truncated"])
         table = self.table.set_column(

@@ -70,7 +70,7 @@ class Source:
 
 
 def cell_of(row: Row, name: str, fix: str) -> Any:
-    """The value of a column. Raises UserError where it is missing."""
+    """The value of a column. Raises UserError if it is missing."""
     if name not in row:
         raise UserError(
             f"column {name!r} is missing; its columns are {', '.join(row) or 'none'}.{fix}"

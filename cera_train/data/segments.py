@@ -51,7 +51,7 @@ def segments_of(rows: Iterable[PlacedRow], *segmenters: Segmenter) -> Iterator[l
 
 
 def check_preference(chosen: list[Segment], rejected: list[Segment]) -> None:
-    """Raises UserError where there is nothing to prefer."""
+    """Raises UserError if there is nothing to prefer."""
     for side, segments in (("chosen", chosen), ("rejected", rejected)):
         require(bool(segments), f"the {side} answer is empty: write one, or remove the row.")
     sides = "the chosen and the rejected answer"

@@ -61,7 +61,7 @@ Alpaca's have both."""
 def decide_layouts(config: DataConfig) -> DataConfig:
     """A config with the layout and the templates that fit the columns in place of
     `data.layout=auto`, in each part of a mix. A config without `auto` is returned as it is, and no
-    file is opened. Where files are missing the layout stays auto: the code that reads them raises.
+    file is opened. If files are missing the layout stays auto: the code that reads them raises.
 
     Raises:
         UserError: the columns of the first rows fit no layout, or several.
@@ -89,7 +89,7 @@ def decide_layouts(config: DataConfig) -> DataConfig:
 
 
 def _layout_of(config: DataConfig) -> dict[str, Any]:
-    """The settings by which the rows of the training files are read; none where files are
+    """The settings by which the rows of the training files are read; none if files are
     missing."""
     try:
         paths = check_files(config.train_files, "data.train_files")
@@ -272,7 +272,7 @@ def rows_by_prompt(config: DataConfig, source: Source) -> set[int]:
 
 def from_hub(config: DataConfig | TaskConfig, setting: str, streaming: bool = False) -> Source:
     """The split that a setting names, such as data.train_split, of a data set on the Hub, or of a
-    folder in the same form. Streaming downloads rows as they are read. Raises UserError where it
+    folder in the same form. Streaming downloads rows as they are read. Raises UserError if it
     cannot be loaded."""
     import datasets
 

@@ -1,5 +1,5 @@
 """Accelerate, set up for our loops: processes, device and precision. The time limit of the process
-group ends a run of which one process hangs."""
+group ends a run when one of its processes hangs."""
 
 import contextlib
 import gc
@@ -25,11 +25,11 @@ from cera_train.settings.distributed import DistributedConfig, Strategy
 from cera_train.settings.model import Dtype, ModelConfig
 
 MIXED_PRECISIONS = {None: "no", Dtype.bfloat16: "bf16", Dtype.float16: "fp16"}
-"""Accelerate's names of what autocast computes in."""
+"""Accelerate's names of the dtypes that autocast computes in."""
 
 
 def this_device() -> torch.device:
-    """CUDA or the CPU: precision, kernels and layout are chosen for these two, and tested there."""
+    """CUDA or the CPU: precision, kernels and layout are chosen and tested for these two only."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -57,7 +57,7 @@ def start_accelerator(
         )
     accelerator = Accelerator(
         mixed_precision=MIXED_PRECISIONS[model.autocast_dtype(autocast, has_gpu)],
-        # else Accelerate does not join several processes there, or takes another accelerator
+        # otherwise Accelerate joins no processes there, or picks another accelerator
         cpu=not has_gpu,
         fsdp_plugin=plugin,
         kwargs_handlers=[
@@ -67,7 +67,8 @@ def start_accelerator(
         ],
     )
     if plugin is not None:
-        os.environ.pop("ACCELERATE_USE_FSDP")  # else later runs of this process would be FSDP too
+        # Otherwise later runs of this process would use FSDP too.
+        os.environ.pop("ACCELERATE_USE_FSDP")
     if not has_gpu:
         # Accelerate's device is cpu:0, and moving weights there copies memory-mapped ones.
         shared = {"device": torch.device("cpu")}
@@ -102,7 +103,7 @@ def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes of the GPU's allocator, or resident on a CPU."""
+    """Peak bytes: of the GPU's allocator, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Not `ru_maxrss`, which a new process inherits from its parent.

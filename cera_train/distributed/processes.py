@@ -1,7 +1,7 @@
-"""The processes that share a run: rank and size, from the environment variables of a launcher; and
-from one command to one process a GPU, by torch's elastic launcher. A process that torchrun,
-`accelerate launch` or srun started works as it is. No torch at module level: the commands ask for
-the rank, and signals have a handler before a process imports it."""
+"""The processes that share a run: their rank and number, from a launcher's environment variables;
+and how one command starts a process for each GPU, by torch's elastic launcher. A process that
+torchrun, `accelerate launch` or srun started starts no others. No torch at module level: commands
+need the rank, and processes a signal handler, before torch is imported."""
 
 import logging
 import os
@@ -22,12 +22,12 @@ from cera_train.settings.distributed import ProcessesConfig
 
 
 def launched_rank() -> int | None:
-    """The rank that a launcher gave this process, in the variables that Accelerate reads; None
-    where none did."""
+    """The rank that a launcher set for this process, from the variables that Accelerate reads; None
+    without a launcher."""
     if "RANK" in os.environ:
         return int(os.environ["RANK"])
     for library in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD"):
-        if int(os.environ.get(f"{library}_SIZE", 1)) > 1:  # srun gives a lone task a rank, too
+        if int(os.environ.get(f"{library}_SIZE", 1)) > 1:  # srun sets a rank for a single task too
             return int(os.environ[f"{library}_RANK"])
     return None
 
@@ -43,8 +43,7 @@ def is_one_of_several() -> bool:
 
 
 def join_slurm_step(environment: MutableMapping[str, str]) -> None:
-    """Sets torch's variables from Slurm's, where srun started this process as one of several
-    tasks."""
+    """Sets torch's variables from Slurm's if srun started this process as one of several tasks."""
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks == 1 or "RANK" in environment:
         return
@@ -69,7 +68,7 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
         "MASTER_PORT": environment.get("MASTER_PORT", port),
     }.items():
         environment[name] = str(value)
-    # Accelerate would share out the whole node's cores.
+    # Accelerate would divide all cores of the node among the tasks.
     environment.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))
 
 
@@ -78,13 +77,14 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
 LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|ProcessGroup", re.IGNORECASE)
 """Errors of the communication library, caused by another process."""
 
-# pause of a process that lost another before it fails too: the launcher reports the first failure
+# seconds that a process waits before it fails because another did: the launcher reports the first
+# failure
 PEER_SECONDS = 5
 
 
 def in_processes(function: Callable[[Any], dict[str, Any]], config: Any) -> dict[str, Any]:
-    """`function(config)`, in `launch.processes` processes: the same result, and the same UserError.
-    Any other error is a RuntimeError with its traceback.
+    """Calls `function(config)` in `launch.processes` processes: the result and a UserError are the
+    same as in one. Any other error becomes a RuntimeError with its traceback.
 
     Args:
         function: one of a module, which every process imports. Only process 0 writes and prints.
@@ -102,8 +102,8 @@ def in_processes(function: Callable[[Any], dict[str, Any]], config: Any) -> dict
 
 
 def processes_to_start(config: ProcessesConfig) -> int:
-    """One process a GPU, or as many as the config sets; UserError where there are GPUs, but fewer
-    than that."""
+    """The number of processes: the config's, else one for each GPU. Raises UserError if there are
+    GPUs, but fewer than that."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -141,7 +141,8 @@ def start_processes(
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=0,
-            signals_to_handle="",  # they are passed on, and the processes end when they have saved
+            # Signals are passed on, and the processes end once they have saved.
+            signals_to_handle="",
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
@@ -165,8 +166,8 @@ def work(target: str, config: Any) -> Any:
         target: MODULE:FUNCTION. It is imported here, since signals are not handled while the
             arguments are unpickled.
     """
-    os.setpgrp()  # a terminal's Ctrl-C goes to the parent alone, which passes it on
-    for number in SIGNALS:  # while the function does not handle them, such as while it loads
+    os.setpgrp()  # only the parent gets a terminal's Ctrl-C, and passes it on
+    for number in SIGNALS:  # until the function handles them, such as while it loads
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with heavy_imports():
         import torch
@@ -180,11 +181,12 @@ def work(target: str, config: Any) -> Any:
         result = beside_others(function, config)
     except Exception as error:
         if (message := explain(error)) is not None:
-            raise UserError(message) from None  # the launcher passes on an error's type and words
+            # The launcher passes on the type and the text of an error.
+            raise UserError(message) from None
         raise
     finally:
         sys.stdout.flush()
-    if torch.distributed.is_initialized():  # not where the result was there already
+    if torch.distributed.is_initialized():  # not if the run was already finished
         torch.distributed.destroy_process_group()
     return result
 
@@ -210,19 +212,19 @@ def beside_others(function: Callable[[Any], Any], config: Any) -> Any:
 
 
 def error_of(rank: int, failure: Any) -> Exception:
-    """The error of the first process that failed, from what torch's launcher reports of it."""
+    """The error of the first process that failed, from the report of torch's launcher."""
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         cause = {
             "SIGKILL": ": the machine may be out of memory",
-            # as NCCL ends it
+            # NCCL ends a process that waits too long this way
             "SIGABRT": ": it may have waited for another longer than distributed.timeout",
         }.get(name, "")
         return UserError(
             f"process {rank} was killed by {name}{cause}. The same command resumes from what is "
             f"saved."
         )
-    if isinstance(failure.message, str):  # it ended itself and left no error
+    if isinstance(failure.message, str):  # it exited by itself and left no error
         return RuntimeError(f"process {rank} ended with status {failure.exitcode} and no error.")
     kind, _, text = failure.message["message"].partition(": ")
     if kind == UserError.__name__:

@@ -21,7 +21,7 @@ def share_frozen_weights(module: nn.Module) -> None:
 
 
 def trainable_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor | None]:
-    """The trainable weights, whole; None in place of each in a process that does not `keep` them. A
+    """The trainable weights, unsharded; a process that does not `keep` them gets None for each. A
     collective."""
     trainable = {
         name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad
@@ -32,8 +32,8 @@ def trainable_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Te
 def optimizer_state(
     optimizer: torch.optim.Optimizer, scaler: GradScaler | None = None, keep: bool = True
 ) -> dict[str, Any]:
-    """An optimizer's state_dict, whole, and its gradient scaler's; None in place of each tensor in
-    a process that does not `keep` them. A collective."""
+    """The unsharded state_dict of an optimizer, and its gradient scaler's; a process that does not
+    `keep` them gets None for each tensor. A collective."""
     state = map_values(lambda tensor: _whole(tensor, keep), optimizer.state_dict(), torch.Tensor)
     return state if scaler is None else state | {"scaler": scaler.state_dict()}
 
@@ -41,8 +41,8 @@ def optimizer_state(
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, state: dict[str, Any], scaler: GradScaler | None = None
 ) -> None:
-    """Loads what `optimizer_state` returned, sharded as the weights are. The scaler begins anew
-    where the state is of a run in another precision."""
+    """Loads what `optimizer_state` returned, sharded as the weights are. The scaler starts anew if
+    the state comes from a run in another precision."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     sharded = {
         index: map_values(functools.partial(_shard, parameters[index]), moments, torch.Tensor)
@@ -56,7 +56,8 @@ def load_optimizer_state(
 def _whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor | None:
     if isinstance(tensor, DTensor):
         whole = tensor.full_tensor()
-        return whole.cpu() if keep else None  # a GPU has room for one whole tensor, not for all
+        # A GPU may hold one unsharded tensor, but not all of them.
+        return whole.cpu() if keep else None
     return tensor if keep else None
 
 

@@ -14,8 +14,8 @@ from cera_train.common.errors import UserError
 
 # In order of precedence: a scheduler's signal wins, since it restarts the job.
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-# A repeat within this time counts as the same signal: it may be sent to every process, and we pass
-# it on too.
+# A repeat within this time counts as the same signal: a sender may signal every process, and we
+# pass signals on too.
 REPEAT_SECONDS = 1.0
 
 
@@ -30,8 +30,8 @@ class Interrupted(SystemExit):
         """Calls the handler that the run replaced, such as submitit's, which requeues the job.
 
         Raises:
-            SystemExit: with status 0 after a scheduler's signal: the scheduler looks at process 0,
-                and would end all processes when one fails.
+            SystemExit: with status 0 after a scheduler's signal: the scheduler watches process 0,
+                and would end all processes if one failed.
             UserError: the handler failed.
         """
         handler = signal.getsignal(self.signal)
@@ -56,8 +56,8 @@ def signal_children(number: int) -> None:
 
 
 class Interruption:
-    """Records signals while it is open, and passes each on; a second SIGINT or SIGTERM acts at
-    once. A signal that was not handled is delivered when it closes."""
+    """Records signals while the context is open, and passes each on; a second SIGINT or SIGTERM
+    acts at once. A signal that nobody handled is delivered when the context closes."""
 
     def __init__(self, pass_on: Callable[[int], None] = lambda number: None) -> None:
         self.signal: int | None = None
@@ -94,5 +94,5 @@ class Interruption:
 
 
 def first_heard(rows: Sequence[float]) -> int | None:
-    """The signal that a process received, from the sum or the mean of all rows."""
+    """The signal that some process received, from the sum or the mean of all rows."""
     return next((number for number, heard in zip(SIGNALS, rows, strict=True) if heard), None)

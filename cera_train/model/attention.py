@@ -24,8 +24,8 @@ VARLEN = "varlen"
 
 class Sequences:
     """The sequences of a flat row, one object for all layers. torch.compile guards on the class of
-    such an argument; of a list of lengths, on its length too, and every new number of sequences
-    would compile the layers once more."""
+    such an argument, but on the length of a list: with a list of lengths, every new number of
+    sequences would compile the layers again."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = lengths
@@ -38,7 +38,7 @@ class Sequences:
         return self._starts
 
 
-@torch.compiler.disable  # sequences of other lengths would be another graph
+@torch.compiler.disable  # otherwise every longest length would need another graph
 def attend_by_sequence(
     module: nn.Module,
     query: Tensor,
@@ -61,9 +61,9 @@ def attend_by_sequence(
             lacks.
 
     Raises:
-        NotImplementedError: the model's attention is more than that (biases, sinks, soft caps, both
-        directions). RuntimeError, ImportError, TypeError: the kernel does not take this device,
-        dtype, width of heads or torch.
+        NotImplementedError: the model's attention needs more than that (biases, sinks, soft caps,
+            both directions). RuntimeError, ImportError, TypeError: the kernel does not support this
+            device, dtype, head width or torch.
     """
     _refuse_more(module, attention_mask, sliding_window, settings)
     if in_one_call and not dropout:
@@ -119,7 +119,7 @@ def _in_one_call(
 
     starts = sequences.starts(query.device)
     longest = max(sequences.lengths)
-    # The kernel is outside autocast, and norms between projection and attention leave float32.
+    # Autocast does not cover the kernel, and norms between projection and attention leave float32.
     dtype = autocast_dtype(query.device) or query.dtype
     output = varlen_attn(
         # [T, heads, d]
@@ -156,12 +156,12 @@ def _attend(
 
 class ShortAttention(torch.autograd.Function):
     """Causal attention in a few operations on [heads, L, L]: on a CPU in 16 bits, torch's kernel
-    takes twice as long for such lengths. Gradients of SmolLM2's layers are 0.6 % off the exact
-    ones, with torch's kernel 0.5 %."""
+    takes twice as long for such lengths. The gradients of SmolLM2's layers differ from the exact
+    ones by 0.6 %, with torch's kernel by 0.5 %."""
 
     MAX_LENGTH = 512
-    """torch's kernel is faster from about 600 tokens on a CPU without AMX, from more than 1,000
-    with it."""
+    """torch's kernel is faster from about 600 tokens on a CPU without AMX, and from over 1,000 with
+    it."""
 
     @classmethod
     def is_faster(cls, query: Tensor, value: Tensor) -> bool:

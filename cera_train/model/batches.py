@@ -17,15 +17,15 @@ from accelerate import Accelerator
 from torch.nn.utils.rnn import pad_sequence
 
 OVERHEAD_TOKENS = 96
-"""Cost of one more micro-batch beyond its tokens, in tokens (SmolLM2-135M on two cores): padding
-fewer tokens than this is cheaper than another pass."""
+"""Overhead of a micro-batch, in tokens (SmolLM2-135M on two cores): padding fewer tokens than this
+is cheaper than another pass."""
 
 
 @dataclass(frozen=True)
 class RowOrder:
     """Which of the `rows` training rows each update takes, in batches of `batch_size`. An epoch is
     a permutation that follows from the seed and the update, so resuming needs no state, and all
-    processes find the same."""
+    processes agree."""
 
     rows: int
     batch_size: int
@@ -55,8 +55,8 @@ def epoch_order(rows: int, seed: int) -> torch.Tensor:
 
 
 def shares(rows: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """The rows of an update that each process takes, with about the same number of tokens for all.
-    `lengths` holds the tokens of every row of the data set."""
+    """The rows of an update that each process takes, balanced by tokens. `lengths` holds the tokens
+    of every row of the data set."""
     shares: list[list[int]] = [[] for _ in range(processes)]
     tokens = [0] * processes
     # Longest first, each to the process with the fewest tokens.
@@ -212,12 +212,13 @@ class MicroBatches:
     def of_process(
         self, accelerator: Accelerator, rows: Sequence[int]
     ) -> list[tuple[list[int], bool]]:
-        """`passes` of this process; sharded weights are gathered by all processes at once."""
+        """`passes` of this process; all processes gather sharded weights together."""
         processes = accelerator.num_processes
         process = accelerator.process_index
         return self.passes(rows, processes, process, in_step=accelerator.is_fsdp2)
 
     def first(self, max_tokens: int) -> list[int]:
-        """The first rows, as many as have at most `max_tokens` tokens together; at least one."""
+        """The longest prefix of the rows with at most `max_tokens` tokens in total; at least one
+        row."""
         count = bisect.bisect_right(list(itertools.accumulate(self.lengths)), max_tokens)
         return list(range(max(1, count)))

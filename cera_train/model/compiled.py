@@ -1,5 +1,4 @@
-"""Layers compiled by torch: the same graphs for all of them, every length and every number of
-sequences."""
+"""Layers compiled by torch: the same graphs serve all layers, lengths and numbers of sequences."""
 
 import functools
 import shutil
@@ -15,7 +14,7 @@ from cera_train.common.errors import UserError
 from cera_train.model.language_model import LanguageModel
 
 PYTHON_HEADER = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
-"""Where Triton and torch's inductor look for it: what they generate includes it."""
+"""Where Triton and torch's inductor look for Python.h: the code that they generate includes it."""
 
 
 def can_compile(device: torch.device) -> bool:
@@ -36,7 +35,7 @@ def compile_layers(language_model: LanguageModel, backend: str | Callable = "ind
             f"such as gcc, and Triton; on both Python's headers ({PYTHON_HEADER}), such as "
             "python3-dev: install what is missing, or set train.compile=false."
         )
-    torch.compiler.reset()  # an earlier run's layers count towards the limit of variants
+    torch.compiler.reset()  # layers of an earlier run count towards the limit of variants
     _refused_variants().clear()
     torch.compiler.set_stance("default")
     compiled = functools.cache(functools.partial(torch.compile, dynamic=True, backend=backend))
@@ -55,7 +54,7 @@ def compile_layers(language_model: LanguageModel, backend: str | Callable = "ind
 
 
 def stop_compiling(language_model: LanguageModel) -> bool:
-    """Whether torch has just refused one more variant of a compiled layer. Then all layers run
+    """Whether torch has just refused to compile another variant of a layer. If so, all layers run
     eagerly from now on."""
     if not any("recompile limit" in reason for reason in _refused_variants()):
         return False
@@ -65,7 +64,7 @@ def stop_compiling(language_model: LanguageModel) -> bool:
 
 
 def _refused_variants() -> dict[str, int]:
-    """How often torch.compile has run code as it is written, by the reason."""
+    """How often torch.compile fell back to eager code, by reason."""
     from torch._dynamo.utils import counters  # takes a second
 
     return counters["unimplemented"]

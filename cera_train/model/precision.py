@@ -1,7 +1,7 @@
-"""The precision of `model.dtype=auto`: bfloat16 where the hardware multiplies it, else float32.
+"""The precision of `model.dtype=auto`: bfloat16 if the hardware multiplies it, else float32.
 
-The hardware's own report decides, never a stopwatch, so that one machine always computes the same.
-Torch is imported only to read it: cera-plan answers a mistake before.
+The hardware's own report decides, never a timing, so that a machine always computes the same. Torch
+is imported only to read the report, so that cera-plan reports mistakes before.
 """
 
 import os
@@ -10,7 +10,7 @@ from cera_train.common.settings import Choice
 from cera_train.settings.model import Dtype
 
 CPU_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
-"""Capabilities of a CPU that multiply bf16, the fastest first."""
+"""CPU features that multiply bf16, the fastest first."""
 
 ONEDNN_ISAS_WITH_BF16 = (
     "ALL",
@@ -24,8 +24,8 @@ ONEDNN_ISAS_WITH_BF16 = (
 
 
 def choose_precision(wanted: Dtype, cuda: bool | None = None) -> Choice[Dtype]:
-    """The precision of the base weights where `model.dtype` is `wanted`; on a GPU where there is
-    one, unless `cuda` decides."""
+    """The precision of the base weights for `model.dtype=wanted`. `cuda` says whether the run is on
+    a GPU; None: if there is one."""
     import torch
 
     on_gpu = torch.cuda.is_available() if cuda is None else cuda

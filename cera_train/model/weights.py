@@ -22,8 +22,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The frozen base model on `device`.
 
-    A model that will be sharded stays in the machine's memory, since the whole may not fit the
-    device; a quantised one does not, since quantising needs the device.
+    A model that will be sharded stays in CPU memory, since the whole may not fit the device, unless
+    it is quantised: quantising needs the device.
 
     Raises:
         UserError: the model cannot be found, reached or used.
@@ -48,8 +48,8 @@ def load_model(
         attn_implementation=attention,
         **quantising,
         device_map={"": "cpu" if will_be_sharded and not is_quantised else device},
-        # A pickle can run code when it is read. A user who trusts the model's code can trust its
-        # pickles too.
+        # Reading a pickle can run code. A user who trusts the model's code can trust its pickles
+        # too.
         use_safetensors=None if config.trust_remote_code else True,
     )
     _check_all_loaded(model, loading["missing_keys"], config)
@@ -63,7 +63,7 @@ def load_model(
 
 
 def attention_for(config: transformers.PretrainedConfig, wanted: str) -> str:
-    """`model.attn_implementation` for this architecture: eager in place of sdpa where it has no
+    """`model.attn_implementation` for this architecture: eager in place of sdpa if it has no
     sdpa (Bloom, gpt-oss, Mamba) or caps its scores, which sdpa leaves out."""
     if wanted != "sdpa" or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return wanted
@@ -77,7 +77,7 @@ def attention_for(config: transformers.PretrainedConfig, wanted: str) -> str:
 
 
 def left_unquantised(config: transformers.PretrainedConfig) -> list[str] | None:
-    """Modules to leave in 16 bits: projections whose weights a model reads without calling them
+    """Modules that stay in 16 bits: projections whose weights a model reads without calling them
     (Mamba), and the head. None lets transformers choose, which is the head."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
@@ -90,7 +90,7 @@ def left_unquantised(config: transformers.PretrainedConfig) -> list[str] | None:
 
 
 def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: ModelConfig) -> bool:
-    """Whether the files hold quantised weights. Raises UserError where `model.quantization` differs
+    """Whether the files hold quantised weights. Raises UserError if `model.quantization` differs
     from their kind; weights of another library than bitsandbytes count as `none`: transformers
     dequantises or refuses them."""
     settings = getattr(architecture, "quantization_config", None)
@@ -130,8 +130,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def sample_digest(model: nn.Module) -> str:
-    """A digest of a thousand values of every weight as it is stored: different also where only
-    matrices differ, as after merging an adapter."""
+    """A digest of a thousand values of every weight as it is stored: it differs even if only
+    matrices do, as after merging an adapter."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
         values = parameter.detach().flatten()[:: max(1, parameter.numel() // 1000)]
@@ -146,7 +146,7 @@ def quantization_config(
     skip: list[str] | None = None,
 ) -> BitsAndBytesConfig | None:
     """bitsandbytes' settings: NF4 with double quantisation, computing in `dtype`, or LLM.int8().
-    `skip` names the modules that stay as they are; None: the head."""
+    `skip` names modules that are not quantised; None: the head."""
     if quantization == Quantization.none:
         return None
     return BitsAndBytesConfig(
@@ -164,7 +164,7 @@ def quantization_config(
 def _keep_4bit_weights_differentiable(model: nn.Module) -> None:
     """On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight for good at its first call in
     eval mode, for a kernel that has no backward: training after an evaluation would get wrong
-    gradients with no more than a warning."""
+    gradients, with only a warning."""
     import bitsandbytes
 
     for module in model.modules():

@@ -133,7 +133,7 @@ def push(config: Config) -> None:
         return
     adapter = run / "adapter"
     contents = {path: path for path in adapter.rglob("*") if path.is_file()}
-    if config.model.hub_id is not None:  # the file may name a folder of this machine
+    if config.model.hub_id is not None:  # the file may name a local folder
         description = read_json(description_file(adapter)) | {
             "base_model_name_or_path": config.model.hub_id
         }

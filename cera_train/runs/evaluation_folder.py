@@ -28,10 +28,10 @@ Key = tuple[str, int]  # problem and sample
 
 
 class Problem(Record, extra="allow"):
-    """One problem, a line of problems.jsonl. `details` are what the task's grading or a report
-    needs beside the gold answer."""
+    """One problem, a line of problems.jsonl. `details` holds what the task's grader or a report
+    needs besides the gold answer."""
 
-    id: str  # a digest of the question: the same in every evaluation, whatever the prompt
+    id: str  # a digest of the question: the same in every evaluation, whatever the prompt template
     question: str
     prompt: str
     gold: str
@@ -62,13 +62,13 @@ class Grade(Record, extra="allow"):
     sample: int
     answer: str | None = None  # what was extracted from the text
     exact: bool
-    verified: bool | None = None  # None where math-verify does not apply
-    failure: str | None = None  # of the grader: a time-out, a crash
+    verified: bool | None = None  # None if math-verify does not apply
+    failure: str | None = None  # an error of the grader: a time-out, a crash
     ending: str | None = None  # how the answer ended: one of ENDINGS
 
     @property
     def grader(self) -> str:
-        """The grader that decides: verified where math-verify looked, else exact."""
+        """The grader that decides: verified if math-verify graded the answer, else exact."""
         return "exact" if self.verified is None else "verified"
 
     @property
@@ -106,14 +106,14 @@ class AccuracyResult(Record, extra="allow"):
     kind: str | None = None  # the kind of task, such as gsm8k
     problems: int | None = None
     samples: int | None = None  # answers to each problem
-    truncated: int | None = None  # answers cut by max_new_tokens, loops among them
+    truncated: int | None = None  # answers cut by max_new_tokens, including loops
     no_answer: int | None = None
     grader_failures: int | None = None
     tokens: int | None = None  # tokens generated
 
     @property
     def accuracies(self) -> dict[str, tuple[float, float] | None]:
-        """The 95 % interval over problems of each accuracy; None where none is on record."""
+        """The 95 % interval over problems of each accuracy; None if none is on record."""
         accuracies = {}
         for key in filter(PASS_AT_K.fullmatch, self.details):
             match self.details.get(f"{key}/interval"):
@@ -125,7 +125,7 @@ class AccuracyResult(Record, extra="allow"):
 
     @property
     def endings(self) -> dict[str, float]:
-        """The share of the answers that ended in each way; empty where one is not on record."""
+        """The share of the answers that ended in each way; empty if one is not on record."""
         shares = {name: self.figure(f"ending/{name}") for name in ENDINGS}
         return {} if None in shares.values() else shares
 
@@ -145,7 +145,7 @@ class PerplexityResult(MeasuredAdapter):
     rows: int | None = None
     tokens: int | None = None  # tokens predicted
     rows_digest: str | None = None
-    perplexity_base: Perplexity = None  # without the adapter; None where there is no adapter
+    perplexity_base: Perplexity = None  # without the adapter; None if there is no adapter
 
 
 def find_evaluation_result(folder: Path) -> AccuracyResult | PerplexityResult | None:
@@ -179,7 +179,7 @@ class EvaluationFolder:
             return
         try:
             with locked(path, "evaluation", folder.has_begun):
-                # Of a call that was cut, perhaps of more processes.
+                # Left by an interrupted call, perhaps with more processes.
                 if any(path.glob("generations*.jsonl")):
                     folder.write_answers(folder.answers().values())
                 yield folder
@@ -195,7 +195,7 @@ class EvaluationFolder:
     # --- settings and result ----------------------------------------------------------------------
 
     def write_config(self, config: EvalConfig) -> None:
-        """Records the settings. Raises UserError where the folder has answers under others."""
+        """Records the settings. Raises UserError if the folder has answers under other settings."""
         path = self.path / "config.yaml"
         plain = redact_tree(to_plain(config))
         if path.exists() and self.has_begun():
@@ -211,8 +211,8 @@ class EvaluationFolder:
         write_text(path, yaml.safe_dump(plain, sort_keys=False))
 
     def _check_model(self, config: dict[str, Any]) -> None:
-        """Raises UserError where the evaluations beside this one are of another untouched model:
-        the last part of its path alone names their folder."""
+        """Raises UserError if the folder's other evaluations measure another untouched model: only
+        the last part of its path names the folder."""
         for other in self.path.parent.glob("*/config.yaml"):
             different = differences(other, config, EvalConfig)
             models = [
@@ -226,7 +226,7 @@ class EvaluationFolder:
     # --- problems, answers, grades ----------------------------------------------------------------
 
     def write_problems(self, problems: Sequence[Problem]) -> None:
-        """Records the problems. Raises UserError where the folder has answers to others."""
+        """Records the problems. Raises UserError if the folder has answers to other problems."""
         path = self.path / "problems.jsonl"
         text = to_lines(problems)
         if path.exists() and self.has_begun() and path.read_bytes() != text.encode():
@@ -237,8 +237,7 @@ class EvaluationFolder:
         write_text(path, text)
 
     def answers(self) -> dict[Key, Generation]:
-        """The answers so far, without half a line that a process may have been writing when it
-        died."""
+        """The answers so far, without a partial line that a process was writing when it died."""
         paths = sorted(self.path.glob("generations*.jsonl"))
         answers = [
             answer for path in paths for answer in read_lines(path, Generation, may_break_off=True)
@@ -251,7 +250,7 @@ class EvaluationFolder:
             file.write(to_lines(answers))
 
     def write_answers(self, answers: Iterable[Generation]) -> None:
-        """Writes all answers into one file, in place of those of the processes."""
+        """Writes all answers into one file, which replaces those of the processes."""
         write_text(self.path / "generations.jsonl", to_lines(answers))
         for path in self.path.glob("generations.*.jsonl"):
             path.unlink()

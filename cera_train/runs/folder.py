@@ -1,8 +1,8 @@
 """The run's folder: config, metrics, checkpoints, best and final adapter, result.
 
-Every file and folder in it appears whole or not at all, but for metrics.jsonl, spectra.jsonl and
-samples.jsonl: they grow by lines, and resuming cuts them back to the checkpoint. A checkpoint is
-adapter, optimizer and progress, which is all that resuming needs; where its checksums reveal
+Every file and folder in it appears whole or not at all, except metrics.jsonl, spectra.jsonl and
+samples.jsonl: they grow line by line, and resuming cuts them back to the checkpoint. A checkpoint
+holds adapter, optimizer and progress, which is all that resuming needs; if its checksums reveal
 damage, the run resumes from the one before. One process writes, locked.
 """
 
@@ -51,11 +51,11 @@ from cera_train.settings.model import Dtype
 from cera_train.settings.training import Resume
 
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
-"""Their versions stand in environment.json."""
+"""environment.json records their versions."""
 
 
 class Progress(Record):
-    """What resuming needs beside adapter and optimizer.
+    """What resuming needs besides adapter and optimizer.
 
     The order of the rows, the learning rate and the random numbers of every process follow from the
     seed and `update`: they have no state to save."""
@@ -108,7 +108,7 @@ class Progress(Record):
 
 
 class RunFolder:
-    """`output_dir/name`. Every process calls what saves; the main one writes."""
+    """`output_dir/name`. Every process calls the methods that save; only the main one writes."""
 
     def __init__(self, path: Path, config: dict[str, Any], is_main: bool = True) -> None:
         self.path = path
@@ -118,7 +118,7 @@ class RunFolder:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, config: dict[str, Any], is_main: bool = True) -> Iterator[RunFolder]:
-        """The folder, locked by the main process, without what interrupted writes left in it."""
+        """The folder, locked by the main process and cleared of interrupted writes."""
         folder = cls(path, config, is_main)
         if not is_main:
             yield folder
@@ -162,7 +162,7 @@ class RunFolder:
         return None
 
     def check_may_run(self, resume: Resume) -> None:
-        """Raises UserError where the folder holds a finished run that may not be replaced, or one
+        """Raises UserError if the folder holds a finished run that may not be replaced, or one
         whose config gives another result."""
         is_finished = self.result() is not None
         if resume == Resume.never:
@@ -210,7 +210,8 @@ class RunFolder:
             file.write(json.dumps(files.finite(line), allow_nan=False) + "\n")
 
     def mark_diverged(self, message: str) -> None:
-        """Records divergence, which a sweep counts as a result. Resuming removes the record."""
+        """Records that the run diverged, which a sweep counts as a result. Resuming removes the
+        record."""
         if self.is_main:
             files.write_text(self.path / DIVERGED, message + "\n")
 
@@ -218,8 +219,8 @@ class RunFolder:
         """Removes what was written after the checkpoint of this progress: the resumed run writes
         it again. Without a checkpoint, removes everything.
 
-        Keeps best/, even of a later update, and losses and grades: the resumed run comes to the
-        same evaluations, and so to the same files.
+        Keeps best/, even from a later update, and losses and grades: the resumed run repeats the
+        same evaluations and writes the same files.
         """
         (self.path / DIVERGED).unlink(missing_ok=True)
         for checkpoint in reversed(self.checkpoints()):
@@ -270,7 +271,7 @@ class RunFolder:
         self._save("adapter", model, tokenizer.save_pretrained)
 
     def _save(self, name: str, model: nn.Module, write_more: Callable[[Path], Any]) -> None:
-        # Of a sharded model all processes collect them.
+        # All processes of a sharded model gather them.
         weights = trainable_weights(model, keep=self.is_main)
         if not self.is_main:
             return
@@ -283,11 +284,12 @@ class RunFolder:
 
 
 def cut_log(path: Path, progress: Progress) -> None:
-    """Removes the lines of a log that a run which resumes with this progress writes again."""
+    """Removes the lines of a log that a run resumed from this progress writes again."""
     if not path.exists():
         return
     kept = []
-    # A cut leaves half a line, and a loss of power any bytes, but only after the checkpoint's.
+    # A kill leaves half a line, and a power loss arbitrary bytes, but only after the checkpoint's
+    # lines.
     with contextlib.suppress(LookupError, TypeError, ValueError):
         for line in path.read_bytes().splitlines(keepends=True):
             if _is_kept(json.loads(line), progress):

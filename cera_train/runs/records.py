@@ -36,13 +36,13 @@ class Record(BaseModel):
     fix: ClassVar[str] = RESTORE  # what to do about a broken file
 
     def __init__(self, *values: Any, **others: Any) -> None:
-        """Takes values in the order of the fields, and by name, as a dataclass does."""
+        """Accepts values in the order of the fields, or by name, as a dataclass does."""
         names = list(type(self).model_fields)[: len(values)]
         super().__init__(**dict(zip(names, values, strict=True)), **others)
 
     @property
     def details(self) -> dict[str, Any]:
-        """The keys that belong to no field."""
+        """Keys that belong to no field."""
         return self.model_extra or {}
 
     @classmethod
@@ -67,7 +67,7 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The record in a file; raises UserError where it is missing or broken."""
+        """The record in a file; raises UserError if it is missing or broken."""
         return cls.from_json(read_json(path, cls.fix), path)
 
     @classmethod
@@ -102,7 +102,7 @@ def read_trees(
     """The JSON values in a file, one on each line, each with its place.
 
     Args:
-        may_break_off: skips half a line at the end: the run may still write it, or was cut.
+        may_break_off: skips a partial last line: the run is still writing it, or was killed.
     """
     number = 0
     trees = []
@@ -122,7 +122,7 @@ def read_trees(
 # --- config.yaml ----------------------------------------------------------------------------------
 
 LENGTH = ("train.epochs", "train.max_updates")
-"""The settings that make a run longer and change nothing else of it."""
+"""Settings that make a run longer and change nothing else about it."""
 
 
 def load_config(path: Path, schema: type = Config) -> Any:

@@ -1,7 +1,9 @@
-"""The files that a run leaves, with a type. Only this module spells their keys. Imports no torch.
+"""Typed records of the files that a run leaves. Only this module spells their keys. Imports no
+torch.
 
-What a study compares is among them, so that nothing has to run again: the loss of every held-out
-token before the first update and after the last, and how each answer to the run's tasks ended."""
+They include what a study compares, so that nothing has to run again: the loss of every held-out
+token before the first update and after the last, and the grade of each answer to the run's
+tasks."""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ Perplexity = Annotated[
 
 
 class SpectrumSummary(Record):
-    """What is read of the spectra of all adapted modules."""
+    """Figures from the spectra of all adapted modules."""
 
     effective_rank_mean: float | None = key("spectrum/effective_rank/mean")
     effective_rank_max: float | None = key("spectrum/effective_rank/max")
@@ -46,7 +48,7 @@ class SpectrumSummary(Record):
 
 
 class MeasuredAdapter(Record, extra="allow"):
-    """A record with the figures of an adapter beside its own: spectra, and TASK/FIGURE such as
+    """A record that also holds an adapter's figures: spectra, and TASK/FIGURE such as
     gsm8k/exact."""
 
     __pydantic_extra__: dict[str, float | None]
@@ -70,7 +72,7 @@ class RunResult(MeasuredAdapter):
 
     perplexity: Perplexity = key("eval/perplexity")  # after the last update
     perplexity_before: Perplexity = (
-        None  # before the first update: as a rule, that of the untouched base model
+        None  # before the first update: usually that of the untouched base model
     )
     linear_share_before: float | None = None
     best_perplexity: Perplexity = None
@@ -113,13 +115,13 @@ class Environment(Record, extra="allow"):
 
     @property
     def held_out(self) -> str | None:
-        """A digest of the held-out rows and what makes tokens of them: perplexities compare where
+        """A digest of the held-out rows and of what tokenises them: perplexities are comparable if
         it is equal."""
         return (self.rows or {}).get("held_out")
 
     @property
     def command_line(self) -> str | None:
-        """The command as one types it; None where it is not on record."""
+        """The command as a user types it; None if it is not on record."""
         if not self.command:
             return None
         first, *others = map(str, self.command)
@@ -129,7 +131,7 @@ class Environment(Record, extra="allow"):
 
     @property
     def machine(self) -> str | None:
-        """What the run was trained on; None where it is not on record."""
+        """What the run was trained on; None if it is not on record."""
         if self.gpus is None:
             return None
         threads = "? threads" if self.cpu_threads is None else counted(self.cpu_threads, "thread")
@@ -144,12 +146,13 @@ SPECTRUM = "spectrum.json"
 class SpectrumRecord(Record, extra="allow"):
     """A module in spectrum.json."""
 
-    singular_values: list[float]  # of the centred branch output, descending
+    singular_values: list[float]  # those of the centred branch output, descending
 
 
 def mean_spectrum(path: Path) -> list[float]:
-    """Singular values over their sum, in the mean over the modules of a spectrum.json, as the paper
-    draws them; a module with fewer directions counts as zero further on. Empty without the file."""
+    """Singular values divided by their sum, averaged over the modules of a spectrum.json, as the
+    paper draws them; a module with fewer directions counts as zero beyond them. Empty without the
+    file."""
     if not path.is_file():
         return []
     normalized = []
@@ -203,8 +206,8 @@ class Sample(Record):
     answer: str  # as the model wrote it
     gold: str
     exact: bool | None = None
-    reward: float | None = None  # of an answer that train.objective=grpo learns from
-    tokens: int | None = None  # of such an answer
+    reward: float | None = None  # only for an answer that train.objective=grpo learns from
+    tokens: int | None = None  # only for such an answer
 
 
 @dataclass
@@ -219,7 +222,7 @@ class Metrics:
         return max((line.update for line in (*self.updates, *self.evaluations)), default=0)
 
     def so_far(self) -> RunResult:
-        """The figures of an unfinished run, the latest of each."""
+        """The latest figures of an unfinished run."""
         figures: dict[str, Any] = {}
         for line in self.evaluations:
             figures |= line.details | {"perplexity": line.perplexity}
@@ -229,7 +232,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """The metrics of a run, which may still be running; empty where there are none."""
+    """The metrics of a run, which may still be running; empty if there are none."""
     metrics = Metrics()
     if not path.is_file():
         return metrics
@@ -274,7 +277,7 @@ class TokenLosses:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The losses in a file; raises UserError where it is missing or broken."""
+        """The losses in a file; raises UserError if it is missing or broken."""
         from safetensors.numpy import load
 
         try:
@@ -334,8 +337,8 @@ def describe_linear_share(result: RunResult) -> str:
 
 
 def describe_tasks(figures: dict[str, float], before: dict[str, float] | None = None) -> str:
-    """Figures of tasks in a line: gsm8k exact 12.0%, verified 14.0%; with those before the first
-    update: gsm8k exact 2.0% before, 12.0% after."""
+    """Figures of tasks in a line: gsm8k exact 12.0%, verified 14.0%. With `before`: gsm8k exact
+    2.0% before, 12.0% after."""
     tasks: dict[str, list[str]] = {}
     for full_name, value in figures.items():
         task, _, name = full_name.partition("/")
@@ -349,7 +352,7 @@ def describe_tasks(figures: dict[str, float], before: dict[str, float] | None = 
 
 
 def figure(value: float | None, decimals: int = 3) -> str:
-    """A number with so many decimals, or in powers of ten where that would be long."""
+    """A number with this many decimals, or in powers of ten if that is too long."""
     if value is None:
         return "–"
     return f"{value:,.{decimals}f}" if abs(value) < 1e9 else f"{value:.3g}"

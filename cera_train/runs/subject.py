@@ -22,12 +22,13 @@ from cera_train.settings.training import TrainConfig
 @dataclass(frozen=True)
 class Subject:
     """An adapter on its base model, or a base model alone. Evaluations go to eval/ in its folder;
-    for a best adapter or a checkpoint that is the run's, since training replaces theirs."""
+    those of a best adapter or a checkpoint go to the run's, since training replaces their
+    folders."""
 
     folder: Path
     model: ModelConfig
     adapter: Path | None = None
-    run: Config | None = None  # the config it was trained with, where that is known
+    run: Config | None = None  # the config it was trained with, if that is known
 
     def __str__(self) -> str:
         return f"{self.name}, {self.model.path}"
@@ -38,7 +39,7 @@ class Subject:
 
     @property
     def part(self) -> str:
-        """Suffix of an evaluation's name: empty for the run's final adapter, -best,
+        """Suffix of an evaluation's name: empty for the final adapter, else -best,
         -checkpoints-100, ..."""
         if self.run is None or self.adapter.name == "adapter":
             return ""
@@ -46,7 +47,7 @@ class Subject:
 
     @property
     def data(self) -> DataConfig | None:
-        """The rows that it was trained on, where they are known."""
+        """The rows that the adapter was trained on, if they are known."""
         return self.run.data if self.run else None
 
     @property
@@ -57,15 +58,15 @@ class Subject:
 
 
 def find_subject(config: SubjectConfig) -> Subject:
-    """Resolves `run=` and `model=`. Raises UserError where a folder is missing, unfinished or
-    without an adapter, or where the path of the base model can be none."""
+    """Resolves `run=` and `model=`. Raises UserError if a folder is missing, unfinished or without
+    an adapter, or if the path cannot be that of a base model."""
     subject = _resolve(config)
     check_model(subject.model.path)
     return subject
 
 
 def find_subjects(config: ChatConfig) -> list[Subject]:
-    """Resolves `run=` and, where it is set, `compare=`."""
+    """Resolves `run=` and, if it is set, `compare=`."""
     places = [config.run]
     if config.compare is not None:
         places.append(config.compare)
@@ -90,8 +91,8 @@ def _resolve(config: SubjectConfig) -> Subject:
 
 
 def find_adapter(folder: Path, setting: str = "run") -> tuple[Path | None, Path]:
-    """The run and the adapter's folder that a setting names: a finished run's, or an adapter's,
-    which may be of no run. Raises UserError where there is none."""
+    """The run and the adapter's folder that a setting names: a finished run, or an adapter, which
+    may belong to no run. Raises UserError if there is none."""
     root = folder
     adapter = folder / "adapter"
     if is_saved_in(folder):
@@ -120,8 +121,8 @@ def find_adapter(folder: Path, setting: str = "run") -> tuple[Path | None, Path]
 
 
 def find_start(config: AdapterConfig) -> Path:
-    """The folder of the adapter that `adapter.start_from` names. Raises UserError where there is
-    none, or one that does not fit the settings."""
+    """The folder of the adapter that `adapter.start_from` names. Raises UserError if there is none,
+    or if it does not fit the settings."""
     _, adapter = find_adapter(Path(config.start_from), "adapter.start_from")
     announce_import("PyTorch and PEFT")
     check_start(config, adapter)
@@ -129,7 +130,7 @@ def find_start(config: AdapterConfig) -> Path:
 
 
 def run_of(adapter: Path) -> Path | None:
-    """The run that an adapter's folder belongs to: as adapter/, best/ or one of checkpoints/."""
+    """The run that an adapter's folder belongs to, as adapter/, best/ or one of checkpoints/."""
     is_checkpoint = adapter.parent.name == "checkpoints"
     root = adapter.parent.parent if is_checkpoint else adapter.parent
     is_in_run = is_checkpoint or adapter.name in ("adapter", "best")
@@ -143,7 +144,7 @@ def digest_of(adapter: Path) -> str:
 
 
 def base_of(adapter: Path, trust_remote_code: bool = False) -> ModelConfig:
-    """The base model that an adapter names; a UserError where its adapter_config.json is broken or
+    """The base model that an adapter names; a UserError if its adapter_config.json is broken or
     names none."""
     path = check_saved(adapter).get("base_model_name_or_path")
     if not (path and isinstance(path, str)):

@@ -42,7 +42,7 @@ ENVIRONMENT = {
     "WANDB_INIT_TIMEOUT": "30",
     "WANDB_FINISH_TIMEOUT": "30",
     "WANDB_FINISH_TIMEOUT_RAISES": "true",
-    # Error reports delay the end of a run by 20 seconds where the server does not answer.
+    # Error reports delay the end of a run by 20 seconds if the server does not answer.
     "WANDB_ERROR_REPORTING": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -66,7 +66,7 @@ class Tracker:
                 tracker.log(metrics, step=update)
 
     def table(self, name: str, rows: list[dict[str, Any]], update: int) -> None:
-        """Sends rows with the same names to W&B, which alone has tables."""
+        """Sends rows with the same names to W&B, the only tracker with tables."""
         if (tracker := self.trackers.get(TrackerKind.wandb)) is not None:
             with self.drop_on_failure(TrackerKind.wandb):
                 tracker.log_table(name, [*rows[0]], [[*row.values()] for row in rows], step=update)
@@ -92,7 +92,7 @@ class Tracker:
 def start_tracker(
     config: TrackerConfig, run_config: dict[str, Any], name: str, folder: Path, first_update: int
 ) -> Tracker:
-    """The trackers of a run, started. `run_config` is uploaded as it is: it must hold no secret."""
+    """Starts the trackers of a run. `run_config` is uploaded as it is: it must hold no secret."""
     os.environ |= ENVIRONMENT | os.environ
     started = Tracker()
     for kind in config.chosen:
@@ -172,7 +172,7 @@ def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
                 if mode != "online":
                     raise
                 print_warning(f"W&B cannot be reached, so the run is recorded offline ({error}).")
-                wandb.teardown()  # otherwise its service refuses a second run of the same id
+                wandb.teardown()  # otherwise W&B's service refuses a second run with the same id
                 self.run = wandb.init(project=self.run_name, mode="offline", **self.init_kwargs)
             if self.run.offline:
                 print_line(
@@ -193,7 +193,7 @@ def write_id(folder: Path, kind: TrackerKind, run_id: str) -> None:
 
 
 def print_warning(text: str) -> None:
-    """Prints what went wrong to stderr, where the run goes on or is finished."""
+    """Prints to stderr an error that does not stop the run."""
     program = Path(sys.argv[0]).name
     program = program if program.startswith("cera-") else "cera-train"
     print(f"{program}: {clean(redact(' '.join(text.split())))}", file=sys.stderr)

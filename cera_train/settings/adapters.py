@@ -22,7 +22,7 @@ class AdapterConfig:
     r: int | None = setting(32, "result")
     """Rank. null: PEFT's default for `kind=peft`; full has none."""
     alpha: float | None = setting(32.0, "result")
-    """The branch is scaled by alpha / r (rslora: alpha / sqrt(r)): where alpha is fixed, the best
+    """The branch is scaled by alpha / r (rslora: alpha / sqrt(r)): if alpha is fixed, the best
     learning rate hardly depends on r. null: a scale of 1, or PEFT's for `kind=peft`."""
     dropout: float = setting(0.0, "result")
     """cera: on the hidden units, after the gate, unless dropout_on=input. The others: PEFT's, on
@@ -103,7 +103,7 @@ class AdapterConfig:
 
     @property
     def places(self) -> str:
-        """What is adapted, in a few words; empty where the method decides."""
+        """What is adapted, in a few words; empty if the method decides."""
         targets = self.target_modules or ()
         words = [targets if isinstance(targets, str) else " ".join(targets)]
         if self.experts or self.target_parameters:

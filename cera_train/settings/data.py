@@ -173,7 +173,7 @@ class DataConfig:
     layout: Layout = setting(Layout.text, "tokens")
     """How a row reads. text: columns by template; documents: the column text, all of it supervised;
     instruction: Alpaca's instruction, input and output; conversations: ShareGPT's from/value;
-    messages: chat template; auto: text where data.prompt or data.completion are other templates
+    messages: chat template; auto: text if data.prompt or data.completion are other templates
     than {prompt} and {completion}, else one of these by the columns of the first rows of
     train_files; for a data set on the Hub text, and messages for preferences. logistic_map, dates
     and reasoning_gym compute their rows."""

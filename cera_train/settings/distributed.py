@@ -11,7 +11,7 @@ Strategy = StrEnum("Strategy", ["ddp", "fsdp"])
 @dataclass
 class ProcessesConfig:
     processes: str = setting("auto", "nothing")
-    """Processes that the command starts on this machine. auto: one for each visible GPU. Where
+    """Processes that the command starts on this machine. auto: one for each visible GPU. If
     torchrun, `accelerate launch` or srun started it already, it starts none."""
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ class ModelFacts:
     """The weights' id on the Hub where `model.path` is another place, for an adapter's model
     card."""
     config: str | None = setting(None, "nothing")
-    """The model's config.json, a file in conf/model: cera-plan reads it where the model is not on
+    """The model's config.json, a file in conf/model: cera-plan reads it if the model is not on
     this disk."""
 
     def __post_init__(self) -> None:
@@ -41,7 +41,7 @@ class ModelConfig:
     revision: str | None = setting(None, "result")
     """Branch, tag or commit on the Hub."""
     dtype: Dtype = setting(Dtype.auto, "result")
-    """Precision of the base weights; trained weights are float32. auto: bfloat16 where the
+    """Precision of the base weights; trained weights are float32. auto: bfloat16 if the
     processor or GPU multiplies it, else float32. The run's folder records what was taken."""
     quantization: Quantization = setting(Quantization.none, "result")
     """`int8` or `nf4` (double quantisation, computing in `dtype`) of the frozen linears, by

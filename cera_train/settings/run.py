@@ -111,7 +111,7 @@ class Config:
 
 
 def check_objective(objective: ObjectiveKind, data: DataConfig) -> None:
-    """Raises UserError where the rows do not fit the objective. Rows whose layout is still `auto`
+    """Raises UserError if the rows do not fit the objective. Rows whose layout is still `auto`
     pass: the config is checked again once it is decided."""
     parts = [part for _, part in data.parts()]
     if any(part.layout == Layout.auto for part in parts):

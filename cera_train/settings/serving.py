@@ -22,7 +22,7 @@ class ChatConfig(AnsweringConfig):
     parquet)."""
     template: Template = setting(Template.auto, "answers")
     """chat: the tokenizer's chat template; none: the text as it is; auto: the rows that the run was
-    trained on, or without a run chat where the tokenizer has one, else none."""
+    trained on, or without a run chat if the tokenizer has one, else none."""
     max_new_tokens: int = setting(512, "answers")
     generation: GenerationConfig = section()
     """A question gets one answer, the first of generation.samples."""
@@ -52,7 +52,7 @@ class ExportConfig(SubjectConfig):
     output: str | None = setting(None, "nothing")
     """A new folder, or an earlier export, which is replaced. null: RUN/export_FORMAT."""
     tolerance: float = setting(0.01, "nothing")
-    """Nats a token: nothing is exported where the 95 % interval of the change of the loss reaches
+    """Nats a token: nothing is exported if the 95 % interval of the change of the loss reaches
     above this."""
     calibration_tokens: int = setting(4096, "result")
     """Training rows that the linear maps are fitted to, up to so many tokens."""

@@ -86,7 +86,7 @@ class StudyConfig:
         )
 
     def _check_keys(self) -> None:
-        """Raises UserError where a setting is set in two places, has no value, or can run code."""
+        """Raises UserError if a setting is set in two places, has no value, or can run code."""
         words = [word for words in self.arms.values() for word in words]
         places = dict.fromkeys((word.partition("=")[0].lstrip("+") for word in words), "an arm")
         for group, values_by_key in (("tune", self.tune), ("conditions", self.conditions)):

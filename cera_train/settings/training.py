@@ -135,7 +135,7 @@ class GrpoConfig:
     """Steps of the optimizer on the answers of an update. From the second on, ratios are
     clipped."""
     epsilon: float = setting(0.2, "result")
-    """Clips the ratio of a token's probability to the one when it was sampled at 1 - epsilon, where
+    """Clips the ratio of a token's probability to the one when it was sampled at 1 - epsilon, if
     that lowers the objective."""
     epsilon_high: float | None = setting(None, "result")
     """Clips it at 1 + epsilon_high. null: epsilon."""
@@ -178,13 +178,13 @@ class TrainConfig:
     dropout's masks do."""
     batch_layout: BatchLayout = setting(BatchLayout.auto, "cost")
     """flat: sequences end to end in one row, no padding; padded: sequences of near-equal length;
-    auto: flat where the model allows it, but on a CPU not under a mask."""
+    auto: flat if the model allows it, but on a CPU not under a mask."""
     compile: bool | None = setting(None, "cost")
     """torch.compile of the model's layers: about a minute before the first update, and faster
     updates. Dropout draws another mask in compiled layers. null: on CUDA, except for DoRA, where
     torch finds its compiler."""
     autocast: bool | None = setting(None, "result")
-    """Compute in 16 bits over float32 weights. null: where the base is 16-bit, so that its adapter
+    """Compute in 16 bits over float32 weights. null: if the base is 16-bit, so that its adapter
     is too."""
     epochs: int = setting(1, "result")
     max_updates: int | None = setting(None, "result")
@@ -199,7 +199,7 @@ class TrainConfig:
     """Stop after so many evaluations without a lower perplexity; with grpo, and for null: never."""
     check_coverage: bool = setting(True, "nothing")
     """Prove on a few rows, before the first update, that every adapter runs and gets a gradient;
-    refuse the run where one does not."""
+    refuse the run if one does not."""
     probe_tokens: int = setting(2048, "result")
     """Tokens of held-out rows on which the spectra are taken."""
     tasks: list[str] = setting(list, "result")

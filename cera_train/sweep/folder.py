@@ -43,7 +43,7 @@ SHORT_ERROR = 72  # characters of an error in the table
 
 
 def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
-    """The name of a job's folder: what varies, such as `adapter=cera,adapter.r=64`; where nothing
+    """The name of a job's folder: what varies, such as `adapter=cera,adapter.r=64`; if nothing
     does, every choice. The same for the same choices in any order, and never that of other
     choices."""
     choices = choices_of(overrides, swept)
@@ -58,7 +58,7 @@ def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
     exact = ",".join(choices)
     shown = ",".join("=".join(map(plain, redact(choice).split("=", 1))) for choice in choices)
     if shown == exact and len(exact) <= LONGEST_NAME:
-        return exact or "default"  # where nothing is chosen
+        return exact or "default"  # if nothing is chosen
     # What was replaced or cut may be all that differs between two jobs.
     digest = hashlib.sha256(exact.encode()).hexdigest()[:8]
     return f"{shown[: LONGEST_NAME - len(digest) - 1]}-{digest}"
@@ -115,8 +115,8 @@ PERPLEXITY = SweepMetric()
 
 
 def sweep_metric(key: str, tasks: Mapping[str, Mapping[str, Any] | None]) -> SweepMetric:
-    """The metric of `sweep.metric`; raises UserError where no run of the sweep records it. `tasks`
-    has the changes of each of `train.tasks`, None where they are not known yet."""
+    """The metric of `sweep.metric`; raises UserError if no run of the sweep records it. `tasks`
+    has the changes of each of `train.tasks`, None if they are not known yet."""
     known = dict(HIGHER_IS_BETTER)
     for task, changes in tasks.items():
         known |= task_figures(task, changes)

@@ -111,7 +111,7 @@ def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) 
     is impossible beside some others fails in its jobs, and the rest of the sweep runs.
 
     Raises:
-        Exception: a UserError or Hydra's, where a value cannot be composed, fails beside all
+        Exception: a UserError or Hydra's, if a value cannot be composed, fails beside all
             others, or chooses files that cannot be read.
     """
     fine = set[str]()
@@ -137,7 +137,7 @@ def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) 
 
 
 def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) -> None:
-    """Raises UserError where a job that has a result, and is not started again, ran with another
+    """Raises UserError if a job that has a result, and is not started again, ran with another
     config. Composes jobs until every value of these has been in one."""
     seen = set[str]()
     for name, values in jobs.items():
@@ -291,7 +291,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """The job's output, where several run at once."""
+        """The job's output, if several run at once."""
         return self.sweep / JOBS / f"{self.name}.log"
 
     @property
@@ -324,7 +324,7 @@ class Job:
             self._write(None)
 
     def fail(self, error: str) -> None:
-        """Writes the job's error for the table. Where several processes fail, the first error
+        """Writes the job's error for the table. If several processes fail, the first error
         stays."""
         if is_main_process() or (record := JobRecord.find(self.record)) is None or not record.error:
             self._write(error)

@@ -150,7 +150,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
 
 def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -> None:
     """Loads the weights that `adapter.start_from` names into a fresh adapter. Raises UserError
-    where they are not those of the digest, or were trained on another base."""
+    if they are not those of the digest, or were trained on another base."""
     place = f"adapter.start_from={config.start_from}"
     folder = find_start(config)
     if (digest := digest_of(folder)) != config.start_digest:

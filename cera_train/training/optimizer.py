@@ -22,7 +22,7 @@ def build_optimizer(
     config: OptimizerConfig,
     device: torch.device,
 ) -> torch.optim.Optimizer:
-    """The optimizer of a config. Raises UserError where it cannot run on this device.
+    """The optimizer of a config. Raises UserError if it cannot run on this device.
 
     Args:
         parameters: what it updates; or groups, in which `lr_ratio` multiplies the learning rate.

@@ -36,7 +36,7 @@ class Resolved:
 
 
 def resolve(config: Config, folder: Path) -> Resolved:
-    """Decides every `auto` of a config. Raises UserError where a setting cannot work here.
+    """Decides every `auto` of a config. Raises UserError if a setting cannot work here.
 
     Args:
         folder: of the run; it may hold a part of it.

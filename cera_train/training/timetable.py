@@ -18,7 +18,7 @@ class Timetable:
 
     @classmethod
     def of(cls, config: Config, updates: int) -> Timetable:
-        # Rewards rise where the perplexity of the rows' answers does not fall.
+        # Rewards rise if the perplexity of the rows' answers does not fall.
         patience = None if config.work.answers else config.train.patience
         return cls(updates, config.train.eval_every, config.train.save_every, patience)
 

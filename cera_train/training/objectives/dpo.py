@@ -172,7 +172,7 @@ class Dpo:
     def _find_reference(
         self, splits: dict[str, MicroBatches], digest: str, is_base: bool, kept: Path, resumes: bool
     ) -> dict[str, numpy.ndarray]:
-        """[answers] log p of the answers of each split, float64: the run's copy where it resumes;
+        """[answers] log p of the answers of each split, float64: the run's copy if it resumes;
         else from the cache, or taken for it."""
         name = f"reference/{digest}"
         cached = cache_dir() / name

@@ -290,7 +290,7 @@ class Grpo:
         return sum(reward(prompt.text, text, prompt.right) for reward in self.rewards)
 
     def _check_signal(self, rewards: Tensor) -> None:
-        """Raises UserError where no group of the first hundred had answers of different rewards."""
+        """Raises UserError if no group of the first hundred had answers of different rewards."""
         progress = self.progress
         progress.rewards_differed |= bool((rewards != rewards[:, :1]).any())
         require(
