@@ -18,19 +18,19 @@ TURNS = {
     Layout.messages: ("role", "content", ("user", "assistant", "system", "tool", "developer")),
     Layout.conversations: ("from", "value", ("human", "gpt", "system")),
 }
-"""By layout, the keys of a turn's speaker and text, and the speakers: who asks, who answers, the
-others."""
+"""For each layout, the keys of a turn's speaker and text, and the speakers: those who ask, the one
+who answers, the others."""
 
 ASKS = ("user", "human", "tool")
-"""The speakers whose turns the assistant answers. What it says before any of them is context."""
+"""Speakers whose turns the assistant answers. What it says before any of them is context."""
 
 WRITTEN = {"system": "System", "human": "User", "gpt": "Assistant"}
-"""The speakers of layout `conversations`, as the text names them."""
+"""The speakers of layout `conversations`, as they appear in the text."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold what a model thinks before it answers."""
 
-TOOLS = "expected a list of objects with function.name"  # the shape of tools and of calls
+TOOLS = "expected a list of objects with function.name"  # the shape of tools and calls
 
 
 class Exchange(NamedTuple):
@@ -42,9 +42,9 @@ class Exchange(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The numbers of the turns that answer."""
+    """The indices of the turns that answer."""
 
-    given: list[int]  # all answers that are not empty
+    given: list[int]  # every non-empty answer
     supervised: list[int]  # those in the loss
 
 
@@ -52,7 +52,7 @@ class Answers(NamedTuple):
 
 
 def turns_of(row: Row, layout: str) -> list[Row]:
-    """The turns of a row: objects with a known speaker and a text, which is empty for null."""
+    """The turns of a row: objects with a known speaker and a text; null is empty."""
     _, text, _ = TURNS[layout]
     column = str(layout)
     turns = cell_of(row, column, " Choose another data.layout.") or []
@@ -80,15 +80,15 @@ def _check_turn(turn: Any, layout: str, number: int) -> None:
 
 
 def first_question(turns: Sequence[Row], layout: str) -> int:
-    """The number of the first turn that asks; 0 without any. A system prompt may precede it."""
+    """The index of the first turn that asks; 0 without one. A system prompt may precede it."""
     speaker = TURNS[layout][0]
     questions = (number for number, turn in enumerate(turns) if turn[speaker] in ASKS)
     return next(questions, 0)
 
 
 def answers_of(turns: Sequence[Row], wanted: Turns, layout: str) -> Answers:
-    """The answers after the first question, and which of them are supervised: the wanted ones
-    among those without `train: false` or `weight: 0`."""
+    """The answers after the first question, and which of them are supervised: those that
+    `data.turns` selects, without those marked `train: false` or `weight: 0`."""
     speaker, text, (_, assistant, *_) = TURNS[layout]
     question = first_question(turns, layout)
     given = []
@@ -152,8 +152,8 @@ def published_exchange(turns: Sequence[Row]) -> Exchange:
 
 
 def chat(row: Row, wanted: Turns, tokenizer: Any) -> list[Exchange]:
-    """Layout `messages`: what the chat template renders. Without a tokenizer, the messages' texts.
-    Tool calls and reasoning belong to the answer."""
+    """Layout `messages`, rendered by the chat template; without a tokenizer, just the messages'
+    texts. Tool calls and reasoning belong to the answer."""
     messages = messages_of(row)
     tools = tools_of(row)
     answers = answers_of(messages, wanted, Layout.messages)
@@ -165,7 +165,7 @@ def chat(row: Row, wanted: Turns, tokenizer: Any) -> list[Exchange]:
 
 
 def preference(row: Row, side: str, tokenizer: Any) -> list[Exchange]:
-    """One side of a preference in layout `messages`: its last answer, after the list `prompt` where
+    """One side of a preference in layout `messages`: its last answer, after the list `prompt` if
     the row has one."""
     before = row.get("prompt")
     turns = row.get(side)
@@ -178,7 +178,7 @@ def preference(row: Row, side: str, tokenizer: Any) -> list[Exchange]:
 
 
 def unmarked_exchanges(messages: Sequence[Row], answers: Answers) -> list[Exchange]:
-    """The texts up to the last supervised answer, without the marks of a chat template."""
+    """The texts up to the last supervised answer, without chat markup."""
     exchanges = []
     context = ""
     for number, message in enumerate(messages[: answers.supervised[-1] + 1]):
@@ -195,7 +195,7 @@ def rendered_exchanges(
     messages: Sequence[Row], tools: list[Any] | None, supervised: Sequence[int], tokenizer: Any
 ) -> list[Exchange]:
     """The supervised answers as the chat template renders them. An answer is what its message adds
-    to the prompt that it was written after, so no marker has to be searched for.
+    to the prompt before it, so there is no marker to search for.
 
     Raises:
         UserError: the template refuses the messages, renders an earlier part anew once an answer
@@ -207,8 +207,8 @@ def rendered_exchanges(
         prompt = render_chat(messages[:number], tools, tokenizer, add_generation_prompt=True)
         full = render_chat(messages[: number + 1], tools, tokenizer, add_generation_prompt=False)
         _check_continues(rendered, prompt, full)
-        # A template may write a line break after its end token: nobody generates that, it belongs
-        # to the next prompt.
+        # A template may write a line break after its end token: no model generates it, so it
+        # belongs to the next prompt.
         answer = full.removeprefix(prompt).rstrip()
         _check_answer_is_rendered(messages[number], f"messages[{number}]", answer)
         exchanges.append(Exchange(prompt.removeprefix(rendered), answer))
@@ -220,7 +220,7 @@ def rendered_exchanges(
 def render_chat(
     messages: Sequence[Row], tools: list[Any] | None, tokenizer: Any, add_generation_prompt: bool
 ) -> str:
-    """The text of messages by the chat template. Raises UserError if it refuses them."""
+    """The messages as the chat template renders them. Raises UserError if it refuses them."""
     try:
         text = tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -231,11 +231,11 @@ def render_chat(
 
 
 def _check_continues(rendered: str, prompt: str, full: str) -> None:
-    """Raises UserError unless `full` continues the prompt, and the prompt what was rendered before
-    it."""
+    """Raises UserError unless `full` continues the prompt, and the prompt continues what was
+    rendered before."""
     if full.startswith(prompt) and prompt.startswith(rendered):
         return
-    if not full.startswith(prompt):  # the last answer alone would not be found either
+    if not full.startswith(prompt):  # even the last answer could not be found
         what = "a prompt, such as one that ends in <think>,"
         fix = "Choose a model with another template"
     else:
@@ -248,7 +248,7 @@ def _check_continues(rendered: str, prompt: str, full: str) -> None:
 
 
 def _check_answer_is_rendered(message: Row, place: str, answer: str) -> None:
-    # A template may render reasoning that the content holds in another form.
+    # A template may render reasoning inside the content in another form.
     texts = [message["content"].rpartition("</think>")[2]]
     for key in REASONING:
         if key in message:
@@ -270,8 +270,8 @@ def _check_context_is_rendered(
 
 
 def _check_is_rendered(what: str, texts: list[str], rendered: str) -> None:
-    """Raises UserError for a text that the chat template leaves out: many know no tools, no
-    developer and no reasoning."""
+    """Raises UserError for a text that the chat template leaves out: many templates ignore tools,
+    developers or reasoning."""
     for text in map(str.strip, texts):
         as_json = json.dumps(text, ensure_ascii=False)[1:-1]
         if text not in rendered and as_json not in rendered:
@@ -283,8 +283,8 @@ def _check_is_rendered(what: str, texts: list[str], rendered: str) -> None:
 
 
 def messages_of(row: Row) -> list[Row]:
-    """The messages of a row as a chat template takes them: without nulls, which it would print as
-    None and which a table has for every key that other rows have, and with the arguments of tool
+    """The messages of a row as a chat template expects them: without nulls, which it would print as
+    None and with which a table fills keys that only other rows have; and with the arguments of tool
     calls as objects."""
     messages = [_without_nulls(turn) for turn in turns_of(row, Layout.messages)]
     for number, message in enumerate(messages):
@@ -294,7 +294,7 @@ def messages_of(row: Row) -> list[Row]:
         for call in calls:
             match call:
                 case {"function": {"name": str()} as function}:
-                    # They may be an object already, or no JSON.
+                    # The arguments may be an object already, or not be JSON.
                     with contextlib.suppress(TypeError, ValueError):
                         function["arguments"] = json.loads(function.get("arguments"))
                 case _:
@@ -303,7 +303,7 @@ def messages_of(row: Row) -> list[Row]:
 
 
 def tools_of(row: Row) -> list[Any] | None:
-    """The tools that a row's column `tools` describes to the model, as a list or as JSON of one."""
+    """The tools that a row's column `tools` describes to the model: a list, or a list as JSON."""
     tools = row.get("tools")
     if isinstance(tools, str):
         try:

@@ -1,4 +1,4 @@
-"""Rows that are computed: of the logistic map, of dates, and of reasoning-gym's generators."""
+"""Computed rows: of the logistic map, of dates, and of reasoning-gym's generators."""
 
 import functools
 import hashlib
@@ -37,8 +37,8 @@ def computed_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
 
 
 def logistic_map_rows(config: LogisticMapConfig, eval_rows: int) -> tuple[list[Row], list[Row]]:
-    """Rows of x' = growth x (1 - x): given x0, the next iterates. Every starting point has one for
-    each growth."""
+    """Rows of x' = growth x (1 - x): given x0, the next iterates. Every starting point has a row
+    for each growth."""
     train, evaluation = (
         [logistic_map_row(x0, growth, config) for x0 in starts for growth in as_list(config.growth)]
         for starts in starting_points(config, eval_rows)
@@ -47,8 +47,8 @@ def logistic_map_rows(config: LogisticMapConfig, eval_rows: int) -> tuple[list[R
 
 
 def starting_points(config: LogisticMapConfig, eval_rows: int) -> tuple[list[float], list[float]]:
-    """Training and evaluation starting points: all numbers with the config's decimals, split at
-    random by its seed. One that is held out is held out of all growths."""
+    """Training and held-out starting points: all numbers with the config's decimals, split at
+    random by its seed. A held-out point is held out for all growths."""
     scale = 10**config.decimals
     starts = [number / scale for number in range(1, scale)]
     held_out = math.ceil(eval_rows / len(as_list(config.growth)))
@@ -61,7 +61,7 @@ def starting_points(config: LogisticMapConfig, eval_rows: int) -> tuple[list[flo
 
 
 def logistic_map_row(x0: float, growth: float, config: LogisticMapConfig) -> Row:
-    """Rounds iterates only to show them: iterating on rounded numbers soon leaves the
+    """Rounds iterates only for the text: iterating on rounded numbers soon leaves the
     trajectory."""
     values = [x0]
     for _ in range(config.steps):
@@ -119,8 +119,8 @@ WAYS = (
 
 
 def date_rows(train_rows: int | None, eval_rows: int) -> tuple[list[Row], list[Row]]:
-    """Rows of dates of the twentieth century, written in several ways. No two have one answer; None
-    trains on every day that does not evaluate."""
+    """Rows of dates of the twentieth century, written in several ways. No two rows share an answer;
+    `train_rows` None trains on every day that is not held out."""
     days = [date(1900, 1, 1) + timedelta(days=number) for number in range(36_524)]
     random.Random(0).shuffle(days)
     splits = days[eval_rows:][:train_rows], days[:eval_rows]
@@ -138,10 +138,10 @@ def date_row(answer: date, way: str) -> Row:
 # --- reasoning-gym --------------------------------------------------------------------------------
 
 DRAWS = 1_000_000
-"""Draws of a split at most. A generator seeds draw i with seed + i, so seeds that are nearer than
-this share draws."""
+"""The most draws of a split. A generator seeds draw i with seed + i, so seeds closer than this
+share draws."""
 
-PATIENCE = 5_000  # A generator has no more questions after so many draws without a new one
+PATIENCE = 5_000  # A generator has run out of questions after this many draws without a new one
 
 
 class Split(IntEnum):
@@ -152,7 +152,7 @@ class Split(IntEnum):
 
 @dataclass(frozen=True)
 class Draw:
-    """A question with what makes it again."""
+    """A question, and what reproduces it."""
 
     generator: str
     level: int | None
@@ -166,9 +166,9 @@ def reasoning_gym_rows(
     config: ReasoningGymConfig, train_rows: int, eval_rows: int
 ) -> tuple[list[Row], list[Row]]:
     """Rows of the generators of Stojanovski et al. 2025 (arXiv 2505.24760), in turn. Training,
-    held-out and test questions have different seeds, and a digest of its text puts a question into
-    one of the three: a generator repeats itself where it has few, so seeds alone would test on
-    trained ones. Training rows may repeat a question."""
+    held-out and test questions have different seeds, and a digest of its text assigns a question to
+    one of the three: a generator with few questions repeats itself, so seeds alone would test on
+    trained questions. Training rows may repeat a question."""
     train = draws(config, Split.train, train_rows, "data.train_rows")
     held_out = draws(config, Split.held_out, eval_rows, "data.eval_rows")
     return tuple(
@@ -177,10 +177,10 @@ def reasoning_gym_rows(
 
 
 def draws(config: ReasoningGymConfig, split: Split, count: int, key: str) -> list[Draw]:
-    """The first `count` questions of a split, each of the generators in turn.
+    """The first `count` questions of a split, from the generators in turn.
 
     Raises:
-        UserError: a generator has fewer. It names the number by its `key`.
+        UserError: a generator has fewer. The message names the count by `key`.
     """
     questions = {
         name: _questions(name, config.level, config.seed, split)
@@ -202,15 +202,15 @@ def draws(config: ReasoningGymConfig, split: Split, count: int, key: str) -> lis
 
 
 def split_of(question: str) -> Split:
-    """The split of a question: an eighth each of all texts are held out and test, and six eighths
-    train."""
+    """The split of a question: an eighth of all texts is held out, an eighth is for tests, the rest
+    for training."""
     share = hashlib.blake2b(normalized(question).encode(), digest_size=1).digest()[0] % 8
     return {0: Split.held_out, 1: Split.test}.get(share, Split.train)
 
 
 @functools.lru_cache
 def open_generator(name: str, level: int | None, seed: int) -> Any:
-    """A generator as reasoning-gym makes it, whose element i is question i."""
+    """reasoning-gym's data set for a generator: element i is question i."""
     try:
         from reasoning_gym import factory
     except ImportError:
@@ -237,7 +237,7 @@ def open_generator(name: str, level: int | None, seed: int) -> Any:
 
 
 def _questions(name: str, level: int | None, seed: int, split: Split) -> Iterator[Draw]:
-    """The questions of a split in the order of their draws. Only training repeats any."""
+    """The questions of a split in the order of their draws. Only training repeats questions."""
     seed = (seed * len(Split) + split) * DRAWS
     generator = open_generator(name, level, seed)
     seen = set()

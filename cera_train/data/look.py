@@ -1,5 +1,5 @@
-"""What a run prints about its rows, so that a person can see what the model will learn. Nothing
-here imports torch."""
+"""What a run prints about its rows, so that a user can see what the model will learn. Nothing here
+imports torch."""
 
 import itertools
 import sys
@@ -17,7 +17,7 @@ from cera_train.data.segments import columns_of, columns_read
 from cera_train.data.sources import HELD_OUT, MOST_HELD_OUT
 from cera_train.settings.data import DataConfig, Layout, Turns
 
-LOOKED_AT = 1000  # rows whose tokens are looked at one by one
+LOOKED_AT = 1000  # rows whose tokens are inspected one by one
 
 
 def print_data(
@@ -57,8 +57,8 @@ def print_data(
 
 
 def describe_layouts(config: DataConfig) -> Iterator[str]:
-    """How rows become text, and how some were held out: a line for each part of a mix whose rows
-    are read."""
+    """How rows become text, and how some were held out: one line for each part of a mix that is
+    read from files."""
     for _, part in config.parts():
         if part.is_computed:
             continue
@@ -107,7 +107,7 @@ def describe_stop(
         return " and ".join(tokenizer.decode(token) for token in sorted(tokens))
 
     whole = [row for row in range(min(len(rows), LOOKED_AT)) if not rows.truncated[row]]
-    # A window of a document that goes on fills its row.
+    # A window of a document that continues after it fills its row.
     last = [tokens_of(rows, row) for row in whole if rows.lengths[row] < max_length]
     ends = {input_ids[-1] for input_ids, loss_mask in last if loss_mask[-1]}
     if not ends:

@@ -1,5 +1,5 @@
 """Rows -> token ids and loss masks, tokenised once: written to the cache in chunks, and
-memory-mapped to read. Neither takes more memory for more rows."""
+memory-mapped to read. Memory does not grow with the number of rows."""
 
 import hashlib
 import itertools
@@ -22,9 +22,9 @@ from cera_train.data.segments import Segment, prompt_of, segmenters, segments_of
 from cera_train.data.sources import drawn_rows, interleaved, open_sources, rows_of_parts
 from cera_train.settings.data import DataConfig, Layout, LossOn
 
-CACHE_VERSION = 6  # raised when the same rows would be tokenised or written differently than before
+CACHE_VERSION = 6  # raised when a new version tokenises or stores the same rows differently
 
-ROWS_AT_ONCE = 1000  # rows in memory at a time, which the tokenizer shares out to its threads
+ROWS_AT_ONCE = 1000  # rows in memory at a time, which the tokenizer divides among its threads
 
 SCHEMA = pyarrow.schema(
     {
@@ -41,16 +41,16 @@ SCHEMA = pyarrow.schema(
 
 @dataclass
 class Example:
-    """Token ids of one row, and whether the prediction of each counts in the loss. The first is
-    never predicted."""
+    """Token ids of one row, and whether the prediction of each counts in the loss. The first token
+    is never predicted."""
 
     input_ids: list[int]
     loss_mask: list[bool]
     prompt_key: str = ""
     """A digest of the text before the first supervised token: equal prompts have equal keys."""
     has_answer: bool = True
-    """Whether a token of an answer is left, also if the loss is on all tokens. A row without one
-    is dropped."""
+    """Whether a token of an answer is left, even if the loss is on all tokens. A row without one is
+    dropped."""
     truncated: bool = False
 
     def columns(self) -> dict[str, Any]:
@@ -68,8 +68,8 @@ class TokenizedRows:
     Args:
         table: the columns of `SCHEMA` for every row that was read.
         digest: a digest of the rows, the tokenizer and the settings that change tokens.
-        numbers: the rows of the table that count, in order: a mix repeats rows and leaves some out.
-            By default every row with an answer.
+        numbers: indices of the table's rows that count, in order: a mix repeats rows and leaves
+            some out. By default every row with an answer.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class TokenizedRows:
         return len(self.numbers)
 
     def column(self, name: str) -> list:
-        """A column that has one value for each row."""
+        """A column with one value for each row."""
         return self.table[name].take(pyarrow.array(self.numbers, pyarrow.int64())).to_pylist()
 
     def tokens(self, name: str, row: int) -> pyarrow.Array:
-        """A row of a column that has one value for each token."""
+        """A row of a column with one value for each token."""
         return self.table[name][self.numbers[row]].values
 
     @property
@@ -135,15 +135,15 @@ class TokenizedData:
     shared_prompts: int = 0  # held-out rows whose prompt is also a training row's
     repeated_prompts: int = 0  # training rows whose prompt is also an earlier one's
     mix: list[str] = field(default_factory=list)
-    """A line about each part of a mix: its rows and tokens in an epoch."""
+    """One line for each part of a mix: its rows and tokens in an epoch."""
 
 
 # --- a run's rows ---------------------------------------------------------------------------------
 
 
 def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
-    """Tokenises both splits, or takes them from the cache; those of a mix part by part. A prompt in
-    both is refused unless the config allows it."""
+    """Tokenises both splits, or loads them from the cache; those of a mix part by part. A prompt in
+    both splits is refused unless the config allows it."""
     train = []
     evaluation = []
     for place, part in config.parts():
@@ -197,7 +197,7 @@ def _mix(
 def prepare_evaluation(
     config: DataConfig, tokenizer: Any, limit: int | None = None
 ) -> TokenizedRows:
-    """Only the evaluation split of `prepare_data`, or its first `limit` rows; of preferences the
+    """Only the held-out split of `prepare_data`, or its first `limit` rows; for preferences, the
     chosen answers."""
     splits = []
     for place, part in config.parts():
@@ -208,8 +208,8 @@ def prepare_evaluation(
 
 
 def _joined_evaluation(splits: list[TokenizedRows], limit: int | None = None) -> TokenizedRows:
-    """The evaluation splits of all parts as one, or its first `limit` rows. The only one with rows
-    keeps its digest: perplexities compare with those of runs on it alone."""
+    """The held-out splits of all parts as one, or its first `limit` rows. If only one part has
+    rows, its digest is kept: perplexities compare with those of runs on that part alone."""
     splits = [rows for rows in splits if rows]
     require(bool(splits), "data.eval_rows=0: no rows to evaluate on. Raise it.")
     if len(splits) == 1 and limit is None:
@@ -220,7 +220,7 @@ def _joined_evaluation(splits: list[TokenizedRows], limit: int | None = None) ->
 def _join(
     splits: Sequence[TokenizedRows], drawn: Sequence[Sequence[int]], limit: int | None = None
 ) -> TokenizedRows:
-    """The drawn rows of several splits as one, or its first `limit` rows. The tables are not
+    """The drawn rows of several splits as one split, or its first `limit` rows. The tables are not
     copied."""
     tables = [split.table for split in splits]
     starts = itertools.accumulate(map(len, tables), initial=0)
@@ -241,8 +241,8 @@ def _join(
 def _tokenize(
     source: Source, config: DataConfig, tokenizer: Any, chosen_only: bool = False
 ) -> TokenizedRows:
-    """The rows of a source, from the cache or into it; of preferences both answers, or the chosen
-    ones alone."""
+    """The rows of a source, from the cache or written to it; of preferences, both answers or only
+    the chosen ones."""
     sides = segmenters(config, tokenizer)[: 1 if chosen_only else None]
     changing = {
         key
@@ -275,7 +275,7 @@ def _tokenize(
                         "tokenising", f"{source.name}, once: it has more than {ROWS_AT_ONCE:,} rows"
                     )
                 examples = encode(segments_of(chunk, *sides), config, tokenizer)
-                if len(sides) > 1:  # a preference without one of its answers is dropped whole
+                if len(sides) > 1:  # a preference that lacks an answer is dropped as a whole
                     for chosen, rejected in zip(examples[::2], examples[1::2], strict=True):
                         chosen.has_answer = rejected.has_answer = (
                             chosen.has_answer and rejected.has_answer
@@ -306,7 +306,7 @@ def _tokenize(
 def encode(
     rows_segments: Iterable[list[Segment]], config: DataConfig, tokenizer: Any
 ) -> list[Example]:
-    """Token ids and loss masks of many rows at once; of a document longer than max_length, in
+    """Token ids and loss masks of many rows at once; a document longer than max_length becomes
     several examples."""
     end = tokenizer.eos_token_id
     if end is None:
@@ -316,7 +316,7 @@ def encode(
         raise UserError(f"model.path={tokenizer.name_or_path}: {reason}")
     is_chat = config.layout == Layout.messages
     is_document = config.layout == Layout.documents
-    start = [] if is_chat else start_ids(tokenizer)  # a chat template writes the start token
+    start = [] if is_chat else start_ids(tokenizer)  # a chat template writes the start token itself
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     rows_segments = list(rows_segments)
     pieces = [
@@ -345,7 +345,7 @@ def encode(
         is_cut = len(input_ids) > step and not is_document
         firsts = [0]
         if is_document:
-            # Without a start token, nothing is before a last token alone.
+            # Without a start token, nothing comes before a single last token.
             predicted = len(input_ids) if start else len(input_ids) - 1
             firsts = range(0, max(1, predicted), step)
         for first in firsts:
@@ -377,7 +377,7 @@ def prepare_windows(text: str, tokenizer: Any, window: int, limit: int | None) -
 
 
 def start_ids(tokenizer: Any) -> list[int]:
-    """The start token, where the tokenizer writes one before a text; else nothing."""
+    """The start token if the tokenizer writes one before a text, else nothing."""
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("").input_ids else []
 
 
@@ -399,11 +399,11 @@ def ids_of(texts: str | list[str], tokenizer: Any) -> list:
 
 def _ids_of_pieces(pieces: list[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
     """The token ids of texts, each with whether it follows another. Llama 2's tokenizer and others
-    write a space before what they take for the start of a text: after a line break they do not."""
+    add a space before what they take for the start of a text, but not after a line break."""
     texts = [text for text, _ in pieces]
     plain = ids_of(texts, tokenizer)
     [first, *_] = tokenizer.convert_ids_to_tokens(ids_of("a", tokenizer)) or [""]
-    if not first.startswith(("\u2581", "\u0120")):  # how tokens write a space
+    if not first.startswith(("\u2581", "\u0120")):  # how tokens spell a space
         return plain
     line_break = ids_of("\n", tokenizer)
     after = ids_of([f"\n{text}" for text in texts], tokenizer)

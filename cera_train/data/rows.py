@@ -1,8 +1,8 @@
-"""A row of a data set, its place and the text in its cells; and the rows of files, on this machine
-or wherever fsspec reaches: s3://..., hf://..., https://.... Nothing here imports torch.
+"""A row of a data set, its place and the text in its cells; and the rows of files, local or
+wherever fsspec reaches: s3://..., hf://..., https://.... Nothing here imports torch.
 
 The readers of `datasets` change rows: 42 beside 0.5 becomes 42.0, 2026-01-01 a date, a missing
-column null. The tokens of a row would depend on the rows around it.
+column null. The tokens of a row would then depend on the rows around it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def computed_row(question: str, answer: str) -> Row:
 
 
 def normalized(text: str) -> str:
-    """A text as it counts in a search for repeats: without case, with single spaces."""
+    """A text normalised to find repeats: lower case, single spaces."""
     return " ".join(text.casefold().split())
 
 
@@ -111,7 +111,8 @@ def kind_of(value: Any) -> str:
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 
 STORAGES = ("file", "s3", "gs", "az", "hf", "https", "http")
-"""Where files are read from. fsspec has more, such as one that renders a stranger's template."""
+"""Where files are read from. fsspec knows more protocols, such as one that renders a stranger's
+template."""
 
 
 def from_files(names: Sequence[str], setting: str, whole_text: bool = False) -> Source:
@@ -130,7 +131,7 @@ def rows_of(paths: Iterable[str], whole_text: bool = False) -> Iterator[PlacedRo
             yield from readers[suffix_of(path)](path)
         except UserError:
             raise
-        except Exception as error:  # each storage, compression and format raises its own
+        except Exception as error:  # each storage, compression and format raises its own errors
             reason = " ".join(error_text(error).split())
             raise UserError(
                 f"{path}: cannot read it: {reason}. Fix it, or write it again as UTF-8."
@@ -191,8 +192,8 @@ def _matching_files(name: str) -> list[str]:
 
 
 def _content_digest(path: str) -> str:
-    """Changes when the content does. Of a file elsewhere, its size and version as its storage
-    reports them."""
+    """A digest that changes with the content. For a remote file: its size and version, as the
+    storage reports them."""
     if "://" in path:
         import fsspec
 
@@ -267,7 +268,7 @@ def _read_parquet(path: str) -> Iterator[PlacedRow]:
 
     numbers = itertools.count(1)
     with _open(path) as file:
-        # As Python's objects, rows take many times as much memory: a thousand at a time.
+        # As Python objects, rows take many times as much memory: read a thousand at a time.
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
             for row in batch.to_pylist():
                 yield f"{path}, row {next(numbers)}", row

@@ -34,14 +34,15 @@ def answered(prompt: str, answer: str, supervised: bool = True) -> list[Segment]
 
 
 def prompt_of(segments: list[Segment]) -> str:
-    """The text before the first supervised answer; of a document, which has none, its own."""
+    """The text before the first supervised answer; for a document, which has no answer, its whole
+    text."""
     before = itertools.takewhile(lambda segment: not segment.supervised, segments)
     return "".join(segment.text for segment in before) or segments[0].text
 
 
 def segments_of(rows: Iterable[PlacedRow], *segmenters: Segmenter) -> Iterator[list[Segment]]:
-    """The segments of each row, of a preference those of its two answers; an error starts with the
-    place."""
+    """The segments of each row; of a preference, those of both answers. An error starts with the
+    row's place."""
     for place, row in rows:
         with errors_at(place):
             answers = [to_segments(row) for to_segments in segmenters]
@@ -63,13 +64,13 @@ def check_preference(chosen: list[Segment], rejected: list[Segment]) -> None:
 
 
 def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
-    """The first of `segmenters`: of preferences that of the chosen answers."""
+    """The first of `segmenters`: for preferences, that of the chosen answers."""
     return segmenters(config, tokenizer)[0]
 
 
 def segmenters(config: DataConfig, tokenizer: Any) -> list[Segmenter]:
-    """The function from a row to its segments; of preferences two, for the chosen and the rejected
-    answer. Without a tokenizer, chats lack the marks of a chat template."""
+    """The function from a row to its segments; for preferences two, for the chosen and the rejected
+    answer. Without a tokenizer, chats lack chat markup."""
     match config.layout:
         case Layout.instruction:
             return [instruction]
@@ -135,7 +136,7 @@ def templates(prompt: str, completion: str, setting: str = "data.completion") ->
 
 
 def instruction(row: Row) -> list[Segment]:
-    """Layout `instruction`: Alpaca's columns, of which `input` may be empty or missing."""
+    """Layout `instruction`: Alpaca's columns; `input` may be empty or missing."""
     asked = text_of(row, "instruction")
     context = as_text(row.get("input"), "column 'input'")
     answer = text_of(row, "output")
@@ -144,7 +145,7 @@ def instruction(row: Row) -> list[Segment]:
 
 
 def columns_read(config: DataConfig) -> tuple[list[str], list[str]]:
-    """The columns of a question and those of an answer, of a layout without turns."""
+    """The columns of the question and those of the answer, for a layout without turns."""
     if config.layout == Layout.instruction:
         return ["instruction"], ["output"]
     prompt, completion = templates_of(config)
@@ -153,7 +154,7 @@ def columns_read(config: DataConfig) -> tuple[list[str], list[str]]:
 
 
 def columns_of(template: str, setting: str = "template") -> list[str]:
-    """The columns that the template of a setting names. One that does more is refused: `{a.b}`,
+    """The columns that a setting's template names. A template that does more is refused: `{a.b}`,
     `{a[0]}`, `{a:>9}`."""
     try:
         fields = [field for field in string.Formatter().parse(template) if field[1] is not None]

@@ -40,7 +40,7 @@ from cera_train.settings.data import DataConfig, Layout, Turns, as_list
 from cera_train.settings.evaluation import TaskConfig
 
 FIRST_ROWS = 200
-"""Rows of a file by which its layout is decided and its mistakes are found before a run starts."""
+"""Rows of a file that decide its layout and are checked for mistakes before a run starts."""
 
 BY_COLUMNS: dict[tuple[str, ...], dict[str, Any]] = {
     ("messages",): {"layout": Layout.messages},
@@ -54,14 +54,14 @@ BY_COLUMNS: dict[tuple[str, ...], dict[str, Any]] = {
     ("question", "answer"): {"layout": Layout.text, "prompt": PROMPT, "completion": " {answer}"},
     ("text",): {"layout": Layout.documents},
 }
-"""Columns, and how `data.layout=auto` reads them. `text` counts where no other does: rows like
+"""Columns, and how `data.layout=auto` reads them. `text` counts only if no other does: rows like
 Alpaca's have both."""
 
 
 def decide_layouts(config: DataConfig) -> DataConfig:
-    """A config with the layout and the templates that fit the columns in place of
-    `data.layout=auto`, in each part of a mix. A config without `auto` is returned as it is, and no
-    file is opened. If files are missing the layout stays auto: the code that reads them raises.
+    """The config with `data.layout=auto` replaced, in each part of a mix, by the layout and
+    templates that fit the columns. Without `auto` the config is returned unchanged, and no file is
+    opened. If files are missing the layout stays auto: the code that reads them raises.
 
     Raises:
         UserError: the columns of the first rows fit no layout, or several.
@@ -89,8 +89,7 @@ def decide_layouts(config: DataConfig) -> DataConfig:
 
 
 def _layout_of(config: DataConfig) -> dict[str, Any]:
-    """The settings by which the rows of the training files are read; none if files are
-    missing."""
+    """The settings by which the rows of the training files are read; none if files are missing."""
     try:
         paths = check_files(config.train_files, "data.train_files")
     except UserError:
@@ -129,7 +128,7 @@ def _layout_of(config: DataConfig) -> dict[str, Any]:
 
 def _layout_of_preferences(row: Row, rejected: str) -> dict[str, Any]:
     """How a preference is read, whatever other columns it has: its answers are texts, or lists of
-    messages. Empty for another row. `rejected` is the column of the rejected answer."""
+    messages. Empty for any other row. `rejected` is the column of the rejected answer."""
     if rejected not in row:
         return {}
     if isinstance(row.get("chosen"), str):
@@ -141,8 +140,8 @@ def _layout_of_preferences(row: Row, rejected: str) -> dict[str, Any]:
 
 
 def first_rows(path: str) -> list[PlacedRow]:
-    """The first rows of a file, read once unless the file changes: a command decides the layout by
-    them and checks them, in a sweep for every job."""
+    """The first rows of a file, read once unless the file changes: a command uses them to decide
+    the layout and checks them, for every job of a sweep."""
     version = None
     if "://" not in path:
         status = os.stat(path)
@@ -204,8 +203,7 @@ def answered_rows(
     config: DataConfig, tokenizer: Any
 ) -> Iterator[tuple[DataConfig, list[Segment], Segment]]:
     """The held-out rows that ask something: the part of the mix, the segments before the first
-    supervised answer, and that answer. Without a tokenizer, chats lack the marks of a chat
-    template."""
+    supervised answer, and that answer. Without a tokenizer, chats lack chat markup."""
     for _, part in config.parts():
         for segments in segments_of(open_sources(part)[1].located(), segmenter(part, tokenizer)):
             prompt = list(itertools.takewhile(lambda segment: not segment.supervised, segments))
@@ -216,8 +214,8 @@ def answered_rows(
 def _split(
     source: Source, held_out: Callable[[], Container[int]], *names: str
 ) -> tuple[Source, Source]:
-    """The rows that train, and those whose numbers `held_out` gives; `names` tell the two apart in
-    fingerprints."""
+    """The rows that train, and the rows whose indices are in `held_out`; `names` distinguish the
+    two in fingerprints."""
     numbers = functools.cache(held_out)
 
     def rows(evaluate: bool) -> Iterator[PlacedRow]:
@@ -237,15 +235,15 @@ def last_rows(count: int, source: Source) -> range:
     return range(total - count, total)
 
 
-# share of the rows that evaluate by default, and the most of them
+# share of the rows that is held out by default, and the most rows
 HELD_OUT = 0.05
 MOST_HELD_OUT = 500
 
 
 def rows_by_prompt(config: DataConfig, source: Source) -> set[int]:
-    """The numbers of the rows that evaluate by default: all rows of some prompts, chosen by their
-    digests, with `HELD_OUT` of the rows or one prompt at least. A row without an answer stays with
-    those that train, to be dropped.
+    """The indices of the rows held out by default: all rows of some prompts, chosen by digest, with
+    `HELD_OUT` of the rows or at least one prompt. A row without an answer stays in training, where
+    it is dropped.
 
     Raises:
         UserError: no prompt would be left to train on.
@@ -271,8 +269,8 @@ def rows_by_prompt(config: DataConfig, source: Source) -> set[int]:
 
 
 def from_hub(config: DataConfig | TaskConfig, setting: str, streaming: bool = False) -> Source:
-    """The split that a setting names, such as data.train_split, of a data set on the Hub, or of a
-    folder in the same form. Streaming downloads rows as they are read. Raises UserError if it
+    """The split that a setting names, such as data.train_split, from a data set on the Hub or in a
+    folder of the same form. Streaming downloads rows as they are read. Raises UserError if it
     cannot be loaded."""
     import datasets
 
@@ -287,7 +285,7 @@ def from_hub(config: DataConfig | TaskConfig, setting: str, streaming: bool = Fa
         with hub_or_cache(needs_hub=not os.path.isdir(path)):
             if streaming:
                 builder = datasets.load_dataset_builder(path, subset, revision=revision)
-                # its name has the commit
+                # the name includes the commit
                 dataset = builder.as_streaming_dataset(split)
                 fingerprint = builder.cache_dir
             else:
@@ -317,18 +315,17 @@ def from_hub(config: DataConfig | TaskConfig, setting: str, streaming: bool = Fa
 def rows_of_parts(
     available: Sequence[int], weights: Sequence[float | None], total: int | None
 ) -> list[int]:
-    """How many rows of each part an epoch has: its weight's share, by largest remainder.
+    """How many rows of each part an epoch has: the share of its weight, by largest remainder.
 
     Args:
         available: rows that each part has.
-        weights: of each part, in any unit; or None for all, and every part gives the rows that it
-            has.
-        total: rows of the epoch; by default as many as repeat no part.
+        weights: of each part, in any unit; or None for all: every part gives all its rows.
+        total: rows of the epoch; by default as many as possible without repeating a part.
     """
     if None in weights:
         weights = available
         total = min(total or sum(available), sum(available))
-    exact = [Fraction(str(weight)) for weight in weights]  # 0.7 counts as seven tenths
+    exact = [Fraction(str(weight)) for weight in weights]  # 0.7 is seven tenths
     shares = [weight / sum(exact) for weight in exact]
     if total is None:
         total = min(
@@ -350,7 +347,7 @@ def drawn_rows(available: int, count: int, seed: str) -> list[int]:
 
 
 def interleaved(parts: Sequence[Sequence[int]]) -> list[int]:
-    """The rows of all parts as one list, over which each part is spread evenly: its first rows
+    """The rows of all parts as one list in which each part is spread evenly: its first rows
     represent all parts."""
     places = (
         ((place + 0.5) / len(rows), part, row)

@@ -38,7 +38,7 @@ class Sequences:
         return self._starts
 
 
-@torch.compiler.disable  # otherwise every longest length would need another graph
+@torch.compiler.disable  # otherwise sequences of other lengths would need another graph
 def attend_by_sequence(
     module: nn.Module,
     query: Tensor,

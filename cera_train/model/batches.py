@@ -195,8 +195,8 @@ class MicroBatches:
         counts in the loss.
 
         A process without rows runs one that does not count, since the others wait for its gradient.
-        `in_step`, all processes run the same number, since sharded weights are gathered by all at
-        once.
+        With `in_step`, all processes run the same number, since they gather sharded weights
+        together.
         """
         process_rows = shares(rows, self.lengths, processes)
         groups = self.groups(process_rows[process])

@@ -1,4 +1,4 @@
-"""What a run is made of: its rows, its model, and what evaluates it. Nothing here writes a file."""
+"""The parts of a run: its rows, its model, and its evaluation. Nothing here writes a file."""
 
 from __future__ import annotations
 
@@ -51,11 +51,12 @@ class Data:
 
 
 def build_data(config: Config) -> Data:
-    """Reads and tokenises the rows, before a process group and its time limit exist."""
+    """Reads and tokenises the rows, before there is a process group with its time limit."""
     tokenizer = load_tokenizer(config.model)
     check_length(config.model, config.data.max_length, "data.max_length")
     rows = prepare_data(config.data, tokenizer)
-    if config.train.objective == ObjectiveKind.grpo:  # part of a right answer would be another one
+    # A part of a right answer would be another answer.
+    if config.train.objective == ObjectiveKind.grpo:
         rows.train = rows.train.uncut()
     together = config.data.sequences
     order = RowOrder(
@@ -94,7 +95,7 @@ class Model:
 
 
 def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Model, Progress]:
-    """Joins the processes, loads the base and puts a fresh adapter on it, or that of a checkpoint.
+    """Joins the processes, loads the base and adds a fresh adapter, or that of a checkpoint.
 
     Args:
         checkpoint: as process 0 found it; None for a new run.
@@ -149,8 +150,8 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
 
 
 def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -> None:
-    """Loads the weights that `adapter.start_from` names into a fresh adapter. Raises UserError
-    if they are not those of the digest, or were trained on another base."""
+    """Loads the weights that `adapter.start_from` names into a fresh adapter. Raises UserError if
+    their digest differs, or if they were trained on another base."""
     place = f"adapter.start_from={config.start_from}"
     folder = find_start(config)
     if (digest := digest_of(folder)) != config.start_digest:

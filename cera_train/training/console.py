@@ -1,4 +1,4 @@
-"""What a run prints at its start and its end. Progress between them is a line of `runs.results`."""
+"""What a run prints at its start and its end. `runs.results` formats the progress between them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def print_model(config: ModelConfig, model: Model) -> None:
 
 
 def print_adapter(config: AdapterConfig, model: Model, is_new: bool) -> None:
-    """The adapter and the projections and experts that it is on, or that all-linear leaves out."""
+    """The adapter, the projections and experts that it adapts, and those that all-linear leaves
+    out."""
     adapted = model.adapted
     print_line("adapter", f"{describe_adapter(config)}: {model.trainable_count:,} trainable")
     if config.start_from is not None and is_new:
@@ -145,7 +146,7 @@ def describe_speed(language_model: LanguageModel, why_not_compiled: str) -> str:
 
 
 def print_result(result: RunResult, config: Config) -> None:
-    """The figures at the end, and commands for the run's folder."""
+    """The final figures, and commands for the run's folder."""
     rank = describe_rank(result.spectrum)
     folder = Path(result.folder)
     first = read_metrics(folder / METRICS).evaluations[0]
@@ -170,7 +171,7 @@ def print_result(result: RunResult, config: Config) -> None:
 
 
 def describe_sample(path: Path) -> dict[str, str]:
-    """The first question of samples.jsonl, with its first and its last answer; empty without such a
+    """The first question of samples.jsonl, with its first and its last answer; empty without the
     file."""
     samples = read_lines(path, Sample) if path.is_file() else []
     same = [

@@ -16,7 +16,7 @@ from cera_train.training.resolve import Resolved
 
 @dataclass(frozen=True)
 class Log:
-    """Every process has one; only the main one's writes and prints."""
+    """Every process has one; only that of the main process writes and prints."""
 
     folder: RunFolder
     tracker: Tracker

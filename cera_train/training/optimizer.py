@@ -25,7 +25,8 @@ def build_optimizer(
     """The optimizer of a config. Raises UserError if it cannot run on this device.
 
     Args:
-        parameters: what it updates; or groups, in which `lr_ratio` multiplies the learning rate.
+        parameters: the parameters, or groups of them with an `lr_ratio` that multiplies the
+            learning rate.
     """
     kind = OPTIMIZERS[config.kind]
     if kind.needs_gpu and device.type != "cuda":
@@ -53,11 +54,11 @@ def auto_rate(
 
     Tinker fitted 5e-4, and p = 0.0775 for Qwen and 0.781 for Llama and others, to sweeps with alpha
     = 32 (https://tinker-docs.thinkingmachines.ai/supervised-learning/sl-hyperparams). Short runs
-    want more: 1.5 times by https://thinkingmachines.ai/blog/lora, twice in those of 16 to 80
+    need more: 1.5 times by https://thinkingmachines.ai/blog/lora, twice in the runs of 16 to 80
     updates of conf/study/auto_rate.yaml and fair_scale.yaml, where 1.5 costs less than 1 % of the
     loss. The factors: 2 for CeRA and its control, whose branches start at half of LoRA's scale, as
-    auto_rate.yaml found; by argument 1/10 for full fine-tuning, Tinker's too, and dense, 1 for
-    LoRA's kin, and 1/10 for DPO and GRPO, which start from a model that answers.
+    auto_rate.yaml found; not measured: 1/10 for full fine-tuning, as Tinker has it, and for dense,
+    1 for LoRA's kin, and 1/10 for DPO and GRPO, which start from a model that answers.
     """
     config = load_config(model).get_text_config()
     hidden_size = getattr(config, "hidden_size", None)
@@ -81,7 +82,7 @@ def auto_rate(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives every group of parameters its learning rate, in ratio to `lr`."""
+    """Sets the learning rate of every parameter group, in ratio to `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)  # bare parameters have no ratio
 

@@ -1,5 +1,5 @@
-"""Every setting that `auto` leaves open, decided once before anything is loaded: as in the run that
-the folder holds, else by this machine, the model and the rows."""
+"""Decides every setting that `auto` leaves open, once, before anything is loaded: as in the run
+that the folder holds, else by this machine, the model and the rows."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config without `auto`, and why three of its settings are what they are."""
+    """A config without `auto`, and the reasons for three of its settings."""
 
     config: Config
     dtype: Choice[Dtype]
@@ -39,7 +39,7 @@ def resolve(config: Config, folder: Path) -> Resolved:
     """Decides every `auto` of a config. Raises UserError if a setting cannot work here.
 
     Args:
-        folder: of the run; it may hold a part of it.
+        folder: of the run; it may hold an unfinished run.
     """
     adapters.check(config.adapter)
     config = replace(config, data=decide_layouts(config.data))
@@ -74,7 +74,7 @@ def starts_anew(config: Config, folder: Path) -> bool:
 
 
 def as_begun(wanted: T, begun: T, auto: object, folder: Path) -> Choice[T] | None:
-    """The value that the run in the folder took, where `auto` asks for one and it has one."""
+    """For a setting left at `auto`, the value that the run in the folder recorded, if any."""
     return Choice(begun, f"as {folder} was begun") if wanted == auto != begun else None
 
 
@@ -98,8 +98,8 @@ def choose_compile(config: Config) -> Choice[bool]:
 
 
 def with_start_digest(adapter: AdapterConfig, begun: AdapterConfig) -> AdapterConfig:
-    """The adapter's settings with the digest of the weights that `adapter.start_from` names. That
-    of a resumed run is the recorded one: the weights may be gone."""
+    """The adapter's settings with the digest of the weights that `adapter.start_from` names. A
+    resumed run keeps the recorded digest: the weights may be gone."""
     if adapter.start_from is None:
         return adapter
     recorded = begun.start_digest if adapter.start_from == begun.start_from else None
@@ -107,8 +107,8 @@ def with_start_digest(adapter: AdapterConfig, begun: AdapterConfig) -> AdapterCo
 
 
 def with_known_layouts(data: DataConfig, begun: DataConfig) -> DataConfig:
-    """The data's settings with the layouts of the run that was begun, where files that are gone, as
-    those of a finished run may be, leave their layout undecided."""
+    """The data's settings with layouts taken from the run in the folder if missing files, such as
+    those of a finished run, leave a layout undecided."""
     is_undecided = any(part.layout == Layout.auto for _, part in data.parts())
     files = [part.train_files for _, part in data.parts()]
     begun_files = [part.train_files for _, part in begun.parts()]

@@ -14,11 +14,11 @@ class Timetable:
     eval_every: int | None
     save_every: int | None
     patience: int | None
-    """Evaluations without a lower perplexity that end the run."""
+    """The number of evaluations without a lower perplexity that ends the run."""
 
     @classmethod
     def of(cls, config: Config, updates: int) -> Timetable:
-        # Rewards rise if the perplexity of the rows' answers does not fall.
+        # Rewards can rise while the perplexity of the rows' answers does not fall.
         patience = None if config.work.answers else config.train.patience
         return cls(updates, config.train.eval_every, config.train.save_every, patience)
 
@@ -27,7 +27,7 @@ class Timetable:
         return self.ends_after(progress, progress.evaluations_since_best)
 
     def ends_after(self, progress: Progress, evaluations_since_best: int) -> bool:
-        """Whether the last update is done, or so many evaluations brought no lower perplexity."""
+        """Whether the last update is done, or patience has run out."""
         is_out = self.patience is not None and evaluations_since_best >= self.patience
         return progress.update >= self.updates or is_out
 

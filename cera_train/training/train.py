@@ -1,5 +1,5 @@
 """A training run, top to bottom: decide every `auto`, open the folder, build the rows, the model
-and what evaluates it; then update, evaluate, save; then leave what the next command needs."""
+and its evaluation; then update, evaluate, save; then write what the next command needs."""
 
 import contextlib
 import json
@@ -71,7 +71,7 @@ def launch(config: Config) -> dict[str, Any]:
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Fine-tunes an adapter by the config, or resumes where an earlier call was cut.
+    """Fine-tunes an adapter by the config, or resumes where an earlier call stopped.
 
     Returns:
         The content of result.json: `eval/perplexity`, `perplexity_before`,
@@ -88,7 +88,7 @@ def train(config: Config) -> dict[str, Any]:
     resolved = resolve(config, path)
     config = resolved.config
     with contextlib.ExitStack() as stack:
-        # The folder: what it holds decides whether there is anything to do.
+        # The folder's contents decide whether there is anything to do.
         opened = RunFolder.open(path, to_plain(config), is_main_process())
         folder = stack.enter_context(opened)
         if folder.is_main:
@@ -120,7 +120,7 @@ def train(config: Config) -> dict[str, Any]:
             is_last = progress.update == data.updates
             progress.evaluation_pending = timetable.evaluates(progress.update)
             if signal is not None and not is_last:
-                # Without the evaluation: the sender may not wait for it.
+                # No evaluation: the sender may not wait for it.
                 stop(signal, model, progress, log, config.train)
             if progress.evaluation_pending:
                 with saved_before_errors(model, progress, folder, config.train):
@@ -138,8 +138,8 @@ def build(
     """The parts of a run whose `auto` settings are decided.
 
     Args:
-        folder: of the run; only DPO writes into it, its reference.
-        checkpoint: to go on from; None for a new run.
+        folder: of the run; only DPO writes into it, for its reference.
+        checkpoint: to resume from; None for a new run.
     """
     data = build_data(config)
     model, progress = build_model(config, data, checkpoint)
@@ -160,11 +160,11 @@ def update(
     log: Log,
     interruption: Interruption,
 ) -> int | None:
-    """An update on `train.batch_size` rows: one step of the optimizer, or more where the objective
+    """An update on `train.batch_size` rows: one step of the optimizer, or more if the objective
     takes several.
 
     Returns:
-        The signal that one of the processes received meanwhile: all of them stop after the same
+        A signal that one of the processes received meanwhile: all of them stop after the same
         update.
     """
     started = time.perf_counter()
@@ -223,7 +223,7 @@ def backward(model: Model, objective: Objective, drawn: Drawn) -> torch.Tensor:
     total = torch.zeros((), device=accelerator.device)
     micro_batches = drawn.batches.of_process(accelerator, drawn.sequences)
     for number, (group, counts) in enumerate(micro_batches, start=1):
-        is_last = number == len(micro_batches)  # it reduces the gradients over the processes
+        is_last = number == len(micro_batches)  # this reduces the gradients over the processes
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model.wrapped):
             log_p = -model.wrapped(drawn.batches.load(group))
             if counts:
@@ -269,8 +269,7 @@ def raise_diverged(update: int, sequences: list[int], folder: RunFolder) -> None
 
 
 def prove_coverage(config: TrainConfig, data: Data, model: Model, progress: Progress) -> None:
-    """Runs one forward and backward pass over a short row for each process, and leaves no trace of
-    it.
+    """Runs one forward and backward pass over a short row for each process, without side effects.
 
     Raises:
         UserError: an adapter did not run, or the loss does not depend on it.
@@ -308,7 +307,7 @@ def evaluate(
 ) -> Spectra:
     """Logs the loss on the held-out rows, the spectra of the adapter and the accuracy on the tasks
     that are due. Keeps the adapter if it is the best so far. Before the first update and after the
-    last, also writes each token's loss, which studies compare.
+    last, also writes the loss of every token, which studies compare.
 
     Returns:
         The spectra, by the name of the projection.
@@ -318,7 +317,7 @@ def evaluate(
     spectra = evaluation.held_out.spectra()
     loss = losses.mean
     is_last = timetable.ends_after(progress, progress.since_best(perplexity(loss)))
-    # Before anything is counted: a server may be away.
+    # First, before anything is counted: a server may be unreachable.
     exams = evaluation.exams.take(progress.update, is_last)
     keep_answers(exams, is_last, progress.update, log)
 
@@ -346,7 +345,7 @@ def evaluate(
 
 
 def keep_answers(exams: ExamResults, is_last: bool, update: int, log: Log) -> None:
-    """Keeps samples, and the grades after the last update, in the run's folder and the tracker."""
+    """Writes samples, and the grades after the last update, to the run's folder and the tracker."""
     if log.folder.is_main:
         if is_last:
             for name, problems in exams.graded.items():
@@ -361,7 +360,7 @@ def keep_answers(exams: ExamResults, is_last: bool, update: int, log: Log) -> No
 
 
 def save(model: Model, progress: Progress, folder: RunFolder, config: TrainConfig) -> None:
-    """A checkpoint of this update."""
+    """Saves a checkpoint of this update."""
     scaler = model.accelerator.scaler
     folder.save_checkpoint(model.adapted, model.optimizer, progress, config.keep, scaler)
 
@@ -370,7 +369,7 @@ def save(model: Model, progress: Progress, folder: RunFolder, config: TrainConfi
 def saved_before_errors(
     model: Model, progress: Progress, folder: RunFolder, config: TrainConfig
 ) -> Iterator[None]:
-    """Saves the updates so far where a UserError ends the run, such as a failing reward or an
+    """Saves the updates so far when a UserError ends the run, such as a failing reward or an
     unreachable server."""
     try:
         yield
@@ -390,7 +389,7 @@ def stop(signal: int, model: Model, progress: Progress, log: Log, config: TrainC
         saved = f"after update {progress.update}, saved"
         print_line("stopped", f"{saved}. The {command} resumes it.")
     log.tracker.finish()
-    model.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
+    model.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
     raise Interrupted(signal)
 
 
@@ -422,10 +421,10 @@ def finish(
     )
     folder.save_final(model.adapted, data.tokenizer)
     if folder.is_main:
-        if spectra:  # a method may have none
+        if spectra:  # a method may have no spectra
             write_spectrum(folder.path / SPECTRUM, spectra)
         write_card(folder.path, result)
-        result.write(folder.path / "result.json")  # the last file: from here the run is finished
+        result.write(folder.path / "result.json")  # the last file: it marks the run as finished
         console.print_result(result, config)
     model.accelerator.wait_for_everyone()  # a study looks for result.json in every process
     return result.to_json()

@@ -3,9 +3,9 @@
     loss = -log sigmoid(beta margin),    margin = log p / p_ref (chosen) - log p / p_ref (rejected)
 
 The two answers of a pair may lie in different micro-batches and processes. So a pass without
-gradients first takes log p of every answer of an update; the derivative of the loss by it is the
-weight of that answer's gradient in the passes that follow. On the held-out pairs exp of the loss is
-the perplexity of the choice: 2 for a coin's.
+gradients first computes log p of every answer of an update; the derivative of the loss with respect
+to it weights that answer's gradient in the passes that follow. On the held-out pairs, exp of the
+loss is the perplexity of the choice: 2 for a coin flip.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from cera_train.training.build import Data, Model
 from cera_train.training.objectives.objective import Drawn
 
 REFERENCE = "reference.safetensors"
-"""Log p of every answer under the reference: in the cache, and in the run's folder, which resumes
-without the cache."""
+"""File with log p of every answer under the reference: in the cache, and in the run's folder, so
+that the run resumes without the cache."""
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -71,14 +71,14 @@ def dpo_loss(log_p: Tensor, reference: Tensor, tokens: Tensor, config: DpoConfig
 
 
 def preference_figures(gains: Tensor, beta: float, prefix: str) -> dict[str, float]:
-    """The figures of pairs by their usual names."""
+    """The metrics of pairs by their usual names."""
     chosen, rejected = (beta * gains.detach()).T
     rewards = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected}
     return {f"{prefix}/rewards/{name}": float(values.mean()) for name, values in rewards.items()}
 
 
 def accuracy(gains: Tensor) -> float:
-    """The share of pairs whose chosen answer gained more."""
+    """The share of pairs in which the chosen answer gained more."""
     return (gains[:, 0] > gains[:, 1]).float().mean().item()
 
 
@@ -92,10 +92,10 @@ def answer_log_p(losses: TokenLosses) -> Tensor:
 
 @dataclass
 class Pairs(Drawn):
-    """Pairs of answers: sequences 2 i and 2 i + 1 of the rows are one."""
+    """Pairs of answers: sequences 2 i and 2 i + 1 form a pair."""
 
     answer_weights: dict[int, float] = field(default_factory=dict)
-    """The derivative of the loss by log p of each answer."""
+    """The derivative of the loss with respect to log p of each answer."""
     share: float = 0.0
     """Each answer's part of the loss."""
 
@@ -121,8 +121,8 @@ class Dpo:
         self.language_model = model.language_model
         self.accelerator = model.accelerator
         self.batches = model.micro_batches(data.rows.train)
-        # The base with the adapter off, which runs of other adapters share; or the adapter as the
-        # run starts.
+        # The base with the adapter off, a reference shared with runs of other adapters; or the
+        # adapter at the start of the run.
         starts_at_base = config.adapter.start_from is None
         wants_base = starts_at_base or self.config.reference == Reference.base
         is_base = wants_base and keeps_base(model.adapted)
@@ -157,7 +157,7 @@ class Dpo:
         weights = torch.tensor([drawn.answer_weights[sequence] for sequence in group])
         tokens = torch.tensor([drawn.batches.supervised[sequence] for sequence in group])
         total = (weights.repeat_interleave(tokens).to(log_p.device) * log_p).sum()
-        # Its gradient is that of the pairs' loss; its value becomes this loss, too.
+        # Its gradient is that of the pairs' loss; its value becomes that loss too.
         part = total - total.detach() + len(group) * drawn.share
         return self.accelerator.num_processes * part, {}
 
@@ -172,8 +172,8 @@ class Dpo:
     def _find_reference(
         self, splits: dict[str, MicroBatches], digest: str, is_base: bool, kept: Path, resumes: bool
     ) -> dict[str, numpy.ndarray]:
-        """[answers] log p of the answers of each split, float64: the run's copy if it resumes;
-        else from the cache, or taken for it."""
+        """[answers] log p of the answers of each split, float64: the run's copy if it resumes; else
+        from the cache, or computed and cached."""
         name = f"reference/{digest}"
         cached = cache_dir() / name
         is_main = self.accelerator.is_main_process

@@ -6,8 +6,8 @@ times, and learns from how an answer's reward differs from those of its group:
     A = (reward - mean) / (deviation + 1e-4),    ratio = p / p when sampled
     KL = e^x - x - 1 with x = log p_base / p
 
-An update trains on answers of the model as it is: a ratio is 1 in the first of its `grpo.epochs`
-passes. Random numbers follow from the seed and the update: a run that was cut samples the same
+An update trains on answers of the current model: a ratio is 1 in the first of its `grpo.epochs`
+passes. Random numbers follow from the seed and the update: an interrupted run samples the same
 answers again.
 """
 
@@ -46,13 +46,14 @@ from cera_train.settings.training import GrpoConfig
 from cera_train.training.build import Data, Model
 from cera_train.training.objectives.objective import Drawn
 
-Reward = Callable[[str, str, str], float]  # takes a prompt, an answer to it, and the row's answer
+# Arguments: a prompt, an answer to it, and the row's answer.
+Reward = Callable[[str, str, str], float]
 
 MOST_WEIGHT = 2.0
 """Upper bound of a sampled token's importance weight, p here / p on the server: truncated, as in
 TRL."""
 
-PATIENCE = 100  # groups that all lack a difference in reward, after which a run is given up
+PATIENCE = 100  # groups without any difference in reward after which a run is given up
 
 MISMATCH = "train/sampling/log_p_difference"
 KL = "train/kl"
@@ -78,13 +79,14 @@ def grpo_loss(
     reference: Tensor | None = None,
     sampled: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss summed over sampled tokens, and figures summed likewise. All arguments are [N].
+    """The loss and further figures, summed over sampled tokens. All arguments are [N].
 
     Args:
-        log_p_before: log p of the first pass, when the answers were new.
-        advantages: of the answer of each token.
-        reference: log p under the base; without it there is no KL term.
-        sampled: log p by the server that sampled. Its tokens are weighted by p here / p there.
+        log_p_before: log p in the first pass, before any step on these answers.
+        advantages: the advantage of each token's answer.
+        reference: log p under the base; None: no KL term.
+        sampled: log p on the server that sampled the tokens, which are weighted by p here / p
+            there.
     """
     ratios = (log_p - log_p_before).exp()
     clipped = ratios.clamp(1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon))
@@ -116,7 +118,7 @@ class Prompt(NamedTuple):
 
 @dataclass
 class Rollout(Drawn):
-    """Sampled answers: a sequence each, its prompt before it."""
+    """Sampled answers: one sequence each, after its prompt."""
 
     advantages: Tensor | None = None
     """[sequences]."""
@@ -125,21 +127,21 @@ class Rollout(Drawn):
     token_weight: Tensor | None = None
     """processes / sampled tokens: the processes average their gradients."""
     sampled: list[list[float]] | None = None
-    """log p of each answer's tokens by the server that sampled."""
+    """log p of each answer's tokens on the server that sampled them."""
     reference: list[Tensor] | None = None
     """log p of each answer's tokens under the base."""
     log_p_before: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     """log p in the first pass, by micro-batch."""
 
     def of_group(self, values: Sequence, group: Sequence[int], device: torch.device) -> Tensor:
-        """[N] values of the tokens of a micro-batch, from those of each sequence."""
+        """[N] values of the tokens of a micro-batch, from values of each sequence."""
         return torch.cat([torch.as_tensor(values[number]) for number in group]).to(device)
 
 
 class Grpo:
     """
     Args:
-        folder: its samples.jsonl keeps answers to look at.
+        folder: its samples.jsonl keeps answers for inspection.
         progress: its update seeds the answers; it records whether any reward differed.
     """
 
@@ -190,7 +192,7 @@ class Grpo:
         rewards: Tensor,
         config: GrpoConfig,
     ) -> Rollout:
-        """What `loss` needs of sampled answers."""
+        """What `loss` needs to know about sampled answers."""
         accelerator = self.model.accelerator
         advantages = group_advantages(rewards, config.scale).flatten()
         examples = [
@@ -205,7 +207,7 @@ class Grpo:
         lengths = torch.tensor(sampled.supervised)
         rollout = Rollout(
             batches,
-            # An answer without advantage has no gradient, unless KL gives it one.
+            # An answer with zero advantage has no gradient, unless KL gives it one.
             advantages.nonzero().flatten().tolist() or [0],
             passes=config.epochs,
             figures=answer_figures(rewards, lengths.float(), config.max_new_tokens),
@@ -256,7 +258,7 @@ class Grpo:
         ids = self.rows.tokens("input_ids", row).to_pylist()
         supervised = self.rows.tokens("loss_mask", row).to_pylist()
         start = supervised.index(True)
-        end = [*supervised, False].index(False, start)  # of a chat's first answer
+        end = [*supervised, False].index(False, start)  # of the chat's first answer
         text = self.tokenizer.decode(ids[:start], skip_special_tokens=True)
         right = self.tokenizer.decode(ids[start:end], skip_special_tokens=True)
         return Prompt(tuple(ids[:start]), text, right)
@@ -274,8 +276,8 @@ class Grpo:
         return [answers[first : first + size] for first in range(0, len(answers), size)]
 
     def _reward(self, prompts: list[Prompt], groups: list[list[Answer]]) -> Tensor:
-        """[prompts, answers]: the sums of an answer's rewards, taken once for all processes: a
-        judge may say otherwise when asked again."""
+        """[prompts, answers] the sum of each answer's rewards, computed once for all processes: a
+        judge may answer differently when asked again."""
         rewards = None
         if self.model.accelerator.is_main_process:
             rewards = [
@@ -376,7 +378,7 @@ def import_reward(path: str) -> Reward:
     place = f"grpo.rewards=[{path}]"
     try:
         function = pkgutil.resolve_name(path)
-    except Exception as error:  # of the user's module, or of its name
+    except Exception as error:  # an error of the user's module, or in its name
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
             f"{place} cannot be imported: {reason}. Write module.function, and mind PYTHONPATH."
@@ -385,7 +387,7 @@ def import_reward(path: str) -> Reward:
     def reward(prompt: str, answer: str, right: str) -> float:
         try:
             value = float(function(prompt, answer, right))
-        except Exception as error:  # it is the user's
+        except Exception as error:  # the user's code can raise anything
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{place} fails for the answer {answer[:60]!r}: {reason}.") from error
         require(

@@ -1,5 +1,5 @@
-"""What an objective is: which sequences an update draws, what their loss is, and what counts on the
-held-out rows. And the simplest one, supervised fine-tuning."""
+"""What an objective is: which sequences an update draws, what their loss is, and the held-out
+metric. Also the simplest objective, supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from cera_train.runs.results import TokenLosses
 
 @dataclass
 class Drawn:
-    """What an update runs through the model. Objectives add what their loss needs."""
+    """The sequences that an update runs through the model. Objectives add what their loss needs."""
 
     batches: MicroBatches
     sequences: list[int]
-    """Numbers of the sequences of `batches`."""
+    """Indices of the sequences in `batches`."""
     passes: int = 1
     """Steps of the optimizer on these sequences."""
     figures: dict[str, float] = field(default_factory=dict)
     """For metrics.jsonl."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Further figures, scalars that start at 0: each micro-batch adds its part, and the processes
-    average."""
+    average them."""
     headline: str | None = None
-    """For the progress line, in place of the loss."""
+    """Shown in the progress line instead of the loss."""
 
     def add(self, sums: dict[str, Tensor]) -> None:
         """Adds the parts of a micro-batch."""
@@ -49,8 +49,8 @@ class Objective(Protocol):
     def loss(
         self, log_p: Tensor, drawn: Drawn, group: Sequence[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A micro-batch's part of the loss that is minimised, a scalar whose gradients the
-        processes average, and its parts of `drawn.sums`.
+        """A micro-batch's part of the loss, a scalar whose gradients the processes average, and its
+        parts of `drawn.sums`.
 
         Args:
             log_p: [N] log p of the supervised tokens of the sequences of `group`, one after the
@@ -73,15 +73,15 @@ class Objective(Protocol):
 
 @dataclass
 class Weighted(Drawn):
-    """Sequences, and how much each of their supervised tokens weighs: their number over all
-    processes divides, and the processes average their gradients."""
+    """Sequences, and the weight of each supervised token: the loss is divided by their number over
+    all processes, and the processes average their gradients."""
 
     token_weight: Tensor | None = None
 
 
 def token_weight(batches: MicroBatches, sequences: Sequence[int], processes: int) -> Tensor:
-    """processes / supervised tokens of the update: with it, sums over micro-batches on processes
-    that average make a mean over tokens."""
+    """processes / supervised tokens of the update: it turns sums over micro-batches, averaged over
+    processes, into a mean over tokens."""
     supervised = sum(batches.supervised[sequence] for sequence in sequences)
     return processes / torch.tensor(supervised, device=batches.device)
 
