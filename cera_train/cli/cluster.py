@@ -1,9 +1,6 @@
-"""Sweeps through submitit: a lost job does not end the wait for the others, and there need be no
-wait.
-
-Hydra's launcher waits by `job.results()` and offers no hook. So `submitit.Job.results` is replaced,
-and with it `SlurmJob.watcher`, which knows the states of jobs: the two names of submitit that this
-project replaces."""
+"""Sweeps through submitit: a lost job does not end the wait for the others, and the wait is
+optional. Hydra's launcher waits by `job.results()` and offers no hook, so this replaces two names
+of submitit: `Job.results`, and `SlurmJob.watcher`, which reads the states of jobs."""
 
 import functools
 import logging
@@ -30,21 +27,21 @@ ENDED = (
     ),
     "GONE",  # squeue has forgotten it: a job that ended stays there for MinJobAge seconds
 )
-"""States of a Slurm job that never runs again. One that is preempted may be requeued."""
+"""States of a Slurm job that never runs again. A preempted job may be requeued."""
 
-LONGEST_PAUSE = 60  # seconds between two looks into Slurm's queue, at most. submitit starts with 2.
+LONGEST_PAUSE = 60  # the most seconds between two queries of Slurm's queue. submitit starts with 2.
 
 
 class QueueWatcher(SlurmInfoWatcher):
-    """Reads states from squeue. submitit reads them from sacct, which knows none where the cluster
-    keeps no accounts: the wait for a cancelled job would not end."""
+    """Reads states from squeue. submitit reads them from sacct, which has none on a cluster without
+    accounting: the wait for a cancelled job would never end."""
 
     def _make_command(self) -> list[str] | None:
         command = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T"]
         return command if self._registered - self._finished else None
 
     def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-        """The states of jobs from a line `JOB|STATE` each."""
+        """The states of jobs, from lines `JOB|STATE`."""
         text = string if isinstance(string, str) else string.decode()
         states = dict(line.split("|") for line in text.split())
         return {
@@ -57,9 +54,9 @@ class QueueWatcher(SlurmInfoWatcher):
 
 @functools.cache
 def replace_waiting(detach: bool) -> None:
-    """Replaces what Hydra's launcher waits for in this process; detached, for no job once all are
-    submitted."""
-    logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns at every query that fails
+    """Replaces how Hydra's launcher waits for jobs in this process; detached, it waits for none
+    once all are submitted."""
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns at every failed query
     SlurmJob.watcher = QueueWatcher(LONGEST_PAUSE)
     wait = submitit.Job.results
 

@@ -1,4 +1,4 @@
-"""Where the jobs of a sweep run: the launchers of Hydra's plugins, which here skip finished
+"""Where the jobs of a sweep run: the launchers of Hydra's plugins, changed to skip finished
 jobs."""
 
 import contextlib
@@ -129,9 +129,9 @@ def end_job(number: int) -> None:
 def run_in_worker(
     task_function: Callable[[DictConfig], Any], workers: int, composed: DictConfig
 ) -> Any:
-    """A job in a process of joblib's. Its output goes to its log, and one line is printed when it
-    begins and one when it ends, so that no lines of several jobs mix."""
-    if multiprocessing.parent_process() is None:  # joblib starts none for one job at once
+    """Runs a job in a process of joblib's. Its output goes to its log; one line is printed when it
+    begins and one when it ends, so that lines of several jobs do not mix."""
+    if multiprocessing.parent_process() is None:  # joblib starts no process for a single job
         return task_function(composed)
     # Between two jobs: joblib kills all jobs when one of its processes ends.
     for number in SIGNALS:
@@ -179,7 +179,7 @@ def take_gpus(workers: int) -> socket.socket | None:
 
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[None]:
-    """Appends to a file what this process, and those that it starts, print."""
+    """Appends to a file what this process and its children print."""
     path.parent.mkdir(parents=True, exist_ok=True)
     streams = {stream: os.dup(stream.fileno()) for stream in (sys.stdout, sys.stderr)}
     with path.open("a") as file:

@@ -63,7 +63,7 @@ train.resume               resume_from_checkpoint
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:
-    """`Did you mean optimizer.lr? ` with a trailing space; empty if no known name is near."""
+    """`Did you mean optimizer.lr? ` with a trailing space; empty if no known name is similar."""
     word = key.rpartition(".")[2]
     usual = [
         ours for ours, *names in map(str.split, USUAL_NAMES.strip().splitlines()) if word in names
@@ -75,8 +75,8 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
 
 
 def unknown_setting(key: str, place: str, schema: type) -> str:
-    """The line about a key that no setting has, in an argument or a file."""
-    if key.startswith("adapter.settings."):  # PEFT's fields are no part of the schema
+    """The message about an unknown key in an argument or a file."""
+    if key.startswith("adapter.settings."):  # PEFT's fields are not part of the schema
         return (
             f"{place}: adapter.settings has no {key.rpartition('.')[2]} yet: write ++{key}=... to "
             f"add it."
@@ -109,7 +109,7 @@ FLAGS_WITH_VALUE = [("--cfg", "-c"), ("--package", "-p"), ("--config-dir", "-cd"
 """The flags of the commands: Hydra has more."""
 
 OF_GRIDS = ("sweep=", "study=", "sweep.", "hydra.launcher", "hydra.sweeper", "launch.detach=true")
-"""How settings begin that mean nothing in a single run."""
+"""Prefixes of settings that mean nothing in a single run."""
 
 OF_ANOTHER_RUN = (
     *("model", "model.path", "train.tasks"),
@@ -119,7 +119,7 @@ OF_ANOTHER_RUN = (
 
 
 def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments as Hydra should read them, flags first; a UserError if one is a mistake."""
+    """The arguments as Hydra should read them, flags first. Raises UserError for a mistake."""
     parser = Parser(program, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for names in [*FLAGS, *([("--look",)] if program == "cera-train" else [])]:
         parser.add_argument(*names, dest=names[0], action="store_true")
@@ -204,8 +204,9 @@ def _may_run_code(text: str) -> bool:
     if any("@package" in line and "hydra" in line for line in text.splitlines()):
         return True
     try:
-        tree = yaml.load(text, get_yaml_loader())  # Hydra's, which takes more than YAML's safe one
-    except Exception:  # as Hydra, which then says where
+        # Hydra's loader, which accepts more than YAML's safe loader.
+        tree = yaml.load(text, get_yaml_loader())
+    except Exception:  # Hydra will fail on it too, and says where
         return False
     if not isinstance(tree, dict):
         return False
@@ -236,8 +237,8 @@ def env_without_secrets(name: str, *default: Any) -> Any:
 
 
 def with_quickstart(settings: Sequence[str]) -> list[str]:
-    """The settings after the recipe of the quickstart, unless they name a recipe, a sweep, a study,
-    or a model, data or tasks of the user's own."""
+    """Puts the quickstart's recipe before the settings, unless they name a recipe, a sweep, a
+    study, or a model, data or tasks of the user's own."""
     keys = [setting.partition("=")[0] for setting in settings]
     adds_file = any(key.startswith("+") and "." not in key for key in keys)
     is_another = adds_file or not {*keys}.isdisjoint(OF_ANOTHER_RUN)
@@ -245,7 +246,7 @@ def with_quickstart(settings: Sequence[str]) -> list[str]:
 
 
 def with_implied_files(program: str, settings: Sequence[str]) -> list[str]:
-    """The settings after the files of conf/ that they imply."""
+    """Puts the files of conf/ that the settings imply before them."""
     keys = {setting.partition("=")[0] for setting in settings}
     files = []
     if (
@@ -262,7 +263,7 @@ def with_implied_files(program: str, settings: Sequence[str]) -> list[str]:
 
 
 def check_sections(program: str, settings: Sequence[str]) -> None:
-    """Raises UserError for a setting of a section that is null, since no file is chosen for it."""
+    """Raises UserError for a setting in a section that is null because no file is chosen for it."""
     pairs = [setting.partition("=")[::2] for setting in settings]
     with_file = {key.lstrip("+") for key, value in pairs if not value.startswith("{")}
     for setting, (key, _) in zip(settings, pairs, strict=True):
@@ -285,8 +286,8 @@ def null_sections(schema: type) -> list[str]:
 
 
 def with_folder_quoted(argument: str) -> str:
-    """Lets run=outputs/rank_lr/adapter=cera,adapter.r=64 be a folder: Hydra would read its commas
-    and signs."""
+    """Quotes run=outputs/rank_lr/adapter=cera,adapter.r=64 as a folder: Hydra would parse its
+    commas and equals signs."""
     key, _, value = argument.partition("=")
     is_folder = any(sign in value for sign in ",=") and "'" not in value and os.path.isdir(value)
     return f"{key}='{value}'" if is_folder else argument
@@ -323,7 +324,7 @@ def explain_composition(error: Exception, program: str) -> str | None:
                 f"{error.problem}."
             )
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    # Hydra raises errors of other kinds too.
+    # Hydra raises errors of other types too.
     is_raised_there = frame.f_globals["__name__"].startswith(("hydra.", "omegaconf."))
     is_hydras = isinstance(error, HydraException | OmegaConfBaseException) or is_raised_there
     return _describe(error, program) if is_hydras else None
@@ -339,7 +340,7 @@ def quoted_setting(key: str, text: str) -> str:
 
 
 def _describe(error: Exception, program: str) -> str:
-    """The line about an error that Hydra or OmegaConf raised."""
+    """The message about an error that Hydra or OmegaConf raised."""
     causes = [
         each
         for each in (error, error.__cause__, error.__context__)

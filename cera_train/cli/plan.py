@@ -1,5 +1,5 @@
-"""`cera-plan`: what a run would need, or with -m the runs of a sweep or a study, and what the study
-detects."""
+"""`cera-plan`: what a run would need, or with -m the runs of a sweep or a study; and what the study
+can detect."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -35,8 +35,8 @@ def main() -> None:
     jobs: list[tuple[list[str], RunPlan]] = []
 
     def plan(composed: DictConfig) -> None:
-        """Prints the plan of a run; keeps that of a sweep's job, which Hydra makes one after the
-        other."""
+        """Prints the plan of a run; keeps that of a sweep's job, since Hydra runs them one after
+        the other."""
         overrides = list(HydraConfig.get().overrides.task)
         config = to_config(composed, overrides, PlanRun)
         announce_imports()
@@ -58,11 +58,11 @@ class PlanSweep(Callback):
 
     @errors_in_one_line(PLAN)
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        grid(config)  # refuses what a grid cannot hold
+        grid(config)  # refuses values that a grid cannot have
 
 
 class PlannedStudy(StudySweeper):
-    """Stands in the place of the sweeper of a study: plans its runs instead of running them."""
+    """Takes the place of a study's sweeper: plans its runs instead of running them."""
 
     def sweep(self, arguments: list[str]) -> None:
         """Prints the plan of every cell, their sum, and what the study detects."""
@@ -82,7 +82,7 @@ class PlannedStudy(StudySweeper):
         for cell in study.cells:
             plans = [make_plan(self.compose(point.overrides)) for point in cell.grid]
             plans.sort(key=lambda plan: plan.seconds)
-            # Which values will be chosen is unknown: count the most expensive.
+            # Which values will be chosen is unknown: count the most expensive ones.
             chosen = plans[-1:] * (study.config.seeds - len(cell.tuning_seeds))
             planned[cell.name] = plans * len(cell.tuning_seeds) + chosen
         print_plans("cell", planned)
@@ -93,7 +93,8 @@ class PlannedStudy(StudySweeper):
 def print_power(
     study: Study, plans: Sequence[RunPlan], spread: Mapping[str, Sequence[float]]
 ) -> None:
-    """The smallest difference that a study detects in each outcome, beside the one that matters.
+    """The smallest difference that a study detects in each outcome, beside the smallest one that
+    matters.
 
     Args:
         plans: one of each cell.

@@ -1,8 +1,8 @@
 """The commands on existing runs: `cera-eval`, `cera-chat`, `cera-export`, `cera-report`,
 `cera-sweep`.
 
-The first three check all that needs no torch and pass it on; only then do they import torch, which
-takes seconds."""
+The first three check everything that needs no torch and pass the results on; only then do they
+import torch, which takes seconds."""
 
 import sys
 from pathlib import Path
@@ -37,12 +37,12 @@ def eval_main() -> None:
     failed = []
 
     def evaluate(composed: DictConfig) -> None:
-        """One evaluation. With -m the others run after one that fails."""
+        """One evaluation. With -m, a failed one does not stop the others."""
         try:
             measure(composed)
         except Exception as error:
             is_alone = HydraConfig.get().mode != RunMode.MULTIRUN
-            if is_alone or is_one_of_several():  # the others wait for this process
+            if is_alone or is_one_of_several():  # the other processes wait for this one
                 raise
             print_error(EVAL, error)
             failed.append(error)
@@ -54,7 +54,7 @@ def eval_main() -> None:
 
 def measure(composed: DictConfig) -> None:
     config = checked_config(composed, EvalConfig)
-    with heavy_imports():  # of PEFT, for an adapter that is neither CeRA nor LoRA
+    with heavy_imports():  # PEFT's, for an adapter that is neither CeRA nor LoRA
         evaluation = resolve_evaluation(config)
     announce_imports()
     with heavy_imports():

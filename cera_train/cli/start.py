@@ -47,8 +47,8 @@ PROGRAMS = {
 
 
 def main() -> None:
-    """Runs the command by whose name this process was started. --help imports the settings and
-    nothing else of it."""
+    """Runs the command whose name this process was started by. --help imports nothing but the
+    settings."""
     name = Path(sys.argv[0]).stem
     program = name if name in PROGRAMS else "cera-train"  # `python -m cera_train`
     if "--version" in sys.argv:
@@ -93,11 +93,12 @@ def start_hydra(
 
     @functools.wraps(command)
     def explained(composed: DictConfig) -> Any:
-        with errors_in_one_line(program):  # Hydra prints a report about an error that reaches it
+        # Hydra prints its own report about an error that reaches it.
+        with errors_in_one_line(program):
             return command(composed)
 
     os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # composition errors come out whole, to be explained by `main`
+        "1"  # composition errors come out unchanged, for `main` to explain
     )
     sys.argv[1:] = for_hydra(program, sys.argv[1:])
     register_configs(*options("recipe"))
@@ -108,8 +109,8 @@ def start_hydra(
     decorate = hydra.main(
         version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name(program)
     )
-    # Only training's sweeps have a folder: the multirun.yaml that Hydra writes for the others is
-    # thrown away.
+    # Only sweeps of training have a folder: the multirun.yaml that Hydra writes for the others is
+    # deleted.
     with (
         contextlib.nullcontext()
         if program == "cera-train"
@@ -148,8 +149,7 @@ def errors_in_one_line(program: str) -> Iterator[None]:
 
 def print_error(program: str, error: Exception) -> str | None:
     """Prints one line for an error that the user can fix and returns it; for any other prints the
-    traceback. Exits without a word where the reader of stdout has closed the pipe, as `| head`
-    does."""
+    traceback. Exits silently if the reader of stdout has closed the pipe, as `| head` does."""
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -208,7 +208,7 @@ def to_config(composed: DictConfig, overrides: Sequence[str], schema: type = Con
     """
     check_trust(composed, overrides)
     tree = flatten(OmegaConf.to_container(composed))
-    for key in sorted(tree):  # Hydra lets +key=value add anything
+    for key in sorted(tree):  # Hydra accepts any +key=value
         if tree[key] != MISSING and not fields_at(schema, key):
             raise UserError(unknown_setting(key, f"+{key}={tree[key]}", schema))
         check_line_breaks(key, tree[key])
@@ -228,10 +228,10 @@ nrightarrow nsim nsubseteq nsupseteq nu nwarrow
 tan tanh tau tbinom text textbf textit textrm texttt tfrac therefore theta tilde times to top
 triangle triangleleft triangleright twoheadrightarrow
 """
-"""Commands of LaTeX that begin with an n or a t, without their backslash."""
+"""LaTeX commands that begin with n or t, without their backslash."""
 
 IN_PLACE_OF_BREAK = re.compile(rf"\\(?!(?:{'|'.join(LATEX.split())})(?![A-Za-z]))[nt]")
-"""A backslash with an n or a t that begins no command of LaTeX."""
+"""A backslash with an n or a t that begins no LaTeX command."""
 
 
 def check_line_breaks(key: str, value: Any) -> None:
@@ -249,7 +249,7 @@ def check_line_breaks(key: str, value: Any) -> None:
 
 
 def without_hydra(composed: DictConfig, schema: type = Config) -> Any:
-    """The checked config of a job, from all that Hydra composed for it."""
+    """The checked config of a job, from the whole config that Hydra composed for it."""
     overrides = composed.hydra.overrides.task
     with read_write(composed), open_dict(composed):
         del composed["hydra"]

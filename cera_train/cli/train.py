@@ -37,7 +37,7 @@ TRAIN = "cera-train"
 
 
 def main() -> None:
-    # executes the modules of Hydra's plugins, also those that were imported before
+    # executes the modules of Hydra's plugins, even those imported before
     Plugins.instance()
     from cera_train.cli.launchers import Joblib, SubmititSlurm
 
@@ -49,7 +49,7 @@ def main() -> None:
     try:
         start_hydra(TRAIN, look if "--look" in sys.argv else train, plugins)
     except ValueError as error:
-        if "No trials are completed" in str(error):  # Optuna asks for the best of them
+        if "No trials are completed" in str(error):  # Optuna looks for the best trial
             fix = "look at the errors above, fix these or the ranges, and repeat the command"
             raise UserError(
                 f"hydra/sweeper=optuna: all trials failed or diverged: {fix}."
@@ -58,8 +58,7 @@ def main() -> None:
 
 
 def look(composed: DictConfig) -> None:
-    """Prints the rows as the run would train on them. Their tokens are cached, and the run takes
-    them from there."""
+    """Prints the rows as the run would train on them. Their tokens are cached for the run."""
     config = prepare(composed)
     announce_imports()
     with heavy_imports():
@@ -94,12 +93,12 @@ def train(composed: DictConfig) -> float | None:
     except Exception as error:
         job.fail(print_error(TRAIN, error) or f"a bug: {type(error).__name__}: {error}")
         if is_one_of_several():
-            sys.exit(1)  # others wait for this process
+            sys.exit(1)  # the other processes wait for this one
         return None
 
 
 def prepare(composed: DictConfig, job: Job | None = None) -> Config:
-    """The checked config of a run as composed; of a job of a sweep, in its folder there."""
+    """The checked config of a run as composed; for a job of a sweep, with the job's folder."""
     overrides = HydraConfig.get().overrides.task
     config = to_config(composed, overrides)
     if job is not None:
@@ -133,7 +132,7 @@ def run(config: Config) -> float | None:
 class TrainingSweep(Callback):
     """Hydra's hooks at the start and the end of a sweep. conf/config.yaml names it."""
 
-    @errors_in_one_line(TRAIN)  # Hydra would turn an error into a warning and continue
+    @errors_in_one_line(TRAIN)  # Hydra would turn an error here into a warning and continue
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if config.launch.detach and "Submitit" not in str(config.hydra.launcher._target_):
             raise UserError(
@@ -169,7 +168,7 @@ class TrainingSweep(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Prints the table. Exit status 1 unless all jobs are finished, or submitted and left."""
         if is_main_process():
-            # `Job.start` removes it, too, but no job may have started.
+            # `Job.start` removes it too, but no job may have started.
             (Path(config.hydra.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
             print()
             if not (print_sweep(Path(config.hydra.sweep.dir)) or config.launch.detach):

@@ -1,4 +1,4 @@
-"""Settings of the adapter. What a kind makes of them: `adapters.families`."""
+"""Settings of the adapter. `adapters.families` says what each kind does with them."""
 
 import re
 from dataclasses import dataclass
@@ -33,10 +33,10 @@ class AdapterConfig:
     """How cera draws A. kaiming_normal: variance 2 / d_in, the paper's; kaiming_uniform: 1 / (3
     d_in), as LoRA."""
     init_scale: float = setting(1.0, "result")
-    """cera draws A so many times as large: the larger A x, the less linear the gate."""
+    """cera draws A this many times as large: the larger A x, the less linear the gate."""
     dropout_on: DropoutOn = setting(DropoutOn.hidden, "result")
-    """Where cera drops. hidden: after the gate, the paper's; input: the input of A, as PEFT's
-    LoRA."""
+    """Where cera applies dropout. hidden: after the gate, as in the paper; input: to the input of
+    A, as PEFT's LoRA does."""
     mix: Mix = setting(Mix.none, "result")
     """learned: cera's hidden units are z + gamma (gate(z) - z), z = A x; gamma, one a module, is
     trained from 0."""
@@ -44,11 +44,11 @@ class AdapterConfig:
     """Module names, one regular expression for the whole name, or `all-linear`. null: PEFT's
     default for `kind=peft`; full trains every module."""
     target_parameters: list[str] | None = setting(None, "result")
-    """cera: experts' parameters, such as [mlp.experts.down_proj]: every expert gets a branch. null:
-    none."""
+    """cera: parameters of experts, such as [mlp.experts.down_proj]: every expert gets a branch.
+    null: none."""
     experts: bool = setting(False, "result")
-    """cera: adapt all projections of all experts too. false: `all-linear` leaves them out, since a
-    branch for each of many experts is most of an adapter (Qwen3-30B-A3B at r=16: 47 times the
+    """cera: adapt all projections of all experts too. false: `all-linear` leaves them out, since
+    branches of many experts make up most of an adapter (Qwen3-30B-A3B at r=16: 47 times the
     rest)."""
     expert_r: int | None = setting(None, "result")
     """Rank of an expert's branch. null: r."""
@@ -60,12 +60,11 @@ class AdapterConfig:
     """Further fields of the PEFT config, such as {init_weights: bat}. null: none."""
     start_from: str | None = setting(None, "result")
     """cera, lora, rslora, dora: the folder of a finished run or of an adapter (RUN/best) whose
-    weights a new run starts with, in place of random ones. The optimizer starts anew. null:
-    none."""
+    weights a new run starts from, instead of random ones. The optimizer starts anew. null: none."""
     start_digest: str | None = setting(None, "result")
     """Digest of those weights. cera-train fills it in."""
     b_lr_ratio: float = setting(1.0, "result")
-    """Learning rate of B over that of A. Above 1: LoRA+ (arXiv 2402.12354)."""
+    """Ratio of B's learning rate to A's. Above 1: LoRA+ (arXiv 2402.12354)."""
     label: str | None = setting(None, "nothing")
     """The name in tables and pictures. null: the kind's."""
 

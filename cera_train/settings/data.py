@@ -1,4 +1,4 @@
-"""Settings of the rows, and how they become tokens."""
+"""Settings of the rows, and of how they become tokens."""
 
 import math
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ COMPUTED = (Layout.logistic_map, Layout.dates, Layout.reasoning_gym)
 """Layouts whose rows are computed. A row holds `prompt` and `completion`."""
 
 COLUMN_TEMPLATES = ("{prompt}", "{completion}")
-"""Templates of rows with these two columns, as computed ones are."""
+"""Templates for rows with these two columns, such as computed rows."""
 
 GENERATORS = (
     *(
@@ -54,13 +54,13 @@ GENERATORS = (
     *("spell_backward", "letter_counting", "word_sorting", "caesar_cipher", "binary_alternation"),
     *("syllogism", "knights_knaves", "aiw"),
 )
-"""Generators of reasoning-gym: their rows follow from the seed and their graders read an answer as
-text. Others are left out: some of their graders run it as Python, and isomorphic_strings differs
+"""Generators of reasoning-gym whose rows follow from the seed and whose graders read an answer as
+text. Others are left out: some graders run an answer as Python, and isomorphic_strings differs
 between processes."""
 
 
 def as_list(value: Any) -> list[Any]:
-    """The values of a setting that takes one or a list."""
+    """The values of a setting that takes one value or a list."""
     return value if isinstance(value, list) else [value]
 
 
@@ -89,12 +89,12 @@ class LogisticMapConfig:
     """Rows of the logistic map x' = growth x (1 - x), for `data.layout=logistic_map`."""
 
     growth: Any = setting(3.5, "result")
-    """A number, or a list of them: each has a row from every starting point."""
+    """A number, or a list of them: every starting point gives a row for each."""
     steps: int = setting(6, "result")
     decimals: int = setting(2, "result")
     """Starting points are all numbers between 0 and 1 with this many decimals."""
     seed: int = setting(0, "result")
-    """Decides which starting points train and which validate."""
+    """Decides which starting points train and which are held out."""
 
     def __post_init__(self) -> None:
         require_positive("data.logistic_map", self, "steps", "decimals")
@@ -109,11 +109,11 @@ class ReasoningGymConfig:
     """Rows of generators of reasoning-gym, for `data.layout=reasoning_gym`."""
 
     generator: Any = setting("chain_sum", "result")
-    """A generator's name, or a list of them, which write a row in turn."""
+    """A generator's name, or a list of names: the generators take turns."""
     level: int | None = setting(None, "result")
     """Difficulty, by the generator's curriculum, from 0. null: the generator's defaults."""
     seed: int = setting(0, "result")
-    """Draws the questions. Which split a question belongs to follows from its text."""
+    """Draws the questions. The split of a question follows from its text."""
 
     def __post_init__(self) -> None:
         check_generators("data.reasoning_gym.generator", self.generator)
@@ -128,7 +128,7 @@ class ReasoningGymConfig:
 
 @dataclass
 class DataFacts:
-    """Size of a data set: with it cera-plan needs neither the rows nor a tokenizer."""
+    """The size of a data set, with which cera-plan needs neither rows nor a tokenizer."""
 
     of: str | None = setting(None, "nothing")
     """The `data.path` that these facts describe."""
@@ -146,7 +146,7 @@ class DataFacts:
 
 @dataclass
 class MixPart:
-    """One data set of `data.mix`. What it leaves null it takes from `data`."""
+    """One data set of `data.mix`. Settings that are null come from `data`."""
 
     weight: float | None = setting(None, "result")
     """Its share of the training rows, relative to the other parts. null in all parts: every row of
@@ -160,7 +160,7 @@ class MixPart:
     eval_files: list[str] | None = setting(None, "result")
     train_rows: int | None = setting(None, "result")
     eval_rows: int | None = setting(None, "result")
-    """0: this part evaluates nothing."""
+    """0: no row of this part is held out."""
     layout: Layout | None = setting(None, "tokens")
     prompt: str | None = setting(None, "tokens")
     completion: str | None = setting(None, "tokens")
@@ -198,21 +198,21 @@ class DataConfig:
     one. With layout messages the column of the rejected conversation; the other is `chosen`, and a
     list `prompt` precedes both."""
     turns: Turns | None = setting(None, "tokens")
-    """Answers of a chat that are supervised: the first (of layout conversations without the system
-    prompt, as published), the last, or all. null: the first of conversations, all of messages."""
+    """Answers of a chat that are supervised: the first (in layout conversations without the system
+    prompt, as published), the last, or all. null: the first for conversations, all for messages."""
     loss_on: LossOn = setting(LossOn.completion, "tokens")
     max_length: int = setting(2048, "tokens")
     """Tokens; longer rows are truncated, longer documents become several rows."""
     streaming: bool = setting(False, "result")
-    """Downloads no more of a data set on the Hub than train_rows and eval_rows need."""
+    """Download only as much of a data set on the Hub as train_rows and eval_rows need."""
     train_rows: int | None = setting(None, "result")
     eval_rows: int | None = setting(None, "result")
-    """Take only this many rows, from the start. null: all. With a mix, train_rows are the rows of
-    an epoch in all, and eval_rows those of each part."""
+    """Take only this many rows, from the start. null: all. With a mix, train_rows counts the rows
+    of an epoch over all parts, and eval_rows those of each part."""
     mix: list[MixPart] | None = setting(None, "result")
-    """Trains on several data sets, in place of path and train_files."""
+    """Train on several data sets, instead of path and train_files."""
     mix_seed: int = setting(0, "result")
-    """Draws the rows of a part that does not train whole."""
+    """Draws the rows of a part that is not trained on as a whole."""
     allow_overlap: bool = setting(False, "result")
     """Accept held-out rows whose prompt is also a training row's."""
     logistic_map: LogisticMapConfig = section(LogisticMapConfig)
@@ -304,8 +304,8 @@ class DataConfig:
         require(evaluates, "data.mix evaluates on no rows: raise an eval_rows.")
 
     def parts(self) -> Iterator[tuple[str, "DataConfig"]]:
-        """The data sets of a mix, each after its key; without a mix, these settings themselves
-        after an empty one."""
+        """The data sets of a mix, each with its key; without a mix, these settings with an empty
+        key."""
         if self.mix is None:
             yield "", self
         for number, part in enumerate(self.mix or ()):
@@ -330,7 +330,7 @@ class DataConfig:
 
     @property
     def sequences(self) -> int:
-        """Sequences of a row: two of a preference."""
+        """Sequences of a row: two for a preference."""
         return 2 if self.is_paired else 1
 
     @property
@@ -345,7 +345,7 @@ class DataConfig:
 
     @property
     def title(self) -> str:
-        """Where the rows come from, for people."""
+        """Where the rows come from, for display."""
         if self.mix is not None:
             return " + ".join(part.title for _, part in self.parts())
         if self.layout == Layout.reasoning_gym:

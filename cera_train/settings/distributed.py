@@ -12,7 +12,7 @@ Strategy = StrEnum("Strategy", ["ddp", "fsdp"])
 class ProcessesConfig:
     processes: str = setting("auto", "nothing")
     """Processes that the command starts on this machine. auto: one for each visible GPU. If
-    torchrun, `accelerate launch` or srun started it already, it starts none."""
+    torchrun, `accelerate launch` or srun started it, it starts no others."""
 
     def __post_init__(self) -> None:
         if self.processes == "auto":
@@ -36,7 +36,7 @@ class DistributedConfig:
     """ddp: the whole model on every GPU; fsdp: its weights sharded over all of them (FSDP2), for
     bases that do not fit one GPU."""
     timeout: float = setting(1800.0, "nothing")
-    """Seconds that processes wait for one that does not come, before the run ends."""
+    """Seconds that processes wait for a missing one before the run ends."""
 
     def __post_init__(self) -> None:
         require_positive("distributed", self, "timeout")

@@ -12,16 +12,15 @@ Quantization = StrEnum("Quantization", ["none", "int8", "nf4"])
 
 @dataclass
 class ModelFacts:
-    """Facts of a model that stand in conf/model."""
+    """Facts about a model, recorded in conf/model."""
 
     of: str = setting(MISSING, "nothing")
-    """The `model.path` that these are facts of: under another path they are dropped."""
+    """The `model.path` that these facts describe: with another path they are dropped."""
     license: str | None = setting(None, "nothing")
     """Licence of the weights, for an adapter's model card: an identifier of the Hub, such as
     apache-2.0."""
     hub_id: str | None = setting(None, "nothing")
-    """The weights' id on the Hub where `model.path` is another place, for an adapter's model
-    card."""
+    """The weights' id on the Hub if `model.path` is not one, for an adapter's model card."""
     config: str | None = setting(None, "nothing")
     """The model's config.json, a file in conf/model: cera-plan reads it if the model is not on
     this disk."""
@@ -41,18 +40,18 @@ class ModelConfig:
     revision: str | None = setting(None, "result")
     """Branch, tag or commit on the Hub."""
     dtype: Dtype = setting(Dtype.auto, "result")
-    """Precision of the base weights; trained weights are float32. auto: bfloat16 if the
-    processor or GPU multiplies it, else float32. The run's folder records what was taken."""
+    """Precision of the base weights; trained weights are float32. auto: bfloat16 if the processor
+    or GPU multiplies it, else float32. The run's folder records the choice."""
     quantization: Quantization = setting(Quantization.none, "result")
-    """`int8` or `nf4` (double quantisation, computing in `dtype`) of the frozen linears, by
+    """`int8` or `nf4` (double quantisation, computing in `dtype`) for the frozen linears, by
     bitsandbytes."""
     attn_implementation: str = setting("sdpa", "result")
-    """sdpa, eager, flash_attention_2 or another of transformers'. sdpa is eager for a model without
-    it."""
+    """sdpa, eager, flash_attention_2 or another of transformers'. sdpa means eager for a model
+    without sdpa."""
     gradient_checkpointing: bool = setting(False, "cost")
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = setting(False, "result")
-    """Run Python code that comes with the model. Off: a model that needs it is refused."""
+    """Run Python code that comes with the model. false: a model that needs it is refused."""
     facts: ModelFacts | None = section(None)
     """For cera-plan and the model card."""
 
@@ -73,14 +72,13 @@ class ModelConfig:
 
     @property
     def hub_id(self) -> str | None:
-        """The id by which a model card names the base; None for a folder without one."""
+        """The id by which a model card names the base; None for a folder without a known id."""
         if self.facts is not None and self.facts.hub_id is not None:
             return self.facts.hub_id
         return None if self.path.startswith("pypi:") or Path(self.path).exists() else self.path
 
     def autocast_dtype(self, autocast: bool | None, on_gpu: bool) -> Dtype | None:
-        """The precision in which `train.autocast` lets products be computed, or None without
-        autocast."""
+        """The precision of matrix products under `train.autocast`; None without autocast."""
         if not (self.dtype != Dtype.float32 if autocast is None else autocast):
             return None
         if self.dtype == Dtype.float16:

@@ -1,5 +1,5 @@
-"""The settings of a whole run, put together from those of each folder, and of a plan. Hydra fills
-them from conf/ and recipes/; every `__post_init__` checks its part. Every builder takes its part;
+"""The settings of a whole run, assembled from those of each part, and of a plan. Hydra fills them
+from conf/ and recipes/; every `__post_init__` checks its part. Every builder takes its section;
 only `train()` sees the whole."""
 
 from dataclasses import dataclass
@@ -48,13 +48,13 @@ class Config:
     distributed: DistributedConfig = section(DistributedConfig)
     sweep: SweepConfig = section(SweepConfig)
     study: StudyConfig | None = section(None)
-    """What a study asks; null in other runs."""
+    """The study that this run belongs to; null in other runs."""
     name: str = setting("default", "nothing")
     """The run's folder is output_dir/name."""
     output_dir: str = setting("outputs", "nothing")
     published: dict[str, float] = setting(dict, "nothing")
-    """The paper's figures for this recipe, for cera-report: a key of result.json, or TASK/METRIC of
-    an evaluation. An override of a setting that changes the result empties it."""
+    """The paper's figures for this recipe, for cera-report, by a key of result.json or TASK/METRIC
+    of an evaluation. Overriding a setting that changes the result empties it."""
 
     def __post_init__(self) -> None:
         require_folder_name(self.name)
@@ -96,7 +96,7 @@ class Config:
 
     @property
     def work(self) -> Work:
-        """What the objective runs."""
+        """The passes that the objective runs."""
         objectives = {
             ObjectiveKind.sft: Work(),
             ObjectiveKind.dpo: self.dpo.work,
@@ -151,7 +151,7 @@ def are_deviations(value: Any) -> bool:
 @dataclass
 class PlanConfig:
     gpu: GpuKind = setting(GpuKind.h100, "cost")
-    """cpu: this machine's, whose speed is measured for half a second."""
+    """cpu: this machine's CPU; measuring its speed takes half a second."""
     gpus: int = setting(1, "cost")
     mfu: float | None = setting(None, "cost")
     """Share of the peak speed that training reaches. null: 0.4 on a GPU; on a CPU the share
@@ -161,9 +161,9 @@ class PlanConfig:
     tokens_per_row: float | None = setting(None, "cost")
     """null: from data.facts or the data files."""
     spread: Any = setting(None, "cost")
-    """How the difference between two arms of a study varies, by outcome, such as {loss: [0.002,
-    0.02, 0.02]}: standard deviations between seeds, between problems or rows, and beyond both; in
-    nats a token, or in shares of a score."""
+    """How much the difference between two arms of a study varies, by outcome, such as {loss:
+    [0.002, 0.02, 0.02]}: standard deviations between seeds, between problems or rows, and beyond
+    both; in nats a token, or in shares of a score."""
 
     def __post_init__(self) -> None:
         require_positive("plan", self, "gpus", "mfu", "price_per_hour", "tokens_per_row")
@@ -185,6 +185,6 @@ class PlanConfig:
 
 @dataclass
 class PlanRun(Config):
-    """What `cera-plan` does: a run's settings, and what to plan it on."""
+    """Settings of `cera-plan`: a run's, and the hardware to plan for."""
 
     plan: PlanConfig = section(PlanConfig)

@@ -16,13 +16,13 @@ class ChatConfig(AnsweringConfig):
     compare: str | None = setting(None, "nothing")
     """A second run, adapter or base, which answers the same questions."""
     prompt: str | None = setting(None, "answers")
-    """One question. null: from stdin, or a conversation in a terminal."""
+    """One question. null: read stdin, or hold a conversation in a terminal."""
     prompts: str | None = setting(None, "answers")
-    """A file of questions: a line each, or rows with the columns of the template (jsonl, json,
+    """A file of questions: one a line, or rows with the columns of the template (jsonl, json,
     parquet)."""
     template: Template = setting(Template.auto, "answers")
-    """chat: the tokenizer's chat template; none: the text as it is; auto: the rows that the run was
-    trained on, or without a run chat if the tokenizer has one, else none."""
+    """chat: the tokenizer's chat template; none: the text as it is; auto: as in the rows that the
+    run was trained on; without a run, chat if the tokenizer has a template, else none."""
     max_new_tokens: int = setting(512, "answers")
     generation: GenerationConfig = section()
     """A question gets one answer, the first of generation.samples."""
@@ -52,10 +52,10 @@ class ExportConfig(SubjectConfig):
     output: str | None = setting(None, "nothing")
     """A new folder, or an earlier export, which is replaced. null: RUN/export_FORMAT."""
     tolerance: float = setting(0.01, "nothing")
-    """Nats a token: nothing is exported if the 95 % interval of the change of the loss reaches
-    above this."""
+    """Nats per token: nothing is exported if the 95 % interval of the change in loss exceeds
+    this."""
     calibration_tokens: int = setting(4096, "result")
-    """Training rows that the linear maps are fitted to, up to so many tokens."""
+    """The linear maps are fitted to training rows with up to this many tokens."""
     rows: int | None = setting(None, "result")
     """Held-out rows to judge on. null: all."""
     data: DataConfig | None = section(None)
@@ -70,7 +70,7 @@ class ExportConfig(SubjectConfig):
         )
 
     def check_base(self, model: ModelConfig) -> None:
-        """Raises UserError for a base that weights cannot be merged into."""
+        """Raises UserError for a base into which no weights can be merged."""
         require(
             self.format == ExportFormat.lora or model.quantization == Quantization.none,
             f"format=merged: the base is quantised (model.quantization={model.quantization}), and "

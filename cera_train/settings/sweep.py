@@ -16,8 +16,8 @@ Equal = StrEnum("Equal", ["parameters", "none"])
 @dataclass
 class SweepConfig:
     metric: str = setting("eval/perplexity", "nothing")
-    """What the best job has the least or the most of, and what a sweeper that searches optimises: a
-    figure of result.json, also one of train.tasks, such as gsm8k/exact."""
+    """The figure that ranks jobs and that a searching sweeper optimises: a key of result.json,
+    including those of train.tasks, such as gsm8k/exact."""
 
 
 @dataclass
@@ -27,32 +27,32 @@ class StudyConfig:
     question: str = setting("", "nothing")
     """One sentence with a question mark."""
     arms: dict[str, list[str]] = setting(dict, "nothing")
-    """What is compared: a name, and the overrides that make it. Everything else is equal."""
+    """What is compared: names, each with the overrides that define it. Everything else is equal."""
     baseline: str | None = setting(None, "nothing")
-    """The arm that every other one is compared with."""
+    """The arm that every other arm is compared with."""
     contrasts: dict[str, list[str]] = setting(dict, "nothing")
-    """More comparisons, or the direction of one: what it asks, and two arms; the difference is the
-    second minus the first."""
+    """Further comparisons, or the direction of one: its question, and two arms; the difference is
+    the second minus the first."""
     conditions: dict[str, list[Any]] = setting(dict, "nothing")
     """Settings under which all arms are compared, and their values, such as adapter.r: [16, 64]."""
     tune: dict[str, list[Any]] = setting(dict, "nothing")
     """Settings that each arm chooses for itself under each condition, and their values."""
     seeds: int = setting(3, "nothing")
-    """Values of train.seed, from 0. Each runs every tuned value; the arm is compared at the one
-    of the lowest mean loss."""
+    """The number of values of train.seed, from 0. Each seed runs every tuned value; the arm is
+    compared at the value with the lowest mean loss."""
     tune_seeds: int | None = setting(None, "nothing")
-    """To save runs: only the first so many seeds run every tuned value and choose, and only the
-    others are compared."""
+    """To save runs: only this many seeds, the first ones, run every tuned value and choose; only
+    the other seeds are compared."""
     extend: bool = setting(False, "nothing")
     """Add values beyond the end of the grid while an arm is best there, by the ratio of the last
     two."""
     outcomes: list[str] = setting(lambda: [LOSS], "nothing")
-    """What decides, the first of all: loss, or a name of train.tasks, whose score counts."""
+    """The outcomes, the primary one first: loss, or a name in train.tasks for its score."""
     equal: Equal = setting(Equal.parameters, "nothing")
-    """What arms have the same of under a condition."""
+    """What all arms have the same amount of under a condition."""
     matters: float = setting(0.01, "nothing")
-    """The smallest difference in the first outcome that would matter: nats of a token, or a share
-    of the score."""
+    """The smallest difference in the first outcome that would matter: in nats per token, or as a
+    share of the score."""
     arm: str | None = setting(None, "nothing")
     """The arm of a job; a study sets it."""
 

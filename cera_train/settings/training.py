@@ -1,4 +1,4 @@
-"""Settings of the loop, the optimizer and the tracker."""
+"""Settings of the training loop, the optimizer and the tracker."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Optimizer(NamedTuple):
     """A class that takes lr, betas, eps and weight_decay."""
 
     path: str
-    """Where it is imported from."""
+    """The module that has the class."""
     bits: int = 32
     """Bits of each moment."""
     needs_gpu: bool = False
@@ -25,7 +25,7 @@ OPTIMIZERS = {
     "adamw_8bit": Optimizer("bitsandbytes.optim.AdamW8bit", bits=8),
     "paged_adamw_8bit": Optimizer("bitsandbytes.optim.PagedAdamW8bit", bits=8, needs_gpu=True),
 }
-"""By the value of `optimizer.kind`. An entry here and a file in conf/optimizer add one."""
+"""Optimizers by `optimizer.kind`. To add one, write an entry here and a file in conf/optimizer."""
 
 OptimizerKind = StrEnum("OptimizerKind", {kind: kind for kind in OPTIMIZERS}, module=__name__)
 
@@ -39,13 +39,13 @@ Reference = StrEnum("Reference", ["start", "base"])
 
 
 class Work(NamedTuple):
-    """What an objective runs for its rows, evaluations not counted."""
+    """What an objective runs for its rows, without evaluations."""
 
     unit: str = "sequences"  # what train.batch_size counts
     passes: int = 1  # forward and backward, over the sequences of an update
     forward_passes: int = 0  # forward alone, over the sequences of an update
     reference_passes: int = 0  # forward alone, over all rows before the first update
-    answers: int = 0  # sampled for each row, and trained on in its place
+    answers: int = 0  # sampled for each row, and trained on in place of the row
     answer_tokens: int = 0  # of an answer, at most
 
 
@@ -58,7 +58,7 @@ TrackerKind = StrEnum(
 class OptimizerConfig:
     kind: OptimizerKind = setting(OptimizerKind.adamw, "result")
     lr: Any = setting(AUTO, "result")
-    """Peak learning rate. auto: by the size and family of the model and the kind of adapter, see
+    """Peak learning rate. auto: from the size and family of the model and the kind of adapter, see
     `training.optimizer.auto_rate`. The run's folder records the number."""
     weight_decay: float = setting(0.01, "result")
     beta1: float = setting(0.9, "result")
@@ -89,16 +89,16 @@ class DpoConfig:
     """Direct preference optimisation, arXiv 2305.18290: `train.objective=dpo`."""
 
     beta: float = setting(0.1, "result")
-    """How strongly the model is held to the reference."""
+    """How strongly the model is kept close to the reference."""
     loss: PreferenceLoss = setting(PreferenceLoss.sigmoid, "result")
     """sigmoid: DPO's; ipo: (margin a token - 1 / (2 beta))^2, arXiv 2310.12036."""
     label_smoothing: float = setting(0.0, "result")
-    """The share of pairs that are taken to be labelled the wrong way round; with loss sigmoid."""
+    """The share of pairs assumed to be labelled the wrong way round; for loss=sigmoid."""
     sft_weight: float = setting(0.0, "result")
-    """Adds so many times the loss of the chosen answers, in nats a token."""
+    """Weight of an added loss on the chosen answers, in nats per token."""
     reference: Reference = setting(Reference.start, "result")
-    """What the model is held to: the adapter as the run starts (the base without
-    adapter.start_from), or the base."""
+    """The reference: the adapter at the start of the run (the base without adapter.start_from), or
+    the base."""
 
     def __post_init__(self) -> None:
         require_positive("dpo", self, "beta")
@@ -120,17 +120,17 @@ class GrpoConfig:
     """Group relative policy optimisation, arXiv 2402.03300: `train.objective=grpo`."""
 
     answers: int = setting(8, "result")
-    """Sampled for each prompt: a group."""
+    """Answers sampled for each prompt: a group."""
     max_new_tokens: int = setting(256, "result")
     grader: Grader | None = setting(Grader.text, "result")
     """How an answer is compared with the row's, as in task=jsonl: text, number, math or choice;
-    rows of reasoning-gym have their generators' grade instead of text. A right one earns 1. null:
-    only `rewards` count."""
+    with text, the generator grades rows of reasoning-gym. A right answer earns 1. null: only
+    `rewards` count."""
     rewards: list[str] = setting(list, "result")
     """Functions by import path, such as my_rewards.brevity: f(prompt, answer, gold) -> number,
     added to the grade."""
     scale: bool = setting(True, "result")
-    """Divides an advantage by the standard deviation of its group's rewards."""
+    """Divide an advantage by the standard deviation of its group's rewards."""
     epochs: int = setting(1, "result")
     """Steps of the optimizer on the answers of an update. From the second on, ratios are
     clipped."""
@@ -169,59 +169,59 @@ class GrpoConfig:
 @dataclass
 class TrainConfig:
     objective: ObjectiveKind = setting(ObjectiveKind.sft, "result")
-    """sft: the next token of the supervised text; dpo: the chosen answer over the rejected one;
-    grpo: answers of its own that are graded better than others to the same prompt."""
+    """sft: learns the next token of the supervised text; dpo: the chosen answer over the rejected
+    one; grpo: its own answers that are graded better than others to the same prompt."""
     batch_size: int = setting(16, "result")
-    """Sequences per update; with dpo pairs, with grpo prompts."""
+    """Sequences per update; for dpo pairs, for grpo prompts."""
     micro_batch_tokens: int = setting(4096, "cost")
-    """Tokens in one forward and backward pass. Bounds memory; the loss does not depend on it,
-    dropout's masks do."""
+    """Tokens in one forward and backward pass, at most. Bounds memory; the loss does not depend on
+    it, but dropout masks differ."""
     batch_layout: BatchLayout = setting(BatchLayout.auto, "cost")
     """flat: sequences end to end in one row, no padding; padded: sequences of near-equal length;
-    auto: flat if the model allows it, but on a CPU not under a mask."""
+    auto: flat if the model allows it, except on a CPU where it would need a mask."""
     compile: bool | None = setting(None, "cost")
     """torch.compile of the model's layers: about a minute before the first update, and faster
-    updates. Dropout draws another mask in compiled layers. null: on CUDA, except for DoRA, where
-    torch finds its compiler."""
+    updates. Dropout draws other masks in compiled layers. null: on CUDA if torch finds a compiler,
+    except for DoRA."""
     autocast: bool | None = setting(None, "result")
     """Compute in 16 bits over float32 weights. null: if the base is 16-bit, so that its adapter
-    is too."""
+    computes in 16 bits too."""
     epochs: int = setting(1, "result")
     max_updates: int | None = setting(None, "result")
-    """Stop after so many updates, however many epochs that takes. null: after `epochs`."""
+    """Stop after this many updates, however many epochs that takes. null: after `epochs`."""
     eval_every: int | None = setting(100, "result")
     """Updates between evaluations. null: only before the first update and after the last."""
     save_every: int | None = setting(100, "nothing")
     """Updates between checkpoints. null: only at the end and when interrupted."""
     keep: int = setting(2, "nothing")
-    """Checkpoints kept; the best adapter is kept besides."""
+    """The number of checkpoints kept, besides the best adapter."""
     patience: int | None = setting(3, "result")
-    """Stop after so many evaluations without a lower perplexity; with grpo, and for null: never."""
+    """Stop after this many evaluations without a lower perplexity. null, or with grpo: never."""
     check_coverage: bool = setting(True, "nothing")
-    """Prove on a few rows, before the first update, that every adapter runs and gets a gradient;
+    """Check on a few rows, before the first update, that every adapter runs and gets a gradient;
     refuse the run if one does not."""
     probe_tokens: int = setting(2048, "result")
-    """Tokens of held-out rows on which the spectra are taken."""
+    """Tokens of held-out rows from which the spectra are computed."""
     tasks: list[str] = setting(list, "result")
-    """Tasks of cera-eval, files of conf/task, that are answered and graded while the run trains."""
+    """Tasks of cera-eval (files of conf/task) to answer and grade during training."""
     tasks_every: int | None = setting(None, "result")
-    """Updates between two evaluations by tasks, a multiple of eval_every; the first is before the
-    first update. null: only after the last update."""
+    """Updates between evaluations of the tasks, a multiple of eval_every; the first comes before
+    the first update. null: only after the last update."""
     tasks_limit: int = setting(50, "result")
-    """Takes only the first problems of each task."""
+    """Take only this many problems of each task, from the start."""
     task_settings: Any = setting(None, "result")
-    """Settings of a task that differ from its file, by its name: {gsm8k: {files: [test.jsonl]}}."""
+    """Settings of tasks that differ from their files, by name: {gsm8k: {files: [test.jsonl]}}."""
     samples: int = setting(0, "nothing")
-    """Answers, to the first problems of each task, that every evaluation adds to samples.jsonl.
-    Without tasks the prompts are those of the first held-out rows."""
+    """The number of answers, to the first problems of each task, that every evaluation adds to
+    samples.jsonl. Without tasks the prompts are those of the first held-out rows."""
     server: str | None = setting(None, "cost")
-    """A vLLM that answers in place of the model in training, such as http://localhost:8000: tasks,
-    samples and, with grpo, prompts. It loads the adapter as it is then, under a name with its
+    """A vLLM server that generates answers during training, such as http://localhost:8000: to
+    tasks, samples and, with grpo, prompts. It loads the current adapter under a name with its
     digest."""
     seed: int = setting(0, "result")
     resume: Resume = setting(Resume.auto, "nothing")
-    """auto: go on from the last sound checkpoint in the run's folder; never: start anew, and refuse
-    to overwrite a finished run."""
+    """auto: resume from the last undamaged checkpoint in the run's folder; never: start anew, but
+    refuse to overwrite a finished run."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -283,16 +283,16 @@ class TrainConfig:
 @dataclass
 class HubConfig:
     push: str | None = setting(None, "nothing")
-    """A name on the Hugging Face Hub, such as me/my-adapter, to which the final adapter and its
-    card are uploaded after the run; of a finished run, at once. null: nowhere."""
+    """A repository on the Hugging Face Hub, such as me/my-adapter, for the final adapter and its
+    card: uploaded after the run, or at once for a finished run. null: no upload."""
     private: bool = setting(True, "nothing")
-    """Whether a repository that is not there yet is made private."""
+    """Whether a new repository is private."""
 
 
 @dataclass
 class TrackerConfig:
     kinds: Any = setting(None, "nothing")
-    """Trackers by name, each with arguments for the library's start, or null: {wandb: {entity:
+    """Trackers by name, each with arguments for its library's init, or null: {wandb: {entity:
     my-team}, mlflow: null}.
     """
     project: str = setting("cera-train", "nothing")

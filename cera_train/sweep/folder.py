@@ -1,5 +1,5 @@
-"""A sweep's folder: OUTPUT_DIR/NAME holds sweep.json and one folder a job, named by what varies,
-and the state of a job follows from what lies in it. Imports no torch."""
+"""A sweep's folder: OUTPUT_DIR/NAME holds sweep.json and one folder for each job, named by what
+varies; the state of a job follows from its folder's contents. Imports no torch."""
 
 import hashlib
 import re
@@ -27,7 +27,7 @@ from cera_train.runs.results import (
 )
 
 RECORD = "sweep.json"
-# folder in the sweep's: NAME.json for every job that was started, written by the job itself
+# subfolder with NAME.json for every job that was started, written by the job itself
 JOBS = ".jobs"
 
 START_AGAIN = "Remove it, and start the sweep again."
@@ -44,14 +44,14 @@ SHORT_ERROR = 72  # characters of an error in the table
 
 def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
     """The name of a job's folder: what varies, such as `adapter=cera,adapter.r=64`; if nothing
-    does, every choice. The same for the same choices in any order, and never that of other
-    choices."""
+    does, every choice. It does not depend on the order of choices, and other choices have another
+    name."""
     choices = choices_of(overrides, swept)
     if swept:
         choices = [choice for choice in choices if key_of(choice) in swept]
 
     def plain(text: str) -> str:
-        """The text with dashes for what does not stand in plain file names."""
+        """The text with dashes for characters that plain file names lack."""
         dashed = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)
         return text if dashed == text else dashed.strip("-")
 
@@ -59,13 +59,13 @@ def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
     shown = ",".join("=".join(map(plain, redact(choice).split("=", 1))) for choice in choices)
     if shown == exact and len(exact) <= LONGEST_NAME:
         return exact or "default"  # if nothing is chosen
-    # What was replaced or cut may be all that differs between two jobs.
+    # What was replaced or cut may be the only difference between two jobs.
     digest = hashlib.sha256(exact.encode()).hexdigest()[:8]
     return f"{shown[: LONGEST_NAME - len(digest) - 1]}-{digest}"
 
 
 def choices_of(overrides: Iterable[str], swept: Collection[str] = ()) -> list[str]:
-    """What a job chooses, sorted by key. A setting that changes no result is no choice unless it is
+    """What a job chooses, sorted by key. A setting that changes no result counts only if it is
     swept."""
     choices = []
     for override in overrides:
@@ -90,11 +90,11 @@ HIGHER_IS_BETTER = {
     **dict.fromkeys([*PERPLEXITIES, "seconds", "peak_memory_bytes", "trainable_parameters"], False),
     "tokens_per_s": True,
 }
-"""The figures of result.json by which jobs compare, besides those of tasks."""
+"""The figures of result.json by which jobs are ranked, besides those of tasks."""
 
 
 class SweepMetric(Record):
-    """The figure by which jobs compare."""
+    """The figure by which jobs are ranked."""
 
     key: str = PERPLEXITIES[0]
     higher_is_better: bool = False
@@ -157,8 +157,8 @@ class JobRecord(Record):
 
 class State(StrEnum):
     finished = "finished"
-    diverged = "diverged"  # which is a result: the same command leaves it
-    failed = "failed"  # by its environment or its settings: the same command tries it again
+    diverged = "diverged"  # a result: the same command does not train it again
+    failed = "failed"  # stopped by its environment or settings: the same command tries it again
     running = "running"
     stopped = "stopped"  # it began and did not end: the same command resumes it
     waiting = "waiting"
@@ -166,16 +166,16 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class JobStatus:
-    """How far one job is, by what lies in its folder."""
+    """The status of a job, from the contents of its folder."""
 
     name: str  # the name of its folder
     choices: Sequence[str]
     state: State
     metric: SweepMetric
     progress: str  # updates done, such as 5/20
-    value: float | None  # of the sweep's metric; an unfinished run's: that of its last evaluation
+    value: float | None  # of the sweep's metric; for an unfinished run, that of its last evaluation
     error: str | None
-    rows: str | None  # the digest of the rows on which a perplexity is taken
+    rows: str | None  # the digest of the rows that a perplexity is measured on
 
     @property
     def is_over(self) -> bool:
@@ -184,15 +184,15 @@ class JobStatus:
 
     @property
     def outcome(self) -> str:
-        """A few words on the job beside its state: its figure, its error, or its progress."""
+        """A few words about the job after its state: its figure, its error, or its progress."""
         if self.state == State.finished and self.value is not None:
             return f"{self.metric.label} {self.metric.shown(self.value)}"
         return self.error or f"{self.progress or 'no'} updates"
 
 
 def read_sweep(folder: Path) -> list[JobStatus]:
-    """Every job of a sweep: those of its last command in the order of its grid, then what earlier
-    ones left."""
+    """Every job of a sweep: those of its last command in the order of its grid, then those of
+    earlier commands."""
     record = SweepRecord.find(folder / RECORD)
     if record is None:
         if (folder / "config.yaml").exists():
@@ -209,7 +209,7 @@ def read_sweep(folder: Path) -> list[JobStatus]:
         started.keys() - record.jobs.keys(), key=lambda name: (started[name].number, name)
     )
     overrides = record.jobs | {name: started[name].overrides for name in earlier}
-    # The name of a study's arm stands for its overrides, but not for a condition that others have.
+    # The name of a study's arm replaces its overrides, but not conditions that other arms have too.
     of_arms = {
         key_of(word) for arm in (record.study or {"arms": {}})["arms"].values() for word in arm
     }
@@ -226,7 +226,7 @@ def read_sweep(folder: Path) -> list[JobStatus]:
 def job_status(
     sweep: Path, name: str, choices: Sequence[str] = (), metric: SweepMetric = PERPLEXITY
 ) -> JobStatus:
-    """How far a job of a sweep is."""
+    """The status of a job of a sweep."""
     folder = sweep / name
     started = JobRecord.find(sweep / JOBS / f"{name}.json")
     result = RunResult.find(folder / "result.json")
@@ -253,8 +253,8 @@ def job_status(
 
 
 def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
-    """The best finished job by the sweep's metric; by a perplexity, one for every choice of
-    held-out rows."""
+    """The best finished job by the sweep's metric; for a perplexity, one for each set of held-out
+    rows."""
     best: dict[str | None, JobStatus] = {}
     for job in jobs:
         rows = job.rows if job.metric.key in PERPLEXITIES else None
@@ -266,8 +266,8 @@ def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
 
 
 def print_sweep(folder: Path) -> bool:
-    """Prints a line for every job, how many are in which state, and the best. Returns whether every
-    job of the last command has ended, whatever earlier ones left."""
+    """Prints a line for every job, the number of jobs in each state, and the best. Returns whether
+    every job of the last command has ended, regardless of earlier commands."""
     jobs = read_sweep(folder)
     best = best_jobs(jobs)
     label = jobs[0].metric.label if jobs else PERPLEXITY.label
@@ -303,7 +303,7 @@ def print_sweep(folder: Path) -> bool:
     if counts[State.failed]:
         print_line("errors", f"in full in {folder / JOBS}; the same command tries these jobs again")
     names = SweepRecord.read(folder / RECORD).jobs
-    # Without names the sweeper decided as it went.
+    # A record without jobs: the sweeper chose them as it went.
     return (
         all(job.is_over for job in jobs if job.name in names) if names else not counts[State.failed]
     )

@@ -1,6 +1,5 @@
-"""The jobs of a sweep: its grid, checked before the first job begins, and each job while it runs.
-
-A sweep's state is what its jobs left on disk. The same command skips finished jobs, resumes
+"""The jobs of a sweep: its grid, checked before the first job begins, and each job while it runs. A
+sweep's state is what its jobs left on disk. The same command skips finished jobs, resumes
 interrupted ones and runs missing ones. `config` is what Hydra composed for the sweep, with Hydra's
 section. Imports no torch.
 """
@@ -48,8 +47,8 @@ from cera_train.sweep.folder import (
 )
 
 WRITER = "sweep"
-"""Holder of the folder's lock, for messages. A study holds it while it runs: it chooses jobs by
-earlier results."""
+"""The holder of the folder's lock, for messages. A study holds the lock while it runs, since it
+chooses jobs by earlier results."""
 
 ComposeJob = Callable[[Iterable[str]], Any]
 """compose(overrides) -> the checked config of a job; raises UserError for an impossible one."""
@@ -59,8 +58,8 @@ ComposeJob = Callable[[Iterable[str]], Any]
 
 
 def _dimensions(config: DictConfig, params: Mapping[str, str] | None) -> list[Override]:
-    """The dimensions of a sweep: those of its file, then the arguments, which replace those of the
-    same key."""
+    """The dimensions of a sweep: those of its file, then the arguments, which replace dimensions of
+    the same key."""
     params = (config.hydra.sweeper.get("params") or {}) if params is None else params
     arguments = [*(f"{key}={values}" for key, values in params.items()), *_arguments(config.hydra)]
     parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(
@@ -76,7 +75,7 @@ def _arguments(hydra_config: DictConfig) -> list[str]:
 
 def grid(config: DictConfig, params: Mapping[str, str] | None = None) -> list[list[str]]:
     """The overrides of every job that Hydra's basic sweeper runs, in its order. `params` are the
-    dimensions, key -> values, in the place of `hydra.sweeper.params`."""
+    dimensions, key -> values, instead of `hydra.sweeper.params`."""
     dimensions = map(_values_of, _dimensions(config, params))
     return [list(job) for job in itertools.product(*dimensions)]
 
@@ -107,12 +106,12 @@ def job_composer(config: DictConfig, check: Callable[[DictConfig], Any]) -> Comp
 
 
 def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) -> None:
-    """Composes jobs, name -> overrides, until every value has been in a possible one. A value that
-    is impossible beside some others fails in its jobs, and the rest of the sweep runs.
+    """Composes jobs, name -> overrides, until every value has appeared in a valid one. A value that
+    is invalid only beside some others fails in those jobs, and the rest of the sweep runs.
 
     Raises:
-        Exception: a UserError or Hydra's, if a value cannot be composed, fails beside all
-            others, or chooses files that cannot be read.
+        Exception: a UserError or Hydra's, if a value cannot be composed, is invalid in every job,
+            or chooses files that cannot be read.
     """
     fine = set[str]()
     failed = dict[str, Exception]()
@@ -138,7 +137,7 @@ def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) 
 
 def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) -> None:
     """Raises UserError if a job that has a result, and is not started again, ran with another
-    config. Composes jobs until every value of these has been in one."""
+    config. Composes jobs until every value has appeared in one."""
     seen = set[str]()
     for name, values in jobs.items():
         folder = sweep / name
@@ -147,7 +146,7 @@ def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJo
             continue
         seen.update(values)
         config = to_plain(compose(values))
-        # What a run decides itself; rows whose files are gone have no layout.
+        # Settings that a run decides itself; the layout, if the rows' files are gone.
         auto = [key for key, value in flatten(config).items() if value == AUTO]
         decided = (
             "adapter.start_digest",
@@ -161,8 +160,8 @@ def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJo
 
 
 def check_inputs(config: Config, folder: Path) -> None:
-    """Raises UserError for a model, rows, problems or a start that a run in this folder cannot
-    read: torch takes seconds to import, and a mistake is answered before."""
+    """Raises UserError for a model, rows, problems or a starting adapter that a run in this folder
+    cannot read, so that a mistake is reported before torch is imported, which takes seconds."""
     if not (folder / "result.json").exists():  # a finished run no longer reads them
         check_model(config.model.path)
         check_data(config.data)
@@ -182,16 +181,16 @@ def check_inputs(config: Config, folder: Path) -> None:
 def record_of(
     config: DictConfig, jobs: list[list[str]] | None = None, params: Mapping[str, str] | None = None
 ) -> SweepRecord:
-    """The content of sweep.json: which jobs there will be, as far as the sweeper knows them now.
+    """The content of sweep.json: the jobs, as far as the sweeper knows them now.
 
     Args:
-        jobs: the overrides of each, in the place of the grid's.
-        params: dimensions that name the jobs even where they have one value, in the place of
+        jobs: the overrides of each job, instead of the grid's.
+        params: dimensions that name the jobs even if they have a single value, instead of
             `hydra.sweeper.params`.
 
     Raises:
-        UserError: the folder differs from job to job, or is that of a run or of a sweep with other
-            fixed settings.
+        UserError: the folder differs between jobs, or holds a run or a sweep with other fixed
+            settings.
     """
     for override in _arguments(config.hydra):
         if key_of(override) in ("name", "output_dir") and re.search(r"\$\{|,|\(", override):
@@ -210,7 +209,7 @@ def record_of(
     metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
 
     earlier = SweepRecord.find(folder / RECORD)
-    # A dimension of an earlier command still names the jobs where this one fixes it.
+    # A dimension of an earlier command still names the jobs, even if this command fixes it.
     names_jobs = {*map(key_of, params or ()), *(earlier.swept if earlier else ())}
     swept = set[str]()
     fixed = []
@@ -257,7 +256,7 @@ def begin(config: DictConfig, compose: ComposeJob, record: SweepRecord) -> None:
     # A name or recipe of a job must not move it elsewhere.
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
-    # Every process of a run writes it, the same each: none reads it before it is there.
+    # Every process of a run writes the same record, so that none reads it too early.
     folder.mkdir(parents=True, exist_ok=True)
     record.write(folder / RECORD)
 
@@ -270,7 +269,7 @@ class Job:
     name: str  # the job's folder in it
     overrides: list[str]
     number: int
-    count: int  # jobs in all; 0: the sweeper decides as it goes
+    count: int  # number of jobs; 0: the sweeper decides as it goes
 
     @classmethod
     def current(cls, hydra_config: DictConfig) -> Job | None:
@@ -300,7 +299,7 @@ class Job:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether an earlier start diverged: a result, which stands until the folder is removed."""
+        """Whether an earlier start diverged: that result stands until the folder is removed."""
         return (self.sweep / self.name / DIVERGED).exists()
 
     def start(self) -> None:
@@ -319,7 +318,7 @@ class Job:
                 self.clear_error()
 
     def clear_error(self) -> None:
-        """Also once the job is through: a second command that found it running wrote one."""
+        """Also called at the end: a second command may have recorded that the job is running."""
         if is_main_process():
             self._write(None)
 
