@@ -356,9 +356,9 @@ def _describe(error: Exception, program: str) -> str:
         forms = f"-m runs each of them, {name}=[{values}] is a list, and {text} a text"
         return f"{ambiguous[1]}: commas separate values: {forms}."
     if twice := re.match("Multiple values for ([^.]+)\\.", message):
-        return f"{twice[1]}=... stands twice: keep one of the two."
+        return f"{twice[1]}=... is given twice: keep one of the two."
     if message == "Unexpected type for root: NoneType":
-        return "a setting lies in a section that is null here: set it whole, SECTION={KEY: VALUE}."
+        return "a setting is in a section that is null here: set the whole, SECTION={KEY: VALUE}."
     if not key:
         return message
     # No attribute of Hydra's exception holds the file in which a key or value stands.

@@ -16,7 +16,7 @@ OUT_OF_MEMORY = (
 LIMITS = {
     errno.ENOSPC: ("the disk is full", "Free some space"),
     errno.EDQUOT: ("the disk is full", "Free some space"),
-    errno.EFBIG: ("a file may grow no further", "Raise `ulimit -f`"),
+    errno.EFBIG: ("the file has reached its size limit", "Raise `ulimit -f`"),
 }
 """Errno of the operating system -> the problem and its fix."""
 

@@ -248,7 +248,7 @@ def _read_csv(path: str) -> Iterator[PlacedRow]:
             header = rows.fieldnames or []
             if len({*header}) < len(header):
                 raise UserError(
-                    f"{path}:1: a column stands twice in {','.join(header)}: rename one."
+                    f"{path}:1: a column appears twice in {','.join(header)}: rename one."
                 )
             for row in rows:
                 # DictReader marks an extra cell by the key None, a missing one by the value None.

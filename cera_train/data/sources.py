@@ -261,8 +261,8 @@ def rows_by_prompt(config: DataConfig, source: Source) -> set[int]:
             held_out.update(rows)
     if len(held_out) == sum(sizes):
         reason = (
-            f"{counted(len(sizes), 'different prompt')} with an answer, and training and "
-            f"evaluation need one each"
+            f"{counted(len(sizes), 'different prompt')} with an answer, but training and "
+            f"held-out rows need one each"
         )
         raise UserError(f"{source.name}: {reason}. Add rows, or name data.eval_files.")
     return held_out

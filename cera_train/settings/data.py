@@ -274,7 +274,7 @@ class DataConfig:
         is_named = self.path or self.train_files
         require(
             not is_named,
-            f"data.layout={self.layout} computes its rows, and others are named: {fix}.",
+            f"data.layout={self.layout} computes its rows, but others are named: {fix}.",
         )
         require(
             self.eval_rows is not None,
@@ -301,7 +301,7 @@ class DataConfig:
         require(is_complete and are_shares, f"data.mix has weights {self.weights}: {fix}.")
         # A list, not a generator: every part is checked.
         evaluates = any([part.eval_rows != 0 for _, part in self.parts()])
-        require(evaluates, "data.mix evaluates on no rows: raise an eval_rows.")
+        require(evaluates, "data.mix holds out no rows: raise an eval_rows.")
 
     def parts(self) -> Iterator[tuple[str, "DataConfig"]]:
         """The data sets of a mix, each with its key; without a mix, these settings with an empty

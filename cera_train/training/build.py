@@ -156,7 +156,7 @@ def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -
     folder = find_start(config)
     if (digest := digest_of(folder)) != config.start_digest:
         raise UserError(
-            f"{place}: its weights have the digest {digest} now, and this run was begun with "
+            f"{place}: its weights have the digest {digest} now, but this run was begun with "
             f"{config.start_digest}. Restore them, or choose another name=... for a run from the "
             "new ones."
         )

@@ -137,7 +137,7 @@ def test_what_the_system_refuses_is_named_with_the_fix(tmp_path, monkeypatch):
             write_text(tmp_path / "file", "long" * 2000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "a file may grow no further" in explain(refused.value)
+    assert "reached its size limit" in explain(refused.value)
     assert "Raise `ulimit -f` and repeat the command" in explain(refused.value)
 
 

@@ -168,7 +168,7 @@ MISTAKES = [
     ("cera-train adapter.r=[", "adapter.r=[: cannot read the value", "close its brackets"),
     ("cera-train name=a:\nb:", "cannot read the value", r"""$'name="a:\nb:"'"""),
     ("cera-train data.prompt={q}\n{a}", "cannot read the value", r"""$'data.prompt="{q}\n{a}"'"""),
-    ("cera-train +recipe=sft +recipe=quickstart", "recipe=... stands twice", "keep one of the two"),
+    ("cera-train +recipe=sft +recipe=quickstart", "recipe=...", "keep one of the two"),
     (
         "cera-train -m +study=first_look study.arms={a:[adapter=lora]}",
         "cannot read the value",

@@ -1,4 +1,5 @@
-"""Rows in every layout, configs that name them, what becomes of one; and a cache for each test."""
+"""Rows in every layout, configs that name them, the example made of a row; and a cache for each
+test."""
 
 import copy
 import itertools
@@ -57,7 +58,7 @@ def with_changes(tokenizer: PreTrainedTokenizerFast, **changes) -> PreTrainedTok
 
 
 def supervised_text(example: Example, tokenizer) -> str:
-    """The supervised tokens as text, stretches of them apart by a bar."""
+    """The supervised tokens as text, with a bar between stretches."""
     stretches = itertools.groupby(
         zip(example.input_ids, example.loss_mask, strict=True), key=lambda token: token[1]
     )
@@ -75,7 +76,7 @@ def texts_of(rows: TokenizedRows, tokenizer) -> list[str]:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch) -> Path:
-    """The folder of tokenised rows of an empty cache."""
+    """The folder of tokenised rows in an empty cache."""
     monkeypatch.setenv("CERA_TRAIN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "tokens"
 

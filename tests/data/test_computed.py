@@ -1,5 +1,5 @@
-"""Rows that are computed: the logistic map's against the paper's numbers, dates, reasoning-gym's in
-three splits."""
+"""Computed rows: the logistic map against the paper's numbers, dates, and reasoning-gym in three
+splits."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_the_trajectory_is_the_papers_and_only_what_is_shown_is_rounded():
     assert rounded["completion"] == " 0.8, 0.5, 0.9, 0.4, 0.8"
 
 
-def test_starts_are_split_by_the_seed_and_together_all():
+def test_starting_points_are_split_by_the_seed_without_losing_any():
     train, evaluation = logistic_map_rows(LogisticMapConfig(), 20)
     assert (len(train), len(evaluation)) == (79, 20)
     assert sorted(starts_of(train) + starts_of(evaluation)) == [
@@ -55,7 +55,7 @@ def test_starts_are_split_by_the_seed_and_together_all():
         logistic_map_rows(LogisticMapConfig(), 99)
 
 
-def test_several_growths_have_a_row_each_from_every_start_and_hold_out_the_same_starts():
+def test_every_growth_gets_a_row_from_every_start_and_holds_out_the_same_starts():
     train, evaluation = logistic_map_rows(LogisticMapConfig(growth=[3.5, 3.7, 3.9]), 20)
     # 7 starting points are held out, one of them at two growths
     assert (len(train), len(evaluation)) == (3 * 92, 20)
@@ -90,14 +90,14 @@ def test_several_growths_have_a_row_each_from_every_start_and_hold_out_the_same_
         ),
     ],
 )
-def test_a_date_is_asked_in_every_way(day, texts):
+def test_dates_are_asked_in_every_format(day, texts):
     for way, text in zip(WAYS, texts, strict=True):
         row = date_row(day, way)
         assert text in row["prompt"]
         assert row["completion"] == f" {day}"
 
 
-def test_every_day_of_the_century_is_one_answer_and_evaluation_rows_stay_the_same():
+def test_every_day_of_the_century_is_one_answer_and_held_out_rows_stay_the_same():
     train, evaluation = date_rows(None, 50)
     days = sorted(row["completion"].strip() for row in (*train, *evaluation))
     assert (days[0], days[-1], len(days), len(set(days))) == (
@@ -131,12 +131,12 @@ def questions(split: Split, count: int, **settings) -> list[str]:
     return [draw.question for draw in draws(ReasoningGymConfig(**settings), split, count, "count")]
 
 
-def test_gym_questions_are_in_one_split_and_come_up_once_in_evaluation():
+def test_a_gym_question_is_in_one_split_and_is_held_out_only_once():
     train, held_out, test = (
         questions(split, count, generator="chain_sum", level=0)
         for split, count in ((Split.train, 600), (Split.held_out, 15), (Split.test, 15))
     )
-    assert len(set(train)) < 200  # there are 200 sums of two digits: training repeats
+    assert len(set(train)) < 200  # there are only 200 sums of two digits: training repeats them
     assert len(set(held_out)) == len(set(test)) == 15
     assert not {*train} & {*held_out} | {*train} & {*test} | {*held_out} & {*test}
     assert {split_of(question.upper() + " ") for question in test} == {Split.test}
@@ -196,12 +196,12 @@ GROWTHS = "growth=.* must be numbers above 0 and up to 4, of at most six digits"
         (ReasoningGymConfig, {"seed": 1000}, "seed=1000 must be between 0 and 999"),
     ],
 )
-def test_a_setting_is_refused_by_name(kind, settings, message):
+def test_a_refused_setting_is_named(kind, settings, message):
     with pytest.raises(UserError, match=message):
         kind(**settings)
 
 
-def test_gym_rows_that_there_are_not_are_refused():
+def test_more_gym_rows_than_exist_are_refused():
     with pytest.raises(UserError, match=r"level=11 of chain_sum: it has levels 0 to 10"):
         check_data(DataConfig(**GYM, reasoning_gym=ReasoningGymConfig(level=11)))
     with pytest.raises(

@@ -24,8 +24,8 @@ TEXT = {"prompt": "{prompt}", "completion": "{completion}"}
 
 @pytest.fixture
 def refusal(tmp_path, monkeypatch, tokenizer):
-    """refusal(files, **settings) -> the line that training on the first file, its last row held
-    out, is refused with"""
+    """refusal(files, **settings) -> the error line of a run on the first file, with its last row
+    held out"""
     monkeypatch.chdir(tmp_path)
 
     def refusal(files: dict[str, str | bytes | list], tokenizer=tokenizer, **settings) -> str:
@@ -66,7 +66,9 @@ def refusal(tmp_path, monkeypatch, tokenizer):
         ),
     ],
 )
-def test_what_is_no_file_of_rows_is_refused_before_any_is_opened(refusal, tmp_path, name, line):
+def test_a_name_that_is_no_file_of_rows_is_refused_before_any_file_is_opened(
+    refusal, tmp_path, name, line
+):
     (tmp_path / "rows.xlsx").touch()
     expected = f"{name}: {line.format(cwd=tmp_path)}"
     assert refusal({"t.jsonl": LINES}, train_files=[name]).startswith(
@@ -121,7 +123,7 @@ CSV = "prompt,completion\n1,2\n"
             CSV + '3,"4"5\n',
             "x.csv:3: ',' expected after '\"'. Write a quote in a quoted cell twice.",
         ),
-        ("x.csv", "a,a\n1,2\n", "x.csv:1: a column stands twice in a,a: rename one."),
+        ("x.csv", "a,a\n1,2\n", "x.csv:1: a column appears twice in a,a: rename one."),
         ("x.csv", CSV + "1,2,3\n", "x.csv:3: more or fewer cells than columns: quote commas."),
         ("x.csv", CSV + "1\n", "x.csv:3: more or fewer cells than columns: quote commas."),
         ("x.parquet", b"PAR1 and no more", "x.parquet: cannot read it: "),
@@ -137,11 +139,11 @@ CSV = "prompt,completion\n1,2\n"
         ),
     ],
 )
-def test_a_broken_file_or_row_is_refused_by_its_line(refusal, name, content, line):
+def test_a_broken_file_or_row_is_refused_with_its_line(refusal, name, content, line):
     assert refusal({name: content}).startswith(line)
 
 
-def test_columns_of_a_parquet_file_that_are_no_text_are_refused(refusal, tmp_path):
+def test_parquet_columns_that_are_not_text_are_refused(refusal, tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -196,7 +198,7 @@ CALL = {
 CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 
 
-def test_a_bad_row_is_refused_by_its_line_of_its_own_file(refusal):
+def test_a_bad_row_is_refused_with_its_file_and_line(refusal):
     files = {"a.jsonl": ROWS, "b.jsonl": [ROWS[0], {"prompt": "a"}]}
     assert refusal(files, train_files=[*files]) == (
         "b.jsonl:2: column 'completion' is missing; its columns are prompt. Name another in "
@@ -227,11 +229,11 @@ def test_a_bad_row_is_refused_by_its_line_of_its_own_file(refusal):
         ),
     ],
 )
-def test_a_template_is_refused_by_its_key(refusal, settings, line):
+def test_a_bad_template_is_refused_with_its_key(refusal, settings, line):
     assert refusal({"x.jsonl": ROWS}, **settings).startswith(line)
 
 
-def test_a_tokenizer_without_an_end_token_is_refused_by_its_model(refusal, tokenizer):
+def test_a_tokenizer_without_an_end_token_is_refused_with_its_model(refusal, tokenizer):
     without = with_changes(tokenizer, eos_token=None, name_or_path="some/model")
     assert refusal({"x.jsonl": ROWS}, tokenizer=without) == (
         "model.path=some/model: the tokenizer has no end-of-text token: set eos_token in its "
@@ -317,7 +319,7 @@ def test_a_tokenizer_without_an_end_token_is_refused_by_its_model(refusal, token
         ),
     ],
 )
-def test_a_malformed_turn_is_refused_by_its_number(tokenizer, layout, row, line):
+def test_a_malformed_turn_is_refused_with_its_number(tokenizer, layout, row, line):
     config = DataConfig(layout=layout, train_files=["t.jsonl"], eval_rows=1)
     with pytest.raises(UserError, match=f"^{re.escape(line)}"):
         segmenter(config, tokenizer)(row)

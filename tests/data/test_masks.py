@@ -1,4 +1,4 @@
-"""Which tokens of a row are supervised: compared as text on hand-checked rows, the ids with the
+"""Which tokens of a row are supervised: as text on hand-checked rows; ids are compared with the
 tokenizer's own."""
 
 import copy
@@ -76,16 +76,14 @@ def test_text_layouts_of_conf_are_the_papers_templates(
     assert not example.truncated
 
 
-def test_the_boundary_is_what_inference_tokenises_where_prompt_and_completion_would_merge(
-    tokenizer,
-):
+def test_prompt_and_completion_never_merge_into_one_token(tokenizer):
     example = example_of({"a": "hel", "b": "lo"}, tokenizer, prompt="{a}", completion="{b}")
     assert len(ids_of("hello", tokenizer)) < len(example.input_ids) - 2
     assert supervised_text(example, tokenizer) == "lo</s>"
 
 
 @pytest.mark.parametrize("prepend", ["always", "first"])
-def test_a_tokenizer_that_writes_a_space_before_a_text_writes_none_within_a_row(tokenizer, prepend):
+def test_a_tokenizer_that_adds_a_leading_space_adds_none_within_a_row(tokenizer, prepend):
     backend = Tokenizer(
         BPE({letter: number for number, letter in enumerate("\u2581\nQA: abc?")}, [])
     )
@@ -96,9 +94,7 @@ def test_a_tokenizer_that_writes_a_space_before_a_text_writes_none_within_a_row(
     assert example.loss_mask == [False] * (len(example.input_ids) - 3) + [True] * 3
 
 
-def test_the_end_token_is_always_supervised_though_it_pads_and_the_answer_ends_in_a_special_token(
-    tokenizer,
-):
+def test_the_end_token_is_supervised_even_if_it_pads_or_follows_a_special_token(tokenizer):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     example = example_of({"question": "a", "answer": "see <|im_start|>"}, tokenizer, loss_on="all")
     assert tokenizer.decode(example.input_ids).endswith(" see <|im_start|></s>")
@@ -117,7 +113,7 @@ def test_without_a_start_token_none_is_added_and_the_first_token_is_not_supervis
         assert supervised_text(only_answer, bare) == "b</s>"
 
 
-def test_numbers_read_as_text_null_as_nothing_and_braces_of_a_value_as_they_are(tokenizer):
+def test_numbers_become_text_null_becomes_empty_and_braces_in_values_stay(tokenizer):
     row = {"question": None, "answer": 42, "reason": 0.5}
     example = example_of(row, tokenizer, completion=" {answer} {reason}")
     assert tokenizer.decode(example.input_ids) == "<s>Question: \nAnswer: 42 0.5</s>"
@@ -149,7 +145,7 @@ def test_slimorca_takes_the_first_question_and_answer_without_the_system_prompt(
     assert supervised_text(example, tokenizer) == " hello there</s>"
 
 
-def test_all_turns_have_the_system_prompt_and_supervise_every_answer(tokenizer):
+def test_turns_all_keeps_the_system_prompt_and_supervises_every_answer(tokenizer):
     example = example_of(CONVERSATION, tokenizer, layout="conversations", turns="all")
     assert tokenizer.decode(example.input_ids) == (
         "<s>System: Be brief.\nUser: hello\nAssistant: hello there</s>\nUser: next?\nAssistant: "
@@ -240,7 +236,7 @@ def test_flags_and_turns_choose_what_is_supervised(tokenizer, row, layout, first
 # --- layout messages ------------------------------------------------------------------------------
 
 
-def test_messages_supervise_every_assistant_turn_after_what_inference_would_tokenise(tokenizer):
+def test_messages_supervise_every_assistant_turn_after_the_prompt_of_inference(tokenizer):
     example = example_of(CHAT, tokenizer, layout="messages")
     assert tokenizer.decode(example.input_ids) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
@@ -274,7 +270,7 @@ def test_a_template_may_write_the_start_token_and_needs_no_end_token(tokenizer):
     assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
 
 
-def test_the_last_answer_is_supervised_where_a_template_shortens_earlier_ones(tokenizer):
+def test_the_last_answer_is_supervised_if_a_template_shortens_earlier_ones(tokenizer):
     thinking = (
         "{% if message.thinking and loop.last %}<think>{{ message.thinking }}</think>{% endif %}"
     )
@@ -372,7 +368,7 @@ def test_tool_calls_are_supervised_as_the_template_writes_them(tokenizer, argume
     assert "None" not in tokenizer.decode(example.input_ids)
 
 
-def test_tools_of_a_row_are_shown_to_the_model(tokenizer):
+def test_the_tools_of_a_row_reach_the_prompt(tokenizer):
     tools = [{"type": "function", "function": {"name": "weather"}}]
     for column in (tools, json.dumps(tools)):
         row = {"messages": [USER, ANSWER], "tools": column}
@@ -423,7 +419,7 @@ CALLS_ALONE = TOOL_TEMPLATE.replace(
     ],
     ids=["tools", "a call before the answer", "a role", "a text beside a call", "half a character"],
 )
-def test_what_a_template_leaves_out_or_no_tokenizer_takes_is_refused(
+def test_text_that_a_template_drops_or_no_tokenizer_accepts_is_refused(
     tokenizer, template, row, line
 ):
     with pytest.raises(UserError, match=re.escape(line)):

@@ -1,5 +1,5 @@
-"""Several data sets as one: how many rows of each, which, in what order; what they share with runs
-on one alone."""
+"""Several data sets as one: how many rows of each, which ones, in what order; what they share with
+runs on one of them."""
 
 import re
 from collections import Counter
@@ -43,9 +43,9 @@ def row_texts(name: str, numbers) -> list[str]:
 @pytest.mark.parametrize(
     ("available", "weights", "total", "rows"),
     [
-        ([3000, 254], [3, 1], None, [762, 254]),  # as many as repeat no part
+        ([3000, 254], [3, 1], None, [762, 254]),  # as many as possible without repeating a part
         ([30, 7], [0.7, 0.3], None, [16, 7]),  # 23.3 rows
-        ([10, 10, 10], [1, 1, 1], 10, [4, 3, 3]),  # of equal remainders, the first part's
+        ([10, 10, 10], [1, 1, 1], 10, [4, 3, 3]),  # ties go to the first part
         # exact: as floats they add up to less than 1
         ([99, 99, 99], [0.1, 0.2, 0.7], 10, [1, 2, 7]),
         ([5, 5], [1, 3], 100, [25, 75]),  # repeated
@@ -55,11 +55,11 @@ def row_texts(name: str, numbers) -> list[str]:
         ([30, 10], [None, None], 400, [30, 10]),
     ],
 )
-def test_rows_are_shared_out_by_largest_remainder(available, weights, total, rows):
+def test_rows_are_divided_by_largest_remainder(available, weights, total, rows):
     assert rows_of_parts(available, weights, total) == rows
 
 
-def test_a_part_is_repeated_whole_before_any_row_comes_again():
+def test_a_part_is_used_up_before_any_row_repeats():
     assert drawn_rows(5, 5, "0 0") == [0, 1, 2, 3, 4]
     counts = Counter(drawn_rows(5, 13, "0 0"))
     assert sorted(counts.values()) == [2, 2, 3, 3, 3]
@@ -122,9 +122,7 @@ def test_rows_weights_and_eval_rows_choose_the_rows(
     assert len(data.evaluation) == sum(eval_rows)
 
 
-def test_a_part_has_a_layout_and_templates_of_its_own_or_those_of_data(
-    part, write_jsonl, tokenizer
-):
+def test_a_part_has_its_own_layout_and_templates_or_those_of_data(part, write_jsonl, tokenizer):
     chats = str(write_jsonl("chats.jsonl", [CONVERSATION, CONVERSATION]))
     one = MixPart(train_files=[chats], eval_rows=0, layout="conversations")
     two = part("b", 3, prompt="Q: {question}", completion=" A: {answer}")
@@ -137,7 +135,7 @@ def test_a_part_has_a_layout_and_templates_of_its_own_or_those_of_data(
     assert any(text.startswith("Question: x' = 3.5 x (1 - x).") for text in trained)
 
 
-def test_two_mixes_share_no_digest_and_a_part_shares_the_cache_with_a_run_on_it_alone(
+def test_mixes_have_different_digests_and_a_part_shares_the_cache_with_a_run_on_it_alone(
     part, tokenizer, reads
 ):
     a = part("a", 32, weight=1)
@@ -153,7 +151,7 @@ def test_two_mixes_share_no_digest_and_a_part_shares_the_cache_with_a_run_on_it_
     assert prepare_data(mix(a, b), tokenizer).train.digest == mixes[0]
 
 
-def test_the_evaluation_alone_is_that_of_the_run_and_its_first_rows_are_of_every_part(
+def test_held_out_rows_prepared_alone_are_those_of_the_run_and_start_with_every_part(
     part, tokenizer
 ):
     config = mix(part("a", 12, eval_rows=6), part("b", 7))
@@ -164,7 +162,7 @@ def test_the_evaluation_alone_is_that_of_the_run_and_its_first_rows_are_of_every
     assert Counter(text[0] for text in some) == {"a": 3, "b": 1}
 
 
-def test_perplexities_compare_whatever_the_shares_and_with_a_run_on_the_only_part_that_evaluates(
+def test_perplexities_compare_across_shares_and_with_a_run_on_the_only_held_out_part(
     part, tokenizer
 ):
     def held_out(*parts: MixPart, **settings) -> str:
@@ -226,11 +224,11 @@ A = MixPart(train_files=["a.jsonl"], weight=1.0, eval_rows=1)
         (
             [MixPart(train_files=["a.jsonl"], eval_rows=0)],
             {},
-            "data.mix evaluates on no rows: raise an eval_rows.",
+            "data.mix holds out no rows: raise an eval_rows.",
         ),
     ],
 )
-def test_a_mix_of_another_shape_is_refused_before_anything_is_read(parts, settings, line):
+def test_a_malformed_mix_is_refused_before_anything_is_read(parts, settings, line):
     with pytest.raises(UserError, match=f"^{re.escape(line)}"):
         mix(*parts, **settings)
 
@@ -253,7 +251,7 @@ def test_mistakes_in_the_rows_of_a_part_name_the_part(part, tokenizer):
         prepare_data(mix(part("a", 7), part("b", 7, eval_rows=9)), tokenizer)
 
 
-def test_a_prompt_that_one_part_evaluates_and_another_trains_is_refused(part, tokenizer):
+def test_a_prompt_held_out_in_one_part_and_trained_in_another_is_refused(part, tokenizer):
     files = part("a", 9).train_files
     both = MixPart(train_files=files, eval_files=files)
     line = (

@@ -1,4 +1,4 @@
-"""A person's own files: how their rows are read, and which of them evaluate, without a setting."""
+"""A user's own files: how their rows are read and which are held out, without any setting."""
 
 import re
 import shlex
@@ -77,7 +77,7 @@ def test_the_columns_of_the_first_rows_choose_the_layout(own, row, layout, texts
     assert decide_layouts(config) == config
 
 
-def test_templates_that_are_set_choose_text_and_each_part_of_a_mix_is_read_by_its_own_columns(
+def test_given_templates_choose_text_and_each_part_of_a_mix_is_read_by_its_own_columns(
     own, write_jsonl
 ):
     alpaca = {"instruction": "a", "output": "b"}
@@ -115,7 +115,7 @@ def test_templates_that_are_set_choose_text_and_each_part_of_a_mix_is_read_by_it
         ([], "finds no rows: "),
     ],
 )
-def test_columns_of_no_layout_or_of_two_are_refused(own, rows, line):
+def test_columns_that_fit_no_layout_or_two_are_refused(own, rows, line):
     with pytest.raises(UserError, match=rf"^\S+rows.jsonl: data.layout=auto {re.escape(line)}"):
         own(rows)
 
@@ -131,7 +131,7 @@ MESSAGES = {
 
 @pytest.mark.parametrize(("row", "layout"), [(TEXTS, "text"), (MESSAGES, "messages")])
 @pytest.mark.parametrize("source", ["+recipe=dpo", "data=jsonl train.objective=dpo"])
-def test_preferences_hold_texts_or_messages(compose, write_jsonl, source, row, layout):
+def test_preferences_are_texts_or_messages(compose, write_jsonl, source, row, layout):
     file = f"data.train_files=[{write_jsonl('pairs.jsonl', [row])}]"
     data = compose(*source.split(), file).data
     assert data.layout == layout
@@ -139,7 +139,7 @@ def test_preferences_hold_texts_or_messages(compose, write_jsonl, source, row, l
         assert [segment.text for segment in side(row)] == ["1 + 1?", answer]
 
 
-def test_preferences_with_another_column_or_without_one(compose, write_jsonl):
+def test_a_preference_may_name_its_column_and_needs_one(compose, write_jsonl):
     row = {"worse": TEXTS["rejected"], **TEXTS}
     row.pop("rejected")
     file = f"data.train_files=[{write_jsonl('pairs.jsonl', [row])}]"
@@ -148,7 +148,7 @@ def test_preferences_with_another_column_or_without_one(compose, write_jsonl):
         compose("+recipe=dpo", file)
 
 
-def test_a_text_file_has_a_document_a_line_or_between_blank_lines(tmp_path, tokenizer):
+def test_documents_of_a_text_file_are_lines_or_separated_by_blank_lines(tmp_path, tokenizer):
     path = tmp_path / "t.txt"
 
     def documents(text: str) -> list:
@@ -167,9 +167,7 @@ def test_a_text_file_has_a_document_a_line_or_between_blank_lines(tmp_path, toke
     assert mask == [False, *[True] * (len(mask) - 1)]
 
 
-def test_a_document_longer_than_max_length_becomes_rows_that_together_are_the_document(
-    write_jsonl, tokenizer
-):
+def test_a_document_longer_than_max_length_is_cut_into_rows_without_loss(write_jsonl, tokenizer):
     def documents(rows: TokenizedRows) -> list[str]:
         ids = [rows.tokens("input_ids", row).to_pylist() for row in range(len(rows))]
         assert all(row[0] == tokenizer.bos_token_id and len(row) <= 8 for row in ids)
@@ -212,7 +210,7 @@ def test_rows_of_one_prompt_stay_on_one_side(own, tokenizer):
     ("counts", "rows"),
     [([1] * 100, 5), ([1] * 3, 1), ([1] * 20_000, 500), ([30, 40, 50], 30), ([96, 2, 2], 4)],
 )
-def test_a_twentieth_of_the_rows_is_held_out_but_at_least_a_prompt(counts, rows):
+def test_a_twentieth_of_the_rows_but_at_least_one_prompt_is_held_out(counts, rows):
     row = {"prompt": "", "completion": "x"}
     prompts = [
         row | {"prompt": str(number)} for number, count in enumerate(counts) for _ in range(count)
@@ -226,7 +224,7 @@ def test_a_twentieth_of_the_rows_is_held_out_but_at_least_a_prompt(counts, rows)
     }
 
 
-def test_a_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
+def test_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
     tiny_folder, write_jsonl, tmp_path, run_command, capsys
 ):
     question, answer = CHAT["messages"][1:3]
@@ -257,7 +255,7 @@ def test_a_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
     assert files == {tmp_path / "rows.jsonl", sweep}
 
 
-def test_a_run_records_what_it_decided_and_needs_the_files_no_more_once_it_is_finished(
+def test_a_run_records_its_decisions_and_no_longer_needs_the_files_once_finished(
     tiny_config, write_jsonl, capsys
 ):
     path = write_jsonl(

@@ -17,7 +17,7 @@ pytest_plugins = ["examples"]
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-def test_rows_are_read_from_the_disk_when_they_are_used(config_of, tokenizer, cache, capsys):
+def test_rows_are_read_from_disk_when_they_are_used(config_of, tokenizer, cache, capsys):
     rows = [
         {"question": f"what is {number}?", "answer": "it is so " * 20} for number in range(3000)
     ]
@@ -31,7 +31,7 @@ def test_rows_are_read_from_the_disk_when_they_are_used(config_of, tokenizer, ca
     assert file.stat().st_size > train.table.nbytes
 
 
-def test_tokens_are_the_tokenizers_own_one_text_at_a_time_and_rows_without_an_answer_are_left_out(
+def test_batched_tokens_equal_the_tokenizers_own_and_rows_without_an_answer_are_dropped(
     config_of, tokenizer, monkeypatch
 ):
     monkeypatch.setattr("cera_train.data.prepare.ROWS_AT_ONCE", 7)
@@ -61,7 +61,7 @@ def test_tokens_are_the_tokenizers_own_one_text_at_a_time_and_rows_without_an_an
         )
 
 
-def test_what_is_cut_dropped_and_kept_is_counted(config_of, tokenizer):
+def test_truncated_dropped_and_kept_rows_are_counted(config_of, tokenizer):
     def length(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -70,7 +70,7 @@ def test_what_is_cut_dropped_and_kept_is_counted(config_of, tokenizer):
     rows = [
         {"question": "a", "answer": "it is 0.84"},  # fits to the token
         {"question": "a", "answer": "it is 0.841"},  # cut: no end token
-        {"question": "a" * (fits - prompt + 1), "answer": "it"},  # its answer lies wholly beyond
+        {"question": "a" * (fits - prompt + 1), "answer": "it"},  # its whole answer lies beyond
         {"question": "a", "answer": " \n"},
     ]
     train = prepare_data(config_of(rows, max_length=fits), tokenizer).train
@@ -106,10 +106,11 @@ def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer
     assert prepare_data(config_of([*TRAIN, *again]), tokenizer).repeated_prompts == 2
 
 
-def test_the_same_rows_come_from_the_cache_also_from_another_place(
+def test_the_same_rows_come_from_the_cache_even_from_another_path(
     config_of, tokenizer, reads, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(sys.modules, "datasets", None)  # its import fails: it takes half a second
+    # Make its import fail: it takes half a second.
+    monkeypatch.setitem(sys.modules, "datasets", None)
     config = config_of(evaluation=[], eval_rows=2)
     first = prepare_data(config, tokenizer)
     assert len(reads) == 3  # to count the rows, and once for each split
@@ -139,7 +140,7 @@ def test_the_same_rows_come_from_the_cache_also_from_another_place(
     ],
     ids=str,
 )
-def test_what_decides_the_tokens_gives_another_entry(config_of, tokenizer, reads, change):
+def test_settings_that_change_tokens_get_another_cache_entry(config_of, tokenizer, reads, change):
     before = prepare_data(config_of(), tokenizer).train
     after = prepare_data(config_of(**change), tokenizer).train
     assert before.digest != after.digest
@@ -157,7 +158,7 @@ def test_a_broken_file_of_the_cache_is_named(config_of, tokenizer, cache):
         prepare_data(config_of(), tokenizer)
 
 
-def test_another_tokenizer_gives_another_entry(config_of, tokenizer):
+def test_another_tokenizer_gets_another_cache_entry(config_of, tokenizer):
     from tokenizers.processors import TemplateProcessing
 
     without_start, with_token, with_template, with_end = (

@@ -1,4 +1,4 @@
-"""Rows from files and data sets, which of them train and which evaluate, and the quick look at
+"""Rows from files and data sets, which of them train and which are held out, and the first look at
 them."""
 
 import gzip
@@ -38,7 +38,7 @@ def number_rows(count: int) -> list[dict]:
     return [{"question": f"q{number}", "answer": f"a{number}"} for number in range(count)]
 
 
-def test_every_kind_of_file_gives_the_rows_as_they_stand_in_it(tmp_path, write_jsonl):
+def test_every_kind_of_file_gives_its_rows_unchanged(tmp_path, write_jsonl):
     import pyarrow
     import pyarrow.parquet
 
@@ -68,7 +68,7 @@ def test_cells_of_a_table_are_text(tmp_path, name, separator):
     ]
 
 
-def test_files_of_a_storage_elsewhere_are_read_like_those_of_this_machine(monkeypatch):
+def test_remote_files_are_read_like_local_ones(monkeypatch):
     import fsspec
 
     monkeypatch.setattr(data_rows, "STORAGES", ("memory",))
@@ -103,9 +103,7 @@ def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_rows(tmp_path
         assert rows_of(tmp_path / name) == []
 
 
-def test_files_are_read_in_the_order_they_are_named_and_those_of_a_pattern_by_name(
-    write_jsonl, tmp_path
-):
+def test_files_are_read_in_the_order_given_and_those_of_a_pattern_by_name(write_jsonl, tmp_path):
     first = write_jsonl("z.jsonl", number_rows(2))
     second = write_jsonl("a.jsonl", number_rows(3)[2:])
     assert read(open_sources(data_config([first, second], [first]))[0]) == [number_rows(3)]
@@ -126,7 +124,7 @@ def test_without_evaluation_files_the_last_rows_are_held_out(write_jsonl):
     ]
 
 
-def test_train_rows_and_eval_rows_take_the_first_and_read_no_more(tmp_path):
+def test_train_rows_and_eval_rows_take_the_first_rows_and_read_no_more(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\nbroken')
     config = data_config([path], [path], train_rows=2, eval_rows=1)
@@ -135,7 +133,7 @@ def test_train_rows_and_eval_rows_take_the_first_and_read_no_more(tmp_path):
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch, write_jsonl) -> Path:
-    """`ds` has four rows in a split `train`, `broken` a malformed one."""
+    """`ds` has four rows in a split `train`; `broken` has a malformed row."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -212,7 +210,7 @@ def test_split_notation_and_row_limits_reach_the_rows(folders):
     assert train.fingerprint != evaluation.fingerprint
 
 
-def test_the_first_rows_are_looked_at_without_a_model_and_the_hub_is_not_asked(write_jsonl):
+def test_the_first_rows_are_checked_without_a_model_or_the_hub(write_jsonl):
     path = str(write_jsonl("x.jsonl", number_rows(2)))
     check_data(DataConfig(train_files=[path], eval_files=[path], **TEXT))
     check_data(DataConfig(path="some/set", layout="conversations"))

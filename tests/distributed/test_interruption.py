@@ -16,7 +16,7 @@ def send(number: int) -> None:
 
 @pytest.fixture
 def listeners():
-    """Stands for who listened before, such as submitit: the signals it got."""
+    """Stands in for an earlier listener, such as submitit: the signals that it got."""
     got = []
     before = {
         number: signal.signal(number, lambda number, _: got.append(number)) for number in SIGNALS
@@ -27,7 +27,7 @@ def listeners():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_recorded_passed_on_and_delivered_at_the_end_if_nobody_acted_on_it(
+def test_a_signal_is_recorded_passed_on_and_delivered_at_the_end_if_nobody_handled_it(
     listeners, number
 ):
     passed_on = []
@@ -38,8 +38,8 @@ def test_a_signal_is_recorded_passed_on_and_delivered_at_the_end_if_nobody_acted
     assert listeners == [number]
 
 
-def test_a_schedulers_signal_decides_over_another(listeners):
-    """Slurm sends SIGTERM beside it, and only the other asks to be started again."""
+def test_a_schedulers_signal_wins_over_others(listeners):
+    """Slurm also sends SIGTERM, but only the other signal requeues the job."""
     with contextlib.suppress(Interrupted), Interruption() as interruption:
         send(signal.SIGTERM)
         send(signal.SIGUSR2)
@@ -47,13 +47,14 @@ def test_a_schedulers_signal_decides_over_another(listeners):
         send(signal.SIGINT)
         assert interruption.signal == signal.SIGUSR2
         raise Interrupted(interruption.signal)
-    assert listeners == []  # who acted on it, here the exception, is not told again
+    # A signal that was handled, here by the exception, is not delivered again.
+    assert listeners == []
 
 
-def test_a_repeated_signal_acts_at_once_but_not_the_same_one_sent_twice(listeners, monkeypatch):
+def test_a_second_signal_acts_at_once_but_a_duplicate_does_not(listeners, monkeypatch):
     with contextlib.suppress(Interrupted), Interruption() as interruption:
         send(signal.SIGTERM)
-        send(signal.SIGTERM)  # who sends it to every process sends it to us and to our parent
+        send(signal.SIGTERM)  # a sender that signals every process signals us and our parent
         assert listeners == []
         monkeypatch.setattr("cera_train.distributed.signals.REPEAT_SECONDS", 0.0)
         send(signal.SIGTERM)
@@ -61,7 +62,7 @@ def test_a_repeated_signal_acts_at_once_but_not_the_same_one_sent_twice(listener
         raise Interrupted(interruption.signal)
 
 
-def test_the_listener_is_asked_after_the_run_was_saved(listeners):
+def test_the_listener_is_called_after_the_run_was_saved(listeners):
     Interrupted(signal.SIGTERM).hand_over()
     with pytest.raises(SystemExit) as exit_info:
         Interrupted(signal.SIGUSR2).hand_over()
@@ -70,7 +71,7 @@ def test_the_listener_is_asked_after_the_run_was_saved(listeners):
     assert listeners == [signal.SIGTERM, signal.SIGUSR2]
 
 
-def test_a_listener_that_refuses_says_why(listeners):
+def test_a_failing_listener_is_reported_with_its_reason(listeners):
     def refuse(number, frame):
         raise RuntimeError("timed out too many times.")
 
@@ -82,7 +83,7 @@ def test_a_listener_that_refuses_says_why(listeners):
         Interrupted(signal.SIGUSR2).hand_over()
 
 
-def test_without_a_listener_the_status_is_the_shells(listeners):
+def test_without_a_listener_the_exit_status_is_that_of_a_shell(listeners):
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
         Interrupted(number).hand_over()

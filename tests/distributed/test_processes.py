@@ -1,4 +1,4 @@
-"""Several real processes over gloo compute what one does, whoever starts them; and when one of them
+"""Several real processes over gloo compute the same as one, whoever starts them; when one of them
 fails, hangs or is told to stop, the others end with it."""
 
 import json
@@ -40,7 +40,8 @@ from cera_train.training.train import train
 @pytest.fixture
 def arguments(tiny_folder, tmp_path) -> list[str]:
     """The tiny model for 20 updates. 79 rows in batches of 13: uneven shares of several
-    micro-batches, and epochs that end in a batch of one row, with nothing for any other process."""
+    micro-batches, and epochs that end in a batch of one row, which leaves other processes without
+    rows."""
     return [
         f"model.path={tiny_folder}",
         *TINY,
@@ -71,11 +72,11 @@ def printed_by(run: subprocess.Popen[str]) -> tuple[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
-def test_any_number_of_processes_and_either_strategy_give_the_losses_of_one(
+def test_losses_equal_those_of_one_process_for_any_number_of_processes_and_either_strategy(
     tmp_path, arguments, compose, processes
 ):
-    """Every loss of 20 updates, perplexity and spectra, also where the run goes on from a
-    checkpoint of one process."""
+    """Every loss of 20 updates, perplexity and spectra, even when the run resumes from a checkpoint
+    of one process."""
     train(compose(*arguments, "name=one"))
     other = "train.micro_batch_tokens=700" if processes == 4 else "train.batch_layout=flat"
     outputs = tmp_path / "outputs"
@@ -110,7 +111,7 @@ def test_any_number_of_processes_and_either_strategy_give_the_losses_of_one(
 
 
 KINDS = ["dora", "mix", "experts", "nf4", "checkpointed"]
-"""Of adapters and bases, what each shards in its own way."""
+"""Adapters and bases that each shard in their own way."""
 
 
 @pytest.mark.slow
@@ -119,10 +120,10 @@ KINDS = ["dora", "mix", "experts", "nf4", "checkpointed"]
     [KINDS, pytest.param(["lora", "bf16", "compiled"], marks=pytest.mark.nightly)],
     ids="-".join,
 )
-def test_sharding_computes_what_one_process_computes_for_every_kind_of_adapter_and_base(
+def test_sharding_equals_one_process_for_every_kind_of_adapter_and_base(
     tmp_path, arguments, compose, tokenizer, names
 ):
-    """Losses, spectra, and the adapter as it is saved."""
+    """Losses, spectra, and the saved adapter."""
     make_mixture("mixtral", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "mixture")
     tokenizer.save_pretrained(tmp_path / "mixture")
     experts = [
@@ -174,10 +175,10 @@ def test_sharding_computes_what_one_process_computes_for_every_kind_of_adapter_a
 
 
 @pytest.mark.slow
-def test_scaled_gradients_are_clipped_at_their_own_norm_by_either_strategy(
+def test_scaled_gradients_are_clipped_by_their_unscaled_norm_under_either_strategy(
     tmp_path, arguments, compose
 ):
-    """As those of float16 are on a GPU."""
+    """As in float16 on a GPU."""
     short = [*arguments, "train.max_updates=6", "optimizer.max_grad_norm=0.1"]
     train(compose(*short, "name=one"))
     strategies = ("ddp", "fsdp")
@@ -225,8 +226,8 @@ def test_one_command_starts_the_processes_and_prints_once(tmp_path, arguments, r
 
 
 @pytest.mark.slow
-def test_the_process_of_accelerate_launch_starts_no_others(tmp_path, arguments):
-    """On GPUs it starts several by torchrun, on CPUs one."""
+def test_a_process_of_accelerate_launch_starts_no_others(tmp_path, arguments):
+    """With GPUs it starts several processes by torchrun, on CPUs one."""
     launcher = [
         "-m",
         "accelerate.commands.launch",
@@ -267,7 +268,7 @@ def test_processes_of_torchrun_go_through_a_sweep_together(tmp_path, arguments):
 
 @pytest.mark.slow
 def test_two_nodes_train_together(tmp_path, arguments, compose):
-    """Two launchers, which find each other on loopback."""
+    """Two launchers that find each other on loopback."""
     train(compose(*arguments, "train.max_updates=6", "name=one"))
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
@@ -331,7 +332,7 @@ def test_tasks_of_a_slurm_step_are_recognised():
 
 
 def test_a_lone_task_with_a_rank_starts_a_process_for_each_gpu(monkeypatch):
-    """srun sets PMI_RANK where Slurm's MPI is PMI2, also for one task."""
+    """srun sets PMI_RANK if Slurm's MPI is PMI2, even for one task."""
     module = "cera_train.distributed.processes.start_processes"
     monkeypatch.setattr(module, lambda function, config, processes: {"processes": processes})
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
@@ -343,7 +344,7 @@ def test_a_lone_task_with_a_rank_starts_a_process_for_each_gpu(monkeypatch):
         assert (is_main_process(), is_one_of_several()) == (rank == "0", size == "2")
 
 
-def test_a_process_for_each_gpu_unless_the_config_says_otherwise(monkeypatch):
+def test_each_gpu_gets_a_process_unless_the_config_says_otherwise(monkeypatch):
     for gpus, wanted, expected in [(0, "auto", 1), (8, "auto", 8), (0, "2", 2), (8, "2", 2)]:
         monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
         assert processes_to_start(LaunchConfig(wanted)) == expected
@@ -354,7 +355,7 @@ def test_a_process_for_each_gpu_unless_the_config_says_otherwise(monkeypatch):
             LaunchConfig(wrong)
 
 
-# --- when one of them does not go on --------------------------------------------------------------
+# --- when one of them stops -----------------------------------------------------------------------
 
 
 def processes_of(run: subprocess.Popen[str]) -> list[int]:
@@ -369,7 +370,7 @@ def processes_of(run: subprocess.Popen[str]) -> list[int]:
 
 @pytest.fixture
 def endless(arguments, tmp_path):
-    """A run of two processes in its midst."""
+    """A run of two processes, caught in the middle."""
     settings = [
         "train.max_updates=100000",
         "train.eval_every=null",
@@ -394,7 +395,7 @@ INTERRUPT = pytest.param(signal.SIGINT, marks=pytest.mark.nightly)
     "number",
     [INTERRUPT, signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.nightly)],
 )
-def test_a_signal_to_the_command_saves_in_the_processes_and_stops(endless, tmp_path, number):
+def test_a_signal_to_the_command_makes_its_processes_save_and_stop(endless, tmp_path, number):
     endless.send_signal(number)
     out, err = printed_by(endless)
     assert (endless.returncode, err) == (128 + number, "")
@@ -408,7 +409,7 @@ def test_a_signal_to_the_command_saves_in_the_processes_and_stops(endless, tmp_p
 def test_a_signal_while_the_processes_load_ends_the_command(arguments, tmp_path, number):
     run = cera_train(*arguments, "launch.processes=2", "name=run", cwd=tmp_path)
     wait_until(lambda: len(processes_of(run)) == 2, every=0.05)
-    time.sleep(2)  # they import and load: nobody listens yet
+    time.sleep(2)  # they are still importing: no handler is installed yet
     run.send_signal(number)
     _, err = printed_by(run)
     assert (run.returncode, err) == (128 + number, "")
@@ -427,7 +428,7 @@ def test_a_process_that_is_killed_ends_the_others_and_is_named_once(endless, tmp
     assert not (tmp_path / "outputs" / "run" / ".lock").exists()
 
 
-def test_a_gpus_allocator_joins_its_blocks_unless_the_user_chose_otherwise(monkeypatch):
+def test_expandable_segments_are_on_unless_the_user_chose_otherwise(monkeypatch):
     monkeypatch.setattr(
         "cera_train.distributed.accelerator.this_device", lambda: torch.device("cuda")
     )
@@ -441,20 +442,20 @@ def test_a_gpus_allocator_joins_its_blocks_unless_the_user_chose_otherwise(monke
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
-def test_an_accelerator_other_than_cuda_is_left_alone(monkeypatch):
+def test_an_accelerator_other_than_cuda_is_not_used(monkeypatch):
     """Precision and kernels were chosen for the CPU."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     accelerator = start_accelerator(
         ModelConfig(path="x", dtype="float32"), None, DistributedConfig()
     )
     assert accelerator.device == torch.device("cpu")
-    assert not accelerator.ddp_handler.broadcast_buffers  # no pass waits for those of process 0
+    assert not accelerator.ddp_handler.broadcast_buffers  # no pass waits for buffers of process 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.nightly)])
-def test_a_process_that_hangs_ends_the_run_when_its_time_is_out(endless, rank):
-    """It stands still in the midst of its work; the others notice."""
+def test_a_hanging_process_ends_the_run_after_the_time_limit(endless, rank):
+    """It stops in the middle of its work; the others notice."""
     os.kill(processes_of(endless)[rank], signal.SIGSTOP)
     _, err = printed_by(endless)
     assert endless.returncode == 2
@@ -464,7 +465,7 @@ def test_a_process_that_hangs_ends_the_run_when_its_time_is_out(endless, rank):
     assert len(err.splitlines()) == 1
 
 
-def test_an_error_of_a_process_keeps_its_kind():
+def test_an_error_of_a_process_keeps_its_type():
     """A mistake is one line for its user, a bug a traceback. test_a_process_that_is_killed... has
     the third kind."""
     for message, kind, words in (

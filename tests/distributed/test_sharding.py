@@ -1,5 +1,5 @@
-"""Sharded weights and moments become whole one tensor at a time, and stay in one process only.
-Replicas share the memory of what none of them trains."""
+"""Sharded weights and moments are gathered one tensor at a time, and kept by one process only.
+Replicas share the memory of frozen weights."""
 
 import weakref
 from pathlib import Path
@@ -40,8 +40,8 @@ def sharded(team_of_one):
 
 @pytest.fixture
 def on_the_gpu(monkeypatch) -> list[int]:
-    """How many whole tensors were on the GPU at once, each time that one more came; a copy stands
-    for the CPU's."""
+    """The number of unsharded tensors on the GPU each time that one more was gathered; a copy
+    stands in for the CPU's."""
     alive = weakref.WeakSet()
     counts = []
     collect = DTensor.full_tensor
@@ -58,7 +58,7 @@ def on_the_gpu(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_one_whole_tensor_at_a_time_is_on_the_gpu(sharded, on_the_gpu, keep):
+def test_only_one_unsharded_tensor_at_a_time_is_on_the_gpu(sharded, on_the_gpu, keep):
     model, optimizer = sharded
     weights = trainable_weights(model, keep=keep)
     state = optimizer_state(optimizer, keep=keep)
@@ -72,10 +72,8 @@ def test_one_whole_tensor_at_a_time_is_on_the_gpu(sharded, on_the_gpu, keep):
 
 
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
-def test_replicas_leave_the_frozen_weights_in_the_pages_of_their_file(
-    tiny_config, team_of_one, monkeypatch
-):
-    """Which the processes of a machine share until one writes to them."""
+def test_replicas_share_the_memory_mapped_frozen_weights(tiny_config, team_of_one, monkeypatch):
+    """The processes of a machine share these pages until one writes to them."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.setenv(name, "1" if "SIZE" in name else "0")
     config = tiny_config("train.max_updates=1")

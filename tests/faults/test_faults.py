@@ -27,7 +27,7 @@ from cera_train.common.files import WRITING, find_damage, write_checksums, write
 from cera_train.runs.folder import RunFolder
 
 UPDATES = 30
-"""Of the run that faults happen to."""
+"""Settings of the run that faults happen to."""
 
 FORKING = multiprocessing.get_context("forkserver")
 LLAMA = "transformers.models.llama.modeling_llama"
@@ -54,8 +54,8 @@ class Attempt:
         self.pid = self._process.pid
 
     def wait(self, seconds: float = 120) -> int | None:
-        """The exit status, of a killed command the negative signal; None where it still runs after
-        so long."""
+        """The exit status, or the negative signal of a killed command; None if it is still running
+        after the timeout."""
         self._process.join(seconds)
         return self._process.exitcode
 
@@ -92,8 +92,8 @@ def _run(
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """All that two runs of one config must have in common: every file byte for byte, timings left
-    out."""
+    """Everything that two runs of one config must share: every file byte for byte, without
+    timings."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): _without_timings(path) for path in files}
 
@@ -109,7 +109,7 @@ def _without_timings(path: Path) -> Any:
 
 
 def assert_readable(folder: Path) -> None:
-    """Every file under its own name is whole; of metrics.jsonl, all lines but the last."""
+    """Every file under its own name is complete; in metrics.jsonl, all lines but the last."""
     for path in folder.rglob("*"):
         if path.is_dir() or any(
             part.startswith(WRITING) for part in path.relative_to(folder).parts
@@ -138,19 +138,19 @@ def assert_readable(folder: Path) -> None:
 
 
 def last_update(folder: Path) -> int:
-    """Of the metrics: 0 before the first update."""
+    """The last update in the metrics: 0 before the first."""
     return max((row.get("update") for row in metrics_of(folder) if "train/loss" in row), default=0)
 
 
 def finish(attempt: Attempt) -> Attempt:
-    """A run that ends well and says nothing but what it always says."""
+    """A run that succeeds and prints only its usual lines."""
     assert attempt.wait() == 0, attempt.errors
     assert attempt.errors == ""
     return attempt
 
 
 def refuse(attempt: Attempt) -> str:
-    """The one line of a run that ends with status 2."""
+    """The single error line of a run that ends with status 2."""
     assert attempt.wait() == 2, attempt.errors
     (line,) = attempt.errors.splitlines()
     return line
@@ -180,7 +180,7 @@ def arguments(tiny_folder) -> list[str]:
 
 @pytest.fixture
 def start(arguments, tmp_path):
-    """start("more=arguments", ..., VARIABLE=...): the command, in tmp_path. None outlives the
+    """start("more=arguments", ..., VARIABLE=...): the command, in tmp_path. No command outlives the
     test."""
     attempts = []
 
@@ -221,8 +221,8 @@ def cut(arguments, tmp_path_factory) -> Path:
 
 
 class Pair:
-    """Two processes of one run, as torchrun starts them. One of them is killed; the other is told
-    to end, as a launcher does, if it does not by itself."""
+    """Two processes of one run, as torchrun starts them. One is killed; the other is told to end,
+    as by a launcher, unless it ends by itself."""
 
     def __init__(self, arguments: list[str], folder: Path, dice: random.Random) -> None:
         with socket.socket() as free:
@@ -256,7 +256,7 @@ class Pair:
     def kill(self) -> int:
         victim, other = self.dice.sample(self.processes, 2)
         status = victim.kill()
-        if other.wait(10) is None:  # they had not found each other yet
+        if other.wait(10) is None:  # they had not connected yet
             os.kill(other.pid, signal.SIGTERM)
             if other.wait(10) is None:
                 other.kill()
@@ -266,8 +266,8 @@ class Pair:
 def await_moment(
     attempt: Attempt | Pair, folder: Path, seconds: float, dice: random.Random
 ) -> None:
-    """Returns at a random moment, every second time while a checkpoint is being written; or when
-    the run is over."""
+    """Returns at a random moment, half the time while a checkpoint is being written; or when the
+    run is over."""
     if dice.random() < 0.5:
         attempt.wait(dice.uniform(0, seconds))
         return
@@ -283,12 +283,12 @@ def await_moment(
     ("processes", "times", "seed"),
     [
         (1, 8, 0),
-        (2, 3, 0),  # two start slowly
+        (2, 3, 0),  # two processes start slowly
         pytest.param(1, 20, None, marks=pytest.mark.nightly),
         pytest.param(2, 8, None, marks=pytest.mark.nightly),
     ],
 )
-def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(
+def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(
     tmp_path, tiny_folder, processes, times, seed
 ):
     arguments = [
@@ -306,7 +306,7 @@ def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(
     ]
     if seed is None:
         seed = random.SystemRandom().randrange(2**32)
-        print(f"seed {seed}")  # shown where the test fails
+        print(f"seed {seed}")  # shown if the test fails
     dice = random.Random(seed)
     folder = tmp_path / "outputs" / "run"
 
@@ -328,7 +328,7 @@ def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(
     while kills < times:
         attempt = start()
         await_moment(attempt, folder, seconds, dice)
-        if attempt.kill() == 0:  # it was over
+        if attempt.kill() == 0:  # the run was over
             assert content(folder) == whole
             shutil.rmtree(folder)
         else:
@@ -379,7 +379,7 @@ def test_damage_to_any_file_of_a_folder_is_found(tmp_path, damage):
         ("progress.json", Path.unlink, "No such file"),
     ],
 )
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     run, start, uninterrupted, name, damage, reason
 ):
     newest, second, _ = newest_first(run)
@@ -392,7 +392,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
 
 
 @pytest.mark.slow
-def test_a_run_without_a_sound_checkpoint_is_refused_and_named(run, start, uninterrupted):
+def test_a_run_with_only_damaged_checkpoints_is_refused(run, start, uninterrupted):
     for checkpoint in newest_first(run):
         truncate(checkpoint / "optimizer.pt")
     before = content(run)
@@ -409,17 +409,17 @@ def test_a_run_without_a_sound_checkpoint_is_refused_and_named(run, start, unint
 
 
 @pytest.mark.slow
-def test_metrics_with_rubbish_after_the_checkpoint_are_cut_back(run, start, uninterrupted):
-    """What a file system may leave at the end of a file when the power goes."""
+def test_garbage_in_metrics_after_the_checkpoint_is_cut_off(run, start, uninterrupted):
+    """What a file system may leave at the end of a file after a power loss."""
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b'{"update": 14, "tra' + bytes(300) + b"\n\xff\xfe\n{}\n")
     finish(start())
     assert content(run) == uninterrupted
 
 
-def test_a_folder_between_two_renames_is_put_back(tmp_path):
-    """The moment at which the old folder has gone and the new one has not come; found by looking,
-    too short to hit."""
+def test_a_folder_lost_between_two_renames_is_restored(tmp_path):
+    """The moment when the old folder is gone and the new one has not arrived; it is too short to
+    hit by chance."""
     write_folder(tmp_path / "best", lambda folder: (folder / "weights").write_text("old"))
     (tmp_path / "best").rename(tmp_path / f"{WRITING}old-best")
     (tmp_path / f"{WRITING}best").mkdir()
@@ -449,7 +449,7 @@ def disk(tmp_path: Path):
         subprocess.run(["umount", folder], check=True)
 
 
-def test_a_file_that_does_not_fit_leaves_the_earlier_one_alone(tmp_path, disk):
+def test_a_file_that_does_not_fit_leaves_the_earlier_one_intact(tmp_path, disk):
     folder = disk(tmp_path / "small", "size=16k")
     write_text(folder / "file", "old")
     with pytest.raises(OSError, match="No space left"):
@@ -459,14 +459,14 @@ def test_a_file_that_does_not_fit_leaves_the_earlier_one_alone(tmp_path, disk):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("share", "checkpoints"), [(0.2, 0), (0.99, 3)])
-def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
+def test_a_full_disk_stops_a_run_that_resumes_once_there_is_space(
     tmp_path, disk, start, whole, uninterrupted, share, checkpoints
 ):
     """Full at the first checkpoint, and at the last one."""
     blocks = sum(-(-path.stat().st_size // 4096) for path in whole.rglob("*") if path.is_file())
     outputs = disk(tmp_path / "outputs", f"size={int(share * blocks) * 4}k")
     folder = outputs / "run"
-    for _ in range(2):  # it is no worse for trying again
+    for _ in range(2):  # trying again does no harm
         line = refuse(start())
         assert line.startswith("cera-train: the disk is full (")
         assert line.endswith(
@@ -483,9 +483,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
 
 
 @pytest.mark.slow
-def test_a_read_only_folder_is_named_and_nothing_in_it_harmed(
-    tmp_path, cut, disk, start, uninterrupted
-):
+def test_a_read_only_folder_is_named_and_left_unharmed(tmp_path, cut, disk, start, uninterrupted):
     outputs = disk(tmp_path / "outputs", "size=1m")
     folder = Path(shutil.copytree(cut, outputs / "run"))
     before = content(folder)
@@ -506,9 +504,7 @@ def test_a_read_only_folder_is_named_and_nothing_in_it_harmed(
 
 
 @pytest.mark.slow
-def test_of_two_runs_in_one_folder_one_trains_and_the_other_is_refused(
-    tmp_path, start, uninterrupted
-):
+def test_a_second_run_in_a_folder_is_refused_while_the_first_trains(tmp_path, start, uninterrupted):
     attempts = [start(), start()]
     assert sorted(attempt.wait() for attempt in attempts) == [0, 2]
     loser = next(attempt for attempt in attempts if attempt.wait() == 2)
@@ -521,7 +517,7 @@ def test_of_two_runs_in_one_folder_one_trains_and_the_other_is_refused(
 
 
 @pytest.mark.slow
-def test_a_run_whose_wandb_server_is_away_is_recorded_offline(tmp_path, start, uninterrupted):
+def test_a_run_without_a_reachable_wandb_server_is_recorded_offline(tmp_path, start, uninterrupted):
     with socket.socket() as port:
         port.bind(("127.0.0.1", 0))  # refuses connections
         server = {

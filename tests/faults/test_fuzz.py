@@ -1,5 +1,5 @@
-"""Whatever bytes, rows and texts come in: a reader gives what they hold or says what is wrong, a
-grader its verdict."""
+"""For any bytes, rows and texts, a reader returns what they hold or says what is wrong, and a
+grader gives a verdict."""
 
 import io
 import json
@@ -47,7 +47,7 @@ fuzz = settings(
 
 
 def result_or_value_error(function: Callable, *arguments: Any) -> Any:
-    """The result, or None where there is an error that the user can fix."""
+    """The result, or None for an error that the user can fix."""
     try:
         return function(*arguments)
     except ValueError:
@@ -87,7 +87,7 @@ def mutated(draw: Any, valid: bytes) -> bytes:
 
 @st.composite
 def changed(draw: Any, tree: Any) -> Any:
-    """A tree of JSON with some value replaced by any other, or some key left out or added."""
+    """A JSON tree with some value replaced by any other, or some key left out or added."""
     if not isinstance(tree, dict) or not tree or draw(st.booleans()):
         return draw(json_values)
     key = draw(st.sampled_from(sorted(tree)))
@@ -140,7 +140,7 @@ def read_rows(path: Path, content: bytes) -> list | None:
 @pytest.mark.parametrize("suffix", VALID)
 @fuzz
 @given(data=st.data())
-def test_any_bytes_and_a_damaged_file_are_rows_or_a_reason(tmp_path, suffix, data):
+def test_any_bytes_give_rows_or_a_reason(tmp_path, suffix, data):
     read_rows(tmp_path / f"x{suffix}", data.draw(st.binary(max_size=200) | mutated(VALID[suffix])))
 
 
@@ -175,7 +175,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @fuzz
 @given(row=HOSTILE_ROWS, max_length=st.integers(2, 40))
-def test_any_row_is_an_example_or_a_reason(tokenizer, layout, row, max_length):
+def test_any_row_gives_an_example_or_a_reason(tokenizer, layout, row, max_length):
     config = DataConfig(**LAYOUTS[layout], path="x", max_length=max_length)
     segments = result_or_value_error(segmenter(config, tokenizer), row)
     if not segments:
@@ -209,7 +209,7 @@ ANSWERS = st.one_of(st.lists(st.sampled_from(LATEX), max_size=14).map("".join), 
 )
 @fuzz
 @given(text=ANSWERS, gold=ANSWERS)
-def test_any_answer_gets_a_verdict_and_the_same_again(task, plain, text, gold):
+def test_any_answer_gets_the_same_verdict_twice(task, plain, text, gold):
     answer = task.extract(text)
     assert answer is None or isinstance(answer, str)
     assert task.extract(text) == answer
@@ -225,7 +225,7 @@ def test_any_answer_gets_a_verdict_and_the_same_again(task, plain, text, gold):
 
 @fuzz
 @given(text=texts, number=numbers)
-def test_what_is_shown_steers_nothing_and_can_be_written(text, number):
+def test_cleaned_text_cannot_control_a_terminal_and_can_be_written(text, number):
     for shown in (clean(text), for_markdown(text), clean(str(number)[:99])):
         shown.encode()
         assert not any(
@@ -244,7 +244,7 @@ def test_what_is_shown_steers_nothing_and_can_be_written(text, number):
 @pytest.mark.slow
 @fuzz
 @given(data=st.data())
-def test_a_damaged_config_is_a_config_or_a_reason(tmp_path, compose, data):
+def test_a_damaged_config_gives_a_config_or_a_reason(tmp_path, compose, data):
     path = tmp_path / "config.yaml"
     path.write_bytes(data.draw(mutated(yaml.safe_dump(to_plain(compose())).encode())))
     config = result_or_value_error(load_config, path)
@@ -264,7 +264,7 @@ def test_a_damaged_config_is_a_config_or_a_reason(tmp_path, compose, data):
 @hypothesis.example(content=b"!!python/object/apply:os.system [id]")
 @hypothesis.example(content=b"a: &a [1]\nb: *a")
 @hypothesis.example(content=b"[" * 100_000)
-def test_any_bytes_are_names_and_values_or_a_reason(tmp_path, read, content):
+def test_any_bytes_give_names_and_values_or_a_reason(tmp_path, read, content):
     path = tmp_path / "file"
     path.write_bytes(content)
     tree = result_or_value_error(read, path)

@@ -1,7 +1,7 @@
 """A run, adapter, model, config or data file from a stranger runs no code, reads no secret and
-steers no terminal.
+cannot control the terminal.
 
-The attacks are real: what could run at once creates a file, `marker`.
+The attacks are real: code that runs creates a file, `marker`.
 """
 
 import json
@@ -66,7 +66,7 @@ def evaluation(run: Path, **changes: Any) -> EvalConfig:
 
 
 class Payload:
-    """What a pickle runs when it is read."""
+    """An object whose unpickling runs code."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -144,7 +144,7 @@ def test_a_config_file_from_elsewhere_runs_no_code(tmp_path, marker, refusal, wa
     )
 
 
-def test_a_linked_folder_a_nameless_file_and_a_secret_are_refused(tmp_path, refusal, monkeypatch):
+def test_linked_folders_nameless_files_and_secrets_are_refused(tmp_path, refusal, monkeypatch):
     for name in ("linked", "nameless", "curious/model"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "linked" / "model").symlink_to(tmp_path)
@@ -176,7 +176,7 @@ def test_a_config_file_cannot_name_functions_to_call(tmp_path, refusal):
     assert "grpo.rewards=[os.execl] in a config file runs Python code" in line
 
 
-def test_a_callback_on_the_command_line_is_the_users_and_runs(marker, refusal):
+def test_a_callback_on_the_command_line_runs(marker, refusal):
     callback = f"+hydra.callbacks.x={{_target_:os.mknod,_args_:['{marker}']}}"
     refusal("cera-train", callback, "model.path=/no/such/model", "name=run")
     assert marker.exists()  # so the callbacks above would have run
@@ -270,7 +270,7 @@ def test_a_runs_config_cannot_ask_to_run_its_models_code(tmp_path, config, model
     assert find_subject(evaluation(adapter, trust_remote_code=True)).model.trust_remote_code
 
 
-def test_a_runs_config_is_text_that_nothing_is_looked_up_in(tmp_path, config, monkeypatch):
+def test_a_runs_config_is_plain_text_without_lookups(tmp_path, config, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_reader")
     prompt = "${oc.env:HF_TOKEN} {question} ${name} \\${x}"
     run = write_run(
@@ -285,7 +285,7 @@ def test_a_runs_config_is_text_that_nothing_is_looked_up_in(tmp_path, config, mo
 @pytest.mark.parametrize(
     "text", ["!!python/object/apply:io.open [MARKER, w]", "!!python/name:os.system ''"]
 )
-def test_a_runs_yaml_makes_no_objects(tmp_path, marker, text):
+def test_a_runs_yaml_creates_no_objects(tmp_path, marker, text):
     (tmp_path / "config.yaml").write_text(f"name: {text.replace('MARKER', str(marker))}\n")
     with pytest.raises(ValueError, match="config.yaml"):
         load_config(tmp_path / "config.yaml")
@@ -307,7 +307,9 @@ def test_a_runs_yaml_makes_no_objects(tmp_path, marker, text):
         ),
     ],
 )
-def test_an_adapter_that_asks_for_more_than_weights_is_refused(tmp_path, config, changes, message):
+def test_an_adapter_that_does_more_than_place_weights_is_refused(
+    tmp_path, config, changes, message
+):
     for folder in (
         write_adapter(tmp_path / "adapter", "x", **changes),
         write_run(tmp_path / "run", config, **changes),
@@ -366,7 +368,7 @@ def test_a_checkpoints_pickle_is_not_read(tmp_path, config, tiny_llama, marker, 
 
 
 @pytest.mark.parametrize("name", ["rows.py", "train.pkl"])
-def test_a_data_sets_code_and_pickles_are_not_read(tmp_path, marker, monkeypatch, name):
+def test_code_and_pickles_of_a_data_set_are_not_read(tmp_path, marker, monkeypatch, name):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -389,7 +391,7 @@ STEERING = "\x1b]0;title\x07\x1b[2J\x9b31m\r\b\u202e\ud800"
 STEERS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def test_no_line_steers_the_terminal(capsys, tokenizer):
+def test_no_line_controls_the_terminal(capsys, tokenizer):
     print_line("run", f"a{STEERING}b")
     ids = tokenizer(f"x{STEERING[:-1]}y", add_special_tokens=False).input_ids
     print_example(TokenizedRows(table_of([Example(ids, [True] * len(ids))])), 0, tokenizer)
@@ -422,7 +424,7 @@ def test_a_card_shows_hostile_text_as_text(tmp_path, config):
 # --- links ----------------------------------------------------------------------------------------
 
 
-def test_a_file_is_written_in_the_place_of_a_link_not_through_it(tmp_path):
+def test_a_write_replaces_a_link_instead_of_following_it(tmp_path):
     (tmp_path / "precious").write_text("precious")
     for name in ("result.json", f".writing-{os.getpid()}-result.json"):
         (tmp_path / name).symlink_to(tmp_path / "precious")

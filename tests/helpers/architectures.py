@@ -209,6 +209,6 @@ STATES = [
     ),
     Architecture("xlstm", {"hidden_size": 32, "num_heads": 4, "num_blocks": 2}, ("q", "v"), WORDS),
 ]
-"""These carry a state, or the end of a convolution, from token to token."""
+"""These carry a state, or the tail of a convolution, from token to token."""
 
 ARCHITECTURES = {family.model_type: family for family in (*DENSE, *EXPERT_MODELS, *STATES)}

@@ -13,8 +13,8 @@ def forward_of(model):
 
 
 def branch_outputs(model, name: str) -> torch.Tensor:
-    """What the adapter adds at one module, [tokens, d_out], by calling the module and its base
-    layer."""
+    """What the adapter adds at one module, [tokens, d_out]: the module's output minus its base
+    layer's."""
     layer = model.get_submodule(f"base_model.model.{name}")
     inputs = []
     hook = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))

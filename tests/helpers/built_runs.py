@@ -1,4 +1,4 @@
-"""Runs built as the command builds them, for tests that look at one update or one part."""
+"""Runs built as the command builds them, for tests of one update or one part."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BuiltRun(NamedTuple):
         return float(loss), self.take_gradients()
 
     def take_gradients(self) -> dict[str, torch.Tensor]:
-        """The gradients by name, which are then zero."""
+        """The gradients by name; resets them."""
         gradients = {
             name: parameter.grad.clone()
             for name, parameter in self.model.adapted.named_parameters()

@@ -10,9 +10,9 @@ from cera_train.cera import CeraConfig, CeraLayer
 
 WARNINGS = pytest.mark.filterwarnings(
     "error",
-    # names that PEFT's and transformers' releases do not agree on yet
+    # names on which releases of PEFT and transformers do not agree yet
     "ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning",
-    # PEFT's, when it saves a model that was made in memory and so has no name
+    # PEFT's, when it saves a model that was created in memory and has no name
     "ignore:Could not find a config file in:UserWarning",
     # torch's, when PEFT loads with low_cpu_mem_usage
     "ignore:for .* copying from a non-meta parameter:UserWarning",

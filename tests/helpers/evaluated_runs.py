@@ -82,7 +82,7 @@ def one_verifier(monkeypatch) -> None:
 
 @pytest.fixture
 def run(trained_config, tmp_path, one_verifier) -> Path:
-    """A copy to write into of a short run of the tiny model on the logistic map, in float32."""
+    """A writable copy of a short run of the tiny model on the logistic map, in float32."""
     config = trained_config("train.max_updates=6")
     return Path(shutil.copytree(Path(config.output_dir) / config.name, tmp_path / "run"))
 

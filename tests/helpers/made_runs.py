@@ -1,4 +1,4 @@
-"""Run folders by hand, in the format that training and evaluation leave."""
+"""Handmade run folders, in the format that training and evaluation leave."""
 
 import itertools
 import json
@@ -189,7 +189,7 @@ def add_evaluation(
 
 
 def two_runs(folder: Path) -> tuple[Path, Path]:
-    """Of 40 problems both solve 10, only the first 12, only the second 9, and neither 9."""
+    """Of 40 problems, both solve 10, only the first 12, only the second 9, and neither 9."""
     published = {"math/exact/pass@1": 0.1636, "eval/perplexity": 1.97}
     first = make_run(folder / "cera_64", 1.85, published=published)
     second = make_run(folder / "lora_512", 2.02, **{"adapter.kind": "lora", "adapter.r": 512})

@@ -30,8 +30,8 @@ def make_job(
     error: str | None = None,
     rows: str = "a",
 ) -> Path:
-    """A job's folder as a run leaves it: of 20 updates; unfinished without a perplexity. `rows` is
-    the digest of those that evaluate."""
+    """A job's folder as a run of 20 updates leaves it, unfinished without a perplexity. `rows` is
+    the digest of the held-out rows."""
     folder = sweep / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"train": {"max_updates": 20}}))

@@ -94,7 +94,7 @@ def plain_gate(experts: nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def plain_experts() -> Iterator[None]:
-    """Lets every layer of experts compute by the loop."""
+    """Makes every layer of experts compute by the loop."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CeraExperts, "forward", plain_forward)
         yield
@@ -103,8 +103,7 @@ def plain_experts() -> Iterator[None]:
 def lora_experts(
     model: PeftModel, base: nn.Module, r: int, parameters: list[str] = PARAMETERS
 ) -> PeftModel:
-    """A LoRA of PEFT's on the same parameters of another copy of the base, with the same A and
-    B."""
+    """PEFT's LoRA on the same parameters of another copy of the base, with the same A and B."""
     lora = get_peft_model(
         base, LoraConfig(r=r, lora_alpha=r, target_modules=[], target_parameters=parameters)
     ).eval()

@@ -18,7 +18,7 @@ from cera_train.settings.model import ModelConfig, Quantization
 
 
 class Causal(nn.Module):
-    """Stands for the attention module of a decoder."""
+    """Stands in for the attention module of a decoder."""
 
     is_causal = True
 
@@ -104,8 +104,8 @@ def assert_greedy_answers_are_the_librarys(engine: LoadedModel, requests) -> lis
 
 
 def let_answers_end(engine: LoadedModel, requests) -> None:
-    """Makes end tokens of the third, the sixth and the ninth token of some answers, so that they
-    leave one by one."""
+    """Turns the third, sixth and ninth token of some answers into end tokens, so that answers end
+    one by one."""
     engine.base.generation_config.eos_token_id = [
         engine.model.generate(
             input_ids=torch.tensor([request.prompt_ids], device=engine.base.device)

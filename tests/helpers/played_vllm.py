@@ -1,4 +1,4 @@
-"""A server that plays the routes of vLLM 0.32, and its faults."""
+"""A server that imitates the routes of vLLM 0.32, and its faults."""
 
 import json
 import os

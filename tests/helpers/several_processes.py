@@ -28,7 +28,7 @@ def train_in_processes(runs: list[list[str]], processes: int, cwd: Path, *words:
 
 
 def cut_copy(run: Path, folder: Path, update: int) -> None:
-    """A copy of a finished run, as if it had been cut after a checkpoint."""
+    """A copy of a finished run, as if it had been killed after a checkpoint."""
     shutil.copytree(run, folder)
     (folder / "result.json").unlink()
     for checkpoint in (folder / "checkpoints").iterdir():

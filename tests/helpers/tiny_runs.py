@@ -1,5 +1,5 @@
-"""What tests of whole runs share: readers of what a run leaves, a clock, and a run that is cut. A
-run is its folder, or its config."""
+"""What tests of whole runs share: readers of what a run leaves, a clock, and a run that is killed.
+A run is given by its folder or its config."""
 
 import json
 import time
@@ -68,7 +68,7 @@ def adapter_bytes(run) -> bytes:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 120, every: float = 0.001) -> None:
-    """Looks a thousand times a second, unless looking itself takes long."""
+    """Polls a thousand times a second, unless the check itself takes longer."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -77,13 +77,12 @@ def wait_until(condition: Callable[[], Any], seconds: float = 120, every: float 
 
 
 class Cut(Exception):
-    """Stands for the death of the process: nothing of the run's own code runs after it."""
+    """Stands in for the death of the process: none of the run's code runs after it."""
 
 
 @contextmanager
 def once_logged(update: int, act: Callable[[], None], log: str = METRICS) -> Iterator[None]:
-    """Acts as soon as that update's line is in a log of a run: of metrics, the line of its
-    training."""
+    """Acts as soon as the line of an update is in a log of a run; in metrics, its training line."""
     append = RunFolder.append
 
     def append_and_act(self, name, line):
@@ -107,8 +106,8 @@ def train_and_die_after(config, update: int, log: str = METRICS) -> None:
 
 
 def scale_gradients(monkeypatch) -> list[GradScaler]:
-    """Lets every run of the test scale its gradients, as one in float16 on a GPU does: by 4 at
-    first, and by twice as much after any 5 updates. Returns the runs' scalers."""
+    """Makes every run of the test scale its gradients, as in float16 on a GPU: by 4 at first, and
+    twice as much after every 5 updates. Returns the runs' scalers."""
     scalers = []
     start = build.start_accelerator
 

@@ -31,14 +31,15 @@ from cera_train.settings.training import BatchLayout
 CPU = torch.device("cpu")
 STATEFUL = {family.model_type for family in STATES}
 QUICK = ("llama", "gpt2", "mixtral", "mamba", "qwen3_next")
-"""Families whose tests run with the fast ones."""
+"""Families that are tested with the fast tests."""
 
 MECHANISMS = ("gemma2", "phi3", "bloom", "gpt_oss", "deepseek_v3", "jamba", "rwkv")
-"""Those of CI: a window and capped scores, a fused projection, positions as biases, sinks, latent
-attention, layers of several kinds, and a state without a cache."""
+"""Families tested in CI: a window and capped scores, a fused projection, positions as biases,
+sinks, latent attention, layers of several kinds, and a state without a cache."""
 
 WITHOUT_CACHE = ("rwkv", "xlstm")
-"""transformers' own models of these fail with a cache, or write other tokens than without one."""
+"""transformers' own models of these families fail with a cache, or write other tokens than without
+one."""
 
 ROWS = [[5, 17, 99, 4, 250, 31, 8, 60], [7, 7, 300, 12, 3], [401, 2, 45, 46, 6, 9, 120]]
 MASKS = [[False, True, True] + [True] * (len(row) - 3) for row in ROWS]
@@ -46,7 +47,7 @@ IDS = torch.tensor([ROWS[0], ROWS[0][::-1]])
 
 
 def families(*in_ci: str) -> pytest.MarkDecorator:
-    """A test for every family: QUICK at once, these in CI, the others nightly."""
+    """A test for every family: those of QUICK at once, these in CI, the others nightly."""
 
     def marks(name: str) -> list[pytest.MarkDecorator]:
         if name in QUICK:
@@ -70,7 +71,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture
 def cell(record_property) -> Callable[[str], None]:
-    """cell("flat"): what stands in the table for this family and test."""
+    """cell("flat") records the table entry of this family and test."""
     return lambda text: record_property("cell", text)
 
 
@@ -122,8 +123,8 @@ def losses_of(language_model: LanguageModel, updates: int = 8) -> list[float]:
 
 @every_family
 def test_attaches(family: Architecture, cell):
-    """all-linear: a fresh adapter changes nothing; each of its modules moves the logits alone, and
-    in training, without dropout, as it does in eval mode."""
+    """all-linear: a fresh adapter changes nothing; each of its modules by itself moves the logits,
+    and without dropout train mode equals eval mode."""
     dropouts = [
         name
         for name, value in family.config().to_dict().items()
@@ -143,7 +144,7 @@ def test_attaches(family: Architecture, cell):
     linears = {
         name for name, module in family.model().named_modules() if linear_names([(name, module)])
     }
-    assert len(layers) == len(linears - skipped) - 1  # but for the head
+    assert len(layers) == len(linears - skipped) - 1  # except the head
     for layer in layers:
         weight = layer.cera_B["default"].weight
         nn.init.normal_(weight)
@@ -191,7 +192,7 @@ def test_generates(family: Architecture, cell):
 @every_family
 def test_packs(family: Architecture, cell):
     """The layout that the probe allows gives the loss and the gradients of one row at a time; and
-    where it allows no flat rows, sequences that share a row see each other."""
+    if it allows no flat rows, sequences that share a row do see each other."""
     base = family.model()
     language_model = LanguageModel(randomise(adapted(base, list(family.targets))), base)
     allowed = probe(language_model)

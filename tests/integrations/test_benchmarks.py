@@ -1,5 +1,5 @@
-"""`make gpu` without a GPU, and the whole of it in miniature on a CPU; the other benchmarks find
-what they measure."""
+"""`make gpu` without a GPU, and all of it in miniature on a CPU; the other benchmarks find what
+they measure."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from benchmarks.gpu.place import Place, Skipped
 ROOT = Path(command.__file__).parents[2]
 
 
-def test_without_a_gpu_it_prints_a_line_and_proves_what_can_be_proven(monkeypatch, capsys):
+def test_without_a_gpu_the_command_says_so_and_runs_the_checks_that_need_none(monkeypatch, capsys):
     called = []
     monkeypatch.setattr(command, "gpus", lambda: "")
     monkeypatch.setattr(subprocess, "call", lambda arguments, cwd: called.append(arguments) or 5)
@@ -32,9 +32,7 @@ def test_without_a_gpu_it_prints_a_line_and_proves_what_can_be_proven(monkeypatc
     assert called == [[sys.executable, *command.PROVABLE]]
 
 
-def test_what_failed_stops_nothing_and_is_tried_again_after_all_that_has_no_result(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_failed_piece_stops_nothing_and_is_retried_last(tmp_path, monkeypatch, capsys):
     ran = []
 
     def run(piece, place, seconds):
@@ -71,7 +69,7 @@ def test_what_failed_stops_nothing_and_is_tried_again_after_all_that_has_no_resu
     assert len(ran) == 4
 
 
-def test_every_piece_fits_into_ten_minutes_and_every_file_of_tests_has_one():
+def test_every_piece_fits_into_ten_minutes_and_every_test_file_has_a_piece():
     assert all(0 < piece.expected < piece.seconds <= 540 for piece in all_pieces().values())
     files = (ROOT / "tests" / "gpu").glob("test_gpu_*.py")
     assert set(pieces.TESTS) == {file.stem.removeprefix("test_gpu_") for file in files}
@@ -148,7 +146,7 @@ def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path, names, co
 
 
 @needs_smollm2
-def test_the_benchmark_of_data_leaves_the_environment_as_it_was():
+def test_the_data_benchmark_leaves_the_environment_unchanged():
     before = dict(os.environ)
     _, figures = data.measure(rows=200)
     assert figures["rows"] == 200
@@ -157,6 +155,6 @@ def test_the_benchmark_of_data_leaves_the_environment_as_it_was():
 
 @needs_smollm2
 @pytest.mark.nightly
-def test_the_benchmark_of_the_start_up_finds_every_line_it_waits_for():
+def test_the_startup_benchmark_finds_every_line_that_it_waits_for():
     targets, _ = startup.measure(rounds=1)
     assert [target.name for target in targets] == list(startup.AT_MOST)

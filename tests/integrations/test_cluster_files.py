@@ -1,4 +1,4 @@
-"""cluster/ holds: its files are what SkyPilot, Docker and Kubernetes take, and their commands
+"""cluster/ is valid: SkyPilot, Docker and Kubernetes accept its files, and their commands
 compose."""
 
 import json
@@ -23,7 +23,7 @@ SKY = yaml.safe_load((CLUSTER / "sky.yaml").read_text())
 FILES = ("kubernetes.yaml", "kubernetes_sweep.yaml")
 KUBERNETES = {name: list(yaml.safe_load_all((CLUSTER / name).read_text())) for name in FILES}
 SAVED = [128 + number for number in SIGNALS if number != signal.SIGINT]
-"""Exit statuses after which the same command goes on."""
+"""Exit statuses after which the same command resumes."""
 
 
 def jobs_of_kubernetes() -> list[dict]:
@@ -36,7 +36,7 @@ def container_of(job: dict) -> dict:
 
 
 def cera_train_commands() -> dict[str, list[str]]:
-    """Every cera-train command of cluster/, by where it stands."""
+    """Every cera-train command of cluster/, by its place."""
     commands = {"sky.yaml": ["cera-train", *shlex.split(SKY["envs"]["ARGUMENTS"])]}
     header = (CLUSTER / "sky.yaml").read_text()
     for number, arguments in enumerate(re.findall(r"--env ARGUMENTS='(.*?)'", header)):
@@ -73,7 +73,7 @@ def test_every_command_composes(compose, place, words):
     assert all(compose(*job) for job in jobs)
 
 
-def test_sky_restarts_what_was_saved_and_nothing_else():
+def test_sky_restarts_only_runs_that_saved():
     assert SKY["resources"]["use_spot"] is True
     assert sorted(SKY["resources"]["job_recovery"]["recover_on_exit_codes"]) == sorted(SAVED)
     assert SKY["envs"]["BUCKET"] is None  # SkyPilot refuses to start without it
@@ -113,7 +113,7 @@ def test_kubernetes_accepts_it(name):
 
 
 @pytest.mark.parametrize("job", jobs_of_kubernetes(), ids=lambda job: job["metadata"]["name"])
-def test_kubernetes_restarts_what_was_saved_and_no_mistake(job):
+def test_kubernetes_restarts_saved_runs_but_not_mistakes(job):
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
     spec = job["spec"]
     pod = job["spec"]["template"]["spec"]

@@ -1,6 +1,6 @@
-"""README.md, docs/, CONTRIBUTING.md and recipes/README.md hold: their commands compose, their
-Python runs, what they name exists. The tutorial and the notebook print what they show. `make docs`
-builds."""
+"""README.md, docs/, CONTRIBUTING.md and recipes/README.md are correct: their commands compose,
+their Python runs, what they name exists. The tutorial and the notebook print what they show. `make
+docs` builds."""
 
 import ast
 import itertools
@@ -106,7 +106,7 @@ def command_among(words: list[str]) -> tuple[str, list[str]] | None:
 
 
 def commands_of(page: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Every command of ours: where it stands, its name, its arguments."""
+    """Every command of ours: its place, its name, its arguments."""
     for block in blocks(page):
         if block.language in ("python", "json"):
             continue
@@ -127,7 +127,7 @@ CHECKED = {
 
 
 def values_of(override: Override) -> list[str]:
-    """The override with each value of its sweep; with the first of a range that a sweeper draws
+    """The override with each value of its sweep, or with the first of a range that a sweeper draws
     from."""
     if not override.is_sweep_override():
         return [override.input_line]
@@ -170,7 +170,7 @@ def overrides_of(arguments: list[str]) -> tuple[list[str], bool]:
     ], "-m" in arguments
 
 
-def test_the_pages_hold_commands():
+def test_the_pages_contain_commands():
     assert len(COMMANDS) >= 60
     assert {name for _, name, _ in COMMANDS} == {*SCHEMAS, *OF_FOLDERS}
 
@@ -223,8 +223,8 @@ def test_every_python_block_runs(quickstart, monkeypatch, capsys, page):
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_every_python_block_imports_what_exists(block):
-    """Also those that are not run, and where the real model is not installed."""
+def test_every_import_in_a_python_block_exists(block):
+    """Also blocks that are not run, and if the real model is not installed."""
     for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("cera_train"):
             module = __import__(node.module, fromlist=["_"])
@@ -252,7 +252,7 @@ def test_every_link_leads_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_file_that_is_named_exists(page):
+def test_every_named_file_exists(page):
     """Paths from the top of the project, and tasks/gsm8k.py for one of cera_train/."""
     tops = {
         path.name
@@ -278,13 +278,13 @@ def test_every_file_that_is_named_exists(page):
 # --- shape ----------------------------------------------------------------------------------------
 
 
-def test_the_readme_fits_on_150_lines_and_links_every_page():
+def test_the_readme_has_at_most_150_lines_and_links_every_page():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     assert all(f"(docs/{page.name})" in text for page in DOCS)
 
 
-def test_the_tree_of_the_readme_is_the_tree():
+def test_the_readmes_tree_is_the_real_one():
     tree = next(
         block.text for block in blocks(ROOT / "README.md") if block.text.startswith("cera_train/")
     )
@@ -300,12 +300,12 @@ SHORT = {
     "cera-eval": "task.limit=4 task.max_new_tokens=16",
     "cera-export": "tolerance=10",
 }
-"""Arguments with which a command takes seconds."""
+"""Arguments that let a command finish in seconds."""
 
 
 def form(text: str) -> list[str]:
-    """The lines of an output without numbers, names of layers and repetitions. Of a line that
-    depends on the machine or is a model's answer, only the first word stays."""
+    """The lines of an output without numbers, names of layers and repetitions. A line that depends
+    on the machine or is a model's answer keeps only its first word."""
     lines: list[str] = []
     for line in text.splitlines():
         line = re.sub(r"^(precision|device|speed|before|after)\b.*", r"\1", " ".join(line.split()))
@@ -344,7 +344,7 @@ def test_the_tutorial_prints_what_it_shows(tmp_path):
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         if "cera-chat" in command:
-            assert done.stdout.strip()  # what a model answers after two updates has no form
+            assert done.stdout.strip()  # a model's answers after two updates are arbitrary
         else:
             assert has_form(done.stdout, shown.text), f"{command} printed\n{done.stdout}"
 

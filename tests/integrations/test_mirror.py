@@ -1,5 +1,5 @@
-"""cluster/mirror.py keeps a bucket, or any other folder, a copy of outputs/ that resumes: a run
-that is cut goes on elsewhere to the same end."""
+"""cluster/mirror.py keeps in a bucket, or any other folder, a copy of outputs/ to resume from: a
+killed run continues elsewhere to the same end."""
 
 import importlib.util
 import os
@@ -38,7 +38,7 @@ def write_checkpoint(run: Path, update: int) -> None:
 
 
 def assert_resumes(copy: Path) -> None:
-    """What is in a copy relies on nothing that is missing."""
+    """Nothing in a copy depends on something missing."""
     lines = (
         (copy / "metrics.jsonl").read_text().split() if (copy / "metrics.jsonl").exists() else []
     )
@@ -51,7 +51,7 @@ def assert_resumes(copy: Path) -> None:
         assert (copy / "checkpoints" / "20" / "progress.json").exists()
 
 
-def test_a_copy_that_is_cut_anywhere_resumes(tmp_path, monkeypatch):
+def test_a_copy_interrupted_anywhere_resumes(tmp_path, monkeypatch):
     run = tmp_path / "outputs"
     copyfile = shutil.copyfile
     write_checkpoint(run, 10)
@@ -84,14 +84,14 @@ def test_a_copy_that_is_cut_anywhere_resumes(tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "copyfile", copyfile)
         (fresh := tmp_path / f"fresh-{cut_after}").mkdir()
         mirror.Mirror(fresh, copy)
-        # A run refuses to start where all its checkpoints are damaged, as the only one is whose
-        # copying was cut.
+        # A run refuses to start if all its checkpoints are damaged, like a single one whose copying
+        # was interrupted.
         assert not [
             folder for folder in fresh.glob("checkpoints/*") if len(list(folder.iterdir())) < 4
         ]
 
 
-def test_a_removed_checkpoint_never_looks_whole(tmp_path, monkeypatch):
+def test_a_removed_checkpoint_never_looks_complete(tmp_path, monkeypatch):
     run = tmp_path / "outputs"
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -111,7 +111,9 @@ def test_a_removed_checkpoint_never_looks_whole(tmp_path, monkeypatch):
     assert (copy / "metrics.jsonl").read_text() == "10\n20\n"
 
 
-def test_a_restore_that_is_cut_leaves_no_part_and_the_next_one_completes_it(tmp_path, monkeypatch):
+def test_an_interrupted_restore_leaves_nothing_partial_and_the_next_one_completes_it(
+    tmp_path, monkeypatch
+):
     run = tmp_path / "outputs"
     copy = tmp_path / "copy"
     write_checkpoint(copy, 10)
@@ -141,7 +143,7 @@ def run_mirror(folder: Path, bucket: Path, script: str) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=folder, stderr=errors)
 
 
-def test_a_signal_reaches_the_command_and_its_last_files_the_bucket(tmp_path):
+def test_a_signal_reaches_the_command_and_its_last_files_reach_the_bucket(tmp_path):
     bucket = tmp_path / "bucket"
     bucket.mkdir()
     trap = "trap 'echo saved > outputs/log; exit 143' TERM"
@@ -154,9 +156,7 @@ def test_a_signal_reaches_the_command_and_its_last_files_the_bucket(tmp_path):
     assert (bucket / "log").read_text() == "saved\n"
 
 
-def test_a_killed_command_gives_its_signals_status_and_a_bucket_that_refuses_files_ends_it_at_once(
-    tmp_path,
-):
+def test_a_killed_command_exits_with_its_signal_and_a_missing_bucket_fails_at_once(tmp_path):
     assert run_mirror(tmp_path, tmp_path, "kill -KILL $$").wait(timeout=60) == 137
     process = run_mirror(tmp_path, tmp_path / "missing", "touch started")
     assert process.wait(timeout=60) == 1

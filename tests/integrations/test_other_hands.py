@@ -1,5 +1,4 @@
-"""The adapter of a run in the tools its users already have, after `import cera_train` and nothing
-else."""
+"""A run's adapter in tools that users already have, after nothing more than `import cera_train`."""
 
 import json
 from pathlib import Path
@@ -58,7 +57,7 @@ def test_lm_evaluation_harness_scores_the_adapter(finished_run, tiny_folder):
     assert adapted != pytest.approx(without, abs=1e-2)
 
 
-def test_the_card_says_what_the_adapter_is_and_its_code_loads_it(finished_run, tiny_folder):
+def test_the_card_describes_the_adapter_and_its_code_loads_it(finished_run, tiny_folder):
     card = ModelCard.load(finished_run / "adapter" / "README.md")
     result = json.loads((finished_run / "result.json").read_text())
     assert card.data.library_name == "peft"

@@ -1,5 +1,5 @@
-"""Runs and sweeps on a real Slurm of one node: tasks that join, a job that is cancelled, one that
-is preempted."""
+"""Runs and sweeps on a real Slurm of one node: tasks that join, and jobs that are cancelled or
+preempted."""
 
 import functools
 import json
@@ -147,7 +147,7 @@ def assert_equals_an_uncut_run(job: Path, config: Config) -> None:
     assert adapter_bytes(job) == adapter_bytes(config)
 
 
-def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not(
+def test_a_sweep_with_cancelled_and_preempted_jobs_ends_as_if_undisturbed(
     cluster, arguments, tmp_path, compose
 ):
     grid = ["adapter.r=2,4", "optimizer.lr=0.001,0.01"]
@@ -199,7 +199,7 @@ def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not
 
 
 @pytest.mark.nightly
-def test_a_command_that_waits_notices_a_cancelled_job_on_a_slurm_without_accounts(
+def test_a_waiting_command_notices_a_cancelled_job_without_slurm_accounting(
     cluster, arguments, tmp_path
 ):
     sweep = sweep_command(arguments, "adapter.r=2,4", "hydra.launcher.cpus_per_task=2")
@@ -215,10 +215,8 @@ def test_a_command_that_waits_notices_a_cancelled_job_on_a_slurm_without_account
     assert "jobs       1 finished, 1 stopped" in out
 
 
-def test_jobs_that_slurm_preempts_go_on_when_the_urgent_one_is_done(
-    cluster, arguments, tmp_path, compose
-):
-    """Slurm itself sends SIGTERM and requeues them: they use the grace to save."""
+def test_preempted_jobs_resume_once_the_urgent_job_is_done(cluster, arguments, tmp_path, compose):
+    """Slurm itself sends SIGTERM and requeues them: they save during the grace period."""
     arguments = [*arguments, "train.save_every=null"]
     sweep = sweep_command(
         arguments, "adapter.r=2,4", "hydra.launcher.cpus_per_task=2", "launch.detach=true"
@@ -237,8 +235,8 @@ def test_jobs_that_slurm_preempts_go_on_when_the_urgent_one_is_done(
         )
 
 
-def test_tasks_of_a_step_train_together(cluster, arguments, tmp_path, compose):
-    """By srun itself, and as the job of a sweep; the losses are those of one process."""
+def test_the_tasks_of_a_slurm_step_train_together(cluster, arguments, tmp_path, compose):
+    """Under srun, and as the job of a sweep; the losses are those of one process."""
     short = [*arguments, "adapter.dropout=0", "train.max_updates=20"]
     train(compose(*short, "adapter.r=4", "name=one"))
     by_srun = [

@@ -33,7 +33,7 @@ def heads(length: int = sum(LENGTHS), dtype: torch.dtype = torch.float64) -> lis
     ]
 
 
-def test_short_attention_equals_torchs_own_and_its_backward_finite_differences():
+def test_short_attention_equals_torchs_and_its_gradients_finite_differences():
     query, key, value = heads(6)
     expected = scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=0.3, enable_gqa=True
@@ -44,7 +44,7 @@ def test_short_attention_equals_torchs_own_and_its_backward_finite_differences()
     )
 
 
-def test_short_attention_is_about_as_near_to_the_exact_values_as_torchs_own():
+def test_short_attention_is_about_as_exact_as_torchs():
     exact = heads(150)
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     exact = [x.detach().double().requires_grad_() for x in rounded]
@@ -72,7 +72,7 @@ def test_short_attention_is_about_as_near_to_the_exact_values_as_torchs_own():
 def sequence_after_sequence(
     query, key, value, starts, key_starts, longest, longest_key, *, scale, window_size, enable_gqa
 ):
-    """What torch documents of varlen_attn, for the backward window of causal attention."""
+    """varlen_attn as torch documents it, for the backward window of causal attention."""
     assert enable_gqa
     assert window_size[1] == 0
     assert torch.equal(starts, key_starts)
@@ -124,8 +124,8 @@ def test_under_autocast_the_kernel_gets_16_bits(monkeypatch):
 
 
 @pytest.mark.provable
-def test_torchs_own_kernel_takes_the_call():
-    """As far as can be known without a GPU: its shapes, on no device at all."""
+def test_torchs_kernel_accepts_our_call():
+    """As far as this can be tested without a GPU: only shapes, on the meta device."""
     query, key, value = (x.detach().to("meta", torch.bfloat16) for x in heads())
     got, _ = attend_varlen(
         Causal(), query, key, value, None, sequences=Sequences(LENGTHS), scaling=0.3, dropout=0.0
@@ -134,7 +134,7 @@ def test_torchs_own_kernel_takes_the_call():
 
 
 @pytest.mark.parametrize("reason", ["it fails", "it errs", "it is there"])
-def test_the_kernel_is_taken_only_where_it_gives_the_same(monkeypatch, reason):
+def test_the_kernel_is_used_only_if_it_agrees(monkeypatch, reason):
     model = make_tiny_llama()
     monkeypatch.setattr("cera_train.model.layout.kernel_may_run", lambda device, dtype: True)
     if reason != "it fails":  # as torch's own does on a CPU
@@ -162,7 +162,7 @@ WINDOWS = {"layer_types": ["full_attention", "chunked_attention", "sliding_atten
         (2, {}, "sliding_attention"),
     ],
 )
-def test_attention_that_is_more_or_that_only_a_mask_would_restrict_is_refused(
+def test_attention_that_is_more_than_causal_or_restricted_only_by_a_mask_is_refused(
     layer, settings, named
 ):
     module = Causal()
@@ -172,7 +172,7 @@ def test_attention_that_is_more_or_that_only_a_mask_would_restrict_is_refused(
         attend_by_sequence(module, *heads(), None, sequences=Sequences(LENGTHS), **settings)
 
 
-def test_what_the_user_chose_is_left_alone():
+def test_the_users_choice_of_attention_is_kept():
     model = ARCHITECTURES["gemma2"].model(attn_implementation="eager")  # it caps its scores softly
     language_model = LanguageModel(model, model)
     probe(language_model)

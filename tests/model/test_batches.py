@@ -41,7 +41,7 @@ def test_an_epoch_has_every_row_exactly_once(rows, batch_size):
         assert len(updates[-1]) == (rows % batch_size or batch_size)
 
 
-def test_an_update_is_a_slice_of_the_epochs_permutation_whatever_was_drawn_before():
+def test_an_update_is_a_slice_of_the_epochs_permutation_regardless_of_earlier_draws():
     order = RowOrder(23, 4, seed=7)
     before = torch.get_rng_state()
     for update in (0, 5, 6, 2, 11):
@@ -99,7 +99,7 @@ def padded_cost(groups: list[list[int]], lengths: list[int]) -> int:
 @pytest.mark.parametrize(
     ("longest", "max_tokens"), [(8, 300), (100, 300), (400, 700), (100, 10**6)]
 )
-def test_padded_cut_costs_what_the_best_of_all_cuts_costs(longest, max_tokens):
+def test_the_padded_cut_costs_as_little_as_the_best_of_all_cuts(longest, max_tokens):
     for seed in range(8):
         lengths = random_lengths(seed, 9, longest)
         ordered = sorted(range(9), key=lambda row: lengths[row])
@@ -121,7 +121,7 @@ IDS = [[7, 8, 9], [5], [3, 4]]
 MASKS = [[False, True, True], [False], [False, True]]
 
 
-def test_flat_batch_lays_sequences_end_to_end_with_positions_that_restart():
+def test_a_flat_batch_lays_sequences_end_to_end_and_restarts_positions():
     batch = flat_batch(IDS, MASKS)
     assert batch.input_ids.tolist() == [[7, 8, 9, 5, 3, 4]]
     assert batch.loss_mask.tolist() == [[False, True, True, False, False, True]]
@@ -129,7 +129,7 @@ def test_flat_batch_lays_sequences_end_to_end_with_positions_that_restart():
     assert set(batch.inputs) == {"input_ids", "position_ids"}
 
 
-def test_padded_batch_masks_padding_from_attention_and_loss():
+def test_a_padded_batch_masks_padding_in_attention_and_loss():
     batch = padded_batch(IDS, MASKS)
     assert batch.input_ids.tolist() == [[7, 8, 9], [5, 0, 0], [3, 4, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
@@ -155,7 +155,7 @@ def split_of(lengths: list[int]) -> TokenizedRows:
 
 
 @pytest.mark.parametrize(("is_flat", "make"), [(True, flat_batch), (False, padded_batch)])
-def test_a_loaded_micro_batch_is_what_its_rows_as_lists_make(is_flat, make):
+def test_a_loaded_micro_batch_equals_one_built_from_lists(is_flat, make):
     split = split_of([3, 1, 9, 9, 2])
     # In two chunks, as files are written.
     split.table = pyarrow.concat_tables([split.table.slice(0, 2), split.table.slice(2)])
@@ -163,12 +163,12 @@ def test_a_loaded_micro_batch_is_what_its_rows_as_lists_make(is_flat, make):
         rows = [split.table.to_pylist()[row] for row in group]
         expected = make([row["input_ids"] for row in rows], [row["loss_mask"] for row in rows])
         loaded = MicroBatches(split, is_flat, 100, torch.device("cpu")).load(group)
-        torch.testing.assert_close(vars(loaded), vars(expected), rtol=0, atol=0)  # types too
+        torch.testing.assert_close(vars(loaded), vars(expected), rtol=0, atol=0)  # dtypes too
 
 
 @pytest.mark.parametrize("in_step", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 9, 25])
-def test_passes_take_every_row_once_and_all_processes_run_in_step_where_they_must(in_step, count):
+def test_passes_take_every_row_once_and_run_in_step_if_required(in_step, count):
     batches = MicroBatches(
         split_of(random_lengths(0, 30, longest=50)), True, 70, torch.device("cpu")
     )
@@ -189,6 +189,6 @@ def test_passes_take_every_row_once_and_all_processes_run_in_step_where_they_mus
 @pytest.mark.parametrize(
     ("max_tokens", "rows"), [(1, [0]), (29, [0]), (30, [0, 1]), (999, [0, 1, 2, 3])]
 )
-def test_first_takes_as_many_rows_from_the_start_as_fit(max_tokens, rows):
+def test_first_takes_as_many_leading_rows_as_fit(max_tokens, rows):
     batches = MicroBatches(split_of([10, 20, 5, 40]), True, 100, torch.device("cpu"))
     assert batches.first(max_tokens) == rows

@@ -101,7 +101,7 @@ def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monk
         ("llama", {}),
     ],
 )
-def test_chunks_of_the_head_change_nothing_also_where_its_logits_are_capped_or_scaled(
+def test_chunking_the_head_changes_nothing_even_if_logits_are_capped_or_scaled(
     name, changes, monkeypatch
 ):
     monkeypatch.setattr(language_model_module, "chunk_tokens", lambda on_gpu: 5)
@@ -128,7 +128,7 @@ def test_chunks_of_the_head_change_nothing_also_where_its_logits_are_capped_or_s
 
 
 def test_probe_finds_a_model_that_changes_its_logits_after_the_head(monkeypatch):
-    """In a way that is not known: the head alone would give another loss."""
+    """In an unknown way: the head alone would give another loss."""
     monkeypatch.setattr(language_model_module, "finish_logits", lambda logits, config: logits)
     model = ARCHITECTURES["gemma2"].model(final_logit_softcapping=2.0, initializer_range=0.3)
     rows, masks = make_rows()
@@ -159,9 +159,9 @@ def test_the_loss_of_a_model_with_its_own_last_layer_equals_brute_force(name):
     )
 
 
-def test_a_state_that_crosses_from_sequence_to_sequence_is_found_in_16_bits_too():
-    """xLSTM's moves the logits by 3 %, less than bfloat16 may round: only another first sequence
-    shows it."""
+def test_a_state_that_crosses_between_sequences_is_found_even_in_16_bits():
+    """xLSTM's state moves the logits by 3 %, less than bfloat16 may round: only another first
+    sequence reveals it."""
     for dtype in (torch.float32, torch.bfloat16):
         model = ARCHITECTURES["xlstm"].model().to(dtype)
         language_model = LanguageModel(model, model)

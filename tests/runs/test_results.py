@@ -24,7 +24,7 @@ from cera_train.runs.results import (
 )
 
 
-def test_a_perplexity_that_is_infinite_is_null_on_disk_and_reads_back(tmp_path: Path) -> None:
+def test_an_infinite_perplexity_is_null_on_disk_and_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     evaluation = PerplexityResult("forgetting", "perplexity", math.inf, rows=3)
     for result in (

@@ -1,5 +1,5 @@
-"""Trackers mirror a run, several at once, and none that fails reaches it; no secret leaves. What
-`hub.push` uploads."""
+"""Trackers mirror a run, several at once; a failing one does not disturb it, and no secret leaves.
+Also what `hub.push` uploads."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from cera_train.training.train import launch, train
 
 
 class Recording(GeneralTracker):
-    """What a tracker of Accelerate's gets; `fails_at` is an update."""
+    """Records what a tracker of Accelerate's gets; `fails_at` is an update."""
 
     name = "recording"
     requires_logging_directory = False
@@ -55,7 +55,7 @@ def as_mirrored(line: dict) -> dict:
     return {names.get(name, name): value for name, value in line.items()}
 
 
-def test_several_trackers_at_once_and_one_that_fails_is_left_out_once(
+def test_several_trackers_run_at_once_and_a_failing_one_is_dropped_once(
     tiny_config, monkeypatch, capsys
 ):
     trackers = {"trackio": Recording(), "wandb": Recording(fails_at=2)}
@@ -74,7 +74,7 @@ def test_several_trackers_at_once_and_one_that_fails_is_left_out_once(
 
 
 @pytest.mark.parametrize("name", ["trackio", "mlflow", "comet", "swanlab"])
-def test_a_tracker_that_is_not_installed_is_left_out(name, compose, tmp_path, monkeypatch, capsys):
+def test_a_tracker_that_is_not_installed_is_dropped(name, compose, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, {"comet": "comet_ml"}.get(name, name), None)
     tracker = tracking.start_tracker(compose(f"tracker={name}").tracker, {}, "run", tmp_path, 0)
     tracker.log({"update": 1, "train/loss": 1.0})
@@ -82,7 +82,7 @@ def test_a_tracker_that_is_not_installed_is_left_out(name, compose, tmp_path, mo
     assert capsys.readouterr().err.count(f"{name} failed and is left out") == 1
 
 
-def test_tensorboard_has_the_names_of_transformers_dashboards(tiny_config):
+def test_tensorboard_uses_the_names_of_transformers_dashboards(tiny_config):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = tiny_config("tracker=tensorboard", "train.max_updates=2")
     train(config)
@@ -97,7 +97,7 @@ def test_tensorboard_has_the_names_of_transformers_dashboards(tiny_config):
     assert not {"train/lr", "update", "epoch"} & {*read.Tags()["scalars"]}
 
 
-def test_a_resumed_run_goes_on_under_the_same_id(compose, tmp_path):
+def test_a_resumed_run_continues_under_the_same_id(compose, tmp_path):
     config = compose(
         "tracker=wandb", "tracker.kinds.wandb={entity: ours}", "tracker.group=grid"
     ).tracker
@@ -115,7 +115,7 @@ def test_a_resumed_run_goes_on_under_the_same_id(compose, tmp_path):
 
 @pytest.mark.slow
 def test_wandb_without_a_key_is_offline_with_metrics_and_samples(tiny_config, tmp_path):
-    """In a process of its own: W&B starts a service that outlives a test."""
+    """In a separate process: W&B starts a service that outlives a test."""
     arguments = [
         *(f"model.path={tiny_config().model.path}", *TINY, "adapter.r=4"),
         *(
@@ -149,7 +149,7 @@ def test_wandb_without_a_key_is_offline_with_metrics_and_samples(tiny_config, tm
     ]
 
 
-def test_secrets_of_the_environment_are_blotted_out(monkeypatch):
+def test_secrets_of_the_environment_are_redacted(monkeypatch):
     for name in ("HF_TOKEN", "OPENAI_APIKEY", "AWS_SECRET_ACCESS_KEY", "API_KEYS", "PGPASSWORD"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "hf_abcdefghijk")
@@ -165,7 +165,7 @@ def test_secrets_of_the_environment_are_blotted_out(monkeypatch):
     )
 
 
-def test_what_a_server_says_steers_no_terminal(capsys):
+def test_a_servers_message_cannot_control_the_terminal(capsys):
     tracking.print_warning("\x1b[31mgone")
     assert capsys.readouterr().err == "cera-train: \N{REPLACEMENT CHARACTER}[31mgone\n"
 
@@ -187,7 +187,7 @@ def test_no_secret_reaches_the_folder_or_the_terminal(tiny_config, monkeypatch, 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub whose `files` are those of the last commit; with `refuses`, it knows nobody."""
+    """A Hub whose `files` are those of the last commit; with `refuses`, it rejects every user."""
 
     class Hub:
         def __init__(self):
@@ -212,7 +212,7 @@ def hub(monkeypatch):
     return server
 
 
-def test_the_adapter_and_its_card_reach_the_hub_also_at_the_second_try(
+def test_the_adapter_and_its_card_reach_the_hub_even_at_the_second_try(
     hub, tiny_config, tiny_folder, capsys
 ):
     facts = (f"model.facts.of={tiny_folder}", "model.facts.hub_id=an/id")

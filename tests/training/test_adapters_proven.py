@@ -1,4 +1,4 @@
-"""A run proves its adapters before it costs anything, and prints what they cover."""
+"""A run checks its adapters before it costs anything, and prints what they cover."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ FAMILIES = {family.model_type: family for family in STATES}
 
 @pytest.fixture
 def mamba(tokenizer, tmp_path) -> str:
-    """A tiny model that passes dt_proj by, so that an adapter of it would never run."""
+    """A tiny model that never calls dt_proj, so that an adapter on it would never run."""
     FAMILIES["mamba"].model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "mamba")
     tokenizer.save_pretrained(tmp_path / "mamba")
     return f"model.path={tmp_path / 'mamba'}"
@@ -44,7 +44,7 @@ def test_an_adapter_that_never_runs_stops_the_run_before_its_first_evaluation(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.nightly), "fsdp"])
-def test_several_processes_refuse_together(mamba, tmp_path, strategy):
+def test_several_processes_refuse_an_idle_adapter_together(mamba, tmp_path, strategy):
     """In one line with status 2, whether each holds the whole model or a shard."""
     command = [
         sys.executable,
@@ -73,7 +73,7 @@ def test_several_processes_refuse_together(mamba, tmp_path, strategy):
 
 
 @pytest.mark.parametrize("more", [[], ["adapter=full", "adapter.r=null"]], ids=["cera", "full"])
-def test_the_proof_changes_no_number_of_a_run(tiny_config, more):
+def test_the_coverage_check_changes_no_number_of_a_run(tiny_config, more):
     settings = [*more, "train.max_updates=3"]
     runs = [
         tiny_config(*settings, f"train.check_coverage={value}", f"name={value}")
@@ -85,7 +85,7 @@ def test_the_proof_changes_no_number_of_a_run(tiny_config, more):
 
 
 def test_targets_are_counted_by_name(compose):
-    """A layer that other layers share counts once."""
+    """A layer shared by others counts once."""
     adapter = compose("adapter.r=4", "adapter.target_modules=[q_proj,v_proj,in_proj]").adapter
     assert (
         describe_targets(build(FAMILIES["zamba2"].model(), adapter))
@@ -93,7 +93,7 @@ def test_targets_are_counted_by_name(compose):
     )
 
 
-def test_what_a_mamba_model_does_not_call_is_left_out_of_all_linear(tiny_config, mamba, capsys):
+def test_all_linear_leaves_out_what_a_mamba_model_does_not_call(tiny_config, mamba, capsys):
     train(tiny_config(mamba, "adapter.target_modules=all-linear", "train.max_updates=1"))
     left_out = "all-linear leaves out 6 projections: x_proj, dt_proj, out_proj"
     assert f"coverage   in_proj: 2 of 2\ncoverage   {left_out}\n" in capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_what_a_mamba_model_does_not_call_is_left_out_of_all_linear(tiny_config,
 
 @pytest.mark.parametrize("kind", ["cera", "miss"])
 def test_all_linear_leaves_out_a_layer_that_no_pass_reaches(tiny_llama, compose, kind):
-    tiny_llama.config.num_hidden_layers = 1  # the decoder runs so many of its layers
+    tiny_llama.config.num_hidden_layers = 1  # the decoder runs only this many of its layers
     adapter = compose(f"adapter={kind}", "adapter.r=4", "adapter.target_modules=all-linear").adapter
     model = build(tiny_llama, adapter)
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]

@@ -30,7 +30,7 @@ def test_the_layout_and_the_compilation_are_described(tiny_llama, attention, exp
     assert describe_speed(language_model, "") == f"{expected}; compiled layers"
 
 
-def test_an_adapter_is_described_with_its_places():
+def test_an_adapter_is_described_with_its_projections():
     def places(**settings) -> str:
         return describe_adapter(AdapterConfig(r=8, **settings)).removeprefix(
             "cera r=8, silu, dropout 0, on "

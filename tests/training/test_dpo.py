@@ -40,7 +40,7 @@ def dpo(tiny_config, write_jsonl):
 
 
 def move(model: torch.nn.Module) -> None:
-    """Away from the start, where every margin is zero."""
+    """After the start, where every margin is zero."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -97,7 +97,7 @@ def test_loss_gradients_and_figures_are_trls(dpo, tokenizer, tmp_path, overrides
             assert figures[f"train/{name}"] == pytest.approx(values[0], rel=1e-4, abs=1e-6), name
 
 
-def test_the_loss_depends_on_no_micro_batch_and_is_that_of_the_formula(dpo, tmp_path):
+def test_the_loss_follows_the_formula_and_does_not_depend_on_the_micro_batch(dpo, tmp_path):
     run = build_run(dpo("adapter.dropout=0", "dpo.label_smoothing=0.2"), tmp_path / "run")
     move(run.model.adapted)
     run.model.wrapped.train()
@@ -111,7 +111,7 @@ def test_the_loss_depends_on_no_micro_batch_and_is_that_of_the_formula(dpo, tmp_
     assert whole == pytest.approx(expected.item(), rel=1e-5)
     assert figures["train/rewards/accuracies"] == (margins > 0).float().mean()
     batches = run.objective.batches
-    batches.max_tokens = 30  # the answers of a pair in passes of their own
+    batches.max_tokens = 30  # the answers of a pair in separate passes
     assert len(batches.groups([0, 1, 4, 5])) > 2
     apart, gradients_apart = run.backward([0, 1, 4, 5])
     assert apart == pytest.approx(whole, rel=1e-5)
@@ -121,13 +121,13 @@ def test_the_loss_depends_on_no_micro_batch_and_is_that_of_the_formula(dpo, tmp_
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache of the test's own."""
+    """Gives the test its own cache."""
     monkeypatch.setenv("CERA_TRAIN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_run_learns_the_choice_and_goes_on_byte_for_byte_without_the_cache(
+def test_a_run_learns_the_choice_and_resumes_byte_for_byte_without_the_cache(
     dpo, cache, quantization
 ):
     words = ["optimizer.lr=2e-2", f"model.quantization={quantization}"]
@@ -136,7 +136,7 @@ def test_a_run_learns_the_choice_and_goes_on_byte_for_byte_without_the_cache(
     whole.train.max_updates = 8
     part.train.max_updates = 8
     result = train(whole)
-    assert result["perplexity_before"] == pytest.approx(2, rel=1e-6)  # a coin's
+    assert result["perplexity_before"] == pytest.approx(2, rel=1e-6)  # that of a coin flip
     assert result["eval/perplexity"] < 1.9
     assert result["preferences/accuracy"] == 1
     train_and_die_after(part, update=5)
@@ -164,7 +164,7 @@ def test_the_reference_is_the_start_or_the_base(dpo):
     )
 
 
-def test_the_reference_is_taken_once_for_a_model_and_rows(
+def test_the_reference_is_computed_once_for_a_model_and_rows(
     dpo, cache, tiny_folder, tmp_path, capsys
 ):
     def takes(*overrides: str) -> bool:
@@ -195,7 +195,7 @@ def test_the_reference_is_taken_once_for_a_model_and_rows(
 
 
 @pytest.mark.slow
-def test_two_processes_and_sharded_weights_learn_what_one_does(
+def test_two_processes_and_sharded_weights_learn_the_same_as_one_process(
     tiny_folder, tmp_path, write_jsonl, compose
 ):
     words = [
@@ -249,7 +249,7 @@ TEMPLATE = (
 )
 
 
-def test_messages_are_read_with_and_without_a_prompt_of_their_own(
+def test_messages_are_read_with_and_without_a_separate_prompt(
     dpo, tokenizer, write_jsonl, monkeypatch
 ):
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
@@ -302,7 +302,7 @@ def test_answers_to_different_prompts_are_no_preference(dpo, write_jsonl):
         train(dpo(f"data.train_files=[{file}]"))
 
 
-def test_objective_and_rows_have_to_fit(dpo, write_jsonl):
+def test_the_rows_have_to_fit_the_objective(dpo, write_jsonl):
     with pytest.raises(
         UserError,
         match="train.objective=sft: preferences.jsonl holds preferences: set train.objective",

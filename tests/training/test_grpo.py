@@ -146,7 +146,7 @@ def test_loss_gradients_and_figures_are_trls(
         causal_lm.set_attn_implementation(attention)
         return logits.gather(-1, ids[..., None])[..., 0].detach()
 
-    # As on a process without rows: it changes neither loss nor gradients nor figures.
+    # As on a process without rows: it changes no loss, gradient or figure.
     idle = [([drawn.sequences[0]], False)]
     of_process = drawn.batches.of_process
     drawn.batches.of_process = lambda *arguments: [*of_process(*arguments), *idle]
@@ -250,7 +250,7 @@ def test_the_loss_of_tokens_is_trls(tiny_llama, tokenizer, tmp_path, beta, is_se
     assert (KL in figures, MISMATCH in figures) == (beta > 0, is_served)
 
 
-def test_rewards_rise_and_answers_are_kept_with_theirs(grpo):
+def test_rewards_rise_and_answers_are_kept_with_their_rewards(grpo):
     config = grpo("optimizer.lr=5e-2", "adapter.dropout=0", "grpo.answers=8", "train.samples=3")
     config.train.max_updates = 16
     train(config)
@@ -266,7 +266,7 @@ def test_rewards_rise_and_answers_are_kept_with_theirs(grpo):
     assert max(sample.tokens for sample in first) == 6
 
 
-def test_a_run_killed_between_answers_and_update_goes_on_byte_for_byte(grpo):
+def test_a_run_killed_between_answers_and_update_resumes_byte_for_byte(grpo):
     words = [
         "optimizer.lr=5e-2",
         "grpo.epochs=2",
@@ -285,7 +285,7 @@ def test_a_run_killed_between_answers_and_update_goes_on_byte_for_byte(grpo):
     assert (folder_of(part) / SAMPLES).read_bytes() == (folder_of(whole) / SAMPLES).read_bytes()
 
 
-def test_nothing_is_lost_where_a_reward_fails(grpo, monkeypatch):
+def test_nothing_is_lost_if_a_reward_fails(grpo, monkeypatch):
     words = ["optimizer.lr=5e-2", "train.save_every=null"]
     whole, part = (grpo(*words, name) for name in ("name=whole", "name=part"))
     train(whole)
@@ -304,7 +304,7 @@ def test_nothing_is_lost_where_a_reward_fails(grpo, monkeypatch):
     assert adapter_bytes(part) == adapter_bytes(whole)
 
 
-def test_a_server_answers_by_the_adapter_of_each_update(grpo):
+def test_a_server_answers_with_the_adapter_of_each_update(grpo):
     tasks = [
         "train.tasks=[held_out]",
         "train.task_settings={held_out: {max_new_tokens: 8}}",
@@ -316,15 +316,16 @@ def test_a_server_answers_by_the_adapter_of_each_update(grpo):
         train(config)
     asked = [body["model"] for body in vllm.asked]
     adapters = list(dict.fromkeys(asked))
-    assert len(adapters) == 4  # of three updates, and of the end
-    assert asked == sorted(asked, key=adapters.index)  # none answers after the next was loaded
+    assert len(adapters) == 4  # those of three updates, and of the end
+    # No adapter answers after the next was loaded.
+    assert asked == sorted(asked, key=adapters.index)
     assert [*vllm.loaded] == adapters[3:]
     updates = [line for line in metrics_of(config) if "train/reward" in line]
     assert max(line["train/sampling/log_p_difference"] for line in updates) < 1e-4
     assert not (folder_of(config) / "served").exists()
 
 
-def test_nothing_is_lost_where_a_server_goes(grpo, monkeypatch):
+def test_nothing_is_lost_if_a_server_disappears(grpo, monkeypatch):
     monkeypatch.setattr(server, "PAUSES", ())
     words = ["adapter.r=4", "optimizer.lr=5e-2", "train.save_every=null"]
     with playing_vllm(grpo(*words).model) as vllm:
@@ -339,10 +340,10 @@ def test_nothing_is_lost_where_a_server_goes(grpo, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_sample_and_learn_what_one_does(
+def test_two_processes_sample_and_learn_the_same_as_one(
     tiny_folder, tmp_path, write_jsonl, compose, monkeypatch
 ):
-    # A judge that says otherwise when another process asks: only the main one does.
+    # A judge that answers differently when another process asks: only the main one asks.
     sign = "import os\n\nSIGN = 1 if os.environ.get('RANK', '0') == '0' else -1\n"
     reward = (
         "def vowels(prompt, answer, right):\n    return SIGN * sum(letter in 'aeiou' for letter "
@@ -383,7 +384,7 @@ def test_two_processes_sample_and_learn_what_one_does(
     train(compose(*words, "name=one"))
     train_in_processes([[*words, "name=two"]], 2, tmp_path)
     one, two = (metrics_of(tmp_path / "outputs" / name) for name in ("one", "two"))
-    # Of one update: Adam makes what rounding leaves of a gradient a whole step, and then other
+    # One update only: Adam turns the rounding error of a gradient into a full step, and then other
     # tokens are sampled.
     for key in ("train/reward", "train/grad_norm", "train/completions/mean_length"):
         assert two[1][key] == pytest.approx(one[1][key], rel=1e-5), key
@@ -391,10 +392,10 @@ def test_two_processes_sample_and_learn_what_one_does(
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_where_one_process_of_two_cannot_answer(
+def test_nothing_is_lost_if_one_of_two_processes_cannot_answer(
     tiny_folder, tmp_path, write_jsonl, monkeypatch
 ):
-    """Process 0, which saves, is told of it."""
+    """Process 0, which saves, learns of it."""
     (tmp_path / "rewards_of_a_test.py").write_text(
         "import os\n"
         "from cera_train.common.errors import UserError\n"
@@ -439,7 +440,7 @@ def test_nothing_is_lost_where_one_process_of_two_cannot_answer(
     assert [path.name for path in (tmp_path / "outputs" / "run" / "checkpoints").iterdir()] == ["2"]
 
 
-def test_an_answer_is_graded_as_by_a_task():
+def test_an_answer_is_graded_as_in_a_task():
     assert [grade("", answer, "a b", "text", {}) for answer in (" a  b", "a c", "")] == [1, 0, 0]
     assert grade("", "so 1,0 is 10.", "#### 10", "number", {}) == 1
 
@@ -461,7 +462,7 @@ def test_an_answer_is_graded_as_by_a_task():
         ),
         (
             ["grpo.rewards=[]"],
-            "^train.objective=grpo: in 6 groups all answers earned as much, 0 at last, and nothing",
+            "^train.objective=grpo: in 6 groups all answers earned the same, 0 at last",
         ),
         (["grpo.grader=choice"], "^grpo.grader=choice: .*finds no answer in it"),
         (
@@ -480,20 +481,20 @@ def test_an_answer_is_graded_as_by_a_task():
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_what_teaches_nothing_is_refused(grpo, monkeypatch, words, message):
+def test_rewards_that_never_differ_are_refused(grpo, monkeypatch, words, message):
     monkeypatch.setattr(module, "PATIENCE", 6)
     with pytest.raises(UserError, match=message):
         train(grpo(*words))
 
 
-def test_a_run_that_had_a_signal_goes_on_without_one_when_it_resumes_too(grpo, monkeypatch):
+def test_a_resumed_run_remembers_that_rewards_differed(grpo, monkeypatch):
     monkeypatch.setattr(module, "PATIENCE", 6)
     train_and_die_after(grpo("train.save_every=1"), update=2)
     monkeypatch.setitem(globals(), "vowels", lambda *_: 1.0)
     train(grpo("train.save_every=1"))
 
 
-def test_a_row_of_a_generator_is_graded_by_it(compose):
+def test_a_generators_row_is_graded_by_the_generator(compose):
     pytest.importorskip("reasoning_gym")
     drawn = generated_questions(compose("data=reasoning_gym", "data.train_rows=2").data)
     for prompt, draw in drawn.items():
@@ -501,10 +502,10 @@ def test_a_row_of_a_generator_is_graded_by_it(compose):
             grade(f"{prompt} ", f" {draw.answer}{rest}", draw.answer, "text", drawn)
             for rest in ("", ".0", "1")
         ]
-        assert rewards == [1, 1, 0]  # the text of a sum with .0 is another
+        assert rewards == [1, 1, 0]  # a sum with .0 is another text
 
 
-def test_a_row_whose_right_answer_is_cut_is_left_out(grpo, write_jsonl, capsys):
+def test_a_row_with_a_truncated_answer_is_left_out(grpo, write_jsonl, capsys):
     rows = [
         *ROWS,
         *(

@@ -30,7 +30,7 @@ def mixed(tiny_config, write_jsonl):
     return mixed
 
 
-def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_its_parts(
+def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_part(
     mixed, compose, tmp_path, capsys
 ):
     trained = train(mixed("train.max_updates=2"))
@@ -46,7 +46,7 @@ def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_its_parts(
     assert "| Data | a.jsonl + b.jsonl |" in card
 
 
-def test_a_run_on_a_mix_resumes_to_the_bit_and_another_mix_is_another_run(mixed, tmp_path):
+def test_a_run_on_a_mix_resumes_bit_for_bit_and_another_mix_is_refused(mixed, tmp_path):
     whole = mixed("name=whole")
     cut = mixed("name=cut")
     train(whole)
@@ -92,7 +92,7 @@ def test_experts_are_trained_and_resumed(tiny_config, mixture, capsys):
     assert adapter_bytes(again) == expected
 
 
-def test_all_linear_without_experts_says_so(tiny_config, mixture, capsys):
+def test_all_linear_reports_that_it_leaves_out_experts(tiny_config, mixture, capsys):
     train(tiny_config(mixture, "adapter.target_modules=all-linear", "train.max_updates=1"))
     printed = " ".join(capsys.readouterr().out.split())
     assert (

@@ -1,4 +1,4 @@
-"""Schedules against their formulas; the optimizers of a config are those it names."""
+"""Schedules follow their formulas, and a config gets the optimizer that it names."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def parameters():
     return [torch.nn.Parameter(torch.ones(128, 128))]
 
 
-def test_adamw_is_pytorchs_with_the_settings_of_the_config():
+def test_adamw_is_pytorchs_with_the_configs_settings():
     config = OptimizerConfig(lr=2.0, weight_decay=0.5, beta1=0.8, beta2=0.7, eps=1e-3)
     optimizer = build_optimizer(parameters(), config, torch.device("cpu"))
     assert type(optimizer) is torch.optim.AdamW
@@ -53,7 +53,7 @@ def test_adamw_is_pytorchs_with_the_settings_of_the_config():
     )
 
 
-def test_paged_adamw_is_refused_where_there_is_no_gpu_memory_to_page():
+def test_paged_adamw_is_refused_without_a_gpu():
     with pytest.raises(ValueError, match="use optimizer=adamw_8bit"):
         build_optimizer(
             parameters(),
@@ -98,7 +98,7 @@ def test_b_learns_faster_than_the_rest_by_its_ratio(kind, of):
         *[("adapter=full", 1 / 10), ("adapter=dense", 1 / 10)],
     ],
 )
-def test_the_automatic_rate_is_the_formula_times_the_factor_of_the_adapter(
+def test_the_automatic_rate_is_the_formula_times_the_adapters_factor(
     compose, tiny_folder, words, factor
 ):
     config = compose(f"model.path={tiny_folder}", words)

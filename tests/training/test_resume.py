@@ -1,5 +1,5 @@
-"""Runs that are cut, stopped or started again: they end with the bytes of one that was not, or are
-refused."""
+"""Runs that are killed, stopped or started again: they end with the bytes of an uninterrupted run,
+or are refused."""
 
 import copy
 import json
@@ -63,7 +63,7 @@ def test_resume_with_8_bit_moments_is_bit_exact(tiny_config):
     assert adapter_bytes(cut) == adapter_bytes(whole)
 
 
-def test_a_gradient_scaler_goes_on_where_it_was(tiny_config, monkeypatch):
+def test_a_gradient_scaler_resumes_where_it_was(tiny_config, monkeypatch):
     scalers = scale_gradients(monkeypatch)
     whole = tiny_config("name=whole")
     cut = tiny_config("name=cut")
@@ -81,7 +81,7 @@ def test_a_gradient_scaler_goes_on_where_it_was(tiny_config, monkeypatch):
     # An evaluation is due after update 8.
     [(signal.SIGINT, 130, 6, 7), (signal.SIGTERM, 143, 7, 8)],
 )
-def test_an_interrupted_run_saves_without_an_evaluation_and_goes_on(
+def test_an_interrupted_run_saves_without_evaluating_and_resumes(
     trained_config, tiny_config, number, status, heard, saved
 ):
     whole = trained_config()
@@ -106,12 +106,12 @@ def test_an_interrupted_run_saves_without_an_evaluation_and_goes_on(
 def test_a_finished_run_started_again_returns_its_result(trained_config, capsys, monkeypatch):
     config = trained_config()
     capsys.readouterr()
-    monkeypatch.setattr("cera_train.training.build.load_model", None)  # nothing is loaded for it
+    monkeypatch.setattr("cera_train.training.build.load_model", None)  # it loads nothing
     assert train(config) == json.loads((folder_of(config) / "result.json").read_text())
     assert "finished" in capsys.readouterr().out
 
 
-def test_a_finished_run_is_not_made_longer_but_starts_another(trained_config):
+def test_a_finished_run_cannot_be_extended_but_can_start_another(trained_config):
     longer = copy.deepcopy(trained_config())
     longer.train.max_updates += 1
     fix = f"train.max_updates was .* adapter.start_from={folder_of(longer)} name=NEW"
@@ -119,7 +119,7 @@ def test_a_finished_run_is_not_made_longer_but_starts_another(trained_config):
         train(longer)
 
 
-def test_a_cut_run_is_not_made_longer(tiny_config):
+def test_an_interrupted_run_cannot_be_extended(tiny_config):
     config = tiny_config("train.save_every=2")
     train_and_die_after(config, 3)
     config.train.max_updates += 1
@@ -128,7 +128,7 @@ def test_a_cut_run_is_not_made_longer(tiny_config):
     assert "start_from" not in str(error.value)  # it has no result to start from
 
 
-def test_resume_never_starts_anew_but_not_over_a_finished_run(tiny_config):
+def test_resume_never_starts_anew_but_does_not_overwrite_a_finished_run(tiny_config):
     config = tiny_config("train.resume=never")
     train_and_die_after(config, 6)
     train(config)
@@ -139,7 +139,7 @@ def test_resume_never_starts_anew_but_not_over_a_finished_run(tiny_config):
         train(config)
 
 
-def test_a_mistake_costs_an_unfinished_run_nothing_and_half_a_write_is_removed(tiny_config):
+def test_a_mistake_does_not_harm_an_unfinished_run_and_partial_writes_are_removed(tiny_config):
     config = tiny_config()
     train_and_die_after(config, 6)
     (folder_of(config) / "checkpoints" / ".writing-8").mkdir()
@@ -154,7 +154,7 @@ def test_a_mistake_costs_an_unfinished_run_nothing_and_half_a_write_is_removed(t
 
 
 def on(monkeypatch, dtype: str) -> None:
-    """Lets the hardware decide for a precision."""
+    """Makes the hardware report choose a precision."""
 
     def choose(wanted: Dtype) -> Choice[Dtype]:
         return Choice(Dtype(dtype) if wanted == Dtype.auto else wanted, f"a {dtype} machine")
@@ -165,7 +165,7 @@ def on(monkeypatch, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("device", "has_compiler"), [("cpu", True), ("cuda", True), ("cuda", False)]
 )
-def test_layers_are_compiled_by_default_where_a_gpu_and_a_compiler_are(
+def test_layers_are_compiled_by_default_with_a_gpu_and_a_compiler(
     tiny_config, tmp_path, monkeypatch, device, has_compiler
 ):
     monkeypatch.setattr("cera_train.training.resolve.this_device", lambda: torch.device(device))
@@ -179,7 +179,7 @@ def test_layers_are_compiled_by_default_where_a_gpu_and_a_compiler_are(
     assert resolve(tiny_config(), tmp_path).config.train.compile is False
 
 
-def test_what_auto_took_is_printed_recorded_and_kept_on_another_machine(
+def test_values_chosen_by_auto_are_printed_recorded_and_kept_on_another_machine(
     tiny_config, monkeypatch, capsys
 ):
     on(monkeypatch, "bfloat16")
@@ -207,7 +207,7 @@ def test_what_auto_took_is_printed_recorded_and_kept_on_another_machine(
         train(tiny_config(*settings))
 
 
-def test_auto_takes_nothing_of_a_run_of_which_nothing_goes_on(tiny_config, tmp_path):
+def test_auto_ignores_a_folder_with_nothing_to_resume(tiny_config, tmp_path):
     auto = tiny_config("optimizer.lr=auto")
     folder = tmp_path / "run"
     folder.mkdir()

@@ -1,5 +1,5 @@
-"""`adapter.start_from`: a new run goes on from another adapter's weights, and from nothing else of
-it."""
+"""`adapter.start_from`: a new run starts from another adapter's weights, and takes nothing else
+from it."""
 
 import json
 import re
@@ -25,7 +25,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_first_evaluation_is_the_last_of_where_it_started(tiny_config, kind):
+def test_the_first_evaluation_equals_the_last_one_of_the_source(tiny_config, kind):
     settings = [*KINDS[kind], "adapter.r=4", "train.max_updates=2", "train.eval_every=null"]
     first = train(tiny_config("name=first", *settings))
     later = tiny_config(
@@ -49,7 +49,7 @@ def first(trained_config, tmp_path) -> Path:
     )
 
 
-def test_the_optimizer_is_new_and_config_and_card_name_the_source(first, tiny_config, capsys):
+def test_the_optimizer_starts_anew_and_config_and_card_name_the_source(first, tiny_config, capsys):
     later = tiny_config("name=later", "train.max_updates=1", f"adapter.start_from={first}")
     train(later)
     digest = digest_of(first / "adapter")
@@ -62,8 +62,8 @@ def test_the_optimizer_is_new_and_config_and_card_name_the_source(first, tiny_co
     card = (folder_of(later) / "adapter" / "README.md").read_text()
     assert re.search(rf"\| Starts from \| .*first, digest {digest} \|", card)
     assert "| Perplexity, before the first update |" in card
-    # A new AdamW moves every weight by the learning rate in its first update, whatever it did
-    # before.
+    # A new AdamW moves every weight by the learning rate in its first update; a resumed one does
+    # not.
     from safetensors.torch import load_file
 
     before, after = (
@@ -75,7 +75,7 @@ def test_the_optimizer_is_new_and_config_and_card_name_the_source(first, tiny_co
 
 
 @pytest.mark.parametrize("place", ["best", "checkpoints/4", "copy"])
-def test_any_adapters_folder_is_a_start(first, tiny_config, tmp_path, place):
+def test_any_adapter_folder_can_be_a_start(first, tiny_config, tmp_path, place):
     folder = first / place
     if place == "copy":  # without the run's config: adapter_config.json decides
         folder = Path(shutil.copytree(first / "adapter", tmp_path / "copy"))
@@ -87,7 +87,7 @@ def test_any_adapters_folder_is_a_start(first, tiny_config, tmp_path, place):
     assert train(later)["perplexity_before"] == evaluations[update]
 
 
-def test_a_run_that_was_cut_is_resumed_without_its_start(first, tiny_config):
+def test_an_interrupted_run_resumes_without_its_source(first, tiny_config):
     settings = [f"adapter.start_from={first}", "train.max_updates=6"]
     whole = tiny_config("name=whole", *settings)
     cut = tiny_config("name=cut", *settings)
@@ -99,7 +99,7 @@ def test_a_run_that_was_cut_is_resumed_without_its_start(first, tiny_config):
     assert train(cut)["updates"] == 6  # its result stands
 
 
-def test_other_weights_than_a_run_was_begun_with_are_refused(first, tiny_config):
+def test_weights_that_changed_since_the_run_began_are_refused(first, tiny_config):
     later = tiny_config("name=later", f"adapter.start_from={first}/adapter")
     train_and_die_after(later, 2)  # before its first checkpoint
     shutil.copy(first / "checkpoints" / "4" / "adapter_model.safetensors", first / "adapter")
@@ -155,7 +155,7 @@ def test_an_adapter_that_computes_something_else_is_refused_before_the_base(
     )
 
 
-def test_what_is_no_adapter_or_took_a_part_of_the_base_is_refused(first, tiny_config, tmp_path):
+def test_a_folder_without_an_adapter_or_with_base_weights_is_refused(first, tiny_config, tmp_path):
     def refused(message: str, *overrides: str) -> None:
         with pytest.raises(Exception, match=message):
             train(tiny_config("name=later", *overrides))

@@ -44,7 +44,7 @@ def test_perplexity_falls_and_the_folder_holds_everything(finished):
     ]
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["12", "8"]
     modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
-    assert modes == {(folder / "config.yaml").stat().st_mode}  # who may read one may read all
+    assert modes == {(folder / "config.yaml").stat().st_mode}  # whoever may read one may read all
     assert yaml.safe_load((folder / "config.yaml").read_text()) == to_plain(
         resolve(config, folder).config
     )
@@ -125,7 +125,7 @@ def test_the_final_adapter_gives_the_losses_of_every_held_out_token_through_plai
     )
 
 
-def test_the_same_run_twice_is_the_same_to_the_bit(trained_config, tiny_config):
+def test_two_runs_of_one_config_are_identical_bit_for_bit(trained_config, tiny_config):
     first = trained_config()
     second = tiny_config("name=second")
     other = tiny_config("name=other", "train.seed=1")
@@ -230,7 +230,7 @@ def test_best_is_the_adapter_of_the_lowest_perplexity(tiny_config):
     assert kept[0].read_bytes() == kept[1].read_bytes()
 
 
-def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoint(
+def test_a_loss_that_is_not_finite_is_reported_with_its_rows_and_keeps_the_checkpoint(
     tiny_config, monkeypatch
 ):
     config = tiny_config()
@@ -256,8 +256,8 @@ def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoin
 
 
 def test_a_gradient_that_no_scale_makes_finite_stops_the_run(tiny_config, monkeypatch):
-    """A scaler skips the update and halves its scale, from 4 on: the gradient overflows at a half
-    too."""
+    """From a scale of 4, the scaler skips updates and halves it: the gradient overflows even at a
+    half."""
     scale_gradients(monkeypatch)
     backward = Accelerator.backward
 
@@ -309,7 +309,7 @@ def test_gradient_checkpointing_changes_nothing(trained_config, tiny_config):
     assert adapter_bytes(plain) == adapter_bytes(recomputed)
 
 
-def test_an_engine_that_shards_the_model_and_one_process_alone_are_refused(tiny_config):
+def test_foreign_sharding_engines_and_fsdp_on_one_process_are_refused(tiny_config):
     with pytest.raises(
         ValueError, match="shards the weights over several processes, and there is one"
     ):

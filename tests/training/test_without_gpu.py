@@ -1,5 +1,5 @@
-"""What can be proven of a run on a GPU without one: whole updates of every recipe on a fake CUDA
-device, whose tensors have shapes, dtypes and devices and no numbers."""
+"""What can be proven about a run on a GPU without one: whole updates of every recipe on a fake CUDA
+device, whose tensors have shapes, dtypes and devices but no numbers."""
 
 import shutil
 
@@ -21,10 +21,10 @@ pytestmark = [
 ]
 
 TOLERANCE = 0.02
-"""Most by which cera-plan may miss, as a share."""
+"""The most by which cera-plan may be off, as a share."""
 
 FEW_ROWS = "train.batch_size=24"
-"""Fills a micro-batch as 64 rows fill several."""
+"""Fills a single micro-batch as much as 64 rows fill several."""
 
 
 def test_every_recipe_is_found():
@@ -38,7 +38,7 @@ FEW = [
 MECHANISMS = (
     *("math_r64", "math_r64_nf4", "math_lora_r512", "math_dora_r64", "metamath_r64_aligned"),
 )
-"""Recipes of which each has a kind of adapter or of base that the others lack."""
+"""Recipes that each have a kind of adapter or base that the others lack."""
 ALL = [
     pytest.param(
         recipe,
@@ -75,8 +75,8 @@ def test_a_changed_recipe_trains_within_the_planned_memory(overrides):
 
 @pytest.mark.slow
 def test_padded_rows_train_within_the_planned_memory():
-    """Under a mask a GPU runs SDPA's efficient kernel. The fake device has its formula alone, which
-    makes probabilities of every pair of tokens: here of 8 rows of 512, 32 heads, 2 layers, in 16
+    """Under a mask a GPU runs SDPA's efficient kernel. The fake device has only its formula, which
+    stores a probability for every pair of tokens: here of 8 rows of 512, 32 heads, 2 layers, in 16
     bits."""
     tracked = track("math_r64", 2, FEW_ROWS, "train.batch_layout=padded")
     without = tracked.bytes - 2 * 8 * 32 * 512 * 512 * 2
@@ -85,7 +85,7 @@ def test_padded_rows_train_within_the_planned_memory():
 
 @pytest.mark.slow
 def test_memory_is_linear_in_the_layers():
-    """So that a few layers prove what all of them need: math_r64 has 32."""
+    """So a few layers prove what all of them need: math_r64 has 32."""
     two, three, all_layers = (track("math_r64", layers, FEW_ROWS) for layers in (2, 3, None))
     layer = three.bytes - two.bytes
     assert all_layers.bytes == pytest.approx(two.bytes + 30 * layer, rel=1e-4)
@@ -96,8 +96,8 @@ SHARDED = ["model=llama3_1_70b", "distributed.strategy=fsdp", "plan.gpus=8"]
 
 
 @pytest.mark.parametrize("layers", [2, pytest.param(None, marks=pytest.mark.nightly)])
-def test_a_sharded_70b_trains_within_the_planned_memory(layers):
-    """Process 0 of 8. With two layers the most is needed while the first one computes, with 80 when
+def test_a_sharded_70b_model_trains_within_the_planned_memory(layers):
+    """Process 0 of 8. With two layers memory peaks while the first one computes, with 80 when
     backward begins."""
     tracked = track("math_r64", layers, *SHARDED)
     assert abs(tracked.difference) <= TOLERANCE, (
@@ -112,7 +112,7 @@ def test_the_compiler_saves_half_of_an_8b_layers_kernels():
         assert target.is_reached, target.line()
 
 
-def test_mistakes_that_a_gpu_would_refuse_are_refused():
+def test_the_fake_gpu_refuses_what_a_gpu_would_refuse():
     with fake_gpu():
         x = torch.ones(3, 4, device="cuda")
         with pytest.raises(RuntimeError, match="two (different )?devices"):
@@ -129,8 +129,8 @@ def test_mistakes_that_a_gpu_would_refuse_are_refused():
 
 
 def test_memory_is_counted_as_torchs_tracker_counts_it():
-    """Which cannot follow a run: it hooks every parameter, and frozen ones refuse; and it takes one
-    pass alone."""
+    """The tracker cannot follow a run: it hooks every parameter, which frozen ones refuse, and
+    tracks a single pass."""
     with fake_gpu() as gpu, MemTracker() as tracker:
         model = nn.Sequential(*(nn.Linear(1024, 1024, device="cuda") for _ in range(3)))
         optimizer = torch.optim.AdamW(model.parameters())

@@ -297,8 +297,8 @@ class Grpo:
         progress.rewards_differed |= bool((rewards != rewards[:, :1]).any())
         require(
             progress.rewards_differed or (progress.update + 1) * len(rewards) < PATIENCE,
-            f"train.objective=grpo: in {PATIENCE} groups all answers earned as much, "
-            f"{rewards.mean():g} at last, and nothing can be learnt: train on these rows first, "
+            f"train.objective=grpo: in {PATIENCE} groups all answers earned the same, "
+            f"{rewards.mean():g} at last, so nothing can be learnt: train on these rows first, "
             "raise grpo.answers, or choose another grpo.grader.",
         )
 
