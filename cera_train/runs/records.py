@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cera_train.common.errors import UserError, error_text
@@ -128,9 +130,6 @@ LENGTH = ("train.epochs", "train.max_updates")
 def load_config(path: Path, schema: type = Config) -> Any:
     """The config in a file of a run's folder. It was resolved when it was written, so a `${` in it
     is text: ${oc.env:HF_TOKEN} in a prompt is not looked up."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     tree = map_values(lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text), read_yaml(path), str)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))

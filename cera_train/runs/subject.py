@@ -8,7 +8,7 @@ from pathlib import Path
 from cera_train.adapters.saved import check_saved, check_start, is_saved_in, weights_file
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import announce_import
-from cera_train.model.folder import check_model
+from cera_train.model.path import check_model
 from cera_train.runs.records import load_config
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig

@@ -17,8 +17,9 @@ from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from omegaconf import OmegaConf
 
 from cera_train.common.settings import require
@@ -26,9 +27,6 @@ from cera_train.runs.evaluation_folder import ENDINGS
 from cera_train.runs.results import LOSSES_AFTER, Environment, RunResult, TokenLosses, read_grades
 from cera_train.settings.sweep import LOSS, StudyConfig
 from cera_train.sweep.folder import RECORD, State, SweepRecord, job_name, job_status, key_of
-
-if TYPE_CHECKING:
-    import numpy as np
 
 ARM = "study.arm"
 SEED = "train.seed"
@@ -225,8 +223,6 @@ class Cell:
 
     def values(self, outcome: str) -> np.ndarray:
         """[seeds, problems]"""
-        import numpy as np
-
         return np.array([run.outcomes[outcome].values for run in self.runs], dtype=float)
 
     def weights(self, outcome: str) -> np.ndarray | None:
@@ -235,8 +231,6 @@ class Cell:
 
     def means(self, outcome: str) -> list[float]:
         """An outcome of each seed."""
-        import numpy as np
-
         return np.average(self.values(outcome), axis=1, weights=self.weights(outcome)).tolist()
 
     def endings(self, outcome: str) -> dict[str, float]:

@@ -21,6 +21,7 @@ from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require, word_of
 from cera_train.common.terminal import print_line
 from cera_train.distributed.processes import is_main_process
+from cera_train.evaluation.tasks.task import describe_trained_on, load_problems, training_task
 from cera_train.settings.adapters import Activation, AdapterKind, Mix
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
@@ -180,13 +181,6 @@ def check_budgets(place: str, runs: dict[str, Config]) -> None:
 
 def check_problems(runs: Iterable[Config]) -> None:
     """Raises UserError for a task whose problems are among the rows that a run trains on."""
-    with heavy_imports():
-        from cera_train.evaluation.tasks.task import (
-            describe_trained_on,
-            load_problems,
-            training_task,
-        )
-
     # The arms of a condition share rows and tasks, and reading them takes long.
     checked = set[str]()
     for run in runs:

@@ -30,7 +30,7 @@ from cera_train.common.trust import redact_tree
 from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process
 from cera_train.evaluation.tasks.task import load_problems, training_task
-from cera_train.model.folder import check_model
+from cera_train.model.path import check_model
 from cera_train.runs.records import another_config, differences
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import find_start

@@ -14,7 +14,8 @@ from conftest import needs_smollm2
 
 from cera_train.planning.data_size import data_size
 from cera_train.planning.dry_run import micro_batches
-from cera_train.planning.plan import GPU_MFU, GPUS, run_totals
+from cera_train.planning.estimate import GPU_MFU, run_totals
+from cera_train.planning.plan import GPUS
 from cera_train.planning.table import name_jobs, print_plan, print_plans
 
 MATH = "+recipe=math_r64"
@@ -213,7 +214,7 @@ def test_a_run_without_rank_and_targets_is_planned(tiny_plan, capsys):
 
 def test_runs_that_differ_in_their_rate_or_seed_are_planned_once(tiny_plan, monkeypatch):
     first = tiny_plan("optimizer.lr=1e-3")
-    monkeypatch.setattr("cera_train.planning.dry_run.DryRun", None)
+    monkeypatch.setattr("cera_train.planning.estimate.DryRun", None)
     again = tiny_plan("optimizer.lr=1e-4", "train.seed=7", "name=again")
     assert (again.peak, again.flops) == (first.peak, first.flops)
     assert again.config.name == "again"

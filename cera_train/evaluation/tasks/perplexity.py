@@ -1,23 +1,18 @@
 """Perplexity on rows as in training, or on running text, window by window: what fine-tuning made a
 model forget."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cera_train.common.errors import errors_at
 from cera_train.common.settings import require
+from cera_train.data.prepare import TokenizedRows, prepare_evaluation, prepare_windows
 from cera_train.data.rows import text_of
 from cera_train.data.sources import decide_layouts
 from cera_train.evaluation.tasks.task import Task, open_rows, require_rows
-from cera_train.model.folder import check_length
 from cera_train.settings.data import COMPUTED, DataConfig
 from cera_train.settings.evaluation import TaskConfig
 from cera_train.settings.model import ModelConfig
-
-if TYPE_CHECKING:
-    from cera_train.data.prepare import TokenizedRows
 
 
 class Perplexity(Task):
@@ -33,10 +28,10 @@ class Perplexity(Task):
     def rows(self, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
         """The rows to predict. `data` is that of `data=`, else the run's; None if neither is
         known."""
-        from cera_train.data.prepare import prepare_evaluation, prepare_windows
-
         config = self.config
         if config.window is not None:
+            from cera_train.model.folder import check_length  # imports torch
+
             check_length(model, config.window, "task.window")
             source = open_rows(config)
             texts = []
