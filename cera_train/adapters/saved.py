@@ -1,116 +1,31 @@
-"""What a run trains, on the disk: an adapter in PEFT's format, or a fully fine-tuned model in
-transformers'.
-
-A full model has `full_model.json` beside it: an adapter_config.json would send transformers looking
-for an adapter. Imports torch and peft inside functions, so that a mistake is answered before they
-are loaded.
-"""
-
-from __future__ import annotations
+"""Writes what a run trains to a folder, reads it, and puts it into a model."""
 
 import json
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from cera_train.adapters.families import family
-from cera_train.adapters.families.base import ADAPTER, replaces_base, usable_methods
+import peft
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from cera_train.adapters.build import widen
+from cera_train.adapters.families.base import ADAPTER, replaces_base
+from cera_train.adapters.folder import (
+    ADAPTER_CONFIG,
+    FULL_MODEL,
+    check_saved,
+    description_file,
+    weights_file,
+)
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.settings import require
-from cera_train.common.trust import check_adapter_settings
-from cera_train.settings.adapters import AdapterConfig
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from transformers import PreTrainedModel
-
-ADAPTER_CONFIG = "adapter_config.json"
-FULL_MODEL = "full_model.json"
-
-
-def is_saved_in(folder: Path) -> bool:
-    """Whether a folder holds an adapter or a full model in the format of `save`."""
-    return (folder / ADAPTER_CONFIG).is_file() or (folder / FULL_MODEL).is_file()
-
-
-def description_file(folder: Path) -> Path:
-    """The JSON file that names the base model. Raises UserError where there is none."""
-    if not is_saved_in(folder):
-        raise UserError(f"{folder} holds no adapter: expected a folder with {ADAPTER_CONFIG}.")
-    return folder / (ADAPTER_CONFIG if (folder / ADAPTER_CONFIG).is_file() else FULL_MODEL)
-
-
-def weights_file(folder: Path) -> Path:
-    """The safetensors file with the weights. Raises UserError where there is none: PEFT would look
-    for an adapter's on the Hub, by the folder's name, and would read a pickle."""
-    of_adapter = description_file(folder).name == ADAPTER_CONFIG
-    weights = folder / ("adapter_model.safetensors" if of_adapter else "model.safetensors")
-    if weights.is_file():
-        return weights
-    if of_adapter and (folder / "adapter_model.bin").is_file():
-        raise UserError(
-            f"{folder}/adapter_model.bin is a pickle, which can run code when it is read: convert "
-            "it to safetensors where it comes from, "
-            "safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
-            "'adapter_model.safetensors')."
-        )
-    raise UserError(f"{folder} lacks its weights, {weights.name}: restore the file.")
-
-
-def check_saved(folder: Path) -> dict[str, Any]:
-    """Raises UserError where a folder holds no weights or a pickle, or asks for more than to put
-    weights in place. Returns its description."""
-    weights_file(folder)
-    description = read_json(description_file(folder))
-    if description_file(folder).name == ADAPTER_CONFIG:
-        kind = description.get("peft_type")
-        # Only other types are looked up in PEFT, whose import is slow.
-        if kind not in ("CERA", "LORA"):
-            methods = usable_methods()
-            require(
-                kind in methods,
-                f"{folder} is an adapter of type {kind!r}: expected one of {', '.join(methods)}.",
-            )
-        check_adapter_settings(folder, description)
-    return description
-
-
-START_FIELDS = (
-    *("peft_type", "use_rslora", "use_dora", "r", "alpha", "lora_alpha", "activation", "mix"),
-    *("rank_pattern", "alpha_pattern"),
-)
-"""Fields of PEFT's config that weights to start from must share. Their names and shapes show
-targets and layers."""
-
-
-def check_start(config: AdapterConfig, folder: Path) -> None:
-    """Raises UserError where the adapter in a folder would compute something else under these
-    settings (`adapter.start_from`)."""
-    theirs = check_saved(folder)
-    ours = family(config.kind).peft_config(config).to_dict()
-    if replaces_base(start := theirs.get("init_lora_weights")):
-        raise UserError(
-            f"adapter.start_from={config.start_from}: {start} moved a part of W0 into these "
-            "weights, which fit only the rest of it. Start from an adapter with another init."
-        )
-    shared = [name for name in START_FIELDS if name in ours and name in theirs]
-    different = [
-        f"{name} is {json.dumps(theirs[name])} there, {json.dumps(ours[name])} here"
-        for name in shared
-        if theirs[name] != ours[name]
-    ]
-    if different:
-        raise UserError(
-            f"adapter.start_from={config.start_from}: {'; '.join(different)}. Set what is here to "
-            "what is there, or start from another adapter."
-        )
 
 
 def is_adapter(model: nn.Module) -> bool:
-    import peft
-
     return isinstance(model, peft.PeftModel)
 
 
@@ -151,9 +66,6 @@ def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> No
 def read(folder: Path) -> dict[str, torch.Tensor]:
     """The weights in a folder that `save` wrote, on the CPU, for `load`. Raises UserError where
     there are none, or some are not finite."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         check_saved(folder)  # also that they are no pickle
         weights = load_file(weights_file(folder))
@@ -171,8 +83,6 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Puts weights that `read` returned into a model. Raises UserError for a tensor too many,
     missing or misshapen."""
-    import peft
-
     tensors = saved_tensors(model)
     wanted, shapes = (
         {name: tensor.shape for name, tensor in each.items()} for each in (tensors, weights)
@@ -196,8 +106,6 @@ def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 
 def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters and buffers that `save` writes, by their names in its file."""
-    import peft
-
     if not is_adapter(model):
         return dict(model.named_parameters())
     tensors = model.state_dict(keep_vars=True)
@@ -208,8 +116,6 @@ def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
     """The base with what a folder holds: an adapter, or the weights of a full fine-tuning in place
     of the base's. Raises UserError where the folder is damaged, holds no adapter, or belongs to
     another base model."""
-    import peft
-
     weights = read(folder)
     model = base
     try:
@@ -239,10 +145,6 @@ def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
 def _widen_as_trained(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Makes room for float32 weights in a 16-bit base, which would round them: those of a full
     fine-tuning, or norms and embeddings beside an adapter."""
-    import torch
-
-    from cera_train.adapters.build import widen
-
     narrow = []
     for name, tensor in saved_tensors(model).items():
         is_wide_in_file = name in weights and weights[name].dtype == torch.float32

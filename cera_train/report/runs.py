@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.adapters.families import title
-from cera_train.adapters.saved import ADAPTER_CONFIG, FULL_MODEL
+from cera_train.adapters.folder import ADAPTER_CONFIG, FULL_MODEL
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import read_yaml
 from cera_train.common.settings import flatten, to_plain

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 
 from cera_train.adapters.families import family, title
-from cera_train.adapters.saved import description_file
+from cera_train.adapters.folder import description_file
 from cera_train.common.files import read_json, write_text
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import for_markdown

@@ -5,7 +5,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cera_train.adapters.saved import check_saved, check_start, is_saved_in, weights_file
+from cera_train.adapters.folder import check_saved, check_start, is_saved_in, weights_file
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import announce_import
 from cera_train.model.path import check_model

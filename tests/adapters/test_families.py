@@ -14,7 +14,7 @@ from conftest import make_tiny_llama
 from moe_models import make_mixture
 from transformers import AutoModelForCausalLM
 
-from cera_train.adapters import build, saved
+from cera_train.adapters import build, folder, saved
 from cera_train.adapters.families import family, title
 from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_no_spectrum
 from cera_train.common.errors import UserError
@@ -123,7 +123,7 @@ def test_what_is_saved_loads_to_equal_logits_and_what_does_not_fit_is_refused(
     model = trained(config)
     expected = logits(model)
     saved.save(model, trainable_weights(model), tmp_path)
-    assert saved.is_saved_in(tmp_path)
+    assert folder.is_saved_in(tmp_path)
 
     weights = saved.read(tmp_path)
     resumed = built(config)
@@ -140,7 +140,7 @@ def test_what_is_saved_loads_to_equal_logits_and_what_does_not_fit_is_refused(
     ):
         with pytest.raises(UserError, match="does not fit"):
             saved.load(model, wrong)
-    saved.weights_file(tmp_path).write_bytes(b"no tensors")
+    folder.weights_file(tmp_path).write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"is damaged or no adapter"):
         saved.attach(make_tiny_llama(), tmp_path)
 

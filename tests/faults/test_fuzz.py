@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cera_train.adapters.build import build
-from cera_train.adapters.saved import check_saved
+from cera_train.adapters.folder import check_saved
 from cera_train.common.files import read_json, read_yaml
 from cera_train.common.settings import to_plain
 from cera_train.common.trust import clean, for_markdown
