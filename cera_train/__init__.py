@@ -35,6 +35,7 @@ class _RegisterAfterPeft(MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
+            sys.meta_path.remove(self)
             importlib.import_module("cera_train.cera")
 
         spec.loader.exec_module = execute_and_register
