@@ -219,7 +219,7 @@ A = MixPart(train_files=["a.jsonl"], weight=1.0, eval_rows=1)
         (
             [A],
             {"layout": "logistic_map"},
-            "data.mix.0: data.layout=logistic_map computes its rows, and others are na",
+            "data.mix.0: data.layout=logistic_map computes its rows, but others are na",
         ),
         (
             [MixPart(train_files=["a.jsonl"], eval_rows=0)],
