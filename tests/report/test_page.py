@@ -23,7 +23,8 @@ def hostile_runs(folder: Path) -> list[Path]:
     runs = []
     for number, solved in enumerate(({0, 1}, {2})):
         settings = {"data.prompt": f"{HOSTILE}{STEERING}{number}", "adapter.r": 8 * (number + 1)}
-        run = make_run(folder / f"run{number}", name=f"{number}{HOSTILE}{STEERING}", **settings)
+        one_line = HOSTILE.replace("\n", " ")  # a name with a line break is refused
+        run = make_run(folder / f"run{number}", name=f"{number}{one_line}", **settings)
         add_evaluation(run, "a|b<i>$x$ (1)", solved=solved)
         runs.append(run)
     return runs
