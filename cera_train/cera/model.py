@@ -234,6 +234,6 @@ def keep_scale(model: nn.Module) -> None:
             if module.layers_are_rescaled:
                 mode = module.training
                 module.training = True
-                module._rescale_layers()
+                module._rescale_layers()  # what its forward calls first
                 module.training = mode
             module.config.rescale_every = 0

@@ -134,12 +134,12 @@ class TrainingSweep(Callback):
 
     @errors_in_one_line(TRAIN)  # Hydra would turn an error here into a warning and continue
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        if config.launch.detach and "Submitit" not in str(config.hydra.launcher._target_):
+        if config.launch.detach and "Submitit" not in str(config.hydra.launcher["_target_"]):
             raise UserError(
                 "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
                 "hydra/launcher=slurm_gpu."
             )
-        if config.launch.detach and not config.hydra.sweeper._target_.endswith(
+        if config.launch.detach and not config.hydra.sweeper["_target_"].endswith(
             (".BasicSweeper", ".StudySweeper")
         ):
             raise UserError(

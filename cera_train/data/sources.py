@@ -290,6 +290,7 @@ def from_hub(config: DataConfig | TaskConfig, setting: str, streaming: bool = Fa
                 fingerprint = builder.cache_dir
             else:
                 dataset = datasets.load_dataset(path, subset, split=split, revision=revision)
+                # changes with the rows; `datasets` shows it nowhere else
                 fingerprint = dataset._fingerprint
     # ValueError: no such split or subset; OSError: the Hub's errors; RuntimeError: a data set that
     # is a Python script.

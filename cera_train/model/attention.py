@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 
 from cera_train.cera.layer import autocast_dtype
 
@@ -20,6 +20,12 @@ BY_SEQUENCE = "by_sequence"
 """One sequence after the other by scaled_dot_product_attention: on every device, in every dtype."""
 # all sequences in one call of FlashAttention's variable-length kernel: on CUDA, in 16 bits
 VARLEN = "varlen"
+
+
+def attention_of(config: PretrainedConfig) -> str:
+    """The name of the attention that a model is set to."""
+    # transformers sets it by set_attn_implementation(), and has no other way to read it.
+    return config._attn_implementation
 
 
 class Sequences:
@@ -175,7 +181,7 @@ class ShortAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scaling = scaling
-        p = ShortAttention._weights(query, key, scaling)
+        p = ShortAttention.weights(query, key, scaling)
         return torch.bmm(p.view(key.shape[1], -1, key.shape[2]), value.squeeze(0)).view_as(query)
 
     @staticmethod
@@ -188,8 +194,9 @@ class ShortAttention(torch.autograd.Function):
         q, grad_o = (x.reshape(heads, -1, width) for x in (query, grad_output))
         k = key.squeeze(0)
         v = value.squeeze(0)
-        p = ShortAttention._weights(query, key, ctx.scaling)
+        p = ShortAttention.weights(query, key, ctx.scaling)
         grad_p = torch.bmm(grad_o, v.mT).view_as(p)
+        # The kernel of softmax's own backward pass, which no public function calls.
         grad_scores = (
             torch._softmax_backward_data(grad_p, p, -1, p.dtype)
             .mul_(ctx.scaling)
@@ -201,7 +208,7 @@ class ShortAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None
 
     @staticmethod
-    def _weights(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    def weights(query: Tensor, key: Tensor, scaling: float) -> Tensor:
         """Softmax over the tokens before and at each token: [query heads, L, L]."""
         heads, length, width = key.shape[1:]
         future = torch.full((length, length), -torch.inf, dtype=query.dtype).triu(1)

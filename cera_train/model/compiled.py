@@ -12,6 +12,7 @@ from torch.utils._triton import has_triton
 
 from cera_train.common.errors import UserError
 from cera_train.model.language_model import LanguageModel
+from cera_train.model.weights import layer_classes
 
 PYTHON_HEADER = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
 """Where Triton and torch's inductor look for Python.h: the code that they generate includes it."""
@@ -39,12 +40,13 @@ def compile_layers(language_model: LanguageModel, backend: str | Callable = "ind
     _refused_variants().clear()
     torch.compiler.set_stance("default")
     compiled = functools.cache(functools.partial(torch.compile, dynamic=True, backend=backend))
-    kinds = set(language_model._no_split_modules or ())
+    kinds = layer_classes(causal_lm)
     for layer in causal_lm.modules():
         # FSDP2 gives layers a class of its own, below theirs.
         if kinds.isdisjoint(kind.__name__ for kind in type(layer).__mro__):
             continue
         if getattr(layer, "gradient_checkpointing", False):
+            # gradient_checkpointing_enable() would set one function for all layers.
             layer._gradient_checkpointing_func = functools.partial(
                 _checkpoint_compiled, layer._gradient_checkpointing_func, compiled
             )

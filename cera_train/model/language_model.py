@@ -19,8 +19,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
-from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences
+from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, attention_of
 from cera_train.model.batches import Batch
+from cera_train.model.weights import layer_classes
 
 Head = Callable[[Tensor], Tensor]  # [N, d] -> [N, V]
 T = TypeVar("T")
@@ -58,7 +59,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self.autocast = autocast
-        self._no_split_modules = causal_lm._no_split_modules  # Accelerate shards by these names
+        # Accelerate shards by these names.
+        self._no_split_modules = layer_classes(causal_lm)
         # Not registered: these are parts of `model`, and their parameters must not appear twice.
         self._parts = {"causal_lm": causal_lm, "decoder": causal_lm.get_decoder()}
         self.allowed = Allowed()
@@ -92,7 +94,7 @@ class LanguageModel(nn.Module):
         """The arguments of transformers' model for a micro-batch."""
         # transformers recognises a flat row only without a cache
         inputs = batch.inputs | {"use_cache": False}
-        attends_by_sequence = self.causal_lm.config._attn_implementation in (BY_SEQUENCE, VARLEN)
+        attends_by_sequence = attention_of(self.causal_lm.config) in (BY_SEQUENCE, VARLEN)
         if batch.sequence_lengths is not None and attends_by_sequence:
             inputs["sequences"] = Sequences(batch.sequence_lengths)
         return inputs
@@ -115,7 +117,7 @@ class LanguageModel(nn.Module):
         end."""
         causal_lm = self.causal_lm
         was_training = self.training
-        attention = causal_lm.config._attn_implementation
+        attention = attention_of(causal_lm.config)
         settings = causal_lm.generation_config
         self.eval()
         if attention in (BY_SEQUENCE, VARLEN):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cera_train.common.errors import UserError
-from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run
+from cera_train.model.attention import BY_SEQUENCE, VARLEN, attention_of, kernel_may_run
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.language_model import Allowed, LanguageModel
 from cera_train.settings.training import BatchLayout
@@ -95,7 +95,7 @@ def _find_attention(
         is_kept = _is_close(moved[1], logits[1], tolerance / 10)
         return _is_close(logits, expected, tolerance) and is_kept
 
-    before = causal_lm.config._attn_implementation
+    before = attention_of(causal_lm.config)
     if before != "sdpa":  # chosen by the user
         return agrees(), None
     names = [BY_SEQUENCE]
@@ -105,7 +105,7 @@ def _find_attention(
         for name in names:
             causal_lm.set_attn_implementation(name)
             # Some models accept no other implementation.
-            if causal_lm.config._attn_implementation != name:
+            if attention_of(causal_lm.config) != name:
                 break
             # The model's attention needs arguments that ours does not take, or the kernel refuses
             # this GPU or head width.

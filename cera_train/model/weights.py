@@ -62,12 +62,19 @@ def load_model(
     return model
 
 
+def layer_classes(model: PreTrainedModel) -> set[str]:
+    """The names of the classes of a model's layers."""
+    # transformers and Accelerate name them so; there is no public name.
+    return set(model._no_split_modules or ())
+
+
 def attention_for(config: transformers.PretrainedConfig, wanted: str) -> str:
     """`model.attn_implementation` for this architecture: eager in place of sdpa if it has no
     sdpa (Bloom, gpt-oss, Mamba) or caps its scores, which sdpa leaves out."""
     if wanted != "sdpa" or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return wanted
-    # transformers below 5.22 claims sdpa for Gemma 2
+    # Only `_supports_sdpa` of its class tells whether a model has sdpa; transformers below 5.22
+    # claims it for Gemma 2.
     is_capped = getattr(config, "attn_logit_softcapping", None) is not None
     return (
         "sdpa"

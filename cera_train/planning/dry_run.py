@@ -27,13 +27,14 @@ from cera_train.common.files import config_dir
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model import language_model as language_models
 from cera_train.model import layout as batch_layout
+from cera_train.model.attention import attention_of
 from cera_train.model.batches import Batch
 from cera_train.model.folder import load_config
 from cera_train.model.language_model import Allowed, LanguageModel, chunk_tokens
 from cera_train.model.layout import choose_layout
 from cera_train.model.lean import keep_less
 from cera_train.model.precision import choose_precision
-from cera_train.model.weights import attention_for, mixes_sequences
+from cera_train.model.weights import attention_for, layer_classes, mixes_sequences
 from cera_train.planning.data_size import DataSize
 from cera_train.planning.meter import Meter, Reading, allocated
 from cera_train.settings.distributed import Strategy
@@ -245,8 +246,10 @@ class DryRun:
                 fakes[tensor] = fake
             self.meter.hold(fake, None if tensor.requires_grad else stored.get(tensor))
         for module in self.model.modules():
-            for tensors in (module._parameters, module._buffers):
-                tensors.update({name: fakes.get(tensor) for name, tensor in tensors.items()})
+            parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+            buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+            for name, tensor in [*parameters, *buffers]:
+                setattr(module, name, fakes[tensor])
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         # Paged states take as many bytes, and need a GPU.
@@ -322,9 +325,8 @@ class DryRun:
 
 def sizes_by_place(base: PreTrainedModel, stored: dict[nn.Parameter, float]) -> tuple[float, float]:
     """Bytes of the weights of a layer, in the mean, and of all weights outside the layers."""
-    layers = [
-        module for module in base.modules() if type(module).__name__ in base._no_split_modules
-    ]
+    classes = layer_classes(base)
+    layers = [module for module in base.modules() if type(module).__name__ in classes]
     inside = sum(stored[weight] for layer in layers for weight in layer.parameters())
     return inside / max(1, len(layers)), sum(stored.values()) - inside
 
@@ -340,7 +342,7 @@ def micro_batches(run: DryRun, size: DataSize) -> tuple[MicroBatch, MicroBatch]:
     train = config.train
     is_flat = run.language_model.is_flat
     has_mask = run.language_model.allowed.attention is None if is_flat else not size.is_even
-    if run.base.config._attn_implementation == "eager":
+    if attention_of(run.base.config) == "eager":
         has_mask = True
 
     rows = math.ceil(config.sequences * train.batch_size / config.plan.gpus)

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers.integrations import moe  # noqa: F401 - registers grouped_mm_fallback
 
 ATEN = torch.ops.aten
+ITEM = ATEN._local_scalar_dense  # what `.item()` calls
+GROUPED_PRODUCT = ATEN._grouped_mm
 VARLEN = torch.ops.torch_attn
 MOE = torch.ops.transformers
 
@@ -51,7 +53,7 @@ class Meter(TorchDispatchMode):
             size: bytes; None for those of the storage.
         """
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage._cdata  # its address: data_ptr() of a fake storage is 0
         if key in self.sizes:
             return
         size = allocated(storage.nbytes() if size is None else size)
@@ -73,18 +75,18 @@ class Meter(TorchDispatchMode):
         self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if operation is ATEN._local_scalar_dense.default:
+        if operation is ITEM.default:
             return self.skips_mask if args[0].dtype == torch.bool else 1
         if operation is ATEN.index.Tensor:
             args = (args[0], self._without_masks(args[1]))
-        if operation is ATEN._grouped_mm.default:
+        if operation is GROUPED_PRODUCT.default:
             output = grouped_output(*args[:3])
         else:
             output = operation(*args, **kwargs)
         for tensor in tree_iter(output):
             if isinstance(tensor, torch.Tensor):
                 self.hold(tensor)
-        formula = FORMULAS.get(operation._overloadpacket)
+        formula = FORMULAS.get(operation.overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=output)
         return output
@@ -139,7 +141,7 @@ def grouped_output(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torc
 FLASH = "_scaled_dot_product_flash_attention"
 FORMULAS = flop_registry | {
     ATEN.addmm_: flop_registry[ATEN.addmm],
-    ATEN._grouped_mm: grouped_flops,
+    GROUPED_PRODUCT: grouped_flops,
     MOE.grouped_mm_fallback: grouped_flops,
 }
 """torch's formulas by operation: two operations for a multiply and add."""

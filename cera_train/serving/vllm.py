@@ -189,7 +189,7 @@ def activate(original: Callable, manager: Any, lora_id: int) -> bool:
     is_new = original(manager, lora_id)
     if is_new:
         slot = manager.lora_index_to_id.index(lora_id)
-        adapter = manager._registered_adapters[lora_id]  # where `original` found it
+        adapter = manager.get_adapter(lora_id)
         for wrapper in manager.punica_wrapper_mapping.values():
             wrapper.slot_codes[slot] = getattr(adapter, "cera_gate", LORA)
     return is_new

@@ -203,7 +203,7 @@ def record_of(
     folder = Path(config.hydra.sweep.dir)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
-    is_grid = jobs is not None or config.hydra.sweeper._target_.endswith(".BasicSweeper")
+    is_grid = jobs is not None or config.hydra.sweeper["_target_"].endswith(".BasicSweeper")
     jobs = (grid(config) if is_grid else []) if jobs is None else jobs
     tasks = [name for name in options("task") if is_grid or name in config.train.tasks]
     metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))

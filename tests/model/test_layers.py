@@ -243,7 +243,7 @@ def test_layers_run_eagerly_once_torch_refuses_a_variant(graphs):
     language_model = make_language_model("float32", 0.0, checkpointing=False)
     layer = Widening()
     language_model.causal_lm.model.layers.append(layer)
-    language_model._no_split_modules = {"Widening"}
+    language_model.causal_lm._no_split_modules = {"Widening"}
     compile_layers(language_model, graphs.add)
     for width in range(LIMIT + 4):
         assert layer(torch.ones(3), ["x"] * width).sum() == 3 * width
