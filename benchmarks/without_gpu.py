@@ -37,7 +37,8 @@ from cera_train.data.prepare import Example, TokenizedData, TokenizedRows, table
 from cera_train.distributed.signals import Interruption
 from cera_train.model import folder as model_files
 from cera_train.planning.dry_run import architecture_of, quantised_linears
-from cera_train.planning.plan import GB, RunPlan, make_plan
+from cera_train.planning.make import make_plan
+from cera_train.planning.plan import GB, RunPlan
 from cera_train.runs.folder import RunFolder
 from cera_train.settings.model import Quantization
 from cera_train.settings.run import Config

@@ -15,7 +15,8 @@ import torch
 
 from benchmarks.gpu.place import Place, Skipped
 from cera_train.cli.compose import compose
-from cera_train.planning.plan import USABLE, make_plan
+from cera_train.planning.make import make_plan
+from cera_train.planning.plan import USABLE
 
 RECIPES = ("math_r64", "math_lora_r512", "math_r64_nf4")
 EVALUATION_ROWS = 64

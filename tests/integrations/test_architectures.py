@@ -23,7 +23,7 @@ from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout, probe
 from cera_train.model.weights import load_model
-from cera_train.planning.plan import make_plan
+from cera_train.planning.make import make_plan
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.model import Dtype, ModelConfig, Quantization
 from cera_train.settings.training import BatchLayout
