@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from cera_train.cera.branch import GATES as MODULES
+from cera_train.cera.gates import GATES as MODULES
 from cera_train.serving import vllm as plugin
 
 
