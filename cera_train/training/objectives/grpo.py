@@ -133,10 +133,6 @@ class Rollout(Drawn):
     log_p_before: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     """log p in the first pass, by micro-batch."""
 
-    def of_group(self, values: Sequence, group: Sequence[int], device: torch.device) -> Tensor:
-        """[N] values of the tokens of a micro-batch, from values of each sequence."""
-        return torch.cat([torch.as_tensor(values[number]) for number in group]).to(device)
-
 
 class Grpo:
     """
@@ -177,22 +173,18 @@ class Grpo:
         check_positions("grpo.max_new_tokens", room, longest, sampler.engine.positions)
 
     def draw(self, rows: list[int]) -> Rollout:
-        config = self.config
         prompts = [self._prompt(row) for row in rows]
         groups = self._sample([prompt.ids for prompt in prompts])
         rewards = self._reward(prompts, groups)
         self._check_signal(rewards)
         self._keep_samples(prompts, groups, rewards)
-        return self._rollout(prompts, groups, rewards, config)
+        return self._rollout(prompts, groups, rewards)
 
     def _rollout(
-        self,
-        prompts: list[Prompt],
-        groups: list[list[Answer]],
-        rewards: Tensor,
-        config: GrpoConfig,
+        self, prompts: list[Prompt], groups: list[list[Answer]], rewards: Tensor
     ) -> Rollout:
         """What `loss` needs to know about sampled answers."""
+        config = self.config
         accelerator = self.model.accelerator
         advantages = group_advantages(rewards, config.scale).flatten()
         examples = [
@@ -234,10 +226,10 @@ class Grpo:
         before = drawn.log_p_before.setdefault(tuple(group), log_p.detach())
         sampled = None
         if drawn.sampled is not None:
-            sampled = drawn.of_group(drawn.sampled, group, device)
+            sampled = join_tokens(drawn.sampled, group, device)
         reference = None
         if drawn.reference is not None:
-            reference = drawn.of_group(drawn.reference, group, device)
+            reference = join_tokens(drawn.reference, group, device)
         loss, figures = grpo_loss(log_p, before, advantages, config, reference, sampled)
         if KL in figures:
             figures[KL] = drawn.token_weight * figures[KL] / config.epochs
@@ -328,6 +320,11 @@ class Grpo:
         with model.adapted.disable_adapter():
             losses = token_losses(model.language_model, batches, sequences, model.accelerator)
         return [*(-torch.from_numpy(losses.losses)).split(batches.supervised)]
+
+
+def join_tokens(values: Sequence, group: Sequence[int], device: torch.device) -> Tensor:
+    """[N] values of the tokens of a micro-batch, from the values of each sequence."""
+    return torch.cat([torch.as_tensor(values[number]) for number in group]).to(device)
 
 
 def answer_figures(rewards: Tensor, lengths: Tensor, room: int) -> dict[str, float]:
