@@ -66,7 +66,7 @@ def look(composed: DictConfig) -> None:
     with heavy_imports():
         from cera_train.model.folder import load_tokenizer, model_ends
     tokenizer = load_tokenizer(config.model)
-    data = prepare_data(config.data, tokenizer)
+    data = prepare_data(config.data, tokenizer, asks=bool(config.work.answers))
     stops = stop_ids(tokenizer, model_ends(config.model))
     print_data(config.data, data, tokenizer, stops, at_length=True)
     print_line("train it", redact(shlex.join([TRAIN, *sys.argv[1:]])))

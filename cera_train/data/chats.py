@@ -1,103 +1,106 @@
-"""A row of turns -> its exchanges: ShareGPT's from and value (`conversations`), written as plain
-text, or role and content (`messages`), rendered by the tokenizer's chat template. Nothing here
-imports torch."""
+"""A chat -> its answers, each after what inference would show the model: rendered by the chat
+template, or written as plain text. Nothing here imports torch."""
 
-import contextlib
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jinja2
-
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.data.rows import Row, as_text, cell_of, kind_of
-from cera_train.settings.data import Layout, Turns
+from cera_train.data.messages import messages_of, own_settings, tools_of
+from cera_train.data.rendering import Chat, Exchange, rendered_sequences
+from cera_train.data.rows import Row, kind_of
+from cera_train.data.templates import open_templates
+from cera_train.settings.data import DataConfig, Layout, Turns, Writing
 
-TURNS = {
-    Layout.messages: ("role", "content", ("user", "assistant", "system", "tool", "developer")),
-    Layout.conversations: ("from", "value", ("human", "gpt", "system")),
-}
-"""For each layout, the keys of a turn's speaker and text, and the speakers: those who ask, the one
-who answers, the others."""
+ASKS = ("user", "tool")
+"""Roles whose messages the assistant answers. What it says before any of them is context."""
 
-ASKS = ("user", "human", "tool")
-"""Speakers whose turns the assistant answers. What it says before any of them is context."""
-
-WRITTEN = {"system": "System", "human": "User", "gpt": "Assistant"}
-"""The speakers of layout `conversations`, as they appear in the text."""
-
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message that hold what a model thinks before it answers."""
-
-TOOLS = "expected a list of objects with function.name"  # the shape of tools and calls
-
-
-class Exchange(NamedTuple):
-    """An answer, after the text between it and the answer before it."""
-
-    prompt: str
-    answer: str
-    supervised: bool = True
+WRITTEN = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+"""Roles as they appear in plain text."""
 
 
 class Answers(NamedTuple):
-    """The indices of the turns that answer."""
+    """The indices of the messages that answer."""
 
     given: list[int]  # every non-empty answer
     supervised: list[int]  # those in the loss
 
 
-# --- turns ----------------------------------------------------------------------------------------
+# --- a row's sequences ----------------------------------------------------------------------------
 
 
-def turns_of(row: Row, layout: str) -> list[Row]:
-    """The turns of a row: objects with a known speaker and a text; null is empty."""
-    _, text, _ = TURNS[layout]
-    column = str(layout)
-    turns = cell_of(row, column, " Choose another data.layout.") or []
+def chat(
+    row: Row, config: DataConfig, tokenizer: Any, side: str | None = None, asks: bool = False
+) -> list[list[Exchange]]:
+    """The answers of a row in as few sequences as the chat template allows. Without a tokenizer,
+    the messages' texts, without markup.
+
+    Args:
+        side: of a preference, the column of its answer, which may follow a list `prompt`.
+        asks: prompts are those of inference, and an answer is its text: for an objective that
+            samples answers.
+    """
+    if side is not None:
+        row = row | {str(config.layout): turns_of_side(row, side)}
+    messages = messages_of(row, config.layout)
+    tools = tools_of(row)
+    own = own_settings(row)
+    turns = config.turns if side is None else Turns.last
+    answers = answers_of(messages, turns, str(config.layout))
+    is_templated = uses_template(config, tokenizer)
+    is_published = config.layout == Layout.conversations and config.turns == Turns.first
+    if answers.supervised and is_published and not is_templated:
+        messages = published(messages)
+        answers = answers_of(messages, turns, str(config.layout))
+    if not answers.supervised:
+        return []
+    if is_templated:
+        supervised = answers.supervised
+        shown = Chat(messages[: supervised[-1] + 1], tools, tuple(supervised))
+        templates = open_templates(tokenizer, tools, config.template_settings, own)
+        return rendered_sequences(shown, templates, asks)
+    write = unmarked_exchanges if tokenizer is None else plain_exchanges
+    return [write(messages, answers)]
+
+
+def turns_of_side(row: Row, side: str) -> list[Row]:
+    """The turns up to one answer of a preference."""
+    before = row.get("prompt")
+    turns = row.get(side)
     require(
         isinstance(turns, list),
-        f"column {column!r} holds {kind_of(turns)}: expected a list of turns.",
+        f"column {side!r} holds {kind_of(turns)}: expected a list of messages.",
     )
-    for number, turn in enumerate(turns):
-        _check_turn(turn, layout, number)
-    return [
-        turn | {text: as_text(turn.get(text), f"{layout}[{number}] {text!r}")}
-        for number, turn in enumerate(turns)
-    ]
+    return [*before, *turns] if isinstance(before, list) else turns
 
 
-def _check_turn(turn: Any, layout: str, number: int) -> None:
-    speaker, text, known = TURNS[layout]
-    is_object = isinstance(turn, dict)
-    if is_object and turn.get(speaker) in known and (text in turn or turn.get("tool_calls")):
-        return
-    expected = f"expected an object with {speaker} (one of {', '.join(known)}) and {text}"
-    raise UserError(
-        f"{layout}[{number}] is {str(turn)[:60]!r}: {expected}. Fix it, or remove the turn."
-    )
+def uses_template(config: DataConfig, tokenizer: Any) -> bool:
+    """Whether the chat template writes rows of this layout. Raises UserError where it should and
+    the tokenizer has none."""
+    is_chat = config.layout in (Layout.messages, Layout.conversations, Layout.instruction)
+    is_plain = config.chat == Writing.plain or (config.chat == Writing.auto and not is_chat)
+    if is_plain or tokenizer is None:
+        return False
+    is_needed = config.chat == Writing.template or config.layout == Layout.messages
+    if is_needed and not tokenizer.chat_template:
+        place = "data.layout=messages" if config.chat == Writing.auto else "data.chat=template"
+        raise UserError(
+            f"{place} needs a tokenizer with a chat template, and this model's has none: use an "
+            "instruction-tuned model, or data.chat=plain."
+        )
+    return bool(tokenizer.chat_template)
 
 
-def first_question(turns: Sequence[Row], layout: str) -> int:
-    """The index of the first turn that asks; 0 without one. A system prompt may precede it."""
-    speaker = TURNS[layout][0]
-    questions = (number for number, turn in enumerate(turns) if turn[speaker] in ASKS)
-    return next(questions, 0)
-
-
-def answers_of(turns: Sequence[Row], wanted: Turns, layout: str) -> Answers:
+def answers_of(messages: Sequence[Row], wanted: Turns, layout: str) -> Answers:
     """The answers after the first question, and which of them are supervised: those that
     `data.turns` selects, without those marked `train: false` or `weight: 0`."""
-    speaker, text, (_, assistant, *_) = TURNS[layout]
-    question = first_question(turns, layout)
+    question = first_question(messages)
     given = []
-    for number, turn in enumerate(turns):
-        has_calls = layout == Layout.messages and bool(turn.get("tool_calls"))
-        is_answer = number > question and turn[speaker] == assistant
-        if is_answer and (turn[text].strip() or has_calls):
+    for number, message in enumerate(messages):
+        is_answer = number > question and message["role"] == "assistant"
+        if is_answer and (message["content"].strip() or message.get("tool_calls")):
             given.append(number)
-    trained = [number for number in given if _is_trained(turns[number], f"{layout}[{number}]")]
+    trained = [number for number in given if _is_trained(messages[number], f"{layout}[{number}]")]
     match wanted:
         case Turns.first:
             return Answers(given, trained[:1])
@@ -106,79 +109,54 @@ def answers_of(turns: Sequence[Row], wanted: Turns, layout: str) -> Answers:
     return Answers(given, trained)
 
 
-def _is_trained(turn: Row, place: str) -> bool:
-    flag = turn.get("train", turn.get("weight"))
+def first_question(messages: Sequence[Row]) -> int:
+    """The index of the first message that asks; 0 without one. A system prompt may precede it."""
+    return next((number for number, each in enumerate(messages) if each["role"] in ASKS), 0)
+
+
+def _is_trained(message: Row, place: str) -> bool:
+    flag = message.get("train", message.get("weight"))
     expected = "expected train: true or false, or weight: 1 or 0."
     require(flag in (None, 0, 1), f"{place} has the flag {str(flag)[:60]!r}: {expected}")
     return flag != 0
 
 
-# --- layout `conversations` -----------------------------------------------------------------------
+# --- plain text -----------------------------------------------------------------------------------
 
 
-def conversation(row: Row, wanted: Turns) -> list[Exchange]:
-    """Layout `conversations`, up to the last answer that is supervised."""
-    layout = Layout.conversations
-    turns = turns_of(row, layout)
-    answers = answers_of(turns, wanted, layout)
-    if not answers.supervised:
-        return []
-    if wanted == Turns.first:
-        exchange = published_exchange(turns[first_question(turns, layout) :])
-        is_trained = answers.given[0] in answers.supervised
-        return [exchange] if is_trained and exchange.answer.strip() else []
+def published(messages: Sequence[Row]) -> list[Row]:
+    """The first question and the first answer, without the system prompt, as the paper takes
+    them."""
+    asked = messages[first_question(messages) :]
+
+    def first(role: str) -> Row:
+        empty = {"role": role, "content": ""}
+        return next((message for message in asked if message["role"] == role), empty)
+
+    return [first("user"), first("assistant")]
+
+
+def plain_exchanges(messages: Sequence[Row], answers: Answers) -> list[Exchange]:
+    """`User: ...` and `Assistant: ...`, up to the last answer that is supervised."""
     exchanges = []
     context = ""
-    for number, turn in enumerate(turns[: answers.supervised[-1] + 1]):
+    for number, message in enumerate(messages[: answers.supervised[-1] + 1]):
+        role = message["role"]
+        fix = "needs a chat template: set data.chat=template, and a model that has one."
+        require(role != "tool" and not message.get("tool_calls"), f"a call of a tool {fix}")
         if number in answers.given:
             is_supervised = number in answers.supervised
-            exchanges.append(Exchange(f"{context}Assistant:", f" {turn['value']}", is_supervised))
+            exchanges.append(
+                Exchange(f"{context}Assistant:", f" {message['content']}", is_supervised)
+            )
             context = "\n"
         else:
-            context += f"{WRITTEN[turn['from']]}: {turn['value']}\n"
+            context += f"{WRITTEN[role]}: {message['content']}\n"
     return exchanges
 
 
-def published_exchange(turns: Sequence[Row]) -> Exchange:
-    """The first question and the first answer, without the system prompt, as published."""
-
-    def first(speaker: str) -> str:
-        return next((turn["value"] for turn in turns if turn["from"] == speaker), "")
-
-    return Exchange(f"User: {first('human')}\nAssistant:", f" {first('gpt')}")
-
-
-# --- layout `messages` ----------------------------------------------------------------------------
-
-
-def chat(row: Row, wanted: Turns, tokenizer: Any) -> list[Exchange]:
-    """Layout `messages`, rendered by the chat template; without a tokenizer, just the messages'
-    texts. Tool calls and reasoning belong to the answer."""
-    messages = messages_of(row)
-    tools = tools_of(row)
-    answers = answers_of(messages, wanted, Layout.messages)
-    if not answers.supervised:
-        return []
-    if tokenizer is None:
-        return unmarked_exchanges(messages, answers)
-    return rendered_exchanges(messages, tools, answers.supervised, tokenizer)
-
-
-def preference(row: Row, side: str, tokenizer: Any) -> list[Exchange]:
-    """One side of a preference in layout `messages`: its last answer, after the list `prompt` if
-    the row has one."""
-    before = row.get("prompt")
-    turns = row.get(side)
-    require(
-        isinstance(turns, list),
-        f"column {side!r} holds {kind_of(turns)}: expected a list of messages.",
-    )
-    messages = [*before, *turns] if isinstance(before, list) else turns
-    return chat(row | {"messages": messages}, Turns.last, tokenizer)
-
-
 def unmarked_exchanges(messages: Sequence[Row], answers: Answers) -> list[Exchange]:
-    """The texts up to the last supervised answer, without chat markup."""
+    """The texts up to the last supervised answer, without markup."""
     exchanges = []
     context = ""
     for number, message in enumerate(messages[: answers.supervised[-1] + 1]):
@@ -189,143 +167,3 @@ def unmarked_exchanges(messages: Sequence[Row], answers: Answers) -> list[Exchan
         else:
             context += message["content"]
     return exchanges
-
-
-def rendered_exchanges(
-    messages: Sequence[Row], tools: list[Any] | None, supervised: Sequence[int], tokenizer: Any
-) -> list[Exchange]:
-    """The supervised answers as the chat template renders them. An answer is what its message adds
-    to the prompt before it, so there is no marker to search for.
-
-    Raises:
-        UserError: the template refuses the messages, renders an earlier part anew once an answer
-            follows, or leaves something out.
-    """
-    exchanges = []
-    rendered = ""  # up to the last answer
-    for number in supervised:
-        prompt = render_chat(messages[:number], tools, tokenizer, add_generation_prompt=True)
-        full = render_chat(messages[: number + 1], tools, tokenizer, add_generation_prompt=False)
-        _check_continues(rendered, prompt, full)
-        # A template may write a line break after its end token: no model generates it, so it
-        # belongs to the next prompt.
-        answer = full.removeprefix(prompt).rstrip()
-        _check_answer_is_rendered(messages[number], f"messages[{number}]", answer)
-        exchanges.append(Exchange(prompt.removeprefix(rendered), answer))
-        rendered = prompt + answer
-    _check_context_is_rendered(messages[: supervised[-1] + 1], tools, rendered)
-    return exchanges
-
-
-def render_chat(
-    messages: Sequence[Row], tools: list[Any] | None, tokenizer: Any, add_generation_prompt: bool
-) -> str:
-    """The messages as the chat template renders them. Raises UserError if it refuses them."""
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
-        raise UserError(f"the chat template refuses these messages: {error}") from error
-    return as_text(text, "the chat")
-
-
-def _check_continues(rendered: str, prompt: str, full: str) -> None:
-    """Raises UserError unless `full` continues the prompt, and the prompt continues what was
-    rendered before."""
-    if full.startswith(prompt) and prompt.startswith(rendered):
-        return
-    if not full.startswith(prompt):  # even the last answer could not be found
-        what = "a prompt, such as one that ends in <think>,"
-        fix = "Choose a model with another template"
-    else:
-        what = "earlier turns"
-        fix = "Set data.turns=last"
-    raise UserError(
-        f"the chat template renders {what} differently once an answer follows, so answers cannot "
-        f"be told apart. {fix}, or use data.layout=text."
-    )
-
-
-def _check_answer_is_rendered(message: Row, place: str, answer: str) -> None:
-    # A template may render reasoning inside the content in another form.
-    texts = [message["content"].rpartition("</think>")[2]]
-    for key in REASONING:
-        if key in message:
-            texts.append(as_text(message[key], f"{place} {key!r}"))
-    _check_is_rendered(f"{place}, of role 'assistant',", texts, answer)
-
-
-def _check_context_is_rendered(
-    messages: Sequence[Row], tools: list[Any] | None, rendered: str
-) -> None:
-    for number, message in enumerate(messages):
-        texts = [call["function"]["name"] for call in message.get("tool_calls", [])]
-        if message["role"] in ("system", "developer", "tool"):
-            texts.insert(0, message["content"])
-        _check_is_rendered(f"messages[{number}], of role {message['role']!r},", texts, rendered)
-    for tool in tools or []:
-        name = str(tool.get("function", tool).get("name", ""))
-        _check_is_rendered("column 'tools'", [name], rendered)
-
-
-def _check_is_rendered(what: str, texts: list[str], rendered: str) -> None:
-    """Raises UserError for a text that the chat template leaves out: many templates ignore tools,
-    developers or reasoning."""
-    for text in map(str.strip, texts):
-        as_json = json.dumps(text, ensure_ascii=False)[1:-1]
-        if text not in rendered and as_json not in rendered:
-            fix = "use a model whose template renders it, or write it into another turn."
-            raise UserError(f"{what} is left out by this model's chat template: {fix}")
-
-
-# --- what a chat template gets --------------------------------------------------------------------
-
-
-def messages_of(row: Row) -> list[Row]:
-    """The messages of a row as a chat template expects them: without nulls, which it would print as
-    None and with which a table fills keys that only other rows have; and with the arguments of tool
-    calls as objects."""
-    messages = [_without_nulls(turn) for turn in turns_of(row, Layout.messages)]
-    for number, message in enumerate(messages):
-        calls = message.get("tool_calls", [])
-        another_shape = f"messages[{number}] has tool_calls of another shape: {TOOLS}."
-        require(isinstance(calls, list), another_shape)
-        for call in calls:
-            match call:
-                case {"function": {"name": str()} as function}:
-                    # The arguments may be an object already, or not be JSON.
-                    with contextlib.suppress(TypeError, ValueError):
-                        function["arguments"] = json.loads(function.get("arguments"))
-                case _:
-                    raise UserError(another_shape)
-    return messages
-
-
-def tools_of(row: Row) -> list[Any] | None:
-    """The tools that a row's column `tools` describes to the model: a list, or a list as JSON."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools.strip() or "null")
-        except ValueError as error:
-            raise UserError(
-                f"column 'tools' holds broken JSON ({error}): write a list of tools."
-            ) from error
-    tools = _without_nulls(tools) or []
-    are_tools = isinstance(tools, list) and all(map(_is_tool, tools))
-    require(are_tools, f"column 'tools' is {str(tools)[:60]!r}: {TOOLS}.")
-    return tools or None
-
-
-def _is_tool(tool: Any) -> bool:
-    return isinstance(tool, dict) and isinstance(tool.get("function", tool), dict)
-
-
-def _without_nulls(value: Any) -> Any:
-    """A copy of nested dicts and lists without the keys that hold null."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    if isinstance(value, list):
-        return [_without_nulls(each) for each in value]
-    return value

@@ -3,6 +3,7 @@ imports torch."""
 
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
@@ -11,7 +12,8 @@ from rich.text import Text
 
 from cera_train.common.terminal import console, print_line
 from cera_train.common.trust import clean
-from cera_train.data.chats import TURNS
+from cera_train.data.chats import uses_template
+from cera_train.data.messages import TURNS
 from cera_train.data.prepare import TokenizedData, TokenizedRows
 from cera_train.data.segments import columns_of, columns_read
 from cera_train.data.sources import HELD_OUT, MOST_HELD_OUT
@@ -34,7 +36,7 @@ def print_data(
         stops: the tokens at which generation stops.
     """
     train = data.train
-    for line in dict.fromkeys(describe_layouts(config)):
+    for line in dict.fromkeys(describe_layouts(config, tokenizer)):
         print_line("layout", line)
     for label, split in (("train", train), ("eval", data.evaluation)):
         print_line(label, split.describe("answers" if config.is_paired else "rows"))
@@ -49,14 +51,26 @@ def print_data(
     is_learned, line = describe_stop(train, config.max_length, stops, tokenizer)
     if at_length or not is_learned:
         print_line("stop", line)
+    for line in describe_openings(train):
+        print_line("prompt", line)
     middle = len(train) // config.sequences // 2 * config.sequences
-    rows = sorted({0, middle}) if at_length else [0]
-    for row in rows:
-        for sequence in range(config.sequences):
-            print_example(train, row + sequence, tokenizer)
+    for row in sorted({0, middle}) if at_length else [0]:
+        for sequence in train.sequences_of_row(row, config.sequences):
+            print_example(train, sequence, tokenizer)
 
 
-def describe_layouts(config: DataConfig) -> Iterator[str]:
+def describe_openings(rows: TokenizedRows) -> Iterator[str]:
+    """How many sequences follow another prompt than that of inference by default."""
+    openings = Counter(rows.column("opening"))
+    del openings[""]
+    for opening, count in openings.most_common():
+        yield (
+            f"{count:,} of {len(rows):,} sequences follow the generation prompt {opening}, since "
+            f"their answers do not fit the default one"
+        )
+
+
+def describe_layouts(config: DataConfig, tokenizer: Any) -> Iterator[str]:
     """How rows become text, and how some were held out: one line for each part of a mix that is
     read from files."""
     for _, part in config.parts():
@@ -81,6 +95,8 @@ def describe_layouts(config: DataConfig) -> Iterator[str]:
         line = f"{part.layout}, by the {noun} {names}"
         if is_chat:
             line += ", all answers" if part.turns == Turns.all else f", the {part.turns} answer"
+        if uses_template(part, tokenizer):
+            line += ", by the chat template"
         if part.holds_out_by_prompt:
             line += f"; {HELD_OUT:.0%} of the rows, at most {MOST_HELD_OUT}, are held out by prompt"
         yield line
@@ -131,7 +147,7 @@ def tokens_of(rows: TokenizedRows, row: int) -> tuple[list[int], list[bool]]:
 
 
 def print_example(rows: TokenizedRows, row: int, tokenizer: Any) -> None:
-    """A row's text with its supervised parts marked: green in a terminal, between [[ ]]
+    """A sequence's text with its supervised parts marked: green in a terminal, between [[ ]]
     elsewhere."""
     text = Text(f"{'example':<11}")
     is_terminal = sys.stdout.isatty()

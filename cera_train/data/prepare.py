@@ -17,12 +17,13 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, fields_of, require, to_plain
 from cera_train.common.terminal import announce
+from cera_train.data.chats import uses_template
 from cera_train.data.rows import Source
-from cera_train.data.segments import Segment, prompt_of, segmenters, segments_of
+from cera_train.data.segments import Segment, prompt_of, segmenters, sequences_of
 from cera_train.data.sources import drawn_rows, interleaved, open_sources, rows_of_parts
 from cera_train.settings.data import DataConfig, Layout, LossOn
 
-CACHE_VERSION = 6  # raised when a new version tokenises or stores the same rows differently
+CACHE_VERSION = 7  # raised when a new version tokenises or stores the same rows differently
 
 ROWS_AT_ONCE = 1000  # rows in memory at a time, which the tokenizer divides among its threads
 
@@ -33,6 +34,8 @@ SCHEMA = pyarrow.schema(
         "prompt_key": pyarrow.string(),
         "has_answer": pyarrow.bool_(),
         "truncated": pyarrow.bool_(),
+        "continues": pyarrow.bool_(),
+        "opening": pyarrow.string(),
         "length": pyarrow.int32(),
         "supervised": pyarrow.int32(),
     }
@@ -41,8 +44,8 @@ SCHEMA = pyarrow.schema(
 
 @dataclass
 class Example:
-    """Token ids of one row, and whether the prediction of each counts in the loss. The first token
-    is never predicted."""
+    """Token ids of a sequence, and whether the prediction of each counts in the loss. The first
+    token is never predicted."""
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -52,6 +55,10 @@ class Example:
     """Whether a token of an answer is left, even if the loss is on all tokens. A row without one is
     dropped."""
     truncated: bool = False
+    continues: bool = False
+    """Whether it holds more answers of the row of the example before."""
+    opening: str = ""
+    """How its first prompt differs from that of inference by default."""
 
     def columns(self) -> dict[str, Any]:
         return vars(self) | {"length": len(self.input_ids), "supervised": sum(self.loss_mask)}
@@ -94,6 +101,25 @@ class TokenizedRows:
     def tokens(self, name: str, row: int) -> pyarrow.Array:
         """A row of a column with one value for each token."""
         return self.table[name][self.numbers[row]].values
+
+    def sequences_of_row(self, sequence: int, together: int) -> range:
+        """The sequences of the row that one of them is of; a row has at least `together`. In a mix,
+        those that lie side by side."""
+        first = sequence
+        while self._continues(first):
+            first -= 1
+        end = first + together
+        while self._continues(end):
+            end += 1
+        return range(first, end)
+
+    def _continues(self, sequence: int) -> bool:
+        """Whether a sequence is of the same row as the one before it."""
+        if not 0 < sequence < len(self):
+            return False
+        number = self.numbers[sequence]
+        is_next = number == self.numbers[sequence - 1] + 1
+        return is_next and self.table["continues"][number].as_py()
 
     @property
     def dropped(self) -> tuple[int, int]:
@@ -141,19 +167,23 @@ class TokenizedData:
 # --- a run's rows ---------------------------------------------------------------------------------
 
 
-def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
+def prepare_data(config: DataConfig, tokenizer: Any, asks: bool = False) -> TokenizedData:
     """Tokenises both splits, or loads them from the cache; those of a mix part by part. A prompt in
-    both splits is refused unless the config allows it."""
+    both splits is refused unless the config allows it.
+
+    Args:
+        asks: as of `chats.chat`.
+    """
     train = []
     evaluation = []
     for place, part in config.parts():
         with errors_at(place):
             train_source, eval_source = open_sources(part)
-            train.append(_tokenize(train_source, part, tokenizer))
+            train.append(_tokenize(train_source, part, tokenizer, asks=asks))
             if part.eval_rows == 0:
                 evaluation.append(TokenizedRows(table_of([])))
             else:
-                evaluation.append(_tokenize(eval_source, part, tokenizer))
+                evaluation.append(_tokenize(eval_source, part, tokenizer, asks=asks))
     data = TokenizedData(train[0], _joined_evaluation(evaluation))
     if config.mix is not None:
         _mix(data, config, train, evaluation)
@@ -239,11 +269,15 @@ def _join(
 
 
 def _tokenize(
-    source: Source, config: DataConfig, tokenizer: Any, chosen_only: bool = False
+    source: Source,
+    config: DataConfig,
+    tokenizer: Any,
+    chosen_only: bool = False,
+    asks: bool = False,
 ) -> TokenizedRows:
     """The rows of a source, from the cache or written to it; of preferences, both answers or only
     the chosen ones."""
-    sides = segmenters(config, tokenizer)[: 1 if chosen_only else None]
+    sides = segmenters(config, tokenizer, asks)[: 1 if chosen_only else None]
     changing = {
         key
         for key, field in fields_of(DataConfig).items()
@@ -253,6 +287,7 @@ def _tokenize(
         key: value for key, value in to_plain(config).items() if key in changing - {"rejected"}
     }
     settings |= {"rejected": config.rejected} if len(sides) > 1 else {}
+    settings |= {"asks": True} if asks else {}
     vocabulary = (
         tokenizer.backend_tokenizer.to_str()
         if tokenizer.is_fast
@@ -274,7 +309,7 @@ def _tokenize(
                     announce(
                         "tokenising", f"{source.name}, once: it has more than {ROWS_AT_ONCE:,} rows"
                     )
-                examples = encode(segments_of(chunk, *sides), config, tokenizer)
+                examples = encode(sequences_of(chunk, *sides), config, tokenizer)
                 if len(sides) > 1:  # a preference that lacks an answer is dropped as a whole
                     for chosen, rejected in zip(examples[::2], examples[1::2], strict=True):
                         chosen.has_answer = rejected.has_answer = (
@@ -304,58 +339,61 @@ def _tokenize(
 
 
 def encode(
-    rows_segments: Iterable[list[Segment]], config: DataConfig, tokenizer: Any
+    rows: Iterable[list[list[Segment]]], config: DataConfig, tokenizer: Any
 ) -> list[Example]:
-    """Token ids and loss masks of many rows at once; a document longer than max_length becomes
-    several examples."""
+    """Token ids and loss masks of the sequences of many rows at once; a document longer than
+    max_length becomes several examples."""
     end = tokenizer.eos_token_id
     if end is None:
         reason = (
             "the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json."
         )
         raise UserError(f"model.path={tokenizer.name_or_path}: {reason}")
-    is_chat = config.layout == Layout.messages
+    # A chat template writes the start token itself, and may write an end token.
+    is_chat = uses_template(config, tokenizer)
     is_document = config.layout == Layout.documents
-    start = [] if is_chat else start_ids(tokenizer)  # a chat template writes the start token itself
+    start = [] if is_chat else start_ids(tokenizer)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    rows_segments = list(rows_segments)
+    rows = list(rows)
     pieces = [
         (segment.text, number > 0)
-        for segments in rows_segments
-        for number, segment in enumerate(segments)
+        for row in rows
+        for sequence in row
+        for number, segment in enumerate(sequence)
     ]
     segment_ids = iter(_ids_of_pieces(pieces, tokenizer) if pieces else [])
 
     examples = []
     step = config.max_length - len(start)
-    for segments in rows_segments:
-        if not segments:
+    for row in rows:
+        if not row:
             examples.append(Example([], [], has_answer=False))
-            continue
-        input_ids = []
-        loss_mask = []
-        for segment in segments:
-            ids = next(segment_ids)
-            # A template may already have written the end of turn.
-            if segment.is_answer and not (is_chat and ids and ids[-1] in special):
-                ids = [*ids, end]
-            input_ids += ids
-            loss_mask += [segment.supervised] * len(ids)
-        prompt_key = hashlib.blake2b(prompt_of(segments).encode(), digest_size=16).hexdigest()
-        is_cut = len(input_ids) > step and not is_document
-        firsts = [0]
-        if is_document:
-            # Without a start token, nothing comes before a single last token.
-            predicted = len(input_ids) if start else len(input_ids) - 1
-            firsts = range(0, max(1, predicted), step)
-        for first in firsts:
-            kept = slice(first, first + step)
-            ids = start + input_ids[kept]
-            mask = [False] * len(start) + loss_mask[kept]
-            has_answer = any(mask[1:])
-            mask = [config.loss_on == LossOn.all or supervised for supervised in mask]
-            mask[0] = False
-            examples.append(Example(ids, mask, f"{prompt_key}{first or ''}", has_answer, is_cut))
+        for index, sequence in enumerate(row):
+            input_ids = []
+            loss_mask = []
+            for segment in sequence:
+                ids = next(segment_ids)
+                if segment.is_answer and not (is_chat and ids and ids[-1] in special):
+                    ids = [*ids, end]
+                input_ids += ids
+                loss_mask += [segment.supervised] * len(ids)
+            prompt_key = hashlib.blake2b(prompt_of(sequence).encode(), digest_size=16).hexdigest()
+            opening = next((segment.opening for segment in sequence if segment.supervised), "")
+            is_cut = len(input_ids) > step and not is_document
+            firsts = [0]
+            if is_document:
+                # Without a start token, nothing comes before a single last token.
+                predicted = len(input_ids) if start else len(input_ids) - 1
+                firsts = range(0, max(1, predicted), step)
+            for first in firsts:
+                kept = slice(first, first + step)
+                ids = start + input_ids[kept]
+                mask = [False] * len(start) + loss_mask[kept]
+                has_answer = any(mask[1:])
+                mask = [config.loss_on == LossOn.all or supervised for supervised in mask]
+                mask[0] = False
+                key = f"{prompt_key}{first or ''}"
+                examples.append(Example(ids, mask, key, has_answer, is_cut, index > 0, opening))
     return examples
 
 

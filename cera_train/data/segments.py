@@ -1,19 +1,22 @@
-"""A row -> segments of text, some of them supervised: by templates (layout `text`), by Alpaca's
-columns (`instruction`), or by the turns of a chat (chats.py). Nothing here imports torch."""
+"""A row -> sequences of segments of text, some of them supervised: by templates (layout `text`), by
+Alpaca's columns (`instruction`), or by the turns of a chat (chats.py). Nothing here imports
+torch."""
 
 import itertools
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
-from cera_train.data.chats import Exchange, chat, conversation, preference
+from cera_train.data.chats import chat, uses_template
+from cera_train.data.messages import TURNS
+from cera_train.data.rendering import Exchange
 from cera_train.data.rows import PROMPT, PlacedRow, Row, as_text, text_of
-from cera_train.settings.data import COLUMN_TEMPLATES, DataConfig, Layout
+from cera_train.settings.data import COLUMN_TEMPLATES, DataConfig, Layout, Turns
 
 
 @dataclass
@@ -23,41 +26,46 @@ class Segment:
     text: str
     is_answer: bool = False
     supervised: bool = False
+    opening: str = ""
+    """Of an answer: how the prompt before it differs from that of inference by default."""
 
 
-Segmenter = Callable[[Row], list[Segment]]
-"""Makes the segments of a row. An empty list means that the row has no answer."""
+Segmenter = Callable[[Row], list[list[Segment]]]
+"""Makes the sequences of a row, each of segments. An empty list means that the row has no
+answer."""
 
 
-def answered(prompt: str, answer: str, supervised: bool = True) -> list[Segment]:
-    return [Segment(prompt), Segment(answer, True, supervised)]
+def answered(prompt: str, answer: str, supervised: bool = True, opening: str = "") -> list[Segment]:
+    return [Segment(prompt), Segment(answer, True, supervised, opening)]
 
 
-def prompt_of(segments: list[Segment]) -> str:
+def prompt_of(sequence: list[Segment]) -> str:
     """The text before the first supervised answer; for a document, which has no answer, its whole
     text."""
-    before = itertools.takewhile(lambda segment: not segment.supervised, segments)
-    return "".join(segment.text for segment in before) or segments[0].text
+    before = itertools.takewhile(lambda segment: not segment.supervised, sequence)
+    return "".join(segment.text for segment in before) or sequence[0].text
 
 
-def segments_of(rows: Iterable[PlacedRow], *segmenters: Segmenter) -> Iterator[list[Segment]]:
-    """The segments of each row; of a preference, those of both answers. An error starts with the
+def sequences_of(
+    rows: Iterable[PlacedRow], *segmenters: Segmenter
+) -> Iterator[list[list[Segment]]]:
+    """The sequences of each row; of a preference, those of either answer. An error starts with the
     row's place."""
     for place, row in rows:
         with errors_at(place):
-            answers = [to_segments(row) for to_segments in segmenters]
-            if len(answers) > 1:
-                check_preference(*answers)
-        yield from answers
+            sides = [to_sequences(row) for to_sequences in segmenters]
+            if len(sides) > 1:
+                check_preference(*sides)
+        yield from sides
 
 
-def check_preference(chosen: list[Segment], rejected: list[Segment]) -> None:
+def check_preference(chosen: list[list[Segment]], rejected: list[list[Segment]]) -> None:
     """Raises UserError if there is nothing to prefer."""
-    for side, segments in (("chosen", chosen), ("rejected", rejected)):
-        require(bool(segments), f"the {side} answer is empty: write one, or remove the row.")
+    for side, sequences in (("chosen", chosen), ("rejected", rejected)):
+        require(bool(sequences), f"the {side} answer is empty: write one, or remove the row.")
     sides = "the chosen and the rejected answer"
     require(
-        prompt_of(chosen) == prompt_of(rejected),
+        prompt_of(chosen[0]) == prompt_of(rejected[0]),
         f"{sides} follow different prompts: pair answers to one prompt.",
     )
     require(chosen != rejected, f"{sides} are equal: remove the row.")
@@ -68,42 +76,49 @@ def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
     return segmenters(config, tokenizer)[0]
 
 
-def segmenters(config: DataConfig, tokenizer: Any) -> list[Segmenter]:
-    """The function from a row to its segments; for preferences two, for the chosen and the rejected
-    answer. Without a tokenizer, chats lack chat markup."""
-    match config.layout:
-        case Layout.instruction:
-            return [instruction]
-        case Layout.conversations:
-            return [of_exchanges(partial(conversation, wanted=config.turns))]
-        case Layout.messages:
-            require(
-                tokenizer is None or bool(tokenizer.chat_template),
-                "data.layout=messages needs a tokenizer with a chat template, and this model's has "
-                "none: use an instruction-tuned model, or data.layout=text.",
-            )
-            if not config.is_paired:
-                return [of_exchanges(partial(chat, wanted=config.turns, tokenizer=tokenizer))]
-            sides = ("chosen", config.rejected)
-            return [
-                of_exchanges(partial(preference, side=side, tokenizer=tokenizer)) for side in sides
-            ]
-    prompt, completion = templates_of(config)
-    if not config.is_paired:
-        return [templates(prompt, completion)]
+def segmenters(config: DataConfig, tokenizer: Any, asks: bool = False) -> list[Segmenter]:
+    """The function from a row to its sequences; for preferences two, for the chosen and the
+    rejected answer.
+
+    Args:
+        tokenizer: None: chats lack the markup of their template.
+        asks: as of `chats.chat`.
+    """
+    if config.layout in TURNS:
+        sides = ("chosen", config.rejected) if config.is_paired else (None,)
+        return [
+            of_exchanges(partial(chat, side=side, config=config, tokenizer=tokenizer, asks=asks))
+            for side in sides
+        ]
+    is_templated = uses_template(config, tokenizer)
+    if config.layout == Layout.instruction:
+        pairs = [instruction if is_templated else instruction_as_text]
+    else:
+        prompt, completion = templates_of(config)
+        pairs = [templates(prompt, completion)]
+        if config.is_paired:
+            pairs.append(templates(prompt, config.rejected, "data.rejected"))
+    if not is_templated:
+        return [partial(plain, to_pair=to_pair) for to_pair in pairs]
+    messages = replace(config, layout=Layout.messages, turns=Turns.all, rejected=None)
     return [
-        templates(prompt, completion),
-        templates(prompt, config.rejected, "data.rejected"),
+        of_exchanges(
+            partial(chat_of_pair, to_pair=to_pair, config=messages, tokenizer=tokenizer, asks=asks)
+        )
+        for to_pair in pairs
     ]
 
 
-def of_exchanges(to_exchanges: Callable[[Row], list[Exchange]]) -> Segmenter:
-    """A segmenter from a function that finds the exchanges of a row."""
+def of_exchanges(to_exchanges: Callable[[Row], list[list[Exchange]]]) -> Segmenter:
+    """A segmenter from a function that finds the exchanges of each sequence of a row."""
 
-    def segments(row: Row) -> list[Segment]:
-        return [segment for exchange in to_exchanges(row) for segment in answered(*exchange)]
+    def sequences(row: Row) -> list[list[Segment]]:
+        return [
+            [segment for exchange in exchanges for segment in answered(*exchange)]
+            for exchanges in to_exchanges(row)
+        ]
 
-    return segments
+    return sequences
 
 
 def templates_of(config: DataConfig) -> tuple[str, str]:
@@ -115,8 +130,33 @@ def templates_of(config: DataConfig) -> tuple[str, str]:
 
 # --- columns of text ------------------------------------------------------------------------------
 
+Pair = Callable[[Row], tuple[str, str] | None]
+"""Finds the prompt and the answer of a row; None without an answer."""
 
-def templates(prompt: str, completion: str, setting: str = "data.completion") -> Segmenter:
+
+def plain(row: Row, to_pair: Pair) -> list[list[Segment]]:
+    pair = to_pair(row)
+    if pair is None:
+        return []
+    question, answer = answered(*pair)
+    return [[question, answer] if question.text else [answer]]
+
+
+def chat_of_pair(
+    row: Row, to_pair: Pair, config: DataConfig, tokenizer: Any, asks: bool
+) -> list[list[Exchange]]:
+    """A prompt and its answer as messages: the spaces that templates of text need go."""
+    pair = to_pair(row)
+    if pair is None:
+        return []
+    roles = ("user", "assistant")
+    messages = [
+        {"role": role, "content": text.strip()} for role, text in zip(roles, pair, strict=True)
+    ]
+    return chat(row | {"messages": messages}, config, tokenizer, asks=asks)
+
+
+def templates(prompt: str, completion: str, setting: str = "data.completion") -> Pair:
     """Layout `text`: columns in templates. Without a prompt a row is a document."""
     prompt_columns = columns_of(prompt, "data.prompt")
     answer_columns = columns_of(completion, setting)
@@ -125,23 +165,30 @@ def templates(prompt: str, completion: str, setting: str = "data.completion") ->
     fix = "write one in braces, such as {answer}."
     require(bool(answer_columns), f"{setting}={completion!r} names no column: {fix}")
 
-    def segments(row: Row) -> list[Segment]:
+    def pair(row: Row) -> tuple[str, str] | None:
         values = {name: text_of(row, name, setting) for name, setting in setting_of.items()}
         if not any(values[name].strip() for name in answer_columns):
-            return []
-        question, answer = answered(prompt.format_map(values), completion.format_map(values))
-        return [question, answer] if prompt else [answer]
+            return None
+        return prompt.format_map(values), completion.format_map(values)
 
-    return segments
+    return pair
 
 
-def instruction(row: Row) -> list[Segment]:
+def instruction(row: Row) -> tuple[str, str] | None:
     """Layout `instruction`: Alpaca's columns; `input` may be empty or missing."""
     asked = text_of(row, "instruction")
     context = as_text(row.get("input"), "column 'input'")
     answer = text_of(row, "output")
     question = f"{asked}\n{context}" if context else asked
-    return answered(PROMPT.format(question=question), f" {answer}") if answer.strip() else []
+    return (question, answer) if answer.strip() else None
+
+
+def instruction_as_text(row: Row) -> tuple[str, str] | None:
+    pair = instruction(row)
+    if pair is None:
+        return None
+    question, answer = pair
+    return PROMPT.format(question=question), f" {answer}"
 
 
 def columns_read(config: DataConfig) -> tuple[list[str], list[str]]:

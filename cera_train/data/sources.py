@@ -34,9 +34,9 @@ from cera_train.data.segments import (
     prompt_of,
     segmenter,
     segmenters,
-    segments_of,
+    sequences_of,
 )
-from cera_train.settings.data import DataConfig, Layout, Turns, as_list
+from cera_train.settings.data import DataConfig, Layout, Turns, Writing, as_list
 from cera_train.settings.evaluation import TaskConfig
 
 FIRST_ROWS = 200
@@ -56,6 +56,10 @@ BY_COLUMNS: dict[tuple[str, ...], dict[str, Any]] = {
 }
 """Columns, and how `data.layout=auto` reads them. `text` counts only if no other does: rows like
 Alpaca's have both."""
+
+
+QUESTION = {"prompt": "{question}", "completion": "{answer}"}
+"""Templates for a question and its answer where a chat template marks them."""
 
 
 def decide_layouts(config: DataConfig) -> DataConfig:
@@ -114,7 +118,9 @@ def _layout_of(config: DataConfig) -> dict[str, Any]:
     if len(fitting) > 1:
         fitting.pop(("text",), None)
     if len(fitting) == 1:
-        return next(iter(fitting.values()))
+        [layout] = fitting.values()
+        is_question = layout.get("prompt") == PROMPT and config.chat == Writing.template
+        return layout | (QUESTION if is_question else {})
     if fitting:
         one, other, *_ = (
             f"{layout['layout']} ({', '.join(needed)})" for needed, layout in fitting.items()
@@ -168,7 +174,7 @@ def check_data(config: DataConfig) -> None:
             sides = segmenters(part, None)
             for path in paths:
                 if "://" not in path:
-                    list(segments_of(first_rows(path), *sides))
+                    list(sequences_of(first_rows(path), *sides))
 
 
 def open_sources(config: DataConfig) -> tuple[Source, Source]:
@@ -205,10 +211,12 @@ def answered_rows(
     """The held-out rows that ask something: the part of the mix, the segments before the first
     supervised answer, and that answer. Without a tokenizer, chats lack chat markup."""
     for _, part in config.parts():
-        for segments in segments_of(open_sources(part)[1].located(), segmenter(part, tokenizer)):
-            prompt = list(itertools.takewhile(lambda segment: not segment.supervised, segments))
-            if any(segment.text for segment in prompt) and len(prompt) < len(segments):
-                yield part, prompt, segments[len(prompt)]
+        rows = open_sources(part)[1].located()
+        for sequences in sequences_of(rows, segmenter(part, tokenizer)):
+            first = next(iter(sequences), [])
+            prompt = list(itertools.takewhile(lambda segment: not segment.supervised, first))
+            if any(segment.text for segment in prompt) and len(prompt) < len(first):
+                yield part, prompt, first[len(prompt)]
 
 
 def _split(
@@ -249,9 +257,9 @@ def rows_by_prompt(config: DataConfig, source: Source) -> set[int]:
         UserError: no prompt would be left to train on.
     """
     numbers = collections.defaultdict[bytes, list[int]](list)
-    for number, segments in enumerate(segments_of(source.located(), segmenter(config, None))):
-        if segments:
-            prompt = normalized(prompt_of(segments))
+    for number, sequences in enumerate(sequences_of(source.located(), segmenter(config, None))):
+        if sequences:
+            prompt = normalized(prompt_of(sequences[0]))
             numbers[hashlib.blake2b(prompt.encode(), digest_size=16).digest()].append(number)
     sizes = [len(rows) for rows in numbers.values()]
     room = max(min(max(1, int(HELD_OUT * sum(sizes))), MOST_HELD_OUT), min(sizes, default=0))

@@ -71,7 +71,7 @@ def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | N
     for part, prompt, answer in answered_rows(config, tokenizer):
         text = "".join(segment.text for segment in prompt)
         whole = replace(part, max_length=sys.maxsize)
-        [encoded_prompt, encoded_answer] = encode([prompt, [answer]], whole, tokenizer)
+        [encoded_prompt, encoded_answer] = encode([[prompt], [[answer]]], whole, tokenizer)
         if len(encoded_prompt.input_ids) > longest:
             continue
         name = f"{question_id(text)}-{len(problems)}"

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
-from cera_train.data.segments import Segment, segmenters, segments_of
+from cera_train.data.segments import Segment, segmenters, sequences_of
 from cera_train.data.sources import open_sources, rows_of_parts
 from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn
@@ -174,15 +174,15 @@ def _size_of_rows(config: DataConfig) -> DataSize:
         opened = replace(config, train_rows=few, eval_rows=1)
     train, evaluation = open_sources(opened)
     sampled = 0
-    answered = 0  # training drops rows without an answer
+    answered = 0
     lengths: list[float] = []  # of sequences
     supervised = 0.0
-    to_segments = segmenters(config, tokenizer=None)
-    for segments in segments_of(train.first(SAMPLE_ROWS).located(), *to_segments):
+    to_sequences = segmenters(config, tokenizer=None)
+    for sequences in sequences_of(train.first(SAMPLE_ROWS).located(), *to_sequences):
         sampled += 1
-        if segments:
-            answered += 1
-            row_lengths, row_supervised = _tokens_of(segments, config)
+        answered += bool(sequences)  # training drops rows without an answer
+        for sequence in sequences:
+            row_lengths, row_supervised = _tokens_of(sequence, config)
             lengths += row_lengths
             supervised += row_supervised
     if not sum(lengths):

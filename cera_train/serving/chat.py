@@ -15,10 +15,11 @@ from cera_train.common.errors import UserError, error_text, errors_at
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
-from cera_train.data.chats import TURNS, turns_of
+from cera_train.data.chats import uses_template
+from cera_train.data.messages import TURNS, messages_of
 from cera_train.data.prepare import encode
 from cera_train.data.rows import PROMPT, READERS, Row, from_files
-from cera_train.data.segments import columns_read, segmenter
+from cera_train.data.segments import columns_read, segmenters
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.requests import Request, check_positions
@@ -55,21 +56,26 @@ def ask(config: ChatConfig, subjects: Sequence[Subject]) -> None:
 # --- how a question is written --------------------------------------------------------------------
 
 
-def choose_rows(template: Template, trained_on: DataConfig | None, tokenizer: Any) -> DataConfig:
+def choose_rows(
+    template: Template, trained_on: DataConfig | None, tokenizer: Any, settings: dict[str, Any]
+) -> DataConfig:
     """The rows as which questions are written. Raises UserError where the template is unavailable.
 
     Args:
         trained_on: the rows of the run; None where that is unknown.
+        settings: of the chat template, which win over those of the run.
     """
     if template == Template.chat and not tokenizer.chat_template:
         raise UserError(
             f"template=chat: {tokenizer.name_or_path} has no chat template. Set template=none."
         )
+    if trained_on is not None:
+        settings = trained_on.template_settings | settings
     if template == Template.auto and trained_on is not None:
-        _, first = next(replace(trained_on, rejected=None).parts())
+        _, first = next(replace(trained_on, rejected=None, template_settings=settings).parts())
         return PLAIN if first.layout == Layout.documents or first.prompt == "" else first
     if template != Template.none and tokenizer.chat_template:
-        return DataConfig(layout=Layout.messages, path="a chat")
+        return DataConfig(layout=Layout.messages, path="a chat", template_settings=settings)
     return PLAIN
 
 
@@ -77,12 +83,10 @@ class Prompts:
     """Writes questions as the rows of a data set."""
 
     def __init__(self, data: DataConfig, tokenizer: Any) -> None:
-        # Only a prompt is rendered: a template may render earlier turns otherwise once an answer
-        # follows.
-        turns = Turns.last if data.layout == Layout.messages else data.turns
+        turns = Turns.last if uses_template(data, tokenizer) else data.turns
         self.data = replace(data, max_length=sys.maxsize, turns=turns)
         self.tokenizer = tokenizer
-        self._segments = segmenter(self.data, tokenizer)
+        [self._sequences] = segmenters(self.data, tokenizer, asks=True)
 
     @property
     def keeps_turns(self) -> bool:
@@ -121,15 +125,16 @@ class Prompts:
         layout = self.data.layout
         if layout in TURNS:
             speaker, text, (_, model, *_) = TURNS[layout]
-            turns = [*turns_of(row, str(layout))]
+            messages_of(row, layout)  # raises for a row of another layout
+            turns = [*(row[str(layout)] or [])]
             while turns and turns[-1][speaker] == model:  # a row of training data has its answer
                 turns.pop()
             answered = row | {str(layout): [*turns, {speaker: model, text: ANSWER}]}
         else:
             answered = row | dict.fromkeys(columns_read(self.data)[1], ANSWER)
-        *prompt, _ = self._segments(answered) or [None]
+        [[*prompt, _]] = self._sequences(answered) or [[None]]
         require(bool(prompt), f"column {str(layout)!r} asks nothing: write a question.")
-        return encode([prompt], self.data, self.tokenizer)[0].input_ids
+        return encode([[prompt]], self.data, self.tokenizer)[0].input_ids
 
 
 def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
@@ -163,7 +168,10 @@ class Answerer:
                 config.server, subject.model, load_tokenizer(subject.model), subject.adapter
             )
         tokenizer = self.engine.tokenizer
-        self.prompts = Prompts(choose_rows(config.template, subject.data, tokenizer), tokenizer)
+        self.prompts = Prompts(
+            choose_rows(config.template, subject.data, tokenizer, config.template_settings),
+            tokenizer,
+        )
 
     def answer(self, row: Row) -> str:
         """Streams the answer to a row's prompt to stdout, and returns it."""

@@ -25,6 +25,7 @@ Layout = StrEnum(
     ],
 )
 Turns = StrEnum("Turns", ["first", "last", "all"])
+Writing = StrEnum("Writing", ["auto", "template", "plain"])
 LossOn = StrEnum("LossOn", ["completion", "all"])
 
 COMPUTED = (Layout.logistic_map, Layout.dates, Layout.reasoning_gym)
@@ -165,6 +166,7 @@ class MixPart:
     prompt: str | None = setting(None, "tokens")
     completion: str | None = setting(None, "tokens")
     turns: Turns | None = setting(None, "tokens")
+    chat: Writing | None = setting(None, "tokens")
     loss_on: LossOn | None = setting(None, "tokens")
 
 
@@ -173,8 +175,8 @@ class DataConfig:
     layout: Layout = setting(Layout.text, "tokens")
     """How a row reads. text: columns by template; documents: the column text, all of it supervised;
     instruction: Alpaca's instruction, input and output; conversations: ShareGPT's from/value;
-    messages: chat template; auto: text if data.prompt or data.completion are other templates
-    than {prompt} and {completion}, else one of these by the columns of the first rows of
+    messages: OpenAI's role/content; auto: text if data.prompt or data.completion are other
+    templates than {prompt} and {completion}, else one of these by the columns of the first rows of
     train_files; for a data set on the Hub text, and messages for preferences. logistic_map, dates
     and reasoning_gym compute their rows."""
     path: str | None = setting(None, "result")
@@ -198,8 +200,16 @@ class DataConfig:
     one. With layout messages the column of the rejected conversation; the other is `chosen`, and a
     list `prompt` precedes both."""
     turns: Turns | None = setting(None, "tokens")
-    """Answers of a chat that are supervised: the first (in layout conversations without the system
-    prompt, as published), the last, or all. null: the first for conversations, all for messages."""
+    """Answers of a chat that are supervised: the first (as plain text without the system prompt, as
+    published), the last, or all. null: the first for conversations, all for messages."""
+    chat: Writing = setting(Writing.auto, "tokens")
+    """template: rows are messages to the model's chat template, a prompt and its completion too;
+    plain: text, as `User: ...` and `Assistant: ...` or by the templates above. auto: the chat
+    template if the tokenizer has one, except for layout text."""
+    template_settings: dict[str, Any] = setting(dict, "tokens")
+    """Values of the chat template's own variables, such as {enable_thinking: false}, or
+    {strftime_now: 2026-01-31} for the date that a template writes. A row's `chat_template_kwargs`
+    win."""
     loss_on: LossOn = setting(LossOn.completion, "tokens")
     max_length: int = setting(2048, "tokens")
     """Tokens; longer rows are truncated, longer documents become several rows."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from cera_train.common.settings import require, require_positive, section, setting
 from cera_train.settings.data import DataConfig
@@ -23,6 +24,9 @@ class ChatConfig(AnsweringConfig):
     template: Template = setting(Template.auto, "answers")
     """chat: the tokenizer's chat template; none: the text as it is; auto: as in the rows that the
     run was trained on; without a run, chat if the tokenizer has a template, else none."""
+    template_settings: dict[str, Any] = setting(dict, "answers")
+    """Values of the chat template's own variables, such as {enable_thinking: false}; they win over
+    those that the run was trained with."""
     max_new_tokens: int = setting(512, "answers")
     generation: GenerationConfig = section()
     """A question gets one answer, the first of generation.samples."""

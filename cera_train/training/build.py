@@ -34,7 +34,6 @@ from cera_train.runs.results import Environment
 from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.run import Config
-from cera_train.settings.training import ObjectiveKind
 from cera_train.training.optimizer import build_optimizer
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -54,9 +53,10 @@ def build_data(config: Config) -> Data:
     """Reads and tokenises the rows, before there is a process group with its time limit."""
     tokenizer = load_tokenizer(config.model)
     check_length(config.model, config.data.max_length, "data.max_length")
-    rows = prepare_data(config.data, tokenizer)
-    # A part of a right answer would be another answer.
-    if config.train.objective == ObjectiveKind.grpo:
+    asks = bool(config.work.answers)
+    rows = prepare_data(config.data, tokenizer, asks)
+    if asks:
+        # A part of a right answer would be another answer.
         rows.train = rows.train.uncut()
     together = config.data.sequences
     order = RowOrder(

@@ -264,7 +264,7 @@ def test_a_tokenizer_without_an_end_token_is_refused_with_its_model(refusal, tok
         (
             "messages",
             {"messages": [USER | {"content": [1]}]},
-            "messages[0] 'content' holds a list: expected text.",
+            "messages[0] 'content' holds a part of type 'an int': expected text",
         ),
         (
             "messages",
@@ -315,7 +315,7 @@ def test_a_tokenizer_without_an_end_token_is_refused_with_its_model(refusal, tok
         (
             "conversations",
             {"conversations": [GPT | {"value": ["a"]}]},
-            "conversations[0] 'value' holds a list: exp",
+            "conversations[0] 'value' holds a part of type 'a str': exp",
         ),
     ],
 )

@@ -117,11 +117,8 @@ def test_numbers_become_text_null_becomes_empty_and_braces_in_values_stay(tokeni
     row = {"question": None, "answer": 42, "reason": 0.5}
     example = example_of(row, tokenizer, completion=" {answer} {reason}")
     assert tokenizer.decode(example.input_ids) == "<s>Question: \nAnswer: 42 0.5</s>"
-    segments = templates(r"{{{a}}} {b c}:", " {a}")({"a": r"\frac{1}{2} {a.__class__}", "b c": "x"})
-    assert [segment.text for segment in segments] == [
-        r"{\frac{1}{2} {a.__class__}} x:",
-        r" \frac{1}{2} {a.__class__}",
-    ]
+    pair = templates(r"{{{a}}} {b c}:", " {a}")({"a": r"\frac{1}{2} {a.__class__}", "b c": "x"})
+    assert pair == (r"{\frac{1}{2} {a.__class__}} x:", r" \frac{1}{2} {a.__class__}")
 
 
 @pytest.mark.parametrize("answer", [None, " \n\u00a0"])
@@ -140,13 +137,14 @@ def test_slimorca_takes_the_first_question_and_answer_without_the_system_prompt(
     ).data
     [example] = encode([segmenter(published, tokenizer)(CONVERSATION)], published, tokenizer)
     assert supervised_text(example, tokenizer) == "User: hello\nAssistant: hello there</s>"
-    example = example_of(CONVERSATION, tokenizer, layout="conversations")
+    example = example_of(CONVERSATION, tokenizer, layout="conversations", chat="plain")
     assert tokenizer.decode(example.input_ids) == "<s>User: hello\nAssistant: hello there</s>"
     assert supervised_text(example, tokenizer) == " hello there</s>"
 
 
 def test_turns_all_keeps_the_system_prompt_and_supervises_every_answer(tokenizer):
-    example = example_of(CONVERSATION, tokenizer, layout="conversations", turns="all")
+    plain = {"layout": "conversations", "turns": "all", "chat": "plain"}
+    example = example_of(CONVERSATION, tokenizer, **plain)
     assert tokenizer.decode(example.input_ids) == (
         "<s>System: Be brief.\nUser: hello\nAssistant: hello there</s>\nUser: next?\nAssistant: "
         "0.84</s>"
@@ -154,8 +152,8 @@ def test_turns_all_keeps_the_system_prompt_and_supervises_every_answer(tokenizer
     assert supervised_text(example, tokenizer) == " hello there</s>| 0.84</s>"
     # An empty answer between others is context.
     turns = [("human", "a"), ("gpt", " "), ("human", "b"), ("gpt", "c")]
-    every = segmenter(data_config(layout="conversations", turns="all"), tokenizer)
-    segments = every({"conversations": [{"from": role, "value": text} for role, text in turns]})
+    every = segmenter(data_config(**plain), tokenizer)
+    [segments] = every({"conversations": [{"from": role, "value": text} for role, text in turns]})
     assert [segment.text for segment in segments] == [
         "User: a\nAssistant:  \nUser: b\nAssistant:",
         " c",
@@ -171,8 +169,8 @@ def test_what_the_assistant_says_before_a_question_is_context(tokenizer, before)
             *CONVERSATION["conversations"][1:],
         ]
     }
-    first, every = (
-        segmenter(data_config(layout="conversations", turns=turns), None)(row)
+    [first], [every] = (
+        segmenter(data_config(layout="conversations", turns=turns, chat="plain"), tokenizer)(row)
         for turns in ("first", "all")
     )
     assert [segment.text for segment in first] == ["User: hello\nAssistant:", " hello there"]
@@ -197,10 +195,11 @@ def test_what_the_assistant_says_before_a_question_is_context(tokenizer, before)
 
 @pytest.mark.parametrize("turns", ["first", "all"])
 def test_a_conversation_without_an_answer_has_no_segments(tokenizer, turns):
-    segments = segmenter(data_config(layout="conversations", turns=turns), tokenizer)
+    plain = data_config(layout="conversations", turns=turns, chat="plain")
+    segments = segmenter(plain, tokenizer)
     question = {"from": "human", "value": "a"}
     unasked = [{"from": "gpt", "value": "Hello."}]
-    by_system = segments({"conversations": [{"from": "system", "value": "Greet."}, *unasked]})
+    [by_system] = segments({"conversations": [{"from": "system", "value": "Greet."}, *unasked]})
     assert [segment.text for segment in by_system if segment.supervised] == [" Hello."]
     for conversation in (None, [question], [question, {"from": "gpt", "value": " \n"}], unasked):
         assert segments({"conversations": conversation}) == []
@@ -215,9 +214,10 @@ def test_a_conversation_without_an_answer_has_no_segments(tokenizer, turns):
 )
 def test_flags_and_turns_choose_what_is_supervised(tokenizer, row, layout, first, last):
     def supervised(turns: list, wanted: str) -> str:
-        return supervised_text(
-            example_of({layout: turns}, tokenizer, layout=layout, turns=wanted), tokenizer
-        )
+        chat = {"layout": layout, "turns": wanted, "chat": chat_of[layout]}
+        return supervised_text(example_of({layout: turns}, tokenizer, **chat), tokenizer)
+
+    chat_of = {"conversations": "plain", "messages": "template"}
 
     turns = row[layout]
     assert [supervised(turns, wanted) for wanted in ("first", "last", "all")] == [
@@ -230,7 +230,7 @@ def test_flags_and_turns_choose_what_is_supervised(tokenizer, row, layout, first
         assert supervised([*turns[:4], turns[4] | flag], "last") == first
     first_alone = [*turns[:2], turns[2] | {"weight": 0}]
     segments = segmenter(data_config(layout=layout, turns="first"), tokenizer)
-    assert not any(segment.supervised for segment in segments({layout: first_alone}))
+    assert segments({layout: first_alone}) == []
 
 
 # --- layout messages ------------------------------------------------------------------------------
@@ -270,26 +270,6 @@ def test_a_template_may_write_the_start_token_and_needs_no_end_token(tokenizer):
     assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
 
 
-def test_the_last_answer_is_supervised_if_a_template_shortens_earlier_ones(tokenizer):
-    thinking = (
-        "{% if message.thinking and loop.last %}<think>{{ message.thinking }}</think>{% endif %}"
-    )
-    template = CHAT_TEMPLATE.replace(
-        "{{ message['content'] }}", thinking + "{{ message['content'] }}"
-    )
-    chat = with_changes(tokenizer, chat_template=template)
-    first, last = (message | {"thinking": "hm"} for message in CHAT["messages"][2::2])
-    row = {"messages": [*CHAT["messages"][:2], first, CHAT["messages"][3], last]}
-    example = example_of(row, chat, layout="messages", turns="last")
-    assert supervised_text(example, chat) == "<think>hm</think>0.84<|im_end|>"
-    with pytest.raises(ValueError, match=r"renders earlier turns differently.*data\.turns=last"):
-        example_of(row, chat, layout="messages")
-    with pytest.raises(
-        ValueError, match=r"messages\[4\], of role 'assistant', is left out by this model's chat"
-    ):
-        example_of(row, tokenizer, layout="messages", turns="last")
-
-
 USER = {"role": "user", "content": "a"}
 ANSWER = {"role": "assistant", "content": "b"}
 
@@ -303,32 +283,25 @@ def test_an_empty_turn_of_the_assistant_is_context(tokenizer):
     assert segments({"messages": None}) == segments({"messages": [USER, empty]}) == []
 
 
-SHORTENED = (
-    "{{ m['content'][:2] if m['role'] == 'ROLE' and not loop.last else m['content'] }}</s>{% "
-    "endfor %}"
-)
 KNOWS_TWO_ROLES = CHAT_TEMPLATE.replace(
     "messages %}", "messages if message.role in ('user', 'assistant') %}"
 )
 FOR_EACH = "{% for m in messages %}"
-DIFFERS = r"renders earlier turns differently.*data\.turns=last"
-OPENS = (
-    "renders a prompt, such as one that ends in <think>, differently.*model with another template"
-)
 
 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (None, r"needs a tokenizer with a chat template.*data\.layout=text"),
+        (None, r"needs a tokenizer with a chat template.*data\.chat=plain"),
         ("{{ raise_exception('no') }}", "chat template refuses these messages: no"),
         (
             f"{FOR_EACH}{{{{ m['role'] + 5 }}}}{{% endfor %}}",
             "chat template refuses these messages",
         ),
-        (FOR_EACH + SHORTENED.replace("ROLE", "user"), OPENS),
-        (FOR_EACH + SHORTENED.replace("ROLE", "assistant"), DIFFERS),
-        (CHAT_TEMPLATE.replace("assistant\n{% e", "assistant\n<think>{% e"), OPENS),
+        (
+            FOR_EACH + "{{ m['content'][:2] if not loop.last else m['content'] }}{% endfor %}",
+            r"before an answer differently.*data\.chat=plain",
+        ),
         (
             KNOWS_TWO_ROLES,
             r"messages\[0\], of role 'system', is left out by this model's chat template",

@@ -124,7 +124,7 @@ def test_rows_weights_and_eval_rows_choose_the_rows(
 
 def test_a_part_has_its_own_layout_and_templates_or_those_of_data(part, write_jsonl, tokenizer):
     chats = str(write_jsonl("chats.jsonl", [CONVERSATION, CONVERSATION]))
-    one = MixPart(train_files=[chats], eval_rows=0, layout="conversations")
+    one = MixPart(train_files=[chats], eval_rows=0, layout="conversations", chat="plain")
     two = part("b", 3, prompt="Q: {question}", completion=" A: {answer}")
     computed = MixPart(layout="logistic_map", train_rows=1, eval_rows=1)
     trained = texts_of(

@@ -43,12 +43,7 @@ def own(compose, write_jsonl):
         (
             CONVERSATION,
             "conversations",
-            [
-                "System: Be brief.\nUser: hello\nAssistant:",
-                " hello there",
-                "\nUser: next?\nAssistant:",
-                " 0.84",
-            ],
+            ["Be brief.hello", "hello there", "next?", "0.84"],
         ),
         (
             {"instruction": "Add.", "input": "1", "output": "2"},
@@ -73,7 +68,8 @@ def own(compose, write_jsonl):
 def test_the_columns_of_the_first_rows_choose_the_layout(own, row, layout, texts):
     config = own([row, row])
     assert config.layout == layout
-    assert [segment.text for segment in segmenter(config, None)(row)] == texts
+    [sequence] = segmenter(config, None)(row)
+    assert [segment.text for segment in sequence] == texts
     assert decide_layouts(config) == config
 
 
@@ -136,7 +132,8 @@ def test_preferences_are_texts_or_messages(compose, write_jsonl, source, row, la
     data = compose(*source.split(), file).data
     assert data.layout == layout
     for side, answer in zip(segmenters(data, None), "23", strict=True):
-        assert [segment.text for segment in side(row)] == ["1 + 1?", answer]
+        [sequence] = side(row)
+        assert [segment.text for segment in sequence] == ["1 + 1?", answer]
 
 
 def test_a_preference_may_name_its_column_and_needs_one(compose, write_jsonl):
@@ -241,7 +238,7 @@ def test_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
     labels = [line[:11].strip() for line in lines]
     values = dict(zip(labels, (line[11:] for line in lines), strict=True))
     assert values["layout"].startswith(
-        "messages, by the column `messages`, all answers; 5% of the rows"
+        "messages, by the column `messages`, all answers, by the chat template; 5% of the rows"
     )
     assert values["train"].startswith("38 rows, ")
     assert values["answers"] in ("1.2 a row, 2 at most", "1.3 a row, 2 at most")

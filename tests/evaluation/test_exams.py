@@ -329,7 +329,7 @@ TALK = [
         ),
         (
             {"conversations": [*TALK, {"from": "gpt", "value": "no"}]},
-            ["data.layout=conversations", "data.turns=all"],
+            ["data.layout=conversations", "data.turns=all", "data.chat=plain"],
             "User: hello\nAssistant:",
             "hi",
         ),

@@ -127,17 +127,21 @@ def test_a_file_has_a_question_on_each_line_or_row(tmp_path, tokenizer, write_js
 
 
 def test_a_question_is_written_as_the_run_reads_or_as_the_template_asks(tokenizer):
-    assert choose_rows(Template.auto, None, tokenizer).layout == "messages"
-    assert choose_rows(Template.none, None, tokenizer).layout == "text"
-    assert choose_rows(Template.auto, DataConfig(**TEXT), tokenizer).prompt == TEXT["prompt"]
-    assert choose_rows(Template.chat, DataConfig(**TEXT), tokenizer).layout == "messages"
+    assert choose_rows(Template.auto, None, tokenizer, {}).layout == "messages"
+    assert choose_rows(Template.none, None, tokenizer, {}).layout == "text"
+    assert choose_rows(Template.auto, DataConfig(**TEXT), tokenizer, {}).prompt == TEXT["prompt"]
+    assert choose_rows(Template.chat, DataConfig(**TEXT), tokenizer, {}).layout == "messages"
     documents = DataConfig(layout="documents", path="x")
-    assert choose_rows(Template.auto, documents, tokenizer) == choose_rows(
-        Template.none, None, tokenizer
-    )
+    plain = choose_rows(Template.none, None, tokenizer, {})
+    assert choose_rows(Template.auto, documents, tokenizer, {}) == plain
     parts = [MixPart(path="a/b", prompt="Q: {question}", eval_rows=0), MixPart(path="c/d")]
-    rows = choose_rows(Template.auto, DataConfig(**TEXT | {"path": None, "mix": parts}), tokenizer)
+    mixed = DataConfig(**TEXT | {"path": None, "mix": parts})
+    rows = choose_rows(Template.auto, mixed, tokenizer, {})
     assert (rows.prompt, rows.completion) == ("Q: {question}", TEXT["completion"])
+    trained = DataConfig(**TEXT, template_settings={"a": 1, "b": 1})
+    for template in Template.auto, Template.chat:
+        settings = choose_rows(template, trained, tokenizer, {"b": 2}).template_settings
+        assert settings == {"a": 1, "b": 2}
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line(

@@ -258,7 +258,7 @@ def test_messages_are_read_with_and_without_a_separate_prompt(
         {"chosen": [ASKED, YES], "rejected": [ASKED, NO]},
     ]
     file = write_jsonl("rows.jsonl", rows * 3)
-    config = dpo(f"data.train_files=[{file}]", "data.allow_overlap=true")
+    config = dpo(f"data.train_files=[{file}]", "data.allow_overlap=true", "data.chat=auto")
     config = resolve(config, folder_of(dpo())).config.data
     data = prepare_data(config, tokenizer).train
     texts = [tokenizer.decode(data.tokens("input_ids", row).to_pylist()) for row in range(4)]

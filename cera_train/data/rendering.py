@@ -1,0 +1,180 @@
+"""A chat -> its answers as the chat template renders them. Nothing here imports torch."""
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from cera_train.common.errors import UserError
+from cera_train.common.settings import require
+from cera_train.data.messages import REASONING
+from cera_train.data.rows import Row
+from cera_train.data.templates import ChatTemplate, Refusal
+
+
+class Exchange(NamedTuple):
+    """An answer, after the text between it and the answer before it in its sequence."""
+
+    prompt: str
+    answer: str
+    supervised: bool = True
+    opening: str = ""
+    """How the prompt differs from that of inference by default; empty where it does not."""
+
+
+class Chat(NamedTuple):
+    """Messages up to the last supervised answer, and the tools they may call."""
+
+    messages: list[Row]
+    tools: list[Any] | None
+    supervised: tuple[int, ...]  # the indices of the answers to learn
+
+
+def rendered_sequences(
+    chat: Chat, templates: Sequence[ChatTemplate], asks: bool = False
+) -> list[list[Exchange]]:
+    """The supervised answers as the first template renders them that takes the chat.
+
+    Args:
+        templates: the same, with different forms of a message.
+        asks: as of `chats.chat`.
+
+    Raises:
+        UserError: the template refuses the messages, or leaves out or repeats a part of them.
+    """
+    marks = Marks()
+    marked = [marks.message(message) for message in chat.messages]
+    tools = [marks.tool(tool) for tool in chat.tools or []]
+    shape = json.dumps([marked, tools, chat.supervised])
+    faults = []
+    for template in templates:
+        fault = fault_of(shape, template, asks)
+        if fault is None:
+            return sequences_of(chat, template, asks)
+        faults.append(fault)
+    left_out = (fault for fault in faults if not isinstance(fault, Refusal))
+    raise UserError(str(next(left_out, faults[0])))
+
+
+def sequences_of(chat: Chat, template: ChatTemplate, asks: bool) -> list[list[Exchange]]:
+    """Two answers share a sequence if the prompt of the second begins with the prompt and the text
+    of the first. A template may render earlier turns anew, such as without their reasoning."""
+    messages, tools, supervised = chat
+    if asks:
+        prompts = [template.render(messages[:number], tools, True) for number in supervised]
+        answers = [messages[number]["content"] for number in supervised]
+        return [[Exchange(*asked)] for asked in zip(prompts, answers, strict=True)]
+    sequences: list[list[Exchange]] = []
+    rendered = ""  # up to the last answer
+    for number in supervised:
+        prompt, answer, opening = template.answer(messages[:number], messages[number], tools)
+        require(bool(answer), f"messages[{number}]: the chat template renders no answer. {FIX}")
+        if sequences and prompt.startswith(rendered):
+            sequences[-1].append(Exchange(prompt.removeprefix(rendered), answer, True, opening))
+        else:
+            sequences.append([Exchange(prompt, answer, True, opening)])
+        rendered = prompt + answer
+    return sequences
+
+
+# --- what a template leaves out -------------------------------------------------------------------
+
+FIX = "Use a model whose template renders it, write it into another turn, or remove it."
+
+FIX_OF_REASONING = "Write it into the content, as <think>...</think>, or remove it."
+
+
+@functools.lru_cache(maxsize=4096)
+def fault_of(shape: str, template: ChatTemplate, asks: bool) -> UserError | None:
+    """What the template leaves out of a chat of this shape, or writes twice. Many templates ignore
+    tools, developers or reasoning.
+
+    Args:
+        shape: the chat as JSON, with a mark in place of each text. Chats of one shape are rendered
+            once.
+    """
+    try:
+        check_renders_all(Chat(*json.loads(shape)), template, asks)
+    except UserError as fault:
+        return fault
+    return None
+
+
+def check_renders_all(chat: Chat, template: ChatTemplate, asks: bool) -> None:
+    """Raises UserError unless the template renders every mark of the chat, and an answer once."""
+    sequences = sequences_of(chat, template, asks)
+    rendered = "".join(exchange.prompt + exchange.answer for exchange in sequences[-1])
+    answers = [exchange.answer for sequence in sequences for exchange in sequence]
+    for tool in chat.tools or []:
+        check_rendered("column 'tools'", tool["function"]["name"], sequences[0][0].prompt)
+    for number, message in enumerate(chat.messages):
+        place = f"messages[{number}], of role {message['role']!r},"
+        is_answer = number in chat.supervised
+        text = answers[chat.supervised.index(number)] if is_answer else rendered
+        *thoughts, content = message["content"].split("</think>")
+        thought = message.get(REASONING[0], "".join(thoughts).removeprefix("<think>"))
+        if is_answer or message["role"] != "assistant":  # earlier answers may be shortened
+            check_rendered(place, content, text)
+        is_repeated = is_answer and bool(content.strip()) and text.count(content.strip()) > 1
+        require(not is_repeated, f"{place} is rendered twice by this model's chat template. {FIX}")
+        if asks:  # what follows belongs to the answer, of which only the content counts
+            continue
+        for call in message.get("tool_calls", []):
+            check_rendered(place, call["function"]["name"], text)
+            is_python = str({ARGUMENT: MARK}) in text
+            require(not is_python, f"{place} has arguments that the template writes as Python.")
+        if is_answer:
+            check_rendered(f"the reasoning of {place}", thought, text, FIX_OF_REASONING)
+
+
+def check_rendered(what: str, mark: str, rendered: str, fix: str = FIX) -> None:
+    is_there = mark.strip() in rendered
+    require(is_there, f"{what} is left out by this model's chat template. {fix}")
+
+
+MARK = "mark"  # of an argument: how many a call has does not matter
+ARGUMENT = "city"
+
+
+class Marks:
+    """Copies of messages and tools in which a mark stands for each text: equal copies have the same
+    shape. A name has the same mark everywhere."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}
+        self.count = 0
+
+    def text(self) -> str:
+        self.count += 1
+        return f"mark{self.count:05}"
+
+    def name(self, name: str) -> str:
+        return self.names.setdefault(name, f"name{len(self.names):05}")  # ids of Mistral have nine
+
+    def message(self, message: Row) -> Row:
+        marked: Row = {"role": message["role"], "content": ""}
+        if message["content"].strip():
+            marked["content"] = self.text()
+        if "</think>" in message["content"]:
+            marked["content"] = f"<think>\n{self.text()}\n</think>\n\n{marked['content']}"
+        thought = self.text() if message.get("reasoning_content") else None
+        marked |= {key: thought for key in REASONING if key in message}
+        marked |= {
+            key: self.name(message[key]) for key in ("name", "tool_call_id") if key in message
+        }
+        if "tool_calls" in message:
+            marked["tool_calls"] = [self.call(call) for call in message["tool_calls"]]
+        return marked
+
+    def call(self, call: Row) -> Row:
+        name = self.name(call["function"]["name"])
+        function = {"name": name, "arguments": {ARGUMENT: MARK}}
+        marked = {"type": "function", "function": function}
+        return marked | ({"id": self.name(call["id"])} if "id" in call else {})
+
+    def tool(self, tool: Row) -> Row:
+        values = {"type": "object", "required": [ARGUMENT]}
+        values["properties"] = {ARGUMENT: {"type": "string", "description": "A city."}}
+        name = self.name(str(tool["function"].get("name")))
+        function = {"name": name, "description": "A tool.", "parameters": values}
+        return {"type": "function", "function": function}

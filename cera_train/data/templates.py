@@ -1,0 +1,236 @@
+"""A tokenizer's chat template: what it renders of messages, where an answer starts in it, and what
+it leaves out. Nothing here imports torch."""
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import Any
+
+import jinja2
+import jinja2.meta
+import jinja2.sandbox
+
+from cera_train.common.errors import UserError, errors_at
+from cera_train.common.settings import require
+from cera_train.data.rows import Row, as_text
+
+GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "namespace"}
+"""Variables of a template that the caller fills, or that transformers does."""
+
+SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates open or close reasoning in the generation prompt."""
+
+DATE = "strftime_now"
+"""The function by which a template writes today's date. Here its value is a setting, so that the
+tokens of a row stay the same tomorrow."""
+
+TODAY = "2026-01-01"
+
+DATE_CALL = re.compile(rf"""{DATE}\(\s*(?:format\s*=\s*)?(['"])(.*?)\1\s*\)""")
+
+
+class Refusal(UserError):
+    """A template raised an error."""
+
+
+UNFINISHED_TAG = re.compile(r"<[^<>]*$")
+
+
+@dataclass(frozen=True, eq=False)
+class ChatTemplate:
+    """A chat template with the values of its own variables, such as `enable_thinking`."""
+
+    tokenizer: Any
+    text: str
+    settings: dict[str, Any]
+    special: tuple[str, ...]
+    """The tokenizer's special tokens."""
+    switches: tuple[str, ...]
+    """Those of `SWITCHES` that the template has, and that no setting decides."""
+    forms: tuple[Callable[[Row], Row], ...] = ()
+    """What turns a message into the form that the template takes."""
+
+    def render(
+        self, messages: Sequence[Row], tools: list[Any] | None, is_prompt: bool, **switch: bool
+    ) -> str:
+        """The messages as text; with `is_prompt` the generation prompt follows. Raises UserError if
+        the template refuses them."""
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [self._form(message) for message in messages],
+                tools=tools,
+                chat_template=self.text,
+                tokenize=False,
+                add_generation_prompt=is_prompt,
+                **self.settings | switch,
+            )
+        except Exception as error:  # a template is a program, and raises what it likes
+            reason = " ".join(str(error).split()) or type(error).__name__
+            fix = "Fix the row, or use data.chat=plain."
+            raise Refusal(f"the chat template refuses these messages: {reason}. {fix}") from error
+        return as_text(text, "the chat")
+
+    def _form(self, message: Row) -> Row:
+        return functools.reduce(lambda formed, form: form(formed), self.forms, message)
+
+    def answer(
+        self, before: Sequence[Row], message: Row, tools: list[Any] | None
+    ) -> tuple[str, str, str]:
+        """What inference would show the model, what the model would have to write, its end token
+        included, and how the first differs from the prompt by default.
+
+        The answer is what the message adds to the prompt before it, so there is no marker to search
+        for.
+
+        Raises:
+            UserError: the template refuses the messages, or changes those before the answer.
+        """
+        with_answer = [*before, message]
+        for switch in ({}, *({name: has_reasoning(message)} for name in self.switches)):
+            prompt = self.render(before, tools, True, **switch)
+            full = self.render(with_answer, tools, False, **switch)
+            if full.startswith(prompt):
+                opening = ", ".join(f"{name}={str(on).lower()}" for name, on in switch.items())
+                return prompt, self._ended(full.removeprefix(prompt)), opening
+        context = self.render(before, tools, False, **switch)
+        shared = UNFINISHED_TAG.sub("", common_start(prompt, full))
+        if shared.startswith(context):  # the prompt opens reasoning that the finished answer lacks
+            opening = f"without {prompt.removeprefix(shared)!r}"
+            return shared, self._ended(full.removeprefix(shared)), opening
+        # The template renders the messages before an answer anew once it follows: gpt-oss drops the
+        # reasoning of its calls. The answer starts after the generation prompt that is the last one
+        # before full texts with other answers differ.
+        generation = prompt.removeprefix(context)
+        other = self.render(
+            [*before, {"role": "assistant", "content": OTHER}], tools, False, **switch
+        )
+        start = common_start(full, other).rfind(generation)
+        fix = "Choose a model with another template, or use data.chat=plain."
+        require(
+            bool(generation) and prompt.startswith(context) and start >= 0,
+            f"the chat template renders the messages before an answer differently once it follows, "
+            f"so it cannot be told apart. {fix}",
+        )
+        return prompt, self._ended(full[start + len(generation) :]), ""
+
+    def _ended(self, answer: str) -> str:
+        """The answer up to its end token. No model generates what a template writes after it: a
+        line break, which is left to the next prompt, or the end token of a whole chat."""
+        answer = answer.rstrip()
+        before = answer.removesuffix(self.tokenizer.eos_token or "").rstrip()
+        return before if before.endswith(self.special) else answer
+
+
+OTHER = "\u22ef"  # an answer unlike any
+
+
+def common_start(one: str, other: str) -> str:
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(letter for letter, _ in pairs)
+
+
+def has_reasoning(message: Row) -> bool:
+    return bool(message.get("reasoning_content")) or "</think>" in message["content"]
+
+
+# --- opening a template ---------------------------------------------------------------------------
+
+
+def with_arguments_as_json(message: Row) -> Row:
+    """The message with the arguments of its calls as text."""
+    calls = []
+    for call in message.get("tool_calls", []):
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append(call | {"function": call["function"] | {"arguments": arguments}})
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def with_parts(message: Row) -> Row:
+    """The message with its content as a list of parts, as models take it that see images."""
+    return message | {"content": [{"type": "text", "text": message["content"]}]}
+
+
+def takes_text(template: ChatTemplate) -> bool:
+    """Whether the template renders a content that is a text, and not a list of parts alone."""
+    try:
+        return OTHER in template.render([{"role": "user", "content": OTHER}], None, True)
+    except Refusal:
+        return False
+
+
+def open_templates(
+    tokenizer: Any, tools: list[Any] | None, settings: dict[str, Any], own: dict[str, Any]
+) -> tuple[ChatTemplate, ...]:
+    """The template for a row: with the arguments of a call as an object, and as JSON, which some
+    templates concatenate.
+
+    Args:
+        settings: `data.template_settings`.
+        own: the row's `chat_template_kwargs`, which win.
+
+    Raises:
+        UserError: the template is malformed, or has no variable of that name.
+    """
+    text = tokenizer.get_chat_template(None, tools)
+    return _open(tokenizer, text, json.dumps(settings), json.dumps(own))
+
+
+@functools.lru_cache(maxsize=256)
+def _open(tokenizer: Any, text: str, settings: str, own: str) -> tuple[ChatTemplate, ...]:
+    variables = variables_of(text)
+    places = {
+        "data.template_settings": json.loads(settings),
+        "column 'chat_template_kwargs'": json.loads(own),
+    }
+    values = {}
+    for place, chosen in places.items():
+        known = ", ".join(sorted(variables - GIVEN)) or "none"
+        for name in chosen:
+            require(
+                name in variables - GIVEN,
+                f"{place}: this model's chat template has no variable {name!r}. It has: {known}.",
+            )
+        values |= chosen
+    dated = with_date(text, values.pop(DATE, TODAY))
+    switches = tuple(name for name in SWITCHES if name in variables and name not in values)
+    added = tokenizer.added_tokens_decoder.values()
+    special = tuple(token.content for token in added if token.special)
+    template = ChatTemplate(tokenizer, dated, values, special, switches)
+    if not takes_text(template):
+        template = replace(template, forms=(with_parts,))
+    return template, replace(template, forms=(with_arguments_as_json, *template.forms))
+
+
+@functools.lru_cache(maxsize=64)
+def variables_of(text: str) -> frozenset[str]:
+    """The variables of a template that it does not set itself."""
+    # transformers knows one more statement, which marks what is generated.
+    text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        extensions=["jinja2.ext.loopcontrols"]
+    )
+    try:
+        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(text)))
+    except jinja2.TemplateError as error:
+        fix = "Fix chat_template.jinja beside the model's tokenizer, or use data.chat=plain."
+        raise UserError(f"the chat template is malformed: {error}. {fix}") from error
+
+
+def with_date(text: str, today: str) -> str:
+    """The template with a date in place of today's."""
+    with errors_at(f"data.template_settings: {DATE}={today}"):
+        try:
+            day = date.fromisoformat(today)
+        except (TypeError, ValueError):
+            raise UserError("expected a date, such as 2026-01-31.") from None
+    dated = DATE_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), text)
+    fix = "Fix the template to format it by a text, or use data.chat=plain."
+    require(
+        f"{DATE}(" not in dated,
+        f"the chat template writes today's date in a form of its own. {fix}",
+    )
+    return dated

@@ -1,0 +1,328 @@
+"""What is supervised of a chat is what the model would have to write, after what inference would
+show it: for the original chat templates in TRL's wheel and seven kinds of chat, by renderings of
+transformers alone."""
+
+import contextlib
+import copy
+import itertools
+import json
+import re
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import jinja2
+import pytest
+import trl
+from examples import data_config, with_changes
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from cera_train.common.errors import UserError
+from cera_train.data.prepare import encode
+from cera_train.data.segments import segmenter
+from cera_train.data.templates import DATE
+
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+
+ORIGINALS = sorted(
+    path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training")
+)
+
+PARTS = ("idefics3", "llava_next", "smolvlm")
+"""Templates of models that see images, which take a content as a list of parts."""
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Tells the weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "The city."}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **more) -> dict:
+    return {"role": "assistant", "content": text, **more}
+
+
+CALL = {
+    "type": "function",
+    "id": "a12345678",
+    "function": {"name": "get_weather", "arguments": {"city": "Rome"}},
+}
+CALLING = assistant("", tool_calls=[CALL])
+RESULT = {"role": "tool", "name": "get_weather", "tool_call_id": "a12345678", "content": "sunny"}
+FOUR = assistant("It is four.")
+TEN = assistant("It is ten.")
+SUNNY = assistant("It is sunny.")
+
+
+def thinking(message: dict, thought: str) -> dict:
+    return message | {"reasoning_content": thought}
+
+
+CHATS = {
+    "single": {"messages": [user("Two plus two?"), FOUR]},
+    "multi": {"messages": [user("Two plus two?"), FOUR, user("And six?"), TEN]},
+    "system": {
+        "messages": [{"role": "system", "content": "Be kind."}, user("Two plus two?"), FOUR]
+    },
+    "think": {"messages": [user("Two plus two?"), thinking(FOUR, "Adding two twice.")]},
+    "think twice": {
+        "messages": [
+            user("Two plus two?"),
+            thinking(FOUR, "Adding two twice."),
+            user("And six?"),
+            thinking(TEN, "Four and six."),
+        ]
+    },
+    "tool": {"messages": [user("Weather in Rome?"), CALLING, RESULT, SUNNY], "tools": [TOOL]},
+    "think and tool": {
+        "messages": [
+            user("Weather in Rome?"),
+            thinking(CALLING, "I need the tool."),
+            RESULT,
+            thinking(SUNNY, "It said sunny."),
+        ],
+        "tools": [TOOL],
+    },
+}
+
+TAG = re.compile(r"<[|｜]?[a-zA-Z_▁]+[|｜]?>")
+
+
+@pytest.fixture
+def tokenizer_of(tokenizer):
+    """tokenizer_of(template) -> a tokenizer with it, to which its tags are special tokens."""
+
+    def tokenizer_of(name: str):
+        text = (FOLDER / f"{name}.jinja").read_text()
+        chat = with_changes(copy.deepcopy(tokenizer), chat_template=text)
+        chat.add_special_tokens({"extra_special_tokens": sorted({*TAG.findall(text)})})
+        return chat
+
+    return tokenizer_of
+
+
+def sequences_of(row: dict, tokenizer, **settings) -> list:
+    """The sequences of a row, each a list of (the text before an answer, the answer, how its prompt
+    was opened)."""
+    if DATE in tokenizer.chat_template:  # transformers alone writes today's
+        settings["template_settings"] = {DATE: date.today().isoformat()}
+    config = data_config(layout="messages", **settings)
+    sequences = []
+    for segments in segmenter(config, tokenizer)(row):
+        answers = []
+        for number, segment in enumerate(segments):
+            if segment.supervised:
+                before = "".join(each.text for each in segments[:number])
+                answers.append((before, segment.text, segment.opening))
+        sequences.append(answers)
+    return sequences
+
+
+# --- the oracle: transformers alone ---------------------------------------------------------------
+
+
+def forms_of(name: str, messages: list[dict]) -> list[list[dict]]:
+    """The messages as the template may take them."""
+    if name in PARTS:
+        return [
+            [
+                message | {"content": [{"type": "text", "text": message["content"]}]}
+                for message in messages
+            ]
+        ]
+    as_json = json.loads(json.dumps(messages))
+    for message in as_json:
+        for call in message.get("tool_calls", []):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    return [messages, as_json]
+
+
+def rendering(tokenizer, messages: list[dict], tools, prompt: bool = False, **switch) -> str:
+    return tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **switch
+    )
+
+
+def is_inexpressible(name: str, tokenizer, row: dict) -> bool:
+    """Whether the template refuses the chat in every form, or renders it no otherwise where a part
+    is taken out: the tools, or the reasoning or the calls of an answer."""
+    return not any(
+        is_rendered_whole(tokenizer, messages, row.get("tools"))
+        for messages in forms_of(name, row["messages"])
+    )
+
+
+def is_rendered_whole(tokenizer, messages: list[dict], tools) -> bool:
+    try:
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            whole = rendering(tokenizer, messages[: number + 1], tools)
+            if tools and whole == rendering(tokenizer, messages[: number + 1], None):
+                return False
+            for part in {"reasoning_content", "tool_calls"} & message.keys():
+                less = {key: value for key, value in message.items() if key != part}
+                if whole == rendering(tokenizer, [*messages[:number], less], tools):
+                    return False
+    except (jinja2.TemplateError, TypeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_each_answer_is_the_difference_of_two_renderings_or_cannot_be_expressed(name, tokenizer_of):
+    tokenizer = tokenizer_of(name)
+    for kind, row in CHATS.items():
+        if is_inexpressible(name, tokenizer, row):
+            with pytest.raises(UserError, match="left out|refuses these messages"):
+                sequences_of(row, tokenizer)
+            continue
+        sequences = sequences_of(row, tokenizer)
+        messages = row["messages"]
+        answers = [answer for sequence in sequences for answer in sequence]
+        asked = [
+            number for number, message in enumerate(messages) if message["role"] == "assistant"
+        ]
+        assert len(answers) == len(asked), kind
+        for number, answer in zip(asked, answers, strict=True):
+            assert any(
+                is_difference(tokenizer, form, number, row.get("tools"), answer)
+                for form in forms_of(name, messages)
+            ), kind
+
+
+def is_difference(tokenizer, messages: list[dict], number: int, tools, answer: tuple) -> bool:
+    before, text, opening = answer
+    switch = {}
+    if "=" in opening:
+        switch_name, value = opening.split("=")
+        switch = {switch_name: value == "true"}
+    try:
+        prompt = rendering(tokenizer, messages[:number], tools, prompt=True, **switch)
+        full = rendering(tokenizer, messages[: number + 1], tools, **switch)
+    except (jinja2.TemplateError, TypeError):
+        return False
+    end = full.removesuffix(tokenizer.eos_token).rstrip()
+    is_end = full.rstrip().endswith(text) or end.endswith(text)
+    if full.startswith(prompt):
+        return before == prompt and is_end and full[len(prompt) :].startswith(text)
+    # The prompt opens reasoning that the answer lacks, or earlier turns are written anew.
+    is_opened = prompt.startswith(before) and full.startswith(before)
+    return is_end and (is_opened or before == prompt)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "phi3", "gptoss", "llama3", "glm4moe"])
+def test_each_answer_has_one_end_token_and_it_is_supervised(name, tokenizer_of):
+    tokenizer = tokenizer_of(name)
+    special = {*tokenizer.all_special_ids}
+    for row in CHATS.values():
+        try:
+            sequences = segmenter(data_config(layout="messages"), tokenizer)(row)
+        except UserError:
+            continue
+        config = data_config(layout="messages", max_length=4096)
+        for sequence, example in zip(
+            sequences, encode([sequences], config, tokenizer), strict=True
+        ):
+            answers = [segment for segment in sequence if segment.supervised]
+            tokens = zip(example.input_ids, example.loss_mask, strict=True)
+            stretches = [
+                [number for number, _ in run]
+                for counts, run in itertools.groupby(tokens, key=lambda token: token[1])
+                if counts
+            ]
+            assert len(stretches) == len(answers)
+            assert all(stretch[-1] in special for stretch in stretches)
+            for stretch, answer in zip(stretches, answers, strict=True):
+                # Nothing was added to what the template ends by a token of its own.
+                text = tokenizer.decode(stretch).removesuffix(tokenizer.eos_token)
+                assert text == answer.text.removesuffix(tokenizer.eos_token)
+
+
+# --- TRL's own masks ------------------------------------------------------------------------------
+
+NEXT_TURN = ("", "<|user|>", "<|observation|>")
+"""GLM's answers end where the next turn begins. TRL supervises the token of that turn, which is not
+there yet when we render; the end token that we add is one of the model's, too."""
+
+
+UNFINISHED_TURNS = ("diffusion_gemma",)
+"""After the result of a tool their generation prompt opens no turn, so the model has to open it.
+After a call they write the start of the result, at which generation stops. TRL supervises neither,
+and tool chats are not compared."""
+
+TRAINED = [
+    name for name in ORIGINALS if name not in PARTS and (FOLDER / f"{name}_training.jinja").exists()
+]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_masks_are_those_of_trls_training_templates(name, tokenizer_of):
+    """They agree on every token that the model has to write. TRL supervises also the end of the
+    generation prompt, such as <think>, which inference has written; and it renders a chat once, so
+    that earlier answers lack what the template drops of them, and are not compared here."""
+    training = (FOLDER / f"{name}_training.jinja").read_text()
+    tokenizer = tokenizer_of(name)
+    compared = 0
+    for row in CHATS.values():
+        if "tools" in row and name in UNFINISHED_TURNS:
+            continue
+        try:
+            sequences = sequences_of(row, tokenizer)
+        except UserError:
+            continue
+        forms = forms_of(name, row["messages"])
+        whole = first_taken(forms, partial(rendering, tokenizer, tools=row.get("tools")))
+        theirs = first_taken(forms, partial(supervised_by, training, tokenizer, row.get("tools")))
+        ours = [answer for sequence in sequences for answer in sequence]
+        assert len(ours) == len(theirs)
+        for (before, text, _), other in zip(ours, theirs, strict=True):
+            if not whole.startswith(before + text):
+                continue
+            other = other.removesuffix(tokenizer.eos_token).rstrip()
+            head, found, tail = other.rpartition(text.removesuffix(tokenizer.eos_token).rstrip())
+            assert found
+            assert before.endswith(head)
+            assert tail in NEXT_TURN
+            compared += 1
+    assert compared
+
+
+def first_taken(forms: list, render):
+    """What a template makes of the first form that it takes."""
+    for form in forms:
+        with contextlib.suppress(jinja2.TemplateError, TypeError):
+            return render(form)
+    raise AssertionError("the template takes no form")
+
+
+def supervised_by(template: str, tokenizer, tools, messages: list[dict]) -> list[str]:
+    """The stretches of text between {% generation %} and {% endgeneration %}, those side by side as
+    one."""
+    [text], [places] = render_jinja_template(
+        [messages],
+        tools=tools,
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    stretches = []
+    reached = None
+    for start, end in places:
+        if start == reached:
+            stretches[-1] += text[start:end]
+        elif end > start:
+            stretches.append(text[start:end])
+        reached = end
+    return stretches
