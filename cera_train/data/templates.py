@@ -1,6 +1,7 @@
 """A tokenizer's chat template: what it renders of messages, where an answer starts in it, and what
 it leaves out. Nothing here imports torch."""
 
+import bisect
 import functools
 import itertools
 import json
@@ -99,23 +100,26 @@ class ChatTemplate:
         context = self.render(before, tools, False, **switch)
         shared = UNFINISHED_TAG.sub("", common_start(prompt, full))
         if shared.startswith(context):  # the prompt opens reasoning that the finished answer lacks
-            opening = f"without {prompt.removeprefix(shared)!r}"
-            return shared, self._ended(full.removeprefix(shared)), opening
+            opened = prompt.removeprefix(shared)
+            answer = self._ended(full.removeprefix(shared))
+            if opened.count("<") > 1:  # and closes it
+                return prompt, answer, ""
+            return shared, answer, f"without {opened!r}"
         # The template renders the messages before an answer anew once it follows: gpt-oss drops the
-        # reasoning of its calls. The answer starts after the generation prompt that is the last one
-        # before full texts with other answers differ.
-        generation = prompt.removeprefix(context)
+        # reasoning of its calls, Mistral moves the system prompt. The answer starts where the text
+        # that full texts with other answers share last ends as the prompt does.
         other = self.render(
             [*before, {"role": "assistant", "content": OTHER}], tools, False, **switch
         )
-        start = common_start(full, other).rfind(generation)
+        shared = common_start(full, other)
+        tail = common_end(prompt, shared)
         fix = "Choose a model with another template, or use data.chat=plain."
         require(
-            bool(generation) and prompt.startswith(context) and start >= 0,
+            bool(tail),
             f"the chat template renders the messages before an answer differently once it follows, "
             f"so it cannot be told apart. {fix}",
         )
-        return prompt, self._ended(full[start + len(generation) :]), ""
+        return prompt, self._ended(full[shared.rindex(tail) + len(tail) :]), ""
 
     def _ended(self, answer: str) -> str:
         """The answer up to its end token. No model generates what a template writes after it: a
@@ -131,6 +135,13 @@ OTHER = "\u22ef"  # an answer unlike any
 def common_start(one: str, other: str) -> str:
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return "".join(letter for letter, _ in pairs)
+
+
+def common_end(text: str, within: str) -> str:
+    """The longest end of `text` that stands somewhere in `within`."""
+    lengths = range(1, len(text) + 1)
+    found = bisect.bisect_left(lengths, True, key=lambda length: text[-length:] not in within)
+    return text[len(text) - found :]
 
 
 def has_reasoning(message: Row) -> bool:
