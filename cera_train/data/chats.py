@@ -77,9 +77,7 @@ def turns_of_side(row: Row, side: str) -> list[Row]:
 def uses_template(config: DataConfig, tokenizer: Any) -> bool:
     """Whether the chat template writes rows of this layout. Raises UserError where it should and
     the tokenizer has none."""
-    is_chat = config.layout in (Layout.messages, Layout.conversations, Layout.instruction)
-    is_plain = config.chat == Writing.plain or (config.chat == Writing.auto and not is_chat)
-    if is_plain or tokenizer is None:
+    if tokenizer is None or not may_use_template(config):
         return False
     is_needed = config.chat == Writing.template or config.layout == Layout.messages
     if is_needed and not tokenizer.chat_template:
@@ -89,6 +87,12 @@ def uses_template(config: DataConfig, tokenizer: Any) -> bool:
             "instruction-tuned model, or data.chat=plain."
         )
     return bool(tokenizer.chat_template)
+
+
+def may_use_template(config: DataConfig) -> bool:
+    """Whether a chat template writes rows of this layout, if the tokenizer has one."""
+    is_chat = config.layout in (Layout.messages, Layout.conversations, Layout.instruction)
+    return config.chat == Writing.template or (config.chat == Writing.auto and is_chat)
 
 
 def answers_of(messages: Sequence[Row], wanted: Turns, layout: str) -> Answers:

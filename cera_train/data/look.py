@@ -96,7 +96,10 @@ def describe_layouts(config: DataConfig, tokenizer: Any) -> Iterator[str]:
         if is_chat:
             line += ", all answers" if part.turns == Turns.all else f", the {part.turns} answer"
         if uses_template(part, tokenizer):
-            line += ", by the chat template"
+            settings = ", ".join(
+                f"{name}={value}" for name, value in part.template_settings.items()
+            )
+            line += ", by the chat template" + (f" with {settings}" if settings else "")
         if part.holds_out_by_prompt:
             line += f"; {HELD_OUT:.0%} of the rows, at most {MOST_HELD_OUT}, are held out by prompt"
         yield line

@@ -147,8 +147,10 @@ class TokenizedRows:
         tokens = sum(self.lengths)
         supervised = sum(self.supervised) / tokens
         empty, beyond = self.dropped
+        rows = len(self) - sum(self.column("continues"))
+        sequences = f" as {len(self):,} sequences" if rows < len(self) else ""
         return (
-            f"{len(self):,} {unit}, {tokens:,} tokens, {supervised:.0%} supervised; "
+            f"{rows:,} {unit}{sequences}, {tokens:,} tokens, {supervised:.0%} supervised; "
             f"{empty + beyond:,} dropped ({empty:,} empty, {beyond:,} beyond max_length), "
             f"{sum(self.truncated):,} truncated"
         )

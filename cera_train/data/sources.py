@@ -11,12 +11,13 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.libraries import hub_or_cache, offline_reason
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted
+from cera_train.data.chats import uses_template
 from cera_train.data.computed import computed_rows, open_generator
 from cera_train.data.rows import (
     PROMPT,
@@ -98,8 +99,7 @@ def _layout_of(config: DataConfig) -> dict[str, Any]:
         paths = check_files(config.train_files, "data.train_files")
     except UserError:
         return {}
-    all_rows = itertools.chain.from_iterable(map(first_rows, paths))
-    rows = list(itertools.islice(all_rows, FIRST_ROWS))
+    rows = list(first_training_rows(config))
     place = f"{paths[0]}: data.layout=auto"
     require(bool(rows), f"{place} finds no rows: the file is empty.")
     _, first_row = rows[0]
@@ -160,6 +160,41 @@ def _read_first_rows(path: str, version: tuple[int, int] | None) -> list[PlacedR
     return list(itertools.islice(rows_of([path]), FIRST_ROWS))
 
 
+def decide_switches(config: DataConfig, tokenizer: Any) -> DataConfig:
+    """The config with the switch of the chat template that every answer of the first training rows
+    needs, such as {enable_thinking: false}: whatever asks the model later then asks as it was
+    trained. Unchanged where answers need none, or different ones."""
+    openings = set()
+    for place, part in config.parts():
+        if uses_template(part, tokenizer):
+            with errors_at(place):
+                rows = sequences_of(first_training_rows(part), segmenter(part, tokenizer))
+                openings |= {
+                    segment.opening
+                    for sequences in rows
+                    for sequence in sequences
+                    for segment in sequence
+                    if segment.supervised
+                }
+    if len(openings) != 1:
+        return config
+    name, is_switch, value = openings.pop().partition("=")
+    if not is_switch:
+        return config
+    settings = config.template_settings | {name: value == "true"}
+    return replace(config, template_settings=settings)
+
+
+def first_training_rows(config: DataConfig) -> Iterator[PlacedRow]:
+    """The first rows of the training files or of the split on the Hub."""
+    if config.train_files:
+        paths = check_files(config.train_files, "data.train_files")
+        rows = itertools.chain.from_iterable(map(first_rows, paths))
+    else:
+        rows = from_hub(config, "data.train_split", config.streaming).located()
+    return itertools.islice(rows, FIRST_ROWS)
+
+
 def check_data(config: DataConfig) -> None:
     """Raises UserError for mistakes in the first rows of a config's files, before anything heavy is
     imported. Needs no chat template."""
@@ -205,18 +240,40 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
     return train.first(config.train_rows), evaluation.first(config.eval_rows)
 
 
-def answered_rows(
-    config: DataConfig, tokenizer: Any
-) -> Iterator[tuple[DataConfig, list[Segment], Segment]]:
-    """The held-out rows that ask something: the part of the mix, the segments before the first
-    supervised answer, and that answer. Without a tokenizer, chats lack chat markup."""
+class AnsweredRow(NamedTuple):
+    """A held-out row that asks something, up to its first supervised answer."""
+
+    part: DataConfig
+    """Of the mix."""
+    prompt: list[Segment]
+    answer: Segment
+    gold: str
+    """The text of the answer, without markup and reasoning."""
+    is_chat: bool
+    """Whether a chat template wrote it."""
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return "".join(segment.text for segment in self.prompt)
+
+
+def answered_rows(config: DataConfig, tokenizer: Any) -> Iterator[AnsweredRow]:
+    """The held-out rows that ask something. Without a tokenizer, chats lack chat markup."""
     for _, part in config.parts():
-        rows = open_sources(part)[1].located()
-        for sequences in sequences_of(rows, segmenter(part, tokenizer)):
+        trained, asked = itertools.tee(open_sources(part)[1].located())
+        rows = zip(
+            sequences_of(trained, segmenters(part, tokenizer)[0]),
+            sequences_of(asked, segmenters(part, tokenizer, asks=True)[0]),
+            strict=True,
+        )
+        is_chat = uses_template(part, tokenizer)
+        for sequences, golden in rows:
             first = next(iter(sequences), [])
             prompt = list(itertools.takewhile(lambda segment: not segment.supervised, first))
             if any(segment.text for segment in prompt) and len(prompt) < len(first):
-                yield part, prompt, first[len(prompt)]
+                gold = next(segment.text for segment in golden[0] if segment.supervised)
+                yield AnsweredRow(part, prompt, first[len(prompt)], gold.strip(), is_chat)
 
 
 def _split(

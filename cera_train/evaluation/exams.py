@@ -68,14 +68,13 @@ def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | N
     requests = []
     room = SAMPLE_ROOM
     longest = sys.maxsize if positions is None else positions - SAMPLE_ROOM
-    for part, prompt, answer in answered_rows(config, tokenizer):
-        text = "".join(segment.text for segment in prompt)
-        whole = replace(part, max_length=sys.maxsize)
-        [encoded_prompt, encoded_answer] = encode([[prompt], [[answer]]], whole, tokenizer)
+    for row in answered_rows(config, tokenizer):
+        whole = replace(row.part, max_length=sys.maxsize)
+        [encoded_prompt, encoded_answer] = encode([[row.prompt], [[row.answer]]], whole, tokenizer)
         if len(encoded_prompt.input_ids) > longest:
             continue
-        name = f"{question_id(text)}-{len(problems)}"
-        problems.append(Problem(name, text, text, answer.text.strip()))
+        name = f"{question_id(row.text)}-{len(problems)}"
+        problems.append(Problem(name, row.text, row.text, row.gold))
         requests.append(Request(name, 0, tuple(encoded_prompt.input_ids)))
         room = max(room, len(encoded_answer.input_ids))
         if len(problems) == count:
@@ -112,7 +111,7 @@ class Exams:
         for name in config.train.tasks:
             with errors_at(f"train.tasks=[{name}]"):
                 task = training_task(name, config.train.changes_of_task(name))
-                problems = load_problems(task, config.data)
+                problems = load_problems(task, config.data, tokenizer)
                 room = task.config.max_new_tokens
                 requests = requests_for(problems, 1, tokenizer, room, positions)
                 self.tasks.append(Exam(name, task, problems, requests, room, task.config.stop))

@@ -10,7 +10,7 @@ import transformers
 
 from cera_train.common.settings import require
 from cera_train.data.prepare import ids_of, start_ids, stop_ids
-from cera_train.runs.evaluation_folder import Generation, Key, Problem
+from cera_train.runs.evaluation_folder import CHAT, Generation, Key, Problem
 from cera_train.settings.evaluation import GenerationConfig
 
 
@@ -42,8 +42,10 @@ def requests_for(
 ) -> list[Request]:
     """The answers to generate: `samples` for each problem, in order."""
     start = start_ids(tokenizer)
+    texts = ids_of([problem.prompt for problem in problems], tokenizer)
     prompts = [
-        (*start, *ids) for ids in ids_of([problem.prompt for problem in problems], tokenizer)
+        tuple(ids) if getattr(problem, CHAT, False) else (*start, *ids)
+        for problem, ids in zip(problems, texts, strict=True)
     ]
     empty = prompts.index(()) + 1 if () in prompts else None
     fix = "add words to task.prompt"

@@ -37,5 +37,10 @@ def resolve_evaluation(config: EvalConfig) -> ResolvedEvaluation:
         is_on_hub = config.task.path is not None and not config.task.files
         if is_on_hub and is_main_process():
             announce("reading", f"the problems of {config.task.path}")
-        problems = load_problems(task, subject.data)
+        tokenizer = None
+        if task.needs_tokenizer(subject.data):
+            from cera_train.model.folder import load_tokenizer  # torch, which other tasks spare
+
+            tokenizer = load_tokenizer(subject.model)
+        problems = load_problems(task, subject.data, tokenizer)
     return ResolvedEvaluation(config, subject, task, problems)

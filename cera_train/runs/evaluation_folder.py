@@ -26,6 +26,9 @@ from cera_train.settings.evaluation import EvalConfig
 
 Key = tuple[str, int]  # problem and sample
 
+CHAT = "is_chat"
+"""Marks a problem whose prompt a chat template wrote, with its start token."""
+
 
 class Problem(Record, extra="allow"):
     """One problem, a line of problems.jsonl. `details` holds what the task's grader or a report

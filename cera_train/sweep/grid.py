@@ -151,6 +151,7 @@ def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJo
         decided = (
             "adapter.start_digest",
             *("data." if key.endswith(".layout") else key for key in auto),
+            *([] if config["data"]["template_settings"] else ["data.template_settings"]),
         )
         different = differences(folder / "config.yaml", redact_tree(config))
         if different := {

@@ -8,9 +8,11 @@ from typing import TypeVar
 from cera_train.adapters import build as adapters
 from cera_train.common.settings import AUTO, Choice
 from cera_train.common.trust import redact_tree
-from cera_train.data.sources import decide_layouts
+from cera_train.data.chats import may_use_template
+from cera_train.data.sources import decide_layouts, decide_switches
 from cera_train.distributed.accelerator import this_device
 from cera_train.model.compiled import can_compile
+from cera_train.model.folder import load_tokenizer
 from cera_train.model.precision import choose_precision
 from cera_train.runs.records import load_config
 from cera_train.runs.results import DIVERGED
@@ -44,6 +46,7 @@ def resolve(config: Config, folder: Path) -> Resolved:
     adapters.check(config.adapter)
     config = replace(config, data=decide_layouts(config.data))
     begun = config if starts_anew(config, folder) else load_config(folder / "config.yaml")
+    data = with_known_layouts(config.data, begun.data)
 
     dtype = as_begun(config.model.dtype, begun.model.dtype, Dtype.auto, folder)
     dtype = dtype or choose_precision(config.model.dtype)
@@ -56,7 +59,7 @@ def resolve(config: Config, folder: Path) -> Resolved:
         config,
         model=replace(config.model, dtype=dtype.value),
         adapter=with_start_digest(config.adapter, begun.adapter),
-        data=with_known_layouts(config.data, begun.data),
+        data=with_template_settings(replace(config, data=data), begun),
         optimizer=replace(config.optimizer, lr=lr.value),
         train=replace(config.train, compile=compiles.value),
     )
@@ -104,6 +107,17 @@ def with_start_digest(adapter: AdapterConfig, begun: AdapterConfig) -> AdapterCo
         return adapter
     recorded = begun.start_digest if adapter.start_from == begun.start_from else None
     return replace(adapter, start_digest=recorded or digest_of(find_start(adapter)))
+
+
+def with_template_settings(config: Config, begun: Config) -> DataConfig:
+    """The data's settings with the chat template's switches that all answers need."""
+    data = config.data
+    if begun is not config and not data.template_settings:
+        return replace(data, template_settings=begun.data.template_settings)
+    has_chats = any(may_use_template(part) for _, part in data.parts())
+    if not has_chats or config.work.answers:  # what samples answers asks as inference does
+        return data
+    return decide_switches(data, load_tokenizer(config.model))
 
 
 def with_known_layouts(data: DataConfig, begun: DataConfig) -> DataConfig:

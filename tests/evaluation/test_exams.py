@@ -325,7 +325,7 @@ TALK = [
             {"messages": CHAT},
             ["data.layout=messages"],
             "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n",
-            "hello there<|im_end|>",
+            "hello there",
         ),
         (
             {"conversations": [*TALK, {"from": "gpt", "value": "no"}]},

@@ -1,16 +1,23 @@
 """The held-out rows of a run: their prompts are the questions, their answers the gold ones,
 graded as in jsonl.py."""
 
-from cera_train.common.errors import UserError
+from typing import Any
+
 from cera_train.common.settings import require
-from cera_train.data.rows import Source
+from cera_train.data.chats import may_use_template
+from cera_train.data.rows import Row, Source
 from cera_train.data.sources import answered_rows
 from cera_train.evaluation.tasks import jsonl
-from cera_train.settings.data import DataConfig, Layout
+from cera_train.runs.evaluation_folder import CHAT
+from cera_train.settings.data import DataConfig
 
 
 class EvaluationRows(jsonl.JsonlTask):
-    def source(self, data: DataConfig | None) -> Source:
+    def needs_tokenizer(self, data: DataConfig | None) -> bool:
+        parts = [] if data is None else data.parts()
+        return any(may_use_template(part) for _, part in parts)
+
+    def source(self, data: DataConfig | None, tokenizer: Any) -> Source:
         name = f"task={self.config.name}"
         fix = "write the questions into a file, for task=jsonl"
         require(
@@ -18,13 +25,17 @@ class EvaluationRows(jsonl.JsonlTask):
             f"{name}: the rows that this model was trained on are unknown: {fix}.",
         )
         rows = []
-        for part, prompt, answer in answered_rows(data, tokenizer=None):
-            if part.layout == Layout.messages or len(prompt) > 1:
-                reason = "knows neither chat templates nor answers before the asked one"
-                raise UserError(f"{name} {reason}, and these rows have them: {fix}.")
-            rows.append({"question": prompt[0].text, "answer": answer.text})
+        for row in answered_rows(data, tokenizer):
+            require(
+                row.is_chat or len(row.prompt) == 1,
+                f"{name} does not know answers before the asked one in plain text: {fix}.",
+            )
+            rows.append({"question": row.text, "answer": row.gold, CHAT: row.is_chat})
         require(bool(rows), f"{name}: no held-out row has a prompt and an answer: {fix}.")
         return Source.numbered("", rows, name)
+
+    def details(self, row: Row) -> dict[str, Any]:
+        return {CHAT: True} if row[CHAT] else {}
 
 
 TASK = EvaluationRows(**vars(jsonl.TASK) | {"settings": ("prompt", "grader")})

@@ -39,7 +39,7 @@ class LogisticMap(AnswerTask):
         check_growths("task.growths", config.growths)
         return super().configured(config)
 
-    def problems(self, data: DataConfig | None) -> Iterable[Problem]:
+    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out."""
         parts = parts_of_layout(data, Layout.logistic_map)
         rows = parts[0] if parts else DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)

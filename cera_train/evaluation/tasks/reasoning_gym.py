@@ -54,7 +54,7 @@ class ReasoningGym(AnswerTask):
         )
         return super().configured(config)
 
-    def problems(self, data: DataConfig | None) -> Iterable[Problem]:
+    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterable[Problem]:
         generators = self._generators(data)
         for draw in draws(generators, Split.test, self.config.limit, "task.limit"):
             prompt = computed_row(draw.question, draw.answer)["prompt"]

@@ -84,10 +84,18 @@ class AnswerTask(Task, ABC):
             metric.key: not metric.lower_is_better for metric in self.shown
         }
 
+    def needs_tokenizer(self, data: DataConfig | None) -> bool:
+        """Whether the prompts depend on a chat template."""
+        return False
+
     @abstractmethod
-    def problems(self, data: DataConfig | None) -> Iterable[Problem]:
-        """The problems, in order, at most `config.limit`. `data` holds the rows that the run was
-        trained on."""
+    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterable[Problem]:
+        """The problems, in order, at most `config.limit`.
+
+        Args:
+            data: the rows that the run was trained on.
+            tokenizer: of the model that answers, where `needs_tokenizer`; None to count problems.
+        """
 
     @abstractmethod
     def grade(self, problem: Problem, generation: Generation) -> Grade:
@@ -127,12 +135,12 @@ class QuestionTask(AnswerTask):
         )
         return super().configured(config)
 
-    def source(self, data: DataConfig | None) -> Source:
+    def source(self, data: DataConfig | None, tokenizer: Any) -> Source:
         """The rows to read: by default those of the task's files, or of its data set on the Hub."""
         return open_rows(self.config)
 
-    def problems(self, data: DataConfig | None) -> list[Problem]:
-        source = self.source(data)
+    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> list[Problem]:
+        source = self.source(data, tokenizer)
         problems = list(itertools.islice(self._read(source), self.config.limit))
         level = "" if self.config.level is None else f" of task.level={self.config.level}"
         require(
@@ -154,7 +162,11 @@ class QuestionTask(AnswerTask):
                     {name: text_of(row, name, "task.prompt") for name in columns}
                 )
                 gold = self.gold(row)
-            yield Problem(question_id(question), question, prompt, gold)
+            yield Problem(question_id(question), question, prompt, gold, **self.details(row))
+
+    def details(self, row: Row) -> dict[str, Any]:
+        """What a problem holds beside its prompt and its gold answer."""
+        return {}
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         answer = None
@@ -251,12 +263,14 @@ def build_task(config: TaskConfig) -> Task:
     return task.configured(config)
 
 
-def load_problems(task: AnswerTask, data: DataConfig | None) -> list[Problem]:
+def load_problems(
+    task: AnswerTask, data: DataConfig | None, tokenizer: Any = None
+) -> list[Problem]:
     """The problems of a task, in its order. A question that comes again gets -2, -3, ... after its
-    id."""
+    id. The arguments are those of `AnswerTask.problems`."""
     seen = Counter()
     problems = []
-    for problem in task.problems(data):
+    for problem in task.problems(data, tokenizer):
         seen[problem.id] += 1
         count = seen[problem.id]
         problems.append(problem if count == 1 else problem.replace(id=f"{problem.id}-{count}"))

@@ -8,6 +8,7 @@ import pytest
 import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError
 from cera_train.evaluation.evaluate import score
+from cera_train.evaluation.requests import requests_for
 from cera_train.evaluation.tasks.task import build_task, load_problems, trained_on, training_task
 from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.settings.data import DataConfig, LogisticMapConfig, MixPart
@@ -17,6 +18,7 @@ GSM8K = {"question": "1 + 1", "answer": "It is 2.\n#### 2"}
 MATH = {"problem": "1 + 1", "solution": r"\boxed{2}"}
 ARITHMETIC = """
 from cera_train.data.rows import text_of
+from cera_train.evaluation.requests import requests_for
 from cera_train.evaluation.tasks.task import QuestionTask
 
 TASK = QuestionTask(
@@ -211,12 +213,12 @@ def test_a_file_without_what_the_task_needs_gets_one_line_with_its_place(
 TALK = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "It is  4."}]
 
 
-def held_out_problems(data: DataConfig | None, **changes) -> list[tuple[str, str]]:
-    problems = load_problems(training_task("held_out", changes), data)
+def held_out_problems(data: DataConfig | None, tokenizer=None, **changes) -> list[tuple[str, str]]:
+    problems = load_problems(training_task("held_out", changes), data, tokenizer)
     return [(problem.prompt, problem.gold) for problem in problems]
 
 
-def test_the_questions_of_held_out_are_the_evaluation_rows_of_every_part(write_jsonl):
+def test_the_questions_of_held_out_are_the_evaluation_rows_of_every_part(write_jsonl, tokenizer):
     qa = write_jsonl(
         "qa.jsonl",
         [{"q": f"1 + {n}?", "a": f"It is {n + 1}"} for n in range(4)] + [{"q": "?", "a": ""}],
@@ -224,25 +226,37 @@ def test_the_questions_of_held_out_are_the_evaluation_rows_of_every_part(write_j
     talk = write_jsonl("talk.jsonl", [{"conversations": TALK}] * 2)
     parts = [
         MixPart(train_files=[str(qa)], prompt="{q} ", completion="{a}", eval_rows=3),
-        MixPart(train_files=[str(talk)], layout="conversations"),
+        MixPart(train_files=[str(talk)], layout="conversations", chat="plain"),
         MixPart(layout="dates", train_rows=1, eval_rows=0),
     ]
     data = DataConfig(prompt="x", completion="{y}", eval_rows=1, mix=parts)
     sums = [("1 + 2? ", "It is 3"), ("1 + 3? ", "It is 4")]
-    assert held_out_problems(data) == [*sums, ("User: 2 + 2?\nAssistant:", "It is 4.")]
-    assert held_out_problems(data, grader="number", limit=2) == [
+    plain = ("User: 2 + 2?\nAssistant:", "It is 4.")
+    assert held_out_problems(data, tokenizer) == [*sums, plain]
+    assert held_out_problems(data, tokenizer, grader="number", limit=2) == [
         (prompt, gold[-1]) for prompt, gold in sums
     ]
 
 
-def test_rows_that_held_out_cannot_ask_are_refused(write_jsonl):
-    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
-    file = str(write_jsonl("chat.jsonl", [{"messages": chat}] * 2))
-    with pytest.raises(
-        UserError,
-        match="task=held_out knows neither chat templates nor answers before the asked one, and",
-    ):
-        held_out_problems(DataConfig(layout="messages", train_files=[file], eval_rows=1))
+def test_held_out_asks_chats_by_their_template_with_one_start_token(write_jsonl, tokenizer):
+    talk = write_jsonl("talk.jsonl", [{"conversations": TALK}] * 2)
+    data = DataConfig(train_files=[str(talk)], layout="conversations", eval_rows=1)
+    task = training_task("held_out", {})
+    assert task.needs_tokenizer(data)
+    [problem] = load_problems(task, data, tokenizer)
+    asked = TALK[0]["value"]
+    prompt = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+    assert (problem.prompt, problem.gold) == (prompt, "It is 4.")
+    [request] = requests_for([problem], 1, tokenizer, 8, None)
+    assert tokenizer.decode(request.prompt_ids) == prompt
+
+
+def test_rows_that_held_out_cannot_ask_are_refused(write_jsonl, tokenizer):
+    turns = {"conversations": [*TALK[:1], TALK[1] | {"train": False}, *TALK]}
+    file = str(write_jsonl("chat.jsonl", [turns] * 2))
+    settings = {"layout": "conversations", "turns": "all", "chat": "plain", "eval_rows": 1}
+    with pytest.raises(UserError, match="does not know answers before the asked one"):
+        held_out_problems(DataConfig(train_files=[file], **settings), tokenizer)
     with pytest.raises(
         UserError, match="task=held_out: the rows that this model was trained on are unknown: write"
     ):

@@ -1,0 +1,335 @@
+"""How rows become chats, which settings reach their template, and which chats are refused."""
+
+import json
+
+import pytest
+from conftest import CHAT_TEMPLATE
+from examples import data_config, example_of, supervised_text, texts_of, with_changes
+
+from cera_train.common.errors import UserError
+from cera_train.data.prepare import prepare_data
+from cera_train.data.segments import segmenter, segmenters
+from cera_train.data.sources import decide_switches
+
+CALLS = (
+    "{% for call in message.tool_calls or [] %}[{{ call.function.name }} "
+    "{{ call.function.arguments | tojson }}]{% endfor %}"
+)
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    + CHAT_TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] }}" + CALLS)
+)
+"""With tools and their calls."""
+
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}"
+    "<think>{{ m.reasoning_content or '' }}</think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Reasoning of the last answer alone, as Qwen3 renders it."""
+
+OPENS = THINKS.replace(
+    "{% if m.role == 'assistant' and loop.last %}<think>{{ m.reasoning_content or '' }}</think>"
+    "{% endif %}",
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}",
+).replace(
+    "assistant\n{% endif %}",
+    "assistant\n{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    "{% endif %}",
+)
+"""A generation prompt that opens reasoning, unless it is switched off."""
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **more) -> dict:
+    return {"role": "assistant", "content": text, **more}
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+ASKED = [user("hello"), assistant("hello there")]
+
+
+def ids_of_row(row: dict, tokenizer, **settings) -> tuple[list[int], list[bool]]:
+    example = example_of(row, tokenizer, **settings)
+    return example.input_ids, example.loss_mask
+
+
+# --- rows that become chats -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "messages"),
+    [
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "hello"},
+                    {"from": "gpt", "value": "hi"},
+                ]
+            },
+            {"layout": "conversations"},
+            [user("hello"), assistant("hi")],
+        ),
+        (
+            {"system": "Be brief.", "conversations": [{"from": "user", "value": "a"}]}
+            | {"conversations": [{"from": "user", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            {"layout": "conversations"},
+            [{"role": "system", "content": "Be brief."}, user("a"), assistant("b")],
+        ),
+        (
+            {"instruction": "Add.", "input": "1 + 1", "output": "2"},
+            {"layout": "instruction"},
+            [user("Add.\n1 + 1"), assistant("2")],
+        ),
+        (
+            {"question": "1 + 1?", "answer": "2"},
+            {"layout": "text", "chat": "template", "prompt": "{question} "},
+            [user("1 + 1?"), assistant("2")],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}
+            | {"messages": [user([{"type": "text", "text": "a"}]), assistant("b")]},
+            {"layout": "messages"},
+            [user("a"), assistant("b")],
+        ),
+    ],
+    ids=["ShareGPT", "ShareGPT with a system prompt", "Alpaca", "columns", "parts"],
+)
+def test_rows_of_every_layout_are_written_by_the_chat_template(tokenizer, row, settings, messages):
+    chat = ids_of_row({"messages": messages}, tokenizer, layout="messages")
+    assert ids_of_row(row, tokenizer, **settings) == chat
+
+
+def test_calls_of_tools_are_read_in_sharegpts_form_and_in_openais(tokenizer):
+    chat = with_changes(tokenizer, chat_template=TEMPLATE)
+    function = TOOL["function"]
+    call = json.dumps(CALL["function"])
+    turns = [
+        ("human", "Rome?"),
+        ("function_call", call),
+        ("observation", "sunny"),
+        ("gpt", "It is sunny."),
+    ]
+    sharegpt = {
+        "conversations": [{"from": speaker, "value": text} for speaker, text in turns],
+        "tools": json.dumps([function]),  # without its type, as LLaMA-Factory writes it
+    }
+    tool = {"role": "tool", "content": "sunny"}
+    arguments = json.dumps(CALL["function"]["arguments"])
+    as_text = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    for calling in (CALL, as_text):
+        messages = [user("Rome?"), assistant(None, tool_calls=[calling]), tool]
+        openai = {"messages": [*messages, assistant("It is sunny.")], "tools": [TOOL]}
+        wanted = ids_of_row(openai, chat, layout="messages")
+        assert ids_of_row(sharegpt, chat, layout="conversations", turns="all") == wanted
+    with pytest.raises(UserError, match=r"data\.chat=template"):
+        example_of(sharegpt, chat, layout="conversations", turns="all", chat="plain")
+
+
+def test_the_papers_rows_stay_plain(compose, tokenizer):
+    files = ("data.train_files=[t.jsonl]", "data.eval_files=[e.jsonl]")
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    for settings in (("data=slimorca",), ("data=jsonl", "protocol=paper")):
+        data = compose(*settings, *files, "data.layout=conversations").data
+        [[question, answer]] = segmenter(data, tokenizer)(row)
+        assert (question.text, answer.text) == ("User: a\nAssistant:", " b")
+
+
+# --- several sequences ----------------------------------------------------------------------------
+
+
+def test_an_answer_after_turns_that_the_template_shortens_is_a_sequence_of_its_own(
+    tokenizer, write_jsonl
+):
+    chat = with_changes(tokenizer, chat_template=THINKS)
+    rows = [
+        {
+            "messages": [
+                user(f"hello {number}"),
+                assistant("there", reasoning_content="hm"),
+                user("next?"),
+                assistant("value", thinking="so"),
+            ]
+        }
+        for number in range(8)
+    ]
+    file = str(write_jsonl("rows.jsonl", rows))
+    data = prepare_data(data_config(train_files=[file], eval_files=[], layout="messages"), chat)
+    # Both sequences of a row are on one side, and both are one row.
+    assert (len(data.train), len(data.evaluation)) == (14, 2)
+    assert data.train.describe().startswith("7 rows as 14 sequences, ")
+    assert [data.train.sequences_of_row(number, 1) for number in (2, 3)] == [range(2, 4)] * 2
+    first, second = texts_of(data.evaluation, chat)
+    assert "hm" in first
+    assert "hm" not in second
+    assert second.endswith(
+        "next?<|im_end|>\n<|im_start|>assistant\n<think>so</think>value<|im_end|>"
+    )
+    pair = {"prompt": rows[0]["messages"][:3]} | {"chosen": [assistant("a")]}
+    pair |= {"rejected": [assistant("b")]}
+    sides = segmenters(data_config(layout="messages", rejected="rejected"), chat)
+    [[[asked, chosen]], [[again, rejected]]] = [side(pair) for side in sides]
+    assert asked == again
+    assert (chosen.text, rejected.text) == (
+        "<think></think>a<|im_end|>",
+        "<think></think>b<|im_end|>",
+    )
+
+
+def test_a_chat_is_rendered_twice_an_answer(tokenizer, monkeypatch):
+    """The proof that nothing is left out is one chat for all of a shape."""
+    count = 0
+    render = type(tokenizer).apply_chat_template
+
+    def counted(*arguments, **settings) -> str:
+        nonlocal count
+        count += 1
+        return render(*arguments, **settings)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", counted)
+    segments = segmenter(data_config(layout="messages"), with_changes(tokenizer, name_or_path="x"))
+    for number in range(50):
+        segments({"messages": [user(f"{number}"), assistant(f"{number}")] * 4})
+    assert count <= 2 * 4 * 50 + 10
+
+
+# --- settings of the template ---------------------------------------------------------------------
+
+
+def test_settings_reach_the_template_and_a_row_has_the_last_word(tokenizer):
+    chat = with_changes(
+        tokenizer, chat_template="{{ tone }} {{ strftime_now('%d %b %Y') }}:" + CHAT_TEMPLATE
+    )
+    row = {"messages": ASKED}
+
+    def start(row: dict, **settings) -> str:
+        example = example_of(row, chat, layout="messages", template_settings=settings)
+        return chat.decode(example.input_ids).split(":")[0]
+
+    assert start(row) == " 01 Jan 2026"  # whatever today is
+    assert start(row, tone="calm", strftime_now="2024-02-29") == "calm 29 Feb 2024"
+    assert start(row | {"chat_template_kwargs": {"tone": "loud"}}, tone="calm")[:4] == "loud"
+    with pytest.raises(UserError, match=r"data\.template_settings: .*'ton'.*strftime_now, tone"):
+        start(row, ton="calm")
+    with pytest.raises(UserError, match="column 'chat_template_kwargs'"):
+        start(row | {"chat_template_kwargs": {"messages": []}})
+    with pytest.raises(UserError, match=r"strftime_now=tomorrow: .*2026-01-31"):
+        start(row, strftime_now="tomorrow")
+
+
+def test_a_switch_follows_whether_the_row_has_reasoning(tokenizer):
+    chat = with_changes(tokenizer, chat_template=OPENS)
+    without = {"messages": ASKED}
+    thought = {"messages": [ASKED[0], ASKED[1] | {"reasoning_content": "hm"}]}
+
+    def prompt_and_answer(row: dict, asks: bool = False, **settings) -> tuple[str, str, str]:
+        config = data_config(layout="messages", template_settings=settings)
+        [[prompt, answer]] = segmenters(config, chat, asks)[0](row)
+        return prompt.text.rpartition("\n")[2], answer.text, answer.opening
+
+    assert prompt_and_answer(thought) == ("<think>", "hm</think>hello there<|im_end|>", "")
+    switched = ("", "hello there<|im_end|>", "enable_thinking=false")
+    assert prompt_and_answer(without) == switched
+    chosen = prompt_and_answer(without, enable_thinking=False)
+    assert chosen == (*switched[:2], "")
+    # What samples an answer asks as inference does, and grades the text of the right one.
+    assert prompt_and_answer(without, asks=True) == ("<think>", "hello there", "")
+    # Without a switch the answer starts where the prompt and the finished chat part.
+    chat.chat_template = OPENS.replace("enable_thinking is not defined or enable_thinking", "true")
+    assert prompt_and_answer(without) == ("", "hello there<|im_end|>", "without '<think>'")
+    # A prompt that also closes its reasoning is shown whole.
+    chat.chat_template = chat.chat_template.replace(
+        "<think>{% endif %}", "<think></think>{% endif %}"
+    )
+    assert prompt_and_answer(without) == ("<think></think>", "hello there<|im_end|>", "")
+
+
+def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write_jsonl):
+    """What asks the model later asks as it was trained."""
+    chat = with_changes(tokenizer, chat_template=OPENS)
+    without = {"messages": ASKED}
+    thought = {"messages": [ASKED[0], ASKED[1] | {"reasoning_content": "hm"}]}
+
+    def settings(rows: list[dict]) -> dict:
+        file = str(write_jsonl("rows.jsonl", rows))
+        config = data_config(train_files=[file], layout="messages")
+        return decide_switches(config, chat).template_settings
+
+    assert settings([without] * 3) == {"enable_thinking": False}
+    assert settings([thought] * 3) == settings([without, thought]) == {}
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+TWICE = CHAT_TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] }}" * 2)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "line"),
+    [
+        (TWICE, ASKED, r"messages\[1\], of role 'assistant', would be supervised 2 times"),
+        (
+            CHAT_TEMPLATE.replace("messages %}", "messages if message.role == 'user' %}"),
+            ASKED,
+            r"messages\[1\].* renders no answer",
+        ),
+        (
+            CHAT_TEMPLATE.replace("messages %}", "messages[1:] %}"),
+            [user("a"), user("b"), assistant("c")],
+            r"messages\[0\], of role 'user', is left out",
+        ),
+        ("{{ 1 / 0 }}", ASKED, "refuses these messages: division by zero"),
+        ("{% if %}", ASKED, r"the chat template is malformed: .*chat_template\.jinja"),
+        ("{{ strftime_now(bos_token) }}" + CHAT_TEMPLATE, ASKED, "date in a form of its own"),
+        (
+            TEMPLATE,
+            [user([{"type": "image", "url": "a.png"}]), assistant("b")],
+            r"messages\[0\] 'content' holds a part of type 'image'",
+        ),
+        (
+            TEMPLATE,
+            [user("a"), assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{"}}])],
+            r"messages\[1\], the arguments of 'f', holds '\{': expected a JSON object",
+        ),
+        (
+            TEMPLATE.replace(" | tojson }}]", " }}]"),
+            [user("a"), assistant("", tool_calls=[CALL]), user("b"), assistant("c")],
+            None,
+        ),
+    ],
+    ids=[
+        "an answer twice",
+        "no answer",
+        "a message dropped",
+        "a bug",
+        "no template",
+        "a date",
+        "an image",
+        "arguments that are no JSON",
+        "arguments written as Python",
+    ],
+)
+def test_a_chat_that_cannot_be_trained_whole_is_refused(tokenizer, template, messages, line):
+    chat = with_changes(tokenizer, chat_template=template)
+    row = {"messages": messages}
+    if line is None:  # arguments as JSON text come out right
+        example = example_of(row, chat, layout="messages", turns="all")
+        assert supervised_text(example, chat).startswith('[weather {"city": "Rome"}]')
+        return
+    with pytest.raises(UserError, match=line):
+        example_of(row, chat, layout="messages")
+
+
+def test_a_tool_with_the_name_of_a_letter_is_missed_too(tokenizer):
+    tool = {"type": "function", "function": {"name": "f"}}
+    row = {"messages": ASKED, "tools": [tool]}
+    with pytest.raises(UserError, match="column 'tools' is left out"):
+        example_of(row, tokenizer, layout="messages")
+    chat = with_changes(tokenizer, chat_template=TEMPLATE)
+    assert '"name": "f"' in chat.decode(example_of(row, chat, layout="messages").input_ids)
