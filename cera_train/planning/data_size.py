@@ -5,9 +5,12 @@ import math
 import re
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
+from cera_train.data.chats import uses_template
+from cera_train.data.prepare import encode
 from cera_train.data.segments import Segment, segmenters, sequences_of
 from cera_train.data.sources import open_sources, rows_of_parts
 from cera_train.evaluation.tasks.task import load_problems, training_task
@@ -30,6 +33,7 @@ PROBLEMS_OF_LEVEL = {1: 437, 2: 894, 3: 1131, 4: 1214, 5: 1324}
 
 COUNTED = "by SmolLM2's tokenizer"
 ESTIMATED = "an estimate"
+BY_TEMPLATE = "by the model's chat template"
 
 
 @dataclass(frozen=True)
@@ -45,19 +49,22 @@ class DataSize:
     prompt_tokens: float = 0.0  # of a row, whatever the loss counts
 
 
-def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSize:
+def data_size(
+    config: DataConfig, tokens_per_row: float | None = None, tokenizer: Any = None
+) -> DataSize:
     """The rows and tokens of a data set.
 
     Args:
         tokens_per_row: overrides what is known.
+        tokenizer: the model's, if it is at hand, for the rows that its chat template writes.
 
     Raises:
         UserError: nothing is known about `data.path`, or local files cannot be read.
     """
     if config.mix is not None:
-        return _size_of_mix(config, tokens_per_row)
+        return _size_of_mix(config, tokens_per_row, tokenizer)
     if config.is_computed or config.train_files:
-        size = _size_of_rows(config)
+        size = _size_of_rows(config, tokenizer)
     elif (facts := facts_of(config.path, config.facts)) is not None:
         size = _size_by_facts(config, facts)
     elif None not in (config.train_rows, config.eval_rows, tokens_per_row):
@@ -106,11 +113,11 @@ def _prompt_tokens(rows: DataSize) -> float:
     return rows.tokens_per_row * (1 - round(rows.supervised, 6)) or rows.tokens_per_row
 
 
-def _size_of_mix(config: DataConfig, tokens_per_row: float | None) -> DataSize:
+def _size_of_mix(config: DataConfig, tokens_per_row: float | None, tokenizer: Any) -> DataSize:
     sizes: list[DataSize] = []
     for place, part in config.parts():
         with errors_at(place):
-            sizes.append(data_size(part, tokens_per_row))
+            sizes.append(data_size(part, tokens_per_row, tokenizer))
     rows = rows_of_parts([size.train_rows for size in sizes], config.weights, config.train_rows)
     tokens = 0.0
     supervised = 0.0
@@ -165,8 +172,9 @@ def _sliced(split: str, rows: int) -> int:
     return sum(part.to - part.from_ for part in parts)
 
 
-def _size_of_rows(config: DataConfig) -> DataSize:
-    """Counts computed rows or those of local files, and estimates the tokens of the first ones."""
+def _size_of_rows(config: DataConfig, tokenizer: Any) -> DataSize:
+    """Counts computed rows or those of local files, and estimates the tokens of the first ones;
+    those of chats are counted, if the tokenizer is at hand."""
     is_generated = config.layout == Layout.reasoning_gym
     opened = config
     if is_generated:
@@ -177,10 +185,16 @@ def _size_of_rows(config: DataConfig) -> DataSize:
     answered = 0
     lengths: list[float] = []  # of sequences
     supervised = 0.0
-    to_sequences = segmenters(config, tokenizer=None)
+    by_template = uses_template(config, tokenizer)
+    to_sequences = segmenters(config, tokenizer if by_template else None)
     for sequences in sequences_of(train.first(SAMPLE_ROWS).located(), *to_sequences):
         sampled += 1
         answered += bool(sequences)  # training drops rows without an answer
+        if by_template:
+            examples = encode([sequences], config, tokenizer) if sequences else []
+            lengths += [len(example.input_ids) for example in examples]
+            supervised += sum(sum(example.loss_mask) for example in examples)
+            continue
         for sequence in sequences:
             row_lengths, row_supervised = _tokens_of(sequence, config)
             lengths += row_lengths
@@ -202,7 +216,7 @@ def _size_of_rows(config: DataConfig) -> DataSize:
         eval_rows,
         fmean(lengths),
         supervised / sum(lengths),
-        ESTIMATED,
+        BY_TEMPLATE if by_template else ESTIMATED,
         is_even=len(set(lengths)) == 1,
     )
     is_default = config.layout == Layout.logistic_map and config.logistic_map == LogisticMapConfig()

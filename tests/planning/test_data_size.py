@@ -1,10 +1,13 @@
 """Rows, tokens and problems: from facts, by computing them, or by counting local files."""
 
+import copy
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from conftest import needs_smollm2
 
+from cera_train.data.prepare import prepare_data
 from cera_train.planning.data_size import count_problems, data_size
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
@@ -31,6 +34,26 @@ def test_a_split_is_sliced_as_datasets_does_or_refused(size):
             ValueError, match="data split 'train.*': cera-plan reads splits such as train or train"
         ):
             size("data=gsm8k", f"data.train_split='{split}'")
+
+
+def test_chats_are_counted_as_their_template_writes_them(compose, write_jsonl, tokenizer):
+    """An earlier answer that the template shortens is another sequence."""
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = (
+        "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else m.content[:2] }}"
+        "|{% endfor %}"
+    )
+    roles = ("user", "assistant", "user", "assistant")
+    rows = [
+        {"messages": [{"role": role, "content": f"number {row}"} for role in roles]}
+        for row in range(40)
+    ]
+    data = compose("data=jsonl", f"data.train_files=[{write_jsonl('rows.jsonl', rows)}]").data
+    size = data_size(data, tokenizer=chat)
+    tokenized = prepare_data(data, chat).train
+    assert size.train_rows == len(tokenized) == 2 * 38
+    assert size.tokens_per_row == pytest.approx(fmean(tokenized.lengths), rel=0.01)
+    assert size.source == "by the model's chat template"
 
 
 def test_computed_rows_are_counted(size):
