@@ -86,6 +86,9 @@ def text_of(row: Row, name: str, setting: str | None = None) -> str:
     return as_text(cell_of(row, name, fix), f"column {name!r}")
 
 
+HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
+
+
 def as_text(value: Any, cell: str) -> str:
     """A value as text; null is empty. Messages name it as `cell`."""
     if value is None:
@@ -97,7 +100,7 @@ def as_text(value: Any, cell: str) -> str:
         raise UserError(f"{cell} holds {value}: expected text, or null where there is none.")
     text = str(value)
     # No tokenizer accepts half of a surrogate pair.
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+    if HALF_OF_A_PAIR.search(text):
         raise UserError(f"{cell} holds half of a surrogate pair: write the whole character.")
     return text
 
