@@ -3,113 +3,26 @@ show it: for the original chat templates in TRL's wheel and seven kinds of chat,
 transformers alone."""
 
 import contextlib
-import copy
 import itertools
 import json
-import re
 from datetime import date
 from functools import partial
-from pathlib import Path
 
 import jinja2
 import pytest
-import trl
-from examples import data_config, with_changes
+from examples import data_config
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from benchmarks.chat_templates import CHATS, TRL, originals, tokenizer_with
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import encode
 from cera_train.data.segments import segmenter
 from cera_train.data.templates import DATE
 
-FOLDER = Path(trl.__file__).parent / "chat_templates"
-
-ORIGINALS = sorted(
-    path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training")
-)
+TEMPLATES = originals(TRL)
 
 PARTS = ("idefics3", "llava_next", "smolvlm")
 """Templates of models that see images, which take a content as a list of parts."""
-
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Tells the weather.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "The city."}},
-            "required": ["city"],
-        },
-    },
-}
-
-
-def user(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str, **more) -> dict:
-    return {"role": "assistant", "content": text, **more}
-
-
-CALL = {
-    "type": "function",
-    "id": "a12345678",
-    "function": {"name": "get_weather", "arguments": {"city": "Rome"}},
-}
-CALLING = assistant("", tool_calls=[CALL])
-RESULT = {"role": "tool", "name": "get_weather", "tool_call_id": "a12345678", "content": "sunny"}
-FOUR = assistant("It is four.")
-TEN = assistant("It is ten.")
-SUNNY = assistant("It is sunny.")
-
-
-def thinking(message: dict, thought: str) -> dict:
-    return message | {"reasoning_content": thought}
-
-
-CHATS = {
-    "single": {"messages": [user("Two plus two?"), FOUR]},
-    "multi": {"messages": [user("Two plus two?"), FOUR, user("And six?"), TEN]},
-    "system": {
-        "messages": [{"role": "system", "content": "Be kind."}, user("Two plus two?"), FOUR]
-    },
-    "think": {"messages": [user("Two plus two?"), thinking(FOUR, "Adding two twice.")]},
-    "think twice": {
-        "messages": [
-            user("Two plus two?"),
-            thinking(FOUR, "Adding two twice."),
-            user("And six?"),
-            thinking(TEN, "Four and six."),
-        ]
-    },
-    "tool": {"messages": [user("Weather in Rome?"), CALLING, RESULT, SUNNY], "tools": [TOOL]},
-    "think and tool": {
-        "messages": [
-            user("Weather in Rome?"),
-            thinking(CALLING, "I need the tool."),
-            RESULT,
-            thinking(SUNNY, "It said sunny."),
-        ],
-        "tools": [TOOL],
-    },
-}
-
-TAG = re.compile(r"<[|｜]?[a-zA-Z_▁]+[|｜]?>")
-
-
-@pytest.fixture
-def tokenizer_of(tokenizer):
-    """tokenizer_of(template) -> a tokenizer with it, to which its tags are special tokens."""
-
-    def tokenizer_of(name: str):
-        text = (FOLDER / f"{name}.jinja").read_text()
-        chat = with_changes(copy.deepcopy(tokenizer), chat_template=text)
-        chat.add_special_tokens({"extra_special_tokens": sorted({*TAG.findall(text)})})
-        return chat
-
-    return tokenizer_of
 
 
 def sequences_of(row: dict, tokenizer, **settings) -> list:
@@ -180,9 +93,9 @@ def is_rendered_whole(tokenizer, messages: list[dict], tools) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", ORIGINALS)
-def test_each_answer_is_the_difference_of_two_renderings_or_cannot_be_expressed(name, tokenizer_of):
-    tokenizer = tokenizer_of(name)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_each_answer_is_the_difference_of_two_renderings_or_cannot_be_expressed(name):
+    tokenizer = tokenizer_with(TEMPLATES[name])
     for kind, row in CHATS.items():
         if is_inexpressible(name, tokenizer, row):
             with pytest.raises(UserError, match="left out|refuses these messages"):
@@ -223,8 +136,8 @@ def is_difference(tokenizer, messages: list[dict], number: int, tools, answer: t
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "phi3", "gptoss", "llama3", "glm4moe"])
-def test_each_answer_has_one_end_token_and_it_is_supervised(name, tokenizer_of):
-    tokenizer = tokenizer_of(name)
+def test_each_answer_has_one_end_token_and_it_is_supervised(name):
+    tokenizer = tokenizer_with(TEMPLATES[name])
     special = {*tokenizer.all_special_ids}
     for row in CHATS.values():
         try:
@@ -263,17 +176,17 @@ After a call they write the start of the result, at which generation stops. TRL 
 and tool chats are not compared."""
 
 TRAINED = [
-    name for name in ORIGINALS if name not in PARTS and (FOLDER / f"{name}_training.jinja").exists()
+    name for name in TEMPLATES if name not in PARTS and (TRL / f"{name}_training.jinja").exists()
 ]
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_the_masks_are_those_of_trls_training_templates(name, tokenizer_of):
+def test_the_masks_are_those_of_trls_training_templates(name):
     """They agree on every token that the model has to write. TRL supervises also the end of the
     generation prompt, such as <think>, which inference has written; and it renders a chat once, so
     that earlier answers lack what the template drops of them, and are not compared here."""
-    training = (FOLDER / f"{name}_training.jinja").read_text()
-    tokenizer = tokenizer_of(name)
+    training = (TRL / f"{name}_training.jinja").read_text()
+    tokenizer = tokenizer_with(TEMPLATES[name])
     compared = 0
     for row in CHATS.values():
         if "tools" in row and name in UNFINISHED_TURNS:

@@ -1,0 +1,190 @@
+"""`make templates`: reads seven kinds of chat by every original chat template in TRL's wheel, and
+writes docs/chat_templates.md.
+
+python -m benchmarks.chat_templates [FOLDER]   prints the table for the *.jinja of a folder
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from cera_train.common.errors import UserError
+from cera_train.data.segments import segmenter
+from cera_train.settings.data import DataConfig
+
+PAGE = Path(__file__).parents[1] / "docs" / "chat_templates.md"
+
+TRL = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+
+TAG = re.compile(r"<[|｜]?[a-zA-Z_▁]+[|｜]?>")
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Tells the weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "The city."}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def thinking(message: dict[str, Any], thought: str) -> dict[str, Any]:
+    return message | {"reasoning_content": thought}
+
+
+CALL = {
+    "type": "function",
+    "id": "a12345678",  # Mistral wants nine characters
+    "function": {"name": "get_weather", "arguments": {"city": "Rome"}},
+}
+CALLING = assistant("", tool_calls=[CALL])
+RESULT = {"role": "tool", "name": "get_weather", "tool_call_id": "a12345678", "content": "sunny"}
+SUM = [user("Two plus two?"), assistant("It is four.")]
+MORE = [user("And six?"), assistant("It is ten.")]
+SUNNY = assistant("It is sunny.")
+
+CHATS: dict[str, dict[str, Any]] = {
+    "one turn": {"messages": SUM},
+    "two turns": {"messages": [*SUM, *MORE]},
+    "system": {"messages": [{"role": "system", "content": "Be kind."}, *SUM]},
+    "reasoning": {"messages": [SUM[0], thinking(SUM[1], "Adding two twice.")]},
+    "reasoning twice": {
+        "messages": [
+            *[SUM[0], thinking(SUM[1], "Adding two twice.")],
+            *[MORE[0], thinking(MORE[1], "Four and six.")],
+        ]
+    },
+    "tool": {"messages": [user("Weather in Rome?"), CALLING, RESULT, SUNNY], "tools": [TOOL]},
+    "tool, reasoning": {
+        "messages": [
+            *[user("Weather in Rome?"), thinking(CALLING, "I need the tool."), RESULT],
+            thinking(SUNNY, "It said sunny."),
+        ],
+        "tools": [TOOL],
+    },
+}
+
+
+def originals(folder: Path) -> dict[str, str]:
+    """The chat templates of a folder by their names, without those that TRL changed to train."""
+    files = sorted(folder.glob("*.jinja"))
+    return {file.stem: file.read_text() for file in files if not file.stem.endswith("_training")}
+
+
+def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes to which the template's tags are special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "</s>", *sorted({*TAG.findall(template)} - {"<s>", "</s>"})]
+    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
+    bytewise = Tokenizer(models.BPE(vocabulary, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytewise,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        extra_special_tokens=special[2:],
+        chat_template=template,
+    )
+
+
+def cell_of(row: dict[str, Any], tokenizer: Any) -> str:
+    """What becomes of a chat, in few words."""
+    config = DataConfig(layout="messages", train_files=["chats.jsonl"], eval_rows=1)
+    try:
+        sequences = segmenter(config, tokenizer)(row)
+    except UserError as error:
+        return next(short for part, short in REFUSALS.items() if part in str(error))
+    openings = {segment.opening for sequence in sequences for segment in sequence} - {""}
+    notes = [f"{len(sequences)} sequences"] if len(sequences) > 1 else []
+    cell = ", ".join([*notes, *sorted(openings)]) or "yes"
+    return re.sub(r"'(.+?)'", r"`\1`", cell)
+
+
+REFUSALS = {
+    "the reasoning of": "leaves out reasoning",
+    "column 'tools'": "leaves out tools",
+    "role 'assistant', is left out": "leaves out calls",
+    "System role": "has no system",
+    "alternate": "has no tools",
+    "roles are supported": "has no tools",
+    "Unexpected role": "has no tools",
+    "no answer": "leaves out calls",
+}
+"""A part of a refusal, and the cell."""
+
+
+def table_of(templates: dict[str, str]) -> str:
+    """One row for all templates that read alike."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, template in templates.items():
+        tokenizer = tokenizer_with(template)
+        cells = tuple(cell_of(row, tokenizer) for row in CHATS.values())
+        alike.setdefault(cells, []).append(name)
+    lines = [f"| template | {' | '.join(CHATS)} |", "|---" * (len(CHATS) + 1) + "|"]
+    for cells, names in sorted(alike.items(), key=lambda each: -len(each[1])):
+        lines.append(f"| {', '.join(names)} | {' | '.join(cells)} |")
+    read = sum(len(names) for cells, names in alike.items() for cell in cells if is_read(cell))
+    total = len(templates) * len(CHATS)
+    lines.append(
+        f"\n{read} of {total} are read; in the others the template has no place for a part."
+    )
+    return "\n".join(lines)
+
+
+def is_read(cell: str) -> bool:
+    return cell not in REFUSALS.values()
+
+
+def page(templates: dict[str, str]) -> str:
+    version = importlib.metadata.version("trl")
+    return f"""# Chat templates
+
+    make templates
+
+reads seven kinds of chat by the {len(templates)} original chat templates in TRL {version}, and
+writes this page. What is supervised of each answer is [what its message adds](data.md#chats) to the
+prompt of inference. `tests/data/test_chat_templates.py` compares it with renderings by transformers
+alone, and with the masks of TRL's training templates.
+
+{table_of(templates)}
+
+- **N sequences**: the template writes earlier turns anew, such as without their reasoning. Each
+  answer then has a sequence of its own.
+- **enable_thinking=...**: answers with, or without, reasoning follow this generation prompt.
+- **without ...**: the generation prompt opens reasoning that the answer lacks, and has no switch.
+  The answer follows the prompt without it.
+"""
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        print(table_of(originals(Path(sys.argv[1]))))
+    else:
+        PAGE.write_text(page(originals(TRL)))
+        print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
