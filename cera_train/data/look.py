@@ -107,8 +107,14 @@ def describe_layouts(config: DataConfig, tokenizer: Any) -> Iterator[str]:
 
 def print_lengths(rows: TokenizedRows) -> None:
     """Answers and tokens of the rows."""
-    masks = (tokens_of(rows, row)[1] for row in range(min(len(rows), LOOKED_AT)))
-    answers = [sum(is_supervised for is_supervised, _ in itertools.groupby(mask)) for mask in masks]
+    answers = []  # of each row
+    for sequence in range(min(len(rows), LOOKED_AT)):
+        _, mask = tokens_of(rows, sequence)
+        count = sum(is_supervised for is_supervised, _ in itertools.groupby(mask))
+        if rows.continues(sequence):
+            answers[-1] += count
+        else:
+            answers.append(count)
     print_line("answers", f"{fmean(answers):.1f} a row, {max(answers)} at most")
     lengths = sorted(rows.lengths)
     low, median, high = (lengths[int(share * (len(lengths) - 1))] for share in (0.05, 0.5, 0.95))

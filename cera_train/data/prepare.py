@@ -106,14 +106,14 @@ class TokenizedRows:
         """The sequences of the row that one of them is of; a row has at least `together`. In a mix,
         those that lie side by side."""
         first = sequence
-        while self._continues(first):
+        while self.continues(first):
             first -= 1
         end = first + together
-        while self._continues(end):
+        while self.continues(end):
             end += 1
         return range(first, end)
 
-    def _continues(self, sequence: int) -> bool:
+    def continues(self, sequence: int) -> bool:
         """Whether a sequence is of the same row as the one before it."""
         if not 0 < sequence < len(self):
             return False

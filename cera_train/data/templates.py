@@ -194,7 +194,7 @@ def open_templates(
 def _open(tokenizer: Any, text: str, settings: str, own: str) -> tuple[ChatTemplate, ...]:
     variables = variables_of(text)
     places = {
-        "data.template_settings": json.loads(settings),
+        f"template_settings={settings}": json.loads(settings),
         "column 'chat_template_kwargs'": json.loads(own),
     }
     values = {}

@@ -85,6 +85,15 @@ def check_generators(key: str, generators: Any) -> None:
     require(is_known, f"{key}={generators}: {fix}")
 
 
+def template_settings(key: str, value: Any) -> dict[str, Any]:
+    """The settings of a chat template; null has none. On the command line, null accepts a dict."""
+    settings = {} if value is None else value
+    is_settings = isinstance(settings, dict) and all(isinstance(name, str) for name in settings)
+    expected = "expected names and values, such as {enable_thinking: false}."
+    require(is_settings, f"{key}={value!r}: {expected}")
+    return settings
+
+
 @dataclass
 class LogisticMapConfig:
     """Rows of the logistic map x' = growth x (1 - x), for `data.layout=logistic_map`."""
@@ -206,7 +215,7 @@ class DataConfig:
     """template: rows are messages to the model's chat template, a prompt and its completion too;
     plain: text, as `User: ...` and `Assistant: ...` or by the templates above. auto: the chat
     template if the tokenizer has one, except for layout text."""
-    template_settings: dict[str, Any] = setting(dict, "tokens")
+    template_settings: Any = setting(None, "tokens")
     """Values of the chat template's own variables, such as {enable_thinking: false}, or
     {strftime_now: 2026-01-31} for the date that a template writes. A row's `chat_template_kwargs`
     win."""
@@ -232,6 +241,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_positive("data", self, "train_rows")
+        self.template_settings = template_settings("data.template_settings", self.template_settings)
         require(
             self.max_length > 1,
             f"data.max_length={self.max_length}: set 2 or more: a first token has no loss.",

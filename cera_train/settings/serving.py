@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import Any
 
 from cera_train.common.settings import require, require_positive, section, setting
-from cera_train.settings.data import DataConfig
+from cera_train.settings.data import DataConfig, template_settings
 from cera_train.settings.evaluation import AnsweringConfig, GenerationConfig, SubjectConfig
 from cera_train.settings.model import ModelConfig, Quantization
 
@@ -24,7 +24,7 @@ class ChatConfig(AnsweringConfig):
     template: Template = setting(Template.auto, "answers")
     """chat: the tokenizer's chat template; none: the text as it is; auto: as in the rows that the
     run was trained on; without a run, chat if the tokenizer has a template, else none."""
-    template_settings: dict[str, Any] = setting(dict, "answers")
+    template_settings: Any = setting(None, "answers")
     """Values of the chat template's own variables, such as {enable_thinking: false}; they win over
     those that the run was trained with."""
     max_new_tokens: int = setting(512, "answers")
@@ -35,6 +35,7 @@ class ChatConfig(AnsweringConfig):
         super().__post_init__()
         self.check_place("compare", self.compare)
         require_positive("", self, "max_new_tokens")
+        self.template_settings = template_settings("template_settings", self.template_settings)
         require(
             self.prompt is None or self.prompts is None,
             f"prompt={self.prompt!r} and prompts={self.prompts} exclude each other: leave one out.",

@@ -215,7 +215,7 @@ def test_settings_reach_the_template_and_a_row_has_the_last_word(tokenizer):
     assert start(row) == " 01 Jan 2026"  # whatever today is
     assert start(row, tone="calm", strftime_now="2024-02-29") == "calm 29 Feb 2024"
     assert start(row | {"chat_template_kwargs": {"tone": "loud"}}, tone="calm")[:4] == "loud"
-    with pytest.raises(UserError, match=r"data\.template_settings: .*'ton'.*strftime_now, tone"):
+    with pytest.raises(UserError, match=r"template_settings=.*'ton'.*strftime_now, tone"):
         start(row, ton="calm")
     with pytest.raises(UserError, match="column 'chat_template_kwargs'"):
         start(row | {"chat_template_kwargs": {"messages": []}})
