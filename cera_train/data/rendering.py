@@ -61,7 +61,9 @@ def sequences_of(chat: Chat, template: ChatTemplate, asks: bool) -> list[list[Ex
     of the first. A template may render earlier turns anew, such as without their reasoning."""
     messages, tools, supervised = chat
     if asks:
-        prompts = [template.render(messages[:number], tools, True) for number in supervised]
+        prompts = [
+            template.render(messages[:number], tools, is_prompt=True) for number in supervised
+        ]
         answers = [messages[number]["content"] for number in supervised]
         return [[Exchange(*asked)] for asked in zip(prompts, answers, strict=True)]
     sequences: list[list[Exchange]] = []

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.meta
@@ -34,11 +34,22 @@ TODAY = "2026-01-01"
 DATE_CALL = re.compile(rf"""{DATE}\(\s*(?:format\s*=\s*)?(['"])(.*?)\1\s*\)""")
 
 
+UNFINISHED_TAG = re.compile(r"<[^<>]*$")
+
+OTHER = "\u22ef"  # a text unlike any
+
+
 class Refusal(UserError):
     """A template raised an error."""
 
 
-UNFINISHED_TAG = re.compile(r"<[^<>]*$")
+class RenderedAnswer(NamedTuple):
+    prompt: str
+    """What inference would show the model."""
+    text: str
+    """What the model would have to write, its end token included."""
+    opening: str = ""
+    """How the prompt differs from that of inference by default; empty where it does not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,38 +91,40 @@ class ChatTemplate:
 
     def answer(
         self, before: Sequence[Row], message: Row, tools: list[Any] | None
-    ) -> tuple[str, str, str]:
-        """What inference would show the model, what the model would have to write, its end token
-        included, and how the first differs from the prompt by default.
-
-        The answer is what the message adds to the prompt before it, so there is no marker to search
-        for.
+    ) -> RenderedAnswer:
+        """The answer as the model would have to write it: what its message adds to the prompt
+        before it, so there is no marker to search for.
 
         Raises:
             UserError: the template refuses the messages, or changes those before the answer.
         """
-        with_answer = [*before, message]
         for switch in ({}, *({name: has_reasoning(message)} for name in self.switches)):
-            prompt = self.render(before, tools, True, **switch)
-            full = self.render(with_answer, tools, False, **switch)
+            prompt = self.render(before, tools, is_prompt=True, **switch)
+            full = self.render([*before, message], tools, is_prompt=False, **switch)
             if full.startswith(prompt):
                 opening = ", ".join(f"{name}={str(on).lower()}" for name, on in switch.items())
-                return prompt, self._ended(full.removeprefix(prompt)), opening
-        context = self.render(before, tools, False, **switch)
+                return RenderedAnswer(prompt, self._ended(full.removeprefix(prompt)), opening)
+        return self._parted_answer(before, message, tools)
+
+    def _parted_answer(
+        self, before: Sequence[Row], message: Row, tools: list[Any] | None
+    ) -> RenderedAnswer:
+        """An answer after which the template renders the text before it otherwise."""
+        prompt = self.render(before, tools, is_prompt=True)
+        full = self.render([*before, message], tools, is_prompt=False)
         shared = UNFINISHED_TAG.sub("", common_start(prompt, full))
-        if shared.startswith(context):  # the prompt opens reasoning that the finished answer lacks
+        if shared.startswith(self.render(before, tools, is_prompt=False)):
+            # The generation prompt opens reasoning that the finished answer lacks.
             opened = prompt.removeprefix(shared)
             answer = self._ended(full.removeprefix(shared))
             if opened.count("<") > 1:  # and closes it
-                return prompt, answer, ""
-            return shared, answer, f"without {opened!r}"
-        # The template renders the messages before an answer anew once it follows: gpt-oss drops the
-        # reasoning of its calls, Mistral moves the system prompt. The answer starts where the text
-        # that full texts with other answers share last ends as the prompt does.
-        other = self.render(
-            [*before, {"role": "assistant", "content": OTHER}], tools, False, **switch
-        )
-        shared = common_start(full, other)
+                return RenderedAnswer(prompt, answer)
+            return RenderedAnswer(shared, answer, f"without {opened!r}")
+        # Earlier messages are rendered anew: gpt-oss drops the reasoning of its calls, Mistral
+        # moves the system prompt. Texts with other answers share all but the answer, so it starts
+        # where the shared text last ends as the prompt does.
+        other = [*before, {"role": "assistant", "content": OTHER}]
+        shared = common_start(full, self.render(other, tools, is_prompt=False))
         tail = common_end(prompt, shared)
         fix = "Choose a model with another template, or use data.chat=plain."
         require(
@@ -119,7 +132,8 @@ class ChatTemplate:
             f"the chat template renders the messages before an answer differently once it follows, "
             f"so it cannot be told apart. {fix}",
         )
-        return prompt, self._ended(full[shared.rindex(tail) + len(tail) :]), ""
+        start = shared.rindex(tail) + len(tail)
+        return RenderedAnswer(prompt, self._ended(full[start:]))
 
     def _ended(self, answer: str) -> str:
         """The answer up to its end token. No model generates what a template writes after it: a
@@ -127,9 +141,6 @@ class ChatTemplate:
         answer = answer.rstrip()
         before = answer.removesuffix(self.tokenizer.eos_token or "").rstrip()
         return before if before.endswith(self.special) else answer
-
-
-OTHER = "\u22ef"  # an answer unlike any
 
 
 def common_start(one: str, other: str) -> str:
@@ -168,7 +179,7 @@ def with_parts(message: Row) -> Row:
 def takes_text(template: ChatTemplate) -> bool:
     """Whether the template renders a content that is a text, and not a list of parts alone."""
     try:
-        return OTHER in template.render([{"role": "user", "content": OTHER}], None, True)
+        return OTHER in template.render([{"role": "user", "content": OTHER}], None, is_prompt=True)
     except Refusal:
         return False
 
