@@ -32,9 +32,9 @@ from benchmarks.fake_gpu import fake_gpu
 from cera_train.cli.compose import compose
 from cera_train.common.files import config_dir
 from cera_train.common.settings import to_plain
+from cera_train.common.signals import Interruption
 from cera_train.common.terminal import print_table
 from cera_train.data.prepare import Example, TokenizedData, TokenizedRows, table_of
-from cera_train.distributed.signals import Interruption
 from cera_train.model import folder as model_files
 from cera_train.planning.dry_run import architecture_of, quantised_linears
 from cera_train.planning.make import make_plan

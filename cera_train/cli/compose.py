@@ -6,8 +6,8 @@ from typing import Any
 
 import hydra
 
+from cera_train.cli.config import register_configs, to_config
 from cera_train.cli.mistakes import SCHEMAS, with_implied_files
-from cera_train.cli.start import register_configs, to_config
 from cera_train.common.files import config_dir, options
 
 

@@ -23,9 +23,9 @@ from omegaconf import DictConfig
 from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
+from cera_train.common.signals import SIGNALS, Interrupted, Interruption, signal_children
 from cera_train.common.terminal import print_line
 from cera_train.distributed.processes import is_one_of_several
-from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, signal_children
 from cera_train.sweep.folder import RECORD, State, SweepRecord, job_name, job_status
 from cera_train.sweep.grid import Job
 
@@ -123,7 +123,7 @@ SIGNALLED: list[int] = []
 
 def end_job(number: int) -> None:
     SIGNALLED.append(number)
-    sys.exit(128 + number)
+    raise Interrupted(number)
 
 
 def run_in_worker(

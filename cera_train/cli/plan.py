@@ -10,13 +10,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cera_train.cli.start import (
-    announce_imports,
-    errors_in_one_line,
-    start_hydra,
-    to_config,
-    without_hydra,
-)
+from cera_train.cli.config import announce_imports, start_hydra, to_config, without_hydra
+from cera_train.cli.start import errors_in_one_line
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.planning.make import make_plan

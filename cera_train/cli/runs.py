@@ -12,8 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from cera_train.cli.config import announce_imports, start_hydra, to_config
 from cera_train.cli.mistakes import Parser
-from cera_train.cli.start import announce_imports, print_error, start_hydra, to_config
+from cera_train.cli.start import print_error
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
 from cera_train.distributed.processes import in_processes, is_one_of_several

@@ -13,14 +13,8 @@ from hydra.core.plugins import Plugins
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from cera_train.cli.start import (
-    announce_imports,
-    errors_in_one_line,
-    print_error,
-    start_hydra,
-    to_config,
-    without_hydra,
-)
+from cera_train.cli.config import announce_imports, start_hydra, to_config, without_hydra
+from cera_train.cli.start import errors_in_one_line, print_error
 from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require

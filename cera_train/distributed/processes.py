@@ -17,7 +17,7 @@ from typing import Any
 
 from cera_train.common.errors import UserError, explain
 from cera_train.common.libraries import heavy_imports
-from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, signal_children
+from cera_train.common.signals import SIGNALS, Interrupted, Interruption, signal_children, stop
 from cera_train.settings.distributed import ProcessesConfig
 
 
@@ -168,7 +168,7 @@ def work(target: str, config: Any) -> Any:
     """
     os.setpgrp()  # only the parent gets a terminal's Ctrl-C, and passes it on
     for number in SIGNALS:  # until the function handles them, such as while it loads
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, stop)
     with heavy_imports():
         import torch
 

@@ -3,6 +3,7 @@ becomes the token ids that the model was trained to answer: a training row witho
 Answers are streamed."""
 
 import itertools
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -228,6 +229,7 @@ def converse(answerers: list[Answerer]) -> None:
     print_line(
         "chat", f"each question {memory}; {NEW} starts over, Ctrl-C ends an answer, Ctrl-D the chat"
     )
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends an answer
     turns: list[str] = []
     while True:
         try:

@@ -17,10 +17,10 @@ from cera_train.cera.coverage import Coverage
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
 from cera_train.common.settings import to_plain
+from cera_train.common.signals import Interrupted, Interruption, first_heard
 from cera_train.common.terminal import duration, print_line
 from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory, quiet_libraries
 from cera_train.distributed.processes import in_processes, is_main_process
-from cera_train.distributed.signals import Interrupted, Interruption, first_heard
 from cera_train.evaluation.exams import ExamResults
 from cera_train.model.compiled import stop_compiling
 from cera_train.model.language_model import perplexity

@@ -8,6 +8,7 @@ import os
 import pkgutil
 import re
 import resource
+import signal
 import subprocess
 import sys
 import typing
@@ -142,7 +143,7 @@ def test_what_the_system_refuses_is_named_with_the_fix(tmp_path, monkeypatch):
 
 
 def test_a_closed_pipe_ends_a_command_without_a_word(tmp_path):
-    start = "from cera_train.cli.start import start_hydra"
+    start = "from cera_train.cli.config import start_hydra"
     program = f"{start}; start_hydra('cera-train', lambda config: print('', flush=True))"
     read, write = os.pipe()
     os.close(read)
@@ -265,3 +266,25 @@ def test_a_command_opens_a_data_file_once_to_check_it_and_once_to_train(
     assert run_command("cera-train", *settings) == 0
     # Its first rows decide the layout and are checked; its digest finds the tokens in the cache.
     assert opened.count(str(path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("library", "number", "status"),
+    [("hydra", signal.SIGINT, 130), ("torch", signal.SIGINT, 130), ("torch", signal.SIGTERM, 143)],
+)
+def test_a_signal_while_a_library_is_imported_is_one_line(
+    tmp_path, tiny_folder, library, number, status
+):
+    """Code in C turns the exception of a signal into its own."""
+    (tmp_path / f"{library}.py").write_text(
+        "import os\n"
+        "try:\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "except BaseException as error:\n"
+        "    raise ImportError('initialization failed') from error\n"
+    )
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    done = command("cera-train", f"model.path={tiny_folder}", cwd=tmp_path, PYTHONPATH=path)
+    assert done.returncode == status
+    assert done.stderr.splitlines()[-1] == f"cera-train: stopped by {number.name}."
+    assert "Traceback" not in done.stderr

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from test_docs import command_among, jobs_of, overrides_of
 
-from cera_train.distributed.signals import SIGNALS
+from cera_train.common.signals import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, first_heard
+from cera_train.common.signals import SIGNALS, Interrupted, Interruption, first_heard
 
 
 def send(number: int) -> None:
@@ -56,7 +56,7 @@ def test_a_second_signal_acts_at_once_but_a_duplicate_does_not(listeners, monkey
         send(signal.SIGTERM)
         send(signal.SIGTERM)  # a sender that signals every process signals us and our parent
         assert listeners == []
-        monkeypatch.setattr("cera_train.distributed.signals.REPEAT_SECONDS", 0.0)
+        monkeypatch.setattr("cera_train.common.signals.REPEAT_SECONDS", 0.0)
         send(signal.SIGTERM)
         assert listeners == [signal.SIGTERM]
         raise Interrupted(interruption.signal)

@@ -1,5 +1,6 @@
 """Signals that stop a run between two updates: Ctrl-C, SIGTERM, and SIGUSR1 and SIGUSR2, which
-schedulers send before a time limit or a preemption."""
+schedulers send before a time limit or a preemption. Before and after, they end the command at
+once."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 from cera_train.common.errors import UserError
 
@@ -20,7 +22,8 @@ REPEAT_SECONDS = 1.0
 
 
 class Interrupted(SystemExit):
-    """The run was saved and stops; the exit status is 128 plus the signal."""
+    """A signal stops the command, between two updates or at once; the exit status is 128 plus the
+    signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -35,7 +38,7 @@ class Interrupted(SystemExit):
             UserError: the handler failed.
         """
         handler = signal.getsignal(self.signal)
-        if not callable(handler) or handler is signal.default_int_handler:
+        if not callable(handler) or handler in (signal.default_int_handler, stop):
             return
         try:
             handler(self.signal, None)
@@ -46,6 +49,17 @@ class Interrupted(SystemExit):
             ) from error
         if self.signal in (signal.SIGUSR1, signal.SIGUSR2):
             raise SystemExit(0)
+
+
+STOPPED: list[int] = []
+"""Signals by which `stop` ended this command."""
+
+
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """The handler that ends a command at once. Code in C, as in an import, may turn the exception
+    into another, so the signal is also recorded."""
+    STOPPED.append(number)
+    raise Interrupted(number)
 
 
 def signal_children(number: int) -> None:
