@@ -67,7 +67,8 @@ def check_positions(setting: str, max_new_tokens: int, longest: int, positions: 
     require(
         positions is None or longest + max_new_tokens <= positions,
         f"{setting}={max_new_tokens} after a prompt of {longest} tokens is beyond the {positions} "
-        f"positions of this model: lower {setting}, or shorten the prompt.",
+        f"positions of this model or of its server (--max-model-len): lower {setting}, or shorten "
+        "the prompt.",
     )
 
 

@@ -30,7 +30,7 @@ from cera_train.evaluation.requests import (
     generation_settings,
     request_seed,
 )
-from cera_train.model.folder import files_of, model_ends
+from cera_train.model.folder import files_of, load_config, model_ends
 from cera_train.runs.subject import digest_of
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import ModelConfig
@@ -87,6 +87,7 @@ class Server:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.model = model
         self.tokenizer = tokenizer
+        self.vocabulary = range(load_config(model).get_text_config().vocab_size)
         self.headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
             self.headers["Authorization"] = f"Bearer {key}"
@@ -191,15 +192,15 @@ class Server:
         if streamer is not None:
             streamer.put(torch.tensor(request.prompt_ids))
         for choice in self._choices(body):
-            try:
+            with self._reading("answers without token ids of its vocabulary or their log p"):
                 reason = choice["finish_reason"]
-                ids += choice["token_ids"]
-                log_p += choice["logprobs"]["token_logprobs"]
-            except (LookupError, TypeError) as error:
-                lacks = "answers without token ids or their log p"
-                raise UserError(f"server={self.url} {lacks} ({error!r}): update vLLM.") from error
+                log_p += map(float, choice["logprobs"]["token_logprobs"])
+                piece = choice["token_ids"]
+                if not all(token in self.vocabulary for token in piece):
+                    raise LookupError(piece)
+            ids += piece
             if streamer is not None:
-                streamer.put(torch.tensor(choice["token_ids"]))
+                streamer.put(torch.tensor(piece))
         if streamer is not None:
             streamer.end()
         if reason not in ("stop", "length"):  # None, or abort where the server is being stopped
@@ -219,16 +220,27 @@ class Server:
             is_whole_event = line.startswith(b"data: {") and line.endswith(b"\n")
             if not is_whole_event:  # also the final [DONE]
                 continue
-            message = json.loads(line.removeprefix(b"data: "))
-            if "error" in message:
-                raise Unavailable(f"server={self.url} broke off an answer: {message['error']}")
-            if message["model"] != self.name:
+            with self._reading("streams what is no answer of vLLM's"):
+                message = json.loads(line.removeprefix(b"data: "))
+                if "error" in message:
+                    raise Unavailable(f"server={self.url} broke off an answer: {message['error']}")
+                model = message["model"]
+                choices = message["choices"][:1]
+            if model != self.name:
                 raise UserError(
-                    f"server={self.url} was asked for {self.name}, and {message['model']} answered."
+                    f"server={self.url} was asked for {self.name}, and {model} answered."
                 )
-            if message["choices"]:  # else the number of tokens, which may come at the end
-                [choice] = message["choices"]
-                yield choice
+            yield from choices  # none beside the number of tokens, which may come at the end
+
+    @contextlib.contextmanager
+    def _reading(self, problem: str) -> Iterator[None]:
+        """Turns an error in reading what the server sent into a UserError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"server={self.url} {problem} ({error!r}): update vLLM.") from error
 
     # --- HTTP -------------------------------------------------------------------------------------
 

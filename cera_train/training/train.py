@@ -123,7 +123,7 @@ def train(config: Config) -> dict[str, Any]:
                 # No evaluation: the sender may not wait for it.
                 stop(signal, model, progress, log, config.train)
             if progress.evaluation_pending:
-                with saved_before_errors(model, progress, folder, config.train):
+                with saved_on_error(model, progress, folder, config.train):
                     spectra = evaluate(model, evaluation, objective, timetable, progress, log)
             if timetable.saves(progress.update) and not timetable.is_done(progress):
                 save(model, progress, folder, config.train)
@@ -173,10 +173,12 @@ def update(
     torch.manual_seed(seed_of(config.train.seed, progress.update, accelerator.process_index))
     lr = learning_rate(config.optimizer, progress.update, data.updates)
     set_learning_rate(model.optimizer, lr)
-    with saved_before_errors(model, progress, log.folder, config.train):
+    with saved_on_error(model, progress, log.folder, config.train):
         drawn = objective.draw(sequences)
-    for _ in range(drawn.passes):
         loss = backward(model, objective, drawn)
+    for number in range(drawn.passes):
+        if number > 0:  # the weights are no longer those of an update: an error saves nothing
+            loss = backward(model, objective, drawn)
         heard = torch.tensor(interruption.heard(), device=accelerator.device)
         loss, *heard = accelerator.reduce(torch.cat([loss[None], heard]), reduction="mean").tolist()
         accelerator.unscale_gradients()  # Accelerate's own clipping does so twice under FSDP
@@ -366,16 +368,19 @@ def save(model: Model, progress: Progress, folder: RunFolder, config: TrainConfi
 
 
 @contextlib.contextmanager
-def saved_before_errors(
+def saved_on_error(
     model: Model, progress: Progress, folder: RunFolder, config: TrainConfig
 ) -> Iterator[None]:
-    """Saves the updates so far when a UserError ends the run, such as a failing reward or an
-    unreachable server."""
+    """Saves the updates so far when an error ends the run between two of them, such as a failing
+    reward or a row that needs too much memory."""
     try:
         yield
-    except UserError:
-        if progress.update > 0:
-            save(model, progress, folder, config)
+    except Exception as error:
+        # Sharded weights are saved by all processes, and only a UserError is raised in all.
+        can_save = isinstance(error, UserError) or not model.accelerator.is_fsdp2
+        if progress.update > 0 and can_save:
+            with contextlib.suppress(Exception):  # the cause counts, such as a full disk
+                save(model, progress, folder, config)
         raise
 
 

@@ -124,7 +124,7 @@ REFUSALS = {
     ),
     "no log p": (
         lambda vllm: vllm.faults.append("no log p"),
-        ["without token ids or their log p (TypeError", "update"],
+        ["without token ids of its vocabulary or their log p (TypeError", "update"],
     ),
     "cut answers": (
         lambda vllm: vllm.faults.append("cut"),

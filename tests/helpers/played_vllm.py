@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.complete(body)
 
-    def complete(self, body: dict) -> None:
+    def complete(self, body: dict) -> object:
         server = self.server
         with server.lock:
             server.asked.append(body)
@@ -129,6 +129,10 @@ class Handler(BaseHTTPRequestHandler):
             if fault == "broken":
                 self.wfile.write(b'data: {"error": {"message": "EngineDeadError"}}\n\n')
             return None
+        if fault == "no json":
+            return self.wfile.write(b"data: {token_ids}\n\n")
+        if fault == "unknown ids":
+            return self.send(name, [-1], reason, [0.0])
         if fault == "cut":
             return self.send(name, tokens[:2], "length")
         if fault == "no log p":

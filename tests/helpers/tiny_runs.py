@@ -76,7 +76,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 120, every: float 
         time.sleep(every)
 
 
-class Cut(Exception):
+class Cut(BaseException):
     """Stands in for the death of the process: none of the run's code runs after it."""
 
 

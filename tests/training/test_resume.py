@@ -103,6 +103,24 @@ def test_an_interrupted_run_saves_without_evaluating_and_resumes(
     assert (folder_of(config) / SPECTRA).read_bytes() == (folder_of(whole) / SPECTRA).read_bytes()
 
 
+def test_nothing_is_lost_by_an_error_between_two_updates(trained_config, tiny_config, monkeypatch):
+    whole = trained_config()
+    config = tiny_config()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    with (
+        once_logged(6, lambda: monkeypatch.setattr("cera_train.training.train.backward", fail)),
+        pytest.raises(RuntimeError, match="a bug"),
+    ):
+        train(config)
+    assert (folder_of(config) / "checkpoints" / "6").exists()
+    monkeypatch.undo()
+    train(config)
+    assert adapter_bytes(config) == adapter_bytes(whole)
+
+
 def test_a_finished_run_started_again_returns_its_result(trained_config, capsys, monkeypatch):
     config = trained_config()
     capsys.readouterr()
