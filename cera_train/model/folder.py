@@ -17,10 +17,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, explain
 from cera_train.common.files import cached_folder
 from cera_train.common.libraries import hub_or_cache, offline_reason
 from cera_train.common.terminal import announce
+from cera_train.common.user_code import is_of_signal, reason_of
 from cera_train.model.path import PYPI, check_model
 from cera_train.settings.model import ModelConfig
 
@@ -128,13 +129,15 @@ def from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any)
             return from_pretrained(
                 path, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs
             )
-    except Exception as error:
-        fix = next((fix for pattern, fix in FIXES.items() if re.search(pattern, str(error))), None)
-        # Such as a GPU out of memory.
-        if fix is None and isinstance(error, (MemoryError, RuntimeError)):
+    except BaseException as error:  # the model's own code may even exit
+        if is_of_signal(error):
             raise
-        lines = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {' '.join(lines[0].split())[:200].rstrip('.:')}"
+        fix = next((fix for pattern, fix in FIXES.items() if re.search(pattern, str(error))), None)
+        may_be_ours = isinstance(error, RuntimeError) and not config.trust_remote_code
+        # Such as a GPU out of memory.
+        if fix is None and (may_be_ours or explain(error) is not None):
+            raise
+        reason = reason_of(error)
         fix = (fix or DOWNLOAD).format(unreached=offline_reason())
         raise UserError(f"model.path={config.path}: cannot be loaded ({reason}). {fix}") from error
 

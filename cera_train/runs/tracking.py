@@ -4,6 +4,7 @@ mirror that fails is dropped with one line, and training goes on."""
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import secrets
@@ -13,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, write_text
-from cera_train.common.settings import flatten
+from cera_train.common.settings import flatten, require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean, redact
+from cera_train.common.user_code import user_code
 from cera_train.settings.training import TrackerConfig, TrackerKind
 
 if TYPE_CHECKING:
@@ -35,6 +38,9 @@ DASHBOARD_NAMES = {
 
 WANDB_NAME = 128
 """Most characters that W&B's server accepts in the name of a run or of a group."""
+
+PACKAGES = {TrackerKind.comet: "comet_ml"}
+"""Packages of trackers with other names."""
 
 ENVIRONMENT = {
     "WANDB_SILENT": "true",
@@ -81,12 +87,22 @@ class Tracker:
     def drop_on_failure(self, kind: TrackerKind) -> Iterator[None]:
         """Prints an error in one line, and drops the tracker."""
         try:
-            yield
-        except Exception as error:
+            with user_code(f"{kind} failed and is left out", "Everything is in the run's folder."):
+                yield
+        except UserError as error:
             self.trackers.pop(kind, None)
-            print_warning(
-                f"{kind} failed and is left out ({error}). Everything is in the run's folder."
-            )
+            print_warning(str(error))
+
+
+def check_trackers(config: TrackerConfig) -> None:
+    """Raises UserError for a tracker whose package is not installed."""
+    for kind in config.chosen:
+        package = PACKAGES.get(kind, kind)
+        require(
+            importlib.util.find_spec(package) is not None,
+            f"tracker.kinds={{{kind}: ...}} needs the package {package}: pip install "
+            f"{package.replace('_', '-')}, or choose another tracker.",
+        )
 
 
 def start_tracker(

@@ -34,7 +34,9 @@ from cera_train.model.path import check_model
 from cera_train.runs.records import another_config, differences
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import find_start
+from cera_train.runs.tracking import check_trackers
 from cera_train.settings.run import Config
+from cera_train.settings.training import ObjectiveKind
 from cera_train.sweep.folder import (
     JOBS,
     RECORD,
@@ -45,6 +47,7 @@ from cera_train.sweep.folder import (
     key_of,
     sweep_metric,
 )
+from cera_train.training.rewards import import_reward
 
 WRITER = "sweep"
 """The holder of the folder's lock, for messages. A study holds the lock while it runs, since it
@@ -161,8 +164,9 @@ def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJo
 
 
 def check_inputs(config: Config, folder: Path) -> None:
-    """Raises UserError for a model, rows, problems or a starting adapter that a run in this folder
-    cannot read, so that a mistake is reported before torch is imported, which takes seconds."""
+    """Raises UserError for a model, rows, problems, rewards, trackers or a starting adapter that a
+    run in this folder cannot use, so that a mistake is reported before torch is imported, which
+    takes seconds."""
     if not (folder / "result.json").exists():  # a finished run no longer reads them
         check_model(config.model.path)
         check_data(config.data)
@@ -171,6 +175,10 @@ def check_inputs(config: Config, folder: Path) -> None:
             if task.config.files:
                 with errors_at(f"train.tasks=[{name}]"):
                     load_problems(task, config.data)
+        if config.train.objective == ObjectiveKind.grpo:
+            for path in config.grpo.rewards:
+                import_reward(path)
+        check_trackers(config.tracker)
     if config.adapter.start_from is not None and not (folder / "config.yaml").exists():
         with heavy_imports():  # of PEFT
             find_start(config.adapter)

@@ -164,6 +164,17 @@ MISTAKES = [
         "train.objective=dpo learns from preferences",
         "set data.rejected",
     ),
+    # code that is missing
+    (
+        "cera-train train.objective=grpo grpo.rewards=[math.pi]",
+        "grpo.rewards=[math.pi] is a float, not a function",
+        "Write module.function",
+    ),
+    (
+        "cera-train tracker=swanlab",
+        "tracker.kinds={swanlab: ...} needs the package swanlab",
+        "pip install swanlab",
+    ),
     # an argument of a wrong form
     ("cera-train adapter.r=[", "adapter.r=[: cannot read the value", "close its brackets"),
     ("cera-train name=a:\nb:", "cannot read the value", r"""$'name="a:\nb:"'"""),

@@ -31,10 +31,9 @@ from cera_train.training.objectives.grpo import (
     KL,
     MISMATCH,
     MOST_WEIGHT,
-    generated_questions,
-    grade,
     grpo_loss,
 )
+from cera_train.training.rewards import generated_questions, grade
 from cera_train.training.train import backward, train
 
 ROWS = [
@@ -50,6 +49,10 @@ def vowels(prompt: str, answer: str, right: str) -> float:
 
 def fails(*_: str) -> float:
     raise LookupError("no such key")
+
+
+def ends(*_: str) -> float:
+    sys.exit(0)
 
 
 def number(*_: str) -> float:
@@ -325,13 +328,21 @@ def test_a_server_answers_with_the_adapter_of_each_update(grpo):
     assert not (folder_of(config) / "served").exists()
 
 
-def test_nothing_is_lost_if_a_server_disappears(grpo, monkeypatch):
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("503", "Once it is back, the same command resumes"),
+        ("no json", "streams what is no answer of vLLM's .*: update vLLM"),
+        ("unknown ids", "answers without token ids of its vocabulary .*: update vLLM"),
+    ],
+)
+def test_nothing_is_lost_if_a_server_fails(grpo, monkeypatch, fault, message):
     monkeypatch.setattr(server, "PAUSES", ())
     words = ["adapter.r=4", "optimizer.lr=5e-2", "train.save_every=null"]
     with playing_vllm(grpo(*words).model) as vllm:
         config = grpo(*words, f"train.server={vllm.url}")
-        away = once_logged(2, lambda: vllm.faults.extend(["503"] * 999))
-        with away, pytest.raises(UserError, match="Once it is back, the same command resumes"):
+        away = once_logged(2, lambda: vllm.faults.extend([fault] * 999))
+        with away, pytest.raises(UserError, match=message):
             train(config)
         assert [path.name for path in folder_of(config).glob("checkpoints/*")] == ["2"]
         vllm.faults = []
@@ -450,7 +461,16 @@ def test_an_answer_is_graded_as_in_a_task():
     [
         (
             [f"grpo.rewards=[{__name__}.fails]"],
-            r"^grpo.rewards=\[.*fails\] fails for the answer .*: LookupError: no",
+            r"^grpo.rewards=\[.*fails\] fails for the answer .*: LookupError: no such key "
+            r"\(.*/test_grpo.py:\d+\)\.$",
+        ),
+        (
+            [f"grpo.rewards=[{__name__}.ends]"],
+            r"^grpo.rewards=\[.*ends\] fails for the answer .*: SystemExit: 0 \(.*test_grpo.py:",
+        ),
+        (
+            [f"grpo.rewards=[{__name__}.ROWS]"],
+            r"^grpo.rewards=\[.*ROWS\] is a list, not a function. Write module.function",
         ),
         (
             [f"grpo.rewards=[{__name__}.number]"],
@@ -464,7 +484,10 @@ def test_an_answer_is_graded_as_in_a_task():
             ["grpo.rewards=[]"],
             "^train.objective=grpo: in 6 groups all answers earned the same, 0 at last",
         ),
-        (["grpo.grader=choice"], "^grpo.grader=choice: .*finds no answer in it"),
+        (
+            ["grpo.grader=choice"],
+            r"rows.jsonl:1: grpo.grader=choice finds no answer .*: fix the row",
+        ),
         (
             ["data.loss_on=all"],
             "^train.objective=grpo answers prompts, and rows.jsonl has text without: name",

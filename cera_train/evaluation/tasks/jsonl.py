@@ -51,16 +51,20 @@ IS_EXACT = {Grader.number: gsm8k.same_number, Grader.math: math.same_latex}
 """The graders of mathematics, which math-verify grades too. Other answers are equal or not."""
 
 
+def find_gold(text: str, grader: Grader) -> str | None:
+    """What a gold answer says; empty or None where the grader cannot read it."""
+    match grader:
+        case Grader.math:  # in a box or alone
+            return math.find_box(text) or text.strip()
+        case Grader.choice:
+            return "".join(re.findall(r"^[A-Z]$", text.strip()))
+    return EXTRACT[grader](text)
+
+
 def gold_answer(row: Row, column: str, grader: Grader) -> str:
     """The gold answer of a row."""
     cell = text_of(row, column, "task.answer")
-    match grader:
-        case Grader.math:  # in a box or alone
-            answer = math.find_box(cell) or cell.strip()
-        case Grader.choice:
-            answer = "".join(re.findall(r"^[A-Z]$", cell.strip()))
-        case _:
-            answer = EXTRACT[grader](cell)
+    answer = find_gold(cell, grader)
     if not answer:
         reason = (
             f"column {column!r} holds {cell[-60:]!r}, and task.grader={grader} finds no answer in "

@@ -13,10 +13,7 @@ answers again.
 
 from __future__ import annotations
 
-import math
-import operator
-import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -26,28 +23,20 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from cera_train.adapters.saved import keeps_base
-from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
-from cera_train.data.computed import Draw, Split, draws
 from cera_train.data.prepare import Example, TokenizedRows, table_of
-from cera_train.data.rows import computed_row
 from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.held_out import token_losses
 from cera_train.evaluation.requests import Answer, Request, check_positions
-from cera_train.evaluation.tasks import reasoning_gym
-from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, gold_answer
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.folder import Progress, RunFolder
 from cera_train.runs.results import SAMPLES, Sample, TokenLosses, figure
-from cera_train.settings.data import DataConfig, Layout
-from cera_train.settings.evaluation import GenerationConfig, Grader
+from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
 from cera_train.settings.training import GrpoConfig
 from cera_train.training.build import Data, Model
 from cera_train.training.objectives.objective import Drawn
-
-# Arguments: a prompt, an answer to it, and the row's answer.
-Reward = Callable[[str, str, str], float]
+from cera_train.training.rewards import Reward, generated_questions, grade, import_reward
 
 MOST_WEIGHT = 2.0
 """Upper bound of a sampled token's importance weight, p here / p on the server: truncated, as in
@@ -343,54 +332,3 @@ def answer_figures(rewards: Tensor, lengths: Tensor, room: int) -> dict[str, flo
         "train/completions/mean_length": lengths.mean().item(),
         "train/completions/clipped_ratio": (lengths == room).float().mean().item(),
     }
-
-
-# --- rewards --------------------------------------------------------------------------------------
-
-
-def generated_questions(data: DataConfig) -> dict[str, Draw]:
-    """The training questions of reasoning-gym by their prompts."""
-    return {
-        computed_row(draw.question, draw.answer)["prompt"].strip(): draw
-        for _, part in data.parts()
-        if part.layout == Layout.reasoning_gym
-        for draw in draws(part.reasoning_gym, Split.train, part.train_rows, "data.train_rows")
-    }
-
-
-def grade(prompt: str, answer: str, right: str, grader: Grader, drawn: Mapping[str, Draw]) -> float:
-    """1 for a right answer: by the generator that drew the question, else by one of the graders of
-    task=jsonl."""
-    if grader == Grader.text and prompt.strip() in drawn:
-        return float(reasoning_gym.score_text(answer, drawn[prompt.strip()]).is_right)
-    with errors_at(f"grpo.grader={grader}"):
-        expected = gold_answer({"answer": right}, "answer", grader)
-    extracted = EXTRACT[grader](answer)
-    is_exact = IS_EXACT.get(grader, operator.eq)
-    return float(extracted is not None and is_exact(extracted, expected))
-
-
-def import_reward(path: str) -> Reward:
-    """The reward of an import path. An error or a value that is no number raises UserError."""
-    place = f"grpo.rewards=[{path}]"
-    try:
-        function = pkgutil.resolve_name(path)
-    except Exception as error:  # an error of the user's module, or in its name
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{place} cannot be imported: {reason}. Write module.function, and mind PYTHONPATH."
-        ) from error
-
-    def reward(prompt: str, answer: str, right: str) -> float:
-        try:
-            value = float(function(prompt, answer, right))
-        except Exception as error:  # the user's code can raise anything
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{place} fails for the answer {answer[:60]!r}: {reason}.") from error
-        require(
-            math.isfinite(value),
-            f"{place} gives {value} for the answer {answer[:60]!r}: return a finite number.",
-        )
-        return value
-
-    return reward

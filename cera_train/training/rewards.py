@@ -1,0 +1,89 @@
+"""Rewards of GRPO: the grade of an answer, and functions of the user's. Imports no torch."""
+
+import math
+import operator
+import pkgutil
+from collections.abc import Callable, Mapping
+
+from cera_train.common.errors import UserError, errors_at
+from cera_train.common.settings import require
+from cera_train.common.user_code import user_code
+from cera_train.data.computed import Draw, Split, draws
+from cera_train.data.rows import computed_row, kind_of
+from cera_train.data.segments import segmenter
+from cera_train.data.sources import open_sources
+from cera_train.evaluation.tasks import reasoning_gym
+from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, find_gold
+from cera_train.settings.data import DataConfig, Layout
+from cera_train.settings.evaluation import Grader
+
+# Arguments: a prompt, an answer to it, and the row's answer.
+Reward = Callable[[str, str, str], float]
+
+
+def import_reward(path: str) -> Reward:
+    """The reward of an import path. Raises UserError for anything but a function; the reward does
+    for an error of the function, or a value that is no number."""
+    place = f"grpo.rewards=[{path}]"
+    fix = "Write module.function, and mind PYTHONPATH."
+    with user_code(f"{place} cannot be imported", fix):
+        function = pkgutil.resolve_name(path)
+    require(callable(function), f"{place} is {kind_of(function)}, not a function. {fix}")
+
+    def reward(prompt: str, answer: str, right: str) -> float:
+        with user_code(f"{place} fails for the answer {answer[:60]!r}"):
+            value = float(function(prompt, answer, right))
+        require(
+            math.isfinite(value),
+            f"{place} gives {value} for the answer {answer[:60]!r}: return a finite number.",
+        )
+        return value
+
+    return reward
+
+
+# --- grades ---------------------------------------------------------------------------------------
+
+
+def generated_questions(data: DataConfig) -> dict[str, Draw]:
+    """The training questions of reasoning-gym by their prompts."""
+    return {
+        computed_row(draw.question, draw.answer)["prompt"].strip(): draw
+        for _, part in data.parts()
+        if part.layout == Layout.reasoning_gym
+        for draw in draws(part.reasoning_gym, Split.train, part.train_rows, "data.train_rows")
+    }
+
+
+def grade(prompt: str, answer: str, right: str, grader: Grader, drawn: Mapping[str, Draw]) -> float:
+    """1 for a right answer: by the generator that drew the question, else by one of the graders of
+    task=jsonl."""
+    if grader == Grader.text and prompt.strip() in drawn:
+        return float(reasoning_gym.score_text(answer, drawn[prompt.strip()]).is_right)
+    expected = right_answer(right, grader)
+    extracted = EXTRACT[grader](answer)
+    is_exact = IS_EXACT.get(grader, operator.eq)
+    return float(extracted is not None and is_exact(extracted, expected))
+
+
+def right_answer(text: str, grader: Grader) -> str:
+    """What a grader compares with. Raises UserError if it finds nothing in the row's answer."""
+    answer = find_gold(text, grader)
+    if not answer:
+        raise UserError(
+            f"grpo.grader={grader} finds no answer in {text[-60:]!r}: fix the row, or choose "
+            "another grader."
+        )
+    return answer
+
+
+def check_right_answers(data: DataConfig, grader: Grader) -> None:
+    """Raises UserError for the first training row whose answer the grader cannot read, with its
+    place."""
+    for _, part in data.parts():
+        to_segments = segmenter(part, None)
+        for place, row in open_sources(part)[0].located():
+            with errors_at(place):
+                answers = [segment.text for segment in to_segments(row) if segment.supervised]
+                if answers:  # others are not trained on
+                    right_answer(answers[0], grader)

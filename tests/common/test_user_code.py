@@ -1,0 +1,51 @@
+"""The wall around the user's code."""
+
+import signal
+import sys
+
+import pytest
+
+from cera_train.common.errors import UserError
+from cera_train.common.signals import Interrupted, stop
+from cera_train.common.user_code import user_code
+
+
+def leave() -> None:
+    sys.exit(0)
+
+
+def cancel() -> None:
+    raise KeyboardInterrupt
+
+
+def look_up() -> None:
+    [].pop()
+
+
+@pytest.fixture
+def our_handler():
+    before = signal.signal(signal.SIGINT, stop)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (leave, "SystemExit: 0"),
+        (cancel, "KeyboardInterrupt"),
+        (look_up, "IndexError: pop from empty list"),
+    ],
+)
+def test_whatever_the_users_code_raises_is_one_line_with_its_place(our_handler, code, reason):
+    line = code.__code__.co_firstlineno + 1
+    with pytest.raises(UserError) as caught, user_code("reward=x fails", "Fix it."):
+        code()
+    assert str(caught.value) == f"reward=x fails: {reason} ({__file__}:{line}). Fix it."
+
+
+def test_a_signal_passes_the_wall():
+    with pytest.raises(Interrupted), user_code("reward=x"):
+        raise Interrupted(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), user_code("reward=x"):
+        signal.raise_signal(signal.SIGINT)
