@@ -297,6 +297,10 @@ def _split(
 
 def last_rows(count: int, source: Source) -> range:
     total = sum(1 for _ in source.located())
+    require(
+        count < total or total == 0,
+        f"data.eval_rows={count} holds out all {counted(total, 'row')} of {source.name}: lower it.",
+    )
     return range(total - count, total)
 
 

@@ -104,6 +104,11 @@ CSV = "prompt,completion\n1,2\n"
         ("x.json", LINES, "x.json:2: broken JSON: Extra data"),
         (
             "x.jsonl",
+            LINES + '{"a": 1, "b": {"c": 1, "c": 2}}\n',
+            "x.jsonl:5: 'c' stands twice in one object: keep one",
+        ),
+        (
+            "x.jsonl",
             LINES.encode() + b'{"a": "\xe4"}\n',
             "x.jsonl:5: broken JSON: 'utf-8' codec can't decode byte",
         ),
@@ -173,9 +178,11 @@ def test_a_split_without_rows_names_the_counts_and_the_settings(refusal):
     assert line.startswith(
         f"{start}: 2 read, 1 without an answer, 1 without one within data.max_length=20. Name"
     )
-    for line in (refusal({"x.jsonl": ""}), refusal({"x.jsonl": ROWS}, eval_rows=4)):
-        assert line.startswith(f"{start}: 0 read")
-        assert line.endswith(fix)
+    line = refusal({"x.jsonl": ""})
+    assert line.startswith(f"{start}: 0 read")
+    assert line.endswith(fix)
+    line = refusal({"x.jsonl": ROWS}, eval_rows=4)
+    assert line == "data.eval_rows=4 holds out all 4 rows of data.train_files=[x.jsonl]: lower it."
     settings = {"train_files": ["t.jsonl"], "eval_files": ["x.jsonl"]}
     assert refusal({"t.jsonl": ROWS, "x.jsonl": ""}, **settings).startswith(
         "data.eval_files=[x.jsonl]: no rows are"
