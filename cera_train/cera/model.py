@@ -125,7 +125,7 @@ class CeraModel(BaseTuner):
     ) -> None:
         """Adds an adapter to a layer, or puts a layer with it in a module's place."""
         try:
-            if isinstance(target, CeraLayer):
+            if isinstance(target, layer_class):
                 target.update_layer(adapter_name, config)
                 return
             layer = layer_class(target, adapter_name, config)

@@ -63,7 +63,7 @@ def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
     ("config", "message"),
     [
         (peft_of("MIST"), "adapter.method=MIST is not a method of PEFT .* Choose one of BEFT, "),
-        (peft_of("IA3", 4), "adapter.method=IA3: .*unexpected keyword argument 'r'"),
+        (peft_of("IA3", 4), "adapter.r=4: adapter.method=IA3 has no r. Set adapter.r=null"),
         (
             peft_of("MISS", 4, minir=2),
             "adapter.method=MISS adapter.settings.minir=2: .*unexpected keyword argument",
@@ -123,7 +123,7 @@ def test_free_form_settings_come_through_the_command_line(compose, overrides, ex
         (peft_of("IA3"), "adapter.method=IA3: `feedforward_modules` should be a subset"),
         (
             AdapterConfig("lora", 4, target_modules=["norm"]),
-            "adapter.kind=lora: Target module LlamaRMSNorm",
+            r"adapter.kind=lora adapter.target_modules=\[norm\]: Target module LlamaRMSNorm",
         ),
         *(
             (
@@ -148,7 +148,9 @@ def test_what_peft_refuses_on_this_model_is_a_line_that_names_the_settings(confi
 @pytest.mark.parametrize("as_expression", [False, True])
 def test_tied_weights_are_not_untied(target, as_expression):
     targets = rf"(.*\.)?{target}" if as_expression else ["q_proj", target]
-    with refuses("adapter.kind=lora: .*tied layer is part of the adapter"):
+    with refuses(
+        "adapter.kind=lora adapter.target_modules=.*: .*tied layer is part of the adapter"
+    ):
         build.build(
             make_tiny_llama(tie_word_embeddings=True),
             AdapterConfig("lora", 4, target_modules=targets),
@@ -164,6 +166,19 @@ def test_a_mistyped_target_is_refused_even_beside_a_right_one(kind):
         "are q_proj,"
     ):
         build.build(make_tiny_llama(), config)
+
+
+def test_a_rank_above_every_width_is_refused():
+    with refuses("adapter.r=65 is above every width of this model's projections, 64 at most: low"):
+        build.build(make_tiny_llama(), AdapterConfig("lora", 65, target_modules="all-linear"))
+    build.build(make_tiny_llama(), AdapterConfig("lora", 64, target_modules="all-linear"))
+
+
+def test_a_module_that_cannot_be_adapted_is_named_with_its_setting():
+    with refuses(
+        "adapter.kind=cera adapter.target_modules=.input_layernorm.: .* cannot be adapted"
+    ):
+        build.build(make_tiny_llama(), AdapterConfig(target_modules=["input_layernorm"]))
 
 
 def test_all_linear_adapts_only_the_chosen_layers():

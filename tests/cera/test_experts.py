@@ -228,6 +228,11 @@ def leave_as_it_is(experts: nn.Module) -> None:
             {"target_modules": ["experts"]},
             r"'model.layers.0.mlp.experts' holds experts: name its parameters",
         ),
+        (
+            leave_as_it_is,
+            {"target_modules": ["q_proj"], "target_parameters": ["q_proj.weight"]},
+            "Linear does not run through .* experts interf",
+        ),
         (spread, {"target_parameters": PARAMETERS}, "MixtralExperts is spread over processes"),
         (
             quantise,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
-from cera_train.common.settings import require
+from cera_train.common.settings import require, word_of
 from cera_train.common.terminal import announce_import
 from cera_train.common.trust import BEYOND_WEIGHTS
 from cera_train.settings.adapters import AdapterConfig
@@ -88,7 +88,13 @@ class Family:
         for setting, unset in (("r", None), ("alpha", None), ("dropout", 0)):
             if (value := getattr(config, setting)) != unset:
                 long_name = f"{config.method.lower()}_{setting}"
-                fields[long_name if long_name in names else setting] = value
+                name = long_name if long_name in names else setting
+                require(
+                    name in names,
+                    f"adapter.{setting}={value}: adapter.method={config.method} has no {setting}. "
+                    f"Set adapter.{setting}={'null' if unset is None else unset}.",
+                )
+                fields[name] = value
         return self.make(config_class, config, fields)
 
     def make(
@@ -209,6 +215,8 @@ def peft_errors(config: AdapterConfig) -> Iterator[None]:
         settings = "".join(
             f" adapter.settings.{key}={value}" for key, value in config.settings.items()
         )
+        if config.target_modules not in (None, "all-linear"):
+            settings += f" adapter.target_modules={word_of(config.target_modules)}"
         method = f"method={config.method}" if config.method else f"kind={config.kind}"
         raise UserError(f"adapter.{method}{settings}: {' '.join(str(error).split())}") from error
 
