@@ -10,12 +10,12 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 
 from cera_train.adapters.families import family, title
 from cera_train.adapters.folder import description_file
+from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, write_text
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import for_markdown
 from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult, describe_rank, describe_tasks, figure
-from cera_train.runs.tracking import print_warning
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
 
@@ -126,8 +126,8 @@ def _facts(config: Config, result: RunResult) -> dict[str, str]:
 
 
 def push(config: Config) -> None:
-    """Uploads the adapter of a run, if it is finished. A failure prints the command that repeats
-    the upload: the run's, whose result stands."""
+    """Uploads the adapter of a run, if it is finished. Raises UserError with the command that
+    repeats the upload: the run's, whose result stands."""
     run = Path(config.output_dir) / config.name
     if config.hub.push is None or not (run / "result.json").is_file():
         return
@@ -153,7 +153,7 @@ def push(config: Config) -> None:
         print_line("hub", str(repository))
     except Exception as error:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        print_warning(
+        raise UserError(
             f"hub.push={config.hub.push} failed ({error}). The run is finished; to upload it: "
             f"{command}"
-        )
+        ) from error
