@@ -46,12 +46,23 @@ def ask(config: ChatConfig, subjects: Sequence[Subject]) -> None:
     if config.prompts is not None:
         answer_file(answerers, config.prompts)
     elif config.prompt is not None or not sys.stdin.isatty():
-        question = config.prompt if config.prompt is not None else sys.stdin.read().strip()
+        question = config.prompt if config.prompt is not None else read_stdin()
         if not question:
             raise UserError("stdin is empty: write a question to it, or set prompt=....")
         answer(answerers, [answerer.prompts.row([question]) for answerer in answerers])
     else:
         converse(answerers)
+
+
+def read_stdin() -> str:
+    """The text of stdin. Raises UserError for bytes that are not UTF-8, which Python refuses or
+    turns into halves of surrogate pairs."""
+    try:
+        text = sys.stdin.read().strip()
+        text.encode()
+    except UnicodeError as error:
+        raise UserError(f"stdin is not UTF-8 ({error}): write the question in UTF-8.") from error
+    return text
 
 
 # --- how a question is written --------------------------------------------------------------------

@@ -168,9 +168,9 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
         f"{rows}:2: column 'prompt'"
     )
     too_long = refusal(f"run={run}", "prompt=a", "max_new_tokens=100000")
-    assert too_long.endswith(
-        "positions of this model: lower max_new_tokens, or shorten the prompt."
-    )
+    assert too_long.endswith("(--max-model-len): lower max_new_tokens, or shorten the prompt.")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"How \xe4?"), "utf-8"))
+    assert refusal(f"run={run}").startswith("stdin is not UTF-8")
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     assert refusal(f"run={run}") == "stdin is empty: write a question to it, or set prompt=...."
     two = Prompts(DataConfig(**TEXT | {"prompt": "{context} {question}"}), tokenizer)
