@@ -18,6 +18,7 @@ from typing import Any
 from cera_train.common.errors import UserError, explain
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.signals import SIGNALS, Interrupted, Interruption, signal_children, stop
+from cera_train.common.terminal import counted
 from cera_train.settings.distributed import ProcessesConfig
 
 
@@ -81,6 +82,8 @@ LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|ProcessGroup", re.I
 # failure
 PEER_SECONDS = 5
 
+MOST_PER_CORE = 4  # processes; more only wait for each other
+
 
 def in_processes(function: Callable[[Any], dict[str, Any]], config: Any) -> dict[str, Any]:
     """Calls `function(config)` in `launch.processes` processes: the result and a UserError are the
@@ -103,7 +106,7 @@ def in_processes(function: Callable[[Any], dict[str, Any]], config: Any) -> dict
 
 def processes_to_start(config: ProcessesConfig) -> int:
     """The number of processes: the config's, else one for each GPU. Raises UserError if there are
-    GPUs, but fewer than that."""
+    GPUs, but fewer than that, or far fewer cores."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -112,6 +115,12 @@ def processes_to_start(config: ProcessesConfig) -> int:
         raise UserError(
             f"launch.processes={processes}, but this machine shows {gpus} GPUs: lower it, or set "
             f"auto."
+        )
+    cores = len(os.sched_getaffinity(0))
+    if not gpus and processes > MOST_PER_CORE * cores:
+        raise UserError(
+            f"launch.processes={processes}, but this machine shows {counted(cores, 'core')} and no "
+            f"GPU: lower it to {cores}, or set auto."
         )
     return processes
 

@@ -350,6 +350,9 @@ def test_each_gpu_gets_a_process_unless_the_config_says_otherwise(monkeypatch):
         assert processes_to_start(LaunchConfig(wanted)) == expected
     with pytest.raises(ValueError, match="launch.processes=9, but this machine shows 8 GPUs"):
         processes_to_start(LaunchConfig("9"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ValueError, match=r"launch.processes=100000, but .* cores? and no GPU: low"):
+        processes_to_start(LaunchConfig("100000"))
     for wrong in ("0", "two", "-1"):
         with pytest.raises(ValueError, match="must be auto or a positive number"):
             LaunchConfig(wrong)
