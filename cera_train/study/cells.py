@@ -84,6 +84,11 @@ class Outcome:
     def read(cls, name: str, run: Path) -> Outcome:
         if name == LOSS:
             losses = TokenLosses.read(run / LOSSES_AFTER)
+            require(
+                bool(np.isfinite(losses.losses).all()),
+                f"{run}: a loss is not a number: remove the folder, and the study's command trains "
+                "the run again.",
+            )
             has_loss = losses.tokens > 0
             tokens = losses.tokens[has_loss]
             return cls(losses.tokens.tolist(), losses.sums()[has_loss] / tokens, tokens)
