@@ -163,6 +163,19 @@ def to_config(composed: DictConfig, overrides: Sequence[str], schema: type = Con
     return config
 
 
+def check_read(config: Config, overrides: Sequence[str]) -> None:
+    """Raises UserError for a setting of the command line that a single run does not read. A sweep's
+    jobs may differ in what they read."""
+    unread = config.unread()
+    for word in overrides:
+        key = word.lstrip("+").partition("=")[0]
+        for place, reader in unread.items():
+            require(
+                not f"{key}.".startswith(f"{place}."),
+                f"{word} does nothing here: it is for {reader}. Leave it out.",
+            )
+
+
 LATEX = """
 nabla ncong ne nearrow neg neq nexists ngeq ngtr ni nleftarrow nleq nless nmid not notin nparallel
 nrightarrow nsim nsubseteq nsupseteq nu nwarrow

@@ -9,7 +9,7 @@ import shlex
 import traceback
 import typing
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -169,6 +169,12 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     return [*words, *map(with_folder_quoted, settings)]
 
 
+WHOLE = ("recipe", "study", "sweep")
+"""Groups whose files set more than their own section."""
+
+WHOLE_PACKAGE = "# @package _global_"
+
+
 def check_config_folder(folder: str) -> None:
     """Refuses a folder of config files from elsewhere if one sets Hydra's section, which runs code
     by a `_target_`, the factories of a logging config, the environment of processes, or a
@@ -193,6 +199,11 @@ def check_config_folder(folder: str) -> None:
                     "hydra.launcher.partition=gpu"
                 )
                 require(not (is_hydras or _may_run_code(text)), f"{path} {reason}: {fix}.")
+                is_whole = path.parent.name not in WHOLE or WHOLE_PACKAGE in text
+                require(
+                    is_whole,
+                    f"{path} sets a whole config: begin it with the line `{WHOLE_PACKAGE}`.",
+                )
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -364,6 +375,11 @@ def _describe(error: Exception, program: str) -> str:
     # No attribute of Hydra's exception holds the file in which a key or value stands.
     file = re.search(r"In '([\w./-]+)': \w+ raised while composing", message)
     place = f"{file[1]}.yaml: {key}" if file else key
+    is_of_item = cause is not None and is_dataclass(cause.object_type) and cause.full_key != key
+    if not_overridden and is_of_item:  # of a list, such as data.mix
+        known = [field.name for field in fields(cause.object_type)]
+        near = did_you_mean(cause.key, known)
+        return f"{place}: unknown name {cause.key}. {near}There are: {', '.join(known)}."
     if not_overridden and any(
         f"{name}.".startswith(f"{key}.") for name in fields_of(SCHEMAS[program])
     ):

@@ -10,7 +10,13 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cera_train.cli.config import announce_imports, start_hydra, to_config, without_hydra
+from cera_train.cli.config import (
+    announce_imports,
+    check_read,
+    start_hydra,
+    to_config,
+    without_hydra,
+)
 from cera_train.cli.start import errors_in_one_line
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
@@ -35,12 +41,15 @@ def main() -> None:
         the other."""
         overrides = list(HydraConfig.get().overrides.task)
         config = to_config(composed, overrides, PlanRun)
+        is_single = HydraConfig.get().mode == RunMode.RUN
+        if is_single:
+            check_read(config, overrides)
         announce_imports()
         planned = make_plan(config)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            jobs.append((overrides, planned))
-        else:
+        if is_single:
             print_plan(planned)
+        else:
+            jobs.append((overrides, planned))
 
     check = functools.partial(without_hydra, schema=PlanRun)
     planned_study = functools.partial(PlannedStudy, check=check)

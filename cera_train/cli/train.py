@@ -13,7 +13,13 @@ from hydra.core.plugins import Plugins
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from cera_train.cli.config import announce_imports, start_hydra, to_config, without_hydra
+from cera_train.cli.config import (
+    announce_imports,
+    check_read,
+    start_hydra,
+    to_config,
+    without_hydra,
+)
 from cera_train.cli.start import errors_in_one_line, print_error
 from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
@@ -99,7 +105,9 @@ def prepare(composed: DictConfig, job: Job | None = None) -> Config:
     """The checked config of a run as composed; for a job of a sweep, with the job's folder."""
     overrides = HydraConfig.get().overrides.task
     config = to_config(composed, overrides)
-    if job is not None:
+    if job is None:
+        check_read(config, overrides)
+    else:
         tracker = replace(config.tracker, group=config.tracker.group or job.sweep.name)
         config = replace(config, output_dir=str(job.sweep), name=job.name, tracker=tracker)
     if not is_as_published(overrides):

@@ -94,6 +94,23 @@ class Config:
             f"adapter.settings: the copies of modules_to_save cannot be sharded: {fix} none.",
         )
 
+    def unread(self) -> dict[str, str]:
+        """Settings and sections that this run does not read: key -> what would read it."""
+        parts = [part for _, part in self.data.parts()]
+        layouts = {part.layout for part in parts}
+        from_hub = any(part.path and not part.train_files for part in parts)
+        readers = {
+            "dpo": ("train.objective=dpo", self.train.objective == ObjectiveKind.dpo),
+            "grpo": ("train.objective=grpo", self.train.objective == ObjectiveKind.grpo),
+            "train.tasks_limit": ("train.tasks", bool(self.train.tasks)),
+            "data.streaming": ("a data set on the Hub", from_hub),
+            "data.mix_seed": ("data.mix", self.data.mix is not None),
+            "data.logistic_map": ("data.layout=logistic_map", Layout.logistic_map in layouts),
+            "data.reasoning_gym": ("data.layout=reasoning_gym", Layout.reasoning_gym in layouts),
+            "hub.private": ("hub.push", self.hub.push is not None),
+        }
+        return {key: reader for key, (reader, is_there) in readers.items() if not is_there}
+
     @property
     def work(self) -> Work:
         """The passes that the objective runs."""
@@ -188,3 +205,6 @@ class PlanRun(Config):
     """Settings of `cera-plan`: a run's, and the hardware to plan for."""
 
     plan: PlanConfig = section(PlanConfig)
+
+    def unread(self) -> dict[str, str]:
+        return super().unread() | {"distributed": "cera-train, for a plan has whole weights"}

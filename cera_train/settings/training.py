@@ -1,6 +1,7 @@
 """Settings of the training loop, the optimizer and the tracker."""
 
 import math
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -287,6 +288,10 @@ class HubConfig:
     card: uploaded after the run, or at once for a finished run. null: no upload."""
     private: bool = setting(True, "nothing")
     """Whether a new repository is private."""
+
+    def __post_init__(self) -> None:
+        is_name = self.push is None or re.fullmatch(r"([\w.-]+/)?[\w.-]{1,96}", self.push, re.ASCII)
+        require(bool(is_name), f"hub.push={self.push}: expected a name such as me/my-adapter.")
 
 
 @dataclass

@@ -83,7 +83,18 @@ MISTAKES = [
         "Set data.train_rows",
     ),
     ("cera-train adapter.alpha=${nothing}", "adapter.alpha: ", "'nothing' not found"),
+    # a setting that nothing reads
+    ("cera-train dpo.beta=0.5", "dpo.beta=0.5 does nothing here", "for train.objective=dpo. Leave"),
+    ("cera-train data.streaming=true", "does nothing here", "for a data set on the Hub. Leave"),
+    ("cera-plan distributed.timeout=60", "does nothing here", "for cera-train, "),
     # a value that makes no sense
+    ("cera-train adapter=peft adapter.method=IA3 adapter.r=4", "IA3 has no r", "Set adapter.r="),
+    ("cera-train hub.push=a/b/c", "hub.push=a/b/c: ", "such as me/my-adapter"),
+    (
+        "cera-train data.mix=[{train_files:[a.jsonl],wieght:1}]",
+        "data.mix: unknown name wieght",
+        "Did you mean weight?",
+    ),
     ("cera-train adapter.r=-1", "adapter.r=-1 ", "must be positive"),
     (
         "cera-train train.tasks=[gsm9k]",
@@ -358,6 +369,14 @@ def test_a_folder_that_is_no_model_gets_one_line(
     assert cause in printed
     assert fix in printed
     assert len(printed) < 600
+
+
+def test_a_study_without_a_package_says_what_to_write(tmp_path, run_command, capfd):
+    (tmp_path / "conf" / "study").mkdir(parents=True)
+    (tmp_path / "conf" / "study" / "mine.yaml").write_text("study: {seeds: 2}\n")
+    assert run_command("cera-train", "-m", "--config-dir", "conf", "+study=mine") == 2
+    line = capfd.readouterr().err
+    assert "conf/study/mine.yaml sets a whole config: begin it with the line `# @package" in line
 
 
 def test_debug_shows_the_traceback(run_command, monkeypatch, capfd):
