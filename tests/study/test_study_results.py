@@ -11,6 +11,9 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from cera_train.common.errors import UserError
+from cera_train.runs.results import LOSSES_AFTER, TokenLosses
+from cera_train.settings.sweep import LOSS
+from cera_train.study.cells import Outcome
 from cera_train.study.page import write_study
 from cera_train.study.results import contrasts_of, slopes
 from cera_train.study.verdict import contrast
@@ -165,3 +168,9 @@ def test_one_arm_has_nothing_to_compare(make_study):
     del study.cells[1]
     with pytest.raises(UserError, match="has no two arms to compare, only lora"):
         contrasts_of(study)
+
+
+def test_a_loss_that_is_not_a_number_names_its_run(tmp_path):
+    TokenLosses(np.array([1]), np.array([np.nan], "float32")).write(tmp_path / LOSSES_AFTER)
+    with pytest.raises(UserError, match=f"^{tmp_path}: a loss is not a number: remove the folder"):
+        Outcome.read(LOSS, tmp_path)
