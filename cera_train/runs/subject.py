@@ -57,28 +57,28 @@ class Subject:
         return self.run.train if self.run else TrainConfig()
 
 
-def find_subject(config: SubjectConfig) -> Subject:
-    """Resolves `run=` and `model=`. Raises UserError if a folder is missing, unfinished or without
+def find_subject(config: SubjectConfig, setting: str = "run") -> Subject:
+    """Resolves `run=`, by another setting's name in messages, and `model=`. Raises UserError if a folder is missing, unfinished or without
     an adapter, or if the path cannot be that of a base model."""
-    subject = _resolve(config)
+    subject = _resolve(config, setting)
     check_model(subject.model.path)
     return subject
 
 
 def find_subjects(config: ChatConfig) -> list[Subject]:
     """Resolves `run=` and, if it is set, `compare=`."""
-    places = [config.run]
+    subjects = [find_subject(config)]
     if config.compare is not None:
-        places.append(config.compare)
-    return [find_subject(replace(config, run=place)) for place in places]
+        subjects.append(find_subject(replace(config, run=config.compare), "compare"))
+    return subjects
 
 
-def _resolve(config: SubjectConfig) -> Subject:
+def _resolve(config: SubjectConfig, setting: str) -> Subject:
     if config.run == "base":
         name = Path(config.model.path).name.removeprefix("pypi:")
         return Subject(Path(config.output_dir) / f"base-{name}", config.model)
     folder = Path(config.run)
-    root, adapter = find_adapter(folder)
+    root, adapter = find_adapter(folder, setting)
     if root is None:  # an adapter from anywhere
         return Subject(folder, config.model or base_of(folder, config.trust_remote_code), folder)
     run = load_config(root / "config.yaml")
@@ -90,7 +90,7 @@ def _resolve(config: SubjectConfig) -> Subject:
     return Subject(root, config.model or run.model, adapter, run)
 
 
-def find_adapter(folder: Path, setting: str = "run") -> tuple[Path | None, Path]:
+def find_adapter(folder: Path, setting: str) -> tuple[Path | None, Path]:
     """The run and the adapter's folder that a setting names: a finished run, or an adapter, which
     may belong to no run. Raises UserError if there is none."""
     root = folder
@@ -104,7 +104,7 @@ def find_adapter(folder: Path, setting: str = "run") -> tuple[Path | None, Path]
         )
         places = "a folder that cera-train left (with config.yaml) or an adapter's folder (with "
         places += "adapter_config.json)"
-        if setting == "run":
+        if setting != "adapter.start_from":
             places += ", or base"
         raise UserError(f"{setting}={folder} {what}: expected {places}.")
     elif not (folder / "result.json").is_file():

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_line
@@ -252,6 +253,12 @@ def test_a_models_own_code_runs_only_when_asked(model_with_code, marker):
     assert not marker.exists()
     check_length(ModelConfig(path=model_with_code, trust_remote_code=True), 1, "x")
     assert marker.exists()
+
+
+def test_a_models_own_code_that_exits_is_a_line_with_its_place(model_with_code):
+    (Path(model_with_code) / "evil.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(UserError, match=r"^model.path=.*SystemExit: 0 \(.*evil.py:2\)"):
+        check_length(ModelConfig(path=model_with_code, trust_remote_code=True), 1, "x")
 
 
 def test_a_runs_config_cannot_ask_to_run_its_models_code(tmp_path, config, model_with_code, marker):

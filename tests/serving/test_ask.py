@@ -153,6 +153,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
         return str(caught.value)
 
     assert "run=nope does not exist" in refusal("run=nope", "prompt=a")
+    assert "compare=nope does not exist" in refusal(f"run={run}", "compare=nope", "prompt=a")
     assert "compare=base needs model.path=FOLDER, or model=NAME" in refusal("run=x", "compare=base")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
