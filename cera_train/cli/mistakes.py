@@ -169,10 +169,10 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     return [*words, *map(with_folder_quoted, settings)]
 
 
-WHOLE = ("recipe", "study", "sweep")
+WHOLE_CONFIGS = ("recipe", "study", "sweep")
 """Groups whose files set more than their own section."""
 
-WHOLE_PACKAGE = "# @package _global_"
+GLOBAL_PACKAGE = "# @package _global_"
 
 
 def check_config_folder(folder: str) -> None:
@@ -199,10 +199,10 @@ def check_config_folder(folder: str) -> None:
                     "hydra.launcher.partition=gpu"
                 )
                 require(not (is_hydras or _may_run_code(text)), f"{path} {reason}: {fix}.")
-                is_whole = path.parent.name not in WHOLE or WHOLE_PACKAGE in text
+                is_whole = path.parent.name not in WHOLE_CONFIGS or GLOBAL_PACKAGE in text
                 require(
                     is_whole,
-                    f"{path} sets a whole config: begin it with the line `{WHOLE_PACKAGE}`.",
+                    f"{path} sets a whole config: begin it with the line `{GLOBAL_PACKAGE}`.",
                 )
 
 

@@ -42,8 +42,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # and in the processes of a run
     with signals_in_one_line(program), errors_in_one_line(program):
-        # Imports Hydra, for a third of a second.
-        from cera_train.cli.config import run
+        from cera_train.cli.config import run  # imports Hydra
 
         run(program, f"cera_train.cli.{PROGRAMS[program]}")
         sys.stdout.flush()

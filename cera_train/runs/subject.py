@@ -58,8 +58,12 @@ class Subject:
 
 
 def find_subject(config: SubjectConfig, setting: str = "run") -> Subject:
-    """Resolves `run=`, by another setting's name in messages, and `model=`. Raises UserError if a folder is missing, unfinished or without
-    an adapter, or if the path cannot be that of a base model."""
+    """Resolves `run=` and `model=`. Raises UserError if a folder is missing, unfinished or without
+    an adapter, or if the path cannot be that of a base model.
+
+    Args:
+        setting: that names the run, for messages.
+    """
     subject = _resolve(config, setting)
     check_model(subject.model.path)
     return subject
