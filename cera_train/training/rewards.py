@@ -1,5 +1,6 @@
 """Rewards of GRPO: the grade of an answer, and functions of the user's. Imports no torch."""
 
+import itertools
 import math
 import operator
 import pkgutil
@@ -81,9 +82,9 @@ def check_right_answers(data: DataConfig, grader: Grader) -> None:
     """Raises UserError for the first training row whose answer the grader cannot read, with its
     place."""
     for _, part in data.parts():
-        to_segments = segmenter(part, None)
+        to_sequences = segmenter(part, None)
         for place, row in open_sources(part)[0].located():
             with errors_at(place):
-                answers = [segment.text for segment in to_segments(row) if segment.supervised]
-                if answers:  # others are not trained on
-                    right_answer(answers[0], grader)
+                for segment in itertools.chain.from_iterable(to_sequences(row)):
+                    if segment.supervised:
+                        right_answer(segment.text, grader)
