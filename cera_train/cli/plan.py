@@ -19,7 +19,7 @@ from cera_train.cli.config import (
 )
 from cera_train.cli.start import errors_in_one_line
 from cera_train.common.settings import require
-from cera_train.common.terminal import print_line
+from cera_train.common.terminal import counted, print_line
 from cera_train.planning.make import make_plan
 from cera_train.planning.plan import RunPlan
 from cera_train.planning.table import name_jobs, print_plan, print_plans
@@ -88,8 +88,7 @@ class PlannedStudy(StudySweeper):
             plans = [make_plan(self.compose(point.overrides)) for point in cell.grid]
             plans.sort(key=lambda plan: plan.seconds)
             # Which values will be chosen is unknown: count the most expensive ones.
-            chosen = plans[-1:] * (study.config.seeds - len(cell.tuning_seeds))
-            planned[cell.name] = plans * len(cell.tuning_seeds) + chosen
+            planned[cell.name] = plans * len(cell.tuning_runs) + plans[-1:] * len(cell.fresh_runs)
         print_plans("cell", planned)
         print()
         print_power(study, [plans[-1] for plans in planned.values()], spread)
@@ -104,11 +103,12 @@ def print_power(
     Args:
         plans: one of each cell.
         spread: outcome -> standard deviations of a difference between seeds, between problems, and
-            beyond both.
+            beyond both; with bases, the first is between bases, and counts alone.
     """
     config = study.config
     contrasts = study.planned_contrasts
-    seeds = len(study.cells[0].compared_seeds)
+    units = len(config.bases) or len(study.cells[0].compared_runs)
+    noun = "base" if config.bases else "seed"
     for outcome in config.outcomes:
         if outcome not in spread:
             print_line("detects", f"{outcome}: set plan.spread={{{outcome}: [...]}}")
@@ -117,13 +117,15 @@ def print_power(
         sizes = [{LOSS: plan.data.eval_rows} | plan.problems for plan in plans]
         problems = min(size[outcome] for size in sizes)
         variances = Variances(*(deviation**2 for deviation in spread[outcome]))
-        smallest = detectable(variances, seeds, problems, contrasts)
+        if config.bases:
+            variances = Variances(variances.seed, 0.0, 0.0)
+        smallest = detectable(variances, units, problems, contrasts)
         print_line(
             "detects",
-            f"{outcome}: a difference of {smallest:.2g} with probability {POWER}: {seeds} seeds, "
-            f"{problems:,} "
-            f"{what}, Holm's first step over {contrasts} contrasts",
+            f"{outcome}: a difference of {smallest:.2g} with probability {POWER}: "
+            f"{counted(units, noun)}, {problems:,} {what}, Holm's first step over {contrasts} "
+            "contrasts",
         )
-        if outcome == config.outcomes[0]:
+        if outcome == config.primary:
             verb = "is" if smallest <= config.matters else "is not"
             print_line("", f"study.matters={config.matters:g} {verb} detected")

@@ -121,7 +121,11 @@ def report() -> None:
         "verdict.",
     )
     parser.add_argument(
-        "folders", nargs="+", metavar="DIR", type=Path, help="a run, a folder of runs, or a study"
+        "folders",
+        nargs="+",
+        metavar="DIR",
+        type=Path,
+        help="a run, a folder of runs, a study, or the studies of a family",
     )
     parser.add_argument(
         "--output", type=Path, help="where the page goes (default: report/NAMES_OF_THE_FOLDERS)"
@@ -137,10 +141,11 @@ def report() -> None:
     require(
         is_free, f"--output={output}: it is a file, and a report needs a folder: choose another."
     )
-    if len(folders) == 1 and (study := find_study(folders[0])) is not None:
-        from cera_train.study.page import write_study
+    studies = list(filter(None, map(find_study, folders)))
+    if len(studies) == len(folders):
+        from cera_train.study.page import write_studies
 
-        page = write_study(study, output)
+        page = write_studies(studies, output)
     else:
         from cera_train.report.page import compare_runs
 

@@ -29,10 +29,14 @@ class StudyConfig:
     arms: dict[str, list[str]] = setting(dict, "nothing")
     """What is compared: names, each with the overrides that define it. Everything else is equal."""
     baseline: str | None = setting(None, "nothing")
-    """The arm that every other arm is compared with."""
-    contrasts: dict[str, list[str]] = setting(dict, "nothing")
+    """The arm that every other arm is compared with. null: only the contrasts are planned."""
+    contrasts: dict[str, list[Any]] = setting(dict, "nothing")
     """Further comparisons, or the direction of one: its question, and two arms; the difference is
-    the second minus the first."""
+    the second minus the first. Two pairs of arms, [[a, b], [c, d]], are compared in their
+    differences: (d - c) - (b - a)."""
+    bases: dict[str, list[str]] = setting(dict, "nothing")
+    """Models, teachers or data that every arm runs on: names, each with its overrides. Then the
+    interval is Student's over bases. Empty: one base."""
     conditions: dict[str, list[Any]] = setting(dict, "nothing")
     """Settings under which all arms are compared, and their values, such as adapter.r: [16, 64]."""
     tune: dict[str, list[Any]] = setting(dict, "nothing")
@@ -48,6 +52,14 @@ class StudyConfig:
     two."""
     outcomes: list[str] = setting(lambda: [LOSS], "nothing")
     """The outcomes, the primary one first: loss, or a name in train.tasks for its score."""
+    set_aside: float = setting(0.0, "nothing")
+    """The share of held-out rows, and of a task's problems, that judge and never choose a tuned
+    value; the others only choose. 0: all do both."""
+    tuned_elsewhere: str | None = setting(None, "nothing")
+    """Where the arms' settings were tuned, such as a paper: then `tune` has one value of each, or
+    is empty. null: here."""
+    family: str | None = setting(None, "nothing")
+    """A name that several studies share: cera-report corrects over all of their contrasts."""
     equal: Equal = setting(Equal.parameters, "nothing")
     """What all arms have the same amount of under a condition."""
     matters: float = setting(0.01, "nothing")
@@ -55,40 +67,74 @@ class StudyConfig:
     share of the score."""
     arm: str | None = setting(None, "nothing")
     """The arm of a job; a study sets it."""
+    base: str | None = setting(None, "nothing")
+    """The base of a job; a study sets it."""
 
     def __post_init__(self) -> None:
         names = ", ".join(self.arms) or "none"
         require(len(self.arms) > 1, f"study.arms has {names}: a study compares two or more.")
-        for name in self.arms:
-            is_name = re.fullmatch(r"[\w.+-]*[A-Za-z][\w.+-]*", name, re.ASCII)
-            require(
-                bool(is_name),
-                f"study.arms.{name}: give a name of letters, digits and _ . + -, with a letter.",
-            )
+        for group, named in (("arms", self.arms), ("bases", self.bases)):
+            for name in named:
+                is_name = re.fullmatch(r"[\w.+-]*[A-Za-z][\w.+-]*", name, re.ASCII)
+                require(
+                    bool(is_name),
+                    f"study.{group}.{name}: give a name of letters, digits and _ . + -, with a "
+                    "letter.",
+                )
         require(
-            self.baseline in self.arms,
+            self.baseline in self.arms or (self.baseline is None and bool(self.contrasts)),
             f"study.baseline={self.baseline}: no such arm: choose one of {names}.",
         )
-        for question, pair in self.contrasts.items():
-            is_pair = len(pair) == len({*pair}) == 2 and {*pair} <= self.arms.keys()
-            require(is_pair, f"study.contrasts.{question}={pair}: expected two arms of {names}.")
-        require(
-            bool(self.tune),
-            "study.tune={}: name what each arm may choose, such as optimizer.lr: [1e-3, 3e-3].",
-        )
+        for question, sides in self.contrasts.items():
+            is_difference = self._is_pair(sides) or (
+                len(sides) == 2 and all(map(self._is_pair, sides)) and sides[0] != sides[1]
+            )
+            require(
+                is_difference,
+                f"study.contrasts.{question}={sides}: expected two arms of {names}, or two pairs "
+                "of them.",
+            )
+        if self.tuned_elsewhere is None:
+            require(
+                bool(self.tune),
+                "study.tune={}: name what each arm may choose, such as optimizer.lr: [1e-3, 3e-3].",
+            )
+        for key, values in self.tune.items():
+            require(
+                self.tuned_elsewhere is None or len(values) == 1,
+                f"study.tune.{key}={values}: it was tuned in {self.tuned_elsewhere}: give that one "
+                "value, or leave out study.tuned_elsewhere.",
+            )
         require(bool(self.outcomes), "study.outcomes=[]: name what decides, such as [loss].")
         self._check_keys()
         require_positive("study", self, "seeds", "matters")
+        require(
+            0 <= self.set_aside < 1,
+            f"study.set_aside={self.set_aside}: expected a share of rows, at least 0, below 1.",
+        )
         require(
             self.tune_seeds is None or 1 <= self.tune_seeds < self.seeds,
             f"study.tune_seeds={self.tune_seeds}: the first of study.seeds={self.seeds} choose, "
             f"and the others are compared: give 1 to {self.seeds - 1}, or null.",
         )
 
+    def _is_pair(self, arms: Any) -> bool:
+        """Whether these are two different arms."""
+        return (
+            isinstance(arms, list)
+            and all(isinstance(arm, str) for arm in arms)
+            and len(arms) == len({*arms}) == 2
+            and {*arms} <= self.arms.keys()
+        )
+
     def _check_keys(self) -> None:
         """Raises UserError if a setting is set in two places, has no value, or can run code."""
         words = [word for words in self.arms.values() for word in words]
-        places = dict.fromkeys((word.partition("=")[0].lstrip("+") for word in words), "an arm")
+        places = dict.fromkeys(map(_key_of, words), "an arm")
+        base_words = [word for words in self.bases.values() for word in words]
+        for key in map(_key_of, base_words):
+            require(key not in places, f"study.bases: an arm sets {key} too. Keep one.")
+        places |= dict.fromkeys(map(_key_of, base_words), "a base")
         for group, values_by_key in (("tune", self.tune), ("conditions", self.conditions)):
             for key, values in values_by_key.items():
                 place = f"study.{group}.{key}"
@@ -100,20 +146,33 @@ class StudyConfig:
                 is_free = key not in places or (places[key], group) == ("an arm", "conditions")
                 require(is_free, f"{place}: {places.get(key)} sets it too. Keep one.")
                 places[key] = f"study.{group}"
-        overrides = [word.lstrip("+").partition("=")[::2] for word in words]
+        overrides = [word.lstrip("+").partition("=")[::2] for word in (*words, *base_words)]
         for key, value in (*overrides, *self.tune.items(), *self.conditions.items()):
             fix = "put it on the command line, for all arms alike"
             require(not may_run_code(key, str(value)), f"study: {key} can run code: {fix}.")
 
     @property
-    def pairs(self) -> dict[tuple[str, str], str]:
-        """Every comparison: (first, second) -> what it asks. First those of `contrasts`, then with
-        the baseline."""
-        pairs = {(first, second): question for question, (first, second) in self.contrasts.items()}
+    def primary(self) -> str:
+        return self.outcomes[0]
+
+    @property
+    def judged(self) -> list[str]:
+        """The outcomes that may get a verdict: the one that chose the tuned values; all, where
+        they were chosen elsewhere."""
+        return self.outcomes if self.tuned_elsewhere is not None else self.outcomes[:1]
+
+    @property
+    def comparisons(self) -> list[tuple[str, Any, Any]]:
+        """Every comparison: what it asks, and its first and second side, an arm or a pair of arms.
+        First those of `contrasts`, then with the baseline."""
+        comparisons = [(question, *sides) for question, sides in self.contrasts.items()]
+        compared = [{first, second} for _, first, second in comparisons if isinstance(first, str)]
         for arm in self.arms:
-            if (
-                arm != self.baseline
-                and not {(self.baseline, arm), (arm, self.baseline)} & pairs.keys()
-            ):
-                pairs[self.baseline, arm] = f"{arm} or {self.baseline}"
-        return pairs
+            is_new = arm != self.baseline and {self.baseline, arm} not in compared
+            if self.baseline is not None and is_new:
+                comparisons.append((f"{arm} or {self.baseline}", self.baseline, arm))
+        return comparisons
+
+
+def _key_of(override: str) -> str:
+    return override.lstrip("+").partition("=")[0]

@@ -25,7 +25,7 @@ from cera_train.evaluation.tasks.task import describe_trained_on, load_problems,
 from cera_train.settings.adapters import Activation, AdapterKind, Mix
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
-from cera_train.study.cells import ARM, SEED, Cell, Study
+from cera_train.study.cells import ARM, BASE, SEED, Cell, Study
 from cera_train.sweep.folder import RECORD, SweepRecord, job_status, key_of
 from cera_train.sweep.grid import (
     WRITER,
@@ -63,19 +63,30 @@ def study_of(config: DictConfig) -> StudyConfig:
 
 
 def study_record(config: DictConfig) -> SweepRecord:
-    """The content of sweep.json: every arm, condition, tuned value and seed that tunes. What an arm
-    sets itself stands in the place of a condition."""
+    """The content of sweep.json: every arm, base, condition, tuned value and seed that tunes. What
+    an arm sets itself stands in the place of a condition."""
     study = config.study
-    dimensions: dict[str, Sequence[Any]] = {ARM: list(study.arms), **study.conditions, **study.tune}
+    dimensions: dict[str, Sequence[Any]] = {ARM: list(study.arms)}
+    if study.bases:
+        dimensions[BASE] = list(study.bases)
+    dimensions |= {**study.conditions, **study.tune}
     dimensions[SEED] = range(study.tune_seeds or study.seeds)
     params = {key: ",".join(map(grid_word, values)) for key, values in dimensions.items()}
     overrides = {f"{ARM}={name}": words for name, words in study.arms.items()}
+    of_bases = {f"{BASE}={name}": words for name, words in study.bases.items()}
     jobs = []
     for arm, *choices in grid(config, params):
         require(arm in overrides, f"{arm}: no such arm: choose from {', '.join(study.arms)}.")
+        words = [arm, *overrides[arm]]
         set_by_arm = {key_of(word) for word in overrides[arm]}
-        left = [choice for choice in choices if key_of(choice) not in set_by_arm]
-        jobs.append([arm, *overrides[arm], *left])
+        for choice in choices:
+            require(
+                key_of(choice) != BASE or choice in of_bases,
+                f"{choice}: no such base: choose from {', '.join(study.bases)}.",
+            )
+            if key_of(choice) not in set_by_arm:
+                words += [choice, *of_bases.get(choice, [])]
+        jobs.append(words)
     return record_of(config, jobs, params).replace(study=OmegaConf.to_container(study))
 
 
@@ -215,7 +226,12 @@ def begin_study(config: DictConfig, compose: ComposeJob) -> SweepRecord:
     planned = Study(Path(config.hydra.sweep.dir), record)
     check_cells(config, planned, compose)
     unfinished = [cell for cell in planned.cells if cell.missing()]
-    check_problems(compose(cell.grid[0].overrides) for cell in unfinished)
+    check_problems(
+        compose(cell.overrides(cell.grid[0], run))
+        for cell in unfinished
+        for run in cell.tuning_runs
+        if run.seed == 0
+    )
     begin(config, compose, record)
     return record
 
@@ -253,7 +269,7 @@ class StudySweeper(Sweeper):
             jobs = []
             for cell in self.cells:
                 if cell.chosen:
-                    jobs += [cell.chosen.overrides_of(seed) for seed in cell.fresh_seeds]
+                    jobs += [cell.overrides(cell.chosen, run) for run in cell.fresh_runs]
             self.add(jobs)
 
     @property

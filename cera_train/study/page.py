@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from cera_train.common.files import finite, write_text
-from cera_train.common.settings import map_values
+from cera_train.common.settings import map_values, require
 from cera_train.common.terminal import announce, counted, duration
 from cera_train.report.document import (
     BACKGROUND,
@@ -44,36 +44,52 @@ FIGURES = {
 """Fields of a RunResult -> the column of a cell's mean over seeds, and its form."""
 
 
-def write_study(study: Study, output: Path) -> Page:
-    """Writes the page of a finished study, and study_results.json: numbers to commit as evidence.
-    Raises UserError where runs are missing or cannot be compared."""
-    announce("comparing", counted(len(study.cells), "cell"))
-    contrasts = contrasts_of(study)
-    trends = slopes(study)
-    name = study.folder.resolve().name
-    command = Environment(study.record.command).command_line or "not on record"
-    tables = [verdict_table(study, contrasts), cell_table(study), slope_table(study, trends)]
-    page = Page(
-        study.config.question or f"Study {name}",
-        tables,
-        [picture_of(study, contrasts)],
-        {name: command},
+def write_studies(studies: Sequence[Study], output: Path) -> Page:
+    """Writes the page of finished studies, and each one's study_results.json: numbers to commit as
+    evidence. Raises UserError where they are not of one family, where runs are missing, or where
+    they cannot be compared."""
+    families = {study.config.family for study in studies}
+    names = [study.folder.resolve().name for study in studies]
+    require(
+        len(studies) == 1 or (len(families) == 1 and None not in families),
+        f"{', '.join(names)}: their study.family is {', '.join(map(str, families))}. Report "
+        "families apart.",
     )
+    announce("comparing", counted(sum(len(study.cells) for study in studies), "cell"))
+    contrasts = dict(zip(names, contrasts_of(*studies), strict=True))
+    planned = sum(study.planned_contrasts for study in studies)
+    tables = []
+    pictures = []
+    commands = {}
+    for name, study in zip(names, studies, strict=True):
+        of_study = f" of {name}" if len(studies) > 1 else ""
+        trends = slopes(study)
+        tables += [
+            verdict_table(study, contrasts[name], f"Verdicts{of_study}", planned),
+            cell_table(study, f"Cells{of_study}"),
+            slope_table(study, trends, f"Slopes{of_study}"),
+        ]
+        pictures.append(picture_of(study, contrasts[name], of_study))
+        commands[name] = Environment(study.record.command).command_line or "not on record"
+        numbers = {
+            "study": name,
+            "command": commands[name],
+            "config": dataclasses.asdict(study.config),
+            "family": names,
+            "planned_contrasts": planned,
+            "contrasts": list(map(dataclasses.asdict, contrasts[name])),
+            "cells": list(map(_cell_json, study.cells)),
+            "slopes": list(map(dataclasses.asdict, trends)),
+            **_environments(study),
+        }
+        numbers = map_values(lambda number: float(f"{number:.6g}"), finite(numbers), float)
+        text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
+        file = output / (f"{name}/{RESULTS}" if of_study else RESULTS)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, f"{text}\n")
+    title = studies[0].config.question or f"Study {names[0]}"
+    page = Page(title, tables, pictures, commands)
     page.write(output)
-
-    numbers = {
-        "study": name,
-        "command": command,
-        "config": dataclasses.asdict(study.config),
-        "planned_contrasts": study.planned_contrasts,
-        "contrasts": list(map(dataclasses.asdict, contrasts)),
-        "cells": list(map(_cell_json, study.cells)),
-        "slopes": list(map(dataclasses.asdict, trends)),
-        **_environments(study),
-    }
-    numbers = map_values(lambda number: float(f"{number:.6g}"), finite(numbers), float)
-    text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(output / RESULTS, f"{text}\n")
     return page
 
 
@@ -93,40 +109,50 @@ def _environments(study: Study) -> dict[str, Any]:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def verdict_table(study: Study, contrasts: Sequence[OutcomeContrast]) -> Table:
-    primary = study.config.outcomes[0]
+def verdict_table(
+    study: Study, contrasts: Sequence[OutcomeContrast], title: str, planned: int
+) -> Table:
+    """
+    Args:
+        planned: the contrasts over which Holm's method corrects.
+    """
     matters = study.config.matters
     rows = []
     for contrast in contrasts:
         outcome = contrast.outcome
         too_small = ""
-        if outcome == primary:
+        if outcome == study.config.primary:
             too_small = "yes" if contrast.is_within(matters) else "no"
+        verdict = contrast.verdict
+        if verdict == "not shown" and math.isfinite(contrast.detectable):
+            verdict += f" (detects {_number(outcome, contrast.detectable)})"
         row = {
             "contrast": f"{contrast.second} - {contrast.first}",
             "of": f"{contrast.condition}, {outcome}" if contrast.condition else outcome,
-            "verdict": contrast.verdict,
-            "edge": "; ".join(contrast.edges),
+            "verdict": verdict,
+            "no verdict": "; ".join(contrast.obstacles),
             "difference": _number(outcome, contrast.difference, "+"),
             "95 % interval": _interval(outcome, contrast.lower, contrast.upper),
-            "p after Holm": f"{contrast.p_holm:.2g}",
-            "detectable": _number(outcome, contrast.detectable),
+            "p after Holm": "" if contrast.p_holm is None else f"{contrast.p_holm:.2g}",
             "too small": too_small,
         }
         rows.append(row)
+    drawn = "bases" if study.config.bases else "seeds and problems"
+    tuned = study.config.tuned_elsewhere
     return Table(
-        "Verdicts",
+        title,
         rows,
         "Differences of a loss are in nats a token, of a score in points; the verdict is on the "
-        "first-named arm. Edge: an arm is best at the end of its grid, which allows no verdict: "
-        "add values beyond it, by study.extend=true. The interval holds for other seeds and "
-        f"problems. Holm corrects p over the {counted(study.planned_contrasts, 'contrast')} of "
-        "the study's file. Detectable: the smallest difference shown with power 80 %. Too small: "
-        f"the interval lies within ±{matters:g}.",
+        "first-named arm or difference. Not shown: the difference that is shown with power 80 %. "
+        "No verdict: the best value is at an end of its grid (add values beyond it, by "
+        "study.extend=true), was alone or has no order, or was chosen by another outcome. "
+        f"The interval holds for other {drawn}. Holm corrects p over {planned} planned "
+        f"{'contrast' if planned == 1 else 'contrasts'}. Too small: the interval lies within "
+        f"±{matters:g}." + (f" Arms were tuned in {tuned}." if tuned else ""),
     )
 
 
-def cell_table(study: Study) -> Table:
+def cell_table(study: Study, title: str) -> Table:
     rows = []
     for cell in study.cells:
         chosen = " ".join(f"{key}={value}" for key, value in cell.chosen.values.items())
@@ -137,12 +163,13 @@ def cell_table(study: Study) -> Table:
             value = cell.figure(field)
             row[label] = "" if value is None else form(value)
         rows.append(row)
-    caption = "Means over seeds at the values of the lowest mean loss, ± a standard deviation."
-    return Table("Cells", rows, f"{caption} {SPECTRUM_TERMS}")
+    drawn = "bases" if study.config.bases else "seeds"
+    caption = f"Means over {drawn} at the values of the lowest mean loss, ± a standard deviation."
+    return Table(title, rows, f"{caption} {SPECTRUM_TERMS}")
 
 
-def slope_table(study: Study, slopes: Sequence[Slope]) -> Table:
-    outcome = study.config.outcomes[0]
+def slope_table(study: Study, slopes: Sequence[Slope], title: str) -> Table:
+    outcome = study.config.primary
     rows = [
         {
             "contrast": slope.name,
@@ -152,10 +179,10 @@ def slope_table(study: Study, slopes: Sequence[Slope]) -> Table:
         for slope in slopes
     ]
     return Table(
-        "Slopes",
+        title,
         rows,
         "Change of the difference with every doubling of the rank. The interval holds for other "
-        "seeds.",
+        f"{'bases' if study.config.bases else 'seeds'}.",
     )
 
 
@@ -170,7 +197,7 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
         "arm": cell.arm,
         "condition": cell.condition,
         "chosen": cell.chosen.values,
-        "edges": list(map(str, cell.edges)),
+        "obstacles": cell.obstacles,
         "losses": losses,
         "outcomes": {outcome: cell.means(outcome) for outcome in outcomes},
         **{field.removeprefix("spectrum."): cell.figure(field) for field in FIGURES},
@@ -199,10 +226,10 @@ def _interval(outcome: str, lower: float, upper: float) -> str:
 # --- the picture ----------------------------------------------------------------------------------
 
 
-def picture_of(study: Study, contrasts: Sequence[OutcomeContrast]) -> Picture:
+def picture_of(study: Study, contrasts: Sequence[OutcomeContrast], of_study: str) -> Picture:
     """A row for every contrast of the primary outcome, with the band of differences that do not
     matter."""
-    outcome = study.config.outcomes[0]
+    outcome = study.config.primary
     shown = [contrast for contrast in contrasts if contrast.outcome == outcome]
     if outcome == LOSS:
         scale = 1
@@ -235,16 +262,23 @@ def picture_of(study: Study, contrasts: Sequence[OutcomeContrast]) -> Picture:
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel(f"difference in {outcome}, {unit}")
 
-    title = f"Differences in {outcome}"
+    title = f"Differences in {outcome}{of_study}"
     numbers = "; ".join(
         f"{contrast.second}: {_number(outcome, contrast.difference, '+')}" for contrast in shown
     )
     caption = (
-        f"{better} of zero the first-named arm is better. Lines: 95 % intervals; strokes: seeds; "
-        "filled: a difference is shown."
+        f"{better} of zero the first-named arm is better. Lines: 95 % intervals; strokes: "
+        f"{'bases' if study.config.bases else 'seeds'}; filled: a difference is shown."
     )
     height = 0.9 + 0.42 * len(shown)
-    return Picture("differences", title, f"{title}. {numbers}.", caption, draw, height)
+    return Picture(
+        f"differences{of_study}".replace(" ", "_"),
+        title,
+        f"{title}. {numbers}.",
+        caption,
+        draw,
+        height,
+    )
 
 
 def _label(contrast: OutcomeContrast) -> str:

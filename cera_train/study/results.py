@@ -1,5 +1,6 @@
-"""Every contrast of the arms of a finished study, with a verdict, and its slope over the rank."""
+"""Every contrast of the arms of finished studies, with a verdict, and its slope over the rank."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -10,7 +11,13 @@ from cera_train.common.settings import require
 from cera_train.evaluation.statistics import LEVEL, holm
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Pair, Study, describe
-from cera_train.study.verdict import Contrast, Verdict, contrast, detectable
+from cera_train.study.verdict import (
+    Contrast,
+    Verdict,
+    contrast,
+    contrast_over_bases,
+    detectable,
+)
 
 MOST_MISSING = 5  # runs that an error names
 
@@ -26,8 +33,8 @@ def check_runs(study: Study) -> None:
         not missing,
         f"{study.folder} is an unfinished study. Its command runs what is missing: {named}.",
     )
-    for cells in study.by_condition.values():
-        first, *others = [run for cell in cells.values() for run in cell.runs]
+    for cells, base in itertools.product(study.by_condition.values(), study.bases):
+        first, *others = [run for cell in cells.values() for run in cell.runs_on(base)]
         for run in others:
             different = [what for what, rows in run.rows.items() if rows != first.rows.get(what)]
             require(
@@ -40,58 +47,73 @@ def check_runs(study: Study) -> None:
 
 @dataclass(frozen=True)
 class OutcomeContrast(Contrast):
-    """Two arms in one outcome under one condition: second - first."""
+    """Two arms, or two differences of arms, in one outcome under one condition: second - first."""
 
     outcome: str
     asked: str
     first: str
     second: str
     condition: str
-    by_seed: list[float]  # the difference of each seed
-    p_holm: float  # after Holm, over the contrasts of the outcome
-    verdict: Verdict  # on the second arm; `not shown` where an edge speaks against it
-    edges: list[str]  # such as `cera at the largest optimizer.lr, 0.01`
+    by_seed: list[float]  # the difference of each seed; with bases, of each base
+    by_base: dict[str, list[float]]  # with bases: the difference of each seed
+    p_holm: float | None  # after Holm, over all contrasts; None where no verdict is planned
+    verdict: Verdict  # on the second arm; `not shown` where an obstacle speaks against it
+    obstacles: list[str]  # such as `cera at the largest optimizer.lr, 0.01`
     detectable: float  # the smallest difference that this design shows with power 80 %
 
 
-def contrasts_of(study: Study) -> list[OutcomeContrast]:
-    """Every contrast in every outcome, the primary outcome first. Raises UserError where runs
-    cannot be compared."""
-    check_runs(study)
-    pairs = study.pairs()
-    require(
-        bool(pairs),
-        f"{study.folder} has no two arms to compare, only {study.cells[0].arm}. Run it without "
-        f"study.arm; cera-report {study.folder}/* compares the runs that are there.",
-    )
-    contrasts = []
-    for outcome in study.config.outcomes:
-        estimates = [_estimate(pair, outcome) for pair in pairs]
-        p_values = [estimate.p_value for estimate in estimates]
-        adjusted = holm(p_values, study.planned_contrasts)
-        for pair, estimate, p_holm in zip(pairs, estimates, adjusted, strict=True):
-            contrasts.append(_with_verdict(study, pair, outcome, estimate, p_holm))
-    return contrasts
+def contrasts_of(*studies: Study) -> list[list[OutcomeContrast]]:
+    """Every contrast of each study in every outcome, the primary one first. Holm's method corrects
+    over all of them. Raises UserError where runs cannot be compared."""
+    estimates: list[tuple[Study, Pair, str, Contrast]] = []
+    for study in studies:
+        check_runs(study)
+        pairs = study.pairs()
+        require(
+            bool(pairs),
+            f"{study.folder} has no two arms to compare, only {study.cells[0].arm}. Run it without "
+            f"study.arm; cera-report {study.folder}/* compares the runs that are there.",
+        )
+        for outcome, pair in itertools.product(study.config.outcomes, pairs):
+            estimates.append((study, pair, outcome, _estimate(study, pair, outcome)))
+    planned = sum(study.planned_contrasts for study in studies)
+    p_values = {
+        number: estimate.p_value
+        for number, (study, _, outcome, estimate) in enumerate(estimates)
+        if outcome in study.config.judged
+    }
+    adjusted = dict(zip(p_values, holm([*p_values.values()], planned), strict=True))
+    contrasts: dict[Study, list[OutcomeContrast]] = {study: [] for study in studies}
+    for number, (study, pair, outcome, estimate) in enumerate(estimates):
+        contrast = _with_verdict(study, pair, outcome, estimate, adjusted.get(number), planned)
+        contrasts[study].append(contrast)
+    return list(contrasts.values())
 
 
-def _estimate(pair: Pair, outcome: str) -> Contrast:
-    _, first, second = pair
+def _estimate(study: Study, pair: Pair, outcome: str) -> Contrast:
     # Tuned values are chosen by the first outcome, and how others bend between them is unknown.
-    is_primary = outcome == first.study.config.outcomes[0]
-    between = max(first.between, second.between) if is_primary else 0.0
-    return contrast(first.values(outcome), second.values(outcome), first.weights(outcome), between)
+    is_primary = outcome == study.config.primary
+    between = max(pair.lower_by, pair.higher_by) if is_primary else 0.0
+    if study.config.bases:
+        problems = min(len(run.outcomes[outcome].values) for run in study.cells[0].runs)
+        return contrast_over_bases(pair.means(outcome), problems, between)
+    first = pair.first.values(outcome)
+    second = pair.second.values(outcome)
+    return contrast(first, second, pair.weights(outcome), between)
 
 
 def _with_verdict(
-    study: Study, pair: Pair, outcome: str, estimate: Contrast, p_holm: float
+    study: Study, pair: Pair, outcome: str, estimate: Contrast, p_holm: float | None, planned: int
 ) -> OutcomeContrast:
-    means = zip(pair.first.means(outcome), pair.second.means(outcome), strict=True)
-    edges = [str(edge) for edge in (*pair.first.edges, *pair.second.edges)]
-    verdict = estimate.verdict_at(p_holm, higher_is_better=outcome != LOSS)
+    obstacles = pair.obstacles
+    if p_holm is None:
+        obstacles.append(f"values tuned by {study.config.primary}")
+    verdict: Verdict = "not shown"
+    if not obstacles:
+        verdict = estimate.verdict_at(p_holm, higher_is_better=outcome != LOSS)
     choices = pair.choices
-    least = detectable(
-        estimate.variances, estimate.seeds, estimate.problems, study.planned_contrasts
-    )
+    least = detectable(estimate.variances, estimate.seeds, estimate.problems, planned)
+    by_base = pair.by_base(outcome) if study.config.bases else {}
     return OutcomeContrast(
         **vars(estimate),
         outcome=outcome,
@@ -101,10 +123,11 @@ def _with_verdict(
         condition=describe(
             (key, choices[key]) for key in study.config.conditions if key in choices
         ),
-        by_seed=[second - first for first, second in means],
+        by_seed=pair.means(outcome),
+        by_base={base: differences.tolist() for base, differences in by_base.items()},
         p_holm=p_holm,
-        verdict="not shown" if edges else verdict,
-        edges=edges,
+        verdict=verdict,
+        obstacles=obstacles,
         detectable=least + estimate.between,
     )
 
@@ -117,13 +140,14 @@ class Slope:
     by_seed: list[float]
     value: float
     interval: list[float]
-    """Student's 95 % interval over seeds, on the problems at hand; without bounds for one seed."""
+    """Student's 95 % interval over seeds, on the problems at hand, or over bases; without bounds
+    for one."""
 
 
 def slopes(study: Study) -> list[Slope]:
     """The least-squares slope of every contrast against log2 of the rank, where several ranks are
     conditions."""
-    outcome = study.config.outcomes[0]
+    outcome = study.config.primary
     by_rank: dict[str, dict[int, numpy.ndarray]] = {}  # contrast -> rank -> [seeds] differences
     for pair in study.pairs():
         choices = pair.choices
@@ -131,8 +155,7 @@ def slopes(study: Study) -> list[Slope]:
         name = f"{pair.second.arm} - {pair.first.arm}"
         if choices:
             name += f", {describe(choices.items())}"
-        differences = numpy.subtract(pair.second.means(outcome), pair.first.means(outcome))
-        by_rank.setdefault(name, {})[rank] = differences
+        by_rank.setdefault(name, {})[rank] = numpy.array(pair.means(outcome))
     return [
         _slope(name, differences) for name, differences in by_rank.items() if len(differences) > 1
     ]

@@ -14,14 +14,18 @@ Each part has the t quantile of its degrees of freedom. If each part alone keeps
 does the sum, whatever the parts' sizes: Banerjee 1960, "Expressions for the lower bound to
 confidence coefficient", Sankhya 21.
 
+With several bases, each a mean over its seeds and problems, the interval is Student's over bases.
+
 Each arm is compared at the best of its tuned values. Which one looks best is partly chance, and a
-better one may lie between two of the grid: `Cell.between` bounds what that is worth, and widens the
+better one may lie between two of the grid: `could_gain` bounds what that is worth, and widens the
 interval. Without it, or where every seed is compared at the value that the others choose, more than
 5 % of verdicts on equal arms are wrong: `python -m benchmarks.verdicts`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, variance
 from typing import Literal
 
 import numpy
@@ -88,7 +92,7 @@ class Spread:
 @dataclass(frozen=True)
 class Contrast:
     """Two arms on the same problems: second - first, with a 95 % interval that holds for other
-    seeds and problems."""
+    seeds and problems; with bases, for other bases."""
 
     difference: float
     lower: float  # -inf with one seed or one problem. Not adjusted for other contrasts.
@@ -96,7 +100,7 @@ class Contrast:
     p_value: float  # two-sided; 1 with one seed or one problem
     variances: Variances | None
     """None with one seed or one problem, and where a score differs by the same on every problem."""
-    seeds: int
+    seeds: int  # or bases, where a study has them
     problems: int
     # what a tuned value between those of the grid could still change: in the bounds and the p-value
     between: float
@@ -157,6 +161,28 @@ def contrast(
     return Contrast(
         difference, lower - between, upper + between, p_value, plain, seeds, problems, between
     )
+
+
+def contrast_over_bases(
+    differences: Sequence[float], problems: int, between: float = 0.0
+) -> Contrast:
+    """Compares two arms on several bases by Student's t.
+
+    Args:
+        differences: [bases], second - first, each a mean over seeds and problems.
+        problems: their number on a base.
+        between: as for `contrast`.
+    """
+    bases = len(differences)
+    difference = fmean(differences)
+    if bases < 2:
+        return Contrast(difference, -math.inf, math.inf, 1.0, None, bases, problems, between)
+    variances = Variances(variance(differences), 0.0, 0.0)
+    spread = Spread(variances.seed / bases, bases - 1, 0.0, 0.0, 1.0)
+    half = float(spread.half_width()) + between
+    p_value = float(spread.p_value(max(abs(difference) - between, 0.0)))
+    ends = (difference - half, difference + half)
+    return Contrast(difference, *ends, p_value, variances, bases, problems, between)
 
 
 def estimate_mean(differences: ndarray, weights: ndarray) -> tuple[ndarray, Spread, Variances]:

@@ -67,7 +67,8 @@ def leave_run(
     (folder / "environment.json").write_text(json.dumps(environment))
     tokens = np.random.default_rng(0).integers(3, 9, size=80)
     draw = np.random.default_rng([seed, len(folder.name)])
-    losses = loss + 0.01 * draw.normal(size=tokens.sum())
+    noise = draw.normal(size=tokens.sum())
+    losses = loss + 0.01 * (noise - noise.mean())
     TokenLosses(tokens, losses.astype("float32")).write(folder / LOSSES_AFTER)
     if scores is not None:
         right = [float(draw.random() < scores) for _ in range(80)]
@@ -155,26 +156,31 @@ def run_study(tmp_path: Path, run_command: Callable[..., int]) -> Callable[..., 
 
 @pytest.fixture
 def make_study(tmp_path: Path) -> Callable[..., Study]:
-    """make_study(loss, scores=..., **section) -> a finished study of LoRA and CeRA."""
+    """make_study(loss, scores=..., name=..., **section) -> a finished study of LoRA and CeRA."""
 
     def make_study(
-        loss: Loss = loss_by_rate, scores: Loss = lambda values: None, **section: object
+        loss: Loss = loss_by_rate,
+        scores: Loss = lambda values: None,
+        name: str = "which",
+        **section: object,
     ) -> Study:
         settings = STUDY | {
             "contrasts": {},
             "arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]},
         }
         settings |= {"tune": {"optimizer.lr": [3e-4, 1e-3, 3e-3]}} | section
-        folder = tmp_path / "outputs" / "which"
-        grid = {"study.arm": settings["arms"], **settings["conditions"], **settings["tune"]}
+        folder = tmp_path / "outputs" / name
+        grid = {"study.arm": settings["arms"], "study.base": settings.get("bases", {})}
+        grid = {key: values for key, values in grid.items() if values}
+        grid |= {**settings["conditions"], **settings["tune"]}
         grid["train.seed"] = range(settings["seeds"])
         jobs = {}
         for values in itertools.product(*grid.values()):
             overrides = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
-            name = job_name(overrides, list(grid))
-            jobs[name] = overrides
+            job = job_name(overrides, list(grid))
+            jobs[job] = overrides
             words = values_of(overrides)
-            leave_run(folder / name, loss(words), int(words["train.seed"]), scores=scores(words))
+            leave_run(folder / job, loss(words), int(words["train.seed"]), scores=scores(words))
         record = {
             "swept": list(grid),
             "jobs": jobs,

@@ -34,6 +34,20 @@ TWO = {"lora": ["adapter=lora"], "b": ["adapter=cera"]}
             dict(arms={"lora": [], "b": ["+hydra.job.env_set.X=1"]}),
             "hydra.job.env_set.X can run code",
         ),
+        (
+            dict(contrasts={"x": [["lora", "cera"], ["lora"]]}),
+            "expected two arms of .*or two pairs",
+        ),
+        (
+            dict(bases={"a": ["adapter.activation=relu"]}),
+            "study.bases: an arm sets adapter.activation too. Keep one",
+        ),
+        (dict(bases={"a": ["model.trust_remote_code=true"]}), "trust_remote_code can run code"),
+        (dict(set_aside=1.0), "study.set_aside=1.0: expected a share of rows"),
+        (
+            dict(tuned_elsewhere="a paper"),
+            "study.tune.optimizer.lr=.*: it was tuned in a paper: give that one value",
+        ),
         (dict(tune={}), "study.tune={}: name what each arm may choose"),
         (dict(tune={"adapter.r": [4]}), "study.conditions.adapter.r: study.tune sets it too"),
         (

@@ -14,7 +14,7 @@ from cera_train.common.errors import UserError
 from cera_train.runs.results import LOSSES_AFTER, TokenLosses
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Outcome
-from cera_train.study.page import write_study
+from cera_train.study.page import write_studies
 from cera_train.study.results import contrasts_of, slopes
 from cera_train.study.verdict import contrast
 
@@ -31,21 +31,21 @@ RANKS = {"conditions": {"adapter.r": [16, 64]}, "seeds": 3}
 
 def test_verdicts_are_better_worse_or_not_shown(make_study):
     study = make_study(loss_by_rank, **RANKS, baseline="lora")
-    assert [(each.condition, each.verdict) for each in contrasts_of(study)] == [
+    assert [(each.condition, each.verdict) for each in contrasts_of(study)[0]] == [
         ("adapter.r=16", "not shown"),
         ("adapter.r=64", "better"),
     ]
     study = make_study(loss_by_rank, **RANKS, baseline="cera")
-    assert [each.verdict for each in contrasts_of(study)] == ["not shown", "worse"]
+    assert [each.verdict for each in contrasts_of(study)[0]] == ["not shown", "worse"]
 
 
 def test_arms_that_did_not_run_count_for_holm(make_study):
     """Otherwise dropping arms could flip a verdict."""
-    (both,) = contrasts_of(make_study(seeds=3))
+    [(both,)] = contrasts_of(make_study(seeds=3))
     arms = {name: [f"adapter={name}"] for name in ("lora", "cera", "dora", "hira")}
     study = make_study(seeds=3)
     study = replace(study, record=study.record.replace(study=study.record.study | {"arms": arms}))
-    (planned,) = contrasts_of(study)
+    [(planned,)] = contrasts_of(study)
     assert planned.p_holm == pytest.approx(min(1.0, 3 * both.p_holm))
     assert planned.detectable > both.detectable
 
@@ -61,7 +61,7 @@ def test_higher_scores_are_better_and_the_first_outcome_chooses_the_rate(make_st
         seeds=3,
     )
     assert [cell.chosen.values for cell in study.cells] == [{"optimizer.lr": "0.001"}] * 2
-    comparisons = contrasts_of(study)
+    [comparisons] = contrasts_of(study)
     assert [(each.outcome, each.verdict) for each in comparisons] == [
         ("gsm8k", "better"),
         ("loss", "not shown"),
@@ -76,10 +76,10 @@ def test_a_best_value_at_the_end_of_its_grid_allows_no_verdict(make_study):
         return 1 - 0.5 * (values["study.arm"] == "cera") + 0.02 * (values["optimizer.lr"] != best)
 
     study = make_study(loss)
-    (comparison,) = contrasts_of(study)
+    [(comparison,)] = contrasts_of(study)
     assert comparison.verdict == "not shown"
     assert comparison.p_holm < 0.05
-    assert comparison.edges == ["cera at the largest optimizer.lr, 0.003"]
+    assert comparison.obstacles == ["cera at the largest optimizer.lr, 0.003"]
 
 
 @pytest.mark.parametrize(("broken", "gain"), [("0.003", 0.3 / 4), ("0.001", 0.2 + 0.3 / 4)])
@@ -96,8 +96,8 @@ def test_what_a_value_of_the_grid_or_between_could_gain_widens_the_interval(
 
     study = make_study(loss, seeds=3)
     first, second = study.cells
-    (comparison,) = contrasts_of(study)
-    between = max(first.between, second.between)
+    [(comparison,)] = contrasts_of(study)
+    between = max(first.lower_by, second.lower_by)
     assert between == pytest.approx(gain, abs=0.01)
     plain = contrast(first.values("loss"), second.values("loss"), first.weights("loss"))
     assert (comparison.lower, comparison.upper) == pytest.approx(
@@ -106,12 +106,120 @@ def test_what_a_value_of_the_grid_or_between_could_gain_widens_the_interval(
     assert plain.p_value < 0.05 < comparison.p_value
 
 
+FOUR = {"lora_qv": [], "cera_qv": [], "lora_all": [], "cera_all": []}
+
+
+def gain_at_qv(values: dict[str, str]) -> float:
+    """CeRA gains 0.05 nats at q and v, and nothing at all layers; seeds differ by 0.1."""
+    gain = 0.05 * (values["study.arm"] == "cera_qv")
+    noise = 0.001 * int(values["train.seed"]) * (values["study.arm"] == "lora_all")
+    rate = 0.02 * (values["optimizer.lr"] != "0.001")
+    return 1 - gain + noise + rate + 0.1 * int(values["train.seed"])
+
+
+def test_two_differences_are_compared_seed_by_seed(make_study):
+    sides = [["lora_all", "cera_all"], ["lora_qv", "cera_qv"]]
+    contrasts = {"only at q, v": sides}
+    study = make_study(gain_at_qv, arms=FOUR, baseline=None, contrasts=contrasts, seeds=3)
+    [(only,)] = contrasts_of(study)
+    assert (only.second, only.first) == ("(cera_qv - lora_qv)", "(cera_all - lora_all)")
+    assert only.by_seed == pytest.approx([-0.05, -0.049, -0.048], abs=1e-6)
+    assert only.verdict == "better"
+    # Each of the four arms is compared at its best rate, and two of them may gain on each side.
+    assert only.between == pytest.approx(2 * study.cells[0].lower_by)
+
+
+def by_base(values: dict[str, str]) -> float:
+    """CeRA gains 0.02, 0.05 and 0.08 nats on the bases; the best rate of one base differs."""
+    number = int(values["study.base"][1])
+    gain = (0.02 + 0.03 * number) * (values["study.arm"] == "cera")
+    best = 0.003 if number == 2 else 0.001
+    return 1 + number - gain + 0.001 * abs(float(values["optimizer.lr"]) / best - 1)
+
+
+def test_with_bases_the_interval_is_students_over_bases(make_study):
+    bases = {f"b{number}": [f"model.path={number}"] for number in range(3)}
+    study = make_study(by_base, bases=bases, seeds=2)
+    assert [cell.chosen.values for cell in study.cells] == [{"optimizer.lr": "0.001"}] * 2
+    [(contrast,)] = contrasts_of(study)
+    assert contrast.by_seed == pytest.approx([-0.02, -0.05, -0.08], abs=1e-6)
+    assert contrast.by_base["b1"] == pytest.approx([-0.05, -0.05], abs=1e-6)
+    interval = scipy.stats.ttest_1samp(contrast.by_seed, 0).confidence_interval()
+    assert (contrast.lower, contrast.upper) == pytest.approx(
+        (interval.low - contrast.between, interval.high + contrast.between), abs=1e-6
+    )
+
+
+def test_a_value_that_was_alone_or_chosen_by_another_outcome_allows_no_verdict(make_study):
+    def loss(values):
+        return (
+            1 - 0.5 * (values["study.arm"] == "cera") + 0.02 * (values["optimizer.lr"] != "0.001")
+        )
+
+    def scores(values):
+        return 0.9 if values["study.arm"] == "cera" else 0.1
+
+    both = {"outcomes": ["loss", "gsm8k"], "seeds": 3}
+    [(first, second)] = contrasts_of(make_study(loss, scores, **both))
+    assert (first.verdict, second.verdict) == ("better", "not shown")
+    assert second.p_holm is None
+    assert second.obstacles == ["values tuned by loss"]
+
+    alone = {"tune": {"optimizer.lr": [1e-3]}}
+    [(first, _)] = contrasts_of(make_study(loss, scores, name="alone", **both | alone))
+    assert (first.verdict, len(first.obstacles)) == ("not shown", 2)
+
+    elsewhere = alone | {"tuned_elsewhere": "a paper"}
+    judged = make_study(loss, scores, name="elsewhere", **both | elsewhere)
+    assert [each.verdict for each in contrasts_of(judged)[0]] == ["better", "better"]
+    assert judged.planned_contrasts == 2
+
+    words = {"tune": {"optimizer.kind": ["a", "b"], "optimizer.lr": [3e-4, 1e-3, 3e-3]}}
+    [(first, _)] = contrasts_of(make_study(loss, scores, name="words", **both | words))
+    assert first.obstacles == [
+        f"{arm} at optimizer.kind=a, which has no order" for arm in ("lora", "cera")
+    ]
+
+
+def test_rows_set_aside_judge_and_never_choose(make_study):
+    """Of 80 rows every second one is set aside."""
+    study = make_study(seeds=3, set_aside=0.5)
+    cell = study.cells[0]
+    run = cell.runs[0]
+    everything = Outcome.read("loss", run.folder)
+    assert run.outcomes["loss"].values.tolist() == everything.values[1::2].tolist()
+    rows = everything.values[::2], everything.weights[::2]
+    place = cell.grid.index(cell.chosen)
+    assert cell.losses[place][0] == pytest.approx(np.average(rows[0], weights=rows[1]))
+
+
+def test_holm_corrects_over_the_studies_of_a_family(make_study, run_command, capsys):
+    def loss(values):
+        is_cera = values["study.arm"] == "cera"
+        return loss_by_rank(values) + 0.01 * is_cera * int(values["train.seed"])
+
+    studies = [make_study(loss, **RANKS, name=name, family="f") for name in ("a", "b")]
+    _, alone = contrasts_of(studies[0])[0]
+    _, together = contrasts_of(*studies)[1]
+    assert 0 < alone.p_holm < 0.5
+    assert together.p_holm == pytest.approx(min(1, 2 * alone.p_holm))
+    assert together.detectable > alone.detectable
+    assert run_command("cera-report", "outputs/a", "outputs/b") == 0
+    assert re.search(r"not shown \(detects 0\.0\d+\)", capsys.readouterr().out)
+    [one, other] = (
+        json.loads(Path(f"report/a_and_b/{name}/study_results.json").read_text()) for name in "ab"
+    )
+    assert one["planned_contrasts"] == other["planned_contrasts"] == 4
+    assert one["family"] == ["a", "b"]
+    make_study(loss_by_rank, **RANKS, name="c")
+    assert run_command("cera-report", "outputs/a", "outputs/c") == 2
+    assert "a, c: their study.family is" in capsys.readouterr().err
+
+
 def test_a_slope_is_that_of_the_seeds_by_doubling(make_study):
     study = make_study(loss_by_rank, **RANKS)
     (slope,) = slopes(study)
-    at_16, at_64 = (
-        np.subtract(second.means("loss"), first.means("loss")) for _, first, second in study.pairs()
-    )
+    at_16, at_64 = (np.array(pair.means("loss")) for pair in study.pairs())
     assert slope.by_seed == pytest.approx((at_64 - at_16) / 2)
     interval = scipy.stats.ttest_1samp(slope.by_seed, 0).confidence_interval()
     assert slope.interval == pytest.approx([interval.low, interval.high])
@@ -144,7 +252,7 @@ def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_command, ca
 def test_a_long_condition_leaves_the_picture_its_width(make_study, tmp_path):
     study = make_study(conditions={"data.train_files": ["outputs/ground_truth/even.jsonl"]})
     axes = Figure().subplots()
-    write_study(study, tmp_path / "report").pictures[0].draw(axes)
+    write_studies([study], tmp_path / "report").pictures[0].draw(axes)
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "cera - lora\ndata.train_file…h/even.jsonl"
     ]

@@ -1,6 +1,7 @@
 """A study runs its whole grid, each arm with its own overrides, and compares arms at the values of
 the lowest mean loss."""
 
+import itertools
 import json
 import math
 import re
@@ -80,6 +81,27 @@ def test_with_tune_seeds_the_first_seeds_choose_and_the_others_are_compared(laun
     assert [run.folder.name for run in study.cells[0].runs] == [job("lora", 0.01, 2)]
 
 
+def test_every_arm_runs_on_every_base_and_chooses_one_value_for_all(launcher, run_study):
+    """LoRA is best at 0.01 on base b alone, and by more."""
+    seeds = {"a": "0", "b": "1"}
+    launcher.loss = lambda values: {("a", "0.001"): 1.0, ("b", "0.01"): 1.0}.get(
+        (values["study.base"], values["optimizer.lr"]), 1.1 + 0.1 * (values["study.base"] == "b")
+    )
+    bases = {name: [f"data.logistic_map.seed={seed}"] for name, seed in seeds.items()}
+    study = {"bases": bases, "tune_seeds": 1, "contrasts": {}}
+    assert run_study("study.arm=lora,cera", study=study) == 0
+    assert launcher.began == [
+        f"adapter.r=4,optimizer.lr={lr},study.arm={arm},study.base={base},train.seed={seed}"
+        for seed, lrs in ((0, (0.001, 0.01)), (1, (0.01,)))
+        for arm, base, lr in itertools.product(("lora", "cera"), seeds, lrs)
+    ]
+    for overrides in SweepRecord.read(launcher.sweep / RECORD).jobs.values():
+        words = dict(word.split("=", 1) for word in overrides)
+        assert words["data.logistic_map.seed"] == seeds[words["study.base"]]
+    assert rates(launcher)["lora"] == "0.01"
+    assert run_study("study.base=c", study=study) == 2
+
+
 def test_extend_adds_values_until_the_best_lies_inside(launcher, run_study):
     launcher.loss = lambda values: 1 + abs(math.log10(float(values["optimizer.lr"]) / 0.1))
     assert run_study("study.extend=true", "study.arm=cera", "adapter.r=4") == 0
@@ -114,7 +136,9 @@ def test_an_edited_study_keeps_no_old_runs(launcher, run_study, monkeypatch, cap
     assert run_study(study=study) == 0
     for cell in find_study(launcher.sweep).cells:
         config = to_plain(sweepers[0].compose(cell.grid[0].overrides))
-        (cell.folder(cell.grid[0], 0) / "config.yaml").write_text(yaml.safe_dump(config))
+        (cell.folder(cell.grid[0], cell.tuning_runs[0]) / "config.yaml").write_text(
+            yaml.safe_dump(config)
+        )
     launcher.began.clear()
     assert run_study(study=study) == 0
     arms = {"lora": ["adapter=lora"], "cera": ["adapter=cera", "adapter.b_lr_ratio=4"]}

@@ -21,6 +21,7 @@ from benchmarks.verdicts import (
     wrong_after_tuning,
 )
 from cera_train.evaluation.statistics import holm, sign_flip
+from cera_train.study.tuning import chords_could_gain, could_gain
 from cera_train.study.verdict import Contrast, Spread, Variances, contrast, detectable
 
 STUDIES = 1_500
@@ -91,6 +92,26 @@ def test_the_choice_of_tuned_values_adds_no_error(seeds, tune_seeds):
     for tuning in TUNINGS:
         *_, widened = wrong_after_tuning(tuning, seeds, tune_seeds, STUDIES)
         assert widened <= at_most(0.03, STUDIES), tuning.name
+
+
+def test_no_convex_loss_falls_further_than_a_grid_could_gain():
+    """Losses a |d|^2, |d| and e^|d| in their distance d from a best value between two of a grid,
+    each side with its own slope."""
+    draw = numpy.random.default_rng(0)
+    for _ in range(300):
+        distance = numpy.arange(5) - draw.uniform(1, 3)
+        slopes = numpy.where(distance < 0, *draw.exponential(size=(2, 1)))
+        for shape in (numpy.square, numpy.abs, lambda d: numpy.expm1(abs(d)) - abs(d)):
+            losses = slopes * shape(distance)
+            chords = chords_could_gain(losses)
+            assert losses.min() <= chords + 1e-12
+            assert could_gain(losses) <= chords + 1e-12
+
+
+def test_a_neighbour_that_breaks_down_bends_no_curve():
+    losses = [0.05, 0.01, 0.0, 0.8, math.inf]
+    assert could_gain(losses) == pytest.approx(0.03 * 0.8 / 0.84)
+    assert could_gain([0.01, 0.0, math.inf]) == pytest.approx(0.01 / 4)
 
 
 def test_after_holm_at_most_5_percent_of_studies_have_any_wrong_verdict():
