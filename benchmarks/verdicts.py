@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy
-from scipy.special import expit, stdtrit
+from scipy.special import expit, stdtr, stdtrit
 
 from cera_train.evaluation.statistics import ERROR_RATE, holm
+from cera_train.study.tuning import could_gain
 from cera_train.study.verdict import Variances, detectable, estimate_mean
 
 BLOCK = 4_000_000  # values drawn at once: 32 MB
@@ -287,6 +288,17 @@ class Tuning:
         return losses
 
 
+def by_student(differences: numpy.ndarray, between: numpy.ndarray | float = 0.0) -> float:
+    """The share of studies whose interval over seeds or bases, widened, leaves out zero.
+
+    Args:
+        differences: [studies, seeds] or [studies, bases].
+    """
+    count = differences.shape[1]
+    half = stdtrit(count - 1, 1 - ERROR_RATE / 2) * differences.std(1, ddof=1) / numpy.sqrt(count)
+    return float((numpy.abs(differences.mean(1)) > half + between).mean())
+
+
 TUNINGS = (
     Tuning("bend 0.02, a run's noise 0.035, seeds 0.03", (0.02, 0.02), seed=0.03),
     Tuning("bend 0.02, noise 0.03", (0.02, 0.02), noise=0.03),
@@ -328,15 +340,9 @@ def wrong_after_tuning(
 
     def wrong(rates: numpy.ndarray, between: numpy.ndarray | float = 0.0) -> float:
         values = numpy.take_along_axis(judging, rates[:, :, None], axis=2)[:, :, 0]
-        differences = values[:, 1] - values[:, 0]
-        half = (
-            stdtrit(seeds - 1, 1 - ERROR_RATE / 2) * differences.std(1, ddof=1) / numpy.sqrt(seeds)
-        )
-        return float((numpy.abs(differences.mean(1)) > half + between).mean())
+        return by_student(values[:, 1] - values[:, 0], between)
 
-    lowest = middle.argmin(2).clip(1, 3)
-    between = at(best) - at(lowest) + ((at(lowest - 1) + at(lowest + 1)) / 2 - at(lowest)) / 4
-    between = between.clip(min=0).max(1)
+    between = (at(best) - middle.min(2) + could_gain(middle)).max(1)
     # A best rate at the end of its grid allows no verdict.
     between[(best.clip(1, 3) != best).any(1)] = numpy.inf
     everywhere = numpy.broadcast_to(best[..., None], (*best.shape, seeds))
@@ -362,6 +368,164 @@ def print_tuning(studies: int) -> None:
         print(
             f"| {tuning.name} | "
             + " | ".join(" / ".join(f"{100 * share:.1f}" for share in cell) for cell in cells)
+            + " |"
+        )
+
+
+# --- ways to a wrong verdict ----------------------------------------------------------------------
+
+Shares = tuple[float, float]
+"""Wrong verdicts before and after a rule."""
+
+
+def second_outcome(seeds: int, studies: int) -> Shares:
+    """Two arms are equal in a second outcome at their best rates for it. One arm's is a doubling
+    from that of the first outcome, which chooses. Now only the outcome that chooses is judged."""
+    tuning = TUNINGS[0]
+    generator = numpy.random.default_rng(0)
+    best = tuning.draw(studies, seeds, generator).mean(-1).argmin(2)
+    distance = best - 2.0 + [0, 1]
+    losses = tuning.bend[0] * distance[..., None] ** 2
+    losses = losses + tuning.noise * generator.normal(size=(studies, 2, seeds))
+    return by_student(losses[:, 1] - losses[:, 0]), 0.0
+
+
+def one_value(seeds: int, studies: int) -> Shares:
+    """Two arms whose best rates are a doubling apart, at one rate for both. Now no verdict."""
+    generator = numpy.random.default_rng(0)
+    distance = generator.uniform(-0.5, 0.5, size=(studies, 2, 1)) + numpy.array([[0], [1]])
+    losses = 0.02 * distance**2 + 0.035 * generator.normal(size=(studies, 2, seeds))
+    return by_student(losses[:, 1] - losses[:, 0]), 0.0
+
+
+def words(seeds: int, studies: int) -> Shares:
+    """The best of eight optimizers, which one arm does not care about; the other has one that is
+    good. Now no verdict."""
+    losses = 0.035 * numpy.random.default_rng(0).normal(size=(studies, 9, seeds))
+    best = losses[:, :8].mean(-1).argmin(1)
+    chosen = numpy.take_along_axis(losses, best[:, None, None], axis=1)[:, 0]
+    return by_student(chosen - losses[:, 8]), 0.0
+
+
+def any_wrong(p_values: numpy.ndarray) -> Shares:
+    """Shares of studies [studies, families, contrasts] with any verdict: Holm in each family, and
+    over all."""
+    verdicts = [
+        (
+            any(min(holm(list(family))) <= ERROR_RATE for family in study),
+            min(holm(study.ravel().tolist())) <= ERROR_RATE,
+        )
+        for study in p_values
+    ]
+    before, after = numpy.mean(verdicts, axis=0)
+    return float(before), float(after)
+
+
+def families(count: int, seeds: int, studies: int) -> Shares:
+    """So many outcomes or commands of four contrasts each, with Holm in each and over all."""
+    generator = numpy.random.default_rng(0)
+    arms = generator.normal(size=(studies, count, 5, seeds))
+    differences = arms[:, :, 1:] - arms[:, :, :1]
+    t = differences.mean(-1) / differences.std(-1, ddof=1) * numpy.sqrt(seeds)
+    return any_wrong(2 * stdtr(seeds - 1, -numpy.abs(t)))
+
+
+def two_outcomes(seeds: int, studies: int) -> Shares:
+    return families(2, seeds, studies)
+
+
+def three_commands(seeds: int, studies: int) -> Shares:
+    return families(3, seeds, studies)
+
+
+def draw_bases(
+    arms: int, bases: int, seeds: int, studies: int, generator: numpy.random.Generator
+) -> numpy.ndarray:
+    """Judging losses [studies, arms, bases, seeds] at the rate that is best on average over one
+    more run of each base, and the widening of each arm [studies, arms]. Arms are equal on average
+    over bases, which differ by 0.03 and in their best rate."""
+    rates = numpy.arange(-2, 3)[:, None, None]
+    shift = generator.uniform(-0.5, 0.5, size=(studies, arms, 1, bases, 1))
+    losses = 0.02 * (rates - shift) ** 2 + 0.03 * generator.normal(
+        size=(studies, arms, 1, bases, 1)
+    )
+    losses = losses + 0.02 * generator.normal(size=(studies, arms, 5, bases, seeds + 1))
+    choosing = losses[..., 0]
+    best = choosing.mean(-1).argmin(2)[..., None]
+    middle = numpy.median(choosing, -1)
+    lowest = numpy.take_along_axis(middle, best, axis=2)[..., 0]
+    between = lowest - middle.min(2) + could_gain(middle)
+    between[numpy.abs(best[..., 0] - 2) == 2] = numpy.inf
+    judging = numpy.take_along_axis(losses[..., 1:], best[..., None, None], axis=2)[:, :, 0]
+    return judging, between
+
+
+def one_base(seeds: int, studies: int) -> Shares:
+    """A claim about bases from the seeds of one; and Student over as many bases, one seed each."""
+    generator = numpy.random.default_rng(0)
+    losses, between = draw_bases(2, seeds, seeds, studies, generator)
+    differences = losses[:, 1] - losses[:, 0]
+    of_bases = by_student(differences[..., 0], between.max(1))
+    return by_student(differences[:, 0]), of_bases
+
+
+def interaction(seeds: int, studies: int) -> Shares:
+    """A difference of differences on as many bases, two seeds each: without and with widening."""
+    losses, between = draw_bases(4, seeds, 2, studies, numpy.random.default_rng(0))
+    means = losses.mean(-1)
+    differences = (means[:, 3] - means[:, 2]) - (means[:, 1] - means[:, 0])
+    widened = numpy.maximum(between[:, 0] + between[:, 3], between[:, 1] + between[:, 2])
+    return by_student(differences), by_student(differences, widened)
+
+
+def same_rows(seeds: int, studies: int) -> Shares:
+    """50 rows choose and judge, and every rate is luckier on some of them, whatever the seed; one
+    arm is flat in its rate, the other sharp. With `study.set_aside`, half of the rows judge."""
+    generator = numpy.random.default_rng(0)
+    means = numpy.array([0.0, 0.3])[:, None, None] * numpy.arange(-2, 3)[:, None] ** 2
+    rows = means + 0.5 * generator.normal(size=(studies, 2, 5, 50))
+    noise = 0.01 * generator.normal(size=(studies, 2, 5, seeds))
+
+    def wrong(choosing: slice, judging: slice) -> float:
+        losses = rows[..., choosing].mean(-1) + noise.mean(-1)
+        best = losses.argmin(2)[..., None]
+        values = numpy.take_along_axis(rows[..., judging], best[..., None], axis=2)[:, :, 0]
+        of_seeds = numpy.take_along_axis(noise, best[..., None], axis=2)[:, :, 0]
+        differences = values[:, 1, None] - values[:, 0, None]  # [studies, 1, rows]
+        differences = differences + (of_seeds[:, 1] - of_seeds[:, 0])[..., None]
+        difference, spread, _ = estimate_mean(differences, numpy.ones(differences.shape[-1]))
+        between = could_gain(losses).max(1)
+        between[(numpy.abs(best[..., 0] - 2) == 2).any(1)] = numpy.inf
+        return float((numpy.abs(difference) > spread.half_width() + between).mean())
+
+    return wrong(slice(None), slice(None)), wrong(slice(0, None, 2), slice(1, None, 2))
+
+
+HOLES = {
+    "a second outcome, best a doubling from the first's": second_outcome,
+    "one value of the rate for both arms": one_value,
+    "the best of eight words": words,
+    "any verdict on four contrasts in two outcomes": two_outcomes,
+    "any verdict on three commands of four contrasts": three_commands,
+    "one base for all; as many bases as seeds": one_base,
+    "a difference of differences over as many bases; with widening": interaction,
+    "50 rows choose and judge; half of them set aside": same_rows,
+}
+"""Before a rule, and after."""
+
+
+def print_holes(studies: int) -> None:
+    print(
+        "| no difference; wrong verdicts before / after the rule | "
+        + " | ".join(f"{seeds} seeds" for seeds in (3, 5))
+        + " |"
+    )
+    print("|---|" + "---:|" * 2)
+    for name, simulate in HOLES.items():
+        cells = [simulate(seeds, studies) for seeds in (3, 5)]
+        print(
+            f"| {name} | "
+            + " | ".join(f"{100 * before:.1f} / {100 * after:.1f}" for before, after in cells)
             + " |"
         )
 
@@ -400,7 +564,7 @@ def main() -> None:
         "--studies", type=int, default=20_000, help="simulated for each number of 200 problems"
     )
     studies = parser.parse_args().studies
-    for print_table in (print_errors, print_tuning, print_power):
+    for print_table in (print_holes, print_tuning, print_errors, print_power):
         print_table(studies)
         print()
 

@@ -12,6 +12,7 @@ import scipy.stats
 
 from benchmarks.verdicts import (
     DESIGNS,
+    HOLES,
     TUNINGS,
     Design,
     by_verdict,
@@ -92,6 +93,13 @@ def test_the_choice_of_tuned_values_adds_no_error(seeds, tune_seeds):
     for tuning in TUNINGS:
         *_, widened = wrong_after_tuning(tuning, seeds, tune_seeds, STUDIES)
         assert widened <= at_most(0.03, STUDIES), tuning.name
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("simulate", HOLES.values(), ids=lambda simulate: simulate.__name__)
+def test_what_led_to_wrong_verdicts_no_longer_does(simulate, seeds):
+    _, after = simulate(seeds, STUDIES)
+    assert after <= at_most(0.05, STUDIES)
 
 
 def test_no_convex_loss_falls_further_than_a_grid_could_gain():
