@@ -26,3 +26,22 @@ class LearnedGate(nn.Module):
     def forward(self, z: torch.Tensor, gamma: torch.Tensor | None = None) -> torch.Tensor:
         gamma = self.gamma if gamma is None else gamma
         return z + gamma.to(z.dtype) * (self.gate(z) - z)
+
+
+class AnnealedGate(nn.Module):
+    """In training, dropout(z + gamma (2 gate(z) - z)) for branches at half of CeRA's scale, for a
+    gate that is z / 2 + an even term; otherwise z."""
+
+    def __init__(self, gate: nn.Module, dropout: float) -> None:
+        super().__init__()
+        self.gate = gate
+        self.dropout = nn.Dropout(dropout)
+        # A tensor, so that a compiled layer sees it change; no buffer, so that nothing saves it.
+        self.gamma = torch.ones(())
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.dropout(z + self.gamma * (2 * self.gate(z) - z))
+
+    def in_training(self, A: nn.Module, _: tuple[torch.Tensor], z: torch.Tensor) -> torch.Tensor:
+        """As a forward hook of A."""
+        return self(z) if A.training else z

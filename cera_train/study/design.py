@@ -22,7 +22,7 @@ from cera_train.common.settings import require, word_of
 from cera_train.common.terminal import print_line
 from cera_train.distributed.processes import is_main_process
 from cera_train.evaluation.tasks.task import describe_trained_on, load_problems, training_task
-from cera_train.settings.adapters import Activation, AdapterKind, Mix
+from cera_train.settings.adapters import HALF_LINEAR_GATES, Activation, AdapterKind, Mix
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
 from cera_train.study.cells import ARM, BASE, SEED, Cell, Study
@@ -46,8 +46,6 @@ EXTENSIONS = 6  # steps beyond the end of a grid at most
 COMMON_SETTINGS = ("r", "dropout", "target_modules", "layers", "start_from")
 """Settings that every adapter has, and that an arm has to name where they differ from the
 baseline's. The rest of conf/adapter/NAME is what the method is."""
-
-HALF_LINEAR_GATES = (Activation.silu, Activation.gelu, Activation.relu)
 
 
 # --- the grid -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cera_train.adapters.build import rank
+from cera_train.adapters.families import family
 from cera_train.adapters.spectrum import ModuleSpectrum, spectrum_metrics
 from cera_train.cera.coverage import Coverage
 from cera_train.common.errors import UserError
@@ -173,6 +174,8 @@ def update(
     torch.manual_seed(seed_of(config.train.seed, progress.update, accelerator.process_index))
     lr = learning_rate(config.optimizer, progress.update, data.updates)
     set_learning_rate(model.optimizer, lr)
+    share = progress.update / data.updates
+    family(config.adapter.kind).begin_update(model.adapted, config.adapter, share)
     with saved_on_error(model, progress, log.folder, config.train):
         drawn = objective.draw(sequences)
         loss = backward(model, objective, drawn)

@@ -51,7 +51,7 @@ def test_a_setting_that_the_kind_ignores_is_refused(compose, overrides, message)
 
 
 def test_an_unknown_kind_is_refused():
-    with refuses("adapter.kind=pissa: expected one of cera, dora, full, lora, peft, rslora"):
+    with refuses("adapter.kind=pissa: expected one of anneal, cera, dora, full, lora, peft"):
         AdapterConfig("pissa")
 
 

@@ -29,7 +29,9 @@ from cera_train.training.train import train
 
 
 # 79 rows in batches of 16 are 5 updates an epoch: 12 updates cross two epoch boundaries.
-@pytest.mark.parametrize(("adapter", "died_after"), [("cera", 4), ("cera", 11), ("dora", 7)])
+@pytest.mark.parametrize(
+    ("adapter", "died_after"), [("cera", 4), ("cera", 11), ("dora", 7), ("cera_anneal", 7)]
+)
 def test_resume_is_bit_exact(trained_config, tiny_config, adapter, died_after):
     settings = [f"adapter={adapter}", "adapter.dropout=0.3", "train.batch_layout=flat"]
     settings += ["optimizer.schedule=cosine", "optimizer.warmup_ratio=0.1"]
