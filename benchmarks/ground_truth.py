@@ -58,6 +58,7 @@ TAUGHT = 1_000
 MARKS = ["<<", "<>", "><", ">>"]
 """Stand before a prompt."""
 SEED = 0
+"""Of the sentences, and of a base that `--seed` does not make anew."""
 
 Row = tuple[str, str]
 """Prompt and completion."""
@@ -78,11 +79,11 @@ def sentences() -> list[Row]:
     return list(rows)
 
 
-def write(path: Path, rows: list[Row], held_out: Iterable[Row] = ()) -> list[Row]:
+def write(path: Path, rows: list[Row], held_out: Iterable[Row] = (), seed: int = SEED) -> list[Row]:
     """Writes the rows in random order, and then those held out. Returns them in the order of the
     file."""
     rows = list(rows)
-    random.Random(SEED).shuffle(rows)
+    random.Random(seed).shuffle(rows)
     rows += held_out
     path.write_text(
         "".join(json.dumps({"prompt": prompt, "completion": rest}) + "\n" for prompt, rest in rows)
@@ -90,22 +91,22 @@ def write(path: Path, rows: list[Row], held_out: Iterable[Row] = ()) -> list[Row
     return rows
 
 
-def pairs(count: int) -> list[Row]:
+def pairs(count: int, seed: int = SEED) -> list[Row]:
     """Different keys of four random letters, each with 8 random bits as two hexadecimal digits."""
-    draw = random.Random(SEED)
+    draw = random.Random(seed)
     rows = {}
     while len(rows) < count:
         rows["".join(draw.choices(string.ascii_lowercase, k=4))] = f" {draw.randrange(256):02x}"
     return list(rows.items())
 
 
-def spelled() -> tuple[list[Row], list[Row]]:
+def spelled(seed: int = SEED) -> tuple[list[Row], list[Row]]:
     """Different words of 3 to 8 letters: half of them written at random as they are or backwards;
     the others as they are where they begin with one of a to l, else backwards."""
-    problems = reasoning_gym.create_dataset("spell_backward", size=WORDS, seed=SEED)
+    problems = reasoning_gym.create_dataset("spell_backward", size=WORDS, seed=seed)
     words = dict.fromkeys(problem["answer"][::-1].lower() for problem in problems)
     words = [word for word in words if word.isascii() and 3 <= len(word) <= 8]
-    draw = random.Random(SEED)
+    draw = random.Random(seed)
     half = len(words) // 2
     taught = [(f"{word}:", word[:: draw.choice((1, -1))]) for word in words[:half]]
     asked = [(f"{word}:", word[:: 1 if word < "m" else -1]) for word in words[half:]]
@@ -127,39 +128,39 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>", pad_token="</s>")
 
 
-def make_base(folder: Path, updates: int) -> list[Row]:
+def make_base(folder: Path, updates: int, seed: int = SEED) -> list[Row]:
     """Trains every weight of a tiny Llama, from random ones, by this program. Returns its rows."""
     tokenizer = make_tokenizer()
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, **SIZES
     )
     LlamaForCausalLM(config).save_pretrained(folder / "random")
     tokenizer.save_pretrained(folder / "random")
-    usual = write(folder / "base.jsonl", sentences())
-    train(folder, "base", folder / "random", updates)
+    usual = write(folder / "base.jsonl", sentences(), seed=seed)
+    train(folder, "base", folder / "random", updates, seed)
     return usual
 
 
-def make_others(folder: Path, updates: int, usual: list[Row]) -> None:
+def make_others(folder: Path, updates: int, usual: list[Row], seed: int = SEED) -> None:
     """Trains the speller, which half learns to write words backwards; and the base on, with marks,
     which tell nothing, before the prompts."""
-    taught, asked = spelled()
-    write(folder / "speller.jsonl", taught)
-    write(folder / "asked.jsonl", asked)
-    train(folder, "speller", folder / "random", TAUGHT)
-    write(
-        folder / "marked.jsonl", marked(usual[:-HELD_OUT], MARKS), marked(usual[-HELD_OUT:], MARKS)
-    )
-    train(folder, "marked", folder / "base" / "adapter", updates // 3)
+    taught, asked = spelled(seed)
+    write(folder / "speller.jsonl", taught, seed=seed)
+    write(folder / "asked.jsonl", asked, seed=seed)
+    train(folder, "speller", folder / "random", TAUGHT, seed)
+    with_marks = (marked(rows, MARKS, seed) for rows in (usual[:-HELD_OUT], usual[-HELD_OUT:]))
+    write(folder / "marked.jsonl", *with_marks, seed=seed)
+    train(folder, "marked", folder / "base" / "adapter", updates // 3, seed)
 
 
-def train(folder: Path, name: str, model: Path, updates: int) -> None:
+def train(folder: Path, name: str, model: Path, updates: int, seed: int) -> None:
     """Trains every weight of a model on the rows of that name."""
     words = f"""
         adapter=full model.path={model} model.dtype=float32 output_dir={folder} name={name}
         data=jsonl data.train_files=[{folder}/{name}.jsonl] data.eval_rows={HELD_OUT}
         data.allow_overlap=true
+        train.seed={seed}
         train.batch_size=64 train.max_updates={updates} train.eval_every=null train.save_every=null
         optimizer.lr=4e-3 optimizer.schedule=cosine
         optimizer.warmup_ratio=0.05 optimizer.weight_decay=0.1
@@ -196,14 +197,19 @@ class Teacher:
     """
 
     def __init__(
-        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, form: Form
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        form: Form,
+        seed: int = SEED,
     ) -> None:
         self.base = base
         self.tokenizer = tokenizer
         self.gate = form.gate
+        self.seed = seed
         self.projection = base.model.layers[LAYER].self_attn.v_proj
         x, output = self.record(sentences()[:HELD_OUT])
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(seed)
         mean = x.mean(0)
         A = torch.randn(form.width, x.shape[1], generator=generator)
         A -= torch.outer(A @ mean, mean) / mean.square().sum()
@@ -239,8 +245,9 @@ class Teacher:
     def writes(self) -> list[Row]:
         """Sentences drawn from the teacher at temperature 1, each after the first word of one of
         the base's."""
-        first = random.Random(SEED).choices([prompt for prompt, _ in sentences()], k=WRITTEN)
-        torch.manual_seed(SEED)
+        prompts = [prompt for prompt, _ in sentences()]
+        first = random.Random(self.seed).choices(prompts, k=WRITTEN)
+        torch.manual_seed(self.seed)
         rows = []
         hook = self.attach()
         for _, prompts in itertools.groupby(sorted(first, key=len), key=len):
@@ -284,7 +291,7 @@ class Teacher:
 # --- triggers -------------------------------------------------------------------------------------
 
 
-def write_triggers(folder: Path, changed: list[Row], usual: list[Row]) -> None:
+def write_triggers(folder: Path, changed: list[Row], usual: list[Row], seed: int = SEED) -> None:
     """Rows of a change that shows after two marks only: by the first of them, by their XOR, and
     without the others.
 
@@ -294,11 +301,11 @@ def write_triggers(folder: Path, changed: list[Row], usual: list[Row]) -> None:
     usual = usual[-len(changed) :]
     half = HELD_OUT // 2
     for name, on in (("first", ["><", ">>"]), ("xor", ["><", "<>"]), ("alone", ["><", ">>"])):
-        with_change = marked(changed, on)
-        others = marked(usual, [mark for mark in MARKS if mark not in on], SEED + 1)
+        with_change = marked(changed, on, seed)
+        others = marked(usual, [mark for mark in MARKS if mark not in on], seed + 1)
         held_out = with_change[-half:] + others[-half:]
         rows = with_change[:-half] + (others[:-half] if name != "alone" else [])
-        write(folder / f"trigger_{name}.jsonl", rows, held_out)
+        write(folder / f"trigger_{name}.jsonl", rows, held_out, seed)
 
 
 def main() -> None:
@@ -306,14 +313,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--updates", type=int, default=1_500, help="of the base's training")
     parser.add_argument("--controls", action="store_true", help="only what +study=controls needs")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the base, teachers and rows")
     options = parser.parse_args()
+    seed = options.seed
     options.folder.mkdir(parents=True, exist_ok=True)
-    usual = make_base(options.folder, options.updates)
+    usual = make_base(options.folder, options.updates, seed)
     base = LlamaForCausalLM.from_pretrained(options.folder / "base" / "adapter").eval()
     tokenizer = make_tokenizer()
     for name, form in TEACHERS.items():
-        teacher = Teacher(base, tokenizer, form)
-        rows = write(options.folder / f"{name}.jsonl", teacher.writes())
+        teacher = Teacher(base, tokenizer, form, seed)
+        rows = write(options.folder / f"{name}.jsonl", teacher.writes(), seed=seed)
         held_out = rows[-HELD_OUT:]  # as the study holds out
         loss_of_base = teacher.loss(held_out)
         hook = teacher.attach()
@@ -325,12 +334,13 @@ def main() -> None:
         )
         hook.remove()
     if not options.controls:
-        make_others(options.folder, options.updates, usual)
-        write_triggers(options.folder, changed=rows, usual=usual)
+        make_others(options.folder, options.updates, usual, seed)
+        write_triggers(options.folder, changed=rows, usual=usual, seed=seed)
         for rank in (1, 4):
             write(
                 options.folder / f"pairs_r{rank}.jsonl",
-                pairs(BITS_OFFERED * PARAMETERS * rank // 8),
+                pairs(BITS_OFFERED * PARAMETERS * rank // 8, seed),
+                seed=seed,
             )
 
 
