@@ -170,10 +170,13 @@ def cell_table(study: Study, title: str) -> Table:
 
 def slope_table(study: Study, slopes: Sequence[Slope], title: str) -> Table:
     outcome = study.config.primary
+    step = "doubling of the rank"
+    for key, numbers in study.config.slope.items():
+        step = f"unit of {key} at {', '.join(f'{number:g}' for number in numbers)}"
     rows = [
         {
             "contrast": slope.name,
-            f"{outcome} per doubling": _number(outcome, slope.value, "+"),
+            f"{outcome} per step": _number(outcome, slope.value, "+"),
             "95 % interval": _interval(outcome, *slope.interval),
         }
         for slope in slopes
@@ -181,7 +184,7 @@ def slope_table(study: Study, slopes: Sequence[Slope], title: str) -> Table:
     return Table(
         title,
         rows,
-        "Change of the difference with every doubling of the rank. The interval holds for other "
+        f"Change of the difference with every {step}. The interval holds for other "
         f"{'bases' if study.config.bases else 'seeds'}.",
     )
 

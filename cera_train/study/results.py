@@ -134,7 +134,8 @@ def _with_verdict(
 
 @dataclass(frozen=True)
 class Slope:
-    """The change of a contrast in the primary outcome with every doubling of the rank."""
+    """The change of a contrast in the primary outcome with every doubling of the rank, or with a
+    unit of `study.slope`."""
 
     name: str
     by_seed: list[float]
@@ -145,24 +146,35 @@ class Slope:
 
 
 def slopes(study: Study) -> list[Slope]:
-    """The least-squares slope of every contrast against log2 of the rank, where several ranks are
-    conditions."""
-    outcome = study.config.primary
-    by_rank: dict[str, dict[int, numpy.ndarray]] = {}  # contrast -> rank -> [seeds] differences
+    """The least-squares slope of every contrast, where its condition has several values."""
+    key, numbers = _axis(study)
+    lines: dict[str, dict[float, list[float]]] = {}  # contrast -> number -> differences by seed
     for pair in study.pairs():
         choices = pair.choices
-        rank = int(choices.pop("adapter.r", 0))
+        value = choices.pop(key, None)
+        if value not in numbers:
+            continue
         name = f"{pair.second.arm} - {pair.first.arm}"
         if choices:
             name += f", {describe(choices.items())}"
-        by_rank.setdefault(name, {})[rank] = numpy.array(pair.means(outcome))
+        lines.setdefault(name, {})[numbers[value]] = pair.means(study.config.primary)
     return [
-        _slope(name, differences) for name, differences in by_rank.items() if len(differences) > 1
+        _slope(name, differences) for name, differences in lines.items() if len(differences) > 1
     ]
 
 
-def _slope(name: str, differences: dict[int, numpy.ndarray]) -> Slope:
-    by_seed = numpy.polyfit(numpy.log2(list(differences)), list(differences.values()), 1)[0]
+def _axis(study: Study) -> tuple[str, dict[str, float]]:
+    """The condition over which slopes are taken, and the number of each of its values; of none
+    where a command has left some out."""
+    [(key, numbers)] = study.config.slope.items() or [("adapter.r", [])]
+    values = list(dict.fromkeys(cell.choices[key] for cell in study.cells if key in cell.choices))
+    if not study.config.slope:
+        return key, {value: math.log2(int(value)) for value in values}
+    return key, dict(zip(values, numbers, strict=True)) if len(values) == len(numbers) else {}
+
+
+def _slope(name: str, differences: dict[float, list[float]]) -> Slope:
+    by_seed = numpy.polyfit(list(differences), list(differences.values()), 1)[0]
     interval = [-math.inf, math.inf]
     if len(by_seed) > 1:
         interval = [*map(float, ttest_1samp(by_seed, 0.0).confidence_interval(LEVEL))]

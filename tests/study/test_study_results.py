@@ -225,6 +225,20 @@ def test_a_slope_is_that_of_the_seeds_by_doubling(make_study):
     assert slope.interval == pytest.approx([interval.low, interval.high])
 
 
+def test_a_slope_may_be_over_any_condition(make_study):
+    conditions = {"data.train_files": ["one.jsonl", "two.jsonl", "eight.jsonl"]}
+    gains = dict(zip(conditions["data.train_files"], (0, 0.01, 0.03), strict=True))
+
+    def loss(values):
+        return 1 - gains[values["data.train_files"]] * (values["study.arm"] == "cera")
+
+    slope = {"data.train_files": [0, 1, 3]}
+    [slope] = slopes(make_study(loss, conditions=conditions, slope=slope))
+    assert slope.value == pytest.approx(-0.01, abs=1e-6)
+    with pytest.raises(UserError, match="a number for each of its 3 values"):
+        make_study(loss, conditions=conditions, slope={"data.train_files": [0]}).config  # noqa: B018
+
+
 def test_one_seed_has_a_slope_without_bounds(make_study, run_command):
     make_study(loss_by_rank, **RANKS | {"seeds": 1})
     assert run_command("cera-report", "outputs/which") == 0
