@@ -66,7 +66,7 @@ class _Moments:
 
     def __init__(self, branch: Branch) -> None:
         self.branch = branch
-        width = branch.r if branch.gate is None else 2 * branch.r
+        width = branch.r if branch.gate is None else branch.r + len(branch.A.weight)
         self.all = torch.zeros(
             1 + width + width**2, dtype=torch.float64, device=branch.A.weight.device
         )

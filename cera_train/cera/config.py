@@ -10,10 +10,10 @@ from typing import Any
 from peft import PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 
-from .gates import GATES
+from .gates import GATED, GATES
 
 CHOICES = {
-    "activation": tuple(GATES),
+    "activation": (*GATES, GATED),
     "init": ("kaiming_normal", "kaiming_uniform"),
     "dropout_on": ("hidden", "input"),
     "mix": ("none", "learned"),
@@ -32,6 +32,8 @@ class CeraConfig(PeftConfig):
       sqrt(d_in)) for kaiming_uniform, PEFT's for LoRA; times `init_scale`.
     - `dropout_on`: B (m gate(z)) for hidden, the paper's; B gate(A (m x)) for input, as in PEFT's
       LoRA.
+    - `activation=gated`: B drop(A x * sigmoid(G x)), where the rows of G stand below those of A in
+      one matrix, and start at 0.
     - `mix=learned`: B drop(z + gamma (gate(z) - z)), one trained scalar gamma a module, which
       starts at 0.
     - `use_rslora`: s = alpha / sqrt(r).
@@ -52,7 +54,9 @@ class CeraConfig(PeftConfig):
     dropout: float = field(
         default=0.1, metadata={"help": "Probability of dropping a unit, where dropout_on puts it."}
     )
-    activation: str = field(default="silu", metadata={"help": f"The gate: {', '.join(GATES)}."})
+    activation: str = field(
+        default="silu", metadata={"help": f"The gate: {', '.join((*GATES, GATED))}."}
+    )
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
@@ -162,6 +166,11 @@ class CeraConfig(PeftConfig):
             raise ValueError(
                 "expert_r needs target_parameters: name the parameters of experts there."
             )
+        if self.activation == GATED and (self.mix == "learned" or self.target_parameters):
+            raise ValueError(
+                "activation='gated' has no learned mix and no branches of experts: leave out mix "
+                "and target_parameters."
+            )
         if self.mix == "learned" and self.activation == "identity":
             raise ValueError(
                 "mix='learned' mixes the gate with the identity: activation must not be 'identity'."
@@ -188,6 +197,11 @@ class CeraConfig(PeftConfig):
         """The settings of an experts' parameter: `expert_r` in place of r, then the patterns."""
         r = self.r if self.expert_r is None else self.expert_r
         return replace(self, r=r, expert_r=None).of_module(name)
+
+    @property
+    def rows(self) -> int:
+        """The rows of A: of an input gate, as many again."""
+        return 2 * self.r if self.activation == GATED else self.r
 
     @property
     def scaling(self) -> float:

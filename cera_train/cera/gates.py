@@ -14,6 +14,15 @@ GATES = {
 moved."""
 
 
+class InputGate(nn.Module):
+    """u sigmoid(v), where A has 2 r rows and A x = (u, v): each hidden unit has a gate of its own,
+    computed from x. v starts at zero, and u / 2 is silu's linear part; silu is v = u."""
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        u, v = z.chunk(2, -1)
+        return u * torch.sigmoid(v)
+
+
 class LearnedGate(nn.Module):
     """z + gamma (gate(z) - z). gamma starts at zero: at the start the branch is linear."""
 
@@ -45,3 +54,10 @@ class AnnealedGate(nn.Module):
     def in_training(self, A: nn.Module, _: tuple[torch.Tensor], z: torch.Tensor) -> torch.Tensor:
         """As a forward hook of A."""
         return self(z) if A.training else z
+
+
+GATED = "gated"
+
+
+def make_gate(name: str) -> nn.Module:
+    return InputGate() if name == GATED else GATES[name]()

@@ -249,7 +249,7 @@ def write_lora(model: nn.Module, maps: dict[str, torch.Tensor], base: str, folde
         place = f"base_model.model.{name}"
         tensors[f"{place}.lora_A.weight"] = A.float().cpu().contiguous()
         tensors[f"{place}.lora_B.weight"] = B.float().cpu().contiguous()
-    ranks = {name: layer.r[ADAPTER] for name, layer in layers.items()}
+    ranks = {name: len(layer.cera_A[ADAPTER].weight) for name, layer in layers.items()}
     r = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != r}
     peft.LoraConfig(

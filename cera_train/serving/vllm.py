@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from cera_train.cera.config import CHOICES, longest_first
+from cera_train.cera.config import longest_first
+from cera_train.cera.gates import GATES as MODULES
 
 logger = logging.getLogger("vllm.cera_train")
 
-GATES = CHOICES["activation"]  # the gates by code
+GATES = tuple(MODULES)  # the gates by code
 
 LORA = GATES.index("identity")
 NO_ADAPTER = len(GATES)

@@ -8,7 +8,7 @@ from typing import Any
 from cera_train.common.settings import require, require_positive, setting
 
 AdapterKind = StrEnum("AdapterKind", ["anneal", "cera", "dora", "full", "lora", "peft", "rslora"])
-Activation = StrEnum("Activation", ["silu", "relu", "gelu", "tanh", "identity"])
+Activation = StrEnum("Activation", ["silu", "relu", "gelu", "tanh", "identity", "gated"])
 HALF_LINEAR_GATES = (Activation.silu, Activation.relu, Activation.gelu)
 """Gates z / 2 + an even term."""
 Init = StrEnum("Init", ["kaiming_normal", "kaiming_uniform"])
@@ -30,7 +30,7 @@ class AdapterConfig:
     """cera and anneal: on the hidden units, after the gate, unless dropout_on=input. The others:
     PEFT's, on the input of A."""
     activation: Activation = setting(Activation.silu, "result")
-    """The gate of cera and anneal."""
+    """The gate of cera and anneal. gated: a sigmoid of a second A x, for each hidden unit."""
     anneal: float | None = setting(None, "result")
     """anneal: the share of the updates after which the gate has gone."""
     init: Init = setting(Init.kaiming_normal, "result")

@@ -34,6 +34,10 @@ def model_of(compose):
     return model_of
 
 
+def cera_layers(model) -> list[CeraLinear]:
+    return [module for module in model.modules() if isinstance(module, CeraLinear)]
+
+
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     return model(input_ids=IDS).logits
@@ -55,10 +59,40 @@ def test_it_differs_from_lora_in_its_start_or_in_the_place_of_dropout(
 ):
     config = compose(f"adapter={arm}", "adapter.r=64", "adapter.dropout=0.5").adapter
     model = build.build(make_tiny_llama().requires_grad_(False), config)
-    layer = next(module for module in model.modules() if isinstance(module, CeraLinear))
+    layer = cera_layers(model)[0]
     A, _, _, dropout_x, dropout = layer.parts("default")
     assert A.weight.var().item() * layer.in_features == pytest.approx(variance, rel=0.1)
     assert (dropout.p, dropout_x.p) == ((0.5, 0) if drops_units else (0, 0.5))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_an_input_gate_is_a_sigmoid_of_a_second_product(model_of, mode):
+    """With G = A it is silu; at its start, half of the linear branch."""
+    _, gated = model_of("cera_gated")
+    _, cera = model_of("cera")
+    for there, here in zip(cera_layers(cera), cera_layers(gated), strict=True):
+        A, B, *_ = there.parts("default")
+        here.cera_A["default"].weight.data = torch.cat([A.weight, A.weight])
+        here.cera_B["default"].weight.data = B.weight.data
+    losses = []
+    for model in (gated, cera):
+        getattr(model, mode)()
+        losses.append(model(input_ids=IDS, labels=IDS).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    for there, here in zip(cera_layers(cera), cera_layers(gated), strict=True):
+        A, B, *_ = there.parts("default")
+        own = here.cera_A["default"].weight.grad
+        torch.testing.assert_close(own[:4] + own[4:], A.weight.grad)
+        torch.testing.assert_close(here.cera_B["default"].weight.grad, B.weight.grad)
+
+
+def test_an_input_gate_starts_at_half_of_the_linear_branch(compose):
+    config = compose("adapter=cera_gated", "adapter.r=4").adapter
+    model = build.build(make_tiny_llama().requires_grad_(False), config)
+    for layer in cera_layers(model):
+        assert layer.cera_A["default"].weight[4:].eq(0).all()
+        assert layer.cera_A["default"].weight[:4].ne(0).all()
 
 
 def test_an_annealed_gate_goes_from_ceras_to_half_of_it(model_of):

@@ -61,7 +61,11 @@ def test_the_map_is_the_least_squares_solution():
 
 @pytest.mark.parametrize(
     ("settings", "loses_nothing"),
-    [("adapter.activation=identity", True), ("adapter=cera_mix", False)],
+    [
+        ("adapter.activation=identity", True),
+        ("adapter=cera_mix", False),
+        ("adapter=cera_gated", False),
+    ],
 )
 def test_an_identity_gate_loses_nothing_and_a_learned_one_little(
     compose, trained, settings, loses_nothing
@@ -70,7 +74,7 @@ def test_an_identity_gate_loses_nothing_and_a_learned_one_little(
         settings,
         "adapter.r=4",
         "adapter.target_modules=all-linear",
-        name=f"loses_{not loses_nothing}",
+        name=settings.replace("=", "_"),
     )
     certificate = export(
         compose(f"run={folder}", "tolerance=100", "calibration_tokens=200", command="export")
