@@ -7,7 +7,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from cera_train.adapters import starts
 from cera_train.adapters.families import check_settings, family
+from cera_train.adapters.families.base import Attach, passing_start
+from cera_train.adapters.probe import quantised_errors
 from cera_train.adapters.targets import check_targets
 from cera_train.cera.coverage import bypassed_projections, idle_projections
 from cera_train.common.settings import require
@@ -30,6 +33,7 @@ def build(
     config: AdapterConfig,
     is_sharded: bool = False,
     has_autocast: bool = True,
+    attach: Attach = starts.attach,
 ) -> nn.Module:
     """The base with a fresh adapter in float32, whatever the base's dtype; for full fine-tuning,
     the base itself. Raises UserError where the adapter does not fit the model.
@@ -37,9 +41,17 @@ def build(
     Args:
         is_sharded: only one process has the base's weights.
         has_autocast: the model runs under autocast.
+        attach: `starts.attach`, for a run with the rows that a start reads.
     """
     check_targets(base, config)
-    model = family(config.kind).build(base, config, left_out(base, config, is_sharded))
+    start = passing_start(family(config.kind).peft_config(config))
+    require(
+        not (is_sharded and start),
+        f"adapter.settings.init_lora_weights={start} needs whole weights in each process: set "
+        "distributed.strategy=ddp.",
+    )
+    with quantised_errors(base, config):
+        model = family(config.kind).build(base, config, left_out(base, config, is_sharded), attach)
     # PEFT leaves biases and copies of the base's modules in 16 bits, which would round most
     # updates away.
     narrow = [

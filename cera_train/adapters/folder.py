@@ -64,6 +64,12 @@ def check_saved(folder: Path) -> dict[str, Any]:
                 kind in methods,
                 f"{folder} is an adapter of type {kind!r}: expected one of {', '.join(methods)}.",
             )
+        start = description.get("init_lora_weights")
+        require(
+            start not in ("corda", "lora_ga"),
+            f"{folder} lacks the part of W0 that its start, {start}, moved into it: save it as a "
+            "plain LoRA, by PEFT's path_initial_model_for_weight_conversion, where it was trained.",
+        )
         check_adapter_settings(folder, description)
     return description
 

@@ -20,6 +20,7 @@ from cera_train.adapters.folder import (
     description_file,
     weights_file,
 )
+from cera_train.adapters.starts import split_plain, write_plain
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.settings import require
@@ -31,12 +32,14 @@ def is_adapter(model: nn.Module) -> bool:
 
 def keeps_base(model: nn.Module) -> bool:
     """Whether `model.disable_adapter()` gives the untouched base model back. PiSSA moves a part of
-    W0 into the adapter, biases of the base stay as trained, and full fine-tuning has no adapter."""
+    W0 into the adapter, KaSA drops one, biases of the base stay as trained, and full fine-tuning
+    has no adapter."""
     if not is_adapter(model):
         return False
     config = model.peft_config[ADAPTER]
     keeps_biases = getattr(config, "bias", None) in (None, "none")
-    return keeps_biases and not replaces_base(getattr(config, "init_lora_weights", None))
+    is_whole = not replaces_base(getattr(config, "init_lora_weights", None))
+    return keeps_biases and is_whole and not getattr(config, "kasa_config", None)
 
 
 def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
@@ -50,17 +53,23 @@ def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> No
         marker = {"kind": "full", "base_model_name_or_path": model.name_or_path}
         (folder / FULL_MODEL).write_text(json.dumps(marker, indent=2) + "\n")
         return
-    # PEFT chooses from trained weights, one that modules share under each of its names, and from
-    # buffers: some methods hold random projections there. Not from state_dict(): of a sharded model
-    # that is a collective.
+    # PEFT chooses from trained weights, one that modules share under each of its names, from the
+    # adapter's frozen ones (MiCA's B), and from buffers: some methods hold random projections
+    # there. Not from state_dict(): of a sharded model that is a collective.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     shared = {
-        alias: weights[names[id(parameter)]]
+        alias: weights.get(names[id(parameter)], parameter)
         for alias, parameter in model.named_parameters(remove_duplicate=False)
-        if names[id(parameter)] in weights
+        if names[id(parameter)] in weights or model.base_model.prefix in alias
     }
-    buffers = dict(model.named_buffers(remove_duplicate=False))
+    buffers = {
+        f"{place}.{name}".lstrip("."): buffer
+        for place, module in model.named_modules(remove_duplicate=False)
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=buffers | shared)
+    write_plain(model, folder)
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -83,6 +92,8 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Puts weights that `read` returned into a model. Raises UserError for a tensor too many,
     missing or misshapen."""
+    if is_adapter(model):
+        weights = split_plain(model, weights)
     tensors = saved_tensors(model)
     wanted, shapes = (
         {name: tensor.shape for name, tensor in each.items()} for each in (tensors, weights)

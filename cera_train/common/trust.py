@@ -11,24 +11,15 @@ from cera_train.common.settings import map_values
 
 
 def may_run_code(key: str, value: str) -> bool:
-    """Whether an override sets Hydra's section, trusts the code of a model, names functions to
-    call, or chooses a config file outside its folder."""
-    is_group = "." not in key
-    return any(word in key for word in ("hydra", "trust_remote_code", "grpo.rewards")) or (
-        is_group and ".." in value
-    )
+    """Whether an override sets Hydra's section, trusts the code of a model, names functions or a
+    method to import, or chooses a config file outside its folder."""
+    is_outside = ".." in value if "." not in key else "adapter.method" in key and "." in value
+    return is_outside or any(word in key for word in ("hydra", "trust_remote_code", "grpo.rewards"))
 
 
 # Fields of PEFT's configs that name modules to import, files to open, or layers to add.
 BEYOND_WEIGHTS = (
-    *(
-        "auto_mapping",
-        "megatron_config",
-        "loftq_config",
-        "corda_config",
-        "eva_config",
-        "lora_ga_config",
-    ),
+    *("auto_mapping", "megatron_config", "loftq_config", "corda_config"),
     *("arrow_config", "layer_replication", "runtime_config"),
 )
 

@@ -67,6 +67,9 @@ class AdapterConfig:
     weights a new run starts from, instead of random ones. The optimizer starts anew. null: none."""
     start_digest: str | None = setting(None, "result")
     """Digest of those weights. cera-train fills it in."""
+    start_rows: int = setting(256, "result")
+    """lora, rslora, dora, peft: training rows that the starts eva, corda and lora_ga read, as in
+    settings={init_lora_weights: eva}."""
     b_lr_ratio: float = setting(1.0, "result")
     """Ratio of B's learning rate to A's. Above 1: LoRA+ (arXiv 2402.12354)."""
     label: str | None = setting(None, "nothing")
@@ -77,7 +80,8 @@ class AdapterConfig:
             self.kind in list(AdapterKind),
             f"adapter.kind={self.kind}: expected one of {', '.join(AdapterKind)}.",
         )
-        require_positive("adapter", self, "r", "alpha", "init_scale", "b_lr_ratio", "expert_r")
+        positive = ("r", "alpha", "init_scale", "b_lr_ratio", "expert_r", "start_rows")
+        require_positive("adapter", self, *positive)
         require(
             0 <= self.dropout < 1,
             f"adapter.dropout={self.dropout} must be at least 0 and less than 1.",

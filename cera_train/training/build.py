@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import PreTrainedModel
 
 from cera_train.adapters import build as adapters
+from cera_train.adapters import starts
+from cera_train.adapters.probe import check_effect
 from cera_train.adapters.saved import load, read
+from cera_train.adapters.starts import StartRows
 from cera_train.common.errors import UserError, errors_at
 from cera_train.data.prepare import TokenizedData, TokenizedRows, prepare_data
 from cera_train.distributed.accelerator import start_accelerator
@@ -32,7 +38,7 @@ from cera_train.runs.folder import Progress, load_checkpoint
 from cera_train.runs.records import load_config
 from cera_train.runs.results import Environment
 from cera_train.runs.subject import digest_of, find_start, run_of
-from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.evaluation import Grader
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import build_optimizer
@@ -112,7 +118,12 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
 
     torch.manual_seed(config.train.seed)
     has_autocast = accelerator.mixed_precision != "no"
-    adapted = adapters.build(base, config.adapter, accelerator.is_fsdp2, has_autocast)
+    rows = start_rows(config, data, base, accelerator)
+    attach = partial(starts.attach, rows=rows, checkpoint=checkpoint)
+    adapted = adapters.build(base, config.adapter, accelerator.is_fsdp2, has_autocast, attach)
+    is_ours = config.adapter.kind != AdapterKind.peft and not config.adapter.settings
+    if config.train.check_coverage and not (is_ours or accelerator.is_fsdp2):
+        check_effect(adapted, base, config.adapter, has_autocast)
     trainable_count, total_count = adapters.parameter_counts(adapted)
     progress = Progress(data_digest=data.rows.train.digest)
     moments = None
@@ -151,6 +162,19 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
         base_digest,
     )
     return model, progress
+
+
+def start_rows(
+    config: Config, data: Data, base: PreTrainedModel, accelerator: Accelerator
+) -> StartRows:
+    """The first `adapter.start_rows` training rows in the order of the run, each once."""
+    language_model = LanguageModel(base, base, accelerator.autocast)
+    batches = MicroBatches(data.rows.train, False, 1, accelerator.device)
+    order = itertools.chain.from_iterable(
+        map(data.order.sequences, range(data.order.updates_per_epoch))
+    )
+    sequences = list(itertools.islice(order, config.adapter.start_rows))
+    return StartRows(sequences, batches.supervised, batches.load, language_model)
 
 
 def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -> None:

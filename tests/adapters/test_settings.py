@@ -62,7 +62,10 @@ def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (peft_of("MIST"), "adapter.method=MIST is not a method of PEFT .* Choose one of BEFT, "),
+        (
+            peft_of("MIST"),
+            "adapter.method=MIST is not a method of PEFT.*Choose one of ADAMSS, BEFT, ",
+        ),
         (peft_of("IA3", 4), "adapter.r=4: adapter.method=IA3 has no r. Set adapter.r=null"),
         (
             peft_of("MISS", 4, minir=2),
@@ -83,8 +86,8 @@ def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
             )
         ),
         (
-            AdapterConfig("lora", 4, settings={"eva_config": {}}),
-            "adapter.settings.eva_config can import or open files",
+            AdapterConfig("lora", 4, settings={"arrow_config": {}}),
+            "adapter.settings.arrow_config can import or open files",
         ),
         (
             AdapterConfig("cera", 4, settings={"layers_pattern": "h"}),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import pkgutil
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,15 +28,35 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+Attach = Callable[..., "nn.Module"]  # (base, PEFT config) -> the base with an adapter
+
 ADAPTER = "default"  # the name under which PEFT keeps the adapter
 
-REPLACES_BASE = ("pissa", "olora", "corda", "lora_ga", "mica")
+REPLACES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
 """Starts of LoRA's init_lora_weights that take something out of W0."""
+
+UNUSABLE_SETTINGS = {
+    "use_asa": "ranks change between updates, by scores that no checkpoint keeps",
+    "monteclora_config": "it draws from a buffer that no checkpoint keeps, and needs its own loss",
+    "save_only_topk_weights": "what is saved is too little to resume from",
+}
+"""Settings of PEFT's methods that the loop cannot train, and why."""
+
+FROM_ROWS = ("eva", "corda", "lora_ga")
+"""Starts of LoRA's init_lora_weights that read training rows: see `adapters.starts`."""
 
 
 def replaces_base(start: Any) -> bool:
     """Whether a value of init_lora_weights takes something out of W0."""
-    return isinstance(start, str) and start.startswith(REPLACES_BASE)
+    return isinstance(start, str) and start.lower().startswith(REPLACES_BASE)
+
+
+def passing_start(config: peft.PeftConfig | None) -> str | None:
+    """The start of a PEFT config, if W0 alone does not give it again: it reads rows, or draws
+    random numbers for a fast SVD."""
+    start = getattr(config, "init_lora_weights", None)
+    is_random = isinstance(start, str) and start.startswith("pissa_niter")
+    return start if start in FROM_ROWS or is_random else None
 
 
 @dataclasses.dataclass
@@ -59,12 +80,13 @@ class Family:
     name = "PEFT"  # for tables and pictures
     # The settings that it reads, beside kind and label. Any other that is set is refused.
     uses = frozenset({"method", "r", "alpha", "dropout", "target_modules", "layers", "settings"})
+    uses |= {"start_rows"}
     needs_targets = False  # whether target_modules must be given
     trains_base = False  # whether the base's weights are trained
     b_matrix: str | None = None  # the module that holds B, for `adapter.b_lr_ratio`
 
     def title(self, config: AdapterConfig) -> str:
-        return config.method or self.name
+        return (config.method or self.name).rpartition(".")[2]
 
     def check(self, config: AdapterConfig) -> None:
         """Raises UserError where settings contradict each other. Imports no torch."""
@@ -109,18 +131,31 @@ class Family:
         # PEFT does not take both: see `build`.
         if config.layers is not None and config.target_modules != "all-linear":
             fields["layers_to_transform"] = config.layers
-        for key in config.settings.keys() & {*BEYOND_WEIGHTS}:
+        is_corda = set(config.settings.get("corda_config") or {}) == {"corda_method"}
+        allowed = {"corda_config"} if is_corda else set()
+        for key, reason in UNUSABLE_SETTINGS.items():
+            require(
+                not config.settings.get(key), f"adapter.settings.{key}: {reason}. Leave it out."
+            )
+        for key in config.settings.keys() & {*BEYOND_WEIGHTS} - allowed:
             raise UserError(
                 f"adapter.settings.{key} can import or open files: no run sets it. Leave it out."
             )
         with peft_errors(config):
             return config_class(**fields, **config.settings)
 
-    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
+    def build(
+        self,
+        base: PreTrainedModel,
+        config: AdapterConfig,
+        left_out: list[str],
+        attach: Attach,
+    ) -> nn.Module:
         """The base with a fresh adapter. Its trainable parameters require gradients, no others do.
 
         Args:
             left_out: names of projections that all-linear does not take.
+            attach: adds an adapter by its PEFT config, as peft.get_peft_model does.
         """
         import peft
 
@@ -137,7 +172,7 @@ class Family:
         peft_config = self.peft_config(config)
         exclude_projections(peft_config, left_out, base)
         with peft_errors(config):
-            model = peft.get_peft_model(base, peft_config)
+            model = attach(base, peft_config)
             # PEFT fills in fields while it builds, such as IA3's feedforward_modules. Checks that
             # the config loads again once it is saved.
             peft.PeftConfig.from_peft_type(**copy.deepcopy(peft_config.to_dict()))
@@ -154,7 +189,7 @@ class Family:
 class RankedFamily(Family):
     """A method with A and B of a rank, which has a kind of its own."""
 
-    uses = Family.uses - {"method"} | {"b_lr_ratio", "start_from"}
+    uses = Family.uses - {"method", "start_rows"} | {"b_lr_ratio", "start_from"}
     needs_targets = True
 
     def check(self, config: AdapterConfig) -> None:
@@ -193,7 +228,9 @@ class Full(Family):
     def peft_config(self, config: AdapterConfig) -> None:
         return None
 
-    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
+    def build(
+        self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str], attach: Attach
+    ) -> nn.Module:
         require(
             not getattr(base, "is_quantized", False),
             "adapter.kind=full trains every weight, and quantised ones have no gradient: set "
@@ -213,42 +250,93 @@ def peft_errors(config: AdapterConfig) -> Iterator[None]:
                 "error",
                 "The following .*_pattern keys|You have passed exclude_modules|.* tied layer",
             )
+            warnings.filterwarnings(
+                "ignore", ".*Using default .* config|lora with eva|Full backward hook"
+            )
             yield
+    except UserError:
+        raise
     except (TypeError, ValueError, NotImplementedError, ImportError, re.error, Warning) as error:
-        settings = "".join(
-            f" adapter.settings.{key}={value}" for key, value in config.settings.items()
-        )
-        if config.target_modules not in (None, "all-linear"):
-            settings += f" adapter.target_modules={word_of(config.target_modules)}"
-        method = f"method={config.method}" if config.method else f"kind={config.kind}"
-        raise UserError(f"adapter.{method}{settings}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{place_of(config)}: {' '.join(str(error).split())}") from error
+
+
+def place_of(config: AdapterConfig) -> str:
+    """The settings that choose a method."""
+    method = f"adapter.method={config.method}" if config.method else f"adapter.kind={config.kind}"
+    settings = "".join(f" adapter.settings.{key}={value}" for key, value in config.settings.items())
+    if config.target_modules not in (None, "all-linear"):
+        settings += f" adapter.target_modules={word_of(config.target_modules)}"
+    return method + settings
 
 
 def config_class_of(method: str) -> type[peft.PeftConfig]:
-    """The config class of a PEFT method that the loop can train."""
-    from peft import PeftType
+    """The config class of a method that the loop can train: PEFT's by the name of its type, another
+    one's by the import path of the class."""
+    announce_import("PyTorch and PEFT")
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    usable = usable_methods()
-    require(
-        method.upper() in usable,
-        f"adapter.method={method} is not a method of PEFT that a forward and a backward pass "
-        f"train. Choose one of {', '.join(usable)}.",
+    place = f"adapter.method={method}"
+    name = import_method(method) if is_import_path(method) else method.upper()
+    classes = {kind.value: each for kind, each in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    choices = f"Choose one of {', '.join(usable_methods())}, or the import path of a config"
+    require(name in classes, f"{place} is not a method of PEFT. {choices}.")
+    reason = why_unusable(name)
+    require(reason is None, f"{place}: {reason}. {choices}.")
+    return classes[name]
+
+
+def is_import_path(method: str | None) -> bool:
+    """Whether `adapter.method` names code from outside PEFT, which a command imports."""
+    return "." in (method or "")
+
+
+def import_method(path: str) -> str:
+    """The name of the type whose config class is at an import path, where its module has registered
+    it with PEFT; else raises UserError."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    try:
+        config_class = pkgutil.resolve_name(path)
+    except (Exception, SystemExit) as error:  # the user's module can raise anything
+        raise UserError(
+            f"adapter.method={path} cannot be imported: {type(error).__name__}: {error}. Write "
+            "module.Config, and mind PYTHONPATH."
+        ) from error
+    for kind, each in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        if each is config_class:
+            return kind.value
+    raise UserError(
+        f"adapter.method={path} is not a config that PEFT knows: its module has to call "
+        "peft.utils.register_peft_method."
     )
-    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
 
 
 def usable_methods() -> list[str]:
-    """The names of PEFT's methods whose tuner only replaces modules: the loop calls the model
-    inside it, and nothing between updates."""
+    """The names of the methods that the loop can train."""
     announce_import("PyTorch and PEFT")
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    names = [kind.value for kind in PEFT_TYPE_TO_TUNER_MAPPING]
+    return sorted(name for name in names if why_unusable(name) is None)
+
+
+def why_unusable(method: str) -> str | None:
+    """Why the loop cannot train a method, by the name of its type; None where it can. The loop
+    calls the model inside PEFT's, and nothing between updates."""
+    from peft import PeftType
+    from peft.config import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 
-    return sorted(
-        kind.value
-        for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
-        if issubclass(tuner, BaseTuner)
-        and tuner.forward is BaseTuner.forward
-        and not hasattr(tuner, "update_and_allocate")
-    )
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(method)]
+    if issubclass(config_class, PromptLearningConfig):
+        return "its virtual tokens have no place in rows, their layout and a cache"
+    if not issubclass(tuner, BaseTuner):
+        return "it rewrites the attention of a few models instead of adapting modules"
+    # ADAMSS changes ranks only if use_asa says so
+    if hasattr(tuner, "update_and_allocate") and getattr(config_class, "use_asa", True):
+        return "it changes ranks between updates, by scores that no checkpoint keeps"
+    if tuner.forward is not BaseTuner.forward:
+        return "its forward around the model, with more than rows or a loss of its own, is not run"
+    return None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 class Lora(RankedFamily):
+    uses = RankedFamily.uses | {"start_rows"}
     b_matrix = "lora_B"
 
     def __init__(self, name: str, use_rslora: bool = False, use_dora: bool = False) -> None:

@@ -1,0 +1,113 @@
+"""Passes of a base whose adapter has moved from its start: the adapter computes, changes the
+logits, draws no numbers in evaluation, and lets no token see a later one or another row.
+
+At its start an adapter changes nothing, and a pass of training shows none of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cera_train.adapters.families.base import place_of
+from cera_train.common.errors import UserError
+from cera_train.common.settings import require
+from cera_train.settings.adapters import AdapterConfig
+
+MOVED = 0.1
+"""Standard deviation of what is added to each trained weight."""
+
+SAME = 1e-4
+"""Relative difference up to which logits count as equal. Shapes are equal: only experts, whose
+tokens change, round differently, and those of the base too."""
+
+
+@torch.no_grad()
+def check_effect(
+    model: nn.Module, base: PreTrainedModel, config: AdapterConfig, autocast: bool
+) -> None:
+    """Raises UserError for an adapter whose losses would not be those of a language model, or that
+    has no effect."""
+    ids = 7 * torch.arange(1, 17, device=base.device).view(2, 8)
+    ids %= base.config.get_text_config().vocab_size
+    other = ids.clone()
+    other[0, 4:] = ids[0, 4:].flip(0)
+    sees_no_change = torch.ones_like(ids, dtype=torch.bool)
+    sees_no_change[0, 4:] = False
+
+    def logits(rows: Tensor) -> Tensor:
+        with torch.autocast(base.device.type, base.dtype, enabled=autocast):
+            return base(input_ids=rows, use_cache=False).logits.float()
+
+    def moves() -> Tensor:
+        before = logits(ids)[sees_no_change]
+        return (logits(other)[sees_no_change] - before).norm() / before.norm()
+
+    was_training = model.training
+    model.eval()
+    with quantised_errors(base, config):
+        start = logits(ids)
+        of_base = moves()
+        with moved(model):
+            there = logits(ids)
+            again = logits(ids)
+            of_adapter = moves()
+    model.train(was_training)
+    place = place_of(config)
+    fix = "set model.quantization=none" if is_quantised(base) else "choose another"
+    require(
+        not torch.equal(there, start),
+        f"{place}: its weights change nothing in this model, so nothing would be learnt: {fix}.",
+    )
+    off = "choose another, or set train.check_coverage=false"
+    require(
+        torch.equal(there, again) or not there.isfinite().all(),
+        f"{place}: it draws random numbers in evaluation, so no figure could be repeated: {off}.",
+    )
+    require(
+        not of_adapter > max(SAME, 30 * of_base),
+        f"{place}: what it adds to a token depends on later tokens, or on other rows of the "
+        f"micro-batch, so its losses are not those of a language model: {off}.",
+    )
+
+
+@contextlib.contextmanager
+def moved(model: nn.Module) -> Iterator[None]:
+    """Adds noise to the trained weights inside the context."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    before = [weight.detach().clone() for weight in trained]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for weight in trained:
+            weight.data += MOVED * torch.randn_like(weight)
+    try:
+        yield
+    finally:
+        for weight, values in zip(trained, before, strict=True):
+            weight.data.copy_(values)
+
+
+@contextlib.contextmanager
+def quantised_errors(base: PreTrainedModel, config: AdapterConfig) -> Iterator[None]:
+    """Turns whatever a method raises beside quantised weights into a UserError: most of PEFT's read
+    the base's weights as if they were whole."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_quantised(base):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{place_of(config)} does not work beside quantised weights: set "
+            f"model.quantization=none. ({reason})"
+        ) from error
+
+
+def is_quantised(base: PreTrainedModel) -> bool:
+    return getattr(base, "is_quantized", False)

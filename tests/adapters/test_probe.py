@@ -1,0 +1,96 @@
+"""Methods of PEFT that would train to no effect, or to losses of no language model, are refused
+before an update, and what they save is whole."""
+
+import peft
+import pytest
+import torch
+from conftest import make_tiny_llama
+
+from cera_train.adapters import build, saved
+from cera_train.adapters.probe import check_effect
+from cera_train.common.errors import UserError
+from cera_train.distributed.sharding import trainable_weights
+from cera_train.model.weights import load_model
+from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.model import ModelConfig
+
+IDS = torch.arange(3, 51).view(2, 24)
+
+
+def method(name: str, r: int | None = 4, **settings) -> AdapterConfig:
+    return AdapterConfig("peft", r, None, method=name, settings=settings)
+
+
+def refused(base, config: AdapterConfig, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^adapter.method={config.method}\b.*{message}"):
+        check_effect(build.build(base, config), base, config, autocast=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        # the mean of its router over all tokens of a micro-batch weighs its B
+        (method("LILY"), "depends on later tokens, or on other rows"),
+        # which tokens it adapts, only PEFT's own forward finds out
+        (method("LORA", alora_invocation_tokens=[5]), "its weights change nothing"),
+        (method("PVERA", sample_at_inference=True), "draws random numbers in evaluation"),
+    ],
+)
+def test_an_adapter_that_would_not_train_a_language_model_is_refused(config, message):
+    refused(make_tiny_llama().requires_grad_(False), config, message)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        # its scales become bytes, all zero, as the packed weights are bytes
+        (method("UNILORA", theta_d_length=64), "change nothing .* set model.quantization=none"),
+        (method("LOHA"), "beside quantised weights: set model.quantization=none"),
+        (method("DELORA"), "beside quantised weights: set model.quantization=none"),
+    ],
+)
+def test_so_is_one_that_reads_packed_weights_as_whole_ones(tiny_folder, config, message):
+    base = load_model(
+        ModelConfig(str(tiny_folder), dtype="float32", quantization="nf4"), torch.device("cpu")
+    )
+    refused(base, config, message)
+
+
+def test_another_passes_and_comes_back_to_its_start():
+    config = method("LOHA")
+    model = build.build(make_tiny_llama().requires_grad_(False), config)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    check_effect(model, model.get_base_model(), config, autocast=False)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save")
+@pytest.mark.parametrize(
+    "config",
+    [
+        method("LORA", init_lora_weights="mica"),  # trains A beside a frozen B
+        method("LORA", init_lora_weights="pissa_niter_4"),  # draws another SVD to load
+        method("PSOFT"),  # caches what it computes
+        method("RANDLORA", save_projection=False),  # draws its projection again
+    ],
+)
+def test_what_is_saved_is_whole_for_us_and_for_peft_alone(config, tmp_path):
+    def built():
+        return build.build(make_tiny_llama().requires_grad_(False), config)
+
+    model = built().train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    saved.save(model, trainable_weights(model), tmp_path)
+    attached = saved.attach(make_tiny_llama().requires_grad_(False), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(make_tiny_llama(), tmp_path)
+    torch.manual_seed(5)
+    for other in (attached, loaded):
+        torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-4)
