@@ -17,12 +17,13 @@ __all__ = [
     "CeraLinear",
     "CeraModel",
     "CoverageCallback",
+    "add_peft_type",
     "check_coverage",
     "for_inference",
 ]
 
 
-def _add_peft_type(name: str) -> None:
+def add_peft_type(name: str) -> None:
     """Gives the enum `PeftType` one more member.
 
     PEFT's registry accepts only members of its enum, and Python has no way to extend an enum from
@@ -42,5 +43,5 @@ def _add_peft_type(name: str) -> None:
 
 # A PEFT release that ships CeRA itself has the member already: then its implementation stands.
 if "CERA" not in PeftType.__members__:
-    _add_peft_type("CERA")
+    add_peft_type("CERA")
     register_peft_method(name="cera", config_cls=CeraConfig, model_cls=CeraModel)

@@ -19,6 +19,7 @@ from hydra.plugins.plugin import Plugin
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cera_train.adapters.families import check_settings
+from cera_train.adapters.families.base import is_import_path
 from cera_train.cli.mistakes import SCHEMAS, for_hydra, unknown_setting
 from cera_train.cli.start import errors_in_one_line
 from cera_train.common.errors import UserError
@@ -130,10 +131,13 @@ def announce_imports() -> None:
 
 def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
     """Raises UserError if a file, rather than the command line, chooses Python code to run."""
-    for key in ("model.trust_remote_code", "trust_remote_code", "grpo.rewards"):
+    for key in ("model.trust_remote_code", "trust_remote_code", "grpo.rewards", "adapter.method"):
         value = OmegaConf.select(composed, key)
+        if key == "adapter.method" and not is_import_path(value):
+            continue
+        is_list = OmegaConf.is_list(value)
         if value and not any(word.lstrip("+").startswith(f"{key}=") for word in overrides):
-            setting = f"{key}={'true' if value is True else word_of([*value])}"
+            setting = f"{key}={word_of(OmegaConf.to_container(value) if is_list else value)}"
             raise UserError(
                 f"{setting} in a config file runs Python code that comes with the model or the "
                 f"file. If you trust that "

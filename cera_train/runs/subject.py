@@ -5,8 +5,10 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cera_train.adapters.families.base import import_method, is_import_path
 from cera_train.adapters.folder import check_saved, check_start, is_saved_in, weights_file
 from cera_train.common.errors import UserError
+from cera_train.common.settings import require
 from cera_train.common.terminal import announce_import
 from cera_train.model.path import check_model
 from cera_train.runs.records import load_config
@@ -84,8 +86,18 @@ def _resolve(config: SubjectConfig, setting: str) -> Subject:
     folder = Path(config.run)
     root, adapter = find_adapter(folder, setting)
     if root is None:  # an adapter from anywhere
+        check_saved(adapter)
         return Subject(folder, config.model or base_of(folder, config.trust_remote_code), folder)
     run = load_config(root / "config.yaml")
+    if is_import_path(run.adapter.method):
+        require(
+            config.trust_remote_code,
+            f"{root}/config.yaml asks to run the Python code of adapter.method="
+            f"{run.adapter.method}. If you trust that code, set trust_remote_code=true on the "
+            "command line.",
+        )
+        import_method(run.adapter.method)
+    check_saved(adapter)
     if config.model is None and run.model.trust_remote_code and not config.trust_remote_code:
         raise UserError(
             f"{root}/config.yaml asks to run the Python code that comes with {run.model.path}. If "
@@ -120,7 +132,6 @@ def find_adapter(folder: Path, setting: str) -> tuple[Path | None, Path]:
         raise UserError(
             f"{folder} lacks its adapter, {adapter}: restore it, or train under another name."
         )
-    check_saved(adapter)
     return root, adapter
 
 
@@ -128,6 +139,7 @@ def find_start(config: AdapterConfig) -> Path:
     """The folder of the adapter that `adapter.start_from` names. Raises UserError if there is none,
     or if it does not fit the settings."""
     _, adapter = find_adapter(Path(config.start_from), "adapter.start_from")
+    check_saved(adapter)
     announce_import("PyTorch and PEFT")
     check_start(config, adapter)
     return adapter

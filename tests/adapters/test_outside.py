@@ -1,0 +1,67 @@
+"""A method from outside PEFT, by import path, from the command line alone."""
+
+import json
+
+import pytest
+from conftest import TINY
+from several_processes import cut_copy
+from tiny_runs import adapter_bytes, losses_of
+
+METHOD = "outside_tuner.ScaleConfig"
+
+
+@pytest.fixture
+def words(tiny_folder) -> list[str]:
+    return [
+        f"model.path={tiny_folder}",
+        *TINY,
+        *("adapter=peft", f"adapter.method={METHOD}"),
+        *("optimizer.lr=1e-2", "train.max_updates=4", "train.eval_every=4", "train.save_every=2"),
+    ]
+
+
+def test_it_trains_resumes_and_is_evaluated_by_whom_trusts_it(words, run_command, tmp_path, capsys):
+    assert run_command("cera-train", *words, "name=outside") == 0
+    run = tmp_path / "outputs" / "outside"
+    losses = losses_of(run)
+    assert losses[-1] < losses[0]
+    written = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert written["peft_type"] == "OUTSIDE"
+
+    cut_copy(run, run.with_name("cut"), 2)
+    assert run_command("cera-train", *words, "name=cut") == 0
+    assert adapter_bytes(run.with_name("cut")) == adapter_bytes(run)
+
+    evaluation = ["cera-eval", f"run={run}", "task=logistic_map", "task.limit=1"]
+    capsys.readouterr()
+    assert run_command(*evaluation) == 2
+    assert f"adapter.method={METHOD}. If you trust that code, set trust_remote_code=true" in (
+        capsys.readouterr().err
+    )
+    assert run_command(*evaluation, "trust_remote_code=true", "task.max_new_tokens=4") == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("no_such_module.Config", "cannot be imported: ModuleNotFoundError"),
+        ("outside_tuner.NoConfig", "cannot be imported: AttributeError"),
+        ("outside_tuner.UnknownConfig", "register_peft_method"),
+        ("peft.AdaLoraConfig", "changes ranks between updates"),
+    ],
+)
+def test_what_is_no_method_is_refused_in_a_line(words, run_command, capsys, method, message):
+    assert run_command("cera-train", *words, f"adapter.method={method}") == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert f"adapter.method={method}" in line
+    assert message in line
+
+
+def test_a_file_does_not_choose_one(words, run_command, tmp_path, capsys):
+    place = tmp_path / "conf" / "adapter"
+    place.mkdir(parents=True)
+    (place / "mine.yaml").write_text(f"kind: peft\nmethod: {METHOD}\n")
+    others = [word for word in words if not word.startswith("adapter")]
+    command = ["cera-train", "--config-dir", tmp_path / "conf", "adapter=mine", *others]
+    assert run_command(*command, "name=mine") == 2
+    assert f"put adapter.method={METHOD} on the command line" in capsys.readouterr().err
