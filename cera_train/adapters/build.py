@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from cera_train.adapters import starts
 from cera_train.adapters.families import check_settings, family
 from cera_train.adapters.families.base import Attach, passing_start
-from cera_train.adapters.probe import quantised_errors
+from cera_train.adapters.probe import errors_beside
 from cera_train.adapters.targets import check_targets
 from cera_train.cera.coverage import bypassed_projections, idle_projections
 from cera_train.common.settings import require
@@ -50,7 +50,7 @@ def build(
         f"adapter.settings.init_lora_weights={start} needs whole weights in each process: set "
         "distributed.strategy=ddp.",
     )
-    with quantised_errors(base, config):
+    with errors_beside(base, config):
         model = family(config.kind).build(base, config, left_out(base, config, is_sharded), attach)
     # PEFT leaves biases and copies of the base's modules in 16 bits, which would round most
     # updates away.

@@ -49,7 +49,7 @@ def check_effect(
 
     was_training = model.training
     model.eval()
-    with quantised_errors(base, config):
+    with errors_beside(base, config):
         start = logits(ids)
         of_base = moves()
         with moved(model):
@@ -92,21 +92,22 @@ def moved(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quantised_errors(base: PreTrainedModel, config: AdapterConfig) -> Iterator[None]:
-    """Turns whatever a method raises beside quantised weights into a UserError: most of PEFT's read
-    the base's weights as if they were whole."""
+def errors_beside(base: PreTrainedModel, config: AdapterConfig) -> Iterator[None]:
+    """Turns whatever a method raises beside quantised weights, which many of PEFT's read as if they
+    were whole, or without weights, as in a plan, into a UserError."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        if not is_quantised(base):
+        cause = error.__cause__ if isinstance(error, UserError) else error
+        has_no_weights = base.device.type == "meta"
+        is_ours = not isinstance(cause, NotImplementedError | RuntimeError)
+        if is_ours or not (has_no_weights or is_quantised(base)):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(
-            f"{place_of(config)} does not work beside quantised weights: set "
-            f"model.quantization=none. ({reason})"
-        ) from error
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+        what = "does not work beside quantised weights: set model.quantization=none"
+        if has_no_weights:
+            what = "computes with the base's weights as it is built, and a plan has none"
+        raise UserError(f"{place_of(config)} {what}. ({reason})") from error
 
 
 def is_quantised(base: PreTrainedModel) -> bool:

@@ -65,6 +65,12 @@ def test_another_passes_and_comes_back_to_its_start():
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("name", ["ADAMSS", "SHIRA"])
+def test_a_plan_refuses_a_method_that_computes_with_the_weights_it_lacks(name):
+    with torch.device("meta"), pytest.raises(UserError, match=f"adapter.method={name} .* a plan"):
+        build.build(make_tiny_llama(), method(name))
+
+
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     return model.eval()(input_ids=IDS).logits

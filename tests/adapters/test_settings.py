@@ -86,8 +86,8 @@ def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
             )
         ),
         (
-            AdapterConfig("lora", 4, settings={"arrow_config": {}}),
-            "adapter.settings.arrow_config can import or open files",
+            AdapterConfig("lora", 4, settings={"megatron_config": {}}),
+            "adapter.settings.megatron_config can import or open files",
         ),
         (
             AdapterConfig("cera", 4, settings={"layers_pattern": "h"}),

@@ -32,10 +32,13 @@ Attach = Callable[..., "nn.Module"]  # (base, PEFT config) -> the base with an a
 
 ADAPTER = "default"  # the name under which PEFT keeps the adapter
 
-REPLACES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
+REPLACES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Starts of LoRA's init_lora_weights that take something out of W0."""
 
 UNUSABLE_SETTINGS = {
+    "arrow_config": "it mixes adapters that are already trained",
+    "loftq_config": "PEFT computes LoftQ on CUDA alone, where it is not tested",
+    "apply_GS": "HRA starts from equal pairs, whose difference Gram-Schmidt would divide by",
     "use_asa": "ranks change between updates, by scores that no checkpoint keeps",
     "monteclora_config": "it draws from a buffer that no checkpoint keeps, and needs its own loss",
     "save_only_topk_weights": "what is saved is too little to resume from",
@@ -134,9 +137,8 @@ class Family:
         is_corda = set(config.settings.get("corda_config") or {}) == {"corda_method"}
         allowed = {"corda_config"} if is_corda else set()
         for key, reason in UNUSABLE_SETTINGS.items():
-            require(
-                not config.settings.get(key), f"adapter.settings.{key}: {reason}. Leave it out."
-            )
+            is_set = config.settings.get(key) not in (None, False)
+            require(not is_set, f"adapter.settings.{key}: {reason}. Leave it out.")
         for key in config.settings.keys() & {*BEYOND_WEIGHTS} - allowed:
             raise UserError(
                 f"adapter.settings.{key} can import or open files: no run sets it. Leave it out."
