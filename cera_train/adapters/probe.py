@@ -34,6 +34,8 @@ def check_effect(
     has no effect."""
     ids = 7 * torch.arange(1, 17, device=base.device).view(2, 8)
     ids %= base.config.get_text_config().vocab_size
+    tokens = config.settings.get("token_indices", [])[:4]  # TRAINABLE_TOKENS trains no others
+    ids[0, : len(tokens)] = torch.tensor(tokens, dtype=ids.dtype)
     other = ids.clone()
     other[0, 4:] = ids[0, 4:].flip(0)
     sees_no_change = torch.ones_like(ids, dtype=torch.bool)

@@ -56,8 +56,21 @@ def test_so_is_one_that_reads_packed_weights_as_whole_ones(tiny_folder, config, 
     refused(base, config, message)
 
 
-def test_another_passes_and_comes_back_to_its_start():
-    config = method("LOHA")
+@pytest.mark.parametrize(
+    "config",
+    [
+        method("LOHA"),
+        AdapterConfig(
+            "peft",
+            None,
+            None,
+            target_modules=None,
+            method="TRAINABLE_TOKENS",
+            settings={"token_indices": [200, 300]},
+        ),
+    ],
+)
+def test_another_passes_and_comes_back_to_its_start(config):
     model = build.build(make_tiny_llama().requires_grad_(False), config)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     check_effect(model, model.get_base_model(), config, autocast=False)
