@@ -9,10 +9,14 @@ from transformers import PreTrainedModel
 
 from cera_train.adapters import starts
 from cera_train.adapters.families import check_settings, family
-from cera_train.adapters.families.base import Attach, passing_start
+from cera_train.adapters.families.base import Attach
 from cera_train.adapters.probe import errors_beside
 from cera_train.adapters.targets import check_targets
-from cera_train.cera.coverage import bypassed_projections, idle_projections
+from cera_train.cera.coverage import (
+    bypassed_projections,
+    idle_projections,
+    projections_outside_text,
+)
 from cera_train.common.settings import require
 from cera_train.settings.adapters import AdapterConfig
 
@@ -31,7 +35,7 @@ def rank(config: AdapterConfig) -> int | None:
 def build(
     base: PreTrainedModel,
     config: AdapterConfig,
-    is_sharded: bool = False,
+    idle: list[str] | None = None,
     has_autocast: bool = True,
     attach: Attach = starts.attach,
 ) -> nn.Module:
@@ -39,19 +43,14 @@ def build(
     the base itself. Raises UserError where the adapter does not fit the model.
 
     Args:
-        is_sharded: only one process has the base's weights.
+        idle: names of projections beside which a branch would not learn; None finds them by a pass,
+            for which every process needs the weights.
         has_autocast: the model runs under autocast.
         attach: `starts.attach`, for a run with the rows that a start reads.
     """
     check_targets(base, config)
-    start = passing_start(family(config.kind).peft_config(config))
-    require(
-        not (is_sharded and start),
-        f"adapter.settings.init_lora_weights={start} needs whole weights in each process: set "
-        "distributed.strategy=ddp.",
-    )
     with errors_beside(base, config):
-        model = family(config.kind).build(base, config, left_out(base, config, is_sharded), attach)
+        model = family(config.kind).build(base, config, left_out(base, config, idle), attach)
     # PEFT leaves biases and copies of the base's modules in 16 bits, which would round most
     # updates away.
     narrow = [
@@ -77,14 +76,20 @@ def widen(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
         weight.data = weight.data.float()
 
 
-def left_out(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = False) -> list[str]:
-    """Names of the projections that all-linear leaves out, since a branch there would not learn:
-    those that kernels bypass, and those that a pass shows, for which every process needs the
-    weights."""
-    if config.target_modules != "all-linear":
+def left_out(
+    base: PreTrainedModel, config: AdapterConfig, idle: list[str] | None = None
+) -> list[str]:
+    """Names of the projections that get no branch, since it would not learn: those for images and
+    sound; and of all-linear those that kernels bypass, and `idle` ones. A regular expression is
+    taken as it is."""
+    targets = config.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
         return []
-    has_weights = not is_sharded and base.device.type != "meta"
-    return bypassed_projections(base) + (idle_projections(base) if has_weights else [])
+    names = projections_outside_text(base)
+    if targets == "all-linear":
+        names += bypassed_projections(base)
+        names += idle_projections(base) if idle is None else idle
+    return list(dict.fromkeys(names))
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

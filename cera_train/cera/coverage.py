@@ -31,20 +31,33 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def bypassed_projections(model: nn.Module) -> list[str]:
-    """Names of the linear projections whose weights a model may read without calling them, or which
-    return a tuple. Needs neither weights nor the kernels.
+    """Names of the linear projections whose weights a model may read without calling them, or whose
+    output is not W x. Needs neither weights nor the kernels.
 
     Mamba's fused kernels take the weights of x_proj, dt_proj and out_proj as arguments; a router
-    returns a tuple.
+    returns a tuple; a grouped projection has a W for each group of x (DeepSeek-V4).
     """
     names = []
     for prefix, parent in model.named_modules():
         is_mamba = {"A_log", "D"} <= dict(parent.named_parameters(recurse=False)).keys()
         bypassed = {"x_proj", "dt_proj", "out_proj"} if is_mamba else set()
         for name, child in parent.named_children():
-            if is_linear(child) and (name in bypassed or "Router" in type(child).__name__):
+            is_other = any(kind in type(child).__name__ for kind in ("Router", "Grouped"))
+            if is_linear(child) and (name in bypassed or is_other):
                 names.append(f"{prefix}.{name}".removeprefix("."))
     return names
+
+
+def projections_outside_text(model: PreTrainedModel) -> list[str]:
+    """Names of the linear projections for images and sound: passes of text do not call them."""
+    if model.config.get_text_config() is model.config:
+        return []
+    for_text = {*model.get_decoder().modules(), model.get_output_embeddings()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and module not in for_text
+    ]
 
 
 def idle_projections(model: PreTrainedModel) -> list[str]:
@@ -61,8 +74,9 @@ def idle_projections(model: PreTrainedModel) -> list[str]:
 
         return keep
 
-    def require_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        output.requires_grad_(True)  # in a frozen base nothing else does
+    def require_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        # In a frozen base nothing else does. A clone, since some models scale it in place.
+        return output.detach().requires_grad_().clone()
 
     was_training = model.training
     ids = torch.ones(1, 8, dtype=torch.long, device=model.device)

@@ -37,10 +37,15 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     loaded = from_hub_or_folder(AutoConfig.from_pretrained, config)
     kinds = loaded.architectures or []
     causal = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    # Of a model that also takes images, `load_model` gives what generates text.
+    is_multimodal = loaded.get_text_config() is not loaded and not loaded.is_encoder_decoder
     others = [
         kind
         for kind in kinds
-        if "For" in kind and not kind.endswith("ForCausalLM") and kind not in causal
+        if "For" in kind
+        and not kind.endswith("ForCausalLM")
+        and kind not in causal
+        and not (is_multimodal and kind.endswith("ForConditionalGeneration"))
     ]
     if kinds and len(others) == len(kinds):
         raise UserError(

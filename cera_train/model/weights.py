@@ -1,13 +1,22 @@
 """Base weights, in 32, 16, 8 or 4 bits."""
 
 import hashlib
+import inspect
 from collections.abc import Iterable
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from cera_train.cera.coverage import bypassed_projections
 from cera_train.common.errors import UserError
@@ -41,7 +50,7 @@ def load_model(
             config.quantization, dtype, will_be_sharded, skip
         )
     model, loading = from_hub_or_folder(
-        AutoModelForCausalLM.from_pretrained,
+        auto_class(architecture).from_pretrained,
         config,
         output_loading_info=True,
         dtype=dtype,
@@ -62,6 +71,23 @@ def load_model(
     return model
 
 
+def auto_class(config: transformers.PretrainedConfig) -> type:
+    """transformers' class that builds and loads this architecture. A model that also takes images
+    trains on text, as a whole where its language model is no type of its own (Mistral 3)."""
+    is_multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if is_multimodal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def model_class(config: transformers.PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of this architecture; None if its code comes with the model."""
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    return None
+
+
 def layer_classes(model: PreTrainedModel) -> set[str]:
     """The names of the classes of a model's layers."""
     # transformers and Accelerate name them so; there is no public name.
@@ -71,25 +97,22 @@ def layer_classes(model: PreTrainedModel) -> set[str]:
 def attention_for(config: transformers.PretrainedConfig, wanted: str) -> str:
     """`model.attn_implementation` for this architecture: eager in place of sdpa if it has no
     sdpa (Bloom, gpt-oss, Mamba) or caps its scores, which sdpa leaves out."""
-    if wanted != "sdpa" or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    kind = model_class(config)
+    if wanted != "sdpa" or kind is None:
         return wanted
     # Only `_supports_sdpa` of its class tells whether a model has sdpa; transformers below 5.22
     # claims it for Gemma 2.
     is_capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return (
-        "sdpa"
-        if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa and not is_capped
-        else "eager"
-    )
+    return "sdpa" if kind._supports_sdpa and not is_capped else "eager"
 
 
 def left_unquantised(config: transformers.PretrainedConfig) -> list[str] | None:
     """Modules that stay in 16 bits: projections whose weights a model reads without calling them
     (Mamba), and the head. None lets transformers choose, which is the head."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if (kind := model_class(config)) is None:
         return None
     with torch.device("meta"):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        model = kind(config)
     kinds = {name.rpartition(".")[2] for name in bypassed_projections(model)}
     head = model.get_output_embeddings()
     heads = {name for name, module in model.named_modules() if module is head}
@@ -116,11 +139,14 @@ def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: Mo
 
 def mixes_sequences(model: nn.Module) -> bool:
     """Whether sequences that share a row are likely to see each other, since layers carry a state
-    or a convolution from token to token. Only `layout.probe` verifies this."""
+    or a convolution from token to token, or the model takes no positions. Only `layout.probe`
+    verifies this."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     is_convolved = any(isinstance(module, nn.Conv1d) for module in model.modules())
     attends = any(hasattr(module, "is_causal") for module in model.modules())
-    return is_convolved or not attends or "linear_attention" in kinds
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    is_stateful = is_convolved or not attends or "linear_attention" in kinds
+    return is_stateful or not takes_positions
 
 
 def fingerprint(model: nn.Module) -> str:

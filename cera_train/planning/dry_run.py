@@ -6,6 +6,7 @@ where torch takes them without a GPU; `choices_of_a_gpu` holds what a GPU does d
 """
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -17,11 +18,11 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cera_train.adapters.build import build, parameter_counts, parameter_groups
-from cera_train.cera.coverage import bypassed_projections
+from cera_train.cera.coverage import bypassed_projections, idle_projections
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
 from cera_train.distributed.accelerator import quiet_libraries
@@ -34,7 +35,12 @@ from cera_train.model.language_model import Allowed, LanguageModel, chunk_tokens
 from cera_train.model.layout import choose_layout
 from cera_train.model.lean import keep_less
 from cera_train.model.precision import choose_precision
-from cera_train.model.weights import attention_for, layer_classes, mixes_sequences
+from cera_train.model.weights import (
+    attention_for,
+    auto_class,
+    layer_classes,
+    mixes_sequences,
+)
 from cera_train.planning.data_size import DataSize
 from cera_train.planning.meter import Meter, Reading, allocated
 from cera_train.settings.distributed import Strategy
@@ -71,7 +77,7 @@ HEAP_SHARE = 0.4
 
 def trainable_parameters(config: Config) -> int:
     with torch.device("meta"):
-        return parameter_counts(build(build_base(config.model), config.adapter))[0]
+        return parameter_counts(build(build_base(config.model), config.adapter, idle=[]))[0]
 
 
 def build_base(model: ModelConfig) -> PreTrainedModel:
@@ -87,7 +93,7 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
     wanted = "eager" if model.attn_implementation == "eager" else "sdpa"
     dtype = getattr(torch, choose_precision(model.dtype, cuda=False).value)
     with errors_of_architecture(model, architecture.model_type), torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
+        base = auto_class(architecture).from_config(
             architecture,
             dtype=dtype,
             attn_implementation=attention_for(architecture, wanted),
@@ -208,12 +214,14 @@ class DryRun:
             layout = BatchLayout.padded
 
         autocast = config.model.autocast_dtype(config.train.autocast, config.plan.on_gpu)
-        with torch.device("meta"):
-            self.model = build(self.base, config.adapter, has_autocast=autocast is not None).train()
-        self.trainable, self.total = parameter_counts(self.model)
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.meter = Meter()
-        self._make_fake(stored)
+        idle = self._idle_projections()
+        with torch.device("meta"):
+            self.model = build(self.base, config.adapter, idle, autocast is not None).train()
+        self.trainable, self.total = parameter_counts(self.model)
+        self.meter = Meter()
+        self._make_fake(self.model, stored)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         model_bytes = self.meter.alive
 
@@ -235,17 +243,27 @@ class DryRun:
         }
         """Bytes by part that a process holds between updates."""
 
-    def _make_fake(self, stored: dict[nn.Parameter, float]) -> None:
-        """Puts fake tensors in the place of the meta device's. A tied weight stays one."""
+    def _idle_projections(self) -> list[str]:
+        """Those of a copy of the base, since PEFT moves no fake weights."""
+        if self.config.adapter.target_modules != "all-linear":
+            return []
+        base = copy.deepcopy(self.base)
+        self._make_fake(base, {})
+        with self.running():
+            return idle_projections(base)
+
+    def _make_fake(self, model: nn.Module, stored: dict[nn.Parameter, float]) -> None:
+        """Puts fake tensors in the place of a model's. A tied weight stays one."""
         fakes: dict[torch.Tensor, torch.Tensor] = {}
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            fake = FakeTensor(self.fake_mode, tensor.detach(), torch.device("cpu"))
+        for tensor in (*model.parameters(), *model.buffers()):
+            # A few buffers are on the CPU even of a model on the meta device.
+            fake = FakeTensor(self.fake_mode, tensor.detach().to("meta"), torch.device("cpu"))
             if isinstance(tensor, nn.Parameter):
                 fakes[tensor] = nn.Parameter(fake, tensor.requires_grad)
             else:
                 fakes[tensor] = fake
             self.meter.hold(fake, None if tensor.requires_grad else stored.get(tensor))
-        for module in self.model.modules():
+        for module in model.modules():
             parameters = module.named_parameters(recurse=False, remove_duplicate=False)
             buffers = module.named_buffers(recurse=False, remove_duplicate=False)
             for name, tensor in [*parameters, *buffers]:

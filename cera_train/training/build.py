@@ -18,10 +18,13 @@ from transformers import PreTrainedModel
 
 from cera_train.adapters import build as adapters
 from cera_train.adapters import starts
+from cera_train.adapters.families import family
+from cera_train.adapters.families.base import passing_start
 from cera_train.adapters.probe import check_effect
 from cera_train.adapters.saved import load, read
 from cera_train.adapters.starts import StartRows
 from cera_train.common.errors import UserError, errors_at
+from cera_train.common.settings import require
 from cera_train.data.prepare import TokenizedData, TokenizedRows, prepare_data
 from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.sharding import load_optimizer_state, share_frozen_weights
@@ -118,9 +121,16 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
 
     torch.manual_seed(config.train.seed)
     has_autocast = accelerator.mixed_precision != "no"
+    start = passing_start(family(config.adapter.kind).peft_config(config.adapter))
+    require(
+        not (accelerator.is_fsdp2 and start),
+        f"adapter.settings.init_lora_weights={start} needs whole weights in each process: set "
+        "distributed.strategy=ddp.",
+    )
     rows = start_rows(config, data, base, accelerator)
     attach = partial(starts.attach, rows=rows, checkpoint=checkpoint)
-    adapted = adapters.build(base, config.adapter, accelerator.is_fsdp2, has_autocast, attach)
+    idle = [] if accelerator.is_fsdp2 else None  # only process 0 has weights that will be sharded
+    adapted = adapters.build(base, config.adapter, idle, has_autocast, attach)
     is_ours = config.adapter.kind != AdapterKind.peft and not config.adapter.settings
     if config.train.check_coverage and not (is_ours or accelerator.is_fsdp2):
         check_effect(adapted, base, config.adapter, has_autocast)
