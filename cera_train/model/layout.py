@@ -5,6 +5,7 @@ import contextlib
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cera_train.common.errors import UserError
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, attention_of, kernel_may_run
@@ -47,6 +48,9 @@ def probe(language_model: LanguageModel) -> Allowed:
     """Finds out by trying what this architecture allows, and keeps it.
 
     Sharded weights have to be whole: see `LanguageModel.with_whole_weights`.
+
+    Raises:
+        UserError: tokens see later ones.
     """
     causal_lm = language_model.causal_lm
     vocabulary = causal_lm.config.get_text_config().vocab_size
@@ -62,6 +66,8 @@ def probe(language_model: LanguageModel) -> Allowed:
     with no_autocast if is_wide else language_model.autocast():
         apart = padded_batch([first, second], masks).to(causal_lm.device)
         expected = causal_lm(**language_model.inputs(apart)).logits
+        changed = padded_batch([first[:4] + third[4:], second], masks).to(causal_lm.device)
+        _check_causal(language_model, expected, changed)
         chunks_head = _can_chunk_head(language_model, apart, expected)
         flat = flat_batch([first, second], masks).to(causal_lm.device)
         other = flat_batch([third, second], masks).to(causal_lm.device)
@@ -69,6 +75,20 @@ def probe(language_model: LanguageModel) -> Allowed:
     language_model.train(was_training)
     language_model.allowed = Allowed(chunks_head, flattens, attention)
     return language_model.allowed
+
+
+def _check_causal(language_model: LanguageModel, expected: Tensor, changed: Batch) -> None:
+    """Raises UserError if the first half of the first sequence gets other logits in a batch with
+    another second half: an encoder such as BERT would see the tokens that it is to predict."""
+    causal_lm = language_model.causal_lm
+    half = expected.shape[1] // 2
+    logits = causal_lm(**language_model.inputs(changed)).logits
+    if not _is_close(logits[0, :half], expected[0, :half], _tolerance(causal_lm)):
+        raise UserError(
+            f"model.path={causal_lm.name_or_path}: its tokens see later ones, so it does not "
+            "predict the next token. Set is_decoder=true in the config.json of an encoder, or "
+            "choose a causal language model."
+        )
 
 
 def _can_chunk_head(language_model: LanguageModel, batch: Batch, expected: Tensor) -> bool:
@@ -87,7 +107,7 @@ def _find_attention(
     attention of ours. `other` has another first sequence: the second's logits must not change,
     since a state that crosses over may move them less than another mask does in 16 bits."""
     causal_lm = language_model.causal_lm
-    tolerance = SAME_IN_32_BITS if causal_lm.dtype == torch.float32 else SAME_IN_16_BITS
+    tolerance = _tolerance(causal_lm)
 
     def agrees() -> bool:
         logits = causal_lm(**language_model.inputs(flat)).logits.view_as(expected)
@@ -107,14 +127,20 @@ def _find_attention(
             # Some models accept no other implementation.
             if attention_of(causal_lm.config) != name:
                 break
-            # The model's attention needs arguments that ours does not take, or the kernel refuses
-            # this GPU or head width.
-            with contextlib.suppress(NotImplementedError, ImportError, RuntimeError, TypeError):
+            # The model's attention needs what ours does not take, or the kernel refuses this GPU or
+            # head width.
+            with contextlib.suppress(
+                NotImplementedError, ImportError, RuntimeError, TypeError, AttributeError
+            ):
                 if agrees():
                     return True, name
     finally:
         causal_lm.set_attn_implementation(before)
     return agrees(), None
+
+
+def _tolerance(causal_lm: PreTrainedModel) -> float:
+    return SAME_IN_32_BITS if causal_lm.dtype == torch.float32 else SAME_IN_16_BITS
 
 
 def _is_close(values: Tensor, expected: Tensor, tolerance: float) -> bool:

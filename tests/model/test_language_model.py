@@ -6,10 +6,10 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from architectures import ARCHITECTURES
 from conftest import make_tiny_llama
 from torch.nn.functional import log_softmax
 
+from benchmarks.tiny_models import tiny_model
 from cera_train.cera import CeraConfig
 from cera_train.common.errors import UserError
 from cera_train.model import language_model as language_model_module
@@ -105,7 +105,7 @@ def test_chunking_the_head_changes_nothing_even_if_logits_are_capped_or_scaled(
     name, changes, monkeypatch
 ):
     monkeypatch.setattr(language_model_module, "chunk_tokens", lambda on_gpu: 5)
-    model = ARCHITECTURES[name].model(**changes, initializer_range=0.3)
+    model = tiny_model(name, **changes)
     rows, masks = make_rows()
     language_model = make_language_model(model)
     results = {}
@@ -130,7 +130,7 @@ def test_chunking_the_head_changes_nothing_even_if_logits_are_capped_or_scaled(
 def test_probe_finds_a_model_that_changes_its_logits_after_the_head(monkeypatch):
     """In an unknown way: the head alone would give another loss."""
     monkeypatch.setattr(language_model_module, "finish_logits", lambda logits, config: logits)
-    model = ARCHITECTURES["gemma2"].model(final_logit_softcapping=2.0, initializer_range=0.3)
+    model = tiny_model("gemma2", final_logit_softcapping=2.0)
     rows, masks = make_rows()
     language_model = make_language_model(model)
     assert not language_model.allowed.chunks_head
@@ -145,7 +145,7 @@ def test_the_loss_of_a_model_with_its_own_last_layer_equals_brute_force(name):
     """Mamba's hidden states are wider than its weights; Llama 4 gives no hidden states apart from
     logits."""
     rows, masks = make_rows()
-    model = ARCHITECTURES[name].model()
+    model = tiny_model(name)
     language_model = LanguageModel(model, model)
     assert not probe(language_model).chunks_head or name == "mamba"
     expected = brute_force(model, rows, masks)
@@ -163,8 +163,31 @@ def test_a_state_that_crosses_between_sequences_is_found_even_in_16_bits():
     """xLSTM's state moves the logits by 3 %, less than bfloat16 may round: only another first
     sequence reveals it."""
     for dtype in (torch.float32, torch.bfloat16):
-        model = ARCHITECTURES["xlstm"].model().to(dtype)
+        model = tiny_model("xlstm", chunk_size=64).to(dtype)
         language_model = LanguageModel(model, model)
         assert not probe(language_model).flattens
         with pytest.raises(UserError, match="mixes sequences that share a row"):
             choose_layout(BatchLayout.flat, language_model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "is_causal"),
+    [("bert", {}, True), ("bert", {"is_decoder": False}, False), ("cpmant", {}, False)],
+)
+def test_a_model_whose_tokens_see_later_ones_is_refused(name, changes, is_causal):
+    """Its loss would fall on tokens that it has read. `is_decoder` is what the tiny BERT has."""
+    model = tiny_model(name, **changes)
+    language_model = LanguageModel(model, model)
+    if is_causal:
+        assert probe(language_model).flattens
+    else:
+        with pytest.raises(UserError, match="see later ones.*is_decoder=true in the config.json"):
+            choose_layout(BatchLayout.auto, language_model, torch.device("cpu"))
+
+
+def test_attention_that_our_attention_cannot_stand_for_keeps_its_own():
+    """Doge's module does not say whether it is causal."""
+    model = tiny_model("doge")
+    language_model = LanguageModel(model, model)
+    assert probe(language_model).attention is None
+    assert model.config._attn_implementation == "sdpa"
