@@ -95,7 +95,7 @@ def test_a_signal_lets_every_job_save_and_begins_no_other(sweep_here, sweep, num
     workers = psutil.Process(process.pid).children()
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (status, "")
+    assert (process.returncode, errors) == (status, f"cera-train: stopped by {number.name}.\n")
     assert list(states(sweep).values()) == ["stopped", "stopped", "waiting"]
     for job in (first, second):
         updates = len(losses_of(job))
