@@ -20,6 +20,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import require, word_of
 from cera_train.common.terminal import announce_import
 from cera_train.common.trust import BEYOND_WEIGHTS
+from cera_train.common.user_code import user_code
 from cera_train.settings.adapters import AdapterConfig
 
 if TYPE_CHECKING:
@@ -297,13 +298,9 @@ def import_method(path: str) -> str:
     it with PEFT; else raises UserError."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    try:
+    fix = "Write module.Config, and mind PYTHONPATH."
+    with user_code(f"adapter.method={path} cannot be imported", fix):
         config_class = pkgutil.resolve_name(path)
-    except (Exception, SystemExit) as error:  # the user's module can raise anything
-        raise UserError(
-            f"adapter.method={path} cannot be imported: {type(error).__name__}: {error}. Write "
-            "module.Config, and mind PYTHONPATH."
-        ) from error
     for kind, each in PEFT_TYPE_TO_CONFIG_MAPPING.items():
         if each is config_class:
             return kind.value
