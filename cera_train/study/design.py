@@ -62,7 +62,7 @@ def study_of(config: DictConfig) -> StudyConfig:
 
 def study_record(config: DictConfig) -> SweepRecord:
     """The content of sweep.json: every arm, base, condition, tuned value and seed that tunes. What
-    an arm sets itself stands in the place of a condition."""
+    an arm or a base sets stands in the place of a condition, and of an argument."""
     study = config.study
     dimensions: dict[str, Sequence[Any]] = {ARM: list(study.arms)}
     if study.bases:
@@ -76,13 +76,13 @@ def study_record(config: DictConfig) -> SweepRecord:
     for arm, *choices in grid(config, params):
         require(arm in overrides, f"{arm}: no such arm: choose from {', '.join(study.arms)}.")
         words = [arm, *overrides[arm]]
-        set_by_arm = {key_of(word) for word in overrides[arm]}
+        decided = {key_of(word) for word in itertools.chain(overrides[arm], *of_bases.values())}
         for choice in choices:
             require(
                 key_of(choice) != BASE or choice in of_bases,
                 f"{choice}: no such base: choose from {', '.join(study.bases)}.",
             )
-            if key_of(choice) not in set_by_arm:
+            if key_of(choice) not in decided:
                 words += [choice, *of_bases.get(choice, [])]
         jobs.append(words)
     return record_of(config, jobs, params).replace(study=OmegaConf.to_container(study))

@@ -139,6 +139,8 @@ def verdict_table(
         rows.append(row)
     drawn = "bases" if study.config.bases else "seeds and problems"
     tuned = study.config.tuned_elsewhere
+    family = study.config.family
+    of_family = f" of the studies of {family} in this report" if family else ""
     return Table(
         title,
         rows,
@@ -147,8 +149,8 @@ def verdict_table(
         "No verdict: the best value is at an end of its grid (add values beyond it, by "
         "study.extend=true), was alone or has no order, or was chosen by another outcome. "
         f"The interval holds for other {drawn}. Holm corrects p over {planned} planned "
-        f"{'contrast' if planned == 1 else 'contrasts'}. Too small: the interval lies within "
-        f"±{matters:g}." + (f" Arms were tuned in {tuned}." if tuned else ""),
+        f"{'contrast' if planned == 1 else 'contrasts'}{of_family}. Too small: the interval "
+        f"lies within ±{matters:g}." + (f" Arms were tuned in {tuned}." if tuned else ""),
     )
 
 
