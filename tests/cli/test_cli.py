@@ -62,9 +62,9 @@ def test_help_knows_the_files_of_a_config_folder(tmp_path, run_command, capfd):
 
 def test_a_shell_completes_settings_and_choices(tmp_path):
     done = command(
-        "cera-train", "-sc", "query=bash", cwd=tmp_path, COMP_LINE="cera-train adapter=lo"
+        "cera-train", "-sc", "query=bash", cwd=tmp_path, COMP_LINE="cera-train adapter=pe"
     )
-    assert done.stdout.split() == ["adapter=lora", "adapter=loraplus"], done.stderr
+    assert done.stdout.split() == ["adapter=peanut", "adapter=peft"], done.stderr
 
 
 @pytest.mark.slow
