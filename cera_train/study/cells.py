@@ -225,13 +225,14 @@ class Cell:
         ended."""
         folder = self.folder(point, run)
         name = self.study.config.primary
-        if not (folder / "result.json").exists():
+        result = RunResult.find(folder / "result.json")
+        if result is None:
             has_diverged = job_status(self.study.folder, folder.name).state == State.diverged
             return math.inf if has_diverged else None
+        if name == LOSS and not math.isfinite(result.perplexity or math.inf):
+            return math.inf
         mean = Outcome.read(name, folder).choosing(self.study.config.set_aside).mean
-        if name != LOSS:
-            return 1 - mean
-        return mean if math.isfinite(mean) else math.inf
+        return mean if name == LOSS else 1 - mean
 
     @cached_property
     def losses(self) -> list[list[float | None]]:

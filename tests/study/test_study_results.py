@@ -292,6 +292,16 @@ def test_one_arm_has_nothing_to_compare(make_study):
         contrasts_of(study)
 
 
+def test_a_run_that_ends_without_a_finite_loss_is_not_chosen(make_study):
+    study = make_study()
+    cell = study.cells[0]
+    folder = cell.folder(cell.grid[1], cell.tuning_runs[0])
+    (folder / "result.json").write_text(json.dumps({"eval/perplexity": None, "updates": 9}))
+    TokenLosses(np.array([1]), np.array([np.inf], "float32")).write(folder / LOSSES_AFTER)
+    assert cell.losses[1][0] == np.inf
+    assert cell.chosen is not cell.grid[1]
+
+
 def test_a_loss_that_is_not_a_number_names_its_run(tmp_path):
     TokenLosses(np.array([1]), np.array([np.nan], "float32")).write(tmp_path / LOSSES_AFTER)
     with pytest.raises(UserError, match=f"^{tmp_path}: a loss is not a number: remove the folder"):
