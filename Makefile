@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Python compiles a module when it is first imported: most of what these packages hold never is.
 INSTALL := -m pip install --quiet --no-compile
 
-.PHONY: help quickstart install gpu test test-laptop test-all test-nightly test-peft test-serving test-lowest lint lock check bench growth architectures templates evidence docs clean
+.PHONY: help quickstart install gpu test test-laptop test-all test-nightly test-peft test-serving test-lowest lint lock check bench growth architectures methods templates evidence docs clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -62,6 +62,9 @@ growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
 
 architectures: $(VENV)/.installed-test  ## test every family of models and write docs/architectures.md
 	$(BIN)/python -m benchmarks.architectures
+
+methods: $(VENV)/.installed-test  ## train every method of PEFT and its variants, and write docs/methods.md
+	$(BIN)/python -m benchmarks.methods
 
 templates: $(VENV)/.installed-test  ## read chats by TRL's chat templates and write docs/chat_templates.md
 	$(BIN)/python -m benchmarks.chat_templates

@@ -1,0 +1,36 @@
+"""docs/methods.md keeps its promises, and names every method of the installed PEFT."""
+
+import pytest
+
+from benchmarks import methods
+
+CASES = {case.name: case for case in [*methods.our_cases(), *methods.peft_cases()]}
+WHOLE = next(
+    line.split(", ")
+    for line in methods.PAGE.read_text().splitlines()
+    if line.startswith("adapter=cera, ")
+)
+MECHANISMS = ("OFT", "LORA init_lora_weights=lora_ga")
+"""Tested in CI: a method that turns W0, and a start that reads rows; others have tests of their
+own."""
+
+
+def test_every_method_is_on_the_page():
+    text = methods.PAGE.read_text()
+    assert not [name for name in CASES if name not in text]
+    assert not [name for name in WHOLE if name not in CASES]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in MECHANISMS else pytest.mark.nightly)
+        for name in CASES
+    ],
+)
+def test_the_page_is_right_about_it(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "WORK", tmp_path)
+    row = methods.measure_case(CASES[name], tmp_path)
+    assert name not in WHOLE or set(row.values()) == {methods.YES}, row
+    # what is refused is refused by us, not by a traceback
+    assert "Error: " not in row["trains"]
