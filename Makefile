@@ -60,7 +60,7 @@ gpu: $(VENV)/.installed-test  ## accept on a CUDA machine, in pieces of ten minu
 growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
 	$(BIN)/python -m benchmarks.growth
 
-architectures: $(VENV)/.installed-test  ## test every family of models and write docs/architectures.md
+architectures: $(VENV)/.installed-test  ## check every causal type of transformers, in 40 minutes that resume, and write docs/architectures.md
 	$(BIN)/python -m benchmarks.architectures
 
 methods: $(VENV)/.installed-test  ## train every method of PEFT and its variants, and write docs/methods.md

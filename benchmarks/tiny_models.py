@@ -70,9 +70,10 @@ def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def _draw(model: PreTrainedModel) -> None:
-    """Draws matrices large enough that every part of the model shows in its logits."""
+    """Draws matrices large enough that every part of the model shows in its logits, and what starts
+    at zero, as biases and the decay of a state."""
     for weight in model.parameters():
-        if weight.ndim > 1:
+        if weight.ndim > 1 or not weight.any():
             weight.normal_(std=0.2)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from architectures import ARCHITECTURES
 from branches import MASKS, ROWS, branch_outputs, forward_of
 from conftest import make_tiny_llama
 from moe_models import make_mixture
 from transformers import AutoModelForCausalLM
 
+from benchmarks.tiny_models import tiny_model
 from cera_train.adapters import build, folder, saved
 from cera_train.adapters.families import family, title
 from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_no_spectrum
@@ -255,7 +255,7 @@ def test_what_trains_beside_an_adapter_is_float32_over_a_16_bit_base(adapter_of,
         config = replace(config, settings={"bias": "all", "modules_to_save": ["lm_head"]})
 
     def build_narrow(**arguments):
-        base = ARCHITECTURES["starcoder2"].model(tie_word_embeddings=False).bfloat16()
+        base = tiny_model("starcoder2", tie_word_embeddings=False).bfloat16()
         return build.build(base, config, **arguments)
 
     with pytest.raises(UserError, match=r"needs autocast: set model\.dtype=float32"):

@@ -112,7 +112,7 @@ def test_compiled_experts_are_one_graph_with_the_same_numbers(model_type, place)
     layer = experts_of(adapted_mixture(model_type, dropout=0.5, dropout_on=place))[0]
     num_experts = layer.base_layer.num_experts
     two_experts = torch.stack([torch.randperm(num_experts)[:2] for _ in range(9)])
-    inputs = torch.randn(9, 32, requires_grad=True), two_experts, torch.rand(9, 2)
+    inputs = torch.randn(9, 64, requires_grad=True), two_experts, torch.rand(9, 2)
     weights = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), layer(*inputs))

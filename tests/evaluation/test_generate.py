@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
 from conftest import make_tiny_llama
 from oracles import (
     GREEDY,
@@ -20,6 +19,7 @@ from oracles import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+from benchmarks.tiny_models import tiny_model
 from cera_train.common.errors import UserError
 from cera_train.evaluation.generate import LoadedModel, TokenChoice, cut_batches
 from cera_train.evaluation.requests import Request, generation_settings, requests_for
@@ -92,7 +92,7 @@ def test_answers_of_an_adapter(engine, engine_of, requests, kind):
 def test_answers_of_other_architectures(tokenizer, engine_of, requests, name, changes):
     """Those whose memory is not the keys and values of every token answer through
     `model.generate`."""
-    model = ARCHITECTURES[name].model(vocab_size=len(tokenizer), **changes)
+    model = tiny_model(name, vocab_size=len(tokenizer), **changes)
     engine = engine_of(model, model)
     assert engine.can_decode == (name == "gpt2")
     let_answers_end(engine, requests)

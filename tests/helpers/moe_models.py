@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
 from cera_models import adapted, cera
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from benchmarks.tiny_models import tiny_model
 from cera_train.cera import CeraConfig, CeraExperts
 
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "qwen2_moe")
@@ -23,7 +23,7 @@ PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 def make_mixture(model_type: str = "mixtral", **changes) -> nn.Module:
     """A random two-layer mixture, frozen and in eval mode."""
-    return ARCHITECTURES[model_type].model(attn_implementation="eager", **changes)
+    return tiny_model(model_type, attn_implementation="eager", **changes)
 
 
 def adapted_mixture(

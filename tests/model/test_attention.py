@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
 from conftest import make_tiny_llama
 from oracles import Causal, under_a_mask
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.tiny_models import tiny_model
 from cera_train.model.attention import (
     BY_SEQUENCE,
     VARLEN,
@@ -173,7 +173,7 @@ def test_attention_that_is_more_than_causal_or_restricted_only_by_a_mask_is_refu
 
 
 def test_the_users_choice_of_attention_is_kept():
-    model = ARCHITECTURES["gemma2"].model(attn_implementation="eager")  # it caps its scores softly
+    model = tiny_model("gemma2", attn_implementation="eager")  # it caps its scores softly
     language_model = LanguageModel(model, model)
     probe(language_model)
     assert language_model.allowed.flattens

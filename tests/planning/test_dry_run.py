@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 
 import pytest
-from architectures import ARCHITECTURES
 from moe_models import MIXTURES
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -159,8 +158,9 @@ def test_every_optimizer_has_its_states(dry_run, kind):
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
     """Each token passes k experts, whose branches cost what other branches do."""
-    family = ARCHITECTURES[model_type]
-    settings = family.usual | family.changes | {"vocab_size": 128}
+    counts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    widths = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "head_dim": 8}
+    settings = counts | widths | {"num_hidden_layers": 2}
     changes = {
         "model.dtype": dtype,
         "model.attn_implementation": "eager" if model_type == "gpt_oss" else "sdpa",
@@ -171,7 +171,7 @@ def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
         run = dry_run(model_type, *overrides, "adapter.dropout=0", *experts, **settings)
         costs.append(run.cost(replace(BATCH, has_mask=model_type == "gpt_oss"), accumulates=False))
     without, with_experts = costs
-    width = settings["moe_intermediate_size" if "qwen" in model_type else "intermediate_size"]
+    width = 16 if "qwen" in model_type else SHAPE["intermediate_size"]
     branches = (
         2 * 2 * 8 * ((32 + 2 * width) + (width + 32)) * settings["num_experts_per_tok"] * TOKENS
     )

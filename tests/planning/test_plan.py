@@ -9,9 +9,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from architectures import ARCHITECTURES
 from conftest import needs_smollm2
 
+from benchmarks.tiny_models import tiny_config
 from cera_train.planning.data_size import data_size
 from cera_train.planning.dry_run import micro_batches
 from cera_train.planning.estimate import GPU_MFU, run_totals
@@ -108,7 +108,7 @@ def test_processes_share_rows_and_weights(tiny_plan):
 def test_attention_gets_a_mask_where_it_cannot_run_by_sequence(
     plan, tmp_path, name, overrides, has_mask
 ):
-    ARCHITECTURES[name].config().save_pretrained(tmp_path)
+    tiny_config(name).save_pretrained(tmp_path)
     small = [
         "adapter.r=4",
         "train.micro_batch_tokens=64",

@@ -82,7 +82,7 @@ def test_experts_are_trained_and_resumed(tiny_config, mixture, capsys):
     assert 1 < result["spectrum/effective_rank/mean"] <= result["spectrum/effective_rank/max"] <= 4
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
     B = tensors["base_model.model.model.layers.0.mlp.experts.cera_B.gate_up_proj.weight"]
-    assert B.shape == (4, 128, 2)
+    assert B.shape == (4, 256, 2)
     assert all(matrix.any() for matrix in B)
     expected = adapter_bytes(config)
 
