@@ -8,6 +8,7 @@ import pytest
 from moe_models import MIXTURES
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.tiny_models import tiny_model
 from cera_train.adapters import build as adapters
 from cera_train.adapters.build import parameter_counts
 from cera_train.common.files import config_dir, options
@@ -188,6 +189,18 @@ def test_parameters_are_those_of_the_real_model(dry_run, model_type, targets):
     real = AutoModelForCausalLM.from_config(architecture_of(run.config.model)).requires_grad_(False)
     assert run.total - run.trainable == parameter_counts(real)[1]
     assert (run.trainable, run.total) == parameter_counts(adapters.build(real, run.config.adapter))
+
+
+def test_projections_that_no_pass_reaches_are_not_planned(compose, tmp_path):
+    """A decoder of BART without its encoder calls no cross attention; and as it takes no positions,
+    its rows are padded."""
+    real = tiny_model("bart")
+    real.config.save_pretrained(tmp_path)
+    settings = [f"model.path={tmp_path}", "model.dtype=float32", "adapter.r=4"]
+    targets = "adapter.target_modules=all-linear"
+    run = DryRun(compose("+recipe=logistic_map", *settings, targets, command="plan"))
+    assert (run.trainable, run.total) == parameter_counts(adapters.build(real, run.config.adapter))
+    assert not run.language_model.is_flat
 
 
 def test_the_published_budgets(compose):
