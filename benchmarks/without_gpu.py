@@ -154,7 +154,7 @@ def run_of(config: Config, rows: TokenizedRows) -> Iterator[tuple]:
     data = TokenizedData(rows, rows)
     replaced = [
         (builder, "load_tokenizer", lambda model: None),
-        (builder, "prepare_data", lambda data_config, tokenizer: data),
+        (builder, "prepare_data", lambda data_config, tokenizer, asks: data),
         (builder, "fingerprint", lambda base: ""),
         (model_files, "check_model", lambda path: None),
         (AutoModelForCausalLM, "from_pretrained", random_base),

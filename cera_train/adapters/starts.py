@@ -94,6 +94,16 @@ def attach(
     return model
 
 
+def check_shards(config: peft.PeftConfig | None) -> None:
+    """Raises UserError for a start where the base's weights are sharded."""
+    start = passing_start(config)
+    require(
+        start is None,
+        f"adapter.settings.init_lora_weights={start} needs whole weights in each process: set "
+        "distributed.strategy=ddp.",
+    )
+
+
 # --- the starts -----------------------------------------------------------------------------------
 
 

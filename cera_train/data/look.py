@@ -53,8 +53,10 @@ def print_data(
         print_line("stop", line)
     for line in describe_openings(train):
         print_line("prompt", line)
-    middle = len(train) // config.sequences // 2 * config.sequences
-    for row in sorted({0, middle}) if at_length else [0]:
+    shown = {0}
+    if at_length:
+        shown.add(len(train) // config.sequences // 2 * config.sequences)
+    for row in sorted(shown):
         for sequence in train.sequences_of_row(row, config.sequences):
             print_example(train, sequence, tokenizer)
 

@@ -19,12 +19,10 @@ from transformers import PreTrainedModel
 from cera_train.adapters import build as adapters
 from cera_train.adapters import starts
 from cera_train.adapters.families import family
-from cera_train.adapters.families.base import passing_start
 from cera_train.adapters.probe import check_effect
 from cera_train.adapters.saved import load, read
 from cera_train.adapters.starts import StartRows
 from cera_train.common.errors import UserError, errors_at
-from cera_train.common.settings import require
 from cera_train.data.prepare import TokenizedData, TokenizedRows, prepare_data
 from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.sharding import load_optimizer_state, share_frozen_weights
@@ -121,12 +119,8 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
 
     torch.manual_seed(config.train.seed)
     has_autocast = accelerator.mixed_precision != "no"
-    start = passing_start(family(config.adapter.kind).peft_config(config.adapter))
-    require(
-        not (accelerator.is_fsdp2 and start),
-        f"adapter.settings.init_lora_weights={start} needs whole weights in each process: set "
-        "distributed.strategy=ddp.",
-    )
+    if accelerator.is_fsdp2:
+        starts.check_shards(family(config.adapter.kind).peft_config(config.adapter))
     rows = start_rows(config, data, base, accelerator)
     attach = partial(starts.attach, rows=rows, checkpoint=checkpoint)
     idle = [] if accelerator.is_fsdp2 else None  # only process 0 has weights that will be sharded
