@@ -50,13 +50,13 @@ def rendered_sequences(
     for template in templates:
         fault = fault_of(shape, template, asks)
         if fault is None:
-            return sequences_of(chat, template, asks)
+            return exchanges_of(chat, template, asks)
         faults.append(fault)
     left_out = (fault for fault in faults if not isinstance(fault, Refusal))
     raise UserError(str(next(left_out, faults[0])))
 
 
-def sequences_of(chat: Chat, template: ChatTemplate, asks: bool) -> list[list[Exchange]]:
+def exchanges_of(chat: Chat, template: ChatTemplate, asks: bool) -> list[list[Exchange]]:
     """Two answers share a sequence if the prompt of the second begins with the prompt and the text
     of the first. A template may render earlier turns anew, such as without their reasoning."""
     messages, tools, supervised = chat
@@ -104,7 +104,7 @@ def fault_of(shape: str, template: ChatTemplate, asks: bool) -> UserError | None
 
 def check_renders_all(chat: Chat, template: ChatTemplate, asks: bool) -> None:
     """Raises UserError unless the template renders every mark of the chat, and an answer once."""
-    sequences = sequences_of(chat, template, asks)
+    sequences = exchanges_of(chat, template, asks)
     rendered = "".join(exchange.prompt + exchange.answer for exchange in sequences[-1])
     answers = [exchange.answer for sequence in sequences for exchange in sequence]
     for tool in chat.tools or []:

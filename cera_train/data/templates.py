@@ -198,11 +198,11 @@ def open_templates(
         UserError: the template is malformed, or has no variable of that name.
     """
     text = tokenizer.get_chat_template(None, tools)
-    return _open(tokenizer, text, json.dumps(settings), json.dumps(own))
+    return _with_settings(tokenizer, text, json.dumps(settings), json.dumps(own))
 
 
 @functools.lru_cache(maxsize=256)
-def _open(tokenizer: Any, text: str, settings: str, own: str) -> tuple[ChatTemplate, ...]:
+def _with_settings(tokenizer: Any, text: str, settings: str, own: str) -> tuple[ChatTemplate, ...]:
     variables = variables_of(text)
     places = {
         f"template_settings={settings}": json.loads(settings),
