@@ -62,7 +62,7 @@ class ChatTemplate:
     special: tuple[str, ...]
     """The tokenizer's special tokens."""
     switches: tuple[str, ...]
-    """Those of `SWITCHES` that the template has, and that no setting decides."""
+    """Those of `SWITCHES` that the template has."""
     forms: tuple[Callable[[Row], Row], ...] = ()
     """What turns a message into the form that the template takes."""
 
@@ -218,7 +218,7 @@ def _with_settings(tokenizer: Any, text: str, settings: str, own: str) -> tuple[
             )
         values |= chosen
     dated = with_date(text, values.pop(DATE, TODAY))
-    switches = tuple(name for name in SWITCHES if name in variables and name not in values)
+    switches = tuple(name for name in SWITCHES if name in variables)
     added = tokenizer.added_tokens_decoder.values()
     special = tuple(token.content for token in added if token.special)
     template = ChatTemplate(tokenizer, dated, values, special, switches)
