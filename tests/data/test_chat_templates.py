@@ -163,6 +163,15 @@ def test_each_answer_has_one_end_token_and_it_is_supervised(name):
                 assert text == answer.text.removesuffix(tokenizer.eos_token)
 
 
+def test_a_row_that_does_not_fit_a_switch_of_the_run_has_its_own():
+    tokenizer = tokenizer_with(TEMPLATES["nemotron_3_nano"])
+    settings = {"enable_thinking": False}  # as rows without reasoning need it
+    fitting = sequences_of(CHATS["one turn"], tokenizer, template_settings=settings)
+    other = sequences_of(CHATS["reasoning"], tokenizer, template_settings=settings)
+    openings = [opening for [[(_, _, opening)]] in (fitting, other)]
+    assert openings == ["", "enable_thinking=true"]
+
+
 # --- TRL's own masks ------------------------------------------------------------------------------
 
 NEXT_TURN = ("", "<|user|>", "<|observation|>")

@@ -238,9 +238,6 @@ def test_a_switch_follows_whether_the_row_has_reasoning(tokenizer):
     assert prompt_and_answer(without) == switched
     chosen = prompt_and_answer(without, enable_thinking=False)
     assert chosen == (*switched[:2], "")
-    # A row that does not fit the setting has its own.
-    own = prompt_and_answer(thought, enable_thinking=False)
-    assert own == (*prompt_and_answer(thought)[:2], "enable_thinking=true")
     # What samples an answer asks as inference does, and grades the text of the right one.
     assert prompt_and_answer(without, asks=True) == ("<think>", "hello there", "")
     # Without a switch the answer starts where the prompt and the finished chat part.
