@@ -116,11 +116,11 @@ def start_by_inputs(
     # PEFT skips batches of fewer tokens than directions, for ever if all are.
     tokens = math.ceil(max(ranks) * config.eva_config.rho)
     batches = [rows.load(group) for group in rows.groups(tokens)]
-    counts = [_tokens_of(batch, config).sum() for batch in batches]
+    count = min(int(_tokens_of(batch, config).sum()) for batch in batches)
     require(
-        min(counts) >= tokens,
-        f"adapter.start_rows={len(rows.sequences)}: they have {min(counts)} supervised tokens, and "
-        f"EVA at this rank needs {tokens}. Raise adapter.start_rows, or lower adapter.r.",
+        count >= tokens,
+        f"adapter.start_rows={len(rows.sequences)}: they have {count} supervised tokens, and EVA "
+        f"at this rank needs {tokens}. Raise adapter.start_rows, or lower adapter.r.",
     )
     passes = iter(range(MOST_PASSES * len(batches)))
 
@@ -167,7 +167,8 @@ def start_by_covariance(
     preprocess_corda(base, config, run)
     for module in base.modules():
         if eigens := getattr(module, "eigens", None):
-            broadcast([eigens.U_WC, eigens.S_WC, eigens.V_WC])
+            for name in ("U_WC", "S_WC", "V_WC"):
+                setattr(eigens, name, broadcast(getattr(eigens, name).contiguous()))
     return _moved_part(base, config)
 
 
@@ -183,13 +184,14 @@ def start_by_gradient(
     config = _for_whole_weights(base, config)
     config.lora_ga_config = config.lora_ga_config or peft.LoraGAConfig()
     preprocess_loraga(base, config, run)
+    r = max([config.r, *config.rank_pattern.values()])
     for name, module in base.named_modules():
         if hasattr(module, "_peft_loraga_grad"):
             broadcast(module._peft_loraga_grad)
             # Of fewer directions PEFT would make a B with fewer columns than A has rows.
             require(
-                2 * config.r <= min(module.weight.shape),
-                f"adapter.r={config.r}: LoRA-GA takes 2 r directions of a gradient, and {name} has "
+                2 * r <= min(module.weight.shape),
+                f"adapter.r={r}: LoRA-GA takes 2 r directions of a gradient, and {name} has "
                 f"{min(module.weight.shape)}. Lower adapter.r, or leave the module out.",
             )
     return _moved_part(base, config)
@@ -220,7 +222,12 @@ def _moved_part(base: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftMode
     """The base with an adapter that takes a part of W0, and remembers it."""
     weights = {module: module.weight.data for module in base.modules() if is_linear(module)}
     model = peft.get_peft_model(base, config)
-    for layer in lora_layers(model).values():
+    for name, layer in lora_layers(model).items():
+        require(
+            layer.get_base_layer() in weights,
+            f"adapter.settings.init_lora_weights={config.init_lora_weights} takes a part of linear "
+            f"projections alone: leave {name} out of adapter.target_modules.",
+        )
         # PEFT has put another tensor in the place of W0: the same subtraction as in a resumed run
         # gives the same bytes.
         layer.get_base_layer().weight.data = weights[layer.get_base_layer()]

@@ -124,9 +124,18 @@ def test_eva_moves_ranks_between_modules():
 @pytest.mark.parametrize(
     ("config", "numbers", "message"),
     [
-        (replace(lora("eva"), r=30), [0], "adapter.start_rows=1: .* EVA at this rank needs 60"),
+        (
+            replace(lora("eva"), r=30),
+            [0],
+            "adapter.start_rows=1: they have 36 .* EVA at this rank needs 60",
+        ),
         (lora("eva", eva_config={"tau": 1.0}), range(2), "not converged .*eva_config.tau"),
         (replace(lora("lora_ga"), r=9), range(2), r"adapter.r=9: .* model\.\S+ has 16"),
+        (
+            replace(lora("pissa_niter_4"), target_modules=["q_proj", "embed_tokens"]),
+            range(2),
+            "init_lora_weights=pissa_niter_4 .* leave .*embed_tokens out",
+        ),
         (lora("corda", corda_config={"cache_file": "/x"}), range(2), "corda_config can import"),
     ],
 )
