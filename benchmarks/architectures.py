@@ -1,13 +1,14 @@
 """`make architectures`: checks a tiny model of every causal type of transformers, and writes
 docs/architectures.md from what it finds.
 
-python -m benchmarks.architectures [TYPE ...]
+python -m benchmarks.architectures [--compile] [TYPE ...]
 
 Cells are kept in outputs/architectures.json as they come: delete it to check all again.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import json
@@ -68,6 +69,7 @@ MASKS = [[False, True, True] + [True] * (len(row) - 3) for row in ROWS]
 IDS = torch.tensor([ROWS[0], ROWS[0][::-1]])
 YES = "yes"
 BUILT = "built"
+BY_PARAMETER = "`adapter.experts`"
 
 
 @dataclass
@@ -82,8 +84,8 @@ class Subject:
 
     @cached_property
     def has_experts(self) -> bool:
-        """Whether it has experts that are parameters."""
-        return bool(expert_names(self.base()))
+        """Whether it has experts that an adapter reaches as parameters."""
+        return experts(self) == BY_PARAMETER
 
     @cached_property
     def path(self) -> str:
@@ -219,10 +221,15 @@ def all_linear(subject: Subject) -> str:
 
 def experts(subject: Subject) -> str:
     """What reaches them: `adapter.experts` those that are parameters, `all-linear` modules."""
-    if subject.has_experts:
-        return "`adapter.experts`"
-    names = [name for name, _ in subject.base().named_modules()]
-    return "`all-linear`" if any(EXPERT.search(name) for name in names) else "none"
+    base = subject.base()
+    if not expert_names(base):
+        has_modules = any(EXPERT.search(name) for name, _ in base.named_modules())
+        return "`all-linear`" if has_modules else "none"
+    try:
+        adapters.build(base, AdapterConfig(r=4, target_modules=[], experts=True))
+    except UserError:
+        return "not by transformers' interface"
+    return BY_PARAMETER
 
 
 def loads(subject: Subject) -> str:
@@ -235,7 +242,7 @@ def loads(subject: Subject) -> str:
     for attach in (saved.attach, peft.PeftModel.from_pretrained):
         again = attach(subject.base(), folder).eval()
         logits = again(input_ids=IDS, use_cache=False).logits
-        require(torch.equal(logits, expected), "other logits")
+        check_close(logits, expected, "logits")
     return YES
 
 
@@ -389,21 +396,20 @@ def reason(error: Exception) -> str:
     return words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
 
 
-def sweep(model_types: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The cells of each type. Those of the compiler come last, since it takes most of the time."""
+def sweep(model_types: Sequence[str], checks: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The cells of each type, earlier ones too."""
     found = json.loads(FOUND.read_text()) if FOUND.exists() else {}
     FOUND.parent.mkdir(exist_ok=True)
-    dict(check("llama", [*CHECKS]))  # what the first model of a process pays for, once for all
+    dict(check("llama", checks))  # what the first model of a process pays for, once for all
     gc.collect()
     gc.freeze()
-    for checks in ([name for name in CHECKS if name != "compiled"], ["compiled"]):
-        for model_type in model_types:
-            row = found.setdefault(model_type, {})
-            missing = [name for name in checks if name not in row]
-            if missing and BUILT not in row:
-                row |= check_apart(model_type, missing)
-                FOUND.write_text(json.dumps(found, indent=1))
-                print(model_type, row, flush=True)
+    for model_type in model_types:
+        row = found.setdefault(model_type, {})
+        missing = [name for name in checks if name not in row]
+        if missing and BUILT not in row:
+            row |= check_apart(model_type, missing)
+            FOUND.write_text(json.dumps(found, indent=1))
+            print(model_type, row, flush=True)
     return found
 
 
@@ -497,7 +503,12 @@ What is not trained:
 
 
 def main() -> int:
-    found = sweep(sys.argv[1:] or MODEL_TYPES)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model_types", nargs="*", metavar="TYPE")
+    parser.add_argument("--compile", action="store_true", help="compile too: twice the time")
+    arguments = parser.parse_args()
+    checks = [name for name in CHECKS if name != "compiled" or arguments.compile]
+    found = sweep(arguments.model_types or MODEL_TYPES, checks)
     PAGE.write_text(page(found))
     print(f"{PAGE}: {len(found)} types")
     return 0

@@ -148,6 +148,8 @@ def _shrink(default: PretrainedConfig, fewer_layers: bool = True) -> dict[str, A
         # Else the class derives the value, from what is shrunk here.
     if kept:
         settings[layers_name] = len(kept)
+    elif fewer_layers and count:  # a pattern of kinds, which repeats
+        settings[layers_name] = max(2, *map(_kinds_in_turn, values.values()))
     if values.get("num_key_value_heads") == values.get("num_attention_heads"):
         settings.pop("num_key_value_heads", None)
         if values.get("num_key_value_heads") is not None:
@@ -155,6 +157,11 @@ def _shrink(default: PretrainedConfig, fewer_layers: bool = True) -> dict[str, A
     if _may_decode(default):
         settings["is_decoder"] = True
     return settings
+
+
+def _kinds_in_turn(value: Any) -> int:
+    is_pattern = isinstance(value, list | tuple) and all(type(item) is str for item in value)
+    return len(value) if is_pattern else 0
 
 
 def _may_decode(config: PretrainedConfig) -> bool:

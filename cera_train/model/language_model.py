@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, attention_of
 from cera_train.model.batches import Batch
-from cera_train.model.weights import layer_classes
+from cera_train.model.weights import decoder_of, layer_classes
 
 Head = Callable[[Tensor], Tensor]  # [N, d] -> [N, V]
 T = TypeVar("T")
@@ -62,7 +62,7 @@ class LanguageModel(nn.Module):
         # Accelerate shards by these names.
         self._no_split_modules = layer_classes(causal_lm)
         # Not registered: these are parts of `model`, and their parameters must not appear twice.
-        self._parts = {"causal_lm": causal_lm, "decoder": causal_lm.get_decoder()}
+        self._parts = {"causal_lm": causal_lm, "decoder": decoder_of(causal_lm)}
         self.allowed = Allowed()
         self.is_flat = False
         """Whether the model takes flat batches: `layout.choose_layout` decides."""

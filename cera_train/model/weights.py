@@ -88,6 +88,13 @@ def model_class(config: transformers.PretrainedConfig) -> type[PreTrainedModel] 
     return None
 
 
+def decoder_of(causal_lm: PreTrainedModel) -> PreTrainedModel:
+    """Its layers, without the head and what reads images or sound."""
+    decoder = causal_lm.get_decoder()
+    # ModernBERT's head has that name.
+    return decoder if isinstance(decoder, PreTrainedModel) else causal_lm.base_model
+
+
 def layer_classes(model: PreTrainedModel) -> set[str]:
     """The names of the classes of a model's layers."""
     # transformers and Accelerate name them so; there is no public name.
@@ -137,13 +144,14 @@ def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: Mo
     return True
 
 
-def mixes_sequences(model: nn.Module) -> bool:
+def mixes_sequences(model: PreTrainedModel) -> bool:
     """Whether sequences that share a row are likely to see each other, since layers carry a state
     or a convolution from token to token, or the model takes no positions. Only `layout.probe`
     verifies this."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
-    is_convolved = any(isinstance(module, nn.Conv1d) for module in model.modules())
-    attends = any(hasattr(module, "is_causal") for module in model.modules())
+    modules = [*decoder_of(model).modules()]
+    is_convolved = any(isinstance(module, nn.Conv1d) for module in modules)
+    attends = any(hasattr(module, "is_causal") for module in modules)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     is_stateful = is_convolved or not attends or "linear_attention" in kinds
     return is_stateful or not takes_positions

@@ -140,10 +140,10 @@ def test_probe_finds_a_model_that_changes_its_logits_after_the_head(monkeypatch)
     assert total == pytest.approx(brute_force(language_model.model, rows, masks), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mamba", "llama4_text"])
+@pytest.mark.parametrize("name", ["mamba", "llama4_text", "modernbert-decoder"])
 def test_the_loss_of_a_model_with_its_own_last_layer_equals_brute_force(name):
     """Mamba's hidden states are wider than its weights; Llama 4 gives no hidden states apart from
-    logits."""
+    logits; ModernBERT's head is called decoder, and is more than one layer."""
     rows, masks = make_rows()
     model = tiny_model(name)
     language_model = LanguageModel(model, model)
