@@ -149,10 +149,11 @@ def mixes_sequences(model: PreTrainedModel) -> bool:
     or a convolution from token to token, or the model takes no positions. Only `layout.probe`
     verifies this."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
-    modules = [*decoder_of(model).modules()]
+    decoder = decoder_of(model)
+    modules = [*decoder.modules()]
     is_convolved = any(isinstance(module, nn.Conv1d) for module in modules)
     attends = any(hasattr(module, "is_causal") for module in modules)
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
     is_stateful = is_convolved or not attends or "linear_attention" in kinds
     return is_stateful or not takes_positions
 
