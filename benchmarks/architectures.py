@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -382,18 +383,14 @@ def check(model_type: str, checks: Sequence[str]) -> Iterator[tuple[str, str]]:
                 yield name, reason(error)
 
 
-LONGEST = 100
-"""Characters of a reason."""
-
-
 def reason(error: Exception) -> str:
-    """An error in a few words."""
+    """An error in one line."""
     words = " ".join(str(error).split())
     if isinstance(error, UserError):
         words = re.sub("^model.path=[^:]*: ", "", words).split(". ")[0]
     elif not isinstance(error, Mismatch):
         words = f"{type(error).__name__}: {words}"
-    return words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
+    return words
 
 
 def sweep(model_types: Sequence[str], checks: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -446,13 +443,17 @@ def send_cells(connection: Connection, model_type: str, checks: Sequence[str]) -
 def cells(row: dict[str, str]) -> list[str]:
     """The cells of a type in the page: what varies, and what is not yes, by its reason."""
     if BUILT in row:
-        return [row[BUILT]]
+        return [in_short(row[BUILT])]
     names: dict[str, list[str]] = {}
     for name in PASSING:
         if row.get(name, YES) != YES:
             names.setdefault(row[name], []).append(name)
-    others = [f"{', '.join(checks)}: {why}" for why, checks in names.items()]
-    return [*(row[name] for name in VARYING), "; ".join(others) or YES]
+    others = [f"{', '.join(checks)}: {in_short(why)}" for why, checks in names.items()]
+    return [*(in_short(row[name]) for name in VARYING), "; ".join(others) or YES]
+
+
+def in_short(words: str) -> str:
+    return textwrap.shorten(words.replace("|", "/"), 90, placeholder=" ...")
 
 
 def page(found: dict[str, dict[str, str]]) -> str:
