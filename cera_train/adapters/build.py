@@ -37,7 +37,7 @@ def build(
     config: AdapterConfig,
     idle: list[str] | None = None,
     has_autocast: bool = True,
-    attach: Attach = starts.attach,
+    attach: Attach = starts.attach_started,
 ) -> nn.Module:
     """The base with a fresh adapter in float32, whatever the base's dtype; for full fine-tuning,
     the base itself. Raises UserError where the adapter does not fit the model.
@@ -46,7 +46,7 @@ def build(
         idle: names of projections beside which a branch would not learn; None finds them by a pass,
             for which every process needs the weights.
         has_autocast: the model runs under autocast.
-        attach: `starts.attach`, for a run with the rows that a start reads.
+        attach: `starts.attach_started`, for a run with the rows that a start reads.
     """
     check_targets(base, config)
     with errors_beside(base, config):

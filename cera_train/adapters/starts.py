@@ -70,7 +70,7 @@ class StartRows:
         return groups
 
 
-def attach(
+def attach_started(
     base: PreTrainedModel,
     config: peft.PeftConfig,
     rows: StartRows | None = None,

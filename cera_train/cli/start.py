@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cera_train import __version__
 from cera_train.common.errors import explain
-from cera_train.common.signals import STOPPED, Interrupted, stop
+from cera_train.common.signals import STOPPED, Interrupted, stop_at_once
 from cera_train.common.trust import clean, redact
 
 PROGRAMS = {
@@ -53,7 +53,9 @@ def signals_in_one_line(program: str) -> Iterator[None]:
     """Ends the command at once by Ctrl-C or SIGTERM, with one line and status 128 plus the signal,
     unless it handles them itself."""
     STOPPED.clear()
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {
+        number: signal.signal(number, stop_at_once) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     except KeyboardInterrupt:  # by Python's own handler, as in a conversation
@@ -61,7 +63,7 @@ def signals_in_one_line(program: str) -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        # Whatever the code that was interrupted made of `stop`'s exception.
+        # Whatever the code that was interrupted made of `stop_at_once`'s exception.
         if STOPPED:
             print(f"{program}: stopped by {signal.Signals(STOPPED[0]).name}.", file=sys.stderr)
             sys.exit(128 + STOPPED[0])

@@ -38,7 +38,7 @@ class Interrupted(SystemExit):
             UserError: the handler failed.
         """
         handler = signal.getsignal(self.signal)
-        if not callable(handler) or handler in (signal.default_int_handler, stop):
+        if not callable(handler) or handler in (signal.default_int_handler, stop_at_once):
             return
         try:
             handler(self.signal, None)
@@ -52,10 +52,10 @@ class Interrupted(SystemExit):
 
 
 STOPPED: list[int] = []
-"""Signals by which `stop` ended this command."""
+"""Signals by which `stop_at_once` ended this command."""
 
 
-def stop(number: int, frame: FrameType | None) -> NoReturn:
+def stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
     """The handler that ends a command at once. Code in C, as in an import, may turn the exception
     into another, so the signal is also recorded."""
     STOPPED.append(number)

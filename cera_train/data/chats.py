@@ -29,7 +29,7 @@ class Answers(NamedTuple):
 # --- a row's sequences ----------------------------------------------------------------------------
 
 
-def chat(
+def chat_exchanges(
     row: Row, config: DataConfig, tokenizer: Any, side: str | None = None, asks: bool = False
 ) -> list[list[Exchange]]:
     """The answers of a row in as few sequences as the chat template allows. Without a tokenizer,

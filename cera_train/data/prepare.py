@@ -174,7 +174,7 @@ def prepare_data(config: DataConfig, tokenizer: Any, asks: bool = False) -> Toke
     both splits is refused unless the config allows it.
 
     Args:
-        asks: as of `chats.chat`.
+        asks: as of `chats.chat_exchanges`.
     """
     train = []
     evaluation = []

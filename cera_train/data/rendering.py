@@ -37,7 +37,7 @@ def rendered_sequences(
 
     Args:
         templates: the same, with different forms of a message.
-        asks: as of `chats.chat`.
+        asks: as of `chats.chat_exchanges`.
 
     Raises:
         UserError: the template refuses the messages, or leaves out or repeats a part of them.

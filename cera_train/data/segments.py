@@ -12,7 +12,7 @@ from typing import Any
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
-from cera_train.data.chats import chat, uses_template
+from cera_train.data.chats import chat_exchanges, uses_template
 from cera_train.data.messages import TURNS
 from cera_train.data.rendering import Exchange
 from cera_train.data.rows import PROMPT, PlacedRow, Row, as_text, text_of
@@ -82,12 +82,14 @@ def segmenters(config: DataConfig, tokenizer: Any, asks: bool = False) -> list[S
 
     Args:
         tokenizer: None: chats lack the markup of their template.
-        asks: as of `chats.chat`.
+        asks: as of `chats.chat_exchanges`.
     """
     if config.layout in TURNS:
         sides = ("chosen", config.rejected) if config.is_paired else (None,)
         return [
-            of_exchanges(partial(chat, side=side, config=config, tokenizer=tokenizer, asks=asks))
+            of_exchanges(
+                partial(chat_exchanges, side=side, config=config, tokenizer=tokenizer, asks=asks)
+            )
             for side in sides
         ]
     is_templated = uses_template(config, tokenizer)
@@ -153,7 +155,7 @@ def chat_of_pair(
     messages = [
         {"role": role, "content": text.strip()} for role, text in zip(roles, pair, strict=True)
     ]
-    return chat(row | {"messages": messages}, config, tokenizer, asks=asks)
+    return chat_exchanges(row | {"messages": messages}, config, tokenizer, asks=asks)
 
 
 def templates(prompt: str, completion: str, setting: str = "data.completion") -> Pair:

@@ -17,7 +17,13 @@ from typing import Any
 
 from cera_train.common.errors import UserError, explain
 from cera_train.common.libraries import heavy_imports
-from cera_train.common.signals import SIGNALS, Interrupted, Interruption, signal_children, stop
+from cera_train.common.signals import (
+    SIGNALS,
+    Interrupted,
+    Interruption,
+    signal_children,
+    stop_at_once,
+)
 from cera_train.common.terminal import counted
 from cera_train.settings.distributed import ProcessesConfig
 
@@ -177,7 +183,7 @@ def work(target: str, config: Any) -> Any:
     """
     os.setpgrp()  # only the parent gets a terminal's Ctrl-C, and passes it on
     for number in SIGNALS:  # until the function handles them, such as while it loads
-        signal.signal(number, stop)
+        signal.signal(number, stop_at_once)
     with heavy_imports():
         import torch
 

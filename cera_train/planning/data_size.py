@@ -196,7 +196,7 @@ def _size_of_rows(config: DataConfig, tokenizer: Any) -> DataSize:
             supervised += sum(sum(example.loss_mask) for example in examples)
             continue
         for sequence in sequences:
-            row_lengths, row_supervised = _tokens_of(sequence, config)
+            row_lengths, row_supervised = _estimated_tokens(sequence, config)
             lengths += row_lengths
             supervised += row_supervised
     if not sum(lengths):
@@ -227,7 +227,7 @@ def _size_of_rows(config: DataConfig, tokenizer: Any) -> DataSize:
     return size
 
 
-def _tokens_of(segments: list[Segment], config: DataConfig) -> tuple[list[float], float]:
+def _estimated_tokens(segments: list[Segment], config: DataConfig) -> tuple[list[float], float]:
     """An estimate of the lengths of a row's sequences, and of its supervised tokens."""
     tokens = 0
     prompt = 0

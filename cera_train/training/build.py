@@ -122,7 +122,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     if accelerator.is_fsdp2:
         starts.check_shards(family(config.adapter.kind).peft_config(config.adapter))
     rows = start_rows(config, data, base, accelerator)
-    attach = partial(starts.attach, rows=rows, checkpoint=checkpoint)
+    attach = partial(starts.attach_started, rows=rows, checkpoint=checkpoint)
     idle = [] if accelerator.is_fsdp2 else None  # only process 0 has weights that will be sharded
     adapted = adapters.build(base, config.adapter, idle, has_autocast, attach)
     is_ours = config.adapter.kind != AdapterKind.peft and not config.adapter.settings

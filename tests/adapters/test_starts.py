@@ -46,7 +46,7 @@ def rows_of(base, numbers=ALL) -> starts.StartRows:
 
 def built(config: AdapterConfig, numbers=ALL):
     base = make_tiny_llama().requires_grad_(False)
-    attach = partial(starts.attach, rows=rows_of(base, numbers))
+    attach = partial(starts.attach_started, rows=rows_of(base, numbers))
     return build.build(base, config, attach=attach)
 
 
@@ -160,6 +160,6 @@ def test_quantised_weights_and_shards_give_no_part_away(start):
     base = make_tiny_llama()
     base.is_quantized = True
     with pytest.raises(UserError, match=f"init_lora_weights={start} .*model.quantization=none"):
-        build.build(base, lora(start), attach=partial(starts.attach, rows=rows_of(base)))
+        build.build(base, lora(start), attach=partial(starts.attach_started, rows=rows_of(base)))
     with pytest.raises(UserError, match=f"init_lora_weights={start} .*distributed.strategy=ddp"):
         starts.check_shards(family("lora").peft_config(lora(start)))

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.common.signals import Interrupted, stop
+from cera_train.common.signals import Interrupted, stop_at_once
 from cera_train.common.user_code import user_code
 
 
@@ -24,7 +24,7 @@ def look_up() -> None:
 
 @pytest.fixture
 def our_handler():
-    before = signal.signal(signal.SIGINT, stop)
+    before = signal.signal(signal.SIGINT, stop_at_once)
     yield
     signal.signal(signal.SIGINT, before)
 
