@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,10 @@ class PlayedVllm(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.refusals = {}  # path -> status and body
         self.faults = []  # of the next completions
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):  # the client stopped reading
+            super().handle_error(request, client_address)
 
     def load(self, name: str, adapter: str) -> None:
         self.loaded[name] = attach(load_model(self.base, torch.device("cpu")), Path(adapter)).eval()
