@@ -45,8 +45,8 @@ class AnnealedGate(nn.Module):
         super().__init__()
         self.gate = gate
         self.dropout = nn.Dropout(dropout)
-        # A tensor, so that a compiled layer sees it change; no buffer, so that nothing saves it.
-        self.gamma = torch.ones(())
+        # A tensor, so that a compiled layer sees it change; nothing saves it.
+        self.register_buffer("gamma", torch.ones(()), persistent=False)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.dropout(z + self.gamma * (2 * self.gate(z) - z))

@@ -59,7 +59,8 @@ class Anneal(Lora):
 
         model = super().build(base, config, left_out, attach)
         # One gate for all branches, without parameters: PEFT saves nothing of it.
-        model.annealed_gate = AnnealedGate(GATES[config.activation](), config.dropout)
+        gate = AnnealedGate(GATES[config.activation](), config.dropout)
+        model.annealed_gate = gate.to(base.device)
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 A = module.lora_A[ADAPTER]
