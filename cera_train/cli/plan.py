@@ -51,8 +51,6 @@ def main() -> None:
         else:
             jobs.append((overrides, planned))
 
-    check = functools.partial(without_hydra, schema=PlanRun)
-    planned_study = functools.partial(PlannedStudy, check=check)
     start_hydra(PLAN, plan, {"StudySweeper": planned_study})
     if jobs:
         print_plans("job", name_jobs(jobs))
@@ -64,6 +62,11 @@ class PlanSweep(Callback):
     @errors_in_one_line(PLAN)
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         grid(config)  # refuses values that a grid cannot have
+
+
+def planned_study(**settings: Any) -> "PlannedStudy":
+    """A function, for the reason of `cli.train.study_sweeper`."""
+    return PlannedStudy(functools.partial(without_hydra, schema=PlanRun), **settings)
 
 
 class PlannedStudy(StudySweeper):

@@ -1,6 +1,5 @@
 """`cera-train`: one training run, or a sweep with -m."""
 
-import functools
 import os
 import shlex
 import sys
@@ -45,7 +44,7 @@ def main() -> None:
     from cera_train.cli.launchers import Joblib, SubmititSlurm
 
     plugins = {
-        "StudySweeper": functools.partial(StudySweeper, check=without_hydra),
+        "StudySweeper": study_sweeper,
         "Joblib": Joblib,
         "SubmititSlurm": SubmititSlurm,
     }
@@ -58,6 +57,11 @@ def main() -> None:
                 f"hydra/sweeper=optuna: all trials failed or diverged: {fix}."
             ) from error
         raise
+
+
+def study_sweeper(**settings: Any) -> StudySweeper:
+    """The sweeper of a study. Hydra below 1.3.3 names what it makes, and a partial has no name."""
+    return StudySweeper(check=without_hydra, **settings)
 
 
 def look(composed: DictConfig) -> None:
