@@ -61,9 +61,19 @@ def forms_of(name: str, messages: list[dict]) -> list[list[dict]]:
     return [messages, as_json]
 
 
+def aliased(messages: list[dict]) -> list[dict]:
+    """As transformers from 5.24 on passes reasoning to templates such as gpt-oss's."""
+    return [
+        {"thinking": message["reasoning_content"], **message}
+        if "reasoning_content" in message
+        else message
+        for message in messages
+    ]
+
+
 def rendering(tokenizer, messages: list[dict], tools, prompt: bool = False, **switch) -> str:
     return tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **switch
+        aliased(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **switch
     )
 
 
@@ -233,7 +243,7 @@ def supervised_by(template: str, tokenizer, tools, messages: list[dict]) -> list
     """The stretches of text between {% generation %} and {% endgeneration %}, those side by side as
     one."""
     [text], [places] = render_jinja_template(
-        [messages],
+        [aliased(messages)],
         tools=tools,
         chat_template=template,
         return_assistant_tokens_mask=True,

@@ -156,7 +156,7 @@ def refusal(path: str, **settings) -> str:
     ("path", "settings", "line"),
     [
         ("./none", {}, ""),
-        ("broken", {}, "JSON parse error: "),
+        ("broken", {}, ""),
         (
             "ds",
             {},

@@ -3,9 +3,11 @@
 import json
 import math
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 from moe_models import MIXTURES
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.tiny_models import tiny_model
@@ -191,6 +193,10 @@ def test_parameters_are_those_of_the_real_model(dry_run, model_type, targets):
     assert (run.trainable, run.total) == parameter_counts(adapters.build(real, run.config.adapter))
 
 
+@pytest.mark.skipif(
+    Version(version("transformers")) < Version("5.24"),
+    reason="a plan of BART's decoder fails with transformers 5.17",
+)
 def test_projections_that_no_pass_reaches_are_not_planned(compose, tmp_path):
     """A decoder of BART without its encoder calls no cross attention; and as it takes no positions,
     its rows are padded."""
