@@ -11,6 +11,7 @@ s [B, -B0] [A; A0] of rank 2 r where a part moved. A resumed run splits it again
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ import peft
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from peft.tuners.lora import LoraLayer, get_eva_state_dict, initialize_lora_eva_weights
-from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.other import transpose
@@ -157,7 +157,14 @@ def _tokens_of(batch: Any, config: peft.LoraConfig) -> torch.Tensor:
 def start_by_covariance(
     base: PreTrainedModel, config: peft.LoraConfig, rows: StartRows
 ) -> peft.PeftModel:
-    """CorDA, arXiv 2406.05223, by PEFT."""
+    """CorDA, arXiv 2406.05223, by PEFT. Raises UserError without attrs, which PEFT imports and does
+    not require."""
+    require(
+        importlib.util.find_spec("attr") is not None,
+        "adapter.settings.init_lora_weights=corda: PEFT's CorDA needs the package attrs: "
+        "pip install attrs.",
+    )
+    from peft.tuners.lora.corda import preprocess_corda  # fails without attrs
 
     def run() -> None:
         for batch in rows.each():
