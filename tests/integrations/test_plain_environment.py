@@ -1,0 +1,84 @@
+"""What `pip install cera-train` alone brings is enough for every command."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+COMMANDS = (
+    "training.train",
+    "evaluation.evaluate",
+    "serving.chat",
+    "serving.export",
+    "report.page",
+    "planning.estimate",
+    "study.page",
+)
+
+IMPORT_WITHOUT = """
+import importlib, importlib.machinery, json, sys
+
+blocked = {*json.loads(sys.argv[1])}
+
+class PlainPath(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if path is None and name.partition(".")[0] in blocked:
+            path = [entry for entry in sys.path if "_vendor" in entry]  # setuptools' own copies
+        return super().find_spec(name, path, target)
+
+sys.meta_path = [PlainPath if each is importlib.machinery.PathFinder else each
+                 for each in sys.meta_path]
+for name in sys.argv[2:]:
+    importlib.import_module(f"cera_train.{name}")
+"""
+
+
+def required(name: str, found: set[str]) -> set[str]:
+    """The packages that pip installs with a package, without extras that are not asked for."""
+    try:
+        lines = requires(name) or []
+    except PackageNotFoundError:  # of another platform
+        return found
+    for requirement in map(Requirement, lines):
+        needed = canonicalize_name(requirement.name)
+        extras = requirement.extras or {""}
+        is_for_us = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if is_for_us and needed not in found:
+            found.add(needed)
+            for line in requires_of(needed, extras):
+                found.add(canonicalize_name(line.name))
+                required(line.name, found)
+            required(needed, found)
+    return found
+
+
+def requires_of(name: str, extras: set[str]) -> list[Requirement]:
+    """What the extras of a package add."""
+    try:
+        lines = map(Requirement, requires(name) or [])
+    except PackageNotFoundError:
+        return []
+    return [
+        line
+        for line in lines
+        if line.marker is not None
+        and not line.marker.evaluate({"extra": ""})
+        and any(line.marker.evaluate({"extra": extra}) for extra in extras)
+    ]
+
+
+def test_every_command_loads_without_the_packages_of_the_tests():
+    plain = required("cera-train", {"cera-train", "pip", "setuptools"})
+    blocked = [
+        module
+        for module, packages in packages_distributions().items()
+        if not {*map(canonicalize_name, packages)} & plain
+    ]
+    assert "trl" in blocked
+    command = [sys.executable, "-c", IMPORT_WITHOUT, json.dumps(blocked), *COMMANDS]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
