@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from cera_train.adapters import build as adapters
 from cera_train.adapters import starts
 from cera_train.adapters.families import family
+from cera_train.adapters.families.base import FROM_ROWS, passing_start
 from cera_train.adapters.probe import check_effect
 from cera_train.adapters.saved import load, read
 from cera_train.adapters.starts import StartRows
@@ -119,9 +120,12 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
 
     torch.manual_seed(config.train.seed)
     has_autocast = accelerator.mixed_precision != "no"
+    peft_config = family(config.adapter.kind).peft_config(config.adapter)
     if accelerator.is_fsdp2:
-        starts.check_shards(family(config.adapter.kind).peft_config(config.adapter))
-    rows = start_rows(config, data, base, accelerator)
+        starts.check_shards(peft_config)
+    rows = None
+    if passing_start(peft_config) in FROM_ROWS and checkpoint is None:
+        rows = start_rows(config, data, base, accelerator)
     attach = partial(starts.attach_started, rows=rows, checkpoint=checkpoint)
     idle = [] if accelerator.is_fsdp2 else None  # only process 0 has weights that will be sharded
     adapted = adapters.build(base, config.adapter, idle, has_autocast, attach)
