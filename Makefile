@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Python compiles a module when it is first imported: most of what these packages hold never is.
 INSTALL := -m pip install --quiet --no-compile
 
-.PHONY: help quickstart install gpu test test-laptop test-all test-nightly test-peft test-serving test-lowest lint lock check bench growth architectures methods templates evidence docs clean
+.PHONY: help quickstart install gpu test test-laptop test-all test-nightly test-peft test-serving test-lowest lint lock check bench growth architectures methods templates evidence pictures docs clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -74,6 +74,9 @@ evidence: $(VENV)/.installed-test  ## find a gate where there is one, and none w
 	$(BIN)/python -m benchmarks.ground_truth --controls
 	$(BIN)/cera-train -m +study=controls hydra/launcher=joblib
 	$(BIN)/cera-report outputs/controls
+
+pictures: $(VENV)/.installed-test  ## draw docs/pictures from the results in docs/evidence
+	$(BIN)/python -m benchmarks.pictures
 
 docs: $(VENV)/.installed-test  ## build the site, site/index.html, from these pages; its search needs a server
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,7 +18,9 @@ from rich.cells import cell_len
 
 from cera_train.common.files import write_bytes, write_text
 from cera_train.common.terminal import print_line, print_table, terminal_width
-from cera_train.common.trust import clean, for_markdown
+from cera_train.common.trust import clean
+from cera_train.report.forest import Forest
+from cera_train.report.template import load_template
 
 
 @dataclass(frozen=True)
@@ -52,28 +53,20 @@ class Page:
     pictures: list[Picture]
     commands: dict[str, str]  # name -> the command line that made it
     notes: list[str] = field(default_factory=list)
+    verdicts: Forest | None = None  # the page opens with them
 
     def write(self, folder: Path) -> None:
         """Writes report.html, and report.md with its pictures."""
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("cera_train.report"),
-            autoescape=lambda name: name.endswith(".html.jinja"),
-            finalize=lambda value: clean(value) if type(value) is str else value,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-        )
-        environment.filters["md"] = for_markdown
         folder.mkdir(parents=True, exist_ok=True)
+        if self.verdicts:
+            write_text(folder / f"{self.verdicts.name}.svg", self.verdicts.svg)
         images = {}
         for picture in self.pictures:
             png = render(picture)
             write_bytes(folder / f"{picture.name}.png", png)
             images[picture.name] = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         for name in ("report.md", "report.html"):
-            template = environment.get_template(f"{name}.jinja")
-            write_text(folder / name, template.render(page=self, images=images))
+            write_text(folder / name, load_template(name).render(page=self, images=images))
 
     def print(self, folder: Path) -> None:
         """Prints the tables, the notes and where `write` wrote the page."""

@@ -2,35 +2,32 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from matplotlib.axes import Axes
-
 from cera_train.common.files import finite, write_text
 from cera_train.common.settings import map_values, require
 from cera_train.common.terminal import announce, counted, duration
-from cera_train.report.document import (
-    BACKGROUND,
-    COLORS,
-    TEXT,
-    Page,
-    Picture,
-    Table,
-    shortened,
-    styles_of,
-)
+from cera_train.report.document import Page, Table
+from cera_train.report.forest import Forest, Group, Row
 from cera_train.runs.results import SPECTRUM_TERMS, Environment
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, Study
+from cera_train.study.forest import (
+    CAPTION,
+    brief,
+    interval,
+    name_of,
+    number,
+    row_of,
+    unit_of,
+    verdict,
+)
 from cera_train.study.results import OutcomeContrast, Slope, contrasts_of, slopes
 
 RESULTS = "study_results.json"
-
-LONGEST_NAME = 28  # characters of an arm or a condition beside the picture, which is narrow
 
 FIGURES = {
     "trainable_parameters": ("parameters", "{:,.0f}".format),
@@ -59,7 +56,7 @@ def write_studies(studies: Sequence[Study], output: Path) -> Page:
     contrasts = dict(zip(names, contrasts_of(*studies), strict=True))
     planned = sum(study.planned_contrasts for study in studies)
     tables = []
-    pictures = []
+    groups = []
     commands = {}
     for name, study in zip(names, studies, strict=True):
         of_study = f" of {name}" if len(studies) > 1 else ""
@@ -69,7 +66,7 @@ def write_studies(studies: Sequence[Study], output: Path) -> Page:
             cell_table(study, f"Cells{of_study}"),
             slope_table(study, trends, f"Slopes{of_study}"),
         ]
-        pictures.append(picture_of(study, contrasts[name], of_study))
+        groups += groups_of(study, contrasts[name], f"{name}, " if of_study else "")
         commands[name] = Environment(study.record.command).command_line or "not on record"
         numbers = {
             "study": name,
@@ -88,7 +85,8 @@ def write_studies(studies: Sequence[Study], output: Path) -> Page:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, f"{text}\n")
     title = studies[0].config.question or f"Study {names[0]}"
-    page = Page(title, tables, pictures, commands)
+    verdicts = Forest("verdicts", title, CAPTION, groups)
+    page = Page(title, tables, [], commands, verdicts=verdicts)
     page.write(output)
     return page
 
@@ -104,6 +102,21 @@ def _environments(study: Study) -> dict[str, Any]:
             machines.add(f"{environment.machine}, {environment.platform}, {python}")
             versions |= environment.packages or {}
     return {"machines": sorted(machines), "versions": versions}
+
+
+def groups_of(study: Study, contrasts: Sequence[OutcomeContrast], of_study: str) -> list[Group]:
+    """The contrasts of the first outcome, by condition."""
+    config = study.config
+    unit = unit_of(config.primary, [config.matters])
+    by_condition: dict[str, list[Row]] = {}
+    for contrast in contrasts:
+        if contrast.outcome == config.primary:
+            row = row_of(contrast, config.matters, name_of(contrast))
+            by_condition.setdefault(contrast.condition, []).append(row)
+    return [
+        Group(f"{of_study}{brief(condition) or config.primary}", unit, rows)
+        for condition, rows in by_condition.items()
+    ]
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -123,16 +136,13 @@ def verdict_table(
         too_small = ""
         if outcome == study.config.primary:
             too_small = "yes" if contrast.is_within(matters) else "no"
-        verdict = contrast.verdict
-        if verdict == "not shown" and math.isfinite(contrast.detectable):
-            verdict += f" (detects {_number(outcome, contrast.detectable)})"
         row = {
             "contrast": f"{contrast.second} - {contrast.first}",
-            "of": f"{contrast.condition}, {outcome}" if contrast.condition else outcome,
-            "verdict": verdict,
+            "of": ", ".join(filter(None, [brief(contrast.condition), outcome])),
+            "verdict": verdict(contrast),
             "no verdict": "; ".join(contrast.obstacles),
-            "difference": _number(outcome, contrast.difference, "+"),
-            "95 % interval": _interval(outcome, contrast.lower, contrast.upper),
+            "difference": number(outcome, contrast.difference, "+"),
+            "95 % interval": interval(outcome, contrast.lower, contrast.upper),
             "p after Holm": "" if contrast.p_holm is None else f"{contrast.p_holm:.2g}",
             "too small": too_small,
         }
@@ -158,7 +168,8 @@ def cell_table(study: Study, title: str) -> Table:
     rows = []
     for cell in study.cells:
         chosen = " ".join(f"{key}={value}" for key, value in cell.chosen.values.items())
-        row = {"cell": cell.name, "tuned": f"{chosen} (edge)" if cell.edges else chosen}
+        name = ", ".join(filter(None, [cell.arm, brief(cell.condition)]))
+        row = {"cell": name, "tuned": f"{chosen} (edge)" if cell.edges else chosen}
         for outcome in study.config.outcomes:
             row[outcome] = _mean_and_deviation(outcome, cell.means(outcome))
         for field, (label, form) in FIGURES.items():
@@ -178,8 +189,8 @@ def slope_table(study: Study, slopes: Sequence[Slope], title: str) -> Table:
     rows = [
         {
             "contrast": slope.name,
-            f"{outcome} per step": _number(outcome, slope.value, "+"),
-            "95 % interval": _interval(outcome, *slope.interval),
+            f"{outcome} per step": number(outcome, slope.value, "+"),
+            "95 % interval": interval(outcome, *slope.interval),
         }
         for slope in slopes
     ]
@@ -214,80 +225,4 @@ def _mean_and_deviation(outcome: str, by_seed: list[float]) -> str:
     mean = f"{fmean(by_seed):.4f}" if outcome == LOSS else f"{fmean(by_seed):.1%}"
     if len(by_seed) == 1:
         return mean
-    return f"{mean} ± {_number(outcome, stdev(by_seed))}"
-
-
-def _number(outcome: str, value: float, sign: str = "") -> str:
-    """Nats of a loss, points of a score."""
-    if math.isinf(value):
-        return ""
-    return f"{value:{sign}.4f}" if outcome == LOSS else f"{100 * value:{sign}.1f}"
-
-
-def _interval(outcome: str, lower: float, upper: float) -> str:
-    return " to ".join(filter(None, (_number(outcome, end, "+") for end in (lower, upper))))
-
-
-# --- the picture ----------------------------------------------------------------------------------
-
-
-def picture_of(study: Study, contrasts: Sequence[OutcomeContrast], of_study: str) -> Picture:
-    """A row for every contrast of the primary outcome, with the band of differences that do not
-    matter."""
-    outcome = study.config.primary
-    shown = [contrast for contrast in contrasts if contrast.outcome == outcome]
-    if outcome == LOSS:
-        scale = 1
-        unit = "nats"
-        better = "Left"
-    else:
-        scale = 100
-        unit = "points"
-        better = "Right"
-    styles = styles_of({contrast.second: contrast.second for contrast in shown})
-
-    def draw(axes: Axes) -> None:
-        matters = scale * study.config.matters
-        axes.axvspan(-matters, matters, color=COLORS["base"], alpha=0.15, label="would not matter")
-        axes.axvline(0, color=TEXT, linewidth=0.8)
-        for row, contrast in enumerate(shown):
-            style = styles[contrast.second] | {"linestyle": "none", "markersize": 7}
-            color = style["color"]
-            fill = BACKGROUND if contrast.verdict == "not shown" else color
-            if math.isfinite(contrast.lower):
-                ends = [scale * contrast.lower, scale * contrast.upper]
-                axes.plot(ends, [row, row], color=color, linewidth=1.8)
-            seeds = [scale * value for value in contrast.by_seed]
-            below = [row + 0.2] * len(seeds)
-            axes.plot(seeds, below, linestyle="none", marker="|", color=color)
-            axes.plot(scale * contrast.difference, row, **style | {"markerfacecolor": fill})
-        axes.set_yticks(range(len(shown)), list(map(_label, shown)), fontsize=8.5)
-        axes.set_ylim(len(shown) - 0.4, -0.6)
-        axes.grid(axis="y", visible=False)
-        axes.locator_params(axis="x", nbins=5)
-        axes.set_xlabel(f"difference in {outcome}, {unit}")
-
-    title = f"Differences in {outcome}{of_study}"
-    numbers = "; ".join(
-        f"{contrast.second}: {_number(outcome, contrast.difference, '+')}" for contrast in shown
-    )
-    caption = (
-        f"{better} of zero the first-named arm is better. Lines: 95 % intervals; strokes: "
-        f"{'bases' if study.config.bases else 'seeds'}; filled: a difference is shown."
-    )
-    height = 0.9 + 0.42 * len(shown)
-    return Picture(
-        f"differences{of_study}".replace(" ", "_"),
-        title,
-        f"{title}. {numbers}.",
-        caption,
-        draw,
-        height,
-    )
-
-
-def _label(contrast: OutcomeContrast) -> str:
-    lines = [shortened(f"{contrast.second} - {contrast.first}", LONGEST_NAME)]
-    if contrast.condition:
-        lines.append(shortened(contrast.condition, LONGEST_NAME))
-    return "\n".join(lines)
+    return f"{mean} ± {number(outcome, stdev(by_seed))}"

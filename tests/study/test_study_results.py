@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-from matplotlib.figure import Figure
 
 from cera_train.common.errors import UserError
 from cera_train.runs.results import LOSSES_AFTER, TokenLosses
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Outcome
+from cera_train.study.forest import brief
 from cera_train.study.page import write_studies
 from cera_train.study.results import contrasts_of, slopes
 from cera_train.study.verdict import contrast
@@ -246,30 +246,84 @@ def test_one_seed_has_a_slope_without_bounds(make_study, run_command):
     assert slope["interval"] == [None, None]
 
 
-def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_command, capsys):
+def test_the_page_opens_with_its_verdicts_and_has_numbers(make_study, run_command, capsys):
     make_study(loss_by_rank, **RANKS)
     assert run_command("cera-report", "outputs/which") == 0
     printed = capsys.readouterr().out
     assert re.search(
-        r"cera - lora +adapter.r=64, loss +better +-0\.05\d\d +-0\.0\d+ to -0\.0\d+", printed
+        r"cera - lora +r = 64, loss +better +-0\.05\d\d +-0\.0\d+ to -0\.0\d+", printed
     )
     page = Path("report/which/report.md").read_text()
     assert "| optimizer.lr=0.001 |" in page
-    assert Path("report/which/differences.png").exists()
-    assert '<img src="data:image/png' in Path("report/which/report.html").read_text()
+    assert page.index("![r = 16") < page.index("(verdicts.svg)") < page.index("## Verdicts")
+    html = Path("report/which/report.html").read_text()
+    assert html.index("<svg") < html.index("<table")
     results = json.loads(Path("report/which/study_results.json").read_text())
     assert [each["verdict"] for each in results["contrasts"]] == ["not shown", "better"]
     assert results["cells"][0]["losses"][0]["loss"] == pytest.approx([1.02, 1.021, 1.022])
     assert results["command"] == "cera-train -m +study=which"
 
 
-def test_a_long_condition_leaves_the_picture_its_width(make_study, tmp_path):
-    study = make_study(conditions={"data.train_files": ["outputs/ground_truth/even.jsonl"]})
-    axes = Figure().subplots()
-    write_studies([study], tmp_path / "report").pictures[0].draw(axes)
-    assert [label.get_text() for label in axes.get_yticklabels()] == [
-        "cera - lora\ndata.train_file…h/even.jsonl"
-    ]
+def test_the_picture_has_a_row_for_every_contrast_of_the_first_outcome(make_study, tmp_path):
+    """In units of what matters; by condition."""
+    files = ["outputs/even.jsonl", "outputs/linear.jsonl"]
+
+    def loss(values):
+        is_better = values["study.arm"] == "cera" and "even" in values["data.train_files"]
+        rate = 0.2 * (values["optimizer.lr"] != "0.001")
+        return 1 - 0.5 * is_better + rate + 0.001 * int(values["train.seed"])
+
+    study = make_study(
+        loss,
+        lambda values: 0.5,
+        conditions={"data.train_files": files},
+        outcomes=["loss", "gsm8k"],
+        seeds=3,
+        matters=0.1,
+    )
+    picture = write_studies([study], tmp_path / "report").verdicts
+    assert [group.heading for group in picture.groups] == ["even", "linear"]
+    assert picture.groups[0].note == "what matters: 0.1 nats"
+    [even], [linear] = (group.rows for group in picture.groups)
+    assert (even.label, even.mark, even.verdict) == ("cera - lora", "better", "better")
+    assert even.difference == pytest.approx(-5, abs=0.1)
+    assert even.repeats == pytest.approx([-5] * 3, abs=0.1)
+    assert linear.mark == "too small"
+
+
+def test_a_higher_score_is_drawn_on_the_side_of_the_better(make_study, tmp_path):
+    def scores(values):
+        rate = 0.2 * (values["optimizer.lr"] != "0.001")
+        return (0.9 if values["study.arm"] == "cera" else 0.3) - rate
+
+    study = make_study(
+        lambda values: float(values["optimizer.lr"]), scores, outcomes=["gsm8k"], seeds=3
+    )
+    [group] = write_studies([study], tmp_path / "report").verdicts.groups
+    [row] = group.rows
+    assert row.numbers.startswith("+5")
+    assert row.lower <= row.difference < row.upper < 0
+    assert group.note == "what matters: 1 points of gsm8k"
+
+
+def test_where_a_best_value_is_at_an_edge_the_picture_has_no_verdict(make_study, tmp_path):
+    study = make_study(lambda values: float(values["optimizer.lr"]), matters=10)
+    [group] = write_studies([study], tmp_path / "report").verdicts.groups
+    assert [(row.mark, row.verdict) for row in group.rows] == [("not shown", "no verdict")]
+
+
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [
+        ("adapter.r=16", "r = 16"),
+        ("data.train_files=['a/b/even.jsonl'], adapter.r=4", "even, r = 4"),
+        ("optimizer.lr=0.001", "lr = 0.001"),
+        ("data.train_files=one.jsonl", "train_files = one.jsonl"),
+        ("", ""),
+    ],
+)
+def test_a_condition_is_brief_beside_the_picture(condition, words):
+    assert brief(condition) == words
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])

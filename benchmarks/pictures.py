@@ -1,0 +1,117 @@
+"""Draws docs/pictures from the results in docs/evidence: `python -m benchmarks.pictures`.
+
+evidence.svg has the main contrasts of every study, with a heading a question. evidence_short.svg
+has those that docs/evidence/short.yaml lists.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from cera_train.common.files import read_yaml, write_text
+from cera_train.report.forest import Forest, Group
+from cera_train.study.forest import CAPTION, brief, name_of, row_of, unit_of
+from cera_train.study.results import OutcomeContrast
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+UNBOUNDED = {"lower": -math.inf, "upper": math.inf, "detectable": math.inf}
+"""Fields that are null in JSON where there is no bound."""
+
+
+class Finding(NamedTuple):
+    """A contrast of a study in its first outcome."""
+
+    name: str  # such as `teachers: cera - lora, even`
+    question: str
+    matters: float
+    contrast: OutcomeContrast
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it compares CeRA with LoRA or half its scale at the same place, such as cera_qv
+        with lora_qv, or two differences."""
+        first = self.contrast.first
+        cera = re.sub("^(lora|half)(?=_|$)", "cera", first)
+        is_of_two_differences = first.startswith("(")
+        return is_of_two_differences or (cera != first and self.contrast.second == cera)
+
+
+def group_of(heading: str, findings: dict[str, Finding]) -> Group:
+    """
+    Args:
+        findings: by the label of their rows; all in nats, or all of one score.
+    """
+    outcome = next(iter(findings.values())).contrast.outcome
+    unit = unit_of(outcome, [finding.matters for finding in findings.values()])
+    rows = [row_of(finding.contrast, finding.matters, label) for label, finding in findings.items()]
+    return Group(heading, unit, rows)
+
+
+def read_findings(folder: Path) -> list[Finding]:
+    """Those of every study but the earlier ones, whose files do not say what would matter."""
+    findings = []
+    for path in sorted(folder.glob("*.json")):
+        results = json.loads(path.read_text())
+        config = results.get("config")
+        if config is None:
+            continue
+        has_conditions = len({saved["condition"] for saved in results["contrasts"]}) > 1
+        for saved in results["contrasts"]:
+            unbounded = {key: end for key, end in UNBOUNDED.items() if saved[key] is None}
+            contrast = OutcomeContrast(**saved | unbounded)
+            name = f"{path.stem}: {name_of(contrast)}"
+            if has_conditions:
+                name += f", {brief(contrast.condition)}"
+            if contrast.outcome == config["outcomes"][0]:
+                findings.append(Finding(name, config["question"], config["matters"], contrast))
+    return findings
+
+
+def forest_of_all(findings: list[Finding]) -> Forest:
+    """The main contrasts, by question."""
+    by_question: dict[str, dict[str, Finding]] = {}
+    for finding in findings:
+        if finding.is_main:
+            by_question.setdefault(finding.question, {})[finding.name] = finding
+    groups = [group_of(question, same) for question, same in by_question.items()]
+    return Forest("evidence", "Does CeRA's gate help?", CAPTION, groups)
+
+
+def forest_of(findings: list[Finding], headings: dict[str, dict[str, str]]) -> Forest:
+    """The contrasts of a list.
+
+    Args:
+        headings: heading -> label -> the name of a finding. Studies without results are left out.
+    """
+    by_name = {finding.name: finding for finding in findings}
+    studies = {name.partition(":")[0] for name in by_name}
+    groups = []
+    for heading, names in headings.items():
+        listed = {
+            label: by_name[name]
+            for label, name in names.items()
+            if name.partition(":")[0] in studies
+        }
+        if listed:
+            groups.append(group_of(heading, listed))
+    return Forest("evidence_short", "Should I use CeRA?", CAPTION, groups)
+
+
+def forests(evidence: Path = DOCS / "evidence") -> list[Forest]:
+    findings = read_findings(evidence)
+    return [forest_of_all(findings), forest_of(findings, read_yaml(evidence / "short.yaml"))]
+
+
+def main() -> None:
+    for forest in forests():
+        path = DOCS / "pictures" / f"{forest.name}.svg"
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, forest.svg)
+        print(f"{path}: {sum(len(group.rows) for group in forest.groups)} contrasts")
+
+
+if __name__ == "__main__":
+    main()
