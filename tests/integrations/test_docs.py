@@ -25,6 +25,7 @@ from cera_train.common.files import config_dir
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *DOCS]
+PAGES.append(ROOT / "docs" / "evidence" / "archive.md")
 OF_FOLDERS = {"cera-report", "cera-sweep"}
 """Commands that take folders, not settings."""
 MADE_BY_COMMANDS = ("outputs/", "report/")
