@@ -54,6 +54,8 @@ class Page:
     commands: dict[str, str]  # name -> the command line that made it
     notes: list[str] = field(default_factory=list)
     verdicts: Forest | None = None  # the page opens with them
+    answers: list[Picture] = field(default_factory=list)  # beside the verdicts
+    spectra: list[Picture] = field(default_factory=list)  # folded away
 
     def write(self, folder: Path) -> None:
         """Writes report.html, and report.md with its pictures."""
@@ -61,7 +63,7 @@ class Page:
         if self.verdicts:
             write_text(folder / f"{self.verdicts.name}.svg", self.verdicts.svg)
         images = {}
-        for picture in self.pictures:
+        for picture in [*self.answers, *self.pictures, *self.spectra]:
             png = render(picture)
             write_bytes(folder / f"{picture.name}.png", png)
             images[picture.name] = f"data:image/png;base64,{base64.b64encode(png).decode()}"

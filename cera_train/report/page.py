@@ -10,16 +10,16 @@ from cera_train.common.terminal import announce, counted, duration, gigabytes
 from cera_train.evaluation.tasks.task import Metric
 from cera_train.report.comparison import cautions, missing_pieces, paired_tests
 from cera_train.report.document import Page, Table
-from cera_train.report.pictures import plan_pictures
+from cera_train.report.pictures import curves, endings_of_answers, spectra
 from cera_train.report.runs import Run, SavedEvaluation, accuracy_metric, read_runs
-from cera_train.runs.evaluation_folder import ENDINGS, AccuracyResult, PerplexityResult
+from cera_train.report.verdicts import forest_of
+from cera_train.runs.evaluation_folder import RIGHT, AccuracyResult, PerplexityResult
 from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share, is_task_figure
 from cera_train.settings.run import Config
 
 CAPTION = (
     "Exact is the task's published rule, verified mathematical equality by math-verify or exact. "
-    "Below an accuracy: its 95 % interval over problems. Difference: ours minus the paper's. "
-    f"{SPECTRUM_TERMS}"
+    "Below an accuracy: its 95 % interval over problems. Difference: ours minus the paper's."
 )
 TESTS = (
     "On the same problems; the verdict is on the first-named run. p is McNemar's, or of a "
@@ -40,26 +40,41 @@ def compare_runs(folders: Sequence[Path], across_engines: bool = False) -> Page:
     tables = [
         table_of_runs(runs),
         Table("Paired tests", [test.row for test in tests], TESTS),
+        table_of_costs(runs),
         Table("Settings", differing, "What differs between runs."),
     ]
     title = runs[0].name if len(runs) == 1 else f"Comparison of {len(runs)} runs"
     commands = {run.name: run.environment.command_line or "not on record" for run in trained}
     notes = [*cautions(runs), *notes, *missing_pieces(runs)]
-    return Page(title, tables, plan_pictures(runs), commands, notes)
+    return Page(
+        title,
+        tables,
+        curves(runs),
+        commands,
+        notes,
+        verdicts=forest_of(tests),
+        answers=endings_of_answers(runs),
+        spectra=spectra(runs),
+    )
 
 
 # --- the table of runs ----------------------------------------------------------------------------
 
 
 def table_of_runs(runs: Sequence[Run]) -> Table:
-    """The figures that runs have, and those of the paper that their recipes name."""
+    """The results that runs have, and those of the paper that their recipes name."""
     return Table("Runs", list(map(_row, runs)), CAPTION)
+
+
+def table_of_costs(runs: Sequence[Run]) -> Table:
+    """What runs took, and what their adapters do, where that is known."""
+    rows = [{"run": run.name} | costs for run in runs if any((costs := _costs(run)).values())]
+    return Table("Cost and spectra", rows, SPECTRUM_TERMS)
 
 
 def _row(run: Run) -> dict[str, str]:
     figures = run.figures
     share = cell(figures.trainable_share, "{:.2%} of the model")
-    updates = cell(figures.updates, "{:,} updates")
     return {
         "run": run.name,
         "method": run.method,
@@ -67,6 +82,13 @@ def _row(run: Run) -> dict[str, str]:
         "parameters": cell(figures.trainable_parameters, "{:,}", share),
         "perplexity": _perplexity(run),
         **_task_cells(run),
+    }
+
+
+def _costs(run: Run) -> dict[str, str]:
+    figures = run.figures
+    updates = cell(figures.updates, "{:,} updates")
+    return {
         "effective rank, mean / max": _mean_and_max(run, "effective_rank"),
         "manifold dimension, mean / max": _mean_and_max(run, "manifold_dimension"),
         "linear share": describe_linear_share(figures),
@@ -84,8 +106,12 @@ def _task_cells(run: Run) -> dict[str, str]:
             cells[f"{task} {metric.label}"] = _metric_cell(run, task, evaluation, metric)
         result = evaluation.result
         if isinstance(result, AccuracyResult) and result.endings:
-            shares = " / ".join(f"{100 * share:.1f}" for share in result.endings.values())
-            cells[f"{task} answers, {' / '.join(ENDINGS)}"] = f"{shares} %"
+            failures = [
+                f"{share:.1%} {ending}"
+                for ending, share in result.endings.items()
+                if share and ending != RIGHT
+            ]
+            cells[f"{task} failures"] = "\n".join(failures)
     for key in filter(is_task_figure, run.published):
         task, _, name = key.partition("/")
         paper = cell(None, "", *_paper(run, key, None, is_share=True))

@@ -6,11 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy import format_float_positional
 
 from cera_train.report.comparison import graded_runs, task_names
-from cera_train.report.document import Picture, styles_of
+from cera_train.report.document import BACKGROUND, Picture, shortened, styles_of
 from cera_train.report.runs import Run, accuracy_metric, group_by
+from cera_train.runs.evaluation_folder import (
+    COLLAPSED,
+    ENDINGS,
+    LOOP,
+    RIGHT,
+    TRUNCATED,
+    WRONG,
+)
 from cera_train.runs.results import EvaluationMetrics
 
 OBJECTIVES = {
@@ -24,58 +33,138 @@ OBJECTIVES = {
 """By key of metrics.jsonl: what only some objectives log, and how."""
 
 
+ON_SAME_ROWS = "Runs on the same held-out rows and model."
+
+LONGEST_NAME = 24  # characters of a run beside its bar
+NARROWEST_LABELLED = 7  # % of a bar's length
+SPACE = 1.06  # between points of one size, as a ratio
+
+ENDING_COLORS = {
+    RIGHT: ("#0072b2", "#ffffff"),
+    WRONG: ("#d3d8de", "#1f2328"),
+    LOOP: ("#e69f00", "#1f2328"),
+    TRUNCATED: ("#a8437f", "#ffffff"),
+    COLLAPSED: ("#3b4148", "#ffffff"),
+}
+"""Ending -> the colours of its bar and of the number on it, which differ in lightness too."""
+
+
 class Line(NamedTuple):
     kind: str  # of the adapter
     points: list[tuple[float, float | None]]
 
 
-def plan_pictures(runs: Sequence[Run]) -> list[Picture]:
-    """The pictures that these runs have figures for."""
+def endings_of_answers(runs: Sequence[Run]) -> list[Picture]:
+    """How the answers to each task ended."""
+    pictures = []
+    for task in task_names(runs):
+        shares = {}
+        for run in graded_runs(runs, task):
+            endings = run.evaluations[task].result.endings
+            if any(endings.values()):
+                shares[run.name] = endings
+        if shares:
+            pictures.append(_endings(task, shares))
+    return pictures
 
-    def of_runs(points: Callable[[Run], list[tuple[float, float | None]]]) -> dict[str, Line]:
-        return {run.name: Line(run.kind, points(run)) for run in runs}
+
+def _endings(task: str, shares: Mapping[str, Mapping[str, float]]) -> Picture:
+    """
+    Args:
+        shares: run -> ending -> the share of its answers.
+    """
+    endings = [ending for ending in ENDINGS if any(each[ending] for each in shares.values())]
+
+    def draw(axes: Axes) -> None:
+        names = [shortened(name, LONGEST_NAME) for name in shares]
+        left = [0.0] * len(shares)
+        for ending in endings:
+            widths = [100 * each[ending] for each in shares.values()]
+            color, text_color = ENDING_COLORS[ending]
+            bars = axes.barh(
+                range(len(shares)), widths, 0.62, left, color=color, edgecolor=BACKGROUND
+            )
+            bars.set_label(ending)
+            labels = [f"{width:.0f}" if width >= NARROWEST_LABELLED else "" for width in widths]
+            axes.bar_label(bars, labels, label_type="center", color=text_color, fontsize=9)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        axes.set_yticks(range(len(shares)), names, fontsize=8.5)
+        axes.set_ylim(len(shares) - 0.5, -0.5)
+        axes.set(xlabel="% of the answers", xlim=(0, 100))
+        axes.grid(axis="y", visible=False)
+
+    title = f"How answers to {task} ended"
+    numbers = "; ".join(
+        f"{name}: {', '.join(f'{each[ending]:.1%} {ending}' for ending in endings)}"
+        for name, each in shares.items()
+    )
+    height = 0.75 + 0.34 * len(shares)
+    return Picture(f"answers-{task}", title, f"{title}. {numbers}.", "", draw, height)
+
+
+def curves(runs: Sequence[Run]) -> list[Picture]:
+    """Losses, perplexities and what the objective logs by update, and by rank or size."""
 
     def by_update(figure: Callable[[EvaluationMetrics], float | None]) -> dict[str, Line]:
-        return of_runs(
-            lambda run: [(line.update, figure(line)) for line in run.metrics.evaluations]
+        return _of_runs(
+            runs, lambda run: [(line.update, figure(line)) for line in run.metrics.evaluations]
         )
 
-    on_same_rows = "Runs on the same held-out rows and model."
-    perplexities = _by_rank(runs, lambda run: run.figures.perplexity)
-    effective_ranks = _by_rank(runs, lambda run: run.figures.spectrum.effective_rank_mean)
-    spectra = of_runs(lambda run: list(enumerate(run.spectrum, start=1)))
-    losses = of_runs(lambda run: [(line.update, line.loss) for line in run.metrics.updates])
+    losses = _of_runs(runs, lambda run: [(line.update, line.loss) for line in run.metrics.updates])
     pictures = [
-        _lines("perplexity by rank", perplexities, on_same_rows),
-        _lines("effective rank by rank", effective_ranks, on_same_rows),
-        _lines(
-            "share of the singular values by direction",
-            spectra,
-            "Singular values of the branch's centred output over their sum, in the mean over "
-            "modules.",
-        ),
         _lines("training loss by update", losses, "In nats per supervised token."),
         _lines(
             "perplexity by update",
             by_update(lambda line: line.perplexity),
             "On the held-out rows; update 0 is before training.",
         ),
+    ]
+    for key, (label, caption) in OBJECTIVES.items():
+        logged = _of_runs(
+            runs,
+            lambda run, key=key: [
+                (line.update, line.details.get(key)) for line in run.metrics.updates
+            ],
+        )
+        pictures.append(_lines(f"{label} by update", logged, caption))
+    perplexities = _by_rank(runs, lambda run: run.figures.perplexity)
+    pictures.append(_lines("perplexity by rank", perplexities, ON_SAME_ROWS))
+    pictures += [_accuracy(runs, task) for task in task_names(runs)]
+    return [picture for picture in pictures if picture is not None]
+
+
+def spectra(runs: Sequence[Run]) -> list[Picture]:
+    """What the adapters' branches do."""
+    effective_ranks = _by_rank(runs, lambda run: run.figures.spectrum.effective_rank_mean)
+    singular_values = _of_runs(runs, lambda run: list(enumerate(run.spectrum, start=1)))
+    linear_shares = _of_runs(
+        runs,
+        lambda run: [
+            (line.update, line.spectrum.linear_share_mean) for line in run.metrics.evaluations
+        ],
+    )
+    pictures = [
+        _lines("effective rank by rank", effective_ranks, ON_SAME_ROWS),
+        _lines(
+            "share of the singular values by direction",
+            singular_values,
+            "Singular values of the branch's centred output over their sum, in the mean over "
+            "modules.",
+        ),
         _lines(
             "linear share by update",
-            by_update(lambda line: line.spectrum.linear_share_mean),
+            linear_shares,
             "Share of a branch's variance that the best affine map of A x explains, in the mean "
             "over modules. A LoRA's is 1.",
         ),
     ]
-    for key, (label, caption) in OBJECTIVES.items():
-        logged = of_runs(
-            lambda run, key=key: [
-                (line.update, line.details.get(key)) for line in run.metrics.updates
-            ]
-        )
-        pictures.append(_lines(f"{label} by update", logged, caption))
-    pictures += [_accuracy(runs, task) for task in task_names(runs)]
     return [picture for picture in pictures if picture is not None]
+
+
+def _of_runs(
+    runs: Sequence[Run], points: Callable[[Run], list[tuple[float, float | None]]]
+) -> dict[str, Line]:
+    return {run.name: Line(run.kind, points(run)) for run in runs}
 
 
 def _is_finite(value: float | None) -> bool:
@@ -104,7 +193,8 @@ def _lines(title: str, lines: Mapping[str, Line], caption: str) -> Picture | Non
         finite = [(x, y) for x, y in line.points if _is_finite(y)]
         if finite:
             points[name] = finite
-    if not points:
+    # Points at one place each show no more than the table.
+    if all(len({x for x, _ in line}) < 2 for line in points.values()):
         return None
     styles = styles_of({name: line.kind for name, line in lines.items()})
     ylabel, _, xlabel = title.partition(" by ")
@@ -124,8 +214,10 @@ def _lines(title: str, lines: Mapping[str, Line], caption: str) -> Picture | Non
         values = [y for line in points.values() for _, y in line]
         if max(values) > 10 * min(values) > 0:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(LogFormatter())
+            axes.yaxis.set_major_formatter(
+                lambda value, _: format_float_positional(value, trim="-")
+            )
+            axes.yaxis.set_minor_formatter(NullFormatter())
 
     ends = "; ".join(
         f"{name}: {line[0][1]:.4g} to {line[-1][1]:.4g}" for name, line in points.items()
@@ -154,7 +246,8 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
     parameters = {
         run.name: run.figures.trainable_parameters for run in runs if run.name in evaluations
     }
-    if not common or not any(parameters.values()):
+    sizes = {(run.method, parameters[run.name]) for run in runs if parameters.get(run.name)}
+    if not common or len(sizes) == len({method for method, _ in sizes}):
         return None
     metric = common[0]
     figures = {name: evaluation.figure(metric) for name, evaluation in evaluations.items()}
@@ -165,12 +258,13 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
         axes.set_xscale("log")
         counts = list(filter(None, parameters.values()))
         axes.set_xlim(min(counts) / 1.6, max(counts) * 1.6)
+        places = apart({name: count for name, count in parameters.items() if count})
         for name, (value, interval) in figures.items():
             if parameters[name]:
                 lower, upper = interval or (value, value)
                 bars = [[100 * max(0, value - lower)], [100 * max(0, upper - value)]]
                 style = styles[name] | {"linestyle": "none", "capsize": 3, "elinewidth": 1.1}
-                axes.errorbar(parameters[name], 100 * value, yerr=bars, **style, label=name)
+                axes.errorbar(places[name], 100 * value, yerr=bars, **style, label=name)
             elif name in untouched:
                 axes.axhline(100 * value, color=styles[name]["color"], linestyle="--", label=name)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -189,3 +283,15 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
         "base model."
     )
     return Picture(f"accuracy-{task}", title, f"{title}. {numbers}.", caption, draw)
+
+
+def apart(counts: Mapping[str, int]) -> dict[str, float]:
+    """Counts, those that are equal a little apart on a logarithmic axis."""
+    equal: dict[int, list[str]] = {}
+    for name, count in counts.items():
+        equal.setdefault(count, []).append(name)
+    return {
+        name: count * SPACE ** (place - (len(names) - 1) / 2)
+        for count, names in equal.items()
+        for place, name in enumerate(names)
+    }

@@ -11,7 +11,7 @@ import yaml
 
 from cera_train.evaluation.evaluate import score
 from cera_train.evaluation.tasks import gsm8k
-from cera_train.report.page import table_of_runs
+from cera_train.report.page import table_of_costs, table_of_runs
 from cera_train.report.runs import read_runs
 from cera_train.runs.evaluation_folder import Grade, Problem
 from cera_train.runs.records import to_lines
@@ -200,5 +200,10 @@ def two_runs(folder: Path) -> tuple[Path, Path]:
 
 def cells(*folders: Path) -> dict[str, list[str]]:
     """Columns by label, in the order of the runs."""
-    rows = table_of_runs(read_runs(folders)).rows
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    runs = read_runs(folders)
+    columns = {}
+    for table in (table_of_runs(runs), table_of_costs(runs)):
+        for row in table.rows:
+            for name, cell in row.items():
+                columns.setdefault(name, []).append(cell)
+    return columns

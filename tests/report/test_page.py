@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 
 from cera_train.report.document import Picture
 from cera_train.report.page import compare_runs
+from cera_train.report.verdicts import detectable
+from cera_train.runs.evaluation_folder import ENDINGS
 
 STEERING = "\x1b[31m\x9b\u202e\ud800"
 
@@ -45,8 +47,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_loads_nothing_from_elsewhere(pages: Path) -> None:
     html = (pages / "report.html").read_text()
     targets = re.findall(r"""(?:src|srcset|href|data|action|poster)\s*=\s*["']?([^"'>]*)""", html)
-    assert len(targets) == 8
+    assert len(targets) == 7
     assert all(target.startswith("data:image/png;base64,") for target in targets)
+    html = html.replace(
+        'xmlns="http://www.w3.org/2000/svg"', ""
+    )  # a name, from which nothing loads
     assert not re.search(r"https?://|url\(|@import|<script|<link|<iframe", html)
     assert len(html) < 1_500_000
 
@@ -154,20 +159,17 @@ def test_a_report_of_real_runs_is_named_after_them(
 
 
 def pictures_of(*runs: Path) -> dict[str, Picture]:
-    return {picture.name: picture for picture in compare_runs(runs).pictures}
+    page = compare_runs(runs)
+    return {picture.name: picture for picture in [*page.answers, *page.pictures, *page.spectra]}
 
 
 def test_the_pictures_of_two_runs(tmp_path: Path) -> None:
-    names = [
-        "perplexity-by-rank",
-        "effective-rank-by-rank",
-        "share-of-the-singular-values-by-direction",
-        "training-loss-by-update",
-        "perplexity-by-update",
-        "linear-share-by-update",
-        "accuracy-math",
-    ]
-    assert list(pictures_of(*two_runs(tmp_path))) == names
+    """Of one size each, they show nothing by rank or by size."""
+    page = compare_runs(two_runs(tmp_path))
+    names = ["training-loss-by-update", "perplexity-by-update"]
+    assert [picture.name for picture in page.pictures] == names
+    names = ["share-of-the-singular-values-by-direction", "linear-share-by-update"]
+    assert [picture.name for picture in page.spectra] == names
 
 
 def test_the_linear_share_is_drawn_by_update(tmp_path: Path) -> None:
@@ -197,31 +199,105 @@ def test_rewards_and_the_length_of_answers_are_drawn_by_update(tmp_path: Path) -
     assert "margin-by-update" not in pictures
 
 
+def two_sizes(folder: Path) -> list[Path]:
+    """Runs of CeRA at two ranks, a and b, and one of LoRA, c, as large as a."""
+    runs = [make_run(folder / name, **{"adapter.r": r}) for name, r in (("a", 64), ("b", 128))]
+    return [*runs, make_run(folder / "c", **{"adapter.kind": "lora"})]
+
+
 def test_the_accuracy_of_trajectories_is_drawn_by_their_steps(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / name) for name in "ab"]
-    for run, share in zip(runs, (0.25, 0.5), strict=True):
+    runs = two_sizes(tmp_path)
+    for run, share in zip(runs, (0.25, 0.5, 0.5), strict=True):
         path = add_evaluation(run, "logistic_map", verified=False) / "result.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"step_accuracy/mean": share}))
     picture = pictures_of(*runs)["accuracy-logistic_map"]
-    assert picture.alt.endswith("a: 25.0%; b: 50.0%.")
+    assert picture.alt.endswith("a: 25.0%; b: 50.0%; c: 50.0%.")
     picture.draw(axes := Figure().subplots())
     assert {point for line in axes.lines for point in line.get_ydata()} == {25, 50}
 
 
+def test_no_point_hides_another(tmp_path: Path) -> None:
+    """a and c have one size and one accuracy."""
+    runs = two_sizes(tmp_path)
+    for run in runs:
+        add_evaluation(run, "math", solved={1, 2})
+    pictures_of(*runs)["accuracy-math"].draw(axes := Figure().subplots())
+    places = sorted(bars.lines[0].get_xdata()[0] for bars in axes.containers)
+    assert places[1] / places[0] == pytest.approx(1.06)
+    assert places[2] / places[1] > 1.5
+
+
 def test_only_the_base_model_is_a_dashed_line(tmp_path: Path) -> None:
-    make_run(tmp_path / "a")
-    for name in ("a", "base", "lora"):
+    runs = two_sizes(tmp_path)
+    for name in ("a", "b", "base", "lora"):
         add_evaluation(tmp_path / name, "math", solved={1, 2})
     # The number of parameters is unknown.
     (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 64}')
-    pictures_of(tmp_path)["accuracy-math"].draw(axes := Figure().subplots())
+    pictures_of(*runs, tmp_path)["accuracy-math"].draw(axes := Figure().subplots())
     assert [line.get_label() for line in axes.lines if line.get_linestyle() == "--"] == ["base"]
 
 
 def test_runs_on_other_rows_or_that_diverged_are_not_drawn_beside_the_rest(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / name) for name in "ab"]
-    runs.append(make_run(tmp_path / "c", held_out="others"))
-    runs.append(make_run(tmp_path / "d", perplexity=float("inf")))
+    runs = two_sizes(tmp_path)
+    runs.append(make_run(tmp_path / "d", held_out="others", **{"adapter.r": 8}))
+    runs.append(make_run(tmp_path / "e", perplexity=float("inf"), **{"adapter.r": 16}))
     pictures_of(*runs)["perplexity-by-rank"].draw(axes := Figure().subplots())
-    (line,) = axes.lines
-    assert list(line.get_xdata()) == [64, 64]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[64, 128], [64]]
+
+
+def test_how_answers_ended_is_drawn_as_bars_that_add_up(tmp_path: Path) -> None:
+    """Only the ways in which some did."""
+    runs = two_runs(tmp_path)
+    shares = [{"right": 0.55, "wrong": 0.4, "truncated": 0.05}, {"right": 0.475, "wrong": 0.525}]
+    for run, of_run in zip(runs, shares, strict=True):
+        path = run / "eval" / "math" / "result.json"
+        endings = {f"ending/{name}": of_run.get(name, 0.0) for name in ENDINGS}
+        path.write_text(json.dumps(json.loads(path.read_text()) | endings))
+    page = compare_runs(runs)
+    [picture] = page.answers
+    assert picture.alt.endswith("lora_512: 47.5% right, 52.5% wrong, 0.0% truncated.")
+    picture.draw(axes := Figure().subplots())
+    assert [bars.get_label() for bars in axes.containers] == ["right", "wrong", "truncated"]
+    ends = [bar.get_x() + bar.get_width() for bar in axes.containers[-1]]
+    assert ends == pytest.approx([100, 100])
+    assert [row["math failures"] for row in page.tables[0].rows] == [
+        "40.0% wrong\n5.0% truncated",
+        "52.5% wrong",
+    ]
+
+
+def test_the_page_opens_with_the_verdict_of_each_pair(tmp_path: Path) -> None:
+    """In points; a run that solves more is on the side of the better."""
+    runs = [make_run(tmp_path / name) for name in "abc"]
+    for run, solved in zip(runs, (10, 12, 35), strict=True):
+        add_evaluation(run, "gsm8k", solved=set(range(solved)))
+    page = compare_runs(runs)
+    [group] = page.verdicts.groups
+    assert (group.heading, group.note) == ("gsm8k", "verified, 40 problems")
+    rows = {row.label: row for row in group.rows}
+    assert {label: row.mark for label, row in rows.items()} == {
+        "b - a": "not shown",
+        "c - a": "better",
+        "c - b": "better",
+    }
+    assert rows["c - a"].difference == pytest.approx(-62.5)
+    assert rows["c - a"].lower < -62.5 < rows["c - a"].upper < 0
+    assert rows["b - a"].verdict == f"not shown (detects {rows['b - a'].detectable:.1f})"
+    page.write(tmp_path / "report")
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert html.index("<svg") < html.index("<table")
+
+
+def test_what_could_have_been_detected_grows_with_the_number_of_tests() -> None:
+    """One: (1.96 + 0.84) standard errors; two: (2.24 + 0.84)."""
+    assert detectable(-19.6, 19.6, 1) == pytest.approx(28.02, abs=0.01)
+    assert detectable(-19.6, 19.6, 2) == pytest.approx(30.83, abs=0.01)
+
+
+def test_an_axis_has_numbers_of_one_form(tmp_path: Path) -> None:
+    picture = pictures_of(make_run(tmp_path / "a"))["share-of-the-singular-values-by-direction"]
+    picture.draw(axes := Figure().subplots())
+    assert axes.get_yscale() == "log"
+    form = axes.yaxis.get_major_formatter()
+    assert [form(10.0**power) for power in (1, 0, -1, -5)] == ["10", "1", "0.1", "0.00001"]
+    assert axes.yaxis.get_minor_formatter()(0.3) == ""
