@@ -25,7 +25,7 @@ LINE = 14  # of text
 GAP = 8  # between rows
 LONGEST_LABEL = 36  # characters beside the plot
 LONGEST_HEADING = 56
-LONGEST_CAPTION_LINE = 76
+LONGEST_CAPTION_LINE = 80
 CHARACTER = 6  # the width of one of a verdict
 TICKS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 

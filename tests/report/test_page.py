@@ -115,7 +115,11 @@ def test_the_page_is_sound_in_a_browser(browser: Any, pages: Path, width: int) -
     assert all(width > 250 and pixels == 810 and alt > 20 for width, pixels, alt in pictures)
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(each => each.id)")
     assert len(set(ids)) == len(ids)
-    assert len(pictures) == 8
+    assert len(pictures) == 7
+    texts = page.evaluate("""[...document.querySelectorAll('svg.forest text')].map(text => {
+        const box = text.getBBox(); return [box.x, box.x + box.width]})""")
+    assert len(texts) > 20
+    assert all(left > 10 and right < 478 for left, right in texts)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
 
