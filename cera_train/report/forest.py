@@ -4,8 +4,8 @@ could have been detected.
     x = asinh(difference / unit)
 
 Every row has its own unit, such as the smallest difference that matters to its study, so nats and
-points, differences of 0.7 and of 0.002 nats, share one axis: linear up to one unit, logarithmic
-beyond. Left of zero the first-named side is better.
+points, differences of 0.7 and of 0.002 nats, share one axis: linear near zero, logarithmic far from
+it. Left of zero the first-named side is better.
 """
 
 import math

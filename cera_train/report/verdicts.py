@@ -12,8 +12,8 @@ from cera_train.report.forest import Forest, Group, Row
 POWER = 0.8  # the probability with which a difference counts as detected
 
 CAPTION = (
-    "The first-named run minus the second, in points; the axis is linear up to 1 (dotted) and "
-    "logarithmic beyond. Line: 95 % interval for other problems. Grey: differences that these "
+    "The first-named run minus the second, in points (dotted: 1); the axis is linear near zero and "
+    "logarithmic far from it. Line: 95 % interval for other problems. Grey: differences that these "
     "problems would miss in more than one of five repeats."
 )
 

@@ -11,9 +11,9 @@ from cera_train.study.results import OutcomeContrast
 
 CAPTION = (
     "The first-named arm minus the second, in multiples of the smallest difference that matters "
-    "(dotted); the axis is linear up to it and logarithmic beyond. Line: 95 % interval. Strokes "
-    "below: seeds, or bases. Grey: differences that a study would miss in more than one of five "
-    "repeats. Too small: the interval lies between the dotted lines."
+    "(dotted); the axis is linear near zero and logarithmic far from it. Line: 95 % interval. "
+    "Strokes below: seeds, or bases. Grey: differences that a study would miss in more than one of "
+    "five repeats. Too small: the interval lies between the dotted lines."
 )
 
 
