@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +18,13 @@ from transformers.pytorch_utils import Conv1D
 from .branch import FusedBranch, Hidden, start_branch
 from .config import CeraConfig
 from .gates import GATES, InputGate, LearnedGate, make_gate
+
+LINEARS_4BIT = ()
+"""bitsandbytes' class, where it is installed."""
+if is_bnb_4bit_available():
+    from bitsandbytes.nn import Linear4bit
+
+    LINEARS_4BIT = (Linear4bit,)
 
 
 class CeraLayer(nn.Module, BaseTunerLayer):
@@ -178,7 +186,7 @@ class CeraLinear(CeraLayer):
     def _may_overwrite_output(self) -> bool:
         """Whether nothing else needs the output of the base layer."""
         # A hook may have kept it, and a layer of another class may need it in backward.
-        if not is_plain(self.base_layer, nn.Linear, Conv1D):
+        if not is_plain(self.base_layer, nn.Linear, Conv1D, *LINEARS_4BIT):
             return False
         # With a bias it is a view, and writing through one costs autograd more than a copy.
         return self.base_layer.bias is None or not torch.is_grad_enabled()
@@ -208,7 +216,8 @@ def for_inference(model: nn.Module) -> Iterator[None]:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast computes in; None where it is off, or where the device has none, as
     the meta device."""
-    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    # Not torch.amp.is_autocast_available: torch 2.11 breaks a compiled graph there.
+    is_on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if is_on else None
 
 

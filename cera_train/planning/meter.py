@@ -81,6 +81,8 @@ class Meter(TorchDispatchMode):
             args = (args[0], self._without_masks(args[1]))
         if operation is GROUPED_PRODUCT.default:
             output = grouped_output(*args[:3])
+        elif operation is ATEN.nonzero.default:
+            output = args[0].new_empty((self.supervised, args[0].ndim), dtype=torch.int64)
         else:
             output = operation(*args, **kwargs)
         for tensor in tree_iter(output):
@@ -148,8 +150,9 @@ FORMULAS = flop_registry | {
 for suffix in ("", "_backward"):
     flash = flop_registry[getattr(ATEN, FLASH + suffix)]
     FORMULAS[getattr(ATEN, f"{FLASH}_for_cpu{suffix}")] = half_if_causal(flash)
-    varlen_attention = getattr(VARLEN, f"_varlen_attn{suffix}")
-    FORMULAS[varlen_attention] = half(flop_registry[varlen_attention])
+# The kernels that varlen_attn calls: torch 2.11 has no formula for itself.
+FORMULAS[VARLEN._varlen_attn] = half(flop_registry[ATEN._flash_attention_forward])
+FORMULAS[VARLEN._varlen_attn_backward] = half(flop_registry[ATEN._flash_attention_backward])
 if hasattr(MOE, "grouped_mm_fallback_backward"):  # not in every release
     FORMULAS[MOE.grouped_mm_fallback_backward] = lambda a, b, *args, **kwargs: (
         2 * grouped_flops(a, b)

@@ -15,7 +15,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -193,7 +193,7 @@ class RunFolder:
             command=sys.argv,
             python=platform.python_version(),
             platform=platform.platform(),
-            packages={name: version(name) for name in PACKAGES},
+            packages={name: installed_version(name) for name in PACKAGES},
             gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
             cpu_threads=torch.get_num_threads(),
             processes=processes,
@@ -281,6 +281,14 @@ class RunFolder:
             write_more(part)
 
         files.write_folder(self.path / name, write)
+
+
+def installed_version(name: str) -> str | None:
+    """A package's version; None where it was copied rather than installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def cut_log(path: Path, progress: Progress) -> None:

@@ -19,7 +19,7 @@ from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import digest_of, find_start
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import DataConfig, Layout
-from cera_train.settings.model import Dtype
+from cera_train.settings.model import Dtype, Quantization
 from cera_train.settings.run import Config
 from cera_train.settings.training import Resume
 from cera_train.training.optimizer import auto_rate
@@ -95,6 +95,8 @@ def choose_compile(config: Config) -> Choice[bool]:
         return Choice(False, "compiling takes longer than it saves on a CPU")
     if config.adapter.kind == AdapterKind.dora:
         return Choice(False, "every layer of DoRA would be compiled anew")
+    if config.model.quantization == Quantization.int8:
+        return Choice(False, "8-bit linears cannot be compiled")
     if not can_compile(device):
         return Choice(False, "there is no compiler")
     return Choice(True, "a GPU and a compiler")
