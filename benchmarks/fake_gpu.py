@@ -47,19 +47,19 @@ PRODUCTS = {ATEN.mm, ATEN.addmm, ATEN.addmm_, ATEN.bmm, ATEN.baddbmm}
 class FakeDevice(TorchDispatchMode):
     """Lets operations on the GPU run on fake tensors, and those on the CPU as they are.
 
-    Numbers that come back from the GPU are zeros, truth values True. The values of a mask that went
-    there are kept, for what it selects has so many rows.
+    Numbers that come back from the GPU are zeros, truth values True. Selecting by a mask that is
+    there fails: how much it selects, only a GPU could tell.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        self.masks = WeakIdKeyDictionary()
-        """Real masks by the storage of their fakes."""
         self.blocks = WeakIdKeyDictionary()
         """Blocks of the storages that are alive."""
         self.allocated = self.peak = 0
         """Bytes that torch's allocator would hold now, and held at most."""
+        self.waits = 0
+        """How often the CPU read a number of the GPU: it waits for all work before it."""
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -73,10 +73,9 @@ class FakeDevice(TorchDispatchMode):
             if device is None or torch.device(device).type != "cuda":
                 return operation(*args, **kwargs)
         if operation is ATEN._local_scalar_dense.default:
+            self.waits += 1
             return read(args[0]).item()
         check_dtypes(operation, inputs)
-        if operation is ATEN.index.Tensor:
-            args = (args[0], self._places(args[1]))
         with self.fakes:
             output = operation(*args, **kwargs)
         for tensor in tree_iter(output):
@@ -84,13 +83,8 @@ class FakeDevice(TorchDispatchMode):
                 self._allocate(tensor.untyped_storage())
         check_generator(kwargs.get("generator"), output)
         if isinstance(output, FakeTensor) and output.device.type == "cpu":
+            self.waits += 1
             return read(output)
-        if (
-            operation is ATEN._to_copy.default
-            and output.dtype == torch.bool
-            and not isinstance(args[0], FakeTensor)
-        ):
-            self.masks[output.untyped_storage()] = args[0]
         return output
 
     def _allocate(self, storage: torch.UntypedStorage) -> None:
@@ -113,21 +107,6 @@ class FakeDevice(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         self.peak = self.allocated
-
-    def _places(self, indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Places of a mask's True values in its stead: a fake one has none to look at."""
-        places = []
-        for index in indices:
-            is_mask = index is not None and index.dtype == torch.bool
-            places += self._find(index) if is_mask else [index]
-        return places
-
-    def _find(self, mask: torch.Tensor) -> list[torch.Tensor]:
-        real = self.masks[mask.untyped_storage()].as_strided(
-            mask.shape, mask.stride(), mask.storage_offset()
-        )
-        count = int(real.sum())
-        return [mask.new_empty(count, dtype=torch.int64) for _ in mask.shape]
 
 
 def read(fake: torch.Tensor) -> torch.Tensor:
@@ -265,6 +244,8 @@ def fake_gpu(capability: tuple[int, int] = (9, 0), processes: int = 1) -> Iterat
             patch.object(torch.cuda, "reset_peak_memory_stats", lambda *args: device.reset_peak())
         )
         stack.enter_context(patch.object(torch.UntypedStorage, "resize_", resizing(device)))
+        # A fake tensor reads its numbers one by one.
+        stack.enter_context(patch.object(FakeTensor, "tolist", lambda fake: fake.cpu().tolist()))
         # Accelerate finds the optimizer's weights among those of FSDP by their addresses.
         stack.enter_context(
             patch.object(FakeTensor, "data_ptr", lambda fake: fake.untyped_storage()._cdata)

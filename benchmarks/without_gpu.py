@@ -62,6 +62,8 @@ class Tracked:
     micro_batches: int
     """Of an update."""
     attention: str
+    waits: int
+    """How often the last update's CPU waited for the GPU."""
 
     @property
     def planned(self) -> float:
@@ -115,11 +117,12 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
             config, data, model, objective, progress, log = run
             gpu.reset_peak()
             for _ in range(UPDATES):
+                gpu.waits = 0
                 update(config, data, model, objective, progress, log, Interruption())
             batches = model.micro_batches(data.rows.train)
             passes = batches.passes(data.order.sequences(0), 1, 0, in_step=False)
-            attention = model.language_model.causal_lm.config._attn_implementation
-            return Tracked(recipe, plan, torch.cuda.max_memory_allocated(), len(passes), attention)
+            attention = model.language_model.attention
+            return Tracked(recipe, plan, gpu.peak, len(passes), attention, gpu.waits)
 
 
 def track_by_layers(recipe: str, *overrides: str) -> Tracked:

@@ -40,10 +40,6 @@ def start_accelerator(
     # Otherwise the first run of a process would fix the precision of later ones.
     AcceleratorState._reset_state(reset_partial_state=True)
     has_gpu = this_device().type == "cuda"
-    if has_gpu and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = (
-            "expandable_segments:True"  # micro-batches differ in length
-        )
     plugin = None
     if config.strategy == Strategy.fsdp:
         # Each decoder layer is gathered when it computes, in its stored precision, so the numbers
@@ -109,6 +105,13 @@ def peak_memory(device: torch.device) -> int:
     # Not `ru_maxrss`, which a new process inherits from its parent.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def let_segments_grow() -> None:
+    """Lets torch's CUDA allocator grow its segments, since micro-batches differ in length. CUDA
+    reads the variable once, when it starts."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def forget_earlier_runs() -> None:

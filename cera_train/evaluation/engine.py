@@ -75,6 +75,21 @@ def check_same_base(subject: Subject, base: PreTrainedModel) -> None:
         )
 
 
+def agree_on_batches(
+    generation: GenerationConfig,
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    engine: LoadedModel,
+    accelerator: Accelerator,
+) -> GenerationConfig:
+    """The settings with the same tokens of a batch in every process: rounding follows from the
+    batch, so all of them have to cut the same ones."""
+    tokens = generation.batch_tokens or engine.batch_tokens(
+        requests, max_new_tokens, accelerator.num_processes
+    )
+    return replace(generation, batch_tokens=min(gather_object([tokens])))
+
+
 # --- a model in training --------------------------------------------------------------------------
 
 
@@ -131,6 +146,10 @@ class Sampler:
             self._serve()
         processes = self.accelerator.num_processes
         process = self.accelerator.process_index
+        if not self.is_served:
+            config = agree_on_batches(
+                config, requests, max_new_tokens, self.engine, self.accelerator
+            )
         batches = self.engine.batches(requests, max_new_tokens, config, processes)
         batches = batches[process::processes]
         answered = []

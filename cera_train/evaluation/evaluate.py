@@ -7,9 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from cera_train.adapters.saved import keeps_base
 from cera_train.adapters.spectrum import spectrum_metrics
@@ -17,14 +15,15 @@ from cera_train.common.settings import require
 from cera_train.common.terminal import ProgressBar, duration, print_fields, print_line
 from cera_train.distributed.accelerator import (
     forget_earlier_runs,
+    let_segments_grow,
     quiet_libraries,
     start_accelerator,
 )
-from cera_train.evaluation.engine import choose_dtype, load_subject
-from cera_train.evaluation.generate import CACHE_BYTES, LoadedModel
+from cera_train.evaluation.engine import agree_on_batches, choose_dtype, load_subject
+from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.grading import grade_all
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.evaluation.requests import Request, requests_for
+from cera_train.evaluation.requests import requests_for
 from cera_train.evaluation.resolve import ResolvedEvaluation
 from cera_train.evaluation.server import Server
 from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
@@ -47,7 +46,6 @@ from cera_train.runs.evaluation_folder import (
 from cera_train.runs.results import describe_rank
 from cera_train.runs.subject import digest_of
 from cera_train.settings.distributed import DistributedConfig
-from cera_train.settings.evaluation import GenerationConfig
 
 
 def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
@@ -61,6 +59,7 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
         UserError: the model, its adapter, a server or the evaluation's folder cannot be used.
     """
     quiet_libraries()
+    let_segments_grow()
     forget_earlier_runs()
     config = evaluation.config
     subject = evaluation.subject
@@ -214,26 +213,6 @@ def generate_answers(
                 text = f"exact {exact / answered:.1%}{sharing}  {left} left"
                 progress.step(text, len(generations))
     return grades
-
-
-def agree_on_batches(
-    generation: GenerationConfig,
-    requests: Sequence[Request],
-    max_new_tokens: int,
-    engine: LoadedModel,
-    accelerator: Accelerator,
-) -> GenerationConfig:
-    """The settings with the same tokens of a batch in every process: rounding follows from the
-    batch, so all of them have to cut the same ones."""
-    tokens = generation.batch_tokens
-    if tokens is None:
-        device = accelerator.device
-        memory = CACHE_BYTES
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            memory = free // 2
-        tokens = engine.batch_tokens(requests, max_new_tokens, accelerator.num_processes, memory)
-    return replace(generation, batch_tokens=min(gather_object([tokens])))
 
 
 def score(

@@ -40,7 +40,7 @@ from cera_train.settings.evaluation import GenerationConfig
 
 PROMPTS_AT_ONCE = 8  # few, so that prompts are padded little; enough to keep matrix products large
 ROWS_AT_ONCE = 256  # more are no faster, and each row needs logits of the whole vocabulary
-CACHE_BYTES = 2**32  # keys and values of a batch, where generation.batch_tokens is null
+CACHE_BYTES = 2**32  # keys and values of a batch on a CPU, where generation.batch_tokens is null
 
 
 def cut_batches(
@@ -56,6 +56,17 @@ def cut_batches(
             batches.append([])
         batches[-1].append(request)
     return batches
+
+
+def cache_room(device: torch.device) -> int:
+    """Bytes for the keys and values of a batch. On a GPU at most half of what is free, or held by
+    torch unused: a power of two, so that a resumed run, which finds a little more or less, cuts the
+    same batches."""
+    if device.type != "cuda":
+        return CACHE_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 2 ** int(math.log2((free + unused) / 2))
 
 
 class TokenChoice:
@@ -135,18 +146,13 @@ class LoadedModel:
         tokens = config.batch_tokens or self.batch_tokens(requests, max_new_tokens, processes)
         return cut_batches(requests, max_new_tokens, tokens)
 
-    def batch_tokens(
-        self,
-        requests: Sequence[Request],
-        max_new_tokens: int,
-        processes: int,
-        memory: int = CACHE_BYTES,
-    ) -> int:
+    def batch_tokens(self, requests: Sequence[Request], max_new_tokens: int, processes: int) -> int:
         """Tokens of a batch: as many as their keys and values have room for, at most a process's
         share of the requests."""
         longest = max((len(request.prompt_ids) for request in requests), default=0)
         share = math.ceil(len(requests) / processes) * (longest + max_new_tokens)
-        return min(share, memory // cache_bytes(self.base.config, self.base.dtype.itemsize))
+        room = cache_room(self.base.device)
+        return min(share, room // cache_bytes(self.base.config, self.base.dtype.itemsize))
 
     def answers(
         self,

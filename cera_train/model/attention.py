@@ -5,7 +5,8 @@ Registered with transformers by name: `model.set_attn_implementation(BY_SEQUENCE
 """
 
 import functools
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -134,9 +135,17 @@ def _in_one_call(
         scale=scaling,
         # tokens before and after a query's own
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=True,
+        **_grouping(varlen_attn),
     )
     return output.unsqueeze(0)
+
+
+@functools.cache
+def _grouping(kernel: Callable) -> dict[str, bool]:
+    """The argument that lets query heads share a key head: torch 2.11's kernel has none, and
+    shares."""
+    takes_it = "enable_gqa" in inspect.signature(kernel).parameters
+    return {"enable_gqa": True} if takes_it else {}
 
 
 def _attend(

@@ -119,6 +119,7 @@ class Batch:
 
     input_ids: torch.Tensor
     loss_mask: torch.Tensor  # true where the token's prediction counts
+    predicted: torch.Tensor  # [N] the places of these tokens in input_ids.flatten()
     position_ids: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     sequence_lengths: list[int] | None = None  # flat: the tokens of each sequence
@@ -141,9 +142,11 @@ class Batch:
 def flat_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]]) -> Batch:
     """Sequences end to end in one row, without padding."""
     lengths = [len(ids) for ids in input_ids]
+    loss_mask = torch.cat([torch.as_tensor(mask) for mask in loss_masks])[None]
     return Batch(
         torch.cat([torch.as_tensor(ids, dtype=torch.int64) for ids in input_ids])[None],
-        torch.cat([torch.as_tensor(mask) for mask in loss_masks])[None],
+        loss_mask,
+        predicted_places(loss_mask),
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         sequence_lengths=lengths,
     )
@@ -154,11 +157,19 @@ def padded_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequen
     predicts."""
     rows = [torch.as_tensor(ids, dtype=torch.int64) for ids in input_ids]
     pad = functools.partial(pad_sequence, batch_first=True)
-    batch = Batch(pad(rows), pad([torch.as_tensor(mask) for mask in loss_masks]))
+    loss_mask = pad([torch.as_tensor(mask) for mask in loss_masks])
+    batch = Batch(pad(rows), loss_mask, predicted_places(loss_mask))
     # Rows of one length need no mask: attention takes its fast causal path.
     if len(set(map(len, rows))) > 1:
         batch.attention_mask = pad([torch.ones_like(ids) for ids in rows])
     return batch
+
+
+def predicted_places(loss_mask: torch.Tensor) -> torch.Tensor:
+    """[N] where a mask [B, T] is true, except at the first token of a row, which nothing predicts.
+    Found on the CPU: selecting by a mask would wait for a GPU to count."""
+    rows, columns = loss_mask[:, 1:].nonzero().unbind(1)
+    return rows * loss_mask.shape[1] + columns + 1
 
 
 class MicroBatches:

@@ -1,8 +1,10 @@
 """Layers compiled by torch: the same graphs serve all layers, lengths and numbers of sequences."""
 
 import functools
+import os
 import shutil
 import sysconfig
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ def can_compile(device: torch.device) -> bool:
     if not PYTHON_HEADER.is_file():
         return False
     if device.type == "cuda":
-        return has_triton() and any(map(shutil.which, ("gcc", "clang", "cc")))
+        return has_triton() and ("CC" in os.environ or any(map(shutil.which, ("gcc", "clang"))))
     return any(map(shutil.which, ("g++", "clang++", "cl")))
 
 
@@ -37,7 +39,7 @@ def compile_layers(language_model: LanguageModel, backend: str | Callable = "ind
             "python3-dev: install what is missing, or set train.compile=false."
         )
     torch.compiler.reset()  # layers of an earlier run count towards the limit of variants
-    _refused_variants().clear()
+    _counters().clear()
     torch.compiler.set_stance("default")
     compiled = functools.cache(functools.partial(torch.compile, dynamic=True, backend=backend))
     kinds = layer_classes(causal_lm)
@@ -58,18 +60,25 @@ def compile_layers(language_model: LanguageModel, backend: str | Callable = "ind
 def stop_compiling(language_model: LanguageModel) -> bool:
     """Whether torch has just refused to compile another variant of a layer. If so, all layers run
     eagerly from now on."""
-    if not any("recompile limit" in reason for reason in _refused_variants()):
+    if not any("recompile limit" in reason for reason in _counters()["unimplemented"]):
         return False
     torch.compiler.set_stance("force_eager")
     language_model.is_compiled = False
+    language_model.fallbacks.append("eager layers: torch compiles no further variant of them")
     return True
 
 
-def _refused_variants() -> dict[str, int]:
-    """How often torch.compile fell back to eager code, by reason."""
+def count_graphs() -> int:
+    """The graphs that torch has compiled since `compile_layers`: one for each piece of a layer
+    between two breaks, and for each variant of it."""
+    return _counters()["stats"]["unique_graphs"]
+
+
+def _counters() -> dict[str, Counter]:
+    """torch.compile's own: stats, and under `unimplemented` why it fell back to eager code."""
     from torch._dynamo.utils import counters  # takes a second
 
-    return counters["unimplemented"]
+    return counters
 
 
 def _checkpoint_compiled(

@@ -39,6 +39,8 @@ class Allowed:
     across."""
     attention: str | None = None
     """The fastest attention by sequence that works here, for flat rows."""
+    refused: tuple[str, ...] = ()
+    """Faster ones, and why they do not."""
 
 
 class LanguageModel(nn.Module):
@@ -68,18 +70,19 @@ class LanguageModel(nn.Module):
         """Whether the model takes flat batches: `layout.choose_layout` decides."""
         self.is_compiled = False
         """Whether its layers are compiled: `compiled.compile_layers` sets it."""
+        self.fallbacks: list[str] = []
+        """What runs slower here than it was meant to, and why."""
 
     def forward(self, batch: Batch) -> Tensor:
         """[N] losses of the supervised tokens in nats, float32, in the order of the micro-batch."""
-        is_supervised = batch.loss_mask[:, 1:]
-        targets = batch.input_ids[:, 1:][is_supervised]
+        targets = batch.input_ids.flatten()[batch.predicted]
         with self.autocast():
             if not self.allowed.chunks_head:
                 logits = self.causal_lm(**self.inputs(batch)).logits
-                return token_cross_entropy(logits[:, :-1][is_supervised], targets)
+                return token_cross_entropy(states_before(logits, batch), targets)
 
             hidden_states = self.decoder(**self.inputs(batch)).last_hidden_state
-            hidden_states = narrow_to_head(hidden_states[:, :-1][is_supervised], self.head)
+            hidden_states = narrow_to_head(states_before(hidden_states, batch), self.head)
             is_head_trained = any(weight.requires_grad for weight in self.head.parameters())
             if torch.is_grad_enabled() and not is_head_trained:
                 return FrozenHeadCrossEntropy.apply(hidden_states, targets, self.logits)
@@ -138,6 +141,11 @@ class LanguageModel(nn.Module):
         return torch.compiler.set_stance("force_eager")
 
     @property
+    def attention(self) -> str:
+        """The name of the attention that computes."""
+        return attention_of(self.causal_lm.config)
+
+    @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model inside `model`."""
         return self._parts["causal_lm"]
@@ -150,6 +158,11 @@ class LanguageModel(nn.Module):
     @property
     def head(self) -> nn.Module:
         return self.causal_lm.get_output_embeddings()
+
+
+def states_before(states: Tensor, batch: Batch) -> Tensor:
+    """What predicts the supervised tokens: [B, T, d] -> [N, d]."""
+    return states.flatten(0, 1).index_select(0, batch.predicted - 1)
 
 
 def perplexity(mean_loss: float) -> float:

@@ -1,17 +1,19 @@
 """Padded or flat: how sequences lie in a micro-batch, and which attention they use. A probe of the
 model finds out which of these give each sequence the logits that it has alone."""
 
-import contextlib
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, error_text
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, attention_of, kernel_may_run
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.language_model import Allowed, LanguageModel
 from cera_train.settings.training import BatchLayout
+
+REFUSALS = (NotImplementedError, ImportError, RuntimeError, TypeError, AttributeError)
+"""Errors of an attention of ours where the model needs what it does not take, or where the kernel
+refuses this GPU, head width or torch."""
 
 SAME_IN_32_BITS = 1e-3
 """Relative difference up to which logits count as equal."""
@@ -30,6 +32,7 @@ def choose_layout(
     sequences see each other."""
     allowed = known or language_model.with_whole_weights(probe)
     language_model.allowed = allowed
+    language_model.fallbacks = [*allowed.refused]
     if wanted == BatchLayout.flat and not allowed.flattens:
         raise UserError(
             "train.batch_layout=flat: this model mixes sequences that share a row. Use padded or "
@@ -71,9 +74,9 @@ def probe(language_model: LanguageModel) -> Allowed:
         chunks_head = _can_chunk_head(language_model, apart, expected)
         flat = flat_batch([first, second], masks).to(causal_lm.device)
         other = flat_batch([third, second], masks).to(causal_lm.device)
-        flattens, attention = _find_attention(language_model, flat, other, expected)
+        found = _find_attention(language_model, flat, other, expected)
     language_model.train(was_training)
-    language_model.allowed = Allowed(chunks_head, flattens, attention)
+    language_model.allowed = Allowed(chunks_head, *found)
     return language_model.allowed
 
 
@@ -102,10 +105,11 @@ def _can_chunk_head(language_model: LanguageModel, batch: Batch, expected: Tenso
 
 def _find_attention(
     language_model: LanguageModel, flat: Batch, other: Batch, expected: Tensor
-) -> tuple[bool, str | None]:
-    """Whether sequences that share a row get the logits that they have alone, and by which
-    attention of ours. `other` has another first sequence: the second's logits must not change,
-    since a state that crosses over may move them less than another mask does in 16 bits."""
+) -> tuple[bool, str | None, tuple[str, ...]]:
+    """Whether sequences that share a row get the logits that they have alone, by which attention
+    of ours, and why not by a faster one. `other` has another first sequence: the second's logits
+    must not change, since a state that crosses over may move them less than another mask does in 16
+    bits."""
     causal_lm = language_model.causal_lm
     tolerance = _tolerance(causal_lm)
 
@@ -117,26 +121,28 @@ def _find_attention(
 
     before = attention_of(causal_lm.config)
     if before != "sdpa":  # chosen by the user
-        return agrees(), None
+        return agrees(), None, ()
     names = [BY_SEQUENCE]
     if kernel_may_run(flat.input_ids.device, causal_lm.dtype):
         names.insert(0, VARLEN)
+    refused = []
     try:  # the model's sdpa would make a T x T mask for a flat row
         for name in names:
             causal_lm.set_attn_implementation(name)
             # Some models accept no other implementation.
             if attention_of(causal_lm.config) != name:
+                refused.append(f"{name} attention: this model takes no other than its own")
                 break
-            # The model's attention needs what ours does not take, or the kernel refuses this GPU or
-            # head width.
-            with contextlib.suppress(
-                NotImplementedError, ImportError, RuntimeError, TypeError, AttributeError
-            ):
+            try:
                 if agrees():
-                    return True, name
+                    return True, name, tuple(refused)
+                reason = "other logits"
+            except REFUSALS as error:
+                reason = " ".join(error_text(error).split())[:200]
+            refused.append(f"{name} attention: {reason}")
     finally:
         causal_lm.set_attn_implementation(before)
-    return agrees(), None
+    return agrees(), None, tuple(refused)
 
 
 def _tolerance(causal_lm: PreTrainedModel) -> float:

@@ -29,7 +29,7 @@ from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model import language_model as language_models
 from cera_train.model import layout as batch_layout
 from cera_train.model.attention import attention_of
-from cera_train.model.batches import Batch
+from cera_train.model.batches import Batch, predicted_places
 from cera_train.model.folder import load_config
 from cera_train.model.language_model import Allowed, LanguageModel, chunk_tokens
 from cera_train.model.layout import choose_layout
@@ -334,11 +334,13 @@ class DryRun:
         shape = (1, batch.tokens) if self.language_model.is_flat else (batch.rows, batch.length)
         ids = torch.zeros(shape, dtype=torch.int64)
         ones = torch.zeros(shape, dtype=torch.int64)
-        supervised = torch.zeros(shape, dtype=torch.bool)
+        loss_mask = torch.zeros(shape, dtype=torch.bool)
+        predicted = predicted_places(loss_mask)
         if self.language_model.is_flat:
             lengths = [batch.length] * batch.rows
-            return Batch(ids, supervised, position_ids=ones, sequence_lengths=lengths)
-        return Batch(ids, supervised, attention_mask=ones if batch.has_mask else None)
+            return Batch(ids, loss_mask, predicted, position_ids=ones, sequence_lengths=lengths)
+        mask = ones if batch.has_mask else None
+        return Batch(ids, loss_mask, predicted, attention_mask=mask)
 
 
 def sizes_by_place(base: PreTrainedModel, stored: dict[nn.Parameter, float]) -> tuple[float, float]:

@@ -87,6 +87,9 @@ class RunResult(MeasuredAdapter):
     tokens_per_s: float | None = None
     seconds: float | None = None  # time spent in updates
     peak_memory_bytes: float | None = None
+    attention: str | None = None  # of updates
+    compiled_graphs: int | None = None  # 0: eager layers
+    fallbacks: list[str] | None = None  # what ran slower than it was meant to, and why
     folder: str | None = None
 
 

@@ -82,8 +82,8 @@ class GenerationConfig:
     """A sample's random numbers depend on (seed, problem, sample) alone."""
     batch_tokens: int | None = setting(None, "cost")
     """Tokens of a batch if every answer were as long as it may be: bounds the memory of keys and
-    values. A Llama of 8B takes 128 KiB a token. null: 4 GiB of them; for cera-eval on a GPU half of
-    the free memory."""
+    values. A Llama of 8B takes 128 KiB a token. null: 4 GiB of them; on a GPU at most half of the
+    free memory."""
 
     def __post_init__(self) -> None:
         require_positive("generation", self, "samples", "batch_tokens")

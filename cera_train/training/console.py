@@ -17,7 +17,6 @@ from cera_train.common.terminal import TEXT_WIDTH, counted, duration, print_fiel
 from cera_train.data.look import print_data
 from cera_train.data.prepare import stop_ids
 from cera_train.evaluation.tasks.task import describe_trained_on
-from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.language_model import LanguageModel
 from cera_train.runs.folder import Progress
 from cera_train.runs.records import read_lines
@@ -130,19 +129,15 @@ def describe_adapter(adapter: AdapterConfig) -> str:
 
 
 def describe_speed(language_model: LanguageModel, why_not_compiled: str) -> str:
-    """Attention and padding of the micro-batches; compilation."""
-    batches = "padding"
-    if language_model.is_flat:
-        batches = {
-            VARLEN: "attention by sequence in one kernel, no padding",
-            BY_SEQUENCE: "attention by sequence, no padding",
-            None: "no padding, no attention by sequence (this model's attention is not plain "
-            "causal sdpa)",
-        }[language_model.allowed.attention]
+    """Attention and padding of the micro-batches; compilation; what fell back to a slower way."""
+    padding = "no padding" if language_model.is_flat else "padding"
     compiled = "compiled layers"
     if not language_model.is_compiled:
         compiled = f"not compiled ({why_not_compiled})"
-    return f"{batches}; {compiled}"
+    parts = [f"{language_model.attention} attention, {padding}", compiled]
+    if language_model.fallbacks:
+        parts.append(f"fallback: {'; '.join(language_model.fallbacks)}")
+    return "; ".join(parts)
 
 
 def print_result(result: RunResult, config: Config) -> None:
@@ -160,7 +155,9 @@ def print_result(result: RunResult, config: Config) -> None:
         "linear share": describe_linear_share(result),
         "trainable": f"{result.trainable_parameters:,} parameters, {result.trainable_share:.2%} "
         f"of the model",
-        "speed": f"{result.tokens_per_s:,.0f} tokens/s",
+        "speed": f"{result.tokens_per_s:,.0f} tokens/s; {result.attention} attention, "
+        f"{counted(result.compiled_graphs, 'compiled graph')}",
+        "fallback": "; ".join(result.fallbacks),
         "time": f"{duration(result.seconds)} for {counted(result.updates, 'update')}",
         "folder": result.folder,
         "ask it": shlex.join(["cera-chat", f"run={result.folder}"]),

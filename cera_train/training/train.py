@@ -20,10 +20,15 @@ from cera_train.common.files import write_text
 from cera_train.common.settings import to_plain
 from cera_train.common.signals import Interrupted, Interruption, first_heard
 from cera_train.common.terminal import duration, print_line
-from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory, quiet_libraries
+from cera_train.distributed.accelerator import (
+    forget_earlier_runs,
+    let_segments_grow,
+    peak_memory,
+    quiet_libraries,
+)
 from cera_train.distributed.processes import in_processes, is_main_process
 from cera_train.evaluation.exams import ExamResults
-from cera_train.model.compiled import stop_compiling
+from cera_train.model.compiled import count_graphs, stop_compiling
 from cera_train.model.language_model import perplexity
 from cera_train.runs.card import push, write_card
 from cera_train.runs.folder import Progress, RunFolder
@@ -84,6 +89,7 @@ def train(config: Config) -> dict[str, Any]:
         Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, after the update in progress was saved.
     """
     quiet_libraries()
+    let_segments_grow()
     forget_earlier_runs()
     path = Path(config.output_dir) / config.name
     resolved = resolve(config, path)
@@ -211,9 +217,7 @@ def update(
     )
     log.metrics(metrics)
     if model.language_model.is_compiled and stop_compiling(model.language_model):
-        log.bar.note(
-            "speed      layers run uncompiled from here: torch compiles no further variant of them"
-        )
+        log.bar.note(f"speed      {model.language_model.fallbacks[-1]}")
     numbers = f"loss {figure(loss)}  perplexity {figure(metrics.perplexity, 2)}"
     speed = f"{figure(metrics.tokens_per_s, 0)} tokens/s"
     left = duration(progress.seconds / progress.update * (data.updates - progress.update))
@@ -424,6 +428,9 @@ def finish(
         epochs=progress.update / data.order.updates_per_epoch,
         tokens_per_s=progress.tokens / progress.seconds,
         peak_memory_bytes=peak_memory(model.accelerator.device),
+        attention=model.language_model.attention,
+        compiled_graphs=count_graphs() if config.train.compile else 0,
+        fallbacks=model.language_model.fallbacks,
         folder=str(folder.path),
         **spectrum_metrics(spectra) | progress.tasks,
     )

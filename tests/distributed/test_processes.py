@@ -431,17 +431,27 @@ def test_a_process_that_is_killed_ends_the_others_and_is_named_once(endless, tmp
     assert not (tmp_path / "outputs" / "run" / ".lock").exists()
 
 
-def test_expandable_segments_are_on_unless_the_user_chose_otherwise(monkeypatch):
-    monkeypatch.setattr(
-        "cera_train.distributed.accelerator.this_device", lambda: torch.device("cuda")
-    )
+class CudaStarts(Exception):
+    pass
+
+
+@pytest.mark.provable
+def test_expandable_segments_are_on_before_cuda_starts_unless_the_user_chose_otherwise(
+    monkeypatch, tiny_config
+):
+    def start(*_):
+        raise CudaStarts(os.environ["PYTORCH_ALLOC_CONF"])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("empty_cache", "reset_peak_memory_stats", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, start)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
-    start_accelerator(ModelConfig(path="x", dtype="float32"), None, DistributedConfig())
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "backend:native"
+    with pytest.raises(CudaStarts, match="backend:native"):
+        train(tiny_config())
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
-    start_accelerator(ModelConfig(path="x", dtype="float32"), None, DistributedConfig())
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    with pytest.raises(CudaStarts, match="expandable_segments:True"):
+        train(tiny_config())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")

@@ -21,7 +21,8 @@ from transformers import DynamicCache
 
 from benchmarks.tiny_models import tiny_model
 from cera_train.common.errors import UserError
-from cera_train.evaluation.generate import LoadedModel, TokenChoice, cut_batches
+from cera_train.evaluation import generate
+from cera_train.evaluation.generate import LoadedModel, TokenChoice, cache_room, cut_batches
 from cera_train.evaluation.requests import Request, generation_settings, requests_for
 from cera_train.runs.evaluation_folder import Problem
 from cera_train.settings.evaluation import GenerationConfig
@@ -236,18 +237,33 @@ def test_batches_hold_every_request_once_sorted_and_bounded(requests):
 
 
 def test_a_batch_has_the_tokens_that_memory_holds_and_at_most_a_share_of_the_requests(
-    engine, requests
+    engine, requests, monkeypatch
 ):
     cache = DynamicCache(config=engine.base.config)
     engine._next_logits(torch.tensor([[1]]), torch.tensor([[1]]), cache)
     token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert engine.batch_tokens(requests, 12, processes=1, memory=100 * token) == 100
+    monkeypatch.setattr(generate, "cache_room", lambda device: 100 * token)
+    assert engine.batch_tokens(requests, 12, processes=1) == 100
+    monkeypatch.undo()
     assert engine.batches(requests, 12, GenerationConfig(batch_tokens=100), 1) == cut_batches(
         requests, 12, 100
     )
     [batch] = engine.batches(requests, 12, GenerationConfig(), processes=1)
     assert len(batch) == len(requests)
     assert 1 < len(engine.batches(requests, 12, GenerationConfig(), processes=4)) <= 4
+
+
+@pytest.mark.provable
+@pytest.mark.parametrize("free", [40, 41.5])
+def test_keys_and_values_take_at_most_half_of_a_gpus_free_memory(monkeypatch, free):
+    """A resumed run finds a little more or less of it, and cuts the same batches."""
+    GB = 10**9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GB, 80 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 38 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 18 * GB)
+    room = cache_room(torch.device("cuda"))
+    assert room == 2**34
+    assert (free + 20) * GB / 4 < room <= (free + 20) * GB / 2
 
 
 def test_a_tokenizer_without_an_end_is_refused():

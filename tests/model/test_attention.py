@@ -1,6 +1,7 @@
 """Attention by sequence against attention over one row under a block mask, and over each sequence
 alone."""
 
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -20,7 +21,8 @@ from cera_train.model.attention import (
     attend_varlen,
 )
 from cera_train.model.language_model import LanguageModel
-from cera_train.model.layout import probe
+from cera_train.model.layout import choose_layout, probe
+from cera_train.settings.training import BatchLayout
 
 LENGTHS = [5, 1, 9, 3]
 KERNEL = "torch.nn.attention.varlen.varlen_attn"
@@ -91,10 +93,24 @@ def sequence_after_sequence(
     return torch.cat(outputs)
 
 
+def sequence_after_sequence_in_torch_2_11(*qkv_and_lengths, scale, window_size):
+    """It shares key heads among query heads unasked."""
+    return sequence_after_sequence(
+        *qkv_and_lengths, scale=scale, window_size=window_size, enable_gqa=True
+    )
+
+
 @pytest.mark.parametrize("window", [None, 1, 4, 9])
-@pytest.mark.parametrize("attend", [attend_by_sequence, attend_varlen])
-def test_it_equals_one_row_under_a_block_mask(monkeypatch, attend, window):
-    monkeypatch.setattr(KERNEL, sequence_after_sequence)
+@pytest.mark.parametrize(
+    ("attend", "kernel"),
+    [
+        (attend_by_sequence, None),
+        (attend_varlen, sequence_after_sequence),
+        (attend_varlen, sequence_after_sequence_in_torch_2_11),
+    ],
+)
+def test_it_equals_one_row_under_a_block_mask(monkeypatch, attend, kernel, window):
+    monkeypatch.setattr(KERNEL, kernel)
     inputs = heads()
     got, no_weights = attend(
         Causal(), *inputs, None, sequences=Sequences(LENGTHS), sliding_window=window
@@ -109,6 +125,7 @@ def test_it_equals_one_row_under_a_block_mask(monkeypatch, attend, window):
 def test_under_autocast_the_kernel_gets_16_bits(monkeypatch):
     dtypes = set()
 
+    @functools.wraps(sequence_after_sequence)
     def kernel(query, key, value, *args, **kwargs):
         dtypes.update((query.dtype, key.dtype, value.dtype))
         return sequence_after_sequence(query, key, value, *args, **kwargs)
@@ -133,18 +150,33 @@ def test_torchs_kernel_accepts_our_call():
     assert got.shape == (1, sum(LENGTHS), 4, 8)
 
 
-@pytest.mark.parametrize("reason", ["it fails", "it errs", "it is there"])
-def test_the_kernel_is_used_only_if_it_agrees(monkeypatch, reason):
+@pytest.mark.parametrize(
+    ("reason", "named"),
+    [
+        ("it fails", "varlen attention: Could not run "),
+        ("it errs", "varlen attention: other logits"),
+        ("it is there", ""),
+    ],
+)
+def test_the_kernel_is_used_only_if_it_agrees_else_its_fallback_is_named(
+    monkeypatch, reason, named
+):
     model = make_tiny_llama()
     monkeypatch.setattr("cera_train.model.layout.kernel_may_run", lambda device, dtype: True)
     if reason != "it fails":  # as torch's own does on a CPU
         error = 0.1 * (reason == "it errs")
-        monkeypatch.setattr(
-            KERNEL, lambda *args, **kwargs: sequence_after_sequence(*args, **kwargs) + error
-        )
+
+        @functools.wraps(sequence_after_sequence)
+        def kernel(*args, **kwargs):
+            return sequence_after_sequence(*args, **kwargs) + error
+
+        monkeypatch.setattr(KERNEL, kernel)
     language_model = LanguageModel(model, model)
-    probe(language_model)
-    assert language_model.allowed.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
+    choose_layout(BatchLayout.auto, language_model, model.device)
+    assert language_model.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
+    fallback = "".join(language_model.fallbacks)
+    assert named in fallback
+    assert bool(fallback) == bool(named)
 
 
 WINDOWS = {"layer_types": ["full_attention", "chunked_attention", "sliding_attention"]}

@@ -1,33 +1,23 @@
 """What a run prints before it starts."""
 
-import pytest
-
-from cera_train.model.attention import BY_SEQUENCE, VARLEN
+from cera_train.model.attention import BY_SEQUENCE
 from cera_train.model.language_model import Allowed, LanguageModel
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.training.console import describe_adapter, describe_speed
 
 
-@pytest.mark.parametrize(
-    ("attention", "expected"),
-    [
-        (VARLEN, "attention by sequence in one kernel, no padding"),
-        (BY_SEQUENCE, "attention by sequence, no padding"),
-        (
-            None,
-            "no padding, no attention by sequence (this model's attention is not plain causal "
-            "sdpa)",
-        ),
-    ],
-)
-def test_the_layout_and_the_compilation_are_described(tiny_llama, attention, expected):
+def test_attention_padding_compilation_and_fallbacks_are_described(tiny_llama):
     language_model = LanguageModel(tiny_llama, tiny_llama)
     speed = describe_speed(language_model, "train.compile=false")
-    assert speed == "padding; not compiled (train.compile=false)"
-    language_model.allowed = Allowed(attention=attention)
-    language_model.is_flat = True
+    assert speed == "sdpa attention, padding; not compiled (train.compile=false)"
+    language_model.allowed = Allowed(attention=BY_SEQUENCE)
+    language_model.use_flat_batches()
     language_model.is_compiled = True
-    assert describe_speed(language_model, "") == f"{expected}; compiled layers"
+    language_model.fallbacks = ["varlen attention: other logits"]
+    assert describe_speed(language_model, "") == (
+        "by_sequence attention, no padding; compiled layers; "
+        "fallback: varlen attention: other logits"
+    )
 
 
 def test_an_adapter_is_described_with_its_projections():
