@@ -35,15 +35,23 @@ def heads(length: int = sum(LENGTHS), dtype: torch.dtype = torch.float64) -> lis
     ]
 
 
-def test_short_attention_equals_torchs_and_its_gradients_finite_differences():
-    query, key, value = heads(6)
-    expected = scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=0.3, enable_gqa=True
-    )
-    torch.testing.assert_close(ShortAttention.apply(query, key, value, 0.3), expected)
-    assert torch.autograd.gradcheck(
-        lambda *qkv: ShortAttention.apply(*qkv, 0.3), (query, key, value)
-    )
+@pytest.mark.parametrize("lengths", [[6], [3, 3], LENGTHS])
+def test_short_attention_equals_torchs_and_its_gradients_finite_differences(lengths):
+    inputs = heads(sum(lengths))
+    expected = under_a_mask(*inputs, lengths, None)
+
+    def short(*qkv):
+        return ShortAttention.apply(*qkv, lengths, 8**-0.5)
+
+    torch.testing.assert_close(short(*inputs), expected)
+    assert torch.autograd.gradcheck(short, inputs)
+
+
+def test_only_short_neighbours_of_near_equal_length_are_attended_to_together():
+    lengths = [300, 210, 120, 119, 100, 40, 38, 39, 5]
+    together = [[300], [210], [120, 119, 100], [40, 38, 39], [5]]
+    assert Sequences(lengths).blocks == together
+    assert Sequences([250, 250]).blocks == [[250], [250]]
 
 
 def test_short_attention_is_about_as_exact_as_torchs():
@@ -56,13 +64,13 @@ def test_short_attention_is_about_as_exact_as_torchs():
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     def short(*qkv):
-        return ShortAttention.apply(*qkv, 8**-0.5)
+        return ShortAttention.apply(*qkv, [150], 8**-0.5).transpose(1, 2)
 
     def output_and_gradients(attend, inputs):
         output = attend(*inputs)
         return [output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))]
 
-    assert ShortAttention.is_faster(rounded[0], rounded[2])
+    assert ShortAttention.is_faster(rounded[0], rounded[2], 150)
     compared = (
         output_and_gradients(*each)
         for each in ((short, rounded), (torchs, rounded), (torchs, exact))
