@@ -27,10 +27,18 @@ class Request:
         return self.problem, self.sample
 
 
+class SampledTokens(NamedTuple):
+    """The tokens of an answer as the server saw them that sampled them."""
+
+    log_p: list[float]
+    highest: list[float]  # log p of the likeliest token in the same place
+    is_highest: list[bool]  # whether that one was sampled
+
+
 class Answer(NamedTuple):
     generation: Generation
     ids: list[int]  # its tokens, the end token included
-    log_p: list[float] | None = None  # of each token, where a server sampled them
+    sampled: SampledTokens | None = None  # where a server sampled them
 
 
 def requests_for(
@@ -97,7 +105,6 @@ def answer_of(
     ids: list[int],
     tokenizer: Any,
     settings: transformers.GenerationConfig,
-    log_p: list[float] | None = None,
 ) -> Answer:
     """The answer in these tokens, up to the first end token."""
     end = next((place for place, token in enumerate(ids) if token in settings.eos_token_id), None)
@@ -114,7 +121,7 @@ def answer_of(
         tokens=len(ids),
         truncated=end is None and not stops,
     )
-    return Answer(generation, ids, log_p)
+    return Answer(generation, ids)
 
 
 def request_seed(request: Request, config: GenerationConfig) -> int:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import math
 import os
 import threading
 import urllib.error
@@ -26,6 +27,7 @@ from cera_train.common.terminal import announce
 from cera_train.evaluation.requests import (
     Answer,
     Request,
+    SampledTokens,
     answer_of,
     generation_settings,
     request_seed,
@@ -131,6 +133,16 @@ class Server:
             with contextlib.suppress(UserError):  # a server that was restarted has none
                 self._ask(UNLOAD, {"lora_name": before})
 
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """The base answers inside."""
+        name = self.name
+        self.name = self.base
+        try:
+            yield
+        finally:
+            self.name = name
+
     # --- answers ----------------------------------------------------------------------------------
 
     def batches(self, requests: Sequence[Request], *_: int) -> list[list[Request]]:
@@ -185,19 +197,23 @@ class Server:
             "stream": True,
             "stream_interval": 1 if streamer else TOKENS_AT_ONCE,
             "return_token_ids": True,
+            "return_tokens_as_token_ids": True,  # two tokens may have the same text
         }
         ids = []
-        log_p = []
+        sampled = SampledTokens([], [], [])
         reason = None
         if streamer is not None:
             streamer.put(torch.tensor(request.prompt_ids))
         for choice in self._choices(body):
             with self._reading("answers without token ids of its vocabulary or their log p"):
                 reason = choice["finish_reason"]
-                log_p += map(float, choice["logprobs"]["token_logprobs"])
                 piece = choice["token_ids"]
-                if not all(token in self.vocabulary for token in piece):
-                    raise LookupError(piece)
+                self._check_tokens(piece, choice["logprobs"])
+                sampled.log_p.extend(choice["logprobs"]["token_logprobs"])
+                for likely in choice["logprobs"]["top_logprobs"]:
+                    # The sampled token, and the likeliest where that is another.
+                    sampled.highest.append(max(likely.values()))
+                    sampled.is_highest.append(len(likely) == 1)
             ids += piece
             if streamer is not None:
                 streamer.put(torch.tensor(piece))
@@ -211,7 +227,19 @@ class Server:
                 f"tokens: start vLLM with "
                 "--generation-config vllm."
             )
-        return answer_of(request, ids, self.tokenizer, settings, log_p)
+        answer = answer_of(request, ids, self.tokenizer, settings)
+        kept = len(answer.ids)
+        return answer._replace(sampled=SampledTokens(*(values[:kept] for values in sampled)))
+
+    def _check_tokens(self, ids: list[int], logprobs: dict[str, list]) -> None:
+        """Raises a LookupError or a ValueError where these are not tokens of the vocabulary, each
+        with its log p and the likeliest."""
+        if not all(type(token) is int and token in self.vocabulary for token in ids):
+            raise LookupError(ids)
+        log_p = logprobs["token_logprobs"]
+        likely = logprobs["top_logprobs"]
+        if not len(ids) == len(log_p) == len(likely) or not all(map(math.isfinite, log_p)):
+            raise ValueError(log_p)
 
     def _choices(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The pieces of a streamed answer, as they come. Raises Unavailable where it breaks off,
@@ -239,7 +267,7 @@ class Server:
             yield
         except UserError:
             raise
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"server={self.url} {problem} ({error!r}): update vLLM.") from error
 
     # --- HTTP -------------------------------------------------------------------------------------

@@ -119,7 +119,10 @@ class Config:
             ObjectiveKind.dpo: self.dpo.work,
             ObjectiveKind.grpo: self.grpo.work,
         }
-        return objectives[self.train.objective]
+        work = objectives[self.train.objective]
+        if work.answers and self.train.server is not None:  # whose log p are compared
+            work = work._replace(forward_passes=work.forward_passes + 1)
+        return work
 
     @property
     def sequences(self) -> int:

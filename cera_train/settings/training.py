@@ -142,9 +142,14 @@ class GrpoConfig:
     """Clips it at 1 + epsilon_high. null: epsilon."""
     beta: float = setting(0.0, "result")
     """Weight of the KL divergence from the base, the model without its adapter."""
+    max_sampler_distance: float | None = setting(None, "nothing")
+    """With train.server: the largest distance of the server's log p from the model's, in nats a
+    token, with which a run goes on. null: 4 times that of the base, measured before the first
+    update."""
 
     def __post_init__(self) -> None:
         require_positive("grpo", self, "max_new_tokens", "epochs", "epsilon", "epsilon_high")
+        require_positive("grpo", self, "max_sampler_distance")
         require(self.beta >= 0, f"grpo.beta={self.beta:g} must not be negative.")
         require(
             self.grader is not None or bool(self.rewards),

@@ -126,9 +126,17 @@ REFUSALS = {
         lambda vllm: vllm.faults.append("no log p"),
         ["without token ids of its vocabulary or their log p (TypeError", "update"],
     ),
+    "no ids": (
+        lambda vllm: vllm.faults.append("no ids"),
+        ["without token ids of its vocabulary or their log p (TypeError", "update"],
+    ),
+    "few log p": (
+        lambda vllm: vllm.faults.append("few log p"),
+        ["without token ids of its vocabulary or their log p (ValueError", "update"],
+    ),
     "cut answers": (
         lambda vllm: vllm.faults.append("cut"),
-        ["cuts answers at 2 of 8 tokens", "--generation-config"],
+        ["cuts answers at 1 of 8 tokens", "--generation-config"],
     ),
 }
 
@@ -159,5 +167,5 @@ def test_a_chat_with_a_server_is_that_with_the_model_in_this_process(compose, ru
 
     assert answer(f"server={vllm.url}/v1/") == answer() != ""
     vllm.faults = ["gone"]
-    with pytest.raises(UserError, match="broke off an answer after 2 tokens"):
+    with pytest.raises(UserError, match="broke off an answer after 1 tokens"):
         answer(f"server={vllm.url}")

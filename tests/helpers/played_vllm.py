@@ -6,8 +6,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class PlayedVllm(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.refusals = {}  # path -> status and body
         self.faults = []  # of the next completions
+        self.temperature = 1.0  # in place of the one that a request sets
+        self.sends_processed = False  # log p at the temperature, as --logprobs-mode sets
 
     def handle_error(self, request: object, client_address: object) -> None:
         if not isinstance(sys.exc_info()[1], BrokenPipeError):  # the client stopped reading
@@ -44,18 +47,26 @@ class PlayedVllm(ThreadingHTTPServer):
     def load(self, name: str, adapter: str) -> None:
         self.loaded[name] = attach(load_model(self.base, torch.device("cpu")), Path(adapter)).eval()
 
-    def answer(self, body: dict) -> tuple[list[int], list[float], str]:
-        """Tokens, their log p, and why they ended."""
+    @cached_property
+    def unadapted(self) -> torch.nn.Module:
+        return load_model(self.base, torch.device("cpu")).eval()
+
+    def model(self, name: str) -> torch.nn.Module | None:
+        return self.unadapted if name == self.served["id"] else self.loaded.get(name)
+
+    def answer(self, body: dict) -> tuple[list[int], dict[str, list], str]:
+        """Tokens, their log p and those of the likeliest, and why they ended."""
         ids = torch.tensor([body["prompt"]])
         is_sampled = body["temperature"] > 0
         with self.lock:
             torch.manual_seed(body["seed"])
-            output = self.loaded[body["model"]].generate(
+            output = self.model(body["model"]).generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=body["max_tokens"],
                 do_sample=is_sampled,
                 top_k=0 if is_sampled else None,
+                temperature=self.temperature if is_sampled else None,
                 output_logits=True,
                 return_dict_in_generate=True,
                 eos_token_id=body["stop_token_ids"],
@@ -64,10 +75,23 @@ class PlayedVllm(ThreadingHTTPServer):
                 tokenizer=self.tokenizer,
             )
         tokens = output.sequences[0, ids.shape[1] :]
-        log_p = torch.cat(output.logits).float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        divisor = self.temperature if self.sends_processed else 1.0
+        log_p = (torch.cat(output.logits).float() / divisor).log_softmax(-1)
+        highest, likeliest = log_p.max(-1)
+        log_p = log_p.gather(1, tokens[:, None])[:, 0]
+        sent = [
+            {f"token_id:{sampled}": p} | {f"token_id:{first}": p_first}
+            for sampled, p, first, p_first in zip(
+                tokens.tolist(),
+                log_p.tolist(),
+                likeliest.tolist(),
+                highest.tolist(),
+                strict=True,
+            )
+        ]
         return (
             tokens.tolist(),
-            log_p.tolist(),
+            {"token_logprobs": log_p.tolist(), "top_logprobs": sent},
             "length" if len(tokens) == body["max_tokens"] else "stop",
         )
 
@@ -112,13 +136,19 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.asked.append(body)
             fault = server.faults.pop(0) if server.faults else ""
-        if body["model"] not in server.loaded:
+        if fault == "restart":
+            server.loaded.clear()
+        if server.model(body["model"]) is None:
             return self.respond(
                 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
             )
         if fault.isdecimal():
             return self.respond(int(fault), {"error": {"message": "it is overloaded"}})
-        tokens, log_p, reason = server.answer(body)
+        tokens, logprobs, reason = server.answer(body)
+        first, rest = (
+            {key: values[part] for key, values in logprobs.items()}
+            for part in (slice(1), slice(1, None))
+        )
         self.send_response(200)
         self.end_headers()
         name = "base" if fault == "another model" else body["model"]
@@ -127,32 +157,36 @@ class Handler(BaseHTTPRequestHandler):
             os.kill(os.getpid(), signal.SIGINT)
             fault = "endless"
         while fault == "endless":
-            self.send(name, tokens[:1], None)
+            self.send(name, tokens[:1], None, first)
             time.sleep(0.01)
         if fault in ("gone", "aborted", "broken"):
-            self.send(name, tokens[:2], "abort" if fault == "aborted" else None)
+            self.send(name, tokens[:1], "abort" if fault == "aborted" else None, first)
             if fault == "broken":
                 self.wfile.write(b'data: {"error": {"message": "EngineDeadError"}}\n\n')
             return None
         if fault == "no json":
             return self.wfile.write(b"data: {token_ids}\n\n")
         if fault == "unknown ids":
-            return self.send(name, [-1], reason, [0.0])
+            return self.send(name, [len(server.tokenizer) + 10**6], reason, first)
+        if fault == "no ids":
+            return self.send(name, None, reason, logprobs)
         if fault == "cut":
-            return self.send(name, tokens[:2], "length")
+            return self.send(name, tokens[:1], "length", first)
         if fault == "no log p":
             return self.send(name, tokens, reason, None)
-        self.send(name, tokens[:1], None, log_p[:1])
-        self.send(name, tokens[1:], reason, log_p[1:])
+        if fault == "few log p":
+            return self.send(name, tokens, reason, first)
+        self.send(name, tokens[:1], None, first)
+        self.send(name, tokens[1:], reason, rest)
         if fault == "usage":
             self.wfile.write(f"data: {json.dumps({'model': name, 'choices': []})}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
 
     def send(
-        self, model: str, tokens: list[int], reason: str | None, log_p: Sequence[float] | None = ()
+        self, model: str, tokens: list[int] | None, reason: str | None, logprobs: dict | None
     ) -> None:
         choice = {"index": 0, "text": "?", "token_ids": tokens, "finish_reason": reason}
-        choice["logprobs"] = None if log_p is None else {"token_logprobs": [*log_p]}
+        choice["logprobs"] = logprobs
         self.wfile.write(f"data: {json.dumps({'model': model, 'choices': [choice]})}\n\n".encode())
 
 

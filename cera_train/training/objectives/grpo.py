@@ -27,7 +27,7 @@ from cera_train.common.settings import require
 from cera_train.data.prepare import Example, TokenizedRows, table_of
 from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.held_out import token_losses
-from cera_train.evaluation.requests import Answer, Request, check_positions
+from cera_train.evaluation.requests import Answer, Request, SampledTokens, check_positions
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.folder import Progress, RunFolder
 from cera_train.runs.results import SAMPLES, Sample, TokenLosses, figure
@@ -36,6 +36,7 @@ from cera_train.settings.run import Config
 from cera_train.settings.training import GrpoConfig
 from cera_train.training.build import Data, Model
 from cera_train.training.objectives.objective import Drawn
+from cera_train.training.objectives.policy import MOST_ROUNDING, PolicyCheck
 from cera_train.training.rewards import Reward, generated_questions, grade, import_reward
 
 MOST_WEIGHT = 2.0
@@ -44,7 +45,6 @@ TRL."""
 
 PATIENCE = 100  # groups without any difference in reward after which a run is given up
 
-MISMATCH = "train/sampling/log_p_difference"
 KL = "train/kl"
 
 
@@ -82,9 +82,7 @@ def grpo_loss(
     gains = torch.minimum(ratios * advantages, clipped * advantages)
     figures = {}
     if sampled is not None:
-        difference = log_p_before - sampled
-        figures[MISMATCH] = difference.abs().sum()
-        gains = gains * difference.exp().clamp(max=MOST_WEIGHT)
+        gains = gains * (log_p_before - sampled).exp().clamp(max=MOST_WEIGHT)
     loss = -gains.sum()
     if reference is not None:
         excess = reference - log_p
@@ -157,25 +155,30 @@ class Grpo:
             f"grpo.beta={self.config.beta:g} needs the base as the reference, and adapter.kind="
             f"{config.adapter.kind} trains it: set grpo.beta=0.",
         )
+        limit = self.config.max_sampler_distance
+        if limit is None and not keeps_base(model.adapted):  # its base cannot be compared
+            limit = MOST_ROUNDING
+        self.policy = PolicyCheck(f"train.server={config.train.server}", model, limit)
         longest = max(self._answer_start(row) for row in range(len(self.rows)))
         room = self.config.max_new_tokens
         check_positions("grpo.max_new_tokens", room, longest, sampler.engine.positions)
 
     def draw(self, rows: list[int]) -> Rollout:
         prompts = [self._prompt(row) for row in rows]
-        groups = self._sample([prompt.ids for prompt in prompts])
+        groups = self._sample(prompts, self.config.answers)
+        batches = self._batches(prompts, groups)
+        distances = {}
+        if self.sampler.is_served:
+            distances = self._check_policy(prompts, groups, batches)
         rewards = self._reward(prompts, groups)
         self._check_signal(rewards)
         self._keep_samples(prompts, groups, rewards)
-        return self._rollout(prompts, groups, rewards)
+        rollout = self._rollout(groups, batches, rewards)
+        rollout.figures |= distances
+        return rollout
 
-    def _rollout(
-        self, prompts: list[Prompt], groups: list[list[Answer]], rewards: Tensor
-    ) -> Rollout:
-        """What `loss` needs to know about sampled answers."""
-        config = self.config
-        accelerator = self.model.accelerator
-        advantages = group_advantages(rewards, config.scale).flatten()
+    def _batches(self, prompts: list[Prompt], groups: list[list[Answer]]) -> MicroBatches:
+        """One sequence for each answer, after its prompt."""
         examples = [
             Example(
                 [*prompt.ids, *answer.ids], [False] * len(prompt.ids) + [True] * len(answer.ids)
@@ -183,9 +186,27 @@ class Grpo:
             for prompt, group in zip(prompts, groups, strict=True)
             for answer in group
         ]
-        sampled = TokenizedRows(table_of(examples))
-        batches = self.model.micro_batches(sampled)
-        lengths = torch.tensor(sampled.supervised)
+        return self.model.micro_batches(TokenizedRows(table_of(examples)))
+
+    def _check_policy(
+        self, prompts: list[Prompt], groups: list[list[Answer]], batches: MicroBatches
+    ) -> dict[str, float]:
+        """Returns figures of how far the server's policy is from the model's. Raises UserError
+        where it is another."""
+        if self.policy.limit is None:
+            with self.sampler.engine.without_adapter():
+                unadapted = self._sample(prompts, 1)
+            self.policy.measure(self._batches(prompts, unadapted), sampled_tokens(unadapted))
+        return self.policy.check(batches, sampled_tokens(groups))
+
+    def _rollout(
+        self, groups: list[list[Answer]], batches: MicroBatches, rewards: Tensor
+    ) -> Rollout:
+        """What `loss` needs to know about sampled answers."""
+        config = self.config
+        accelerator = self.model.accelerator
+        advantages = group_advantages(rewards, config.scale).flatten()
+        lengths = torch.tensor(batches.supervised)
         rollout = Rollout(
             batches,
             # An answer with zero advantage has no gradient, unless KL gives it one.
@@ -198,10 +219,9 @@ class Grpo:
             token_weight=accelerator.num_processes / lengths.sum().to(batches.device),
         )
         if self.sampler.is_served:
-            rollout.sampled = [answer.log_p for group in groups for answer in group]
-            rollout.sums[MISMATCH] = torch.zeros((), device=batches.device)
+            rollout.sampled = [tokens.log_p for tokens in sampled_tokens(groups)]
         if config.beta:
-            rollout.sequences = [*range(len(examples))]
+            rollout.sequences = [*range(len(lengths))]
             rollout.reference = self._reference_log_p(batches, rollout.sequences)
             rollout.sums[KL] = torch.zeros((), device=batches.device)
         return rollout
@@ -222,10 +242,6 @@ class Grpo:
         loss, figures = grpo_loss(log_p, before, advantages, config, reference, sampled)
         if KL in figures:
             figures[KL] = drawn.token_weight * figures[KL] / config.epochs
-        if MISMATCH in figures:
-            processes = self.model.accelerator.num_processes
-            tokens = int(drawn.lengths[drawn.sequences].sum())
-            figures[MISMATCH] = processes * figures[MISMATCH] / (tokens * config.epochs)
         return drawn.token_weight * loss, figures
 
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
@@ -244,11 +260,10 @@ class Grpo:
         right = self.tokenizer.decode(ids[start:end], skip_special_tokens=True)
         return Prompt(tuple(ids[:start]), text, right)
 
-    def _sample(self, prompts: Sequence[tuple[int, ...]]) -> list[list[Answer]]:
-        """A group of answers to each prompt, the same on every process."""
-        size = self.config.answers
+    def _sample(self, prompts: Sequence[Prompt], size: int) -> list[list[Answer]]:
+        """`size` answers to each prompt, the same on every process."""
         requests = [
-            Request(f"{self.progress.update}/{number}", sample, prompt)
+            Request(f"{self.progress.update}/{number}", sample, prompt.ids)
             for number, prompt in enumerate(prompts)
             for sample in range(size)
         ]
@@ -309,6 +324,11 @@ class Grpo:
         with model.adapted.disable_adapter():
             losses = token_losses(model.language_model, batches, sequences, model.accelerator)
         return [*(-torch.from_numpy(losses.losses)).split(batches.supervised)]
+
+
+def sampled_tokens(groups: list[list[Answer]]) -> list[SampledTokens]:
+    """The tokens of each answer as the server saw them."""
+    return [answer.sampled for group in groups for answer in group]
 
 
 def join_tokens(values: Sequence, group: Sequence[int], device: torch.device) -> Tensor:

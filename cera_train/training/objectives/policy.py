@@ -1,0 +1,299 @@
+"""Whether a server samples by the policy that trains. Two statistics of an update's answers decide:
+
+    distance    the mean of |log p here - log p there| over the sampled tokens, in nats. Two engines
+                round differently: what the base without an adapter shows is what rounding explains
+    surprise    by Freedman's inequality, how unlikely it is that the likeliest token was sampled as
+                often as it was, if the server drew by the log p that it sent. A temperature or a
+                top-p that this log p leaves out shows here alone
+
+What the answers look like instead is computed only when they are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from cera_train.adapters.families.base import ADAPTER
+from cera_train.adapters.saved import keeps_base
+from cera_train.cera.layer import CeraLinear
+from cera_train.common.errors import UserError
+from cera_train.evaluation.held_out import token_losses
+from cera_train.evaluation.requests import SampledTokens
+from cera_train.model.batches import MicroBatches
+from cera_train.model.language_model import LanguageModel
+from cera_train.training.build import Model
+
+MOST_A_TOKEN = 1.0
+"""Nats that one token adds to a distance, at most: where rounding sends a token to another expert,
+its log p may be anything."""
+
+TIMES_ROUNDING = 4.0
+"""A distance up to this many times the base's counts as rounding: the adapter adds products of its
+own, and answers may become less certain than the base's."""
+
+HARMLESS = 1e-3
+"""Nats a token; a smaller distance is never refused: it changes a probability by a thousandth."""
+
+MOST_ROUNDING = 0.1
+"""Nats a token; a larger distance between two copies of the base is no rounding."""
+
+MOST_SURPRISE = 20.0
+"""Nats: sound answers surprise more in one of e^20 / 2, or 240 million, updates."""
+
+DISTANCE = "train/sampling/log_p_difference"
+LIMIT = "train/sampling/log_p_limit"
+
+
+# --- the statistics -------------------------------------------------------------------------------
+
+
+def log_p_distance(here: Tensor, there: Tensor) -> float:
+    """Mean distance of the log p of tokens, [N] each, in nats a token. NaN if any is."""
+    return (here - there).abs().clamp(max=MOST_A_TOKEN).mean().item()
+
+
+def surprise(highest: Tensor, is_highest: Tensor) -> float:
+    """Minus the log of Freedman's bound (Ann. Probab. 3, 1975) on the probability that the
+    likeliest token is sampled so much more or less often than its probabilities say.
+
+    Args:
+        highest: [N] log p of the likeliest token in each place.
+        is_highest: [N] whether it was sampled.
+    """
+    p = highest.double().exp()
+    excess = (is_highest.double() - p).sum().abs()
+    variance = (p * (1 - p)).sum().clamp(min=0)
+    return (excess.square() / (2 * (variance + excess / 3) + 1e-12)).item()
+
+
+class Tokens(NamedTuple):
+    """The sampled tokens of all answers, one after the other, as the server saw them; [N] each."""
+
+    log_p: Tensor
+    highest: Tensor
+    is_highest: Tensor
+
+    @staticmethod
+    def of(answers: list[SampledTokens]) -> Tokens:
+        fields = zip(*answers, strict=True)
+        return Tokens(*(torch.tensor([x for part in field for x in part]) for field in fields))
+
+
+# --- the check ------------------------------------------------------------------------------------
+
+
+@dataclass
+class PolicyCheck:
+    """Refuses answers of another policy than the model's.
+
+    Args:
+        place: the setting that names the server, for errors.
+        limit: the largest accepted distance; None until `measure` finds it.
+    """
+
+    place: str
+    model: Model
+    limit: float | None
+    before: list[Tensor] | None = None
+    """The trained weights of the last accepted answers."""
+
+    def measure(self, batches: MicroBatches, answers: list[SampledTokens]) -> None:
+        """Sets the limit by answers of the server's base, which no adapter changes. Raises
+        UserError where rounding does not explain their distance."""
+        tokens = Tokens.of(answers)
+        language_model = self.model.language_model
+        with self.model.adapted.disable_adapter():
+            rounding = log_p_distance(self._log_p(batches), tokens.log_p)
+            if not rounding <= MOST_ROUNDING:
+                suspects = temperatures(language_model, lambda: self._log_p(batches), tokens.log_p)
+                self._refuse("the base without an adapter", rounding, MOST_ROUNDING, suspects)
+        self.limit = max(HARMLESS, TIMES_ROUNDING * rounding)
+
+    def check(self, batches: MicroBatches, answers: list[SampledTokens]) -> dict[str, float]:
+        """Returns figures for metrics.jsonl. Raises UserError where the answers are not the
+        model's."""
+        tokens = Tokens.of(answers)
+        distance = log_p_distance(self._log_p(batches), tokens.log_p)
+        if not distance <= self.limit:
+            suspects = self._suspects(batches, tokens.log_p)
+            self._refuse("the adapter in training", distance, self.limit, suspects)
+        if not surprise(tokens.highest, tokens.is_highest) <= MOST_SURPRISE:
+            sampled = int(tokens.is_highest.sum())
+            expected = float(tokens.highest.exp().sum())
+            direction = "below" if sampled > expected else "above"
+            raise UserError(
+                f"{self.place} sampled the likeliest token {sampled:,} times of "
+                f"{len(tokens.log_p):,}, and {expected:,.0f} were to be expected by its own log p: "
+                f"it samples at a temperature {direction} 1, or from a part of the vocabulary. "
+                "Remove what changes the settings of requests, such as a proxy or a plugin."
+            )
+        self.before = [weight.detach().clone() for weight in self.model.trained]
+        return {DISTANCE: distance, LIMIT: self.limit}
+
+    def _log_p(self, batches: MicroBatches) -> Tensor:
+        """[N] log p of the answers' tokens under the model as it is."""
+        rows = range(len(batches.lengths))
+        model = self.model
+        losses = token_losses(model.language_model, batches, rows, model.accelerator)
+        return -torch.from_numpy(losses.losses)
+
+    def _suspects(self, batches: MicroBatches, there: Tensor) -> Iterator[tuple[str, float]]:
+        """What the answers may come from, and their distance from it."""
+        model = self.model
+        adapted = model.adapted
+
+        def log_p() -> Tensor:
+            return self._log_p(batches)
+
+        with model.language_model.uncompiled():
+            for name, change in whole_changes(adapted, model.trained, self.before):
+                with change:
+                    yield name, log_p_distance(log_p(), there)
+            yield from missing_parts(adapted, log_p, there)
+            yield from temperatures(model.language_model, log_p, there)
+
+    def _refuse(
+        self, policy: str, distance: float, limit: float, suspects: Iterator[tuple[str, float]]
+    ) -> None:
+        name, rest = min(suspects, key=lambda suspect: suspect[1], default=("", 1.0))
+        cause = "as none of the usual mistakes would: are its base weights those of this run?"
+        if rest <= limit:
+            cause = f"as if by {name} ({rest:.2g})."
+        raise UserError(
+            f"{self.place} answers by another policy than {policy}: its log p are {distance:.2g} "
+            f"nats a token away, of which rounding explains {limit:.2g}, {cause} Start vLLM again, "
+            "and the same command resumes; or allow more by grpo.max_sampler_distance."
+        )
+
+
+# --- what a wrong policy looks like ---------------------------------------------------------------
+
+
+def whole_changes(
+    adapted: nn.Module, trained: list[nn.Parameter], before: list[Tensor] | None
+) -> Iterator[tuple[str, AbstractContextManager]]:
+    """Mistakes with all of an adapter: their name, and a context with the model so changed."""
+    if keeps_base(adapted):
+        yield "the base without an adapter", adapted.disable_adapter()
+    if before is not None:
+        yield "the adapter of the update before", exchanged(trained, before)
+    layers = [layer for layer, _ in scaled_layers(adapted)]
+    gated = [layer for layer in layers if isinstance(layer, CeraLinear)]
+    if gated:
+        yield "the adapter without its gate", ungated(gated)
+    root = max((layer.r[ADAPTER] for layer in layers), default=1) ** 0.5
+    for factor in (2, 0.5, root, 1 / root):
+        yield f"the adapter at {factor:.3g} times its scale", scaled(layers, factor)
+
+
+def missing_parts(
+    adapted: nn.Module, log_p: Callable[[], Tensor], there: Tensor
+) -> Iterator[tuple[str, float]]:
+    """An adapter without a half of its layers, or without some projections: those whose effects
+    explain the distance, by least squares."""
+    layers = scaled_layers(adapted)
+    middle = len(layers) // 2
+    for name, part in (("first", layers[:middle]), ("second", layers[middle:])):
+        with scaled([layer for layer, _ in part], 0):
+            yield f"the adapter without its {name} half", log_p_distance(log_p(), there)
+
+    names = sorted({name for _, name in layers})
+    here = log_p()
+    effects = []
+    for name in names:
+        with scaled([layer for layer, its_name in layers if its_name == name], 0):
+            effects.append(log_p() - here)
+    if not names:
+        return
+    shares = torch.linalg.lstsq(torch.stack(effects, 1), (there - here)[:, None]).solution[:, 0]
+    missing = [name for name, share in zip(names, shares.tolist(), strict=True) if share > 0.5]
+    if missing:
+        with scaled([layer for layer, name in layers if name in missing], 0):
+            yield f"the adapter without {' '.join(missing)}", log_p_distance(log_p(), there)
+
+
+def temperatures(
+    language_model: LanguageModel, log_p: Callable[[], Tensor], there: Tensor
+) -> Iterator[tuple[str, float]]:
+    """The temperature whose log p are nearest: each step divides it by the slope of log p there
+    over log p here."""
+    temperature = 1.0
+    for _ in range(4):
+        with at_temperature(language_model, temperature):
+            here = log_p()
+        yield f"a temperature of {temperature:.2g}", log_p_distance(here, there)
+        centred = here - here.mean()
+        slope = float((centred * there).sum() / centred.square().sum())
+        if not slope > 0:
+            return
+        temperature /= slope
+
+
+def scaled_layers(adapted: nn.Module) -> list[tuple[BaseTunerLayer, str]]:
+    """The projections whose adapter has a scale, in the model's order, and their names."""
+    return [
+        (module, name.rpartition(".")[2])
+        for name, module in adapted.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and isinstance(getattr(module, "scaling", {}).get(ADAPTER), int | float)
+    ]
+
+
+@contextlib.contextmanager
+def scaled(layers: list[BaseTunerLayer], factor: float) -> Iterator[None]:
+    """The branches of these layers count `factor` times inside."""
+    scales = [layer.scaling[ADAPTER] for layer in layers]
+    for layer, scale in zip(layers, scales, strict=True):
+        layer.scaling[ADAPTER] = factor * scale
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[ADAPTER] = scale
+
+
+@contextlib.contextmanager
+def ungated(layers: list[CeraLinear]) -> Iterator[None]:
+    """The branches of these layers are linear inside."""
+    gates = [layer.cera_gate[ADAPTER] for layer in layers]
+    for layer in layers:
+        layer.cera_gate[ADAPTER] = nn.Identity()
+    try:
+        yield
+    finally:
+        for layer, gate in zip(layers, gates, strict=True):
+            layer.cera_gate[ADAPTER] = gate
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def exchanged(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
+    """The parameters have these values inside."""
+    held = [parameter.clone() for parameter in parameters]
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+    try:
+        yield
+    finally:
+        for parameter, value in zip(parameters, held, strict=True):
+            parameter.copy_(value)
+
+
+@contextlib.contextmanager
+def at_temperature(language_model: LanguageModel, temperature: float) -> Iterator[None]:
+    """The head's logits are divided by the temperature inside."""
+    hook = language_model.head.register_forward_hook(
+        lambda head, inputs, logits: logits / temperature
+    )
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,90 @@
+"""Mistakes in the adapter that a server loads, as changes of its folder."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from cera_train.evaluation.server import Server
+
+Change = Callable[[Path], None]
+
+
+def set_config(folder: Path, **changes: object) -> None:
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {k: v for k, v in changes.items() if k in config}))
+
+
+def scale(folder: Path, factor: float) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    set_config(folder, alpha=factor * config["alpha"])
+
+
+def drop(folder: Path, is_dropped: Callable[[str], bool]) -> None:
+    """Without effect are the projections of these names."""
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    for name, tensor in weights.items():
+        if "_B." in name and is_dropped(name):
+            tensor.zero_()
+    save_file(weights, file)
+
+
+class Stale:
+    """Each load gets the adapter of the load before."""
+
+    def __init__(self) -> None:
+        self.before = None
+
+    def __call__(self, folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        newest = file.read_bytes()
+        if self.before is not None:
+            file.write_bytes(self.before)
+        self.before = newest
+
+
+WRONG_ADAPTERS: dict[str, tuple[Change, str]] = {
+    "no adapter": (lambda folder: drop(folder, lambda name: True), "the base without an adapter"),
+    "twice the scale": (lambda folder: scale(folder, 2), "the adapter at 2 times its scale"),
+    "half the scale": (lambda folder: scale(folder, 0.5), "the adapter at 0.5 times its scale"),
+    "rsLoRA's scale": (
+        lambda folder: set_config(folder, use_rslora=True),
+        "the adapter at 2.83 times its scale",
+    ),
+    "no gate": (
+        lambda folder: set_config(folder, activation="identity"),
+        "the adapter without its gate",
+    ),
+    "half the modules": (
+        lambda folder: drop(folder, lambda name: ".mlp." in name),
+        "the adapter without down_proj gate_proj up_proj",
+    ),
+    "half the layers": (
+        lambda folder: drop(folder, lambda name: ".layers.1." in name),
+        "the adapter without its second half",
+    ),
+}
+"""A change, and what a refusal says that it looks like. For two layers of CeRA at r = 8."""
+
+
+@contextmanager
+def changed_adapters(change: Change) -> Iterator[None]:
+    """Servers load changed copies of the adapters that they are to load."""
+    load_adapter = Server.load_adapter
+
+    def load_changed(server: Server, adapter: Path) -> None:
+        copy = adapter.with_name("changed")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(adapter, copy)
+        change(copy)
+        load_adapter(server, copy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Server, "load_adapter", load_changed)
+        yield
