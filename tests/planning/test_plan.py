@@ -180,6 +180,8 @@ def test_objectives_add_their_passes_and_answers(compose):
         plain.forward_tokens,
     )
     assert held.forward_tokens - plain.forward_tokens == pytest.approx(held.tokens)
+    served = size(*words, "train.server=http://localhost:8000")[1]
+    assert served.forward_tokens == held.forward_tokens  # the check of the server's log p
     data, dpo = size("data=preferences", "train.objective=dpo", "train.probe_tokens=1")
     pair = 2 * data.tokens_per_row
     probes = 3

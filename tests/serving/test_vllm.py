@@ -5,6 +5,7 @@ tests share one server; those that start others are nightly."""
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_runs import metrics_of, wait_until  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from wrong_policies import WRONG_ADAPTERS, Stale, changed_adapters  # noqa: E402
 
 import cera_train.evaluation.server as server_module  # noqa: E402
 from cera_train.cera import CeraConfig  # noqa: E402
@@ -184,7 +186,7 @@ def started(folder: Path, log: Path, *options: object, port: int = 0, **environm
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until(lambda: process.poll() is not None or is_healthy(url), seconds=300, every=1)
+        wait_until(lambda: process.poll() is not None or is_healthy(url), seconds=900, every=1)
         assert process.poll() is None, log.read_text()[-4000:]
         yield url, process
     finally:
@@ -378,9 +380,9 @@ def models_of(server: str) -> set[str]:
     return {model["id"] for model in httpx.get(f"{server}/v1/models").json()["data"]}
 
 
-def test_updates_by_rewards_are_sampled_by_vllm(
-    server, compose, folder, write_jsonl, tmp_path, monkeypatch
-):
+@pytest.fixture
+def grpo(compose, folder, write_jsonl, tmp_path, monkeypatch):
+    """grpo(server, ...): the config of a run that is rewarded for long answers."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "rewards_of_a_test.py").write_text(
         "def length(prompt, answer, right):\n    return len(answer)\n"
@@ -388,13 +390,12 @@ def test_updates_by_rewards_are_sampled_by_vllm(
     rows = write_jsonl(
         "rows.jsonl", [{"prompt": f"Say {n}:", "completion": f" {n}"} for n in range(8)]
     )
-    config = compose(
+    return lambda server, *settings: compose(
         f"model.path={folder / BASE}",
         "model.dtype=float32",
         "data.max_length=64",
         f"train.server={server}",
         "adapter.r=8",
-        "adapter.target_modules=[q_proj,v_proj]",
         "optimizer.lr=2e-2",
         f"output_dir={tmp_path}",
         "data=jsonl",
@@ -405,14 +406,104 @@ def test_updates_by_rewards_are_sampled_by_vllm(
         "train.objective=grpo",
         "grpo.max_new_tokens=16",
         "grpo.rewards=[rewards_of_a_test.length]",
+        *settings,
     )
+
+
+def rewarded_updates(config) -> list[dict]:
+    return [line for line in metrics_of(config) if "train/reward" in line]
+
+
+def test_updates_by_rewards_are_sampled_by_vllm(server, grpo):
+    config = grpo(server, "adapter.target_modules=[q_proj,v_proj]")
     before = models_of(server)
     train(config)
-    updates = [line for line in metrics_of(config) if "train/reward" in line]
+    updates = rewarded_updates(config)
     assert len(updates) == 2
     assert all(line["train/grad_norm"] > 0 for line in updates)
     assert max(line["train/sampling/log_p_difference"] for line in updates) < 1e-3
     assert len(models_of(server) - before) == 1  # each adapter took the place of the one before
+
+
+EVERY_NIGHT = [
+    *(
+        pytest.param(change, looks, marks=pytest.mark.nightly, id=name)
+        for name, (change, looks) in WRONG_ADAPTERS.items()
+        if name != "no adapter"
+    ),
+    # Whose adapter was still the base.
+    pytest.param(
+        Stale(),
+        "the (base without an adapter|adapter of the update before)",
+        marks=pytest.mark.nightly,
+        id="stale",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "looks"),
+    [pytest.param(*WRONG_ADAPTERS["no adapter"], id="no adapter"), *EVERY_NIGHT],
+)
+def test_updates_stop_where_vllm_has_a_wrong_adapter(server, grpo, change, looks):
+    """The first is still the base's: a mistake in it changes nothing."""
+    config = grpo(server)
+    with changed_adapters(change), pytest.raises(UserError) as caught:
+        train(config)
+    print(caught.value)
+    assert re.search(f"as if by {looks} ", str(caught.value))
+    assert len(rewarded_updates(config)) == 1
+
+
+@contextmanager
+def half_temperature(monkeypatch):
+    """vLLM gets another temperature than was asked for, as a proxy may cause."""
+    choices = server_module.Server._choices
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            server_module.Server,
+            "_choices",
+            lambda self, body: choices(self, body | {"temperature": 0.5}),
+        )
+        yield
+
+
+def test_updates_stop_where_vllm_samples_at_another_temperature(server, grpo, monkeypatch):
+    with half_temperature(monkeypatch), pytest.raises(UserError) as caught:
+        train(grpo(server))
+    print(caught.value)
+    assert "it samples at a temperature below 1" in str(caught.value)
+
+
+@pytest.mark.nightly
+def test_updates_stop_where_the_log_p_of_vllm_are_those_of_another_temperature(
+    folder, grpo, tmp_path, monkeypatch
+):
+    options = (*LORA, "--logprobs-mode", "processed_logprobs")
+    with started(folder, tmp_path / "log", *options) as (url, _):
+        config = grpo(url)
+        train(config)
+        assert len(rewarded_updates(config)) == 2
+        with half_temperature(monkeypatch), pytest.raises(UserError) as caught:
+            train(grpo(url, "name=cold"))
+    print(caught.value)
+    assert "the base without an adapter: its log p are" in str(caught.value)
+    assert "as if by a temperature of 0.5 " in str(caught.value)
+
+
+@pytest.mark.nightly
+def test_updates_stop_where_vllm_has_the_weights_of_an_earlier_base(server, folder, grpo):
+    file = folder / BASE / "model.safetensors"
+    weights = file.read_bytes()
+    newer = {name: 1.1 * weight for name, weight in load_file(file).items()}
+    try:
+        save_file(newer, file, metadata={"format": "pt"})
+        with pytest.raises(UserError) as caught:
+            train(grpo(server))
+    finally:
+        file.write_bytes(weights)
+    print(caught.value)
+    assert "the base without an adapter: its log p are" in str(caught.value)
 
 
 @pytest.mark.nightly

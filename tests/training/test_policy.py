@@ -8,9 +8,15 @@ import pytest
 import torch
 from built_runs import BuiltRun, build_run
 from played_vllm import playing_vllm
+from tiny_runs import metrics_of
 from wrong_policies import WRONG_ADAPTERS, Stale, changed_adapters
 
 from cera_train.common.errors import UserError
+from cera_train.evaluation import generate
+from cera_train.evaluation.engine import Sampler
+from cera_train.evaluation.generate import LoadedModel, TokenChoice
+from cera_train.evaluation.requests import SampledTokens
+from cera_train.model.language_model import LanguageModel
 from cera_train.training.objectives.policy import (
     DISTANCE,
     LIMIT,
@@ -18,6 +24,7 @@ from cera_train.training.objectives.policy import (
     log_p_distance,
     surprise,
 )
+from cera_train.training.train import train
 
 WORDS = ("one", "two", "six", "ten")
 ROWS = [{"prompt": f"Say {word}:", "completion": f" {word}"} for word in WORDS]
@@ -25,6 +32,10 @@ ROWS = [{"prompt": f"Say {word}:", "completion": f" {word}"} for word in WORDS]
 
 def length(prompt: str, answer: str, right: str) -> float:
     return len(answer)
+
+
+def vowels(prompt: str, answer: str, right: str) -> float:
+    return sum(letter in "aeiou" for letter in answer)
 
 
 # --- the statistics -------------------------------------------------------------------------------
@@ -59,7 +70,7 @@ def test_draws_at_another_temperature_surprise(temperature):
 def test_one_token_of_any_log_p_adds_at_most_one_nat():
     here = torch.tensor([-1.0, -2.0, -3.0, -0.5])
     assert log_p_distance(here, here - torch.tensor([0, 0.5, -0.5, 9999])) == 0.5
-    assert not log_p_distance(here, here * torch.nan) <= 1
+    assert log_p_distance(here, here * torch.nan) == 1
 
 
 # --- ten mistakes ---------------------------------------------------------------------------------
@@ -166,3 +177,103 @@ def test_a_limit_of_the_users_lets_a_wrong_policy_pass(served, monkeypatch):
     change, _ = WRONG_ADAPTERS["no gate"]
     with changed_adapters(change):
         assert draw(run)[DISTANCE] > 0.01
+
+
+# --- sound answers --------------------------------------------------------------------------------
+
+
+class RecordedChoice(TokenChoice):
+    """Records log p of every token that it chooses, by the row of the batch."""
+
+    def __init__(self, batch, *settings) -> None:
+        super().__init__(batch, *settings)
+        self.sampled = [SampledTokens([], [], []) for _ in batch]
+        self.rows = self.sampled
+
+    def tokens(self, logits_BV):
+        tokens_B = super().tokens(logits_BV)
+        log_p_BV = logits_BV.float().log_softmax(-1)
+        log_p_B = log_p_BV.gather(-1, tokens_B[:, None])[:, 0]
+        highest_B, likeliest_B = log_p_BV.max(-1)
+        found = (log_p_B, highest_B, likeliest_B == tokens_B)
+        for row, *values in zip(self.rows, *(each.tolist() for each in found), strict=True):
+            for part, value in zip(row, values, strict=True):
+                part.append(value)
+        return tokens_B
+
+    def keep(self, rows_B):
+        super().keep(rows_B)
+        self.rows = [self.rows[row] for row in rows_B.tolist()]
+
+
+class RecordedModel(LoadedModel):
+    """The engine of this process as if it were a server's."""
+
+    def without_adapter(self):
+        return self.model.disable_adapter()
+
+    def generate(self, batch, config, streamer=None):
+        choices = []
+
+        def choose(*settings):
+            choices.append(RecordedChoice(*settings))
+            return choices[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generate, "TokenChoice", choose)
+            for answers in super().generate(batch, config, streamer):
+                [choice] = choices
+                rows = {
+                    request.key: row for request, row in zip(batch, choice.sampled, strict=True)
+                }
+                yield [answer._replace(sampled=rows[answer.generation.key]) for answer in answers]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("dtype", "autocasts"),
+    [("float32", True), ("bfloat16", True), ("bfloat16", False)],
+    ids=["float32", "bfloat16", "bfloat16 beside float32 adapters"],
+)
+def test_no_sound_answer_is_refused_in_1000_updates(
+    tiny_config, write_jsonl, monkeypatch, dtype, autocasts
+):
+    """By two computations of the same model: with a cache and without."""
+    start = Sampler.__init__
+
+    def record(sampler, config, tokenizer, language_model, *rest) -> None:
+        start(sampler, config, tokenizer, language_model, *rest)
+        sampler.is_served = True
+        sampler._serve = lambda: None
+        model = language_model.model
+        base = language_model.causal_lm
+        engine = language_model if autocasts else LanguageModel(model, base)
+        sampler.engine = RecordedModel(model, base, tokenizer, engine.generating)
+
+    monkeypatch.setattr(Sampler, "__init__", record)
+    config = tiny_config(
+        "data=jsonl",
+        f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
+        "data.eval_rows=1",
+        f"model.dtype={dtype}",
+        "train.objective=grpo",
+        "train.eval_every=null",
+        "train.save_every=null",
+        "train.batch_size=3",
+        "train.max_updates=1000",
+        "optimizer.lr=1e-2",
+        "adapter.r=8",
+        "adapter.alpha=8",
+        "adapter.target_modules=all-linear",
+        "grpo.answers=4",
+        "grpo.max_new_tokens=6",
+        f"grpo.rewards=[{__name__}.vowels]",
+    )
+    train(config)
+    updates = [line for line in metrics_of(config) if "train/reward" in line]
+    assert len(updates) == 1000
+    assert sum(line["train/reward"] for line in updates[-50:]) > sum(
+        line["train/reward"] for line in updates[:50]
+    )
+    furthest = max(updates, key=lambda line: line[DISTANCE])
+    print(f"{furthest[DISTANCE]:.2g} of {furthest[LIMIT]:.2g} at update {furthest['update']}")

@@ -32,8 +32,8 @@ from cera_train.model.language_model import LanguageModel
 from cera_train.training.build import Model
 
 MOST_A_TOKEN = 1.0
-"""Nats that one token adds to a distance, at most: where rounding sends a token to another expert,
-its log p may be anything."""
+"""Nats that a token differs by, at most: where rounding sends it to another expert, its log p may
+be anything."""
 
 TIMES_ROUNDING = 4.0
 """A distance up to this many times the base's counts as rounding: the adapter adds products of its
@@ -56,8 +56,9 @@ LIMIT = "train/sampling/log_p_limit"
 
 
 def log_p_distance(here: Tensor, there: Tensor) -> float:
-    """Mean distance of the log p of tokens, [N] each, in nats a token. NaN if any is."""
-    return (here - there).abs().clamp(max=MOST_A_TOKEN).mean().item()
+    """Mean distance of the log p of tokens, [N] each, in nats a token."""
+    distances = (here - there).abs().nan_to_num(MOST_A_TOKEN)
+    return distances.clamp(max=MOST_A_TOKEN).mean().item()
 
 
 def surprise(highest: Tensor, is_highest: Tensor) -> float:
@@ -108,13 +109,16 @@ class PolicyCheck:
     def measure(self, batches: MicroBatches, answers: list[SampledTokens]) -> None:
         """Sets the limit by answers of the server's base, which no adapter changes. Raises
         UserError where rounding does not explain their distance."""
-        tokens = Tokens.of(answers)
-        language_model = self.model.language_model
+        there = Tokens.of(answers).log_p
         with self.model.adapted.disable_adapter():
-            rounding = log_p_distance(self._log_p(batches), tokens.log_p)
-            if not rounding <= MOST_ROUNDING:
-                suspects = temperatures(language_model, lambda: self._log_p(batches), tokens.log_p)
-                self._refuse("the base without an adapter", rounding, MOST_ROUNDING, suspects)
+            rounding = log_p_distance(self._log_p(batches), there)
+            found = temperatures(self.model.language_model, lambda: self._log_p(batches), there)
+            suspects = [*found]
+        # No temperature explains half of a distance by rounding.
+        unexplained = max(HARMLESS, 2 * min(suspect.distance for suspect in suspects))
+        limit = min(MOST_ROUNDING, unexplained)
+        if rounding > limit:
+            self._refuse("the base without an adapter", rounding, limit, suspects)
         self.limit = max(HARMLESS, TIMES_ROUNDING * rounding)
 
     def check(self, batches: MicroBatches, answers: list[SampledTokens]) -> dict[str, float]:
@@ -122,10 +126,10 @@ class PolicyCheck:
         model's."""
         tokens = Tokens.of(answers)
         distance = log_p_distance(self._log_p(batches), tokens.log_p)
-        if not distance <= self.limit:
-            suspects = self._suspects(batches, tokens.log_p)
+        if distance > self.limit:
+            suspects = [*self._suspects(batches, tokens.log_p)]
             self._refuse("the adapter in training", distance, self.limit, suspects)
-        if not surprise(tokens.highest, tokens.is_highest) <= MOST_SURPRISE:
+        if surprise(tokens.highest, tokens.is_highest) > MOST_SURPRISE:
             sampled = int(tokens.is_highest.sum())
             expected = float(tokens.highest.exp().sum())
             direction = "below" if sampled > expected else "above"
@@ -145,8 +149,7 @@ class PolicyCheck:
         losses = token_losses(model.language_model, batches, rows, model.accelerator)
         return -torch.from_numpy(losses.losses)
 
-    def _suspects(self, batches: MicroBatches, there: Tensor) -> Iterator[tuple[str, float]]:
-        """What the answers may come from, and their distance from it."""
+    def _suspects(self, batches: MicroBatches, there: Tensor) -> Iterator[Suspect]:
         model = self.model
         adapted = model.adapted
 
@@ -156,17 +159,15 @@ class PolicyCheck:
         with model.language_model.uncompiled():
             for name, change in whole_changes(adapted, model.trained, self.before):
                 with change:
-                    yield name, log_p_distance(log_p(), there)
+                    yield Suspect(name, log_p_distance(log_p(), there))
             yield from missing_parts(adapted, log_p, there)
             yield from temperatures(model.language_model, log_p, there)
 
-    def _refuse(
-        self, policy: str, distance: float, limit: float, suspects: Iterator[tuple[str, float]]
-    ) -> None:
-        name, rest = min(suspects, key=lambda suspect: suspect[1], default=("", 1.0))
+    def _refuse(self, policy: str, distance: float, limit: float, suspects: list[Suspect]) -> None:
+        nearest = min(suspects, key=lambda suspect: suspect.distance)
         cause = "as none of the usual mistakes would: are its base weights those of this run?"
-        if rest <= limit:
-            cause = f"as if by {name} ({rest:.2g})."
+        if nearest.distance <= limit:
+            cause = f"as if by {nearest.name} ({nearest.distance:.2g})."
         raise UserError(
             f"{self.place} answers by another policy than {policy}: its log p are {distance:.2g} "
             f"nats a token away, of which rounding explains {limit:.2g}, {cause} Start vLLM again, "
@@ -175,6 +176,14 @@ class PolicyCheck:
 
 
 # --- what a wrong policy looks like ---------------------------------------------------------------
+
+
+class Suspect(NamedTuple):
+    """Another policy that the answers may come from."""
+
+    name: str
+    distance: float
+    """Of the server's log p from its."""
 
 
 def whole_changes(
@@ -196,40 +205,42 @@ def whole_changes(
 
 def missing_parts(
     adapted: nn.Module, log_p: Callable[[], Tensor], there: Tensor
-) -> Iterator[tuple[str, float]]:
-    """An adapter without a half of its layers, or without some projections: those whose effects
-    explain the distance, by least squares."""
+) -> Iterator[Suspect]:
+    """An adapter without a half of its layers, or without some projections: each is taken away or
+    put back as long as that lowers the distance."""
     layers = scaled_layers(adapted)
     middle = len(layers) // 2
     for name, part in (("first", layers[:middle]), ("second", layers[middle:])):
         with scaled([layer for layer, _ in part], 0):
-            yield f"the adapter without its {name} half", log_p_distance(log_p(), there)
+            yield Suspect(f"the adapter without its {name} half", log_p_distance(log_p(), there))
 
     names = sorted({name for _, name in layers})
-    here = log_p()
-    effects = []
-    for name in names:
-        with scaled([layer for layer, its_name in layers if its_name == name], 0):
-            effects.append(log_p() - here)
-    if not names:
-        return
-    shares = torch.linalg.lstsq(torch.stack(effects, 1), (there - here)[:, None]).solution[:, 0]
-    missing = [name for name, share in zip(names, shares.tolist(), strict=True) if share > 0.5]
-    if missing:
-        with scaled([layer for layer, name in layers if name in missing], 0):
-            yield f"the adapter without {' '.join(missing)}", log_p_distance(log_p(), there)
+    missing: set[str] = set()
+    nearest = log_p_distance(log_p(), there)
+    is_searching = True
+    while is_searching:
+        is_searching = False
+        for name in names:
+            candidate = missing ^ {name}
+            with scaled([layer for layer, name in layers if name in candidate], 0):
+                distance = log_p_distance(log_p(), there)
+            if distance < nearest:
+                missing = candidate
+                nearest = distance
+                is_searching = True
+    yield Suspect(f"the adapter without {' '.join(sorted(missing))}", nearest)
 
 
 def temperatures(
     language_model: LanguageModel, log_p: Callable[[], Tensor], there: Tensor
-) -> Iterator[tuple[str, float]]:
+) -> Iterator[Suspect]:
     """The temperature whose log p are nearest: each step divides it by the slope of log p there
     over log p here."""
     temperature = 1.0
     for _ in range(4):
         with at_temperature(language_model, temperature):
             here = log_p()
-        yield f"a temperature of {temperature:.2g}", log_p_distance(here, there)
+        yield Suspect(f"a temperature of {temperature:.2g}", log_p_distance(here, there))
         centred = here - here.mean()
         slope = float((centred * there).sum() / centred.square().sum())
         if not slope > 0:
