@@ -11,8 +11,8 @@ import numpy
 from scipy.special import expit, stdtr, stdtrit
 
 from cera_train.evaluation.statistics import ERROR_RATE, holm
+from cera_train.evaluation.verdict import Variances, detectable, estimate_mean
 from cera_train.study.tuning import could_gain
-from cera_train.study.verdict import Variances, detectable, estimate_mean
 
 BLOCK = 4_000_000  # values drawn at once: 32 MB
 RESAMPLES = 400  # of the bootstrap

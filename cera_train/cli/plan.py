@@ -20,6 +20,7 @@ from cera_train.cli.config import (
 from cera_train.cli.start import errors_in_one_line
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted, print_line
+from cera_train.evaluation.verdict import POWER, Variances, detectable
 from cera_train.planning.make import make_plan
 from cera_train.planning.plan import RunPlan
 from cera_train.planning.table import name_jobs, print_plan, print_plans
@@ -27,7 +28,6 @@ from cera_train.settings.run import PlanRun
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Study
 from cera_train.study.design import StudySweeper, check_cells, study_of, study_record
-from cera_train.study.verdict import POWER, Variances, detectable
 from cera_train.sweep.grid import grid
 
 PLAN = "cera-plan"

@@ -9,15 +9,15 @@ from scipy.stats import ttest_1samp
 
 from cera_train.common.settings import require
 from cera_train.evaluation.statistics import LEVEL, holm
-from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import Pair, Study, describe
-from cera_train.study.verdict import (
+from cera_train.evaluation.verdict import (
     Contrast,
     Verdict,
     contrast,
     contrast_over_bases,
     detectable,
 )
+from cera_train.settings.sweep import LOSS
+from cera_train.study.cells import Pair, Study, describe
 
 MOST_MISSING = 5  # runs that an error names
 

@@ -22,8 +22,8 @@ from benchmarks.verdicts import (
     wrong_after_tuning,
 )
 from cera_train.evaluation.statistics import holm, sign_flip
+from cera_train.evaluation.verdict import Contrast, Spread, Variances, contrast, detectable
 from cera_train.study.tuning import chords_could_gain, could_gain
-from cera_train.study.verdict import Contrast, Spread, Variances, contrast, detectable
 
 STUDIES = 1_500
 EVIDENCE = sorted(Path(__file__).parents[2].glob("docs/evidence/*.json"))
