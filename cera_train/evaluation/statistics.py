@@ -1,18 +1,25 @@
-"""The uncertainty of an accuracy, and of a difference between two runs on the same problems."""
+"""The uncertainty of an accuracy, and of a difference between two runs: on the same problems, or
+where only their numbers of right answers are known."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
-from scipy.stats import binomtest, bootstrap, permutation_test
+from scipy.special import betaincinv, ndtri
+from scipy.stats import binomtest, bootstrap, fisher_exact, norm, permutation_test
 
 ERROR_RATE = 0.05
 """The share of intervals that miss the truth, and of verdicts where there is no difference."""
 
 LEVEL = 1 - ERROR_RATE  # the confidence of an interval
 
+POWER = 0.8  # the probability with which a difference counts as detected
+
 BLOCK = 1_000_000  # numbers that resampling draws at once: 8 MB
+
+MANY = 20_000
+"""Problems, of which the mean is normal: resampling more takes minutes and finds the same."""
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -35,6 +42,11 @@ def bootstrap_interval(
         return float(ratio), float(ratio)
     if counts is None and len({*values}) == 1:
         return float(values[0]), float(values[0])
+    if counts is None and len(values) > MANY:
+        lower, upper = norm.interval(
+            LEVEL, numpy.mean(values), numpy.std(values) / math.sqrt(len(values))
+        )
+        return float(lower), float(upper)
     if counts is None:
         samples = (values,)
         statistic = numpy.mean
@@ -89,13 +101,15 @@ def sign_flip(first: Sequence[float], second: Sequence[float]) -> float:
     of a difference at least as large if a fair coin chose for each problem which run has which of
     the two values. Exact for right and wrong, where it is McNemar's test (1947), and where at most
     13 problems differ; else of random outcomes, the observed one among them, which keeps its error
-    rate at any number of them (Phipson & Smyth 2010)."""
+    rate at any number of them (Phipson & Smyth 2010); normal where more than MANY differ."""
     differences = [float(b) - float(a) for a, b in zip(first, second, strict=True) if a != b]
     if not differences:
         return 1.0
     if len({*map(abs, differences)}) == 1:  # only the signs count
         rises = sum(difference > 0 for difference in differences)
         return float(binomtest(rises, len(differences)).pvalue)
+    if len(differences) > MANY:
+        return float(2 * norm.sf(abs(sum(differences)) / numpy.linalg.norm(differences)))
     test = permutation_test(
         (differences,),
         lambda values, axis: abs(values.mean(axis=axis)),
@@ -128,6 +142,48 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Differe
         difference = sum(differences) / len(differences)
         lower, upper = bootstrap_interval(differences)
     return Difference(difference, lower, upper)
+
+
+def fisher(first: Sequence[float], second: Sequence[float]) -> float:
+    """The two-sided p-value of Fisher's exact test (1934) of two shares of right answers, where it
+    is not known which problems they belong to.
+
+    Args:
+        first, second: 1 for each right answer, 0 for each wrong one.
+    """
+    table = [[sum(values), len(values) - sum(values)] for values in (first, second)]
+    return float(fisher_exact(table).pvalue)
+
+
+def unpaired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """The difference of two such shares, with Newcombe's interval (1998, method 10), which stays
+    within -1 and 1 and has a width where all answers are wrong."""
+    shares = []
+    intervals = []
+    for values in (first, second):
+        test = binomtest(int(sum(values)), len(values))
+        shares.append(test.statistic)
+        intervals.append(test.proportion_ci(LEVEL, method="wilson"))
+    difference = shares[1] - shares[0]
+    below = math.hypot(shares[1] - intervals[1].low, intervals[0].high - shares[0])
+    above = math.hypot(intervals[1].high - shares[1], shares[0] - intervals[0].low)
+    return Difference(difference, difference - below, difference + above)
+
+
+def detectable_difference(standard_error: float, problems: int, tests: int = 1) -> float:
+    """The smallest true difference of two runs that gets its verdict with probability POWER, by the
+    normal approximation; but at least what an exact test can show, even where all problems that
+    differ do so in one direction.
+
+    Args:
+        tests: their number, of which this is the first that Holm's method admits.
+    """
+    level = ERROR_RATE / tests
+    by_error = float(ndtri(1 - level / 2) + ndtri(POWER)) * standard_error
+    differing = math.ceil(math.log2(2 / level))  # 2 * 0.5^differing is at most the level
+    if differing > problems:
+        return math.inf
+    return max(by_error, float(betaincinv(differing, problems - differing + 1, POWER)))
 
 
 def holm(p_values: Sequence[float], planned: int = 0) -> list[float]:

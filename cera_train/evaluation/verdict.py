@@ -36,11 +36,9 @@ from scipy.special import chdtri, ndtr, stdtrit
 from scipy.stats import binomtest
 
 from cera_train.common.errors import UserError
-from cera_train.evaluation.statistics import ERROR_RATE, interval_where_all_agree
+from cera_train.evaluation.statistics import ERROR_RATE, POWER, interval_where_all_agree
 
 SMALLEST_P = 1e-12  # A p-value below is this one
-
-POWER = 0.8  # the probability with which a difference counts as detected
 
 Verdict = Literal["better", "worse", "not shown"]
 

@@ -2,42 +2,64 @@
 comparison."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
-from statistics import fmean
 from typing import Any
 
+import numpy
+from numpy import ndarray
+
 from cera_train.common.errors import UserError
-from cera_train.common.settings import Changes, changes_of, differing_settings
+from cera_train.common.settings import Changes, changes_of, differing_settings, require
 from cera_train.evaluation.statistics import (
     ERROR_RATE,
     Difference,
+    detectable_difference,
+    fisher,
     holm,
     paired_bootstrap,
     sign_flip,
+    unpaired_difference,
 )
-from cera_train.report.runs import Run, group_by
+from cera_train.evaluation.verdict import contrast, detectable
+from cera_train.report.runs import Run, Scores, group_by
 from cera_train.settings.evaluation import EvalConfig
 
 MOST_RUNS_IN_ALL_PAIRS = 6
 
+ENGINE = "engines"
+NOT_ON_RECORD = "not on record"
+SHOWN = 40  # characters of a value in a note
 
-# --- paired tests ---------------------------------------------------------------------------------
+
+# --- tests ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class PairedTest:
-    """Two runs on the same problems of a task. Differences are second - first."""
+class Estimate:
+    """The difference of two runs, second - first, and its test."""
 
-    task: str
-    grader: str  # exact, verified, or the name of the task's score
-    first: str
-    second: str
     problems: int
     difference: Difference
     p_value: float  # in a report after Holm's correction over the pairs of a task; decides at 5 %
-    only: tuple[int, int] | None
+    detectable: float
+    """The smallest true difference that gets its verdict with probability 80 %, in Holm's first
+    step; infinite where none does."""
+    seeds: int = 1
+    is_paired: bool = True  # False: which problems are solved is not on record
+    only: tuple[int, int] | None = None
     """Problems that only the first solves, and only the second; None with several answers each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedTest(Estimate):
+    """Two runs on a task."""
+
+    task: str
+    grader: str  # exact, verified, or the name of the rule that scored the answers
+    first: str
+    second: str
 
     @property
     def verdict(self) -> str:
@@ -50,17 +72,25 @@ class PairedTest:
     def row(self) -> dict[str, str]:
         """The row of the report's table; differences are in points."""
         points, lower, upper = (f"{100 * value:+.1f}" for value in astuple(self.difference))
+        verdict = self.verdict
+        if verdict == "not shown" and self.detectable <= 1:
+            verdict += f" (detects {100 * self.detectable:.1f})"
+        problems = f"{self.problems:,}"
+        if self.seeds > 1:
+            problems += f", {self.seeds} seeds"
+        if not self.is_paired:
+            problems += ", unpaired"
         only = ""
         if self.only is not None:
             only = f"{self.only[0]:,} and {self.only[1]:,}"
         return {
             "runs": f"{self.second} - {self.first}",
             "task": f"{self.task}, {self.grader}",
-            "verdict": self.verdict,
+            "verdict": verdict,
             "difference, points": points,
             "95 % interval": f"{lower} to {upper}",
             "p": f"{self.p_value:.2g}",
-            "problems": f"{self.problems:,}",
+            "problems": problems,
             "only the first / second solves": only,
         }
 
@@ -85,12 +115,13 @@ def paired_tests(
                 f"{task}: each of {len(graded)} runs is tested against the first only, "
                 f"{graded[0].name}."
             )
-        of_task = []
+        comparable = []
         for first, second in pairs:
             try:
-                of_task.append(paired_test(first, second, task, across_engines))
+                comparable.append(pair_of(first, second, task, across_engines))
             except UserError as error:
                 notes.append(f"{task}, {first.name} and {second.name}: {error}")
+        of_task = [test_pair(pair, len(comparable)) for pair in comparable]
         adjusted = holm([test.p_value for test in of_task])
         for test, p_value in zip(of_task, adjusted, strict=True):
             tests.append(replace(test, p_value=p_value))
@@ -106,53 +137,126 @@ def graded_runs(runs: Sequence[Run], task: str) -> list[Run]:
     return [run for run in runs if task in run.evaluations and run.evaluations[task].is_graded]
 
 
-def paired_test(first: Run, second: Run, task: str, across_engines: bool) -> PairedTest:
-    """Tests two runs by the task's score where it has one, else by math-verify's verdicts where
-    both runs have them, else by the exact rule.
+@dataclass(frozen=True)
+class Pair:
+    """Two runs whose scores on a task can be compared."""
+
+    task: str
+    grader: str
+    first: str
+    second: str
+    first_scores: Scores
+    second_scores: Scores
+
+
+def pair_of(first: Run, second: Run, task: str, across_engines: bool) -> Pair:
+    """The scores by the best rule that graded both runs.
 
     Raises:
-        UserError: they answered by different engines or different problems, or lack grades.
+        UserError: they answered by different engines, shots or problems, or no rule graded both.
     """
     evaluations = (first.evaluations[task], second.evaluations[task])
-    engines = {evaluation.settings.get("engine") or "this program" for evaluation in evaluations}
-    if len(engines) > 1 and not across_engines:
-        fix = "evaluate both by one engine, or add --across-engines"
-        raise UserError(f"by {' and '.join(sorted(engines))}: {fix}.")
-    first_grades, second_grades = (evaluation.grades for evaluation in evaluations)
-    if first_grades.keys() != second_grades.keys() or not first_grades:
-        shared = len(first_grades.keys() & second_grades.keys())
-        raise UserError(
-            f"evaluated on different problems ({len(first_grades):,} and {len(second_grades):,}, "
-            f"{shared:,} of them shared), so a paired test would mean nothing: evaluate both with "
-            "the same task settings."
-        )
-    kind = evaluations[0].task
-    answers = [*first_grades.values(), *second_grades.values()]
-    if kind.score_name:
-        grader = kind.score_name
-    elif all(grade.verified is not None for grades in answers for grade in grades):
-        grader = "verified"
-    else:
-        grader = "exact"
-
-    # the two may have the problems in another order
-    first_scores, second_scores = (
-        [fmean(kind.paired_value(grade, grader) for grade in grades[name]) for name in first_grades]
-        for grades in (first_grades, second_grades)
+    for name in {**evaluations[0].same, **evaluations[1].same}:
+        values = [each.same.get(name, NOT_ON_RECORD) for each in evaluations]
+        if values[0] == values[1] or (name == ENGINE and across_engines):
+            continue
+        words = " and ".join(value[:SHOWN] for value in values)
+        fix = "evaluate both alike"
+        if name == ENGINE:
+            fix = "evaluate both by one engine, or add --across-engines"
+        raise UserError(f"{name} differ: {words}: {fix}.")
+    first_scores, second_scores = (evaluation.scores for evaluation in evaluations)
+    graders = [name for name in first_scores if name in second_scores]
+    require(
+        bool(graders),
+        f"the rules that graded them differ: {', '.join(first_scores)} and "
+        f"{', '.join(second_scores)}: grade both alike.",
     )
-    only = None
-    if all(len(grades) == 1 for grades in answers) and not kind.score_name:
-        pairs = list(zip(first_scores, second_scores, strict=True))
-        only = (sum(a > b for a, b in pairs), sum(b > a for a, b in pairs))
+    names = (task, graders[0], first.name, second.name)
+    pair = Pair(*names, first_scores[graders[0]], second_scores[graders[0]])
+    _check_problems(pair.first_scores, pair.second_scores)
+    return pair
+
+
+def _check_problems(first: Scores, second: Scores) -> None:
+    """Raises UserError for scores of different problems or seeds."""
+    if first.problems is None or second.problems is None:
+        return
+    problems = {*first.problems}
+    others = {*second.problems}
+    require(
+        problems == others and bool(problems),
+        f"evaluated on different problems ({len(problems):,} and {len(others):,}, "
+        f"{len(problems & others):,} of them shared), so a paired test would mean nothing: "
+        "evaluate both with the same task settings.",
+    )
+    require(
+        first.seeds == second.seeds,
+        f"seeds differ: {', '.join(first.seeds)} and {', '.join(second.seeds)}: evaluate both "
+        "with the same.",
+    )
+
+
+def test_pair(pair: Pair, tests: int) -> PairedTest:
+    """The test that the records allow: over seeds and problems, over problems, or unpaired.
+
+    Args:
+        tests: the number of tests of the task.
+    """
+    first = pair.first_scores.values
+    if None in (pair.first_scores.problems, pair.second_scores.problems):
+        estimate = _compare_counts(first[0], pair.second_scores.values[0], tests)
+    else:
+        second = pair.second_scores.in_order_of(pair.first_scores.problems)
+        is_over_seeds = len(first) > 1
+        compare = _compare_over_seeds if is_over_seeds else _compare_problems
+        estimate = compare(first, second, tests)
     return PairedTest(
-        task,
-        grader,
-        first.name,
-        second.name,
-        problems=len(first_grades),
-        difference=paired_bootstrap(first_scores, second_scores),
-        p_value=sign_flip(first_scores, second_scores),
+        **vars(estimate),
+        task=pair.task,
+        grader=pair.grader,
+        first=pair.first,
+        second=pair.second,
+    )
+
+
+def _compare_over_seeds(first: ndarray, second: ndarray, tests: int) -> Estimate:
+    """[seeds, problems]: a difference that holds for other seeds and problems."""
+    seeds, problems = first.shape
+    found = contrast(first, second)
+    difference = Difference(found.difference, found.lower, found.upper)
+    least = detectable(found.variances, seeds, problems, tests)
+    return Estimate(problems, difference, found.p_value, least, seeds)
+
+
+def _compare_problems(first: ndarray, second: ndarray, tests: int) -> Estimate:
+    """[1, problems]: a difference of these two runs that holds for other problems."""
+    [first], [second] = first, second
+    differences = second - first
+    problems = len(differences)
+    error = float(differences.std()) / math.sqrt(problems)
+    only = None
+    if {*numpy.unique([first, second])} <= {0.0, 1.0}:
+        only = (int((differences < 0).sum()), int((differences > 0).sum()))
+    return Estimate(
+        problems,
+        paired_bootstrap(first, second),
+        sign_flip(first, second),
+        detectable_difference(error, problems, tests),
         only=only,
+    )
+
+
+def _compare_counts(first: ndarray, second: ndarray, tests: int) -> Estimate:
+    """[problems] right or wrong, in any order."""
+    error = math.sqrt(sum(float(values.var()) / len(values) for values in (first, second)))
+    problems = min(len(first), len(second))
+    return Estimate(
+        problems,
+        unpaired_difference(first, second),
+        fisher(first, second),
+        detectable_difference(error, problems, tests),
+        is_paired=False,
     )
 
 
@@ -167,7 +271,7 @@ def cautions(runs: Sequence[Run]) -> list[str]:
         _difference(
             "Perplexities and spectra are on different held-out rows or tokens, so do not rank "
             "them, by digest",
-            group_by(trained, lambda run: run.environment.held_out),
+            group_by(trained, lambda run: run.environment.held_out or NOT_ON_RECORD),
         ),
         _difference("The runs are on different base models", group_by(runs, lambda run: run.base)),
         _difference(
@@ -184,6 +288,7 @@ def cautions(runs: Sequence[Run]) -> list[str]:
             if not is_compared and changes_of(EvalConfig, key) != Changes.cost:
                 values = "; ".join(f"{name}: {word}" for name, word in words.items())
                 notes.append(f"Evaluations on {task} differ in {key}: {values}.")
+    notes += itertools.chain.from_iterable(run.notes for run in runs)
     return [note for note in notes if note]
 
 
@@ -207,7 +312,7 @@ def missing_pieces(runs: Sequence[Run]) -> list[str]:
             notes.append(f"{run.name} is unfinished (update {run.metrics.last_update:,}).")
         for task in tasks:
             evaluation = run.evaluations.get(task)
-            if evaluation is None or evaluation.result is None:
+            if evaluation is None or not evaluation.is_finished:
                 notes.append(f"{run.name} has no finished evaluation on {task}.")
     if not tasks:
         notes.append("No run has an evaluation: cera-eval run=DIR task=TASK adds accuracies.")

@@ -11,9 +11,10 @@ from cera_train.evaluation.tasks.task import Metric
 from cera_train.report.comparison import cautions, missing_pieces, paired_tests
 from cera_train.report.document import Page, Table
 from cera_train.report.pictures import curves, endings_of_answers, spectra
-from cera_train.report.runs import Run, SavedEvaluation, accuracy_metric, read_runs
+from cera_train.report.readers import read_runs
+from cera_train.report.runs import Evaluation, Run, accuracy_metric
 from cera_train.report.verdicts import forest_of
-from cera_train.runs.evaluation_folder import RIGHT, AccuracyResult, PerplexityResult
+from cera_train.runs.evaluation_folder import RIGHT
 from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share, is_task_figure
 from cera_train.settings.run import Config
 
@@ -35,7 +36,9 @@ def compare_runs(folders: Sequence[Path], across_engines: bool = False) -> Page:
     announce("comparing", counted(len(runs), "run"))
     tests, notes = paired_tests(runs, across_engines)
     trained = [run for run in runs if run.is_training]
-    settings = differing_settings({run.name: run.settings for run in trained}, Config)
+    settings = differing_settings(
+        {run.name: run.settings for run in trained if run.settings}, Config
+    )
     differing = [{"setting": key} | words for key, words in settings.items()]
     tables = [
         table_of_runs(runs),
@@ -102,13 +105,12 @@ def _task_cells(run: Run) -> dict[str, str]:
     """The figures of its evaluations, and the paper's that it has not measured."""
     cells = {}
     for task, evaluation in run.evaluations.items():
-        for metric in evaluation.metrics:
+        for metric in evaluation.figures:
             cells[f"{task} {metric.label}"] = _metric_cell(run, task, evaluation, metric)
-        result = evaluation.result
-        if isinstance(result, AccuracyResult) and result.endings:
+        if evaluation.endings:
             failures = [
                 f"{share:.1%} {ending}"
-                for ending, share in result.endings.items()
+                for ending, share in evaluation.endings.items()
                 if share and ending != RIGHT
             ]
             cells[f"{task} failures"] = "\n".join(failures)
@@ -119,15 +121,14 @@ def _task_cells(run: Run) -> dict[str, str]:
     return cells
 
 
-def _metric_cell(run: Run, task: str, evaluation: SavedEvaluation, metric: Metric) -> str:
+def _metric_cell(run: Run, task: str, evaluation: Evaluation, metric: Metric) -> str:
     key = f"{task}/{metric.key}"
-    value, interval = evaluation.figure(metric)
-    result = evaluation.result
+    value, interval = evaluation.figures[metric]
     notes = []
     if interval:
         notes.append(f"{100 * interval[0]:.1f} to {interval[1]:.1%}")
-    if isinstance(result, PerplexityResult) and result.perplexity_base is not None:
-        notes.append(f"{result.perplexity_base:.3f} without adapter")
+    if metric in evaluation.notes:
+        notes.append(evaluation.notes[metric])
     notes += _paper(run, key, value, metric.is_share)
     limit = evaluation.settings.get("task.limit")
     if limit is not None and key in run.published:

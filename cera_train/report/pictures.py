@@ -60,7 +60,7 @@ def endings_of_answers(runs: Sequence[Run]) -> list[Picture]:
     for task in task_names(runs):
         shares = {}
         for run in graded_runs(runs, task):
-            endings = run.evaluations[task].result.endings
+            endings = run.evaluations[task].endings
             if any(endings.values()):
                 shares[run.name] = endings
         if shares:
@@ -73,13 +73,13 @@ def _endings(task: str, shares: Mapping[str, Mapping[str, float]]) -> Picture:
     Args:
         shares: run -> ending -> the share of its answers.
     """
-    endings = [ending for ending in ENDINGS if any(each[ending] for each in shares.values())]
+    endings = [ending for ending in ENDINGS if any(each.get(ending) for each in shares.values())]
 
     def draw(axes: Axes) -> None:
         names = [shortened(name, LONGEST_NAME) for name in shares]
         left = [0.0] * len(shares)
         for ending in endings:
-            widths = [100 * each[ending] for each in shares.values()]
+            widths = [100 * each.get(ending, 0.0) for each in shares.values()]
             color, text_color = ENDING_COLORS[ending]
             bars = axes.barh(
                 range(len(shares)), widths, 0.62, left, color=color, edgecolor=BACKGROUND
@@ -95,7 +95,7 @@ def _endings(task: str, shares: Mapping[str, Mapping[str, float]]) -> Picture:
 
     title = f"How answers to {task} ended"
     numbers = "; ".join(
-        f"{name}: {', '.join(f'{each[ending]:.1%} {ending}' for ending in endings)}"
+        f"{name}: {', '.join(f'{each.get(ending, 0.0):.1%} {ending}' for ending in endings)}"
         for name, each in shares.items()
     )
     height = 0.75 + 0.34 * len(shares)
@@ -234,14 +234,18 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
     metrics = [
         metric
         for evaluation in evaluations.values()
-        for metric in evaluation.task.shown
+        for metric in evaluation.figures
         if metric.in_picture
     ]
     metrics += [accuracy_metric("verified/pass@1"), accuracy_metric("exact/pass@1")]
+    metrics += [metric for evaluation in evaluations.values() for metric in evaluation.figures]
     common = [
         metric
         for metric in metrics
-        if all(_is_finite(each.figure(metric)[0]) for each in evaluations.values())
+        if all(
+            metric in each.figures and _is_finite(each.figures[metric].value)
+            for each in evaluations.values()
+        )
     ]
     parameters = {
         run.name: run.figures.trainable_parameters for run in runs if run.name in evaluations
@@ -250,9 +254,9 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
     if not common or len(sizes) == len({method for method, _ in sizes}):
         return None
     metric = common[0]
-    figures = {name: evaluation.figure(metric) for name, evaluation in evaluations.items()}
+    figures = {name: evaluation.figures[metric] for name, evaluation in evaluations.items()}
     styles = styles_of({run.name: run.kind for run in runs})
-    untouched = [run.name for run in runs if run.adapter is None]
+    untouched = [run.name for run in runs if run.is_base]
 
     def draw(axes: Axes) -> None:
         axes.set_xscale("log")

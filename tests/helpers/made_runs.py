@@ -12,7 +12,7 @@ import yaml
 from cera_train.evaluation.evaluate import score
 from cera_train.evaluation.tasks import gsm8k
 from cera_train.report.page import table_of_costs, table_of_runs
-from cera_train.report.runs import read_runs
+from cera_train.report.readers import read_runs
 from cera_train.runs.evaluation_folder import Grade, Problem
 from cera_train.runs.records import to_lines
 

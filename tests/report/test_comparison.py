@@ -8,7 +8,7 @@ from made_runs import add_evaluation, make_run, two_runs
 
 from cera_train.report.comparison import PairedTest, paired_tests
 from cera_train.report.page import compare_runs
-from cera_train.report.runs import read_runs
+from cera_train.report.readers import read_runs
 
 
 @pytest.fixture
@@ -151,8 +151,8 @@ def test_answers_of_two_engines_are_tested_on_request(tmp_path: Path) -> None:
     tests, notes = paired_tests(read_runs(runs))
     assert not tests
     assert notes == [
-        "gsm8k, a and b: by this program and vLLM 0.32.0: evaluate both by one engine, or add "
-        "--across-engines."
+        "gsm8k, a and b: engines differ: this program and vLLM 0.32.0: evaluate both by one "
+        "engine, or add --across-engines."
     ]
     tests, notes = paired_tests(read_runs(runs), across_engines=True)
     assert len(tests) == 1

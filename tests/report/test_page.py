@@ -13,9 +13,9 @@ import pytest
 from made_runs import HOSTILE, add_evaluation, make_run, two_runs
 from matplotlib.figure import Figure
 
+from cera_train.evaluation.statistics import detectable_difference
 from cera_train.report.document import Picture
 from cera_train.report.page import compare_runs
-from cera_train.report.verdicts import detectable
 from cera_train.runs.evaluation_folder import ENDINGS
 
 STEERING = "\x1b[31m\x9b\u202e\ud800"
@@ -130,7 +130,7 @@ def test_the_terminal_shows_table_tests_and_notes_as_plain_text(tmp_path: Path, 
     shown = capsys.readouterr().out
     assert re.search(r"cera_64 +CeRA +64 +27,262,976 +1\.850 +55\.0%", shown)
     assert re.search(
-        r"lora_512 - cera_64 +math, verified +not shown +-7\.5 +-\d+\.\d to \+\d+\.\d +0\.66", shown
+        r"lora_512 - cera_64 +math, verified +not shown \(detects 31\.9\) +-7\.5", shown
     )
     assert "unfinished is unfinished (update 50)." in shown
     assert f"report      {tmp_path}/report/report.html" in shown
@@ -294,8 +294,9 @@ def test_the_page_opens_with_the_verdict_of_each_pair(tmp_path: Path) -> None:
 
 def test_what_could_have_been_detected_grows_with_the_number_of_tests() -> None:
     """One: (1.96 + 0.84) standard errors; two: (2.24 + 0.84)."""
-    assert detectable(-19.6, 19.6, 1) == pytest.approx(28.02, abs=0.01)
-    assert detectable(-19.6, 19.6, 2) == pytest.approx(30.83, abs=0.01)
+    problems = 1_000_000
+    assert detectable_difference(0.1, problems, 1) == pytest.approx(0.2802, abs=1e-4)
+    assert detectable_difference(0.1, problems, 2) == pytest.approx(0.3083, abs=1e-4)
 
 
 def test_an_axis_has_numbers_of_one_form(tmp_path: Path) -> None:

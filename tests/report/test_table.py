@@ -8,7 +8,7 @@ import pytest
 from made_runs import add_evaluation, cells, make_run, result_of, two_runs
 
 from cera_train.report.page import compare_runs
-from cera_train.report.runs import read_runs
+from cera_train.report.readers import read_runs
 from cera_train.runs.results import DIVERGED
 
 
@@ -140,7 +140,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, content: str) -> None
         folder.mkdir()
     if content == "an evaluation":
         folder = add_evaluation(make_run(tmp_path / "a"), "math")
-    with pytest.raises(ValueError, match=f"{folder} (holds neither|is not a folder).*expected"):
+    with pytest.raises(ValueError, match=f"{folder} (holds no results|does not exist).*expected"):
         read_runs([folder])
 
 

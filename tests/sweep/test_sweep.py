@@ -60,7 +60,7 @@ def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_m
     assert output.endswith("\n" + capsys.readouterr().out)  # cera-sweep shows the same table
 
     # A report reads the sweep's folder as it is.
-    from cera_train.report.runs import read_runs
+    from cera_train.report.readers import read_runs
 
     assert [run.name for run in read_runs([sweep])] == [cut, missing, finished]
 

@@ -1,0 +1,137 @@
+"""The folder of a run of cera-train, or of an adapter or a base model with evaluations."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+
+from cera_train.adapters.folder import FULL_MODEL
+from cera_train.common.files import read_yaml
+from cera_train.common.settings import flatten, to_plain
+from cera_train.common.trust import clean
+from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
+from cera_train.report.readers.adapter import find_adapter
+from cera_train.report.runs import Evaluation, Figure, Run, Scores, Settings, accuracy_metric
+from cera_train.runs.evaluation_folder import (
+    AccuracyResult,
+    Grade,
+    PerplexityResult,
+    find_evaluation_result,
+)
+from cera_train.runs.records import load_config, read_lines
+from cera_train.runs.results import (
+    DIVERGED,
+    METRICS,
+    SPECTRUM,
+    Environment,
+    RunResult,
+    mean_spectrum,
+    read_metrics,
+)
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
+
+PERPLEXITY = Metric("perplexity", "perplexity", is_share=False)
+
+
+def find_run(folder: Path) -> Run | None:
+    """The run or the evaluations in a folder; None where there is neither."""
+    path = folder / "config.yaml"
+    evaluations = {
+        file.parent.name: read_evaluation(file.parent)
+        for file in sorted(folder.glob("eval/*/config.yaml"))
+    }
+    # The config.yaml of an evaluation has no adapter.
+    if not path.is_file() or "adapter" not in read_yaml(path):
+        return _without_training(folder, evaluations) if evaluations else None
+    config = load_config(path)
+    # no picture can show half of a surrogate pair
+    settings = flatten(to_plain(config))
+    name = clean(config.name)
+    return Run(
+        folder,
+        name,
+        settings,
+        config.adapter,
+        evaluations,
+        is_training=True,
+        has_diverged=(folder / DIVERGED).exists(),
+        result=RunResult.find(folder / "result.json"),
+        metrics=read_metrics(folder / METRICS),
+        environment=Environment.find(folder / "environment.json") or Environment(),
+        spectrum=mean_spectrum(folder / SPECTRUM),
+        published=config.published,
+    )
+
+
+def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
+    """The folder of an adapter from elsewhere, known by PEFT's file, or of a base model, known by
+    its evaluations."""
+    evaluation = next(iter(evaluations.values()))
+    settings = {
+        key: value for key, value in evaluation.settings.items() if key.startswith("model.")
+    }
+    adapter = find_adapter(folder)
+    if adapter is None and (folder / FULL_MODEL).is_file():
+        adapter = AdapterConfig(AdapterKind.full, r=None, alpha=None)
+    name = folder.resolve().name
+    return Run(folder, name, settings, adapter, evaluations, is_base=adapter is None)
+
+
+# --- evaluations ----------------------------------------------------------------------------------
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """RUN/eval/NAME."""
+    settings: Settings = flatten(read_yaml(folder / "config.yaml"))
+    same = {"engines": settings.get("engine") or "this program"}
+    result = find_evaluation_result(folder)
+    if result is None:
+        return Evaluation({}, same=same, settings=settings, is_finished=False)
+    if isinstance(result, PerplexityResult):
+        notes = {}
+        if result.perplexity_base is not None:
+            notes[PERPLEXITY] = f"{result.perplexity_base:.3f} without adapter"
+        figures = {PERPLEXITY: Figure(result.perplexity)}
+        return Evaluation(figures, same=same, settings=settings, notes=notes)
+    # An unknown kind of task shows nothing of its own.
+    task = all_tasks().get(result.kind or settings.get("task.kind", ""), Task())
+    return Evaluation(
+        dict(_figures(result, task)),
+        lambda: _scores(folder, task),
+        result.endings,
+        same,
+        settings,
+    )
+
+
+def _figures(result: AccuracyResult, task: Task) -> Iterator[tuple[Metric, Figure]]:
+    """Pass@1 and pass@n of n samples by each grader, and what the task adds."""
+    first = "/pass@1"
+    last = f"/pass@{result.samples}"
+    rates = [key for key in result.accuracies if key.endswith((first, last))]
+    for key in sorted(rates, key=lambda key: (not key.endswith(first), key)):
+        yield accuracy_metric(key), Figure(result.figure(key), result.accuracies[key])
+    for metric in task.shown:
+        if metric.key in result.details:
+            yield metric, Figure(result.figure(metric.key))
+
+
+def _scores(folder: Path, task: Task) -> dict[str, Scores]:
+    """By the task's score where it has one, else by math-verify's verdicts where all answers have
+    one, and by the exact rule; the mean over the samples of a problem."""
+    grades: dict[str, list[Grade]] = {}
+    for grade in read_lines(folder / "grades.jsonl", Grade):
+        grades.setdefault(grade.problem, []).append(grade)
+    graders = [task.score_name] if task.score_name else ["verified", "exact"]
+    answers = itertools.chain.from_iterable(grades.values())
+    if "verified" in graders and any(grade.verified is None for grade in answers):
+        graders = ["exact"]
+    return {
+        grader: Scores.by_problem(
+            {
+                problem: fmean(task.paired_value(grade, grader) for grade in samples)
+                for problem, samples in grades.items()
+            }
+        )
+        for grader in graders
+    }

@@ -1,0 +1,60 @@
+"""JSON lines of {"problem": ..., "score": ...}, of any program: FOLDER/TASK.jsonl, or one file."""
+
+from collections import Counter
+from pathlib import Path
+from typing import ClassVar
+
+from cera_train.common.settings import require
+from cera_train.common.trust import clean
+from cera_train.report.readers.files import files_in, is_score, read_objects
+from cera_train.report.runs import Evaluation, Run, Scores
+from cera_train.runs.evaluation_folder import ENDINGS
+from cera_train.runs.records import Record
+
+RULE = "score"
+
+
+class ScoredProblem(Record):
+    fix: ClassVar[str] = "Correct the line."
+
+    problem: str | int
+    score: float | bool
+    ending: str | None = None  # one of ENDINGS
+
+
+def find_run(path: Path) -> Run | None:
+    is_file = path.suffix == ".jsonl" and path.is_file()
+    files = list(filter(_has_scores, [path] if is_file else files_in(path, "*.jsonl")))
+    if not files:
+        return None
+    evaluations = {clean(file.stem): read_evaluation(file) for file in files}
+    return Run(path, clean(path.resolve().stem), evaluations=evaluations)
+
+
+def _has_scores(file: Path) -> bool:
+    for _, tree in read_objects(file):
+        return {"problem", "score"} <= tree.keys()
+    return False
+
+
+def read_evaluation(file: Path) -> Evaluation:
+    """One file. Raises UserError for a score outside 0 to 1, and a problem that comes again."""
+    scores: dict[str, float] = {}
+    endings = Counter[str]()
+    for place, tree in read_objects(file):
+        record = ScoredProblem.from_json(tree, place)
+        require(
+            is_score(record.score),
+            f"{place}: score {record.score}: expected a number from 0 to 1. Scale the scores.",
+        )
+        problem = str(record.problem)
+        require(
+            problem not in scores,
+            f"{place}: problem {problem[:40]!r} comes again. Write the mean of its answers; seeds "
+            "go into folders 0, 1, ... of their own.",
+        )
+        scores[problem] = float(record.score)
+        if record.ending in ENDINGS:
+            endings[record.ending] += 1
+    shares = {ending: endings[ending] / len(scores) for ending in ENDINGS if endings[ending]}
+    return Evaluation.of_scores({RULE: Scores.by_problem(scores)}, endings=shares)

@@ -1,0 +1,249 @@
+"""Results of other programs: what is read of them, compared, and refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_runs import write_lines
+
+from cera_train.report.comparison import paired_tests
+from cera_train.report.page import compare_runs
+from cera_train.report.readers import read_runs
+
+DATE = "2026-11-01T10-00-00.000001"
+
+
+def lm_eval_folder(
+    folder: Path, solved: set[int], filters: tuple[str, ...] = ("none",), **changes: Any
+) -> Path:
+    """A folder of lm-eval with 20 problems. `changes` are those of its results, and `prompts`,
+    `dates`, `lines`."""
+    prompts = changes.pop("prompts", "p")
+    more = changes.pop("lines", {})
+    date = changes.pop("date", DATE)
+    place = folder / "org__model"
+    place.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "doc_id": number,
+            "arguments": {"gen_args_0": {"arg_0": "Q", "arg_1": {"until": ["Q"]}}},
+            "resps": [["again " * 20 if number == 19 else "text"]],
+            "filter": filter_name,
+            "metrics": ["exact_match"],
+            "doc_hash": f"{number:064}",
+            "prompt_hash": prompts * 64,
+            "target_hash": "t" * 64,
+            "exact_match": float(number in solved),
+        }
+        | more
+        for filter_name in filters
+        for number in range(20)
+    ]
+    write_lines(place / f"samples_sums_{date}.jsonl", rows)
+    results = {"results": {}, "n-shot": {"sums": 5}, "versions": {"sums": 1}} | changes
+    (place / f"results_{date}.json").write_text(json.dumps(results))
+    return folder
+
+
+def scores_file(path: Path, scores: dict[Any, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(path, [{"problem": name, "score": score} for name, score in scores.items()])
+    return path
+
+
+def peft_result(path: Path, right: int, **changes: Any) -> Path:
+    """A result of PEFT's method comparison."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    steps = [
+        {"step": 10, "train loss": 0.9, "valid accuracy": 0.4},
+        {"step": 20, "train loss": 0.7, "test accuracy": right / 1319},
+    ]
+    tree = {
+        "run_info": {
+            "train_config": {"model_id": "org/base", "dtype": "bfloat16", "seed": 0},
+            "peft_config": {"peft_type": "LORA", "r": 32, "lora_alpha": 64, "use_dora": False},
+        },
+        "train_info": {
+            "status": "success",
+            "metrics": steps,
+            "train_time": 90.5,
+            "cuda_memory_max": 2 * 10**9,
+            "num_trainable_params": 1_000,
+            "num_total_params": 100_000,
+        },
+        "meta_info": {"system_info": {"gpu": "NVIDIA L40S"}},
+    }
+    path.write_text(json.dumps(tree | changes))
+    return path
+
+
+def trainer_state(path: Path, **changes: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    history = [
+        {"step": 10, "epoch": 0.5, "loss": 1.5, "learning_rate": 1e-4, "reward": 0.25},
+        {"step": 10, "epoch": 0.5, "eval_loss": 1.25, "eval_runtime": 3.0},
+        {"step": 20, "epoch": 1.0, "loss": 1.0, "learning_rate": 5e-5, "reward": 0.5},
+        {"step": 20, "epoch": 1.0, "eval_loss": 1.0, "eval_runtime": 3.0},
+        {"step": 20, "epoch": 1.0, "train_runtime": 61.0, "train_loss": 1.2},
+    ]
+    state = {"global_step": 20, "max_steps": 20, "epoch": 1.0, "log_history": history} | changes
+    path.write_text(json.dumps(state))
+    return path
+
+
+# --- lm-eval --------------------------------------------------------------------------------------
+
+
+def test_folders_of_lm_eval_are_paired_by_problem(tmp_path: Path) -> None:
+    folders = [
+        lm_eval_folder(tmp_path / "a", {0, 1, 2}, ("strict", "flexible")),
+        lm_eval_folder(tmp_path / "b", {2, *range(8, 16)}, ("flexible", "strict")),
+    ]
+    (test,), notes = paired_tests(read_runs(folders))
+    assert notes == []
+    assert (test.task, test.grader, test.problems) == ("sums exact_match", "strict", 20)
+    assert test.only == (2, 8)
+    assert test.difference.difference == pytest.approx(6 / 20)
+
+
+def test_answers_of_lm_eval_that_repeat_themselves_are_loops(tmp_path: Path) -> None:
+    [run] = read_runs([lm_eval_folder(tmp_path / "a", {0, 1, 2})])
+    assert run.evaluations["sums exact_match"].endings == {
+        "right": 3 / 20,
+        "wrong": 16 / 20,
+        "loop": 1 / 20,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"n-shot": {"sums": 0}}, "shots differ: 5 and 0"),
+        ({"versions": {"sums": 2}}, "versions of the task differ: 1 and 2"),
+        ({"configs": {"sums": {"filter_list": ["x"]}}}, 'filters differ: null and ["x"]'),
+        ({"filters": ("flexible",)}, "the rules that graded them differ: none and flexible"),
+        ({"lines": {"target_hash": "u" * 64}}, "different problems (20 and 20, 0 of them shared)"),
+        ({"lines": {"doc_hash": "u" * 64}}, "different problems (20 and 20, 0 of them shared)"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_name(
+    tmp_path: Path, changes: dict, note: str
+) -> None:
+    folders = [
+        lm_eval_folder(tmp_path / "a", {1}),
+        lm_eval_folder(tmp_path / "b", {2}, **changes),
+    ]
+    tests, notes = paired_tests(read_runs(folders))
+    assert not tests
+    assert len(notes) == 1
+    assert note in notes[0]
+
+
+def test_other_prompts_are_a_caution_where_the_shots_are_known(tmp_path: Path) -> None:
+    """Two models may have chat templates of their own."""
+    folders = [
+        lm_eval_folder(tmp_path / "a", {1}),
+        lm_eval_folder(tmp_path / "b", {2}, prompts="q"),
+    ]
+    page = compare_runs(folders)
+    assert len(page.tables[1].rows) == 1
+    assert any("sums exact_match differ in prompts" in note for note in page.notes)
+    for file in tmp_path.glob("*/*/results_*.json"):
+        file.unlink()
+    tests, (note,) = paired_tests(read_runs(folders))
+    assert not tests
+    assert "prompts differ" in note
+
+
+def test_the_newest_of_two_evaluations_counts(tmp_path: Path) -> None:
+    folder = lm_eval_folder(tmp_path / "a", set())
+    lm_eval_folder(folder, set(range(10)), date="2026-11-02T10-00-00.000001")
+    [run] = read_runs([folder])
+    assert run.evaluations["sums exact_match"].figures.popitem()[1].value == 0.5
+    assert run.notes == [f"{folder} has several evaluations on a task, of which the newest counts."]
+
+
+# --- PEFT's method comparison ---------------------------------------------------------------------
+
+
+def test_results_of_pefts_comparison_are_tested_unpaired(tmp_path: Path) -> None:
+    """Which problems were solved is not on record; the first run is compared with the others."""
+    first = peft_result(tmp_path / "results" / "z.json", 631)
+    peft_result(tmp_path / "results" / "a.json", 694)
+    page = compare_runs([first, tmp_path / "results"])
+    runs, tests, *_ = (table.rows for table in page.tables)
+    assert [row["run"] for row in runs] == ["z", "a"]
+    assert runs[0]["method"] == "LoRA (alpha 64)"
+    assert runs[0]["parameters"] == "1,000\n1.00% of the model"
+    assert runs[0]["gsm8k test accuracy"].startswith("47.8%")
+    assert [(row["runs"], row["problems"]) for row in tests] == [("a - z", "1,319, unpaired")]
+    assert tests[0]["p"] == "0.016"  # Fisher's exact test
+
+
+def test_curves_and_what_is_left_out_of_pefts_comparison(tmp_path: Path) -> None:
+    full = {"train_config": {"model_id": "org/base"}, "peft_config": None}
+    cancelled = {"status": "cancelled", "metrics": [{"step": 10, "train loss": 0.5}]}
+    path = peft_result(tmp_path / "full.json", 0, run_info=full, train_info=cancelled)
+    [run] = read_runs([path])
+    assert (run.method, run.is_unfinished) == ("full fine-tuning", True)
+    assert [(line.update, line.loss) for line in run.metrics.updates] == [(10, 0.5)]
+    assert run.evaluations == {}
+
+
+# --- trainers -------------------------------------------------------------------------------------
+
+
+def test_a_trainers_state_gives_curves_and_figures(tmp_path: Path) -> None:
+    trainer_state(tmp_path / "sft" / "checkpoint-9" / "trainer_state.json", global_step=9)
+    path = trainer_state(tmp_path / "sft" / "checkpoint-20" / "trainer_state.json")
+    (path.parent / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    for place in (tmp_path / "sft", path.parent, path):
+        [run] = read_runs([place])
+        assert run.metrics.last_update == 20
+    [run] = read_runs([tmp_path / "sft"])
+    assert (run.name, run.method, run.rank) == ("sft", "LoRA", 8)
+    assert [line.loss for line in run.metrics.updates] == [1.5, 1.0]
+    assert run.metrics.updates[0].lr == 1e-4
+    assert run.metrics.updates[1].details["train/reward"] == 0.5
+    assert run.figures.perplexity == pytest.approx(2.71828, abs=1e-4)
+    assert (run.figures.seconds, run.figures.updates) == (61.0, 20)
+    names = {picture.name for picture in compare_runs([tmp_path / "sft"]).pictures}
+    assert names == {"training-loss-by-update", "perplexity-by-update", "reward-by-update"}
+
+
+# --- scores by problem ----------------------------------------------------------------------------
+
+
+def test_scores_of_any_program_are_paired_by_problem(tmp_path: Path) -> None:
+    first = scores_file(tmp_path / "a" / "sums.jsonl", {1: 0, "x": 0.5, "y": True})
+    second = scores_file(tmp_path / "b" / "sums.jsonl", {"y": 1, "x": 1, "1": 0})
+    (test,), notes = paired_tests(read_runs([first.parent, second.parent]))
+    assert notes == []
+    assert (test.first, test.second, test.task, test.grader) == ("a", "b", "sums", "score")
+    assert test.difference.difference == pytest.approx(1 / 6)
+
+
+def test_folders_0_1_2_are_seeds(tmp_path: Path) -> None:
+    """With seeds, a verdict needs a difference that the seeds agree on."""
+    for name, shift in (("a", 0), ("steady", 4), ("lucky", 0)):
+        for seed in range(3):
+            more = 12 if name == "lucky" and seed == 2 else shift
+            right = set(range(10 + seed + more))
+            scores = {number: number in right for number in range(40)}
+            scores_file(tmp_path / name / str(seed) / "sums.jsonl", scores)
+    tests, notes = paired_tests(read_runs([tmp_path / name for name in ("a", "steady", "lucky")]))
+    assert notes == []
+    assert [test.seeds for test in tests] == [3, 3, 3]
+    assert [test.difference.difference for test in tests[:2]] == pytest.approx([0.1, 0.1])
+    assert tests[0].p_value < tests[1].p_value
+    assert tests[0].row["problems"] == "40, 3 seeds"
+
+
+def test_other_seeds_are_refused(tmp_path: Path) -> None:
+    for name, seeds in (("a", (0, 1)), ("b", (0, 1, 2))):
+        for seed in seeds:
+            scores_file(tmp_path / name / f"seed{seed}" / "sums.jsonl", {1: 0, 2: 1})
+    tests, (note,) = paired_tests(read_runs([tmp_path]))
+    assert not tests
+    assert "seeds differ: seed0, seed1 and seed0, seed1, seed2" in note
