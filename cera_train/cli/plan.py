@@ -89,10 +89,13 @@ class PlannedStudy(StudySweeper):
         check_cells(self.config, study, self.compose)
         planned: dict[str, list[RunPlan]] = {}
         for cell in study.cells:
+            if cell.is_imported:
+                continue
             plans = [make_plan(self.compose(point.overrides)) for point in cell.grid]
             plans.sort(key=lambda plan: plan.seconds)
             # Which values will be chosen is unknown: count the most expensive ones.
             planned[cell.name] = plans * len(cell.tuning_runs) + plans[-1:] * len(cell.fresh_runs)
+        require(bool(planned), "every arm was run by another program: cera-train -m compares them.")
         print_plans("cell", planned)
         print()
         print_power(study, [plans[-1] for plans in planned.values()], spread)

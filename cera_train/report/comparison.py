@@ -208,9 +208,10 @@ def test_pair(pair: Pair, tests: int) -> PairedTest:
         estimate = _compare_counts(first[0], pair.second_scores.values[0], tests)
     else:
         second = pair.second_scores.in_order_of(pair.first_scores.problems)
-        is_over_seeds = len(first) > 1
-        compare = _compare_over_seeds if is_over_seeds else _compare_problems
-        estimate = compare(first, second, tests)
+        if len(first) > 1:
+            estimate = _compare_over_seeds(first, second, tests)
+        else:
+            estimate = _compare_problems(first[0], second[0], tests)
     return PairedTest(
         **vars(estimate),
         task=pair.task,
@@ -230,8 +231,7 @@ def _compare_over_seeds(first: ndarray, second: ndarray, tests: int) -> Estimate
 
 
 def _compare_problems(first: ndarray, second: ndarray, tests: int) -> Estimate:
-    """[1, problems]: a difference of these two runs that holds for other problems."""
-    [first], [second] = first, second
+    """[problems]: a difference of these two runs that holds for other problems."""
     differences = second - first
     problems = len(differences)
     error = float(differences.std()) / math.sqrt(problems)

@@ -115,6 +115,7 @@ class Environment(Record, extra="allow"):
     base_fingerprint: str | None = None  # tells base models of one shape apart
     rows: dict[str, str] | None = None  # digests of the training and the held-out tokens
     updates: int | None = None  # updates of the whole run
+    answers: dict[str, str] | None = None  # how another program asked and graded
 
     @property
     def held_out(self) -> str | None:

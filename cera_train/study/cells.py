@@ -161,6 +161,7 @@ class ComparedRun:
         rows: dict[str, Any] = {}
         for split, digest in (self.environment.rows or {}).items():
             rows[f"{split.replace('_', '-')} rows"] = digest
+        rows |= self.environment.answers or {}
         for name, outcome in self.outcomes.items():
             rows[f"problems of {name}"] = outcome.problems
         return rows
@@ -184,6 +185,11 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.arm}, {self.condition}" if self.condition else self.arm
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether another program ran the arm."""
+        return self.study.config.results_of(self.arm) is not None
 
     @property
     def tuning_runs(self) -> list[Replicate]:
@@ -482,7 +488,7 @@ class Study:
                 continue
             arm = values[ARM]
             choices = tuple((key, values[key]) for key in self._open_conditions(arm))
-            tuned = {key: values[key] for key in self.config.tune}
+            tuned = {key: values[key] for key in self.config.tune if key in values}
             grid = grids.setdefault((arm, choices), {})
             grid.setdefault(tuple(tuned.values()), GridPoint(tuned, overrides))
         return [
@@ -491,7 +497,10 @@ class Study:
         ]
 
     def _open_conditions(self, arm: str) -> list[str]:
-        """The conditions whose setting an arm does not set itself."""
+        """The conditions whose setting an arm does not set itself, unless another program ran
+        it."""
+        if self.config.results_of(arm) is not None:
+            return []
         set_by_arm = {key_of(word) for word in self.config.arms[arm]}
         return [key for key in self.config.conditions if key not in set_by_arm]
 

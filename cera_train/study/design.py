@@ -26,6 +26,7 @@ from cera_train.settings.adapters import HALF_LINEAR_GATES, Activation, AdapterK
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
 from cera_train.study.cells import ARM, BASE, SEED, Cell, Study
+from cera_train.study.imported import import_run, is_imported
 from cera_train.sweep.folder import RECORD, SweepRecord, job_status, key_of
 from cera_train.sweep.grid import (
     WRITER,
@@ -77,6 +78,8 @@ def study_record(config: DictConfig) -> SweepRecord:
         require(arm in overrides, f"{arm}: no such arm: choose from {', '.join(study.arms)}.")
         words = [arm, *overrides[arm]]
         decided = {key_of(word) for word in itertools.chain(overrides[arm], *of_bases.values())}
+        if is_imported(overrides[arm]):
+            decided |= {*study.tune, *study.conditions}
         for choice in choices:
             require(
                 key_of(choice) != BASE or choice in of_bases,
@@ -107,10 +110,13 @@ def check_cells(config: DictConfig, study: Study, compose: ComposeJob) -> None:
         not seeds, f"{', '.join(seeds)}: a study has the seeds from 0: study.seeds=N. Leave it out."
     )
     for condition, cells in study.by_condition.items():
-        runs = {arm: compose(cell.grid[0].overrides) for arm, cell in cells.items()}
+        trained = {arm: cell for arm, cell in cells.items() if not cell.is_imported}
+        if not trained:
+            continue
+        runs = {arm: compose(cell.grid[0].overrides) for arm, cell in trained.items()}
         place = f" ({condition})" if condition else ""
         check_arms(study.config, place, runs)
-        if runs.keys() == study.config.arms.keys() and (arms := without_control(runs)):
+        if cells.keys() == study.config.arms.keys() and (arms := without_control(runs)):
             print_line(
                 "control",
                 f"{', '.join(arms)}{place}: no arm has the gate's linear part alone, at half the "
@@ -223,7 +229,7 @@ def begin_study(config: DictConfig, compose: ComposeJob) -> SweepRecord:
     record = study_record(config)
     planned = Study(Path(config.hydra.sweep.dir), record)
     check_cells(config, planned, compose)
-    unfinished = [cell for cell in planned.cells if cell.missing()]
+    unfinished = [cell for cell in planned.cells if not cell.is_imported and cell.missing()]
     check_problems(
         compose(cell.overrides(cell.grid[0], run))
         for cell in unfinished
@@ -304,7 +310,11 @@ class StudySweeper(Sweeper):
         self.launch(by_name)
 
     def launch(self, jobs: dict[str, list[str]]) -> None:
-        """Runs the jobs that have not ended, and waits for them."""
+        """Runs the jobs that have not ended, and waits for them. First copies what another program
+        ran."""
+        for name, overrides in jobs.items():
+            if is_imported(overrides):
+                import_run(self.folder / name, overrides, self.config.study.outcomes)
         waiting = [
             overrides
             for name, overrides in jobs.items()

@@ -17,7 +17,7 @@ from cera_train.evaluation.verdict import (
     detectable,
 )
 from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import Pair, Study, describe
+from cera_train.study.cells import ComparedRun, Pair, Study, describe
 
 MOST_MISSING = 5  # runs that an error names
 
@@ -34,15 +34,15 @@ def check_runs(study: Study) -> None:
         f"{study.folder} is an unfinished study. Its command runs what is missing: {named}.",
     )
     for cells, base in itertools.product(study.by_condition.values(), study.bases):
-        first, *others = [run for cell in cells.values() for run in cell.runs_on(base)]
-        for run in others:
-            different = [what for what, rows in run.rows.items() if rows != first.rows.get(what)]
-            require(
-                not different,
-                f"{first.folder} and {run.folder} had different {' and '.join(different)}, and "
-                "cannot be compared: restore the rows, and run the study again under another "
-                "name=...",
-            )
+        first: dict[str, ComparedRun] = {}  # the first run that each of its rows is known of
+        for run in [run for cell in cells.values() for run in cell.runs_on(base)]:
+            for what, rows in run.rows.items():
+                other = first.setdefault(what, run)
+                require(
+                    rows == other.rows[what],
+                    f"{other.folder} and {run.folder} had different {what}, and cannot be "
+                    "compared: restore them, and run the study again under another name=...",
+                )
 
 
 @dataclass(frozen=True)

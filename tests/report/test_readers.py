@@ -246,4 +246,4 @@ def test_other_seeds_are_refused(tmp_path: Path) -> None:
             scores_file(tmp_path / name / f"seed{seed}" / "sums.jsonl", {1: 0, 2: 1})
     tests, (note,) = paired_tests(read_runs([tmp_path]))
     assert not tests
-    assert "seeds differ: seed0, seed1 and seed0, seed1, seed2" in note
+    assert "seeds differ: 0, 1 and 0, 1, 2" in note

@@ -87,6 +87,7 @@ class Launcher:
     def __init__(self, sweep: Path) -> None:
         self.sweep = sweep
         self.loss = loss_by_rate
+        self.scores: float | None = None  # the share of problems that a run solves
         self.began: list[str] = []
         self.failing = set[str]()
         self.diverging = set[str]()
@@ -108,7 +109,8 @@ class Launcher:
                 (self.sweep / name).mkdir(exist_ok=True)
                 (self.sweep / name / DIVERGED).write_text(error)
             else:
-                leave_run(self.sweep / name, self.loss(values), int(values["train.seed"]))
+                seed = int(values["train.seed"])
+                leave_run(self.sweep / name, self.loss(values), seed, scores=self.scores)
             record = self.sweep / JOBS / f"{name}.json"
             record.parent.mkdir(exist_ok=True)
             record.write_text(json.dumps({"number": 1, "overrides": words, "error": error}))

@@ -10,14 +10,14 @@ from statistics import fmean
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.common.trust import clean
 from cera_train.report.readers import lm_eval, own, peft_comparison, scores, trainer
+from cera_train.report.readers.files import name_of
 from cera_train.report.runs import Evaluation, Run, Scores
 
 READERS = (own, lm_eval, trainer, peft_comparison, scores)
 
 NUMBER_IN_NAME = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
-SEED = re.compile(r"(?:seed[-_=]?)?\d+")  # the name of a folder
+SEED = re.compile(r"(?:seed[-_=]?)?(\d{1,9})", re.ASCII)  # the name of a folder
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -54,11 +54,7 @@ def find_run(path: Path) -> Run | None:
     run = _run_by_format(path)
     if run or not path.is_dir():
         return run
-    seeds = sorted(
-        (each for each in path.iterdir() if each.is_dir() and SEED.fullmatch(each.name)),
-        key=_by_number,
-    )
-    runs = {each.name: _run_by_format(each) for each in seeds}
+    runs = {str(seed): _run_by_format(each) for seed, each in seed_folders(path).items()}
     has_scores = [run and run.evaluations and not run.is_training for run in runs.values()]
     return _run_of_seeds(path, runs) if runs and all(has_scores) else None
 
@@ -66,6 +62,16 @@ def find_run(path: Path) -> Run | None:
 def _run_by_format(path: Path) -> Run | None:
     runs = (reader.find_run(path) for reader in READERS)
     return next((run for run in runs if run is not None), None)
+
+
+def seed_folders(folder: Path) -> dict[int, Path]:
+    """The folders 0, 1, ... or seed0, seed1, ... in a folder."""
+    seeds: dict[int, Path] = {}
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and (match := SEED.fullmatch(path.name)):
+                seeds[int(match[1])] = path
+    return dict(sorted(seeds.items()))
 
 
 def _by_number(path: Path) -> list[str | float]:
@@ -82,7 +88,8 @@ def _run_of_seeds(folder: Path, runs: dict[str, Run]) -> Run:
         if all(task in run.evaluations for run in others):
             of_task = {seed: run.evaluations[task] for seed, run in runs.items()}
             evaluations[task] = _evaluation_of_seeds(f"{folder}, {task}", of_task)
-    return replace(first, folder=folder, name=clean(folder.resolve().name), evaluations=evaluations)
+    name = name_of(folder.resolve().name)
+    return replace(first, folder=folder, name=name, evaluations=evaluations)
 
 
 def _evaluation_of_seeds(place: str, by_seed: dict[str, Evaluation]) -> Evaluation:

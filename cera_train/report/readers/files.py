@@ -10,9 +10,11 @@ from pydantic_core import from_json
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.files import read_json
 from cera_train.common.settings import require
+from cera_train.common.trust import clean
 
 LARGEST_FILE = 100_000_000  # bytes of a file that is read whole
 LONGEST_LINE = 20_000_000  # bytes
+LONGEST_NAME = 100  # characters
 LEAVE_OUT = "Restore it, or leave it out."
 
 
@@ -56,6 +58,11 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     f"{place} is broken: expected names and values, got {kind}. {LEAVE_OUT}"
                 )
             yield place, tree
+
+
+def name_of(text: str) -> str:
+    """A name in a stranger's file: on one line, and part of no path."""
+    return clean(" ".join(text.split()))[:LONGEST_NAME].replace("/", "_")
 
 
 def is_score(value: Any) -> bool:

@@ -11,9 +11,14 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from cera_train.common.settings import flatten, require
-from cera_train.common.trust import clean
 from cera_train.evaluation.grading import is_loop
-from cera_train.report.readers.files import files_in, is_score, read_object, read_objects
+from cera_train.report.readers.files import (
+    files_in,
+    is_score,
+    name_of,
+    read_object,
+    read_objects,
+)
 from cera_train.report.runs import Evaluation, Run, Scores
 from cera_train.runs.evaluation_folder import LOOP, RIGHT, WRONG
 from cera_train.runs.records import Record
@@ -83,8 +88,8 @@ def find_run(folder: Path) -> Run | None:
         notes += samples.notes
     if len(files) > len(newest):
         notes.append(f"{folder} has several evaluations on a task, of which the newest counts.")
-    settings = {"model.path": base}
-    return Run(folder, clean(folder.resolve().name), settings, evaluations=evaluations, notes=notes)
+    name = name_of(folder.resolve().name)
+    return Run(folder, name, {"model.path": base}, evaluations=evaluations, notes=notes)
 
 
 def _require_samples(folder: Path) -> None:
@@ -159,8 +164,8 @@ class Samples:
         for metric, by_filter in self.scores.items():
             if metric in self.left_out:
                 continue
-            evaluations[clean(f"{self.task} {metric}")] = Evaluation.of_scores(
-                {clean(name): Scores.by_problem(scores) for name, scores in by_filter.items()},
+            evaluations[name_of(f"{self.task} {metric}")] = Evaluation.of_scores(
+                {name_of(name): Scores.by_problem(scores) for name, scores in by_filter.items()},
                 endings={ending: count / endings.total() for ending, count in endings.items()},
                 same=same,
                 settings=settings,
@@ -171,8 +176,8 @@ class Samples:
     @property
     def notes(self) -> list[str]:
         return [
-            f"{self.task} {metric} is left out: it is not a number from 0 to 1 for each problem, "
-            "better where it is higher."
+            f"{name_of(f'{self.task} {metric}')} is left out: it is not a number from 0 to 1 for "
+            "each problem, better where it is higher."
             for metric in self.left_out
         ]
 

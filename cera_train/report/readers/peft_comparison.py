@@ -6,9 +6,8 @@ from typing import Any
 
 from cera_train.common.errors import errors_at
 from cera_train.common.settings import flatten, require
-from cera_train.common.trust import clean
 from cera_train.report.readers.adapter import SavedAdapter
-from cera_train.report.readers.files import is_score, read_object
+from cera_train.report.readers.files import is_score, name_of, read_object
 from cera_train.report.runs import Evaluation, Run, Scores
 from cera_train.runs.records import Record
 from cera_train.runs.results import Environment, Metrics, RunResult, UpdateMetrics
@@ -72,7 +71,7 @@ def find_run(path: Path) -> Run | None:
     metrics = Metrics(updates)
     return Run(
         path,
-        clean(path.stem),
+        name_of(path.stem),
         settings,
         _adapter(comparison.run_info, path),
         _evaluations(trained, path),

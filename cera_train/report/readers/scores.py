@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from cera_train.common.settings import require
-from cera_train.common.trust import clean
-from cera_train.report.readers.files import files_in, is_score, read_objects
+from cera_train.report.readers.files import files_in, is_score, name_of, read_objects
 from cera_train.report.runs import Evaluation, Run, Scores
 from cera_train.runs.evaluation_folder import ENDINGS
 from cera_train.runs.records import Record
@@ -27,8 +26,8 @@ def find_run(path: Path) -> Run | None:
     files = list(filter(_has_scores, [path] if is_file else files_in(path, "*.jsonl")))
     if not files:
         return None
-    evaluations = {clean(file.stem): read_evaluation(file) for file in files}
-    return Run(path, clean(path.resolve().stem), evaluations=evaluations)
+    evaluations = {name_of(file.stem): read_evaluation(file) for file in files}
+    return Run(path, name_of(path.resolve().stem), evaluations=evaluations)
 
 
 def _has_scores(file: Path) -> bool:

@@ -5,9 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cera_train.common.trust import clean
 from cera_train.report.readers.adapter import find_adapter
-from cera_train.report.readers.files import files_in, read_object
+from cera_train.report.readers.files import files_in, name_of, read_object
 from cera_train.report.runs import Run
 from cera_train.runs.records import Record
 from cera_train.runs.results import EvaluationMetrics, Metrics, RunResult, UpdateMetrics
@@ -45,7 +44,7 @@ def find_run(path: Path) -> Run | None:
             file,
         )
     named = path if path.is_dir() or path.name != STATE else path.parent
-    name = clean(named.resolve().name)
+    name = name_of(named.resolve().name)
     return Run(
         path,
         name,
