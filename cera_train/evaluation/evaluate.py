@@ -32,6 +32,7 @@ from cera_train.model.batches import MicroBatches
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.language_model import LanguageModel, perplexity
 from cera_train.model.layout import choose_layout
+from cera_train.runs.card import write_card
 from cera_train.runs.evaluation_folder import (
     AccuracyResult,
     EvaluationFolder,
@@ -43,7 +44,7 @@ from cera_train.runs.evaluation_folder import (
     ending_shares,
     find_evaluation_result,
 )
-from cera_train.runs.results import describe_rank
+from cera_train.runs.results import RunResult, describe_rank
 from cera_train.runs.subject import digest_of
 from cera_train.settings.distributed import DistributedConfig
 
@@ -102,6 +103,8 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
             lines = perplexity_lines(result)
         if is_main:
             result.write(path / "result.json")
+            if subject.run is not None and not subject.part:
+                write_card(subject.folder, RunResult.read(subject.folder / "result.json"))
             print()
             print_fields(lines | {"folder": str(path)})
         return result.to_json()

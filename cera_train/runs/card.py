@@ -1,21 +1,32 @@
-"""The model card of an adapter, and the upload of both to the Hub."""
+"""The model card of an adapter with its evaluations, and the upload of both to the Hub."""
 
 import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
+import yaml
+from huggingface_hub import (
+    CommitOperationAdd,
+    EvalResultEntry,
+    HfApi,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 
 from cera_train.adapters.families import family, title
 from cera_train.adapters.folder import description_file
 from cera_train.common.errors import UserError
-from cera_train.common.files import read_json, write_text
+from cera_train.common.files import read_json, remove_folder, write_text
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import for_markdown
+from cera_train.runs.evaluation_folder import AccuracyResult, find_evaluation_result
 from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult, describe_rank, describe_tasks, figure
+from cera_train.runs.subject import digest_of
+from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
 
@@ -49,9 +60,16 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 """
 
 
+EVALUATIONS = ".eval_results"
+"""Folder of an adapter: its evaluations as the Hub reads them, one file a data set."""
+
+
 def write_card(run: Path, result: RunResult) -> None:
-    """Writes adapter/README.md from the config and the result of a run."""
+    """Writes adapter/README.md from the config, the result and the evaluations of a run, and the
+    evaluations again as metadata of the Hub."""
     config = load_config(run / "config.yaml")
+    evaluations = _evaluations(run)
+    _write_entries(run / "adapter" / EVALUATIONS, evaluations)
     kind = family(config.adapter.kind)
     method = title(config.adapter)
     is_cera = config.adapter.kind == "cera"
@@ -69,7 +87,7 @@ def write_card(run: Path, result: RunResult) -> None:
         loader="AutoModelForCausalLM" if is_full else "AutoPeftModelForCausalLM",
         table="\n".join(
             f"| {for_markdown(name)} | {for_markdown(value)} |"
-            for name, value in _facts(config, result).items()
+            for name, value in (_facts(config, result) | _accuracies(evaluations)).items()
         ),
         terms=f"The base weights are under `{for_markdown(data.license)}`; an adapter of theirs "
         f"comes under its terms."
@@ -120,6 +138,72 @@ def _facts(config: Config, result: RunResult) -> dict[str, str]:
         "Tasks": describe_tasks(result.tasks),
     }
     return {name: text for name, text in rows.items() if text}
+
+
+# --- evaluations ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A finished evaluation of a run's final adapter, by its main accuracy."""
+
+    config: EvalConfig
+    result: AccuracyResult
+    key: str  # such as exact/pass@1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it took all problems of a data set of the Hub."""
+        task = self.config.task
+        part = task.files or task.limit or task.level
+        return task.path is not None and not part
+
+    @property
+    def text(self) -> str:
+        """5.1 % (95 % interval 3.9 to 6.3 %), greedy, 1,319 problems"""
+        text = f"{self.result.details[self.key]:.1%}"
+        if (interval := self.result.accuracies[self.key]) is not None:
+            text += " (95 % interval {:.1%} to {:.1%})".format(*interval)
+        temperature = self.config.generation.temperature
+        sampled = f"temperature {temperature:g}" if temperature else "greedy"
+        return f"{text}, {self.key}, {sampled}, {self.result.problems:,} problems"
+
+
+def _evaluations(run: Path) -> list[_Evaluation]:
+    evaluations = []
+    for folder in sorted((run / "eval").glob("*")):
+        result = find_evaluation_result(folder)
+        if not isinstance(result, AccuracyResult):
+            continue
+        config = load_config(folder / "config.yaml", EvalConfig)
+        keys = list(result.accuracies)
+        if keys and config.adapter_digest == digest_of(run / "adapter"):
+            evaluations.append(_Evaluation(config, result, keys[0]))
+    return evaluations
+
+
+def _accuracies(evaluations: Sequence[_Evaluation]) -> dict[str, str]:
+    return {f"Evaluation, {each.config.folder_name}": each.text for each in evaluations}
+
+
+def _write_entries(folder: Path, evaluations: Sequence[_Evaluation]) -> None:
+    """One file a data set. The Hub compares whole data sets, so parts of one have no entry."""
+    if folder.exists():
+        remove_folder(folder)
+    for each in evaluations:
+        if not each.is_whole:
+            continue
+        task = each.config.task
+        entry = EvalResultEntry(
+            dataset_id=task.path,
+            task_id=task.name,
+            value=each.result.details[each.key],
+            dataset_revision=task.revision,
+            notes=each.text,
+        )
+        folder.mkdir(exist_ok=True)
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+        write_text(folder / f"{each.config.folder_name}.yaml", text)
 
 
 # --- the Hub --------------------------------------------------------------------------------------
