@@ -134,10 +134,21 @@ def load_config(path: Path, schema: type = Config) -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
     except OmegaConfBaseException as error:
+        writer = writer_of(path)
         raise UserError(
-            f"cannot read {path}: {str(error).splitlines()[0]}. Restore it, or use the version of "
-            "cera-train that wrote it."
+            f"cannot read {path}, which {writer} wrote: {str(error).splitlines()[0]}. Restore it, "
+            "or use that version."
         ) from error
+
+
+def writer_of(config: Path) -> str:
+    """The cera-train that wrote a config: by environment.json of its run, a folder above."""
+    for folder in config.parents[:3]:
+        if (record := folder / "environment.json").is_file():
+            packages = read_json(record).get("packages") or {}
+            if version := packages.get("cera-train"):
+                return f"cera-train {version}"
+    return "another version of cera-train"
 
 
 def differences(path: Path, config: dict[str, Any], schema: type = Config) -> dict[str, str]:

@@ -74,10 +74,34 @@ def test_a_run_imports_nothing_that_not_every_run_needs():
     assert python("-c", script) == "[]\n"
 
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_version_is_that_of_every_file_that_names_it():
+    files = ("pyproject.toml", "CITATION.cff", "CHANGELOG.md", "uv.lock")
+    places = {
+        "pyproject.toml": f'version = "{__version__}"',
+        "uv.lock": f'name = "cera-train"\nversion = "{__version__}"',
+        "CITATION.cff": f"version: {__version__}",
+        "CHANGELOG.md": f"## {__version__}",
+    }
+    assert not [name for name in files if places[name] not in (ROOT / name).read_text()]
+
+
+@pytest.mark.slow
+def test_two_builds_give_the_same_bytes(tmp_path):
+    for folder in ("first", "second"):
+        python("-m", "build", "--no-isolation", "--outdir", tmp_path / folder, ROOT)
+    first = sorted((tmp_path / "first").iterdir())
+    second = sorted((tmp_path / "second").iterdir())
+    assert [file.suffix for file in first] == [".whl", ".gz"]
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
+
+
 @pytest.mark.slow
 def test_a_wheel_installed_elsewhere_has_conf_and_recipes(tmp_path):
-    root = Path(__file__).resolve().parents[2]
-    python("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", root)
+    python("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", ROOT)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     python(
         "-m",
