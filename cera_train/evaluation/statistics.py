@@ -18,7 +18,7 @@ POWER = 0.8  # the probability with which a difference counts as detected
 
 BLOCK = 1_000_000  # numbers that resampling draws at once: 8 MB
 
-MANY = 20_000
+MANY = 5_000
 """Problems, of which the mean is normal: resampling more takes minutes and finds the same."""
 
 

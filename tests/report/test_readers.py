@@ -1,12 +1,16 @@
 """Results of other programs: what is read of them, compared, and refused by name."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import write_lines
+from made_runs import HOSTILE, make_run, write_lines
 
+from cera_train.common.errors import UserError
 from cera_train.report.comparison import paired_tests
 from cera_train.report.page import compare_runs
 from cera_train.report.readers import read_runs
@@ -247,3 +251,130 @@ def test_other_seeds_are_refused(tmp_path: Path) -> None:
     tests, (note,) = paired_tests(read_runs([tmp_path]))
     assert not tests
     assert "seeds differ: 0, 1 and 0, 1, 2" in note
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+LINE = {
+    "doc_id": 0,
+    "filter": "none",
+    "metrics": ["acc"],
+    "acc": 1.0,
+    "doc_hash": "d",
+    "prompt_hash": "p",
+    "target_hash": "t",
+}
+SAMPLES = f"samples_sums_{DATE}.jsonl"
+STATE = {"global_step": 1, "max_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        (SAMPLES, '{"doc_id": 1, ', ":1 is broken: EOF while parsing"),
+        (SAMPLES, "[1]", ":1 is broken: expected names and values, got list"),
+        (SAMPLES, "\xff", ":1 is broken: "),
+        (SAMPLES, json.dumps(LINE | {"doc_hash": None}), ":1 is broken: doc_hash: "),
+        (SAMPLES, f"{json.dumps(LINE)}\n{json.dumps(LINE)}", ":2: doc_id 0 comes again"),
+        (f"results_{DATE}.json", '{"results": {}, "n-shot": {}}', "repeat lm_eval with --log_sam"),
+        ("scores.jsonl", '{"problem": 1, "score": 1.5}', ":1: score 1.5: expected a number from 0"),
+        ("scores.jsonl", '{"problem": 1, "score": NaN}', ":1: score nan: expected a number from 0"),
+        ("scores.jsonl", '{"problem": [], "score": 1}', ":1 is broken: problem"),
+        ("scores.jsonl", '{"problem": 1, "score": 1}\n' * 2, ":2: problem '1' comes again"),
+        ("scores.jsonl", "", "holds no results: expected"),
+        ("trainer_state.json", "[" * 100_000, "is broken: recursion limit exceeded"),
+        ("trainer_state.json", json.dumps({"log_history": 1}), "is broken: global_step"),
+        (
+            "trainer_state.json",
+            json.dumps(STATE | {"log_history": [{"loss": 1.0}]}),
+            "log_history.0 is broken: update",
+        ),
+        ("trainer_state.json", " " * 2_000, "has 2,000 bytes, and at most 1,000 are read"),
+        ("a.json", '{"run_info": {}, "train_info": {}}', "is broken: run_info.train_config"),
+    ],
+)
+def test_damaged_files_are_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, line: str
+) -> None:
+    if len(content) == 2_000:
+        monkeypatch.setattr("cera_train.report.readers.files.LARGEST_FILE", 1_000)
+    (tmp_path / name).write_text(content, encoding="latin-1")
+    with pytest.raises(UserError) as caught:
+        read_runs([tmp_path])
+    assert line in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+def test_a_share_of_an_unknown_number_of_problems_is_refused(tmp_path: Path) -> None:
+    path = peft_result(tmp_path / "a.json", 100)
+    path.write_text(path.read_text().replace(str(100 / 1319), "0.123"))
+    with pytest.raises(UserError, match="0.123: expected a share of GSM8K's 1,319 test problems"):
+        read_runs([path])
+
+
+def test_an_endless_line_is_not_read_to_its_end(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("cera_train.report.readers.files.LONGEST_LINE", 100)
+    (tmp_path / "scores.jsonl").write_text('{"problem": "' + "x" * 200)
+    with pytest.raises(UserError, match="a line of more than 100 bytes"):
+        read_runs([tmp_path])
+
+
+def test_links_out_of_a_folder_and_pipes_are_not_followed(tmp_path: Path) -> None:
+    secret = scores_file(tmp_path / "secret" / "secret.jsonl", {"password": 1})
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.jsonl")
+    with pytest.raises(UserError, match="holds no results"):
+        read_runs([folder])
+    (folder / "sums.jsonl").symlink_to(secret)
+    with pytest.raises(UserError, match="is a link to a file outside"):
+        read_runs([folder])
+
+
+def test_a_folder_of_several_formats_holds_several_runs(tmp_path: Path) -> None:
+    peft_result(tmp_path / "peft.json", 600)
+    trainer_state(tmp_path / "sft" / "trainer_state.json")
+    lm_eval_folder(tmp_path / "harness", {1})
+    scores_file(tmp_path / "own" / "sums.jsonl", {1: 1, 2: 0})
+    (tmp_path / "notes.txt").write_text("of no format")
+    make_run(tmp_path / "cera")
+    page = compare_runs([tmp_path])
+    assert [row["run"] for row in page.tables[0].rows] == ["cera", "harness", "own", "peft", "sft"]
+    assert page.tables[1].rows == []
+
+
+def test_hostile_names_stay_text_inside_the_report(tmp_path: Path, capsys) -> None:
+    hostile = f"{HOSTILE}\x1b[31m/../../x"
+    lines = {"metrics": [hostile], hostile: 1.0, "filter": hostile, "resps": [[hostile]]}
+    folders = [lm_eval_folder(tmp_path / name, {1}, lines=lines) for name in "ab"]
+    folders[1] = folders[1].rename(tmp_path / "<b>bold\x1b[1m\n")
+    arguments = {"model_args": {"pretrained": hostile}}
+    lm_eval_folder(folders[0], {1}, lines=lines, config=arguments)
+    page = compare_runs(folders)
+    page.write(tmp_path / "report")
+    page.print(tmp_path / "report")
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert len(page.tables[1].rows) == 1
+    assert "<b>" not in html
+    assert "<script" not in html + (tmp_path / "report" / "report.md").read_text()
+    assert "\x1b" not in html + capsys.readouterr().out
+    assert {path.parent for path in tmp_path.rglob("*.png")} <= {tmp_path / "report"}
+
+
+@pytest.mark.slow
+def test_200000_problems_take_less_than_half_a_gigabyte(tmp_path: Path) -> None:
+    for name in "ab":
+        scores = {f"problem {number}": number % 3 == 0 for number in range(200_000)}
+        scores_file(tmp_path / name / "sums.jsonl", scores)
+    code = (
+        "import resource, sys; from pathlib import Path; "
+        "from cera_train.report.page import compare_runs; "
+        "compare_runs([Path('a'), Path('b')]).write(Path('report')); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 500_000  # kilobytes

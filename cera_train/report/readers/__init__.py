@@ -10,6 +10,7 @@ from statistics import fmean
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
+from cera_train.common.trust import clean
 from cera_train.report.readers import lm_eval, own, peft_comparison, scores, trainer
 from cera_train.report.readers.files import name_of
 from cera_train.report.runs import Evaluation, Run, Scores
@@ -29,7 +30,11 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             by_path.setdefault(run.folder.resolve(), run)
     runs = list(by_path.values())
     count = Counter(run.name for run in runs)
-    return [run if count[run.name] == 1 else replace(run, name=str(run.folder)) for run in runs]
+    paths = [clean(str(run.folder)) for run in runs]
+    return [
+        run if count[run.name] == 1 else replace(run, name=path)
+        for run, path in zip(runs, paths, strict=True)
+    ]
 
 
 def _runs_at(path: Path) -> list[Run]:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from cera_train.common.errors import UserError, error_text
-from cera_train.common.files import read_json
+from cera_train.common.files import read_parsed
 from cera_train.common.settings import require
 from cera_train.common.trust import clean
 
@@ -36,7 +36,7 @@ def read_object(path: Path) -> dict[str, Any]:
         size <= LARGEST_FILE,
         f"{path} has {size:,} bytes, and at most {LARGEST_FILE:,} are read. {LEAVE_OUT}",
     )
-    return read_json(path, LEAVE_OUT)
+    return read_parsed(path, from_json, LEAVE_OUT)  # json takes deeper nesting than we do
 
 
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -65,6 +65,11 @@ def name_of(text: str) -> str:
     return clean(" ".join(text.split()))[:LONGEST_NAME].replace("/", "_")
 
 
+def is_number(value: Any) -> bool:
+    """Whether this is a number that a float can hold, or true or false."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
 def is_score(value: Any) -> bool:
     """Whether this is a number from 0 to 1, or true or false."""
-    return isinstance(value, int | float) and 0 <= value <= 1
+    return is_number(value) and 0 <= value <= 1

@@ -24,6 +24,8 @@ from cera_train.runs.evaluation_folder import LOOP, RIGHT, WRONG
 from cera_train.runs.records import Record
 
 SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-[^_]+)\.jsonl", re.DOTALL)
+ENDINGS = (RIGHT, WRONG, LOOP)  # what a text alone tells
+MOST_NAMED = 5  # metrics in a note
 DIGEST = 16  # digits that tell texts apart
 
 
@@ -166,7 +168,7 @@ class Samples:
                 continue
             evaluations[name_of(f"{self.task} {metric}")] = Evaluation.of_scores(
                 {name_of(name): Scores.by_problem(scores) for name, scores in by_filter.items()},
-                endings={ending: count / endings.total() for ending, count in endings.items()},
+                endings={name: endings[name] / endings.total() for name in ENDINGS if endings},
                 same=same,
                 settings=settings,
             )
@@ -175,10 +177,12 @@ class Samples:
 
     @property
     def notes(self) -> list[str]:
+        if not self.left_out:
+            return []
+        metrics = ", ".join(map(name_of, list(self.left_out)[:MOST_NAMED]))
         return [
-            f"{name_of(f'{self.task} {metric}')} is left out: it is not a number from 0 to 1 for "
-            "each problem, better where it is higher."
-            for metric in self.left_out
+            f"{name_of(self.task)} is compared without metrics that are not a number from 0 to 1 "
+            f"for each problem, better where it is higher: {metrics}."
         ]
 
 

@@ -2,7 +2,9 @@
 many of GSM8K's test problems were right, and not which."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from cera_train.common.errors import errors_at
 from cera_train.common.settings import flatten, require
@@ -18,6 +20,9 @@ ACCURACY = "test accuracy"
 TEST_PROBLEMS = 1_319  # GSM8K's test set, of which a run answers all
 
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class RunInfo(Record):
     train_config: dict[str, Any]
     peft_config: dict[str, Any] | None = None  # None: every weight is trained
@@ -28,8 +33,8 @@ class TrainInfo(Record):
     metrics: list[dict[str, Any]]
     train_time: float | None = None
     cuda_memory_max: float | None = None
-    num_trainable_params: int | None = None
-    num_total_params: int | None = None
+    num_trainable_params: Count | None = None
+    num_total_params: Count | None = None
 
 
 class SystemInfo(Record):
@@ -99,8 +104,8 @@ def _evaluations(trained: TrainInfo, path: Path) -> dict[str, Evaluation]:
     right = round(accuracy * TEST_PROBLEMS) if is_score(accuracy) else -1
     require(
         right >= 0 and abs(right / TEST_PROBLEMS - accuracy) < 1e-6,
-        f"{path}: {ACCURACY} {accuracy}: expected a share of GSM8K's {TEST_PROBLEMS:,} test "
-        "problems. Leave it out: how many there were is not on record.",
+        f"{path}: {ACCURACY} {str(accuracy)[:40]}: expected a share of GSM8K's {TEST_PROBLEMS:,} "
+        "test problems. Leave it out: how many there were is not on record.",
     )
     return {TASK: Evaluation.of_scores({ACCURACY: Scores.of_count(right, TEST_PROBLEMS)})}
 

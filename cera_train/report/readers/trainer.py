@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.report.readers.adapter import find_adapter
-from cera_train.report.readers.files import files_in, name_of, read_object
+from cera_train.report.readers.files import files_in, is_number, name_of, read_object
 from cera_train.report.runs import Run
 from cera_train.runs.records import Record
 from cera_train.runs.results import EvaluationMetrics, Metrics, RunResult, UpdateMetrics
@@ -70,7 +70,7 @@ def read_metrics(state: TrainerState, file: Path) -> Metrics:
     metrics = Metrics()
     for number, entry in enumerate(state.log_history):
         place = f"{file}: log_history.{number}"
-        numbers = {key: value for key, value in entry.items() if isinstance(value, int | float)}
+        numbers = {key: value for key, value in entry.items() if is_number(value)}
         values: dict[str, Any] = {"update": entry.get("step")}
         if "eval_loss" in numbers:
             loss = float(numbers["eval_loss"])
