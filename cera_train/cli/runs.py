@@ -117,15 +117,16 @@ def parser_of(program: str, description: str) -> Parser:
 def report() -> None:
     parser = parser_of(
         "cera-report",
-        "Compares runs: one table, paired tests on the same problems, pictures. Of a study: its "
-        "verdict.",
+        "Compares runs, of any program: one table, paired tests on the same problems, pictures. "
+        "Of a study: its verdict.",
     )
     parser.add_argument(
         "folders",
         nargs="+",
-        metavar="DIR",
+        metavar="PATH",
         type=Path,
-        help="a run, a folder of runs, a study, or the studies of a family",
+        help="a run, a folder of runs, a study, the studies of a family; or results of lm-eval, "
+        "transformers, TRL, PEFT's method comparison, or JSON lines of problems and scores",
     )
     parser.add_argument(
         "--output", type=Path, help="where the page goes (default: report/NAMES_OF_THE_FOLDERS)"

@@ -3,6 +3,7 @@ comparison."""
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -27,6 +28,8 @@ from cera_train.report.runs import Run, Scores, group_by
 from cera_train.settings.evaluation import EvalConfig
 
 MOST_RUNS_IN_ALL_PAIRS = 6
+
+VERDICTS = ("better", "worse", "not shown")
 
 ENGINE = "engines"
 NOT_ON_RECORD = "not on record"
@@ -111,10 +114,6 @@ def paired_tests(
         pairs = list(itertools.combinations(graded, 2))
         if len(graded) > MOST_RUNS_IN_ALL_PAIRS:
             pairs = [(graded[0], run) for run in graded[1:]]
-            notes.append(
-                f"{task}: each of {len(graded)} runs is tested against the first only, "
-                f"{graded[0].name}."
-            )
         comparable = []
         for first, second in pairs:
             try:
@@ -123,8 +122,17 @@ def paired_tests(
                 notes.append(f"{task}, {first.name} and {second.name}: {error}")
         of_task = [test_pair(pair, len(comparable)) for pair in comparable]
         adjusted = holm([test.p_value for test in of_task])
-        for test, p_value in zip(of_task, adjusted, strict=True):
-            tests.append(replace(test, p_value=p_value))
+        of_task = [
+            replace(test, p_value=p_value) for test, p_value in zip(of_task, adjusted, strict=True)
+        ]
+        if len(graded) > MOST_RUNS_IN_ALL_PAIRS:
+            counts = Counter(test.verdict for test in of_task)
+            verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+            notes.append(
+                f"{task}: each of {len(graded)} runs is tested against the first only, "
+                f"{graded[0].name}: {verdicts}."
+            )
+        tests += of_task
     return tests, notes
 
 

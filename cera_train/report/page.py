@@ -18,14 +18,19 @@ from cera_train.runs.evaluation_folder import RIGHT
 from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share, is_task_figure
 from cera_train.settings.run import Config
 
+MOST_COLUMNS = 8  # runs beside each other
+
 CAPTION = (
     "Exact is the task's published rule, verified mathematical equality by math-verify or exact. "
     "Below an accuracy: its 95 % interval over problems. Difference: ours minus the paper's."
 )
 TESTS = (
-    "On the same problems; the verdict is on the first-named run. p is McNemar's, or of a "
-    "sign-flip permutation test where a problem has several answers or a score, after Holm over "
-    "the pairs of a task; it decides at 5 %. The interval is a paired bootstrap's."
+    "On the same problems; the verdict is on the first-named run, and beside *not shown* stands "
+    "the difference that is shown with power 80 %. p is McNemar's, or of a sign-flip permutation "
+    "test where a problem has several answers or a score, after Holm over the pairs of a task; it "
+    "decides at 5 %. The interval is a paired bootstrap's. Unpaired, where only the number of "
+    "right answers is on record: Fisher's exact test and Newcombe's interval. With several seeds, "
+    "p and the interval hold for other seeds too."
 )
 
 
@@ -36,15 +41,11 @@ def compare_runs(folders: Sequence[Path], across_engines: bool = False) -> Page:
     announce("comparing", counted(len(runs), "run"))
     tests, notes = paired_tests(runs, across_engines)
     trained = [run for run in runs if run.is_training]
-    settings = differing_settings(
-        {run.name: run.settings for run in trained if run.settings}, Config
-    )
-    differing = [{"setting": key} | words for key, words in settings.items()]
     tables = [
         table_of_runs(runs),
         Table("Paired tests", [test.row for test in tests], TESTS),
         table_of_costs(runs),
-        Table("Settings", differing, "What differs between runs."),
+        table_of_settings(trained),
     ]
     title = runs[0].name if len(runs) == 1 else f"Comparison of {len(runs)} runs"
     commands = {run.name: run.environment.command_line or "not on record" for run in trained}
@@ -59,6 +60,19 @@ def compare_runs(folders: Sequence[Path], across_engines: bool = False) -> Page:
         answers=endings_of_answers(runs),
         spectra=spectra(runs),
     )
+
+
+def table_of_settings(runs: Sequence[Run]) -> Table:
+    """What differs between runs: a row for each setting, or for each of many runs."""
+    settings = {run.name: run.settings for run in runs if run.settings}
+    differing = differing_settings(settings, Config)
+    rows = [{"setting": key} | words for key, words in differing.items()]
+    if len(settings) > MOST_COLUMNS:
+        rows = [
+            {"run": name} | {key: words[name] for key, words in differing.items()}
+            for name in settings
+        ]
+    return Table("Settings", rows, "What differs between runs.")
 
 
 # --- the table of runs ----------------------------------------------------------------------------
