@@ -35,6 +35,7 @@ from wrong_policies import WRONG_ADAPTERS, Stale, changed_adapters  # noqa: E402
 import cera_train.evaluation.server as server_module  # noqa: E402
 from cera_train.cera import CeraConfig  # noqa: E402
 from cera_train.common.errors import UserError  # noqa: E402
+from cera_train.training.objectives.policy import DISTANCE, LIMIT  # noqa: E402
 from cera_train.training.train import train  # noqa: E402
 
 LLAMA_CPP = Path(sys.prefix) / "llama.cpp"
@@ -476,19 +477,25 @@ def test_updates_stop_where_vllm_samples_at_another_temperature(server, grpo, mo
 
 
 @pytest.mark.nightly
-def test_updates_stop_where_the_log_p_of_vllm_are_those_of_another_temperature(
+def test_updates_by_a_vllm_in_bfloat16_pass_unless_its_policy_is_wrong(
     folder, grpo, tmp_path, monkeypatch
 ):
-    options = (*LORA, "--logprobs-mode", "processed_logprobs")
+    """Its log p are those after the temperature: no token is likelier than they say."""
+    options = (*LORA, "--dtype", "bfloat16", "--logprobs-mode", "processed_logprobs")
     with started(folder, tmp_path / "log", *options) as (url, _):
-        config = grpo(url)
+        config = grpo(url, "train.max_updates=6")
         train(config)
-        assert len(rewarded_updates(config)) == 2
-        with half_temperature(monkeypatch), pytest.raises(UserError) as caught:
+        updates = rewarded_updates(config)
+        print([(line[DISTANCE], line[LIMIT]) for line in updates])
+        assert updates[0][LIMIT] > 1e-3
+        change, looks = WRONG_ADAPTERS["half the scale"]
+        with changed_adapters(change), pytest.raises(UserError) as half:
+            train(grpo(url, "name=half"))
+        with half_temperature(monkeypatch), pytest.raises(UserError) as cold:
             train(grpo(url, "name=cold"))
-    print(caught.value)
-    assert "the base without an adapter: its log p are" in str(caught.value)
-    assert "as if by a temperature of 0.5 " in str(caught.value)
+    print(half.value, cold.value, sep="\n")
+    assert f"as if by {looks} " in str(half.value)
+    assert re.search(r"as if by a temperature of 0\.(49|5|51) ", str(cold.value))
 
 
 @pytest.mark.nightly

@@ -3,6 +3,7 @@ they look like; sound answers pass. A played server makes the mistakes; tests/se
 real vLLM."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.generate import LoadedModel, TokenChoice
 from cera_train.evaluation.requests import SampledTokens
 from cera_train.model.language_model import LanguageModel
+from cera_train.settings.run import Config
 from cera_train.training.objectives.policy import (
     DISTANCE,
     LIMIT,
+    MOST_ROUNDING,
     MOST_SURPRISE,
     log_p_distance,
     surprise,
@@ -28,10 +31,6 @@ from cera_train.training.train import train
 
 WORDS = ("one", "two", "six", "ten")
 ROWS = [{"prompt": f"Say {word}:", "completion": f" {word}"} for word in WORDS]
-
-
-def length(prompt: str, answer: str, right: str) -> float:
-    return len(answer)
 
 
 def vowels(prompt: str, answer: str, right: str) -> float:
@@ -77,8 +76,8 @@ def test_one_token_of_any_log_p_adds_at_most_one_nat():
 
 
 @pytest.fixture(scope="module")
-def served(tiny_config_in, tiny_folder, tmp_path_factory):
-    """A run whose adapter matters, and the server of its answers."""
+def config_of(tiny_config_in, tmp_path_factory):
+    """config_of("adapter=lora", ...): the config of a run by rewards, with an adapter at r = 8."""
     folder = tmp_path_factory.mktemp("policy")
     rows = folder / "rows.jsonl"
     rows.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
@@ -89,17 +88,31 @@ def served(tiny_config_in, tiny_folder, tmp_path_factory):
         "train.objective=grpo",
         "grpo.answers=2",
         "grpo.max_new_tokens=8",
-        f"grpo.rewards=[{__name__}.length]",
+        f"grpo.rewards=[{__name__}.vowels]",
         "adapter.r=8",
         "adapter.alpha=8",
         "adapter.target_modules=all-linear",
-        "adapter.dropout=0.3",
     ]
-    with playing_vllm(tiny_config_in(folder, *words).model) as vllm:
-        run = build_run(tiny_config_in(folder, *words, f"train.server={vllm.url}"), folder / "run")
-        torch.manual_seed(0)
-        move(run, 0.2)
-        yield run, vllm
+    return lambda *overrides: tiny_config_in(folder, *words, *overrides)
+
+
+@pytest.fixture(scope="module")
+def vllm(config_of):
+    with playing_vllm(config_of().model) as vllm:
+        yield vllm
+
+
+def build(config: Config) -> BuiltRun:
+    return build_run(config, Path(config.output_dir) / config.name)
+
+
+@pytest.fixture(scope="module")
+def run(config_of, vllm) -> BuiltRun:
+    """A run whose adapter matters, and whose answers `vllm` samples."""
+    run = build(config_of("adapter.dropout=0.3", f"train.server={vllm.url}"))
+    torch.manual_seed(0)
+    move(run, 0.2)
+    return run
 
 
 @torch.no_grad()
@@ -117,8 +130,7 @@ def draw(run: BuiltRun) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("change", "looks"), WRONG_ADAPTERS.values(), ids=WRONG_ADAPTERS)
-def test_answers_by_a_wrong_adapter_are_refused_by_its_name(served, change, looks):
-    run, _ = served
+def test_answers_by_a_wrong_adapter_are_refused_by_its_name(run, change, looks):
     figures = draw(run)
     assert figures[DISTANCE] < figures[LIMIT] / 10
     move(run, 0.01)
@@ -133,8 +145,7 @@ def test_answers_by_a_wrong_adapter_are_refused_by_its_name(served, change, look
     draw(run)  # nothing of the search for a cause is left
 
 
-def test_answers_by_the_adapter_of_the_update_before_are_refused(served):
-    run, _ = served
+def test_answers_by_the_adapter_of_the_update_before_are_refused(run):
     with changed_adapters(Stale()):
         draw(run)
         move(run, 0.01)
@@ -143,8 +154,7 @@ def test_answers_by_the_adapter_of_the_update_before_are_refused(served):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.5])
-def test_answers_at_another_temperature_are_refused(served, monkeypatch, temperature):
-    run, vllm = served
+def test_answers_at_another_temperature_are_refused(run, vllm, monkeypatch, temperature):
     monkeypatch.setattr(vllm, "temperature", temperature)
     monkeypatch.setattr(vllm, "sends_processed", True)
     with pytest.raises(UserError, match=f"as if by a temperature of {temperature} "):
@@ -155,15 +165,13 @@ def test_answers_at_another_temperature_are_refused(served, monkeypatch, tempera
         draw(run)
 
 
-def test_answers_at_a_temperature_that_their_log_p_hide_are_refused(served, monkeypatch):
-    run, vllm = served
+def test_answers_at_a_temperature_that_their_log_p_hide_are_refused(run, vllm, monkeypatch):
     monkeypatch.setattr(vllm, "temperature", 0.1)
     with pytest.raises(UserError, match="it samples at a temperature below 1, or from a part"):
         draw(run)
 
 
-def test_answers_by_another_base_are_refused(served, monkeypatch):
-    run, vllm = served
+def test_answers_by_another_base_are_refused(run, vllm, monkeypatch):
     monkeypatch.setattr(run.objective.policy, "limit", None)
     head = vllm.unadapted.get_output_embeddings().weight
     monkeypatch.setattr(head, "data", head + 0.1 * torch.randn_like(head))
@@ -171,12 +179,39 @@ def test_answers_by_another_base_are_refused(served, monkeypatch):
         draw(run)
 
 
-def test_a_limit_of_the_users_lets_a_wrong_policy_pass(served, monkeypatch):
-    run, _ = served
-    monkeypatch.setattr(run.objective.policy, "limit", 1.0)
+# --- the limit ------------------------------------------------------------------------------------
+
+
+def test_four_times_the_distance_of_the_base_is_accepted(run, vllm, monkeypatch):
+    answer = vllm.answer
+
+    def rounded(body: dict) -> tuple[list[int], dict[str, list], str]:
+        tokens, logprobs, reason = answer(body)
+        if body["model"] == "base":
+            sent = logprobs["token_logprobs"]
+            logprobs["token_logprobs"] = [p + 0.01 * (-1) ** n for n, p in enumerate(sent)]
+        return tokens, logprobs, reason
+
+    monkeypatch.setattr(vllm, "answer", rounded)
+    monkeypatch.setattr(run.objective.policy, "limit", None)
+    assert draw(run)[LIMIT] == pytest.approx(0.04, rel=1e-3)
+
+
+def test_a_limit_of_the_users_lets_a_wrong_policy_pass(config_of, vllm):
+    run = build(config_of("grpo.max_sampler_distance=1", "name=wide", f"train.server={vllm.url}"))
+    move(run, 0.2)
+    vllm.asked.clear()
     change, _ = WRONG_ADAPTERS["no gate"]
     with changed_adapters(change):
-        assert draw(run)[DISTANCE] > 0.01
+        figures = draw(run)
+    assert 0.01 < figures[DISTANCE] < figures[LIMIT] == 1
+    assert "base" not in {body["model"] for body in vllm.asked}
+
+
+def test_an_adapter_that_moves_the_base_has_a_limit_of_its_own(config_of, vllm):
+    """Its base without it is none that a server has."""
+    run = build(config_of("adapter=pissa", "name=pissa", f"train.server={vllm.url}"))
+    assert run.objective.policy.limit == MOST_ROUNDING
 
 
 # --- sound answers --------------------------------------------------------------------------------
@@ -230,15 +265,10 @@ class RecordedModel(LoadedModel):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("dtype", "autocasts"),
-    [("float32", True), ("bfloat16", True), ("bfloat16", False)],
-    ids=["float32", "bfloat16", "bfloat16 beside float32 adapters"],
-)
-def test_no_sound_answer_is_refused_in_1000_updates(
-    tiny_config, write_jsonl, monkeypatch, dtype, autocasts
-):
-    """By two computations of the same model: with a cache and without."""
+@pytest.mark.parametrize("autocast", ["false", "true"])
+def test_no_sound_answer_is_refused_in_1000_updates(config_of, monkeypatch, autocast):
+    """By the engine of this process, with a cache and in float32, where the run computes without,
+    in float32 or bfloat16."""
     start = Sampler.__init__
 
     def record(sampler, config, tokenizer, language_model, *rest) -> None:
@@ -247,27 +277,20 @@ def test_no_sound_answer_is_refused_in_1000_updates(
         sampler._serve = lambda: None
         model = language_model.model
         base = language_model.causal_lm
-        engine = language_model if autocasts else LanguageModel(model, base)
-        sampler.engine = RecordedModel(model, base, tokenizer, engine.generating)
+        context = LanguageModel(model, base).generating
+        sampler.engine = RecordedModel(model, base, tokenizer, context)
 
     monkeypatch.setattr(Sampler, "__init__", record)
-    config = tiny_config(
-        "data=jsonl",
-        f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
-        "data.eval_rows=1",
-        f"model.dtype={dtype}",
-        "train.objective=grpo",
+    config = config_of(
+        f"train.autocast={autocast}",
         "train.eval_every=null",
         "train.save_every=null",
         "train.batch_size=3",
         "train.max_updates=1000",
         "optimizer.lr=1e-2",
-        "adapter.r=8",
-        "adapter.alpha=8",
-        "adapter.target_modules=all-linear",
         "grpo.answers=4",
         "grpo.max_new_tokens=6",
-        f"grpo.rewards=[{__name__}.vowels]",
+        f"name=autocast_{autocast}",
     )
     train(config)
     updates = [line for line in metrics_of(config) if "train/reward" in line]
