@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .branch import FusedBranch, Hidden, start_branch
 from .config import CeraConfig
 from .gates import GATES, InputGate, LearnedGate, make_gate
+from .packed import PackedLinear, pack_weights
 
 LINEARS_4BIT = ()
 """bitsandbytes' class, where it is installed."""
@@ -186,7 +187,7 @@ class CeraLinear(CeraLayer):
     def _may_overwrite_output(self) -> bool:
         """Whether nothing else needs the output of the base layer."""
         # A hook may have kept it, and a layer of another class may need it in backward.
-        if not is_plain(self.base_layer, nn.Linear, Conv1D, *LINEARS_4BIT):
+        if not is_plain(self.base_layer, nn.Linear, PackedLinear, Conv1D, *LINEARS_4BIT):
             return False
         # With a bias it is a view, and writing through one costs autograd more than a copy.
         return self.base_layer.bias is None or not torch.is_grad_enabled()
@@ -194,20 +195,25 @@ class CeraLinear(CeraLayer):
 
 @contextmanager
 def for_inference(model: nn.Module) -> Iterator[None]:
-    """Lets CeRA layers prepare their branches once for all calls without gradient in eval mode.
+    """Lets CeRA layers prepare their branches once for all calls without gradient in eval mode,
+    and packs the base's weights for the products of a CPU in bfloat16.
 
         with torch.no_grad(), for_inference(model):
             model.generate(**inputs)
 
     Adapters may be switched inside. Their weights and hooks must not change, nor autocast's dtype.
-    The results are the same to the bit. Every active adapter takes its weights' memory once more,
-    in the dtype that it computes in.
+    The results are the same to the bit where x is contiguous. Every active adapter takes its
+    weights' memory once more, in the dtype that it computes in, and so does a base that is packed.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, CeraLinear)]
+    branches = {
+        part for layer in layers for part in (*layer.cera_A.values(), *layer.cera_B.values())
+    }
     for layer in layers:
         layer.prepared = {}
     try:
-        yield
+        with pack_weights(module for module in model.modules() if module not in branches):
+            yield
     finally:
         for layer in layers:
             layer.prepared = None

@@ -5,6 +5,7 @@ Except for rounding, an answer depends neither on its batch nor on the order of 
 resumed evaluation answers only what is missing.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -226,6 +227,12 @@ class LoadedModel:
         layers = DynamicCache(config=base.config).layers
         return all(type(layer) is DynamicLayer for layer in layers)
 
+    @functools.cached_property
+    def cache_argument(self) -> str:
+        """transformers 5.24 renames the argument, and warns of the old name."""
+        is_renamed = "cache" in inspect.signature(self.base.forward).parameters
+        return "cache" if is_renamed else "past_key_values"
+
     def _decode(
         self,
         ids_BT: torch.Tensor,
@@ -319,16 +326,13 @@ class LoadedModel:
         # An index, since torch multiplies each row of a slice by a copy of the head's weights where
         # they are frozen.
         last = torch.tensor([-1], device=ids_BT.device)
-        # transformers 5.24 renames the argument, and warns of the old name
-        arguments = inspect.signature(self.base.forward).parameters
-        name = "cache" if "cache" in arguments else "past_key_values"
         output = self.model(
             input_ids=ids_BT,
             attention_mask=mask_BT,
             position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :],
             use_cache=True,
             logits_to_keep=last,
-            **{name: cache},
+            **{self.cache_argument: cache},
         )
         return output.logits[:, -1]
 

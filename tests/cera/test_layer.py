@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cera_train.cera import CeraConfig, CeraLinear, for_inference
 from cera_train.cera.branch import seeded_dropout
+from cera_train.cera.packed import PackedLinear, can_pack
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -282,6 +283,24 @@ def test_for_inference_changes_no_bit(name, settings):
             assert not torch.equal(expected, base)
             with for_inference(layer):
                 assert all(torch.equal(layer(x.to(dtype)), expected) for _ in range(3))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(
+    not can_pack(nn.Linear(64, 32, dtype=torch.bfloat16)), reason="the CPU multiplies no bf16"
+)
+@pytest.mark.parametrize("has_memory", [True, False])
+def test_for_inference_packs_a_16_bit_base_where_there_is_memory(monkeypatch, has_memory):
+    monkeypatch.setattr("cera_train.cera.packed.SHARE_OF_MEMORY", 0.5 * has_memory)
+    layer = make_layer(nn.Linear(64, 32, dtype=torch.bfloat16)).eval()
+    x = torch.randn(2, 3, 64).bfloat16()
+    expected = layer(x)
+    with for_inference(layer):
+        assert isinstance(layer.base_layer, PackedLinear) == has_memory
+        assert type(layer.cera_A["default"]) is nn.Linear  # otherwise the branch would not be fused
+        assert torch.equal(layer(x), expected)
+    assert type(layer.base_layer) is nn.Linear
+    assert not hasattr(layer.base_layer, "packed")
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
