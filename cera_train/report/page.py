@@ -8,13 +8,18 @@ from pathlib import Path
 from cera_train.common.settings import differing_settings
 from cera_train.common.terminal import announce, counted, duration, gigabytes
 from cera_train.evaluation.tasks.task import Metric
-from cera_train.report.comparison import cautions, missing_pieces, paired_tests
+from cera_train.report.comparison import (
+    cautions,
+    graded_runs,
+    missing_pieces,
+    paired_tests,
+    task_names,
+)
 from cera_train.report.document import Page, Table
 from cera_train.report.pictures import curves, endings_of_answers, spectra
 from cera_train.report.readers import read_runs
 from cera_train.report.runs import Evaluation, Run, accuracy_metric
 from cera_train.report.verdicts import forest_of
-from cera_train.runs.evaluation_folder import RIGHT
 from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share, is_task_figure
 from cera_train.settings.run import Config
 
@@ -44,6 +49,7 @@ def compare_runs(folders: Sequence[Path], across_engines: bool = False) -> Page:
     tables = [
         table_of_runs(runs),
         Table("Paired tests", [test.row for test in tests], TESTS),
+        table_of_endings(runs),
         table_of_costs(runs),
         table_of_settings(trained),
     ]
@@ -81,6 +87,20 @@ def table_of_settings(runs: Sequence[Run]) -> Table:
 def table_of_runs(runs: Sequence[Run]) -> Table:
     """The results that runs have, and those of the paper that their recipes name."""
     return Table("Runs", list(map(_row, runs)), CAPTION)
+
+
+def table_of_endings(runs: Sequence[Run]) -> Table:
+    """How answers ended, without the ways in which none did."""
+    rows = []
+    for task in task_names(runs):
+        for run in graded_runs(runs, task):
+            shares = run.evaluations[task].endings
+            if any(shares.values()):
+                cells = {
+                    ending: f"{share:.1%}" if share else "" for ending, share in shares.items()
+                }
+                rows.append({"run": run.name, "task": task} | cells)
+    return Table("Answers", rows, "The share of a run's answers that ended so.")
 
 
 def table_of_costs(runs: Sequence[Run]) -> Table:
@@ -121,13 +141,6 @@ def _task_cells(run: Run) -> dict[str, str]:
     for task, evaluation in run.evaluations.items():
         for metric in evaluation.figures:
             cells[f"{task} {metric.label}"] = _metric_cell(run, task, evaluation, metric)
-        if evaluation.endings:
-            failures = [
-                f"{share:.1%} {ending}"
-                for ending, share in evaluation.endings.items()
-                if share and ending != RIGHT
-            ]
-            cells[f"{task} failures"] = "\n".join(failures)
     for key in filter(is_task_figure, run.published):
         task, _, name = key.partition("/")
         paper = cell(None, "", *_paper(run, key, None, is_share=True))
