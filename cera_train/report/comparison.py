@@ -274,12 +274,13 @@ def _compare_counts(first: ndarray, second: ndarray, tests: int) -> Estimate:
 def cautions(runs: Sequence[Run]) -> list[str]:
     """What makes figures of these runs not comparable, or less than they seem."""
     trained = [run for run in runs if run.figures.perplexity is not None]
+    known = [run for run in trained if run.environment.held_out]
     measured = [run for run in trained if run.environment.machine]
     notes = [
         _difference(
             "Perplexities and spectra are on different held-out rows or tokens, so do not rank "
             "them, by digest",
-            group_by(trained, lambda run: run.environment.held_out or NOT_ON_RECORD),
+            group_by(known, lambda run: run.environment.held_out),
         ),
         _difference("The runs are on different base models", group_by(runs, lambda run: run.base)),
         _difference(
@@ -287,6 +288,12 @@ def cautions(runs: Sequence[Run]) -> list[str]:
             group_by(measured, lambda run: run.environment.machine),
         ),
     ]
+    unknown = [run.name for run in trained if run not in known]
+    if unknown and len(trained) > 1:
+        notes.append(
+            f"The held-out rows of {', '.join(unknown)} are not on record: rank perplexities only "
+            "if all runs have the same rows and tokens."
+        )
     for task in task_names(runs):
         settings = {
             run.name: run.evaluations[task].settings for run in runs if task in run.evaluations

@@ -132,9 +132,9 @@ def test_what_cannot_be_ranked_is_named(tmp_path: Path, changes: dict, note: str
 def test_machines_and_settings_of_evaluations_that_differ_are_named(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in "ab"]
     for run, gpus in zip(runs, ([], ["NVIDIA H100"]), strict=True):
-        (run / "environment.json").write_text(
-            json.dumps({"gpus": gpus, "cpu_threads": 2, "processes": 1})
-        )
+        environment = {"gpus": gpus, "cpu_threads": 2, "processes": 1}
+        environment["rows"] = {"held_out": "the same"}
+        (run / "environment.json").write_text(json.dumps(environment))
     add_evaluation(runs[0])
     add_evaluation(runs[1], problems=30, **{"task.max_new_tokens": 256})
     machines, limit, tokens, problems = compare_runs(runs).notes

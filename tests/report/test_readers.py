@@ -199,12 +199,15 @@ def test_curves_and_what_is_left_out_of_pefts_comparison(tmp_path: Path) -> None
 
 
 def test_a_trainers_state_gives_curves_and_figures(tmp_path: Path) -> None:
-    trainer_state(tmp_path / "sft" / "checkpoint-9" / "trainer_state.json", global_step=9)
+    for number in (9, 10):
+        checkpoint = tmp_path / "sft" / f"checkpoint-{number}"
+        trainer_state(checkpoint / "trainer_state.json", global_step=number)
     path = trainer_state(tmp_path / "sft" / "checkpoint-20" / "trainer_state.json")
     (path.parent / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
-    for place in (tmp_path / "sft", path.parent, path):
+    for place in (path.parent, path):
         [run] = read_runs([place])
-        assert run.metrics.last_update == 20
+        assert (run.name, run.figures.updates) == ("sft checkpoint-20", 20)
+    trainer_state(tmp_path / "sft" / "trainer_state.json")  # by trainer.save_state()
     [run] = read_runs([tmp_path / "sft"])
     assert (run.name, run.method, run.rank) == ("sft", "LoRA", 8)
     assert [line.loss for line in run.metrics.updates] == [1.5, 1.0]
@@ -214,6 +217,17 @@ def test_a_trainers_state_gives_curves_and_figures(tmp_path: Path) -> None:
     assert (run.figures.seconds, run.figures.updates) == (61.0, 20)
     names = {picture.name for picture in compare_runs([tmp_path / "sft"]).pictures}
     assert names == {"training-loss-by-update", "perplexity-by-update", "reward-by-update"}
+
+
+def test_a_trainer_without_held_out_rows_has_no_perplexity(tmp_path: Path) -> None:
+    history = [{"step": 10, "loss": 1.5}]
+    trainer_state(tmp_path / "a" / "trainer_state.json", log_history=history)
+    for name in "bc":
+        trainer_state(tmp_path / name / "trainer_state.json")
+    page = compare_runs([tmp_path])
+    assert "perplexity" in page.tables[0].rows[0]
+    assert page.tables[0].rows[0]["perplexity"] == ""
+    assert any("The held-out rows of b, c are not on record" in note for note in page.notes)
 
 
 # --- scores by problem ----------------------------------------------------------------------------

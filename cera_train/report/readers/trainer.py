@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from cera_train.adapters.folder import ADAPTER_CONFIG
 from cera_train.report.readers.adapter import find_adapter
 from cera_train.report.readers.files import files_in, is_number, name_of, read_object
 from cera_train.report.runs import Run
@@ -23,46 +24,50 @@ class TrainerState(Record):
 
 
 def find_run(path: Path) -> Run | None:
-    file = _state_file(path)
-    if file is None:
+    files = _state_files(path)
+    if not files:
         return None
+    file = files[0]
     tree = read_object(file)
     if "log_history" not in tree:
         return None
     state = TrainerState.from_json(tree, file)
     metrics = read_metrics(state, file)
-    summary = {key: value for entry in state.log_history for key, value in entry.items()}
     result = None
     if state.global_step >= state.max_steps:
-        result = RunResult.from_json(
-            {
-                "eval/perplexity": metrics.so_far().perplexity,
-                "updates": state.global_step,
-                "epochs": state.epoch,
-                "seconds": summary.get("train_runtime"),
-            },
-            file,
-        )
-    named = path if path.is_dir() or path.name != STATE else path.parent
-    name = name_of(named.resolve().name)
+        figures = {"updates": state.global_step, "epochs": state.epoch}
+        for line in metrics.evaluations:
+            figures["eval/perplexity"] = line.perplexity
+        for entry in state.log_history:
+            if "train_runtime" in entry:
+                figures["seconds"] = entry["train_runtime"]
+        result = RunResult.from_json(figures, file)
+    saved = [config for file in files for config in files_in(file.parent, ADAPTER_CONFIG)]
     return Run(
         path,
-        name,
-        adapter=find_adapter(file.parent),
+        name_of(_name(path.resolve())),
+        adapter=find_adapter(saved[0].parent) if saved else None,
         is_training=True,
         result=result,
         metrics=metrics,
     )
 
 
-def _state_file(path: Path) -> Path | None:
-    """The file itself, that of the folder, or that of its last checkpoint."""
+def _state_files(path: Path) -> list[Path]:
+    """The file itself; or that of the folder, and that of its last checkpoint."""
     if path.suffix == ".json" and path.is_file():
-        return path
+        return [path]
     checkpoints = files_in(path, f"checkpoint-*/{STATE}")
     checkpoints.sort(key=lambda file: (len(file.parent.name), file.parent.name))
-    files = [*checkpoints, *files_in(path, STATE)]
-    return files[-1] if files else None
+    return [*files_in(path, STATE), *checkpoints[-1:]]
+
+
+def _name(path: Path) -> str:
+    """Such as `sft`, or `sft checkpoint-500`."""
+    folder = path.parent if path.name == STATE else path
+    if folder.name.startswith("checkpoint-"):
+        return f"{folder.parent.name} {folder.name}"
+    return folder.name
 
 
 def read_metrics(state: TrainerState, file: Path) -> Metrics:
