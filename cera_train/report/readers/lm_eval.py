@@ -82,9 +82,10 @@ def find_run(folder: Path) -> Run | None:
     notes = []
     base = None
     for task, file in sorted(newest.items()):
-        path = file.with_name(f"results_{names[file]['date']}.json")
-        results = Results.from_json(read_object(path), path) if path.is_file() else None
-        base = results.base if results else base
+        results = None
+        for path in files_in(file.parent, f"results_{names[file]['date']}.json"):
+            results = Results.from_json(read_object(path), path)
+            base = results.base
         samples = Samples(task, results, file)
         evaluations |= samples.evaluations
         notes += samples.notes
@@ -111,6 +112,8 @@ class Samples:
         self.task = task
         self.results = results or Results()
         self.has_results = results is not None
+        directions = self.results.higher_is_better.get(task, {})
+        self.costs = {metric for metric, is_higher in directions.items() if is_higher is False}
         # metric -> filter -> problem -> score
         self.scores: dict[str, dict[str, dict[str, float]]] = {}
         self.prompts: dict[str, str] = {}  # by problem
@@ -126,8 +129,7 @@ class Samples:
         self.prompts.setdefault(problem, sample.prompt_hash[:DIGEST])
         for number, metric in enumerate(sample.metrics):
             value = tree.get(metric)
-            is_cost = self.results.higher_is_better.get(self.task, {}).get(metric) is False
-            if is_cost or not is_score(value):
+            if metric in self.costs or not is_score(value):
                 self.left_out[metric] = None
                 continue
             by_filter = self.scores.setdefault(metric, {})
@@ -161,19 +163,19 @@ class Samples:
             "system instruction": self.results.system_instruction_sha,
             **flatten({"generation": config.get("generation_kwargs") or {}}),
         }
-        evaluations = {}
-        endings = self.endings
-        for metric, by_filter in self.scores.items():
-            if metric in self.left_out:
-                continue
-            evaluations[name_of(f"{self.task} {metric}")] = Evaluation.of_scores(
+        shares = {}
+        if answers := self.endings.total():
+            shares = {ending: self.endings[ending] / answers for ending in ENDINGS}
+        return {
+            name_of(f"{self.task} {metric}"): Evaluation.of_scores(
                 {name_of(name): Scores.by_problem(scores) for name, scores in by_filter.items()},
-                endings={name: endings[name] / endings.total() for name in ENDINGS if endings},
+                endings=shares if number == 0 else {},
                 same=same,
                 settings=settings,
             )
-            endings = Counter[str]()
-        return evaluations
+            for number, (metric, by_filter) in enumerate(self.scores.items())
+            if metric not in self.left_out
+        }
 
     @property
     def notes(self) -> list[str]:
