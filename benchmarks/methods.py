@@ -370,11 +370,11 @@ def merges(case: Case, folder: Path) -> None:
 def export(run: Path) -> None:
     from cera_train.cli.compose import compose
     from cera_train.runs.subject import find_subject
-    from cera_train.serving.export import export_adapter
+    from cera_train.serving.export import export_run
 
-    config = compose(f"run={run}", "tolerance=9", "calibration_tokens=200", command="export")
+    config = compose(f"run={run}", "at_most=9", "calibration_tokens=200", command="export")
     with contextlib.redirect_stdout(io.StringIO()):
-        export_adapter(config, find_subject(config))
+        export_run(config, find_subject(config))
 
 
 def load_base(case: Case, folder: Path) -> Any:

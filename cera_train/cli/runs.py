@@ -97,12 +97,11 @@ def export(composed: DictConfig) -> None:
     config = checked_config(composed, ExportConfig)
     with heavy_imports():
         subject = find_subject(config)
-    config.check_base(subject.model)
     announce_imports()
     with heavy_imports():
-        from cera_train.serving.export import export_adapter
+        from cera_train.serving.export import export_run
 
-    export_adapter(config, subject)
+    export_run(config, subject)
 
 
 # --- cera-report and cera-sweep -------------------------------------------------------------------

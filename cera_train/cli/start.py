@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cera_train import __version__
-from cera_train.common.errors import explain
+from cera_train.common.errors import UserError, explain
 from cera_train.common.signals import STOPPED, Interrupted, stop_at_once
 from cera_train.common.trust import clean, redact
 
@@ -71,12 +71,13 @@ def signals_in_one_line(program: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors_in_one_line(program: str) -> Iterator[None]:
-    """Prints a mistake in one line and exits with status 2; prints the traceback of a bug and exits
-    with 1."""
+    """Prints a mistake in one line and exits with status 2, or that of its error; prints the
+    traceback of a bug and exits with 1."""
     try:
         yield
     except Exception as error:
-        sys.exit(1 if print_error(program, error) is None else 2)
+        is_bug = print_error(program, error) is None
+        sys.exit(1 if is_bug else getattr(error, "status", UserError.status))
 
 
 def print_error(program: str, error: Exception) -> str | None:

@@ -25,6 +25,14 @@ class UserError(ValueError):
     """A mistake in settings, files or the environment. The message is one line: the place
     (file:line, row of a file, or key=value), what is wrong, the fix."""
 
+    status = 2  # of the command that it ends
+
+
+class DiffersError(UserError):
+    """What would be deployed is not what was trained."""
+
+    status = 3
+
 
 @contextlib.contextmanager
 def errors_at(place: str) -> Iterator[None]:
@@ -32,7 +40,7 @@ def errors_at(place: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{place}: {error}" if place else str(error)) from error
+        raise type(error)(f"{place}: {error}" if place else str(error)) from error
 
 
 def error_text(error: BaseException) -> str:

@@ -1,155 +1,112 @@
-"""Turns a CeRA adapter into a LoRA or a plain model, and certifies on held-out rows what that
-loses.
+"""Turns a run into a LoRA or a plain model.
 
-The hidden units h = gate(z) of a branch are replaced by their best linear map of z = A x on
-calibration rows, h ~ M z with M = E[h z^T] E[z z^T]^-1. What is left is a LoRA, B' = s B M.
+A CeRA becomes a LoRA first: the hidden units h = gate(z) of a branch are replaced by their best
+linear map of z = A x on calibration rows, h ~ M z with M = E[h z^T] E[z z^T]^-1. What is left is a
+LoRA, B' = s B M. `verify` measures what an export loses.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.functional import kl_div, log_softmax
+from transformers import PreTrainedModel
 
 from cera_train.adapters.families.base import ADAPTER
+from cera_train.adapters.saved import attach, is_adapter
 from cera_train.cera import CeraLayer
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import write_folder, write_text
+from cera_train.common.settings import require
 from cera_train.common.terminal import announce, print_fields, print_line
-from cera_train.data.prepare import TokenizedRows, prepare_data
+from cera_train.data.prepare import TokenizedRows, prepare_data, stop_ids
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.generate import LoadedModel
-from cera_train.evaluation.statistics import bootstrap_interval
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
 from cera_train.runs.card import card_data
-from cera_train.runs.records import Record
-from cera_train.runs.results import RunResult, describe_linear_share
 from cera_train.runs.subject import Subject
+from cera_train.serving.verify import Certificate, has_gates, verify
 from cera_train.settings.data import DataConfig
-from cera_train.settings.model import ModelConfig
-from cera_train.settings.serving import ExportConfig, ExportFormat
+from cera_train.settings.model import Dtype, Quantization
+from cera_train.settings.serving import ExportConfig, ExportForm, Weights
 
 CERTIFICATE = "certificate.json"
 
 
-class Certificate(Record):
-    """The content of certificate.json."""
-
-    format: str
-    calibration_tokens: int
-    rows: int  # held-out sequences
-    tokens: int  # their supervised tokens
-    loss_adapter: float  # mean over the supervised tokens, in nats
-    loss_export: float
-    loss_change: float
-    loss_change_lower: float  # 95 % interval of the change, by a paired bootstrap over sequences
-    loss_change_upper: float
-    kl: float  # mean of KL(adapter || export) over the supervised tokens, in nats
-    same_tokens: float  # share of supervised positions where both find the same token likeliest
-    tolerance: float
-
-    @property
-    def holds(self) -> bool:
-        return self.loss_change_upper <= self.tolerance
-
-    def shown(self) -> dict[str, str]:
-        """Labels and values."""
-        return {
-            "fitted": f"to {self.calibration_tokens:,} training tokens",
-            "judged on": f"{self.rows:,} held-out rows, {self.tokens:,} supervised tokens",
-            "loss": f"{self.loss_adapter:.4f} to {self.loss_export:.4f} nats a token",
-            "change": f"{self.loss_change:+.5f}, 95 % interval {self.loss_change_lower:+.5f} to "
-            f"{self.loss_change_upper:+.5f} (tolerance {self.tolerance:g})",
-            "KL": f"{self.kl:.5f} nats a token",
-            "same token": f"{self.same_tokens:.2%} of the likeliest",
-        }
-
-
-def export_adapter(config: ExportConfig, subject: Subject) -> Certificate:
-    """Writes the export of a run's adapter, and its certificate. Raises UserError where the run
-    cannot be exported or may lose more than `tolerance`; an earlier export then stays as it is."""
+def export_run(config: ExportConfig, subject: Subject) -> Certificate:
+    """Writes an export of a run, and its certificate; or checks a folder that was made of the run.
+    Raises UserError where the run cannot be exported, DiffersError where the export is not the run;
+    an earlier export then stays as it is."""
     quiet_libraries()
     subject = choose_dtype(subject)
-    loaded = load_subject(subject, this_device())
-    folder = Path(config.output or subject.folder / f"export_{config.format}")
-    check_export(config, subject, loaded, folder)
-    result = RunResult.find(subject.folder / "result.json") or RunResult()
-    if share := describe_linear_share(result):
-        print_line("linear", share)
-    print_line("export", f"{subject}, as {config.format}, to {folder}")
-    device = loaded.base.device
     source = config.data or subject.data
-    data = prepare_data(source, loaded.tokenizer)
-    batches = MicroBatches(
-        chosen_answers(data.train, source), False, config.calibration_tokens, device
+    require(
+        source is not None,
+        f"run={config.run} is an adapter without its run: name rows to judge on by data=....",
     )
-    calibration = batches.load(batches.first(config.calibration_tokens))
-    maps = fit_maps(loaded, calibration)
-    tokens = int(token_mask(calibration).sum())
-    held_out = MicroBatches(chosen_answers(data.evaluation, source), False, 1, device)
-    numbers = range(len(held_out.lengths))[: config.rows]
-    rows = [held_out.load([number]) for number in numbers]  # one row a batch
+    run = load_subject(subject, this_device())
+    check = partial(
+        verify, subject=subject, run=run, data=source, limit=config.rows, at_most=config.at_most
+    )
+    if config.check is not None:
+        print_line("check", f"{config.check}, of {subject}")
+        with errors_at(f"check={config.check}"):
+            return check(Path(config.check))
+    folder = Path(config.output or subject.folder / f"export_{config.to}")
+    check_export(config, subject, run, folder)
+    print_line("export", f"{subject}, as {config.to}, to {folder}")
 
     def write(part: Path) -> None:
-        write_lora(loaded.model, maps, loaded.base.name_or_path, part)
-        exported = peft.PeftModel.from_pretrained(load_model(subject.model, device), part).eval()
-        if config.format == ExportFormat.merged:
-            exported = exported.merge_and_unload(safe_merge=True)
-            for path in part.iterdir():
-                path.unlink()
-            exported.save_pretrained(part)
-        loaded.tokenizer.save_pretrained(part)
-        announce("judging", f"the export on {len(rows):,} held-out rows")
-        with loaded.context():
-            figures = compare_models(loaded.model, exported, rows)
-        certificate = Certificate(str(config.format), tokens, tolerance=config.tolerance, **figures)
-        print_fields(certificate.shown())
-        if not certificate.holds:
-            raise UserError(
-                f"tolerance={config.tolerance}: the loss may rise by "
-                f"{certificate.loss_change_upper:.4f} nats a token, "
-                "so nothing is exported. Raise tolerance=, or serve the adapter."
-            )
+        adapter = subject.adapter
+        if has_gates(run):
+            adapter = part
+            maps = fit_maps(run, calibration_rows(source, run, config.calibration_tokens))
+            write_lora(run.model, maps, run.base.name_or_path, part)
+        if config.to == ExportForm.merged:
+            merged = merge(subject, adapter, config.weights)
+            ends = sorted(stop_ids(run.tokenizer, merged.generation_config.eos_token_id))
+            # the tokenizer's end too, at which `generate` would not stop by itself
+            merged.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
+            replace_weights(part, merged)
+            if config.weights == Weights.nf4:
+                model = replace(subject.model, path=str(part), quantization=Quantization.nf4)
+                replace_weights(part, load_model(model, this_device()))
+        run.tokenizer.save_pretrained(part)
+        with errors_at(str(folder)):
+            certificate = check(part)
         certificate.write(part / CERTIFICATE)
-        write_text(part / "README.md", card(certificate, subject.adapter, subject.model))
+        write_text(part / "README.md", card(certificate, config, subject))
 
     write_folder(folder, write)
     print_fields({"folder": str(folder)})
     return Certificate.read(folder / CERTIFICATE)
 
 
-def chosen_answers(rows: TokenizedRows, source: DataConfig) -> TokenizedRows:
-    """The rows without the rejected answers of preferences."""
-    return TokenizedRows(rows.table, numbers=rows.numbers[:: source.sequences])
-
-
-def check_export(config: ExportConfig, subject: Subject, loaded: LoadedModel, folder: Path) -> None:
+def check_export(config: ExportConfig, subject: Subject, run: LoadedModel, folder: Path) -> None:
     """Raises UserError for a run that cannot be exported, or a folder that holds anything but an
     earlier export: it would be replaced."""
-    run = config.run
-    layers = cera_layers(loaded.model)
-    if not layers:
-        raise UserError(f"run={run} holds no CeRA adapter: a linear one needs no export.")
-    peft_config = loaded.model.peft_config[ADAPTER]
-    for name in ("modules_to_save", "target_parameters", "trainable_token_indices", "bias"):
-        if (value := getattr(peft_config, name)) not in (None, [], {}, "none"):
-            raise UserError(
-                f"run={run} has {name}={value}: a LoRA of this export has no place for it."
-            )
-    if loaded.base.get_output_embeddings() in layers.values():
-        raise UserError(f"run={run} adapts the head, which is not exported: train without it.")
-    if config.data is None and subject.data is None:
-        raise UserError(
-            f"run={run} is an adapter without its run: name rows to fit and to judge on by "
-            f"data=...."
-        )
+    place = f"run={config.run}"
+    layers = cera_layers(run.model)
+    require(
+        has_gates(run) or config.to == ExportForm.merged,
+        f"{place} holds no CeRA adapter, and {subject.adapter} is in PEFT's format already: set "
+        f"check={subject.adapter} to check it, or to=merged.",
+    )
+    if layers:
+        peft_config = run.model.peft_config[ADAPTER]
+        for name in ("modules_to_save", "target_parameters", "trainable_token_indices", "bias"):
+            if (value := getattr(peft_config, name)) not in (None, [], {}, "none"):
+                raise UserError(
+                    f"{place} has {name}={value}: a LoRA of this export has no place for it."
+                )
+        if run.base.get_output_embeddings() in layers.values():
+            raise UserError(f"{place} adapts the head, which is not exported: train without it.")
     if not folder.name:
         raise UserError(f"output={folder} needs a name: choose a new folder.")
     is_export = (folder / CERTIFICATE).is_file()
@@ -159,6 +116,34 @@ def check_export(config: ExportConfig, subject: Subject, loaded: LoadedModel, fo
             f"output: {folder} holds files that are no export, and would be replaced: choose a "
             f"new folder."
         )
+
+
+# --- a plain model --------------------------------------------------------------------------------
+
+
+def merge(subject: Subject, adapter: Path, weights: Weights) -> PreTrainedModel:
+    """The base with an adapter, or its full fine-tuning, in its weights. Those of a quantised base
+    are the values that it computed with in training."""
+    dtype = subject.model.dtype
+    if weights in (Weights.bfloat16, Weights.float32):
+        dtype = Dtype(weights)
+    base = load_model(replace(subject.model, dtype=dtype), this_device())
+    if subject.model.quantization != Quantization.none:
+        base = base.dequantize(getattr(torch, dtype.value))
+    model = attach(base, adapter)
+    if is_adapter(model):
+        try:
+            model = model.merge_and_unload(safe_merge=True)
+        except (NotImplementedError, ValueError, AttributeError) as error:
+            raise UserError(f"to=merged: {adapter} cannot be merged: {error}") from error
+    return model.to(getattr(torch, dtype.value))
+
+
+def replace_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Writes a model in place of what a folder holds."""
+    for path in folder.iterdir():
+        path.unlink()
+    model.save_pretrained(folder)
 
 
 # --- the nearest LoRA -----------------------------------------------------------------------------
@@ -181,6 +166,14 @@ def fit(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     return h.T @ z @ torch.linalg.pinv(z.T @ z, hermitian=True)
 
 
+def calibration_rows(source: DataConfig, run: LoadedModel, tokens: int) -> Batch:
+    """The first training rows with up to so many tokens; of preferences, the chosen answers."""
+    rows = prepare_data(source, run.tokenizer).train
+    chosen = TokenizedRows(rows.table, numbers=rows.numbers[:: source.sequences])
+    batches = MicroBatches(chosen, False, tokens, run.base.device)
+    return batches.load(batches.first(tokens))
+
+
 def token_mask(batch: Batch) -> torch.Tensor:
     """1 for the tokens of a batch, 0 for its padding."""
     if batch.attention_mask is None:
@@ -188,17 +181,17 @@ def token_mask(batch: Batch) -> torch.Tensor:
     return batch.attention_mask
 
 
-def fit_maps(loaded: LoadedModel, calibration: Batch) -> dict[str, torch.Tensor]:
+def fit_maps(run: LoadedModel, calibration: Batch) -> dict[str, torch.Tensor]:
     """M of every branch, fitted to the tokens of a batch."""
     mask = token_mask(calibration)
     announce("fitting", f"linear maps to {int(mask.sum()):,} training tokens")
-    decoder = loaded.base.get_decoder()
+    decoder = run.base.get_decoder()
 
     def forward() -> None:
         decoder(**calibration.inputs, use_cache=False)
 
-    with loaded.context():
-        return fit_all(loaded.model, forward, mask.flatten().bool())
+    with run.context():
+        return fit_all(run.model, forward, mask.flatten().bool())
 
 
 @torch.no_grad()
@@ -265,59 +258,13 @@ def write_lora(model: nn.Module, maps: dict[str, torch.Tensor], base: str, folde
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-# --- what it loses --------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def compare_models(before: Any, after: Any, rows: Sequence[Batch]) -> dict[str, Any]:
-    """Compares two models on batches of one sequence: no padding, and one sequence's logits in
-    memory. Returns the fields of a `Certificate` that result."""
-    sums = []
-    for row in rows:
-        is_supervised = row.loss_mask[0, 1:]
-        wanted = row.input_ids[0, 1:][is_supervised, None]
-        log_p = log_probabilities(before, row)
-        log_q = log_probabilities(after, row)
-        loss_before = -log_p.gather(1, wanted).sum()
-        loss_after = -log_q.gather(1, wanted).sum()
-        kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
-        same = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-        tokens = is_supervised.sum()
-        row_sums = torch.stack([loss_before, loss_after, kl, same.to(kl), tokens.to(kl)])
-        sums.append(row_sums.double().cpu())
-    table = torch.stack(sums).numpy()
-    loss_before, loss_after, kl, same, tokens = table.sum(0)
-    lower, upper = bootstrap_interval(table[:, 1] - table[:, 0], table[:, 4])
-    return {
-        "rows": len(table),
-        "tokens": int(tokens),
-        "loss_adapter": loss_before / tokens,
-        "loss_export": loss_after / tokens,
-        "loss_change": (loss_after - loss_before) / tokens,
-        "loss_change_lower": lower,
-        "loss_change_upper": upper,
-        "kl": kl / tokens,
-        "same_tokens": same / tokens,
-    }
-
-
-def log_probabilities(model: Any, row: Batch) -> torch.Tensor:
-    """[N, V], after each token before a supervised one."""
-    logits = model(input_ids=row.input_ids, use_cache=False).logits[0, :-1]
-    return log_softmax(logits[row.loss_mask[0, 1:]].float(), -1)
-
-
-def card(certificate: Certificate, adapter: Path, model: ModelConfig) -> str:
+def card(certificate: Certificate, config: ExportConfig, subject: Subject) -> str:
     """The README of an export."""
-    what = "A plain model"
-    header = card_data(model, "transformers", "cera")
-    if certificate.format == ExportFormat.lora:
-        what = "A LoRA in PEFT's format"
-        header = card_data(model, "peft", "lora")
+    library, tag = ("peft", "lora") if config.to == ExportForm.lora else ("transformers", "merged")
+    header = card_data(subject.model, library, tag)
     rows = "".join(f"| {label} | {value} |\n" for label, value in certificate.shown().items())
     return (
         f"---\n{header.to_yaml()}\n---\n\n"
-        f"{what}: the linear part of a CeRA adapter ({adapter}), whose gate was replaced by its "
-        f"best linear map.\n\n"
+        f"Made of {subject.name}, and compared with it on held-out rows.\n\n"
         f"| | |\n|---|---|\n{rows}"
     )

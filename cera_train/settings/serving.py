@@ -7,7 +7,6 @@ from typing import Any
 from cera_train.common.settings import require, require_positive, section, setting
 from cera_train.settings.data import DataConfig, template_settings
 from cera_train.settings.evaluation import AnsweringConfig, GenerationConfig, SubjectConfig
-from cera_train.settings.model import ModelConfig, Quantization
 
 Template = StrEnum("Template", ["auto", "chat", "none"])
 
@@ -46,19 +45,26 @@ class ChatConfig(AnsweringConfig):
         )
 
 
-ExportFormat = StrEnum("ExportFormat", ["lora", "merged"])
+ExportForm = StrEnum("ExportForm", ["lora", "merged"])
+Weights = StrEnum("Weights", ["base", "bfloat16", "float32", "nf4"])
 
 
 @dataclass
 class ExportConfig(SubjectConfig):
-    format: ExportFormat = setting(ExportFormat.lora, "result")
-    """lora: a LoRA of the same rank, in PEFT's format; merged: that LoRA in the base's weights, a
-    plain model."""
+    to: ExportForm = setting(ExportForm.lora, "result")
+    """lora: a LoRA of the same rank as a CeRA, in PEFT's format; merged: a plain model, with the
+    adapter, or that LoRA, in its weights."""
+    weights: Weights = setting(Weights.base, "result")
+    """Precision of a merged model. base: that of the run; nf4: quantised anew."""
+    check: str | None = setting(None, "nothing")
+    """A folder that was made of this run, here or by another program. It is compared with the run,
+    and nothing is exported."""
     output: str | None = setting(None, "nothing")
-    """A new folder, or an earlier export, which is replaced. null: RUN/export_FORMAT."""
-    tolerance: float = setting(0.01, "nothing")
-    """Nats per token: nothing is exported if the 95 % interval of the change in loss exceeds
-    this."""
+    """A new folder, or an earlier export, which is replaced. null: RUN/export_FORM."""
+    at_most: float | None = setting(None, "nothing")
+    """Nats per token: a folder is refused with status 3 if the 95 % interval of its KL divergence
+    from the run exceeds this. null: what rounding explains, 0.01 more for a LoRA fitted to a CeRA,
+    and for weights that are quantised anew twice what this does to the run's base."""
     calibration_tokens: int = setting(4096, "result")
     """The linear maps are fitted to training rows with up to this many tokens."""
     rows: int | None = setting(None, "result")
@@ -68,17 +74,19 @@ class ExportConfig(SubjectConfig):
 
     def __post_init__(self) -> None:
         require_positive("", self, "calibration_tokens", "rows")
-        require(self.tolerance >= 0, f"tolerance={self.tolerance} must not be negative.")
+        require(
+            self.at_most is None or self.at_most >= 0,
+            f"at_most={self.at_most} must not be negative.",
+        )
         require(
             self.run not in (None, "base"),
-            "run=... is missing: the folder of a finished run with a CeRA adapter.",
+            "run=... is missing: the folder of a finished run.",
         )
-
-    def check_base(self, model: ModelConfig) -> None:
-        """Raises UserError for a base into which no weights can be merged."""
         require(
-            self.format == ExportFormat.lora or model.quantization == Quantization.none,
-            f"format=merged: the base is quantised (model.quantization={model.quantization}), and "
-            f"merging would round "
-            "the adapter away. Set format=lora, or a model= without quantisation.",
+            self.weights == Weights.base or self.to == ExportForm.merged,
+            f"weights={self.weights} belongs to to=merged: leave it out.",
+        )
+        require(
+            self.check is None or self.output is None,
+            f"check={self.check} writes nothing to output={self.output}: leave one of them out.",
         )

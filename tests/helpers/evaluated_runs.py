@@ -14,7 +14,7 @@ from cera_train.evaluation.evaluate import run_evaluation
 from cera_train.evaluation.resolve import resolve_evaluation
 from cera_train.runs.subject import find_subject, find_subjects
 from cera_train.serving.chat import ask
-from cera_train.serving.export import Certificate, export_adapter
+from cera_train.serving.export import Certificate, export_run
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.serving import ChatConfig, ExportConfig
 
@@ -48,7 +48,7 @@ def chat(config: ChatConfig) -> None:
 
 def export(config: ExportConfig) -> Certificate:
     """As `cera-export`, in this process."""
-    return export_adapter(config, find_subject(config))
+    return export_run(config, find_subject(config))
 
 
 def tiny_path(run: Path) -> str:

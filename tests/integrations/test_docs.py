@@ -299,7 +299,7 @@ def test_the_readmes_tree_is_the_real_one():
 SHORT = {
     "cera-train": "train.max_updates=2 train.eval_every=1 train.tasks_limit=4",
     "cera-eval": "task.limit=4 task.max_new_tokens=16",
-    "cera-export": "tolerance=10",
+    "cera-export": "at_most=10",
 }
 """Arguments that let a command finish in seconds."""
 

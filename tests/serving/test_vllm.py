@@ -584,7 +584,7 @@ def exported(compose, folder) -> Path:
         {name: torch.randn_like(tensor) * 0.3 for name, tensor in load_file(weights).items()},
         weights,
     )
-    export(compose(f"run={run}", "tolerance=100", command="export"))
+    export(compose(f"run={run}", "at_most=100", command="export"))
     return run / "export_lora"
 
 

@@ -1,0 +1,423 @@
+"""What you deploy is what you trained: a folder is loaded as its user loads it, by transformers or
+PEFT alone, and compared with the run on held-out rows.
+
+Ids of tokens, the chat template and the end tokens must be equal, since no loss shows them. Logits
+may differ by what rounding explains: the limit is on KL(run || folder), which has no sign to
+cancel, and varies less than a difference of losses.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import nn
+from torch.nn.functional import kl_div, log_softmax
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cera_train.adapters.folder import ADAPTER_CONFIG, check_saved, weights_file
+from cera_train.adapters.saved import is_adapter, saved_tensors
+from cera_train.cera import CeraLayer
+from cera_train.common.errors import DiffersError
+from cera_train.common.settings import Choice, require
+from cera_train.common.terminal import announce, print_fields
+from cera_train.common.user_code import user_code
+from cera_train.data.prepare import TokenizedRows, prepare_evaluation, stop_ids
+from cera_train.evaluation.engine import load_subject
+from cera_train.evaluation.generate import LoadedModel
+from cera_train.evaluation.requests import Request
+from cera_train.evaluation.statistics import accuracy_interval, bootstrap_interval
+from cera_train.model.batches import Batch, MicroBatches
+from cera_train.model.folder import from_hub_or_folder
+from cera_train.model.weights import quantization_config
+from cera_train.runs.records import Record
+from cera_train.runs.subject import Subject
+from cera_train.settings.data import DataConfig
+from cera_train.settings.evaluation import GenerationConfig
+from cera_train.settings.model import ModelConfig, Quantization
+
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+"""Nats per token that rounding explains, by the coarser precision of the two."""
+
+FITTED = 0.01
+"""Nats per token that a LoRA fitted to a CeRA may lose."""
+
+ANSWERS = 16  # prompts that both answer
+ANSWER_TOKENS = 32
+
+
+class Certificate(Record):
+    """How far a folder is from its run: the content of certificate.json."""
+
+    form: str
+    rows: int  # held-out sequences
+    tokens: int  # their supervised tokens
+    loss_run: float  # mean over the supervised tokens, in nats
+    loss_form: float
+    loss_change: float
+    loss_change_lower: float  # 95 % intervals, by a paired bootstrap over sequences
+    loss_change_upper: float
+    kl: float  # mean of KL(run || form) over the supervised tokens, in nats
+    kl_lower: float
+    kl_upper: float
+    same_tokens: float  # share of supervised positions where both find the same token likeliest
+    answers: int  # prompts of held-out rows that both answered greedily
+    changed: float  # share of the answers that differ
+    changed_lower: float
+    changed_upper: float
+    at_most: float
+    reason: str  # for at_most
+
+    @property
+    def holds(self) -> bool:
+        return self.kl_upper <= self.at_most
+
+    def shown(self) -> dict[str, str]:
+        """Labels and values."""
+        return {
+            "form": self.form,
+            "judged on": f"{self.rows:,} held-out rows, {self.tokens:,} supervised tokens",
+            "loss": f"{self.loss_run:.4f} to {self.loss_form:.4f} nats a token",
+            "change": f"{self.loss_change:+.5f}, 95 % interval {self.loss_change_lower:+.5f} to "
+            f"{self.loss_change_upper:+.5f}",
+            "KL": f"{self.kl:.2g} nats a token, 95 % interval {self.kl_lower:.2g} to "
+            f"{self.kl_upper:.2g}; at most {self.at_most:.2g}: {self.reason}",
+            "same token": f"{self.same_tokens:.2%} of the likeliest",
+            "answers": f"{self.changed:.0%} of {self.answers} change, 95 % interval "
+            f"{self.changed_lower:.0%} to {self.changed_upper:.0%}",
+        }
+
+
+def verify(
+    folder: Path,
+    subject: Subject,
+    run: LoadedModel,
+    data: DataConfig,
+    limit: int | None = None,
+    at_most: float | None = None,
+) -> Certificate:
+    """Compares a folder with the run that it was made of, and prints what differs. Errors name no
+    folder.
+
+    Args:
+        subject: the run, whose dtype is chosen, and `run`, its model.
+        data: whose held-out rows are scored, the first `limit` of them.
+        at_most: as `ExportConfig.at_most`.
+
+    Raises:
+        DiffersError: the folder is not the run.
+        UserError: the folder cannot be loaded.
+    """
+    announce("loading", "it as its user does")
+    form = load_form(folder, subject.model, run.base.device)
+    check_tokenizer(run, form)
+    rows = prepare_evaluation(data, run.tokenizer, limit)
+    check_rows(rows, prepare_evaluation(data, form.tokenizer, limit), run.tokenizer)
+    held_out = MicroBatches(rows, False, 1, run.base.device)
+    batches = [held_out.load([number]) for number in range(len(rows))]  # one row a batch
+    announce("judging", f"it on {len(rows):,} held-out rows")
+    figures = compare_models(run, form, batches)
+    allowed = Choice(at_most, "at_most")
+    if at_most is None:
+        allowed = explained(subject, run, form, batches)
+    answered = compare_answers(run, form, batches[:ANSWERS])
+    certificate = Certificate(
+        form=describe(form), **figures, **answered, at_most=allowed.value, reason=allowed.why
+    )
+    print_fields(certificate.shown())
+    if not certificate.holds:
+        place = first_difference(run, form, batches[0])
+        raise DiffersError(
+            f"its KL divergence from the run may be {certificate.kl_upper:.2g} nats a token, "
+            f"above at_most={allowed.value:.2g} ({allowed.why}). {place} Export it anew, or raise "
+            f"at_most=."
+        )
+    return certificate
+
+
+# --- a folder, as its user loads it ---------------------------------------------------------------
+
+
+def load_form(folder: Path, model: ModelConfig, device: torch.device) -> LoadedModel:
+    """The model of a folder by `from_pretrained` alone, with the tokenizer beside it. An adapter's
+    base is the one that the folder names, quantised as in training. Raises DiffersError where
+    tensors are missing or of no use: the libraries only warn of them."""
+    is_there = (folder / "tokenizer_config.json").is_file()
+    require(is_there, "it holds no model with its tokenizer: name the folder of one.")
+    place = replace(model, path=str(folder), revision=None)
+    load = partial(AutoModelForCausalLM.from_pretrained, device_map={"": device})
+    cannot = ("it cannot be loaded", "Export it anew.")
+    with user_code(*cannot):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        base_path = check_saved(folder).get("base_model_name_or_path")
+        require(
+            isinstance(base_path, str), f"{ADAPTER_CONFIG} names no base model: export it anew."
+        )
+        quantising = {}
+        if model.quantization != Quantization.none:
+            dtype = getattr(torch, model.dtype.value)
+            quantising["quantization_config"] = quantization_config(model.quantization, dtype)
+            quantising["dtype"] = dtype
+        base = from_hub_or_folder(load, replace(place, path=base_path), **quantising)
+        with user_code(*cannot), warnings.catch_warnings(action="ignore"):
+            loaded = peft.PeftModel.from_pretrained(base, str(folder))
+        with safe_open(weights_file(folder), "pt") as file:
+            different = file.keys() ^ saved_tensors(loaded).keys()
+    else:
+        loaded, loading = from_hub_or_folder(
+            load, place, output_loading_info=True, use_safetensors=True
+        )
+        base = loaded
+        different = {*loading["missing_keys"], *loading["unexpected_keys"]}
+        different |= {name for name, *_ in loading["mismatched_keys"]}
+    if different:
+        raise DiffersError(
+            f"{min(different)} and {len(different) - 1} other tensors are missing, or have no "
+            f"place in its model: export it anew."
+        )
+    return LoadedModel(loaded.eval(), base, tokenizer)
+
+
+def describe(form: LoadedModel) -> str:
+    kind = "a plain model"
+    if is_adapter(form.model):
+        kind = f"PEFT's {form.model.active_peft_config.peft_type.value}, on its base"
+    weights = quantization_of(form) or str(form.base.dtype).removeprefix("torch.")
+    return f"{kind} in {weights}"
+
+
+def quantization_of(form: LoadedModel) -> Quantization | None:
+    if getattr(form.base, "is_loaded_in_4bit", False):
+        return Quantization.nf4
+    return Quantization.int8 if getattr(form.base, "is_loaded_in_8bit", False) else None
+
+
+# --- what no loss shows ---------------------------------------------------------------------------
+
+
+def ends_of(loaded: LoadedModel) -> set[int]:
+    """The tokens at which its user's generation stops: for a plain model, those of its generation
+    settings alone."""
+    model_ends = loaded.base.generation_config.eos_token_id
+    if is_adapter(loaded.model):
+        return stop_ids(loaded.tokenizer, model_ends)
+    return {*(model_ends if isinstance(model_ends, list) else [model_ends])} - {None}
+
+
+def check_tokenizer(run: LoadedModel, form: LoadedModel) -> None:
+    """Raises DiffersError for another chat template or other end tokens."""
+    for name in ("chat_template", "eos_token"):
+        ours = getattr(run.tokenizer, name)
+        theirs = getattr(form.tokenizer, name)
+        if ours != theirs:
+            raise DiffersError(
+                f"its tokenizer's {name} is {str(theirs)[:40]!r}, that of the run "
+                f"{str(ours)[:40]!r}: copy the tokenizer of the run."
+            )
+    ends = sorted(ends_of(run))
+    others = sorted(ends_of(form))
+    if ends != others:
+        raise DiffersError(
+            f"its answers stop at the tokens {others}, those of the run at {ends}: set "
+            f"eos_token_id={ends} in generation_config.json."
+        )
+
+
+def check_rows(ours: TokenizedRows, theirs: TokenizedRows, tokenizer: Any) -> None:
+    """Raises DiffersError where the folder's tokenizer writes a held-out row in other tokens.
+
+    Args:
+        tokenizer: the run's, which decodes them.
+    """
+    for row in range(len(ours)):
+        ids = ours.tokens("input_ids", row).to_pylist()
+        others = theirs.tokens("input_ids", row).to_pylist() if row < len(theirs) else []
+        if ids != others:
+            pairs = enumerate(zip_longest(ids, others))
+            same = next(place for place, (ours_id, other) in pairs if ours_id != other)
+            words, other_words = (
+                tokenizer.convert_ids_to_tokens(each[same : same + 4]) for each in (ids, others)
+            )
+            raise DiffersError(
+                f"its tokenizer writes held-out row {row + 1} from token {same + 1} on as "
+                f"{other_words}, the run's as {words}: copy the tokenizer of the run."
+            )
+
+
+# --- logits and answers ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def compare_models(run: LoadedModel, form: LoadedModel, rows: Sequence[Batch]) -> dict[str, Any]:
+    """Compares both on batches of one sequence: no padding, and one sequence's logits in memory.
+    Returns the fields of a `Certificate` that result."""
+    sums = []
+    for row in rows:
+        is_supervised = row.loss_mask[0, 1:]
+        wanted = row.input_ids[0, 1:][is_supervised, None]
+        log_p = log_probabilities(run, row)
+        log_q = log_probabilities(form, row)
+        if log_p.shape != log_q.shape or not log_q.isfinite().all():
+            raise DiffersError(
+                f"its logits, of {log_q.shape[1]:,} tokens, are not finite, or not of the "
+                f"{log_p.shape[1]:,} tokens of the run: export it anew."
+            )
+        loss_run = -log_p.gather(1, wanted).sum()
+        loss_form = -log_q.gather(1, wanted).sum()
+        kl = kl_div(log_q, log_p, reduction="sum", log_target=True).clamp(min=0)  # of rounding
+        same = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+        tokens = is_supervised.sum()
+        row_sums = torch.stack([loss_run, loss_form, kl, same.to(kl), tokens.to(kl)])
+        sums.append(row_sums.double().cpu())
+    table = torch.stack(sums).numpy()
+    loss_run, loss_form, kl, same, tokens = table.sum(0)
+    lower, upper = bootstrap_interval(table[:, 1] - table[:, 0], table[:, 4])
+    kl_lower, kl_upper = bootstrap_interval(table[:, 2], table[:, 4])
+    return {
+        "rows": len(table),
+        "tokens": int(tokens),
+        "loss_run": loss_run / tokens,
+        "loss_form": loss_form / tokens,
+        "loss_change": (loss_form - loss_run) / tokens,
+        "loss_change_lower": lower,
+        "loss_change_upper": upper,
+        "kl": kl / tokens,
+        "kl_lower": kl_lower,
+        "kl_upper": kl_upper,
+        "same_tokens": same / tokens,
+    }
+
+
+def log_probabilities(loaded: LoadedModel, row: Batch) -> torch.Tensor:
+    """[N, V], after each token before a supervised one."""
+    with loaded.context():
+        logits = loaded.model(input_ids=row.input_ids, use_cache=False).logits[0, :-1]
+    return log_softmax(logits[row.loss_mask[0, 1:]].float(), -1)
+
+
+def compare_answers(run: LoadedModel, form: LoadedModel, rows: Sequence[Batch]) -> dict[str, Any]:
+    """Both answer the prompts of batches of one sequence, greedily. Returns the fields of a
+    `Certificate` that result."""
+    requests = []
+    for number, row in enumerate(rows):
+        prompt = row.input_ids[0, : int(row.loss_mask[0].int().argmax())]
+        requests.append(Request(str(number), 0, tuple(prompt.tolist())))
+    longest = max(len(request.prompt_ids) for request in requests)
+    room = min(ANSWER_TOKENS, (run.positions or math.inf) - longest)
+    answers = []
+    for loaded in (run, form):
+        ended = loaded.answers([requests], room, [], GenerationConfig())
+        ids = {answer.generation.key: answer.ids for batch in ended for answer in batch}
+        answers.append([ids[request.key] for request in requests])
+    changed = [float(ours != theirs) for ours, theirs in zip(*answers, strict=True)]
+    lower, upper = accuracy_interval(changed)
+    return {
+        "answers": len(changed),
+        "changed": sum(changed) / len(changed),
+        "changed_lower": lower,
+        "changed_upper": upper,
+    }
+
+
+# --- what may differ ------------------------------------------------------------------------------
+
+
+def explained(
+    subject: Subject, run: LoadedModel, form: LoadedModel, rows: Sequence[Batch]
+) -> Choice[float]:
+    """The KL divergence that the form alone explains, in nats a token, and how."""
+    computes = subject.model.autocast_dtype(subject.train.autocast, run.base.device.type == "cuda")
+    is_exact = computes is None and {run.base.dtype, form.base.dtype} == {torch.float32}
+    value = ROUNDING[torch.float32 if is_exact else torch.bfloat16]
+    reason = f"rounding in {'32' if is_exact else '16'} bits"
+    if has_gates(run) and not has_gates(form):
+        value += FITTED
+        reason += ", and the fit of a LoRA"
+    anew = quantization_of(form)
+    if anew is not None and not is_adapter(form.model):
+        is_whole = subject.model.quantization == Quantization.none
+        other = replace(subject.model, quantization=anew if is_whole else Quantization.none)
+        announce("measuring", f"what {anew} does to the run's base")
+        rounded = load_subject(replace(subject, model=other), run.base.device)
+        value += 2 * compare_models(run, rounded, rows)["kl"]
+        reason += f", and twice what {anew} does to the run's base"
+    return Choice(value, reason)
+
+
+def has_gates(loaded: LoadedModel) -> bool:
+    return any(isinstance(module, CeraLayer) for module in loaded.model.modules())
+
+
+class Call(NamedTuple):
+    """One call of a module."""
+
+    module: nn.Module
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@torch.no_grad()
+def first_difference(run: LoadedModel, form: LoadedModel, row: Batch) -> str:
+    """A sentence about the first module whose output differs by more than rounding, in the order
+    of the computation, and about how strongly its adapter acts there."""
+    tolerance = max(1e-4, 4 * torch.finfo(form.base.dtype).eps)
+    theirs = calls_by_module(form, row)
+    for name, ours in calls_by_module(run, row).items():
+        if name not in theirs or _is_close(ours.y, theirs[name].y, tolerance):
+            continue
+        place = f"It first differs at {name}"
+        if not _is_close(ours.x, theirs[name].x, tolerance):  # a step without a module differs
+            return f"{place}."
+        if not isinstance(ours.module, BaseTunerLayer):
+            return f"{place}, which the run did not adapt."
+        with run.context():
+            of_base = ours.module.base_layer(ours.x).float()
+        branch = ours.y.float() - of_base
+        strength = ((theirs[name].y.float() - of_base) * branch).sum() / branch.square().sum()
+        return f"{place}, where its adapter acts {strength:.2f} times as strongly."
+    return "No single module differs by more than rounding."
+
+
+def _is_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
+    if ours.shape != theirs.shape:
+        return False
+    ours = ours.float()
+    return bool((theirs.float() - ours).norm() <= tolerance * ours.norm())
+
+
+def calls_by_module(loaded: LoadedModel, row: Batch) -> dict[str, Call]:
+    """Each innermost module of the base, adapted or not, by its name in the base and in the order
+    of the computation."""
+    calls = {}
+    hooks = []
+
+    def see(name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
+        if inputs and isinstance(output, torch.Tensor):
+            calls[name] = Call(module, inputs[0], output)
+
+    adapted: list[str] = []
+    for name, module in loaded.model.named_modules():
+        if name.startswith(tuple(adapted)):
+            continue  # a part of an adapter
+        if isinstance(module, BaseTunerLayer):
+            adapted.append(f"{name}.")
+        elif [*module.children()]:
+            continue
+        hooks.append(
+            module.register_forward_hook(partial(see, name.removeprefix("base_model.model.")))
+        )
+    try:
+        log_probabilities(loaded, row)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls

@@ -1,0 +1,277 @@
+"""`cera-export`: a folder is the run that it was made of, or it is refused and the fault named."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from evaluated_runs import export
+from safetensors.torch import load_file, save_file
+
+from cera_train.common.errors import DiffersError
+from cera_train.distributed.accelerator import this_device
+from cera_train.evaluation.engine import choose_dtype, load_subject
+from cera_train.runs.subject import find_subject
+from cera_train.serving.verify import Certificate, verify
+from cera_train.training.train import train
+
+Q = "model.layers.0.self_attn.q_proj"
+K = "model.layers.0.self_attn.k_proj"
+OUT = "model.layers.0.self_attn.o_proj"
+
+
+def chats(seed: int) -> list[dict]:
+    """Chats whose answers follow from their questions."""
+    rows = []
+    for number in range(48):
+        a = number % 8 + seed % 3
+        b = number // 8 + 1
+        question = {"role": "user", "content": f"{a} and {b}"}
+        rows.append({"messages": [question, {"role": "assistant", "content": f"it is {a + b}"}]})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer, tmp_path_factory) -> Path:
+    """A tiny model as wide as a block of NF4; beside it lies another."""
+    folder = tmp_path_factory.mktemp("deployed")
+    model = make_tiny_llama(len(tokenizer), hidden_size=64)
+    model.save_pretrained(folder / "base")
+    model.model.embed_tokens.weight.data += 0.1
+    model.save_pretrained(folder / "other")
+    tokenizer.save_pretrained(folder / "base")
+    return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def train_on_chats(compose, base):
+    """train_on_chats("adapter=lora", ...) -> the folder of a run of the tiny model on chats."""
+    output = base.parent
+
+    def train_on_chats(*overrides: str, name: str = "run", seed: int = 0) -> Path:
+        rows = output / f"chats{seed % 3}.jsonl"
+        rows.write_text("".join(json.dumps(row) + "\n" for row in chats(seed)))
+        config = compose(
+            f"model.path={base}",
+            "model.dtype=float32",
+            f"data.train_files=[{rows}]",
+            "data.eval_rows=8",
+            "data.max_length=128",
+            "adapter=lora",
+            "adapter.r=4",
+            "adapter.target_modules=all-linear",
+            "optimizer.lr=1e-2",
+            "train.max_updates=20",
+            "train.batch_size=16",
+            "train.compile=false",
+            f"train.seed={seed}",
+            f"name={name}",
+            f"output_dir={output}",
+            *overrides,
+        )
+        return Path(train(config)["folder"])
+
+    return train_on_chats
+
+
+@pytest.fixture(scope="module")
+def run(train_on_chats) -> Path:
+    return train_on_chats("train.save_every=10")
+
+
+@pytest.fixture(scope="module")
+def forms(run, base, compose) -> dict[str, Path]:
+    """The sound folders of a run."""
+    merged = base.parent / "merged"
+    export(compose(f"run={run}", "to=merged", f"output={merged}", command="export"))
+    return {"adapter": run / "adapter", "merged": merged}
+
+
+@pytest.fixture(scope="module")
+def check_of(run, compose):
+    """check_of(folder): as `cera-export run=RUN check=FOLDER`; the run is loaded once."""
+    subject = choose_dtype(find_subject(compose(f"run={run}", command="export")))
+    loaded = load_subject(subject, this_device())
+
+    def check_of(folder: Path) -> Certificate:
+        return verify(folder, subject, loaded, subject.data)
+
+    return check_of
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def edit(file: str, **changes: object) -> Callable:
+    """A fault: other values in a JSON file. Those of None are removed."""
+
+    def plant(folder: Path, _: Path) -> None:
+        tree = json.loads((folder / file).read_text()) | changes
+        tree = {key: value for key, value in tree.items() if value is not None}
+        (folder / file).write_text(json.dumps(tree))
+
+    return plant
+
+
+def tensors(change: Callable) -> Callable:
+    """A fault: other weights. `change` gets those of the folder and of the base."""
+
+    def plant(folder: Path, base: Path) -> None:
+        [file] = folder.glob("*.safetensors")
+        weights = change(load_file(file), load_file(base / "model.safetensors"))
+        save_file(
+            {name: each.contiguous() for name, each in weights.items()}, file, {"format": "pt"}
+        )
+
+    return plant
+
+
+def each(part: str, change: Callable) -> Callable:
+    """A fault: another value of every tensor whose name has a part, from it and the base's."""
+
+    def changed(weights: dict, base: dict) -> dict:
+        return weights | {
+            name: change(weight, base.get(name)) for name, weight in weights.items() if part in name
+        }
+
+    return tensors(changed)
+
+
+def without(part: str) -> Callable:
+    return tensors(
+        lambda weights, _: {name: each for name, each in weights.items() if part not in name}
+    )
+
+
+def interleaved(weight: torch.Tensor, *_: object) -> torch.Tensor:
+    """The rows of heads as llama.cpp orders them for its rotary embedding."""
+    heads = weight.view(-1, 2, 8, weight.shape[1])  # of 16
+    return heads.transpose(1, 2).reshape(weight.shape)
+
+
+def in_float8(weight: torch.Tensor, *_: object) -> torch.Tensor:
+    return weight.to(torch.float8_e4m3fn).to(weight.dtype)
+
+
+def in_bfloat16(weight: torch.Tensor, *_: object) -> torch.Tensor:
+    return weight.bfloat16().to(weight.dtype)
+
+
+def swap_layers(weights: dict, _: dict) -> dict:
+    other = {"0": "1", "1": "0"}
+    return {
+        re.sub(r"layers\.(\d)", lambda match: f"layers.{other[match[1]]}", name): weight
+        for name, weight in weights.items()
+    }
+
+
+def swap_words(folder: Path, _: Path) -> None:
+    """Another vocabulary: two letters change their ids."""
+    file = folder / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    words = tree["model"]["vocab"]
+    words["a"], words["i"] = words["i"], words["a"]
+    file.write_text(json.dumps(tree))
+
+
+def another_template(folder: Path, _: Path) -> None:
+    file = folder / "chat_template.jinja"
+    file.write_text(file.read_text().replace("<|im_start|>", "### "))
+
+
+def times(strength: float, place: str = Q) -> str:
+    return rf"first differs at {place}, where its adapter acts {strength:.2f} times"
+
+
+def stale(folder: Path, base: Path) -> None:
+    """The adapter of an earlier update."""
+    shutil.copy(base.parent / "run/checkpoints/10/adapter_model.safetensors", folder)
+
+
+def on_base(name: str) -> Callable:
+    def plant(folder: Path, base: Path) -> None:
+        edit(ADAPTER, base_model_name_or_path=str(base.parent / name))(folder, base)
+
+    return plant
+
+
+def tied_head(folder: Path, base: Path) -> None:
+    edit("config.json", tie_word_embeddings=True)(folder, base)
+    without("lm_head")(folder, base)
+
+
+def one_more_word(folder: Path, base: Path) -> None:
+    words = json.loads((folder / "config.json").read_text())["vocab_size"]
+    edit("config.json", vocab_size=words + 1)(folder, base)
+    each("embed_tokens", lambda weight, _: torch.cat([weight, weight[:1]]))(folder, base)
+    each("lm_head", lambda weight, _: torch.cat([weight, weight[:1]]))(folder, base)
+
+
+ADAPTER = "adapter_config.json"
+NO_K = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OF_ADAPTER = {
+    "twice the scale": (edit(ADAPTER, lora_alpha=64), times(2)),
+    "alpha by sqrt(r)": (edit(ADAPTER, use_rslora=True), times(2)),
+    "no adapter": (each("lora_B", lambda B, _: 0 * B), times(0)),
+    "an earlier update": (stale, rf"first differs at {Q}, .* 0\.\d\d times"),
+    "tensors missing": (without("0.self_attn.k_proj"), r"0.self_attn.k_proj.* missing"),
+    "a target left out": (edit(ADAPTER, target_modules=NO_K), r"k_proj.* no place"),
+    "layers swapped": (tensors(swap_layers), rf"first differs at {Q}"),
+    "q permuted": (each("q_proj.lora_B", interleaved), rf"first differs at {Q}"),
+    "float8": (each("lora_", in_float8), rf"first differs at {Q}"),
+    "another base": (on_base("other"), "model.embed_tokens, which the run did not adapt"),
+    "the merged model as base": (on_base("merged"), times(2)),
+}
+OF_MERGED = {
+    "merged twice": (each("_proj", lambda W, W0: 2 * W - W0), times(2)),
+    "a module not merged": (each("0.self_attn.k_proj", lambda W, W0: W0), times(0, K)),
+    "q and k permuted": (each("self_attn.k_proj", interleaved), rf"first differs at {K}"),
+    "o transposed": (
+        each("o_proj", lambda W, _: W.T),
+        r"first differs at model.layers.0.self_attn.o_proj",
+    ),
+    "rounded to bfloat16": (each("_proj", in_bfloat16), rf"first differs at {Q}"),
+    "a tied head": (tied_head, "first differs at lm_head, which the run did not adapt"),
+    "no head": (without("lm_head"), "lm_head.weight.* missing"),
+    "another base of rotations": (
+        edit("config.json", rope_parameters={"rope_type": "default", "rope_theta": 100.0}),
+        rf"first differs at {OUT}",
+    ),
+    "one more word": (one_more_word, "its logits, of 309 tokens"),
+    "no end": (edit("generation_config.json", eos_token_id=None), r"stop at the tokens \[\]"),
+    "another end": (
+        edit("generation_config.json", eos_token_id=[1, 3]),
+        r"stop at the tokens \[1, 3\]",
+    ),
+}
+OF_BOTH = {
+    "another template": (another_template, "chat_template is"),
+    "no end token": (edit("tokenizer_config.json", eos_token=None), "eos_token is 'None'"),
+    "another vocabulary": (swap_words, "writes held-out row 1 from token"),
+}
+FAULTS = {
+    (form, name): fault
+    for form, faults in (("adapter", OF_ADAPTER | OF_BOTH), ("merged", OF_MERGED | OF_BOTH))
+    for name, fault in faults.items()
+}
+
+
+@pytest.mark.parametrize(("form", "name"), FAULTS)
+def test_a_planted_fault_is_refused_and_named(form, name, forms, base, check_of, tmp_path):
+    plant, line = FAULTS[form, name]
+    folder = Path(shutil.copytree(forms[form], tmp_path / "form"))
+    plant(folder, base)
+    with pytest.raises(DiffersError, match=line):
+        check_of(folder)
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_a_sound_folder_is_the_run(form, forms, check_of):
+    certificate = check_of(forms[form])
+    assert certificate.holds
+    assert certificate.kl_upper < 1e-6
+    assert certificate.changed == 0
