@@ -65,7 +65,7 @@ def load_model(
     model.requires_grad_(False)
     keep_less(model)
     if config.quantization == Quantization.nf4:
-        _keep_4bit_weights_differentiable(model)
+        keep_4bit_weights(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -203,10 +203,10 @@ def quantization_config(
     )
 
 
-def _keep_4bit_weights_differentiable(model: nn.Module) -> None:
+def keep_4bit_weights(model: nn.Module) -> None:
     """On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight for good at its first call in
-    eval mode, for a kernel that has no backward: training after an evaluation would get wrong
-    gradients, with only a warning."""
+    eval mode, for a kernel that computes in bfloat16 and has no backward: training after an
+    evaluation would get wrong gradients, with only a warning."""
     import bitsandbytes
 
     for module in model.modules():

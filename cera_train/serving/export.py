@@ -31,9 +31,10 @@ from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
 from cera_train.runs.card import card_data
 from cera_train.runs.subject import Subject
-from cera_train.serving.verify import Certificate, has_gates, verify
+from cera_train.serving.modules import has_gates
+from cera_train.serving.verify import Certificate, verify
 from cera_train.settings.data import DataConfig
-from cera_train.settings.model import Dtype, Quantization
+from cera_train.settings.model import Quantization
 from cera_train.settings.serving import ExportConfig, ExportForm, Weights
 
 CERTIFICATE = "certificate.json"
@@ -122,21 +123,23 @@ def check_export(config: ExportConfig, subject: Subject, run: LoadedModel, folde
 
 
 def merge(subject: Subject, adapter: Path, weights: Weights) -> PreTrainedModel:
-    """The base with an adapter, or its full fine-tuning, in its weights. Those of a quantised base
-    are the values that it computed with in training."""
-    dtype = subject.model.dtype
-    if weights in (Weights.bfloat16, Weights.float32):
-        dtype = Dtype(weights)
-    base = load_model(replace(subject.model, dtype=dtype), this_device())
+    """The base with an adapter, or its full fine-tuning, in its weights. It starts from the numbers
+    that the run computed with: rounded to its dtype, and those of a quantised base."""
+    dtype = getattr(torch, subject.model.dtype.value)
+    base = load_model(subject.model, this_device())
     if subject.model.quantization != Quantization.none:
-        base = base.dequantize(getattr(torch, dtype.value))
+        base = base.dequantize(dtype)
+    if weights in (Weights.bfloat16, Weights.float32):
+        dtype = getattr(torch, weights.value)
+    if dtype == torch.float32:
+        base = base.float()
     model = attach(base, adapter)
     if is_adapter(model):
         try:
             model = model.merge_and_unload(safe_merge=True)
         except (NotImplementedError, ValueError, AttributeError) as error:
             raise UserError(f"to=merged: {adapter} cannot be merged: {error}") from error
-    return model.to(getattr(torch, dtype.value))
+    return model.to(dtype)
 
 
 def replace_weights(folder: Path, model: PreTrainedModel) -> None:

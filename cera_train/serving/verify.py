@@ -3,29 +3,27 @@ PEFT alone, and compared with the run on held-out rows.
 
 Ids of tokens, the chat template and the end tokens must be equal, since no loss shows them. Logits
 may differ by what rounding explains: the limit is on KL(run || folder), which has no sign to
-cancel, and varies less than a difference of losses.
+cancel, and varies less than a difference of losses. `modules` finds what hides in rounding.
 """
 
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cera_train.adapters.folder import ADAPTER_CONFIG, check_saved, weights_file
 from cera_train.adapters.saved import is_adapter, saved_tensors
-from cera_train.cera import CeraLayer
 from cera_train.common.errors import DiffersError
 from cera_train.common.settings import Choice, require
 from cera_train.common.terminal import announce, print_fields
@@ -37,15 +35,20 @@ from cera_train.evaluation.requests import Request
 from cera_train.evaluation.statistics import accuracy_interval, bootstrap_interval
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.folder import from_hub_or_folder
-from cera_train.model.weights import quantization_config
+from cera_train.model.weights import keep_4bit_weights, quantization_config
 from cera_train.runs.records import Record
 from cera_train.runs.subject import Subject
+from cera_train.serving.modules import ROUNDING, first_difference, has_gates
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import GenerationConfig
-from cera_train.settings.model import ModelConfig, Quantization
+from cera_train.settings.model import Dtype, ModelConfig, Quantization
 
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-"""Nats per token that rounding explains, by the coarser precision of the two."""
+SAME = 1e-6
+"""Nats per token that the order of float32 sums explains."""
+
+TIMES = 3
+"""Times what rounding changes in a run that rounding explains: run and form round at different
+places."""
 
 FITTED = 0.01
 """Nats per token that a LoRA fitted to a CeRA may lose."""
@@ -88,8 +91,9 @@ class Certificate(Record):
             "loss": f"{self.loss_run:.4f} to {self.loss_form:.4f} nats a token",
             "change": f"{self.loss_change:+.5f}, 95 % interval {self.loss_change_lower:+.5f} to "
             f"{self.loss_change_upper:+.5f}",
-            "KL": f"{self.kl:.2g} nats a token, 95 % interval {self.kl_lower:.2g} to "
-            f"{self.kl_upper:.2g}; at most {self.at_most:.2g}: {self.reason}",
+            "KL": f"{self.kl:.6f} nats a token, 95 % interval {self.kl_lower:.6f} to "
+            f"{self.kl_upper:.6f}",
+            "at most": f"{self.at_most:.6f}: {self.reason}",
             "same token": f"{self.same_tokens:.2%} of the likeliest",
             "answers": f"{self.changed:.0%} of {self.answers} change, 95 % interval "
             f"{self.changed_lower:.0%} to {self.changed_upper:.0%}",
@@ -133,13 +137,15 @@ def verify(
         form=describe(form), **figures, **answered, at_most=allowed.value, reason=allowed.why
     )
     print_fields(certificate.shown())
+    place = first_difference(run, form, batches[0], precision_of(subject, run, form))
     if not certificate.holds:
-        place = first_difference(run, form, batches[0])
         raise DiffersError(
             f"its KL divergence from the run may be {certificate.kl_upper:.2g} nats a token, "
-            f"above at_most={allowed.value:.2g} ({allowed.why}). {place} Export it anew, or raise "
-            f"at_most=."
+            f"above at_most={allowed.value:.2g} ({allowed.why}). {place or ''} Export it anew, or "
+            f"raise at_most=."
         )
+    if at_most is None and place is not None:
+        raise DiffersError(f"it is not the run. {place} Export it anew, or set at_most=.")
     return certificate
 
 
@@ -184,7 +190,10 @@ def load_form(folder: Path, model: ModelConfig, device: torch.device) -> LoadedM
             f"{min(different)} and {len(different) - 1} other tensors are missing, or have no "
             f"place in its model: export it anew."
         )
-    return LoadedModel(loaded.eval(), base, tokenizer)
+    form = LoadedModel(loaded.eval(), base, tokenizer)
+    if quantization_of(form) == Quantization.nf4:
+        keep_4bit_weights(base)  # else some CPUs would round more than in the run
+    return form
 
 
 def describe(form: LoadedModel) -> str:
@@ -204,15 +213,6 @@ def quantization_of(form: LoadedModel) -> Quantization | None:
 # --- what no loss shows ---------------------------------------------------------------------------
 
 
-def ends_of(loaded: LoadedModel) -> set[int]:
-    """The tokens at which its user's generation stops: for a plain model, those of its generation
-    settings alone."""
-    model_ends = loaded.base.generation_config.eos_token_id
-    if is_adapter(loaded.model):
-        return stop_ids(loaded.tokenizer, model_ends)
-    return {*(model_ends if isinstance(model_ends, list) else [model_ends])} - {None}
-
-
 def check_tokenizer(run: LoadedModel, form: LoadedModel) -> None:
     """Raises DiffersError for another chat template or other end tokens."""
     for name in ("chat_template", "eos_token"):
@@ -223,8 +223,11 @@ def check_tokenizer(run: LoadedModel, form: LoadedModel) -> None:
                 f"its tokenizer's {name} is {str(theirs)[:40]!r}, that of the run "
                 f"{str(ours)[:40]!r}: copy the tokenizer of the run."
             )
-    ends = sorted(ends_of(run))
-    others = sorted(ends_of(form))
+    ends = sorted(stop_ids(run.tokenizer, run.base.generation_config.eos_token_id))
+    stops = form.base.generation_config.eos_token_id  # where `generate` of transformers stops
+    others = sorted({*(stops if isinstance(stops, list) else [stops])} - {None})
+    if is_adapter(form.model):  # its folder has no place for generation settings
+        others = sorted(stop_ids(form.tokenizer, stops))
     if ends != others:
         raise DiffersError(
             f"its answers stop at the tokens {others}, those of the run at {ends}: set "
@@ -334,90 +337,43 @@ def compare_answers(run: LoadedModel, form: LoadedModel, rows: Sequence[Batch]) 
 def explained(
     subject: Subject, run: LoadedModel, form: LoadedModel, rows: Sequence[Batch]
 ) -> Choice[float]:
-    """The KL divergence that the form alone explains, in nats a token, and how."""
-    computes = subject.model.autocast_dtype(subject.train.autocast, run.base.device.type == "cuda")
-    is_exact = computes is None and {run.base.dtype, form.base.dtype} == {torch.float32}
-    value = ROUNDING[torch.float32 if is_exact else torch.bfloat16]
-    reason = f"rounding in {'32' if is_exact else '16'} bits"
+    """The KL divergence that the form alone explains, in nats a token, and how. What its precision
+    changes is measured on the run itself."""
+    value = SAME
+    reasons = []
     if has_gates(run) and not has_gates(form):
         value += FITTED
-        reason += ", and the fit of a LoRA"
-    anew = quantization_of(form)
-    if anew is not None and not is_adapter(form.model):
-        is_whole = subject.model.quantization == Quantization.none
-        other = replace(subject.model, quantization=anew if is_whole else Quantization.none)
-        announce("measuring", f"what {anew} does to the run's base")
+        reasons.append(f"{FITTED} for the fit of a LoRA to a CeRA")
+    other = other_precision(subject, run, form)
+    if other is not None:
+        announce("measuring", "what rounding changes in the run itself")
         rounded = load_subject(replace(subject, model=other), run.base.device)
-        value += 2 * compare_models(run, rounded, rows)["kl"]
-        reason += f", and twice what {anew} does to the run's base"
-    return Choice(value, reason)
+        if other.dtype == Dtype.float32:
+            rounded = replace(rounded, context=nullcontext)  # also where the run sets autocast
+        value += TIMES * compare_models(run, rounded, rows)["kl_upper"]
+        reasons.append(f"{TIMES} times what rounding changes in the run itself")
+    return Choice(value, " and ".join(reasons) or "the order of float32 sums")
 
 
-def has_gates(loaded: LoadedModel) -> bool:
-    return any(isinstance(module, CeraLayer) for module in loaded.model.modules())
+def other_precision(subject: Subject, run: LoadedModel, form: LoadedModel) -> ModelConfig | None:
+    """The run's base in a precision in which it differs from the run as the form does: quantised
+    or whole, in 32 bits or in 16. None where both compute in float32."""
+    model = subject.model
+    quantised = None if is_adapter(form.model) else quantization_of(form)
+    if quantised is not None:
+        is_whole = model.quantization == Quantization.none
+        return replace(model, quantization=quantised if is_whole else Quantization.none)
+    computes = model.autocast_dtype(subject.train.autocast, run.base.device.type == "cuda")
+    if computes is not None or model.dtype != Dtype.float32:
+        return replace(model, dtype=Dtype.float32)
+    dtype = Dtype(str(form.base.dtype).removeprefix("torch."))
+    return None if dtype == Dtype.float32 else replace(model, dtype=dtype)
 
 
-class Call(NamedTuple):
-    """One call of a module."""
-
-    module: nn.Module
-    x: torch.Tensor
-    y: torch.Tensor
-
-
-@torch.no_grad()
-def first_difference(run: LoadedModel, form: LoadedModel, row: Batch) -> str:
-    """A sentence about the first module whose output differs by more than rounding, in the order
-    of the computation, and about how strongly its adapter acts there."""
-    tolerance = max(1e-4, 4 * torch.finfo(form.base.dtype).eps)
-    theirs = calls_by_module(form, row)
-    for name, ours in calls_by_module(run, row).items():
-        if name not in theirs or _is_close(ours.y, theirs[name].y, tolerance):
-            continue
-        place = f"It first differs at {name}"
-        if not _is_close(ours.x, theirs[name].x, tolerance):  # a step without a module differs
-            return f"{place}."
-        if not isinstance(ours.module, BaseTunerLayer):
-            return f"{place}, which the run did not adapt."
-        with run.context():
-            of_base = ours.module.base_layer(ours.x).float()
-        branch = ours.y.float() - of_base
-        strength = ((theirs[name].y.float() - of_base) * branch).sum() / branch.square().sum()
-        return f"{place}, where its adapter acts {strength:.2f} times as strongly."
-    return "No single module differs by more than rounding."
-
-
-def _is_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
-    if ours.shape != theirs.shape:
-        return False
-    ours = ours.float()
-    return bool((theirs.float() - ours).norm() <= tolerance * ours.norm())
-
-
-def calls_by_module(loaded: LoadedModel, row: Batch) -> dict[str, Call]:
-    """Each innermost module of the base, adapted or not, by its name in the base and in the order
-    of the computation."""
-    calls = {}
-    hooks = []
-
-    def see(name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
-        if inputs and isinstance(output, torch.Tensor):
-            calls[name] = Call(module, inputs[0], output)
-
-    adapted: list[str] = []
-    for name, module in loaded.model.named_modules():
-        if name.startswith(tuple(adapted)):
-            continue  # a part of an adapter
-        if isinstance(module, BaseTunerLayer):
-            adapted.append(f"{name}.")
-        elif [*module.children()]:
-            continue
-        hooks.append(
-            module.register_forward_hook(partial(see, name.removeprefix("base_model.model.")))
-        )
-    try:
-        log_probabilities(loaded, row)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
+def precision_of(subject: Subject, run: LoadedModel, form: LoadedModel) -> float:
+    """The relative rounding of a module's output: that of the coarser of the two."""
+    computes = subject.model.autocast_dtype(subject.train.autocast, run.base.device.type == "cuda")
+    kinds = {computes or subject.model.dtype, str(form.base.dtype).removeprefix("torch.")}
+    if not is_adapter(form.model) and (quantised := quantization_of(form)) is not None:
+        kinds.add(quantised)
+    return max(ROUNDING[str(kind)] for kind in kinds)

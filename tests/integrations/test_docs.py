@@ -309,7 +309,8 @@ def form(text: str) -> list[str]:
     on the machine or is a model's answer keeps only its first word."""
     lines: list[str] = []
     for line in text.splitlines():
-        line = re.sub(r"^(precision|device|speed|before|after)\b.*", r"\1", " ".join(line.split()))
+        line = " ".join(line.split())
+        line = re.sub(r"^(precision|device|speed|before|after|at most)\b.*", r"\1", line)
         line = re.sub(r"[+-]?\d[\d.,:]*", "#", line).replace("v_proj", "q_proj")
         if lines[-1:] != [line]:
             lines.append(line)
