@@ -51,6 +51,8 @@ class Sequences:
         return self._starts
 
 
+LONGEST_TOGETHER = 128
+"""Tokens of a sequence that shares a block: longer ones are as fast alone."""
 MOST_PADDING = 0.2
 """Share of a block's tokens that may be padding."""
 MOST_SCORES = 256**2
@@ -59,13 +61,14 @@ MOST_SCORES = 256**2
 
 def near_equal_neighbours(lengths: Sequence[int]) -> list[list[int]]:
     """Cuts lengths into blocks of neighbours, each as long as MOST_PADDING and MOST_SCORES
-    allow."""
+    allow. Longer ones than LONGEST_TOGETHER stay alone."""
     blocks: list[list[int]] = []
     for length in lengths:
         block = [*blocks[-1], length] if blocks else [length]
         tokens = len(block) * max(block)  # padding included
         is_near_equal = sum(block) >= (1 - MOST_PADDING) * tokens
-        if blocks and is_near_equal and tokens * max(block) <= MOST_SCORES:
+        is_short = max(block) <= LONGEST_TOGETHER and tokens * max(block) <= MOST_SCORES
+        if blocks and is_near_equal and is_short:
             blocks[-1] = block
         else:
             blocks.append([length])
@@ -265,8 +268,8 @@ class ShortAttention(torch.autograd.Function):
         L]."""
         length = k.shape[1]
         future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1)
-        future = future.repeat(q.shape[1] // length, 1)
-        return torch.baddbmm(future, q, k.mT, alpha=scaling).softmax(-1)
+        scores = torch.bmm(q * scaling, k.mT)
+        return scores.view(len(k), -1, length, length).add_(future).softmax(-1).view_as(scores)
 
 
 def _by_key_head(x: Tensor, key_heads: int, lengths: list[int]) -> Tensor:
