@@ -129,7 +129,16 @@ def draw(run: BuiltRun) -> dict[str, float]:
     return run.objective.draw([0, 1, 2]).figures
 
 
-@pytest.mark.parametrize(("change", "looks"), WRONG_ADAPTERS.values(), ids=WRONG_ADAPTERS)
+SLOW = ("half the scale", "rsLoRA's scale", "half the layers")  # others take the same way
+
+
+@pytest.mark.parametrize(
+    ("change", "looks"),
+    [
+        pytest.param(*wrong, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, wrong in WRONG_ADAPTERS.items()
+    ],
+)
 def test_answers_by_a_wrong_adapter_are_refused_by_its_name(run, change, looks):
     figures = draw(run)
     assert figures[DISTANCE] < figures[LIMIT] / 10
@@ -153,7 +162,7 @@ def test_answers_by_the_adapter_of_the_update_before_are_refused(run):
             draw(run)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.5])
+@pytest.mark.parametrize("temperature", [0.5, pytest.param(1.5, marks=pytest.mark.slow)])
 def test_answers_at_another_temperature_are_refused(run, vllm, monkeypatch, temperature):
     monkeypatch.setattr(vllm, "temperature", temperature)
     monkeypatch.setattr(vllm, "sends_processed", True)
