@@ -274,8 +274,8 @@ MISTAKES = [
         "a grid takes single values",
         "hydra/sweeper=optuna",
     ),
-    ("cera-report nothing", "nothing is not a folder", "expected"),
-    ("cera-report", "arguments are required: DIR", "see cera-report --help"),
+    ("cera-report nothing", "nothing does not exist", "expected"),
+    ("cera-report", "arguments are required: PATH", "see cera-report --help"),
 ]
 
 
