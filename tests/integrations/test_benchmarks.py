@@ -15,7 +15,7 @@ from tiny_runs import wait_until
 
 from benchmarks import data, startup
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import pieces
+from benchmarks.gpu import pieces, runs
 from benchmarks.gpu.pieces import all_pieces
 from benchmarks.gpu.place import Place, Skipped
 
@@ -69,6 +69,28 @@ def test_a_failed_piece_stops_nothing_and_is_retried_last(tmp_path, monkeypatch,
     assert len(ran) == 4
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"fallbacks": ["varlen attention: TypeError"]}, "it fell back: varlen attention"),
+        ({"attention": "sdpa"}, "attention was sdpa, not varlen"),
+        ({"compiled_graphs": 0}, "no graph was compiled"),
+    ],
+)
+def test_a_run_that_took_a_slower_way_fails_its_piece(changes, problem):
+    fast = {"fallbacks": [], "attention": "varlen", "compiled_graphs": 7}
+    runs.check_speed(fast, "cuda", compiles=True)
+    with pytest.raises(RuntimeError, match=problem):
+        runs.check_speed(fast | changes, "cuda", compiles=True)
+
+
+def test_the_headline_runs_in_the_first_ten_minutes():
+    names = [*all_pieces()]
+    headline = names[: names.index("nemo_trl") + 1]
+    assert {"nemo_cera", "nemo_lora"} < {*headline}
+    assert sum(all_pieces()[name].expected for name in headline) <= 600
+
+
 def test_every_piece_fits_into_ten_minutes_and_every_test_file_has_a_piece():
     assert all(0 < piece.expected < piece.seconds <= 540 for piece in all_pieces().values())
     files = (ROOT / "tests" / "gpu").glob("test_gpu_*.py")
@@ -76,7 +98,7 @@ def test_every_piece_fits_into_ten_minutes_and_every_test_file_has_a_piece():
 
 
 def test_a_piece_that_takes_too_long_is_ended(tmp_path):
-    piece = replace(all_pieces()["weights_llama3_1_8b"], seconds=0.2)
+    piece = replace(all_pieces()["weights"], seconds=0.2)
     place = Place("cpu", "tiny", tmp_path)
     assert command.run(piece, place, 0.1) is None  # the command had no more time
     result = command.run(piece, place, 0.2)
@@ -96,17 +118,17 @@ def test_a_group_of_tests_that_all_skip_has_not_passed(tmp_path, monkeypatch):
         pieces.run_tests(Place("cpu", "tiny", tmp_path), "group")
 
 
-UNSLOTH = "race_unsloth_llama3_1_8b_bfloat16"
+FIRST = "weights"
 MINIATURES = [
     pytest.param(
-        ["weights_llama3_1_8b", "math_r64_nf4_llama3_1_8b", "race_cera_llama3_1_8b_bfloat16"],
+        ["math_r64_nf4", "race_cera_bfloat16"],
         ["| planned GB |", "| useful TFLOP/s |"],
         id="a recipe and the race",
     ),
     pytest.param(
-        ["weights_llama3_1_8b", "tests_answers", "decoding_llama3_1_8b", "nemo_cera"],
-        ["| tests |", "| planned GB |", "| CeRA, 64 rows, tokens/s |"],
-        id="tests, decoding and NeMo",
+        ["machine", "nemo_cera", "nemo_trl", "profile", "tests_answers", "grpo_samples"],
+        ["| GB/s of copies |", "| attention, eager |", "| tests |", "| rows of a batch |"],
+        id="the headline, tests and samples",
         marks=pytest.mark.nightly,
     ),
 ]
@@ -124,9 +146,9 @@ def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path, names, co
         "--size=tiny",
         f"--output={tmp_path}",
     ]
-    arguments = [*command_line, "--piece", UNSLOTH, *names]
+    arguments = [*command_line, "--piece", FIRST, *names]
     started = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    first, second = (tmp_path / "tiny_cpu" / f"{name}.json" for name in (UNSLOTH, names[0]))
+    first, second = (tmp_path / "tiny_cpu" / f"{name}.json" for name in (FIRST, names[0]))
     wait_until(lambda: started.poll() is not None or first.exists(), seconds=300, every=0.1)
     os.kill(started.pid, signal.SIGKILL)
     started.communicate()
@@ -134,11 +156,7 @@ def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path, names, co
     assert not second.exists()
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert first.stat().st_mtime_ns == stamp
-    skipped, *results = (
-        json.loads((tmp_path / "tiny_cpu" / f"{name}.json").read_text())
-        for name in (UNSLOTH, *names)
-    )
-    assert (skipped["state"], skipped["reason"]) == ("skipped", "unsloth is not installed")
+    results = [json.loads((tmp_path / "tiny_cpu" / f"{name}.json").read_text()) for name in names]
     assert {result["state"] for result in results} == {"passed"}, done.stdout
     assert done.returncode == 0
     for column in columns:

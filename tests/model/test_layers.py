@@ -3,6 +3,7 @@ stay compiled and have the gradients of eager ones."""
 
 import contextlib
 import copy
+import functools
 import logging
 import random
 from collections.abc import Callable
@@ -21,12 +22,17 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from benchmarks.tiny_models import tiny_config
+from cera_train.adapters.build import build
 from cera_train.cera import CeraConfig
 from cera_train.model.batches import flat_batch
-from cera_train.model.compiled import compile_layers, stop_compiling
+from cera_train.model.compiled import compile_layers, count_graphs, stop_compiling
 from cera_train.model.language_model import LanguageModel
-from cera_train.model.layout import probe
+from cera_train.model.layout import choose_layout, probe
 from cera_train.model.lean import keep_less
+from cera_train.model.weights import load_model
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
+from cera_train.settings.model import ModelConfig, Quantization
+from cera_train.settings.training import BatchLayout
 
 
 def norm(dtype: torch.dtype) -> nn.Module:
@@ -181,10 +187,11 @@ def one_process():
 
 
 @pytest.fixture
-def graphs():
+def graphs(request):
     """Collects the graphs of layers that `compile_layers(graphs.add)` compiled."""
     logging.disable(logging.DEBUG)  # pytest would keep thousands of torch's log lines
-    with torch._dynamo.config.patch(recompile_limit=LIMIT):
+    limit = getattr(request, "param", LIMIT)
+    with torch._dynamo.config.patch(recompile_limit=limit):
         yield Graphs()
     logging.disable(logging.NOTSET)
     torch.compiler.reset()
@@ -233,6 +240,46 @@ def test_layers_stay_compiled_for_any_number_of_sequences(
             assert (ours - eager).norm() <= 1e-6 * eager.norm()
 
 
+@pytest.mark.provable
+@pytest.mark.parametrize("graphs", [8], indirect=True, ids=["torchs_limit"])
+@pytest.mark.parametrize(
+    ("kind", "quantization"),
+    [
+        ("cera", "none"),
+        pytest.param("lora", "none", marks=pytest.mark.slow),
+        pytest.param("cera", "nf4", marks=pytest.mark.slow),
+    ],
+)
+def test_a_layer_has_seven_graphs_and_eleven_with_an_evaluation(
+    graphs, tmp_path, kind, quantization
+):
+    make_tiny_llama(64, hidden_size=64).to(torch.bfloat16).save_pretrained(tmp_path)
+    config = ModelConfig(str(tmp_path), dtype="bfloat16", quantization=Quantization(quantization))
+    base = load_model(config, torch.device("cpu"))
+    adapter = AdapterConfig(AdapterKind(kind), 4, dropout=0.1, target_modules="all-linear")
+    model = build(base, adapter)
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    language_model = LanguageModel(model, base, autocast)
+    choose_layout(BatchLayout.flat, language_model, base.device)
+    compile_layers(language_model, graphs.add)
+    batches = list(micro_batches())[3:6]
+
+    def update() -> None:
+        for batch in batches:
+            language_model.train()(batch).sum().backward()
+
+    update()
+    assert len(graphs) == 7
+    with torch.no_grad():
+        for batch in batches:
+            language_model.eval()(batch)
+    assert len(graphs) == 11
+    update()
+    assert len(graphs) == count_graphs() == 11
+    assert not stop_compiling(language_model)
+    assert language_model.fallbacks == []
+
+
 class Widening(nn.Module):
     """A layer of another width at each call: torch compiles few variants of it."""
 
@@ -251,6 +298,7 @@ def test_layers_run_eagerly_once_torch_refuses_a_variant(graphs):
     assert language_model.is_compiled
     assert stop_compiling(language_model)
     assert not language_model.is_compiled
+    assert language_model.fallbacks == ["eager layers: torch compiles no further variant of them"]
     count = len(graphs)
     layer(torch.ones(3), ["x"])
     assert len(graphs) == count
