@@ -19,10 +19,12 @@ class Optimizer(NamedTuple):
     bits: int = 32
     """Bits of each moment."""
     needs_gpu: bool = False
+    has_fused_cpu_step: bool = False
+    """Whether it takes fused=True on a CPU."""
 
 
 OPTIMIZERS = {
-    "adamw": Optimizer("torch.optim.AdamW"),
+    "adamw": Optimizer("torch.optim.AdamW", has_fused_cpu_step=True),
     "adamw_8bit": Optimizer("bitsandbytes.optim.AdamW8bit", bits=8),
     "paged_adamw_8bit": Optimizer("bitsandbytes.optim.PagedAdamW8bit", bits=8, needs_gpu=True),
 }

@@ -34,6 +34,8 @@ def build_optimizer(
             f"optimizer.kind={config.kind} pages GPU memory, and this run is on {device.type}: "
             "use optimizer=adamw_8bit or optimizer=adamw."
         )
+    # A third of the time of torch's default on a CPU, a loop over the parameters.
+    step = {"fused": True} if kind.has_fused_cpu_step and device.type == "cpu" else {}
     module, _, name = kind.path.rpartition(".")
     optimizer = getattr(importlib.import_module(module), name)(
         parameters,
@@ -41,6 +43,7 @@ def build_optimizer(
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
+        **step,
     )
     set_learning_rate(optimizer, config.lr)
     return optimizer

@@ -53,6 +53,20 @@ def test_adamw_is_pytorchs_with_the_configs_settings():
     )
 
 
+def test_a_cpus_fused_step_equals_the_loop_over_parameters():
+    config = OptimizerConfig(lr=0.1, weight_decay=0.5)
+    weights = parameters() + parameters()
+    fused = build_optimizer(weights[:1], config, torch.device("cpu"))
+    looped = torch.optim.AdamW(weights[1:], lr=0.1, weight_decay=0.5, fused=False)
+    assert fused.param_groups[0]["fused"]
+    gradient = torch.randn(128, 128)
+    for _ in range(3):
+        for weight, optimizer in zip(weights, (fused, looped), strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(*weights)
+
+
 def test_paged_adamw_is_refused_without_a_gpu():
     with pytest.raises(ValueError, match="use optimizer=adamw_8bit"):
         build_optimizer(
