@@ -77,6 +77,9 @@ methods: $(VENV)/.installed-test  ## train every method of PEFT and its variants
 templates: $(VENV)/.installed-test  ## read chats by TRL's chat templates and write docs/chat_templates.md
 	$(BIN)/python -m benchmarks.chat_templates
 
+corpus: $(VENV)/.installed-test  ## write what this release leaves, for later versions to read: once a release
+	$(BIN)/python -m benchmarks.corpus
+
 evidence: $(VENV)/.installed-test  ## find a gate where there is one, and none where there is none
 	$(BIN)/python -m benchmarks.one_projection --ranks 64 --teachers linear 'even, 3 A' --students CeRA
 	$(BIN)/python -m benchmarks.ground_truth --controls

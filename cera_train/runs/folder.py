@@ -26,6 +26,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from cera_train import __version__
 from cera_train.adapters.saved import load, read, save
 from cera_train.common import files
 from cera_train.common.errors import UserError
@@ -50,8 +51,8 @@ from cera_train.runs.tracking import IDS
 from cera_train.settings.model import Dtype
 from cera_train.settings.training import Resume
 
-PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
-"""environment.json records their versions."""
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
+"""environment.json records their versions, beside our own."""
 
 
 class Progress(Record):
@@ -193,7 +194,8 @@ class RunFolder:
             command=sys.argv,
             python=platform.python_version(),
             platform=platform.platform(),
-            packages={name: installed_version(name) for name in PACKAGES},
+            packages={"cera-train": __version__}
+            | {name: installed_version(name) for name in PACKAGES},
             gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
             cpu_threads=torch.get_num_threads(),
             processes=processes,
