@@ -2,7 +2,6 @@
 group ends a run when one of its processes hangs."""
 
 import contextlib
-import ctypes
 import gc
 import os
 import warnings
@@ -67,7 +66,6 @@ def start_accelerator(
         # Otherwise later runs of this process would use FSDP too.
         os.environ.pop("ACCELERATE_USE_FSDP")
     if not has_gpu:
-        keep_freed_memory()
         # Accelerate's device is cpu:0, and moving weights there copies memory-mapped ones.
         shared = {"device": torch.device("cpu")}
         if plugin is not None and accelerator.num_processes > 1:
@@ -77,17 +75,6 @@ def start_accelerator(
             state._shared_state.update(shared)
     check_distribution(accelerator, config.strategy)
     return accelerator
-
-
-def keep_freed_memory() -> None:
-    """Makes malloc keep the memory that a pass frees for the next. Otherwise Linux maps and clears
-    the same pages again in every micro-batch."""
-    m_trim_threshold = -1
-    m_mmap_threshold = -3
-    with contextlib.suppress(OSError, AttributeError):  # not every C library is glibc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, 2**25)  # the largest that it takes
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:

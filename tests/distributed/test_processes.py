@@ -3,7 +3,6 @@ fails, hangs or is told to stop, the others end with it."""
 
 import json
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -20,7 +19,7 @@ from several_processes import cut_copy, popen, torchrun, train_in_processes
 from tiny_runs import all_losses_of, evaluations_of, losses_of, metrics_of, wait_until
 
 from cera_train.common.errors import UserError
-from cera_train.distributed.accelerator import keep_freed_memory, start_accelerator
+from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.processes import (
     PEER_SECONDS,
     beside_others,
@@ -453,20 +452,6 @@ def test_expandable_segments_are_on_before_cuda_starts_unless_the_user_chose_oth
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     with pytest.raises(CudaStarts, match="expandable_segments:True"):
         train(tiny_config())
-
-
-def test_a_pass_reuses_the_memory_that_the_last_one_freed():
-    keep_freed_memory()
-
-    def mapped_pages() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(4):  # more than malloc keeps by itself
-            tensors = [torch.ones(5 * 2**20) for _ in range(5)]
-            del tensors
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    mapped_pages()
-    assert mapped_pages() < 5 * 5 * 2**20 * 4 / resource.getpagesize()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
