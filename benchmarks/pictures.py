@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cera_train.common.files import read_yaml, write_text
 from cera_train.report.forest import Forest, Group
-from cera_train.study.forest import CAPTION, brief, name_of, row_of, unit_of
+from cera_train.study.forest import CAPTION, brief, contrast_name, contrast_row, unit_of
 from cera_train.study.results import OutcomeContrast
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -46,7 +46,10 @@ def group_of(heading: str, findings: dict[str, Finding]) -> Group:
     """
     outcome = next(iter(findings.values())).contrast.outcome
     unit = unit_of(outcome, [finding.matters for finding in findings.values()])
-    rows = [row_of(finding.contrast, finding.matters, label) for label, finding in findings.items()]
+    rows = [
+        contrast_row(finding.contrast, finding.matters, label)
+        for label, finding in findings.items()
+    ]
     return Group(heading, unit, rows)
 
 
@@ -62,7 +65,7 @@ def read_findings(folder: Path) -> list[Finding]:
         for saved in results["contrasts"]:
             unbounded = {key: end for key, end in UNBOUNDED.items() if saved[key] is None}
             contrast = OutcomeContrast(**saved | unbounded)
-            name = f"{path.stem}: {name_of(contrast)}"
+            name = f"{path.stem}: {contrast_name(contrast)}"
             if has_conditions:
                 name += f", {brief(contrast.condition)}"
             if contrast.outcome == config["outcomes"][0]:

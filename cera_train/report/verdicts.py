@@ -20,14 +20,14 @@ def forest_of(tests: Sequence[PairedTest]) -> Forest | None:
         by_task.setdefault(test.task, []).append(test)
     groups = []
     for task, same in by_task.items():
-        rows = list(map(row_of, same))
+        rows = list(map(test_row, same))
         problems = " or ".join(dict.fromkeys(f"{test.problems:,}" for test in same))
         graders = " or ".join(dict.fromkeys(test.grader for test in same))
         groups.append(Group(task, f"{graders}, {problems} problems", rows))
     return Forest("verdicts", "Which run is better?", CAPTION, groups) if groups else None
 
 
-def row_of(test: PairedTest) -> Row:
+def test_row(test: PairedTest) -> Row:
     difference, lower, upper = (100 * value for value in astuple(test.difference))
     least = 100 * test.detectable
     words = test.verdict

@@ -35,7 +35,7 @@ def verdict(contrast: OutcomeContrast) -> str:
     return contrast.verdict
 
 
-def name_of(contrast: OutcomeContrast) -> str:
+def contrast_name(contrast: OutcomeContrast) -> str:
     """A difference of differences has the name of its question."""
     is_plain = "(" not in contrast.first + contrast.second
     return f"{contrast.second} - {contrast.first}" if is_plain else contrast.asked
@@ -47,7 +47,7 @@ def brief(condition: str) -> str:
     return re.sub(r"(?:\w+\.)*(\w+)=", r"\1 = ", condition)
 
 
-def row_of(contrast: OutcomeContrast, matters: float, label: str) -> Row:
+def contrast_row(contrast: OutcomeContrast, matters: float, label: str) -> Row:
     outcome = contrast.outcome
     # A loss is better below, a score above.
     unit = matters if outcome == LOSS else -matters

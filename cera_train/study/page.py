@@ -18,10 +18,10 @@ from cera_train.study.cells import Cell, Study
 from cera_train.study.forest import (
     CAPTION,
     brief,
+    contrast_name,
+    contrast_row,
     interval,
-    name_of,
     number,
-    row_of,
     unit_of,
     verdict,
 )
@@ -111,7 +111,7 @@ def groups_of(study: Study, contrasts: Sequence[OutcomeContrast], of_study: str)
     by_condition: dict[str, list[Row]] = {}
     for contrast in contrasts:
         if contrast.outcome == config.primary:
-            row = row_of(contrast, config.matters, name_of(contrast))
+            row = contrast_row(contrast, config.matters, contrast_name(contrast))
             by_condition.setdefault(contrast.condition, []).append(row)
     return [
         Group(f"{of_study}{brief(condition) or config.primary}", unit, rows)

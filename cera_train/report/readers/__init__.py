@@ -12,7 +12,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.common.trust import clean
 from cera_train.report.readers import lm_eval, own, peft_comparison, scores, trainer
-from cera_train.report.readers.files import name_of
+from cera_train.report.readers.files import safe_name
 from cera_train.report.runs import Evaluation, Run, Scores
 
 READERS = (own, lm_eval, trainer, peft_comparison, scores)
@@ -93,7 +93,7 @@ def _run_of_seeds(folder: Path, runs: dict[str, Run]) -> Run:
         if all(task in run.evaluations for run in others):
             of_task = {seed: run.evaluations[task] for seed, run in runs.items()}
             evaluations[task] = _evaluation_of_seeds(f"{folder}, {task}", of_task)
-    name = name_of(folder.resolve().name)
+    name = safe_name(folder.resolve().name)
     return replace(first, folder=folder, name=name, evaluations=evaluations)
 
 

@@ -9,7 +9,7 @@ from cera_train.runs.records import Record
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 
 
-def find_adapter(folder: Path) -> AdapterConfig | None:
+def saved_adapter_config(folder: Path) -> AdapterConfig | None:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         return None

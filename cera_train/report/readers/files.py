@@ -60,7 +60,7 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield place, tree
 
 
-def name_of(text: str) -> str:
+def safe_name(text: str) -> str:
     """A name in a stranger's file: on one line, and part of no path."""
     return clean(" ".join(text.split()))[:LONGEST_NAME].replace("/", "_")
 

@@ -15,9 +15,9 @@ from cera_train.evaluation.grading import is_loop
 from cera_train.report.readers.files import (
     files_in,
     is_score,
-    name_of,
     read_object,
     read_objects,
+    safe_name,
 )
 from cera_train.report.runs import Evaluation, Run, Scores
 from cera_train.runs.evaluation_folder import LOOP, RIGHT, WRONG
@@ -49,7 +49,7 @@ class Results(Record):
         return arguments.get("pretrained") if isinstance(arguments, dict) else None
 
 
-class Sample(Record):
+class SampleLine(Record):
     """One line."""
 
     fix: ClassVar[str] = "Evaluate again, by a newer lm-eval."
@@ -91,7 +91,7 @@ def find_run(folder: Path) -> Run | None:
         notes += samples.notes
     if len(files) > len(newest):
         notes.append(f"{folder} has several evaluations on a task, of which the newest counts.")
-    name = name_of(folder.resolve().name)
+    name = safe_name(folder.resolve().name)
     return Run(folder, name, {"model.path": base}, evaluations=evaluations, notes=notes)
 
 
@@ -124,7 +124,7 @@ class Samples:
 
     def add(self, place: str, tree: dict[str, Any]) -> None:
         """Counts a line."""
-        sample = Sample.from_json(tree, place)
+        sample = SampleLine.from_json(tree, place)
         problem = sample.problem
         self.prompts.setdefault(problem, sample.prompt_hash[:DIGEST])
         for number, metric in enumerate(sample.metrics):
@@ -140,7 +140,7 @@ class Samples:
                 "Keep the lines of one.",
             )
             scores[problem] = float(value)
-            text = answer_of(tree)
+            text = generated_text(tree)
             if text is not None and number == 0 and len(by_filter) == 1:
                 self.endings[RIGHT if value == 1 else LOOP if is_loop(text) else WRONG] += 1
 
@@ -167,8 +167,8 @@ class Samples:
         if answers := self.endings.total():
             shares = {ending: self.endings[ending] / answers for ending in ENDINGS}
         return {
-            name_of(f"{self.task} {metric}"): Evaluation.of_scores(
-                {name_of(name): Scores.by_problem(scores) for name, scores in by_filter.items()},
+            safe_name(f"{self.task} {metric}"): Evaluation.of_scores(
+                {safe_name(name): Scores.by_problem(scores) for name, scores in by_filter.items()},
                 endings=shares if number == 0 else {},
                 same=same,
                 settings=settings,
@@ -181,14 +181,14 @@ class Samples:
     def notes(self) -> list[str]:
         if not self.left_out:
             return []
-        metrics = ", ".join(map(name_of, list(self.left_out)[:MOST_NAMED]))
+        metrics = ", ".join(map(safe_name, list(self.left_out)[:MOST_NAMED]))
         return [
-            f"{name_of(self.task)} is compared without metrics that are not a number from 0 to 1 "
+            f"{safe_name(self.task)} is compared without metrics that are not a number from 0 to 1 "
             f"for each problem, better where it is higher: {metrics}."
         ]
 
 
-def answer_of(tree: dict[str, Any]) -> str | None:
+def generated_text(tree: dict[str, Any]) -> str | None:
     """The text of an answer; None where the model chose among given ones."""
     match tree:
         case {"arguments": {"gen_args_0": {"arg_1": dict()}}, "resps": [[str(text), *_], *_]}:

@@ -10,7 +10,7 @@ from cera_train.common.files import read_yaml
 from cera_train.common.settings import flatten, to_plain
 from cera_train.common.trust import clean
 from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
-from cera_train.report.readers.adapter import find_adapter
+from cera_train.report.readers.adapter import saved_adapter_config
 from cera_train.report.runs import Evaluation, Figure, Run, Scores, Settings, accuracy_metric
 from cera_train.runs.evaluation_folder import (
     AccuracyResult,
@@ -70,7 +70,7 @@ def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
     settings = {
         key: value for key, value in evaluation.settings.items() if key.startswith("model.")
     }
-    adapter = find_adapter(folder)
+    adapter = saved_adapter_config(folder)
     if adapter is None and (folder / FULL_MODEL).is_file():
         adapter = AdapterConfig(AdapterKind.full, r=None, alpha=None)
     name = folder.resolve().name

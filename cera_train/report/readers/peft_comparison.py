@@ -9,7 +9,7 @@ from pydantic import Field
 from cera_train.common.errors import errors_at
 from cera_train.common.settings import flatten, require
 from cera_train.report.readers.adapter import SavedAdapter
-from cera_train.report.readers.files import is_score, name_of, read_object
+from cera_train.report.readers.files import is_score, read_object, safe_name
 from cera_train.report.runs import Evaluation, Run, Scores
 from cera_train.runs.records import Record
 from cera_train.runs.results import Environment, Metrics, RunResult, UpdateMetrics
@@ -76,10 +76,10 @@ def find_run(path: Path) -> Run | None:
     metrics = Metrics(updates)
     return Run(
         path,
-        name_of(path.stem),
+        safe_name(path.stem),
         settings,
         _adapter(comparison.run_info, path),
-        _evaluations(trained, path),
+        _evaluations_of_tasks(trained, path),
         is_training=True,
         result=_result(trained, metrics) if trained.status == "success" else None,
         metrics=metrics,
@@ -96,7 +96,7 @@ def _adapter(info: RunInfo, path: Path) -> AdapterConfig:
         return saved.config
 
 
-def _evaluations(trained: TrainInfo, path: Path) -> dict[str, Evaluation]:
+def _evaluations_of_tasks(trained: TrainInfo, path: Path) -> dict[str, Evaluation]:
     accuracies = [step[ACCURACY] for step in trained.metrics if ACCURACY in step]
     if not accuracies:
         return {}

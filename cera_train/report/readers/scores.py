@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from cera_train.common.settings import require
-from cera_train.report.readers.files import files_in, is_score, name_of, read_objects
+from cera_train.report.readers.files import files_in, is_score, read_objects, safe_name
 from cera_train.report.runs import Evaluation, Run, Scores
 from cera_train.runs.evaluation_folder import ENDINGS
 from cera_train.runs.records import Record
@@ -26,8 +26,8 @@ def find_run(path: Path) -> Run | None:
     files = list(filter(_has_scores, [path] if is_file else files_in(path, "*.jsonl")))
     if not files:
         return None
-    evaluations = {name_of(file.stem): read_evaluation(file) for file in files}
-    return Run(path, name_of(path.resolve().stem), evaluations=evaluations)
+    evaluations = {safe_name(file.stem): read_score_lines(file) for file in files}
+    return Run(path, safe_name(path.resolve().stem), evaluations=evaluations)
 
 
 def _has_scores(file: Path) -> bool:
@@ -36,7 +36,7 @@ def _has_scores(file: Path) -> bool:
     return False
 
 
-def read_evaluation(file: Path) -> Evaluation:
+def read_score_lines(file: Path) -> Evaluation:
     """One file. Raises UserError for a score outside 0 to 1, and a problem that comes again."""
     scores: dict[str, float] = {}
     endings = Counter[str]()

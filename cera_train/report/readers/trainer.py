@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.adapters.folder import ADAPTER_CONFIG
-from cera_train.report.readers.adapter import find_adapter
-from cera_train.report.readers.files import files_in, is_number, name_of, read_object
+from cera_train.report.readers.adapter import saved_adapter_config
+from cera_train.report.readers.files import files_in, is_number, read_object, safe_name
 from cera_train.report.runs import Run
 from cera_train.runs.records import Record
 from cera_train.runs.results import EvaluationMetrics, Metrics, RunResult, UpdateMetrics
@@ -32,7 +32,7 @@ def find_run(path: Path) -> Run | None:
     if "log_history" not in tree:
         return None
     state = TrainerState.from_json(tree, file)
-    metrics = read_metrics(state, file)
+    metrics = metrics_of_trainer(state, file)
     result = None
     if state.global_step >= state.max_steps:
         figures = {"updates": state.global_step, "epochs": state.epoch}
@@ -45,8 +45,8 @@ def find_run(path: Path) -> Run | None:
     saved = [config for file in files for config in files_in(file.parent, ADAPTER_CONFIG)]
     return Run(
         path,
-        name_of(_name(path.resolve())),
-        adapter=find_adapter(saved[0].parent) if saved else None,
+        safe_name(_name(path.resolve())),
+        adapter=saved_adapter_config(saved[0].parent) if saved else None,
         is_training=True,
         result=result,
         metrics=metrics,
@@ -70,7 +70,7 @@ def _name(path: Path) -> str:
     return folder.name
 
 
-def read_metrics(state: TrainerState, file: Path) -> Metrics:
+def metrics_of_trainer(state: TrainerState, file: Path) -> Metrics:
     """The updates and evaluations, by our names: train/loss, train/lr, eval/loss, ..."""
     metrics = Metrics()
     for number, entry in enumerate(state.log_history):
