@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
-    "recipes/README.md": "recipes.md",
+    "recipes/README.md": "paper.md",
     "docs/notebook.ipynb": "notebook.md",
 }
 """Files of the project -> pages of the site. A Markdown file of docs/ is a page by itself."""
