@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from cera_train.common.errors import DiffersError, UserError
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.statistics import bootstrap_interval
-from cera_train.model.batches import Batch
+from cera_train.model.batches import flat_batch
 from cera_train.serving.export import fit
 from cera_train.serving.verify import compare_models
 from cera_train.training.train import train
@@ -88,8 +88,8 @@ def test_an_identity_gate_loses_nothing_and_a_learned_one_little(
 
 
 def test_the_certificate_compares_token_by_token():
-    first = Batch(torch.tensor([[1, 2, 3]]), torch.tensor([[False, True, True]]))
-    second = Batch(torch.tensor([[4, 0]]), torch.tensor([[True, True]]))
+    first = flat_batch([[1, 2, 3]], [[False, True, True]])
+    second = flat_batch([[4, 0]], [[True, True]])
     table = torch.randn(2, 5, 5, dtype=torch.float64)
 
     def loaded(each: torch.Tensor) -> LoadedModel:
