@@ -36,30 +36,32 @@ SCHEMAS = {
 }
 
 USUAL_NAMES = """
-adapter=NAME               peft_type use_dora
+adapter=NAME               peft_type use_dora finetuning_type
 adapter.r                  rank lora_r lora_rank
 adapter.alpha              lora_alpha
 adapter.dropout            lora_dropout
-adapter.target_modules     lora_target_modules
+adapter.target_modules     lora_target_modules lora_target lora_target_linear
 data=NAME                  dataset dataset_name datasets
+data.chat                  template chat_template
+data.eval_rows             val_size val_set_size
 data.max_length            max_seq_length sequence_len cutoff_len
 data.train_files           train_file data_files
 hub.push                   push_to_hub hub_model_id
 launch.processes           num_processes nproc_per_node num_gpus
 model.path                 model_name_or_path base_model
 model.dtype                torch_dtype bf16 fp16
-model.quantization         load_in_4bit load_in_8bit
+model.quantization         load_in_4bit load_in_8bit quantization_bit
 optimizer.lr               learning_rate
 optimizer.schedule         lr_scheduler_type lr_scheduler
 optimizer.warmup_ratio     warmup_steps
 tracker=NAME               report_to
 train.batch_size           train_batch_size
-train.micro_batch_tokens   per_device_train_batch_size gradient_accumulation_steps
+train.micro_batch_tokens   per_device_train_batch_size gradient_accumulation_steps micro_batch_size
 train.epochs               num_epochs num_train_epochs
 train.max_updates          max_steps
 train.resume               resume_from_checkpoint
 """
-"""Names that Transformers, PEFT, TRL and axolotl give to a setting of ours."""
+"""Names that Transformers, PEFT, TRL, axolotl and LLaMA-Factory give to a setting of ours."""
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:
