@@ -241,6 +241,7 @@ def test_layers_stay_compiled_for_any_number_of_sequences(
 
 
 @pytest.mark.provable
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
 @pytest.mark.parametrize("graphs", [8], indirect=True, ids=["torchs_limit"])
 @pytest.mark.parametrize(
     ("kind", "quantization"),
