@@ -1,4 +1,4 @@
-"""Turns a run into a LoRA or a plain model.
+"""Turns a run into a LoRA, a plain model or a GGUF.
 
 A CeRA becomes a LoRA first: the hidden units h = gate(z) of a branch are replaced by their best
 linear map of z = A x on calibration rows, h ~ M z with M = E[h z^T] E[z z^T]^-1. What is left is a
@@ -31,6 +31,7 @@ from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
 from cera_train.runs.card import card_data
 from cera_train.runs.subject import Subject
+from cera_train.serving.gguf import GGUF, check_packages, convert
 from cera_train.serving.modules import has_gates
 from cera_train.serving.verify import Certificate, verify
 from cera_train.settings.data import DataConfig
@@ -39,12 +40,21 @@ from cera_train.settings.serving import ExportConfig, ExportForm, Weights
 
 CERTIFICATE = "certificate.json"
 
+LIBRARIES = {
+    ExportForm.lora: "peft",
+    ExportForm.merged: "transformers",
+    ExportForm.gguf: "gguf",
+}
+"""As the Hub names them."""
+
 
 def export_run(config: ExportConfig, subject: Subject) -> Certificate:
     """Writes an export of a run, and its certificate; or checks a folder that was made of the run.
     Raises UserError where the run cannot be exported, DiffersError where the export is not the run;
     an earlier export then stays as it is."""
     quiet_libraries()
+    if config.to == ExportForm.gguf:
+        check_packages("to=gguf")
     subject = choose_dtype(subject)
     source = config.data or subject.data
     require(
@@ -69,7 +79,7 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
             adapter = part
             maps = fit_maps(run, calibration_rows(source, run, config.calibration_tokens))
             write_lora(run.model, maps, run.base.name_or_path, part)
-        if config.to == ExportForm.merged:
+        if config.to != ExportForm.lora:
             merged = merge(subject, adapter, config.weights)
             ends = sorted(stop_ids(run.tokenizer, merged.generation_config.eos_token_id))
             # the tokenizer's end too, at which `generate` would not stop by itself
@@ -79,8 +89,15 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
                 model = replace(subject.model, path=str(part), quantization=Quantization.nf4)
                 replace_weights(part, load_model(model, this_device()))
         run.tokenizer.save_pretrained(part)
+        form = part
+        if config.to == ExportForm.gguf:
+            form = part / f"model{GGUF}"
+            announce("converting", "it by llama.cpp")
+            convert(part, form)
+            for path in {*part.iterdir()} - {form}:
+                path.unlink()
         with errors_at(str(folder)):
-            certificate = check(part)
+            certificate = check(form)
         certificate.write(part / CERTIFICATE)
         write_text(part / "README.md", card(certificate, config, subject))
 
@@ -95,9 +112,9 @@ def check_export(config: ExportConfig, subject: Subject, run: LoadedModel, folde
     place = f"run={config.run}"
     layers = cera_layers(run.model)
     require(
-        has_gates(run) or config.to == ExportForm.merged,
+        has_gates(run) or config.to != ExportForm.lora,
         f"{place} holds no CeRA adapter, and {subject.adapter} is in PEFT's format already: set "
-        f"check={subject.adapter} to check it, or to=merged.",
+        f"check={subject.adapter} to check it, or to=merged or gguf.",
     )
     if layers:
         peft_config = run.model.peft_config[ADAPTER]
@@ -263,8 +280,7 @@ def write_lora(model: nn.Module, maps: dict[str, torch.Tensor], base: str, folde
 
 def card(certificate: Certificate, config: ExportConfig, subject: Subject) -> str:
     """The README of an export."""
-    library, tag = ("peft", "lora") if config.to == ExportForm.lora else ("transformers", "merged")
-    header = card_data(subject.model, library, tag)
+    header = card_data(subject.model, LIBRARIES[config.to], config.to.value)
     rows = "".join(f"| {label} | {value} |\n" for label, value in certificate.shown().items())
     return (
         f"---\n{header.to_yaml()}\n---\n\n"

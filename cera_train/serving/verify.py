@@ -1,5 +1,5 @@
 """What you deploy is what you trained: a folder is loaded as its user loads it, by transformers or
-PEFT alone, and compared with the run on held-out rows.
+PEFT alone, or a GGUF by llama.cpp, and compared with the run on held-out rows.
 
 Ids of tokens, the chat template and the end tokens must be equal, since no loss shows them. Logits
 may differ by what rounding explains: the limit is on KL(run || folder), which has no sign to
@@ -28,7 +28,7 @@ from cera_train.common.errors import DiffersError
 from cera_train.common.settings import Choice, require
 from cera_train.common.terminal import announce, print_fields
 from cera_train.common.user_code import user_code
-from cera_train.data.prepare import TokenizedRows, prepare_evaluation, stop_ids
+from cera_train.data.prepare import TokenizedRows, ids_of, prepare_evaluation, stop_ids
 from cera_train.evaluation.engine import load_subject
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Request
@@ -38,6 +38,7 @@ from cera_train.model.folder import from_hub_or_folder
 from cera_train.model.weights import keep_4bit_weights, quantization_config
 from cera_train.runs.records import Record
 from cera_train.runs.subject import Subject
+from cera_train.serving.gguf import DTYPES, GGUF, GgufModel, load_gguf
 from cera_train.serving.modules import ROUNDING, first_difference, has_gates
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import GenerationConfig
@@ -112,6 +113,7 @@ def verify(
     folder.
 
     Args:
+        folder: or a GGUF file.
         subject: the run, whose dtype is chosen, and `run`, its model.
         data: whose held-out rows are scored, the first `limit` of them.
         at_most: as `ExportConfig.at_most`.
@@ -121,12 +123,21 @@ def verify(
         UserError: the folder cannot be loaded.
     """
     announce("loading", "it as its user does")
-    form = load_form(folder, subject.model, run.base.device)
-    check_tokenizer(run, form)
     rows = prepare_evaluation(data, run.tokenizer, limit)
-    check_rows(rows, prepare_evaluation(data, form.tokenizer, limit), run.tokenizer)
     held_out = MicroBatches(rows, False, 1, run.base.device)
     batches = [held_out.load([number]) for number in range(len(rows))]  # one row a batch
+    if folder.suffix == GGUF:
+        longest = max(row.input_ids.shape[1] for row in batches)
+        form = load_gguf(folder, run.tokenizer, run.base.device, longest + ANSWER_TOKENS)
+        require(
+            at_most is not None or form.precision in DTYPES,
+            f"it is quantised ({form.precision}), which is no rounding of the run: set at_most=.",
+        )
+        check_runtime(run, form, batches)
+    else:
+        form = load_form(folder, subject.model, run.base.device)
+        check_tokenizer(run, form)
+        check_rows(rows, prepare_evaluation(data, form.tokenizer, limit), run.tokenizer)
     announce("judging", f"it on {len(rows):,} held-out rows")
     figures = compare_models(run, form, batches)
     allowed = Choice(at_most, "at_most")
@@ -197,6 +208,8 @@ def load_form(folder: Path, model: ModelConfig, device: torch.device) -> LoadedM
 
 
 def describe(form: LoadedModel) -> str:
+    if isinstance(form, GgufModel):
+        return f"a GGUF in llama.cpp, {form.precision}"
     kind = "a plain model"
     if is_adapter(form.model):
         kind = f"PEFT's {form.model.active_peft_config.peft_type.value}, on its base"
@@ -235,6 +248,33 @@ def check_tokenizer(run: LoadedModel, form: LoadedModel) -> None:
         )
 
 
+def check_runtime(run: LoadedModel, form: GgufModel, rows: Sequence[Batch]) -> None:
+    """Raises DiffersError where llama.cpp has another chat template, goes on after an end token, or
+    writes the text of a held-out row in other tokens."""
+    template = run.tokenizer.chat_template
+    if template != form.chat_template:
+        raise DiffersError(
+            f"its chat template is {str(form.chat_template)[:40]!r}, that of the run "
+            f"{str(template)[:40]!r}: convert it anew, with the tokenizer of the run."
+        )
+    ends = sorted(stop_ids(run.tokenizer, run.base.generation_config.eos_token_id))
+    other = form.base.generation_config.eos_token_id
+    for end in ends:
+        if not form.ends_at(end):
+            raise DiffersError(
+                f"llama.cpp goes on after the token {end}, at which answers of the run end: "
+                f"convert it anew, with the tokenizer of the run."
+            )
+    if other not in ends:
+        raise DiffersError(
+            f"its end token is {other}, those of the run are {ends}: convert it anew, with the "
+            f"tokenizer of the run."
+        )
+    for number, row in enumerate(rows):
+        text = run.tokenizer.decode(row.input_ids[0])
+        check_ids(number, ids_of(text, run.tokenizer), form.ids_of(text), run.tokenizer)
+
+
 def check_rows(ours: TokenizedRows, theirs: TokenizedRows, tokenizer: Any) -> None:
     """Raises DiffersError where the folder's tokenizer writes a held-out row in other tokens.
 
@@ -244,16 +284,22 @@ def check_rows(ours: TokenizedRows, theirs: TokenizedRows, tokenizer: Any) -> No
     for row in range(len(ours)):
         ids = ours.tokens("input_ids", row).to_pylist()
         others = theirs.tokens("input_ids", row).to_pylist() if row < len(theirs) else []
-        if ids != others:
-            pairs = enumerate(zip_longest(ids, others))
-            same = next(place for place, (ours_id, other) in pairs if ours_id != other)
-            words, other_words = (
-                tokenizer.convert_ids_to_tokens(each[same : same + 4]) for each in (ids, others)
-            )
-            raise DiffersError(
-                f"its tokenizer writes held-out row {row + 1} from token {same + 1} on as "
-                f"{other_words}, the run's as {words}: copy the tokenizer of the run."
-            )
+        check_ids(row, ids, others, tokenizer)
+
+
+def check_ids(row: int, ids: list[int], others: list[int], tokenizer: Any) -> None:
+    """Raises DiffersError where two tokenizers write a held-out row in other tokens."""
+    if ids == others:
+        return
+    pairs = enumerate(zip_longest(ids, others))
+    same = next(place for place, (ours_id, other) in pairs if ours_id != other)
+    words, other_words = (
+        tokenizer.convert_ids_to_tokens(each[same : same + 4]) for each in (ids, others)
+    )
+    raise DiffersError(
+        f"its tokenizer writes held-out row {row + 1} from token {same + 1} on as "
+        f"{other_words}, the run's as {words}: copy the tokenizer of the run."
+    )
 
 
 # --- logits and answers ---------------------------------------------------------------------------
@@ -302,6 +348,11 @@ def compare_models(run: LoadedModel, form: LoadedModel, rows: Sequence[Batch]) -
 
 def log_probabilities(loaded: LoadedModel, row: Batch) -> torch.Tensor:
     """[N, V], after each token before a supervised one."""
+    if isinstance(loaded, GgufModel):
+        ids = row.input_ids[0].tolist()
+        places = row.loss_mask[0].nonzero()[:, 0].tolist()
+        found = [loaded.log_probabilities(ids[:place]) for place in places if place > 0]
+        return torch.stack(found).to(row.input_ids.device)
     with loaded.context():
         logits = loaded.model(input_ids=row.input_ids, use_cache=False).logits[0, :-1]
     return log_softmax(logits[row.loss_mask[0, 1:]].float(), -1)

@@ -45,7 +45,7 @@ class ChatConfig(AnsweringConfig):
         )
 
 
-ExportForm = StrEnum("ExportForm", ["lora", "merged"])
+ExportForm = StrEnum("ExportForm", ["lora", "merged", "gguf"])
 Weights = StrEnum("Weights", ["base", "bfloat16", "float32", "nf4"])
 
 
@@ -53,12 +53,12 @@ Weights = StrEnum("Weights", ["base", "bfloat16", "float32", "nf4"])
 class ExportConfig(SubjectConfig):
     to: ExportForm = setting(ExportForm.lora, "result")
     """lora: a LoRA of the same rank as a CeRA, in PEFT's format; merged: a plain model, with the
-    adapter, or that LoRA, in its weights."""
+    adapter, or that LoRA, in its weights; gguf: that model for llama.cpp."""
     weights: Weights = setting(Weights.base, "result")
     """Precision of a merged model. base: that of the run; nf4: quantised anew."""
     check: str | None = setting(None, "nothing")
-    """A folder that was made of this run, here or by another program. It is compared with the run,
-    and nothing is exported."""
+    """A folder, or a GGUF file, that was made of this run, here or by another program. It is
+    compared with the run, and nothing is exported."""
     output: str | None = setting(None, "nothing")
     """A new folder, or an earlier export, which is replaced. null: RUN/export_FORM."""
     at_most: float | None = setting(None, "nothing")
@@ -83,8 +83,12 @@ class ExportConfig(SubjectConfig):
             "run=... is missing: the folder of a finished run.",
         )
         require(
-            self.weights == Weights.base or self.to == ExportForm.merged,
-            f"weights={self.weights} belongs to to=merged: leave it out.",
+            self.weights == Weights.base or self.to != ExportForm.lora,
+            f"weights={self.weights} belongs to to=merged or gguf: leave it out.",
+        )
+        require(
+            self.weights != Weights.nf4 or self.to == ExportForm.merged,
+            "weights=nf4 is no type of a GGUF: quantise it by llama-quantize of llama.cpp.",
         )
         require(
             self.check is None or self.output is None,

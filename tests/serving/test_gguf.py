@@ -1,0 +1,215 @@
+"""`cera-export to=gguf`: what llama.cpp itself computes is the run, or it is refused."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from conftest import CHAT_TEMPLATE, TINY, make_tiny_llama
+from evaluated_runs import export
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from cera_train.common.errors import DiffersError, UserError
+from cera_train.distributed.accelerator import this_device
+from cera_train.evaluation.engine import choose_dtype, load_subject
+from cera_train.runs.subject import find_subject
+from cera_train.serving import gguf as ours
+from cera_train.serving.export import export_run
+from cera_train.serving.gguf import load_gguf
+from cera_train.serving.verify import Certificate, verify
+from cera_train.training.train import train
+
+WORDS = "Question: what is the next value?\nAnswer: it is 0.84"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of_pieces() -> PreTrainedTokenizerFast:
+    """As Llama 2's: the converter knows other BPEs by the tokens of one text, so none of a test."""
+    pieces = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    pieces.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    pieces.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    pieces.train_from_iterator([WORDS], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(compose, tokenizer_of_pieces, tmp_path_factory) -> Path:
+    for package in ours.PACKAGES:
+        pytest.importorskip(package)
+    output = tmp_path_factory.mktemp("for_llama_cpp")
+    words = len(tokenizer_of_pieces)
+    model = make_tiny_llama(words, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.save_pretrained(output / "base")
+    tokenizer_of_pieces.save_pretrained(output / "base")
+    config = compose(
+        f"model.path={output / 'base'}",
+        *TINY,
+        "adapter=lora",
+        "adapter.r=4",
+        "adapter.target_modules=all-linear",
+        "optimizer.lr=1e-2",
+        "train.max_updates=10",
+        "train.batch_size=16",
+        f"output_dir={output}",
+    )
+    return Path(train(config)["folder"])
+
+
+@pytest.fixture(scope="module")
+def certificate(run, compose) -> Certificate:
+    return export(compose(f"run={run}", "to=gguf", "rows=4", command="export"))
+
+
+@pytest.fixture(scope="module")
+def file(run, certificate) -> Path:
+    return run / "export_gguf" / "model.gguf"
+
+
+@pytest.fixture(scope="module")
+def check_of(run, compose):
+    """check_of(file): as `cera-export run=RUN check=FILE rows=4`; the run is loaded once."""
+    subject = choose_dtype(find_subject(compose(f"run={run}", command="export")))
+    loaded = load_subject(subject, this_device())
+
+    def check_of(file: Path) -> Certificate:
+        return verify(file, subject, loaded, subject.data, limit=4)
+
+    return check_of
+
+
+@pytest.mark.slow
+def test_an_export_is_the_run_in_llama_cpp(certificate, file):
+    assert certificate.form == "a GGUF in llama.cpp, ALL_F32"
+    assert certificate.holds
+    assert certificate.kl_upper < 1e-6
+    assert (certificate.same_tokens, certificate.changed) == (1, 0)
+    assert {path.name for path in file.parent.iterdir()} == {
+        "model.gguf",
+        "certificate.json",
+        "README.md",
+    }
+
+
+@pytest.mark.slow
+def test_llama_cpp_computes_what_transformers_does(file, run, compose, tokenizer_of_pieces):
+    merged = run / "export_merged"
+    export(compose(f"run={run}", "to=merged", "rows=4", command="export"))
+    plain = AutoModelForCausalLM.from_pretrained(merged)
+    ids = tokenizer_of_pieces(WORDS).input_ids
+    with torch.no_grad():
+        expected = plain(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    form = load_gguf(file, tokenizer_of_pieces, torch.device("cpu"), 256)
+    for place in (1, 5, len(ids)):
+        torch.testing.assert_close(
+            form.log_probabilities(ids[:place]), expected[place - 1], atol=1e-4, rtol=1e-4
+        )
+
+
+def tensor(name: str, change: Callable) -> Callable:
+    """A fault: other weights."""
+
+    def plant(reader: gguf.GGUFReader) -> None:
+        [weights] = [each for each in reader.tensors if each.name == name]
+        weights.data[:] = change(weights.data.copy())
+
+    return plant
+
+
+def field(name: str, before: object, after: object) -> Callable:
+    """A fault: another value of metadata, as long."""
+
+    def plant(reader: gguf.GGUFReader) -> None:
+        found = reader.fields[name]
+        value = found.parts[found.data[0]]
+        if isinstance(before, bytes):
+            value[:] = list(bytes(value).replace(before, after))
+        else:
+            assert value[0] == before
+            value[0] = after
+
+    return plant
+
+
+def no_end(reader: gguf.GGUFReader) -> None:
+    """llama.cpp takes </s> for an end by its text, too."""
+    field("tokenizer.ggml.eos_token_id", 2, 5)(reader)
+    tokens = reader.fields["tokenizer.ggml.tokens"]
+    tokens.parts[tokens.data[2]][:] = list(b"<t/>")
+
+
+def swap_letters(reader: gguf.GGUFReader) -> None:
+    """Another vocabulary: two letters change their ids."""
+    tokens = reader.fields["tokenizer.ggml.tokens"]
+    a, i = (
+        next(tokens.parts[part] for part in tokens.data if bytes(tokens.parts[part]) == letter)
+        for letter in (b"a", b"i")
+    )
+    before = a.copy()
+    a[:] = i
+    i[:] = before
+
+
+Q = "model.layers.0.self_attn.q_proj"
+FAULTS = {
+    "weights scaled": (tensor("blk.0.attn_q.weight", lambda W: 1.5 * W), f"first differs at {Q}"),
+    "heads permuted": (tensor("blk.0.attn_q.weight", lambda W: W[::-1]), f"first differs at {Q}"),
+    "another template": (
+        field("tokenizer.chat_template", b"<|im_start|>", b"<|im_begin|>"),
+        "its chat template is",
+    ),
+    "another end": (field("tokenizer.ggml.eos_token_id", 2, 5), "its end token is 5"),
+    "no end": (no_end, "goes on after the token 2"),
+    "another vocabulary": (swap_letters, "writes held-out row 1 from token"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_refused_and_named(name, file, check_of, tmp_path):
+    plant, line = FAULTS[name]
+    faulty = Path(shutil.copy(file, tmp_path))
+    plant(gguf.GGUFReader(faulty, "r+"))
+    with pytest.raises(DiffersError, match=line):
+        check_of(faulty)
+
+
+@pytest.mark.slow
+def test_a_quantised_file_needs_a_limit(file, check_of, tmp_path):
+    quantised = Path(shutil.copy(file, tmp_path))
+    field("general.file_type", 0, 7)(gguf.GGUFReader(quantised, "r+"))
+    with pytest.raises(UserError, match=r"quantised \(MOSTLY_Q8_0\).* set at_most="):
+        check_of(quantised)
+
+
+@pytest.mark.slow
+def test_a_damaged_file_is_refused(file, check_of, tmp_path):
+    damaged = tmp_path / "model.gguf"
+    damaged.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UserError, match="it cannot be loaded"):
+        check_of(damaged)
+
+
+def test_missing_packages_are_named(compose, monkeypatch):
+    monkeypatch.setattr(ours, "PACKAGES", ("no_such_package",))
+    with pytest.raises(UserError, match=r"to=gguf needs llama.cpp: pip install -e '.\[gguf\]'"):
+        export_run(compose("run=any", "to=gguf", command="export"), None)
