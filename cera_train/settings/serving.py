@@ -55,7 +55,8 @@ class ExportConfig(SubjectConfig):
     """lora: a LoRA of the same rank as a CeRA, in PEFT's format; merged: a plain model, with the
     adapter, or that LoRA, in its weights; gguf: that model for llama.cpp."""
     weights: Weights = setting(Weights.base, "result")
-    """Precision of a merged model. base: that of the run; nf4: quantised anew."""
+    """Precision of a merged model or a GGUF. base: that of the run; nf4, of a merged one: quantised
+    anew."""
     check: str | None = setting(None, "nothing")
     """A folder, or a GGUF file, that was made of this run, here or by another program. It is
     compared with the run, and nothing is exported."""
