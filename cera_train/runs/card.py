@@ -171,13 +171,15 @@ class _Evaluation:
 
 def _evaluations(run: Path) -> list[_Evaluation]:
     evaluations = []
-    for folder in sorted((run / "eval").glob("*")):
+    folders = sorted((run / "eval").glob("*"))
+    digest = digest_of(run / "adapter") if folders else None  # reads all weights: once
+    for folder in folders:
         result = find_evaluation_result(folder)
         if not isinstance(result, AccuracyResult):
             continue
         config = load_config(folder / "config.yaml", EvalConfig)
         keys = list(result.accuracies)
-        if keys and config.adapter_digest == digest_of(run / "adapter"):
+        if keys and config.adapter_digest == digest:
             evaluations.append(_Evaluation(config, result, keys[0]))
     return evaluations
 
