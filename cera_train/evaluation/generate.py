@@ -164,10 +164,11 @@ class LoadedModel:
         streamer: TextStreamer | None = None,
     ) -> Iterator[list[Answer]]:
         """Yields answers as they end. A streamer gets the tokens of a single request as it runs."""
-        for batch in batches:
-            with self.context():
-                self.prepare(max_new_tokens, stop)
-                yield from self.generate(batch, config, streamer)
+        with for_inference(self.model):
+            for batch in batches:
+                with self.context():
+                    self.prepare(max_new_tokens, stop)
+                    yield from self.generate(batch, config, streamer)
 
     def prepare(self, max_new_tokens: int, stop: list[str]) -> None:
         """Replaces the generation settings that came with the model, such as a penalty on
@@ -184,7 +185,7 @@ class LoadedModel:
         config: GenerationConfig,
         streamer: TextStreamer | None = None,
     ) -> Iterator[list[Answer]]:
-        """The answers of a batch, as they end, after `prepare`."""
+        """The answers of a batch, as they end, after `prepare` and inside `for_inference`."""
         settings = self.base.generation_config
         device = self.base.device
         prompts = [torch.tensor(request.prompt_ids, dtype=torch.long) for request in batch]
@@ -192,20 +193,19 @@ class LoadedModel:
         ids_BT = pad_sequence(prompts, True, settings.pad_token_id, "left").to(device)
         mask_BT = pad_sequence(masks, True, 0, "left").to(device)
         choice = TokenChoice(batch, settings.max_new_tokens, config)
-        with for_inference(self.model):
-            if self.can_decode:
-                ended = self._decode(ids_BT, mask_BT, choice, streamer)
-            else:
-                output = self.model.generate(
-                    input_ids=ids_BT,
-                    attention_mask=mask_BT,
-                    logits_processor=[choice],
-                    tokenizer=self.tokenizer if settings.stop_strings else None,
-                    streamer=streamer,
-                )
-                ended = [enumerate(output[:, ids_BT.shape[1] :].tolist())]
-            for answers in ended:
-                yield [answer_of(batch[row], ids, self.tokenizer, settings) for row, ids in answers]
+        if self.can_decode:
+            ended = self._decode(ids_BT, mask_BT, choice, streamer)
+        else:
+            output = self.model.generate(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                logits_processor=[choice],
+                tokenizer=self.tokenizer if settings.stop_strings else None,
+                streamer=streamer,
+            )
+            ended = [enumerate(output[:, ids_BT.shape[1] :].tolist())]
+        for answers in ended:
+            yield [answer_of(batch[row], ids, self.tokenizer, settings) for row, ids in answers]
 
     @property
     def can_decode(self) -> bool:
