@@ -5,6 +5,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import time
 
 import pytest
 import scipy.stats
@@ -124,10 +125,13 @@ def test_shares_of_endings_are_unknown_where_one_is():
 
 
 class Deadly(AnswerPair):
-    """Ends the process that reads its gold answer."""
+    """Ends the grader's process that reads its gold answer, not the one that prints a failure."""
 
     def __getattribute__(self, name):
-        if name == "gold":
+        if name == "gold" and multiprocessing.parent_process():
+            # pebble gives up on all answers where a process ends before it has read which answer
+            # that process took: a moment, but a long one on a busy machine.
+            time.sleep(2)
             os._exit(3)
         return super().__getattribute__(name)
 
@@ -159,8 +163,8 @@ def test_an_extracted_answer_decides_else_the_text_and_a_crash_stops_no_other():
         (AnswerPair("12", None, "the value is x^2 = 5 " * 50_000), Verdict(False)),
     ]
     before = set(multiprocessing.active_children())
-    assert judge([pair for pair, _ in cases], seconds=20) == [verdict for _, verdict in cases]
-    assert judge([], seconds=20) == []
+    assert judge([pair for pair, _ in cases], seconds=60) == [verdict for _, verdict in cases]
+    assert judge([], seconds=60) == []
     assert set(multiprocessing.active_children()) <= before
 
 
