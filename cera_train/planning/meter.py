@@ -113,6 +113,26 @@ def allocated(size: float) -> int:
 # --- formulas -------------------------------------------------------------------------------------
 
 
+def for_grouped_heads(formula: Callable, query: int) -> Callable:
+    """The formula of an attention kernel in which query heads may share keys and values. torch 2.11
+    counts only as many heads of each.
+
+    Args:
+        query: the place of the queries among the arguments: [batch, heads, length, width] or
+            [tokens, heads, width]. Keys and values follow.
+    """
+
+    def flops(*args: Any, **kwargs: Any) -> int:
+        heads = args[query].shape[1]
+        keys, values = [
+            tensor[:, :1].expand(-1, heads, *tensor.shape[2:])
+            for tensor in args[query + 1 : query + 3]
+        ]
+        return formula(*args[: query + 1], keys, values, *args[query + 3 :], **kwargs)
+
+    return flops
+
+
 def half(formula: Callable) -> Callable:
     """The formula of a causal attention kernel, which skips what the mask takes out."""
     return lambda *args, **kwargs: formula(*args, **kwargs) // 2
@@ -140,19 +160,26 @@ def grouped_output(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torc
     return a.new_empty(len(ends), a.shape[0], b.shape[-1])
 
 
-FLASH = "_scaled_dot_product_flash_attention"
 FORMULAS = flop_registry | {
     ATEN.addmm_: flop_registry[ATEN.addmm],
     GROUPED_PRODUCT: grouped_flops,
     MOE.grouped_mm_fallback: grouped_flops,
 }
 """torch's formulas by operation: two operations for a multiply and add."""
-for suffix in ("", "_backward"):
-    flash = flop_registry[getattr(ATEN, FLASH + suffix)]
-    FORMULAS[getattr(ATEN, f"{FLASH}_for_cpu{suffix}")] = half_if_causal(flash)
+SCALED = "_scaled_dot_product_"
+for suffix, query in (("", 0), ("_backward", 1)):  # in backward, the output's gradient comes first
+    for kernel in ("flash", "efficient", "cudnn"):
+        operation = getattr(ATEN, f"{SCALED}{kernel}_attention{suffix}")
+        FORMULAS[operation] = for_grouped_heads(flop_registry[operation], query)
+    on_gpu = FORMULAS[getattr(ATEN, f"{SCALED}flash_attention{suffix}")]
+    on_cpu = getattr(ATEN, f"{SCALED}flash_attention_for_cpu{suffix}")
+    FORMULAS[on_cpu] = half_if_causal(on_gpu)
 # The kernels that varlen_attn calls: torch 2.11 has no formula for itself.
-FORMULAS[VARLEN._varlen_attn] = half(flop_registry[ATEN._flash_attention_forward])
-FORMULAS[VARLEN._varlen_attn_backward] = half(flop_registry[ATEN._flash_attention_backward])
+for operation, kernel, query in (
+    (VARLEN._varlen_attn, ATEN._flash_attention_forward, 0),
+    (VARLEN._varlen_attn_backward, ATEN._flash_attention_backward, 1),
+):
+    FORMULAS[operation] = half(for_grouped_heads(flop_registry[kernel], query))
 if hasattr(MOE, "grouped_mm_fallback_backward"):  # not in every release
     FORMULAS[MOE.grouped_mm_fallback_backward] = lambda a, b, *args, **kwargs: (
         2 * grouped_flops(a, b)
