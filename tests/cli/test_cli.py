@@ -9,9 +9,11 @@ import pkgutil
 import re
 import resource
 import signal
+import site
 import subprocess
 import sys
 import typing
+import venv
 from pathlib import Path
 
 import pytest
@@ -100,25 +102,28 @@ def test_two_builds_give_the_same_bytes(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_wheel_installed_elsewhere_has_conf_and_recipes(tmp_path):
-    python("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", ROOT)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    python(
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        tmp_path / "site",
-        wheel,
-    )
-    (tmp_path / "elsewhere").mkdir()
-    command = ["-P", "-m", "cera_train", "--cfg", "job", "+recipe=math_r64"]
-    printed = python(*command, cwd=tmp_path / "elsewhere", PYTHONPATH=str(tmp_path / "site"))
-    assert "path: meta-llama/Llama-3.1-8B" in printed
-    assert "r: 64" in printed
+def test_a_wheel_from_an_index_runs_in_an_empty_environment(tmp_path):
+    """What it needs comes from this environment, and nothing from the clone."""
+    project = tmp_path / "simple" / "cera-train"
+    python("-m", "build", "--wheel", "--no-isolation", "--outdir", project, ROOT)
+    [wheel] = project.iterdir()
+    (project / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+    environment = tmp_path / "environment"
+    venv.create(environment)
+    install = ["install", "--quiet", "--isolated", "--no-deps", "cera-train"]
+    index = project.parent.as_uri()
+    python("-m", "pip", "--python", environment, *install, "--index-url", index)
+    [packages] = environment.glob("lib/python*/site-packages")
+    (packages / "needed.pth").write_text("\n".join(site.getsitepackages()))
+
+    program = str(environment / "bin" / "cera-train")
+    for words, expected in (
+        (["--version"], f"cera-train {__version__}\n"),
+        (["--help"], "math_r64"),
+        (["--cfg", "job", "+recipe=math_r64"], "path: meta-llama/Llama-3.1-8B"),
+    ):
+        done = command(program, *words, cwd=tmp_path, PYTHONPATH="")
+        assert expected in done.stdout, done.stderr
 
 
 def test_out_of_memory_names_the_settings_to_lower():
