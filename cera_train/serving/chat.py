@@ -199,9 +199,15 @@ class Answerer:
 
 
 class CleanStreamer(TextStreamer):
-    """Prints words as they come, without the control characters of a terminal."""
+    """Prints words as they come, without the space before the first, and without the control
+    characters of a terminal."""
+
+    has_begun = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if not self.has_begun:
+            text = text.lstrip()
+            self.has_begun = bool(text)
         super().on_finalized_text(clean(text), stream_end)
 
 

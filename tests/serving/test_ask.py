@@ -6,12 +6,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from evaluated_runs import base_settings, chat, evaluate, read
 
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import encode
 from cera_train.data.segments import segmenter
-from cera_train.serving.chat import Prompts, choose_rows, converse, read_prompts
+from cera_train.serving.chat import CleanStreamer, Prompts, choose_rows, converse, read_prompts
 from cera_train.settings.data import DataConfig, MixPart
 from cera_train.settings.serving import Template
 
@@ -113,6 +114,14 @@ def test_stdin_is_a_question_a_seed_an_answer_and_two_models_answer_one_below_th
     assert names == [f"[{run}/adapter, {tiny_folder}]", f"[the untouched model, {tiny_folder}]"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("How many?\n"))
     assert answer() == answer("prompt=How many?") != ""
+
+
+def test_an_answer_begins_without_the_space_after_its_prompt(tokenizer, capsys):
+    streamer = CleanStreamer(tokenizer)
+    for token in tokenizer(" \n 84 and 0", add_special_tokens=False).input_ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert capsys.readouterr().out == "84 and 0\n"
 
 
 def test_a_file_has_a_question_on_each_line_or_row(tmp_path, tokenizer, write_jsonl):
