@@ -7,7 +7,9 @@ then, and the commands' `--help`, errors and tables and the graders' processes n
 """
 
 import importlib
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -34,7 +36,13 @@ class _RegisterAfterPeft(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
+            bitsandbytes = logging.getLogger("bitsandbytes")
+            level = bitsandbytes.level
+            bitsandbytes.setLevel(logging.ERROR)  # it misses a kernel that nothing here uses
             execute(module)
+            bitsandbytes.setLevel(level)
+            # PEFT reads it from every model that it adapts.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             sys.meta_path.remove(self)
             importlib.import_module("cera_train.cera")
 

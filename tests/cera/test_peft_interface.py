@@ -189,6 +189,8 @@ def test_importing_cera_train_registers_cera_in_any_order(imports):
     script = f"{imports}\nprint(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType('CERA')].__name__)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "CeraConfig\n", done.stderr
+    if imports.startswith("import cera_train"):  # in time to quiet what PEFT imports
+        assert done.stderr == ""
 
 
 def test_cera_is_a_member_of_pefts_enum_even_if_registered_twice():
