@@ -24,9 +24,9 @@ from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
 from cera_train.common.signals import SIGNALS, Interrupted, Interruption, signal_children
-from cera_train.common.terminal import print_line
+from cera_train.common.terminal import print_command, print_line
 from cera_train.distributed.processes import is_one_of_several
-from cera_train.sweep.folder import RECORD, State, SweepRecord, job_name, job_status
+from cera_train.sweep.folder import JOBS, RECORD, State, SweepRecord, job_name, job_status
 from cera_train.sweep.grid import Job
 
 try:
@@ -37,6 +37,9 @@ except ImportError:  # the extra `slurm`: without it Hydra finds no file of this
 
 class MissingJobs:
     """Launches the jobs that have no result. Mixed into a launcher."""
+
+    def announce(self, sweep: Path, jobs: int) -> None:
+        """Prints where the output of these jobs is, if it is not here."""
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -59,6 +62,7 @@ class MissingJobs:
                 "finished",
                 f"{len(finished):,} of {len(job_overrides):,} jobs, which are not started again",
             )
+        self.announce(sweep, len(missing))
         launched = iter(super().launch(missing, initial_job_idx) if missing else ())
         return [
             finished[number] if number in finished else next(launched)
@@ -91,6 +95,11 @@ class Joblib(MissingJobs, JoblibLauncher):
         super().setup(
             task_function=functools.partial(run_in_worker, task_function, self.workers), **context
         )
+
+    def announce(self, sweep: Path, jobs: int) -> None:
+        if min(self.workers, jobs) > 1:  # a single job runs in this process
+            print_command("state", ["cera-sweep", str(sweep)])
+            print_line("output", f"{sweep / JOBS}/JOB.log")
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int

@@ -1,7 +1,6 @@
 """`cera-train`: one training run, or a sweep with -m."""
 
 import os
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from cera_train.cli.start import errors_in_one_line, print_error
 from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
-from cera_train.common.terminal import print_line
+from cera_train.common.terminal import print_command
 from cera_train.common.trust import redact
 from cera_train.data.look import print_data
 from cera_train.data.prepare import prepare_data, stop_ids
@@ -77,7 +76,7 @@ def look(composed: DictConfig) -> None:
     data = prepare_data(config.data, tokenizer, asks)
     stops = stop_ids(tokenizer, model_ends(config.model))
     print_data(config.data, data, tokenizer, stops, at_length=True)
-    print_line("train it", redact(shlex.join([TRAIN, *sys.argv[1:]])))
+    print_command("train it", [TRAIN, *map(redact, sys.argv[1:])])
 
 
 def train(composed: DictConfig) -> float | None:

@@ -1,10 +1,13 @@
 """What every command prints: labelled lines, aligned tables, quantities, and a progress bar that
 becomes plain lines in a log. Colours and a live bar appear in a terminal only."""
 
+import contextlib
+import shlex
 import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TextIO
 
 from rich.console import Console
@@ -16,8 +19,12 @@ from cera_train.common.trust import clean
 
 PIPE_WIDTH = 10_000  # columns of output that is not a terminal: nothing wraps, since its reader can
 TEXT_WIDTH = 100  # columns of running text in output that is not a terminal
+LABEL_WIDTH = 11  # columns of a label and the space after it
+FIELD_WIDTH = 16  # the same where a command has ended
+BAR_WIDTH = 16  # columns: its text fits beside it in 80
 LINE_SECONDS = 60.0  # a log gets a line of progress at least so often
 PLAIN_LINES = 10  # a log gets at least so many lines of progress, however short the run
+SLOW_SECONDS = 2.0  # what takes longer is announced
 
 
 def console() -> Console:
@@ -27,8 +34,24 @@ def console() -> Console:
 
 
 def print_line(label: str, text: str, file: TextIO | None = None) -> None:
-    """Prints one labelled line in a single write, so that lines of parallel jobs do not mix."""
-    print(f"{label:<11}{clean(text)}\n", end="", file=file, flush=True)
+    """Prints one labelled line in a single write, so that lines of parallel jobs do not mix. A
+    terminal gets it wrapped beside its label."""
+    line = f"{label:<{LABEL_WIDTH}}{clean(text)}"
+    if (file or sys.stdout).isatty():
+        wrapped = textwrap.wrap(
+            line,
+            shutil.get_terminal_size().columns,
+            subsequent_indent=" " * LABEL_WIDTH,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        line = "\n".join(wrapped)
+    print(f"{line}\n", end="", file=file, flush=True)
+
+
+def print_command(label: str, words: Iterable[str]) -> None:
+    """Prints a labelled command as a shell takes it, never wrapped: people copy it."""
+    print(f"{label:<{LABEL_WIDTH}}{clean(shlex.join(words))}", flush=True)
 
 
 def announce(label: str, text: str) -> None:
@@ -44,23 +67,33 @@ def announce_import(libraries: str) -> None:
 
 def print_fields(fields: Mapping[str, str]) -> None:
     """A label and a value on each line, values aligned."""
-    width = max([16, *(len(label) + 2 for label in fields)])
+    width = max([FIELD_WIDTH, *(len(label) + 2 for label in fields)])
     for label, value in fields.items():
         print(clean(f"{label:<{width}}{value}"), flush=True)
 
 
 def print_table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Collection[int] = (),
+    colors: Mapping[str, str] | None = None,
 ) -> None:
-    """Prints aligned columns, those in `right` aligned to the right, without a header if all names
-    are empty. Cells may have several lines; nothing is wrapped."""
+    """Prints aligned columns, without a header if all names are empty. Cells may have several
+    lines; nothing is wrapped.
+
+    Args:
+        right: columns aligned to the right.
+        colors: the text of a cell -> its colour in a terminal.
+    """
+    colors = colors or {}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header))
     for index, name in enumerate(header):
         table.add_column(
             Text(clean(name)), justify="right" if index in right else "left", no_wrap=True
         )
     for row in rows:
-        table.add_row(*(Text(clean(cell)) for cell in row))
+        table.add_row(*(Text(clean(cell), colors.get(cell, "")) for cell in row))
     target = console()
     with target.capture() as capture:
         target.print(table)
@@ -82,9 +115,11 @@ class ProgressBar:
         self.visible = visible
         self._every = max(1, total // PLAIN_LINES)
         self._printed = time.monotonic()
+        self._seconds: dict[str, float] = {}
+        """How long other work took."""
         self._bar: Progress | None = None
         if visible and sys.stdout.isatty():
-            columns = (MofNCompleteColumn(), BarColumn(24), TextColumn("{task.description}"))
+            columns = (MofNCompleteColumn(), BarColumn(BAR_WIDTH), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=console(), transient=True)
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()
@@ -104,6 +139,23 @@ class ProgressBar:
                 f"{self.unit} {self.done:>{len(str(self.total))}}/{self.total}  {text}", flush=True
             )
 
+    @contextlib.contextmanager
+    def doing(self, work: str) -> Iterator[None]:
+        """Shows other work than the units, and how long it took the last time. A log gets a line,
+        unless that was short."""
+        seconds = self._seconds.get(work)
+        was_slow = seconds is not None and seconds > SLOW_SECONDS
+        text = f"{work}, {duration(seconds)} the last time" if was_slow else work
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        elif self.visible and (seconds is None or was_slow):
+            print_line("now", text)
+        started = time.monotonic()
+        yield
+        if self._bar is not None:
+            self._bar.update(self._task, description="")
+        self._seconds[work] = time.monotonic() - started
+
     def note(self, text: str) -> None:
         """A line above the bar."""
         if self._bar is not None:
@@ -115,6 +167,11 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def time_left(seconds: float) -> str:
+    """The end of a line of progress; empty at the last, where other work may follow."""
+    return f"  {duration(seconds)} left" if seconds else ""
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 imports torch."""
 
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from statistics import fmean
@@ -10,7 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
-from cera_train.common.terminal import console, print_line
+from cera_train.common.terminal import LABEL_WIDTH, console, print_line
 from cera_train.common.trust import clean
 from cera_train.data.chats import uses_template
 from cera_train.data.messages import TURNS
@@ -158,14 +157,18 @@ def tokens_of(rows: TokenizedRows, row: int) -> tuple[list[int], list[bool]]:
 
 
 def print_example(rows: TokenizedRows, row: int, tokenizer: Any) -> None:
-    """A sequence's text with its supervised parts marked: green in a terminal, between [[ ]]
-    elsewhere."""
-    text = Text(f"{'example':<11}")
-    is_terminal = sys.stdout.isatty()
+    """A sequence's text with its supervised parts marked: green where there are colours, between
+    [[ ]] elsewhere."""
+    text = Text()
+    target = console()
+    has_colors = target.color_system is not None and not target.no_color
     for is_marked, run in itertools.groupby(
         zip(*tokens_of(rows, row), strict=True), key=lambda token: token[1]
     ):
-        part = clean(tokenizer.decode([id for id, _ in run])).replace("\n", "\n" + " " * 11)
-        marked = f"[[{part}]]" if is_marked and not is_terminal else part
-        text.append(marked, style="green" if is_marked and is_terminal else None)
-    console().print(text)
+        part = clean(tokenizer.decode([id for id, _ in run]))
+        marked = f"[[{part}]]" if is_marked and not has_colors else part
+        text.append(marked, style="green" if is_marked and has_colors else None)
+    label = "example"
+    for line in text.wrap(target, target.width - LABEL_WIDTH):
+        target.print(Text(f"{label:<{LABEL_WIDTH}}").append_text(line))
+        label = ""

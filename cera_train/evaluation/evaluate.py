@@ -12,7 +12,14 @@ from accelerate import Accelerator
 from cera_train.adapters.saved import keeps_base
 from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.settings import require
-from cera_train.common.terminal import ProgressBar, duration, print_fields, print_line
+from cera_train.common.terminal import (
+    ProgressBar,
+    announce,
+    counted,
+    print_fields,
+    print_line,
+    time_left,
+)
 from cera_train.distributed.accelerator import (
     forget_earlier_runs,
     let_segments_grow,
@@ -156,6 +163,8 @@ def answer_and_grade(
     recorded = folder.answers()
     answers = [recorded[key] for key in keys]
     folder.write_answers(answers)
+    if task.is_verified:
+        announce("grading", f"{counted(len(answers), 'answer')} by math-verify")
     grades = grade_all(task, problems, answers, grades)
     folder.write_grades(grades)
     return score(task, problems, answers, grades).replace(
@@ -212,8 +221,8 @@ def generate_answers(
                     grade = task.grade(by_id[answer.problem], answer)
                     grades[answer.key] = grade
                     exact += grade.exact
-                left = duration((time.perf_counter() - started) / answered * (total - answered))
-                text = f"exact {exact / answered:.1%}{sharing}  {left} left"
+                left = time_left((time.perf_counter() - started) / answered * (total - answered))
+                text = f"exact {exact / answered:.1%}{sharing}{left}"
                 progress.step(text, len(generations))
     return grades
 

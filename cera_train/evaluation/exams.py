@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,16 +139,24 @@ class Exams:
             parts.append(f"{counted(count, 'sample')} at each evaluation")
         return "; ".join(parts)
 
-    def take(self, update: int, is_last: bool) -> ExamResults:
+    def take(
+        self, update: int, is_last: bool, doing: Callable[[str], AbstractContextManager]
+    ) -> ExamResults:
         """Answers the tasks where they are due at this update, else the problems of the samples
-        alone."""
+        alone.
+
+        Args:
+            doing: shows what is answered while it is.
+        """
         results = ExamResults()
         is_due = is_last or (self.every is not None and update % self.every == 0)
         if self.tasks and is_due:
             for exam in self.tasks:
-                self._take_task(exam, update, results)
-        else:
-            self._take_samples(update, results)
+                with doing(f"answers {exam}"):
+                    self._take_task(exam, update, results)
+        elif self.sampled:
+            with doing(f"answers {counted(self.sample_count, 'sample')}"):
+                self._take_samples(update, results)
         [results.figures, *_] = gather_object([results.figures])  # the main process's
         return results
 

@@ -164,6 +164,15 @@ class State(StrEnum):
     waiting = "waiting"
 
 
+COLORS = {
+    State.finished: "green",
+    State.diverged: "red",
+    State.failed: "red",
+    State.stopped: "yellow",
+}
+"""Green has a result, red needs a person, yellow another start."""
+
+
 @dataclass(frozen=True)
 class JobStatus:
     """The status of a job, from the contents of its folder."""
@@ -216,7 +225,9 @@ def read_sweep(folder: Path) -> list[JobStatus]:
     of_arms -= {*record.swept}
     choices = {
         name: [
-            choice for choice in choices_of(words, record.swept) if key_of(choice) not in of_arms
+            choice.replace("\n", "\\n")
+            for choice in choices_of(words, record.swept)
+            if key_of(choice) not in of_arms
         ]
         for name, words in overrides.items()
     }
@@ -291,7 +302,7 @@ def print_sweep(folder: Path) -> bool:
                 note,
             ]
         )
-    print_table(["job", "state", "updates", label, ""], rows, right=(2, 3))
+    print_table(["job", "state", "updates", label, ""], rows, right=(2, 3), colors=COLORS)
     print()
     counts = Counter(job.state for job in jobs)
     print_line(

@@ -13,10 +13,19 @@ from cera_train.adapters.targets import (
     describe_targets,
     layers_without_adapted_experts,
 )
-from cera_train.common.terminal import TEXT_WIDTH, counted, duration, print_fields, print_line
+from cera_train.common.terminal import (
+    FIELD_WIDTH,
+    TEXT_WIDTH,
+    console,
+    counted,
+    duration,
+    print_fields,
+    print_line,
+)
 from cera_train.data.look import print_data
 from cera_train.data.prepare import stop_ids
 from cera_train.evaluation.tasks.task import describe_trained_on
+from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.language_model import LanguageModel
 from cera_train.runs.folder import Progress
 from cera_train.runs.records import read_lines
@@ -31,8 +40,9 @@ from cera_train.runs.results import (
     read_metrics,
 )
 from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.model import ModelConfig, Quantization
-from cera_train.settings.run import Config
+from cera_train.settings.run import Config, has_prompts
 from cera_train.training.build import Data, Evaluation, Model
 from cera_train.training.resolve import Resolved
 
@@ -62,6 +72,7 @@ def print_start(
     print_line("speed", describe_speed(model.language_model, resolved.compile.why))
     generation = model.language_model.causal_lm.generation_config
     stops = stop_ids(data.tokenizer, generation.eos_token_id)
+    print_line("data", describe_source(config.data))
     print_data(config.data, data.rows, data.tokenizer, stops)
     if evaluation.exams.plan:
         print_line("answers", evaluation.exams.plan)
@@ -128,13 +139,30 @@ def describe_adapter(adapter: AdapterConfig) -> str:
     return ", ".join(parts)
 
 
+def describe_source(data: DataConfig) -> str:
+    """Where the rows come from. The quickstart's, which a bare command trains on, with the way to
+    others."""
+    if data.layout == Layout.dates:
+        return "dates, computed; 'data.train_files=[FILE]' trains on your rows"
+    return f"{data.title}, computed" if data.is_computed else data.title
+
+
+def describe_attention(attention: str) -> str:
+    """Attention in words, by transformers' name of it."""
+    ours = {
+        BY_SEQUENCE: "attention within each sequence",
+        VARLEN: "attention within each sequence, in one kernel",
+    }
+    return ours.get(attention, f"{attention} attention")
+
+
 def describe_speed(language_model: LanguageModel, why_not_compiled: str) -> str:
     """Attention and padding of the micro-batches; compilation; what fell back to a slower way."""
     padding = "no padding" if language_model.is_flat else "padding"
-    compiled = "compiled layers"
+    compiled = "the first updates compile the layers"
     if not language_model.is_compiled:
-        compiled = f"not compiled ({why_not_compiled})"
-    parts = [f"{language_model.attention} attention, {padding}", compiled]
+        compiled = f"layers not compiled ({why_not_compiled})"
+    parts = [f"{describe_attention(language_model.attention)}, {padding}", compiled]
     if language_model.fallbacks:
         parts.append(f"fallback: {'; '.join(language_model.fallbacks)}")
     return "; ".join(parts)
@@ -145,7 +173,11 @@ def print_result(result: RunResult, config: Config) -> None:
     rank = describe_rank(result.spectrum)
     folder = Path(result.folder)
     first = read_metrics(folder / METRICS).evaluations[0]
-    task = next(iter(config.train.tasks), "held_out" if config.data.is_computed else "perplexity")
+    fitting = "held_out" if has_short_answers(config.data) else "perplexity"
+    task = next(iter(config.train.tasks), fitting)
+    layers = "layers not compiled"
+    if result.compiled_graphs:
+        layers = f"layers compiled as {counted(result.compiled_graphs, 'graph')}"
     rows = {
         "perplexity": f"{result.perplexity_before:.2f} before, {result.perplexity:.2f} after",
         "tasks": describe_tasks(result.tasks, first.tasks if first.update == 0 else {}),
@@ -155,8 +187,8 @@ def print_result(result: RunResult, config: Config) -> None:
         "linear share": describe_linear_share(result),
         "trainable": f"{result.trainable_parameters:,} parameters, {result.trainable_share:.2%} "
         f"of the model",
-        "speed": f"{result.tokens_per_s:,.0f} tokens/s; {result.attention} attention, "
-        f"{counted(result.compiled_graphs, 'compiled graph')}",
+        "speed": f"{result.tokens_per_s:,.0f} tokens/s; {describe_attention(result.attention)}, "
+        f"{layers}",
         "fallback": "; ".join(result.fallbacks),
         "time": f"{duration(result.seconds)} for {counted(result.updates, 'update')}",
         "folder": result.folder,
@@ -165,6 +197,14 @@ def print_result(result: RunResult, config: Config) -> None:
     }
     print()
     print_fields({label: row for label, row in rows.items() if row})
+
+
+def has_short_answers(data: DataConfig) -> bool:
+    """Whether rows are questions whose answers can be right to the letter: no chats."""
+    parts = [part for _, part in data.parts()]
+    return not data.is_paired and all(
+        has_prompts(part) and (part.is_computed or part.layout == Layout.text) for part in parts
+    )
 
 
 def describe_sample(path: Path) -> dict[str, str]:
@@ -185,7 +225,8 @@ def describe_sample(path: Path) -> dict[str, str]:
         "right": same[0].gold,
     }
     lines = {label: " ".join(text.split()) for label, text in texts.items()}
+    room = min(TEXT_WIDTH, console().width - FIELD_WIDTH)
     return {
-        label: line if len(line) < TEXT_WIDTH else f"{line[:TEXT_WIDTH]}..."
+        label: line if len(line) <= room else f"{line[: room - 3]}..."
         for label, line in lines.items()
     }

@@ -19,7 +19,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
 from cera_train.common.settings import to_plain
 from cera_train.common.signals import Interrupted, Interruption, first_heard
-from cera_train.common.terminal import duration, print_line
+from cera_train.common.terminal import counted, print_line, time_left
 from cera_train.distributed.accelerator import (
     forget_earlier_runs,
     let_segments_grow,
@@ -220,8 +220,8 @@ def update(
         log.bar.note(f"speed      {model.language_model.fallbacks[-1]}")
     numbers = f"loss {figure(loss)}  perplexity {figure(metrics.perplexity, 2)}"
     speed = f"{figure(metrics.tokens_per_s, 0)} tokens/s"
-    left = duration(progress.seconds / progress.update * (data.updates - progress.update))
-    log.bar.step(f"{drawn.headline or numbers}  {speed}  {left} left")
+    left = time_left(progress.seconds / progress.update * (data.updates - progress.update))
+    log.bar.step(f"{drawn.headline or numbers}  {speed}{left}")
     return first_heard(heard)
 
 
@@ -322,12 +322,14 @@ def evaluate(
         The spectra, by the name of the projection.
     """
     folder = log.folder
-    losses, judged = objective.judge(evaluation.held_out.token_losses())
-    spectra = evaluation.held_out.spectra()
+    rows = counted(len(evaluation.held_out.rows), "held-out row")
+    with log.bar.doing(f"measures perplexity on {rows}"):
+        losses, judged = objective.judge(evaluation.held_out.token_losses())
+        spectra = evaluation.held_out.spectra()
     loss = losses.mean
     is_last = timetable.ends_after(progress, progress.since_best(perplexity(loss)))
     # First, before anything is counted: a server may be unreachable.
-    exams = evaluation.exams.take(progress.update, is_last)
+    exams = evaluation.exams.take(progress.update, is_last, log.bar.doing)
     keep_answers(exams, is_last, progress.update, log)
 
     figures = spectrum_metrics(spectra)

@@ -3,6 +3,7 @@ notice."""
 
 import errno
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,6 +147,8 @@ def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_righ
         (update, exact) for update in (0, 4, 8, 12) for exact in (True, False, True)
     ]
     printed = capsys.readouterr().out
+    before, _, _ = printed.partition("\nanswers at update 0: ")
+    assert re.search(r"\nnow        answers \d+ problems of logistic_map$", before)
     assert (
         "\ntasks           logistic_map exact 50.0% before, 50.0% after, step_accuracy/mean 50.0% "
         "before, 50." in printed

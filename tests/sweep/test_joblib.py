@@ -61,7 +61,10 @@ def test_jobs_at_once_leave_what_they_leave_in_turn(sweep_here, sweep):
         len(re.findall(r"^finished   adapter=\S+: perplexity [\d,.]+$", lines, re.MULTILINE)) == 3
     )
     assert f"failed     {failing}: adapter." in lines
-    assert len(lines.splitlines()) == 8
+    assert lines.startswith(
+        "state      cera-sweep outputs/tiny\noutput     outputs/tiny/.jobs/JOB.log\njob "
+    )
+    assert len(lines.splitlines()) == 10
     assert "jobs       3 finished, 1 failed" in table
     adapters = {name: adapter_bytes(sweep / name) for name in trained}
     for name in trained:

@@ -352,6 +352,17 @@ def test_the_table_is_aligned_and_names_what_differs(tmp_path, run_command, caps
     ]
 
 
+def test_a_template_with_a_line_break_stays_on_its_line(tmp_path, run_command, capsys):
+    template = "data.prompt='Question: {q}\nAnswer:'"
+    jobs = {name: [name, template] for name in ("adapter.r=4", "adapter.r=8")}
+    record_sweep(tmp_path / "ranks", jobs=jobs)
+    run_command("cera-sweep", "ranks")
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "sweep      ranks: data.prompt='Question: {q}\\nAnswer:'",
+        "",
+    ]
+
+
 @pytest.mark.parametrize(
     ("folder", "message"),
     [

@@ -1,0 +1,83 @@
+"""What a terminal of 80 columns gets, and a log."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from cera_train.common import terminal
+from cera_train.common.terminal import ProgressBar, print_command, print_line, print_table
+from cera_train.data.look import print_example
+from cera_train.data.prepare import Example, TokenizedRows, table_of
+
+
+@pytest.fixture
+def screen(monkeypatch, capsys):
+    """screen() -> what stdout, a terminal of 80 columns, got since the last call."""
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return lambda: capsys.readouterr().out
+
+
+def test_a_line_is_wrapped_beside_its_label_and_a_command_is_not(screen):
+    print_line("precision", "bfloat16: this processor multiplies it " + "and so on " * 5)
+    print_command("train it", ["cera-train", "a" * 50, "b b", "c" * 50])
+    first, second, command = screen().splitlines()
+    assert first.startswith("precision  bfloat16")
+    assert len(first) <= 80
+    assert second.startswith(" " * 11 + "and")
+    assert command == f"train it   cera-train {'a' * 50} 'b b' {'c' * 50}"
+
+
+def test_a_log_is_not_wrapped(capsys):
+    print_line("precision", "word " * 50)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_slow_work_is_announced_with_the_time_that_it_took(monkeypatch, capsys):
+    """At first always: nobody knows how long it takes."""
+    clock = iter([0.0, 0.0, 40.2, 50.0, 51.5, 60.0, 61.0, 70.0, 72.5])
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    bar = ProgressBar("update", 40, 0)
+    for work in ("answers", "answers", "measures", "measures"):
+        with bar.doing(work):
+            pass
+    assert capsys.readouterr().out.splitlines() == [
+        "now        answers",
+        "now        answers, 0:40 the last time",
+        "now        measures",
+    ]
+
+
+def test_the_last_line_of_progress_leaves_nothing_open():
+    assert terminal.time_left(80) == "  1:20 left"
+    assert terminal.time_left(0) == ""
+
+
+@pytest.mark.parametrize("no_color", [None, "1"])
+def test_what_is_supervised_is_marked_with_and_without_colours(
+    screen, monkeypatch, tokenizer, no_color
+):
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    prompt = tokenizer("Question:", add_special_tokens=False).input_ids
+    answer = tokenizer(" a\nb" * 20, add_special_tokens=False).input_ids
+    mask = [False] * len(prompt) + [True] * len(answer)
+    print_example(TokenizedRows(table_of([Example(prompt + answer, mask)])), 0, tokenizer)
+    first, *others = screen().splitlines()
+    assert first.startswith("example    Question:")
+    assert len(others) == 20
+    assert all(line.startswith(" " * 11) for line in others)
+    assert ("\x1b[32m" in first) == (no_color is None)
+    assert ("[[ a" in first) == (no_color == "1")
+
+
+def test_a_cell_has_its_colour_in_a_terminal_alone(screen, monkeypatch):
+    table = {"header": ["job", "state"], "rows": [["a", "failed"]], "colors": {"failed": "red"}}
+    print_table(**table)
+    assert "\x1b[31mfailed" in screen()
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: False)
+    print_table(**table)
+    assert "\x1b" not in screen()
