@@ -30,7 +30,7 @@ CAPTION = (
     "Below an accuracy: its 95 % interval over problems. Difference: ours minus the paper's."
 )
 TESTS = (
-    "On the same problems; the verdict is on the first-named run, and beside *not shown* stands "
+    "On the same problems; the verdict is on the first-named run, and beside 'not shown' stands "
     "the difference that is shown with power 80 %. p is McNemar's, or of a sign-flip permutation "
     "test where a problem has several answers or a score, after Holm over the pairs of a task; it "
     "decides at 5 %. The interval is a paired bootstrap's. Unpaired, where only the number of "

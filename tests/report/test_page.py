@@ -1,6 +1,7 @@
 """report.html, report.md, their pictures and the terminal: self-contained, safe, and sound in a
 real browser at a telephone's width."""
 
+import io
 import json
 import re
 import shutil
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 from made_runs import HOSTILE, add_evaluation, make_run, two_runs
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from cera_train.evaluation.statistics import detectable_difference
 from cera_train.report.document import Picture
@@ -121,6 +124,19 @@ def test_the_page_is_sound_in_a_browser(browser: Any, pages: Path, width: int) -
     assert len(texts) > 20
     assert all(left > 10 and right < 478 for left, right in texts)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("theme", "color"), [("light", "#ffffff"), ("dark", "#161b22")])
+def test_a_picture_lies_on_a_card_of_the_readers_theme(
+    browser: Any, pages: Path, theme: str, color: str
+) -> None:
+    page = browser.new_page(color_scheme=theme)
+    page.goto((pages / "report.html").as_uri())
+    png = page.locator("figure img").first.screenshot()
+    corner = imread(io.BytesIO(png))[8, -8, :3]
+    assert to_hex(corner) == color
     page.close()
 
 
