@@ -86,8 +86,8 @@ evidence: $(VENV)/.installed-test  ## find a gate where there is one, and none w
 	$(BIN)/cera-train -m +study=controls hydra/launcher=joblib
 	$(BIN)/cera-report outputs/controls
 
-pictures: $(VENV)/.installed-test  ## draw docs/pictures from the results in docs/evidence
-	$(BIN)/python -m benchmarks.pictures
+pictures: $(VENV)/.installed-test  ## draw docs/pictures from evidence, import rules, tutorial and plans
+	$(BIN)/python -m benchmarks.pictures --plan
 
 docs: $(VENV)/.installed-test  ## build the site, site/index.html, from these pages; its search needs a server
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -1,15 +1,18 @@
-"""Draws docs/pictures from the results in docs/evidence: `python -m benchmarks.pictures`.
+"""Draws docs/pictures: `python -m benchmarks.pictures`.
 
-evidence.svg has the main contrasts of every study, with a heading a question. evidence_short.svg
-has those that docs/evidence/short.yaml lists.
+evidence.svg has the main contrasts of every study in docs/evidence, with a heading a question.
+evidence_short.svg has those that docs/evidence/short.yaml lists. The others are those of
+`diagrams`; `--plan` first plans the recipes whose memory one of them shows.
 """
 
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.diagrams import diagrams, plan_memory
 from cera_train.common.files import read_yaml, write_text
 from cera_train.report.forest import Forest, Group
 from cera_train.study.forest import CAPTION, brief, contrast_name, contrast_row, unit_of
@@ -109,11 +112,13 @@ def forests(evidence: Path = DOCS / "evidence") -> list[Forest]:
 
 
 def main() -> None:
-    for forest in forests():
-        path = DOCS / "pictures" / f"{forest.name}.svg"
+    if "--plan" in sys.argv:
+        plan_memory()
+    for picture in [*forests(), *diagrams()]:
+        path = DOCS / "pictures" / f"{picture.name}.svg"
         path.parent.mkdir(exist_ok=True)
-        write_text(path, forest.svg)
-        print(f"{path}: {sum(len(group.rows) for group in forest.groups)} contrasts")
+        write_text(path, picture.svg)
+        print(path)
 
 
 if __name__ == "__main__":
