@@ -364,7 +364,7 @@ def our_run(
     from cera_train.settings.run import Config
     from cera_train.settings.training import OptimizerConfig, TrackerConfig, TrainConfig
     from cera_train.training.resolve import resolve
-    from cera_train.training.train import build
+    from cera_train.training.train import build_parts
 
     adapter = setting.adapter
     dtype = Dtype(str(setting.dtype).removeprefix("torch."))
@@ -392,7 +392,7 @@ def our_run(
     )
     path = Path(tempfile.mkdtemp())
     config = resolve(config, path).config
-    data, model, _, _, objective = build(config, RunFolder(path, to_plain(config)))
+    data, model, _, _, objective = build_parts(config, RunFolder(path, to_plain(config)))
     assert model.accelerator.device.type == setting.device.type, (
         "benchmarks.training.WITHOUT_GPUS came too late"
     )

@@ -45,7 +45,7 @@ from cera_train.settings.run import Config
 from cera_train.training import build as builder
 from cera_train.training.log import open_log
 from cera_train.training.resolve import resolve
-from cera_train.training.train import build, update
+from cera_train.training.train import build_parts, update
 
 UPDATES = 2
 """The first makes the optimizer's state, so the second needs the most memory."""
@@ -175,7 +175,7 @@ def run_of(config: Config, rows: TokenizedRows) -> Iterator[tuple]:
         resolved = resolve(config, path)
         config = resolved.config
         folder = stack.enter_context(RunFolder.open(path, to_plain(config)))
-        data, model, progress, _, objective = build(config, folder)
+        data, model, progress, _, objective = build_parts(config, folder)
         log = stack.enter_context(open_log(resolved, folder, data, model, progress))
         model.wrapped.train()
         yield config, data, model, objective, progress, log

@@ -31,7 +31,7 @@ from cera_train.settings.data import as_list
 from cera_train.settings.run import Config
 
 
-def run(program: str, path: str) -> None:
+def run_command(program: str, path: str) -> None:
     """Calls the function of a command, by its import path, or prints the command's help."""
     join_slurm_step(os.environ)
     if program in SCHEMAS and {"--help", "-h"} & set(sys.argv):

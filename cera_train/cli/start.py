@@ -42,9 +42,9 @@ def main() -> None:
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # and in the processes of a run
     with signals_in_one_line(program), errors_in_one_line(program):
-        from cera_train.cli.config import run  # imports Hydra
+        from cera_train.cli.config import run_command  # imports Hydra
 
-        run(program, f"cera_train.cli.{PROGRAMS[program]}")
+        run_command(program, f"cera_train.cli.{PROGRAMS[program]}")
         sys.stdout.flush()
 
 

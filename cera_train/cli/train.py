@@ -48,7 +48,7 @@ def main() -> None:
         "SubmititSlurm": SubmititSlurm,
     }
     try:
-        start_hydra(TRAIN, look if "--look" in sys.argv else train, plugins)
+        start_hydra(TRAIN, look if "--look" in sys.argv else train_job, plugins)
     except ValueError as error:
         if "No trials are completed" in str(error):  # Optuna looks for the best trial
             fix = "look at the errors above, fix these or the ranges, and repeat the command"
@@ -79,7 +79,7 @@ def look(composed: DictConfig) -> None:
     print_command("train it", [TRAIN, *map(redact, sys.argv[1:])])
 
 
-def train(composed: DictConfig) -> float | None:
+def train_job(composed: DictConfig) -> float | None:
     """One training run, or one job of a sweep. Returns its perplexity, or its `sweep.metric`, for
     sweepers that search.
 

@@ -132,11 +132,11 @@ def templates_of(config: DataConfig) -> tuple[str, str]:
 
 # --- columns of text ------------------------------------------------------------------------------
 
-Pair = Callable[[Row], tuple[str, str] | None]
+PairReader = Callable[[Row], tuple[str, str] | None]
 """Finds the prompt and the answer of a row; None without an answer."""
 
 
-def plain(row: Row, to_pair: Pair) -> list[list[Segment]]:
+def plain(row: Row, to_pair: PairReader) -> list[list[Segment]]:
     pair = to_pair(row)
     if pair is None:
         return []
@@ -145,7 +145,7 @@ def plain(row: Row, to_pair: Pair) -> list[list[Segment]]:
 
 
 def chat_of_pair(
-    row: Row, to_pair: Pair, config: DataConfig, tokenizer: Any, asks: bool
+    row: Row, to_pair: PairReader, config: DataConfig, tokenizer: Any, asks: bool
 ) -> list[list[Exchange]]:
     """A prompt and its answer as messages: the spaces that templates of text need go."""
     pair = to_pair(row)
@@ -158,7 +158,7 @@ def chat_of_pair(
     return chat_exchanges(row | {"messages": messages}, config, tokenizer, asks=asks)
 
 
-def templates(prompt: str, completion: str, setting: str = "data.completion") -> Pair:
+def templates(prompt: str, completion: str, setting: str = "data.completion") -> PairReader:
     """Layout `text`: columns in templates. Without a prompt a row is a document."""
     prompt_columns = columns_of(prompt, "data.prompt")
     answer_columns = columns_of(completion, setting)

@@ -63,14 +63,14 @@ def grade_all(
         grade = exact.get(answer.key)
         grades.append(grade or task.grade(by_id[answer.problem], answer))
     if task.is_verified:
-        grades = verify(by_id, answers, grades)
+        grades = verify_grades(by_id, answers, grades)
     return [
         grade.replace(ending=ending_of(by_id[answer.problem], answer, grade))
         for answer, grade in zip(answers, grades, strict=True)
     ]
 
 
-def verify(
+def verify_grades(
     problems: Mapping[str, Problem], answers: Sequence[Generation], grades: Sequence[Grade]
 ) -> list[Grade]:
     """The grades with the verdict of math-verify. An exact answer is equal without its help."""

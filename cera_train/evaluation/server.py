@@ -32,7 +32,7 @@ from cera_train.evaluation.requests import (
     generation_settings,
     request_seed,
 )
-from cera_train.model.folder import files_of, load_config, model_ends
+from cera_train.model.folder import files_of, load_architecture, model_ends
 from cera_train.runs.subject import digest_of
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import ModelConfig
@@ -89,7 +89,7 @@ class Server:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.model = model
         self.tokenizer = tokenizer
-        self.vocabulary = range(load_config(model).get_text_config().vocab_size)
+        self.vocabulary = range(load_architecture(model).get_text_config().vocab_size)
         self.headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
             self.headers["Authorization"] = f"Bearer {key}"

@@ -32,7 +32,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return from_hub_or_folder(AutoTokenizer.from_pretrained, config)
 
 
-def load_config(config: ModelConfig) -> PretrainedConfig:
+def load_architecture(config: ModelConfig) -> PretrainedConfig:
     """The model's config.json. Raises UserError if it is not that of a causal language model."""
     loaded = from_hub_or_folder(AutoConfig.from_pretrained, config)
     kinds = loaded.architectures or []
@@ -61,14 +61,14 @@ def model_ends(config: ModelConfig) -> int | list[int] | None:
     try:
         return from_hub_or_folder(GenerationConfig.from_pretrained, config).eos_token_id
     except UserError:
-        return load_config(config).eos_token_id
+        return load_architecture(config).eos_token_id
 
 
 def check_length(
     config: ModelConfig, length: int, setting: str, loaded: PretrainedConfig | None = None
 ) -> None:
     """Raises UserError if `length` tokens, by that setting, exceed the positions of the model."""
-    positions = positions_of(loaded or load_config(config))
+    positions = positions_of(loaded or load_architecture(config))
     if positions is not None and length > positions:
         raise UserError(
             f"{setting}={length} is beyond the {positions} positions of {config.path}: lower it."

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 
 from cera_train.cera.coverage import bypassed_projections
 from cera_train.common.errors import UserError
-from cera_train.model.folder import from_hub_or_folder, load_config
+from cera_train.model.folder import from_hub_or_folder, load_architecture
 from cera_train.model.lean import keep_less
 from cera_train.model.precision import choose_precision
 from cera_train.settings.model import ModelConfig, Quantization
@@ -37,7 +37,7 @@ def load_model(
     Raises:
         UserError: the model cannot be found, reached or used.
     """
-    architecture = load_config(config)
+    architecture = load_architecture(config)
     attention = attention_for(architecture, config.attn_implementation)
     is_quantised = config.quantization != Quantization.none
     dtype = getattr(

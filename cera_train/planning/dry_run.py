@@ -30,7 +30,7 @@ from cera_train.model import language_model as language_models
 from cera_train.model import layout as batch_layout
 from cera_train.model.attention import attention_of
 from cera_train.model.batches import Batch, predicted_places
-from cera_train.model.folder import load_config
+from cera_train.model.folder import load_architecture
 from cera_train.model.language_model import Allowed, LanguageModel, chunk_tokens
 from cera_train.model.layout import choose_layout
 from cera_train.model.lean import keep_less
@@ -112,7 +112,7 @@ def architecture_of(model: ModelConfig) -> PretrainedConfig:
     if model.facts is not None and model.facts.config is not None:
         text = (config_dir("conf") / "model" / model.facts.config).read_text()
         return AutoConfig.for_model(**json.loads(text))
-    return load_config(model)
+    return load_architecture(model)
 
 
 @contextlib.contextmanager

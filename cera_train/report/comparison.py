@@ -146,7 +146,7 @@ def graded_runs(runs: Sequence[Run], task: str) -> list[Run]:
 
 
 @dataclass(frozen=True)
-class Pair:
+class RunPair:
     """Two runs whose scores on a task can be compared."""
 
     task: str
@@ -157,7 +157,7 @@ class Pair:
     second_scores: Scores
 
 
-def pair_of(first: Run, second: Run, task: str, across_engines: bool) -> Pair:
+def pair_of(first: Run, second: Run, task: str, across_engines: bool) -> RunPair:
     """The scores by the best rule that graded both runs.
 
     Raises:
@@ -181,7 +181,7 @@ def pair_of(first: Run, second: Run, task: str, across_engines: bool) -> Pair:
         f"{', '.join(second_scores)}: grade both alike.",
     )
     names = (task, graders[0], first.name, second.name)
-    pair = Pair(*names, first_scores[graders[0]], second_scores[graders[0]])
+    pair = RunPair(*names, first_scores[graders[0]], second_scores[graders[0]])
     _check_problems(pair.first_scores, pair.second_scores)
     return pair
 
@@ -205,7 +205,7 @@ def _check_problems(first: Scores, second: Scores) -> None:
     )
 
 
-def test_pair(pair: Pair, tests: int) -> PairedTest:
+def test_pair(pair: RunPair, tests: int) -> PairedTest:
     """The test that the records allow: over seeds and problems, over problems, or unpaired.
 
     Args:

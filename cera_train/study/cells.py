@@ -34,7 +34,7 @@ BASE = "study.base"
 SEED = "train.seed"
 
 
-def describe(choices: Iterable[tuple[str, str]]) -> str:
+def describe_choices(choices: Iterable[tuple[str, str]]) -> str:
     """Such as `adapter.r=16, data.max_length=64`."""
     return ", ".join(f"{key}={value}" for key, value in choices)
 
@@ -47,7 +47,7 @@ class Replicate(NamedTuple):
 
     def __str__(self) -> str:
         choices = [] if self.base is None else [(BASE, self.base)]
-        return describe([*choices, (SEED, str(self.seed))])
+        return describe_choices([*choices, (SEED, str(self.seed))])
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Cell:
     @property
     def condition(self) -> str:
         """Such as `adapter.r=16`; empty where a study has none."""
-        return describe(self.choices.items())
+        return describe_choices(self.choices.items())
 
     @property
     def name(self) -> str:
@@ -287,7 +287,7 @@ class Cell:
                 continue
             job = job_status(self.study.folder, self.folder(point, run).name)
             state = f"{job.state}: {job.error}" if job.error else job.state
-            choices = ", ".join(filter(None, (describe(point.values.items()), str(run))))
+            choices = ", ".join(filter(None, (describe_choices(point.values.items()), str(run))))
             lines.append(f"{self.name}, {choices} ({state})")
         return lines
 
@@ -513,7 +513,7 @@ class Study:
             [choice for choice in choices if choice[0] == key] for key in self.config.conditions
         ]
         return {
-            describe(condition): {
+            describe_choices(condition): {
                 cell.arm: cell for cell in self.cells if cell.choices.items() <= {*condition}
             }
             for condition in itertools.product(*filter(None, by_key))

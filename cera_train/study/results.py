@@ -17,7 +17,7 @@ from cera_train.evaluation.verdict import (
     detectable,
 )
 from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import ComparedRun, Pair, Study, describe
+from cera_train.study.cells import ComparedRun, Pair, Study, describe_choices
 
 MOST_MISSING = 5  # runs that an error names
 
@@ -120,7 +120,7 @@ def _with_verdict(
         asked=pair.asked,
         first=pair.first.arm,
         second=pair.second.arm,
-        condition=describe(
+        condition=describe_choices(
             (key, choices[key]) for key in study.config.conditions if key in choices
         ),
         by_seed=pair.means(outcome),
@@ -156,7 +156,7 @@ def slopes(study: Study) -> list[Slope]:
             continue
         name = f"{pair.second.arm} - {pair.first.arm}"
         if choices:
-            name += f", {describe(choices.items())}"
+            name += f", {describe_choices(choices.items())}"
         lines.setdefault(name, {})[numbers[value]] = pair.means(study.config.primary)
     return [
         _slope(name, differences) for name, differences in lines.items() if len(differences) > 1

@@ -214,7 +214,7 @@ def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluator:
     """What measures the model while it trains."""
 
     held_out: HeldOut
@@ -222,9 +222,9 @@ class Evaluation:
     exams: Exams
 
 
-def build_evaluation(
+def build_evaluator(
     config: Config, data: Data, model: Model, progress: Progress, folder: Path
-) -> Evaluation:
+) -> Evaluator:
     """
     Args:
         progress: its update tells a sampler's server when its adapter is out of date.
@@ -237,4 +237,4 @@ def build_evaluation(
     sampler = Sampler(
         config, data.tokenizer, language_model, accelerator, progress, folder / "served"
     )
-    return Evaluation(held_out, sampler, Exams(config, sampler))
+    return Evaluator(held_out, sampler, Exams(config, sampler))

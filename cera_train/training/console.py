@@ -43,7 +43,7 @@ from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.run import Config, has_prompts
-from cera_train.training.build import Data, Evaluation, Model
+from cera_train.training.build import Data, Evaluator, Model
 from cera_train.training.resolve import Resolved
 
 
@@ -52,7 +52,7 @@ def print_start(
     folder: Path,
     data: Data,
     model: Model,
-    evaluation: Evaluation,
+    evaluator: Evaluator,
     progress: Progress,
 ) -> None:
     """The run in a few lines: folder, model, adapter, device, speed, data."""
@@ -74,9 +74,9 @@ def print_start(
     stops = stop_ids(data.tokenizer, generation.eos_token_id)
     print_line("data", describe_source(config.data))
     print_data(config.data, data.rows, data.tokenizer, stops)
-    if evaluation.exams.plan:
-        print_line("answers", evaluation.exams.plan)
-    for exam in evaluation.exams.tasks:
+    if evaluator.exams.plan:
+        print_line("answers", evaluator.exams.plan)
+    for exam in evaluator.exams.tasks:
         if shared := describe_trained_on(exam.problems, config.data):
             print_line("shared", f"{exam.name}: {shared}")
 

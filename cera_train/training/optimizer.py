@@ -11,7 +11,7 @@ from torch import nn
 from cera_train.adapters.families import family, title
 from cera_train.common.errors import UserError
 from cera_train.common.settings import Choice
-from cera_train.model.folder import load_config
+from cera_train.model.folder import load_architecture
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.training import OPTIMIZERS, ObjectiveKind, OptimizerConfig, Schedule
@@ -63,7 +63,7 @@ def auto_rate(
     auto_rate.yaml found; not measured: 1/10 for full fine-tuning, as Tinker has it, and for dense,
     1 for LoRA's kin, and 1/10 for DPO and GRPO, which start from a model that answers.
     """
-    config = load_config(model).get_text_config()
+    config = load_architecture(model).get_text_config()
     hidden_size = getattr(config, "hidden_size", None)
     if hidden_size is None:
         raise UserError(

@@ -51,10 +51,10 @@ from cera_train.settings.training import Resume, TrainConfig
 from cera_train.training import console
 from cera_train.training.build import (
     Data,
-    Evaluation,
+    Evaluator,
     Model,
     build_data,
-    build_evaluation,
+    build_evaluator,
     build_model,
 )
 from cera_train.training.log import Log, open_log
@@ -109,18 +109,18 @@ def train(config: Config) -> dict[str, Any]:
         checkpoint = folder.newest_checkpoint() if resumes else None
 
         # Everything that an update and an evaluation need.
-        data, model, progress, evaluation, objective = build(config, folder, checkpoint)
-        stack.enter_context(contextlib.closing(evaluation.sampler))
+        data, model, progress, evaluator, objective = build_parts(config, folder, checkpoint)
+        stack.enter_context(contextlib.closing(evaluator.sampler))
         timetable = Timetable.of(config, data.updates)
 
         # From here on a signal waits for the end of an update.
         interruption = stack.enter_context(Interruption())
         log = stack.enter_context(open_log(resolved, folder, data, model, progress))
-        console.print_start(resolved, folder.path, data, model, evaluation, progress)
+        console.print_start(resolved, folder.path, data, model, evaluator, progress)
         prove_coverage(config.train, data, model, progress)
         spectra: Spectra = {}
         if progress.update == 0 or progress.evaluation_pending:
-            spectra = evaluate(model, evaluation, objective, timetable, progress, log)
+            spectra = evaluate(model, evaluator, objective, timetable, progress, log)
         model.wrapped.train()
         while not timetable.is_done(progress):
             signal = update(config, data, model, objective, progress, log, interruption)
@@ -128,20 +128,20 @@ def train(config: Config) -> dict[str, Any]:
             progress.evaluation_pending = timetable.evaluates(progress.update)
             if signal is not None and not is_last:
                 # No evaluation: the sender may not wait for it.
-                stop(signal, model, progress, log, config.train)
+                save_and_stop(signal, model, progress, log, config.train)
             if progress.evaluation_pending:
                 with saved_on_error(model, progress, folder, config.train):
-                    spectra = evaluate(model, evaluation, objective, timetable, progress, log)
+                    spectra = evaluate(model, evaluator, objective, timetable, progress, log)
             if timetable.saves(progress.update) and not timetable.is_done(progress):
-                save(model, progress, folder, config.train)
+                save_checkpoint(model, progress, folder, config.train)
         # A run that resumes after its last evaluation has no spectra yet.
-        spectra = spectra or evaluation.held_out.spectra()
+        spectra = spectra or evaluator.held_out.spectra()
         return finish(config, data, model, progress, log, spectra)
 
 
-def build(
+def build_parts(
     config: Config, folder: RunFolder, checkpoint: Path | None = None
-) -> tuple[Data, Model, Progress, Evaluation, Objective]:
+) -> tuple[Data, Model, Progress, Evaluator, Objective]:
     """The parts of a run whose `auto` settings are decided.
 
     Args:
@@ -150,9 +150,9 @@ def build(
     """
     data = build_data(config)
     model, progress = build_model(config, data, checkpoint)
-    evaluation = build_evaluation(config, data, model, progress, folder.path)
-    objective = build_objective(config, data, model, evaluation, folder, progress)
-    return data, model, progress, evaluation, objective
+    evaluator = build_evaluator(config, data, model, progress, folder.path)
+    objective = build_objective(config, data, model, evaluator, folder, progress)
+    return data, model, progress, evaluator, objective
 
 
 # --- an update ------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def prove_coverage(config: TrainConfig, data: Data, model: Model, progress: Prog
 
 def evaluate(
     model: Model,
-    evaluation: Evaluation,
+    evaluator: Evaluator,
     objective: Objective,
     timetable: Timetable,
     progress: Progress,
@@ -322,14 +322,14 @@ def evaluate(
         The spectra, by the name of the projection.
     """
     folder = log.folder
-    rows = counted(len(evaluation.held_out.rows), "held-out row")
+    rows = counted(len(evaluator.held_out.rows), "held-out row")
     with log.bar.doing(f"measures perplexity on {rows}"):
-        losses, judged = objective.judge(evaluation.held_out.token_losses())
-        spectra = evaluation.held_out.spectra()
+        losses, judged = objective.judge(evaluator.held_out.token_losses())
+        spectra = evaluator.held_out.spectra()
     loss = losses.mean
     is_last = timetable.ends_after(progress, progress.since_best(perplexity(loss)))
     # First, before anything is counted: a server may be unreachable.
-    exams = evaluation.exams.take(progress.update, is_last, log.bar.doing)
+    exams = evaluator.exams.take(progress.update, is_last, log.bar.doing)
     keep_answers(exams, is_last, progress.update, log)
 
     figures = spectrum_metrics(spectra)
@@ -370,7 +370,9 @@ def keep_answers(exams: ExamResults, is_last: bool, update: int, log: Log) -> No
         log.bar.note(f"answers at update {update}: {'; '.join(exams.notes)}")
 
 
-def save(model: Model, progress: Progress, folder: RunFolder, config: TrainConfig) -> None:
+def save_checkpoint(
+    model: Model, progress: Progress, folder: RunFolder, config: TrainConfig
+) -> None:
     """Saves a checkpoint of this update."""
     scaler = model.accelerator.scaler
     folder.save_checkpoint(model.adapted, model.optimizer, progress, config.keep, scaler)
@@ -389,13 +391,15 @@ def saved_on_error(
         can_save = isinstance(error, UserError) or not model.accelerator.is_fsdp2
         if progress.update > 0 and can_save:
             with contextlib.suppress(Exception):  # the cause counts, such as a full disk
-                save(model, progress, folder, config)
+                save_checkpoint(model, progress, folder, config)
         raise
 
 
-def stop(signal: int, model: Model, progress: Progress, log: Log, config: TrainConfig) -> None:
+def save_and_stop(
+    signal: int, model: Model, progress: Progress, log: Log, config: TrainConfig
+) -> None:
     """Saves and ends the run: always raises Interrupted."""
-    save(model, progress, log.folder, config)
+    save_checkpoint(model, progress, log.folder, config)
     log.bar.close()
     if log.folder.is_main:
         resumes = config.resume == Resume.auto
@@ -419,7 +423,7 @@ def finish(
     finished."""
     folder = log.folder
     log.bar.close()
-    save(model, progress, folder, config.train)
+    save_checkpoint(model, progress, folder, config.train)
     result = RunResult(
         **progress.model_dump(include={*RunResult.model_fields}),
         adapter_kind=config.adapter.kind.value,

@@ -10,10 +10,10 @@ import torch
 from cera_train.common.settings import to_plain
 from cera_train.runs.folder import Progress, RunFolder
 from cera_train.settings.run import Config
-from cera_train.training.build import Data, Evaluation, Model
+from cera_train.training.build import Data, Evaluator, Model
 from cera_train.training.objectives.objective import Objective
 from cera_train.training.resolve import resolve
-from cera_train.training.train import backward, build
+from cera_train.training.train import backward, build_parts
 
 
 class BuiltRun(NamedTuple):
@@ -21,7 +21,7 @@ class BuiltRun(NamedTuple):
     data: Data
     model: Model
     progress: Progress
-    evaluation: Evaluation
+    evaluator: Evaluator
     objective: Objective
 
     def backward(self, sequences: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -44,4 +44,4 @@ def build_run(config: Config, folder: Path) -> BuiltRun:
     """A new run, before its first update. Creates its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     config = resolve(config, folder).config
-    return BuiltRun(config, *build(config, RunFolder(folder, to_plain(config))))
+    return BuiltRun(config, *build_parts(config, RunFolder(folder, to_plain(config))))

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from benchmarks.tiny_models import shrunk
 from cera_train.common.errors import UserError
-from cera_train.model.folder import load_config
+from cera_train.model.folder import load_architecture
 from cera_train.model.weights import load_model
 from cera_train.settings.model import Dtype, ModelConfig
 from cera_train.training.train import train
@@ -60,4 +60,4 @@ def test_a_model_that_writes_no_text_is_refused_in_one_line(folder_with):
     config["architectures"] = ["Mistral3ForSequenceClassification"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="does not predict the next token.*such as Llama"):
-        load_config(ModelConfig(str(folder)))
+        load_architecture(ModelConfig(str(folder)))

@@ -125,7 +125,7 @@ def move(run: BuiltRun, distance: float) -> None:
 
 def draw(run: BuiltRun) -> dict[str, float]:
     """Figures of answers by the adapter that the server is given now."""
-    run.evaluation.sampler.served_update = None
+    run.evaluator.sampler.served_update = None
     return run.objective.draw([0, 1, 2]).figures
 
 

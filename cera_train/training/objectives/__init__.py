@@ -8,7 +8,7 @@ line in `build_objective`; its loss should be a pure function of tensors with a 
 from cera_train.runs.folder import Progress, RunFolder
 from cera_train.settings.run import Config
 from cera_train.settings.training import ObjectiveKind
-from cera_train.training.build import Data, Evaluation, Model
+from cera_train.training.build import Data, Evaluator, Model
 from cera_train.training.objectives.dpo import Dpo
 from cera_train.training.objectives.grpo import Grpo
 from cera_train.training.objectives.objective import Objective, Sft
@@ -18,16 +18,16 @@ def build_objective(
     config: Config,
     data: Data,
     model: Model,
-    evaluation: Evaluation,
+    evaluator: Evaluator,
     folder: RunFolder,
     progress: Progress,
 ) -> Objective:
     """The objective of a config. DPO keeps its reference in the run's folder, GRPO its answers."""
     kind = config.train.objective
     if kind == ObjectiveKind.dpo:
-        held_out = evaluation.held_out.batches
+        held_out = evaluator.held_out.batches
         return Dpo(config, data, model, held_out, folder.path, resumes=progress.update > 0)
     if kind == ObjectiveKind.grpo:
-        return Grpo(config, data, model, evaluation.sampler, folder, progress)
+        return Grpo(config, data, model, evaluator.sampler, folder, progress)
     batches = model.micro_batches(data.rows.train)
     return Sft(batches, model.accelerator.num_processes)
