@@ -90,7 +90,7 @@ def peft_cases() -> Iterator[Case]:
     import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    from cera_train.adapters.families.base import usable_methods
+    from cera_train.adapters.methods import usable_methods
 
     for kind in sorted(set(peft.PeftType), key=str):
         if kind.value == "CERA":

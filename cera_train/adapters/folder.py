@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.adapters.families import family
-from cera_train.adapters.families.base import replaces_base, usable_methods
+from cera_train.adapters.families.base import replaces_base
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.settings import require
+from cera_train.common.terminal import announce_import
 from cera_train.common.trust import check_adapter_settings
 from cera_train.settings.adapters import AdapterConfig
 
@@ -59,6 +60,9 @@ def check_saved(folder: Path) -> dict[str, Any]:
         kind = description.get("peft_type")
         # Only other types are looked up in PEFT, whose import is slow.
         if kind not in ("CERA", "LORA"):
+            announce_import("PyTorch and PEFT")
+            from cera_train.adapters.methods import usable_methods
+
             methods = usable_methods()
             require(
                 kind in methods,
@@ -75,8 +79,16 @@ def check_saved(folder: Path) -> dict[str, Any]:
 
 
 START_FIELDS = (
-    *("peft_type", "use_rslora", "use_dora", "r", "alpha", "lora_alpha", "activation", "mix"),
-    *("rank_pattern", "alpha_pattern"),
+    "peft_type",
+    "use_rslora",
+    "use_dora",
+    "r",
+    "alpha",
+    "lora_alpha",
+    "activation",
+    "mix",
+    "rank_pattern",
+    "alpha_pattern",
 )
 """Fields of PEFT's config that weights to start from must share. Their names and shapes show
 targets and layers."""

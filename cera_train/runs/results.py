@@ -13,17 +13,16 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
+import numpy as np
 from pydantic import BeforeValidator
+from safetensors.numpy import load, save
 
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.files import read_json, write_bytes, write_text
 from cera_train.common.terminal import counted
 from cera_train.runs.records import RESTORE, Record, key, read_lines, read_trees, to_lines
-
-if TYPE_CHECKING:
-    import numpy as np
 
 Perplexity = Annotated[
     float | None, BeforeValidator(lambda value: math.inf if value is None else value)
@@ -269,21 +268,15 @@ class TokenLosses:
 
     def sums(self) -> np.ndarray:
         """[rows] nats of each row, float64."""
-        import numpy as np
-
         rows = np.repeat(np.arange(len(self.tokens)), self.tokens)
         return np.bincount(rows, weights=self.losses, minlength=len(self.tokens))
 
     def write(self, path: Path) -> None:
-        from safetensors.numpy import save
-
         write_bytes(path, save({"tokens": self.tokens, "losses": self.losses}))
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """The losses in a file; raises UserError if it is missing or broken."""
-        from safetensors.numpy import load
-
         try:
             return cls(**load(path.read_bytes()))
         except Exception as error:  # safetensors raises many types on a file that is not its own

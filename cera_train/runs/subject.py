@@ -5,7 +5,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cera_train.adapters.families.base import import_method, is_import_path
+from cera_train.adapters.families.base import is_import_path
 from cera_train.adapters.folder import check_saved, check_start, is_saved_in, weights_file
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
@@ -96,6 +96,8 @@ def _resolve(config: SubjectConfig, setting: str) -> Subject:
             f"{run.adapter.method}. If you trust that code, set trust_remote_code=true on the "
             "command line.",
         )
+        from cera_train.adapters.methods import import_method
+
         import_method(run.adapter.method)
     check_saved(adapter)
     if config.model is None and run.model.trust_remote_code and not config.trust_remote_code:

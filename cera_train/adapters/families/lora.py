@@ -51,8 +51,7 @@ class Lora(RankedFamily):
         return self.make(peft.LoraConfig, config, fields)
 
     def branch(self, module: nn.Module) -> Branch | None:
-        from peft.tuners.lora import LoraLayer
-        from peft.tuners.lora.layer import ParamWrapper
+        from peft.tuners.lora.layer import LoraLayer, ParamWrapper
         from torch import nn
 
         if not isinstance(module, LoraLayer) or ADAPTER not in module.lora_A:
