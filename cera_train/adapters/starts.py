@@ -193,8 +193,9 @@ def start_by_gradient(
     preprocess_loraga(base, config, run)
     r = max([config.r, *config.rank_pattern.values()])
     for name, module in base.named_modules():
-        if hasattr(module, "_peft_loraga_grad"):
-            broadcast(module._peft_loraga_grad)
+        gradient = getattr(module, "_peft_loraga_grad", None)
+        if gradient is not None:
+            broadcast(gradient)
             # Of fewer directions PEFT would make a B with fewer columns than A has rows.
             require(
                 2 * r <= min(module.weight.shape),

@@ -71,8 +71,8 @@ def start_accelerator(
         if plugin is not None and accelerator.num_processes > 1:
             # Accelerate offers FSDP2 on accelerators only; torch has it on CPUs too.
             shared |= {"fsdp_plugin": plugin, "distributed_type": DistributedType.FSDP}
-        for state in (AcceleratorState, PartialState):
-            state._shared_state.update(shared)
+        for state in (accelerator.state, PartialState()):
+            vars(state).update(shared)  # shared by all instances of its class
     check_distribution(accelerator, config.strategy)
     return accelerator
 
@@ -91,9 +91,8 @@ def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
     if accelerator.distributed_type not in supported:
         raise UserError(
             f"The launcher set up {accelerator.distributed_type.value}, but "
-            f"distributed.strategy={strategy} needs "
-            "plain processes: choose no engine in `accelerate config`. distributed.strategy=fsdp "
-            "shards without one."
+            f"distributed.strategy={strategy} needs plain processes: choose no engine in "
+            "`accelerate config`. distributed.strategy=fsdp shards without one."
         )
     accelerator.gradient_accumulation_steps = 1  # a user's config would divide the loss
 

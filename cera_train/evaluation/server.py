@@ -224,12 +224,12 @@ class Server:
         if reason == "length" and len(ids) < settings.max_new_tokens:
             raise UserError(
                 f"server={self.url} cuts answers at {len(ids)} of {settings.max_new_tokens} "
-                f"tokens: start vLLM with "
-                "--generation-config vllm."
+                "tokens: start vLLM with --generation-config vllm."
             )
         answer = answer_of(request, ids, self.tokenizer, settings)
         kept = len(answer.ids)
-        return answer._replace(sampled=SampledTokens(*(values[:kept] for values in sampled)))
+        sampled = SampledTokens(*(values[:kept] for values in sampled))
+        return Answer(answer.generation, answer.ids, sampled)
 
     def _check_tokens(self, ids: list[int], logprobs: dict[str, list]) -> None:
         """Raises a LookupError or a ValueError where these are not tokens of the vocabulary, each

@@ -41,7 +41,8 @@ PreferenceLoss = StrEnum("PreferenceLoss", ["sigmoid", "ipo"])
 Reference = StrEnum("Reference", ["start", "base"])
 
 
-class Work(NamedTuple):
+@dataclass(frozen=True)
+class Work:
     """What an objective runs for its rows, without evaluations."""
 
     unit: str = "sequences"  # what train.batch_size counts
@@ -235,16 +236,17 @@ class TrainConfig:
         require_positive(
             "train",
             self,
-            *(
-                "batch_size",
-                "micro_batch_tokens",
-                "epochs",
-                "max_updates",
-                "eval_every",
-                "save_every",
-                "keep",
-            ),
-            *("patience", "probe_tokens", "tasks_every", "tasks_limit"),
+            "batch_size",
+            "micro_batch_tokens",
+            "epochs",
+            "max_updates",
+            "eval_every",
+            "save_every",
+            "keep",
+            "patience",
+            "probe_tokens",
+            "tasks_every",
+            "tasks_limit",
         )
         require_address("train.server", self.server)
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must be between 0 and 2**32 - 1.")
@@ -279,8 +281,7 @@ class TrainConfig:
             require(
                 self.eval_every is not None and every % self.eval_every == 0,
                 f"train.tasks_every={every} must be a multiple of "
-                f"train.eval_every={self.eval_every}: tasks are part "
-                "of an evaluation.",
+                f"train.eval_every={self.eval_every}: tasks are part of an evaluation.",
             )
 
     def changes_of_task(self, name: str) -> dict[str, Any]:
