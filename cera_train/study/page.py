@@ -95,7 +95,9 @@ def _environments(study: Study) -> dict[str, Any]:
     """The machines and the versions of packages that a study's runs had."""
     machines = set[str]()
     versions: dict[str, str] = {}
-    for cell in [cell for cell in study.cells if not cell.is_imported]:
+    for cell in study.cells:
+        if cell.is_imported:
+            continue
         for run in cell.runs:
             environment = run.environment
             python = f"Python {environment.python}"

@@ -12,10 +12,10 @@ What the answers look like instead is computed only when they are refused.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -268,30 +268,31 @@ def scaled_layers(adapted: nn.Module) -> list[tuple[BaseTunerLayer, str]]:
     ]
 
 
-@contextlib.contextmanager
-def scaled(layers: list[BaseTunerLayer], factor: float) -> Iterator[None]:
+def scaled(layers: list[BaseTunerLayer], factor: float) -> AbstractContextManager:
     """The branches of these layers count `factor` times inside."""
-    scales = [layer.scaling[ADAPTER] for layer in layers]
-    for layer, scale in zip(layers, scales, strict=True):
-        layer.scaling[ADAPTER] = factor * scale
-    try:
-        yield
-    finally:
-        for layer, scale in zip(layers, scales, strict=True):
-            layer.scaling[ADAPTER] = scale
+    scales = [layer.scaling for layer in layers]
+    return replaced(scales, [factor * scale[ADAPTER] for scale in scales])
+
+
+def ungated(layers: list[CeraLinear]) -> AbstractContextManager:
+    """The branches of these layers are linear inside."""
+    return replaced([layer.cera_gate for layer in layers], [nn.Identity() for _ in layers])
 
 
 @contextlib.contextmanager
-def ungated(layers: list[CeraLinear]) -> Iterator[None]:
-    """The branches of these layers are linear inside."""
-    gates = [layer.cera_gate[ADAPTER] for layer in layers]
-    for layer in layers:
-        layer.cera_gate[ADAPTER] = nn.Identity()
+def replaced(parts: Sequence[MutableMapping[str, Any]], values: Sequence[Any]) -> Iterator[None]:
+    """The adapter has these values in these parts of layers inside."""
+    before = [part[ADAPTER] for part in parts]
+
+    def put(values: Sequence[Any]) -> None:
+        for part, value in zip(parts, values, strict=True):
+            part[ADAPTER] = value
+
+    put(values)
     try:
         yield
     finally:
-        for layer, gate in zip(layers, gates, strict=True):
-            layer.cera_gate[ADAPTER] = gate
+        put(before)
 
 
 @contextlib.contextmanager
