@@ -106,8 +106,7 @@ def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         )
         raise UserError(
             f"the checkpoint does not fit this model: {len(wrong)} tensors differ, first "
-            f"{wrong[0]}, {there} in the "
-            f"file and {here} in the model."
+            f"{wrong[0]}, {there} in the file and {here} in the model."
         )
     if not is_adapter(model):
         model.load_state_dict(weights, strict=False)

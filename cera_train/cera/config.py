@@ -60,19 +60,16 @@ class CeraConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Module names (matched from the end), a regular expression for the whole "
-            "name, or 'all-linear'. "
-            "None takes q_proj and v_proj, as in the paper; where a model has none, those that "
-            "PEFT takes for LoRA; "
-            "beside target_parameters none."
+            "help": "Module names (matched from the end), a regular expression for the whole name, "
+            "or 'all-linear'. None takes q_proj and v_proj, as in the paper; where a model has "
+            "none, those that PEFT takes for LoRA; beside target_parameters none."
         },
     )
     target_parameters: list[str] | None = field(
         default=None,
         metadata={
             "help": "Experts' 3-D parameters (matched from the end), such as "
-            "mlp.experts.gate_up_proj: every expert "
-            "gets a branch."
+            "mlp.experts.gate_up_proj: every expert gets a branch."
         },
     )
     expert_r: int | None = field(

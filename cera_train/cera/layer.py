@@ -261,7 +261,6 @@ def linear_features(layer: nn.Module) -> tuple[int, int]:
     ):
         return layer.in_features, layer.out_features  # bitsandbytes' linears too
     raise TypeError(
-        "CeRA adapts linear projections that are called (nn.Linear, Conv1D, bitsandbytes 4-bit "
-        "and 8-bit), not "
-        f"{type(layer).__name__}."
+        "CeRA adapts linear projections that are called (nn.Linear, Conv1D, bitsandbytes 4-bit and "
+        f"8-bit), not {type(layer).__name__}."
     )

@@ -14,17 +14,15 @@ from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 from cera_train.common.terminal import print_line
 
 ENDED = (
-    *(
-        "BOOT_FAIL",
-        "CANCELLED",
-        "COMPLETED",
-        "DEADLINE",
-        "FAILED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "REVOKED",
-        "TIMEOUT",
-    ),
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "REVOKED",
+    "TIMEOUT",
     "GONE",  # squeue has forgotten it: a job that ended stays there for MinJobAge seconds
 )
 """States of a Slurm job that never runs again. A preempted job may be requeued."""

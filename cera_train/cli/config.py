@@ -140,8 +140,7 @@ def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
             setting = f"{key}={word_of(OmegaConf.to_container(value) if is_list else value)}"
             raise UserError(
                 f"{setting} in a config file runs Python code that comes with the model or the "
-                f"file. If you trust that "
-                f"code, put {setting} on the command line."
+                f"file. If you trust that code, put {setting} on the command line."
             )
 
 

@@ -120,9 +120,8 @@ class Joblib(MissingJobs, JoblibLauncher):
                     raise Interrupted(interruption.signal) from None
                 raise UserError(
                     "hydra/launcher=joblib: the process of a job was killed, perhaps for lack of "
-                    "memory, and the "
-                    "others with it. Set a lower hydra.launcher.n_jobs; the same command resumes "
-                    "them."
+                    "memory, and the others with it. Set a lower hydra.launcher.n_jobs; the same "
+                    "command resumes them."
                 ) from error
 
 

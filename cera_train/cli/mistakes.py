@@ -114,8 +114,14 @@ OF_GRIDS = ("sweep=", "study=", "sweep.", "hydra.launcher", "hydra.sweeper", "la
 """Prefixes of settings that mean nothing in a single run."""
 
 OF_ANOTHER_RUN = (
-    *("model", "model.path", "train.tasks"),
-    *("data", "data.layout", "data.path", "data.train_files", "data.mix"),
+    "model",
+    "model.path",
+    "train.tasks",
+    "data",
+    "data.layout",
+    "data.path",
+    "data.train_files",
+    "data.mix",
 )
 """Settings that choose a model, data or tasks: with one of them a run is not the quickstart."""
 
@@ -164,8 +170,7 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
         if not (value or key.startswith("~") or "--shell-completion" in flags):
             raise UserError(
                 f"{setting}: expected key=value, without spaces, such as adapter.r=16, "
-                f"+recipe=NAME, run=FOLDER or, "
-                "after -m, +sweep=NAME and +study=NAME."
+                "+recipe=NAME, run=FOLDER or, after -m, +sweep=NAME and +study=NAME."
             )
     words = [name if value is True else f"{name}={value}" for name, value in flags.items()]
     return [*words, *map(with_folder_quoted, settings)]

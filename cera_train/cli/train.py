@@ -153,8 +153,7 @@ class TrainingSweep(Callback):
         ):
             raise UserError(
                 "launch.detach=true leaves before a job has a result, by which this hydra/sweeper "
-                "chooses others: "
-                "leave one of the two out."
+                "chooses others: leave one of the two out."
             )
         require(
             OmegaConf.select(config, "hydra.launcher.n_jobs") != 0,
@@ -163,8 +162,7 @@ class TrainingSweep(Callback):
         if config.hub.push is not None:
             raise UserError(
                 f"hub.push={config.hub.push}: every job of a sweep would replace the one before. "
-                f"Leave it out, and "
-                f"upload the best one: hf upload {config.hub.push} JOB/adapter."
+                f"Leave it out, and upload the best one: hf upload {config.hub.push} JOB/adapter."
             )
         if config.study is not None and not is_study(config):
             raise UserError("+study=NAME has a sweeper: leave hydra/sweeper=... out.")

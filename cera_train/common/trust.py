@@ -19,8 +19,13 @@ def may_run_code(key: str, value: str) -> bool:
 
 # Fields of PEFT's configs that name modules to import, files to open, or layers to add.
 BEYOND_WEIGHTS = (
-    *("auto_mapping", "megatron_config", "loftq_config", "corda_config"),
-    *("arrow_config", "layer_replication", "runtime_config"),
+    "auto_mapping",
+    "megatron_config",
+    "loftq_config",
+    "corda_config",
+    "arrow_config",
+    "layer_replication",
+    "runtime_config",
 )
 
 
@@ -34,9 +39,8 @@ def check_adapter_settings(adapter: Path, settings: dict[str, Any]) -> None:
             allowed = set()
     if found := [name for name in BEYOND_WEIGHTS if settings.get(name) and name not in allowed]:
         raise UserError(
-            f"{adapter}/adapter_config.json sets {', '.join(found)}, which can import or open "
-            f"what its author chose: "
-            "set it to null if the adapter does not need it."
+            f"{adapter}/adapter_config.json sets {', '.join(found)}, which can import or open what "
+            "its author chose: set it to null if the adapter does not need it."
         )
 
 

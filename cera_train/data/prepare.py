@@ -334,10 +334,8 @@ def _tokenize(
         empty, beyond = rows.dropped
         raise UserError(
             f"{source.name}: no rows are left: {len(rows.table)} read, {empty} without an answer, "
-            f"{beyond} without one "
-            f"within data.max_length={config.max_length}. Name rows with answers, raise "
-            f"data.max_length, or hold out "
-            "fewer by data.eval_rows."
+            f"{beyond} without one within data.max_length={config.max_length}. Name rows with "
+            "answers, raise data.max_length, or hold out fewer by data.eval_rows."
         )
     return rows
 

@@ -217,9 +217,8 @@ def beside_others(function: Callable[[Any], Any], config: Any) -> Any:
             raise
         if re.search("timed? ?out", str(error), re.IGNORECASE):
             raise UserError(
-                f"process {launched_rank()} (counted from 0) waited for another that hangs, "
-                f"longer than "
-                "distributed.timeout. Look at the machines; the same command resumes from the "
+                f"process {launched_rank()} (counted from 0) waited for another that hangs, longer "
+                "than distributed.timeout. Look at the machines; the same command resumes from the "
                 "last checkpoint."
             ) from error
         time.sleep(PEER_SECONDS)

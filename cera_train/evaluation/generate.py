@@ -100,8 +100,7 @@ class TokenChoice:
         if not logits_BV.gather(-1, likeliest_B[:, None]).isfinite().all():
             raise UserError(
                 "the model's logits are not finite: its training diverged. Take an earlier "
-                "adapter, such as RUN/best, "
-                "or train with a lower optimizer.lr."
+                "adapter, such as RUN/best, or train with a lower optimizer.lr."
             )
         if not self.config.temperature:
             return likeliest_B

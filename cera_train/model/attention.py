@@ -162,7 +162,10 @@ def _in_one_call(
     output = varlen_attn(
         # [T, heads, d]
         *(heads.squeeze(0).transpose(0, 1).to(dtype) for heads in (query, key, value)),
-        *(starts, starts, longest, longest),
+        starts,
+        starts,
+        longest,
+        longest,
         scale=scaling,
         # tokens before and after a query's own
         window_size=(-1 if window is None else window - 1, 0),

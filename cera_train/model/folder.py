@@ -50,8 +50,7 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
     if kinds and len(others) == len(kinds):
         raise UserError(
             f"model.path={config.path}: {', '.join(kinds)} does not predict the next token alone: "
-            f"a causal language "
-            "model is needed, such as Llama, Qwen or SmolLM2."
+            "a causal language model is needed, such as Llama, Qwen or SmolLM2."
         )
     return loaded
 
@@ -99,11 +98,9 @@ def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
 
 FIXES = {
     "trust_remote_code": "If you trust the Python code that comes with the model, set "
-    "model.trust_remote_code=true "
-    "(cera-eval run=...: trust_remote_code=true).",
-    r"model\.safetensors": "Weights in other formats are not read: convert them to safetensors, "
-    "or set "
-    "model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true) if you trust a "
+    "model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true).",
+    r"model\.safetensors": "Weights in other formats are not read: convert them to safetensors, or "
+    "set model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true) if you trust a "
     "pickle.",
     "gated|40[13] Client Error": "Ask for access on its page and log in with `hf auth login`.",
     "(?i)couldn't connect|offline|cached files": "{unreached}. Without a network, set model.path "

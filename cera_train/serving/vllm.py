@@ -176,8 +176,7 @@ def _why_no_gate(module: Any) -> str | None:
     if is_split and not isinstance(module, RowParallelLinearWithShardedLoRA):
         return (
             "under tensor parallelism each process sees a part of x A^T, and the gate needs the "
-            "sum: start vLLM with "
-            "--fully-sharded-loras."
+            "sum: start vLLM with --fully-sharded-loras."
         )
     return None
 

@@ -35,25 +35,27 @@ COLUMN_TEMPLATES = ("{prompt}", "{completion}")
 """Templates for rows with these two columns, such as computed rows."""
 
 GENERATORS = (
-    *(
-        "simple_equations",
-        "complex_arithmetic",
-        "chain_sum",
-        "basic_arithmetic",
-        "products",
-        "decimal_chain_sum",
-    ),
-    *(
-        "fraction_simplification",
-        "leg_counting",
-        "gcd",
-        "lcm",
-        "prime_factorization",
-        "count_bits",
-        "base_conversion",
-    ),
-    *("spell_backward", "letter_counting", "word_sorting", "caesar_cipher", "binary_alternation"),
-    *("syllogism", "knights_knaves", "aiw"),
+    "simple_equations",
+    "complex_arithmetic",
+    "chain_sum",
+    "basic_arithmetic",
+    "products",
+    "decimal_chain_sum",
+    "fraction_simplification",
+    "leg_counting",
+    "gcd",
+    "lcm",
+    "prime_factorization",
+    "count_bits",
+    "base_conversion",
+    "spell_backward",
+    "letter_counting",
+    "word_sorting",
+    "caesar_cipher",
+    "binary_alternation",
+    "syllogism",
+    "knights_knaves",
+    "aiw",
 )
 """Generators of reasoning-gym whose rows follow from the seed and whose graders read an answer as
 text. Others are left out: some graders run an answer as Python, and isomorphic_strings differs

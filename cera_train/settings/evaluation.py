@@ -97,8 +97,7 @@ class GenerationConfig:
         require(
             self.temperature > 0 or (self.samples == 1 and self.top_p == 1),
             f"generation.samples={self.samples} and generation.top_p={self.top_p} change nothing "
-            f"for greedy answers: "
-            "choose generation=sample, or set generation.temperature.",
+            "for greedy answers: choose generation=sample, or set generation.temperature.",
         )
 
 

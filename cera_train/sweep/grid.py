@@ -234,8 +234,7 @@ def record_of(
         raise UserError(
             f"name={folder.name}: {folder} holds a sweep with other fixed settings "
             f"({' '.join(earlier.fixed) or 'none'}; here {' '.join(fixed) or 'none'}), and its "
-            f"jobs are named by what "
-            "varies. Choose another name=..."
+            "jobs are named by what varies. Choose another name=..."
         )
     return SweepRecord(sorted(swept), jobs_by_name(jobs, swept), fixed, sys.argv, metric)
 
