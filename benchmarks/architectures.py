@@ -282,10 +282,19 @@ def checkpointed(subject: Subject) -> str:
 def resumed(subject: Subject) -> str:
     """A run that is cut and resumed ends with the bytes of one that is not."""
     settings = [
-        *("+recipe=logistic_map", f"model.path={subject.path}", "model.dtype=float32"),
-        *("adapter.r=4", f"adapter.experts={subject.has_experts}", "train.compile=false"),
-        *("adapter.target_modules=all-linear", "data.eval_rows=4", "data.max_length=128"),
-        *("train.max_updates=4", "train.save_every=2", "train.eval_every=4", "train.batch_size=2"),
+        "+recipe=logistic_map",
+        f"model.path={subject.path}",
+        "model.dtype=float32",
+        "adapter.r=4",
+        f"adapter.experts={subject.has_experts}",
+        "train.compile=false",
+        "adapter.target_modules=all-linear",
+        "data.eval_rows=4",
+        "data.max_length=128",
+        "train.max_updates=4",
+        "train.save_every=2",
+        "train.eval_every=4",
+        "train.batch_size=2",
     ]
     whole = replace(compose(*settings), name="whole", output_dir=str(subject.folder / "runs"))
     cut = replace(whole, name="cut")
@@ -321,8 +330,12 @@ def dying_after(update: int) -> Iterator[None]:
 def planned(subject: Subject) -> str:
     """`cera-plan` knows the parameters, and the rows, from config.json alone."""
     settings = [
-        *("+recipe=logistic_map", f"model.path={subject.path}", "model.dtype=float32"),
-        *("adapter.r=4", f"adapter.experts={subject.has_experts}", "plan.gpu=cpu"),
+        "+recipe=logistic_map",
+        f"model.path={subject.path}",
+        "model.dtype=float32",
+        "adapter.r=4",
+        f"adapter.experts={subject.has_experts}",
+        "plan.gpu=cpu",
         "adapter.target_modules=all-linear",
     ]
     run = DryRun(compose(*settings, command="plan"))

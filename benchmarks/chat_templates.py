@@ -70,14 +70,18 @@ CHATS: dict[str, dict[str, Any]] = {
     "reasoning": {"messages": [SUM[0], thinking(SUM[1], "Adding two twice.")]},
     "reasoning twice": {
         "messages": [
-            *[SUM[0], thinking(SUM[1], "Adding two twice.")],
-            *[MORE[0], thinking(MORE[1], "Four and six.")],
+            SUM[0],
+            thinking(SUM[1], "Adding two twice."),
+            MORE[0],
+            thinking(MORE[1], "Four and six."),
         ]
     },
     "tool": {"messages": [user("Weather in Rome?"), CALLING, RESULT, SUNNY], "tools": [TOOL]},
     "tool, reasoning": {
         "messages": [
-            *[user("Weather in Rome?"), thinking(CALLING, "I need the tool."), RESULT],
+            user("Weather in Rome?"),
+            thinking(CALLING, "I need the tool."),
+            RESULT,
             thinking(SUNNY, "It said sunny."),
         ],
         "tools": [TOOL],

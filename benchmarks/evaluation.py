@@ -129,10 +129,9 @@ def measure(
     equal = sum(theirs == own for theirs, own in zip(answers[best], answers["ours"], strict=True))
     print(
         f"{len(requests)} problems, at most {max_new_tokens} new tokens: answers of {lengths[0]} "
-        f"to {lengths[-1]}, "
-        f"median {statistics.median(lengths):.0f}, "
-        f"{sum(answer.truncated for answer in answers['ours'])} cut; best: "
-        f"{best} at once; {equal} equal both ways (in bfloat16, rounding follows from the batch)"
+        f"to {lengths[-1]}, median {statistics.median(lengths):.0f}, "
+        f"{sum(answer.truncated for answer in answers['ours'])} cut; best: {best} at once; {equal} "
+        "equal both ways (in bfloat16, rounding follows from the batch)"
     )
     found = {"seconds": seconds, "lengths": lengths, "equal": equal, "problems": len(requests)}
     return [

@@ -83,7 +83,12 @@ def install_packages(folder: Path) -> None:
 def resolve(requirements: list[str] | tuple[str, ...]) -> dict[str, str]:
     """name==version of all that these require, by name."""
     compiled = uv(
-        *("pip", "compile", "--no-header", "--no-annotate", *for_image(), "-"),
+        "pip",
+        "compile",
+        "--no-header",
+        "--no-annotate",
+        *for_image(),
+        "-",
         given="\n".join(requirements),
     )
     lines = [line for line in compiled.splitlines() if "==" in line]
