@@ -68,6 +68,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["CERA_TRAIN_CACHE"] = str(cache)
 
 
+@pytest.fixture
+def team_of_one():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -15,8 +15,12 @@ def words(tiny_folder) -> list[str]:
     return [
         f"model.path={tiny_folder}",
         *TINY,
-        *("adapter=peft", f"adapter.method={METHOD}"),
-        *("optimizer.lr=1e-2", "train.max_updates=4", "train.eval_every=4", "train.save_every=2"),
+        "adapter=peft",
+        f"adapter.method={METHOD}",
+        "optimizer.lr=1e-2",
+        "train.max_updates=4",
+        "train.eval_every=4",
+        "train.save_every=2",
     ]
 
 

@@ -373,19 +373,3 @@ def test_a_subclass_of_linear_may_need_its_output_in_backward():
     torch.testing.assert_close(layer(x), expected)
     gradients = (torch.autograd.grad(y.square().sum(), x) for y in (layer(x), expected))
     torch.testing.assert_close(*gradients)
-
-
-def test_torch_func_takes_gradients_of_a_layer():
-    layer = make_layer()
-    x = torch.randn(4, 6, dtype=torch.float64)
-    weights = {name: value.detach() for name, value in layer.named_parameters()}
-
-    def loss(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(layer, weights, x).square().sum()
-
-    got = torch.func.grad(loss)(weights, x)
-    layer(x).square().sum().backward()
-    for name in ("cera_A.default.weight", "cera_B.default.weight"):
-        torch.testing.assert_close(got[name], layer.get_parameter(name).grad)
-    by_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x[:, None])
-    torch.testing.assert_close(by_row["cera_A.default.weight"].sum(0), got["cera_A.default.weight"])

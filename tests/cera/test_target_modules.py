@@ -95,10 +95,6 @@ def test_the_default_targets_are_the_papers_or_else_pefts_for_lora(model_type):
             {"layers_to_transform": [0], "target_modules": ".*q_proj"},
             "cannot be combined with all-linear or a regular",
         ),
-        (
-            {"layers_to_transform": [0], "target_modules": "all-linear"},
-            "cannot be combined with all-linear or a regu",
-        ),
         ({"init": "xavier"}, "init must be one of kaiming_normal, kaiming_uniform, got 'xavier'"),
         ({"mix": "learned", "activation": "identity"}, "activation must not be 'identity'"),
         ({"use_rslora": True}, "use_rslora divides alpha by sqrt"),

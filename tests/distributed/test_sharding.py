@@ -18,15 +18,6 @@ from cera_train.settings.model import ModelConfig
 
 
 @pytest.fixture
-def team_of_one():
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture
 def sharded(team_of_one):
     """A model whose weights are sharded, and its optimizer after a step."""
     mesh = torch.distributed.init_device_mesh("cpu", (1,))

@@ -26,7 +26,6 @@ from cera_train.evaluation.statistics import (
     holm,
     paired_bootstrap,
     pass_at_k,
-    sign_flip,
 )
 from cera_train.evaluation.tasks import gsm8k, logistic_map
 from cera_train.evaluation.tasks import math as math_task
@@ -209,23 +208,6 @@ def test_the_interval_of_none_or_all_problems_is_clopper_and_pearsons(problems):
     assert accuracy_interval(ACCURACY) == bootstrap_interval(ACCURACY)
 
 
-@pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (1, 0), (6, 0), (3, 10)])
-def test_sign_flip_of_right_and_wrong_is_mcnemars(only_first, only_second):
-    first = [True] * only_first + [False] * only_second + [True, False]
-    second = [False] * only_first + [True] * only_second + [True, False]
-    differ = only_first + only_second
-    assert sign_flip(first, second) == (
-        scipy.stats.binomtest(only_first, differ).pvalue if differ else 1
-    )
-
-
-def test_sign_flip_of_scores_counts_outcomes_or_draws_them():
-    assert sign_flip([0] * 4, [1, 1, 1, 0.5]) == 2 / 16
-    # Exactly 2 of 32,768, so about one of 10,000 draws.
-    assert sign_flip([0] * 15, [1] * 14 + [0.5]) == pytest.approx(1e-4, abs=1e-4)
-    assert sign_flip([0] * 16, [1, -1] * 7 + [0.5, -0.5]) == 1
-
-
 def test_paired_bootstrap_uses_the_pairing():
     """Two runs that differ on 20 of 400 problems: their intervals overlap widely, the difference is
     sure."""
@@ -237,12 +219,6 @@ def test_paired_bootstrap_uses_the_pairing():
     assert (difference.lower, difference.upper) == pytest.approx(
         (0.05 - half, 0.05 + half), abs=3e-3
     )
-
-
-@pytest.mark.parametrize("test", [sign_flip, paired_bootstrap])
-def test_runs_on_different_problems_are_refused(test):
-    with pytest.raises(ValueError, match="zip"):
-        test([True, False], [True, False, True])
 
 
 def test_holm_multiplies_the_smallest_by_all_and_never_decreases():

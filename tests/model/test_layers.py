@@ -178,15 +178,6 @@ def shard(language_model: LanguageModel) -> None:
 
 
 @pytest.fixture
-def one_process():
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture
 def graphs(request):
     """Collects the graphs of layers that `compile_layers(graphs.add)` compiled."""
     logging.disable(logging.DEBUG)  # pytest would keep thousands of torch's log lines
@@ -224,7 +215,7 @@ def gradients(language_model: LanguageModel, graphs: list) -> tuple[list[torch.T
     ],
 )
 def test_layers_stay_compiled_for_any_number_of_sequences(
-    graphs, one_process, dtype, dropout, checkpointing, is_sharded
+    graphs, team_of_one, dtype, dropout, checkpointing, is_sharded
 ):
     compiled = make_language_model(dtype, dropout, checkpointing)
     if is_sharded:

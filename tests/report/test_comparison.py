@@ -115,12 +115,10 @@ def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path: Path) ->
         ),
         (
             {"model.quantization": "nf4"},
-            "base models: a: meta-llama/Llama-3.1-8B, bfloat16; b: "
-            "meta-llama/Llama-3.1-8B,"
-            " bfloat16, nf4.",
+            "base models: a: meta-llama/Llama-3.1-8B, bfloat16; b: meta-llama/Llama-3.1-8B, "
+            "bfloat16, nf4.",
         ),
         ({"data.train_rows": 1000}, None),
-        ({"optimizer.lr": 1e-3}, None),
     ],
 )
 def test_what_cannot_be_ranked_is_named(tmp_path: Path, changes: dict, note: str | None) -> None:

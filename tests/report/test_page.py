@@ -16,7 +16,6 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from cera_train.evaluation.statistics import detectable_difference
 from cera_train.report.document import Picture
 from cera_train.report.page import compare_runs
 from cera_train.runs.evaluation_folder import ENDINGS
@@ -307,13 +306,6 @@ def test_the_page_opens_with_the_verdict_of_each_pair(tmp_path: Path) -> None:
     page.write(tmp_path / "report")
     html = (tmp_path / "report" / "report.html").read_text()
     assert html.index("<svg") < html.index("<table")
-
-
-def test_what_could_have_been_detected_grows_with_the_number_of_tests() -> None:
-    """One: (1.96 + 0.84) standard errors; two: (2.24 + 0.84)."""
-    problems = 1_000_000
-    assert detectable_difference(0.1, problems, 1) == pytest.approx(0.2802, abs=1e-4)
-    assert detectable_difference(0.1, problems, 2) == pytest.approx(0.3083, abs=1e-4)
 
 
 def test_an_axis_has_numbers_of_one_form(tmp_path: Path) -> None:

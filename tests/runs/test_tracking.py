@@ -118,14 +118,14 @@ def test_a_resumed_run_continues_under_the_same_id(compose, tmp_path):
 def test_wandb_without_a_key_is_offline_with_metrics_and_samples(tiny_config, tmp_path):
     """In a separate process: W&B starts a service that outlives a test."""
     arguments = [
-        *(f"model.path={tiny_config().model.path}", *TINY, "adapter.r=4"),
-        *(
-            "train.max_updates=2",
-            "train.samples=2",
-            "tracker=wandb",
-            "name=run",
-            f"output_dir={tmp_path}",
-        ),
+        f"model.path={tiny_config().model.path}",
+        *TINY,
+        "adapter.r=4",
+        "train.max_updates=2",
+        "train.samples=2",
+        "tracker=wandb",
+        "name=run",
+        f"output_dir={tmp_path}",
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     command = [sys.executable, "-m", "cera_train", *arguments]

@@ -123,13 +123,11 @@ def test_a_task_whose_problems_are_trained_on_is_refused(tmp_path, launcher, run
         )
     )
     arguments = [
-        *(
-            "data=gsm8k",
-            "data.path=null",
-            f"data.train_files=[{rows}]",
-            "data.eval_rows=2",
-            "train.tasks=[gsm8k]",
-        ),
+        "data=gsm8k",
+        "data.path=null",
+        f"data.train_files=[{rows}]",
+        "data.eval_rows=2",
+        "train.tasks=[gsm8k]",
         f"train.task_settings={{gsm8k: {{files: [{rows}]}}}}",
     ]
     assert run_study(*arguments) == 2

@@ -173,13 +173,6 @@ def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(
     assert [config.tracker.group for config in counted] == ["main", "main"]
 
 
-def test_a_sweep_is_not_made_longer(sweep_here, run_command, capsys, counted):
-    jobs = [*TINY, "adapter.r=4,8", "adapter=cera", "adapter.activation=silu"]
-    assert run_command("cera-train", *jobs, "train.max_updates=6") == 0
-    assert run_command("cera-train", *jobs, "train.max_updates=12") == 2
-    assert "holds a sweep with other fixed settings" in capsys.readouterr().err
-
-
 def test_the_metric_decides_which_job_is_best(run_command, capfd, counted):
     command = [
         "-m",

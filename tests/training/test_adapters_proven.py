@@ -31,9 +31,8 @@ def test_an_adapter_that_never_runs_stops_the_run_before_its_first_evaluation(
         train(tiny_config(*settings))
     assert str(caught.value) == (
         "adapter.target_modules: 2 of 4 adapted modules would not train. "
-        "backbone.layers.0.mixer.dt_proj, "
-        "backbone.layers.1.mixer.dt_proj: the model never calls it. Leave them out, "
-        "with all-linear by adapter.settings.exclude_modules=[...], or set "
+        "backbone.layers.0.mixer.dt_proj, backbone.layers.1.mixer.dt_proj: the model never calls "
+        "it. Leave them out, with all-linear by adapter.settings.exclude_modules=[...], or set "
         "train.check_coverage=false."
     )
     assert "evaluation at update" not in capsys.readouterr().out

@@ -199,19 +199,20 @@ def test_two_processes_and_sharded_weights_learn_the_same_as_one_process(
     tiny_folder, tmp_path, write_jsonl, compose
 ):
     words = [
-        *(f"model.path={tiny_folder}", *TINY, "adapter.r=4", "data=jsonl"),
-        *(
-            f"data.train_files=[{write_jsonl('pairs.jsonl', ROWS)}]",
-            "data.eval_rows=4",
-            "train.objective=dpo",
-        ),
-        *(
-            "adapter.dropout=0",
-            "train.batch_size=3",
-            "train.max_updates=6",
-            "train.micro_batch_tokens=256",
-        ),
-        *("optimizer.lr=2e-2", "train.eval_every=3", f"output_dir={tmp_path / 'outputs'}"),
+        f"model.path={tiny_folder}",
+        *TINY,
+        "adapter.r=4",
+        "data=jsonl",
+        f"data.train_files=[{write_jsonl('pairs.jsonl', ROWS)}]",
+        "data.eval_rows=4",
+        "train.objective=dpo",
+        "adapter.dropout=0",
+        "train.batch_size=3",
+        "train.max_updates=6",
+        "train.micro_batch_tokens=256",
+        "optimizer.lr=2e-2",
+        "train.eval_every=3",
+        f"output_dir={tmp_path / 'outputs'}",
     ]
     train(compose(*words, "name=one"))
     train_in_processes(

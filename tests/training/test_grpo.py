@@ -14,22 +14,17 @@ from built_runs import build_run
 from cera_models import WARNINGS
 from datasets import Dataset
 from made_sweeps import start
-from peft import get_peft_model
 from played_vllm import playing_vllm
 from several_processes import train_in_processes
 from tiny_runs import adapter_bytes, folder_of, metrics_of, once_logged, train_and_die_after
 
-from cera_train.cera import CeraConfig
 from cera_train.common.errors import UserError
 from cera_train.evaluation import server
 from cera_train.runs.records import read_lines
 from cera_train.runs.results import SAMPLES, Sample
-from cera_train.settings.training import GrpoConfig
 from cera_train.training.objectives import grpo as module
 from cera_train.training.objectives.grpo import (
-    KL,
     MOST_WEIGHT,
-    grpo_loss,
 )
 from cera_train.training.rewards import generated_questions, grade
 from cera_train.training.train import backward, train
@@ -53,28 +48,25 @@ def ends(*_: str) -> float:
     sys.exit(0)
 
 
-def number(*_: str) -> float:
-    return float("nan")
-
-
 @pytest.fixture
 def grpo(tiny_config, write_jsonl):
     """grpo("adapter.r=4", ...): the config of a run on `ROWS`, rewarded for vowels."""
     words = [
-        *(
-            "data=jsonl",
-            f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
-            "data.eval_rows=2",
-        ),
-        *(
-            "train.objective=grpo",
-            "grpo.answers=4",
-            "grpo.max_new_tokens=6",
-            f"grpo.rewards=[{__name__}.vowels]",
-        ),
-        *("train.batch_size=3", "train.max_updates=4", "train.patience=null"),
+        "data=jsonl",
+        f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
+        "data.eval_rows=2",
+        "train.objective=grpo",
+        "grpo.answers=4",
+        "grpo.max_new_tokens=6",
+        f"grpo.rewards=[{__name__}.vowels]",
+        "train.batch_size=3",
+        "train.max_updates=4",
+        "train.patience=null",
     ]
     return lambda *overrides: tiny_config(*words, *overrides)
+
+
+CLIPPED = ["grpo.epochs=2", "grpo.epsilon=0.05", "grpo.epsilon_high=0.1", "grpo.beta=0.5"]
 
 
 @WARNINGS
@@ -83,8 +75,8 @@ def grpo(tiny_config, write_jsonl):
     [
         (["grpo.scale=true"], 1, False),
         (["grpo.scale=false"], 1, False),
-        (["grpo.epochs=2", "grpo.epsilon=0.05", "grpo.beta=0.5"], 2, False),
-        (["grpo.epochs=2", "grpo.epsilon=0.05", "grpo.beta=0.5"], 2, True),
+        (CLIPPED, 2, False),
+        (CLIPPED, 2, True),
     ],
     ids=["scaled", "unscaled", "clipped, with a reference", "likewise, sampled by a server"],
 )
@@ -174,6 +166,7 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, p
         "bf16": False,
     }
     options |= {"epsilon": config.epsilon, "beta": config.beta}
+    options |= {"epsilon_high": config.epsilon_high}
     settings = trl.GRPOConfig(str(tmp_path / "trl"), report_to="none", **options)
     rows_of = Dataset.from_list([{"prompt": "Say"}] * 4)
     trainer = trl.GRPOTrainer(
@@ -193,58 +186,6 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, p
         assert passes * (drawn.sums["train/kl"] - sums["train/kl"]).item() == pytest.approx(
             logged["kl"][0], rel=1e-4
         )
-
-
-@WARNINGS
-@pytest.mark.parametrize("is_served", [False, True])
-@pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_the_loss_of_tokens_is_trls(tiny_llama, tokenizer, tmp_path, beta, is_served):
-    """As a function of tensors, without a run."""
-    trl = pytest.importorskip("trl")
-    torch.manual_seed(2)
-    lengths = [3, 5, 1, 4]
-    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
-    log_p, before, reference, sampled = -torch.rand(4, *mask.shape)
-    log_p.requires_grad_()
-    advantages = torch.tensor([1.0, -0.5, 0.0, 2.0])
-    config = GrpoConfig(beta=beta, epsilon=0.1, epsilon_high=0.3)
-    loss, figures = grpo_loss(
-        log_p[mask],
-        before[mask],
-        advantages.repeat_interleave(torch.tensor(lengths)),
-        config,
-        reference[mask] if beta else None,
-        sampled[mask] if is_served else None,
-    )
-    (gradient,) = torch.autograd.grad(loss / sum(lengths), log_p)
-
-    options = {"use_cpu": True, "bf16": False, "report_to": "none", "beta": beta}
-    options |= {"epsilon": 0.1, "epsilon_high": 0.3}
-    options |= {"per_device_train_batch_size": 4, "num_generations": 4}
-    trainer = trl.GRPOTrainer(
-        # With an adapter their reference is the same model without it.
-        get_peft_model(tiny_llama, CeraConfig(r=4, task_type="CAUSAL_LM")),
-        vowels,
-        args=trl.GRPOConfig(str(tmp_path), **options),
-        train_dataset=Dataset.from_list([{"prompt": "Say"}] * 4),
-        processing_class=tokenizer,
-    )
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.use_vllm = is_served
-    # Their loss of our numbers: no model computes them.
-    given = (log_p, torch.zeros_like(log_p), None)
-    trainer._get_per_token_logps_and_entropies = lambda *_, **__: given
-    ids = torch.zeros(4, 5, dtype=torch.int64)
-    inputs = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids}
-    inputs |= {"completion_mask": mask.long(), "advantages": advantages}
-    inputs |= {"num_items_in_batch": mask.sum(), "old_per_token_logps": before}
-    inputs |= {"ref_per_token_logps": reference}
-    inputs["importance_sampling_ratio"] = (before - sampled).exp().clamp(max=MOST_WEIGHT)
-    expected = trainer._compute_loss(trainer.model, inputs)
-    (wanted,) = torch.autograd.grad(expected, log_p)
-    torch.testing.assert_close(loss / sum(lengths), expected, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
-    assert (KL in figures) == (beta > 0)
 
 
 def test_rewards_rise_and_answers_are_kept_with_their_rewards(grpo):
@@ -363,30 +304,22 @@ def test_two_processes_sample_and_learn_the_same_as_one(
         "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     )
     words = [
-        *(
-            f"model.path={tiny_folder}",
-            "model.dtype=float32",
-            "data.max_length=256",
-            "adapter.r=4",
-            "data=jsonl",
-        ),
-        *(
-            f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
-            "data.eval_rows=2",
-            "train.objective=grpo",
-        ),
-        *(
-            "grpo.answers=4",
-            "grpo.max_new_tokens=6",
-            "grpo.rewards=[rewards_of_a_test.vowels]",
-            "adapter.dropout=0",
-        ),
-        *(
-            "train.batch_size=3",
-            "train.max_updates=1",
-            "train.micro_batch_tokens=256",
-            "optimizer.lr=2e-2",
-        ),
+        f"model.path={tiny_folder}",
+        "model.dtype=float32",
+        "data.max_length=256",
+        "adapter.r=4",
+        "data=jsonl",
+        f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
+        "data.eval_rows=2",
+        "train.objective=grpo",
+        "grpo.answers=4",
+        "grpo.max_new_tokens=6",
+        "grpo.rewards=[rewards_of_a_test.vowels]",
+        "adapter.dropout=0",
+        "train.batch_size=3",
+        "train.max_updates=1",
+        "train.micro_batch_tokens=256",
+        "optimizer.lr=2e-2",
         f"output_dir={tmp_path / 'outputs'}",
     ]
     train(compose(*words, "name=one"))
@@ -420,26 +353,22 @@ def test_nothing_is_lost_if_one_of_two_processes_cannot_answer(
         "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     )
     run = start(
-        *(
-            f"model.path={tiny_folder}",
-            "model.dtype=float32",
-            "data.max_length=256",
-            "adapter.r=4",
-            "data=jsonl",
-        ),
-        *(
-            f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
-            "data.eval_rows=2",
-            "train.objective=grpo",
-        ),
-        *("grpo.answers=4", "grpo.max_new_tokens=6", "grpo.rewards=[rewards_of_a_test.vowels]"),
-        *(
-            "train.batch_size=3",
-            "train.max_updates=4",
-            "train.save_every=null",
-            "launch.processes=2",
-            "name=run",
-        ),
+        f"model.path={tiny_folder}",
+        "model.dtype=float32",
+        "data.max_length=256",
+        "adapter.r=4",
+        "data=jsonl",
+        f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
+        "data.eval_rows=2",
+        "train.objective=grpo",
+        "grpo.answers=4",
+        "grpo.max_new_tokens=6",
+        "grpo.rewards=[rewards_of_a_test.vowels]",
+        "train.batch_size=3",
+        "train.max_updates=4",
+        "train.save_every=null",
+        "launch.processes=2",
+        "name=run",
         cwd=tmp_path,
     )
     _, errors = run.communicate(timeout=200)
@@ -466,14 +395,6 @@ def test_an_answer_is_graded_as_in_a_task():
             r"^grpo.rewards=\[.*ends\] fails for the answer .*: SystemExit: 0 \(.*test_grpo.py:",
         ),
         (
-            [f"grpo.rewards=[{__name__}.ROWS]"],
-            r"^grpo.rewards=\[.*ROWS\] is a list, not a function. Write module.function",
-        ),
-        (
-            [f"grpo.rewards=[{__name__}.number]"],
-            r"^grpo.rewards=\[.*number\] gives nan for the answer .*: return a ",
-        ),
-        (
             ["grpo.rewards=[nowhere.at_all]"],
             r"^grpo.rewards=\[nowhere.at_all\] cannot be imported: ModuleNotFoun",
         ),
@@ -484,10 +405,6 @@ def test_an_answer_is_graded_as_in_a_task():
         (
             ["grpo.grader=choice"],
             r"rows.jsonl:1: grpo.grader=choice finds no answer .*: fix the row",
-        ),
-        (
-            ["data.loss_on=all"],
-            "^train.objective=grpo answers prompts, and rows.jsonl has text without: name",
         ),
         (
             ["grpo.max_new_tokens=256"],

@@ -102,14 +102,15 @@ def test_b_learns_faster_than_the_rest_by_its_ratio(kind, of):
 @pytest.mark.parametrize(
     ("words", "factor"),
     [
-        *[("adapter=lora", 1), ("adapter=dora", 1), ("adapter=loraplus", 1 / 4)],
-        *[
-            ("adapter=cera", 2),
-            ("adapter=cera_identity", 2),
-            ("adapter=cera_mix", 1),
-            ("adapter=parallel_tanh", 1),
-        ],
-        *[("adapter=full", 1 / 10), ("adapter=dense", 1 / 10)],
+        ("adapter=lora", 1),
+        ("adapter=dora", 1),
+        ("adapter=loraplus", 1 / 4),
+        ("adapter=cera", 2),
+        ("adapter=cera_identity", 2),
+        ("adapter=cera_mix", 1),
+        ("adapter=parallel_tanh", 1),
+        ("adapter=full", 1 / 10),
+        ("adapter=dense", 1 / 10),
     ],
 )
 def test_the_automatic_rate_is_the_formula_times_the_adapters_factor(

@@ -38,9 +38,17 @@ def test_perplexity_falls_and_the_folder_holds_everything(finished):
     assert result["eval/perplexity"] < 0.5 * result["perplexity_before"]
     folder = folder_of(config)
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("adapter", "best", "checkpoints", "config.yaml", "environment.json"),
-        *("losses_after.safetensors", "losses_before.safetensors"),
-        *("metrics.jsonl", "result.json", "spectra.jsonl", "spectrum.json"),
+        "adapter",
+        "best",
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "losses_after.safetensors",
+        "losses_before.safetensors",
+        "metrics.jsonl",
+        "result.json",
+        "spectra.jsonl",
+        "spectrum.json",
     ]
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["12", "8"]
     modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
@@ -70,13 +78,12 @@ def test_metrics_have_the_promised_names(finished):
     assert {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_s"} <= lines[1].keys()
     evaluation = lines[-1]
     assert {
-        *(
-            "eval/loss",
-            "eval/perplexity",
-            "spectrum/effective_rank/mean",
-            "spectrum/effective_rank/max",
-        ),
-        *("spectrum/manifold_dimension/mean", "spectrum/linear_share/mean"),
+        "eval/loss",
+        "eval/perplexity",
+        "spectrum/effective_rank/mean",
+        "spectrum/effective_rank/max",
+        "spectrum/manifold_dimension/mean",
+        "spectrum/linear_share/mean",
     } <= evaluation.keys()
     spectra = [
         json.loads(line) for line in (folder_of(config) / "spectra.jsonl").read_text().splitlines()
@@ -90,7 +97,8 @@ def test_metrics_have_the_promised_names(finished):
         TokenLosses.read(folder_of(config) / name) for name in (LOSSES_BEFORE, LOSSES_AFTER)
     )
     assert [perplexity(losses.mean) for losses in (before, after)] == [
-        *(result["perplexity_before"], result["eval/perplexity"])
+        result["perplexity_before"],
+        result["eval/perplexity"],
     ]
     assert before.tokens.tolist() == after.tokens.tolist()
 

@@ -37,7 +37,11 @@ FEW = [
     for recipe in ("math_r64", "math_r64_nf4")
 ]
 MECHANISMS = (
-    *("math_r64", "math_r64_nf4", "math_lora_r512", "math_dora_r64", "metamath_r64_aligned"),
+    "math_r64",
+    "math_r64_nf4",
+    "math_lora_r512",
+    "math_dora_r64",
+    "metamath_r64_aligned",
 )
 """Recipes that each have a kind of adapter or base that the others lack."""
 ALL = [
