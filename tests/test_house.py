@@ -28,6 +28,8 @@ def is_flag(node: ast.expr) -> bool:
             return True
         case ast.Name(id=name) | ast.Attribute(attr=name):
             return name.startswith(("is_", "has_"))
+        case ast.Call(func=ast.Attribute(attr="startswith" | "endswith")):
+            return True
     return False
 
 
@@ -64,6 +66,7 @@ def test_a_line_holds_one_statement():
         ("for x in rows if rows else (): print(x)\n[x for x in a if x]", 1),
         ("{x for x in (a if b else c)}", 1),
         ("'!' * is_loud + f'{a}' * (a > b)\n['--fast'] * (not self.has_end)", 3),
+        ("'!' * text.startswith('a')", 1),
         ("'-' * width + [0] * count + tensor * is_kept", 0),
     ],
 )

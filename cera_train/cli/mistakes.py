@@ -330,7 +330,8 @@ def explain_composition(error: Exception, program: str) -> str | None:
         case MissingConfigException():
             group, _, name = error.missing_cfg_file.rpartition("/")
             choices = sorted(error.options or options(group))
-            plugin = "Is its plugin of Hydra installed? " * group.startswith("hydra/")
+            is_plugin = group.startswith("hydra/")
+            plugin = "Is its plugin of Hydra installed? " if is_plugin else ""
             near = did_you_mean(name, choices)
             return (
                 f"{group}={name}: there is no such file. {near}{plugin}There are: "
