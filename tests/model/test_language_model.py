@@ -16,7 +16,7 @@ from cera_train.cera import CeraConfig
 from cera_train.common.errors import UserError
 from cera_train.model import language_model as language_model_module
 from cera_train.model.batches import flat_batch, padded_batch
-from cera_train.model.language_model import FrozenHeadCrossEntropy, LanguageModel
+from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout, probe
 from cera_train.settings.training import BatchLayout
 
@@ -81,17 +81,6 @@ def test_the_loss_of_trained_tokens_equals_brute_force(tied):
     rows, masks = make_rows()
     expected = brute_force(language_model.model, rows, masks)
     assert language_model(flat_batch(rows, masks)).sum().item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monkeypatch):
-    """Against finite differences, in double precision."""
-    monkeypatch.setattr(language_model_module, "chunk_tokens", lambda on_gpu: 3)
-    head = torch.nn.Linear(6, 11, dtype=torch.float64).requires_grad_(False)
-    hidden_states = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(11, (8,))
-    assert torch.autograd.gradcheck(
-        lambda x: 0.3 * FrozenHeadCrossEntropy.apply(x, targets, head), hidden_states
-    )
 
 
 @pytest.mark.parametrize(
