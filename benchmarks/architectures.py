@@ -71,6 +71,10 @@ IDS = torch.tensor([ROWS[0], ROWS[0][::-1]])
 YES = "yes"
 BUILT = "built"
 BY_PARAMETER = "`adapter.experts`"
+NO_EXPERTS = "none"
+ALL = "all"
+USUAL = (ALL, NO_EXPERTS)
+"""Cells that the page leaves empty."""
 
 
 @dataclass
@@ -173,9 +177,8 @@ def check_learns(language_model: LanguageModel) -> None:
 
 
 def rows(subject: Subject) -> str:
-    """flat: sequences end to end in one row, by our attention or under the model's mask, with the
-    loss and gradients of one row at a time; padded, where sequences of a row would see each
-    other."""
+    """flat: sequences stand end to end in one row, by our attention or under the model's mask, with
+    the loss and gradients of separate rows; padded where they would see each other."""
     language_model = subject.adapted(layout=BatchLayout.padded)
     allowed = language_model.allowed
     apart = [padded_batch([row], [mask]) for row, mask in zip(ROWS, MASKS, strict=True)]
@@ -202,8 +205,8 @@ def moves_the_next(language_model: LanguageModel) -> bool:
 
 
 def all_linear(subject: Subject) -> str:
-    """A branch beside every projection of text starts at zero, gets a gradient, and the loss falls;
-    what no pass in training reaches is left out."""
+    """The branch of every projection starts at zero and gets a gradient, and the loss falls; what
+    training does not reach is left out."""
     base = subject.base()
     expected = base(input_ids=IDS, use_cache=False).logits
     for_text = {name for name, _ in base.named_modules()} - {*projections_outside_text(base)}
@@ -217,15 +220,15 @@ def all_linear(subject: Subject) -> str:
         for name, module in base.named_modules()
         if name in for_text and module is not base.get_output_embeddings()
     )
-    return f"all but {', '.join(left_out)}" if left_out else "all"
+    return f"all but {', '.join(left_out)}" if left_out else ALL
 
 
 def experts(subject: Subject) -> str:
-    """What reaches them: `adapter.experts` those that are parameters, `all-linear` modules."""
+    """The setting that adapts them."""
     base = subject.base()
     if not expert_names(base):
         has_modules = any(EXPERT.search(name) for name, _ in base.named_modules())
-        return "`all-linear`" if has_modules else "none"
+        return "`all-linear`" if has_modules else NO_EXPERTS
     try:
         adapters.build(base, AdapterConfig(r=4, target_modules=[], experts=True))
     except UserError:
@@ -234,8 +237,7 @@ def experts(subject: Subject) -> str:
 
 
 def loads(subject: Subject) -> str:
-    """A saved adapter gives the same logits on another copy of the base, by `cera-train` and by
-    PEFT."""
+    """A saved adapter gives the same logits on a fresh base, by `cera-train` and by PEFT."""
     model = subject.adapted(layout=BatchLayout.padded).model
     expected = model(input_ids=IDS, use_cache=False).logits
     folder = subject.folder / "adapter"
@@ -248,7 +250,7 @@ def loads(subject: Subject) -> str:
 
 
 def four_bits(subject: Subject) -> str:
-    """Over NF4 weights, every branch gets a gradient, and the loss falls."""
+    """The same as all-linear, over NF4 weights."""
     base = load_model(
         ModelConfig(subject.path, dtype=Dtype.float32, quantization=Quantization.nf4), CPU
     )
@@ -260,7 +262,7 @@ def four_bits(subject: Subject) -> str:
 
 
 def compiled(subject: Subject) -> str:
-    """Layers that torch.compile has traced give the same loss and gradients."""
+    """Compiled layers give the same loss and gradients."""
     language_model = subject.adapted()
     expected = loss_and_gradients(language_model, batch_for(language_model))
     compile_layers(language_model, backend="eager")
@@ -280,7 +282,7 @@ def checkpointed(subject: Subject) -> str:
 
 
 def resumed(subject: Subject) -> str:
-    """A run that is cut and resumed ends with the bytes of one that is not."""
+    """A run that was cut ends with the same bytes."""
     settings = [
         "+recipe=logistic_map",
         f"model.path={subject.path}",
@@ -328,7 +330,7 @@ def dying_after(update: int) -> Iterator[None]:
 
 
 def planned(subject: Subject) -> str:
-    """`cera-plan` knows the parameters, and the rows, from config.json alone."""
+    """`cera-plan` finds the parameters and the rows from config.json alone."""
     settings = [
         "+recipe=logistic_map",
         f"model.path={subject.path}",
@@ -347,7 +349,7 @@ def planned(subject: Subject) -> str:
 
 
 def generates(subject: Subject) -> str:
-    """With a cache, the tokens that whole passes without a cache predict."""
+    """Tokens are the same with a cache and without."""
     with subject.adapted().generating() as model:
         settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
         settings |= {"pad_token_id": 1, "attention_mask": torch.ones_like(IDS)}
@@ -454,19 +456,17 @@ def send_cells(connection: Connection, model_type: str, checks: Sequence[str]) -
 
 
 def cells(row: dict[str, str]) -> list[str]:
-    """The cells of a type in the page: what varies, and what is not yes, by its reason."""
+    """The cells of a type in the page: what varies, without what most types have, and the checks
+    that fail."""
     if BUILT in row:
         return [in_short(row[BUILT])]
-    names: dict[str, list[str]] = {}
-    for name in PASSING:
-        if row.get(name, YES) != YES:
-            names.setdefault(row[name], []).append(name)
-    others = [f"{', '.join(checks)}: {in_short(why)}" for why, checks in names.items()]
-    return [*(in_short(row[name]) for name in VARYING), "; ".join(others) or YES]
+    failing = [name for name in PASSING if row.get(name, YES) != YES]
+    varying = ["" if row[name] in USUAL else in_short(row[name]) for name in VARYING]
+    return [*varying, ", ".join(failing)]
 
 
 def in_short(words: str) -> str:
-    return textwrap.shorten(words.replace("|", "/"), 90, placeholder=" ...")
+    return textwrap.shorten(words.replace("|", "/"), 64, placeholder=" ...")
 
 
 def page(found: dict[str, dict[str, str]]) -> str:
@@ -487,28 +487,31 @@ def page(found: dict[str, dict[str, str]]) -> str:
         f"- **{name}**: {' '.join(run.__doc__.split())}" for name, run in CHECKS.items()
     )
     trained = [row for row in found.values() if BUILT not in row]
-    without_exception = sum(cells(row)[-1] == YES for row in trained)
+    without_exception = sum(not cells(row)[-1] for row in trained)
     compiled = sum("compiled" in row for row in trained)
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "torch"))
     return f"""# Architectures
 
-    make architectures
+    cera-train 'data.train_files=[rows.jsonl]' model.path=my/model name=mine
 
-makes a tiny random model of each of the {len(found)} causal types of transformers from the default
-config of its class, checks it on a CPU without packages of fused kernels, and writes this page.
-With {packages}, {len(trained)} train, {without_exception} of them without an exception;
-torch.compile was tried on {compiled}.
+trains {len(trained)} of the {len(found)} causal types of transformers, {without_exception} of them
+without an exception.
 
-{meanings}
-
-A model that also takes images or sound trains on text: its vision tower gets no branches. A type
-that has no causal class, such as Mistral 3, is loaded whole.
-
-| rows | all-linear | experts | all else | model types |
+| rows | all-linear | experts | fails | model types |
 |---|---|---|---|---|
 {tables[True]}
 
-What is not trained:
+An empty cell: every projection gets a branch, the type has no experts, no check fails.
+
+{meanings}
+
+Models that also take images or sound train on text: vision towers get no branches. A type without
+a causal class, such as Mistral 3, is loaded whole.
+
+`make architectures` writes this page: it checks a tiny random model of each type, on a CPU without
+fused kernels, with {packages}. torch.compile was tried on {compiled}.
+
+## Not trained
 
 | reason | model types |
 |---|---|

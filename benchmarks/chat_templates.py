@@ -127,14 +127,14 @@ def cell_of(row: dict[str, Any], tokenizer: Any) -> str:
 
 
 REFUSALS = {
-    "the reasoning of": "leaves out reasoning",
-    "column 'tools'": "leaves out tools",
-    "role 'assistant', is left out": "leaves out calls",
-    "System role": "has no system",
-    "alternate": "has no tools",
-    "roles are supported": "has no tools",
-    "Unexpected role": "has no tools",
-    "no answer": "leaves out calls",
+    "the reasoning of": "no reasoning",
+    "column 'tools'": "no tools",
+    "role 'assistant', is left out": "no calls",
+    "System role": "no system",
+    "alternate": "no tools",
+    "roles are supported": "no tools",
+    "Unexpected role": "no tools",
+    "no answer": "no calls",
 }
 """A part of a refusal, and the cell."""
 
@@ -165,20 +165,18 @@ def page(templates: dict[str, str]) -> str:
     version = importlib.metadata.version("trl")
     return f"""# Chat templates
 
-    make templates
+    cera-train 'data.train_files=[chats.jsonl]' model.path=Qwen/Qwen3-8B name=chats --look
 
-reads seven kinds of chat by the {len(templates)} original chat templates in TRL {version}, and
-writes this page. What is supervised of each answer is [what its message adds](data.md#chats) to the
-prompt of inference. `tests/data/test_chat_templates.py` compares it with renderings by transformers
-alone, and with the masks of TRL's training templates.
+shows how chats are read. What an answer [adds to the prompt of inference](data.md#chats) is
+supervised. `make templates` reads seven kinds of chat by the {len(templates)} original templates in
+TRL {version}, and writes this page:
 
 {table_of(templates)}
 
-- **N sequences**: the template writes earlier turns anew, such as without their reasoning. Each
-  answer then has a sequence of its own.
-- **enable_thinking=...**: answers with, or without, reasoning follow this generation prompt.
-- **without ...**: the generation prompt opens reasoning that the answer lacks, and has no switch.
-  The answer follows the prompt without it.
+- **N sequences**: the template rewrites earlier turns, such as without their reasoning. Each answer
+  then has a sequence of its own.
+- **enable_thinking=...**: answers follow this generation prompt.
+- **without ...**: the answer follows the generation prompt without the reasoning that it opens.
 """
 
 

@@ -32,16 +32,14 @@ WORK = ROOT / "outputs" / "methods"
 YES = "yes"
 
 COLUMNS = {
-    "trains": "every adapted module runs and gets a gradient, and the loss falls",
-    "resumes": "a run that was cut after its second update ends with the same bytes",
+    "trains": "every adapted module gets a gradient, and the loss falls",
+    "resumes": "a run that was cut ends with the same bytes",
     "processes": "two processes have the losses of one, to 1e-6",
     "plan": "`cera-plan` counts the parameters from config.json alone",
-    "4-bit": "NF4 on a CPU: the same as *trains*, from the losses of the base over NF4",
-    "loads": "the saved adapter has the same losses on another copy of the base, by `cera-train` "
-    "and by PEFT alone",
+    "4-bit": "the same as *trains*, over NF4 on a CPU",
+    "loads": "the saved adapter has the same losses on a fresh base, by `cera-train` and by PEFT",
     "base": "the base comes back where the adapter is switched off",
-    "merges": "PEFT merges it into the base, to 1e-4 nats a token; for CeRA, `cera-export` writes "
-    "a LoRA",
+    "merges": "PEFT merges it, to 1e-4 nats a token; of CeRA, `cera-export` makes a LoRA",
 }
 
 NEEDS = {
@@ -461,7 +459,7 @@ def reason_of(error: Exception) -> str:
 def in_short(reason: str) -> str:
     """What is so, without how to fix it."""
     sentence = re.split(r"\. |[:.,] (?:[Cc]hoose|[Ss]et|Leave|save) ", reason)[0].rstrip(".")
-    return textwrap.shorten(sentence, 120, placeholder=" ...").replace("|", "/")
+    return textwrap.shorten(sentence, 90, placeholder=" ...").replace("|", "/")
 
 
 # --- two processes --------------------------------------------------------------------------------
@@ -513,6 +511,32 @@ def slug(case: Case) -> str:
 # --- the page -------------------------------------------------------------------------------------
 
 
+def grouped(names: list[str]) -> str:
+    """The cases, with the variants of a method together: `OFT (also coft=true)` is OFT and OFT
+    coft=true; `HRA (with apply_GS=true)` is the variant alone."""
+    methods: dict[str, list[str]] = {}
+    for name in names:
+        method, _, variant = name.partition(" ")
+        methods.setdefault(method, []).append(variant)
+    texts = []
+    for method, variants in methods.items():
+        word = "also" if "" in variants else "with"
+        listed = ", ".join(filter(None, variants))
+        texts.append(f"{method} ({word} {listed})" if listed else method)
+    return ", ".join(texts)
+
+
+def ungrouped(text: str) -> list[str]:
+    """The cases that `grouped` has written."""
+    names = []
+    for method, word, variants in re.findall(r"([^ ,(]+)(?: \((also|with) ([^)]+)\))?", text):
+        if word != "with":
+            names.append(method)
+        if variants:
+            names += [f"{method} {variant}" for variant in variants.split(", ")]
+    return names
+
+
 def page(cells: dict[str, dict[str, str]]) -> str:
     """Methods that do everything in one paragraph, and each exception with its methods."""
     whole = [name for name, row in cells.items() if set(row.values()) == {YES}]
@@ -524,24 +548,25 @@ def page(cells: dict[str, dict[str, str]]) -> str:
                 exceptions.setdefault((column, in_short(text)), []).append(name)
     meanings = "\n".join(f"- **{name}**: {meaning}." for name, meaning in COLUMNS.items())
     table = "\n".join(
-        f"| {column} | {reason} | {', '.join(exceptions[column, reason])} |"
+        f"| {column} | {reason} | {grouped(exceptions[column, reason])} |"
         for column, reason in sorted(exceptions, key=lambda key: [*COLUMNS].index(key[0]))
     )
     versions = f"PEFT {version('peft')} and transformers {version('transformers')}"
     return f"""# Methods
 
-    make methods
+    cera-train +recipe=logistic_map adapter=peft adapter.method=MISS name=miss
 
-trains every type of the installed PEFT, each switch and choice of its config, each start and
-variant of LoRA, and ours, on a tiny random Llama on a CPU, and writes this page; here with
-{versions}. Of {len(cells)} methods and variants, {len(whole)} do all of this,
-{len(cells) - len(whole) - len(refused)} most of it, and {len(refused)} are refused in one line:
+trains a method of PEFT. Of {len(cells)} methods and variants, {len(whole)} do all of this,
+{len(cells) - len(whole) - len(refused)} most of it, and {len(refused)} are refused in one line.
 
 {meanings}
 
 ## All
 
-{", ".join(whole)}
+{grouped(whole)}
+
+`make methods` writes this page: it trains every type of the installed PEFT, each switch and choice
+of its config, each start of LoRA, and ours, on a tiny random Llama on a CPU, with {versions}.
 
 ## Exceptions
 
@@ -549,7 +574,7 @@ variant of LoRA, and ours, on a tiny random Llama on a CPU, and writes this page
 |---|---|---|
 {table}
 
-What is not `trains` was not tried further.
+What does not train was not tried further.
 """
 
 
