@@ -89,7 +89,7 @@ evidence: $(VENV)/.installed-test  ## find a gate where there is one, and none w
 pictures: $(VENV)/.installed-test  ## draw docs/pictures from evidence, import rules, tutorial and plans
 	$(BIN)/python -m benchmarks.pictures --plan
 
-docs: $(VENV)/.installed-test  ## build the site, site/index.html, from these pages; its search needs a server
+docs: $(VENV)/.installed-test  ## build the site from these pages: open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:  ## remove .venv

@@ -8,6 +8,7 @@ import gc
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -283,3 +284,27 @@ def trained_config(tiny_config_in, tmp_path_factory: pytest.TempPathFactory):
         return config
 
     return trained_config
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A Chromium of the machine."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    quiet = (
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-component-update",
+        "disable-sync",
+    )
+    with sync_api.sync_playwright() as playwright:
+        arguments = [f"--{option}" for option in (*quiet, "disable-background-networking")]
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        browser.close()

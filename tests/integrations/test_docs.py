@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *DOCS]
 PAGES.append(ROOT / "docs" / "evidence" / "archive.md")
+API = sorted((ROOT / "docs" / "api").glob("*.md"))
+PAGES += API
 OF_FOLDERS = {"cera-report", "cera-sweep"}
 """Commands that take folders, not settings."""
 MADE_BY_COMMANDS = ("outputs/", "report/")
@@ -221,7 +223,7 @@ def quickstart(compose, tmp_path_factory) -> Path:
 @needs_smollm2
 @pytest.mark.filterwarnings("default")  # of TRL and transformers: the blocks are a user's program
 @pytest.mark.parametrize(
-    "page", sorted({block.page for block in PYTHON}), ids=lambda page: page.name
+    "page", sorted({block.page for block in PYTHON} - {*API}), ids=lambda page: page.name
 )
 def test_every_python_block_runs(quickstart, monkeypatch, capsys, page):
     """The blocks of a page run one after the other, as a reader would type them."""
@@ -231,6 +233,13 @@ def test_every_python_block_runs(quickstart, monkeypatch, capsys, page):
         if block.page == page and is_run(block):
             exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("page", API, ids=lambda page: page.name)
+def test_the_examples_of_the_api_print_what_they_show(capsys, page):
+    example, shown = [block for block in blocks(page) if block.language is not None]
+    exec(compile(example.text, str(page), "exec"), {"__name__": "__docs__"})
+    assert capsys.readouterr().out.strip() == shown.text
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
@@ -292,7 +301,8 @@ def test_every_named_file_exists(page):
 def test_the_readme_has_at_most_150_lines_and_links_every_page():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
-    assert all(f"(docs/{page.name})" in text for page in DOCS)
+    pages = {page.name for page in DOCS} - {"index.md"}  # the site's first page
+    assert all(f"(docs/{name})" in text for name in pages)
 
 
 def test_the_readmes_tree_is_the_real_one():
@@ -391,22 +401,40 @@ def test_the_notebook_prints_what_it_shows(tmp_path):
     assert (tmp_path / "outputs/capitals/adapter_model.safetensors").exists()
 
 
-@pytest.mark.slow
-def test_the_site_builds(tmp_path):
-    """mkdocs itself refuses a link that leads nowhere."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The site of `make docs`. mkdocs itself refuses a link that leads nowhere."""
     pytest.importorskip("material")
     pytest.importorskip("mkdocstrings_handlers.python")
-    build = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "--quiet",
-        "--site-dir",
-        str(tmp_path),
-    ]
+    folder = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
     env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(build, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert {path.stem for path in DOCS} <= {path.stem for path in tmp_path.rglob("*.html")}
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_has_every_page(site):
+    assert {path.stem for path in DOCS} <= {path.stem for path in site.rglob("*.html")}
+
+
+@pytest.mark.slow
+def test_the_search_works_without_a_server(site, browser):
+    """And no page loads anything from elsewhere."""
+    page = browser.new_page()
+    problems = []
+    requests = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto((site / "api" / "method.html").as_uri(), timeout=120_000)
+    page.click(".md-search__input")
+    page.keyboard.type("preemption")
+    page.wait_for_selector(".md-search-result__item a", timeout=120_000)
+    found = page.eval_on_selector_all(
+        ".md-search-result__item a", "links => links.map(a => a.href)"
+    )
+    assert any("cluster.html" in link for link in found)
+    assert problems == []
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []

@@ -4,8 +4,6 @@ real browser at a telephone's width."""
 import io
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -73,29 +71,6 @@ def test_pages_show_hostile_text_as_text(pages: Path) -> None:
     shown = re.findall(r"!\[.*\]\(([^)]+\.png)\)", markdown)
     assert "accuracy-a%7Cb%3Ci%3E%24x%24%20%281%29.png" in shown
     assert len(shown) == len(list(pages.glob("*.png")))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if chromium is None:
-        pytest.skip("no Chromium is installed")
-    quiet = (
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "no-first-run",
-        "disable-component-update",
-        "disable-sync",
-    )
-    with sync_api.sync_playwright() as playwright:
-        arguments = [f"--{option}" for option in (*quiet, "disable-background-networking")]
-        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.mark.slow
