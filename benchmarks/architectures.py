@@ -477,7 +477,7 @@ def page(found: dict[str, dict[str, str]]) -> str:
     by_size = sorted(alike.items(), key=lambda group: -len(group[1]))
     tables = {
         is_built: "\n".join(
-            f"| {' | '.join([*row, ', '.join(types)])} |"
+            f"| {' | '.join([', '.join(types), *row])} |"
             for row, types in by_size
             if (len(row) > 1) == is_built
         )
@@ -497,7 +497,7 @@ def page(found: dict[str, dict[str, str]]) -> str:
 trains {len(trained)} of the {len(found)} causal types of transformers, {without_exception} of them
 without an exception.
 
-| rows | all-linear | experts | fails | model types |
+| model types | rows | all-linear | experts | fails |
 |---|---|---|---|---|
 {tables[True]}
 
@@ -513,7 +513,7 @@ fused kernels, with {packages}. torch.compile was tried on {compiled}.
 
 ## Not trained
 
-| reason | model types |
+| model types | reason |
 |---|---|
 {tables[False]}
 """
