@@ -494,8 +494,8 @@ def page(found: dict[str, dict[str, str]]) -> str:
 
     cera-train 'data.train_files=[rows.jsonl]' model.path=my/model name=mine
 
-trains {len(trained)} of the {len(found)} causal types of transformers, {without_exception} of them
-without an exception.
+trains {len(trained)} of the {len(found)} causal types of transformers. In {without_exception}
+no check fails.
 
 | model types | rows | all-linear | experts | fails |
 |---|---|---|---|---|

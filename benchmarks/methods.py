@@ -556,8 +556,8 @@ def page(cells: dict[str, dict[str, str]]) -> str:
 
     cera-train +recipe=logistic_map adapter=peft adapter.method=MISS name=miss
 
-trains a method of PEFT. Of {len(cells)} methods and variants, {len(whole)} do all of this,
-{len(cells) - len(whole) - len(refused)} most of it, and {len(refused)} are refused in one line.
+trains a method of PEFT. Of {len(cells)} methods and variants, {len(whole)} do all of this.
+{len(cells) - len(whole) - len(refused)} do most of it, and {len(refused)} are refused in one line.
 
 {meanings}
 
