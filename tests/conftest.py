@@ -71,11 +71,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture
 def team_of_one():
+    from accelerate.state import AcceleratorState
+
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     yield
     torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)  # later tests have no group
 
 
 @pytest.fixture(autouse=True)
