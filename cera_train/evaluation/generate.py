@@ -162,7 +162,6 @@ class LoadedModel:
         config: GenerationConfig,
         streamer: TextStreamer | None = None,
     ) -> Iterator[list[Answer]]:
-        """Yields answers as they end. A streamer gets the tokens of a single request as it runs."""
         with for_inference(self.model):
             for batch in batches:
                 with self.context():

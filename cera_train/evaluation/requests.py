@@ -1,10 +1,10 @@
-"""Requests to a model, and the answers to them, whichever engine gives them: this process or a
-server."""
+"""Requests to a model, the answers to them, and what an engine is that gives them: the model in
+this process, a vLLM or llama.cpp."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import transformers
 
@@ -39,6 +39,38 @@ class Answer(NamedTuple):
     generation: Generation
     ids: list[int]  # its tokens, the end token included
     sampled: SampledTokens | None = None  # where a server sampled them
+
+
+class Engine(Protocol):
+    """What answers requests."""
+
+    tokenizer: Any
+    positions: int | None
+    """Tokens of the longest prompt with its answer. None: any number."""
+
+    def batches(
+        self,
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        config: GenerationConfig,
+        processes: int,
+    ) -> list[list[Request]]:
+        """The requests in batches for `answers`, which `processes` processes divide."""
+
+    def answers(
+        self,
+        batches: Sequence[list[Request]],
+        max_new_tokens: int,
+        stop: list[str],
+        config: GenerationConfig,
+        streamer: transformers.TextStreamer | None = None,
+    ) -> Iterator[list[Answer]]:
+        """Yields answers as they end, in any order.
+
+        Args:
+            stop: texts that end an answer, beside the end tokens.
+            streamer: gets the tokens of a single request as they come.
+        """
 
 
 def requests_for(

@@ -64,6 +64,7 @@ FIXES = {
     "max_lora_rank": "Start vLLM with a higher --max-lora-rank.",
     "lora_alpha": "Install cera-train where vLLM runs: its plugin serves CeRA.",
     "does not exist": "If vLLM was started again, the same command loads the adapter and resumes.",
+    "greater than max allowed": "Start vLLM with --max-logprobs=-1.",
     "Unauthorized": "Set VLLM_API_KEY to the server's key.",
 }
 """What a refusal of vLLM's contains, PATH: MESSAGE, and the fix."""
@@ -82,6 +83,9 @@ class Server:
         model: the base, which the server must have.
         adapter: the folder of the adapter to load.
     """
+
+    program = "vLLM"
+    fix = "Start it without --tokenizer, --chat-template and --generation-config."
 
     def __init__(
         self, url: str, model: ModelConfig, tokenizer: Any, adapter: Path | None = None
@@ -157,8 +161,7 @@ class Server:
         config: GenerationConfig,
         streamer: TextStreamer | None = None,
     ) -> Iterator[list[Answer]]:
-        """Yields answers in the order in which they finish. A streamer gets the tokens of a single
-        request as they come, and an answer that breaks off is not tried again."""
+        """An answer that is streamed and breaks off is not tried again."""
         settings = generation_settings(self.tokenizer, model_ends(self.model), max_new_tokens, stop)
 
         def answer(request: Request) -> list[Answer]:
@@ -269,6 +272,50 @@ class Server:
             raise
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"server={self.url} {problem} ({error!r}): update vLLM.") from error
+
+    # --- what a certificate compares --------------------------------------------------------------
+
+    def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:
+        """[V], of the token after these."""
+        words = len(self.vocabulary)
+        log_p = torch.full([words], torch.nan)
+        choice = self._complete(ids, 1, logprobs=words)
+        with self._reading("answers without the log p of its vocabulary"):
+            [found] = choice["logprobs"]["top_logprobs"]
+            tokens = [int(name.removeprefix("token_id:")) for name in found]
+            log_p[tokens] = torch.tensor([*found.values()])
+        return log_p
+
+    def ids_of(self, text: str) -> list[int]:
+        return self._tokenize(prompt=text, add_special_tokens=False)
+
+    def ends_at(self, token: int) -> bool:
+        """Whether an answer ends after this token."""
+        return self._complete([token], 2, allowed_token_ids=[token])["finish_reason"] == "stop"
+
+    def has_template_of(self, tokenizer: Any) -> bool:
+        """By one question."""
+        if tokenizer.chat_template is None:
+            return True
+        chat = [{"role": "user", "content": "a"}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        return self._tokenize(messages=chat) == ids
+
+    def _complete(self, prompt: Sequence[int], tokens: int, **fields: Any) -> dict[str, Any]:
+        """The greedy answer to a prompt, as a choice of the API."""
+        body = PLAIN | {
+            "model": self.name,
+            "prompt": [*prompt],
+            "max_tokens": tokens,
+            "temperature": 0,
+            "return_tokens_as_token_ids": True,
+        }
+        with self._reading("answers in another way"):
+            return json.loads(self._ask(COMPLETIONS, body | fields))["choices"][0]
+
+    def _tokenize(self, **fields: Any) -> list[int]:
+        with self._reading("answers in another way"):
+            return json.loads(self._ask("/tokenize", {"model": self.name} | fields))["tokens"]
 
     # --- HTTP -------------------------------------------------------------------------------------
 

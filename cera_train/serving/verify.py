@@ -1,5 +1,5 @@
 """What you deploy is what you trained: a folder is loaded as its user loads it, by transformers or
-PEFT alone, or a GGUF by llama.cpp, and compared with the run on held-out rows.
+PEFT alone, by a vLLM, or a GGUF by llama.cpp, and compared with the run on held-out rows.
 
 Ids of tokens, the chat template and the end tokens must be equal, since no loss shows them. Logits
 may differ by what rounding explains: the limit is on KL(run || folder), which has no sign to
@@ -31,14 +31,15 @@ from cera_train.common.user_code import user_code
 from cera_train.data.prepare import TokenizedRows, ids_of, prepare_evaluation, stop_ids
 from cera_train.evaluation.engine import load_subject
 from cera_train.evaluation.generate import LoadedModel
-from cera_train.evaluation.requests import Request
+from cera_train.evaluation.llama_cpp import GGUF, LlamaCpp
+from cera_train.evaluation.requests import Engine, Request
+from cera_train.evaluation.server import Server
 from cera_train.evaluation.statistics import accuracy_interval, bootstrap_interval
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.folder import from_hub_or_folder
 from cera_train.model.weights import keep_4bit_weights, quantization_config
 from cera_train.runs.records import Record
 from cera_train.runs.subject import Subject
-from cera_train.serving.gguf import DTYPES, GGUF, GgufModel, load_gguf
 from cera_train.serving.modules import ROUNDING, first_difference, has_gates
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import GenerationConfig
@@ -54,8 +55,14 @@ places."""
 FITTED = 0.01
 """Nats per token that a LoRA fitted to a CeRA may lose."""
 
+DTYPES = {"ALL_F32": "float32", "MOSTLY_F16": "float16", "MOSTLY_BF16": "bfloat16"}
+"""What a GGUF that is not quantised says of its weights, and torch's name for it."""
+
 ANSWERS = 16  # prompts that both answer
 ANSWER_TOKENS = 32
+
+Judged = LoadedModel | LlamaCpp | Server
+"""What computes the form."""
 
 
 class Certificate(Record):
@@ -108,6 +115,7 @@ def verify(
     data: DataConfig,
     limit: int | None = None,
     at_most: float | None = None,
+    server: str | None = None,
 ) -> Certificate:
     """Compares a folder with the run that it was made of, and prints what differs. Errors name no
     folder.
@@ -117,6 +125,7 @@ def verify(
         subject: the run, whose dtype is chosen, and `run`, its model.
         data: whose held-out rows are scored, the first `limit` of them.
         at_most: as `ExportConfig.at_most`.
+        server: address of a vLLM that loads the folder too, and whose answers are judged.
 
     Raises:
         DiffersError: the folder is not the run.
@@ -128,32 +137,40 @@ def verify(
     batches = [held_out.load([number]) for number in range(len(rows))]  # one row a batch
     if folder.suffix == GGUF:
         longest = max(row.input_ids.shape[1] for row in batches)
-        form = load_gguf(folder, run.tokenizer, run.base.device, longest + ANSWER_TOKENS)
+        engine = LlamaCpp(folder, run.tokenizer, longest + ANSWER_TOKENS)
         require(
-            at_most is not None or form.precision in DTYPES,
-            f"it is quantised ({form.precision}), which is no rounding of the run: set at_most=.",
+            at_most is not None or engine.precision in DTYPES,
+            f"it is quantised ({engine.precision}), which is no rounding of the run: set at_most=.",
         )
-        check_runtime(run, form, batches)
+        form = load_gguf(folder, engine.precision, run)
     else:
         form = load_form(folder, subject.model, run.base.device)
         check_tokenizer(run, form)
         check_rows(rows, prepare_evaluation(data, form.tokenizer, limit), run.tokenizer)
+        engine = form if server is None else connect(server, folder, subject.model, form)
+    if engine is not form:
+        check_runtime(run, form, engine, batches)
     announce("judging", f"it on {len(rows):,} held-out rows")
-    figures = compare_models(run, form, batches)
+    figures = compare_models(run, engine, batches)
     allowed = Choice(at_most, "at_most")
     if at_most is None:
-        allowed = explained(subject, run, form, batches)
-    answered = compare_answers(run, form, batches[:ANSWERS])
+        allowed = explained(subject, run, form, engine, batches)
+    answered = compare_answers(run, engine, batches[:ANSWERS])
     certificate = Certificate(
-        form=describe(form), **figures, **answered, at_most=allowed.value, reason=allowed.why
+        form=describe(form, engine),
+        **figures,
+        **answered,
+        at_most=allowed.value,
+        reason=allowed.why,
     )
     print_fields(certificate.shown())
     place = first_difference(run, form, batches[0], precision_of(subject, run, form))
     if not certificate.holds:
+        where = "" if place is None else f" {place}"
         raise DiffersError(
             f"its KL divergence from the run may be {certificate.kl_upper:.2g} nats a token, "
-            f"above at_most={allowed.value:.2g} ({allowed.why}). {place or ''} Export it anew, or "
-            f"raise at_most=."
+            f"above at_most={allowed.value:.2g} ({allowed.why}).{where} Export it anew, or raise "
+            f"at_most=."
         )
     if at_most is None and place is not None:
         raise DiffersError(f"it is not the run. {place} Export it anew, or set at_most=.")
@@ -207,12 +224,34 @@ def load_form(folder: Path, model: ModelConfig, device: torch.device) -> LoadedM
     return form
 
 
-def describe(form: LoadedModel) -> str:
-    if isinstance(form, GgufModel):
-        return f"a GGUF in llama.cpp, {form.precision}"
+def load_gguf(file: Path, precision: str, run: LoadedModel) -> LoadedModel:
+    """The model that transformers reads from the file: what llama.cpp computes with, by module."""
+    with user_code("it cannot be loaded", "Convert it anew."):
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=getattr(torch, DTYPES.get(precision, "float32")),
+            device_map={"": run.base.device},
+        )
+    return LoadedModel(model.eval(), model, run.tokenizer)
+
+
+def connect(url: str, folder: Path, model: ModelConfig, form: LoadedModel) -> Server:
+    """The vLLM at an address, which loads an adapter on the base of the run, or serves the plain
+    model of a folder."""
+    if is_adapter(form.model):
+        return Server(url, model, form.tokenizer, folder)
+    return Server(url, replace(model, path=str(folder), revision=None), form.tokenizer)
+
+
+def describe(form: LoadedModel, engine: Judged) -> str:
+    if isinstance(engine, LlamaCpp):
+        return f"a GGUF in llama.cpp, {engine.precision}"
     kind = "a plain model"
     if is_adapter(form.model):
         kind = f"PEFT's {form.model.active_peft_config.peft_type.value}, on its base"
+    if isinstance(engine, Server):
+        return f"{kind}, in {engine.version}"
     weights = quantization_of(form) or str(form.base.dtype).removeprefix("torch.")
     return f"{kind} in {weights}"
 
@@ -248,31 +287,30 @@ def check_tokenizer(run: LoadedModel, form: LoadedModel) -> None:
         )
 
 
-def check_runtime(run: LoadedModel, form: GgufModel, rows: Sequence[Batch]) -> None:
-    """Raises DiffersError where llama.cpp has another chat template, goes on after an end token, or
-    writes the text of a held-out row in other tokens."""
-    template = run.tokenizer.chat_template
-    if template != form.chat_template:
-        raise DiffersError(
-            f"its chat template is {str(form.chat_template)[:40]!r}, that of the run "
-            f"{str(template)[:40]!r}: convert it anew, with the tokenizer of the run."
-        )
-    ends = sorted(stop_ids(run.tokenizer, run.base.generation_config.eos_token_id))
-    other = form.base.generation_config.eos_token_id
-    for end in ends:
-        if not form.ends_at(end):
+def check_runtime(
+    run: LoadedModel, form: LoadedModel, engine: LlamaCpp | Server, rows: Sequence[Batch]
+) -> None:
+    """Raises DiffersError where another program has another chat template, goes on after an end
+    token, or writes the text of a held-out row in other tokens."""
+    program = engine.program
+    if not engine.has_template_of(run.tokenizer):
+        raise DiffersError(f"{program} has another chat template than the run. {engine.fix}")
+    ends = stop_ids(run.tokenizer, run.base.generation_config.eos_token_id)
+    for end in sorted(ends):
+        if not engine.ends_at(end):
             raise DiffersError(
-                f"llama.cpp goes on after the token {end}, at which answers of the run end: "
-                f"convert it anew, with the tokenizer of the run."
+                f"{program} goes on after the token {end}, at which answers of the run end. "
+                f"{engine.fix}"
             )
-    if other not in ends:
+    others = stop_ids(run.tokenizer, form.base.generation_config.eos_token_id) - ends
+    if others:
         raise DiffersError(
-            f"its end token is {other}, those of the run are {ends}: convert it anew, with the "
-            f"tokenizer of the run."
+            f"{program} stops at the tokens {sorted(others)} too, where the run goes on. "
+            f"{engine.fix}"
         )
     for number, row in enumerate(rows):
         text = run.tokenizer.decode(row.input_ids[0])
-        check_ids(number, ids_of(text, run.tokenizer), form.ids_of(text), run.tokenizer)
+        check_ids(number, ids_of(text, run.tokenizer), engine.ids_of(text), run.tokenizer)
 
 
 def check_rows(ours: TokenizedRows, theirs: TokenizedRows, tokenizer: Any) -> None:
@@ -306,7 +344,7 @@ def check_ids(row: int, ids: list[int], others: list[int], tokenizer: Any) -> No
 
 
 @torch.no_grad()
-def compare_models(run: LoadedModel, form: LoadedModel, rows: Sequence[Batch]) -> dict[str, Any]:
+def compare_models(run: LoadedModel, engine: Judged, rows: Sequence[Batch]) -> dict[str, Any]:
     """Compares both on batches of one sequence: no padding, and one sequence's logits in memory.
     Returns the fields of a `Certificate` that result."""
     sums = []
@@ -314,7 +352,7 @@ def compare_models(run: LoadedModel, form: LoadedModel, rows: Sequence[Batch]) -
         is_supervised = row.loss_mask[0, 1:]
         wanted = row.input_ids[0, 1:][is_supervised, None]
         log_p = log_probabilities(run, row)
-        log_q = log_probabilities(form, row)
+        log_q = log_probabilities(engine, row)
         if log_p.shape != log_q.shape or not log_q.isfinite().all():
             raise DiffersError(
                 f"its logits, of {log_q.shape[1]:,} tokens, are not finite, or not of the "
@@ -346,19 +384,19 @@ def compare_models(run: LoadedModel, form: LoadedModel, rows: Sequence[Batch]) -
     }
 
 
-def log_probabilities(loaded: LoadedModel, row: Batch) -> torch.Tensor:
+def log_probabilities(engine: Judged, row: Batch) -> torch.Tensor:
     """[N, V], after each token before a supervised one."""
-    if isinstance(loaded, GgufModel):
+    if not isinstance(engine, LoadedModel):
         ids = row.input_ids[0].tolist()
         places = row.loss_mask[0].nonzero()[:, 0].tolist()
-        found = [loaded.log_probabilities(ids[:place]) for place in places if place > 0]
+        found = [engine.log_probabilities(ids[:place]) for place in places if place > 0]
         return torch.stack(found).to(row.input_ids.device)
-    with loaded.context():
-        logits = loaded.model(input_ids=row.input_ids, use_cache=False).logits[0, :-1]
+    with engine.context():
+        logits = engine.model(input_ids=row.input_ids, use_cache=False).logits[0, :-1]
     return log_softmax(logits[row.loss_mask[0, 1:]].float(), -1)
 
 
-def compare_answers(run: LoadedModel, form: LoadedModel, rows: Sequence[Batch]) -> dict[str, Any]:
+def compare_answers(run: LoadedModel, engine: Engine, rows: Sequence[Batch]) -> dict[str, Any]:
     """Both answer the prompts of batches of one sequence, greedily. Returns the fields of a
     `Certificate` that result."""
     requests = []
@@ -367,9 +405,10 @@ def compare_answers(run: LoadedModel, form: LoadedModel, rows: Sequence[Batch]) 
         requests.append(Request(str(number), 0, tuple(prompt.tolist())))
     longest = max(len(request.prompt_ids) for request in requests)
     room = min(ANSWER_TOKENS, (run.positions or math.inf) - longest)
+    greedy = GenerationConfig()
     answers = []
-    for loaded in (run, form):
-        ended = loaded.answers([requests], room, [], GenerationConfig())
+    for each in (run, engine):
+        ended = each.answers(each.batches(requests, room, greedy, 1), room, [], greedy)
         ids = {answer.generation.key: answer.ids for batch in ended for answer in batch}
         answers.append([ids[request.key] for request in requests])
     changed = [float(ours != theirs) for ours, theirs in zip(*answers, strict=True)]
@@ -386,7 +425,7 @@ def compare_answers(run: LoadedModel, form: LoadedModel, rows: Sequence[Batch]) 
 
 
 def explained(
-    subject: Subject, run: LoadedModel, form: LoadedModel, rows: Sequence[Batch]
+    subject: Subject, run: LoadedModel, form: LoadedModel, engine: Engine, rows: Sequence[Batch]
 ) -> Choice[float]:
     """The KL divergence that the form alone explains, in nats a token, and how. What its precision
     changes is measured on the run itself."""
@@ -395,7 +434,7 @@ def explained(
     if has_gates(run) and not has_gates(form):
         value += FITTED
         reasons.append(f"{FITTED} for the fit of a LoRA to a CeRA")
-    other = other_precision(subject, run, form)
+    other = other_precision(subject, run, form, engine)
     if other is not None:
         announce("measuring", "what rounding changes in the run itself")
         rounded = load_subject(replace(subject, model=other), run.base.device)
@@ -406,7 +445,9 @@ def explained(
     return Choice(value, " and ".join(reasons) or "the order of float32 sums")
 
 
-def other_precision(subject: Subject, run: LoadedModel, form: LoadedModel) -> ModelConfig | None:
+def other_precision(
+    subject: Subject, run: LoadedModel, form: LoadedModel, engine: Engine
+) -> ModelConfig | None:
     """The run's base in a precision in which it differs from the run as the form does: quantised
     or whole, in 32 bits or in 16. None where both compute in float32."""
     model = subject.model
@@ -418,6 +459,8 @@ def other_precision(subject: Subject, run: LoadedModel, form: LoadedModel) -> Mo
     if computes is not None or model.dtype != Dtype.float32:
         return replace(model, dtype=Dtype.float32)
     dtype = Dtype(str(form.base.dtype).removeprefix("torch."))
+    if isinstance(engine, Server):  # which does not name its own
+        dtype = Dtype.bfloat16
     return None if dtype == Dtype.float32 else replace(model, dtype=dtype)
 
 

@@ -2,11 +2,18 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
-from cera_train.common.settings import require, require_positive, section, setting
+from cera_train.common.settings import (
+    require,
+    require_address,
+    require_positive,
+    section,
+    setting,
+)
 from cera_train.settings.data import DataConfig, template_settings
-from cera_train.settings.evaluation import AnsweringConfig, GenerationConfig, SubjectConfig
+from cera_train.settings.evaluation import AnsweringConfig, GenerationConfig
 
 Template = StrEnum("Template", ["auto", "chat", "none"])
 
@@ -50,7 +57,7 @@ Weights = StrEnum("Weights", ["base", "bfloat16", "float32", "nf4"])
 
 
 @dataclass
-class ExportConfig(SubjectConfig):
+class ExportConfig(AnsweringConfig):
     to: ExportForm = setting(ExportForm.lora, "result")
     """lora: a LoRA of the same rank as a CeRA, in PEFT's format; merged: a plain model, with the
     adapter, or that LoRA, in its weights; gguf: that model for llama.cpp."""
@@ -94,4 +101,10 @@ class ExportConfig(SubjectConfig):
         require(
             self.check is None or self.output is None,
             f"check={self.check} writes nothing to output={self.output}: leave one of them out.",
+        )
+        require_address("server", self.server)
+        require(
+            self.server is None or Path(self.check or ".gguf").suffix != ".gguf",
+            f"server={self.server} serves a folder, which is compared with the run: set "
+            f"check=RUN/adapter or another.",
         )

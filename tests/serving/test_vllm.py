@@ -2,6 +2,7 @@
 of transformers and PEFT. llama.cpp's converter takes the LoRA. Run by `make test-serving`, whose
 tests share one server; those that start others are nightly."""
 
+import copy
 import itertools
 import json
 import os
@@ -33,7 +34,9 @@ from wrong_policies import WRONG_ADAPTERS, Stale, changed_adapters  # noqa: E402
 
 import cera_train.evaluation.server as server_module  # noqa: E402
 from cera_train.cera import CeraConfig  # noqa: E402
-from cera_train.common.errors import UserError  # noqa: E402
+from cera_train.common.errors import DiffersError, UserError  # noqa: E402
+from cera_train.serving.verify import Certificate  # noqa: E402
+from cera_train.settings.model import ModelConfig  # noqa: E402
 from cera_train.training.objectives.policy import DISTANCE, LIMIT  # noqa: E402
 from cera_train.training.train import train  # noqa: E402
 
@@ -204,10 +207,8 @@ LORA = ("--enable-lora", "--max-loras", 2, "--max-cpu-loras", 8, "--max-lora-ran
 def server(folder, wanted, tmp_path_factory):
     """The address of a vLLM with two slots for six adapters."""
     modules = ("--lora-modules", *(f"{name}={folder / name}" for name in ADAPTERS))
-    with started(folder, tmp_path_factory.mktemp("log") / "server.log", *LORA, *modules) as (
-        url,
-        _,
-    ):
+    options = (*LORA, *modules, "--max-logprobs=-1")
+    with started(folder, tmp_path_factory.mktemp("log") / "server.log", *options) as (url, _):
         yield url
 
 
@@ -542,6 +543,45 @@ def exported(compose, folder) -> Path:
     )
     export(compose(f"run={run}", "at_most=100", command="export"))
     return run / "export_lora"
+
+
+def check(compose, folder: Path, run: Path, *settings: str) -> Certificate:
+    """As `cera-export run=RUN check=FOLDER`, on two held-out rows."""
+    words = (f"run={run}", f"check={folder}", "rows=2", *settings)
+    return export(compose(*words, command="export"))
+
+
+def test_what_vllm_computes_is_the_run(server, exported, compose):
+    run = exported.parent
+    served = check(compose, run / "adapter", run, f"server={server}")
+    assert served.form.startswith("PEFT's CERA, on its base, in vllm ")
+    assert served.kl_upper < 1e-6
+    assert (served.same_tokens, served.changed) == (1, 0)
+
+
+def test_a_lora_in_vllm_loses_what_it_loses_in_peft(server, exported, compose):
+    run = exported.parent
+    loaded = check(compose, exported, run, "at_most=100")
+    served = check(compose, exported, run, "at_most=100", f"server={server}")
+    assert served.kl == pytest.approx(loaded.kl, rel=1e-3)
+    assert served.kl > 0.01
+
+
+def test_a_vllm_that_computes_something_else_is_refused(server, exported, compose, monkeypatch):
+    """It answers by its base."""
+    monkeypatch.setattr(server_module.Server, "load_adapter", lambda *_: None)
+    with pytest.raises(DiffersError, match="its KL divergence from the run may be"):
+        check(compose, exported.parent / "adapter", exported.parent, f"server={server}")
+
+
+def test_another_template_and_another_end_are_seen_in_vllm(server, folder, tokenizer):
+    engine = server_module.Server(server, ModelConfig(path=str(folder / BASE)), tokenizer)
+    assert engine.has_template_of(tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = other.chat_template.replace("<|im_start|>", "### ")
+    assert not engine.has_template_of(other)
+    assert engine.ends_at(tokenizer.eos_token_id)
+    assert not engine.ends_at(5)
 
 
 @pytest.mark.nightly

@@ -1,4 +1,4 @@
-"""llama.cpp as a process of its own, which a damaged file may end: `python llama_cpp.py FILE
+"""llama.cpp as a process of its own, which a damaged file may end: `python THIS_FILE FILE
 POSITIONS THREADS` prints its address, and serves until its stdin closes. Keys, values and attention
 are in float32, so that what differs from a run is in the file."""
 

