@@ -5,12 +5,14 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from cera_train.adapters.saved import keeps_base
 from cera_train.adapters.spectrum import spectrum_metrics
+from cera_train.common.errors import errors_at
 from cera_train.common.settings import require
 from cera_train.common.terminal import (
     ProgressBar,
@@ -30,7 +32,8 @@ from cera_train.evaluation.engine import agree_on_batches, choose_dtype, load_su
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.grading import grade_all
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.evaluation.requests import requests_for
+from cera_train.evaluation.llama_cpp import LlamaCpp
+from cera_train.evaluation.requests import Engine, requests_for
 from cera_train.evaluation.resolve import ResolvedEvaluation
 from cera_train.evaluation.server import Server
 from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
@@ -52,7 +55,7 @@ from cera_train.runs.evaluation_folder import (
     find_evaluation_result,
 )
 from cera_train.runs.results import RunResult, describe_rank
-from cera_train.runs.subject import digest_of
+from cera_train.runs.subject import digest_of, digest_of_file
 from cera_train.settings.distributed import DistributedConfig
 
 
@@ -73,7 +76,7 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
     subject = evaluation.subject
     name = config.folder_name
     if config.name is None:
-        name += subject.part
+        name += "-gguf" if config.gguf else subject.part
     path = subject.folder / "eval" / name
     if config.server is None:  # else the server chooses
         subject = choose_dtype(subject, path / "config.yaml")
@@ -82,20 +85,26 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
         subject.model, subject.train.autocast, DistributedConfig(timeout=86_400)
     )
     is_main = accelerator.is_main_process
-    server = None
+    engine = None
     computes = str(subject.model.dtype)
+    digest = digest_of(subject.adapter) if subject.adapter else None
     with EvaluationFolder.open(path, is_main, accelerator.process_index) as folder:
         if config.server is not None:
-            server = Server(
+            engine = Server(
                 config.server, subject.model, load_tokenizer(subject.model), subject.adapter
             )
-            computes = f"{server.version} at {server.url}"
+            computes = f"{engine.version} at {engine.url}"
+        elif config.gguf is not None:
+            with errors_at(f"gguf={config.gguf}"):
+                engine = load_gguf(evaluation)
+            computes = engine.version
+            digest = digest_of_file(Path(config.gguf))
         config = replace(
             config,
             name=name,
             model=subject.model,
-            adapter_digest=digest_of(subject.adapter) if subject.adapter else None,
-            engine=server and server.version,
+            adapter_digest=digest,
+            engine=engine and engine.version,
         )
         if is_main:
             folder.write_config(config)
@@ -103,7 +112,7 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
         accelerator.wait_for_everyone()
         evaluation = replace(evaluation, config=config, subject=subject)
         if isinstance(evaluation.task, AnswerTask):
-            result = answer_and_grade(evaluation, folder, accelerator, server)
+            result = answer_and_grade(evaluation, folder, accelerator, engine)
             lines = accuracy_lines(evaluation.task, result) if is_main else {}
         else:
             result = measure_perplexity(evaluation, folder, accelerator)
@@ -117,6 +126,15 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
         return result.to_json()
 
 
+def load_gguf(evaluation: ResolvedEvaluation) -> LlamaCpp:
+    """The GGUF of an evaluation in llama.cpp, with room for its answers."""
+    room = evaluation.config.task.max_new_tokens
+    tokenizer = load_tokenizer(evaluation.subject.model)
+    requests = requests_for(evaluation.problems, 1, tokenizer, room, None)
+    longest = max(len(request.prompt_ids) for request in requests)
+    return LlamaCpp(Path(evaluation.config.gguf), tokenizer, longest + room)
+
+
 # --- accuracy -------------------------------------------------------------------------------------
 
 
@@ -124,13 +142,13 @@ def answer_and_grade(
     evaluation: ResolvedEvaluation,
     folder: EvaluationFolder,
     accelerator: Accelerator,
-    server: Server | None,
+    engine: Server | LlamaCpp | None,
 ) -> AccuracyResult:
     """Generates the missing answers, then grades those that are not graded yet; the main process
     alone has the result.
 
     Args:
-        server: what answers; None: the model in this process.
+        engine: None: the model in this process.
     """
     task = evaluation.task
     config = evaluation.config
@@ -149,7 +167,7 @@ def answer_and_grade(
     if missing:
         if is_main and subject.data and (shared := describe_trained_on(problems, subject.data)):
             print_line("shared", shared)
-        engine = server or load_subject(subject, accelerator.device)
+        engine = engine or load_subject(subject, accelerator.device)
         try:
             grades = generate_answers(evaluation, missing, engine, folder, accelerator)
         except (KeyboardInterrupt, SystemExit):
@@ -178,7 +196,7 @@ def answer_and_grade(
 def generate_answers(
     evaluation: ResolvedEvaluation,
     missing: Collection[Key],
-    engine: LoadedModel | Server,
+    engine: Engine,
     folder: EvaluationFolder,
     accelerator: Accelerator,
 ) -> dict[Key, Grade]:

@@ -157,7 +157,11 @@ def run_of(adapter: Path) -> Path | None:
 
 def digest_of(adapter: Path) -> str:
     """Digest of an adapter's weights: the files in a folder can change."""
-    with weights_file(adapter).open("rb") as file:
+    return digest_of_file(weights_file(adapter))
+
+
+def digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 

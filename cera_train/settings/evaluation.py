@@ -130,7 +130,7 @@ class SubjectConfig:
 
 @dataclass
 class AnsweringConfig(SubjectConfig):
-    """The subject of `cera-eval` and `cera-chat`, and the engine that answers for it."""
+    """The subject of a command, and the engine that answers for it."""
 
     server: str | None = setting(None, "nothing")
     """Address of a vLLM that answers, such as http://localhost:8000. null: the model in this
@@ -148,10 +148,13 @@ class EvalConfig(AnsweringConfig):
     data: DataConfig | None = section(None)
     """The data set whose held-out rows task=perplexity predicts. null: the run's."""
     launch: ProcessesConfig = section(ProcessesConfig)
+    gguf: str | None = setting(None, "nothing")
+    """A GGUF that was made of this run, which llama.cpp answers by, greedily and on the CPU. null:
+    the adapter."""
     name: str | None = setting(None, "nothing")
-    """Results go to RUN/eval/name. null: the task's name."""
+    """Results go to RUN/eval/name. null: the task's name, and -gguf for a GGUF."""
     adapter_digest: str | None = setting(None, "answers")
-    """Digest of the adapter's weights. cera-eval fills it in."""
+    """Digest of the weights of the adapter or the GGUF. cera-eval fills it in."""
     engine: str | None = setting(None, "answers")
     """What answers, such as vllm 0.32.0. cera-eval fills it in. null: the model in this process."""
 
@@ -159,16 +162,26 @@ class EvalConfig(AnsweringConfig):
         super().__post_init__()
         require(self.task is not None, "task=... is missing: `cera-eval --help` lists the tasks.")
         require_folder_name(self.folder_name, "name" if self.name else "task.name")
-        if self.server is not None:
+        require(
+            self.server is None or self.gguf is None,
+            f"server={self.server} and gguf={self.gguf} exclude each other: leave one out.",
+        )
+        require(
+            self.gguf is None or self.generation.temperature == 0,
+            f"gguf={self.gguf} answers greedily: leave out generation.temperature and "
+            f"generation=sample.",
+        )
+        key = "server" if self.gguf is None else "gguf"
+        if (engine := self.gguf or self.server) is not None:
             require(
                 self.task.kind != "perplexity",
-                f"server={self.server} answers problems, and task={self.task.name} measures "
-                f"losses: leave out server=.",
+                f"{key}={engine} answers problems, and task={self.task.name} measures losses: "
+                f"leave out {key}=.",
             )
             require(
                 self.launch.processes in ("auto", "1"),
-                f"launch.processes={self.launch.processes}: one process asks a server. Leave one "
-                f"of the two out.",
+                f"launch.processes={self.launch.processes}: one process asks {key}={engine}. "
+                f"Leave one of the two out.",
             )
             self.launch = ProcessesConfig("1")
         if self.task.kind == "perplexity" and self.task.window is None:

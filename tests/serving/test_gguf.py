@@ -1,5 +1,6 @@
 """`cera-export to=gguf`: what llama.cpp itself computes is the run, or it is refused."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ import gguf
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, TINY, make_tiny_llama
-from evaluated_runs import export
+from evaluated_runs import evaluate, export, read
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -21,6 +22,8 @@ from cera_train.runs.subject import find_subject
 from cera_train.serving.export import export_run
 from cera_train.serving.verify import Certificate, verify
 from cera_train.training.train import train
+
+pytest_plugins = ("evaluated_runs",)
 
 WORDS = "Question: what is the next value?\nAnswer: it is 0.84"
 
@@ -123,6 +126,22 @@ def test_llama_cpp_computes_what_transformers_does(file, run, compose, tokenizer
         torch.testing.assert_close(
             engine.log_probabilities(ids[:place]), expected[place - 1], atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_a_gguf_is_that_of_the_run(file, run, compose, questions, one_verifier):
+    task = ("task=gsm8k", f"task.files=[{questions}]", "task.max_new_tokens=12")
+
+    def answers(name: str, *settings: str) -> list[dict]:
+        evaluate(compose(f"run={run}", *task, *settings, command="eval"))
+        return read(run / "eval" / name / "generations.jsonl")
+
+    expected = answers("gsm8k")
+    assert answers("gsm8k-gguf", f"gguf={file}") == expected
+    text = next(answer["text"] for answer in expected if len(answer["text"]) > 4)
+    stop = f"task.stop=[{json.dumps(text[2:4])}]"
+    assert answers("cut", "name=cut", stop, f"gguf={file}") == answers("here", "name=here", stop)
+    assert "Evaluation, gsm8k-gguf" not in (run / "adapter" / "README.md").read_text()
 
 
 def tensor(name: str, change: Callable) -> Callable:
