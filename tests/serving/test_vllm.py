@@ -567,6 +567,18 @@ def test_a_lora_in_vllm_loses_what_it_loses_in_peft(server, exported, compose):
     assert served.kl > 0.01
 
 
+@pytest.mark.nightly
+def test_a_plain_model_in_vllm_loses_what_it_loses_in_transformers(exported, compose, tmp_path):
+    run = exported.parent
+    plain = tmp_path / BASE
+    words = (f"run={run}", "to=merged", f"output={plain}", "rows=2", "at_most=100")
+    loaded = export(compose(*words, command="export"))
+    with started(tmp_path, tmp_path / "log", "--max-logprobs=-1") as (url, _):
+        served = check(compose, plain, run, "at_most=100", f"server={url}")
+    assert served.form.startswith("a plain model, in vllm ")
+    assert served.kl == pytest.approx(loaded.kl, rel=1e-3)
+
+
 def test_a_vllm_that_computes_something_else_is_refused(server, exported, compose, monkeypatch):
     """It answers by its base."""
     monkeypatch.setattr(server_module.Server, "load_adapter", lambda *_: None)
