@@ -2,7 +2,7 @@
 from conf/ and recipes/; every `__post_init__` checks its part. Every builder takes its section;
 only `train()` sees the whole."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -121,7 +121,7 @@ class Config:
         }
         work = objectives[self.train.objective]
         if work.answers and self.train.server is not None:  # whose log p are compared
-            work = replace(work, forward_passes=work.forward_passes + 1)
+            work = work._replace(forward_passes=work.forward_passes + 1)
         return work
 
     @property

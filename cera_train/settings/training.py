@@ -41,8 +41,7 @@ PreferenceLoss = StrEnum("PreferenceLoss", ["sigmoid", "ipo"])
 Reference = StrEnum("Reference", ["start", "base"])
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What an objective runs for its rows, without evaluations."""
 
     unit: str = "sequences"  # what train.batch_size counts
