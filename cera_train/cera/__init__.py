@@ -1,14 +1,19 @@
 """CeRA as a PEFT method. Importing this package registers it, so that plain PEFT loads and saves
 it."""
 
+from typing import TYPE_CHECKING, Any
+
 from peft import PeftType
 from peft.utils import register_peft_method
 
 from .config import CeraConfig
-from .coverage import CoverageCallback, check_coverage
+from .coverage import check_coverage
 from .experts import CeraExperts
 from .layer import CeraLayer, CeraLinear, for_inference
 from .model import CeraModel
+
+if TYPE_CHECKING:
+    from .trainer import CoverageCallback
 
 __all__ = [
     "CeraConfig",
@@ -21,6 +26,15 @@ __all__ = [
     "check_coverage",
     "for_inference",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers' Trainer imports PEFT, which imports this package before there is a Trainer.
+    if name == "CoverageCallback":
+        from .trainer import CoverageCallback
+
+        return CoverageCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def add_peft_type(name: str) -> None:

@@ -20,7 +20,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_callback import TrainerCallback
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
 """In the name of a projection: that of one expert, which runs where a token is routed to it."""
@@ -138,31 +137,6 @@ def check_coverage(model: nn.Module) -> Iterator[Coverage]:
         yield coverage
     if (problem := coverage.problem()) is not None:
         raise ValueError(problem)
-
-
-class CoverageCallback(TrainerCallback):
-    """`check_coverage` around the first update of transformers' Trainer, and so of TRL's trainers.
-    Where all gradients are zero, as in GRPO when rewards do not differ, it checks the next update
-    too."""
-
-    def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        self.coverage = Coverage(model)
-        self.updates = self._watch()
-        next(self.updates)
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        next(self.updates, None)
-
-    def _watch(self) -> Iterator[None]:
-        """Advances at the start of training and after each backward pass."""
-        coverage = self.coverage
-        while not coverage.moves_loss:
-            with coverage.watch():
-                yield
-            if not coverage.called:
-                break
-        if (problem := coverage.problem()) is not None:
-            raise ValueError(problem)
 
 
 class Coverage:

@@ -178,6 +178,11 @@ assert importlib.util.find_spec("peft")  # as libraries look for PEFT without im
 assert not {"torch", "peft"} & sys.modules.keys(), "import cera_train is not light"
 import peft
 """,
+    "a Trainer, which imports PEFT halfway": """
+import cera_train
+from transformers import TrainingArguments
+import peft
+""",
     "peft first": "import peft, cera_train",
     "the method alone": "import cera_train.cera, peft",
 }
