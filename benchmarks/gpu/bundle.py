@@ -57,7 +57,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as parts:
         contents = Path(parts) / "contents"
-        install_packages(contents / "packages")
+        # dill, which datasets uses, takes modules outside a folder of this name for the user's own.
+        install_packages(contents / "site-packages")
         copy_project(contents / "project")
         write_rows(contents / "project", contents / "cache")
         with tarfile.open(folder / "contents.tar.xz", "w:xz") as archive:

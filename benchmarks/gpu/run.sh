@@ -8,7 +8,7 @@ if [ ! -d "$here/contents" ]; then
   mv "$here/part/contents" "$here/contents"
   rmdir "$here/part"
 fi
-export PYTHONPATH="$here/contents/project:$here/contents/packages${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$here/contents/project:$here/contents/site-packages${PYTHONPATH:+:$PYTHONPATH}"
 export CERA_TRAIN_CACHE="$here/contents/cache" HF_HUB_OFFLINE=1
 cd "$here/contents/project"
 exec python3 -m benchmarks.gpu "$@"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import is_locked, options
-from cera_train.common.terminal import print_line, print_table
+from cera_train.common.terminal import print_command, print_line, print_table
 from cera_train.common.trust import redact
 from cera_train.evaluation.tasks.task import task_figures
 from cera_train.runs.records import Record, changes_result
@@ -277,10 +277,12 @@ def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
 
 
 def print_sweep(folder: Path) -> bool:
-    """Prints a line for every job, the number of jobs in each state, and the best. Returns whether
-    every job of the last command has ended, regardless of earlier commands."""
+    """Prints a line for every job, the number of jobs in each state, and the best; for a study,
+    whose best of many runs would mislead, the command of its verdict. Returns whether every job of
+    the last command has ended, regardless of earlier commands."""
     jobs = read_sweep(folder)
-    best = best_jobs(jobs)
+    record = SweepRecord.read(folder / RECORD)
+    best = best_jobs(jobs) if record.study is None else []
     label = jobs[0].metric.label if jobs else PERPLEXITY.label
     shared = set.intersection(*(set(job.choices) for job in jobs)) if len(jobs) > 1 else set()
     print_line("sweep", f"{folder}{': ' + ' '.join(sorted(shared)) if shared else ''}")
@@ -313,7 +315,9 @@ def print_sweep(folder: Path) -> bool:
         print_line("best", f"{folder / job.name}: {label} {job.metric.shown(job.value)}")
     if counts[State.failed]:
         print_line("errors", f"in full in {folder / JOBS}; the same command tries these jobs again")
-    names = SweepRecord.read(folder / RECORD).jobs
+    if record.study is not None:
+        print_command("verdict", ["cera-report", str(folder)])
+    names = record.jobs
     # A record without jobs: the sweeper chose them as it went.
     return (
         all(job.is_over for job in jobs if job.name in names) if names else not counts[State.failed]

@@ -36,8 +36,11 @@ def rates(launcher) -> dict[str, str]:
 def test_every_seed_runs_every_value(launcher, run_study, capfd):
     assert run_study() == 0
     assert launcher.began == GRID
+    output = capfd.readouterr().out
     # The title leaves out the arm's overrides.
-    assert "\noptimizer.lr=0.01,study.arm=relu,train.seed=1  " in capfd.readouterr().out
+    assert "\noptimizer.lr=0.01,study.arm=relu,train.seed=1  " in output
+    assert output.endswith("verdict    cera-report outputs/which\n")
+    assert "best" not in output
     study = find_study(launcher.sweep)
     assert not study.missing()
     assert rates(launcher) == {"lora": "0.001", "cera": "0.01", "relu": "0.001"}
