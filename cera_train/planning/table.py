@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from cera_train.adapters.families import family
 from cera_train.common.terminal import counted, duration, gigabytes, print_line, print_table
 from cera_train.planning.plan import GB, USABLE, RunPlan
-from cera_train.settings.model import Quantization
+from cera_train.settings.model import Dtype, Quantization
+from cera_train.settings.run import PlanRun
 
 NOT_COUNTED = "generation time not counted"
 
@@ -48,7 +50,22 @@ def print_plan(plan: RunPlan) -> None:
     if plan.fits:
         print_line("fits", f"{needs} of the {memory}")
     else:
-        print_line("too large", f"{needs}, more than {USABLE:.0%} of the {memory}")
+        fixes = _memory_fixes(plan.config)
+        print_line("too large", f"{needs}, more than {USABLE:.0%} of the {memory}{fixes}")
+
+
+def _memory_fixes(config: PlanRun) -> str:
+    """Settings that lower the memory of a run and that it has not set; empty without any."""
+    model = config.model
+    tokens = config.train.micro_batch_tokens
+    can_quantise = not family(config.adapter.kind).trains_base and model.dtype != Dtype.float16
+    fixes = {
+        "model.gradient_checkpointing=true": not model.gradient_checkpointing,
+        "model.quantization=nf4": can_quantise and model.quantization == Quantization.none,
+        "train.micro_batch_tokens=2048": tokens > 2048 >= config.data.max_length,
+    }
+    names = ", ".join(name for name, is_open in fixes.items() if is_open)
+    return f": try {' or '.join(names.rsplit(', ', 1))}" if names else ""
 
 
 def _time_and_cost(plan: RunPlan) -> dict[str, str]:

@@ -17,6 +17,7 @@ from cera_train.planning.dry_run import micro_batches
 from cera_train.planning.estimate import GPU_MFU, run_totals
 from cera_train.planning.plan import GPUS
 from cera_train.planning.table import name_jobs, print_plan, print_plans
+from cera_train.settings.model import Quantization
 
 MATH = "+recipe=math_r64"
 QUICK = "+recipe=logistic_map"
@@ -259,7 +260,25 @@ def test_a_plan_prints_every_part(math_plan, capsys):
     assert out.endswith(f"fits       {needs} of the 80 GB of H100\n")
     print_plan(replace(math_plan, device=GPUS["rtx4090"]))
     assert capsys.readouterr().out.endswith(
-        f"too large  {needs}, more than 95% of the 24 GB of RTX 4090\n"
+        f"too large  {needs}, more than 95% of the 24 GB of RTX 4090: try "
+        "model.gradient_checkpointing=true, model.quantization=nf4 or "
+        "train.micro_batch_tokens=2048\n"
+    )
+
+
+def test_a_plan_that_is_too_large_names_settings_that_are_not_set(math_plan, capsys):
+    def fixes(**model: object) -> str:
+        config = math_plan.config
+        train = replace(config.train, micro_batch_tokens=2048)
+        config = replace(config, model=replace(config.model, **model), train=train)
+        print_plan(replace(math_plan, config=config, device=GPUS["rtx4090"]))
+        return capsys.readouterr().out
+
+    assert fixes(gradient_checkpointing=True).endswith(
+        "95% of the 24 GB of RTX 4090: try model.quantization=nf4\n"
+    )
+    assert fixes(gradient_checkpointing=True, quantization=Quantization.nf4).endswith(
+        "95% of the 24 GB of RTX 4090\n"
     )
 
 
