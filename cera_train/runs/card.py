@@ -22,10 +22,12 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, remove_folder, write_text
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import for_markdown
+from cera_train.data.chats import may_use_template
 from cera_train.runs.evaluation_folder import AccuracyResult, find_evaluation_result
 from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult, describe_rank, describe_tasks, figure
 from cera_train.runs.subject import digest_of
+from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
@@ -38,15 +40,7 @@ CARD = """---
 
 {what}, trained with cera-train.{branch}
 
-## How to load it
-
-```python
-{registers}from {library} import {loader}
-from transformers import AutoTokenizer
-
-model = {loader}.from_pretrained("FOLDER")  # where this file lies
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-```
+{snippet}
 
 ## How it was trained, and what was measured
 
@@ -59,6 +53,26 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 {terms}
 """
 
+SNIPPET = """## How to load it
+
+```python
+{registers}from {library} import {loader}
+from transformers import AutoTokenizer
+
+model = {loader}.from_pretrained("FOLDER")  # where this file lies
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+{asks}```"""
+
+ASKS = """
+inputs = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello!"}],
+    add_generation_prompt=True,
+    return_tensors="pt",
+    return_dict=True,
+)
+output = model.generate(**inputs, max_new_tokens=128)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
 
 EVALUATIONS = ".eval_results"
 """Folder of an adapter: its evaluations as the Hub reads them, one file a data set."""
@@ -82,9 +96,7 @@ def write_card(run: Path, result: RunResult) -> None:
         name=for_markdown(config.name),
         what=for_markdown(f"The base model after {method}" if is_full else f"A {method} adapter"),
         branch=" Its branch, `s B gate(A x)`, stays beside W0." if is_cera else "",
-        registers="import cera_train  # registers CeRA with PEFT\n" if is_cera else "",
-        library=library,
-        loader="AutoModelForCausalLM" if is_full else "AutoPeftModelForCausalLM",
+        snippet=snippet(run / "adapter", library, config.data, is_cera),
         table="\n".join(
             f"| {for_markdown(name)} | {for_markdown(value)} |"
             for name, value in (_facts(config, result) | _accuracies(evaluations)).items()
@@ -95,6 +107,26 @@ def write_card(run: Path, result: RunResult) -> None:
         else "The licence of the base weights is not on record here: see where they come from.",
     )
     write_text(run / "adapter" / "README.md", text)
+
+
+def snippet(folder: Path, library: str, data: DataConfig | None, is_cera: bool = False) -> str:
+    """The section of a card that loads what a folder holds, and asks it a question by the chat
+    template if it was trained on chats.
+
+    Args:
+        library: peft for an adapter, transformers for a plain model.
+        data: the rows that it was trained on, if they are known.
+    """
+    is_chat = False
+    if data is not None and (folder / "chat_template.jinja").is_file():
+        _, first = next(data.parts())
+        is_chat = may_use_template(first)
+    return SNIPPET.format(
+        registers="import cera_train  # registers CeRA with PEFT\n" if is_cera else "",
+        library=library,
+        loader="AutoPeftModelForCausalLM" if library == "peft" else "AutoModelForCausalLM",
+        asks=ASKS if is_chat else "",
+    )
 
 
 def card_data(

@@ -29,6 +29,14 @@ def folder_of(run) -> Path:
     return run if isinstance(run, Path) else Path(run.output_dir) / run.name
 
 
+def run_card(folder: Path) -> dict[str, Any]:
+    """The names that the code of a card defines."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("FOLDER", str(folder)), names)
+    return names
+
+
 def metrics_of(run) -> list[dict]:
     """The whole lines of metrics.jsonl, which may not be there yet."""
     try:

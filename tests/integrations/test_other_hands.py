@@ -7,8 +7,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from tiny_runs import folder_of
+from tiny_runs import folder_of, run_card
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cera_train.training.train import train
 
 
 @pytest.fixture
@@ -74,11 +76,18 @@ def test_the_card_describes_the_adapter_and_its_code_loads_it(finished_run, tiny
         f"{result['trainable_parameters']:,}",
     ):
         assert part in card.text.replace("\\", ""), part
-    code = (
-        card.text.split("```python\n")[1]
-        .split("```")[0]
-        .replace("FOLDER", str(finished_run / "adapter"))
-    )
-    names: dict = {}
-    exec(code, names)
+    names = run_card(finished_run / "adapter")
     assert any("cera_A" in name for name, _ in names["model"].named_parameters())
+    assert "inputs" not in names
+
+
+def test_the_code_of_a_card_asks_by_the_chat_template_of_a_run_of_chats(tiny_config, write_jsonl):
+    user = {"role": "user", "content": "hello"}
+    answer = {"role": "assistant", "content": "hello there"}
+    rows = write_jsonl("chats.jsonl", [{"messages": [user, answer]}] * 16)
+    settings = ("data=jsonl", f"data.train_files=[{rows}]", "data.eval_rows=4", "data.chat=auto")
+    config = tiny_config(*settings, "data.allow_overlap=true", "train.max_updates=1")
+    train(config)
+    names = run_card(folder_of(config) / "adapter")
+    asked = names["tokenizer"].decode(names["inputs"]["input_ids"][0])
+    assert asked == "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n"
