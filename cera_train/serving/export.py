@@ -8,7 +8,7 @@ LoRA, B' = s B M. `verify` measures what an export loses.
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import read_json, write_folder, write_text
 from cera_train.common.settings import require
 from cera_train.common.terminal import announce, print_fields, print_line
+from cera_train.common.trust import for_markdown
 from cera_train.data.prepare import TokenizedRows, prepare_data, stop_ids
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
@@ -33,7 +34,7 @@ from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.llama_cpp import CONVERTER, GGUF, check_packages
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
-from cera_train.runs.card import card_data
+from cera_train.runs.card import card_data, snippet
 from cera_train.runs.subject import Subject
 from cera_train.serving.modules import has_gates
 from cera_train.serving.verify import Certificate, verify
@@ -81,6 +82,10 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
     folder = Path(config.output or subject.folder / f"export_{config.to}")
     check_export(config, subject, run, folder)
     print_line("export", f"{subject}, as {config.to}, to {folder}")
+    base = run.base.name_or_path
+    needs = {}
+    if config.to == ExportForm.lora and Path(base).exists():
+        needs["needs"] = f"its base at {base}; to=merged stands alone"
 
     def write(part: Path) -> None:
         adapter = subject.adapter
@@ -108,10 +113,10 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
         with errors_at(str(folder)):
             certificate = check(form)
         certificate.write(part / CERTIFICATE)
-        write_text(part / "README.md", card(certificate, config, subject))
+        write_text(part / "README.md", card(part, certificate.shown() | needs, config, subject))
 
     write_folder(folder, write)
-    print_fields({"folder": str(folder)})
+    print_fields({"folder": str(folder)} | needs)
     return Certificate.read(folder / CERTIFICATE)
 
 
@@ -307,12 +312,20 @@ def convert(folder: Path, file: Path) -> None:
         )
 
 
-def card(certificate: Certificate, config: ExportConfig, subject: Subject) -> str:
-    """The README of an export."""
-    header = card_data(subject.model, LIBRARIES[config.to], config.to.value)
-    rows = "".join(f"| {label} | {value} |\n" for label, value in certificate.shown().items())
-    return (
+def card(folder: Path, facts: Mapping[str, str], config: ExportConfig, subject: Subject) -> str:
+    """The README of an export.
+
+    Args:
+        facts: labels and values of its table.
+    """
+    library = LIBRARIES[config.to]
+    header = card_data(subject.model, library, config.to.value)
+    rows = "".join(f"| {label} | {for_markdown(value)} |\n" for label, value in facts.items())
+    text = (
         f"---\n{header.to_yaml()}\n---\n\n"
         f"Made of {subject.name}, and compared with it on held-out rows.\n\n"
         f"| | |\n|---|---|\n{rows}"
     )
+    if config.to != ExportForm.gguf:
+        text += f"\n{snippet(folder, library, subject.data)}\n"
+    return text

@@ -330,7 +330,7 @@ def form(text: str) -> list[str]:
     lines: list[str] = []
     for line in text.splitlines():
         line = " ".join(line.split())
-        line = re.sub(r"^(precision|device|speed|before|after|at most)\b.*", r"\1", line)
+        line = re.sub(r"^(precision|device|speed|before|after|at most|needs)\b.*", r"\1", line)
         line = re.sub(r"[+-]?\d[\d.,:]*", "#", line).replace("v_proj", "q_proj")
         if lines[-1:] != [line]:
             lines.append(line)

@@ -14,6 +14,7 @@ from evaluated_runs import export
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tiny_runs import run_card
 from transformers import AutoModelForCausalLM
 
 from cera_train.common.errors import DiffersError, UserError
@@ -210,9 +211,13 @@ torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
         assert ModelCard.load(folder / place / "README.md").data.base_model == "an/id"
 
 
-def test_merged_is_a_plain_model_that_computes_what_its_lora_does(compose, trained, tiny_folder):
+def test_merged_is_a_plain_model_that_computes_what_its_lora_does(
+    compose, trained, tiny_folder, capsys
+):
     folder = trained()
     lora = export(compose(f"run={folder}", "at_most=100", command="export"))
+    needs = f"its base at {tiny_folder}; to=merged stands alone"
+    assert capsys.readouterr().out.endswith(f"\nneeds           {needs}\n")
     merged = export(compose(f"run={folder}", "to=merged", "at_most=100", command="export"))
     assert merged.loss_form == pytest.approx(lora.loss_form, abs=1e-5)
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
@@ -220,6 +225,14 @@ def test_merged_is_a_plain_model_that_computes_what_its_lora_does(compose, train
     plain = AutoModelForCausalLM.from_pretrained(folder / "export_merged")
     torch.testing.assert_close(logits(plain), by_lora, atol=1e-4, rtol=1e-4)
     assert not list((folder / "export_merged").glob("adapter*"))
+    assert "needs  " not in capsys.readouterr().out
+
+    # The code of their cards loads the same.
+    for form in ("export_lora", "export_merged"):
+        model = run_card(folder / form)["model"]
+        torch.testing.assert_close(logits(model), by_lora, atol=1e-4, rtol=1e-4)
+    card = (folder / "export_lora" / "README.md").read_text().replace("\\", "")
+    assert f"| needs | {needs} |" in card
 
 
 @pytest.mark.slow
