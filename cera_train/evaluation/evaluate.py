@@ -96,7 +96,7 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
             computes = f"{engine.version} at {engine.url}"
         elif config.gguf is not None:
             with errors_at(f"gguf={config.gguf}"):
-                engine = load_gguf(evaluation)
+                engine = start_llama_cpp(evaluation)
             computes = engine.version
             digest = digest_of_file(Path(config.gguf))
         config = replace(
@@ -126,7 +126,7 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
         return result.to_json()
 
 
-def load_gguf(evaluation: ResolvedEvaluation) -> LlamaCpp:
+def start_llama_cpp(evaluation: ResolvedEvaluation) -> LlamaCpp:
     """The GGUF of an evaluation in llama.cpp, with room for its answers."""
     room = evaluation.config.task.max_new_tokens
     tokenizer = load_tokenizer(evaluation.subject.model)

@@ -26,6 +26,7 @@ from cera_train.evaluation.statistics import (
     holm,
     paired_bootstrap,
     pass_at_k,
+    sign_flip,
 )
 from cera_train.evaluation.tasks import gsm8k, logistic_map
 from cera_train.evaluation.tasks import math as math_task
@@ -177,6 +178,12 @@ def test_hostile_answers_are_wrong_and_the_others_go_on():
     verdicts = judge(pairs, seconds=1)
     assert [verdict.correct for verdict in verdicts] == [False, True] * len(hostile)
     assert verdicts[0] == Verdict(False, "timeout")
+
+
+@pytest.mark.parametrize("test", [sign_flip, paired_bootstrap])
+def test_runs_on_different_problems_are_refused(test):
+    with pytest.raises(ValueError, match="zip"):
+        test([True, False], [True, False, True])
 
 
 ACCURACY = [1.0] * 120 + [0.0] * 280

@@ -119,6 +119,7 @@ def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path: Path) ->
             "bfloat16, nf4.",
         ),
         ({"data.train_rows": 1000}, None),
+        ({"optimizer.lr": 1e-3}, None),
     ],
 )
 def test_what_cannot_be_ranked_is_named(tmp_path: Path, changes: dict, note: str | None) -> None:

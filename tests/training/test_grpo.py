@@ -66,6 +66,27 @@ def grpo(tiny_config, write_jsonl):
     return lambda *overrides: tiny_config(*words, *overrides)
 
 
+@pytest.fixture
+def in_processes(tiny_folder, tmp_path, write_jsonl, monkeypatch):
+    """Settings of a run on `ROWS` in processes, which find rewards_of_a_test.py in `tmp_path`."""
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    return [
+        f"model.path={tiny_folder}",
+        "model.dtype=float32",
+        "data.max_length=256",
+        "adapter.r=4",
+        "data=jsonl",
+        f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
+        "data.eval_rows=2",
+        "train.objective=grpo",
+        "grpo.answers=4",
+        "grpo.max_new_tokens=6",
+        "grpo.rewards=[rewards_of_a_test.vowels]",
+        "train.batch_size=3",
+    ]
+
+
 CLIPPED = ["grpo.epochs=2", "grpo.epsilon=0.05", "grpo.epsilon_high=0.1", "grpo.beta=0.5"]
 
 
@@ -290,7 +311,7 @@ def test_nothing_is_lost_if_a_server_fails(grpo, monkeypatch, fault, message):
 
 @pytest.mark.slow
 def test_two_processes_sample_and_learn_the_same_as_one(
-    tiny_folder, tmp_path, write_jsonl, compose, monkeypatch
+    in_processes, tmp_path, compose, monkeypatch
 ):
     # A judge that answers differently when another process asks: only the main one asks.
     sign = "import os\n\nSIGN = 1 if os.environ.get('RANK', '0') == '0' else -1\n"
@@ -300,23 +321,9 @@ def test_two_processes_sample_and_learn_the_same_as_one(
     )
     (tmp_path / "rewards_of_a_test.py").write_text(sign + reward)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    )
     words = [
-        f"model.path={tiny_folder}",
-        "model.dtype=float32",
-        "data.max_length=256",
-        "adapter.r=4",
-        "data=jsonl",
-        f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
-        "data.eval_rows=2",
-        "train.objective=grpo",
-        "grpo.answers=4",
-        "grpo.max_new_tokens=6",
-        "grpo.rewards=[rewards_of_a_test.vowels]",
+        *in_processes,
         "adapter.dropout=0",
-        "train.batch_size=3",
         "train.max_updates=1",
         "train.micro_batch_tokens=256",
         "optimizer.lr=2e-2",
@@ -333,9 +340,7 @@ def test_two_processes_sample_and_learn_the_same_as_one(
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_if_one_of_two_processes_cannot_answer(
-    tiny_folder, tmp_path, write_jsonl, monkeypatch
-):
+def test_nothing_is_lost_if_one_of_two_processes_cannot_answer(in_processes, tmp_path):
     """Process 0, which saves, learns of it."""
     (tmp_path / "rewards_of_a_test.py").write_text(
         "import os\n"
@@ -349,22 +354,8 @@ def test_nothing_is_lost_if_one_of_two_processes_cannot_answer(
         "    return answers(model, batches, *rest)\n\n"
         "LoadedModel.answers = answers\n"
     )
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    )
     run = start(
-        f"model.path={tiny_folder}",
-        "model.dtype=float32",
-        "data.max_length=256",
-        "adapter.r=4",
-        "data=jsonl",
-        f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
-        "data.eval_rows=2",
-        "train.objective=grpo",
-        "grpo.answers=4",
-        "grpo.max_new_tokens=6",
-        "grpo.rewards=[rewards_of_a_test.vowels]",
-        "train.batch_size=3",
+        *in_processes,
         "train.max_updates=4",
         "train.save_every=null",
         "launch.processes=2",
@@ -405,6 +396,10 @@ def test_an_answer_is_graded_as_in_a_task():
         (
             ["grpo.grader=choice"],
             r"rows.jsonl:1: grpo.grader=choice finds no answer .*: fix the row",
+        ),
+        (
+            ["data.loss_on=all"],
+            "^train.objective=grpo answers prompts, and rows.jsonl has text without: name",
         ),
         (
             ["grpo.max_new_tokens=256"],
