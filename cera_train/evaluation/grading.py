@@ -14,8 +14,9 @@ import os
 import re
 import resource
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,8 @@ from cera_train.runs.evaluation_folder import (
 SECONDS = 5.0  # an answer's time limit
 MEMORY_LIMIT = 2**30
 """Bytes beyond a process's imports, ten times what math-verify needs for honest answers."""
+POOLS = 3
+"""A pool breaks where a process ends before it has told which answer it took."""
 LOOP_TIMES = 3
 LOOP_CHARACTERS = 50
 LONGEST_SEGMENT = 1_000
@@ -136,7 +139,24 @@ class Verdict:
 
 def judge(pairs: Sequence[AnswerPair], seconds: float = SECONDS) -> list[Verdict]:
     """Verifies answers in processes that can be stopped, each within `seconds` of when a process
-    begins it."""
+    begins it.
+
+    Raises:
+        BrokenProcessPool: POOLS pools broke.
+    """
+    verdicts: list[Verdict] = []
+    for attempt in range(1, POOLS + 1):
+        try:
+            for verdict in _judge_in_order(pairs[len(verdicts) :], seconds):
+                verdicts.append(verdict)
+            break
+        except BrokenProcessPool:
+            if attempt == POOLS:
+                raise
+    return verdicts
+
+
+def _judge_in_order(pairs: Sequence[AnswerPair], seconds: float) -> Iterator[Verdict]:
     workers = min(len(os.sched_getaffinity(0)), len(pairs)) or 1
     # Spawned: a fork of a process with torch's threads can hang.
     pool = pebble.ProcessPool(
@@ -145,7 +165,8 @@ def judge(pairs: Sequence[AnswerPair], seconds: float = SECONDS) -> list[Verdict
     try:
         # pool.map would count the wait for a free process, and its start, as the answer's time.
         verdicts = [pool.schedule(_verdict, [pair], timeout=seconds) for pair in pairs]
-        return [_outcome(verdict) for verdict in verdicts]
+        for verdict in verdicts:
+            yield _outcome(verdict)
     finally:
         pool.stop()
         pool.join()
