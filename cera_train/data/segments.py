@@ -6,7 +6,7 @@ import itertools
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from cera_train.data.chats import chat_exchanges, uses_template
 from cera_train.data.messages import TURNS
 from cera_train.data.rendering import Exchange
 from cera_train.data.rows import PROMPT, PlacedRow, Row, as_text, text_of
-from cera_train.settings.data import COLUMN_TEMPLATES, DataConfig, Layout, Turns
+from cera_train.settings.data import COLUMN_TEMPLATES, DataConfig, Layout
 
 
 @dataclass
@@ -102,7 +102,12 @@ def segmenters(config: DataConfig, tokenizer: Any, asks: bool = False) -> list[S
             pairs.append(templates(prompt, config.rejected, "data.rejected"))
     if not is_templated:
         return [partial(plain, to_pair=to_pair) for to_pair in pairs]
-    messages = replace(config, layout=Layout.messages, turns=Turns.all, rejected=None)
+    messages = DataConfig(
+        layout=Layout.messages,
+        path=config.title,
+        chat=config.chat,
+        template_settings=config.template_settings,
+    )
     return [
         of_exchanges(
             partial(chat_of_pair, to_pair=to_pair, config=messages, tokenizer=tokenizer, asks=asks)

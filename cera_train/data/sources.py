@@ -186,8 +186,10 @@ def decide_switches(config: DataConfig, tokenizer: Any) -> DataConfig:
 
 
 def first_training_rows(config: DataConfig) -> Iterator[PlacedRow]:
-    """The first rows of the training files or of the split on the Hub."""
-    if config.train_files:
+    """The first rows of the training files, of the split on the Hub, or of those computed."""
+    if config.is_computed:
+        rows = open_sources(replace(config, train_rows=FIRST_ROWS))[0].located()
+    elif config.train_files:
         paths = check_files(config.train_files, "data.train_files")
         rows = itertools.chain.from_iterable(map(first_rows, paths))
     else:

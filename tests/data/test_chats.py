@@ -10,6 +10,7 @@ from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
 from cera_train.data.segments import segmenter, segmenters
 from cera_train.data.sources import decide_switches
+from cera_train.settings.data import DataConfig
 
 CALLS = (
     "{% for call in message.tool_calls or [] %}[{{ call.function.name }} "
@@ -263,6 +264,9 @@ def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write
 
     assert settings([without] * 3) == {"enable_thinking": False}
     assert settings([thought] * 3) == settings([without, thought]) == {}
+
+    computed = DataConfig(layout="logistic_map", chat="template", eval_rows=20)
+    assert decide_switches(computed, chat).template_settings == {"enable_thinking": False}
 
 
 # --- refusals -------------------------------------------------------------------------------------
