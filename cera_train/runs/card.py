@@ -23,6 +23,7 @@ from cera_train.common.files import read_json, remove_folder, write_text
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import for_markdown
 from cera_train.data.chats import may_use_template
+from cera_train.data.templates import DATE
 from cera_train.runs.evaluation_folder import AccuracyResult, find_evaluation_result
 from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult, describe_rank, describe_tasks, figure
@@ -65,10 +66,10 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 ASKS = """
 inputs = tokenizer.apply_chat_template(
-    [{"role": "user", "content": "Hello!"}],
+    [{{"role": "user", "content": "Hello!"}}],
     add_generation_prompt=True,
     return_tensors="pt",
-    return_dict=True,
+    return_dict=True,{settings}
 )
 output = model.generate(**inputs, max_new_tokens=128)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -117,15 +118,17 @@ def snippet(folder: Path, library: str, data: DataConfig | None, is_cera: bool =
         library: peft for an adapter, transformers for a plain model.
         data: the rows that it was trained on, if they are known.
     """
-    is_chat = False
+    asks = ""
     if data is not None and (folder / "chat_template.jinja").is_file():
         _, first = next(data.parts())
-        is_chat = may_use_template(first)
+        settings = first.template_settings.items()
+        lines = [f"\n    {name}={value!r}," for name, value in settings if name != DATE]
+        asks = ASKS.format(settings="".join(lines)) if may_use_template(first) else ""
     return SNIPPET.format(
         registers="import cera_train  # registers CeRA with PEFT\n" if is_cera else "",
         library=library,
         loader="AutoPeftModelForCausalLM" if library == "peft" else "AutoModelForCausalLM",
-        asks=ASKS if is_chat else "",
+        asks=asks,
     )
 
 

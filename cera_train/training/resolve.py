@@ -45,7 +45,8 @@ def resolve(config: Config, folder: Path) -> Resolved:
     """
     adapters.check(config.adapter)
     config = replace(config, data=decide_layouts(config.data))
-    begun = config if starts_anew(config, folder) else load_config(folder / "config.yaml")
+    is_new = starts_anew(config, folder)
+    begun = config if is_new else load_config(folder / "config.yaml")
     data = with_known_layouts(config.data, begun.data)
 
     dtype = as_begun(config.model.dtype, begun.model.dtype, Dtype.auto, folder)
@@ -59,7 +60,7 @@ def resolve(config: Config, folder: Path) -> Resolved:
         config,
         model=replace(config.model, dtype=dtype.value),
         adapter=with_start_digest(config.adapter, begun.adapter),
-        data=with_template_settings(replace(config, data=data), begun),
+        data=with_template_settings(config, data, None if is_new else begun.data),
         optimizer=replace(config.optimizer, lr=lr.value),
         train=replace(config.train, compile=compiles.value),
     )
@@ -111,11 +112,13 @@ def with_start_digest(adapter: AdapterConfig, begun: AdapterConfig) -> AdapterCo
     return replace(adapter, start_digest=recorded or digest_of(find_start(adapter)))
 
 
-def with_template_settings(config: Config, begun: Config) -> DataConfig:
-    """The data's settings with the chat template's switches that all answers need."""
-    data = config.data
-    if begun is not config and not data.template_settings:
-        return replace(data, template_settings=begun.data.template_settings)
+def with_template_settings(
+    config: Config, data: DataConfig, begun: DataConfig | None
+) -> DataConfig:
+    """The data's settings with the chat template's switches: those of the run in the folder, else
+    those that all answers need."""
+    if begun is not None and not data.template_settings:
+        return replace(data, template_settings=begun.template_settings)
     has_chats = any(may_use_template(part) for _, part in data.parts())
     if not has_chats or config.work.answers:  # what samples answers asks as inference does
         return data
