@@ -32,6 +32,7 @@ class PlayedVllm(ThreadingHTTPServer):
         self.served = {"id": "base", "root": base.path, "parent": None, "max_model_len": 512}
         self.base = base
         self.tokenizer = load_tokenizer(base)
+        self.ends = {self.tokenizer.eos_token_id}  # where it stops of itself
         self.loaded = {}
         self.asked = []
         self.lock = threading.Lock()
@@ -95,6 +96,27 @@ class PlayedVllm(ThreadingHTTPServer):
             "length" if len(tokens) == body["max_tokens"] else "stop",
         )
 
+    def next_token(self, body: dict) -> dict:
+        """Of an answer that is not streamed: the log p of every token, and how it ends where only
+        one is allowed."""
+        ids = torch.tensor([body["prompt"]])
+        with self.lock, torch.no_grad():
+            log_p = self.model(body["model"])(input_ids=ids).logits[0, -1].float().log_softmax(-1)
+        sent = {f"token_id:{token}": p for token, p in enumerate(log_p.tolist())}
+        ends = {*body.get("allowed_token_ids", [])} & self.ends
+        return {
+            "logprobs": {"top_logprobs": [sent]},
+            "finish_reason": "stop" if ends else "length",
+        }
+
+    def ids_of(self, body: dict) -> list[int]:
+        if "messages" in body:
+            return self.tokenizer.apply_chat_template(
+                body["messages"], add_generation_prompt=True, return_dict=False
+            )
+        special = body["add_special_tokens"]
+        return self.tokenizer(body["prompt"], add_special_tokens=special).input_ids
+
 
 class Handler(BaseHTTPRequestHandler):
     server: PlayedVllm
@@ -128,6 +150,8 @@ class Handler(BaseHTTPRequestHandler):
             self.respond(
                 *((200, {}) if known else (404, {"error": {"message": "it cannot be found."}}))
             )
+        elif self.path == "/tokenize":
+            self.respond(200, {"tokens": server.ids_of(body)})
         else:
             self.complete(body)
 
@@ -144,6 +168,8 @@ class Handler(BaseHTTPRequestHandler):
             )
         if fault.isdecimal():
             return self.respond(int(fault), {"error": {"message": "it is overloaded"}})
+        if not body.get("stream"):
+            return self.respond(200, {"choices": [server.next_token(body)]})
         tokens, logprobs, reason = server.answer(body)
         first, rest = (
             {key: values[part] for key, values in logprobs.items()}

@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_tiny_llama
 from evaluated_runs import export
+from played_vllm import playing_vllm
 from safetensors.torch import load_file, save_file
 
 from cera_train.common.errors import DiffersError
@@ -17,6 +19,7 @@ from cera_train.distributed.accelerator import this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.runs.subject import find_subject
 from cera_train.serving.verify import Certificate, verify
+from cera_train.settings.model import ModelConfig
 from cera_train.training.train import train
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -97,8 +100,8 @@ def check_of(run, compose):
     subject = choose_dtype(find_subject(compose(f"run={run}", command="export")))
     loaded = load_subject(subject, this_device())
 
-    def check_of(folder: Path) -> Certificate:
-        return verify(folder, subject, loaded, subject.data)
+    def check_of(folder: Path, **settings) -> Certificate:
+        return verify(folder, subject, loaded, subject.data, **settings)
 
     return check_of
 
@@ -317,6 +320,28 @@ SOUND = {
     "adapter=lora model.quantization=nf4": [ADAPTED, *MERGED[:2]],
 }
 """Forms by method. A gate's best LoRA loses something, which is no false alarm."""
+
+
+def test_what_a_vllm_computes_is_the_run_or_it_is_refused(forms, base, check_of):
+    with playing_vllm(ModelConfig(path=str(base), dtype="float32")) as vllm:
+        checked = partial(check_of, forms["adapter"], limit=2, server=vllm.url)
+        certificate = checked()
+        assert certificate.form == "PEFT's LORA, on its base, in vllm 0.32.0"
+        assert certificate.kl_upper < 1e-6
+        assert (certificate.same_tokens, certificate.changed) == (1, 0)
+        ends = vllm.ends
+        vllm.ends = set()
+        with pytest.raises(DiffersError, match="vLLM goes on after the token 1"):
+            checked()
+        vllm.ends = ends
+        template = vllm.tokenizer.chat_template
+        vllm.tokenizer.chat_template = template.replace("<|im_start|>", "### ")
+        with pytest.raises(DiffersError, match="vLLM has another chat template than the run"):
+            checked()
+        vllm.tokenizer.chat_template = template
+        vllm.loaded = dict.fromkeys(vllm.loaded, vllm.unadapted)
+        with pytest.raises(DiffersError, match="its KL divergence from the run may be"):
+            checked()
 
 
 @pytest.mark.nightly
