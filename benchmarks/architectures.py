@@ -455,53 +455,56 @@ def send_cells(connection: Connection, model_type: str, checks: Sequence[str]) -
 # --- the page -------------------------------------------------------------------------------------
 
 
-def cells(row: dict[str, str]) -> list[str]:
-    """The cells of a type in the page: what varies, without what most types have, and the checks
+def failing(row: dict[str, str]) -> list[str]:
+    return [name for name in PASSING if row.get(name, YES) != YES]
+
+
+def cell_of(row: dict[str, str]) -> str:
+    """What the page says of a type: how its rows stand, what most types do not have, and the checks
     that fail."""
     if BUILT in row:
-        return [in_short(row[BUILT])]
-    failing = [name for name in PASSING if row.get(name, YES) != YES]
-    varying = ["" if row[name] in USUAL else in_short(row[name]) for name in VARYING]
-    return [*varying, ", ".join(failing)]
+        return in_short(row[BUILT])
+    varying = {name: in_short(row[name]) for name in VARYING if row[name] not in USUAL}
+    parts = [text if name == "rows" else f"{name}: {text}" for name, text in varying.items()]
+    if failing(row):
+        parts.append(f"fails: {', '.join(failing(row))}")
+    return "; ".join(parts)
 
 
 def in_short(words: str) -> str:
     return textwrap.shorten(words.replace("|", "/"), 64, placeholder=" ...")
 
 
-def page(found: dict[str, dict[str, str]]) -> str:
-    """The page, with one row for the types that are alike."""
-    alike: dict[tuple[str, ...], list[str]] = {}
+def table_of(found: dict[str, dict[str, str]]) -> str:
+    """The rows of a table: types that are alike share one."""
+    alike: dict[str, list[str]] = {}
     for model_type in sorted(found):
-        alike.setdefault(tuple(cells(found[model_type])), []).append(model_type)
+        alike.setdefault(cell_of(found[model_type]), []).append(model_type)
     by_size = sorted(alike.items(), key=lambda group: -len(group[1]))
-    tables = {
-        is_built: "\n".join(
-            f"| {' | '.join([', '.join(types), *row])} |"
-            for row, types in by_size
-            if (len(row) > 1) == is_built
-        )
-        for is_built in (True, False)
-    }
+    return "\n".join(f"| {', '.join(types)} | {cell} |" for cell, types in by_size)
+
+
+def page(found: dict[str, dict[str, str]]) -> str:
+    trained = {model_type: row for model_type, row in found.items() if BUILT not in row}
+    refused = {model_type: row for model_type, row in found.items() if BUILT in row}
     meanings = "\n".join(
         f"- **{name}**: {' '.join(run.__doc__.split())}" for name, run in CHECKS.items()
     )
-    trained = [row for row in found.values() if BUILT not in row]
-    without_exception = sum(not cells(row)[-1] for row in trained)
-    compiled = sum("compiled" in row for row in trained)
+    without_failure = sum(not failing(row) for row in trained.values())
+    compiled = sum("compiled" in row for row in trained.values())
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "torch"))
     return f"""# Architectures
 
     cera-train 'data.train_files=[rows.jsonl]' model.path=my/model name=mine
 
-trains {len(trained)} of the {len(found)} causal types of transformers. In {without_exception}
+trains {len(trained)} of the {len(found)} causal types of transformers. In {without_failure}
 no check fails.
 
-| model types | rows | all-linear | experts | fails |
-|---|---|---|---|---|
-{tables[True]}
+| model types | rows, and exceptions |
+|---|---|
+{table_of(trained)}
 
-An empty cell: every projection gets a branch, the type has no experts, no check fails.
+Where no exception stands, every projection gets a branch, and the type has no experts.
 
 {meanings}
 
@@ -515,7 +518,7 @@ fused kernels, with {packages}. torch.compile was tried on {compiled}.
 
 | model types | reason |
 |---|---|
-{tables[False]}
+{table_of(refused)}
 """
 
 

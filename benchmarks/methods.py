@@ -541,15 +541,17 @@ def page(cells: dict[str, dict[str, str]]) -> str:
     """Methods that do everything in one paragraph, and each exception with its methods."""
     whole = [name for name, row in cells.items() if set(row.values()) == {YES}]
     refused = [name for name, row in cells.items() if row["trains"] != YES]
-    exceptions: dict[tuple[str, str], list[str]] = {}
+    exceptions: dict[str, dict[str, list[str]]] = {column: {} for column in COLUMNS}
     for name, row in cells.items():
         for column, text in row.items():
             if text != YES:
-                exceptions.setdefault((column, in_short(text)), []).append(name)
+                exceptions[column].setdefault(in_short(text), []).append(name)
     meanings = "\n".join(f"- **{name}**: {meaning}." for name, meaning in COLUMNS.items())
-    table = "\n".join(
-        f"| {column} | {reason} | {grouped(exceptions[column, reason])} |"
-        for column, reason in sorted(exceptions, key=lambda key: [*COLUMNS].index(key[0]))
+    sections = "\n\n".join(
+        f"### Fails: {column}\n\n"
+        + "\n".join(f"- {grouped(names)}: {reason}" for reason, names in reasons.items())
+        for column, reasons in exceptions.items()
+        if reasons
     )
     versions = f"PEFT {version('peft')} and transformers {version('transformers')}"
     return f"""# Methods
@@ -570,11 +572,9 @@ of its config, each start of LoRA, and ours, on a tiny random Llama on a CPU, wi
 
 ## Exceptions
 
-| not | why | methods and variants |
-|---|---|---|
-{table}
-
 What does not train was not tried further.
+
+{sections}
 """
 
 

@@ -3,7 +3,7 @@ mechanism in CI, for the others in `make test-nightly`."""
 
 import pytest
 
-from benchmarks.architectures import CHECKS, PAGE, cells, check
+from benchmarks.architectures import CHECKS, PAGE, cell_of, check
 from benchmarks.tiny_models import MODEL_TYPES
 
 MECHANISMS = {
@@ -36,4 +36,4 @@ def test_the_page_says_what_the_checks_find(model_type):
     found = dict(check(model_type, checks))
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     tables = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
-    assert [row for names, *row in tables if model_type in names.split(", ")] == [cells(found)]
+    assert [cell for names, cell in tables if model_type in names.split(", ")] == [cell_of(found)]

@@ -10,8 +10,8 @@ WHOLE = next(methods.ungrouped(line) for line in LINES if line.startswith("adapt
 EXCEPTIONS = [
     name
     for line in LINES
-    if line.startswith("| ")
-    for name in methods.ungrouped(line.strip("| ").split(" | ")[-1])
+    if line.startswith("- ")
+    for name in methods.ungrouped(line.removeprefix("- ").partition(": ")[0])
 ]
 MECHANISMS = ("OFT", "LORA init_lora_weights=lora_ga")
 """Tested in CI: a method that turns W0, and a start that reads rows; others have tests of their
