@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[1]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 MEMORY = ROOT / "docs" / "pictures" / "memory.json"
 """Recipe -> part -> bytes of one process, as cera-plan prints them."""
+UPDATE = ROOT / "docs" / "pictures" / "update.json"
+"""Processor, commit, and name of an update -> part -> CPU seconds, as `python -m benchmarks.update
+--profile` prints them."""
 
 PLANNED = ("math_r64", "math_dora_r64", "math_lora_r512", "math_r64_nf4")
 

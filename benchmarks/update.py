@@ -2,7 +2,8 @@
 the same config on the same rows at that commit and in this tree, each in a process of its own with
 one thread. They make one update each, in turn: compare the ratios of their CPU time.
 
-`--profile` prints where this tree's time goes instead.
+`--profile` prints where this tree's time goes instead, on one thread, and writes it for `make
+pictures`.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def profile(words: Sequence[str], updates: int) -> Counter[str]:
     def around_update(update: Callable, args: tuple) -> Any:
         nonlocal done
         if done == WARM_UP:
-            name_parts(next(each for each in args if hasattr(each, "adapted")).adapted)
+            name_parts(next(each for each in args if hasattr(each, "adapted")).adapted, named)
             profiler.start()
         if done == WARM_UP + updates:
             profiler.stop()
@@ -195,6 +196,7 @@ def profile(words: Sequence[str], updates: int) -> Counter[str]:
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(SystemExit),
+        contextlib.ExitStack() as named,
     ):
         train([*words, f"output_dir={folder}"], around_update)
 
@@ -212,7 +214,21 @@ def profile(words: Sequence[str], updates: int) -> Counter[str]:
     return seconds
 
 
-def name_parts(model: nn.Module) -> None:
+def profile_all(lines: dict[str, list[str]], updates: int, path: Path) -> None:
+    """Prints the parts of each work's update, and writes them to a file for `make pictures`."""
+    from benchmarks.circumstances import circumstances
+
+    parts = {}
+    for name, words in lines.items():
+        print(f"{name}, CPU seconds of an update")
+        seconds = profile(words, updates)
+        for part, taken in seconds.most_common():
+            print(f"  {part:<20}{taken:.3f}", flush=True)
+        parts[name] = {part: round(taken, 4) for part, taken in seconds.most_common()}
+    path.write_text(json.dumps(circumstances() | {"seconds": parts}, indent=2) + "\n")
+
+
+def name_parts(model: nn.Module, patches: contextlib.ExitStack) -> None:
     """Makes the profiler see the parts. Hooks would turn the fused steps off."""
     for kind in {type(module) for module in model.modules() if part_of(module)}:
         part = part_of(next(module for module in model.modules() if type(module) is kind))
@@ -223,7 +239,7 @@ def name_parts(model: nn.Module) -> None:
             with torch.profiler.record_function(f"part: {part}"):
                 return forward(*args, **kwargs)
 
-        kind.forward = named
+        patches.enter_context(patch.object(kind, "forward", named))
 
 
 def ancestors(event: Any) -> Iterator[Any]:
@@ -268,17 +284,21 @@ def main() -> None:
         if options.rows is None:
             parser.error("--rows FILE names GSM8K's rows; --works quickstart needs none.")
         works["gsm8k"].append(f"data.train_files=[{options.rows.absolute()}]")
+    lines = {
+        f"{name}, {dtype}": [*words, *COMMON, f"model.dtype={dtype}"]
+        for name, words in works.items()
+        for dtype in options.dtypes
+    }
+    if options.profile:
+        from benchmarks.diagrams import UPDATE
+
+        torch.set_num_threads(1)
+        profile_all(lines, options.updates, UPDATE)
+        return
     with tree_of(options.against) as tree:
-        for name, words in works.items():
-            for dtype in options.dtypes:
-                line = [*words, *COMMON, f"model.dtype={dtype}"]
-                if options.profile:
-                    print(f"{name}, {dtype}, CPU seconds of an update")
-                    for part, seconds in profile(line, options.updates).most_common():
-                        print(f"  {part:<20}{seconds:.3f}", flush=True)
-                else:
-                    trees = {"before": tree, "now": TREE}
-                    print(f"{name}, {dtype}: {compare(trees, line, options.updates)}", flush=True)
+        trees = {"before": tree, "now": TREE}
+        for name, words in lines.items():
+            print(f"{name}: {compare(trees, words, options.updates)}", flush=True)
 
 
 if __name__ == "__main__":

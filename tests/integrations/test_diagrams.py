@@ -4,7 +4,9 @@ import json
 from xml.etree import ElementTree
 
 import pytest
+from conftest import TINY
 
+from benchmarks import update
 from benchmarks.diagrams import MEMORY, PLANNED, ROOT, diagrams
 
 PICTURES = {diagram.name: diagram for diagram in diagrams()}
@@ -30,6 +32,18 @@ def test_every_folder_stands_on_a_floor_once():
 def test_the_terminal_marks_what_is_supervised():
     words = words_of("terminal")
     assert words[words.index("           Answer:") + 1] == " 1924-06-08<|im_end|>"
+
+
+def test_the_parts_of_an_update_are_measured_for_the_picture(tiny_folder, tmp_path, capsys):
+    words = [f"model.path={tiny_folder}", *TINY, *update.COMMON, "train.compile=false"]
+    update.profile_all({"tiny": words}, 1, tmp_path / "update.json")
+    measured = json.loads((tmp_path / "update.json").read_text())
+    parts = measured["seconds"]["tiny"]
+    assert {"base products", "branches", "norms", "head and loss", "optimizer"} <= parts.keys()
+    assert measured["processor"]
+    assert measured["commit"]
+    printed = [line.rsplit(maxsplit=1)[0].strip() for line in capsys.readouterr().out.splitlines()]
+    assert printed[1:] == [*parts]
 
 
 @pytest.mark.nightly
