@@ -86,7 +86,7 @@ evidence: $(VENV)/.installed-test  ## find a gate where there is one, and none w
 	$(BIN)/cera-train -m +study=controls hydra/launcher=joblib
 	$(BIN)/cera-report outputs/controls
 
-pictures: $(VENV)/.installed-test  ## draw docs/pictures from evidence, import rules, tutorial and plans
+pictures: $(VENV)/.installed-test  ## draw docs/pictures from evidence, import rules, tutorial, plans and measurements
 	$(BIN)/python -m benchmarks.pictures --plan
 
 docs: $(VENV)/.installed-test  ## build the site from these pages: open site/index.html

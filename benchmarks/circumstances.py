@@ -7,10 +7,16 @@ from pathlib import Path
 TREE = Path(__file__).parents[1]
 
 
+def git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=TREE, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def circumstances() -> dict[str, str]:
-    """The processor's name, and the commit, with `-dirty` after it if files have changed since."""
+    """The processor's name, and the commit, with `-dirty` after it if code has changed since."""
     processors = Path("/proc/cpuinfo").read_text()
     name = re.search(r"^(?:model name|CPU part)\s*: (.+)$", processors, re.MULTILINE)
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=8", "--exclude=*"]
-    done = subprocess.run(describe, cwd=TREE, capture_output=True, text=True, check=True)
-    return {"processor": name[1] if name else "unknown", "commit": done.stdout.strip()}
+    commit = git("rev-parse", "--short=8", "HEAD")
+    if git("diff", "HEAD", "--", "cera_train", "benchmarks"):
+        commit += "-dirty"
+    return {"processor": name[1] if name else "unknown", "commit": commit}

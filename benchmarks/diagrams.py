@@ -1,5 +1,6 @@
 """The other pictures of the documentation, each drawn from a file that says the same in words or
-numbers: the floors of the code, the quickstart in a terminal, the memory of planned runs."""
+numbers: the floors of the code, the quickstart in a terminal, the memory of planned runs, the time
+of an update."""
 
 import json
 import re
@@ -204,5 +205,36 @@ def legend(parts: Sequence[str], top: float) -> Iterator[str]:
         yield text(x + 16, y + 9, part, "soft")
 
 
+# --- where an update's time goes ------------------------------------------------------------------
+
+
+def update() -> Diagram:
+    """A bar for each part of an update."""
+    measured = json.loads(UPDATE.read_text())
+    left = MARGIN + 110  # of the bars, beside their names
+    longest = WIDTH - left - MARGIN - 80
+    shapes = []
+    words = []
+    top = MARGIN
+    for name, parts in measured["seconds"].items():
+        whole = sum(parts.values())
+        shapes.append(text(MARGIN, top + LINE - 3, f"{name}: {whole:.2f} s an update", "name"))
+        top += LINE + GAP
+        for part, seconds in parts.items():
+            width = longest * seconds / max(parts.values())
+            figures = f"{seconds:.2f} s, {seconds / whole:.0%}"
+            shapes.append(text(MARGIN, top + LINE - 3, part))
+            shapes.append(rectangle(left, top, width, LINE, "part0"))
+            shapes.append(text(left + width + GAP, top + LINE - 3, figures, "soft"))
+            words.append(f"{name}: {part} {figures}")
+            top += LINE + GAP
+        top += GAP
+    place = f"CPU time on one thread, {measured['processor']}, commit {measured['commit']}"
+    shapes.append(text(MARGIN, top + LINE - 3, place, "soft"))
+    title = "Where an update's time goes"
+    height = top + LINE + MARGIN
+    return Diagram("update", title, f"{'; '.join(words)}. {place}.", WIDTH, height, shapes)
+
+
 def diagrams() -> list[Diagram]:
-    return [floors(), terminal(), memory()]
+    return [floors(), terminal(), memory(), update()]
