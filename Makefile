@@ -65,7 +65,7 @@ gpu: $(VENV)/.installed-test  ## accept on a CUDA machine, in pieces of ten minu
 gpu-bundle: $(VENV)/.installed-test  ## write bundle/, which runs the same on a GPU machine that reaches no network
 	$(BIN)/python -m benchmarks.gpu.bundle bundle
 
-growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
+growth: $(VENV)/.installed-test  ## measure how time and memory of an update grow, for `make pictures`
 	$(BIN)/python -m benchmarks.growth
 
 architectures: $(VENV)/.installed-test  ## check every causal type of transformers, in 40 minutes that resume, and write docs/architectures.md

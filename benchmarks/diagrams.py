@@ -1,8 +1,9 @@
 """The other pictures of the documentation, each drawn from a file that says the same in words or
 numbers: the floors of the code, the quickstart in a terminal, the memory of planned runs, the time
-of an update."""
+of an update and how it grows."""
 
 import json
+import math
 import re
 import textwrap
 import tomllib
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
@@ -18,6 +20,8 @@ MEMORY = ROOT / "docs" / "pictures" / "memory.json"
 UPDATE = ROOT / "docs" / "pictures" / "update.json"
 """Processor, commit, and name of an update -> part -> CPU seconds, as `python -m benchmarks.update
 --profile` prints them."""
+GROWTH = ROOT / "docs" / "pictures" / "growth.json"
+"""Processor, commit, threads, and what grows -> its points, as `make growth` measures them."""
 
 PLANNED = ("math_r64", "math_dora_r64", "math_lora_r512", "math_r64_nf4")
 
@@ -37,6 +41,10 @@ STYLE = """
 .diagram .name { font-weight: 600 }
 .diagram .end { text-anchor: end }
 .diagram .mono { font: 12px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace }
+.diagram .middle { text-anchor: middle }
+.diagram .grid { stroke: #d9dde2 }
+.diagram .line0 { fill: none; stroke: #0072b2; stroke-width: 2 }
+.diagram .line1 { fill: none; stroke: #c04a00; stroke-width: 2 }
 .diagram .marked { fill: #1a7f37 }
 .diagram .part0 { fill: #0072b2 } .diagram .part1 { fill: #c04a00 } .diagram .part2 { fill: #00795a }
 .diagram .part3 { fill: #a8437f }
@@ -45,6 +53,9 @@ STYLE = """
 .diagram .room { fill: #262d36 }
 .diagram text { fill: #e6e9ee }
 .diagram .soft { fill: #a3acb8 }
+.diagram .grid { stroke: #39424e }
+.diagram .line0 { stroke: #6cb6ff }
+.diagram .line1 { stroke: #ffa657 }
 .diagram .marked { fill: #56d364 }
 .diagram .part0 { fill: #6cb6ff } .diagram .part1 { fill: #ffa657 } .diagram .part2 { fill: #56d3a5 }
 .diagram .part3 { fill: #e58cc0 }
@@ -236,5 +247,98 @@ def update() -> Diagram:
     return Diagram("update", title, f"{'; '.join(words)}. {place}.", WIDTH, height, shapes)
 
 
+# --- how an update grows --------------------------------------------------------------------------
+
+PANEL = 84
+"""Height of a panel's axes."""
+KINDS = {"cera": "CeRA", "lora": "LoRA"}
+
+
+def growth(measured: dict[str, Any]) -> Diagram:
+    """For each thing that grows, a panel of the time and one of the memory. Time is logarithmic:
+    growth in proportion is a straight line. Memory is linear, since it grows on top of the
+    base's."""
+    curves = measured["curves"]
+    points = [point for same in curves.values() for point in same]
+    exponents = [math.log2(point["seconds"]) for point in points]
+    lowest = math.floor(min(exponents))
+    step = max(1, math.ceil((max(exponents) - lowest) / 4))
+    powers = range(lowest, math.ceil(max(exponents)) + step, step)
+    most = math.ceil(max(point["memory"] for point in points) / 1e9)
+    scales = {
+        "seconds": {2.0**power: power for power in powers},
+        "GB": {most * share: most * share for share in (0, 0.5, 1)},
+    }
+    shapes = [*legend([*KINDS.values()], MARGIN)]
+    top = 2.0 * MARGIN + LINE
+    for name, same in curves.items():
+        times = [math.log2(point["seconds"]) for point in same]
+        memories = [point["memory"] / 1e9 for point in same]
+        for number, (unit, heights) in enumerate(zip(scales, (times, memories), strict=True)):
+            left = MARGIN + number * WIDTH / 2
+            shapes.append(text(left, top + LINE, f"{unit}, by {name}", "name"))
+            shapes += panel(left, top + 2 * LINE, scales[unit], same, heights)
+        top += PANEL + 4 * LINE
+    place = f"threads: {measured['threads']}, {measured['processor']}, commit {measured['commit']}"
+    shapes.append(text(MARGIN, top + LINE, place, "soft"))
+    words = "; ".join(
+        f"{KINDS[point['kind']]}, {name} {point['value']:,}: {point['seconds']:.2f} s, "
+        f"{point['memory'] / 1e9:.2f} GB"
+        for name, same in curves.items()
+        for point in same
+    )
+    title = "Time and memory of an update"
+    height = top + LINE + MARGIN
+    return Diagram("growth", title, f"{words}. {place}.", WIDTH, height, shapes)
+
+
+def panel(
+    left: float,
+    top: float,
+    scale: dict[float, float],
+    points: Sequence[dict[str, Any]],
+    heights: Sequence[float],
+) -> Iterator[str]:
+    """A line for each kind of adapter, over the logarithm of the values.
+
+    Args:
+        scale: label -> height of the lines of the grid.
+        heights: of the points, in the unit of the scale.
+    """
+    start = left + 34
+    width = WIDTH / 2 - 34 - 3 * MARGIN
+    places = sorted({math.log2(point["value"]) for point in points})
+    span = places[-1] - places[0] or 1
+
+    def x(point: dict[str, Any]) -> float:
+        share = (math.log2(point["value"]) - places[0]) / span
+        return start + MARGIN + (width - 2 * MARGIN) * share
+
+    def y(height: float) -> float:
+        low, *_, high = scale.values()
+        return top + PANEL * (1 - (height - low) / (high - low))
+
+    for label, height in scale.items():
+        line = f'x1="{start:g}" x2="{start + width:g}" y1="{y(height):g}" y2="{y(height):g}"'
+        yield f'<line class="grid" {line}/>'
+        yield text(start - 6, y(height) + 4, f"{label:g}", "soft end")
+    for number, kind in enumerate(KINDS):
+        line = [
+            (x(point), y(height))
+            for point, height in zip(points, heights, strict=True)
+            if point["kind"] == kind
+        ]
+        corners = " ".join(f"{across:g},{down:g}" for across, down in line)
+        yield f'<polyline class="line{number}" points="{corners}"/>'
+        for across, down in line:
+            yield f'<circle class="part{number}" cx="{across:g}" cy="{down:g}" r="3"/>'
+    for value, point in {point["value"]: point for point in points}.items():
+        label = f"{value:,}" if value >= 10_000 else str(value)
+        yield text(x(point), top + PANEL + LINE, label, "soft middle")
+
+
 def diagrams() -> list[Diagram]:
-    return [floors(), terminal(), memory(), update()]
+    drawn = [floors(), terminal(), memory(), update()]
+    if GROWTH.is_file():
+        drawn.append(growth(json.loads(GROWTH.read_text())))
+    return drawn

@@ -1,4 +1,5 @@
-"""How time and memory of an update grow: `python -m benchmarks.growth --help`.
+"""How time and memory of an update grow: `python -m benchmarks.growth --help`. `make pictures`
+draws what it writes.
 
 Every point is measured in a process of its own, whose memory is the most it ever held: one update
 as a warm-up, then the median of some more.
@@ -16,15 +17,16 @@ import random
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.circumstances import circumstances
 from benchmarks.contestants import Adapter, Setting, our_run
+from benchmarks.diagrams import GROWTH
 from benchmarks.training import PACKAGE, WITHOUT_GPUS, logistic_maps
-from cera_train.report.document import COLORS
 
 MICRO_BATCH_TOKENS = 4096
 
@@ -87,47 +89,20 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
         model.optimizer.step()
         model.optimizer.zero_grad()
         taken.append(time.perf_counter() - started)
-    pipe.send(
-        {"seconds": statistics.median(taken[1:]), "memory": peak_memory(model.accelerator.device)}
-    )
+    seconds = round(statistics.median(taken[1:]), 4)
+    pipe.send({"seconds": seconds, "memory": peak_memory(model.accelerator.device)})
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """One row of panels for time, logarithmic, where growth in proportion is a straight line; one
-    for memory, linear, since it grows on top of the base's. A column for each thing that grows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, grid = pyplot.subplots(
-        2, len(found), figsize=(3.1 * len(found), 5.2), layout="constrained", sharey="row"
-    )
-    for (name, points), column in zip(found.items(), grid.T, strict=True):
-        field = CURVES[name][0]
-        for axes, key, scale in zip(column, ("seconds", "memory"), (1, 1e-9), strict=True):
-            for kind in dict.fromkeys(point["kind"] for point in points):
-                own = [point for point in points if point["kind"] == kind]
-                axes.plot(
-                    [point[field] for point in own],
-                    [point[key] * scale for point in own],
-                    color=COLORS[kind],
-                    marker="o",
-                    label={"cera": "CeRA", "lora": "LoRA"}[kind],
-                )
-            axes.set_xscale("log", base=10 if field == "rows" else 2)
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-            axes.set_xlabel(name)
-            axes.spines[["top", "right"]].set_visible(False)
-        if len({point["kind"] for point in points}) > 1:
-            column[0].legend(frameon=False)
-    for axes, label in zip(grid[:, 0], ("seconds an update", "memory in GB"), strict=True):
-        axes.set_ylabel(label)
-    grid[0, 0].set_yscale("log", base=2)
-    grid[0, 0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    grid[1, 0].set_ylim(bottom=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+def measure_alone(point: Point, updates: int) -> dict[str, float]:
+    """Measures a point in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=measure, args=(point, updates, theirs))
+    process.start()
+    theirs.close()  # so that it ends with its process
+    result = ours.recv()
+    process.join()
+    return result
 
 
 def main() -> None:
@@ -137,31 +112,26 @@ def main() -> None:
     parser.add_argument(
         "--curves", nargs="+", default=list(CURVES), choices=CURVES, metavar="CURVE"
     )
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench/growth.json"))
-    parser.add_argument("--picture", type=Path, default=Path("outputs/bench/growth.png"))
+    parser.add_argument("--points", type=int, help="the first of each curve; by default all")
+    parser.add_argument("--output", type=Path, default=GROWTH)
     arguments = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {}
-    context = multiprocessing.get_context("spawn")
+    curves: dict[str, list[dict[str, Any]]] = {}
     for name in arguments.curves:
         field, values, kinds = CURVES[name]
+        curves[name] = []
         print(f"\n{name:<24}{'':<8}{'seconds':>10}{'GB':>8}")
         for kind in kinds:
-            for value in values:
+            for value in values[: arguments.points]:
                 point = replace(START, kind=kind, **{field: value})
                 if field == "length":  # one sequence, so that its length alone grows
                     point = replace(point, sequences=1)
-                ours, theirs = context.Pipe()
-                process = context.Process(target=measure, args=(point, arguments.updates, theirs))
-                process.start()
-                theirs.close()  # so that it ends with its process
-                result = ours.recv()
-                process.join()
+                result = measure_alone(point, arguments.updates)
                 figures = f"{result['seconds']:>10.2f}{result['memory'] / 1e9:>8.2f}"
                 print(f"{value:<24,}{kind:<8}{figures}", flush=True)
-                found.setdefault(name, []).append(asdict(point) | result)
+                curves[name].append({"kind": kind, "value": value} | result)
+    measured = circumstances() | {"threads": torch.get_num_threads(), "curves": curves}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(found, indent=2) + "\n")
-    draw(found, arguments.picture)
+    arguments.output.write_text(json.dumps(measured, indent=2) + "\n")
 
 
 if __name__ == "__main__":

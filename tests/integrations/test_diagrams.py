@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY
 
 from benchmarks import update
-from benchmarks.diagrams import MEMORY, PLANNED, ROOT, diagrams
+from benchmarks.diagrams import MEMORY, PLANNED, ROOT, diagrams, growth
 
 PICTURES = {diagram.name: diagram for diagram in diagrams()}
 
@@ -44,6 +44,21 @@ def test_the_parts_of_an_update_are_measured_for_the_picture(tiny_folder, tmp_pa
     assert measured["commit"]
     printed = [line.rsplit(maxsplit=1)[0].strip() for line in capsys.readouterr().out.splitlines()]
     assert printed[1:] == [*parts]
+
+
+def test_in_the_picture_of_growth_what_costs_more_is_higher():
+    points = [
+        {"kind": "cera", "value": value, "seconds": value / 10, "memory": value * 1e9}
+        for value in (1, 2, 4)
+    ]
+    measured = {"processor": "AMD", "commit": "abc", "threads": 2, "curves": {"rank": points}}
+    circles = ElementTree.fromstring(growth(measured).svg).iter(
+        "{http://www.w3.org/2000/svg}circle"
+    )
+    seconds_and_memory = [float(circle.get("cy")) for circle in circles]
+    assert seconds_and_memory[:3] == sorted({*seconds_and_memory[:3]}, reverse=True)
+    assert seconds_and_memory[3:] == sorted({*seconds_and_memory[3:]}, reverse=True)
+    assert len(seconds_and_memory) == 6
 
 
 @pytest.mark.nightly
