@@ -124,6 +124,11 @@ class TokenizedRows:
         return is_next and self.table["continues"][number].as_py()
 
     @property
+    def row_count(self) -> int:
+        """The rows, each of one sequence or several; the two answers of a preference count both."""
+        return len(self) - sum(self.column("continues"))
+
+    @property
     def dropped(self) -> tuple[int, int]:
         """Rows without an answer, and rows whose answer lies wholly beyond max_length."""
         empty = self.table["length"].to_pylist().count(0)
@@ -149,7 +154,7 @@ class TokenizedRows:
         tokens = sum(self.lengths)
         supervised = sum(self.supervised) / tokens
         empty, beyond = self.dropped
-        rows = len(self) - sum(self.column("continues"))
+        rows = self.row_count
         sequences = f" as {len(self):,} sequences" if rows < len(self) else ""
         return (
             f"{rows:,} {unit}{sequences}, {tokens:,} tokens, {supervised:.0%} supervised; "

@@ -9,7 +9,7 @@ import pytest
 from examples import CHAT, CONVERSATION
 
 from cera_train.common.errors import UserError
-from cera_train.data.look import describe_stop
+from cera_train.data.look import describe_stop, print_data
 from cera_train.data.prepare import TokenizedRows, prepare_data, prepare_evaluation
 from cera_train.data.rows import Source, rows_of
 from cera_train.data.segments import segmenter, segmenters
@@ -241,6 +241,8 @@ def test_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
         "messages, by the column `messages`, all answers, by the chat template; 5% of the rows"
     )
     assert values["train"].startswith("38 rows, ")
+    few = "a loss on 2 held-out rows says little: data.eval_rows=20 holds out more"
+    assert values["few"] == few
     assert values["answers"] in ("1.2 a row, 2 at most", "1.3 a row, 2 at most")
     assert values["stop"].startswith(
         "<|im_end|> ends answers, but generation stops at </s> only: set eos_token in"
@@ -250,6 +252,27 @@ def test_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
     assert values["train it"] == shlex.join(["cera-train", "data=jsonl", *settings])
     files = {path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts}
     assert files == {tmp_path / "rows.jsonl", sweep}
+
+
+def test_too_few_held_out_rows_are_named_with_the_setting_that_has_more(
+    own, write_jsonl, tokenizer, capsys
+):
+    rows = [{"question": f"{number}?", "answer": f"{number}"} for number in range(60)]
+    held_out = write_jsonl("held_out.jsonl", rows[50:])
+
+    def few(*overrides: str) -> list[str]:
+        config = own(rows[:50], *overrides)
+        print_data(config, prepare_data(config, tokenizer), tokenizer, stops={0})
+        lines = capsys.readouterr().out.splitlines()
+        return [line[11:] for line in lines if line.startswith("few ")]
+
+    assert few("data.eval_rows=20") == []
+    assert few("data.eval_rows=19") == [
+        "a loss on 19 held-out rows says little: data.eval_rows=20 holds out more"
+    ]
+    assert few(f"data.eval_files=[{held_out}]") == [
+        "a loss on 10 held-out rows says little: name a file with more in data.eval_files"
+    ]
 
 
 def test_a_run_records_its_decisions_and_no_longer_needs_the_files_once_finished(
