@@ -24,7 +24,7 @@ from cera_train.cli.mistakes import SCHEMAS, for_hydra, unknown_setting
 from cera_train.cli.start import errors_in_one_line
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir, options
-from cera_train.common.settings import MISSING, fields_at, flatten, require, word_of
+from cera_train.common.settings import MISSING, choices_of, fields_at, flatten, require, word_of
 from cera_train.common.terminal import announce_import
 from cera_train.distributed.processes import is_main_process, join_slurm_step
 from cera_train.settings.data import as_list
@@ -101,7 +101,21 @@ def print_help(program: str) -> None:
     template = config.hydra.help.template
     with open_dict(config):
         del config["hydra"]
-    print(template.replace("$CONFIG", OmegaConf.to_yaml(config)))
+    yaml = with_choices(OmegaConf.to_yaml(config), SCHEMAS[program])
+    print(template.replace("$CONFIG", yaml))
+
+
+def with_choices(yaml: str, schema: type) -> str:
+    """A config's text with the words that a setting may have beside it."""
+    lines = []
+    path: list[str] = []
+    for line in yaml.splitlines():
+        if key := re.match(r"( *)(\w+):", line):
+            path[len(key[1]) // 2 :] = [key[2]]
+            if choices := choices_of(schema, ".".join(path)):
+                line += f"  # {' | '.join(choices)}"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 # --- the config of a command ----------------------------------------------------------------------

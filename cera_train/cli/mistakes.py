@@ -21,7 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import options
-from cera_train.common.settings import fields_of, require, section_of
+from cera_train.common.settings import choices_of, fields_of, require, section_of
 from cera_train.common.trust import SECRET_NAME, may_run_code
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.run import Config, PlanRun
@@ -400,4 +400,8 @@ def _describe(error: Exception, program: str) -> str:
     problem = str(cause).splitlines()[0].rstrip(".")
     if "is not a valid bool" in problem:
         return f"{place}: {problem}: write true or false."
+    if "is not Optional" in problem:
+        choices = choices_of(SCHEMAS[program], key)
+        expected = f", expected one of [{', '.join(choices)}]" if choices else ": leave it out"
+        return f"{place}: null is no value here{expected}."
     return f"{place}: {problem}."

@@ -8,7 +8,7 @@ import itertools
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import EnumType, StrEnum
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
@@ -73,6 +73,13 @@ def fields_of(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:
             else fields_of(inner, f"{prefix}{field.name}.")
         )
     return fields
+
+
+def choices_of(schema: type, key: str) -> list[str]:
+    """The words that a setting may have; none if it is no choice between words."""
+    field = fields_of(schema).get(key)
+    kinds = (field.type, *typing.get_args(field.type)) if field else ()
+    return [word for kind in kinds if isinstance(kind, EnumType) for word in kind.__members__]
 
 
 def section_of(hint: Any) -> type | None:

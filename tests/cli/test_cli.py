@@ -52,6 +52,13 @@ def test_help_answers_without_torch_and_names_every_choice(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+def test_help_lists_the_words_that_a_setting_may_have(run_command, capfd):
+    assert run_command("cera-train", "--help") == 0
+    printed = capfd.readouterr().out
+    assert "\n  quantization: none  # none | int8 | nf4\n" in printed
+    assert "\n  turns: null  # first | last | all\n" in printed  # it may also be null
+
+
 def test_help_knows_the_files_of_a_config_folder(tmp_path, run_command, capfd):
     (tmp_path / "josé's" / "model").mkdir(parents=True)
     (tmp_path / "josé's" / "model" / "ours.yaml").write_text("path: our/model\n")

@@ -70,6 +70,8 @@ MISTAKES = [
     ),
     ("cera-train adapter.r=abc", "adapter.r: ", "could not be converted to Integer"),
     ("cera-train data.allow_overlap=0.05", "data.allow_overlap: ", "write true or false"),
+    ("cera-train model.quantization=null", "null is no value", "one of [none, int8, nf4]"),
+    ("cera-train train.batch_size=null", "null is no value", "leave it out"),
     ("cera-plan plan.gpu=h1000", "plan.gpu: ", "expected one of [h100, a100"),
     ("cera-plan plan.mfu=2", "plan.mfu=2.0 ", "is a share of the peak"),
     (
