@@ -398,7 +398,7 @@ def test_the_notebook_prints_what_it_shows(tmp_path):
         notebook, timeout=600, resources={"metadata": {"path": tmp_path}}
     ).execute()
     assert outputs_of(notebook) == expected
-    assert (tmp_path / "outputs/capitals/adapter_model.safetensors").exists()
+    assert (tmp_path / "outputs/capitals/adapter/adapter_model.safetensors").exists()
 
 
 @pytest.fixture(scope="module")
