@@ -4,6 +4,7 @@ docs` builds."""
 
 import ast
 import itertools
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import needs_smollm2
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
@@ -201,6 +203,25 @@ def test_the_recipe_file_on_the_page_of_recipes_is_the_command_above_it(compose,
     *_, (_, _, command) = (each for each in commands_of(page) if "name=moved" in each[2])
     from_file = compose(f"hydra.searchpath=['file://{tmp_path}']", "+recipe=moved")
     assert from_file == compose(*command)
+
+
+@pytest.mark.slow
+def test_the_smallest_study_answers_its_question(run_command, tmp_path, tiny_folder, capfd):
+    """With two rates, seeds and updates in place of the page's."""
+    page = ROOT / "docs" / "studies.md"
+    file = next(block.text for block in blocks(page) if block.language == "yaml")
+    study = yaml.safe_load(file)["study"]
+    runs = len(study["arms"]) * len(study["tune"]["optimizer.lr"]) * study["seeds"]
+    assert f"with {runs} runs" in prose(page)
+    (tmp_path / "mine" / "study").mkdir(parents=True)
+    (tmp_path / "mine" / "study" / "orders.yaml").write_text(file)
+    rows = [{"question": f"{n} apples?", "answer": f"count={n}"} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    short = [f"model.path={tiny_folder}", "model.dtype=float32", "train.max_updates=2"]
+    short += ["data.max_length=64", "study.seeds=2", "study.tune={optimizer.lr:[1e-3,2e-3]}"]
+    assert run_command("cera-train", "-m", "--config-dir", "mine", "+study=orders", *short) == 0
+    assert run_command("cera-report", "outputs/orders") == 0
+    assert "cera - lora" in capfd.readouterr().out
 
 
 # --- Python ---------------------------------------------------------------------------------------
