@@ -9,7 +9,7 @@ from typing import Any
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
-from cera_train.data.chats import uses_template
+from cera_train.data.chats import may_use_template, uses_template
 from cera_train.data.prepare import encode
 from cera_train.data.segments import Segment, segmenters, sequences_of
 from cera_train.data.sources import open_sources, rows_of_parts
@@ -34,6 +34,9 @@ PROBLEMS_OF_LEVEL = {1: 437, 2: 894, 3: 1131, 4: 1214, 5: 1324}
 COUNTED = "by SmolLM2's tokenizer"
 ESTIMATED = "an estimate"
 BY_TEMPLATE = "by the model's chat template"
+WITHOUT_TEMPLATE = (
+    "an estimate without the model's chat template, which adds tokens: set plan.tokens_per_row"
+)
 
 
 @dataclass(frozen=True)
@@ -211,12 +214,18 @@ def _size_of_rows(config: DataConfig, tokenizer: Any) -> DataSize:
     else:
         train_rows = round(len(lengths) / sampled * sum(1 for _ in train.located()))
         eval_rows = round(len(lengths) / answered * sum(1 for _ in evaluation.located()))
+    if by_template:
+        source = BY_TEMPLATE
+    elif tokenizer is None and may_use_template(config):
+        source = WITHOUT_TEMPLATE
+    else:
+        source = ESTIMATED
     size = DataSize(
         train_rows,
         eval_rows,
         fmean(lengths),
         supervised / sum(lengths),
-        BY_TEMPLATE if by_template else ESTIMATED,
+        source,
         is_even=len(set(lengths)) == 1,
     )
     is_default = config.layout == Layout.logistic_map and config.logistic_map == LogisticMapConfig()

@@ -9,6 +9,9 @@ from cera_train.settings.model import Dtype, Quantization
 from cera_train.settings.run import PlanRun
 
 NOT_COUNTED = "generation time not counted"
+TIME = (
+    "of updates and evaluations: what each run needs to start (imports, model, data) is not counted"
+)
 
 
 def print_plan(plan: RunPlan) -> None:
@@ -131,6 +134,8 @@ def _print_basis(plans: Sequence[RunPlan]) -> None:
     for plan in plans:
         lines += _describe_data(plan)
     lines += [("device", _describe_device(plan)) for plan in plans]
+    if len(plans) > 1:  # many short runs start for longer than they train
+        lines.append(("time", TIME))
     for label, text in dict.fromkeys(lines):
         print_line(label, text)
     print()

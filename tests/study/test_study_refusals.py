@@ -182,6 +182,7 @@ def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
     outcomes = ["study.outcomes=[loss,logistic_map]", "train.tasks=[logistic_map]"]
     out = plan_command(*STUDY, spread, *outcomes, "study.tune_seeds=1")
     assert out.startswith("study      Does CeRA reach a lower loss than LoRA on the logistic map")
+    assert "\ntime       of updates and evaluations: what each run needs to start " in out
     runs, _, _, updates, *_ = row(out, "3 cells")
     assert (runs, updates) == ("12", f"{3 * (2 + 2) * 24}")  # the compared seeds run one value
     assert row(out, "cera, adapter.r=16")[:2] == [f"{2 * 16 * (32 + 32 + 32 + 16):,}", "4"]
