@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cera_train.adapters import build as adapters
-from cera_train.common.settings import AUTO, Choice
+from cera_train.common.settings import AUTO, Choice, to_plain
 from cera_train.common.trust import redact_tree
 from cera_train.data.chats import may_use_template
 from cera_train.data.sources import decide_layouts, decide_switches
@@ -14,7 +14,7 @@ from cera_train.distributed.accelerator import this_device
 from cera_train.model.compiled import can_compile
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.precision import choose_precision
-from cera_train.runs.records import load_config
+from cera_train.runs.records import differences, load_config
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import digest_of, find_start
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
@@ -45,8 +45,20 @@ def resolve(config: Config, folder: Path) -> Resolved:
     """
     adapters.check(config.adapter)
     config = replace(config, data=decide_layouts(config.data))
-    is_new = starts_anew(config, folder)
-    begun = config if is_new else load_config(folder / "config.yaml")
+    record = folder / "config.yaml"
+    if starts_anew(config, folder):
+        return decide(config, None, folder)
+    resolved = decide(config, load_config(record), folder)
+    if not has_saved(folder) and differences(record, redact_tree(to_plain(resolved.config))):
+        # Another run began here and left nothing: its choices fit other settings.
+        return decide(config, None, folder)
+    return resolved
+
+
+def decide(config: Config, recorded: Config | None, folder: Path) -> Resolved:
+    """Decides every `auto` of a config as a run recorded it, else by this machine, the model and
+    the rows."""
+    begun = recorded or config
     data = with_known_layouts(config.data, begun.data)
 
     dtype = as_begun(config.model.dtype, begun.model.dtype, Dtype.auto, folder)
@@ -60,7 +72,7 @@ def resolve(config: Config, folder: Path) -> Resolved:
         config,
         model=replace(config.model, dtype=dtype.value),
         adapter=with_start_digest(config.adapter, begun.adapter),
-        data=with_template_settings(config, data, None if is_new else begun.data),
+        data=with_template_settings(config, data, recorded and recorded.data),
         optimizer=replace(config.optimizer, lr=lr.value),
         train=replace(config.train, compile=compiles.value),
     )
@@ -70,11 +82,15 @@ def resolve(config: Config, folder: Path) -> Resolved:
 def starts_anew(config: Config, folder: Path) -> bool:
     """Whether there is nothing to resume: no run in the folder, or one that diverged before its
     first checkpoint."""
-    has_diverged = (folder / DIVERGED).exists()
-    has_checkpoint = any((folder / "checkpoints").glob("*"))
-    is_lost = has_diverged and not has_checkpoint
+    is_lost = (folder / DIVERGED).exists() and not has_saved(folder)
     has_config = (folder / "config.yaml").is_file()
     return config.train.resume == Resume.never or not has_config or is_lost
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether a run has left a checkpoint or a result."""
+    has_checkpoint = any((folder / "checkpoints").glob("*"))
+    return has_checkpoint or (folder / "result.json").is_file()
 
 
 def as_begun(wanted: T, begun: T, auto: object, folder: Path) -> Choice[T] | None:
