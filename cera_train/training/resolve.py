@@ -133,7 +133,7 @@ def with_template_settings(
 ) -> DataConfig:
     """The data's settings with the chat template's switches: those of the run in the folder, else
     those that all answers need."""
-    if begun is not None and not data.template_settings:
+    if begun is not None and data.template_settings.items() <= begun.template_settings.items():
         return replace(data, template_settings=begun.template_settings)
     has_chats = any(may_use_template(part) for _, part in data.parts())
     if not has_chats or config.work.answers:  # what samples answers asks as inference does

@@ -132,6 +132,25 @@ def test_a_jobs_folder_is_named_by_what_varies_alone(tmp_path, run_command, coun
     assert len(counted) == 4
 
 
+def test_a_switch_of_the_chat_template_that_a_job_set_refuses_no_later_command(
+    tmp_path, run_command, counted, capfd
+):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
+    settings = ["data.template_settings={enable_tools: true}", *FIXED, "name=mine"]
+    command = ["cera-train", "-m", "adapter.r=4,8", *settings]
+    assert run_command(*command) == 0
+    record = tmp_path / "outputs" / "mine" / "adapter.r=4" / "config.yaml"
+    config = yaml.safe_load(record.read_text())
+    config["data"]["template_settings"]["enable_thinking"] = False  # as `resolve` records it
+    record.write_text(yaml.safe_dump(config))
+    assert run_command(*command) == 0
+    assert len(counted) == 2
+    config["data"]["template_settings"]["enable_tools"] = False
+    record.write_text(yaml.safe_dump(config))
+    assert run_command(*command) == 2
+    assert "data.template_settings.enable_tools was False, is True" in capfd.readouterr().err
+
+
 def test_other_fixed_settings_in_the_same_folder_are_refused(tmp_path, run_command, counted, capfd):
     assert run_command("cera-train", "-m", "adapter.r=4,8", "optimizer.lr=1e-3", "name=mine") == 0
     before = content_of(tmp_path)

@@ -247,3 +247,14 @@ def test_auto_ignores_a_run_of_other_settings_that_saved_nothing(tiny_config, tm
     (folder / "config.yaml").write_text(yaml.safe_dump(begun))
     assert resolve(tiny_config(*settings, "adapter=lora"), folder).lr.why.endswith("was begun")
     assert resolve(tiny_config(*settings), folder).lr.value == 0.038  # not LoRA's
+
+
+def test_a_resumed_run_asks_as_it_was_begun_without_looking_at_its_rows(tiny_config, tmp_path):
+    settings = ["data=jsonl", "data.train_files=[gone.jsonl]", "data.layout=messages"]
+    chats = [*settings, "data.chat=auto", "data.template_settings={strftime_now: 2026-01-31}"]
+    begun = to_plain(tiny_config(*chats))
+    begun["data"]["template_settings"]["enable_thinking"] = False
+    (tmp_path / "result.json").touch()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(begun))
+    resumed = resolve(tiny_config(*chats), tmp_path).config
+    assert resumed.data.template_settings == begun["data"]["template_settings"]
