@@ -59,12 +59,19 @@ def generated_questions(data: DataConfig) -> dict[str, Draw]:
 def grade(prompt: str, answer: str, right: str, grader: Grader, drawn: Mapping[str, Draw]) -> float:
     """1 for a right answer: by the generator that drew the question, else by one of the graders of
     task=jsonl."""
-    if grader == Grader.text and prompt.strip() in drawn:
-        return float(reasoning_gym.score_text(answer, drawn[prompt.strip()]).is_right)
+    if grader == Grader.text and (draw := draw_of(prompt, drawn)) is not None:
+        return float(reasoning_gym.score_text(answer, draw).is_right)
     expected = right_answer(right, grader)
     extracted = EXTRACT[grader](answer)
     is_exact = IS_EXACT.get(grader, operator.eq)
     return float(extracted is not None and is_exact(extracted, expected))
+
+
+def draw_of(prompt: str, drawn: Mapping[str, Draw]) -> Draw | None:
+    """The draw whose question a prompt asks, also within the markup of a chat template."""
+    if (draw := drawn.get(prompt.strip())) is not None:
+        return draw
+    return next((draw for question, draw in drawn.items() if question in prompt), None)
 
 
 def right_answer(text: str, grader: Grader) -> str:

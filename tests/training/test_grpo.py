@@ -429,12 +429,13 @@ def test_a_resumed_run_remembers_that_rewards_differed(grpo, monkeypatch):
 def test_a_generators_row_is_graded_by_the_generator(compose):
     pytest.importorskip("reasoning_gym")
     drawn = generated_questions(compose("data=reasoning_gym", "data.train_rows=2").data)
-    for prompt, draw in drawn.items():
-        rewards = [
-            grade(f"{prompt} ", f" {draw.answer}{rest}", draw.answer, "text", drawn)
-            for rest in ("", ".0", "1")
-        ]
-        assert rewards == [1, 1, 0]  # a sum with .0 is another text
+    for question, draw in drawn.items():
+        for prompt in (f"{question} ", f"user\n{question}\nassistant\n"):  # of data.chat=template
+            rewards = [
+                grade(prompt, f" {draw.answer}{rest}", draw.answer, "text", drawn)
+                for rest in ("", ".0", "1")
+            ]
+            assert rewards == [1, 1, 0]  # a sum with .0 is another text
 
 
 def test_a_row_with_a_truncated_answer_is_left_out(grpo, write_jsonl, capsys):
