@@ -237,8 +237,10 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
                 rows, partial(last_rows, count, rows), f"[:-{count}]", f"[-{count}:]"
             )
     else:
-        splits = ("data.train_split", "data.eval_split")
-        train, evaluation = (from_hub(config, split, config.streaming) for split in splits)
+        train = from_hub(config, "data.train_split", config.streaming)
+        evaluation = train  # of which no row is taken: a data set may have no other split
+        if config.eval_rows != 0:
+            evaluation = from_hub(config, "data.eval_split", config.streaming)
     return train.first(config.train_rows), evaluation.first(config.eval_rows)
 
 

@@ -11,7 +11,7 @@ import pytest
 from cera_train.common.errors import UserError
 from cera_train.data import rows as data_rows
 from cera_train.data.sources import check_data, open_sources
-from cera_train.settings.data import DataConfig
+from cera_train.settings.data import DataConfig, MixPart
 
 ROWS = [
     {"question": "what is the next value?", "answer": "it is 0.84", "level": 1},
@@ -208,6 +208,12 @@ def test_split_notation_and_row_limits_reach_the_rows(folders):
         evaluation.fingerprint,
     ]
     assert train.fingerprint != evaluation.fingerprint
+
+
+def test_a_part_that_holds_out_no_row_needs_no_other_split(folders):
+    parts = [MixPart(path="ds", eval_rows=0), MixPart(path="ds", eval_split="train")]
+    (_, part), _ = DataConfig(mix=parts, **TEXT).parts()
+    assert read(*open_sources(part)) == [number_rows(4), []]
 
 
 def test_the_first_rows_are_checked_without_a_model_or_the_hub(write_jsonl):
