@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
+from cera_train.data.chats import may_use_template
 from cera_train.data.computed import logistic_map_row, starting_points
 from cera_train.evaluation.tasks.task import (
     AnswerTask,
@@ -16,6 +17,7 @@ from cera_train.evaluation.tasks.task import (
     Task,
     mean,
     parts_of_layout,
+    prompt_of_computed,
     question_id,
 )
 from cera_train.runs.evaluation_folder import COLLAPSED, Generation, Grade, Problem
@@ -39,6 +41,9 @@ class LogisticMap(AnswerTask):
         check_growths("task.growths", config.growths)
         return super().configured(config)
 
+    def needs_tokenizer(self, data: DataConfig | None) -> bool:
+        return any(map(may_use_template, parts_of_layout(data, Layout.logistic_map)))
+
     def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out."""
         parts = parts_of_layout(data, Layout.logistic_map)
@@ -49,9 +54,11 @@ class LogisticMap(AnswerTask):
         for x0, growth in itertools.islice(pairs, self.config.limit):
             row = logistic_map_row(x0, growth, settings)
             trained = growth in as_list(settings.growth) if parts else None
-            prompt = row["prompt"]
+            question = row["prompt"]
             details = {"growth": growth, "decimals": settings.decimals, "trained": trained}
-            yield Problem(question_id(prompt), prompt, prompt, row["completion"].strip(), **details)
+            details |= prompt_of_computed(row, rows, tokenizer)
+            gold = row["completion"].strip()
+            yield Problem(id=question_id(question), question=question, gold=gold, **details)
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         decimals = problem.details["decimals"]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
+from cera_train.data.chats import may_use_template
 from cera_train.data.computed import Draw, Split, draws, open_generator
 from cera_train.data.rows import computed_row
 from cera_train.evaluation.tasks.task import (
@@ -15,11 +16,15 @@ from cera_train.evaluation.tasks.task import (
     Task,
     mean,
     parts_of_layout,
+    prompt_of_computed,
     question_id,
 )
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout, ReasoningGymConfig, check_generators
 from cera_train.settings.evaluation import TaskConfig
+
+DRAWN = ("generator", "level", "seed", "index")
+"""What a problem holds of its `Draw` beside question and answer."""
 
 
 class Graded(NamedTuple):
@@ -54,16 +59,18 @@ class ReasoningGym(AnswerTask):
         )
         return super().configured(config)
 
+    def needs_tokenizer(self, data: DataConfig | None) -> bool:
+        return any(map(may_use_template, parts_of_layout(data, Layout.reasoning_gym)))
+
     def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterable[Problem]:
         generators = self._generators(data)
+        trained = next(iter(parts_of_layout(data, Layout.reasoning_gym)), None)
         for draw in draws(generators, Split.test, self.config.limit, "task.limit"):
-            prompt = computed_row(draw.question, draw.answer)["prompt"]
-            details = {
-                name: value
-                for name, value in vars(draw).items()
-                if name not in ("question", "answer")
-            }
-            yield Problem(question_id(draw.question), draw.question, prompt, draw.answer, **details)
+            row = computed_row(draw.question, draw.answer)
+            details = {name: getattr(draw, name) for name in DRAWN}
+            details |= prompt_of_computed(row, trained, tokenizer)
+            question = draw.question
+            yield Problem(id=question_id(question), question=question, gold=draw.answer, **details)
 
     def _generators(self, data: DataConfig | None) -> ReasoningGymConfig:
         """The generators that the run was trained on, with the settings that the task changes."""
@@ -82,9 +89,9 @@ class ReasoningGym(AnswerTask):
         return settings
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
-        graded = score_text(
-            generation.text, Draw(**problem.details, question=problem.question, answer=problem.gold)
-        )
+        drawn = {name: problem.details[name] for name in DRAWN}
+        draw = Draw(**drawn, question=problem.question, answer=problem.gold)
+        graded = score_text(generation.text, draw)
         answer = graded.answer or None
         is_right = graded.is_right
         return Grade(

@@ -25,10 +25,11 @@ import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.common.settings import flatten, require
+from cera_train.data.chats import uses_template
 from cera_train.data.rows import Row, Source, from_files, normalized, text_of
-from cera_train.data.segments import columns_of
+from cera_train.data.segments import columns_of, segmenter
 from cera_train.data.sources import from_hub, open_sources
-from cera_train.runs.evaluation_folder import Generation, Grade, Problem
+from cera_train.runs.evaluation_folder import CHAT, Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.evaluation import TaskConfig
 
@@ -214,6 +215,20 @@ def parts_of_layout(data: DataConfig | None, layout: Layout) -> list[DataConfig]
     unknown."""
     parts = [] if data is None else data.parts()
     return [part for _, part in parts if part.layout == layout]
+
+
+def prompt_of_computed(row: Row, data: DataConfig | None, tokenizer: Any) -> dict[str, Any]:
+    """What a problem holds of the prompt of a computed row, which the chat template writes where it
+    wrote the rows of the run.
+
+    Args:
+        data: the data set of the run with such rows; None without one.
+        tokenizer: as of `AnswerTask.problems`.
+    """
+    if data is None or not uses_template(data, tokenizer):
+        return {"prompt": row["prompt"]}
+    [[prompt, _]] = segmenter(data, tokenizer)(row)
+    return {"prompt": prompt.text, CHAT: True}
 
 
 def mean(values: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 that has none."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -249,6 +250,23 @@ def test_held_out_asks_chats_by_their_template_with_one_start_token(write_jsonl,
     assert (problem.prompt, problem.gold) == (prompt, "It is 4.")
     [request] = requests_for([problem], 1, tokenizer, 8, None)
     assert tokenizer.decode(request.prompt_ids) == prompt
+
+
+@pytest.mark.parametrize("layout", ["logistic_map", "reasoning_gym"])
+def test_computed_rows_of_a_chat_template_are_asked_as_they_are_trained(layout, tokenizer):
+    if layout == "reasoning_gym":
+        pytest.importorskip("reasoning_gym")
+    data = DataConfig(layout=layout, chat="template", train_rows=2, eval_rows=2)
+    task = training_task(layout, {"limit": 1})
+    assert task.needs_tokenizer(data)
+    [asked] = load_problems(task, data, tokenizer)
+    [plain] = load_problems(task, replace(data, chat="auto"), tokenizer)
+    question = plain.prompt.strip()
+    prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    assert (asked.prompt, asked.id, asked.question) == (prompt, plain.id, plain.question)
+    [request] = requests_for([asked], 1, tokenizer, 8, None)
+    assert tokenizer.decode(request.prompt_ids) == prompt
+    assert task.grade(asked, Generation(asked.id, 0, asked.gold, 1, False)).exact
 
 
 def test_rows_that_held_out_cannot_ask_are_refused(write_jsonl, tokenizer):
