@@ -168,7 +168,10 @@ def digest_of_file(path: Path) -> str:
 def base_of(adapter: Path, trust_remote_code: bool = False) -> ModelConfig:
     """The base model that an adapter names; a UserError if its adapter_config.json is broken or
     names none."""
-    path = check_saved(adapter).get("base_model_name_or_path")
+    saved = check_saved(adapter)
+    path = saved.get("base_model_name_or_path")
     if not (path and isinstance(path, str)):
         raise UserError(f"{adapter} does not name its base model: set model=....")
-    return ModelConfig(path=path, trust_remote_code=trust_remote_code)
+    return ModelConfig(
+        path=path, revision=saved.get("revision"), trust_remote_code=trust_remote_code
+    )

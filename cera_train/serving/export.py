@@ -92,7 +92,7 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
         if has_gates(run):
             adapter = part
             maps = fit_maps(run, calibration_rows(source, run, config.calibration_tokens))
-            write_lora(run.model, maps, run.base.name_or_path, part)
+            write_lora(run.model, maps, base, subject.model.revision, part)
         if config.to != ExportForm.lora:
             merged = merge(subject, adapter, config.weights)
             ends = sorted(stop_ids(run.tokenizer, merged.generation_config.eos_token_id))
@@ -262,11 +262,17 @@ def fit_all(
     return maps
 
 
-def write_lora(model: nn.Module, maps: dict[str, torch.Tensor], base: str, folder: Path) -> None:
+def write_lora(
+    model: nn.Module,
+    maps: dict[str, torch.Tensor],
+    base: str,
+    revision: str | None,
+    folder: Path,
+) -> None:
     """Writes the LoRA in PEFT's format.
 
     Args:
-        base: the base model that its config names: a Hub id or a folder.
+        base, revision: the base model that its config names: a Hub id or a folder.
     """
     tensors = {}
     layers = cera_layers(model)
@@ -286,6 +292,7 @@ def write_lora(model: nn.Module, maps: dict[str, torch.Tensor], base: str, folde
         rank_pattern=others,
         alpha_pattern=others,
         base_model_name_or_path=base,
+        revision=revision,
         task_type="CAUSAL_LM",
         inference_mode=True,
     ).save_pretrained(folder)

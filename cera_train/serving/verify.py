@@ -192,7 +192,8 @@ def load_form(folder: Path, model: ModelConfig, device: torch.device) -> LoadedM
     with user_code(*cannot):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if (folder / ADAPTER_CONFIG).is_file():
-        base_path = check_saved(folder).get("base_model_name_or_path")
+        saved = check_saved(folder)
+        base_path = saved.get("base_model_name_or_path")
         require(
             isinstance(base_path, str), f"{ADAPTER_CONFIG} names no base model: export it anew."
         )
@@ -201,7 +202,8 @@ def load_form(folder: Path, model: ModelConfig, device: torch.device) -> LoadedM
             dtype = getattr(torch, model.dtype.value)
             quantising["quantization_config"] = quantization_config(model.quantization, dtype)
             quantising["dtype"] = dtype
-        base = from_hub_or_folder(load, replace(place, path=base_path), **quantising)
+        named = replace(place, path=base_path, revision=saved.get("revision"))
+        base = from_hub_or_folder(load, named, **quantising)
         with user_code(*cannot), warnings.catch_warnings(action="ignore"):
             loaded = peft.PeftModel.from_pretrained(base, str(folder))
         with safe_open(weights_file(folder), "pt") as file:

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from cera_train.adapters import build as adapters
 from cera_train.adapters import starts
 from cera_train.adapters.families import family
-from cera_train.adapters.families.base import FROM_ROWS, passing_start
+from cera_train.adapters.families.base import ADAPTER, FROM_ROWS, passing_start
 from cera_train.adapters.probe import check_effect
-from cera_train.adapters.saved import load, read
+from cera_train.adapters.saved import is_adapter, load, read
 from cera_train.adapters.starts import StartRows
 from cera_train.common.errors import UserError, errors_at
 from cera_train.data.prepare import TokenizedData, TokenizedRows, prepare_data
@@ -129,6 +129,8 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     attach = partial(starts.attach_started, rows=rows, checkpoint=checkpoint)
     idle = [] if accelerator.is_fsdp2 else None  # only process 0 has weights that will be sharded
     adapted = adapters.build(base, config.adapter, idle, has_autocast, attach)
+    if is_adapter(adapted):  # PEFT knows the name of the base alone
+        adapted.peft_config[ADAPTER].revision = config.model.revision
     is_ours = config.adapter.kind != AdapterKind.peft and not config.adapter.settings
     if config.train.check_coverage and not (is_ours or accelerator.is_fsdp2):
         check_effect(adapted, base, config.adapter, has_autocast)

@@ -12,7 +12,7 @@ import torch
 from conftest import TINY
 from evaluated_runs import export
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_runs import run_card
 from transformers import AutoModelForCausalLM
@@ -21,6 +21,7 @@ from cera_train.common.errors import DiffersError, UserError
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.statistics import bootstrap_interval
 from cera_train.model.batches import flat_batch
+from cera_train.runs.subject import find_subject
 from cera_train.serving.export import fit
 from cera_train.serving.verify import compare_models
 from cera_train.training.train import train
@@ -168,6 +169,24 @@ def test_what_loses_too_much_is_not_exported(compose, trained):
         export(compose(f"run={folder}", "at_most=0", "calibration_tokens=300", command="export"))
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
     assert not list(folder.glob(".writing-*"))
+
+
+def test_an_adapter_and_its_export_name_the_revision_of_their_base(compose, trained, monkeypatch):
+    folder = trained("model.revision=v1", name="pinned")
+    loaded = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(path, revision=None, **settings):
+        loaded.append(revision)
+        return load(path, revision=revision, **settings)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    export(compose(f"run={folder}", "at_most=100", command="export"))
+    elsewhere = shutil.copytree(folder / "adapter", folder.parent / "pinned_adapter")
+    for place in (elsewhere, folder / "export_lora"):
+        AutoPeftModelForCausalLM.from_pretrained(place)  # what a card tells to run
+        assert find_subject(compose(f"run={place}", command="chat")).model.revision == "v1"
+    assert {*loaded} == {"v1"}
 
 
 @pytest.mark.slow
