@@ -39,7 +39,7 @@ from cera_train.evaluation.server import Server
 from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
 from cera_train.evaluation.tasks.task import AnswerTask, describe_trained_on, mean
 from cera_train.model.batches import MicroBatches
-from cera_train.model.folder import load_tokenizer
+from cera_train.model.folder import load_tokenizer, model_ends
 from cera_train.model.language_model import LanguageModel, perplexity
 from cera_train.model.layout import choose_layout
 from cera_train.runs.card import write_card
@@ -129,10 +129,11 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
 def start_llama_cpp(evaluation: ResolvedEvaluation) -> LlamaCpp:
     """The GGUF of an evaluation in llama.cpp, with room for its answers."""
     room = evaluation.config.task.max_new_tokens
-    tokenizer = load_tokenizer(evaluation.subject.model)
+    model = evaluation.subject.model
+    tokenizer = load_tokenizer(model)
     requests = requests_for(evaluation.problems, 1, tokenizer, room, None)
     longest = max(len(request.prompt_ids) for request in requests)
-    return LlamaCpp(Path(evaluation.config.gguf), tokenizer, longest + room)
+    return LlamaCpp(Path(evaluation.config.gguf), tokenizer, longest + room, model_ends(model))
 
 
 # --- accuracy -------------------------------------------------------------------------------------

@@ -46,20 +46,23 @@ class LlamaCpp:
     Args:
         tokenizer: the run's, whose token ids llama.cpp gets.
         room: positions that the longest prompt needs with its answer.
+        ends: the tokens at which the run's model stops, beside the tokenizer's.
     """
 
     program = "llama.cpp"
     fix = "Convert it anew, with the tokenizer of the run."
 
-    def __init__(self, file: Path, tokenizer: Any, room: int) -> None:
+    def __init__(
+        self, file: Path, tokenizer: Any, room: int, ends: int | list[int] | None = None
+    ) -> None:
         check_packages(file.name)
         self.tokenizer = tokenizer
+        self.ends = ends
         with user_code("it cannot be loaded", "Convert it anew."):
             fields = gguf.GGUFReader(file).fields
             architecture = fields["general.architecture"].contents()
             self.positions = fields[f"{architecture}.context_length"].contents()
             self.precision = gguf.LlamaFileType(fields["general.file_type"].contents()).name
-            self.end = fields["tokenizer.ggml.eos_token_id"].contents()
             self.words = len(fields["tokenizer.ggml.tokens"].data)
             template = fields.get("tokenizer.chat_template")
             self.chat_template = template and template.contents()
@@ -113,7 +116,7 @@ class LlamaCpp:
         config: GenerationConfig,
         streamer: TextStreamer | None = None,
     ) -> Iterator[list[Answer]]:
-        settings = generation_settings(self.tokenizer, self.end, max_new_tokens, stop)
+        settings = generation_settings(self.tokenizer, self.ends, max_new_tokens, stop)
         for [request] in batches:
             ids = self.complete(request.prompt_ids, max_new_tokens, stop=stop)["tokens"]
             yield [answer_of(request, ids, self.tokenizer, settings)]

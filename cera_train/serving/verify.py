@@ -137,7 +137,8 @@ def verify(
     batches = [held_out.load([number]) for number in range(len(rows))]  # one row a batch
     if folder.suffix == GGUF:
         longest = max(row.input_ids.shape[1] for row in batches)
-        engine = LlamaCpp(folder, run.tokenizer, longest + ANSWER_TOKENS)
+        ends = run.base.generation_config.eos_token_id
+        engine = LlamaCpp(folder, run.tokenizer, longest + ANSWER_TOKENS, ends)
         require(
             at_most is not None or engine.precision in DTYPES,
             f"it is quantised ({engine.precision}), which is no rounding of the run: set at_most=.",

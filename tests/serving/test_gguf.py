@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 
 import gguf
@@ -43,7 +44,7 @@ def tokenizer_of_pieces() -> PreTrainedTokenizerFast:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<|im_end|>"]
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
     pieces.train_from_iterator([WORDS], trainer)
     return PreTrainedTokenizerFast(
@@ -52,6 +53,7 @@ def tokenizer_of_pieces() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         chat_template=CHAT_TEMPLATE,
+        extra_special_tokens=["<|im_end|>"],
     )
 
 
@@ -142,6 +144,23 @@ def test_an_evaluation_of_a_gguf_is_that_of_the_run(file, run, compose, question
     stop = f"task.stop=[{json.dumps(text[2:4])}]"
     assert answers("cut", "name=cut", stop, f"gguf={file}") == answers("here", "name=here", stop)
     assert "Evaluation, gsm8k-gguf" not in (run / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_an_answer_at_any_end_of_the_model_is_not_cut(
+    file, run, compose, questions, one_verifier, tokenizer_of_pieces, tmp_path, monkeypatch
+):
+    """A GGUF names one end, and llama.cpp stops at those that it knows by their text too."""
+    end = tokenizer_of_pieces.convert_tokens_to_ids("<|im_end|>")
+    base = shutil.copytree(run.parent / "base", tmp_path / "base")
+    settings = base / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": [2, end]}))
+    ends = {"logit_bias": [[end, llama_cpp.FORCED]]}
+    monkeypatch.setattr(LlamaCpp, "complete", partialmethod(LlamaCpp.complete, **ends))
+    task = ("task=gsm8k", f"task.files=[{questions}]", "task.max_new_tokens=12", "name=ended")
+    model = ("model=smollm2_135m", f"model.path={base}")
+    result = evaluate(compose(f"run={run}", *model, f"gguf={file}", *task, command="eval"))
+    assert (result["truncated"], result["tokens"]) == (0, result["problems"])
 
 
 def tensor(name: str, change: Callable) -> Callable:
