@@ -234,7 +234,7 @@ def _mix(
 
 
 def prepare_evaluation(
-    config: DataConfig, tokenizer: Any, limit: int | None = None
+    config: DataConfig, tokenizer: Any, limit: int | None = None, asks: bool = False
 ) -> TokenizedRows:
     """Only the held-out split of `prepare_data`, or its first `limit` rows; for preferences, the
     chosen answers."""
@@ -242,7 +242,8 @@ def prepare_evaluation(
     for place, part in config.parts():
         if part.eval_rows != 0:
             with errors_at(place):
-                splits.append(_tokenize(open_sources(part)[1], part, tokenizer, chosen_only=True))
+                source = open_sources(part)[1]
+                splits.append(_tokenize(source, part, tokenizer, chosen_only=True, asks=asks))
     return _joined_evaluation(splits, limit)
 
 

@@ -262,12 +262,16 @@ class AnsweredRow(NamedTuple):
         return "".join(segment.text for segment in self.prompt)
 
 
-def answered_rows(config: DataConfig, tokenizer: Any) -> Iterator[AnsweredRow]:
-    """The held-out rows that ask something. Without a tokenizer, chats lack chat markup."""
+def answered_rows(config: DataConfig, tokenizer: Any, asks: bool = False) -> Iterator[AnsweredRow]:
+    """The held-out rows that ask something. Without a tokenizer, chats lack chat markup.
+
+    Args:
+        asks: as of `chats.chat_exchanges`.
+    """
     for _, part in config.parts():
         trained, asked = itertools.tee(open_sources(part)[1].located())
         rows = zip(
-            sequences_of(trained, segmenters(part, tokenizer)[0]),
+            sequences_of(trained, segmenters(part, tokenizer, asks)[0]),
             sequences_of(asked, segmenters(part, tokenizer, asks=True)[0]),
             strict=True,
         )

@@ -301,7 +301,7 @@ def measure_perplexity(
     config = evaluation.config
     subject = evaluation.subject
     rows = evaluation.task.rows(
-        config.data or subject.data, subject.model, load_tokenizer(subject.model)
+        config.data or subject.data, subject.model, load_tokenizer(subject.model), subject.asks
     )
     if (before := find_evaluation_result(folder.path)) is not None:
         require(

@@ -42,5 +42,5 @@ def resolve_evaluation(config: EvalConfig) -> ResolvedEvaluation:
             from cera_train.model.folder import load_tokenizer  # torch, which other tasks spare
 
             tokenizer = load_tokenizer(subject.model)
-        problems = load_problems(task, subject.data, tokenizer)
+        problems = load_problems(task, subject.data, tokenizer, subject.asks)
     return ResolvedEvaluation(config, subject, task, problems)

@@ -53,6 +53,11 @@ class Subject:
         return self.run.data if self.run else None
 
     @property
+    def asks(self) -> bool:
+        """Whether the prompts that it was trained on are those of inference: it answered them."""
+        return self.run is not None and bool(self.run.work.answers)
+
+    @property
     def train(self) -> TrainConfig:
         """Precision and micro-batches as in training, so that perplexity and spectra are those of
         training."""

@@ -91,7 +91,9 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
         adapter = subject.adapter
         if has_gates(run):
             adapter = part
-            maps = fit_maps(run, calibration_rows(source, run, config.calibration_tokens))
+            maps = fit_maps(
+                run, calibration_rows(source, run, subject.asks, config.calibration_tokens)
+            )
             write_lora(run.model, maps, base, subject.model.revision, part)
         if config.to != ExportForm.lora:
             merged = merge(subject, adapter, config.weights)
@@ -200,9 +202,9 @@ def fit(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     return h.T @ z @ torch.linalg.pinv(z.T @ z, hermitian=True)
 
 
-def calibration_rows(source: DataConfig, run: LoadedModel, tokens: int) -> Batch:
+def calibration_rows(source: DataConfig, run: LoadedModel, asks: bool, tokens: int) -> Batch:
     """The first training rows with up to so many tokens; of preferences, the chosen answers."""
-    rows = prepare_data(source, run.tokenizer).train
+    rows = prepare_data(source, run.tokenizer, asks).train
     chosen = TokenizedRows(rows.table, numbers=rows.numbers[:: source.sequences])
     batches = MicroBatches(chosen, False, tokens, run.base.device)
     return batches.load(batches.first(tokens))

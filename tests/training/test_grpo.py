@@ -4,8 +4,10 @@ import itertools
 import math
 import os
 import re
+import shutil
 import signal
 import sys
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from built_runs import build_run
 from cera_models import WARNINGS
 from datasets import Dataset
+from evaluated_runs import evaluate
 from made_sweeps import start
 from played_vllm import playing_vllm
 from several_processes import train_in_processes
@@ -20,6 +23,7 @@ from tiny_runs import adapter_bytes, folder_of, metrics_of, once_logged, train_a
 
 from cera_train.common.errors import UserError
 from cera_train.evaluation import server
+from cera_train.runs.evaluation_folder import Problem
 from cera_train.runs.records import read_lines
 from cera_train.runs.results import SAMPLES, Sample
 from cera_train.training.objectives import grpo as module
@@ -436,6 +440,41 @@ def test_a_generators_row_is_graded_by_the_generator(compose):
                 for rest in ("", ".0", "1")
             ]
             assert rewards == [1, 1, 0]  # a sum with .0 is another text
+
+
+def test_evaluations_ask_as_updates_do(
+    grpo, tiny_folder, compose, tmp_path, write_jsonl, monkeypatch
+):
+    """The rows' answers do not reason; those that updates learn from follow the prompt of
+    inference, which opens reasoning."""
+    monkeypatch.setitem(globals(), "vowels", lambda _, answer, right: float(len(answer)))
+    thinks = shutil.copytree(tiny_folder, tmp_path / "thinks")
+    template = thinks / "chat_template.jinja"
+    is_on = "enable_thinking is not defined or enable_thinking"
+    opened = f"assistant\n{{% if {is_on} %}}<think>{{% endif %}}"
+    template.write_text(template.read_text().replace("assistant\n", opened))
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+        }
+        for row in ROWS
+    ]
+    rows = f"data.train_files=[{write_jsonl('chats.jsonl', chats)}]"
+    settings = ("data.layout=messages", "data.chat=auto", "train.samples=1", "train.max_updates=1")
+    trained = train(grpo(rows, *settings, f"model.path={thinks}"))
+    run = trained["folder"]
+    samples = read_lines(Path(run) / SAMPLES, Sample)
+    held_out = ("task=held_out", "task.max_new_tokens=4")
+    evaluate(compose(f"run={run}", *held_out, command="eval"))
+    problems = read_lines(Path(run) / "eval" / "held_out" / "problems.jsonl", Problem)
+    prompts = [*samples, *problems]
+    assert {sample.reward is None for sample in samples} == {True, False}
+    assert {each.prompt.partition("assistant")[2] for each in prompts} == {"\n<think>"}
+    result = evaluate(compose(f"run={run}", "task=perplexity", command="eval"))
+    assert result["perplexity"] == pytest.approx(trained["eval/perplexity"], rel=1e-6)
 
 
 def test_a_row_with_a_truncated_answer_is_left_out(grpo, write_jsonl, capsys):

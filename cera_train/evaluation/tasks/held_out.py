@@ -17,7 +17,7 @@ class EvaluationRows(jsonl.JsonlTask):
         parts = [] if data is None else data.parts()
         return any(may_use_template(part) for _, part in parts)
 
-    def source(self, data: DataConfig | None, tokenizer: Any) -> Source:
+    def source(self, data: DataConfig | None, tokenizer: Any, asks: bool) -> Source:
         name = f"task={self.config.name}"
         fix = "write the questions into a file, for task=jsonl"
         require(
@@ -25,7 +25,7 @@ class EvaluationRows(jsonl.JsonlTask):
             f"{name}: the rows that this model was trained on are unknown: {fix}.",
         )
         rows = []
-        for row in answered_rows(data, tokenizer):
+        for row in answered_rows(data, tokenizer, asks):
             require(
                 row.is_chat or len(row.prompt) == 1,
                 f"{name} does not know answers before the asked one in plain text: {fix}.",

@@ -44,7 +44,9 @@ class LogisticMap(AnswerTask):
     def needs_tokenizer(self, data: DataConfig | None) -> bool:
         return any(map(may_use_template, parts_of_layout(data, Layout.logistic_map)))
 
-    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterable[Problem]:
+    def problems(
+        self, data: DataConfig | None, tokenizer: Any = None, asks: bool = False
+    ) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out."""
         parts = parts_of_layout(data, Layout.logistic_map)
         rows = parts[0] if parts else DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)
@@ -56,7 +58,7 @@ class LogisticMap(AnswerTask):
             trained = growth in as_list(settings.growth) if parts else None
             question = row["prompt"]
             details = {"growth": growth, "decimals": settings.decimals, "trained": trained}
-            details |= prompt_of_computed(row, rows, tokenizer)
+            details |= prompt_of_computed(row, rows, tokenizer, asks)
             gold = row["completion"].strip()
             yield Problem(id=question_id(question), question=question, gold=gold, **details)
 

@@ -25,9 +25,15 @@ class Perplexity(Task):
             )
         return super().configured(config)
 
-    def rows(self, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
-        """The rows to predict. `data` is that of `data=`, else the run's; None if neither is
-        known."""
+    def rows(
+        self, data: DataConfig | None, model: ModelConfig, tokenizer: Any, asks: bool
+    ) -> TokenizedRows:
+        """The rows to predict.
+
+        Args:
+            data: that of `data=`, else the run's; None if neither is known.
+            asks: as of `chats.chat_exchanges`.
+        """
         config = self.config
         if config.window is not None:
             from cera_train.model.folder import check_length  # imports torch
@@ -52,7 +58,7 @@ class Perplexity(Task):
             )
             files = {"train_files": config.files, "eval_files": config.files}
             data = decide_layouts(replace(data, mix=None, eval_rows=None, **files))
-        return prepare_evaluation(data, tokenizer, config.limit)
+        return prepare_evaluation(data, tokenizer, config.limit, asks)
 
 
 TASK = Perplexity(settings=("files", "window"))

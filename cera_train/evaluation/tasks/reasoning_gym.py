@@ -62,13 +62,15 @@ class ReasoningGym(AnswerTask):
     def needs_tokenizer(self, data: DataConfig | None) -> bool:
         return any(map(may_use_template, parts_of_layout(data, Layout.reasoning_gym)))
 
-    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterable[Problem]:
+    def problems(
+        self, data: DataConfig | None, tokenizer: Any = None, asks: bool = False
+    ) -> Iterable[Problem]:
         generators = self._generators(data)
         trained = next(iter(parts_of_layout(data, Layout.reasoning_gym)), None)
         for draw in draws(generators, Split.test, self.config.limit, "task.limit"):
             row = computed_row(draw.question, draw.answer)
             details = {name: getattr(draw, name) for name in DRAWN}
-            details |= prompt_of_computed(row, trained, tokenizer)
+            details |= prompt_of_computed(row, trained, tokenizer, asks)
             question = draw.question
             yield Problem(id=question_id(question), question=question, gold=draw.answer, **details)
 

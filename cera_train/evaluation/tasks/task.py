@@ -27,7 +27,7 @@ from cera_train.common.files import config_dir, read_yaml
 from cera_train.common.settings import flatten, require
 from cera_train.data.chats import uses_template
 from cera_train.data.rows import Row, Source, from_files, normalized, text_of
-from cera_train.data.segments import columns_of, segmenter
+from cera_train.data.segments import columns_of, segmenters
 from cera_train.data.sources import from_hub, open_sources
 from cera_train.runs.evaluation_folder import CHAT, Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout
@@ -90,12 +90,15 @@ class AnswerTask(Task, ABC):
         return False
 
     @abstractmethod
-    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterable[Problem]:
+    def problems(
+        self, data: DataConfig | None, tokenizer: Any = None, asks: bool = False
+    ) -> Iterable[Problem]:
         """The problems, in order, at most `config.limit`.
 
         Args:
             data: the rows that the run was trained on.
             tokenizer: of the model that answers, where `needs_tokenizer`; None to count problems.
+            asks: as of `chats.chat_exchanges`, for the rows that the run was trained on.
         """
 
     @abstractmethod
@@ -136,12 +139,14 @@ class QuestionTask(AnswerTask):
         )
         return super().configured(config)
 
-    def source(self, data: DataConfig | None, tokenizer: Any) -> Source:
+    def source(self, data: DataConfig | None, tokenizer: Any, asks: bool) -> Source:
         """The rows to read: by default those of the task's files, or of its data set on the Hub."""
         return open_rows(self.config)
 
-    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> list[Problem]:
-        source = self.source(data, tokenizer)
+    def problems(
+        self, data: DataConfig | None, tokenizer: Any = None, asks: bool = False
+    ) -> list[Problem]:
+        source = self.source(data, tokenizer, asks)
         problems = list(itertools.islice(self._read(source), self.config.limit))
         level = "" if self.config.level is None else f" of task.level={self.config.level}"
         require(
@@ -217,17 +222,20 @@ def parts_of_layout(data: DataConfig | None, layout: Layout) -> list[DataConfig]
     return [part for _, part in parts if part.layout == layout]
 
 
-def prompt_of_computed(row: Row, data: DataConfig | None, tokenizer: Any) -> dict[str, Any]:
+def prompt_of_computed(
+    row: Row, data: DataConfig | None, tokenizer: Any, asks: bool
+) -> dict[str, Any]:
     """What a problem holds of the prompt of a computed row, which the chat template writes where it
     wrote the rows of the run.
 
     Args:
         data: the data set of the run with such rows; None without one.
-        tokenizer: as of `AnswerTask.problems`.
+        tokenizer, asks: as of `AnswerTask.problems`.
     """
     if data is None or not uses_template(data, tokenizer):
         return {"prompt": row["prompt"]}
-    [[prompt, _]] = segmenter(data, tokenizer)(row)
+    to_sequences, *_ = segmenters(data, tokenizer, asks)
+    [[prompt, _]] = to_sequences(row)
     return {"prompt": prompt.text, CHAT: True}
 
 
@@ -279,13 +287,13 @@ def build_task(config: TaskConfig) -> Task:
 
 
 def load_problems(
-    task: AnswerTask, data: DataConfig | None, tokenizer: Any = None
+    task: AnswerTask, data: DataConfig | None, tokenizer: Any = None, asks: bool = False
 ) -> list[Problem]:
     """The problems of a task, in its order. A question that comes again gets -2, -3, ... after its
     id. The arguments are those of `AnswerTask.problems`."""
     seen = Counter()
     problems = []
-    for problem in task.problems(data, tokenizer):
+    for problem in task.problems(data, tokenizer, asks):
         seen[problem.id] += 1
         count = seen[problem.id]
         problems.append(problem if count == 1 else problem.replace(id=f"{problem.id}-{count}"))
