@@ -5,13 +5,14 @@ import math
 import operator
 import pkgutil
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
 from cera_train.common.user_code import user_code
 from cera_train.data.computed import Draw, Split, draws
 from cera_train.data.rows import computed_row, kind_of
-from cera_train.data.segments import segmenter
+from cera_train.data.segments import segmenter, segmenters
 from cera_train.data.sources import open_sources
 from cera_train.evaluation.tasks import reasoning_gym
 from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, find_gold
@@ -46,32 +47,29 @@ def import_reward(path: str) -> Reward:
 # --- grades ---------------------------------------------------------------------------------------
 
 
-def generated_questions(data: DataConfig) -> dict[str, Draw]:
-    """The training questions of reasoning-gym by their prompts."""
-    return {
-        computed_row(draw.question, draw.answer)["prompt"].strip(): draw
-        for _, part in data.parts()
-        if part.layout == Layout.reasoning_gym
-        for draw in draws(part.reasoning_gym, Split.train, part.train_rows, "data.train_rows")
-    }
+def generated_questions(data: DataConfig, tokenizer: Any) -> dict[str, Draw]:
+    """The training questions of reasoning-gym by their prompts, as rewards get them."""
+    questions = {}
+    for _, part in data.parts():
+        if part.layout != Layout.reasoning_gym:
+            continue
+        to_sequences, *_ = segmenters(part, tokenizer, asks=True)
+        for draw in draws(part.reasoning_gym, Split.train, part.train_rows, "data.train_rows"):
+            [[prompt, _]] = to_sequences(computed_row(draw.question, draw.answer))
+            ids = tokenizer(prompt.text, add_special_tokens=False).input_ids
+            questions[tokenizer.decode(ids, skip_special_tokens=True).strip()] = draw
+    return questions
 
 
 def grade(prompt: str, answer: str, right: str, grader: Grader, drawn: Mapping[str, Draw]) -> float:
     """1 for a right answer: by the generator that drew the question, else by one of the graders of
     task=jsonl."""
-    if grader == Grader.text and (draw := draw_of(prompt, drawn)) is not None:
-        return float(reasoning_gym.score_text(answer, draw).is_right)
+    if grader == Grader.text and prompt.strip() in drawn:
+        return float(reasoning_gym.score_text(answer, drawn[prompt.strip()]).is_right)
     expected = right_answer(right, grader)
     extracted = EXTRACT[grader](answer)
     is_exact = IS_EXACT.get(grader, operator.eq)
     return float(extracted is not None and is_exact(extracted, expected))
-
-
-def draw_of(prompt: str, drawn: Mapping[str, Draw]) -> Draw | None:
-    """The draw whose question a prompt asks, also within the markup of a chat template."""
-    if (draw := drawn.get(prompt.strip())) is not None:
-        return draw
-    return next((draw for question, draw in drawn.items() if question in prompt), None)
 
 
 def right_answer(text: str, grader: Grader) -> str:

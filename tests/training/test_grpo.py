@@ -22,6 +22,7 @@ from several_processes import train_in_processes
 from tiny_runs import adapter_bytes, folder_of, metrics_of, once_logged, train_and_die_after
 
 from cera_train.common.errors import UserError
+from cera_train.data.prepare import prepare_data
 from cera_train.evaluation import server
 from cera_train.runs.evaluation_folder import Problem
 from cera_train.runs.records import read_lines
@@ -430,16 +431,22 @@ def test_a_resumed_run_remembers_that_rewards_differed(grpo, monkeypatch):
     train(grpo("train.save_every=1"))
 
 
-def test_a_generators_row_is_graded_by_the_generator(compose):
+@pytest.mark.parametrize("chat", ["auto", "template"])
+def test_a_generators_row_is_graded_by_the_generator(compose, tokenizer, chat):
     pytest.importorskip("reasoning_gym")
-    drawn = generated_questions(compose("data=reasoning_gym", "data.train_rows=2").data)
-    for question, draw in drawn.items():
-        for prompt in (f"{question} ", f"user\n{question}\nassistant\n"):  # of data.chat=template
-            rewards = [
-                grade(prompt, f" {draw.answer}{rest}", draw.answer, "text", drawn)
-                for rest in ("", ".0", "1")
-            ]
-            assert rewards == [1, 1, 0]  # a sum with .0 is another text
+    settings = ("data=reasoning_gym", "data.train_rows=2", f"data.chat={chat}")
+    data = compose(*settings).data
+    rows = prepare_data(data, tokenizer, asks=True).train
+    drawn = generated_questions(data, tokenizer)
+    for row, draw in enumerate(drawn.values()):
+        start = rows.tokens("loss_mask", row).index(True).as_py()
+        ids = rows.tokens("input_ids", row).to_pylist()[:start]
+        prompt = tokenizer.decode(ids, skip_special_tokens=True)  # as `Grpo._prompt`
+        rewards = [
+            grade(prompt, f" {draw.answer}{rest}", draw.answer, "text", drawn)
+            for rest in ("", ".0", "1")
+        ]
+        assert rewards == [1, 1, 0]  # a sum with .0 is another text
 
 
 def test_evaluations_ask_as_updates_do(

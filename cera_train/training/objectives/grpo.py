@@ -148,7 +148,7 @@ class Grpo:
         self.progress = progress
         self.rewards: list[Reward] = [import_reward(path) for path in self.config.rewards]
         if self.config.grader is not None:
-            questions = generated_questions(config.data)
+            questions = generated_questions(config.data, data.tokenizer)
             self.rewards.append(partial(grade, grader=self.config.grader, drawn=questions))
         require(
             not self.config.beta or keeps_base(model.adapted),
