@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -496,6 +497,34 @@ def test_updates_by_a_vllm_in_bfloat16_pass_unless_its_policy_is_wrong(
     print(half.value, cold.value, sep="\n")
     assert f"as if by {looks} " in str(half.value)
     assert re.search(r"as if by a temperature of 0\.(49|5|51) ", str(cold.value))
+
+
+@pytest.mark.nightly
+def test_an_evaluation_resumes_when_a_killed_vllm_is_back(
+    folder, evaluation, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(server_module, "PAUSES", (0.1, 0.1))
+    # So that some problems are not yet sent when the first is answered.
+    monkeypatch.setattr(server_module, "AT_ONCE", 4)
+    answers = folder / "silu_all" / "eval" / "cut" / "generations.jsonl"
+    with started(folder, tmp_path / "log", *LORA) as (url, process), ThreadPoolExecutor(1) as pool:
+
+        def kill() -> None:
+            wait_until(lambda: answers.is_file() and answers.stat().st_size)
+            os.killpg(process.pid, signal.SIGKILL)
+
+        killing = pool.submit(kill)
+        with pytest.raises(
+            UserError, match=r"does not answer .*Once it is back, the same command resumes\.$"
+        ):
+            evaluation("cut", f"server={url}")
+        killing.result()
+    kept = answers.read_bytes().splitlines()
+    assert 0 < len(kept) < 64
+    with started(folder, tmp_path / "log", *LORA, port=int(url.rpartition(":")[2])):
+        served = evaluation("cut", f"server={url}")
+    assert served == evaluation("whole")
+    assert {*kept} <= {*served["generations.jsonl"].splitlines()}
 
 
 @pytest.mark.nightly
