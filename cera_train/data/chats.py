@@ -60,7 +60,8 @@ def chat_exchanges(
         templates = open_templates(tokenizer, tools, config.template_settings, own)
         return rendered_sequences(shown, templates, asks)
     write = unmarked_exchanges if tokenizer is None else plain_exchanges
-    return [write(messages, answers)]
+    exchanges = write(messages, answers)
+    return asked_apart(exchanges) if asks else [exchanges]
 
 
 def turns_of_side(row: Row, side: str) -> list[Row]:
@@ -157,6 +158,16 @@ def plain_exchanges(messages: Sequence[Row], answers: Answers) -> list[Exchange]
         else:
             context += f"{WRITTEN[role]}: {message['content']}\n"
     return exchanges
+
+
+def asked_apart(exchanges: Sequence[Exchange]) -> list[list[Exchange]]:
+    """A sequence for each supervised answer, in which those before it are context."""
+    context = [exchange._replace(supervised=False) for exchange in exchanges]
+    return [
+        [*context[:number], exchange]
+        for number, exchange in enumerate(exchanges)
+        if exchange.supervised
+    ]
 
 
 def unmarked_exchanges(messages: Sequence[Row], answers: Answers) -> list[Exchange]:

@@ -18,6 +18,7 @@ from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, fields_of, require, to_plain
 from cera_train.common.terminal import announce
 from cera_train.data.chats import uses_template
+from cera_train.data.messages import TURNS
 from cera_train.data.rows import Source
 from cera_train.data.segments import Segment, prompt_of, segmenters, sequences_of
 from cera_train.data.sources import drawn_rows, interleaved, open_sources, rows_of_parts
@@ -297,7 +298,10 @@ def _tokenize(
         key: value for key, value in to_plain(config).items() if key in changing - {"rejected"}
     }
     settings |= {"rejected": config.rejected} if len(sides) > 1 else {}
-    settings |= {"asks": True} if asks else {}
+    if asks:
+        # "each": earlier versions asked a plain chat for its first answer alone.
+        is_plain_chat = config.layout in TURNS and not uses_template(config, tokenizer)
+        settings["asks"] = "each" if is_plain_chat else True
     vocabulary = (
         tokenizer.backend_tokenizer.to_str()
         if tokenizer.is_fast

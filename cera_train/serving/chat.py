@@ -95,7 +95,8 @@ class Prompts:
     """Writes questions as the rows of a data set."""
 
     def __init__(self, data: DataConfig, tokenizer: Any) -> None:
-        turns = Turns.last if uses_template(data, tokenizer) else data.turns
+        is_published = data.turns == Turns.first and not uses_template(data, tokenizer)
+        turns = Turns.first if is_published else Turns.last
         self.data = replace(data, max_length=sys.maxsize, turns=turns)
         self.tokenizer = tokenizer
         [self._sequences] = segmenters(self.data, tokenizer, asks=True)

@@ -269,6 +269,19 @@ def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write
     assert decide_switches(computed, chat).template_settings == {"enable_thinking": False}
 
 
+def test_what_samples_answers_is_asked_for_each_answer_of_a_plain_chat(tokenizer):
+    turns = [user("a"), assistant("b"), user("c"), assistant("d", weight=0), user("e")]
+    row = {"messages": [*turns, assistant("f")]}
+    [asked] = segmenters(data_config(layout="messages", chat="plain"), tokenizer, asks=True)
+    texts = [
+        ["User: a\nAssistant:", " b"],
+        ["User: a\nAssistant:", " b", "\nUser: c\nAssistant:", " d", "\nUser: e\nAssistant:", " f"],
+    ]
+    assert [[segment.text for segment in sequence] for sequence in asked(row)] == texts
+    supervised = [[segment.supervised for segment in sequence] for sequence in asked(row)]
+    assert supervised == [[False, True], [False] * 5 + [True]]
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 TWICE = CHAT_TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] }}" * 2)
