@@ -164,6 +164,15 @@ def test_the_reference_is_the_start_or_the_base(dpo):
     )
 
 
+def test_a_base_that_the_adapter_to_start_from_changed_is_no_reference(dpo):
+    biased = "++adapter.settings.bias=lora_only"
+    first = dpo("name=first", "adapter=lora", biased)
+    train(first)
+    start = f"adapter.start_from={folder_of(first)}"
+    with pytest.raises(UserError, match="dpo.reference=base: this adapter changes weights"):
+        train(dpo("dpo.reference=base", "adapter=lora", biased, start))
+
+
 def test_the_reference_is_computed_once_for_a_model_and_rows(
     dpo, cache, tiny_folder, tmp_path, capsys
 ):

@@ -24,7 +24,7 @@ from torch.nn.functional import logsigmoid
 
 from cera_train.adapters.saved import keeps_base
 from cera_train.common.files import cache_dir, cached_folder, read_parsed, write_bytes
-from cera_train.common.settings import to_plain
+from cera_train.common.settings import require, to_plain
 from cera_train.common.terminal import announce
 from cera_train.data.prepare import digest_of_parts
 from cera_train.evaluation.held_out import token_losses
@@ -126,6 +126,11 @@ class Dpo:
         starts_at_base = config.adapter.start_from is None
         wants_base = starts_at_base or self.config.reference == Reference.base
         is_base = wants_base and keeps_base(model.adapted)
+        require(
+            is_base or starts_at_base or not wants_base,
+            "dpo.reference=base: this adapter changes weights of the base, such as its biases, so "
+            "the base is gone: set dpo.reference=start.",
+        )
         splits = {"train": self.batches, "held_out": held_out}
         digest = reference_digest(config, data, model, is_base)
         reference = self._find_reference(splits, digest, is_base, run / REFERENCE, resumes)
