@@ -229,7 +229,7 @@ def _size_of_rows(config: DataConfig, tokenizer: Any) -> DataSize:
         is_even=len(set(lengths)) == 1,
     )
     is_default = config.layout == Layout.logistic_map and config.logistic_map == LogisticMapConfig()
-    if config.facts is not None and is_default:
+    if config.facts is not None and is_default and not by_template:
         tokens = config.facts.tokens_per_row
         supervised = config.facts.supervised
         return replace(size, tokens_per_row=tokens, supervised=supervised, source=COUNTED)

