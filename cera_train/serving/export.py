@@ -79,7 +79,7 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
         print_line("check", f"{config.check}, of {subject}")
         with errors_at(f"check={config.check}"):
             return check(Path(config.check))
-    folder = Path(config.output or subject.folder / f"export_{config.to}")
+    folder = Path(config.output or subject.folder / f"export_{config.to}{subject.part}")
     check_export(config, subject, run, folder)
     print_line("export", f"{subject}, as {config.to}, to {folder}")
     base = run.base.name_or_path

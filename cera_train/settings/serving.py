@@ -68,7 +68,8 @@ class ExportConfig(AnsweringConfig):
     """A folder, or a GGUF file, that was made of this run, here or by another program. It is
     compared with the run, and nothing is exported."""
     output: str | None = setting(None, "nothing")
-    """A new folder, or an earlier export, which is replaced. null: RUN/export_FORM."""
+    """A new folder, or an earlier export, which is replaced. null: RUN/export_FORM, and
+    export_FORM-best for the best adapter."""
     at_most: float | None = setting(None, "nothing")
     """Nats per token: a folder is refused with status 3 if the 95 % interval of its KL divergence
     from the run exceeds this. null: what rounding explains, three times what it changes in the

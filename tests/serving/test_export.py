@@ -230,6 +230,14 @@ torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
         assert ModelCard.load(folder / place / "README.md").data.base_model == "an/id"
 
 
+def test_an_export_of_the_best_adapter_leaves_that_of_the_last_alone(compose, trained):
+    folder = trained(name="two")
+    for place in (folder, folder / "best"):
+        export(compose(f"run={place}", "at_most=100", command="export"))
+    names = [path.name for path in sorted(folder.glob("export_*"))]
+    assert names == ["export_lora", "export_lora-best"]
+
+
 def test_merged_is_a_plain_model_that_computes_what_its_lora_does(
     compose, trained, tiny_folder, capsys
 ):
