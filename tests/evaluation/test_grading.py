@@ -4,12 +4,11 @@ may write, such as answers that would take all time and memory."""
 import itertools
 import math
 import multiprocessing
-import os
-import time
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import scipy.stats
+from hostile_answers import Deadly, Hungry
 
 from cera_train.evaluation import grading
 from cera_train.evaluation.evaluate import score
@@ -124,25 +123,6 @@ def test_shares_of_endings_are_unknown_where_one_is():
     shares = {"right": 0.25, "wrong": 0.25, "loop": 0.5, "truncated": 0.0, "collapsed": 0.0}
     assert AccuracyResult(**ending_shares(["right", "loop", "loop", "wrong"])).endings == shares
     assert ending_shares([]) == AccuracyResult(**{"ending/right": 1.0}).endings == {}
-
-
-class Deadly(AnswerPair):
-    """Ends the grader's process that reads its gold answer, not the one that prints a failure."""
-
-    def __getattribute__(self, name):
-        if name == "gold" and multiprocessing.parent_process():
-            # pebble gives up on all answers where a process ends before it has read which answer
-            # that process took: a moment, but a long one on a busy machine.
-            time.sleep(2)
-            os._exit(3)
-        return super().__getattribute__(name)
-
-
-class Hungry(AnswerPair):
-    """Takes 2 GB to read its gold answer."""
-
-    def __getattribute__(self, name):
-        return str(len(bytearray(2**31))) if name == "gold" else super().__getattribute__(name)
 
 
 def test_an_extracted_answer_decides_else_the_text_and_a_crash_stops_no_other():
