@@ -286,6 +286,14 @@ class DataConfig:
             has_templates,
             f"data.layout=text needs data.prompt and data.completion, such as {example}.",
         )
+        is_text_alone = self.layout == Layout.documents or (
+            self.layout == Layout.text and not self.prompt
+        )
+        require(
+            not (is_text_alone and self.chat == Writing.template),
+            "data.chat=template writes a question and its answer, and documents ask nothing: leave "
+            "it out, or set chat: plain in this part of data.mix.",
+        )
         fix = "set data.train_files to local files or data.path to a Hub data set."
         require(bool(self.path or self.train_files), f"there is no training data: {fix}")
         is_named = bool(self.train_files) or not self.eval_files

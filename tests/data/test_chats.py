@@ -287,6 +287,12 @@ def test_what_samples_answers_is_asked_for_each_answer_of_a_plain_chat(tokenizer
 TWICE = CHAT_TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] }}" * 2)
 
 
+@pytest.mark.parametrize("text", [{"layout": "documents"}, {"prompt": "", "completion": "{text}"}])
+def test_a_document_is_no_answer_for_a_chat_template(text):
+    with pytest.raises(UserError, match=r"data\.chat=template .* documents ask nothing"):
+        data_config(chat="template", **text)
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "line"),
     [
