@@ -146,7 +146,10 @@ def _find_attention(
 
 
 def _tolerance(causal_lm: PreTrainedModel) -> float:
-    return SAME_IN_32_BITS if causal_lm.dtype == torch.float32 else SAME_IN_16_BITS
+    # 8-bit products round by what else is in the micro-batch, whatever the dtype around them.
+    is_8bit = getattr(causal_lm, "is_loaded_in_8bit", False)
+    is_exact = causal_lm.dtype == torch.float32 and not is_8bit
+    return SAME_IN_32_BITS if is_exact else SAME_IN_16_BITS
 
 
 def _is_close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
