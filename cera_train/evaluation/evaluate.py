@@ -119,8 +119,9 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
             lines = perplexity_lines(result)
         if is_main:
             result.write(path / "result.json")
-            if subject.run is not None and not subject.part:
-                write_card(subject.folder, RunResult.read(subject.folder / "result.json"))
+            trained = subject.folder / "result.json"  # an export has none, nor an adapter alone
+            if subject.run is not None and not subject.part and trained.is_file():
+                write_card(subject.folder, RunResult.read(trained))
             print()
             print_fields(lines | {"folder": str(path)})
         return result.to_json()

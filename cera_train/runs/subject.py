@@ -20,12 +20,14 @@ from cera_train.settings.run import Config
 from cera_train.settings.serving import ChatConfig
 from cera_train.settings.training import TrainConfig
 
+EXPORT = "export_"  # and the form, in the folder of a run
+
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapter on its base model, or a base model alone. Evaluations go to eval/ in its folder;
-    those of a best adapter or a checkpoint go to the run's, since training replaces their
-    folders."""
+    """An adapter on its base model, or a base model alone. Evaluations go to eval/ in its folder,
+    also those of an export; those of a best adapter or a checkpoint go to the run's, since training
+    replaces their folders."""
 
     folder: Path
     model: ModelConfig
@@ -43,7 +45,7 @@ class Subject:
     def part(self) -> str:
         """Suffix of an evaluation's name: empty for the final adapter, else -best,
         -checkpoints-100, ..."""
-        if self.run is None or self.adapter.name == "adapter":
+        if self.run is None or self.adapter.name == "adapter" or self.adapter == self.folder:
             return ""
         return f"-{'-'.join(self.adapter.relative_to(self.folder).parts)}"
 
@@ -110,7 +112,8 @@ def _resolve(config: SubjectConfig, setting: str) -> Subject:
             f"{root}/config.yaml asks to run the Python code that comes with {run.model.path}. If "
             f"you trust that code, say so on the command line: trust_remote_code=true."
         )
-    return Subject(root, config.model or run.model, adapter, run)
+    place = adapter if is_export(adapter) else root
+    return Subject(place, config.model or run.model, adapter, run)
 
 
 def find_adapter(folder: Path, setting: str) -> tuple[Path | None, Path]:
@@ -153,11 +156,17 @@ def find_start(config: AdapterConfig) -> Path:
 
 
 def run_of(adapter: Path) -> Path | None:
-    """The run that an adapter's folder belongs to, as adapter/, best/ or one of checkpoints/."""
+    """The run that an adapter's folder belongs to, as adapter/, best/, one of checkpoints/, or an
+    export."""
     is_checkpoint = adapter.parent.name == "checkpoints"
     root = adapter.parent.parent if is_checkpoint else adapter.parent
-    is_in_run = is_checkpoint or adapter.name in ("adapter", "best")
+    is_in_run = is_checkpoint or adapter.name in ("adapter", "best") or is_export(adapter)
     return root if is_in_run and (root / "config.yaml").is_file() else None
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder has the name that cera-export gives it."""
+    return folder.name.startswith(EXPORT)
 
 
 def digest_of(adapter: Path) -> str:

@@ -35,7 +35,7 @@ from cera_train.evaluation.llama_cpp import CONVERTER, GGUF, check_packages
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
 from cera_train.runs.card import card_data, snippet
-from cera_train.runs.subject import Subject
+from cera_train.runs.subject import EXPORT, Subject
 from cera_train.serving.modules import has_gates
 from cera_train.serving.verify import Certificate, verify
 from cera_train.settings.data import DataConfig
@@ -79,7 +79,7 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
         print_line("check", f"{config.check}, of {subject}")
         with errors_at(f"check={config.check}"):
             return check(Path(config.check))
-    folder = Path(config.output or subject.folder / f"export_{config.to}{subject.part}")
+    folder = Path(config.output or subject.folder / f"{EXPORT}{config.to}{subject.part}")
     check_export(config, subject, run, folder)
     print_line("export", f"{subject}, as {config.to}, to {folder}")
     base = run.base.name_or_path

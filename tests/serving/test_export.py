@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 from conftest import TINY
-from evaluated_runs import export
+from evaluated_runs import evaluate, export
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,7 @@ from cera_train.common.errors import DiffersError, UserError
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.statistics import bootstrap_interval
 from cera_train.model.batches import flat_batch
+from cera_train.runs.records import load_config
 from cera_train.runs.subject import find_subject
 from cera_train.serving.export import fit
 from cera_train.serving.verify import compare_models
@@ -187,6 +188,20 @@ def test_an_adapter_and_its_export_name_the_revision_of_their_base(compose, trai
         AutoPeftModelForCausalLM.from_pretrained(place)  # what a card tells to run
         assert find_subject(compose(f"run={place}", command="chat")).model.revision == "v1"
     assert {*loaded} == {"v1"}
+
+
+def test_an_export_in_its_run_is_measured_as_the_run(compose, trained):
+    folder = trained("model.dtype=float32", name="measured")
+    export(compose(f"run={folder}", "at_most=100", command="export"))
+    exported = folder / "export_lora"
+    words = (f"run={exported}", "task=perplexity", "name=exported")
+    evaluate(compose(*words, command="eval"))
+    subject = find_subject(compose(f"run={exported}", command="chat"))
+    run = load_config(folder / "config.yaml")
+    assert (subject.model, subject.data) == (run.model, run.data)
+    assert (exported / "eval" / "exported" / "result.json").is_file()
+    (folder / "result.json").unlink()  # as where an adapter and its config were copied
+    evaluate(compose(f"run={folder / 'adapter'}", "task=perplexity", command="eval"))
 
 
 @pytest.mark.slow
