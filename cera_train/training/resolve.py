@@ -16,7 +16,7 @@ from cera_train.model.folder import load_tokenizer
 from cera_train.model.precision import choose_precision
 from cera_train.runs.records import differences, load_config
 from cera_train.runs.results import DIVERGED
-from cera_train.runs.subject import digest_of, find_start
+from cera_train.runs.subject import digest_of, find_adapter, find_start, run_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.model import Dtype, Quantization
@@ -132,13 +132,27 @@ def with_template_settings(
     config: Config, data: DataConfig, begun: DataConfig | None
 ) -> DataConfig:
     """The data's settings with the chat template's switches: those of the run in the folder, else
-    those that all answers need."""
+    those that all answers need, or that the run to start from recorded."""
     if begun is not None and data.template_settings.items() <= begun.template_settings.items():
         return replace(data, template_settings=begun.template_settings)
     has_chats = any(may_use_template(part) for _, part in data.parts())
-    if not has_chats or config.work.answers:  # what samples answers asks as inference does
+    if not has_chats:
         return data
+    if config.work.answers:  # asks as inference does, whatever its rows' answers need
+        return with_settings_of_start(data, config.adapter)
     return decide_switches(data, load_tokenizer(config.model))
+
+
+def with_settings_of_start(data: DataConfig, adapter: AdapterConfig) -> DataConfig:
+    """The data's settings with those of the chat template that the run to start from recorded: it
+    answers as it learned to. Those of the command win."""
+    if adapter.start_from is None:
+        return data
+    _, folder = find_adapter(Path(adapter.start_from), "adapter.start_from")
+    if (run := run_of(folder)) is None:
+        return data
+    learned = load_config(run / "config.yaml").data.template_settings
+    return replace(data, template_settings=learned | data.template_settings)
 
 
 def with_known_layouts(data: DataConfig, begun: DataConfig) -> DataConfig:

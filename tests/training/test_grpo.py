@@ -483,6 +483,13 @@ def test_evaluations_ask_as_updates_do(
     result = evaluate(compose(f"run={run}", "task=perplexity", command="eval"))
     assert result["perplexity"] == pytest.approx(trained["eval/perplexity"], rel=1e-6)
 
+    # A start that learned not to reason is asked so.
+    words = (rows, *settings, f"model.path={thinks}")
+    start = train(grpo(*words, "train.objective=sft", "name=start"))["folder"]
+    further = train(grpo(*words, f"adapter.start_from={start}", "name=further"))["folder"]
+    asked = {sample.prompt for sample in read_lines(Path(further) / SAMPLES, Sample)}
+    assert {prompt.partition("assistant")[2] for prompt in asked} == {"\n"}
+
 
 def test_a_row_with_a_truncated_answer_is_left_out(grpo, write_jsonl, capsys):
     rows = [
