@@ -163,7 +163,8 @@ def _read_first_rows(path: str, version: tuple[int, int] | None) -> list[PlacedR
 def decide_switches(config: DataConfig, tokenizer: Any) -> DataConfig:
     """The config with the switch of the chat template that every answer of the first training rows
     needs, such as {enable_thinking: false}: whatever asks the model later then asks as it was
-    trained. Unchanged where answers need none, or different ones."""
+    trained. Unchanged where answers need none, or different ones. Raises UserError where the config
+    has the switch's other value."""
     openings = set()
     for place, part in config.parts():
         if uses_template(part, tokenizer):
@@ -181,8 +182,13 @@ def decide_switches(config: DataConfig, tokenizer: Any) -> DataConfig:
     name, is_switch, value = openings.pop().partition("=")
     if not is_switch:
         return config
-    settings = config.template_settings | {name: value == "true"}
-    return replace(config, template_settings=settings)
+    needed = value == "true"
+    require(
+        config.template_settings.get(name, needed) == needed,
+        f"data.template_settings has {name}={str(not needed).lower()}, and all answers of the "
+        f"first rows need {name}={value}: leave it out, or change the answers' reasoning.",
+    )
+    return replace(config, template_settings=config.template_settings | {name: needed})
 
 
 def first_training_rows(config: DataConfig) -> Iterator[PlacedRow]:

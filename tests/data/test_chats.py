@@ -257,13 +257,16 @@ def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write
     without = {"messages": ASKED}
     thought = {"messages": [ASKED[0], ASKED[1] | {"reasoning_content": "hm"}]}
 
-    def settings(rows: list[dict]) -> dict:
+    def settings(rows: list[dict], chosen: dict | None = None) -> dict:
         file = str(write_jsonl("rows.jsonl", rows))
-        config = data_config(train_files=[file], layout="messages")
+        config = data_config(train_files=[file], layout="messages", template_settings=chosen)
         return decide_switches(config, chat).template_settings
 
     assert settings([without] * 3) == {"enable_thinking": False}
     assert settings([thought] * 3) == settings([without, thought]) == {}
+
+    with pytest.raises(UserError, match=r"has enable_thinking=true, and all answers of the first "):
+        settings([without] * 3, {"enable_thinking": True})
 
     computed = DataConfig(layout="logistic_map", chat="template", eval_rows=20)
     assert decide_switches(computed, chat).template_settings == {"enable_thinking": False}
