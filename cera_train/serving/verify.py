@@ -459,6 +459,8 @@ def other_precision(
     if quantised is not None:
         is_whole = model.quantization == Quantization.none
         return replace(model, quantization=quantised if is_whole else Quantization.none)
+    if only_run_rounds_products(model, form):
+        return replace(model, quantization=Quantization.none)
     computes = model.autocast_dtype(subject.train.autocast, run.base.device.type == "cuda")
     if computes is not None or model.dtype != Dtype.float32:
         return replace(model, dtype=Dtype.float32)
@@ -474,4 +476,13 @@ def precision_of(subject: Subject, run: LoadedModel, form: LoadedModel) -> float
     kinds = {computes or subject.model.dtype, str(form.base.dtype).removeprefix("torch.")}
     if not is_adapter(form.model) and (quantised := quantization_of(form)) is not None:
         kinds.add(quantised)
+    if only_run_rounds_products(subject.model, form):
+        kinds.add(Quantization.int8)
     return max(ROUNDING[str(kind)] for kind in kinds)
+
+
+def only_run_rounds_products(model: ModelConfig, form: LoadedModel) -> bool:
+    """Whether the form is a plain model of a run over 8-bit weights: the weights are the same, but
+    8 bits round what goes into their products too."""
+    is_plain = not is_adapter(form.model) and quantization_of(form) is None
+    return is_plain and model.quantization == Quantization.int8

@@ -291,6 +291,16 @@ def test_a_cera_with_another_gate_or_scale_is_refused(train_on_chats, compose, t
             export(compose(f"run={run}", f"check={folder}", command="export"))
 
 
+def test_an_8bit_run_is_its_merged_model_up_to_the_rounding_of_its_products(
+    train_on_chats, compose, tmp_path
+):
+    run = train_on_chats("model.quantization=int8", name="int8")
+    words = (f"run={run}", "to=merged", f"output={tmp_path / 'merged'}")
+    certificate = export(compose(*words, command="export"))
+    assert certificate.kl_upper > 1e-6
+    assert certificate.holds
+
+
 def test_the_command_ends_with_status_3_and_one_line(run, base, run_command, tmp_path, capsys):
     folder = Path(shutil.copytree(run / "adapter", tmp_path / "form"))
     edit(ADAPTER, lora_alpha=64)(folder, base)
