@@ -73,7 +73,7 @@ def test_a_study_that_is_added_is_drawn(tmp_path: Path):
         "placement: more at q and v",
     ]
     assert group.rows[-1].numbers == "-0.1236"
-    [group] = [group for group in short.groups if "all linear layers" in group.heading]
+    [group] = [group for group in short.groups if group.heading.endswith("r = 3")]
     assert group.rows[-1].numbers.startswith("-0.5000")
 
 
