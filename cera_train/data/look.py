@@ -65,10 +65,10 @@ def print_data(
 
 
 def describe_few(config: DataConfig, rows: int) -> str:
-    """That a loss on so few held-out rows says little, and the setting that holds out more."""
+    """That a loss on so few held-out rows says little, and the setting that has more."""
     more = (
         "name a file with more in data.eval_files"
-        if config.eval_files
+        if config.train_files  # of which a number of rows is the last, with prompts of others
         else f"data.eval_rows={FEW_HELD_OUT} holds out more"
     )
     return f"a loss on {counted(rows, 'held-out row')} says little: {more}"

@@ -204,7 +204,10 @@ def prepare_data(config: DataConfig, tokenizer: Any, asks: bool = False) -> Toke
     if data.shared_prompts and not config.allow_overlap:
         shared = f"{data.shared_prompts} of {len(eval_keys)} held-out prompts"
         problem = f"{shared} are also training prompts, so the perplexity would measure memory"
-        fix = "Remove them from one side, or set data.allow_overlap=true."
+        fix = "Remove them from one side"
+        if config.train_files and not config.eval_files:
+            fix = "Leave out data.eval_rows, so that rows are held out by prompt"
+        fix += ", or set data.allow_overlap=true."
         raise UserError(f"{config.title}: {problem}. {fix}")
     return data
 

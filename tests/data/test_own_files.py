@@ -241,7 +241,7 @@ def test_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
         "messages, by the column `messages`, all answers, by the chat template; 5% of the rows"
     )
     assert values["train"].startswith("38 rows, ")
-    few = "a loss on 2 held-out rows says little: data.eval_rows=20 holds out more"
+    few = "a loss on 2 held-out rows says little: name a file with more in data.eval_files"
     assert values["few"] == few
     assert values["answers"] in ("1.2 a row, 2 at most", "1.3 a row, 2 at most")
     assert values["stop"].startswith(
@@ -268,7 +268,7 @@ def test_too_few_held_out_rows_are_named_with_the_setting_that_has_more(
 
     assert few("data.eval_rows=20") == []
     assert few("data.eval_rows=19") == [
-        "a loss on 19 held-out rows says little: data.eval_rows=20 holds out more"
+        "a loss on 19 held-out rows says little: name a file with more in data.eval_files"
     ]
     assert few(f"data.eval_files=[{held_out}]") == [
         "a loss on 10 held-out rows says little: name a file with more in data.eval_files"
