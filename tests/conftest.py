@@ -194,6 +194,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
 
 
 @pytest.fixture
+def thinking_folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """The tiny model with a generation prompt that opens reasoning, unless it is switched off."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "thinks")
+    template = folder / "chat_template.jinja"
+    is_on = "enable_thinking is not defined or enable_thinking"
+    opened = f"assistant\n{{% if {is_on} %}}<think>{{% endif %}}"
+    template.write_text(template.read_text().replace("assistant\n", opened))
+    return folder
+
+
+@pytest.fixture
 def write_jsonl(tmp_path: Path):
     """write_jsonl("name.jsonl", rows) -> path"""
 

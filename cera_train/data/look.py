@@ -68,7 +68,7 @@ def describe_few(config: DataConfig, rows: int) -> str:
     """That a loss on so few held-out rows says little, and the setting that has more."""
     more = (
         "name a file with more in data.eval_files"
-        if config.train_files  # of which a number of rows is the last, with prompts of others
+        if config.train_files  # whose last rows, as data.eval_rows takes them, may repeat prompts
         else f"data.eval_rows={FEW_HELD_OUT} holds out more"
     )
     return f"a loss on {counted(rows, 'held-out row')} says little: {more}"

@@ -9,6 +9,8 @@ from cera_train.common.errors import UserError, error_text
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, attention_of, kernel_may_run
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.language_model import Allowed, LanguageModel
+from cera_train.model.weights import quantization_of
+from cera_train.settings.model import Quantization
 from cera_train.settings.training import BatchLayout
 
 REFUSALS = (NotImplementedError, ImportError, RuntimeError, TypeError, AttributeError)
@@ -147,7 +149,7 @@ def _find_attention(
 
 def _tolerance(causal_lm: PreTrainedModel) -> float:
     # 8-bit products round by what else is in the micro-batch, whatever the dtype around them.
-    is_8bit = getattr(causal_lm, "is_loaded_in_8bit", False)
+    is_8bit = quantization_of(causal_lm) == Quantization.int8
     is_exact = causal_lm.dtype == torch.float32 and not is_8bit
     return SAME_IN_32_BITS if is_exact else SAME_IN_16_BITS
 

@@ -203,6 +203,13 @@ def quantization_config(
     )
 
 
+def quantization_of(base: PreTrainedModel) -> Quantization | None:
+    """How the weights of a loaded model are quantised; None where they are not."""
+    if getattr(base, "is_loaded_in_4bit", False):
+        return Quantization.nf4
+    return Quantization.int8 if getattr(base, "is_loaded_in_8bit", False) else None
+
+
 def keep_4bit_weights(model: nn.Module) -> None:
     """On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight for good at its first call in
     eval mode, for a kernel that computes in bfloat16 and has no backward: training after an

@@ -37,7 +37,7 @@ from cera_train.evaluation.server import Server
 from cera_train.evaluation.statistics import accuracy_interval, bootstrap_interval
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.folder import from_hub_or_folder
-from cera_train.model.weights import keep_4bit_weights, quantization_config
+from cera_train.model.weights import keep_4bit_weights, quantization_config, quantization_of
 from cera_train.runs.records import Record
 from cera_train.runs.subject import Subject
 from cera_train.serving.modules import ROUNDING, first_difference, has_gates
@@ -223,7 +223,7 @@ def load_form(folder: Path, model: ModelConfig, device: torch.device) -> LoadedM
             f"place in its model: export it anew."
         )
     form = LoadedModel(loaded.eval(), base, tokenizer)
-    if quantization_of(form) == Quantization.nf4:
+    if quantization_of(form.base) == Quantization.nf4:
         keep_4bit_weights(base)  # else some CPUs would round more than in the run
     return form
 
@@ -256,14 +256,8 @@ def describe(form: LoadedModel, engine: Judged) -> str:
         kind = f"PEFT's {form.model.active_peft_config.peft_type.value}, on its base"
     if isinstance(engine, Server):
         return f"{kind}, in {engine.version}"
-    weights = quantization_of(form) or str(form.base.dtype).removeprefix("torch.")
+    weights = quantization_of(form.base) or str(form.base.dtype).removeprefix("torch.")
     return f"{kind} in {weights}"
-
-
-def quantization_of(form: LoadedModel) -> Quantization | None:
-    if getattr(form.base, "is_loaded_in_4bit", False):
-        return Quantization.nf4
-    return Quantization.int8 if getattr(form.base, "is_loaded_in_8bit", False) else None
 
 
 # --- what no loss shows ---------------------------------------------------------------------------
@@ -455,7 +449,7 @@ def other_precision(
     """The run's base in a precision in which it differs from the run as the form does: quantised
     or whole, in 32 bits or in 16. None where both compute in float32."""
     model = subject.model
-    quantised = None if is_adapter(form.model) else quantization_of(form)
+    quantised = None if is_adapter(form.model) else quantization_of(form.base)
     if quantised is not None:
         is_whole = model.quantization == Quantization.none
         return replace(model, quantization=quantised if is_whole else Quantization.none)
@@ -474,7 +468,7 @@ def precision_of(subject: Subject, run: LoadedModel, form: LoadedModel) -> float
     """The relative rounding of a module's output: that of the coarser of the two."""
     computes = subject.model.autocast_dtype(subject.train.autocast, run.base.device.type == "cuda")
     kinds = {computes or subject.model.dtype, str(form.base.dtype).removeprefix("torch.")}
-    if not is_adapter(form.model) and (quantised := quantization_of(form)) is not None:
+    if not is_adapter(form.model) and (quantised := quantization_of(form.base)) is not None:
         kinds.add(quantised)
     if only_run_rounds_products(subject.model, form):
         kinds.add(Quantization.int8)
@@ -484,5 +478,5 @@ def precision_of(subject: Subject, run: LoadedModel, form: LoadedModel) -> float
 def only_run_rounds_products(model: ModelConfig, form: LoadedModel) -> bool:
     """Whether the form is a plain model of a run over 8-bit weights: the weights are the same, but
     8 bits round what goes into their products too."""
-    is_plain = not is_adapter(form.model) and quantization_of(form) is None
+    is_plain = not is_adapter(form.model) and quantization_of(form.base) is None
     return is_plain and model.quantization == Quantization.int8

@@ -11,6 +11,7 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
 from cera_train.common.user_code import user_code
 from cera_train.data.computed import Draw, Split, draws
+from cera_train.data.prepare import ids_of
 from cera_train.data.rows import computed_row, kind_of
 from cera_train.data.segments import segmenter, segmenters
 from cera_train.data.sources import open_sources
@@ -56,7 +57,7 @@ def generated_questions(data: DataConfig, tokenizer: Any) -> dict[str, Draw]:
         to_sequences, *_ = segmenters(part, tokenizer, asks=True)
         for draw in draws(part.reasoning_gym, Split.train, part.train_rows, "data.train_rows"):
             [[prompt, _]] = to_sequences(computed_row(draw.question, draw.answer))
-            ids = tokenizer(prompt.text, add_special_tokens=False).input_ids
+            ids = ids_of(prompt.text, tokenizer)
             questions[tokenizer.decode(ids, skip_special_tokens=True).strip()] = draw
     return questions
 

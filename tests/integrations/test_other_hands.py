@@ -1,7 +1,6 @@
 """A run's adapter in tools that users already have, after nothing more than `import cera_train`."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from peft import PeftModel
 from tiny_runs import folder_of, run_card
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cera_train.training.resolve import resolve
 from cera_train.training.train import train
 
 
@@ -84,24 +82,17 @@ def test_the_card_describes_the_adapter_and_its_code_loads_it(finished_run, tiny
 
 
 def test_the_code_of_a_card_asks_as_a_run_of_chats_was_trained(
-    tiny_config, tiny_folder, tmp_path, write_jsonl
+    tiny_config, thinking_folder, write_jsonl
 ):
     """Its answers do not reason, so the run switched reasoning off."""
-    thinks = tmp_path / "thinks"
-    shutil.copytree(tiny_folder, thinks)
-    template = thinks / "chat_template.jinja"
-    is_on = "enable_thinking is not defined or enable_thinking"
-    opened = f"assistant\n{{% if {is_on} %}}<think>{{% endif %}}"
-    template.write_text(template.read_text().replace("assistant\n", opened))
     user = {"role": "user", "content": "hello"}
     answer = {"role": "assistant", "content": "hello there"}
     rows = write_jsonl("chats.jsonl", [{"messages": [user, answer]}] * 16)
     settings = ("data=jsonl", f"data.train_files=[{rows}]", "data.eval_rows=4", "data.chat=auto")
     config = tiny_config(
-        *settings, f"model.path={thinks}", "data.allow_overlap=true", "train.max_updates=1"
+        *settings, f"model.path={thinking_folder}", "data.allow_overlap=true", "train.max_updates=1"
     )
-    folder = folder_of(config)
-    train(resolve(config, folder).config)
-    names = run_card(folder / "adapter")
+    train(config)
+    names = run_card(folder_of(config) / "adapter")
     asked = names["tokenizer"].decode(names["inputs"]["input_ids"][0])
     assert asked == "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n"

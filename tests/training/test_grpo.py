@@ -4,7 +4,6 @@ import itertools
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -54,17 +53,25 @@ def ends(*_: str) -> float:
 
 
 @pytest.fixture
-def grpo(tiny_config, write_jsonl):
-    """grpo("adapter.r=4", ...): the config of a run on `ROWS`, rewarded for vowels."""
-    words = [
+def on_rows(write_jsonl) -> list[str]:
+    """Settings of a run on `ROWS`."""
+    return [
         "data=jsonl",
         f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
         "data.eval_rows=2",
         "train.objective=grpo",
         "grpo.answers=4",
         "grpo.max_new_tokens=6",
-        f"grpo.rewards=[{__name__}.vowels]",
         "train.batch_size=3",
+    ]
+
+
+@pytest.fixture
+def grpo(tiny_config, on_rows):
+    """grpo("adapter.r=4", ...): the config of a run on `ROWS`, rewarded for vowels."""
+    words = [
+        *on_rows,
+        f"grpo.rewards=[{__name__}.vowels]",
         "train.max_updates=4",
         "train.patience=null",
     ]
@@ -72,7 +79,7 @@ def grpo(tiny_config, write_jsonl):
 
 
 @pytest.fixture
-def in_processes(tiny_folder, tmp_path, write_jsonl, monkeypatch):
+def in_processes(tiny_folder, tmp_path, on_rows, monkeypatch):
     """Settings of a run on `ROWS` in processes, which find rewards_of_a_test.py in `tmp_path`."""
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
@@ -81,14 +88,8 @@ def in_processes(tiny_folder, tmp_path, write_jsonl, monkeypatch):
         "model.dtype=float32",
         "data.max_length=256",
         "adapter.r=4",
-        "data=jsonl",
-        f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]",
-        "data.eval_rows=2",
-        "train.objective=grpo",
-        "grpo.answers=4",
-        "grpo.max_new_tokens=6",
+        *on_rows,
         "grpo.rewards=[rewards_of_a_test.vowels]",
-        "train.batch_size=3",
     ]
 
 
@@ -449,17 +450,10 @@ def test_a_generators_row_is_graded_by_the_generator(compose, tokenizer, chat):
         assert rewards == [1, 1, 0]  # a sum with .0 is another text
 
 
-def test_evaluations_ask_as_updates_do(
-    grpo, tiny_folder, compose, tmp_path, write_jsonl, monkeypatch
-):
+def test_evaluations_ask_as_updates_do(grpo, thinking_folder, compose, write_jsonl, monkeypatch):
     """The rows' answers do not reason; those that updates learn from follow the prompt of
     inference, which opens reasoning."""
     monkeypatch.setitem(globals(), "vowels", lambda _, answer, right: float(len(answer)))
-    thinks = shutil.copytree(tiny_folder, tmp_path / "thinks")
-    template = thinks / "chat_template.jinja"
-    is_on = "enable_thinking is not defined or enable_thinking"
-    opened = f"assistant\n{{% if {is_on} %}}<think>{{% endif %}}"
-    template.write_text(template.read_text().replace("assistant\n", opened))
     chats = [
         {
             "messages": [
@@ -471,7 +465,8 @@ def test_evaluations_ask_as_updates_do(
     ]
     rows = f"data.train_files=[{write_jsonl('chats.jsonl', chats)}]"
     settings = ("data.layout=messages", "data.chat=auto", "train.samples=1", "train.max_updates=1")
-    trained = train(grpo(rows, *settings, f"model.path={thinks}"))
+    words = (rows, *settings, f"model.path={thinking_folder}")
+    trained = train(grpo(*words))
     run = trained["folder"]
     samples = read_lines(Path(run) / SAMPLES, Sample)
     held_out = ("task=held_out", "task.max_new_tokens=4")
@@ -484,7 +479,6 @@ def test_evaluations_ask_as_updates_do(
     assert result["perplexity"] == pytest.approx(trained["eval/perplexity"], rel=1e-6)
 
     # A start that learned not to reason is asked so.
-    words = (rows, *settings, f"model.path={thinks}")
     start = train(grpo(*words, "train.objective=sft", "name=start"))["folder"]
     further = train(grpo(*words, f"adapter.start_from={start}", "name=further"))["folder"]
     asked = {sample.prompt for sample in read_lines(Path(further) / SAMPLES, Sample)}
