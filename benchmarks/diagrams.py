@@ -332,13 +332,13 @@ def panel(
         yield f'<polyline class="line{number}" points="{corners}"/>'
         for across, down in line:
             yield f'<circle class="part{number}" cx="{across:g}" cy="{down:g}" r="3"/>'
-    for value, point in {point["value"]: point for point in points}.items():
-        label = f"{value:,}" if value >= 10_000 else str(value)
-        yield text(x(point), top + PANEL + LINE, label, "soft middle")
+    free = WIDTH  # left of the last label; one that finds no room is left out
+    for value, point in sorted({point["value"]: point for point in points}.items(), reverse=True):
+        half = LETTER * len(f"{value:,}") / 2
+        if x(point) + half < free:
+            free = x(point) - half
+            yield text(x(point), top + PANEL + LINE, f"{value:,}", "soft middle")
 
 
 def diagrams() -> list[Diagram]:
-    drawn = [floors(), terminal(), memory(), update()]
-    if GROWTH.is_file():
-        drawn.append(growth(json.loads(GROWTH.read_text())))
-    return drawn
+    return [floors(), terminal(), memory(), update(), growth(json.loads(GROWTH.read_text()))]

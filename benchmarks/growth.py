@@ -49,7 +49,7 @@ START = Point()
 CURVES: dict[str, tuple[str, list[int], list[str]]] = {
     "rank": ("rank", [16, 64, 128, 256, 512], ["cera", "lora"]),
     "sequence length": ("length", [128, 256, 512, 1024, 2048, 4096], ["cera"]),
-    "sequences an update": ("sequences", [1, 2, 4, 8, 16, 32], ["cera"]),
+    "sequences": ("sequences", [1, 2, 4, 8, 16, 32], ["cera"]),
     "rows of the data set": ("rows", [1_000, 10_000, 100_000], ["cera"]),
 }
 """What grows -> the field of a point, its values, the adapters."""
