@@ -167,7 +167,8 @@ def answer_and_grade(
     missing = {key for key in keys if key not in answers}
     grades = {}
     if missing:
-        if is_main and subject.data and (shared := describe_trained_on(problems, subject.data)):
+        data = subject.adapter and subject.trained.data
+        if is_main and data and (shared := describe_trained_on(problems, data)):
             print_line("shared", shared)
         engine = engine or load_subject(subject, accelerator.device)
         try:
@@ -301,9 +302,8 @@ def measure_perplexity(
     is on record."""
     config = evaluation.config
     subject = evaluation.subject
-    rows = evaluation.task.rows(
-        config.data or subject.data, subject.model, load_tokenizer(subject.model), subject.asks
-    )
+    trained = replace(subject.trained, data=config.data or subject.trained.data)
+    rows = evaluation.task.rows(trained, subject.model, load_tokenizer(subject.model))
     if (before := find_evaluation_result(folder.path)) is not None:
         require(
             before.rows_digest == rows.digest,

@@ -33,7 +33,7 @@ from cera_train.evaluation.tasks.task import (
 )
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.runs.results import GradedProblem, Sample, describe_tasks
-from cera_train.settings.data import DataConfig
+from cera_train.settings.data import TrainedRows
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
 
@@ -62,20 +62,14 @@ class Exam:
         return replace(self, problems=self.problems[:count], requests=self.requests[:count])
 
 
-def rows_exam(
-    config: DataConfig, count: int, tokenizer: Any, positions: int | None, asks: bool = False
-) -> Exam:
+def rows_exam(trained: TrainedRows, count: int, tokenizer: Any, positions: int | None) -> Exam:
     """The prompts of the first held-out rows that have one, each up to its first answer, which is
-    the reference; none that leaves a sample no room.
-
-    Args:
-        asks: as of `chats.chat_exchanges`.
-    """
+    the reference; none that leaves a sample no room."""
     problems = []
     requests = []
     room = SAMPLE_ROOM
     longest = sys.maxsize if positions is None else positions - SAMPLE_ROOM
-    for row in answered_rows(config, tokenizer, asks):
+    for row in answered_rows(trained.data, tokenizer, trained.asks):
         whole = replace(row.part, max_length=sys.maxsize)
         [encoded_prompt, encoded_answer] = encode([[row.prompt], [[row.answer]]], whole, tokenizer)
         if len(encoded_prompt.input_ids) > longest:
@@ -114,12 +108,11 @@ class Exams:
         self.accelerator = sampler.accelerator
         tokenizer = sampler.tokenizer
         positions = sampler.engine.positions
-        asks = bool(config.work.answers)
         self.tasks: list[Exam] = []
         for name in config.train.tasks:
             with errors_at(f"train.tasks=[{name}]"):
                 task = training_task(name, config.train.changes_of_task(name))
-                problems = load_problems(task, config.data, tokenizer, asks)
+                problems = load_problems(task, config.trained_rows, tokenizer)
                 room = task.config.max_new_tokens
                 requests = requests_for(problems, 1, tokenizer, room, positions)
                 self.tasks.append(Exam(name, task, problems, requests, room, task.config.stop))
@@ -127,7 +120,7 @@ class Exams:
         """The problems that samples answer: the first of each task, without tasks the first
         held-out rows."""
         if count := self.sample_count:
-            exams = self.tasks or [rows_exam(config.data, count, tokenizer, positions, asks)]
+            exams = self.tasks or [rows_exam(config.trained_rows, count, tokenizer, positions)]
             fix = "no held-out row has a prompt with room for an answer: set train.samples=0"
             require(bool(exams[0].problems), f"train.samples={count}: {fix}.")
             self.sampled = [exam.first(count) for exam in exams]

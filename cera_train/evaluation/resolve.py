@@ -38,9 +38,9 @@ def resolve_evaluation(config: EvalConfig) -> ResolvedEvaluation:
         if is_on_hub and is_main_process():
             announce("reading", f"the problems of {config.task.path}")
         tokenizer = None
-        if task.needs_tokenizer(subject.data):
+        if task.needs_tokenizer(subject.trained):
             from cera_train.model.folder import load_tokenizer  # torch, which other tasks spare
 
             tokenizer = load_tokenizer(subject.model)
-        problems = load_problems(task, subject.data, tokenizer, subject.asks)
+        problems = load_problems(task, subject.trained, tokenizer)
     return ResolvedEvaluation(config, subject, task, problems)

@@ -267,7 +267,7 @@ def count_problems(name: str, config: Config, data: DataSize) -> int:
         return min(data.eval_rows, settings.limit or data.eval_rows)
     if settings.files or settings.path is None:
         with errors_at(place):
-            return len(load_problems(task, config.data))
+            return len(load_problems(task, config.trained_rows))
 
     counts = []
     if settings.limit is not None:

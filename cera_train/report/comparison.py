@@ -161,7 +161,8 @@ def pair_of(first: Run, second: Run, task: str, across_engines: bool) -> RunPair
     """The scores by the best rule that graded both runs.
 
     Raises:
-        UserError: they answered by different engines, shots or problems, or no rule graded both.
+        UserError: they answered by different engines, prompts, shots or problems, or no rule graded
+            both.
     """
     evaluations = (first.evaluations[task], second.evaluations[task])
     for name in {**evaluations[0].same, **evaluations[1].same}:
@@ -173,6 +174,12 @@ def pair_of(first: Run, second: Run, task: str, across_engines: bool) -> RunPair
         if name == ENGINE:
             fix = "evaluate both by one engine, or add --across-engines"
         raise UserError(f"{name} differ: {words}: {fix}.")
+    ways = {each.is_chat for each in evaluations}
+    require(
+        None in ways or len(ways) == 1,
+        "one was asked in chat markup, the other in plain text: ask the untouched model as its run "
+        "is asked, by cera-eval run=base like=RUN.",
+    )
     first_scores, second_scores = (evaluation.scores for evaluation in evaluations)
     graders = [name for name in first_scores if name in second_scores]
     require(

@@ -13,7 +13,7 @@ from cera_train.common.terminal import announce_import
 from cera_train.model.path import check_model
 from cera_train.runs.records import load_config
 from cera_train.settings.adapters import AdapterConfig
-from cera_train.settings.data import DataConfig
+from cera_train.settings.data import UNKNOWN, TrainedRows
 from cera_train.settings.evaluation import SubjectConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
@@ -32,7 +32,7 @@ class Subject:
     folder: Path
     model: ModelConfig
     adapter: Path | None = None
-    run: Config | None = None  # the config it was trained with, if that is known
+    run: Config | None = None  # that trained it, or that like= names, if that is known
 
     def __str__(self) -> str:
         return f"{self.name}, {self.model.path}"
@@ -45,19 +45,15 @@ class Subject:
     def part(self) -> str:
         """Suffix of an evaluation's name: empty for the final adapter, else -best,
         -checkpoints-100, ..."""
-        if self.run is None or self.adapter.name == "adapter" or self.adapter == self.folder:
+        is_whole = self.run is None or self.adapter is None
+        if is_whole or self.adapter.name == "adapter" or self.adapter == self.folder:
             return ""
         return f"-{'-'.join(self.adapter.relative_to(self.folder).parts)}"
 
     @property
-    def data(self) -> DataConfig | None:
-        """The rows that the adapter was trained on, if they are known."""
-        return self.run.data if self.run else None
-
-    @property
-    def asks(self) -> bool:
-        """Whether the prompts that it was trained on are those of inference: it answered them."""
-        return self.run is not None and bool(self.run.work.answers)
+    def trained(self) -> TrainedRows:
+        """What the adapter was trained on."""
+        return self.run.trained_rows if self.run else UNKNOWN
 
     @property
     def train(self) -> TrainConfig:
@@ -80,16 +76,21 @@ def find_subject(config: SubjectConfig, setting: str = "run") -> Subject:
 
 def find_subjects(config: ChatConfig) -> list[Subject]:
     """Resolves `run=` and, if it is set, `compare=`."""
-    subjects = [find_subject(config)]
-    if config.compare is not None:
-        subjects.append(find_subject(replace(config, run=config.compare), "compare"))
-    return subjects
+    first = find_subject(config)
+    if config.compare is None:
+        return [first]
+    if config.compare == "base":
+        return [first, replace(first, adapter=None)]
+    other = replace(config, run=config.compare, like=None)
+    return [first, find_subject(other, "compare")]
 
 
 def _resolve(config: SubjectConfig, setting: str) -> Subject:
     if config.run == "base":
-        name = Path(config.model.path).name.removeprefix("pypi:")
-        return Subject(Path(config.output_dir) / f"base-{name}", config.model)
+        run = None if config.like is None else _like(config)
+        model = config.model or run.model
+        name = Path(model.path).name.removeprefix("pypi:")
+        return Subject(Path(config.output_dir) / f"base-{name}", model, run=run)
     folder = Path(config.run)
     root, adapter = find_adapter(folder, setting)
     if root is None:  # an adapter from anywhere
@@ -107,13 +108,27 @@ def _resolve(config: SubjectConfig, setting: str) -> Subject:
 
         import_method(run.adapter.method)
     check_saved(adapter)
-    if config.model is None and run.model.trust_remote_code and not config.trust_remote_code:
-        raise UserError(
-            f"{root}/config.yaml asks to run the Python code that comes with {run.model.path}. If "
-            f"you trust that code, say so on the command line: trust_remote_code=true."
-        )
+    _check_trust(config, root, run)
     place = adapter if is_export(adapter) else root
     return Subject(place, config.model or run.model, adapter, run)
+
+
+def _like(config: SubjectConfig) -> Config:
+    """The run that `like=` names."""
+    root, _ = find_adapter(Path(config.like), "like")
+    require(root is not None, f"like={config.like} belongs to no run: name the folder of one.")
+    run = load_config(root / "config.yaml")
+    _check_trust(config, root, run)
+    return run
+
+
+def _check_trust(config: SubjectConfig, root: Path, run: Config) -> None:
+    """Raises UserError where the model of a run has code that this command does not trust."""
+    require(
+        config.model is not None or config.trust_remote_code or not run.model.trust_remote_code,
+        f"{root}/config.yaml asks to run the Python code that comes with {run.model.path}. If you "
+        f"trust that code, say so on the command line: trust_remote_code=true.",
+    )
 
 
 def find_adapter(folder: Path, setting: str) -> tuple[Path | None, Path]:

@@ -181,7 +181,7 @@ class Answerer:
             )
         tokenizer = self.engine.tokenizer
         self.prompts = Prompts(
-            choose_rows(config.template, subject.data, tokenizer, config.template_settings),
+            choose_rows(config.template, subject.trained.data, tokenizer, config.template_settings),
             tokenizer,
         )
 

@@ -60,7 +60,7 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
     if config.to == ExportForm.gguf:
         check_packages("to=gguf")
     subject = choose_dtype(subject)
-    source = config.data or subject.data
+    source = config.data or subject.trained.data
     require(
         source is not None,
         f"run={config.run} is an adapter without its run: name rows to judge on by data=....",
@@ -92,7 +92,7 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
         if has_gates(run):
             adapter = part
             maps = fit_maps(
-                run, calibration_rows(source, run, subject.asks, config.calibration_tokens)
+                run, calibration_rows(source, run, subject.trained.asks, config.calibration_tokens)
             )
             write_lora(run.model, maps, base, subject.model.revision, part)
         if config.to != ExportForm.lora:
@@ -336,5 +336,5 @@ def card(folder: Path, facts: Mapping[str, str], config: ExportConfig, subject: 
         f"| | |\n|---|---|\n{rows}"
     )
     if config.to != ExportForm.gguf:
-        text += f"\n{snippet(folder, library, subject.data)}\n"
+        text += f"\n{snippet(folder, library, subject.trained.data)}\n"
     return text

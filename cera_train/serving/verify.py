@@ -132,7 +132,7 @@ def verify(
         UserError: the folder cannot be loaded.
     """
     announce("loading", "it as its user does")
-    rows = prepare_evaluation(data, run.tokenizer, limit, subject.asks)
+    rows = prepare_evaluation(data, run.tokenizer, limit, subject.trained.asks)
     held_out = MicroBatches(rows, False, 1, run.base.device)
     batches = [held_out.load([number]) for number in range(len(rows))]  # one row a batch
     if folder.suffix == GGUF:
@@ -147,7 +147,7 @@ def verify(
     else:
         form = load_form(folder, subject.model, run.base.device)
         check_tokenizer(run, form)
-        theirs = prepare_evaluation(data, form.tokenizer, limit, subject.asks)
+        theirs = prepare_evaluation(data, form.tokenizer, limit, subject.trained.asks)
         check_rows(rows, theirs, run.tokenizer)
         engine = form if server is None else connect(server, folder, subject.model, form)
     if engine is not form:

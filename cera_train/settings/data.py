@@ -383,3 +383,21 @@ class DataConfig:
         return (
             ", ".join(Path(name).name for name in self.train_files) or self.path or str(self.layout)
         )
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """The rows that a model was trained on, and how they asked it."""
+
+    data: DataConfig | None = None
+    """None: unknown."""
+    asks: bool = False
+    """Whether they asked for the model's own answers: see `chats.chat_exchanges`."""
+
+    @property
+    def parts(self) -> list[DataConfig]:
+        """The data sets of a mix; none where they are unknown."""
+        return [] if self.data is None else [part for _, part in self.data.parts()]
+
+
+UNKNOWN = TrainedRows()

@@ -109,6 +109,9 @@ class SubjectConfig:
     """A run's folder, an adapter's folder, or `base` for the untouched model."""
     model: ModelConfig | None = section(None)
     """null: the run's."""
+    like: str | None = setting(None, "nothing")
+    """With run=base, a run: the untouched model takes its model, its rows and its precision, and is
+    asked as it is."""
     output_dir: str = setting("outputs", "nothing")
     """Where run=base leaves its results, in base-MODEL."""
     trust_remote_code: bool = setting(False, "nothing")
@@ -118,14 +121,17 @@ class SubjectConfig:
         require(
             self.run is not None,
             "run=... is missing: the folder of a run or of an adapter, or base (with "
-            "model.path=FOLDER or model=NAME).",
+            "model.path=FOLDER, model=NAME or like=RUN).",
         )
-        self.check_place("run", self.run)
-
-    def check_place(self, key: str, place: str | None) -> None:
-        """Raises UserError for `base` without a model."""
-        fix = "model.path=FOLDER, or model=NAME, such as model=smollm2_135m_pypi"
-        require(place != "base" or self.model is not None, f"{key}=base needs {fix}.")
+        require(
+            self.like is None or self.run == "base",
+            f"like={self.like} belongs to run=base: leave it out.",
+        )
+        require(
+            self.run != "base" or self.model is not None or self.like is not None,
+            "run=base needs model.path=FOLDER, model=NAME, such as model=smollm2_135m_pypi, or "
+            "like=RUN.",
+        )
 
 
 @dataclass
@@ -186,9 +192,9 @@ class EvalConfig(AnsweringConfig):
             self.launch = ProcessesConfig("1")
         if self.task.kind == "perplexity" and self.task.window is None:
             require(
-                self.data is not None or self.run != "base",
-                f"task={self.task.name} with run=base needs data=..., since there is no run whose "
-                f"rows to take.",
+                self.data is not None or self.run != "base" or self.like is not None,
+                f"task={self.task.name} with run=base needs like=RUN, whose rows to take, or "
+                f"data=....",
             )
         else:
             fix = (

@@ -14,7 +14,7 @@ from cera_train.common.settings import (
     setting,
 )
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
-from cera_train.settings.data import DataConfig, Layout, LossOn
+from cera_train.settings.data import DataConfig, Layout, LossOn, TrainedRows
 from cera_train.settings.distributed import DistributedConfig, LaunchConfig, Strategy
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.sweep import StudyConfig, SweepConfig
@@ -123,6 +123,10 @@ class Config:
         if work.answers and self.train.server is not None:  # whose log p are compared
             work = work._replace(forward_passes=work.forward_passes + 1)
         return work
+
+    @property
+    def trained_rows(self) -> TrainedRows:
+        return TrainedRows(self.data, asks=bool(self.work.answers))
 
     @property
     def sequences(self) -> int:

@@ -21,7 +21,8 @@ Template = StrEnum("Template", ["auto", "chat", "none"])
 @dataclass
 class ChatConfig(AnsweringConfig):
     compare: str | None = setting(None, "nothing")
-    """A second run, adapter or base, which answers the same questions."""
+    """A second run or adapter, which answers the same questions; base: the model without the
+    adapter."""
     prompt: str | None = setting(None, "answers")
     """One question. null: read stdin, or hold a conversation in a terminal."""
     prompts: str | None = setting(None, "answers")
@@ -39,7 +40,6 @@ class ChatConfig(AnsweringConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_place("compare", self.compare)
         require_positive("", self, "max_new_tokens")
         self.template_settings = template_settings("template_settings", self.template_settings)
         require(

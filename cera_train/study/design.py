@@ -205,7 +205,8 @@ def check_problems(runs: Iterable[Config]) -> None:
                 continue
             checked.add(inputs)
             settings = training_task(task, run.train.changes_of_task(task))
-            shared = describe_trained_on(load_problems(settings, run.data), run.data)
+            problems = load_problems(settings, run.trained_rows)
+            shared = describe_trained_on(problems, run.data)
             require(not shared, f"train.tasks=[{task}]: {shared}. Choose other rows or problems.")
 
 

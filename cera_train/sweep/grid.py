@@ -177,7 +177,7 @@ def check_inputs(config: Config, folder: Path) -> None:
             task = training_task(name, config.train.changes_of_task(name))
             if task.config.files:
                 with errors_at(f"train.tasks=[{name}]"):
-                    load_problems(task, config.data)
+                    load_problems(task, config.trained_rows)
         if config.train.objective == ObjectiveKind.grpo:
             for path in config.grpo.rewards:
                 import_reward(path)

@@ -24,6 +24,8 @@ from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Answer
 from cera_train.evaluation.tasks import gsm8k
 from cera_train.evaluation.tasks.task import QuestionTask
+from cera_train.report.comparison import paired_tests
+from cera_train.report.readers import read_runs
 from cera_train.runs.evaluation_folder import ENDINGS, EvaluationFolder, Generation
 from cera_train.runs.records import load_config
 from cera_train.runs.subject import find_subject
@@ -278,6 +280,28 @@ def test_a_name_and_the_untouched_model_have_folders_of_their_own(eval_config, r
         )
 
 
+def test_the_untouched_model_is_asked_as_a_run_is(tiny_config, compose, one_verifier, tmp_path):
+    """On its held-out rows, by its template; a report does not test it against one that is not."""
+    run = Path(train(tiny_config("data.chat=template", "train.max_updates=2"))["folder"])
+
+    def answered(output: str, *settings: str, task: str = "logistic_map") -> Path:
+        common = [f"task={task}", "task.limit=3", "task.max_new_tokens=8"]
+        evaluate(compose(*common, *settings, f"output_dir={tmp_path / output}", command="eval"))
+        return next((tmp_path / output).glob("base-*"), run)
+
+    answered("outputs", f"run={run}")
+    like = answered("outputs", "run=base", f"like={run}")
+    asked, again = (folder / "eval" / "logistic_map" / "problems.jsonl" for folder in (run, like))
+    assert "<|im_start|>" in asked.read_text()
+    assert asked.read_bytes() == again.read_bytes()
+    answered("outputs", "run=base", f"like={run}", task="held_out")
+    plain = answered("plain", "run=base", *base_settings(run)[:3])
+    assert not paired_tests(read_runs([run, like]))[1]
+    tests, [note] = paired_tests(read_runs([run, plain]))
+    assert not tests
+    assert "one was asked in chat markup, the other in plain text" in note
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 
@@ -361,7 +385,9 @@ def test_an_adapter_that_diverged_or_is_damaged_is_refused(eval_config, run):
         evaluate(eval_config())
 
 
-def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(tiny_config, compose):
+def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(
+    tiny_config, compose, tmp_path
+):
     trained = train(tiny_config("adapter.r=4", "train.max_updates=4"))
     result = evaluate(compose(f"run={trained['folder']}", "task=perplexity", command="eval"))
     assert result["perplexity"] == pytest.approx(trained["eval/perplexity"], rel=1e-6)
@@ -371,6 +397,9 @@ def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(tiny
             name = f"spectrum/{kind}/{of}"
             assert result[name] == pytest.approx(trained[name], rel=1e-6)
     assert result["tokens"] > 0
+    settings = [f"like={trained['folder']}", f"output_dir={tmp_path}", "task=perplexity"]
+    untouched = evaluate(compose("run=base", *settings, command="eval"))
+    assert untouched["perplexity"] == result["perplexity_base"]
 
 
 @pytest.mark.parametrize(

@@ -342,16 +342,17 @@ def test_a_sample_is_a_row_up_to_its_first_answer(
     tokenizer, compose, write_jsonl, row, settings, prompt, gold
 ):
     file = write_jsonl("rows.jsonl", [row] * 4)
-    data = compose("data=jsonl", f"data.train_files=[{file}]", "data.eval_rows=2", *settings).data
-    exam = rows_exam(data, 3, tokenizer, positions=256)
+    config = compose("data=jsonl", f"data.train_files=[{file}]", "data.eval_rows=2", *settings)
+    rows = config.trained_rows
+    exam = rows_exam(rows, 3, tokenizer, positions=256)
     assert [(problem.prompt, problem.gold) for problem in exam.problems] == [(prompt, gold)] * 2
     start = [] if "messages" in row else [tokenizer.bos_token_id]
     ids = (*start, *tokenizer(prompt, add_special_tokens=False).input_ids)
     assert [request.prompt_ids for request in exam.requests] == [ids] * 2
     assert len({request.problem for request in exam.requests}) == 2
     assert exam.max_new_tokens == SAMPLE_ROOM
-    assert rows_exam(data, 1, tokenizer, positions=len(ids) + SAMPLE_ROOM).requests
-    assert not rows_exam(data, 1, tokenizer, positions=len(ids) + SAMPLE_ROOM - 1).requests
+    assert rows_exam(rows, 1, tokenizer, positions=len(ids) + SAMPLE_ROOM).requests
+    assert not rows_exam(rows, 1, tokenizer, positions=len(ids) + SAMPLE_ROOM - 1).requests
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from evaluated_runs import base_settings, chat, evaluate, read
+from evaluated_runs import chat, evaluate, read
 
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import encode
@@ -109,7 +109,7 @@ def test_stdin_is_a_question_a_seed_an_answer_and_two_models_answer_one_below_th
         for seed in (1, 1, 2)
     )
     assert first == again != other
-    both = answer("compare=base", *base_settings(run)[:3], "prompt=a").splitlines()
+    both = answer("compare=base", "prompt=a").splitlines()
     names = [line for line in both if line.startswith("[")]
     assert names == [f"[{run}/adapter, {tiny_folder}]", f"[the untouched model, {tiny_folder}]"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("How many?\n"))
@@ -163,7 +163,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
 
     assert "run=nope does not exist" in refusal("run=nope", "prompt=a")
     assert "compare=nope does not exist" in refusal(f"run={run}", "compare=nope", "prompt=a")
-    assert "compare=base needs model.path=FOLDER, or model=NAME" in refusal("run=x", "compare=base")
+    assert "run=base needs model.path=FOLDER, model=NAME" in refusal("run=base", "prompt=a")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     assert (

@@ -9,23 +9,22 @@ from cera_train.data.rows import Row, Source
 from cera_train.data.sources import answered_rows
 from cera_train.evaluation.tasks import jsonl
 from cera_train.runs.evaluation_folder import CHAT
-from cera_train.settings.data import DataConfig
+from cera_train.settings.data import TrainedRows
 
 
 class EvaluationRows(jsonl.JsonlTask):
-    def needs_tokenizer(self, data: DataConfig | None) -> bool:
-        parts = [] if data is None else data.parts()
-        return any(may_use_template(part) for _, part in parts)
+    def needs_tokenizer(self, trained: TrainedRows) -> bool:
+        return any(map(may_use_template, trained.parts))
 
-    def source(self, data: DataConfig | None, tokenizer: Any, asks: bool) -> Source:
+    def source(self, trained: TrainedRows, tokenizer: Any) -> Source:
         name = f"task={self.config.name}"
         fix = "write the questions into a file, for task=jsonl"
         require(
-            data is not None,
+            bool(trained.parts),
             f"{name}: the rows that this model was trained on are unknown: {fix}.",
         )
         rows = []
-        for row in answered_rows(data, tokenizer, asks):
+        for row in answered_rows(trained.data, tokenizer, trained.asks):
             require(
                 row.is_chat or len(row.prompt) == 1,
                 f"{name} does not know answers before the asked one in plain text: {fix}.",

@@ -9,20 +9,17 @@ from typing import Any
 
 from pydantic import Field
 
-from cera_train.data.chats import may_use_template
 from cera_train.data.computed import logistic_map_row, starting_points
 from cera_train.evaluation.tasks.task import (
-    AnswerTask,
+    ComputedTask,
     Metric,
     Task,
     mean,
-    parts_of_layout,
-    prompt_of_computed,
     question_id,
 )
 from cera_train.runs.evaluation_folder import COLLAPSED, Generation, Grade, Problem
 from cera_train.runs.records import Record
-from cera_train.settings.data import DataConfig, Layout, as_list, check_growths
+from cera_train.settings.data import DataConfig, Layout, TrainedRows, as_list, check_growths
 from cera_train.settings.evaluation import TaskConfig
 
 # starting points for a model that was not trained on this task: those of
@@ -36,29 +33,24 @@ class StepGrades(Record, extra="allow"):
     matches: list[bool] = Field(min_length=1)  # by step
 
 
-class LogisticMap(AnswerTask):
+class LogisticMap(ComputedTask):
     def configured(self, config: TaskConfig) -> Task:
         check_growths("task.growths", config.growths)
         return super().configured(config)
 
-    def needs_tokenizer(self, data: DataConfig | None) -> bool:
-        return any(map(may_use_template, parts_of_layout(data, Layout.logistic_map)))
-
-    def problems(
-        self, data: DataConfig | None, tokenizer: Any = None, asks: bool = False
-    ) -> Iterable[Problem]:
+    def problems(self, trained: TrainedRows, tokenizer: Any = None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out."""
-        parts = parts_of_layout(data, Layout.logistic_map)
-        rows = parts[0] if parts else DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)
+        part = self.part(trained)
+        rows = part or DataConfig(layout=self.layout, eval_rows=EVAL_ROWS)
         settings = rows.logistic_map
         _, starts = starting_points(settings, rows.eval_rows)
         pairs = itertools.product(starts, self.config.growths)
         for x0, growth in itertools.islice(pairs, self.config.limit):
             row = logistic_map_row(x0, growth, settings)
-            trained = growth in as_list(settings.growth) if parts else None
+            is_trained = growth in as_list(settings.growth) if part else None
             question = row["prompt"]
-            details = {"growth": growth, "decimals": settings.decimals, "trained": trained}
-            details |= prompt_of_computed(row, rows, tokenizer, asks)
+            details = {"growth": growth, "decimals": settings.decimals, "trained": is_trained}
+            details |= self.prompt(row, trained, tokenizer)
             gold = row["completion"].strip()
             yield Problem(id=question_id(question), question=question, gold=gold, **details)
 
@@ -103,6 +95,7 @@ class LogisticMap(AnswerTask):
 
 
 TASK = LogisticMap(
+    layout=Layout.logistic_map,
     settings=("growths",),
     shown=(
         Metric("step_accuracy/mean", "steps right", in_picture=True),

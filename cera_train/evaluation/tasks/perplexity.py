@@ -10,7 +10,7 @@ from cera_train.data.prepare import TokenizedRows, prepare_evaluation, prepare_w
 from cera_train.data.rows import text_of
 from cera_train.data.sources import decide_layouts
 from cera_train.evaluation.tasks.task import Task, open_rows, require_rows
-from cera_train.settings.data import COMPUTED, DataConfig
+from cera_train.settings.data import COMPUTED, TrainedRows
 from cera_train.settings.evaluation import TaskConfig
 from cera_train.settings.model import ModelConfig
 
@@ -25,16 +25,10 @@ class Perplexity(Task):
             )
         return super().configured(config)
 
-    def rows(
-        self, data: DataConfig | None, model: ModelConfig, tokenizer: Any, asks: bool
-    ) -> TokenizedRows:
-        """The rows to predict.
-
-        Args:
-            data: that of `data=`, else the run's; None if neither is known.
-            asks: as of `chats.chat_exchanges`.
-        """
+    def rows(self, trained: TrainedRows, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
+        """The rows to predict; of the run, or of `data=`, those held out."""
         config = self.config
+        data = trained.data
         if config.window is not None:
             from cera_train.model.folder import check_length  # imports torch
 
@@ -58,7 +52,7 @@ class Perplexity(Task):
             )
             files = {"train_files": config.files, "eval_files": config.files}
             data = decide_layouts(replace(data, mix=None, eval_rows=None, **files))
-        return prepare_evaluation(data, tokenizer, config.limit, asks)
+        return prepare_evaluation(data, tokenizer, config.limit, trained.asks)
 
 
 TASK = Perplexity(settings=("files", "window"))

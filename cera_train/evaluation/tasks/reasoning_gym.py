@@ -7,20 +7,23 @@ from typing import Any, NamedTuple
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.data.chats import may_use_template
 from cera_train.data.computed import Draw, Split, draws, open_generator
 from cera_train.data.rows import computed_row
 from cera_train.evaluation.tasks.task import (
-    AnswerTask,
+    ComputedTask,
     Metric,
     Task,
     mean,
-    parts_of_layout,
-    prompt_of_computed,
     question_id,
 )
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
-from cera_train.settings.data import DataConfig, Layout, ReasoningGymConfig, check_generators
+from cera_train.settings.data import (
+    DataConfig,
+    Layout,
+    ReasoningGymConfig,
+    TrainedRows,
+    check_generators,
+)
 from cera_train.settings.evaluation import TaskConfig
 
 DRAWN = ("generator", "level", "seed", "index")
@@ -49,7 +52,7 @@ def score_text(text: str, draw: Draw) -> Graded:
         return Graded(answer, 0.0, f"crash: {type(error).__name__}: {error}")
 
 
-class ReasoningGym(AnswerTask):
+class ReasoningGym(ComputedTask):
     def configured(self, config: TaskConfig) -> Task:
         if config.generator is not None:
             check_generators("task.generator", config.generator)
@@ -59,31 +62,24 @@ class ReasoningGym(AnswerTask):
         )
         return super().configured(config)
 
-    def needs_tokenizer(self, data: DataConfig | None) -> bool:
-        return any(map(may_use_template, parts_of_layout(data, Layout.reasoning_gym)))
-
-    def problems(
-        self, data: DataConfig | None, tokenizer: Any = None, asks: bool = False
-    ) -> Iterable[Problem]:
-        generators = self._generators(data)
-        trained = next(iter(parts_of_layout(data, Layout.reasoning_gym)), None)
+    def problems(self, trained: TrainedRows, tokenizer: Any = None) -> Iterable[Problem]:
+        generators = self._generators(self.part(trained))
         for draw in draws(generators, Split.test, self.config.limit, "task.limit"):
             row = computed_row(draw.question, draw.answer)
             details = {name: getattr(draw, name) for name in DRAWN}
-            details |= prompt_of_computed(row, trained, tokenizer, asks)
+            details |= self.prompt(row, trained, tokenizer)
             question = draw.question
             yield Problem(id=question_id(question), question=question, gold=draw.answer, **details)
 
-    def _generators(self, data: DataConfig | None) -> ReasoningGymConfig:
+    def _generators(self, part: DataConfig | None) -> ReasoningGymConfig:
         """The generators that the run was trained on, with the settings that the task changes."""
-        trained = parts_of_layout(data, Layout.reasoning_gym)
-        if not (trained or self.config.generator):
+        if part is None and not self.config.generator:
             reason = "the model was trained on no generator of reasoning-gym"
             raise UserError(
                 f"task.generator is missing, and {reason}. Name one, such as "
                 f"task.generator=chain_sum."
             )
-        settings = trained[0].reasoning_gym if trained else ReasoningGymConfig()
+        settings = part.reasoning_gym if part else ReasoningGymConfig()
         if self.config.generator is not None:
             settings = replace(settings, generator=self.config.generator)
         if self.config.level is not None:
@@ -110,6 +106,7 @@ class ReasoningGym(AnswerTask):
 
 
 TASK = ReasoningGym(
+    layout=Layout.reasoning_gym,
     settings=("generator", "level"),
     # Graders give a part of the credit to an answer that merely holds the right digits, so runs are
     # compared by exact.

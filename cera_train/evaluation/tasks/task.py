@@ -25,12 +25,12 @@ import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.common.settings import flatten, require
-from cera_train.data.chats import uses_template
+from cera_train.data.chats import may_use_template, uses_template
 from cera_train.data.rows import Row, Source, from_files, normalized, text_of
 from cera_train.data.segments import columns_of, segmenters
 from cera_train.data.sources import from_hub, open_sources
 from cera_train.runs.evaluation_folder import CHAT, Generation, Grade, Problem
-from cera_train.settings.data import DataConfig, Layout
+from cera_train.settings.data import UNKNOWN, DataConfig, Layout, TrainedRows
 from cera_train.settings.evaluation import TaskConfig
 
 
@@ -85,20 +85,17 @@ class AnswerTask(Task, ABC):
             metric.key: not metric.lower_is_better for metric in self.shown
         }
 
-    def needs_tokenizer(self, data: DataConfig | None) -> bool:
+    def needs_tokenizer(self, trained: TrainedRows) -> bool:
         """Whether the prompts depend on a chat template."""
         return False
 
     @abstractmethod
-    def problems(
-        self, data: DataConfig | None, tokenizer: Any = None, asks: bool = False
-    ) -> Iterable[Problem]:
+    def problems(self, trained: TrainedRows, tokenizer: Any = None) -> Iterable[Problem]:
         """The problems, in order, at most `config.limit`.
 
         Args:
-            data: the rows that the run was trained on.
+            trained: what the run was trained on.
             tokenizer: of the model that answers, where `needs_tokenizer`; None to count problems.
-            asks: as of `chats.chat_exchanges`, for the rows that the run was trained on.
         """
 
     @abstractmethod
@@ -139,14 +136,12 @@ class QuestionTask(AnswerTask):
         )
         return super().configured(config)
 
-    def source(self, data: DataConfig | None, tokenizer: Any, asks: bool) -> Source:
+    def source(self, trained: TrainedRows, tokenizer: Any) -> Source:
         """The rows to read: by default those of the task's files, or of its data set on the Hub."""
         return open_rows(self.config)
 
-    def problems(
-        self, data: DataConfig | None, tokenizer: Any = None, asks: bool = False
-    ) -> list[Problem]:
-        source = self.source(data, tokenizer, asks)
+    def problems(self, trained: TrainedRows, tokenizer: Any = None) -> list[Problem]:
+        source = self.source(trained, tokenizer)
         problems = list(itertools.islice(self._read(source), self.config.limit))
         level = "" if self.config.level is None else f" of task.level={self.config.level}"
         require(
@@ -186,6 +181,31 @@ class QuestionTask(AnswerTask):
         return Grade(generation.problem, generation.sample, answer, exact, failure=failure)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComputedTask(AnswerTask):
+    """A benchmark whose questions are computed, as rows to train on can be."""
+
+    layout: Layout
+
+    def part(self, trained: TrainedRows) -> DataConfig | None:
+        """The first data set of this layout that the run was trained on."""
+        return next((part for part in trained.parts if part.layout == self.layout), None)
+
+    def needs_tokenizer(self, trained: TrainedRows) -> bool:
+        part = self.part(trained)
+        return part is not None and may_use_template(part)
+
+    def prompt(self, row: Row, trained: TrainedRows, tokenizer: Any) -> dict[str, Any]:
+        """What a problem holds of the prompt of a computed row, which the chat template writes
+        where it wrote the rows of the run."""
+        part = self.part(trained)
+        if part is None or not uses_template(part, tokenizer):
+            return {"prompt": row["prompt"]}
+        to_sequences, *_ = segmenters(part, tokenizer, trained.asks)
+        [[prompt, _]] = to_sequences(row)
+        return {"prompt": prompt.text, CHAT: True}
+
+
 # --- what benchmarks share ------------------------------------------------------------------------
 
 
@@ -213,30 +233,6 @@ def open_rows(config: TaskConfig) -> Source:
     if config.files:
         return from_files(config.files, "task.files", whole_text=True)
     return from_hub(config, "task.split")
-
-
-def parts_of_layout(data: DataConfig | None, layout: Layout) -> list[DataConfig]:
-    """The data sets of this layout that a run was trained on; `data` is None where its rows are
-    unknown."""
-    parts = [] if data is None else data.parts()
-    return [part for _, part in parts if part.layout == layout]
-
-
-def prompt_of_computed(
-    row: Row, data: DataConfig | None, tokenizer: Any, asks: bool
-) -> dict[str, Any]:
-    """What a problem holds of the prompt of a computed row, which the chat template writes where it
-    wrote the rows of the run.
-
-    Args:
-        data: the data set of the run with such rows; None without one.
-        tokenizer, asks: as of `AnswerTask.problems`.
-    """
-    if data is None or not uses_template(data, tokenizer):
-        return {"prompt": row["prompt"]}
-    to_sequences, *_ = segmenters(data, tokenizer, asks)
-    [[prompt, _]] = to_sequences(row)
-    return {"prompt": prompt.text, CHAT: True}
 
 
 def mean(values: Sequence[float]) -> float:
@@ -287,13 +283,13 @@ def build_task(config: TaskConfig) -> Task:
 
 
 def load_problems(
-    task: AnswerTask, data: DataConfig | None, tokenizer: Any = None, asks: bool = False
+    task: AnswerTask, trained: TrainedRows = UNKNOWN, tokenizer: Any = None
 ) -> list[Problem]:
     """The problems of a task, in its order. A question that comes again gets -2, -3, ... after its
     id. The arguments are those of `AnswerTask.problems`."""
     seen = Counter()
     problems = []
-    for problem in task.problems(data, tokenizer, asks):
+    for problem in task.problems(trained, tokenizer):
         seen[problem.id] += 1
         count = seen[problem.id]
         problems.append(problem if count == 1 else problem.replace(id=f"{problem.id}-{count}"))

@@ -13,9 +13,11 @@ from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
 from cera_train.report.readers.adapter import saved_adapter_config
 from cera_train.report.runs import Evaluation, Figure, Run, Scores, Settings, accuracy_metric
 from cera_train.runs.evaluation_folder import (
+    CHAT,
     AccuracyResult,
     Grade,
     PerplexityResult,
+    Problem,
     find_evaluation_result,
 )
 from cera_train.runs.records import load_config, read_lines
@@ -93,6 +95,7 @@ def read_evaluation(folder: Path) -> Evaluation:
             notes[PERPLEXITY] = f"{result.perplexity_base:.3f} without adapter"
         figures = {PERPLEXITY: Figure(result.perplexity)}
         return Evaluation(figures, same=same, settings=settings, notes=notes)
+    problems = read_lines(folder / "problems.jsonl", Problem)
     # An unknown kind of task shows nothing of its own.
     task = all_tasks().get(result.kind or settings.get("task.kind", ""), Task())
     return Evaluation(
@@ -100,7 +103,8 @@ def read_evaluation(folder: Path) -> Evaluation:
         lambda: _scores(folder, task),
         result.endings,
         same,
-        settings,
+        is_chat=any(getattr(problem, CHAT, False) for problem in problems),
+        settings=settings,
     )
 
 

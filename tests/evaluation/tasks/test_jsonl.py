@@ -41,7 +41,7 @@ def config_of(write_jsonl):
 def test_each_grader_reads_gold_and_answer_by_its_rule(config_of, grader, gold, answer, is_exact):
     config = config_of([{"question": "?", "answer": gold}], grader)
     task = build_task(config)
-    [problem] = load_problems(task, None)
+    [problem] = load_problems(task)
     grade = task.grade(problem, Generation(problem.id, 0, answer, 1, False))
     assert (grade.exact, grade.failure) == (is_exact, None)
     assert task.is_verified == (grader in ("number", "math"))
@@ -72,5 +72,5 @@ def test_the_letter_of_an_answer(text, letter):
 def test_columns_of_other_names(config_of):
     rows = [{"query": "1 + 1", "response": "2"}]
     config = config_of(rows, "number", question="query", answer="response", prompt="{query} =")
-    [problem] = load_problems(build_task(config), None)
+    [problem] = load_problems(build_task(config))
     assert (problem.question, problem.prompt, problem.gold) == ("1 + 1", "1 + 1 =", "2")

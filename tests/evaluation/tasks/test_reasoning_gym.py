@@ -9,7 +9,13 @@ from cera_train.common.errors import UserError
 from cera_train.evaluation.grading import grade_all
 from cera_train.evaluation.tasks.task import all_tasks, build_task, load_problems
 from cera_train.runs.evaluation_folder import Generation, Problem
-from cera_train.settings.data import GENERATORS, DataConfig, MixPart, ReasoningGymConfig
+from cera_train.settings.data import (
+    GENERATORS,
+    DataConfig,
+    MixPart,
+    ReasoningGymConfig,
+    TrainedRows,
+)
 from cera_train.settings.evaluation import TaskConfig
 
 pytest.importorskip("reasoning_gym")
@@ -20,7 +26,7 @@ EVERY = [(name, level) for name in GENERATORS for level in (0, None)]
 
 def problems(limit: int = 4, data: DataConfig | None = None, **settings) -> list[Problem]:
     config = TaskConfig(kind="reasoning_gym", name="gym", limit=limit, **settings)
-    return load_problems(build_task(config), data)
+    return load_problems(build_task(config), TrainedRows(data))
 
 
 def credits(problems: list[Problem], answers: list[str]) -> list[tuple[float, bool, str | None]]:

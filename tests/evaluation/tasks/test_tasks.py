@@ -12,7 +12,7 @@ from cera_train.evaluation.evaluate import score
 from cera_train.evaluation.requests import requests_for
 from cera_train.evaluation.tasks.task import build_task, load_problems, trained_on, training_task
 from cera_train.runs.evaluation_folder import Generation, Problem
-from cera_train.settings.data import DataConfig, LogisticMapConfig, MixPart
+from cera_train.settings.data import DataConfig, LogisticMapConfig, MixPart, TrainedRows
 from cera_train.settings.evaluation import TaskConfig
 
 GSM8K = {"question": "1 + 1", "answer": "It is 2.\n#### 2"}
@@ -46,7 +46,7 @@ def config_of(write_jsonl):
 
 
 def problems_of(config: TaskConfig) -> list[Problem]:
-    return load_problems(build_task(config), None)
+    return load_problems(build_task(config))
 
 
 def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
@@ -61,7 +61,7 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
     del sys.modules["cera_train.evaluation.tasks.arithmetic"]
     config = config_of([{"sum": "1 + 1", "result": 2}, {"sum": "1 + 2", "result": 3}], "arithmetic")
     task = build_task(config)
-    problems = load_problems(task, None)
+    problems = load_problems(task)
     assert [(problem.prompt, problem.gold) for problem in problems] == [
         ("1 + 1 =", "2"),
         ("1 + 2 =", "3"),
@@ -215,7 +215,7 @@ TALK = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "It is  4
 
 
 def held_out_problems(data: DataConfig | None, tokenizer=None, **changes) -> list[tuple[str, str]]:
-    problems = load_problems(training_task("held_out", changes), data, tokenizer)
+    problems = load_problems(training_task("held_out", changes), TrainedRows(data), tokenizer)
     return [(problem.prompt, problem.gold) for problem in problems]
 
 
@@ -243,8 +243,8 @@ def test_held_out_asks_chats_by_their_template_with_one_start_token(write_jsonl,
     talk = write_jsonl("talk.jsonl", [{"conversations": TALK}] * 2)
     data = DataConfig(train_files=[str(talk)], layout="conversations", eval_rows=1)
     task = training_task("held_out", {})
-    assert task.needs_tokenizer(data)
-    [problem] = load_problems(task, data, tokenizer)
+    assert task.needs_tokenizer(TrainedRows(data))
+    [problem] = load_problems(task, TrainedRows(data), tokenizer)
     asked = TALK[0]["value"]
     prompt = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
     assert (problem.prompt, problem.gold) == (prompt, "It is 4.")
@@ -258,9 +258,9 @@ def test_computed_rows_of_a_chat_template_are_asked_as_they_are_trained(layout, 
         pytest.importorskip("reasoning_gym")
     data = DataConfig(layout=layout, chat="template", train_rows=2, eval_rows=2)
     task = training_task(layout, {"limit": 1})
-    assert task.needs_tokenizer(data)
-    [asked] = load_problems(task, data, tokenizer)
-    [plain] = load_problems(task, replace(data, chat="auto"), tokenizer)
+    assert task.needs_tokenizer(TrainedRows(data))
+    [asked] = load_problems(task, TrainedRows(data), tokenizer)
+    [plain] = load_problems(task, TrainedRows(replace(data, chat="auto")), tokenizer)
     question = plain.prompt.strip()
     prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     assert (asked.prompt, asked.id, asked.question) == (prompt, plain.id, plain.question)
@@ -297,7 +297,7 @@ def test_a_run_that_holds_out_no_row_of_a_task_is_refused(write_jsonl):
     with pytest.raises(
         UserError, match="task=logistic_map has no problems: the run holds out no row"
     ):
-        load_problems(training_task("logistic_map", {}), data)
+        load_problems(training_task("logistic_map", {}), TrainedRows(data))
 
 
 def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and_place(
@@ -331,9 +331,9 @@ def test_computed_rows_hold_none_of_their_problems():
     data = DataConfig(
         layout="logistic_map", eval_rows=20, logistic_map=LogisticMapConfig(growth=[3.5, 3.8])
     )
-    assert trained_on(load_problems(training_task("logistic_map", {}), data), data) == []
+    problems = load_problems(training_task("logistic_map", {}), TrainedRows(data))
+    assert trained_on(problems, data) == []
     pytest.importorskip("reasoning_gym")
     data = DataConfig(layout="reasoning_gym", train_rows=500, eval_rows=5)
-    assert (
-        trained_on(load_problems(training_task("reasoning_gym", {"limit": 20}), data), data) == []
-    )
+    problems = load_problems(training_task("reasoning_gym", {"limit": 20}), TrainedRows(data))
+    assert trained_on(problems, data) == []
