@@ -3,6 +3,7 @@ can detect."""
 
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -28,10 +29,19 @@ from cera_train.planning.table import name_jobs, print_plan, print_plans
 from cera_train.settings.run import PlanRun
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Study
-from cera_train.study.design import StudySweeper, check_cells, study_of, study_record
-from cera_train.sweep.grid import grid
+from cera_train.study.design import (
+    StudySweeper,
+    check_cells,
+    is_study,
+    study_of,
+    study_record,
+)
+from cera_train.sweep.grid import check_inputs, check_jobs, grid, job_composer
 
 PLAN = "cera-plan"
+
+check_job = functools.partial(without_hydra, schema=PlanRun)
+"""The checked config of a job, from the whole config that Hydra composed for it."""
 
 
 def main() -> None:
@@ -45,6 +55,7 @@ def main() -> None:
         is_single = HydraConfig.get().mode == RunMode.RUN
         if is_single:
             check_read(config, overrides)
+            check_inputs(config, Path(config.output_dir) / config.name)
         announce_imports()
         planned = make_plan(config)
         if is_single:
@@ -58,16 +69,20 @@ def main() -> None:
 
 
 class PlanSweep(Callback):
-    """Hydra's hook at the start of a sweep. conf/plan.yaml names it."""
+    """Hydra's hook at the start of a sweep, which refuses what `cera-train -m` refuses there.
+    conf/plan.yaml names it."""
 
     @errors_in_one_line(PLAN)
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        grid(config)  # refuses values that a grid cannot have
+        jobs = grid(config)  # refuses values that a grid cannot have
+        if not is_study(config):
+            by_number = {str(number): job for number, job in enumerate(jobs)}
+            check_jobs(Path(config.hydra.sweep.dir), by_number, job_composer(config, check_job))
 
 
 def planned_study(**settings: Any) -> "PlannedStudy":
     """A function, for the reason of `cli.train.study_sweeper`."""
-    return PlannedStudy(functools.partial(without_hydra, schema=PlanRun), **settings)
+    return PlannedStudy(check_job, **settings)
 
 
 class PlannedStudy(StudySweeper):
@@ -85,6 +100,7 @@ class PlannedStudy(StudySweeper):
                 f"plan.spread: {outcome} is no outcome of this study: choose from {names}.",
             )
         study = Study(self.folder, study_record(self.config))
+        check_jobs(self.folder, study.record.jobs, self.compose)
         print_line("study", study.config.question)
         check_cells(self.config, study, self.compose)
         planned: dict[str, list[RunPlan]] = {}

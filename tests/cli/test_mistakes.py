@@ -84,6 +84,16 @@ MISTAKES = [
         "data.path=org/rows: its size is unknown",
         "Set data.train_rows",
     ),
+    (
+        "cera-plan train.objective=grpo grpo.rewards=[math.pi]",
+        "grpo.rewards=[math.pi] is a float, not a function",
+        "Write module.function",
+    ),
+    (
+        "cera-plan -m adapter.r=4,8 sweep.metric=gsm8k/exact",
+        "no job has this figure",
+        "add train.tasks=[gsm8k].",
+    ),
     ("cera-train adapter.alpha=${nothing}", "adapter.alpha: ", "'nothing' not found"),
     # a setting that nothing reads
     ("cera-train dpo.beta=0.5", "dpo.beta=0.5 does nothing here", "for train.objective=dpo. Leave"),
@@ -393,6 +403,7 @@ def test_debug_shows_the_traceback(run_command, monkeypatch, capfd):
             "prompts=no.txt: no such file",
         ),
         ("cera-plan", ["plan.gpu=cpu", "plan.gpus=2"], "there is one CPU"),
+        ("cera-plan", ["-m", "adapter.r=4,8", "model.path=./no"], "model.path=./no"),
     ],
 )
 def test_a_mistake_is_answered_before_torch_is_imported(tmp_path, name, arguments, message):

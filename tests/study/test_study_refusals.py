@@ -208,6 +208,7 @@ def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
             "plan.spread={math:[0.01,0,0]}",
             "plan.spread: math is no outcome of this study: choose from loss.",
         ),
+        ("sweep.metric=gsm8k/exact", "sweep.metric=gsm8k/exact: no job has this figure"),
     ],
 )
 def test_what_cannot_run_is_not_planned(plan_command, setting, mistake):
