@@ -379,6 +379,11 @@ def micro_batches(run: DryRun, size: DataSize) -> tuple[MicroBatch, MicroBatch]:
     return batch(most_tokens, longest), batch(rows * size.tokens_per_row, size.tokens_per_row)
 
 
+def filled(batch: MicroBatch, tokens: int) -> MicroBatch:
+    """The micro-batch with as many more of its rows as these tokens hold."""
+    return replace(batch, rows=max(batch.rows, tokens // batch.length))
+
+
 def memory_by_part(run: DryRun, peak: float) -> dict[str, float]:
     """Bytes of one process at the peak of an update: on a GPU what torch allocates, on a CPU what
     is resident."""

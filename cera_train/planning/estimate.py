@@ -14,7 +14,7 @@ from cera_train.model.batches import RowOrder
 from cera_train.model.folder import check_length
 from cera_train.model.precision import choose_precision
 from cera_train.planning.data_size import DataSize, trained_size
-from cera_train.planning.dry_run import DryRun, memory_by_part, micro_batches
+from cera_train.planning.dry_run import Cost, DryRun, filled, memory_by_part, micro_batches
 from cera_train.planning.plan import GPUS, Device, RunPlan, RunTotals
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config, PlanRun
@@ -47,7 +47,15 @@ def estimate(config: PlanRun, data: DataSize, problems: dict[str, int]) -> RunPl
     accumulates = rows * trained.tokens_per_row > config.train.micro_batch_tokens
     cost = run.cost(largest, accumulates)
     memory = memory_by_part(run, cost.peak)
-    evaluation_memory = sum(memory.values()) + cost.evaluation.peak - cost.peak
+    evaluation_memory = evaluation_peak(memory, cost)
+
+    # Rows of this run may be too few or too short to fill a micro-batch.
+    full = filled(largest, config.train.micro_batch_tokens)
+    full_peak = None
+    if full != largest:
+        full_cost = run.cost(full, accumulates=True)
+        full_memory = memory_by_part(run, full_cost.peak)
+        full_peak = max(sum(full_memory.values()), evaluation_peak(full_memory, full_cost))
 
     timed = largest
     if usual.has_mask:  # else a token costs the same in every micro-batch
@@ -67,12 +75,22 @@ def estimate(config: PlanRun, data: DataSize, problems: dict[str, int]) -> RunPl
         micro_batch=largest,
         memory=memory,
         evaluation_memory=evaluation_memory,
+        full_peak=full_peak,
         flops={
             "forward": cost.forward.flops / timed.tokens * trained_tokens,
             "backward": cost.backward.flops / timed.tokens * trained_tokens,
             "evaluations": cost.evaluation.flops / timed.tokens * totals.forward_tokens,
         },
     )
+
+
+def evaluation_peak(memory: dict[str, float], cost: Cost) -> float:
+    """Bytes of one process at the peak of an evaluation.
+
+    Args:
+        memory: by part, at the peak of an update.
+    """
+    return sum(memory.values()) + cost.evaluation.peak - cost.peak
 
 
 def run_totals(config: Config, data: DataSize) -> RunTotals:

@@ -64,6 +64,8 @@ class RunPlan:
     micro_batch: MicroBatch  # the largest one, which needs the most memory
     memory: dict[str, float]  # bytes of one process by part, at the peak of an update
     evaluation_memory: float  # bytes of one process at the peak of an evaluation
+    full_peak: float | None
+    """Bytes of one process where rows fill `train.micro_batch_tokens`; None where they do."""
     flops: dict[str, float]  # floating-point operations of the run by part
 
     @property
@@ -72,7 +74,11 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= USABLE * self.device.memory
+        return self.has_room(self.peak)
+
+    def has_room(self, size: float) -> bool:
+        """Whether the device holds so many bytes."""
+        return size <= USABLE * self.device.memory
 
     @property
     def speed(self) -> float:

@@ -52,6 +52,11 @@ def print_plan(plan: RunPlan) -> None:
     memory = f"{plan.device.memory / GB:.0f} GB of {plan.device.name}"
     if plan.fits:
         print_line("fits", f"{needs} of the {memory}")
+        if plan.full_peak is not None:
+            tokens = plan.config.train.micro_batch_tokens
+            limit = "" if plan.has_room(plan.full_peak) else ": too large"
+            full = f"{_size(plan.full_peak)} where more or longer rows fill"
+            print_line("", f"{full} train.micro_batch_tokens={tokens}{limit}")
     else:
         fixes = _memory_fixes(plan.config)
         print_line("too large", f"{needs}, more than {USABLE:.0%} of the {memory}{fixes}")

@@ -15,7 +15,7 @@ from benchmarks.tiny_models import tiny_config
 from cera_train.planning.data_size import data_size
 from cera_train.planning.dry_run import micro_batches
 from cera_train.planning.estimate import GPU_MFU, run_totals
-from cera_train.planning.plan import GPUS
+from cera_train.planning.plan import GPUS, USABLE
 from cera_train.planning.table import name_jobs, print_plan, print_plans
 from cera_train.settings.model import Quantization
 
@@ -280,6 +280,20 @@ def test_a_plan_that_is_too_large_names_settings_that_are_not_set(math_plan, cap
     assert fixes(gradient_checkpointing=True, quantization=Quantization.nf4).endswith(
         "95% of the 24 GB of RTX 4090\n"
     )
+
+
+def test_rows_that_fill_no_micro_batch_are_planned_beside_a_full_one(tiny_plan, capsys):
+    settings = ["train.micro_batch_tokens=2304", "plan.gpu=rtx4090"]
+    few, many = (tiny_plan(*settings, f"train.batch_size={rows}") for rows in (8, 64))
+    assert few.peak < many.peak == pytest.approx(few.full_peak, rel=0.001)
+    assert many.full_peak is None
+    print_plan(few)
+    full = r"\d\.\d{3} GB where more or longer rows fill train.micro_batch_tokens=2304"
+    fits = r"fits +\d\.\d{3} GB needed of the 24 GB of RTX 4090"
+    assert re.search(rf"\n{fits}\n +{full}\Z", capsys.readouterr().out.rstrip("\n"))
+    small = replace(few.device, memory=(few.peak + few.full_peak) / 2 / USABLE)
+    print_plan(replace(few, device=small))
+    assert re.search(rf"{full}: too large\n\Z", capsys.readouterr().out)
 
 
 @pytest.mark.slow
