@@ -30,6 +30,8 @@ def interval(outcome: str, lower: float, upper: float) -> str:
 
 def verdict(contrast: OutcomeContrast) -> str:
     """With what could have been detected, where nothing was."""
+    if contrast.obstacles:
+        return "no verdict"
     if contrast.verdict == "not shown" and math.isfinite(contrast.detectable):
         return f"not shown (detects {number(contrast.outcome, contrast.detectable)})"
     return contrast.verdict
@@ -54,9 +56,7 @@ def contrast_row(contrast: OutcomeContrast, matters: float, label: str) -> Row:
     lower, upper = sorted([contrast.lower / unit, contrast.upper / unit])
     mark: Mark = contrast.verdict
     words = verdict(contrast)
-    if contrast.obstacles:
-        words = "no verdict"
-    elif mark == "not shown" and contrast.is_within(matters):
+    if mark == "not shown" and not contrast.obstacles and contrast.is_within(matters):
         mark = "too small"
         words = mark
     difference = number(outcome, contrast.difference, "+")

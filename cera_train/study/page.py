@@ -136,13 +136,13 @@ def verdict_table(
     for contrast in contrasts:
         outcome = contrast.outcome
         too_small = ""
-        if outcome == study.config.primary:
+        if outcome == study.config.primary and not contrast.obstacles:
             too_small = "yes" if contrast.is_within(matters) else "no"
         row = {
             "contrast": f"{contrast.second} - {contrast.first}",
             "of": ", ".join(filter(None, [brief(contrast.condition), outcome])),
             "verdict": verdict(contrast),
-            "no verdict": "; ".join(contrast.obstacles),
+            "reason": "; ".join(contrast.obstacles),
             "difference": number(outcome, contrast.difference, "+"),
             "95 % interval": interval(outcome, contrast.lower, contrast.upper),
             "p after Holm": "" if contrast.p_holm is None else f"{contrast.p_holm:.2g}",

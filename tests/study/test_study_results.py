@@ -306,10 +306,14 @@ def test_a_higher_score_is_drawn_on_the_side_of_the_better(make_study, tmp_path)
     assert group.note == "what matters: 1 points of gsm8k"
 
 
-def test_where_a_best_value_is_at_an_edge_the_picture_has_no_verdict(make_study, tmp_path):
+def test_where_a_best_value_is_at_an_edge_picture_and_table_have_no_verdict(make_study, tmp_path):
     study = make_study(lambda values: float(values["optimizer.lr"]), matters=10)
-    [group] = write_studies([study], tmp_path / "report").verdicts.groups
+    page = write_studies([study], tmp_path / "report")
+    [group] = page.verdicts.groups
     assert [(row.mark, row.verdict) for row in group.rows] == [("not shown", "no verdict")]
+    [row] = page.tables[0].rows
+    assert row["verdict"] == "no verdict"
+    assert row["reason"].startswith("lora at the smallest optimizer.lr, 0.0003; cera at ")
 
 
 @pytest.mark.parametrize(
