@@ -17,6 +17,7 @@ from cera_train.runs.results import (
     GradedProblem,
     RunResult,
     TokenLosses,
+    describe_linear_share,
     figure,
     mean_spectrum,
     read_grades,
@@ -50,6 +51,14 @@ def test_the_mean_spectrum_is_over_modules_of_any_rank(tmp_path: Path) -> None:
         '{"q_proj": {"singular_values": [3.0, 1.0]}, "v_proj": {"singular_values": [2.0]}}'
     )
     assert mean_spectrum(path) == [(0.75 + 1) / 2, 0.25 / 2]
+
+
+def test_the_linear_share_says_what_is_linear() -> None:
+    result = RunResult(linear_share_before=0.984, **{"spectrum/linear_share/mean": 0.989})
+    assert describe_linear_share(result) == (
+        "98.9% of the branch's variance is linear in A x, 98.4% at the start"
+    )
+    assert describe_linear_share(RunResult(**{"spectrum/linear_share/mean": 1.0})) == ""
 
 
 @pytest.mark.parametrize(
