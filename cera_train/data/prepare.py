@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -200,16 +200,23 @@ def prepare_data(config: DataConfig, tokenizer: Any, asks: bool = False) -> Toke
     train_keys = set(data.train.column("prompt_key"))
     data.repeated_prompts = len(data.train) // config.sequences - len(train_keys)
     eval_keys = data.evaluation.column("prompt_key")[:: config.sequences]
-    data.shared_prompts = sum(key in train_keys for key in eval_keys)
-    if data.shared_prompts and not config.allow_overlap:
-        shared = f"{data.shared_prompts} of {len(eval_keys)} held-out prompts"
+    data.shared_prompts = check_overlap(config, train_keys, eval_keys)
+    return data
+
+
+def check_overlap(config: DataConfig, train: Container[str], held_out: Sequence[str]) -> int:
+    """The number of held-out prompts that are also training prompts. Raises UserError for any,
+    unless the config allows it."""
+    count = sum(prompt in train for prompt in held_out)
+    if count and not config.allow_overlap:
+        shared = f"{count} of {len(held_out)} held-out prompts"
         problem = f"{shared} are also training prompts, so the perplexity would measure memory"
         fix = "Remove them from one side"
         if config.train_files and not config.eval_files:
             fix = "Leave out data.eval_rows, so that rows are held out by prompt"
         fix += ", or set data.allow_overlap=true."
         raise UserError(f"{config.title}: {problem}. {fix}")
-    return data
+    return count
 
 
 def _mix(

@@ -10,8 +10,9 @@ from typing import Any
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.data.chats import may_use_template, uses_template
-from cera_train.data.prepare import encode
-from cera_train.data.segments import Segment, segmenters, sequences_of
+from cera_train.data.prepare import check_overlap, encode
+from cera_train.data.rows import Source
+from cera_train.data.segments import Segment, prompt_of, segmenter, segmenters, sequences_of
 from cera_train.data.sources import open_sources, rows_of_parts
 from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn
@@ -109,6 +110,23 @@ def trained_size(config: Config, data: DataSize) -> DataSize:
     return replace(
         data, tokens_per_row=tokens, supervised=config.work.answer_tokens / tokens, is_even=False
     )
+
+
+def check_prompts(config: DataConfig) -> None:
+    """Raises UserError where a run would refuse held-out prompts that it trains on. Only plain rows
+    of local files are checked: others take a tokenizer or a download."""
+    if config.mix is not None or not config.train_files or may_use_template(config):
+        return
+    if config.holds_out_by_prompt or config.allow_overlap:
+        return
+    to_sequences = segmenter(config, None)
+
+    def prompts(source: Source) -> list[str]:
+        rows = sequences_of(source.located(), to_sequences)
+        return [prompt_of(sequences[0]) for sequences in rows if sequences]
+
+    train, held_out = map(prompts, open_sources(config))
+    check_overlap(config, set(train), held_out)
 
 
 def _prompt_tokens(rows: DataSize) -> float:

@@ -8,7 +8,7 @@ from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
 from cera_train.data.chats import may_use_template
 from cera_train.model.path import PYPI
-from cera_train.planning.data_size import count_problems, data_size
+from cera_train.planning.data_size import check_prompts, count_problems, data_size
 from cera_train.planning.plan import RunPlan
 from cera_train.settings.run import PlanRun
 
@@ -47,6 +47,7 @@ def _plan(config: PlanRun) -> RunPlan:
         f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes "
         "all its threads. Leave plan.gpus at 1.",
     )
+    check_prompts(config.data)
     data = data_size(config.data, config.plan.tokens_per_row, tokenizer_at_hand(config))
     problems = {name: count_problems(name, config, data) for name in config.train.tasks}
     with heavy_imports():

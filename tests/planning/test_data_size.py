@@ -8,6 +8,7 @@ from statistics import fmean
 import pytest
 from conftest import needs_smollm2
 
+from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
 from cera_train.planning.data_size import count_problems, data_size
 from cera_train.planning.make import tokenizer_at_hand
@@ -165,6 +166,13 @@ def test_an_unknown_number_of_rows_is_refused(compose):
     ]
     of_conf = data_size(compose(*settings).data)
     assert (of_conf.train_rows, of_conf.source) == (7473, "by SmolLM2's tokenizer")
+
+
+def test_held_out_prompts_that_a_run_trains_on_are_refused(plan, write_jsonl):
+    rows = [{"question": f"What is {number % 6}?", "answer": "A digit."} for number in range(9)]
+    settings = [f"data.train_files=[{write_jsonl('rows.jsonl', rows)}]", "data.eval_rows=4"]
+    with pytest.raises(UserError, match="3 of 4 held-out prompts are also training prompts"):
+        plan(*settings)
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason=f"real rows are not at {GSM8K}")
