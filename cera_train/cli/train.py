@@ -26,7 +26,6 @@ from cera_train.common.terminal import print_command
 from cera_train.common.trust import redact
 from cera_train.data.look import print_data
 from cera_train.data.prepare import prepare_data, stop_ids
-from cera_train.data.sources import decide_switches
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.runs.records import changes_result
 from cera_train.settings.run import Config
@@ -69,10 +68,10 @@ def look(composed: DictConfig) -> None:
     announce_imports()
     with heavy_imports():
         from cera_train.model.folder import load_tokenizer, model_ends
+        from cera_train.training.resolve import with_template_settings
+    config = replace(config, data=with_template_settings(config, config.data, None))
     tokenizer = load_tokenizer(config.model)
     asks = bool(config.work.answers)
-    if not asks:
-        config = replace(config, data=decide_switches(config.data, tokenizer))
     data = prepare_data(config.data, tokenizer, asks)
     stops = stop_ids(tokenizer, model_ends(config.model))
     print_data(config.data, data, tokenizer, stops, at_length=True)

@@ -112,7 +112,7 @@ def describe_layouts(config: DataConfig, tokenizer: Any) -> Iterator[str]:
             line += ", all answers" if part.turns == Turns.all else f", the {part.turns} answer"
         if uses_template(part, tokenizer):
             settings = ", ".join(
-                f"{name}={value}" for name, value in part.template_settings.items()
+                f"{name}={value!r}" for name, value in part.template_settings.items()
             )
             line += ", by the chat template" + (f" with {settings}" if settings else "")
         if part.holds_out_by_prompt:

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.libraries import hub_or_cache, offline_reason
-from cera_train.common.settings import require
+from cera_train.common.settings import require, word_of
 from cera_train.common.terminal import counted
 from cera_train.data.chats import uses_template
 from cera_train.data.computed import computed_rows, open_generator
+from cera_train.data.messages import own_settings
 from cera_train.data.rows import (
     PROMPT,
     PlacedRow,
@@ -37,6 +38,7 @@ from cera_train.data.segments import (
     segmenters,
     sequences_of,
 )
+from cera_train.data.templates import settings_of
 from cera_train.settings.data import DataConfig, Layout, Turns, Writing, as_list
 from cera_train.settings.evaluation import TaskConfig
 
@@ -160,35 +162,45 @@ def _read_first_rows(path: str, version: tuple[int, int] | None) -> list[PlacedR
     return list(itertools.islice(rows_of([path]), FIRST_ROWS))
 
 
-def decide_switches(config: DataConfig, tokenizer: Any) -> DataConfig:
-    """The config with the switch of the chat template that every answer of the first training rows
-    needs, such as {enable_thinking: false}: whatever asks the model later then asks as it was
-    trained. Unchanged where answers need none, or different ones. Raises UserError where the config
-    has the switch's other value."""
-    openings = set()
+def decide_switches(config: DataConfig, tokenizer: Any, asks: bool = False) -> DataConfig:
+    """The config with the settings of the chat template that every answer of the first training
+    rows needs or brings, such as {enable_thinking: false}: whatever asks the model later then asks
+    as it was trained. Unchanged where answers need none, or different ones. Raises UserError where
+    the config has another value.
+
+    Args:
+        asks: as of `chats.chat_exchanges`.
+    """
+    needed: list[dict[str, Any]] = []  # by each answer
     for place, part in config.parts():
         if uses_template(part, tokenizer):
             with errors_at(place):
-                rows = sequences_of(first_training_rows(part), segmenter(part, tokenizer))
-                openings |= {
-                    segment.opening
-                    for sequences in rows
-                    for sequence in sequences
-                    for segment in sequence
-                    if segment.supervised
-                }
-    if len(openings) != 1:
-        return config
-    name, is_switch, value = openings.pop().partition("=")
-    if not is_switch:
-        return config
-    needed = value == "true"
-    require(
-        config.template_settings.get(name, needed) == needed,
-        f"data.template_settings has {name}={str(not needed).lower()}, and all answers of the "
-        f"first rows need {name}={value}: leave it out, or change the answers' reasoning.",
-    )
-    return replace(config, template_settings=config.template_settings | {name: needed})
+                needed += _settings_of_answers(part, tokenizer, asks)
+    first, *others = needed or [{}]
+    for name, value in first.items():
+        if not all(name in other and other[name] == value for other in others):
+            continue
+        before = config.template_settings.get(name, value)
+        require(
+            before == value,
+            f"data.template_settings has {name}={word_of(before)}, and all answers of the first "
+            f"rows need {name}={word_of(value)}: leave it out, or change these rows.",
+        )
+        config = replace(config, template_settings=config.template_settings | {name: value})
+    return config
+
+
+def _settings_of_answers(
+    config: DataConfig, tokenizer: Any, asks: bool
+) -> Iterator[dict[str, Any]]:
+    """The settings of the chat template by which each answer of the first training rows is asked,
+    beside those of the config."""
+    [to_sequences, *_] = segmenters(config, tokenizer, asks)
+    for place, row in first_training_rows(config):
+        with errors_at(place):
+            for segment in itertools.chain.from_iterable(to_sequences(row)):
+                if segment.supervised:
+                    yield own_settings(row) | settings_of(segment.opening)
 
 
 def first_training_rows(config: DataConfig) -> Iterator[PlacedRow]:

@@ -1,6 +1,7 @@
 """A tokenizer's chat template: what it renders of messages, where an answer starts in it, and what
 it leaves out. Nothing here imports torch."""
 
+import ast
 import bisect
 import functools
 import itertools
@@ -34,6 +35,10 @@ TODAY = "2026-01-01"
 DATE_CALL = re.compile(rf"""{DATE}\(\s*(?:format\s*=\s*)?(['"])(.*?)\1\s*\)""")
 
 
+WITHOUT = "without"
+"""A setting that every template has: the end of the generation prompt that is left out, such as a
+`<think>` where no answer reasons."""
+
 UNFINISHED_TAG = re.compile(r"<[^<>]*$")
 
 OTHER = "\u22ef"  # a text unlike any
@@ -52,6 +57,14 @@ class RenderedAnswer(NamedTuple):
     """How the prompt differs from that of inference by default; empty where it does not."""
 
 
+def settings_of(opening: str) -> dict[str, Any]:
+    """The settings of the template by which a prompt of inference is opened so."""
+    if opening.startswith(WITHOUT):
+        return {WITHOUT: ast.literal_eval(opening.removeprefix(WITHOUT).strip())}
+    name, is_switch, value = opening.partition("=")
+    return {name: value == "true"} if is_switch else {}
+
+
 @dataclass(frozen=True, eq=False)
 class ChatTemplate:
     """A chat template with the values of its own variables, such as `enable_thinking`."""
@@ -65,6 +78,7 @@ class ChatTemplate:
     """Those of `SWITCHES` that the template has."""
     forms: tuple[Callable[[Row], Row], ...] = ()
     """What turns a message into the form that the template takes."""
+    without: str = ""
 
     def render(
         self, messages: Sequence[Row], tools: list[Any] | None, is_prompt: bool, **switch: bool
@@ -84,7 +98,8 @@ class ChatTemplate:
             reason = " ".join(str(error).split()) or type(error).__name__
             fix = "Fix the row, or use data.chat=plain."
             raise Refusal(f"the chat template refuses these messages: {reason}. {fix}") from error
-        return as_text(text, "the chat")
+        text = as_text(text, "the chat")
+        return text.removesuffix(self.without) if is_prompt else text
 
     def _form(self, message: Row) -> Row:
         return functools.reduce(lambda formed, form: form(formed), self.forms, message)
@@ -119,7 +134,7 @@ class ChatTemplate:
             answer = self._ended(full.removeprefix(shared))
             if opened.count("<") > 1:  # and closes it
                 return RenderedAnswer(prompt, answer)
-            return RenderedAnswer(shared, answer, f"without {opened!r}")
+            return RenderedAnswer(shared, answer, f"{WITHOUT} {opened!r}")
         # Earlier messages are rendered anew: gpt-oss drops the reasoning of its calls, Mistral
         # moves the system prompt. Texts with other answers share all but the answer, so it starts
         # where the shared text last ends as the prompt does.
@@ -213,15 +228,16 @@ def _with_settings(tokenizer: Any, text: str, settings: str, own: str) -> tuple[
         known = ", ".join(sorted(variables - GIVEN)) or "none"
         for name in chosen:
             require(
-                name in variables - GIVEN,
+                name in variables - GIVEN or name == WITHOUT,
                 f"{place}: this model's chat template has no variable {name!r}. It has: {known}.",
             )
         values |= chosen
     dated = with_date(text, values.pop(DATE, TODAY))
+    without = as_text(values.pop(WITHOUT, ""), f"data.template_settings: {WITHOUT}")
     switches = tuple(name for name in SWITCHES if name in variables)
     added = tokenizer.added_tokens_decoder.values()
     special = tuple(token.content for token in added if token.special)
-    template = ChatTemplate(tokenizer, dated, values, special, switches)
+    template = ChatTemplate(tokenizer, dated, values, special, switches, without=without)
     if not takes_text(template):
         template = replace(template, forms=(with_parts,))
     return template, replace(template, forms=(with_arguments_as_json, *template.forms))

@@ -23,7 +23,7 @@ from cera_train.common.files import read_json, remove_folder, write_text
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import for_markdown
 from cera_train.data.chats import may_use_template
-from cera_train.data.templates import DATE
+from cera_train.data.templates import DATE, WITHOUT
 from cera_train.runs.evaluation_folder import AccuracyResult, find_evaluation_result
 from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult, describe_rank, describe_tasks, figure
@@ -65,12 +65,12 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 {asks}```"""
 
 ASKS = """
-inputs = tokenizer.apply_chat_template(
+prompt = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "Hello!"}}],
     add_generation_prompt=True,
-    return_tensors="pt",
-    return_dict=True,{settings}
-)
+    tokenize=False,{settings}
+){without}
+inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=128)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
@@ -121,9 +121,15 @@ def snippet(folder: Path, library: str, data: DataConfig | None, is_cera: bool =
     asks = ""
     if data is not None and (folder / "chat_template.jinja").is_file():
         _, first = next(data.parts())
-        settings = first.template_settings.items()
-        lines = [f"\n    {name}={value!r}," for name, value in settings if name != DATE]
-        asks = ASKS.format(settings="".join(lines)) if may_use_template(first) else ""
+        settings = dict(first.template_settings)
+        settings.pop(DATE, None)
+        without = settings.pop(WITHOUT, None)
+        lines = [f"\n    {name}={value!r}," for name, value in settings.items()]
+        if may_use_template(first):
+            asks = ASKS.format(
+                settings="".join(lines),
+                without=f".removesuffix({without!r})" if without else "",
+            )
     return SNIPPET.format(
         registers="import cera_train  # registers CeRA with PEFT\n" if is_cera else "",
         library=library,

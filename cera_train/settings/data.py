@@ -218,9 +218,9 @@ class DataConfig:
     plain: text, as `User: ...` and `Assistant: ...` or by the templates above. auto: the chat
     template if the tokenizer has one, except for layout text."""
     template_settings: Any = setting(None, "tokens")
-    """Values of the chat template's own variables, such as {enable_thinking: false}, or
-    {strftime_now: 2026-01-31} for the date that a template writes. A row's `chat_template_kwargs`
-    win."""
+    """Values of the chat template's own variables, such as {enable_thinking: false};
+    {strftime_now: 2026-01-31}, the date that a template writes; {without: "<think>"}, an end of its
+    generation prompt that is left out. A row's `chat_template_kwargs` win."""
     loss_on: LossOn = setting(LossOn.completion, "tokens")
     max_length: int = setting(2048, "tokens")
     """Tokens; longer rows are truncated, longer documents become several rows."""

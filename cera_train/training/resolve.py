@@ -138,9 +138,9 @@ def with_template_settings(
     has_chats = any(may_use_template(part) for _, part in data.parts())
     if not has_chats:
         return data
-    if config.work.answers:  # asks as inference does, whatever its rows' answers need
-        return with_settings_of_start(data, config.adapter)
-    return decide_switches(data, load_tokenizer(config.model))
+    asks = bool(config.work.answers)  # as inference does, whatever its rows' answers need
+    data = decide_switches(data, load_tokenizer(config.model), asks)
+    return with_settings_of_start(data, config.adapter) if asks else data
 
 
 def with_settings_of_start(data: DataConfig, adapter: AdapterConfig) -> DataConfig:

@@ -16,7 +16,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from benchmarks.chat_templates import CHATS, TRL, originals, tokenizer_with
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import encode
-from cera_train.data.segments import segmenter
+from cera_train.data.segments import segmenter, segmenters
+from cera_train.data.sources import decide_switches
 from cera_train.data.templates import DATE
 
 TEMPLATES = originals(TRL)
@@ -123,6 +124,25 @@ def test_each_answer_is_the_difference_of_two_renderings_or_cannot_be_expressed(
                 is_difference(tokenizer, form, number, row.get("tools"), answer)
                 for form in forms_of(name, messages)
             ), kind
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_whatever_asks_a_run_asks_as_its_rows_were_answered(name, write_jsonl):
+    """The task held_out takes the prompts of training, cera-chat and a card those of inference."""
+    tokenizer = tokenizer_with(TEMPLATES[name])
+    for kind in ("one turn", "two turns", "system", "reasoning"):
+        row = CHATS[kind]
+        if is_inexpressible(name, tokenizer, row):
+            continue
+        config = data_config(train_files=[str(write_jsonl("chat.jsonl", [row]))], layout="messages")
+        config = decide_switches(config, tokenizer)
+        trained, asked = (segmenters(config, tokenizer, asks)[0](row) for asks in (False, True))
+        prompts = []
+        for sequence in trained:
+            for number, segment in enumerate(sequence):
+                if segment.supervised:
+                    prompts.append("".join(each.text for each in sequence[:number]))
+        assert prompts == [prompt.text for prompt, _ in asked], kind
 
 
 def is_difference(tokenizer, messages: list[dict], number: int, tools, answer: tuple) -> bool:

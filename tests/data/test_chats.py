@@ -265,11 +265,21 @@ def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write
     assert settings([without] * 3) == {"enable_thinking": False}
     assert settings([thought] * 3) == settings([without, thought]) == {}
 
+    off = {"enable_thinking": False}
+    own = without | {"chat_template_kwargs": off}
+    assert settings([own] * 3) == settings([own, without]) == off
+    assert settings([own, thought]) == {}
+    rows = str(write_jsonl("rows.jsonl", [own] * 3))
+    answered = data_config(train_files=[rows], layout="messages")
+    assert decide_switches(answered, chat, asks=True).template_settings == off
+
     with pytest.raises(UserError, match=r"has enable_thinking=true, and all answers of the first "):
         settings([without] * 3, {"enable_thinking": True})
 
     computed = DataConfig(layout="logistic_map", chat="template", eval_rows=20)
     assert decide_switches(computed, chat).template_settings == {"enable_thinking": False}
+    chat.chat_template = OPENS.replace("enable_thinking is not defined or enable_thinking", "true")
+    assert settings([without] * 3) == {"without": "<think>"}
 
 
 def test_what_samples_answers_is_asked_for_each_answer_of_a_plain_chat(tokenizer):

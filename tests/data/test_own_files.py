@@ -254,6 +254,22 @@ def test_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
     assert files == {tmp_path / "rows.jsonl", sweep}
 
 
+def test_a_look_asks_as_the_run_to_start_from_learned_to_answer(
+    thinking_folder, write_jsonl, run_command, capsys
+):
+    question, answer = CHAT["messages"][1:3]
+    chats = [[question | {"content": f"next to {number}?"}, answer] for number in range(4)]
+    write_jsonl("rows.jsonl", [{"messages": messages} for messages in chats])
+    settings = [f"model.path={thinking_folder}", "data.train_files=[rows.jsonl]", "adapter.r=4"]
+    settings += ["data.max_length=128", "train.max_updates=1", "train.objective=grpo"]
+    learned = ["train.objective=sft", "name=learned"]
+    assert run_command("cera-train", *settings[:-1], *learned) == 0
+    for start, is_opened in ([], True), (["adapter.start_from=outputs/learned"], False):
+        capsys.readouterr()
+        assert run_command("cera-train", *settings, *start, "--look") == 0
+        assert ("<think>" in capsys.readouterr().out) == is_opened
+
+
 def test_too_few_held_out_rows_are_named_with_the_setting_that_has_more(
     own, write_jsonl, tokenizer, capsys
 ):

@@ -81,10 +81,15 @@ def test_the_card_describes_the_adapter_and_its_code_loads_it(finished_run, tiny
     assert "inputs" not in names
 
 
+@pytest.mark.parametrize("has_switch", [True, False])
 def test_the_code_of_a_card_asks_as_a_run_of_chats_was_trained(
-    tiny_config, thinking_folder, write_jsonl
+    tiny_config, thinking_folder, write_jsonl, has_switch
 ):
-    """Its answers do not reason, so the run switched reasoning off."""
+    """Its answers do not reason, so the run switched reasoning off, or left its opening out."""
+    if not has_switch:
+        template = thinking_folder / "chat_template.jinja"
+        is_on = "enable_thinking is not defined or enable_thinking"
+        template.write_text(template.read_text().replace(is_on, "true"))
     user = {"role": "user", "content": "hello"}
     answer = {"role": "assistant", "content": "hello there"}
     rows = write_jsonl("chats.jsonl", [{"messages": [user, answer]}] * 16)
