@@ -267,6 +267,8 @@ class AnsweredRow(NamedTuple):
 
     part: DataConfig
     """Of the mix."""
+    question: str
+    """The prompt; of a chat without markup, so that it is the same under every template."""
     prompt: list[Segment]
     answer: Segment
     gold: str
@@ -287,19 +289,21 @@ def answered_rows(config: DataConfig, tokenizer: Any, asks: bool = False) -> Ite
         asks: as of `chats.chat_exchanges`.
     """
     for _, part in config.parts():
-        trained, asked = itertools.tee(open_sources(part)[1].located())
+        trained, asked, unmarked = itertools.tee(open_sources(part)[1].located(), 3)
         rows = zip(
             sequences_of(trained, segmenters(part, tokenizer, asks)[0]),
             sequences_of(asked, segmenters(part, tokenizer, asks=True)[0]),
+            sequences_of(unmarked, segmenter(part, None)),
             strict=True,
         )
         is_chat = uses_template(part, tokenizer)
-        for sequences, golden in rows:
+        for sequences, golden, plain in rows:
             first = next(iter(sequences), [])
             prompt = list(itertools.takewhile(lambda segment: not segment.supervised, first))
             if any(segment.text for segment in prompt) and len(prompt) < len(first):
+                question = prompt_of(plain[0] if is_chat else first)
                 gold = next(segment.text for segment in golden[0] if segment.supervised)
-                yield AnsweredRow(part, prompt, first[len(prompt)], gold.strip(), is_chat)
+                yield AnsweredRow(part, question, prompt, first[len(prompt)], gold.strip(), is_chat)
 
 
 def _split(

@@ -25,11 +25,13 @@ class EvaluationRows(jsonl.JsonlTask):
         )
         rows = []
         for row in answered_rows(trained.data, tokenizer, trained.asks):
+            is_counted = tokenizer is None and may_use_template(row.part)
             require(
-                row.is_chat or len(row.prompt) == 1,
+                row.is_chat or is_counted or len(row.prompt) == 1,
                 f"{name} does not know answers before the asked one in plain text: {fix}.",
             )
-            rows.append({"question": row.text, "answer": row.gold, CHAT: row.is_chat})
+            asked = {"question": row.text, "without_markup": row.question}
+            rows.append(asked | {"answer": row.gold, CHAT: row.is_chat})
         require(bool(rows), f"{name}: no held-out row has a prompt and an answer: {fix}.")
         return Source.numbered("", rows, name)
 
@@ -37,4 +39,6 @@ class EvaluationRows(jsonl.JsonlTask):
         return {CHAT: True} if row[CHAT] else {}
 
 
-TASK = EvaluationRows(**vars(jsonl.TASK) | {"settings": ("prompt", "grader")})
+TASK = EvaluationRows(
+    **vars(jsonl.TASK) | {"settings": ("prompt", "grader"), "question": "without_markup"}
+)

@@ -1,6 +1,7 @@
 """A benchmark is one file: its settings, its problems and their ids, and the line that a file gets
 that has none."""
 
+import copy
 import sys
 from dataclasses import replace
 
@@ -248,6 +249,11 @@ def test_held_out_asks_chats_by_their_template_with_one_start_token(write_jsonl,
     asked = TALK[0]["value"]
     prompt = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
     assert (problem.prompt, problem.gold) == (prompt, "It is 4.")
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = f"[start]{tokenizer.chat_template}"
+    [asked_otherwise] = load_problems(task, TrainedRows(data), other)
+    assert asked_otherwise.prompt != prompt
+    assert asked_otherwise.id == problem.id  # so two bases are compared by cera-report
     [request] = requests_for([problem], 1, tokenizer, 8, None)
     assert tokenizer.decode(request.prompt_ids) == prompt
 
@@ -273,6 +279,9 @@ def test_rows_that_held_out_cannot_ask_are_refused(write_jsonl, tokenizer):
     turns = {"conversations": [*TALK[:1], TALK[1] | {"train": False}, *TALK]}
     file = str(write_jsonl("chat.jsonl", [turns] * 2))
     settings = {"layout": "conversations", "turns": "all", "chat": "plain", "eval_rows": 1}
+    # A plan and a study count the problems of chats before there is a tokenizer.
+    by_template = DataConfig(train_files=[file], **settings | {"chat": "auto"})
+    assert len(held_out_problems(by_template)) == len(held_out_problems(by_template, tokenizer))
     with pytest.raises(UserError, match="does not know answers before the asked one"):
         held_out_problems(DataConfig(train_files=[file], **settings), tokenizer)
     with pytest.raises(
