@@ -130,6 +130,11 @@ class TokenizedRows:
         return len(self) - sum(self.column("continues"))
 
     @property
+    def unit(self) -> str:
+        """What is counted where `len` counts."""
+        return "rows" if len(self) == self.row_count else "sequences"
+
+    @property
     def dropped(self) -> tuple[int, int]:
         """Rows without an answer, and rows whose answer lies wholly beyond max_length."""
         empty = self.table["length"].to_pylist().count(0)
@@ -238,9 +243,9 @@ def _mix(
     ):
         tokens = sum(rows.lengths[row] for row in taken)
         data.mix.append(
-            f"{part.title}: {len(taken):,} rows an epoch, of {len(rows):,} "
+            f"{part.title}: {len(taken):,} {rows.unit} an epoch, of {len(rows):,} "
             f"({len(taken) / len(data.train):.2%}), {tokens:,} tokens ({tokens / total:.2%}); "
-            f"{len(evaluating):,} rows evaluate"
+            f"{len(evaluating):,} {evaluating.unit} evaluate"
         )
 
 

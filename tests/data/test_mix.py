@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from examples import CONVERSATION, texts_of
+from examples import CONVERSATION, texts_of, with_changes
 
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data, prepare_evaluation
@@ -17,6 +17,13 @@ pytest_plugins = ["examples"]
 pytestmark = pytest.mark.usefixtures("cache")
 
 TEXT = {"prompt": "{question}", "completion": " {answer}"}
+
+REWRITES = (
+    "{% for message in messages %}{{ message.role }}: "
+    "{{ message.content if loop.last or message.role == 'user' else '...' }}|{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""A chat template that leaves earlier answers out."""
 
 
 @pytest.fixture
@@ -96,6 +103,17 @@ def test_a_mix_trains_on_its_shares_and_evaluates_on_all_parts(part, tokenizer):
         f"b.jsonl: 5 rows an epoch, of 5 (33.33%), {of_b} tokens ({of_b / total:.2%}); 2 rows "
         f"evaluate",
     ]
+
+
+def test_a_part_of_chats_that_take_several_sequences_counts_these(write_jsonl, tokenizer):
+    chat = with_changes(tokenizer, chat_template=REWRITES)
+    roles = ("user", "assistant") * 2
+    turns = [{"role": role, "content": f"{role} {number}"} for number, role in enumerate(roles)]
+    file = str(write_jsonl("chats.jsonl", [{"messages": turns}] * 3))
+    part = MixPart(train_files=[file], layout="messages", chat="template", eval_rows=1)
+    [line] = prepare_data(mix(part, allow_overlap=True), chat).mix
+    assert line.startswith("chats.jsonl: 4 sequences an epoch, of 4 (100.00%), ")
+    assert line.endswith("; 2 sequences evaluate")
 
 
 @pytest.mark.parametrize(
