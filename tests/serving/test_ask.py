@@ -65,6 +65,14 @@ def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_
     assert prompts.ids(trained_row) == ids
 
 
+@pytest.mark.parametrize("answer", ["assistant", "function_call"])
+def test_the_answer_of_a_row_of_training_data_is_not_shown(answer, tokenizer):
+    prompts = Prompts(DataConfig(**ALL_TURNS), tokenizer)
+    given = {"from": answer, "value": '{"name": "count"}'}
+    asked = prompts.ids({"conversations": TURNS[:1]})
+    assert prompts.ids({"conversations": [TURNS[0], given]}) == asked
+
+
 def test_a_conversation_continues_under_a_template_that_shortens_earlier_answers(tokenizer):
     shortens = (
         "{{ m['content'][:2] if m['role'] == 'assistant' and not loop.last else m['content'] }}"
