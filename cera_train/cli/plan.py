@@ -2,6 +2,7 @@
 can detect."""
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from cera_train.planning.plan import RunPlan
 from cera_train.planning.table import name_jobs, print_plan, print_plans
 from cera_train.settings.run import PlanRun
 from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import Study
+from cera_train.study.cells import Cell, Study
 from cera_train.study.design import (
     StudySweeper,
     check_cells,
@@ -107,14 +108,24 @@ class PlannedStudy(StudySweeper):
         for cell in study.cells:
             if cell.is_imported:
                 continue
-            plans = [make_plan(self.compose(point.overrides)) for point in cell.grid]
-            plans.sort(key=lambda plan: plan.seconds)
-            # Which values will be chosen is unknown: count the most expensive ones.
-            planned[cell.name] = plans * len(cell.tuning_runs) + plans[-1:] * len(cell.fresh_runs)
+            planned[cell.name] = []
+            for base in study.bases:
+                planned[cell.name] += self._plans_of(cell, base)
         require(bool(planned), "every arm was run by another program: cera-train -m compares them.")
         print_plans("cell", planned)
         print()
-        print_power(study, [plans[-1] for plans in planned.values()], spread)
+        print_power(study, [*itertools.chain.from_iterable(planned.values())], spread)
+
+    def _plans_of(self, cell: Cell, base: str | None) -> list[RunPlan]:
+        """The plan of every run of a cell on a base."""
+        tuning, fresh = (
+            [run for run in runs if run.base == base]
+            for runs in (cell.tuning_runs, cell.fresh_runs)
+        )
+        plans = [make_plan(self.compose(cell.overrides(point, tuning[0]))) for point in cell.grid]
+        plans.sort(key=lambda plan: plan.seconds)
+        # Which values will be chosen is unknown: count the most expensive ones.
+        return plans * len(tuning) + plans[-1:] * len(fresh)
 
 
 def print_power(
@@ -124,13 +135,13 @@ def print_power(
     matters.
 
     Args:
-        plans: one of each cell.
+        plans: of all runs.
         spread: outcome -> standard deviations of a difference between seeds, between problems, and
             beyond both; with bases, the first is between bases, and counts alone.
     """
     config = study.config
     contrasts = study.planned_contrasts
-    units = len(config.bases) or len(study.cells[0].compared_runs)
+    units = len(study.bases if config.bases else study.cells[0].compared_runs)
     noun = "base" if config.bases else "seed"
     for outcome in config.outcomes:
         if outcome not in spread:

@@ -99,8 +99,10 @@ def print_plans(noun: str, groups: Mapping[str, Sequence[RunPlan]]) -> None:
     _print_basis(every)
     rows = []
     for name, plans in groups.items():
-        note = "" if plans[-1].fits else f"does not fit {plans[-1].device.name}"
-        rows.append([name, f"{plans[-1].trainable:,}", *_sums(plans), note])
+        fits = all(plan.fits for plan in plans)
+        note = "" if fits else f"does not fit {plans[-1].device.name}"
+        counts = dict.fromkeys(f"{plan.trainable:,}" for plan in plans)
+        rows.append([name, " or ".join(counts), *_sums(plans), note])
     rows.append([counted(len(groups), noun), "", *_sums(every), ""])
     header = [noun, "trainable", "runs", "peak", "updates", "time", "GPU-hours", "cost", ""]
     print_table(header, rows, right=range(1, 8))

@@ -223,6 +223,16 @@ def test_runs_that_differ_in_their_rate_or_seed_are_planned_once(tiny_plan, monk
     assert again.config.name == "again"
 
 
+def test_a_cell_fits_if_all_of_its_runs_do(tiny_plan, capsys):
+    fits = tiny_plan()
+    larger = replace(tiny_plan("adapter.r=8"), memory={"weights": 1e15})
+    print_plans("cell", {"both": [larger, fits], "one": [fits]})
+    *_, both, one, _ = capsys.readouterr().out.splitlines()
+    assert both.split()[:4] == ["both", f"{larger.trainable:,}", "or", f"{fits.trainable:,}"]
+    assert both.endswith("  does not fit H100")
+    assert one.rstrip().endswith(f"{fits.gpu_hours:.2f}")
+
+
 def test_a_plan_prints_every_part(math_plan, capsys):
     print_plan(math_plan)
     out = capsys.readouterr().out

@@ -197,6 +197,16 @@ def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
     assert "Holm's first step over 3 contrasts" in plan_command(*STUDY, spread, "study.arm=cera")
 
 
+def test_every_base_of_a_study_is_planned(plan_command):
+    bases = '++study.bases={few: ["train.max_updates=10"], many: ["train.max_updates=30"]}'
+    spread = "plan.spread={loss:[0.01,0,0]}"
+    runs, _, _, updates, *_ = row(plan_command(*STUDY, bases, spread), "3 cells")
+    assert (runs, updates) == ("36", f"{3 * 2 * 3 * (10 + 30)}")
+    out = plan_command(*STUDY, bases, spread, "study.base=many")
+    assert row(out, "3 cells")[0] == "18"
+    assert "detects    loss: a difference of inf with probability 0.8: 1 base, " in out
+
+
 @pytest.mark.parametrize(
     ("setting", "mistake"),
     [
