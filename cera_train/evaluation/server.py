@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 import transformers
 from transformers import TextStreamer
 
+from cera_train.adapters.folder import ADAPTER_CONFIG
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.terminal import announce
 from cera_train.evaluation.requests import (
@@ -81,7 +83,7 @@ class Server:
     Args:
         url: such as http://localhost:8000.
         model: the base, which the server must have.
-        adapter: the folder of the adapter to load.
+        adapter: the folder of the adapter to load; or of a plain model, which then is the base.
     """
 
     program = "vLLM"
@@ -90,6 +92,9 @@ class Server:
     def __init__(
         self, url: str, model: ModelConfig, tokenizer: Any, adapter: Path | None = None
     ) -> None:
+        if adapter is not None and not (adapter / ADAPTER_CONFIG).is_file():
+            model = replace(model, path=str(adapter), revision=None)
+            adapter = None
         self.url = url.rstrip("/").removesuffix("/v1")
         self.model = model
         self.tokenizer = tokenizer
@@ -123,7 +128,7 @@ class Server:
     def load_adapter(self, adapter: Path) -> None:
         """Loads an adapter under a name with its digest, in place of the previous one. Raises
         UserError where the server refuses it."""
-        config = (adapter / "adapter_config.json").read_bytes()
+        config = (adapter / ADAPTER_CONFIG).read_bytes()
         digest = hashlib.sha256(config + digest_of(adapter).encode()).hexdigest()[:16]
         folder = adapter.resolve()
         before = self.name

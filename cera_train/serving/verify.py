@@ -149,7 +149,9 @@ def verify(
         check_tokenizer(run, form)
         theirs = prepare_evaluation(data, form.tokenizer, limit, subject.trained.asks)
         check_rows(rows, theirs, run.tokenizer)
-        engine = form if server is None else connect(server, folder, subject.model, form)
+        engine = form
+        if server is not None:
+            engine = Server(server, subject.model, form.tokenizer, folder)
     if engine is not form:
         check_runtime(run, form, engine, batches)
     announce("judging", f"it on {len(rows):,} held-out rows")
@@ -238,14 +240,6 @@ def load_gguf(file: Path, precision: str, run: LoadedModel) -> LoadedModel:
             device_map={"": run.base.device},
         )
     return LoadedModel(model.eval(), model, run.tokenizer)
-
-
-def connect(url: str, folder: Path, model: ModelConfig, form: LoadedModel) -> Server:
-    """The vLLM at an address, which loads an adapter on the base of the run, or serves the plain
-    model of a folder."""
-    if is_adapter(form.model):
-        return Server(url, model, form.tokenizer, folder)
-    return Server(url, replace(model, path=str(folder), revision=None), form.tokenizer)
 
 
 def describe(form: LoadedModel, engine: Judged) -> str:

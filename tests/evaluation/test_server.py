@@ -3,6 +3,7 @@ is refused. The server plays vLLM's routes and makes its faults; tests/serving/t
 real one."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from played_vllm import playing_vllm
 import cera_train.evaluation.server as server_module
 from cera_train.common.errors import UserError
 from cera_train.runs.subject import find_subject
+from cera_train.training.train import train
 
 pytest_plugins = ("evaluated_runs",)
 
@@ -83,6 +85,15 @@ def test_a_server_that_has_restarted_takes_the_next_adapter(eval_config, vllm, r
     vllm.loaded.clear()
     server.load_adapter(Path(shutil.copytree(run / "adapter", run / "next")))
     assert [*vllm.loaded] == [server.name]
+
+
+def test_a_model_whose_every_weight_was_trained_is_served_as_a_base(tiny_config, compose):
+    trained = train(tiny_config("adapter=full", "adapter.r=null", "train.max_updates=1"))
+    subject = find_subject(compose(f"run={trained['folder']}", "prompt=a", command="chat"))
+    with playing_vllm(replace(subject.model, path=str(subject.adapter))) as vllm:
+        server = server_module.Server(vllm.url, subject.model, None, subject.adapter)
+    assert server.name == "base"
+    assert not vllm.loaded
 
 
 def test_ctrl_c_keeps_the_answers_so_far(served_config, vllm, run):
