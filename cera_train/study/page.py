@@ -52,6 +52,10 @@ def write_studies(studies: Sequence[Study], output: Path) -> Page:
         f"{', '.join(names)}: their study.family is {', '.join(map(str, families))}. Report "
         "families apart.",
     )
+    require(
+        len({*names}) == len(names),
+        f"two of the studies have the name {max(names, key=names.count)}: rename a folder.",
+    )
     announce("comparing", counted(sum(len(study.cells) for study in studies), "cell"))
     contrasts = dict(zip(names, contrasts_of(*studies), strict=True))
     planned = sum(study.planned_contrasts for study in studies)

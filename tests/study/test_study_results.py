@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -214,6 +215,9 @@ def test_holm_corrects_over_the_studies_of_a_family(make_study, run_command, cap
     make_study(loss_by_rank, **RANKS, name="c")
     assert run_command("cera-report", "outputs/a", "outputs/c") == 2
     assert "a, c: their study.family is" in capsys.readouterr().err
+    shutil.copytree("outputs/a", "elsewhere/a")
+    assert run_command("cera-report", "outputs/a", "elsewhere/a") == 2
+    assert "two of the studies have the name a: rename a folder" in capsys.readouterr().err
 
 
 def test_a_slope_is_that_of_the_seeds_by_doubling(make_study):
