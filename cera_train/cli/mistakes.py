@@ -173,7 +173,7 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
                 "+recipe=NAME, run=FOLDER or, after -m, +sweep=NAME and +study=NAME."
             )
     words = [name if value is True else f"{name}={value}" for name, value in flags.items()]
-    return [*words, *map(with_folder_quoted, settings)]
+    return [*words, *map(with_path_quoted, settings)]
 
 
 WHOLE_CONFIGS = ("recipe", "study", "sweep")
@@ -303,12 +303,15 @@ def null_sections(schema: type) -> list[str]:
     ]
 
 
-def with_folder_quoted(argument: str) -> str:
-    """Quotes run=outputs/rank_lr/adapter=cera,adapter.r=64 as a folder: Hydra would parse its
-    commas and equals signs."""
+PLAIN_PATH = re.compile(r"[\w /.+-]*", re.ASCII)  # Hydra takes it as it is
+
+
+def with_path_quoted(argument: str) -> str:
+    """Quotes run=outputs/rank_lr/adapter=cera,adapter.r=64 as a path: Hydra would parse its commas
+    and equals signs, and knows no letters but those of English."""
     key, _, value = argument.partition("=")
-    is_folder = any(sign in value for sign in ",=") and "'" not in value and os.path.isdir(value)
-    return f"{key}='{value}'" if is_folder else argument
+    is_path = not PLAIN_PATH.fullmatch(value) and "'" not in value and os.path.exists(value)
+    return f"{key}='{value}'" if is_path else argument
 
 
 # --- errors of Hydra ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import yaml
 from made_runs import make_run
 from made_sweeps import FIXED, TINY, content_of, make_job, record_job, record_sweep, states
 
-from cera_train.cli.mistakes import with_folder_quoted
+from cera_train.cli.mistakes import with_path_quoted
 from cera_train.common.settings import fields_of
 from cera_train.settings.run import Config
 from cera_train.sweep.folder import (
@@ -96,11 +96,14 @@ def test_no_two_jobs_share_a_folder_and_every_name_is_plain_and_without_secrets(
     assert names[0].startswith("adapter.target_modules=q_proj-v_proj-")
 
 
-def test_a_folder_with_commas_is_one_argument(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "folder", ["outputs/rank_lr/adapter=cera,adapter.r=64", "outputs/größe", "outputs/run (2)"]
+)
+def test_a_folder_with_signs_of_hydras_is_one_argument(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
-    folder = "outputs/rank_lr/adapter=cera,adapter.r=64"
     Path(folder).mkdir(parents=True)
-    assert with_folder_quoted(f"run={folder}") == f"run='{folder}'"
+    Path("outputs/rank_lr").mkdir(exist_ok=True)
+    assert with_path_quoted(f"run={folder}") == f"run='{folder}'"
     for argument in (
         f"run={folder}0",
         "adapter=cera,lora",
@@ -108,7 +111,7 @@ def test_a_folder_with_commas_is_one_argument(tmp_path, monkeypatch):
         "-m",
         f"run='{folder}'",
     ):
-        assert with_folder_quoted(argument) == argument
+        assert with_path_quoted(argument) == argument
 
 
 def test_a_jobs_folder_is_named_by_what_varies_alone(tmp_path, run_command, counted):
