@@ -27,9 +27,9 @@ PLAIN_LINES = 10  # a log gets at least so many lines of progress, however short
 SLOW_SECONDS = 2.0  # what takes longer is announced
 
 
-def console() -> Console:
+def console(wraps: bool = True) -> Console:
     """A console for one print: it uses the current stdout, which tests and pipes replace."""
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    width = None if wraps and sys.stdout.isatty() else PIPE_WIDTH
     return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
 
@@ -94,7 +94,7 @@ def print_table(
         )
     for row in rows:
         table.add_row(*(Text(clean(cell), colors.get(cell, "")) for cell in row))
-    target = console()
+    target = console(wraps=False)  # which would cut cells that a terminal is too narrow for
     with target.capture() as capture:
         target.print(table)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()), flush=True)
@@ -118,9 +118,10 @@ class ProgressBar:
         self._seconds: dict[str, float] = {}
         """How long other work took."""
         self._bar: Progress | None = None
-        if visible and sys.stdout.isatty():
+        target = console()
+        if visible and sys.stdout.isatty() and not target.is_dumb_terminal:
             columns = (MofNCompleteColumn(), BarColumn(BAR_WIDTH), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=console(), transient=True)
+            self._bar = Progress(*columns, console=target, transient=True)
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()
 

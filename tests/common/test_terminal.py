@@ -51,6 +51,20 @@ def test_slow_work_is_announced_with_the_time_that_it_took(monkeypatch, capsys):
     ]
 
 
+def test_a_terminal_without_a_cursor_gets_the_lines_of_a_log(screen, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    bar = ProgressBar("update", 1, 0)
+    bar.step("loss 0.5")
+    bar.close()
+    assert screen() == "update 1/1  loss 0.5\n"
+
+
+def test_a_table_that_is_wider_than_the_terminal_is_whole(screen):
+    cells = [f"{number:,}" for number in range(10**9, 10**9 + 9)]
+    print_table(["trainable"] * 9, [cells])
+    assert screen().splitlines()[1].split() == cells
+
+
 def test_the_last_line_of_progress_leaves_nothing_open():
     assert terminal.time_left(80) == "  1:20 left"
     assert terminal.time_left(0) == ""
