@@ -10,7 +10,7 @@ from cera_train.data.messages import messages_of, own_settings, tools_of
 from cera_train.data.rendering import Chat, Exchange, rendered_sequences
 from cera_train.data.rows import Row, kind_of
 from cera_train.data.templates import open_templates
-from cera_train.settings.data import DataConfig, Layout, Turns, Writing
+from cera_train.settings.data import DataConfig, Layout, LossOn, Turns, Writing
 
 ASKS = ("user", "tool")
 """Roles whose messages the assistant answers. What it says before any of them is context."""
@@ -24,6 +24,7 @@ class Answers(NamedTuple):
 
     given: list[int]  # every non-empty answer
     supervised: list[int]  # those in the loss
+    left_out: list[int]  # those marked `train: false` or `weight: 0`
 
 
 # --- a row's sequences ----------------------------------------------------------------------------
@@ -55,8 +56,11 @@ def chat_exchanges(
     if not answers.supervised:
         return []
     if is_templated:
-        supervised = answers.supervised
-        shown = Chat(messages[: supervised[-1] + 1], tools, tuple(supervised))
+        *_, last = answers.supervised
+        left_out = []
+        if config.loss_on == LossOn.all:
+            left_out = [number for number in answers.left_out if number < last]
+        shown = Chat(messages[: last + 1], tools, tuple(answers.supervised), tuple(left_out))
         templates = open_templates(tokenizer, tools, config.template_settings, own)
         return rendered_sequences(shown, templates, asks)
     write = unmarked_exchanges if tokenizer is None else plain_exchanges
@@ -106,12 +110,13 @@ def answers_of(messages: Sequence[Row], wanted: Turns, layout: str) -> Answers:
         if is_answer and (message["content"].strip() or message.get("tool_calls")):
             given.append(number)
     trained = [number for number in given if _is_trained(messages[number], f"{layout}[{number}]")]
+    left_out = [number for number in given if number not in trained]
     match wanted:
         case Turns.first:
-            return Answers(given, trained[:1])
+            return Answers(given, trained[:1], left_out)
         case Turns.last:
-            return Answers(given, trained[-1:])
-    return Answers(given, trained)
+            return Answers(given, trained[-1:], left_out)
+    return Answers(given, trained, left_out)
 
 
 def first_question(messages: Sequence[Row]) -> int:
@@ -150,10 +155,13 @@ def plain_exchanges(messages: Sequence[Row], answers: Answers) -> list[Exchange]
         fix = "needs a chat template: set data.chat=template, and a model that has one."
         require(role != "tool" and not message.get("tool_calls"), f"a call of a tool {fix}")
         if number in answers.given:
-            is_supervised = number in answers.supervised
-            exchanges.append(
-                Exchange(f"{context}Assistant:", f" {message['content']}", is_supervised)
+            exchange = Exchange(
+                f"{context}Assistant:",
+                f" {message['content']}",
+                supervised=number in answers.supervised,
+                left_out=number in answers.left_out,
             )
+            exchanges.append(exchange)
             context = "\n"
         else:
             context += f"{WRITTEN[role]}: {message['content']}\n"

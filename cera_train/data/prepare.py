@@ -313,6 +313,8 @@ def _tokenize(
         key: value for key, value in to_plain(config).items() if key in changing - {"rejected"}
     }
     settings |= {"rejected": config.rejected} if len(sides) > 1 else {}
+    if config.layout in TURNS and config.loss_on == LossOn.all:
+        settings["left_out"] = True  # earlier versions trained on answers of weight 0
     if asks:
         # "each": earlier versions asked a plain chat for its first answer alone.
         is_plain_chat = config.layout in TURNS and not uses_template(config, tokenizer)
@@ -398,12 +400,14 @@ def encode(
         for index, sequence in enumerate(row):
             input_ids = []
             loss_mask = []
+            left_out = []
             for segment in sequence:
                 ids = next(segment_ids)
                 if segment.is_answer and not (is_chat and ids and ids[-1] in special):
                     ids = [*ids, end]
                 input_ids += ids
                 loss_mask += [segment.supervised] * len(ids)
+                left_out += [segment.left_out] * len(ids)
             prompt_key = hashlib.blake2b(prompt_of(sequence).encode(), digest_size=16).hexdigest()
             opening = next((segment.opening for segment in sequence if segment.supervised), "")
             is_cut = len(input_ids) > step and not is_document
@@ -417,7 +421,8 @@ def encode(
                 ids = start + input_ids[kept]
                 mask = [False] * len(start) + loss_mask[kept]
                 has_answer = any(mask[1:])
-                mask = [config.loss_on == LossOn.all or supervised for supervised in mask]
+                if config.loss_on == LossOn.all:
+                    mask = [True] * len(start) + [not is_out for is_out in left_out[kept]]
                 mask[0] = False
                 key = f"{prompt_key}{first or ''}"
                 examples.append(Example(ids, mask, key, has_answer, is_cut, index > 0, opening))

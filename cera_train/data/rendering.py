@@ -20,6 +20,8 @@ class Exchange(NamedTuple):
     supervised: bool = True
     opening: str = ""
     """How the prompt differs from that of inference by default; empty where it does not."""
+    left_out: bool = False
+    """Whether no loss counts the answer, not even one on all tokens."""
 
 
 class Chat(NamedTuple):
@@ -28,6 +30,7 @@ class Chat(NamedTuple):
     messages: list[Row]
     tools: list[Any] | None
     supervised: tuple[int, ...]  # the indices of the answers to learn
+    left_out: tuple[int, ...] = ()  # those that a loss on all tokens leaves out
 
 
 def rendered_sequences(
@@ -45,7 +48,7 @@ def rendered_sequences(
     marks = Marks()
     marked = [marks.message(message) for message in chat.messages]
     tools = [marks.tool(tool) for tool in chat.tools or []]
-    shape = json.dumps([marked, tools, chat.supervised])
+    shape = json.dumps([marked, tools, chat.supervised, chat.left_out])
     faults = []
     for template in templates:
         fault = fault_of(shape, template, asks)
@@ -59,7 +62,7 @@ def rendered_sequences(
 def exchanges_of(chat: Chat, template: ChatTemplate, asks: bool) -> list[list[Exchange]]:
     """Two answers share a sequence if the prompt of the second begins with the prompt and the text
     of the first. A template may render earlier turns anew, such as without their reasoning."""
-    messages, tools, supervised = chat
+    messages, tools, supervised, left_out = chat
     if asks:
         prompts = [
             template.render(messages[:number], tools, is_prompt=True) for number in supervised
@@ -68,13 +71,21 @@ def exchanges_of(chat: Chat, template: ChatTemplate, asks: bool) -> list[list[Ex
         return [[Exchange(*asked)] for asked in zip(prompts, answers, strict=True)]
     sequences: list[list[Exchange]] = []
     rendered = ""  # up to the last answer
-    for number in supervised:
+    for number in sorted({*supervised, *left_out}):
         prompt, answer, opening = template.answer(messages[:number], messages[number], tools)
         require(bool(answer), f"messages[{number}]: the chat template renders no answer. {FIX}")
-        if sequences and prompt.startswith(rendered):
-            sequences[-1].append(Exchange(prompt.removeprefix(rendered), answer, True, opening))
-        else:
-            sequences.append([Exchange(prompt, answer, True, opening)])
+        is_next = bool(sequences) and prompt.startswith(rendered)
+        if not is_next:
+            sequences.append([])
+            require(
+                all(earlier >= number for earlier in left_out),
+                f"messages[{number}] follows an answer of weight 0 that the chat template writes "
+                "anew, and a loss on all tokens would count it: set data.loss_on=completion.",
+            )
+        new = prompt.removeprefix(rendered) if is_next else prompt
+        sequences[-1].append(
+            Exchange(new, answer, number in supervised, opening, number in left_out)
+        )
         rendered = prompt + answer
     return sequences
 
@@ -106,7 +117,8 @@ def check_renders_all(chat: Chat, template: ChatTemplate, asks: bool) -> None:
     """Raises UserError unless the template renders every mark of the chat, and an answer once."""
     sequences = exchanges_of(chat, template, asks)
     rendered = "".join(exchange.prompt + exchange.answer for exchange in sequences[-1])
-    answers = [exchange.answer for sequence in sequences for exchange in sequence]
+    exchanges = [exchange for sequence in sequences for exchange in sequence]
+    answers = [exchange.answer for exchange in exchanges if exchange.supervised]
     for tool in chat.tools or []:
         check_rendered("column 'tools'", tool["function"]["name"], sequences[0][0].prompt)
     for number, message in enumerate(chat.messages):

@@ -28,6 +28,8 @@ class Segment:
     supervised: bool = False
     opening: str = ""
     """Of an answer: how the prompt before it differs from that of inference by default."""
+    left_out: bool = False
+    """Whether no loss counts it, not even one on all tokens."""
 
 
 Segmenter = Callable[[Row], list[list[Segment]]]
@@ -35,8 +37,10 @@ Segmenter = Callable[[Row], list[list[Segment]]]
 answer."""
 
 
-def answered(prompt: str, answer: str, supervised: bool = True, opening: str = "") -> list[Segment]:
-    return [Segment(prompt), Segment(answer, True, supervised, opening)]
+def answered(
+    prompt: str, answer: str, supervised: bool = True, opening: str = "", left_out: bool = False
+) -> list[Segment]:
+    return [Segment(prompt), Segment(answer, True, supervised, opening, left_out)]
 
 
 def prompt_of(sequence: list[Segment]) -> str:

@@ -232,6 +232,47 @@ def test_flags_and_turns_choose_what_is_supervised(tokenizer, row, layout, first
     assert segments({layout: first_alone}) == []
 
 
+REWRITES = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if loop.last and message['reasoning_content'] %}{{ message['reasoning_content'] }}\n"
+    "{% endif %}{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A chat template that drops the reasoning of earlier answers."""
+
+
+@pytest.mark.parametrize(
+    ("row", "layout", "chat", "left_out"),
+    [
+        (CONVERSATION, "conversations", "plain", " hello there</s>"),
+        (CHAT, "messages", "template", "hello there<|im_end|>"),
+    ],
+)
+def test_a_loss_on_all_tokens_leaves_out_an_answer_of_weight_0(
+    tokenizer, row, layout, chat, left_out
+):
+    turns = row[layout]
+    settings = {"layout": layout, "turns": "all", "chat": chat, "loss_on": "all"}
+    whole = example_of({layout: turns}, tokenizer, **settings)
+    marked = [*turns[:2], turns[2] | {"weight": 0}, *turns[3:]]
+    example = example_of({layout: marked}, tokenizer, **settings)
+    assert example.input_ids == whole.input_ids
+    trained = supervised_text(whole, tokenizer)
+    assert supervised_text(example, tokenizer) == trained.replace(left_out, "|", 1)
+
+
+def test_a_loss_on_all_tokens_is_refused_where_an_answer_of_weight_0_is_written_anew(tokenizer):
+    rewriting = with_changes(tokenizer, chat_template=REWRITES)
+    turns = CHAT["messages"]
+    thought = turns[2] | {"weight": 0, "reasoning_content": "a thought"}
+    row = {"messages": [*turns[:2], thought, *turns[3:]]}
+    settings = {"layout": "messages", "turns": "all"}
+    with pytest.raises(UserError, match=r"messages\[4\] follows an answer of weight 0 .*=complet"):
+        example_of(row, rewriting, loss_on="all", **settings)
+    example = example_of(row, rewriting, **settings)
+    assert supervised_text(example, rewriting) == "0.84<|im_end|>"
+
+
 # --- layout messages ------------------------------------------------------------------------------
 
 
