@@ -319,6 +319,8 @@ def _tokenize(
         # "each": earlier versions asked a plain chat for its first answer alone.
         is_plain_chat = config.layout in TURNS and not uses_template(config, tokenizer)
         settings["asks"] = "each" if is_plain_chat else True
+    # The first call removes truncation and padding, which tokenizer.json may hold.
+    ids_of("", tokenizer)
     vocabulary = (
         tokenizer.backend_tokenizer.to_str()
         if tokenizer.is_fast
