@@ -384,9 +384,10 @@ def from_hub(config: DataConfig | TaskConfig, setting: str, streaming: bool = Fa
         with hub_or_cache(needs_hub=not os.path.isdir(path)):
             if streaming:
                 builder = datasets.load_dataset_builder(path, subset, revision=revision)
-                # the name includes the commit
                 dataset = builder.as_streaming_dataset(split)
-                fingerprint = builder.cache_dir
+                # includes the commit; where the cache lies is of this machine alone
+                cache = os.path.expanduser(datasets.config.HF_DATASETS_CACHE)
+                fingerprint = os.path.relpath(builder.cache_dir, cache)
             else:
                 dataset = datasets.load_dataset(path, subset, split=split, revision=revision)
                 # changes with the rows; `datasets` shows it nowhere else

@@ -298,6 +298,13 @@ class DataConfig:
         require(bool(self.path or self.train_files), f"there is no training data: {fix}")
         is_named = bool(self.train_files) or not self.eval_files
         require(is_named, "data.eval_files without data.train_files: name the training files too.")
+        for name in ("train_split", "eval_split"):
+            split = getattr(self, name)
+            require(
+                not (self.streaming and "[" in split),
+                f"data.streaming=true reads a split from its start, and data.{name}={split} is a "
+                f"part: name a whole split, and set data.{name.removesuffix('_split')}_rows.",
+            )
 
     def _check_computed(self) -> None:
         fix = "choose another data=NAME, such as data=jsonl, or another layout"

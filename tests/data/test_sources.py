@@ -226,3 +226,22 @@ def test_the_first_rows_are_checked_without_a_model_or_the_hub(write_jsonl):
         check_data(DataConfig(train_files=[path], eval_rows=1, **TEXT | {"prompt": "{q}"}))
     with pytest.raises(UserError, match=r"^data\.eval_files=no\.jsonl: cannot read the file"):
         check_data(DataConfig(train_files=[path], eval_files=["no.jsonl"], **TEXT))
+
+
+def test_a_streamed_split_has_one_fingerprint_wherever_the_cache_lies(
+    folders, monkeypatch, write_jsonl
+):
+    import datasets
+
+    config = DataConfig(path="ds", eval_split="train", streaming=True, train_rows=3, **TEXT)
+    train, _ = open_sources(config)
+    assert read(train) == [number_rows(3)]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folders / "elsewhere"))
+    assert open_sources(config)[0].fingerprint == train.fingerprint
+    write_jsonl("ds/train.jsonl", number_rows(5)[::-1])
+    assert open_sources(config)[0].fingerprint != train.fingerprint
+
+
+def test_a_part_of_a_split_cannot_be_streamed():
+    with pytest.raises(UserError, match=r"data.eval_split=train\[3:\] is a .* set data.eval_rows"):
+        DataConfig(path="ds", eval_split="train[3:]", streaming=True, **TEXT)
