@@ -76,6 +76,7 @@ class Progress(Record):
     evaluations_since_best: int = 0
     evaluation_pending: bool = False  # an evaluation of `update` was due when a signal came
     data_digest: str | None = None  # of the training rows
+    held_out_digest: str | None = None  # of the held-out rows; earlier versions recorded none
     rewards_differed: bool = False  # grpo: those of some prompt's answers
 
     def to_json(self) -> dict[str, Any]:
@@ -315,14 +316,14 @@ def _is_kept(line: dict[str, Any], progress: Progress) -> bool:
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, data_digest: str
+    folder: Path, model: nn.Module, data_digest: str, held_out_digest: str
 ) -> tuple[Progress, dict[str, Any]]:
     """Loads a checkpoint's weights into the model; returns the progress, and a state for
     `load_optimizer_state`.
 
     Raises:
         UserError: the folder is no checkpoint, belongs to another adapter, or was trained on other
-            rows.
+            rows, or evaluated on others.
     """
     try:
         progress = Progress.read(folder / "progress.json")
@@ -336,6 +337,11 @@ def load_checkpoint(
         raise UserError(
             f"the training rows are not those of {folder}, which its optimizer and order of rows "
             "belong to. Restore the files, or choose another name=... for a new run."
+        )
+    if progress.held_out_digest not in (None, held_out_digest):
+        raise UserError(
+            f"the held-out rows are not those of {folder}, so perplexities would not compare with "
+            "earlier ones. Restore the files, or choose another name=... for a new run."
         )
     load(model, weights)
     return progress, state

@@ -24,6 +24,7 @@ from cera_train.adapters.probe import check_effect
 from cera_train.adapters.saved import is_adapter, load, read
 from cera_train.adapters.starts import StartRows
 from cera_train.common.errors import UserError, errors_at
+from cera_train.common.settings import require
 from cera_train.data.prepare import TokenizedData, TokenizedRows, prepare_data
 from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.sharding import load_optimizer_state, share_frozen_weights
@@ -42,6 +43,7 @@ from cera_train.runs.results import Environment
 from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.evaluation import Grader
+from cera_train.settings.model import Dtype, ModelConfig
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import build_optimizer
 from cera_train.training.rewards import check_right_answers
@@ -135,12 +137,19 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     if config.train.check_coverage and not (is_ours or accelerator.is_fsdp2):
         check_effect(adapted, base, config.adapter, has_autocast)
     trainable_count, total_count = adapters.parameter_counts(adapted)
-    progress = Progress(data_digest=data.rows.train.digest)
+    train_digest = data.rows.train.digest
+    held_out_digest = data.rows.evaluation.digest
+    progress = Progress(data_digest=train_digest, held_out_digest=held_out_digest)
     moments = None
     if checkpoint is not None:
-        progress, moments = load_checkpoint(checkpoint, adapted, data.rows.train.digest)
+        require(
+            not has_other_base(checkpoint.parent.parent, config.model, base_fingerprint),
+            f"{checkpoint} was trained on other weights than model.path={config.model.path} has "
+            "now. Restore them, or choose another name=... for a new run.",
+        )
+        progress, moments = load_checkpoint(checkpoint, adapted, train_digest, held_out_digest)
     elif config.adapter.start_from is not None:
-        load_start(adapted, config.adapter, base_fingerprint)
+        load_start(adapted, config.adapter, config.model, base_fingerprint)
 
     groups = adapters.parameter_groups(adapted, config.adapter)
     optimizer = build_optimizer(groups, config.optimizer, accelerator.device)
@@ -187,7 +196,9 @@ def start_rows(
     return StartRows(sequences, batches.supervised, batches.load, language_model)
 
 
-def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -> None:
+def load_start(
+    model: nn.Module, config: AdapterConfig, base: ModelConfig, base_fingerprint: str
+) -> None:
     """Loads the weights that `adapter.start_from` names into a fresh adapter. Raises UserError if
     their digest differs, or if they were trained on another base."""
     place = f"adapter.start_from={config.start_from}"
@@ -199,17 +210,25 @@ def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -
             "new ones."
         )
     run = run_of(folder)
-    record = run / "environment.json" if run is not None else Path()
-    if record.is_file():
-        trained_on = Environment.read(record).base_fingerprint
-        if trained_on not in (None, base_fingerprint):
-            base = load_config(run / "config.yaml").model.path
-            raise UserError(
-                f"{place} was trained on other base weights than these: set model.path to its base "
-                f"({base}), or start from another adapter."
-            )
+    if run is not None and has_other_base(run, base, base_fingerprint):
+        theirs = load_config(run / "config.yaml").model.path
+        raise UserError(
+            f"{place} was trained on other base weights than these: set model.path to its base "
+            f"({theirs}), or start from another adapter."
+        )
     with errors_at(place):
         load(model, read(folder))
+
+
+def has_other_base(run: Path, base: ModelConfig, base_fingerprint: str) -> bool:
+    """Whether a run recorded other base weights than these."""
+    record = run / "environment.json"
+    if not record.is_file():
+        return False
+    dtypes = {load_config(run / "config.yaml").model.dtype, base.dtype}
+    if len(dtypes) > 1 and Dtype.float16 in dtypes:
+        return False  # float16 rounds first, and the fingerprint's bfloat16 then rounds otherwise
+    return Environment.read(record).base_fingerprint not in (None, base_fingerprint)
 
 
 # --- evaluation -----------------------------------------------------------------------------------

@@ -365,12 +365,12 @@ def test_a_checkpoints_pickle_is_not_read(tmp_path, config, tiny_llama, marker, 
     with RunFolder.open(tmp_path / "run", to_plain(config)) as folder:
         folder.save_checkpoint(model, optimizer, Progress(update=1, data_digest="digest"), keep=1)
         (checkpoint,) = folder.checkpoints()
-        load_checkpoint(checkpoint, model, "digest")
+        load_checkpoint(checkpoint, model, "digest", "held-out")
         if name == "adapter_model.bin":
             (checkpoint / "adapter_model.safetensors").unlink()
         torch.save(Payload(marker), checkpoint / name)
         with pytest.raises(ValueError, match=str(checkpoint)):
-            load_checkpoint(checkpoint, model, "digest")
+            load_checkpoint(checkpoint, model, "digest", "held-out")
     assert not marker.exists()
 
 

@@ -4,12 +4,14 @@ or are refused."""
 import copy
 import json
 import os
+import shutil
 import signal
 import threading
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_runs import (
     adapter_bytes,
     folder_of,
@@ -146,6 +148,34 @@ def test_an_interrupted_run_cannot_be_extended(tiny_config):
     with pytest.raises(UserError, match="another config: train.max_updates was") as error:
         train(config)
     assert "start_from" not in str(error.value)  # it has no result to start from
+
+
+def test_a_run_resumes_on_the_base_and_the_rows_that_it_was_begun_with(
+    tiny_config, tiny_folder, tmp_path, write_jsonl
+):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    rows = [{"prompt": f"Say {number}:", "completion": f" {number}"} for number in range(8)]
+    settings = [
+        f"model.path={base}",
+        "data=jsonl",
+        f"data.train_files=[{write_jsonl('train.jsonl', rows[:5])}]",
+        f"data.eval_files=[{write_jsonl('eval.jsonl', rows[5:])}]",
+    ]
+    config = tiny_config(*settings)
+    train_and_die_after(config, 6)
+
+    write_jsonl("eval.jsonl", rows[6:])
+    with pytest.raises(UserError, match="^the held-out rows are not those of .*checkpoints/4"):
+        train(config)
+    write_jsonl("eval.jsonl", rows[5:])
+
+    weights = load_file(base / "model.safetensors")
+    changed = weights | {"model.norm.weight": 2 * weights["model.norm.weight"]}
+    save_file(changed, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="checkpoints/4 was trained on other weights than model.pa"):
+        train(config)
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert train(config)["updates"] == 12
 
 
 def test_resume_never_starts_anew_but_does_not_overwrite_a_finished_run(tiny_config):
