@@ -69,10 +69,9 @@ def look(composed: DictConfig) -> None:
     with heavy_imports():
         from cera_train.model.folder import load_tokenizer, model_ends
         from cera_train.training.resolve import with_template_settings
-    config = replace(config, data=with_template_settings(config, config.data, None))
     tokenizer = load_tokenizer(config.model)
-    asks = bool(config.work.answers)
-    data = prepare_data(config.data, tokenizer, asks)
+    config = replace(config, data=with_template_settings(config, config.data, None))
+    data = prepare_data(config.data, tokenizer, asks=bool(config.work.answers))
     stops = stop_ids(tokenizer, model_ends(config.model))
     print_data(config.data, data, tokenizer, stops, at_length=True)
     print_command("train it", [TRAIN, *map(redact, sys.argv[1:])])

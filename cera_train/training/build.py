@@ -42,7 +42,6 @@ from cera_train.runs.records import load_config
 from cera_train.runs.results import Environment
 from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
-from cera_train.settings.evaluation import Grader
 from cera_train.settings.model import Dtype, ModelConfig
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import build_optimizer
@@ -70,7 +69,7 @@ def build_data(config: Config) -> Data:
     if asks:
         # A part of a right answer would be another answer.
         rows.train = rows.train.uncut()
-        if config.grpo.grader not in (None, Grader.text):  # any text is one
+        if config.grpo.grader is not None:
             check_right_answers(config.data, config.grpo.grader)
     together = config.data.sequences
     order = RowOrder(

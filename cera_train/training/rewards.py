@@ -11,6 +11,7 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
 from cera_train.common.user_code import user_code
 from cera_train.data.computed import Draw, Split, draws
+from cera_train.data.messages import TURNS
 from cera_train.data.prepare import ids_of
 from cera_train.data.rows import computed_row, kind_of
 from cera_train.data.segments import segmenter, segmenters
@@ -75,6 +76,11 @@ def grade(prompt: str, answer: str, right: str, grader: Grader, drawn: Mapping[s
 
 def right_answer(text: str, grader: Grader) -> str:
     """What a grader compares with. Raises UserError if it finds nothing in the row's answer."""
+    require(
+        bool(text.strip()),
+        f"grpo.grader={grader} finds no text in an answer, such as one that only calls a tool: "
+        "mark it weight: 0, or set grpo.grader=null and grade by grpo.rewards.",
+    )
     answer = find_gold(text, grader)
     if not answer:
         raise UserError(
@@ -88,6 +94,8 @@ def check_right_answers(data: DataConfig, grader: Grader) -> None:
     """Raises UserError for the first training row whose answer the grader cannot read, with its
     place."""
     for _, part in data.parts():
+        if grader == Grader.text and part.layout not in TURNS:
+            continue  # a row's answer is a text, and any text is right
         to_sequences = segmenter(part, None)
         for place, row in open_sources(part)[0].located():
             with errors_at(place):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from built_runs import build_run
 from cera_models import WARNINGS
+from conftest import TINY
 from datasets import Dataset
 from evaluated_runs import evaluate
 from made_sweeps import start
@@ -483,6 +484,45 @@ def test_evaluations_ask_as_updates_do(grpo, thinking_folder, compose, write_jso
     further = train(grpo(*words, f"adapter.start_from={start}", "name=further"))["folder"]
     asked = {sample.prompt for sample in read_lines(Path(further) / SAMPLES, Sample)}
     assert {prompt.partition("assistant")[2] for prompt in asked} == {"\n"}
+
+
+def test_an_answer_that_only_calls_a_tool_is_refused_before_the_model_is_loaded(
+    grpo, write_jsonl, monkeypatch
+):
+    call = {"function": {"name": "look", "arguments": {}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    rows = [{"messages": [{"role": "user", "content": row["prompt"]}, answer]} for row in ROWS]
+    words = (
+        f"data.train_files=[{write_jsonl('calls.jsonl', rows)}]",
+        "data.layout=messages",
+        "data.chat=auto",
+    )
+    monkeypatch.setattr("cera_train.training.build.load_model", None)
+    refused = r"^.*calls.jsonl:1: grpo.grader=text finds no text in an answer, .* a tool: mark it"
+    with pytest.raises(UserError, match=refused):
+        train(grpo(*words))
+
+
+def test_a_look_at_the_rows_asks_as_the_run_to_start_from_learned(
+    grpo, on_rows, thinking_folder, write_jsonl, run_command, capsys
+):
+    roles = {"user": "prompt", "assistant": "completion"}
+    chats = [
+        {"messages": [{"role": role, "content": row[column]} for role, column in roles.items()]}
+        for row in ROWS
+    ]
+    words = [
+        f"data.train_files=[{write_jsonl('chats.jsonl', chats)}]",
+        "data.layout=messages",
+        "data.chat=auto",
+        f"model.path={thinking_folder}",
+    ]
+    start = train(grpo(*words, "train.objective=sft", "train.max_updates=1", "name=start"))
+    asks = [*TINY, "adapter.r=4", *on_rows, *words]
+    for start_from, is_opened in (("null", True), (start["folder"], False)):
+        capsys.readouterr()
+        assert run_command("cera-train", *asks, f"adapter.start_from={start_from}", "--look") == 0
+        assert ("<think>" in capsys.readouterr().out) == is_opened
 
 
 def test_a_row_with_a_truncated_answer_is_left_out(grpo, write_jsonl, capsys):
