@@ -15,6 +15,7 @@ from pathlib import Path
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -168,11 +169,25 @@ def merge(subject: Subject, adapter: Path, weights: Weights) -> PreTrainedModel:
         base = base.float()
     model = attach(base, adapter)
     if is_adapter(model):
+        untie_adapted(base)
         try:
             model = model.merge_and_unload(safe_merge=True)
         except (NotImplementedError, ValueError, AttributeError) as error:
             raise UserError(f"to=merged: {adapter} cannot be merged: {error}") from error
     return model.to(dtype)
+
+
+def untie_adapted(base: PreTrainedModel) -> None:
+    """Gives the head a weight of its own where it shares one with the embeddings and both are
+    adapted: PEFT would merge both adapters into the one."""
+    head = base.get_output_embeddings()
+    embeddings = base.get_input_embeddings()
+    are_adapted = isinstance(head, BaseTunerLayer) and isinstance(embeddings, BaseTunerLayer)
+    if not are_adapted or head.weight is not embeddings.weight:
+        return
+    head.get_base_layer().weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+    for config in (base.config, base.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def replace_weights(folder: Path, model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, make_tiny_llama
 from evaluated_runs import evaluate, export
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel
@@ -275,6 +275,18 @@ def test_merged_is_a_plain_model_that_computes_what_its_lora_does(
         torch.testing.assert_close(logits(model), by_lora, atol=1e-4, rtol=1e-4)
     card = (folder / "export_lora" / "README.md").read_text().replace("\\", "")
     assert f"| needs | {needs} |" in card
+
+
+def test_an_adapter_of_tied_embeddings_is_merged_once(compose, trained, tokenizer, tmp_path):
+    tied = make_tiny_llama(vocab_size=len(tokenizer), tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    settings = "adapter.settings={ensure_weight_tying: true}"
+    targets = "adapter.target_modules=[q_proj,embed_tokens]"
+    folder = trained("adapter=lora", f"model.path={tmp_path}", settings, targets, name="tied")
+    export(compose(f"run={folder}", "to=merged", command="export"))  # refuses another model
+    merged = AutoModelForCausalLM.from_pretrained(folder / "export_merged")
+    assert not torch.equal(merged.lm_head.weight, tied.lm_head.weight)
 
 
 @pytest.mark.slow
