@@ -191,6 +191,8 @@ def measure_spectra(
             hook.remove()
     for moments in moments_of.values():
         moments.all.copy_(reduce(moments.all))
+        if moments.root_gram is None and moments.count:  # an expert that ran elsewhere alone
+            moments.take_weights()
     # A module that never ran has no spectrum.
     return {name: moments.spectrum() for name, moments in moments_of.items() if moments.count}
 
