@@ -194,7 +194,9 @@ def update(
         norm = torch.nn.utils.clip_grad_norm_(model.trained, config.optimizer.max_grad_norm)
         grad_norm = float(norm)
         if has_diverged(loss, grad_norm, accelerator.scaler):
-            raise_diverged(progress.update + 1, sequences, log.folder)
+            rows = f"(training rows {sequences})"
+            what = f"the loss of update {progress.update + 1} or its gradient is not finite {rows}"
+            raise_diverged(what, log.folder)
         model.optimizer.step()
         model.optimizer.zero_grad()
 
@@ -260,18 +262,21 @@ def has_diverged(loss: float, grad_norm: float, scaler: Any) -> bool:
     return not math.isfinite(loss) or not (math.isfinite(grad_norm) or is_skipped)
 
 
-def raise_diverged(update: int, sequences: list[int], folder: RunFolder) -> None:
-    """Records that training has diverged, and raises UserError."""
+class Diverged(UserError):
+    """Training has diverged: what the model is now is not saved."""
+
+
+def raise_diverged(what: str, folder: RunFolder) -> None:
+    """Records that training has diverged, and raises Diverged. `what` is not finite."""
     checkpoints = folder.checkpoints()
     kept = "There was no checkpoint yet"
     if checkpoints:
         kept = f"The last checkpoint, {checkpoints[-1]}, is kept"
     message = (
-        f"the loss of update {update} or its gradient is not finite (training rows {sequences}). "
-        f"{kept}. Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
+        f"{what}. {kept}. Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
     )
     folder.mark_diverged(message)
-    raise UserError(message)
+    raise Diverged(message)
 
 
 # --- beside the updates ---------------------------------------------------------------------------
@@ -325,8 +330,12 @@ def evaluate(
     rows = counted(len(evaluator.held_out.rows), "held-out row")
     with log.bar.doing(f"measures perplexity on {rows}"):
         losses, judged = objective.judge(evaluator.held_out.token_losses())
+        loss = losses.mean
+        was_finite = math.isfinite(progress.perplexity_before or math.inf)
+        if was_finite and not math.isfinite(loss):
+            what = f"the held-out loss after update {progress.update} is not finite"
+            raise_diverged(what, folder)
         spectra = evaluator.held_out.spectra()
-    loss = losses.mean
     is_last = timetable.ends_after(progress, progress.since_best(perplexity(loss)))
     # First, before anything is counted: a server may be unreachable.
     exams = evaluator.exams.take(progress.update, is_last, log.bar.doing)
@@ -386,6 +395,8 @@ def saved_on_error(
     reward or a row that needs too much memory."""
     try:
         yield
+    except Diverged:
+        raise
     except Exception as error:
         # Sharded weights are saved by all processes, and only a UserError is raised in all.
         can_save = isinstance(error, UserError) or not model.accelerator.is_fsdp2

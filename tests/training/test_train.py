@@ -263,6 +263,16 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_rows_and_keeps_the_check
     assert not (folder_of(config) / DIVERGED).exists()
 
 
+def test_a_held_out_loss_that_is_not_finite_ends_the_run_too(tiny_config):
+    """Such as where an evaluation follows the update that was too large."""
+    config = tiny_config("optimizer.lr=1e30", "train.eval_every=1", "train.save_every=1")
+    message = "^the held-out loss after update 1 is not finite. There was no checkpoint yet. Lower"
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    assert (folder_of(config) / DIVERGED).exists()
+    assert not list((folder_of(config) / "checkpoints").glob("*"))
+
+
 def test_a_gradient_that_no_scale_makes_finite_stops_the_run(tiny_config, monkeypatch):
     """From a scale of 4, the scaler skips updates and halves it: the gradient overflows even at a
     half."""
