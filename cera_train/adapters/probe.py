@@ -40,9 +40,11 @@ def check_effect(
     other[0, 4:] = ids[0, 4:].flip(0)
     sees_no_change = torch.ones_like(ids, dtype=torch.bool)
     sees_no_change[0, 4:] = False
+    # Over 32-bit weights autocast computes in bfloat16.
+    dtype = base.dtype if base.dtype.itemsize < 4 else torch.bfloat16
 
     def logits(rows: Tensor) -> Tensor:
-        with torch.autocast(base.device.type, base.dtype, enabled=autocast):
+        with torch.autocast(base.device.type, dtype, enabled=autocast):
             return base(input_ids=rows, use_cache=False).logits.float()
 
     def moves() -> Tensor:

@@ -70,10 +70,11 @@ def test_so_is_one_that_reads_packed_weights_as_whole_ones(tiny_folder, config, 
         ),
     ],
 )
-def test_another_passes_and_comes_back_to_its_start(config):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_another_passes_and_comes_back_to_its_start(config, autocast):
     model = build.build(make_tiny_llama().requires_grad_(False), config)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    check_effect(model, model.get_base_model(), config, autocast=False)
+    check_effect(model, model.get_base_model(), config, autocast)
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
 
