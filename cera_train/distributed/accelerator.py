@@ -56,6 +56,8 @@ def start_accelerator(
         # otherwise Accelerate joins no processes there, or picks another accelerator
         cpu=not has_gpu,
         fsdp_plugin=plugin,
+        # train.compile decides, not `accelerate config`
+        dynamo_backend="no",
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout)),
             # Buffers are not trained: they are the same everywhere.

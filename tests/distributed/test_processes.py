@@ -465,6 +465,15 @@ def test_an_accelerator_other_than_cuda_is_not_used(monkeypatch):
     assert not accelerator.ddp_handler.broadcast_buffers  # no pass waits for buffers of process 0
 
 
+def test_accelerates_own_compiler_stays_off(monkeypatch):
+    """`accelerate config` sets these variables; train.compile decides here."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    accelerator = start_accelerator(
+        ModelConfig(path="x", dtype="float32"), None, DistributedConfig()
+    )
+    assert accelerator.state.dynamo_plugin.backend == "NO"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_a_hanging_process_ends_the_run_after_the_time_limit(endless, rank):
