@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 
 from cera_train.cera.coverage import bypassed_projections
 from cera_train.common.errors import UserError
+from cera_train.common.settings import require
 from cera_train.model.folder import from_hub_or_folder, load_architecture
 from cera_train.model.lean import keep_less
 from cera_train.model.precision import choose_precision
@@ -67,6 +68,11 @@ def load_model(
     if config.quantization == Quantization.nf4:
         keep_4bit_weights(model)
     if config.gradient_checkpointing:
+        require(
+            model.supports_gradient_checkpointing,
+            f"model.gradient_checkpointing=true: {type(model).__name__} of transformers cannot "
+            "recompute activations. Leave it out, or lower train.micro_batch_tokens.",
+        )
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 

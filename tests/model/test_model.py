@@ -11,7 +11,7 @@ import torch
 import transformers
 from conftest import needs_smollm2
 from oracles import assert_nf4_gradients_are_right
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, OpenAIGPTConfig
 
 from cera_train.adapters.build import parameter_counts
 from cera_train.common.errors import UserError
@@ -41,6 +41,14 @@ def test_base_weights_are_frozen_and_loaded_as_the_config_asks(
         attention,
         recomputes,
     )
+
+
+def test_a_model_that_cannot_recompute_activations_is_refused(tmp_path, tokenizer):
+    config = OpenAIGPTConfig(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1)
+    transformers.OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path)
+    asked = ModelConfig(path=str(tmp_path), gradient_checkpointing=True)
+    with pytest.raises(UserError, match=r"^model.gradient_checkpointing=true: OpenAIGPTLMHeadMo"):
+        load_model(asked, CPU)
 
 
 @pytest.mark.parametrize("says_it_has_sdpa", [True, False])
