@@ -14,10 +14,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cera_train.adapters.families import family
+from cera_train.adapters.families.base import replaces_base
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.files import finite, read_json, read_yaml, write_text
 from cera_train.common.settings import AUTO, Changes, changes_of, flatten, map_values, to_plain
 from cera_train.common.trust import redact_tree
+from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.run import Config
 
 RESTORE = "Restore it, or leave its folder out."
@@ -171,10 +174,24 @@ def another_config(folder: Path, different: Mapping[str, str]) -> UserError:
     fix = "Set these back, or choose another name=..."
     is_finished = (folder / "result.json").is_file()
     if is_finished and different.keys() <= set(LENGTH):
-        fix += f" For more updates, start a new run from it: adapter.start_from={folder} name=NEW."
+        adapter = load_config(folder / "config.yaml").adapter
+        if (start := start_of_longer(adapter, folder)) is not None:
+            fix += f" For more updates, start a new run from it: {start} name=NEW."
     return UserError(
         f"{folder} holds a run with another config: {'; '.join(different.values())}. {fix}"
     )
+
+
+def start_of_longer(adapter: AdapterConfig, folder: Path) -> str | None:
+    """The setting by which another run starts from a finished one; None where its adapter has
+    none."""
+    kind = family(adapter.kind)
+    if kind.trains_base:
+        return f"model.path={folder}/adapter"
+    takes_start = "start_from" in kind.uses
+    if takes_start and not replaces_base(adapter.settings.get("init_lora_weights")):
+        return f"adapter.start_from={folder}"
+    return None
 
 
 @functools.cache
