@@ -89,7 +89,8 @@ def starts_anew(config: Config, folder: Path) -> bool:
 
 def has_saved(folder: Path) -> bool:
     """Whether a run has left a checkpoint or a result."""
-    has_checkpoint = any((folder / "checkpoints").glob("*"))
+    # Others begin with a dot: a kill cut their writing.
+    has_checkpoint = any((folder / "checkpoints").glob("[0-9]*"))
     return has_checkpoint or (folder / "result.json").is_file()
 
 
