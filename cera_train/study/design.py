@@ -25,7 +25,7 @@ from cera_train.evaluation.tasks.task import describe_trained_on, load_problems,
 from cera_train.settings.adapters import HALF_LINEAR_GATES, Activation, AdapterKind, Mix
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
-from cera_train.study.cells import ARM, BASE, SEED, Cell, Study
+from cera_train.study.cells import ARM, BASE, SEED, Cell, Replicate, Study
 from cera_train.study.imported import import_run, is_imported
 from cera_train.sweep.folder import RECORD, SweepRecord, job_status, key_of
 from cera_train.sweep.grid import (
@@ -109,14 +109,17 @@ def check_cells(config: DictConfig, study: Study, compose: ComposeJob) -> None:
     require(
         not seeds, f"{', '.join(seeds)}: a study has the seeds from 0: study.seeds=N. Leave it out."
     )
-    for condition, cells in study.by_condition.items():
+    for (condition, cells), base in itertools.product(study.by_condition.items(), study.bases):
         trained = {arm: cell for arm, cell in cells.items() if not cell.is_imported}
         if not trained:
             continue
-        runs = {arm: compose(cell.grid[0].overrides) for arm, cell in trained.items()}
-        place = f" ({condition})" if condition else ""
+        first = Replicate(base, 0)
+        runs = {arm: compose(cell.overrides(cell.grid[0], first)) for arm, cell in trained.items()}
+        where = ", ".join(filter(None, (condition, base)))
+        place = f" ({where})" if where else ""
         check_arms(study.config, place, runs)
-        if cells.keys() == study.config.arms.keys() and (arms := without_control(runs)):
+        has_all_arms = cells.keys() == study.config.arms.keys()
+        if has_all_arms and base == study.bases[0] and (arms := without_control(runs)):
             print_line(
                 "control",
                 f"{', '.join(arms)}{place}: no arm has the gate's linear part alone, at half the "
@@ -129,8 +132,8 @@ def check_arms(study: StudyConfig, place: str, runs: dict[str, Config]) -> None:
     are alike, that break the claim of equal budgets, or that lack an outcome.
 
     Args:
-        place: the condition, for messages.
-        runs: arm -> its config under it.
+        place: the condition and the base, for messages.
+        runs: arm -> its config there.
     """
     # The baseline may run elsewhere: a command may choose some of the arms.
     reference = study.baseline if study.baseline in runs else next(iter(runs))

@@ -87,6 +87,23 @@ def test_a_section_that_could_not_answer_is_refused(study_section, changes, mess
             r"study.equal=parameters \(adapter.r=4\): b has [\d,]+ trainable parameters, and lora "
             r"[\d,]+. Change an arm",
         ),
+        (
+            dict(
+                arms=TWO
+                | {
+                    "b": [
+                        "adapter=lora",
+                        "adapter.settings={rank_pattern: {q_proj: 2, v_proj|o_proj: 7}}",
+                    ]
+                },
+                bases={
+                    "narrow": ["adapter.target_modules=[q_proj,v_proj]"],
+                    "wide": ["adapter.target_modules=[q_proj,v_proj,o_proj]"],
+                },
+            ),
+            [],
+            r"study.equal=parameters \(adapter.r=4, wide\): b has [\d,]+ trainable parameters",
+        ),
         (dict(arms=TWO | {"b": ["adapter=dora"]}, equal="none"), [], None),
         (
             dict(),
