@@ -201,8 +201,8 @@ class Dpo:
     ) -> dict[str, numpy.ndarray]:
         if self.accelerator.is_main_process:
             announce("reference", "log p of every answer, once")
-        adapter_off = self.language_model.model.disable_adapter
-        with adapter_off() if is_base else contextlib.nullcontext():
+        model = self.language_model.model  # full fine-tuning has no adapter
+        with model.disable_adapter() if is_base else contextlib.nullcontext():
             return {name: self._log_p(batches) for name, batches in splits.items()}
 
     def _log_p(self, batches: MicroBatches) -> numpy.ndarray:
