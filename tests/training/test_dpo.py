@@ -322,9 +322,14 @@ def test_answers_to_different_prompts_are_no_preference(dpo, write_jsonl):
 def test_the_rows_have_to_fit_the_objective(dpo, write_jsonl):
     with pytest.raises(
         UserError,
-        match="train.objective=sft: preferences.jsonl holds preferences: set train.objective",
+        match="train.objective=sft: preferences.jsonl holds preferences: set train.objective=dpo, ",
     ):
         train(dpo("train.objective=sft"))
+    messages = [{"prompt": [ASKED], "chosen": [YES], "rejected": [NO]}] * 9
+    file = write_jsonl("messages.jsonl", messages)
+    # No setting reads the chosen ones alone.
+    with pytest.raises(UserError, match=r"holds preferences: set train.objective=dpo\.$"):
+        train(dpo("train.objective=sft", f"data.train_files=[{file}]"))
     rows = write_jsonl("plain.jsonl", [{"prompt": "a", "completion": "b"}] * 9)
     with pytest.raises(
         UserError,
