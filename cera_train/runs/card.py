@@ -1,7 +1,6 @@
 """The model card of an adapter with its evaluations, and the upload of both to the Hub."""
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,13 @@ from cera_train.data.chats import may_use_template
 from cera_train.data.templates import DATE, WITHOUT
 from cera_train.runs.evaluation_folder import AccuracyResult, find_evaluation_result
 from cera_train.runs.records import load_config
-from cera_train.runs.results import RunResult, describe_rank, describe_tasks, figure
+from cera_train.runs.results import (
+    Environment,
+    RunResult,
+    describe_rank,
+    describe_tasks,
+    figure,
+)
 from cera_train.runs.subject import digest_of
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig
@@ -279,7 +284,7 @@ def push(config: Config) -> None:
         )
         print_line("hub", str(repository))
     except Exception as error:
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        command = Environment(command=sys.argv).command_line
         raise UserError(
             f"hub.push={config.hub.push} failed ({error}). The run is finished; to upload it: "
             f"{command}"

@@ -214,12 +214,13 @@ def hub(monkeypatch):
 
 
 def test_the_adapter_and_its_card_reach_the_hub_even_at_the_second_try(
-    hub, tiny_config, tiny_folder, capsys
+    hub, tiny_config, tiny_folder, capsys, monkeypatch
 ):
     facts = (f"model.facts.of={tiny_folder}", "model.facts.hub_id=an/id")
     config = tiny_config("hub.push=me/mine", "train.max_updates=1", *facts)
     hub.refuses = True
-    failure = r"hub.push=me/mine failed \(.*The run is finished; to upload it: "
+    monkeypatch.setattr(sys, "argv", ["/here/cera_train/__main__.py", "hub.push=me/mine"])
+    failure = r"failed \(.*to upload it: python -m cera_train hub.push=me/mine$"
     with pytest.raises(UserError, match=failure):
         launch(config)
     hub.refuses = False
