@@ -22,6 +22,7 @@ from cera_train.common.terminal import (
     print_line,
     time_left,
 )
+from cera_train.data.prepare import prepare_evaluation
 from cera_train.distributed.accelerator import (
     forget_earlier_runs,
     let_segments_grow,
@@ -54,9 +55,10 @@ from cera_train.runs.evaluation_folder import (
     ending_shares,
     find_evaluation_result,
 )
-from cera_train.runs.results import RunResult, describe_rank
-from cera_train.runs.subject import digest_of, digest_of_file
+from cera_train.runs.results import Environment, RunResult, describe_rank
+from cera_train.runs.subject import Subject, digest_of, digest_of_file
 from cera_train.settings.distributed import DistributedConfig
+from cera_train.settings.evaluation import EvalConfig
 
 
 def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
@@ -109,6 +111,8 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
         if is_main:
             folder.write_config(config)
             print_line("evaluate", f"{subject}, on {config.task.name}, {computes}")
+            if takes_rows_of_run(config) and (changed := describe_changed_rows(subject)):
+                print_line("rows", changed)
         accelerator.wait_for_everyone()
         evaluation = replace(evaluation, config=config, subject=subject)
         if isinstance(evaluation.task, AnswerTask):
@@ -135,6 +139,28 @@ def start_llama_cpp(evaluation: ResolvedEvaluation) -> LlamaCpp:
     requests = requests_for(evaluation.problems, 1, tokenizer, room, None)
     longest = max(len(request.prompt_ids) for request in requests)
     return LlamaCpp(Path(evaluation.config.gguf), tokenizer, longest + room, model_ends(model))
+
+
+def takes_rows_of_run(config: EvalConfig) -> bool:
+    """Whether a task measures the rows that the run held out."""
+    task = config.task
+    is_of_others = config.data is not None or bool(task.files) or task.window is not None
+    return task.kind == "held_out" or (task.kind == "perplexity" and not is_of_others)
+
+
+def describe_changed_rows(subject: Subject) -> str:
+    """That the rows which the run held out are others now; empty where they are the same, or where
+    that is not on record."""
+    environment = Environment.find(subject.folder / "environment.json") or Environment()
+    if subject.data is None or subject.data.is_paired or environment.held_out is None:
+        return ""
+    rows = prepare_evaluation(subject.data, load_tokenizer(subject.model), asks=subject.asks)
+    if rows.digest == environment.held_out:
+        return ""
+    return (
+        "those held out now are not those of the training, since a data file, the tokenizer or a "
+        "library has changed: the run may have trained on some of them"
+    )
 
 
 # --- accuracy -------------------------------------------------------------------------------------
