@@ -106,7 +106,7 @@ def test_an_answer_is_the_one_that_an_evaluation_gives(
 
 
 def test_stdin_is_a_question_a_seed_an_answer_and_two_models_answer_one_below_the_other(
-    compose, run, tiny_folder, capsys, monkeypatch
+    compose, run, tiny_folder, capsys, monkeypatch, write_jsonl
 ):
     def answer(*settings: str) -> str:
         chat(compose(f"run={run}", "max_new_tokens=8", *settings, command="chat"))
@@ -118,8 +118,11 @@ def test_stdin_is_a_question_a_seed_an_answer_and_two_models_answer_one_below_th
     )
     assert first == again != other
     both = answer("compare=base", "prompt=a").splitlines()
-    names = [line for line in both if line.startswith("[")]
-    assert names == [f"[{run}/adapter, {tiny_folder}]", f"[the untouched model, {tiny_folder}]"]
+    names = [f"[{run}/adapter, {tiny_folder}]", f"[the untouched model, {tiny_folder}]"]
+    assert [line for line in both if line.startswith("[")] == names
+    rows = write_jsonl("rows.jsonl", [{"prompt": "How many?"}])  # by the columns of the run
+    both = answer("compare=base", f"prompts={rows}").splitlines()
+    assert [line for line in both if line.startswith("[")] == names
     monkeypatch.setattr(sys, "stdin", io.StringIO("How many?\n"))
     assert answer() == answer("prompt=How many?") != ""
 
