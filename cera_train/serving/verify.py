@@ -194,7 +194,7 @@ def load_form(folder: Path, model: ModelConfig, device: torch.device) -> LoadedM
     load = partial(AutoModelForCausalLM.from_pretrained, device_map={"": device})
     cannot = ("it cannot be loaded", "Export it anew.")
     with user_code(*cannot):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     if (folder / ADAPTER_CONFIG).is_file():
         saved = check_saved(folder)
         base_path = saved.get("base_model_name_or_path")

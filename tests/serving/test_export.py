@@ -1,8 +1,10 @@
 """`cera-export`: the nearest LoRA, what it loses, and that plain PEFT and transformers take it."""
 
+import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +26,7 @@ from cera_train.model.batches import flat_batch
 from cera_train.runs.records import load_config
 from cera_train.runs.subject import find_subject
 from cera_train.serving.export import fit
-from cera_train.serving.verify import compare_models
+from cera_train.serving.verify import compare_models, load_form
 from cera_train.training.train import train
 
 IDS = torch.arange(3, 23)[None]
@@ -56,6 +58,21 @@ def trained(compose, tiny_folder, tmp_path_factory):
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits
+
+
+def test_the_code_of_a_tokenizer_is_trusted_where_that_of_its_model_is(trained):
+    run = trained("train.max_updates=1", name="coded")
+    file = run / "adapter" / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    (run / "adapter" / "own.py").write_text(
+        "import transformers\n\n\nclass Own(transformers.PreTrainedTokenizerFast):\n    pass\n"
+    )
+    model = replace(load_config(run / "config.yaml").model, trust_remote_code=True)
+    form = load_form(run / "adapter", model, torch.device("cpu"))
+    assert type(form.tokenizer).__name__ == "Own"
+    with pytest.raises(UserError, match="it cannot be loaded"):
+        load_form(run / "adapter", replace(model, trust_remote_code=False), torch.device("cpu"))
 
 
 def test_the_map_is_the_least_squares_solution():
