@@ -149,9 +149,7 @@ def check_objective(objective: ObjectiveKind, data: DataConfig) -> None:
     else:
         fix = "set train.objective=dpo"
         if data.layout == Layout.text:  # lists of messages are no texts
-            fix += (
-                ", or for the chosen answers $'data.prompt={prompt}' $'data.completion={chosen}'"
-            )
+            fix += ", or for the chosen answers $'data.prompt={prompt}' $'data.completion={chosen}'"
         require(not data.is_paired, f"{place}: {data.title} holds preferences: {fix}.")
     if objective == ObjectiveKind.grpo:
         have_prompts = all(has_prompts(part) for part in parts)
