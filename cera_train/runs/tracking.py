@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import secrets
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -191,12 +192,19 @@ def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
                 wandb.teardown()  # otherwise W&B's service refuses a second run with the same id
                 self.run = wandb.init(project=self.run_name, mode="offline", **self.init_kwargs)
             if self.run.offline:
+                parts = offline_parts(Path(self.run.settings.sync_dir))
                 print_line(
                     "wandb",
-                    f"recorded offline; to upload it: wandb sync {self.run.settings.sync_dir}",
+                    f"recorded offline; to upload it: wandb sync {shlex.join(map(str, parts))}",
                 )
 
     return OnlineOrOffline(project, **arguments)
+
+
+def offline_parts(folder: Path) -> list[Path]:
+    """The folders of a run that W&B records offline in this one: a resumed run has several."""
+    run_id = folder.name.rpartition("-")[2]
+    return sorted(folder.parent.glob(f"offline-run-*-{run_id}"))
 
 
 def read_ids(folder: Path) -> dict[str, str]:

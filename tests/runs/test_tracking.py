@@ -114,6 +114,14 @@ def test_a_resumed_run_continues_under_the_same_id(compose, tmp_path):
     )
 
 
+def test_a_run_that_resumed_offline_is_uploaded_as_a_whole(tmp_path):
+    names = ["offline-run-20260101_000000-a", "offline-run-20260102_000000-a"]
+    folders = [tmp_path / name for name in names]
+    for folder in (*folders, tmp_path / "offline-run-20260101_000000-b"):
+        folder.mkdir()
+    assert tracking.offline_parts(folders[1]) == folders
+
+
 @pytest.mark.slow
 def test_wandb_without_a_key_is_offline_with_metrics_and_samples(tiny_config, tmp_path):
     """In a separate process: W&B starts a service that outlives a test."""
