@@ -43,6 +43,10 @@ def refuses(message: str):
             "adapter.experts=true adapter.target_parameters=[x]",
             "adapter.experts=true adapts all experts: leave out",
         ),
+        (
+            "adapter=cera_anneal adapter.settings={init_lora_weights:pissa}",
+            "adapter.settings.init_lora_weights: adapter.kind=anneal draws A itself, .* Leave it",
+        ),
     ],
 )
 def test_a_setting_that_the_kind_ignores_is_refused(compose, overrides, message):

@@ -34,6 +34,11 @@ class Anneal(Lora):
             f"adapter.activation={config.activation}: only gates z / 2 + an even term are annealed "
             f"to z / 2: choose one of {', '.join(HALF_LINEAR_GATES)}.",
         )
+        require(
+            "init_lora_weights" not in config.settings,
+            "adapter.settings.init_lora_weights: adapter.kind=anneal draws A itself, as CeRA does. "
+            "Leave it out.",
+        )
 
     def variants(self, config: AdapterConfig) -> list[str]:
         return [f"annealed until {config.anneal:.0%}"]
