@@ -57,6 +57,7 @@ from cera_train.runs.evaluation_folder import (
 )
 from cera_train.runs.results import Environment, RunResult, describe_rank
 from cera_train.runs.subject import Subject, digest_of, digest_of_file
+from cera_train.settings.data import TrainedRows
 from cera_train.settings.distributed import DistributedConfig
 from cera_train.settings.evaluation import EvalConfig
 
@@ -152,9 +153,10 @@ def describe_changed_rows(subject: Subject) -> str:
     """That the rows which the run held out are others now; empty where they are the same, or where
     that is not on record."""
     environment = Environment.find(subject.folder / "environment.json") or Environment()
-    if subject.data is None or subject.data.is_paired or environment.held_out is None:
+    data, asks = subject.trained
+    if data is None or data.is_paired or environment.held_out is None:
         return ""
-    rows = prepare_evaluation(subject.data, load_tokenizer(subject.model), asks=subject.asks)
+    rows = prepare_evaluation(data, load_tokenizer(subject.model), asks=asks)
     if rows.digest == environment.held_out:
         return ""
     return (
@@ -328,7 +330,7 @@ def measure_perplexity(
     is on record."""
     config = evaluation.config
     subject = evaluation.subject
-    trained = replace(subject.trained, data=config.data or subject.trained.data)
+    trained = TrainedRows(config.data or subject.trained.data, subject.trained.asks)
     rows = evaluation.task.rows(trained, subject.model, load_tokenizer(subject.model))
     if (before := find_evaluation_result(folder.path)) is not None:
         require(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cera_train.common.errors import errors_at
 from cera_train.common.settings import MISSING, require, require_positive, section, setting
@@ -392,8 +392,7 @@ class DataConfig:
         )
 
 
-@dataclass(frozen=True)
-class TrainedRows:
+class TrainedRows(NamedTuple):
     """The rows that a model was trained on, and how they asked it."""
 
     data: DataConfig | None = None

@@ -116,8 +116,8 @@ MISTAKES = [
     ("cera-train model.path=./no", "model.path=./no: ", "folder does not exist"),
     (
         "cera-eval run=base task=gsm8k",
-        "run=base needs model.path=FOLDER, or model=NAME",
-        "model=smollm2_135m_pypi",
+        "run=base needs model.path=FOLDER, model=NAME",
+        "or like=RUN",
     ),
     ("cera-train model.path=/proc/version", "it is a file", "Set model.path to a folder"),
     (

@@ -317,7 +317,7 @@ def test_a_damaged_checkpoint_is_loaded_or_refused(checkpoint, name, data):
         broken = broken | changed(json.loads(valid)).map(lambda tree: json.dumps(tree).encode())
     path.write_bytes(data.draw(broken))
     try:
-        loaded = result_or_value_error(load_checkpoint, folder, model, "digest")
+        loaded = result_or_value_error(load_checkpoint, folder, model, "digest", "held-out")
     finally:
         path.write_bytes(valid)
     assert loaded is None or (isinstance(loaded[0], Progress) and isinstance(loaded[0].update, int))
