@@ -178,7 +178,8 @@ FUNCTIONS = {"ShortAttention": "attention", "FrozenHeadCrossEntropy": "head and 
 def profile(words: Sequence[str], updates: int) -> Counter[str]:
     """CPU seconds of an update, by part. A backward operation belongs to the part of its forward
     operation, which autograd's sequence number names."""
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    profiler = torch.profiler.profile(activities=activities, acc_events=True)  # else 2.11 warns
     done = 0
 
     def around_update(update: Callable, args: tuple) -> Any:
