@@ -136,19 +136,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     if config.train.check_coverage and not (is_ours or accelerator.is_fsdp2):
         check_effect(adapted, base, config.adapter, has_autocast)
     trainable_count, total_count = adapters.parameter_counts(adapted)
-    train_digest = data.rows.train.digest
-    held_out_digest = data.rows.evaluation.digest
-    progress = Progress(data_digest=train_digest, held_out_digest=held_out_digest)
-    moments = None
-    if checkpoint is not None:
-        require(
-            not has_other_base(checkpoint.parent.parent, config.model, base_fingerprint),
-            f"{checkpoint} was trained on other weights than model.path={config.model.path} has "
-            "now. Restore them, or choose another name=... for a new run.",
-        )
-        progress, moments = load_checkpoint(checkpoint, adapted, train_digest, held_out_digest)
-    elif config.adapter.start_from is not None:
-        load_start(adapted, config.adapter, config.model, base_fingerprint)
+    progress, moments = begin(adapted, config, data.rows, checkpoint, base_fingerprint)
 
     groups = adapters.parameter_groups(adapted, config.adapter)
     optimizer = build_optimizer(groups, config.optimizer, accelerator.device)
@@ -193,6 +181,34 @@ def start_rows(
     )
     sequences = list(itertools.islice(order, config.adapter.start_rows))
     return StartRows(sequences, batches.supervised, batches.load, language_model)
+
+
+def begin(
+    adapted: nn.Module,
+    config: Config,
+    rows: TokenizedData,
+    checkpoint: Path | None,
+    base_fingerprint: str,
+) -> tuple[Progress, dict[str, Any] | None]:
+    """Loads the weights of a checkpoint, or of an adapter to start from, into a fresh adapter.
+
+    Returns:
+        How far the run is, and the optimizer's state; None where it begins.
+
+    Raises:
+        UserError: the weights belong to another base, adapter or rows.
+    """
+    digests = (rows.train.digest, rows.evaluation.digest)
+    if checkpoint is not None:
+        require(
+            not has_other_base(checkpoint.parent.parent, config.model, base_fingerprint),
+            f"{checkpoint} was trained on other weights than model.path={config.model.path} has "
+            "now. Restore them, or choose another name=... for a new run.",
+        )
+        return load_checkpoint(checkpoint, adapted, *digests)
+    if config.adapter.start_from is not None:
+        load_start(adapted, config.adapter, config.model, base_fingerprint)
+    return Progress(data_digest=digests[0], held_out_digest=digests[1]), None
 
 
 def load_start(
