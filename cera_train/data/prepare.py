@@ -304,33 +304,7 @@ def _tokenize(
     """The rows of a source, from the cache or written to it; of preferences, both answers or only
     the chosen ones."""
     sides = segmenters(config, tokenizer, asks)[: 1 if chosen_only else None]
-    changing = {
-        key
-        for key, field in fields_of(DataConfig).items()
-        if field.metadata["changes"] == Changes.tokens
-    }
-    settings = {
-        key: value for key, value in to_plain(config).items() if key in changing - {"rejected"}
-    }
-    settings |= {"rejected": config.rejected} if len(sides) > 1 else {}
-    if config.layout in TURNS and config.loss_on == LossOn.all:
-        settings["left_out"] = True  # earlier versions trained on answers of weight 0
-    if asks:
-        # "each": earlier versions asked a plain chat for its first answer alone.
-        is_plain_chat = config.layout in TURNS and not uses_template(config, tokenizer)
-        settings["asks"] = "each" if is_plain_chat else True
-    # The first call removes truncation and padding, which tokenizer.json may hold.
-    ids_of("", tokenizer)
-    vocabulary = (
-        tokenizer.backend_tokenizer.to_str()
-        if tokenizer.is_fast
-        else [*tokenizer.get_vocab().items()]
-    )
-    template = tokenizer.chat_template
-    special = tokenizer.special_tokens_map
-    digest = digest_of_parts(
-        CACHE_VERSION, settings, vocabulary, template, special, source.fingerprint
-    )
+    digest = digest_of_tokens(source, config, tokenizer, len(sides), asks)
 
     def write(folder: Path) -> None:
         rows = iter(source.located())
@@ -367,6 +341,44 @@ def _tokenize(
             "answers, raise data.max_length, or hold out fewer by data.eval_rows."
         )
     return rows
+
+
+def digest_of_tokens(
+    source: Source, config: DataConfig, tokenizer: Any, sides: int, asks: bool
+) -> str:
+    """The digest of all that the tokens of a source follow from.
+
+    Args:
+        sides: answers of each row.
+        asks: as of `chats.chat_exchanges`.
+    """
+    changing = {
+        key
+        for key, field in fields_of(DataConfig).items()
+        if field.metadata["changes"] == Changes.tokens
+    }
+    settings = {
+        key: value for key, value in to_plain(config).items() if key in changing - {"rejected"}
+    }
+    settings |= {"rejected": config.rejected} if sides > 1 else {}
+    if config.layout in TURNS and config.loss_on == LossOn.all:
+        settings["left_out"] = True  # earlier versions trained on answers of weight 0
+    if asks:
+        # "each": earlier versions asked a plain chat for its first answer alone.
+        is_plain_chat = config.layout in TURNS and not uses_template(config, tokenizer)
+        settings["asks"] = "each" if is_plain_chat else True
+    # The first call removes truncation and padding, which tokenizer.json may hold.
+    ids_of("", tokenizer)
+    vocabulary = (
+        tokenizer.backend_tokenizer.to_str()
+        if tokenizer.is_fast
+        else [*tokenizer.get_vocab().items()]
+    )
+    template = tokenizer.chat_template
+    special = tokenizer.special_tokens_map
+    return digest_of_parts(
+        CACHE_VERSION, settings, vocabulary, template, special, source.fingerprint
+    )
 
 
 def encode(
