@@ -136,7 +136,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     if config.train.check_coverage and not (is_ours or accelerator.is_fsdp2):
         check_effect(adapted, base, config.adapter, has_autocast)
     trainable_count, total_count = adapters.parameter_counts(adapted)
-    progress, moments = begin(adapted, config, data.rows, checkpoint, base_fingerprint)
+    progress, moments = load_weights(adapted, config, data.rows, checkpoint, base_fingerprint)
 
     groups = adapters.parameter_groups(adapted, config.adapter)
     optimizer = build_optimizer(groups, config.optimizer, accelerator.device)
@@ -183,7 +183,7 @@ def start_rows(
     return StartRows(sequences, batches.supervised, batches.load, language_model)
 
 
-def begin(
+def load_weights(
     adapted: nn.Module,
     config: Config,
     rows: TokenizedData,
