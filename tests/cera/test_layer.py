@@ -14,7 +14,10 @@ from cera_train.cera import CeraConfig, CeraLinear, for_inference
 from cera_train.cera.branch import seeded_dropout
 from cera_train.cera.packed import PackedLinear, can_pack
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings(
+    "error",
+    "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",  # torch's
+)
 
 GATES = {"silu": silu, "relu": relu, "gelu": gelu, "tanh": torch.tanh, "identity": lambda z: z}
 

@@ -14,6 +14,8 @@ WARNINGS = pytest.mark.filterwarnings(
     "ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning",
     # PEFT's, when it saves a model that was created in memory and has no name
     "ignore:Could not find a config file in:UserWarning",
+    # torch's, of a version of Python
+    "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",
     # torch's, when PEFT loads with low_cpu_mem_usage
     "ignore:for .* copying from a non-meta parameter:UserWarning",
 )
