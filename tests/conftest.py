@@ -250,7 +250,7 @@ def plan(compose):
     """plan("+recipe=math_r64", ...) -> RunPlan"""
     from cera_train.planning.make import make_plan
 
-    return lambda *overrides: make_plan(compose(*overrides, command="plan"))
+    return lambda *overrides, **asked: make_plan(compose(*overrides, command="plan"), **asked)
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def main() -> None:
             check_read(config, overrides)
             check_inputs(config, Path(config.output_dir) / config.name)
         announce_imports()
-        planned = make_plan(config)
+        planned = make_plan(config, is_alone=is_single)
         if is_single:
             print_plan(planned)
         else:

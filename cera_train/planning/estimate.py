@@ -25,11 +25,12 @@ CPU_MFU = 0.45
 reached with CeRA (with LoRA 0.38: its dropout runs over the whole input of a projection)."""
 
 
-def estimate(config: PlanRun, data: DataSize, problems: dict[str, int]) -> RunPlan:
+def estimate(config: PlanRun, data: DataSize, problems: dict[str, int], is_alone: bool) -> RunPlan:
     """The plan of a run on data of this size. Raises UserError where it cannot be planned.
 
     Args:
         problems: those of each of `train.tasks`.
+        is_alone: as of `make.make_plan`.
     """
     on_gpu = config.plan.on_gpu
     if config.model.dtype == Dtype.auto:  # every GPU here multiplies bf16
@@ -52,7 +53,7 @@ def estimate(config: PlanRun, data: DataSize, problems: dict[str, int]) -> RunPl
     # Rows of this run may be too few or too short to fill a micro-batch.
     full = filled(largest, config.train.micro_batch_tokens)
     full_peak = None
-    if full != largest:
+    if is_alone and full != largest:
         full_cost = run.cost(full, accumulates=True)
         full_memory = memory_by_part(run, full_cost.peak)
         full_peak = max(sum(full_memory.values()), evaluation_peak(full_memory, full_cost))

@@ -17,13 +17,17 @@ PLANS: dict[str, RunPlan] = {}
 plan."""
 
 
-def make_plan(config: PlanRun) -> RunPlan:
-    """Plans a run. Raises UserError where it cannot be planned."""
+def make_plan(config: PlanRun, is_alone: bool = False) -> RunPlan:
+    """Plans a run. Raises UserError where it cannot be planned.
+
+    Args:
+        is_alone: also plans a full micro-batch, by a second dry run.
+    """
     train = replace(config.train, seed=0)
     sections = [config.model, config.adapter, config.data, train, config.work]
-    key = repr([*sections, config.optimizer.kind, config.distributed, config.plan])
+    key = repr([*sections, config.optimizer.kind, config.distributed, config.plan, is_alone])
     if key not in PLANS:
-        PLANS[key] = _plan(config)
+        PLANS[key] = _plan(config, is_alone)
     return replace(PLANS[key], config=replace(config, model=PLANS[key].config.model))
 
 
@@ -41,7 +45,7 @@ def tokenizer_at_hand(config: PlanRun) -> Any:
     return load_tokenizer(config.model)
 
 
-def _plan(config: PlanRun) -> RunPlan:
+def _plan(config: PlanRun, is_alone: bool) -> RunPlan:
     require(
         config.plan.on_gpu or config.plan.gpus == 1,
         f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes "
@@ -53,4 +57,4 @@ def _plan(config: PlanRun) -> RunPlan:
     with heavy_imports():
         from cera_train.planning.estimate import estimate
 
-    return estimate(config, data, problems)
+    return estimate(config, data, problems, is_alone)

@@ -65,7 +65,8 @@ class RunPlan:
     memory: dict[str, float]  # bytes of one process by part, at the peak of an update
     evaluation_memory: float  # bytes of one process at the peak of an evaluation
     full_peak: float | None
-    """Bytes of one process where rows fill `train.micro_batch_tokens`; None where they do."""
+    """Bytes of one process where rows fill `train.micro_batch_tokens`; None where they do, and for
+    one plan of several."""
     flops: dict[str, float]  # floating-point operations of the run by part
 
     @property

@@ -27,7 +27,7 @@ QUICK = "+recipe=logistic_map"
 def tiny_plan(plan, tiny_folder):
     """tiny_plan("adapter.r=8", ...) -> RunPlan of the logistic map with a two-layer Llama."""
     tiny = [QUICK, f"model.path={tiny_folder}", "data.max_length=256", "adapter.r=4"]
-    return lambda *overrides: plan(*tiny, *overrides)
+    return lambda *overrides, **asked: plan(*tiny, *overrides, **asked)
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +294,10 @@ def test_a_plan_that_is_too_large_names_settings_that_are_not_set(math_plan, cap
 
 def test_rows_that_fill_no_micro_batch_are_planned_beside_a_full_one(tiny_plan, capsys):
     settings = ["train.micro_batch_tokens=2304", "plan.gpu=rtx4090"]
-    few, many = (tiny_plan(*settings, f"train.batch_size={rows}") for rows in (8, 64))
+    few, many = (
+        tiny_plan(*settings, f"train.batch_size={rows}", is_alone=True) for rows in (8, 64)
+    )
+    assert tiny_plan(*settings, "train.batch_size=8").full_peak is None
     assert few.peak < many.peak == pytest.approx(few.full_peak, rel=0.001)
     assert many.full_peak is None
     print_plan(few)
