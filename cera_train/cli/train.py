@@ -71,7 +71,7 @@ def look(composed: DictConfig) -> None:
         from cera_train.training.resolve import with_template_settings
     tokenizer = load_tokenizer(config.model)
     config = replace(config, data=with_template_settings(config, config.data, None))
-    data = prepare_data(config.data, tokenizer, asks=bool(config.work.answers))
+    data = prepare_data(config.data, tokenizer, config.asks)
     stops = stop_ids(tokenizer, model_ends(config.model))
     print_data(config.data, data, tokenizer, stops, at_length=True)
     print_command("train it", [TRAIN, *map(redact, sys.argv[1:])])

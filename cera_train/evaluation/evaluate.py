@@ -195,7 +195,7 @@ def answer_and_grade(
     missing = {key for key in keys if key not in answers}
     grades = {}
     if missing:
-        data = subject.adapter and subject.trained.data
+        data = subject.trained.data if subject.adapter else None
         if is_main and data and (shared := describe_trained_on(problems, data)):
             print_line("shared", shared)
         engine = engine or load_subject(subject, accelerator.device)

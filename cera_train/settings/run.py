@@ -125,8 +125,13 @@ class Config:
         return work
 
     @property
+    def asks(self) -> bool:
+        """Whether prompts are those of inference, for the model's own answers."""
+        return bool(self.work.answers)
+
+    @property
     def trained_rows(self) -> TrainedRows:
-        return TrainedRows(self.data, asks=bool(self.work.answers))
+        return TrainedRows(self.data, self.asks)
 
     @property
     def sequences(self) -> int:

@@ -64,9 +64,8 @@ def build_data(config: Config) -> Data:
     """Reads and tokenises the rows, before there is a process group with its time limit."""
     tokenizer = load_tokenizer(config.model)
     check_length(config.model, config.data.max_length, "data.max_length")
-    asks = bool(config.work.answers)
-    rows = prepare_data(config.data, tokenizer, asks)
-    if asks:
+    rows = prepare_data(config.data, tokenizer, config.asks)
+    if config.asks:
         # A part of a right answer would be another answer.
         rows.train = rows.train.uncut()
         if config.grpo.grader is not None:

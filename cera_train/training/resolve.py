@@ -139,9 +139,8 @@ def with_template_settings(
     has_chats = any(may_use_template(part) for _, part in data.parts())
     if not has_chats:
         return data
-    asks = bool(config.work.answers)  # as inference does, whatever its rows' answers need
-    data = decide_switches(data, load_tokenizer(config.model), asks)
-    return with_settings_of_start(data, config.adapter) if asks else data
+    data = decide_switches(data, load_tokenizer(config.model), config.asks)
+    return with_settings_of_start(data, config.adapter) if config.asks else data
 
 
 def with_settings_of_start(data: DataConfig, adapter: AdapterConfig) -> DataConfig:
