@@ -29,7 +29,7 @@ from cera_train.planning.plan import RunPlan
 from cera_train.planning.table import name_jobs, print_plan, print_plans
 from cera_train.settings.run import PlanRun
 from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import Cell, Study
+from cera_train.study.cells import Cell
 from cera_train.study.design import (
     StudySweeper,
     check_cells,
@@ -37,6 +37,7 @@ from cera_train.study.design import (
     study_of,
     study_record,
 )
+from cera_train.study.folder import Study
 from cera_train.sweep.grid import check_inputs, check_jobs, grid, job_composer
 
 PLAN = "cera-plan"

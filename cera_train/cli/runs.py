@@ -22,7 +22,7 @@ from cera_train.evaluation.resolve import resolve_evaluation
 from cera_train.runs.subject import find_subject, find_subjects
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.serving import ChatConfig, ExportConfig
-from cera_train.study.cells import find_study
+from cera_train.study.folder import find_study
 from cera_train.sweep.folder import print_sweep
 
 EVAL = "cera-eval"

@@ -1,5 +1,5 @@
-"""The cells of a study: each arm under each condition, its runs, which of them are compared, and
-what those measured. Imports no torch.
+"""The cells of a study: each arm under each condition, its runs, and the values that it is compared
+at. Imports no torch.
 
 Every seed runs every tuned value to its end, and an arm is compared at the value that is best on
 average over seeds and bases, by the study's first outcome. With `study.tune_seeds=k` the first k
@@ -8,26 +8,28 @@ seeds choose, and the others are compared.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from cera_train.common.settings import require
 from cera_train.runs.evaluation_folder import ENDINGS
-from cera_train.runs.results import LOSSES_AFTER, Environment, RunResult, TokenLosses, read_grades
-from cera_train.settings.sweep import LOSS, StudyConfig
+from cera_train.runs.results import RunResult
+from cera_train.settings.sweep import LOSS
+from cera_train.study.outcomes import ComparedRun, Outcome
 from cera_train.study.tuning import could_gain
-from cera_train.sweep.folder import RECORD, State, SweepRecord, job_name, job_status, key_of
+from cera_train.sweep.folder import State, job_name, job_status, key_of
+
+if TYPE_CHECKING:
+    from cera_train.study.folder import Study
 
 ARM = "study.arm"
 BASE = "study.base"
@@ -77,94 +79,6 @@ class Edge(NamedTuple):
         if min(self.best, self.neighbour) <= 0:
             return None
         return f"{self.best * self.best / self.neighbour:g}"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """An outcome of one run on every problem."""
-
-    problems: list[Any]
-    """Equal for runs on the same problems: their names, or the supervised tokens of held-out
-    rows."""
-    values: np.ndarray  # [problems] nats a token, or scores
-    weights: np.ndarray | None = None  # [problems]: supervised tokens
-    endings: Counter[str] = field(default_factory=Counter)  # how many answers end in each way
-
-    @classmethod
-    def read(cls, name: str, run: Path) -> Outcome:
-        if name == LOSS:
-            losses = TokenLosses.read(run / LOSSES_AFTER)
-            require(
-                bool(np.isfinite(losses.losses).all()),
-                f"{run}: a loss is not a number: remove the folder, and the study's command trains "
-                "the run again.",
-            )
-            has_loss = losses.tokens > 0
-            tokens = losses.tokens[has_loss]
-            return cls(losses.tokens.tolist(), losses.sums()[has_loss] / tokens, tokens)
-        grades = sorted(read_grades(run, name), key=lambda grade: grade.problem)
-        return cls(
-            problems=[grade.problem for grade in grades],
-            values=np.array([grade.score for grade in grades]),
-            endings=Counter(grade.ending for grade in grades),
-        )
-
-    def part(self, rows: np.ndarray) -> Outcome:
-        """These of its values."""
-        weights = None if self.weights is None else self.weights[rows]
-        return replace(self, values=self.values[rows], weights=weights)
-
-    def choosing(self, set_aside: float) -> Outcome:
-        """The problems that choose tuned values."""
-        return self.part(~is_set_aside(len(self.values), set_aside))
-
-    def judging(self, set_aside: float) -> Outcome:
-        """The problems on which arms are compared."""
-        return self.part(is_set_aside(len(self.values), set_aside)) if set_aside else self
-
-    @property
-    def mean(self) -> float:
-        return float(np.average(self.values, weights=self.weights))
-
-
-def is_set_aside(count: int, share: float) -> np.ndarray:
-    """[count] which problems are set aside: this share, spread evenly."""
-    return np.diff(np.floor(np.arange(count + 1) * share)) > 0
-
-
-@dataclass(frozen=True)
-class ComparedRun:
-    """A run that stands for its cell."""
-
-    folder: Path
-    base: str | None
-    study: StudyConfig
-
-    @cached_property
-    def result(self) -> RunResult:
-        return RunResult.read(self.folder / "result.json")
-
-    @cached_property
-    def environment(self) -> Environment:
-        return Environment.find(self.folder / "environment.json") or Environment()
-
-    @cached_property
-    def outcomes(self) -> dict[str, Outcome]:
-        return {
-            name: Outcome.read(name, self.folder).judging(self.study.set_aside)
-            for name in self.study.outcomes
-        }
-
-    @property
-    def rows(self) -> dict[str, Any]:
-        """What is equal for runs that can be compared."""
-        rows: dict[str, Any] = {}
-        for split, digest in (self.environment.rows or {}).items():
-            rows[f"{split.replace('_', '-')} rows"] = digest
-        rows |= self.environment.answers or {}
-        for name, outcome in self.outcomes.items():
-            rows[f"problems of {name}"] = outcome.problems
-        return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -398,166 +312,3 @@ def means_of(by_base: dict[str | None, np.ndarray]) -> list[float]:
     if None in by_base:
         return by_base[None].tolist()
     return [float(values.mean()) for values in by_base.values()]
-
-
-class Pair(NamedTuple):
-    """Two sides to compare, cells or pairs of them: the second minus the first."""
-
-    asked: str  # what the comparison asks
-    first: Cell | Pair
-    second: Cell | Pair
-
-    @property
-    def arm(self) -> str:
-        return f"({self.second.arm} - {self.first.arm})"
-
-    @property
-    def name(self) -> str:
-        return f"({self.second.name} - {self.first.name})"
-
-    @property
-    def choices(self) -> dict[str, str]:
-        """The condition, by setting, of all sides together."""
-        return self.first.choices | self.second.choices
-
-    @property
-    def obstacles(self) -> list[str]:
-        return list(dict.fromkeys([*self.first.obstacles, *self.second.obstacles]))
-
-    def values(self, outcome: str) -> np.ndarray:
-        """[seeds, problems], without bases."""
-        return self.second.values(outcome) - self.first.values(outcome)
-
-    def weights(self, outcome: str) -> np.ndarray | None:
-        return self.first.weights(outcome)
-
-    def by_base(self, outcome: str) -> dict[str | None, np.ndarray]:
-        """Base -> [seeds] the difference of each seed."""
-        first = self.first.by_base(outcome)
-        return {base: values - first[base] for base, values in self.second.by_base(outcome).items()}
-
-    def means(self, outcome: str) -> list[float]:
-        """The difference of each seed; with bases, of each base."""
-        return means_of(self.by_base(outcome))
-
-    @property
-    def lower_by(self) -> float:
-        """The most by which other tuned values could lower the difference."""
-        return self.second.lower_by + self.first.higher_by
-
-    @property
-    def higher_by(self) -> float:
-        """The most by which other tuned values could raise the difference."""
-        return self.second.higher_by + self.first.lower_by
-
-
-@dataclass(frozen=True, eq=False)
-class Study:
-    """A study's folder, which has, or will have, this record."""
-
-    folder: Path
-    record: SweepRecord
-
-    @cached_property
-    def config(self) -> StudyConfig:
-        schema = OmegaConf.structured(StudyConfig)
-        return OmegaConf.to_object(OmegaConf.merge(schema, self.record.study))
-
-    @cached_property
-    def bases(self) -> list[str | None]:
-        """Those of the record's jobs; [None] where a study has no bases."""
-        words = {word for overrides in self.record.jobs.values() for word in overrides}
-        return [name for name in self.config.bases if f"{BASE}={name}" in words] or [None]
-
-    def words_of_base(self, name: str | None) -> list[str]:
-        """The overrides that choose a base."""
-        return [f"{BASE}={name}", *self.config.bases[name]]
-
-    @cached_property
-    def keys_of_bases(self) -> set[str]:
-        """The settings of all bases."""
-        return {key_of(word) for words in self.config.bases.values() for word in words}
-
-    @cached_property
-    def cells(self) -> list[Cell]:
-        """In the order of the record's jobs."""
-        grids: dict[tuple[str, tuple], dict[tuple, GridPoint]] = {}
-        for overrides in self.record.jobs.values():
-            values = dict(word.partition("=")[::2] for word in overrides)
-            if values[SEED] != "0":
-                continue
-            arm = values[ARM]
-            choices = tuple((key, values[key]) for key in self._open_conditions(arm))
-            tuned = {key: values[key] for key in self.config.tune if key in values}
-            grid = grids.setdefault((arm, choices), {})
-            grid.setdefault(tuple(tuned.values()), GridPoint(tuned, overrides))
-        return [
-            Cell(self, arm, dict(choices), list(grid.values()))
-            for (arm, choices), grid in grids.items()
-        ]
-
-    def _open_conditions(self, arm: str) -> list[str]:
-        """The conditions whose setting an arm does not set itself, unless another program ran
-        it."""
-        if self.config.results_of(arm) is not None:
-            return []
-        set_by_arm = {key_of(word) for word in self.config.arms[arm]}
-        return [key for key in self.config.conditions if key not in set_by_arm]
-
-    @property
-    def by_condition(self) -> dict[str, dict[str, Cell]]:
-        """Condition -> arm -> cell. An arm that has a condition's setting itself stands under all
-        of its values."""
-        choices = dict.fromkeys(choice for cell in self.cells for choice in cell.choices.items())
-        by_key = [
-            [choice for choice in choices if choice[0] == key] for key in self.config.conditions
-        ]
-        return {
-            describe_choices(condition): {
-                cell.arm: cell for cell in self.cells if cell.choices.items() <= {*condition}
-            }
-            for condition in itertools.product(*filter(None, by_key))
-        }
-
-    def pairs(self) -> list[Pair]:
-        """Every pair of cells, or of differences of two, to compare, once."""
-        pairs: dict[tuple[str, str], Pair] = {}
-        for arms in self.by_condition.values():
-            for asked, *sides in self.config.comparisons:
-                if arms_of(sides) <= arms.keys():
-                    pair = Pair(asked, *(side_of(side, arms) for side in sides))
-                    pairs[pair.first.name, pair.second.name] = pair
-        return list(pairs.values())
-
-    @property
-    def planned_contrasts(self) -> int:
-        """The number of verdicts that the study's file plans, over which Holm's method corrects.
-        Otherwise dropping arms could flip a verdict."""
-        planned = 0
-        for _, *sides in self.config.comparisons:
-            keys = {key for arm in arms_of(sides) for key in self._open_conditions(arm)}
-            planned += math.prod(len(self.config.conditions[key]) for key in keys)
-        return max(len(self.pairs()), planned) * len(self.config.judged)
-
-    def missing(self) -> list[str]:
-        """The runs that have not ended, each with the reason."""
-        return [line for cell in self.cells for line in cell.missing()]
-
-
-def arms_of(sides: Iterable[Any]) -> set[str]:
-    """The arms of the sides of a comparison."""
-    arms = set()
-    for side in sides:
-        arms.update([side] if isinstance(side, str) else side)
-    return arms
-
-
-def side_of(side: Any, cells: dict[str, Cell]) -> Cell | Pair:
-    """The cell of an arm, or the difference of a pair of arms."""
-    return cells[side] if isinstance(side, str) else Pair("", *(cells[arm] for arm in side))
-
-
-def find_study(folder: Path) -> Study | None:
-    """The study in a folder; None where there is none."""
-    record = SweepRecord.find(folder / RECORD)
-    return None if record is None or record.study is None else Study(folder, record)

@@ -25,7 +25,8 @@ from cera_train.evaluation.tasks.task import describe_trained_on, load_problems,
 from cera_train.settings.adapters import HALF_LINEAR_GATES, Activation, AdapterKind, Mix
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
-from cera_train.study.cells import ARM, BASE, SEED, Cell, Replicate, Study
+from cera_train.study.cells import ARM, BASE, SEED, Cell, Replicate
+from cera_train.study.folder import Study
 from cera_train.study.imported import import_run, is_imported
 from cera_train.sweep.folder import RECORD, SweepRecord, job_status, key_of
 from cera_train.sweep.grid import (

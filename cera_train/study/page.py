@@ -14,7 +14,8 @@ from cera_train.report.document import Page, Table
 from cera_train.report.forest import Forest, Group, Row
 from cera_train.runs.results import SPECTRUM_TERMS, Environment
 from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import Cell, Study
+from cera_train.study.cells import Cell
+from cera_train.study.folder import Study
 from cera_train.study.forest import (
     CAPTION,
     brief,

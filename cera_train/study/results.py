@@ -17,7 +17,9 @@ from cera_train.evaluation.verdict import (
     detectable,
 )
 from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import ComparedRun, Pair, Study, describe_choices
+from cera_train.study.cells import describe_choices
+from cera_train.study.folder import Pair, Study
+from cera_train.study.outcomes import ComparedRun
 
 MOST_MISSING = 5  # runs that an error names
 

@@ -13,7 +13,7 @@ import yaml
 from hydra.core.plugins import Plugins
 
 from cera_train.runs.results import DIVERGED, LOSSES_AFTER, GradedProblem, TokenLosses, write_grades
-from cera_train.study.cells import Study, find_study
+from cera_train.study.folder import Study, find_study
 from cera_train.sweep.folder import JOBS, RECORD, SweepRecord, job_name
 
 STUDY = {

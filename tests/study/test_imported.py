@@ -9,7 +9,7 @@ import pytest
 from cera_train.common.errors import UserError
 from cera_train.runs.results import read_grades
 from cera_train.settings.sweep import StudyConfig
-from cera_train.study.cells import find_study
+from cera_train.study.folder import find_study
 from cera_train.study.imported import import_run
 from cera_train.study.results import contrasts_of
 

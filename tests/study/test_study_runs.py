@@ -12,8 +12,8 @@ import yaml
 
 from cera_train.common.settings import to_plain
 from cera_train.settings.sweep import StudyConfig
-from cera_train.study.cells import Study, find_study
 from cera_train.study.design import StudySweeper
+from cera_train.study.folder import Study, find_study
 from cera_train.sweep.folder import JOBS, RECORD, State, SweepRecord, read_sweep
 
 ARMS = ("lora", "cera", "relu")

@@ -1,0 +1,181 @@
+"""A study's folder: its cells, and which of them are compared. Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from cera_train.settings.sweep import StudyConfig
+from cera_train.study.cells import ARM, BASE, SEED, Cell, GridPoint, describe_choices, means_of
+from cera_train.sweep.folder import RECORD, SweepRecord, key_of
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """A study's folder, which has, or will have, this record."""
+
+    folder: Path
+    record: SweepRecord
+
+    @cached_property
+    def config(self) -> StudyConfig:
+        schema = OmegaConf.structured(StudyConfig)
+        return OmegaConf.to_object(OmegaConf.merge(schema, self.record.study))
+
+    @cached_property
+    def bases(self) -> list[str | None]:
+        """Those of the record's jobs; [None] where a study has no bases."""
+        words = {word for overrides in self.record.jobs.values() for word in overrides}
+        return [name for name in self.config.bases if f"{BASE}={name}" in words] or [None]
+
+    def words_of_base(self, name: str | None) -> list[str]:
+        """The overrides that choose a base."""
+        return [f"{BASE}={name}", *self.config.bases[name]]
+
+    @cached_property
+    def keys_of_bases(self) -> set[str]:
+        """The settings of all bases."""
+        return {key_of(word) for words in self.config.bases.values() for word in words}
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """In the order of the record's jobs."""
+        grids: dict[tuple[str, tuple], dict[tuple, GridPoint]] = {}
+        for overrides in self.record.jobs.values():
+            values = dict(word.partition("=")[::2] for word in overrides)
+            if values[SEED] != "0":
+                continue
+            arm = values[ARM]
+            choices = tuple((key, values[key]) for key in self._open_conditions(arm))
+            tuned = {key: values[key] for key in self.config.tune if key in values}
+            grid = grids.setdefault((arm, choices), {})
+            grid.setdefault(tuple(tuned.values()), GridPoint(tuned, overrides))
+        return [
+            Cell(self, arm, dict(choices), list(grid.values()))
+            for (arm, choices), grid in grids.items()
+        ]
+
+    def _open_conditions(self, arm: str) -> list[str]:
+        """The conditions whose setting an arm does not set itself, unless another program ran
+        it."""
+        if self.config.results_of(arm) is not None:
+            return []
+        set_by_arm = {key_of(word) for word in self.config.arms[arm]}
+        return [key for key in self.config.conditions if key not in set_by_arm]
+
+    @property
+    def by_condition(self) -> dict[str, dict[str, Cell]]:
+        """Condition -> arm -> cell. An arm that has a condition's setting itself stands under all
+        of its values."""
+        choices = dict.fromkeys(choice for cell in self.cells for choice in cell.choices.items())
+        by_key = [
+            [choice for choice in choices if choice[0] == key] for key in self.config.conditions
+        ]
+        return {
+            describe_choices(condition): {
+                cell.arm: cell for cell in self.cells if cell.choices.items() <= {*condition}
+            }
+            for condition in itertools.product(*filter(None, by_key))
+        }
+
+    def pairs(self) -> list[Pair]:
+        """Every pair of cells, or of differences of two, to compare, once."""
+        pairs: dict[tuple[str, str], Pair] = {}
+        for arms in self.by_condition.values():
+            for asked, *sides in self.config.comparisons:
+                if arms_of(sides) <= arms.keys():
+                    pair = Pair(asked, *(side_of(side, arms) for side in sides))
+                    pairs[pair.first.name, pair.second.name] = pair
+        return list(pairs.values())
+
+    @property
+    def planned_contrasts(self) -> int:
+        """The number of verdicts that the study's file plans, over which Holm's method corrects.
+        Otherwise dropping arms could flip a verdict."""
+        planned = 0
+        for _, *sides in self.config.comparisons:
+            keys = {key for arm in arms_of(sides) for key in self._open_conditions(arm)}
+            planned += math.prod(len(self.config.conditions[key]) for key in keys)
+        return max(len(self.pairs()), planned) * len(self.config.judged)
+
+    def missing(self) -> list[str]:
+        """The runs that have not ended, each with the reason."""
+        return [line for cell in self.cells for line in cell.missing()]
+
+
+def find_study(folder: Path) -> Study | None:
+    """The study in a folder; None where there is none."""
+    record = SweepRecord.find(folder / RECORD)
+    return None if record is None or record.study is None else Study(folder, record)
+
+
+class Pair(NamedTuple):
+    """Two sides to compare, cells or pairs of them: the second minus the first."""
+
+    asked: str  # what the comparison asks
+    first: Cell | Pair
+    second: Cell | Pair
+
+    @property
+    def arm(self) -> str:
+        return f"({self.second.arm} - {self.first.arm})"
+
+    @property
+    def name(self) -> str:
+        return f"({self.second.name} - {self.first.name})"
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """The condition, by setting, of all sides together."""
+        return self.first.choices | self.second.choices
+
+    @property
+    def obstacles(self) -> list[str]:
+        return list(dict.fromkeys([*self.first.obstacles, *self.second.obstacles]))
+
+    def values(self, outcome: str) -> np.ndarray:
+        """[seeds, problems], without bases."""
+        return self.second.values(outcome) - self.first.values(outcome)
+
+    def weights(self, outcome: str) -> np.ndarray | None:
+        return self.first.weights(outcome)
+
+    def by_base(self, outcome: str) -> dict[str | None, np.ndarray]:
+        """Base -> [seeds] the difference of each seed."""
+        first = self.first.by_base(outcome)
+        return {base: values - first[base] for base, values in self.second.by_base(outcome).items()}
+
+    def means(self, outcome: str) -> list[float]:
+        """The difference of each seed; with bases, of each base."""
+        return means_of(self.by_base(outcome))
+
+    @property
+    def lower_by(self) -> float:
+        """The most by which other tuned values could lower the difference."""
+        return self.second.lower_by + self.first.higher_by
+
+    @property
+    def higher_by(self) -> float:
+        """The most by which other tuned values could raise the difference."""
+        return self.second.higher_by + self.first.lower_by
+
+
+def arms_of(sides: Iterable[Any]) -> set[str]:
+    """The arms of the sides of a comparison."""
+    arms = set()
+    for side in sides:
+        arms.update([side] if isinstance(side, str) else side)
+    return arms
+
+
+def side_of(side: Any, cells: dict[str, Cell]) -> Cell | Pair:
+    """The cell of an arm, or the difference of a pair of arms."""
+    return cells[side] if isinstance(side, str) else Pair("", *(cells[arm] for arm in side))

@@ -1,0 +1,103 @@
+"""What a run of a study measured: each outcome, on every problem. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cera_train.common.settings import require
+from cera_train.runs.results import LOSSES_AFTER, Environment, RunResult, TokenLosses, read_grades
+from cera_train.settings.sweep import LOSS, StudyConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An outcome of one run on every problem."""
+
+    problems: list[Any]
+    """Equal for runs on the same problems: their names, or the supervised tokens of held-out
+    rows."""
+    values: np.ndarray  # [problems] nats a token, or scores
+    weights: np.ndarray | None = None  # [problems]: supervised tokens
+    endings: Counter[str] = field(default_factory=Counter)  # how many answers end in each way
+
+    @classmethod
+    def read(cls, name: str, run: Path) -> Outcome:
+        if name == LOSS:
+            losses = TokenLosses.read(run / LOSSES_AFTER)
+            require(
+                bool(np.isfinite(losses.losses).all()),
+                f"{run}: a loss is not a number: remove the folder, and the study's command trains "
+                "the run again.",
+            )
+            has_loss = losses.tokens > 0
+            tokens = losses.tokens[has_loss]
+            return cls(losses.tokens.tolist(), losses.sums()[has_loss] / tokens, tokens)
+        grades = sorted(read_grades(run, name), key=lambda grade: grade.problem)
+        return cls(
+            problems=[grade.problem for grade in grades],
+            values=np.array([grade.score for grade in grades]),
+            endings=Counter(grade.ending for grade in grades),
+        )
+
+    def part(self, rows: np.ndarray) -> Outcome:
+        """These of its values."""
+        weights = None if self.weights is None else self.weights[rows]
+        return replace(self, values=self.values[rows], weights=weights)
+
+    def choosing(self, set_aside: float) -> Outcome:
+        """The problems that choose tuned values."""
+        return self.part(~is_set_aside(len(self.values), set_aside))
+
+    def judging(self, set_aside: float) -> Outcome:
+        """The problems on which arms are compared."""
+        return self.part(is_set_aside(len(self.values), set_aside)) if set_aside else self
+
+    @property
+    def mean(self) -> float:
+        return float(np.average(self.values, weights=self.weights))
+
+
+def is_set_aside(count: int, share: float) -> np.ndarray:
+    """[count] which problems are set aside: this share, spread evenly."""
+    return np.diff(np.floor(np.arange(count + 1) * share)) > 0
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """A run that stands for its cell."""
+
+    folder: Path
+    base: str | None
+    study: StudyConfig
+
+    @cached_property
+    def result(self) -> RunResult:
+        return RunResult.read(self.folder / "result.json")
+
+    @cached_property
+    def environment(self) -> Environment:
+        return Environment.find(self.folder / "environment.json") or Environment()
+
+    @cached_property
+    def outcomes(self) -> dict[str, Outcome]:
+        return {
+            name: Outcome.read(name, self.folder).judging(self.study.set_aside)
+            for name in self.study.outcomes
+        }
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """What is equal for runs that can be compared."""
+        rows: dict[str, Any] = {}
+        for split, digest in (self.environment.rows or {}).items():
+            rows[f"{split.replace('_', '-')} rows"] = digest
+        rows |= self.environment.answers or {}
+        for name, outcome in self.outcomes.items():
+            rows[f"problems of {name}"] = outcome.problems
+        return rows
