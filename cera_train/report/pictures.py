@@ -2,7 +2,7 @@
 a picture without figures is left out."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -11,7 +11,7 @@ from numpy import format_float_positional
 
 from cera_train.report.comparison import graded_runs, task_names
 from cera_train.report.document import BACKGROUND, Picture, shortened, styles_of
-from cera_train.report.runs import Run, accuracy_metric, group_by
+from cera_train.report.runs import Evaluation, Metric, Run, accuracy_metric, group_by
 from cera_train.runs.evaluation_folder import (
     COLLAPSED,
     ENDINGS,
@@ -228,32 +228,15 @@ def _lines(title: str, lines: Mapping[str, Line], caption: str) -> Picture | Non
 
 
 def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
-    """Accuracy by trainable parameters, by the first metric that every evaluation of the task
-    has."""
+    """Accuracy by trainable parameters."""
     evaluations = {run.name: run.evaluations[task] for run in graded_runs(runs, task)}
-    metrics = [
-        metric
-        for evaluation in evaluations.values()
-        for metric in evaluation.figures
-        if metric.in_picture
-    ]
-    metrics += [accuracy_metric("verified/pass@1"), accuracy_metric("exact/pass@1")]
-    metrics += [metric for evaluation in evaluations.values() for metric in evaluation.figures]
-    common = [
-        metric
-        for metric in metrics
-        if all(
-            metric in each.figures and _is_finite(each.figures[metric].value)
-            for each in evaluations.values()
-        )
-    ]
+    metric = _common_metric(evaluations.values())
     parameters = {
         run.name: run.figures.trainable_parameters for run in runs if run.name in evaluations
     }
     sizes = {(run.method, parameters[run.name]) for run in runs if parameters.get(run.name)}
-    if not common or len(sizes) == len({method for method, _ in sizes}):
+    if metric is None or len(sizes) == len({method for method, _ in sizes}):
         return None
-    metric = common[0]
     figures = {name: evaluation.figures[metric] for name, evaluation in evaluations.items()}
     styles = styles_of({run.name: run.kind for run in runs})
     untouched = [run.name for run in runs if run.is_base]
@@ -287,6 +270,19 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
         "base model."
     )
     return Picture(f"accuracy-{task}", title, f"{title}. {numbers}.", caption, draw)
+
+
+def _common_metric(evaluations: Collection[Evaluation]) -> Metric | None:
+    """The first metric that every evaluation has: one made for a picture, else `verified`,
+    else `exact`, else any."""
+    metrics = [metric for evaluation in evaluations for metric in evaluation.figures]
+    drawn = [metric for metric in metrics if metric.in_picture]
+    graders = [accuracy_metric("verified/pass@1"), accuracy_metric("exact/pass@1")]
+    for metric in (*drawn, *graders, *metrics):
+        figures = [evaluation.figures.get(metric) for evaluation in evaluations]
+        if all(figure is not None and _is_finite(figure.value) for figure in figures):
+            return metric
+    return None
 
 
 def apart(counts: Mapping[str, int]) -> dict[str, float]:
