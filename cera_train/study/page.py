@@ -46,17 +46,8 @@ def write_studies(studies: Sequence[Study], output: Path) -> Page:
     """Writes the page of finished studies, and each one's study_results.json: numbers to commit as
     evidence. Raises UserError where they are not of one family, where runs are missing, or where
     they cannot be compared."""
-    families = {study.config.family for study in studies}
     names = [study.folder.resolve().name for study in studies]
-    require(
-        len(studies) == 1 or (len(families) == 1 and None not in families),
-        f"{', '.join(names)}: their study.family is {', '.join(map(str, families))}. Report "
-        "families apart.",
-    )
-    require(
-        len({*names}) == len(names),
-        f"two of the studies have the name {max(names, key=names.count)}: rename a folder.",
-    )
+    _check_one_family(studies, names)
     announce("comparing", counted(sum(len(study.cells) for study in studies), "cell"))
     contrasts = dict(zip(names, contrasts_of(*studies), strict=True))
     planned = sum(study.planned_contrasts for study in studies)
@@ -84,16 +75,33 @@ def write_studies(studies: Sequence[Study], output: Path) -> Page:
             "slopes": list(map(dataclasses.asdict, trends)),
             **_environments(study),
         }
-        numbers = map_values(lambda number: float(f"{number:.6g}"), finite(numbers), float)
-        text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
-        file = output / (f"{name}/{RESULTS}" if of_study else RESULTS)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, f"{text}\n")
+        _write_numbers(numbers, output / name / RESULTS if of_study else output / RESULTS)
     title = studies[0].config.question or f"Study {names[0]}"
     verdicts = Forest("verdicts", title, CAPTION, groups)
     page = Page(title, tables, [], commands, verdicts=verdicts)
     page.write(output)
     return page
+
+
+def _check_one_family(studies: Sequence[Study], names: Sequence[str]) -> None:
+    families = {study.config.family for study in studies}
+    require(
+        len(studies) == 1 or (len(families) == 1 and None not in families),
+        f"{', '.join(names)}: their study.family is {', '.join(map(str, families))}. Report "
+        "families apart.",
+    )
+    require(
+        len({*names}) == len(names),
+        f"two of the studies have the name {max(names, key=names.count)}: rename a folder.",
+    )
+
+
+def _write_numbers(numbers: dict[str, Any], file: Path) -> None:
+    """With six digits; null for those that are not finite."""
+    rounded = map_values(lambda number: float(f"{number:.6g}"), finite(numbers), float)
+    text = json.dumps(rounded, indent=1, ensure_ascii=False, allow_nan=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, f"{text}\n")
 
 
 def _environments(study: Study) -> dict[str, Any]:
