@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .branch import FusedBranch, Hidden, start_branch
+from .branch import FusedBranch, Hidden, PackedBranch, start_branch
 from .config import CeraConfig
 from .gates import GATES, InputGate, LearnedGate, make_gate
 from .packed import PackedLinear, pack_weights
@@ -106,7 +106,7 @@ class CeraLinear(CeraLayer):
         TypeError: the base layer is not a linear projection.
     """
 
-    prepared: dict[tuple[str, torch.dtype], FusedBranch] | None = None
+    prepared: dict[tuple[str, torch.dtype], FusedBranch | PackedBranch] | None = None
     """Branches by adapter and the output's dtype, inside `for_inference`; None outside."""
 
     def update_layer(self, adapter_name: str, config: CeraConfig) -> None:
@@ -159,7 +159,9 @@ class CeraLinear(CeraLayer):
             and result.is_contiguous()
         )
 
-    def fused_branch(self, result: torch.Tensor, adapter_name: str) -> FusedBranch | None:
+    def fused_branch(
+        self, result: torch.Tensor, adapter_name: str
+    ) -> FusedBranch | PackedBranch | None:
         """An adapter's branch, to be added to `result` in one step; None where `can_fuse` is false.
         Inside `for_inference`, the first call prepares it for all."""
         key = adapter_name, result.dtype
@@ -180,9 +182,10 @@ class CeraLinear(CeraLayer):
             hidden=hidden,
             overwrites=self._may_overwrite_output(),
         )
-        if is_reused:
-            self.prepared[key] = fused
-        return fused
+        if not is_reused:
+            return fused
+        self.prepared[key] = fused.for_reuse()
+        return self.prepared[key]
 
     def _may_overwrite_output(self) -> bool:
         """Whether nothing else needs the output of the base layer."""
@@ -196,7 +199,7 @@ class CeraLinear(CeraLayer):
 @contextmanager
 def for_inference(model: nn.Module) -> Iterator[None]:
     """Lets CeRA layers prepare their branches once for all calls without gradient in eval mode,
-    and packs the base's weights for the products of a CPU in bfloat16.
+    and packs their weights and the base's for the products of a CPU in bfloat16.
 
         with torch.no_grad(), for_inference(model):
             model.generate(**inputs)

@@ -11,12 +11,16 @@ from torch.nn.functional import gelu, relu, silu
 from transformers.pytorch_utils import Conv1D
 
 from cera_train.cera import CeraConfig, CeraLinear, for_inference
-from cera_train.cera.branch import seeded_dropout
+from cera_train.cera.branch import PackedBranch, seeded_dropout
 from cera_train.cera.packed import PackedLinear, can_pack
 
 pytestmark = pytest.mark.filterwarnings(
     "error",
     "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",  # torch's
+)
+
+packs = pytest.mark.skipif(
+    not can_pack(torch.zeros(2, 2, dtype=torch.bfloat16)), reason="the CPU multiplies no bf16"
 )
 
 GATES = {"silu": silu, "relu": relu, "gelu": gelu, "tanh": torch.tanh, "identity": lambda z: z}
@@ -289,9 +293,7 @@ def test_for_inference_changes_no_bit(name, settings):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(
-    not can_pack(nn.Linear(64, 32, dtype=torch.bfloat16)), reason="the CPU multiplies no bf16"
-)
+@packs
 @pytest.mark.parametrize("has_memory", [True, False])
 def test_for_inference_packs_a_16_bit_base_where_there_is_memory(monkeypatch, has_memory):
     monkeypatch.setattr("cera_train.cera.packed.SHARE_OF_MEMORY", 0.5 * has_memory)
@@ -304,6 +306,23 @@ def test_for_inference_packs_a_16_bit_base_where_there_is_memory(monkeypatch, ha
         assert torch.equal(layer(x), expected)
     assert type(layer.base_layer) is nn.Linear
     assert not hasattr(layer.base_layer, "packed")
+
+
+@torch.no_grad()
+@packs
+@pytest.mark.parametrize(("alpha", "is_packed"), [(4, True), (2, True), (3, False)])
+@pytest.mark.parametrize("settings", [{}, {"activation": "gated"}, {"mix": "learned"}], ids=str)
+def test_for_inference_packs_a_branch_if_no_bit_changes(settings, alpha, is_packed):
+    base = nn.Linear(64, 32, dtype=torch.bfloat16)
+    layer = make_layer(base, r=4, alpha=alpha, dropout=0.1, **settings).eval()
+    x = torch.randn(2, 3, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        with for_inference(layer):
+            assert all(torch.equal(layer(x), expected) for _ in range(2))
+            [branch] = layer.prepared.values()
+            assert isinstance(branch, PackedBranch) == is_packed
+            assert torch.equal(layer(x.mT.contiguous().mT), expected)
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
