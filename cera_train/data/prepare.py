@@ -125,6 +125,14 @@ class TokenizedRows:
         return is_next and self.table["continues"][number].as_py()
 
     @property
+    def by_row(self) -> list[range]:
+        """The sequences of each row; the two answers of a preference are two rows."""
+        starts = [
+            sequence for sequence, continues in enumerate(self.column("continues")) if not continues
+        ]
+        return [range(*ends) for ends in itertools.pairwise([*starts, len(self)])]
+
+    @property
     def row_count(self) -> int:
         """The rows, each of one sequence or several; the two answers of a preference count both."""
         return len(self) - sum(self.column("continues"))
@@ -231,11 +239,12 @@ def _mix(
     evaluation: Sequence[TokenizedRows],
 ) -> None:
     """Draws the training rows of an epoch from those of each part, and describes the parts."""
-    counts = rows_of_parts([*map(len, train)], config.weights, config.train_rows)
-    drawn = [
-        drawn_rows(len(rows), count, f"{config.mix_seed} {number}")
-        for number, (rows, count) in enumerate(zip(train, counts, strict=True))
-    ]
+    available = [part.by_row for part in train]
+    counts = rows_of_parts([*map(len, available)], config.weights, config.train_rows)
+    drawn = []  # sequences of each part
+    for number, (rows, count) in enumerate(zip(available, counts, strict=True)):
+        taken = drawn_rows(len(rows), count, f"{config.mix_seed} {number}")
+        drawn.append([sequence for row in taken for sequence in rows[row]])
     data.train = _join(train, drawn)
     total = sum(data.train.lengths)
     for (_, part), rows, taken, evaluating in zip(

@@ -172,7 +172,7 @@ def decide_switches(config: DataConfig, tokenizer: Any, asks: bool = False) -> D
         asks: as of `chats.chat_exchanges`.
     """
     needed: list[dict[str, Any]] = []  # by each answer
-    for place, part in config.parts():
+    for place, part in config.trained_parts():
         if uses_template(part, tokenizer):
             with errors_at(place):
                 needed += _settings_of_answers(part, tokenizer, asks)

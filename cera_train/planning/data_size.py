@@ -51,6 +51,7 @@ class DataSize:
     source: str  # where the number of tokens comes from, in words
     is_even: bool = False  # whether all rows have the same length
     prompt_tokens: float = 0.0  # of a row, whatever the loss counts
+    sequences_per_row: float = 1.0  # `train_rows` and `eval_rows` count sequences
 
 
 def data_size(
@@ -139,7 +140,11 @@ def _size_of_mix(config: DataConfig, tokens_per_row: float | None, tokenizer: An
     for place, part in config.parts():
         with errors_at(place):
             sizes.append(data_size(part, tokens_per_row, tokenizer))
-    rows = rows_of_parts([size.train_rows for size in sizes], config.weights, config.train_rows)
+    available = [round(size.train_rows / size.sequences_per_row) for size in sizes]
+    counts = rows_of_parts(available, config.weights, config.train_rows)
+    rows = [
+        round(count * size.sequences_per_row) for count, size in zip(counts, sizes, strict=True)
+    ]
     tokens = 0.0
     supervised = 0.0
     prompt_tokens = 0.0
@@ -204,13 +209,15 @@ def _size_of_rows(config: DataConfig, tokenizer: Any) -> DataSize:
     train, evaluation = open_sources(opened)
     sampled = 0
     answered = 0
-    lengths: list[float] = []  # of sequences
+    sequence_count = 0
+    lengths: list[float] = []  # of sequences, or of the windows of a document
     supervised = 0.0
     by_template = uses_template(config, tokenizer)
     to_sequences = segmenters(config, tokenizer if by_template else None)
     for sequences in sequences_of(train.first(SAMPLE_ROWS).located(), *to_sequences):
         sampled += 1
         answered += bool(sequences)  # training drops rows without an answer
+        sequence_count += len(sequences)
         if by_template:
             examples = encode([sequences], config, tokenizer) if sequences else []
             lengths += [len(example.input_ids) for example in examples]
@@ -245,6 +252,7 @@ def _size_of_rows(config: DataConfig, tokenizer: Any) -> DataSize:
         supervised / sum(lengths),
         source,
         is_even=len(set(lengths)) == 1,
+        sequences_per_row=sequence_count / answered,
     )
     is_default = config.layout == Layout.logistic_map and config.logistic_map == LogisticMapConfig()
     if config.facts is not None and is_default and not by_template:

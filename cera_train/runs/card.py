@@ -125,7 +125,7 @@ def snippet(folder: Path, library: str, data: DataConfig | None, is_cera: bool =
     """
     asks = ""
     if data is not None and (folder / "chat_template.jinja").is_file():
-        _, first = next(data.parts())
+        _, first = next(data.trained_parts())
         settings = dict(first.template_settings)
         settings.pop(DATE, None)
         without = settings.pop(WITHOUT, None)

@@ -16,7 +16,7 @@ from cera_train.common.errors import UserError, error_text, errors_at
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
-from cera_train.data.chats import uses_template
+from cera_train.data.chats import turns_of_side, uses_template
 from cera_train.data.messages import TURNS, messages_of, role_of
 from cera_train.data.prepare import encode
 from cera_train.data.rows import PROMPT, READERS, Row, from_files
@@ -84,7 +84,8 @@ def choose_rows(
     if trained_on is not None:
         settings = trained_on.template_settings | settings
     if template == Template.auto and trained_on is not None:
-        _, first = next(replace(trained_on, rejected=None, template_settings=settings).parts())
+        asked = replace(trained_on, rejected=None, template_settings=settings)
+        _, first = next(asked.trained_parts())
         return PLAIN if first.layout == Layout.documents or first.prompt == "" else first
     if template != Template.none and tokenizer.chat_template:
         return DataConfig(layout=Layout.messages, path="a chat", template_settings=settings)
@@ -137,6 +138,8 @@ class Prompts:
         layout = self.data.layout
         if layout in TURNS:
             speaker, text, (_, model, *_) = TURNS[layout]
+            if str(layout) not in row and isinstance(row.get("chosen"), list):  # a preference
+                row = row | {str(layout): turns_of_side(row, "chosen")}
             messages_of(row, layout)  # raises for a row of another layout
             turns = [*(row[str(layout)] or [])]
             while turns and role_of(turns[-1][speaker]) == "assistant":
@@ -155,7 +158,7 @@ def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
         yield from from_files([file], "prompts").located()
         return
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts={file}: cannot read it: {error_text(error)}.") from error
     for number, line in enumerate(lines, start=1):

@@ -360,6 +360,12 @@ class DataConfig:
         """The weight of each part of a mix."""
         return [part.weight for part in self.mix]
 
+    def trained_parts(self) -> Iterator[tuple[str, "DataConfig"]]:
+        """The `parts` that give training rows: one of weight 0 only holds rows out."""
+        for number, part in enumerate(self.parts()):
+            if self.mix is None or self.mix[number].weight != 0:
+                yield part
+
     @property
     def is_paired(self) -> bool:
         """Whether a row is a preference: a chosen and a rejected answer."""

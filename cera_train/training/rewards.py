@@ -93,7 +93,7 @@ def right_answer(text: str, grader: Grader) -> str:
 def check_right_answers(data: DataConfig, grader: Grader) -> None:
     """Raises UserError for the first training row whose answer the grader cannot read, with its
     place."""
-    for _, part in data.parts():
+    for _, part in data.trained_parts():
         if grader == Grader.text and part.layout not in TURNS:
             continue  # a row's answer is a text, and any text is right
         to_sequences = segmenter(part, None)

@@ -10,7 +10,7 @@ from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
 from cera_train.data.segments import segmenter, segmenters
 from cera_train.data.sources import decide_switches
-from cera_train.settings.data import DataConfig
+from cera_train.settings.data import DataConfig, MixPart
 
 CALLS = (
     "{% for call in message.tool_calls or [] %}[{{ call.function.name }} "
@@ -275,6 +275,15 @@ def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write
 
     with pytest.raises(UserError, match=r"has enable_thinking=true, and all answers of the first "):
         settings([without] * 3, {"enable_thinking": True})
+
+    files = [str(write_jsonl(f"{len(rows)}.jsonl", rows)) for rows in ([without], [thought] * 2)]
+    parts = [
+        MixPart(train_files=[file], weight=weight, eval_rows=0)
+        for file, weight in zip(files, (1, 0), strict=True)
+    ]
+    parts[1].eval_rows = 1
+    mixed = DataConfig(layout="messages", mix=parts)
+    assert decide_switches(mixed, chat).template_settings == off  # the second is not trained on
 
     computed = DataConfig(layout="logistic_map", chat="template", eval_rows=20)
     assert decide_switches(computed, chat).template_settings == {"enable_thinking": False}

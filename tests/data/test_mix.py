@@ -11,6 +11,7 @@ from examples import CONVERSATION, texts_of, with_changes
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data, prepare_evaluation
 from cera_train.data.sources import check_data, drawn_rows, interleaved, rows_of_parts
+from cera_train.planning.data_size import data_size
 from cera_train.settings.data import DataConfig, MixPart
 
 pytest_plugins = ["examples"]
@@ -114,6 +115,24 @@ def test_a_part_of_chats_that_take_several_sequences_counts_these(write_jsonl, t
     [line] = prepare_data(mix(part, allow_overlap=True), chat).mix
     assert line.startswith("chats.jsonl: 4 sequences an epoch, of 4 (100.00%), ")
     assert line.endswith("; 2 sequences evaluate")
+
+
+def test_rows_of_several_sequences_are_drawn_and_planned_as_rows(part, write_jsonl, tokenizer):
+    chat = with_changes(tokenizer, chat_template=REWRITES)
+    roles = ("user", "assistant") * 2
+    chats = [
+        {"messages": [{"role": role, "content": f"{role} {number}"} for role in roles]}
+        for number in range(9)
+    ]
+    file = str(write_jsonl("chats.jsonl", chats))
+    chats = MixPart(train_files=[file], layout="messages", chat="template", weight=1, eval_rows=1)
+    config = mix(chats, part("a", 9, weight=1), train_rows=6)
+    train = prepare_data(config, chat).train
+    texts = texts_of(train, chat)
+    sequences = Counter(re.search(r"\d", text)[0] for text in texts if text.startswith("user"))
+    assert [*sequences.values()] == [2] * 3
+    assert len(texts) == 3 * 2 + 3
+    assert data_size(config, tokenizer=chat).train_rows == len(train)
 
 
 @pytest.mark.parametrize(

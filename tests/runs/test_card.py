@@ -6,8 +6,9 @@ import yaml
 from evaluated_runs import evaluate
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from cera_train.runs.card import EVALUATIONS, write_card
+from cera_train.runs.card import EVALUATIONS, snippet, write_card
 from cera_train.runs.results import RunResult
+from cera_train.settings.data import DataConfig, MixPart
 
 pytest_plugins = ("evaluated_runs",)
 
@@ -46,3 +47,16 @@ def test_the_card_has_no_evaluation_of_other_weights(eval_config, run):
     path.write_text(json.dumps(config))
     write_card(run, RunResult.read(run / "result.json"))
     assert "Evaluation, " not in (run / "adapter" / "README.md").read_text()
+
+
+def test_the_card_asks_as_rows_of_a_mix_were_trained_on(tmp_path):
+    (tmp_path / "chat_template.jinja").touch()
+    chats = {"path": "a/b", "layout": "messages"}
+    documents = {"path": "c/d", "layout": "documents"}
+    for weights in ((0, 1), (1, 0)):
+        parts = [
+            MixPart(**part, weight=weight)
+            for part, weight in zip((chats, documents), weights, strict=True)
+        ]
+        asks = "apply_chat_template" in snippet(tmp_path, "peft", DataConfig(mix=parts))
+        assert asks == (weights == (1, 0))

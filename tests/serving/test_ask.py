@@ -65,6 +65,14 @@ def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_
     assert prompts.ids(trained_row) == ids
 
 
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_preference_of_messages_is_asked_by_its_prompt(before, tokenizer):
+    prompts = Prompts(DataConfig(layout="messages", path="x"), tokenizer)
+    sides = {side: [*MESSAGES[before:], MESSAGES[1]] for side in ("chosen", "rejected")}
+    row = {"prompt": MESSAGES[:before] or ONE} | sides
+    assert prompts.ids(row) == prompts.ids({"messages": MESSAGES})
+
+
 @pytest.mark.parametrize("answer", ["assistant", "function_call"])
 def test_the_answer_of_a_row_of_training_data_is_not_shown(answer, tokenizer):
     prompts = Prompts(DataConfig(**ALL_TURNS), tokenizer)
@@ -138,8 +146,9 @@ def test_an_answer_begins_without_the_space_after_its_prompt(tokenizer, capsys):
 def test_a_file_has_a_question_on_each_line_or_row(tmp_path, tokenizer, write_jsonl):
     prompts = Prompts(DataConfig(**TEXT), tokenizer)
     lines = tmp_path / "questions.txt"
-    lines.write_text(f"{ONE}\n\n{TWO}\n")
-    rows = write_jsonl("rows.jsonl", [{"question": ONE}, {"question": TWO}])
+    two = TWO.replace(" ", "\u2028")  # which ends no line
+    lines.write_text(f"{ONE}\n\n{two}\n")
+    rows = write_jsonl("rows.jsonl", [{"question": ONE}, {"question": two}])
     by_line, by_row = (list(read_prompts(str(file), prompts)) for file in (lines, rows))
     assert [place for place, _ in by_line] == [f"{lines}:1", f"{lines}:3"]
     assert [place for place, _ in by_row] == [f"{rows}:1", f"{rows}:2"]
@@ -158,6 +167,10 @@ def test_a_question_is_written_as_the_run_reads_or_as_the_template_asks(tokenize
     mixed = DataConfig(**TEXT | {"path": None, "mix": parts})
     rows = choose_rows(Template.auto, mixed, tokenizer, {})
     assert (rows.prompt, rows.completion) == ("Q: {question}", TEXT["completion"])
+    parts[0].weight = 0  # only holds rows out
+    parts[1].weight = 1
+    mixed = DataConfig(**TEXT | {"path": None, "mix": parts})
+    assert choose_rows(Template.auto, mixed, tokenizer, {}).prompt == TEXT["prompt"]
     trained = DataConfig(**TEXT, template_settings={"a": 1, "b": 1})
     for template in Template.auto, Template.chat:
         settings = choose_rows(template, trained, tokenizer, {"b": 2}).template_settings

@@ -364,7 +364,7 @@ def trained_on(problems: Iterable[Problem], data: DataConfig) -> list[str]:
 
 def training_texts(data: DataConfig) -> Iterator[str]:
     """The texts in the cells of all training rows, normalised."""
-    for _, part in data.parts():
+    for _, part in data.trained_parts():
         source, *_ = open_sources(part)
         for _, row in source.located():
             yield from (normalized(cell) for cell in flatten(row).values() if isinstance(cell, str))

@@ -324,14 +324,15 @@ def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and
         {"question": "has Ann?", "answer": None},
         {"question": "How many apples has Dan?", "answer": "held out"},
     ]
-    parts = [
-        MixPart(train_files=[str(write_jsonl("first.jsonl", rows))]),
-        MixPart(
-            train_files=[
-                str(write_jsonl("second.jsonl", [{"question": questions[-1], "answer": "y"}] * 3))
-            ]
-        ),
-    ]
+    parts = []
+    files = {
+        "first": rows,
+        "second": [{"question": questions[-1], "answer": "y"}] * 3,
+        "silent": [{"question": questions[0], "answer": "not trained on"}] * 3,
+    }
+    for name, content in files.items():
+        file = str(write_jsonl(f"{name}.jsonl", content))
+        parts.append(MixPart(train_files=[file], weight=float(name != "silent")))
     data = DataConfig(prompt="{question}", completion="{answer}", eval_rows=1, mix=parts)
     assert trained_on(problems_of(config), data) == [questions[1], questions[2], questions[4]]
 
