@@ -225,7 +225,7 @@ def check_overlap(config: DataConfig, train: Container[str], held_out: Sequence[
         shared = f"{count} of {len(held_out)} held-out prompts"
         problem = f"{shared} are also training prompts, so the perplexity would measure memory"
         fix = "Remove them from one side"
-        if config.train_files and not config.eval_files:
+        if config.train_files and not config.eval_files and not config.holds_out_by_prompt:
             fix = "Leave out data.eval_rows, so that rows are held out by prompt"
         fix += ", or set data.allow_overlap=true."
         raise UserError(f"{config.title}: {problem}. {fix}")
@@ -333,7 +333,9 @@ def _tokenize(
                         )
                 writer.write_table(table_of(examples))
 
-    file = cached_folder(f"tokens/{digest}", write) / "rows.arrow"
+    # A .txt file that is renamed to .jsonl has the same content, and other rows.
+    folder = f"tokens/{digest}-txt" if source.is_text else f"tokens/{digest}"
+    file = cached_folder(folder, write) / "rows.arrow"
     try:
         rows = TokenizedRows(
             pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all(), digest

@@ -51,6 +51,7 @@ class Source:
     fingerprint: str  # changes when the rows do
     located: Callable[[], Iterable[PlacedRow]]  # reads them
     name: str  # the setting that chose the rows, and its value, for messages
+    is_text: bool = False  # whether a .txt file is among its files
 
     @classmethod
     def numbered(cls, fingerprint: str, rows: Iterable[Row], name: str) -> Source:
@@ -125,7 +126,12 @@ def from_files(names: Sequence[str], setting: str, whole_text: bool = False) -> 
     files. `whole_text` reads a .txt file as one row."""
     paths = check_files(names, setting)
     title = f"{setting}=[{','.join(names[:3])}{',...' if len(names) > 3 else ''}]"
-    return Source(" ".join(map(_content_digest, paths)), lambda: rows_of(paths, whole_text), title)
+    return Source(
+        " ".join(map(_content_digest, paths)),
+        lambda: rows_of(paths, whole_text),
+        title,
+        is_text=".txt" in map(suffix_of, paths),
+    )
 
 
 def rows_of(paths: Iterable[str], whole_text: bool = False) -> Iterator[PlacedRow]:

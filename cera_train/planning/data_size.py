@@ -55,21 +55,25 @@ class DataSize:
 
 
 def data_size(
-    config: DataConfig, tokens_per_row: float | None = None, tokenizer: Any = None
+    config: DataConfig,
+    tokens_per_row: float | None = None,
+    tokenizer: Any = None,
+    asks: bool = False,
 ) -> DataSize:
     """The rows and tokens of a data set.
 
     Args:
         tokens_per_row: overrides what is known.
         tokenizer: the model's, if it is at hand, for the rows that its chat template writes.
+        asks: as of `chats.chat_exchanges`.
 
     Raises:
         UserError: nothing is known about `data.path`, or local files cannot be read.
     """
     if config.mix is not None:
-        return _size_of_mix(config, tokens_per_row, tokenizer)
+        return _size_of_mix(config, tokens_per_row, tokenizer, asks)
     if config.is_computed or config.train_files:
-        size = _size_of_rows(config, tokenizer)
+        size = _size_of_rows(config, tokenizer, asks)
     elif (facts := facts_of(config.path, config.facts)) is not None:
         size = _size_by_facts(config, facts)
     elif None not in (config.train_rows, config.eval_rows, tokens_per_row):
@@ -135,11 +139,13 @@ def _prompt_tokens(rows: DataSize) -> float:
     return rows.tokens_per_row * (1 - round(rows.supervised, 6)) or rows.tokens_per_row
 
 
-def _size_of_mix(config: DataConfig, tokens_per_row: float | None, tokenizer: Any) -> DataSize:
+def _size_of_mix(
+    config: DataConfig, tokens_per_row: float | None, tokenizer: Any, asks: bool
+) -> DataSize:
     sizes: list[DataSize] = []
     for place, part in config.parts():
         with errors_at(place):
-            sizes.append(data_size(part, tokens_per_row, tokenizer))
+            sizes.append(data_size(part, tokens_per_row, tokenizer, asks))
     available = [round(size.train_rows / size.sequences_per_row) for size in sizes]
     counts = rows_of_parts(available, config.weights, config.train_rows)
     rows = [
@@ -198,7 +204,7 @@ def _sliced(split: str, rows: int) -> int:
     return sum(part.to - part.from_ for part in parts)
 
 
-def _size_of_rows(config: DataConfig, tokenizer: Any) -> DataSize:
+def _size_of_rows(config: DataConfig, tokenizer: Any, asks: bool) -> DataSize:
     """Counts computed rows or those of local files, and estimates the tokens of the first ones;
     those of chats are counted, if the tokenizer is at hand."""
     is_generated = config.layout == Layout.reasoning_gym
@@ -213,7 +219,7 @@ def _size_of_rows(config: DataConfig, tokenizer: Any) -> DataSize:
     lengths: list[float] = []  # of sequences, or of the windows of a document
     supervised = 0.0
     by_template = uses_template(config, tokenizer)
-    to_sequences = segmenters(config, tokenizer if by_template else None)
+    to_sequences = segmenters(config, tokenizer if by_template else None, asks)
     for sequences in sequences_of(train.first(SAMPLE_ROWS).located(), *to_sequences):
         sampled += 1
         answered += bool(sequences)  # training drops rows without an answer

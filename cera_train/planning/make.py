@@ -52,7 +52,8 @@ def _plan(config: PlanRun, is_alone: bool) -> RunPlan:
         "all its threads. Leave plan.gpus at 1.",
     )
     check_prompts(config.data)
-    data = data_size(config.data, config.plan.tokens_per_row, tokenizer_at_hand(config))
+    tokenizer = tokenizer_at_hand(config)
+    data = data_size(config.data, config.plan.tokens_per_row, tokenizer, config.asks)
     problems = {name: count_problems(name, config, data) for name in config.train.tasks}
     with heavy_imports():
         from cera_train.planning.estimate import estimate

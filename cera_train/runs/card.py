@@ -95,7 +95,7 @@ def write_card(run: Path, result: RunResult) -> None:
     is_cera = config.adapter.kind == "cera"
     is_full = kind.trains_base
     library = "transformers" if is_full else "peft"
-    datasets = [part.path for _, part in config.data.parts() if part.path and not part.train_files]
+    datasets = hub_datasets(config.data)
     data = card_data(config.model, library, config.adapter.kind.value, datasets)
     text = CARD.format(
         data=data.to_yaml(),
@@ -113,6 +113,12 @@ def write_card(run: Path, result: RunResult) -> None:
         else "The licence of the base weights is not on record here: see where they come from.",
     )
     write_text(run / "adapter" / "README.md", text)
+
+
+def hub_datasets(data: DataConfig) -> list[str]:
+    """The data sets of the Hub that gave training rows."""
+    parts = [part for _, part in data.trained_parts()]
+    return [part.path for part in parts if part.path and not part.train_files]
 
 
 def snippet(folder: Path, library: str, data: DataConfig | None, is_cera: bool = False) -> str:

@@ -3,7 +3,7 @@ that the folder holds, else by this machine, the model and the rows."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cera_train.adapters import build as adapters
 from cera_train.common.settings import AUTO, Choice, to_plain
@@ -18,7 +18,7 @@ from cera_train.runs.records import differences, load_config
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import digest_of, find_adapter, find_start, run_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
-from cera_train.settings.data import DataConfig, Layout
+from cera_train.settings.data import DataConfig, Layout, MixPart
 from cera_train.settings.model import Dtype, Quantization
 from cera_train.settings.run import Config
 from cera_train.settings.training import Resume
@@ -163,5 +163,13 @@ def with_known_layouts(data: DataConfig, begun: DataConfig) -> DataConfig:
     begun_files = [part.train_files for _, part in begun.parts()]
     if not is_undecided or redact_tree(files) != begun_files:
         return data
-    names = ("layout", "prompt", "completion", "rejected", "turns", "mix")
-    return replace(data, **{name: getattr(begun, name) for name in names})
+    if data.mix is None and begun.mix is None:
+        turns = data.turns or begun.turns
+        return replace(data, turns=turns, rejected=begun.rejected, **layout_of(begun))
+    parts = zip(data.mix or (), begun.mix or (), strict=False)
+    return replace(data, mix=[replace(part, **layout_of(known)) for part, known in parts])
+
+
+def layout_of(rows: DataConfig | MixPart) -> dict[str, Any]:
+    """How rows are read."""
+    return {name: getattr(rows, name) for name in ("layout", "prompt", "completion")}

@@ -57,6 +57,8 @@ def test_chats_are_counted_as_their_template_writes_them(compose, write_jsonl, t
     assert size.train_rows == len(tokenized) == 2 * 38
     assert size.tokens_per_row == pytest.approx(fmean(tokenized.lengths), rel=0.01)
     assert size.source == "by the model's chat template"
+    asked = prepare_data(data, chat, asks=True).train  # every answer is one to sample
+    assert data_size(data, tokenizer=chat, asks=True).train_rows == len(asked)
     without = data_size(data).source
     assert without.startswith("an estimate without the model's chat template, which adds tokens: ")
 

@@ -6,7 +6,7 @@ import yaml
 from evaluated_runs import evaluate
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from cera_train.runs.card import EVALUATIONS, snippet, write_card
+from cera_train.runs.card import EVALUATIONS, hub_datasets, snippet, write_card
 from cera_train.runs.results import RunResult
 from cera_train.settings.data import DataConfig, MixPart
 
@@ -58,5 +58,8 @@ def test_the_card_asks_as_rows_of_a_mix_were_trained_on(tmp_path):
             MixPart(**part, weight=weight)
             for part, weight in zip((chats, documents), weights, strict=True)
         ]
-        asks = "apply_chat_template" in snippet(tmp_path, "peft", DataConfig(mix=parts))
+        data = DataConfig(mix=parts)
+        asks = "apply_chat_template" in snippet(tmp_path, "peft", data)
+        expected = ["a/b"] if asks else ["c/d"]
         assert asks == (weights == (1, 0))
+        assert hub_datasets(data) == expected
