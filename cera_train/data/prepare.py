@@ -59,7 +59,7 @@ class Example:
     continues: bool = False
     """Whether it holds more answers of the row of the example before."""
     opening: str = ""
-    """How its first prompt differs from that of inference by default."""
+    """That of its first prompt, for display; empty where inference opens it so by default."""
 
     def columns(self) -> dict[str, Any]:
         return vars(self) | {"length": len(self.input_ids), "supervised": sum(self.loss_mask)}
@@ -434,7 +434,7 @@ def encode(
                 loss_mask += [segment.supervised] * len(ids)
                 left_out += [segment.left_out] * len(ids)
             prompt_key = hashlib.blake2b(prompt_of(sequence).encode(), digest_size=16).hexdigest()
-            opening = next((segment.opening for segment in sequence if segment.supervised), "")
+            opening = next((segment.opening for segment in sequence if segment.supervised), None)
             is_cut = len(input_ids) > step and not is_document
             firsts = [0]
             if is_document:
@@ -450,7 +450,9 @@ def encode(
                     mask = [True] * len(start) + [not is_out for is_out in left_out[kept]]
                 mask[0] = False
                 key = f"{prompt_key}{first or ''}"
-                examples.append(Example(ids, mask, key, has_answer, is_cut, index > 0, opening))
+                examples.append(
+                    Example(ids, mask, key, has_answer, is_cut, index > 0, str(opening or ""))
+                )
     return examples
 
 

@@ -9,7 +9,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.data.messages import REASONING
 from cera_train.data.rows import Row
-from cera_train.data.templates import ChatTemplate, Refusal
+from cera_train.data.templates import ChatTemplate, Opening, Refusal
 
 
 class Exchange(NamedTuple):
@@ -18,8 +18,7 @@ class Exchange(NamedTuple):
     prompt: str
     answer: str
     supervised: bool = True
-    opening: str = ""
-    """How the prompt differs from that of inference by default; empty where it does not."""
+    opening: Opening | None = None
     left_out: bool = False
     """Whether no loss counts the answer, not even one on all tokens."""
 

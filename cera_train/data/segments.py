@@ -16,6 +16,7 @@ from cera_train.data.chats import chat_exchanges, uses_template
 from cera_train.data.messages import TURNS
 from cera_train.data.rendering import Exchange
 from cera_train.data.rows import PROMPT, PlacedRow, Row, as_text, text_of
+from cera_train.data.templates import Opening
 from cera_train.settings.data import COLUMN_TEMPLATES, DataConfig, Layout
 
 
@@ -26,8 +27,7 @@ class Segment:
     text: str
     is_answer: bool = False
     supervised: bool = False
-    opening: str = ""
-    """Of an answer: how the prompt before it differs from that of inference by default."""
+    opening: Opening | None = None  # of the prompt before an answer
     left_out: bool = False
     """Whether no loss counts it, not even one on all tokens."""
 
@@ -38,7 +38,11 @@ answer."""
 
 
 def answered(
-    prompt: str, answer: str, supervised: bool = True, opening: str = "", left_out: bool = False
+    prompt: str,
+    answer: str,
+    supervised: bool = True,
+    opening: Opening | None = None,
+    left_out: bool = False,
 ) -> list[Segment]:
     return [Segment(prompt), Segment(answer, True, supervised, opening, left_out)]
 

@@ -1,7 +1,6 @@
 """A tokenizer's chat template: what it renders of messages, where an answer starts in it, and what
 it leaves out. Nothing here imports torch."""
 
-import ast
 import bisect
 import functools
 import itertools
@@ -17,7 +16,7 @@ import jinja2.meta
 import jinja2.sandbox
 
 from cera_train.common.errors import UserError, errors_at
-from cera_train.common.settings import require
+from cera_train.common.settings import require, word_of
 from cera_train.data.rows import Row, as_text
 
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "namespace"}
@@ -48,21 +47,24 @@ class Refusal(UserError):
     """A template raised an error."""
 
 
+class Opening(NamedTuple):
+    """The setting of the template by which a prompt differs from that of inference by default."""
+
+    name: str
+    value: bool | str
+
+    def __str__(self) -> str:
+        if self.name == WITHOUT:
+            return f"{WITHOUT} {self.value!r}"
+        return f"{self.name}={word_of(self.value)}"
+
+
 class RenderedAnswer(NamedTuple):
     prompt: str
     """What inference would show the model."""
     text: str
     """What the model would have to write, its end token included."""
-    opening: str = ""
-    """How the prompt differs from that of inference by default; empty where it does not."""
-
-
-def settings_of(opening: str) -> dict[str, Any]:
-    """The settings of the template by which a prompt of inference is opened so."""
-    if opening.startswith(WITHOUT):
-        return {WITHOUT: ast.literal_eval(opening.removeprefix(WITHOUT).strip())}
-    name, is_switch, value = opening.partition("=")
-    return {name: value == "true"} if is_switch else {}
+    opening: Opening | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +115,12 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages, or changes those before the answer.
         """
-        for switch in ({}, *({name: has_reasoning(message)} for name in self.switches)):
+        switches = [Opening(name, has_reasoning(message)) for name in self.switches]
+        for opening in (None, *switches):
+            switch = {} if opening is None else {opening.name: opening.value}
             prompt = self.render(before, tools, is_prompt=True, **switch)
             full = self.render([*before, message], tools, is_prompt=False, **switch)
             if full.startswith(prompt):
-                opening = ", ".join(f"{name}={str(on).lower()}" for name, on in switch.items())
                 return RenderedAnswer(prompt, self._ended(full.removeprefix(prompt)), opening)
         return self._parted_answer(before, message, tools)
 
@@ -134,7 +137,7 @@ class ChatTemplate:
             answer = self._ended(full.removeprefix(shared))
             if opened.count("<") > 1:  # and closes it
                 return RenderedAnswer(prompt, answer)
-            return RenderedAnswer(shared, answer, f"{WITHOUT} {opened!r}")
+            return RenderedAnswer(shared, answer, Opening(WITHOUT, opened))
         # Earlier messages are rendered anew: gpt-oss drops the reasoning of its calls, Mistral
         # moves the system prompt. Texts with other answers share all but the answer, so it starts
         # where the shared text last ends as the prompt does.

@@ -18,7 +18,7 @@ from cera_train.common.errors import UserError
 from cera_train.data.prepare import encode
 from cera_train.data.segments import segmenter, segmenters
 from cera_train.data.sources import decide_switches
-from cera_train.data.templates import DATE
+from cera_train.data.templates import DATE, WITHOUT
 
 TEMPLATES = originals(TRL)
 
@@ -148,9 +148,8 @@ def test_whatever_asks_a_run_asks_as_its_rows_were_answered(name, write_jsonl):
 def is_difference(tokenizer, messages: list[dict], number: int, tools, answer: tuple) -> bool:
     before, text, opening = answer
     switch = {}
-    if "=" in opening:
-        switch_name, value = opening.split("=")
-        switch = {switch_name: value == "true"}
+    if opening is not None and opening.name != WITHOUT:
+        switch = {opening.name: opening.value}
     try:
         prompt = rendering(tokenizer, messages[:number], tools, prompt=True, **switch)
         full = rendering(tokenizer, messages[: number + 1], tools, **switch)
@@ -199,7 +198,7 @@ def test_a_row_that_does_not_fit_a_switch_of_the_run_has_its_own():
     fitting = sequences_of(CHATS["one turn"], tokenizer, template_settings=settings)
     other = sequences_of(CHATS["reasoning"], tokenizer, template_settings=settings)
     openings = [opening for [[(_, _, opening)]] in (fitting, other)]
-    assert openings == ["", "enable_thinking=true"]
+    assert openings == [None, ("enable_thinking", True)]
 
 
 # --- TRL's own masks ------------------------------------------------------------------------------

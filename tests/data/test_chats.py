@@ -10,6 +10,7 @@ from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
 from cera_train.data.segments import segmenter, segmenters
 from cera_train.data.sources import decide_switches
+from cera_train.data.templates import Opening
 from cera_train.settings.data import DataConfig, MixPart
 
 CALLS = (
@@ -229,26 +230,28 @@ def test_a_switch_follows_whether_the_row_has_reasoning(tokenizer):
     without = {"messages": ASKED}
     thought = {"messages": [ASKED[0], ASKED[1] | {"reasoning_content": "hm"}]}
 
-    def prompt_and_answer(row: dict, asks: bool = False, **settings) -> tuple[str, str, str]:
+    def prompt_and_answer(row: dict, asks: bool = False, **settings) -> tuple:
         config = data_config(layout="messages", template_settings=settings)
         [[prompt, answer]] = segmenters(config, chat, asks)[0](row)
         return prompt.text.rpartition("\n")[2], answer.text, answer.opening
 
-    assert prompt_and_answer(thought) == ("<think>", "hm</think>hello there<|im_end|>", "")
-    switched = ("", "hello there<|im_end|>", "enable_thinking=false")
+    assert prompt_and_answer(thought) == ("<think>", "hm</think>hello there<|im_end|>", None)
+    switched = ("", "hello there<|im_end|>", ("enable_thinking", False))
     assert prompt_and_answer(without) == switched
+    assert str(Opening(*switched[2])) == "enable_thinking=false"
     chosen = prompt_and_answer(without, enable_thinking=False)
-    assert chosen == (*switched[:2], "")
+    assert chosen == (*switched[:2], None)
     # What samples an answer asks as inference does, and grades the text of the right one.
-    assert prompt_and_answer(without, asks=True) == ("<think>", "hello there", "")
+    assert prompt_and_answer(without, asks=True) == ("<think>", "hello there", None)
     # Without a switch the answer starts where the prompt and the finished chat part.
     chat.chat_template = OPENS.replace("enable_thinking is not defined or enable_thinking", "true")
-    assert prompt_and_answer(without) == ("", "hello there<|im_end|>", "without '<think>'")
+    assert prompt_and_answer(without) == ("", "hello there<|im_end|>", ("without", "<think>"))
+    assert str(Opening("without", "<think>")) == "without '<think>'"
     # A prompt that also closes its reasoning is shown whole.
     chat.chat_template = chat.chat_template.replace(
         "<think>{% endif %}", "<think></think>{% endif %}"
     )
-    assert prompt_and_answer(without) == ("<think></think>", "hello there<|im_end|>", "")
+    assert prompt_and_answer(without) == ("<think></think>", "hello there<|im_end|>", None)
 
 
 def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write_jsonl):
