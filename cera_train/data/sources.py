@@ -212,7 +212,7 @@ def first_training_rows(config: DataConfig) -> Iterator[PlacedRow]:
         rows = itertools.chain.from_iterable(map(first_rows, paths))
     else:
         rows = from_hub(config, "data.train_split", config.streaming).located()
-    return itertools.islice(rows, FIRST_ROWS)
+    return itertools.islice(rows, min(FIRST_ROWS, config.train_rows or FIRST_ROWS))
 
 
 def check_data(config: DataConfig) -> None:

@@ -19,7 +19,7 @@ from cera_train.common.trust import clean
 from cera_train.data.chats import turns_of_side, uses_template
 from cera_train.data.messages import TURNS, messages_of, role_of
 from cera_train.data.prepare import encode
-from cera_train.data.rows import PROMPT, READERS, Row, from_files
+from cera_train.data.rows import PROMPT, READERS, Row, from_files, suffix_of
 from cera_train.data.segments import columns_read, segmenters
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
@@ -154,7 +154,7 @@ class Prompts:
 
 def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
     """The questions of a file, each after its place: rows of a data set, or lines of text."""
-    if Path(file).suffix.lower() in READERS.keys() - {".txt"}:
+    if suffix_of(file) in READERS.keys() - {".txt"}:
         yield from from_files([file], "prompts").located()
         return
     try:

@@ -260,12 +260,15 @@ def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write
     without = {"messages": ASKED}
     thought = {"messages": [ASKED[0], ASKED[1] | {"reasoning_content": "hm"}]}
 
-    def settings(rows: list[dict], chosen: dict | None = None) -> dict:
+    def settings(rows: list[dict], chosen: dict | None = None, count: int | None = None) -> dict:
         file = str(write_jsonl("rows.jsonl", rows))
-        config = data_config(train_files=[file], layout="messages", template_settings=chosen)
+        config = data_config(
+            train_files=[file], layout="messages", template_settings=chosen, train_rows=count
+        )
         return decide_switches(config, chat).template_settings
 
     assert settings([without] * 3) == {"enable_thinking": False}
+    assert settings([without] * 3 + [thought], count=3) == {"enable_thinking": False}
     assert settings([thought] * 3) == settings([without, thought]) == {}
 
     off = {"enable_thinking": False}

@@ -1,6 +1,7 @@
 """`cera-chat`: what a question becomes, what answers it, and a conversation in a real terminal."""
 
 import copy
+import gzip
 import io
 import sys
 from types import SimpleNamespace
@@ -152,6 +153,9 @@ def test_a_file_has_a_question_on_each_line_or_row(tmp_path, tokenizer, write_js
     by_line, by_row = (list(read_prompts(str(file), prompts)) for file in (lines, rows))
     assert [place for place, _ in by_line] == [f"{lines}:1", f"{lines}:3"]
     assert [place for place, _ in by_row] == [f"{rows}:1", f"{rows}:2"]
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(rows.read_bytes()))
+    assert [row for _, row in read_prompts(str(packed), prompts)] == [row for _, row in by_row]
     assert [prompts.ids(row) for _, row in by_line] == [prompts.ids(row) for _, row in by_row]
 
 
