@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from cera_train.adapters.saved import attach, is_adapter, save
 from cera_train.common.errors import UserError, explain
-from cera_train.common.files import read_json, remove_folder, write_folder
+from cera_train.common.files import remove_folder, write_folder
 from cera_train.common.settings import require
 from cera_train.distributed.sharding import trainable_weights
 from cera_train.evaluation.generate import LoadedModel
@@ -24,10 +24,10 @@ from cera_train.evaluation.server import Server
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.precision import choose_precision
-from cera_train.model.weights import fingerprint, load_model
+from cera_train.model.weights import BaseDigests, load_model
 from cera_train.runs.folder import Progress
 from cera_train.runs.records import load_config
-from cera_train.runs.subject import Subject
+from cera_train.runs.subject import Subject, has_other_base, run_of
 from cera_train.settings.evaluation import EvalConfig, GenerationConfig
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
@@ -61,13 +61,8 @@ def load_subject(subject: Subject, device: torch.device) -> LoadedModel:
 def check_same_base(subject: Subject, base: PreTrainedModel) -> None:
     """Raises UserError where the run of an adapter recorded other weights of its base: the adapter
     would load, since the shapes agree."""
-    record = subject.folder / "environment.json"
-    if subject.run is None or not record.is_file():
-        return
-    if subject.run.model.dtype != subject.model.dtype:  # rounding may change the digest
-        return
-    expected = read_json(record).get("base_fingerprint")
-    if expected not in (None, fingerprint(base)):
+    run = run_of(subject.adapter) if subject.run else None
+    if run is not None and has_other_base(run, subject.model, BaseDigests.of(base)):
         raise UserError(
             f"{subject.adapter} was trained on other weights than those of {subject.model.path}: "
             f"it belongs to {subject.run.model.path} as it was then. Leave out model=, or name "

@@ -1,8 +1,11 @@
 """Base weights, in 32, 16, 8 or 4 bits."""
 
+from __future__ import annotations
+
 import hashlib
 import inspect
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -164,6 +167,19 @@ def mixes_sequences(model: PreTrainedModel) -> bool:
     return is_stateful or not takes_positions
 
 
+class BaseDigests(NamedTuple):
+    """What tells a base model from another of the same shape."""
+
+    norms: str
+    """The same in every precision and quantisation."""
+    sample: str
+    """Of all weights as they are stored."""
+
+    @classmethod
+    def of(cls, base: nn.Module) -> BaseDigests:
+        return cls(fingerprint(base), sample_digest(base))
+
+
 def fingerprint(model: nn.Module) -> str:
     """A digest of the one-dimensional weights, such as norms: the same in every precision and
     quantisation, different for base models of one shape."""
@@ -182,7 +198,10 @@ def sample_digest(model: nn.Module) -> str:
     matrices do, as after merging an adapter."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
-        values = parameter.detach().flatten()[:: max(1, parameter.numel() // 1000)]
+        stored = parameter.detach()
+        if getattr(parameter, "quant_state", None) is not None:
+            stored = stored.view(torch.uint8)  # FSDP needs the same bits as floats
+        values = stored.flatten()[:: max(1, stored.numel() // 1000)]
         digest.update(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -111,7 +111,9 @@ class Environment(Record, extra="allow"):
     gpus: list[str] | None = None  # names
     cpu_threads: int | None = None
     processes: int | None = None
-    base_fingerprint: str | None = None  # tells base models of one shape apart
+    # Both tell base models of one shape apart, see `model.weights.BaseDigests`.
+    base_fingerprint: str | None = None
+    base_sample: str | None = None  # earlier versions recorded none
     rows: dict[str, str] | None = None  # digests of the training and the held-out tokens
     updates: int | None = None  # updates of the whole run
     answers: dict[str, str] | None = None  # how another program asked and graded

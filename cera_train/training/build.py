@@ -36,13 +36,12 @@ from cera_train.model.compiled import compile_layers
 from cera_train.model.folder import check_length, load_tokenizer
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout
-from cera_train.model.weights import fingerprint, load_model, sample_digest
+from cera_train.model.weights import BaseDigests, load_model
 from cera_train.runs.folder import Progress, load_checkpoint
 from cera_train.runs.records import load_config
-from cera_train.runs.results import Environment
-from cera_train.runs.subject import digest_of, find_start, run_of
+from cera_train.runs.subject import digest_of, find_start, has_other_base, run_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
-from cera_train.settings.model import Dtype, ModelConfig
+from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import build_optimizer
 from cera_train.training.rewards import check_right_answers
@@ -97,8 +96,7 @@ class Model:
     micro_batch_tokens: int
     trainable_count: int
     total_count: int
-    base_fingerprint: str
-    base_digest: str
+    base_digests: BaseDigests
 
     def micro_batches(self, rows: TokenizedRows) -> MicroBatches:
         """Micro-batches of rows in the layout that the model takes."""
@@ -115,8 +113,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     accelerator = start_accelerator(config.model, config.train.autocast, config.distributed)
     [checkpoint] = broadcast_object_list([checkpoint])
     base = load_model(config.model, accelerator.device, accelerator.is_fsdp2)
-    base_fingerprint = fingerprint(base)  # before DoRA adds to it
-    base_digest = sample_digest(base)
+    base_digests = BaseDigests.of(base)  # before DoRA adds to it
 
     torch.manual_seed(config.train.seed)
     has_autocast = accelerator.mixed_precision != "no"
@@ -135,7 +132,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     if config.train.check_coverage and not (is_ours or accelerator.is_fsdp2):
         check_effect(adapted, base, config.adapter, has_autocast)
     trainable_count, total_count = adapters.parameter_counts(adapted)
-    progress, moments = load_weights(adapted, config, data.rows, checkpoint, base_fingerprint)
+    progress, moments = load_weights(adapted, config, data.rows, checkpoint, base_digests)
 
     groups = adapters.parameter_groups(adapted, config.adapter)
     optimizer = build_optimizer(groups, config.optimizer, accelerator.device)
@@ -163,8 +160,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
         config.train.micro_batch_tokens,
         trainable_count,
         total_count,
-        base_fingerprint,
-        base_digest,
+        base_digests,
     )
     return model, progress
 
@@ -187,7 +183,7 @@ def load_weights(
     config: Config,
     rows: TokenizedData,
     checkpoint: Path | None,
-    base_fingerprint: str,
+    base_digests: BaseDigests,
 ) -> tuple[Progress, dict[str, Any] | None]:
     """Loads the weights of a checkpoint, or of an adapter to start from, into a fresh adapter.
 
@@ -200,18 +196,18 @@ def load_weights(
     digests = (rows.train.digest, rows.evaluation.digest)
     if checkpoint is not None:
         require(
-            not has_other_base(checkpoint.parent.parent, config.model, base_fingerprint),
+            not has_other_base(checkpoint.parent.parent, config.model, base_digests),
             f"{checkpoint} was trained on other weights than model.path={config.model.path} has "
             "now. Restore them, or choose another name=... for a new run.",
         )
         return load_checkpoint(checkpoint, adapted, *digests)
     if config.adapter.start_from is not None:
-        load_start(adapted, config.adapter, config.model, base_fingerprint)
+        load_start(adapted, config.adapter, config.model, base_digests)
     return Progress(data_digest=digests[0], held_out_digest=digests[1]), None
 
 
 def load_start(
-    model: nn.Module, config: AdapterConfig, base: ModelConfig, base_fingerprint: str
+    model: nn.Module, config: AdapterConfig, base: ModelConfig, base_digests: BaseDigests
 ) -> None:
     """Loads the weights that `adapter.start_from` names into a fresh adapter. Raises UserError if
     their digest differs, or if they were trained on another base."""
@@ -224,7 +220,7 @@ def load_start(
             "new ones."
         )
     run = run_of(folder)
-    if run is not None and has_other_base(run, base, base_fingerprint):
+    if run is not None and has_other_base(run, base, base_digests):
         theirs = load_config(run / "config.yaml").model.path
         raise UserError(
             f"{place} was trained on other base weights than these: set model.path to its base "
@@ -232,17 +228,6 @@ def load_start(
         )
     with errors_at(place):
         load(model, read(folder))
-
-
-def has_other_base(run: Path, base: ModelConfig, base_fingerprint: str) -> bool:
-    """Whether a run recorded other base weights than these."""
-    record = run / "environment.json"
-    if not record.is_file():
-        return False
-    dtypes = {load_config(run / "config.yaml").model.dtype, base.dtype}
-    if len(dtypes) > 1 and Dtype.float16 in dtypes:
-        return False  # float16 rounds first, and the fingerprint's bfloat16 then rounds otherwise
-    return Environment.read(record).base_fingerprint not in (None, base_fingerprint)
 
 
 # --- evaluation -----------------------------------------------------------------------------------

@@ -46,9 +46,7 @@ def open_log(
         folder.rewind(progress if progress.update > 0 else None)
         digests = {"train": data.rows.train.digest, "held_out": data.rows.evaluation.digest}
         processes = model.accelerator.num_processes
-        folder.write_config(
-            processes, model.base_fingerprint, digests, data.updates, resolved.dtype
-        )
+        folder.write_config(processes, model.base_digests, digests, data.updates, resolved.dtype)
         tracker = start_tracker(
             config.tracker, folder.config, config.name, folder.path, progress.update
         )

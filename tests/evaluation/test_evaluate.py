@@ -357,12 +357,16 @@ def test_a_folder_without_a_finished_run_and_its_adapter_is_refused(eval_config,
 def test_an_adapter_of_another_base_model_is_refused(eval_config, run, tmp_path, tokenizer):
     settings = ["model=smollm2_135m", f"model.path={tmp_path / 'other'}", "model.dtype=float32"]
     tokenizer.save_pretrained(tmp_path / "other")
-    other = make_tiny_llama(vocab_size=len(tokenizer))
-    other.model.norm.weight.data += 0.1  # of the same shape
-    for model in (other, make_tiny_llama(vocab_size=len(tokenizer), hidden_size=64)):
+    of_one_shape = [make_tiny_llama(vocab_size=len(tokenizer)) for _ in range(2)]
+    of_one_shape[0].model.norm.weight.data += 0.1
+    of_one_shape[1].model.layers[0].mlp.up_proj.weight.data += 0.1
+    for model in (*of_one_shape, make_tiny_llama(vocab_size=len(tokenizer), hidden_size=64)):
         model.save_pretrained(tmp_path / "other")
         with pytest.raises(ValueError, match="was trained on other weights"):
             evaluate(eval_config(*settings))
+    export = shutil.copytree(run / "adapter", run / "export_lora")
+    with pytest.raises(ValueError, match="was trained on other weights"):
+        evaluate(eval_config(*settings, run=export))
     assert not (run / "eval").exists()
     (run / "environment.json").unlink()  # as an adapter that was carried elsewhere
     with pytest.raises(ValueError, match="belongs to another base model"):

@@ -182,10 +182,12 @@ def test_a_run_resumes_on_the_base_and_the_rows_that_it_was_begun_with(
     write_jsonl("eval.jsonl", rows[5:])
 
     weights = load_file(base / "model.safetensors")
-    changed = weights | {"model.norm.weight": 2 * weights["model.norm.weight"]}
-    save_file(changed, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="checkpoints/4 was trained on other weights than model.pa"):
-        train(config)
+    for name in ("model.norm.weight", "model.layers.1.self_attn.q_proj.weight"):
+        changed = weights | {name: 2 * weights[name]}
+        save_file(changed, base / "model.safetensors", {"format": "pt"})
+        message = "checkpoints/4 was trained on other weights than model.pa"
+        with pytest.raises(UserError, match=message):
+            train(config)
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     assert train(config)["updates"] == 12
 
