@@ -107,11 +107,13 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, Any]]:
     """The trainable parameters as groups of an optimizer, whose learning rate `lr_ratio`
-    multiplies: one group, unless `adapter.b_lr_ratio` lets B learn faster than A (LoRA+, arXiv
-    2402.12354)."""
+    multiplies: one group, unless `adapter.b_lr_ratio` lets B, and vectors, learn faster than A
+    (LoRA+, arXiv 2402.12354). As in PEFT's, both matrices of an embedding have one rate: its A x is
+    a column of A, no sum over the model's width. It is A's here, and 1e-6 in PEFT."""
     groups: dict[float, list[nn.Parameter]] = {1.0: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            ratio = config.b_lr_ratio if f".{family(config.kind).b_matrix}." in name else 1.0
+            is_fast = f".{family(config.kind).b_matrix}." in name or parameter.ndim == 1
+            ratio = config.b_lr_ratio if is_fast else 1.0
             groups.setdefault(ratio, []).append(parameter)
     return [{"params": parameters, "lr_ratio": ratio} for ratio, parameters in groups.items()]

@@ -71,7 +71,8 @@ class AdapterConfig:
     """lora, rslora, dora, peft: training rows that the starts eva, corda and lora_ga read, as in
     settings={init_lora_weights: eva}."""
     b_lr_ratio: float = setting(1.0, "result")
-    """Ratio of B's learning rate to A's. Above 1: LoRA+ (arXiv 2402.12354)."""
+    """Ratio of the learning rate of B, and of vectors such as DoRA's magnitudes, to A's. Above 1:
+    LoRA+ (arXiv 2402.12354)."""
     label: str | None = setting(None, "nothing")
     """The name in tables and pictures. null: the kind's."""
 

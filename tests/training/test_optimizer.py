@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import make_tiny_llama
 from moe_models import make_mixture
+from peft.optimizers import create_loraplus_optimizer
 from transformers import Qwen2Config
 
 from cera_train.adapters.build import build, parameter_groups
@@ -85,7 +86,7 @@ def test_b_learns_faster_than_the_rest_by_its_ratio(kind, of):
     B = {
         id(parameter)
         for name, parameter in model.named_parameters()
-        if "lora_B" in name or "cera_B" in name
+        if "lora_B" in name or "cera_B" in name or "magnitude" in name
     }
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     optimizer = build_optimizer(
@@ -97,6 +98,19 @@ def test_b_learns_faster_than_the_rest_by_its_ratio(kind, of):
     assert (rest["lr"], fast["lr"]) == (1e-3, pytest.approx(16e-3))
     set_learning_rate(optimizer, 5e-4)  # as the schedule does
     assert (rest["lr"], fast["lr"]) == (5e-4, pytest.approx(8e-3))
+
+
+def test_the_parts_that_learn_faster_are_those_of_pefts_loraplus():
+    targets = ["q_proj", "embed_tokens"]
+    config = AdapterConfig("dora", 4, target_modules=targets, b_lr_ratio=16)
+    model = build(make_tiny_llama().requires_grad_(False), config)
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    ours = parameter_groups(model, config)
+
+    def fast(groups, rate: str, highest: float) -> set[int]:
+        return {id(weight) for each in groups if each[rate] == highest for weight in each["params"]}
+
+    assert fast(ours, "lr_ratio", 16) == fast(theirs.param_groups, "lr", 16e-3)
 
 
 @pytest.mark.parametrize(
