@@ -15,7 +15,7 @@ from moe_models import make_mixture
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny_models import tiny_model
-from cera_train.adapters import build, folder, saved
+from cera_train.adapters import build, folder, saved, targets
 from cera_train.adapters.families import family, title
 from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_no_spectrum
 from cera_train.common.errors import UserError
@@ -289,6 +289,17 @@ def test_what_trains_beside_an_adapter_is_float32_over_a_16_bit_base(adapter_of,
     saved.load(resumed, saved.read(tmp_path))
     weights = trainable_weights(resumed)
     assert all(torch.equal(weights[key], after[key]) for key in after)
+
+
+def test_all_linear_of_a_lora_leaves_the_experts_of_a_mixture_out(adapter_of):
+    base = tiny_model("deepseek_v3")
+    model = build.build(base, adapter_of("lora"))
+    attention = "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj"
+    assert targets.describe_targets(model) == f"{attention}: 10 of 10"
+
+    named = replace(adapter_of("lora"), target_modules=["o_proj", "down_proj"])
+    with pytest.raises(UserError, match=r"takes a name among these for experts \(down_proj\) of"):
+        build.build(tiny_model("deepseek_v3"), named)
 
 
 def test_full_fine_tuning_of_quantised_weights_is_refused(adapter_of):

@@ -166,16 +166,22 @@ class Family:
         from cera_train.adapters.targets import linear_names
         from cera_train.cera.coverage import exclude_projections
 
-        if config.target_modules == "all-linear" and config.layers is not None:
-            in_layers = [
+        if config.target_modules == "all-linear":
+            taken = as_peft_takes(self.peft_config(config), base).target_modules
+            names = linear_names(
                 (name, module)
                 for name, module in base.named_modules()
                 if re.search(r"\.\d+\.", name)
-            ]
-            config = dataclasses.replace(config, target_modules=linear_names(in_layers))
+            )
+            is_mixture = taken != "all-linear"
+            if is_mixture:
+                names = [name for name in names if name in taken]
+            if is_mixture or config.layers is not None:
+                config = dataclasses.replace(config, target_modules=names)
         peft_config = self.peft_config(config)
         exclude_projections(peft_config, left_out, base)
         with peft_errors(config):
+            check_experts(peft_config, base)
             model = attach(base, peft_config)
             # PEFT fills in fields while it builds, such as IA3's feedforward_modules. Checks that
             # the config loads again once it is saved.
@@ -242,6 +248,29 @@ class Full(Family):
         )
         # 16-bit weights would round most updates away; the loop computes in 16 bits by autocast.
         return base.float().requires_grad_(True)
+
+
+def as_peft_takes(config: peft.PeftConfig, base: PreTrainedModel) -> peft.PeftConfig:
+    """A copy of a config with the targets that PEFT would take. A LoRA of a mixture may be of a
+    transformers in which experts were modules: PEFT takes names such as down_proj for theirs, which
+    are parameters now, and has no names for dense or shared projections that are called so."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = copy.deepcopy(config)
+    convert_peft_config_for_transformers(config, base, None)
+    return config
+
+
+def check_experts(config: peft.PeftConfig, base: PreTrainedModel) -> None:
+    """Raises UserError where PEFT would adapt experts that target_modules do not name."""
+    parameters = {*(getattr(config, "target_parameters", None) or ())}
+    taken = {*(getattr(as_peft_takes(config, base), "target_parameters", None) or ())}
+    experts = ", ".join(sorted(taken - parameters))
+    require(
+        not experts,
+        f"adapter.target_modules: PEFT takes a name among these for experts ({experts}) of this "
+        "model: leave it out, or choose adapter=cera.",
+    )
 
 
 @contextlib.contextmanager
