@@ -302,6 +302,19 @@ def test_all_linear_of_a_lora_leaves_the_experts_of_a_mixture_out(adapter_of):
         build.build(tiny_model("deepseek_v3"), named)
 
 
+def test_adapters_of_tied_embeddings_are_one_over_a_16_bit_base(adapter_of):
+    settings = {"ensure_weight_tying": True}
+    config = replace(adapter_of("lora"), target_modules=["embed_tokens"], settings=settings)
+    base = make_tiny_llama(tie_word_embeddings=True).bfloat16()
+    build.build(base, config)
+    embeddings = base.get_input_embeddings()
+    head = base.get_output_embeddings()
+    for weight in (embeddings.lora_embedding_A, embeddings.lora_embedding_B):
+        weight["default"].data.normal_()
+    assert torch.equal(head.lora_A["default"].weight.T, embeddings.lora_embedding_B["default"])
+    assert torch.equal(head.lora_B["default"].weight.T, embeddings.lora_embedding_A["default"])
+
+
 def test_full_fine_tuning_of_quantised_weights_is_refused(adapter_of):
     base = make_tiny_llama()
     base.is_quantized = True

@@ -10,13 +10,14 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cera_train.adapters.families.base import ADAPTER, Branch, RankedFamily
+from cera_train.adapters.families.base import ADAPTER, Attach, Branch, RankedFamily
 from cera_train.settings.adapters import AdapterConfig
 
 if TYPE_CHECKING:
     import peft
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 class Lora(RankedFamily):
@@ -50,6 +51,14 @@ class Lora(RankedFamily):
         }
         return self.make(peft.LoraConfig, config, fields)
 
+    def build(
+        self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str], attach: Attach
+    ) -> nn.Module:
+        model = super().build(base, config, left_out, attach)
+        if getattr(model.peft_config[ADAPTER], "target_modules_to_tie", None):
+            tie_again(base)
+        return model
+
     def branch(self, module: nn.Module) -> Branch | None:
         from peft.tuners.lora.layer import LoraLayer, ParamWrapper
         from torch import nn
@@ -67,6 +76,15 @@ class Lora(RankedFamily):
         scaling = module.scaling[ADAPTER]
         r = module.r[ADAPTER]
         return Branch(module, A, lambda: matrix(module), scaling, r, module.out_features)
+
+
+def tie_again(base: PreTrainedModel) -> None:
+    """Lets the adapters of tied embeddings share their memory (ensure_weight_tying). PEFT casts
+    those of a 16-bit base to float32 one by one, which parts them."""
+    embeddings = base.get_input_embeddings()
+    head = base.get_output_embeddings()
+    head.lora_A[ADAPTER].weight.data = embeddings.lora_embedding_B[ADAPTER].data.T
+    head.lora_B[ADAPTER].weight.data = embeddings.lora_embedding_A[ADAPTER].data.T
 
 
 def plain_B(layer: nn.Module) -> torch.Tensor:
