@@ -4,12 +4,14 @@ import peft
 import pytest
 import torch
 from conftest import make_tiny_llama
+from moe_models import make_mixture
 from tiny_runs import folder_of
 from transformers import AutoModelForCausalLM
 
 from cera_train.adapters import build
 from cera_train.adapters.families import family
 from cera_train.cera import CeraLinear
+from cera_train.common.errors import UserError
 from cera_train.runs.results import LOSSES_AFTER, TokenLosses
 from cera_train.training.build import build_data
 
@@ -104,6 +106,19 @@ def test_an_annealed_gate_goes_from_ceras_to_half_of_it(model_of):
         family(config.kind).begin_update(annealed, config, share)
         torch.testing.assert_close(logits(annealed.train()), logits(expected))
         torch.testing.assert_close(logits(annealed.eval()), logits(half))
+
+
+@pytest.mark.parametrize(
+    ("settings", "make"),
+    [
+        ("adapter.target_modules=[q_proj,embed_tokens]", make_tiny_llama),
+        ("adapter.settings={target_parameters: [experts.down_proj]}", make_mixture),
+    ],
+)
+def test_what_takes_no_gate_is_not_annealed(compose, settings, make):
+    config = compose("adapter=cera_anneal", "adapter.r=4", settings).adapter
+    with pytest.raises(UserError, match=r"^adapter.kind=anneal: model\.\S+ has no linear A whose"):
+        build.build(make().requires_grad_(False), config)
 
 
 def test_an_annealed_run_is_saved_as_a_lora_that_peft_merges(trained_config, tiny_folder):

@@ -47,6 +47,13 @@ def refuses(message: str):
             "adapter=cera_anneal adapter.settings={init_lora_weights:pissa}",
             "adapter.settings.init_lora_weights: adapter.kind=anneal draws A itself, .* Leave it",
         ),
+        *(
+            (
+                f"adapter=cera_anneal train.objective={objective} data={data}",
+                f"train.objective={objective}: adapter.kind=anneal answers as .* choose another",
+            )
+            for objective, data in (("dpo", "preferences"), ("grpo", "gsm8k"))
+        ),
     ],
 )
 def test_a_setting_that_the_kind_ignores_is_refused(compose, overrides, message):

@@ -66,8 +66,13 @@ class Anneal(Lora):
         # One gate for all branches, without parameters: PEFT saves nothing of it.
         gate = AnnealedGate(GATES[config.activation](), config.dropout)
         model.annealed_gate = gate.to(base.device)
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, LoraLayer):
+                require(
+                    self.branch(module) is not None,
+                    f"adapter.kind=anneal: {name.removeprefix('base_model.model.')} has no linear "
+                    "A whose output could take a gate: adapt projections alone.",
+                )
                 A = module.lora_A[ADAPTER]
                 nn.init.kaiming_normal_(A.weight, nonlinearity="relu")
                 A.register_forward_hook(model.annealed_gate.in_training)
