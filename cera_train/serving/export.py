@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from cera_train.adapters.families.base import ADAPTER
+from cera_train.adapters.families.base import ADAPTER, taken_for_experts
 from cera_train.adapters.saved import attach, is_adapter
 from cera_train.cera import CeraLayer
 from cera_train.common.errors import UserError, errors_at
@@ -142,6 +142,13 @@ def check_export(config: ExportConfig, subject: Subject, run: LoadedModel, folde
                 )
         if run.base.get_output_embeddings() in layers.values():
             raise UserError(f"{place} adapts the head, which is not exported: train without it.")
+        lora = peft.LoraConfig(target_modules=sorted(layers))
+        if experts := taken_for_experts(lora, run.base):
+            raise UserError(
+                f"{place} adapts projections whose names PEFT takes for those of experts "
+                f"({', '.join(experts)}), so a LoRA has no place for them: train with "
+                "adapter.settings.exclude_modules=[gate_proj,up_proj,down_proj]."
+            )
     if not folder.name:
         raise UserError(f"output={folder} needs a name: choose a new folder.")
     is_export = (folder / CERTIFICATE).is_file()

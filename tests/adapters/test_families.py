@@ -322,3 +322,10 @@ def test_full_fine_tuning_of_quantised_weights_is_refused(adapter_of):
         UserError, match=r"^adapter.kind=full trains every weight.*model.quantization=none"
     ):
         build.build(base, adapter_of("full"))
+
+
+def test_dora_over_8_bit_weights_of_a_cpu_is_refused(adapter_of):
+    base = make_tiny_llama()
+    base.is_loaded_in_8bit = True
+    with pytest.raises(UserError, match=r"^model.quantization=int8: .*=nf4, or choose another"):
+        build.build(base, adapter_of("dora"))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import run_card
 from transformers import AutoModelForCausalLM
 
+from benchmarks.tiny_models import tiny_model
 from cera_train.common.errors import DiffersError, UserError
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.statistics import bootstrap_interval
@@ -304,6 +305,17 @@ def test_an_adapter_of_tied_embeddings_is_merged_once(compose, trained, tokenize
     export(compose(f"run={folder}", "to=merged", command="export"))  # refuses another model
     merged = AutoModelForCausalLM.from_pretrained(folder / "export_merged")
     assert not torch.equal(merged.lm_head.weight, tied.lm_head.weight)
+
+
+def test_a_run_on_projections_that_peft_takes_for_experts_is_refused(
+    compose, trained, tokenizer, tmp_path
+):
+    tiny_model("deepseek_v3", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    targets = "adapter.target_modules=[o_proj,down_proj]"
+    folder = trained(f"model.path={tmp_path}", targets, "train.max_updates=1", name="dense")
+    with pytest.raises(UserError, match=r"takes for those of experts \(down_proj\), so a LoRA has"):
+        export(compose(f"run={folder}", command="export"))
 
 
 @pytest.mark.slow

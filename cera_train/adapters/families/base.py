@@ -181,7 +181,13 @@ class Family:
         peft_config = self.peft_config(config)
         exclude_projections(peft_config, left_out, base)
         with peft_errors(config):
-            check_experts(peft_config, base)
+            experts = ", ".join(taken_for_experts(peft_config, base))
+            require(
+                not experts,
+                f"adapter.target_modules: PEFT takes a name among these for experts ({experts}) of "
+                "this model: leave it out, or choose adapter=cera.",
+            )
+            check_dora(peft_config, base)
             model = attach(base, peft_config)
             # PEFT fills in fields while it builds, such as IA3's feedforward_modules. Checks that
             # the config loads again once it is saved.
@@ -261,15 +267,20 @@ def as_peft_takes(config: peft.PeftConfig, base: PreTrainedModel) -> peft.PeftCo
     return config
 
 
-def check_experts(config: peft.PeftConfig, base: PreTrainedModel) -> None:
-    """Raises UserError where PEFT would adapt experts that target_modules do not name."""
-    parameters = {*(getattr(config, "target_parameters", None) or ())}
+def taken_for_experts(config: peft.PeftConfig, base: PreTrainedModel) -> list[str]:
+    """Parameters of experts that PEFT would adapt, and that target_parameters do not name."""
+    named = {*(getattr(config, "target_parameters", None) or ())}
     taken = {*(getattr(as_peft_takes(config, base), "target_parameters", None) or ())}
-    experts = ", ".join(sorted(taken - parameters))
+    return sorted(taken - named)
+
+
+def check_dora(config: peft.PeftConfig, base: PreTrainedModel) -> None:
+    """Raises UserError where DoRA reads weights that PEFT cannot read twice."""
+    is_8bit_on_cpu = getattr(base, "is_loaded_in_8bit", False) and base.device.type == "cpu"
     require(
-        not experts,
-        f"adapter.target_modules: PEFT takes a name among these for experts ({experts}) of this "
-        "model: leave it out, or choose adapter=cera.",
+        not (is_8bit_on_cpu and getattr(config, "use_dora", False)),
+        "model.quantization=int8: on a CPU, PEFT's DoRA loses the scale of 8-bit weights as it "
+        "reads them: set model.quantization=nf4, or choose another adapter.",
     )
 
 
