@@ -7,11 +7,13 @@ import os
 import shutil
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from several_processes import cut_copy
 from tiny_runs import (
     adapter_bytes,
     folder_of,
@@ -160,6 +162,16 @@ def test_an_interrupted_run_cannot_be_extended(tiny_config):
     with pytest.raises(UserError, match="another config: train.max_updates was") as error:
         train(config)
     assert "start_from" not in str(error.value)  # it has no result to start from
+
+
+def test_a_resumed_run_keeps_the_layout_of_its_start_over_8_bit_weights(tiny_config):
+    words = ["adapter=lora", "adapter.r=4", "model.quantization=int8", "train.max_updates=6"]
+    whole = tiny_config(*words)
+    train(whole)
+    cut = replace(whole, name="cut")
+    cut_copy(folder_of(whole), folder_of(cut), 4)
+    train(cut)
+    assert adapter_bytes(cut) == adapter_bytes(whole)
 
 
 def test_a_run_resumes_on_the_base_and_the_rows_that_it_was_begun_with(
