@@ -65,8 +65,8 @@ SNIPPET = """## How to load it
 {registers}from {library} import {loader}
 from transformers import AutoTokenizer
 
-model = {loader}.from_pretrained("FOLDER")  # where this file lies
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = {loader}.from_pretrained("FOLDER"{trust})  # where this file lies
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
 {asks}```"""
 
 ASKS = """
@@ -102,7 +102,7 @@ def write_card(run: Path, result: RunResult) -> None:
         name=for_markdown(config.name),
         what=for_markdown(f"The base model after {method}" if is_full else f"A {method} adapter"),
         branch=" Its branch, `s B gate(A x)`, stays beside W0." if is_cera else "",
-        snippet=snippet(run / "adapter", library, config.data, is_cera),
+        snippet=snippet(run / "adapter", library, config.data, config.model, is_cera),
         table="\n".join(
             f"| {for_markdown(name)} | {for_markdown(value)} |"
             for name, value in (_facts(config, result) | _accuracies(evaluations)).items()
@@ -121,13 +121,16 @@ def hub_datasets(data: DataConfig) -> list[str]:
     return [part.path for part in parts if part.path and not part.train_files]
 
 
-def snippet(folder: Path, library: str, data: DataConfig | None, is_cera: bool = False) -> str:
+def snippet(
+    folder: Path, library: str, data: DataConfig | None, model: ModelConfig, is_cera: bool = False
+) -> str:
     """The section of a card that loads what a folder holds, and asks it a question by the chat
     template if it was trained on chats.
 
     Args:
         library: peft for an adapter, transformers for a plain model.
         data: the rows that it was trained on, if they are known.
+        model: the base, whose code the loaded model may need.
     """
     asks = ""
     if data is not None and (folder / "chat_template.jinja").is_file():
@@ -145,6 +148,7 @@ def snippet(folder: Path, library: str, data: DataConfig | None, is_cera: bool =
         registers="import cera_train  # registers CeRA with PEFT\n" if is_cera else "",
         library=library,
         loader="AutoPeftModelForCausalLM" if library == "peft" else "AutoModelForCausalLM",
+        trust=", trust_remote_code=True" if model.trust_remote_code else "",
         asks=asks,
     )
 

@@ -358,5 +358,5 @@ def card(folder: Path, facts: Mapping[str, str], config: ExportConfig, subject: 
         f"| | |\n|---|---|\n{rows}"
     )
     if config.to != ExportForm.gguf:
-        text += f"\n{snippet(folder, library, subject.trained.data)}\n"
+        text += f"\n{snippet(folder, library, subject.trained.data, subject.model)}\n"
     return text

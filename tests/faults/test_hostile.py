@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tiny_runs import run_card
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
@@ -36,6 +37,7 @@ from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig, GenerationConfig, TaskConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
+from cera_train.training.train import train
 
 ADAPTER_CONFIG = {
     "peft_type": "LORA",
@@ -253,6 +255,12 @@ def test_a_models_own_code_runs_only_when_asked(model_with_code, marker):
     assert not marker.exists()
     check_length(ModelConfig(path=model_with_code, trust_remote_code=True), 1, "x")
     assert marker.exists()
+
+
+def test_the_code_of_a_card_trusts_that_of_the_base(tiny_config, model_with_code):
+    trusting = f"model.path={model_with_code}", "model.trust_remote_code=true"
+    run = Path(train(tiny_config(*trusting, "train.max_updates=1"))["folder"])
+    assert type(run_card(run / "adapter")["model"].get_base_model()).__name__ == "EvilModel"
 
 
 def test_a_models_own_code_that_exits_is_a_line_with_its_place(model_with_code):
