@@ -4,6 +4,7 @@ can detect."""
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from cera_train.evaluation.verdict import Variances, detectable
 from cera_train.planning.make import make_plan
 from cera_train.planning.plan import RunPlan
 from cera_train.planning.table import name_jobs, print_plan, print_plans
+from cera_train.runs.subject import is_awaited
 from cera_train.settings.run import PlanRun
 from cera_train.settings.sweep import LOSS
+from cera_train.settings.training import TrackerConfig
 from cera_train.study.cells import Cell
 from cera_train.study.design import (
     StudySweeper,
@@ -41,6 +44,8 @@ from cera_train.study.folder import Study
 from cera_train.sweep.grid import check_inputs, check_jobs, grid, job_composer
 
 PLAN = "cera-plan"
+
+SPREAD = "to the square roots of `variances` in study_results.json of a pilot or a similar study"
 
 check_job = functools.partial(without_hydra, schema=PlanRun)
 """The checked config of a job, from the whole config that Hydra composed for it."""
@@ -57,7 +62,7 @@ def main() -> None:
         is_single = HydraConfig.get().mode == RunMode.RUN
         if is_single:
             check_read(config, overrides)
-            check_inputs(config, Path(config.output_dir) / config.name)
+            check_planned(config, Path(config.output_dir) / config.name)
         announce_imports()
         planned = make_plan(config, is_alone=is_single)
         if is_single:
@@ -70,6 +75,14 @@ def main() -> None:
         print_plans("job", name_jobs(jobs))
 
 
+def check_planned(config: PlanRun, folder: Path) -> None:
+    """`check_inputs` without what may come after the plan: a tracker's package, which another
+    machine may have, and an adapter to start from that another run will leave."""
+    if is_awaited(config.adapter.start_from):
+        config = replace(config, adapter=replace(config.adapter, start_from=None))
+    check_inputs(replace(config, tracker=TrackerConfig()), folder)
+
+
 class PlanSweep(Callback):
     """Hydra's hook at the start of a sweep, which refuses what `cera-train -m` refuses there.
     conf/plan.yaml names it."""
@@ -79,7 +92,8 @@ class PlanSweep(Callback):
         jobs = grid(config)  # refuses values that a grid cannot have
         if not is_study(config):
             by_number = {str(number): job for number, job in enumerate(jobs)}
-            check_jobs(Path(config.hydra.sweep.dir), by_number, job_composer(config, check_job))
+            compose = job_composer(config, check_job)
+            check_jobs(Path(config.hydra.sweep.dir), by_number, compose, check_planned)
 
 
 def planned_study(**settings: Any) -> "PlannedStudy":
@@ -102,7 +116,7 @@ class PlannedStudy(StudySweeper):
                 f"plan.spread: {outcome} is no outcome of this study: choose from {names}.",
             )
         study = Study(self.folder, study_record(self.config))
-        check_jobs(self.folder, study.record.jobs, self.compose)
+        check_jobs(self.folder, study.record.jobs, self.compose, check_planned)
         print_line("study", study.config.question)
         check_cells(self.config, study, self.compose)
         planned: dict[str, list[RunPlan]] = {}
@@ -146,7 +160,7 @@ def print_power(
     noun = "base" if config.bases else "seed"
     for outcome in config.outcomes:
         if outcome not in spread:
-            print_line("detects", f"{outcome}: set plan.spread={{{outcome}: [...]}}")
+            print_line("detects", f"{outcome}: set plan.spread={{{outcome}: [...]}} {SPREAD}")
             continue
         what = "rows" if outcome == LOSS else "problems"
         sizes = [{LOSS: plan.data.eval_rows} | plan.problems for plan in plans]

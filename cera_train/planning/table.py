@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from cera_train.adapters.families import family
 from cera_train.common.terminal import counted, duration, gigabytes, print_line, print_table
 from cera_train.planning.plan import GB, USABLE, RunPlan
+from cera_train.runs.subject import is_awaited
 from cera_train.settings.model import Dtype, Quantization
 from cera_train.settings.run import PlanRun
 
 NOT_COUNTED = "generation time not counted"
+NOT_THERE = "is not there yet: whether its adapter fits is checked as the run starts"
 TIME = (
     "of updates and evaluations: what each run needs to start (imports, model, data) is not counted"
 )
@@ -140,6 +142,8 @@ def _print_basis(plans: Sequence[RunPlan]) -> None:
     lines = [("model", _describe_model(plan)) for plan in plans]
     for plan in plans:
         lines += _describe_data(plan)
+    starts = [plan.config.adapter.start_from for plan in plans]
+    lines += [("start", f"{start} {NOT_THERE}") for start in starts if is_awaited(start)]
     lines += [("device", _describe_device(plan)) for plan in plans]
     if len(plans) > 1:  # many short runs start for longer than they train
         lines.append(("time", TIME))

@@ -108,9 +108,17 @@ def job_composer(config: DictConfig, check: Callable[[DictConfig], Any]) -> Comp
     return lambda overrides: compose(*overrides)
 
 
-def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) -> None:
+def check_jobs(
+    sweep: Path,
+    jobs: Mapping[str, list[str]],
+    compose: ComposeJob,
+    check: Callable[[Any, Path], None],
+) -> None:
     """Composes jobs, name -> overrides, until every value has appeared in a valid one. A value that
     is invalid only beside some others fails in those jobs, and the rest of the sweep runs.
+
+    Args:
+        check: raises UserError for what a job, by its config and its folder, cannot use.
 
     Raises:
         Exception: a UserError or Hydra's, if a value cannot be composed, is invalid in every job,
@@ -132,7 +140,7 @@ def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) 
                 failed.setdefault(value, error)
             continue
         fine.update(values)
-        check_inputs(run, sweep / name)
+        check(run, sweep / name)
     for value, error in failed.items():
         if value not in fine:
             raise error
@@ -251,7 +259,7 @@ def begin(config: DictConfig, compose: ComposeJob, record: SweepRecord) -> None:
     """Writes sweep.json. First refuses what `check_jobs` and `check_results` refuse, and a folder
     that another command holds."""
     folder = Path(config.hydra.sweep.dir)
-    check_jobs(folder, record.jobs, compose)
+    check_jobs(folder, record.jobs, compose, check_inputs)
     check_results(folder, record.jobs, compose)
     # Another process may find the lock of its own command.
     if is_main_process() and is_locked(folder):

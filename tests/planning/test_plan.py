@@ -325,3 +325,27 @@ def test_a_sweep_adds_up_its_jobs_and_marks_what_does_not_fit(plan, capsys):
     assert total.split()[:2] == ["2", "jobs"]
     assert f"{sum(job.gpu_hours for job in plans):,.2f}" in total
     assert total.split()[-1] == f"{sum(job.cost for job in plans):,.2f}"
+
+
+def test_a_plan_needs_no_tracker_and_no_adapter_that_another_run_will_leave(
+    run_command, tiny_folder, tmp_path, capfd
+):
+    words = [QUICK, f"model.path={tiny_folder}", "data.max_length=256"]
+    words += ["adapter.start_from=outputs/first", "tracker=swanlab"]
+    told = "\nstart      outputs/first is not there yet: "
+    assert run_command("cera-plan", *words, "adapter.r=4") == 0
+    assert told in capfd.readouterr().out
+    assert run_command("cera-plan", "-m", *words, "adapter.r=2,4") == 0
+    assert capfd.readouterr().out.count(told) == 1
+    assert run_command("cera-train", *words, "adapter.r=4") == 2
+    assert "needs the package swanlab" in capfd.readouterr().err
+    words.append("tracker=none")
+    assert run_command("cera-train", *words, "adapter.r=4") == 2
+    assert "adapter.start_from=outputs/first does not exist" in capfd.readouterr().err
+
+    first = tmp_path / "outputs" / "first"
+    first.mkdir(parents=True)
+    assert run_command("cera-plan", *words, "adapter.r=4") == 2
+    assert "outputs/first is not the folder of a run" in capfd.readouterr().err
+    (first / "config.yaml").touch()  # the run has begun
+    assert run_command("cera-plan", *words, "adapter.r=4") == 0
