@@ -24,7 +24,15 @@ from cera_train.cli.mistakes import SCHEMAS, for_hydra, unknown_setting
 from cera_train.cli.start import errors_in_one_line
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir, options
-from cera_train.common.settings import MISSING, choices_of, fields_at, flatten, require, word_of
+from cera_train.common.settings import (
+    MISSING,
+    choices_of,
+    fields_at,
+    flatten,
+    quoted,
+    require,
+    word_of,
+)
 from cera_train.common.terminal import announce_import
 from cera_train.distributed.processes import is_main_process, join_slurm_step
 from cera_train.settings.data import as_list
@@ -83,7 +91,8 @@ def start_hydra(
         if program == "cera-train"
         else tempfile.TemporaryDirectory() as folder
     ):
-        sys.argv += [f"hydra.sweep.dir={folder}"] if folder else []
+        if folder:  # their jobs run here, whatever launcher the file of a sweep chooses
+            sys.argv += [f"hydra.sweep.dir={quoted(folder)}", "hydra/launcher=basic"]
         decorate(explained)()
 
 
@@ -93,8 +102,8 @@ def print_help(program: str) -> None:
     words = for_hydra(program, sys.argv[1:])
     overrides = [word for word in words if not word.startswith("-")]
     for folder in [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]:
-        path = str(Path(folder).absolute()).replace("'", "\\'")
-        overrides.append(f"hydra.searchpath=['file://{path}']")
+        path = quoted(f"file://{Path(folder).absolute()}")
+        overrides.append(f"hydra.searchpath=[{path}]")
     register_configs(*(name for name in options("recipe") if f"+recipe={name}" in overrides))
     with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
         config = hydra.compose(config_name(program), overrides, return_hydra_config=True)

@@ -2,6 +2,7 @@
 OmegaConf's errors are cut to a line, with a suggestion for an unknown setting. Imports no torch."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
@@ -21,7 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import options
-from cera_train.common.settings import choices_of, fields_of, require, section_of
+from cera_train.common.settings import choices_of, fields_of, quoted, require, section_of
 from cera_train.common.trust import SECRET_NAME, may_run_code
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.run import Config, PlanRun
@@ -173,7 +174,9 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
                 "+recipe=NAME, run=FOLDER or, after -m, +sweep=NAME and +study=NAME."
             )
     words = [name if value is True else f"{name}={value}" for name, value in flags.items()]
-    return [*words, *map(with_path_quoted, settings)]
+    schema = SCHEMAS[program]
+    settings = [with_number_quoted(with_path_quoted(setting), schema) for setting in settings]
+    return [*words, *settings]
 
 
 WHOLE_CONFIGS = ("recipe", "study", "sweep")
@@ -310,8 +313,25 @@ def with_path_quoted(argument: str) -> str:
     """Quotes run=outputs/rank_lr/adapter=cera,adapter.r=64 as a path: Hydra would parse its commas
     and equals signs, and knows no letters but those of English."""
     key, _, value = argument.partition("=")
-    is_path = not PLAIN_PATH.fullmatch(value) and "'" not in value and os.path.exists(value)
-    return f"{key}='{value}'" if is_path else argument
+    is_path = not PLAIN_PATH.fullmatch(value) and os.path.exists(value)
+    return f"{key}={quoted(value)}" if is_path else argument
+
+
+def with_number_quoted(argument: str, schema: type) -> str:
+    """Quotes a text that Hydra would read as a number: name=2026_11_30 would be 20261130, and
+    model.revision=7e49710 infinite."""
+    key, _, value = argument.partition("=")
+    field = fields_of(schema).get(key.lstrip("+"))
+    is_text = field is not None and field.type in (str, str | None)
+    return f"{key}={quoted(value)}" if is_text and changes_as_number(value) else argument
+
+
+def changes_as_number(text: str) -> bool:
+    """Whether a text is a number that is written otherwise."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return str(kind(text)) != text
+    return False
 
 
 # --- errors of Hydra ------------------------------------------------------------------------------

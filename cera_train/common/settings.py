@@ -5,6 +5,7 @@ names."""
 import dataclasses
 import functools
 import itertools
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -137,6 +138,14 @@ def word_of(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return f"[{','.join(map(word_of, value))}]" if isinstance(value, list) else str(value)
+
+
+def quoted(text: str) -> str:
+    """A text as one writes it on a command line, whatever its signs: in Hydra's quotes, where a
+    backslash means more than itself only before a quote."""
+    text = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    text = re.sub(r"(\\+)\Z", r"\1\1", text)
+    return f"'{text}'"
 
 
 def differing_settings(

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from cera_train.common.errors import UserError
 from cera_train.common.files import locked
 from cera_train.common.libraries import heavy_imports
-from cera_train.common.settings import require, word_of
+from cera_train.common.settings import quoted, require, word_of
 from cera_train.common.terminal import print_line
 from cera_train.distributed.processes import is_main_process
 from cera_train.evaluation.tasks.task import describe_trained_on, load_problems, training_task
@@ -97,7 +97,7 @@ def grid_word(value: Any) -> str:
     word = word_of(value)
     if not isinstance(value, str) or re.fullmatch(PLAIN_WORD, word, re.ASCII):
         return word
-    return "'" + word.replace("'", "\\'") + "'"
+    return quoted(word)
 
 
 # --- what makes arms comparable -------------------------------------------------------------------

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import folder_in_use, is_locked, options
 from cera_train.common.libraries import heavy_imports
-from cera_train.common.settings import AUTO, flatten, require_folder_name, to_plain
+from cera_train.common.settings import AUTO, flatten, quoted, require_folder_name, to_plain
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
 from cera_train.data.sources import check_data
@@ -273,8 +273,7 @@ def begin(config: DictConfig, compose: ComposeJob, record: SweepRecord) -> None:
             "maximize" if record.metric.higher_is_better else "minimize"
         )
     # A name or recipe of a job must not move it elsewhere.
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+    config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")
     # Every process of a run writes the same record, so that none reads it too early.
     folder.mkdir(parents=True, exist_ok=True)
     record.write(folder / RECORD)

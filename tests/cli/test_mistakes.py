@@ -3,6 +3,7 @@ fix."""
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pytest
 import transformers
 import yaml
 from commands import WITHOUT_TORCH, command
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from cera_train.cli.mistakes import SCHEMAS, USUAL_NAMES, did_you_mean, for_hydra
 from cera_train.common.errors import UserError
-from cera_train.common.settings import fields_of
+from cera_train.common.settings import fields_of, quoted
 
 MISTAKES = [
     (
@@ -486,6 +488,37 @@ def test_what_varies_the_quickstart_trains_its_dates(run_command, capfd):
     assert run_command("cera-train", "--cfg", "job", "name=x", "adapter.r=4") == 0
     config = yaml.safe_load(capfd.readouterr().out)
     assert (config["name"], config["adapter"]["r"], config["data"]["layout"]) == ("x", 4, "dates")
+
+
+def test_a_text_that_looks_like_a_number_stays_a_text(run_command, capfd):
+    words = ["name=2026_11_30", "model.revision=7e49710", "adapter.r=1_0"]
+    assert run_command("cera-train", "--cfg", "job", *words) == 0
+    config = yaml.safe_load(capfd.readouterr().out)
+    assert (config["name"], config["model"]["revision"]) == ("2026_11_30", "7e49710")
+    assert config["adapter"]["r"] == 10
+
+
+@pytest.mark.parametrize("text", ["it's", "a\\", "a\\'b", "a\\b", "a,b=c", "größe [2]"])
+def test_a_quoted_text_is_read_as_it_is(text):
+    override = OverridesParser.create().parse_override(f"run={quoted(text)}")
+    assert override.value() == text
+
+
+def test_a_temporary_folder_of_any_name_will_do(tmp_path, run_command, monkeypatch, capfd):
+    folder = tmp_path / "größe, 2"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    assert run_command("cera-eval", "run=nothing", "task=held_out") == 2
+    assert "run=nothing does not exist" in capfd.readouterr().err
+
+
+def test_a_plan_runs_here_whatever_launcher_a_sweeps_file_chooses(tmp_path, run_command, capfd):
+    file = tmp_path / "conf" / "sweep" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# @package _global_\ndefaults:\n- override /hydra/launcher: joblib\n")
+    words = ["-m", "+sweep=mine", "--config-dir", "conf", "plan.gpu=cpu", "plan.gpus=2"]
+    assert run_command("cera-plan", *words) == 2
+    assert "there is one CPU" in capfd.readouterr().err
 
 
 def test_every_usual_name_leads_to_a_setting_that_exists():
