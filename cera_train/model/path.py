@@ -2,10 +2,10 @@
 so that a mistake is answered at once."""
 
 import os
-import re
 from pathlib import Path
 
 from cera_train.common.errors import UserError
+from cera_train.settings.model import looks_like_id
 
 PYPI = "pypi:"  # start of a `model.path` that names a package of PyPI's
 
@@ -20,9 +20,6 @@ def check_model(path: str) -> None:
     id."""
     if path.startswith(PYPI):
         return
-    looks_like_id = (
-        re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and "--" not in path and ".." not in path
-    )
     if os.path.isdir(path):
         if "config.json" not in os.listdir(path):
             reason = (
@@ -36,5 +33,5 @@ def check_model(path: str) -> None:
             raise UserError(f"model.path={path}: {reason}. {fix}")
     elif os.path.exists(path):
         raise UserError(f"model.path={path}: it is a file. {FIX}")
-    elif not looks_like_id:
+    elif not looks_like_id(path):
         raise UserError(f"model.path={path}: folder does not exist (from {Path.cwd()}). {FIX}")

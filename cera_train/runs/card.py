@@ -16,6 +16,7 @@ from huggingface_hub import (
 )
 
 from cera_train.adapters.families import family, title
+from cera_train.adapters.families.base import is_import_path
 from cera_train.adapters.folder import description_file
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, remove_folder, write_text
@@ -33,6 +34,7 @@ from cera_train.runs.results import (
     figure,
 )
 from cera_train.runs.subject import digest_of
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.model import ModelConfig
@@ -102,7 +104,9 @@ def write_card(run: Path, result: RunResult) -> None:
         name=for_markdown(config.name),
         what=for_markdown(f"The base model after {method}" if is_full else f"A {method} adapter"),
         branch=" Its branch, `s B gate(A x)`, stays beside W0." if is_cera else "",
-        snippet=snippet(run / "adapter", library, config.data, config.model, is_cera),
+        snippet=snippet(
+            run / "adapter", library, config.data, config.model, registers(config.adapter)
+        ),
         table="\n".join(
             f"| {for_markdown(name)} | {for_markdown(value)} |"
             for name, value in (_facts(config, result) | _accuracies(evaluations)).items()
@@ -121,8 +125,18 @@ def hub_datasets(data: DataConfig) -> list[str]:
     return [part.path for part in parts if part.path and not part.train_files]
 
 
+def registers(adapter: AdapterConfig) -> str:
+    """The line of code that makes a method outside PEFT known to it; empty for PEFT's own."""
+    if adapter.kind == AdapterKind.cera:
+        return "import cera_train  # registers CeRA with PEFT\n"
+    if is_import_path(adapter.method):
+        module, _, name = adapter.method.rpartition(".")
+        return f"import {module}  # registers {name} with PEFT\n"
+    return ""
+
+
 def snippet(
-    folder: Path, library: str, data: DataConfig | None, model: ModelConfig, is_cera: bool = False
+    folder: Path, library: str, data: DataConfig | None, model: ModelConfig, registers: str = ""
 ) -> str:
     """The section of a card that loads what a folder holds, and asks it a question by the chat
     template if it was trained on chats.
@@ -131,6 +145,7 @@ def snippet(
         library: peft for an adapter, transformers for a plain model.
         data: the rows that it was trained on, if they are known.
         model: the base, whose code the loaded model may need.
+        registers: a line of code, before all others.
     """
     asks = ""
     if data is not None and (folder / "chat_template.jinja").is_file():
@@ -145,7 +160,7 @@ def snippet(
                 without=f".removesuffix({without!r})" if without else "",
             )
     return SNIPPET.format(
-        registers="import cera_train  # registers CeRA with PEFT\n" if is_cera else "",
+        registers=registers,
         library=library,
         loader="AutoPeftModelForCausalLM" if library == "peft" else "AutoModelForCausalLM",
         trust=", trust_remote_code=True" if model.trust_remote_code else "",

@@ -1,5 +1,6 @@
 """Settings of the frozen base model."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -8,6 +9,12 @@ from cera_train.common.settings import MISSING, require, section, setting
 
 Dtype = StrEnum("Dtype", ["auto", "bfloat16", "float16", "float32"])
 Quantization = StrEnum("Quantization", ["none", "int8", "nf4"])
+
+
+def looks_like_id(path: str) -> bool:
+    """Whether a path has the form of an id on the Hub."""
+    has_form = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)
+    return bool(has_form) and "--" not in path and ".." not in path
 
 
 @dataclass
@@ -72,10 +79,12 @@ class ModelConfig:
 
     @property
     def hub_id(self) -> str | None:
-        """The id by which a model card names the base; None for a folder without a known id."""
+        """The id by which a model card names the base; None for a folder without a known id, also
+        one of another machine."""
         if self.facts is not None and self.facts.hub_id is not None:
             return self.facts.hub_id
-        return None if self.path.startswith("pypi:") or Path(self.path).exists() else self.path
+        is_id = looks_like_id(self.path) and not Path(self.path).exists()
+        return self.path if is_id else None
 
     def autocast_dtype(self, autocast: bool | None, on_gpu: bool) -> Dtype | None:
         """The precision of matrix products under `train.autocast`; None without autocast."""

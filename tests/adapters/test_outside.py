@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import TINY
 from several_processes import cut_copy
-from tiny_runs import adapter_bytes, losses_of
+from tiny_runs import adapter_bytes, losses_of, run_card
 
 METHOD = "outside_tuner.ScaleConfig"
 
@@ -31,6 +31,8 @@ def test_it_trains_resumes_and_is_evaluated_by_whom_trusts_it(words, run_command
     assert losses[-1] < losses[0]
     written = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert written["peft_type"] == "OUTSIDE"
+    assert "\nimport outside_tuner  # registers" in (run / "adapter" / "README.md").read_text()
+    assert run_card(run / "adapter")["model"].peft_type == "OUTSIDE"
 
     cut_copy(run, run.with_name("cut"), 2)
     assert run_command("cera-train", *words, "name=cut") == 0

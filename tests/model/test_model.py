@@ -157,6 +157,11 @@ def test_a_hub_id_without_a_network_is_refused_at_once(no_network, caplog):
     assert not huggingface_hub.constants.HF_HUB_OFFLINE  # a later job of a sweep may have a network
 
 
+@pytest.mark.parametrize(("path", "name"), [("org/model", "org/model"), ("/gone/model", None)])
+def test_a_folder_that_is_gone_is_no_id_of_the_hub(path, name):
+    assert ModelConfig(path=path).hub_id == name
+
+
 def test_a_cached_model_loads_without_a_network(tiny_folder, tmp_path, no_network, monkeypatch):
     cache = tmp_path / "models--some--tiny"
     (cache / "refs").mkdir(parents=True)
