@@ -4,6 +4,7 @@ anything, so that a mistake is reported at once."""
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -144,8 +145,8 @@ def find_adapter(folder: Path, setting: str) -> tuple[Path | None, Path]:
     root = folder
     adapter = folder / "adapter"
     if is_saved_in(folder):
-        root = run_of(folder)
-        adapter = folder
+        adapter = Path(os.path.abspath(folder))  # `.` shows no run that it lies in
+        root = run_of(adapter)
     elif not (folder / "config.yaml").is_file():
         what = (
             "is not the folder of a run or of an adapter" if folder.exists() else "does not exist"

@@ -256,6 +256,23 @@ def test_every_adapter_of_a_run_can_be_evaluated(eval_config, run, tmp_path):
     assert not list(run.glob("*/eval"))
 
 
+@pytest.mark.parametrize(
+    ("inside", "name", "part"),
+    [
+        ("adapter", ".", ""),
+        ("checkpoints/6", ".", "-checkpoints-6"),
+        ("checkpoints", "6", "-checkpoints-6"),
+    ],
+)
+def test_an_adapter_belongs_to_its_run_wherever_a_command_starts(
+    eval_config, run, monkeypatch, inside, name, part
+):
+    monkeypatch.chdir(run / inside)
+    subject = find_subject(eval_config(run=name))
+    assert (subject.folder, subject.part) == (run, part)
+    assert subject.run == load_config(run / "config.yaml")
+
+
 def test_a_name_and_the_untouched_model_have_folders_of_their_own(eval_config, run):
     evaluate(eval_config("task.limit=2"))
     evaluate(eval_config("task.limit=2", r"task.prompt='Q: {question} A:'", "name=short"))
