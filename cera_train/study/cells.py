@@ -286,7 +286,7 @@ class Cell:
             step = f"{edge.key}={edge.beyond}"
             for run in self.tuning_runs:
                 words = self.overrides(self.chosen, run)
-                jobs.append([step if key_of(word) == edge.key else word for word in words])
+                jobs.append([step if word.startswith(f"{edge.key}=") else word for word in words])
         return jobs
 
     @property

@@ -25,12 +25,19 @@ def import_run(folder: Path, overrides: Sequence[str], outcomes: Sequence[str]) 
         outcomes: the tasks that the study compares.
 
     Raises:
-        UserError: the seed has no results, or none by problem on an outcome.
+        UserError: the seed has no results, or none by problem on an outcome; or the folder holds
+            those of another source.
     """
-    if (folder / "result.json").exists():
-        return
     values = dict(word.partition("=")[::2] for word in overrides)
     place = f"{RESULTS}={values[RESULTS]}"
+    if (folder / "result.json").exists():
+        earlier = Environment.read(folder / "environment.json").source
+        require(
+            earlier in (None, place),
+            f"{folder} holds what {earlier} had: set that back, or remove the folder to copy "
+            f"{place}.",
+        )
+        return
     source = seed_folders(Path(values[RESULTS])).get(int(values[SEED]))
     require(
         source is not None,
@@ -61,5 +68,5 @@ def import_run(folder: Path, overrides: Sequence[str], outcomes: Sequence[str]) 
         write_grades(folder, outcome, graded)
         answers |= {f"{what} of {outcome}": value for what, value in evaluation.same.items()}
         answers[f"rule that graded {outcome}"] = rule
-    Environment(answers=answers).write(folder / "environment.json")
+    Environment(answers=answers, source=place).write(folder / "environment.json")
     RunResult().write(folder / "result.json")

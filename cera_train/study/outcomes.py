@@ -55,8 +55,17 @@ class Outcome:
         return self.part(~is_set_aside(len(self.values), set_aside))
 
     def judging(self, set_aside: float) -> Outcome:
-        """The problems on which arms are compared."""
-        return self.part(is_set_aside(len(self.values), set_aside)) if set_aside else self
+        """The problems on which arms are compared. Raises UserError where there is none."""
+        if not set_aside:
+            return self
+        count = len(self.values)
+        rows = is_set_aside(count, set_aside)
+        require(
+            bool(rows.any()),
+            f"study.set_aside={set_aside:g} of {count:,} problems or rows is none: set a larger "
+            "share, and repeat the study's command, which trains no run again.",
+        )
+        return self.part(rows)
 
     @property
     def mean(self) -> float:

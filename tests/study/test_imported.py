@@ -118,6 +118,10 @@ def test_an_imported_run_stays_when_its_source_changes(theirs: Path, tmp_path: P
     assert read_grades(tmp_path / "job", "gsm8k") == before
     assert len(before) == 80
 
+    overrides[1] = "study.results=others"
+    with pytest.raises(UserError, match=f"job holds what study.results={theirs} had: .* remove"):
+        import_run(tmp_path / "job", overrides, ["gsm8k"])
+
 
 @pytest.mark.parametrize(
     ("section", "line"),

@@ -194,6 +194,12 @@ def test_rows_set_aside_judge_and_never_choose(make_study):
     assert cell.losses[place][0] == pytest.approx(np.average(rows[0], weights=rows[1]))
 
 
+def test_a_share_of_rows_that_is_none_is_refused(make_study):
+    """Of 80 rows."""
+    with pytest.raises(UserError, match="study.set_aside=0.01 of 80 problems or rows is none"):
+        contrasts_of(make_study(set_aside=0.01))
+
+
 def test_holm_corrects_over_the_studies_of_a_family(make_study, run_command, capsys):
     def loss(values):
         is_cera = values["study.arm"] == "cera"

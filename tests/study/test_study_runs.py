@@ -117,6 +117,15 @@ def test_extend_adds_values_until_the_best_lies_inside(launcher, run_study):
     assert not launcher.began
 
 
+def test_extend_adds_values_of_a_setting_that_a_plus_adds(launcher, run_study):
+    key = "++adapter.settings.own"
+    launcher.loss = lambda values: abs(float(values[key]) - 4)
+    arms = {"lora": ["adapter=lora"], "dora": ["adapter=dora"]}
+    study = {"arms": arms, "contrasts": {}, "tune": {key: [1, 2]}, "seeds": 1, "equal": "none"}
+    assert run_study("study.extend=true", study=study) == 0
+    assert [cell.chosen.values for cell in find_study(launcher.sweep).cells] == [{key: "4"}] * 2
+
+
 def test_more_seeds_run_only_what_is_missing(launcher, run_study):
     run_study()
     launcher.began.clear()
