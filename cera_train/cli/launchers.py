@@ -73,6 +73,11 @@ class MissingJobs:
 class SubmititSlurm(MissingJobs, SlurmLauncher):
     """Submits jobs to Slurm, and waits for them unless `launch.detach=true`."""
 
+    def setup(self, *, task_function: Callable[[DictConfig], Any], **context: Any) -> None:
+        super().setup(
+            task_function=functools.partial(run_under, sys.argv, task_function), **context
+        )
+
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> list[JobReturn]:
@@ -80,6 +85,15 @@ class SubmititSlurm(MissingJobs, SlurmLauncher):
 
         replace_waiting(self.config.launch.detach)
         return super().launch(job_overrides, initial_job_idx)
+
+
+def run_under(
+    command: list[str], task_function: Callable[[DictConfig], Any], composed: DictConfig
+) -> Any:
+    """Runs a job under the command that submitted it, which the job records: its process has one of
+    submitit's."""
+    sys.argv = command
+    return task_function(composed)
 
 
 # --- joblib ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from cera_train.cli.config import announce_imports, start_hydra, to_config
 from cera_train.cli.mistakes import Parser
 from cera_train.cli.start import print_error
+from cera_train.common.files import cut_bytes
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
 from cera_train.distributed.processes import in_processes, is_one_of_several
@@ -26,7 +27,7 @@ from cera_train.study.folder import find_study
 from cera_train.sweep.folder import print_sweep
 
 EVAL = "cera-eval"
-LONGEST_NAME = 100  # characters of a report's folder; a file system takes 255
+LONGEST_NAME = 100  # bytes of a report's folder; a file system takes 255
 
 
 def checked_config(composed: DictConfig, schema: type) -> Any:
@@ -136,7 +137,7 @@ def report() -> None:
     arguments = parser.parse_args()
     folders = arguments.folders
     names = "_and_".join(folder.resolve().name for folder in folders)
-    output = arguments.output or Path("report") / names[:LONGEST_NAME]
+    output = arguments.output or Path("report") / cut_bytes(names, LONGEST_NAME)
     is_free = output.is_dir() or not output.exists()
     require(
         is_free, f"--output={output}: it is a file, and a report needs a folder: choose another."

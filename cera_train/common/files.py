@@ -46,6 +46,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def cut_bytes(name: str, most: int) -> str:
+    """The start of a name, of at most so many bytes, by which file systems count."""
+    return name.encode(errors="replace")[:most].decode(errors="ignore")
+
+
 def finite(tree: Any) -> Any:
     """Replaces infinity and NaN, which JSON lacks, by null in nested dicts and lists."""
     return map_values(lambda number: number if math.isfinite(number) else None, tree, float)

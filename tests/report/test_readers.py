@@ -392,6 +392,16 @@ def test_hostile_names_stay_text_inside_the_report(tmp_path: Path, capsys) -> No
     assert "\x1b" not in html + capsys.readouterr().out
 
 
+def test_names_are_cut_to_the_bytes_that_a_file_system_takes(tmp_path: Path, run_command) -> None:
+    answer = {"problem": 1, "score": 1, "ending": "right"}
+    folders = [tmp_path / ("数" * 60 + letter) for letter in "ab"]
+    for folder in folders:
+        folder.mkdir()
+        write_lines(folder / f"{'数' * 80}.jsonl", [answer])
+    assert run_command("cera-report", *folders) == 0
+    assert len([*tmp_path.glob("report/*/answers-*.png")]) == 1
+
+
 @pytest.mark.slow
 def test_200000_problems_take_less_than_half_a_gigabyte(tmp_path: Path) -> None:
     for name in "ab":
