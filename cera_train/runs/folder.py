@@ -15,7 +15,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +29,7 @@ from cera_train import __version__
 from cera_train.adapters.saved import load, read, save
 from cera_train.common import files
 from cera_train.common.errors import UserError
+from cera_train.common.libraries import installed_version
 from cera_train.common.settings import Choice
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
@@ -286,14 +286,6 @@ class RunFolder:
             write_more(part)
 
         files.write_folder(self.path / name, write)
-
-
-def installed_version(name: str) -> str | None:
-    """A package's version; None where it was copied rather than installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def cut_log(path: Path, progress: Progress) -> None:

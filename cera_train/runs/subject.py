@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cera_train.adapters.families.base import is_import_path
 from cera_train.adapters.folder import check_saved, check_start, is_saved_in, weights_file
 from cera_train.common.errors import UserError
+from cera_train.common.libraries import installed_version
 from cera_train.common.settings import require
 from cera_train.common.terminal import announce_import
 from cera_train.model.path import check_model
@@ -20,7 +21,7 @@ from cera_train.runs.results import Environment
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import UNKNOWN, TrainedRows
 from cera_train.settings.evaluation import SubjectConfig
-from cera_train.settings.model import Dtype, ModelConfig
+from cera_train.settings.model import Dtype, ModelConfig, Quantization
 from cera_train.settings.run import Config
 from cera_train.settings.serving import ChatConfig
 from cera_train.settings.training import TrainConfig
@@ -207,7 +208,13 @@ def has_other_base(run: Path, base: ModelConfig, digests: BaseDigests) -> bool:
         return False  # float16 rounds first, and the fingerprint's bfloat16 then rounds otherwise
     if recorded.base_fingerprint not in (None, digests.norms):
         return True
-    is_stored_alike = (theirs.dtype, theirs.quantization) == (base.dtype, base.quantization)
+    # Another device quantises a few weights otherwise, and another transformers may order them so.
+    packages = recorded.packages or {}
+    is_stored_alike = (
+        theirs.dtype == base.dtype
+        and Quantization.none == theirs.quantization == base.quantization
+        and packages.get("transformers") == installed_version("transformers")
+    )
     return is_stored_alike and recorded.base_sample not in (None, digests.sample)
 
 
