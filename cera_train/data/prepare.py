@@ -202,7 +202,9 @@ def prepare_data(config: DataConfig, tokenizer: Any, asks: bool = False) -> Toke
     for place, part in config.parts():
         with errors_at(place):
             train_source, eval_source = open_sources(part)
-            train.append(_tokenize(train_source, part, tokenizer, asks=asks))
+            rows = _tokenize(train_source, part, tokenizer, asks=asks)
+            # A part of a right answer would be another answer.
+            train.append(rows.uncut() if asks else rows)
             if part.eval_rows == 0:
                 evaluation.append(TokenizedRows(table_of([])))
             else:

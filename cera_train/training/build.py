@@ -64,11 +64,8 @@ def build_data(config: Config) -> Data:
     tokenizer = load_tokenizer(config.model)
     check_length(config.model, config.data.max_length, "data.max_length")
     rows = prepare_data(config.data, tokenizer, config.asks)
-    if config.asks:
-        # A part of a right answer would be another answer.
-        rows.train = rows.train.uncut()
-        if config.grpo.grader is not None:
-            check_right_answers(config.data, config.grpo.grader)
+    if config.asks and config.grpo.grader is not None:
+        check_right_answers(config.data, config.grpo.grader)
     together = config.data.sequences
     order = RowOrder(
         len(rows.train) // together, config.train.batch_size, config.train.seed, together

@@ -135,6 +135,16 @@ def test_rows_of_several_sequences_are_drawn_and_planned_as_rows(part, write_jso
     assert data_size(config, tokenizer=chat).train_rows == len(train)
 
 
+def test_answers_that_are_cut_are_no_part_of_an_epoch_that_samples(part, write_jsonl, tokenizer):
+    rows = [{"question": f"b{row}?", "answer": "it " * (row % 2 * 99)} for row in range(14)]
+    rows = [row | {"answer": row["answer"] or "it"} for row in rows]
+    half = MixPart(train_files=[str(write_jsonl("b.jsonl", rows))], weight=1, eval_rows=2)
+    config = mix(part("a", 32, weight=1), half, max_length=40)
+    for asks, count in ((False, 12), (True, 6)):
+        texts = texts_of(prepare_data(config, tokenizer, asks).train, tokenizer)
+        assert Counter(text[0] for text in texts) == {"a": count, "b": count}
+
+
 @pytest.mark.parametrize(
     ("first", "second", "settings", "trained", "eval_rows"),
     [
