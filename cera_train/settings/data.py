@@ -252,7 +252,7 @@ class DataConfig:
             templates = (self.prompt, self.completion)
             has_templates = templates not in ((None, None), COLUMN_TEMPLATES)
             if self.layout == Layout.auto and (has_templates or not self.train_files):
-                are_chats = self.is_paired and templates == (None, None)
+                are_chats = self.is_paired and not has_templates and "{" not in self.rejected
                 self.layout = Layout.messages if are_chats else Layout.text
             if self.layout != Layout.auto and self.turns is None:
                 self.turns = Turns.all if self.layout == Layout.messages else Turns.first
