@@ -127,9 +127,13 @@ class TokenizedRows:
     @property
     def by_row(self) -> list[range]:
         """The sequences of each row; the two answers of a preference are two rows."""
-        starts = [
-            sequence for sequence, continues in enumerate(self.column("continues")) if not continues
-        ]
+        starts = []
+        before = None
+        for sequence, continues in enumerate(self.column("continues")):
+            # What it continues may have been dropped.
+            if not continues or before != self.numbers[sequence] - 1:
+                starts.append(sequence)
+            before = self.numbers[sequence]
         return [range(*ends) for ends in itertools.pairwise([*starts, len(self)])]
 
     @property

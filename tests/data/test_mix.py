@@ -9,7 +9,13 @@ import pytest
 from examples import CONVERSATION, texts_of, with_changes
 
 from cera_train.common.errors import UserError
-from cera_train.data.prepare import prepare_data, prepare_evaluation
+from cera_train.data.prepare import (
+    Example,
+    TokenizedRows,
+    prepare_data,
+    prepare_evaluation,
+    table_of,
+)
 from cera_train.data.sources import check_data, drawn_rows, interleaved, rows_of_parts
 from cera_train.planning.data_size import data_size
 from cera_train.settings.data import DataConfig, MixPart
@@ -133,6 +139,14 @@ def test_rows_of_several_sequences_are_drawn_and_planned_as_rows(part, write_jso
     assert [*sequences.values()] == [2] * 3
     assert len(texts) == 3 * 2 + 3
     assert data_size(config, tokenizer=chat).train_rows == len(train)
+
+
+def test_a_sequence_whose_row_lost_its_first_one_is_a_row():
+    mask = [False, True]
+    lost = Example([1, 2], mask, has_answer=False)
+    rest = Example([1, 2], mask, continues=True)
+    rows = TokenizedRows(table_of([lost, rest, Example([1, 2], mask), rest, lost, rest]))
+    assert rows.by_row == [range(1), range(1, 3), range(3, 4)]
 
 
 def test_answers_that_are_cut_are_no_part_of_an_epoch_that_samples(part, write_jsonl, tokenizer):

@@ -322,6 +322,9 @@ def test_too_few_held_out_rows_are_named_with_the_setting_that_has_more(
     assert few(f"data.eval_files=[{held_out}]") == [
         "a loss on 10 held-out rows says little: name a file with more in data.eval_files"
     ]
+    part = f"data.mix=[{{train_files:[{held_out}],eval_rows:2}}]"
+    [line] = few(part, "data.train_files=[]")
+    assert line.endswith(": hold out more in a part of data.mix, by its eval_rows or eval_files")
 
 
 def test_settings_beside_a_known_layout_are_those_of_the_command(write_jsonl):
