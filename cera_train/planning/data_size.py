@@ -215,28 +215,30 @@ def _size_of_rows(config: DataConfig, tokenizer: Any, asks: bool) -> DataSize:
     train, evaluation = open_sources(opened)
     sampled = 0
     answered = 0
-    sequence_count = 0
+    kept_rows = 0
+    kept_sequences = 0
     lengths: list[float] = []  # of sequences, or of the windows of a document
     supervised = 0.0
     by_template = uses_template(config, tokenizer)
     to_sequences = segmenters(config, tokenizer if by_template else None, asks)
     for sequences in sequences_of(train.first(SAMPLE_ROWS).located(), *to_sequences):
         sampled += 1
-        answered += bool(sequences)  # training drops rows without an answer
-        sequence_count += len(sequences)
+        answered += bool(sequences)
         if by_template:
-            examples = encode([sequences], config, tokenizer) if sequences else []
-            lengths += [len(example.input_ids) for example in examples]
-            supervised += sum(sum(example.loss_mask) for example in examples)
-            continue
-        for sequence in sequences:
-            row_lengths, row_supervised = _estimated_tokens(sequence, config)
-            lengths += row_lengths
-            supervised += row_supervised
+            measured = [_tokens(sequence, config, tokenizer, asks) for sequence in sequences]
+        else:
+            measured = [_estimated_tokens(sequence, config, asks) for sequence in sequences]
+        # Training drops rows without an answer.
+        kept = [sequence for sequence in measured if sequence is not None]
+        kept_rows += bool(kept)
+        kept_sequences += len(kept)
+        for sequence_lengths, sequence_supervised in kept:
+            lengths += sequence_lengths
+            supervised += sequence_supervised
     if not sum(lengths):
         raise UserError(
             f"{train.name}: no row to train on has an answer. Check columns, templates, "
-            "data.eval_rows."
+            "data.max_length, data.eval_rows."
         )
 
     if is_generated:  # as many rows as the settings say
@@ -258,7 +260,7 @@ def _size_of_rows(config: DataConfig, tokenizer: Any, asks: bool) -> DataSize:
         supervised / sum(lengths),
         source,
         is_even=len(set(lengths)) == 1,
-        sequences_per_row=sequence_count / answered,
+        sequences_per_row=kept_sequences / kept_rows,
     )
     is_default = config.layout == Layout.logistic_map and config.logistic_map == LogisticMapConfig()
     if config.facts is not None and is_default and not by_template:
@@ -268,8 +270,20 @@ def _size_of_rows(config: DataConfig, tokenizer: Any, asks: bool) -> DataSize:
     return size
 
 
-def _estimated_tokens(segments: list[Segment], config: DataConfig) -> tuple[list[float], float]:
-    """An estimate of the lengths of a row's sequences, and of its supervised tokens."""
+def _tokens(
+    segments: list[Segment], config: DataConfig, tokenizer: Any, asks: bool
+) -> tuple[list[float], float] | None:
+    """The length of a sequence, and its supervised tokens; None where training drops it."""
+    [example] = encode([[segments]], config, tokenizer)
+    if not example.has_answer or (asks and example.truncated):
+        return None
+    return [len(example.input_ids)], sum(example.loss_mask)
+
+
+def _estimated_tokens(
+    segments: list[Segment], config: DataConfig, asks: bool
+) -> tuple[list[float], float] | None:
+    """An estimate of the same; a document has the lengths of its windows."""
     tokens = 0
     prompt = 0
     for segment in segments:
@@ -280,6 +294,8 @@ def _estimated_tokens(segments: list[Segment], config: DataConfig) -> tuple[list
     windows = 1
     if config.layout == Layout.documents:
         windows = math.ceil(tokens / config.max_length)
+    elif prompt >= config.max_length or (asks and tokens > config.max_length):
+        return None
     length = min(tokens, windows * config.max_length)
     return [length / windows] * windows, max(0.0, length - prompt)
 

@@ -63,6 +63,22 @@ def test_chats_are_counted_as_their_template_writes_them(compose, write_jsonl, t
     assert without.startswith("an estimate without the model's chat template, which adds tokens: ")
 
 
+def test_rows_that_training_drops_by_their_length_are_not_counted(compose, write_jsonl, tokenizer):
+    """A cut answer is no right one where answers are sampled."""
+    lengths = [(1, 1), (1, 90), (90, 1)]
+    rows = [
+        {"question": f"{row}" * question, "answer": "9" * answer}
+        for row, (question, answer) in enumerate(lengths * 6, start=10)
+    ]
+    file = f"data.train_files=[{write_jsonl('rows.jsonl', rows)}]"
+    for chat in ("plain", "template"):
+        words = ("data=jsonl", file, f"data.chat={chat}", "data.max_length=64", "data.eval_rows=3")
+        data = compose(*words).data
+        for asks, count in ((False, 10), (True, 5)):
+            size = data_size(data, tokenizer=tokenizer, asks=asks)
+            assert size.train_rows == len(prepare_data(data, tokenizer, asks).train) == count
+
+
 def test_computed_rows_by_a_chat_template_are_counted(compose, tokenizer):
     data = compose("data=logistic_map", "data.chat=template").data
     assert data.facts is not None
