@@ -100,6 +100,10 @@ class Config:
             "modules_to_save" not in self.adapter.settings,
             f"adapter.settings: the copies of modules_to_save cannot be sharded: {fix} none.",
         )
+        require(
+            not self.adapter.settings.get("ensure_weight_tying"),
+            f"adapter.settings.ensure_weight_tying: shards share no memory: {fix} none.",
+        )
 
     def unread(self) -> dict[str, str]:
         """Settings and sections that this run does not read: key -> what would read it."""

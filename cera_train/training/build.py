@@ -158,7 +158,8 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
         language_model,
         wrapped,
         optimizer,
-        [weight for weight in adapted.parameters() if weight.requires_grad],
+        # Not of `adapted`: FSDP leaves weights outside the layers whole after the probe, as others.
+        [weight for group in optimizer.param_groups for weight in group["params"]],
         config.train.micro_batch_tokens,
         trainable_count,
         total_count,

@@ -180,6 +180,7 @@ def test_scaled_gradients_are_clipped_by_their_unscaled_norm_under_either_strate
 ):
     """As in float16 on a GPU."""
     short = [*arguments, "train.max_updates=6", "optimizer.max_grad_norm=0.1"]
+    short += ["adapter.target_modules=[q_proj,lm_head]"]
     train(compose(*short, "name=one"))
     strategies = ("ddp", "fsdp")
     runs = [
@@ -199,12 +200,14 @@ def test_scaled_gradients_are_clipped_by_their_unscaled_norm_under_either_strate
 def test_what_cannot_be_sharded_is_refused(compose):
     nf4 = ["adapter=dora", "model.quantization=nf4"]
     copies = ["adapter.settings={modules_to_save: [lm_head]}"]
+    tied = ["adapter=lora", "adapter.settings={ensure_weight_tying: true}"]
     for settings in (
         ["optimizer=adamw_8bit"],
         ["model.quantization=int8"],
         nf4,
         ["train.objective=grpo"],
         copies,
+        tied,
     ):
         with pytest.raises(ValueError, match="with distributed.strategy=fsdp (choose|leave)"):
             compose("distributed.strategy=fsdp", *settings)
