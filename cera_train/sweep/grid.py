@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -65,10 +64,12 @@ def _dimensions(config: DictConfig, params: Mapping[str, str] | None) -> list[Ov
     the same key."""
     params = (config.hydra.sweeper.get("params") or {}) if params is None else params
     arguments = [*(f"{key}={values}" for key, values in params.items()), *_arguments(config.hydra)]
-    parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(
-        arguments
-    )
-    return list({override.get_key_element(): override for override in parsed}.values())
+    return list({override.get_key_element(): override for override in _parsed(arguments)}.values())
+
+
+def _parsed(arguments: list[str]) -> list[Override]:
+    loader = GlobalHydra.instance().config_loader()
+    return OverridesParser.create(loader).parse_overrides(arguments)
 
 
 def _arguments(hydra_config: DictConfig) -> list[str]:
@@ -212,12 +213,13 @@ def record_of(
         UserError: the folder differs between jobs, or holds a run or a sweep with other fixed
             settings.
     """
-    for override in _arguments(config.hydra):
-        if key_of(override) in ("name", "output_dir") and re.search(r"\$\{|,|\(", override):
+    for override in _parsed(_arguments(config.hydra)):
+        varies = override.is_sweep_override() or "${" in override.input_line
+        if override.key_or_group in ("name", "output_dir") and varies:
             raise UserError(
-                f"{override} is another for each job. In a sweep, name=... is the folder of all "
-                f"jobs, and each job's "
-                "folder in it is named by its choices: give one name, or leave it out."
+                f"{override.input_line} is another for each job. In a sweep, name=... is the "
+                "folder of all jobs, and each job's folder in it is named by its choices: give one "
+                "name, or leave it out."
             )
     require_folder_name(config.name)
     folder = Path(config.hydra.sweep.dir)

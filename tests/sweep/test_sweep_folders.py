@@ -11,7 +11,8 @@ from made_runs import make_run
 from made_sweeps import FIXED, TINY, content_of, make_job, record_job, record_sweep, states
 
 from cera_train.cli.mistakes import with_path_quoted
-from cera_train.common.settings import fields_of
+from cera_train.common.settings import fields_of, to_plain
+from cera_train.runs.folder import RunFolder
 from cera_train.settings.run import Config
 from cera_train.sweep.folder import (
     JOBS,
@@ -112,6 +113,27 @@ def test_a_folder_with_signs_of_hydras_is_one_argument(tmp_path, monkeypatch, fo
         f"run='{folder}'",
     ):
         assert with_path_quoted(argument) == argument
+
+
+def test_the_name_of_a_sweep_may_have_signs_of_hydras(run_command, counted, write_jsonl):
+    write_jsonl("rows.jsonl", [{"prompt": "1 + 1", "answer": "2"}] * 4)
+    name = 'name="it\'s, (ü)"'
+    assert run_command("cera-train", "-m", "adapter.r=4,8", *FIXED, name) == 0
+    assert [config.output_dir for config in counted] == ["outputs/it's, (ü)"] * 2
+
+
+def test_a_finished_job_stands_where_no_run_resumes(run_command, counted, write_jsonl, monkeypatch):
+    write_jsonl("rows.jsonl", [{"prompt": "1 + 1", "answer": "2"}] * 4)
+    command = ["cera-train", "-m", "adapter.r=4,8", *FIXED, "name=mine", "train.resume=never"]
+    assert run_command(*command) == 0
+
+    def launch(config: Config) -> dict:
+        folder = RunFolder(Path(config.output_dir) / config.name, to_plain(config))
+        folder.check_may_run(config.train.resume)
+        return {}
+
+    monkeypatch.setattr("cera_train.training.train.launch", launch)
+    assert run_command(*command) == 0
 
 
 def test_a_jobs_folder_is_named_by_what_varies_alone(tmp_path, run_command, counted):
