@@ -7,7 +7,7 @@ from typing import Any
 import hydra
 
 from cera_train.cli.config import register_configs, to_config
-from cera_train.cli.mistakes import SCHEMAS, with_implied_files
+from cera_train.cli.mistakes import SCHEMAS, with_implied_files, with_texts_quoted
 from cera_train.common.files import config_dir, options
 
 
@@ -17,5 +17,5 @@ def compose(*overrides: str, command: str = "train") -> Any:
     name = "config" if command == "train" else command
     register_configs(*options("recipe"))
     with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
-        settings = with_implied_files(program, overrides)
+        settings = with_texts_quoted(program, with_implied_files(program, overrides))
         return to_config(hydra.compose(name, settings), settings, SCHEMAS[program])

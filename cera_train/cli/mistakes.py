@@ -174,9 +174,7 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
                 "+recipe=NAME, run=FOLDER or, after -m, +sweep=NAME and +study=NAME."
             )
     words = [name if value is True else f"{name}={value}" for name, value in flags.items()]
-    schema = SCHEMAS[program]
-    settings = [with_number_quoted(with_path_quoted(setting), schema) for setting in settings]
-    return [*words, *settings]
+    return [*words, *with_texts_quoted(program, settings)]
 
 
 WHOLE_CONFIGS = ("recipe", "study", "sweep")
@@ -307,6 +305,12 @@ def null_sections(schema: type) -> list[str]:
 
 
 PLAIN_PATH = re.compile(r"[\w /.+-]*", re.ASCII)  # Hydra takes it as it is
+
+
+def with_texts_quoted(program: str, settings: Sequence[str]) -> list[str]:
+    """The settings of a command, with quotes where Hydra would read a text otherwise."""
+    schema = SCHEMAS[program]
+    return [with_number_quoted(with_path_quoted(setting), schema) for setting in settings]
 
 
 def with_path_quoted(argument: str) -> str:

@@ -490,12 +490,13 @@ def test_what_varies_the_quickstart_trains_its_dates(run_command, capfd):
     assert (config["name"], config["adapter"]["r"], config["data"]["layout"]) == ("x", 4, "dates")
 
 
-def test_a_text_that_looks_like_a_number_stays_a_text(run_command, capfd):
+def test_a_text_that_looks_like_a_number_stays_a_text(run_command, compose, capfd):
     words = ["name=2026_11_30", "model.revision=7e49710", "adapter.r=1_0"]
     assert run_command("cera-train", "--cfg", "job", *words) == 0
     config = yaml.safe_load(capfd.readouterr().out)
     assert (config["name"], config["model"]["revision"]) == ("2026_11_30", "7e49710")
     assert config["adapter"]["r"] == 10
+    assert compose("name=1.10").name == "1.10"
 
 
 @pytest.mark.parametrize("text", ["it's", "a\\", "a\\'b", "a\\b", "a,b=c", "größe [2]"])

@@ -362,6 +362,12 @@ def test_links_out_of_a_folder_and_pipes_are_not_followed(tmp_path: Path) -> Non
         read_runs([folder])
 
 
+def test_rows_beside_runs_are_no_run(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"question": "1 + 1"}]')
+    scores_file(tmp_path / "a" / "sums.jsonl", {1: 1})
+    assert [run.name for run in read_runs([tmp_path])] == ["a"]
+
+
 def test_a_folder_of_several_formats_holds_several_runs(tmp_path: Path) -> None:
     peft_result(tmp_path / "peft.json", 600)
     trainer_state(tmp_path / "sft" / "trainer_state.json")

@@ -39,6 +39,12 @@ def read_object(path: Path) -> dict[str, Any]:
     return read_parsed(path, from_json, LEAVE_OUT)  # json takes deeper nesting than we do
 
 
+def holds_object(path: Path) -> bool:
+    """Whether a file begins as a JSON object, not as a list of rows, say."""
+    with path.open("rb") as file:
+        return file.read(1_000).lstrip().startswith(b"{")
+
+
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The JSON object of each line, with its place FILE:LINE."""
     with path.open("rb") as file:

@@ -9,7 +9,7 @@ from pydantic import Field
 from cera_train.common.errors import errors_at
 from cera_train.common.settings import flatten, require
 from cera_train.report.readers.adapter import SavedAdapter
-from cera_train.report.readers.files import is_score, read_object, safe_name
+from cera_train.report.readers.files import holds_object, is_score, read_object, safe_name
 from cera_train.report.runs import Evaluation, Run, Scores
 from cera_train.runs.records import Record
 from cera_train.runs.results import Environment, Metrics, RunResult, UpdateMetrics
@@ -52,7 +52,7 @@ class Comparison(Record):
 
 
 def find_run(path: Path) -> Run | None:
-    if path.suffix != ".json" or not path.is_file():
+    if path.suffix != ".json" or not path.is_file() or not holds_object(path):
         return None
     tree = read_object(path)
     if not {"run_info", "train_info"} <= tree.keys():

@@ -7,7 +7,13 @@ from typing import Any
 
 from cera_train.adapters.folder import ADAPTER_CONFIG
 from cera_train.report.readers.adapter import saved_adapter_config
-from cera_train.report.readers.files import files_in, is_number, read_object, safe_name
+from cera_train.report.readers.files import (
+    files_in,
+    holds_object,
+    is_number,
+    read_object,
+    safe_name,
+)
 from cera_train.report.runs import Run
 from cera_train.runs.records import Record
 from cera_train.runs.results import EvaluationMetrics, Metrics, RunResult, UpdateMetrics
@@ -56,7 +62,7 @@ def find_run(path: Path) -> Run | None:
 def _state_files(path: Path) -> list[Path]:
     """The file itself; or that of the folder, and that of its last checkpoint."""
     if path.suffix == ".json" and path.is_file():
-        return [path]
+        return [path] if path.name == STATE or holds_object(path) else []
     checkpoints = files_in(path, f"checkpoint-*/{STATE}")
     checkpoints.sort(key=lambda file: (len(file.parent.name), file.parent.name))
     return [*files_in(path, STATE), *checkpoints[-1:]]
