@@ -158,7 +158,7 @@ def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
         yield from from_files([file], "prompts").located()
         return
     try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts={file}: cannot read it: {error_text(error)}.") from error
     for number, line in enumerate(lines, start=1):

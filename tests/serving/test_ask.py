@@ -148,7 +148,7 @@ def test_a_file_has_a_question_on_each_line_or_row(tmp_path, tokenizer, write_js
     prompts = Prompts(DataConfig(**TEXT), tokenizer)
     lines = tmp_path / "questions.txt"
     two = TWO.replace(" ", "\u2028")  # which ends no line
-    lines.write_text(f"{ONE}\n\n{two}\n")
+    lines.write_text(f"{ONE}\n\n{two}\n", encoding="utf-8-sig")
     rows = write_jsonl("rows.jsonl", [{"question": ONE}, {"question": two}])
     by_line, by_row = (list(read_prompts(str(file), prompts)) for file in (lines, rows))
     assert [place for place, _ in by_line] == [f"{lines}:1", f"{lines}:3"]
