@@ -74,7 +74,7 @@ def look(composed: DictConfig) -> None:
     config = replace(config, data=with_template_settings(config, config.data, None))
     data = prepare_data(config.data, tokenizer, config.asks)
     stops = stop_ids(tokenizer, model_ends(config.model))
-    print_data(config.data, data, tokenizer, stops, at_length=True)
+    print_data(config.data, data, tokenizer, stops, at_length=True, asks=config.asks)
     print_command("train it", [TRAIN, *map(redact, sys.argv[1:])])
 
 

@@ -28,12 +28,14 @@ def print_data(
     tokenizer: Any,
     stops: set[int],
     at_length: bool = False,
+    asks: bool = False,
 ) -> None:
     """Layout, rows kept, dropped and truncated, the supervised share, shared prompts, an example;
     `at_length` also how long the rows are, and one more example.
 
     Args:
         stops: the tokens at which generation stops.
+        asks: as of `chats.chat_exchanges`: no end of an answer is learned from the rows.
     """
     train = data.train
     for line in dict.fromkeys(describe_layouts(config, tokenizer)):
@@ -52,7 +54,7 @@ def print_data(
     if at_length:
         print_lengths(train)
     is_learned, line = describe_stop(train, config.max_length, stops, tokenizer)
-    if at_length or not is_learned:
+    if not asks and (at_length or not is_learned):
         print_line("stop", line)
     for line in describe_openings(train):
         print_line("prompt", line)

@@ -73,7 +73,7 @@ def print_start(
     generation = model.language_model.causal_lm.generation_config
     stops = stop_ids(data.tokenizer, generation.eos_token_id)
     print_line("data", describe_source(config.data))
-    print_data(config.data, data.rows, data.tokenizer, stops)
+    print_data(config.data, data.rows, data.tokenizer, stops, asks=config.asks)
     if evaluator.exams.plan:
         print_line("answers", evaluator.exams.plan)
     for exam in evaluator.exams.tasks:

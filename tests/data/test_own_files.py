@@ -300,7 +300,9 @@ def test_a_look_asks_as_the_run_to_start_from_learned_to_answer(
     for start, is_opened in ([], True), (["adapter.start_from=outputs/learned"], False):
         capsys.readouterr()
         assert run_command("cera-train", *settings, *start, "--look") == 0
-        assert ("<think>" in capsys.readouterr().out) == is_opened
+        printed = capsys.readouterr().out
+        assert ("<think>" in printed) == is_opened
+        assert "\nstop " not in printed  # no end of an answer is learned from rows
 
 
 def test_too_few_held_out_rows_are_named_with_the_setting_that_has_more(
