@@ -205,14 +205,15 @@ def _settings_of_answers(
 
 def first_training_rows(config: DataConfig) -> Iterator[PlacedRow]:
     """The first rows of the training files, of the split on the Hub, or of those computed."""
+    count = min(FIRST_ROWS, config.train_rows or FIRST_ROWS)
     if config.is_computed:
-        rows = open_sources(replace(config, train_rows=FIRST_ROWS))[0].located()
+        rows = open_sources(replace(config, train_rows=count))[0].located()
     elif config.train_files:
         paths = check_files(config.train_files, "data.train_files")
         rows = itertools.chain.from_iterable(map(first_rows, paths))
     else:
         rows = from_hub(config, "data.train_split", config.streaming).located()
-    return itertools.islice(rows, min(FIRST_ROWS, config.train_rows or FIRST_ROWS))
+    return itertools.islice(rows, count)
 
 
 def check_data(config: DataConfig) -> None:
