@@ -351,6 +351,12 @@ def sizes_by_place(base: PreTrainedModel, stored: dict[nn.Parameter, float]) -> 
     return inside / max(1, len(layers)), sum(stored.values()) - inside
 
 
+def rows_of_process(config: PlanRun, size: DataSize) -> int:
+    """The most sequences of an update that one process takes."""
+    rows = min(config.train.batch_size, size.train_rows)
+    return math.ceil(config.sequences * rows / config.plan.gpus)
+
+
 def micro_batches(run: DryRun, size: DataSize) -> tuple[MicroBatch, MicroBatch]:
     """The largest micro-batch of one process, which needs the most memory, and a usual one, which
     takes the time.
@@ -365,7 +371,7 @@ def micro_batches(run: DryRun, size: DataSize) -> tuple[MicroBatch, MicroBatch]:
     if attention_of(run.base.config) == "eager":
         has_mask = True
 
-    rows = math.ceil(config.sequences * train.batch_size / config.plan.gpus)
+    rows = rows_of_process(config, size)
     max_length = config.data.max_length + config.work.answer_tokens
     spread = 0.0 if size.is_even else 3 * ROW_SPREAD / math.sqrt(rows)
     most_tokens = rows * min(size.tokens_per_row * (1 + spread), max_length)

@@ -1,7 +1,6 @@
 """The memory, the updates and the time of a run, from a dry run of its largest micro-batch."""
 
 import functools
-import math
 import os
 from dataclasses import replace
 
@@ -14,7 +13,14 @@ from cera_train.model.batches import RowOrder
 from cera_train.model.folder import check_length
 from cera_train.model.precision import choose_precision
 from cera_train.planning.data_size import DataSize, trained_size
-from cera_train.planning.dry_run import Cost, DryRun, filled, memory_by_part, micro_batches
+from cera_train.planning.dry_run import (
+    Cost,
+    DryRun,
+    filled,
+    memory_by_part,
+    micro_batches,
+    rows_of_process,
+)
 from cera_train.planning.plan import GPUS, Device, RunPlan, RunTotals
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config, PlanRun
@@ -44,7 +50,7 @@ def estimate(config: PlanRun, data: DataSize, problems: dict[str, int], is_alone
 
     trained = trained_size(config, data)
     largest, usual = micro_batches(run, trained)
-    rows = math.ceil(config.sequences * config.train.batch_size / config.plan.gpus)
+    rows = rows_of_process(config, trained)
     accumulates = rows * trained.tokens_per_row > config.train.micro_batch_tokens
     cost = run.cost(largest, accumulates)
     memory = memory_by_part(run, cost.peak)

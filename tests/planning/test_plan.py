@@ -292,6 +292,13 @@ def test_a_plan_that_is_too_large_names_settings_that_are_not_set(math_plan, cap
     )
 
 
+def test_an_update_takes_no_more_rows_than_there_are(tiny_plan):
+    few, fewer = (
+        tiny_plan("data.train_rows=8", f"train.batch_size={rows}").micro_batch for rows in (64, 8)
+    )
+    assert few == fewer
+
+
 def test_rows_that_fill_no_micro_batch_are_planned_beside_a_full_one(tiny_plan, capsys):
     settings = ["train.micro_batch_tokens=2304", "plan.gpu=rtx4090"]
     few, many = (
