@@ -68,7 +68,7 @@ def print_data(
 
 def describe_few(config: DataConfig, rows: int) -> str:
     """That a loss on so few held-out rows says little, and the setting that has more."""
-    if config.mix is not None:  # data.eval_rows is nothing to a part that has its own
+    if config.mix is not None:  # data.eval_rows does nothing for a part that has its own
         more = "hold out more in a part of data.mix, by its eval_rows or eval_files"
     elif config.train_files:  # whose last rows, as data.eval_rows takes them, may repeat prompts
         more = "name a file with more in data.eval_files"

@@ -163,11 +163,11 @@ def with_known_layouts(data: DataConfig, begun: DataConfig) -> DataConfig:
     begun_files = [part.train_files for _, part in begun.parts()]
     if not is_undecided or redact_tree(files) != begun_files:
         return data
-    if data.mix is None and begun.mix is None:
-        turns = data.turns or begun.turns
-        return replace(data, turns=turns, rejected=begun.rejected, **layout_of(begun))
-    parts = zip(data.mix or (), begun.mix or (), strict=False)
-    return replace(data, mix=[replace(part, **layout_of(known)) for part, known in parts])
+    if data.mix is not None and begun.mix is not None:
+        parts = zip(data.mix, begun.mix, strict=True)
+        return replace(data, mix=[replace(part, **layout_of(known)) for part, known in parts])
+    turns = data.turns or begun.turns
+    return replace(data, turns=turns, rejected=begun.rejected, **layout_of(begun))
 
 
 def layout_of(rows: DataConfig | MixPart) -> dict[str, Any]:
