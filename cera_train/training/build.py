@@ -35,7 +35,7 @@ from cera_train.model.batches import MicroBatches, RowOrder
 from cera_train.model.compiled import compile_layers
 from cera_train.model.folder import check_length, load_tokenizer
 from cera_train.model.language_model import LanguageModel
-from cera_train.model.layout import choose_layout, probe
+from cera_train.model.layout import choose_layout
 from cera_train.model.weights import BaseDigests, load_model
 from cera_train.runs.folder import Progress, load_checkpoint
 from cera_train.runs.records import load_config
@@ -129,16 +129,11 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     if config.train.check_coverage and not (is_ours or accelerator.is_fsdp2):
         check_effect(adapted, base, config.adapter, has_autocast)
     trainable_count, total_count = adapters.parameter_counts(adapted)
-    language_model = LanguageModel(adapted, base, accelerator.autocast)
-    allowed = None
-    if not accelerator.is_fsdp2:
-        # A run that resumes must find what it found at its start, before the adapter moved: 8-bit
-        # products may round past the probe's limit.
-        allowed = probe(language_model)
     progress, moments = load_weights(adapted, config, data.rows, checkpoint, base_digests)
 
     groups = adapters.parameter_groups(adapted, config.adapter)
     optimizer = build_optimizer(groups, config.optimizer, accelerator.device)
+    language_model = LanguageModel(adapted, base, accelerator.autocast)
     share_frozen_weights(language_model)
     wrapped, optimizer = accelerator.prepare(language_model, optimizer)
     language_model = accelerator.unwrap_model(wrapped)
@@ -149,7 +144,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     if accelerator.is_fsdp2:
         # Sharded weights are whole only inside such methods.
         register_fsdp_forward_method(language_model, "with_whole_weights")
-    choose_layout(config.train.batch_layout, language_model, accelerator.device, allowed)
+    choose_layout(config.train.batch_layout, language_model, accelerator.device)
     if config.train.compile:
         compile_layers(language_model)
     model = Model(
