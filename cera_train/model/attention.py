@@ -194,7 +194,7 @@ def _attend(
     """A block of sequences: [1, heads, T, d] -> [1, T, heads, d]."""
     longest = max(lengths)
     is_whole = window is None or longest <= window
-    if is_whole and not dropout and ShortAttention.is_faster(query, value, longest):
+    if is_whole and not dropout and ShortAttention.is_faster(query, key, value, longest):
         return ShortAttention.apply(query, key, value, lengths, scaling or query.shape[-1] ** -0.5)
     outputs = []
     for one in zip(*(heads.split(lengths, dim=2) for heads in (query, key, value)), strict=True):
@@ -224,8 +224,10 @@ class ShortAttention(torch.autograd.Function):
     it."""
 
     @classmethod
-    def is_faster(cls, query: Tensor, value: Tensor, longest: int) -> bool:
-        is_16bit_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    def is_faster(cls, query: Tensor, key: Tensor, value: Tensor, longest: int) -> bool:
+        # IA3 over 4 bits leaves keys in float32: torch's kernel casts them under autocast.
+        is_16bit = {query.dtype, key.dtype, value.dtype} == {torch.bfloat16}
+        is_16bit_cpu = query.device.type == "cpu" and is_16bit
         is_usual = query.shape[-1] == value.shape[-1] and longest <= cls.MAX_LENGTH
         return is_16bit_cpu and is_usual and torch.is_grad_enabled()
 

@@ -91,8 +91,9 @@ class Config:
             quantization != Quantization.int8,
             f"model.quantization=int8 cannot be sharded: {fix} nf4 or none.",
         )
+        is_dora = self.adapter.kind == AdapterKind.dora or self.adapter.settings.get("use_dora")
         require(
-            not (self.adapter.kind == AdapterKind.dora and quantization == Quantization.nf4),
+            not (is_dora and quantization == Quantization.nf4),
             "adapter=dora reads the base's weights, and sharded ones of 4 bits cannot be read: "
             f"{fix} model.quantization=none or another adapter.",
         )

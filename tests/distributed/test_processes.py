@@ -201,6 +201,7 @@ def test_what_cannot_be_sharded_is_refused(compose):
     nf4 = ["adapter=dora", "model.quantization=nf4"]
     copies = ["adapter.settings={modules_to_save: [lm_head]}"]
     tied = ["adapter=lora", "adapter.settings={ensure_weight_tying: true}"]
+    dora = ["adapter=peft", "adapter.method=LORA", "adapter.settings={use_dora: true}", nf4[1]]
     for settings in (
         ["optimizer=adamw_8bit"],
         ["model.quantization=int8"],
@@ -208,6 +209,7 @@ def test_what_cannot_be_sharded_is_refused(compose):
         ["train.objective=grpo"],
         copies,
         tied,
+        dora,
     ):
         with pytest.raises(ValueError, match="with distributed.strategy=fsdp (choose|leave)"):
             compose("distributed.strategy=fsdp", *settings)

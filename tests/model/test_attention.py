@@ -70,7 +70,7 @@ def test_short_attention_is_about_as_exact_as_torchs():
         output = attend(*inputs)
         return [output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))]
 
-    assert ShortAttention.is_faster(rounded[0], rounded[2], 150)
+    assert ShortAttention.is_faster(*rounded, 150)
     compared = (
         output_and_gradients(*each)
         for each in ((short, rounded), (torchs, rounded), (torchs, exact))
@@ -210,6 +210,19 @@ def test_attention_that_is_more_than_causal_or_restricted_only_by_a_mask_is_refu
     module.layer_idx = layer
     with pytest.raises(NotImplementedError, match=rf"more than causal \({named}\)"):
         attend_by_sequence(module, *heads(), None, sequences=Sequences(LENGTHS), **settings)
+
+
+def test_keys_in_float32_beside_16_bit_queries_have_gradients_under_autocast():
+    query, key, value = heads(dtype=torch.bfloat16)
+    wide = key.detach().float().requires_grad_()
+    gradients = []
+    for k in (key, wide):
+        with torch.autocast("cpu", torch.bfloat16):
+            output, _ = attend_by_sequence(
+                Causal(), query, k, value, None, sequences=Sequences(LENGTHS)
+            )
+        gradients.append(torch.autograd.grad(output.float().square().sum(), k)[0].float())
+    torch.testing.assert_close(*gradients, rtol=0.1, atol=0.1)
 
 
 def test_the_users_choice_of_attention_is_kept():
