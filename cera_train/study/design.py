@@ -80,7 +80,7 @@ def study_record(config: DictConfig) -> SweepRecord:
         words = [arm, *overrides[arm]]
         decided = {key_of(word) for word in itertools.chain(overrides[arm], *of_bases.values())}
         if is_imported(overrides[arm]):
-            decided |= {*study.tune, *study.conditions}
+            decided |= {*map(key_of, (*study.tune, *study.conditions))}
         for choice in choices:
             require(
                 key_of(choice) != BASE or choice in of_bases,
@@ -157,11 +157,10 @@ def check_arms(study: StudyConfig, place: str, runs: dict[str, Config]) -> None:
         )
     if study.equal == Equal.parameters:
         check_budgets(place, runs)
-    measured = (LOSS, *runs[reference].train.tasks)
-    for outcome in study.outcomes:
+    for (arm, run), outcome in itertools.product(runs.items(), study.outcomes):
         require(
-            outcome in measured,
-            f"study.outcomes: no run has {outcome}: add it to train.tasks{place}.",
+            outcome in (LOSS, *run.train.tasks),
+            f"study.outcomes: {arm} has no {outcome}: add it to train.tasks{place}.",
         )
 
 

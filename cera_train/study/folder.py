@@ -69,7 +69,7 @@ class Study:
         if self.config.results_of(arm) is not None:
             return []
         set_by_arm = {key_of(word) for word in self.config.arms[arm]}
-        return [key for key in self.config.conditions if key not in set_by_arm]
+        return [key for key in self.config.conditions if key_of(key) not in set_by_arm]
 
     @property
     def by_condition(self) -> dict[str, dict[str, Cell]]:

@@ -85,6 +85,17 @@ def test_an_arm_of_another_program_is_judged_by_a_studys_statistics(
         contrasts_of(find_study(launcher.sweep))
 
 
+def test_an_arm_of_another_program_has_no_tuned_setting_that_a_plus_adds(
+    launcher, run_study, section, training
+):
+    launcher.scores = 0.3
+    launcher.loss = lambda values: 1.0
+    tune = {"++adapter.settings.own": [1, 2]}
+    assert run_study(study=section | {"tune": tune, "conditions": {}}, **training) == 0
+    _, theirs = find_study(launcher.sweep).cells
+    assert theirs.obstacles == []
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [

@@ -69,7 +69,12 @@ def test_a_section_that_could_not_answer_is_refused(study_section, changes, mess
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        (dict(outcomes=["gsm8k"]), [], "study.outcomes: no run has gsm8k: add it to train.tasks"),
+        (dict(outcomes=["gsm8k"]), [], "study.outcomes: lora has no gsm8k: add it to train.tasks"),
+        (
+            dict(arms=TWO | {"b": ["adapter=cera", "train.tasks=[]"]}, outcomes=["logistic_map"]),
+            ["train.tasks=[logistic_map]"],
+            "study.outcomes: b has no logistic_map: add it to train.tasks",
+        ),
         (
             dict(arms=TWO | {"b": ["adapter=randlora"]}),
             [],

@@ -126,6 +126,15 @@ def test_extend_adds_values_of_a_setting_that_a_plus_adds(launcher, run_study):
     assert [cell.chosen.values for cell in find_study(launcher.sweep).cells] == [{key: "4"}] * 2
 
 
+def test_an_arm_has_a_condition_that_a_plus_adds(launcher, run_study):
+    key = "adapter.settings.own"
+    arms = {"lora": ["adapter=lora"], "b": ["adapter=dora", f"+{key}=3"]}
+    study = {"arms": arms, "contrasts": {}, "equal": "none", "conditions": {f"++{key}": [1, 2]}}
+    assert run_study(study=study) == 0
+    pairs = [(pair.first.name, pair.second.name) for pair in find_study(launcher.sweep).pairs()]
+    assert pairs == [(f"lora, ++{key}=1", "b"), (f"lora, ++{key}=2", "b")]
+
+
 def test_more_seeds_run_only_what_is_missing(launcher, run_study):
     run_study()
     launcher.began.clear()
