@@ -155,6 +155,8 @@ def run_in_worker(
     begins and one when it ends, so that lines of several jobs do not mix."""
     if multiprocessing.parent_process() is None:  # joblib starts no process for a single job
         return task_function(composed)
+    # What a job starts, such as launch.processes or math-verify, does not know how joblib starts.
+    multiprocessing.set_start_method("spawn", force=True)
     # Between two jobs: joblib kills all jobs when one of its processes ends.
     for number in SIGNALS:
         signal.signal(number, lambda number, _: SIGNALLED.append(number))

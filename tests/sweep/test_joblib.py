@@ -83,6 +83,15 @@ def test_jobs_at_once_leave_what_they_leave_in_turn(sweep_here, sweep):
 
 
 @pytest.mark.slow
+def test_jobs_at_once_may_have_several_processes_each(sweep_here, sweep):
+    gates = ["adapter=cera", "adapter.activation=relu,silu", "train.max_updates=1"]
+    process = start(*JOBLIB, *gates, "launch.processes=2", cwd=sweep_here)
+    output, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors) == (0, ""), output
+    assert list(states(sweep).values()) == ["finished"] * 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.nightly)],
