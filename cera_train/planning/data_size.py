@@ -225,14 +225,12 @@ def _size_of_rows(config: DataConfig, tokenizer: Any, asks: bool) -> DataSize:
         sampled += 1
         answered += bool(sequences)
         if by_template:
-            measured = [_tokens(sequence, config, tokenizer, asks) for sequence in sequences]
+            measured = _tokens(sequences, config, tokenizer, asks)
         else:
-            measured = [_estimated_tokens(sequence, config, asks) for sequence in sequences]
-        # Training drops rows without an answer.
-        kept = [sequence for sequence in measured if sequence is not None]
-        kept_rows += bool(kept)
-        kept_sequences += len(kept)
-        for sequence_lengths, sequence_supervised in kept:
+            measured = [_estimated_tokens(sequence, config) for sequence in sequences]
+        kept_rows += bool(measured)  # training drops rows without an answer
+        kept_sequences += len(measured)
+        for sequence_lengths, sequence_supervised in measured:
             lengths += sequence_lengths
             supervised += sequence_supervised
     if not sum(lengths):
@@ -271,19 +269,20 @@ def _size_of_rows(config: DataConfig, tokenizer: Any, asks: bool) -> DataSize:
 
 
 def _tokens(
-    segments: list[Segment], config: DataConfig, tokenizer: Any, asks: bool
-) -> tuple[list[float], float] | None:
-    """The length of a sequence, and its supervised tokens; None where training drops it."""
-    [example] = encode([[segments]], config, tokenizer)
-    if not example.has_answer or (asks and example.truncated):
-        return None
-    return [len(example.input_ids)], sum(example.loss_mask)
+    sequences: list[list[Segment]], config: DataConfig, tokenizer: Any, asks: bool
+) -> list[tuple[list[float], float]]:
+    """The length of each sequence of a row that training keeps, and its supervised tokens."""
+    examples = encode([sequences], config, tokenizer) if sequences else []
+    return [
+        ([len(example.input_ids)], sum(example.loss_mask))
+        for example in examples
+        if example.has_answer and not (asks and example.truncated)
+    ]
 
 
-def _estimated_tokens(
-    segments: list[Segment], config: DataConfig, asks: bool
-) -> tuple[list[float], float] | None:
-    """An estimate of the same; a document has the lengths of its windows."""
+def _estimated_tokens(segments: list[Segment], config: DataConfig) -> tuple[list[float], float]:
+    """An estimate of a sequence's length, or of those of a document's windows, and of its
+    supervised tokens."""
     tokens = 0
     prompt = 0
     for segment in segments:
@@ -294,8 +293,6 @@ def _estimated_tokens(
     windows = 1
     if config.layout == Layout.documents:
         windows = math.ceil(tokens / config.max_length)
-    elif prompt >= config.max_length or (asks and tokens > config.max_length):
-        return None
     length = min(tokens, windows * config.max_length)
     return [length / windows] * windows, max(0.0, length - prompt)
 

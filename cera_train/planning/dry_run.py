@@ -320,9 +320,19 @@ class DryRun:
             self.optimizer.step()
             self.optimizer.zero_grad()
             step = meter.read()
-            with torch.no_grad():
-                self.language_model.eval()(inputs).sum()
-            return Cost(forward, backward, step, meter.read())
+            return Cost(forward, backward, step, self._evaluate(inputs))
+
+    def evaluation(self, batch: MicroBatch) -> Reading:
+        """What a micro-batch of held-out rows takes."""
+        with self.running():
+            inputs = self._inputs(batch)
+            self.meter.read()
+            return self._evaluate(inputs)
+
+    def _evaluate(self, inputs: Batch) -> Reading:
+        with torch.no_grad():
+            self.language_model.eval()(inputs).sum()
+        return self.meter.read()
 
     def _fill_gradients(self) -> None:
         for weight in self.trained:

@@ -21,6 +21,7 @@ from cera_train.planning.dry_run import (
     micro_batches,
     rows_of_process,
 )
+from cera_train.planning.meter import Reading
 from cera_train.planning.plan import GPUS, Device, RunPlan, RunTotals
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config, PlanRun
@@ -54,7 +55,11 @@ def estimate(config: PlanRun, data: DataSize, problems: dict[str, int], is_alone
     accumulates = rows * trained.tokens_per_row > config.train.micro_batch_tokens
     cost = run.cost(largest, accumulates)
     memory = memory_by_part(run, cost.peak)
-    evaluation_memory = evaluation_peak(memory, cost)
+    # train.batch_size does not bound the micro-batches of held-out rows.
+    eval_tokens = data.eval_rows * config.data.sequences * data.tokens_per_row / config.plan.gpus
+    held_out = filled(largest, min(config.train.micro_batch_tokens, round(eval_tokens)))
+    evaluation = cost.evaluation if held_out == largest else run.evaluation(held_out)
+    evaluation_memory = evaluation_peak(memory, cost, evaluation)
 
     # Rows of this run may be too few or too short to fill a micro-batch.
     full = filled(largest, config.train.micro_batch_tokens)
@@ -62,7 +67,8 @@ def estimate(config: PlanRun, data: DataSize, problems: dict[str, int], is_alone
     if is_alone and full != largest:
         full_cost = run.cost(full, accumulates=True)
         full_memory = memory_by_part(run, full_cost.peak)
-        full_peak = max(sum(full_memory.values()), evaluation_peak(full_memory, full_cost))
+        in_evaluation = evaluation_peak(full_memory, full_cost, full_cost.evaluation)
+        full_peak = max(sum(full_memory.values()), in_evaluation)
 
     timed = largest
     if usual.has_mask:  # else a token costs the same in every micro-batch
@@ -91,13 +97,13 @@ def estimate(config: PlanRun, data: DataSize, problems: dict[str, int], is_alone
     )
 
 
-def evaluation_peak(memory: dict[str, float], cost: Cost) -> float:
+def evaluation_peak(memory: dict[str, float], cost: Cost, evaluation: Reading) -> float:
     """Bytes of one process at the peak of an evaluation.
 
     Args:
-        memory: by part, at the peak of an update.
+        memory: by part, at the peak of an update, which takes `cost`.
     """
-    return sum(memory.values()) + cost.evaluation.peak - cost.peak
+    return sum(memory.values()) + evaluation.peak - cost.peak
 
 
 def run_totals(config: Config, data: DataSize) -> RunTotals:

@@ -71,12 +71,11 @@ def test_rows_that_training_drops_by_their_length_are_not_counted(compose, write
         for row, (question, answer) in enumerate(lengths * 6, start=10)
     ]
     file = f"data.train_files=[{write_jsonl('rows.jsonl', rows)}]"
-    for chat in ("plain", "template"):
-        words = ("data=jsonl", file, f"data.chat={chat}", "data.max_length=64", "data.eval_rows=3")
-        data = compose(*words).data
-        for asks, count in ((False, 10), (True, 5)):
-            size = data_size(data, tokenizer=tokenizer, asks=asks)
-            assert size.train_rows == len(prepare_data(data, tokenizer, asks).train) == count
+    words = ("data=jsonl", file, "data.chat=template", "data.max_length=64", "data.eval_rows=3")
+    data = compose(*words).data
+    for asks, count in ((False, 10), (True, 5)):
+        size = data_size(data, tokenizer=tokenizer, asks=asks)
+        assert size.train_rows == len(prepare_data(data, tokenizer, asks).train) == count
 
 
 def test_computed_rows_by_a_chat_template_are_counted(compose, tokenizer):

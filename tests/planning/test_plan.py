@@ -292,6 +292,13 @@ def test_a_plan_that_is_too_large_names_settings_that_are_not_set(math_plan, cap
     )
 
 
+def test_held_out_rows_fill_micro_batches_whatever_an_update_takes(tiny_plan):
+    one, as_many = (tiny_plan(f"train.batch_size={rows}") for rows in (1, 20))
+    assert as_many.micro_batch.rows == as_many.data.eval_rows == 20
+    assert one.evaluation_memory == as_many.evaluation_memory
+    assert one.peak == one.evaluation_memory > sum(one.memory.values())
+
+
 def test_an_update_takes_no_more_rows_than_there_are(tiny_plan):
     few, fewer = (
         tiny_plan("data.train_rows=8", f"train.batch_size={rows}").micro_batch for rows in (64, 8)
