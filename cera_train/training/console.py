@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cera_train.adapters.build import rank
 from cera_train.adapters.families import family
+from cera_train.adapters.families.base import is_import_path
 from cera_train.adapters.spectrum import why_no_spectrum
 from cera_train.adapters.targets import (
     describe_left_out,
@@ -175,6 +176,9 @@ def print_result(result: RunResult, config: Config) -> None:
     first = read_metrics(folder / METRICS).evaluations[0]
     fitting = "held_out" if has_short_answers(config.data) else "perplexity"
     task = next(iter(config.train.tasks), fitting)
+    run = [f"run={result.folder}"]
+    if config.model.trust_remote_code or is_import_path(config.adapter.method):
+        run.append("trust_remote_code=true")
     layers = "layers not compiled"
     if result.compiled_graphs:
         layers = f"layers compiled as {counted(result.compiled_graphs, 'graph')}"
@@ -192,8 +196,8 @@ def print_result(result: RunResult, config: Config) -> None:
         "fallback": "; ".join(result.fallbacks),
         "time": f"{duration(result.seconds)} for {counted(result.updates, 'update')}",
         "folder": result.folder,
-        "ask it": shlex.join(["cera-chat", f"run={result.folder}"]),
-        "grade it": shlex.join(["cera-eval", f"run={result.folder}", f"task={task}"]),
+        "ask it": shlex.join(["cera-chat", *run]),
+        "grade it": shlex.join(["cera-eval", *run, f"task={task}"]),
     }
     print()
     print_fields({label: row for label, row in rows.items() if row})

@@ -26,6 +26,8 @@ def words(tiny_folder) -> list[str]:
 
 def test_it_trains_resumes_and_is_evaluated_by_whom_trusts_it(words, run_command, tmp_path, capsys):
     assert run_command("cera-train", *words, "name=outside") == 0
+    trusting = "run=outputs/outside trust_remote_code=true"
+    assert f"cera-chat {trusting}\n" in capsys.readouterr().out
     run = tmp_path / "outputs" / "outside"
     losses = losses_of(run)
     assert losses[-1] < losses[0]
