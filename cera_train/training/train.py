@@ -104,7 +104,7 @@ def train(config: Config) -> dict[str, Any]:
             if folder.is_main:
                 reached = f"perplexity {figure(result.perplexity, 2)}"
                 print_line("finished", f"{path}: {reached}. Its result stands.")
-            return result.to_json()
+            return result.replace(folder=str(path)).to_json()  # it may have been moved
         resumes = folder.is_main and config.train.resume == Resume.auto
         checkpoint = folder.newest_checkpoint() if resumes else None
 

@@ -127,12 +127,18 @@ def test_nothing_is_lost_by_an_error_between_two_updates(trained_config, tiny_co
     assert adapter_bytes(config) == adapter_bytes(whole)
 
 
-def test_a_finished_run_started_again_returns_its_result(trained_config, capsys, monkeypatch):
+def test_a_finished_run_started_again_returns_its_result(
+    trained_config, tmp_path, capsys, monkeypatch
+):
     config = trained_config()
     capsys.readouterr()
     monkeypatch.setattr("cera_train.training.build.load_model", None)  # it loads nothing
     assert train(config) == json.loads((folder_of(config) / "result.json").read_text())
     assert "finished" in capsys.readouterr().out
+
+    moved = replace(config, output_dir=str(tmp_path), name="moved")
+    shutil.copytree(folder_of(config), folder_of(moved))
+    assert train(moved) == train(config) | {"folder": str(folder_of(moved))}
 
 
 @pytest.mark.parametrize(
