@@ -88,30 +88,30 @@ def describe_openings(rows: TokenizedRows) -> Iterator[str]:
         )
 
 
+def columns_shown(part: DataConfig) -> list[str]:
+    """The columns that rows are read by; none for chats, whose layout says them."""
+    if part.layout in TURNS:
+        return ["chosen", part.rejected] if part.is_paired else []
+    columns = list(dict.fromkeys(itertools.chain(*columns_read(part))))
+    if part.layout == Layout.instruction:
+        columns.insert(1, "input")
+    if part.is_paired:
+        columns += columns_of(part.rejected, "data.rejected")
+    return columns
+
+
 def describe_layouts(config: DataConfig, tokenizer: Any) -> Iterator[str]:
     """How rows become text, and how some were held out: one line for each part of a mix that is
     read from files."""
     for _, part in config.parts():
         if part.is_computed:
             continue
-        is_chat = part.layout in TURNS
-        columns = (
-            [str(part.layout)]
-            if is_chat
-            else list(dict.fromkeys(itertools.chain(*columns_read(part))))
-        )
-        if part.layout == Layout.instruction:
-            columns.insert(1, "input")
-        if part.is_paired:
-            columns = (
-                ["chosen", part.rejected]
-                if is_chat
-                else [*columns, *columns_of(part.rejected, "data.rejected")]
-            )
-        noun = "columns" if len(columns) > 1 else "column"
-        names = " and ".join(f"`{name}`" for name in columns)
-        line = f"{part.layout}, by the {noun} {names}"
-        if is_chat:
+        line = str(part.layout)
+        if columns := columns_shown(part):
+            noun = "columns" if len(columns) > 1 else "column"
+            names = " and ".join(f"`{name}`" for name in columns)
+            line += f", by the {noun} {names}"
+        if part.layout in TURNS:
             line += ", all answers" if part.turns == Turns.all else f", the {part.turns} answer"
         if uses_template(part, tokenizer):
             settings = ", ".join(

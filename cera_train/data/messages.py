@@ -40,18 +40,37 @@ def messages_of(row: Row, layout: str) -> list[Row]:
     Raises:
         UserError: a turn is not one, or holds what a language model cannot read.
     """
+    messages = [
+        _message_of(turn, layout, f"{layout}[{number}]")
+        for number, turn in enumerate(turns_of(row, layout))
+    ]
+    if layout == Layout.conversations and row.get("system"):
+        messages.insert(0, {"role": "system", "content": as_text(row["system"], "column 'system'")})
+    return messages
+
+
+def turns_of(row: Row, layout: str) -> list[Any]:
+    """The turns of a row: those of its column, or of `prompt` and `completion`. Raises UserError
+    where it has none of these."""
     column = str(layout)
+    if layout == Layout.messages and is_continued(row):
+        context = [
+            turn | {"train": False} if isinstance(turn, dict) else turn for turn in row["prompt"]
+        ]
+        return [*context, *row["completion"]]
     turns = cell_of(row, column, " Choose another data.layout.") or []
     require(
         isinstance(turns, list),
         f"column {column!r} holds {kind_of(turns)}: expected a list of turns.",
     )
-    messages = [
-        _message_of(turn, layout, f"{column}[{number}]") for number, turn in enumerate(turns)
-    ]
-    if layout == Layout.conversations and row.get("system"):
-        messages.insert(0, {"role": "system", "content": as_text(row["system"], "column 'system'")})
-    return messages
+    return turns
+
+
+def is_continued(row: Row) -> bool:
+    """Whether a row has the messages of a chat in two columns, as TRL's: `prompt`, whose answers
+    are context, and `completion`."""
+    parts = row.get("prompt"), row.get("completion")
+    return row.get("messages") is None and all(isinstance(part, list) for part in parts)
 
 
 def _message_of(turn: Any, layout: str, place: str) -> Row:

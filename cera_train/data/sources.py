@@ -19,7 +19,7 @@ from cera_train.common.settings import require, word_of
 from cera_train.common.terminal import counted
 from cera_train.data.chats import uses_template
 from cera_train.data.computed import computed_rows, open_generator
-from cera_train.data.messages import own_settings
+from cera_train.data.messages import is_continued, own_settings
 from cera_train.data.rows import (
     PROMPT,
     PlacedRow,
@@ -107,6 +107,8 @@ def _layout_of(config: DataConfig) -> dict[str, Any]:
     rejected = (config.rejected or "rejected").strip("{}")
     if preferences := _layout_of_preferences(first_row, rejected):
         return preferences
+    if is_continued(first_row):
+        return {"layout": Layout.messages}
     needs_column = config.rejected is not None and not columns_of(config.rejected, "data.rejected")
     fix = "name rows with the columns prompt, chosen and rejected, or set data.rejected"
     require(

@@ -17,7 +17,7 @@ from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
 from cera_train.data.chats import turns_of_side, uses_template
-from cera_train.data.messages import TURNS, messages_of, role_of
+from cera_train.data.messages import TURNS, messages_of, role_of, turns_of
 from cera_train.data.prepare import encode
 from cera_train.data.rows import PROMPT, READERS, Row, from_files, suffix_of
 from cera_train.data.segments import columns_read, segmenters
@@ -141,9 +141,9 @@ class Prompts:
             if str(layout) not in row and isinstance(row.get("chosen"), list):  # a preference
                 row = row | {str(layout): turns_of_side(row, "chosen")}
             messages_of(row, layout)  # raises for a row of another layout
-            turns = [*(row[str(layout)] or [])]
+            turns = turns_of(row, layout)
             while turns and role_of(turns[-1][speaker]) == "assistant":
-                turns.pop()  # a row of training data has its answer
+                turns = turns[:-1]  # a row of training data has its answer
             answered = row | {str(layout): [*turns, {speaker: model, text: ANSWER}]}
         else:
             answered = row | dict.fromkeys(columns_read(self.data)[1], ANSWER)

@@ -227,6 +227,9 @@ def test_flags_and_turns_choose_what_is_supervised(tokenizer, row, layout, first
     for flag in ({"train": False}, {"weight": 0.0}):
         assert supervised([*turns[:2], turns[2] | flag, *turns[3:]], "all") == last
         assert supervised([*turns[:4], turns[4] | flag], "last") == first
+    if layout == "messages":  # in two columns, the answers of the first are context
+        row = {"prompt": turns[:4], "completion": turns[4:]}
+        assert supervised_text(example_of(row, tokenizer, layout=layout), tokenizer) == last
     first_alone = [*turns[:2], turns[2] | {"weight": 0}]
     segments = segmenter(data_config(layout=layout, turns="first"), tokenizer)
     assert segments({layout: first_alone}) == []

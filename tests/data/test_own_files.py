@@ -42,6 +42,11 @@ def own(compose, write_jsonl):
     [
         (CHAT, "messages", ["Be brief.hello", "hello there", "next?", "0.84"]),
         (
+            {"prompt": CHAT["messages"][:4], "completion": CHAT["messages"][4:]},
+            "messages",
+            ["Be brief.hello", "hello there", "next?", "0.84"],
+        ),
+        (
             CONVERSATION,
             "conversations",
             ["Be brief.hello", "hello there", "next?", "0.84"],
@@ -271,7 +276,7 @@ def test_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
     labels = [line[:11].strip() for line in lines]
     values = dict(zip(labels, (line[11:] for line in lines), strict=True))
     assert values["layout"].startswith(
-        "messages, by the column `messages`, all answers, by the chat template; 5% of the rows"
+        "messages, all answers, by the chat template; 5% of the rows"
     )
     assert values["train"].startswith("38 rows, ")
     few = "a loss on 2 held-out rows says little: name a file with more in data.eval_files"

@@ -72,6 +72,8 @@ def test_a_preference_of_messages_is_asked_by_its_prompt(before, tokenizer):
     sides = {side: [*MESSAGES[before:], MESSAGES[1]] for side in ("chosen", "rejected")}
     row = {"prompt": MESSAGES[:before] or ONE} | sides
     assert prompts.ids(row) == prompts.ids({"messages": MESSAGES})
+    continued = {"prompt": MESSAGES[:before], "completion": MESSAGES[before:]}
+    assert prompts.ids(continued) == prompts.ids({"messages": MESSAGES})
 
 
 @pytest.mark.parametrize("answer", ["assistant", "function_call"])
