@@ -324,8 +324,12 @@ def test_full_fine_tuning_of_quantised_weights_is_refused(adapter_of):
         build.build(base, adapter_of("full"))
 
 
-def test_dora_over_8_bit_weights_of_a_cpu_is_refused(adapter_of):
+@pytest.mark.parametrize("name", ["dora", "HRA", "DEFT"])
+def test_what_misreads_8_bit_weights_is_refused(adapter_of, name):
     base = make_tiny_llama()
     base.is_loaded_in_8bit = True
-    with pytest.raises(UserError, match=r"^model.quantization=int8: .*=nf4, or choose another"):
-        build.build(base, adapter_of("dora"))
+    config = adapter_of("dora")
+    if name != "dora":
+        config = replace(adapter_of("peft"), method=name, r=None, alpha=None, dropout=0)
+    with pytest.raises(UserError, match="^model.quantization=int8: PEFT's method reads 8-bit we"):
+        build.build(base, config)

@@ -40,6 +40,13 @@ def test_an_adapter_that_would_not_train_a_language_model_is_refused(config, mes
     refused(make_tiny_llama().requires_grad_(False), config, message)
 
 
+@pytest.mark.parametrize("name", ["MISS", "GRALORA"])
+def test_what_8_bit_products_round_is_no_later_token(tiny_folder, name):
+    config = ModelConfig(str(tiny_folder), dtype="bfloat16", quantization="int8")
+    base = load_model(config, torch.device("cpu"))
+    check_effect(build.build(base, method(name)), base, method(name), autocast=True)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

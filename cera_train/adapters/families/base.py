@@ -187,7 +187,7 @@ class Family:
                 f"adapter.target_modules: PEFT takes a name among these for experts ({experts}) of "
                 "this model: leave it out, or choose adapter=cera.",
             )
-            check_dora(peft_config, base)
+            check_8_bit(peft_config, base)
             model = attach(base, peft_config)
             # PEFT fills in fields while it builds, such as IA3's feedforward_modules. Checks that
             # the config loads again once it is saved.
@@ -274,13 +274,16 @@ def taken_for_experts(config: peft.PeftConfig, base: PreTrainedModel) -> list[st
     return sorted(taken - named)
 
 
-def check_dora(config: peft.PeftConfig, base: PreTrainedModel) -> None:
-    """Raises UserError where DoRA reads weights that PEFT cannot read twice."""
-    is_8bit_on_cpu = getattr(base, "is_loaded_in_8bit", False) and base.device.type == "cpu"
+def check_8_bit(config: peft.PeftConfig, base: PreTrainedModel) -> None:
+    """Raises UserError where PEFT misreads 8-bit weights: as values without their scale, or, for
+    DoRA on a CPU, only once with it."""
+    is_8bit = getattr(base, "is_loaded_in_8bit", False)
+    takes_codes = config.peft_type in ("DEFT", "HRA")
+    loses_scale = getattr(config, "use_dora", False) and base.device.type == "cpu"
     require(
-        not (is_8bit_on_cpu and getattr(config, "use_dora", False)),
-        "model.quantization=int8: on a CPU, PEFT's DoRA loses the scale of 8-bit weights as it "
-        "reads them: set model.quantization=nf4, or choose another adapter.",
+        not (is_8bit and (takes_codes or loses_scale)),
+        "model.quantization=int8: PEFT's method reads 8-bit weights without their scale here: set "
+        "model.quantization=none, or choose another adapter.",
     )
 
 
