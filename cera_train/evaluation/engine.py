@@ -13,6 +13,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from cera_train.adapters.families.base import is_import_path
+from cera_train.adapters.methods import import_method
 from cera_train.adapters.saved import attach, is_adapter, save
 from cera_train.common.errors import UserError, explain
 from cera_train.common.files import remove_folder, write_folder
@@ -49,6 +51,8 @@ def load_subject(subject: Subject, device: torch.device) -> LoadedModel:
     base = load_model(subject.model, device)
     model = base
     if subject.adapter is not None:
+        if subject.run is not None and is_import_path(subject.run.adapter.method):
+            import_method(subject.run.adapter.method)  # in each process
         check_same_base(subject, base)
         model = attach(base, subject.adapter)
     dtype = subject.model.autocast_dtype(subject.train.autocast, on_gpu=device.type == "cuda")
