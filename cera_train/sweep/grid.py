@@ -64,10 +64,11 @@ def _dimensions(config: DictConfig, params: Mapping[str, str] | None) -> list[Ov
     the same key."""
     params = (config.hydra.sweeper.get("params") or {}) if params is None else params
     arguments = [*(f"{key}={values}" for key, values in params.items()), *_arguments(config.hydra)]
-    return list({override.get_key_element(): override for override in _parsed(arguments)}.values())
+    by_key = {override.get_key_element(): override for override in _overrides(arguments)}
+    return list(by_key.values())
 
 
-def _parsed(arguments: list[str]) -> list[Override]:
+def _overrides(arguments: list[str]) -> list[Override]:
     loader = GlobalHydra.instance().config_loader()
     return OverridesParser.create(loader).parse_overrides(arguments)
 
@@ -213,7 +214,7 @@ def record_of(
         UserError: the folder differs between jobs, or holds a run or a sweep with other fixed
             settings.
     """
-    for override in _parsed(_arguments(config.hydra)):
+    for override in _overrides(_arguments(config.hydra)):
         varies = override.is_sweep_override() or "${" in override.input_line
         if override.key_or_group in ("name", "output_dir") and varies:
             raise UserError(
