@@ -36,6 +36,7 @@ from cera_train.common.signals import Interruption
 from cera_train.common.terminal import print_table
 from cera_train.data.prepare import Example, TokenizedData, TokenizedRows, table_of
 from cera_train.model import folder as model_files
+from cera_train.model.weights import BaseDigests
 from cera_train.planning.dry_run import architecture_of, quantised_linears
 from cera_train.planning.make import make_plan
 from cera_train.planning.plan import GB, RunPlan
@@ -158,7 +159,7 @@ def run_of(config: Config, rows: TokenizedRows) -> Iterator[tuple]:
     replaced = [
         (builder, "load_tokenizer", lambda model: None),
         (builder, "prepare_data", lambda data_config, tokenizer, asks: data),
-        (builder, "fingerprint", lambda base: ""),
+        (BaseDigests, "of", lambda base: BaseDigests("", "")),
         (model_files, "check_model", lambda path: None),
         (AutoModelForCausalLM, "from_pretrained", random_base),
         # The fake device has no generator to save.

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from cera_train.runs.card import EVALUATIONS, hub_datasets, snippet, write_card
 from cera_train.runs.results import RunResult
 from cera_train.settings.data import DataConfig, MixPart
+from cera_train.settings.model import ModelConfig
 
 pytest_plugins = ("evaluated_runs",)
 
@@ -59,7 +60,7 @@ def test_the_card_asks_as_rows_of_a_mix_were_trained_on(tmp_path):
             for part, weight in zip((chats, documents), weights, strict=True)
         ]
         data = DataConfig(mix=parts)
-        asks = "apply_chat_template" in snippet(tmp_path, "peft", data)
+        asks = "apply_chat_template" in snippet(tmp_path, "peft", data, ModelConfig())
         expected = ["a/b"] if asks else ["c/d"]
         assert asks == (weights == (1, 0))
         assert hub_datasets(data) == expected
