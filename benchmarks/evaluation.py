@@ -22,6 +22,7 @@ from benchmarks.contestants import PROMPT, RANK, TARGETS
 from benchmarks.targets import Target, ratios
 from benchmarks.training import PACKAGE, lines_of
 from cera_train.adapters.build import build
+from cera_train.cera import for_inference
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Request, answer_of
@@ -144,7 +145,7 @@ def measure(
 
 
 def step_seconds(adapter: Answering, requests: Sequence[Request], tokens: int = 24) -> float:
-    """Seconds of a step that adds a token to every answer, the prompts left out."""
+    """Seconds of a step of `cera-eval` that adds a token to every answer, the prompts left out."""
 
     def seconds(max_new_tokens: int) -> float:
         adapter.prepare(max_new_tokens, [])
@@ -154,7 +155,8 @@ def step_seconds(adapter: Answering, requests: Sequence[Request], tokens: int = 
             list(adapter.generate(requests, GenerationConfig()))
         return time.perf_counter() - started
 
-    return (seconds(tokens + 1) - seconds(1)) / tokens
+    with for_inference(adapter.model):
+        return (seconds(tokens + 1) - seconds(1)) / tokens
 
 
 def decoding(
