@@ -52,12 +52,12 @@ def messages_of(row: Row, layout: str) -> list[Row]:
 def turns_of(row: Row, layout: str) -> list[Any]:
     """The turns of a row: those of its column, or of `prompt` and `completion`. Raises UserError
     where it has none of these."""
-    column = str(layout)
     if layout == Layout.messages and is_continued(row):
         context = [
             turn | {"train": False} if isinstance(turn, dict) else turn for turn in row["prompt"]
         ]
         return [*context, *row["completion"]]
+    column = str(layout)
     turns = cell_of(row, column, " Choose another data.layout.") or []
     require(
         isinstance(turns, list),

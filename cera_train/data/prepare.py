@@ -93,6 +93,7 @@ class TokenizedRows:
         self.lengths: list[int] = self.column("length")
         self.supervised: list[int] = self.column("supervised")
         self.truncated: list[bool] = self.column("truncated")
+        self.continuing: list[bool] = self.column("continues")
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -120,26 +121,20 @@ class TokenizedRows:
         """Whether a sequence is of the same row as the one before it."""
         if not 0 < sequence < len(self):
             return False
-        number = self.numbers[sequence]
-        is_next = number == self.numbers[sequence - 1] + 1
-        return is_next and self.table["continues"][number].as_py()
+        # What it continues may have been dropped.
+        is_next = self.numbers[sequence] == self.numbers[sequence - 1] + 1
+        return is_next and self.continuing[sequence]
 
     @property
     def by_row(self) -> list[range]:
         """The sequences of each row; the two answers of a preference are two rows."""
-        starts = []
-        before = None
-        for sequence, continues in enumerate(self.column("continues")):
-            # What it continues may have been dropped.
-            if not continues or before != self.numbers[sequence] - 1:
-                starts.append(sequence)
-            before = self.numbers[sequence]
+        starts = [sequence for sequence in range(len(self)) if not self.continues(sequence)]
         return [range(*ends) for ends in itertools.pairwise([*starts, len(self)])]
 
     @property
     def row_count(self) -> int:
         """The rows, each of one sequence or several; the two answers of a preference count both."""
-        return len(self) - sum(self.column("continues"))
+        return len(self) - sum(self.continuing)
 
     @property
     def unit(self) -> str:

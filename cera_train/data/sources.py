@@ -38,6 +38,7 @@ from cera_train.data.segments import (
     segmenters,
     sequences_of,
 )
+from cera_train.data.templates import settings_of
 from cera_train.settings.data import DataConfig, Layout, Turns, Writing, as_list
 from cera_train.settings.evaluation import TaskConfig
 
@@ -201,8 +202,7 @@ def _settings_of_answers(
         with errors_at(place):
             for segment in itertools.chain.from_iterable(to_sequences(row)):
                 if segment.supervised:
-                    opening = [] if segment.opening is None else [segment.opening]
-                    yield own_settings(row) | dict(opening)
+                    yield own_settings(row) | settings_of(segment.opening)
 
 
 def first_training_rows(config: DataConfig) -> Iterator[PlacedRow]:

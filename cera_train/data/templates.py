@@ -59,6 +59,11 @@ class Opening(NamedTuple):
         return f"{self.name}={word_of(self.value)}"
 
 
+def settings_of(opening: Opening | None) -> dict[str, Any]:
+    """The settings of the template by which a prompt of inference is opened so."""
+    return {} if opening is None else {opening.name: opening.value}
+
+
 class RenderedAnswer(NamedTuple):
     prompt: str
     """What inference would show the model."""
@@ -117,7 +122,7 @@ class ChatTemplate:
         """
         switches = [Opening(name, has_reasoning(message)) for name in self.switches]
         for opening in (None, *switches):
-            switch = {} if opening is None else {opening.name: opening.value}
+            switch = settings_of(opening)
             prompt = self.render(before, tools, is_prompt=True, **switch)
             full = self.render([*before, message], tools, is_prompt=False, **switch)
             if full.startswith(prompt):

@@ -55,20 +55,21 @@ def estimate(config: PlanRun, data: DataSize, problems: dict[str, int], is_alone
     accumulates = rows * trained.tokens_per_row > config.train.micro_batch_tokens
     cost = run.cost(largest, accumulates)
     memory = memory_by_part(run, cost.peak)
-    # train.batch_size does not bound the micro-batches of held-out rows.
-    eval_tokens = data.eval_rows * config.data.sequences * data.tokens_per_row / config.plan.gpus
-    held_out = filled(largest, min(config.train.micro_batch_tokens, round(eval_tokens)))
-    evaluation = cost.evaluation if held_out == largest else run.evaluation(held_out)
-    evaluation_memory = evaluation_peak(memory, cost, evaluation)
-
+    costs = {largest: cost}
     # Rows of this run may be too few or too short to fill a micro-batch.
     full = filled(largest, config.train.micro_batch_tokens)
     full_peak = None
     if is_alone and full != largest:
-        full_cost = run.cost(full, accumulates=True)
+        costs[full] = full_cost = run.cost(full, accumulates=True)
         full_memory = memory_by_part(run, full_cost.peak)
         in_evaluation = evaluation_peak(full_memory, full_cost, full_cost.evaluation)
         full_peak = max(sum(full_memory.values()), in_evaluation)
+
+    # train.batch_size does not bound the micro-batches of held-out rows.
+    eval_tokens = data.eval_rows * config.data.sequences * data.tokens_per_row / config.plan.gpus
+    held_out = filled(largest, min(config.train.micro_batch_tokens, round(eval_tokens)))
+    evaluation = costs[held_out].evaluation if held_out in costs else run.evaluation(held_out)
+    evaluation_memory = evaluation_peak(memory, cost, evaluation)
 
     timed = largest
     if usual.has_mask:  # else a token costs the same in every micro-batch
