@@ -75,7 +75,7 @@ class Progress(Record):
     best_update: int = 0
     tasks: dict[str, float] = Field(default_factory=dict)  # at the last evaluation that had any
     evaluations_since_best: int = 0
-    evaluation_pending: bool = False  # an evaluation of `update` was due when a signal came
+    evaluation_pending: bool = False  # the evaluation after `update` has not finished
     data_digest: str | None = None  # of the training rows
     held_out_digest: str | None = None  # of the held-out rows; earlier versions recorded none
     rewards_differed: bool = False  # grpo: those of some prompt's answers
@@ -90,19 +90,17 @@ class Progress(Record):
         self.tokens += tokens
         self.seconds += seconds
 
-    def evaluated(self, perplexity: float, linear_share: float | None) -> bool:
-        """Counts an evaluation; returns whether it is the best so far."""
+    def evaluated(self, perplexity: float, linear_share: float | None) -> None:
+        """Counts an evaluation."""
         self.perplexity = perplexity
         self.evaluation_pending = False
         if self.perplexity_before is None:
             self.perplexity_before = perplexity
             self.linear_share_before = linear_share
         self.evaluations_since_best = self.since_best(perplexity)
-        is_best = self.evaluations_since_best == 0
-        if is_best:
+        if self.evaluations_since_best == 0:
             self.best_perplexity = perplexity
             self.best_update = self.update
-        return is_best
 
     def since_best(self, perplexity: float) -> int:
         """`evaluations_since_best` after one more evaluation."""

@@ -336,15 +336,13 @@ def evaluate(
             what = f"the held-out loss after update {progress.update} is not finite"
             raise_diverged(what, folder)
         spectra = evaluator.held_out.spectra()
-    is_last = timetable.ends_after(progress, progress.since_best(perplexity(loss)))
-    # First, before anything is counted: a server may be unreachable.
+    since_best = progress.since_best(perplexity(loss))
+    is_last = timetable.ends_after(progress, since_best)
     exams = evaluator.exams.take(progress.update, is_last, log.bar.doing)
     keep_answers(exams, is_last, progress.update, log)
 
     figures = spectrum_metrics(spectra)
-    is_best = progress.evaluated(perplexity(loss), figures.get("spectrum/linear_share/mean"))
     figures |= judged | exams.figures
-    progress.tasks |= {name: value for name, value in figures.items() if is_task_figure(name)}
     if folder.is_main and progress.update == 0:
         losses.write(folder.path / LOSSES_BEFORE)
     if folder.is_main and is_last:
@@ -354,9 +352,12 @@ def evaluate(
     if folder.is_main and spectra:
         modules = {name: spectrum.figures() for name, spectrum in spectra.items()}
         folder.append(SPECTRA, {"update": progress.update, "modules": modules})
-    if is_best:
+    if since_best == 0:
         best = EvaluationMetrics(progress.update, perplexity=metrics.perplexity)
         folder.save_best(model.adapted, best)
+    # Last: a run that resumes after an error repeats an evaluation that was not counted.
+    progress.evaluated(perplexity(loss), figures.get("spectrum/linear_share/mean"))
+    progress.tasks |= {name: value for name, value in figures.items() if is_task_figure(name)}
     numbers = f"perplexity {figure(metrics.perplexity)}"
     if effective_rank := describe_rank(metrics.spectrum):
         numbers += f", effective rank {effective_rank}"

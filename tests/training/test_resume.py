@@ -26,6 +26,7 @@ from tiny_runs import (
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import Choice, to_plain
+from cera_train.runs.folder import RunFolder
 from cera_train.runs.results import DIVERGED, LOSSES_AFTER, LOSSES_BEFORE, SPECTRA
 from cera_train.settings.model import Dtype
 from cera_train.training.resolve import resolve
@@ -125,6 +126,27 @@ def test_nothing_is_lost_by_an_error_between_two_updates(trained_config, tiny_co
     monkeypatch.undo()
     train(config)
     assert adapter_bytes(config) == adapter_bytes(whole)
+
+
+def test_an_evaluation_that_cannot_be_written_is_repeated(trained_config, tiny_config, monkeypatch):
+    whole = trained_config()
+    config = tiny_config()
+
+    def fail(*_: object) -> None:
+        raise OSError("disk quota exceeded")
+
+    with (
+        once_logged(8, lambda: monkeypatch.setattr(RunFolder, "save_best", fail)),
+        pytest.raises(OSError, match="quota"),
+    ):
+        train(config)
+    monkeypatch.undo()
+    train(config)
+    assert timeless_metrics(config) == timeless_metrics(whole)
+    best, of_whole = (
+        (folder_of(run) / "best" / "metrics.json").read_text() for run in (config, whole)
+    )
+    assert best == of_whole
 
 
 def test_a_finished_run_started_again_returns_its_result(
