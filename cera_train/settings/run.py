@@ -1,6 +1,5 @@
 """The settings of a whole run, assembled from those of each part, and of a plan. Hydra fills them
-from conf/ and recipes/; every `__post_init__` checks its part. Every builder takes its section;
-only `train()` sees the whole."""
+from conf/ and recipes/; every `__post_init__` checks its part."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -72,8 +71,17 @@ class Config:
             f"train.objective={self.train.objective}: adapter.kind=anneal answers as the LoRA that "
             "it ends as, and trains another policy, with its gate: choose another adapter.",
         )
-        if self.distributed.strategy != Strategy.fsdp:
-            return
+        # An answer's weight follows from its log p without dropout: with it, its gradient is another.
+        require(
+            self.adapter.dropout == 0 or self.train.objective != ObjectiveKind.dpo,
+            f"adapter.dropout={self.adapter.dropout}: train.objective=dpo has no dropout, as in "
+            "TRL's default: set adapter.dropout=0.",
+        )
+        if self.distributed.strategy == Strategy.fsdp:
+            self._check_sharding()
+
+    def _check_sharding(self) -> None:
+        """Raises UserError for what sharded weights do not allow."""
         quantization = self.model.quantization
         fix = "with distributed.strategy=fsdp choose"
         require(

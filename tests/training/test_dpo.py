@@ -33,7 +33,8 @@ ROWS = [
 def dpo(tiny_config, write_jsonl):
     """dpo("adapter.r=4", ...): the config of a run on `ROWS`."""
     file = write_jsonl("preferences.jsonl", ROWS)
-    words = ["data=jsonl", f"data.train_files=[{file}]", "data.eval_rows=4", "train.objective=dpo"]
+    words = ["data=jsonl", f"data.train_files=[{file}]", "data.eval_rows=4"]
+    words += ["train.objective=dpo", "adapter.dropout=0"]
     return lambda *overrides: tiny_config(
         *words, "train.batch_size=3", "train.max_updates=4", *overrides
     )
@@ -63,7 +64,7 @@ def move(model: torch.nn.Module) -> None:
 )
 def test_loss_gradients_and_figures_are_trls(dpo, tokenizer, tmp_path, overrides, arguments):
     trl = pytest.importorskip("trl")
-    run = build_run(dpo(*overrides, "adapter.r=4", "adapter.dropout=0"), tmp_path / "run")
+    run = build_run(dpo(*overrides, "adapter.r=4"), tmp_path / "run")
     model = run.model
     move(model.adapted)
     model.wrapped.train()
@@ -98,7 +99,7 @@ def test_loss_gradients_and_figures_are_trls(dpo, tokenizer, tmp_path, overrides
 
 
 def test_the_loss_follows_the_formula_and_does_not_depend_on_the_micro_batch(dpo, tmp_path):
-    run = build_run(dpo("adapter.dropout=0", "dpo.label_smoothing=0.2"), tmp_path / "run")
+    run = build_run(dpo("dpo.label_smoothing=0.2"), tmp_path / "run")
     move(run.model.adapted)
     run.model.wrapped.train()
     whole, gradients = run.backward([0, 1, 4, 5])
@@ -165,7 +166,7 @@ def test_the_reference_is_the_start_or_the_base(dpo):
 
 
 def test_full_fine_tuning_learns_the_choice_from_the_weights_that_it_starts_with(dpo):
-    full = ("adapter=full", "adapter.r=null", "adapter.dropout=0", "optimizer.lr=1e-3")
+    full = ("adapter=full", "adapter.r=null", "optimizer.lr=1e-3")
     result = train(dpo(*full))
     assert result["perplexity_before"] == pytest.approx(2)
     assert result["eval/perplexity"] < 2
@@ -317,6 +318,11 @@ def test_answers_to_different_prompts_are_no_preference(dpo, write_jsonl):
         UserError, match="rows.jsonl:2: the chosen and the rejected answer follow different prompts"
     ):
         train(dpo(f"data.train_files=[{file}]"))
+
+
+def test_dropout_is_refused(dpo):
+    with pytest.raises(UserError, match=r"adapter.dropout=0.1: train.objective=dpo has no dropout"):
+        dpo("adapter.dropout=0.1")
 
 
 def test_the_rows_have_to_fit_the_objective(dpo, write_jsonl):
