@@ -274,11 +274,7 @@ class StudySweeper(Sweeper):
             self.launch(self.record.jobs)
             if self.config.study.extend:
                 self.extend_grids()
-            jobs = []
-            for cell in self.cells:
-                if cell.chosen:
-                    jobs += [cell.overrides(cell.chosen, run) for run in cell.fresh_runs]
-            self.add(jobs)
+            self.run_chosen()
 
     @property
     def cells(self) -> list[Cell]:
@@ -293,6 +289,19 @@ class StudySweeper(Sweeper):
                     jobs += filter(self.is_possible, cell.jobs_beyond())
             if not jobs:
                 break
+            self.add(jobs)
+
+    def run_chosen(self) -> None:
+        """Runs the chosen values with the other seeds. Where one of them diverges, another value is
+        chosen and follows."""
+        tried: set[str] = set()
+        while True:
+            chosen = [cell for cell in self.cells if cell.chosen]
+            jobs = [cell.overrides(cell.chosen, run) for cell in chosen for run in cell.fresh_runs]
+            names = jobs_by_name(jobs, self.record.swept).keys()
+            if names <= tried:
+                break
+            tried |= names
             self.add(jobs)
 
     def is_possible(self, overrides: list[str]) -> bool:

@@ -282,9 +282,7 @@ def test_divergence_is_a_result(launcher, run_study, run_command):
 
 def test_a_value_that_diverges_with_a_compared_seed_is_not_chosen(launcher, run_study):
     launcher.diverging = {job("cera", 0.01, 1)}
-    for value in ("0.01", "0.001"):  # the same command runs the next value's
-        assert find_study(launcher.sweep) is None or rates(launcher)["cera"] == value
-        assert run_study("study.tune_seeds=1") == 0
+    assert run_study("study.tune_seeds=1") == 0
     assert rates(launcher)["cera"] == "0.001"
     assert launcher.began[-1] == job("cera", 0.001, 1)
 
