@@ -107,7 +107,7 @@ class Hidden:
 
 @dataclass(frozen=True)
 class FusedBranch:
-    """s B hidden(A x), to be added to a projection's output in one step."""
+    """s B dropout(gate(A x)), to be added to a projection's output in one step."""
 
     A: torch.Tensor  # [r, d_in]
     B: torch.Tensor  # [d_out, r]
@@ -116,7 +116,7 @@ class FusedBranch:
     overwrites: bool  # whether the sum takes the output's memory
 
     def add_to(self, result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """result + s B hidden(A x).
+        """result + s B dropout(gate(A x)).
 
         Args:
             result: [..., d_out], contiguous, of the dtype of A and B.

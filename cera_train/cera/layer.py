@@ -58,10 +58,9 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         gate = make_gate(config.activation)
         gate = LearnedGate(gate, A.weight.dtype) if config.mix == "learned" else gate
         start_branch(A.weight, B.weight, gate, config)
-        drops = [
-            config.dropout if config.dropout_on == place else 0.0 for place in ("input", "hidden")
-        ]
-        dropout_x, dropout = (nn.Dropout(p).train(self.training) for p in drops)
+        drops_x = config.dropout_on == "input"
+        dropout_x = nn.Dropout(config.dropout if drops_x else 0.0).train(self.training)
+        dropout = nn.Dropout(0.0 if drops_x else config.dropout).train(self.training)
         modules = {
             "cera_A": A,
             "cera_B": B,
@@ -120,7 +119,7 @@ class CeraLinear(CeraLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """W0 x + s B h(A x), with a branch for every active adapter."""
+        """W0 x + s B dropout(gate(A x)), with a branch for every active adapter."""
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
@@ -135,7 +134,7 @@ class CeraLinear(CeraLayer):
         return result
 
     def branch(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """s B h(A x) of one adapter, the plain formula: [..., d_in] -> [..., d_out]."""
+        """s B dropout(gate(A x)) of one adapter, the plain formula: [..., d_in] -> [..., d_out]."""
         A, B, gate, dropout_x, dropout = self.parts(adapter_name)
         if autocast_dtype(x.device) is None:
             # The weights are float32 over a 16-bit base. Autocast would cast x back to 16 bits.

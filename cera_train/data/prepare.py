@@ -251,13 +251,13 @@ def _mix(
         drawn.append([sequence for row in taken for sequence in rows[row]])
     data.train = _join(train, drawn)
     total = sum(data.train.lengths)
-    for (_, part), rows, taken, evaluating in zip(
+    for (_, part), rows, sequences, evaluating in zip(
         config.parts(), train, drawn, evaluation, strict=True
     ):
-        tokens = sum(rows.lengths[row] for row in taken)
+        tokens = sum(rows.lengths[sequence] for sequence in sequences)
         data.mix.append(
-            f"{part.title}: {len(taken):,} {rows.unit} an epoch, of {len(rows):,} "
-            f"({len(taken) / len(data.train):.2%}), {tokens:,} tokens ({tokens / total:.2%}); "
+            f"{part.title}: {len(sequences):,} {rows.unit} an epoch, of {len(rows):,} "
+            f"({len(sequences) / len(data.train):.2%}), {tokens:,} tokens ({tokens / total:.2%}); "
             f"{len(evaluating):,} {evaluating.unit} evaluate"
         )
 

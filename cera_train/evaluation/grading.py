@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pebble
 
-from cera_train.evaluation.tasks import math
+from cera_train.evaluation.tasks import math as math_task
 from cera_train.evaluation.tasks.task import AnswerTask
 from cera_train.runs.evaluation_folder import (
     LOOP,
@@ -210,23 +210,23 @@ def _is_equal(pair: AnswerPair) -> bool:
     answer = pair.answer
     if answer is None:
         return _is_any_equal(_box_readings(gold), _readings(pair.text))
-    if math.same_latex(answer, gold):  # also where math-verify cannot read the gold answer
+    if math_task.same_latex(answer, gold):  # also where math-verify cannot read the gold answer
         return True
-    bases = [BASE.match(math.plain_latex(text)) for text in (gold, answer)]
+    bases = [BASE.match(math_task.plain_latex(text)) for text in (gold, answer)]
     if all(bases) and bases[0][1] != bases[1][1]:
         return False
     golds = _box_readings(gold)
     answers = _box_readings(answer)
     # Two percentages are compared as numbers; one alone, 20\%, may stand for 20 or for 1/5.
     if PERCENT.search(gold) and not PERCENT.search(answer):
-        golds += _box_readings(rf"\frac{{{math.plain_latex(gold)}}}{{100}}")
+        golds += _box_readings(rf"\frac{{{math_task.plain_latex(gold)}}}{{100}}")
     if PERCENT.search(answer) and not PERCENT.search(gold):
-        answers += _box_readings(rf"\frac{{{math.plain_latex(answer)}}}{{100}}")
+        answers += _box_readings(rf"\frac{{{math_task.plain_latex(answer)}}}{{100}}")
     return _is_any_equal(golds, answers)
 
 
 def _box_readings(answer: str) -> list:
-    return _readings(rf"\boxed{{{math.plain_latex(answer)}}}")
+    return _readings(rf"\boxed{{{math_task.plain_latex(answer)}}}")
 
 
 def _readings(text: str) -> list:

@@ -57,15 +57,16 @@ def compile_layers(language_model: LanguageModel, backend: str | Callable = "ind
     language_model.is_compiled = True
 
 
-def stop_compiling(language_model: LanguageModel) -> bool:
-    """Whether torch has just refused to compile another variant of a layer. If so, all layers run
-    eagerly from now on."""
-    if not any("recompile limit" in reason for reason in _counters()["unimplemented"]):
-        return False
+def at_recompile_limit() -> bool:
+    """Whether torch has refused to compile another variant of a layer."""
+    return any("recompile limit" in reason for reason in _counters()["unimplemented"])
+
+
+def fall_back_to_eager(language_model: LanguageModel) -> None:
+    """Runs all layers eagerly from now on."""
     torch.compiler.set_stance("force_eager")
     language_model.is_compiled = False
     language_model.fallbacks.append("eager layers: torch compiles no further variant of them")
-    return True
 
 
 def count_graphs() -> int:

@@ -79,9 +79,9 @@ def probe(language_model: LanguageModel) -> Allowed:
         noise = _distance(moved[1], expected[1])  # 8-bit products depend on the micro-batch
         flat = flat_batch([first, second], masks).to(causal_lm.device)
         other = flat_batch([third, second], masks).to(causal_lm.device)
-        found = _find_attention(language_model, flat, other, expected, noise)
+        flattens, attention, refused = _find_attention(language_model, flat, other, expected, noise)
     language_model.train(was_training)
-    language_model.allowed = Allowed(chunks_head, *found)
+    language_model.allowed = Allowed(chunks_head, flattens, attention, refused)
     return language_model.allowed
 
 

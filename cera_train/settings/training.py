@@ -15,7 +15,7 @@ class Optimizer(NamedTuple):
     """A class that takes lr, betas, eps and weight_decay."""
 
     path: str
-    """The module that has the class."""
+    """Where to import it from."""
     bits: int = 32
     """Bits of each moment."""
     needs_gpu: bool = False

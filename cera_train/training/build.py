@@ -153,7 +153,8 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
         language_model,
         wrapped,
         optimizer,
-        # Not of `adapted`: FSDP leaves weights outside the layers whole after the probe, as others.
+        # Those of the optimizer: after the probe, `adapted` has whole copies of the weights that
+        # FSDP shards outside the layers.
         [weight for group in optimizer.param_groups for weight in group["params"]],
         config.train.micro_batch_tokens,
         trainable_count,

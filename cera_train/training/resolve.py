@@ -96,7 +96,8 @@ def has_saved(folder: Path) -> bool:
 
 def as_begun(wanted: T, begun: T, auto: object, folder: Path) -> Choice[T] | None:
     """For a setting left at `auto`, the value that the run in the folder recorded, if any."""
-    return Choice(begun, f"as {folder} was begun") if wanted == auto != begun else None
+    is_recorded = wanted == auto and begun != auto
+    return Choice(begun, f"as {folder} was begun") if is_recorded else None
 
 
 def choose_rate(config: Config) -> Choice[float]:

@@ -28,7 +28,7 @@ from cera_train.distributed.accelerator import (
 )
 from cera_train.distributed.processes import in_processes, is_main_process
 from cera_train.evaluation.exams import ExamResults
-from cera_train.model.compiled import count_graphs, stop_compiling
+from cera_train.model.compiled import at_recompile_limit, count_graphs, fall_back_to_eager
 from cera_train.model.language_model import perplexity
 from cera_train.runs.card import push, write_card
 from cera_train.runs.folder import Progress, RunFolder
@@ -124,9 +124,9 @@ def train(config: Config) -> dict[str, Any]:
         model.wrapped.train()
         while not timetable.is_done(progress):
             signal = update(config, data, model, objective, progress, log, interruption)
-            is_last = progress.update == data.updates
+            is_last_update = progress.update == data.updates
             progress.evaluation_pending = timetable.evaluates(progress.update)
-            if signal is not None and not is_last:
+            if signal is not None and not is_last_update:
                 # No evaluation: the sender may not wait for it.
                 save_and_stop(signal, model, progress, log, config.train)
             if progress.evaluation_pending:
@@ -177,28 +177,23 @@ def update(
     started = time.perf_counter()
     accelerator = model.accelerator
     sequences = data.order.sequences(progress.update)
-    torch.manual_seed(seed_of(config.train.seed, progress.update, accelerator.process_index))
-    lr = learning_rate(config.optimizer, progress.update, data.updates)
-    set_learning_rate(model.optimizer, lr)
-    share = progress.update / data.updates
-    family(config.adapter.kind).begin_update(model.adapted, config.adapter, share)
+    lr = begin_update(config, model, progress, data.updates)
     with saved_on_error(model, progress, log.folder, config.train):
         drawn = objective.draw(sequences)
-        loss = backward(model, objective, drawn)
+        part = backward(model, objective, drawn)
     for number in range(drawn.passes):
         if number > 0:  # the weights are no longer those of an update: an error saves nothing
-            loss = backward(model, objective, drawn)
-        heard = torch.tensor(interruption.heard(), device=accelerator.device)
-        loss, *heard = accelerator.reduce(torch.cat([loss[None], heard]), reduction="mean").tolist()
-        accelerator.unscale_gradients()  # Accelerate's own clipping does so twice under FSDP
-        norm = torch.nn.utils.clip_grad_norm_(model.trained, config.optimizer.max_grad_norm)
-        grad_norm = float(norm)
+            part = backward(model, objective, drawn)
+        loss = float(accelerator.reduce(part, reduction="mean"))
+        grad_norm = clip_gradients(model, config.optimizer.max_grad_norm)
         if has_diverged(loss, grad_norm, accelerator.scaler):
             rows = f"(training rows {sequences})"
             what = f"the loss of update {progress.update + 1} or its gradient is not finite {rows}"
             raise_diverged(what, log.folder)
         model.optimizer.step()
         model.optimizer.zero_grad()
+    heard = torch.tensor(interruption.heard(), device=accelerator.device)
+    signal = first_heard(accelerator.reduce(heard, reduction="mean").tolist())
 
     seconds = time.perf_counter() - started
     progress.updated(drawn.tokens, seconds, data.order.updates_per_epoch)
@@ -207,24 +202,29 @@ def update(
         for name, value in drawn.sums.items()
     }
     metrics = UpdateMetrics(
-        progress.update,
-        progress.epoch,
-        loss,
-        perplexity(loss),
-        grad_norm,
-        lr,
-        drawn.tokens / seconds,
-        progress.seconds,
+        update=progress.update,
+        epoch=progress.epoch,
+        loss=loss,
+        perplexity=perplexity(loss),
+        grad_norm=grad_norm,
+        lr=lr,
+        tokens_per_s=drawn.tokens / seconds,
+        seconds=progress.seconds,
         **drawn.figures | sums,
     )
-    log.metrics(metrics)
-    if model.language_model.is_compiled and stop_compiling(model.language_model):
-        log.bar.note(f"speed      {model.language_model.fallbacks[-1]}")
-    numbers = f"loss {figure(loss)}  perplexity {figure(metrics.perplexity, 2)}"
-    speed = f"{figure(metrics.tokens_per_s, 0)} tokens/s"
-    left = time_left(progress.seconds / progress.update * (data.updates - progress.update))
-    log.bar.step(f"{drawn.headline or numbers}  {speed}{left}")
-    return first_heard(heard)
+    log_update(metrics, drawn.headline, data.updates, model, log)
+    return signal
+
+
+def begin_update(config: Config, model: Model, progress: Progress, updates: int) -> float:
+    """Seeds dropout, and sets what depends on how far the run is; returns the learning rate."""
+    process = model.accelerator.process_index
+    torch.manual_seed(seed_of(config.train.seed, progress.update, process))
+    lr = learning_rate(config.optimizer, progress.update, updates)
+    set_learning_rate(model.optimizer, lr)
+    share = progress.update / updates
+    family(config.adapter.kind).begin_update(model.adapted, config.adapter, share)
+    return lr
 
 
 def backward(model: Model, objective: Objective, drawn: Drawn) -> torch.Tensor:
@@ -233,11 +233,11 @@ def backward(model: Model, objective: Objective, drawn: Drawn) -> torch.Tensor:
     accelerator = model.accelerator
     total = torch.zeros((), device=accelerator.device)
     micro_batches = drawn.batches.of_process(accelerator, drawn.sequences)
-    for number, (group, counts) in enumerate(micro_batches, start=1):
-        is_last = number == len(micro_batches)  # this reduces the gradients over the processes
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(model.wrapped):
+    for number, (group, is_real) in enumerate(micro_batches, start=1):
+        reduces = number == len(micro_batches)  # the gradients over the processes
+        with contextlib.nullcontext() if reduces else accelerator.no_sync(model.wrapped):
             log_p = -model.wrapped(drawn.batches.load(group))
-            if counts:
+            if is_real:
                 loss, sums = objective.loss(log_p, drawn, group)
                 drawn.add(sums)
             else:
@@ -245,6 +245,12 @@ def backward(model: Model, objective: Objective, drawn: Drawn) -> torch.Tensor:
             accelerator.backward(loss)
         total += loss.detach()
     return total
+
+
+def clip_gradients(model: Model, max_norm: float) -> float:
+    """Scales the gradients down to this norm; returns the norm that they had."""
+    model.accelerator.unscale_gradients()  # Accelerate's own clipping does so twice under FSDP
+    return float(torch.nn.utils.clip_grad_norm_(model.trained, max_norm))
 
 
 def seed_of(seed: int, update: int, process: int) -> int:
@@ -260,6 +266,21 @@ def has_diverged(loss: float, grad_norm: float, scaler: Any) -> bool:
     """
     is_skipped = scaler is not None and scaler.get_scale() >= 1
     return not math.isfinite(loss) or not (math.isfinite(grad_norm) or is_skipped)
+
+
+def log_update(
+    metrics: UpdateMetrics, headline: str | None, updates: int, model: Model, log: Log
+) -> None:
+    """Writes the metrics of an update and its progress line, and says if layers were compiled so
+    far."""
+    log.metrics(metrics)
+    if model.language_model.is_compiled and at_recompile_limit():
+        fall_back_to_eager(model.language_model)
+        log.bar.note(f"speed      {model.language_model.fallbacks[-1]}")
+    numbers = f"loss {figure(metrics.loss)}  perplexity {figure(metrics.perplexity, 2)}"
+    speed = f"{figure(metrics.tokens_per_s, 0)} tokens/s"
+    left = time_left(metrics.seconds / metrics.update * (updates - metrics.update))
+    log.bar.step(f"{headline or numbers}  {speed}{left}")
 
 
 class Diverged(UserError):
@@ -294,7 +315,7 @@ def prove_coverage(config: TrainConfig, data: Data, model: Model, progress: Prog
     accelerator = model.accelerator
     batches = model.micro_batches(data.rows.train)
     sequences = data.order.sequences(progress.update)
-    # Rows of about 64 tokens: attention matters.
+    # About 64 tokens: cheap, and long enough for q and k to get a gradient.
     sequences.sort(key=lambda sequence: abs(batches.lengths[sequence] - 64))
     one_each = sequences[: accelerator.num_processes]
     model.wrapped.train()
@@ -304,9 +325,9 @@ def prove_coverage(config: TrainConfig, data: Data, model: Model, progress: Prog
             loss = model.wrapped(batches.load(group)).sum() / supervised
             accelerator.backward(loss)
     model.optimizer.zero_grad()
-    if (problem := coverage.problem()) is not None:
+    if (failure := coverage.problem()) is not None:
         raise UserError(
-            f"adapter.target_modules: {problem} Leave them out, with all-linear by "
+            f"adapter.target_modules: {failure} Leave them out, with all-linear by "
             "adapter.settings.exclude_modules=[...], or set train.check_coverage=false."
         )
 
@@ -337,15 +358,15 @@ def evaluate(
             raise_diverged(what, folder)
         spectra = evaluator.held_out.spectra()
     since_best = progress.since_best(perplexity(loss))
-    is_last = timetable.ends_after(progress, since_best)
-    exams = evaluator.exams.take(progress.update, is_last, log.bar.doing)
-    keep_answers(exams, is_last, progress.update, log)
+    ends_run = timetable.ends_after(progress, since_best)
+    exams = evaluator.exams.take(progress.update, ends_run, log.bar.doing)
+    keep_answers(exams, ends_run, progress.update, log)
 
     figures = spectrum_metrics(spectra)
     figures |= judged | exams.figures
     if folder.is_main and progress.update == 0:
         losses.write(folder.path / LOSSES_BEFORE)
-    if folder.is_main and is_last:
+    if folder.is_main and ends_run:
         losses.write(folder.path / LOSSES_AFTER)
     metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), **figures)
     log.metrics(metrics)
@@ -365,10 +386,10 @@ def evaluate(
     return spectra
 
 
-def keep_answers(exams: ExamResults, is_last: bool, update: int, log: Log) -> None:
+def keep_answers(exams: ExamResults, ends_run: bool, update: int, log: Log) -> None:
     """Writes samples, and the grades after the last update, to the run's folder and the tracker."""
     if log.folder.is_main:
-        if is_last:
+        if ends_run:
             for name, problems in exams.graded.items():
                 write_grades(log.folder.path, name, problems)
         samples = [sample.to_json() for sample in exams.samples]

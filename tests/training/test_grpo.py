@@ -421,13 +421,13 @@ def test_an_answer_is_graded_as_in_a_task():
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_rewards_that_never_differ_are_refused(grpo, monkeypatch, words, message):
-    monkeypatch.setattr(module, "PATIENCE", 6)
+    monkeypatch.setattr(module, "MOST_EQUAL_GROUPS", 6)
     with pytest.raises(UserError, match=message):
         train(grpo(*words))
 
 
 def test_a_resumed_run_remembers_that_rewards_differed(grpo, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE", 6)
+    monkeypatch.setattr(module, "MOST_EQUAL_GROUPS", 6)
     train_and_die_after(grpo("train.save_every=1"), update=2)
     monkeypatch.setitem(globals(), "vowels", lambda *_: 1.0)
     train(grpo("train.save_every=1"))

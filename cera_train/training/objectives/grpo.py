@@ -1,8 +1,7 @@
 """Group relative policy optimisation, arXiv 2402.03300: the model answers each prompt several
 times, and learns from how an answer's reward differs from those of its group:
 
-    loss = - sum of min(ratio A, clip(ratio) A) - beta ratio KL over the sampled tokens / their
-           number
+    loss = mean over the sampled tokens of -min(ratio A, clip(ratio) A) + beta ratio KL
     A = (reward - mean) / (deviation + 1e-4),    ratio = p / p when sampled
     KL = e^x - x - 1 with x = log p_base / p
 
@@ -43,7 +42,7 @@ MOST_WEIGHT = 2.0
 """Upper bound of a sampled token's importance weight, p here / p on the server: truncated, as in
 TRL."""
 
-PATIENCE = 100  # groups without any difference in reward after which a run is given up
+MOST_EQUAL_GROUPS = 100  # without any difference in reward, after which a run is given up
 
 KL = "train/kl"
 
@@ -292,8 +291,8 @@ class Grpo:
         progress = self.progress
         progress.rewards_differed |= bool((rewards != rewards[:, :1]).any())
         require(
-            progress.rewards_differed or (progress.update + 1) * len(rewards) < PATIENCE,
-            f"train.objective=grpo: in {PATIENCE} groups all answers earned the same, "
+            progress.rewards_differed or (progress.update + 1) * len(rewards) < MOST_EQUAL_GROUPS,
+            f"train.objective=grpo: in {MOST_EQUAL_GROUPS} groups all answers earned the same, "
             f"{rewards.mean():g} at last, so nothing can be learnt: train on these rows first, "
             "raise grpo.answers, or choose another grpo.grader.",
         )
