@@ -193,7 +193,9 @@ class DataConfig:
     path: str | None = setting(None, "result")
     """A data set's id on the Hub. Not needed with train_files."""
     subset: str | None = setting(None, "result")
+    """Its configuration, such as main of openai/gsm8k."""
     revision: str | None = setting(None, "result")
+    """A branch, tag or commit on the Hub. null: the newest commit."""
     train_split: str = setting("train", "result")
     eval_split: str = setting("test", "result")
     """Splits in the notation of `datasets`: `train[:100000]`."""
@@ -222,6 +224,7 @@ class DataConfig:
     {strftime_now: 2026-01-31}, the date that a template writes; {without: "<think>"}, an end of its
     generation prompt that is left out. A row's `chat_template_kwargs` win."""
     loss_on: LossOn = setting(LossOn.completion, "tokens")
+    """completion: the loss is on answers; all: on every token but the first."""
     max_length: int = setting(2048, "tokens")
     """Tokens; longer rows are truncated, longer documents become several rows."""
     streaming: bool = setting(False, "result")

@@ -64,10 +64,12 @@ class OptimizerConfig:
     """Peak learning rate. auto: from the size and family of the model and the kind of adapter, see
     `training.optimizer.auto_rate`. The run's folder records the number."""
     weight_decay: float = setting(0.01, "result")
+    """Decoupled, on all that is trained."""
     beta1: float = setting(0.9, "result")
     beta2: float = setting(0.999, "result")
     eps: float = setting(1e-8, "result")
     schedule: Schedule = setting(Schedule.linear, "result")
+    """After the warm-up: constant; linear or cosine: down to 0 after the last update."""
     warmup_ratio: float = setting(0.03, "result")
     """Share of all updates over which the learning rate rises from 0 to its peak."""
     max_grad_norm: float = setting(1.0, "result")
@@ -195,6 +197,7 @@ class TrainConfig:
     """Compute in 16 bits over float32 weights. null: if the base is 16-bit, so that its adapter
     computes in 16 bits too."""
     epochs: int = setting(1, "result")
+    """Passes over the training rows, each in an order of its own."""
     max_updates: int | None = setting(None, "result")
     """Stop after this many updates, however many epochs that takes. null: after `epochs`."""
     eval_every: int | None = setting(100, "result")
@@ -227,6 +230,7 @@ class TrainConfig:
     tasks, samples and, with grpo, prompts. It loads the current adapter under a name with its
     digest."""
     seed: int = setting(0, "result")
+    """Draws the adapter's first weights, the order of the rows, dropout and sampled answers."""
     resume: Resume = setting(Resume.auto, "nothing")
     """auto: resume from the last undamaged checkpoint in the run's folder; never: start anew, but
     refuse to overwrite a finished run."""
