@@ -2,15 +2,19 @@
 optional. Hydra's launcher waits by `job.results()` and offers no hook, so this replaces two names
 of submitit: `Job.results`, and `SlurmJob.watcher`, which reads the states of jobs."""
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import submitit
 from hydra.core.utils import JobReturn, JobStatus
 from submitit.core.utils import FailedJobError, UncompletedJobError
-from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
+from submitit.slurm.slurm import SlurmExecutor, SlurmInfoWatcher, SlurmJob
 
+from cera_train.common.errors import UserError
+from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 
 ENDED = (
@@ -69,3 +73,19 @@ def replace_waiting(detach: bool) -> None:
             return [JobReturn(status=JobStatus.COMPLETED)]
 
     submitit.Job.results = results
+
+
+@contextlib.contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """Raises UserError where jobs cannot be submitted."""
+    require(
+        SlurmExecutor.affinity() > 0,
+        "hydra/launcher: there is no srun here: start the command where Slurm is installed.",
+    )
+    try:
+        yield
+    except FailedJobError as error:  # of sbatch: `results` above catches those of jobs
+        reason = str(error).strip().rpartition("\n")[2].removeprefix("sbatch: error: ")
+        raise UserError(
+            f"hydra/launcher: sbatch submitted no job: {reason}. Change hydra.launcher.NAME=..."
+        ) from error

@@ -71,7 +71,16 @@ class MissingJobs:
 
 
 class SubmititSlurm(MissingJobs, SlurmLauncher):
-    """Submits jobs to Slurm, and waits for them unless `launch.detach=true`."""
+    """Submits jobs to Slurm, and waits for them unless `launch.detach=true`.
+
+    Args:
+        setup: lines of the batch script before `srun`.
+    """
+
+    def __init__(self, setup: Sequence[str] | None = None, **params: Any) -> None:
+        # A process that fails ends the others, which would wait for it.
+        setup = ["export SLURM_KILL_BAD_EXIT=1", *(setup or [])]
+        super().__init__(setup=setup, **params)
 
     def setup(self, *, task_function: Callable[[DictConfig], Any], **context: Any) -> None:
         super().setup(
@@ -81,10 +90,12 @@ class SubmititSlurm(MissingJobs, SlurmLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> list[JobReturn]:
-        from cera_train.cli.cluster import replace_waiting  # imports submitit: a fifth of a second
+        # imports submitit: a fifth of a second
+        from cera_train.cli.cluster import refusals_in_one_line, replace_waiting
 
         replace_waiting(self.config.launch.detach)
-        return super().launch(job_overrides, initial_job_idx)
+        with refusals_in_one_line():
+            return super().launch(job_overrides, initial_job_idx)
 
 
 def run_under(

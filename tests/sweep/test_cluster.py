@@ -2,6 +2,7 @@
 has a real one."""
 
 import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +33,7 @@ def submitted(monkeypatch):
 
     monkeypatch.setattr("submitit.AutoExecutor.map_array", map_array)
     # Do not look for srun.
-    monkeypatch.setattr("submitit.SlurmExecutor.affinity", lambda executor: 1)
+    monkeypatch.setattr("submitit.SlurmExecutor.affinity", classmethod(lambda executor: 1))
     monkeypatch.setattr("cera_train.cli.cluster.replace_waiting", lambda detach: None)
     return jobs
 
@@ -73,6 +74,36 @@ def test_a_job_on_the_cluster_records_the_command_that_submitted_it(
     monkeypatch.setattr("cera_train.cli.train.run", lambda config: commands.append([*sys.argv]))
     run_command("cera-train", *GRID)
     assert [command[:2] for command in commands] == [["cera-train", "--multirun"]] * 4
+
+
+@pytest.fixture
+def batch_script(tmp_path, monkeypatch):
+    """The batch script that sbatch got last. It refuses all."""
+    sbatch = """\
+        #!/bin/sh
+        cp "$1" script
+        echo "sbatch: error: invalid partition specified: nope" >&2
+        echo "sbatch: error: Batch job submission failed: Invalid partition name specified" >&2
+        exit 1
+    """
+    for name, text in {"sbatch": textwrap.dedent(sbatch), "srun": ""}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return tmp_path / "script"
+
+
+def test_what_sbatch_refuses_is_one_line(run_command, capsys, batch_script):
+    assert run_command("cera-train", *GRID, "hydra.launcher.partition=nope") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "cera-train: hydra/launcher: sbatch submitted no job: Batch job submission failed: Invalid "
+        "partition name specified. Change hydra.launcher.NAME=..."
+    )
+
+
+def test_a_users_setup_keeps_that_a_failed_task_ends_the_others(run_command, batch_script):
+    run_command("cera-train", *GRID, "hydra.launcher.setup=[module load cuda]")
+    assert "\nexport SLURM_KILL_BAD_EXIT=1\nmodule load cuda\n" in batch_script.read_text()
 
 
 @pytest.fixture
