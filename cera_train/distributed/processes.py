@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from cera_train.common.errors import UserError, explain
@@ -79,13 +79,26 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))
 
 
+def leave_slurm_step(environment: Mapping[str, str]) -> None:
+    """Lets process 0 of a Slurm step leave last, and raises SystemExit with status 0 in the others.
+
+    At the first status that is not 0, `srun --kill-on-bad-exit` ends the tasks that are still
+    leaving by SIGTERM. It returns the highest status, which would be 143: a batch script that
+    requeues a saved run would not."""
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1 or not is_one_of_several():
+        return
+    if not is_main_process():
+        raise SystemExit(0)
+    time.sleep(PEER_SECONDS)
+
+
 # --- several from one command ---------------------------------------------------------------------
 
 LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|ProcessGroup", re.IGNORECASE)
 """Errors of the communication library, caused by another process."""
 
-# seconds that a process waits before it fails because another did: the launcher reports the first
-# failure
+# seconds that a process waits for the end of others: before it fails because another did, since the
+# launcher reports the first failure, and before it leaves a Slurm step
 PEER_SECONDS = 5
 
 MOST_PER_CORE = 4  # processes; more only wait for each other
@@ -107,6 +120,7 @@ def in_processes(function: Callable[[Any], dict[str, Any]], config: Any) -> dict
         return function(config) if processes == 1 else start_processes(function, config, processes)
     except Interrupted as interrupted:
         interrupted.hand_over()
+        leave_slurm_step(os.environ)
         raise
 
 

@@ -2,6 +2,7 @@
 compose."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -129,3 +130,18 @@ def test_kubernetes_restarts_saved_runs_but_not_mistakes(job):
     is_indexed = spec.get("completionMode") == "Indexed"
     assert {actions.pop(status) for status in SAVED} == {"Ignore"}
     assert actions == ({1: "FailIndex", 2: "FailIndex"} if is_indexed else {2: "FailJob"})
+
+
+@pytest.mark.parametrize("status", [0, 2, 138])
+def test_the_batch_script_ends_with_the_status_of_its_run_and_requeues_a_saved_one(
+    tmp_path, status
+):
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    script = re.search(r"## A batch script\n\n```bash\n(.*?)```", page, re.DOTALL)[1]
+    for name, line in {"srun": f"exit {status}", "scontrol": "touch requeued"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == status  # otherwise Slurm counts a finished job as failed
+    assert (tmp_path / "requeued").exists() == (status == 138)

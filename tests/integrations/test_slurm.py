@@ -263,3 +263,22 @@ def test_the_tasks_of_a_slurm_step_train_together(cluster, arguments, tmp_path, 
     record = json.loads((job / "environment.json").read_text())
     assert record["processes"] == 2
     assert os.environ.get("RANK") is None
+
+
+def test_srun_returns_the_status_of_a_saved_run_although_a_task_leaves_late(cluster, tmp_path):
+    """The batch script of docs/cluster.md requeues the job by this status."""
+    task = tmp_path / "task.py"
+    task.write_text(
+        "import atexit, os, signal, time\n"
+        "from cera_train.common.signals import Interrupted\n"
+        "from cera_train.distributed.processes import in_processes, join_slurm_step\n"
+        "def saved(config):\n"
+        "    raise Interrupted(signal.SIGUSR1)\n"
+        "join_slurm_step(os.environ)\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    atexit.register(time.sleep, 2)\n"
+        "in_processes(saved, None)\n"
+    )
+    command = ["srun", "--ntasks=2", "--kill-on-bad-exit", sys.executable, str(task)]
+    done = subprocess.run(command, env=cluster, cwd=tmp_path, check=False)
+    assert done.returncode == 128 + signal.SIGUSR1
