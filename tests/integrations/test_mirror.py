@@ -164,6 +164,15 @@ def test_a_killed_command_exits_with_its_signal_and_a_missing_bucket_fails_at_on
     assert not (tmp_path / "started").exists()
 
 
+def test_a_run_that_writes_elsewhere_is_refused(tmp_path, capsys):
+    """Nothing of it would reach the bucket."""
+    assert (
+        mirror.main(str(tmp_path), "touch", str(tmp_path / "started"), "output_dir=/scratch") == 2
+    )
+    assert "output_dir=/scratch: only outputs/ is copied" in capsys.readouterr().err
+    assert not (tmp_path / "started").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_machine_loses_nothing(tiny_folder, tiny_config, compose, tmp_path):
     """SIGKILL to everything that the run script started; another machine begins with an empty disk
