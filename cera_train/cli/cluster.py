@@ -31,6 +31,9 @@ ENDED = (
 )
 """States of a Slurm job that never runs again. A preempted job may be requeued."""
 
+FILTERS = ("ACCOUNT", "LICENSES", "NAMES", "PARTITION", "QOS", "USERS")
+"""Environment variables SQUEUE_NAME that filter jobs, besides SQUEUE_STATES."""
+
 LONGEST_PAUSE = 60  # the most seconds between two queries of Slurm's queue. submitit starts with 2.
 
 
@@ -39,8 +42,11 @@ class QueueWatcher(SlurmInfoWatcher):
     accounting: the wait for a cancelled job would never end."""
 
     def _make_command(self) -> list[str] | None:
-        command = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T"]
-        return command if self._registered - self._finished else None
+        # A job that squeue hides, by a user's filter or in a hidden partition, would seem to have
+        # ended.
+        unfiltered = ["env", *(f"--unset=SQUEUE_{name}" for name in FILTERS)]
+        options = ["--me", "--all", "--array", "--states=all", "--noheader", "--format=%i|%T"]
+        return [*unfiltered, "squeue", *options] if self._registered - self._finished else None
 
     def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
         """The states of jobs, from lines `JOB|STATE`."""

@@ -151,3 +151,14 @@ def test_a_controller_that_does_not_answer_ends_no_job(queue):
     assert not watcher.is_done("7_0", "force")
     queue.unlink()
     assert not watcher.is_done("7_0", "force")
+
+
+def test_a_job_that_squeue_would_hide_has_not_ended(queue, monkeypatch):
+    """By a user's filter, or because its partition is hidden."""
+    queue.write_text("7|RUNNING\n")
+    shown = f'[ -n "$SQUEUE_PARTITION" ] || case "$*" in *--all*) cat {queue};; esac'
+    (queue.parent / "squeue").write_text(f"#!/bin/sh\n{shown}\n")
+    monkeypatch.setenv("SQUEUE_PARTITION", "interactive")
+    watcher = QueueWatcher()
+    watcher.register_job("7")
+    assert not watcher.is_done("7")
