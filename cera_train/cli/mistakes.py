@@ -85,6 +85,10 @@ def unknown_setting(key: str, place: str, schema: type) -> str:
             f"add it."
         )
     program = next(program for program, other in SCHEMAS.items() if other is schema)
+    if key.startswith("hydra.launcher."):
+        name = key.rpartition(".")[2]
+        option = f"+hydra.launcher.additional_parameters.{name}=..."
+        return f"{place}: the launcher has no {name}. For an option of sbatch write {option}"
     near = did_you_mean(
         key, list(dict.fromkeys([*(field.name for field in fields(schema)), *fields_of(schema)]))
     )
@@ -401,6 +405,9 @@ def _describe(error: Exception, program: str) -> str:
         text = quoted_setting(name, values)
         forms = f"-m runs each of them, {name}=[{values}] is a list, and {text} a text"
         return f"{ambiguous[1]}: commas separate values: {forms}."
+    if swept := re.match("Sweeping over Hydra's configuration is not supported : '(.*)'", message):
+        text = quoted_setting(*swept[1].split("=", 1))
+        return f"{swept[1]}: all jobs of a grid have the same hydra.*: choose one, or write {text}."
     if twice := re.match("Multiple values for ([^.]+)\\.", message):
         return f"{twice[1]}=... is given twice: keep one of the two."
     if message == "Unexpected type for root: NoneType":

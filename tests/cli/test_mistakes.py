@@ -232,6 +232,16 @@ MISTAKES = [
         "hydra.launcher.n_jobs=0: ",
         "or -1",
     ),
+    (
+        "cera-train -m adapter.r=4,8 hydra/launcher=slurm_gpu hydra.launcher.partition=a,b",
+        "hydra.launcher.partition=a,b: all jobs",
+        """write 'hydra.launcher.partition="a,b"'""",
+    ),
+    (
+        "cera-train -m adapter.r=4,8 hydra/launcher=slurm_gpu hydra.launcher.reservation=x",
+        "hydra.launcher.reservation: the launcher has no reservation",
+        "+hydra.launcher.additional_parameters.reservation=",
+    ),
     ("cera-train -m adapter.r=4,abc", "adapter.r: ", "Value 'abc'"),
     ("cera-train -m adapter.r=4,8 train.batch_size=16,0", "train.batch_size=0", "must be positive"),
     (
