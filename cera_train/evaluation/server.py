@@ -349,11 +349,21 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self.headers)
         try:
-            with urllib.request.urlopen(request, timeout=SILENCE) as response:
+            with self._opened(request, path) as response:
                 for line in response:
                     if self.stopped.is_set():
                         raise CancelledError
                     yield line
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise Unavailable(
+                f"server={self.url} does not answer ({error_text(reason)})"
+            ) from error
+
+    def _opened(self, request: urllib.request.Request, path: str) -> http.client.HTTPResponse:
+        """The response to a request. Raises as `_lines`; also what reading a refusal raises."""
+        try:
+            return urllib.request.urlopen(request, timeout=SILENCE)
         except urllib.error.HTTPError as error:
             with error:
                 message = message_of(error.read())
@@ -365,11 +375,6 @@ class Server:
             fix = next((fix for part, fix in FIXES.items() if part in text), "")
             raise UserError(
                 f"server={self.url} refuses {text.rstrip('.')}. {fix}".strip()
-            ) from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise Unavailable(
-                f"server={self.url} does not answer ({error_text(reason)})"
             ) from error
 
 

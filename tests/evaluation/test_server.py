@@ -45,14 +45,14 @@ def test_a_server_that_fails_now_and_then_gives_the_answers_of_the_model_in_this
     result = evaluate(eval_config(*stop))
     here = move_away(run, "here")
     assert any(answer["tokens"] < 8 for answer in read(here / "generations.jsonl")) == bool(stop)
-    vllm.faults = ["503", "gone", "usage", "429", "aborted", "500", "broken"]
+    vllm.faults = ["503", "gone", "usage", "429", "aborted", "500", "broken", "half a refusal"]
     assert evaluate(served_config(*stop)) == result
     assert contents(run / "eval" / "gsm8k") == contents(here)
     config = yaml.safe_load((run / "eval" / "gsm8k" / "config.yaml").read_text())
     assert config["engine"] == "vllm 0.32.0"
-    assert len(vllm.asked) == 8 + 6
+    assert len(vllm.asked) == 8 + 7
     evaluate(served_config("generation=sample", "generation.samples=2", "name=sampled"))
-    sampled = vllm.asked[14:]
+    sampled = vllm.asked[15:]
     assert len({body["seed"] for body in sampled}) == len(sampled) == 16
     assert {body["repetition_penalty"] for body in vllm.asked} == {1}
 

@@ -168,6 +168,11 @@ class Handler(BaseHTTPRequestHandler):
             )
         if fault.isdecimal():
             return self.respond(int(fault), {"error": {"message": "it is overloaded"}})
+        if fault == "half a refusal":
+            self.send_response(500)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            return self.wfile.write(b'{"error": ')
         if not body.get("stream"):
             return self.respond(200, {"choices": [server.next_token(body)]})
         tokens, logprobs, reason = server.answer(body)
