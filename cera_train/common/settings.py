@@ -180,10 +180,17 @@ def require_address(key: str, address: str | None) -> None:
     """Raises UserError for text that is not a server's address. None is allowed."""
     if address is None:
         return
-    url = urlsplit(address)
-    is_address = (
-        url.scheme in ("http", "https") and bool(url.hostname) and not (url.query or url.fragment)
-    )
+    try:
+        url = urlsplit(address)
+        is_address = (
+            url.scheme in ("http", "https")
+            and bool(url.hostname)
+            and url.port != 0  # raises for what is no port
+            and not (url.username or url.query or url.fragment)
+            and re.search(r"\s", address) is None
+        )
+    except ValueError:
+        is_address = False
     require(is_address, f"{key}={address}: expected an address such as http://localhost:8000.")
 
 

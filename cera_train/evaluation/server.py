@@ -23,8 +23,10 @@ import torch
 import transformers
 from transformers import TextStreamer
 
+from cera_train.adapters.families.base import replaces_base
 from cera_train.adapters.folder import ADAPTER_CONFIG
 from cera_train.common.errors import UserError, error_text
+from cera_train.common.settings import require
 from cera_train.common.terminal import announce
 from cera_train.evaluation.requests import (
     Answer,
@@ -101,6 +103,11 @@ class Server:
         self.vocabulary = range(load_architecture(model).get_text_config().vocab_size)
         self.headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
+            require(
+                key.isascii() and key.isprintable(),
+                "VLLM_API_KEY has a line break, or a letter that is not ASCII, which no request "
+                "can carry: set it to the server's key.",
+            )
             self.headers["Authorization"] = f"Bearer {key}"
         self.stopped = threading.Event()
         self.has_waited = False
@@ -129,6 +136,13 @@ class Server:
         """Loads an adapter under a name with its digest, in place of the previous one. Raises
         UserError where the server refuses it."""
         config = (adapter / ADAPTER_CONFIG).read_bytes()
+        start = json.loads(config).get("init_lora_weights")
+        require(
+            not replaces_base(start),
+            f"server={self.url} has all of W0, of which {start} moved a part into {adapter}, so it "
+            "would compute another model: serve that of `cera-export to=merged`, or train an "
+            "adapter with another start.",
+        )
         digest = hashlib.sha256(config + digest_of(adapter).encode()).hexdigest()[:16]
         folder = adapter.resolve()
         before = self.name

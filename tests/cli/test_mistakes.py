@@ -144,6 +144,11 @@ MISTAKES = [
         "such as http://localhost:8000",
     ),
     (
+        "cera-chat run=x server=http://localhost:80000",
+        "server=http://localhost:80000: ",
+        "such as http://localhost:8000",
+    ),
+    (
         "cera-eval run=x data=gsm8k task=reasoning_gym",
         "data=... belongs to task=perplexity",
         "task=reasoning_gym --help",

@@ -2,6 +2,7 @@
 is refused. The server plays vLLM's routes and makes its faults; tests/serving/test_vllm.py has the
 real one."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,22 @@ def test_a_model_whose_every_weight_was_trained_is_served_as_a_base(tiny_config,
         server = server_module.Server(vllm.url, subject.model, None, subject.adapter)
     assert server.name == "base"
     assert not vllm.loaded
+
+
+def test_an_adapter_that_took_a_part_of_the_base_is_not_served(eval_config, vllm, run):
+    """vLLM would add it to the whole base."""
+    file = run / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "pissa"}))
+    with pytest.raises(UserError, match="of which pissa moved a part into .*adapter, so"):
+        server_module.Server(vllm.url, find_subject(eval_config()).model, None, run / "adapter")
+    assert not vllm.loaded
+
+
+def test_a_key_that_no_request_can_carry_is_one_line(eval_config, vllm, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret\n")
+    with pytest.raises(UserError, match="^VLLM_API_KEY has a line break") as caught:
+        server_module.Server(vllm.url, find_subject(eval_config()).model, None)
+    assert "secret" not in str(caught.value)
 
 
 def test_ctrl_c_keeps_the_answers_so_far(served_config, vllm, run):
