@@ -6,6 +6,7 @@ LoRA, B' = s B M. `verify` measures what an export loses.
 """
 
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -99,9 +100,9 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
         if config.to != ExportForm.lora:
             merged = merge(subject, adapter, config.weights)
             ends = sorted(stop_ids(run.tokenizer, merged.generation_config.eos_token_id))
-            # the tokenizer's end too, at which `generate` would not stop by itself
-            merged.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
             replace_weights(part, merged)
+            # the tokenizer's end too, at which `generate` would not stop by itself
+            write_ends(part / "generation_config.json", ends)
             if config.weights == Weights.nf4:
                 model = replace(subject.model, path=str(part), quantization=Quantization.nf4)
                 replace_weights(part, load_model(model, this_device()))
@@ -202,6 +203,14 @@ def replace_weights(folder: Path, model: PreTrainedModel) -> None:
     for path in folder.iterdir():
         path.unlink()
     model.save_pretrained(folder)
+
+
+def write_ends(file: Path, ends: list[int]) -> None:
+    """Sets the tokens at which a saved model stops. In its file, since transformers saves published
+    settings with a temperature but without do_sample as they are, and refuses to save changed
+    ones."""
+    settings = read_json(file) | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
+    write_text(file, json.dumps(settings, indent=2) + "\n")
 
 
 # --- the nearest LoRA -----------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,14 @@ from cera_train.evaluation.requests import Engine, Request
 from cera_train.evaluation.server import Server
 from cera_train.evaluation.statistics import accuracy_interval, bootstrap_interval
 from cera_train.model.batches import Batch, MicroBatches
-from cera_train.model.folder import from_hub_or_folder
-from cera_train.model.weights import keep_4bit_weights, quantization_config, quantization_of
+from cera_train.model.folder import from_hub_or_folder, load_architecture
+from cera_train.model.weights import (
+    auto_class,
+    keep_4bit_weights,
+    left_unquantised,
+    quantization_config,
+    quantization_of,
+)
 from cera_train.runs.records import Record
 from cera_train.runs.subject import Subject
 from cera_train.serving.modules import ROUNDING, first_difference, has_gates
@@ -191,7 +196,11 @@ def load_form(folder: Path, model: ModelConfig, device: torch.device) -> LoadedM
     is_there = (folder / "tokenizer_config.json").is_file()
     require(is_there, "it holds no model with its tokenizer: name the folder of one.")
     place = replace(model, path=str(folder), revision=None)
-    load = partial(AutoModelForCausalLM.from_pretrained, device_map={"": device})
+
+    def load(model: ModelConfig, **settings: Any) -> Any:
+        kind = auto_class(load_architecture(model))
+        return from_hub_or_folder(kind.from_pretrained, model, device_map={"": device}, **settings)
+
     cannot = ("it cannot be loaded", "Export it anew.")
     with user_code(*cannot):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
@@ -201,21 +210,22 @@ def load_form(folder: Path, model: ModelConfig, device: torch.device) -> LoadedM
         require(
             isinstance(base_path, str), f"{ADAPTER_CONFIG} names no base model: export it anew."
         )
+        named = replace(place, path=base_path, revision=saved.get("revision"))
         quantising = {}
         if model.quantization != Quantization.none:
             dtype = getattr(torch, model.dtype.value)
-            quantising["quantization_config"] = quantization_config(model.quantization, dtype)
+            skip = left_unquantised(load_architecture(named))
+            quantising["quantization_config"] = quantization_config(
+                model.quantization, dtype, skip=skip
+            )
             quantising["dtype"] = dtype
-        named = replace(place, path=base_path, revision=saved.get("revision"))
-        base = from_hub_or_folder(load, named, **quantising)
+        base = load(named, **quantising)
         with user_code(*cannot), warnings.catch_warnings(action="ignore"):
             loaded = peft.PeftModel.from_pretrained(base, str(folder))
         with safe_open(weights_file(folder), "pt") as file:
             different = file.keys() ^ saved_tensors(loaded).keys()
     else:
-        loaded, loading = from_hub_or_folder(
-            load, place, output_loading_info=True, use_safetensors=True
-        )
+        loaded, loading = load(place, output_loading_info=True, use_safetensors=True)
         base = loaded
         different = {*loading["missing_keys"], *loading["unexpected_keys"]}
         different |= {name for name, *_ in loading["mismatched_keys"]}

@@ -295,6 +295,37 @@ def test_merged_is_a_plain_model_that_computes_what_its_lora_does(
     assert f"| needs | {needs} |" in card
 
 
+def test_settings_that_transformers_saves_only_unchanged_are_kept(
+    compose, trained, tiny_folder, tmp_path
+):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    file = base / "generation_config.json"
+    file.write_text(json.dumps({"temperature": 0.6, "eos_token_id": 2}))  # without do_sample
+    folder = trained(f"model.path={base}", "adapter=lora", "train.max_updates=1", name="published")
+    export(compose(f"run={folder}", "to=merged", "rows=2", command="export"))
+    settings = json.loads((folder / "export_merged" / file.name).read_text())
+    assert (settings["temperature"], settings["eos_token_id"]) == (0.6, [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "quantization"),
+    [
+        ("mistral3", "all-linear", "none"),  # takes images too
+        ("mamba", "[in_proj]", "nf4"),  # reads the weights of others, which stay in 32 bits
+    ],
+)
+def test_a_folder_is_loaded_as_its_base_is_for_training(
+    compose, trained, tokenizer, tmp_path, kind, targets, quantization
+):
+    tiny_model(kind).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    words = (f"adapter.target_modules={targets}", f"model.quantization={quantization}")
+    base = f"model.path={tmp_path}"
+    folder = trained("adapter=lora", base, *words, "train.max_updates=1", name=kind)
+    for form in (f"check={folder / 'adapter'}", "to=merged"):
+        assert export(compose(f"run={folder}", form, "rows=2", command="export")).holds
+
+
 def test_an_adapter_of_tied_embeddings_is_merged_once(compose, trained, tokenizer, tmp_path):
     tied = make_tiny_llama(vocab_size=len(tokenizer), tie_word_embeddings=True)
     tied.save_pretrained(tmp_path)
