@@ -7,7 +7,6 @@ from typing import Any
 
 from cera_train.common.settings import (
     require,
-    require_address,
     require_positive,
     section,
     setting,
@@ -103,9 +102,10 @@ class ExportConfig(AnsweringConfig):
             self.check is None or self.output is None,
             f"check={self.check} writes nothing to output={self.output}: leave one of them out.",
         )
-        require_address("server", self.server)
+        super().__post_init__()
+        is_folder = self.check is not None and Path(self.check).suffix != ".gguf"
         require(
-            self.server is None or Path(self.check or ".gguf").suffix != ".gguf",
+            self.server is None or is_folder,
             f"server={self.server} serves a folder, which is compared with the run: set "
             f"check=RUN/adapter or another.",
         )

@@ -143,6 +143,8 @@ MISTAKES = [
         "train.server=localhost:8000: ",
         "such as http://localhost:8000",
     ),
+    ("cera-export run=x server=http://a", "server=http://a serves a folder", "set check=RUN/"),
+    ("cera-export run=x like=y", "like=y belongs to run=base", "leave it out"),
     (
         "cera-chat run=x server=http://localhost:80000",
         "server=http://localhost:80000: ",
