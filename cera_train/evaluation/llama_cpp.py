@@ -140,7 +140,8 @@ class LlamaCpp:
         return answer["stop_type"] == "eos"
 
     def has_template_of(self, tokenizer: Any) -> bool:
-        return self.chat_template == tokenizer.chat_template
+        template = tokenizer.chat_template
+        return self.chat_template == (template and tokenizer.get_chat_template())  # by default
 
     @property
     def letter(self) -> int:

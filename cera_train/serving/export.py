@@ -7,6 +7,7 @@ LoRA, B' = s B M. `verify` measures what an export loses.
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -112,8 +113,7 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
             form = part / f"model{GGUF}"
             announce("converting", "it by llama.cpp")
             convert(part, form)
-            for path in {*part.iterdir()} - {form}:
-                path.unlink()
+            empty(part, form)
         with errors_at(str(folder)):
             certificate = check(form)
         certificate.write(part / CERTIFICATE)
@@ -200,9 +200,18 @@ def untie_adapted(base: PreTrainedModel) -> None:
 
 def replace_weights(folder: Path, model: PreTrainedModel) -> None:
     """Writes a model in place of what a folder holds."""
-    for path in folder.iterdir():
-        path.unlink()
+    empty(folder)
     model.save_pretrained(folder)
+
+
+def empty(folder: Path, kept: Path | None = None) -> None:
+    """Removes what a folder holds, but for one file. A tokenizer with several chat templates has a
+    folder of them."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path != kept:
+            path.unlink()
 
 
 def write_ends(file: Path, ends: list[int]) -> None:

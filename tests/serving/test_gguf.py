@@ -116,6 +116,17 @@ def test_an_export_is_the_run_in_llama_cpp(certificate, file):
 
 
 @pytest.mark.slow
+def test_a_tokenizer_with_several_chat_templates_is_exported_with_the_first(run, compose, tmp_path):
+    base = shutil.copytree(run.parent / "base", tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("a tool")
+    words = ("model=smollm2_135m", f"model.path={base}", f"output={tmp_path / 'gguf'}", "rows=1")
+    assert export(compose(f"run={run}", "to=gguf", *words, command="export")).holds
+    names = {"model.gguf", "certificate.json", "README.md"}
+    assert {path.name for path in (tmp_path / "gguf").iterdir()} == names
+
+
+@pytest.mark.slow
 def test_llama_cpp_computes_what_transformers_does(file, run, compose, tokenizer_of_pieces):
     merged = run / "export_merged"
     export(compose(f"run={run}", "to=merged", "rows=4", command="export"))
