@@ -439,7 +439,11 @@ def explained(
     other = other_precision(subject, run, form, engine)
     if other is not None:
         announce("measuring", "what rounding changes in the run itself")
-        rounded = load_subject(replace(subject, model=other), run.base.device)
+        subject = replace(subject, model=other)
+        if not is_adapter(run.model):  # its folder is that of a plain model
+            model = replace(other, path=str(subject.adapter), revision=None)
+            subject = replace(subject, model=model, adapter=None)
+        rounded = load_subject(subject, run.base.device)
         if other.dtype == Dtype.float32:
             rounded = replace(rounded, context=nullcontext)  # also where the run sets autocast
         value += TIMES * compare_models(run, rounded, rows)["kl_upper"]
@@ -459,13 +463,16 @@ def other_precision(
         return replace(model, quantization=quantised if is_whole else Quantization.none)
     if only_run_rounds_products(model, form):
         return replace(model, quantization=Quantization.none)
-    computes = model.autocast_dtype(subject.train.autocast, run.base.device.type == "cuda")
-    if computes is not None or model.dtype != Dtype.float32:
-        return replace(model, dtype=Dtype.float32)
     dtype = Dtype(str(form.base.dtype).removeprefix("torch."))
     if isinstance(engine, Server):  # which does not name its own
         dtype = Dtype.bfloat16
-    return None if dtype == Dtype.float32 else replace(model, dtype=dtype)
+    rounded = None if dtype == Dtype.float32 else replace(model, dtype=dtype)
+    if not is_adapter(run.model) and rounded is not None:  # all its weights are float32
+        return rounded
+    computes = model.autocast_dtype(subject.train.autocast, run.base.device.type == "cuda")
+    if computes is not None or model.dtype != Dtype.float32:
+        return replace(model, dtype=Dtype.float32)
+    return rounded
 
 
 def precision_of(subject: Subject, run: LoadedModel, form: LoadedModel) -> float:

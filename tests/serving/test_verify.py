@@ -301,6 +301,21 @@ def test_an_8bit_run_is_its_merged_model_up_to_the_rounding_of_its_products(
     assert certificate.holds
 
 
+@pytest.mark.parametrize("weights", ["base", "nf4"])
+def test_a_run_of_all_weights_is_its_plain_model_up_to_their_rounding(
+    train_on_chats, compose, tmp_path, weights
+):
+    words = ("adapter=full", "adapter.r=null", "adapter.target_modules=null", "optimizer.lr=1e-3")
+    run = train_on_chats(
+        *words, "train.max_updates=2", "model.dtype=bfloat16", name=f"full_{weights}"
+    )
+    words = (f"run={run}", f"output={tmp_path / 'merged'}", "to=merged", f"weights={weights}")
+    certificate = export(compose(*words, command="export"))
+    assert certificate.holds
+    assert certificate.kl < certificate.at_most / 2  # rounding is not understated
+    assert certificate.kl > 1e-6
+
+
 def test_the_command_ends_with_status_3_and_one_line(run, base, run_command, tmp_path, capsys):
     folder = Path(shutil.copytree(run / "adapter", tmp_path / "form"))
     edit(ADAPTER, lora_alpha=64)(folder, base)
