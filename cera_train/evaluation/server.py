@@ -194,8 +194,9 @@ class Server:
                 yield future.result()
         finally:
             self.stopped.set()
-            pool.shutdown(cancel_futures=True)
-            self.stopped.clear()
+            pool.shutdown(wait=False, cancel_futures=True)
+            self.stopped = threading.Event()  # of later requests; Ctrl-C may end the wait for these
+            pool.shutdown()
 
     def _answer(
         self,
@@ -340,6 +341,7 @@ class Server:
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         """Calls again while the server is unavailable, with growing pauses."""
+        stopped = self.stopped
         for pause in (*PAUSES, None):
             try:
                 return call()
@@ -351,7 +353,7 @@ class Server:
                 if not self.has_waited:
                     self.has_waited = True
                     announce("waiting", f"{error}; trying again for {sum(PAUSES):.0f} seconds")
-                if self.stopped.wait(pause):
+                if stopped.wait(pause):
                     raise CancelledError from error
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> bytes:
@@ -360,12 +362,13 @@ class Server:
     def _lines(self, path: str, body: dict[str, Any] | None = None) -> Iterator[bytes]:
         """The lines of the response to one request. Raises Unavailable where trying again may help,
         UserError where it is refused."""
+        stopped = self.stopped
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self.headers)
         try:
             with self._opened(request, path) as response:
                 for line in response:
-                    if self.stopped.is_set():
+                    if stopped.is_set():
                         raise CancelledError
                     yield line
         except (OSError, http.client.HTTPException) as error:

@@ -4,6 +4,7 @@ real one."""
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from played_vllm import playing_vllm
 
 import cera_train.evaluation.server as server_module
 from cera_train.common.errors import UserError
+from cera_train.evaluation.requests import Request
+from cera_train.model.folder import load_tokenizer
 from cera_train.runs.subject import find_subject
+from cera_train.settings.evaluation import GenerationConfig
 from cera_train.training.train import train
 
 pytest_plugins = ("evaluated_runs",)
@@ -120,6 +124,25 @@ def test_ctrl_c_keeps_the_answers_so_far(served_config, vllm, run):
     with pytest.raises(KeyboardInterrupt):
         evaluate(served_config())
     assert len(read(answers)) == 3
+
+
+def test_a_second_ctrl_c_leaves_a_server_that_answers(eval_config, vllm, monkeypatch):
+    model = find_subject(eval_config()).model
+    server = server_module.Server(vllm.url, model, load_tokenizer(model))
+    question = ([[Request("one", 0, (5, 6))]], 4, [], GenerationConfig())
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def interrupt(pool: ThreadPoolExecutor, wait: bool = True, **settings: bool) -> None:
+        shutdown(pool, wait, **settings)
+        if wait:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "shutdown", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            list(server.answers(*question))
+    [[answer]] = server.answers(*question)
+    assert len(answer.ids) > 0
 
 
 REFUSALS = {
