@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from cera_train.adapters.build import rank
 from cera_train.adapters.families import family
@@ -184,7 +185,7 @@ def update(
     for number in range(drawn.passes):
         if number > 0:  # the weights are no longer those of an update: an error saves nothing
             part = backward(model, objective, drawn)
-        loss = float(accelerator.reduce(part, reduction="mean"))
+        loss, signal = reduce_loss(part, interruption, accelerator)
         grad_norm = clip_gradients(model, config.optimizer.max_grad_norm)
         if has_diverged(loss, grad_norm, accelerator.scaler):
             rows = f"(training rows {sequences})"
@@ -192,8 +193,6 @@ def update(
             raise_diverged(what, log.folder)
         model.optimizer.step()
         model.optimizer.zero_grad()
-    heard = torch.tensor(interruption.heard(), device=accelerator.device)
-    signal = first_heard(accelerator.reduce(heard, reduction="mean").tolist())
 
     seconds = time.perf_counter() - started
     progress.updated(drawn.tokens, seconds, data.order.updates_per_epoch)
@@ -245,6 +244,16 @@ def backward(model: Model, objective: Objective, drawn: Drawn) -> torch.Tensor:
             accelerator.backward(loss)
         total += loss.detach()
     return total
+
+
+def reduce_loss(
+    part: torch.Tensor, interruption: Interruption, accelerator: Accelerator
+) -> tuple[float, int | None]:
+    """The loss over all processes, and a signal that one of them received: in one tensor, since
+    reading another would wait for the GPU once more."""
+    heard = torch.tensor(interruption.heard(), device=accelerator.device)
+    loss, *heard = accelerator.reduce(torch.cat([part[None], heard]), reduction="mean").tolist()
+    return loss, first_heard(heard)
 
 
 def clip_gradients(model: Model, max_norm: float) -> float:
