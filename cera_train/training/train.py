@@ -280,8 +280,8 @@ def has_diverged(loss: float, grad_norm: float, scaler: Any) -> bool:
 def log_update(
     metrics: UpdateMetrics, headline: str | None, updates: int, model: Model, log: Log
 ) -> None:
-    """Writes the metrics of an update and its progress line, and says if layers were compiled so
-    far."""
+    """Writes the metrics of an update and its progress line. Falls back to eager layers, and says
+    so, where torch compiles no further variant of them."""
     log.metrics(metrics)
     if model.language_model.is_compiled and at_recompile_limit():
         fall_back_to_eager(model.language_model)

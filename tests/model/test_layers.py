@@ -292,6 +292,7 @@ def test_layers_run_eagerly_once_torch_refuses_a_variant(graphs):
     compile_layers(language_model, graphs.add)
     for width in range(LIMIT + 4):
         assert layer(torch.ones(3), ["x"] * width).sum() == 3 * width
+    assert language_model.is_compiled
     assert at_recompile_limit()
     fall_back_to_eager(language_model)
     assert not language_model.is_compiled
