@@ -411,12 +411,12 @@ class Ours(Contestant):
         self.model = self.ours.adapted
 
     def update(self, rows: Sequence[int]) -> int:
-        from cera_train.model.compiled import stop_compiling
+        from cera_train.model.compiled import at_recompile_limit
         from cera_train.training.train import backward
 
         ours = self.ours
-        if self.is_compiled:
-            stop_compiling(ours.language_model)
+        if self.is_compiled and at_recompile_limit():
+            raise RuntimeError("torch compiles no further variant of the layers")
         if fallbacks := ours.language_model.fallbacks:
             raise RuntimeError(f"it fell back: {'; '.join(fallbacks)}")
         drawn = self.objective.draw(list(rows))

@@ -31,7 +31,7 @@ COMMANDS = [
     f"{TRAIN} name=cera adapter=cera train.tasks=[held_out]",
     f"{TRAIN} name=lora adapter=lora",
     f"cera-train data=preferences data.train_files=[pairs.jsonl] data.layout=auto {SETTINGS} "
-    "name=dpo adapter=cera train.objective=dpo",
+    "name=dpo adapter=cera adapter.dropout=0 train.objective=dpo",
     f"{TRAIN} name=sweep adapter=cera adapter.r=2,4 train.save_every=null -m",
     f"{TRAIN} +study=compared --config-dir conf train.save_every=null -m",
     "cera-eval run=outputs/cera task=held_out task.max_new_tokens=8",

@@ -1,6 +1,8 @@
 """`make gpu` without a GPU, and all of it in miniature on a CPU; the other benchmarks find what
 they measure."""
 
+import ast
+import importlib
 import json
 import os
 import signal
@@ -20,6 +22,18 @@ from benchmarks.gpu.pieces import all_pieces
 from benchmarks.gpu.place import Place, Skipped
 
 ROOT = Path(command.__file__).parents[2]
+BENCHMARKS = sorted(ROOT.glob("benchmarks/**/*.py"))
+
+
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("benchmarks/**/*.py")), ids=lambda file: file.stem
+)
+def test_what_a_benchmark_imports_from_us_exists(file):
+    """Its functions import too, and run for minutes: only a slow test, or no test, calls them."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cera_train"):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, name.name) for name in node.names)
 
 
 def test_without_a_gpu_the_command_says_so_and_runs_the_checks_that_need_none(monkeypatch, capsys):
