@@ -73,7 +73,7 @@ def test_a_study_that_is_added_is_drawn(tmp_path: Path):
         "placement: more at q and v",
     ]
     assert group.rows[-1].numbers == "-0.1236"
-    [group] = [group for group in short.groups if group.heading.endswith("r = 3")]
+    [group] = [group for group in short.groups if ", r = 3" in group.heading]
     assert group.rows[-1].numbers.startswith("-0.5000")
 
 
