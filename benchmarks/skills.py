@@ -1,30 +1,35 @@
 """Rows that ask for one of K conflicting formats of the same dates, chosen by a word: `python -m
 benchmarks.skills`, then `cera-train -m +study=skills`."""
 
+import itertools
 import json
 import random
-from collections.abc import Callable
 from datetime import date, timedelta
 from pathlib import Path
 
 FOLDER = Path("outputs/skills")
-COUNTS = (1, 2, 4, 8)
+COUNTS = (8, 32)
 """The numbers of formats K, one file each."""
 TRAINED = 2_000
-HELD_OUT = 500
-ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII"]
+HELD_OUT = 300
+WORDS = (
+    "acorn amber basil birch cedar coral daisy delta eagle ember fjord flint grove hazel iris jade "
+    "kelp lotus maple north olive pearl quartz river stone tulip umber violet willow xenon yarrow "
+    "zinc"
+).split()
+"""The words that choose a format."""
+ORDERS = ("%d %m %y", "%m %d %y", "%y %m %d", "%y %d %m")
+SEPARATORS = ("-", ".", "/", " ")
+YEARS = ("%y", "%Y")
 
-FORMATS: dict[str, Callable[[date], str]] = {
-    "amber": lambda day: f"{day:%Y-%m-%d}",
-    "birch": lambda day: f"{day:%d.%m.%Y}",
-    "coral": lambda day: f"{day:%m/%d/%y}",
-    "delta": lambda day: f"{day:%B} {day.day}, {day.year}",
-    "ember": lambda day: f"{day:%y%m%d}",
-    "fjord": lambda day: f"{day.day}-{ROMAN[day.month - 1]}-{day.year}",
-    "grove": lambda day: f"{day:%A}, {day:%Y/%j}",
-    "hazel": lambda day: f"{day:%d %b} '{day:%y}",
-}
-"""The word that chooses a format."""
+
+def formats() -> list[str]:
+    """One for each word. All are digits, and about as hard, so that K alone makes a loss."""
+    every = [
+        order.replace("%y", year).replace(" ", separator)
+        for order, separator, year in itertools.product(ORDERS, SEPARATORS, YEARS)
+    ]
+    return random.Random(0).sample(every, len(every))
 
 
 def rows(count: int) -> list[dict[str, str]]:
@@ -33,10 +38,11 @@ def rows(count: int) -> list[dict[str, str]]:
     draw = random.Random(0)
     numbers = draw.sample(range(36_524), TRAINED + HELD_OUT)
     days = [date(1900, 1, 1) + timedelta(days=number) for number in numbers]
-    words = [[*FORMATS][int(draw.random() * count)] for _ in days]
+    by_word = list(zip(WORDS, formats(), strict=True))
+    chosen = [by_word[int(draw.random() * count)] for _ in days]
     return [
-        {"prompt": f"{word}: {day.day} {day:%B %Y} =", "completion": f" {FORMATS[word](day)}"}
-        for day, word in zip(days, words, strict=True)
+        {"prompt": f"{word}: {day.day} {day:%B %Y} =", "completion": f" {day:{form}}"}
+        for day, (word, form) in zip(days, chosen, strict=True)
     ]
 
 
