@@ -12,11 +12,40 @@ COUNTS = (8, 32)
 """The numbers of formats K, one file each."""
 TRAINED = 2_000
 HELD_OUT = 300
-WORDS = (
-    "acorn amber basil birch cedar coral daisy delta eagle ember fjord flint grove hazel iris jade "
-    "kelp lotus maple north olive pearl quartz river stone tulip umber violet willow xenon yarrow "
-    "zinc"
-).split()
+WORDS = [
+    "acorn",
+    "amber",
+    "basil",
+    "birch",
+    "cedar",
+    "coral",
+    "daisy",
+    "delta",
+    "eagle",
+    "ember",
+    "fjord",
+    "flint",
+    "grove",
+    "hazel",
+    "iris",
+    "jade",
+    "kelp",
+    "lotus",
+    "maple",
+    "north",
+    "olive",
+    "pearl",
+    "quartz",
+    "river",
+    "stone",
+    "tulip",
+    "umber",
+    "violet",
+    "willow",
+    "xenon",
+    "yarrow",
+    "zinc",
+]
 """The words that choose a format."""
 ORDERS = ("%d %m %y", "%m %d %y", "%y %m %d", "%y %d %m")
 SEPARATORS = ("-", ".", "/", " ")

@@ -71,12 +71,6 @@ class Config:
             f"train.objective={self.train.objective}: adapter.kind=anneal answers as the LoRA that "
             "it ends as, and trains another policy, with its gate: choose another adapter.",
         )
-        # An answer's weight follows from its log p without dropout, and so must its gradient.
-        require(
-            self.adapter.dropout == 0 or self.train.objective != ObjectiveKind.dpo,
-            f"adapter.dropout={self.adapter.dropout}: train.objective=dpo has no dropout, as in "
-            "TRL's default: set adapter.dropout=0.",
-        )
         if self.distributed.strategy == Strategy.fsdp:
             self._check_sharding()
 

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import folder_in_use, is_locked, options
 from cera_train.common.libraries import heavy_imports
-from cera_train.common.settings import AUTO, flatten, quoted, require_folder_name, to_plain
+from cera_train.common.settings import AUTO, flatten, quoted, require, require_folder_name, to_plain
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
 from cera_train.data.sources import check_data
@@ -177,9 +177,9 @@ def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJo
 
 
 def check_inputs(config: Config, folder: Path) -> None:
-    """Raises UserError for a model, rows, problems, rewards, trackers or a starting adapter that a
-    run in this folder cannot use, so that a mistake is reported before torch is imported, which
-    takes seconds."""
+    """Raises UserError for a model, rows, problems, dropout, rewards, trackers or an adapter to
+    start from that a run in this folder cannot use, so that a mistake is reported before torch is
+    imported, which takes seconds."""
     if not (folder / "result.json").exists():  # a finished run no longer reads them
         check_model(config.model.path)
         check_data(config.data)
@@ -188,6 +188,11 @@ def check_inputs(config: Config, folder: Path) -> None:
             if task.config.files:
                 with errors_at(f"train.tasks=[{name}]"):
                     load_problems(task, config.trained_rows)
+        require(
+            config.adapter.dropout == 0 or config.train.objective != ObjectiveKind.dpo,
+            f"adapter.dropout={config.adapter.dropout}: train.objective=dpo turns dropout off, as "
+            "TRL does: set adapter.dropout=0.",
+        )
         if config.train.objective == ObjectiveKind.grpo:
             for path in config.grpo.rewards:
                 import_reward(path)

@@ -16,6 +16,7 @@ from tiny_runs import adapter_bytes, all_losses_of, folder_of, metrics_of, train
 
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
+from cera_train.sweep.grid import check_inputs
 from cera_train.training.resolve import resolve
 from cera_train.training.train import train
 
@@ -320,9 +321,19 @@ def test_answers_to_different_prompts_are_no_preference(dpo, write_jsonl):
         train(dpo(f"data.train_files=[{file}]"))
 
 
-def test_dropout_is_refused(dpo):
-    with pytest.raises(UserError, match=r"adapter.dropout=0.1: train.objective=dpo has no dropout"):
-        dpo("adapter.dropout=0.1")
+def test_dropout_is_off(dpo, tmp_path):
+    run = build_run(dpo("adapter.dropout=0.5"), tmp_path / "run")
+    move(run.model.adapted)
+    run.model.wrapped.train()
+    _, gradients = run.backward([0, 1, 4, 5])
+    _, again = run.backward([0, 1, 4, 5])
+    torch.testing.assert_close(again, gradients, rtol=0, atol=0)
+
+
+def test_dropout_is_refused_before_a_run(dpo, tmp_path):
+    config = dpo("adapter.dropout=0.1")
+    with pytest.raises(UserError, match=r"adapter.dropout=0.1: train.objective=dpo turns dropout"):
+        check_inputs(config, tmp_path / "run")
 
 
 def test_the_rows_have_to_fit_the_objective(dpo, write_jsonl):

@@ -19,7 +19,7 @@ import numpy
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.numpy import load, save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from cera_train.adapters.saved import keeps_base
@@ -90,6 +90,14 @@ def answer_log_p(losses: TokenLosses) -> Tensor:
 # --- the objective --------------------------------------------------------------------------------
 
 
+def turn_dropout_off(model: nn.Module) -> None:
+    """Of base and adapter, as TRL does: an answer's weight follows from its log p without dropout,
+    and so must its gradient."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
 @dataclass
 class Pairs(Drawn):
     """Pairs of answers: sequences 2 i and 2 i + 1 form a pair."""
@@ -121,6 +129,7 @@ class Dpo:
         self.language_model = model.language_model
         self.accelerator = model.accelerator
         self.batches = model.micro_batches(data.rows.train)
+        turn_dropout_off(model.adapted)
         # The base with the adapter off, a reference shared with runs of other adapters; or the
         # adapter at the start of the run.
         starts_at_base = config.adapter.start_from is None
