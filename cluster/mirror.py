@@ -133,7 +133,8 @@ def _state(path: Path) -> tuple[int, int, int]:
 
 def main(bucket: str, *command: str) -> int:
     for word in command:
-        if word.lstrip("+").startswith("output_dir="):
+        key, _, folder = word.lstrip("+").partition("=")
+        if key == "output_dir" and Path(folder) != OUTPUTS:
             print(f"mirror: {word}: only {OUTPUTS}/ is copied: leave it out.", file=sys.stderr)
             return 2
     # A bucket that refuses files fails here, before the run costs anything.

@@ -88,7 +88,7 @@ def unknown_setting(key: str, place: str, schema: type) -> str:
     if key.startswith("hydra.launcher."):
         name = key.rpartition(".")[2]
         option = f"+hydra.launcher.additional_parameters.{name}=..."
-        return f"{place}: the launcher has no {name}. For an option of sbatch write {option}"
+        return f"{place}: the launcher has no {name}. On Slurm, an option of sbatch is {option}"
     near = did_you_mean(
         key, list(dict.fromkeys([*(field.name for field in fields(schema)), *fields_of(schema)]))
     )

@@ -19,6 +19,7 @@ from cera_train.common.errors import UserError, explain
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.signals import (
     SIGNALS,
+    STOPPED,
     Interrupted,
     Interruption,
     signal_children,
@@ -84,8 +85,10 @@ def leave_slurm_step(environment: Mapping[str, str]) -> None:
 
     At the first status that is not 0, `srun --kill-on-bad-exit` ends the tasks that are still
     leaving by SIGTERM. It returns the highest status, which would be 143: a batch script that
-    requeues a saved run would not."""
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1 or not is_one_of_several():
+    requeues a saved run would not. A task that was stopped before it trained, or had saved, leaves
+    at once: the others may wait for it."""
+    is_alone = int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1 or not is_one_of_several()
+    if is_alone or STOPPED:
         return
     if not is_main_process():
         raise SystemExit(0)

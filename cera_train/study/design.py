@@ -272,8 +272,6 @@ class StudySweeper(Sweeper):
         self.launched = 0
         with locked(self.folder, WRITER) if is_main_process() else contextlib.nullcontext():
             self.launch(self.record.jobs)
-            if self.config.study.extend:
-                self.extend_grids()
             self.run_chosen()
 
     @property
@@ -293,9 +291,11 @@ class StudySweeper(Sweeper):
 
     def run_chosen(self) -> None:
         """Runs the chosen values with the other seeds. Where one of them diverges, another value is
-        chosen and follows."""
+        chosen and follows; it may lie at an edge."""
         tried: set[str] = set()
         while True:
+            if self.config.study.extend:
+                self.extend_grids()
             chosen = [cell for cell in self.cells if cell.chosen]
             jobs = [cell.overrides(cell.chosen, run) for cell in chosen for run in cell.fresh_runs]
             names = jobs_by_name(jobs, self.record.swept).keys()

@@ -28,6 +28,7 @@ from cera_train.distributed.processes import (
     is_main_process,
     is_one_of_several,
     join_slurm_step,
+    leave_slurm_step,
     processes_to_start,
 )
 from cera_train.model.compiled import can_compile
@@ -334,6 +335,17 @@ def test_tasks_of_a_slurm_step_are_recognised():
         before = dict(other)
         join_slurm_step(other)
         assert other == before
+
+
+def test_a_task_that_was_stopped_at_once_does_not_hide_it_from_its_slurm_step(monkeypatch):
+    """With status 0 the others would wait for it."""
+    environment = {"SLURM_STEP_NUM_TASKS": "2"}
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        leave_slurm_step(environment)
+    monkeypatch.setattr("cera_train.distributed.processes.STOPPED", [signal.SIGTERM])
+    leave_slurm_step(environment)
 
 
 def test_a_lone_task_with_a_rank_starts_a_process_for_each_gpu(monkeypatch):

@@ -171,6 +171,8 @@ def test_a_run_that_writes_elsewhere_is_refused(tmp_path, capsys):
     )
     assert "output_dir=/scratch: only outputs/ is copied" in capsys.readouterr().err
     assert not (tmp_path / "started").exists()
+    command = [sys.executable, str(CLUSTER / "mirror.py"), str(tmp_path), "true"]
+    assert subprocess.call([*command, "output_dir=outputs"], cwd=tmp_path) == 0
 
 
 @pytest.mark.slow

@@ -287,6 +287,14 @@ def test_a_value_that_diverges_with_a_compared_seed_is_not_chosen(launcher, run_
     assert launcher.began[-1] == job("cera", 0.001, 1)
 
 
+def test_a_value_that_is_chosen_after_another_diverged_does_not_judge_at_an_edge(
+    launcher, run_study
+):
+    launcher.diverging = {job("cera", 0.01, 1)}
+    assert run_study("study.tune_seeds=1", "study.extend=true") == 0
+    assert not any(cell.edges for cell in find_study(launcher.sweep).cells)
+
+
 def test_an_arm_that_diverges_at_every_value_gets_no_verdict(
     launcher, run_study, run_command, capfd
 ):
