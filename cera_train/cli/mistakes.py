@@ -118,6 +118,8 @@ FLAGS_WITH_VALUE = [("--cfg", "-c"), ("--package", "-p"), ("--config-dir", "-cd"
 OF_GRIDS = ("sweep=", "study=", "sweep.", "hydra.launcher", "hydra.sweeper", "launch.detach=true")
 """Prefixes of settings that mean nothing in a single run."""
 
+OF_LAUNCHER = re.compile(r"\+{0,2}hydra[/.]launcher[.=]")
+
 OF_ANOTHER_RUN = (
     "model",
     "model.path",
@@ -158,6 +160,8 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     settings = with_implied_files(program, settings)
     check_sections(program, settings)
     is_single = not flags.keys() - {"--config-dir"}
+    if program == "cera-plan" and not is_single:  # a plan does not depend on where jobs will run
+        settings = [setting for setting in settings if not OF_LAUNCHER.match(setting)]
     for setting in settings:
         key, _, value = setting.partition("=")
         if key.lstrip("+") == "hydra.searchpath":

@@ -279,7 +279,7 @@ MISTAKES = [
     ),
     ("cera-train -m output_dir=a,b", "output_dir=a,b is another for each job", "output_dir"),
     (
-        "cera-plan -m adapter.r=2,4 hydra/launcher=joblib",
+        "cera-plan -m adapter.r=2,4 hydra/sweeper=optuna",
         "the jobs of cera-plan run here",
         "leave it out",
     ),
@@ -537,6 +537,12 @@ def test_a_plan_runs_here_whatever_launcher_a_sweeps_file_chooses(tmp_path, run_
     words = ["-m", "+sweep=mine", "--config-dir", "conf", "plan.gpu=cpu", "plan.gpus=2"]
     assert run_command("cera-plan", *words) == 2
     assert "there is one CPU" in capfd.readouterr().err
+
+
+def test_a_sweep_for_slurm_is_planned_by_the_same_settings(run_command, capfd):
+    words = ["hydra/launcher=slurm_gpu", "hydra.launcher.partition=gpu", "launch.detach=true"]
+    assert run_command("cera-plan", "-m", "adapter.r=4,8", "model=smollm2_135m", *words) == 0
+    assert "adapter.r=8" in capfd.readouterr().out
 
 
 def test_every_usual_name_leads_to_a_setting_that_exists():
