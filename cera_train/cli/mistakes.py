@@ -436,6 +436,8 @@ def _describe(error: Exception, program: str) -> str:
         value = message.partition(f"merging override {key}=")[2] or "A,B"
         return f"{place}: expected a list: write {key}=[{value}]."
     problem = str(cause).splitlines()[0].rstrip(".")
+    if unset := re.match(r"While dereferencing interpolation '\$\{\.?(.+)\}': .*'None'", problem):
+        return f"{place}: it is that of {unset[1]}, which is null: set {place}=... too."
     if "is not a valid bool" in problem:
         return f"{place}: {problem}: write true or false."
     if "is not Optional" in problem:

@@ -144,6 +144,8 @@ class TrainingSweep(Callback):
 
     @errors_in_one_line(TRAIN)  # Hydra would turn an error here into a warning and continue
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        # Hydra would do this once the sweep has a folder.
+        OmegaConf.to_container(config.hydra.launcher, resolve=True)
         if config.launch.detach and "Submitit" not in str(config.hydra.launcher["_target_"]):
             raise UserError(
                 "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "

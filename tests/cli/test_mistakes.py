@@ -249,6 +249,11 @@ MISTAKES = [
         "hydra.launcher.reservation: the launcher has no reservation",
         "+hydra.launcher.additional_parameters.reservation=",
     ),
+    (
+        "cera-train -m adapter.r=4,8 hydra/launcher=slurm_gpu hydra.launcher.gpus_per_node=null",
+        "hydra.launcher.tasks_per_node: it is that of gpus_per_node, which is null",
+        "set hydra.launcher.tasks_per_node=... too",
+    ),
     ("cera-train -m adapter.r=4,abc", "adapter.r: ", "Value 'abc'"),
     ("cera-train -m adapter.r=4,8 train.batch_size=16,0", "train.batch_size=0", "must be positive"),
     (
