@@ -125,8 +125,10 @@ class Server:
         folder = files_of(model.path)
         is_same_folder = Path(folder).is_dir() and Path(root).resolve() == Path(folder).resolve()
         if root != str(folder) and not is_same_folder:
+            revision = f" --revision {model.revision}" if model.revision else ""
             raise UserError(
-                f"server={self.url} serves {root}, not {folder}: start it by `vllm serve {folder}`."
+                f"server={self.url} serves {root}, not {folder}: start it by `vllm serve "
+                f"{folder}{revision}`."
             )
         self.name = self.base
         if adapter is not None:

@@ -203,6 +203,13 @@ def test_what_a_server_cannot_answer_is_one_line(served_config, vllm, change, pa
         assert part in str(caught.value)
 
 
+def test_a_server_is_to_serve_the_revision_of_the_base(eval_config, vllm):
+    model = replace(find_subject(eval_config()).model, revision="v1")
+    vllm.served.update(root="org/other")
+    with pytest.raises(UserError, match=f"start it by `vllm serve {model.path} --revision v1`"):
+        server_module.Server(vllm.url, model, None)
+
+
 def test_an_evaluation_is_not_resumed_by_another_engine(eval_config, served_config):
     evaluate(eval_config("task.limit=1"))
     with pytest.raises(UserError, match="engine was None, is 'vllm 0.32.0'"):
