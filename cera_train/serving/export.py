@@ -126,7 +126,7 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
 
 def check_export(config: ExportConfig, subject: Subject, run: LoadedModel, folder: Path) -> None:
     """Raises UserError for a run that cannot be exported, or a folder that holds anything but an
-    earlier export: it would be replaced."""
+    earlier export without evaluations: it would be replaced."""
     place = f"run={config.run}"
     layers = cera_layers(run.model)
     require(
@@ -159,6 +159,11 @@ def check_export(config: ExportConfig, subject: Subject, run: LoadedModel, folde
             f"output: {folder} holds files that are no export, and would be replaced: choose a "
             f"new folder."
         )
+    require(
+        not (folder / "eval").exists(),
+        f"output: {folder} was evaluated, and its eval/ would be removed with it: choose a new "
+        "folder, or move eval/ away.",
+    )
 
 
 # --- a plain model --------------------------------------------------------------------------------

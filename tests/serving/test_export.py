@@ -222,6 +222,16 @@ def test_an_export_in_its_run_is_measured_as_the_run(compose, trained):
     evaluate(compose(f"run={folder / 'adapter'}", "task=perplexity", command="eval"))
 
 
+def test_an_export_with_evaluations_is_not_replaced(compose, trained, tmp_path):
+    folder = trained("train.max_updates=1", name="short")
+    words = (f"run={folder}", f"output={tmp_path / 'lora'}", "at_most=100", "rows=2")
+    export(compose(*words, command="export"))
+    (tmp_path / "lora" / "eval" / "gsm8k").mkdir(parents=True)
+    with pytest.raises(UserError, match="lora was evaluated, and its eval/ would be removed"):
+        export(compose(*words, command="export"))
+    assert (tmp_path / "lora" / "eval" / "gsm8k").is_dir()
+
+
 @pytest.mark.slow
 def test_plain_peft_loads_an_export_of_a_base_from_pypi_by_its_config(
     compose, tiny_folder, tmp_path, monkeypatch
