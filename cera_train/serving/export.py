@@ -130,6 +130,11 @@ def check_export(config: ExportConfig, subject: Subject, run: LoadedModel, folde
     place = f"run={config.run}"
     layers = cera_layers(run.model)
     require(
+        is_adapter(run.model) or config.to != ExportForm.lora,
+        f"to=lora: {place} trained every weight, which no LoRA holds: use {subject.adapter}, a "
+        "plain model, or set to=merged or gguf.",
+    )
+    require(
         has_gates(run) or config.to != ExportForm.lora,
         f"{place} holds no CeRA adapter, and {subject.adapter} is in PEFT's format already: set "
         f"check={subject.adapter} to check it, or to=merged or gguf.",

@@ -359,6 +359,12 @@ def test_a_run_on_projections_that_peft_takes_for_experts_is_refused(
         export(compose(f"run={folder}", command="export"))
 
 
+def test_a_full_fine_tuning_is_no_lora(compose, trained):
+    folder = trained("adapter=full", "adapter.r=null", "adapter.target_modules=null", name="full")
+    with pytest.raises(UserError, match="trained every weight, which no LoRA.*full/adapter, a pl"):
+        export(compose(f"run={folder}", command="export"))
+
+
 @pytest.mark.slow
 def test_what_cannot_be_exported_is_refused_in_one_line(compose, trained, tmp_path):
     def refusal(*settings: str) -> str:
