@@ -40,7 +40,7 @@ from cera_train.evaluation.server import Server
 from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
 from cera_train.evaluation.tasks.task import AnswerTask, describe_trained_on, mean
 from cera_train.model.batches import MicroBatches
-from cera_train.model.folder import load_tokenizer, model_ends
+from cera_train.model.folder import load_architecture, load_tokenizer, model_ends
 from cera_train.model.language_model import LanguageModel, perplexity
 from cera_train.model.layout import choose_layout
 from cera_train.runs.card import write_card
@@ -126,7 +126,8 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
             result.write(path / "result.json")
             trained = subject.folder / "result.json"  # an export has none, nor an adapter alone
             if subject.run is not None and not subject.part and trained.is_file():
-                write_card(subject.folder, RunResult.read(trained))
+                architecture = load_architecture(subject.model)
+                write_card(subject.folder, RunResult.read(trained), architecture)
             print()
             print_fields(lines | {"folder": str(path)})
         return result.to_json()

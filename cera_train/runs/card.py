@@ -14,6 +14,7 @@ from huggingface_hub import (
     ModelCardData,
     eval_result_entries_to_yaml,
 )
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cera_train.adapters.families import family, title
 from cera_train.adapters.families.base import is_import_path
@@ -24,6 +25,7 @@ from cera_train.common.terminal import print_line
 from cera_train.common.trust import for_markdown
 from cera_train.data.chats import may_use_template
 from cera_train.data.templates import DATE, WITHOUT
+from cera_train.model.weights import auto_class
 from cera_train.runs.evaluation_folder import AccuracyResult, find_evaluation_result
 from cera_train.runs.records import load_config
 from cera_train.runs.results import (
@@ -64,12 +66,24 @@ CARD = """---
 SNIPPET = """## How to load it
 
 ```python
-{registers}from {library} import {loader}
-from transformers import AutoTokenizer
-
-model = {loader}.from_pretrained("FOLDER"{trust})  # where this file lies
+{registers}{load}
 tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
 {asks}```"""
+
+LOAD = """from {library} import {loader}
+from transformers import AutoTokenizer
+
+model = {loader}.from_pretrained("FOLDER"{trust})  # where this file lies"""
+
+LOAD_ON_BASE = """from peft import PeftConfig, PeftModel
+from transformers import {loader}, AutoTokenizer
+
+adapter = PeftConfig.from_pretrained("FOLDER")  # where this file lies
+base = {loader}.from_pretrained(
+    adapter.base_model_name_or_path, revision=adapter.revision{trust}
+)
+model = PeftModel.from_pretrained(base, "FOLDER")"""
+"""For an adapter of a base without a causal class, which no class of PEFT's loads."""
 
 ASKS = """
 prompt = tokenizer.apply_chat_template(
@@ -86,9 +100,13 @@ EVALUATIONS = ".eval_results"
 """Folder of an adapter: its evaluations as the Hub reads them, one file a data set."""
 
 
-def write_card(run: Path, result: RunResult) -> None:
+def write_card(run: Path, result: RunResult, architecture: PretrainedConfig) -> None:
     """Writes adapter/README.md from the config, the result and the evaluations of a run, and the
-    evaluations again as metadata of the Hub."""
+    evaluations again as metadata of the Hub.
+
+    Args:
+        architecture: of the base.
+    """
     config = load_config(run / "config.yaml")
     evaluations = _evaluations(run)
     _write_entries(run / "adapter" / EVALUATIONS, evaluations)
@@ -105,7 +123,12 @@ def write_card(run: Path, result: RunResult) -> None:
         what=for_markdown(f"The base model after {method}" if is_full else f"A {method} adapter"),
         branch=" Its branch, `s B gate(A x)`, stays beside W0." if is_cera else "",
         snippet=snippet(
-            run / "adapter", library, config.data, config.model, registers(config.adapter)
+            run / "adapter",
+            library,
+            config.data,
+            config.model,
+            architecture,
+            registers(config.adapter),
         ),
         table="\n".join(
             f"| {for_markdown(name)} | {for_markdown(value)} |"
@@ -136,7 +159,12 @@ def registers(adapter: AdapterConfig) -> str:
 
 
 def snippet(
-    folder: Path, library: str, data: DataConfig | None, model: ModelConfig, registers: str = ""
+    folder: Path,
+    library: str,
+    data: DataConfig | None,
+    model: ModelConfig,
+    architecture: PretrainedConfig,
+    registers: str = "",
 ) -> str:
     """The section of a card that loads what a folder holds, and asks it a question by the chat
     template if it was trained on chats.
@@ -145,6 +173,7 @@ def snippet(
         library: peft for an adapter, transformers for a plain model.
         data: the rows that it was trained on, if they are known.
         model: the base, whose code the loaded model may need.
+        architecture: of the base.
         registers: a line of code, before all others.
     """
     asks = ""
@@ -159,11 +188,18 @@ def snippet(
                 settings="".join(lines),
                 without=f".removesuffix({without!r})" if without else "",
             )
+    trust = ", trust_remote_code=True" if model.trust_remote_code else ""
+    kind = auto_class(architecture)
+    loader = kind.__name__
+    load = LOAD
+    if library == "peft" and kind is AutoModelForCausalLM:
+        loader = "AutoPeftModelForCausalLM"
+    elif library == "peft":
+        load = LOAD_ON_BASE
     return SNIPPET.format(
         registers=registers,
-        library=library,
-        loader="AutoPeftModelForCausalLM" if library == "peft" else "AutoModelForCausalLM",
-        trust=", trust_remote_code=True" if model.trust_remote_code else "",
+        load=load.format(library=library, loader=loader, trust=trust),
+        trust=trust,
         asks=asks,
     )
 

@@ -20,7 +20,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from cera_train.adapters.families.base import ADAPTER, taken_for_experts
 from cera_train.adapters.saved import attach, is_adapter
@@ -117,7 +117,10 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
         with errors_at(str(folder)):
             certificate = check(form)
         certificate.write(part / CERTIFICATE)
-        write_text(part / "README.md", card(part, certificate.shown() | needs, config, subject))
+        write_text(
+            part / "README.md",
+            card(part, certificate.shown() | needs, config, subject, run.base.config),
+        )
 
     write_folder(folder, write)
     print_fields({"folder": str(folder)} | needs)
@@ -371,11 +374,18 @@ def convert(folder: Path, file: Path) -> None:
         )
 
 
-def card(folder: Path, facts: Mapping[str, str], config: ExportConfig, subject: Subject) -> str:
+def card(
+    folder: Path,
+    facts: Mapping[str, str],
+    config: ExportConfig,
+    subject: Subject,
+    architecture: PretrainedConfig,
+) -> str:
     """The README of an export.
 
     Args:
         facts: labels and values of its table.
+        architecture: of the base.
     """
     library = LIBRARIES[config.to]
     header = card_data(subject.model, library, config.to.value)
@@ -386,5 +396,5 @@ def card(folder: Path, facts: Mapping[str, str], config: ExportConfig, subject: 
         f"| | |\n|---|---|\n{rows}"
     )
     if config.to != ExportForm.gguf:
-        text += f"\n{snippet(folder, library, subject.trained.data, subject.model)}\n"
+        text += f"\n{snippet(folder, library, subject.trained.data, subject.model, architecture)}\n"
     return text

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from tiny_runs import run_card
+from transformers import LlamaConfig
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
@@ -426,7 +427,7 @@ def test_a_card_shows_hostile_text_as_text(tmp_path, config):
     )
     result = dict.fromkeys(names, 1.5) | {"trainable_parameters": 1, "updates": 1}
     (run / "result.json").write_text(json.dumps(result))
-    write_card(run, RunResult.read(run / "result.json"))
+    write_card(run, RunResult.read(run / "result.json"), LlamaConfig())
     text = (run / "adapter" / "README.md").read_text()
     front, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", text, re.DOTALL).groups()
     assert yaml.safe_load(front)["library_name"] == "peft"

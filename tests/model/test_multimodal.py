@@ -5,9 +5,14 @@ import json
 
 import pytest
 import torch
+from evaluated_runs import export
 from safetensors.torch import load_file
-from tiny_runs import folder_of
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from tiny_runs import folder_of, run_card
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForImageTextToText,
+    Mistral3ForConditionalGeneration,
+)
 
 from benchmarks.tiny_models import shrunk
 from cera_train.common.errors import UserError
@@ -52,6 +57,17 @@ def test_no_branch_goes_into_the_vision_tower(folder_with, tiny_config, targets)
     names = load_file(folder_of(config) / "adapter" / "adapter_model.safetensors")
     assert names
     assert all(".language_model." in name for name in names)
+
+
+def test_the_cards_of_a_model_without_a_causal_class_load_it(folder_with, tiny_config, compose):
+    _, folder = folder_with("mistral3")
+    config = tiny_config(f"model.path={folder}", "train.max_updates=1")
+    train(config)
+    run = folder_of(config)
+    export(compose(f"run={run}", "to=merged", "rows=2", "at_most=100", command="export"))
+    adapted = run_card(run / "adapter")["model"].get_base_model()
+    merged = run_card(run / "export_merged")["model"]
+    assert type(adapted) is type(merged) is Mistral3ForConditionalGeneration
 
 
 def test_a_model_that_writes_no_text_is_refused_in_one_line(folder_with):

@@ -5,6 +5,7 @@ import json
 import yaml
 from evaluated_runs import evaluate
 from huggingface_hub import ModelCard, parse_eval_result_entries
+from transformers import LlamaConfig
 
 from cera_train.runs.card import EVALUATIONS, hub_datasets, snippet, write_card
 from cera_train.runs.results import RunResult
@@ -20,7 +21,7 @@ def card_again(run, folder="gsm8k", **task):
     config = yaml.safe_load(path.read_text())
     config["task"] |= task
     path.write_text(yaml.safe_dump(config))
-    write_card(run, RunResult.read(run / "result.json"))
+    write_card(run, RunResult.read(run / "result.json"), LlamaConfig())
     return run / "adapter" / EVALUATIONS / f"{folder}.yaml"
 
 
@@ -46,7 +47,7 @@ def test_the_card_has_no_evaluation_of_other_weights(eval_config, run):
     path = run / "eval" / "gsm8k" / "config.yaml"
     config = yaml.safe_load(path.read_text()) | {"adapter_digest": "of another adapter"}
     path.write_text(json.dumps(config))
-    write_card(run, RunResult.read(run / "result.json"))
+    write_card(run, RunResult.read(run / "result.json"), LlamaConfig())
     assert "Evaluation, " not in (run / "adapter" / "README.md").read_text()
 
 
@@ -60,7 +61,9 @@ def test_the_card_asks_as_rows_of_a_mix_were_trained_on(tmp_path):
             for part, weight in zip((chats, documents), weights, strict=True)
         ]
         data = DataConfig(mix=parts)
-        asks = "apply_chat_template" in snippet(tmp_path, "peft", data, ModelConfig())
+        asks = "apply_chat_template" in snippet(
+            tmp_path, "peft", data, ModelConfig(), LlamaConfig()
+        )
         expected = ["a/b"] if asks else ["c/d"]
         assert asks == (weights == (1, 0))
         assert hub_datasets(data) == expected
