@@ -22,6 +22,7 @@ from cera_train.data.messages import TURNS
 from cera_train.data.rows import Source
 from cera_train.data.segments import Segment, prompt_of, segmenters, sequences_of
 from cera_train.data.sources import drawn_rows, interleaved, open_sources, rows_of_parts
+from cera_train.data.templates import open_templates
 from cera_train.settings.data import DataConfig, Layout, LossOn
 
 CACHE_VERSION = 7  # raised when a new version tokenises or stores the same rows differently
@@ -329,7 +330,7 @@ def _tokenize(
                     announce(
                         "tokenising", f"{source.name}, once: it has more than {ROWS_AT_ONCE:,} rows"
                     )
-                examples = encode(sequences_of(chunk, *sides), config, tokenizer)
+                examples = encode(sequences_of(chunk, *sides), config, tokenizer, asks)
                 if len(sides) > 1:  # a preference that lacks an answer is dropped as a whole
                     for chosen, rejected in zip(examples[::2], examples[1::2], strict=True):
                         chosen.has_answer = rejected.has_answer = (
@@ -382,6 +383,9 @@ def digest_of_tokens(
         # "each": earlier versions asked a plain chat for its first answer alone.
         is_plain_chat = config.layout in TURNS and not uses_template(config, tokenizer)
         settings["asks"] = "each" if is_plain_chat else True
+        end = answer_end(config, tokenizer, asks)
+        if end != tokenizer.eos_token_id:  # earlier versions ended answers by that one
+            settings["end"] = end
     # The first call removes truncation and padding, which tokenizer.json may hold.
     ids_of("", tokenizer)
     vocabulary = (
@@ -396,12 +400,26 @@ def digest_of_tokens(
     )
 
 
+def answer_end(config: DataConfig, tokenizer: Any, asks: bool) -> int | None:
+    """The token that ends an answer whose text has no end token: the tokenizer's; where a sampled
+    answer follows the prompt of a chat template, the template's."""
+    if asks and uses_template(config, tokenizer):
+        template, *_ = open_templates(tokenizer, None, config.template_settings, {})
+        if (end := template.end()) is not None:
+            return tokenizer.convert_tokens_to_ids(end)
+    return tokenizer.eos_token_id
+
+
 def encode(
-    rows: Iterable[list[list[Segment]]], config: DataConfig, tokenizer: Any
+    rows: Iterable[list[list[Segment]]], config: DataConfig, tokenizer: Any, asks: bool = False
 ) -> list[Example]:
     """Token ids and loss masks of the sequences of many rows at once; a document longer than
-    max_length becomes several examples."""
-    end = tokenizer.eos_token_id
+    max_length becomes several examples.
+
+    Args:
+        asks: as of `chats.chat_exchanges`.
+    """
+    end = answer_end(config, tokenizer, asks)
     if end is None:
         reason = (
             "the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json."

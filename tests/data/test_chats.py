@@ -297,6 +297,17 @@ def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write
     assert settings([without] * 3) == {"without": "<think>"}
 
 
+def test_a_right_answer_ends_as_the_template_ends_it_whether_sampled_or_learned(
+    tokenizer, write_jsonl
+):
+    assert tokenizer.eos_token == "</s>"
+    rows = [str(write_jsonl("rows.jsonl", [{"messages": ASKED}]))]
+    config = data_config(train_files=rows, eval_files=rows, layout="messages", allow_overlap=True)
+    for asks in (False, True):
+        [text] = texts_of(prepare_data(config, tokenizer, asks).evaluation, tokenizer)
+        assert text.endswith("hello there<|im_end|>")
+
+
 def test_what_samples_answers_is_asked_for_each_answer_of_a_plain_chat(tokenizer):
     turns = [user("a"), assistant("b"), user("c"), assistant("d", weight=0), user("e")]
     row = {"messages": [*turns, assistant("f")]}
