@@ -53,7 +53,7 @@ def is_one_of_several() -> bool:
 def join_slurm_step(environment: MutableMapping[str, str]) -> None:
     """Sets torch's variables from Slurm's if srun started this process as one of several tasks."""
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-    if tasks == 1 or "RANK" in environment:
+    if tasks == 1 or "RANK" in environment or is_typed(environment):
         return
     local = int(environment["SLURM_LOCALID"])
     gpus = environment.get("CUDA_VISIBLE_DEVICES")
@@ -78,6 +78,19 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
         environment[name] = str(value)
     # Accelerate would divide all cores of the node among the tasks.
     environment.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))
+
+
+def is_typed(environment: Mapping[str, str]) -> bool:
+    """Whether this command was typed in a shell of `srun --pty`, so that no other task runs it. An
+    interactive shell gives each command a process group of its own; a step that is started there
+    inherits the variable, but has no terminal."""
+    if "SLURM_PTY_PORT" not in environment or os.getpgrp() == os.getsid(0):
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return False
+    return True
 
 
 def leave_slurm_step(environment: Mapping[str, str]) -> None:

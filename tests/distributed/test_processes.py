@@ -3,6 +3,7 @@ fails, hangs or is told to stop, the others end with it."""
 
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -346,6 +347,39 @@ def test_a_task_that_was_stopped_at_once_does_not_hide_it_from_its_slurm_step(mo
         leave_slurm_step(environment)
     monkeypatch.setattr("cera_train.distributed.processes.STOPPED", [signal.SIGTERM])
     leave_slurm_step(environment)
+
+
+TYPING = ("setsid", "--ctty", "--wait")
+"""A command that stands in a terminal of its own."""
+
+
+@pytest.mark.parametrize(("shell", "joins"), [("-ic", False), ("-c", True)])
+def test_a_command_typed_in_a_shell_of_a_step_waits_for_no_other_task(shell, joins):
+    """All tasks run a script of `srun --pty`, but only the first has a shell to type in."""
+    step = {
+        "SLURM_PTY_PORT": "1234",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "node",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+    }
+    module = "cera_train.distributed.processes"
+    code = f"import os; from {module} import *; join_slurm_step(os.environ); print(*os.environ)"
+    ours, terminal = pty.openpty()
+    done = subprocess.run(
+        [*TYPING, "bash", "--norc", shell, f'{sys.executable} -c "{code}"; true'],
+        env=os.environ | step,
+        stdin=terminal,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    os.close(ours)
+    os.close(terminal)
+    assert ("MASTER_PORT" in done.stdout.split()) == joins
 
 
 def test_a_lone_task_with_a_rank_starts_a_process_for_each_gpu(monkeypatch):
