@@ -98,8 +98,8 @@ def leave_slurm_step(environment: Mapping[str, str]) -> None:
 
     At the first status that is not 0, `srun --kill-on-bad-exit` ends the tasks that are still
     leaving by SIGTERM. It returns the highest status, which would be 143: a batch script that
-    requeues a saved run would not. A task that was stopped before it trained, or had saved, leaves
-    at once: the others may wait for it."""
+    requeues a saved run would not. A task that a signal ended at once, as while it loads, keeps its
+    status: the others may wait for it."""
     is_alone = int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1 or not is_one_of_several()
     if is_alone or STOPPED:
         return

@@ -290,8 +290,8 @@ class StudySweeper(Sweeper):
             self.add(jobs)
 
     def run_chosen(self) -> None:
-        """Runs the chosen values with the other seeds. Where one of them diverges, another value is
-        chosen and follows; it may lie at an edge."""
+        """Extends the grids, and runs the chosen values with the other seeds. Where one of them
+        diverges, another value is chosen, which may lie at an edge: then again."""
         tried: set[str] = set()
         while True:
             if self.config.study.extend:

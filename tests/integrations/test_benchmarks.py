@@ -1,8 +1,6 @@
 """`make gpu` without a GPU, and all of it in miniature on a CPU; the other benchmarks find what
 they measure."""
 
-import ast
-import importlib.util
 import json
 import os
 import signal
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import needs_smollm2
+from own_imports import failing_imports
 from tiny_runs import wait_until
 
 from benchmarks import data, startup
@@ -28,12 +27,7 @@ BENCHMARKS = sorted(ROOT.glob("benchmarks/**/*.py"))
 @pytest.mark.parametrize("file", BENCHMARKS, ids=lambda file: file.stem)
 def test_what_a_benchmark_imports_from_us_exists(file):
     """Its functions import too, and run for minutes: only a slow test, or no test, calls them."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cera_train"):
-            module = importlib.import_module(node.module)
-            for name in node.names:
-                path = f"{node.module}.{name.name}"
-                assert hasattr(module, name.name) or importlib.util.find_spec(path), path
+    assert not failing_imports(file.read_text())
 
 
 def test_without_a_gpu_the_command_says_so_and_runs_the_checks_that_need_none(monkeypatch, capsys):
