@@ -44,8 +44,8 @@ STACK := $(VENV)-torch-$(TORCH)-transformers-$(TRANSFORMERS)
 test-stack: $(STACK)/.installed  ## run the fast tests on TORCH=2.11.0 TRANSFORMERS=5.17.0, or any other pair, in an environment of 6 GB
 	$(STACK)/bin/python -m pytest -n 2 -m "not (slow or nightly)" $(TESTS)
 
-lock: $(VENV)/.installed-test  ## write uv.lock anew, after a change of pyproject.toml
-	$(BIN)/uv lock
+lock: $(VENV)/.installed-test  ## write uv.lock anew, with the newest versions that pyproject.toml admits
+	$(BIN)/uv lock --upgrade
 
 lint: $(VENV)/.installed-test  ## run ruff, a test of our own, the contracts of what imports what, and check that uv.lock is that of pyproject.toml
 	$(BIN)/ruff check .
