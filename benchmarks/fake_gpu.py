@@ -216,6 +216,9 @@ def fake_gpu(capability: tuple[int, int] = (9, 0), processes: int = 1) -> Iterat
             )
         for name in ("Stream", "Event", "stream", "current_stream"):
             stack.enter_context(patch.object(torch.cuda, name, getattr(torch.cpu, name)))
+        # FSDP passes these to an operation, from torch 2.15 on.
+        for name in ("stream_id", "device_index", "device_type"):
+            stack.enter_context(patch.object(torch.cpu.Stream, name, 0, create=True))
         stack.enter_context(patch.object(torch.accelerator, "is_available", lambda: True))
         stack.enter_context(patch.object(fake_tensors, "init_gpu_context", lambda device: None))
         stack.enter_context(
@@ -234,7 +237,8 @@ def fake_gpu(capability: tuple[int, int] = (9, 0), processes: int = 1) -> Iterat
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, lifts)
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        # Else a torch with CUDA asks cuDNN for its version, which needs a driver.
+        # Otherwise a torch with CUDA asks cuDNN for its version, which needs a driver.
+        stack.enter_context(patch.object(torch.backends.cudnn, "version", lambda: None))
         stack.enter_context(patch.dict(os.environ, {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}))
         device = stack.enter_context(FakeDevice())
         stack.enter_context(

@@ -326,13 +326,13 @@ def test_for_inference_packs_a_branch_if_no_bit_changes(settings, alpha, is_pack
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
-def test_an_8_bit_base_with_a_bias_returns_a_view_that_autograd_does_not_let_us_overwrite():
+def test_the_output_of_an_8_bit_base_is_not_overwritten():
+    """In older versions of torch it is, with a bias, a view that autograd refuses to overwrite."""
     base = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
     base.load_state_dict(nn.Linear(64, 32).state_dict())
     layer = make_layer(base.to("cpu"), r=4).train()
     x = torch.randn(2, 3, 64).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        assert base(x)._is_view()
         y = layer(x)
         expected = base(x) + layer.branch(x, "default")
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
