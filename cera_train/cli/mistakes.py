@@ -25,6 +25,7 @@ from cera_train.common.files import options
 from cera_train.common.settings import choices_of, fields_of, quoted, require, section_of
 from cera_train.common.trust import SECRET_NAME, may_run_code
 from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.gone import describe_gone
 from cera_train.settings.run import Config, PlanRun
 from cera_train.settings.serving import ChatConfig, ExportConfig
 
@@ -364,6 +365,8 @@ def explain_composition(error: Exception, program: str) -> str | None:
             return f"{error.override}: cannot read the value: {fix}."
         case MissingConfigException():
             group, _, name = error.missing_cfg_file.rpartition("/")
+            if gone := describe_gone(f"{group}={name}"):
+                return gone
             choices = sorted(error.options or options(group))
             is_plugin = group.startswith("hydra/")
             plugin = "Is its plugin of Hydra installed? " if is_plugin else ""
@@ -421,6 +424,9 @@ def _describe(error: Exception, program: str) -> str:
     # No attribute of Hydra's exception holds the file in which a key or value stands.
     file = re.search(r"In '([\w./-]+)': \w+ raised while composing", message)
     place = f"{file[1]}.yaml: {key}" if file else key
+    invalid = re.match("Invalid value '([^']*)'", str(cause))
+    if gone := describe_gone(f"{key}={invalid[1]}" if invalid else key):
+        return gone
     is_of_item = cause is not None and is_dataclass(cause.object_type) and cause.full_key != key
     if not_overridden and is_of_item:  # of a list, such as data.mix
         known = [field.name for field in fields(cause.object_type)]

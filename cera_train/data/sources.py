@@ -1,4 +1,4 @@
-"""Where a run's rows come from: files, the Hub, or a generator. Nothing here imports torch."""
+"""Where a run's rows come from: files, the Hub, or a computation. Nothing here imports torch."""
 
 import collections
 import functools
@@ -18,7 +18,7 @@ from cera_train.common.libraries import hub_or_cache, offline_reason
 from cera_train.common.settings import require, word_of
 from cera_train.common.terminal import counted
 from cera_train.data.chats import uses_template
-from cera_train.data.computed import computed_rows, open_generator
+from cera_train.data.computed import computed_rows
 from cera_train.data.messages import is_continued, own_settings
 from cera_train.data.rows import (
     PROMPT,
@@ -39,7 +39,7 @@ from cera_train.data.segments import (
     sequences_of,
 )
 from cera_train.data.templates import settings_of
-from cera_train.settings.data import DataConfig, Layout, Turns, Writing, as_list
+from cera_train.settings.data import DataConfig, Layout, Turns, Writing
 from cera_train.settings.evaluation import TaskConfig
 
 FIRST_ROWS = 200
@@ -223,9 +223,6 @@ def check_data(config: DataConfig) -> None:
     imported. Needs no chat template."""
     for place, part in config.parts():
         with errors_at(place):
-            if part.layout == Layout.reasoning_gym:
-                for generator in as_list(part.reasoning_gym.generator):
-                    open_generator(generator, part.reasoning_gym.level, seed=0)
             paths = check_files(part.train_files, "data.train_files") + check_files(
                 part.eval_files, "data.eval_files"
             )

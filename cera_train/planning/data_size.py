@@ -20,14 +20,10 @@ from cera_train.settings.run import Config
 
 PIECES = re.compile(r"\d|[^\W\d_]{1,8}|[^\w\s]|\n")
 """Digits, up to eight letters of a word, and signs: an estimate of tokens, for rows that are not
-tokenised here. Pieces per token of SmolLM2: 0.99 on GSM8K, 0.95 to 1.12 in prose and code, 0.8 to
-1.05 in generated questions."""
+tokenised here. Pieces per token of SmolLM2: 0.99 on GSM8K, 0.95 to 1.12 in prose and code."""
 
 SAMPLE_ROWS = 1000
 """Rows whose tokens are estimated."""
-
-GENERATED_ROWS = 100
-"""The same for a generator, which may take milliseconds a row."""
 
 PROBLEMS_OF_LEVEL = {1: 437, 2: 894, 3: 1131, 4: 1214, 5: 1324}
 """MATH's test problems: no other task of the Hub has levels."""
@@ -207,12 +203,7 @@ def _sliced(split: str, rows: int) -> int:
 def _size_of_rows(config: DataConfig, tokenizer: Any, asks: bool) -> DataSize:
     """Counts computed rows or those of local files, and estimates the tokens of the first ones;
     those of chats are counted, if the tokenizer is at hand."""
-    is_generated = config.layout == Layout.reasoning_gym
-    opened = config
-    if is_generated:
-        few = min(GENERATED_ROWS, config.train_rows)
-        opened = replace(config, train_rows=few, eval_rows=1)
-    train, evaluation = open_sources(opened)
+    train, evaluation = open_sources(config)
     sampled = 0
     answered = 0
     kept_rows = 0
@@ -239,12 +230,8 @@ def _size_of_rows(config: DataConfig, tokenizer: Any, asks: bool) -> DataSize:
             "data.max_length, data.eval_rows."
         )
 
-    if is_generated:  # as many rows as the settings say
-        train_rows = config.train_rows
-        eval_rows = config.eval_rows
-    else:
-        train_rows = round(len(lengths) / sampled * sum(1 for _ in train.located()))
-        eval_rows = round(len(lengths) / answered * sum(1 for _ in evaluation.located()))
+    train_rows = round(len(lengths) / sampled * sum(1 for _ in train.located()))
+    eval_rows = round(len(lengths) / answered * sum(1 for _ in evaluation.located()))
     if by_template:
         source = BY_TEMPLATE
     elif tokenizer is None and may_use_template(config):

@@ -21,6 +21,7 @@ from cera_train.common.files import finite, read_json, read_yaml, write_text
 from cera_train.common.settings import AUTO, Changes, changes_of, flatten, map_values, to_plain
 from cera_train.common.trust import redact_tree
 from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.gone import without_gone
 from cera_train.settings.run import Config
 
 RESTORE = "Restore it, or leave its folder out."
@@ -133,12 +134,21 @@ LENGTH = ("train.epochs", "train.max_updates")
 """Settings that make a run longer and change nothing else about it."""
 
 
-def load_config(path: Path, schema: type = Config) -> Any:
+def load_config(path: Path, schema: type = Config, section: str | None = None) -> Any:
     """The config in a file of a run's folder. It was resolved when it was written, so a `${` in it
-    is text: ${oc.env:HF_TOKEN} in a prompt is not looked up."""
-    tree = map_values(lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text), read_yaml(path), str)
+    is text: ${oc.env:HF_TOKEN} in a prompt is not looked up.
+
+    Args:
+        section: reads this one alone, whatever became of other settings.
+    """
+    tree = read_yaml(path)
+    if section is not None:
+        tree = {section: tree.get(section)}
+    tree = without_gone(tree, str(path))
+    tree = map_values(lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text), tree, str)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
+        config = OmegaConf.merge(OmegaConf.structured(schema), tree)
+        return OmegaConf.to_object(config if section is None else config[section])
     except OmegaConfBaseException as error:
         writer = writer_of(path)
         raise UserError(

@@ -203,7 +203,7 @@ def has_other_base(run: Path, base: ModelConfig, digests: BaseDigests) -> bool:
     if not record.is_file():
         return False
     recorded = Environment.read(record)
-    theirs = load_config(run / "config.yaml").model
+    theirs = load_config(run / "config.yaml", section="model")
     if theirs.dtype != base.dtype and Dtype.float16 in (theirs.dtype, base.dtype):
         return False  # float16 rounds first, and the fingerprint's bfloat16 then rounds otherwise
     if recorded.base_fingerprint not in (None, digests.norms):

@@ -21,45 +21,17 @@ Layout = StrEnum(
         "messages",
         "logistic_map",
         "dates",
-        "reasoning_gym",
     ],
 )
 Turns = StrEnum("Turns", ["first", "last", "all"])
 Writing = StrEnum("Writing", ["auto", "template", "plain"])
 LossOn = StrEnum("LossOn", ["completion", "all"])
 
-COMPUTED = (Layout.logistic_map, Layout.dates, Layout.reasoning_gym)
+COMPUTED = (Layout.logistic_map, Layout.dates)
 """Layouts whose rows are computed. A row holds `prompt` and `completion`."""
 
 COLUMN_TEMPLATES = ("{prompt}", "{completion}")
 """Templates for rows with these two columns, such as computed rows."""
-
-GENERATORS = (
-    "simple_equations",
-    "complex_arithmetic",
-    "chain_sum",
-    "basic_arithmetic",
-    "products",
-    "decimal_chain_sum",
-    "fraction_simplification",
-    "leg_counting",
-    "gcd",
-    "lcm",
-    "prime_factorization",
-    "count_bits",
-    "base_conversion",
-    "spell_backward",
-    "letter_counting",
-    "word_sorting",
-    "caesar_cipher",
-    "binary_alternation",
-    "syllogism",
-    "knights_knaves",
-    "aiw",
-)
-"""Generators of reasoning-gym whose rows follow from the seed and whose graders read an answer as
-text. Others are left out: some graders run an answer as Python, and isomorphic_strings differs
-between processes."""
 
 
 def as_list(value: Any) -> list[Any]:
@@ -78,13 +50,6 @@ def check_growths(key: str, growths: Any) -> None:
             is_allowed,
             f"{key}={growths} must be numbers above 0 and up to 4, of at most six digits.",
         )
-
-
-def check_generators(key: str, generators: Any) -> None:
-    """Raises UserError for a name that is not in `GENERATORS`."""
-    is_known = bool(generators) and all(name in GENERATORS for name in as_list(generators))
-    fix = f"expected generators that are tested here. Choose from {', '.join(GENERATORS)}."
-    require(is_known, f"{key}={generators}: {fix}")
 
 
 def template_settings(key: str, value: Any) -> dict[str, Any]:
@@ -113,28 +78,6 @@ class LogisticMapConfig:
         check_growths("data.logistic_map.growth", self.growth)
         require(
             self.decimals <= 4, f"data.logistic_map.decimals={self.decimals} must be at most 4."
-        )
-
-
-@dataclass
-class ReasoningGymConfig:
-    """Rows of generators of reasoning-gym, for `data.layout=reasoning_gym`."""
-
-    generator: Any = setting("chain_sum", "result")
-    """A generator's name, or a list of names: the generators take turns."""
-    level: int | None = setting(None, "result")
-    """Difficulty, by the generator's curriculum, from 0. null: the generator's defaults."""
-    seed: int = setting(0, "result")
-    """Draws the questions. The split of a question follows from its text."""
-
-    def __post_init__(self) -> None:
-        check_generators("data.reasoning_gym.generator", self.generator)
-        require(
-            self.level is None or self.level >= 0,
-            f"data.reasoning_gym.level={self.level} must not be negative.",
-        )
-        require(
-            0 <= self.seed < 1000, f"data.reasoning_gym.seed={self.seed} must be between 0 and 999."
         )
 
 
@@ -188,8 +131,8 @@ class DataConfig:
     instruction: Alpaca's instruction, input and output; conversations: ShareGPT's from/value;
     messages: OpenAI's role/content; auto: text if data.prompt or data.completion are other
     templates than {prompt} and {completion}, else one of these by the columns of the first rows of
-    train_files; for a data set on the Hub text, and messages for preferences. logistic_map, dates
-    and reasoning_gym compute their rows."""
+    train_files; for a data set on the Hub text, and messages for preferences. logistic_map and
+    dates compute their rows."""
     path: str | None = setting(None, "result")
     """A data set's id on the Hub. Not needed with train_files."""
     subset: str | None = setting(None, "result")
@@ -240,7 +183,6 @@ class DataConfig:
     allow_overlap: bool = setting(False, "result")
     """Accept held-out rows whose prompt is also a training row's."""
     logistic_map: LogisticMapConfig = section(LogisticMapConfig)
-    reasoning_gym: ReasoningGymConfig = section(ReasoningGymConfig)
     facts: DataFacts | None = section(None)
     """For cera-plan only."""
 
@@ -320,9 +262,6 @@ class DataConfig:
             self.eval_rows is not None,
             f"data.layout={self.layout} needs data.eval_rows, such as 20.",
         )
-        is_endless = self.layout == Layout.reasoning_gym
-        fix = f"data.layout={self.layout} needs data.train_rows, such as 1000."
-        require(not is_endless or self.train_rows is not None, fix)
 
     def _check_mix(self) -> None:
         example = "[{train_files:[a.jsonl],weight:1}]"
@@ -394,8 +333,6 @@ class DataConfig:
         """Where the rows come from, for display."""
         if self.mix is not None:
             return " + ".join(part.title for _, part in self.parts())
-        if self.layout == Layout.reasoning_gym:
-            return f"reasoning_gym ({', '.join(as_list(self.reasoning_gym.generator))})"
         return (
             ", ".join(Path(name).name for name in self.train_files) or self.path or str(self.layout)
         )

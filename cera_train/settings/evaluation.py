@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from cera_train.common.settings import (
     MISSING,
@@ -24,7 +23,7 @@ Grader = StrEnum("Grader", ["text", "number", "math", "choice"])
 class TaskConfig:
     kind: str = setting(MISSING, "answers")
     """The file of cera_train/evaluation/tasks/ that defines the task. math, gsm8k, logistic_map,
-    reasoning_gym, jsonl, held_out: problems to answer; perplexity: rows as in training, or windows
+    jsonl, held_out: problems to answer; perplexity: rows as in training, or windows
     of running text."""
     name: str = setting(MISSING, "answers")
     """Results go to RUN/eval/name."""
@@ -40,13 +39,9 @@ class TaskConfig:
     prompt: str | None = setting(None, "answers")
     """Template with {column} for a row's columns."""
     level: int | None = setting(None, "answers")
-    """Takes only the problems of this level, for math; the generator's level, for reasoning_gym.
-    null: all; the level that the run was trained on."""
+    """Takes only the problems of this level, for math. null: all."""
     growths: list[float] = setting(list, "answers")
     """Values of r in x' = r x (1 - x), for logistic_map."""
-    generator: Any = setting(None, "answers")
-    """A generator of reasoning-gym, or a list of them, for reasoning_gym. null: those that the run
-    was trained on."""
     question: str | None = setting(None, "answers")
     """The column with the question, for jsonl."""
     answer: str | None = setting(None, "answers")

@@ -120,7 +120,6 @@ class Config:
             "data.streaming": ("a data set on the Hub", from_hub),
             "data.mix_seed": ("data.mix", self.data.mix is not None),
             "data.logistic_map": ("data.layout=logistic_map", Layout.logistic_map in layouts),
-            "data.reasoning_gym": ("data.layout=reasoning_gym", Layout.reasoning_gym in layouts),
             "hub.private": ("hub.push", self.hub.push is not None),
         }
         return {key: reader for key, (reader, is_there) in readers.items() if not is_there}

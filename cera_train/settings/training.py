@@ -128,9 +128,8 @@ class GrpoConfig:
     """Answers sampled for each prompt: a group."""
     max_new_tokens: int = setting(256, "result")
     grader: Grader | None = setting(Grader.text, "result")
-    """How an answer is compared with the row's, as in task=jsonl: text, number, math or choice;
-    with text, the generator grades rows of reasoning-gym. A right answer earns 1. null: only
-    `rewards` count."""
+    """How an answer is compared with the row's, as in task=jsonl: text, number, math or choice. A
+    right answer earns 1. null: only `rewards` count."""
     rewards: list[str] = setting(list, "result")
     """Functions by import path, such as my_rewards.brevity: f(prompt, answer, gold) -> number,
     added to the grade."""

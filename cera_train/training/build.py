@@ -220,7 +220,7 @@ def load_start(
         )
     run = run_of(folder)
     if run is not None and has_other_base(run, base, base_digests):
-        theirs = load_config(run / "config.yaml").model.path
+        theirs = load_config(run / "config.yaml", section="model").path
         raise UserError(
             f"{place} was trained on other base weights than these: set model.path to its base "
             f"({theirs}), or start from another adapter."

@@ -58,9 +58,9 @@ def auto_rate(
     Tinker fitted 5e-4, and p = 0.0775 for Qwen and 0.781 for Llama and others, to sweeps with alpha
     = 32 (https://tinker-docs.thinkingmachines.ai/supervised-learning/sl-hyperparams). Short runs
     need more: 1.5 times by https://thinkingmachines.ai/blog/lora, twice in the runs of 16 to 80
-    updates of conf/study/auto_rate.yaml and fair_scale.yaml, where 1.5 costs less than 1 % of the
-    loss. The factors: 2 for CeRA and its control, whose branches start at half of LoRA's scale, as
-    auto_rate.yaml found; not measured: 1/10 for full fine-tuning, as Tinker has it, and for dense,
+    updates of the studies auto_rate and fair_scale, where 1.5 costs less than 1 % of the loss. The
+    factors: 2 for CeRA and its control, whose branches start at half of LoRA's scale, as auto_rate
+    found; not measured: 1/10 for full fine-tuning, as Tinker has it, and for dense,
     1 for LoRA's kin, and 1/10 for DPO and GRPO, which start from a model that answers.
     """
     config = load_architecture(model).get_text_config()

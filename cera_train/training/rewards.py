@@ -4,21 +4,17 @@ import itertools
 import math
 import operator
 import pkgutil
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
 from cera_train.common.user_code import user_code
-from cera_train.data.computed import Draw, Split, draws
 from cera_train.data.messages import TURNS
-from cera_train.data.prepare import ids_of
-from cera_train.data.rows import computed_row, kind_of
-from cera_train.data.segments import segmenter, segmenters
+from cera_train.data.rows import kind_of
+from cera_train.data.segments import segmenter
 from cera_train.data.sources import open_sources
-from cera_train.evaluation.tasks import reasoning_gym
 from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, find_gold
-from cera_train.settings.data import DataConfig, Layout
+from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import Grader
 
 # Arguments: a prompt, an answer to it, and the row's answer.
@@ -49,25 +45,8 @@ def import_reward(path: str) -> Reward:
 # --- grades ---------------------------------------------------------------------------------------
 
 
-def generated_questions(data: DataConfig, tokenizer: Any) -> dict[str, Draw]:
-    """The training questions of reasoning-gym by their prompts, as rewards get them."""
-    questions = {}
-    for _, part in data.parts():
-        if part.layout != Layout.reasoning_gym:
-            continue
-        to_sequences, *_ = segmenters(part, tokenizer, asks=True)
-        for draw in draws(part.reasoning_gym, Split.train, part.train_rows, "data.train_rows"):
-            [[prompt, _]] = to_sequences(computed_row(draw.question, draw.answer))
-            ids = ids_of(prompt.text, tokenizer)
-            questions[tokenizer.decode(ids, skip_special_tokens=True).strip()] = draw
-    return questions
-
-
-def grade(prompt: str, answer: str, right: str, grader: Grader, drawn: Mapping[str, Draw]) -> float:
-    """1 for a right answer: by the generator that drew the question, else by one of the graders of
-    task=jsonl."""
-    if grader == Grader.text and prompt.strip() in drawn:
-        return float(reasoning_gym.score_text(answer, drawn[prompt.strip()]).is_right)
+def grade(_: str, answer: str, right: str, grader: Grader) -> float:
+    """1 for a right answer, by one of the graders of task=jsonl."""
     expected = right_answer(right, grader)
     extracted = EXTRACT[grader](answer)
     is_exact = IS_EXACT.get(grader, operator.eq)

@@ -58,6 +58,10 @@ MISTAKES = [
         "write +recipe=math_r64",
     ),
     ("cera-train +adapter.r=3", "already at 'adapter.r'", "remove + prefix"),
+    # what an earlier release had
+    ("cera-train data=reasoning_gym", "cera-train 0.2.0 was the last", "for data.train_files"),
+    ("cera-train data.reasoning_gym.level=1", "cera-train 0.2.0 was the last", "write its quest"),
+    ("cera-train data.layout=reasoning_gym", "cera-train 0.2.0 was the last", "write its quest"),
     (
         "cera-eval run=x task.limit=4",
         "task.limit=4: the section task is null",
@@ -151,9 +155,9 @@ MISTAKES = [
         "such as http://localhost:8000",
     ),
     (
-        "cera-eval run=x data=gsm8k task=reasoning_gym",
+        "cera-eval run=x data=gsm8k task=gsm8k",
         "data=... belongs to task=perplexity",
-        "task=reasoning_gym --help",
+        "task=gsm8k --help",
     ),
     (
         "cera-eval run=x task=perplexity server=http://a",

@@ -2,6 +2,7 @@
 export, the sweep and the study of a tiny model that `make corpus` made with that release."""
 
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -102,3 +103,22 @@ def test_a_config_of_other_settings_is_refused_by_its_version(release, run_comma
     assert run_command("cera-eval", "run=outputs/cera", "task=perplexity") == 2
     error = capfd.readouterr().err
     assert f"outputs/cera/config.yaml, which cera-train {release} wrote" in error
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [("layout: text", "layout: reasoning_gym"), ("generator: chain_sum", "generator: gcd")],
+)
+def test_a_run_that_used_what_is_gone_is_refused_and_its_adapter_still_starts_another(
+    release, run_command, capfd, before, now
+):
+    run = Path("outputs/cera")
+    config = run / "config.yaml"
+    recorded = config.read_text()
+    assert before in recorded
+    config.write_text(recorded.replace(before, now))
+    command = command_of(run)
+    assert run_command(*command) == 2
+    error = capfd.readouterr().err
+    assert re.search(rf"{config}: data\S+: cera-train {release} was the last that had it: ", error)
+    assert run_command(*command, f"adapter.start_from={run}", "name=again") == 0

@@ -1,30 +1,19 @@
-"""Computed rows: the logistic map against the paper's numbers, dates, and reasoning-gym in three
-splits."""
+"""Computed rows: the logistic map against the paper's numbers, and dates."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from datetime import date
 
 import pytest
 
 from cera_train.common.errors import UserError
 from cera_train.data.computed import (
-    DRAWS,
     WAYS,
-    Split,
     date_row,
     date_rows,
-    draws,
     logistic_map_row,
     logistic_map_rows,
-    reasoning_gym_rows,
-    split_of,
 )
-from cera_train.data.sources import check_data, open_sources
-from cera_train.settings.data import GENERATORS, DataConfig, LogisticMapConfig, ReasoningGymConfig
+from cera_train.settings.data import LogisticMapConfig
 
 
 def starts_of(rows: list[dict[str, str]]) -> list[str]:
@@ -113,108 +102,10 @@ def test_every_day_of_the_century_is_one_answer_and_held_out_rows_stay_the_same(
     assert train[:9] != sorted(train[:9], key=lambda row: row["completion"])
 
 
-GYM = {"layout": "reasoning_gym", "train_rows": 6, "eval_rows": 3}
-
-ELSEWHERE = """
-import json, sys
-names, sys.argv[0] = sys.argv[1:], "cera-train"
-from cera_train.settings.data import ReasoningGymConfig
-from cera_train.data.computed import reasoning_gym_rows as rows
-print(json.dumps([rows(ReasoningGymConfig(generator=name, level=0), 3, 1) for name in names]))
-"""
-
-
-@pytest.fixture(autouse=True)
-def needs_package(request) -> None:
-    if "gym" in request.node.name:
-        pytest.importorskip("reasoning_gym")
-
-
-def questions(split: Split, count: int, **settings) -> list[str]:
-    return [draw.question for draw in draws(ReasoningGymConfig(**settings), split, count, "count")]
-
-
-def test_a_gym_question_is_in_one_split_and_is_held_out_only_once():
-    train, held_out, test = (
-        questions(split, count, generator="chain_sum", level=0)
-        for split, count in ((Split.train, 600), (Split.held_out, 15), (Split.test, 15))
-    )
-    assert len(set(train)) < 200  # there are only 200 sums of two digits: training repeats them
-    assert len(set(held_out)) == len(set(test)) == 15
-    assert not {*train} & {*held_out} | {*train} & {*test} | {*held_out} & {*test}
-    assert {split_of(question.upper() + " ") for question in test} == {Split.test}
-
-
-def test_gym_seeds_and_splits_share_no_draw():
-    seeds = {
-        draws(ReasoningGymConfig(seed=seed), split, 1, "count")[0].seed
-        for seed in (0, 1, 999)
-        for split in Split
-    }
-    assert len(seeds) == 9
-    assert all(abs(one - other) >= DRAWS for one in seeds for other in seeds - {one})
-    assert max(seeds) + DRAWS < 2**32  # what numpy takes
-
-
-def test_gym_generators_take_turns_and_a_level_sets_the_difficulty():
-    taken = draws(
-        ReasoningGymConfig(generator=["gcd", "lcm", "chain_sum"]), Split.train, 4, "count"
-    )
-    assert [draw.generator for draw in taken] == ["gcd", "lcm", "chain_sum", "gcd"]
-    terms = [
-        max(map(len, map(str.split, questions(Split.train, 60, level=level)))) for level in (0, 3)
-    ]
-    assert terms[0] < terms[1]
-
-
-def test_gym_rows_are_the_same_in_every_process():
-    command = [sys.executable, "-c", ELSEWHERE, *GENERATORS]
-    environment = os.environ | {"PYTHONHASHSEED": "1"}
-    printed = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=environment
-    ).stdout
-    here = [
-        reasoning_gym_rows(ReasoningGymConfig(generator=name, level=0), 3, 1) for name in GENERATORS
-    ]
-    assert json.loads(printed) == [list(both) for both in here]
-
-
 GROWTHS = "growth=.* must be numbers above 0 and up to 4, of at most six digits"
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "message"),
-    [
-        *(
-            (LogisticMapConfig, {"growth": growth}, GROWTHS)
-            for growth in (4.1, [], True, 3.5699456)
-        ),
-        (
-            ReasoningGymConfig,
-            {"generator": "chain_sums"},
-            "generator=chain_sums: expected generators that are tested",
-        ),
-        (ReasoningGymConfig, {"generator": []}, r"generator=\[\]: expected"),
-        (ReasoningGymConfig, {"level": -1}, "level=-1 must not be negative"),
-        (ReasoningGymConfig, {"seed": 1000}, "seed=1000 must be between 0 and 999"),
-    ],
-)
-def test_a_refused_setting_is_named(kind, settings, message):
-    with pytest.raises(UserError, match=message):
-        kind(**settings)
-
-
-def test_more_gym_rows_than_exist_are_refused():
-    with pytest.raises(UserError, match=r"level=11 of chain_sum: it has levels 0 to 10"):
-        check_data(DataConfig(**GYM, reasoning_gym=ReasoningGymConfig(level=11)))
-    with pytest.raises(
-        UserError,
-        match=r"data.eval_rows=400: chain_sum at level 0 has only \d+ different held-out qu",
-    ):
-        open_sources(
-            DataConfig(**GYM | {"eval_rows": 400}, reasoning_gym=ReasoningGymConfig(level=0))
-        )
-    with pytest.raises(
-        UserError, match="data.layout=reasoning_gym needs data.train_rows, such as 1000"
-    ):
-        DataConfig(**GYM | {"train_rows": None})
+@pytest.mark.parametrize("growth", [4.1, [], True, 3.5699456])
+def test_a_growth_that_leaves_the_map_or_its_prompt_is_refused(growth):
+    with pytest.raises(UserError, match=GROWTHS):
+        LogisticMapConfig(growth=growth)

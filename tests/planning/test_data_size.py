@@ -109,15 +109,6 @@ def test_computed_rows_are_counted(size):
     ) == (640, 36_474)
 
 
-def test_generated_rows_are_as_many_as_the_settings_say(size):
-    pytest.importorskip("reasoning_gym")
-    rows = ["data=reasoning_gym", "data.reasoning_gym.generator=[chain_sum,gcd]"]
-    counted = size(*rows, "data.train_rows=700", "data.eval_rows=30")
-    assert (counted.train_rows, counted.eval_rows) == (700, 30)
-    assert 25 < counted.tokens_per_row < 50
-    assert 0 < counted.supervised < 0.2
-
-
 def test_rows_and_tokens_are_bounded_by_the_settings(size):
     bounded = size("data=gsm8k", "data.train_rows=10", "data.max_length=16", "data.loss_on=all")
     assert (bounded.train_rows, bounded.tokens_per_row, bounded.supervised) == (10, 16, 1.0)

@@ -17,7 +17,7 @@ from cera_train.sweep.folder import job_name
 from cera_train.sweep.grid import grid
 
 SWEEPS = sorted(config_dir("conf").glob("sweep/*.yaml"))
-MEASURED = {"quickstart", "logistic_map", "grpo_reasoning_gym", "sft"}
+MEASURED = {"quickstart", "logistic_map", "grpo_dates", "sft"}
 """Recipes whose cost was measured, or that cera-plan does not know."""
 
 

@@ -9,15 +9,12 @@ from typing import Any
 
 from pydantic import Field
 
+from cera_train.data.chats import may_use_template, uses_template
 from cera_train.data.computed import logistic_map_row, starting_points
-from cera_train.evaluation.tasks.task import (
-    ComputedTask,
-    Metric,
-    Task,
-    mean,
-    question_id,
-)
-from cera_train.runs.evaluation_folder import COLLAPSED, Generation, Grade, Problem
+from cera_train.data.rows import Row
+from cera_train.data.segments import segmenters
+from cera_train.evaluation.tasks.task import AnswerTask, Metric, Task, mean, question_id
+from cera_train.runs.evaluation_folder import CHAT, COLLAPSED, Generation, Grade, Problem
 from cera_train.runs.records import Record
 from cera_train.settings.data import DataConfig, Layout, TrainedRows, as_list, check_growths
 from cera_train.settings.evaluation import TaskConfig
@@ -33,15 +30,23 @@ class StepGrades(Record, extra="allow"):
     matches: list[bool] = Field(min_length=1)  # by step
 
 
-class LogisticMap(ComputedTask):
+class LogisticMap(AnswerTask):
     def configured(self, config: TaskConfig) -> Task:
         check_growths("task.growths", config.growths)
         return super().configured(config)
 
+    def part(self, trained: TrainedRows) -> DataConfig | None:
+        """The first data set of such rows that the run was trained on."""
+        return next((part for part in trained.parts if part.layout == Layout.logistic_map), None)
+
+    def needs_tokenizer(self, trained: TrainedRows) -> bool:
+        part = self.part(trained)
+        return part is not None and may_use_template(part)
+
     def problems(self, trained: TrainedRows, tokenizer: Any = None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out."""
         part = self.part(trained)
-        rows = part or DataConfig(layout=self.layout, eval_rows=EVAL_ROWS)
+        rows = part or DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)
         settings = rows.logistic_map
         _, starts = starting_points(settings, rows.eval_rows)
         pairs = itertools.product(starts, self.config.growths)
@@ -53,6 +58,16 @@ class LogisticMap(ComputedTask):
             details |= self.prompt(row, trained, tokenizer)
             gold = row["completion"].strip()
             yield Problem(id=question_id(question), question=question, gold=gold, **details)
+
+    def prompt(self, row: Row, trained: TrainedRows, tokenizer: Any) -> dict[str, Any]:
+        """What a problem holds of the prompt of a row, which the chat template writes where it
+        wrote the rows of the run."""
+        part = self.part(trained)
+        if part is None or not uses_template(part, tokenizer):
+            return {"prompt": row["prompt"]}
+        to_sequences, *_ = segmenters(part, tokenizer, trained.asks)
+        [[prompt, _]] = to_sequences(row)
+        return {"prompt": prompt.text, CHAT: True}
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         decimals = problem.details["decimals"]
@@ -95,7 +110,6 @@ class LogisticMap(ComputedTask):
 
 
 TASK = LogisticMap(
-    layout=Layout.logistic_map,
     settings=("growths",),
     shown=(
         Metric("step_accuracy/mean", "steps right", in_picture=True),

@@ -25,12 +25,11 @@ import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.common.settings import flatten, require
-from cera_train.data.chats import may_use_template, uses_template
 from cera_train.data.rows import Row, Source, from_files, normalized, text_of
-from cera_train.data.segments import columns_of, segmenters
+from cera_train.data.segments import columns_of
 from cera_train.data.sources import from_hub, open_sources
-from cera_train.runs.evaluation_folder import CHAT, Generation, Grade, Problem
-from cera_train.settings.data import UNKNOWN, DataConfig, Layout, TrainedRows
+from cera_train.runs.evaluation_folder import Generation, Grade, Problem
+from cera_train.settings.data import UNKNOWN, DataConfig, TrainedRows
 from cera_train.settings.evaluation import TaskConfig
 
 
@@ -181,31 +180,6 @@ class QuestionTask(AnswerTask):
         return Grade(generation.problem, generation.sample, answer, exact, failure=failure)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ComputedTask(AnswerTask):
-    """A benchmark whose questions are computed, as rows to train on can be."""
-
-    layout: Layout
-
-    def part(self, trained: TrainedRows) -> DataConfig | None:
-        """The first data set of this layout that the run was trained on."""
-        return next((part for part in trained.parts if part.layout == self.layout), None)
-
-    def needs_tokenizer(self, trained: TrainedRows) -> bool:
-        part = self.part(trained)
-        return part is not None and may_use_template(part)
-
-    def prompt(self, row: Row, trained: TrainedRows, tokenizer: Any) -> dict[str, Any]:
-        """What a problem holds of the prompt of a computed row, which the chat template writes
-        where it wrote the rows of the run."""
-        part = self.part(trained)
-        if part is None or not uses_template(part, tokenizer):
-            return {"prompt": row["prompt"]}
-        to_sequences, *_ = segmenters(part, tokenizer, trained.asks)
-        [[prompt, _]] = to_sequences(row)
-        return {"prompt": prompt.text, CHAT: True}
-
-
 # --- what benchmarks share ------------------------------------------------------------------------
 
 
@@ -246,7 +220,6 @@ OPTIONAL = (
     "prompt",
     "level",
     "growths",
-    "generator",
     "question",
     "answer",
     "grader",

@@ -36,7 +36,7 @@ from cera_train.settings.training import GrpoConfig
 from cera_train.training.build import Data, Model
 from cera_train.training.objectives.objective import Drawn
 from cera_train.training.objectives.policy import MOST_ROUNDING, PolicyCheck
-from cera_train.training.rewards import Reward, generated_questions, grade, import_reward
+from cera_train.training.rewards import Reward, grade, import_reward
 
 MOST_WEIGHT = 2.0
 """Upper bound of a sampled token's importance weight, p here / p on the server: truncated, as in
@@ -147,8 +147,7 @@ class Grpo:
         self.progress = progress
         self.rewards: list[Reward] = [import_reward(path) for path in self.config.rewards]
         if self.config.grader is not None:
-            questions = generated_questions(config.data, data.tokenizer)
-            self.rewards.append(partial(grade, grader=self.config.grader, drawn=questions))
+            self.rewards.append(partial(grade, grader=self.config.grader))
         require(
             not self.config.beta or keeps_base(model.adapted),
             f"grpo.beta={self.config.beta:g} needs the base as the reference, and adapter.kind="

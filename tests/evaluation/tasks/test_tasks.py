@@ -104,15 +104,6 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
         ),
         ({"kind": "held_out", "files": ["x"]}, "has no meaning for a task of kind held_out"),
         (
-            {"kind": "reasoning_gym", "limit": 9, "generator": "chain_sums"},
-            "generator=chain_sums: expected generators",
-        ),
-        ({"kind": "reasoning_gym"}, "task.limit=null: a generator has no last problem"),
-        (
-            {"kind": "reasoning_gym", "limit": 9, "files": ["x"]},
-            "has no meaning for a task of kind reasoning_gym",
-        ),
-        (
             {"kind": "jsonl", "stop": ["\n", ""]},
             r"task.stop=\['\\n', ''\] has an empty text, which ends every answer",
         ),
@@ -258,12 +249,9 @@ def test_held_out_asks_chats_by_their_template_with_one_start_token(write_jsonl,
     assert tokenizer.decode(request.prompt_ids) == prompt
 
 
-@pytest.mark.parametrize("layout", ["logistic_map", "reasoning_gym"])
-def test_computed_rows_of_a_chat_template_are_asked_as_they_are_trained(layout, tokenizer):
-    if layout == "reasoning_gym":
-        pytest.importorskip("reasoning_gym")
-    data = DataConfig(layout=layout, chat="template", train_rows=2, eval_rows=2)
-    task = training_task(layout, {"limit": 1})
+def test_computed_rows_of_a_chat_template_are_asked_as_they_are_trained(tokenizer):
+    data = DataConfig(layout="logistic_map", chat="template", train_rows=2, eval_rows=2)
+    task = training_task("logistic_map", {"limit": 1})
     assert task.needs_tokenizer(TrainedRows(data))
     [asked] = load_problems(task, TrainedRows(data), tokenizer)
     [plain] = load_problems(task, TrainedRows(replace(data, chat="auto")), tokenizer)
@@ -342,8 +330,4 @@ def test_computed_rows_hold_none_of_their_problems():
         layout="logistic_map", eval_rows=20, logistic_map=LogisticMapConfig(growth=[3.5, 3.8])
     )
     problems = load_problems(training_task("logistic_map", {}), TrainedRows(data))
-    assert trained_on(problems, data) == []
-    pytest.importorskip("reasoning_gym")
-    data = DataConfig(layout="reasoning_gym", train_rows=500, eval_rows=5)
-    problems = load_problems(training_task("reasoning_gym", {"limit": 20}), TrainedRows(data))
     assert trained_on(problems, data) == []

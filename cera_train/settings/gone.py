@@ -1,0 +1,63 @@
+"""Settings and choices that earlier releases had: recorded configs still hold them, and commands
+may still name them."""
+
+from typing import Any, NamedTuple
+
+from cera_train.common.errors import UserError
+from cera_train.common.settings import word_of
+
+
+class Gone(NamedTuple):
+    instead: str
+    unused: Any = None
+    """What a recorded config holds where nobody chose it: such a config still loads."""
+    last: str = "0.2.0"
+    """The last release that had it."""
+
+
+GYM = "write its questions to a file for data.train_files"
+
+GONE = {
+    "data.layout=reasoning_gym": Gone(GYM),
+    "data.mix.layout=reasoning_gym": Gone(GYM),
+    "data.reasoning_gym": Gone(GYM, {"generator": "chain_sum", "level": None, "seed": 0}),
+    "data=reasoning_gym": Gone(GYM),
+    "task.kind=reasoning_gym": Gone("write its questions to a file for task=jsonl"),
+    "task.generator": Gone("write its questions to a file for task=jsonl"),
+    "task=reasoning_gym": Gone("write its questions to a file for task=jsonl"),
+    "recipe=grpo_reasoning_gym": Gone("choose grpo_dates"),
+}
+"""By setting, SECTION.KEY, or by choice, SECTION.KEY=VALUE or GROUP=NAME. A setting in a list, as
+in each part of data.mix, has the key of the list."""
+
+
+def describe_gone(name: str) -> str | None:
+    """What to do instead of a setting or a choice that is gone; None for any other."""
+    for known, gone in GONE.items():
+        if name == known or name.startswith(f"{known}."):
+            return f"{name}: cera-train {gone.last} was the last that had it: {gone.instead}."
+    return None
+
+
+def without_gone(tree: Any, place: str, key: str = "") -> Any:
+    """A recorded config without settings that are gone.
+
+    Args:
+        key: of the tree, in the whole config.
+
+    Raises:
+        UserError: the config used one, or made a choice that is gone.
+    """
+    if isinstance(tree, dict):
+        kept = {}
+        for name, value in tree.items():
+            inner = f"{key}.{name}" if key else str(name)
+            if inner not in GONE or value != GONE[inner].unused:
+                kept[name] = without_gone(value, place, inner)
+        return kept
+    if isinstance(tree, list):
+        return [without_gone(each, place, key) for each in tree]
+    for name in (key, f"{key}={word_of(tree)}"):
+        if message := describe_gone(name):
+            raise UserError(f"{place}: {message}")
+    return tree
