@@ -5,14 +5,12 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from cera_train.adapters.saved import keeps_base
 from cera_train.adapters.spectrum import spectrum_metrics
-from cera_train.common.errors import errors_at
 from cera_train.common.settings import require
 from cera_train.common.terminal import (
     ProgressBar,
@@ -33,14 +31,13 @@ from cera_train.evaluation.engine import agree_on_batches, choose_dtype, load_su
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.grading import grade_all
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.evaluation.llama_cpp import LlamaCpp
 from cera_train.evaluation.requests import Engine, requests_for
 from cera_train.evaluation.resolve import ResolvedEvaluation
 from cera_train.evaluation.server import Server
 from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
 from cera_train.evaluation.tasks.task import AnswerTask, describe_trained_on, mean
 from cera_train.model.batches import MicroBatches
-from cera_train.model.folder import load_architecture, load_tokenizer, model_ends
+from cera_train.model.folder import load_architecture, load_tokenizer
 from cera_train.model.language_model import LanguageModel, perplexity
 from cera_train.model.layout import choose_layout
 from cera_train.runs.card import write_card
@@ -56,7 +53,7 @@ from cera_train.runs.evaluation_folder import (
     find_evaluation_result,
 )
 from cera_train.runs.results import Environment, RunResult, describe_rank
-from cera_train.runs.subject import Subject, digest_of, digest_of_file
+from cera_train.runs.subject import Subject, digest_of
 from cera_train.settings.data import TrainedRows
 from cera_train.settings.distributed import DistributedConfig
 from cera_train.settings.evaluation import EvalConfig
@@ -79,7 +76,7 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
     subject = evaluation.subject
     name = config.folder_name
     if config.name is None:
-        name += "-gguf" if config.gguf else subject.part
+        name += subject.part
     path = subject.folder / "eval" / name
     if config.server is None:  # else the server chooses
         subject = choose_dtype(subject, path / "config.yaml")
@@ -90,23 +87,17 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
     is_main = accelerator.is_main_process
     engine = None
     computes = str(subject.model.dtype)
-    digest = digest_of(subject.adapter) if subject.adapter else None
     with EvaluationFolder.open(path, is_main, accelerator.process_index) as folder:
         if config.server is not None:
             engine = Server(
                 config.server, subject.model, load_tokenizer(subject.model), subject.adapter
             )
             computes = f"{engine.version} at {engine.url}"
-        elif config.gguf is not None:
-            with errors_at(f"gguf={config.gguf}"):
-                engine = start_llama_cpp(evaluation)
-            computes = engine.version
-            digest = digest_of_file(Path(config.gguf))
         config = replace(
             config,
             name=name,
             model=subject.model,
-            adapter_digest=digest,
+            adapter_digest=digest_of(subject.adapter) if subject.adapter else None,
             engine=engine and engine.version,
         )
         if is_main:
@@ -131,16 +122,6 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
             print()
             print_fields(lines | {"folder": str(path)})
         return result.to_json()
-
-
-def start_llama_cpp(evaluation: ResolvedEvaluation) -> LlamaCpp:
-    """The GGUF of an evaluation in llama.cpp, with room for its answers."""
-    room = evaluation.config.task.max_new_tokens
-    model = evaluation.subject.model
-    tokenizer = load_tokenizer(model)
-    requests = requests_for(evaluation.problems, 1, tokenizer, room, None)
-    longest = max(len(request.prompt_ids) for request in requests)
-    return LlamaCpp(Path(evaluation.config.gguf), tokenizer, longest + room, model_ends(model))
 
 
 def takes_rows_of_run(config: EvalConfig) -> bool:
@@ -173,7 +154,7 @@ def answer_and_grade(
     evaluation: ResolvedEvaluation,
     folder: EvaluationFolder,
     accelerator: Accelerator,
-    engine: Server | LlamaCpp | None,
+    engine: Server | None,
 ) -> AccuracyResult:
     """Generates the missing answers, then grades those that are not graded yet; the main process
     alone has the result.

@@ -225,11 +225,7 @@ def is_export(folder: Path) -> bool:
 
 def digest_of(adapter: Path) -> str:
     """Digest of an adapter's weights: the files in a folder can change."""
-    return digest_of_file(weights_file(adapter))
-
-
-def digest_of_file(path: Path) -> str:
-    with path.open("rb") as file:
+    with weights_file(adapter).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 

@@ -34,11 +34,11 @@ from cera_train.data.prepare import TokenizedRows, prepare_data, stop_ids
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.generate import LoadedModel
-from cera_train.evaluation.llama_cpp import CONVERTER, GGUF, check_packages
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
 from cera_train.runs.card import card_data, snippet
 from cera_train.runs.subject import EXPORT, Subject
+from cera_train.serving.llama_cpp import CONVERTER, GGUF, check_packages
 from cera_train.serving.modules import has_gates
 from cera_train.serving.verify import Certificate, verify
 from cera_train.settings.data import DataConfig

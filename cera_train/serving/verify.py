@@ -30,7 +30,6 @@ from cera_train.common.user_code import user_code
 from cera_train.data.prepare import TokenizedRows, ids_of, prepare_evaluation, stop_ids
 from cera_train.evaluation.engine import load_subject
 from cera_train.evaluation.generate import LoadedModel
-from cera_train.evaluation.llama_cpp import GGUF, LlamaCpp
 from cera_train.evaluation.requests import Engine, Request
 from cera_train.evaluation.server import Server
 from cera_train.evaluation.statistics import accuracy_interval, bootstrap_interval
@@ -45,6 +44,7 @@ from cera_train.model.weights import (
 )
 from cera_train.runs.records import Record
 from cera_train.runs.subject import Subject
+from cera_train.serving.llama_cpp import GGUF, LlamaCpp
 from cera_train.serving.modules import ROUNDING, first_difference, has_gates
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import GenerationConfig

@@ -149,13 +149,10 @@ class EvalConfig(AnsweringConfig):
     data: DataConfig | None = section(None)
     """The data set whose held-out rows task=perplexity predicts. null: the run's."""
     launch: ProcessesConfig = section(ProcessesConfig)
-    gguf: str | None = setting(None, "nothing")
-    """A GGUF that was made of this run, which llama.cpp answers by, greedily and on the CPU. null:
-    the adapter."""
     name: str | None = setting(None, "nothing")
-    """Results go to RUN/eval/name. null: the task's name, and -gguf for a GGUF."""
+    """Results go to RUN/eval/name. null: the task's name."""
     adapter_digest: str | None = setting(None, "answers")
-    """Digest of the weights of the adapter or the GGUF. cera-eval fills it in."""
+    """Digest of the adapter's weights. cera-eval fills it in."""
     engine: str | None = setting(None, "answers")
     """What answers, such as vllm 0.32.0. cera-eval fills it in. null: the model in this process."""
 
@@ -163,26 +160,16 @@ class EvalConfig(AnsweringConfig):
         super().__post_init__()
         require(self.task is not None, "task=... is missing: `cera-eval --help` lists the tasks.")
         require_folder_name(self.folder_name, "name" if self.name else "task.name")
-        require(
-            self.server is None or self.gguf is None,
-            f"server={self.server} and gguf={self.gguf} exclude each other: leave one out.",
-        )
-        require(
-            self.gguf is None or self.generation.temperature == 0,
-            f"gguf={self.gguf} answers greedily: leave out generation.temperature and "
-            f"generation=sample.",
-        )
-        key = "server" if self.gguf is None else "gguf"
-        if (engine := self.gguf or self.server) is not None:
+        if self.server is not None:
             require(
                 self.task.kind != "perplexity",
-                f"{key}={engine} answers problems, and task={self.task.name} measures losses: "
-                f"leave out {key}=.",
+                f"server={self.server} answers problems, and task={self.task.name} measures "
+                "losses: leave out server=.",
             )
             require(
                 self.launch.processes in ("auto", "1"),
-                f"launch.processes={self.launch.processes}: one process asks {key}={engine}. "
-                f"Leave one of the two out.",
+                f"launch.processes={self.launch.processes}: one process asks "
+                f"server={self.server}. Leave one of the two out.",
             )
             self.launch = ProcessesConfig("1")
         if self.task.kind == "perplexity" and self.task.window is None:

@@ -25,6 +25,7 @@ GONE = {
     "task.kind=reasoning_gym": Gone("write its questions to a file for task=jsonl"),
     "task.generator": Gone("write its questions to a file for task=jsonl"),
     "task=reasoning_gym": Gone("write its questions to a file for task=jsonl"),
+    "gguf": Gone("compare the file by cera-export check=FILE, and ask llama.cpp's own server"),
     "recipe=grpo_reasoning_gym": Gone("choose grpo_dates"),
 }
 """By setting, SECTION.KEY, or by choice, SECTION.KEY=VALUE or GROUP=NAME. A setting in a list, as

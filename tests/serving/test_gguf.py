@@ -1,6 +1,5 @@
 """`cera-export to=gguf`: what llama.cpp itself computes is the run, or it is refused."""
 
-import json
 import shutil
 from collections.abc import Callable
 from functools import partialmethod
@@ -10,18 +9,20 @@ import gguf
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, TINY, make_tiny_llama
-from evaluated_runs import evaluate, export, read
+from evaluated_runs import export
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cera_train.common.errors import DiffersError, UserError
 from cera_train.distributed.accelerator import this_device
-from cera_train.evaluation import llama_cpp
 from cera_train.evaluation.engine import choose_dtype, load_subject
-from cera_train.evaluation.llama_cpp import LlamaCpp
+from cera_train.evaluation.requests import Request
 from cera_train.runs.subject import find_subject
+from cera_train.serving import llama_cpp
 from cera_train.serving.export import export_run
+from cera_train.serving.llama_cpp import LlamaCpp
 from cera_train.serving.verify import Certificate, verify
+from cera_train.settings.evaluation import GenerationConfig
 from cera_train.training.train import train
 
 pytest_plugins = ("evaluated_runs",)
@@ -142,36 +143,15 @@ def test_llama_cpp_computes_what_transformers_does(file, run, compose, tokenizer
 
 
 @pytest.mark.slow
-def test_an_evaluation_of_a_gguf_is_that_of_the_run(file, run, compose, questions, one_verifier):
-    task = ("task=gsm8k", f"task.files=[{questions}]", "task.max_new_tokens=12")
-
-    def answers(name: str, *settings: str) -> list[dict]:
-        evaluate(compose(f"run={run}", *task, *settings, command="eval"))
-        return read(run / "eval" / name / "generations.jsonl")
-
-    expected = answers("gsm8k")
-    assert answers("gsm8k-gguf", f"gguf={file}") == expected
-    text = next(answer["text"] for answer in expected if len(answer["text"]) > 4)
-    stop = f"task.stop=[{json.dumps(text[2:4])}]"
-    assert answers("cut", "name=cut", stop, f"gguf={file}") == answers("here", "name=here", stop)
-    assert "Evaluation, gsm8k-gguf" not in (run / "adapter" / "README.md").read_text()
-
-
-@pytest.mark.slow
-def test_an_answer_at_any_end_of_the_model_is_not_cut(
-    file, run, compose, questions, one_verifier, tokenizer_of_pieces, tmp_path, monkeypatch
-):
+def test_an_answer_at_any_end_of_the_model_is_not_cut(file, tokenizer_of_pieces, monkeypatch):
     """A GGUF names one end, and llama.cpp stops at those that it knows by their text too."""
     end = tokenizer_of_pieces.convert_tokens_to_ids("<|im_end|>")
-    base = shutil.copytree(run.parent / "base", tmp_path / "base")
-    settings = base / "generation_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": [2, end]}))
-    ends = {"logit_bias": [[end, llama_cpp.FORCED]]}
-    monkeypatch.setattr(LlamaCpp, "complete", partialmethod(LlamaCpp.complete, **ends))
-    task = ("task=gsm8k", f"task.files=[{questions}]", "task.max_new_tokens=12", "name=ended")
-    model = ("model=smollm2_135m", f"model.path={base}")
-    result = evaluate(compose(f"run={run}", *model, f"gguf={file}", *task, command="eval"))
-    assert (result["truncated"], result["tokens"]) == (0, result["problems"])
+    forced = {"logit_bias": [[end, llama_cpp.FORCED]]}
+    monkeypatch.setattr(LlamaCpp, "complete", partialmethod(LlamaCpp.complete, **forced))
+    engine = LlamaCpp(file, tokenizer_of_pieces, 64, ends=[2, end])
+    request = Request("1", 0, tuple(tokenizer_of_pieces(WORDS).input_ids))
+    [[answer]] = engine.answers([[request]], 12, [], GenerationConfig())
+    assert (answer.generation.tokens, answer.generation.truncated) == (1, False)
 
 
 def tensor(name: str, change: Callable) -> Callable:

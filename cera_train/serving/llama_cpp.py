@@ -1,7 +1,6 @@
-"""A GGUF in llama.cpp as an engine: greedy, on the CPU, in a process of its own. Both programs, the
-runtime and the converter of `cera-export`, come from packages of PyPI."""
+"""A GGUF in llama.cpp: greedy, on the CPU, in a process of its own. Both programs, the runtime and
+the converter of `cera-export`, come from packages of PyPI."""
 
-import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -60,8 +59,6 @@ class LlamaCpp:
         self.ends = ends
         with user_code("it cannot be loaded", "Convert it anew."):
             fields = gguf.GGUFReader(file).fields
-            architecture = fields["general.architecture"].contents()
-            self.positions = fields[f"{architecture}.context_length"].contents()
             self.precision = gguf.LlamaFileType(fields["general.file_type"].contents()).name
             self.words = len(fields["tokenizer.ggml.tokens"].data)
             template = fields.get("tokenizer.chat_template")
@@ -77,10 +74,6 @@ class LlamaCpp:
         self.address = process.stdout.readline().strip()
         if not self.address:
             raise UserError("llama.cpp cannot load it: convert it anew.")
-
-    @property
-    def version(self) -> str:
-        return f"xllamacpp {importlib.metadata.version('xllamacpp')}, {self.precision}"
 
     def ask(self, path: str, **fields: Any) -> dict[str, Any]:
         request = urllib.request.Request(
