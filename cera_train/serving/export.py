@@ -39,8 +39,7 @@ from cera_train.model.weights import load_model
 from cera_train.runs.card import card_data, snippet
 from cera_train.runs.subject import EXPORT, Subject
 from cera_train.serving.llama_cpp import CONVERTER, GGUF, check_packages
-from cera_train.serving.modules import has_gates
-from cera_train.serving.verify import Certificate, verify
+from cera_train.serving.verify import Certificate, has_gates, verify
 from cera_train.settings.data import DataConfig
 from cera_train.settings.model import Quantization
 from cera_train.settings.serving import ExportConfig, ExportForm, Weights

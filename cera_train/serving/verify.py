@@ -3,7 +3,7 @@ PEFT alone, by a vLLM, or a GGUF by llama.cpp, and compared with the run on held
 
 Ids of tokens, the chat template and the end tokens must be equal, since no loss shows them. Logits
 may differ by what rounding explains: the limit is on KL(run || folder), which has no sign to
-cancel, and varies less than a difference of losses. `modules` finds what hides in rounding.
+cancel, and varies less than a difference of losses.
 """
 
 import math
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cera_train.adapters.folder import ADAPTER_CONFIG, check_saved, weights_file
 from cera_train.adapters.saved import is_adapter, saved_tensors
+from cera_train.cera import CeraLayer
 from cera_train.common.errors import DiffersError
 from cera_train.common.settings import Choice, require
 from cera_train.common.terminal import announce, print_fields
@@ -45,7 +46,6 @@ from cera_train.model.weights import (
 from cera_train.runs.records import Record
 from cera_train.runs.subject import Subject
 from cera_train.serving.llama_cpp import GGUF, LlamaCpp
-from cera_train.serving.modules import ROUNDING, first_difference, has_gates
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import Dtype, ModelConfig, Quantization
@@ -173,16 +173,11 @@ def verify(
         reason=allowed.why,
     )
     print_fields(certificate.shown())
-    place = first_difference(run, form, batches[0], precision_of(subject, run, form))
     if not certificate.holds:
-        where = "" if place is None else f" {place}"
         raise DiffersError(
             f"its KL divergence from the run may be {certificate.kl_upper:.2g} nats a token, "
-            f"above at_most={allowed.value:.2g} ({allowed.why}).{where} Export it anew, or raise "
-            f"at_most=."
+            f"above at_most={allowed.value:.2g} ({allowed.why}). Export it anew, or raise at_most=."
         )
-    if at_most is None and place is not None:
-        raise DiffersError(f"it is not the run. {place} Export it anew, or set at_most=.")
     return certificate
 
 
@@ -241,7 +236,7 @@ def load_form(folder: Path, model: ModelConfig, device: torch.device) -> LoadedM
 
 
 def load_gguf(file: Path, precision: str, run: LoadedModel) -> LoadedModel:
-    """The model that transformers reads from the file: what llama.cpp computes with, by module."""
+    """The model that transformers reads from the file, with its end tokens."""
     with user_code("it cannot be loaded", "Convert it anew."):
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,
@@ -426,6 +421,10 @@ def compare_answers(run: LoadedModel, engine: Engine, rows: Sequence[Batch]) -> 
 # --- what may differ ------------------------------------------------------------------------------
 
 
+def has_gates(loaded: LoadedModel) -> bool:
+    return any(isinstance(module, CeraLayer) for module in loaded.model.modules())
+
+
 def explained(
     subject: Subject, run: LoadedModel, form: LoadedModel, engine: Engine, rows: Sequence[Batch]
 ) -> Choice[float]:
@@ -473,17 +472,6 @@ def other_precision(
     if computes is not None or model.dtype != Dtype.float32:
         return replace(model, dtype=Dtype.float32)
     return rounded
-
-
-def precision_of(subject: Subject, run: LoadedModel, form: LoadedModel) -> float:
-    """The relative rounding of a module's output: that of the coarser of the two."""
-    computes = subject.model.autocast_dtype(subject.train.autocast, run.base.device.type == "cuda")
-    kinds = {computes or subject.model.dtype, str(form.base.dtype).removeprefix("torch.")}
-    if not is_adapter(form.model) and (quantised := quantization_of(form.base)) is not None:
-        kinds.add(quantised)
-    if only_run_rounds_products(subject.model, form):
-        kinds.add(Quantization.int8)
-    return max(ROUNDING[str(kind)] for kind in kinds)
 
 
 def only_run_rounds_products(model: ModelConfig, form: LoadedModel) -> bool:

@@ -49,28 +49,15 @@ class Stale:
         self.before = newest
 
 
-WRONG_ADAPTERS: dict[str, tuple[Change, str]] = {
-    "no adapter": (lambda folder: drop(folder, lambda name: True), "the base without an adapter"),
-    "twice the scale": (lambda folder: scale(folder, 2), "the adapter at 2 times its scale"),
-    "half the scale": (lambda folder: scale(folder, 0.5), "the adapter at 0.5 times its scale"),
-    "rsLoRA's scale": (
-        lambda folder: set_config(folder, use_rslora=True),
-        "the adapter at 2.83 times its scale",
-    ),
-    "no gate": (
-        lambda folder: set_config(folder, activation="identity"),
-        "the adapter without its gate",
-    ),
-    "half the modules": (
-        lambda folder: drop(folder, lambda name: ".mlp." in name),
-        "the adapter without down_proj gate_proj up_proj",
-    ),
-    "half the layers": (
-        lambda folder: drop(folder, lambda name: ".layers.1." in name),
-        "the adapter without its second half",
-    ),
+WRONG_ADAPTERS: dict[str, Change] = {
+    "no adapter": lambda folder: drop(folder, lambda name: True),
+    "half the scale": lambda folder: scale(folder, 0.5),
+    "rsLoRA's scale": lambda folder: set_config(folder, use_rslora=True),
+    "no gate": lambda folder: set_config(folder, activation="identity"),
+    "half the modules": lambda folder: drop(folder, lambda name: ".mlp." in name),
+    "half the layers": lambda folder: drop(folder, lambda name: ".layers.1." in name),
 }
-"""A change, and what a refusal says that it looks like. For two layers of CeRA at r = 8."""
+"""For two layers of CeRA."""
 
 
 @contextmanager

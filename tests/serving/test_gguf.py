@@ -198,10 +198,10 @@ def swap_letters(reader: gguf.GGUFReader) -> None:
     i[:] = before
 
 
-Q = "model.layers.0.self_attn.q_proj"
+DISTANT = "its KL divergence from the run may be"
 FAULTS = {
-    "weights scaled": (tensor("blk.0.attn_q.weight", lambda W: 1.5 * W), f"first differs at {Q}"),
-    "heads permuted": (tensor("blk.0.attn_q.weight", lambda W: W[::-1]), f"first differs at {Q}"),
+    "weights scaled": (tensor("blk.0.attn_q.weight", lambda W: 1.5 * W), DISTANT),
+    "heads permuted": (tensor("blk.0.attn_q.weight", lambda W: W[::-1]), DISTANT),
     "another template": (
         field("tokenizer.chat_template", b"<|im_start|>", b"<|im_begin|>"),
         "llama.cpp has another chat template",
@@ -214,7 +214,7 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_refused_and_named(name, file, check_of, tmp_path):
+def test_a_planted_fault_is_refused(name, file, check_of, tmp_path):
     plant, line = FAULTS[name]
     faulty = Path(shutil.copy(file, tmp_path))
     plant(gguf.GGUFReader(faulty, "r+"))

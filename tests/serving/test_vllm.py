@@ -6,7 +6,6 @@ import copy
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -427,33 +426,22 @@ def test_updates_by_rewards_are_sampled_by_vllm(server, grpo):
     assert len(models_of(server) - before) == 1  # each adapter took the place of the one before
 
 
+ANOTHER = "answers by another policy than the adapter in training"
 EVERY_NIGHT = [
-    *(
-        pytest.param(change, looks, marks=pytest.mark.nightly, id=name)
-        for name, (change, looks) in WRONG_ADAPTERS.items()
-        if name != "no adapter"
-    ),
-    # Whose adapter was still the base.
-    pytest.param(
-        Stale(),
-        "the (base without an adapter|adapter of the update before)",
-        marks=pytest.mark.nightly,
-        id="stale",
-    ),
+    pytest.param(change, marks=pytest.mark.nightly, id=name)
+    for name, change in (WRONG_ADAPTERS | {"stale": Stale()}).items()
+    if name != "no adapter"
 ]
 
 
 @pytest.mark.parametrize(
-    ("change", "looks"),
-    [pytest.param(*WRONG_ADAPTERS["no adapter"], id="no adapter"), *EVERY_NIGHT],
+    "change", [pytest.param(WRONG_ADAPTERS["no adapter"], id="no adapter"), *EVERY_NIGHT]
 )
-def test_updates_stop_where_vllm_has_a_wrong_adapter(server, grpo, change, looks):
+def test_updates_stop_where_vllm_has_a_wrong_adapter(server, grpo, change):
     """The first is still the base's: a mistake in it changes nothing."""
     config = grpo(server)
-    with changed_adapters(change), pytest.raises(UserError) as caught:
+    with changed_adapters(change), pytest.raises(UserError, match=ANOTHER):
         train(config)
-    print(caught.value)
-    assert re.search(f"as if by {looks} ", str(caught.value))
     assert len(rewarded_updates(config)) == 1
 
 
@@ -478,9 +466,7 @@ def test_updates_stop_where_vllm_samples_at_another_temperature(server, grpo, mo
 
 
 @pytest.mark.nightly
-def test_updates_by_a_vllm_in_bfloat16_pass_unless_its_policy_is_wrong(
-    folder, grpo, tmp_path, monkeypatch
-):
+def test_updates_by_a_vllm_in_bfloat16_pass_unless_its_policy_is_wrong(folder, grpo, tmp_path):
     """Its log p are those after the temperature: no token is likelier than they say."""
     options = (*LORA, "--dtype", "bfloat16", "--logprobs-mode", "processed_logprobs")
     with started(folder, tmp_path / "log", *options) as (url, _):
@@ -489,14 +475,9 @@ def test_updates_by_a_vllm_in_bfloat16_pass_unless_its_policy_is_wrong(
         updates = rewarded_updates(config)
         print([(line[DISTANCE], line[LIMIT]) for line in updates])
         assert updates[0][LIMIT] > 1e-3
-        change, looks = WRONG_ADAPTERS["half the scale"]
-        with changed_adapters(change), pytest.raises(UserError) as half:
+        half = changed_adapters(WRONG_ADAPTERS["half the scale"])
+        with half, pytest.raises(UserError, match=ANOTHER):
             train(grpo(url, "name=half"))
-        with half_temperature(monkeypatch), pytest.raises(UserError) as cold:
-            train(grpo(url, "name=cold"))
-    print(half.value, cold.value, sep="\n")
-    assert f"as if by {looks} " in str(half.value)
-    assert re.search(r"as if by a temperature of 0\.(49|5|51) ", str(cold.value))
 
 
 @pytest.mark.nightly

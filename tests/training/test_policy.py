@@ -1,6 +1,5 @@
-"""Answers of a server by another policy than the model's are refused, and the refusal names what
-they look like; sound answers pass. A played server makes the mistakes; tests/serving has those of a
-real vLLM."""
+"""Answers of a server by another policy than the model's are refused; sound answers pass. A played
+server makes the mistakes; tests/serving has those of a real vLLM."""
 
 import json
 from pathlib import Path
@@ -72,7 +71,7 @@ def test_one_token_of_any_log_p_adds_at_most_one_nat():
     assert log_p_distance(here, here * torch.nan) == 1
 
 
-# --- ten mistakes ---------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -129,48 +128,29 @@ def draw(run: BuiltRun) -> dict[str, float]:
     return run.objective.draw([0, 1, 2]).figures
 
 
-SLOW = ("half the scale", "rsLoRA's scale", "half the layers")  # others take the same way
+ANOTHER = "answers by another policy than the adapter in training: its log p are"
 
 
-@pytest.mark.parametrize(
-    ("change", "looks"),
-    [
-        pytest.param(*wrong, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
-        for name, wrong in WRONG_ADAPTERS.items()
-    ],
-)
-def test_answers_by_a_wrong_adapter_are_refused_by_its_name(run, change, looks):
+@pytest.mark.parametrize("change", WRONG_ADAPTERS.values(), ids=WRONG_ADAPTERS)
+def test_answers_by_a_wrong_adapter_are_refused(run, change):
     figures = draw(run)
     assert figures[DISTANCE] < figures[LIMIT] / 10
-    move(run, 0.01)
-    weights = [weight.clone() for weight in run.model.trained]
-    with changed_adapters(change), pytest.raises(UserError) as caught:
+    with changed_adapters(change), pytest.raises(UserError, match=ANOTHER):
         draw(run)
-    assert "answers by another policy than the adapter in training: its log p are" in str(
-        caught.value
-    )
-    assert f"as if by {looks} (" in str(caught.value)
-    assert all(map(torch.equal, weights, run.model.trained))
-    draw(run)  # nothing of the search for a cause is left
 
 
 def test_answers_by_the_adapter_of_the_update_before_are_refused(run):
     with changed_adapters(Stale()):
         draw(run)
         move(run, 0.01)
-        with pytest.raises(UserError, match="as if by the adapter of the update before "):
+        with pytest.raises(UserError, match=ANOTHER):
             draw(run)
 
 
-@pytest.mark.parametrize("temperature", [0.5, pytest.param(1.5, marks=pytest.mark.slow)])
-def test_answers_at_another_temperature_are_refused(run, vllm, monkeypatch, temperature):
-    monkeypatch.setattr(vllm, "temperature", temperature)
+def test_answers_at_another_temperature_are_refused(run, vllm, monkeypatch):
+    monkeypatch.setattr(vllm, "temperature", 0.5)
     monkeypatch.setattr(vllm, "sends_processed", True)
-    with pytest.raises(UserError, match=f"as if by a temperature of {temperature} "):
-        draw(run)
-    # Also where there is no earlier update to compare with.
-    monkeypatch.setattr(run.objective.policy, "limit", None)
-    with pytest.raises(UserError, match=f"base without .* as if by a temperature of {temperature}"):
+    with pytest.raises(UserError, match=ANOTHER):
         draw(run)
 
 
@@ -184,7 +164,7 @@ def test_answers_by_another_base_are_refused(run, vllm, monkeypatch):
     monkeypatch.setattr(run.objective.policy, "limit", None)
     head = vllm.unadapted.get_output_embeddings().weight
     monkeypatch.setattr(head, "data", head + 0.1 * torch.randn_like(head))
-    with pytest.raises(UserError, match="the base without an adapter.* are its base weights those"):
+    with pytest.raises(UserError, match="another policy than the base without an adapter"):
         draw(run)
 
 
@@ -210,8 +190,7 @@ def test_a_limit_of_the_users_lets_a_wrong_policy_pass(config_of, vllm):
     run = build(config_of("grpo.max_sampler_distance=1", "name=wide", f"train.server={vllm.url}"))
     move(run, 0.2)
     vllm.asked.clear()
-    change, _ = WRONG_ADAPTERS["no gate"]
-    with changed_adapters(change):
+    with changed_adapters(WRONG_ADAPTERS["no gate"]):
         figures = draw(run)
     assert 0.01 < figures[DISTANCE] < figures[LIMIT] == 1
     assert "base" not in {body["model"] for body in vllm.asked}
