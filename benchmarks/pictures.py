@@ -10,11 +10,13 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from benchmarks.diagrams import diagrams, plan_memory
 from cera_train.common.files import read_yaml, write_text
 from cera_train.report.forest import Forest, Group
+from cera_train.settings.sweep import LOSS
 from cera_train.study.forest import CAPTION, brief, contrast_name, contrast_row, unit_of
 from cera_train.study.results import OutcomeContrast
 
@@ -22,6 +24,12 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 UNBOUNDED = {"lower": -math.inf, "upper": math.inf, "detectable": math.inf}
 """Fields that are null in JSON where there is no bound."""
+
+SHARE = 0.1
+"""The largest share of a loss that counts as too small. Where a loss is below what matters to a
+study, even a perfect arm would gain too little."""
+
+EVIDENCE_CAPTION = f"{CAPTION} What matters is at most {100 * SHARE:.0f} % of the loss."
 
 
 class Finding(NamedTuple):
@@ -72,8 +80,24 @@ def read_findings(folder: Path) -> list[Finding]:
             if has_conditions:
                 name += f", {brief(contrast.condition)}"
             if contrast.outcome == config["outcomes"][0]:
-                findings.append(Finding(name, config["question"], config["matters"], contrast))
+                matters = what_matters(contrast, results)
+                findings.append(Finding(name, config["question"], matters, contrast))
     return findings
+
+
+def what_matters(contrast: OutcomeContrast, results: dict[str, Any]) -> float:
+    """The smallest difference that matters: the study's; of a loss at most SHARE of the lowest one
+    among the arms of the contrast's first side."""
+    matters = results["config"]["matters"]
+    if contrast.outcome != LOSS:
+        return matters
+    shares = [
+        float(f"{SHARE * fmean(cell['outcomes'][LOSS]):.2g}")
+        for cell in results["cells"]
+        if cell["arm"] in re.findall(r"\w+", contrast.first)
+        and cell["condition"] in ("", contrast.condition)
+    ]
+    return min([matters, *shares])
 
 
 def forest_of_all(findings: list[Finding]) -> Forest:
@@ -83,7 +107,7 @@ def forest_of_all(findings: list[Finding]) -> Forest:
         if finding.is_main:
             by_question.setdefault(finding.question, {})[finding.name] = finding
     groups = [group_of(question, same) for question, same in by_question.items()]
-    return Forest("evidence", "Does CeRA's gate help?", CAPTION, groups)
+    return Forest("evidence", "Does CeRA's gate help?", EVIDENCE_CAPTION, groups)
 
 
 def forest_of(findings: list[Finding], headings: dict[str, dict[str, str]]) -> Forest:
@@ -103,7 +127,7 @@ def forest_of(findings: list[Finding], headings: dict[str, dict[str, str]]) -> F
         }
         if listed:
             groups.append(group_of(heading, listed))
-    return Forest("evidence_short", "Should I use CeRA?", CAPTION, groups)
+    return Forest("evidence_short", "Should I use CeRA?", EVIDENCE_CAPTION, groups)
 
 
 def forests(evidence: Path = DOCS / "evidence") -> list[Forest]:

@@ -77,6 +77,14 @@ def test_a_study_that_is_added_is_drawn(tmp_path: Path):
     assert group.rows[-1].numbers.startswith("-0.5000")
 
 
+def test_what_a_perfect_arm_would_gain_is_never_too_small():
+    """K = 8 formats end at a loss below the 0.01 nats that matter to their study."""
+    every, _ = forests()
+    marks = {row.label: row.mark for group in every.groups for row in group.rows}
+    assert marks["skills: cera - lora, k8"] == "not shown"
+    assert marks["start: cera - half"] == "too small"
+
+
 def test_the_list_of_what_decides_names_what_is_there():
     studies = {
         name.partition(":")[0] for name in (f.name for f in read_findings(DOCS / "evidence"))
