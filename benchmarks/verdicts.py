@@ -388,10 +388,28 @@ def words(seeds: int, studies: int) -> float:
     return by_student(chosen - losses[:, 8])
 
 
+def diverged(seeds: int, studies: int) -> float:
+    """One seed chooses, the others judge. A fifth of the second arm's runs diverge and the others
+    are 0.25 lower: the arms are equal if a run that diverges counts 1 more. Of studies in which a
+    judging run diverges at the chosen rate, where the best rate at which none does judges."""
+    generator = numpy.random.default_rng(0)
+    losses = TUNINGS[0].draw(studies, seeds + 1, generator) - [[[[0]], [[0.25]]]]
+    has_diverged = generator.random(losses.shape) < [[[[0]], [[0.2]]]]
+    choosing = numpy.where(has_diverged[..., 0], numpy.inf, losses[..., 0])
+    in_judging = has_diverged[..., 1:].any(-1)
+    chosen = choosing.argmin(2)[..., None]
+    best = numpy.where(in_judging, numpy.inf, choosing).argmin(2)[..., None]
+    at_chosen, at_best = (numpy.take_along_axis(in_judging, place, 2) for place in (chosen, best))
+    values = numpy.take_along_axis(losses[..., 1:], best[..., None], axis=2)[:, :, 0]
+    values = values[at_chosen.any((1, 2)) & ~at_best.any((1, 2))]
+    return by_student(values[:, 1] - values[:, 0])
+
+
 REFUSED = {
     "a second outcome, best a doubling from the first's": second_outcome,
     "one value of the rate for both arms": one_value,
     "the best of eight words": words,
+    "a fifth of one arm's runs diverge, a judging one too": diverged,
 }
 """Where a study gives no verdict: the share of verdicts that would be wrong."""
 

@@ -3,7 +3,8 @@ at. Imports no torch.
 
 Every seed runs every tuned value to its end, and an arm is compared at the value that is best on
 average over seeds and bases, by the study's first outcome. With `study.tune_seeds=k` the first k
-seeds choose, and the others are compared.
+seeds choose, and the others are compared. Where one of these diverges there is no verdict: a value
+that is chosen for not having diverged would be chosen by what judges.
 """
 
 from __future__ import annotations
@@ -161,22 +162,23 @@ class Cell:
 
     @cached_property
     def chosen(self) -> GridPoint | None:
-        """The lowest mean loss among points at which no run diverged. None: a run has not ended,
-        or there is no such point."""
+        """The lowest mean loss of the tuning runs, where none diverged. None: one has not ended, or
+        there is no such point."""
         if any(None in losses for losses in self.losses):
             return None
-        best = None
-        lowest = math.inf
-        for point, losses in zip(self.grid, self.losses, strict=True):
-            has_diverged = math.inf in [self.loss(point, run) for run in self.fresh_runs]
-            if not has_diverged and fmean(losses) < lowest:
-                best = point
-                lowest = fmean(losses)
-        return best
+        means = list(map(fmean, self.losses))
+        lowest = min(means)
+        return None if math.isinf(lowest) else self.grid[means.index(lowest)]
+
+    @cached_property
+    def diverged(self) -> list[Replicate]:
+        """The compared runs that diverged."""
+        return [run for run in self.compared_runs if self.loss(self.chosen, run) == math.inf]
 
     @cached_property
     def runs(self) -> list[ComparedRun]:
-        """The compared runs. Raises UserError where every point of the grid diverged."""
+        """The compared runs that did not diverge. Raises UserError where every point of the grid
+        diverged."""
         require(
             self.chosen is not None,
             f"{self.study.folder}: {self.name} diverged at every value of study.tune. Add "
@@ -185,6 +187,7 @@ class Cell:
         return [
             ComparedRun(self.folder(self.chosen, run), run.base, self.study.config)
             for run in self.compared_runs
+            if run not in self.diverged
         ]
 
     def runs_on(self, base: str | None) -> list[ComparedRun]:
@@ -235,7 +238,7 @@ class Cell:
         """The mean over seeds of a field of RunResult, such as `spectrum.gamma`; None where a run
         lacks it."""
         figures = [attrgetter(field)(run.result) for run in self.runs]
-        return None if None in figures else fmean(figures)
+        return None if None in figures or not figures else fmean(figures)
 
     def losses_along(self, key: str, average: Callable = fmean) -> dict[float, float]:
         """The line of the grid through the chosen point along one setting: value -> loss over
@@ -267,9 +270,13 @@ class Cell:
     @property
     def obstacles(self) -> list[str]:
         """What allows no verdict on this arm."""
+        obstacles = []
+        if self.diverged:
+            share = f"{len(self.diverged)} of {len(self.compared_runs)}"
+            obstacles.append(f"{self.arm}: {share} judging runs diverged")
         if self.study.config.tuned_elsewhere is not None:
-            return []
-        obstacles = [str(edge) for edge in self.edges]
+            return obstacles
+        obstacles += [str(edge) for edge in self.edges]
         for key, chosen in self.chosen.values.items():
             if len({point.values[key] for point in self.grid}) == 1:
                 obstacles.append(f"{self.arm} at the only {key}, {chosen}")
@@ -308,7 +315,7 @@ class Cell:
 
 
 def means_of(by_base: dict[str | None, np.ndarray]) -> list[float]:
-    """The values of each seed; with several bases, the means of each base."""
+    """The values of each seed; with several bases, the means of each base that has one."""
     if None in by_base:
         return by_base[None].tolist()
-    return [float(values.mean()) for values in by_base.values()]
+    return [float(values.mean()) for values in by_base.values() if len(values)]

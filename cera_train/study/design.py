@@ -272,6 +272,8 @@ class StudySweeper(Sweeper):
         self.launched = 0
         with locked(self.folder, WRITER) if is_main_process() else contextlib.nullcontext():
             self.launch(self.record.jobs)
+            if self.config.study.extend:
+                self.extend_grids()
             self.run_chosen()
 
     @property
@@ -290,19 +292,9 @@ class StudySweeper(Sweeper):
             self.add(jobs)
 
     def run_chosen(self) -> None:
-        """Extends the grids, and runs the chosen values with the other seeds. Where one of them
-        diverges, another value is chosen, which may lie at an edge: then again."""
-        tried: set[str] = set()
-        while True:
-            if self.config.study.extend:
-                self.extend_grids()
-            chosen = [cell for cell in self.cells if cell.chosen]
-            jobs = [cell.overrides(cell.chosen, run) for cell in chosen for run in cell.fresh_runs]
-            names = jobs_by_name(jobs, self.record.swept).keys()
-            if names <= tried:
-                break
-            tried |= names
-            self.add(jobs)
+        """Runs the chosen values with the other seeds."""
+        chosen = [cell for cell in self.cells if cell.chosen]
+        self.add([cell.overrides(cell.chosen, run) for cell in chosen for run in cell.fresh_runs])
 
     def is_possible(self, overrides: list[str]) -> bool:
         """Whether a job composes: a step may leave a setting's range, as a dropout of 1.6 does, or

@@ -14,7 +14,16 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from cera_train.settings.sweep import StudyConfig
-from cera_train.study.cells import ARM, BASE, SEED, Cell, GridPoint, describe_choices, means_of
+from cera_train.study.cells import (
+    ARM,
+    BASE,
+    SEED,
+    Cell,
+    GridPoint,
+    Replicate,
+    describe_choices,
+    means_of,
+)
 from cera_train.sweep.folder import RECORD, SweepRecord, key_of
 
 
@@ -141,6 +150,11 @@ class Pair(NamedTuple):
     def obstacles(self) -> list[str]:
         return list(dict.fromkeys([*self.first.obstacles, *self.second.obstacles]))
 
+    @property
+    def diverged(self) -> list[Replicate]:
+        """The compared runs that diverged, of all sides."""
+        return [*self.first.diverged, *self.second.diverged]
+
     def values(self, outcome: str) -> np.ndarray:
         """[seeds, problems], without bases."""
         return self.second.values(outcome) - self.first.values(outcome)
@@ -149,7 +163,9 @@ class Pair(NamedTuple):
         return self.first.weights(outcome)
 
     def by_base(self, outcome: str) -> dict[str | None, np.ndarray]:
-        """Base -> [seeds] the difference of each seed."""
+        """Base -> [seeds] the difference of each seed; none where a compared run diverged."""
+        if self.diverged:
+            return {}
         first = self.first.by_base(outcome)
         return {base: values - first[base] for base, values in self.second.by_base(outcome).items()}
 

@@ -18,8 +18,8 @@ CAPTION = (
 
 
 def number(outcome: str, value: float, sign: str = "") -> str:
-    """Nats of a loss, points of a score; empty without a bound."""
-    if math.isinf(value):
+    """Nats of a loss, points of a score; empty without a bound or a difference."""
+    if not math.isfinite(value):
         return ""
     return f"{value:{sign}.4f}" if outcome == LOSS else f"{100 * value:{sign}.1f}"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -120,12 +121,12 @@ def _environments(study: Study) -> dict[str, Any]:
 
 
 def groups_of(study: Study, contrasts: Sequence[OutcomeContrast], of_study: str) -> list[Group]:
-    """The contrasts of the first outcome, by condition."""
+    """The contrasts of the first outcome that have a difference, by condition."""
     config = study.config
     unit = unit_of(config.primary, [config.matters])
     by_condition: dict[str, list[Row]] = {}
     for contrast in contrasts:
-        if contrast.outcome == config.primary:
+        if contrast.outcome == config.primary and math.isfinite(contrast.difference):
             row = contrast_row(contrast, config.matters, contrast_name(contrast))
             by_condition.setdefault(contrast.condition, []).append(row)
     return [
@@ -172,7 +173,8 @@ def verdict_table(
         "Differences of a loss are in nats a token, of a score in points; the verdict is on the "
         "first-named arm or difference. Not shown: the difference that is shown with power 80 %. "
         "No verdict: the best value is at an end of its grid (add values beyond it, by "
-        "study.extend=true), was alone or has no order, or was chosen by another outcome. "
+        "study.extend=true), was alone or has no order, or was chosen by another outcome; or a "
+        "judging run diverged (let more seeds choose, by study.tune_seeds, under another name). "
         f"The interval holds for other {drawn}. Holm corrects p over {planned} planned "
         f"{'contrast' if planned == 1 else 'contrasts'}{of_family}. Too small: the interval "
         f"lies within ±{matters:g}." + (f" Arms were tuned in {tuned}." if tuned else ""),
@@ -184,7 +186,10 @@ def cell_table(study: Study, title: str) -> Table:
     for cell in study.cells:
         chosen = " ".join(f"{key}={value}" for key, value in cell.chosen.values.items())
         name = ", ".join(filter(None, [cell.arm, brief(cell.condition)]))
-        row = {"cell": name, "tuned": f"{chosen} (edge)" if cell.edges else chosen}
+        notes = ["edge"] if cell.edges else []
+        if cell.diverged:
+            notes.append(f"{len(cell.diverged)} diverged")
+        row = {"cell": name, "tuned": f"{chosen} ({', '.join(notes)})" if notes else chosen}
         for outcome in study.config.outcomes:
             row[outcome] = _mean_and_deviation(outcome, cell.means(outcome))
         for field, (label, form) in FIGURES.items():
@@ -237,6 +242,8 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
 
 
 def _mean_and_deviation(outcome: str, by_seed: list[float]) -> str:
+    if not by_seed:
+        return ""
     mean = f"{fmean(by_seed):.4f}" if outcome == LOSS else f"{fmean(by_seed):.1%}"
     if len(by_seed) == 1:
         return mean

@@ -25,8 +25,8 @@ MOST_MISSING = 5  # runs that an error names
 
 
 def check_runs(study: Study) -> None:
-    """Raises UserError where runs have not ended or have diverged, or where compared runs have
-    different rows."""
+    """Raises UserError where runs have not ended, an arm diverged at every value, or compared runs
+    have different rows."""
     missing = study.missing()
     named = "; ".join(missing[:MOST_MISSING])
     if len(missing) > MOST_MISSING:
@@ -93,11 +93,16 @@ def contrasts_of(*studies: Study) -> list[list[OutcomeContrast]]:
 
 
 def _estimate(study: Study, pair: Pair, outcome: str) -> Contrast:
+    """Without a difference where a compared run diverged: that of the others would favour the arm
+    that diverges."""
+    if pair.diverged:
+        return Contrast(math.nan, -math.inf, math.inf, 1.0, None, 0, 0, 0.0)
     # Tuned values are chosen by the first outcome, and how others bend between them is unknown.
     is_primary = outcome == study.config.primary
     between = max(pair.lower_by, pair.higher_by) if is_primary else 0.0
     if study.config.bases:
-        problems = min(len(run.outcomes[outcome].values) for run in study.cells[0].runs)
+        runs = itertools.chain.from_iterable(cell.runs for cell in study.cells)
+        problems = min(len(run.outcomes[outcome].values) for run in runs)
         return contrast_over_bases(pair.means(outcome), problems, between)
     first = pair.first.values(outcome)
     second = pair.second.values(outcome)
@@ -154,7 +159,7 @@ def slopes(study: Study) -> list[Slope]:
     for pair in study.pairs():
         choices = pair.choices
         value = choices.pop(key, None)
-        if value not in numbers:
+        if value not in numbers or pair.diverged:
             continue
         name = f"{pair.second.arm} - {pair.first.arm}"
         if choices:

@@ -280,19 +280,22 @@ def test_divergence_is_a_result(launcher, run_study, run_command):
     assert run_command("cera-report", "outputs/which") == 0
 
 
-def test_a_value_that_diverges_with_a_compared_seed_is_not_chosen(launcher, run_study):
-    launcher.diverging = {job("cera", 0.01, 1)}
-    assert run_study("study.tune_seeds=1") == 0
-    assert rates(launcher)["cera"] == "0.001"
-    assert launcher.began[-1] == job("cera", 0.001, 1)
-
-
-def test_a_value_that_is_chosen_after_another_diverged_does_not_judge_at_an_edge(
-    launcher, run_study
+def test_a_judging_run_that_diverges_chooses_no_value_and_allows_no_verdict(
+    launcher, run_study, run_command
 ):
+    """Neither at a value where none diverged, nor by the seeds that are left."""
     launcher.diverging = {job("cera", 0.01, 1)}
-    assert run_study("study.tune_seeds=1", "study.extend=true") == 0
-    assert not any(cell.edges for cell in find_study(launcher.sweep).cells)
+    assert run_study("study.tune_seeds=1", "study.seeds=4") == 0
+    assert rates(launcher)["cera"] == "0.01"
+    assert job("cera", 0.001, 1) not in launcher.began
+    assert run_command("cera-report", "outputs/which") == 0
+    results = json.loads(Path("report/which/study_results.json").read_text())
+    of_cera, _, of_relu = results["contrasts"]
+    assert "cera: 1 of 3 judging runs diverged" in of_cera["obstacles"]
+    assert (of_cera["verdict"], of_cera["difference"], of_cera["p_holm"]) == ("not shown", None, 1)
+    assert of_relu["difference"] is not None
+    page = Path("report/which/report.md").read_text()
+    assert "optimizer.lr=0.01 (edge, 1 diverged)" in page
 
 
 def test_an_arm_that_diverges_at_every_value_gets_no_verdict(
