@@ -155,7 +155,9 @@ def print_power(
             beyond both; with bases, the first is between bases, and counts alone.
     """
     config = study.config
-    contrasts = study.planned_contrasts
+    primary = study.planned_contrasts(is_primary=True)
+    contrasts = primary or study.planned_contrasts(is_primary=False)
+    kind = "primary contrast" if primary else "contrast"
     units = len(study.bases if config.bases else study.cells[0].compared_runs)
     noun = "base" if config.bases else "seed"
     for outcome in config.outcomes:
@@ -172,9 +174,9 @@ def print_power(
         print_line(
             "detects",
             f"{outcome}: a difference of {smallest:.2g} with probability {POWER}: "
-            f"{counted(units, noun)}, {problems:,} {what}, Holm's first step over {contrasts} "
-            "contrasts",
+            f"{counted(units, noun)}, {problems:,} {what}, Holm's first step over "
+            f"{counted(contrasts, kind)}",
         )
-        if outcome == config.primary:
+        if outcome == config.first_outcome:
             verb = "is" if smallest <= config.matters else "is not"
             print_line("", f"study.matters={config.matters:g} {verb} detected")

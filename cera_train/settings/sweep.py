@@ -35,6 +35,9 @@ class StudyConfig:
     """Further comparisons, or the direction of one: its question, and two arms; the difference is
     the second minus the first. Two pairs of arms, [[a, b], [c, d]], are compared in their
     differences: (d - c) - (b - a)."""
+    primary: list[str] = setting(list, "nothing")
+    """Comparisons whose verdicts come first, by their questions: a name in `contrasts`, or such as
+    `cera or lora`. The others are tested once all of these are shown. Empty: all alike."""
     bases: dict[str, list[str]] = setting(dict, "nothing")
     """Models, teachers or data that every arm runs on: names, each with its overrides. Then the
     interval is Student's over bases. Empty: one base."""
@@ -100,6 +103,12 @@ class StudyConfig:
                 is_difference,
                 f"study.contrasts.{question}={sides}: expected two arms of {names}, or two pairs "
                 "of them.",
+            )
+        questions = [question for question, *_ in self.comparisons]
+        for question in self.primary:
+            require(
+                question in questions,
+                f"study.primary: {question} is no comparison: choose from {', '.join(questions)}.",
             )
         is_trained = any(self.results_of(arm) is None for arm in self.arms)
         if self.tuned_elsewhere is None and is_trained:
@@ -189,7 +198,7 @@ class StudyConfig:
         return values[0] if values else None
 
     @property
-    def primary(self) -> str:
+    def first_outcome(self) -> str:
         return self.outcomes[0]
 
     @property

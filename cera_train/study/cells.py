@@ -145,7 +145,7 @@ class Cell:
         on the problems that choose; infinite for a run that diverged, None for one that has not
         ended."""
         folder = self.folder(point, run)
-        name = self.study.config.primary
+        name = self.study.config.first_outcome
         result = RunResult.find(folder / "result.json")
         if result is None:
             has_diverged = job_status(self.study.folder, folder.name).state == State.diverged

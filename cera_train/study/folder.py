@@ -105,15 +105,20 @@ class Study:
                     pairs[pair.first.name, pair.second.name] = pair
         return list(pairs.values())
 
-    @property
-    def planned_contrasts(self) -> int:
-        """The number of verdicts that the study's file plans, over which Holm's method corrects.
-        Otherwise dropping arms could flip a verdict."""
+    def is_primary(self, asked: str) -> bool:
+        """Whether a comparison is tested before the others."""
+        return asked in self.config.primary
+
+    def planned_contrasts(self, is_primary: bool) -> int:
+        """The number of primary, or of other, verdicts that the study's file plans, over which
+        Holm's method corrects. Otherwise dropping arms could flip a verdict."""
         planned = 0
-        for _, *sides in self.config.comparisons:
+        for asked, *sides in self.config.comparisons:
             keys = {key for arm in arms_of(sides) for key in self._open_conditions(arm)}
-            planned += math.prod(len(self.config.conditions[key]) for key in keys)
-        return max(len(self.pairs()), planned) * len(self.config.judged)
+            if self.is_primary(asked) == is_primary:
+                planned += math.prod(len(self.config.conditions[key]) for key in keys)
+        found = sum(self.is_primary(pair.asked) == is_primary for pair in self.pairs())
+        return max(found, planned) * len(self.config.judged)
 
     def missing(self) -> list[str]:
         """The runs that have not ended, each with the reason."""

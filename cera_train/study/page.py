@@ -51,7 +51,13 @@ def write_studies(studies: Sequence[Study], output: Path) -> Page:
     _check_one_family(studies, names)
     announce("comparing", counted(sum(len(study.cells) for study in studies), "cell"))
     contrasts = dict(zip(names, contrasts_of(*studies), strict=True))
-    planned = sum(study.planned_contrasts for study in studies)
+    primary, others = (
+        sum(study.planned_contrasts(is_primary) for study in studies)
+        for is_primary in (True, False)
+    )
+    corrected = counted(primary + others, "planned contrast")
+    if primary:
+        corrected = f"{counted(primary, 'primary contrast')}, then over {others:,} others"
     tables = []
     groups = []
     commands = {}
@@ -59,7 +65,7 @@ def write_studies(studies: Sequence[Study], output: Path) -> Page:
         of_study = f" of {name}" if len(studies) > 1 else ""
         trends = slopes(study)
         tables += [
-            verdict_table(study, contrasts[name], f"Verdicts{of_study}", planned),
+            verdict_table(study, contrasts[name], f"Verdicts{of_study}", corrected),
             cell_table(study, f"Cells{of_study}"),
             slope_table(study, trends, f"Slopes{of_study}"),
         ]
@@ -70,7 +76,8 @@ def write_studies(studies: Sequence[Study], output: Path) -> Page:
             "command": commands[name],
             "config": dataclasses.asdict(study.config),
             "family": names,
-            "planned_contrasts": planned,
+            "planned_contrasts": primary + others,
+            "planned_primary": primary,
             "contrasts": list(map(dataclasses.asdict, contrasts[name])),
             "cells": list(map(_cell_json, study.cells)),
             "slopes": list(map(dataclasses.asdict, trends)),
@@ -123,14 +130,14 @@ def _environments(study: Study) -> dict[str, Any]:
 def groups_of(study: Study, contrasts: Sequence[OutcomeContrast], of_study: str) -> list[Group]:
     """The contrasts of the first outcome that have a difference, by condition."""
     config = study.config
-    unit = unit_of(config.primary, [config.matters])
+    unit = unit_of(config.first_outcome, [config.matters])
     by_condition: dict[str, list[Row]] = {}
     for contrast in contrasts:
-        if contrast.outcome == config.primary and math.isfinite(contrast.difference):
+        if contrast.outcome == config.first_outcome and math.isfinite(contrast.difference):
             row = contrast_row(contrast, config.matters, contrast_name(contrast))
             by_condition.setdefault(contrast.condition, []).append(row)
     return [
-        Group(f"{of_study}{brief(condition) or config.primary}", unit, rows)
+        Group(f"{of_study}{brief(condition) or config.first_outcome}", unit, rows)
         for condition, rows in by_condition.items()
     ]
 
@@ -139,22 +146,23 @@ def groups_of(study: Study, contrasts: Sequence[OutcomeContrast], of_study: str)
 
 
 def verdict_table(
-    study: Study, contrasts: Sequence[OutcomeContrast], title: str, planned: int
+    study: Study, contrasts: Sequence[OutcomeContrast], title: str, corrected: str
 ) -> Table:
     """
     Args:
-        planned: the contrasts over which Holm's method corrects.
+        corrected: over which contrasts Holm's method corrects, in words.
     """
     matters = study.config.matters
     rows = []
     for contrast in contrasts:
         outcome = contrast.outcome
         too_small = ""
-        if outcome == study.config.primary and not contrast.obstacles:
+        if outcome == study.config.first_outcome and not contrast.obstacles:
             too_small = "yes" if contrast.is_within(matters) else "no"
+        rank = "primary" if contrast.is_primary else ""
         row = {
             "contrast": f"{contrast.second} - {contrast.first}",
-            "of": ", ".join(filter(None, [brief(contrast.condition), outcome])),
+            "of": ", ".join(filter(None, [brief(contrast.condition), outcome, rank])),
             "verdict": verdict(contrast),
             "reason": "; ".join(contrast.obstacles),
             "difference": number(outcome, contrast.difference, "+"),
@@ -175,9 +183,9 @@ def verdict_table(
         "No verdict: the best value is at an end of its grid (add values beyond it, by "
         "study.extend=true), was alone or has no order, or was chosen by another outcome; or a "
         "judging run diverged (let more seeds choose, by study.tune_seeds, under another name). "
-        f"The interval holds for other {drawn}. Holm corrects p over {planned} planned "
-        f"{'contrast' if planned == 1 else 'contrasts'}{of_family}. Too small: the interval "
-        f"lies within ±{matters:g}." + (f" Arms were tuned in {tuned}." if tuned else ""),
+        f"The interval holds for other {drawn}. Holm corrects p over {corrected}{of_family}. "
+        f"Too small: the interval lies within ±{matters:g}."
+        + (f" Arms were tuned in {tuned}." if tuned else ""),
     )
 
 
@@ -202,7 +210,7 @@ def cell_table(study: Study, title: str) -> Table:
 
 
 def slope_table(study: Study, slopes: Sequence[Slope], title: str) -> Table:
-    outcome = study.config.primary
+    outcome = study.config.first_outcome
     step = "doubling of the rank"
     for key, numbers in study.config.slope.items():
         step = f"unit of {key} at {', '.join(f'{number:g}' for number in numbers)}"

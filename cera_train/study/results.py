@@ -58,15 +58,17 @@ class OutcomeContrast(Contrast):
     condition: str
     by_seed: list[float]  # the difference of each seed; with bases, of each base
     by_base: dict[str, list[float]]  # with bases: the difference of each seed
-    p_holm: float | None  # after Holm, over all contrasts; None where no verdict is planned
+    p_holm: float | None  # after Holm; None where no verdict is planned
     verdict: Verdict  # on the second arm; `not shown` where an obstacle speaks against it
     obstacles: list[str]  # such as `cera at the largest optimizer.lr, 0.01`
     detectable: float  # the smallest difference that this design shows with power 80 %
+    is_primary: bool = False  # tested before the others
 
 
 def contrasts_of(*studies: Study) -> list[list[OutcomeContrast]]:
-    """Every contrast of each study in every outcome, the primary one first. Holm's method corrects
-    over all of them. Raises UserError where runs cannot be compared."""
+    """Every contrast of each study in every outcome, in the first one before the others. Holm's
+    method corrects over the primary contrasts of all studies, then over the other ones. Raises
+    UserError where runs cannot be compared."""
     estimates: list[tuple[Study, Pair, str, Contrast]] = []
     for study in studies:
         check_runs(study)
@@ -78,16 +80,24 @@ def contrasts_of(*studies: Study) -> list[list[OutcomeContrast]]:
         )
         for outcome, pair in itertools.product(study.config.outcomes, pairs):
             estimates.append((study, pair, outcome, _estimate(study, pair, outcome)))
-    planned = sum(study.planned_contrasts for study in studies)
-    p_values = {
-        number: estimate.p_value
-        for number, (study, _, outcome, estimate) in enumerate(estimates)
-        if outcome in study.config.judged
-    }
-    adjusted = dict(zip(p_values, holm([*p_values.values()], planned), strict=True))
+    planned: dict[bool, int] = {}
+    adjusted: dict[int, float] = {}
+    for is_primary in (True, False):
+        p_values = {
+            number: estimate.p_value
+            for number, (study, pair, outcome, estimate) in enumerate(estimates)
+            if outcome in study.config.judged and study.is_primary(pair.asked) == is_primary
+        }
+        count = sum(study.planned_contrasts(is_primary) for study in studies)
+        # A primary contrast that did not run opens no way to the others.
+        is_missing = not is_primary and planned[True] > len(adjusted)
+        gate = 1.0 if is_missing else max(adjusted.values(), default=0.0)
+        adjusted |= zip(p_values, holm([*p_values.values()], count, gate), strict=True)
+        planned[is_primary] = count
     contrasts: dict[Study, list[OutcomeContrast]] = {study: [] for study in studies}
     for number, (study, pair, outcome, estimate) in enumerate(estimates):
-        contrast = _with_verdict(study, pair, outcome, estimate, adjusted.get(number), planned)
+        tests = planned[study.is_primary(pair.asked)]
+        contrast = _with_verdict(study, pair, outcome, estimate, adjusted.get(number), tests)
         contrasts[study].append(contrast)
     return list(contrasts.values())
 
@@ -98,7 +108,7 @@ def _estimate(study: Study, pair: Pair, outcome: str) -> Contrast:
     if pair.diverged:
         return Contrast(math.nan, -math.inf, math.inf, 1.0, None, 0, 0, 0.0)
     # Tuned values are chosen by the first outcome, and how others bend between them is unknown.
-    is_primary = outcome == study.config.primary
+    is_primary = outcome == study.config.first_outcome
     between = max(pair.lower_by, pair.higher_by) if is_primary else 0.0
     if study.config.bases:
         runs = itertools.chain.from_iterable(cell.runs for cell in study.cells)
@@ -110,16 +120,16 @@ def _estimate(study: Study, pair: Pair, outcome: str) -> Contrast:
 
 
 def _with_verdict(
-    study: Study, pair: Pair, outcome: str, estimate: Contrast, p_holm: float | None, planned: int
+    study: Study, pair: Pair, outcome: str, estimate: Contrast, p_holm: float | None, tests: int
 ) -> OutcomeContrast:
     obstacles = pair.obstacles
     if p_holm is None:
-        obstacles.append(f"values tuned by {study.config.primary}")
+        obstacles.append(f"values tuned by {study.config.first_outcome}")
     verdict: Verdict = "not shown"
     if not obstacles:
         verdict = estimate.verdict_at(p_holm, higher_is_better=outcome != LOSS)
     choices = pair.choices
-    least = detectable(estimate.variances, estimate.seeds, estimate.problems, planned)
+    least = detectable(estimate.variances, estimate.seeds, estimate.problems, tests)
     by_base = pair.by_base(outcome) if study.config.bases else {}
     return OutcomeContrast(
         **vars(estimate),
@@ -136,6 +146,7 @@ def _with_verdict(
         verdict=verdict,
         obstacles=obstacles,
         detectable=least + estimate.between,
+        is_primary=study.is_primary(pair.asked),
     )
 
 
@@ -164,7 +175,7 @@ def slopes(study: Study) -> list[Slope]:
         name = f"{pair.second.arm} - {pair.first.arm}"
         if choices:
             name += f", {describe_choices(choices.items())}"
-        lines.setdefault(name, {})[numbers[value]] = pair.means(study.config.primary)
+        lines.setdefault(name, {})[numbers[value]] = pair.means(study.config.first_outcome)
     return [
         _slope(name, differences) for name, differences in lines.items() if len(differences) > 1
     ]

@@ -51,6 +51,36 @@ def test_arms_that_did_not_run_count_for_holm(make_study):
     assert planned.detectable > both.detectable
 
 
+def test_primary_contrasts_come_first_and_hold_back_the_others(make_study):
+    """Differences of seeds are exact: CeRA is 0.7 below LoRA, and 0.2 below ReLU, whose seeds
+    differ."""
+    losses = {"lora": [1.0] * 3, "cera": [0.3] * 3, "relu": [0.5, 0.55, 0.45]}
+
+    def loss(values):
+        rate = 0.02 * (values["optimizer.lr"] != "0.001")
+        return losses[values["study.arm"]][int(values["train.seed"])] + rate
+
+    arms = {name: [f"adapter={name}"] for name in losses}
+    contrasts = {"the gate": ["relu", "cera"]}
+    section = {"arms": arms, "contrasts": contrasts, "seeds": 3, "primary": ["the gate"]}
+    study = make_study(loss, **section)
+    [(gate, cera, relu)] = contrasts_of(study)
+    assert 2 * cera.p_value < relu.p_value < gate.p_value < 0.05
+    assert gate.p_holm == pytest.approx(gate.p_value)
+    assert (cera.p_holm, relu.p_holm) == pytest.approx((gate.p_value, gate.p_value))
+    alike = study.record.replace(study=study.record.study | {"primary": []})
+    [(_, of_three, _)] = contrasts_of(replace(study, record=alike))
+    assert of_three.p_holm == pytest.approx(3 * cera.p_value)
+    assert of_three.detectable > cera.detectable > 0
+
+    arms |= {"dora": ["adapter=dora"]}
+    planned = {"arms": arms, "primary": ["the gate", "dora or lora"]}
+    record = study.record.replace(study=study.record.study | planned)
+    [(gate_of_two, later, _)] = contrasts_of(replace(study, record=record))
+    assert gate_of_two.p_holm == pytest.approx(2 * gate.p_value)
+    assert later.p_holm == 1
+
+
 def test_higher_scores_are_better_and_the_first_outcome_chooses_the_rate(make_study):
     study = make_study(
         lambda values: float(values["optimizer.lr"]),
@@ -173,7 +203,7 @@ def test_a_value_that_was_alone_or_chosen_by_another_outcome_allows_no_verdict(m
     elsewhere = alone | {"tuned_elsewhere": "a paper"}
     judged = make_study(loss, scores, name="elsewhere", **both | elsewhere)
     assert [each.verdict for each in contrasts_of(judged)[0]] == ["better", "better"]
-    assert judged.planned_contrasts == 2
+    assert judged.planned_contrasts(is_primary=False) == 2
 
     words = {"tune": {"optimizer.kind": ["a", "b"], "optimizer.lr": [3e-4, 1e-3, 3e-3]}}
     [(first, _)] = contrasts_of(make_study(loss, scores, name="words", **both | words))
