@@ -71,7 +71,8 @@ class StudyConfig:
     """What all arms have the same amount of under a condition."""
     matters: float = setting(0.01, "nothing")
     """The smallest difference in the first outcome that would matter: in nats per token, or as a
-    share of the score."""
+    share of the score. A tenth of the first side's loss, or of what it misses of the score, always
+    matters."""
     arm: str | None = setting(None, "nothing")
     """The arm of a job; a study sets it."""
     base: str | None = setting(None, "nothing")

@@ -12,7 +12,7 @@ from cera_train.common.files import finite, write_text
 from cera_train.common.settings import map_values, require
 from cera_train.common.terminal import announce, counted, duration
 from cera_train.report.document import Page, Table
-from cera_train.report.forest import Forest, Group, Row
+from cera_train.report.forest import Forest, Group
 from cera_train.runs.results import SPECTRUM_TERMS, Environment
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell
@@ -130,15 +130,20 @@ def _environments(study: Study) -> dict[str, Any]:
 def groups_of(study: Study, contrasts: Sequence[OutcomeContrast], of_study: str) -> list[Group]:
     """The contrasts of the first outcome that have a difference, by condition."""
     config = study.config
-    unit = unit_of(config.first_outcome, [config.matters])
-    by_condition: dict[str, list[Row]] = {}
+    by_condition: dict[str, list[OutcomeContrast]] = {}
     for contrast in contrasts:
         if contrast.outcome == config.first_outcome and math.isfinite(contrast.difference):
-            row = contrast_row(contrast, config.matters, contrast_name(contrast))
-            by_condition.setdefault(contrast.condition, []).append(row)
+            by_condition.setdefault(contrast.condition, []).append(contrast)
     return [
-        Group(f"{of_study}{brief(condition) or config.first_outcome}", unit, rows)
-        for condition, rows in by_condition.items()
+        Group(
+            f"{of_study}{brief(condition) or config.first_outcome}",
+            unit_of(config.first_outcome, [contrast.matters for contrast in same]),
+            [
+                contrast_row(contrast, contrast.matters, contrast_name(contrast))
+                for contrast in same
+            ],
+        )
+        for condition, same in by_condition.items()
     ]
 
 
@@ -152,13 +157,12 @@ def verdict_table(
     Args:
         corrected: over which contrasts Holm's method corrects, in words.
     """
-    matters = study.config.matters
     rows = []
     for contrast in contrasts:
         outcome = contrast.outcome
         too_small = ""
         if outcome == study.config.first_outcome and not contrast.obstacles:
-            too_small = "yes" if contrast.is_within(matters) else "no"
+            too_small = "yes" if contrast.is_within(contrast.matters) else "no"
         rank = "primary" if contrast.is_primary else ""
         row = {
             "contrast": f"{contrast.second} - {contrast.first}",
@@ -184,8 +188,8 @@ def verdict_table(
         "study.extend=true), was alone or has no order, or was chosen by another outcome; or a "
         "judging run diverged (let more seeds choose, by study.tune_seeds, under another name). "
         f"The interval holds for other {drawn}. Holm corrects p over {corrected}{of_family}. "
-        f"Too small: the interval lies within ±{matters:g}."
-        + (f" Arms were tuned in {tuned}." if tuned else ""),
+        f"Too small: the interval lies within ±{study.config.matters:g}, and within a tenth of the "
+        "first side's loss." + (f" Arms were tuned in {tuned}." if tuned else ""),
     )
 
 

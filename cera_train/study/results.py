@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy
 from scipy.stats import ttest_1samp
@@ -17,11 +18,14 @@ from cera_train.evaluation.verdict import (
     detectable,
 )
 from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import describe_choices
+from cera_train.study.cells import Cell, describe_choices
 from cera_train.study.folder import Pair, Study
 from cera_train.study.outcomes import ComparedRun
 
 MOST_MISSING = 5  # runs that an error names
+
+SHARE = 0.1
+"""Of a loss: what always matters. Otherwise a perfect arm could count as no better."""
 
 
 def check_runs(study: Study) -> None:
@@ -63,6 +67,7 @@ class OutcomeContrast(Contrast):
     obstacles: list[str]  # such as `cera at the largest optimizer.lr, 0.01`
     detectable: float  # the smallest difference that this design shows with power 80 %
     is_primary: bool = False  # tested before the others
+    matters: float | None = None  # the smallest difference that does; None but in the first outcome
 
 
 def contrasts_of(*studies: Study) -> list[list[OutcomeContrast]]:
@@ -119,6 +124,22 @@ def _estimate(study: Study, pair: Pair, outcome: str) -> Contrast:
     return contrast(first, second, pair.weights(outcome), between)
 
 
+def what_matters(study: Study, pair: Pair) -> float:
+    """The smallest difference in the first outcome that matters: the study's, but at most SHARE of
+    the lowest loss of the first side, or of what it misses of a score."""
+    outcome = study.config.first_outcome
+    if pair.diverged:
+        return study.config.matters
+    cells = [pair.first] if isinstance(pair.first, Cell) else [pair.first.first, pair.first.second]
+    ends = [study.config.matters]
+    for cell in cells:
+        means = cell.means(outcome)
+        loss = fmean(means) if outcome == LOSS else 1 - fmean(means)
+        if loss > 0:
+            ends.append(float(f"{SHARE * loss:.2g}"))
+    return min(ends)
+
+
 def _with_verdict(
     study: Study, pair: Pair, outcome: str, estimate: Contrast, p_holm: float | None, tests: int
 ) -> OutcomeContrast:
@@ -147,6 +168,7 @@ def _with_verdict(
         obstacles=obstacles,
         detectable=least + estimate.between,
         is_primary=study.is_primary(pair.asked),
+        matters=what_matters(study, pair) if outcome == study.config.first_outcome else None,
     )
 
 

@@ -331,6 +331,23 @@ def test_the_picture_has_a_row_for_every_contrast_of_the_first_outcome(make_stud
     assert linear.mark == "too small"
 
 
+def test_what_a_perfect_arm_would_gain_is_never_too_small(make_study, tmp_path):
+    """LoRA's loss is 0.009, and 0.02 nats matter to the study."""
+
+    def loss(values):
+        rate = 0.02 * (values["optimizer.lr"] != "0.001")
+        return 0.009 - 0.0085 * (values["study.arm"] == "cera") + rate
+
+    study = make_study(loss, seeds=3, matters=0.02)
+    [(contrast,)] = contrasts_of(study)
+    assert contrast.is_within(0.02)
+    assert contrast.matters == pytest.approx(0.0009)
+    page = write_studies([study], tmp_path / "report")
+    assert page.tables[0].rows[0]["too small"] == "no"
+    [group] = page.verdicts.groups
+    assert (group.note, group.rows[0].mark) == ("what matters: 0.0009 nats", contrast.verdict)
+
+
 def test_a_higher_score_is_drawn_on_the_side_of_the_better(make_study, tmp_path):
     def scores(values):
         rate = 0.2 * (values["optimizer.lr"] != "0.001")
