@@ -25,7 +25,6 @@ from cera_train.study.forest import (
     interval,
     number,
     unit_of,
-    verdict,
 )
 from cera_train.study.results import OutcomeContrast, Slope, contrasts_of, slopes
 
@@ -167,14 +166,16 @@ def verdict_table(
         row = {
             "contrast": f"{contrast.second} - {contrast.first}",
             "of": ", ".join(filter(None, [brief(contrast.condition), outcome, rank])),
-            "verdict": verdict(contrast),
+            "verdict": "no verdict" if contrast.obstacles else contrast.verdict,
             "reason": "; ".join(contrast.obstacles),
             "difference": number(outcome, contrast.difference, "+"),
             "95 % interval": interval(outcome, contrast.lower, contrast.upper),
+            "detects": detects(contrast),
             "p after Holm": "" if contrast.p_holm is None else f"{contrast.p_holm:.2g}",
             "too small": too_small,
         }
         rows.append(row)
+    replicates = "bases" if study.config.bases else "seeds"
     drawn = "bases" if study.config.bases else "seeds and problems"
     tuned = study.config.tuned_elsewhere
     family = study.config.family
@@ -183,7 +184,8 @@ def verdict_table(
         title,
         rows,
         "Differences of a loss are in nats a token, of a score in points; the verdict is on the "
-        "first-named arm or difference. Not shown: the difference that is shown with power 80 %. "
+        "first-named arm or difference. Detects: the difference that is shown with power 80 %, by "
+        f"the variance between {replicates} as estimated and at both ends of its 95 % interval. "
         "No verdict: the best value is at an end of its grid (add values beyond it, by "
         "study.extend=true), was alone or has no order, or was chosen by another outcome; or a "
         "judging run diverged (let more seeds choose, by study.tune_seeds, under another name). "
@@ -191,6 +193,15 @@ def verdict_table(
         f"Too small: the interval lies within ±{study.config.matters:g}, and within a tenth of the "
         "first side's loss." + (f" Arms were tuned in {tuned}." if tuned else ""),
     )
+
+
+def detects(contrast: OutcomeContrast) -> str:
+    """Such as `0.0111 (0.0074 to 0.0263)`; empty where nothing can be shown."""
+    least, lower, upper = (
+        number(contrast.outcome, difference)
+        for difference in (contrast.detectable, *contrast.detectable_range)
+    )
+    return least and f"{least} ({lower} to {upper})"
 
 
 def cell_table(study: Study, title: str) -> Table:

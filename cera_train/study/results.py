@@ -16,6 +16,7 @@ from cera_train.evaluation.verdict import (
     contrast,
     contrast_over_bases,
     detectable,
+    detectable_range,
 )
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, describe_choices
@@ -67,6 +68,8 @@ class OutcomeContrast(Contrast):
     obstacles: list[str]  # such as `cera at the largest optimizer.lr, 0.01`
     detectable: float  # the smallest difference that this design shows with power 80 %
     is_primary: bool = False  # tested before the others
+    detectable_range: list[float] | None = None
+    """The same at both ends of the 95 % interval of the variance between seeds or bases."""
     matters: float | None = None  # the smallest difference that does; None but in the first outcome
 
 
@@ -150,7 +153,8 @@ def _with_verdict(
     if not obstacles:
         verdict = estimate.verdict_at(p_holm, higher_is_better=outcome != LOSS)
     choices = pair.choices
-    least = detectable(estimate.variances, estimate.seeds, estimate.problems, tests)
+    design = (estimate.variances, estimate.seeds, estimate.problems, tests)
+    lower, upper = detectable_range(*design)
     by_base = pair.by_base(outcome) if study.config.bases else {}
     return OutcomeContrast(
         **vars(estimate),
@@ -166,7 +170,8 @@ def _with_verdict(
         p_holm=p_holm,
         verdict=verdict,
         obstacles=obstacles,
-        detectable=least + estimate.between,
+        detectable=detectable(*design) + estimate.between,
+        detectable_range=[lower + estimate.between, upper + estimate.between],
         is_primary=study.is_primary(pair.asked),
         matters=what_matters(study, pair) if outcome == study.config.first_outcome else None,
     )

@@ -23,7 +23,14 @@ from benchmarks.verdicts import (
     wrong_after_tuning,
 )
 from cera_train.evaluation.statistics import holm, sign_flip
-from cera_train.evaluation.verdict import Contrast, Spread, Variances, contrast, detectable
+from cera_train.evaluation.verdict import (
+    Contrast,
+    Spread,
+    Variances,
+    contrast,
+    detectable,
+    detectable_range,
+)
 from cera_train.study.tuning import chords_could_gain, could_gain
 
 STUDIES = 1_500
@@ -165,6 +172,20 @@ def test_detectable_differences_are_those_of_docs_statistics_where_seeds_dominat
 ):
     difference = detectable(Variances(1, 0, 0), seeds, 200, comparisons)
     assert difference / math.sqrt(1 / seeds) == pytest.approx(standard_errors, rel=0.015)
+
+
+def test_what_few_bases_detect_is_as_uncertain_as_their_standard_deviation():
+    """By the chi-square interval of five values, 0.60 to 2.87 times their standard deviation."""
+    variances = Variances(1, 0, 0)
+    least = detectable(variances, 5, 200)
+    assert detectable_range(variances, 5, 200) == pytest.approx(
+        (0.5991 * least, 2.8736 * least), 1e-3
+    )
+    # What seeds change but noise is all that few seeds do not know.
+    of_problems = Variances(0, 1, 0)
+    assert detectable_range(of_problems, 5, 200) == pytest.approx(
+        (detectable(of_problems, 5, 200),) * 2
+    )
 
 
 def test_one_seed_detects_nothing_and_no_variance_detects_anything():
