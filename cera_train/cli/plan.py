@@ -166,7 +166,7 @@ def print_power(
             continue
         what = "rows" if outcome == LOSS else "problems"
         sizes = [{LOSS: plan.data.eval_rows} | plan.problems for plan in plans]
-        problems = round(min(size[outcome] for size in sizes) * (config.set_aside or 1))
+        problems = min(size[outcome] for size in sizes)
         variances = Variances(*(deviation**2 for deviation in spread[outcome]))
         if config.bases:
             variances = Variances(variances.seed, 0.0, 0.0)

@@ -10,7 +10,7 @@ from cera_train.common.settings import word_of
 class Gone(NamedTuple):
     instead: str
     unused: Any = None
-    """What a recorded config holds where nobody chose it: such a config still loads."""
+    """What a recorded config holds where nobody chose it, besides null: such a config still loads."""
     last: str = "0.2.0"
     """The last release that had it."""
 
@@ -27,6 +27,7 @@ GONE = {
     "task=reasoning_gym": Gone("write its questions to a file for task=jsonl"),
     "gguf": Gone("compare the file by cera-export check=FILE, and ask llama.cpp's own server"),
     "recipe=grpo_reasoning_gym": Gone("choose grpo_dates"),
+    "study.set_aside": Gone("let study.tune_seeds choose, and the other seeds judge", 0.0),
 }
 """By setting, SECTION.KEY, or by choice, SECTION.KEY=VALUE or GROUP=NAME. A setting in a list, as
 in each part of data.mix, has the key of the list."""
@@ -53,7 +54,7 @@ def without_gone(tree: Any, place: str, key: str = "") -> Any:
         kept = {}
         for name, value in tree.items():
             inner = f"{key}.{name}" if key else str(name)
-            if inner not in GONE or value != GONE[inner].unused:
+            if inner not in GONE or value not in (None, GONE[inner].unused):
                 kept[name] = without_gone(value, place, inner)
         return kept
     if isinstance(tree, list):

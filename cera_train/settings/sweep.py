@@ -59,9 +59,6 @@ class StudyConfig:
     two."""
     outcomes: list[str] = setting(lambda: [LOSS], "nothing")
     """The outcomes, the primary one first: loss, or a name in train.tasks for its score."""
-    set_aside: float = setting(0.0, "nothing")
-    """The share of held-out rows, and of a task's problems, that judge and never choose a tuned
-    value; the others only choose. 0: all do both."""
     tuned_elsewhere: str | None = setting(None, "nothing")
     """Where the arms' settings were tuned, such as a paper: then `tune` has one value of each, or
     is empty. null: here."""
@@ -135,10 +132,6 @@ class StudyConfig:
         self._check_keys()
         self._check_results()
         require_positive("study", self, "seeds", "matters")
-        require(
-            0 <= self.set_aside < 1,
-            f"study.set_aside={self.set_aside}: expected a share of rows, at least 0, below 1.",
-        )
         require(
             self.tune_seeds is None or 1 <= self.tune_seeds < self.seeds,
             f"study.tune_seeds={self.tune_seeds}: the first of study.seeds={self.seeds} choose, "

@@ -141,8 +141,8 @@ class Cell:
         return self.study.folder / job_name(self.overrides(point, run), self.study.record.swept)
 
     def loss(self, point: GridPoint, run: Replicate) -> float | None:
-        """After the last update, the held-out loss, or the part of a task's score that is missed,
-        on the problems that choose; infinite for a run that diverged, None for one that has not
+        """After the last update, the held-out loss, or the part of a task's score that is missed;
+        infinite for a run that diverged, None for one that has not
         ended."""
         folder = self.folder(point, run)
         name = self.study.config.first_outcome
@@ -152,7 +152,7 @@ class Cell:
             return math.inf if has_diverged else None
         if name == LOSS and not math.isfinite(result.perplexity or math.inf):
             return math.inf
-        mean = Outcome.read(name, folder).choosing(self.study.config.set_aside).mean
+        mean = Outcome.read(name, folder).mean
         return mean if name == LOSS else 1 - mean
 
     @cached_property

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from omegaconf import OmegaConf
 
+from cera_train.settings.gone import without_gone
 from cera_train.settings.sweep import StudyConfig
 from cera_train.study.cells import (
     ARM,
@@ -37,7 +38,8 @@ class Study:
     @cached_property
     def config(self) -> StudyConfig:
         schema = OmegaConf.structured(StudyConfig)
-        return OmegaConf.to_object(OmegaConf.merge(schema, self.record.study))
+        recorded = without_gone(self.record.study, str(self.folder / RECORD), "study")
+        return OmegaConf.to_object(OmegaConf.merge(schema, recorded))
 
     @cached_property
     def bases(self) -> list[str | None]:

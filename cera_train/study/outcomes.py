@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,36 +45,9 @@ class Outcome:
             endings=Counter(grade.ending for grade in grades),
         )
 
-    def part(self, rows: np.ndarray) -> Outcome:
-        """These of its values."""
-        weights = None if self.weights is None else self.weights[rows]
-        return replace(self, values=self.values[rows], weights=weights)
-
-    def choosing(self, set_aside: float) -> Outcome:
-        """The problems that choose tuned values."""
-        return self.part(~is_set_aside(len(self.values), set_aside))
-
-    def judging(self, set_aside: float) -> Outcome:
-        """The problems on which arms are compared. Raises UserError where there is none."""
-        if not set_aside:
-            return self
-        count = len(self.values)
-        rows = is_set_aside(count, set_aside)
-        require(
-            bool(rows.any()),
-            f"study.set_aside={set_aside:g} of {count:,} problems or rows is none: set a larger "
-            "share, and repeat the study's command, which trains no run again.",
-        )
-        return self.part(rows)
-
     @property
     def mean(self) -> float:
         return float(np.average(self.values, weights=self.weights))
-
-
-def is_set_aside(count: int, share: float) -> np.ndarray:
-    """[count] which problems are set aside: this share, spread evenly."""
-    return np.diff(np.floor(np.arange(count + 1) * share)) > 0
 
 
 @dataclass(frozen=True)
@@ -95,10 +68,7 @@ class ComparedRun:
 
     @cached_property
     def outcomes(self) -> dict[str, Outcome]:
-        return {
-            name: Outcome.read(name, self.folder).judging(self.study.set_aside)
-            for name in self.study.outcomes
-        }
+        return {name: Outcome.read(name, self.folder) for name in self.study.outcomes}
 
     @property
     def rows(self) -> dict[str, Any]:

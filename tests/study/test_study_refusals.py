@@ -43,7 +43,6 @@ TWO = {"lora": ["adapter=lora"], "b": ["adapter=cera"]}
             "study.bases: an arm sets adapter.activation too. Keep one",
         ),
         (dict(bases={"a": ["model.trust_remote_code=true"]}), "trust_remote_code can run code"),
-        (dict(set_aside=1.0), "study.set_aside=1.0: expected a share of rows"),
         (
             dict(tuned_elsewhere="a paper"),
             "study.tune.optimizer.lr=.*: it was tuned in a paper: give that one value",

@@ -212,22 +212,14 @@ def test_a_value_that_was_alone_or_chosen_by_another_outcome_allows_no_verdict(m
     ]
 
 
-def test_rows_set_aside_judge_and_never_choose(make_study):
-    """Of 80 rows every second one is set aside."""
-    study = make_study(seeds=3, set_aside=0.5)
-    cell = study.cells[0]
-    run = cell.runs[0]
-    everything = Outcome.read("loss", run.folder)
-    assert run.outcomes["loss"].values.tolist() == everything.values[1::2].tolist()
-    rows = everything.values[::2], everything.weights[::2]
-    place = cell.grid.index(cell.chosen)
-    assert cell.losses[place][0] == pytest.approx(np.average(rows[0], weights=rows[1]))
-
-
-def test_a_share_of_rows_that_is_none_is_refused(make_study):
-    """Of 80 rows."""
-    with pytest.raises(UserError, match="study.set_aside=0.01 of 80 problems or rows is none"):
-        contrasts_of(make_study(set_aside=0.01))
+def test_a_study_of_earlier_settings_loads_where_none_was_used(make_study):
+    study = make_study(set_aside=0.0)
+    assert contrasts_of(study)
+    used = study.record.replace(study=study.record.study | {"set_aside": 0.5})
+    with pytest.raises(
+        UserError, match=r"sweep.json: study.set_aside: cera-train 0.2.0 was the last"
+    ):
+        contrasts_of(replace(study, record=used))
 
 
 def test_holm_corrects_over_the_studies_of_a_family(make_study, run_command, capsys):
