@@ -10,7 +10,7 @@ from cera_train.common.settings import word_of
 class Gone(NamedTuple):
     instead: str
     unused: Any = None
-    """What a recorded config holds where nobody chose it, besides null: such a config still loads."""
+    """What a recorded config holds where nobody chose it, besides null: it still loads."""
     last: str = "0.2.0"
     """The last release that had it."""
 
@@ -28,6 +28,7 @@ GONE = {
     "gguf": Gone("compare the file by cera-export check=FILE, and ask llama.cpp's own server"),
     "recipe=grpo_reasoning_gym": Gone("choose grpo_dates"),
     "study.set_aside": Gone("let study.tune_seeds choose, and the other seeds judge", 0.0),
+    "study.tuned_elsewhere": Gone("give several values in study.tune, so that each arm chooses"),
 }
 """By setting, SECTION.KEY, or by choice, SECTION.KEY=VALUE or GROUP=NAME. A setting in a list, as
 in each part of data.mix, has the key of the list."""

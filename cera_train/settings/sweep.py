@@ -59,9 +59,6 @@ class StudyConfig:
     two."""
     outcomes: list[str] = setting(lambda: [LOSS], "nothing")
     """The outcomes, the primary one first: loss, or a name in train.tasks for its score."""
-    tuned_elsewhere: str | None = setting(None, "nothing")
-    """Where the arms' settings were tuned, such as a paper: then `tune` has one value of each, or
-    is empty. null: here."""
     family: str | None = setting(None, "nothing")
     """A name that several studies share: cera-report corrects over all of their contrasts."""
     equal: Equal = setting(Equal.parameters, "nothing")
@@ -109,16 +106,10 @@ class StudyConfig:
                 f"study.primary: {question} is no comparison: choose from {', '.join(questions)}.",
             )
         is_trained = any(self.results_of(arm) is None for arm in self.arms)
-        if self.tuned_elsewhere is None and is_trained:
+        if is_trained:
             require(
                 bool(self.tune),
                 "study.tune={}: name what each arm may choose, such as optimizer.lr: [1e-3, 3e-3].",
-            )
-        for key, values in self.tune.items():
-            require(
-                self.tuned_elsewhere is None or len(values) == 1,
-                f"study.tune.{key}={values}: it was tuned in {self.tuned_elsewhere}: give that one "
-                "value, or leave out study.tuned_elsewhere.",
             )
         self.slope = self.slope or {}
         for key, numbers in self.slope.items():
@@ -194,12 +185,6 @@ class StudyConfig:
     @property
     def first_outcome(self) -> str:
         return self.outcomes[0]
-
-    @property
-    def judged(self) -> list[str]:
-        """The outcomes that may get a verdict: the one that chose the tuned values; all, where
-        they were chosen elsewhere."""
-        return self.outcomes if self.tuned_elsewhere is not None else self.outcomes[:1]
 
     @property
     def comparisons(self) -> list[tuple[str, Any, Any]]:

@@ -274,8 +274,6 @@ class Cell:
         if self.diverged:
             share = f"{len(self.diverged)} of {len(self.compared_runs)}"
             obstacles.append(f"{self.arm}: {share} judging runs diverged")
-        if self.study.config.tuned_elsewhere is not None:
-            return obstacles
         obstacles += [str(edge) for edge in self.edges]
         for key, chosen in self.chosen.values.items():
             if len({point.values[key] for point in self.grid}) == 1:

@@ -120,7 +120,7 @@ class Study:
             if self.is_primary(asked) == is_primary:
                 planned += math.prod(len(self.config.conditions[key]) for key in keys)
         found = sum(self.is_primary(pair.asked) == is_primary for pair in self.pairs())
-        return max(found, planned) * len(self.config.judged)
+        return max(found, planned)
 
     def missing(self) -> list[str]:
         """The runs that have not ended, each with the reason."""

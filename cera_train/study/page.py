@@ -177,7 +177,6 @@ def verdict_table(
         rows.append(row)
     replicates = "bases" if study.config.bases else "seeds"
     drawn = "bases" if study.config.bases else "seeds and problems"
-    tuned = study.config.tuned_elsewhere
     family = study.config.family
     of_family = f" of the studies of {family} in this report" if family else ""
     return Table(
@@ -191,7 +190,7 @@ def verdict_table(
         "judging run diverged (let more seeds choose, by study.tune_seeds, under another name). "
         f"The interval holds for other {drawn}. Holm corrects p over {corrected}{of_family}. "
         f"Too small: the interval lies within ±{study.config.matters:g}, and within a tenth of the "
-        "first side's loss." + (f" Arms were tuned in {tuned}." if tuned else ""),
+        "first side's loss.",
     )
 
 

@@ -94,7 +94,7 @@ def contrasts_of(*studies: Study) -> list[list[OutcomeContrast]]:
         p_values = {
             number: estimate.p_value
             for number, (study, pair, outcome, estimate) in enumerate(estimates)
-            if outcome in study.config.judged and study.is_primary(pair.asked) == is_primary
+            if outcome == study.config.first_outcome and study.is_primary(pair.asked) == is_primary
         }
         count = sum(study.planned_contrasts(is_primary) for study in studies)
         # A primary contrast that did not run opens no way to the others.

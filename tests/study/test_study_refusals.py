@@ -43,10 +43,6 @@ TWO = {"lora": ["adapter=lora"], "b": ["adapter=cera"]}
             "study.bases: an arm sets adapter.activation too. Keep one",
         ),
         (dict(bases={"a": ["model.trust_remote_code=true"]}), "trust_remote_code can run code"),
-        (
-            dict(tuned_elsewhere="a paper"),
-            "study.tune.optimizer.lr=.*: it was tuned in a paper: give that one value",
-        ),
         (dict(tune={}), "study.tune={}: name what each arm may choose"),
         (dict(tune={"adapter.r": [4]}), "study.conditions.adapter.r: study.tune sets it too"),
         (

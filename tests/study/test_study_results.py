@@ -200,11 +200,6 @@ def test_a_value_that_was_alone_or_chosen_by_another_outcome_allows_no_verdict(m
     [(first, _)] = contrasts_of(make_study(loss, scores, name="alone", **both | alone))
     assert (first.verdict, len(first.obstacles)) == ("not shown", 2)
 
-    elsewhere = alone | {"tuned_elsewhere": "a paper"}
-    judged = make_study(loss, scores, name="elsewhere", **both | elsewhere)
-    assert [each.verdict for each in contrasts_of(judged)[0]] == ["better", "better"]
-    assert judged.planned_contrasts(is_primary=False) == 2
-
     words = {"tune": {"optimizer.kind": ["a", "b"], "optimizer.lr": [3e-4, 1e-3, 3e-3]}}
     [(first, _)] = contrasts_of(make_study(loss, scores, name="words", **both | words))
     assert first.obstacles == [
