@@ -43,9 +43,6 @@ class StudyConfig:
     interval is Student's over bases. Empty: one base."""
     conditions: dict[str, list[Any]] = setting(dict, "nothing")
     """Settings under which all arms are compared, and their values, such as adapter.r: [16, 64]."""
-    slope: dict[str, list[Any]] | None = setting(dict, "nothing")
-    """A condition, and a number for each of its values: every contrast gets a slope over them.
-    Empty or null: adapter.r, and log2 of its values."""
     tune: dict[str, list[Any]] = setting(dict, "nothing")
     """Settings that each arm chooses for itself under each condition, and their values."""
     seeds: int = setting(3, "nothing")
@@ -110,14 +107,6 @@ class StudyConfig:
             require(
                 bool(self.tune),
                 "study.tune={}: name what each arm may choose, such as optimizer.lr: [1e-3, 3e-3].",
-            )
-        self.slope = self.slope or {}
-        for key, numbers in self.slope.items():
-            values = self.conditions.get(key, [])
-            require(
-                len(numbers) == len(values) and len(self.slope) == 1,
-                f"study.slope.{key}={numbers}: expected one condition, and a number for each of "
-                f"its {len(values)} values. Set study.slope=null, or correct it.",
             )
         require(bool(self.outcomes), "study.outcomes=[]: name what decides, such as [loss].")
         self._check_keys()

@@ -26,7 +26,7 @@ from cera_train.study.forest import (
     number,
     unit_of,
 )
-from cera_train.study.results import OutcomeContrast, Slope, contrasts_of, slopes
+from cera_train.study.results import OutcomeContrast, contrasts_of
 
 RESULTS = "study_results.json"
 
@@ -62,11 +62,9 @@ def write_studies(studies: Sequence[Study], output: Path) -> Page:
     commands = {}
     for name, study in zip(names, studies, strict=True):
         of_study = f" of {name}" if len(studies) > 1 else ""
-        trends = slopes(study)
         tables += [
             verdict_table(study, contrasts[name], f"Verdicts{of_study}", corrected),
             cell_table(study, f"Cells{of_study}"),
-            slope_table(study, trends, f"Slopes{of_study}"),
         ]
         groups += groups_of(study, contrasts[name], f"{name}, " if of_study else "")
         commands[name] = Environment(study.record.command).command_line or "not on record"
@@ -79,7 +77,6 @@ def write_studies(studies: Sequence[Study], output: Path) -> Page:
             "planned_primary": primary,
             "contrasts": list(map(dataclasses.asdict, contrasts[name])),
             "cells": list(map(_cell_json, study.cells)),
-            "slopes": list(map(dataclasses.asdict, trends)),
             **_environments(study),
         }
         _write_numbers(numbers, output / name / RESULTS if of_study else output / RESULTS)
@@ -221,27 +218,6 @@ def cell_table(study: Study, title: str) -> Table:
     drawn = "bases" if study.config.bases else "seeds"
     caption = f"Means over {drawn} at the values of the lowest mean loss, ± a standard deviation."
     return Table(title, rows, f"{caption} {SPECTRUM_TERMS}")
-
-
-def slope_table(study: Study, slopes: Sequence[Slope], title: str) -> Table:
-    outcome = study.config.first_outcome
-    step = "doubling of the rank"
-    for key, numbers in study.config.slope.items():
-        step = f"unit of {key} at {', '.join(f'{number:g}' for number in numbers)}"
-    rows = [
-        {
-            "contrast": slope.name,
-            f"{outcome} per step": number(outcome, slope.value, "+"),
-            "95 % interval": interval(outcome, *slope.interval),
-        }
-        for slope in slopes
-    ]
-    return Table(
-        title,
-        rows,
-        f"Change of the difference with every {step}. The interval holds for other "
-        f"{'bases' if study.config.bases else 'seeds'}.",
-    )
 
 
 def _cell_json(cell: Cell) -> dict[str, Any]:

@@ -1,15 +1,12 @@
-"""Every contrast of the arms of finished studies, with a verdict, and its slope over the rank."""
+"""Every contrast of the arms of finished studies, with a verdict."""
 
 import itertools
 import math
 from dataclasses import dataclass
 from statistics import fmean
 
-import numpy
-from scipy.stats import ttest_1samp
-
 from cera_train.common.settings import require
-from cera_train.evaluation.statistics import LEVEL, holm
+from cera_train.evaluation.statistics import holm
 from cera_train.evaluation.verdict import (
     Contrast,
     Verdict,
@@ -175,52 +172,3 @@ def _with_verdict(
         is_primary=study.is_primary(pair.asked),
         matters=what_matters(study, pair) if outcome == study.config.first_outcome else None,
     )
-
-
-@dataclass(frozen=True)
-class Slope:
-    """The change of a contrast in the primary outcome with every doubling of the rank, or with a
-    unit of `study.slope`."""
-
-    name: str
-    by_seed: list[float]
-    value: float
-    interval: list[float]
-    """Student's 95 % interval over seeds, on the problems at hand, or over bases; without bounds
-    for one."""
-
-
-def slopes(study: Study) -> list[Slope]:
-    """The least-squares slope of every contrast, where its condition has several values."""
-    key, numbers = _axis(study)
-    lines: dict[str, dict[float, list[float]]] = {}  # contrast -> number -> differences by seed
-    for pair in study.pairs():
-        choices = pair.choices
-        value = choices.pop(key, None)
-        if value not in numbers or pair.diverged:
-            continue
-        name = f"{pair.second.arm} - {pair.first.arm}"
-        if choices:
-            name += f", {describe_choices(choices.items())}"
-        lines.setdefault(name, {})[numbers[value]] = pair.means(study.config.first_outcome)
-    return [
-        _slope(name, differences) for name, differences in lines.items() if len(differences) > 1
-    ]
-
-
-def _axis(study: Study) -> tuple[str, dict[str, float]]:
-    """The condition over which slopes are taken, and the number of each of its values; of none
-    where a command has left some out."""
-    [(key, numbers)] = study.config.slope.items() or [("adapter.r", [])]
-    values = list(dict.fromkeys(cell.choices[key] for cell in study.cells if key in cell.choices))
-    if not study.config.slope:
-        return key, {value: math.log2(int(value)) for value in values}
-    return key, dict(zip(values, numbers, strict=True)) if len(values) == len(numbers) else {}
-
-
-def _slope(name: str, differences: dict[float, list[float]]) -> Slope:
-    by_seed = numpy.polyfit(list(differences), list(differences.values()), 1)[0]
-    interval = [-math.inf, math.inf]
-    if len(by_seed) > 1:
-        interval = [*map(float, ttest_1samp(by_seed, 0.0).confidence_interval(LEVEL))]
-    return Slope(name, by_seed.tolist(), float(by_seed.mean()), interval)

@@ -61,15 +61,6 @@ def test_a_section_that_could_not_answer_is_refused(study_section, changes, mess
         StudyConfig(**study_section | {"contrasts": {}} | changes)
 
 
-def test_a_study_is_cut_to_one_condition_on_the_command_line(compose):
-    """Its slope needs several."""
-    one = ["+study=skills", "study.conditions={data.train_files:[[k4.jsonl]]}", "data.layout=text"]
-    with pytest.raises(UserError, match="its 1 values. Set study.slope=null"):
-        compose(*one)
-    study = compose(*one, "study.slope=null").study
-    assert (len(study.conditions["data.train_files"]), study.slope) == (1, {})
-
-
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [

@@ -17,7 +17,7 @@ from cera_train.settings.sweep import LOSS
 from cera_train.study.forest import brief
 from cera_train.study.outcomes import Outcome
 from cera_train.study.page import write_studies
-from cera_train.study.results import contrasts_of, slopes
+from cera_train.study.results import contrasts_of
 
 
 def loss_by_rank(values: dict[str, str]) -> float:
@@ -241,36 +241,6 @@ def test_holm_corrects_over_the_studies_of_a_family(make_study, run_command, cap
     shutil.copytree("outputs/a", "elsewhere/a")
     assert run_command("cera-report", "outputs/a", "elsewhere/a") == 2
     assert "two of the studies have the name a: rename a folder" in capsys.readouterr().err
-
-
-def test_a_slope_is_that_of_the_seeds_by_doubling(make_study):
-    study = make_study(loss_by_rank, **RANKS)
-    (slope,) = slopes(study)
-    at_16, at_64 = (np.array(pair.means("loss")) for pair in study.pairs())
-    assert slope.by_seed == pytest.approx((at_64 - at_16) / 2)
-    interval = scipy.stats.ttest_1samp(slope.by_seed, 0).confidence_interval()
-    assert slope.interval == pytest.approx([interval.low, interval.high])
-
-
-def test_a_slope_may_be_over_any_condition(make_study):
-    conditions = {"data.train_files": ["one.jsonl", "two.jsonl", "eight.jsonl"]}
-    gains = dict(zip(conditions["data.train_files"], (0, 0.01, 0.03), strict=True))
-
-    def loss(values):
-        return 1 - gains[values["data.train_files"]] * (values["study.arm"] == "cera")
-
-    slope = {"data.train_files": [0, 1, 3]}
-    [slope] = slopes(make_study(loss, conditions=conditions, slope=slope))
-    assert slope.value == pytest.approx(-0.01, abs=1e-6)
-    with pytest.raises(UserError, match="a number for each of its 3 values"):
-        make_study(loss, conditions=conditions, slope={"data.train_files": [0]}).config  # noqa: B018
-
-
-def test_one_seed_has_a_slope_without_bounds(make_study, run_command):
-    make_study(loss_by_rank, **RANKS | {"seeds": 1})
-    assert run_command("cera-report", "outputs/which") == 0
-    [slope] = json.loads(Path("report/which/study_results.json").read_text())["slopes"]
-    assert slope["interval"] == [None, None]
 
 
 def test_the_page_opens_with_its_verdicts_and_has_numbers(make_study, run_command, capsys):
