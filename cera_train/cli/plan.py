@@ -121,12 +121,9 @@ class PlannedStudy(StudySweeper):
         check_cells(self.config, study, self.compose)
         planned: dict[str, list[RunPlan]] = {}
         for cell in study.cells:
-            if cell.is_imported:
-                continue
             planned[cell.name] = []
             for base in study.bases:
                 planned[cell.name] += self._plans_of(cell, base)
-        require(bool(planned), "every arm was run by another program: cera-train -m compares them.")
         print_plans("cell", planned)
         print()
         print_power(study, [*itertools.chain.from_iterable(planned.values())], spread)

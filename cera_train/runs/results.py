@@ -116,8 +116,6 @@ class Environment(Record, extra="allow"):
     base_sample: str | None = None  # earlier versions recorded none
     rows: dict[str, str] | None = None  # digests of the training and the held-out tokens
     updates: int | None = None  # updates of the whole run
-    answers: dict[str, str] | None = None  # how another program asked and graded
-    source: str | None = None  # where its results were copied from; earlier versions recorded none
 
     @property
     def held_out(self) -> str | None:

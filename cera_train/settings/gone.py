@@ -30,6 +30,7 @@ GONE = {
     "study.set_aside": Gone("let study.tune_seeds choose, and the other seeds judge", 0.0),
     "study.tuned_elsewhere": Gone("give several values in study.tune, so that each arm chooses"),
     "study.slope": Gone("compare pairs of arms in study.contrasts, [[a, b], [c, d]]", {}),
+    "study.results": Gone("cera-report compares results of other programs beside runs"),
 }
 """By setting, SECTION.KEY, or by choice, SECTION.KEY=VALUE or GROUP=NAME. A setting in a list, as
 in each part of data.mix, has the key of the list."""

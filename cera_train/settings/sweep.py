@@ -7,9 +7,9 @@ from typing import Any
 
 from cera_train.common.settings import require, require_positive, setting
 from cera_train.common.trust import may_run_code
+from cera_train.settings.gone import describe_gone
 
 LOSS = "loss"
-RESULTS = "study.results"
 
 Equal = StrEnum("Equal", ["parameters", "none"])
 
@@ -68,9 +68,6 @@ class StudyConfig:
     """The arm of a job; a study sets it."""
     base: str | None = setting(None, "nothing")
     """The base of a job; a study sets it."""
-    results: str | None = setting(None, "nothing")
-    """For an arm that another program ran, and its only setting: a folder with the results of each
-    seed in 0, 1, ..., as cera-report reads them. null: the arm is trained."""
 
     def __post_init__(self) -> None:
         names = ", ".join(self.arms) or "none"
@@ -102,15 +99,12 @@ class StudyConfig:
                 question in questions,
                 f"study.primary: {question} is no comparison: choose from {', '.join(questions)}.",
             )
-        is_trained = any(self.results_of(arm) is None for arm in self.arms)
-        if is_trained:
-            require(
-                bool(self.tune),
-                "study.tune={}: name what each arm may choose, such as optimizer.lr: [1e-3, 3e-3].",
-            )
+        require(
+            bool(self.tune),
+            "study.tune={}: name what each arm may choose, such as optimizer.lr: [1e-3, 3e-3].",
+        )
         require(bool(self.outcomes), "study.outcomes=[]: name what decides, such as [loss].")
         self._check_keys()
-        self._check_results()
         require_positive("study", self, "seeds", "matters")
         require(
             self.tune_seeds is None or 1 <= self.tune_seeds < self.seeds,
@@ -131,6 +125,8 @@ class StudyConfig:
         """Raises UserError if a setting is set in two places, has no value, or can run code."""
         words = [word for words in self.arms.values() for word in words]
         places = dict.fromkeys(map(_key_of, words), "an arm")
+        gone = [message for key in places if (message := describe_gone(key))]
+        require(not gone, f"study.arms: {' '.join(gone)}")
         base_words = [word for words in self.bases.values() for word in words]
         for key in map(_key_of, base_words):
             require(key not in places, f"study.bases: an arm sets {key} too. Keep one.")
@@ -150,26 +146,6 @@ class StudyConfig:
         for key, value in (*overrides, *self.tune.items(), *self.conditions.items()):
             fix = "put it on the command line, for all arms alike"
             require(not may_run_code(key, str(value)), f"study: {key} can run code: {fix}.")
-
-    def _check_results(self) -> None:
-        """Raises UserError where the results of another program cannot stand for an arm."""
-        for arm, words in self.arms.items():
-            results = self.results_of(arm)
-            place = f"study.arms.{arm}: {RESULTS}={results}"
-            require(
-                results is None or len(words) == 1,
-                f"{place} is not trained: leave its other settings out.",
-            )
-            require(
-                results is None or (LOSS not in self.outcomes and not self.bases),
-                f"{place} has no losses of held-out rows and no bases: name tasks in "
-                "study.outcomes, and leave study.bases out.",
-            )
-
-    def results_of(self, arm: str) -> str | None:
-        """The folder of an arm that another program ran; None for one to train."""
-        values = [word.partition("=")[2] for word in self.arms[arm] if _key_of(word) == RESULTS]
-        return values[0] if values else None
 
     @property
     def first_outcome(self) -> str:

@@ -102,11 +102,6 @@ class Cell:
         return f"{self.arm}, {self.condition}" if self.condition else self.arm
 
     @property
-    def is_imported(self) -> bool:
-        """Whether another program ran the arm."""
-        return self.study.config.results_of(self.arm) is not None
-
-    @property
     def tuning_runs(self) -> list[Replicate]:
         """Those at every value, which choose."""
         return self._replicates(range(self.study.config.tune_seeds or self.study.config.seeds))

@@ -27,7 +27,6 @@ from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
 from cera_train.study.cells import ARM, BASE, SEED, Cell, Replicate
 from cera_train.study.folder import Study
-from cera_train.study.imported import import_run, is_imported
 from cera_train.sweep.folder import RECORD, SweepRecord, job_status, key_of
 from cera_train.sweep.grid import (
     WRITER,
@@ -79,8 +78,6 @@ def study_record(config: DictConfig) -> SweepRecord:
         require(arm in overrides, f"{arm}: no such arm: choose from {', '.join(study.arms)}.")
         words = [arm, *overrides[arm]]
         decided = {key_of(word) for word in itertools.chain(overrides[arm], *of_bases.values())}
-        if is_imported(overrides[arm]):
-            decided |= {*map(key_of, (*study.tune, *study.conditions))}
         for choice in choices:
             require(
                 key_of(choice) != BASE or choice in of_bases,
@@ -111,11 +108,8 @@ def check_cells(config: DictConfig, study: Study, compose: ComposeJob) -> None:
         not seeds, f"{', '.join(seeds)}: a study has the seeds from 0: study.seeds=N. Leave it out."
     )
     for (condition, cells), base in itertools.product(study.by_condition.items(), study.bases):
-        trained = {arm: cell for arm, cell in cells.items() if not cell.is_imported}
-        if not trained:
-            continue
         first = Replicate(base, 0)
-        runs = {arm: compose(cell.overrides(cell.grid[0], first)) for arm, cell in trained.items()}
+        runs = {arm: compose(cell.overrides(cell.grid[0], first)) for arm, cell in cells.items()}
         where = ", ".join(filter(None, (condition, base)))
         place = f" ({where})" if where else ""
         check_arms(study.config, place, runs)
@@ -233,7 +227,7 @@ def begin_study(config: DictConfig, compose: ComposeJob) -> SweepRecord:
     record = study_record(config)
     planned = Study(Path(config.hydra.sweep.dir), record)
     check_cells(config, planned, compose)
-    unfinished = [cell for cell in planned.cells if not cell.is_imported and cell.missing()]
+    unfinished = [cell for cell in planned.cells if cell.missing()]
     check_problems(
         compose(cell.overrides(cell.grid[0], run))
         for cell in unfinished
@@ -315,11 +309,7 @@ class StudySweeper(Sweeper):
         self.launch(by_name)
 
     def launch(self, jobs: dict[str, list[str]]) -> None:
-        """Runs the jobs that have not ended, and waits for them. First copies what another program
-        ran."""
-        for name, overrides in jobs.items():
-            if is_imported(overrides):
-                import_run(self.folder / name, overrides, self.config.study.outcomes)
+        """Runs the jobs that have not ended, and waits for them."""
         waiting = [
             overrides
             for name, overrides in jobs.items()

@@ -75,10 +75,7 @@ class Study:
         ]
 
     def _open_conditions(self, arm: str) -> list[str]:
-        """The conditions whose setting an arm does not set itself, unless another program ran
-        it."""
-        if self.config.results_of(arm) is not None:
-            return []
+        """The conditions whose setting an arm does not set itself."""
         set_by_arm = {key_of(word) for word in self.config.arms[arm]}
         return [key for key in self.config.conditions if key_of(key) not in set_by_arm]
 

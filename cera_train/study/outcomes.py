@@ -76,7 +76,6 @@ class ComparedRun:
         rows: dict[str, Any] = {}
         for split, digest in (self.environment.rows or {}).items():
             rows[f"{split.replace('_', '-')} rows"] = digest
-        rows |= self.environment.answers or {}
         for name, outcome in self.outcomes.items():
             rows[f"problems of {name}"] = outcome.problems
         return rows

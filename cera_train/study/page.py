@@ -113,8 +113,6 @@ def _environments(study: Study) -> dict[str, Any]:
     machines = set[str]()
     versions: dict[str, str] = {}
     for cell in study.cells:
-        if cell.is_imported:
-            continue
         for run in cell.runs:
             environment = run.environment
             python = f"Python {environment.python}"

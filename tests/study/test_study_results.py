@@ -208,13 +208,17 @@ def test_a_value_that_was_alone_or_chosen_by_another_outcome_allows_no_verdict(m
 
 
 def test_a_study_of_earlier_settings_loads_where_none_was_used(make_study):
-    study = make_study(set_aside=0.0)
+    unused = {"set_aside": 0.0, "slope": {}, "tuned_elsewhere": None, "results": None}
+    study = make_study(**unused)
     assert contrasts_of(study)
-    used = study.record.replace(study=study.record.study | {"set_aside": 0.5})
-    with pytest.raises(
-        UserError, match=r"sweep.json: study.set_aside: cera-train 0.2.0 was the last"
+    arms = study.record.study["arms"]
+    for name, used in (
+        ("study.set_aside", {"set_aside": 0.5}),
+        ("study.results", {"arms": arms | {"theirs": ["study.results=theirs"]}}),
     ):
-        contrasts_of(replace(study, record=used))
+        record = study.record.replace(study=study.record.study | used)
+        with pytest.raises(UserError, match=f"{name}: cera-train 0.2.0 was the last that had it"):
+            contrasts_of(replace(study, record=record))
 
 
 def test_holm_corrects_over_the_studies_of_a_family(make_study, run_command, capsys):
