@@ -36,7 +36,6 @@ from cera_train.common.signals import Interruption
 from cera_train.common.terminal import print_table
 from cera_train.data.prepare import Example, TokenizedData, TokenizedRows, table_of
 from cera_train.model import folder as model_files
-from cera_train.model.weights import BaseDigests
 from cera_train.planning.dry_run import architecture_of, quantised_linears
 from cera_train.planning.make import make_plan
 from cera_train.planning.plan import GB, RunPlan
@@ -44,6 +43,7 @@ from cera_train.runs.folder import RunFolder
 from cera_train.settings.model import Quantization
 from cera_train.settings.run import Config
 from cera_train.training import build as builder
+from cera_train.training import log as training_log
 from cera_train.training.log import open_log
 from cera_train.training.resolve import resolve
 from cera_train.training.train import build_parts, update
@@ -159,7 +159,7 @@ def run_of(config: Config, rows: TokenizedRows) -> Iterator[tuple]:
     replaced = [
         (builder, "load_tokenizer", lambda model: None),
         (builder, "prepare_data", lambda data_config, tokenizer, asks: data),
-        (BaseDigests, "of", lambda base: BaseDigests("", "")),
+        (training_log, "tokenizer_digests", lambda tokenizer: {}),
         (model_files, "check_model", lambda path: None),
         (AutoModelForCausalLM, "from_pretrained", random_base),
         # The fake device has no generator to save.

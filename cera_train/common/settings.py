@@ -113,9 +113,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
             value = {str(number): each for number, each in enumerate(value)}
-        flat |= (
-            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
+        key = f"{prefix}{key}"
+        flat |= flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return flat
 
 

@@ -386,18 +386,28 @@ def digest_of_tokens(
         end = answer_end(config, tokenizer, asks)
         if end != tokenizer.eos_token_id:  # earlier versions ended answers by that one
             settings["end"] = end
-    # The first call removes truncation and padding, which tokenizer.json may hold.
-    ids_of("", tokenizer)
-    vocabulary = (
-        tokenizer.backend_tokenizer.to_str()
-        if tokenizer.is_fast
-        else [*tokenizer.get_vocab().items()]
-    )
+    vocabulary, special = words_of(tokenizer)
     template = tokenizer.chat_template
-    special = tokenizer.special_tokens_map
     return digest_of_parts(
         CACHE_VERSION, settings, vocabulary, template, special, source.fingerprint
     )
+
+
+def words_of(tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+    """All that says how a tokenizer cuts text, and its special tokens."""
+    # The first call removes truncation and padding, which tokenizer.json may hold.
+    ids_of("", tokenizer)
+    is_fast = tokenizer.is_fast
+    words = tokenizer.backend_tokenizer.to_str() if is_fast else [*tokenizer.get_vocab().items()]
+    return words, tokenizer.special_tokens_map
+
+
+def tokenizer_digests(tokenizer: Any) -> dict[str, str]:
+    """Digests of what a model's folder says of how rows become tokens."""
+    return {
+        "tokenizer": digest_of_parts(*words_of(tokenizer)),
+        "chat template": digest_of_parts(tokenizer.chat_template),
+    }
 
 
 def answer_end(config: DataConfig, tokenizer: Any, asks: bool) -> int | None:

@@ -26,10 +26,11 @@ from cera_train.evaluation.server import Server
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.precision import choose_precision
-from cera_train.model.weights import BaseDigests, load_model
+from cera_train.model.weights import load_model
+from cera_train.runs.base import check_base
 from cera_train.runs.folder import Progress
 from cera_train.runs.records import load_config
-from cera_train.runs.subject import Subject, has_other_base, run_of
+from cera_train.runs.subject import Subject, run_of
 from cera_train.settings.evaluation import EvalConfig, GenerationConfig
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
@@ -62,16 +63,23 @@ def load_subject(subject: Subject, device: torch.device) -> LoadedModel:
     return LoadedModel(model.eval(), base, load_tokenizer(subject.model), autocast)
 
 
-def check_same_base(subject: Subject, base: PreTrainedModel) -> None:
-    """Raises UserError where the run of an adapter recorded other weights of its base: the adapter
-    would load, since the shapes agree."""
-    run = run_of(subject.adapter) if subject.run else None
-    if run is not None and has_other_base(run, subject.model, BaseDigests.of(base)):
-        raise UserError(
-            f"{subject.adapter} was trained on other weights than those of {subject.model.path}: "
-            f"it belongs to {subject.run.model.path} as it was then. Leave out model=, or name "
-            f"the model it was trained on."
+def open_server(url: str, subject: Subject) -> Server:
+    """A vLLM that answers by a subject. Raises UserError where the adapter belongs to another
+    base."""
+    check_same_base(subject)
+    return Server(url, subject.model, load_tokenizer(subject.model), subject.adapter)
+
+
+def check_same_base(subject: Subject, base: PreTrainedModel | None = None) -> None:
+    """Raises UserError where the adapter's run recorded another base. `base` is the loaded one;
+    None where a server has it."""
+    run = run_of(subject.adapter) if subject.run and subject.adapter else None
+    if run is not None:
+        fix = (
+            f"It belongs to {subject.run.model.path} as it was then: leave out model=, or restore "
+            "that base, or name it by model=."
         )
+        check_base(subject.adapter, run, subject.model, fix, base)
 
 
 def agree_on_batches(

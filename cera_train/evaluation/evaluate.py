@@ -27,7 +27,12 @@ from cera_train.distributed.accelerator import (
     quiet_libraries,
     start_accelerator,
 )
-from cera_train.evaluation.engine import agree_on_batches, choose_dtype, load_subject
+from cera_train.evaluation.engine import (
+    agree_on_batches,
+    choose_dtype,
+    load_subject,
+    open_server,
+)
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.grading import grade_all
 from cera_train.evaluation.held_out import HeldOut
@@ -40,6 +45,7 @@ from cera_train.model.batches import MicroBatches
 from cera_train.model.folder import load_architecture, load_tokenizer
 from cera_train.model.language_model import LanguageModel, perplexity
 from cera_train.model.layout import choose_layout
+from cera_train.runs.base import changed_tokenizer
 from cera_train.runs.card import write_card
 from cera_train.runs.evaluation_folder import (
     AccuracyResult,
@@ -89,9 +95,7 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
     computes = str(subject.model.dtype)
     with EvaluationFolder.open(path, is_main, accelerator.process_index) as folder:
         if config.server is not None:
-            engine = Server(
-                config.server, subject.model, load_tokenizer(subject.model), subject.adapter
-            )
+            engine = open_server(config.server, subject)
             computes = f"{engine.version} at {engine.url}"
         config = replace(
             config,
@@ -138,12 +142,15 @@ def describe_changed_rows(subject: Subject) -> str:
     data, asks = subject.trained
     if data is None or data.is_paired or environment.held_out is None:
         return ""
-    rows = prepare_evaluation(data, load_tokenizer(subject.model), asks=asks)
+    tokenizer = load_tokenizer(subject.model)
+    rows = prepare_evaluation(data, tokenizer, asks=asks)
     if rows.digest == environment.held_out:
         return ""
+    if changed := changed_tokenizer(subject.folder, tokenizer):
+        return f"{changed}, {subject.model.path}, changed since the training"
     return (
-        "those held out now are not those of the training, since a data file, the tokenizer or a "
-        "library has changed: the run may have trained on some of them"
+        "those held out now are not those of the training, since a data file or a library has "
+        "changed: the run may have trained on some of them"
     )
 
 
@@ -313,11 +320,13 @@ def measure_perplexity(
     config = evaluation.config
     subject = evaluation.subject
     trained = TrainedRows(config.data or subject.trained.data, subject.trained.asks)
-    rows = evaluation.task.rows(trained, subject.model, load_tokenizer(subject.model))
+    tokenizer = load_tokenizer(subject.model)
+    rows = evaluation.task.rows(trained, subject.model, tokenizer)
     if (before := find_evaluation_result(folder.path)) is not None:
+        changed = changed_tokenizer(subject.folder, tokenizer) or "a data file"
         require(
             before.rows_digest == rows.digest,
-            f"{folder.path} has the perplexity of other rows: a data file changed. Restore it, or "
+            f"{folder.path} has the perplexity of other rows: {changed} changed. Restore it, or "
             f"set name=... for another folder.",
         )
         return before

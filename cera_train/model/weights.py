@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 import transformers
@@ -165,45 +163,6 @@ def mixes_sequences(model: PreTrainedModel) -> bool:
     takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
     is_stateful = is_convolved or not attends or "linear_attention" in kinds
     return is_stateful or not takes_positions
-
-
-class BaseDigests(NamedTuple):
-    """What tells a base model from another of the same shape."""
-
-    norms: str
-    """The same in every precision and quantisation."""
-    sample: str
-    """Of all weights as they are stored."""
-
-    @classmethod
-    def of(cls, base: nn.Module) -> BaseDigests:
-        return cls(fingerprint(base), sample_digest(base))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A digest of the one-dimensional weights, such as norms: the same in every precision and
-    quantisation, different for base models of one shape."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            digest.update(f"{name} ".encode())
-            digest.update(
-                parameter.detach().cpu().to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
-            )
-    return digest.hexdigest()[:16]
-
-
-def sample_digest(model: nn.Module) -> str:
-    """A digest of a thousand values of every weight as it is stored: it differs even if only
-    matrices do, as after merging an adapter."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        stored = parameter.detach()
-        if getattr(parameter, "quant_state", None) is not None:
-            stored = stored.view(torch.uint8)  # FSDP needs the same bits as floats
-        values = stored.flatten()[:: max(1, stored.numel() // 1000)]
-        digest.update(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def quantization_config(

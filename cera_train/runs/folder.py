@@ -34,7 +34,7 @@ from cera_train.common.settings import Choice
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
-from cera_train.model.weights import BaseDigests
+from cera_train.model.identity import BaseIdentity
 from cera_train.runs.records import Record, another_config, differences
 from cera_train.runs.results import (
     DIVERGED,
@@ -183,8 +183,9 @@ class RunFolder:
     def write_config(
         self,
         processes: int,
-        base: BaseDigests,
+        base: BaseIdentity,
         rows: dict[str, str],
+        tokenizer: dict[str, str],
         updates: int,
         dtype: Choice[Dtype],
     ) -> None:
@@ -199,9 +200,10 @@ class RunFolder:
             gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
             cpu_threads=torch.get_num_threads(),
             processes=processes,
-            base_fingerprint=base.norms,
-            base_sample=base.sample,
+            base_weights=base.weights,
+            base_config=base.config,
             rows=rows,
+            tokenizer=tokenizer,
             updates=updates,
             precision={"dtype": dtype.value, "reason": dtype.why},
         )

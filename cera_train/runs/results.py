@@ -111,10 +111,13 @@ class Environment(Record, extra="allow"):
     gpus: list[str] | None = None  # names
     cpu_threads: int | None = None
     processes: int | None = None
-    # Both tell base models of one shape apart, see `model.weights.BaseDigests`.
-    base_fingerprint: str | None = None
-    base_sample: str | None = None  # earlier versions recorded none
+    base_weights: str | None = None  # see `model.identity.BaseIdentity`
+    base_config: dict[str, Any] | None = None
+    base_fingerprint: str | None = None  # both only of cera-train 0.2.0, see `runs.base`
+    base_sample: str | None = None
     rows: dict[str, str] | None = None  # digests of the training and the held-out tokens
+    # digests of the tokenizer and the chat template; earlier versions recorded none
+    tokenizer: dict[str, str] | None = None
     updates: int | None = None  # updates of the whole run
 
     @property

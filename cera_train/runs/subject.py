@@ -7,27 +7,21 @@ import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cera_train.adapters.families.base import is_import_path
 from cera_train.adapters.folder import check_saved, check_start, is_saved_in, weights_file
 from cera_train.common.errors import UserError
-from cera_train.common.libraries import installed_version
 from cera_train.common.settings import require
 from cera_train.common.terminal import announce_import
 from cera_train.model.path import check_model
 from cera_train.runs.records import load_config
-from cera_train.runs.results import Environment
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import UNKNOWN, TrainedRows
 from cera_train.settings.evaluation import SubjectConfig
-from cera_train.settings.model import Dtype, ModelConfig, Quantization
+from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
 from cera_train.settings.serving import ChatConfig
 from cera_train.settings.training import TrainConfig
-
-if TYPE_CHECKING:
-    from cera_train.model.weights import BaseDigests
 
 EXPORT = "export_"  # and the form, in the folder of a run
 
@@ -195,27 +189,6 @@ def run_of(adapter: Path) -> Path | None:
     root = adapter.parent.parent if is_checkpoint else adapter.parent
     is_in_run = is_checkpoint or adapter.name in ("adapter", "best") or is_export(adapter)
     return root if is_in_run and (root / "config.yaml").is_file() else None
-
-
-def has_other_base(run: Path, base: ModelConfig, digests: BaseDigests) -> bool:
-    """Whether a run recorded other base weights than these."""
-    record = run / "environment.json"
-    if not record.is_file():
-        return False
-    recorded = Environment.read(record)
-    theirs = load_config(run / "config.yaml", section="model")
-    if theirs.dtype != base.dtype and Dtype.float16 in (theirs.dtype, base.dtype):
-        return False  # float16 rounds first, and the fingerprint's bfloat16 then rounds otherwise
-    if recorded.base_fingerprint not in (None, digests.norms):
-        return True
-    # Another device quantises a few weights otherwise, and another transformers may order them so.
-    packages = recorded.packages or {}
-    is_stored_alike = (
-        theirs.dtype == base.dtype
-        and Quantization.none == theirs.quantization == base.quantization
-        and packages.get("transformers") == installed_version("transformers")
-    )
-    return is_stored_alike and recorded.base_sample not in (None, digests.sample)
 
 
 def is_export(folder: Path) -> bool:

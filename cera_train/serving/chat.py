@@ -22,10 +22,8 @@ from cera_train.data.prepare import encode
 from cera_train.data.rows import PROMPT, READERS, Row, from_files, suffix_of
 from cera_train.data.segments import columns_read, segmenters
 from cera_train.distributed.accelerator import quiet_libraries, this_device
-from cera_train.evaluation.engine import choose_dtype, load_subject
+from cera_train.evaluation.engine import choose_dtype, load_subject, open_server
 from cera_train.evaluation.requests import Request, check_positions
-from cera_train.evaluation.server import Server
-from cera_train.model.folder import load_tokenizer
 from cera_train.runs.subject import Subject
 from cera_train.settings.data import DataConfig, Layout, Turns
 from cera_train.settings.serving import ChatConfig, Template
@@ -179,9 +177,7 @@ class Answerer:
         if config.server is None:
             self.engine = load_subject(choose_dtype(subject), this_device())
         else:
-            self.engine = Server(
-                config.server, subject.model, load_tokenizer(subject.model), subject.adapter
-            )
+            self.engine = open_server(config.server, subject)
         tokenizer = self.engine.tokenizer
         self.prompts = Prompts(
             choose_rows(config.template, subject.trained.data, tokenizer, config.template_settings),

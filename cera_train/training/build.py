@@ -34,14 +34,15 @@ from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.batches import MicroBatches, RowOrder
 from cera_train.model.compiled import compile_layers
 from cera_train.model.folder import check_length, load_tokenizer
+from cera_train.model.identity import BaseIdentity, identity_of
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout
-from cera_train.model.weights import BaseDigests, load_model
+from cera_train.model.weights import load_model
+from cera_train.runs.base import changed_tokenizer, check_base
 from cera_train.runs.folder import Progress, load_checkpoint
 from cera_train.runs.records import load_config
-from cera_train.runs.subject import digest_of, find_start, has_other_base, run_of
+from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
-from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import build_optimizer
 from cera_train.training.rewards import check_right_answers
@@ -93,7 +94,7 @@ class Model:
     micro_batch_tokens: int
     trainable_count: int
     total_count: int
-    base_digests: BaseDigests
+    base: BaseIdentity
 
     def micro_batches(self, rows: TokenizedRows) -> MicroBatches:
         """Micro-batches of rows in the layout that the model takes."""
@@ -110,7 +111,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     accelerator = start_accelerator(config.model, config.train.autocast, config.distributed)
     [checkpoint] = broadcast_object_list([checkpoint])
     base = load_model(config.model, accelerator.device, accelerator.is_fsdp2)
-    base_digests = BaseDigests.of(base)  # before DoRA adds to it
+    check_trained_base(config, data.tokenizer, checkpoint, base)
 
     torch.manual_seed(config.train.seed)
     has_autocast = accelerator.mixed_precision != "no"
@@ -129,7 +130,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     if config.train.check_coverage and not (is_ours or accelerator.is_fsdp2):
         check_effect(adapted, base, config.adapter, has_autocast)
     trainable_count, total_count = adapters.parameter_counts(adapted)
-    progress, moments = load_weights(adapted, config, data.rows, checkpoint, base_digests)
+    progress, moments = load_weights(adapted, config, data.rows, checkpoint)
 
     groups = adapters.parameter_groups(adapted, config.adapter)
     optimizer = build_optimizer(groups, config.optimizer, accelerator.device)
@@ -159,7 +160,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
         config.train.micro_batch_tokens,
         trainable_count,
         total_count,
-        base_digests,
+        identity_of(config.model),
     )
     return model, progress
 
@@ -177,12 +178,29 @@ def start_rows(
     return StartRows(sequences, batches.supervised, batches.load, language_model)
 
 
+def check_trained_base(
+    config: Config, tokenizer: Any, checkpoint: Path | None, base: PreTrainedModel
+) -> None:
+    """Raises UserError where the checkpoint to resume from, or the adapter to start from, was
+    trained on another base."""
+    if checkpoint is not None:
+        run = checkpoint.parent.parent
+        fix = "Restore it, or choose another name=... for a new run."
+        check_base(checkpoint, run, config.model, fix, base)
+        changed = changed_tokenizer(run, tokenizer)
+        place = f"model.path={config.model.path}"
+        require(not changed, f"{place}: {changed} changed since {checkpoint}. {fix}")
+    elif config.adapter.start_from is not None:
+        run = run_of(find_start(config.adapter))
+        if run is not None:
+            theirs = load_config(run / "config.yaml", section="model").path
+            fix = f"Set model.path to its base ({theirs}), or start from another adapter."
+            place = f"adapter.start_from={config.adapter.start_from}"
+            check_base(place, run, config.model, fix, base)
+
+
 def load_weights(
-    adapted: nn.Module,
-    config: Config,
-    rows: TokenizedData,
-    checkpoint: Path | None,
-    base_digests: BaseDigests,
+    adapted: nn.Module, config: Config, rows: TokenizedData, checkpoint: Path | None
 ) -> tuple[Progress, dict[str, Any] | None]:
     """Loads the weights of a checkpoint, or of an adapter to start from, into a fresh adapter.
 
@@ -190,26 +208,19 @@ def load_weights(
         How far the run is, and the optimizer's state; None where it begins.
 
     Raises:
-        UserError: the weights belong to another base, adapter or rows.
+        UserError: the weights belong to another adapter or rows.
     """
     digests = (rows.train.digest, rows.evaluation.digest)
     if checkpoint is not None:
-        require(
-            not has_other_base(checkpoint.parent.parent, config.model, base_digests),
-            f"{checkpoint} was trained on other weights than model.path={config.model.path} has "
-            "now. Restore them, or choose another name=... for a new run.",
-        )
         return load_checkpoint(checkpoint, adapted, *digests)
     if config.adapter.start_from is not None:
-        load_start(adapted, config.adapter, config.model, base_digests)
+        load_start(adapted, config.adapter)
     return Progress(data_digest=digests[0], held_out_digest=digests[1]), None
 
 
-def load_start(
-    model: nn.Module, config: AdapterConfig, base: ModelConfig, base_digests: BaseDigests
-) -> None:
+def load_start(model: nn.Module, config: AdapterConfig) -> None:
     """Loads the weights that `adapter.start_from` names into a fresh adapter. Raises UserError if
-    their digest differs, or if they were trained on another base."""
+    their digest differs."""
     place = f"adapter.start_from={config.start_from}"
     folder = find_start(config)
     if (digest := digest_of(folder)) != config.start_digest:
@@ -217,13 +228,6 @@ def load_start(
             f"{place}: its weights have the digest {digest} now, but this run was begun with "
             f"{config.start_digest}. Restore them, or choose another name=... for a run from the "
             "new ones."
-        )
-    run = run_of(folder)
-    if run is not None and has_other_base(run, base, base_digests):
-        theirs = load_config(run / "config.yaml", section="model").path
-        raise UserError(
-            f"{place} was trained on other base weights than these: set model.path to its base "
-            f"({theirs}), or start from another adapter."
         )
     with errors_at(place):
         load(model, read(folder))

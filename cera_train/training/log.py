@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cera_train.common.terminal import ProgressBar
+from cera_train.data.prepare import tokenizer_digests
 from cera_train.runs.folder import Progress, RunFolder
 from cera_train.runs.results import METRICS, EvaluationMetrics, UpdateMetrics
 from cera_train.runs.tracking import Tracker, start_tracker
@@ -46,7 +47,14 @@ def open_log(
         folder.rewind(progress if progress.update > 0 else None)
         digests = {"train": data.rows.train.digest, "held_out": data.rows.evaluation.digest}
         processes = model.accelerator.num_processes
-        folder.write_config(processes, model.base_digests, digests, data.updates, resolved.dtype)
+        folder.write_config(
+            processes,
+            model.base,
+            digests,
+            tokenizer_digests(data.tokenizer),
+            data.updates,
+            resolved.dtype,
+        )
         tracker = start_tracker(
             config.tracker, folder.config, config.name, folder.path, progress.update
         )

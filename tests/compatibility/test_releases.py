@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import losses_of
 from torch.testing import assert_close
 
@@ -63,6 +63,15 @@ def test_a_run_answers_and_predicts_as_it_did(release, run_command):
     before = json.loads(Path("before", perplexity).read_text())
     now = json.loads((folder / perplexity).read_text())
     assert now["perplexity"] == pytest.approx(before["perplexity"], rel=1e-5)
+
+
+def test_another_base_is_told_by_the_record_of_then(release, run_command, capfd):
+    file = Path("base/model.safetensors")
+    weights = load_file(file)
+    norm = {"model.norm.weight": 2 * weights["model.norm.weight"]}
+    save_file(weights | norm, file, {"format": "pt"})
+    assert run_command("cera-eval", "run=outputs/cera", "task=perplexity") == 2
+    assert "another base than model.path=base is now: other weights." in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -6,15 +6,26 @@ import math
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import torch
 import yaml
 from conftest import make_tiny_llama
-from evaluated_runs import QUESTIONS, base_settings, contents, evaluate, read, tiny_path
+from evaluated_runs import (
+    QUESTIONS,
+    base_settings,
+    chat,
+    contents,
+    evaluate,
+    export,
+    read,
+    tiny_path,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -378,19 +389,35 @@ def test_a_folder_without_a_finished_run_and_its_adapter_is_refused(eval_config,
     assert not (run / "eval").exists()
 
 
-def test_an_adapter_of_another_base_model_is_refused(eval_config, run, tmp_path, tokenizer):
+def test_an_adapter_of_another_base_model_is_refused(
+    eval_config, compose, run, tmp_path, tokenizer
+):
     settings = ["model=smollm2_135m", f"model.path={tmp_path / 'other'}", "model.dtype=float32"]
     tokenizer.save_pretrained(tmp_path / "other")
-    of_one_shape = [make_tiny_llama(vocab_size=len(tokenizer)) for _ in range(2)]
-    of_one_shape[0].model.norm.weight.data += 0.1
-    of_one_shape[1].model.layers[0].mlp.up_proj.weight.data += 0.1
-    for model in (*of_one_shape, make_tiny_llama(vocab_size=len(tokenizer), hidden_size=64)):
+
+    def refused(difference: str, call: Callable, config: Any) -> None:
+        with pytest.raises(UserError, match=f"was trained on another base than .*: {difference}"):
+            call(config)
+
+    sibling = make_tiny_llama(vocab_size=len(tokenizer))
+    sibling.model.layers[0].mlp.up_proj.weight.data += 0.1
+    wider = make_tiny_llama(vocab_size=len(tokenizer), hidden_size=64)
+    turned = make_tiny_llama(vocab_size=len(tokenizer), rope_theta=5e5)
+    for model, difference in (
+        (wider, r"other weights; head_dim was 8, is 16; hidden_size was 32, is 64\. It belongs to"),
+        (turned, r"rope_parameters.rope_theta was 10000.0, is 500000.0\. It belongs"),
+        (sibling, r"other weights\. It belongs"),
+    ):
         model.save_pretrained(tmp_path / "other")
-        with pytest.raises(ValueError, match="was trained on other weights"):
-            evaluate(eval_config(*settings))
-    export = shutil.copytree(run / "adapter", run / "export_lora")
-    with pytest.raises(ValueError, match="was trained on other weights"):
-        evaluate(eval_config(*settings, run=export))
+        refused(difference, evaluate, eval_config(*settings))
+    refused("other weights", evaluate, eval_config(*settings, "model.quantization=nf4"))
+    others = [f"run={run}", *settings]
+    refused("other weights", chat, compose(*others, "prompt=Hello", command="chat"))
+    refused("other weights", export, compose(*others, command="export"))
+    of_server = [*others, "prompt=Hello", "server=http://127.0.0.1:9"]
+    refused("other weights", chat, compose(*of_server, command="chat"))
+    exported = shutil.copytree(run / "adapter", run / "export_lora")
+    refused("other weights", evaluate, eval_config(*settings, run=exported))
     assert not (run / "eval").exists()
     (run / "environment.json").unlink()  # as an adapter that was carried elsewhere
     with pytest.raises(ValueError, match="belongs to another base model"):
@@ -445,12 +472,13 @@ def test_float32_weights_beside_a_16_bit_base_are_read_in_float32(tiny_config, c
 
 
 def test_rows_that_were_added_after_the_training_are_named(
-    tiny_config, compose, write_jsonl, capsys
+    tiny_config, compose, write_jsonl, tiny_folder, tmp_path, capsys
 ):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
     rows = [{"question": f"{number}?", "answer": f"{number}"} for number in range(40)]
     file = write_jsonl("rows.jsonl", rows[:30])
     settings = ("data=jsonl", f"data.train_files=[{file}]", "train.max_updates=1")
-    run = train(tiny_config(*settings))["folder"]
+    run = train(tiny_config(*settings, f"model.path={base}"))["folder"]
 
     def printed(*words: str) -> str:
         capsys.readouterr()
@@ -466,6 +494,13 @@ def test_rows_that_were_added_after_the_training_are_named(
     assert changed in printed(*held_out, "name=later_held_out")
     other = ("data=jsonl", f"data.train_files=[{file}]", "data.max_length=256")
     assert changed not in printed("task=perplexity", "name=others", *other)
+
+    write_jsonl("rows.jsonl", rows[:30])
+    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    changed = "the chat template of the base"
+    assert f"\nrows       {changed}, {base}, changed" in printed(*held_out, "name=templates")
+    with pytest.raises(UserError, match=f"has the perplexity of other rows: {changed} changed"):
+        printed("task=perplexity")
 
 
 def test_perplexity_on_other_rows(eval_config, questions):

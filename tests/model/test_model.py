@@ -3,7 +3,6 @@ hardware decides."""
 
 import json
 import shutil
-from dataclasses import replace
 
 import bitsandbytes
 import huggingface_hub
@@ -12,14 +11,13 @@ import torch
 import transformers
 from conftest import needs_smollm2
 from oracles import assert_nf4_gradients_are_right
-from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, OpenAIGPTConfig
 
 from cera_train.adapters.build import parameter_counts
 from cera_train.common.errors import UserError
 from cera_train.model.folder import check_length, load_tokenizer
 from cera_train.model.precision import choose_precision
-from cera_train.model.weights import BaseDigests, attention_for, load_model
+from cera_train.model.weights import attention_for, load_model
 from cera_train.settings.model import Dtype, ModelConfig, Quantization
 
 CPU = torch.device("cpu")
@@ -73,23 +71,6 @@ def test_nf4_is_double_quantised_and_computes_in_the_models_precision(tiny_folde
     whole = load_model(ModelConfig(path=str(tiny_folder)), CPU)
     # The count of parameters, not of bytes that store 4-bit pairs.
     assert parameter_counts(model)[1] == parameter_counts(whole)[1]
-
-
-@pytest.mark.parametrize("quantization", [Quantization.nf4, Quantization.int8])
-def test_a_quantised_base_is_told_from_another_and_not_from_a_sharded_one(
-    tiny_folder, tmp_path, quantization
-):
-    config = ModelConfig(path=str(tiny_folder), quantization=quantization)
-    base = load_model(config, CPU)
-    sharded = load_model(config, CPU, will_be_sharded=True)
-    shutil.copytree(tiny_folder, tmp_path / "other")
-    weights = load_file(tmp_path / "other" / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"] *= -1
-    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-    other = load_model(replace(config, path=str(tmp_path / "other")), CPU)
-    assert BaseDigests.of(base) == BaseDigests.of(sharded)
-    assert BaseDigests.of(base).norms == BaseDigests.of(other).norms
-    assert BaseDigests.of(base).sample != BaseDigests.of(other).sample
 
 
 @pytest.mark.parametrize("quantization", [Quantization.nf4, Quantization.int8])

@@ -225,10 +225,32 @@ def test_a_run_resumes_on_the_base_and_the_rows_that_it_was_begun_with(
     for name in ("model.norm.weight", "model.layers.1.self_attn.q_proj.weight"):
         changed = weights | {name: 2 * weights[name]}
         save_file(changed, base / "model.safetensors", {"format": "pt"})
-        message = "checkpoints/4 was trained on other weights than model.pa"
-        with pytest.raises(UserError, match=message):
+        message = f"checkpoints/4 was trained on another base than model.path={base} is now: "
+        with pytest.raises(UserError, match=f"{message}other weights"):
             train(config)
     save_file(weights, base / "model.safetensors", {"format": "pt"})
+
+    for file, before, after, difference in (
+        ("config.json", '"rope_theta": 10000.0', '"rope_theta": 5e5', f"{message}rope_.* is 5"),
+        (
+            "chat_template.jinja",
+            "<|im_end|>",
+            "</s>",
+            "the chat template of the base changed",
+        ),
+        (
+            "tokenizer.json",
+            '_space": false',
+            '_space": true',
+            "the tokenizer of the base changed since",
+        ),
+    ):
+        text = (base / file).read_text()
+        assert before in text, file
+        (base / file).write_text(text.replace(before, after))
+        with pytest.raises(UserError, match=difference):
+            train(config)
+        (base / file).write_text(text)
     assert train(config)["updates"] == 12
 
 
