@@ -26,6 +26,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from cera_train import __version__
+from cera_train.adapters.folder import is_saved_in
 from cera_train.adapters.saved import load, read, save
 from cera_train.common import files
 from cera_train.common.errors import UserError
@@ -132,7 +133,10 @@ class RunFolder:
     # --- resuming ---------------------------------------------------------------------------------
 
     def result(self) -> RunResult | None:
-        return RunResult.find(self.path / "result.json")
+        """None for a run that is not finished, or whose adapter is gone: the same command writes it
+        again, from the last checkpoint."""
+        has_adapter = is_saved_in(self.path / "adapter")
+        return RunResult.find(self.path / "result.json") if has_adapter else None
 
     def checkpoints(self) -> list[Path]:
         """Oldest first."""
@@ -227,7 +231,8 @@ class RunFolder:
         Keeps best/, even from a later update, and losses and grades: the resumed run repeats the
         same evaluations and writes the same files.
         """
-        (self.path / DIVERGED).unlink(missing_ok=True)
+        for name in (DIVERGED, "result.json"):
+            (self.path / name).unlink(missing_ok=True)
         for checkpoint in reversed(self.checkpoints()):
             if progress is None or int(checkpoint.name) > progress.update:
                 files.remove_folder(checkpoint)

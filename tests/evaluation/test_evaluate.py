@@ -349,12 +349,11 @@ def test_other_settings_problems_and_weights_are_refused_and_named(eval_config, 
     evaluate(eval_config("task.limit=2"))
     with pytest.raises(ValueError, match=r"task.limit was 2, is 3.*Set name="):
         evaluate(eval_config("task.limit=3"))
-    weights = run / "adapter" / "adapter_model.safetensors"
-    trained = weights.read_bytes()
-    multiply_weights(run / "adapter", 2)
+    best = eval_config("task.limit=2", run=run / "best")
+    evaluate(best)
+    multiply_weights(run / "best", 2)
     with pytest.raises(ValueError, match=r"adapter_digest was .*Set name="):
-        evaluate(eval_config("task.limit=2"))
-    weights.write_bytes(trained)
+        evaluate(best)
     questions.write_text(questions.read_text().replace("1 apples", "one apple"))
     with pytest.raises(ValueError, match="a data file changed"):
         evaluate(eval_config("task.limit=2"))
@@ -424,20 +423,39 @@ def test_an_adapter_of_another_base_model_is_refused(
         evaluate(eval_config(*settings, "name=again"))
 
 
+def test_another_adapter_in_a_runs_place_is_refused(eval_config, run, tiny_config):
+    replaced = f"{run}/adapter is not the adapter that its run left: it was replaced"
+    config = run / "adapter" / "adapter_config.json"
+    trained = config.read_text()
+    config.write_text(trained.replace('"alpha": 32.0', '"alpha": 64.0'))
+    for named in (run, run / "adapter"):
+        with pytest.raises(UserError, match=f"^{replaced}"):
+            evaluate(eval_config(run=named))
+    config.write_text(trained)
+    shutil.copy(run / "checkpoints" / "4" / "adapter_model.safetensors", run / "adapter")
+    with pytest.raises(UserError, match=f"^{replaced}"):
+        evaluate(eval_config())
+    with pytest.raises(UserError, match=f"^{replaced}"):
+        train(tiny_config("name=later", f"adapter.start_from={run}"))
+    assert not (run / "eval").exists()
+
+
 def test_an_adapter_that_diverged_or_is_damaged_is_refused(eval_config, run):
-    multiply_weights(run / "adapter", 1e38)
+    best = run / "best"
+    multiply_weights(best, 1e38)
     for sampled in ([], ["generation=sample", "name=sampled"]):
         with pytest.raises(ValueError, match="logits are not finite"):
-            evaluate(eval_config("task.limit=2", *sampled))
-    multiply_weights(run / "adapter", math.nan)
+            evaluate(eval_config("task.limit=2", *sampled, run=best))
+    multiply_weights(best, math.nan)
     with pytest.raises(
-        UserError, match=r"adapter: \S+ is not finite: its training diverged. Restore the file"
+        UserError, match=r"best: \S+ is not finite: its training diverged. Restore the file"
     ):
-        evaluate(eval_config())
-    weights = run / "adapter" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ValueError, match="is damaged"):
-        evaluate(eval_config())
+        evaluate(eval_config(run=best))
+    for adapter in (best, run / "adapter"):
+        weights = adapter / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100])
+        with pytest.raises(UserError, match="is damaged"):
+            evaluate(eval_config(run=adapter))
 
 
 def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(

@@ -103,10 +103,11 @@ def test_a_model_whose_every_weight_was_trained_is_served_as_a_base(tiny_config,
 
 def test_an_adapter_that_took_a_part_of_the_base_is_not_served(eval_config, vllm, run):
     """vLLM would add it to the whole base."""
+    model = find_subject(eval_config()).model
     file = run / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "pissa"}))
     with pytest.raises(UserError, match="of which pissa moved a part into .*adapter, so"):
-        server_module.Server(vllm.url, find_subject(eval_config()).model, None, run / "adapter")
+        server_module.Server(vllm.url, model, None, run / "adapter")
     assert not vllm.loaded
 
 

@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 from conftest import TINY, make_tiny_llama
-from evaluated_runs import evaluate, export
+from evaluated_runs import evaluate, export, keep_adapter
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
@@ -174,6 +174,7 @@ def test_what_loses_too_much_is_not_exported(compose, trained):
         },
         weights,
     )
+    keep_adapter(folder)
     with pytest.raises(
         DiffersError, match=r"KL divergence from the run may be .* above at_most=0 "
     ):

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.serving
 
 import httpx  # noqa: E402
 import openai  # noqa: E402
-from evaluated_runs import contents, evaluate, export  # noqa: E402
+from evaluated_runs import contents, evaluate, export, keep_adapter  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_runs import metrics_of, wait_until  # noqa: E402
@@ -551,6 +551,7 @@ def exported(compose, folder) -> Path:
         {name: torch.randn_like(tensor) * 0.3 for name, tensor in load_file(weights).items()},
         weights,
     )
+    keep_adapter(run)
     export(compose(f"run={run}", "at_most=100", command="export"))
     return run / "export_lora"
 

@@ -254,6 +254,15 @@ def test_a_run_resumes_on_the_base_and_the_rows_that_it_was_begun_with(
     assert train(config)["updates"] == 12
 
 
+def test_a_finished_run_whose_adapter_is_gone_writes_it_again(tiny_config):
+    config = tiny_config("train.eval_every=null")
+    result = train(config)
+    adapter = adapter_bytes(config)
+    shutil.rmtree(folder_of(config) / "adapter")
+    assert train(config)["adapter_identity"] == result["adapter_identity"]
+    assert adapter_bytes(config) == adapter
+
+
 def test_resume_never_starts_anew_but_does_not_overwrite_a_finished_run(tiny_config):
     config = tiny_config("train.resume=never")
     train_and_die_after(config, 6)
