@@ -204,9 +204,10 @@ def sync(path: Path) -> None:
 @contextlib.contextmanager
 def locked(
     path: Path, writer: str, has_content: Callable[[], bool] = lambda: True
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """Creates a folder if needed, and locks it by a file `.lock` in it; raises UserError if another
-    writer holds it.
+    writer holds it. Yields a check that raises UserError where the path no longer leads to the
+    folder: it was renamed or removed, and writing would begin another.
 
     Args:
         writer: the kind of writer, for messages: a run, an evaluation.
@@ -225,15 +226,26 @@ def locked(
             f"cannot make the {writer}'s folder {path}: {error.strerror}. Set output_dir to "
             f"another folder."
         ) from error
+    held = os.open(path, os.O_RDONLY)  # while it is open, no new folder gets its number
+
+    def check() -> None:
+        if not (path.exists() and os.path.samestat(path.stat(), os.fstat(held))):
+            raise UserError(
+                f"{path} was renamed or removed while this {writer} wrote to it. Move it back, and "
+                "the same command resumes it."
+            )
+
     try:
-        yield
+        yield check
     finally:
-        # If the disk is gone, the error that stopped the writer is raised.
-        with contextlib.suppress(OSError):
+        # If the disk or the folder is gone, the error that stopped the writer is raised.
+        with contextlib.suppress(OSError, UserError):
+            check()
             if is_new and not has_content():
                 shutil.rmtree(path)
             else:
                 (path / ".lock").unlink()  # before the release: the next writer creates a new file
+        os.close(held)
         lock.release()
 
 

@@ -112,23 +112,30 @@ class Progress(Record):
 class RunFolder:
     """`output_dir/name`. Every process calls the methods that save; only the main one writes."""
 
-    def __init__(self, path: Path, config: dict[str, Any], is_main: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        is_main: bool = True,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`check` raises UserError where `path` leads to another folder than at the start."""
         self.path = path
         self.config = redact_tree(config)  # no secret reaches the disk or a tracker
         self.is_main = is_main
+        self.check = check
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, config: dict[str, Any], is_main: bool = True) -> Iterator[RunFolder]:
         """The folder, locked by the main process and cleared of interrupted writes."""
-        folder = cls(path, config, is_main)
         if not is_main:
-            yield folder
+            yield cls(path, config, is_main)
             return
-        with files.locked(path, "run", (path / METRICS).exists):
+        with files.locked(path, "run", (path / METRICS).exists) as check:
             for inside in ("", "checkpoints", GRADES):
                 files.clean_folder(path / inside)
-            yield folder
+            yield cls(path, config, is_main, check)
 
     # --- resuming ---------------------------------------------------------------------------------
 
@@ -215,6 +222,7 @@ class RunFolder:
 
     def append(self, log: str, line: dict[str, Any]) -> None:
         """Adds a line to one of LOGS."""
+        self.check()
         with (self.path / log).open("a") as file:
             file.write(json.dumps(files.finite(line), allow_nan=False) + "\n")
 
@@ -285,6 +293,7 @@ class RunFolder:
         weights = trainable_weights(model, keep=self.is_main)
         if not self.is_main:
             return
+        self.check()
 
         def write(part: Path) -> None:
             save(model, weights, part)

@@ -263,6 +263,21 @@ def test_a_finished_run_whose_adapter_is_gone_writes_it_again(tiny_config):
     assert adapter_bytes(config) == adapter
 
 
+@pytest.mark.parametrize("update", [3, 4])  # next is a line of metrics, or a checkpoint
+def test_a_folder_that_is_renamed_while_it_trains_ends_the_run(tiny_config, update):
+    config = tiny_config("train.eval_every=null")
+    folder = folder_of(config)
+    moved = folder.with_name("moved")
+    with (
+        once_logged(update, lambda: folder.rename(moved)),
+        pytest.raises(UserError, match=f"^{folder} was renamed or removed while this run wrote"),
+    ):
+        train(config)
+    assert not folder.exists()
+    moved.rename(folder)
+    assert train(config)["updates"] == 12
+
+
 def test_resume_never_starts_anew_but_does_not_overwrite_a_finished_run(tiny_config):
     config = tiny_config("train.resume=never")
     train_and_die_after(config, 6)
