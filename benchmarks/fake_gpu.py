@@ -167,6 +167,8 @@ def first_of(processes: int) -> Iterator[None]:
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
     }
     with patch.dict(os.environ, ranks):
         torch.distributed.init_process_group(

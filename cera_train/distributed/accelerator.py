@@ -3,8 +3,11 @@ group ends a run when one of its processes hangs."""
 
 import contextlib
 import gc
+import multiprocessing
 import os
+import threading
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,11 +24,15 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cera_train.common.errors import UserError
+from cera_train.common.terminal import announce
+from cera_train.distributed.processes import MEETING, RANKS, is_one_of_several
 from cera_train.settings.distributed import DistributedConfig, Strategy
 from cera_train.settings.model import Dtype, ModelConfig
 
 MIXED_PRECISIONS = {None: "no", Dtype.bfloat16: "bf16", Dtype.float16: "fp16"}
 """Accelerate's names of the dtypes that autocast computes in."""
+
+SOON = 5.0  # seconds in which the processes of a launcher usually meet
 
 
 def this_device() -> torch.device:
@@ -33,6 +40,28 @@ def this_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@contextlib.contextmanager
+def waiting_for_others() -> Iterator[None]:
+    """Prints whom this process waits for if they are not there soon: a launcher's variables may be
+    left over. Raises UserError if they never come."""
+    names = " ".join(name for name in RANKS if name in os.environ)
+    where = ", ".join(f"{name}={os.environ.get(name)}" for name in MEETING)
+    fix = f"start all of them, or this command alone: unset {names}"
+    text = f"for the other processes of {where}: {fix}"
+    note = threading.Timer(SOON, announce, ["waiting", text])
+    # `work` runs in what this command started itself.
+    if is_one_of_several() and multiprocessing.parent_process() is None:
+        note.start()
+    try:
+        yield
+    except torch.distributed.DistError as error:
+        cause = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{where}: {cause}: {fix}.") from error
+    finally:
+        note.cancel()
+
+
+@waiting_for_others()
 def start_accelerator(
     model: ModelConfig, autocast: bool | None, config: DistributedConfig
 ) -> Accelerator:

@@ -17,6 +17,7 @@ from typing import Any
 
 from cera_train.common.errors import UserError, explain
 from cera_train.common.libraries import heavy_imports
+from cera_train.common.settings import require
 from cera_train.common.signals import (
     SIGNALS,
     STOPPED,
@@ -28,16 +29,43 @@ from cera_train.common.signals import (
 from cera_train.common.terminal import counted
 from cera_train.settings.distributed import ProcessesConfig
 
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The variables by which processes find each other. Of a launcher, as are RANKS."""
+
 
 def launched_rank() -> int | None:
     """The rank that a launcher set for this process, from the variables that Accelerate reads; None
-    without a launcher."""
+    without a launcher. Raises UserError for some of these variables without the others."""
     if "RANK" in os.environ:
+        check_launched(os.environ)
         return int(os.environ["RANK"])
     for library in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD"):
         if int(os.environ.get(f"{library}_SIZE", 1)) > 1:  # srun sets a rank for a single task too
             return int(os.environ[f"{library}_RANK"])
+    check_launched(os.environ)
     return None
+
+
+def check_launched(environment: Mapping[str, str]) -> None:
+    """Raises UserError for some of a launcher's variables without the others, by which Accelerate
+    would fail or wait. A single process needs no address."""
+    found = {name: environment[name] for name in RANKS if name in environment}
+    rank = found.get("RANK", "0")
+    size = found.get("WORLD_SIZE", "1")
+    if not found.keys() - {"WORLD_SIZE"} and size == "1":
+        return
+    is_alone = size == "1" and "LOCAL_RANK" not in found
+    needed = MEETING[:2] if is_alone else MEETING
+    missing = [name for name in needed if name not in environment]
+    is_rank = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
+    place = ", ".join(f"{name}={value}" for name, value in found.items())
+    cause = f"without {', '.join(missing)}" if missing else "names no process of that many"
+    require(
+        is_rank and not missing,
+        f"{place} {cause}: start this command by torchrun, `accelerate launch` or srun, which set "
+        f"all of these variables, or alone: unset {' '.join(found)}.",
+    )
 
 
 def is_main_process() -> bool:

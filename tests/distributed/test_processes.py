@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import TINY
 from moe_models import make_mixture
 from several_processes import cut_copy, popen, torchrun, train_in_processes
@@ -29,6 +30,7 @@ from cera_train.distributed.processes import (
     is_main_process,
     is_one_of_several,
     join_slurm_step,
+    launched_rank,
     leave_slurm_step,
     processes_to_start,
 )
@@ -338,11 +340,56 @@ def test_tasks_of_a_slurm_step_are_recognised():
         assert other == before
 
 
+ALL = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"MASTER_ADDR": "node"}, None),  # of a batch script, for all of its steps
+        ({"WORLD_SIZE": "1"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, 0),
+        (ALL, 1),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1", "WORLD_SIZE": "2"}, 1),
+        ({"RANK": "0"}, "RANK=0 without WORLD_SIZE: .*unset RANK"),
+        ({"RANK": "a", "WORLD_SIZE": "1"}, "RANK=a, WORLD_SIZE=1 names no process"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 without RANK, WORLD_SIZE, MASTER_ADDR"),
+        (ALL | {"RANK": "2"}, "RANK=2, WORLD_SIZE=2 names no process.*unset RANK WORLD_SIZE"),
+    ],
+)
+def test_a_part_of_a_launchers_variables_is_one_line(monkeypatch, variables, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=f"^{expected}"):
+            launched_rank()
+    else:
+        assert launched_rank() == expected
+
+
+def test_variables_of_a_launcher_that_is_gone_are_named_at_once_and_at_the_limit(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr("cera_train.distributed.accelerator.SOON", 0.0)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in (ALL | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": str(port)}).items():
+        monkeypatch.setenv(name, value)
+    config = DistributedConfig(timeout=1)
+    with pytest.raises(UserError, match="RANK=0, WORLD_SIZE=2, .* unset RANK WORLD_SIZE"):
+        start_accelerator(ModelConfig("m", dtype="float32"), None, config)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert "waiting    for the other processes of RANK=0, WORLD_SIZE=2" in capsys.readouterr().err
+
+
 def test_a_task_that_was_stopped_at_once_does_not_hide_it_from_its_slurm_step(monkeypatch):
     """With status 0 the others would wait for it."""
     environment = {"SLURM_STEP_NUM_TASKS": "2"}
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in ALL.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):
         leave_slurm_step(environment)
     monkeypatch.setattr("cera_train.distributed.processes.STOPPED", [signal.SIGTERM])
