@@ -58,7 +58,8 @@ def turns_of(row: Row, layout: str) -> list[Any]:
         ]
         return [*context, *row["completion"]]
     column = str(layout)
-    turns = cell_of(row, column, " Choose another data.layout.") or []
+    others = [str(each) for each in TURNS if row.get(str(each))]
+    turns = cell_of(row, column, f" Set data.layout={(others or ['auto'])[0]}.") or []
     require(
         isinstance(turns, list),
         f"column {column!r} holds {kind_of(turns)}: expected a list of turns.",
@@ -78,7 +79,10 @@ def _message_of(turn: Any, layout: str, place: str) -> Row:
     is_turn = isinstance(turn, dict) and turn.get(speaker) in known
     if not is_turn or not (text in turn or turn.get("tool_calls")):
         expected = f"expected an object with {speaker} (one of {', '.join(known)}) and {text}"
-        raise UserError(f"{place} is {str(turn)[:60]!r}: {expected}. Fix it, or remove the turn.")
+        fix = "Fix it, or remove the turn"
+        if layout == Layout.messages and isinstance(turn, dict) and "from" in turn:
+            fix = "Rename the column to conversations, and set data.layout=conversations"
+        raise UserError(f"{place} is {str(turn)[:60]!r}: {expected}. {fix}.")
     message = _without_nulls(turn) | {
         "content": text_of_content(turn.get(text), f"{place} {text!r}")
     }

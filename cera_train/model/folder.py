@@ -50,7 +50,7 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
     if kinds and len(others) == len(kinds):
         raise UserError(
             f"model.path={config.path}: {', '.join(kinds)} does not predict the next token alone: "
-            "a causal language model is needed, such as Llama, Qwen or SmolLM2."
+            "set model.path to a causal language model, such as Llama, Qwen or SmolLM2."
         )
     return loaded
 

@@ -157,7 +157,9 @@ def find_adapter(folder: Path, setting: str) -> tuple[Path | None, Path]:
         )
         places = "a folder that cera-train left (with config.yaml) or an adapter's folder (with "
         places += "adapter_config.json)"
-        if setting != "adapter.start_from":
+        if setting == "run" and (folder / "config.json").is_file():  # such as a merged one
+            places += f", or run=base model.path={folder} for a whole model"
+        elif setting != "adapter.start_from":
             places += ", or base"
         raise UserError(f"{setting}={folder} {what}: expected {places}.")
     elif not (folder / "result.json").is_file():
@@ -233,7 +235,7 @@ def base_of(adapter: Path, trust_remote_code: bool = False) -> ModelConfig:
     saved = check_saved(adapter)
     path = saved.get("base_model_name_or_path")
     if not (path and isinstance(path, str)):
-        raise UserError(f"{adapter} does not name its base model: set model=....")
+        raise UserError(f"{adapter} does not name its base model: set model.path=....")
     return ModelConfig(
         path=path, revision=saved.get("revision"), trust_remote_code=trust_remote_code
     )

@@ -40,6 +40,8 @@ DASHBOARD_NAMES = {
 WANDB_NAME = 128
 """Most characters that W&B's server accepts in the name of a run or of a group."""
 
+WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
+
 PACKAGES = {TrackerKind.comet: "comet_ml"}
 """Packages of trackers with other names."""
 
@@ -96,7 +98,12 @@ class Tracker:
 
 
 def check_trackers(config: TrackerConfig) -> None:
-    """Raises UserError for a tracker whose package is not installed."""
+    """Raises UserError for a tracker whose package is not installed, or an unknown WANDB_MODE."""
+    mode = os.environ.get("WANDB_MODE") or "online"
+    require(
+        mode in WANDB_MODES or TrackerKind.wandb not in config.chosen,
+        f"WANDB_MODE={mode}: choose from {', '.join(WANDB_MODES)}.",
+    )
     for kind in config.chosen:
         package = PACKAGES.get(kind, kind)
         require(

@@ -7,7 +7,14 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from cera_train.common.files import options
-from cera_train.common.settings import AUTO, require, require_address, require_positive, setting
+from cera_train.common.settings import (
+    AUTO,
+    require,
+    require_address,
+    require_positive,
+    setting,
+    word_of,
+)
 from cera_train.settings.evaluation import Grader
 
 
@@ -283,7 +290,8 @@ class TrainConfig:
             require(
                 self.eval_every is not None and every % self.eval_every == 0,
                 f"train.tasks_every={every} must be a multiple of "
-                f"train.eval_every={self.eval_every}: tasks are part of an evaluation.",
+                f"train.eval_every={word_of(self.eval_every)}, since tasks are part of an "
+                "evaluation: set one of the two.",
             )
 
     def changes_of_task(self, name: str) -> dict[str, Any]:

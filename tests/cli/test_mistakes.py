@@ -24,6 +24,11 @@ MISTAKES = [
         "tracker.kinds={nobody: ...}: no such tracker",
         "choose from wandb, ",
     ),
+    (
+        "cera-train train.tasks=[gsm8k] train.tasks_every=5 train.eval_every=null",
+        "a multiple of train.eval_every=null",
+        "set one of the two",
+    ),
     # a name that does not exist: spelled otherwise, or as other programs have it
     ("cera-train adapter.rank=3", "adapter.rank: unknown setting", "Did you mean adapter.r?"),
     (

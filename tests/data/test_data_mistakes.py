@@ -261,7 +261,13 @@ def test_a_tokenizer_without_an_end_token_is_refused_with_its_model(refusal, tok
             {"messages": [USER, {"role": "bot", "content": "b"}]},
             "messages[1] is \"{'role': 'bot'",
         ),
-        ("messages", {"messages": [HUMAN]}, "messages[0] is \"{'from': 'human'"),
+        (
+            "messages",
+            {"messages": [HUMAN]},
+            "messages[0] is \"{'from': 'human', 'value': 'a'}\": expected an object with role "
+            "(one of user, assistant, system, tool, developer) and content. Rename the column to "
+            "conversations, and set data.layout=conversations.",
+        ),
         (
             "messages",
             {"messages": [USER | {"content": [1]}]},

@@ -103,11 +103,11 @@ def test_given_templates_choose_text_and_each_part_of_a_mix_is_read_by_its_own_c
     [
         (
             [CHAT | {"question": "a", "answer": "b"}],
-            "finds the columns of both messages (messages) and text (question",
+            "finds the columns of both messages (messages: {folder}/rows.jsonl:1) and text (",
         ),
         (
             [{"prompt": "a", "completion": "b"}, CONVERSATION],
-            "finds the columns of both conversations (conversations)",
+            "finds the columns of both conversations (conversations: {folder}/rows.jsonl:2) ",
         ),
         (
             [{"q": "a", "a": "b"}],
@@ -117,8 +117,9 @@ def test_given_templates_choose_text_and_each_part_of_a_mix_is_read_by_its_own_c
         ([], "finds no rows: "),
     ],
 )
-def test_columns_that_fit_no_layout_or_two_are_refused(own, rows, line):
-    with pytest.raises(UserError, match=rf"^\S+rows.jsonl: data.layout=auto {re.escape(line)}"):
+def test_columns_that_fit_no_layout_or_two_are_refused(own, tmp_path, rows, line):
+    line = re.escape(line.format(folder=tmp_path))
+    with pytest.raises(UserError, match=rf"^\S+rows.jsonl: data.layout=auto {line}"):
         own(rows)
 
 

@@ -376,6 +376,9 @@ def test_two_evaluations_do_not_write_to_one_folder(eval_config, run):
 def test_a_folder_without_a_finished_run_and_its_adapter_is_refused(eval_config, run, tmp_path):
     with pytest.raises(ValueError, match="is not the folder of a run"):
         evaluate(eval_config(run=tmp_path))
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match=rf"or run=base model.path={tmp_path} for a whole model"):
+        evaluate(eval_config(run=tmp_path))
     (run / "adapter" / "adapter_model.safetensors").unlink()  # not looked for on the Hub
     with pytest.raises(ValueError, match=r"adapter lacks its weights, adapter_model.safetensors"):
         evaluate(eval_config())

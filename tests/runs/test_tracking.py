@@ -83,6 +83,12 @@ def test_a_tracker_that_is_not_installed_is_dropped(name, compose, tmp_path, mon
     assert capsys.readouterr().err.count(f"{name} failed and is left out") == 1
 
 
+def test_an_unknown_mode_of_wandb_is_named_with_the_choices(compose, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(UserError, match="^WANDB_MODE=ofline: choose from online, offline, "):
+        tracking.check_trackers(compose("tracker=wandb").tracker)
+
+
 def test_tensorboard_uses_the_names_of_transformers_dashboards(tiny_config):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = tiny_config("tracker=tensorboard", "train.max_updates=2")

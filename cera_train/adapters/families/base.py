@@ -304,7 +304,13 @@ def peft_errors(config: AdapterConfig) -> Iterator[None]:
     except UserError:
         raise
     except (TypeError, ValueError, NotImplementedError, ImportError, re.error, Warning) as error:
-        raise UserError(f"{place_of(config)}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        if "tied layer" in reason:
+            reason = (
+                "lm_head and embed_tokens are one weight here: leave them out, or for LoRA set "
+                "++adapter.settings.ensure_weight_tying=true."
+            )
+        raise UserError(f"{place_of(config)}: {reason}") from error
 
 
 def place_of(config: AdapterConfig) -> str:

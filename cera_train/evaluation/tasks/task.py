@@ -152,7 +152,9 @@ class QuestionTask(AnswerTask):
     def _read(self, source: Source) -> Iterator[Problem]:
         config = self.config
         columns = columns_of(config.prompt)
-        setting = "task.question" if "question" in self.settings else None
+        setting = "task.question"
+        if "question" not in self.settings:
+            setting += " of task=jsonl"
         for place, row in source.located():
             with errors_at(place):
                 if config.level is not None and level_of(row) != str(config.level):

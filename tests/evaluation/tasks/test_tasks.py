@@ -161,7 +161,7 @@ def test_a_limit_takes_the_first_rows_and_reads_no_further(config_of):
         (
             [GSM8K, MATH],
             {},
-            r"2: column 'question' is missing; its columns are problem, solution.$",
+            r"2: column 'question' is missing; its columns are problem, solution. .* of task=jsonl",
         ),
         (
             [GSM8K],
