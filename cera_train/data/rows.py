@@ -87,9 +87,6 @@ def text_of(row: Row, name: str, setting: str | None = None) -> str:
     return as_text(cell_of(row, name, fix), f"column {name!r}")
 
 
-HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
-
-
 def as_text(value: Any, cell: str) -> str:
     """A value as text; null is empty. Messages name it as `cell`."""
     if value is None:
@@ -99,11 +96,8 @@ def as_text(value: Any, cell: str) -> str:
     # Some programs write NaN for a missing value.
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{cell} holds {value}: expected text, or null where there is none.")
-    text = str(value)
-    # No tokenizer accepts half of a surrogate pair.
-    if HALF_OF_A_PAIR.search(text):
-        raise UserError(f"{cell} holds half of a surrogate pair: write the whole character.")
-    return text
+    # No tokenizer accepts half of a surrogate pair, as of an emoji that was cut.
+    return str(value).encode(errors="replace").decode()
 
 
 def kind_of(value: Any) -> str:
@@ -157,7 +151,7 @@ def suffix_of(path: str) -> str:
 
 def check_files(names: Sequence[str], setting: str) -> list[str]:
     """The files of these names; a name with a * stands for all files that match. Opens no local
-    file: a pipe would wait for a writer, and a device may never end."""
+    file: a pipe would wait for a writer."""
     paths = []
     for name in names:
         with errors_at(f"{setting}={name}"):
@@ -191,7 +185,7 @@ def _matching_files(name: str) -> list[str]:
     for path, kind in kinds.items():
         require(
             kind == "file",
-            "it is a folder, a pipe or a device: name files, such as those of 'folder/*.jsonl'.",
+            "it is no file: name files, such as those of 'folder/*.jsonl'.",
         )
         require(
             suffix_of(path) in READERS,

@@ -62,6 +62,7 @@ def own(compose, write_jsonl):
             ["Question: Yes?\nAnswer:", " no"],
         ),
         ({"prompt": "1+", "completion": "1"}, "text", ["1+", "1"]),
+        ({"prompt": "half \ud83d", "completion": "1"}, "text", ["half ?", "1"]),
         (
             {"question": "1+1?", "answer": "2", "messages": None},
             "text",
