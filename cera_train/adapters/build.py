@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from cera_train.adapters import starts
 from cera_train.adapters.families import check_settings, family
-from cera_train.adapters.families.base import Attach
+from cera_train.adapters.families.base import Attach, place_of
 from cera_train.adapters.probe import errors_beside
 from cera_train.adapters.targets import check_targets
 from cera_train.cera.coverage import (
@@ -19,12 +19,38 @@ from cera_train.cera.coverage import (
 )
 from cera_train.common.settings import require
 from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.model import Quantization
 
 
 def check(config: AdapterConfig) -> None:
     """Raises UserError for settings that contradict each other or PEFT. Needs no model."""
     check_settings(config)
     family(config.kind).peft_config(config)
+
+
+WHOLE_ALONE = {
+    Quantization.none: set(),
+    Quantization.nf4: {"FULL", "DENSE", "PISSA", "PEANUT"},
+    Quantization.int8: {"FULL", "DENSE", "PISSA", "DEFT", "HRA"},
+}
+"""Methods that read or train weights as they are stored: packed, or without their scale."""
+
+
+def check_quantised(config: AdapterConfig, quantization: Quantization, on_gpu: bool) -> None:
+    """Raises UserError where a method is known not to work beside quantised weights. A plan has
+    none; `errors_beside` finds others in a run."""
+    start = str(config.settings.get("init_lora_weights")).partition("_")[0]
+    names = {str(name).upper() for name in (config.kind, config.method, start)}
+    # LN_TUNING of linears, not of norms
+    if "LN_TUNING" in names and "norm" not in str(config.target_modules or "norm"):
+        names.add("DENSE")
+    is_dora = "DORA" in names or config.settings.get("use_dora", False)
+    loses_scale = is_dora and quantization == Quantization.int8 and not on_gpu
+    require(
+        not (loses_scale or names & WHOLE_ALONE[quantization]),
+        f"{place_of(config)} does not work beside quantised weights: set model.quantization=none, "
+        "or choose another adapter.",
+    )
 
 
 def rank(config: AdapterConfig) -> int | None:
@@ -49,6 +75,11 @@ def build(
         attach: `starts.attach_started`, for a run with the rows that a start reads.
     """
     check_targets(base, config)
+    kinds = {Quantization.nf4: "is_loaded_in_4bit", Quantization.int8: "is_loaded_in_8bit"}
+    kind = next(
+        (kind for kind, flag in kinds.items() if getattr(base, flag, False)), Quantization.none
+    )
+    check_quantised(config, kind, base.device.type == "cuda")
     with errors_beside(base, config):
         model = family(config.kind).build(base, config, left_out(base, config, idle), attach)
     # PEFT leaves biases and copies of the base's modules in 16 bits, which would round most

@@ -21,7 +21,12 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cera_train.adapters.build import build, parameter_counts, parameter_groups
+from cera_train.adapters.build import (
+    build,
+    check_quantised,
+    parameter_counts,
+    parameter_groups,
+)
 from cera_train.cera.coverage import bypassed_projections, idle_projections
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
@@ -202,6 +207,7 @@ class DryRun:
 
     def __init__(self, config: PlanRun) -> None:
         self.config = config
+        check_quantised(config.adapter, config.model.quantization, config.plan.on_gpu)
         self.base = build_base(config.model)
         stored = stored_sizes(self.base, config.model.quantization)
         self.layer_bytes, self.outside_bytes = sizes_by_place(self.base, stored)
@@ -270,8 +276,9 @@ class DryRun:
                 setattr(module, name, fakes[tensor])
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        # Paged states take as many bytes, and need a GPU.
-        kind = self.config.optimizer.kind.removeprefix("paged_")
+        kind = self.config.optimizer.kind
+        if self.config.plan.on_gpu:  # paged states take as many bytes
+            kind = kind.removeprefix("paged_")
         any_rate = 1.0  # nothing is trained
         settings = replace(self.config.optimizer, kind=kind, lr=any_rate)
         groups = parameter_groups(self.model, self.config.adapter)

@@ -313,23 +313,3 @@ def test_adapters_of_tied_embeddings_are_one_over_a_16_bit_base(adapter_of):
         weight["default"].data.normal_()
     assert torch.equal(head.lora_A["default"].weight.T, embeddings.lora_embedding_B["default"])
     assert torch.equal(head.lora_B["default"].weight.T, embeddings.lora_embedding_A["default"])
-
-
-def test_full_fine_tuning_of_quantised_weights_is_refused(adapter_of):
-    base = make_tiny_llama()
-    base.is_quantized = True
-    with pytest.raises(
-        UserError, match=r"^adapter.kind=full trains every weight.*model.quantization=none"
-    ):
-        build.build(base, adapter_of("full"))
-
-
-@pytest.mark.parametrize("name", ["dora", "HRA", "DEFT"])
-def test_what_misreads_8_bit_weights_is_refused(adapter_of, name):
-    base = make_tiny_llama()
-    base.is_loaded_in_8bit = True
-    config = adapter_of("dora")
-    if name != "dora":
-        config = replace(adapter_of("peft"), method=name, r=None, alpha=None, dropout=0)
-    with pytest.raises(UserError, match="^model.quantization=int8: PEFT's method reads 8-bit we"):
-        build.build(base, config)

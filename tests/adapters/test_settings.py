@@ -4,9 +4,12 @@ or the model are refused in one line that names the key."""
 import pytest
 from conftest import make_tiny_llama
 from moe_models import MIXTURES, expert_loras, experts_of, make_mixture
+from peft.tuners.tuners_utils import BaseTunerLayer
 
+from benchmarks.tiny_models import tiny_model
 from cera_train.adapters import build
 from cera_train.cera import CeraLinear
+from cera_train.cera.coverage import bypassed_projections
 from cera_train.common.errors import UserError
 from cera_train.settings.adapters import AdapterConfig
 
@@ -186,6 +189,18 @@ def test_a_rank_above_every_width_is_refused():
     with refuses("adapter.r=65 is above every width of this model's projections, 64 at most: low"):
         build.build(make_tiny_llama(), AdapterConfig("lora", 65, target_modules="all-linear"))
     build.build(make_tiny_llama(), AdapterConfig("lora", 64, target_modules="all-linear"))
+
+
+def test_all_linear_leaves_out_what_kernels_bypass_for_a_method_without_exclude_modules():
+    base = tiny_model("mamba")
+    bypassed = {name.rpartition(".")[2] for name in bypassed_projections(base)}
+    config = AdapterConfig("peft", 4, alpha=None, target_modules="all-linear", method="VERA")
+    model = build.build(base, config)
+    layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    adapted = {name.rpartition(".")[2] for name in layers}
+    assert bypassed
+    assert adapted
+    assert not adapted & bypassed
 
 
 def test_all_linear_adapts_only_the_chosen_layers():

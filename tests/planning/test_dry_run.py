@@ -6,6 +6,7 @@ from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
+from conftest import make_tiny_llama
 from moe_models import MIXTURES
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.tiny_models import tiny_model
 from cera_train.adapters import build as adapters
 from cera_train.adapters.build import parameter_counts
+from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir, options
 from cera_train.planning.dry_run import (
     Cost,
@@ -272,3 +274,33 @@ def test_a_model_that_needs_values_is_refused_in_one_line(compose, tmp_path):
     ) as refused:
         DryRun(compose("+recipe=logistic_map", "model.dtype=float32", *overrides, command="plan"))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "quantization"),
+    [
+        (["adapter=full"], "nf4"),
+        (["adapter=pissa", "adapter.r=4"], "nf4"),
+        (["adapter=peanut", "adapter.r=4"], "nf4"),
+        (["adapter=dense", "adapter.target_modules=[q_proj]"], "nf4"),
+        (["adapter=full"], "int8"),
+        (["adapter=dora", "adapter.r=4"], "int8"),
+        (["adapter=peft", "adapter.method=HRA"], "int8"),
+        (["adapter=peft", "adapter.method=DEFT"], "int8"),
+    ],
+)
+def test_a_plan_and_its_run_refuse_what_misreads_quantised_weights(compose, words, quantization):
+    base = make_tiny_llama()
+    setattr(base, f"is_loaded_in_{'4' if quantization == 'nf4' else '8'}bit", True)
+    words = [*words, f"model.quantization={quantization}", "plan.gpu=cpu"]
+    config = compose(*words, "data=logistic_map", command="plan")
+    for refuse in (lambda: adapters.build(base, config.adapter), lambda: DryRun(config)):
+        with pytest.raises(
+            UserError, match="beside quantised weights: set model.quantization=none"
+        ):
+            refuse()
+
+
+def test_a_plan_refuses_an_optimizer_that_needs_a_gpu_as_its_run_does(dry_run):
+    with pytest.raises(UserError, match="pages GPU memory.*use optimizer=adamw_8bit"):
+        dry_run("llama", "optimizer=paged_adamw_8bit")

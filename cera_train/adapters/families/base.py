@@ -167,16 +167,19 @@ class Family:
         from cera_train.cera.coverage import exclude_projections
 
         if config.target_modules == "all-linear":
-            taken = as_peft_takes(self.peft_config(config), base).target_modules
+            peft_config = as_peft_takes(self.peft_config(config), base)
+            taken = peft_config.target_modules
+            # VeRA has no exclude_modules
+            excluded = [] if hasattr(peft_config, "exclude_modules") else left_out
             names = linear_names(
                 (name, module)
                 for name, module in base.named_modules()
-                if re.search(r"\.\d+\.", name)
+                if re.search(r"\.\d+\.", name) and name not in excluded
             )
             is_mixture = taken != "all-linear"
             if is_mixture:
                 names = [name for name in names if name in taken]
-            if is_mixture or config.layers is not None:
+            if is_mixture or excluded or config.layers is not None:
                 config = dataclasses.replace(config, target_modules=names)
         peft_config = self.peft_config(config)
         exclude_projections(peft_config, left_out, base)
@@ -187,7 +190,6 @@ class Family:
                 f"adapter.target_modules: PEFT takes a name among these for experts ({experts}) of "
                 "this model: leave it out, or choose adapter=cera.",
             )
-            check_8_bit(peft_config, base)
             model = attach(base, peft_config)
             # PEFT fills in fields while it builds, such as IA3's feedforward_modules. Checks that
             # the config loads again once it is saved.
@@ -247,11 +249,6 @@ class Full(Family):
     def build(
         self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str], attach: Attach
     ) -> nn.Module:
-        require(
-            not getattr(base, "is_quantized", False),
-            "adapter.kind=full trains every weight, and quantised ones have no gradient: set "
-            "model.quantization=none.",
-        )
         # 16-bit weights would round most updates away; the loop computes in 16 bits by autocast.
         return base.float().requires_grad_(True)
 
@@ -272,19 +269,6 @@ def taken_for_experts(config: peft.PeftConfig, base: PreTrainedModel) -> list[st
     named = {*(getattr(config, "target_parameters", None) or ())}
     taken = {*(getattr(as_peft_takes(config, base), "target_parameters", None) or ())}
     return sorted(taken - named)
-
-
-def check_8_bit(config: peft.PeftConfig, base: PreTrainedModel) -> None:
-    """Raises UserError where PEFT misreads 8-bit weights: as values without their scale, or, for
-    DoRA on a CPU, only once with it."""
-    is_8bit = getattr(base, "is_loaded_in_8bit", False)
-    takes_codes = config.peft_type in ("DEFT", "HRA")
-    loses_scale = getattr(config, "use_dora", False) and base.device.type == "cpu"
-    require(
-        not (is_8bit and (takes_codes or loses_scale)),
-        "model.quantization=int8: PEFT's method reads 8-bit weights without their scale here: set "
-        "model.quantization=none, or choose another adapter.",
-    )
 
 
 @contextlib.contextmanager
