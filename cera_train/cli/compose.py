@@ -18,4 +18,4 @@ def compose(*overrides: str, command: str = "train") -> Any:
     register_configs(*options("recipe"))
     with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
         settings = with_texts_quoted(program, with_implied_files(program, overrides))
-        return to_config(hydra.compose(name, settings), settings, SCHEMAS[program])
+        return to_config(hydra.compose(name, settings), SCHEMAS[program])

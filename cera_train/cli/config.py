@@ -19,7 +19,6 @@ from hydra.plugins.plugin import Plugin
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cera_train.adapters.families import check_settings
-from cera_train.adapters.families.base import is_import_path
 from cera_train.cli.mistakes import SCHEMAS, for_hydra, unknown_setting
 from cera_train.cli.start import errors_in_one_line
 from cera_train.common.errors import UserError
@@ -31,7 +30,6 @@ from cera_train.common.settings import (
     flatten,
     quoted,
     require,
-    word_of,
 )
 from cera_train.common.terminal import announce_import
 from cera_train.distributed.processes import is_main_process, join_slurm_step
@@ -152,28 +150,8 @@ def announce_imports() -> None:
         announce_import("PyTorch and transformers")
 
 
-def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
-    """Raises UserError if a file, rather than the command line, chooses Python code to run."""
-    for key in ("model.trust_remote_code", "trust_remote_code", "grpo.rewards", "adapter.method"):
-        value = OmegaConf.select(composed, key)
-        if key == "adapter.method" and not is_import_path(value):
-            continue
-        is_list = OmegaConf.is_list(value)
-        if value and not any(word.lstrip("+").startswith(f"{key}=") for word in overrides):
-            setting = f"{key}={word_of(OmegaConf.to_container(value) if is_list else value)}"
-            raise UserError(
-                f"{setting} in a config file runs Python code that comes with the model or the "
-                f"file. If you trust that code, put {setting} on the command line."
-            )
-
-
-def to_config(composed: DictConfig, overrides: Sequence[str], schema: type = Config) -> Any:
-    """The checked dataclasses of a composed config. Below this line nothing sees OmegaConf.
-
-    Args:
-        overrides: those of the command line, which alone may choose code to run.
-    """
-    check_trust(composed, overrides)
+def to_config(composed: DictConfig, schema: type = Config) -> Any:
+    """The checked dataclasses of a composed config. Below this line nothing sees OmegaConf."""
     tree = flatten(OmegaConf.to_container(composed))
     for key in sorted(tree):  # Hydra accepts any +key=value
         if tree[key] != MISSING and not fields_at(schema, key):
@@ -222,7 +200,6 @@ def check_line_breaks(key: str, value: Any) -> None:
 
 def without_hydra(composed: DictConfig, schema: type = Config) -> Any:
     """The checked config of a job, from the whole config that Hydra composed for it."""
-    overrides = composed.hydra.overrides.task
     with read_write(composed), open_dict(composed):
         del composed["hydra"]
-    return to_config(composed, overrides, schema)
+    return to_config(composed, schema)

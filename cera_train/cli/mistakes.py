@@ -11,19 +11,15 @@ import traceback
 import typing
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf, resolvers
-from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import options
 from cera_train.common.settings import choices_of, fields_of, quoted, require, section_of
-from cera_train.common.trust import SECRET_NAME, may_run_code
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.gone import describe_gone
 from cera_train.settings.run import Config, PlanRun
@@ -153,9 +149,6 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     flags.pop("--debug", None)
     if flags.pop("--look", False) and "--multirun" in flags:
         raise UserError("--look: it shows the rows of one run: leave out -m.")
-    if "--config-dir" in flags:
-        check_config_folder(flags["--config-dir"])
-        OmegaConf.register_new_resolver("oc.env", env_without_secrets, replace=True)
     if program in ("cera-train", "cera-plan") and flags.keys().isdisjoint(SHOW_CHOICES):
         settings = with_quickstart(settings)
     settings = with_implied_files(program, settings)
@@ -165,10 +158,6 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
         settings = [setting for setting in settings if not OF_LAUNCHER.match(setting)]
     for setting in settings:
         key, _, value = setting.partition("=")
-        if key.lstrip("+") == "hydra.searchpath":
-            raise UserError(
-                f"{setting}: name the folder by --config-dir, where its files are checked."
-            )
         if key in ("recipe", "sweep", "study"):
             raise UserError(f"{setting}: a {key} is added with a plus sign: write +{setting}.")
         if program != "cera-train" and key in ("hydra/launcher", "hydra/sweeper"):
@@ -184,84 +173,6 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
             )
     words = [name if value is True else f"{name}={value}" for name, value in flags.items()]
     return [*words, *with_texts_quoted(program, settings)]
-
-
-WHOLE_CONFIGS = ("recipe", "study", "sweep")
-"""Groups whose files set more than their own section."""
-
-GLOBAL_PACKAGE = "# @package _global_"
-
-
-def check_config_folder(folder: str) -> None:
-    """Refuses a folder of config files from elsewhere if one sets Hydra's section, which runs code
-    by a `_target_`, the factories of a logging config, the environment of processes, or a
-    launcher's shell commands; or if one reads a file outside the folder. A file may choose one of
-    our sweepers or launchers, and set the dimensions of a sweep."""
-    require(
-        os.path.isdir(folder), f"--config-dir={folder}: no such folder: name one that is there."
-    )
-    for root, folders, names in os.walk(folder, onerror=_raise):
-        for path in map(Path(root).joinpath, folders):
-            require(
-                not path.is_symlink(),
-                f"{path} is a link, which Hydra follows: put the files there instead.",
-            )
-        for path in map(Path(root).joinpath, names):
-            if path.name.endswith(".yaml") and path.is_file():
-                is_hydras = "hydra" in path.relative_to(folder).parts
-                text = path.read_text(errors="replace")
-                reason = "sets `hydra` or reads a file elsewhere, by which it can run code"
-                fix = (
-                    "write what you need of it on the command line, such as "
-                    "hydra.launcher.partition=gpu"
-                )
-                require(not (is_hydras or _may_run_code(text)), f"{path} {reason}: {fix}.")
-                is_whole = path.parent.name not in WHOLE_CONFIGS or GLOBAL_PACKAGE in text
-                require(
-                    is_whole,
-                    f"{path} sets a whole config: begin it with the line `{GLOBAL_PACKAGE}`.",
-                )
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
-
-
-def _may_run_code(text: str) -> bool:
-    """Whether a config file sets Hydra's section, or names a file outside its folder."""
-    if any("@package" in line and "hydra" in line for line in text.splitlines()):
-        return True
-    try:
-        # Hydra's loader, which accepts more than YAML's safe loader.
-        tree = yaml.load(text, get_yaml_loader())
-    except Exception:  # Hydra will fail on it too, and says where
-        return False
-    if not isinstance(tree, dict):
-        return False
-    defaults = tree.get("defaults") or []
-    if not isinstance(defaults, list):  # a resolver may make a list of it
-        return True
-    for entry in defaults:
-        choices = entry.items() if isinstance(entry, dict) else [(entry, "")]
-        for key, value in choices:
-            if re.fullmatch(r"override /hydra/(launcher|sweeper)", str(key)) and re.fullmatch(
-                r"\w+", str(value)
-            ):
-                continue
-            if re.search(r"hydra|\.\.|//|\$\{", f"{key}={value}"):
-                return True
-    match tree.get("hydra", {}):
-        case {"sweeper": {"params": dict(params), **others}, **more} if not (others or more):
-            return any(may_run_code(str(key), str(value)) for key, value in params.items())
-        case section:
-            return bool(section)
-
-
-def env_without_secrets(name: str, *default: Any) -> Any:
-    """${oc.env:NAME} of a file from elsewhere, which could pass a secret on."""
-    fix = "with --config-dir no setting reads a secret. Leave it out"
-    require(not SECRET_NAME.search(name), f"${{oc.env:{name}}}: {fix}.")
-    return resolvers.oc.env(name, *default)
 
 
 def with_quickstart(settings: Sequence[str]) -> list[str]:

@@ -58,7 +58,7 @@ def main() -> None:
         """Prints the plan of a run; keeps that of a sweep's job, since Hydra runs them one after
         the other."""
         overrides = list(HydraConfig.get().overrides.task)
-        config = to_config(composed, overrides, PlanRun)
+        config = to_config(composed, PlanRun)
         is_single = HydraConfig.get().mode == RunMode.RUN
         if is_single:
             check_read(config, overrides)

@@ -6,7 +6,6 @@ import torch, which takes seconds."""
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -28,10 +27,6 @@ from cera_train.sweep.folder import print_sweep
 
 EVAL = "cera-eval"
 LONGEST_NAME = 100  # bytes of a report's folder; a file system takes 255
-
-
-def checked_config(composed: DictConfig, schema: type) -> Any:
-    return to_config(composed, HydraConfig.get().overrides.task, schema)
 
 
 # --- cera-eval ------------------------------------------------------------------------------------
@@ -57,7 +52,7 @@ def eval_main() -> None:
 
 
 def measure(composed: DictConfig) -> None:
-    config = checked_config(composed, EvalConfig)
+    config = to_config(composed, EvalConfig)
     with heavy_imports():  # PEFT's, for an adapter that is neither CeRA nor LoRA
         evaluation = resolve_evaluation(config)
     announce_imports()
@@ -75,7 +70,7 @@ def chat_main() -> None:
 
 
 def chat(composed: DictConfig) -> None:
-    config = checked_config(composed, ChatConfig)
+    config = to_config(composed, ChatConfig)
     with heavy_imports():
         subjects = find_subjects(config)
     if config.prompts is not None:
@@ -95,7 +90,7 @@ def export_main() -> None:
 
 
 def export(composed: DictConfig) -> None:
-    config = checked_config(composed, ExportConfig)
+    config = to_config(composed, ExportConfig)
     with heavy_imports():
         subject = find_subject(config)
     announce_imports()

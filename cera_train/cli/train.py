@@ -106,7 +106,7 @@ def train_job(composed: DictConfig) -> float | None:
 def prepare(composed: DictConfig, job: Job | None = None) -> Config:
     """The checked config of a run as composed; for a job of a sweep, with the job's folder."""
     overrides = HydraConfig.get().overrides.task
-    config = to_config(composed, overrides)
+    config = to_config(composed)
     if job is None:
         check_read(config, overrides)
     else:

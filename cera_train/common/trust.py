@@ -9,14 +9,6 @@ from typing import Any
 from cera_train.common.errors import UserError
 from cera_train.common.settings import map_values
 
-
-def may_run_code(key: str, value: str) -> bool:
-    """Whether an override sets Hydra's section, trusts the code of a model, names functions or a
-    method to import, or chooses a config file outside its folder."""
-    is_outside = ".." in value if "." not in key else "adapter.method" in key and "." in value
-    return is_outside or any(word in key for word in ("hydra", "trust_remote_code", "grpo.rewards"))
-
-
 # Fields of PEFT's configs that name modules to import, files to open, or layers to add.
 BEYOND_WEIGHTS = (
     "auto_mapping",

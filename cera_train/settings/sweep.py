@@ -6,7 +6,6 @@ from enum import StrEnum
 from typing import Any
 
 from cera_train.common.settings import require, require_positive, setting
-from cera_train.common.trust import may_run_code
 from cera_train.settings.gone import describe_gone
 
 LOSS = "loss"
@@ -122,7 +121,7 @@ class StudyConfig:
         )
 
     def _check_keys(self) -> None:
-        """Raises UserError if a setting is set in two places, has no value, or can run code."""
+        """Raises UserError if a setting is set in two places, or has no value."""
         words = [word for words in self.arms.values() for word in words]
         places = dict.fromkeys(map(_key_of, words), "an arm")
         gone = [message for key in places if (message := describe_gone(key))]
@@ -142,10 +141,6 @@ class StudyConfig:
                 is_free = key not in places or (places[key], group) == ("an arm", "conditions")
                 require(is_free, f"{place}: {places.get(key)} sets it too. Keep one.")
                 places[key] = f"study.{group}"
-        overrides = [word.lstrip("+").partition("=")[::2] for word in (*words, *base_words)]
-        for key, value in (*overrides, *self.tune.items(), *self.conditions.items()):
-            fix = "put it on the command line, for all arms alike"
-            require(not may_run_code(key, str(value)), f"study: {key} can run code: {fix}.")
 
     @property
     def first_outcome(self) -> str:

@@ -71,13 +71,3 @@ def test_what_is_no_method_is_refused_in_a_line(words, run_command, capsys, meth
     *_, line = capsys.readouterr().err.splitlines()
     assert f"adapter.method={method}" in line
     assert message in line
-
-
-def test_a_file_does_not_choose_one(words, run_command, tmp_path, capsys):
-    place = tmp_path / "conf" / "adapter"
-    place.mkdir(parents=True)
-    (place / "mine.yaml").write_text(f"kind: peft\nmethod: {METHOD}\n")
-    others = [word for word in words if not word.startswith("adapter")]
-    command = ["cera-train", "--config-dir", tmp_path / "conf", "adapter=mine", *others]
-    assert run_command(*command, "name=mine") == 2
-    assert f"put adapter.method={METHOD} on the command line" in capsys.readouterr().err

@@ -233,7 +233,6 @@ MISTAKES = [
     ("cera-train hydra/launcher=joblib", "hydra/launcher=joblib is for a grid", "add -m"),
     ("cera-train +sweep=rank_lr", "+sweep=rank_lr is for a grid", "add -m"),
     ("cera-train -m --look adapter.r=4,8", "--look: it shows the rows of one run", "leave out -m"),
-    ("cera-train --config-dir nope name=x", "--config-dir=nope: no such folder", "name one that"),
     (
         "cera-eval run=base model.path=m task=gsm8k task.name=../../evil",
         "task.name='../../evil': ",
@@ -398,14 +397,6 @@ def test_a_folder_that_is_no_model_gets_one_line(
     assert cause in printed
     assert fix in printed
     assert len(printed) < 600
-
-
-def test_a_study_without_a_package_says_what_to_write(tmp_path, run_command, capfd):
-    (tmp_path / "conf" / "study").mkdir(parents=True)
-    (tmp_path / "conf" / "study" / "mine.yaml").write_text("study: {seeds: 2}\n")
-    assert run_command("cera-train", "-m", "--config-dir", "conf", "+study=mine") == 2
-    line = capfd.readouterr().err
-    assert "conf/study/mine.yaml sets a whole config: begin it with the line `# @package" in line
 
 
 def test_debug_shows_the_traceback(run_command, monkeypatch, capfd):

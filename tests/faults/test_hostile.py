@@ -1,4 +1,4 @@
-"""A run, adapter, model, config or data file from a stranger runs no code, reads no secret and
+"""A run, adapter, model or data file from a stranger runs no code, reads no secret and
 cannot control the terminal.
 
 The attacks are real: code that runs creates a file, `marker`.
@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,140 +81,6 @@ class Payload:
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
     return tmp_path / "marker"
-
-
-# --- config files ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def refusal(run_command, capfd) -> Callable[..., str]:
-    """refusal("cera-train", *arguments) -> the line of its error, with status 2."""
-
-    def refusal(*words: str) -> str:
-        assert run_command(*words) == 2
-        (line,) = capfd.readouterr().err.strip().splitlines()
-        return line
-
-    return refusal
-
-
-CREATE = "_target_: os.mknod\n    _args_: [MARKER]\n"
-GLOBAL = "# @package _global_\n"
-GRID = GLOBAL + "hydra:\n  sweeper:\n    params: {adapter.r: '4,8'"
-CALLBACKS = {
-    "under a global package": f"{GLOBAL}hydra:\n  callbacks:\n   x:\n    {CREATE}",
-    "spelt with escapes": f'{GLOBAL}"hy\\u0064ra":\n  callbacks:\n   x:\n    {CREATE}',
-    "made by a resolver": GLOBAL
-    + "hydra: {callbacks: {x: '${oc.create:{_target_:io.open,_args_:[MARKER,w]}}'}}\n",
-    "put there by a package": f"# @package hydra.callbacks.x\n{CREATE.replace('    ', '')}",
-    "put there by another file": "defaults: [/payload@_global_.hydra.callbacks.x]\npath: x\n",
-    "as a logging factory": "# @package hydra.job_logging\nhandlers:\n  x: {(): io.open, file: "
-    "MARKER, mode: w}\n",
-    "in the environment of children": "# @package hydra.job\nenv_set: {PYTHONSTARTUP: MARKER}\n",
-    "beside the grid of a sweep": GRID + f"}}\n  callbacks:\n   x:\n    {CREATE}",
-    "as a dimension of a sweep": GRID + ", +hydra.job.env_set.PYTHONSTARTUP: MARKER}\n",
-    "as an object of YAML's": (
-        f"{GLOBAL}hydra: {{callbacks: {{x: {{_target_: os.mknod, _args_: "
-        "[!!python/object/apply:pathlib.Path [MARKER]]}}}\n"
-    ),
-    "under an indented package": f"  # @package hydra.callbacks.x\n{CREATE.replace('    ', '')}",
-    "as a dimension that trusts": GRID + ", model.trust_remote_code: true}\n",
-    "as a dimension outside": GRID + ", model: ../../evil}\n",
-    "by a file outside": "defaults: [/../evil]\npath: x\n",
-    "by an absolute path": "defaults: [/OUTSIDE]\npath: x\n",
-    "by a choice outside": f"{GLOBAL}defaults: [{{override /hydra/callbacks: ../../../evil}}]\n",
-    "by defaults that are made": GLOBAL
-    + 'defaults: "${oc.create:[/payload@_global_.hydra.callbacks.x]}"\n',
-    "by defaults with a resolver": "defaults: "
-    '["/payload@_global_.h${oc.decode:ydra}.callbacks.x"]\npath: x\n',
-}
-
-
-@pytest.mark.parametrize("way", CALLBACKS)
-def test_a_config_file_from_elsewhere_runs_no_code(tmp_path, marker, refusal, way):
-    folder = tmp_path / "stranger"
-    (folder / "model").mkdir(parents=True)
-    text = CALLBACKS[way].replace("MARKER", str(marker)).replace("OUTSIDE", str(tmp_path / "evil"))
-    (folder / "model" / "mine.yaml").write_text(text)
-    (tmp_path / "evil.yaml").write_text(
-        f"# @package hydra.callbacks\nx: {{_target_: os.mknod, _args_: ['{marker}']}}\n"
-    )
-    (folder / "payload.yaml").write_text(CREATE.replace("    ", "").replace("MARKER", str(marker)))
-    line = refusal("cera-train", "--config-dir", str(folder), "model=mine", "name=run")
-    assert not marker.exists()
-    assert re.search(
-        r"stranger/.*\.yaml sets `hydra`.*write what you need of it on the command line", line
-    )
-
-
-def test_linked_folders_nameless_files_and_secrets_are_refused(tmp_path, refusal, monkeypatch):
-    for name in ("linked", "nameless", "curious/model"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "linked" / "model").symlink_to(tmp_path)
-    (tmp_path / "nameless" / ".yaml").write_text(
-        f"# @package hydra.callbacks.x\n{CREATE.replace('    ', '')}"
-    )
-    (tmp_path / "curious" / "model" / "mine.yaml").write_text(
-        "path: https://host/${oc.env:MY_TOKEN}\n"
-    )
-    monkeypatch.setenv("MY_TOKEN", "hf_abcdefghijkl")
-    assert "linked/model is a link, which" in refusal(
-        "cera-train", "--config-dir", "linked", "name=run"
-    )
-    assert "nameless/.yaml sets `hydra`" in refusal(
-        "cera-train", "--config-dir", "nameless", "name=run"
-    )
-    assert "no setting reads a secret" in refusal(
-        "cera-train", "--config-dir", "curious", "model=mine"
-    )
-
-
-def test_a_config_file_cannot_name_functions_to_call(tmp_path, refusal):
-    (tmp_path / "stranger" / "model").mkdir(parents=True)
-    file = tmp_path / "stranger" / "model" / "mine.yaml"
-    file.write_text(
-        f"{GLOBAL}model: {{path: a/b}}\ntrain: {{objective: grpo}}\ngrpo: {{rewards: [os.execl]}}\n"
-    )
-    line = refusal("cera-train", "--config-dir", "stranger", "model=mine", "name=run")
-    assert "grpo.rewards=[os.execl] in a config file runs Python code" in line
-
-
-def test_a_callback_on_the_command_line_runs(marker, refusal):
-    callback = f"+hydra.callbacks.x={{_target_:os.mknod,_args_:['{marker}']}}"
-    refusal("cera-train", callback, "model.path=/no/such/model", "name=run")
-    assert marker.exists()  # so the callbacks above would have run
-
-
-@pytest.mark.parametrize("option", ["--config-path", "--experimental-rerun", "hydra.searchpath"])
-def test_options_that_lead_to_other_configs_are_refused(tmp_path, refusal, option):
-    assert option in refusal("cera-train", f"{option}={tmp_path}")
-
-
-def test_a_config_file_cannot_ask_to_run_a_models_code(tmp_path, refusal):
-    (tmp_path / "stranger" / "model").mkdir(parents=True)
-    (tmp_path / "stranger" / "model" / "mine.yaml").write_text(
-        "path: a/b\ntrust_remote_code: true\n"
-    )
-    line = refusal("cera-train", "--config-dir", "stranger", "model=mine", "name=run")
-    assert "model.trust_remote_code=true in a config file runs" in line
-    line = refusal(
-        "cera-eval",
-        "--config-dir",
-        "stranger",
-        "model=mine",
-        "run=base",
-        "task=gsm8k",
-        "model.revision=x",
-    )
-    assert "put model.trust_remote_code=true on the command line" in line
-    for words in (
-        ["cera-plan"],
-        ["cera-plan", "-m", "+study=first_look"],
-        ["cera-train", "-m", "+study=first_look"],
-    ):
-        assert "model.trust_remote_code=true in a" in refusal(
-            *words, "--config-dir", "stranger", "model=mine"
-        )
 
 
 # --- runs and adapters ----------------------------------------------------------------------------

@@ -31,10 +31,6 @@ TWO = {"lora": ["adapter=lora"], "b": ["adapter=cera"]}
             r"study.contrasts.x=\['lora'\]: expected two arms of lora",
         ),
         (
-            dict(arms={"lora": [], "b": ["+hydra.job.env_set.X=1"]}),
-            "hydra.job.env_set.X can run code",
-        ),
-        (
             dict(contrasts={"x": [["lora", "cera"], ["lora"]]}),
             "expected two arms of .*or two pairs",
         ),
@@ -42,7 +38,6 @@ TWO = {"lora": ["adapter=lora"], "b": ["adapter=cera"]}
             dict(bases={"a": ["adapter.activation=relu"]}),
             "study.bases: an arm sets adapter.activation too. Keep one",
         ),
-        (dict(bases={"a": ["model.trust_remote_code=true"]}), "trust_remote_code can run code"),
         (dict(tune={}), "study.tune={}: name what each arm may choose"),
         (dict(tune={"adapter.r": [4]}), "study.conditions.adapter.r: study.tune sets it too"),
         (
