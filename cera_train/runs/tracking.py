@@ -21,14 +21,17 @@ from cera_train.common.settings import flatten, require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean, redact
 from cera_train.common.user_code import user_code
-from cera_train.settings.training import TrackerConfig, TrackerKind
+from cera_train.settings.training import TrackerConfig
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
+WANDB = "wandb"
+TENSORBOARD = "tensorboard"
+
 IDS = "tracker-ids.json"
-"""File in the run's folder: the id under which each tracker knows the run, so that a resumed run
-continues there."""
+"""File in the run's folder: the id under which W&B knows the run, so that a resumed run continues
+there."""
 
 DASHBOARD_NAMES = {
     "update": "train/global_step",
@@ -42,9 +45,6 @@ WANDB_NAME = 128
 
 WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 
-PACKAGES = {TrackerKind.comet: "comet_ml"}
-"""Packages of trackers with other names."""
-
 ENVIRONMENT = {
     "WANDB_SILENT": "true",
     "WANDB_CONSOLE": "off",
@@ -53,18 +53,16 @@ ENVIRONMENT = {
     "WANDB_FINISH_TIMEOUT_RAISES": "true",
     # Error reports delay the end of a run by 20 seconds if the server does not answer.
     "WANDB_ERROR_REPORTING": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-"""Environment variables that keep the libraries quiet and limit the seconds that they wait for a
-server. The user's own values win."""
+"""Environment variables that keep W&B quiet and limit the seconds that it waits for its server. The
+user's own values win."""
 
 
 class Tracker:
     """The trackers of a run: none, one or several."""
 
     def __init__(self) -> None:
-        self.trackers: dict[TrackerKind, GeneralTracker] = {}
+        self.trackers: dict[str, GeneralTracker] = {}
 
     def log(self, metrics: dict[str, float]) -> None:
         """Sends a line of metrics.jsonl, under the names of dashboards."""
@@ -76,8 +74,8 @@ class Tracker:
 
     def table(self, name: str, rows: list[dict[str, Any]], update: int) -> None:
         """Sends rows with the same names to W&B, the only tracker with tables."""
-        if (tracker := self.trackers.get(TrackerKind.wandb)) is not None:
-            with self.drop_on_failure(TrackerKind.wandb):
+        if (tracker := self.trackers.get(WANDB)) is not None:
+            with self.drop_on_failure(WANDB):
                 tracker.log_table(name, [*rows[0]], [[*row.values()] for row in rows], step=update)
 
     def finish(self) -> None:
@@ -87,7 +85,7 @@ class Tracker:
         self.trackers.clear()
 
     @contextlib.contextmanager
-    def drop_on_failure(self, kind: TrackerKind) -> Iterator[None]:
+    def drop_on_failure(self, kind: str) -> Iterator[None]:
         """Prints an error in one line, and drops the tracker."""
         try:
             with user_code(f"{kind} failed and is left out", "Everything is in the run's folder."):
@@ -101,15 +99,14 @@ def check_trackers(config: TrackerConfig) -> None:
     """Raises UserError for a tracker whose package is not installed, or an unknown WANDB_MODE."""
     mode = os.environ.get("WANDB_MODE") or "online"
     require(
-        mode in WANDB_MODES or TrackerKind.wandb not in config.chosen,
+        mode in WANDB_MODES or WANDB not in config.kinds,
         f"WANDB_MODE={mode}: choose from {', '.join(WANDB_MODES)}.",
     )
-    for kind in config.chosen:
-        package = PACKAGES.get(kind, kind)
+    for kind in config.kinds:  # a tracker of Accelerate's has its package's name
         require(
-            importlib.util.find_spec(package) is not None,
-            f"tracker.kinds={{{kind}: ...}} needs the package {package}: pip install "
-            f"{package.replace('_', '-')}, or choose another tracker.",
+            importlib.util.find_spec(kind) is not None,
+            f"tracker.kinds={{{kind}: ...}}: no package {kind} is here. Install it if Accelerate "
+            "has a tracker of this name, such as wandb, tensorboard or mlflow, or choose another.",
         )
 
 
@@ -119,65 +116,42 @@ def start_tracker(
     """Starts the trackers of a run. `run_config` is uploaded as it is: it must hold no secret."""
     os.environ |= ENVIRONMENT | os.environ
     started = Tracker()
-    for kind in config.chosen:
+    for kind in config.kinds:
         with started.drop_on_failure(kind):
-            is_resumed = kind in read_ids(folder)
             tracker = build_tracker(kind, config, name, folder, first_update)
             tracker.start()
             started.trackers[kind] = tracker
-            if kind == TrackerKind.tensorboard:
+            if kind == TENSORBOARD:
                 # As hyperparameters, TensorBoard would show the config as another run.
                 tracker.log({"config": f"```json\n{json.dumps(run_config, indent=2)}\n```"})
-            elif not (kind == TrackerKind.mlflow and is_resumed):
-                # MLflow refuses another value of a parameter, such as train.keep.
+            else:
                 tracker.store_init_configuration(flatten(run_config))
-            if kind == TrackerKind.mlflow:  # its server chooses the id
-                write_id(folder, kind, tracker.tracker.info.run_id)
     return started
 
 
 def build_tracker(
-    kind: TrackerKind, config: TrackerConfig, name: str, folder: Path, first_update: int
+    kind: str, config: TrackerConfig, name: str, folder: Path, first_update: int
 ) -> GeneralTracker:
-    """Accelerate's tracker of a kind, not yet started."""
-    from accelerate import tracking
+    """Accelerate's tracker of a name, not yet started."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    more = config.kinds[kind] or {}
-    if kind == TrackerKind.tensorboard:
+    arguments = config.kinds[kind] or {}
+    if kind == WANDB:
+        known = {
+            "id": wandb_id(folder),
+            "resume": "allow",
+            "group": config.group and config.group[:WANDB_NAME],
+            "name": name[:WANDB_NAME],
+            "dir": str(folder),
+        }
+        return wandb_tracker(config.project, known | arguments)
+    tracker_class = LOGGER_TYPE_TO_CLASS[kind]
+    if kind == TENSORBOARD:
         (folder / kind).mkdir(exist_ok=True)
         # Without access, fail here rather than in TensorBoard's thread.
         tempfile.TemporaryFile(dir=folder / kind).close()
-        return tracking.TensorBoardTracker(kind, folder, purge_step=first_update + 1, **more)
-    if kind == TrackerKind.mlflow:
-        tags = {"group": config.group} if config.group else None
-        arguments = {"run_name": name, "run_id": read_ids(folder).get(kind), "tags": tags}
-        return tracking.MLflowTracker(config.project, **arguments | more)
-    if not (is_known := kind in read_ids(folder)):
-        write_id(folder, kind, secrets.token_hex(16))
-    run_id = read_ids(folder)[kind]
-    if kind == TrackerKind.trackio:
-        resume = "allow" if is_known else "never"
-        arguments = {"name": f"{name}-{run_id[:6]}", "group": config.group, "resume": resume}
-        return tracking.TrackioTracker(config.project, **arguments | more)
-    if kind == TrackerKind.comet:
-        import comet_ml
-
-        arguments = {
-            "experiment_key": run_id,
-            "experiment_config": comet_ml.ExperimentConfig(name=name),
-        }
-        return tracking.CometMLTracker(config.project, **arguments | more)
-    arguments = {"id": run_id, "resume": "allow", "group": config.group, "name": name}
-    if kind == TrackerKind.swanlab:
-        return tracking.SwanLabTracker(
-            config.project, **arguments | {"log_dir": str(folder / kind)} | more
-        )
-    short = {
-        "group": config.group and config.group[:WANDB_NAME],
-        "name": name[:WANDB_NAME],
-        "dir": str(folder),
-    }
-    return wandb_tracker(config.project, arguments | short | more)
+        return tracker_class(kind, folder, purge_step=first_update + 1, **arguments)
+    return tracker_class(config.project, **arguments)
 
 
 def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
@@ -214,13 +188,14 @@ def offline_parts(folder: Path) -> list[Path]:
     return sorted(folder.parent.glob(f"offline-run-*-{run_id}"))
 
 
-def read_ids(folder: Path) -> dict[str, str]:
+def wandb_id(folder: Path) -> str:
+    """The id under which W&B knows the run: a new one at its first start."""
     path = folder / IDS
-    return read_json(path) if path.exists() else {}
-
-
-def write_id(folder: Path, kind: TrackerKind, run_id: str) -> None:
-    write_text(folder / IDS, json.dumps(read_ids(folder) | {kind: run_id}, indent=2) + "\n")
+    ids = read_json(path) if path.exists() else {}
+    if WANDB not in ids:
+        ids[WANDB] = secrets.token_hex(16)
+        write_text(path, json.dumps(ids, indent=2) + "\n")
+    return ids[WANDB]
 
 
 def print_warning(text: str) -> None:

@@ -31,6 +31,10 @@ GONE = {
     "study.tuned_elsewhere": Gone("give several values in study.tune, so that each arm chooses"),
     "study.slope": Gone("compare pairs of arms in study.contrasts, [[a, b], [c, d]]", {}),
     "study.results": Gone("cera-report compares results of other programs beside runs"),
+    "tracker=comet": Gone("write 'tracker.kinds={comet_ml: null}'"),
+    "tracker=mlflow": Gone("write 'tracker.kinds={mlflow: null}'"),
+    "tracker=swanlab": Gone("write 'tracker.kinds={swanlab: null}'"),
+    "tracker=trackio": Gone("write 'tracker.kinds={trackio: null}'"),
 }
 """By setting, SECTION.KEY, or by choice, SECTION.KEY=VALUE or GROUP=NAME. A setting in a list, as
 in each part of data.mix, has the key of the list."""

@@ -59,11 +59,6 @@ class Work(NamedTuple):
     answer_tokens: int = 0  # of an answer, at most
 
 
-TrackerKind = StrEnum(
-    "TrackerKind", ["wandb", "trackio", "mlflow", "tensorboard", "comet", "swanlab"]
-)
-
-
 @dataclass
 class OptimizerConfig:
     kind: OptimizerKind = setting(OptimizerKind.adamw, "result")
@@ -315,11 +310,10 @@ class HubConfig:
 @dataclass
 class TrackerConfig:
     kinds: Any = setting(None, "nothing")
-    """Trackers by name, each with arguments for its library's init, or null: {wandb: {entity:
-    my-team}, mlflow: null}.
-    """
+    """Trackers of Accelerate by name, each with arguments for its library's init, or null: {wandb:
+    {entity: my-team}, mlflow: null}."""
     project: str = setting("cera-train", "nothing")
-    """The project; MLflow's experiment."""
+    """The project, or the experiment."""
     group: str | None = setting(None, "nothing")
     """The group of runs. null: the sweep's name; none for a run outside a sweep."""
 
@@ -329,18 +323,9 @@ class TrackerConfig:
             isinstance(self.kinds, dict),
             f"tracker.kinds={self.kinds}: expected names, such as {{wandb: null}}.",
         )
-        choices = ", ".join(TrackerKind)
         for name, arguments in self.kinds.items():
-            require(
-                name in {*TrackerKind},
-                f"tracker.kinds={{{name}: ...}}: no such tracker: choose from {choices}.",
-            )
             require(
                 arguments is None or isinstance(arguments, dict),
                 f"tracker.kinds.{name}={arguments}: expected arguments by name, such as {{entity: "
                 f"my-team}}, or null.",
             )
-
-    @property
-    def chosen(self) -> list[TrackerKind]:
-        return [TrackerKind(name) for name in self.kinds]

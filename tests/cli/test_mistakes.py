@@ -20,11 +20,6 @@ from cera_train.common.settings import fields_of, quoted
 
 MISTAKES = [
     (
-        "cera-train tracker.kinds={nobody:{}}",
-        "tracker.kinds={nobody: ...}: no such tracker",
-        "choose from wandb, ",
-    ),
-    (
         "cera-train train.tasks=[gsm8k] train.tasks_every=5 train.eval_every=null",
         "a multiple of train.eval_every=null",
         "set one of the two",
@@ -201,9 +196,9 @@ MISTAKES = [
         "Write module.function",
     ),
     (
-        "cera-train tracker=swanlab",
-        "tracker.kinds={swanlab: ...} needs the package swanlab",
-        "pip install swanlab",
+        "cera-train tracker.kinds={swanlab:null}",
+        "tracker.kinds={swanlab: ...}: no package swanlab is here",
+        "Install it if Accelerate has a tracker of this name",
     ),
     # an argument of a wrong form
     ("cera-train adapter.r=[", "adapter.r=[: cannot read the value", "close its brackets"),

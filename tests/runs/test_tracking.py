@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.tracking import GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from conftest import TINY
 from huggingface_hub import RepoUrl
 from tiny_runs import folder_of, metrics_of
@@ -59,28 +59,28 @@ def as_mirrored(line: dict) -> dict:
 def test_several_trackers_run_at_once_and_a_failing_one_is_dropped_once(
     tiny_config, monkeypatch, capsys
 ):
-    trackers = {"trackio": Recording(), "wandb": Recording(fails_at=2)}
-    monkeypatch.setattr(tracking, "build_tracker", lambda kind, *_: trackers[kind])
-    result = train(tiny_config("tracker=[trackio,wandb]"))
+    other = Recording()
+    wandb = Recording(fails_at=2)
+    monkeypatch.setattr(tracking, "wandb_tracker", lambda *_: wandb)
+    passed = []
+
+    def make(project, **arguments):
+        passed.append((project, arguments))
+        return other
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "of_accelerate", make)
+    result = train(tiny_config("tracker.kinds={of_accelerate: {space: mine}, wandb: null}"))
+    assert passed == [("cera-train", {"space": "mine"})]
     lines = [
         json.loads(line)
         for line in Path(result["folder"], "metrics.jsonl").read_text().splitlines()
     ]
     mirrored = [(line["update"], as_mirrored(line)) for line in lines]
-    assert trackers["trackio"].calls == ["start", *mirrored, "finish"]
-    assert trackers["trackio"].config["adapter.r"] == 4
-    assert trackers["wandb"].calls == ["start", *mirrored[:2]]
+    assert other.calls == ["start", *mirrored, "finish"]
+    assert other.config["adapter.r"] == 4
+    assert wandb.calls == ["start", *mirrored[:2]]
     (error,) = capsys.readouterr().err.splitlines()
     assert "wandb failed and is left out: ConnectionError: the server is gone (" in error
-
-
-@pytest.mark.parametrize("name", ["trackio", "mlflow", "comet", "swanlab"])
-def test_a_tracker_that_is_not_installed_is_dropped(name, compose, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, {"comet": "comet_ml"}.get(name, name), None)
-    tracker = tracking.start_tracker(compose(f"tracker={name}").tracker, {}, "run", tmp_path, 0)
-    tracker.log({"update": 1, "train/loss": 1.0})
-    tracker.finish()
-    assert capsys.readouterr().err.count(f"{name} failed and is left out") == 1
 
 
 def test_an_unknown_mode_of_wandb_is_named_with_the_choices(compose, monkeypatch):
