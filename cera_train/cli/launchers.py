@@ -3,13 +3,10 @@ jobs."""
 
 import contextlib
 import functools
-import itertools
 import multiprocessing
 import os
 import signal
-import socket
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -111,15 +108,13 @@ def run_under(
 
 
 class Joblib(MissingJobs, JoblibLauncher):
-    """Trains `n_jobs` jobs at once, in processes that share the cores and the GPUs."""
+    """Trains `n_jobs` jobs at once, in processes that share the cores, each on one GPU."""
 
     def setup(self, *, task_function: Callable[[DictConfig], Any], **context: Any) -> None:
         from joblib import effective_n_jobs
 
         self.workers = effective_n_jobs(self.joblib["n_jobs"])
-        super().setup(
-            task_function=functools.partial(run_in_worker, task_function, self.workers), **context
-        )
+        super().setup(task_function=functools.partial(run_in_worker, task_function), **context)
 
     def announce(self, sweep: Path, jobs: int) -> None:
         if min(self.workers, jobs) > 1:  # a single job runs in this process
@@ -159,9 +154,7 @@ def end_job(number: int) -> None:
     raise Interrupted(number)
 
 
-def run_in_worker(
-    task_function: Callable[[DictConfig], Any], workers: int, composed: DictConfig
-) -> Any:
+def run_in_worker(task_function: Callable[[DictConfig], Any], composed: DictConfig) -> Any:
     """Runs a job in a process of joblib's. Its output goes to its log; one line is printed when it
     begins and one when it ends, so that lines of several jobs do not mix."""
     if multiprocessing.parent_process() is None:  # joblib starts no process for a single job
@@ -177,7 +170,7 @@ def run_in_worker(
     print_line("job", job.title)
     try:
         with Interruption(pass_on=end_job), output_to(job.log):
-            take_gpus(workers)
+            take_gpu(HydraConfig.get().job.num)
             return task_function(composed)
     except SystemExit:
         if not SIGNALLED:
@@ -187,29 +180,14 @@ def run_in_worker(
         print_line(status.state, f"{job.name}: {status.outcome}")
 
 
-@functools.cache  # a process keeps its GPUs, and the socket open
-def take_gpus(workers: int) -> socket.socket | None:
-    """Lets CUDA see this process's share of the GPUs alone; if there are fewer, one that it
-    shares.
-
-    joblib replaces processes, so a share is the lowest that no living one holds: by the abstract
-    name of a socket, which is free again when its process has ended."""
+def take_gpu(job: int) -> None:
+    """Lets CUDA see one of the visible GPUs alone, which jobs take in turn by their number. A
+    process keeps the GPU of its first job, since CUDA reads this once."""
     with heavy_imports():
         import torch
-    if not (gpus := torch.cuda.device_count()):  # which does not start CUDA yet
-        return None
-    held = socket.socket(socket.AF_UNIX)
-    for share in itertools.cycle(range(workers)):
-        try:
-            held.bind(f"\0cera-train-{os.getppid()}-{share}")
-            break
-        except OSError:
-            time.sleep(0.05)  # the process that this one replaces may still be ending
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(
-        visible[share::workers] or [visible[share % gpus]]
-    )
-    return held
+    if gpus := torch.cuda.device_count():  # which does not start CUDA yet
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[job % gpus]
 
 
 @contextlib.contextmanager

@@ -198,23 +198,6 @@ def test_a_sweep_with_cancelled_and_preempted_jobs_ends_as_if_undisturbed(
     )
 
 
-@pytest.mark.nightly
-def test_a_waiting_command_notices_a_cancelled_job_without_slurm_accounting(
-    cluster, arguments, tmp_path
-):
-    sweep = sweep_command(arguments, "adapter.r=2,4", "hydra.launcher.cpus_per_task=2")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(sweep, env=cluster, cwd=tmp_path, **pipes)
-    folder = tmp_path / "sweep"
-    wait(lambda: updates_of(folder / "adapter.r=4") > 20)
-    (array,) = {path.name.split("_")[0] for path in (folder / ".submitit").glob("[0-9]*")}
-    subprocess.run(["scancel", f"{array}_1"], check=True, env=cluster)
-    out = process.communicate(timeout=240)[0]
-    assert process.returncode == 1, out
-    assert f"lost       job {array}_1; its output is in " in out
-    assert "jobs       1 finished, 1 stopped" in out
-
-
 def test_preempted_jobs_resume_once_the_urgent_job_is_done(cluster, arguments, tmp_path, compose):
     """Slurm itself sends SIGTERM and requeues them: they save during the grace period."""
     arguments = [*arguments, "train.save_every=null"]

@@ -1,5 +1,4 @@
-"""What goes to a cluster, and how the state of its jobs is known; tests/integrations/test_slurm.py
-has a real one."""
+"""What goes to a cluster; tests/integrations/test_slurm.py has a real one."""
 
 import sys
 import textwrap
@@ -12,7 +11,6 @@ from made_sweeps import make_job, record_job
 
 pytest.importorskip("submitit")
 
-from cera_train.cli.cluster import QueueWatcher
 from cera_train.common.settings import to_plain
 
 GRID = ["-m", "adapter=cera,lora", "adapter.r=2,4", "name=grid", "hydra/launcher=slurm_gpu"]
@@ -104,61 +102,3 @@ def test_what_sbatch_refuses_is_one_line(run_command, capsys, batch_script):
 def test_a_users_setup_keeps_that_a_failed_task_ends_the_others(run_command, batch_script):
     run_command("cera-train", *GRID, "hydra.launcher.setup=[module load cuda]")
     assert "\nexport SLURM_KILL_BAD_EXIT=1\nmodule load cuda\n" in batch_script.read_text()
-
-
-@pytest.fixture
-def queue(tmp_path, monkeypatch):
-    """Stands for squeue: prints what is written to this file, and fails where there is none."""
-    (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {tmp_path}/queue\n")
-    (tmp_path / "squeue").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    return tmp_path / "queue"
-
-
-def test_a_job_has_ended_when_the_queue_shows_it_or_has_forgotten_it(queue):
-    states = [
-        "RUNNING",
-        "PENDING",
-        "COMPLETING",
-        "CONFIGURING",
-        "SUSPENDED",
-        "PREEMPTED",
-        "REQUEUED",
-    ]
-    ended = ["CANCELLED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "COMPLETED"]
-    queue.write_text(
-        "".join(f"7_{place}|{state}\n" for place, state in enumerate([*states, *ended]))
-        + "8|RUNNING\n"
-    )
-    watcher = QueueWatcher()
-    jobs = ["8", "9", *(f"7_{place}" for place in range(len([*states, *ended])))]
-    for job in jobs:
-        watcher.register_job(job)
-    assert [watcher.is_done(job) for job in jobs] == [
-        False,
-        True,
-        *[False] * len(states),
-        *[True] * len(ended),
-    ]
-    assert watcher.get_state("9") == "GONE"
-
-
-def test_a_controller_that_does_not_answer_ends_no_job(queue):
-    watcher = QueueWatcher()
-    watcher.register_job("7_0")
-    assert not watcher.is_done("7_0", "force")
-    queue.write_text("7_0|RUNNING\n")
-    assert not watcher.is_done("7_0", "force")
-    queue.unlink()
-    assert not watcher.is_done("7_0", "force")
-
-
-def test_a_job_that_squeue_would_hide_has_not_ended(queue, monkeypatch):
-    """By a user's filter, or because its partition is hidden."""
-    queue.write_text("7|RUNNING\n")
-    shown = f'[ -n "$SQUEUE_PARTITION" ] || case "$*" in *--all*) cat {queue};; esac'
-    (queue.parent / "squeue").write_text(f"#!/bin/sh\n{shown}\n")
-    monkeypatch.setenv("SQUEUE_PARTITION", "interactive")
-    watcher = QueueWatcher()
-    watcher.register_job("7")
-    assert not watcher.is_done("7")

@@ -11,7 +11,7 @@ import pytest
 from made_sweeps import TINY, start, states
 from tiny_runs import adapter_bytes, losses_of, wait_until
 
-from cera_train.cli.launchers import take_gpus
+from cera_train.cli.launchers import take_gpu
 from cera_train.sweep.folder import JOBS
 
 JOBLIB = [*TINY, "hydra/launcher=joblib"]
@@ -24,28 +24,16 @@ def sweep(sweep_here) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("workers", "visible", "shares"),
-    [
-        (3, None, ["0,3", "1", "2"]),
-        (2, "1,3,5,7", ["1,5", "3,7"]),
-        (6, None, ["0", "1", "2", "3", "0", "1"]),
-    ],
+    ("visible", "expected"), [(None, ["0", "1", "2", "0"]), ("1,3,5", ["1", "3", "5", "1"])]
 )
-def test_jobs_at_once_share_the_gpus(monkeypatch, workers, visible, shares):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    # Tests run beside each other.
-    monkeypatch.setattr(os, "getppid", lambda: f"{workers}-of-{os.getpid()}")
-    held = []
-    for share in [*shares, shares[1]]:
+def test_jobs_at_once_have_one_gpu_each(monkeypatch, visible, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    for job, gpu in enumerate(expected):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        held.append(take_gpus.__wrapped__(workers))  # in another process each
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == share
-        if len(held) == workers:
-            held[1].close()  # joblib replaces the process
-    for each in held:
-        each.close()
+        take_gpu(job)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == gpu
 
 
 @pytest.mark.slow
