@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from cera_train.adapters import starts
 from cera_train.adapters.families import check_settings, family
-from cera_train.adapters.families.base import Attach, place_of
+from cera_train.adapters.families.base import place_of
 from cera_train.adapters.probe import errors_beside
 from cera_train.adapters.targets import check_targets
 from cera_train.cera.coverage import (
@@ -63,7 +62,6 @@ def build(
     config: AdapterConfig,
     idle: list[str] | None = None,
     has_autocast: bool = True,
-    attach: Attach = starts.attach_started,
 ) -> nn.Module:
     """The base with a fresh adapter in float32, whatever the base's dtype; for full fine-tuning,
     the base itself. Raises UserError where the adapter does not fit the model.
@@ -72,7 +70,6 @@ def build(
         idle: names of projections beside which a branch would not learn; None finds them by a pass,
             for which every process needs the weights.
         has_autocast: the model runs under autocast.
-        attach: `starts.attach_started`, for a run with the rows that a start reads.
     """
     check_targets(base, config)
     kinds = {Quantization.nf4: "is_loaded_in_4bit", Quantization.int8: "is_loaded_in_8bit"}
@@ -81,7 +78,7 @@ def build(
     )
     check_quantised(config, kind, base.device.type == "cuda")
     with errors_beside(base, config):
-        model = family(config.kind).build(base, config, left_out(base, config, idle), attach)
+        model = family(config.kind).build(base, config, left_out(base, config, idle))
     # PEFT leaves biases and copies of the base's modules in 16 bits, which would round most
     # updates away.
     narrow = [

@@ -20,7 +20,6 @@ from cera_train.adapters.folder import (
     description_file,
     weights_file,
 )
-from cera_train.adapters.starts import split_plain, write_plain
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.settings import require
@@ -69,7 +68,6 @@ def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> No
         if name not in module._non_persistent_buffers_set
     }
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=buffers | shared)
-    write_plain(model, folder)
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -92,8 +90,6 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Puts weights that `read` returned into a model. Raises UserError for a tensor too many,
     missing or misshapen."""
-    if is_adapter(model):
-        weights = split_plain(model, weights)
     tensors = saved_tensors(model)
     wanted, shapes = (
         {name: tensor.shape for name, tensor in each.items()} for each in (tensors, weights)

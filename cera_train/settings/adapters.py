@@ -67,9 +67,6 @@ class AdapterConfig:
     weights a new run starts from, instead of random ones. The optimizer starts anew. null: none."""
     start_digest: str | None = setting(None, "result")
     """Digest of those weights. cera-train fills it in."""
-    start_rows: int = setting(256, "result")
-    """lora, rslora, dora, peft: training rows that the starts eva, corda and lora_ga read, as in
-    settings={init_lora_weights: eva}."""
     b_lr_ratio: float = setting(1.0, "result")
     """Ratio of the learning rate of B, and of vectors such as DoRA's magnitudes, to A's. Above 1:
     LoRA+ (arXiv 2402.12354)."""
@@ -81,7 +78,7 @@ class AdapterConfig:
             self.kind in list(AdapterKind),
             f"adapter.kind={self.kind}: expected one of {', '.join(AdapterKind)}.",
         )
-        positive = ("r", "alpha", "init_scale", "b_lr_ratio", "expert_r", "start_rows")
+        positive = ("r", "alpha", "init_scale", "b_lr_ratio", "expert_r")
         require_positive("adapter", self, *positive)
         require(
             0 <= self.dropout < 1,

@@ -18,6 +18,7 @@ class Gone(NamedTuple):
 GYM = "write its questions to a file for data.train_files"
 
 GONE = {
+    "adapter.start_rows": Gone("choose a start that reads none, such as adapter=pissa", 256),
     "data.layout=reasoning_gym": Gone(GYM),
     "data.mix.layout=reasoning_gym": Gone(GYM),
     "data.reasoning_gym": Gone(GYM, {"generator": "chain_sum", "level": None, "seed": 0}),

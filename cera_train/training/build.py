@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,9 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from cera_train.adapters import build as adapters
-from cera_train.adapters import starts
-from cera_train.adapters.families import family
-from cera_train.adapters.families.base import ADAPTER, FROM_ROWS, passing_start
+from cera_train.adapters.families.base import ADAPTER
 from cera_train.adapters.probe import check_effect
 from cera_train.adapters.saved import is_adapter, load, read
-from cera_train.adapters.starts import StartRows
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
 from cera_train.data.prepare import TokenizedData, TokenizedRows, prepare_data
@@ -115,15 +110,8 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
 
     torch.manual_seed(config.train.seed)
     has_autocast = accelerator.mixed_precision != "no"
-    peft_config = family(config.adapter.kind).peft_config(config.adapter)
-    if accelerator.is_fsdp2:
-        starts.check_shards(peft_config)
-    rows = None
-    if passing_start(peft_config) in FROM_ROWS and checkpoint is None:
-        rows = start_rows(config, data, base, accelerator)
-    attach = partial(starts.attach_started, rows=rows, checkpoint=checkpoint)
     idle = [] if accelerator.is_fsdp2 else None  # only process 0 has weights that will be sharded
-    adapted = adapters.build(base, config.adapter, idle, has_autocast, attach)
+    adapted = adapters.build(base, config.adapter, idle, has_autocast)
     if is_adapter(adapted):  # PEFT knows the name of the base alone
         adapted.peft_config[ADAPTER].revision = config.model.revision
     is_ours = config.adapter.kind != AdapterKind.peft and not config.adapter.settings
@@ -163,19 +151,6 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
         identity_of(config.model),
     )
     return model, progress
-
-
-def start_rows(
-    config: Config, data: Data, base: PreTrainedModel, accelerator: Accelerator
-) -> StartRows:
-    """The first `adapter.start_rows` training rows in the order of the run, each once."""
-    language_model = LanguageModel(base, base, accelerator.autocast)
-    batches = MicroBatches(data.rows.train, False, 1, accelerator.device)
-    order = itertools.chain.from_iterable(
-        map(data.order.sequences, range(data.order.updates_per_epoch))
-    )
-    sequences = list(itertools.islice(order, config.adapter.start_rows))
-    return StartRows(sequences, batches.supervised, batches.load, language_model)
 
 
 def check_trained_base(

@@ -196,6 +196,17 @@ def test_the_base_comes_back_where_the_adapter_is_beside_it(name, adapter_of):
     assert is_base == saved.keeps_base(model)
 
 
+def test_an_adapter_without_the_part_of_w0_that_it_took_is_refused(tmp_path):
+    """PEFT saves what LoRA-GA trained without its start, and loads it, without a word, on the whole
+    W0."""
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    peft.get_peft_model(make_tiny_llama(), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "lora_ga"}))
+    with pytest.raises(UserError, match=rf"^{tmp_path} .*lora_ga, .*path_initial_model_"):
+        saved.attach(make_tiny_llama(), tmp_path)
+
+
 EXACT = {"rtol": 0, "atol": 0}
 
 

@@ -102,7 +102,6 @@ def logits(model) -> torch.Tensor:
     "config",
     [
         method("LORA", init_lora_weights="mica"),  # trains A beside a frozen B
-        method("LORA", init_lora_weights="pissa_niter_4"),  # draws another SVD to load
         method("PSOFT"),  # caches what it computes
         method("RANDLORA", save_projection=False),  # draws its projection again
     ],

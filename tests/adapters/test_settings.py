@@ -99,6 +99,13 @@ def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
                 ("lora", "alpha_pattern", {"q_proj": "x"}),
             )
         ),
+        *(
+            (
+                AdapterConfig("lora", 4, settings={"init_lora_weights": start}),
+                f"adapter.settings.init_lora_weights={start} .* 0.2.0 .*: choose pissa or olora",
+            )
+            for start in ("eva", "corda", "lora_ga", "pissa_niter_4")
+        ),
         (
             AdapterConfig("lora", 4, settings={"megatron_config": {}}),
             "adapter.settings.megatron_config can import or open files",

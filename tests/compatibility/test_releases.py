@@ -116,7 +116,11 @@ def test_a_config_of_other_settings_is_refused_by_its_version(release, run_comma
 
 @pytest.mark.parametrize(
     ("before", "now"),
-    [("layout: text", "layout: reasoning_gym"), ("generator: chain_sum", "generator: gcd")],
+    [
+        ("layout: text", "layout: reasoning_gym"),
+        ("generator: chain_sum", "generator: gcd"),
+        ("start_rows: 256", "start_rows: 8"),
+    ],
 )
 def test_a_run_that_used_what_is_gone_is_refused_and_its_adapter_still_starts_another(
     release, run_command, capfd, before, now
@@ -129,5 +133,5 @@ def test_a_run_that_used_what_is_gone_is_refused_and_its_adapter_still_starts_an
     command = command_of(run)
     assert run_command(*command) == 2
     error = capfd.readouterr().err
-    assert re.search(rf"{config}: data\S+: cera-train {release} was the last that had it: ", error)
+    assert re.search(rf"{config}: \S+: cera-train {release} was the last that had it: ", error)
     assert run_command(*command, f"adapter.start_from={run}", "name=again") == 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cera_train.adapters.families.base import ADAPTER, Attach, RankedFamily
+from cera_train.adapters.families.base import ADAPTER, RankedFamily
 from cera_train.adapters.families.lora import Lora
 from cera_train.common.settings import require
 from cera_train.settings.adapters import HALF_LINEAR_GATES, AdapterConfig
@@ -54,15 +54,13 @@ class Anneal(Lora):
         lora.alpha_pattern = {key: alpha / 2 for key, alpha in lora.alpha_pattern.items()}
         return lora
 
-    def build(
-        self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str], attach: Attach
-    ) -> nn.Module:
+    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
         from peft.tuners.lora import LoraLayer
         from torch import nn
 
         from cera_train.cera.gates import GATES, AnnealedGate
 
-        model = super().build(base, config, left_out, attach)
+        model = super().build(base, config, left_out)
         # One gate for all branches, without parameters: PEFT saves nothing of it.
         gate = AnnealedGate(GATES[config.activation](), config.dropout)
         model.annealed_gate = gate.to(base.device)

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-Attach = Callable[..., "nn.Module"]  # (base, PEFT config) -> the base with an adapter
-
 ADAPTER = "default"  # the name under which PEFT keeps the adapter
 
 REPLACES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -44,21 +42,13 @@ UNUSABLE_SETTINGS = {
 }
 """Settings of PEFT's methods that the loop cannot train, and why."""
 
-FROM_ROWS = ("eva", "corda", "lora_ga")
-"""Starts of LoRA's init_lora_weights that read training rows: see `adapters.starts`."""
+NOT_FROM_BASE = ("eva", "corda", "lora_ga", "pissa_niter")
+"""Starts of LoRA's init_lora_weights that W0 alone does not give again."""
 
 
 def replaces_base(start: Any) -> bool:
     """Whether a value of init_lora_weights takes something out of W0."""
     return isinstance(start, str) and start.lower().startswith(REPLACES_BASE)
-
-
-def passing_start(config: peft.PeftConfig | None) -> str | None:
-    """The start of a PEFT config, if W0 alone does not give it again: it reads rows, or draws
-    random numbers for a fast SVD."""
-    start = getattr(config, "init_lora_weights", None)
-    is_random = isinstance(start, str) and start.startswith("pissa_niter")
-    return start if start in FROM_ROWS or is_random else None
 
 
 @dataclasses.dataclass
@@ -82,7 +72,6 @@ class Family:
     name = "PEFT"  # for tables and pictures
     # The settings that it reads, beside kind and label. Any other that is set is refused.
     uses = frozenset({"method", "r", "alpha", "dropout", "target_modules", "layers", "settings"})
-    uses |= {"start_rows"}
     needs_targets = False  # whether target_modules must be given
     trains_base = False  # whether the base's weights are trained
     b_matrix: str | None = None  # the module that holds B, for `adapter.b_lr_ratio`
@@ -136,12 +125,16 @@ class Family:
         # PEFT does not take both: see `build`.
         if config.layers is not None and config.target_modules != "all-linear":
             fields["layers_to_transform"] = config.layers
-        is_corda = set(config.settings.get("corda_config") or {}) == {"corda_method"}
-        allowed = {"corda_config"} if is_corda else set()
+        start = config.settings.get("init_lora_weights")
+        require(
+            not (isinstance(start, str) and start.startswith(NOT_FROM_BASE)),
+            f"adapter.settings.init_lora_weights={start} starts from data or random numbers, which "
+            "cera-train 0.2.0 was the last to do: choose pissa or olora, which start from W0.",
+        )
         for key, reason in UNUSABLE_SETTINGS.items():
             is_set = config.settings.get(key) not in (None, False)
             require(not is_set, f"adapter.settings.{key}: {reason}. Leave it out.")
-        for key in config.settings.keys() & {*BEYOND_WEIGHTS} - allowed:
+        for key in config.settings.keys() & {*BEYOND_WEIGHTS}:
             raise UserError(
                 f"adapter.settings.{key} can import or open files: no run sets it. Leave it out."
             )
@@ -153,13 +146,11 @@ class Family:
         base: PreTrainedModel,
         config: AdapterConfig,
         left_out: list[str],
-        attach: Attach,
     ) -> nn.Module:
         """The base with a fresh adapter. Its trainable parameters require gradients, no others do.
 
         Args:
             left_out: names of projections that all-linear does not take.
-            attach: adds an adapter by its PEFT config, as peft.get_peft_model does.
         """
         import peft
 
@@ -190,7 +181,7 @@ class Family:
                 f"adapter.target_modules: PEFT takes a name among these for experts ({experts}) of "
                 "this model: leave it out, or choose adapter=cera.",
             )
-            model = attach(base, peft_config)
+            model = peft.get_peft_model(base, peft_config)
             # PEFT fills in fields while it builds, such as IA3's feedforward_modules. Checks that
             # the config loads again once it is saved.
             peft.PeftConfig.from_peft_type(**copy.deepcopy(peft_config.to_dict()))
@@ -207,7 +198,7 @@ class Family:
 class RankedFamily(Family):
     """A method with A and B of a rank, which has a kind of its own."""
 
-    uses = Family.uses - {"method", "start_rows"} | {"b_lr_ratio", "start_from"}
+    uses = Family.uses - {"method"} | {"b_lr_ratio", "start_from"}
     needs_targets = True
 
     def check(self, config: AdapterConfig) -> None:
@@ -246,9 +237,7 @@ class Full(Family):
     def peft_config(self, config: AdapterConfig) -> None:
         return None
 
-    def build(
-        self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str], attach: Attach
-    ) -> nn.Module:
+    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
         # 16-bit weights would round most updates away; the loop computes in 16 bits by autocast.
         return base.float().requires_grad_(True)
 
@@ -280,9 +269,6 @@ def peft_errors(config: AdapterConfig) -> Iterator[None]:
             warnings.filterwarnings(
                 "error",
                 "The following .*_pattern keys|You have passed exclude_modules|.* tied layer",
-            )
-            warnings.filterwarnings(
-                "ignore", ".*Using default .* config|lora with eva|Full backward hook"
             )
             yield
     except UserError:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from cera_train.adapters.families.base import ADAPTER, Attach, Branch, RankedFamily
+from cera_train.adapters.families.base import ADAPTER, Branch, RankedFamily
 from cera_train.common.settings import require
 from cera_train.settings.adapters import Activation, AdapterConfig, Mix
 
@@ -65,14 +65,12 @@ class Cera(RankedFamily):
             values["expert_r"] = None
         return self.make(CeraConfig, config, values)
 
-    def build(
-        self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str], attach: Attach
-    ) -> nn.Module:
+    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
         from cera_train.cera.experts import expert_names
 
         if config.experts:
             config = replace(config, experts=False, target_parameters=expert_names(base))
-        return super().build(base, config, left_out, attach)
+        return super().build(base, config, left_out)
 
     def branch(self, module: nn.Module) -> Branch | None:
         from torch import nn

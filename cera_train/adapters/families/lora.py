@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cera_train.adapters.families.base import ADAPTER, Attach, Branch, RankedFamily
+from cera_train.adapters.families.base import ADAPTER, Branch, RankedFamily
 from cera_train.settings.adapters import AdapterConfig
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 
 class Lora(RankedFamily):
-    uses = RankedFamily.uses | {"start_rows"}
     b_matrix = "lora_B"
 
     def __init__(self, name: str, use_rslora: bool = False, use_dora: bool = False) -> None:
@@ -51,10 +50,8 @@ class Lora(RankedFamily):
         }
         return self.make(peft.LoraConfig, config, fields)
 
-    def build(
-        self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str], attach: Attach
-    ) -> nn.Module:
-        model = super().build(base, config, left_out, attach)
+    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
+        model = super().build(base, config, left_out)
         if getattr(model.peft_config[ADAPTER], "target_modules_to_tie", None):
             tie_again(base)
         return model
