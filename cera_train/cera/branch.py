@@ -16,14 +16,13 @@ from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .config import CeraConfig
-from .gates import InputGate, LearnedGate
+from .gates import LearnedGate
 from .packed import add_product, can_pack, packed, product
 
 
 def start_branch(A: torch.Tensor, B: torch.Tensor, gate: nn.Module, config: CeraConfig) -> None:
     """Draws A: [..., r, d_in], with a variance of 2 / d_in for kaiming_normal and 1 / (3 d_in) for
-    kaiming_uniform, times init_scale^2. B, gamma and the rows of an input gate start at zero, so
-    update 0 is the base model."""
+    kaiming_uniform, times init_scale^2. B and gamma start at zero: update 0 is the base model."""
     # The rows of all experts as one matrix: what is drawn depends on a row's length alone.
     A, B = (matrix.detach().flatten(0, -2) for matrix in (A, B))
     if config.init == "kaiming_normal":
@@ -32,8 +31,6 @@ def start_branch(A: torch.Tensor, B: torch.Tensor, gate: nn.Module, config: Cera
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     if config.init_scale != 1:
         A.mul_(config.init_scale)
-    if isinstance(gate, InputGate):
-        nn.init.zeros_(A[config.r :])
 
     gammas = [gate.gamma] if isinstance(gate, LearnedGate) else []
     if config.init_weights:

@@ -10,10 +10,10 @@ from typing import Any
 from peft import PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 
-from .gates import GATED, GATES
+from .gates import GATES
 
 CHOICES = {
-    "activation": (*GATES, GATED),
+    "activation": tuple(GATES),
     "init": ("kaiming_normal", "kaiming_uniform"),
     "dropout_on": ("hidden", "input"),
     "mix": ("none", "learned"),
@@ -32,8 +32,6 @@ class CeraConfig(PeftConfig):
       sqrt(d_in)) for kaiming_uniform, PEFT's for LoRA; times `init_scale`.
     - `dropout_on`: B (m gate(z)) for hidden, the paper's; B gate(A (m x)) for input, as in PEFT's
       LoRA.
-    - `activation=gated`: B drop(A x * sigmoid(G x)), where the rows of G stand below those of A in
-      one matrix, and start at 0.
     - `mix=learned`: B drop(z + gamma (gate(z) - z)), one trained scalar gamma a module, which
       starts at 0.
     - `use_rslora`: s = alpha / sqrt(r).
@@ -54,9 +52,7 @@ class CeraConfig(PeftConfig):
     dropout: float = field(
         default=0.1, metadata={"help": "Probability of dropping a unit, where dropout_on puts it."}
     )
-    activation: str = field(
-        default="silu", metadata={"help": f"The gate: {', '.join((*GATES, GATED))}."}
-    )
+    activation: str = field(default="silu", metadata={"help": f"The gate: {', '.join(GATES)}."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
@@ -154,6 +150,8 @@ class CeraConfig(PeftConfig):
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout!r}.")
+        if self.activation == "gated":
+            raise ValueError("activation='gated' was last in cera-train 0.2.0: load it there.")
         for name, values in CHOICES.items():
             if getattr(self, name) not in values:
                 raise ValueError(
@@ -162,11 +160,6 @@ class CeraConfig(PeftConfig):
         if self.expert_r is not None and not self.target_parameters:
             raise ValueError(
                 "expert_r needs target_parameters: name the parameters of experts there."
-            )
-        if self.activation == GATED and (self.mix == "learned" or self.target_parameters):
-            raise ValueError(
-                "activation='gated' has no learned mix and no branches of experts: leave out mix "
-                "and target_parameters."
             )
         if self.mix == "learned" and self.activation == "identity":
             raise ValueError(
@@ -194,11 +187,6 @@ class CeraConfig(PeftConfig):
         """The settings of an experts' parameter: `expert_r` in place of r, then the patterns."""
         r = self.r if self.expert_r is None else self.expert_r
         return replace(self, r=r, expert_r=None).of_module(name)
-
-    @property
-    def rows(self) -> int:
-        """The rows of A: of an input gate, as many again."""
-        return 2 * self.r if self.activation == GATED else self.r
 
     @property
     def scaling(self) -> float:

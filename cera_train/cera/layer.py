@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .branch import FusedBranch, Hidden, PackedBranch, start_branch
 from .config import CeraConfig
-from .gates import GATES, InputGate, LearnedGate, make_gate
+from .gates import GATES, LearnedGate
 from .packed import PackedLinear, pack_weights
 
 LINEARS_4BIT = ()
@@ -55,7 +55,7 @@ class CeraLayer(nn.Module, BaseTunerLayer):
 
     def _make_parts(self, A: nn.Module, B: nn.Module, config: CeraConfig) -> dict[str, Any]:
         """A fresh branch, by the names of the containers."""
-        gate = make_gate(config.activation)
+        gate = GATES[config.activation]()
         gate = LearnedGate(gate, A.weight.dtype) if config.mix == "learned" else gate
         start_branch(A.weight, B.weight, gate, config)
         drops_x = config.dropout_on == "input"
@@ -111,7 +111,7 @@ class CeraLinear(CeraLayer):
     def update_layer(self, adapter_name: str, config: CeraConfig) -> None:
         """Adds an adapter, or replaces the one of that name."""
         self.in_features, self.out_features = linear_features(self.get_base_layer())
-        A = nn.Linear(self.in_features, config.rows, bias=False, dtype=self.adapter_dtype)
+        A = nn.Linear(self.in_features, config.r, bias=False, dtype=self.adapter_dtype)
         B = nn.Linear(config.r, self.out_features, bias=False, dtype=self.adapter_dtype)
         for name, part in self._make_parts(A, B, config).items():
             getattr(self, name)[adapter_name] = part
@@ -151,7 +151,7 @@ class CeraLinear(CeraLayer):
             # change what the module returns.
             and is_plain(A, nn.Linear)
             and is_plain(B, nn.Linear)
-            and is_plain(gate, InputGate, LearnedGate, *GATES.values())
+            and is_plain(gate, LearnedGate, *GATES.values())
             # If the branch has another dtype, only the plain formula rounds the sum just once.
             and result.dtype == (autocast_dtype(result.device) or A.weight.dtype)
             # The product with B is added to the rows of `result` in place.

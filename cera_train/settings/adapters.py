@@ -7,8 +7,8 @@ from typing import Any
 
 from cera_train.common.settings import require, require_positive, setting
 
-AdapterKind = StrEnum("AdapterKind", ["anneal", "cera", "dora", "full", "lora", "peft", "rslora"])
-Activation = StrEnum("Activation", ["silu", "relu", "gelu", "tanh", "identity", "gated"])
+AdapterKind = StrEnum("AdapterKind", ["cera", "dora", "full", "lora", "peft", "rslora"])
+Activation = StrEnum("Activation", ["silu", "relu", "gelu", "tanh", "identity"])
 HALF_LINEAR_GATES = (Activation.silu, Activation.relu, Activation.gelu)
 """Gates z / 2 + an even term."""
 Init = StrEnum("Init", ["kaiming_normal", "kaiming_uniform"])
@@ -19,20 +19,18 @@ Mix = StrEnum("Mix", ["none", "learned"])
 @dataclass
 class AdapterConfig:
     kind: AdapterKind = setting(AdapterKind.cera, "result")
-    """cera, anneal (CeRA that ends as a LoRA), lora, rslora, dora, peft (any other method of PEFT)
-    or full (every weight, no adapter)."""
+    """cera, lora, rslora, dora, peft (any other method of PEFT) or full (every weight, no
+    adapter)."""
     r: int | None = setting(32, "result")
     """Rank. null: PEFT's default for `kind=peft`; full has none."""
     alpha: float | None = setting(32.0, "result")
     """The branch is scaled by alpha / r (rslora: alpha / sqrt(r)): if alpha is fixed, the best
     learning rate hardly depends on r. null: a scale of 1, or PEFT's for `kind=peft`."""
     dropout: float = setting(0.0, "result")
-    """cera and anneal: on the hidden units, after the gate, unless dropout_on=input. The others:
-    PEFT's, on the input of A."""
+    """cera: on the hidden units, after the gate, unless dropout_on=input. The others: PEFT's, on
+    the input of A."""
     activation: Activation = setting(Activation.silu, "result")
-    """The gate of cera and anneal. gated: a sigmoid of a second A x, for each hidden unit."""
-    anneal: float | None = setting(None, "result")
-    """anneal: the share of the updates after which the gate has gone."""
+    """The gate of cera."""
     init: Init = setting(Init.kaiming_normal, "result")
     """How cera draws A. kaiming_normal: variance 2 / d_in, the paper's; kaiming_uniform: 1 / (3
     d_in), as LoRA."""
@@ -83,10 +81,6 @@ class AdapterConfig:
         require(
             0 <= self.dropout < 1,
             f"adapter.dropout={self.dropout} must be at least 0 and less than 1.",
-        )
-        require(
-            self.anneal is None or 0 < self.anneal <= 1,
-            f"adapter.anneal={self.anneal}: expected a share of the updates, above 0, at most 1.",
         )
         for name in ("layers", "target_parameters"):
             require(

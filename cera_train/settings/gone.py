@@ -15,10 +15,16 @@ class Gone(NamedTuple):
     """The last release that had it."""
 
 
+ARM = "choose cera, or cera_identity, which merges; an annealed adapter is a LoRA of PEFT"
 GYM = "write its questions to a file for data.train_files"
 
 GONE = {
     "adapter.start_rows": Gone("choose a start that reads none, such as adapter=pissa", 256),
+    "adapter=cera_anneal": Gone(ARM),
+    "adapter=cera_gated": Gone("choose cera"),
+    "adapter.kind=anneal": Gone(ARM),
+    "adapter.anneal": Gone(ARM),
+    "adapter.activation=gated": Gone("choose silu"),
     "data.layout=reasoning_gym": Gone(GYM),
     "data.mix.layout=reasoning_gym": Gone(GYM),
     "data.reasoning_gym": Gone(GYM, {"generator": "chain_sum", "level": None, "seed": 0}),

@@ -64,13 +64,6 @@ class Config:
             f"{self.data.max_length}: a micro-batch must hold at least one sequence.",
         )
         check_objective(self.train.objective, self.data)
-        # Both weigh an answer by its log p, and would take the LoRA's for the gradient of the gated
-        # branch.
-        require(
-            self.adapter.kind != AdapterKind.anneal or self.train.objective == ObjectiveKind.sft,
-            f"train.objective={self.train.objective}: adapter.kind=anneal answers as the LoRA that "
-            "it ends as, and trains another policy, with its gate: choose another adapter.",
-        )
         if self.distributed.strategy == Strategy.fsdp:
             self._check_sharding()
 

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 
 from cera_train.adapters.build import rank
-from cera_train.adapters.families import family
 from cera_train.adapters.spectrum import ModuleSpectrum, spectrum_metrics
 from cera_train.cera.coverage import Coverage
 from cera_train.common.errors import UserError
@@ -217,13 +216,11 @@ def update(
 
 
 def begin_update(config: Config, model: Model, progress: Progress, updates: int) -> float:
-    """Seeds dropout, and sets what depends on how far the run is; returns the learning rate."""
+    """Seeds dropout and sets the learning rate; returns the rate."""
     process = model.accelerator.process_index
     torch.manual_seed(seed_of(config.train.seed, progress.update, process))
     lr = learning_rate(config.optimizer, progress.update, updates)
     set_learning_rate(model.optimizer, lr)
-    share = progress.update / updates
-    family(config.adapter.kind).begin_update(model.adapted, config.adapter, share)
     return lr
 
 

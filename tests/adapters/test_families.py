@@ -36,7 +36,6 @@ OVERRIDES = {
 TITLES = {
     "cera": "CeRA",
     "cera_aligned": "CeRA (init kaiming_uniform, dropout on input)",
-    "cera_gated": "CeRA (gated)",
     "cera_identity": "CeRA (identity)",
     "cera_mix": "CeRA (learned mix)",
     "hira": "HiRA",

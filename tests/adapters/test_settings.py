@@ -46,17 +46,6 @@ def refuses(message: str):
             "adapter.experts=true adapter.target_parameters=[x]",
             "adapter.experts=true adapts all experts: leave out",
         ),
-        (
-            "adapter=cera_anneal adapter.settings={init_lora_weights:pissa}",
-            "adapter.settings.init_lora_weights: adapter.kind=anneal draws A itself, .* Leave it",
-        ),
-        *(
-            (
-                f"adapter=cera_anneal train.objective={objective} data={data}",
-                f"train.objective={objective}: adapter.kind=anneal answers as .* choose another",
-            )
-            for objective, data in (("dpo", "preferences"), ("grpo", "gsm8k"))
-        ),
     ],
 )
 def test_a_setting_that_the_kind_ignores_is_refused(compose, overrides, message):
@@ -65,7 +54,7 @@ def test_a_setting_that_the_kind_ignores_is_refused(compose, overrides, message)
 
 
 def test_an_unknown_kind_is_refused():
-    with refuses("adapter.kind=pissa: expected one of anneal, cera, dora, full, lora, peft"):
+    with refuses("adapter.kind=pissa: expected one of cera, dora, full, lora, peft"):
         AdapterConfig("pissa")
 
 

@@ -311,7 +311,7 @@ def test_for_inference_packs_a_16_bit_base_where_there_is_memory(monkeypatch, ha
 @torch.no_grad()
 @packs
 @pytest.mark.parametrize(("alpha", "is_packed"), [(4, True), (2, True), (3, False)])
-@pytest.mark.parametrize("settings", [{}, {"activation": "gated"}, {"mix": "learned"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"mix": "learned"}], ids=str)
 def test_for_inference_packs_a_branch_if_no_bit_changes(settings, alpha, is_packed):
     base = nn.Linear(64, 32, dtype=torch.bfloat16)
     layer = make_layer(base, r=4, alpha=alpha, dropout=0.1, **settings).eval()

@@ -85,8 +85,9 @@ def test_the_default_targets_are_the_papers_or_else_pefts_for_lora(model_type):
         ({"dropout": 1}, "dropout must be at least 0 and less than 1, got 1"),
         (
             {"activation": "swish"},
-            "activation must be one of silu, relu, gelu, tanh, identity, gated, got 'swish'",
+            "activation must be one of silu, relu, gelu, tanh, identity, got 'swish'",
         ),
+        ({"activation": "gated"}, "activation='gated' was last in cera-train 0.2.0"),
         (
             {"layers_pattern": "layers"},
             "layers_pattern needs layers_to_transform",

@@ -59,6 +59,7 @@ MISTAKES = [
     ),
     ("cera-train +adapter.r=3", "already at 'adapter.r'", "remove + prefix"),
     # what an earlier release had
+    ("cera-train adapter=cera_gated", "cera-train 0.2.0 was the last", "choose cera"),
     ("cera-train data=reasoning_gym", "cera-train 0.2.0 was the last", "for data.train_files"),
     ("cera-train data.reasoning_gym.level=1", "cera-train 0.2.0 was the last", "write its quest"),
     ("cera-train data.layout=reasoning_gym", "cera-train 0.2.0 was the last", "write its quest"),

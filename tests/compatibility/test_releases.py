@@ -120,6 +120,7 @@ def test_a_config_of_other_settings_is_refused_by_its_version(release, run_comma
         ("layout: text", "layout: reasoning_gym"),
         ("generator: chain_sum", "generator: gcd"),
         ("start_rows: 256", "start_rows: 8"),
+        ("kind: cera\n", "kind: anneal\n"),
     ],
 )
 def test_a_run_that_used_what_is_gone_is_refused_and_its_adapter_still_starts_another(

@@ -87,7 +87,6 @@ def test_the_map_is_the_least_squares_solution():
     [
         ("adapter.activation=identity", True),
         ("adapter=cera_mix", False),
-        ("adapter=cera_gated", False),
     ],
 )
 def test_an_identity_gate_loses_nothing_and_a_learned_one_little(

@@ -34,9 +34,7 @@ from cera_train.training.train import train
 
 
 # 79 rows in batches of 16 are 5 updates an epoch: 12 updates cross two epoch boundaries.
-@pytest.mark.parametrize(
-    ("adapter", "died_after"), [("cera", 4), ("cera", 11), ("dora", 7), ("cera_anneal", 7)]
-)
+@pytest.mark.parametrize(("adapter", "died_after"), [("cera", 4), ("cera", 11), ("dora", 7)])
 def test_resume_is_bit_exact(trained_config, tiny_config, adapter, died_after):
     settings = [f"adapter={adapter}", "adapter.dropout=0.3", "train.batch_layout=flat"]
     settings += ["optimizer.schedule=cosine", "optimizer.warmup_ratio=0.1"]
@@ -177,7 +175,7 @@ def test_a_finished_run_cannot_be_extended_but_can_start_another(trained_config,
 
 
 def test_a_finished_run_that_no_other_can_start_from_does_not_offer_it(trained_config):
-    longer = copy.deepcopy(trained_config("adapter=cera_anneal", "train.max_updates=2"))
+    longer = copy.deepcopy(trained_config("adapter=pissa", "train.max_updates=2"))
     longer.train.max_updates += 1
     with pytest.raises(UserError, match="train.max_updates was .* or choose another name=...$"):
         train(longer)

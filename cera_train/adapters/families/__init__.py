@@ -3,7 +3,6 @@ torch."""
 
 from dataclasses import fields
 
-from cera_train.adapters.families.anneal import Anneal
 from cera_train.adapters.families.base import Family, Full
 from cera_train.adapters.families.cera import Cera
 from cera_train.adapters.families.lora import Lora
@@ -12,7 +11,6 @@ from cera_train.common.settings import require
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 
 FAMILIES: dict[AdapterKind, Family] = {
-    AdapterKind.anneal: Anneal("CeRA, annealed"),
     AdapterKind.cera: Cera(),
     AdapterKind.lora: Lora("LoRA"),
     AdapterKind.rslora: Lora("rsLoRA", use_rslora=True),

@@ -187,9 +187,6 @@ class Family:
             peft.PeftConfig.from_peft_type(**copy.deepcopy(peft_config.to_dict()))
             return model
 
-    def begin_update(self, model: nn.Module, config: AdapterConfig, share: float) -> None:
-        """Prepares the adapter for an update after this share of all updates. Does nothing."""
-
     def branch(self, module: nn.Module) -> Branch | None:
         """The branch of this module; None for a module of another kind."""
         return None
