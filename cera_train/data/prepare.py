@@ -248,7 +248,8 @@ def _mix(
     counts = rows_of_parts([*map(len, available)], config.weights, config.train_rows)
     drawn = []  # sequences of each part
     for number, (rows, count) in enumerate(zip(available, counts, strict=True)):
-        taken = drawn_rows(len(rows), count, f"{config.mix_seed} {number}")
+        # "0 " as in 0.2.0, which had a seed here: its mixes keep their rows.
+        taken = drawn_rows(len(rows), count, f"0 {number}")
         drawn.append([sequence for row in taken for sequence in rows[row]])
     data.train = _join(train, drawn)
     total = sum(data.train.lengths)

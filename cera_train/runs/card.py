@@ -333,7 +333,7 @@ def push(config: Config) -> None:
         contents[description_file(adapter)] = json.dumps(description, indent=2).encode()
     try:
         api = HfApi()
-        repository = api.create_repo(config.hub.push, private=config.hub.private, exist_ok=True)
+        repository = api.create_repo(config.hub.push, private=True, exist_ok=True)
         files = [
             CommitOperationAdd(str(path.relative_to(adapter)), content)
             for path, content in contents.items()

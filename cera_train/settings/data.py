@@ -178,7 +178,6 @@ class DataConfig:
     of an epoch over all parts, and eval_rows those of each part."""
     mix: list[MixPart] | None = setting(None, "result")
     """Train on several data sets, instead of path and train_files."""
-    mix_seed: int = setting(0, "result")
     """Draws the rows of a part that is not trained on as a whole."""
     allow_overlap: bool = setting(False, "result")
     """Accept held-out rows whose prompt is also a training row's."""

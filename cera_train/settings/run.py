@@ -111,9 +111,7 @@ class Config:
             "grpo": ("train.objective=grpo", self.train.objective == ObjectiveKind.grpo),
             "train.tasks_limit": ("train.tasks", bool(self.train.tasks)),
             "data.streaming": ("a data set on the Hub", from_hub),
-            "data.mix_seed": ("data.mix", self.data.mix is not None),
             "data.logistic_map": ("data.layout=logistic_map", Layout.logistic_map in layouts),
-            "hub.private": ("hub.push", self.hub.push is not None),
         }
         return {key: reader for key, (reader, is_there) in readers.items() if not is_there}
 
