@@ -70,7 +70,7 @@ def test_another_base_is_told_by_the_record_of_then(release, run_command, capfd)
     weights = load_file(file)
     norm = {"model.norm.weight": 2 * weights["model.norm.weight"]}
     save_file(weights | norm, file, {"format": "pt"})
-    assert run_command("cera-eval", "run=outputs/cera", "task=perplexity") == 2
+    assert run_command("cera-eval", "run=outputs/cera", "task=perplexity", "name=again") == 2
     assert "another base than model.path=base is now: other weights." in capfd.readouterr().err
 
 

@@ -422,6 +422,7 @@ def test_an_adapter_of_another_base_model_is_refused(
     refused("other weights", evaluate, eval_config(*settings, run=exported))
     assert not (run / "eval").exists()
     (run / "environment.json").unlink()  # as an adapter that was carried elsewhere
+    wider.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="belongs to another base model"):
         evaluate(eval_config(*settings, "name=again"))
 
@@ -430,7 +431,7 @@ def test_another_adapter_in_a_runs_place_is_refused(eval_config, run, tiny_confi
     replaced = f"{run}/adapter is not the adapter that its run left: it was replaced"
     config = run / "adapter" / "adapter_config.json"
     trained = config.read_text()
-    config.write_text(trained.replace('"alpha": 32.0', '"alpha": 64.0'))
+    config.write_text(json.dumps(json.loads(trained) | {"alpha": 64.0}))
     for named in (run, run / "adapter"):
         with pytest.raises(UserError, match=f"^{replaced}"):
             evaluate(eval_config(run=named))
