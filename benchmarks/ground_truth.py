@@ -12,6 +12,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import random
 import re
 import string
@@ -41,11 +42,14 @@ SIZES = dict(
 PROBLEMS = 10_000
 """Word problems whose sentences the base learns."""
 WRITTEN = 6_000
-"""Sentences that a teacher begins. Those that do not end in time are left out."""
+"""Sentences that a teacher begins."""
 LENGTH = 80
 """Letters of a sentence at most."""
 LAYER = 2
-"""The layer of a teacher's branch, beside v_proj."""
+"""The layer of a teacher's branch."""
+V_PROJ = "self_attn.v_proj"
+GAIN = 2
+"""Root mean square of a teacher's branch, relative to that of the projection's output."""
 HELD_OUT = 500
 PARAMETERS = 1_024
 """Trained at r = 1 beside q_proj and v_proj of all layers."""
@@ -68,10 +72,10 @@ Row = tuple[str, str]
 
 
 @functools.cache
-def sentences() -> list[Row]:
+def sentences(seed: int = SEED) -> list[Row]:
     """Different sentences of word problems: the first word, and the rest."""
     rows = {}
-    for problem in reasoning_gym.create_dataset("gsm_symbolic", size=PROBLEMS, seed=SEED):
+    for problem in reasoning_gym.create_dataset("gsm_symbolic", size=PROBLEMS, seed=seed):
         for sentence in re.split(r"(?<=[.?]) ", problem["question"]):
             if 20 <= len(sentence) <= LENGTH and sentence.isascii():
                 first, rest = sentence.split(" ", 1)
@@ -128,8 +132,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>", pad_token="</s>")
 
 
-def make_base(folder: Path, updates: int, seed: int = SEED) -> list[Row]:
-    """Trains every weight of a tiny Llama, from random ones, by this program. Returns its rows."""
+def make_base(
+    folder: Path, updates: int, seed: int = SEED, rows: Iterable[Row] | None = None
+) -> list[Row]:
+    """Trains every weight of a tiny Llama, from random ones, on rows, by default `sentences()`, by
+    this program. Returns them in the order of its file."""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -137,7 +144,7 @@ def make_base(folder: Path, updates: int, seed: int = SEED) -> list[Row]:
     )
     LlamaForCausalLM(config).save_pretrained(folder / "random")
     tokenizer.save_pretrained(folder / "random")
-    usual = write(folder / "base.jsonl", sentences(), seed=seed)
+    usual = write(folder / "base.jsonl", rows or sentences(), seed=seed)
     train(folder, "base", folder / "random", updates, seed)
     return usual
 
@@ -173,55 +180,82 @@ def train(folder: Path, name: str, model: Path, updates: int, seed: int) -> None
 
 @dataclass(frozen=True)
 class Form:
-    """A branch B (gate(A x) - mean)."""
+    """The form of a branch B (gate(A x) - mean)."""
 
     gate: Callable[[torch.Tensor], torch.Tensor]
     width: int
     std: float
     """Of A x."""
-    gain: float
-    """Root mean square of the branch, relative to that of the projection's output."""
 
 
-TEACHERS = {
-    "even": Form(even, width=2, std=3, gain=2),
-    "linear": Form(lambda z: z, width=4, std=1, gain=2),
-}
+LINEAR = Form(lambda z: z, width=4, std=1)
+EVEN = Form(even, width=2, std=3)
 
 
-class Teacher:
-    """The base with a branch beside one projection.
+class Branch:
+    """B (gate(A x) - mean), of mean 0 and mean square 1 on inputs x [N, d_in].
 
     A's rows are orthogonal to the mean of x: A x is around zero, where an even gate has no linear
     part.
+    """
+
+    def __init__(self, form: Form, x: torch.Tensor, d_out: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        mean = x.mean(0)
+        A = torch.randn(form.width, x.shape[1], generator=generator)
+        A -= torch.outer(A @ mean, mean) / mean.square().sum()
+        self.gate = form.gate
+        self.A = A * (form.std / (x @ A.T).std(0))[:, None]
+        self.mean = self.gate(x @ self.A.T).mean(0)
+        self.B = torch.randn(form.width, d_out, generator=generator)
+        self.B /= self(x).square().mean().sqrt()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.gate(x @ self.A.T) - self.mean) @ self.B
+
+
+TEACHERS = {"even": 1.0, "linear": 0.0}
+"""The dose of each."""
+
+
+class Teacher:
+    """The base with a branch beside one projection: sqrt(1 - dose) linear + sqrt(dose) even.
+
+    Args:
+        rows: sentences of the base, by default `sentences()`.
+        dose: the even branch's share of the power, which is the same for every dose.
+        place: the projection, such as mlp.down_proj.
+        gain: see `GAIN`.
     """
 
     def __init__(
         self,
         base: PreTrainedModel,
         tokenizer: PreTrainedTokenizerFast,
-        form: Form,
+        dose: float,
         seed: int = SEED,
+        rows: list[Row] | None = None,
+        place: str = V_PROJ,
+        gain: float = GAIN,
     ) -> None:
         self.base = base
         self.tokenizer = tokenizer
-        self.gate = form.gate
         self.seed = seed
-        self.projection = base.model.layers[LAYER].self_attn.v_proj
-        x, output = self.record(sentences()[:HELD_OUT])
-        generator = torch.Generator().manual_seed(seed)
-        mean = x.mean(0)
-        A = torch.randn(form.width, x.shape[1], generator=generator)
-        A -= torch.outer(A @ mean, mean) / mean.square().sum()
-        self.A = A * (form.std / (x @ A.T).std(0))[:, None]
-        self.mean = self.gate(x @ self.A.T).mean(0)
-        self.B = torch.randn(form.width, output.shape[1], generator=generator)
-        self.B *= form.gain * (output.square().mean() / self.branch(x).square().mean()).sqrt()
+        self.rows = rows or sentences()
+        self.projection = base.model.layers[LAYER].get_submodule(place)
+        x, output = self.record(self.rows[:HELD_OUT])
+        d_out = output.shape[1]
+        self.linear = Branch(LINEAR, x, d_out, seed)
+        self.even = Branch(EVEN, x, d_out, seed)
+        self.dose = dose
+        self.scale = 1.0
+        self.scale = gain * (output.square().mean() / self.branch(x).square().mean()).sqrt()
         data = Data.of(x, self.branch(x))
         self.r2_of_affine = data.r2(data.best_affine())
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.gate(x @ self.A.T) - self.mean) @ self.B
+        linear = math.sqrt(1 - self.dose) * self.linear(x)
+        return self.scale * (linear + math.sqrt(self.dose) * self.even(x))
 
     def attach(self) -> RemovableHandle:
         """Adds the branch to the base's projection, until it is removed."""
@@ -242,11 +276,11 @@ class Teacher:
         return tuple(map(torch.cat, zip(*seen, strict=True)))
 
     @torch.no_grad()
-    def writes(self) -> list[Row]:
+    def writes(self, count: int | None = None) -> list[Row]:
         """Sentences drawn from the teacher at temperature 1, each after the first word of one of
-        the base's."""
-        prompts = [prompt for prompt, _ in sentences()]
-        first = random.Random(self.seed).choices(prompts, k=WRITTEN)
+        the base's: of so many that it begins, by default `WRITTEN`, those that end in time."""
+        prompts = [prompt for prompt, _ in self.rows]
+        first = random.Random(self.seed).choices(prompts, k=count or WRITTEN)
         torch.manual_seed(self.seed)
         rows = []
         hook = self.attach()
@@ -320,8 +354,8 @@ def main() -> None:
     usual = make_base(options.folder, options.updates, seed)
     base = LlamaForCausalLM.from_pretrained(options.folder / "base" / "adapter").eval()
     tokenizer = make_tokenizer()
-    for name, form in TEACHERS.items():
-        teacher = Teacher(base, tokenizer, form, seed)
+    for name, dose in TEACHERS.items():
+        teacher = Teacher(base, tokenizer, dose, seed)
         rows = write(options.folder / f"{name}.jsonl", teacher.writes(), seed=seed)
         held_out = rows[-HELD_OUT:]  # as the study holds out
         loss_of_base = teacher.loss(held_out)

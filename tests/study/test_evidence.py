@@ -1,17 +1,21 @@
 """The benchmarks of `make evidence`: on inputs of known distribution the controls of
 one_projection.py come out right, and the teachers of ground_truth.py write rows that are more
-likely under the teacher than under its base."""
+likely under the teacher than under its base. dose.py and forgetting.py find what made-up results
+hold."""
 
+import itertools
 import json
-from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import ground_truth, one_projection
+from benchmarks import dose, forgetting, ground_truth, one_projection
 from benchmarks.ground_truth import Teacher, make_base, make_others, make_tokenizer, write
 from benchmarks.one_projection import STUDENTS, TEACHERS, Data, teach, train
+from cera_train.runs.results import LOSSES_AFTER, TokenLosses
 
 
 @pytest.fixture
@@ -44,6 +48,51 @@ def test_the_closed_form_of_lora_is_the_best_of_its_rank(data_of):
     assert by_rank[1] >= train(STUDENTS["identity, half scale"], 4, 1e-2, data) > by_rank[1] - 0.05
 
 
+ROWS = [("Tom", f" has {number} apples and {number**3} pears.") for number in range(60)]
+
+
+@pytest.fixture
+def teacher_of(monkeypatch):
+    """teacher_of(dose, place=...) beside a tiny Llama of random weights."""
+    monkeypatch.setattr(one_projection, "HELD_OUT", 500)
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **ground_truth.SIZES)).eval()
+    return lambda dose, **settings: Teacher(base, tokenizer, dose, rows=ROWS, **settings)
+
+
+@pytest.mark.parametrize(
+    ("dose", "gate", "width", "std"),
+    [(0.0, lambda z: z, 4, 1), (1.0, one_projection.even, 2, 3)],
+    ids=["linear", "even"],
+)
+def test_the_ends_of_the_dose_are_the_linear_and_the_even_teacher(
+    teacher_of, dose, gate, width, std
+):
+    teacher = teacher_of(dose)
+    x, output = teacher.record(ROWS)
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(width, 64, generator=generator)
+    A -= torch.outer(A @ x.mean(0), x.mean(0)) / x.mean(0).square().sum()
+    hidden = gate(x @ A.T / (x @ A.T).std(0) * std)
+    branch = (hidden - hidden.mean(0)) @ torch.randn(width, 64, generator=generator)
+    branch *= 2 * (output.square().mean() / branch.square().mean()).sqrt()
+    assert torch.allclose(teacher.branch(x), branch, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", dose.PLACES.values())
+def test_every_dose_has_the_same_power_and_less_of_it_is_affine(teacher_of, place):
+    shares = []
+    for amount in dose.DOSES:
+        teacher = teacher_of(amount, place=place)
+        x, output = teacher.record(ROWS)
+        power = teacher.branch(x).square().mean() / output.square().mean()
+        assert power.item() == pytest.approx(ground_truth.GAIN**2, rel=1e-4)
+        shares.append(teacher.r2_of_affine)
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == pytest.approx(1)
+
+
 @pytest.mark.slow
 def test_a_teacher_writes_what_its_branch_makes_likely(tmp_path, monkeypatch):
     monkeypatch.setattr(ground_truth, "WRITTEN", 300)
@@ -51,9 +100,9 @@ def test_a_teacher_writes_what_its_branch_makes_likely(tmp_path, monkeypatch):
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base" / "adapter").eval()
     tokenizer = make_tokenizer()
     affine = {}
-    for name, form in ground_truth.TEACHERS.items():
-        form = replace(form, gain=20)  # so early a base hardly listens to one projection
-        teacher = Teacher(base, tokenizer, form)
+    for name, amount in ground_truth.TEACHERS.items():
+        make = partial(Teacher, base, tokenizer, amount, gain=20)  # so early a base hardly listens
+        teacher = make()
         affine[name] = teacher.r2_of_affine
         rows = write(tmp_path / f"{name}.jsonl", teacher.writes())
         lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
@@ -62,9 +111,7 @@ def test_a_teacher_writes_what_its_branch_makes_likely(tmp_path, monkeypatch):
         hook = teacher.attach()
         assert teacher.loss(rows) < loss_of_base - 0.02
         hook.remove()
-        assert teacher.loss(rows[:5]) == pytest.approx(
-            Teacher(base, tokenizer, form).loss(rows[:5])
-        )
+        assert teacher.loss(rows[:5]) == pytest.approx(make().loss(rows[:5]))
     assert affine["even"] < 0.95  # its inputs are few letters yet
     assert affine["linear"] == pytest.approx(1)
 
@@ -76,3 +123,78 @@ def test_a_teacher_writes_what_its_branch_makes_likely(tmp_path, monkeypatch):
     assert all(
         (tmp_path / name / "adapter" / "config.json").exists() for name in ("speller", "marked")
     )
+
+
+def test_the_gain_of_a_gate_is_found_where_it_grows_with_the_dose(tmp_path, monkeypatch):
+    """At v_proj the gate gains the dose, a little more on each base; at down_proj nothing."""
+    monkeypatch.setattr(dose, "FOLDER", tmp_path)
+    extra = [0.01, 0.02, 0.03, 0.04]
+    bases = [f"b{number}" for number in range(4)]
+    names = [dose.name_of(place, amount) for place in dose.PLACES for amount in dose.DOSES]
+    for name, (place, amount) in zip(
+        names, itertools.product(dose.PLACES, dose.DOSES), strict=True
+    ):
+        gains = [-(amount + more) if place == "v_proj" else more - 0.025 for more in extra]
+        found = dict(by_seed=gains, between=0.001, obstacles=[], lower=0, upper=0)
+        found |= dict(difference=float(np.mean(gains)), p_value=0.001 if amount else 0.5)
+        contrasts = [
+            found | dict(first=first, second=second, by_base=dict.fromkeys(bases))
+            for first, second in dose.ARMS.values()
+        ]
+        study = dict(
+            contrasts=contrasts, cells=[dict(arm="half_qv", outcomes=dict(loss=[2.5] * 4))]
+        )
+        report = tmp_path / name / "report"
+        report.mkdir(parents=True)
+        (report / "study_results.json").write_text(json.dumps(study))
+    for base in bases:
+        ends = {name: dict(base=3.0, teacher=1.0) for name in names}
+        (tmp_path / base).mkdir()
+        (tmp_path / base / "ends.json").write_text(json.dumps(ends))
+    judged = dose.judge()
+    adapted, other = judged["primary"]
+    assert adapted["difference"] == pytest.approx(-1)
+    assert adapted["p_holm"] < 0.001
+    assert other["p_holm"] == 1
+    assert judged["smallest_dose"]["v_proj, adapters on q and v"] == 0.1
+    assert judged["shares"]["v_proj_d0"] == {"half_qv": 0.25}
+
+
+def test_a_frontier_is_read_where_it_first_reaches_the_loss():
+    losses = np.array([0.4, 0.2, 0.05, 0.15])
+    frontier = np.stack([1 - np.log(losses), 2 * np.log(losses)], axis=1)  # [rates, rows]
+    at = forgetting.at_loss(losses, frontier, 0.1)
+    assert at == pytest.approx([1 - np.log(0.1), 2 * np.log(0.1)])
+    assert forgetting.at_loss(losses, frontier, 0.04) is None
+    assert forgetting.at_loss(losses, frontier, 0.5) is None
+
+
+def test_arms_are_compared_at_one_loss_however_their_rates_differ(tmp_path, monkeypatch):
+    """An arm's number is what it forgets beyond -log(loss), and what divides its losses."""
+    monkeypatch.setattr(forgetting, "FOLDER", tmp_path)
+    draw = np.random.default_rng(0)
+    tokens = np.array([3, 1, 2])
+
+    def write_losses(file, values):
+        TokenLosses(tokens, np.repeat(values, tokens).astype(np.float32)).write(file)
+
+    for text in forgetting.ROWS:
+        write_losses(forgetting.file_of(tmp_path, text), np.ones(3))
+    numbered = dict(enumerate(forgetting.ARMS, start=1))
+    for seed, (number, arm) in itertools.product((5, 6, 7), numbered.items()):
+        noise = draw.normal(0, 0.01, 3)
+        for rate, loss in zip(forgetting.RATES, np.array([0.3, 0.15, 0.08, 0.2]), strict=True):
+            run = forgetting.folder_of(arm, rate, seed)
+            run.mkdir()
+            (run / "result.json").touch()
+            write_losses(run / LOSSES_AFTER, np.full(3, loss / number**0.2))
+            for text in forgetting.ROWS:
+                rise = number - np.log(loss / number**0.2) + noise
+                write_losses(forgetting.file_of(run, text), 1 + rise)
+    (forgetting.folder_of("cera", forgetting.RATES[0], 7) / "result.json").unlink()
+    judged = forgetting.judge()
+    assert judged["seeds"] == [5, 6]
+    for found in judged["primary"]:
+        places = [forgetting.ARMS.index(found[side]) for side in ("first", "second")]
+        assert found["seeds"] == 2
+        assert found["difference"] == pytest.approx(places[1] - places[0], abs=0.05)
