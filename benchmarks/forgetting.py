@@ -9,7 +9,9 @@ over the base's. Methods are compared where their frontiers reach one loss, seed
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ ROWS = {"gsm8k": 300, "chats": 60}
 TOKENS = 40
 """Of a completion, at most: with short prompts, all rows cost a minute of one core."""
 LOSSES = (0.10, 0.14, 0.2)
-"""The first that every arm reaches in three quarters of the seeds is the primary one."""
+"""The first that every primary contrast finds in `REACHED` of the seeds is the primary one."""
 REACHED = 0.75
 PRIMARY = (("lora", "cera"), ("lora", "cera_identity"), ("cera_identity", "cera"))
 OTHERS = (("lora", "lora_kaiming"), ("lora_kaiming", "cera"))
@@ -131,110 +133,74 @@ def measure() -> None:
 # --- frontiers ------------------------------------------------------------------------------------
 
 
-def at_loss(losses: np.ndarray, values: np.ndarray, loss: float) -> np.ndarray | None:
-    """Values where the loss first falls to `loss` as the rate rises, between two rates linear in
-    its logarithm; None where it does not.
+def frontier(arm: str, seed: int, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out losses of dates [rates], and rises over the base's loss on a text [rates, rows], in
+    nats a token."""
+    runs = [folder_of(arm, rate, seed) for rate in RATES]
+    base = TokenLosses.read(file_of(FOLDER, text))
+    losses = [TokenLosses.read(run / LOSSES_AFTER).mean for run in runs]
+    rises = [TokenLosses.read(file_of(run, text)).sums() - base.sums() for run in runs]
+    return np.array(losses), np.array(rises) / base.tokens
+
+
+def at_loss(losses: np.ndarray, values: np.ndarray, loss: float) -> np.ndarray:
+    """Values [rows] where the loss first falls to `loss` as the rate rises, between two rates
+    linear in its logarithm; not a number where it does not.
 
     Args:
         losses: [rates], from the smallest rate.
         values: [rates, rows].
     """
     above = np.log(losses / loss)
-    for low, high in zip(range(len(losses)), range(1, len(losses)), strict=False):
+    for low, high in itertools.pairwise(range(len(losses))):
         if above[low] > 0 >= above[high]:
             share = above[low] / (above[low] - above[high])
             return (1 - share) * values[low] + share * values[high]
-    return None
+    return np.full(values.shape[1:], np.nan)
 
 
-class Frontiers:
-    """The runs of a seed.
-
-    Attributes:
-        losses: arm -> [rates] held-out losses of what is learned.
-        rises: text and arm -> [rates, rows] rises over the base's loss, in nats a token.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.losses = {}
-        self.rises = {}
-        for arm in ARMS:
-            runs = [folder_of(arm, rate, seed) for rate in RATES]
-            self.losses[arm] = np.array([TokenLosses.read(run / LOSSES_AFTER).mean for run in runs])
-            for text in ROWS:
-                base, *after = (TokenLosses.read(file_of(run, text)) for run in (FOLDER, *runs))
-                rises = [losses.sums() - base.sums() for losses in after]
-                self.rises[text, arm] = np.array(rises) / base.tokens
-
-
-def compare(
-    seeds: list[Frontiers], text: str, arms: tuple[str, str], loss: float
-) -> dict[str, Any]:
+def compare(seeds: list[int], text: str, first: str, second: str, loss: float) -> dict[str, Any]:
     """Second - first arm where both reach this loss, over the seeds in which both do."""
-    pairs = [
-        [at_loss(seed.losses[arm], seed.rises[text, arm], loss) for arm in arms] for seed in seeds
-    ]
-    pairs = [pair for pair in pairs if all(values is not None for values in pair)]
-    named = {"text": text, "loss": loss, "first": arms[0], "second": arms[1], "seeds": len(pairs)}
-    if len(pairs) < 2:
-        return named | {"p_value": 1.0}
+    values = np.array(
+        [[at_loss(*frontier(arm, seed, text), loss) for seed in seeds] for arm in (first, second)]
+    )
+    values = values[:, np.isfinite(values).all((0, 2))]
     tokens = TokenLosses.read(file_of(FOLDER, text)).tokens
-    first, second = np.array(pairs).swapaxes(0, 1)
-    found = contrast(first, second, tokens)
-    least = detectable(found.variances, found.seeds, found.problems, len(PRIMARY))
-    means = {
-        arm: np.average(values, axis=1, weights=tokens).tolist()
-        for arm, values in zip(arms, (first, second), strict=True)
+    found = contrast(*values, tokens)
+    return {
+        "asked": f"{text} at {loss:g}: {second} - {first}",
+        **asdict(found),
+        "detectable": detectable(found.variances, found.seeds, found.problems, len(PRIMARY)),
+        "means": np.average(values, axis=2, weights=tokens).tolist(),
     }
-    return named | asdict(found) | {"detectable": least, "means": means}
 
 
 def judge() -> dict[str, Any]:
-    """Every contrast over the seeds whose runs have all ended; over the primary ones, Holm's
-    correction."""
-    ended = [
-        seed
-        for seed in SEEDS
-        if all(
-            (folder_of(arm, rate, seed) / "result.json").exists() for arm in ARMS for rate in RATES
-        )
-    ]
-    seeds = [Frontiers(seed) for seed in ended]
-    primary_loss = next((loss for loss in LOSSES if is_reached(seeds, loss)), LOSSES[-1])
-    primary = [compare(seeds, "gsm8k", arms, primary_loss) for arms in PRIMARY]
+    """Contrasts over the seeds whose runs have all been measured, and every frontier."""
+    measured = Counter(path.parent.name.rpartition("=")[2] for path in FOLDER.glob("*/*_chats.*"))
+    seeds = [seed for seed in SEEDS if measured[str(seed)] == len(ARMS) * len(RATES)]
+    found = {
+        (text, arms, loss): compare(seeds, text, *arms, loss)
+        for text, arms, loss in itertools.product(ROWS, (*PRIMARY, *OTHERS), LOSSES)
+    }
+    for loss in LOSSES:
+        primary = [found["gsm8k", arms, loss] for arms in PRIMARY]
+        if min(each["seeds"] for each in primary) >= REACHED * len(seeds):
+            break
     p_values = holm([each["p_value"] for each in primary])
+    frontiers = {}
+    for arm, seed, text in itertools.product(ARMS, seeds, ROWS):
+        losses, rises = frontier(arm, seed, text)
+        tokens = TokenLosses.read(file_of(FOLDER, text)).tokens
+        rises = np.average(rises, axis=1, weights=tokens)
+        frontiers[f"{arm}, seed {seed}, {text}"] = [losses.tolist(), rises.tolist()]
     return {
-        "seeds": ended,
+        "seeds": seeds,
         "rates": RATES,
         "primary": [each | {"p_holm": p} for each, p in zip(primary, p_values, strict=True)],
-        "secondary": [
-            compare(seeds, text, arms, loss)
-            for text in ROWS
-            for loss in LOSSES
-            for arms in (*PRIMARY, *OTHERS)
-            if (text, loss) != ("gsm8k", primary_loss) or arms in OTHERS
-        ],
-        "losses": {arm: [seed.losses[arm].tolist() for seed in seeds] for arm in ARMS},
-        "rises": {
-            text: {arm: [mean_rises(seed, text, arm) for seed in seeds] for arm in ARMS}
-            for text in ROWS
-        },
+        "beside": [each for each in found.values() if each not in primary],
+        "frontiers": frontiers,
     }
-
-
-def is_reached(seeds: list[Frontiers], loss: float) -> bool:
-    """Whether every arm reaches this loss, within its rates, in enough of the seeds."""
-    return all(
-        np.mean([at_loss(seed.losses[arm], seed.losses[arm], loss) is not None for seed in seeds])
-        >= REACHED
-        for arm in ARMS
-    )
-
-
-def mean_rises(seed: Frontiers, text: str, arm: str) -> list[float]:
-    """[rates] nats a token."""
-    tokens = TokenLosses.read(file_of(FOLDER, text)).tokens
-    return np.average(seed.rises[text, arm], axis=1, weights=tokens).tolist()
 
 
 def main() -> None:
@@ -249,12 +215,9 @@ def main() -> None:
     measure()
     found = judge()
     (FOLDER / "forgetting.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"seeds {found['seeds']}: second - first, in nats a token")
-    for each in found["primary"] + found["secondary"]:
-        what = f"{each['text']} at {each['loss']}, {each['second']} - {each['first']}"
-        if "difference" in each:
-            what += " {difference:+.3f} ({lower:+.3f} to {upper:+.3f})".format(**each)
-        print(f"{what}, {each['seeds']} seeds, p {each.get('p_holm', each['p_value']):.3g}")
+    for each in found["primary"] + found["beside"]:
+        line = "{asked} {difference:+.3f} ({lower:+.3f} to {upper:+.3f}), {seeds} seeds"
+        print(line.format(**each), f"p {each['p_holm']:.3g}" if "p_holm" in each else "")
 
 
 if __name__ == "__main__":

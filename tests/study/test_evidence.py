@@ -165,8 +165,8 @@ def test_a_frontier_is_read_where_it_first_reaches_the_loss():
     frontier = np.stack([1 - np.log(losses), 2 * np.log(losses)], axis=1)  # [rates, rows]
     at = forgetting.at_loss(losses, frontier, 0.1)
     assert at == pytest.approx([1 - np.log(0.1), 2 * np.log(0.1)])
-    assert forgetting.at_loss(losses, frontier, 0.04) is None
-    assert forgetting.at_loss(losses, frontier, 0.5) is None
+    assert np.isnan(forgetting.at_loss(losses, frontier, 0.04)).all()
+    assert np.isnan(forgetting.at_loss(losses, frontier, 0.5)).all()
 
 
 def test_arms_are_compared_at_one_loss_however_their_rates_differ(tmp_path, monkeypatch):
@@ -186,15 +186,14 @@ def test_arms_are_compared_at_one_loss_however_their_rates_differ(tmp_path, monk
         for rate, loss in zip(forgetting.RATES, np.array([0.3, 0.15, 0.08, 0.2]), strict=True):
             run = forgetting.folder_of(arm, rate, seed)
             run.mkdir()
-            (run / "result.json").touch()
             write_losses(run / LOSSES_AFTER, np.full(3, loss / number**0.2))
             for text in forgetting.ROWS:
                 rise = number - np.log(loss / number**0.2) + noise
                 write_losses(forgetting.file_of(run, text), 1 + rise)
-    (forgetting.folder_of("cera", forgetting.RATES[0], 7) / "result.json").unlink()
+    forgetting.file_of(forgetting.folder_of("cera", forgetting.RATES[0], 7), "chats").unlink()
     judged = forgetting.judge()
     assert judged["seeds"] == [5, 6]
-    for found in judged["primary"]:
-        places = [forgetting.ARMS.index(found[side]) for side in ("first", "second")]
+    for found, arms in zip(judged["primary"], forgetting.PRIMARY, strict=True):
+        first, second = map(forgetting.ARMS.index, arms)
         assert found["seeds"] == 2
-        assert found["difference"] == pytest.approx(places[1] - places[0], abs=0.05)
+        assert found["difference"] == pytest.approx(second - first, abs=0.05)
