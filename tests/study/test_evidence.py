@@ -180,20 +180,20 @@ def test_arms_are_compared_at_one_loss_however_their_rates_differ(tmp_path, monk
 
     for text in forgetting.ROWS:
         write_losses(forgetting.file_of(tmp_path, text), np.ones(3))
-    numbered = dict(enumerate(forgetting.ARMS, start=1))
+    numbered = dict(enumerate(forgetting.RATES, start=1))
     for seed, (number, arm) in itertools.product((5, 6, 7), numbered.items()):
         noise = draw.normal(0, 0.01, 3)
-        for rate, loss in zip(forgetting.RATES, np.array([0.3, 0.15, 0.08, 0.2]), strict=True):
+        for rate, loss in zip(forgetting.RATES[arm], np.array([0.3, 0.15, 0.08, 0.2]), strict=True):
             run = forgetting.folder_of(arm, rate, seed)
             run.mkdir()
             write_losses(run / LOSSES_AFTER, np.full(3, loss / number**0.2))
             for text in forgetting.ROWS:
                 rise = number - np.log(loss / number**0.2) + noise
                 write_losses(forgetting.file_of(run, text), 1 + rise)
-    forgetting.file_of(forgetting.folder_of("cera", forgetting.RATES[0], 7), "chats").unlink()
+    forgetting.file_of(forgetting.folder_of("cera", 0.004, 7), "chats").unlink()
     judged = forgetting.judge()
     assert judged["seeds"] == [5, 6]
     for found, arms in zip(judged["primary"], forgetting.PRIMARY, strict=True):
-        first, second = map(forgetting.ARMS.index, arms)
+        first, second = map([*forgetting.RATES].index, arms)
         assert found["seeds"] == 2
         assert found["difference"] == pytest.approx(second - first, abs=0.05)
