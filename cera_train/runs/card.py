@@ -3,24 +3,16 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-from huggingface_hub import (
-    CommitOperationAdd,
-    EvalResultEntry,
-    HfApi,
-    ModelCardData,
-    eval_result_entries_to_yaml,
-)
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cera_train.adapters.families import family, title
 from cera_train.adapters.families.base import is_import_path
 from cera_train.adapters.folder import description_file
 from cera_train.common.errors import UserError
-from cera_train.common.files import read_json, remove_folder, write_text
+from cera_train.common.files import read_json, read_yaml, write_text
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import for_markdown
 from cera_train.data.chats import may_use_template
@@ -28,17 +20,10 @@ from cera_train.data.templates import DATE, WITHOUT
 from cera_train.model.weights import auto_class
 from cera_train.runs.evaluation_folder import AccuracyResult, find_evaluation_result
 from cera_train.runs.records import load_config
-from cera_train.runs.results import (
-    Environment,
-    RunResult,
-    describe_rank,
-    describe_tasks,
-    figure,
-)
+from cera_train.runs.results import Environment, RunResult, describe_tasks, figure
 from cera_train.runs.subject import digest_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import DataConfig
-from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
 
@@ -48,19 +33,13 @@ CARD = """---
 
 # {name}
 
-{what}, trained with cera-train.{branch}
-
-{snippet}
-
-## How it was trained, and what was measured
+{what}, trained with cera-train.
 
 | | |
 |---|---|
 {table}
 
-## Licence
-
-{terms}
+{snippet}
 """
 
 SNIPPET = """## How to load it
@@ -96,32 +75,27 @@ output = model.generate(**inputs, max_new_tokens=128)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
 
-EVALUATIONS = ".eval_results"
-"""Folder of an adapter: its evaluations as the Hub reads them, one file a data set."""
-
 
 def write_card(run: Path, result: RunResult, architecture: PretrainedConfig) -> None:
-    """Writes adapter/README.md from the config, the result and the evaluations of a run, and the
-    evaluations again as metadata of the Hub.
+    """Writes adapter/README.md: the method, the base, the rows, the scores of the run and of its
+    evaluations, and code that loads the adapter.
 
     Args:
         architecture: of the base.
     """
     config = load_config(run / "config.yaml")
-    evaluations = _evaluations(run)
-    _write_entries(run / "adapter" / EVALUATIONS, evaluations)
-    kind = family(config.adapter.kind)
     method = title(config.adapter)
-    is_cera = config.adapter.kind == "cera"
-    is_full = kind.trains_base
+    is_full = family(config.adapter.kind).trains_base
     library = "transformers" if is_full else "peft"
-    datasets = hub_datasets(config.data)
-    data = card_data(config.model, library, config.adapter.kind.value, datasets)
+    data = card_data(config.model, library, config.adapter.kind.value, hub_datasets(config.data))
     text = CARD.format(
         data=data.to_yaml(),
         name=for_markdown(config.name),
         what=for_markdown(f"The base model after {method}" if is_full else f"A {method} adapter"),
-        branch=" Its branch, `s B gate(A x)`, stays beside W0." if is_cera else "",
+        table="\n".join(
+            f"| {for_markdown(name)} | {for_markdown(value)} |"
+            for name, value in (_facts(config, result) | _scores(run)).items()
+        ),
         snippet=snippet(
             run / "adapter",
             library,
@@ -130,14 +104,6 @@ def write_card(run: Path, result: RunResult, architecture: PretrainedConfig) -> 
             architecture,
             registers(config.adapter),
         ),
-        table="\n".join(
-            f"| {for_markdown(name)} | {for_markdown(value)} |"
-            for name, value in (_facts(config, result) | _accuracies(evaluations)).items()
-        ),
-        terms=f"The base weights are under `{for_markdown(data.license)}`; an adapter of theirs "
-        f"comes under its terms."
-        if data.license
-        else "The licence of the base weights is not on record here: see where they come from.",
     )
     write_text(run / "adapter" / "README.md", text)
 
@@ -221,98 +187,36 @@ def card_data(
 def _facts(config: Config, result: RunResult) -> dict[str, str]:
     model = config.model
     adapter = config.adapter
-    train = config.train
-    effective_rank = describe_rank(result.spectrum)
     rank = f" of rank {result.adapter_r}" if result.adapter_r else ""
     where = f" on {adapter.places}" if adapter.places else ""
-    before = "before the first update" if adapter.start_from else "untouched base"
     rows = {
+        "Method": f"{title(adapter)}{rank}{where}",
         "Base model": model.path + (f", revision {model.revision}" if model.revision else ""),
-        "Base weights": model.dtype.value
-        if model.quantization == "none"
-        else model.quantization.value,
-        "Adapter": f"{title(adapter)}{rank}{where}",
-        "Starts from": f"{adapter.start_from}, digest {adapter.start_digest}"
-        if adapter.start_from
-        else "",
-        "Trainable parameters": figure(result.trainable_parameters, 0),
-        "Data": config.data.title,
-        "Training": f"{figure(result.updates, 0)} updates of {train.batch_size} sequences, "
-        f"{config.optimizer.kind.value}, learning rate {config.optimizer.lr:g}, seed {train.seed}",
-        f"Perplexity, {before}": figure(result.perplexity_before),
+        "Rows": config.data.title,
         "Perplexity": figure(result.perplexity),
-        "Effective rank": effective_rank and f"{effective_rank} (of {result.adapter_r})",
         "Tasks": describe_tasks(result.tasks),
     }
     return {name: text for name, text in rows.items() if text}
 
 
-# --- evaluations ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    """A finished evaluation of a run's final adapter, by its main accuracy."""
-
-    config: EvalConfig
-    result: AccuracyResult
-    key: str  # such as exact/pass@1
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it took all problems of a data set of the Hub."""
-        task = self.config.task
-        part = task.files or task.limit or task.level
-        return task.path is not None and not part
-
-    @property
-    def text(self) -> str:
-        """5.1 % (95 % interval 3.9 to 6.3 %), greedy, 1,319 problems"""
-        text = f"{self.result.details[self.key]:.1%}"
-        if (interval := self.result.accuracies[self.key]) is not None:
-            text += " (95 % interval {:.1%} to {:.1%})".format(*interval)
-        temperature = self.config.generation.temperature
-        sampled = f"temperature {temperature:g}" if temperature else "greedy"
-        return f"{text}, {self.key}, {sampled}, {self.result.problems:,} problems"
-
-
-def _evaluations(run: Path) -> list[_Evaluation]:
-    evaluations = []
+def _scores(run: Path) -> dict[str, str]:
+    """The evaluations of a run's final adapter, by their main accuracy: 5.1% (95 % interval 3.9%
+    to 6.3%), exact/pass@1, 1,319 problems."""
+    scores = {}
     folders = sorted((run / "eval").glob("*"))
     digest = digest_of(run / "adapter") if folders else None  # reads all weights: once
     for folder in folders:
         result = find_evaluation_result(folder)
-        if not isinstance(result, AccuracyResult):
+        if not (isinstance(result, AccuracyResult) and result.accuracies):
             continue
-        config = load_config(folder / "config.yaml", EvalConfig)
-        keys = list(result.accuracies)
-        if keys and config.adapter_digest == digest:
-            evaluations.append(_Evaluation(config, result, keys[0]))
-    return evaluations
-
-
-def _accuracies(evaluations: Sequence[_Evaluation]) -> dict[str, str]:
-    return {f"Evaluation, {each.config.folder_name}": each.text for each in evaluations}
-
-
-def _write_entries(folder: Path, evaluations: Sequence[_Evaluation]) -> None:
-    """One file a data set. The Hub compares whole data sets, so parts of one have no entry."""
-    if folder.exists():
-        remove_folder(folder)
-    for each in evaluations:
-        if not each.is_whole:
+        if read_yaml(folder / "config.yaml").get("adapter_digest") != digest:
             continue
-        task = each.config.task
-        entry = EvalResultEntry(
-            dataset_id=task.path,
-            task_id=task.name,
-            value=each.result.details[each.key],
-            dataset_revision=task.revision,
-            notes=each.text,
-        )
-        folder.mkdir(exist_ok=True)
-        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
-        write_text(folder / f"{each.config.folder_name}.yaml", text)
+        key, interval = next(iter(result.accuracies.items()))
+        text = f"{result.details[key]:.1%}"
+        if interval is not None:
+            text += " (95 % interval {:.1%} to {:.1%})".format(*interval)
+        scores[f"Evaluation, {folder.name}"] = f"{text}, {key}, {result.problems:,} problems"
+    return scores
 
 
 # --- the Hub --------------------------------------------------------------------------------------

@@ -65,15 +65,12 @@ def test_the_card_describes_the_adapter_and_its_code_loads_it(finished_run, tiny
     assert card.data.library_name == "peft"
     # Not apache-2.0, the license of the model file that this config started from.
     assert card.data.license is None
-    assert "licence of the base weights is not on record" in card.text
     for part in (
         str(tiny_folder),
         "CeRA of rank 4 on q_proj v_proj",
         "logistic_map",
         f"{result['eval/perplexity']:.3f}",
-        f"{result['perplexity_before']:.3f}",
         "import cera_train",
-        f"{result['trainable_parameters']:,}",
     ):
         assert part in card.text.replace("\\", ""), part
     names = run_card(finished_run / "adapter")

@@ -43,7 +43,7 @@ def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_part(
     files = [f"task.files=[{tmp_path / 'b.jsonl'}]", "name=small"]
     assert evaluate(compose(run, "task=perplexity", *files, command="eval"))["rows"] == 8
     card = (tmp_path / "outputs" / "run" / "adapter" / "README.md").read_text()
-    assert "| Data | a.jsonl + b.jsonl |" in card
+    assert "| Rows | a.jsonl + b.jsonl |" in card
 
 
 def test_a_run_on_a_mix_resumes_bit_for_bit_and_another_mix_is_refused(mixed, tmp_path):
