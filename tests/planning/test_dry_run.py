@@ -150,6 +150,7 @@ def test_every_optimizer_has_its_states(dry_run, kind):
         f"optimizer={kind}",
         "adapter.r=64",
         "adapter.target_modules=[q_proj]",
+        device="h100" if kind.startswith("paged") else "cpu",
         hidden_size=128,
     )
     count = sum(weight.numel() for weight in run.trained)
