@@ -35,8 +35,6 @@ GONE = {
     "gguf": Gone("compare the file by cera-export check=FILE, and ask llama.cpp's own server"),
     "data.mix_seed": Gone("leave it out: the rows drawn are those of 0", 0),
     "hub.private": Gone("leave it out, and change the repository on its page", True),
-    "optimizer.beta1": Gone("leave it out: it is 0.9", 0.9),
-    "optimizer.beta2": Gone("leave it out: it is 0.999", 0.999),
     "recipe=grpo_reasoning_gym": Gone("choose grpo_dates"),
     "study.set_aside": Gone("let study.tune_seeds choose, and the other seeds judge", 0.0),
     "study.tuned_elsewhere": Gone("give several values in study.tune, so that each arm chooses"),

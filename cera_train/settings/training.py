@@ -67,6 +67,8 @@ class OptimizerConfig:
     `training.optimizer.auto_rate`. The run's folder records the number."""
     weight_decay: float = setting(0.01, "result")
     """Decoupled, on all that is trained."""
+    beta1: float = setting(0.9, "result")
+    beta2: float = setting(0.999, "result")
     eps: float = setting(1e-8, "result")
     schedule: Schedule = setting(Schedule.linear, "result")
     """After the warm-up: constant; linear or cosine: down to 0 after the last update."""
@@ -84,10 +86,9 @@ class OptimizerConfig:
             self.weight_decay >= 0,
             f"optimizer.weight_decay={self.weight_decay} must not be negative.",
         )
-        require(
-            0 <= self.warmup_ratio < 1,
-            f"optimizer.warmup_ratio={self.warmup_ratio} must be at least 0 and less than 1.",
-        )
+        for name in ("beta1", "beta2", "warmup_ratio"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and less than 1.")
 
 
 @dataclass

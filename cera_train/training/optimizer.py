@@ -40,6 +40,7 @@ def build_optimizer(
     optimizer = getattr(importlib.import_module(module), name)(
         parameters,
         lr=config.lr,
+        betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
         **step,

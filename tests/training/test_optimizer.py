@@ -42,14 +42,14 @@ def parameters():
 
 
 def test_adamw_is_pytorchs_with_the_configs_settings():
-    config = OptimizerConfig(lr=2.0, weight_decay=0.5, eps=1e-3)
+    config = OptimizerConfig(lr=2.0, weight_decay=0.5, beta1=0.8, beta2=0.7, eps=1e-3)
     optimizer = build_optimizer(parameters(), config, torch.device("cpu"))
     assert type(optimizer) is torch.optim.AdamW
     group = optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (
         2.0,
         0.5,
-        (0.9, 0.999),
+        (0.8, 0.7),
         1e-3,
     )
 
