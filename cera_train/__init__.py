@@ -15,7 +15,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 
 class _RegisterAfterPeft(MetaPathFinder):
