@@ -96,9 +96,10 @@ def test_an_interrupted_run_resumes_without_its_source(first, tiny_config):
 
 
 def test_weights_that_changed_since_the_run_began_are_refused(first, tiny_config):
-    later = tiny_config("name=later", f"adapter.start_from={first}/adapter")
+    start = shutil.copytree(first / "adapter", first.parent / "start")  # without its run's record
+    later = tiny_config("name=later", f"adapter.start_from={start}")
     train_and_die_after(later, 2)  # before its first checkpoint
-    shutil.copy(first / "checkpoints" / "4" / "adapter_model.safetensors", first / "adapter")
+    shutil.copy(first / "checkpoints" / "4" / "adapter_model.safetensors", start)
     with pytest.raises(
         UserError, match=r"\Aadapter.start_from=.*: its weights have the digest .* was begun with"
     ):
