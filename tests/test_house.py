@@ -1,6 +1,9 @@
 """How the code is written, where ruff has no rule. `make lint` runs this file alone."""
 
 import ast
+import functools
+import io
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,3 +75,85 @@ def test_a_line_holds_one_statement():
 )
 def test_the_check_finds_what_it_is_for(code, count):
     assert len([*mistakes(code)]) == count
+
+
+# --- how much there is to read --------------------------------------------------------------------
+
+BUDGETS = {
+    "cera_train/adapters": 8_700,
+    "cera_train/cera": 9_700,
+    "cera_train/cli": 8_600,
+    "cera_train/common": 5_900,
+    "cera_train/data": 17_000,
+    "cera_train/distributed": 2_800,
+    "cera_train/evaluation": 21_000,
+    "cera_train/model": 10_100,
+    "cera_train/planning": 9_400,
+    "cera_train/report": 14_700,
+    "cera_train/runs": 10_600,
+    "cera_train/serving": 10_500,
+    "cera_train/settings": 8_600,
+    "cera_train/study": 9_700,
+    "cera_train/sweep": 4_000,
+    "cera_train/training": 14_100,
+    "cera_train": 164_900,
+    "tests": 192_000,
+    "benchmarks": 48_600,
+}
+"""The most tokens of Python in a folder: what a reader has to read."""
+
+UNREAD = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
+FSTRING = [getattr(tokenize, f"FSTRING_{end}", None) for end in ("START", "END")]  # Python 3.12
+
+
+def tokens(code: str) -> int:
+    """The number of tokens, without comments and docstrings. An f-string is one, as in Python 3.11:
+    joining or breaking lines, or another Python, changes nothing."""
+    count = 0
+    depth = 0
+    begins_statement = True
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        is_docstring = token.type == tokenize.STRING and begins_statement
+        if token.type == FSTRING[1]:
+            depth -= 1
+        elif depth == 0 and token.type not in UNREAD and not is_docstring:
+            count += 1
+        if token.type == FSTRING[0]:
+            depth += 1
+        if token.type not in (tokenize.COMMENT, tokenize.NL):
+            begins_statement = token.type in UNREAD
+    return count
+
+
+@functools.cache
+def tokens_in(file: Path) -> int:
+    return tokens(file.read_text())
+
+
+def test_a_folder_keeps_to_its_budget():
+    rooms = {path.parent for path in (ROOT / "cera_train").glob("*/__init__.py")}
+    assert {room.relative_to(ROOT).as_posix() for room in rooms} <= BUDGETS.keys()
+    sizes = {folder: sum(map(tokens_in, (ROOT / folder).glob("**/*.py"))) for folder in BUDGETS}
+    over = [
+        f"{folder} has {size:,} tokens of {BUDGETS[folder]:,}"
+        for folder, size in sizes.items()
+        if size > BUDGETS[folder]
+    ]
+    spare = {folder: BUDGETS[folder] - size for folder, size in sizes.items()}
+    most = sorted(spare, key=spare.get, reverse=True)[:3]
+    assert not over, (
+        "; ".join(over) + ". Take something out of it, or lower the budget of a folder with tokens "
+        "to spare: " + ", ".join(f"{folder} has {spare[folder]:,}" for folder in most) + "."
+    )
+
+
+def test_tokens_are_those_of_a_reader():
+    function = 'def f():\n    "Doc."\n    return (\n        x\n    )\n'
+    assert tokens('"""Doc."""\nx = f"{a + b}"  # why\n\n\n' + function) == 3 + 5 + 4
