@@ -121,7 +121,7 @@ def report() -> None:
         metavar="PATH",
         type=Path,
         help="a run, a folder of runs, a study, the studies of a family; or results of lm-eval, "
-        "transformers, TRL, PEFT's method comparison, or JSON lines of problems and scores",
+        "or JSON lines of problems and scores",
     )
     parser.add_argument(
         "--output", type=Path, help="where the page goes (default: report/NAMES_OF_THE_FOLDERS)"

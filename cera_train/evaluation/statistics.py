@@ -1,5 +1,4 @@
-"""The uncertainty of an accuracy, and of a difference between two runs: on the same problems, or
-where only their numbers of right answers are known."""
+"""The uncertainty of an accuracy, and of a difference between two runs on the same problems."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy
 from scipy.special import betaincinv, ndtri
-from scipy.stats import binomtest, bootstrap, fisher_exact, norm, permutation_test
+from scipy.stats import binomtest, bootstrap, norm, permutation_test
 
 ERROR_RATE = 0.05
 """The share of intervals that miss the truth, and of verdicts where there is no difference."""
@@ -142,32 +141,6 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Differe
         difference = sum(differences) / len(differences)
         lower, upper = bootstrap_interval(differences)
     return Difference(difference, lower, upper)
-
-
-def fisher(first: Sequence[float], second: Sequence[float]) -> float:
-    """The two-sided p-value of Fisher's exact test (1934) of two shares of right answers, where it
-    is not known which problems they belong to.
-
-    Args:
-        first, second: 1 for each right answer, 0 for each wrong one.
-    """
-    table = [[sum(values), len(values) - sum(values)] for values in (first, second)]
-    return float(fisher_exact(table).pvalue)
-
-
-def unpaired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """The difference of two such shares, with Newcombe's interval (1998, method 10), which stays
-    within -1 and 1 and has a width where all answers are wrong."""
-    shares = []
-    intervals = []
-    for values in (first, second):
-        test = binomtest(int(sum(values)), len(values))
-        shares.append(test.statistic)
-        intervals.append(test.proportion_ci(LEVEL, method="wilson"))
-    difference = shares[1] - shares[0]
-    below = math.hypot(shares[1] - intervals[1].low, intervals[0].high - shares[0])
-    above = math.hypot(intervals[1].high - shares[1], shares[0] - intervals[0].low)
-    return Difference(difference, difference - below, difference + above)
 
 
 def detectable_difference(standard_error: float, problems: int, tests: int = 1) -> float:

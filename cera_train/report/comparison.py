@@ -17,11 +17,9 @@ from cera_train.evaluation.statistics import (
     ERROR_RATE,
     Difference,
     detectable_difference,
-    fisher,
     holm,
     paired_bootstrap,
     sign_flip,
-    unpaired_difference,
 )
 from cera_train.evaluation.verdict import contrast, detectable
 from cera_train.report.runs import Run, Scores, group_by
@@ -50,7 +48,6 @@ class Estimate:
     """The smallest true difference that gets its verdict with probability 80 %, in Holm's first
     step; infinite where none does."""
     seeds: int = 1
-    is_paired: bool = True  # False: which problems are solved is not on record
     only: tuple[int, int] | None = None
     """Problems that only the first solves, and only the second; None with several answers each."""
 
@@ -81,8 +78,6 @@ class PairedTest(Estimate):
         problems = f"{self.problems:,}"
         if self.seeds > 1:
             problems += f", {self.seeds} seeds"
-        if not self.is_paired:
-            problems += ", unpaired"
         only = ""
         if self.only is not None:
             only = f"{self.only[0]:,} and {self.only[1]:,}"
@@ -195,8 +190,6 @@ def pair_of(first: Run, second: Run, task: str, across_engines: bool) -> RunPair
 
 def _check_problems(first: Scores, second: Scores) -> None:
     """Raises UserError for scores of different problems or seeds."""
-    if first.problems is None or second.problems is None:
-        return
     problems = {*first.problems}
     others = {*second.problems}
     require(
@@ -213,20 +206,17 @@ def _check_problems(first: Scores, second: Scores) -> None:
 
 
 def test_pair(pair: RunPair, tests: int) -> PairedTest:
-    """The test that the records allow: over seeds and problems, over problems, or unpaired.
+    """The test over problems, or over seeds and problems.
 
     Args:
         tests: the number of tests of the task.
     """
     first = pair.first_scores.values
-    if None in (pair.first_scores.problems, pair.second_scores.problems):
-        estimate = _compare_counts(first[0], pair.second_scores.values[0], tests)
+    second = pair.second_scores.in_order_of(pair.first_scores.problems)
+    if len(first) > 1:
+        estimate = _compare_over_seeds(first, second, tests)
     else:
-        second = pair.second_scores.in_order_of(pair.first_scores.problems)
-        if len(first) > 1:
-            estimate = _compare_over_seeds(first, second, tests)
-        else:
-            estimate = _compare_problems(first[0], second[0], tests)
+        estimate = _compare_problems(first[0], second[0], tests)
     return PairedTest(
         **vars(estimate),
         task=pair.task,
@@ -262,32 +252,18 @@ def _compare_problems(first: ndarray, second: ndarray, tests: int) -> Estimate:
     )
 
 
-def _compare_counts(first: ndarray, second: ndarray, tests: int) -> Estimate:
-    """[problems] right or wrong, in any order."""
-    error = math.sqrt(sum(float(values.var()) / len(values) for values in (first, second)))
-    problems = min(len(first), len(second))
-    return Estimate(
-        problems,
-        unpaired_difference(first, second),
-        fisher(first, second),
-        detectable_difference(error, problems, tests),
-        is_paired=False,
-    )
-
-
 # --- what to know before comparing ----------------------------------------------------------------
 
 
 def cautions(runs: Sequence[Run]) -> list[str]:
     """What makes figures of these runs not comparable, or less than they seem."""
     trained = [run for run in runs if run.figures.perplexity is not None]
-    known = [run for run in trained if run.environment.held_out]
     measured = [run for run in trained if run.environment.machine]
     notes = [
         _difference(
             "Perplexities and spectra are on different held-out rows or tokens, so do not rank "
             "them, by digest",
-            group_by(known, lambda run: run.environment.held_out),
+            group_by(trained, lambda run: run.environment.held_out),
         ),
         _difference("The runs are on different base models", group_by(runs, lambda run: run.base)),
         _difference(
@@ -295,12 +271,6 @@ def cautions(runs: Sequence[Run]) -> list[str]:
             group_by(measured, lambda run: run.environment.machine),
         ),
     ]
-    unknown = [run.name for run in trained if run not in known]
-    if unknown and len(trained) > 1:
-        notes.append(
-            f"The held-out rows of {', '.join(unknown)} are not on record: rank perplexities only "
-            "if all runs have the same rows and tokens."
-        )
     for task in task_names(runs):
         settings = {
             run.name: run.evaluations[task].settings for run in runs if task in run.evaluations

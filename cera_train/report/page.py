@@ -33,9 +33,8 @@ TESTS = (
     "On the same problems; the verdict is on the first-named run, and beside 'not shown' stands "
     "the difference that is shown with power 80 %. p is McNemar's, or of a sign-flip permutation "
     "test where a problem has several answers or a score, after Holm over the pairs of a task; it "
-    "decides at 5 %. The interval is a paired bootstrap's. Unpaired, where only the number of "
-    "right answers is on record: Fisher's exact test and Newcombe's interval. With several seeds, "
-    "p and the interval hold for other seeds too."
+    "decides at 5 %. The interval is a paired bootstrap's. With several seeds, p and the interval "
+    "hold for other seeds too."
 )
 
 
@@ -70,7 +69,7 @@ def compare_runs(folders: Sequence[Path], across_engines: bool = False) -> Page:
 
 def table_of_settings(runs: Sequence[Run]) -> Table:
     """What differs between runs: a row for each setting, or for each of many runs."""
-    settings = {run.name: run.settings for run in runs if run.settings}
+    settings = {run.name: run.settings for run in runs}
     differing = differing_settings(settings, Config)
     rows = [{"setting": key} | words for key, words in differing.items()]
     if len(settings) > MOST_COLUMNS:

@@ -25,17 +25,13 @@ class Scores:
     """How right the answers to each problem are, by one rule."""
 
     values: ndarray  # [seeds, problems], from 0 to 1
-    problems: list[str] | None  # None: only the number of right answers is on record
+    problems: list[str]
     seeds: tuple[str, ...] = ("",)  # their names
 
     @classmethod
     def by_problem(cls, scores: Mapping[str, float]) -> "Scores":
         """Those of one seed."""
         return cls(numpy.array([[*scores.values()]], dtype=float), [*scores])
-
-    @classmethod
-    def of_count(cls, right: int, problems: int) -> "Scores":
-        return cls((numpy.arange(problems) < right).astype(float)[None], None)
 
     @classmethod
     def of_seeds(cls, place: str, by_seed: Mapping[str, "Scores"]) -> "Scores":

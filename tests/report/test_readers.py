@@ -56,46 +56,6 @@ def scores_file(path: Path, scores: dict[Any, Any]) -> Path:
     return path
 
 
-def peft_result(path: Path, right: int, **changes: Any) -> Path:
-    """A result of PEFT's method comparison."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    steps = [
-        {"step": 10, "train loss": 0.9, "valid accuracy": 0.4},
-        {"step": 20, "train loss": 0.7, "test accuracy": right / 1319},
-    ]
-    tree = {
-        "run_info": {
-            "train_config": {"model_id": "org/base", "dtype": "bfloat16", "seed": 0},
-            "peft_config": {"peft_type": "LORA", "r": 32, "lora_alpha": 64, "use_dora": False},
-        },
-        "train_info": {
-            "status": "success",
-            "metrics": steps,
-            "train_time": 90.5,
-            "cuda_memory_max": 2 * 10**9,
-            "num_trainable_params": 1_000,
-            "num_total_params": 100_000,
-        },
-        "meta_info": {"system_info": {"gpu": "NVIDIA L40S"}},
-    }
-    path.write_text(json.dumps(tree | changes))
-    return path
-
-
-def trainer_state(path: Path, **changes: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    history = [
-        {"step": 10, "epoch": 0.5, "loss": 1.5, "learning_rate": 1e-4, "reward": 0.25},
-        {"step": 10, "epoch": 0.5, "eval_loss": 1.25, "eval_runtime": 3.0},
-        {"step": 20, "epoch": 1.0, "loss": 1.0, "learning_rate": 5e-5, "reward": 0.5},
-        {"step": 20, "epoch": 1.0, "eval_loss": 1.0, "eval_runtime": 3.0},
-        {"step": 20, "epoch": 1.0, "train_runtime": 61.0, "train_loss": 1.2},
-    ]
-    state = {"global_step": 20, "max_steps": 20, "epoch": 1.0, "log_history": history} | changes
-    path.write_text(json.dumps(state))
-    return path
-
-
 # --- lm-eval --------------------------------------------------------------------------------------
 
 
@@ -177,68 +137,6 @@ def test_metrics_that_are_no_scores_are_left_out_by_name(tmp_path: Path) -> None
     assert run.notes[0].endswith("better where it is higher: bleu, error.")
 
 
-# --- PEFT's method comparison ---------------------------------------------------------------------
-
-
-def test_results_of_pefts_comparison_are_tested_unpaired(tmp_path: Path) -> None:
-    """Which problems were solved is not on record; the first run is compared with the others."""
-    first = peft_result(tmp_path / "results" / "z.json", 631)
-    peft_result(tmp_path / "results" / "a.json", 694)
-    page = compare_runs([first, tmp_path / "results"])
-    runs, tests, *_ = (table.rows for table in page.tables)
-    assert [row["run"] for row in runs] == ["z", "a"]
-    assert runs[0]["method"] == "LoRA (alpha 64)"
-    assert runs[0]["parameters"] == "1,000\n1.00% of the model"
-    assert runs[0]["gsm8k test accuracy"].startswith("47.8%")
-    assert [(row["runs"], row["problems"]) for row in tests] == [("a - z", "1,319, unpaired")]
-    assert tests[0]["p"] == "0.016"  # Fisher's exact test
-
-
-def test_curves_and_what_is_left_out_of_pefts_comparison(tmp_path: Path) -> None:
-    full = {"train_config": {"model_id": "org/base"}, "peft_config": None}
-    cancelled = {"status": "cancelled", "metrics": [{"step": 10, "train loss": 0.5}]}
-    path = peft_result(tmp_path / "full.json", 0, run_info=full, train_info=cancelled)
-    [run] = read_runs([path])
-    assert (run.method, run.is_unfinished) == ("full fine-tuning", True)
-    assert [(line.update, line.loss) for line in run.metrics.updates] == [(10, 0.5)]
-    assert run.evaluations == {}
-
-
-# --- trainers -------------------------------------------------------------------------------------
-
-
-def test_a_trainers_state_gives_curves_and_figures(tmp_path: Path) -> None:
-    for number in (9, 10):
-        checkpoint = tmp_path / "sft" / f"checkpoint-{number}"
-        trainer_state(checkpoint / "trainer_state.json", global_step=number)
-    path = trainer_state(tmp_path / "sft" / "checkpoint-20" / "trainer_state.json")
-    (path.parent / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
-    for place in (path.parent, path):
-        [run] = read_runs([place])
-        assert (run.name, run.figures.updates) == ("sft checkpoint-20", 20)
-    trainer_state(tmp_path / "sft" / "trainer_state.json")  # by trainer.save_state()
-    [run] = read_runs([tmp_path / "sft"])
-    assert (run.name, run.method, run.rank) == ("sft", "LoRA", 8)
-    assert [line.loss for line in run.metrics.updates] == [1.5, 1.0]
-    assert run.metrics.updates[0].lr == 1e-4
-    assert run.metrics.updates[1].details["train/reward"] == 0.5
-    assert run.figures.perplexity == pytest.approx(2.71828, abs=1e-4)
-    assert (run.figures.seconds, run.figures.updates) == (61.0, 20)
-    names = {picture.name for picture in compare_runs([tmp_path / "sft"]).pictures}
-    assert names == {"training-loss-by-update", "perplexity-by-update", "reward-by-update"}
-
-
-def test_a_trainer_without_held_out_rows_has_no_perplexity(tmp_path: Path) -> None:
-    history = [{"step": 10, "loss": 1.5}]
-    trainer_state(tmp_path / "a" / "trainer_state.json", log_history=history)
-    for name in "bc":
-        trainer_state(tmp_path / name / "trainer_state.json")
-    page = compare_runs([tmp_path])
-    assert "perplexity" in page.tables[0].rows[0]
-    assert page.tables[0].rows[0]["perplexity"] == ""
-    assert any("The held-out rows of b, c are not on record" in note for note in page.notes)
-
-
 # --- scores by problem ----------------------------------------------------------------------------
 
 
@@ -294,7 +192,6 @@ LINE = {
     "target_hash": "t",
 }
 SAMPLES = f"samples_sums_{DATE}.jsonl"
-STATE = {"global_step": 1, "max_steps": 1}
 
 
 @pytest.mark.parametrize(
@@ -311,15 +208,8 @@ STATE = {"global_step": 1, "max_steps": 1}
         ("scores.jsonl", '{"problem": [], "score": 1}', ":1 is broken: problem"),
         ("scores.jsonl", '{"problem": 1, "score": 1}\n' * 2, ":2: problem '1' comes again"),
         ("scores.jsonl", "", "holds no results: expected"),
-        ("trainer_state.json", "[" * 100_000, "is broken: recursion limit exceeded"),
-        ("trainer_state.json", json.dumps({"log_history": 1}), "is broken: global_step"),
-        (
-            "trainer_state.json",
-            json.dumps(STATE | {"log_history": [{"loss": 1.0}]}),
-            "log_history.0 is broken: update",
-        ),
-        ("trainer_state.json", " " * 2_000, "has 2,000 bytes, and at most 1,000 are read"),
-        ("a.json", '{"run_info": {}, "train_info": {}}', "is broken: run_info.train_config"),
+        (f"results_{DATE}.json", "[" * 100_000, "is broken: recursion limit exceeded"),
+        (f"results_{DATE}.json", " " * 2_000, "has 2,000 bytes, and at most 1,000 are read"),
     ],
 )
 def test_damaged_files_are_refused_in_a_line(
@@ -334,13 +224,6 @@ def test_damaged_files_are_refused_in_a_line(
     assert str(caught.value).startswith(str(tmp_path))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(tmp_path))
-
-
-def test_a_share_of_an_unknown_number_of_problems_is_refused(tmp_path: Path) -> None:
-    path = peft_result(tmp_path / "a.json", 100)
-    path.write_text(path.read_text().replace(str(100 / 1319), "0.123"))
-    with pytest.raises(UserError, match="0.123: expected a share of GSM8K's 1,319 test problems"):
-        read_runs([path])
 
 
 def test_an_endless_line_is_not_read_to_its_end(tmp_path: Path, monkeypatch) -> None:
@@ -369,14 +252,12 @@ def test_rows_beside_runs_are_no_run(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_several_formats_holds_several_runs(tmp_path: Path) -> None:
-    peft_result(tmp_path / "peft.json", 600)
-    trainer_state(tmp_path / "sft" / "trainer_state.json")
     lm_eval_folder(tmp_path / "harness", {1})
     scores_file(tmp_path / "own" / "sums.jsonl", {1: 1, 2: 0})
     (tmp_path / "notes.txt").write_text("of no format")
     make_run(tmp_path / "cera")
     page = compare_runs([tmp_path])
-    assert [row["run"] for row in page.tables[0].rows] == ["cera", "harness", "own", "peft", "sft"]
+    assert [row["run"] for row in page.tables[0].rows] == ["cera", "harness", "own"]
     assert page.tables[1].rows == []
 
 

@@ -11,11 +11,11 @@ from statistics import fmean
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.common.trust import clean
-from cera_train.report.readers import lm_eval, own, peft_comparison, scores, trainer
+from cera_train.report.readers import lm_eval, own, scores
 from cera_train.report.readers.files import safe_name
 from cera_train.report.runs import Evaluation, Run, Scores
 
-READERS = (own, lm_eval, trainer, peft_comparison, scores)
+READERS = (own, lm_eval, scores)
 
 NUMBER_IN_NAME = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 SEED = re.compile(r"(?:seed[-_=]?)?(\d{1,9})", re.ASCII)  # the name of a folder
@@ -48,8 +48,8 @@ def _runs_at(path: Path) -> list[Run]:
         what = "holds no results" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {what}: expected a folder that cera-train left (outputs/NAME), one of lm-eval "
-            "with samples_*.jsonl, a trainer_state.json, a result of PEFT's method comparison, "
-            'JSON lines of {"problem": ..., "score": ...}, or a folder of these. Check the path.'
+            'with samples_*.jsonl, JSON lines of {"problem": ..., "score": ...}, or a folder of '
+            "these. Check the path."
         )
     return runs
 

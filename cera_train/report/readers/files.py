@@ -39,12 +39,6 @@ def read_object(path: Path) -> dict[str, Any]:
     return read_parsed(path, from_json, LEAVE_OUT)  # json takes deeper nesting than we do
 
 
-def holds_object(path: Path) -> bool:
-    """Whether a file begins as a JSON object, not as a list of rows, say."""
-    with path.open("rb") as file:
-        return file.read(1_000).lstrip().startswith(b"{")
-
-
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The JSON object of each line, with its place FILE:LINE."""
     with path.open("rb") as file:
@@ -71,11 +65,6 @@ def safe_name(text: str) -> str:
     return cut_bytes(clean(" ".join(text.split())), LONGEST_NAME).replace("/", "_")
 
 
-def is_number(value: Any) -> bool:
-    """Whether this is a number that a float can hold, or true or false."""
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
-
-
 def is_score(value: Any) -> bool:
     """Whether this is a number from 0 to 1, or true or false."""
-    return is_number(value) and 0 <= value <= 1
+    return isinstance(value, float | int) and 0 <= value <= 1

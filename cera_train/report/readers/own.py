@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
-from cera_train.adapters.folder import FULL_MODEL
 from cera_train.common.files import read_yaml
 from cera_train.common.settings import flatten, to_plain
 from cera_train.common.trust import clean
 from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
-from cera_train.report.readers.adapter import saved_adapter_config
 from cera_train.report.runs import Evaluation, Figure, Run, Scores, Settings, accuracy_metric
 from cera_train.runs.evaluation_folder import (
     CHAT,
@@ -30,7 +28,6 @@ from cera_train.runs.results import (
     mean_spectrum,
     read_metrics,
 )
-from cera_train.settings.adapters import AdapterConfig, AdapterKind
 
 PERPLEXITY = Metric("perplexity", "perplexity", is_share=False)
 
@@ -66,17 +63,14 @@ def find_run(folder: Path) -> Run | None:
 
 
 def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
-    """The folder of an adapter from elsewhere, known by PEFT's file, or of a base model, known by
-    its evaluations."""
+    """The folder of an adapter from elsewhere, or of a base model, known by its evaluations."""
     evaluation = next(iter(evaluations.values()))
     settings = {
         key: value for key, value in evaluation.settings.items() if key.startswith("model.")
     }
-    adapter = saved_adapter_config(folder)
-    if adapter is None and (folder / FULL_MODEL).is_file():
-        adapter = AdapterConfig(AdapterKind.full, r=None, alpha=None)
+    is_base = evaluation.settings.get("adapter_digest") is None
     name = folder.resolve().name
-    return Run(folder, name, settings, adapter, evaluations, is_base=adapter is None)
+    return Run(folder, name, settings, evaluations=evaluations, is_base=is_base)
 
 
 # --- evaluations ----------------------------------------------------------------------------------
