@@ -38,9 +38,13 @@ SHOWN = 40  # characters of a value in a note
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """The difference of two runs, second - first, and its test."""
+class PairedTest:
+    """The difference of two runs on a task, second - first, and its test."""
 
+    task: str
+    grader: str  # exact, verified, or the name of the rule that scored the answers
+    first: str
+    second: str
     problems: int
     difference: Difference
     p_value: float  # in a report after Holm's correction over the pairs of a task; decides at 5 %
@@ -51,16 +55,6 @@ class Estimate:
     only: tuple[int, int] | None = None
     """Problems that only the first solves, and only the second; None with several answers each."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class PairedTest(Estimate):
-    """Two runs on a task."""
-
-    task: str
-    grader: str  # exact, verified, or the name of the rule that scored the answers
-    first: str
-    second: str
-
     @property
     def verdict(self) -> str:
         """On the second run."""
@@ -69,12 +63,25 @@ class PairedTest(Estimate):
         return "better" if self.difference.difference > 0 else "worse"
 
     @property
+    def label(self) -> str:
+        return f"{self.second} - {self.first}"
+
+    @property
+    def words(self) -> str:
+        """The verdict, with what could have been detected where nothing was."""
+        if self.verdict == "not shown" and self.detectable <= 1:
+            return f"not shown (detects {100 * self.detectable:.1f})"
+        return self.verdict
+
+    @property
+    def points(self) -> list[str]:
+        """The difference and the ends of its interval."""
+        return [f"{100 * value:+.1f}" for value in astuple(self.difference)]
+
+    @property
     def row(self) -> dict[str, str]:
-        """The row of the report's table; differences are in points."""
-        points, lower, upper = (f"{100 * value:+.1f}" for value in astuple(self.difference))
-        verdict = self.verdict
-        if verdict == "not shown" and self.detectable <= 1:
-            verdict += f" (detects {100 * self.detectable:.1f})"
+        """The row of the report's table."""
+        points, lower, upper = self.points
         problems = f"{self.problems:,}"
         if self.seeds > 1:
             problems += f", {self.seeds} seeds"
@@ -82,9 +89,9 @@ class PairedTest(Estimate):
         if self.only is not None:
             only = f"{self.only[0]:,} and {self.only[1]:,}"
         return {
-            "runs": f"{self.second} - {self.first}",
+            "runs": self.label,
             "task": f"{self.task}, {self.grader}",
-            "verdict": verdict,
+            "verdict": self.words,
             "difference, points": points,
             "95 % interval": f"{lower} to {upper}",
             "p": f"{self.p_value:.2g}",
@@ -142,14 +149,11 @@ def graded_runs(runs: Sequence[Run], task: str) -> list[Run]:
 
 @dataclass(frozen=True)
 class RunPair:
-    """Two runs whose scores on a task can be compared."""
+    """The scores of two runs on a task, by one rule: [seeds, problems] in one order."""
 
-    task: str
-    grader: str
-    first: str
-    second: str
-    first_scores: Scores
-    second_scores: Scores
+    names: tuple[str, str, str, str]  # of the task, the rule and the runs
+    first: ndarray
+    second: ndarray
 
 
 def pair_of(first: Run, second: Run, task: str, across_engines: bool) -> RunPair:
@@ -182,10 +186,12 @@ def pair_of(first: Run, second: Run, task: str, across_engines: bool) -> RunPair
         f"the rules that graded them differ: {', '.join(first_scores)} and "
         f"{', '.join(second_scores)}: grade both alike.",
     )
-    names = (task, graders[0], first.name, second.name)
-    pair = RunPair(*names, first_scores[graders[0]], second_scores[graders[0]])
-    _check_problems(pair.first_scores, pair.second_scores)
-    return pair
+    grader = graders[0]
+    before = first_scores[grader]
+    after = second_scores[grader]
+    _check_problems(before, after)
+    names = (task, grader, first.name, second.name)
+    return RunPair(names, before.values, after.in_order_of(before.problems))
 
 
 def _check_problems(first: Scores, second: Scores) -> None:
@@ -211,39 +217,31 @@ def test_pair(pair: RunPair, tests: int) -> PairedTest:
     Args:
         tests: the number of tests of the task.
     """
-    first = pair.first_scores.values
-    second = pair.second_scores.in_order_of(pair.first_scores.problems)
-    if len(first) > 1:
-        estimate = _compare_over_seeds(first, second, tests)
-    else:
-        estimate = _compare_problems(first[0], second[0], tests)
-    return PairedTest(
-        **vars(estimate),
-        task=pair.task,
-        grader=pair.grader,
-        first=pair.first,
-        second=pair.second,
-    )
+    is_of_seeds = len(pair.first) > 1
+    return _compare_over_seeds(pair, tests) if is_of_seeds else _compare_problems(pair, tests)
 
 
-def _compare_over_seeds(first: ndarray, second: ndarray, tests: int) -> Estimate:
-    """[seeds, problems]: a difference that holds for other seeds and problems."""
-    seeds, problems = first.shape
-    found = contrast(first, second)
+def _compare_over_seeds(pair: RunPair, tests: int) -> PairedTest:
+    """A difference that holds for other seeds and problems."""
+    seeds, problems = pair.first.shape
+    found = contrast(pair.first, pair.second)
     difference = Difference(found.difference, found.lower, found.upper)
     least = detectable(found.variances, seeds, problems, tests)
-    return Estimate(problems, difference, found.p_value, least, seeds)
+    return PairedTest(*pair.names, problems, difference, found.p_value, least, seeds)
 
 
-def _compare_problems(first: ndarray, second: ndarray, tests: int) -> Estimate:
-    """[problems]: a difference of these two runs that holds for other problems."""
+def _compare_problems(pair: RunPair, tests: int) -> PairedTest:
+    """A difference of these two runs that holds for other problems."""
+    [first] = pair.first
+    [second] = pair.second
     differences = second - first
     problems = len(differences)
     error = float(differences.std()) / math.sqrt(problems)
     only = None
     if {*numpy.unique([first, second])} <= {0.0, 1.0}:
         only = (int((differences < 0).sum()), int((differences > 0).sum()))
-    return Estimate(
+    return PairedTest(
+        *pair.names,
         problems,
         paired_bootstrap(first, second),
         sign_flip(first, second),

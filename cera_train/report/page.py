@@ -9,6 +9,7 @@ from cera_train.common.settings import differing_settings
 from cera_train.common.terminal import announce, counted, duration, gigabytes
 from cera_train.evaluation.tasks.task import Metric
 from cera_train.report.comparison import (
+    PairedTest,
     cautions,
     graded_runs,
     missing_pieces,
@@ -16,10 +17,10 @@ from cera_train.report.comparison import (
     task_names,
 )
 from cera_train.report.document import Page, Table
+from cera_train.report.forest import Forest, Group, Row
 from cera_train.report.pictures import curves, endings_of_answers, spectra
 from cera_train.report.readers import read_runs
-from cera_train.report.runs import Evaluation, Run, accuracy_metric
-from cera_train.report.verdicts import forest_of
+from cera_train.report.runs import Evaluation, Run, accuracy_metric, group_by
 from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share, is_task_figure
 from cera_train.settings.run import Config
 
@@ -35,6 +36,12 @@ TESTS = (
     "test where a problem has several answers or a score, after Holm over the pairs of a task; it "
     "decides at 5 %. The interval is a paired bootstrap's. With several seeds, p and the interval "
     "hold for other seeds too."
+)
+
+VERDICTS = (
+    "The first-named run minus the second, in points (dotted: 1); the axis is linear near zero and "
+    "logarithmic far from it. Line: 95 % interval for other problems. Grey: differences that these "
+    "problems would miss in more than one of five repeats."
 )
 
 
@@ -78,6 +85,33 @@ def table_of_settings(runs: Sequence[Run]) -> Table:
             for name in settings
         ]
     return Table("Settings", rows, "What differs between runs.")
+
+
+def forest_of(tests: Sequence[PairedTest]) -> Forest | None:
+    """The tests by task; None without any."""
+    groups = []
+    for task, same in group_by(tests, lambda test: test.task).items():
+        problems = " or ".join(dict.fromkeys(f"{test.problems:,}" for test in same))
+        graders = " or ".join(dict.fromkeys(test.grader for test in same))
+        note = f"{graders}, {problems} problems"
+        groups.append(Group(task, note, list(map(_forest_row, same))))
+    return Forest("verdicts", "Which run is better?", VERDICTS, groups) if groups else None
+
+
+def _forest_row(test: PairedTest) -> Row:
+    points, lower, upper = test.points
+    # The better side of the plot is below zero.
+    return Row(
+        test.label,
+        f"{points} ({lower} to {upper})",
+        test.words,
+        test.verdict,
+        -100 * test.difference.difference,
+        -100 * test.difference.upper,
+        -100 * test.difference.lower,
+        100 * test.detectable,
+        repeats=(),
+    )
 
 
 # --- the table of runs ----------------------------------------------------------------------------

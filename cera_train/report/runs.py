@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy
 from numpy import ndarray
@@ -18,6 +18,8 @@ from cera_train.runs.results import Environment, Metrics, RunResult
 from cera_train.settings.adapters import AdapterConfig
 
 Settings = dict[str, Any]  # dotted keys, as in config.yaml
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,8 +166,8 @@ class Run:
         return ", ".join(known) or "not on record"
 
 
-def group_by(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
-    groups: dict[Any, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(key(run), []).append(run)
+def group_by(items: Sequence[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
+    groups: dict[Any, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups
