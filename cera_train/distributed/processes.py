@@ -49,14 +49,14 @@ def launched_rank() -> int | None:
 
 def check_launched(environment: Mapping[str, str]) -> None:
     """Raises UserError for some of a launcher's variables without the others, by which Accelerate
-    would fail or wait. A single process needs no address."""
+    would fail, wait or, on a GPU, train each process alone. A single one needs no address."""
     found = {name: environment[name] for name in RANKS if name in environment}
     rank = found.get("RANK", "0")
     size = found.get("WORLD_SIZE", "1")
     if not found.keys() - {"WORLD_SIZE"} and size == "1":
         return
     is_alone = size == "1" and "LOCAL_RANK" not in found
-    needed = MEETING[:2] if is_alone else MEETING
+    needed = MEETING[:2] if is_alone else (*MEETING, "LOCAL_RANK")
     missing = [name for name in needed if name not in environment]
     is_rank = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
     place = ", ".join(f"{name}={value}" for name, value in found.items())

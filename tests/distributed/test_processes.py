@@ -340,7 +340,8 @@ def test_tasks_of_a_slurm_step_are_recognised():
         assert other == before
 
 
-ALL = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+MEETING = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+ALL = MEETING | {"LOCAL_RANK": "1"}
 
 
 @pytest.mark.parametrize(
@@ -355,8 +356,9 @@ ALL = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT"
         ({"RANK": "0"}, "RANK=0 without WORLD_SIZE: .*unset RANK"),
         ({"RANK": "a", "WORLD_SIZE": "1"}, "RANK=a, WORLD_SIZE=1 names no process"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, MASTER_ADDR, MASTER_PORT"),
+        (MEETING, "RANK=1, WORLD_SIZE=2 without LOCAL_RANK"),  # of a PyTorchJob on Kubernetes
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 without RANK, WORLD_SIZE, MASTER_ADDR"),
-        (ALL | {"RANK": "2"}, "RANK=2, WORLD_SIZE=2 names no process.*unset RANK WORLD_SIZE"),
+        (ALL | {"RANK": "2"}, "RANK=2, .* names no process.*unset RANK WORLD_SIZE"),
     ],
 )
 def test_a_part_of_a_launchers_variables_is_one_line(monkeypatch, variables, expected):
