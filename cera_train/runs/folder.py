@@ -176,7 +176,7 @@ class RunFolder:
     def check_may_run(self, resume: Resume) -> None:
         """Raises UserError if the folder holds a finished run that may not be replaced, or one
         whose config gives another result."""
-        is_finished = self.result() is not None
+        is_finished = (self.path / "result.json").is_file()  # even if its adapter was moved away
         if resume == Resume.never:
             if is_finished:
                 raise UserError(

@@ -257,6 +257,13 @@ def test_a_finished_run_whose_adapter_is_gone_writes_it_again(tiny_config):
     result = train(config)
     adapter = adapter_bytes(config)
     shutil.rmtree(folder_of(config) / "adapter")
+    with pytest.raises(UserError, match="holds a finished run"):
+        train(tiny_config("train.resume=never"))
+    checkpoints = folder_of(config) / "checkpoints"
+    checkpoints.rename(aside := checkpoints.with_name("aside"))
+    with pytest.raises(UserError, match="adapter.r was 4"):
+        train(tiny_config("adapter.r=8"))
+    aside.rename(checkpoints)
     assert train(config)["adapter_identity"] == result["adapter_identity"]
     assert adapter_bytes(config) == adapter
 
