@@ -96,18 +96,26 @@ class Tracker:
 
 
 def check_trackers(config: TrackerConfig) -> None:
-    """Raises UserError for a tracker whose package is not installed, or an unknown WANDB_MODE."""
+    """Raises UserError for an unknown tracker, one whose package is not installed, or an unknown
+    WANDB_MODE."""
     mode = os.environ.get("WANDB_MODE") or "online"
     require(
         mode in WANDB_MODES or WANDB not in config.kinds,
         f"WANDB_MODE={mode}: choose from {', '.join(WANDB_MODES)}.",
     )
-    for kind in config.kinds:  # a tracker of Accelerate's has its package's name
+    for kind in config.kinds:  # a tracker has its package's name
         require(
-            importlib.util.find_spec(kind) is not None,
-            f"tracker.kinds={{{kind}: ...}}: no package {kind} is here. Install it if Accelerate "
-            "has a tracker of this name, such as wandb, tensorboard or mlflow, or choose another.",
+            kind in tracker_classes() and importlib.util.find_spec(kind),
+            f"tracker.kinds={{{kind}: ...}}: no such tracker is here: choose from "
+            f"{', '.join(tracker_classes())}, and install its package.",
         )
+
+
+def tracker_classes() -> dict[str, type[GeneralTracker]]:
+    """Accelerate's trackers by name."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    return LOGGER_TYPE_TO_CLASS
 
 
 def start_tracker(
@@ -133,8 +141,6 @@ def build_tracker(
     kind: str, config: TrackerConfig, name: str, folder: Path, first_update: int
 ) -> GeneralTracker:
     """Accelerate's tracker of a name, not yet started."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
     arguments = config.kinds[kind] or {}
     if kind == WANDB:
         known = {
@@ -145,7 +151,7 @@ def build_tracker(
             "dir": str(folder),
         }
         return wandb_tracker(config.project, known | arguments)
-    tracker_class = LOGGER_TYPE_TO_CLASS[kind]
+    tracker_class = tracker_classes()[kind]
     if kind == TENSORBOARD:
         (folder / kind).mkdir(exist_ok=True)
         # Without access, fail here rather than in TensorBoard's thread.

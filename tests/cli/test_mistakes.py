@@ -198,8 +198,13 @@ MISTAKES = [
     ),
     (
         "cera-train tracker.kinds={swanlab:null}",
-        "tracker.kinds={swanlab: ...}: no package swanlab is here",
-        "Install it if Accelerate has a tracker of this name",
+        "tracker.kinds={swanlab: ...}: no such tracker is here",
+        "install its package",
+    ),
+    (
+        "cera-train tracker.kinds={json:null}",  # a package, but no tracker
+        "tracker.kinds={json: ...}: no such tracker is here",
+        "choose from aim, comet_ml, mlflow",
     ),
     # an argument of a wrong form
     ("cera-train adapter.r=[", "adapter.r=[: cannot read the value", "close its brackets"),
