@@ -24,10 +24,10 @@ from cera_train.model.folder import files_of
 from cera_train.settings.model import ModelConfig
 
 NOT_OF_THE_ARCHITECTURE = re.compile(
-    r"(.*\.)?(_.*|\w*token_ids?|(torch_)?dtype|transformers_version|use_cache|auto_map"
-    r"|quantization_config(\..*)?)"
+    r"(.*\.)?(_.*|\w*token_ids?|(torch_)?dtype|transformers_version|use_cache|auto_map|architectures"
+    r"|initializer_range|output_\w+|return_dict|(quantization_config|id2label|label2id)(\..*)?)"
 )
-"""Keys of a config.json that say how a model is stored, loaded or asked."""
+"""Keys of a config.json that say how a model is begun, stored, loaded or asked."""
 
 SHOWN = 3  # keys that differ, in a message
 
@@ -74,7 +74,8 @@ def weight_files(folder: Path, trusts_pickles: bool) -> list[Path]:
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *pickles):
         file = folder / name
         if file.is_file() and file.suffix == ".json":
-            return [folder / shard for shard in {*read_json(file)["weight_map"].values()}]
+            shards = [folder / shard for shard in {*read_json(file)["weight_map"].values()}]
+            return shards if all(shard.is_file() for shard in shards) else []  # partly downloaded
         if file.is_file():
             return [file]
     return []

@@ -31,8 +31,11 @@ def test_a_base_in_other_files_is_the_same(tiny_folder, copy, tmp_path, monkeypa
     settings = json.loads((copy / "config.json").read_text())
     theta = settings.pop("rope_parameters")["rope_theta"]
     early = {"rope_theta": theta, "torch_dtype": "bfloat16", "transformers_version": "4.40.0"}
+    early |= {"initializer_range": 0.5, "id2label": {"0": "a"}, "label2id": {"a": 0}}
     (copy / "config.json").write_text(json.dumps(settings | early))
     assert difference(tiny_folder, copy) == ""
+    next(copy.glob("*.safetensors")).unlink()  # a download that was interrupted
+    assert identity_of(ModelConfig(str(copy))).weights is None
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     cache = tmp_path / "hub" / "models--someone--base"
