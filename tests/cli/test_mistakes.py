@@ -216,7 +216,11 @@ MISTAKES = [
         "cannot read the value",
         """'KEY=["a=b",""",
     ),
-    ("cera-train data.facts.of=x", "a section that is null here", "SECTION={KEY: VALUE}"),
+    (
+        "cera-train data=jsonl data.facts.of=x",
+        "a section that is null here",
+        "SECTION={KEY: VALUE}",
+    ),
     (
         "cera-train -m +study=first_look study.tune={a.b:[3]}",
         "study.tune: the value has a new key",
