@@ -18,16 +18,12 @@ from cera_train.common.files import read_yaml, write_text
 from cera_train.report.forest import Forest, Group
 from cera_train.settings.sweep import LOSS
 from cera_train.study.forest import CAPTION, brief, contrast_name, contrast_row, unit_of
-from cera_train.study.results import OutcomeContrast
+from cera_train.study.results import SHARE, OutcomeContrast
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 UNBOUNDED = {"lower": -math.inf, "upper": math.inf, "detectable": math.inf}
 """Fields that are null in JSON where there is no bound."""
-
-SHARE = 0.1
-"""The largest share of a loss that counts as too small. Where a loss is below what matters to a
-study, even a perfect arm would gain too little."""
 
 EVIDENCE_CAPTION = f"{CAPTION} What matters is at most {100 * SHARE:.0f} % of the loss."
 
