@@ -535,7 +535,6 @@ class CudaStarts(Exception):
     pass
 
 
-@pytest.mark.provable
 def test_expandable_segments_are_on_before_cuda_starts_unless_the_user_chose_otherwise(
     monkeypatch, tiny_config
 ):

@@ -76,7 +76,6 @@ def test_replicas_share_the_memory_mapped_frozen_weights(tiny_config, team_of_on
     assert written_of_mapped_weights() == {"0 kB"}
 
 
-@pytest.mark.provable
 def test_processes_that_will_shard_a_model_hold_it_in_host_memory_once(tiny_folder):
     """All of them map the file in the dtype that it stores: FSDP moves a layer at a time."""
     config = ModelConfig(path=str(tiny_folder), dtype="float32")

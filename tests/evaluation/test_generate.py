@@ -253,7 +253,6 @@ def test_a_batch_has_the_tokens_that_memory_holds_and_at_most_a_share_of_the_req
     assert 1 < len(engine.batches(requests, 12, GenerationConfig(), processes=4)) <= 4
 
 
-@pytest.mark.provable
 @pytest.mark.parametrize("free", [40, 41.5])
 def test_keys_and_values_take_at_most_half_of_a_gpus_free_memory(monkeypatch, free):
     """A resumed run finds a little more or less of it, and cuts the same batches."""

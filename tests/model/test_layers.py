@@ -236,7 +236,6 @@ def test_layers_stay_compiled_for_any_number_of_sequences(
             assert (ours - eager).norm() <= 1e-6 * eager.norm()
 
 
-@pytest.mark.provable
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
 @pytest.mark.parametrize("graphs", [8], indirect=True, ids=["torchs_limit"])
 @pytest.mark.parametrize(
