@@ -65,7 +65,7 @@ gpu: $(VENV)/.installed-test  ## accept on a CUDA machine, in pieces of ten minu
 gpu-bundle: $(VENV)/.installed-test  ## write bundle/, which runs the same on a GPU machine that reaches no network
 	$(BIN)/python -m benchmarks.gpu.bundle bundle
 
-growth: $(VENV)/.installed-test  ## measure how time and memory of an update grow, for `make pictures`
+growth: $(VENV)/.installed-test  ## measure how time and memory of an update grow
 	$(BIN)/python -m benchmarks.growth
 
 architectures: $(VENV)/.installed-test  ## check every causal type of transformers, in 40 minutes that resume, and write docs/architectures.md
@@ -86,8 +86,8 @@ evidence: $(VENV)/.installed-test  ## find a gate where there is one, and none w
 	$(BIN)/cera-train -m +study=controls hydra/launcher=joblib
 	$(BIN)/cera-report outputs/controls
 
-pictures: $(VENV)/.installed-test  ## draw docs/pictures from evidence, import rules, tutorial, plans and measurements
-	$(BIN)/python -m benchmarks.pictures --plan
+pictures: $(VENV)/.installed-test  ## draw docs/pictures/evidence*.svg from docs/evidence
+	$(BIN)/python -m benchmarks.pictures
 
 docs: $(VENV)/.installed-test  ## build the site from these pages: open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -1,34 +1,32 @@
-"""How time and memory of an update grow: `python -m benchmarks.growth --help`. `make pictures`
-draws what it writes.
+"""How time and memory of an update grow: `make growth`.
 
 Every point is measured in a process of its own, whose memory is the most it ever held: one update
-as a warm-up, then the median of some more.
+as a warm-up, then the median of three more.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import logging
-import multiprocessing
 import os
 import random
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.circumstances import circumstances
 from benchmarks.contestants import Adapter, Setting, our_run
-from benchmarks.diagrams import GROWTH
 from benchmarks.training import PACKAGE, WITHOUT_GPUS, logistic_maps
+from cera_train.distributed.accelerator import peak_memory, quiet_libraries
+from cera_train.model.batches import RowOrder, flat_batch
 
 MICRO_BATCH_TOKENS = 4096
+UPDATES = 3
 
 
 @dataclass(frozen=True)
@@ -45,22 +43,18 @@ class Point:
     for rows at hand."""
 
 
-START = Point()
-CURVES: dict[str, tuple[str, list[int], list[str]]] = {
-    "rank": ("rank", [16, 64, 128, 256, 512], ["cera", "lora"]),
-    "sequence length": ("length", [128, 256, 512, 1024, 2048, 4096], ["cera"]),
-    "sequences": ("sequences", [1, 2, 4, 8, 16, 32], ["cera"]),
-    "rows of the data set": ("rows", [1_000, 10_000, 100_000], ["cera"]),
+POINTS = {
+    "rank": [Point(kind, rank) for kind in ("cera", "lora") for rank in (16, 64, 128, 256, 512)],
+    "length": [Point(length=2**power, sequences=1) for power in range(7, 13)],
+    "sequences": [Point(sequences=2**power) for power in range(6)],
+    "rows": [Point(rows=10**power) for power in (3, 4, 5)],
 }
-"""What grows -> the field of a point, its values, the adapters."""
+"""The field that grows -> its points."""
 
 
-def measure(point: Point, updates: int, pipe: Any) -> None:
-    """A point's process."""
+def measure(point: Point) -> tuple[float, int]:
+    """Seconds of an update, and bytes of memory."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
-    from cera_train.distributed.accelerator import peak_memory, quiet_libraries
-    from cera_train.model.batches import RowOrder, flat_batch
-
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
@@ -79,7 +73,7 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
         passes = [flat_batch([ids] * together, [mask] * together)] * (point.sequences // together)
 
     taken = []
-    for update in range(updates + 1):
+    for update in range(UPDATES + 1):
         started = time.perf_counter()
         if point.rows is not None:
             groups = batches.passes(order.sequences(update), 1, 0, in_step=False)
@@ -89,49 +83,18 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
         model.optimizer.step()
         model.optimizer.zero_grad()
         taken.append(time.perf_counter() - started)
-    seconds = round(statistics.median(taken[1:]), 4)
-    pipe.send({"seconds": seconds, "memory": peak_memory(model.accelerator.device)})
-
-
-def measure_alone(point: Point, updates: int) -> dict[str, float]:
-    """Measures a point in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=measure, args=(point, updates, theirs))
-    process.start()
-    theirs.close()  # so that it ends with its process
-    result = ours.recv()
-    process.join()
-    return result
+    return statistics.median(taken[1:]), peak_memory(model.accelerator.device)
 
 
 def main() -> None:
     os.environ |= WITHOUT_GPUS
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--updates", type=int, default=3)
-    parser.add_argument(
-        "--curves", nargs="+", default=list(CURVES), choices=CURVES, metavar="CURVE"
-    )
-    parser.add_argument("--points", type=int, help="the first of each curve; by default all")
-    parser.add_argument("--output", type=Path, default=GROWTH)
-    arguments = parser.parse_args()
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for name in arguments.curves:
-        field, values, kinds = CURVES[name]
-        curves[name] = []
-        print(f"\n{name:<24}{'':<8}{'seconds':>10}{'GB':>8}")
-        for kind in kinds:
-            for value in values[: arguments.points]:
-                point = replace(START, kind=kind, **{field: value})
-                if field == "length":  # one sequence, so that its length alone grows
-                    point = replace(point, sequences=1)
-                result = measure_alone(point, arguments.updates)
-                figures = f"{result['seconds']:>10.2f}{result['memory'] / 1e9:>8.2f}"
-                print(f"{value:<24,}{kind:<8}{figures}", flush=True)
-                curves[name].append({"kind": kind, "value": value} | result)
-    measured = circumstances() | {"threads": torch.get_num_threads(), "curves": curves}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(measured, indent=2) + "\n")
+    for field, points in POINTS.items():
+        print(f"\n{field:<12}{'adapter':<8}{'seconds':>10}{'GB':>8}")
+        for point in points:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                seconds, memory = process.submit(measure, point).result()
+            value = getattr(point, field)
+            print(f"{value:<12,}{point.kind:<8}{seconds:>10.2f}{memory / 1e9:>8.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
-"""Draws docs/pictures: `python -m benchmarks.pictures`.
+"""Draws the evidence in docs/pictures: `python -m benchmarks.pictures`.
 
 evidence.svg has the main contrasts of every study in docs/evidence, with a heading a question.
-evidence_short.svg has those that docs/evidence/short.yaml lists. The others are those of
-`diagrams`; `--plan` first plans the recipes whose memory one of them shows.
+evidence_short.svg has those that docs/evidence/short.yaml lists. The other pictures are kept by
+hand.
 """
 
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from benchmarks.diagrams import diagrams, plan_memory
 from cera_train.common.files import read_yaml, write_text
 from cera_train.report.forest import Forest, Group
 from cera_train.settings.sweep import LOSS
@@ -132,11 +130,8 @@ def forests(evidence: Path = DOCS / "evidence") -> list[Forest]:
 
 
 def main() -> None:
-    if "--plan" in sys.argv:
-        plan_memory()
-    for picture in [*forests(), *diagrams()]:
+    for picture in forests():
         path = DOCS / "pictures" / f"{picture.name}.svg"
-        path.parent.mkdir(exist_ok=True)
         write_text(path, picture.svg)
         print(path)
 
