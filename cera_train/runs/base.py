@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from cera_train.common.errors import UserError
-from cera_train.common.libraries import installed_version
 from cera_train.data.prepare import tokenizer_digests
 from cera_train.model.identity import BaseIdentity, identity_of
 from cera_train.runs.records import load_config
 from cera_train.runs.results import Environment
-from cera_train.settings.model import Dtype, ModelConfig, Quantization
+from cera_train.settings.model import Dtype, ModelConfig
 
 
 def check_base(
@@ -33,7 +32,9 @@ def check_base(
     if recorded.base_config is not None:
         then = BaseIdentity(recorded.base_weights, recorded.base_config)
         difference = then.difference(identity_of(model))
-    elif base is not None and _differs_from_early_record(run, recorded, model, base):
+    elif base is not None and _differs_from_early_record(
+        run, recorded.base_fingerprint, model, base
+    ):
         difference = "other weights"
     if difference:
         raise UserError(
@@ -55,31 +56,16 @@ def changed_tokenizer(run: Path, tokenizer: Any) -> str:
 
 
 def _differs_from_early_record(
-    run: Path, recorded: Environment, model: ModelConfig, base: nn.Module
+    run: Path, recorded: str | None, model: ModelConfig, base: nn.Module
 ) -> bool:
     """Whether a loaded base differs from the record of cera-train 0.2.0: a digest of the
-    one-dimensional weights, such as norms, and one of a thousand values of every weight as it is
-    stored, which compares only where precision, quantisation and transformers are the same."""
-    theirs = load_config(run / "config.yaml", section="model")
-    if theirs.dtype != model.dtype and Dtype.float16 in (theirs.dtype, model.dtype):
+    one-dimensional weights, such as norms."""
+    dtype = load_config(run / "config.yaml", section="model").dtype
+    if recorded is None or (dtype != model.dtype and Dtype.float16 in (dtype, model.dtype)):
         return False  # float16 rounds first, and bfloat16 below then rounds otherwise
     norms = hashlib.sha256()
-    sample = hashlib.sha256()
     for name, parameter in base.named_parameters():
-        stored = parameter.detach()
         if parameter.ndim == 1:
-            norms.update(f"{name} ".encode() + _bytes(stored.to(torch.bfloat16)))
-        sample.update(_bytes(stored.flatten()[:: max(1, stored.numel() // 1000)]))
-    packages = recorded.packages or {}
-    is_stored_alike = (
-        theirs.dtype == model.dtype
-        and Quantization.none == theirs.quantization == model.quantization
-        and packages.get("transformers") == installed_version("transformers")
-    )
-    return recorded.base_fingerprint not in (None, norms.hexdigest()[:16]) or (
-        is_stored_alike and recorded.base_sample not in (None, sample.hexdigest()[:16])
-    )
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+            values = parameter.detach().to(torch.bfloat16).contiguous().cpu().view(torch.uint8)
+            norms.update(f"{name} ".encode() + values.numpy().tobytes())
+    return recorded != norms.hexdigest()[:16]

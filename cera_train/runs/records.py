@@ -14,13 +14,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cera_train.adapters.families import family
-from cera_train.adapters.families.base import replaces_base
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.files import finite, read_json, read_yaml, write_text
 from cera_train.common.settings import AUTO, Changes, changes_of, flatten, map_values, to_plain
 from cera_train.common.trust import redact_tree
-from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.gone import without_gone
 from cera_train.settings.run import Config
 
@@ -130,9 +127,6 @@ def read_trees(
 
 # --- config.yaml ----------------------------------------------------------------------------------
 
-LENGTH = ("train.epochs", "train.max_updates")
-"""Settings that make a run longer and change nothing else about it."""
-
 
 def load_config(path: Path, schema: type = Config, section: str | None = None) -> Any:
     """The config in a file of a run's folder. It was resolved when it was written, so a `${` in it
@@ -181,27 +175,10 @@ def differences(path: Path, config: dict[str, Any], schema: type = Config) -> di
 
 def another_config(folder: Path, different: Mapping[str, str]) -> UserError:
     """The error for a folder whose run has another config, by their `differences`."""
-    fix = "Set these back, or choose another name=..."
-    is_finished = (folder / "result.json").is_file()
-    if is_finished and different.keys() <= set(LENGTH):
-        adapter = load_config(folder / "config.yaml").adapter
-        if (start := start_of_longer(adapter, folder)) is not None:
-            fix += f" For more updates, start a new run from it: {start} name=NEW."
     return UserError(
-        f"{folder} holds a run with another config: {'; '.join(different.values())}. {fix}"
+        f"{folder} holds a run with another config: {'; '.join(different.values())}. Set these "
+        "back, or choose another name=..."
     )
-
-
-def start_of_longer(adapter: AdapterConfig, folder: Path) -> str | None:
-    """The setting by which another run starts from a finished one; None where its adapter has
-    none."""
-    kind = family(adapter.kind)
-    if kind.trains_base:
-        return f"model.path={folder}/adapter"
-    takes_start = "start_from" in kind.uses
-    if takes_start and not replaces_base(adapter.settings.get("init_lora_weights")):
-        return f"adapter.start_from={folder}"
-    return None
 
 
 @functools.cache

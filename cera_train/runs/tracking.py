@@ -10,7 +10,6 @@ import os
 import secrets
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +41,6 @@ DASHBOARD_NAMES = {
 
 WANDB_NAME = 128
 """Most characters that W&B's server accepts in the name of a run or of a group."""
-
-WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 
 ENVIRONMENT = {
     "WANDB_SILENT": "true",
@@ -96,13 +93,7 @@ class Tracker:
 
 
 def check_trackers(config: TrackerConfig) -> None:
-    """Raises UserError for an unknown tracker, one whose package is not installed, or an unknown
-    WANDB_MODE."""
-    mode = os.environ.get("WANDB_MODE") or "online"
-    require(
-        mode in WANDB_MODES or WANDB not in config.kinds,
-        f"WANDB_MODE={mode}: choose from {', '.join(WANDB_MODES)}.",
-    )
+    """Raises UserError for an unknown tracker, or one whose package is not installed."""
     for kind in config.kinds:  # a tracker has its package's name
         require(
             kind in tracker_classes() and importlib.util.find_spec(kind),
@@ -153,9 +144,6 @@ def build_tracker(
         return wandb_tracker(config.project, known | arguments)
     tracker_class = tracker_classes()[kind]
     if kind == TENSORBOARD:
-        (folder / kind).mkdir(exist_ok=True)
-        # Without access, fail here rather than in TensorBoard's thread.
-        tempfile.TemporaryFile(dir=folder / kind).close()
         return tracker_class(kind, folder, purge_step=first_update + 1, **arguments)
     return tracker_class(config.project, **arguments)
 
@@ -179,29 +167,20 @@ def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
                 wandb.teardown()  # otherwise W&B's service refuses a second run with the same id
                 self.run = wandb.init(project=self.run_name, mode="offline", **self.init_kwargs)
             if self.run.offline:
-                parts = offline_parts(Path(self.run.settings.sync_dir))
-                print_line(
-                    "wandb",
-                    f"recorded offline; to upload it: wandb sync {shlex.join(map(str, parts))}",
-                )
+                # A resumed run has several folders that end in its id.
+                start, _, run_id = self.run.settings.sync_dir.rpartition("/offline-run-")
+                parts = f"{shlex.quote(start)}/offline-run-*-{run_id.rpartition('-')[2]}"
+                print_line("wandb", f"recorded offline; to upload it: wandb sync {parts}")
 
     return OnlineOrOffline(project, **arguments)
-
-
-def offline_parts(folder: Path) -> list[Path]:
-    """The folders of a run that W&B records offline in this one: a resumed run has several."""
-    run_id = folder.name.rpartition("-")[2]
-    return sorted(folder.parent.glob(f"offline-run-*-{run_id}"))
 
 
 def wandb_id(folder: Path) -> str:
     """The id under which W&B knows the run: a new one at its first start."""
     path = folder / IDS
-    ids = read_json(path) if path.exists() else {}
-    if WANDB not in ids:
-        ids[WANDB] = secrets.token_hex(16)
-        write_text(path, json.dumps(ids, indent=2) + "\n")
-    return ids[WANDB]
+    if not path.exists():
+        write_text(path, json.dumps({WANDB: secrets.token_hex(16)}, indent=2) + "\n")
+    return read_json(path)[WANDB]
 
 
 def print_warning(text: str) -> None:

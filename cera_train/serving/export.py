@@ -118,7 +118,7 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
         certificate.write(part / CERTIFICATE)
         write_text(
             part / "README.md",
-            card(part, certificate.shown() | needs, config, subject, run.base.config),
+            card(certificate.shown() | needs, config, subject, run.base.config),
         )
 
     write_folder(folder, write)
@@ -374,7 +374,6 @@ def convert(folder: Path, file: Path) -> None:
 
 
 def card(
-    folder: Path,
     facts: Mapping[str, str],
     config: ExportConfig,
     subject: Subject,
@@ -395,5 +394,5 @@ def card(
         f"| | |\n|---|---|\n{rows}"
     )
     if config.to != ExportForm.gguf:
-        text += f"\n{snippet(folder, library, subject.trained.data, subject.model, architecture)}\n"
+        text += f"\n{snippet(library, subject.model, architecture)}\n"
     return text

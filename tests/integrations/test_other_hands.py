@@ -10,8 +10,6 @@ from peft import PeftModel
 from tiny_runs import folder_of, run_card
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cera_train.training.train import train
-
 
 @pytest.fixture
 def finished_run(trained_config) -> Path:
@@ -75,26 +73,3 @@ def test_the_card_describes_the_adapter_and_its_code_loads_it(finished_run, tiny
         assert part in card.text.replace("\\", ""), part
     names = run_card(finished_run / "adapter")
     assert any("cera_A" in name for name, _ in names["model"].named_parameters())
-    assert "inputs" not in names
-
-
-@pytest.mark.parametrize("has_switch", [True, False])
-def test_the_code_of_a_card_asks_as_a_run_of_chats_was_trained(
-    tiny_config, thinking_folder, write_jsonl, has_switch
-):
-    """Its answers do not reason, so the run switched reasoning off, or left its opening out."""
-    if not has_switch:
-        template = thinking_folder / "chat_template.jinja"
-        is_on = "enable_thinking is not defined or enable_thinking"
-        template.write_text(template.read_text().replace(is_on, "true"))
-    user = {"role": "user", "content": "hello"}
-    answer = {"role": "assistant", "content": "hello there"}
-    rows = write_jsonl("chats.jsonl", [{"messages": [user, answer]}] * 16)
-    settings = ("data=jsonl", f"data.train_files=[{rows}]", "data.eval_rows=4", "data.chat=auto")
-    config = tiny_config(
-        *settings, f"model.path={thinking_folder}", "data.allow_overlap=true", "train.max_updates=1"
-    )
-    train(config)
-    names = run_card(folder_of(config) / "adapter")
-    asked = names["tokenizer"].decode(names["inputs"]["input_ids"][0])
-    assert asked == "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n"

@@ -1,4 +1,4 @@
-"""The model card of a run: its evaluations, and code that asks the adapter."""
+"""The model card of a run: its evaluations, without those of other weights."""
 
 import json
 
@@ -7,10 +7,8 @@ from evaluated_runs import evaluate
 from huggingface_hub import ModelCard
 from transformers import LlamaConfig
 
-from cera_train.runs.card import hub_datasets, snippet, write_card
+from cera_train.runs.card import write_card
 from cera_train.runs.results import RunResult
-from cera_train.settings.data import DataConfig, MixPart
-from cera_train.settings.model import ModelConfig
 
 pytest_plugins = ("evaluated_runs",)
 
@@ -30,21 +28,3 @@ def test_the_card_has_no_evaluation_of_other_weights(eval_config, run):
     path.write_text(json.dumps(config))
     write_card(run, RunResult.read(run / "result.json"), LlamaConfig())
     assert "Evaluation, " not in (run / "adapter" / "README.md").read_text()
-
-
-def test_the_card_asks_as_rows_of_a_mix_were_trained_on(tmp_path):
-    (tmp_path / "chat_template.jinja").touch()
-    chats = {"path": "a/b", "layout": "messages"}
-    documents = {"path": "c/d", "layout": "documents"}
-    for weights in ((0, 1), (1, 0)):
-        parts = [
-            MixPart(**part, weight=weight)
-            for part, weight in zip((chats, documents), weights, strict=True)
-        ]
-        data = DataConfig(mix=parts)
-        asks = "apply_chat_template" in snippet(
-            tmp_path, "peft", data, ModelConfig(), LlamaConfig()
-        )
-        expected = ["a/b"] if asks else ["c/d"]
-        assert asks == (weights == (1, 0))
-        assert hub_datasets(data) == expected

@@ -161,21 +161,8 @@ def test_a_finished_run_started_again_returns_its_result(
     assert train(moved) == train(config) | {"folder": str(folder_of(moved))}
 
 
-@pytest.mark.parametrize(
-    ("adapter", "start"),
-    [("cera", "adapter.start_from={} name=NEW."), ("full", "model.path={}/adapter name=NEW.")],
-)
-def test_a_finished_run_cannot_be_extended_but_can_start_another(trained_config, adapter, start):
-    rank = ["adapter.r=null", "adapter.dropout=0"] if adapter == "full" else []
-    longer = copy.deepcopy(trained_config(f"adapter={adapter}", *rank, "train.max_updates=2"))
-    longer.train.max_updates += 1
-    with pytest.raises(UserError, match="train.max_updates was .*, start a new run from") as error:
-        train(longer)
-    assert str(error.value).endswith(f": {start.format(folder_of(longer))}")
-
-
-def test_a_finished_run_that_no_other_can_start_from_does_not_offer_it(trained_config):
-    longer = copy.deepcopy(trained_config("adapter=pissa", "train.max_updates=2"))
+def test_a_finished_run_cannot_be_extended(trained_config):
+    longer = copy.deepcopy(trained_config("train.max_updates=2"))
     longer.train.max_updates += 1
     with pytest.raises(UserError, match="train.max_updates was .* or choose another name=...$"):
         train(longer)
