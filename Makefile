@@ -121,15 +121,4 @@ $(VENV)-serving/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-serving
 	$(VENV)-serving/bin/python $(INSTALL) --editable '.[serve]'
 	$(VENV)-serving/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	-$(MAKE) --no-print-directory $(VENV)-serving/llama.cpp
 	touch $@
-
-# llama.cpp's converters are in no wheel, but in a source package. Where it is not to be had, their test skips.
-LLAMA_CPP := llama-cpp-python==0.3.36
-$(VENV)-serving/llama.cpp:
-	rm -rf $@.part
-	$(VENV)-serving/bin/python -m pip download --quiet --no-deps --no-binary :all: --dest $@.part $(LLAMA_CPP)
-	tar --extract --gzip --file $@.part/*.tar.gz --directory $@.part --strip-components 3 --wildcards \
-	  '*/vendor/llama.cpp/convert_*.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/gguf/*'
-	rm $@.part/*.tar.gz
-	mv $@.part $@

@@ -7,19 +7,17 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from transformers import TextStreamer
 
-from cera_train.common.errors import UserError, error_text, errors_at
+from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
-from cera_train.data.chats import turns_of_side, uses_template
 from cera_train.data.messages import TURNS, messages_of, role_of, turns_of
 from cera_train.data.prepare import encode
-from cera_train.data.rows import PROMPT, READERS, Row, from_files, suffix_of
+from cera_train.data.rows import PROMPT, Row, from_files, suffix_of
 from cera_train.data.segments import columns_read, segmenters
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject, open_server
@@ -44,23 +42,11 @@ def ask(config: ChatConfig, subjects: Sequence[Subject]) -> None:
     if config.prompts is not None:
         answer_file(answerers, config.prompts)
     elif config.prompt is not None or not sys.stdin.isatty():
-        question = config.prompt if config.prompt is not None else read_stdin()
-        if not question:
-            raise UserError("stdin is empty: write a question to it, or set prompt=....")
+        question = config.prompt or sys.stdin.read().strip()
+        require(bool(question), "stdin is empty: write a question to it, or set prompt=....")
         answer(answerers, [answerer.prompts.row([question]) for answerer in answerers])
     else:
         converse(answerers)
-
-
-def read_stdin() -> str:
-    """The text of stdin. Raises UserError for bytes that are not UTF-8, which Python refuses or
-    turns into halves of surrogate pairs."""
-    try:
-        text = sys.stdin.read().strip()
-        text.encode()
-    except UnicodeError as error:
-        raise UserError(f"stdin is not UTF-8 ({error}): write the question in UTF-8.") from error
-    return text
 
 
 # --- how a question is written --------------------------------------------------------------------
@@ -94,26 +80,21 @@ class Prompts:
     """Writes questions as the rows of a data set."""
 
     def __init__(self, data: DataConfig, tokenizer: Any) -> None:
-        is_published = data.turns == Turns.first and not uses_template(data, tokenizer)
-        turns = Turns.first if is_published else Turns.last
-        self.data = replace(data, max_length=sys.maxsize, turns=turns)
+        self.data = replace(data, max_length=sys.maxsize, turns=Turns.last)
         self.tokenizer = tokenizer
         [self._sequences] = segmenters(self.data, tokenizer, asks=True)
 
     @property
     def keeps_turns(self) -> bool:
         """Whether a question is read together with the turns before it."""
-        return self.data.layout in TURNS and self.data.turns != Turns.first
+        return self.data.layout in TURNS
 
     def row(self, turns: Sequence[str]) -> Row:
         """The row of a conversation: question, answer, question, ..., ending in a question. Raises
         UserError where the template has more columns than one text can fill."""
-        question = turns[-1]
         layout = self.data.layout
-        if layout in TURNS:
+        if self.keeps_turns:
             speaker, text, speakers = TURNS[layout]
-            if not self.keeps_turns:
-                turns = [question]
             speakers = itertools.cycle(speakers[:2])
             return {
                 str(layout): [
@@ -126,6 +107,7 @@ class Prompts:
                 f"data.prompt={self.data.prompt!r} of this run has {len(columns)} columns, and a "
                 "text fills one: write prompts=FILE.jsonl with these columns, or set template=none."
             )
+        question = turns[-1]
         if self.data.is_computed:
             question = PROMPT.format(question=question)
         return {columns[0]: question}
@@ -136,8 +118,6 @@ class Prompts:
         layout = self.data.layout
         if layout in TURNS:
             speaker, text, (_, model, *_) = TURNS[layout]
-            if str(layout) not in row and isinstance(row.get("chosen"), list):  # a preference
-                row = row | {str(layout): turns_of_side(row, "chosen")}
             messages_of(row, layout)  # raises for a row of another layout
             turns = turns_of(row, layout)
             while turns and role_of(turns[-1][speaker]) == "assistant":
@@ -152,16 +132,13 @@ class Prompts:
 
 def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
     """The questions of a file, each after its place: rows of a data set, or lines of text."""
-    if suffix_of(file) in READERS.keys() - {".txt"}:
-        yield from from_files([file], "prompts").located()
-        return
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts={file}: cannot read it: {error_text(error)}.") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield f"{file}:{number}", prompts.row([line])
+    for place, row in from_files([file], "prompts", whole_text=True).located():
+        if suffix_of(file) != ".txt":
+            yield place, row
+            continue
+        for number, line in enumerate(row["text"].split("\n"), start=1):
+            if question := line.strip():
+                yield f"{file}:{number}", prompts.row([question])
 
 
 # --- a model that answers -------------------------------------------------------------------------

@@ -5,26 +5,27 @@ linear map of z = A x on calibration rows, h ~ M z with M = E[h z^T] E[z z^T]^-1
 LoRA, B' = s B M. `verify` measures what an export loses.
 """
 
+import contextlib
 import importlib.util
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from cera_train.adapters.families.base import ADAPTER, taken_for_experts
+from cera_train.adapters.families.base import ADAPTER
 from cera_train.adapters.saved import attach, is_adapter
 from cera_train.cera import CeraLayer
+from cera_train.cera.layer import CeraLinear
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import read_json, write_folder, write_text
 from cera_train.common.settings import require
@@ -90,86 +91,68 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
         needs["needs"] = f"its base at {base}; to=merged stands alone"
 
     def write(part: Path) -> None:
-        adapter = subject.adapter
-        if has_gates(run):
-            adapter = part
-            maps = fit_maps(
-                run, calibration_rows(source, run, subject.trained.asks, config.calibration_tokens)
-            )
-            write_lora(run.model, maps, base, subject.model.revision, part)
-        if config.to != ExportForm.lora:
-            merged = merge(subject, adapter, config.weights)
-            ends = sorted(stop_ids(run.tokenizer, merged.generation_config.eos_token_id))
-            replace_weights(part, merged)
-            # the tokenizer's end too, at which `generate` would not stop by itself
-            write_ends(part / "generation_config.json", ends)
-            if config.weights == Weights.nf4:
-                model = replace(subject.model, path=str(part), quantization=Quantization.nf4)
-                replace_weights(part, load_model(model, this_device()))
-        run.tokenizer.save_pretrained(part)
-        form = part
-        if config.to == ExportForm.gguf:
-            form = part / f"model{GGUF}"
-            announce("converting", "it by llama.cpp")
-            convert(part, form)
-            empty(part, form)
+        form = write_form(part, config, subject, run, source)
         with errors_at(str(folder)):
             certificate = check(form)
         certificate.write(part / CERTIFICATE)
-        write_text(
-            part / "README.md",
-            card(certificate.shown() | needs, config, subject, run.base.config),
-        )
+        facts = certificate.shown() | needs
+        write_text(part / "README.md", card(facts, config, subject, run.base.config))
 
     write_folder(folder, write)
     print_fields({"folder": str(folder)} | needs)
     return Certificate.read(folder / CERTIFICATE)
 
 
+def write_form(
+    part: Path, config: ExportConfig, subject: Subject, run: LoadedModel, source: DataConfig
+) -> Path:
+    """Writes what `config.to` asks for into a folder, and returns what its user loads: the folder,
+    or the file in it."""
+    adapter = subject.adapter
+    if has_gates(run):
+        adapter = part
+        asks = subject.trained.asks
+        maps = fit_maps(run, calibration_rows(source, run, asks, config.calibration_tokens))
+        write_lora(run.model, maps, run.base.name_or_path, subject.model.revision, part)
+    if config.to != ExportForm.lora:
+        merged = merge(subject, adapter, config.weights)
+        ends = sorted(stop_ids(run.tokenizer, merged.generation_config.eos_token_id))
+        replace_weights(part, merged)
+        # the tokenizer's end too, at which `generate` would not stop by itself
+        write_ends(part / "generation_config.json", ends)
+        if config.weights == Weights.nf4:
+            model = replace(subject.model, path=str(part), quantization=Quantization.nf4)
+            replace_weights(part, load_model(model, this_device()))
+    run.tokenizer.save_pretrained(part)
+    if config.to != ExportForm.gguf:
+        return part
+    file = part / f"model{GGUF}"
+    announce("converting", "it by llama.cpp")
+    convert(part, file)
+    empty(part, file)
+    return file
+
+
 def check_export(config: ExportConfig, subject: Subject, run: LoadedModel, folder: Path) -> None:
-    """Raises UserError for a run that cannot be exported, or a folder that holds anything but an
-    earlier export without evaluations: it would be replaced."""
-    place = f"run={config.run}"
-    layers = cera_layers(run.model)
-    require(
-        is_adapter(run.model) or config.to != ExportForm.lora,
-        f"to=lora: {place} trained every weight, which no LoRA holds: use {subject.adapter}, a "
-        "plain model, or set to=merged or gguf.",
-    )
+    """Raises UserError for a run that has no LoRA, or a folder that holds anything but an earlier
+    export without evaluations: it would be replaced."""
     require(
         has_gates(run) or config.to != ExportForm.lora,
-        f"{place} holds no CeRA adapter, and {subject.adapter} is in PEFT's format already: set "
-        f"check={subject.adapter} to check it, or to=merged or gguf.",
+        f"run={config.run} holds no CeRA adapter, and {subject.adapter} is in the format of its "
+        f"library already: set check={subject.adapter} to check it, or to=merged or gguf.",
     )
-    if layers:
-        peft_config = run.model.peft_config[ADAPTER]
-        for name in ("modules_to_save", "target_parameters", "trainable_token_indices", "bias"):
-            if (value := getattr(peft_config, name)) not in (None, [], {}, "none"):
-                raise UserError(
-                    f"{place} has {name}={value}: a LoRA of this export has no place for it."
-                )
-        if run.base.get_output_embeddings() in layers.values():
-            raise UserError(f"{place} adapts the head, which is not exported: train without it.")
-        lora = peft.LoraConfig(target_modules=sorted(layers))
-        if experts := taken_for_experts(lora, run.base):
-            raise UserError(
-                f"{place} adapts projections whose names PEFT takes for those of experts "
-                f"({', '.join(experts)}), so a LoRA has no place for them: train with "
-                "adapter.settings.exclude_modules=[gate_proj,up_proj,down_proj]."
-            )
-    if not folder.name:
-        raise UserError(f"output={folder} needs a name: choose a new folder.")
-    is_export = (folder / CERTIFICATE).is_file()
-    is_empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.exists() and not (is_export or is_empty):
-        raise UserError(
-            f"output: {folder} holds files that are no export, and would be replaced: choose a "
-            f"new folder."
+    head = run.base.get_output_embeddings()
+    for name, layer in cera_layers(run.model).items():
+        require(
+            isinstance(layer, CeraLinear) and layer is not head,
+            f"run={config.run} adapts {name}, for which a LoRA has no place: train without it.",
         )
+    is_export = (folder / CERTIFICATE).is_file() and not (folder / "eval").exists()
+    is_empty = folder.is_dir() and not any(folder.iterdir())
     require(
-        not (folder / "eval").exists(),
-        f"output: {folder} was evaluated, and its eval/ would be removed with it: choose a new "
-        "folder, or move eval/ away.",
+        is_export or is_empty or not folder.exists(),
+        f"output: {folder} holds evaluations, or files that are no export, and would be replaced: "
+        "choose a new folder.",
     )
 
 
@@ -189,25 +172,11 @@ def merge(subject: Subject, adapter: Path, weights: Weights) -> PreTrainedModel:
         base = base.float()
     model = attach(base, adapter)
     if is_adapter(model):
-        untie_adapted(base)
         try:
             model = model.merge_and_unload(safe_merge=True)
         except (NotImplementedError, ValueError, AttributeError) as error:
             raise UserError(f"to=merged: {adapter} cannot be merged: {error}") from error
     return model.to(dtype)
-
-
-def untie_adapted(base: PreTrainedModel) -> None:
-    """Gives the head a weight of its own where it shares one with the embeddings and both are
-    adapted: PEFT would merge both adapters into the one."""
-    head = base.get_output_embeddings()
-    embeddings = base.get_input_embeddings()
-    are_adapted = isinstance(head, BaseTunerLayer) and isinstance(embeddings, BaseTunerLayer)
-    if not are_adapted or head.weight is not embeddings.weight:
-        return
-    head.get_base_layer().weight = nn.Parameter(head.weight.clone(), requires_grad=False)
-    for config in (base.config, base.config.get_text_config()):
-        config.tie_word_embeddings = False
 
 
 def replace_weights(folder: Path, model: PreTrainedModel) -> None:
@@ -262,37 +231,15 @@ def calibration_rows(source: DataConfig, run: LoadedModel, asks: bool, tokens: i
     return batches.load(batches.first(tokens))
 
 
-def token_mask(batch: Batch) -> torch.Tensor:
-    """1 for the tokens of a batch, 0 for its padding."""
-    if batch.attention_mask is None:
-        return torch.ones_like(batch.input_ids)
-    return batch.attention_mask
-
-
-def fit_maps(run: LoadedModel, calibration: Batch) -> dict[str, torch.Tensor]:
-    """M of every branch, fitted to the tokens of a batch."""
-    mask = token_mask(calibration)
-    announce("fitting", f"linear maps to {int(mask.sum()):,} training tokens")
-    decoder = run.base.get_decoder()
-
-    def forward() -> None:
-        decoder(**calibration.inputs, use_cache=False)
-
-    with run.context():
-        return fit_all(run.model, forward, mask.flatten().bool())
-
-
 @torch.no_grad()
-def fit_all(
-    model: nn.Module, forward: Callable[[], object], is_token: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """M of every branch, from one pass over the calibration rows: each is fitted to the inputs that
-    the maps below give it.
-
-    Args:
-        forward: runs the model on the calibration rows, as one batch.
-        is_token: marks the positions of the batch that are no padding.
-    """
+def fit_maps(run: LoadedModel, calibration: Batch) -> dict[str, torch.Tensor]:
+    """M of every branch, from one pass over the tokens of a batch: each is fitted to the inputs
+    that the maps below give it."""
+    mask = calibration.attention_mask
+    if mask is None:
+        mask = torch.ones_like(calibration.input_ids)
+    announce("fitting", f"linear maps to {int(mask.sum()):,} training tokens")
+    is_token = mask.flatten().bool()
     maps: dict[str, torch.Tensor] = {}
 
     def fit_gate(
@@ -304,15 +251,12 @@ def fit_all(
             maps[name] = fit(z.flatten(0, -2)[is_token], h.flatten(0, -2)[is_token])
         return z @ maps[name].T.to(z)
 
-    hooks = []
-    for name, layer in cera_layers(model).items():
-        gate = layer.cera_gate[ADAPTER]
-        hooks.append(gate.register_forward_hook(partial(fit_gate, name)))
-    try:
-        forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for name, layer in cera_layers(run.model).items():
+            hook = layer.cera_gate[ADAPTER].register_forward_hook(partial(fit_gate, name))
+            hooks.callback(hook.remove)
+        hooks.enter_context(run.context())
+        run.base.get_decoder()(**calibration.inputs, use_cache=False)
     return maps
 
 

@@ -48,7 +48,6 @@ class LlamaCpp:
         ends: the tokens at which the run's model stops, beside the tokenizer's.
     """
 
-    program = "llama.cpp"
     fix = "Convert it anew, with the tokenizer of the run."
 
     def __init__(
@@ -63,6 +62,8 @@ class LlamaCpp:
             self.words = len(fields["tokenizer.ggml.tokens"].data)
             template = fields.get("tokenizer.chat_template")
             self.chat_template = template and template.contents()
+            end = fields.get("tokenizer.ggml.eos_token_id")
+            self.named_ends = {int(end.contents())} if end else set()
         process = subprocess.Popen(
             [sys.executable, PROCESS, file, str(room), str(torch.get_num_threads())],
             stdin=subprocess.PIPE,

@@ -11,15 +11,14 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
 from safetensors import safe_open
 from torch.nn.functional import kl_div, log_softmax
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from cera_train.adapters.folder import ADAPTER_CONFIG, check_saved, weights_file
 from cera_train.adapters.saved import is_adapter, saved_tensors
@@ -28,7 +27,7 @@ from cera_train.common.errors import DiffersError
 from cera_train.common.settings import Choice, require
 from cera_train.common.terminal import announce, print_fields
 from cera_train.common.user_code import user_code
-from cera_train.data.prepare import TokenizedRows, ids_of, prepare_evaluation, stop_ids
+from cera_train.data.prepare import ids_of, prepare_evaluation, stop_ids
 from cera_train.evaluation.engine import load_subject
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Engine, Request
@@ -39,8 +38,7 @@ from cera_train.model.folder import from_hub_or_folder, load_architecture
 from cera_train.model.weights import (
     auto_class,
     keep_4bit_weights,
-    left_unquantised,
-    quantization_config,
+    load_model,
     quantization_of,
 )
 from cera_train.runs.records import Record
@@ -60,14 +58,15 @@ places."""
 FITTED = 0.01
 """Nats per token that a LoRA fitted to a CeRA may lose."""
 
-DTYPES = {"ALL_F32": "float32", "MOSTLY_F16": "float16", "MOSTLY_BF16": "bfloat16"}
-"""What a GGUF that is not quantised says of its weights, and torch's name for it."""
+DTYPES = {
+    "ALL_F32": Dtype.float32,
+    "MOSTLY_F16": Dtype.float16,
+    "MOSTLY_BF16": Dtype.bfloat16,
+}
+"""What a GGUF that is not quantised says of its weights."""
 
 ANSWERS = 16  # prompts that both answer
 ANSWER_TOKENS = 32
-
-Judged = LoadedModel | LlamaCpp | Server
-"""What computes the form."""
 
 
 class Certificate(Record):
@@ -113,6 +112,37 @@ class Certificate(Record):
         }
 
 
+class Folder(LoadedModel):
+    """A folder in transformers and PEFT alone."""
+
+    fix = "Copy the tokenizer of the run."
+
+    def ids_of(self, text: str) -> list[int]:
+        return ids_of(text, self.tokenizer)
+
+    def has_template_of(self, tokenizer: Any) -> bool:
+        ours = (self.tokenizer.chat_template, self.tokenizer.eos_token)
+        return ours == (tokenizer.chat_template, tokenizer.eos_token)
+
+    def ends_at(self, token: int) -> bool:
+        """Whether an answer ends after this token."""
+        stops = self.base.generation_config.eos_token_id
+        if is_adapter(self.model):  # its folder has no place for generation settings
+            return token in stop_ids(self.tokenizer, stops)
+        return token in (stops if isinstance(stops, list) else [stops])
+
+
+class Form(NamedTuple):
+    """A folder, and what it is for a user of it."""
+
+    engine: Folder | Server | LlamaCpp
+    kind: str  # for the certificate
+    ends: set[int]  # at which its files let an answer end
+    dtype: Dtype | None  # of its base; None: a plain model that is quantised
+    is_adapter: bool = False
+    is_gated: bool = False
+
+
 def verify(
     folder: Path,
     subject: Subject,
@@ -122,7 +152,7 @@ def verify(
     at_most: float | None = None,
     server: str | None = None,
 ) -> Certificate:
-    """Compares a folder with the run that it was made of, and prints what differs. Errors name no
+    """Compares a folder with the run that it was made of, and prints how far it is. Errors name no
     folder.
 
     Args:
@@ -142,33 +172,23 @@ def verify(
     batches = [held_out.load([number]) for number in range(len(rows))]  # one row a batch
     if folder.suffix == GGUF:
         longest = max(row.input_ids.shape[1] for row in batches)
-        ends = run.base.generation_config.eos_token_id
-        engine = LlamaCpp(folder, run.tokenizer, longest + ANSWER_TOKENS, ends)
-        require(
-            at_most is not None or engine.precision in DTYPES,
-            f"it is quantised ({engine.precision}), which is no rounding of the run: set at_most=.",
-        )
-        form = load_gguf(folder, engine.precision, run)
+        form = open_gguf(folder, run, longest + ANSWER_TOKENS)
     else:
-        form = load_form(folder, subject.model, run.base.device)
-        check_tokenizer(run, form)
-        theirs = prepare_evaluation(data, form.tokenizer, limit, subject.trained.asks)
-        check_rows(rows, theirs, run.tokenizer)
-        engine = form
-        if server is not None:
-            engine = Server(server, subject.model, form.tokenizer, folder)
-    if engine is not form:
-        check_runtime(run, form, engine, batches)
+        form = open_folder(folder, subject.model, run.base.device, server)
+    require(
+        at_most is not None or form.dtype is not None,
+        "it is quantised, which is no rounding of the run: set at_most=.",
+    )
+    check_tokens(run, form, batches)
     announce("judging", f"it on {len(rows):,} held-out rows")
-    figures = compare_models(run, engine, batches)
+    figures = compare_models(run, form.engine, batches)
     allowed = Choice(at_most, "at_most")
     if at_most is None:
-        allowed = explained(subject, run, form, engine, batches)
-    answered = compare_answers(run, engine, batches[:ANSWERS])
+        allowed = explained(subject, run, form, batches)
     certificate = Certificate(
-        form=describe(form, engine),
+        form=form.kind,
         **figures,
-        **answered,
+        **compare_answers(run, form.engine, batches[:ANSWERS]),
         at_most=allowed.value,
         reason=allowed.why,
     )
@@ -184,7 +204,36 @@ def verify(
 # --- a folder, as its user loads it ---------------------------------------------------------------
 
 
-def load_form(folder: Path, model: ModelConfig, device: torch.device) -> LoadedModel:
+def open_folder(folder: Path, model: ModelConfig, device: torch.device, server: str | None) -> Form:
+    """A folder in transformers, or in a vLLM that computes 16 bits where it does not say."""
+    loaded = load_form(folder, model, device)
+    dtype = Dtype(str(loaded.base.dtype).removeprefix("torch."))
+    quantization = quantization_of(loaded.base)
+    kind = "a plain model"
+    has_adapter = is_adapter(loaded.model)
+    if has_adapter:
+        kind = f"PEFT's {loaded.model.active_peft_config.peft_type.value}, on its base"
+    engine = loaded
+    if server is None:
+        kind += f" in {quantization or dtype}"
+    else:
+        engine = Server(server, model, loaded.tokenizer, folder)
+        kind += f", in {engine.version}"
+        dtype = Dtype.bfloat16
+    if quantization is not None and not has_adapter:
+        dtype = None
+    ends = stop_ids(loaded.tokenizer, loaded.base.generation_config.eos_token_id)
+    return Form(engine, kind, ends, dtype, has_adapter, has_gates(loaded))
+
+
+def open_gguf(file: Path, run: LoadedModel, room: int) -> Form:
+    """A GGUF in llama.cpp, whose longest prompt needs `room` positions with its answer."""
+    engine = LlamaCpp(file, run.tokenizer, room, run.base.generation_config.eos_token_id)
+    kind = f"a GGUF in llama.cpp, {engine.precision}"
+    return Form(engine, kind, engine.named_ends, DTYPES.get(engine.precision))
+
+
+def load_form(folder: Path, model: ModelConfig, device: torch.device) -> Folder:
     """The model of a folder by `from_pretrained` alone, with the tokenizer beside it. An adapter's
     base is the one that the folder names, quantised as in training. Raises DiffersError where
     tensors are missing or of no use: the libraries only warn of them."""
@@ -206,15 +255,8 @@ def load_form(folder: Path, model: ModelConfig, device: torch.device) -> LoadedM
             isinstance(base_path, str), f"{ADAPTER_CONFIG} names no base model: export it anew."
         )
         named = replace(place, path=base_path, revision=saved.get("revision"))
-        quantising = {}
-        if model.quantization != Quantization.none:
-            dtype = getattr(torch, model.dtype.value)
-            skip = left_unquantised(load_architecture(named))
-            quantising["quantization_config"] = quantization_config(
-                model.quantization, dtype, skip=skip
-            )
-            quantising["dtype"] = dtype
-        base = load(named, **quantising)
+        is_whole = model.quantization == Quantization.none
+        base = load(named) if is_whole else load_model(named, device)
         with user_code(*cannot), warnings.catch_warnings(action="ignore"):
             loaded = peft.PeftModel.from_pretrained(base, str(folder))
         with safe_open(weights_file(folder), "pt") as file:
@@ -229,119 +271,40 @@ def load_form(folder: Path, model: ModelConfig, device: torch.device) -> LoadedM
             f"{min(different)} and {len(different) - 1} other tensors are missing, or have no "
             f"place in its model: export it anew."
         )
-    form = LoadedModel(loaded.eval(), base, tokenizer)
+    form = Folder(loaded.eval(), base, tokenizer)
     if quantization_of(form.base) == Quantization.nf4:
         keep_4bit_weights(base)  # else some CPUs would round more than in the run
     return form
 
 
-def load_gguf(file: Path, precision: str, run: LoadedModel) -> LoadedModel:
-    """The model that transformers reads from the file, with its end tokens."""
-    with user_code("it cannot be loaded", "Convert it anew."):
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=getattr(torch, DTYPES.get(precision, "float32")),
-            device_map={"": run.base.device},
-        )
-    return LoadedModel(model.eval(), model, run.tokenizer)
-
-
-def describe(form: LoadedModel, engine: Judged) -> str:
-    if isinstance(engine, LlamaCpp):
-        return f"a GGUF in llama.cpp, {engine.precision}"
-    kind = "a plain model"
-    if is_adapter(form.model):
-        kind = f"PEFT's {form.model.active_peft_config.peft_type.value}, on its base"
-    if isinstance(engine, Server):
-        return f"{kind}, in {engine.version}"
-    weights = quantization_of(form.base) or str(form.base.dtype).removeprefix("torch.")
-    return f"{kind} in {weights}"
-
-
 # --- what no loss shows ---------------------------------------------------------------------------
 
 
-def check_tokenizer(run: LoadedModel, form: LoadedModel) -> None:
-    """Raises DiffersError for another chat template or other end tokens."""
-    for name in ("chat_template", "eos_token"):
-        ours = getattr(run.tokenizer, name)
-        theirs = getattr(form.tokenizer, name)
-        if ours != theirs:
-            raise DiffersError(
-                f"its tokenizer's {name} is {str(theirs)[:40]!r}, that of the run "
-                f"{str(ours)[:40]!r}: copy the tokenizer of the run."
-            )
-    ends = sorted(stop_ids(run.tokenizer, run.base.generation_config.eos_token_id))
-    stops = form.base.generation_config.eos_token_id  # where `generate` of transformers stops
-    others = sorted({*(stops if isinstance(stops, list) else [stops])} - {None})
-    if is_adapter(form.model):  # its folder has no place for generation settings
-        others = sorted(stop_ids(form.tokenizer, stops))
+def check_tokens(run: LoadedModel, form: Form, rows: Sequence[Batch]) -> None:
+    """Raises DiffersError for another chat template, other end tokens, or a held-out row in other
+    tokens."""
+    engine = form.engine
+    if not engine.has_template_of(run.tokenizer):
+        raise DiffersError(f"its chat template or end token is not that of the run. {engine.fix}")
+    ends = stop_ids(run.tokenizer, run.base.generation_config.eos_token_id)
+    others = {end for end in ends | form.ends if engine.ends_at(end)}
     if ends != others:
         raise DiffersError(
-            f"its answers stop at the tokens {others}, those of the run at {ends}: set "
-            f"eos_token_id={ends} in generation_config.json."
-        )
-
-
-def check_runtime(
-    run: LoadedModel, form: LoadedModel, engine: LlamaCpp | Server, rows: Sequence[Batch]
-) -> None:
-    """Raises DiffersError where another program has another chat template, goes on after an end
-    token, or writes the text of a held-out row in other tokens."""
-    program = engine.program
-    if not engine.has_template_of(run.tokenizer):
-        raise DiffersError(f"{program} has another chat template than the run. {engine.fix}")
-    ends = stop_ids(run.tokenizer, run.base.generation_config.eos_token_id)
-    for end in sorted(ends):
-        if not engine.ends_at(end):
-            raise DiffersError(
-                f"{program} goes on after the token {end}, at which answers of the run end. "
-                f"{engine.fix}"
-            )
-    others = stop_ids(run.tokenizer, form.base.generation_config.eos_token_id) - ends
-    if others:
-        raise DiffersError(
-            f"{program} stops at the tokens {sorted(others)} too, where the run goes on. "
+            f"its answers stop at the tokens {sorted(others)}, those of the run at "
+            f"{sorted(ends)}: set eos_token_id={sorted(ends)} in generation_config.json. "
             f"{engine.fix}"
         )
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, start=1):
         text = run.tokenizer.decode(row.input_ids[0])
-        check_ids(number, ids_of(text, run.tokenizer), engine.ids_of(text), run.tokenizer)
-
-
-def check_rows(ours: TokenizedRows, theirs: TokenizedRows, tokenizer: Any) -> None:
-    """Raises DiffersError where the folder's tokenizer writes a held-out row in other tokens.
-
-    Args:
-        tokenizer: the run's, which decodes them.
-    """
-    for row in range(len(ours)):
-        ids = ours.tokens("input_ids", row).to_pylist()
-        others = theirs.tokens("input_ids", row).to_pylist() if row < len(theirs) else []
-        check_ids(row, ids, others, tokenizer)
-
-
-def check_ids(row: int, ids: list[int], others: list[int], tokenizer: Any) -> None:
-    """Raises DiffersError where two tokenizers write a held-out row in other tokens."""
-    if ids == others:
-        return
-    pairs = enumerate(zip_longest(ids, others))
-    same = next(place for place, (ours_id, other) in pairs if ours_id != other)
-    words, other_words = (
-        tokenizer.convert_ids_to_tokens(each[same : same + 4]) for each in (ids, others)
-    )
-    raise DiffersError(
-        f"its tokenizer writes held-out row {row + 1} from token {same + 1} on as "
-        f"{other_words}, the run's as {words}: copy the tokenizer of the run."
-    )
+        if engine.ids_of(text) != ids_of(text, run.tokenizer):
+            raise DiffersError(f"it writes held-out row {number} in other tokens. {engine.fix}")
 
 
 # --- logits and answers ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def compare_models(run: LoadedModel, engine: Judged, rows: Sequence[Batch]) -> dict[str, Any]:
+def compare_models(run: LoadedModel, engine: Engine, rows: Sequence[Batch]) -> dict[str, Any]:
     """Compares both on batches of one sequence: no padding, and one sequence's logits in memory.
     Returns the fields of a `Certificate` that result."""
     sums = []
@@ -381,7 +344,7 @@ def compare_models(run: LoadedModel, engine: Judged, rows: Sequence[Batch]) -> d
     }
 
 
-def log_probabilities(engine: Judged, row: Batch) -> torch.Tensor:
+def log_probabilities(engine: Engine, row: Batch) -> torch.Tensor:
     """[N, V], after each token before a supervised one."""
     if not isinstance(engine, LoadedModel):
         ids = row.input_ids[0].tolist()
@@ -426,16 +389,16 @@ def has_gates(loaded: LoadedModel) -> bool:
 
 
 def explained(
-    subject: Subject, run: LoadedModel, form: LoadedModel, engine: Engine, rows: Sequence[Batch]
+    subject: Subject, run: LoadedModel, form: Form, rows: Sequence[Batch]
 ) -> Choice[float]:
     """The KL divergence that the form alone explains, in nats a token, and how. What its precision
     changes is measured on the run itself."""
     value = SAME
     reasons = []
-    if has_gates(run) and not has_gates(form):
+    if has_gates(run) and not form.is_gated:
         value += FITTED
         reasons.append(f"{FITTED} for the fit of a LoRA to a CeRA")
-    other = other_precision(subject, run, form, engine)
+    other = other_precision(subject, run, form)
     if other is not None:
         announce("measuring", "what rounding changes in the run itself")
         subject = replace(subject, model=other)
@@ -450,32 +413,17 @@ def explained(
     return Choice(value, " and ".join(reasons) or "the order of float32 sums")
 
 
-def other_precision(
-    subject: Subject, run: LoadedModel, form: LoadedModel, engine: Engine
-) -> ModelConfig | None:
-    """The run's base in a precision in which it differs from the run as the form does: quantised
-    or whole, in 32 bits or in 16. None where both compute in float32."""
+def other_precision(subject: Subject, run: LoadedModel, form: Form) -> ModelConfig | None:
+    """The run's base in a precision in which it differs from the run as the form does. None where
+    both compute in float32."""
     model = subject.model
-    quantised = None if is_adapter(form.model) else quantization_of(form.base)
-    if quantised is not None:
-        is_whole = model.quantization == Quantization.none
-        return replace(model, quantization=quantised if is_whole else Quantization.none)
-    if only_run_rounds_products(model, form):
+    if model.quantization == Quantization.int8 and not form.is_adapter:
+        # The weights are the same, but 8 bits round what goes into their products too.
         return replace(model, quantization=Quantization.none)
-    dtype = Dtype(str(form.base.dtype).removeprefix("torch."))
-    if isinstance(engine, Server):  # which does not name its own
-        dtype = Dtype.bfloat16
-    rounded = None if dtype == Dtype.float32 else replace(model, dtype=dtype)
-    if not is_adapter(run.model) and rounded is not None:  # all its weights are float32
-        return rounded
+    rounded = None if form.dtype == Dtype.float32 else replace(model, dtype=form.dtype)
     computes = model.autocast_dtype(subject.train.autocast, run.base.device.type == "cuda")
-    if computes is not None or model.dtype != Dtype.float32:
-        return replace(model, dtype=Dtype.float32)
-    return rounded
-
-
-def only_run_rounds_products(model: ModelConfig, form: LoadedModel) -> bool:
-    """Whether the form is a plain model of a run over 8-bit weights: the weights are the same, but
-    8 bits round what goes into their products too."""
-    is_plain = not is_adapter(form.model) and quantization_of(form.base) is None
-    return is_plain and model.quantization == Quantization.int8
+    is_exact = computes is None and model.dtype == Dtype.float32
+    has_float32_weights = not is_adapter(run.model)
+    if is_exact or (has_float32_weights and rounded is not None):
+        return rounded
+    return replace(model, dtype=Dtype.float32)

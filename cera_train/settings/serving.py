@@ -72,7 +72,7 @@ class ExportConfig(AnsweringConfig):
     at_most: float | None = setting(None, "nothing")
     """Nats per token: a folder is refused with status 3 if the 95 % interval of its KL divergence
     from the run exceeds this. null: what rounding explains, three times what it changes in the
-    run itself, and 0.01 more for a LoRA fitted to a CeRA."""
+    run itself, and 0.01 more for a LoRA fitted to a CeRA. What is quantised needs a number."""
     calibration_tokens: int = setting(4096, "result")
     """The linear maps are fitted to training rows with up to this many tokens."""
     rows: int | None = setting(None, "result")

@@ -117,17 +117,6 @@ def test_an_export_is_the_run_in_llama_cpp(certificate, file):
 
 
 @pytest.mark.slow
-def test_a_tokenizer_with_several_chat_templates_is_exported_with_the_first(run, compose, tmp_path):
-    base = shutil.copytree(run.parent / "base", tmp_path / "base")
-    (base / "additional_chat_templates").mkdir()
-    (base / "additional_chat_templates" / "tool_use.jinja").write_text("a tool")
-    words = ("model=smollm2_135m", f"model.path={base}", f"output={tmp_path / 'gguf'}", "rows=1")
-    assert export(compose(f"run={run}", "to=gguf", *words, command="export")).holds
-    names = {"model.gguf", "certificate.json", "README.md"}
-    assert {path.name for path in (tmp_path / "gguf").iterdir()} == names
-
-
-@pytest.mark.slow
 def test_llama_cpp_computes_what_transformers_does(file, run, compose, tokenizer_of_pieces):
     merged = run / "export_merged"
     export(compose(f"run={run}", "to=merged", "rows=4", command="export"))
@@ -179,13 +168,6 @@ def field(name: str, before: object, after: object) -> Callable:
     return plant
 
 
-def no_end(reader: gguf.GGUFReader) -> None:
-    """llama.cpp takes </s> for an end by its text, too."""
-    field("tokenizer.ggml.eos_token_id", 2, 5)(reader)
-    tokens = reader.fields["tokenizer.ggml.tokens"]
-    tokens.parts[tokens.data[2]][:] = list(b"<t/>")
-
-
 def swap_letters(reader: gguf.GGUFReader) -> None:
     """Another vocabulary: two letters change their ids."""
     tokens = reader.fields["tokenizer.ggml.tokens"]
@@ -201,14 +183,12 @@ def swap_letters(reader: gguf.GGUFReader) -> None:
 DISTANT = "its KL divergence from the run may be"
 FAULTS = {
     "weights scaled": (tensor("blk.0.attn_q.weight", lambda W: 1.5 * W), DISTANT),
-    "heads permuted": (tensor("blk.0.attn_q.weight", lambda W: W[::-1]), DISTANT),
     "another template": (
         field("tokenizer.chat_template", b"<|im_start|>", b"<|im_begin|>"),
-        "llama.cpp has another chat template",
+        "chat template or end token is not",
     ),
-    "another end": (field("tokenizer.ggml.eos_token_id", 2, 5), r"stops at the tokens \[5\] too"),
-    "no end": (no_end, "goes on after the token 2"),
-    "another vocabulary": (swap_letters, "writes held-out row 1 from token"),
+    "another end": (field("tokenizer.ggml.eos_token_id", 2, 5), r"stop at the tokens \[2, 5\]"),
+    "another vocabulary": (swap_letters, "writes held-out row 1 in other tokens"),
 }
 
 
@@ -226,7 +206,7 @@ def test_a_planted_fault_is_refused(name, file, check_of, tmp_path):
 def test_a_quantised_file_needs_a_limit(file, check_of, tmp_path):
     quantised = Path(shutil.copy(file, tmp_path))
     field("general.file_type", 0, 7)(gguf.GGUFReader(quantised, "r+"))
-    with pytest.raises(UserError, match=r"quantised \(MOSTLY_Q8_0\).* set at_most="):
+    with pytest.raises(UserError, match="it is quantised, .* set at_most="):
         check_of(quantised)
 
 
