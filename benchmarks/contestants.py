@@ -420,7 +420,7 @@ class Ours(Contestant):
         if fallbacks := ours.language_model.fallbacks:
             raise RuntimeError(f"it fell back: {'; '.join(fallbacks)}")
         drawn = self.objective.draw(list(rows))
-        backward(ours, self.objective, drawn)
+        backward(ours, drawn)
         ours.accelerator.clip_grad_norm_(ours.trained, 1.0)
         ours.optimizer.step()
         ours.optimizer.zero_grad()

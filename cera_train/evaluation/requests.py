@@ -27,18 +27,10 @@ class Request:
         return self.problem, self.sample
 
 
-class SampledTokens(NamedTuple):
-    """The tokens of an answer as the server saw them that sampled them."""
-
-    log_p: list[float]
-    highest: list[float]  # log p of the likeliest token in the same place
-    is_highest: list[bool]  # whether that one was sampled
-
-
 class Answer(NamedTuple):
     generation: Generation
     ids: list[int]  # its tokens, the end token included
-    sampled: SampledTokens | None = None  # where a server sampled them
+    sampled: list[float] | None = None  # log p of its tokens, where a server sampled them
 
 
 class Engine(Protocol):

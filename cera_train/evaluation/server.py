@@ -31,7 +31,6 @@ from cera_train.common.terminal import announce
 from cera_train.evaluation.requests import (
     Answer,
     Request,
-    SampledTokens,
     answer_of,
     generation_settings,
     request_seed,
@@ -220,7 +219,7 @@ class Server:
             "return_tokens_as_token_ids": True,  # two tokens may have the same text
         }
         ids = []
-        sampled = SampledTokens([], [], [])
+        sampled = []
         reason = None
         if streamer is not None:
             streamer.put(torch.tensor(request.prompt_ids))
@@ -229,11 +228,7 @@ class Server:
                 reason = choice["finish_reason"]
                 piece = choice["token_ids"]
                 self._check_tokens(piece, choice["logprobs"])
-                sampled.log_p.extend(choice["logprobs"]["token_logprobs"])
-                for likely in choice["logprobs"]["top_logprobs"]:
-                    # The sampled token, and the likeliest where that is another.
-                    sampled.highest.append(max(likely.values()))
-                    sampled.is_highest.append(len(likely) == 1)
+                sampled += choice["logprobs"]["token_logprobs"]
             ids += piece
             if streamer is not None:
                 streamer.put(torch.tensor(piece))
@@ -247,18 +242,15 @@ class Server:
                 "tokens: start vLLM with --generation-config vllm."
             )
         answer = answer_of(request, ids, self.tokenizer, settings)
-        kept = len(answer.ids)
-        sampled = SampledTokens(*(values[:kept] for values in sampled))
-        return Answer(answer.generation, answer.ids, sampled)
+        return Answer(answer.generation, answer.ids, sampled[: len(answer.ids)])
 
     def _check_tokens(self, ids: list[int], logprobs: dict[str, list]) -> None:
         """Raises a LookupError or a ValueError where these are not tokens of the vocabulary, each
-        with its log p and the likeliest."""
+        with its log p."""
         if not all(type(token) is int and token in self.vocabulary for token in ids):
             raise LookupError(ids)
         log_p = logprobs["token_logprobs"]
-        likely = logprobs["top_logprobs"]
-        if not len(ids) == len(log_p) == len(likely) or not all(map(math.isfinite, log_p)):
+        if len(ids) != len(log_p) or not all(map(math.isfinite, log_p)):
             raise ValueError(log_p)
 
     def _choices(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:

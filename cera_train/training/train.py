@@ -60,7 +60,7 @@ from cera_train.training.build import (
 )
 from cera_train.training.log import Log, open_log
 from cera_train.training.objectives import build_objective
-from cera_train.training.objectives.objective import Drawn, Objective
+from cera_train.training.objectives.objective import Objective, Update
 from cera_train.training.optimizer import learning_rate, set_learning_rate
 from cera_train.training.resolve import resolve
 from cera_train.training.timetable import Timetable
@@ -181,10 +181,10 @@ def update(
     lr = begin_update(config, model, progress, data.updates)
     with saved_on_error(model, progress, log.folder, config.train):
         drawn = objective.draw(sequences)
-        part = backward(model, objective, drawn)
+        part = backward(model, drawn)
     for number in range(drawn.passes):
         if number > 0:  # the weights are no longer those of an update: an error saves nothing
-            part = backward(model, objective, drawn)
+            part = backward(model, drawn)
         loss, signal = reduce_loss(part, interruption, accelerator)
         grad_norm = clip_gradients(model, config.optimizer.max_grad_norm)
         if has_diverged(loss, grad_norm, accelerator.scaler):
@@ -196,9 +196,9 @@ def update(
 
     seconds = time.perf_counter() - started
     progress.updated(drawn.tokens, seconds, data.order.updates_per_epoch)
-    sums = {
-        name: float(accelerator.reduce(value, reduction="mean"))
-        for name, value in drawn.sums.items()
+    figures = {
+        name: float(accelerator.reduce(value, "mean")) if torch.is_tensor(value) else value
+        for name, value in drawn.figures.items()
     }
     metrics = UpdateMetrics(
         update=progress.update,
@@ -209,7 +209,7 @@ def update(
         lr=lr,
         tokens_per_s=drawn.tokens / seconds,
         seconds=progress.seconds,
-        **drawn.figures | sums,
+        **figures,
     )
     log_update(metrics, drawn.headline, data.updates, model, log)
     return signal
@@ -224,9 +224,8 @@ def begin_update(config: Config, model: Model, progress: Progress, updates: int)
     return lr
 
 
-def backward(model: Model, objective: Objective, drawn: Drawn) -> torch.Tensor:
-    """Accumulates the gradient of the objective; returns this process's part of the loss, a
-    scalar."""
+def backward(model: Model, drawn: Update) -> torch.Tensor:
+    """Accumulates the gradient of an update; returns this process's part of the loss, a scalar."""
     accelerator = model.accelerator
     total = torch.zeros((), device=accelerator.device)
     micro_batches = drawn.batches.of_process(accelerator, drawn.sequences)
@@ -234,11 +233,7 @@ def backward(model: Model, objective: Objective, drawn: Drawn) -> torch.Tensor:
         reduces = number == len(micro_batches)  # the gradients over the processes
         with contextlib.nullcontext() if reduces else accelerator.no_sync(model.wrapped):
             log_p = -model.wrapped(drawn.batches.load(group))
-            if is_real:
-                loss, sums = objective.loss(log_p, drawn, group)
-                drawn.add(sums)
-            else:
-                loss = 0 * log_p.sum()
+            loss = drawn.loss(log_p, group) if is_real else 0 * log_p.sum()
             accelerator.backward(loss)
         total += loss.detach()
     return total

@@ -26,7 +26,7 @@ class BuiltRun(NamedTuple):
 
     def backward(self, sequences: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
         """Loss and gradients, by name, of an update on these sequences."""
-        loss = backward(self.model, self.objective, self.objective.draw(sequences))
+        loss = backward(self.model, self.objective.draw(sequences))
         return float(loss), self.take_gradients()
 
     def take_gradients(self) -> dict[str, torch.Tensor]:

@@ -39,7 +39,6 @@ class PlayedVllm(ThreadingHTTPServer):
         self.refusals = {}  # path -> status and body
         self.faults = []  # of the next completions
         self.temperature = 1.0  # in place of the one that a request sets
-        self.sends_processed = False  # log p at the temperature, as --logprobs-mode sets
 
     def handle_error(self, request: object, client_address: object) -> None:
         if not isinstance(sys.exc_info()[1], BrokenPipeError):  # the client stopped reading
@@ -76,7 +75,7 @@ class PlayedVllm(ThreadingHTTPServer):
                 tokenizer=self.tokenizer,
             )
         tokens = output.sequences[0, ids.shape[1] :]
-        divisor = self.temperature if self.sends_processed else 1.0
+        divisor = self.temperature
         log_p = (torch.cat(output.logits).float() / divisor).log_softmax(-1)
         highest, likeliest = log_p.max(-1)
         log_p = log_p.gather(1, tokens[:, None])[:, 0]

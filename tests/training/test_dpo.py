@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from built_runs import build_run
 from cera_models import WARNINGS
 from conftest import TINY
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from several_processes import train_in_processes
 from tiny_runs import adapter_bytes, all_losses_of, folder_of, metrics_of, train_and_die_after
 
@@ -121,17 +119,8 @@ def test_the_loss_follows_the_formula_and_does_not_depend_on_the_micro_batch(dpo
         assert (gradient - gradients_apart[name]).norm() <= 1e-5 * gradient.norm(), name
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """Gives the test its own cache."""
-    monkeypatch.setenv("CERA_TRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_run_learns_the_choice_and_resumes_byte_for_byte_without_the_cache(
-    dpo, cache, quantization
-):
+def test_a_run_learns_the_choice_and_resumes_byte_for_byte(dpo, quantization):
     words = ["optimizer.lr=2e-2", f"model.quantization={quantization}"]
     whole = dpo("name=whole", *words)
     part = dpo("name=part", "train.save_every=4", *words)
@@ -142,7 +131,6 @@ def test_a_run_learns_the_choice_and_resumes_byte_for_byte_without_the_cache(
     assert result["eval/perplexity"] < 1.9
     assert result["preferences/accuracy"] == 1
     train_and_die_after(part, update=5)
-    shutil.rmtree(cache / "reference")
     train(part)
     assert adapter_bytes(part) == adapter_bytes(whole)
     last = metrics_of(whole)[-1]
@@ -180,36 +168,6 @@ def test_a_base_that_the_adapter_to_start_from_changed_is_no_reference(dpo):
     start = f"adapter.start_from={folder_of(first)}"
     with pytest.raises(UserError, match="dpo.reference=base: this adapter changes weights"):
         train(dpo("dpo.reference=base", "adapter=lora", biased, start))
-
-
-def test_the_reference_is_computed_once_for_a_model_and_rows(
-    dpo, cache, tiny_folder, tmp_path, capsys
-):
-    def takes(*overrides: str) -> bool:
-        capsys.readouterr()
-        train(dpo(*overrides, "train.max_updates=1"))
-        return "log p of every answer, once" in capsys.readouterr().err
-
-    assert takes("name=first")
-    assert not takes(
-        "name=second", "train.seed=1", "optimizer.lr=1e-3", "adapter=dora", "adapter.r=2"
-    )
-    assert takes("name=rows", "data.eval_rows=5")
-    start = f"adapter.start_from={folder_of(dpo('name=first'))}"
-    assert takes("name=start", start)
-    assert not takes("name=further", start, "optimizer.lr=1e-3", "train.seed=1")
-    base = shutil.copytree(tiny_folder, tmp_path / "base")
-    assert takes("name=base", f"model.path={base}")
-    weights = load_file(base / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"] *= 1.1  # as merging an adapter would
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-    assert takes("name=merged", f"model.path={base}")
-    for file in cache.glob("reference/*/reference.safetensors"):
-        file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(
-        UserError, match=r"reference.safetensors is broken: .* Remove .*: it is taken anew"
-    ):
-        takes("name=broken")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,9 +28,7 @@ from cera_train.runs.evaluation_folder import Problem
 from cera_train.runs.records import read_lines
 from cera_train.runs.results import SAMPLES, Sample
 from cera_train.training.objectives import grpo as module
-from cera_train.training.objectives.grpo import (
-    MOST_WEIGHT,
-)
+from cera_train.training.objectives.grpo import KL, MOST_WEIGHT
 from cera_train.training.rewards import grade
 from cera_train.training.train import backward, train
 
@@ -107,7 +106,9 @@ CLIPPED = ["grpo.epochs=2", "grpo.epsilon=0.05", "grpo.epsilon_high=0.1", "grpo.
     ],
     ids=["scaled", "unscaled", "clipped, with a reference", "likewise, sampled by a server"],
 )
-def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, passes, is_served):
+def test_loss_gradients_and_figures_are_trls(
+    grpo, tokenizer, tmp_path, monkeypatch, words, passes, is_served
+):
     trl = pytest.importorskip("trl")
     settings = ("adapter.r=4", "adapter.dropout=0", "train.micro_batch_tokens=256", *words)
     run = build_run(grpo(*settings), tmp_path / "run")
@@ -124,18 +125,15 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, p
     torch.manual_seed(1)
     move()
     model.wrapped.train()
-    drawn = objective.draw([0, 2, 3])
-    assert drawn.passes == passes
-    assert 0 < len(drawn.sequences) <= 12
     prompts = [objective._prompt(row) for row in (0, 2, 3)]
-    groups = [[answer.ids for answer in group] for group in objective._sample(prompts, 4)]
+    answers = objective._sample(prompts, 4)
+    groups = [[answer.ids for answer in group] for group in answers]
     rewards = torch.tensor(
         [[vowels("Say ", tokenizer.decode(ids), "") for ids in group] for group in groups]
     ).float()
     advantages = rewards - rewards.mean(1, keepdim=True)
     if config.scale:
         advantages /= rewards.std(1, keepdim=True) + 1e-4
-    assert drawn.figures["train/reward"] == pytest.approx(rewards.mean().item())
 
     def padded(parts: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [torch.tensor(part) for part in parts]
@@ -162,27 +160,37 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, p
         causal_lm.set_attn_implementation(attention)
         return logits.gather(-1, ids[..., None])[..., 0].detach()
 
+    if passes == 2:
+        inputs["old_per_token_logps"] = log_p()
+        with model.adapted.disable_adapter():
+            inputs["ref_per_token_logps"] = log_p()
+    if is_served:
+        sampled = (inputs["old_per_token_logps"] + torch.randn(mask.shape)) * mask
+        weights = (inputs["old_per_token_logps"] - sampled).exp()
+        assert (weights[mask > 0] > MOST_WEIGHT).any()
+        inputs["importance_sampling_ratio"] = weights.clamp(max=MOST_WEIGHT)
+        rows = iter(sampled.tolist())
+        served = [
+            [answer._replace(sampled=next(rows)[: len(answer.ids)]) for answer in group]
+            for group in answers
+        ]
+        monkeypatch.setattr(objective, "sampler", SimpleNamespace(is_served=True))
+        monkeypatch.setattr(objective, "_sample", lambda *_: served)
+        monkeypatch.setattr(objective, "_check_policy", lambda *_: {})
+    drawn = objective.draw([0, 2, 3])
+    assert drawn.passes == passes
+    assert 0 < len(drawn.sequences) <= 12
+    assert drawn.figures["train/reward"] == pytest.approx(rewards.mean().item())
     # As on a process without rows: it changes no loss, gradient or figure.
     idle = [([drawn.sequences[0]], False)]
     of_process = drawn.batches.of_process
     drawn.batches.of_process = lambda *arguments: [*of_process(*arguments), *idle]
     if passes == 2:
-        inputs["old_per_token_logps"] = log_p()
-        with model.adapted.disable_adapter():
-            inputs["ref_per_token_logps"] = log_p()
-        if is_served:
-            sampled = (inputs["old_per_token_logps"] + torch.randn(mask.shape)) * mask
-            drawn.sampled = [
-                row[:length].tolist() for row, length in zip(sampled, mask.sum(1), strict=True)
-            ]
-            weights = (inputs["old_per_token_logps"] - sampled).exp()
-            assert (weights[mask > 0] > MOST_WEIGHT).any()
-            inputs["importance_sampling_ratio"] = weights.clamp(max=MOST_WEIGHT)
-        backward(model, objective, drawn)
+        backward(model, drawn)
         model.optimizer.zero_grad()
         move()
-    sums = {name: value.clone() for name, value in drawn.sums.items()}
-    loss = backward(model, objective, drawn)
+        before = drawn.figures[KL].item()
+    loss = backward(model, drawn)
     gradients = run.take_gradients()
 
     causal_lm.set_attn_implementation("sdpa")
@@ -210,7 +218,7 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, p
     if passes == 2:
         logged = trainer._metrics["train"]
         assert logged["clip_ratio/region_mean"][0] > 0
-        assert passes * (drawn.sums["train/kl"] - sums["train/kl"]).item() == pytest.approx(
+        assert passes * (drawn.figures[KL].item() - before) == pytest.approx(
             logged["kl"][0], rel=1e-4
         )
 

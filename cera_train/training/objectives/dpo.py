@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
@@ -23,21 +22,19 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from cera_train.adapters.saved import keeps_base
-from cera_train.common.files import cache_dir, cached_folder, read_parsed, write_bytes
-from cera_train.common.settings import require, to_plain
+from cera_train.common.files import read_parsed, write_bytes
+from cera_train.common.settings import require
 from cera_train.common.terminal import announce
-from cera_train.data.prepare import digest_of_parts
 from cera_train.evaluation.held_out import token_losses
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.results import TokenLosses
 from cera_train.settings.run import Config
 from cera_train.settings.training import DpoConfig, PreferenceLoss, Reference
 from cera_train.training.build import Data, Model
-from cera_train.training.objectives.objective import Drawn
+from cera_train.training.objectives.objective import Update
 
 REFERENCE = "reference.safetensors"
-"""File with log p of every answer under the reference: in the cache, and in the run's folder, so
-that the run resumes without the cache."""
+"""File in the run's folder: log p of every answer under the reference."""
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -98,16 +95,6 @@ def turn_dropout_off(model: nn.Module) -> None:
             module.p = 0.0
 
 
-@dataclass
-class Pairs(Drawn):
-    """Pairs of answers: sequences 2 i and 2 i + 1 form a pair."""
-
-    answer_weights: dict[int, float] = field(default_factory=dict)
-    """The derivative of the loss with respect to log p of each answer."""
-    share: float = 0.0
-    """Each answer's part of the loss."""
-
-
 class Dpo:
     """
     Args:
@@ -130,8 +117,7 @@ class Dpo:
         self.accelerator = model.accelerator
         self.batches = model.micro_batches(data.rows.train)
         turn_dropout_off(model.adapted)
-        # The base with the adapter off, a reference shared with runs of other adapters; or the
-        # adapter at the start of the run.
+        # The base with the adapter off, or the adapter at the start of the run.
         starts_at_base = config.adapter.start_from is None
         wants_base = starts_at_base or self.config.reference == Reference.base
         is_base = wants_base and keeps_base(model.adapted)
@@ -141,39 +127,32 @@ class Dpo:
             "the base is gone: set dpo.reference=start.",
         )
         splits = {"train": self.batches, "held_out": held_out}
-        digest = reference_digest(config, data, model, is_base)
-        reference = self._find_reference(splits, digest, is_base, run / REFERENCE, resumes)
+        reference = self._find_reference(splits, is_base, run / REFERENCE, resumes)
         self.reference = torch.from_numpy(reference["train"])
         self.held_out_reference = torch.from_numpy(reference["held_out"])
 
-    def draw(self, sequences: list[int]) -> Pairs:
+    def draw(self, sequences: list[int]) -> Update:
         losses = token_losses(self.language_model, self.batches, sequences, self.accelerator)
         log_p = answer_log_p(losses).requires_grad_()
         reference = self.reference[sequences].view(-1, 2)
         tokens = torch.tensor(losses.tokens).view(-1, 2)
-        loss = dpo_loss(log_p, reference, tokens, self.config)
-        [weights] = torch.autograd.grad(loss, log_p)
+        whole = dpo_loss(log_p, reference, tokens, self.config)
+        [gradient] = torch.autograd.grad(whole, log_p)
+        weights = dict(zip(sequences, gradient.flatten().tolist(), strict=True))
+        share = whole.item() / len(sequences)
         gains = log_p - reference
-        return Pairs(
-            self.batches,
-            sequences,
-            figures={
-                "train/rewards/accuracies": accuracy(gains),
-                **preference_figures(gains, self.config.beta, "train"),
-            },
-            answer_weights=dict(zip(sequences, weights.flatten().tolist(), strict=True)),
-            share=loss.item() / len(sequences),
-        )
+        figures = {"train/rewards/accuracies": accuracy(gains)}
+        figures |= preference_figures(gains, self.config.beta, "train")
 
-    def loss(
-        self, log_p: Tensor, drawn: Pairs, group: Sequence[int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        weights = torch.tensor([drawn.answer_weights[sequence] for sequence in group])
-        tokens = torch.tensor([drawn.batches.supervised[sequence] for sequence in group])
-        total = (weights.repeat_interleave(tokens).to(log_p.device) * log_p).sum()
-        # Its gradient is that of the pairs' loss; its value becomes that loss too.
-        part = total - total.detach() + len(group) * drawn.share
-        return self.accelerator.num_processes * part, {}
+        def loss(log_p: Tensor, group: Sequence[int]) -> Tensor:
+            answers = torch.tensor([weights[sequence] for sequence in group])
+            lengths = torch.tensor([self.batches.supervised[sequence] for sequence in group])
+            total = (answers.repeat_interleave(lengths).to(log_p.device) * log_p).sum()
+            # Its gradient is that of the pairs' loss; its value becomes that loss too.
+            part = total - total.detach() + len(group) * share
+            return self.accelerator.num_processes * part
+
+        return Update(self.batches, sequences, loss, figures=figures)
 
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
         gains = answer_log_p(losses) - self.held_out_reference.view(-1, 2)
@@ -184,25 +163,19 @@ class Dpo:
         return TokenLosses(one_each, pairs), {"preferences/accuracy": accuracy(gains), **figures}
 
     def _find_reference(
-        self, splits: dict[str, MicroBatches], digest: str, is_base: bool, kept: Path, resumes: bool
+        self, splits: dict[str, MicroBatches], is_base: bool, kept: Path, resumes: bool
     ) -> dict[str, numpy.ndarray]:
-        """[answers] log p of the answers of each split, float64: the run's copy if it resumes; else
-        from the cache, or computed and cached."""
-        name = f"reference/{digest}"
-        cached = cache_dir() / name
+        """[answers] log p of the answers of each split, float64: as the run kept it if it resumes,
+        else computed and kept."""
         is_main = self.accelerator.is_main_process
-        reference = None
-        if is_main and resumes:
-            reference = read_parsed(kept, load, "Restore it, or train in a new folder.")
-        elif is_main and cached.is_dir():
-            fix = f"Remove {cached}: it is taken anew."
-            reference = read_parsed(cached / REFERENCE, load, fix)
-        [reference] = broadcast_object_list([reference])
-        reference = reference or self._take_reference(splits, is_base)
-        if is_main and not resumes:
-            content = save(reference)
-            cached_folder(name, lambda folder: write_bytes(folder / REFERENCE, content))
-            write_bytes(kept, content)
+        if resumes:
+            fix = "Restore it, or train in a new folder."
+            found = read_parsed(kept, load, fix) if is_main else None
+            [found] = broadcast_object_list([found])
+            return found
+        reference = self._take_reference(splits, is_base)
+        if is_main:
+            write_bytes(kept, save(reference))
         return reference
 
     def _take_reference(
@@ -217,18 +190,3 @@ class Dpo:
     def _log_p(self, batches: MicroBatches) -> numpy.ndarray:
         answers = range(len(batches.lengths))
         return -token_losses(self.language_model, batches, answers, self.accelerator).sums()
-
-
-def reference_digest(config: Config, data: Data, model: Model, is_base: bool) -> str:
-    """A digest of the reference, the rows, and what decides how the passes round."""
-    start = None
-    if not is_base:
-        start = config.adapter.start_digest or [to_plain(config.adapter), config.train.seed]
-    rows = data.rows.train.digest, data.rows.evaluation.digest
-    training = config.train
-    passes = training.autocast, training.compile, training.micro_batch_tokens
-    accelerator = model.accelerator
-    is_flat = model.language_model.is_flat
-    machine = is_flat, accelerator.device.type, accelerator.num_processes
-    base = to_plain(config.model), model.base
-    return digest_of_parts(*base, start, rows, passes, machine)

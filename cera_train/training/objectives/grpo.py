@@ -13,7 +13,6 @@ answers again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from cera_train.common.settings import require
 from cera_train.data.prepare import Example, TokenizedRows, table_of
 from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.held_out import token_losses
-from cera_train.evaluation.requests import Answer, Request, SampledTokens, check_positions
+from cera_train.evaluation.requests import Answer, Request, check_positions
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.folder import Progress, RunFolder
 from cera_train.runs.results import SAMPLES, Sample, TokenLosses, figure
@@ -34,7 +33,7 @@ from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
 from cera_train.settings.training import GrpoConfig
 from cera_train.training.build import Data, Model
-from cera_train.training.objectives.objective import Drawn
+from cera_train.training.objectives.objective import Update
 from cera_train.training.objectives.policy import MOST_ROUNDING, PolicyCheck
 from cera_train.training.rewards import Reward, grade, import_reward
 
@@ -66,8 +65,9 @@ def grpo_loss(
     config: GrpoConfig,
     reference: Tensor | None = None,
     sampled: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and further figures, summed over sampled tokens. All arguments are [N].
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and KL from the base if there is a reference, summed over sampled tokens. All
+    arguments are [N].
 
     Args:
         log_p_before: log p in the first pass, before any step on these answers.
@@ -79,16 +79,14 @@ def grpo_loss(
     ratios = (log_p - log_p_before).exp()
     clipped = ratios.clamp(1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon))
     gains = torch.minimum(ratios * advantages, clipped * advantages)
-    figures = {}
     if sampled is not None:
         gains = gains * (log_p_before - sampled).exp().clamp(max=MOST_WEIGHT)
     loss = -gains.sum()
-    if reference is not None:
-        excess = reference - log_p
-        divergence = (ratios * (excess.exp() - excess - 1)).sum()
-        figures[KL] = divergence.detach()
-        loss = loss + config.beta * divergence
-    return loss, figures
+    if reference is None:
+        return loss, None
+    excess = reference - log_p
+    divergence = (ratios * (excess.exp() - excess - 1)).sum()
+    return loss + config.beta * divergence, divergence.detach()
 
 
 # --- the objective --------------------------------------------------------------------------------
@@ -100,24 +98,6 @@ class Prompt(NamedTuple):
     ids: tuple[int, ...]  # the tokens before the row's answer
     text: str
     right: str  # the row's answer
-
-
-@dataclass
-class Rollout(Drawn):
-    """Sampled answers: one sequence each, after its prompt."""
-
-    advantages: Tensor | None = None
-    """[sequences]."""
-    lengths: Tensor | None = None
-    """[sequences] sampled tokens of each."""
-    token_weight: Tensor | None = None
-    """processes / sampled tokens: the processes average their gradients."""
-    sampled: list[list[float]] | None = None
-    """log p of each answer's tokens on the server that sampled them."""
-    reference: list[Tensor] | None = None
-    """log p of each answer's tokens under the base."""
-    log_p_before: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    """log p in the first pass, by micro-batch."""
 
 
 class Grpo:
@@ -161,7 +141,7 @@ class Grpo:
         room = self.config.max_new_tokens
         check_positions("grpo.max_new_tokens", room, longest, sampler.engine.positions)
 
-    def draw(self, rows: list[int]) -> Rollout:
+    def draw(self, rows: list[int]) -> Update:
         prompts = [self._prompt(row) for row in rows]
         groups = self._sample(prompts, self.config.answers)
         batches = self._batches(prompts, groups)
@@ -171,9 +151,7 @@ class Grpo:
         rewards = self._reward(prompts, groups)
         self._check_signal(rewards)
         self._keep_samples(prompts, groups, rewards)
-        rollout = self._rollout(groups, batches, rewards)
-        rollout.figures |= distances
-        return rollout
+        return self._update(groups, batches, rewards, distances)
 
     def _batches(self, prompts: list[Prompt], groups: list[list[Answer]]) -> MicroBatches:
         """One sequence for each answer, after its prompt."""
@@ -194,53 +172,48 @@ class Grpo:
         if self.policy.limit is None:
             with self.sampler.engine.without_adapter():
                 unadapted = self._sample(prompts, 1)
-            self.policy.measure(self._batches(prompts, unadapted), sampled_tokens(unadapted))
-        return self.policy.check(batches, sampled_tokens(groups))
+            self.policy.measure(self._batches(prompts, unadapted), sampled_log_p(unadapted))
+        return self.policy.check(batches, sampled_log_p(groups))
 
-    def _rollout(
-        self, groups: list[list[Answer]], batches: MicroBatches, rewards: Tensor
-    ) -> Rollout:
-        """What `loss` needs to know about sampled answers."""
+    def _update(
+        self,
+        groups: list[list[Answer]],
+        batches: MicroBatches,
+        rewards: Tensor,
+        distances: dict[str, float],
+    ) -> Update:
+        """The loss of sampled answers, with figures of them."""
         config = self.config
-        accelerator = self.model.accelerator
         advantages = group_advantages(rewards, config.scale).flatten()
         lengths = torch.tensor(batches.supervised)
-        rollout = Rollout(
-            batches,
-            # An answer with zero advantage has no gradient, unless KL gives it one.
-            advantages.nonzero().flatten().tolist() or [0],
-            passes=config.epochs,
-            figures=answer_figures(rewards, lengths.float(), config.max_new_tokens),
-            headline=f"reward {figure(rewards.mean().item())}",
-            advantages=advantages,
-            lengths=lengths,
-            token_weight=accelerator.num_processes / lengths.sum().to(batches.device),
-        )
-        if self.sampler.is_served:
-            rollout.sampled = [tokens.log_p for tokens in sampled_tokens(groups)]
-        if config.beta:
-            rollout.sequences = [*range(len(lengths))]
-            rollout.reference = self._reference_log_p(batches, rollout.sequences)
-            rollout.sums[KL] = torch.zeros((), device=batches.device)
-        return rollout
-
-    def loss(
-        self, log_p: Tensor, drawn: Rollout, group: Sequence[int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        config = self.config
-        device = log_p.device
-        advantages = drawn.advantages[group].repeat_interleave(drawn.lengths[group]).to(device)
-        before = drawn.log_p_before.setdefault(tuple(group), log_p.detach())
-        sampled = None
-        if drawn.sampled is not None:
-            sampled = join_tokens(drawn.sampled, group, device)
+        # An answer with zero advantage has no gradient, unless KL gives it one.
+        sequences = advantages.nonzero().flatten().tolist() or [0]
+        figures = answer_figures(rewards, lengths.float(), config.max_new_tokens) | distances
+        sampled = sampled_log_p(groups) if self.sampler.is_served else None
         reference = None
-        if drawn.reference is not None:
-            reference = join_tokens(drawn.reference, group, device)
-        loss, figures = grpo_loss(log_p, before, advantages, config, reference, sampled)
-        if KL in figures:
-            figures[KL] = drawn.token_weight * figures[KL] / config.epochs
-        return drawn.token_weight * loss, figures
+        if config.beta:
+            sequences = [*range(len(lengths))]
+            reference = self._reference_log_p(batches, sequences)
+            figures[KL] = torch.zeros((), device=batches.device)
+        # The processes average their gradients.
+        weight = self.model.accelerator.num_processes / lengths.sum().to(batches.device)
+        first: dict[tuple[int, ...], Tensor] = {}  # log p in the first pass, by micro-batch
+
+        def loss(log_p: Tensor, group: Sequence[int]) -> Tensor:
+            total, divergence = grpo_loss(
+                log_p,
+                first.setdefault(tuple(group), log_p.detach()),
+                advantages[group].repeat_interleave(lengths[group]).to(log_p.device),
+                config,
+                join_tokens(reference, group, log_p.device),
+                join_tokens(sampled, group, log_p.device),
+            )
+            if divergence is not None:
+                figures[KL] += weight * divergence / config.epochs
+            return weight * total
+
+        headline = f"reward {figure(rewards.mean().item())}"
+        return Update(batches, sequences, loss, config.epochs, figures, headline)
 
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
         return losses, {}
@@ -324,13 +297,17 @@ class Grpo:
         return [*(-torch.from_numpy(losses.losses)).split(batches.supervised)]
 
 
-def sampled_tokens(groups: list[list[Answer]]) -> list[SampledTokens]:
-    """The tokens of each answer as the server saw them."""
+def sampled_log_p(groups: list[list[Answer]]) -> list[list[float]]:
+    """log p of each answer's tokens on the server that sampled them."""
     return [answer.sampled for group in groups for answer in group]
 
 
-def join_tokens(values: Sequence, group: Sequence[int], device: torch.device) -> Tensor:
-    """[N] values of the tokens of a micro-batch, from the values of each sequence."""
+def join_tokens(
+    values: Sequence | None, group: Sequence[int], device: torch.device
+) -> Tensor | None:
+    """[N] values of the tokens of a micro-batch, from the values of each sequence, if any."""
+    if values is None:
+        return None
     return torch.cat([torch.as_tensor(values[number]) for number in group]).to(device)
 
 

@@ -1,9 +1,9 @@
-"""What an objective is: which sequences an update draws, what their loss is, and the held-out
-metric. Also the simplest objective, supervised fine-tuning."""
+"""What an objective is: it draws the sequences of an update with their loss, and judges held-out
+rows. Also the simplest objective, supervised fine-tuning."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,26 +15,21 @@ from cera_train.runs.results import TokenLosses
 
 
 @dataclass
-class Drawn:
-    """The sequences that an update runs through the model. Objectives add what their loss needs."""
+class Update:
+    """The sequences that an update runs through the model, and their loss."""
 
     batches: MicroBatches
     sequences: list[int]
     """Indices of the sequences in `batches`."""
+    loss: Callable[[Tensor, Sequence[int]], Tensor]
+    """A micro-batch's part of the loss, a scalar whose gradients the processes average, from [N]
+    log p of the supervised tokens of its sequences, one after the other, and their indices."""
     passes: int = 1
     """Steps of the optimizer on these sequences."""
-    figures: dict[str, float] = field(default_factory=dict)
-    """For metrics.jsonl."""
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    """Further figures, scalars that start at 0: each micro-batch adds its part, and the processes
-    average them."""
+    figures: dict[str, float | Tensor] = field(default_factory=dict)
+    """For metrics.jsonl. The processes average tensors, to which each micro-batch adds its part."""
     headline: str | None = None
     """Shown in the progress line instead of the loss."""
-
-    def add(self, sums: dict[str, Tensor]) -> None:
-        """Adds the parts of a micro-batch."""
-        for name, value in sums.items():
-            self.sums[name] += value
 
     @property
     def tokens(self) -> int:
@@ -43,19 +38,8 @@ class Drawn:
 
 
 class Objective(Protocol):
-    def draw(self, sequences: list[int]) -> Drawn:
+    def draw(self, sequences: list[int]) -> Update:
         """Prepares an update on these training sequences, the same on every process."""
-
-    def loss(
-        self, log_p: Tensor, drawn: Drawn, group: Sequence[int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A micro-batch's part of the loss, a scalar whose gradients the processes average, and its
-        parts of `drawn.sums`.
-
-        Args:
-            log_p: [N] log p of the supervised tokens of the sequences of `group`, one after the
-                other.
-        """
 
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
         """The held-out metric, and extra figures.
@@ -71,21 +55,6 @@ class Objective(Protocol):
 # --- supervised fine-tuning -----------------------------------------------------------------------
 
 
-@dataclass
-class Weighted(Drawn):
-    """Sequences, and the weight of each supervised token: the loss is divided by their number over
-    all processes, and the processes average their gradients."""
-
-    token_weight: Tensor | None = None
-
-
-def token_weight(batches: MicroBatches, sequences: Sequence[int], processes: int) -> Tensor:
-    """processes / supervised tokens of the update: it turns sums over micro-batches, averaged over
-    processes, into a mean over tokens."""
-    supervised = sum(batches.supervised[sequence] for sequence in sequences)
-    return processes / torch.tensor(supervised, device=batches.device)
-
-
 class Sft:
     """The mean next-token loss over the supervised tokens of an update.
 
@@ -97,14 +66,11 @@ class Sft:
         self.batches = batches
         self.processes = processes
 
-    def draw(self, sequences: list[int]) -> Weighted:
-        weight = token_weight(self.batches, sequences, self.processes)
-        return Weighted(self.batches, sequences, token_weight=weight)
-
-    def loss(
-        self, log_p: Tensor, drawn: Weighted, group: Sequence[int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return -drawn.token_weight * log_p.sum(), {}
+    def draw(self, sequences: list[int]) -> Update:
+        supervised = sum(self.batches.supervised[sequence] for sequence in sequences)
+        # Turns sums over micro-batches, averaged over processes, into a mean over tokens.
+        weight = self.processes / torch.tensor(supervised, device=self.batches.device)
+        return Update(self.batches, sequences, lambda log_p, _: -weight * log_p.sum())
 
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
         return losses, {}
