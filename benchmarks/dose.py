@@ -27,8 +27,10 @@ from benchmarks.ground_truth import (
     sentences,
     write,
 )
-from cera_train.evaluation.statistics import ERROR_RATE, holm
-from cera_train.evaluation.verdict import contrast_over_bases, detectable
+from cera_train.verdicts.contrast import contrast_over_bases
+from cera_train.verdicts.interval import ERROR_RATE
+from cera_train.verdicts.power import detectable
+from cera_train.verdicts.verdict import holm
 
 FOLDER = Path("outputs/dose")
 LONGER = Path("outputs/dose_long")

@@ -24,12 +24,13 @@ from transformers import PreTrainedModel
 
 import cera_train  # noqa: F401  registers CeRA with PEFT
 from benchmarks import skills
-from cera_train.evaluation.statistics import holm
-from cera_train.evaluation.verdict import contrast, detectable
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.weights import load_model
 from cera_train.runs.records import load_config
 from cera_train.runs.results import LOSSES_AFTER, TokenLosses
+from cera_train.verdicts.contrast import contrast
+from cera_train.verdicts.power import detectable
+from cera_train.verdicts.verdict import holm
 
 FOLDER = Path("outputs/forgetting")
 RATES = {

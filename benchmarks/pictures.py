@@ -13,9 +13,9 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from cera_train.common.files import read_yaml, write_text
-from cera_train.report.forest import Forest, Group
+from cera_train.report.forest import Forest, Group, row_of
 from cera_train.settings.sweep import LOSS
-from cera_train.study.forest import CAPTION, brief, contrast_name, contrast_row, unit_of
+from cera_train.study.forest import CAPTION, brief, contrast_name, unit_of
 from cera_train.study.results import SHARE, OutcomeContrast
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -51,10 +51,7 @@ def group_of(heading: str, findings: dict[str, Finding]) -> Group:
     """
     outcome = next(iter(findings.values())).contrast.outcome
     unit = unit_of(outcome, [finding.matters for finding in findings.values()])
-    rows = [
-        contrast_row(finding.contrast, finding.matters, label)
-        for label, finding in findings.items()
-    ]
+    rows = [row_of(finding.contrast, finding.matters, label) for label, finding in findings.items()]
     return Group(heading, unit, rows)
 
 

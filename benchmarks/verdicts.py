@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 import numpy
 from scipy.special import expit, stdtr, stdtrit
 
-from cera_train.evaluation.statistics import ERROR_RATE, holm
-from cera_train.evaluation.verdict import Variances, detectable, estimate_mean
-from cera_train.study.tuning import could_gain
+from cera_train.verdicts.contrast import Variances, estimate_mean
+from cera_train.verdicts.interval import ERROR_RATE
+from cera_train.verdicts.power import detectable
+from cera_train.verdicts.tuning import could_gain
+from cera_train.verdicts.verdict import holm
 
 BLOCK = 4_000_000  # values drawn at once: 32 MB
 RESAMPLES = 400  # of the bootstrap

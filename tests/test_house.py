@@ -96,6 +96,7 @@ BUDGETS = {
     "cera_train/study": 9_700,
     "cera_train/sweep": 4_000,
     "cera_train/training": 14_100,
+    "cera_train/verdicts": 3_400,
     "cera_train": 162_600,
     "tests": 190_500,
     "benchmarks": 48_600,

@@ -23,8 +23,6 @@ from cera_train.cli.config import (
 from cera_train.cli.start import errors_in_one_line
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted, print_line
-from cera_train.evaluation.statistics import POWER
-from cera_train.evaluation.verdict import Variances, detectable
 from cera_train.planning.make import make_plan
 from cera_train.planning.plan import RunPlan
 from cera_train.planning.table import name_jobs, print_plan, print_plans
@@ -42,6 +40,8 @@ from cera_train.study.design import (
 )
 from cera_train.study.folder import Study
 from cera_train.sweep.grid import check_inputs, check_jobs, grid, job_composer
+from cera_train.verdicts.contrast import Variances
+from cera_train.verdicts.power import POWER, detectable
 
 PLAN = "cera-plan"
 

@@ -39,7 +39,6 @@ from cera_train.evaluation.held_out import HeldOut
 from cera_train.evaluation.requests import Engine, requests_for
 from cera_train.evaluation.resolve import ResolvedEvaluation
 from cera_train.evaluation.server import Server
-from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
 from cera_train.evaluation.tasks.task import AnswerTask, describe_trained_on, mean
 from cera_train.model.batches import MicroBatches
 from cera_train.model.folder import load_architecture, load_tokenizer
@@ -63,6 +62,7 @@ from cera_train.runs.subject import Subject, digest_of
 from cera_train.settings.data import TrainedRows
 from cera_train.settings.distributed import DistributedConfig
 from cera_train.settings.evaluation import EvalConfig
+from cera_train.verdicts.interval import accuracy_interval, pass_at_k
 
 
 def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:

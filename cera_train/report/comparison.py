@@ -2,32 +2,20 @@
 comparison."""
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
-from typing import Any
-
-import numpy
-from numpy import ndarray
+from dataclasses import dataclass
+from typing import Any, get_args
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import Changes, changes_of, differing_settings, require
-from cera_train.evaluation.statistics import (
-    ERROR_RATE,
-    Difference,
-    detectable_difference,
-    holm,
-    paired_bootstrap,
-    sign_flip,
-)
-from cera_train.evaluation.verdict import contrast, detectable
-from cera_train.report.runs import Run, Scores, group_by
+from cera_train.report.runs import Run, group_by
 from cera_train.settings.evaluation import EvalConfig
+from cera_train.verdicts.contrast import Contrast, Verdict, contrast_of_runs
+from cera_train.verdicts.power import detectable_between_runs
+from cera_train.verdicts.verdict import JudgedContrast, holm
 
 MOST_RUNS_IN_ALL_PAIRS = 6
-
-VERDICTS = ("better", "worse", "not shown")
 
 ENGINE = "engines"
 NOT_ON_RECORD = "not on record"
@@ -38,53 +26,22 @@ SHOWN = 40  # characters of a value in a note
 
 
 @dataclass(frozen=True)
-class PairedTest:
-    """The difference of two runs on a task, second - first, and its test."""
+class PairedTest(JudgedContrast):
+    """The difference of two runs on a task after Holm's correction over the pairs of the task. Its
+    detectable difference is that of Holm's first step."""
 
     task: str
     grader: str  # exact, verified, or the name of the rule that scored the answers
-    first: str
-    second: str
-    problems: int
-    difference: Difference
-    p_value: float  # in a report after Holm's correction over the pairs of a task; decides at 5 %
-    detectable: float
-    """The smallest true difference that gets its verdict with probability 80 %, in Holm's first
-    step; infinite where none does."""
-    seeds: int = 1
-    only: tuple[int, int] | None = None
+    only: tuple[int, int] | None
     """Problems that only the first solves, and only the second; None with several answers each."""
-
-    @property
-    def verdict(self) -> str:
-        """On the second run."""
-        if self.p_value > ERROR_RATE:
-            return "not shown"
-        return "better" if self.difference.difference > 0 else "worse"
 
     @property
     def label(self) -> str:
         return f"{self.second} - {self.first}"
 
     @property
-    def words(self) -> str:
-        """The verdict, with what could have been detected where nothing was."""
-        if self.verdict == "not shown" and self.detectable <= 1:
-            return f"not shown (detects {100 * self.detectable:.1f})"
-        return self.verdict
-
-    @property
-    def points(self) -> list[str]:
-        """The difference and the ends of its interval."""
-        return [f"{100 * value:+.1f}" for value in astuple(self.difference)]
-
-    @property
     def row(self) -> dict[str, str]:
         """The row of the report's table."""
-        points, lower, upper = self.points
-        problems = f"{self.problems:,}"
-        if self.seeds > 1:
-            problems += f", {self.seeds} seeds"
         only = ""
         if self.only is not None:
             only = f"{self.only[0]:,} and {self.only[1]:,}"
@@ -92,10 +49,10 @@ class PairedTest:
             "runs": self.label,
             "task": f"{self.task}, {self.grader}",
             "verdict": self.words,
-            "difference, points": points,
-            "95 % interval": f"{lower} to {upper}",
-            "p": f"{self.p_value:.2g}",
-            "problems": problems,
+            "difference, points": self.difference_text,
+            "95 % interval": self.interval_text,
+            "p": f"{self.p_holm:.2g}",
+            "problems": f"{self.problems:,}",
             "only the first / second solves": only,
         }
 
@@ -122,14 +79,15 @@ def paired_tests(
                 comparable.append(pair_of(first, second, task, across_engines))
             except UserError as error:
                 notes.append(f"{task}, {first.name} and {second.name}: {error}")
-        of_task = [test_pair(pair, len(comparable)) for pair in comparable]
-        adjusted = holm([test.p_value for test in of_task])
+        contrasts = [contrast_of_runs(pair.before, pair.after) for pair in comparable]
+        adjusted = holm([contrast.p_value for contrast in contrasts])
         of_task = [
-            replace(test, p_value=p_value) for test, p_value in zip(of_task, adjusted, strict=True)
+            judge_pair(pair, contrast, p_holm, len(comparable))
+            for pair, contrast, p_holm in zip(comparable, contrasts, adjusted, strict=True)
         ]
         if len(graded) > MOST_RUNS_IN_ALL_PAIRS:
             counts = Counter(test.verdict for test in of_task)
-            verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+            verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict))
             notes.append(
                 f"{task}: each of {len(graded)} runs is tested against the first only, "
                 f"{graded[0].name}: {verdicts}."
@@ -149,11 +107,14 @@ def graded_runs(runs: Sequence[Run], task: str) -> list[Run]:
 
 @dataclass(frozen=True)
 class RunPair:
-    """The scores of two runs on a task, by one rule: [seeds, problems] in one order."""
+    """The scores of two runs on a task, by one rule, in one order of problems."""
 
-    names: tuple[str, str, str, str]  # of the task, the rule and the runs
-    first: ndarray
-    second: ndarray
+    task: str
+    grader: str
+    first: str  # the names of the runs
+    second: str
+    before: list[float]
+    after: list[float]
 
 
 def pair_of(first: Run, second: Run, task: str, across_engines: bool) -> RunPair:
@@ -189,63 +150,37 @@ def pair_of(first: Run, second: Run, task: str, across_engines: bool) -> RunPair
     grader = graders[0]
     before = first_scores[grader]
     after = second_scores[grader]
-    _check_problems(before, after)
-    names = (task, grader, first.name, second.name)
-    return RunPair(names, before.values, after.in_order_of(before.problems))
-
-
-def _check_problems(first: Scores, second: Scores) -> None:
-    """Raises UserError for scores of different problems or seeds."""
-    problems = {*first.problems}
-    others = {*second.problems}
+    shared = before.keys() & after.keys()
     require(
-        problems == others and bool(problems),
-        f"evaluated on different problems ({len(problems):,} and {len(others):,}, "
-        f"{len(problems & others):,} of them shared), so a paired test would mean nothing: "
-        "evaluate both with the same task settings.",
+        before.keys() == after.keys() and bool(shared),
+        f"evaluated on different problems ({len(before):,} and {len(after):,}, {len(shared):,} of "
+        "them shared), so a paired test would mean nothing: evaluate both with the same task "
+        "settings.",
     )
-    require(
-        first.seeds == second.seeds,
-        f"seeds differ: {', '.join(first.seeds)} and {', '.join(second.seeds)}: evaluate both "
-        "with the same.",
-    )
+    values = [after[problem] for problem in before]
+    return RunPair(task, grader, first.name, second.name, [*before.values()], values)
 
 
-def test_pair(pair: RunPair, tests: int) -> PairedTest:
-    """The test over problems, or over seeds and problems.
-
+def judge_pair(pair: RunPair, contrast: Contrast, p_holm: float, tests: int) -> PairedTest:
+    """
     Args:
         tests: the number of tests of the task.
     """
-    is_of_seeds = len(pair.first) > 1
-    return _compare_over_seeds(pair, tests) if is_of_seeds else _compare_problems(pair, tests)
-
-
-def _compare_over_seeds(pair: RunPair, tests: int) -> PairedTest:
-    """A difference that holds for other seeds and problems."""
-    seeds, problems = pair.first.shape
-    found = contrast(pair.first, pair.second)
-    difference = Difference(found.difference, found.lower, found.upper)
-    least = detectable(found.variances, seeds, problems, tests)
-    return PairedTest(*pair.names, problems, difference, found.p_value, least, seeds)
-
-
-def _compare_problems(pair: RunPair, tests: int) -> PairedTest:
-    """A difference of these two runs that holds for other problems."""
-    [first] = pair.first
-    [second] = pair.second
-    differences = second - first
-    problems = len(differences)
-    error = float(differences.std()) / math.sqrt(problems)
     only = None
-    if {*numpy.unique([first, second])} <= {0.0, 1.0}:
-        only = (int((differences < 0).sum()), int((differences > 0).sum()))
+    if {*pair.before, *pair.after} <= {0.0, 1.0}:
+        pairs = Counter(zip(pair.before, pair.after, strict=True))
+        only = (pairs[1.0, 0.0], pairs[0.0, 1.0])
     return PairedTest(
-        *pair.names,
-        problems,
-        paired_bootstrap(first, second),
-        sign_flip(first, second),
-        detectable_difference(error, problems, tests),
+        **vars(contrast),
+        first=pair.first,
+        second=pair.second,
+        p_holm=p_holm,
+        verdict=contrast.verdict_at(p_holm, higher_is_better=True),
+        obstacles=[],
+        detectable=detectable_between_runs(contrast.variances.problem, contrast.problems, tests),
+        by_seed=[],
+        task=pair.task,
+        grader=pair.grader,
         only=only,
     )
 

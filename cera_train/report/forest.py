@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cera_train.report.template import load_template
+from cera_train.verdicts.verdict import JudgedContrast
 
 Mark = Literal["better", "worse", "too small", "not shown"]
 
@@ -52,6 +53,32 @@ class Row:
     @property
     def height(self) -> int:
         return LINE * len(self.lines) + GAP
+
+
+def row_of(contrast: JudgedContrast, matters: float, label: str) -> Row:
+    """The row of a contrast, in units of the smallest difference that matters."""
+    # A loss is better below, a score above.
+    unit = matters if contrast.is_loss else -matters
+    lower, upper = sorted([contrast.lower / unit, contrast.upper / unit])
+    mark: Mark = contrast.verdict
+    words = contrast.words
+    if mark == "not shown" and not contrast.obstacles and contrast.is_within(matters):
+        mark = "too small"
+        words = mark
+    numbers = contrast.difference_text
+    if contrast.interval_text:
+        numbers += f" ({contrast.interval_text})"
+    return Row(
+        label,
+        numbers,
+        words,
+        mark,
+        contrast.difference / unit,
+        lower,
+        upper,
+        contrast.detectable / matters,
+        [repeat / unit for repeat in contrast.by_seed],
+    )
 
 
 @dataclass(frozen=True)

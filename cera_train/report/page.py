@@ -17,7 +17,7 @@ from cera_train.report.comparison import (
     task_names,
 )
 from cera_train.report.document import Page, Table
-from cera_train.report.forest import Forest, Group, Row
+from cera_train.report.forest import Forest, Group, row_of
 from cera_train.report.pictures import curves, endings_of_answers, spectra
 from cera_train.report.readers import read_runs
 from cera_train.report.runs import Evaluation, Run, accuracy_metric, group_by
@@ -34,14 +34,15 @@ TESTS = (
     "On the same problems; the verdict is on the first-named run, and beside 'not shown' stands "
     "the difference that is shown with power 80 %. p is McNemar's, or of a sign-flip permutation "
     "test where a problem has several answers or a score, after Holm over the pairs of a task; it "
-    "decides at 5 %. The interval is a paired bootstrap's. With several seeds, p and the interval "
-    "hold for other seeds too."
+    "decides at 5 %. The interval is a paired bootstrap's."
 )
 
+POINT = 0.01  # of a score: what would matter, as in a study
 VERDICTS = (
     "The first-named run minus the second, in points (dotted: 1); the axis is linear near zero and "
     "logarithmic far from it. Line: 95 % interval for other problems. Grey: differences that these "
-    "problems would miss in more than one of five repeats."
+    "problems would miss in more than one of five repeats. Too small: the interval lies between "
+    "the dotted lines."
 )
 
 
@@ -94,24 +95,8 @@ def forest_of(tests: Sequence[PairedTest]) -> Forest | None:
         problems = " or ".join(dict.fromkeys(f"{test.problems:,}" for test in same))
         graders = " or ".join(dict.fromkeys(test.grader for test in same))
         note = f"{graders}, {problems} problems"
-        groups.append(Group(task, note, list(map(_forest_row, same))))
+        groups.append(Group(task, note, [row_of(test, POINT, test.label) for test in same]))
     return Forest("verdicts", "Which run is better?", VERDICTS, groups) if groups else None
-
-
-def _forest_row(test: PairedTest) -> Row:
-    points, lower, upper = test.points
-    # The better side of the plot is below zero.
-    return Row(
-        test.label,
-        f"{points} ({lower} to {upper})",
-        test.words,
-        test.verdict,
-        -100 * test.difference.difference,
-        -100 * test.difference.upper,
-        -100 * test.difference.lower,
-        100 * test.detectable,
-        repeats=(),
-    )
 
 
 # --- the table of runs ----------------------------------------------------------------------------

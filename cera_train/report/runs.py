@@ -1,60 +1,26 @@
 """What a report knows of a run, whatever program made it: `readers` fill it in. What is not on
 record is None, or empty."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
-import numpy
-from numpy import ndarray
-
 from cera_train.adapters.families import title
-from cera_train.common.settings import require
-from cera_train.evaluation.statistics import accuracy_interval
 from cera_train.evaluation.tasks.task import Metric
 from cera_train.runs.results import Environment, Metrics, RunResult
 from cera_train.settings.adapters import AdapterConfig
+from cera_train.verdicts.interval import accuracy_interval
 
 Settings = dict[str, Any]  # dotted keys, as in config.yaml
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """How right the answers to each problem are, by one rule."""
-
-    values: ndarray  # [seeds, problems], from 0 to 1
-    problems: list[str]
-    seeds: tuple[str, ...] = ("",)  # their names
-
-    @classmethod
-    def by_problem(cls, scores: Mapping[str, float]) -> "Scores":
-        """Those of one seed."""
-        return cls(numpy.array([[*scores.values()]], dtype=float), [*scores])
-
-    @classmethod
-    def of_seeds(cls, place: str, by_seed: Mapping[str, "Scores"]) -> "Scores":
-        """Those of several seeds. Raises UserError where these had other problems."""
-        first, *others = by_seed.values()
-        require(
-            all(set(scores.problems) == set(first.problems) for scores in others),
-            f"{place}: the seeds had different problems. Evaluate them on the same.",
-        )
-        values = [scores.in_order_of(first.problems) for scores in by_seed.values()]
-        return cls(numpy.concatenate(values), first.problems, tuple(by_seed))
-
-    @property
-    def figure(self) -> "Figure":
-        means = self.values.mean(axis=0)
-        return Figure(float(means.mean()), accuracy_interval(means))
-
-    def in_order_of(self, problems: list[str]) -> ndarray:
-        """[seeds, problems]"""
-        place = {problem: number for number, problem in enumerate(self.problems)}
-        return self.values[:, [place[problem] for problem in problems]]
+Scores = dict[str, float]
+"""Problem -> how right its answers are by one rule, from 0 to 1."""
 
 
 class Figure(NamedTuple):
@@ -86,7 +52,12 @@ class Evaluation:
     @classmethod
     def of_scores(cls, scores: dict[str, Scores], **others: Any) -> "Evaluation":
         """An evaluation whose figures are the means of its scores."""
-        figures = {Metric(rule, rule): measured.figure for rule, measured in scores.items()}
+        figures = {
+            Metric(rule, rule): Figure(
+                fmean(by_problem.values()), accuracy_interval([*by_problem.values()])
+            )
+            for rule, by_problem in scores.items()
+        }
         return cls(figures, lambda: scores, **others)
 
     @cached_property

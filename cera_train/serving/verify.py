@@ -32,7 +32,6 @@ from cera_train.evaluation.engine import load_subject
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Engine, Request
 from cera_train.evaluation.server import Server
-from cera_train.evaluation.statistics import accuracy_interval, bootstrap_interval
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.folder import from_hub_or_folder, load_architecture
 from cera_train.model.weights import (
@@ -47,6 +46,7 @@ from cera_train.serving.llama_cpp import GGUF, LlamaCpp
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import Dtype, ModelConfig, Quantization
+from cera_train.verdicts.interval import accuracy_interval, bootstrap_interval
 
 SAME = 1e-6
 """Nats per token that the order of float32 sums explains."""

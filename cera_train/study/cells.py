@@ -26,8 +26,8 @@ from cera_train.runs.evaluation_folder import ENDINGS
 from cera_train.runs.results import RunResult
 from cera_train.settings.sweep import LOSS
 from cera_train.study.outcomes import ComparedRun, Outcome
-from cera_train.study.tuning import could_gain
 from cera_train.sweep.folder import State, job_name, job_status, key_of
+from cera_train.verdicts.tuning import could_gain
 
 if TYPE_CHECKING:
     from cera_train.study.folder import Study

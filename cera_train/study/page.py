@@ -12,21 +12,14 @@ from cera_train.common.files import finite, write_text
 from cera_train.common.settings import map_values, require
 from cera_train.common.terminal import announce, counted, duration
 from cera_train.report.document import Page, Table
-from cera_train.report.forest import Forest, Group
+from cera_train.report.forest import Forest, Group, row_of
 from cera_train.runs.results import SPECTRUM_TERMS, Environment
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell
 from cera_train.study.folder import Study
-from cera_train.study.forest import (
-    CAPTION,
-    brief,
-    contrast_name,
-    contrast_row,
-    interval,
-    number,
-    unit_of,
-)
+from cera_train.study.forest import CAPTION, brief, contrast_name, unit_of
 from cera_train.study.results import OutcomeContrast, contrasts_of
+from cera_train.verdicts.verdict import number
 
 RESULTS = "study_results.json"
 
@@ -132,10 +125,7 @@ def groups_of(study: Study, contrasts: Sequence[OutcomeContrast], of_study: str)
         Group(
             f"{of_study}{brief(condition) or config.first_outcome}",
             unit_of(config.first_outcome, [contrast.matters for contrast in same]),
-            [
-                contrast_row(contrast, contrast.matters, contrast_name(contrast))
-                for contrast in same
-            ],
+            [row_of(contrast, contrast.matters, contrast_name(contrast)) for contrast in same],
         )
         for condition, same in by_condition.items()
     ]
@@ -163,8 +153,8 @@ def verdict_table(
             "of": ", ".join(filter(None, [brief(contrast.condition), outcome, rank])),
             "verdict": "no verdict" if contrast.obstacles else contrast.verdict,
             "reason": "; ".join(contrast.obstacles),
-            "difference": number(outcome, contrast.difference, "+"),
-            "95 % interval": interval(outcome, contrast.lower, contrast.upper),
+            "difference": contrast.difference_text,
+            "95 % interval": contrast.interval_text,
             "detects": detects(contrast),
             "p after Holm": "" if contrast.p_holm is None else f"{contrast.p_holm:.2g}",
             "too small": too_small,
@@ -192,7 +182,7 @@ def verdict_table(
 def detects(contrast: OutcomeContrast) -> str:
     """Such as `0.0111 (0.0074 to 0.0263)`; empty where nothing can be shown."""
     least, lower, upper = (
-        number(contrast.outcome, difference)
+        number(difference, contrast.is_loss)
         for difference in (contrast.detectable, *contrast.detectable_range)
     )
     return least and f"{least} ({lower} to {upper})"
@@ -243,4 +233,4 @@ def _mean_and_deviation(outcome: str, by_seed: list[float]) -> str:
     mean = f"{fmean(by_seed):.4f}" if outcome == LOSS else f"{fmean(by_seed):.1%}"
     if len(by_seed) == 1:
         return mean
-    return f"{mean} ± {number(outcome, stdev(by_seed))}"
+    return f"{mean} ± {number(stdev(by_seed), outcome == LOSS)}"

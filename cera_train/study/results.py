@@ -6,19 +6,13 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from cera_train.common.settings import require
-from cera_train.evaluation.statistics import holm
-from cera_train.evaluation.verdict import (
-    Contrast,
-    Verdict,
-    contrast,
-    contrast_over_bases,
-    detectable,
-    detectable_range,
-)
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, describe_choices
 from cera_train.study.folder import Pair, Study
 from cera_train.study.outcomes import ComparedRun
+from cera_train.verdicts.contrast import Contrast, Verdict, contrast, contrast_over_bases
+from cera_train.verdicts.power import detectable, detectable_range
+from cera_train.verdicts.verdict import JudgedContrast, holm
 
 MOST_MISSING = 5  # runs that an error names
 
@@ -50,24 +44,21 @@ def check_runs(study: Study) -> None:
 
 
 @dataclass(frozen=True)
-class OutcomeContrast(Contrast):
+class OutcomeContrast(JudgedContrast):
     """Two arms, or two differences of arms, in one outcome under one condition: second - first."""
 
     outcome: str
     asked: str
-    first: str
-    second: str
     condition: str
-    by_seed: list[float]  # the difference of each seed; with bases, of each base
     by_base: dict[str, list[float]]  # with bases: the difference of each seed
-    p_holm: float | None  # after Holm; None where no verdict is planned
-    verdict: Verdict  # on the second arm; `not shown` where an obstacle speaks against it
-    obstacles: list[str]  # such as `cera at the largest optimizer.lr, 0.01`
-    detectable: float  # the smallest difference that this design shows with power 80 %
     is_primary: bool = False  # tested before the others
     detectable_range: list[float] | None = None
-    """The same at both ends of the 95 % interval of the variance between seeds or bases."""
+    """`detectable` at both ends of the 95 % interval of the variance between seeds or bases."""
     matters: float | None = None  # the smallest difference that does; None but in the first outcome
+
+    @property
+    def is_loss(self) -> bool:
+        return self.outcome == LOSS
 
 
 def contrasts_of(*studies: Study) -> list[list[OutcomeContrast]]:

@@ -1,13 +1,10 @@
 """Grades, scores and statistics by hand, enumeration and scipy; and verification of what a model
 may write, such as answers that would take all time and memory."""
 
-import itertools
-import math
 import multiprocessing
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
-import scipy.stats
 from hostile_answers import Deadly, Hungry
 
 from cera_train.evaluation import grading
@@ -20,14 +17,6 @@ from cera_train.evaluation.grading import (
     grade_all,
     is_loop,
     judge,
-)
-from cera_train.evaluation.statistics import (
-    accuracy_interval,
-    bootstrap_interval,
-    holm,
-    paired_bootstrap,
-    pass_at_k,
-    sign_flip,
 )
 from cera_train.evaluation.tasks import gsm8k, logistic_map
 from cera_train.evaluation.tasks import math as math_task
@@ -178,57 +167,3 @@ def test_hostile_answers_are_wrong_and_the_others_go_on():
     verdicts = judge(pairs, seconds=1)
     assert [verdict.correct for verdict in verdicts] == [False, True] * len(hostile)
     assert verdicts[0] == Verdict(False, "timeout")
-
-
-@pytest.mark.parametrize("test", [sign_flip, paired_bootstrap])
-def test_runs_on_different_problems_are_refused(test):
-    with pytest.raises(ValueError, match="zip"):
-        test([True, False], [True, False, True])
-
-
-ACCURACY = [1.0] * 120 + [0.0] * 280
-
-
-@pytest.mark.parametrize("samples", [1, 2, 5, 7])
-def test_pass_at_k_equals_the_share_of_subsets_with_a_right_answer(samples):
-    for correct in range(samples + 1):
-        answers = [True] * correct + [False] * (samples - correct)
-        for k in range(1, samples + 1):
-            subsets = list(itertools.combinations(answers, k))
-            assert pass_at_k(samples, correct, k) == pytest.approx(
-                sum(map(any, subsets)) / len(subsets), abs=1e-15
-            )
-
-
-def test_bootstrap_interval_of_an_accuracy_approaches_the_normal_one():
-    half = scipy.stats.norm.ppf(0.975) * math.sqrt(0.3 * 0.7 / 400)
-    assert bootstrap_interval(ACCURACY) == pytest.approx((0.3 - half, 0.3 + half), abs=3e-3)
-
-
-@pytest.mark.parametrize("problems", [1, 7, 1319])
-def test_the_interval_of_none_or_all_problems_is_clopper_and_pearsons(problems):
-    """Resampling would give a point, which is not how sure the accuracy is."""
-    for right in (0, problems):
-        expected = scipy.stats.binomtest(right, problems).proportion_ci(0.95, method="exact")
-        values = [1.0] * right + [0.0] * (problems - right)
-        assert accuracy_interval(values) == pytest.approx((expected.low, expected.high), rel=1e-9)
-    assert accuracy_interval(ACCURACY) == bootstrap_interval(ACCURACY)
-
-
-def test_paired_bootstrap_uses_the_pairing():
-    """Two runs that differ on 20 of 400 problems: their intervals overlap widely, the difference is
-    sure."""
-    second = [1.0] * 140 + [0.0] * 260
-    difference = paired_bootstrap(ACCURACY, second)
-    assert bootstrap_interval(ACCURACY)[1] > bootstrap_interval(second)[0]
-    half = 1.96 * math.sqrt(0.05 * 0.95 / 400)
-    assert difference.difference == pytest.approx(0.05)
-    assert (difference.lower, difference.upper) == pytest.approx(
-        (0.05 - half, 0.05 + half), abs=3e-3
-    )
-
-
-def test_holm_multiplies_the_smallest_by_all_and_never_decreases():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]) == [1, 1]
-    assert holm([]) == []

@@ -29,7 +29,7 @@ def compare_two(tmp_path: Path):
 def test_paired_tests_count_the_problems_that_one_run_solves(tmp_path: Path) -> None:
     (test,), notes = paired_tests(read_runs(two_runs(tmp_path)))
     assert (test.only, test.problems) == ((12, 9), 40)
-    assert test.difference.difference == pytest.approx(-3 / 40)
+    assert test.difference == pytest.approx(-3 / 40)
     assert (test.verdict, test.row["p"], test.row["difference, points"]) == (
         "not shown",
         "0.66",
@@ -51,7 +51,7 @@ def test_several_samples_are_tested_by_their_mean_for_each_problem(compare_two) 
         {"solved": lambda n, sample: sample < 2, "samples": 4},
     )
     assert test.only is None
-    assert test.difference.difference == pytest.approx(0.25)
+    assert test.difference == pytest.approx(0.25)
     assert test.verdict == "better"
 
 
@@ -63,7 +63,7 @@ def test_few_problems_that_differ_are_not_shown_by_the_interval(compare_two, sam
         {"solved": lambda n, sample: n < 5 and sample < 2, "samples": samples},
     )
     assert test.p_value == pytest.approx(1 / 16)
-    assert test.difference.lower > 0
+    assert test.lower > 0
     assert test.verdict == "not shown"
 
 
@@ -75,9 +75,9 @@ def test_p_is_corrected_over_the_pairs_of_a_task(tmp_path: Path) -> None:
     for run in runs:
         add_evaluation(run, solved=set(range(7 if run.name == "d" else 0)))
     (alone,), _ = paired_tests(read_runs(runs[2:]))
-    assert (alone.p_value, alone.verdict) == (pytest.approx(1 / 64), "better")
+    assert (alone.p_holm, alone.verdict) == (pytest.approx(1 / 64), "better")
     tests, _ = paired_tests(read_runs(runs))
-    assert [test.p_value for test in tests] == pytest.approx([1, 1, 6 / 64, 1, 6 / 64, 6 / 64])
+    assert [test.p_holm for test in tests] == pytest.approx([1, 1, 6 / 64, 1, 6 / 64, 6 / 64])
     assert {test.verdict for test in tests} == {"not shown"}
 
 
@@ -91,7 +91,7 @@ def test_trajectories_are_tested_by_their_steps(tmp_path: Path) -> None:
             grade["matches"] = [step < right for step in range(4)]
         (folder / "grades.jsonl").write_text("".join(json.dumps(grade) + "\n" for grade in grades))
     (test,), _ = paired_tests(read_runs(runs))
-    assert (test.problems, test.difference.difference, test.only) == (40, 0.25, None)
+    assert (test.problems, test.difference, test.only) == (40, 0.25, None)
     assert (test.verdict, test.row["task"]) == ("better", "logistic_map, steps")
 
 

@@ -7,8 +7,9 @@ import re
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.evaluation.verdict import Variances, detectable
 from cera_train.settings.sweep import StudyConfig
+from cera_train.verdicts.contrast import Variances
+from cera_train.verdicts.power import detectable
 
 TWO = {"lora": ["adapter=lora"], "b": ["adapter=cera"]}
 

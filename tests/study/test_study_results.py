@@ -11,13 +11,13 @@ import pytest
 import scipy.stats
 
 from cera_train.common.errors import UserError
-from cera_train.evaluation.verdict import contrast
 from cera_train.runs.results import LOSSES_AFTER, TokenLosses
 from cera_train.settings.sweep import LOSS
 from cera_train.study.forest import brief
 from cera_train.study.outcomes import Outcome
 from cera_train.study.page import write_studies
 from cera_train.study.results import contrasts_of
+from cera_train.verdicts.contrast import contrast
 
 
 def loss_by_rank(values: dict[str, str]) -> float:

@@ -6,19 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 from cera_train.common.errors import UserError
-from cera_train.common.settings import require
 from cera_train.common.trust import clean
 from cera_train.report.readers import lm_eval, own, scores
-from cera_train.report.readers.files import safe_name
-from cera_train.report.runs import Evaluation, Run, Scores
+from cera_train.report.runs import Run
 
 READERS = (own, lm_eval, scores)
 
 NUMBER_IN_NAME = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
-SEED = re.compile(r"(?:seed[-_=]?)?(\d{1,9})", re.ASCII)  # the name of a folder
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -38,12 +34,12 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _runs_at(path: Path) -> list[Run]:
-    if run := find_run(path):
+    if run := read_run(path):
         return [run]
     runs = []
     if path.is_dir():
         inside = sorted(path.iterdir(), key=_by_number)
-        runs = [run for run in map(find_run, inside) if run is not None]
+        runs = [run for run in map(read_run, inside) if run is not None]
     if not runs:
         what = "holds no results" if path.exists() else "does not exist"
         raise UserError(
@@ -54,62 +50,13 @@ def _runs_at(path: Path) -> list[Run]:
     return runs
 
 
-def find_run(path: Path) -> Run | None:
-    """The run in a path, or the one whose seeds are its subfolders; None where there is neither."""
-    run = _run_by_format(path)
-    if run or not path.is_dir():
-        return run
-    runs = {str(seed): _run_by_format(each) for seed, each in seed_folders(path).items()}
-    has_scores = [run and run.evaluations and not run.is_training for run in runs.values()]
-    return _run_of_seeds(path, runs) if runs and all(has_scores) else None
-
-
-def _run_by_format(path: Path) -> Run | None:
+def read_run(path: Path) -> Run | None:
+    """The run in a path, by the first reader that knows its format."""
     runs = (reader.find_run(path) for reader in READERS)
     return next((run for run in runs if run is not None), None)
-
-
-def seed_folders(folder: Path) -> dict[int, Path]:
-    """The folders 0, 1, ... or seed0, seed1, ... in a folder."""
-    seeds: dict[int, Path] = {}
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if path.is_dir() and (match := SEED.fullmatch(path.name)):
-                seeds[int(match[1])] = path
-    return dict(sorted(seeds.items()))
 
 
 def _by_number(path: Path) -> list[str | float]:
     """Sorts r16 before r128, and lr=0.0005 before lr=0.001."""
     parts = re.split(NUMBER_IN_NAME, path.name)  # text, number, text, ...
     return [float(part) if index % 2 else part for index, part in enumerate(parts)]
-
-
-def _run_of_seeds(folder: Path, runs: dict[str, Run]) -> Run:
-    """One run whose scores are those of all seeds, on the tasks that each of them has."""
-    first, *others = runs.values()
-    evaluations = {}
-    for task in first.evaluations:
-        if all(task in run.evaluations for run in others):
-            of_task = {seed: run.evaluations[task] for seed, run in runs.items()}
-            evaluations[task] = _evaluation_of_seeds(f"{folder}, {task}", of_task)
-    name = safe_name(folder.resolve().name)
-    return replace(first, folder=folder, name=name, evaluations=evaluations)
-
-
-def _evaluation_of_seeds(place: str, by_seed: dict[str, Evaluation]) -> Evaluation:
-    first, *others = by_seed.values()
-    require(
-        all(each.same == first.same for each in others),
-        f"{place}: the seeds differ in {' or '.join(first.same)}. Evaluate them alike.",
-    )
-    scores = {}
-    for rule in first.scores:
-        if all(rule in each.scores for each in others):
-            of_rule = {seed: each.scores[rule] for seed, each in by_seed.items()}
-            scores[rule] = Scores.of_seeds(place, of_rule)
-    endings = {
-        ending: fmean(each.endings.get(ending, 0.0) for each in by_seed.values())
-        for ending in first.endings
-    }
-    return Evaluation.of_scores(scores, endings=endings, same=first.same, settings=first.settings)

@@ -115,7 +115,7 @@ class Samples:
         directions = self.results.higher_is_better.get(task, {})
         self.costs = {metric for metric, is_higher in directions.items() if is_higher is False}
         # metric -> filter -> problem -> score
-        self.scores: dict[str, dict[str, dict[str, float]]] = {}
+        self.scores: dict[str, dict[str, Scores]] = {}
         self.prompts: dict[str, str] = {}  # by problem
         self.endings = Counter[str]()  # by the first metric and filter
         self.left_out: dict[str, None] = {}  # metrics, in their order
@@ -168,7 +168,7 @@ class Samples:
             shares = {ending: self.endings[ending] / answers for ending in ENDINGS}
         return {
             safe_name(f"{self.task} {metric}"): Evaluation.of_scores(
-                {safe_name(name): Scores.by_problem(scores) for name, scores in by_filter.items()},
+                {safe_name(name): scores for name, scores in by_filter.items()},
                 endings=shares if number == 0 else {},
                 same=same,
                 settings=settings,

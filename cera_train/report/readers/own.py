@@ -125,11 +125,9 @@ def _scores(folder: Path, task: Task) -> dict[str, Scores]:
     if "verified" in graders and any(grade.verified is None for grade in answers):
         graders = ["exact"]
     return {
-        grader: Scores.by_problem(
-            {
-                problem: fmean(task.paired_value(grade, grader) for grade in samples)
-                for problem, samples in grades.items()
-            }
-        )
+        grader: {
+            problem: fmean(task.paired_value(grade, grader) for grade in samples)
+            for problem, samples in grades.items()
+        }
         for grader in graders
     }

@@ -38,7 +38,7 @@ def _has_scores(file: Path) -> bool:
 
 def read_score_lines(file: Path) -> Evaluation:
     """One file. Raises UserError for a score outside 0 to 1, and a problem that comes again."""
-    scores: dict[str, float] = {}
+    scores: Scores = {}
     endings = Counter[str]()
     for place, tree in read_objects(file):
         record = ScoredProblem.from_json(tree, place)
@@ -49,11 +49,10 @@ def read_score_lines(file: Path) -> Evaluation:
         problem = str(record.problem)
         require(
             problem not in scores,
-            f"{place}: problem {problem[:40]!r} comes again. Write the mean of its answers; seeds "
-            "go into folders 0, 1, ... of their own.",
+            f"{place}: problem {problem[:40]!r} comes again. Write the mean of its answers.",
         )
         scores[problem] = float(record.score)
         if record.ending in ENDINGS:
             endings[record.ending] += 1
     shares = {ending: endings[ending] / len(scores) for ending in ENDINGS if endings[ending]}
-    return Evaluation.of_scores({RULE: Scores.by_problem(scores)}, endings=shares)
+    return Evaluation.of_scores({RULE: scores}, endings=shares)

@@ -1,5 +1,4 @@
-"""The difference of two arms of a study, with seeds and problems as random effects, and whether it
-is shown.
+"""The difference of two arms of a study, with seeds and problems as random effects; or of two runs.
 
 Both arms ran with the same seeds and met the same problems. A seed gives both one order of rows, so
 arms are compared seed by seed and problem by problem, and what is common to both cancels:
@@ -20,23 +19,29 @@ Each arm is compared at the best of its tuned values. Which one looks best is pa
 better one may lie between two of the grid: `could_gain` bounds what that is worth, and widens the
 interval. Without it, or where every seed is compared at the value that the others choose, more than
 5 % of verdicts on equal arms are wrong: `python -m benchmarks.verdicts`.
+
+Two single runs are compared as they are: their interval holds for other problems alone.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import Literal
 
 import numpy
 from numpy import ndarray
 from numpy.typing import ArrayLike
-from scipy.optimize import brentq
-from scipy.special import chdtri, ndtr, stdtrit
+from scipy.special import stdtrit
 from scipy.stats import binomtest
 
 from cera_train.common.errors import UserError
-from cera_train.evaluation.statistics import ERROR_RATE, POWER, interval_where_all_agree
+from cera_train.verdicts.interval import (
+    ERROR_RATE,
+    bootstrap_interval,
+    interval_where_all_agree,
+    sign_flip,
+)
 
 SMALLEST_P = 1e-12  # A p-value below is this one
 
@@ -90,7 +95,7 @@ class Spread:
 @dataclass(frozen=True)
 class Contrast:
     """Two arms on the same problems: second - first, with a 95 % interval that holds for other
-    seeds and problems; with bases, for other bases."""
+    seeds and problems; with bases, for other bases; of two runs, for other problems."""
 
     difference: float
     lower: float  # -inf with one seed or one problem. Not adjusted for other contrasts.
@@ -183,6 +188,26 @@ def contrast_over_bases(
     return Contrast(difference, *ends, p_value, variances, bases, problems, between)
 
 
+def contrast_of_runs(first: Sequence[float], second: Sequence[float]) -> Contrast:
+    """Compares two runs by what they score on the same problems. The bootstrap resamples problems
+    with both scores together, so that what makes a problem hard for both cancels.
+
+    Args:
+        first, second: [problems], from 0 to 1.
+    """
+    differences = [float(b) - float(a) for a, b in zip(first, second, strict=True)]
+    problems = len(differences)
+    if len({*differences}) == 1:
+        [difference] = {*differences}
+        ends = interval_where_all_agree(difference, problems)
+    else:
+        difference = sum(differences) / problems
+        ends = bootstrap_interval(differences)
+    variances = Variances(0.0, float(numpy.var(differences)), 0.0)
+    p_value = sign_flip(first, second)
+    return Contrast(difference, *ends, p_value, variances, 1, problems, between=0.0)
+
+
 def estimate_mean(differences: ndarray, weights: ndarray) -> tuple[ndarray, Spread, Variances]:
     """Weighted means of differences with their spread, for any number of data sets at once.
 
@@ -213,69 +238,3 @@ def estimate_mean(differences: ndarray, weights: ndarray) -> tuple[ndarray, Spre
         residual=problems * seeds * residual,
     )
     return seed_means.mean(axis=-1), spread, variances
-
-
-# --- power ----------------------------------------------------------------------------------------
-
-
-def detectable(variances: Variances | None, seeds: int, problems: int, contrasts: int = 1) -> float:
-    """The smallest difference that gets its verdict with probability POWER; inf with one seed or
-    one problem."""
-    if variances is None or min(seeds, problems) < 2:
-        return math.inf
-    scale = math.sqrt(
-        variances.seed / seeds
-        + variances.problem / problems
-        + variances.residual / (seeds * problems)
-    )
-    if scale == 0:
-        return 0.0
-
-    def excess(difference: float) -> float:
-        return power_of(variances, difference, seeds, problems, contrasts) - POWER
-
-    upper = scale
-    while excess(upper) < 0:
-        upper *= 2
-    return float(brentq(excess, 0, upper, xtol=1e-12 * scale))
-
-
-def detectable_range(
-    variances: Variances | None, seeds: int, problems: int, contrasts: int = 1
-) -> tuple[float, float]:
-    """`detectable` at both ends of the 95 % interval of the variance between seeds, which few seeds
-    hardly know: (seeds - 1) s^2 / sigma^2 is chi-square."""
-    if variances is None or min(seeds, problems) < 2:
-        return math.inf, math.inf
-    residual = variances.residual / problems
-    degrees = seeds - 1
-    lower, upper = (
-        detectable(replace(variances, seed=max(0.0, seed)), seeds, problems, contrasts)
-        for seed in (
-            (variances.seed + residual) * degrees / chdtri(degrees, tail) - residual
-            for tail in (ERROR_RATE / 2, 1 - ERROR_RATE / 2)
-        )
-    )
-    return lower, upper
-
-
-def power_of(
-    variances: Variances, difference: float, seeds: int, problems: int, contrasts: int = 1
-) -> float:
-    """The probability of a verdict in the direction of this difference.
-
-    With several contrasts, it is that of Holm's first step, where p is multiplied by their
-    number: the later ones have more. The problems' part is taken as known, the seeds' part as
-    drawn: it is integrated over its quantiles.
-    """
-    # Closer together where the variance is small: power is exact to 0.003.
-    edges = numpy.linspace(0, 1, 65) ** 2
-    drawn = chdtri(seeds - 1, 1 - (edges[1:] + edges[:-1]) / 2) / (seeds - 1)
-    residual = variances.residual / (seeds * problems)
-    problem = variances.problem / problems
-    spread = Spread(
-        (variances.seed / seeds + residual) * drawn, seeds - 1, residual, problem, problems - 1
-    )
-    standard_error = math.sqrt(variances.seed / seeds + residual + problem)
-    shares = ndtr((difference - spread.half_width(ERROR_RATE / contrasts)) / standard_error)
-    return float((numpy.diff(edges) * shares).sum())

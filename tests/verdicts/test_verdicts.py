@@ -22,16 +22,11 @@ from benchmarks.verdicts import (
     found,
     wrong_after_tuning,
 )
-from cera_train.evaluation.statistics import holm, sign_flip
-from cera_train.evaluation.verdict import (
-    Contrast,
-    Spread,
-    Variances,
-    contrast,
-    detectable,
-    detectable_range,
-)
-from cera_train.study.tuning import chords_could_gain, could_gain
+from cera_train.verdicts.contrast import Contrast, Spread, Variances, contrast
+from cera_train.verdicts.interval import sign_flip
+from cera_train.verdicts.power import detectable, detectable_range
+from cera_train.verdicts.tuning import chords_could_gain, could_gain
+from cera_train.verdicts.verdict import holm
 
 STUDIES = 1_500
 EVIDENCE = sorted(Path(__file__).parents[2].glob("docs/evidence/*.json"))
@@ -281,3 +276,9 @@ def test_one_seed_or_one_problem_shows_nothing():
 def test_a_value_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="not a number"):
         contrast(values(1, 3), [[1, 2, numpy.nan]])
+
+
+def test_holm_multiplies_the_smallest_by_all_and_never_decreases():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm([]) == []

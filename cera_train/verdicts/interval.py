@@ -1,19 +1,15 @@
-"""The uncertainty of an accuracy, and of a difference between two runs on the same problems."""
+"""The uncertainty of an accuracy, and of the mean difference of two runs on the same problems."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy
-from scipy.special import betaincinv, ndtri
 from scipy.stats import binomtest, bootstrap, norm, permutation_test
 
 ERROR_RATE = 0.05
 """The share of intervals that miss the truth, and of verdicts where there is no difference."""
 
 LEVEL = 1 - ERROR_RATE  # the confidence of an interval
-
-POWER = 0.8  # the probability with which a difference counts as detected
 
 BLOCK = 1_000_000  # numbers that resampling draws at once: 8 MB
 
@@ -119,61 +115,3 @@ def sign_flip(first: Sequence[float], second: Sequence[float]) -> float:
         rng=0,
     )
     return float(test.pvalue)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Difference of the means of two runs, second - first, with its 95 % interval."""
-
-    difference: float
-    lower: float
-    upper: float
-
-
-def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Resamples problems with both runs' scores together, so that what makes a problem hard for
-    both cancels."""
-    differences = [float(b) - float(a) for a, b in zip(first, second, strict=True)]
-    if len({*differences}) == 1:
-        [difference] = {*differences}
-        lower, upper = interval_where_all_agree(difference, len(differences))
-    else:
-        difference = sum(differences) / len(differences)
-        lower, upper = bootstrap_interval(differences)
-    return Difference(difference, lower, upper)
-
-
-def detectable_difference(standard_error: float, problems: int, tests: int = 1) -> float:
-    """The smallest true difference of two runs that gets its verdict with probability POWER, by the
-    normal approximation; but at least what an exact test can show, even where all problems that
-    differ do so in one direction.
-
-    Args:
-        tests: their number, of which this is the first that Holm's method admits.
-    """
-    level = ERROR_RATE / tests
-    by_error = float(ndtri(1 - level / 2) + ndtri(POWER)) * standard_error
-    differing = math.ceil(math.log2(2 / level))  # 2 * 0.5^differing is at most the level
-    if differing > problems:
-        return math.inf
-    return max(by_error, float(betaincinv(differing, problems - differing + 1, POWER)))
-
-
-def holm(p_values: Sequence[float], planned: int = 0, at_least: float = 0.0) -> list[float]:
-    """P-values adjusted for their number, in the order given (Holm 1979). Where one is at most
-    0.05, the chance of any error among all verdicts stays at most 5 %, however the comparisons
-    depend on each other.
-
-    Args:
-        planned: the number of planned tests where that is larger, as if the others had p = 1.
-        at_least: the largest adjusted p-value of tests that come first: no later one is below.
-            Both families together keep the level: serial gatekeeping (Westfall & Krishen 2001, J.
-            Statistical Planning and Inference 99).
-    """
-    adjusted = [0.0] * len(p_values)
-    largest = at_least
-    tests = max(planned, len(p_values))
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        largest = max(largest, min(1.0, (tests - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted

@@ -1,0 +1,71 @@
+"""Verdicts on several contrasts: Holm's correction, and what it leaves of each."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cera_train.verdicts.contrast import Contrast, Verdict
+
+
+def holm(p_values: Sequence[float], planned: int = 0, at_least: float = 0.0) -> list[float]:
+    """P-values adjusted for their number, in the order given (Holm 1979). Where one is at most
+    0.05, the chance of any error among all verdicts stays at most 5 %, however the comparisons
+    depend on each other.
+
+    Args:
+        planned: the number of planned tests where that is larger, as if the others had p = 1.
+        at_least: the largest adjusted p-value of tests that come first: no later one is below.
+            Both families together keep the level: serial gatekeeping (Westfall & Krishen 2001, J.
+            Statistical Planning and Inference 99).
+    """
+    adjusted = [0.0] * len(p_values)
+    largest = at_least
+    tests = max(planned, len(p_values))
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (tests - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class JudgedContrast(Contrast):
+    """A contrast among others: second - first."""
+
+    first: str
+    second: str
+    p_holm: float | None  # after Holm; None where no verdict is planned
+    verdict: Verdict  # on the second; `not shown` where an obstacle speaks against it
+    obstacles: list[str]  # such as `cera at the largest optimizer.lr, 0.01`
+    detectable: float  # the smallest true difference that is shown with power 80 %
+    by_seed: list[float]  # the difference of each seed; with bases, of each base
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether it is in nats a token, where less is better; else of a score."""
+        return False
+
+    @property
+    def words(self) -> str:
+        """The verdict, with what could have been detected where nothing was."""
+        if self.obstacles:
+            return "no verdict"
+        if self.verdict == "not shown" and math.isfinite(self.detectable):
+            return f"not shown (detects {number(self.detectable, self.is_loss)})"
+        return self.verdict
+
+    @property
+    def difference_text(self) -> str:
+        return number(self.difference, self.is_loss, "+")
+
+    @property
+    def interval_text(self) -> str:
+        """Its ends, those that are finite."""
+        ends = [number(end, self.is_loss, "+") for end in (self.lower, self.upper)]
+        return " to ".join(filter(None, ends))
+
+
+def number(value: float, is_loss: bool, sign: str = "") -> str:
+    """Nats of a loss, points of a score; empty without a bound or a difference."""
+    if not math.isfinite(value):
+        return ""
+    return f"{value:{sign}.4f}" if is_loss else f"{100 * value:{sign}.1f}"

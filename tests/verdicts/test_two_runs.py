@@ -1,0 +1,147 @@
+"""The tests of two runs: they agree with other formulas on 1,000 made pairs, and keep their error
+rate and their power on 10,000 simulated ones."""
+
+import itertools
+import math
+
+import numpy
+import pytest
+import scipy.stats
+from scipy.stats import binom, permutation_test
+
+from cera_train.verdicts import interval
+from cera_train.verdicts.contrast import contrast_of_runs
+from cera_train.verdicts.interval import (
+    accuracy_interval,
+    bootstrap_interval,
+    pass_at_k,
+    sign_flip,
+)
+from cera_train.verdicts.power import POWER, detectable_between_runs
+
+NIGHTLY = pytest.mark.nightly
+
+
+@pytest.fixture
+def draw() -> numpy.random.Generator:
+    return numpy.random.default_rng(0)
+
+
+def right_or_wrong(draw: numpy.random.Generator, shares, problems: int) -> numpy.ndarray:
+    """[runs, problems]"""
+    return (draw.random((len(shares), problems)) < numpy.reshape(shares, (-1, 1))).astype(float)
+
+
+def test_mcnemars_p_is_that_of_the_binomial_on_1000_made_pairs(draw) -> None:
+    for _ in range(1_000):
+        first, second = right_or_wrong(draw, draw.random(2), int(draw.integers(2, 400)))
+        only = [(first > second).sum(), (second > first).sum()]
+        tail = binom.cdf(min(only), sum(only), 0.5)
+        assert sign_flip(first, second) == pytest.approx(min(1, 2 * tail))
+
+
+def test_the_p_of_scores_is_that_of_all_flips(draw) -> None:
+    for _ in range(30):
+        first, second = draw.random((2, int(draw.integers(2, 9)))).round(1)
+        every = permutation_test(
+            (first, second),
+            lambda a, b, axis: abs(numpy.mean(b - a, axis=axis)),
+            permutation_type="samples",
+            alternative="greater",
+            n_resamples=numpy.inf,
+        )
+        assert sign_flip(first, second) == pytest.approx(every.pvalue)
+
+
+def test_beyond_many_problems_normal_formulas_continue_the_resampling(draw, monkeypatch) -> None:
+    first, second = draw.random((2, 500))
+    resampled = contrast_of_runs(first, second)
+    monkeypatch.setattr(interval, "MANY", 499)
+    normal = contrast_of_runs(first, second)
+    ends = [(each.lower, each.upper) for each in (normal, resampled)]
+    assert ends[0] == pytest.approx(ends[1], abs=2e-3)
+    assert ends[0] != ends[1]
+    assert normal.p_value == pytest.approx(resampled.p_value, abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "problems", [pytest.param(50, marks=NIGHTLY), 200, pytest.param(1_319, marks=NIGHTLY)]
+)
+def test_equal_runs_differ_in_at_most_5_percent_of_10000_pairs(draw, problems: int) -> None:
+    """Problems are easy or hard for both runs."""
+    shown = 0
+    for _ in range(10_000):
+        ease = draw.beta(0.5, 0.5, size=problems)
+        first, second = (draw.random((2, problems)) < ease).astype(float)
+        shown += sign_flip(first, second) <= 0.05
+    # at most 500 are expected, with a standard deviation of 22
+    assert 100 < shown < 566
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problems", [200, pytest.param(1_319, marks=NIGHTLY)])
+@pytest.mark.parametrize("tests", [1, pytest.param(62, marks=NIGHTLY)])
+def test_a_detectable_difference_is_shown_in_80_percent_of_pairs(
+    draw, problems: int, tests: int
+) -> None:
+    """A third of the problems differ by chance."""
+    shown = 0
+    difference = detectable_between_runs(1 / 3, problems, tests)
+    chances = [(1 / 3 - difference) / 2, (1 / 3 + difference) / 2]
+    for _ in range(2_000):
+        falls, rises, _ = draw.multinomial(problems, [*chances, 2 / 3])
+        values = numpy.repeat([[1, 0], [0, 1]], [falls, rises], axis=0)
+        shown += sign_flip(*values.T) <= 0.05 / tests
+    assert shown / 2_000 == pytest.approx(POWER, abs=0.06)
+
+
+# --- one accuracy ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("test", [sign_flip, contrast_of_runs])
+def test_runs_on_different_problems_are_refused(test):
+    with pytest.raises(ValueError, match="zip"):
+        test([True, False], [True, False, True])
+
+
+ACCURACY = [1.0] * 120 + [0.0] * 280
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 7])
+def test_pass_at_k_equals_the_share_of_subsets_with_a_right_answer(samples):
+    for correct in range(samples + 1):
+        answers = [True] * correct + [False] * (samples - correct)
+        for k in range(1, samples + 1):
+            subsets = list(itertools.combinations(answers, k))
+            assert pass_at_k(samples, correct, k) == pytest.approx(
+                sum(map(any, subsets)) / len(subsets), abs=1e-15
+            )
+
+
+def test_bootstrap_interval_of_an_accuracy_approaches_the_normal_one():
+    half = scipy.stats.norm.ppf(0.975) * math.sqrt(0.3 * 0.7 / 400)
+    assert bootstrap_interval(ACCURACY) == pytest.approx((0.3 - half, 0.3 + half), abs=3e-3)
+
+
+@pytest.mark.parametrize("problems", [1, 7, 1319])
+def test_the_interval_of_none_or_all_problems_is_clopper_and_pearsons(problems):
+    """Resampling would give a point, which is not how sure the accuracy is."""
+    for right in (0, problems):
+        expected = scipy.stats.binomtest(right, problems).proportion_ci(0.95, method="exact")
+        values = [1.0] * right + [0.0] * (problems - right)
+        assert accuracy_interval(values) == pytest.approx((expected.low, expected.high), rel=1e-9)
+    assert accuracy_interval(ACCURACY) == bootstrap_interval(ACCURACY)
+
+
+def test_paired_bootstrap_uses_the_pairing():
+    """Two runs that differ on 20 of 400 problems: their intervals overlap widely, the difference is
+    sure."""
+    second = [1.0] * 140 + [0.0] * 260
+    difference = contrast_of_runs(ACCURACY, second)
+    assert bootstrap_interval(ACCURACY)[1] > bootstrap_interval(second)[0]
+    half = 1.96 * math.sqrt(0.05 * 0.95 / 400)
+    assert difference.difference == pytest.approx(0.05)
+    assert (difference.lower, difference.upper) == pytest.approx(
+        (0.05 - half, 0.05 + half), abs=3e-3
+    )
