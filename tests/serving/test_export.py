@@ -27,7 +27,6 @@ from cera_train.runs.subject import find_subject
 from cera_train.serving.export import fit
 from cera_train.serving.verify import compare_models, load_form
 from cera_train.training.train import train
-from cera_train.verdicts.interval import bootstrap_interval
 
 IDS = torch.arange(3, 23)[None]
 
