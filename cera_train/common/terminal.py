@@ -5,7 +5,6 @@ import contextlib
 import shlex
 import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TextIO
@@ -24,7 +23,6 @@ FIELD_WIDTH = 16  # the same where a command has ended
 BAR_WIDTH = 16  # columns: its text fits beside it in 80
 LINE_SECONDS = 60.0  # a log gets a line of progress at least so often
 PLAIN_LINES = 10  # a log gets at least so many lines of progress, however short the run
-SLOW_SECONDS = 2.0  # what takes longer is announced
 
 
 def console(wraps: bool = True) -> Console:
@@ -34,19 +32,8 @@ def console(wraps: bool = True) -> Console:
 
 
 def print_line(label: str, text: str, file: TextIO | None = None) -> None:
-    """Prints one labelled line in a single write, so that lines of parallel jobs do not mix. A
-    terminal gets it wrapped beside its label."""
-    line = f"{label:<{LABEL_WIDTH}}{clean(text)}"
-    if (file or sys.stdout).isatty():
-        wrapped = textwrap.wrap(
-            line,
-            shutil.get_terminal_size().columns,
-            subsequent_indent=" " * LABEL_WIDTH,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        line = "\n".join(wrapped)
-    print(f"{line}\n", end="", file=file, flush=True)
+    """Prints one labelled line in a single write, so that lines of parallel jobs do not mix."""
+    print(f"{label:<{LABEL_WIDTH}}{clean(text)}\n", end="", file=file, flush=True)
 
 
 def print_command(label: str, words: Iterable[str]) -> None:
@@ -115,8 +102,7 @@ class ProgressBar:
         self.visible = visible
         self._every = max(1, total // PLAIN_LINES)
         self._printed = time.monotonic()
-        self._seconds: dict[str, float] = {}
-        """How long other work took."""
+        self._announced: set[str] = set()
         self._bar: Progress | None = None
         target = console()
         if visible and sys.stdout.isatty() and not target.is_dumb_terminal:
@@ -142,20 +128,15 @@ class ProgressBar:
 
     @contextlib.contextmanager
     def doing(self, work: str) -> Iterator[None]:
-        """Shows other work than the units, and how long it took the last time. A log gets a line,
-        unless that was short."""
-        seconds = self._seconds.get(work)
-        was_slow = seconds is not None and seconds > SLOW_SECONDS
-        text = f"{work}, {duration(seconds)} the last time" if was_slow else work
+        """Shows other work than the units. A log gets a line the first time."""
         if self._bar is not None:
-            self._bar.update(self._task, description=text)
-        elif self.visible and (seconds is None or was_slow):
-            print_line("now", text)
-        started = time.monotonic()
+            self._bar.update(self._task, description=work)
+        elif self.visible and work not in self._announced:
+            print_line("now", work)
+        self._announced.add(work)
         yield
         if self._bar is not None:
             self._bar.update(self._task, description="")
-        self._seconds[work] = time.monotonic() - started
 
     def note(self, text: str) -> None:
         """A line above the bar."""

@@ -24,6 +24,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cera_train.common.errors import UserError
+from cera_train.common.settings import require
 from cera_train.common.terminal import announce
 from cera_train.distributed.processes import MEETING, RANKS, is_one_of_several
 from cera_train.settings.distributed import DistributedConfig, Strategy
@@ -44,9 +45,8 @@ def this_device() -> torch.device:
 def waiting_for_others() -> Iterator[None]:
     """Prints whom this process waits for if they are not there soon: a launcher's variables may be
     left over. Raises UserError if they never come."""
-    names = " ".join(name for name in RANKS if name in os.environ)
     where = ", ".join(f"{name}={os.environ.get(name)}" for name in MEETING)
-    fix = f"start all of them, or this command alone: unset {names}"
+    fix = f"start all of them, or this command alone: unset {' '.join(RANKS)}"
     text = f"for the other processes of {where}: {fix}"
     note = threading.Timer(SOON, announce, ["waiting", text])
     # `work` runs in what this command started itself.
@@ -104,6 +104,11 @@ def start_accelerator(
             shared |= {"fsdp_plugin": plugin, "distributed_type": DistributedType.FSDP}
         for state in (accelerator.state, PartialState()):
             vars(state).update(shared)  # shared by all instances of its class
+    require(
+        accelerator.num_processes > 1 or not is_one_of_several(),
+        "several processes were started, and each would train alone: start them by torchrun, "
+        "`accelerate launch` or srun, which set RANK, WORLD_SIZE and LOCAL_RANK.",
+    )
     check_distribution(accelerator, config.strategy)
     return accelerator
 

@@ -26,7 +26,6 @@ from cera_train.common.signals import (
     signal_children,
     stop_at_once,
 )
-from cera_train.common.terminal import counted
 from cera_train.settings.distributed import ProcessesConfig
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -49,22 +48,15 @@ def launched_rank() -> int | None:
 
 def check_launched(environment: Mapping[str, str]) -> None:
     """Raises UserError for some of a launcher's variables without the others, by which Accelerate
-    would fail, wait or, on a GPU, train each process alone. A single one needs no address."""
-    found = {name: environment[name] for name in RANKS if name in environment}
-    rank = found.get("RANK", "0")
-    size = found.get("WORLD_SIZE", "1")
-    if not found.keys() - {"WORLD_SIZE"} and size == "1":
-        return
-    is_alone = size == "1" and "LOCAL_RANK" not in found
-    needed = MEETING[:2] if is_alone else (*MEETING, "LOCAL_RANK")
-    missing = [name for name in needed if name not in environment]
-    is_rank = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
-    place = ", ".join(f"{name}={value}" for name, value in found.items())
-    cause = f"without {', '.join(missing)}" if missing else "names no process of that many"
+    would fail, wait or, on a GPU, train each process alone. A single process needs no address."""
+    found = [name for name in RANKS if name in environment]
+    is_single = environment.get("WORLD_SIZE") == "1" and environment.get("RANK", "0") == "0"
+    missing = [name for name in (*MEETING, "LOCAL_RANK") if name not in environment]
     require(
-        is_rank and not missing,
-        f"{place} {cause}: start this command by torchrun, `accelerate launch` or srun, which set "
-        f"all of these variables, or alone: unset {' '.join(found)}.",
+        not found or not missing or (is_single and "LOCAL_RANK" not in found),
+        f"{', '.join(f'{name}={environment[name]}' for name in found)} without "
+        f"{', '.join(missing)}: start this command by torchrun, `accelerate launch` or srun, which "
+        f"set all of these variables, or alone: unset {' '.join(found)}.",
     )
 
 
@@ -81,7 +73,7 @@ def is_one_of_several() -> bool:
 def join_slurm_step(environment: MutableMapping[str, str]) -> None:
     """Sets torch's variables from Slurm's if srun started this process as one of several tasks."""
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-    if tasks == 1 or "RANK" in environment or is_typed(environment):
+    if tasks == 1 or "RANK" in environment:
         return
     local = int(environment["SLURM_LOCALID"])
     gpus = environment.get("CUDA_VISIBLE_DEVICES")
@@ -108,19 +100,6 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))
 
 
-def is_typed(environment: Mapping[str, str]) -> bool:
-    """Whether this command was typed in a shell of `srun --pty`, so that no other task runs it. An
-    interactive shell gives each command a process group of its own; a step that is started there
-    inherits the variable, but has no terminal."""
-    if "SLURM_PTY_PORT" not in environment or os.getpgrp() == os.getsid(0):
-        return False
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR))
-    except OSError:
-        return False
-    return True
-
-
 def leave_slurm_step(environment: Mapping[str, str]) -> None:
     """Lets process 0 of a Slurm step leave last, and raises SystemExit with status 0 in the others.
 
@@ -145,8 +124,6 @@ LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|ProcessGroup", re.I
 # launcher reports the first failure, and before it leaves a Slurm step
 PEER_SECONDS = 5
 
-MOST_PER_CORE = 4  # processes; more only wait for each other
-
 
 def in_processes(function: Callable[[Any], dict[str, Any]], config: Any) -> dict[str, Any]:
     """Calls `function(config)` in `launch.processes` processes: the result and a UserError are the
@@ -170,7 +147,7 @@ def in_processes(function: Callable[[Any], dict[str, Any]], config: Any) -> dict
 
 def processes_to_start(config: ProcessesConfig) -> int:
     """The number of processes: the config's, else one for each GPU. Raises UserError if there are
-    GPUs, but fewer than that, or far fewer cores."""
+    GPUs, but fewer than that."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -179,12 +156,6 @@ def processes_to_start(config: ProcessesConfig) -> int:
         raise UserError(
             f"launch.processes={processes}, but this machine shows {gpus} GPUs: lower it, or set "
             f"auto."
-        )
-    cores = len(os.sched_getaffinity(0))
-    if not gpus and processes > MOST_PER_CORE * cores:
-        raise UserError(
-            f"launch.processes={processes}, but this machine shows {counted(cores, 'core')} and no "
-            f"GPU: lower it to {cores}, or set auto."
         )
     return processes
 

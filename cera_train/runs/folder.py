@@ -31,7 +31,6 @@ from cera_train.adapters.saved import load, read, save
 from cera_train.common import files
 from cera_train.common.errors import UserError
 from cera_train.common.libraries import installed_version
-from cera_train.common.settings import Choice
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
@@ -50,7 +49,6 @@ from cera_train.runs.results import (
     RunResult,
 )
 from cera_train.runs.tracking import IDS
-from cera_train.settings.model import Dtype
 from cera_train.settings.training import Resume
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -198,7 +196,7 @@ class RunFolder:
         rows: dict[str, str],
         tokenizer: dict[str, str],
         updates: int,
-        dtype: Choice[Dtype],
+        precision: dict[str, str],
     ) -> None:
         """Writes config.yaml, resolved, and environment.json, before the first update."""
         files.write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
@@ -216,7 +214,7 @@ class RunFolder:
             rows=rows,
             tokenizer=tokenizer,
             updates=updates,
-            precision={"dtype": dtype.value, "reason": dtype.why},
+            precision=precision,
         )
         environment.write(self.path / "environment.json")
 

@@ -65,12 +65,12 @@ def print_start(
     already = f", {progress.update:,} done" if progress.update else ""
     print_line("run", f"{folder}, {updates}{already}")
     print_model(config.model, model)
-    print_line("precision", f"{resolved.dtype.value}: {resolved.dtype.why}")
+    print_line("precision", f"{config.model.dtype}: {resolved.why['model.dtype']}")
     print_adapter(config.adapter, model, is_new=progress.update == 0)
-    if resolved.lr.why:
-        print_line("rate", f"{resolved.lr.value:g}: {resolved.lr.why}")
+    if reason := resolved.why["optimizer.lr"]:
+        print_line("rate", f"{config.optimizer.lr:g}: {reason}")
     print_device(model)
-    print_line("speed", describe_speed(model.language_model, resolved.compile.why))
+    print_line("speed", describe_speed(model.language_model, resolved.why["train.compile"]))
     generation = model.language_model.causal_lm.generation_config
     stops = stop_ids(data.tokenizer, generation.eos_token_id)
     print_line("data", describe_source(config.data))

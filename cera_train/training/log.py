@@ -53,7 +53,7 @@ def open_log(
             digests,
             tokenizer_digests(data.tokenizer),
             data.updates,
-            resolved.dtype,
+            {"dtype": config.model.dtype, "reason": resolved.why["model.dtype"]},
         )
         tracker = start_tracker(
             config.tracker, folder.config, config.name, folder.path, progress.update

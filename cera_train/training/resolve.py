@@ -1,9 +1,10 @@
 """Decides every setting that `auto` leaves open, once, before anything is loaded: as in the run
 that the folder holds, else by this machine, the model and the rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cera_train.adapters import build as adapters
 from cera_train.common.settings import AUTO, Choice, to_plain
@@ -19,22 +20,18 @@ from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import digest_of, find_adapter, find_start, run_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import DataConfig, Layout, MixPart
-from cera_train.settings.model import Dtype, Quantization
+from cera_train.settings.model import Quantization
 from cera_train.settings.run import Config
 from cera_train.settings.training import Resume
 from cera_train.training.optimizer import auto_rate
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config without `auto`, and the reasons for three of its settings."""
+    """A config without `auto`, and the reasons for the settings of `CHOICES`, by their keys."""
 
     config: Config
-    dtype: Choice[Dtype]
-    lr: Choice[float]
-    compile: Choice[bool]
+    why: dict[str, str]
 
 
 def resolve(config: Config, folder: Path) -> Resolved:
@@ -59,24 +56,26 @@ def decide(config: Config, recorded: Config | None, folder: Path) -> Resolved:
     """Decides every `auto` of a config as a run recorded it, else by this machine, the model and
     the rows."""
     begun = recorded or config
+    why = {}
+    chosen = config
+    for key, choose in CHOICES.items():
+        section, name = key.split(".")
+        wanted = getattr(getattr(config, section), name)
+        known = getattr(getattr(begun, section), name)
+        if wanted in OPEN and known not in OPEN:
+            choice = Choice(known, f"as {folder} was begun")
+        else:
+            choice = choose(config)
+        decided = replace(getattr(config, section), **{name: choice.value})
+        chosen = replace(chosen, **{section: decided})
+        why[key] = choice.why
     data = with_known_layouts(config.data, begun.data)
-
-    dtype = as_begun(config.model.dtype, begun.model.dtype, Dtype.auto, folder)
-    dtype = dtype or choose_precision(config.model.dtype)
-    lr = as_begun(config.optimizer.lr, begun.optimizer.lr, AUTO, folder)
-    lr = lr or choose_rate(config)
-    compiles = as_begun(config.train.compile, begun.train.compile, None, folder)
-    compiles = compiles or choose_compile(config)
-
-    resolved = replace(
-        config,
-        model=replace(config.model, dtype=dtype.value),
+    chosen = replace(
+        chosen,
         adapter=with_start_digest(config.adapter, begun.adapter),
         data=with_template_settings(config, data, recorded and recorded.data),
-        optimizer=replace(config.optimizer, lr=lr.value),
-        train=replace(config.train, compile=compiles.value),
     )
-    return Resolved(resolved, dtype, lr, compiles)
+    return Resolved(chosen, why)
 
 
 def starts_anew(config: Config, folder: Path) -> bool:
@@ -92,12 +91,6 @@ def has_saved(folder: Path) -> bool:
     # Others begin with a dot: a kill cut their writing.
     has_checkpoint = any((folder / "checkpoints").glob("[0-9]*"))
     return has_checkpoint or (folder / "result.json").is_file()
-
-
-def as_begun(wanted: T, begun: T, auto: object, folder: Path) -> Choice[T] | None:
-    """For a setting left at `auto`, the value that the run in the folder recorded, if any."""
-    is_recorded = wanted == auto and begun != auto
-    return Choice(begun, f"as {folder} was begun") if is_recorded else None
 
 
 def choose_rate(config: Config) -> Choice[float]:
@@ -119,6 +112,16 @@ def choose_compile(config: Config) -> Choice[bool]:
     if not can_compile(device):
         return Choice(False, "there is no compiler")
     return Choice(True, "a GPU and a compiler")
+
+
+CHOICES: dict[str, Callable[[Config], Choice]] = {
+    "model.dtype": lambda config: choose_precision(config.model.dtype),
+    "optimizer.lr": choose_rate,
+    "train.compile": choose_compile,
+}
+"""Settings that may be left open -> what chooses them where no record does."""
+
+OPEN = (AUTO, None)
 
 
 def with_start_digest(adapter: AdapterConfig, begun: AdapterConfig) -> AdapterConfig:

@@ -151,8 +151,8 @@ MISTAKES = [
     ("cera-export run=x server=http://a", "server=http://a serves a folder", "set check=RUN/"),
     ("cera-export run=x like=y", "like=y belongs to run=base", "leave it out"),
     (
-        "cera-chat run=x server=http://localhost:80000",
-        "server=http://localhost:80000: ",
+        "cera-chat run=x server=localhost:8000",
+        "server=localhost:8000: ",
         "such as http://localhost:8000",
     ),
     (

@@ -1,12 +1,11 @@
 """What a terminal of 80 columns gets, and a log."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 from cera_train.common import terminal
-from cera_train.common.terminal import ProgressBar, print_command, print_line, print_table
+from cera_train.common.terminal import ProgressBar, print_table
 from cera_train.data.look import print_example
 from cera_train.data.prepare import Example, TokenizedRows, table_of
 
@@ -19,36 +18,6 @@ def screen(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     return lambda: capsys.readouterr().out
-
-
-def test_a_line_is_wrapped_beside_its_label_and_a_command_is_not(screen):
-    print_line("precision", "bfloat16: this processor multiplies it " + "and so on " * 5)
-    print_command("train it", ["cera-train", "a" * 50, "b b", "c" * 50])
-    first, second, command = screen().splitlines()
-    assert first.startswith("precision  bfloat16")
-    assert len(first) <= 80
-    assert second.startswith(" " * 11 + "and")
-    assert command == f"train it   cera-train {'a' * 50} 'b b' {'c' * 50}"
-
-
-def test_a_log_is_not_wrapped(capsys):
-    print_line("precision", "word " * 50)
-    assert len(capsys.readouterr().out.splitlines()) == 1
-
-
-def test_slow_work_is_announced_with_the_time_that_it_took(monkeypatch, capsys):
-    """At first always: nobody knows how long it takes."""
-    clock = iter([0.0, 0.0, 40.2, 50.0, 51.5, 60.0, 61.0, 70.0, 72.5])
-    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    bar = ProgressBar("update", 40, 0)
-    for work in ("answers", "answers", "measures", "measures"):
-        with bar.doing(work):
-            pass
-    assert capsys.readouterr().out.splitlines() == [
-        "now        answers",
-        "now        answers, 0:40 the last time",
-        "now        measures",
-    ]
 
 
 def test_a_terminal_without_a_cursor_gets_the_lines_of_a_log(screen, monkeypatch):

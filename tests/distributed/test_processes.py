@@ -3,7 +3,6 @@ fails, hangs or is told to stop, the others end with it."""
 
 import json
 import os
-import pty
 import signal
 import socket
 import subprocess
@@ -354,11 +353,9 @@ ALL = MEETING | {"LOCAL_RANK": "1"}
         (ALL, 1),
         ({"PMI_SIZE": "2", "PMI_RANK": "1", "WORLD_SIZE": "2"}, 1),
         ({"RANK": "0"}, "RANK=0 without WORLD_SIZE: .*unset RANK"),
-        ({"RANK": "a", "WORLD_SIZE": "1"}, "RANK=a, WORLD_SIZE=1 names no process"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, MASTER_ADDR, MASTER_PORT"),
         (MEETING, "RANK=1, WORLD_SIZE=2 without LOCAL_RANK"),  # of a PyTorchJob on Kubernetes
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 without RANK, WORLD_SIZE, MASTER_ADDR"),
-        (ALL | {"RANK": "2"}, "RANK=2, .* names no process.*unset RANK WORLD_SIZE"),
     ],
 )
 def test_a_part_of_a_launchers_variables_is_one_line(monkeypatch, variables, expected):
@@ -398,39 +395,6 @@ def test_a_task_that_was_stopped_at_once_does_not_hide_it_from_its_slurm_step(mo
     leave_slurm_step(environment)
 
 
-TYPING = ("setsid", "--ctty", "--wait")
-"""A command that stands in a terminal of its own."""
-
-
-@pytest.mark.parametrize(("shell", "joins"), [("-ic", False), ("-c", True)])
-def test_a_command_typed_in_a_shell_of_a_step_waits_for_no_other_task(shell, joins):
-    """All tasks run a script of `srun --pty`, but only the first has a shell to type in."""
-    step = {
-        "SLURM_PTY_PORT": "1234",
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-        "SLURM_JOB_ID": "1",
-        "SLURM_STEP_NODELIST": "node",
-        "SLURM_STEP_TASKS_PER_NODE": "2",
-    }
-    module = "cera_train.distributed.processes"
-    code = f"import os; from {module} import *; join_slurm_step(os.environ); print(*os.environ)"
-    ours, terminal = pty.openpty()
-    done = subprocess.run(
-        [*TYPING, "bash", "--norc", shell, f'{sys.executable} -c "{code}"; true'],
-        env=os.environ | step,
-        stdin=terminal,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    os.close(ours)
-    os.close(terminal)
-    assert ("MASTER_PORT" in done.stdout.split()) == joins
-
-
 def test_a_lone_task_with_a_rank_starts_a_process_for_each_gpu(monkeypatch):
     """srun sets PMI_RANK if Slurm's MPI is PMI2, even for one task."""
     module = "cera_train.distributed.processes.start_processes"
@@ -450,9 +414,6 @@ def test_each_gpu_gets_a_process_unless_the_config_says_otherwise(monkeypatch):
         assert processes_to_start(LaunchConfig(wanted)) == expected
     with pytest.raises(ValueError, match="launch.processes=9, but this machine shows 8 GPUs"):
         processes_to_start(LaunchConfig("9"))
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(ValueError, match=r"launch.processes=100000, but .* cores? and no GPU: low"):
-        processes_to_start(LaunchConfig("100000"))
     for wrong in ("0", "two", "-1"):
         with pytest.raises(ValueError, match="must be auto or a positive number"):
             LaunchConfig(wrong)

@@ -353,12 +353,15 @@ def test_auto_ignores_a_folder_with_nothing_to_resume(tiny_config, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(tiny_config("optimizer.lr=0.5"))))
-    assert resolve(auto, folder).lr.value == 0.5
-    assert resolve(tiny_config("optimizer.lr=auto", "train.resume=never"), folder).lr.value == 0.038
+    assert resolve(auto, folder).config.optimizer.lr == 0.5
+    assert (
+        resolve(tiny_config("optimizer.lr=auto", "train.resume=never"), folder).config.optimizer.lr
+        == 0.038
+    )
     (folder / DIVERGED).touch()
-    assert resolve(auto, folder).lr.value == 0.038
+    assert resolve(auto, folder).config.optimizer.lr == 0.038
     (folder / "checkpoints" / "4").mkdir(parents=True)
-    assert resolve(auto, folder).lr.value == 0.5
+    assert resolve(auto, folder).config.optimizer.lr == 0.5
 
 
 def test_auto_ignores_a_run_of_other_settings_that_saved_nothing(tiny_config, tmp_path):
@@ -368,8 +371,12 @@ def test_auto_ignores_a_run_of_other_settings_that_saved_nothing(tiny_config, tm
     (folder / "checkpoints" / ".writing-4").mkdir(parents=True)
     begun = to_plain(resolve(tiny_config(*settings, "adapter=lora"), folder).config)
     (folder / "config.yaml").write_text(yaml.safe_dump(begun))
-    assert resolve(tiny_config(*settings, "adapter=lora"), folder).lr.why.endswith("was begun")
-    assert resolve(tiny_config(*settings), folder).lr.value == 0.038  # not LoRA's
+    assert (
+        resolve(tiny_config(*settings, "adapter=lora"), folder)
+        .why["optimizer.lr"]
+        .endswith("was begun")
+    )
+    assert resolve(tiny_config(*settings), folder).config.optimizer.lr == 0.038  # not LoRA's
 
 
 def test_a_resumed_run_asks_as_it_was_begun_without_looking_at_its_rows(tiny_config, tmp_path):
