@@ -70,17 +70,16 @@ def describe_targets(model: nn.Module) -> str | None:
 
 
 def describe_left_out(model: nn.Module) -> str | None:
-    """The projections without an adapter, except for the head; None where there are none."""
+    """The projections and experts without an adapter, except for the head; None where there are
+    none."""
     head = model.get_output_embeddings()
     names = [
         kind
         for kind, module in _projections(model)
-        if isinstance(module, (nn.Linear, Conv1D))
-        and not isinstance(module, BaseTunerLayer)
-        and module is not head
+        if not isinstance(module, BaseTunerLayer) and module is not head
     ]
     kinds = ", ".join(dict.fromkeys(names))
-    return f"all-linear leaves out {len(names)} projections: {kinds}" if names else None
+    return f"all-linear leaves out {len(names)} modules: {kinds}" if names else None
 
 
 def widest_projection(model: PreTrainedModel) -> int:
@@ -98,11 +97,6 @@ def linear_names(named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
     """The last part of the names of the linear projections, each once, in their order."""
     names = (name for name, module in named_modules if isinstance(module, (nn.Linear, Conv1D)))
     return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
-
-
-def layers_without_adapted_experts(model: nn.Module) -> int:
-    """Number of modules of experts that no adapter wraps."""
-    return sum(bool(expert_parameters(module)) for _, module in _projections(model))
 
 
 def _projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

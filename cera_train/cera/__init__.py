@@ -1,8 +1,6 @@
 """CeRA as a PEFT method. Importing this package registers it, so that plain PEFT loads and saves
 it."""
 
-from typing import TYPE_CHECKING, Any
-
 from peft import PeftType
 from peft.utils import register_peft_method
 
@@ -12,29 +10,16 @@ from .experts import CeraExperts
 from .layer import CeraLayer, CeraLinear, for_inference
 from .model import CeraModel
 
-if TYPE_CHECKING:
-    from .trainer import CoverageCallback
-
 __all__ = [
     "CeraConfig",
     "CeraExperts",
     "CeraLayer",
     "CeraLinear",
     "CeraModel",
-    "CoverageCallback",
     "add_peft_type",
     "check_coverage",
     "for_inference",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # transformers' Trainer imports PEFT, which imports this package before there is a Trainer.
-    if name == "CoverageCallback":
-        from .trainer import CoverageCallback
-
-        return CoverageCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def add_peft_type(name: str) -> None:

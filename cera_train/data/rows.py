@@ -236,16 +236,6 @@ def _read_json(path: str) -> Iterator[PlacedRow]:
         yield f"{path}, row {number}", row
 
 
-def _with_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Python would keep the last of two values of a name."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{twice!r} stands twice in one object: keep one of the two.")
-    return values
-
-
 def _read_csv(path: str) -> Iterator[PlacedRow]:
     """Columns by the first line; every cell is text."""
     csv.field_size_limit(2**31 - 1)
@@ -254,11 +244,6 @@ def _read_csv(path: str) -> Iterator[PlacedRow]:
             text, delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True
         )
         try:
-            header = rows.fieldnames or []
-            if len({*header}) < len(header):
-                raise UserError(
-                    f"{path}:1: a column appears twice in {','.join(header)}: rename one."
-                )
             for row in rows:
                 # DictReader marks an extra cell by the key None, a missing one by the value None.
                 if None in row or None in row.values():
@@ -311,10 +296,7 @@ READERS: dict[str, Callable[[str], Iterator[PlacedRow]]] = {
 
 def _parse_json(text: bytes, path: str, first_line: int) -> Any:
     try:
-        with errors_at(f"{path}:{first_line}"):
-            return json.loads(text, object_pairs_hook=_with_unique_names)
-    except UserError:
-        raise
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         # Also bytes that are not UTF-8, thousands of digits, deeply nested lists.
         line = first_line + getattr(error, "lineno", 1) - 1

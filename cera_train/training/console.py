@@ -9,11 +9,7 @@ from cera_train.adapters.build import rank
 from cera_train.adapters.families import family
 from cera_train.adapters.families.base import is_import_path
 from cera_train.adapters.spectrum import why_no_spectrum
-from cera_train.adapters.targets import (
-    describe_left_out,
-    describe_targets,
-    layers_without_adapted_experts,
-)
+from cera_train.adapters.targets import describe_left_out, describe_targets
 from cera_train.common.terminal import (
     FIELD_WIDTH,
     TEXT_WIDTH,
@@ -103,14 +99,8 @@ def print_adapter(config: AdapterConfig, model: Model, is_new: bool) -> None:
         print_line("spectrum", f"none: {reason}")
     if targets := describe_targets(adapted):
         print_line("coverage", targets)
-    if config.target_modules != "all-linear":
-        return
-    if left_out := describe_left_out(adapted):
+    if config.target_modules == "all-linear" and (left_out := describe_left_out(adapted)):
         print_line("coverage", left_out)
-    if layers := layers_without_adapted_experts(adapted):
-        takes_experts = "experts" in family(config.kind).uses
-        fix = "; adapter.experts=true adds them" if takes_experts else ""
-        print_line("experts", f"all-linear leaves out the experts of {layers} layers{fix}")
 
 
 def print_device(model: Model) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from cera_train.adapters.saved import attach
-from cera_train.cera import CeraConfig, CoverageCallback
+from cera_train.cera import CeraConfig
 
 pytestmark = WARNINGS
 
@@ -100,20 +100,6 @@ def test_transformers_trainer_trains_saves_and_resumes_to_the_bit(tiny_folder, t
     )
 
 
-def test_the_coverage_callback_stops_the_trainer_before_its_first_step(tiny_folder, tmp_path, ids):
-    trainer = trainer_of(tmp_path, tiny_folder, ids, [CoverageCallback()])
-    trainer.model.base_model.model.config.num_hidden_layers = 1
-    before = tensors(trainer.model, adapter=True)
-    with pytest.raises(
-        ValueError, match=r"2 of 4 adapted modules would not train\. model\.layers\.1"
-    ):
-        trainer.train()
-    assert all(
-        torch.equal(value, before[name])
-        for name, value in tensors(trainer.model, adapter=True).items()
-    )
-
-
 TRL_ROWS = {
     "SFT": [{"text": row} for row in ROWS],
     "DPO": [{"prompt": row[:-3], "chosen": row[-3:], "rejected": " no"} for row in ROWS],
@@ -148,14 +134,12 @@ def test_trls_trainers_train_from_a_cera_config_and_save(
         train_dataset=Dataset.from_list(TRL_ROWS[name]),
         processing_class=tokenizer,
         peft_config=CeraConfig(**CONFIG),
-        callbacks=[callback := CoverageCallback()],
         **({"reward_funcs": count_letters} if name == "GRPO" else {}),
     )
     assert isinstance(trainer.model, PeftModel)
     # B starts at zero
     assert torch.equal(logits(trainer.model.eval(), ids), logits(plain(tiny_folder), ids))
     trainer.train()
-    assert (len(callback.coverage.layers), callback.coverage.problem()) == (4, None)
     assert_the_adapter_alone_moved(trainer.model, plain(tiny_folder))
 
     checkpoint = tmp_path / "run/checkpoint-4"

@@ -91,7 +91,7 @@ def test_targets_are_counted_by_name(compose):
 
 def test_all_linear_leaves_out_what_a_mamba_model_does_not_call(tiny_config, mamba, capsys):
     train(tiny_config(mamba, "adapter.target_modules=all-linear", "train.max_updates=1"))
-    left_out = "all-linear leaves out 6 projections: x_proj, dt_proj, out_proj"
+    left_out = "all-linear leaves out 6 modules: x_proj, dt_proj, out_proj"
     assert f"coverage   in_proj: 2 of 2\ncoverage   {left_out}\n" in capsys.readouterr().out
 
 

@@ -1,5 +1,7 @@
 """Runs on mixtures: of data sets, and of experts."""
 
+import re
+
 import pytest
 from evaluated_runs import evaluate
 from moe_models import make_mixture
@@ -95,6 +97,4 @@ def test_experts_are_trained_and_resumed(tiny_config, mixture, capsys):
 def test_all_linear_reports_that_it_leaves_out_experts(tiny_config, mixture, capsys):
     train(tiny_config(mixture, "adapter.target_modules=all-linear", "train.max_updates=1"))
     printed = " ".join(capsys.readouterr().out.split())
-    assert (
-        "all-linear leaves out the experts of 2 layers; adapter.experts=true adds them" in printed
-    )
+    assert re.search("all-linear leaves out [0-9]+ modules: .*experts", printed)
