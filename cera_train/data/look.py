@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
-from cera_train.common.terminal import LABEL_WIDTH, console, counted, print_line
+from cera_train.common.terminal import LABEL_WIDTH, console, print_line
 from cera_train.common.trust import clean
 from cera_train.data.chats import uses_template
 from cera_train.data.messages import TURNS
@@ -19,7 +19,6 @@ from cera_train.data.sources import HELD_OUT, MOST_HELD_OUT
 from cera_train.settings.data import DataConfig, Layout, Turns
 
 LOOKED_AT = 1000  # rows whose tokens are inspected one by one
-FEW_HELD_OUT = 20  # rows below which a loss says little
 
 
 def print_data(
@@ -42,9 +41,6 @@ def print_data(
         print_line("layout", line)
     for label, split in (("train", train), ("eval", data.evaluation)):
         print_line(label, split.describe("answers" if config.is_paired else "rows"))
-    held_out = data.evaluation.row_count // config.sequences
-    if held_out < FEW_HELD_OUT:
-        print_line("few", describe_few(config, held_out))
     for line in data.mix:
         print_line("part", line)
     shared = f"{data.shared_prompts:,} held-out prompts are also training prompts"
@@ -64,17 +60,6 @@ def print_data(
     for row in sorted(shown):
         for sequence in train.sequences_of_row(row, config.sequences):
             print_example(train, sequence, tokenizer)
-
-
-def describe_few(config: DataConfig, rows: int) -> str:
-    """That a loss on so few held-out rows says little, and the setting that has more."""
-    if config.mix is not None:  # data.eval_rows does nothing for a part that has its own
-        more = "hold out more in a part of data.mix, by its eval_rows or eval_files"
-    elif config.train_files:  # whose last rows, as data.eval_rows takes them, may repeat prompts
-        more = "name a file with more in data.eval_files"
-    else:
-        more = f"data.eval_rows={FEW_HELD_OUT} holds out more"
-    return f"a loss on {counted(rows, 'held-out row')} says little: {more}"
 
 
 def describe_openings(rows: TokenizedRows) -> Iterator[str]:

@@ -6,7 +6,6 @@ whole or not at all. Imports no torch."""
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -176,17 +175,11 @@ class EvaluationFolder:
     @contextlib.contextmanager
     def open(cls, path: Path, is_main: bool = True, process: int = 0) -> Iterator[EvaluationFolder]:
         """The folder, locked by the main process. An error before the first answer leaves no
-        folder. Raises UserError where the folder of a run cannot be written."""
+        folder."""
         folder = cls(path, is_main, process)
         if not is_main:
             yield folder
             return
-        place = next(folder for folder in (path, *path.parents) if folder.exists())
-        require(
-            os.access(place, os.W_OK),
-            f"{place} cannot be written, and an evaluation lies in the folder of its run: copy the "
-            "run to a folder of yours, and evaluate the copy.",
-        )
         try:
             with locked(path, "evaluation", folder.has_begun):
                 # Left by an interrupted call, perhaps with more processes.

@@ -31,6 +31,7 @@ from cera_train.adapters.saved import load, read, save
 from cera_train.common import files
 from cera_train.common.errors import UserError
 from cera_train.common.libraries import installed_version
+from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
@@ -339,15 +340,14 @@ def load_checkpoint(
         raise UserError(
             f"{folder} is damaged or no checkpoint: {error}. Remove it to resume from another."
         ) from error
-    if progress.data_digest != data_digest:
-        raise UserError(
-            f"the training rows are not those of {folder}, which its optimizer and order of rows "
-            "belong to. Restore the files, or choose another name=... for a new run."
-        )
-    if progress.held_out_digest not in (None, held_out_digest):
-        raise UserError(
-            f"the held-out rows are not those of {folder}, so perplexities would not compare with "
-            "earlier ones. Restore the files, or choose another name=... for a new run."
+    for rows, recorded, now in (
+        ("training", progress.data_digest, data_digest),
+        ("held-out", progress.held_out_digest or held_out_digest, held_out_digest),
+    ):
+        require(
+            recorded == now,
+            f"the {rows} rows are not those of {folder}. Restore the files, or choose another "
+            "name=... for a new run.",
         )
     load(model, weights)
     return progress, state

@@ -69,12 +69,6 @@ class Tracker:
             with self.drop_on_failure(kind):
                 tracker.log(metrics, step=update)
 
-    def table(self, name: str, rows: list[dict[str, Any]], update: int) -> None:
-        """Sends rows with the same names to W&B, the only tracker with tables."""
-        if (tracker := self.trackers.get(WANDB)) is not None:
-            with self.drop_on_failure(WANDB):
-                tracker.log_table(name, [*rows[0]], [[*row.values()] for row in rows], step=update)
-
     def finish(self) -> None:
         for kind, tracker in [*self.trackers.items()]:
             with self.drop_on_failure(kind):

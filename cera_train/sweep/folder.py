@@ -86,12 +86,6 @@ def key_of(override: str) -> str:
 # Metrics that compare only on the same held-out rows.
 PERPLEXITIES = ("eval/perplexity", "best_perplexity")
 
-HIGHER_IS_BETTER = {
-    **dict.fromkeys([*PERPLEXITIES, "seconds", "peak_memory_bytes", "trainable_parameters"], False),
-    "tokens_per_s": True,
-}
-"""The figures of result.json by which jobs are ranked, besides those of tasks."""
-
 
 class SweepMetric(Record):
     """The figure by which jobs are ranked."""
@@ -117,7 +111,7 @@ PERPLEXITY = SweepMetric()
 def sweep_metric(key: str, tasks: Mapping[str, Mapping[str, Any] | None]) -> SweepMetric:
     """The metric of `sweep.metric`; raises UserError if no run of the sweep records it. `tasks`
     has the changes of each of `train.tasks`, None if they are not known yet."""
-    known = dict(HIGHER_IS_BETTER)
+    known = dict.fromkeys(PERPLEXITIES, False)
     for task, changes in tasks.items():
         known |= task_figures(task, changes)
     if key in known:

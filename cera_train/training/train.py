@@ -389,16 +389,13 @@ def evaluate(
 
 
 def keep_answers(exams: ExamResults, ends_run: bool, update: int, log: Log) -> None:
-    """Writes samples, and the grades after the last update, to the run's folder and the tracker."""
+    """Writes samples, and the grades after the last update, to the run's folder."""
     if log.folder.is_main:
         if ends_run:
             for name, problems in exams.graded.items():
                 write_grades(log.folder.path, name, problems)
-        samples = [sample.to_json() for sample in exams.samples]
-        for sample in samples:
-            log.folder.append(SAMPLES, sample)
-        if samples:
-            log.tracker.table("samples", samples, update)
+        for sample in exams.samples:
+            log.folder.append(SAMPLES, sample.to_json())
     if exams.notes:
         log.bar.note(f"answers at update {update}: {'; '.join(exams.notes)}")
 

@@ -9,7 +9,7 @@ import pytest
 from examples import CHAT, CONVERSATION, texts_of, with_changes
 
 from cera_train.common.errors import UserError
-from cera_train.data.look import describe_stop, print_data
+from cera_train.data.look import describe_stop
 from cera_train.data.prepare import TokenizedRows, prepare_data, prepare_evaluation
 from cera_train.data.rows import Source, rows_of
 from cera_train.data.segments import segmenter, segmenters
@@ -281,8 +281,6 @@ def test_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
         "messages, all answers, by the chat template; 5% of the rows"
     )
     assert values["train"].startswith("38 rows, ")
-    few = "a loss on 2 held-out rows says little: name a file with more in data.eval_files"
-    assert values["few"] == few
     assert values["answers"] in ("1.2 a row, 2 at most", "1.3 a row, 2 at most")
     assert values["stop"].startswith(
         "<|im_end|> ends answers, but generation stops at </s> only: set eos_token in"
@@ -310,30 +308,6 @@ def test_a_look_asks_as_the_run_to_start_from_learned_to_answer(
         printed = capsys.readouterr().out
         assert ("<think>" in printed) == is_opened
         assert "\nstop " not in printed  # no end of an answer is learned from rows
-
-
-def test_too_few_held_out_rows_are_named_with_the_setting_that_has_more(
-    own, write_jsonl, tokenizer, capsys
-):
-    rows = [{"question": f"{number}?", "answer": f"{number}"} for number in range(60)]
-    held_out = write_jsonl("held_out.jsonl", rows[50:])
-
-    def few(*overrides: str) -> list[str]:
-        config = own(rows[:50], *overrides)
-        print_data(config, prepare_data(config, tokenizer), tokenizer, stops={0})
-        lines = capsys.readouterr().out.splitlines()
-        return [line[11:] for line in lines if line.startswith("few ")]
-
-    assert few("data.eval_rows=20") == []
-    assert few("data.eval_rows=19") == [
-        "a loss on 19 held-out rows says little: name a file with more in data.eval_files"
-    ]
-    assert few(f"data.eval_files=[{held_out}]") == [
-        "a loss on 10 held-out rows says little: name a file with more in data.eval_files"
-    ]
-    part = f"data.mix=[{{train_files:[{held_out}],eval_rows:2}}]"
-    [line] = few(part, "data.train_files=[]")
-    assert line.endswith(": hold out more in a part of data.mix, by its eval_rows or eval_files")
 
 
 def test_settings_beside_a_known_layout_are_those_of_the_command(write_jsonl):
