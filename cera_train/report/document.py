@@ -30,7 +30,6 @@ class Picture:
     alt: str
     caption: str
     draw: Callable[[Axes], None]
-    height: float = 3.1  # inches, without the legend
 
 
 @dataclass
@@ -54,7 +53,6 @@ class Page:
     commands: dict[str, str]  # name -> the command line that made it
     notes: list[str] = field(default_factory=list)
     verdicts: Forest | None = None  # the page opens with them
-    answers: list[Picture] = field(default_factory=list)  # beside the verdicts
     spectra: list[Picture] = field(default_factory=list)  # folded away
 
     def write(self, folder: Path) -> None:
@@ -63,7 +61,7 @@ class Page:
         if self.verdicts:
             write_text(folder / f"{self.verdicts.name}.svg", self.verdicts.svg)
         images = {}
-        for picture in [*self.answers, *self.pictures, *self.spectra]:
+        for picture in [*self.pictures, *self.spectra]:
             png = render(picture)
             write_bytes(folder / f"{picture.name}.png", png)
             images[picture.name] = f"data:image/png;base64,{base64.b64encode(png).decode()}"
@@ -105,6 +103,7 @@ def print_rows(rows: Sequence[dict[str, str]]) -> None:
 # --- pictures -------------------------------------------------------------------------------------
 
 WIDTH = 4.5  # inches: on a telephone the text is still large enough
+HEIGHT = 3.1  # without the legend
 LEGEND_LINE = 0.2  # inches
 LONGEST_LABEL = 48
 
@@ -145,13 +144,13 @@ def shortened(label: str, longest: int) -> str:
 def render(picture: Picture) -> bytes:
     """The picture as PNG."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, picture.height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.subplots()
         picture.draw(axes)
         handles, labels = axes.get_legend_handles_labels()
         labels = [shortened(label, LONGEST_LABEL) for label in labels]
         columns = 2 if max(map(len, labels), default=0) <= LONGEST_LABEL // 2 else 1
-        figure.set_figheight(picture.height + LEGEND_LINE * math.ceil(len(labels) / columns))
+        figure.set_figheight(HEIGHT + LEGEND_LINE * math.ceil(len(labels) / columns))
         figure.legend(
             handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9
         )

@@ -18,7 +18,7 @@ from cera_train.report.comparison import (
 )
 from cera_train.report.document import Page, Table
 from cera_train.report.forest import Forest, Group, row_of
-from cera_train.report.pictures import curves, endings_of_answers, spectra
+from cera_train.report.pictures import curves, spectra
 from cera_train.report.readers import read_runs
 from cera_train.report.runs import Evaluation, Run, accuracy_metric, group_by
 from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share, is_task_figure
@@ -70,7 +70,6 @@ def compare_runs(folders: Sequence[Path], across_engines: bool = False) -> Page:
         commands,
         notes,
         verdicts=forest_of(tests),
-        answers=endings_of_answers(runs),
         spectra=spectra(runs),
     )
 
@@ -178,9 +177,6 @@ def _metric_cell(run: Run, task: str, evaluation: Evaluation, metric: Metric) ->
     limit = evaluation.settings.get("task.limit")
     if limit is not None and key in run.published:
         notes.append(f"ours of the first {limit:,} problems")
-    temperature = evaluation.settings.get("generation.temperature")
-    if temperature and key in run.published:
-        notes.append(f"ours sampled at temperature {temperature:g}")
     return cell(value, "{:.1%}" if metric.is_share else "{:.3f}", *notes)
 
 

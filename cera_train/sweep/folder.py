@@ -46,7 +46,7 @@ def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
     """The name of a job's folder: what varies, such as `adapter=cera,adapter.r=64`; if nothing
     does, every choice. It does not depend on the order of choices, and other choices have another
     name."""
-    choices = choices_of(overrides, swept)
+    choices = job_choices(overrides, swept)
     if swept:
         choices = [choice for choice in choices if key_of(choice) in swept]
 
@@ -64,7 +64,7 @@ def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
     return f"{shown[: LONGEST_NAME - len(digest) - 1]}-{digest}"
 
 
-def choices_of(overrides: Iterable[str], swept: Collection[str] = ()) -> list[str]:
+def job_choices(overrides: Iterable[str], swept: Collection[str] = ()) -> list[str]:
     """What a job chooses, sorted by key. A setting that changes no result counts only if it is
     swept."""
     choices = []
@@ -220,7 +220,7 @@ def read_sweep(folder: Path) -> list[JobStatus]:
     choices = {
         name: [
             choice.replace("\n", "\\n")
-            for choice in choices_of(words, record.swept)
+            for choice in job_choices(words, record.swept)
             if key_of(choice) not in of_arms
         ]
         for name, words in overrides.items()

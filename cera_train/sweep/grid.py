@@ -41,7 +41,7 @@ from cera_train.sweep.folder import (
     RECORD,
     JobRecord,
     SweepRecord,
-    choices_of,
+    job_choices,
     job_name,
     key_of,
     sweep_metric,
@@ -246,7 +246,7 @@ def record_of(
             swept.add(dimension.key_or_group)
         else:
             fixed.append(f"{dimension.get_key_element()}={dimension.get_value_element_as_str()}")
-    fixed = redact_tree(choices_of(fixed, swept=("recipe", "study")))
+    fixed = redact_tree(job_choices(fixed, swept=("recipe", "study")))
     if earlier is not None and any(
         key_of(choice) not in swept for choice in {*earlier.fixed} ^ {*fixed}
     ):

@@ -32,7 +32,7 @@ def lm_eval_folder(
         {
             "doc_id": number,
             "arguments": {"gen_args_0": {"arg_0": "Q", "arg_1": {"until": ["Q"]}}},
-            "resps": [["again " * 20 if number == 19 else "text"]],
+            "resps": [["text"]],
             "filter": filter_name,
             "metrics": ["exact_match"],
             "doc_hash": f"{number:064}",
@@ -71,21 +71,11 @@ def test_folders_of_lm_eval_are_paired_by_problem(tmp_path: Path) -> None:
     assert test.difference == pytest.approx(6 / 20)
 
 
-def test_answers_of_lm_eval_that_repeat_themselves_are_loops(tmp_path: Path) -> None:
-    [run] = read_runs([lm_eval_folder(tmp_path / "a", {0, 1, 2})])
-    assert run.evaluations["sums exact_match"].endings == {
-        "right": 3 / 20,
-        "wrong": 16 / 20,
-        "loop": 1 / 20,
-    }
-
-
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
         ({"n-shot": {"sums": 0}}, "shots differ: 5 and 0"),
         ({"versions": {"sums": 2}}, "versions of the task differ: 1 and 2"),
-        ({"configs": {"sums": {"filter_list": ["x"]}}}, 'filters differ: null and ["x"]'),
         ({"filters": ("flexible",)}, "the rules that graded them differ: none and flexible"),
         ({"lines": {"target_hash": "u" * 64}}, "different problems (20 and 20, 0 of them shared)"),
         ({"lines": {"doc_hash": "u" * 64}}, "different problems (20 and 20, 0 of them shared)"),
@@ -104,7 +94,7 @@ def test_what_cannot_be_compared_is_refused_by_name(
     assert note in notes[0]
 
 
-def test_other_prompts_are_a_caution_where_the_shots_are_known(tmp_path: Path) -> None:
+def test_other_prompts_are_a_caution(tmp_path: Path) -> None:
     """Two models may have chat templates of their own."""
     folders = [
         lm_eval_folder(tmp_path / "a", {1}),
@@ -113,11 +103,6 @@ def test_other_prompts_are_a_caution_where_the_shots_are_known(tmp_path: Path) -
     page = compare_runs(folders)
     assert len(page.tables[1].rows) == 1
     assert any("sums exact_match differ in prompts" in note for note in page.notes)
-    for file in tmp_path.glob("*/*/results_*.json"):
-        file.unlink()
-    tests, (note,) = paired_tests(read_runs(folders))
-    assert not tests
-    assert "prompts differ" in note
 
 
 def test_the_newest_of_two_evaluations_counts(tmp_path: Path) -> None:
@@ -125,7 +110,6 @@ def test_the_newest_of_two_evaluations_counts(tmp_path: Path) -> None:
     lm_eval_folder(folder, set(range(10)), date="2026-11-02T10-00-00.000001")
     [run] = read_runs([folder])
     assert run.evaluations["sums exact_match"].figures.popitem()[1].value == 0.5
-    assert run.notes == [f"{folder} has several evaluations on a task, of which the newest counts."]
 
 
 def test_metrics_that_are_no_scores_are_left_out_by_name(tmp_path: Path) -> None:
@@ -235,8 +219,7 @@ def test_hostile_names_stay_text_inside_the_report(tmp_path: Path, capsys) -> No
     lines = {"metrics": [hostile], hostile: 1.0, "filter": hostile, "resps": [[hostile]]}
     folders = [lm_eval_folder(tmp_path / name, {1}, lines=lines) for name in "ab"]
     folders[1] = folders[1].rename(tmp_path / "<b>bold\x1b[1m\n")
-    arguments = {"model_args": {"pretrained": hostile}}
-    lm_eval_folder(folders[0], {1}, lines=lines, config=arguments)
+    lm_eval_folder(folders[0], {1}, lines=lines, model_name=hostile)
     assert not any("/" in task for run in read_runs(folders) for task in run.evaluations)
     page = compare_runs(folders)
     page.write(tmp_path / "report")
@@ -249,13 +232,13 @@ def test_hostile_names_stay_text_inside_the_report(tmp_path: Path, capsys) -> No
 
 
 def test_names_are_cut_to_the_bytes_that_a_file_system_takes(tmp_path: Path, run_command) -> None:
-    answer = {"problem": 1, "score": 1, "ending": "right"}
+    answer = {"problem": 1, "score": 1}
     folders = [tmp_path / ("数" * 60 + letter) for letter in "ab"]
     for folder in folders:
         folder.mkdir()
         write_lines(folder / f"{'数' * 80}.jsonl", [answer])
     assert run_command("cera-report", *folders) == 0
-    assert len([*tmp_path.glob("report/*/answers-*.png")]) == 1
+    assert len([*tmp_path.glob("report/*/report.html")]) == 1
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from cera_train.sweep.folder import (
     LONGEST_NAME,
     RECORD,
     best_jobs,
-    choices_of,
+    job_choices,
     job_name,
     read_sweep,
 )
@@ -51,7 +51,7 @@ def test_a_job_is_named_by_what_varies_in_any_order():
         job_name(job) == job_name(reversed(job)) == "adapter=cera,adapter.r=64,optimizer.lr=0.0003"
     )
     assert job_name(["+recipe=quickstart", "name=a"]) == "default"
-    assert choices_of(["adapter.alpha=$\\{adapter.r\\}"]) == ["adapter.alpha=${adapter.r}"]
+    assert job_choices(["adapter.alpha=$\\{adapter.r\\}"]) == ["adapter.alpha=${adapter.r}"]
 
 
 def test_a_setting_that_changes_no_result_names_a_job_only_where_it_is_swept():

@@ -112,7 +112,7 @@ class LogisticMap(AnswerTask):
 TASK = LogisticMap(
     settings=("growths",),
     shown=(
-        Metric("step_accuracy/mean", "steps right", in_picture=True),
+        Metric("step_accuracy/mean", "steps right"),
         Metric("state_collapse", "state collapse", lower_is_better=True),
     ),
     is_verified=False,

@@ -40,7 +40,6 @@ class Metric:
     key: str
     label: str  # follows the task's name in the column's header
     is_share: bool = True  # shown in per cent; False: a number with three decimals
-    in_picture: bool = False  # whether the accuracy picture shows it in place of pass@1
     lower_is_better: bool = False
 
 

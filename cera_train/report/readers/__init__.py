@@ -1,5 +1,5 @@
-"""The runs of a report, whoever made them. A reader is a module with `find_run`: the run in a path,
-or None where it is of another format. `READERS` lists them."""
+"""The runs of a report, whoever made them. A reader finds the run in a path, or None where it is of
+another format. `READERS` lists them."""
 
 import re
 from collections import Counter
@@ -9,10 +9,12 @@ from pathlib import Path
 
 from cera_train.common.errors import UserError
 from cera_train.common.trust import clean
-from cera_train.report.readers import lm_eval, own, scores
+from cera_train.report.readers.lm_eval import find_lm_eval_run
+from cera_train.report.readers.own import find_own_run
+from cera_train.report.readers.scores import find_scored_run
 from cera_train.report.runs import Run
 
-READERS = (own, lm_eval, scores)
+READERS = (find_own_run, find_lm_eval_run, find_scored_run)
 
 NUMBER_IN_NAME = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 
@@ -52,7 +54,7 @@ def _runs_at(path: Path) -> list[Run]:
 
 def read_run(path: Path) -> Run | None:
     """The run in a path, by the first reader that knows its format."""
-    runs = (reader.find_run(path) for reader in READERS)
+    runs = (reader(path) for reader in READERS)
     return next((run for run in runs if run is not None), None)
 
 

@@ -32,7 +32,7 @@ from cera_train.runs.results import (
 PERPLEXITY = Metric("perplexity", "perplexity", is_share=False)
 
 
-def find_run(folder: Path) -> Run | None:
+def find_own_run(folder: Path) -> Run | None:
     """The run or the evaluations in a folder; None where there is neither."""
     path = folder / "config.yaml"
     evaluations = {
@@ -94,7 +94,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     task = all_tasks().get(result.kind or settings.get("task.kind", ""), Task())
     return Evaluation(
         dict(_figures(result, task)),
-        lambda: _scores(folder, task),
+        lambda: _paired_scores(folder, task),
         result.endings,
         same,
         is_chat=any(getattr(problem, CHAT, False) for problem in problems),
@@ -114,7 +114,7 @@ def _figures(result: AccuracyResult, task: Task) -> Iterator[tuple[Metric, Figur
             yield metric, Figure(result.figure(metric.key))
 
 
-def _scores(folder: Path, task: Task) -> dict[str, Scores]:
+def _paired_scores(folder: Path, task: Task) -> dict[str, Scores]:
     """By the task's score where it has one, else by math-verify's verdicts where all answers have
     one, and by the exact rule; the mean over the samples of a problem."""
     grades: dict[str, list[Grade]] = {}

@@ -1,13 +1,11 @@
 """JSON lines of {"problem": ..., "score": ...}, of any program: FOLDER/TASK.jsonl, or one file."""
 
-from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
 from cera_train.common.settings import require
 from cera_train.report.readers.files import files_in, is_score, read_objects, safe_name
 from cera_train.report.runs import Evaluation, Run, Scores
-from cera_train.runs.evaluation_folder import ENDINGS
 from cera_train.runs.records import Record
 
 RULE = "score"
@@ -18,10 +16,9 @@ class ScoredProblem(Record):
 
     problem: str | int
     score: float | bool
-    ending: str | None = None  # one of ENDINGS
 
 
-def find_run(path: Path) -> Run | None:
+def find_scored_run(path: Path) -> Run | None:
     is_file = path.suffix == ".jsonl" and path.is_file()
     files = list(filter(_has_scores, [path] if is_file else files_in(path, "*.jsonl")))
     if not files:
@@ -39,7 +36,6 @@ def _has_scores(file: Path) -> bool:
 def read_score_lines(file: Path) -> Evaluation:
     """One file. Raises UserError for a score outside 0 to 1, and a problem that comes again."""
     scores: Scores = {}
-    endings = Counter[str]()
     for place, tree in read_objects(file):
         record = ScoredProblem.from_json(tree, place)
         require(
@@ -52,7 +48,4 @@ def read_score_lines(file: Path) -> Evaluation:
             f"{place}: problem {problem[:40]!r} comes again. Write the mean of its answers.",
         )
         scores[problem] = float(record.score)
-        if record.ending in ENDINGS:
-            endings[record.ending] += 1
-    shares = {ending: endings[ending] / len(scores) for ending in ENDINGS if endings[ending]}
-    return Evaluation.of_scores({RULE: scores}, endings=shares)
+    return Evaluation.of_scores({RULE: scores})
