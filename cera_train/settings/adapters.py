@@ -9,8 +9,6 @@ from cera_train.common.settings import require, require_positive, setting
 
 AdapterKind = StrEnum("AdapterKind", ["cera", "dora", "full", "lora", "peft", "rslora"])
 Activation = StrEnum("Activation", ["silu", "relu", "gelu", "tanh", "identity"])
-HALF_LINEAR_GATES = (Activation.silu, Activation.relu, Activation.gelu)
-"""Gates z / 2 + an even term."""
 Init = StrEnum("Init", ["kaiming_normal", "kaiming_uniform"])
 DropoutOn = StrEnum("DropoutOn", ["hidden", "input"])
 Mix = StrEnum("Mix", ["none", "learned"])

@@ -10,7 +10,6 @@ that is chosen for not having diverged would be chosen by what judges.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cera_train.common.settings import require
-from cera_train.runs.evaluation_folder import ENDINGS
 from cera_train.runs.results import RunResult
 from cera_train.settings.sweep import LOSS
 from cera_train.study.outcomes import ComparedRun, Outcome
@@ -221,13 +219,6 @@ class Cell:
     def means(self, outcome: str) -> list[float]:
         """An outcome of each seed; with bases, of each base."""
         return means_of(self.by_base(outcome))
-
-    def endings(self, outcome: str) -> dict[str, float]:
-        """The share of the answers of all seeds that end in each way; empty for a loss."""
-        counts = sum((run.outcomes[outcome].endings for run in self.runs), Counter())
-        if not counts:
-            return {}
-        return {ending: counts[ending] / counts.total() for ending in ENDINGS}
 
     def figure(self, field: str) -> float | None:
         """The mean over seeds of a field of RunResult, such as `spectrum.gamma`; None where a run

@@ -4,7 +4,7 @@
 import contextlib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import locked
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import quoted, require, word_of
-from cera_train.common.terminal import print_line
 from cera_train.distributed.processes import is_main_process
-from cera_train.evaluation.tasks.task import describe_trained_on, load_problems, training_task
-from cera_train.settings.adapters import HALF_LINEAR_GATES, Activation, AdapterKind, Mix
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
 from cera_train.study.cells import ARM, BASE, SEED, Cell, Replicate
@@ -101,8 +98,8 @@ def grid_word(value: Any) -> str:
 
 
 def check_cells(config: DictConfig, study: Study, compose: ComposeJob) -> None:
-    """Raises UserError where train.seed is set beside the study's own seeds, or arms cannot
-    be compared. Prints which gates have no control."""
+    """Raises UserError where train.seed is set beside the study's own seeds, or arms cannot be
+    compared."""
     seeds = [override for override in config.hydra.overrides.task if key_of(override) == SEED]
     require(
         not seeds, f"{', '.join(seeds)}: a study has the seeds from 0: study.seeds=N. Leave it out."
@@ -111,15 +108,7 @@ def check_cells(config: DictConfig, study: Study, compose: ComposeJob) -> None:
         first = Replicate(base, 0)
         runs = {arm: compose(cell.overrides(cell.grid[0], first)) for arm, cell in cells.items()}
         where = ", ".join(filter(None, (condition, base)))
-        place = f" ({where})" if where else ""
-        check_arms(study.config, place, runs)
-        has_all_arms = cells.keys() == study.config.arms.keys()
-        if has_all_arms and base == study.bases[0] and (arms := without_control(runs)):
-            print_line(
-                "control",
-                f"{', '.join(arms)}{place}: no arm has the gate's linear part alone, at half the "
-                "scale: add the arm half: [adapter=cera_identity]",
-            )
+        check_arms(study.config, f" ({where})" if where else "", runs)
 
 
 def check_arms(study: StudyConfig, place: str, runs: dict[str, Config]) -> None:
@@ -158,24 +147,6 @@ def check_arms(study: StudyConfig, place: str, runs: dict[str, Config]) -> None:
         )
 
 
-def without_control(runs: dict[str, Config]) -> list[str]:
-    """The arms with a gate z / 2 + an even term, of which no arm has the linear part alone: a
-    difference may be the gate's or the scale's."""
-    gates: dict[str, Activation] = {}
-    scales: dict[str, float] = {}
-    for arm, run in runs.items():
-        adapter = run.adapter
-        if adapter.kind == AdapterKind.cera and adapter.mix == Mix.none:
-            gates[arm] = adapter.activation
-            scales[arm] = 1.0 if adapter.alpha is None else adapter.alpha / adapter.r
-    controls = {scales[arm] for arm, gate in gates.items() if gate == Activation.identity}
-    return [
-        arm
-        for arm, gate in gates.items()
-        if gate in HALF_LINEAR_GATES and scales[arm] / 2 not in controls
-    ]
-
-
 def check_budgets(place: str, runs: dict[str, Config]) -> None:
     """Raises UserError where arms have unequal numbers of trainable parameters."""
     with heavy_imports():
@@ -189,22 +160,6 @@ def check_budgets(place: str, runs: dict[str, Config]) -> None:
         f"study.equal=parameters{place}: {most} has {counts[most]:,} trainable parameters, and "
         f"{least} {counts[least]:,}. Change an arm, or the claim: study.equal=none.",
     )
-
-
-def check_problems(runs: Iterable[Config]) -> None:
-    """Raises UserError for a task whose problems are among the rows that a run trains on."""
-    # The arms of a condition share rows and tasks, and reading them takes long.
-    checked = set[str]()
-    for run in runs:
-        for task in run.train.tasks:
-            inputs = repr((task, run.train.task_settings, run.data))
-            if inputs in checked:
-                continue
-            checked.add(inputs)
-            settings = training_task(task, run.train.changes_of_task(task))
-            problems = load_problems(settings, run.trained_rows)
-            shared = describe_trained_on(problems, run.data)
-            require(not shared, f"train.tasks=[{task}]: {shared}. Choose other rows or problems.")
 
 
 # --- running it -----------------------------------------------------------------------------------
@@ -225,15 +180,7 @@ def begin_study(config: DictConfig, compose: ComposeJob) -> SweepRecord:
         "the first find. Leave one out.",
     )
     record = study_record(config)
-    planned = Study(Path(config.hydra.sweep.dir), record)
-    check_cells(config, planned, compose)
-    unfinished = [cell for cell in planned.cells if cell.missing()]
-    check_problems(
-        compose(cell.overrides(cell.grid[0], run))
-        for cell in unfinished
-        for run in cell.tuning_runs
-        if run.seed == 0
-    )
+    check_cells(config, Study(Path(config.hydra.sweep.dir), record), compose)
     begin(config, compose, record)
     return record
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ class Outcome:
     rows."""
     values: np.ndarray  # [problems] nats a token, or scores
     weights: np.ndarray | None = None  # [problems]: supervised tokens
-    endings: Counter[str] = field(default_factory=Counter)  # how many answers end in each way
 
     @classmethod
     def read(cls, name: str, run: Path) -> Outcome:
@@ -42,7 +40,6 @@ class Outcome:
         return cls(
             problems=[grade.problem for grade in grades],
             values=np.array([grade.score for grade in grades]),
-            endings=Counter(grade.ending for grade in grades),
         )
 
     @property

@@ -214,7 +214,6 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
         point.values | {"loss": losses}
         for point, losses in zip(cell.grid, cell.losses, strict=True)
     ]
-    endings = {outcome: cell.endings(outcome) for outcome in outcomes}
     return {
         "arm": cell.arm,
         "condition": cell.condition,
@@ -223,7 +222,6 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
         "losses": losses,
         "outcomes": {outcome: cell.means(outcome) for outcome in outcomes},
         **{field.removeprefix("spectrum."): cell.figure(field) for field in FIGURES},
-        "endings": {outcome: shares for outcome, shares in endings.items() if shares},
     }
 
 

@@ -1,7 +1,6 @@
 """Studies that could not answer their question, and plans of those that can: every run, and what
 the study can find."""
 
-import json
 import re
 
 import pytest
@@ -125,45 +124,6 @@ def test_a_study_that_could_not_answer_is_refused(
         (line,) = error.splitlines()
         assert re.search(message, line), line
         assert not (tmp_path / "outputs").exists()
-
-
-def test_a_task_whose_problems_are_trained_on_is_refused(tmp_path, launcher, run_study, capfd):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(
-        "".join(
-            json.dumps({"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"}) + "\n"
-            for n in range(9)
-        )
-    )
-    arguments = [
-        "data=gsm8k",
-        "data.path=null",
-        f"data.train_files=[{rows}]",
-        "data.eval_rows=2",
-        "train.tasks=[gsm8k]",
-        f"train.task_settings={{gsm8k: {{files: [{rows}]}}}}",
-    ]
-    assert run_study(*arguments) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert (
-        "train.tasks=[gsm8k]: 7 of its problems are among the training rows, such as 'What is 0 + "
-        "1?'" in line
-    )
-    assert not launcher.began
-
-
-@pytest.mark.parametrize(("control", "lines"), [([], 1), (["adapter=cera_identity"], 0)])
-def test_a_gate_without_a_control_of_its_scale_is_named_once(
-    launcher, run_study, capfd, control, lines
-):
-    arms = {"lora": ["adapter=lora"], "cera": ["adapter=cera"]} | (
-        {"half": control} if control else {}
-    )
-    assert run_study(study={"arms": arms, "contrasts": {}}) == 0
-    out = capfd.readouterr().out
-    assert (
-        out.count("control    cera (adapter.r=4): no arm has the gate's linear part alone") == lines
-    )
 
 
 STUDY = ["-m", "+study=first_look", "study.tune={optimizer.lr: [1e-3, 1e-2]}"]

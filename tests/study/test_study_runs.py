@@ -13,7 +13,7 @@ import yaml
 from cera_train.common.settings import to_plain
 from cera_train.settings.sweep import StudyConfig
 from cera_train.study.design import StudySweeper
-from cera_train.study.folder import Study, find_study
+from cera_train.study.folder import find_study
 from cera_train.sweep.folder import JOBS, RECORD, State, SweepRecord, read_sweep
 
 ARMS = ("lora", "cera", "relu")
@@ -232,25 +232,6 @@ def test_a_condition_of_any_text_is_one_value(launcher, run_study):
     ]
 
 
-def test_arms_that_set_a_condition_each_are_compared_under_every_value(tmp_path, study_section):
-    arms = {"lora": ["adapter.r=64"], "b": ["data.max_length=256"]}
-    conditions = {"adapter.r": [4, 8], "data.max_length": [64, 128]}
-    section = study_section | {"arms": arms, "contrasts": {}, "conditions": conditions}
-    choices = [
-        "lora data.max_length=64",
-        "lora data.max_length=128",
-        "b adapter.r=4",
-        "b adapter.r=8",
-    ]
-    jobs = {
-        choice: f"study.arm={choice} optimizer.lr=0.001 train.seed=0".split() for choice in choices
-    }
-    contrasts = Study(tmp_path, SweepRecord([], jobs, [], study=section)).pairs()
-    assert [(first.condition, second.condition) for _, first, second in contrasts] == [
-        (f"data.max_length={length}", f"adapter.r={r}") for r in (4, 8) for length in (64, 128)
-    ]
-
-
 @pytest.mark.slow
 def test_a_failed_job_is_no_result_and_runs_again(launcher, run_study, run_command, capfd):
     launcher.failing = {job("cera", 0.01, 1)}
@@ -305,21 +286,6 @@ def test_an_arm_that_diverges_at_every_value_gets_no_verdict(
     run_study()
     assert run_command("cera-report", "outputs/which") == 2
     assert "cera, adapter.r=4 diverged at every value of study.tune" in capfd.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_finished_study_no_longer_needs_its_rows(launcher, run_study, tmp_path, capfd):
-    rows = tmp_path / "rows.jsonl"
-    questions = tmp_path / "questions.jsonl"
-    rows.write_text('{"question": "1 + 1", "answer": "#### 2"}\n' * 4)
-    questions.write_text('{"question": "2 + 2", "answer": "#### 4"}\n')
-    arguments = ["data=gsm8k", "data.path=null", f"data.train_files=[{rows}]", "data.eval_rows=2"]
-    arguments += ["train.tasks=[gsm8k]", f"train.task_settings={{gsm8k: {{files: [{questions}]}}}}"]
-    assert run_study(*arguments) == 0
-    rows.unlink()
-    assert run_study(*arguments) == 0
-    assert run_study(*arguments, "study.seeds=3") == 2
-    assert f"data.train_files={rows}: cannot read the file" in capfd.readouterr().err
 
 
 def test_every_study_of_conf_composes(compose):
