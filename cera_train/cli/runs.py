@@ -18,7 +18,6 @@ from cera_train.common.files import cut_bytes
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
 from cera_train.distributed.processes import in_processes, is_one_of_several
-from cera_train.evaluation.resolve import resolve_evaluation
 from cera_train.runs.subject import find_subject, find_subjects
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.serving import ChatConfig, ExportConfig
@@ -54,12 +53,12 @@ def eval_main() -> None:
 def measure(composed: DictConfig) -> None:
     config = to_config(composed, EvalConfig)
     with heavy_imports():  # PEFT's, for an adapter that is neither CeRA nor LoRA
-        evaluation = resolve_evaluation(config)
+        subject = find_subject(config)
     announce_imports()
     with heavy_imports():
-        from cera_train.evaluation.evaluate import run_evaluation
+        from cera_train.evaluation.evaluate import resolve_evaluation, run_evaluation
 
-    in_processes(run_evaluation, evaluation)
+    in_processes(run_evaluation, resolve_evaluation(config, subject))
 
 
 # --- cera-chat and cera-export --------------------------------------------------------------------

@@ -29,21 +29,18 @@ from cera_train.model.precision import choose_precision
 from cera_train.model.weights import load_model
 from cera_train.runs.base import check_base
 from cera_train.runs.folder import Progress
-from cera_train.runs.records import load_config
 from cera_train.runs.subject import Subject, run_of
-from cera_train.settings.evaluation import EvalConfig, GenerationConfig
-from cera_train.settings.model import Dtype
+from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
 
+Engine = LoadedModel | Server
+"""What answers requests."""
 
-def choose_dtype(subject: Subject, recorded: Path | None = None) -> Subject:
-    """The subject with the dtype that `model.dtype=auto` stands for: the one in the recorded config
-    of an evaluation that is resumed, else the one for this hardware."""
-    dtype = subject.model.dtype
-    if dtype == Dtype.auto and recorded is not None and recorded.is_file():
-        begun = load_config(recorded, EvalConfig)
-        dtype = begun.model.dtype if begun.model else dtype
-    return replace(subject, model=replace(subject.model, dtype=choose_precision(dtype).value))
+
+def choose_dtype(subject: Subject) -> Subject:
+    """The subject with the dtype that `model.dtype=auto` stands for on this hardware."""
+    dtype = choose_precision(subject.model.dtype).value
+    return replace(subject, model=replace(subject.model, dtype=dtype))
 
 
 def load_subject(subject: Subject, device: torch.device) -> LoadedModel:
@@ -82,28 +79,53 @@ def check_same_base(subject: Subject, base: PreTrainedModel | None = None) -> No
         check_base(subject.adapter, run, subject.model, fix, base)
 
 
-def agree_on_batches(
-    generation: GenerationConfig,
+# --- answers of all processes ---------------------------------------------------------------------
+
+
+def batches_of_process(
+    engine: Engine,
     requests: Sequence[Request],
     max_new_tokens: int,
-    engine: LoadedModel,
+    config: GenerationConfig,
     accelerator: Accelerator,
-) -> GenerationConfig:
-    """The settings with the same tokens of a batch in every process: rounding follows from the
-    batch, so all of them have to cut the same ones."""
-    tokens = generation.batch_tokens or engine.batch_tokens(
-        requests, max_new_tokens, accelerator.num_processes
-    )
-    return replace(generation, batch_tokens=min(gather_object([tokens])))
+) -> list[list[Request]]:
+    """The batches of requests that this process answers."""
+    processes = accelerator.num_processes
+    batches = engine.batches(requests, max_new_tokens, config, processes)
+    return batches[accelerator.process_index :: processes]
+
+
+def answer(
+    engine: Engine,
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    stop: list[str],
+    config: GenerationConfig,
+    accelerator: Accelerator,
+) -> list[Answer]:
+    """The answers in the order of the requests. Processes divide them; every process gets all, and
+    a UserError of one is raised in all."""
+    batches = batches_of_process(engine, requests, max_new_tokens, config, accelerator)
+    answered = []
+    problem = None
+    try:
+        for ended in engine.answers(batches, max_new_tokens, stop, config):
+            answered += ended
+    except UserError as error:  # of this process alone: the others wait in the gather
+        problem = str(error)
+    answers = {}
+    for share, problem_there in gather_object([(answered, problem)]):
+        if problem_there is not None:
+            raise UserError(problem_there)
+        answers |= {answer.generation.key: answer for answer in share}
+    return [answers[request.key] for request in requests]
 
 
 # --- a model in training --------------------------------------------------------------------------
 
 
 class Sampler:
-    """Answers requests in their order, by the model in training or by a server with its current
-    adapter. Processes divide the requests; every process gets all answers, and a UserError of one
-    is raised in all.
+    """Answers requests by the model in training, or by a server with its current adapter.
 
     Args:
         progress: its update tells when the server's adapter is out of date.
@@ -151,27 +173,7 @@ class Sampler:
     ) -> list[Answer]:
         if self.is_served and self.served_update != self.progress.update:
             self._serve()
-        processes = self.accelerator.num_processes
-        process = self.accelerator.process_index
-        if not self.is_served:
-            config = agree_on_batches(
-                config, requests, max_new_tokens, self.engine, self.accelerator
-            )
-        batches = self.engine.batches(requests, max_new_tokens, config, processes)
-        batches = batches[process::processes]
-        answered = []
-        problem = None
-        try:
-            for ended in self.engine.answers(batches, max_new_tokens, stop, config):
-                answered += ended
-        except UserError as error:  # of this process alone: the others wait in the gather
-            problem = str(error)
-        answers = {}
-        for share, problem_there in gather_object([(answered, problem)]):
-            if problem_there is not None:
-                raise UserError(problem_there)
-            answers |= {answer.generation.key: answer for answer in share}
-        return [answers[request.key] for request in requests]
+        return answer(self.engine, requests, max_new_tokens, stop, config, self.accelerator)
 
     def _serve(self) -> None:
         """Gives the server the adapter of this update."""

@@ -4,7 +4,7 @@ print the result. A run's folder is all it needs: the folder holds the config.""
 import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -27,19 +27,26 @@ from cera_train.distributed.accelerator import (
     quiet_libraries,
     start_accelerator,
 )
+from cera_train.distributed.processes import is_main_process
 from cera_train.evaluation.engine import (
-    agree_on_batches,
+    Engine,
+    batches_of_process,
     choose_dtype,
     load_subject,
     open_server,
 )
-from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.grading import grade_all
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.evaluation.requests import Engine, requests_for
-from cera_train.evaluation.resolve import ResolvedEvaluation
+from cera_train.evaluation.requests import requests_for
 from cera_train.evaluation.server import Server
-from cera_train.evaluation.tasks.task import AnswerTask, describe_trained_on, mean
+from cera_train.evaluation.tasks.task import (
+    AnswerTask,
+    Task,
+    build_task,
+    describe_trained_on,
+    load_problems,
+    mean,
+)
 from cera_train.model.batches import MicroBatches
 from cera_train.model.folder import load_architecture, load_tokenizer
 from cera_train.model.language_model import LanguageModel, perplexity
@@ -60,9 +67,36 @@ from cera_train.runs.evaluation_folder import (
 from cera_train.runs.results import Environment, RunResult, describe_rank
 from cera_train.runs.subject import Subject, digest_of
 from cera_train.settings.data import TrainedRows
-from cera_train.settings.distributed import DistributedConfig
+from cera_train.settings.distributed import DistributedConfig, ProcessesConfig
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.verdicts.interval import accuracy_interval, pass_at_k
+
+
+@dataclass(frozen=True)
+class ResolvedEvaluation:
+    """A subject, and a task to measure it on. Built once by the command, and passed to every
+    process that it starts."""
+
+    config: EvalConfig
+    subject: Subject
+    task: Task
+    problems: list[Problem]  # empty for a task that measures perplexity
+
+    @property
+    def launch(self) -> ProcessesConfig:
+        return self.config.launch
+
+
+def resolve_evaluation(config: EvalConfig, subject: Subject) -> ResolvedEvaluation:
+    """Builds the task and reads its problems. Raises UserError where they cannot be used."""
+    task = build_task(config.task)
+    problems = []
+    if isinstance(task, AnswerTask):
+        is_on_hub = config.task.path is not None and not config.task.files
+        if is_on_hub and is_main_process():
+            announce("reading", f"the problems of {config.task.path}")
+        problems = load_problems(task, subject.trained, load_tokenizer(subject.model))
+    return ResolvedEvaluation(config, subject, task, problems)
 
 
 def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
@@ -85,7 +119,7 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
         name += subject.part
     path = subject.folder / "eval" / name
     if config.server is None:  # else the server chooses
-        subject = choose_dtype(subject, path / "config.yaml")
+        subject = choose_dtype(subject)
     # Answers differ in length, so one process may wait hours for another.
     accelerator = start_accelerator(
         subject.model, subject.train.autocast, DistributedConfig(timeout=86_400)
@@ -131,7 +165,7 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
 def takes_rows_of_run(config: EvalConfig) -> bool:
     """Whether a task measures the rows that the run held out."""
     task = config.task
-    is_of_others = config.data is not None or bool(task.files) or task.window is not None
+    is_of_others = config.data is not None or task.window is not None
     return task.kind == "held_out" or (task.kind == "perplexity" and not is_of_others)
 
 
@@ -163,8 +197,8 @@ def answer_and_grade(
     accelerator: Accelerator,
     engine: Server | None,
 ) -> AccuracyResult:
-    """Generates the missing answers, then grades those that are not graded yet; the main process
-    alone has the result.
+    """Generates the missing answers, then grades all of them; the main process alone has the
+    result.
 
     Args:
         engine: None: the model in this process.
@@ -182,14 +216,13 @@ def answer_and_grade(
         (problem.id, sample) for problem in problems for sample in range(config.generation.samples)
     ]
     missing = {key for key in keys if key not in answers}
-    grades = {}
     if missing:
         data = subject.trained.data if subject.adapter else None
         if is_main and data and (shared := describe_trained_on(problems, data)):
             print_line("shared", shared)
         engine = engine or load_subject(subject, accelerator.device)
         try:
-            grades = generate_answers(evaluation, missing, engine, folder, accelerator)
+            generate_answers(evaluation, missing, engine, folder, accelerator)
         except (KeyboardInterrupt, SystemExit):
             if is_main:
                 print_line("stopped", "the answers so far are kept. The same command resumes.")
@@ -203,7 +236,7 @@ def answer_and_grade(
     folder.write_answers(answers)
     if task.is_verified:
         announce("grading", f"{counted(len(answers), 'answer')} by math-verify")
-    grades = grade_all(task, problems, answers, grades)
+    grades = grade_all(task, problems, answers)
     folder.write_grades(grades)
     return score(task, problems, answers, grades).replace(
         task=config.folder_name,
@@ -219,9 +252,9 @@ def generate_answers(
     engine: Engine,
     folder: EvaluationFolder,
     accelerator: Accelerator,
-) -> dict[Key, Grade]:
-    """Appends this process's share of the missing answers to its file, as they come. In the main
-    process grades them for its progress bar, and returns the grades."""
+) -> None:
+    """Appends this process's share of the missing answers to its file, as they come. The main
+    process shows how many are exact."""
     task = evaluation.task
     settings = evaluation.config.task
     generation = evaluation.config.generation
@@ -234,16 +267,12 @@ def generate_answers(
         )
         if request.key in missing
     ]
-    if isinstance(engine, LoadedModel):
-        generation = agree_on_batches(generation, requests, room, engine, accelerator)
     processes = accelerator.num_processes
-    batches = engine.batches(requests, room, generation, processes)
-    batches = batches[accelerator.process_index :: processes]
+    batches = batches_of_process(engine, requests, room, generation, accelerator)
     by_id = {problem.id: problem for problem in evaluation.problems}
     total = sum(map(len, batches))
     answered = 0
     exact = 0
-    grades = {}
     started = time.perf_counter()
     sharing = f" in this process, {processes - 1} more at work" if processes > 1 else ""
     with (
@@ -256,13 +285,10 @@ def generate_answers(
             answered += len(generations)
             if is_main:
                 for answer in generations:
-                    grade = task.grade(by_id[answer.problem], answer)
-                    grades[answer.key] = grade
-                    exact += grade.exact
+                    exact += task.grade(by_id[answer.problem], answer).exact
                 left = time_left((time.perf_counter() - started) / answered * (total - answered))
                 text = f"exact {exact / answered:.1%}{sharing}{left}"
                 progress.step(text, len(generations))
-    return grades
 
 
 def score(

@@ -149,6 +149,7 @@ class Exams:
             doing: shows what is answered while it is.
         """
         results = ExamResults()
+        started = time.perf_counter()
         is_due = is_last or (self.every is not None and update % self.every == 0)
         if self.tasks and is_due:
             for exam in self.tasks:
@@ -156,7 +157,10 @@ class Exams:
                     self._take_task(exam, update, results)
         elif self.sampled:
             with doing(f"answers {counted(self.sample_count, 'sample')}"):
-                self._take_samples(update, results)
+                for exam in self.sampled:
+                    self._take_samples(exam, update, results)
+            seconds = time.perf_counter() - started
+            results.notes.append(f"{counted(len(results.samples), 'sample')} in {seconds:.1f} s")
         [results.figures, *_] = gather_object([results.figures])  # the main process's
         return results
 
@@ -174,22 +178,16 @@ class Exams:
             GradedProblem(grade.problem, task.paired_value(grade, grade.grader), grade.ending)
             for grade in grades
         ]
-        results.samples += samples_of(update, exam.first(self.sample_count), answers, grades)
+        results.samples += samples_of(update, exam, answers, grades)[: self.sample_count]
         seconds = time.perf_counter() - started
         results.notes.append(f"{describe_tasks(figures)} ({exam} in {seconds:.1f} s)")
 
-    def _take_samples(self, update: int, results: ExamResults) -> None:
-        started = time.perf_counter()
-        for exam in self.sampled:
-            answers = self.answer(exam)
-            grades = [None] * len(answers)
-            if exam.task is not None:
-                pairs = zip(exam.problems, answers, strict=True)
-                grades = [exam.task.grade(problem, answer) for problem, answer in pairs]
-            results.samples += samples_of(update, exam, answers, grades)
-        if results.samples:
-            seconds = time.perf_counter() - started
-            results.notes.append(f"{counted(len(results.samples), 'sample')} in {seconds:.1f} s")
+    def _take_samples(self, exam: Exam, update: int, results: ExamResults) -> None:
+        answers = self.answer(exam)
+        grades = [None] * len(answers)
+        if exam.task is not None:
+            grades = list(map(exam.task.grade, exam.problems, answers))
+        results.samples += samples_of(update, exam, answers, grades)
 
     def answer(self, exam: Exam) -> list[Generation]:
         """An answer to each problem, in their order."""
@@ -209,9 +207,8 @@ def figures_of(exam: Exam, grades: Sequence[Grade]) -> dict[str, float]:
 def samples_of(
     update: int, exam: Exam, answers: Sequence[Generation], grades: Sequence[Grade | None]
 ) -> list[Sample]:
-    """The answers to the problems of an exam, to read; there may be answers to more problems."""
-    samples = []
-    for problem, answer, grade in zip(exam.problems, answers, grades, strict=False):
-        exact = None if grade is None else grade.exact
-        samples.append(Sample(update, exam.name, problem.prompt, answer.text, problem.gold, exact))
-    return samples
+    """The answers to the problems of an exam, to read."""
+    return [
+        Sample(update, exam.name, problem.prompt, answer.text, problem.gold, grade and grade.exact)
+        for problem, answer, grade in zip(exam.problems, answers, grades, strict=True)
+    ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from accelerate.utils import gather_object
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from cera_train.adapters.saved import sees_whole_prompt
 from cera_train.cera import for_inference
 from cera_train.common.errors import UserError
 from cera_train.evaluation.requests import (
@@ -143,7 +144,10 @@ class LoadedModel:
         config: GenerationConfig,
         processes: int,
     ) -> list[list[Request]]:
+        """The requests in batches for `answers`, which `processes` processes divide."""
         tokens = config.batch_tokens or self.batch_tokens(requests, max_new_tokens, processes)
+        if processes > 1:  # rounding follows from the batch: all have to cut the same ones
+            tokens = min(gather_object([tokens]))
         return cut_batches(requests, max_new_tokens, tokens)
 
     def batch_tokens(self, requests: Sequence[Request], max_new_tokens: int, processes: int) -> int:
@@ -162,6 +166,12 @@ class LoadedModel:
         config: GenerationConfig,
         streamer: TextStreamer | None = None,
     ) -> Iterator[list[Answer]]:
+        """Yields answers as they end, in any order.
+
+        Args:
+            stop: texts that end an answer, beside the end tokens.
+            streamer: gets the tokens of a single request as they come.
+        """
         with for_inference(self.model):
             for batch in batches:
                 with self.context():
@@ -211,13 +221,9 @@ class LoadedModel:
         are the usual ones. False for sliding windows, recurrent states, and adapters that act on
         the whole prompt."""
         base = self.base
-        if self.model is not base:
-            adapter = self.model.active_peft_config
-            is_activated = isinstance(adapter, LoraConfig) and adapter.alora_invocation_tokens
-            if adapter.is_prompt_learning or is_activated:
-                return False
         prepare = type(base).prepare_inputs_for_generation
-        if prepare is not GenerationMixin.prepare_inputs_for_generation:
+        is_usual = prepare is GenerationMixin.prepare_inputs_for_generation
+        if sees_whole_prompt(self.model) or not is_usual:
             return False
         arguments = inspect.signature(base.forward).parameters.keys()
         if not {"attention_mask", "position_ids", "logits_to_keep"} <= arguments:

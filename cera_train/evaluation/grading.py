@@ -14,9 +14,8 @@ import os
 import re
 import resource
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import TimeoutError
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +30,12 @@ from cera_train.runs.evaluation_folder import (
     WRONG,
     Generation,
     Grade,
-    Key,
     Problem,
 )
 
 SECONDS = 5.0  # an answer's time limit
 MEMORY_LIMIT = 2**30
 """Bytes beyond a process's imports, ten times what math-verify needs for honest answers."""
-POOLS = 3
-"""A pool breaks where a process ends before it has told which answer it took."""
 LOOP_TIMES = 3
 LOOP_CHARACTERS = 50
 LONGEST_SEGMENT = 1_000
@@ -52,19 +48,10 @@ def grade_all(
     task: AnswerTask,
     problems: Sequence[Problem],
     answers: Sequence[Generation],
-    exact: Mapping[Key, Grade] | None = None,
 ) -> list[Grade]:
-    """The grade of each answer by every grader that the task has, and how the answer ended.
-
-    Args:
-        exact: the answers that `task.grade` has graded already.
-    """
-    exact = exact or {}
+    """The grade of each answer by every grader that the task has, and how the answer ended."""
     by_id = {problem.id: problem for problem in problems}
-    grades = []
-    for answer in answers:
-        grade = exact.get(answer.key)
-        grades.append(grade or task.grade(by_id[answer.problem], answer))
+    grades = [task.grade(by_id[answer.problem], answer) for answer in answers]
     if task.is_verified:
         grades = verify_grades(by_id, answers, grades)
     return [
@@ -139,24 +126,7 @@ class Verdict:
 
 def judge(pairs: Sequence[AnswerPair], seconds: float = SECONDS) -> list[Verdict]:
     """Verifies answers in processes that can be stopped, each within `seconds` of when a process
-    begins it.
-
-    Raises:
-        BrokenProcessPool: POOLS pools broke.
-    """
-    verdicts: list[Verdict] = []
-    for attempt in range(1, POOLS + 1):
-        try:
-            for verdict in _judge_in_order(pairs[len(verdicts) :], seconds):
-                verdicts.append(verdict)
-            break
-        except BrokenProcessPool:
-            if attempt == POOLS:
-                raise
-    return verdicts
-
-
-def _judge_in_order(pairs: Sequence[AnswerPair], seconds: float) -> Iterator[Verdict]:
+    begins it."""
     workers = min(len(os.sched_getaffinity(0)), len(pairs)) or 1
     # Spawned: a fork of a process with torch's threads can hang.
     pool = pebble.ProcessPool(
@@ -165,8 +135,7 @@ def _judge_in_order(pairs: Sequence[AnswerPair], seconds: float) -> Iterator[Ver
     try:
         # pool.map would count the wait for a free process, and its start, as the answer's time.
         verdicts = [pool.schedule(_verdict, [pair], timeout=seconds) for pair in pairs]
-        for verdict in verdicts:
-            yield _outcome(verdict)
+        return list(map(_outcome, verdicts))
     finally:
         pool.stop()
         pool.join()

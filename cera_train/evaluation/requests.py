@@ -1,10 +1,9 @@
-"""Requests to a model, the answers to them, and what an engine is that gives them: the model in
-this process, a vLLM or llama.cpp."""
+"""Requests to a model, and the answers to them, of every engine."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import transformers
 
@@ -33,38 +32,6 @@ class Answer(NamedTuple):
     sampled: list[float] | None = None  # log p of its tokens, where a server sampled them
 
 
-class Engine(Protocol):
-    """What answers requests."""
-
-    tokenizer: Any
-    positions: int | None
-    """Tokens of the longest prompt with its answer. None: any number."""
-
-    def batches(
-        self,
-        requests: Sequence[Request],
-        max_new_tokens: int,
-        config: GenerationConfig,
-        processes: int,
-    ) -> list[list[Request]]:
-        """The requests in batches for `answers`, which `processes` processes divide."""
-
-    def answers(
-        self,
-        batches: Sequence[list[Request]],
-        max_new_tokens: int,
-        stop: list[str],
-        config: GenerationConfig,
-        streamer: transformers.TextStreamer | None = None,
-    ) -> Iterator[list[Answer]]:
-        """Yields answers as they end, in any order.
-
-        Args:
-            stop: texts that end an answer, beside the end tokens.
-            streamer: gets the tokens of a single request as they come.
-        """
-
-
 def requests_for(
     problems: Sequence[Problem],
     samples: int,
@@ -79,12 +46,6 @@ def requests_for(
         tuple(ids) if getattr(problem, CHAT, False) else (*start, *ids)
         for problem, ids in zip(problems, texts, strict=True)
     ]
-    empty = prompts.index(()) + 1 if () in prompts else None
-    fix = "add words to task.prompt"
-    require(
-        empty is None,
-        f"the prompt of problem {empty} is empty, and the tokenizer has no start token: {fix}.",
-    )
     check_positions("task.max_new_tokens", max_new_tokens, max(map(len, prompts)), positions)
     return [
         Request(problem.id, sample, prompt)

@@ -87,7 +87,6 @@ class Server:
         adapter: the folder of the adapter to load; or of a plain model, which then is the base.
     """
 
-    program = "vLLM"
     fix = "Start it without --tokenizer, --chat-template and --generation-config."
 
     def __init__(
@@ -105,17 +104,13 @@ class Server:
             self.headers["Authorization"] = f"Bearer {key}"
         self.stopped = threading.Event()
         self.has_waited = False
-        try:
+        with self._reading("describes itself in another way"):
             self.version = f"vllm {json.loads(self._ask('/version'))['version']}"
             models = json.loads(self._ask("/v1/models"))["data"]
-            served = next(model for model in models if model["parent"] is None)
+            [served] = [model for model in models if model["parent"] is None][:1]
             self.base = served["id"]
             root = served["root"]
             self.positions = served["max_model_len"]
-        except (json.JSONDecodeError, LookupError, TypeError, StopIteration) as error:
-            raise UserError(
-                f"server={self.url} is no vLLM: it describes itself in another way ({error!r})."
-            ) from error
         folder = files_of(model.path)
         is_same_folder = Path(folder).is_dir() and Path(root).resolve() == Path(folder).resolve()
         if root != str(folder) and not is_same_folder:
@@ -224,14 +219,17 @@ class Server:
         if streamer is not None:
             streamer.put(torch.tensor(request.prompt_ids))
         for choice in self._choices(body):
+            start = len(ids)
             with self._reading("answers without token ids of its vocabulary or their log p"):
                 reason = choice["finish_reason"]
-                piece = choice["token_ids"]
-                self._check_tokens(piece, choice["logprobs"])
-                sampled += choice["logprobs"]["token_logprobs"]
-            ids += piece
+                log_ps = choice["logprobs"]["token_logprobs"]
+                for token, log_p in zip(choice["token_ids"], log_ps, strict=True):
+                    if token not in self.vocabulary or not math.isfinite(log_p):
+                        raise LookupError(token, log_p)
+                    ids.append(token)
+                    sampled.append(log_p)
             if streamer is not None:
-                streamer.put(torch.tensor(piece))
+                streamer.put(torch.tensor(ids[start:]))
         if streamer is not None:
             streamer.end()
         if reason not in ("stop", "length"):  # None, or abort where the server is being stopped
@@ -243,15 +241,6 @@ class Server:
             )
         answer = answer_of(request, ids, self.tokenizer, settings)
         return Answer(answer.generation, answer.ids, sampled[: len(answer.ids)])
-
-    def _check_tokens(self, ids: list[int], logprobs: dict[str, list]) -> None:
-        """Raises a LookupError or a ValueError where these are not tokens of the vocabulary, each
-        with its log p."""
-        if not all(type(token) is int and token in self.vocabulary for token in ids):
-            raise LookupError(ids)
-        log_p = logprobs["token_logprobs"]
-        if len(ids) != len(log_p) or not all(map(math.isfinite, log_p)):
-            raise ValueError(log_p)
 
     def _choices(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The pieces of a streamed answer, as they come. Raises Unavailable where it breaks off,

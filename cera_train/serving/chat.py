@@ -44,7 +44,7 @@ def ask(config: ChatConfig, subjects: Sequence[Subject]) -> None:
     elif config.prompt is not None or not sys.stdin.isatty():
         question = config.prompt or sys.stdin.read().strip()
         require(bool(question), "stdin is empty: write a question to it, or set prompt=....")
-        answer(answerers, [answerer.prompts.row([question]) for answerer in answerers])
+        answer_rows(answerers, [answerer.prompts.row([question]) for answerer in answerers])
     else:
         converse(answerers)
 
@@ -190,7 +190,7 @@ class CleanStreamer(TextStreamer):
 # --- questions ------------------------------------------------------------------------------------
 
 
-def answer(answerers: list[Answerer], rows: list[Row]) -> list[str]:
+def answer_rows(answerers: list[Answerer], rows: list[Row]) -> list[str]:
     """The answer of each model to its row, under the model's name where there are two."""
     answers = []
     for answerer, row in zip(answerers, rows, strict=True):
@@ -208,7 +208,7 @@ def answer_file(answerers: list[Answerer], file: str) -> None:
         place, _ = questions[0]
         print(f"--- {place}", flush=True)
         with errors_at(place):
-            answer(answerers, [row for _, row in questions])
+            answer_rows(answerers, [row for _, row in questions])
     if place is None:
         raise UserError(f"prompts={file} has no questions: write one on each line.")
 
@@ -235,7 +235,7 @@ def converse(answerers: list[Answerer]) -> None:
         elif line:
             try:
                 rows = [answerer.prompts.row([*turns, line]) for answerer in answerers]
-                answers = answer(answerers, rows)
+                answers = answer_rows(answerers, rows)
             except UserError as error:
                 print_line("note", f"{error} {NEW} starts over." if turns else str(error))
                 continue

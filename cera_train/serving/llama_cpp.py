@@ -59,7 +59,7 @@ class LlamaCpp:
         with user_code("it cannot be loaded", "Convert it anew."):
             fields = gguf.GGUFReader(file).fields
             self.precision = gguf.LlamaFileType(fields["general.file_type"].contents()).name
-            self.words = len(fields["tokenizer.ggml.tokens"].data)
+            self.vocabulary_size = len(fields["tokenizer.ggml.tokens"].data)
             template = fields.get("tokenizer.chat_template")
             self.chat_template = template and template.contents()
             end = fields.get("tokenizer.ggml.eos_token_id")
@@ -119,9 +119,11 @@ class LlamaCpp:
 
     def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:
         """[V], of the token after these."""
-        answer = self.complete(ids, 1, n_probs=self.words, logit_bias=[[self.letter, FORCED]])
+        answer = self.complete(
+            ids, 1, n_probs=self.vocabulary_size, logit_bias=[[self.probe_token, FORCED]]
+        )
         found = answer["completion_probabilities"][0]["top_logprobs"]
-        log_p = torch.full([self.words], torch.nan)
+        log_p = torch.full([self.vocabulary_size], torch.nan)
         log_p[[each["id"] for each in found]] = torch.tensor([each["logprob"] for each in found])
         return log_p.clamp(min=SMALLEST)
 
@@ -130,7 +132,7 @@ class LlamaCpp:
 
     def ends_at(self, token: int) -> bool:
         """Whether an answer ends after this token."""
-        answer = self.complete([self.letter], 2, logit_bias=[[token, FORCED]])
+        answer = self.complete([self.probe_token], 2, logit_bias=[[token, FORCED]])
         return answer["stop_type"] == "eos"
 
     def has_template_of(self, tokenizer: Any) -> bool:
@@ -138,7 +140,7 @@ class LlamaCpp:
         return self.chat_template == (template and tokenizer.get_chat_template())  # by default
 
     @property
-    def letter(self) -> int:
+    def probe_token(self) -> int:
         """A token that is whole text: llama.cpp gives no probabilities at a part of a letter."""
         return ids_of("a", self.tokenizer)[-1]
 

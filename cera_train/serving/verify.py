@@ -30,7 +30,7 @@ from cera_train.common.user_code import user_code
 from cera_train.data.prepare import ids_of, prepare_evaluation, stop_ids
 from cera_train.evaluation.engine import load_subject
 from cera_train.evaluation.generate import LoadedModel
-from cera_train.evaluation.requests import Engine, Request
+from cera_train.evaluation.requests import Request
 from cera_train.evaluation.server import Server
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.folder import from_hub_or_folder, load_architecture
@@ -77,13 +77,9 @@ class Certificate(Record):
     tokens: int  # their supervised tokens
     loss_run: float  # mean over the supervised tokens, in nats
     loss_form: float
-    loss_change: float
-    loss_change_lower: float  # 95 % intervals, by a paired bootstrap over sequences
-    loss_change_upper: float
     kl: float  # mean of KL(run || form) over the supervised tokens, in nats
-    kl_lower: float
+    kl_lower: float  # 95 % interval, by a bootstrap over sequences
     kl_upper: float
-    same_tokens: float  # share of supervised positions where both find the same token likeliest
     answers: int  # prompts of held-out rows that both answered greedily
     changed: float  # share of the answers that differ
     changed_lower: float
@@ -101,15 +97,16 @@ class Certificate(Record):
             "form": self.form,
             "judged on": f"{self.rows:,} held-out rows, {self.tokens:,} supervised tokens",
             "loss": f"{self.loss_run:.4f} to {self.loss_form:.4f} nats a token",
-            "change": f"{self.loss_change:+.5f}, 95 % interval {self.loss_change_lower:+.5f} to "
-            f"{self.loss_change_upper:+.5f}",
             "KL": f"{self.kl:.6f} nats a token, 95 % interval {self.kl_lower:.6f} to "
             f"{self.kl_upper:.6f}",
             "at most": f"{self.at_most:.6f}: {self.reason}",
-            "same token": f"{self.same_tokens:.2%} of the likeliest",
             "answers": f"{self.changed:.0%} of {self.answers} change, 95 % interval "
             f"{self.changed_lower:.0%} to {self.changed_upper:.0%}",
         }
+
+
+Engine = LoadedModel | LlamaCpp | Server
+"""What computes a run or its export."""
 
 
 class Folder(LoadedModel):
@@ -321,26 +318,19 @@ def compare_models(run: LoadedModel, engine: Engine, rows: Sequence[Batch]) -> d
         loss_run = -log_p.gather(1, wanted).sum()
         loss_form = -log_q.gather(1, wanted).sum()
         kl = kl_div(log_q, log_p, reduction="sum", log_target=True).clamp(min=0)  # of rounding
-        same = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-        tokens = is_supervised.sum()
-        row_sums = torch.stack([loss_run, loss_form, kl, same.to(kl), tokens.to(kl)])
+        row_sums = torch.stack([loss_run, loss_form, kl, is_supervised.sum().to(kl)])
         sums.append(row_sums.double().cpu())
     table = torch.stack(sums).numpy()
-    loss_run, loss_form, kl, same, tokens = table.sum(0)
-    lower, upper = bootstrap_interval(table[:, 1] - table[:, 0], table[:, 4])
-    kl_lower, kl_upper = bootstrap_interval(table[:, 2], table[:, 4])
+    loss_run, loss_form, kl, tokens = table.sum(0)
+    kl_lower, kl_upper = bootstrap_interval(table[:, 2], table[:, 3])
     return {
         "rows": len(table),
         "tokens": int(tokens),
         "loss_run": loss_run / tokens,
         "loss_form": loss_form / tokens,
-        "loss_change": (loss_form - loss_run) / tokens,
-        "loss_change_lower": lower,
-        "loss_change_upper": upper,
         "kl": kl / tokens,
         "kl_lower": kl_lower,
         "kl_upper": kl_upper,
-        "same_tokens": same / tokens,
     }
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import operator
 import pkgutil
 from collections.abc import Callable
 
@@ -13,7 +12,7 @@ from cera_train.data.messages import TURNS
 from cera_train.data.rows import kind_of
 from cera_train.data.segments import segmenter
 from cera_train.data.sources import open_sources
-from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, find_gold
+from cera_train.evaluation.tasks.jsonl import find_gold, is_right
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import Grader
 
@@ -47,10 +46,7 @@ def import_reward(path: str) -> Reward:
 
 def grade(_: str, answer: str, right: str, grader: Grader) -> float:
     """1 for a right answer, by one of the graders of task=jsonl."""
-    expected = right_answer(right, grader)
-    extracted = EXTRACT[grader](answer)
-    is_exact = IS_EXACT.get(grader, operator.eq)
-    return float(extracted is not None and is_exact(extracted, expected))
+    return float(is_right(answer, right_answer(right, grader), grader))
 
 
 def right_answer(text: str, grader: Grader) -> str:

@@ -4,13 +4,11 @@ what is refused; and that perplexity and spectra are those of training and of th
 import json
 import math
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -21,8 +19,8 @@ from evaluated_runs import (
     chat,
     contents,
     evaluate,
-    export,
     read,
+    resolve,
     tiny_path,
 )
 from safetensors.torch import load_file, save_file
@@ -30,11 +28,10 @@ from transformers import AutoModelForCausalLM
 
 from cera_train.common.errors import UserError
 from cera_train.data.computed import logistic_map_rows
-from cera_train.evaluation import engine, resolve
+from cera_train.evaluation import engine
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Answer
 from cera_train.evaluation.tasks import gsm8k
-from cera_train.evaluation.tasks.task import QuestionTask
 from cera_train.report.comparison import paired_tests
 from cera_train.report.readers import read_runs
 from cera_train.runs.evaluation_folder import ENDINGS, EvaluationFolder, Generation
@@ -75,16 +72,7 @@ def test_an_evaluation_leaves_problems_answers_grades_and_a_result(eval_config, 
         read(folder / f"{name}.jsonl") for name in ("problems", "generations", "grades")
     )
     assert [problem["question"] for problem in problems] == [row["question"] for row in QUESTIONS]
-    assert [problem["gold"] for problem in problems] == [
-        "3",
-        "7",
-        "15",
-        "4",
-        "15",
-        "1001",
-        "6",
-        "18",
-    ]
+    assert [problem["gold"] for problem in problems][-3:] == ["1001", "6", "18"]
     assert problems[0]["prompt"] == f"Question: {QUESTIONS[0]['question']}\nAnswer:"
     ids = [problem["id"] for problem in problems]
     assert [(row["problem"], row["sample"]) for row in answers] == [(name, 0) for name in ids]
@@ -143,7 +131,7 @@ def test_interrupted_equals_uninterrupted(
 
 def test_samples_give_pass_at_k_for_every_k(eval_config, write_answers, capsys):
     """Problem i has i right answers of 3."""
-    problems = resolve.resolve_evaluation(eval_config("task.limit=4")).problems
+    problems = resolve(eval_config("task.limit=4")).problems
     right = {
         (problem.id, sample): problem.gold
         for index, problem in enumerate(problems)
@@ -179,31 +167,6 @@ def test_answers_that_are_there_are_graded_again_without_a_model(eval_config, ru
     assert read(folder / "grades.jsonl")[0]["exact"]
 
 
-def test_a_command_builds_its_task_once_and_grades_an_answer_once(
-    run, questions, run_command, monkeypatch
-):
-    calls = Counter()
-
-    class Counted(QuestionTask):
-        def configured(self, config):
-            calls["built"] += 1
-            return super().configured(config)
-
-        def grade(self, problem, generation):
-            calls["graded"] += 1
-            return super().grade(problem, generation)
-
-    def find(config):
-        calls["found"] += 1
-        return find_subject(config)
-
-    monkeypatch.setattr(gsm8k, "TASK", Counted(**vars(gsm8k.TASK)))
-    monkeypatch.setattr(resolve, "find_subject", find)
-    settings = [f"run={run}", "task=gsm8k", f"task.files=[{questions}]", "task.max_new_tokens=8"]
-    assert run_command("cera-eval", *settings, "launch.processes=1") == 0
-    assert calls == {"built": 1, "found": 1, "graded": len(QUESTIONS)}
-
-
 def test_a_grader_that_crashes_counts_as_wrong_and_is_kept(eval_config, run, monkeypatch):
     def crash(text):
         raise RecursionError("too deep")
@@ -224,7 +187,7 @@ def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(
     3.2."""
     config = eval_config(task="logistic_map")
     data = load_config(run / "config.yaml").data
-    problems = {problem.id: problem for problem in resolve.resolve_evaluation(config).problems}
+    problems = {problem.id: problem for problem in resolve(config).problems}
     assert len(problems) == 3 * 20
     _, held_out = logistic_map_rows(data.logistic_map, data.eval_rows)
     asked = {problem.prompt for problem in problems.values() if problem.details["growth"] == 3.5}
@@ -297,15 +260,6 @@ def test_a_name_and_the_untouched_model_have_folders_of_their_own(eval_config, r
         == [row["id"] for row in untouched]
     )
     assert short[0]["prompt"].startswith("Q: 1 apples")
-    namesake = Path(
-        shutil.copytree(tiny_path(run), run.parent / "other" / Path(tiny_path(run)).name)
-    )
-    with pytest.raises(
-        UserError, match=r"gsm8k is of another model: model.path was .* Set output_dir=OTHER"
-    ):
-        evaluate(
-            eval_config(*base_settings(run), f"model.path={namesake}", "name=again", run="base")
-        )
 
 
 def test_the_untouched_model_is_asked_as_a_run_is(tiny_config, compose, one_verifier, tmp_path):
@@ -406,13 +360,8 @@ def test_an_adapter_of_another_base_model_is_refused(
         model.save_pretrained(tmp_path / "other")
         refused(difference, evaluate, eval_config(*settings))
     refused("other weights", evaluate, eval_config(*settings, "model.quantization=nf4"))
-    others = [f"run={run}", *settings]
-    refused("other weights", chat, compose(*others, "prompt=Hello", command="chat"))
-    refused("other weights", export, compose(*others, command="export"))
-    of_server = [*others, "prompt=Hello", "server=http://127.0.0.1:9"]
+    of_server = [f"run={run}", *settings, "prompt=Hello", "server=http://127.0.0.1:9"]
     refused("other weights", chat, compose(*of_server, command="chat"))
-    exported = shutil.copytree(run / "adapter", run / "export_lora")
-    refused("other weights", evaluate, eval_config(*settings, run=exported))
     assert not (run / "eval").exists()
     (run / "environment.json").unlink()  # as an adapter that was carried elsewhere
     wider.save_pretrained(tmp_path / "other")
@@ -519,26 +468,16 @@ def test_rows_that_were_added_after_the_training_are_named(
 
 
 def test_perplexity_on_other_rows(eval_config, questions):
-    with pytest.raises(ValueError, match="task.files: this run computed its rows.*data=jsonl"):
+    with pytest.raises(ValueError, match="task.files holds running text: choose task=forgetting"):
         evaluate(eval_config(f"task.files=[{questions}]", task="perplexity"))
-    result = evaluate(
-        eval_config(
-            "data=jsonl",
-            f"task.files=[{questions}]",
-            "data.train_files=[unused.jsonl]",
-            "data.eval_rows=1",
-            r"data.prompt='{question}'",
-            r"data.completion=' {answer}'",
-            "task.limit=5",
-            task="perplexity",
-        )
+    rows = (
+        "data=jsonl",
+        f"data.train_files=[{questions}]",
+        f"data.eval_files=[{questions}]",
+        r"data.prompt='{question}'",
+        r"data.completion=' {answer}'",
     )
-    assert result["rows"] == 5
-    mixed = ["data=jsonl", f"data.mix=[{{train_files: ['{questions}']}}]"]
-    result = evaluate(
-        eval_config(*mixed, f"task.files=[{questions}]", "name=mixed", task="perplexity")
-    )
-    assert result["rows"] == 8
+    assert evaluate(eval_config(*rows, "task.limit=5", task="perplexity"))["rows"] == 5
 
 
 @pytest.mark.parametrize(("limit", "rows"), [(7, 7), (60, 20)])
@@ -581,32 +520,6 @@ def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenize
         evaluate(eval_config(*settings, task="forgetting"))
 
 
-def test_finewiki_measures_each_article_as_pefts_comparison_does(
-    eval_config, run, tokenizer, tmp_path, monkeypatch
-):
-    """Against the loss of the cut articles as PEFT's run.py takes it, the mean over all tokens;
-    streamed."""
-    articles = [f"hello there {number}, what is the next value? " * 4 for number in range(102)]
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "finewiki"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text(
-        "".join(f"{json.dumps({'text': text})}\n" for text in articles)
-    )
-    result = evaluate(
-        eval_config("data=finewiki", f"data.path={folder}", "data.max_length=16", task="perplexity")
-    )
-
-    model = AutoModelForCausalLM.from_pretrained(
-        yaml.safe_load((run / "config.yaml").read_text())["model"]["path"]
-    )
-    ids = tokenizer(articles[:100], truncation=True, max_length=16, return_tensors="pt").input_ids
-    with torch.no_grad():
-        loss = model(ids, labels=ids).loss.item()
-    assert (result["rows"], result["tokens"]) == (100, 1500)
-    assert result["perplexity_base"] == pytest.approx(math.exp(loss), rel=1e-5)
-
-
 @pytest.mark.parametrize(
     ("rows", "window", "message"),
     [
@@ -616,7 +529,6 @@ def test_finewiki_measures_each_article_as_pefts_comparison_does(
             8,
             r"^\S+text.jsonl(:|, row )2: column 'text' is missing",
         ),
-        ([{"text": "hello"}], 1024, "task.window=1024 is beyond the 256 positions"),
     ],
 )
 def test_text_that_cannot_be_predicted_is_refused(eval_config, write_jsonl, rows, window, message):

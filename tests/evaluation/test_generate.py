@@ -1,7 +1,6 @@
 """Answers: what the library's own `generate` gives, one by one, whatever the batch, the order and
 the padding."""
 
-import copy
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,15 +15,12 @@ from oracles import (
     assert_greedy_answers_are_the_librarys,
     let_answers_end,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from benchmarks.tiny_models import tiny_model
-from cera_train.common.errors import UserError
 from cera_train.evaluation import generate
 from cera_train.evaluation.generate import LoadedModel, TokenChoice, cache_room, cut_batches
-from cera_train.evaluation.requests import Request, generation_settings, requests_for
-from cera_train.runs.evaluation_folder import Problem
+from cera_train.evaluation.requests import Request, generation_settings
 from cera_train.settings.evaluation import GenerationConfig
 
 SAMPLED = GenerationConfig(samples=2, temperature=0.8, top_p=0.95)
@@ -121,37 +117,6 @@ def test_a_prompt_of_several_answers_is_read_once(engine, requests):
     assert len(read[0]) == len({request.problem for request in requests}) == len(requests) / 2
 
 
-def test_the_head_multiplies_all_rows_at_once(engine, requests):
-    """torch would multiply each row of a slice, its last position, by a copy of the head's frozen
-    weights."""
-    engine.base.requires_grad_(False)
-    widths = {"mm": set(), "bmm": set()}
-
-    class Products(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), settings=None):
-            if (name := function.overloadpacket.__name__) in widths:
-                widths[name].add(arguments[1].shape[-1])
-            return function(*arguments, **(settings or {}))
-
-    with Products():
-        answers_of(engine, [requests], GREEDY)
-    vocabulary = engine.base.config.vocab_size
-    assert vocabulary in widths["mm"]
-    assert vocabulary not in widths["bmm"]
-
-
-def test_a_prompt_without_tokens_is_refused(tokenizer):
-    problems = [Problem("a", "x", "x", "y"), Problem("b", "", "", "y")]
-    assert requests_for(problems, 1, tokenizer, 8, None)[1].prompt_ids == (tokenizer.bos_token_id,)
-    startless = copy.deepcopy(tokenizer)
-    startless.bos_token = None
-    with pytest.raises(
-        UserError,
-        match="prompt of problem 2 is empty, and the tokenizer has no start token: add words",
-    ):
-        requests_for(problems, 1, startless, 8, None)
-
-
 def test_sampling_follows_temperature_and_top_p():
     """Frequencies of 20,000 draws against the distribution computed by hand."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -4.0])
@@ -167,22 +132,6 @@ def test_sampling_follows_temperature_and_top_p():
     frequency = torch.bincount(chosen, minlength=5) / len(batch)
     assert torch.allclose(frequency, expected, atol=0.01)
     assert frequency[2:].sum() == 0
-
-
-def test_an_answer_ends_at_the_end_token(engine, tokenizer, requests):
-    """The model wants the end token at its third step."""
-    end = tokenizer.eos_token_id
-    steps = itertools.count()
-
-    def third_is_the_end(head, inputs, logits):
-        wanted = end if next(steps) == 2 else 300
-        return torch.full_like(logits, -torch.inf).index_fill(-1, torch.tensor([wanted]), 0.0)
-
-    engine.base.lm_head.register_forward_hook(third_is_the_end)
-    [[(answer, *_)]] = engine.generate(requests[:1], GREEDY)
-    assert answer.text == tokenizer.decode([300, 300])
-    assert (answer.tokens, answer.truncated) == (3, False)
-    assert next(steps) == 3  # nothing runs on for a batch that is done
 
 
 def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(engine, requests):
@@ -245,12 +194,10 @@ def test_a_batch_has_the_tokens_that_memory_holds_and_at_most_a_share_of_the_req
     monkeypatch.setattr(generate, "cache_room", lambda device: 100 * token)
     assert engine.batch_tokens(requests, 12, processes=1) == 100
     monkeypatch.undo()
-    assert engine.batches(requests, 12, GenerationConfig(batch_tokens=100), 1) == cut_batches(
-        requests, 12, 100
-    )
     [batch] = engine.batches(requests, 12, GenerationConfig(), processes=1)
     assert len(batch) == len(requests)
-    assert 1 < len(engine.batches(requests, 12, GenerationConfig(), processes=4)) <= 4
+    share = engine.batch_tokens(requests, 12, processes=4)
+    assert 1 < len(cut_batches(requests, 12, share)) <= 4
 
 
 @pytest.mark.parametrize("free", [40, 41.5])

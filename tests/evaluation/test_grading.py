@@ -2,12 +2,10 @@
 may write, such as answers that would take all time and memory."""
 
 import multiprocessing
-from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from hostile_answers import Deadly, Hungry
 
-from cera_train.evaluation import grading
 from cera_train.evaluation.evaluate import score
 from cera_train.evaluation.grading import (
     LONGEST_SEGMENT,
@@ -137,24 +135,6 @@ def test_an_extracted_answer_decides_else_the_text_and_a_crash_stops_no_other():
     assert judge([pair for pair, _ in cases], seconds=60) == [verdict for _, verdict in cases]
     assert judge([], seconds=60) == []
     assert set(multiprocessing.active_children()) <= before
-
-
-def test_what_a_broken_pool_left_is_judged_by_another(monkeypatch):
-    """pebble gives up where a process ends before it is known which answer that process took, a
-    moment that no test can hit."""
-    pools = []
-
-    def breaks_after_one(pairs, seconds):
-        pools.append(len(pairs))
-        yield Verdict(True)
-        if len(pairs) > 1:
-            raise BrokenProcessPool
-
-    monkeypatch.setattr(grading, "_judge_in_order", breaks_after_one)
-    assert judge([RIGHT] * 3) == [Verdict(True)] * 3
-    assert pools == [3, 2, 1]
-    with pytest.raises(BrokenProcessPool):
-        judge([RIGHT] * 5)
 
 
 def test_hostile_answers_are_wrong_and_the_others_go_on():

@@ -198,14 +198,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.wfile.write(b"data: {token_ids}\n\n")
         if fault == "unknown ids":
             return self.send(name, [len(server.tokenizer) + 10**6], reason, first)
-        if fault == "no ids":
-            return self.send(name, None, reason, logprobs)
         if fault == "cut":
             return self.send(name, tokens[:1], "length", first)
         if fault == "no log p":
             return self.send(name, tokens, reason, None)
-        if fault == "few log p":
-            return self.send(name, tokens, reason, first)
         self.send(name, tokens[:1], None, first)
         self.send(name, tokens[1:], reason, rest)
         if fault == "usage":

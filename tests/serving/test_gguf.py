@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from functools import partialmethod
 from pathlib import Path
 
 import gguf
@@ -16,13 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from cera_train.common.errors import DiffersError, UserError
 from cera_train.distributed.accelerator import this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
-from cera_train.evaluation.requests import Request
 from cera_train.runs.subject import find_subject
 from cera_train.serving import llama_cpp
 from cera_train.serving.export import export_run
 from cera_train.serving.llama_cpp import LlamaCpp
 from cera_train.serving.verify import Certificate, verify
-from cera_train.settings.evaluation import GenerationConfig
 from cera_train.training.train import train
 
 pytest_plugins = ("evaluated_runs",)
@@ -108,7 +105,7 @@ def test_an_export_is_the_run_in_llama_cpp(certificate, file):
     assert certificate.form == "a GGUF in llama.cpp, ALL_F32"
     assert certificate.holds
     assert certificate.kl_upper < 1e-6
-    assert (certificate.same_tokens, certificate.changed) == (1, 0)
+    assert certificate.changed == 0
     assert {path.name for path in file.parent.iterdir()} == {
         "model.gguf",
         "certificate.json",
@@ -129,18 +126,6 @@ def test_llama_cpp_computes_what_transformers_does(file, run, compose, tokenizer
         torch.testing.assert_close(
             engine.log_probabilities(ids[:place]), expected[place - 1], atol=1e-4, rtol=1e-4
         )
-
-
-@pytest.mark.slow
-def test_an_answer_at_any_end_of_the_model_is_not_cut(file, tokenizer_of_pieces, monkeypatch):
-    """A GGUF names one end, and llama.cpp stops at those that it knows by their text too."""
-    end = tokenizer_of_pieces.convert_tokens_to_ids("<|im_end|>")
-    forced = {"logit_bias": [[end, llama_cpp.FORCED]]}
-    monkeypatch.setattr(LlamaCpp, "complete", partialmethod(LlamaCpp.complete, **forced))
-    engine = LlamaCpp(file, tokenizer_of_pieces, 64, ends=[2, end])
-    request = Request("1", 0, tuple(tokenizer_of_pieces(WORDS).input_ids))
-    [[answer]] = engine.answers([[request]], 12, [], GenerationConfig())
-    assert (answer.generation.tokens, answer.generation.truncated) == (1, False)
 
 
 def tensor(name: str, change: Callable) -> Callable:

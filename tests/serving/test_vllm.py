@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -452,34 +451,6 @@ def test_updates_by_a_vllm_in_bfloat16_pass_unless_its_policy_is_wrong(folder, g
 
 
 @pytest.mark.nightly
-def test_an_evaluation_resumes_when_a_killed_vllm_is_back(
-    folder, evaluation, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(server_module, "PAUSES", (0.1, 0.1))
-    # So that some problems are not yet sent when the first is answered.
-    monkeypatch.setattr(server_module, "AT_ONCE", 4)
-    answers = folder / "silu_all" / "eval" / "cut" / "generations.jsonl"
-    with started(folder, tmp_path / "log", *LORA) as (url, process), ThreadPoolExecutor(1) as pool:
-
-        def kill() -> None:
-            wait_until(lambda: answers.is_file() and answers.stat().st_size)
-            os.killpg(process.pid, signal.SIGKILL)
-
-        killing = pool.submit(kill)
-        with pytest.raises(
-            UserError, match=r"does not answer .*Once it is back, the same command resumes\.$"
-        ):
-            evaluation("cut", f"server={url}")
-        killing.result()
-    kept = answers.read_bytes().splitlines()
-    assert 0 < len(kept) < 64
-    with started(folder, tmp_path / "log", *LORA, port=int(url.rpartition(":")[2])):
-        served = evaluation("cut", f"server={url}")
-    assert served == evaluation("whole")
-    assert {*kept} <= {*served["generations.jsonl"].splitlines()}
-
-
-@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("options", "environment", "fix"),
     [
@@ -538,7 +509,7 @@ def test_what_vllm_computes_is_the_run(server, exported, compose):
     served = check(compose, run / "adapter", run, f"server={server}")
     assert served.form.startswith("PEFT's CERA, on its base, in vllm ")
     assert served.kl_upper < 1e-6
-    assert (served.same_tokens, served.changed) == (1, 0)
+    assert served.changed == 0
 
 
 def test_a_lora_in_vllm_loses_what_it_loses_in_peft(server, exported, compose):
@@ -547,18 +518,6 @@ def test_a_lora_in_vllm_loses_what_it_loses_in_peft(server, exported, compose):
     served = check(compose, exported, run, "at_most=100", f"server={server}")
     assert served.kl == pytest.approx(loaded.kl, rel=1e-3)
     assert served.kl > 0.01
-
-
-@pytest.mark.nightly
-def test_a_plain_model_in_vllm_loses_what_it_loses_in_transformers(exported, compose, tmp_path):
-    run = exported.parent
-    plain = tmp_path / BASE
-    words = (f"run={run}", "to=merged", f"output={plain}", "rows=2", "at_most=100")
-    loaded = export(compose(*words, command="export"))
-    with started(tmp_path, tmp_path / "log", "--max-logprobs=-1") as (url, _):
-        served = check(compose, plain, run, "at_most=100", f"server={url}")
-    assert served.form.startswith("a plain model, in vllm ")
-    assert served.kl == pytest.approx(loaded.kl, rel=1e-3)
 
 
 def test_another_template_and_another_end_are_seen_in_vllm(server, folder, tokenizer):

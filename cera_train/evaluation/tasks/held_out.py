@@ -13,9 +13,6 @@ from cera_train.settings.data import TrainedRows
 
 
 class EvaluationRows(jsonl.JsonlTask):
-    def needs_tokenizer(self, trained: TrainedRows) -> bool:
-        return any(map(may_use_template, trained.parts))
-
     def source(self, trained: TrainedRows, tokenizer: Any) -> Source:
         name = f"task={self.config.name}"
         fix = "write the questions into a file, for task=jsonl"

@@ -6,6 +6,7 @@ last \boxed{}, as MATH reads it. choice: the letter of a choice.
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import replace
 from functools import partial
@@ -59,6 +60,12 @@ def find_gold(text: str, grader: Grader) -> str | None:
         case Grader.choice:
             return "".join(re.findall(r"^[A-Z]$", text.strip()))
     return EXTRACT[grader](text)
+
+
+def is_right(text: str, gold: str, grader: Grader) -> bool:
+    """Whether a text gives the answer that `find_gold` found."""
+    answer = EXTRACT[grader](text)
+    return answer is not None and IS_EXACT.get(grader, operator.eq)(answer, gold)
 
 
 def gold_answer(row: Row, column: str, grader: Grader) -> str:

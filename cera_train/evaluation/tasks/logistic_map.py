@@ -9,9 +9,8 @@ from typing import Any
 
 from pydantic import Field
 
-from cera_train.data.chats import may_use_template, uses_template
+from cera_train.data.chats import uses_template
 from cera_train.data.computed import logistic_map_row, starting_points
-from cera_train.data.rows import Row
 from cera_train.data.segments import segmenters
 from cera_train.evaluation.tasks.task import AnswerTask, Metric, Task, mean, question_id
 from cera_train.runs.evaluation_folder import CHAT, COLLAPSED, Generation, Grade, Problem
@@ -35,39 +34,27 @@ class LogisticMap(AnswerTask):
         check_growths("task.growths", config.growths)
         return super().configured(config)
 
-    def part(self, trained: TrainedRows) -> DataConfig | None:
-        """The first data set of such rows that the run was trained on."""
-        return next((part for part in trained.parts if part.layout == Layout.logistic_map), None)
-
-    def needs_tokenizer(self, trained: TrainedRows) -> bool:
-        part = self.part(trained)
-        return part is not None and may_use_template(part)
-
     def problems(self, trained: TrainedRows, tokenizer: Any = None) -> Iterable[Problem]:
-        """Every growth from every starting point that the run held out."""
-        part = self.part(trained)
-        rows = part or DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)
+        """Every growth from every starting point that the run held out, in its first data set of
+        such rows. The chat template writes the prompts where it wrote the rows of the run."""
+        parts = [part for part in trained.parts if part.layout == Layout.logistic_map]
+        [rows] = parts[:1] or [DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)]
         settings = rows.logistic_map
+        is_chat = bool(parts) and tokenizer is not None and uses_template(rows, tokenizer)
+        to_sequences, *_ = segmenters(rows, tokenizer, trained.asks) if is_chat else [None]
         _, starts = starting_points(settings, rows.eval_rows)
         pairs = itertools.product(starts, self.config.growths)
         for x0, growth in itertools.islice(pairs, self.config.limit):
             row = logistic_map_row(x0, growth, settings)
-            is_trained = growth in as_list(settings.growth) if part else None
             question = row["prompt"]
-            details = {"growth": growth, "decimals": settings.decimals, "trained": is_trained}
-            details |= self.prompt(row, trained, tokenizer)
+            details = {"growth": growth, "decimals": settings.decimals}
+            details["trained"] = growth in as_list(settings.growth) if parts else None
+            details["prompt"] = question
+            if is_chat:
+                [[prompt, _]] = to_sequences(row)
+                details |= {"prompt": prompt.text, CHAT: True}
             gold = row["completion"].strip()
             yield Problem(id=question_id(question), question=question, gold=gold, **details)
-
-    def prompt(self, row: Row, trained: TrainedRows, tokenizer: Any) -> dict[str, Any]:
-        """What a problem holds of the prompt of a row, which the chat template writes where it
-        wrote the rows of the run."""
-        part = self.part(trained)
-        if part is None or not uses_template(part, tokenizer):
-            return {"prompt": row["prompt"]}
-        to_sequences, *_ = segmenters(part, tokenizer, trained.asks)
-        [[prompt, _]] = to_sequences(row)
-        return {"prompt": prompt.text, CHAT: True}
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         decimals = problem.details["decimals"]

@@ -1,22 +1,24 @@
 """Perplexity on rows as in training, or on running text, window by window: what fine-tuning made a
 model forget."""
 
-from dataclasses import replace
 from typing import Any
 
 from cera_train.common.errors import errors_at
 from cera_train.common.settings import require
 from cera_train.data.prepare import TokenizedRows, prepare_evaluation, prepare_windows
 from cera_train.data.rows import text_of
-from cera_train.data.sources import decide_layouts
 from cera_train.evaluation.tasks.task import Task, open_rows, require_rows
-from cera_train.settings.data import COMPUTED, TrainedRows
+from cera_train.settings.data import TrainedRows
 from cera_train.settings.evaluation import TaskConfig
 from cera_train.settings.model import ModelConfig
 
 
 class Perplexity(Task):
     def configured(self, config: TaskConfig) -> Task:
+        require(
+            not config.files or config.window is not None,
+            "task.files holds running text: choose task=forgetting, or name rows by data=....",
+        )
         if config.window is not None:
             require_rows(config)
             require(
@@ -44,14 +46,6 @@ class Perplexity(Task):
             data is not None,
             "data=... is missing: this adapter's training data is unknown. Choose the rows.",
         )
-        if config.files:
-            require(
-                data.layout not in COMPUTED,
-                "task.files: this run computed its rows and has no layout for files. Add "
-                "data=jsonl 'data.train_files=[FILE]'.",
-            )
-            files = {"train_files": config.files, "eval_files": config.files}
-            data = decide_layouts(replace(data, mix=None, eval_rows=None, **files))
         return prepare_evaluation(data, tokenizer, config.limit, trained.asks)
 
 

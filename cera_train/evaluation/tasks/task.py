@@ -83,17 +83,14 @@ class AnswerTask(Task, ABC):
             metric.key: not metric.lower_is_better for metric in self.shown
         }
 
-    def needs_tokenizer(self, trained: TrainedRows) -> bool:
-        """Whether the prompts depend on a chat template."""
-        return False
-
     @abstractmethod
     def problems(self, trained: TrainedRows, tokenizer: Any = None) -> Iterable[Problem]:
         """The problems, in order, at most `config.limit`.
 
         Args:
             trained: what the run was trained on.
-            tokenizer: of the model that answers, where `needs_tokenizer`; None to count problems.
+            tokenizer: of the model that answers, whose chat template may write the prompts; None
+                to count problems.
         """
 
     @abstractmethod
@@ -151,14 +148,11 @@ class QuestionTask(AnswerTask):
     def _read(self, source: Source) -> Iterator[Problem]:
         config = self.config
         columns = columns_of(config.prompt)
-        setting = "task.question"
-        if "question" not in self.settings:
-            setting += " of task=jsonl"
         for place, row in source.located():
             with errors_at(place):
                 if config.level is not None and level_of(row) != str(config.level):
                     continue
-                question = text_of(row, self.question, setting)
+                question = text_of(row, self.question, "task.question of task=jsonl")
                 prompt = config.prompt.format_map(
                     {name: text_of(row, name, "task.prompt") for name in columns}
                 )

@@ -13,7 +13,7 @@ from cera_train.evaluation.evaluate import score
 from cera_train.evaluation.requests import requests_for
 from cera_train.evaluation.tasks.task import build_task, load_problems, trained_on, training_task
 from cera_train.runs.evaluation_folder import Generation, Problem
-from cera_train.settings.data import DataConfig, LogisticMapConfig, MixPart, TrainedRows
+from cera_train.settings.data import DataConfig, MixPart, TrainedRows
 from cera_train.settings.evaluation import TaskConfig
 
 GSM8K = {"question": "1 + 1", "answer": "It is 2.\n#### 2"}
@@ -86,10 +86,6 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
             "task.prompt=None names no column: write one in braces, such as",
         ),
         (
-            {"kind": "gsm8k", "path": "a/b", "prompt": "{question"},
-            r"task.prompt.*'{question' is malformed",
-        ),
-        (
             {"kind": "gsm8k", "prompt": "{question}"},
             "task.files is empty: name local files, or a Hub data set",
         ),
@@ -97,15 +93,9 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
             {"kind": "gsm8k", "level": 5},
             "task.level=5 has no meaning for a task of kind gsm8k: leave it out",
         ),
-        ({"kind": "jsonl"}, "task.grader is missing: choose one of text, num"),
         (
             {"kind": "held_out", "prompt": "{question}"},
             "task.grader is missing: choose one of text, num",
-        ),
-        ({"kind": "held_out", "files": ["x"]}, "has no meaning for a task of kind held_out"),
-        (
-            {"kind": "jsonl", "stop": ["\n", ""]},
-            r"task.stop=\['\\n', ''\] has an empty text, which ends every answer",
         ),
         ({"kind": "logistic_map"}, r"task.growths=\[\] must be numbers above 0"),
     ],
@@ -128,7 +118,6 @@ def test_a_task_checks_its_settings(settings, message):
             {"limits": 3},
             "^train.task_settings.gsm8k: Key 'limits' not in .* See conf/task/gsm8k.yaml",
         ),
-        ("gsm8k", {"level": 3}, r"train.task_settings.gsm8k: task.level=3 has no meaning"),
     ],
 )
 def test_a_task_of_training_checks_its_changes(name, changes, message):
@@ -168,7 +157,6 @@ def test_a_limit_takes_the_first_rows_and_reads_no_further(config_of):
             {"prompt": "{hint} {question}"},
             r"1: column 'hint' is missing; .* Name another in task.prompt",
         ),
-        ([GSM8K | {"question": ["a"]}], {}, r"1: column 'question' holds a list: expected text"),
         ([GSM8K, {"question": "?", "answer": "18"}], {}, r"2: column 'answer' should end in ####"),
         (
             [],
@@ -181,12 +169,6 @@ def test_a_limit_takes_the_first_rows_and_reads_no_further(config_of):
             r"rows.jsonl\] has no rows of task.level=5",
         ),
         ([MATH | {"solution": "2"}], {"kind": "math"}, r"1: column 'solution' has no \\boxed"),
-        ([MATH | {"answer": " "}], {"kind": "math"}, r"1: column 'answer' is empty: fix the row"),
-        (
-            [{"question": "?"}],
-            {"kind": "jsonl", "grader": "text"},
-            r"1: column 'answer' is missing; .* task.answer\.$",
-        ),
         (
             [GSM8K],
             {"kind": "jsonl", "grader": "choice"},
@@ -235,7 +217,6 @@ def test_held_out_asks_chats_by_their_template_with_one_start_token(write_jsonl,
     talk = write_jsonl("talk.jsonl", [{"conversations": TALK}] * 2)
     data = DataConfig(train_files=[str(talk)], layout="conversations", eval_rows=1)
     task = training_task("held_out", {})
-    assert task.needs_tokenizer(TrainedRows(data))
     [problem] = load_problems(task, TrainedRows(data), tokenizer)
     asked = TALK[0]["value"]
     prompt = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
@@ -252,7 +233,6 @@ def test_held_out_asks_chats_by_their_template_with_one_start_token(write_jsonl,
 def test_computed_rows_of_a_chat_template_are_asked_as_they_are_trained(tokenizer):
     data = DataConfig(layout="logistic_map", chat="template", train_rows=2, eval_rows=2)
     task = training_task("logistic_map", {"limit": 1})
-    assert task.needs_tokenizer(TrainedRows(data))
     [asked] = load_problems(task, TrainedRows(data), tokenizer)
     [plain] = load_problems(task, TrainedRows(replace(data, chat="auto")), tokenizer)
     question = plain.prompt.strip()
@@ -272,29 +252,8 @@ def test_rows_that_held_out_cannot_ask_are_refused(write_jsonl, tokenizer):
     assert len(held_out_problems(by_template)) == len(held_out_problems(by_template, tokenizer))
     with pytest.raises(UserError, match="does not know answers before the asked one"):
         held_out_problems(DataConfig(train_files=[file], **settings), tokenizer)
-    with pytest.raises(
-        UserError, match="task=held_out: the rows that this model was trained on are unknown: write"
-    ):
+    with pytest.raises(UserError, match="task=held_out: the rows that this model was trained on"):
         held_out_problems(None)
-    text = str(write_jsonl("text.jsonl", [{"text": "a document"}] * 2))
-    with pytest.raises(
-        UserError,
-        match="task=held_out: no held-out row has a prompt and an answer: write the ques",
-    ):
-        held_out_problems(DataConfig(layout="documents", train_files=[text], eval_files=[text]))
-
-
-def test_a_run_that_holds_out_no_row_of_a_task_is_refused(write_jsonl):
-    file = str(write_jsonl("qa.jsonl", [{"q": "1", "a": "2"}] * 4))
-    parts = [
-        MixPart(train_files=[file], prompt="{q}", completion="{a}"),
-        MixPart(layout="logistic_map", eval_rows=0),
-    ]
-    data = DataConfig(prompt="x", completion="{y}", eval_rows=1, mix=parts)
-    with pytest.raises(
-        UserError, match="task=logistic_map has no problems: the run holds out no row"
-    ):
-        load_problems(training_task("logistic_map", {}), TrainedRows(data))
 
 
 def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and_place(
@@ -323,11 +282,3 @@ def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and
         parts.append(MixPart(train_files=[file], weight=float(name != "silent")))
     data = DataConfig(prompt="{question}", completion="{answer}", eval_rows=1, mix=parts)
     assert trained_on(problems_of(config), data) == [questions[1], questions[2], questions[4]]
-
-
-def test_computed_rows_hold_none_of_their_problems():
-    data = DataConfig(
-        layout="logistic_map", eval_rows=20, logistic_map=LogisticMapConfig(growth=[3.5, 3.8])
-    )
-    problems = load_problems(training_task("logistic_map", {}), TrainedRows(data))
-    assert trained_on(problems, data) == []
