@@ -301,7 +301,7 @@ def resumes(case: Case, folder: Path) -> None:
 
 def plans(case: Case, folder: Path) -> None:
     from cera_train.cli.compose import compose
-    from cera_train.planning.make import make_plan
+    from cera_train.planning.plan import make_plan
 
     config = compose(*words_of_case(case, folder), "plan.gpu=cpu", command="plan")
     plan = make_plan(config)

@@ -30,23 +30,23 @@ def check(config: AdapterConfig) -> None:
 WHOLE_ALONE = {
     Quantization.none: set(),
     Quantization.nf4: {"FULL", "DENSE", "PISSA", "PEANUT"},
-    Quantization.int8: {"FULL", "DENSE", "PISSA", "DEFT", "HRA"},
+    Quantization.int8: {"FULL", "DENSE", "PISSA", "DEFT", "DORA", "HRA"},
 }
-"""Methods that read or train weights as they are stored: packed, or without their scale."""
+"""Methods that read or train weights as they are stored, packed or without their scale, and compute
+something else without an error; `errors_beside` finds those that raise one."""
 
 
-def check_quantised(config: AdapterConfig, quantization: Quantization, on_gpu: bool) -> None:
-    """Raises UserError where a method is known not to work beside quantised weights. A plan has
-    none; `errors_beside` finds others in a run."""
+def check_quantised(config: AdapterConfig, quantization: Quantization) -> None:
+    """Raises UserError where a method is known to misread quantised weights."""
     start = str(config.settings.get("init_lora_weights")).partition("_")[0]
     names = {str(name).upper() for name in (config.kind, config.method, start)}
     # LN_TUNING of linears, not of norms
     if "LN_TUNING" in names and "norm" not in str(config.target_modules or "norm"):
         names.add("DENSE")
-    is_dora = "DORA" in names or config.settings.get("use_dora", False)
-    loses_scale = is_dora and quantization == Quantization.int8 and not on_gpu
+    if config.settings.get("use_dora"):
+        names.add("DORA")
     require(
-        not (loses_scale or names & WHOLE_ALONE[quantization]),
+        not names & WHOLE_ALONE[quantization],
         f"{place_of(config)} does not work beside quantised weights: set model.quantization=none, "
         "or choose another adapter.",
     )
@@ -76,7 +76,7 @@ def build(
     kind = next(
         (kind for kind, flag in kinds.items() if getattr(base, flag, False)), Quantization.none
     )
-    check_quantised(config, kind, base.device.type == "cuda")
+    check_quantised(config, kind)
     with errors_beside(base, config):
         model = family(config.kind).build(base, config, left_out(base, config, idle))
     # PEFT leaves biases and copies of the base's modules in 16 bits, which would round most

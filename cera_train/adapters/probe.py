@@ -111,11 +111,10 @@ def errors_beside(base: PreTrainedModel, config: AdapterConfig) -> Iterator[None
         is_ours = not isinstance(cause, NotImplementedError | RuntimeError)
         if is_ours or not (has_no_weights or is_quantised(base)):
             raise
-        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
         what = "does not work beside quantised weights: set model.quantization=none"
         if has_no_weights:
             what = "computes with the base's weights as it is built, and a plan has none"
-        raise UserError(f"{place_of(config)} {what}. ({reason})") from error
+        raise UserError(f"{place_of(config)} {what}.") from error
 
 
 def is_quantised(base: PreTrainedModel) -> bool:

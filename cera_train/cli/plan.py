@@ -23,8 +23,7 @@ from cera_train.cli.config import (
 from cera_train.cli.start import errors_in_one_line
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted, print_line
-from cera_train.planning.make import make_plan
-from cera_train.planning.plan import RunPlan
+from cera_train.planning.plan import RunPlan, make_plan
 from cera_train.planning.table import name_jobs, print_plan, print_plans
 from cera_train.runs.subject import is_awaited
 from cera_train.settings.run import PlanRun
@@ -64,7 +63,7 @@ def main() -> None:
             check_read(config, overrides)
             check_planned(config, Path(config.output_dir) / config.name)
         announce_imports()
-        planned = make_plan(config, is_alone=is_single)
+        planned = make_plan(config)
         if is_single:
             print_plan(planned)
         else:

@@ -50,6 +50,7 @@ class LanguageModel(nn.Module):
         model: `causal_lm` with an adapter inside it.
         causal_lm: transformers' model.
         autocast: the context that both compute in.
+        device: what a plan plans for; None: where the batches are.
     """
 
     def __init__(
@@ -57,10 +58,12 @@ class LanguageModel(nn.Module):
         model: nn.Module,
         causal_lm: PreTrainedModel,
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.autocast = autocast
+        self.device = device
         # Accelerate shards by these names.
         self._no_split_modules = layer_classes(causal_lm)
         # Not registered: these are parts of `model`, and their parameters must not appear twice.
@@ -84,9 +87,10 @@ class LanguageModel(nn.Module):
             hidden_states = self.decoder(**self.inputs(batch)).last_hidden_state
             hidden_states = narrow_to_head(states_before(hidden_states, batch), self.head)
             is_head_trained = any(weight.requires_grad for weight in self.head.parameters())
+            size = chunk_tokens(self.device or targets.device)
             if torch.is_grad_enabled() and not is_head_trained:
-                return FrozenHeadCrossEntropy.apply(hidden_states, targets, self.logits)
-            return adapted_head_cross_entropy(hidden_states, targets, self.logits)
+                return FrozenHeadCrossEntropy.apply(hidden_states, targets, self.logits, size)
+            return adapted_head_cross_entropy(hidden_states, targets, self.logits, size)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[..., d] -> [..., V]."""
@@ -173,10 +177,10 @@ def perplexity(mean_loss: float) -> float:
 # --- the head -------------------------------------------------------------------------------------
 
 
-def chunk_tokens(on_gpu: bool) -> int:
+def chunk_tokens(device: torch.device) -> int:
     """Supervised tokens whose logits are in memory at a time: enough to keep a GPU busy, few enough
     for CPU caches."""
-    return 1024 if on_gpu else 128
+    return 1024 if device.type == "cuda" else 128
 
 
 def finish_logits(logits: Tensor, config: PretrainedConfig) -> Tensor:
@@ -203,14 +207,15 @@ def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits.float(), targets, reduction="none")
 
 
-def adapted_head_cross_entropy(hidden_states: Tensor, targets: Tensor, head: Head) -> Tensor:
+def adapted_head_cross_entropy(
+    hidden_states: Tensor, targets: Tensor, head: Head, size: int
+) -> Tensor:
     """[N, d], [N] -> [N] in nats. The head is trained: backward recomputes the logits of each
-    chunk."""
+    chunk of `size` tokens."""
 
     def chunk_losses(hidden: Tensor, wanted: Tensor) -> Tensor:
         return token_cross_entropy(head(hidden), wanted)
 
-    size = chunk_tokens(hidden_states.is_cuda)
     chunks = zip(hidden_states.split(size), targets.split(size), strict=True)
     return torch.cat([checkpoint(chunk_losses, *chunk, use_reentrant=False) for chunk in chunks])
 
@@ -221,10 +226,9 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
     one chunk's exist at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, targets: Tensor, head: Head) -> Tensor:
+    def forward(ctx: Any, hidden_states: Tensor, targets: Tensor, head: Head, size: int) -> Tensor:
         gradients = []
         losses = []
-        size = chunk_tokens(hidden_states.is_cuda)
         chunks = zip(hidden_states.split(size), targets[:, None].split(size), strict=True)
         for hidden, wanted in chunks:
             with torch.enable_grad():
@@ -243,7 +247,7 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_hidden_states,) = ctx.saved_tensors
         grad = grad_losses[:, None] * grad_hidden_states
-        return grad.to(grad_hidden_states.dtype), None, None
+        return grad.to(grad_hidden_states.dtype), None, None, None

@@ -128,7 +128,8 @@ def _find_attention(
     if before != "sdpa":  # chosen by the user
         return agrees(), None, ()
     names = [BY_SEQUENCE]
-    if kernel_may_run(flat.input_ids.device, causal_lm.dtype):
+    device = language_model.device or flat.input_ids.device
+    if kernel_may_run(device, causal_lm.dtype):
         names.insert(0, VARLEN)
     refused = []
     try:  # the model's sdpa would make a T x T mask for a flat row

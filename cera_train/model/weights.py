@@ -64,10 +64,18 @@ def load_model(
         use_safetensors=None if config.trust_remote_code else True,
     )
     _check_all_loaded(model, loading["missing_keys"], config)
-    model.requires_grad_(False)
-    keep_less(model)
     if config.quantization == Quantization.nf4:
         keep_4bit_weights(model)
+    freeze(model, config)
+    return model
+
+
+def freeze(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Makes a model the frozen base of a run. Raises UserError if it cannot recompute activations,
+    and should."""
+    model.requires_grad_(False)
+    keep_less(model)
+    # Before the adapter: PEFT then lets gradients reach the first layer's input.
     if config.gradient_checkpointing:
         require(
             model.supports_gradient_checkpointing,
@@ -75,7 +83,6 @@ def load_model(
             "recompute activations. Leave it out, or lower train.micro_batch_tokens.",
         )
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
 
 
 def auto_class(config: transformers.PretrainedConfig) -> type:

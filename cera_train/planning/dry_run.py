@@ -2,48 +2,45 @@
 alone, then the update on fake tensors, which have storages too and no memory.
 
 Base, adapter, loss, layout and optimizer are those of training. The fake tensors lie on the CPU,
-where torch takes them without a GPU; `choices_of_a_gpu` holds what a GPU does differently.
+where torch takes them without a GPU; what a GPU does differently follows from the planned device.
 """
 
 import contextlib
-import copy
 import json
 import logging
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
-from cera_train.adapters.build import (
-    build,
-    check_quantised,
-    parameter_counts,
-    parameter_groups,
-)
-from cera_train.cera.coverage import bypassed_projections, idle_projections
+from cera_train.adapters.build import build, parameter_counts, parameter_groups
+from cera_train.cera.coverage import bypassed_projections
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
 from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.model import language_model as language_models
-from cera_train.model import layout as batch_layout
-from cera_train.model.attention import attention_of
-from cera_train.model.batches import Batch, predicted_places
+from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.folder import load_architecture
-from cera_train.model.language_model import Allowed, LanguageModel, chunk_tokens
-from cera_train.model.layout import choose_layout
-from cera_train.model.lean import keep_less
+from cera_train.model.language_model import Allowed, LanguageModel
+from cera_train.model.layout import choose_layout, probe
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import (
     attention_for,
     auto_class,
+    freeze,
     layer_classes,
+    load_model,
     mixes_sequences,
 )
 from cera_train.planning.data_size import DataSize
@@ -51,7 +48,7 @@ from cera_train.planning.meter import Meter, Reading, allocated
 from cera_train.settings.distributed import Strategy
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.run import Config, PlanRun
-from cera_train.settings.training import BatchLayout
+from cera_train.training.build import add_adapter
 from cera_train.training.optimizer import build_optimizer
 
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it also raises
@@ -60,9 +57,9 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Bits of a weight: 4, an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those (double
 quantisation)."""
 
-ROW_SPREAD = 0.4
-"""Standard deviation of the tokens in a row over their mean: 0.36 on GSM8K, 0.43 on OpenOrca. The
-largest of many updates is taken to be three standard deviations above the mean."""
+SCANNED = 32
+"""Longest planned row of a model that loops over tokens in Python: as many tokens in more rows
+cost the same, and a plan takes seconds instead of minutes."""
 
 PROCESS_BYTES = 610_000_000
 """Resident memory of Python, torch, transformers, peft and pandas, a tokenizer loaded and no model
@@ -89,11 +86,6 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
     """The frozen base as `load_model` gives it, on the meta device."""
     quiet_libraries()
     architecture = architecture_of(model)
-    if architecture.is_encoder_decoder:
-        raise UserError(
-            f"model.path={model.path} is an encoder-decoder ({architecture.model_type}), and "
-            "cera-train trains decoder-only language models. Choose one of those."
-        )
     # Flash kernels may need a package or a GPU that this machine lacks; sdpa keeps as much.
     wanted = "eager" if model.attn_implementation == "eager" else "sdpa"
     dtype = getattr(torch, choose_precision(model.dtype, cuda=False).value)
@@ -104,11 +96,7 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
             attn_implementation=attention_for(architecture, wanted),
             trust_remote_code=model.trust_remote_code,
         )
-    base.requires_grad_(False)
-    keep_less(base)
-    # Before the adapter: PEFT then lets gradients reach the first layer's input.
-    if model.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+    freeze(base, model)
     return base
 
 
@@ -163,6 +151,47 @@ def quantised_linears(base: PreTrainedModel, quantization: Quantization) -> list
     ]
 
 
+def try_quantised(config: PlanRun) -> None:
+    """Raises the run's UserError where the adapter does not work beside quantised weights: the
+    run's functions load a tiny Llama so and add the adapter. What this Llama refuses unquantised
+    does not count: it is not the model."""
+    if config.model.quantization == Quantization.none:
+        return
+    quiet_libraries()
+    width = max(256, config.adapter.r or 0)
+    shape = LlamaConfig(
+        vocab_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    llama = LlamaForCausalLM(shape)
+    names = {name.rpartition(".")[2] for name, _ in llama.named_modules()}
+    targets = config.adapter.target_modules
+    is_known = isinstance(targets, list) and names.issuperset(targets)
+    if not is_known and "norm" not in str(targets or "norm"):
+        targets = "all-linear"  # this model's linears have other names
+    no_experts = {"target_parameters": None, "experts": False, "expert_r": None}
+    adapter = replace(config.adapter, target_modules=targets, layers=None, **no_experts)
+    has_autocast = config.model.autocast_dtype(config.train.autocast, config.plan.on_gpu)
+
+    def refusal(quantization: Quantization) -> UserError | None:
+        model = ModelConfig(folder, dtype=config.model.dtype, quantization=quantization)
+        run = replace(config, model=model, adapter=adapter)
+        try:
+            add_adapter(load_model(model, torch.device("cpu")), run, has_autocast is not None)
+        except UserError as error:
+            return error
+        return None
+
+    with tempfile.TemporaryDirectory() as folder:
+        llama.save_pretrained(folder)
+        error = refusal(config.model.quantization)
+        if error is not None and refusal(Quantization.none) is None:
+            raise error
+
+
 # --- the update -----------------------------------------------------------------------------------
 
 
@@ -173,25 +202,10 @@ class MicroBatch:
     rows: int
     length: int
     supervised: float  # share of the tokens whose prediction counts
-    has_mask: bool  # attention gets a mask instead of running its causal path
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
-
-
-class Cost(NamedTuple):
-    """What one micro-batch takes, by stage of an update."""
-
-    forward: Reading  # with the gradient at a frozen head, which the loss takes here
-    backward: Reading
-    step: Reading
-    evaluation: Reading
-
-    @property
-    def peak(self) -> float:
-        """Bytes, in training."""
-        return max(self.forward.peak, self.backward.peak, self.step.peak)
 
 
 ALLOWED: dict[str, Allowed] = {}
@@ -207,7 +221,7 @@ class DryRun:
 
     def __init__(self, config: PlanRun) -> None:
         self.config = config
-        check_quantised(config.adapter, config.model.quantization, config.plan.on_gpu)
+        self.device = torch.device("cuda" if config.plan.on_gpu else "cpu")
         self.base = build_base(config.model)
         stored = stored_sizes(self.base, config.model.quantization)
         self.layer_bytes, self.outside_bytes = sizes_by_place(self.base, stored)
@@ -215,30 +229,31 @@ class DryRun:
         if config.model.quantization == Quantization.int8:
             for linear in quantised_linears(self.base, config.model.quantization):
                 linear.register_forward_hook(keep_input)
-        layout = config.train.batch_layout
-        if layout == BatchLayout.auto and mixes_sequences(self.base):
-            layout = BatchLayout.padded
+        self.is_scanned = mixes_sequences(self.base)
 
         autocast = config.model.autocast_dtype(config.train.autocast, config.plan.on_gpu)
-        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.meter = Meter()
-        idle = self._idle_projections()
-        with torch.device("meta"):
-            self.model = build(self.base, config.adapter, idle, autocast is not None).train()
+        self.meter = Meter(config.plan.on_gpu)
+        with torch.device("meta"), self.running(contextlib.nullcontext()):
+            self.model = build(self.base, config.adapter, None, autocast is not None).train()
         self.trainable, self.total = parameter_counts(self.model)
-        self.meter = Meter()
-        self._make_fake(self.model, stored)
+        self.meter = Meter(config.plan.on_gpu)
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._make_fake(stored)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         model_bytes = self.meter.alive
 
         self.optimizer = self._build_optimizer()
         dtype = None if autocast is None else getattr(torch, autocast)
         self.language_model = LanguageModel(
-            self.model, self.base, lambda: torch.autocast("cpu", dtype, enabled=dtype is not None)
+            self.model,
+            self.base,
+            lambda: torch.autocast("cpu", dtype, enabled=dtype is not None),
+            self.device,
         )
-        with self.running():
-            self._choose_layout(layout)
-            self._fill_gradients()
+        with self.running(self.fake_mode):
+            self._choose_layout()
+            for weight in self.trained:
+                weight.grad = torch.zeros_like(weight)
             self.optimizer.step()  # makes the optimizer's states
             self.optimizer.zero_grad()
         adapter = sum(allocated(weight.nbytes) for weight in self.trained)
@@ -249,30 +264,21 @@ class DryRun:
         }
         """Bytes by part that a process holds between updates."""
 
-    def _idle_projections(self) -> list[str]:
-        """Those of a copy of the base, since PEFT moves no fake weights."""
-        if self.config.adapter.target_modules != "all-linear":
-            return []
-        base = copy.deepcopy(self.base)
-        self._make_fake(base, {})
-        with self.running():
-            return idle_projections(base)
-
-    def _make_fake(self, model: nn.Module, stored: dict[nn.Parameter, float]) -> None:
-        """Puts fake tensors in the place of a model's. A tied weight stays one."""
+    def _make_fake(self, stored: dict[nn.Parameter, float]) -> None:
+        """Puts fake tensors in the place of the model's. A tied weight stays one."""
         fakes: dict[torch.Tensor, torch.Tensor] = {}
-        for tensor in (*model.parameters(), *model.buffers()):
-            # A few buffers are on the CPU even of a model on the meta device.
-            fake = FakeTensor(self.fake_mode, tensor.detach().to("meta"), torch.device("cpu"))
-            if isinstance(tensor, nn.Parameter):
-                fakes[tensor] = nn.Parameter(fake, tensor.requires_grad)
-            else:
-                fakes[tensor] = fake
-            self.meter.hold(fake, None if tensor.requires_grad else stored.get(tensor))
-        for module in model.modules():
-            parameters = module.named_parameters(recurse=False, remove_duplicate=False)
-            buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        for module in self.model.modules():
+            parameters = module.named_parameters(recurse=False)
+            buffers = module.named_buffers(recurse=False)
             for name, tensor in [*parameters, *buffers]:
+                if tensor not in fakes:
+                    # A few buffers are on the CPU even of a model on the meta device.
+                    meta = tensor.detach().to("meta")
+                    fake = FakeTensor(self.fake_mode, meta, torch.device("cpu"))
+                    self.meter.hold(fake, None if tensor.requires_grad else stored.get(tensor))
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, tensor.requires_grad)
+                    fakes[tensor] = fake
                 setattr(module, name, fakes[tensor])
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
@@ -282,82 +288,59 @@ class DryRun:
         any_rate = 1.0  # nothing is trained
         settings = replace(self.config.optimizer, kind=kind, lr=any_rate)
         groups = parameter_groups(self.model, self.config.adapter)
-        optimizer = build_optimizer(groups, settings, torch.device("cpu"))
-        if self.config.plan.on_gpu and "foreach" in optimizer.defaults:
+        optimizer = build_optimizer(groups, settings, self.device)
+        if self.config.plan.on_gpu:
             for group in optimizer.param_groups:
                 group["foreach"] = True
         return optimizer
 
-    def _choose_layout(self, wanted: BatchLayout) -> None:
-        on_gpu = self.config.plan.on_gpu
+    def _choose_layout(self) -> None:
         adapter = self.config.adapter
-        method = (adapter.kind, adapter.method, adapter.target_modules)
-        probed = repr((self.config.model, method, on_gpu))
-        device = torch.device("cuda" if on_gpu else "cpu")
-        choose_layout(wanted, self.language_model, device, ALLOWED.get(probed))
-        ALLOWED[probed] = self.language_model.allowed
+        probed = repr((self.config.model, replace(adapter, r=None, label=None), self.device))
+        if probed not in ALLOWED:
+            allowed = probe(self.language_model)
+            # Without numbers any logits agree.
+            flattens = allowed.flattens and not self.is_scanned
+            ALLOWED[probed] = replace(allowed, flattens=flattens)
+        layout = self.config.train.batch_layout
+        choose_layout(layout, self.language_model, self.device, ALLOWED[probed])
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Runs the block on fake tensors, as on the planned device."""
-        # transformers masks every fake tensor without reading it: let it read the meter's values.
-        sees_values = patch("transformers.masking_utils.is_tracing", lambda tensor=None: False)
-        device = choices_of_a_gpu() if self.config.plan.on_gpu else contextlib.nullcontext()
-        errors = errors_of_architecture(self.config.model, self.base.config.model_type)
-        with errors, sees_values, device, self.fake_mode, self.meter:
-            yield
-
-    def cost(self, batch: MicroBatch, accumulates: bool) -> Cost:
-        """The cost of an update that ends with this micro-batch, and of its evaluation.
+    def running(self, tensors: contextlib.AbstractContextManager) -> Iterator[None]:
+        """Runs the block on tensors without numbers, and counts.
 
         Args:
-            accumulates: earlier micro-batches of the update have left gradients.
+            tensors: the mode of fake tensors, or nothing for those on the meta device.
         """
-        meter = self.meter
-        with self.running():
+        errors = errors_of_architecture(self.config.model, self.base.config.model_type)
+        with errors, tensors, self.meter:
+            yield
+
+    def update(self, batch: MicroBatch) -> Reading:
+        """What an update of this micro-batch takes."""
+        with self.running(self.fake_mode):
             inputs = self._inputs(batch)
-            if accumulates:
-                self._fill_gradients()
-            meter.read()
-            loss = self.language_model.train()(inputs).sum()
-            forward = meter.read()
-            loss.backward()
-            del loss
-            backward = meter.read()
+            self.meter.read()
+            self.language_model.train()(inputs).sum().backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            step = meter.read()
-            return Cost(forward, backward, step, self._evaluate(inputs))
+            return self.meter.read()
 
     def evaluation(self, batch: MicroBatch) -> Reading:
         """What a micro-batch of held-out rows takes."""
-        with self.running():
+        with self.running(self.fake_mode), torch.no_grad():
             inputs = self._inputs(batch)
             self.meter.read()
-            return self._evaluate(inputs)
-
-    def _evaluate(self, inputs: Batch) -> Reading:
-        with torch.no_grad():
             self.language_model.eval()(inputs).sum()
-        return self.meter.read()
-
-    def _fill_gradients(self) -> None:
-        for weight in self.trained:
-            weight.grad = torch.zeros_like(weight)
+            return self.meter.read()
 
     def _inputs(self, batch: MicroBatch) -> Batch:
-        self.meter.supervised = max(1, round(batch.tokens * batch.supervised))
-        self.meter.skips_mask = not batch.has_mask
-        shape = (1, batch.tokens) if self.language_model.is_flat else (batch.rows, batch.length)
-        ids = torch.zeros(shape, dtype=torch.int64)
-        ones = torch.zeros(shape, dtype=torch.int64)
-        loss_mask = torch.zeros(shape, dtype=torch.bool)
-        predicted = predicted_places(loss_mask)
-        if self.language_model.is_flat:
-            lengths = [batch.length] * batch.rows
-            return Batch(ids, loss_mask, predicted, position_ids=ones, sequence_lengths=lengths)
-        mask = ones if batch.has_mask else None
-        return Batch(ids, loss_mask, predicted, attention_mask=mask)
+        make = flat_batch if self.language_model.is_flat else padded_batch
+        rows = [[0] * batch.length] * batch.rows
+        inputs = make(rows, [[False] * batch.length] * batch.rows)
+        count = max(1, round(batch.tokens * batch.supervised))
+        inputs.predicted = torch.zeros(count, dtype=torch.int64)
+        return inputs
 
 
 def sizes_by_place(base: PreTrainedModel, stored: dict[nn.Parameter, float]) -> tuple[float, float]:
@@ -374,37 +357,24 @@ def rows_of_process(config: PlanRun, size: DataSize) -> int:
     return math.ceil(config.sequences * rows / config.plan.gpus)
 
 
-def micro_batches(run: DryRun, size: DataSize) -> tuple[MicroBatch, MicroBatch]:
-    """The largest micro-batch of one process, which needs the most memory, and a usual one, which
-    takes the time.
+def largest_micro_batch(run: DryRun, size: DataSize) -> MicroBatch:
+    """The largest micro-batch of one process, which needs the most memory.
 
     Args:
         size: of what updates train on.
     """
     config = run.config
-    train = config.train
-    is_flat = run.language_model.is_flat
-    has_mask = run.language_model.allowed.attention is None if is_flat else not size.is_even
-    if attention_of(run.base.config) == "eager":
-        has_mask = True
-
     rows = rows_of_process(config, size)
     max_length = config.data.max_length + config.work.answer_tokens
-    spread = 0.0 if size.is_even else 3 * ROW_SPREAD / math.sqrt(rows)
-    most_tokens = rows * min(size.tokens_per_row * (1 + spread), max_length)
-    longest = size.tokens_per_row if is_flat or size.is_even else max_length
-
-    def batch(tokens: float, length: float) -> MicroBatch:
-        tokens = min(tokens, train.micro_batch_tokens)
-        rows = max(1, round(tokens / length))
-        return MicroBatch(rows, max(2, round(tokens / rows)), size.supervised, has_mask)
-
-    return batch(most_tokens, longest), batch(rows * size.tokens_per_row, size.tokens_per_row)
-
-
-def filled(batch: MicroBatch, tokens: int) -> MicroBatch:
-    """The micro-batch with as many more of its rows as these tokens hold."""
-    return replace(batch, rows=max(batch.rows, tokens // batch.length))
+    # Of many updates, the largest is taken to be three standard deviations above the mean.
+    longest_mean = size.tokens_per_row * (1 + 3 * size.spread / math.sqrt(rows))
+    tokens = min(rows * min(longest_mean, max_length), config.train.micro_batch_tokens)
+    length = size.tokens_per_row
+    if not run.language_model.is_flat:
+        length = min(length * (1 + 3 * size.spread), max_length)
+    length = min(length, SCANNED) if run.is_scanned else length
+    rows = max(1, round(tokens / length))
+    return MicroBatch(rows, max(2, round(tokens / rows)), size.supervised)
 
 
 def memory_by_part(run: DryRun, peak: float) -> dict[str, float]:
@@ -428,28 +398,6 @@ def memory_by_part(run: DryRun, peak: float) -> dict[str, float]:
         parts["heap's gaps"] = HEAP_SHARE * activations
     parts["gradients, activations"] = activations
     return parts
-
-
-# --- what a GPU does differently ------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def choices_of_a_gpu() -> Iterator[None]:
-    """Larger chunks of logits, FlashAttention's variable-length kernel in 16 bits, and dropout
-    masks in bytes."""
-    with (
-        patch.object(language_models, "chunk_tokens", lambda on_gpu: chunk_tokens(on_gpu=True)),
-        patch.object(batch_layout, "kernel_may_run", lambda device, dtype: dtype.itemsize == 2),
-        patch("torch.nn.functional.dropout", gpu_dropout),
-    ):
-        yield
-
-
-def gpu_dropout(
-    x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> torch.Tensor:
-    """A GPU keeps a dropout mask in bytes, a CPU in numbers of the input's dtype."""
-    return torch.native_dropout(x, p, training)[0] if p and training else x
 
 
 def keep_input(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:

@@ -7,21 +7,21 @@ from dataclasses import replace
 import torch
 from torch.utils.benchmark import Timer
 
+from cera_train.adapters.build import check
 from cera_train.adapters.families import title
+from cera_train.common.settings import require
 from cera_train.common.terminal import announce
 from cera_train.model.batches import RowOrder
 from cera_train.model.folder import check_length
 from cera_train.model.precision import choose_precision
-from cera_train.planning.data_size import DataSize, trained_size
+from cera_train.planning.data_size import DataSize, count_problems, data_size, trained_size
 from cera_train.planning.dry_run import (
-    Cost,
     DryRun,
-    filled,
+    largest_micro_batch,
     memory_by_part,
-    micro_batches,
     rows_of_process,
+    try_quantised,
 )
-from cera_train.planning.meter import Reading
 from cera_train.planning.plan import GPUS, Device, RunPlan, RunTotals
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config, PlanRun
@@ -32,51 +32,34 @@ CPU_MFU = 0.45
 reached with CeRA (with LoRA 0.38: its dropout runs over the whole input of a projection)."""
 
 
-def estimate(config: PlanRun, data: DataSize, problems: dict[str, int], is_alone: bool) -> RunPlan:
-    """The plan of a run on data of this size. Raises UserError where it cannot be planned.
-
-    Args:
-        problems: those of each of `train.tasks`.
-        is_alone: as of `make.make_plan`.
-    """
+def estimate(config: PlanRun) -> RunPlan:
+    """The plan of a run. Raises UserError where it cannot be planned."""
     on_gpu = config.plan.on_gpu
+    require(
+        on_gpu or config.plan.gpus == 1,
+        f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes "
+        "all its threads. Leave plan.gpus at 1.",
+    )
+    check(config.adapter)
+    data = data_size(config)
+    problems = {name: count_problems(name, config, data) for name in config.train.tasks}
     if config.model.dtype == Dtype.auto:  # every GPU here multiplies bf16
         dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).value
         config = replace(config, model=replace(config.model, dtype=dtype))
 
+    try_quantised(config)
     run = DryRun(config)
     check_length(config.model, config.data.max_length, "data.max_length", run.base.config)
-    rank = f", r = {config.adapter.r}," if config.adapter.r else ""
-    announce("planning", f"{title(config.adapter)}{rank} on {config.model.path}")
+    announce("planning", f"{title(config.adapter)} on {config.model.path}")
 
     trained = trained_size(config, data)
-    largest, usual = micro_batches(run, trained)
-    rows = rows_of_process(config, trained)
-    accumulates = rows * trained.tokens_per_row > config.train.micro_batch_tokens
-    cost = run.cost(largest, accumulates)
-    memory = memory_by_part(run, cost.peak)
-    costs = {largest: cost}
-    # Rows of this run may be too few or too short to fill a micro-batch.
-    full = filled(largest, config.train.micro_batch_tokens)
-    full_peak = None
-    if is_alone and full != largest:
-        costs[full] = full_cost = run.cost(full, accumulates=True)
-        full_memory = memory_by_part(run, full_cost.peak)
-        in_evaluation = evaluation_peak(full_memory, full_cost, full_cost.evaluation)
-        full_peak = max(sum(full_memory.values()), in_evaluation)
-
-    # train.batch_size does not bound the micro-batches of held-out rows.
-    eval_tokens = data.eval_rows * config.data.sequences * data.tokens_per_row / config.plan.gpus
-    held_out = filled(largest, min(config.train.micro_batch_tokens, round(eval_tokens)))
-    evaluation = costs[held_out].evaluation if held_out in costs else run.evaluation(held_out)
-    evaluation_memory = evaluation_peak(memory, cost, evaluation)
-
-    timed = largest
-    if usual.has_mask:  # else a token costs the same in every micro-batch
-        timed = usual
-        cost = run.cost(usual, accumulates=False)
+    largest = largest_micro_batch(run, trained)
+    update = run.update(largest)
+    peak = update.peak
+    if rows_of_process(config, trained) * trained.tokens_per_row > config.train.micro_batch_tokens:
+        peak += run.memory["adapter"]  # gradients of earlier micro-batches
+    evaluation = run.evaluation(largest)
     totals = run_totals(config, data)
-    trained_tokens = config.work.passes * totals.tokens
     return RunPlan(
         config=config,
         device=device_of(config),
@@ -87,24 +70,12 @@ def estimate(config: PlanRun, data: DataSize, problems: dict[str, int], is_alone
         frozen=run.total - run.trainable,
         trainable=run.trainable,
         micro_batch=largest,
-        memory=memory,
-        evaluation_memory=evaluation_memory,
-        full_peak=full_peak,
+        memory=memory_by_part(run, peak),
         flops={
-            "forward": cost.forward.flops / timed.tokens * trained_tokens,
-            "backward": cost.backward.flops / timed.tokens * trained_tokens,
-            "evaluations": cost.evaluation.flops / timed.tokens * totals.forward_tokens,
+            "training": update.flops / largest.tokens * config.work.passes * totals.tokens,
+            "evaluations": evaluation.flops / largest.tokens * totals.forward_tokens,
         },
     )
-
-
-def evaluation_peak(memory: dict[str, float], cost: Cost, evaluation: Reading) -> float:
-    """Bytes of one process at the peak of an evaluation.
-
-    Args:
-        memory: by part, at the peak of an update, which takes `cost`.
-    """
-    return sum(memory.values()) + evaluation.peak - cost.peak
 
 
 def run_totals(config: Config, data: DataSize) -> RunTotals:
@@ -116,15 +87,8 @@ def run_totals(config: Config, data: DataSize) -> RunTotals:
     rows = epochs * data.train_rows + min(rest * train.batch_size, data.train_rows)
     tokens = rows * config.sequences * trained_size(config, data).tokens_per_row
 
-    def times(every: int | None) -> int:
-        """Before the first update, after the last, and every so many between."""
-        return 2 + ((updates - 1) // every if every else 0)
-
-    evaluations = times(train.eval_every)
-    task_evaluations = 0
-    if train.tasks:
-        task_evaluations = times(train.tasks_every) if train.tasks_every else 1
-
+    # before the first update, after the last, and every so many between
+    evaluations = 2 + ((updates - 1) // train.eval_every if train.eval_every else 0)
     row_tokens = config.data.sequences * data.tokens_per_row
     eval_tokens = data.eval_rows * row_tokens
     probe_tokens = min(train.probe_tokens, eval_tokens)
@@ -137,7 +101,6 @@ def run_totals(config: Config, data: DataSize) -> RunTotals:
         + (evaluations + 1) * probe_tokens
         + work.forward_passes * tokens
         + work.reference_passes * reference_tokens,
-        task_evaluations=task_evaluations,
     )
 
 

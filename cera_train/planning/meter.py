@@ -35,16 +35,18 @@ class Meter(TorchDispatchMode):
 
     torch's FlopCounterMode hooks modules too, which fails where the loss takes a gradient in its
     forward pass, and its MemTracker fails on frozen weights.
+
+    Args:
+        on_gpu: the device whose memory is counted is a GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_gpu: bool) -> None:
         super().__init__()
+        self.on_gpu = on_gpu
         self.sizes: dict[int, float] = {}
         self.alive = 0.0
         self.peak = 0.0
         self.flops = 0
-        self.supervised = 1  # tokens that the mask of the loss selects: a fake mask has no values
-        self.skips_mask = True  # what code reads that asks whether a padding mask masks nothing
 
     def hold(self, tensor: torch.Tensor, size: float | None = None) -> None:
         """Counts a tensor's storage once, until it is freed.
@@ -56,17 +58,20 @@ class Meter(TorchDispatchMode):
         key = storage._cdata  # its address: data_ptr() of a fake storage is 0
         if key in self.sizes:
             return
-        size = allocated(storage.nbytes() if size is None else size)
-        self.sizes[key] = size
+        self.sizes[key] = 0
         weakref.finalize(storage, self._free, key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
+        self._resize(key, storage.nbytes() if size is None else size)
 
     def read(self) -> Reading:
         reading = Reading(self.peak, self.flops)
         self.peak = self.alive
         self.flops = 0
         return reading
+
+    def _resize(self, key: int, size: float) -> None:
+        self.alive += allocated(size) - self.sizes[key]
+        self.sizes[key] = allocated(size)
+        self.peak = max(self.peak, self.alive)
 
     def _free(self, key: int) -> None:
         self.alive -= self.sizes.pop(key)
@@ -76,33 +81,23 @@ class Meter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if operation is ITEM.default:
-            return self.skips_mask if args[0].dtype == torch.bool else 1
-        if operation is ATEN.index.Tensor:
-            args = (args[0], self._without_masks(args[1]))
+            return 1
         if operation is GROUPED_PRODUCT.default:
             output = grouped_output(*args[:3])
-        elif operation is ATEN.nonzero.default:
-            output = args[0].new_empty((self.supervised, args[0].ndim), dtype=torch.int64)
+        elif operation is ATEN.nonzero.default:  # a fake mask has no values: one place
+            output = args[0].new_empty((1, args[0].ndim), dtype=torch.int64)
         else:
             output = operation(*args, **kwargs)
         for tensor in tree_iter(output):
             if isinstance(tensor, torch.Tensor):
                 self.hold(tensor)
+        if operation is ATEN.bernoulli_.float and self.on_gpu:
+            # A GPU keeps a dropout mask in bytes, a CPU in numbers of the input's dtype.
+            self._resize(output.untyped_storage()._cdata, output.numel())
         formula = FORMULAS.get(operation.overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=output)
         return output
-
-    def _without_masks(self, indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """The indices of an indexing, each mask replaced by the places that it selects."""
-        places: list[torch.Tensor | None] = []
-        for index in indices:
-            if index is not None and index.dtype == torch.bool:
-                selected = (self.supervised,)
-                places += [index.new_empty(selected, dtype=torch.int64) for _ in index.shape]
-            else:
-                places.append(index)
-        return places
 
 
 def allocated(size: float) -> int:
@@ -110,38 +105,23 @@ def allocated(size: float) -> int:
     return 512 * math.ceil(size / 512)
 
 
-# --- formulas -------------------------------------------------------------------------------------
+# --- formulas: two operations for a multiply and add ----------------------------------------------
 
 
-def for_grouped_heads(formula: Callable, query: int) -> Callable:
-    """The formula of an attention kernel in which query heads may share keys and values. torch 2.11
-    counts only as many heads of each.
-
-    Args:
-        query: the place of the queries among the arguments: [batch, heads, length, width] or
-            [tokens, heads, width]. Keys and values follow.
-    """
+def attention_flops(is_backward: bool) -> Callable[..., int]:
+    """The formula of an attention kernel. Its backward recomputes the scores; where attention is
+    causal, it skips the half of them that the mask takes out. torch's own formulas count less for
+    heads that share keys (2.11), and the whole of a causal mask."""
 
     def flops(*args: Any, **kwargs: Any) -> int:
-        heads = args[query].shape[1]
-        keys, values = [
-            tensor[:, :1].expand(-1, heads, *tensor.shape[2:])
-            for tensor in args[query + 1 : query + 3]
-        ]
-        return formula(*args[: query + 1], keys, values, *args[query + 3 :], **kwargs)
-
-    return flops
-
-
-def half(formula: Callable) -> Callable:
-    """The formula of a causal attention kernel, which skips what the mask takes out."""
-    return lambda *args, **kwargs: formula(*args, **kwargs) // 2
-
-
-def half_if_causal(formula: Callable) -> Callable:
-    def flops(*args: Any, **kwargs: Any) -> int:
-        is_causal = any(arg is True for arg in args)
-        return formula(*args, **kwargs) // (2 if is_causal else 1)
+        query, key, value = args[is_backward:][:3]  # the output's gradient comes first
+        is_flat = query.ndim == 3  # [tokens, heads, width], else [batch, heads, length, width]
+        longest = args[8 if is_backward else 5] if is_flat else key.shape[2]
+        pairs = query.numel() // query.shape[-1] * longest
+        widths = (3, 2) if is_backward else (1, 1)
+        operations = 2 * pairs * (widths[0] * query.shape[-1] + widths[1] * value.shape[-1])
+        is_causal = is_flat or any(arg is True for arg in args)
+        return operations // 2 if is_causal else operations
 
     return flops
 
@@ -162,24 +142,13 @@ def grouped_output(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torc
 
 FORMULAS = flop_registry | {
     ATEN.addmm_: flop_registry[ATEN.addmm],
+    ATEN._scaled_dot_product_flash_attention_for_cpu: attention_flops(is_backward=False),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: attention_flops(is_backward=True),
+    VARLEN._varlen_attn: attention_flops(is_backward=False),
+    VARLEN._varlen_attn_backward: attention_flops(is_backward=True),
     GROUPED_PRODUCT: grouped_flops,
     MOE.grouped_mm_fallback: grouped_flops,
 }
-"""torch's formulas by operation: two operations for a multiply and add."""
-SCALED = "_scaled_dot_product_"
-for suffix, query in (("", 0), ("_backward", 1)):  # in backward, the output's gradient comes first
-    for kernel in ("flash", "efficient", "cudnn"):
-        operation = getattr(ATEN, f"{SCALED}{kernel}_attention{suffix}")
-        FORMULAS[operation] = for_grouped_heads(flop_registry[operation], query)
-    on_gpu = FORMULAS[getattr(ATEN, f"{SCALED}flash_attention{suffix}")]
-    on_cpu = getattr(ATEN, f"{SCALED}flash_attention_for_cpu{suffix}")
-    FORMULAS[on_cpu] = half_if_causal(on_gpu)
-# The kernels that varlen_attn calls: torch 2.11 has no formula for itself.
-for operation, kernel, query in (
-    (VARLEN._varlen_attn, ATEN._flash_attention_forward, 0),
-    (VARLEN._varlen_attn_backward, ATEN._flash_attention_backward, 1),
-):
-    FORMULAS[operation] = half(for_grouped_heads(flop_registry[kernel], query))
 if hasattr(MOE, "grouped_mm_fallback_backward"):  # not in every release
     FORMULAS[MOE.grouped_mm_fallback_backward] = lambda a, b, *args, **kwargs: (
         2 * grouped_flops(a, b)

@@ -1,17 +1,17 @@
-"""A run's parameters, memory, updates, time and cost, before it runs: the values of a plan."""
+"""A run's parameters, memory, updates, time and cost, before it runs: the values of a plan. Imports
+no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cera_train.planning.data_size import DataSize
+from cera_train.common.libraries import heavy_imports
 from cera_train.settings.run import GpuKind, PlanRun
 
 if TYPE_CHECKING:
+    from cera_train.planning.data_size import DataSize
     from cera_train.planning.dry_run import MicroBatch
-
-# --- devices --------------------------------------------------------------------------------------
 
 GB = 1e9
 
@@ -34,8 +34,6 @@ GPUS = {
 }
 """Memory and dense bf16 speed by the vendor's data sheets (SXM cards, the A100 of 80 GB)."""
 
-# --- a run ----------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class RunTotals:
@@ -46,7 +44,6 @@ class RunTotals:
     evaluations: int
     # of what needs no gradient: evaluations, probes of spectra, and passes of the objective
     forward_tokens: float
-    task_evaluations: int  # at which `train.tasks` are answered
 
 
 @dataclass(frozen=True)
@@ -63,23 +60,16 @@ class RunPlan:
     trainable: int
     micro_batch: MicroBatch  # the largest one, which needs the most memory
     memory: dict[str, float]  # bytes of one process by part, at the peak of an update
-    evaluation_memory: float  # bytes of one process at the peak of an evaluation
-    full_peak: float | None
-    """Bytes of one process where rows fill `train.micro_batch_tokens`; None where they do, and for
-    one plan of several."""
     flops: dict[str, float]  # floating-point operations of the run by part
 
     @property
     def peak(self) -> float:
-        return max(sum(self.memory.values()), self.evaluation_memory)
+        """Bytes of one process, in training: an evaluation keeps no activations."""
+        return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
-        return self.has_room(self.peak)
-
-    def has_room(self, size: float) -> bool:
-        """Whether the device holds so many bytes."""
-        return size <= USABLE * self.device.memory
+        return self.peak <= USABLE * self.device.memory
 
     @property
     def speed(self) -> float:
@@ -94,8 +84,7 @@ class RunPlan:
     @property
     def update_seconds(self) -> float:
         """Seconds of an update, without those of evaluations and of sampling answers."""
-        trained = self.flops["forward"] + self.flops["backward"]
-        return trained / self.totals.updates / self.speed
+        return self.flops["training"] / self.totals.updates / self.speed
 
     @property
     def gpu_hours(self) -> float:
@@ -105,3 +94,21 @@ class RunPlan:
     def cost(self) -> float | None:
         price = self.config.plan.price_per_hour
         return None if price is None else price * self.gpu_hours
+
+
+PLANS: dict[str, RunPlan] = {}
+"""Plans of this process by what they depend on: runs that differ in seed or learning rate have one
+plan."""
+
+
+def make_plan(config: PlanRun) -> RunPlan:
+    """Plans a run. Raises UserError where it cannot be planned, or the run would refuse it."""
+    train = replace(config.train, seed=0)
+    sections = [config.model, config.adapter, config.data, train, config.work, config.grpo]
+    key = repr([*sections, config.optimizer.kind, config.distributed, config.plan])
+    if key not in PLANS:
+        with heavy_imports():
+            from cera_train.planning.estimate import estimate
+
+        PLANS[key] = estimate(config)
+    return replace(PLANS[key], config=replace(config, model=PLANS[key].config.model))

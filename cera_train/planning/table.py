@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from cera_train.adapters.families import family
 from cera_train.common.terminal import counted, duration, gigabytes, print_line, print_table
 from cera_train.planning.plan import GB, USABLE, RunPlan
-from cera_train.runs.subject import is_awaited
-from cera_train.settings.model import Dtype, Quantization
-from cera_train.settings.run import PlanRun
+from cera_train.settings.model import Quantization
 
 NOT_COUNTED = "generation time not counted"
-NOT_THERE = "is not there yet: whether its adapter fits is checked as the run starts"
+SMALLER = (
+    "model.gradient_checkpointing=true, model.quantization=nf4 or a lower train.micro_batch_tokens"
+)
 TIME = (
     "of updates and evaluations: what each run needs to start (imports, model, data) is not counted"
 )
@@ -30,8 +29,7 @@ def print_plan(plan: RunPlan) -> None:
         },
         "memory of one process": {
             **{name: _size(part) for name, part in plan.memory.items()},
-            "peak in training": _size(sum(plan.memory.values())),
-            "peak in evaluation": _size(plan.evaluation_memory),
+            "peak in training": _size(plan.peak),
         },
         "work": {
             "updates": f"{plan.totals.updates:,}",
@@ -54,28 +52,8 @@ def print_plan(plan: RunPlan) -> None:
     memory = f"{plan.device.memory / GB:.0f} GB of {plan.device.name}"
     if plan.fits:
         print_line("fits", f"{needs} of the {memory}")
-        if plan.full_peak is not None:
-            tokens = plan.config.train.micro_batch_tokens
-            limit = "" if plan.has_room(plan.full_peak) else ": too large"
-            full = f"{_size(plan.full_peak)} where more or longer rows fill"
-            print_line("", f"{full} train.micro_batch_tokens={tokens}{limit}")
     else:
-        fixes = _memory_fixes(plan.config)
-        print_line("too large", f"{needs}, more than {USABLE:.0%} of the {memory}{fixes}")
-
-
-def _memory_fixes(config: PlanRun) -> str:
-    """Settings that lower the memory of a run and that it has not set; empty without any."""
-    model = config.model
-    tokens = config.train.micro_batch_tokens
-    can_quantise = not family(config.adapter.kind).trains_base and model.dtype != Dtype.float16
-    fixes = {
-        "model.gradient_checkpointing=true": not model.gradient_checkpointing,
-        "model.quantization=nf4": can_quantise and model.quantization == Quantization.none,
-        "train.micro_batch_tokens=2048": tokens > 2048 >= config.data.max_length,
-    }
-    names = ", ".join(name for name, is_open in fixes.items() if is_open)
-    return f": try {' or '.join(names.rsplit(', ', 1))}" if names else ""
+        print_line("too large", f"{needs}, more than {USABLE:.0%} of the {memory}: try {SMALLER}")
 
 
 def _time_and_cost(plan: RunPlan) -> dict[str, str]:
@@ -142,8 +120,6 @@ def _print_basis(plans: Sequence[RunPlan]) -> None:
     lines = [("model", _describe_model(plan)) for plan in plans]
     for plan in plans:
         lines += _describe_data(plan)
-    starts = [plan.config.adapter.start_from for plan in plans]
-    lines += [("start", f"{start} {NOT_THERE}") for start in starts if is_awaited(start)]
     lines += [("device", _describe_device(plan)) for plan in plans]
     if len(plans) > 1:  # many short runs start for longer than they train
         lines.append(("time", TIME))
@@ -155,9 +131,8 @@ def _print_basis(plans: Sequence[RunPlan]) -> None:
 def _describe_model(plan: RunPlan) -> str:
     """The base and how its weights are stored."""
     model = plan.config.model
-    if model.quantization == Quantization.none:
-        return f"{model.path}, {model.dtype}"
-    return f"{model.path}, {model.dtype}, {model.quantization}"
+    stored = model.dtype if model.quantization == Quantization.none else model.quantization
+    return f"{model.path}, {stored}"
 
 
 def _describe_data(plan: RunPlan) -> list[tuple[str, str]]:
@@ -173,28 +148,18 @@ def _describe_data(plan: RunPlan) -> list[tuple[str, str]]:
         answers = config.train.batch_size * config.sequences
         text = f"{answers:,} an update, of up to {config.work.answer_tokens:,} tokens"
         lines.append(("answers", f"{text} ({NOT_COUNTED})"))
-    evaluations = counted(plan.totals.task_evaluations, "evaluation")
     for task, problems in plan.problems.items():
-        lines.append(("task", f"{task}: {problems:,} problems at {evaluations} ({NOT_COUNTED})"))
+        lines.append(("task", f"{task}: {problems:,} problems ({NOT_COUNTED})"))
     return lines
 
 
 def _describe_device(plan: RunPlan) -> str:
     device = plan.device
     settings = plan.config.plan
-    if settings.mfu:
-        source = "plan.mfu"
-    elif settings.on_gpu:
-        source = "an assumption; set plan.mfu"
-    else:
-        source = "seen with SmolLM2-135M; set plan.mfu"
-    if device.peak_speed >= 1e12:
-        speed = f"{device.peak_speed / 1e12:,.0f} TFLOP/s"
-    else:
-        speed = f"{device.peak_speed / 1e9:,.0f} GFLOP/s"
+    source = "plan.mfu" if settings.mfu else "an assumption; set plan.mfu"
     return (
-        f"{settings.gpus} x {device.name}, {device.memory / GB:.0f} GB, {speed} at best, "
-        f"{plan.mfu:.0%} of it in training ({source})"
+        f"{settings.gpus} x {device.name}, {device.memory / GB:.0f} GB, "
+        f"{_operations(device.peak_speed)}/s at best, {plan.mfu:.0%} of it in training ({source})"
     )
 
 

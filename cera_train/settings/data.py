@@ -86,7 +86,7 @@ class DataFacts:
     """The size of a data set, with which cera-plan needs neither rows nor a tokenizer."""
 
     of: str | None = setting(None, "nothing")
-    """The `data.path` that these facts describe, or the layout of computed rows."""
+    """The `data.path` that these facts describe."""
     train_rows: int = setting(MISSING, "nothing")
     """Rows of the split that data.train_split names, before it is sliced."""
     eval_rows: int = setting(MISSING, "nothing")

@@ -110,13 +110,9 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
 
     torch.manual_seed(config.train.seed)
     has_autocast = accelerator.mixed_precision != "no"
-    idle = [] if accelerator.is_fsdp2 else None  # only process 0 has weights that will be sharded
-    adapted = adapters.build(base, config.adapter, idle, has_autocast)
+    adapted = add_adapter(base, config, has_autocast, accelerator.is_fsdp2)
     if is_adapter(adapted):  # PEFT knows the name of the base alone
         adapted.peft_config[ADAPTER].revision = config.model.revision
-    is_ours = config.adapter.kind != AdapterKind.peft and not config.adapter.settings
-    if config.train.check_coverage and not (is_ours or accelerator.is_fsdp2):
-        check_effect(adapted, base, config.adapter, has_autocast)
     trainable_count, total_count = adapters.parameter_counts(adapted)
     progress, moments = load_weights(adapted, config, data.rows, checkpoint)
 
@@ -151,6 +147,19 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
         identity_of(config.model),
     )
     return model, progress
+
+
+def add_adapter(
+    base: PreTrainedModel, config: Config, has_autocast: bool, is_sharded: bool = False
+) -> nn.Module:
+    """The base with a fresh adapter, whose effect is proven by passes unless the method is ours.
+    Raises UserError where it does not fit the base."""
+    idle = [] if is_sharded else None  # only process 0 has weights that will be sharded
+    adapted = adapters.build(base, config.adapter, idle, has_autocast)
+    is_ours = config.adapter.kind != AdapterKind.peft and not config.adapter.settings
+    if config.train.check_coverage and not (is_ours or is_sharded):
+        check_effect(adapted, base, config.adapter, has_autocast)
+    return adapted
 
 
 def check_trained_base(

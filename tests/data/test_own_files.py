@@ -14,7 +14,6 @@ from cera_train.data.prepare import TokenizedRows, prepare_data, prepare_evaluat
 from cera_train.data.rows import Source, rows_of
 from cera_train.data.segments import segmenter, segmenters
 from cera_train.data.sources import decide_layouts, rows_by_prompt
-from cera_train.planning.data_size import data_size
 from cera_train.runs.records import load_config
 from cera_train.settings.data import DataConfig, MixPart
 from cera_train.training.resolve import with_known_layouts
@@ -212,8 +211,6 @@ def test_a_document_longer_than_max_length_is_cut_into_rows_without_loss(write_j
     )
     # Not the last token of a window within a document.
     assert (is_learned, line.split()[0]) == (True, "</s>")
-    size = data_size(config, tokenizer=tokenizer)
-    assert (size.train_rows, size.sequences_per_row) == (len(data.train), 1)
 
 
 def test_rows_of_one_prompt_stay_on_one_side(own, tokenizer):

@@ -98,7 +98,7 @@ def test_the_loss_of_trained_tokens_equals_brute_force(tied):
 def test_chunking_the_head_changes_nothing_even_if_logits_are_capped_or_scaled(
     name, changes, monkeypatch
 ):
-    monkeypatch.setattr(language_model_module, "chunk_tokens", lambda on_gpu: 5)
+    monkeypatch.setattr(language_model_module, "chunk_tokens", lambda device: 5)
     model = tiny_model(name, **changes)
     rows, masks = make_rows()
     language_model = make_language_model(model)

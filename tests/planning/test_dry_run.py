@@ -2,30 +2,33 @@
 
 import json
 import math
-from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
-from conftest import make_tiny_llama
+import torch
 from moe_models import MIXTURES
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.tiny_models import tiny_model
+from benchmarks.tiny_models import tiny_config, tiny_model
 from cera_train.adapters import build as adapters
 from cera_train.adapters.build import parameter_counts
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir, options
+from cera_train.model.weights import load_model
+from cera_train.planning.data_size import DataSize
 from cera_train.planning.dry_run import (
-    Cost,
     DryRun,
     MicroBatch,
     architecture_of,
     build_base,
+    largest_micro_batch,
     stored_sizes,
     trainable_parameters,
+    try_quantised,
 )
 from cera_train.settings.model import ModelConfig, Quantization
+from cera_train.training.build import add_adapter
 
 SHAPE = {
     **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6},
@@ -48,7 +51,7 @@ SHAPES = {
 
 ROWS = 4
 LENGTH = 32
-BATCH = MicroBatch(ROWS, LENGTH, 0.5, has_mask=False)
+BATCH = MicroBatch(ROWS, LENGTH, 0.5)
 TOKENS = ROWS * LENGTH
 SUPERVISED = ROWS * LENGTH // 2
 
@@ -79,33 +82,31 @@ def dry_run(compose, tmp_path):
 def test_operations_by_hand(dry_run):
     """Two for a multiply and add: frozen linears cost four a token (forward, and backward for their
     inputs), A and B six, but for the first layer's, whose input needs no gradient."""
-    cost = dry_run("llama", attention_bias=False, mlp_bias=False).cost(BATCH, accumulates=False)
+    run = dry_run("llama", attention_bias=False, mlp_bias=False)
     qkv = 32 * 32 + 2 * 32 * 16
     rest = 32 * 32 + 3 * 32 * 48
     adapter = 4 * (32 + 32) + 4 * (32 + 16)
     attention = 4 * 32 * LENGTH * LENGTH // 2 * ROWS
     head = 2 * 128 * 32 * SUPERVISED
     layers = 6 * (2 * (qkv + rest + adapter) * TOKENS + attention)
-    rotary = cost.evaluation.flops - layers - head
+    rotary = run.evaluation(BATCH).flops - layers - head
     # Some releases of transformers compute it as a product.
     assert rotary in (0, 2 * 8 * LENGTH * 2, 2 * 8 * TOKENS)
-    assert cost.forward.flops == layers + 2 * head + rotary
+    forward = layers + 2 * head + rotary
     first_inputs = 2 * (qkv + adapter // 2 - 4 * 8) * TOKENS  # dL/dx of the first layer
     whole = 6 * (2 * (qkv + rest) * TOKENS + 4 * adapter * TOKENS + attention * 5 // 2)
-    assert cost.backward.flops == pytest.approx(whole - first_inputs, rel=0.03)
+    backward = run.update(BATCH).flops - forward
+    assert backward == pytest.approx(whole - first_inputs, rel=0.03)
 
 
-def test_gradients_of_other_micro_batches_and_states_of_the_optimizer_are_held(dry_run):
+def test_states_of_the_optimizer_are_held(dry_run):
     run = dry_run("llama")
-    gradients = sum(512 * math.ceil(weight.nbytes / 512) for weight in run.trained)
-    assert run.memory["adapter"] == gradients
+    weights = sum(512 * math.ceil(weight.nbytes / 512) for weight in run.trained)
+    assert run.memory["adapter"] == weights
     # Two moments and the number of the step.
-    assert run.memory["optimizer"] == 2 * gradients + 512 * len(run.trained)
-    alone, later = (run.cost(BATCH, accumulates=accumulates) for accumulates in (False, True))
-    assert later.forward.peak - alone.forward.peak == gradients
+    assert run.memory["optimizer"] == 2 * weights + 512 * len(run.trained)
 
 
-@pytest.mark.slow
 def test_a_gpu_keeps_dropout_masks_in_bytes(dry_run):
     def peak(device: str, *overrides: str) -> float:
         settings = [
@@ -114,12 +115,11 @@ def test_a_gpu_keeps_dropout_masks_in_bytes(dry_run):
             "model.dtype=bfloat16",
             *overrides,
         ]
-        return (
-            dry_run("llama", *settings, device=device).cost(BATCH, accumulates=False).forward.peak
-        )
+        return dry_run("llama", *settings, device=device).update(BATCH).peak
 
     masks = {device: peak(device) - peak(device, "adapter.dropout=0") for device in ("cpu", "h100")}
-    assert masks["cpu"] - masks["h100"] == pytest.approx(5 * TOKENS * 32 * (4 - 1), rel=0.1)
+    # Of most of the layers, since the peak lies within backward.
+    assert 3 < (masks["cpu"] - masks["h100"]) / (TOKENS * 32 * (4 - 1)) < 6
 
 
 def test_quantised_weights_take_what_is_stored_and_8_bits_keep_their_inputs(dry_run):
@@ -129,7 +129,7 @@ def test_quantised_weights_take_what_is_stored_and_8_bits_keep_their_inputs(dry_
     for kind in Quantization:
         run = dry_run("llama", "model.dtype=bfloat16", f"model.quantization={kind}", **settings)
         held[kind] = run.memory["weights"]
-        peaks[kind] = run.cost(BATCH, accumulates=False).forward.peak - sum(run.memory.values())
+        peaks[kind] = run.update(BATCH).peak - sum(run.memory.values())
     assert held["nf4"] < held["int8"] < held["none"]
     linears = 6 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 48)
     rows = 6 * (2 * 64 + 2 * 32 + 2 * 48 + 64)
@@ -171,18 +171,18 @@ def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
         "model.dtype": dtype,
         "model.attn_implementation": "eager" if model_type == "gpt_oss" else "sdpa",
     }
-    costs: list[Cost] = []
+    costs = []
     for experts in (["adapter.experts=false"], ["adapter.experts=true", "adapter.expert_r=8"]):
         overrides = [f"{name}={value}" for name, value in changes.items()]
         run = dry_run(model_type, *overrides, "adapter.dropout=0", *experts, **settings)
-        costs.append(run.cost(replace(BATCH, has_mask=model_type == "gpt_oss"), accumulates=False))
+        costs.append((run.evaluation(BATCH).flops, run.update(BATCH).flops))
     without, with_experts = costs
     width = 16 if "qwen" in model_type else SHAPE["intermediate_size"]
     branches = (
         2 * 2 * 8 * ((32 + 2 * width) + (width + 32)) * settings["num_experts_per_tok"] * TOKENS
     )
-    assert with_experts.evaluation.flops - without.evaluation.flops == branches
-    assert with_experts.backward.flops - without.backward.flops == 2 * branches
+    assert with_experts[0] - without[0] == branches
+    assert with_experts[1] - without[1] == 3 * branches
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_every_file_of_conf_model_has_the_shape_of_its_config_json(compose):
         (json.dumps({"model_type": "no_such_type"}), "cannot be loaded .*no_such_type"),
         (
             json.dumps({"model_type": "t5"}),
-            "is an encoder-decoder .t5., and cera-train trains decoder-only",
+            "cera-plan cannot run a model of type t5 without its weights",
         ),
         (
             json.dumps({"model_type": "vit"}),
@@ -278,30 +278,55 @@ def test_a_model_that_needs_values_is_refused_in_one_line(compose, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "quantization"),
+    ("quantization", "words"),
     [
-        (["adapter=full"], "nf4"),
-        (["adapter=pissa", "adapter.r=4"], "nf4"),
-        (["adapter=peanut", "adapter.r=4"], "nf4"),
-        (["adapter=dense", "adapter.target_modules=[q_proj]"], "nf4"),
-        (["adapter=full"], "int8"),
-        (["adapter=dora", "adapter.r=4"], "int8"),
-        (["adapter=peft", "adapter.method=HRA"], "int8"),
-        (["adapter=peft", "adapter.method=DEFT"], "int8"),
+        ("nf4", ["adapter=full"]),
+        ("nf4", ["adapter=pissa", "adapter.r=4"]),
+        ("nf4", ["adapter=dense", "adapter.target_modules=[q_proj]"]),
+        ("nf4", ["adapter=peft", "adapter.method=LOHA"]),
+        ("nf4", ["adapter=peft", "adapter.method=UNILORA"]),
+        ("int8", ["adapter=dora", "adapter.r=4"]),
+        ("int8", ["adapter=peft", "adapter.method=HRA"]),
+        ("int8", ["adapter=peft", "adapter.method=DELORA"]),
     ],
 )
-def test_a_plan_and_its_run_refuse_what_misreads_quantised_weights(compose, words, quantization):
-    base = make_tiny_llama()
-    setattr(base, f"is_loaded_in_{'4' if quantization == 'nf4' else '8'}bit", True)
-    words = [*words, f"model.quantization={quantization}", "plan.gpu=cpu"]
-    config = compose(*words, "data=logistic_map", command="plan")
-    for refuse in (lambda: adapters.build(base, config.adapter), lambda: DryRun(config)):
-        with pytest.raises(
-            UserError, match="beside quantised weights: set model.quantization=none"
-        ):
-            refuse()
+def test_a_plan_and_its_run_refuse_what_fails_beside_quantised_weights(
+    compose, tiny_folder, quantization, words
+):
+    words = [f"model.path={tiny_folder}", f"model.quantization={quantization}", *words]
+    config = compose(*words, "data=logistic_map", "model.dtype=float32", command="plan")
+    base = load_model(config.model, torch.device("cpu"))
+    with pytest.raises(UserError, match="quantised weights|change nothing") as by_run:
+        add_adapter(base, config, has_autocast=False)
+    with pytest.raises(UserError) as by_plan:
+        try_quantised(config)
+    assert str(by_plan.value) == str(by_run.value)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        ("nf4", ["adapter=lora", "adapter.r=512"]),
+        ("nf4", ["adapter=lora", "adapter.r=4", "adapter.target_modules=[c_attn]"]),
+        ("int8", ["adapter=peft", "adapter.method=LOHA"]),
+    ],
+)
+def test_a_plan_takes_what_trains_beside_quantised_weights(compose, quantization, words):
+    words = [f"model.quantization={quantization}", *words]
+    try_quantised(compose(*words, "data=logistic_map", "model.dtype=float32", command="plan"))
 
 
 def test_a_plan_refuses_an_optimizer_that_needs_a_gpu_as_its_run_does(dry_run):
     with pytest.raises(UserError, match="pages GPU memory.*use optimizer=adamw_8bit"):
         dry_run("llama", "optimizer=paged_adamw_8bit")
+
+
+def test_a_plan_refuses_flat_rows_of_a_recurrent_model_and_plans_short_rows(compose, tmp_path):
+    tiny_config("mamba").save_pretrained(tmp_path)
+    words = ["data=gsm8k", f"model.path={tmp_path}", "model.dtype=float32", "adapter.r=4"]
+    run = DryRun(compose(*words, command="plan"))
+    batch = largest_micro_batch(run, DataSize(64, 8, 187, 0.5, ""))
+    assert not run.language_model.is_flat
+    assert batch.length == 32
+    with pytest.raises(UserError, match="train.batch_layout=flat: this model mixes sequences"):
+        DryRun(compose(*words, "train.batch_layout=flat", command="plan"))

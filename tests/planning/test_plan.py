@@ -11,13 +11,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import needs_smollm2
 
-from benchmarks.tiny_models import tiny_config
 from cera_train.planning.data_size import data_size
-from cera_train.planning.dry_run import micro_batches
+from cera_train.planning.dry_run import largest_micro_batch
 from cera_train.planning.estimate import GPU_MFU, run_totals
-from cera_train.planning.plan import GPUS, USABLE
+from cera_train.planning.plan import GPUS
 from cera_train.planning.table import name_jobs, print_plan, print_plans
-from cera_train.settings.model import Quantization
 
 MATH = "+recipe=math_r64"
 QUICK = "+recipe=logistic_map"
@@ -27,7 +25,7 @@ QUICK = "+recipe=logistic_map"
 def tiny_plan(plan, tiny_folder):
     """tiny_plan("adapter.r=8", ...) -> RunPlan of the logistic map with a two-layer Llama."""
     tiny = [QUICK, f"model.path={tiny_folder}", "data.max_length=256", "adapter.r=4"]
-    return lambda *overrides, **asked: plan(*tiny, *overrides, **asked)
+    return lambda *overrides: plan(*tiny, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -94,43 +92,12 @@ def test_processes_share_rows_and_weights(tiny_plan):
     assert "buckets" not in sharded
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides", "has_mask"),
-    [
-        ("llama", [], False),
-        ("llama", ["train.batch_layout=padded", "data=gsm8k", "data.max_length=32"], True),
-        ("llama", ["model.attn_implementation=flash_attention_2"], False),
-        ("llama", ["model.attn_implementation=eager"], True),
-        ("stablelm", [], True),  # one row on a GPU, and rows of one length on a CPU
-        ("stablelm", ["plan.gpu=cpu"], False),
-        ("bamba", [], False),
-    ],
-)
-def test_attention_gets_a_mask_where_it_cannot_run_by_sequence(
-    plan, tmp_path, name, overrides, has_mask
-):
-    tiny_config(name).save_pretrained(tmp_path)
-    small = [
-        "adapter.r=4",
-        "train.micro_batch_tokens=64",
-        "data.max_length=32",
-        "model.dtype=bfloat16",
-    ]
-    batch = plan(QUICK, f"model.path={tmp_path}", *small, *overrides).micro_batch
-    assert batch.has_mask == has_mask
-    assert (batch.rows, batch.length) == (2, 32)
-
-
 def test_the_largest_micro_batch_is_that_of_one_of_many_updates(compose):
     config = compose(MATH, "plan.gpus=8", command="plan")
-    language_model = SimpleNamespace(is_flat=True, allowed=SimpleNamespace(attention="varlen"))
     run = SimpleNamespace(
-        config=config,
-        language_model=language_model,
-        base=SimpleNamespace(config=SimpleNamespace(_attn_implementation="varlen")),
+        config=config, is_scanned=False, language_model=SimpleNamespace(is_flat=True)
     )
-    largest, usual = micro_batches(run, data_size(config.data))
-    assert usual.tokens == 8 * 171 < largest.tokens < 1.5 * usual.tokens
+    assert 8 * 171 < largest_micro_batch(run, data_size(config)).tokens < 1.5 * 8 * 171
 
 
 def test_time_and_cost_follow_from_the_operations(tiny_plan):
@@ -138,11 +105,10 @@ def test_time_and_cost_follow_from_the_operations(tiny_plan):
     one = tiny_plan(*run)
     eight = tiny_plan(*run, "plan.gpus=8", "plan.mfu=0.2")
     operations = sum(one.flops.values())
-    trained = one.flops["forward"] + one.flops["backward"]
     assert one.seconds == pytest.approx(operations / (312e12 * GPU_MFU))
     assert one.cost == pytest.approx(one.seconds / 3600 * 2)
     assert one.update_seconds * one.totals.updates == pytest.approx(
-        one.seconds * trained / operations
+        one.seconds * one.flops["training"] / operations
     )
     assert eight.gpu_hours == pytest.approx(one.gpu_hours * 2, rel=0.05)
     assert tiny_plan().cost is None
@@ -153,22 +119,20 @@ def test_time_and_cost_follow_from_the_operations(tiny_plan):
 def test_totals_follow_from_epochs_or_updates(compose):
     def totals(*overrides: str):
         config = compose(*overrides, command="plan")
-        return run_totals(config, data_size(config.data))
+        return run_totals(config, data_size(config))
 
-    quick = totals(QUICK, "train.max_updates=20", "train.eval_every=10")
+    quick = totals(QUICK, "plan.tokens_per_row=72", "train.max_updates=20", "train.eval_every=10")
     assert (quick.updates, quick.tokens, quick.evaluations) == (20, 158 * 72, 3)
     # Training, and a probe before, after and between.
     assert quick.forward_tokens == 3 * 20 * 72 + 4 * 20 * 72
     gsm8k = totals("+recipe=gsm8k_r64", "train.epochs=2", "train.eval_every=null")
     assert (gsm8k.updates, gsm8k.tokens, gsm8k.evaluations) == (2 * 117, 2 * 7473 * 187, 2)
-    often = totals(QUICK, "train.max_updates=100", "train.tasks=[gsm8k]", "train.tasks_every=50")
-    assert (often.task_evaluations, totals(QUICK, "train.tasks=[gsm8k]").task_evaluations) == (3, 1)
 
 
 def test_objectives_add_their_passes_and_answers(compose):
     def size(*overrides: str):
         config = compose("train.max_updates=10", "train.batch_size=16", *overrides, command="plan")
-        data = data_size(config.data)
+        data = data_size(config)
         return data, run_totals(config, data)
 
     data, plain = size("data=gsm8k")
@@ -199,7 +163,7 @@ def test_updates_on_sampled_answers_are_counted_and_sampling_them_is_not(tiny_pl
         "train.batch_size=4",
     ]
     once, twice = (tiny_plan(*words, f"grpo.epochs={epochs}") for epochs in (1, 2))
-    assert twice.flops["backward"] == 2 * once.flops["backward"]
+    assert twice.flops["training"] == 2 * once.flops["training"]
     assert once.seconds == pytest.approx(sum(once.flops.values()) / (312e12 * GPU_MFU))
     print_plan(once)
     assert (
@@ -212,7 +176,7 @@ def test_a_run_without_rank_and_targets_is_planned(tiny_plan, capsys):
     print_plan(tiny_plan("adapter=full", "adapter.r=null"))
     out = capsys.readouterr().out
     assert out.splitlines()[0].endswith(": full")
-    assert re.search(r"\n  forward +[1-9]\d*\.\d [GT]FLOP\n", out)
+    assert re.search(r"\n  training +[1-9]\d*\.\d [GT]FLOP\n", out)
 
 
 def test_runs_that_differ_in_their_rate_or_seed_are_planned_once(tiny_plan, monkeypatch):
@@ -241,7 +205,7 @@ def test_a_plan_prints_every_part(math_plan, capsys):
         "bfloat16\n"
     )
     assert "171 tokens (an estimate), 100% supervised" in out
-    assert "task       gsm8k: 15 problems at 1 evaluation (generation time not counted)\n" in out
+    assert "task       gsm8k: 15 problems (generation time not counted)\n" in out
     for label in ("parameters", "memory of one process", "work", "FLOPs", "time and cost"):
         assert f"\n{label}\n" in out
     rows = {
@@ -250,53 +214,17 @@ def test_a_plan_prints_every_part(math_plan, capsys):
         if line.startswith("  ")
     }
     assert (rows["trainable"], rows["share"], rows["updates"]) == ("27,262,976", "0.34%", "4,689")
-    assert {
-        "frozen",
-        "weights",
-        "optimizer",
-        "gradients, activations",
-        "peak in training",
-    } <= rows.keys()
-    assert {
-        "peak in evaluation",
-        "forward",
-        "backward",
-        "evaluations",
-        "in all",
-        "an update",
-    } <= rows.keys()
-    assert {"the run, h:mm:ss", "GPU-hours", "cost"} <= rows.keys()
+    assert {"frozen", "weights", "optimizer", "gradients, activations"} <= rows.keys()
+    assert {"peak in training", "evaluations", "in all"} <= rows.keys()
+    assert {"an update", "the run, h:mm:ss", "GPU-hours", "cost"} <= rows.keys()
     needs = f"{math_plan.peak / 1e9:.2f} GB needed"
     assert out.endswith(f"fits       {needs} of the 80 GB of H100\n")
     print_plan(replace(math_plan, device=GPUS["rtx4090"]))
     assert capsys.readouterr().out.endswith(
         f"too large  {needs}, more than 95% of the 24 GB of RTX 4090: try "
         "model.gradient_checkpointing=true, model.quantization=nf4 or "
-        "train.micro_batch_tokens=2048\n"
+        "a lower train.micro_batch_tokens\n"
     )
-
-
-def test_a_plan_that_is_too_large_names_settings_that_are_not_set(math_plan, capsys):
-    def fixes(**model: object) -> str:
-        config = math_plan.config
-        train = replace(config.train, micro_batch_tokens=2048)
-        config = replace(config, model=replace(config.model, **model), train=train)
-        print_plan(replace(math_plan, config=config, device=GPUS["rtx4090"]))
-        return capsys.readouterr().out
-
-    assert fixes(gradient_checkpointing=True).endswith(
-        "95% of the 24 GB of RTX 4090: try model.quantization=nf4\n"
-    )
-    assert fixes(gradient_checkpointing=True, quantization=Quantization.nf4).endswith(
-        "95% of the 24 GB of RTX 4090\n"
-    )
-
-
-def test_held_out_rows_fill_micro_batches_whatever_an_update_takes(tiny_plan):
-    one, as_many = (tiny_plan(f"train.batch_size={rows}") for rows in (1, 20))
-    assert as_many.micro_batch.rows == as_many.data.eval_rows == 20
-    assert one.evaluation_memory == as_many.evaluation_memory
-    assert one.peak == one.evaluation_memory > sum(one.memory.values())
 
 
 def test_an_update_takes_no_more_rows_than_there_are(tiny_plan):
@@ -304,23 +232,6 @@ def test_an_update_takes_no_more_rows_than_there_are(tiny_plan):
         tiny_plan("data.train_rows=8", f"train.batch_size={rows}").micro_batch for rows in (64, 8)
     )
     assert few == fewer
-
-
-def test_rows_that_fill_no_micro_batch_are_planned_beside_a_full_one(tiny_plan, capsys):
-    settings = ["train.micro_batch_tokens=2304", "plan.gpu=rtx4090"]
-    few, many = (
-        tiny_plan(*settings, f"train.batch_size={rows}", is_alone=True) for rows in (8, 64)
-    )
-    assert tiny_plan(*settings, "train.batch_size=8").full_peak is None
-    assert few.peak < many.peak == pytest.approx(few.full_peak, rel=0.001)
-    assert many.full_peak is None
-    print_plan(few)
-    full = r"\d\.\d{3} GB where more or longer rows fill train.micro_batch_tokens=2304"
-    fits = r"fits +\d\.\d{3} GB needed of the 24 GB of RTX 4090"
-    assert re.search(rf"\n{fits}\n +{full}\Z", capsys.readouterr().out.rstrip("\n"))
-    small = replace(few.device, memory=(few.peak + few.full_peak) / 2 / USABLE)
-    print_plan(replace(few, device=small))
-    assert re.search(rf"{full}: too large\n\Z", capsys.readouterr().out)
 
 
 @pytest.mark.slow
@@ -346,11 +257,8 @@ def test_a_plan_needs_no_tracker_and_no_adapter_that_another_run_will_leave(
 ):
     words = [QUICK, f"model.path={tiny_folder}", "data.max_length=256"]
     words += ["adapter.start_from=outputs/first", "tracker.kinds={swanlab: null}"]
-    told = "\nstart      outputs/first is not there yet: "
     assert run_command("cera-plan", *words, "adapter.r=4") == 0
-    assert told in capfd.readouterr().out
     assert run_command("cera-plan", "-m", *words, "adapter.r=2,4") == 0
-    assert capfd.readouterr().out.count(told) == 1
     assert run_command("cera-train", *words, "adapter.r=4") == 2
     assert "swanlab: ...}: no such tracker is here" in capfd.readouterr().err
     words.append("tracker.kinds=null")
