@@ -5,13 +5,13 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import Changes, changes_of, differing_settings, require
 from cera_train.report.runs import Run, group_by
 from cera_train.settings.evaluation import EvalConfig
-from cera_train.verdicts.contrast import Contrast, Verdict, contrast_of_runs
+from cera_train.verdicts.contrast import Contrast, contrast_of_runs
 from cera_train.verdicts.power import detectable_between_runs
 from cera_train.verdicts.verdict import JudgedContrast, holm
 
@@ -86,11 +86,9 @@ def paired_tests(
             for pair, contrast, p_holm in zip(comparable, contrasts, adjusted, strict=True)
         ]
         if len(graded) > MOST_RUNS_IN_ALL_PAIRS:
-            counts = Counter(test.verdict for test in of_task)
-            verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict))
             notes.append(
                 f"{task}: each of {len(graded)} runs is tested against the first only, "
-                f"{graded[0].name}: {verdicts}."
+                f"{graded[0].name}."
             )
         tests += of_task
     return tests, notes
@@ -237,7 +235,7 @@ def missing_pieces(runs: Sequence[Run]) -> list[str]:
             notes.append(f"{run.name} is unfinished (update {run.metrics.last_update:,}).")
         for task in tasks:
             evaluation = run.evaluations.get(task)
-            if evaluation is None or not evaluation.is_finished:
+            if evaluation is None or not evaluation.figures:
                 notes.append(f"{run.name} has no finished evaluation on {task}.")
     if not tasks:
         notes.append("No run has an evaluation: cera-eval run=DIR task=TASK adds accuracies.")

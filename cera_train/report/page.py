@@ -24,8 +24,6 @@ from cera_train.report.runs import Evaluation, Run, accuracy_metric, group_by
 from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share, is_task_figure
 from cera_train.settings.run import Config
 
-MOST_COLUMNS = 8  # runs beside each other
-
 CAPTION = (
     "Exact is the task's published rule, verified mathematical equality by math-verify or exact. "
     "Below an accuracy: its 95 % interval over problems. Difference: ours minus the paper's."
@@ -75,16 +73,13 @@ def compare_runs(folders: Sequence[Path], across_engines: bool = False) -> Page:
 
 
 def table_of_settings(runs: Sequence[Run]) -> Table:
-    """What differs between runs: a row for each setting, or for each of many runs."""
+    """What differs between runs."""
     settings = {run.name: run.settings for run in runs}
     differing = differing_settings(settings, Config)
-    rows = [{"setting": key} | words for key, words in differing.items()]
-    if len(settings) > MOST_COLUMNS:
-        rows = [
-            {"run": name} | {key: words[name] for key, words in differing.items()}
-            for name in settings
-        ]
-    return Table("Settings", rows, "What differs between runs.")
+    rows = [
+        {"run": name} | {key: words[name] for key, words in differing.items()} for name in settings
+    ]
+    return Table("Settings", rows if differing else [], "What differs between runs.")
 
 
 def forest_of(tests: Sequence[PairedTest]) -> Forest | None:

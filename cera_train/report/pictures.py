@@ -37,8 +37,8 @@ def curves(runs: Sequence[Run]) -> list[Picture]:
         runs, lambda run: run.metrics.evaluations, lambda line: line.perplexity
     )
     pictures = [
-        _lines("training loss by update", losses, "In nats per supervised token."),
-        _lines(
+        *_lines("training loss by update", losses, "In nats per supervised token."),
+        *_lines(
             "perplexity by update",
             perplexities,
             "On the held-out rows; update 0 is before training.",
@@ -48,10 +48,9 @@ def curves(runs: Sequence[Run]) -> list[Picture]:
         logged = _by_update(
             runs, lambda run: run.metrics.updates, lambda line, key=key: line.details.get(key)
         )
-        pictures.append(_lines(f"{label} by update", logged, caption))
+        pictures += _lines(f"{label} by update", logged, caption)
     perplexities = _by_rank(runs, lambda run: run.figures.perplexity)
-    pictures.append(_lines("perplexity by rank", perplexities, ON_SAME_ROWS))
-    return [picture for picture in pictures if picture is not None]
+    return [*pictures, *_lines("perplexity by rank", perplexities, ON_SAME_ROWS)]
 
 
 def spectra(runs: Sequence[Run]) -> list[Picture]:
@@ -63,22 +62,21 @@ def spectra(runs: Sequence[Run]) -> list[Picture]:
     linear_shares = _by_update(
         runs, lambda run: run.metrics.evaluations, lambda line: line.spectrum.linear_share_mean
     )
-    pictures = [
-        _lines("effective rank by rank", effective_ranks, ON_SAME_ROWS),
-        _lines(
+    return [
+        *_lines("effective rank by rank", effective_ranks, ON_SAME_ROWS),
+        *_lines(
             "share of the singular values by direction",
             singular_values,
             "Singular values of the branch's centred output over their sum, in the mean over "
             "modules.",
         ),
-        _lines(
+        *_lines(
             "linear share by update",
             linear_shares,
             "Share of a branch's variance that the best affine map of A x explains, in the mean "
             "over modules. A LoRA's is 1.",
         ),
     ]
-    return [picture for picture in pictures if picture is not None]
 
 
 def _by_update(
@@ -103,8 +101,6 @@ def _by_rank(runs: Sequence[Run], value: Callable[[Run], float | None]) -> dict[
     runs = [run for run in runs if run.result and run.rank and _is_finite(value(run))]
     groups = group_by(runs, lambda run: (run.environment.held_out, run.base))
     largest = max(groups.values(), key=len, default=[])
-    if len(largest) < 2:
-        return {}
     methods = group_by(largest, lambda run: run.method)
     return {
         method: Line(same[0].kind, sorted((run.rank, value(run)) for run in same))
@@ -112,16 +108,15 @@ def _by_rank(runs: Sequence[Run], value: Callable[[Run], float | None]) -> dict[
     }
 
 
-def _lines(title: str, lines: Mapping[str, Line], caption: str) -> Picture | None:
-    """A picture of `y by x`: lines by name."""
+def _lines(title: str, lines: Mapping[str, Line], caption: str) -> list[Picture]:
+    """The picture of `y by x`: lines by name; none where it would show no more than the table."""
     points = {}
     for name, line in lines.items():
         finite = [(x, y) for x, y in line.points if _is_finite(y)]
         if finite:
             points[name] = finite
-    # Points at one place each show no more than the table.
     if all(len({x for x, _ in line}) < 2 for line in points.values()):
-        return None
+        return []
     styles = styles_of({name: line.kind for name, line in lines.items()})
     ylabel, _, xlabel = title.partition(" by ")
 
@@ -148,6 +143,5 @@ def _lines(title: str, lines: Mapping[str, Line], caption: str) -> Picture | Non
     ends = "; ".join(
         f"{name}: {line[0][1]:.4g} to {line[-1][1]:.4g}" for name, line in points.items()
     )
-    return Picture(
-        title.replace(" ", "-"), title.capitalize(), f"{title.capitalize()}. {ends}.", caption, draw
-    )
+    shown = title.capitalize()
+    return [Picture(title.replace(" ", "-"), shown, f"{shown}. {ends}.", caption, draw)]

@@ -34,7 +34,8 @@ class Figure(NamedTuple):
 class Evaluation:
     """A run on one task."""
 
-    figures: dict[Metric, Figure]  # those to show, in the order of their columns
+    figures: dict[Metric, Figure]
+    """Those to show, in the order of their columns; none: it is unfinished."""
     read_scores: Callable[[], dict[str, Scores]] | None = None
     """Scores by the name of the rule that graded the answers, the best rule first. Raises UserError
     where a file is broken. None: it is unfinished, or has no answers."""
@@ -47,7 +48,6 @@ class Evaluation:
     settings: Settings = field(default_factory=dict)
     """What a reader should know to differ."""
     notes: dict[Metric, str] = field(default_factory=dict)  # below a figure
-    is_finished: bool = True
 
     @classmethod
     def of_scores(cls, scores: dict[str, Scores], **others: Any) -> "Evaluation":

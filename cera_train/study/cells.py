@@ -46,10 +46,6 @@ class Replicate(NamedTuple):
     base: str | None  # None where a study has no bases
     seed: int
 
-    def __str__(self) -> str:
-        choices = [] if self.base is None else [(BASE, self.base)]
-        return describe_choices([*choices, (SEED, str(self.seed))])
-
 
 @dataclass(frozen=True)
 class GridPoint:
@@ -187,7 +183,7 @@ class Cell:
         return [run for run in self.runs if run.base == base]
 
     def missing(self) -> list[str]:
-        """The runs that have not ended, each with the reason."""
+        """The folders of runs that have not ended, each with the reason."""
         needed = [(point, run) for point in self.grid for run in self.tuning_runs]
         if self.chosen is not None:
             needed += [(self.chosen, run) for run in self.fresh_runs]
@@ -195,10 +191,10 @@ class Cell:
         for point, run in needed:
             if self.loss(point, run) is not None:
                 continue
-            job = job_status(self.study.folder, self.folder(point, run).name)
+            name = self.folder(point, run).name
+            job = job_status(self.study.folder, name)
             state = f"{job.state}: {job.error}" if job.error else job.state
-            choices = ", ".join(filter(None, (describe_choices(point.values.items()), str(run))))
-            lines.append(f"{self.name}, {choices} ({state})")
+            lines.append(f"{name} ({state})")
         return lines
 
     def values(self, outcome: str, base: str | None = None) -> np.ndarray:

@@ -193,10 +193,7 @@ def cell_table(study: Study, title: str) -> Table:
     for cell in study.cells:
         chosen = " ".join(f"{key}={value}" for key, value in cell.chosen.values.items())
         name = ", ".join(filter(None, [cell.arm, brief(cell.condition)]))
-        notes = ["edge"] if cell.edges else []
-        if cell.diverged:
-            notes.append(f"{len(cell.diverged)} diverged")
-        row = {"cell": name, "tuned": f"{chosen} ({', '.join(notes)})" if notes else chosen}
+        row = {"cell": name, "tuned": chosen}
         for outcome in study.config.outcomes:
             row[outcome] = _mean_and_deviation(outcome, cell.means(outcome))
         for field, (label, form) in FIGURES.items():

@@ -146,7 +146,7 @@ def test_a_report_of_real_runs_is_named_after_them(
         result = json.loads((tmp_path / "outputs" / row["run"] / "result.json").read_text())
         assert row["perplexity"].startswith(f"{result['eval/perplexity']:.3f}")
         assert row["parameters"].startswith(f"{result['trainable_parameters']:,}")
-    assert settings == [{"setting": "adapter.kind", "cera": "cera", "lora": "lora"}]
+    assert settings == [{"run": kind, "adapter.kind": kind} for kind in ("cera", "lora")]
     assert run_command("cera-report", "outputs/cera", "outputs/lora") == 0
     assert Path("report/cera_and_lora/report.html").is_file()
 

@@ -184,7 +184,7 @@ def test_a_killed_study_resumes(launcher, run_study):
     launcher.killed = {job("cera", 0.001, 0)}
     assert run_study() == 130
     missing = find_study(launcher.sweep).missing()
-    assert missing[0] == "cera, adapter.r=4, optimizer.lr=0.001, train.seed=0 (waiting)"
+    assert missing[0] == f"{job('cera', 0.001, 0)} (waiting)"
     assert len(missing) == 8
     launcher.killed = set()
     assert run_study() == 0
@@ -239,7 +239,7 @@ def test_a_failed_job_is_no_result_and_runs_again(launcher, run_study, run_comma
     assert run_command("cera-report", "outputs/which") == 2
     error = capfd.readouterr().err
     assert "unfinished study. Its command runs what is missing: " in error
-    assert ": cera, adapter.r=4, optimizer.lr=0.01, train.seed=1 (" in error
+    assert f": {job('cera', 0.01, 1)} (" in error
     assert "(failed: the disk is full)" in error
     launcher.failing = set()
     launcher.began.clear()
@@ -275,8 +275,6 @@ def test_a_judging_run_that_diverges_chooses_no_value_and_allows_no_verdict(
     assert "cera: 1 of 3 judging runs diverged" in of_cera["obstacles"]
     assert (of_cera["verdict"], of_cera["difference"], of_cera["p_holm"]) == ("not shown", None, 1)
     assert of_relu["difference"] is not None
-    page = Path("report/which/report.md").read_text()
-    assert "optimizer.lr=0.01 (edge, 1 diverged)" in page
 
 
 def test_an_arm_that_diverges_at_every_value_gets_no_verdict(

@@ -82,7 +82,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     same = {"engines": settings.get("engine") or "this program"}
     result = find_evaluation_result(folder)
     if result is None:
-        return Evaluation({}, same=same, settings=settings, is_finished=False)
+        return Evaluation({}, same=same, settings=settings)
     if isinstance(result, PerplexityResult):
         notes = {}
         if result.perplexity_base is not None:
