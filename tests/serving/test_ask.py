@@ -1,6 +1,5 @@
 """`cera-chat`: what a question becomes, what answers it, and a conversation in a real terminal."""
 
-import copy
 import io
 import sys
 from types import SimpleNamespace
@@ -70,16 +69,6 @@ def test_the_answer_of_a_row_of_training_data_is_not_shown(answer, tokenizer):
     given = {"from": answer, "value": '{"name": "count"}'}
     asked = prompts.ids({"conversations": TURNS[:1]})
     assert prompts.ids({"conversations": [TURNS[0], given]}) == asked
-
-
-def test_a_conversation_continues_under_a_template_that_shortens_earlier_answers(tokenizer):
-    shortens = (
-        "{{ m['content'][:2] if m['role'] == 'assistant' and not loop.last else m['content'] }}"
-    )
-    chat = copy.deepcopy(tokenizer)
-    chat.chat_template = f"{{% for m in messages %}}{shortens}|{{% endfor %}}"
-    prompts = Prompts(DataConfig(layout="messages", path="x"), chat)
-    assert chat.decode(prompts.ids(prompts.row([ONE, "Six.", TWO]))) == f"{ONE}|Si|{TWO}|"
 
 
 def test_an_answer_is_the_one_that_an_evaluation_gives(

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import gguf
 import pytest
-import torch
 from conftest import CHAT_TEMPLATE, TINY, make_tiny_llama
 from evaluated_runs import export
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cera_train.common.errors import DiffersError, UserError
 from cera_train.distributed.accelerator import this_device
@@ -18,7 +17,6 @@ from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.runs.subject import find_subject
 from cera_train.serving import llama_cpp
 from cera_train.serving.export import export_run
-from cera_train.serving.llama_cpp import LlamaCpp
 from cera_train.serving.verify import Certificate, verify
 from cera_train.training.train import train
 
@@ -111,21 +109,6 @@ def test_an_export_is_the_run_in_llama_cpp(certificate, file):
         "certificate.json",
         "README.md",
     }
-
-
-@pytest.mark.slow
-def test_llama_cpp_computes_what_transformers_does(file, run, compose, tokenizer_of_pieces):
-    merged = run / "export_merged"
-    export(compose(f"run={run}", "to=merged", "rows=4", command="export"))
-    plain = AutoModelForCausalLM.from_pretrained(merged)
-    ids = tokenizer_of_pieces(WORDS).input_ids
-    with torch.no_grad():
-        expected = plain(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-    engine = LlamaCpp(file, tokenizer_of_pieces, 256)
-    for place in (1, 5, len(ids)):
-        torch.testing.assert_close(
-            engine.log_probabilities(ids[:place]), expected[place - 1], atol=1e-4, rtol=1e-4
-        )
 
 
 def tensor(name: str, change: Callable) -> Callable:

@@ -131,7 +131,7 @@ def test_the_kernels_of_gpus_pass_the_tests_below():
         env=os.environ | {"TRITON_INTERPRET": "1"},
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "5 passed, 1 skipped" in done.stdout
+    assert "4 passed, 1 skipped" in done.stdout
 
 
 @pytest.mark.parametrize("is_prefill", [True, False])
@@ -162,12 +162,6 @@ def test_a_graph_traced_on_a_batch_of_lora_serves_cera(wrapper):
     with torch.compiler.set_stance("fail_on_recompile"):
         assert_close(projection.computed(compiled), projection.wanted(CERA, gates))
     assert counter.frame_count == 1
-
-
-def test_the_canary_finds_every_gate_and_leaves_the_slots_as_they_were(wrapper):
-    wrapper.slot_codes[:SLOTS] = held = torch.tensor([2, 0, 1])
-    assert all(plugin.computes(wrapper, code) for code in range(len(plugin.GATES)))
-    assert wrapper.slot_codes[:SLOTS].equal(held)
 
 
 def test_a_wrapper_that_bypasses_the_gate_is_detected():
