@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -213,13 +212,5 @@ def longest_first(pattern: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _by_place(field: str, pattern: dict[str, Any]) -> dict[str, Any]:
-    """The values of a pattern by field[key]. Raises ValueError for a key that is not a regular
-    expression."""
-    for key in pattern:
-        try:
-            re.compile(key)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"{field}[{key!r}] is not a name or a regular expression: {error}."
-            ) from error
+    """The values of a pattern by field[key]."""
     return {f"{field}[{key!r}]": value for key, value in pattern.items()}

@@ -229,9 +229,6 @@ def check_overlap(config: DataConfig, train: Container[str], held_out: Sequence[
         fix = "Remove them from one side"
         if config.train_files and not config.eval_files and not config.holds_out_by_prompt:
             fix = "Leave out data.eval_rows, so that rows are held out by prompt"
-        elif config.path and not config.train_files and config.train_split == config.eval_split:
-            fix = "Name two parts of the split, such as data.train_split='train[500:]' and "
-            fix += "data.eval_split='train[:500]'"
         fix += ", or set data.allow_overlap=true."
         raise UserError(f"{config.title}: {problem}. {fix}")
     return count

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -127,19 +127,13 @@ def _layout_of(config: DataConfig) -> dict[str, Any]:
         return layout | (QUESTION if is_question else {})
     if fitting:
         one, other, *_ = (
-            f"{layout['layout']} ({', '.join(needed)}: {_first_with(needed, rows)})"
-            for needed, layout in fitting.items()
+            f"{layout['layout']} ({', '.join(needed)})" for needed, layout in fitting.items()
         )
         fix = "set data.layout, for text data.prompt and data.completion"
         raise UserError(f"{place} finds the columns of both {one} and {other}: {fix}.")
     known = "; ".join(map(", ".join, [*BY_COLUMNS, ("prompt", "chosen", "rejected")]))
     fix = f"rename them ({known}), or set data.prompt and data.completion"
     raise UserError(f"{place} does not know these columns, {', '.join(columns) or 'none'}: {fix}.")
-
-
-def _first_with(columns: Iterable[str], rows: Sequence[PlacedRow]) -> str:
-    """The place of the first row that has some of these columns."""
-    return next(place for place, row in rows if not row.keys().isdisjoint(columns))
 
 
 def _layout_of_preferences(row: Row, rejected: str) -> dict[str, Any]:

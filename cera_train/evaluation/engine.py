@@ -24,6 +24,7 @@ from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Answer, Request
 from cera_train.evaluation.server import Server
 from cera_train.model.folder import load_tokenizer
+from cera_train.model.identity import identity_of
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import load_model
@@ -76,7 +77,7 @@ def check_same_base(subject: Subject, base: PreTrainedModel | None = None) -> No
             f"It belongs to {subject.run.model.path} as it was then: leave out model=, or restore "
             "that base, or name it by model=."
         )
-        check_base(subject.adapter, run, subject.model, fix, base)
+        check_base(subject.adapter, run, subject.model, identity_of(subject.model), fix, base)
 
 
 # --- answers of all processes ---------------------------------------------------------------------

@@ -12,26 +12,32 @@ from torch import nn
 
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import tokenizer_digests
-from cera_train.model.identity import BaseIdentity, identity_of
+from cera_train.model.identity import BaseIdentity
 from cera_train.runs.records import load_config
 from cera_train.runs.results import Environment
 from cera_train.settings.model import Dtype, ModelConfig
 
 
 def check_base(
-    trained: str | Path, run: Path, model: ModelConfig, fix: str, base: nn.Module | None = None
+    trained: str | Path,
+    run: Path,
+    model: ModelConfig,
+    now: BaseIdentity,
+    fix: str,
+    base: nn.Module | None = None,
 ) -> None:
     """Raises UserError where a run recorded another base than `model`.
 
     Args:
         trained: what was trained, for the message.
+        now: the identity of `model`.
         base: `model` as it was loaded, before an adapter is added; None where a server has it.
     """
     recorded = Environment.find(run / "environment.json") or Environment()
     difference = ""
     if recorded.base_config is not None:
         then = BaseIdentity(recorded.base_weights, recorded.base_config)
-        difference = then.difference(identity_of(model))
+        difference = then.difference(now)
     elif base is not None and _differs_from_early_record(
         run, recorded.base_fingerprint, model, base
     ):

@@ -78,7 +78,6 @@ class Progress(Record):
     evaluation_pending: bool = False  # the evaluation after `update` has not finished
     data_digest: str | None = None  # of the training rows
     held_out_digest: str | None = None  # of the held-out rows; earlier versions recorded none
-    rewards_differed: bool = False  # grpo: those of some prompt's answers
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(exclude_none=True)  # null would read as infinite

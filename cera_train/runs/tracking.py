@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, write_text
 from cera_train.common.settings import flatten, require
-from cera_train.common.terminal import print_line
-from cera_train.common.trust import clean, redact
+from cera_train.common.terminal import announce, print_line
+from cera_train.common.trust import redact
 from cera_train.common.user_code import user_code
 from cera_train.settings.training import TrackerConfig
 
@@ -83,7 +82,7 @@ class Tracker:
                 yield
         except UserError as error:
             self.trackers.pop(kind, None)
-            print_warning(str(error))
+            announce("tracker", redact(str(error)))
 
 
 def check_trackers(config: TrackerConfig) -> None:
@@ -157,7 +156,9 @@ def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
             except Exception as error:
                 if mode != "online":
                     raise
-                print_warning(f"W&B cannot be reached, so the run is recorded offline ({error}).")
+                reason = " ".join(str(error).split())
+                text = f"W&B cannot be reached, so the run is recorded offline ({reason})."
+                announce("wandb", redact(text))
                 wandb.teardown()  # otherwise W&B's service refuses a second run with the same id
                 self.run = wandb.init(project=self.run_name, mode="offline", **self.init_kwargs)
             if self.run.offline:
@@ -175,10 +176,3 @@ def wandb_id(folder: Path) -> str:
     if not path.exists():
         write_text(path, json.dumps({WANDB: secrets.token_hex(16)}, indent=2) + "\n")
     return read_json(path)[WANDB]
-
-
-def print_warning(text: str) -> None:
-    """Prints to stderr an error that does not stop the run."""
-    program = Path(sys.argv[0]).name
-    program = program if program.startswith("cera-") else "cera-train"
-    print(f"{program}: {clean(redact(' '.join(text.split())))}", file=sys.stderr)

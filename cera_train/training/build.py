@@ -106,7 +106,8 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     accelerator = start_accelerator(config.model, config.train.autocast, config.distributed)
     [checkpoint] = broadcast_object_list([checkpoint])
     base = load_model(config.model, accelerator.device, accelerator.is_fsdp2)
-    check_trained_base(config, data.tokenizer, checkpoint, base)
+    identity = identity_of(config.model)
+    check_trained_base(config, data.tokenizer, checkpoint, base, identity)
 
     torch.manual_seed(config.train.seed)
     has_autocast = accelerator.mixed_precision != "no"
@@ -144,7 +145,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
         config.train.micro_batch_tokens,
         trainable_count,
         total_count,
-        identity_of(config.model),
+        identity,
     )
     return model, progress
 
@@ -163,14 +164,18 @@ def add_adapter(
 
 
 def check_trained_base(
-    config: Config, tokenizer: Any, checkpoint: Path | None, base: PreTrainedModel
+    config: Config,
+    tokenizer: Any,
+    checkpoint: Path | None,
+    base: PreTrainedModel,
+    identity: BaseIdentity,
 ) -> None:
     """Raises UserError where the checkpoint to resume from, or the adapter to start from, was
     trained on another base."""
     if checkpoint is not None:
         run = checkpoint.parent.parent
         fix = "Restore it, or choose another name=... for a new run."
-        check_base(checkpoint, run, config.model, fix, base)
+        check_base(checkpoint, run, config.model, identity, fix, base)
         changed = changed_tokenizer(run, tokenizer)
         place = f"model.path={config.model.path}"
         require(not changed, f"{place}: {changed} changed since {checkpoint}. {fix}")
@@ -180,7 +185,7 @@ def check_trained_base(
             theirs = load_config(run / "config.yaml", section="model").path
             fix = f"Set model.path to its base ({theirs}), or start from another adapter."
             place = f"adapter.start_from={config.adapter.start_from}"
-            check_base(place, run, config.model, fix, base)
+            check_base(place, run, config.model, identity, fix, base)
 
 
 def load_weights(

@@ -434,10 +434,8 @@ def save_and_stop(
     save_checkpoint(model, progress, log.folder, config)
     log.bar.close()
     if log.folder.is_main:
-        resumes = config.resume == Resume.auto
-        command = "same command" if resumes else "command with train.resume=auto"
         saved = f"after update {progress.update}, saved"
-        print_line("stopped", f"{saved}. The {command} resumes it.")
+        print_line("stopped", f"{saved}. The same command resumes it.")
     log.tracker.finish()
     model.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
     raise Interrupted(signal)

@@ -103,7 +103,6 @@ def test_the_default_targets_are_the_papers_or_else_pefts_for_lora(model_type):
             {"rank_pattern": {"q_proj": 0}},
             r"rank_pattern\['q_proj'\] must be a positive integer, got 0",
         ),
-        ({"rank_pattern": {"(": 2}}, r"rank_pattern\['\('\] is not a name or a regular expression"),
         ({"expert_r": 2}, "expert_r needs target_parameters"),
         ({"target_parameters": "experts.down_proj"}, "target_parameters must be a list of names"),
     ],

@@ -103,11 +103,11 @@ def test_given_templates_choose_text_and_each_part_of_a_mix_is_read_by_its_own_c
     [
         (
             [CHAT | {"question": "a", "answer": "b"}],
-            "finds the columns of both messages (messages: {folder}/rows.jsonl:1) and text (",
+            "finds the columns of both messages (messages) and text (",
         ),
         (
             [{"prompt": "a", "completion": "b"}, CONVERSATION],
-            "finds the columns of both conversations (conversations: {folder}/rows.jsonl:2) ",
+            "finds the columns of both conversations (conversations) ",
         ),
         (
             [{"q": "a", "a": "b"}],

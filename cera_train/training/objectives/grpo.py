@@ -41,8 +41,6 @@ MOST_WEIGHT = 2.0
 """Upper bound of a sampled token's importance weight, p here / p on the server: truncated, as in
 TRL."""
 
-MOST_EQUAL_GROUPS = 100  # without any difference in reward, after which a run is given up
-
 KL = "train/kl"
 
 
@@ -104,7 +102,7 @@ class Grpo:
     """
     Args:
         folder: its samples.jsonl keeps answers for inspection.
-        progress: its update seeds the answers; it records whether any reward differed.
+        progress: its update seeds the answers.
     """
 
     def __init__(
@@ -149,7 +147,6 @@ class Grpo:
         if self.sampler.is_served:
             distances = self._check_policy(prompts, groups, batches)
         rewards = self._reward(prompts, groups)
-        self._check_signal(rewards)
         self._keep_samples(prompts, groups, rewards)
         return self._update(groups, batches, rewards, distances)
 
@@ -257,17 +254,6 @@ class Grpo:
     def _sum_rewards(self, prompt: Prompt, answer: Answer) -> float:
         text = answer.generation.text
         return sum(reward(prompt.text, text, prompt.right) for reward in self.rewards)
-
-    def _check_signal(self, rewards: Tensor) -> None:
-        """Raises UserError if no group of the first hundred had answers of different rewards."""
-        progress = self.progress
-        progress.rewards_differed |= bool((rewards != rewards[:, :1]).any())
-        require(
-            progress.rewards_differed or (progress.update + 1) * len(rewards) < MOST_EQUAL_GROUPS,
-            f"train.objective=grpo: in {MOST_EQUAL_GROUPS} groups all answers earned the same, "
-            f"{rewards.mean():g} at last, so nothing can be learnt: train on these rows first, "
-            "raise grpo.answers, or choose another grpo.grader.",
-        )
 
     def _keep_samples(
         self, prompts: list[Prompt], groups: list[list[Answer]], rewards: Tensor
