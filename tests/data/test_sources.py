@@ -10,7 +10,6 @@ import pytest
 
 from cera_train.common.errors import UserError
 from cera_train.data import rows as data_rows
-from cera_train.data.prepare import prepare_data
 from cera_train.data.sources import check_data, open_sources
 from cera_train.settings.data import DataConfig, MixPart
 
@@ -211,12 +210,6 @@ def test_split_notation_and_row_limits_reach_the_rows(folders):
         evaluation.fingerprint,
     ]
     assert train.fingerprint != evaluation.fingerprint
-
-
-def test_two_parts_of_the_only_split_are_the_fix_for_prompts_in_both(folders, cache, tokenizer):
-    line = r"4 of 4 held-out prompts .* Name two parts .*data.eval_split='train\[:500\]', or set"
-    with pytest.raises(UserError, match=line):
-        prepare_data(DataConfig(path="ds", eval_split="train", **TEXT), tokenizer)
 
 
 def test_a_part_that_holds_out_no_row_needs_no_other_split(folders):
