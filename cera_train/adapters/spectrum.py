@@ -136,13 +136,6 @@ def find_branches(model: nn.Module) -> dict[str, Branch]:
     return branches
 
 
-def why_no_spectrum(model: nn.Module) -> str | None:
-    """The reason why a model has no spectrum; None where it has one."""
-    if find_branches(model):
-        return None
-    return "the adapter adds no B h with hidden units h beside a linear projection"
-
-
 @torch.no_grad()
 def measure_spectra(
     model: nn.Module,
@@ -151,7 +144,7 @@ def measure_spectra(
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> dict[str, ModuleSpectrum]:
     """The spectrum of every adapted projection, by its name in the base model. In eval mode; empty
-    where `why_no_spectrum` has a reason.
+    without branches.
 
     Args:
         forward: runs the model on a batch.

@@ -150,17 +150,7 @@ def _layout_of_preferences(row: Row, rejected: str) -> dict[str, Any]:
 
 
 def first_rows(path: str) -> list[PlacedRow]:
-    """The first rows of a file, read once unless the file changes: a command uses them to decide
-    the layout and checks them, for every job of a sweep."""
-    version = None
-    if "://" not in path:
-        status = os.stat(path)
-        version = (status.st_mtime_ns, status.st_size)
-    return _read_first_rows(path, version)
-
-
-@functools.lru_cache(maxsize=16)
-def _read_first_rows(path: str, version: tuple[int, int] | None) -> list[PlacedRow]:
+    """The first rows of a file: they decide the layout, and are checked."""
     return list(itertools.islice(rows_of([path]), FIRST_ROWS))
 
 

@@ -29,8 +29,6 @@ NOT_OF_THE_ARCHITECTURE = re.compile(
 )
 """Keys of a config.json that say how a model is begun, stored, loaded or asked."""
 
-SHOWN = 3  # keys that differ, in a message
-
 
 class BaseIdentity(NamedTuple):
     """What tells a base model from any other."""
@@ -49,8 +47,6 @@ class BaseIdentity(NamedTuple):
             for key in sorted(before.keys() | after.keys())
             if before.get(key) != after.get(key)
         ]
-        if len(words) > SHOWN:
-            words[SHOWN:] = [f"{len(words) - SHOWN} more of config.json"]
         if None not in (self.weights, now.weights) and self.weights != now.weights:
             words.insert(0, "other weights")
         return "; ".join(words)

@@ -183,8 +183,8 @@ class RunFolder:
                 )
             return
         config = self.path / "config.yaml"
-        has_run = is_finished or bool(self.checkpoints())
-        if has_run and config.exists() and (different := differences(config, self.config)):
+        can_differ = has_saved(self.path) and config.exists()
+        if can_differ and (different := differences(config, self.config)):
             raise another_config(self.path, different)
 
     # --- writing ----------------------------------------------------------------------------------
@@ -298,6 +298,13 @@ class RunFolder:
             write_more(part)
 
         files.write_folder(self.path / name, write)
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether a run has left a checkpoint or a result."""
+    # Others begin with a dot: a kill cut their writing.
+    has_checkpoint = any((folder / "checkpoints").glob("[0-9]*"))
+    return has_checkpoint or (folder / "result.json").is_file()
 
 
 def cut_log(path: Path, progress: Progress) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from cera_train.adapters.build import rank
 from cera_train.adapters.families import family
 from cera_train.adapters.families.base import is_import_path
-from cera_train.adapters.spectrum import why_no_spectrum
+from cera_train.adapters.spectrum import find_branches
 from cera_train.adapters.targets import describe_left_out, describe_targets
 from cera_train.common.terminal import (
     FIELD_WIDTH,
@@ -95,7 +95,8 @@ def print_adapter(config: AdapterConfig, model: Model, is_new: bool) -> None:
     if config.start_from is not None and is_new:
         weights = f"from {config.start_from}, digest {config.start_digest}"
         print_line("start", f"{weights}; the optimizer starts anew")
-    if (reason := why_no_spectrum(adapted)) is not None:
+    if not find_branches(adapted):
+        reason = "the adapter adds no B h with hidden units h beside a linear projection"
         print_line("spectrum", f"none: {reason}")
     if targets := describe_targets(adapted):
         print_line("coverage", targets)

@@ -30,10 +30,6 @@ class Log:
             self.folder.append(METRICS, line)
             self.tracker.log(line)
 
-    def close(self) -> None:
-        self.bar.close()
-        self.tracker.finish()
-
 
 @contextlib.contextmanager
 def open_log(
@@ -59,8 +55,8 @@ def open_log(
             config.tracker, folder.config, config.name, folder.path, progress.update
         )
     bar = ProgressBar("update", data.updates, progress.update, visible=folder.is_main)
-    log = Log(folder, tracker, bar)
     try:
-        yield log
+        yield Log(folder, tracker, bar)
     finally:
-        log.close()
+        bar.close()
+        tracker.finish()

@@ -15,6 +15,7 @@ from cera_train.distributed.accelerator import this_device
 from cera_train.model.compiled import can_compile
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.precision import choose_precision
+from cera_train.runs.folder import has_saved
 from cera_train.runs.records import differences, load_config
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import digest_of, find_adapter, find_start, run_of
@@ -84,13 +85,6 @@ def starts_anew(config: Config, folder: Path) -> bool:
     is_lost = (folder / DIVERGED).exists() and not has_saved(folder)
     has_config = (folder / "config.yaml").is_file()
     return config.train.resume == Resume.never or not has_config or is_lost
-
-
-def has_saved(folder: Path) -> bool:
-    """Whether a run has left a checkpoint or a result."""
-    # Others begin with a dot: a kill cut their writing.
-    has_checkpoint = any((folder / "checkpoints").glob("[0-9]*"))
-    return has_checkpoint or (folder / "result.json").is_file()
 
 
 def choose_rate(config: Config) -> Choice[float]:

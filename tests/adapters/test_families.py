@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.tiny_models import tiny_model
 from cera_train.adapters import build, folder, saved, targets
 from cera_train.adapters.families import family, title
-from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_no_spectrum
+from cera_train.adapters.spectrum import find_branches, measure_spectra, spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.distributed.sharding import trainable_weights
 from cera_train.model.batches import flat_batch, padded_batch
@@ -170,7 +170,7 @@ def test_its_spectrum_equals_an_svd_or_it_has_none(name, adapter_of):
                 parameter.normal_()
     probe = [(padded_batch(ROWS[:2], MASKS[:2]), True), (flat_batch(ROWS[2:], MASKS[2:]), True)]
     spectra = measure_spectra(model, forward_of(model), probe)
-    assert (why_no_spectrum(model) is not None) == (name in WITHOUT_SPECTRUM)
+    assert (not find_branches(model)) == (name in WITHOUT_SPECTRUM)
     if not spectra:
         assert spectrum_metrics(spectra) == {}
         return
