@@ -41,14 +41,10 @@ def weights_file(folder: Path) -> Path:
     weights = folder / ("adapter_model.safetensors" if of_adapter else "model.safetensors")
     if weights.is_file():
         return weights
-    if of_adapter and (folder / "adapter_model.bin").is_file():
-        raise UserError(
-            f"{folder}/adapter_model.bin is a pickle, which can run code when it is read: convert "
-            "it to safetensors where it comes from, "
-            "safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
-            "'adapter_model.safetensors')."
-        )
-    raise UserError(f"{folder} lacks its weights, {weights.name}: restore the file.")
+    raise UserError(
+        f"{folder} lacks its weights, {weights.name}: restore the file, or convert a pickle, which "
+        "can run code when it is read, to it where it comes from."
+    )
 
 
 def check_saved(folder: Path) -> dict[str, Any]:

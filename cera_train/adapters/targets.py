@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cera_train.cera.experts import expert_names, expert_parameters
 from cera_train.common.errors import UserError
-from cera_train.settings.adapters import AdapterConfig, AdapterKind
+from cera_train.settings.adapters import AdapterConfig
 
 
 def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
@@ -32,13 +32,6 @@ def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
                 f"adapter.target_modules: {target!r} matches no module of this model. "
                 f"Its linear projections are {', '.join(linear_names(model.named_modules()))}."
             )
-    widest = widest_projection(model)
-    # PEFT's other methods count a rank in their own ways.
-    if config.kind != AdapterKind.peft and config.r is not None and config.r > widest > 0:
-        raise UserError(
-            f"adapter.r={config.r} is above every width of this model's projections, {widest} at "
-            "most: lower it."
-        )
     layers = model.config.get_text_config().num_hidden_layers
     outside = [layer for layer in config.layers or [] if not 0 <= layer < layers]
     if outside:
@@ -80,17 +73,6 @@ def describe_left_out(model: nn.Module) -> str | None:
     ]
     kinds = ", ".join(dict.fromkeys(names))
     return f"all-linear leaves out {len(names)} modules: {kinds}" if names else None
-
-
-def widest_projection(model: PreTrainedModel) -> int:
-    """The largest number of features of a linear projection, except for the head; 0 without any."""
-    widest = 0
-    for module in model.modules():
-        if isinstance(module, Conv1D):
-            widest = max(widest, *module.weight.shape)
-        elif isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
-            widest = max(widest, module.in_features, module.out_features)
-    return widest
 
 
 def linear_names(named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:

@@ -32,7 +32,6 @@ from cera_train.data.rows import (
 )
 from cera_train.data.segments import (
     Segment,
-    columns_of,
     prompt_of,
     segmenter,
     segmenters,
@@ -110,11 +109,6 @@ def _layout_of(config: DataConfig) -> dict[str, Any]:
         return preferences
     if is_continued(first_row):
         return {"layout": Layout.messages}
-    needs_column = config.rejected is not None and not columns_of(config.rejected, "data.rejected")
-    fix = "name rows with the columns prompt, chosen and rejected, or set data.rejected"
-    require(
-        not needs_column, f"{place} finds no preferences by data.rejected={config.rejected}: {fix}."
-    )
     columns = list(
         dict.fromkeys(name for _, row in rows for name, value in row.items() if value is not None)
     )

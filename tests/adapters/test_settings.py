@@ -181,12 +181,6 @@ def test_a_mistyped_target_is_refused_even_beside_a_right_one(kind):
         build.build(make_tiny_llama(), config)
 
 
-def test_a_rank_above_every_width_is_refused():
-    with refuses("adapter.r=65 is above every width of this model's projections, 64 at most: low"):
-        build.build(make_tiny_llama(), AdapterConfig("lora", 65, target_modules="all-linear"))
-    build.build(make_tiny_llama(), AdapterConfig("lora", 64, target_modules="all-linear"))
-
-
 def test_all_linear_leaves_out_what_kernels_bypass_for_a_method_without_exclude_modules():
     base = tiny_model("mamba")
     bypassed = {name.rpartition(".")[2] for name in bypassed_projections(base)}

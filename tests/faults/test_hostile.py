@@ -208,7 +208,7 @@ def test_an_adapters_pickle_is_not_read(tmp_path, config, marker):
     torch.save(Payload(marker), run / "adapter" / "adapter_model.bin")
     for folder in (run, run / "adapter"):
         with pytest.raises(
-            ValueError, match="adapter_model.bin is a pickle.*convert it to safetensors"
+            ValueError, match="lacks its weights, adapter_model.safetensors: .*convert a pickle"
         ):
             find_subject(evaluation(folder))
     assert not marker.exists()
