@@ -16,7 +16,7 @@ from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,15 +24,9 @@ from cera_train.common.settings import require
 from cera_train.runs.results import RunResult
 from cera_train.settings.sweep import LOSS
 from cera_train.study.outcomes import ComparedRun, Outcome
+from cera_train.study.record import BASE, SEED, StudyRecord
 from cera_train.sweep.folder import State, job_name, job_status, key_of
 from cera_train.verdicts.tuning import could_gain
-
-if TYPE_CHECKING:
-    from cera_train.study.folder import Study
-
-ARM = "study.arm"
-BASE = "study.base"
-SEED = "train.seed"
 
 
 def describe_choices(choices: Iterable[tuple[str, str]]) -> str:
@@ -80,7 +74,7 @@ class Edge(NamedTuple):
 class Cell:
     """An arm under a condition."""
 
-    study: Study
+    study: StudyRecord
     arm: str
     choices: dict[str, str]
     """The condition, such as {"adapter.r": "16"}, without the settings that the arm sets itself."""

@@ -22,8 +22,9 @@ from cera_train.common.settings import quoted, require, word_of
 from cera_train.distributed.processes import is_main_process
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
-from cera_train.study.cells import ARM, BASE, SEED, Cell, Replicate
+from cera_train.study.cells import Cell, Replicate
 from cera_train.study.folder import Study
+from cera_train.study.record import ARM, BASE, SEED
 from cera_train.sweep.folder import RECORD, SweepRecord, job_status, key_of
 from cera_train.sweep.grid import (
     WRITER,

@@ -5,56 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from omegaconf import OmegaConf
 
-from cera_train.settings.gone import without_gone
-from cera_train.settings.sweep import StudyConfig
-from cera_train.study.cells import (
-    ARM,
-    BASE,
-    SEED,
-    Cell,
-    GridPoint,
-    Replicate,
-    describe_choices,
-    means_of,
-)
+from cera_train.study.cells import Cell, GridPoint, Replicate, describe_choices, means_of
+from cera_train.study.record import ARM, SEED, StudyRecord
 from cera_train.sweep.folder import RECORD, SweepRecord, key_of
 
 
-@dataclass(frozen=True, eq=False)
-class Study:
-    """A study's folder, which has, or will have, this record."""
-
-    folder: Path
-    record: SweepRecord
-
-    @cached_property
-    def config(self) -> StudyConfig:
-        schema = OmegaConf.structured(StudyConfig)
-        recorded = without_gone(self.record.study, str(self.folder / RECORD), "study")
-        return OmegaConf.to_object(OmegaConf.merge(schema, recorded))
-
-    @cached_property
-    def bases(self) -> list[str | None]:
-        """Those of the record's jobs; [None] where a study has no bases."""
-        words = {word for overrides in self.record.jobs.values() for word in overrides}
-        return [name for name in self.config.bases if f"{BASE}={name}" in words] or [None]
-
-    def words_of_base(self, name: str | None) -> list[str]:
-        """The overrides that choose a base."""
-        return [f"{BASE}={name}", *self.config.bases[name]]
-
-    @cached_property
-    def keys_of_bases(self) -> set[str]:
-        """The settings of all bases."""
-        return {key_of(word) for words in self.config.bases.values() for word in words}
+class Study(StudyRecord):
+    """A study's folder: what is measured in it and compared."""
 
     @cached_property
     def cells(self) -> list[Cell]:
