@@ -32,9 +32,8 @@ test-nightly: $(VENV)/.installed-test $(VENV)-serving/.installed  ## run what th
 test-serving: $(VENV)-serving/.installed  ## run the tests that serve adapters by a real vLLM, in an environment of 4 GB
 	$(VENV)-serving/bin/python -m pytest -W default -m "serving and not nightly" tests/serving
 
-test-peft: $(VENV)/.installed-test  ## run PEFT's tests of its methods and its method comparison on CeRA; downloads both
+test-peft: $(VENV)/.installed-test  ## run PEFT's tests of its methods on CeRA; downloads them
 	$(BIN)/python tests/peft_suite/run.py
-	$(BIN)/python -m pytest -q tests/peft_suite/comparison.py
 
 test-lowest: $(VENV)-lowest/.installed  ## run the fast tests on the lowest versions that pyproject.toml admits, in an environment of 5 GB
 	$(VENV)-lowest/bin/python -m pytest -n 2 -m "not (slow or nightly)"
