@@ -39,91 +39,51 @@ class CeraConfig(PeftConfig):
         ValueError: a field is outside its range, or two fields contradict each other.
     """
 
-    r: int = field(
-        default=64, metadata={"help": "Rank: the width of the bottleneck, and the rows of A."}
-    )
-    alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "The branch is scaled by alpha / r; None means a scale of 1, as in the paper."
-        },
-    )
-    dropout: float = field(
-        default=0.1, metadata={"help": "Probability of dropping a unit, where dropout_on puts it."}
-    )
-    activation: str = field(default="silu", metadata={"help": f"The gate: {', '.join(GATES)}."})
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Module names (matched from the end), a regular expression for the whole name, "
-            "or 'all-linear'. None takes q_proj and v_proj, as in the paper; where a model has "
-            "none, those that PEFT takes for LoRA; beside target_parameters none."
-        },
-    )
-    target_parameters: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Experts' 3-D parameters (matched from the end), such as "
-            "mlp.experts.gate_up_proj: every expert gets a branch."
-        },
-    )
-    expert_r: int | None = field(
-        default=None, metadata={"help": "Rank of an expert's branch; None means r."}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out again."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Only these layer indices."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Name of the layer list, if it is not a common one such as 'layers' or 'h'."
-        },
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Further modules to train whole and to save with the adapter."},
-    )
-    init_weights: bool = field(
-        default=True,
-        metadata={
-            "help": "Start B at zero, so the adapted model starts as the base. False: for tests."
-        },
-    )
-    init: str = field(
-        default="kaiming_normal",
-        metadata={"help": f"How A is drawn: {', '.join(CHOICES['init'])}."},
-    )
-    init_scale: float = field(default=1.0, metadata={"help": "A is drawn so many times as large."})
-    dropout_on: str = field(
-        default="hidden",
-        metadata={"help": f"What drops units: {', '.join(CHOICES['dropout_on'])}."},
-    )
-    mix: str = field(
-        default="none",
-        metadata={"help": "learned: a trained share gamma of the gate in every module."},
-    )
-    use_rslora: bool = field(
-        default=False, metadata={"help": "Scale the branch by alpha / sqrt(r)."}
-    )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict,
-        metadata={"help": "Name or regular expression of modules -> their rank instead of r."},
-    )
-    alpha_pattern: dict[str, float] = field(
-        default_factory=dict,
-        metadata={"help": "Name or regular expression of modules -> their alpha."},
-    )
-    bias: str = field(
-        default="none",
-        metadata={"help": f"The base's biases to train: {', '.join(CHOICES['bias'])}."},
-    )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None,
-        metadata={"help": "Tokens whose embeddings are trained, by PEFT's trainable tokens."},
-    )
+    r: int = 64
+    """Rank: the width of the bottleneck, and the rows of A."""
+    alpha: float | None = None
+    """The branch is scaled by alpha / r; None means a scale of 1, as in the paper."""
+    dropout: float = 0.1
+    """Probability of dropping a unit, where dropout_on puts it."""
+    activation: str = "silu"
+    """The gate: one of `gates.GATES`."""
+    target_modules: list[str] | set[str] | str | None = None
+    """Module names (matched from the end), a regular expression for the whole name, or all-linear.
+    None takes q_proj and v_proj, as in the paper; where a model has none, those that PEFT takes for
+    LoRA; beside target_parameters none."""
+    target_parameters: list[str] | None = None
+    """Experts' 3-D parameters (matched from the end), such as mlp.experts.gate_up_proj: every
+    expert gets a branch."""
+    expert_r: int | None = None
+    """Rank of an expert's branch; None means r."""
+    exclude_modules: list[str] | str | None = None
+    """Modules to leave out again."""
+    layers_to_transform: list[int] | int | None = None
+    """Only these layer indices."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the layer list, if it is not a common one such as 'layers' or 'h'."""
+    modules_to_save: list[str] | None = None
+    """Further modules to train whole and to save with the adapter."""
+    init_weights: bool = True
+    """Start B at zero, so the adapted model starts as the base. False: for tests."""
+    init: str = "kaiming_normal"
+    """How A is drawn: kaiming_normal or kaiming_uniform."""
+    init_scale: float = 1.0
+    """A is drawn so many times as large."""
+    dropout_on: str = "hidden"
+    """What drops units: hidden or input."""
+    mix: str = "none"
+    """learned: a trained share gamma of the gate in every module."""
+    use_rslora: bool = False
+    """Scale the branch by alpha / sqrt(r)."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Name or regular expression of modules -> their rank instead of r."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Name or regular expression of modules -> their alpha."""
+    bias: str = "none"
+    """The base's biases to train: none, all or cera_only."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Tokens whose embeddings are trained, by PEFT's trainable tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
