@@ -6,7 +6,8 @@ from typing import Any
 
 import hydra
 
-from cera_train.cli.config import register_configs, to_config
+from cera_train.cli.config import to_config
+from cera_train.cli.help import register_configs
 from cera_train.cli.mistakes import SCHEMAS, with_implied_files, with_texts_quoted
 from cera_train.common.files import config_dir, options
 

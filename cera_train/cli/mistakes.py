@@ -4,22 +4,22 @@ OmegaConf's errors are cut to a line, with a suggestion for an unknown setting. 
 import argparse
 import contextlib
 import difflib
+import json
 import os
 import re
 import shlex
-import traceback
 import typing
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import NoReturn
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import options
-from cera_train.common.settings import choices_of, fields_of, quoted, require, section_of
+from cera_train.common.settings import fields_at, fields_of, quoted, require, section_of
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.gone import describe_gone
 from cera_train.settings.run import Config, PlanRun
@@ -76,16 +76,7 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
 
 def unknown_setting(key: str, place: str, schema: type) -> str:
     """The message about an unknown key in an argument or a file."""
-    if key.startswith("adapter.settings."):  # PEFT's fields are not part of the schema
-        return (
-            f"{place}: adapter.settings has no {key.rpartition('.')[2]} yet: write ++{key}=... to "
-            f"add it."
-        )
     program = next(program for program, other in SCHEMAS.items() if other is schema)
-    if key.startswith("hydra.launcher."):
-        name = key.rpartition(".")[2]
-        option = f"+hydra.launcher.additional_parameters.{name}=..."
-        return f"{place}: the launcher has no {name}. On Slurm, an option of sbatch is {option}"
     near = did_you_mean(
         key, list(dict.fromkeys([*(field.name for field in fields(schema)), *fields_of(schema)]))
     )
@@ -157,20 +148,11 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     if program == "cera-plan" and not is_single:  # a plan does not depend on where jobs will run
         settings = [setting for setting in settings if not OF_LAUNCHER.match(setting)]
     for setting in settings:
-        key, _, value = setting.partition("=")
-        if key in ("recipe", "sweep", "study"):
-            raise UserError(f"{setting}: a {key} is added with a plus sign: write +{setting}.")
-        if program != "cera-train" and key in ("hydra/launcher", "hydra/sweeper"):
-            raise UserError(
-                f"{setting}: the jobs of {program} run here, one after the other: leave it out."
-            )
+        key = setting.partition("=")[0]
+        if gone := describe_gone(setting) or describe_gone(key):
+            raise UserError(gone)
         if is_single and setting.lstrip("+").replace("hydra/", "hydra.").startswith(OF_GRIDS):
             raise UserError(f"{setting} is for a grid of runs: add -m to take them all.")
-        if not (value or key.startswith("~") or "--shell-completion" in flags):
-            raise UserError(
-                f"{setting}: expected key=value, without spaces, such as adapter.r=16, "
-                "+recipe=NAME, run=FOLDER or, after -m, +sweep=NAME and +study=NAME."
-            )
     words = [name if value is True else f"{name}={value}" for name, value in flags.items()]
     return [*words, *with_texts_quoted(program, settings)]
 
@@ -246,7 +228,7 @@ def with_number_quoted(argument: str, schema: type) -> str:
     model.revision=7e49710 infinite."""
     key, _, value = argument.partition("=")
     field = fields_of(schema).get(key.lstrip("+"))
-    is_text = field is not None and field.type in (str, str | None)
+    is_text = field is not None and str in (field.type, *typing.get_args(field.type))
     return f"{key}={quoted(value)}" if is_text and changes_as_number(value) else argument
 
 
@@ -265,19 +247,14 @@ def explain_composition(error: Exception, program: str) -> str | None:
     """One line for an error of Hydra, OmegaConf or PyYAML; None for another error."""
     match error:
         case OverrideParseException():
-            key, _, value = error.override.partition("=")
-            fix = f"a text needs quotes for Hydra too: {quoted_setting(key, value)}"
-            # A mapping, not a template such as {question}.
-            if value.startswith("[") or re.match(r"\{(?!\w+\})", value):
-                fix = (
-                    "close its brackets and quotes, and quote texts in it for Hydra too: "
-                    '\'KEY=["a=b","c: d"]\''
-                )
-            return f"{error.override}: cannot read the value: {fix}."
+            key, is_assigned, value = error.override.partition("=")
+            fix = "expected key=value, without spaces, such as adapter.r=16 or +recipe=NAME"
+            if is_assigned:
+                example = shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}")
+                fix = f"cannot read the value: a text needs quotes for Hydra too, as in {example}"
+            return f"{error.override}: {fix}."
         case MissingConfigException():
             group, _, name = error.missing_cfg_file.rpartition("/")
-            if gone := describe_gone(f"{group}={name}"):
-                return gone
             choices = sorted(error.options or options(group))
             is_plugin = group.startswith("hydra/")
             plugin = "Is its plugin of Hydra installed? " if is_plugin else ""
@@ -291,74 +268,18 @@ def explain_composition(error: Exception, program: str) -> str | None:
                 f"{error.problem_mark.name}:{error.problem_mark.line + 1}: broken YAML: "
                 f"{error.problem}."
             )
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    # Hydra raises errors of other types too.
-    is_raised_there = frame.f_globals["__name__"].startswith(("hydra.", "omegaconf."))
-    is_hydras = isinstance(error, HydraException | OmegaConfBaseException) or is_raised_there
-    return _describe(error, program) if is_hydras else None
+        case HydraException() | OmegaConfBaseException():
+            return _describe(error, SCHEMAS[program])
+    return None
 
 
-def quoted_setting(key: str, text: str) -> str:
-    """A setting with a text, in quotes for Hydra and for the shell."""
-    setting = '{}="{}"'.format(key, text.replace('"', '\\"'))
-    if "\n" not in text:
-        return shlex.quote(setting)
-    escaped = setting.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"$'{escaped}'"
-
-
-def _describe(error: Exception, program: str) -> str:
-    """The message about an error that Hydra or OmegaConf raised."""
-    causes = [
-        each
-        for each in (error, error.__cause__, error.__context__)
-        if isinstance(each, OmegaConfBaseException)
-    ]
-    cause = causes[0] if causes else None
-    message = " ".join(str(error).split())
-    not_overridden = re.match("Could not override '([^']+)'", message)
-    key = not_overridden[1] if not_overridden else getattr(cause, "full_key", None)
-    if ambiguous := re.match("Ambiguous value for argument '(.*)' 1. To use it as a list", message):
-        name, _, values = ambiguous[1].partition("=")
-        text = quoted_setting(name, values)
-        forms = f"-m runs each of them, {name}=[{values}] is a list, and {text} a text"
-        return f"{ambiguous[1]}: commas separate values: {forms}."
-    if swept := re.match("Sweeping over Hydra's configuration is not supported : '(.*)'", message):
-        text = quoted_setting(*swept[1].split("=", 1))
-        return f"{swept[1]}: all jobs of a grid have the same hydra.*: choose one, or write {text}."
-    if twice := re.match("Multiple values for ([^.]+)\\.", message):
-        return f"{twice[1]}=... is given twice: keep one of the two."
-    if message == "Unexpected type for root: NoneType":
-        return "a setting is in a section that is null here: set the whole, SECTION={KEY: VALUE}."
-    if not key:
-        return message
-    # No attribute of Hydra's exception holds the file in which a key or value stands.
-    file = re.search(r"In '([\w./-]+)': \w+ raised while composing", message)
-    place = f"{file[1]}.yaml: {key}" if file else key
-    invalid = re.match("Invalid value '([^']*)'", str(cause))
-    if gone := describe_gone(f"{key}={invalid[1]}" if invalid else key):
-        return gone
-    is_of_item = cause is not None and is_dataclass(cause.object_type) and cause.full_key != key
-    if not_overridden and is_of_item:  # of a list, such as data.mix
-        known = [field.name for field in fields(cause.object_type)]
-        near = did_you_mean(cause.key, known)
-        return f"{place}: unknown name {cause.key}. {near}There are: {', '.join(known)}."
-    if not_overridden and any(
-        f"{name}.".startswith(f"{key}.") for name in fields_of(SCHEMAS[program])
-    ):
-        return f"{place}: the value has a new key: write ++{key}=... to add it."
-    if not_overridden or isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        return unknown_setting(key, place, SCHEMAS[program])
-    if "is not a ListConfig" in str(cause):
-        value = message.partition(f"merging override {key}=")[2] or "A,B"
-        return f"{place}: expected a list: write {key}=[{value}]."
-    problem = str(cause).splitlines()[0].rstrip(".")
-    if unset := re.match(r"While dereferencing interpolation '\$\{\.?(.+)\}': .*'None'", problem):
-        return f"{place}: it is that of {unset[1]}, which is null: set {place}=... too."
-    if "is not a valid bool" in problem:
-        return f"{place}: {problem}: write true or false."
-    if "is not Optional" in problem:
-        choices = choices_of(SCHEMAS[program], key)
-        expected = f", expected one of [{', '.join(choices)}]" if choices else ": leave it out"
-        return f"{place}: null is no value here{expected}."
-    return f"{place}: {problem}."
+def _describe(error: Exception, schema: type) -> str:
+    """Hydra's message without the lines about its types, and OmegaConf's reason; for a setting that
+    does not exist, a similar one."""
+    first, *others = [line.strip(" .:") for line in str(error).splitlines() if line[:1] != " "]
+    cause = error.__cause__ or error.__context__ or error
+    key = getattr(cause, "full_key", None)
+    if key and not fields_at(schema, key):
+        return unknown_setting(key, first, schema)
+    reason = [str(cause).splitlines()[0].rstrip(".")] if key and cause is not error else []
+    return f"{'. '.join([first, *others, *reason])}."

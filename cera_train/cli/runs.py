@@ -1,8 +1,7 @@
 """The commands on existing runs: `cera-eval`, `cera-chat`, `cera-export`, `cera-report`,
 `cera-sweep`.
 
-The first three check everything that needs no torch and pass the results on; only then do they
-import torch, which takes seconds."""
+The first three check their settings; only then do they import torch, which takes seconds."""
 
 import sys
 from pathlib import Path
@@ -52,13 +51,11 @@ def eval_main() -> None:
 
 def measure(composed: DictConfig) -> None:
     config = to_config(composed, EvalConfig)
-    with heavy_imports():  # PEFT's, for an adapter that is neither CeRA nor LoRA
-        subject = find_subject(config)
     announce_imports()
     with heavy_imports():
         from cera_train.evaluation.evaluate import resolve_evaluation, run_evaluation
 
-    in_processes(run_evaluation, resolve_evaluation(config, subject))
+    in_processes(run_evaluation, resolve_evaluation(config))
 
 
 # --- cera-chat and cera-export --------------------------------------------------------------------
@@ -70,18 +67,11 @@ def chat_main() -> None:
 
 def chat(composed: DictConfig) -> None:
     config = to_config(composed, ChatConfig)
-    with heavy_imports():
-        subjects = find_subjects(config)
-    if config.prompts is not None:
-        require(
-            Path(config.prompts).exists(),
-            f"prompts={config.prompts}: no such file. Name one that is there.",
-        )
     announce_imports()
     with heavy_imports():
         from cera_train.serving.chat import ask
 
-    ask(config, subjects)
+    ask(config, find_subjects(config))
 
 
 def export_main() -> None:
@@ -90,13 +80,11 @@ def export_main() -> None:
 
 def export(composed: DictConfig) -> None:
     config = to_config(composed, ExportConfig)
-    with heavy_imports():
-        subject = find_subject(config)
     announce_imports()
     with heavy_imports():
         from cera_train.serving.export import export_run
 
-    export_run(config, subject)
+    export_run(config, find_subject(config))
 
 
 # --- cera-report and cera-sweep -------------------------------------------------------------------

@@ -43,7 +43,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # and in the processes of a run
     with signals_in_one_line(program), errors_in_one_line(program):
-        from cera_train.cli.config import run_command  # imports Hydra
+        from cera_train.cli.help import run_command  # imports Hydra
 
         run_command(program, f"cera_train.cli.{PROGRAMS[program]}")
         sys.stdout.flush()

@@ -21,7 +21,6 @@ from cera_train.cli.config import (
 from cera_train.cli.start import errors_in_one_line, print_error
 from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
-from cera_train.common.settings import require
 from cera_train.common.terminal import print_command
 from cera_train.common.trust import redact
 from cera_train.data.look import print_data
@@ -32,7 +31,7 @@ from cera_train.settings.run import Config
 from cera_train.settings.training import Resume
 from cera_train.study.design import StudySweeper, is_study
 from cera_train.sweep.folder import RECORD, key_of, print_sweep
-from cera_train.sweep.grid import Job, begin, check_inputs, job_composer, record_of
+from cera_train.sweep.grid import Job, begin, job_composer, record_of
 
 TRAIN = "cera-train"
 
@@ -116,7 +115,6 @@ def prepare(composed: DictConfig, job: Job | None = None) -> Config:
             config = replace(config, train=replace(config.train, resume=Resume.auto))
     if not is_as_published(overrides):
         config = replace(config, published={})
-    check_inputs(config, Path(config.output_dir) / config.name)
     return config
 
 
@@ -158,10 +156,6 @@ class TrainingSweep(Callback):
                 "launch.detach=true leaves before a job has a result, by which this hydra/sweeper "
                 "chooses others: leave one of the two out."
             )
-        require(
-            OmegaConf.select(config, "hydra.launcher.n_jobs") != 0,
-            "hydra.launcher.n_jobs=0: set the number of jobs at once, or -1 for one a core.",
-        )
         if config.hub.push is not None:
             raise UserError(
                 f"hub.push={config.hub.push}: every job of a sweep would replace the one before. "

@@ -164,37 +164,3 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError: `message` names the key and its value, what was expected, and the fix."""
     if not condition:
         raise UserError(message)
-
-
-def require_positive(prefix: str, config: Any, *names: str) -> None:
-    """Raises UserError for the first of these settings that is not above zero. None is allowed."""
-    for name in names:
-        value = getattr(config, name)
-        key = f"{prefix}.{name}" if prefix else name
-        require(value is None or value > 0, f"{key}={value} must be positive.")
-
-
-def require_address(key: str, address: str | None) -> None:
-    """Raises UserError for text that is not a server's address. None is allowed."""
-    is_address = address is None or re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", address)
-    require(
-        bool(is_address), f"{key}={address}: expected an address such as http://localhost:8000."
-    )
-
-
-LONGEST_NAME = (
-    200  # bytes; a file system takes 255, and a folder is written under a longer name first
-)
-
-
-def require_folder_name(name: str, key: str = "name") -> None:
-    """Raises UserError for text that cannot name a folder, or that would break a line or control
-    the terminal when printed."""
-    is_short = len(name.encode(errors="replace")) <= LONGEST_NAME
-    is_plain = name.isprintable() and not set(name) & set("/\\")
-    expected = (
-        f"expected the name of one folder, without a slash or a line break and of at most "
-        f"{LONGEST_NAME} bytes"
-    )
-    is_name = is_short and is_plain and name not in ("", ".", "..")
-    require(is_name, f"{key}={name[:80]!r}: {expected}.")

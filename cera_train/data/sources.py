@@ -38,11 +38,11 @@ from cera_train.data.segments import (
     sequences_of,
 )
 from cera_train.data.templates import settings_of
-from cera_train.settings.data import DataConfig, Layout, Turns, Writing
+from cera_train.settings.data import COLUMN_TEMPLATES, DataConfig, Layout, Turns, Writing
 from cera_train.settings.evaluation import TaskConfig
 
 FIRST_ROWS = 200
-"""Rows of a file that decide its layout and are checked for mistakes before a run starts."""
+"""Rows of a file that decide its layout."""
 
 BY_COLUMNS: dict[tuple[str, ...], dict[str, Any]] = {
     ("messages",): {"layout": Layout.messages},
@@ -95,7 +95,11 @@ def decide_layouts(config: DataConfig) -> DataConfig:
 
 
 def _layout_of(config: DataConfig) -> dict[str, Any]:
-    """The settings by which the rows of the training files are read; none if files are missing."""
+    """The settings by which the training rows are read; none if files are missing."""
+    has_templates = (config.prompt, config.completion) not in ((None, None), COLUMN_TEMPLATES)
+    if has_templates or not config.train_files:
+        are_chats = config.is_paired and not has_templates and "{" not in config.rejected
+        return {"layout": Layout.messages if are_chats else Layout.text}
     try:
         paths = check_files(config.train_files, "data.train_files")
     except UserError:
@@ -200,20 +204,6 @@ def first_training_rows(config: DataConfig) -> Iterator[PlacedRow]:
     else:
         rows = from_hub(config, "data.train_split", config.streaming).located()
     return itertools.islice(rows, count)
-
-
-def check_data(config: DataConfig) -> None:
-    """Raises UserError for mistakes in the first rows of a config's files, before anything heavy is
-    imported. Needs no chat template."""
-    for place, part in config.parts():
-        with errors_at(place):
-            paths = check_files(part.train_files, "data.train_files") + check_files(
-                part.eval_files, "data.eval_files"
-            )
-            sides = segmenters(part, None)
-            for path in paths:
-                if "://" not in path:
-                    list(sequences_of(first_rows(path), *sides))
 
 
 def open_sources(config: DataConfig) -> tuple[Source, Source]:

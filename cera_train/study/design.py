@@ -22,6 +22,7 @@ from cera_train.common.settings import quoted, require, word_of
 from cera_train.distributed.processes import is_main_process
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
+from cera_train.settings.values import checked
 from cera_train.study.cells import Cell, Replicate
 from cera_train.study.folder import Study
 from cera_train.study.record import ARM, BASE, SEED
@@ -38,7 +39,7 @@ from cera_train.sweep.grid import (
 
 PARAMETERS = 0.01  # share by which trainable parameters may differ and count as equal
 
-PLAIN_WORD = r"[\w /+.$%*@?|:-]*|.*\$\{.*"  # what a grid of Hydra's takes without quotes
+PLAIN_WORD = r"(?a)[\w /+.$%*@?|:-]*|.*\$\{.*"  # what a grid of Hydra's takes without quotes
 
 EXTENSIONS = 6  # steps beyond the end of a grid at most
 
@@ -56,7 +57,7 @@ def study_of(config: DictConfig) -> StudyConfig:
         config.study is not None,
         "hydra/sweeper=study: a study's file says what it compares: add +study=NAME.",
     )
-    return OmegaConf.to_object(config.study)
+    return checked(StudyConfig, OmegaConf.to_container(config.study), "study")
 
 
 def study_record(config: DictConfig) -> SweepRecord:
@@ -90,9 +91,8 @@ def study_record(config: DictConfig) -> SweepRecord:
 def grid_word(value: Any) -> str:
     """A value as written in a grid of Hydra's: quoted if it has signs of Hydra's grammar."""
     word = word_of(value)
-    if not isinstance(value, str) or re.fullmatch(PLAIN_WORD, word, re.ASCII):
-        return word
-    return quoted(word)
+    is_plain = not isinstance(value, str) or re.fullmatch(PLAIN_WORD, word)
+    return word if is_plain else quoted(word)
 
 
 # --- what makes arms comparable -------------------------------------------------------------------
@@ -106,8 +106,10 @@ def check_cells(config: DictConfig, study: Study, compose: ComposeJob) -> None:
         not seeds, f"{', '.join(seeds)}: a study has the seeds from 0: study.seeds=N. Leave it out."
     )
     for (condition, cells), base in itertools.product(study.by_condition.items(), study.bases):
-        first = Replicate(base, 0)
-        runs = {arm: compose(cell.overrides(cell.grid[0], first)) for arm, cell in cells.items()}
+        runs = {
+            arm: compose(cell.overrides(cell.grid[0], Replicate(base, 0)))
+            for arm, cell in cells.items()
+        }
         where = ", ".join(filter(None, (condition, base)))
         check_arms(study.config, f" ({where})" if where else "", runs)
 

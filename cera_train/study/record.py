@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from cera_train.settings.gone import without_gone
 from cera_train.settings.sweep import StudyConfig
+from cera_train.settings.values import checked
 from cera_train.sweep.folder import RECORD, SweepRecord, key_of
 
 ARM = "study.arm"
@@ -24,9 +23,8 @@ class StudyRecord:
 
     @cached_property
     def config(self) -> StudyConfig:
-        schema = OmegaConf.structured(StudyConfig)
-        recorded = without_gone(self.record.study, str(self.folder / RECORD), "study")
-        return OmegaConf.to_object(OmegaConf.merge(schema, recorded))
+        tree = without_gone(self.record.study, str(self.folder / RECORD), "study")
+        return checked(StudyConfig, tree, "study")
 
     @cached_property
     def bases(self) -> list[str | None]:

@@ -23,12 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import folder_in_use, is_locked, options
 from cera_train.common.libraries import heavy_imports
-from cera_train.common.settings import AUTO, flatten, quoted, require, require_folder_name, to_plain
+from cera_train.common.settings import AUTO, flatten, quoted, to_plain
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
-from cera_train.data.sources import check_data
+from cera_train.data.rows import check_files
 from cera_train.distributed.processes import is_main_process
-from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.model.path import check_model
 from cera_train.runs.records import another_config, differences
 from cera_train.runs.results import DIVERGED
@@ -177,22 +176,14 @@ def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJo
 
 
 def check_inputs(config: Config, folder: Path) -> None:
-    """Raises UserError for a model, rows, problems, dropout, rewards, trackers or an adapter to
-    start from that a run in this folder cannot use, so that a mistake is reported before torch is
-    imported, which takes seconds."""
+    """Raises UserError for a path, code or a tracker that is not there, before any job of a sweep
+    waits for its machine. The run checks the rest."""
     if not (folder / "result.json").exists():  # a finished run no longer reads them
         check_model(config.model.path)
-        check_data(config.data)
-        for name in config.train.tasks:
-            task = training_task(name, config.train.changes_of_task(name))
-            if task.config.files:
-                with errors_at(f"train.tasks=[{name}]"):
-                    load_problems(task, config.trained_rows)
-        require(
-            config.adapter.dropout == 0 or config.train.objective != ObjectiveKind.dpo,
-            f"adapter.dropout={config.adapter.dropout}: train.objective=dpo turns dropout off, as "
-            "TRL does: set adapter.dropout=0.",
-        )
+        for place, part in config.data.parts():
+            with errors_at(place):
+                check_files(part.train_files, "data.train_files")
+                check_files(part.eval_files, "data.eval_files")
         if config.train.objective == ObjectiveKind.grpo:
             for path in config.grpo.rewards:
                 import_reward(path)
@@ -227,7 +218,6 @@ def record_of(
                 "folder of all jobs, and each job's folder in it is named by its choices: give one "
                 "name, or leave it out."
             )
-    require_folder_name(config.name)
     folder = Path(config.hydra.sweep.dir)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")

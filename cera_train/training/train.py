@@ -47,6 +47,7 @@ from cera_train.runs.results import (
     write_grades,
 )
 from cera_train.runs.subject import adapter_identity
+from cera_train.runs.tracking import check_trackers
 from cera_train.settings.run import Config
 from cera_train.settings.training import Resume, TrainConfig
 from cera_train.training import console
@@ -109,6 +110,7 @@ def train(config: Config) -> dict[str, Any]:
         resumes = folder.is_main and config.train.resume == Resume.auto
         checkpoint = folder.newest_checkpoint() if resumes else None
 
+        check_trackers(config.tracker)
         # Everything that an update and an evaluation need.
         data, model, progress, evaluator, objective = build_parts(config, folder, checkpoint)
         stack.enter_context(contextlib.closing(evaluator.sampler))

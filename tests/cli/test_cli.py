@@ -289,7 +289,7 @@ def test_every_setting_carries_the_mark_of_what_it_changes():
                 assert not field.metadata, f"{kind.__name__}.{field.name}: use section(...)"
 
 
-def test_a_command_opens_a_data_file_once_to_check_it_and_once_to_train(
+def test_a_command_opens_a_data_file_once_for_its_layout_and_once_to_train(
     tiny_folder, write_jsonl, run_command, monkeypatch
 ):
     rows = [{"question": f"{number} + 1?", "answer": f"{number + 1}"} for number in range(40)]
@@ -315,7 +315,7 @@ def test_a_command_opens_a_data_file_once_to_check_it_and_once_to_train(
     os.utime(path)  # the rows may have changed
     opened.clear()
     assert run_command("cera-train", *settings) == 0
-    # Its first rows decide the layout and are checked; its digest finds the tokens in the cache.
+    # Its first rows decide the layout; its digest finds the tokens in the cache.
     assert opened.count(str(path)) == 2
 
 

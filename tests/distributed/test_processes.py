@@ -414,9 +414,6 @@ def test_each_gpu_gets_a_process_unless_the_config_says_otherwise(monkeypatch):
         assert processes_to_start(LaunchConfig(wanted)) == expected
     with pytest.raises(ValueError, match="launch.processes=9, but this machine shows 8 GPUs"):
         processes_to_start(LaunchConfig("9"))
-    for wrong in ("0", "two", "-1"):
-        with pytest.raises(ValueError, match="must be auto or a positive number"):
-            LaunchConfig(wrong)
 
 
 # --- when one of them stops -----------------------------------------------------------------------

@@ -10,11 +10,7 @@ import pytest
 import yaml
 
 from cera_train.evaluation import grading
-from cera_train.evaluation.evaluate import (
-    ResolvedEvaluation,
-    resolve_evaluation,
-    run_evaluation,
-)
+from cera_train.evaluation.evaluate import resolve_evaluation, run_evaluation
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import adapter_identity, find_subject, find_subjects
 from cera_train.serving.chat import ask
@@ -42,11 +38,7 @@ QUESTIONS = [
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """As `cera-eval`, in this process."""
-    return run_evaluation(resolve(config))
-
-
-def resolve(config: EvalConfig) -> ResolvedEvaluation:
-    return resolve_evaluation(config, find_subject(config))
+    return run_evaluation(resolve_evaluation(config))
 
 
 def chat(config: ChatConfig) -> None:

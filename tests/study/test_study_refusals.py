@@ -7,6 +7,7 @@ import pytest
 
 from cera_train.common.errors import UserError
 from cera_train.settings.sweep import StudyConfig
+from cera_train.settings.values import checked
 from cera_train.verdicts.contrast import Variances
 from cera_train.verdicts.power import detectable
 
@@ -19,13 +20,13 @@ TWO = {"lora": ["adapter=lora"], "b": ["adapter=cera"]}
         (dict(baseline=None), "study.baseline=None: no such arm: choose one of lora, cera, relu"),
         (
             dict(arms={"lora": ["adapter=lora"]}),
-            "study.arms has lora: a study compares two or more",
+            "study.arms=.*: dictionary should have at least 2 items",
         ),
         (
             dict(arms={"lora": [], "a b": []}),
-            "study.arms.a b: give a name of letters, digits",
+            r"study.arms.a b.\[key\]=a b: string should match pattern",
         ),
-        (dict(arms={"lora": [], "1_000": []}), "study.arms.1_000: give a name"),
+        (dict(arms={"lora": [], "1_000": []}), "1_000: string should match pattern"),
         (
             dict(contrasts={"x": ["lora"]}),
             r"study.contrasts.x=\['lora'\]: expected two arms of lora",
@@ -38,22 +39,22 @@ TWO = {"lora": ["adapter=lora"], "b": ["adapter=cera"]}
             dict(bases={"a": ["adapter.activation=relu"]}),
             "study.bases: an arm sets adapter.activation too. Keep one",
         ),
-        (dict(tune={}), "study.tune={}: name what each arm may choose"),
+        (dict(tune={}), "study.tune={}: dictionary should have at least 1 item"),
         (dict(tune={"adapter.r": [4]}), "study.conditions.adapter.r: study.tune sets it too"),
         (
             dict(tune={"adapter.activation": ["silu"]}),
             "study.tune.adapter.activation: an arm sets it",
         ),
         (
-            dict(tune_seeds=0),
-            "study.tune_seeds=0: the first of study.seeds=2 choose, and the others are compared",
+            dict(tune_seeds=2),
+            "study.tune_seeds=2: the first of study.seeds=2 choose, and the others are compared",
         ),
     ],
     ids=str,
 )
 def test_a_section_that_could_not_answer_is_refused(study_section, changes, message):
     with pytest.raises(UserError, match=message):
-        StudyConfig(**study_section | {"contrasts": {}} | changes)
+        checked(StudyConfig, study_section | {"contrasts": {}} | changes, "study")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_every_base_of_a_study_is_planned(plan_command):
     [
         (
             "plan.spread={loss:[0.01,0.02]}",
-            "plan.spread={'loss': [0.01, 0.02]}: expected three standard deviations",
+            "plan.spread.loss=[0.01,0.02]: list should have at least 3 items",
         ),
         (
             "plan.spread={math:[0.01,0,0]}",

@@ -9,7 +9,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from cera_train.cli.config import register_configs
+from cera_train.cli.help import register_configs
 from cera_train.common.files import config_dir, options
 from cera_train.planning.plan import RunPlan
 from cera_train.settings.run import Config

@@ -14,7 +14,6 @@ from tiny_runs import adapter_bytes, all_losses_of, folder_of, metrics_of, train
 
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
-from cera_train.sweep.grid import check_inputs
 from cera_train.training.resolve import resolve
 from cera_train.training.train import train
 
@@ -286,12 +285,6 @@ def test_dropout_is_off(dpo, tmp_path):
     _, gradients = run.backward([0, 1, 4, 5])
     _, again = run.backward([0, 1, 4, 5])
     torch.testing.assert_close(again, gradients, rtol=0, atol=0)
-
-
-def test_dropout_is_refused_before_a_run(dpo, tmp_path):
-    config = dpo("adapter.dropout=0.1")
-    with pytest.raises(UserError, match=r"adapter.dropout=0.1: train.objective=dpo turns dropout"):
-        check_inputs(config, tmp_path / "run")
 
 
 def test_the_rows_have_to_fit_the_objective(dpo, write_jsonl):

@@ -47,10 +47,8 @@ def check_settings(config: AdapterConfig) -> None:
             )
     targets = config.target_modules
     adapts_experts = config.experts or config.target_parameters
-    is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    is_chosen = bool(targets) and (is_list or isinstance(targets, str))
     require(
-        is_chosen
+        bool(targets)
         or (targets is None and not kind.needs_targets)
         or (targets == [] and bool(adapts_experts)),
         f"adapter.target_modules={targets!r} must be a list of module names, a regular expression "

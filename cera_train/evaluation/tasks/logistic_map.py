@@ -12,11 +12,10 @@ from pydantic import Field
 from cera_train.data.chats import uses_template
 from cera_train.data.computed import logistic_map_row, starting_points
 from cera_train.data.segments import segmenters
-from cera_train.evaluation.tasks.task import AnswerTask, Metric, Task, mean, question_id
+from cera_train.evaluation.tasks.task import AnswerTask, Metric, mean, question_id
 from cera_train.runs.evaluation_folder import CHAT, COLLAPSED, Generation, Grade, Problem
 from cera_train.runs.records import Record
-from cera_train.settings.data import DataConfig, Layout, TrainedRows, as_list, check_growths
-from cera_train.settings.evaluation import TaskConfig
+from cera_train.settings.data import DataConfig, Layout, TrainedRows, as_list
 
 # starting points for a model that was not trained on this task: those of
 # conf/data/logistic_map.yaml
@@ -30,9 +29,6 @@ class StepGrades(Record, extra="allow"):
 
 
 class LogisticMap(AnswerTask):
-    def configured(self, config: TaskConfig) -> Task:
-        check_growths("task.growths", config.growths)
-        return super().configured(config)
 
     def problems(self, trained: TrainedRows, tokenizer: Any = None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out, in its first data set of

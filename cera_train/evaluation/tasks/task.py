@@ -18,12 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError, errors_at
-from cera_train.common.files import config_dir, read_yaml
+from cera_train.common.files import config_dir, options, read_yaml
 from cera_train.common.settings import flatten, require
 from cera_train.data.rows import Row, Source, from_files, normalized, text_of
 from cera_train.data.segments import columns_of
@@ -31,6 +28,7 @@ from cera_train.data.sources import from_hub, open_sources
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import UNKNOWN, DataConfig, TrainedRows
 from cera_train.settings.evaluation import TaskConfig
+from cera_train.settings.values import checked
 
 
 @dataclass(frozen=True)
@@ -277,13 +275,9 @@ def training_task(name: str, changes: Mapping[str, Any]) -> AnswerTask:
     Raises:
         UserError: a change is no setting of the task, or the task has no answers to grade.
     """
+    file = _file(name)
     with errors_at(f"train.task_settings.{name}"):
-        try:
-            schema = OmegaConf.structured(TaskConfig)
-            config = OmegaConf.to_object(OmegaConf.merge(schema, _file(name), dict(changes)))
-        except OmegaConfBaseException as error:
-            raise UserError(f"{str(error).splitlines()[0]}. See conf/task/{name}.yaml.") from error
-        task = build_task(config)
+        task = build_task(checked(TaskConfig, file | dict(changes), "task"))
     if not isinstance(task, AnswerTask):
         raise UserError(
             f"train.tasks=[{name}] has no answers to grade: leave it to cera-eval, after training."
@@ -300,6 +294,10 @@ def task_figures(name: str, changes: Mapping[str, Any] | None = None) -> dict[st
 
 
 def _file(name: str) -> dict[str, Any]:
+    require(
+        name in options("task"),
+        f"train.tasks=[{name}]: there is no such task: choose from {', '.join(options('task'))}.",
+    )
     return read_yaml(config_dir("conf") / "task" / f"{name}.yaml")
 
 

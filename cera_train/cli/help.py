@@ -1,0 +1,80 @@
+"""The first step of every command: it prints its help, which needs the settings alone, or imports
+what runs it."""
+
+import functools
+import os
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf, open_dict
+
+from cera_train.cli.mistakes import SCHEMAS, for_hydra
+from cera_train.common.files import config_dir, options
+from cera_train.common.settings import choices_of, quoted
+from cera_train.distributed.processes import join_slurm_step
+
+
+def run_command(program: str, path: str) -> None:
+    """Calls the function of a command, by its import path, or prints the command's help."""
+    join_slurm_step(os.environ)
+    if program in SCHEMAS and {"--help", "-h"} & set(sys.argv):
+        print_help(program)
+    else:
+        pkgutil.resolve_name(path)()
+
+
+def config_name(program: str) -> str:
+    """The file of conf/ that a command composes."""
+    return "config" if program == "cera-train" else program.removeprefix("cera-")
+
+
+@functools.cache
+def register_configs(*recipes: str) -> None:
+    """Stores the schemas and these recipes with Hydra; a recipe `name` is then `+recipe=name`.
+    ${options:group} in a help text lists the group's choices, and ${half:${adapter.r}} is half of a
+    number."""
+    OmegaConf.register_new_resolver("half", lambda number: number / 2, replace=True)
+    OmegaConf.register_new_resolver("options", lambda group: " ".join(options(group)), replace=True)
+    store = ConfigStore.instance()
+    for program, schema in SCHEMAS.items():
+        store.store(
+            group="schema", name=program.removeprefix("cera-"), node=schema, package="_global_"
+        )
+    for name in recipes:
+        node = OmegaConf.load(config_dir("recipes") / f"{name}.yaml")
+        store.store(group="recipe", name=name, node=node, package="_global_")
+
+
+def print_help(program: str) -> None:
+    """Prints a command's `hydra.help.template` with its config. Hydra's own --help takes four
+    seconds."""
+    words = for_hydra(program, sys.argv[1:])
+    overrides = [word for word in words if not word.startswith("-")]
+    for folder in [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]:
+        path = quoted(f"file://{Path(folder).absolute()}")
+        overrides.append(f"hydra.searchpath=[{path}]")
+    register_configs(*(name for name in options("recipe") if f"+recipe={name}" in overrides))
+    with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
+        config = hydra.compose(config_name(program), overrides, return_hydra_config=True)
+    template = config.hydra.help.template
+    with open_dict(config):
+        del config["hydra"]
+    yaml = with_choices(OmegaConf.to_yaml(config), SCHEMAS[program])
+    print(template.replace("$CONFIG", yaml))
+
+
+def with_choices(yaml: str, schema: type) -> str:
+    """A config's text with the words that a setting may have beside it."""
+    lines = []
+    path: list[str] = []
+    for line in yaml.splitlines():
+        if key := re.match(r"( *)(\w+):", line):
+            path[len(key[1]) // 2 :] = [key[2]]
+            if choices := choices_of(schema, ".".join(path)):
+                line += f"  # {' | '.join(choices)}"
+        lines.append(line)
+    return "\n".join(lines) + "\n"

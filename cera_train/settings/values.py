@@ -1,0 +1,121 @@
+"""Values that a setting may have, and the check of a whole config. OmegaConf reads the plain type
+of an `Annotated` one, pydantic its constraint."""
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    TypeAdapter,
+    ValidationError,
+)
+
+from cera_train.common.errors import UserError
+from cera_train.common.settings import AUTO, word_of
+
+T = TypeVar("T")
+
+LONGEST_NAME = (
+    200  # bytes; a file system takes 255, and a folder is written under a longer name first
+)
+
+
+class Settings:
+    """Base of the dataclasses that hold settings."""
+
+    __pydantic_config__ = ConfigDict(
+        extra="forbid", coerce_numbers_to_str=True, validate_default=True
+    )
+
+
+def checked(schema: type[T], tree: Mapping[str, Any], section: str = "") -> T:
+    """The settings in a tree of plain values.
+
+    Args:
+        section: that these settings are, for messages; empty for a whole config.
+
+    Raises:
+        UserError: with the key, the value and the reason.
+    """
+    try:
+        return _adapter(schema).validate_python(tree)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, UserError):  # two settings do not fit each other
+            raise cause from error
+        reason = str(cause) if cause else problem["msg"][:1].lower() + problem["msg"][1:]
+        key = ".".join(map(str, (section, *problem["loc"]))).removeprefix(".")
+        raise UserError(f"{key}={word_of(problem['input'])[:80]}: {reason}.") from error
+
+
+@functools.cache
+def _adapter(schema: type) -> TypeAdapter:
+    return TypeAdapter(schema)
+
+
+# --- types ----------------------------------------------------------------------------------------
+
+
+def read_as(kind: Any) -> Any:
+    """A type that OmegaConf takes any value for, such as a dict with new names."""
+    return Annotated[Any, GetPydanticSchema(lambda _, handler: handler.generate_schema(kind))]
+
+
+def check_rate(rate: Any) -> Any:
+    is_number = type(rate) in (int, float) and 0 < rate < math.inf
+    if rate != AUTO and not is_number:
+        raise ValueError("expected a positive number, or auto")
+    return rate
+
+
+def check_growths(growths: Any) -> Any:
+    """One growth r of x' = r x (1 - x), which leaves [0, 1] above 4, or several."""
+    numbers = growths if isinstance(growths, list) else [growths]
+    if not all(type(growth) in (int, float) and 0 < growth <= 4 for growth in numbers):
+        raise ValueError("expected numbers above 0 and up to 4")
+    return growths
+
+
+def check_targets(targets: Any) -> Any:
+    is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    if not (is_list or targets is None or isinstance(targets, str)):
+        raise ValueError("expected a list of module names, a regular expression or all-linear")
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+    except re.error as error:
+        raise ValueError(f"it is not a regular expression: {error}") from error
+    return targets
+
+
+def check_folder_name(name: str) -> str:
+    """A name that breaks no line and controls no terminal when it is printed."""
+    is_short = len(name.encode(errors="replace")) <= LONGEST_NAME
+    is_plain = name.isprintable() and not set(name) & set("/\\")
+    if not (is_short and is_plain) or name in ("", ".", ".."):
+        raise ValueError(
+            "expected the name of one folder, without a slash or a line break and of at most "
+            f"{LONGEST_NAME} bytes"
+        )
+    return name
+
+
+Filled = Field(min_length=1)
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Part = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[Any, AfterValidator(check_rate)]
+Growths = Annotated[Any, AfterValidator(check_growths)]
+Targets = Annotated[Any, AfterValidator(check_targets)]
+Address = Annotated[str, Field(pattern=r"^https?://[\w.:\[\]-]+(/\S*)?$")]
+FolderName = Annotated[str, AfterValidator(check_folder_name)]
+Processes = Annotated[str, Field(pattern="^(auto|[1-9][0-9]*)$")]
+Repository = Annotated[str, Field(pattern=r"^([\w.-]+/)?[\w.-]{1,96}$")]
+NamedValues = read_as(dict[str, Any] | None)
+NamedSections = read_as(dict[str, dict[str, Any] | None] | None)
