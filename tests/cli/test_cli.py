@@ -276,7 +276,7 @@ def test_every_setting_carries_the_mark_of_what_it_changes():
         kind
         for module in modules
         for kind in vars(module).values()
-        if dataclasses.is_dataclass(kind)
+        if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__
     }
     assert len(kinds) >= 15
     for kind in kinds:
