@@ -20,7 +20,6 @@ from evaluated_runs import (
     contents,
     evaluate,
     read,
-    resolve,
     tiny_path,
 )
 from safetensors.torch import load_file, save_file
@@ -29,6 +28,7 @@ from transformers import AutoModelForCausalLM
 from cera_train.common.errors import UserError
 from cera_train.data.computed import logistic_map_rows
 from cera_train.evaluation import engine
+from cera_train.evaluation.evaluate import resolve_evaluation
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Answer
 from cera_train.evaluation.tasks import gsm8k
@@ -131,7 +131,7 @@ def test_interrupted_equals_uninterrupted(
 
 def test_samples_give_pass_at_k_for_every_k(eval_config, write_answers, capsys):
     """Problem i has i right answers of 3."""
-    problems = resolve(eval_config("task.limit=4")).problems
+    problems = resolve_evaluation(eval_config("task.limit=4")).problems
     right = {
         (problem.id, sample): problem.gold
         for index, problem in enumerate(problems)
@@ -187,7 +187,7 @@ def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(
     3.2."""
     config = eval_config(task="logistic_map")
     data = load_config(run / "config.yaml").data
-    problems = {problem.id: problem for problem in resolve(config).problems}
+    problems = {problem.id: problem for problem in resolve_evaluation(config).problems}
     assert len(problems) == 3 * 20
     _, held_out = logistic_map_rows(data.logistic_map, data.eval_rows)
     asked = {problem.prompt for problem in problems.values() if problem.details["growth"] == 3.5}

@@ -29,7 +29,6 @@ class StepGrades(Record, extra="allow"):
 
 
 class LogisticMap(AnswerTask):
-
     def problems(self, trained: TrainedRows, tokenizer: Any = None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out, in its first data set of
         such rows. The chat template writes the prompts where it wrote the rows of the run."""
