@@ -177,8 +177,7 @@ def _size_of_mix(config: DataConfig, sizes: Sequence[DataSize]) -> DataSize:
 
 def count_problems(name: str, config: Config, data: DataSize) -> int:
     """The number of problems of one of `train.tasks`. Local files are read and computed problems
-    made; for a task of the Hub the facts about its rows count. Raises UserError where the number is
-    neither known nor limited."""
+    made; a task of the Hub counts up to its limit. Raises UserError without any."""
     task = training_task(name, config.train.changes_of_task(name))
     settings = task.config
     place = f"train.tasks=[{name}]"
@@ -188,9 +187,7 @@ def count_problems(name: str, config: Config, data: DataSize) -> int:
         with errors_at(place):
             return len(load_problems(task, config.trained_rows))
     else:
-        facts = facts_of(settings.path)
-        has_count = facts is not None and settings.level is None
-        known = facts.eval_rows if has_count else settings.limit
+        known = settings.limit
     require(
         known is not None,
         f"{place}: the number of its problems is unknown: set train.task_settings.{name}.limit, or "

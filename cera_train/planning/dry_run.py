@@ -89,7 +89,7 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
     # Flash kernels may need a package or a GPU that this machine lacks; sdpa keeps as much.
     wanted = "eager" if model.attn_implementation == "eager" else "sdpa"
     dtype = getattr(torch, choose_precision(model.dtype, cuda=False).value)
-    with errors_of_architecture(model, architecture.model_type), torch.device("meta"):
+    with errors_without_weights(model), torch.device("meta"):
         base = auto_class(architecture).from_config(
             architecture,
             dtype=dtype,
@@ -109,7 +109,7 @@ def architecture_of(model: ModelConfig) -> PretrainedConfig:
 
 
 @contextlib.contextmanager
-def errors_of_architecture(model: ModelConfig, model_type: str) -> Iterator[None]:
+def errors_without_weights(model: ModelConfig) -> Iterator[None]:
     """Turns any error that the code of an architecture raises without weights into a UserError."""
     try:
         yield
@@ -118,8 +118,8 @@ def errors_of_architecture(model: ModelConfig, model_type: str) -> Iterator[None
     except Exception as error:
         reason = " ".join(str(error).split("\n")[0].split())
         raise UserError(
-            f"model.path={model.path}: cera-plan cannot run a model of type {model_type} without "
-            f"its weights ({type(error).__name__}: {reason})."
+            f"model.path={model.path}: cera-plan cannot run this model without its weights "
+            f"({type(error).__name__}: {reason})."
         ) from error
 
 
@@ -312,8 +312,7 @@ class DryRun:
         Args:
             tensors: the mode of fake tensors, or nothing for those on the meta device.
         """
-        errors = errors_of_architecture(self.config.model, self.base.config.model_type)
-        with errors, tensors, self.meter:
+        with errors_without_weights(self.config.model), tensors, self.meter:
             yield
 
     def update(self, batch: MicroBatch) -> Reading:

@@ -9,7 +9,6 @@ from torch.utils.benchmark import Timer
 
 from cera_train.adapters.build import check
 from cera_train.adapters.families import title
-from cera_train.common.settings import require
 from cera_train.common.terminal import announce
 from cera_train.model.batches import RowOrder
 from cera_train.model.folder import check_length
@@ -35,11 +34,6 @@ reached with CeRA (with LoRA 0.38: its dropout runs over the whole input of a pr
 def estimate(config: PlanRun) -> RunPlan:
     """The plan of a run. Raises UserError where it cannot be planned."""
     on_gpu = config.plan.on_gpu
-    require(
-        on_gpu or config.plan.gpus == 1,
-        f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes "
-        "all its threads. Leave plan.gpus at 1.",
-    )
     check(config.adapter)
     data = data_size(config)
     problems = {name: count_problems(name, config, data) for name in config.train.tasks}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cera_train.common.libraries import heavy_imports
+from cera_train.common.settings import require
 from cera_train.settings.run import GpuKind, PlanRun
 
 if TYPE_CHECKING:
@@ -103,6 +104,11 @@ plan."""
 
 def make_plan(config: PlanRun) -> RunPlan:
     """Plans a run. Raises UserError where it cannot be planned, or the run would refuse it."""
+    require(
+        config.plan.on_gpu or config.plan.gpus == 1,
+        f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes "
+        "all its threads. Leave plan.gpus at 1.",
+    )
     train = replace(config.train, seed=0)
     sections = [config.model, config.adapter, config.data, train, config.work, config.grpo]
     key = repr([*sections, config.optimizer.kind, config.distributed, config.plan])

@@ -450,7 +450,8 @@ def test_a_plan_runs_here_whatever_launcher_a_sweeps_file_chooses(tmp_path, run_
 
 def test_a_sweep_for_slurm_is_planned_by_the_same_settings(run_command, capfd):
     words = ["hydra/launcher=slurm_gpu", "hydra.launcher.partition=gpu", "launch.detach=true"]
-    assert run_command("cera-plan", "-m", "adapter.r=4,8", "model=smollm2_135m", *words) == 0
+    words += ["model=smollm2_135m", "plan.tokens_per_row=37"]
+    assert run_command("cera-plan", "-m", "adapter.r=4,8", *words) == 0
     assert "adapter.r=8" in capfd.readouterr().out
 
 

@@ -236,11 +236,11 @@ def test_every_file_of_conf_model_has_the_shape_of_its_config_json(compose):
         (json.dumps({"model_type": "no_such_type"}), "cannot be loaded .*no_such_type"),
         (
             json.dumps({"model_type": "t5"}),
-            "cera-plan cannot run a model of type t5 without its weights",
+            "cera-plan cannot run this model without its weights",
         ),
         (
             json.dumps({"model_type": "vit"}),
-            "cera-plan cannot run a model of type vit without its weights .ValueError",
+            "cera-plan cannot run this model without its weights .ValueError",
         ),
         (
             json.dumps({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "new"}),
@@ -271,7 +271,7 @@ def test_a_model_that_needs_values_is_refused_in_one_line(compose, tmp_path):
     )
     overrides = [f"model.path={tmp_path}", "adapter.target_modules=[kv_proj]", "adapter.r=4"]
     with pytest.raises(
-        ValueError, match="cannot run a model of type jetmoe without its weights .Runtime"
+        ValueError, match="cannot run this model without its weights .Runtime"
     ) as refused:
         DryRun(compose("+recipe=logistic_map", "model.dtype=float32", *overrides, command="plan"))
     assert "\n" not in str(refused.value)
