@@ -31,11 +31,10 @@ from unittest.mock import patch
 
 import peft
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from benchmarks.tiny_models import MODEL_TYPES, tiny_model
+from benchmarks.tiny_models import MODEL_TYPES, byte_tokenizer, tiny_model
 from cera_train.adapters import build as adapters
 from cera_train.adapters import saved
 from cera_train.adapters.targets import linear_names
@@ -96,7 +95,10 @@ class Subject:
     def path(self) -> str:
         """A folder with a model and a tokenizer."""
         self.base().save_pretrained(self.folder)
-        make_tokenizer().save_pretrained(self.folder)
+        tokenizer = byte_tokenizer(
+            "<s>", "</s>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+        )
+        tokenizer.save_pretrained(self.folder)
         return str(self.folder)
 
     def adapted(
@@ -113,17 +115,6 @@ class Subject:
         language_model = LanguageModel(model, base)
         choose_layout(layout, language_model, CPU)
         return language_model.eval()  # without the dropout that some types have by default
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, a start and an end."""
-    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    bpe = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
 
 
 def batch_for(language_model: LanguageModel) -> Batch:

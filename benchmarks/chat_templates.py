@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.tiny_models import byte_tokenizer
 from cera_train.common.errors import UserError
 from cera_train.data.segments import segmenter
 from cera_train.settings.data import DataConfig
@@ -97,18 +97,15 @@ def originals(folder: Path) -> dict[str, str]:
 
 def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
     """A tokenizer of bytes to which the template's tags are special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<s>", "</s>", *sorted({*TAG.findall(template)} - {"<s>", "</s>"})]
-    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
-    bytewise = Tokenizer(models.BPE(vocabulary, []))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bytewise,
+    tags = sorted({*TAG.findall(template)} - {"<s>", "</s>"})
+    return byte_tokenizer(
+        "<s>",
+        "</s>",
+        *tags,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="</s>",
-        extra_special_tokens=special[2:],
+        extra_special_tokens=tags,
         chat_template=template,
     )
 

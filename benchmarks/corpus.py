@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.tiny_models import byte_tokenizer
 from cera_train import __version__
 
 ARCHIVE = Path(f"tests/compatibility/{__version__}.tar.gz")
@@ -75,14 +75,7 @@ def without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
 
 def write_base(folder: Path) -> None:
     """A random Llama of bytes."""
-    vocabulary = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<s>", "</s>", *vocabulary]
-    bytes_only = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
+    tokenizer = byte_tokenizer("<s>", "</s>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -24,12 +24,12 @@ from pathlib import Path
 
 import reasoning_gym
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.one_projection import Data, even
+from benchmarks.tiny_models import byte_tokenizer
 
 FOLDER = Path("outputs/ground_truth")
 SIZES = dict(
@@ -125,11 +125,7 @@ def marked(rows: Iterable[Row], marks: Iterable[str], seed: int = SEED) -> list[
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A token for each byte, and one for the end."""
-    alphabet = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    letters = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    letters.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>", pad_token="</s>")
+    return byte_tokenizer("</s>", eos_token="</s>", pad_token="</s>")
 
 
 def make_base(

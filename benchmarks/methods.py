@@ -24,7 +24,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import peft
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.tiny_models import byte_tokenizer
+from cera_train.adapters.methods import usable_methods
+from cera_train.adapters.saved import attach, is_adapter, keeps_base
+from cera_train.cli.compose import compose
 from cera_train.common.errors import UserError
+from cera_train.common.files import options
+from cera_train.planning.make import make_plan
+from cera_train.runs.subject import find_subject
+from cera_train.serving.export import export_run
+from cera_train.settings.adapters import Activation, DropoutOn, Init, Mix
+from cera_train.training.build import build_data
+from cera_train.training.train import train as train_run
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"
@@ -85,10 +103,6 @@ class Case:
 def peft_cases() -> Iterator[Case]:
     """Every type of the installed PEFT, as it stands and with each of its variants. A type that is
     refused has no variants."""
-    import peft
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    from cera_train.adapters.methods import usable_methods
 
     for kind in sorted(set(peft.PeftType), key=str):
         if kind.value == "CERA":
@@ -117,8 +131,6 @@ def peft_case(name: str, has_rank: bool, settings: dict[str, Any]) -> Case:
 def variants(config_class: type) -> dict[str, dict[str, Any]]:
     """Name -> settings of each variant: a switch the other way, another word of a choice, a start
     or a variant of LoRA with a config of its own."""
-    import peft
-    from peft.tuners.lora import LoraLayer
 
     general = {field.name for field in dataclasses.fields(peft.PeftConfig)}
     hints = typing.get_type_hints(config_class)
@@ -152,8 +164,6 @@ def words_of(annotation: Any) -> list[str]:
 
 def our_cases() -> Iterator[Case]:
     """What conf/adapter has, CeRA's variants, and its experts."""
-    from cera_train.common.files import options
-    from cera_train.settings.adapters import Activation, DropoutOn, Init, Mix
 
     changed = {"dense": ("adapter.r=null",), "full": ("adapter.r=null",)}
     changed["randlora"] = ("adapter.alpha=80",)
@@ -172,24 +182,15 @@ def our_cases() -> Iterator[Case]:
 
 def make_base(folder: Path, kind: str) -> Path:
     """A random model of two layers, 32 wide, with a tokenizer of letters."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     path = folder / kind
     if path.exists():
         return path
-    letters = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    vocabulary = {letter: number for number, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(path)
+    tokenizer = byte_tokenizer("</s>", eos_token="</s>", pad_token="</s>")
+    tokenizer.save_pretrained(path)
     config = AutoConfig.for_model(
         kind,
-        vocab_size=len(letters),
+        vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
         moe_intermediate_size=16,
@@ -261,15 +262,13 @@ def figures(run: Path, name: str) -> list[float]:
 
 def train(case: Case, folder: Path, *words: str) -> Path:
     """Trains a case; returns the run's folder."""
-    from cera_train.cli.compose import compose
-    from cera_train.training.train import train as run
 
     config = compose(*words_of_case(case, folder, *words))
     path = folder / config.name
     if (path / "result.json").exists():
         shutil.rmtree(path)
     with contextlib.redirect_stdout(io.StringIO()):
-        run(config)
+        train_run(config)
     return path
 
 
@@ -289,19 +288,15 @@ def resumes(case: Case, folder: Path) -> None:
     shutil.copytree(folder / "one", cut)
     (cut / "result.json").unlink()
     shutil.rmtree(cut / "checkpoints" / "4")
-    from cera_train.cli.compose import compose
-    from cera_train.training.train import train as run
 
     with contextlib.redirect_stdout(io.StringIO()):
-        run(compose(*words_of_case(case, folder, "name=cut")))
+        train_run(compose(*words_of_case(case, folder, "name=cut")))
     for path in sorted((folder / "one" / "adapter").glob("*.safetensors")):
         same = path.read_bytes() == (cut / "adapter" / path.name).read_bytes()
         check(same, f"{path.name} differs")
 
 
 def plans(case: Case, folder: Path) -> None:
-    from cera_train.cli.compose import compose
-    from cera_train.planning.plan import make_plan
 
     config = compose(*words_of_case(case, folder), "plan.gpu=cpu", command="plan")
     plan = make_plan(config)
@@ -324,9 +319,6 @@ def trains_over_4_bits(case: Case, folder: Path) -> None:
 
 
 def loads(case: Case, folder: Path) -> None:
-    import peft
-
-    from cera_train.adapters.saved import attach
 
     run = folder / "one"
     expected = held_out_losses(run)
@@ -340,7 +332,6 @@ def loads(case: Case, folder: Path) -> None:
 
 
 def base_comes_back(case: Case, folder: Path) -> None:
-    from cera_train.adapters.saved import attach, is_adapter, keeps_base
 
     model = attach(load_base(case, folder), folder / "one" / "adapter")
     check(is_adapter(model), "trains the base")
@@ -352,7 +343,6 @@ def base_comes_back(case: Case, folder: Path) -> None:
 
 
 def merges(case: Case, folder: Path) -> None:
-    from cera_train.adapters.saved import attach, is_adapter
 
     run = folder / "one"
     model = attach(load_base(case, folder), run / "adapter")
@@ -366,9 +356,6 @@ def merges(case: Case, folder: Path) -> None:
 
 
 def export(run: Path) -> None:
-    from cera_train.cli.compose import compose
-    from cera_train.runs.subject import find_subject
-    from cera_train.serving.export import export_run
 
     config = compose(f"run={run}", "at_most=9", "calibration_tokens=200", command="export")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -376,8 +363,6 @@ def export(run: Path) -> None:
 
 
 def load_base(case: Case, folder: Path) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(make_base(folder, case.base), dtype=torch.float32)
     return base.requires_grad_(False).eval()
@@ -385,7 +370,6 @@ def load_base(case: Case, folder: Path) -> Any:
 
 def losses_of(model: Any, folder: Path) -> Any:
     """The losses of the held-out tokens, a row at a time, by transformers alone."""
-    import torch
 
     losses = []
     for row in json.loads((folder / "held_out.json").read_text()):
@@ -400,15 +384,12 @@ def losses_of(model: Any, folder: Path) -> Any:
 
 
 def held_out_losses(run: Path, when: str = "after") -> Any:
-    from safetensors.torch import load_file
 
     return load_file(run / f"losses_{when}.safetensors")["losses"]
 
 
 def write_held_out(folder: Path) -> None:
     """The held-out rows as the runs read them."""
-    from cera_train.cli.compose import compose
-    from cera_train.training.build import build_data
 
     rows = build_data(compose(*words_of_case(Case("", ()), folder))).rows.evaluation
     written = [

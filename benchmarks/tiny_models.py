@@ -6,7 +6,13 @@ import re
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CONFIG_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cera_train.model.weights import auto_class
@@ -75,6 +81,15 @@ def _draw(model: PreTrainedModel) -> None:
     for weight in model.parameters():
         if weight.ndim > 1 or not weight.any():
             weight.normal_(std=0.2)
+
+
+def byte_tokenizer(*special: str, **settings: Any) -> PreTrainedTokenizerFast:
+    """A token for each of these, then one for each byte."""
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bytewise = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytewise, **settings)
 
 
 # --- candidates -----------------------------------------------------------------------------------

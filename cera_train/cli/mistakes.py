@@ -270,6 +270,11 @@ def explain_composition(error: Exception, program: str) -> str | None:
             )
         case HydraException() | OmegaConfBaseException():
             return _describe(error, SCHEMAS[program])
+        case AssertionError() if "Unexpected type" in str(error):  # OmegaConf's
+            return (
+                "a setting stands inside a section that is null, such as data.mix: write the "
+                "section as a whole, as in 'data.mix={a: {path: gsm8k}}', or in a file of conf/."
+            )
     return None
 
 
