@@ -84,6 +84,7 @@ MISTAKES = [
     ("cera-train data.streaming=true", "does nothing here", "for a data set on the Hub. Leave"),
     ("cera-plan distributed.timeout=60", "does nothing here", "for cera-train, "),
     # a value that makes no sense
+    ("cera-train data.facts.of=a", "inside a section that is null", "as a whole"),
     (
         "cera-train data.mix=[{train_files:[a.jsonl],wieght:1}]",
         "override 'data.mix'",
