@@ -273,7 +273,8 @@ def explain_composition(error: Exception, program: str) -> str | None:
         case AssertionError() if "Unexpected type" in str(error):  # OmegaConf's
             return (
                 "a setting stands inside a section that is null, such as data.mix: write the "
-                "section as a whole, as in 'data.mix=[{train_files: [a.jsonl]}]', or in a file of conf/."
+                "section as a whole, as in 'data.mix=[{train_files: [a.jsonl]}]', or in a file of "
+                "conf/."
             )
     return None
 
