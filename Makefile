@@ -25,8 +25,8 @@ test-laptop:  ## run the fast tests as a laptop would: on AVX2, in float32
 test-all: test  ## run also the tests that start and kill processes, fill disks, or train the real model
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not nightly"
 
-test-nightly: $(VENV)/.installed-test $(VENV)-serving/.installed  ## run what the others leave out: random kills, all families, all variants
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "nightly and not serving"
+test-nightly: $(VENV)/.installed-test $(VENV)-serving/.installed  ## run what the others leave out: 300 random rows of choices, random kills, all families, all variants
+	CERA_SEED=$$(date +%s) $(BIN)/python -m pytest -n 2 --dist worksteal -m "nightly and not serving"
 	$(VENV)-serving/bin/python -m pytest -W default -m "nightly and serving" tests/serving
 
 test-serving: $(VENV)-serving/.installed  ## run the tests that serve adapters by a real vLLM, in an environment of 4 GB

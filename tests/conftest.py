@@ -96,6 +96,10 @@ def templates_compiled_once() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def configs_parsed_once() -> None:
+    parse_configs_once()
+
+
+def parse_configs_once() -> None:
     """Hydra parses every file and copies every schema at each composition, of which a test has up
     to thirty."""
     import yaml
