@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -100,15 +99,8 @@ class Answering(LoadedModel):
         return sorted(answers, key=lambda answer: int(answer.problem))
 
 
-def measure(
-    file: Path, rounds: int, problems: int = 64, max_new_tokens: int = 96
-) -> tuple[list[Target], dict[str, Any]]:
-    """Ours beside the library's best.
-
-    Returns:
-        The target, and all that was found: seconds of every round, lengths of the answers, how many
-        are equal.
-    """
+def measure(file: Path, rounds: int, problems: int = 64, max_new_tokens: int = 96) -> list[Target]:
+    """Ours beside the library's best."""
     quiet_libraries()
     answering = Answering(AdapterKind.cera)
     requests = answering.requests(file, problems)
@@ -134,14 +126,8 @@ def measure(
         f"{sum(answer.truncated for answer in answers['ours'])} cut; best: {best} at once; {equal} "
         "equal both ways (in bfloat16, rounding follows from the batch)"
     )
-    found = {"seconds": seconds, "lengths": lengths, "equal": equal, "problems": len(requests)}
-    return [
-        Target(
-            "evaluation, generate at its best / ours",
-            ratios(seconds[best], seconds["ours"]),
-            SPEEDUP,
-        )
-    ], found
+    speedups = ratios(seconds[best], seconds["ours"])
+    return [Target("evaluation, generate at its best / ours", speedups, SPEEDUP)]
 
 
 def step_seconds(adapter: Answering, requests: Sequence[Request], tokens: int = 24) -> float:
@@ -162,26 +148,25 @@ def step_seconds(adapter: Answering, requests: Sequence[Request], tokens: int = 
 def decoding(
     file: Path,
     rounds: int,
-    batches: Sequence[int] = BATCHES,
     path: str = PACKAGE,
     device: str = "cpu",
-) -> tuple[list[Target], dict[str, dict[int, list[float]]]]:
+) -> dict[str, dict[int, list[float]]]:
     """What an adapter costs that is not merged: steps of CeRA beside those of the base, which are
     those of a merged LoRA, by the number of rows; in turn on a CPU, one after the other on a GPU.
 
     Returns:
-        The target, and the seconds of a step in every round.
+        Adapter -> rows -> the seconds of a step in every round.
     """
     quiet_libraries()
     kinds = {MERGED: None, "CeRA": AdapterKind.cera}
     steps: dict[str, dict[int, list[float]]] = {
-        name: {rows: [] for rows in batches} for name in kinds
+        name: {rows: [] for rows in BATCHES} for name in kinds
     }
     groups = [[*kinds]] if device == "cpu" else [[name] for name in kinds]
     for group in groups:
         contestants = {name: Answering(kinds[name], path, device) for name in group}
         for number in range(rounds + 1):
-            for rows in batches:
+            for rows in BATCHES:
                 for name, contestant in contestants.items():
                     taken = step_seconds(contestant, contestant.requests(file, 1) * rows)
                     if number:  # the first is a warm-up
@@ -189,17 +174,21 @@ def decoding(
             print(f"decoding, round {number} of {rounds}", file=sys.stderr, flush=True)
         del contestants, contestant  # a GPU may have room for one
     print(
-        f"\n{'new tokens/s by rows in the batch':<34}" + "".join(f"{rows:>8}" for rows in batches)
+        f"\n{'new tokens/s by rows in the batch':<34}" + "".join(f"{rows:>8}" for rows in BATCHES)
     )
     for name, taken in steps.items():
         print(
             f"{name:<34}"
-            + "".join(f"{rows / statistics.median(taken[rows]):>8.0f}" for rows in batches)
+            + "".join(f"{rows / statistics.median(taken[rows]):>8.0f}" for rows in BATCHES)
         )
-    costs = ratios(steps["CeRA"][batches[0]], steps[MERGED][batches[0]])
-    return [
-        Target(f"decoding {batches[0]} row, CeRA / merged LoRA", costs, OVERHEAD, is_least=False)
-    ], steps
+    return steps
+
+
+def measure_decoding(file: Path, rounds: int) -> list[Target]:
+    steps = decoding(file, rounds)
+    costs = ratios(steps["CeRA"][BATCHES[0]], steps[MERGED][BATCHES[0]])
+    name = f"decoding {BATCHES[0]} row, CeRA / merged LoRA"
+    return [Target(name, costs, OVERHEAD, is_least=False)]
 
 
 def word_problems(file: Path, count: int = 64) -> Path:

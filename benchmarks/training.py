@@ -197,7 +197,7 @@ def matmul_peak(work: Work, config: Any, tokens: int) -> float:
     return best
 
 
-def measure(file: Path, name: str, rounds: int) -> tuple[list[Target], dict[str, Any]]:
+def measure(file: Path, name: str, rounds: int) -> list[Target]:
     """Races the contestants; prints their speed and memory.
 
     Args:
@@ -224,14 +224,12 @@ def measure(file: Path, name: str, rounds: int) -> tuple[list[Target], dict[str,
         Target(f"{name}: {CERA} / {other}", ratios(seconds[other], seconds[CERA]), bound)
         for other, bound in AT_LEAST.items()
     ]
-    found["peak_flops"] = matmul_peak(work, config, int(statistics.mean(tokens)))
-    shares = [
-        need / taken / found["peak_flops"] for need, taken in zip(flops, seconds[CERA], strict=True)
-    ]
+    peak = matmul_peak(work, config, int(statistics.mean(tokens)))
+    shares = [need / taken / peak for need, taken in zip(flops, seconds[CERA], strict=True)]
     targets.append(Target(f"{name}: useful FLOPs of the matrix peak", shares, 0.75, unit=""))
     share = memory[CERA] / memory[PUBLISHED]
     targets.append(Target(f"{name}: memory / {PUBLISHED}", [share], 0.8, is_least=False, unit=""))
-    return targets, found
+    return targets
 
 
 def write_first_rows(rows: Path | None, file: Path) -> Path:

@@ -336,7 +336,7 @@ def decoding(place: Place) -> dict[str, Any]:
     """New tokens a second of the base, or LoRA merged into it, and of CeRA, by the rows of a
     batch."""
     file = evaluation.word_problems(place.folder / "problems.jsonl")
-    _, steps = evaluation.decoding(
+    steps = evaluation.decoding(
         file, SIZES[place.size].rounds, path=str(random_model(place)), device=place.device
     )
     return {
