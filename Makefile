@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Python compiles a module when it is first imported: most of what these packages hold never is.
 INSTALL := -m pip install --quiet --no-compile
 
-.PHONY: help quickstart install gpu test test-laptop test-all test-nightly test-peft test-serving test-lowest test-stack lint lock check bench growth architectures methods templates corpus evidence pictures docs clean
+.PHONY: help quickstart install gpu gpu-bundle test test-laptop test-all test-nightly test-peft test-serving test-lowest test-stack lint lock check bench growth architectures methods templates corpus evidence pictures docs clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -60,6 +60,9 @@ bench: $(VENV)/.installed-test  ## measure the targets, in at most 26 minutes on
 
 gpu: $(VENV)/.installed-test  ## accept on a CUDA machine, in pieces of ten minutes that resume; MINUTES=10 stops in time
 	$(BIN)/python -m benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES))
+
+gpu-bundle: $(VENV)/.installed-test  ## write bundle/, which runs the same on a GPU machine that reaches no network
+	$(BIN)/python -m benchmarks.gpu.bundle bundle
 
 growth: $(VENV)/.installed-test  ## measure how time and memory of an update grow
 	$(BIN)/python -m benchmarks.growth

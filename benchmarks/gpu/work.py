@@ -39,6 +39,8 @@ from cera_train.training.train import train
 
 DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 MODEL = "llama3_1_8b"
+TOKENIZER = ROOT / "tokenizer"
+"""SmolLM2's, where `make gpu-bundle` wrote it."""
 ATTENTION = {"cuda": VARLEN, "cpu": BY_SEQUENCE}
 """The fastest by device: a piece fails with any other."""
 WORDS = "the of and to in is that for it as with on by at from this have not are but".split()  # noqa: SIM905
@@ -147,7 +149,8 @@ def random_model(place: Place) -> Path:
             config = LlamaConfig(**shape)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(part, max_shard_size="4GB")  # a file at a time is copied off the GPU
-        load_tokenizer(ModelConfig(path=PACKAGE)).save_pretrained(part)
+        path = str(TOKENIZER) if TOKENIZER.is_dir() else PACKAGE
+        load_tokenizer(ModelConfig(path=path)).save_pretrained(part)
         part.rename(folder)
     return folder
 
