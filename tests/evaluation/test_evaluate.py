@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from cera_train.evaluation import engine
 from cera_train.evaluation.evaluate import resolve_evaluation
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Answer
-from cera_train.evaluation.tasks import gsm8k
 from cera_train.report.comparison import paired_tests
 from cera_train.report.readers import read_runs
 from cera_train.runs.evaluation_folder import ENDINGS, EvaluationFolder, Generation
@@ -167,19 +165,6 @@ def test_answers_that_are_there_are_graded_again_without_a_model(eval_config, ru
     assert read(folder / "grades.jsonl")[0]["exact"]
 
 
-def test_a_grader_that_crashes_counts_as_wrong_and_is_kept(eval_config, run, monkeypatch):
-    def crash(text):
-        raise RecursionError("too deep")
-
-    monkeypatch.setattr(gsm8k, "TASK", replace(gsm8k.TASK, extract=crash))
-    result = evaluate(eval_config("task.limit=2"))
-    assert (result["exact/pass@1"], result["grader_failures"]) == (0.0, 2)
-    assert (
-        read(run / "eval" / "gsm8k" / "grades.jsonl")[0]["failure"]
-        == "crash: RecursionError: too deep"
-    )
-
-
 def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(
     eval_config, run, write_answers, capsys
 ):
@@ -215,21 +200,6 @@ def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(
 # --- what can be evaluated ------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_every_adapter_of_a_run_can_be_evaluated(eval_config, run, tmp_path):
-    """The run's, its best, a checkpoint's, and one that was carried elsewhere. What is measured of
-    best/ and checkpoints/ lies beside them: training replaces these folders."""
-    evaluate(eval_config("task.limit=4"))
-    elsewhere = Path(shutil.copytree(run / "adapter", tmp_path / "elsewhere"))
-    generations = (run / "eval" / "gsm8k" / "generations.jsonl").read_bytes()
-    evaluate(eval_config("task.limit=4", run=run / "checkpoints" / "6"))
-    assert (run / "eval" / "gsm8k-checkpoints-6" / "generations.jsonl").read_bytes() == generations
-    evaluate(eval_config("task.limit=4", *base_settings(run)[:3], run=elsewhere))
-    assert (elsewhere / "eval" / "gsm8k" / "generations.jsonl").read_bytes() == generations
-    assert evaluate(eval_config("task.limit=4", run=run / "best"))["task"] == "gsm8k-best"
-    assert not list(run.glob("*/eval"))
-
-
 @pytest.mark.parametrize(
     ("inside", "name", "part"),
     [
@@ -245,21 +215,6 @@ def test_an_adapter_belongs_to_its_run_wherever_a_command_starts(
     subject = find_subject(eval_config(run=name))
     assert (subject.folder, subject.part) == (run, part)
     assert subject.run == load_config(run / "config.yaml")
-
-
-def test_a_name_and_the_untouched_model_have_folders_of_their_own(eval_config, run):
-    evaluate(eval_config("task.limit=2"))
-    evaluate(eval_config("task.limit=2", r"task.prompt='Q: {question} A:'", "name=short"))
-    evaluate(eval_config("task.limit=2", *base_settings(run), run="base"))
-    base = run.parent / "outputs" / f"base-{Path(tiny_path(run)).name}"
-    folders = [run / "eval" / "gsm8k", run / "eval" / "short", base / "eval" / "gsm8k"]
-    first, short, untouched = (read(folder / "problems.jsonl") for folder in folders)
-    assert (
-        [row["id"] for row in first]
-        == [row["id"] for row in short]
-        == [row["id"] for row in untouched]
-    )
-    assert short[0]["prompt"].startswith("Q: 1 apples")
 
 
 def test_the_untouched_model_is_asked_as_a_run_is(tiny_config, compose, one_verifier, tmp_path):
@@ -467,19 +422,6 @@ def test_rows_that_were_added_after_the_training_are_named(
         printed("task=perplexity")
 
 
-def test_perplexity_on_other_rows(eval_config, questions):
-    with pytest.raises(ValueError, match="task.files holds running text: choose task=forgetting"):
-        evaluate(eval_config(f"task.files=[{questions}]", task="perplexity"))
-    rows = (
-        "data=jsonl",
-        f"data.train_files=[{questions}]",
-        f"data.eval_files=[{questions}]",
-        r"data.prompt='{question}'",
-        r"data.completion=' {answer}'",
-    )
-    assert evaluate(eval_config(*rows, "task.limit=5", task="perplexity"))["rows"] == 5
-
-
 @pytest.mark.parametrize(("limit", "rows"), [(7, 7), (60, 20)])
 def test_a_limit_takes_the_first_held_out_rows_and_never_a_training_row(
     eval_config, run, limit, rows
@@ -518,20 +460,3 @@ def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenize
         UserError, match="forgetting has the perplexity of other rows: a data file changed"
     ):
         evaluate(eval_config(*settings, task="forgetting"))
-
-
-@pytest.mark.parametrize(
-    ("rows", "window", "message"),
-    [
-        ([{"text": ""}], 8, r"^task.files=\[.*text.jsonl\]: the text has no token to predict"),
-        (
-            [{"text": "hello"}, {"question": "?"}],
-            8,
-            r"^\S+text.jsonl(:|, row )2: column 'text' is missing",
-        ),
-    ],
-)
-def test_text_that_cannot_be_predicted_is_refused(eval_config, write_jsonl, rows, window, message):
-    path = write_jsonl("text.jsonl", rows)
-    with pytest.raises(UserError, match=message):
-        evaluate(eval_config(f"task.files=[{path}]", f"task.window={window}", task="forgetting"))

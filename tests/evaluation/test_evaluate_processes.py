@@ -14,14 +14,6 @@ from several_processes import popen
 pytest_plugins = ("evaluated_runs",)
 
 CERA_EVAL = str(Path(sys.executable).parent / "cera-eval")
-TORCHRUN = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc_per_node=2",
-    "--no-python",
-]
 
 
 def output(*command: str, cwd: Path) -> str:
@@ -51,20 +43,6 @@ def test_one_command_shares_the_answers_out_and_prints_once(eval_config, run, qu
     assert two == one | {"task": "two"}
     assert out.count("folder          ") == out.count("evaluate   ") == 1
     assert "1 more at work" in out
-
-
-@pytest.mark.slow
-def test_processes_of_torchrun_are_not_launched_again_and_answer_what_is_missing(
-    eval_config, run, questions, tmp_path
-):
-    evaluate(eval_config("name=one"))
-    one = contents(run / "eval" / "one")
-    lines = one["generations.jsonl"].splitlines(keepends=True)
-    # Cut in the middle of a line.
-    (run / "eval" / "one" / "generations.jsonl").write_bytes(lines[0] + lines[5][:-7])
-    command = answering(run, questions, "launch.processes=3", "name=one")
-    output(*TORCHRUN, *command, cwd=tmp_path)
-    assert contents(run / "eval" / "one") == one
 
 
 @pytest.mark.slow

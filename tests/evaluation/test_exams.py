@@ -3,20 +3,14 @@ notice."""
 
 import json
 import re
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from conftest import TINY
 from evaluated_runs import QUESTIONS, evaluate, read
-from played_vllm import playing_vllm
-from several_processes import train_in_processes
-from tiny_runs import folder_of, train_and_die_after
+from tiny_runs import folder_of
 
-from cera_train.common.errors import UserError
 from cera_train.evaluation.exams import SAMPLE_ROOM, Exams, rows_exam
 from cera_train.runs.evaluation_folder import Generation
-from cera_train.runs.results import SAMPLES, GradedProblem, read_grades
+from cera_train.runs.results import GradedProblem, read_grades
 from cera_train.training.train import train
 
 pytest_plugins = ("evaluated_runs",)
@@ -43,22 +37,11 @@ def learned(config) -> tuple[list, bytes]:
     return [[line.get(name) for name in names] for line in lines], adapter.read_bytes()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        [],
-        pytest.param(
-            ["train.batch_layout=padded", "model.gradient_checkpointing=true"],
-            marks=pytest.mark.nightly,
-        ),
-        pytest.param(["adapter=full", "adapter.r=null"], marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(tiny_config, settings):
+def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(tiny_config):
     """Dropout draws random numbers, and attention runs over flat rows: neither notices the answers
     in between."""
-    plain = tiny_config(*settings, "name=plain")
-    examined = tiny_config(*settings, *TASKS, *SHORT, "name=examined")
+    plain = tiny_config("name=plain")
+    examined = tiny_config(*TASKS, *SHORT, "name=examined")
     train(plain)
     train(examined)
     assert learned(examined) == learned(plain)
@@ -153,34 +136,6 @@ def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_righ
     )
 
 
-def test_samples_without_a_prompt_are_refused(tiny_config, write_jsonl):
-    rows = write_jsonl("text.jsonl", [{"text": f"document {number}"} for number in range(40)])
-    config = tiny_config(
-        "data=jsonl", f"data.train_files=[{rows}]", "data.layout=documents", "train.samples=2"
-    )
-    with pytest.raises(UserError, match="train.samples=2: no held-out row has a prompt"):
-        train(config)
-
-
-def test_a_run_that_was_cut_ends_with_the_figures_and_samples_of_one_that_was_not(
-    tiny_config, half_right
-):
-    whole, cut = (
-        tiny_config(*TASKS, *SHORT, "train.max_updates=8", f"name={name}")
-        for name in ("whole", "cut")
-    )
-    result = train(whole)
-    train_and_die_after(cut, 8, log=SAMPLES)
-    assert read(folder_of(cut) / "samples.jsonl")[-1]["update"] == 8
-    resumed = train(cut)
-    for name in ("samples.jsonl", "grades/logistic_map.jsonl"):
-        assert (folder_of(cut) / name).read_bytes() == (folder_of(whole) / name).read_bytes()
-    assert [resumed[name] for name in FIGURES] == [result[name] for name in FIGURES]
-    assert [[line.get(name) for name in FIGURES] for line in evaluations(cut)] == [
-        [line.get(name) for name in FIGURES] for line in evaluations(whole)
-    ]
-
-
 def test_a_run_that_patience_ends_answers_its_tasks_at_its_end(tiny_config, half_right):
     settings = [*TASKS, *SHORT, "train.tasks_every=null", "train.max_updates=100"]
     config = tiny_config(*settings, "optimizer.lr=3", "train.eval_every=2", "train.patience=2")
@@ -188,29 +143,6 @@ def test_a_run_that_patience_ends_answers_its_tasks_at_its_end(tiny_config, half
     assert result["updates"] == result["best_update"] + 4 < 100
     assert [result[name] for name in FIGURES] == [0.5, 0.5, 0.0]
     assert len(read_grades(folder_of(config), "logistic_map")) == 4
-
-
-def test_without_tasks_the_samples_are_the_first_evaluation_rows_with_their_references(tiny_config):
-    config = tiny_config("train.samples=2", "train.max_updates=1")
-    result = train(config)
-    assert not [name for name in result if name.startswith("logistic_map")]
-    samples = read(folder_of(config) / "samples.jsonl")
-    assert [line["update"] for line in samples] == [0, 0, 1, 1]
-    assert [list(line) for line in samples] == [
-        ["update", "task", "prompt", "answer", "gold", "exact"]
-    ] * 4
-    assert {(line["task"], line["exact"]) for line in samples} == {(None, None)}
-    assert samples[0]["prompt"].startswith("Question: x' = 3.5 x (1 - x). Starting from x = 0.24")
-    assert samples[0]["gold"] == "0.64, 0.81, 0.54, 0.87, 0.40, 0.84"
-
-
-def test_answers_of_a_server_must_fit_its_context(tiny_config):
-    with playing_vllm(tiny_config().model) as vllm:
-        vllm.served.update(max_model_len=16)
-        with pytest.raises(
-            UserError, match=r"^train.tasks=\[logistic_map\]: .* beyond the 16 positions"
-        ):
-            train(tiny_config(*TASKS, f"train.server={vllm.url}"))
 
 
 def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation(
@@ -289,26 +221,3 @@ def test_a_sample_is_a_row_up_to_its_first_answer(
     assert exam.max_new_tokens == SAMPLE_ROOM
     assert rows_exam(rows, 1, tokenizer, positions=len(ids) + SAMPLE_ROOM).requests
     assert not rows_exam(rows, 1, tokenizer, positions=len(ids) + SAMPLE_ROOM - 1).requests
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_answers_out_and_record_what_one_does(tiny_config, tmp_path):
-    settings = [*TASKS, *SHORT, "train.max_updates=4", "adapter.dropout=0"]
-    config = tiny_config(*settings, "name=one")
-    train(config)
-    settings += [f"model.path={config.model.path}", *TINY, "adapter.r=4"]
-    settings += [
-        "optimizer.lr=1e-2",
-        "train.batch_size=16",
-        "train.eval_every=4",
-        f"output_dir={config.output_dir}",
-    ]
-    train_in_processes([[*settings, "name=two"]], 2, tmp_path)
-    one, two = (read(Path(config.output_dir, name, "samples.jsonl")) for name in ("one", "two"))
-    # Samples of the untouched model; later ones differ by the rounding of gradient sums.
-    assert two[:3] == one[:3]
-    assert [list(line.items())[:3] for line in two] == [list(line.items())[:3] for line in one]
-    figures = [
-        [line.get(name) for name in FIGURES] for line in evaluations(replace(config, name="two"))
-    ]
-    assert figures == [[line.get(name) for name in FIGURES] for line in evaluations(config)]

@@ -79,15 +79,6 @@ def test_a_server_that_goes_away_gives_one_line_and_the_same_command_resumes(
     assert contents(run / "eval" / "gsm8k") == expected
 
 
-def test_a_server_that_has_restarted_takes_the_next_adapter(eval_config, vllm, run):
-    server = server_module.Server(
-        vllm.url, find_subject(eval_config()).model, None, run / "adapter"
-    )
-    vllm.loaded.clear()
-    server.load_adapter(Path(shutil.copytree(run / "adapter", run / "next")))
-    assert [*vllm.loaded] == [server.name]
-
-
 def test_a_model_whose_every_weight_was_trained_is_served_as_a_base(tiny_config, compose):
     trained = train(tiny_config("adapter=full", "adapter.r=null", "train.max_updates=1"))
     subject = find_subject(compose(f"run={trained['folder']}", "prompt=a", command="chat"))
@@ -158,12 +149,6 @@ def test_what_a_server_cannot_answer_is_one_line(served_config, vllm, change, pa
     assert f"server={vllm.url} " in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
-
-
-def test_an_evaluation_is_not_resumed_by_another_engine(eval_config, served_config):
-    evaluate(eval_config("task.limit=1"))
-    with pytest.raises(UserError, match="engine was None, is 'vllm 0.32.0'"):
-        evaluate(served_config("task.limit=1"))
 
 
 def test_a_chat_with_a_server_is_that_with_the_model_in_this_process(compose, run, vllm, capsys):

@@ -29,10 +29,8 @@ def config_of(write_jsonl):
     [
         ("text", "New  York", " New York\n", True),
         ("text", "New York", "new york", False),
-        ("text", "New York", "New York\nQuestion:", False),
         ("number", "The answer is 1,234", "so 1234.0 in all", True),
         ("number", "step 3\n#### 18", "It is 3", False),
-        ("number", 0.5, "1/2", False),
         ("math", r"\frac{1}{2}", r"so \boxed{\dfrac12}", True),
         ("choice", " B\n", "The answer is (B).", True),
         ("choice", "B", " B. Paris", True),
@@ -52,17 +50,12 @@ def test_each_grader_reads_gold_and_answer_by_its_rule(config_of, grader, gold, 
     [
         (" B\n\nQuestion: the next?\nAnswer: A", "B"),
         ("Paris, so the answer is B.\n\nQuestion: the next?\nAnswer: A", "B"),
-        ("B) since A is wrong", "B"),
         ("Answer: [A]", "A"),
-        ("A - Paris", "A"),
-        ('"B"', "B"),
         ("B is correct, so the answer A is wrong", "B"),
         ("X-rays, so the answer is C", "C"),
-        ("I think the answer is C", "C"),
         ("A dog, so none", None),
         ("A is correct, B is not", "A"),
         ("Answer: I think none", None),
-        ("The answer is Paris", None),
     ],
 )
 def test_the_letter_of_an_answer(text, letter):

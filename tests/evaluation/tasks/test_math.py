@@ -9,77 +9,47 @@ from cera_train.evaluation.tasks.math import find_box, gold_latex, plain_latex, 
 PAIRS = [
     # fractions
     (r"\frac12", r"\frac{1}{2}", True, True),
-    (r"\dfrac{7}{8}", r"\tfrac{7}{8}", True, True),
     (r"1/2", r"\frac{1}{2}", True, True),
     (r"0.5", r"\frac{1}{2}", False, True),
     (r"\frac{1}{2}", r"-\frac{1}{2}", False, False),
     # decimals
     (r".5", r"0.5", True, True),
-    (r"5.", r"5", True, True),
     # mixed numbers
     (r"1\frac{1}{2}", r"\frac{3}{2}", False, True),
-    (r"1 1/2", r"1\frac{1}{2}", True, True),
     # thousands separators
     (r"1,000", r"1000", True, True),
     (r"10,\!000", r"10000", True, True),
-    (r"1,2,3", r"123", False, False),
     (r"1,234", r"1, 234", False, False),
     # units, currency, percentages, degrees
     (r"5\text{ cm}", r"5", True, True),
-    (r"4\pi\ \text{square units}", r"4\pi", True, True),
-    (r"2\mathrm{i}", r"2", False, True),  # not equal, but math-verify takes i for a unit
     (r"\$5", r"5", True, True),
     (r"50%", r"50\%", True, True),
-    (r"0.2", r"20\%", False, True),
     (r"90^\circ", r"90", True, True),
-    (r"90°", r"90^\circ", True, True),
-    (r"\frac{\pi}{4}", r"45^\circ", False, False),  # equal, but math-verify takes 45 degrees for 45
     # negative numbers
     (r"- 3", r"-3", True, True),
     # surds
     (r"\sqrt3", r"\sqrt{3}", True, True),
-    (r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}", False, True),
-    # nested braces
-    (r"\sqrt{1+\sqrt{2}}", r"\sqrt{1+\sqrt2}", True, True),
     # expressions
     (r"(x+1)^2", r"x^2+2x+1", False, True),
-    (r"x ^ 2 + 1", r"x^2+1", True, True),
     # equations
     (r"x=5", r"5", True, True),
-    (r"5", r"x = 5", True, True),
     (r"x=5", r"y=5", True, True),  # as published: the rule drops a short left side
     # sets, lists, intervals
     (r"\left\{1,2\right\}", r"\{1,2\}", True, True),
     (r"2,1", r"1, 2", False, True),
     (r"3", r"3, 4", False, False),
-    (r"12\text{ and }13", r"12,13", False, True),
-    # equal, but math-verify takes \varnothing for a variable
-    (r"\varnothing", r"\emptyset", False, False),
-    (r"(1,2]", r"(1, 2]", True, True),
-    (r"(1,2]", r"(1,2)", False, False),
     (r"(-\infty, 3) \cup (5, \infty)", r"(-\infty,3)\cup(5,\infty)", True, True),
-    # equal, but math-verify takes no inequality for a gold interval
-    (r"x>3", r"(3,\infty)", False, False),
     # tuples, vectors, matrices
     (r"(1,2)", r"(1, 2)", True, True),
     (r"(2,1)", r"(1,2)", False, False),
-    (r"\left(\frac12, 3\right)", r"(\frac{1}{2},3)", True, True),
-    (r"\{1,2\}", r"(1,2)", False, True),  # not equal, but math-verify takes a set for a pair
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True, True),
-    (r"\begin{bmatrix}1\\2\end{bmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", False, True),
     # words, choices, times, bases
     (r"even", r"\text{even}", True, True),
-    (r"\text{no solution}", r"no solution", True, True),
     (r"\textbf{(C)}", r"(C)", True, True),
-    (r"five", r"5", False, False),
     (r"6:30\text{ p.m.}", r"6:30", True, True),
-    (r"0.2", r"6:30", False, True),  # not equal, but math-verify takes a time for a ratio
-    (r"11111_2", r"11111_{2}", False, True),
     (r"11_{7}", r"11_8", False, False),
-    (r"2516", r"2516_8", False, True),
     # unicode
     (r"−3", r"-3", False, True),
-    (r"½", r"\frac{1}{2}", False, False),  # equal, but neither grader reads it
     (r"三", r"\text{三}", True, True),
     # garbage, empty, very long
     (r"", r"0", False, False),
@@ -109,17 +79,14 @@ def test_both_graders_on_the_table():
             r"\boxed{\frac{\sqrt{a^{2}+1}}{\frac{1}{2}}} and more }",
             r"\frac{\sqrt{a^{2}+1}}{\frac{1}{2}}",
         ),
-        (r"\boxed{\boxed{7}}", "7"),
         (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
         ("\\boxed{\n5\n}", "5"),
-        (r"\fbox{6}", "6"),
         (r"$\boxed 3$ apples", "3"),
         (r"\boxed\frac12$", r"\frac12"),
         ("we put the box in text: \\boxed{\\text{no}} Question: what is 1 + 1?", r"\text{no}"),
         (r"\boxed{1} and then \boxed{\frac{1}{2", None),
         (r"\boxed{\{1}", r"\{1"),
         (r"\boxed{}", None),
-        (r"\boxedtext{3}", None),
         ("the answer is 12", None),
     ],
 )

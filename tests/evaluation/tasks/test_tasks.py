@@ -3,7 +3,6 @@ that has none."""
 
 import copy
 import sys
-from dataclasses import replace
 
 import pytest
 
@@ -82,10 +81,6 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
             r"^task.kind=task is unknown: choose one of gsm8k, held_out, jsonl, log",
         ),
         (
-            {"kind": "gsm8k", "path": "a/b"},
-            "task.prompt=None names no column: write one in braces, such as",
-        ),
-        (
             {"kind": "gsm8k", "prompt": "{question}"},
             "task.files is empty: name local files, or a Hub data set",
         ),
@@ -104,26 +99,6 @@ def test_a_task_checks_its_settings(settings, message):
         build_task(TaskConfig(name="x", **settings))
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        (
-            "forgetting",
-            {},
-            r"train.tasks=\[forgetting\] has no answers to grade: leave it to cera-eval",
-        ),
-        (
-            "gsm8k",
-            {"limits": 3},
-            "^train.task_settings.gsm8k: task.limits=3: unexpected keyword argument",
-        ),
-    ],
-)
-def test_a_task_of_training_checks_its_changes(name, changes, message):
-    with pytest.raises(UserError, match=message):
-        training_task(name, changes)
-
-
 def test_the_same_question_twice_is_two_problems(config_of):
     first, second, third = (problem.id for problem in problems_of(config_of([GSM8K] * 3)))
     assert (second, third) == (f"{first}-2", f"{first}-3")
@@ -139,10 +114,6 @@ def test_problems_of_one_level(config_of):
         assert [problem.question for problem in problems] == questions
 
 
-def test_a_limit_takes_the_first_rows_and_reads_no_further(config_of):
-    assert len(problems_of(config_of([GSM8K, GSM8K, {"question": "broken"}], limit=2))) == 2
-
-
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
@@ -151,21 +122,11 @@ def test_a_limit_takes_the_first_rows_and_reads_no_further(config_of):
             {},
             r"2: column 'question' is missing; its columns are problem, solution. .* of task=jsonl",
         ),
-        (
-            [GSM8K],
-            {"prompt": "{hint} {question}"},
-            r"1: column 'hint' is missing; .* Name another in task.prompt",
-        ),
         ([GSM8K, {"question": "?", "answer": "18"}], {}, r"2: column 'answer' should end in ####"),
         (
             [],
             {},
             r"task.files=\[\S+/rows.jsonl\] has no rows: name a file with a problem on each row\.$",
-        ),
-        (
-            [MATH | {"level": 1}],
-            {"kind": "math", "level": 5},
-            r"rows.jsonl\] has no rows of task.level=5",
         ),
         ([MATH | {"solution": "2"}], {"kind": "math"}, r"1: column 'solution' has no \\boxed"),
         (
@@ -227,19 +188,6 @@ def test_held_out_asks_chats_by_their_template_with_one_start_token(write_jsonl,
     assert asked_otherwise.id == problem.id  # so two bases are compared by cera-report
     [request] = requests_for([problem], 1, tokenizer, 8, None)
     assert tokenizer.decode(request.prompt_ids) == prompt
-
-
-def test_computed_rows_of_a_chat_template_are_asked_as_they_are_trained(tokenizer):
-    data = DataConfig(layout="logistic_map", chat="template", train_rows=2, eval_rows=2)
-    task = training_task("logistic_map", {"limit": 1})
-    [asked] = load_problems(task, TrainedRows(data), tokenizer)
-    [plain] = load_problems(task, TrainedRows(replace(data, chat="auto")), tokenizer)
-    question = plain.prompt.strip()
-    prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    assert (asked.prompt, asked.id, asked.question) == (prompt, plain.id, plain.question)
-    [request] = requests_for([asked], 1, tokenizer, 8, None)
-    assert tokenizer.decode(request.prompt_ids) == prompt
-    assert task.grade(asked, Generation(asked.id, 0, asked.gold, 1, False)).exact
 
 
 def test_rows_that_held_out_cannot_ask_are_refused(write_jsonl, tokenizer):
