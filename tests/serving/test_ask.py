@@ -40,9 +40,7 @@ MESSAGES = [
     ("data", "turns", "trained_row"),
     [
         (TEXT, [ONE], {"question": ONE, "answer": "Six."}),
-        ({"layout": "instruction", "path": "x"}, [ONE], {"instruction": ONE, "output": "Six."}),
         (COMPUTED, ["How?"], {"prompt": "Question: How?\nAnswer:", "completion": "Six."}),
-        ({"layout": "conversations", "path": "x"}, [ONE], {"conversations": TURNS[:2]}),
         (ALL_TURNS, [ONE, "Six.", TWO], {"conversations": [*TURNS, TURNS[1]]}),
         (
             {"layout": "messages", "path": "x"},
@@ -50,7 +48,7 @@ MESSAGES = [
             {"messages": [*MESSAGES, MESSAGES[1]]},
         ),
     ],
-    ids=["text", "instruction", "logistic_map", "conversations", "all turns", "messages"],
+    ids=["text", "logistic_map", "all turns", "messages"],
 )
 def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_row, tokenizer):
     config = DataConfig(**data)
@@ -61,14 +59,6 @@ def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_
     assert not example.loss_mask[len(ids) - 1]
     assert all(example.loss_mask[len(ids) : -1])
     assert prompts.ids(trained_row) == ids
-
-
-@pytest.mark.parametrize("answer", ["assistant", "function_call"])
-def test_the_answer_of_a_row_of_training_data_is_not_shown(answer, tokenizer):
-    prompts = Prompts(DataConfig(**ALL_TURNS), tokenizer)
-    given = {"from": answer, "value": '{"name": "count"}'}
-    asked = prompts.ids({"conversations": TURNS[:1]})
-    assert prompts.ids({"conversations": [TURNS[0], given]}) == asked
 
 
 def test_an_answer_is_the_one_that_an_evaluation_gives(

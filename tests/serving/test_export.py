@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +21,7 @@ from cera_train.model.batches import flat_batch
 from cera_train.runs.records import load_config
 from cera_train.runs.subject import find_subject
 from cera_train.serving.export import fit
-from cera_train.serving.verify import compare_models, load_form
+from cera_train.serving.verify import compare_models
 from cera_train.training.train import train
 
 IDS = torch.arange(3, 23)[None]
@@ -54,21 +53,6 @@ def trained(compose, tiny_folder, tmp_path_factory):
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits
-
-
-def test_the_code_of_a_tokenizer_is_trusted_where_that_of_its_model_is(trained):
-    run = trained("train.max_updates=1", name="coded")
-    file = run / "adapter" / "tokenizer_config.json"
-    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | own))
-    (run / "adapter" / "own.py").write_text(
-        "import transformers\n\n\nclass Own(transformers.PreTrainedTokenizerFast):\n    pass\n"
-    )
-    model = replace(load_config(run / "config.yaml").model, trust_remote_code=True)
-    form = load_form(run / "adapter", model, torch.device("cpu"))
-    assert type(form.tokenizer).__name__ == "Own"
-    with pytest.raises(UserError, match="it cannot be loaded"):
-        load_form(run / "adapter", replace(model, trust_remote_code=False), torch.device("cpu"))
 
 
 def test_the_map_is_the_least_squares_solution():
@@ -122,25 +106,6 @@ def test_the_certificate_compares_token_by_token():
     assert figures["kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
     means = (kl[:2].mean().item(), kl[2].item())  # drawn twice, one of two rows is the mean
     assert (figures["kl_lower"], figures["kl_upper"]) == pytest.approx((min(means), max(means)))
-
-
-def test_the_chosen_answers_of_preferences_are_fitted_and_judged(compose, trained, write_jsonl):
-    pairs = [
-        {"prompt": f"{n} is", "chosen": f" {n} it is", "rejected": " no" * n} for n in range(1, 13)
-    ]
-    rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
-    folder = trained()
-    certificates = []
-    for name, lines in (("pairs.jsonl", pairs), ("rows.jsonl", rows)):
-        words = (
-            "data=jsonl",
-            f"data.train_files=[{write_jsonl(name, lines)}]",
-            "data.eval_rows=4",
-            "at_most=100",
-        )
-        certificates.append(export(compose(f"run={folder}", *words, command="export")))
-    assert certificates[0] == certificates[1]
-    assert certificates[0].rows == 4
 
 
 def test_what_loses_too_much_is_not_exported(compose, trained):
@@ -243,7 +208,6 @@ def test_settings_that_transformers_saves_only_unchanged_are_kept(
     ("kind", "targets", "quantization"),
     [
         ("mistral3", "all-linear", "none"),  # takes images too
-        ("mamba", "[in_proj]", "nf4"),  # reads the weights of others, which stay in 32 bits
     ],
 )
 def test_a_folder_is_loaded_as_its_base_is_for_training(

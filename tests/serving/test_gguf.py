@@ -136,18 +136,6 @@ def field(name: str, before: object, after: object) -> Callable:
     return plant
 
 
-def swap_letters(reader: gguf.GGUFReader) -> None:
-    """Another vocabulary: two letters change their ids."""
-    tokens = reader.fields["tokenizer.ggml.tokens"]
-    a, i = (
-        next(tokens.parts[part] for part in tokens.data if bytes(tokens.parts[part]) == letter)
-        for letter in (b"a", b"i")
-    )
-    before = a.copy()
-    a[:] = i
-    i[:] = before
-
-
 DISTANT = "its KL divergence from the run may be"
 FAULTS = {
     "weights scaled": (tensor("blk.0.attn_q.weight", lambda W: 1.5 * W), DISTANT),
@@ -156,7 +144,6 @@ FAULTS = {
         "chat template or end token is not",
     ),
     "another end": (field("tokenizer.ggml.eos_token_id", 2, 5), r"stop at the tokens \[2, 5\]"),
-    "another vocabulary": (swap_letters, "writes held-out row 1 in other tokens"),
 }
 
 

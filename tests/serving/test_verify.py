@@ -22,11 +22,11 @@ from cera_train.settings.model import ModelConfig
 from cera_train.training.train import train
 
 
-def chats(seed: int) -> list[dict]:
+def chats() -> list[dict]:
     """Chats whose answers follow from their questions."""
     rows = []
     for number in range(48):
-        a = number % 8 + seed % 3
+        a = number % 8
         b = number // 8 + 1
         question = {"role": "user", "content": f"{a} and {b}"}
         rows.append({"messages": [question, {"role": "assistant", "content": f"it is {a + b}"}]})
@@ -35,12 +35,10 @@ def chats(seed: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def base(tokenizer, tmp_path_factory) -> Path:
-    """A tiny model as wide as a block of NF4; beside it lies another."""
+    """A tiny model as wide as a block of NF4."""
     folder = tmp_path_factory.mktemp("deployed")
     model = make_tiny_llama(len(tokenizer), hidden_size=64)
     model.save_pretrained(folder / "base")
-    model.model.embed_tokens.weight.data += 0.1
-    model.save_pretrained(folder / "other")
     tokenizer.save_pretrained(folder / "base")
     return folder / "base"
 
@@ -50,9 +48,9 @@ def train_on_chats(compose, base):
     """train_on_chats("adapter=lora", ...) -> the folder of a run of the tiny model on chats."""
     output = base.parent
 
-    def train_on_chats(*overrides: str, name: str = "run", seed: int = 0) -> Path:
-        rows = output / f"chats{seed % 3}.jsonl"
-        rows.write_text("".join(json.dumps(row) + "\n" for row in chats(seed)))
+    def train_on_chats(*overrides: str, name: str = "run") -> Path:
+        rows = output / "chats.jsonl"
+        rows.write_text("".join(json.dumps(row) + "\n" for row in chats()))
         config = compose(
             f"model.path={base}",
             "model.dtype=float32",
@@ -66,7 +64,6 @@ def train_on_chats(compose, base):
             "train.max_updates=20",
             "train.batch_size=16",
             "train.compile=false",
-            f"train.seed={seed}",
             f"name={name}",
             f"output_dir={output}",
             *overrides,
@@ -78,7 +75,7 @@ def train_on_chats(compose, base):
 
 @pytest.fixture(scope="module")
 def run(train_on_chats) -> Path:
-    return train_on_chats("train.save_every=10")
+    return train_on_chats()
 
 
 @pytest.fixture(scope="module")
@@ -163,33 +160,17 @@ def another_template(folder: Path, _: Path) -> None:
     file.write_text(file.read_text().replace("<|im_start|>", "### "))
 
 
-def stale(folder: Path, base: Path) -> None:
-    """The adapter of an earlier update."""
-    shutil.copy(base.parent / "run/checkpoints/10/adapter_model.safetensors", folder)
-
-
-def on_base(name: str) -> Callable:
-    def plant(folder: Path, base: Path) -> None:
-        edit(ADAPTER, base_model_name_or_path=str(base.parent / name))(folder, base)
-
-    return plant
-
-
 ADAPTER = "adapter_config.json"
 NO_K = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DISTANT = "its KL divergence from the run may be"
 OF_ADAPTER = {
     "alpha by sqrt(r)": (edit(ADAPTER, use_rslora=True), DISTANT),
-    "an earlier update": (stale, DISTANT),
     "tensors missing": (without("0.self_attn.k_proj"), r"0.self_attn.k_proj.* missing"),
     "a target left out": (edit(ADAPTER, target_modules=NO_K), r"k_proj.* no place"),
-    "another base": (on_base("other"), DISTANT),
     "another template": (another_template, "chat template or end token is not"),
 }
 OF_MERGED = {
-    "merged twice": (each("_proj", lambda W, W0: 2 * W - W0), DISTANT),
     "rounded to bfloat16": (each("_proj", in_bfloat16), DISTANT),
-    "no head": (without("lm_head"), "lm_head.weight.* missing"),
     "another base of rotations": (
         edit("config.json", rope_parameters={"rope_type": "default", "rope_theta": 100.0}),
         DISTANT,
@@ -198,7 +179,6 @@ OF_MERGED = {
         edit("generation_config.json", eos_token_id=[1, 3]),
         r"stop at the tokens \[1, 3\]",
     ),
-    "no end token": (edit("tokenizer_config.json", eos_token=None), "chat template or end token"),
     "another vocabulary": (swap_words, "writes held-out row 1 in other tokens"),
 }
 FAULTS = {
@@ -215,28 +195,6 @@ def test_a_planted_fault_is_refused(form, name, forms, base, check_of, tmp_path)
     plant(folder, base)
     with pytest.raises(DiffersError, match=line):
         check_of(folder)
-
-
-def test_an_8bit_run_is_its_merged_model_up_to_the_rounding_of_its_products(
-    train_on_chats, compose, tmp_path
-):
-    run = train_on_chats("model.quantization=int8", name="int8")
-    words = (f"run={run}", "to=merged", f"output={tmp_path / 'merged'}")
-    certificate = export(compose(*words, command="export"))
-    assert certificate.kl_upper > 1e-6
-    assert certificate.holds
-
-
-def test_a_run_of_all_weights_is_its_plain_model_up_to_their_rounding(
-    train_on_chats, compose, tmp_path
-):
-    words = ("adapter=full", "adapter.r=null", "adapter.target_modules=null", "optimizer.lr=1e-3")
-    run = train_on_chats(*words, "train.max_updates=2", "model.dtype=bfloat16", name="full")
-    words = (f"run={run}", f"output={tmp_path / 'merged'}", "to=merged")
-    certificate = export(compose(*words, command="export"))
-    assert certificate.holds
-    assert certificate.kl < certificate.at_most / 2  # rounding is not understated
-    assert certificate.kl > 1e-6
 
 
 def test_a_quantised_model_needs_a_limit(train_on_chats, compose, tmp_path):
@@ -264,21 +222,6 @@ def test_a_sound_folder_is_the_run(form, forms, check_of):
     assert certificate.changed == 0
 
 
-# --- sound folders --------------------------------------------------------------------------------
-
-MERGED = [f"to=merged weights={weights}" for weights in ("base", "bfloat16")]
-ADAPTED = "check=RUN/adapter"
-SOUND = {
-    "adapter=lora": [ADAPTED, *MERGED],
-    "adapter=rslora": [ADAPTED, *MERGED],
-    "adapter=dora": [ADAPTED, *MERGED],
-    "adapter=cera": [ADAPTED],
-    "adapter=cera_identity": [ADAPTED, "to=lora", *MERGED],
-    "adapter=lora model.quantization=nf4": [ADAPTED, *MERGED],
-}
-"""Forms by method. A gate's best LoRA loses something, which is no false alarm."""
-
-
 def test_what_a_vllm_computes_is_the_run_or_it_is_refused(forms, base, check_of):
     with playing_vllm(ModelConfig(path=str(base), dtype="float32")) as vllm:
         checked = partial(check_of, forms["adapter"], limit=2, server=vllm.url)
@@ -299,16 +242,3 @@ def test_what_a_vllm_computes_is_the_run_or_it_is_refused(forms, base, check_of)
         vllm.loaded = dict.fromkeys(vllm.loaded, vllm.unadapted)
         with pytest.raises(DiffersError, match="its KL divergence from the run may be"):
             checked()
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("seed", range(5))
-def test_no_sound_folder_is_refused(seed, train_on_chats, compose, tmp_path):
-    checked = 0
-    for number, (method, forms) in enumerate(SOUND.items()):
-        run = train_on_chats(*method.split(), name=f"sound{seed}_{number}", seed=seed)
-        for form in forms:
-            words = form.replace("RUN", str(run)).split()
-            assert export(compose(f"run={run}", *words, command="export")).holds, (method, form)
-            checked += 1
-    assert checked == 17

@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -258,36 +257,6 @@ def test_200_requests_of_8_clients_over_6_adapters_and_the_base_each_get_their_o
         assert_equal(answer, wanted[name][place])
 
 
-def test_adapters_come_go_and_are_replaced_in_place_while_others_answer(server, folder, wanted):
-    is_over = threading.Event()
-
-    def others() -> int:
-        count = 0
-        while not is_over.is_set():
-            assert_equal(ask(server, "silu_all", PROMPTS[0]), wanted["silu_all"][0])
-            count += 1
-        return count
-
-    with ThreadPoolExecutor(1) as pool:
-        answered = pool.submit(others)
-        try:
-            for _ in range(2):
-                for name in ("gelu", "lora", "relu"):
-                    late = {
-                        "lora_name": "late",
-                        "lora_path": str(folder / name),
-                        "load_inplace": True,
-                    }
-                    assert post(server, "load_lora_adapter", **late).is_success
-                    assert_equal(ask(server, "late", PROMPTS[1]), wanted[name][1])
-                assert post(server, "unload_lora_adapter", lora_name="late").is_success
-                with pytest.raises(openai.NotFoundError):
-                    ask(server, "late", PROMPTS[1])
-        finally:
-            is_over.set()
-        assert answered.result() > 0
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -490,14 +459,6 @@ def test_what_vllm_computes_is_the_run(server, exported, compose):
     assert served.form.startswith("PEFT's CERA, on its base, in vllm ")
     assert served.kl_upper < 1e-6
     assert served.changed == 0
-
-
-def test_a_lora_in_vllm_loses_what_it_loses_in_peft(server, exported, compose):
-    run = exported.parent
-    loaded = check(compose, exported, run, "at_most=100")
-    served = check(compose, exported, run, "at_most=100", f"server={server}")
-    assert served.kl == pytest.approx(loaded.kl, rel=1e-3)
-    assert served.kl > 0.01
 
 
 def test_another_template_and_another_end_are_seen_in_vllm(server, folder, tokenizer):

@@ -99,6 +99,26 @@ def test_a_task_checks_its_settings(settings, message):
         build_task(TaskConfig(name="x", **settings))
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "forgetting",
+            {},
+            r"train.tasks=\[forgetting\] has no answers to grade: leave it to cera-eval",
+        ),
+        (
+            "gsm8k",
+            {"limits": 3},
+            "^train.task_settings.gsm8k: task.limits=3: unexpected keyword argument",
+        ),
+    ],
+)
+def test_a_task_of_training_checks_its_changes(name, changes, message):
+    with pytest.raises(UserError, match=message):
+        training_task(name, changes)
+
+
 def test_the_same_question_twice_is_two_problems(config_of):
     first, second, third = (problem.id for problem in problems_of(config_of([GSM8K] * 3)))
     assert (second, third) == (f"{first}-2", f"{first}-3")
