@@ -54,16 +54,7 @@ def test_a_bound_that_is_not_known_is_at_the_end_of_the_plot():
     assert (left, right) == (ZERO - HALF_PLOT, ZERO + HALF_PLOT)
 
 
-def test_verdicts_differ_by_shape_and_in_words():
-    marks = ["better", "worse", "too small", "not shown"]
-    rows = drawn(forest(*(row(mark=mark) for mark in marks)))
-    shapes = {re.sub(r"[\d.]+ 22", "", ElementTree.tostring(group[-2]).decode()) for group in rows}
-    shapes = {re.sub(r'class="[^"]*"', "", shape) for shape in shapes}
-    assert len(shapes) == 4
-    assert [group[-1].text for group in rows] == marks
-
-
-@pytest.mark.parametrize("limit", [0.5, 3, 8, 40, 300, 5_000])
+@pytest.mark.parametrize("limit", [0.5, 40, 5_000])
 def test_ticks_do_not_touch(limit):
     picture = forest(row(difference=limit, lower=0, upper=limit, detectable=0))
     places = [picture.x(tick) for tick in picture.ticks]

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +76,6 @@ def test_folders_of_lm_eval_are_paired_by_problem(tmp_path: Path) -> None:
         ({"versions": {"sums": 2}}, "versions of the task differ: 1 and 2"),
         ({"filters": ("flexible",)}, "the rules that graded them differ: none and flexible"),
         ({"lines": {"target_hash": "u" * 64}}, "different problems (20 and 20, 0 of them shared)"),
-        ({"lines": {"doc_hash": "u" * 64}}, "different problems (20 and 20, 0 of them shared)"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_by_name(
@@ -151,14 +148,9 @@ SAMPLES = f"samples_sums_{DATE}.jsonl"
     ("name", "content", "line"),
     [
         (SAMPLES, '{"doc_id": 1, ', ":1 is broken: EOF while parsing"),
-        (SAMPLES, "[1]", ":1 is broken: expected names and values, got list"),
-        (SAMPLES, "\xff", ":1 is broken: "),
-        (SAMPLES, json.dumps(LINE | {"doc_hash": None}), ":1 is broken: doc_hash: "),
         (SAMPLES, f"{json.dumps(LINE)}\n{json.dumps(LINE)}", ":2: doc_id 0 comes again"),
         (f"results_{DATE}.json", '{"results": {}, "n-shot": {}}', "repeat lm_eval with --log_sam"),
-        ("scores.jsonl", '{"problem": 1, "score": 1.5}', ":1: score 1.5: expected a number from 0"),
         ("scores.jsonl", '{"problem": 1, "score": NaN}', ":1: score nan: expected a number from 0"),
-        ("scores.jsonl", '{"problem": [], "score": 1}', ":1 is broken: problem"),
         ("scores.jsonl", '{"problem": 1, "score": 1}\n' * 2, ":2: problem '1' comes again"),
         ("scores.jsonl", "", "holds no results: expected"),
         (f"results_{DATE}.json", "[" * 100_000, "is broken: recursion limit exceeded"),
@@ -198,12 +190,6 @@ def test_links_out_of_a_folder_and_pipes_are_not_followed(tmp_path: Path) -> Non
         read_runs([folder])
 
 
-def test_rows_beside_runs_are_no_run(tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text('[{"question": "1 + 1"}]')
-    scores_file(tmp_path / "a" / "sums.jsonl", {1: 1})
-    assert [run.name for run in read_runs([tmp_path])] == ["a"]
-
-
 def test_a_folder_of_several_formats_holds_several_runs(tmp_path: Path) -> None:
     lm_eval_folder(tmp_path / "harness", {1})
     scores_file(tmp_path / "own" / "sums.jsonl", {1: 1, 2: 0})
@@ -229,30 +215,3 @@ def test_hostile_names_stay_text_inside_the_report(tmp_path: Path, capsys) -> No
     assert "<b>" not in html
     assert "<script" not in html + (tmp_path / "report" / "report.md").read_text()
     assert "\x1b" not in html + capsys.readouterr().out
-
-
-def test_names_are_cut_to_the_bytes_that_a_file_system_takes(tmp_path: Path, run_command) -> None:
-    answer = {"problem": 1, "score": 1}
-    folders = [tmp_path / ("数" * 60 + letter) for letter in "ab"]
-    for folder in folders:
-        folder.mkdir()
-        write_lines(folder / f"{'数' * 80}.jsonl", [answer])
-    assert run_command("cera-report", *folders) == 0
-    assert len([*tmp_path.glob("report/*/report.html")]) == 1
-
-
-@pytest.mark.slow
-def test_200000_problems_take_less_than_half_a_gigabyte(tmp_path: Path) -> None:
-    for name in "ab":
-        scores = {f"problem {number}": number % 3 == 0 for number in range(200_000)}
-        scores_file(tmp_path / name / "sums.jsonl", scores)
-    code = (
-        "from pathlib import Path; from cera_train.report.page import compare_runs; "
-        "compare_runs([Path('a'), Path('b')]).write(Path('report')); "
-        "status = Path('/proc/self/status').read_text(); "
-        "print(status.split('VmHWM:')[1].split()[0])"  # the peak, since this program began
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < 500_000  # kilobytes
