@@ -31,6 +31,14 @@ def test_every_column_has_the_figures_of_the_files(tmp_path: Path) -> None:
     assert table["math exact"][0].endswith(paper)
 
 
+def test_a_published_figure_without_an_equal_measurement_is_marked(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, published={"math/exact/pass@1": 0.1636}) for name in "ab"]
+    add_evaluation(runs[0], "math")
+    measured, missing = cells(*runs)["math exact"]
+    assert measured.endswith("ours of the first 40 problems")
+    assert missing == "–\npaper 16.36%, not measured here"
+
+
 def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     path = add_evaluation(run, "logistic_map", solved={0}, verified=False) / "result.json"

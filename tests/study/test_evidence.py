@@ -39,15 +39,6 @@ def test_a_gate_wins_on_the_even_teacher_and_not_on_the_linear_one(data_of):
         assert 0.9 < train(STUDENTS[student], 16, 1e-2, linear) < best
 
 
-def test_the_closed_form_of_lora_is_the_best_of_its_rank(data_of):
-    data = data_of("linear")
-    affine = data.best_affine()
-    by_rank = [data.r2(data.best_of_rank(affine, r)) for r in (1, 4, 8)]
-    assert by_rank == sorted(by_rank)
-    assert by_rank[2] == pytest.approx(1, abs=1e-6)  # the teacher has eight units
-    assert by_rank[1] >= train(STUDENTS["identity, half scale"], 4, 1e-2, data) > by_rank[1] - 0.05
-
-
 ROWS = [("Tom", f" has {number} apples and {number**3} pears.") for number in range(60)]
 
 
@@ -59,25 +50,6 @@ def teacher_of(monkeypatch):
     tokenizer = make_tokenizer()
     base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **ground_truth.SIZES)).eval()
     return lambda dose, **settings: Teacher(base, tokenizer, dose, rows=ROWS, **settings)
-
-
-@pytest.mark.parametrize(
-    ("dose", "gate", "width", "std"),
-    [(0.0, lambda z: z, 4, 1), (1.0, one_projection.even, 2, 3)],
-    ids=["linear", "even"],
-)
-def test_the_ends_of_the_dose_are_the_linear_and_the_even_teacher(
-    teacher_of, dose, gate, width, std
-):
-    teacher = teacher_of(dose)
-    x, output = teacher.record(ROWS)
-    generator = torch.Generator().manual_seed(0)
-    A = torch.randn(width, 64, generator=generator)
-    A -= torch.outer(A @ x.mean(0), x.mean(0)) / x.mean(0).square().sum()
-    hidden = gate(x @ A.T / (x @ A.T).std(0) * std)
-    branch = (hidden - hidden.mean(0)) @ torch.randn(width, 64, generator=generator)
-    branch *= 2 * (output.square().mean() / branch.square().mean()).sqrt()
-    assert torch.allclose(teacher.branch(x), branch, atol=1e-5)
 
 
 @pytest.mark.parametrize("place", dose.PLACES.values())
@@ -158,15 +130,6 @@ def test_the_gain_of_a_gate_is_found_where_it_grows_with_the_dose(tmp_path, monk
     assert other["p_holm"] == 1
     assert judged["smallest_dose"]["v_proj, adapters on q and v"] == 0.1
     assert judged["shares"]["v_proj_d0"] == {"half_qv": 0.25}
-
-
-def test_a_frontier_is_read_where_it_first_reaches_the_loss():
-    losses = np.array([0.4, 0.2, 0.05, 0.15])
-    frontier = np.stack([1 - np.log(losses), 2 * np.log(losses)], axis=1)  # [rates, rows]
-    at = forgetting.at_loss(losses, frontier, 0.1)
-    assert at == pytest.approx([1 - np.log(0.1), 2 * np.log(0.1)])
-    assert np.isnan(forgetting.at_loss(losses, frontier, 0.04)).all()
-    assert np.isnan(forgetting.at_loss(losses, frontier, 0.5)).all()
 
 
 def test_arms_are_compared_at_one_loss_however_their_rates_differ(tmp_path, monkeypatch):

@@ -12,9 +12,6 @@ import scipy.stats
 
 from cera_train.common.errors import UserError
 from cera_train.runs.results import LOSSES_AFTER, TokenLosses
-from cera_train.settings.sweep import LOSS
-from cera_train.study.forest import brief
-from cera_train.study.outcomes import Outcome
 from cera_train.study.page import write_studies
 from cera_train.study.results import contrasts_of
 from cera_train.verdicts.contrast import contrast
@@ -307,30 +304,6 @@ def test_what_a_perfect_arm_would_gain_is_never_too_small(make_study, tmp_path):
     assert (group.note, group.rows[0].mark) == ("what matters: 0.0009 nats", contrast.verdict)
 
 
-def test_where_a_best_value_is_at_an_edge_picture_and_table_have_no_verdict(make_study, tmp_path):
-    study = make_study(lambda values: float(values["optimizer.lr"]), matters=10)
-    page = write_studies([study], tmp_path / "report")
-    [group] = page.verdicts.groups
-    assert [(row.mark, row.verdict) for row in group.rows] == [("not shown", "no verdict")]
-    [row] = page.tables[0].rows
-    assert row["verdict"] == "no verdict"
-    assert row["reason"].startswith("lora at the smallest optimizer.lr, 0.0003; cera at ")
-
-
-@pytest.mark.parametrize(
-    ("condition", "words"),
-    [
-        ("adapter.r=16", "r = 16"),
-        ("data.train_files=['a/b/even.jsonl'], adapter.r=4", "even, r = 4"),
-        ("optimizer.lr=0.001", "lr = 0.001"),
-        ("data.train_files=one.jsonl", "train_files = one.jsonl"),
-        ("", ""),
-    ],
-)
-def test_a_condition_is_brief_beside_the_picture(condition, words):
-    assert brief(condition) == words
-
-
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_rows_that_were_edited_between_two_runs_are_noticed(make_study, split):
     study = make_study()
@@ -359,9 +332,3 @@ def test_a_run_that_ends_without_a_finite_loss_is_not_chosen(make_study):
     TokenLosses(np.array([1]), np.array([np.inf], "float32")).write(folder / LOSSES_AFTER)
     assert cell.losses[1][0] == np.inf
     assert cell.chosen is not cell.grid[1]
-
-
-def test_a_loss_that_is_not_a_number_names_its_run(tmp_path):
-    TokenLosses(np.array([1]), np.array([np.nan], "float32")).write(tmp_path / LOSSES_AFTER)
-    with pytest.raises(UserError, match=f"^{tmp_path}: a loss is not a number: remove the folder"):
-        Outcome.read(LOSS, tmp_path)

@@ -117,24 +117,6 @@ def test_extend_adds_values_until_the_best_lies_inside(launcher, run_study):
     assert not launcher.began
 
 
-def test_extend_adds_values_of_a_setting_that_a_plus_adds(launcher, run_study):
-    key = "++adapter.settings.own"
-    launcher.loss = lambda values: abs(float(values[key]) - 4)
-    arms = {"lora": ["adapter=lora"], "dora": ["adapter=dora"]}
-    study = {"arms": arms, "contrasts": {}, "tune": {key: [1, 2]}, "seeds": 1, "equal": "none"}
-    assert run_study("study.extend=true", study=study) == 0
-    assert [cell.chosen.values for cell in find_study(launcher.sweep).cells] == [{key: "4"}] * 2
-
-
-def test_an_arm_has_a_condition_that_a_plus_adds(launcher, run_study):
-    key = "adapter.settings.own"
-    arms = {"lora": ["adapter=lora"], "b": ["adapter=dora", f"+{key}=3"]}
-    study = {"arms": arms, "contrasts": {}, "equal": "none", "conditions": {f"++{key}": [1, 2]}}
-    assert run_study(study=study) == 0
-    pairs = [(pair.first.name, pair.second.name) for pair in find_study(launcher.sweep).pairs()]
-    assert pairs == [(f"lora, ++{key}=1", "b"), (f"lora, ++{key}=2", "b")]
-
-
 def test_more_seeds_run_only_what_is_missing(launcher, run_study):
     run_study()
     launcher.began.clear()
@@ -211,27 +193,6 @@ def test_an_arm_with_its_own_rank_runs_once_and_is_compared_at_every_rank(
     ]
 
 
-def test_a_condition_of_any_text_is_one_value(launcher, run_study):
-    targets = [".*(q|v)_proj", "all-linear"]
-    study = {
-        "conditions": {"adapter.target_modules": targets},
-        "tune": {"optimizer.lr": [1e-3]},
-        "seeds": 1,
-    }
-    assert (
-        run_study(
-            study=study
-            | {"arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]}, "contrasts": {}}
-        )
-        == 0
-    )
-    conditions = find_study(launcher.sweep).by_condition
-    assert list(conditions) == [
-        "adapter.target_modules='.*(q|v)_proj'",
-        "adapter.target_modules=all-linear",
-    ]
-
-
 @pytest.mark.slow
 def test_a_failed_job_is_no_result_and_runs_again(launcher, run_study, run_command, capfd):
     launcher.failing = {job("cera", 0.01, 1)}
@@ -299,7 +260,6 @@ def test_every_study_of_conf_composes(compose):
 @pytest.mark.parametrize(
     ("key", "values", "sign"),
     [
-        ("optimizer.weight_decay", [0.0, 0.1], -1),
         ("adapter.dropout", [0.2, 0.4], -1),
         ("train.batch_size", [1, 2], 1),
     ],

