@@ -1,11 +1,9 @@
 """The benchmarks of `make evidence`: on inputs of known distribution the controls of
-one_projection.py come out right, and the teachers of ground_truth.py write rows that are more
-likely under the teacher than under its base. dose.py and forgetting.py find what made-up results
-hold."""
+one_projection.py come out right, and every dose of ground_truth.py's teachers has the same power.
+dose.py and forgetting.py find what made-up results hold."""
 
 import itertools
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import dose, forgetting, ground_truth, one_projection
-from benchmarks.ground_truth import Teacher, make_base, make_others, make_tokenizer, write
+from benchmarks.ground_truth import Teacher, make_tokenizer
 from benchmarks.one_projection import STUDENTS, TEACHERS, Data, teach, train
 from cera_train.runs.results import LOSSES_AFTER, TokenLosses
 
@@ -63,38 +61,6 @@ def test_every_dose_has_the_same_power_and_less_of_it_is_affine(teacher_of, plac
         shares.append(teacher.r2_of_affine)
     assert shares == sorted(shares, reverse=True)
     assert shares[0] == pytest.approx(1)
-
-
-@pytest.mark.slow
-def test_a_teacher_writes_what_its_branch_makes_likely(tmp_path, monkeypatch):
-    monkeypatch.setattr(ground_truth, "WRITTEN", 300)
-    usual = make_base(tmp_path, updates=80)
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "base" / "adapter").eval()
-    tokenizer = make_tokenizer()
-    affine = {}
-    for name, amount in ground_truth.TEACHERS.items():
-        make = partial(Teacher, base, tokenizer, amount, gain=20)  # so early a base hardly listens
-        teacher = make()
-        affine[name] = teacher.r2_of_affine
-        rows = write(tmp_path / f"{name}.jsonl", teacher.writes())
-        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
-        assert [tuple(json.loads(line).values()) for line in lines] == rows
-        loss_of_base = teacher.loss(rows)
-        hook = teacher.attach()
-        assert teacher.loss(rows) < loss_of_base - 0.02
-        hook.remove()
-        assert teacher.loss(rows[:5]) == pytest.approx(make().loss(rows[:5]))
-    assert affine["even"] < 0.95  # its inputs are few letters yet
-    assert affine["linear"] == pytest.approx(1)
-
-    monkeypatch.setattr(ground_truth, "TAUGHT", 20)
-    make_others(tmp_path, 30, usual)
-    asked = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
-    assert all(row["completion"] == row["prompt"][-2::-1] for row in asked if row["prompt"] >= "m")
-    assert all(f"{row['completion']}:" == row["prompt"] for row in asked if row["prompt"] < "m")
-    assert all(
-        (tmp_path / name / "adapter" / "config.json").exists() for name in ("speller", "marked")
-    )
 
 
 def test_the_gain_of_a_gate_is_found_where_it_grows_with_the_dose(tmp_path, monkeypatch):
