@@ -90,7 +90,7 @@ class Cut(Exception):
 
 @pytest.mark.parametrize(
     ("sampled", "broken_line"),
-    [([], b""), (["generation=sample", "generation.samples=3"], b'{"text": "\\\\boxed{3}')],
+    [(["generation=sample", "generation.samples=3"], b'{"text": "\\\\boxed{3}')],
 )
 def test_interrupted_equals_uninterrupted(
     eval_config, run, monkeypatch, tmp_path, sampled, broken_line

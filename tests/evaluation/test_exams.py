@@ -136,15 +136,6 @@ def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_righ
     )
 
 
-def test_a_run_that_patience_ends_answers_its_tasks_at_its_end(tiny_config, half_right):
-    settings = [*TASKS, *SHORT, "train.tasks_every=null", "train.max_updates=100"]
-    config = tiny_config(*settings, "optimizer.lr=3", "train.eval_every=2", "train.patience=2")
-    result = train(config)
-    assert result["updates"] == result["best_update"] + 4 < 100
-    assert [result[name] for name in FIGURES] == [0.5, 0.5, 0.0]
-    assert len(read_grades(folder_of(config), "logistic_map")) == 4
-
-
 def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation(
     tiny_config, compose, write_jsonl, one_verifier, capsys
 ):

@@ -1,7 +1,6 @@
 """Answers: what the library's own `generate` gives, one by one, whatever the batch, the order and
 the padding."""
 
-import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -149,19 +148,6 @@ def test_settings_that_came_with_the_model_do_not_count(engine, requests):
     engine.base.generation_config.do_sample = True
     engine.prepare(12, [])
     assert answers_of(engine, [requests], GREEDY) == expected
-
-
-def test_batches_hold_every_request_once_sorted_and_bounded(requests):
-    batches = cut_batches(requests, max_new_tokens=12, batch_tokens=100)
-    assert sorted(itertools.chain(*batches), key=str) == sorted(requests, key=str)
-    lengths = [len(request.prompt_ids) for batch in batches for request in batch]
-    assert lengths == sorted(lengths, reverse=True)
-    for batch in batches:
-        assert len(batch) * (len(batch[0].prompt_ids) + 12) <= 100
-    assert len(batches) < len(requests) / 2
-    # A batch holds at least one request.
-    assert cut_batches(requests, 12, 1) == [[request] for batch in batches for request in batch]
-    assert [len(batch) for batch in cut_batches(requests * 60, 12, 10**9)] == [256, 256, 88]
 
 
 @pytest.mark.parametrize("free", [40, 41.5])

@@ -98,15 +98,6 @@ def test_an_adapter_that_took_a_part_of_the_base_is_not_served(eval_config, vllm
     assert not vllm.loaded
 
 
-def test_ctrl_c_keeps_the_answers_so_far(served_config, vllm, run):
-    answers = run / "eval" / "gsm8k" / "generations.jsonl"
-    vllm.may_interrupt = lambda: len(read(answers)) == 3
-    vllm.faults = ["", "", "", "interrupt", "endless", "endless", "endless", "endless"]
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(served_config())
-    assert len(read(answers)) == 3
-
-
 REFUSALS = {
     "another base": (
         lambda vllm: vllm.served.update(root="org/other"),

@@ -1,11 +1,8 @@
 """A server that imitates the routes of vLLM 0.32, and its faults."""
 
 import json
-import os
-import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
-from tiny_runs import wait_until
 
 from cera_train.adapters.saved import attach
 from cera_train.model.folder import load_tokenizer
@@ -182,13 +178,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         name = "base" if fault == "another model" else body["model"]
-        if fault == "interrupt":
-            wait_until(server.may_interrupt)
-            os.kill(os.getpid(), signal.SIGINT)
-            fault = "endless"
-        while fault == "endless":
-            self.send(name, tokens[:1], None, first)
-            time.sleep(0.01)
         if fault in ("gone", "aborted", "broken"):
             self.send(name, tokens[:1], "abort" if fault == "aborted" else None, first)
             if fault == "broken":

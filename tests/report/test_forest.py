@@ -54,17 +54,6 @@ def test_a_bound_that_is_not_known_is_at_the_end_of_the_plot():
     assert (left, right) == (ZERO - HALF_PLOT, ZERO + HALF_PLOT)
 
 
-@pytest.mark.parametrize("limit", [0.5, 40, 5_000])
-def test_ticks_do_not_touch(limit):
-    picture = forest(row(difference=limit, lower=0, upper=limit, detectable=0))
-    places = [picture.x(tick) for tick in picture.ticks]
-    widths = [6.5 * len(f"{tick:,}") for tick in picture.ticks]
-    for place, following, width, next_width in zip(
-        places, places[1:], widths, widths[1:], strict=False
-    ):
-        assert following - place > (width + next_width) / 2
-
-
 def test_it_says_in_words_what_it_shows_and_hostile_text_stays_text():
     picture = forest(row(label=f"{HOSTILE} - b"))
     svg = ElementTree.fromstring(picture.svg)

@@ -118,35 +118,9 @@ def test_the_terminal_shows_table_tests_and_notes_as_plain_text(tmp_path: Path, 
     assert "\x1b" not in shown
 
 
-def test_a_report_of_real_runs_is_named_after_them(
-    tiny_config, tmp_path: Path, run_command
-) -> None:
-    from cera_train.training.train import train
-
-    for kind in ("cera", "lora"):
-        train(tiny_config(f"adapter={kind}", "adapter.r=4", f"name={kind}", "train.max_updates=4"))
-    table, *_, settings = (table.rows for table in compare_runs([tmp_path / "outputs"]).tables)
-    for row in table:
-        result = json.loads((tmp_path / "outputs" / row["run"] / "result.json").read_text())
-        assert row["perplexity"].startswith(f"{result['eval/perplexity']:.3f}")
-        assert row["parameters"].startswith(f"{result['trainable_parameters']:,}")
-    assert settings == [{"run": kind, "adapter.kind": kind} for kind in ("cera", "lora")]
-    assert run_command("cera-report", "outputs/cera", "outputs/lora") == 0
-    assert Path("report/cera_and_lora/report.html").is_file()
-
-
 def pictures_of(*runs: Path) -> dict[str, Picture]:
     page = compare_runs(runs)
     return {picture.name: picture for picture in [*page.pictures, *page.spectra]}
-
-
-def test_the_linear_share_is_drawn_by_update(tmp_path: Path) -> None:
-    picture = pictures_of(make_run(tmp_path / "a"))["linear-share-by-update"]
-    assert picture.alt == "Linear share by update. a: 0.98 to 0.9."
-    picture.draw(axes := Figure().subplots())
-    (line,) = axes.lines
-    assert list(line.get_xdata()) == [20, 40, 60, 80, 100]  # at update 0 the branch gives no output
-    assert list(line.get_ydata()) == pytest.approx([0.98, 0.96, 0.94, 0.92, 0.9])
 
 
 def test_rewards_and_the_length_of_answers_are_drawn_by_update(tmp_path: Path) -> None:

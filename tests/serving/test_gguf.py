@@ -158,14 +158,6 @@ def test_a_planted_fault_is_refused(name, file, check_of, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_quantised_file_needs_a_limit(file, check_of, tmp_path):
-    quantised = Path(shutil.copy(file, tmp_path))
-    field("general.file_type", 0, 7)(gguf.GGUFReader(quantised, "r+"))
-    with pytest.raises(UserError, match="it is quantised, .* set at_most="):
-        check_of(quantised)
-
-
-@pytest.mark.slow
 def test_a_damaged_file_is_refused(file, check_of, tmp_path):
     damaged = tmp_path / "model.gguf"
     damaged.write_bytes(file.read_bytes()[:5000])

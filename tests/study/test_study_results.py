@@ -6,12 +6,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import scipy.stats
 
 from cera_train.common.errors import UserError
-from cera_train.runs.results import LOSSES_AFTER, TokenLosses
 from cera_train.study.page import write_studies
 from cera_train.study.results import contrasts_of
 from cera_train.verdicts.contrast import contrast
@@ -322,13 +320,3 @@ def test_one_arm_has_nothing_to_compare(make_study):
     del study.cells[1]
     with pytest.raises(UserError, match="has no two arms to compare, only lora"):
         contrasts_of(study)
-
-
-def test_a_run_that_ends_without_a_finite_loss_is_not_chosen(make_study):
-    study = make_study()
-    cell = study.cells[0]
-    folder = cell.folder(cell.grid[1], cell.tuning_runs[0])
-    (folder / "result.json").write_text(json.dumps({"eval/perplexity": None, "updates": 9}))
-    TokenLosses(np.array([1]), np.array([np.inf], "float32")).write(folder / LOSSES_AFTER)
-    assert cell.losses[1][0] == np.inf
-    assert cell.chosen is not cell.grid[1]
