@@ -2,16 +2,13 @@
 show it: for the original chat templates in TRL's wheel and seven kinds of chat, by renderings of
 transformers alone."""
 
-import contextlib
 import itertools
 import json
 from datetime import date
-from functools import partial
 
 import jinja2
 import pytest
 from examples import data_config
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from benchmarks.chat_templates import CHATS, TRL, originals, tokenizer_with
 from cera_train.common.errors import UserError
@@ -199,81 +196,3 @@ def test_a_row_that_does_not_fit_a_switch_of_the_run_has_its_own():
     other = sequences_of(CHATS["reasoning"], tokenizer, template_settings=settings)
     openings = [opening for [[(_, _, opening)]] in (fitting, other)]
     assert openings == [None, ("enable_thinking", True)]
-
-
-# --- TRL's own masks ------------------------------------------------------------------------------
-
-NEXT_TURN = ("", "<|user|>", "<|observation|>")
-"""GLM's answers end where the next turn begins. TRL supervises the token of that turn, which is not
-there yet when we render; the end token that we add is one of the model's, too."""
-
-
-UNFINISHED_TURNS = ("diffusion_gemma",)
-"""After the result of a tool their generation prompt opens no turn, so the model has to open it.
-After a call they write the start of the result, at which generation stops. TRL supervises neither,
-and tool chats are not compared."""
-
-TRAINED = [
-    name for name in TEMPLATES if name not in PARTS and (TRL / f"{name}_training.jinja").exists()
-]
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_the_masks_are_those_of_trls_training_templates(name):
-    """They agree on every token that the model has to write. TRL supervises also the end of the
-    generation prompt, such as <think>, which inference has written; and it renders a chat once, so
-    that earlier answers lack what the template drops of them, and are not compared here."""
-    training = (TRL / f"{name}_training.jinja").read_text()
-    tokenizer = tokenizer_with(TEMPLATES[name])
-    compared = 0
-    for row in CHATS.values():
-        if "tools" in row and name in UNFINISHED_TURNS:
-            continue
-        try:
-            sequences = sequences_of(row, tokenizer)
-        except UserError:
-            continue
-        forms = forms_of(name, row["messages"])
-        whole = first_taken(forms, partial(rendering, tokenizer, tools=row.get("tools")))
-        theirs = first_taken(forms, partial(supervised_by, training, tokenizer, row.get("tools")))
-        ours = [answer for sequence in sequences for answer in sequence]
-        assert len(ours) == len(theirs)
-        for (before, text, _), other in zip(ours, theirs, strict=True):
-            if not whole.startswith(before + text):
-                continue
-            other = other.removesuffix(tokenizer.eos_token).rstrip()
-            head, found, tail = other.rpartition(text.removesuffix(tokenizer.eos_token).rstrip())
-            assert found
-            assert before.endswith(head)
-            assert tail in NEXT_TURN
-            compared += 1
-    assert compared
-
-
-def first_taken(forms: list, render):
-    """What a template makes of the first form that it takes."""
-    for form in forms:
-        with contextlib.suppress(jinja2.TemplateError, TypeError):
-            return render(form)
-    raise AssertionError("the template takes no form")
-
-
-def supervised_by(template: str, tokenizer, tools, messages: list[dict]) -> list[str]:
-    """The stretches of text between {% generation %} and {% endgeneration %}, those side by side as
-    one."""
-    [text], [places] = render_jinja_template(
-        [aliased(messages)],
-        tools=tools,
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    stretches = []
-    reached = None
-    for start, end in places:
-        if start == reached:
-            stretches[-1] += text[start:end]
-        elif end > start:
-            stretches.append(text[start:end])
-        reached = end
-    return stretches

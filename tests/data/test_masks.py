@@ -2,7 +2,6 @@
 tokenizer's own."""
 
 import copy
-import re
 
 import pytest
 from conftest import CHAT_TEMPLATE
@@ -21,7 +20,6 @@ from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from cera_train.common.errors import UserError
 from cera_train.data.prepare import encode, ids_of
 from cera_train.data.segments import segmenter, templates
 
@@ -235,15 +233,6 @@ def test_flags_and_turns_choose_what_is_supervised(tokenizer, row, layout, first
     assert segments({layout: first_alone}) == []
 
 
-REWRITES = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if loop.last and message['reasoning_content'] %}{{ message['reasoning_content'] }}\n"
-    "{% endif %}{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""A chat template that drops the reasoning of earlier answers."""
-
-
 @pytest.mark.parametrize(
     ("row", "layout", "chat", "left_out"),
     [
@@ -262,18 +251,6 @@ def test_a_loss_on_all_tokens_leaves_out_an_answer_of_weight_0(
     assert example.input_ids == whole.input_ids
     trained = supervised_text(whole, tokenizer)
     assert supervised_text(example, tokenizer) == trained.replace(left_out, "|", 1)
-
-
-def test_a_loss_on_all_tokens_is_refused_where_an_answer_of_weight_0_is_written_anew(tokenizer):
-    rewriting = with_changes(tokenizer, chat_template=REWRITES)
-    turns = CHAT["messages"]
-    thought = turns[2] | {"weight": 0, "reasoning_content": "a thought"}
-    row = {"messages": [*turns[:2], thought, *turns[3:]]}
-    settings = {"layout": "messages", "turns": "all"}
-    with pytest.raises(UserError, match=r"messages\[4\] follows an answer of weight 0 .*=complet"):
-        example_of(row, rewriting, loss_on="all", **settings)
-    example = example_of(row, rewriting, **settings)
-    assert supervised_text(example, rewriting) == "0.84<|im_end|>"
 
 
 # --- layout messages ------------------------------------------------------------------------------
@@ -378,34 +355,3 @@ def test_tool_calls_are_supervised_as_the_template_writes_them(tokenizer, argume
         == '[weather {"city": "Paris"}]<|im_end|>|It rains.<|im_end|>'
     )
     assert "None" not in tokenizer.decode(example.input_ids)
-
-
-WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {}}}
-CALLING = {"role": "assistant", "content": None, "tool_calls": [WEATHER]}
-RAIN = {"role": "tool", "content": "rain"}
-CALLS_ALONE = TOOL_TEMPLATE.replace(
-    "{{ message.content }}", "{{ message.content if not message.tool_calls }}"
-)
-
-
-@pytest.mark.parametrize(
-    ("template", "row", "line"),
-    [
-        (
-            CHAT_TEMPLATE,
-            {"messages": [USER, CALLING, RAIN, ANSWER]},
-            "messages[1], of role 'assistant', is left out",
-        ),
-        (
-            CALLS_ALONE,
-            {"messages": [USER, CALLING | {"content": "So."}]},
-            "messages[1], of role 'assistant', is left out",
-        ),
-    ],
-    ids=["a call before the answer", "a text beside a call"],
-)
-def test_text_that_a_template_drops_is_refused(tokenizer, template, row, line):
-    with pytest.raises(UserError, match=re.escape(line)):
-        example_of(
-            row, with_changes(tokenizer, chat_template=template), layout="messages", turns="last"
-        )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from examples import CHAT, CONVERSATION, texts_of, with_changes
+from examples import CHAT, CONVERSATION
 
 from cera_train.common.errors import UserError
 from cera_train.data.look import describe_stop
@@ -16,7 +16,6 @@ from cera_train.data.segments import segmenter, segmenters
 from cera_train.data.sources import decide_layouts, rows_by_prompt
 from cera_train.runs.records import load_config
 from cera_train.settings.data import DataConfig, MixPart
-from cera_train.training.resolve import with_known_layouts
 from cera_train.training.train import train
 
 pytest_plugins = ["examples"]
@@ -55,13 +54,7 @@ def own(compose, write_jsonl):
             "instruction",
             ["Question: Add.\n1\nAnswer:", " 2"],
         ),
-        (
-            {"instruction": "Yes?", "input": "", "output": "no"},
-            "instruction",
-            ["Question: Yes?\nAnswer:", " no"],
-        ),
         ({"prompt": "1+", "completion": "1"}, "text", ["1+", "1"]),
-        ({"prompt": "half \ud83d", "completion": "1"}, "text", ["half ?", "1"]),
         (
             {"question": "1+1?", "answer": "2", "messages": None},
             "text",
@@ -106,14 +99,9 @@ def test_given_templates_choose_text_and_each_part_of_a_mix_is_read_by_its_own_c
             "finds the columns of both messages (messages) and text (",
         ),
         (
-            [{"prompt": "a", "completion": "b"}, CONVERSATION],
-            "finds the columns of both conversations (conversations) ",
-        ),
-        (
             [{"q": "a", "a": "b"}],
             "does not know these columns, q, a: rename them (messages; conversations; instr",
         ),
-        ([{}], "does not know these columns, none: "),
         ([], "finds no rows: "),
     ],
 )
@@ -179,17 +167,6 @@ def test_documents_of_a_text_file_are_lines_or_separated_by_blank_lines(tmp_path
     assert mask == [False, *[True] * (len(mask) - 1)]
 
 
-def test_a_text_file_that_is_renamed_is_read_anew(tmp_path, tokenizer):
-    path = tmp_path / "rows.txt"
-    path.write_text('{"text": "it is 0"}\n{"text": "it is 1"}\n')
-    texts = {}
-    for name in ("rows.txt", "rows.jsonl"):
-        path = path.rename(tmp_path / name)
-        config = decide_layouts(DataConfig(layout="auto", train_files=[str(path)]))
-        [texts[name]] = texts_of(prepare_data(config, tokenizer).train, tokenizer)
-    assert texts["rows.txt"] == f'{{"text": "{texts["rows.jsonl"]}"}}'
-
-
 def test_a_document_longer_than_max_length_is_cut_into_rows_without_loss(write_jsonl, tokenizer):
     def documents(rows: TokenizedRows) -> list[str]:
         ids = [rows.tokens("input_ids", row).to_pylist() for row in range(len(rows))]
@@ -227,22 +204,9 @@ def test_rows_of_one_prompt_stay_on_one_side(own, tokenizer):
         prepare_data(own(rows[:1] * 9), tokenizer)
 
 
-def test_prompts_that_a_template_makes_equal_are_no_fault_of_eval_rows(own, tokenizer):
-    chat = with_changes(
-        tokenizer,
-        chat_template="{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}|"
-        "{% endfor %}",
-    )
-    question, answer = CHAT["messages"][1:3]
-    chats = [[question, answer | {"content": f"{number}"}] * 2 for number in range(9)]
-    config = own([{"messages": messages} for messages in chats], "data.turns=last")
-    with pytest.raises(UserError, match=r"memory\. Remove them from one side, or set"):
-        prepare_data(config, chat)
-
-
 @pytest.mark.parametrize(
     ("counts", "rows"),
-    [([1] * 100, 5), ([1] * 3, 1), ([1] * 20_000, 500), ([30, 40, 50], 30), ([96, 2, 2], 4)],
+    [([1] * 100, 5), ([1] * 3, 1), ([1] * 20_000, 500), ([30, 40, 50], 30)],
 )
 def test_a_twentieth_of_the_rows_but_at_least_one_prompt_is_held_out(counts, rows):
     row = {"prompt": "", "completion": "x"}
@@ -305,23 +269,6 @@ def test_a_look_asks_as_the_run_to_start_from_learned_to_answer(
         printed = capsys.readouterr().out
         assert ("<think>" in printed) == is_opened
         assert "\nstop " not in printed  # no end of an answer is learned from rows
-
-
-def test_settings_beside_a_known_layout_are_those_of_the_command(write_jsonl):
-    """Where the files of a finished run are gone, its record alone knows the layout."""
-    file = write_jsonl("rows.jsonl", [CHAT])
-    parts = [MixPart(train_files=[str(file)], weight=weight, eval_rows=1) for weight in (1, 3)]
-    commands = [
-        DataConfig(layout="auto", train_files=[str(file)], turns=turns) for turns in (None, "last")
-    ]
-    mixes = [DataConfig(layout="auto", mix=[part]) for part in parts]
-    begun = [decide_layouts(config) for config in (commands[0], mixes[0])]
-    file.unlink()
-    one, other = (with_known_layouts(config, begun[0]) for config in commands)
-    assert (one, other) == (begun[0], replace(begun[0], turns="last"))
-    one, other = (with_known_layouts(config, begun[1]) for config in mixes)
-    assert one == begun[1]
-    assert (other.mix[0].layout, other.mix[0].weight) == ("messages", 3)
 
 
 def test_a_run_records_its_decisions_and_no_longer_needs_the_files_once_finished(

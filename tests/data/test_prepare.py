@@ -134,10 +134,8 @@ def test_the_same_rows_come_from_the_cache_even_from_another_path(
         {"train": [*TRAIN[:-1], {"question": "what is 5?", "answer": "it is five"}]},
         {"train": TRAIN[::-1]},
         {"prompt": "Question: {question}\nSolution:"},
-        {"completion": "  {answer}"},
         {"max_length": 511},
         {"loss_on": "all"},
-        {"train_rows": 5},
     ],
     ids=str,
 )

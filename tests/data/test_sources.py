@@ -11,7 +11,7 @@ import pytest
 from cera_train.common.errors import UserError
 from cera_train.data import rows as data_rows
 from cera_train.data.sources import open_sources
-from cera_train.settings.data import DataConfig, MixPart
+from cera_train.settings.data import DataConfig
 
 pytest_plugins = ["examples"]
 
@@ -158,7 +158,6 @@ def refusal(path: str, **settings) -> str:
     ("path", "settings", "line"),
     [
         ("./none", {}, ""),
-        ("broken", {}, ""),
         (
             "ds",
             {},
@@ -210,12 +209,6 @@ def test_split_notation_and_row_limits_reach_the_rows(folders):
         evaluation.fingerprint,
     ]
     assert train.fingerprint != evaluation.fingerprint
-
-
-def test_a_part_that_holds_out_no_row_needs_no_other_split(folders):
-    parts = [MixPart(path="ds", eval_rows=0), MixPart(path="ds", eval_split="train")]
-    (_, part), _ = DataConfig(mix=parts, **TEXT).parts()
-    assert read(*open_sources(part)) == [number_rows(4), []]
 
 
 def test_a_streamed_split_has_one_fingerprint_wherever_the_cache_lies(
