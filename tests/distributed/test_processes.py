@@ -16,21 +16,15 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import TINY
 from moe_models import make_mixture
-from several_processes import cut_copy, popen, torchrun, train_in_processes
+from several_processes import cut_copy, popen, train_in_processes
 from tiny_runs import all_losses_of, evaluations_of, losses_of, metrics_of, wait_until
 
 from cera_train.common.errors import UserError
 from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.processes import (
-    PEER_SECONDS,
-    beside_others,
     error_of,
-    in_processes,
-    is_main_process,
-    is_one_of_several,
     join_slurm_step,
     launched_rank,
-    leave_slurm_step,
     processes_to_start,
 )
 from cera_train.model.compiled import can_compile
@@ -259,22 +253,6 @@ def test_a_process_of_accelerate_launch_starts_no_others(tmp_path, arguments):
 
 
 @pytest.mark.slow
-def test_processes_of_torchrun_go_through_a_sweep_together(tmp_path, arguments):
-    sweep = [
-        "-m",
-        "cera_train",
-        "-m",
-        *arguments,
-        "launch.processes=3",
-        "train.max_updates=2",
-        "adapter.r=2,4",
-    ]
-    out = torchrun("--nproc_per_node=2", *sweep, "name=sweep", cwd=tmp_path)
-    assert out.count("2 x cpu") == 2
-    assert out.count("jobs       2 finished") == 1
-
-
-@pytest.mark.slow
 def test_two_nodes_train_together(tmp_path, arguments, compose):
     """Two launchers that find each other on loopback."""
     train(compose(*arguments, "train.max_updates=6", "name=one"))
@@ -348,14 +326,12 @@ ALL = MEETING | {"LOCAL_RANK": "1"}
     [
         ({}, None),
         ({"MASTER_ADDR": "node"}, None),  # of a batch script, for all of its steps
-        ({"WORLD_SIZE": "1"}, None),
         ({"RANK": "0", "WORLD_SIZE": "1"}, 0),
         (ALL, 1),
         ({"PMI_SIZE": "2", "PMI_RANK": "1", "WORLD_SIZE": "2"}, 1),
         ({"RANK": "0"}, "RANK=0 without WORLD_SIZE, .*unset RANK"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, MASTER_ADDR, MASTER_PORT"),
         (MEETING, "RANK=1, WORLD_SIZE=2 without LOCAL_RANK"),  # of a PyTorchJob on Kubernetes
-        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 without RANK, WORLD_SIZE, MASTER_ADDR"),
     ],
 )
 def test_a_part_of_a_launchers_variables_is_one_line(monkeypatch, variables, expected):
@@ -382,30 +358,6 @@ def test_variables_of_a_launcher_that_is_gone_are_named_at_once_and_at_the_limit
         start_accelerator(ModelConfig("m", dtype="float32"), None, config)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert "waiting    for the other processes of RANK=0, WORLD_SIZE=2" in capsys.readouterr().err
-
-
-def test_a_task_that_was_stopped_at_once_does_not_hide_it_from_its_slurm_step(monkeypatch):
-    """With status 0 the others would wait for it."""
-    environment = {"SLURM_STEP_NUM_TASKS": "2"}
-    for name, value in ALL.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit):
-        leave_slurm_step(environment)
-    monkeypatch.setattr("cera_train.distributed.processes.STOPPED", [signal.SIGTERM])
-    leave_slurm_step(environment)
-
-
-def test_a_lone_task_with_a_rank_starts_a_process_for_each_gpu(monkeypatch):
-    """srun sets PMI_RANK if Slurm's MPI is PMI2, even for one task."""
-    module = "cera_train.distributed.processes.start_processes"
-    monkeypatch.setattr(module, lambda function, config, processes: {"processes": processes})
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    config = SimpleNamespace(launch=LaunchConfig("auto"))
-    for rank, size, started in [("0", "1", 8), ("0", "2", 1), ("1", "2", 1)]:
-        monkeypatch.setenv("PMI_RANK", rank)
-        monkeypatch.setenv("PMI_SIZE", size)
-        assert in_processes(lambda config: {"processes": 1}, config) == {"processes": started}
-        assert (is_main_process(), is_one_of_several()) == (rank == "0", size == "2")
 
 
 def test_each_gpu_gets_a_process_unless_the_config_says_otherwise(monkeypatch):
@@ -489,28 +441,6 @@ def test_a_process_that_is_killed_ends_the_others_and_is_named_once(endless, tmp
     assert not (tmp_path / "outputs" / "run" / ".lock").exists()
 
 
-class CudaStarts(Exception):
-    pass
-
-
-def test_expandable_segments_are_on_before_cuda_starts_unless_the_user_chose_otherwise(
-    monkeypatch, tiny_config
-):
-    def start(*_):
-        raise CudaStarts(os.environ["PYTORCH_ALLOC_CONF"])
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("empty_cache", "reset_peak_memory_stats", "get_device_capability"):
-        monkeypatch.setattr(torch.cuda, name, start)
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
-    with pytest.raises(CudaStarts, match="backend:native"):
-        train(tiny_config())
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
-    with pytest.raises(CudaStarts, match="expandable_segments:True"):
-        train(tiny_config())
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_an_accelerator_other_than_cuda_is_not_used(monkeypatch):
     """Precision and kernels were chosen for the CPU."""
@@ -520,15 +450,6 @@ def test_an_accelerator_other_than_cuda_is_not_used(monkeypatch):
     )
     assert accelerator.device == torch.device("cpu")
     assert not accelerator.ddp_handler.broadcast_buffers  # no pass waits for buffers of process 0
-
-
-def test_accelerates_own_compiler_stays_off(monkeypatch):
-    """`accelerate config` sets these variables; train.compile decides here."""
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    accelerator = start_accelerator(
-        ModelConfig(path="x", dtype="float32"), None, DistributedConfig()
-    )
-    assert accelerator.state.dynamo_plugin.backend == "NO"
 
 
 @pytest.mark.slow
@@ -560,19 +481,6 @@ def test_an_error_of_a_process_keeps_its_type():
         "killed by SIGABRT: it may have waited for another longer than distributed.timeout. The "
         "same" in str(aborted)
     )
-
-
-def test_a_process_that_lost_another_fails_after_it(monkeypatch):
-    """The launcher reports the first failure."""
-    pauses = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
-
-    def lose(_: None) -> None:
-        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
-
-    with pytest.raises(RuntimeError):
-        beside_others(lose, None)
-    assert pauses == [PEER_SECONDS]
 
 
 @pytest.mark.slow
