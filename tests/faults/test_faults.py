@@ -408,15 +408,6 @@ def test_a_run_with_only_damaged_checkpoints_is_refused(run, start, uninterrupte
     )
 
 
-@pytest.mark.slow
-def test_garbage_in_metrics_after_the_checkpoint_is_cut_off(run, start, uninterrupted):
-    """What a file system may leave at the end of a file after a power loss."""
-    with (run / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"update": 14, "tra' + bytes(300) + b"\n\xff\xfe\n{}\n")
-    finish(start())
-    assert content(run) == uninterrupted
-
-
 def test_a_folder_lost_between_two_renames_is_restored(tmp_path):
     """The moment when the old folder is gone and the new one has not arrived; it is too short to
     hit by chance."""

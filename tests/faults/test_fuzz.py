@@ -10,7 +10,6 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-import yaml
 from conftest import make_tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 from cera_train.adapters.build import build
 from cera_train.adapters.folder import check_saved
 from cera_train.common.files import read_json, read_yaml
-from cera_train.common.settings import to_plain
 from cera_train.common.trust import clean, for_markdown
 from cera_train.data.prepare import encode
 from cera_train.data.rows import rows_of
@@ -26,12 +24,10 @@ from cera_train.data.segments import segmenter
 from cera_train.evaluation.tasks import gsm8k
 from cera_train.evaluation.tasks import math as math_task
 from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
-from cera_train.runs.records import load_config
 from cera_train.runs.results import METRICS
 from cera_train.runs.subject import base_of
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig
-from cera_train.settings.run import Config
 
 fuzz = settings(
     max_examples=50,
@@ -165,8 +161,6 @@ HOSTILE_ROWS = st.dictionaries(
 
 LAYOUTS = {
     "text": {"prompt": "Q: {question}\nA:", "completion": " {answer}"},
-    "text, all": {"prompt": "{question}", "completion": "{answer}", "loss_on": "all"},
-    "conversations": {"layout": "conversations"},
     "conversations, all": {"layout": "conversations", "turns": "all"},
     "messages": {"layout": "messages"},
 }
@@ -239,16 +233,6 @@ def test_cleaned_text_cannot_control_a_terminal_and_can_be_written(text, number)
 
 
 # --- folders of runs ------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@fuzz
-@given(data=st.data())
-def test_a_damaged_config_gives_a_config_or_a_reason(tmp_path, compose, data):
-    path = tmp_path / "config.yaml"
-    path.write_bytes(data.draw(mutated(yaml.safe_dump(to_plain(compose())).encode())))
-    config = result_or_value_error(load_config, path)
-    assert config is None or isinstance(config, Config)
 
 
 @pytest.mark.parametrize("read", [read_json, read_yaml])
