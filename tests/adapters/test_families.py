@@ -1,7 +1,6 @@
 """One table for every file of conf/adapter: each method builds, learns, counts, saves, loads, and
 has a spectrum or none."""
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -146,21 +145,6 @@ def test_what_is_saved_loads_to_equal_logits_and_what_does_not_fit_is_refused(
         saved.attach(make_tiny_llama(), tmp_path)
 
 
-def test_a_misfit_blames_the_base_model_only_where_it_is_another(adapter_of, tmp_path):
-    model = built(adapter_of("cera"))
-    saved.save(model, trainable_weights(model), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "tiny"}))
-    for name, reason in (
-        ("tiny", ".* 22 tensors differ"),
-        ("wide", "it belongs to another base model, tiny[.]"),
-    ):
-        base = make_tiny_llama(hidden_size=64)
-        base.name_or_path = name
-        with pytest.raises(UserError, match=f"{tmp_path} does not fit {name}: {reason}"):
-            saved.attach(base, tmp_path)
-
-
 @every_file
 def test_its_spectrum_equals_an_svd_or_it_has_none(name, adapter_of):
     model = built(adapter_of(name)).train()
@@ -193,17 +177,6 @@ def test_the_base_comes_back_where_the_adapter_is_beside_it(name, adapter_of):
     with model.disable_adapter():
         is_base = torch.allclose(logits(model), logits(make_tiny_llama()), rtol=1e-4, atol=1e-4)
     assert is_base == saved.keeps_base(model)
-
-
-def test_an_adapter_without_the_part_of_w0_that_it_took_is_refused(tmp_path):
-    """PEFT saves what LoRA-GA trained without its start, and loads it, without a word, on the whole
-    W0."""
-    config = peft.LoraConfig(target_modules=["q_proj"])
-    peft.get_peft_model(make_tiny_llama(), config).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "lora_ga"}))
-    with pytest.raises(UserError, match=rf"^{tmp_path} .*lora_ga, .*path_initial_model_"):
-        saved.attach(make_tiny_llama(), tmp_path)
 
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -249,11 +222,6 @@ def test_alpha_scales_the_branch_and_none_is_a_scale_of_1_at_other_ranks_too(ada
             module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)
         ]
         assert {module.use_dora["default"] for module in loras} <= {name == "dora"}
-
-
-def test_trained_biases_are_not_the_bases(adapter_of):
-    config = replace(adapter_of("lora"), settings={"bias": "all"})
-    assert not saved.keeps_base(build.build(make_tiny_llama(attention_bias=True), config))
 
 
 @pytest.mark.parametrize("name", ["lora", "cera", "dense"])
@@ -310,16 +278,3 @@ def test_all_linear_of_a_lora_leaves_the_experts_of_a_mixture_out(adapter_of):
     named = replace(adapter_of("lora"), target_modules=["o_proj", "down_proj"])
     with pytest.raises(UserError, match=r"takes a name among these for experts \(down_proj\) of"):
         build.build(tiny_model("deepseek_v3"), named)
-
-
-def test_adapters_of_tied_embeddings_are_one_over_a_16_bit_base(adapter_of):
-    settings = {"ensure_weight_tying": True}
-    config = replace(adapter_of("lora"), target_modules=["embed_tokens"], settings=settings)
-    base = make_tiny_llama(tie_word_embeddings=True).bfloat16()
-    build.build(base, config)
-    embeddings = base.get_input_embeddings()
-    head = base.get_output_embeddings()
-    for weight in (embeddings.lora_embedding_A, embeddings.lora_embedding_B):
-        weight["default"].data.normal_()
-    assert torch.equal(head.lora_A["default"].weight.T, embeddings.lora_embedding_B["default"])
-    assert torch.equal(head.lora_B["default"].weight.T, embeddings.lora_embedding_A["default"])

@@ -49,19 +49,10 @@ def test_it_trains_resumes_and_is_evaluated_by_whom_trusts_it(words, run_command
     assert run_command(*evaluation, "trust_remote_code=true", "task.max_new_tokens=4") == 0
 
 
-@pytest.mark.slow
-def test_several_processes_evaluate_it(words, run_command):
-    assert run_command("cera-train", *words, "train.max_updates=1", "name=outside") == 0
-    evaluation = ["cera-eval", "run=outputs/outside", "task=logistic_map", "task.limit=2"]
-    trusting = ["task.max_new_tokens=4", "trust_remote_code=true", "launch.processes=2"]
-    assert run_command(*evaluation, *trusting) == 0
-
-
 @pytest.mark.parametrize(
     ("method", "message"),
     [
         ("no_such_module.Config", "cannot be imported: ModuleNotFoundError"),
-        ("outside_tuner.NoConfig", "cannot be imported: AttributeError"),
         ("outside_tuner.UnknownConfig", "register_peft_method"),
         ("peft.AdaLoraConfig", "changes ranks between updates"),
     ],

@@ -52,7 +52,6 @@ def test_what_8_bit_products_round_is_no_later_token(tiny_folder, name):
     [
         # its scales become bytes, all zero, as the packed weights are bytes
         (method("UNILORA", theta_d_length=64), "change nothing .* set model.quantization=none"),
-        (method("LOHA"), "beside quantised weights: set model.quantization=none"),
         (method("DELORA"), "beside quantised weights: set model.quantization=none"),
     ],
 )

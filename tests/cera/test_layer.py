@@ -11,7 +11,7 @@ from torch.nn.functional import gelu, relu, silu
 from transformers.pytorch_utils import Conv1D
 
 from cera_train.cera import CeraConfig, CeraLinear, for_inference
-from cera_train.cera.branch import PackedBranch, seeded_dropout
+from cera_train.cera.branch import seeded_dropout
 from cera_train.cera.packed import PackedLinear, can_pack
 
 pytestmark = pytest.mark.filterwarnings(
@@ -106,25 +106,6 @@ def test_gradients_equal_finite_differences(settings):
         return layer(x)
 
     assert torch.autograd.gradcheck(ours, leaves(layer, x))
-
-
-def test_second_derivatives_come_from_torch_func_and_autograd_refuses_them():
-    layer = make_layer(mix="learned").train()
-    config = CeraConfig(r=3, mix="learned")
-    x = x_of(2).requires_grad_()
-
-    def ours(x: torch.Tensor) -> torch.Tensor:
-        return layer(x).square().sum()
-
-    def plain(x: torch.Tensor) -> torch.Tensor:
-        return by_hand(layer, x, config).square().sum()
-
-    hessian, expected = (torch.func.jacrev(torch.func.grad(loss))(x) for loss in (ours, plain))
-    assert expected.any()
-    torch.testing.assert_close(hessian, expected)
-    (gradient,) = torch.autograd.grad(ours(x), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
 
 
 @every_variant
@@ -308,23 +289,6 @@ def test_for_inference_packs_a_16_bit_base_where_there_is_memory(monkeypatch, ha
     assert not hasattr(layer.base_layer, "packed")
 
 
-@torch.no_grad()
-@packs
-@pytest.mark.parametrize(("alpha", "is_packed"), [(4, True), (2, True), (3, False)])
-@pytest.mark.parametrize("settings", [{}, {"mix": "learned"}], ids=str)
-def test_for_inference_packs_a_branch_if_no_bit_changes(settings, alpha, is_packed):
-    base = nn.Linear(64, 32, dtype=torch.bfloat16)
-    layer = make_layer(base, r=4, alpha=alpha, dropout=0.1, **settings).eval()
-    x = torch.randn(2, 3, 64).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = layer(x)
-        with for_inference(layer):
-            assert all(torch.equal(layer(x), expected) for _ in range(2))
-            [branch] = layer.prepared.values()
-            assert isinstance(branch, PackedBranch) == is_packed
-            assert torch.equal(layer(x.mT.contiguous().mT), expected)
-
-
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
 def test_the_output_of_an_8_bit_base_is_not_overwritten():
     """In older versions of torch it is, with a bias, a view that autograd refuses to overwrite."""
@@ -341,11 +305,6 @@ def test_the_output_of_an_8_bit_base_is_not_overwritten():
         torch.autograd.grad(value, leaves(layer, x), upstream) for value in (y, expected)
     )
     torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
-
-
-def test_a_projection_that_is_never_called_is_refused():
-    with pytest.raises(TypeError, match="that are called .*, not NonDynamicallyQuantizableLinear"):
-        make_layer(nn.MultiheadAttention(6, 2).out_proj)
 
 
 # --- what other code relies on --------------------------------------------------------------------
@@ -379,19 +338,3 @@ def test_a_hook_on_the_base_layer_may_keep_its_output(in_grad_mode):
         y = layer(x)
     assert torch.equal(seen[0], expected)
     torch.testing.assert_close(y, expected + layer.branch(x, "default"))
-
-
-class Tanh(nn.Linear):
-    """Needs its output in backward."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x).tanh()
-
-
-def test_a_subclass_of_linear_may_need_its_output_in_backward():
-    layer = make_layer(Tanh(6, 5, dtype=torch.float64))
-    x = x_of().requires_grad_()
-    expected = layer.base_layer(x) + layer.branch(x, "default")
-    torch.testing.assert_close(layer(x), expected)
-    gradients = (torch.autograd.grad(y.square().sum(), x) for y in (layer(x), expected))
-    torch.testing.assert_close(*gradients)

@@ -34,10 +34,6 @@ def names(projections: list[str], layers: tuple[int, ...] = (0, 1)) -> set[str]:
         ({"target_modules": r".*\.1\..*(k_proj|down_proj)"}, names(["k_proj", "down_proj"], (1,))),
         ({"target_modules": "all-linear"}, names(ATTENTION + MLP)),
         ({"target_modules": "all-linear", "exclude_modules": MLP}, names(ATTENTION)),
-        (
-            {"target_modules": ATTENTION, "exclude_modules": r".*layers\.0.*"},
-            names(ATTENTION, (1,)),
-        ),
         ({"layers_to_transform": 1}, names(["q_proj", "v_proj"], (1,))),
         ({"target_modules": ["lm_head"]}, {"lm_head"}),
     ],
@@ -80,7 +76,6 @@ def test_the_default_targets_are_the_papers_or_else_pefts_for_lora(model_type):
     ("settings", "message"),
     [
         ({"r": 0}, "r must be a positive integer, got 0"),
-        ({"alpha": 0}, "alpha must be positive"),
         ({"alpha": float("nan")}, "alpha must be positive"),
         ({"dropout": 1}, "dropout must be at least 0 and less than 1, got 1"),
         (
@@ -92,19 +87,9 @@ def test_the_default_targets_are_the_papers_or_else_pefts_for_lora(model_type):
             {"layers_pattern": "layers"},
             "layers_pattern needs layers_to_transform",
         ),
-        (
-            {"layers_to_transform": [0], "target_modules": ".*q_proj"},
-            "cannot be combined with all-linear or a regular",
-        ),
-        ({"init": "xavier"}, "init must be one of kaiming_normal, kaiming_uniform, got 'xavier'"),
         ({"mix": "learned", "activation": "identity"}, "activation must not be 'identity'"),
         ({"use_rslora": True}, "use_rslora divides alpha by sqrt"),
-        (
-            {"rank_pattern": {"q_proj": 0}},
-            r"rank_pattern\['q_proj'\] must be a positive integer, got 0",
-        ),
         ({"expert_r": 2}, "expert_r needs target_parameters"),
-        ({"target_parameters": "experts.down_proj"}, "target_parameters must be a list of names"),
     ],
     ids=str,
 )
@@ -145,9 +130,3 @@ def test_a_refused_adapter_leaves_nothing_behind(name):
     assert not any(
         "second" in module.cera_A for module in model.modules() if isinstance(module, CeraLayer)
     )
-
-
-def test_a_model_with_a_config_of_its_own_takes_an_adapter():
-    model = nn.Sequential(nn.Linear(4, 4))
-    model.config = {"width": 4}
-    assert len(cera_layers(get_peft_model(model, CeraConfig(target_modules=["0"], r=2)))) == 1

@@ -47,13 +47,6 @@ def test_short_attention_equals_torchs_and_its_gradients_finite_differences(leng
     assert torch.autograd.gradcheck(short, inputs)
 
 
-def test_only_short_neighbours_of_near_equal_length_are_attended_to_together():
-    lengths = [300, 130, 129, 120, 119, 100, 40, 38, 39, 5]
-    together = [[300], [130], [129], [120, 119, 100], [40, 38, 39], [5]]
-    assert Sequences(lengths).blocks == together
-    assert Sequences([128] * 5).blocks == [[128] * 4, [128]]  # more scores leave the caches
-
-
 def test_short_attention_is_about_as_exact_as_torchs():
     exact = heads(150)
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
@@ -193,12 +186,9 @@ WINDOWS = {"layer_types": ["full_attention", "chunked_attention", "sliding_atten
     ("layer", "settings", "named"),
     [
         (0, {"softcap": 30.0}, "softcap"),
-        (0, {"s_aux": torch.zeros(4)}, "s_aux"),
-        (0, {"position_bias": torch.zeros(1)}, "position_bias"),
         (0, {"is_causal": False}, "both ways"),
         (0, {"sliding_window": 4}, "full_attention"),
         (1, {}, "chunked_attention"),
-        (2, {}, "sliding_attention"),
     ],
 )
 def test_attention_that_is_more_than_causal_or_restricted_only_by_a_mask_is_refused(

@@ -41,16 +41,6 @@ def test_an_epoch_has_every_row_exactly_once(rows, batch_size):
         assert len(updates[-1]) == (rows % batch_size or batch_size)
 
 
-def test_an_update_is_a_slice_of_the_epochs_permutation_regardless_of_earlier_draws():
-    order = RowOrder(23, 4, seed=7)
-    before = torch.get_rng_state()
-    for update in (0, 5, 6, 2, 11):
-        generator = torch.Generator().manual_seed(7 * 1_000_003 + update // 6)
-        permutation = torch.randperm(23, generator=generator).tolist()
-        assert order.sequences(update) == permutation[update % 6 * 4 : update % 6 * 4 + 4]
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 @pytest.mark.parametrize("processes", [1, 3, 5])
 @pytest.mark.parametrize("count", [0, 2, 64])
 def test_shares_partition_the_rows_and_differ_by_at_most_one_sequence(processes, count):
@@ -115,32 +105,6 @@ def test_the_padded_cut_costs_as_little_as_the_best_of_all_cuts(longest, max_tok
         assert padded_cost(padded_micro_batches(range(9), lengths, max_tokens), lengths) == min(
             costs
         )
-
-
-IDS = [[7, 8, 9], [5], [3, 4]]
-MASKS = [[False, True, True], [False], [False, True]]
-
-
-def test_a_flat_batch_lays_sequences_end_to_end_and_restarts_positions():
-    batch = flat_batch(IDS, MASKS)
-    assert batch.input_ids.tolist() == [[7, 8, 9, 5, 3, 4]]
-    assert batch.loss_mask.tolist() == [[False, True, True, False, False, True]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
-    assert set(batch.inputs) == {"input_ids", "position_ids"}
-
-
-def test_a_padded_batch_masks_padding_in_attention_and_loss():
-    batch = padded_batch(IDS, MASKS)
-    assert batch.input_ids.tolist() == [[7, 8, 9], [5, 0, 0], [3, 4, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
-    assert batch.loss_mask.tolist() == [
-        [False, True, True],
-        [False, False, False],
-        [False, True, False],
-    ]
-    assert set(batch.inputs) == {"input_ids", "attention_mask"}
-    # Rows of one length need no mask.
-    assert set(padded_batch(IDS[:1], MASKS[:1]).inputs) == {"input_ids"}
 
 
 def split_of(lengths: list[int]) -> TokenizedRows:

@@ -3,13 +3,11 @@
 import random
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 
 import peft
 import pytest
 import torch
 from conftest import make_tiny_llama
-from packaging.version import Version
 from torch.nn.functional import log_softmax
 
 from benchmarks.tiny_models import tiny_model
@@ -189,15 +187,3 @@ def test_a_model_whose_tokens_see_later_ones_is_refused(name, changes, is_causal
     else:
         with pytest.raises(UserError, match="see later ones.*is_decoder=true in the config.json"):
             choose_layout(BatchLayout.auto, language_model, torch.device("cpu"))
-
-
-@pytest.mark.skipif(
-    Version(version("transformers")) < Version("5.24"),
-    reason="Doge's tokens see later ones in transformers 5.17, and it is refused",
-)
-def test_attention_that_our_attention_cannot_stand_for_keeps_its_own():
-    """Doge's module does not say whether it is causal."""
-    model = tiny_model("doge")
-    language_model = LanguageModel(model, model)
-    assert probe(language_model).attention is None
-    assert model.config._attn_implementation == "sdpa"
