@@ -10,7 +10,6 @@ from tiny_runs import all_losses_of
 
 from benchmarks.tiny_models import tiny_model
 from cera_train.adapters.build import build
-from cera_train.adapters.targets import describe_targets
 from cera_train.common.errors import UserError
 from cera_train.training.train import train
 
@@ -79,14 +78,6 @@ def test_the_coverage_check_changes_no_number_of_a_run(tiny_config, more):
     for run in runs:
         train(run)
     assert all_losses_of(runs[0]) == all_losses_of(runs[1])
-
-
-def test_targets_are_counted_by_name(compose):
-    """A layer shared by others counts once."""
-    adapter = compose("adapter.r=4", "adapter.target_modules=[q_proj,v_proj,in_proj]").adapter
-    layers = {"layers_block_type": ["linear_attention", "linear_attention", "hybrid"]}
-    base = tiny_model("zamba2", **layers, num_hidden_layers=3, hybrid_layer_ids=[2])
-    assert describe_targets(build(base, adapter)) == "in_proj q_proj v_proj: 5 of 5"
 
 
 def test_all_linear_leaves_out_what_a_mamba_model_does_not_call(tiny_config, mamba, capsys):

@@ -153,22 +153,6 @@ def test_the_reference_is_the_start_or_the_base(dpo):
     )
 
 
-def test_full_fine_tuning_learns_the_choice_from_the_weights_that_it_starts_with(dpo):
-    full = ("adapter=full", "adapter.r=null", "optimizer.lr=1e-3")
-    result = train(dpo(*full))
-    assert result["perplexity_before"] == pytest.approx(2)
-    assert result["eval/perplexity"] < 2
-
-
-def test_a_base_that_the_adapter_to_start_from_changed_is_no_reference(dpo):
-    biased = "++adapter.settings.bias=lora_only"
-    first = dpo("name=first", "adapter=lora", biased)
-    train(first)
-    start = f"adapter.start_from={folder_of(first)}"
-    with pytest.raises(UserError, match="dpo.reference=base: this adapter changes weights"):
-        train(dpo("dpo.reference=base", "adapter=lora", biased, start))
-
-
 @pytest.mark.slow
 def test_two_processes_and_sharded_weights_learn_the_same_as_one_process(
     tiny_folder, tmp_path, write_jsonl, compose

@@ -3,7 +3,6 @@
 import itertools
 import math
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -14,10 +13,8 @@ import pytest
 import torch
 from built_runs import build_run
 from cera_models import WARNINGS
-from conftest import TINY
 from datasets import Dataset
 from evaluated_runs import evaluate
-from made_sweeps import start
 from played_vllm import playing_vllm
 from several_processes import train_in_processes
 from tiny_runs import adapter_bytes, folder_of, metrics_of, once_logged, train_and_die_after
@@ -44,10 +41,6 @@ def vowels(prompt: str, answer: str, right: str) -> float:
 
 def fails(*_: str) -> float:
     raise LookupError("no such key")
-
-
-def ends(*_: str) -> float:
-    sys.exit(0)
 
 
 @pytest.fixture
@@ -303,7 +296,6 @@ def test_a_server_answers_with_the_adapter_of_each_update(grpo):
     ("fault", "message"),
     [
         ("503", "Once it is back, the same command resumes"),
-        ("no json", "streams what is no answer of vLLM's .*: update vLLM"),
         ("unknown ids", "answers without token ids of its vocabulary .*: update vLLM"),
         ("restart", "does not exist. If vLLM was started again, the same command loads the"),
     ],
@@ -352,35 +344,6 @@ def test_two_processes_sample_and_learn_the_same_as_one(
     assert one[1]["train/grad_norm"] > 0
 
 
-@pytest.mark.slow
-def test_nothing_is_lost_if_one_of_two_processes_cannot_answer(in_processes, tmp_path):
-    """Process 0, which saves, learns of it."""
-    (tmp_path / "rewards_of_a_test.py").write_text(
-        "import os\n"
-        "from cera_train.common.errors import UserError\n"
-        "from cera_train.evaluation.generate import LoadedModel\n\n"
-        "def vowels(prompt, answer, right):\n"
-        "    return sum(letter in 'aeiou' for letter in answer)\n\n"
-        "def answers(model, batches, *rest, answers=LoadedModel.answers):\n"
-        "    if os.environ['RANK'] == '1' and batches and batches[0][0].problem.startswith('2/'):\n"
-        "        raise UserError('the logits are not finite')\n"
-        "    return answers(model, batches, *rest)\n\n"
-        "LoadedModel.answers = answers\n"
-    )
-    run = start(
-        *in_processes,
-        "train.max_updates=4",
-        "train.save_every=null",
-        "launch.processes=2",
-        "name=run",
-        cwd=tmp_path,
-    )
-    _, errors = run.communicate(timeout=200)
-    assert run.returncode == 2
-    assert errors.splitlines()[-1] == "cera-train: the logits are not finite"
-    assert [path.name for path in (tmp_path / "outputs" / "run" / "checkpoints").iterdir()] == ["2"]
-
-
 def test_an_answer_is_graded_as_in_a_task():
     assert [grade("", answer, "a b", "text") for answer in (" a  b", "a c", "")] == [1, 0, 0]
     assert grade("", "so 1,0 is 10.", "#### 10", "number") == 1
@@ -393,10 +356,6 @@ def test_an_answer_is_graded_as_in_a_task():
             [f"grpo.rewards=[{__name__}.fails]"],
             r"^grpo.rewards=\[.*fails\] fails for the answer .*: LookupError: no such key "
             r"\(.*/test_grpo.py:\d+\)\.$",
-        ),
-        (
-            [f"grpo.rewards=[{__name__}.ends]"],
-            r"^grpo.rewards=\[.*ends\] fails for the answer .*: SystemExit: 0 \(.*test_grpo.py:",
         ),
         (
             ["grpo.rewards=[nowhere.at_all]"],
@@ -414,7 +373,6 @@ def test_an_answer_is_graded_as_in_a_task():
             ["grpo.max_new_tokens=256"],
             "^grpo.max_new_tokens=256 after a prompt of .* beyond the 256 positions",
         ),
-        (["data.max_length=10"], "^all training rows are longer than data.max_length: raise it"),
         (
             ["grpo.beta=0.1", "adapter=full", "adapter.r=null", "adapter.dropout=0"],
             "^grpo.beta=0.1 needs the base as",
@@ -477,43 +435,3 @@ def test_an_answer_that_only_calls_a_tool_is_refused_before_the_model_is_loaded(
     refused = r"^.*calls.jsonl:1: grpo.grader=text finds no text in an answer, .* a tool: mark it"
     with pytest.raises(UserError, match=refused):
         train(grpo(*words))
-
-
-def test_a_look_at_the_rows_asks_as_the_run_to_start_from_learned(
-    grpo, on_rows, thinking_folder, write_jsonl, run_command, capsys
-):
-    roles = {"user": "prompt", "assistant": "completion"}
-    chats = [
-        {"messages": [{"role": role, "content": row[column]} for role, column in roles.items()]}
-        for row in ROWS
-    ]
-    words = [
-        f"data.train_files=[{write_jsonl('chats.jsonl', chats)}]",
-        "data.layout=messages",
-        "data.chat=auto",
-        f"model.path={thinking_folder}",
-    ]
-    start = train(grpo(*words, "train.objective=sft", "train.max_updates=1", "name=start"))
-    asks = [*TINY, "adapter.r=4", *on_rows, *words]
-    for start_from, is_opened in (("null", True), (start["folder"], False)):
-        capsys.readouterr()
-        assert run_command("cera-train", *asks, f"adapter.start_from={start_from}", "--look") == 0
-        assert ("<think>" in capsys.readouterr().out) == is_opened
-
-
-def test_a_row_with_a_truncated_answer_is_left_out(grpo, write_jsonl, capsys):
-    rows = [
-        *ROWS,
-        *(
-            {"prompt": f"Say {word}:", "completion": " all" * 60}
-            for word in ("all", "each", "both")
-        ),
-    ]
-    train(
-        grpo(
-            f"data.train_files=[{write_jsonl('more.jsonl', rows)}]",
-            "data.max_length=60",
-            "train.max_updates=1",
-        )
-    )
-    assert re.search(r"train .* [1-3] beyond max_length\), 0 truncated", capsys.readouterr().out)

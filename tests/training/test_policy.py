@@ -9,14 +9,9 @@ import pytest
 import torch
 from built_runs import BuiltRun, build_run
 from played_vllm import playing_vllm
-from tiny_runs import metrics_of
 from wrong_policies import WRONG_ADAPTERS, Stale, changed_adapters
 
 from cera_train.common.errors import UserError
-from cera_train.evaluation import generate
-from cera_train.evaluation.engine import Sampler
-from cera_train.evaluation.generate import LoadedModel, TokenChoice
-from cera_train.model.language_model import LanguageModel
 from cera_train.settings.run import Config
 from cera_train.training.objectives.policy import (
     DISTANCE,
@@ -24,7 +19,6 @@ from cera_train.training.objectives.policy import (
     MOST_ROUNDING,
     log_p_distance,
 )
-from cera_train.training.train import train
 
 WORDS = ("one", "two", "six", "ten")
 ROWS = [{"prompt": f"Say {word}:", "completion": f" {word}"} for word in WORDS]
@@ -165,88 +159,3 @@ def test_an_adapter_that_moves_the_base_has_a_limit_of_its_own(config_of, vllm):
     """Its base without it is none that a server has."""
     run = build(config_of("adapter=pissa", "name=pissa", f"train.server={vllm.url}"))
     assert run.objective.policy.limit == MOST_ROUNDING
-
-
-# --- sound answers --------------------------------------------------------------------------------
-
-
-class RecordedChoice(TokenChoice):
-    """Records log p of every token that it chooses, by the row of the batch."""
-
-    def __init__(self, batch, *settings) -> None:
-        super().__init__(batch, *settings)
-        self.sampled = [[] for _ in batch]
-        self.rows = self.sampled
-
-    def tokens(self, logits_BV):
-        tokens_B = super().tokens(logits_BV)
-        log_p_BV = logits_BV.float().log_softmax(-1)
-        log_p_B = log_p_BV.gather(-1, tokens_B[:, None])[:, 0]
-        for row, value in zip(self.rows, log_p_B.tolist(), strict=True):
-            row.append(value)
-        return tokens_B
-
-    def keep(self, rows_B):
-        super().keep(rows_B)
-        self.rows = [self.rows[row] for row in rows_B.tolist()]
-
-
-class RecordedModel(LoadedModel):
-    """The engine of this process as if it were a server's."""
-
-    def without_adapter(self):
-        return self.model.disable_adapter()
-
-    def generate(self, batch, config, streamer=None):
-        choices = []
-
-        def choose(*settings):
-            choices.append(RecordedChoice(*settings))
-            return choices[-1]
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(generate, "TokenChoice", choose)
-            for answers in super().generate(batch, config, streamer):
-                [choice] = choices
-                rows = {
-                    request.key: row for request, row in zip(batch, choice.sampled, strict=True)
-                }
-                yield [answer._replace(sampled=rows[answer.generation.key]) for answer in answers]
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("autocast", ["false", "true"])
-def test_no_sound_answer_is_refused_in_1000_updates(config_of, monkeypatch, autocast):
-    """By the engine of this process, with a cache and in float32, where the run computes without,
-    in float32 or bfloat16."""
-    start = Sampler.__init__
-
-    def record(sampler, config, tokenizer, language_model, *rest) -> None:
-        start(sampler, config, tokenizer, language_model, *rest)
-        sampler.is_served = True
-        sampler._serve = lambda: None
-        model = language_model.model
-        base = language_model.causal_lm
-        context = LanguageModel(model, base).generating
-        sampler.engine = RecordedModel(model, base, tokenizer, context)
-
-    monkeypatch.setattr(Sampler, "__init__", record)
-    config = config_of(
-        f"train.autocast={autocast}",
-        "train.eval_every=null",
-        "train.save_every=null",
-        "train.batch_size=3",
-        "train.max_updates=1000",
-        "optimizer.lr=1e-2",
-        "grpo.answers=4",
-        "grpo.max_new_tokens=6",
-        f"name=autocast_{autocast}",
-    )
-    train(config)
-    updates = [line for line in metrics_of(config) if "train/reward" in line]
-    assert len(updates) == 1000
-    assert sum(line["train/reward"] for line in updates[-50:]) > sum(
-        line["train/reward"] for line in updates[:50]
-    )
-    furthest = max(updates, key=lambda line: line[DISTANCE])
-    print(f"{furthest[DISTANCE]:.2g} of {furthest[LIMIT]:.2g} at update {furthest['update']}")
