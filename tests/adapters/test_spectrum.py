@@ -71,20 +71,3 @@ def test_metrics_have_mean_and_max():
     assert metrics["spectrum/effective_rank/mean"] == pytest.approx(sum(ranks) / 4)
     assert metrics["spectrum/effective_rank/max"] == max(ranks) <= 6
     assert 0 < metrics["spectrum/linear_share/mean"] <= metrics["spectrum/linear_share/max"] <= 1
-
-
-def test_a_module_that_ran_in_another_process_alone_has_its_spectrum_here_too():
-    """As an expert that got tokens there."""
-    model = adapted()
-    sums = []
-
-    def keep(tensor):
-        sums.append(tensor.clone())
-        return tensor
-
-    probe = [(flat_batch(ROWS, MASKS), True)]
-    there = measure_spectra(model, forward_of(model), probe, keep)
-    here = measure_spectra(model, lambda batch: None, probe, lambda tensor: sums.pop(0))
-    assert [each.effective_rank for each in here.values()] == [
-        each.effective_rank for each in there.values()
-    ]

@@ -55,18 +55,6 @@ def test_checkpointing_and_several_passes_are_proven(reentrant):
         passes(model)
 
 
-def test_only_trainable_adapters_are_checked():
-    model = adapted(target_modules=["q_proj"])
-    model.add_adapter("second", CeraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"))
-    with check_coverage(model) as coverage:
-        passes(model)
-    assert len(coverage.layers) == 2
-    model.set_adapter("second")
-    with check_coverage(model) as coverage:
-        passes(model)
-    assert {name.rpartition(".")[2] for name in coverage.layers} == {"v_proj"}
-
-
 @pytest.mark.parametrize("change", [lambda output: output.detach(), lambda output: output * 0])
 def test_an_output_that_does_not_reach_the_loss_is_refused(change):
     model = adapted(target_modules=["up_proj"])

@@ -20,7 +20,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from cera_train.cera import CeraConfig, CeraExperts
+from cera_train.cera import CeraConfig
 
 pytestmark = WARNINGS
 
@@ -151,22 +151,6 @@ def test_plain_peft_loads_what_it_saved(model_type, low_cpu_mem_usage, tmp_path)
     ).eval()
     assert torch.equal(logits(loaded), logits(model))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"layers_to_transform": [1]}, [1]),
-        ({"target_parameters": ["model.layers.1.mlp.experts.down_proj"]}, [1]),
-    ],
-)
-def test_layers_are_chosen_as_for_modules(settings, expected):
-    model = adapted_mixture(**{"target_parameters": ["experts.down_proj"]} | settings)
-    layers = [layer.mlp.experts for layer in model.base_model.model.model.layers]
-    assert [
-        number for number, experts in enumerate(layers) if isinstance(experts, CeraExperts)
-    ] == expected
-    assert {*experts_of(model)[0].cera_A["default"]} == {"down_proj"}
 
 
 def spread(experts: nn.Module) -> None:

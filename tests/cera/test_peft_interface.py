@@ -1,10 +1,8 @@
 """CeRA in a PEFT model: against LoRA, several adapters at once, saving and loading, registration,
 and what a non-linear branch cannot do."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +15,7 @@ from cera_models import (
     with_two,
 )
 from conftest import make_tiny_llama
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-
-from cera_train.cera import CeraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 
 pytestmark = WARNINGS
 
@@ -85,36 +79,6 @@ def test_merge_is_refused_with_a_reason_and_changes_nothing(merge):
 def test_an_adapter_for_each_row_is_refused_with_a_reason():
     with pytest.raises(ValueError, match="all rows of a batch run through the active adapters"):
         logits(with_two(), adapter_names=["first", "second", "first", "first"])
-
-
-@pytest.fixture(scope="module")
-def saved(tiny_folder, tmp_path_factory) -> Path:
-    """The folder of a saved adapter over the tiny model's folder."""
-    folder = tmp_path_factory.mktemp("saved")
-    model = adapted(
-        AutoModelForCausalLM.from_pretrained(tiny_folder), alpha=8, target_modules="all-linear"
-    )
-    model.save_pretrained(folder)
-    return folder
-
-
-def test_a_saved_adapter_is_safetensors_and_a_json_config(saved):
-    assert {path.name for path in saved.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "README.md",
-    }
-    config = json.loads((saved / "adapter_config.json").read_text())
-    assert [config[key] for key in ("peft_type", "r", "alpha", "activation")] == [
-        "CERA",
-        4,
-        8,
-        "silu",
-    ]
-    tensors = load_file(saved / "adapter_model.safetensors")
-    assert len(tensors) == 2 * 7 * 2
-    assert "base_model.model.model.layers.1.mlp.up_proj.cera_A.weight" in tensors
-    assert isinstance(PeftConfig.from_pretrained(str(saved)), CeraConfig)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

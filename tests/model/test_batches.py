@@ -148,11 +148,3 @@ def test_passes_take_every_row_once_and_run_in_step_if_required(in_step, count):
         assert len({len(passes) for passes in of_all}) == 1
     else:
         assert sum(not counts for passes in of_all for _, counts in passes) == max(0, 4 - count)
-
-
-@pytest.mark.parametrize(
-    ("max_tokens", "rows"), [(1, [0]), (29, [0]), (30, [0, 1]), (999, [0, 1, 2, 3])]
-)
-def test_first_takes_as_many_leading_rows_as_fit(max_tokens, rows):
-    batches = MicroBatches(split_of([10, 20, 5, 40]), True, 100, torch.device("cpu"))
-    assert batches.first(max_tokens) == rows
