@@ -289,24 +289,6 @@ def test_for_inference_packs_a_16_bit_base_where_there_is_memory(monkeypatch, ha
     assert not hasattr(layer.base_layer, "packed")
 
 
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
-def test_the_output_of_an_8_bit_base_is_not_overwritten():
-    """In older versions of torch it is, with a bias, a view that autograd refuses to overwrite."""
-    base = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
-    base.load_state_dict(nn.Linear(64, 32).state_dict())
-    layer = make_layer(base.to("cpu"), r=4).train()
-    x = torch.randn(2, 3, 64).bfloat16().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-        expected = base(x) + layer.branch(x, "default")
-    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
-    upstream = torch.randn_like(y)
-    got, wanted = (
-        torch.autograd.grad(value, leaves(layer, x), upstream) for value in (y, expected)
-    )
-    torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
-
-
 # --- what other code relies on --------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 show it: for the original chat templates in TRL's wheel and seven kinds of chat, by renderings of
 transformers alone."""
 
-import itertools
 import json
 from datetime import date
 
@@ -12,7 +11,6 @@ from examples import data_config
 
 from benchmarks.chat_templates import CHATS, TRL, originals, tokenizer_with
 from cera_train.common.errors import UserError
-from cera_train.data.prepare import encode
 from cera_train.data.segments import segmenter, segmenters
 from cera_train.data.sources import decide_switches
 from cera_train.data.templates import DATE, WITHOUT
@@ -159,34 +157,6 @@ def is_difference(tokenizer, messages: list[dict], number: int, tools, answer: t
     # The prompt opens reasoning that the answer lacks, or earlier turns are written anew.
     is_opened = prompt.startswith(before) and full.startswith(before)
     return is_end and (is_opened or before == prompt)
-
-
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "phi3", "gptoss", "llama3", "glm4moe"])
-def test_each_answer_has_one_end_token_and_it_is_supervised(name):
-    tokenizer = tokenizer_with(TEMPLATES[name])
-    special = {*tokenizer.all_special_ids}
-    for row in CHATS.values():
-        try:
-            sequences = segmenter(data_config(layout="messages"), tokenizer)(row)
-        except UserError:
-            continue
-        config = data_config(layout="messages", max_length=4096)
-        for sequence, example in zip(
-            sequences, encode([sequences], config, tokenizer), strict=True
-        ):
-            answers = [segment for segment in sequence if segment.supervised]
-            tokens = zip(example.input_ids, example.loss_mask, strict=True)
-            stretches = [
-                [number for number, _ in run]
-                for counts, run in itertools.groupby(tokens, key=lambda token: token[1])
-                if counts
-            ]
-            assert len(stretches) == len(answers)
-            assert all(stretch[-1] in special for stretch in stretches)
-            for stretch, answer in zip(stretches, answers, strict=True):
-                # Nothing was added to what the template ends by a token of its own.
-                text = tokenizer.decode(stretch).removesuffix(tokenizer.eos_token)
-                assert text == answer.text.removesuffix(tokenizer.eos_token)
 
 
 def test_a_row_that_does_not_fit_a_switch_of_the_run_has_its_own():

@@ -256,25 +256,6 @@ def test_a_loss_on_all_tokens_leaves_out_an_answer_of_weight_0(
 # --- layout messages ------------------------------------------------------------------------------
 
 
-def test_messages_supervise_every_assistant_turn_after_the_prompt_of_inference(tokenizer):
-    example = example_of(CHAT, tokenizer, layout="messages")
-    assert tokenizer.decode(example.input_ids) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
-        "<|im_start|>assistant\nhello there<|im_end|>\n<|im_start|>user\nnext?<|im_end|>\n"
-        "<|im_start|>assistant\n0.84<|im_end|>"
-    )
-    assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
-    for count, answer in ((2, "hello there<|im_end|>"), (4, "0.84<|im_end|>")):
-        prompt = tokenizer.apply_chat_template(
-            CHAT["messages"][:count], add_generation_prompt=True
-        ).input_ids
-        assert example.input_ids[: len(prompt)] == prompt
-        assert not example.loss_mask[len(prompt) - 1]
-        ids = ids_of(answer, tokenizer)
-        assert example.input_ids[len(prompt) : len(prompt) + len(ids)] == ids
-        assert all(example.loss_mask[len(prompt) : len(prompt) + len(ids)])
-
-
 def test_a_template_may_write_the_start_token_and_needs_no_end_token(tokenizer):
     chat = with_changes(tokenizer, chat_template="{{ bos_token }}" + CHAT_TEMPLATE)
     example = example_of(CHAT, chat, layout="messages")

@@ -131,29 +131,6 @@ def test_answers_that_are_cut_are_no_part_of_an_epoch_that_samples(part, write_j
         assert Counter(text[0] for text in texts) == {"a": count, "b": count}
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "settings", "trained", "eval_rows"),
-    [
-        ({"train_rows": 3}, {"eval_rows": 0}, {}, {"a": range(3), "b": range(7)}, [2, 0]),
-        (
-            {"weight": 1},
-            {"weight": 2},
-            {"train_rows": 30},
-            {"a": range(10), "b": [*range(5)] * 4},
-            [2, 2],
-        ),
-    ],
-)
-def test_rows_weights_and_eval_rows_choose_the_rows(
-    part, tokenizer, first, second, settings, trained, eval_rows
-):
-    data = prepare_data(mix(part("a", 12, **first), part("b", 7, **second), **settings), tokenizer)
-    expected = [text for name, numbers in trained.items() for text in row_texts(name, numbers)]
-    assert sorted(texts_of(data.train, tokenizer)) == sorted(expected)
-    assert [int(part.split("; ")[1].split()[0]) for part in data.mix] == eval_rows
-    assert len(data.evaluation) == sum(eval_rows)
-
-
 def test_a_part_has_its_own_layout_and_templates_or_those_of_data(part, write_jsonl, tokenizer):
     chats = str(write_jsonl("chats.jsonl", [CONVERSATION, CONVERSATION]))
     one = MixPart(train_files=[chats], eval_rows=0, layout="conversations", chat="plain")

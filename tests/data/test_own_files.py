@@ -131,14 +131,6 @@ def test_preferences_are_texts_or_messages(compose, write_jsonl, source, row, la
         assert [segment.text for segment in sequence] == ["1 + 1?", answer]
 
 
-@pytest.mark.parametrize(("rejected", "layout"), [("worse", "messages"), ("'{worse}'", "text")])
-def test_preferences_of_the_hub_are_messages_unless_a_template_names_them(
-    compose, rejected, layout
-):
-    words = ("data=jsonl", "data.path=a/b", "train.objective=dpo", f"data.rejected={rejected}")
-    assert compose(*words).data.layout == layout
-
-
 def test_a_preference_may_name_its_column_and_needs_one(compose, write_jsonl):
     row = {"worse": TEXTS["rejected"], **TEXTS}
     row.pop("rejected")
