@@ -22,17 +22,10 @@ from commands import WITHOUT_TORCH, command, python
 import cera_train
 from cera_train import __version__
 from cera_train.cli.mistakes import SCHEMAS
-from cera_train.cli.start import PROGRAMS
 from cera_train.cli.train import is_as_published
 from cera_train.common.errors import explain
 from cera_train.common.files import cached_folder, options, write_text
 from cera_train.common.settings import Changes, section_of
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_every_command_has_the_version_of_the_package(run_command, capfd, program):
-    assert run_command(program, "--version") == 0
-    assert capfd.readouterr().out == f"cera-train {__version__}\n"
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -59,28 +52,11 @@ def test_help_lists_the_words_that_a_setting_may_have(run_command, capfd):
     assert "\n  turns: null  # first | last | all\n" in printed  # it may also be null
 
 
-def test_help_knows_the_files_of_a_config_folder(tmp_path, run_command, capfd):
-    (tmp_path / "josé's" / "model").mkdir(parents=True)
-    (tmp_path / "josé's" / "model" / "ours.yaml").write_text("path: our/model\n")
-    assert (
-        run_command("cera-train", "--config-dir", str(tmp_path / "josé's"), "model=ours", "--help")
-        == 0
-    )
-    assert "path: our/model\n" in capfd.readouterr().out
-
-
 def test_a_shell_completes_settings_and_choices(tmp_path):
     done = command(
         "cera-train", "-sc", "query=bash", cwd=tmp_path, COMP_LINE="cera-train adapter=pe"
     )
     assert done.stdout.split() == ["adapter=peanut", "adapter=peft"], done.stderr
-
-
-@pytest.mark.slow
-def test_a_run_imports_nothing_that_not_every_run_needs():
-    script = "import sys; import cera_train.training.train\n"
-    script += "print(sorted({'datasets', 'pandas', 'matplotlib', 'wandb'} & sys.modules.keys()))"
-    assert python("-c", script) == "[]\n"
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,17 +71,6 @@ def test_the_version_is_that_of_every_file_that_names_it():
         "CHANGELOG.md": f"## {__version__}",
     }
     assert not [name for name in files if places[name] not in (ROOT / name).read_text()]
-
-
-@pytest.mark.slow
-def test_two_builds_give_the_same_bytes(tmp_path):
-    for folder in ("first", "second"):
-        python("-m", "build", "--no-isolation", "--outdir", tmp_path / folder, ROOT)
-    first = sorted((tmp_path / "first").iterdir())
-    second = sorted((tmp_path / "second").iterdir())
-    assert [file.suffix for file in first] == [".whl", ".gz"]
-    for one, other in zip(first, second, strict=True):
-        assert one.read_bytes() == other.read_bytes(), one.name
 
 
 @pytest.mark.slow
@@ -289,39 +254,9 @@ def test_every_setting_carries_the_mark_of_what_it_changes():
                 assert not field.metadata, f"{kind.__name__}.{field.name}: use section(...)"
 
 
-def test_a_command_opens_a_data_file_once_for_its_layout_and_once_to_train(
-    tiny_folder, write_jsonl, run_command, monkeypatch
-):
-    rows = [{"question": f"{number} + 1?", "answer": f"{number + 1}"} for number in range(40)]
-    path = write_jsonl("rows.jsonl", rows)
-    settings = [
-        f"model.path={tiny_folder}",
-        f"data.train_files=[{path}]",
-        "data.max_length=64",
-        "model.dtype=float32",
-        "adapter.r=4",
-        "train.max_updates=1",
-        "train.probe_tokens=64",
-    ]
-    opened = []
-    open_file = open
-
-    def count_and_open(file, *arguments, **settings):
-        opened.append(str(file))
-        return open_file(file, *arguments, **settings)
-
-    monkeypatch.setattr("builtins.open", count_and_open)
-    assert run_command("cera-train", *settings, "--look") == 0  # tokenises the rows
-    os.utime(path)  # the rows may have changed
-    opened.clear()
-    assert run_command("cera-train", *settings) == 0
-    # Its first rows decide the layout; its digest finds the tokens in the cache.
-    assert opened.count(str(path)) == 2
-
-
 @pytest.mark.parametrize(
     ("library", "number", "status"),
-    [("hydra", signal.SIGINT, 130), ("torch", signal.SIGINT, 130), ("torch", signal.SIGTERM, 143)],
+    [("torch", signal.SIGINT, 130), ("torch", signal.SIGTERM, 143)],
 )
 def test_a_signal_while_a_library_is_imported_is_one_line(
     tmp_path, tiny_folder, library, number, status

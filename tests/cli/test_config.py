@@ -5,7 +5,6 @@ import re
 import pytest
 
 from cera_train.common.files import config_dir
-from cera_train.common.settings import to_plain
 from cera_train.settings.adapters import Activation, DropoutOn, Init, Mix
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.run import Config
@@ -26,21 +25,6 @@ NEEDED = {
     ("adapter", "peft"): ["adapter.method=LOHA"],
     ("recipe", "sft"): ["data.train_files=[rows.jsonl]"],
 }
-
-
-def test_the_globs_found_the_files():
-    assert len(CHOICES) >= 29
-    assert {group for group, _ in CHOICES} == {
-        "protocol",
-        "model",
-        "adapter",
-        "data",
-        "optimizer",
-        "tracker",
-        "task",
-        "generation",
-    }
-    assert len(RECIPES) >= 17
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
@@ -80,42 +64,17 @@ def test_the_recipe_sft_names_the_defaults(compose):
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["+recipe=math_lora_r512"], ["+recipe=quickstart", "adapter=dora"]]
-)
-def test_a_plan_is_of_the_same_settings_as_the_run(compose, overrides):
-    plan = to_plain(compose(*overrides, command="plan"))
-    assert {key: value for key, value in plan.items() if key not in ("plan", "run")} == to_plain(
-        compose(*overrides)
-    )
-
-
-def test_a_recipe_yields_to_the_command_line(compose):
-    config = compose("+recipe=math_r64", "model=llama3_2_1b", "adapter=lora", "adapter.r=512")
-    assert (config.model.path, config.adapter.kind, config.adapter.r) == (
-        "meta-llama/Llama-3.2-1B",
-        "lora",
-        512,
-    )
-    assert config.data.path == "TIGER-Lab/MathInstruct"
-
-
-@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("adapter.dropout=1", "adapter.dropout=1.0: input should be less than 1."),
         ("adapter.target_modules='(q'", "(q: it is not a regular expression: missing )"),
         ("optimizer.lr=fast", "optimizer.lr=fast: expected a positive number, or auto."),
         ("optimizer.lr=inf", "optimizer.lr=inf: expected a positive number, or auto."),
-        ("optimizer.lr=true", "optimizer.lr=true: expected a positive number, or auto."),
-        ("adapter.layers=[]", "adapter.layers=[]: list should have at least 1 item"),
-        ("tracker.kinds={wandb:3}", "tracker.kinds.wandb=3: input should be a valid dictionary."),
         (
             "data.mix=[{weight:-1,train_files:[a.jsonl]}]",
             "data.mix.0.weight=-1.0: input should be greater than or",
         ),
         ("data.logistic_map.growth=[3,5]", "[3,5]: expected numbers above 0 and up to 4."),
-        ("launch.processes=0", "launch.processes=0: string should match pattern '^(auto|"),
-        ("train.server=localhost:8000", "string should match pattern '^https?://"),
         ("hub.push=a/b/c", "hub.push=a/b/c: string should match pattern"),
         ("name=..", "name=..: expected the name of one folder"),
         (
@@ -127,7 +86,6 @@ def test_a_recipe_yields_to_the_command_line(compose):
             "data.eval_files without data.train_files",
         ),
         ("data=gsm8k data.completion=''", "data.layout=text needs data.prompt and data.completion"),
-        ("data.eval_rows=null", "data.layout=logistic_map needs data.eval_rows"),
         (
             "model.quantization=nf4 model.dtype=float16",
             "model.quantization=nf4 does not compute in float16",
@@ -145,13 +103,3 @@ def test_both_names_for_the_choices_of_cera_agree():
     settings = {"activation": Activation, "init": Init, "dropout_on": DropoutOn, "mix": Mix}
     for name, choices in settings.items():
         assert tuple(choices) == CHOICES[name]
-
-
-def test_templates_take_line_breaks_as_the_readme_quotes_them(compose):
-    """bash turns $'...' into a real line break; a backslash and an n would be two characters of the
-    template."""
-    rows = ["data=jsonl", "data.train_files=[rows.jsonl]", "data.eval_rows=5"]
-    config = compose(*rows, 'data.prompt="Q: {question}\nA:"', 'data.completion=" {answer}"')
-    assert (config.data.prompt, config.data.completion) == ("Q: {question}\nA:", " {answer}")
-    task = compose("run=x", "task=gsm8k", 'task.stop=["\nQuestion:"]', command="eval").task
-    assert task.stop == ["\nQuestion:"]

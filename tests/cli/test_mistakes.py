@@ -3,7 +3,6 @@ fix."""
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,62 +25,32 @@ MISTAKES = [
     ),
     # a name that does not exist: spelled otherwise, or as other programs have it
     ("cera-train adapter.rank=3", "unknown setting adapter.rank", "Did you mean adapter.r?"),
-    (
-        "cera-train +train.batch=3",
-        "+train.batch=3: unknown setting",
-        "Did you mean train.batch_size?",
-    ),
-    (
-        "cera-train gradient_accumulation_steps=4",
-        "unknown setting",
-        "Did you mean train.micro_batch_tokens?",
-    ),
     # a file that does not exist, or a section without a file
     (
         "cera-train model=llama3_1_8",
         "model=llama3_1_8: there is no such file",
         "Did you mean llama3_1_8b?",
     ),
-    (
-        "cera-train -m +sweep=rank_lr adapter=cera,lorra",
-        "adapter=lorra: there is no such file",
-        "mean lora?",
-    ),
     ("cera-train +adapter.r=3", "already at 'adapter.r'", "remove + prefix"),
     # what an earlier release had
     ("cera-train adapter=cera_gated", "cera-train 0.2.0 was the last", "choose cera"),
-    ("cera-train data=reasoning_gym", "cera-train 0.2.0 was the last", "for data.train_files"),
     ("cera-train data.layout=reasoning_gym", "cera-train 0.2.0 was the last", "write its quest"),
     (
         "cera-eval run=x task.limit=4",
         "task.limit=4: the section task is null",
         "choose a file for it, task=NAME",
     ),
-    ("cera-train study.arm=nope", "study.arm=nope: the section study is null", "-m +study=NAME"),
     # a value of a wrong kind
     ("cera-train data.train_files=a.jsonl", "data.train_files=a.jsonl", "str is not a List"),
     ("cera-train adapter.r=abc", "adapter.r=abc", "could not be converted to Integer"),
-    ("cera-train data.allow_overlap=0.05", "data.allow_overlap=0.05", "is not a valid bool"),
     ("cera-plan plan.gpu=h1000", "plan.gpu=h1000", "expected one of [h100, a100"),
-    ("cera-plan plan.mfu=2", "plan.mfu=2.0: ", "less than or equal to 1"),
     (
         "cera-plan data.max_length=9000 train.micro_batch_tokens=9000",
         "9000 is beyond the 8192 positions",
         "data.",
     ),
-    (
-        "cera-plan data=gsm8k data.path=org/rows",
-        "data.path=org/rows: its size is unknown",
-        "Set data.train_rows",
-    ),
-    (
-        "cera-plan train.objective=grpo grpo.rewards=[math.pi]",
-        "grpo.rewards=[math.pi] is a float, not a function",
-        "Write module.function",
-    ),
     # a setting that nothing reads
     ("cera-train dpo.beta=0.5", "dpo.beta=0.5 does nothing here", "for train.objective=dpo. Leave"),
-    ("cera-train data.streaming=true", "does nothing here", "for a data set on the Hub. Leave"),
     ("cera-plan distributed.timeout=60", "does nothing here", "for cera-train, "),
     # a value that makes no sense
     ("cera-train data.facts.of=a", "inside a section that is null", "as a whole"),
@@ -158,23 +127,12 @@ MISTAKES = [
         "tracker.kinds={swanlab: ...}: no such tracker is here",
         "install its package",
     ),
-    (
-        "cera-train tracker.kinds={json:null}",  # a package, but no tracker
-        "tracker.kinds={json: ...}: no such tracker is here",
-        "choose from aim, comet_ml, mlflow",
-    ),
     # an argument of a wrong form
     ("cera-train adapter.r=[", "adapter.r=[: cannot read the value", "quotes for Hydra too"),
     ("cera-train +recipe=sft +recipe=quickstart", "Multiple values for recipe", "override"),
-    (
-        "cera-eval model={pth:x}",
-        "model={pth:x}: the section model is null here",
-        "choose a file for it, model=NAME",
-    ),
     ("cera-train adapter.r 4", "adapter.r: expected key=value", "without spaces"),
     ("cera-train --adapter.r 4", "--adapter.r: unknown option", "settings take no dashes"),
     ("cera-train adapter.r=4,8", "adapter.r=4,8", "add --multirun to your command"),
-    ("cera-train hydra/launcher=joblib", "hydra/launcher=joblib is for a grid", "add -m"),
     ("cera-train +sweep=rank_lr", "+sweep=rank_lr is for a grid", "add -m"),
     ("cera-train -m --look adapter.r=4,8", "--look: it shows the rows of one run", "leave out -m"),
     (
@@ -182,23 +140,12 @@ MISTAKES = [
         "task.name=../../evil: ",
         "the name of one folder",
     ),
-    ('cera-train name="a\nb"', "name=a b: ", "without a slash or a line break"),
     # a sweep with an impossible value
     ("cera-train -m adapter.r=4,8 train.batch_size=16,0", "train.batch_size=0", "greater than 0"),
-    (
-        "cera-train -m +sweep=rank_lr optimizer.lrr=1,2",
-        "unknown setting optimizer.lrr",
-        "Did you mean optimizer.lr?",
-    ),
     (
         "cera-train -m adapter.r=4,8 sweep.metric=gsm8k/exact",
         "no job has this figure",
         "add train.tasks=[gsm8k].",
-    ),
-    (
-        "cera-train -m adapter.r=4,8 sweep.metric=best_update",
-        "sweep.metric=best_update",
-        "choose one of eval/",
     ),
     (
         "cera-train -m adapter.r=4,8 launch.detach=true",
@@ -260,10 +207,6 @@ def make_it_a_runs(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
-def cut_weights(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:50_000])
-
-
 def lose_a_shard(folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
@@ -277,13 +220,10 @@ BROKEN_MODELS = [
     (make_it_a_runs, "Adapters, runs", "Set model.path=model/adapter."),
     (write("config.json", "{"), "not a valid JSON file", AGAIN),
     (change_config(model_type="lama"), "`lama`", "Upgrade transformers"),
-    (change_config(num_attention_heads=0), "ZeroDivisionError", AGAIN),
     (change_config(hidden_size=64), "mismatched", "Copy the config.json that"),
     (change_config(architectures=None, model_type="vit"), "ViTConfig", "a causal language"),
     (remove("tokenizer.json"), "tokenizer", AGAIN),
-    (write("tokenizer.json", "{}"), "KeyError: 'added_tokens'", AGAIN),
     (remove("model.safetensors"), "model.safetensors", "Weights in other"),
-    (cut_weights, "incomplete metadata", AGAIN),
     (write("model.safetensors", "version https://git-lfs"), "header", "`git lfs pull` in a clone"),
     (lose_a_shard, "model-00002-of-00", AGAIN),
     (save(transformers.BertForMaskedLM), "does not predict the next token", "such as Llama"),
@@ -330,9 +270,7 @@ def test_debug_shows_the_traceback(run_command, monkeypatch, capfd):
             "model.path=./no",
         ),
         ("cera-eval", ["run=x", "task.limit=0", "task=gsm8k"], "task.limit=0: input should be"),
-        ("cera-chat", ["run=x", "promptz=x"], "unknown setting promptz. Did you mean prompt?"),
         ("cera-plan", ["plan.gpu=cpu", "plan.gpus=2"], "there is one CPU"),
-        ("cera-plan", ["-m", "adapter.r=4,8", "model.path=./no"], "model.path=./no"),
     ],
 )
 def test_a_mistake_is_answered_before_torch_is_imported(tmp_path, name, arguments, message):
@@ -349,7 +287,6 @@ def test_a_mistake_is_answered_before_torch_is_imported(tmp_path, name, argument
             "quantisation: nf4",
             "In 'model/mine': ConfigKeyError raised while composing config: unknown",
         ),
-        ("dtype: bf16", "In 'model/mine': ValidationError raised while composing config. Invalid"),
         ("path: a: b", "model/mine.yaml:1: broken YAML: mapping values are not allowed here"),
     ],
 )
@@ -364,7 +301,6 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, run_command, capfd, conten
     ("arguments", "status", "evaluated"),
     [
         (["-m", "run=broken,b"], 1, ["broken", "b"]),
-        (["-m", "run=a,b"], 0, ["a", "b"]),
         (["run=broken"], 2, ["broken"]),
     ],
 )
@@ -411,12 +347,6 @@ def test_without_a_recipe_or_a_model_data_or_tasks_of_ones_own_it_is_the_quickst
         assert "+recipe=quickstart" not in for_hydra(program, arguments)
 
 
-def test_what_varies_the_quickstart_trains_its_dates(run_command, capfd):
-    assert run_command("cera-train", "--cfg", "job", "name=x", "adapter.r=4") == 0
-    config = yaml.safe_load(capfd.readouterr().out)
-    assert (config["name"], config["adapter"]["r"], config["data"]["layout"]) == ("x", 4, "dates")
-
-
 def test_a_text_that_looks_like_a_number_stays_a_text(run_command, compose, capfd):
     words = ["name=2026_11_30", "model.revision=7e49710", "adapter.r=1_0"]
     assert run_command("cera-train", "--cfg", "job", *words) == 0
@@ -430,23 +360,6 @@ def test_a_text_that_looks_like_a_number_stays_a_text(run_command, compose, capf
 def test_a_quoted_text_is_read_as_it_is(text):
     override = OverridesParser.create().parse_override(f"run={quoted(text)}")
     assert override.value() == text
-
-
-def test_a_temporary_folder_of_any_name_will_do(tmp_path, run_command, monkeypatch, capfd):
-    folder = tmp_path / "größe, 2"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    assert run_command("cera-eval", "run=nothing", "task=held_out") == 2
-    assert "run=nothing does not exist" in capfd.readouterr().err
-
-
-def test_a_plan_runs_here_whatever_launcher_a_sweeps_file_chooses(tmp_path, run_command, capfd):
-    file = tmp_path / "conf" / "sweep" / "mine.yaml"
-    file.parent.mkdir(parents=True)
-    file.write_text("# @package _global_\ndefaults:\n- override /hydra/launcher: joblib\n")
-    words = ["-m", "+sweep=mine", "--config-dir", "conf", "plan.gpu=cpu", "plan.gpus=2"]
-    assert run_command("cera-plan", *words) == 2
-    assert "there is one CPU" in capfd.readouterr().err
 
 
 def test_a_sweep_for_slurm_is_planned_by_the_same_settings(run_command, capfd):
