@@ -1,6 +1,5 @@
 """What goes to a cluster; tests/integrations/test_slurm.py has a real one."""
 
-import sys
 import textwrap
 from types import SimpleNamespace
 
@@ -56,22 +55,6 @@ def test_finished_jobs_are_not_submitted_again(tmp_path, run_command, capsys, su
     submitted.clear()
     assert run_command("cera-train", *GRID) == 0
     assert submitted == []
-
-
-def test_a_job_on_the_cluster_records_the_command_that_submitted_it(
-    run_command, monkeypatch, submitted, counted
-):
-    def run_there(executor, launcher, job_overrides, *others):
-        monkeypatch.setattr(sys, "argv", ["submitit/core/_submit.py", "folder"])
-        monkeypatch.setattr("submitit.JobEnvironment", lambda: SimpleNamespace(job_id="1"))
-        returned = [launcher(*arguments) for arguments in zip(job_overrides, *others, strict=True)]
-        return [SimpleNamespace(results=lambda job=job: [job]) for job in returned]
-
-    monkeypatch.setattr("submitit.AutoExecutor.map_array", run_there)
-    commands = []
-    monkeypatch.setattr("cera_train.cli.train.run", lambda config: commands.append([*sys.argv]))
-    run_command("cera-train", *GRID)
-    assert [command[:2] for command in commands] == [["cera-train", "--multirun"]] * 4
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Real sweeps: cut, failed and started again; in other processes, by other sweepers."""
+"""Real sweeps: cut, failed and started again."""
 
 import signal
 from pathlib import Path
@@ -9,7 +9,7 @@ from made_sweeps import TINY, content_of, make_job, start, states
 from tiny_runs import metrics_of, wait_until
 
 from cera_train.settings.run import Config
-from cera_train.sweep.folder import JOBS, RECORD, State
+from cera_train.sweep.folder import JOBS, RECORD
 
 
 @pytest.mark.slow
@@ -101,18 +101,6 @@ def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(
     assert list(states(sweep_here / "outputs" / "tiny").values()) == ["failed", "finished"]
 
 
-def test_a_value_that_is_impossible_beside_some_others_fails_in_its_jobs_alone(
-    sweep_here, run_command, counted
-):
-    assert run_command("cera-train", *TINY) == 1
-    assert list(states(sweep_here / "outputs" / "tiny").values()) == [
-        "failed",
-        "finished",
-        "finished",
-        "finished",
-    ]
-
-
 def test_the_peak_memory_of_a_job_is_its_own():
     """The jobs of a sweep share a process, whose peak would be the largest job's."""
     from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory
@@ -122,32 +110,3 @@ def test_the_peak_memory_of_a_job_is_its_own():
     del large
     forget_earlier_runs()
     assert peak_memory(torch.device("cpu")) < before - 250_000_000
-
-
-@pytest.mark.slow
-def test_a_trial_that_is_impossible_does_not_end_the_search(
-    sweep_here, run_command, counted, capfd
-):
-    pytest.importorskip(
-        "hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper"
-    )
-    sampler = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1"]
-    arguments = ["adapter=cera", "adapter.activation=silu", "adapter.dropout=1.5,0.0"]
-    assert run_command("cera-train", *TINY, *sampler, *arguments) == 1
-    assert sorted(states(sweep_here / "outputs" / "tiny").values()) == [
-        State.failed,
-        State.finished,
-    ]
-    assert "Error executing job" not in capfd.readouterr().err
-    search = [
-        "hydra/sweeper=optuna",
-        "hydra.sweeper.n_trials=2",
-        "adapter.dropout=interval(1.5,2)",
-        "name=all",
-    ]
-    assert run_command("cera-train", *TINY, *arguments[:-1], *search) == 2
-    assert (
-        capfd.readouterr()
-        .err.splitlines()[-1]
-        .startswith("cera-train: hydra/sweeper=optuna: all trials failed")
-    )

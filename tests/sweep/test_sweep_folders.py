@@ -7,13 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from made_runs import make_run
-from made_sweeps import FIXED, TINY, content_of, make_job, record_job, record_sweep, states
+from made_sweeps import FIXED, content_of, make_job, record_job, record_sweep, states
 
 from cera_train.cli.mistakes import with_path_quoted
-from cera_train.common.settings import fields_of, to_plain
-from cera_train.runs.folder import RunFolder
-from cera_train.settings.run import Config
 from cera_train.sweep.folder import (
     JOBS,
     LONGEST_NAME,
@@ -52,19 +48,6 @@ def test_a_job_is_named_by_what_varies_in_any_order():
     )
     assert job_name(["+recipe=quickstart", "name=a"]) == "default"
     assert job_choices(["adapter.alpha=$\\{adapter.r\\}"]) == ["adapter.alpha=${adapter.r}"]
-
-
-def test_a_setting_that_changes_no_result_names_a_job_only_where_it_is_swept():
-    keys = [
-        key
-        for key, field in fields_of(Config).items()
-        if field.metadata["changes"] in ("cost", "nothing")
-    ]
-    assert len(keys) > 20
-    for key in keys:
-        job = ["adapter.r=64", f"{key}=1"]
-        assert job_name(job) == "adapter.r=64"
-        assert job_name(job, swept=["adapter.r", key]) == ",".join(sorted(job))
 
 
 ODD = [
@@ -115,27 +98,6 @@ def test_a_folder_with_signs_of_hydras_is_one_argument(tmp_path, monkeypatch, fo
         assert with_path_quoted(argument) == argument
 
 
-def test_the_name_of_a_sweep_may_have_signs_of_hydras(run_command, counted, write_jsonl):
-    write_jsonl("rows.jsonl", [{"prompt": "1 + 1", "answer": "2"}] * 4)
-    name = 'name="it\'s, (ü)"'
-    assert run_command("cera-train", "-m", "adapter.r=4,8", *FIXED, name) == 0
-    assert [config.output_dir for config in counted] == ["outputs/it's, (ü)"] * 2
-
-
-def test_a_finished_job_stands_where_no_run_resumes(run_command, counted, write_jsonl, monkeypatch):
-    write_jsonl("rows.jsonl", [{"prompt": "1 + 1", "answer": "2"}] * 4)
-    command = ["cera-train", "-m", "adapter.r=4,8", *FIXED, "name=mine", "train.resume=never"]
-    assert run_command(*command) == 0
-
-    def launch(config: Config) -> dict:
-        folder = RunFolder(Path(config.output_dir) / config.name, to_plain(config))
-        folder.check_may_run(config.train.resume)
-        return {}
-
-    monkeypatch.setattr("cera_train.training.train.launch", launch)
-    assert run_command(*command) == 0
-
-
 def test_a_jobs_folder_is_named_by_what_varies_alone(tmp_path, run_command, counted):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
     command = ["-m", "adapter.r=4,8", *FIXED, "name=mine"]
@@ -155,25 +117,6 @@ def test_a_jobs_folder_is_named_by_what_varies_alone(tmp_path, run_command, coun
     (tmp_path / "rows.jsonl").unlink()  # finished jobs need it no more
     assert run_command("cera-train", *command) == 0
     assert len(counted) == 4
-
-
-def test_a_switch_of_the_chat_template_that_a_job_set_refuses_no_later_command(
-    tmp_path, run_command, counted, capfd
-):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
-    settings = ["data.template_settings={enable_tools: true}", *FIXED, "name=mine"]
-    command = ["cera-train", "-m", "adapter.r=4,8", *settings]
-    assert run_command(*command) == 0
-    record = tmp_path / "outputs" / "mine" / "adapter.r=4" / "config.yaml"
-    config = yaml.safe_load(record.read_text())
-    config["data"]["template_settings"]["enable_thinking"] = False  # as `resolve` records it
-    record.write_text(yaml.safe_dump(config))
-    assert run_command(*command) == 0
-    assert len(counted) == 2
-    config["data"]["template_settings"]["enable_tools"] = False
-    record.write_text(yaml.safe_dump(config))
-    assert run_command(*command) == 2
-    assert "data.template_settings.enable_tools was False, is True" in capfd.readouterr().err
 
 
 def test_other_fixed_settings_in_the_same_folder_are_refused(tmp_path, run_command, counted, capfd):
@@ -270,11 +213,6 @@ def test_optuna_gets_the_metric_and_its_direction(tmp_path, run_command, capfd, 
             "data.train_files=no.jsonl: cannot read the file",
         ),
         (["model.path=./no/such"], "model.path=./no/such: folder does not exist"),
-        # Every value is tried in many jobs, and none of them is possible.
-        (
-            ["data.train_files=[no.jsonl]", "train.seed=range(1,40)"],
-            "data.train_files=no.jsonl: cannot read the file",
-        ),
     ],
 )
 def test_a_sweep_whose_files_are_missing_is_refused_once(
@@ -289,21 +227,6 @@ def test_a_sweep_whose_files_are_missing_is_refused_once(
     (line,) = capfd.readouterr().err.splitlines()
     assert message in line
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
-    assert not counted
-
-
-def test_an_adapter_to_start_from_that_fits_no_job_is_refused_before_any(
-    sweep_here, run_command, capsys, counted
-):
-    first = make_run(
-        sweep_here / "first", **{"data.prompt": "{question}", "data.completion": "{answer}"}
-    )
-    (first / "adapter").mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (first / "adapter" / name).write_text('{"peft_type": "CERA", "r": 64}')
-    arguments = ["adapter=cera", "adapter.activation=silu", "adapter.start_from=first"]
-    assert run_command("cera-train", *TINY, *arguments) == 2
-    assert "adapter.start_from=first: r is 64 there, 4 here" in capsys.readouterr().err
     assert not counted
 
 
@@ -351,15 +274,6 @@ def test_a_state_follows_from_what_lies_in_the_folder(tmp_path):
     assert jobs["adapter.r=8"].error == "the loss is not finite"
 
 
-def test_jobs_that_no_file_lists_come_as_they_were_started(tmp_path):
-    """So Optuna's do, and those of an earlier grid in the same folder."""
-    record_sweep(tmp_path, "adapter.r=2")
-    for number, name in enumerate(["optimizer.lr=0.3", "optimizer.lr=0.1", "adapter.r=2"]):
-        make_job(tmp_path, name, 2.0)
-        record_job(tmp_path, name, None, number)
-    assert list(states(tmp_path)) == ["adapter.r=2", "optimizer.lr=0.3", "optimizer.lr=0.1"]
-
-
 def test_the_best_is_of_finished_jobs_on_the_same_rows(tmp_path):
     names = ["data=a,adapter.r=2", "data=a,adapter.r=4", "data=a,adapter.r=8", "data=b,adapter.r=2"]
     record_sweep(tmp_path, *names)
@@ -386,17 +300,6 @@ def test_the_table_is_aligned_and_names_what_differs(tmp_path, run_command, caps
         "jobs       1 finished, 1 failed",
         f"best       {sweep / names[0]}: perplexity 1,234.568",
         f"errors     in full in {sweep / JOBS}; the same command tries these jobs again",
-    ]
-
-
-def test_a_template_with_a_line_break_stays_on_its_line(tmp_path, run_command, capsys):
-    template = "data.prompt='Question: {q}\nAnswer:'"
-    jobs = {name: [name, template] for name in ("adapter.r=4", "adapter.r=8")}
-    record_sweep(tmp_path / "ranks", jobs=jobs)
-    run_command("cera-sweep", "ranks")
-    assert capsys.readouterr().out.splitlines()[:2] == [
-        "sweep      ranks: data.prompt='Question: {q}\\nAnswer:'",
-        "",
     ]
 
 
