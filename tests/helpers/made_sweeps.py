@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
 from several_processes import popen
@@ -51,17 +50,17 @@ def make_job(
     return folder
 
 
-def record_job(sweep: Path, name: str, error: str | None, number: int = 1) -> Path:
+def record_job(sweep: Path, name: str, error: str | None) -> Path:
     path = sweep / JOBS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"number": number, "overrides": name.split(","), "error": error}))
+    path.write_text(json.dumps({"number": 1, "overrides": name.split(","), "error": error}))
     return path
 
 
-def record_sweep(sweep: Path, *names: str, **others: Any) -> None:
+def record_sweep(sweep: Path, *names: str) -> None:
     sweep.mkdir(parents=True, exist_ok=True)
     jobs = {name: name.split(",") for name in names}
-    (sweep / RECORD).write_text(json.dumps({"swept": [], "jobs": jobs, "fixed": []} | others))
+    (sweep / RECORD).write_text(json.dumps({"swept": [], "jobs": jobs, "fixed": []}))
 
 
 def states(sweep: Path) -> dict[str, State]:

@@ -51,13 +51,6 @@ def test_local_rows_are_those_that_the_run_reads(compose, size, write_jsonl, tok
     assert (given.supervised, given.source) == (1.0, "plan.tokens_per_row")
 
 
-def test_computed_rows_are_counted(size):
-    rows = size("data=logistic_map")
-    assert (rows.train_rows, rows.eval_rows) == (79, 20)
-    assert rows.spread < 0.01
-    assert size("data=logistic_map", "data.logistic_map.steps=12").tokens_per_row > 72
-
-
 def test_rows_and_tokens_of_the_hub_are_bounded_by_the_settings(size):
     bounded = size("data=gsm8k", "data.train_rows=10", "data.max_length=16", "data.loss_on=all")
     assert (bounded.train_rows, bounded.tokens_per_row, bounded.supervised) == (10, 16, 1.0)
@@ -69,12 +62,6 @@ def test_rows_of_a_model_without_a_tokenizer_need_a_setting(size, tmp_path, writ
     with pytest.raises(UserError, match="cannot be loaded .* Or set plan.tokens_per_row"):
         size(*words, "model.path=org/model")
     assert size(*words, "model.path=org/model", "plan.tokens_per_row=9").train_rows == 15
-
-
-def test_held_out_prompts_that_a_run_trains_on_are_refused(size, write_jsonl):
-    rows = [{"question": f"What is {number % 6}?", "answer": "A digit."} for number in range(9)]
-    with pytest.raises(UserError, match="3 of 4 held-out prompts are also training prompts"):
-        size(f"data.train_files=[{write_jsonl('rows.jsonl', rows)}]", "data.eval_rows=4")
 
 
 def test_a_mix_is_the_sum_of_its_parts_by_their_weights(size):

@@ -1,28 +1,19 @@
 """An update on fake tensors holds and computes what a real one does."""
 
 import json
-import math
-from importlib.metadata import version
 
 import pytest
 import torch
 from moe_models import MIXTURES
-from packaging.version import Version
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from benchmarks.tiny_models import tiny_config, tiny_model
-from cera_train.adapters import build as adapters
-from cera_train.adapters.build import parameter_counts
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir, options
 from cera_train.model.weights import load_model
-from cera_train.planning.data_size import DataSize
 from cera_train.planning.dry_run import (
     DryRun,
     MicroBatch,
-    architecture_of,
     build_base,
-    largest_micro_batch,
     stored_sizes,
     trainable_parameters,
     try_quantised,
@@ -39,15 +30,6 @@ SHAPE = {
         "pad_token_id": 0,
     },
 }
-SHAPES = {
-    "llama": SHAPE | {"attention_bias": True, "mlp_bias": True},
-    "qwen2": SHAPE | {"tie_word_embeddings": True},
-    "qwen3": SHAPE | {"head_dim": 8},
-    "gemma3_text": SHAPE | {"head_dim": 8},
-    "mixtral": SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "gpt2": {"n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 64},
-}
-"""What a config.json says, by the type of its model."""
 
 ROWS = 4
 LENGTH = 32
@@ -62,15 +44,12 @@ def dry_run(compose, tmp_path):
     its config.json."""
 
     def dry_run(model_type: str, *overrides: str, device: str = "cpu", **settings) -> DryRun:
-        AutoConfig.for_model(
-            model_type, **SHAPES.get(model_type, SHAPE) | settings
-        ).save_pretrained(tmp_path)
-        targets = "c_attn" if model_type == "gpt2" else "q_proj,v_proj"
+        AutoConfig.for_model(model_type, **SHAPE | settings).save_pretrained(tmp_path)
         run = [
             f"model.path={tmp_path}",
             "model.dtype=float32",
             "adapter.r=4",
-            f"adapter.target_modules=[{targets}]",
+            "adapter.target_modules=[q_proj,v_proj]",
         ]
         return DryRun(
             compose("+recipe=logistic_map", *run, *overrides, f"plan.gpu={device}", command="plan")
@@ -82,7 +61,7 @@ def dry_run(compose, tmp_path):
 def test_operations_by_hand(dry_run):
     """Two for a multiply and add: frozen linears cost four a token (forward, and backward for their
     inputs), A and B six, but for the first layer's, whose input needs no gradient."""
-    run = dry_run("llama", attention_bias=False, mlp_bias=False)
+    run = dry_run("llama")
     qkv = 32 * 32 + 2 * 32 * 16
     rest = 32 * 32 + 3 * 32 * 48
     adapter = 4 * (32 + 32) + 4 * (32 + 16)
@@ -99,35 +78,11 @@ def test_operations_by_hand(dry_run):
     assert backward == pytest.approx(whole - first_inputs, rel=0.03)
 
 
-def test_states_of_the_optimizer_are_held(dry_run):
-    run = dry_run("llama")
-    weights = sum(512 * math.ceil(weight.nbytes / 512) for weight in run.trained)
-    assert run.memory["adapter"] == weights
-    # Two moments and the number of the step.
-    assert run.memory["optimizer"] == 2 * weights + 512 * len(run.trained)
-
-
-def test_a_gpu_keeps_dropout_masks_in_bytes(dry_run):
-    def peak(device: str, *overrides: str) -> float:
-        settings = [
-            "adapter=lora",
-            "adapter.target_modules=[o_proj]",
-            "model.dtype=bfloat16",
-            *overrides,
-        ]
-        return dry_run("llama", *settings, device=device).update(BATCH).peak
-
-    masks = {device: peak(device) - peak(device, "adapter.dropout=0") for device in ("cpu", "h100")}
-    # Of most of the layers, since the peak lies within backward.
-    assert 3 < (masks["cpu"] - masks["h100"]) / (TOKENS * 32 * (4 - 1)) < 6
-
-
 def test_quantised_weights_take_what_is_stored_and_8_bits_keep_their_inputs(dry_run):
     held = {}
     peaks = {}
-    settings = {"hidden_size": 64, "attention_bias": False, "mlp_bias": False}
     for kind in Quantization:
-        run = dry_run("llama", "model.dtype=bfloat16", f"model.quantization={kind}", **settings)
+        run = dry_run("llama", "model.dtype=bfloat16", f"model.quantization={kind}", hidden_size=64)
         held[kind] = run.memory["weights"]
         peaks[kind] = run.update(BATCH).peak - sum(run.memory.values())
     assert held["nf4"] < held["int8"] < held["none"]
@@ -185,33 +140,6 @@ def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
     assert with_experts[1] - without[1] == 3 * branches
 
 
-@pytest.mark.parametrize(
-    ("model_type", "targets"),
-    [*((name, "all-linear") for name in SHAPES), ("llama", "[q_proj,lm_head]")],
-)
-def test_parameters_are_those_of_the_real_model(dry_run, model_type, targets):
-    run = dry_run(model_type, f"adapter.target_modules={targets}", "adapter.dropout=0")
-    real = AutoModelForCausalLM.from_config(architecture_of(run.config.model)).requires_grad_(False)
-    assert run.total - run.trainable == parameter_counts(real)[1]
-    assert (run.trainable, run.total) == parameter_counts(adapters.build(real, run.config.adapter))
-
-
-@pytest.mark.skipif(
-    Version(version("transformers")) < Version("5.24"),
-    reason="a plan of BART's decoder fails with transformers 5.17",
-)
-def test_projections_that_no_pass_reaches_are_not_planned(compose, tmp_path):
-    """A decoder of BART without its encoder calls no cross attention; and as it takes no positions,
-    its rows are padded."""
-    real = tiny_model("bart")
-    real.config.save_pretrained(tmp_path)
-    settings = [f"model.path={tmp_path}", "model.dtype=float32", "adapter.r=4"]
-    targets = "adapter.target_modules=all-linear"
-    run = DryRun(compose("+recipe=logistic_map", *settings, targets, command="plan"))
-    assert (run.trainable, run.total) == parameter_counts(adapters.build(real, run.config.adapter))
-    assert not run.language_model.is_flat
-
-
 def test_the_published_budgets(compose):
     for recipe, budget in (("math_r64", 27_262_976), ("math_lora_r512", 218_103_808)):
         assert trainable_parameters(compose(f"+recipe={recipe}")) == budget
@@ -239,10 +167,6 @@ def test_every_file_of_conf_model_has_the_shape_of_its_config_json(compose):
             "cera-plan cannot run this model without its weights",
         ),
         (
-            json.dumps({"model_type": "vit"}),
-            "cera-plan cannot run this model without its weights .ValueError",
-        ),
-        (
             json.dumps({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "new"}),
             "model.trust_remote_code=true",
         ),
@@ -257,36 +181,12 @@ def test_a_model_that_cannot_be_planned_is_refused_in_one_line(tmp_path, text, m
     assert "\n" not in str(refused.value)
 
 
-def test_a_model_that_needs_values_is_refused_in_one_line(compose, tmp_path):
-    """JetMoE splits tokens by the number that each expert got."""
-    sizes = {
-        "vocab_size": 128,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "kv_channels": 8,
-    }
-    AutoConfig.for_model("jetmoe", **sizes, intermediate_size=48, pad_token_id=0).save_pretrained(
-        tmp_path
-    )
-    overrides = [f"model.path={tmp_path}", "adapter.target_modules=[kv_proj]", "adapter.r=4"]
-    with pytest.raises(
-        ValueError, match="cannot run this model without its weights .Runtime"
-    ) as refused:
-        DryRun(compose("+recipe=logistic_map", "model.dtype=float32", *overrides, command="plan"))
-    assert "\n" not in str(refused.value)
-
-
 @pytest.mark.parametrize(
     ("quantization", "words"),
     [
         ("nf4", ["adapter=full"]),
         ("nf4", ["adapter=pissa", "adapter.r=4"]),
-        ("nf4", ["adapter=dense", "adapter.target_modules=[q_proj]"]),
-        ("nf4", ["adapter=peft", "adapter.method=LOHA"]),
-        ("nf4", ["adapter=peft", "adapter.method=UNILORA"]),
         ("int8", ["adapter=dora", "adapter.r=4"]),
-        ("int8", ["adapter=peft", "adapter.method=HRA"]),
         ("int8", ["adapter=peft", "adapter.method=DELORA"]),
     ],
 )
@@ -301,32 +201,3 @@ def test_a_plan_and_its_run_refuse_what_fails_beside_quantised_weights(
     with pytest.raises(UserError) as by_plan:
         try_quantised(config)
     assert str(by_plan.value) == str(by_run.value)
-
-
-@pytest.mark.parametrize(
-    ("quantization", "words"),
-    [
-        ("nf4", ["adapter=lora", "adapter.r=512"]),
-        ("nf4", ["adapter=lora", "adapter.r=4", "adapter.target_modules=[c_attn]"]),
-        ("int8", ["adapter=peft", "adapter.method=LOHA"]),
-    ],
-)
-def test_a_plan_takes_what_trains_beside_quantised_weights(compose, quantization, words):
-    words = [f"model.quantization={quantization}", *words]
-    try_quantised(compose(*words, "data=logistic_map", "model.dtype=float32", command="plan"))
-
-
-def test_a_plan_refuses_an_optimizer_that_needs_a_gpu_as_its_run_does(dry_run):
-    with pytest.raises(UserError, match="pages GPU memory.*use optimizer=adamw_8bit"):
-        dry_run("llama", "optimizer=paged_adamw_8bit")
-
-
-def test_a_plan_refuses_flat_rows_of_a_recurrent_model_and_plans_short_rows(compose, tmp_path):
-    tiny_config("mamba").save_pretrained(tmp_path)
-    words = ["data=gsm8k", f"model.path={tmp_path}", "model.dtype=float32", "adapter.r=4"]
-    run = DryRun(compose(*words, command="plan"))
-    batch = largest_micro_batch(run, DataSize(64, 8, 187, 0.5, ""))
-    assert not run.language_model.is_flat
-    assert batch.length == 32
-    with pytest.raises(UserError, match="train.batch_layout=flat: this model mixes sequences"):
-        DryRun(compose(*words, "train.batch_layout=flat", command="plan"))

@@ -2,17 +2,14 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from conftest import needs_smollm2
 
 from cera_train.planning.data_size import data_size
-from cera_train.planning.dry_run import largest_micro_batch
 from cera_train.planning.estimate import GPU_MFU, run_totals
 from cera_train.planning.plan import GPUS
 from cera_train.planning.table import name_jobs, print_plan, print_plans
@@ -92,14 +89,6 @@ def test_processes_share_rows_and_weights(tiny_plan):
     assert "buckets" not in sharded
 
 
-def test_the_largest_micro_batch_is_that_of_one_of_many_updates(compose):
-    config = compose(MATH, "plan.gpus=8", command="plan")
-    run = SimpleNamespace(
-        config=config, is_scanned=False, language_model=SimpleNamespace(is_flat=True)
-    )
-    assert 8 * 171 < largest_micro_batch(run, data_size(config)).tokens < 1.5 * 8 * 171
-
-
 def test_time_and_cost_follow_from_the_operations(tiny_plan):
     run = ["plan.gpu=a100", "plan.price_per_hour=2"]
     one = tiny_plan(*run)
@@ -170,31 +159,6 @@ def test_updates_on_sampled_answers_are_counted_and_sampling_them_is_not(tiny_pl
         "answers    32 an update, of up to 16 tokens (generation time not counted)\n"
         in capsys.readouterr().out
     )
-
-
-def test_a_run_without_rank_and_targets_is_planned(tiny_plan, capsys):
-    print_plan(tiny_plan("adapter=full", "adapter.r=null"))
-    out = capsys.readouterr().out
-    assert out.splitlines()[0].endswith(": full")
-    assert re.search(r"\n  training +[1-9]\d*\.\d [GT]FLOP\n", out)
-
-
-def test_runs_that_differ_in_their_rate_or_seed_are_planned_once(tiny_plan, monkeypatch):
-    first = tiny_plan("optimizer.lr=1e-3")
-    monkeypatch.setattr("cera_train.planning.estimate.DryRun", None)
-    again = tiny_plan("optimizer.lr=1e-4", "train.seed=7", "name=again")
-    assert (again.peak, again.flops) == (first.peak, first.flops)
-    assert again.config.name == "again"
-
-
-def test_a_cell_fits_if_all_of_its_runs_do(tiny_plan, capsys):
-    fits = tiny_plan()
-    larger = replace(tiny_plan("adapter.r=8"), memory={"weights": 1e15})
-    print_plans("cell", {"both": [larger, fits], "one": [fits]})
-    *_, both, one, _ = capsys.readouterr().out.splitlines()
-    assert both.split()[:4] == ["both", f"{larger.trainable:,}", "or", f"{fits.trainable:,}"]
-    assert both.endswith("  does not fit H100")
-    assert one.rstrip().endswith(f"{fits.gpu_hours:.2f}")
 
 
 def test_a_plan_prints_every_part(math_plan, capsys):
