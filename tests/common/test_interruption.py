@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
 
 import pytest
 
@@ -81,14 +80,3 @@ def test_a_failing_listener_is_reported_with_its_reason(listeners):
         match="timed out too many times. The same command resumes",
     ):
         Interrupted(signal.SIGUSR2).hand_over()
-
-
-def test_without_a_listener_the_exit_status_is_that_of_a_shell(listeners):
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-        Interrupted(number).hand_over()
-        assert Interrupted(number).code == 128 + number
-        by_the_shell = subprocess.run(
-            ["sh", "-c", f"kill -{int(number)} $$"], check=False
-        ).returncode
-        assert by_the_shell == -number

@@ -4,8 +4,7 @@ import sys
 
 import pytest
 
-from cera_train.common import terminal
-from cera_train.common.terminal import ProgressBar, print_table
+from cera_train.common.terminal import ProgressBar
 from cera_train.data.look import print_example
 from cera_train.data.prepare import Example, TokenizedRows, table_of
 
@@ -28,17 +27,6 @@ def test_a_terminal_without_a_cursor_gets_the_lines_of_a_log(screen, monkeypatch
     assert screen() == "update 1/1  loss 0.5\n"
 
 
-def test_a_table_that_is_wider_than_the_terminal_is_whole(screen):
-    cells = [f"{number:,}" for number in range(10**9, 10**9 + 9)]
-    print_table(["trainable"] * 9, [cells])
-    assert screen().splitlines()[1].split() == cells
-
-
-def test_the_last_line_of_progress_leaves_nothing_open():
-    assert terminal.time_left(80) == "  1:20 left"
-    assert terminal.time_left(0) == ""
-
-
 @pytest.mark.parametrize("no_color", [None, "1"])
 def test_what_is_supervised_is_marked_with_and_without_colours(
     screen, monkeypatch, tokenizer, no_color
@@ -55,12 +43,3 @@ def test_what_is_supervised_is_marked_with_and_without_colours(
     assert all(line.startswith(" " * 11) for line in others)
     assert ("\x1b[32m" in first) == (no_color is None)
     assert ("[[ a" in first) == (no_color == "1")
-
-
-def test_a_cell_has_its_colour_in_a_terminal_alone(screen, monkeypatch):
-    table = {"header": ["job", "state"], "rows": [["a", "failed"]], "colors": {"failed": "red"}}
-    print_table(**table)
-    assert "\x1b[31mfailed" in screen()
-    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: False)
-    print_table(**table)
-    assert "\x1b" not in screen()

@@ -11,7 +11,6 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from conftest import TINY
 from huggingface_hub import RepoUrl
-from tiny_runs import folder_of, metrics_of
 
 from cera_train.common.errors import UserError
 from cera_train.common.trust import redact
@@ -81,21 +80,6 @@ def test_several_trackers_run_at_once_and_a_failing_one_is_dropped_once(
     assert wandb.calls == ["start", *mirrored[:2]]
     (error,) = capsys.readouterr().err.splitlines()
     assert "wandb failed and is left out: ConnectionError: the server is gone (" in error
-
-
-def test_tensorboard_uses_the_names_of_transformers_dashboards(tiny_config):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    config = tiny_config("tracker=tensorboard", "train.max_updates=2")
-    train(config)
-    read = events.EventAccumulator(str(folder_of(config) / "tensorboard"))
-    read.Reload()
-    lines = [as_mirrored(line) for line in metrics_of(config)]
-    for name in ("train/loss", "train/learning_rate", "train/global_step", "eval/perplexity"):
-        expected = [(line["train/global_step"], line[name]) for line in lines if name in line]
-        assert [(point.step, point.value) for point in read.Scalars(name)] == [
-            (step, pytest.approx(value)) for step, value in expected
-        ]
-    assert not {"train/lr", "update", "epoch"} & {*read.Tags()["scalars"]}
 
 
 def test_a_resumed_run_continues_under_the_same_id(compose, tmp_path):
