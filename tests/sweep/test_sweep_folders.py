@@ -11,7 +11,6 @@ from made_sweeps import FIXED, content_of, make_job, record_job, record_sweep, s
 
 from cera_train.cli.mistakes import with_path_quoted
 from cera_train.sweep.folder import (
-    JOBS,
     LONGEST_NAME,
     RECORD,
     best_jobs,
@@ -280,27 +279,6 @@ def test_the_best_is_of_finished_jobs_on_the_same_rows(tmp_path):
     for name, perplexity in zip(names, (2.5, 2.4, None, 3.5), strict=True):
         make_job(tmp_path, name, perplexity, rows=name[5])
     assert [job.name for job in best_jobs(read_sweep(tmp_path))] == [names[1], names[3]]
-
-
-def test_the_table_is_aligned_and_names_what_differs(tmp_path, run_command, capsys):
-    sweep = tmp_path / "ranks"
-    names = ["adapter=cera,adapter.r=4,train.seed=1", "adapter=lora,adapter.r=512,train.seed=1"]
-    record_sweep(sweep, *names)
-    make_job(sweep, names[0], 1234.5678)
-    make_job(sweep, names[1], error="x" * 200)
-    run_command("cera-sweep", sweep)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        f"sweep      {sweep}: train.seed=1",
-        "",
-        "job                         state     updates  perplexity",
-        "adapter=cera,adapter.r=4    finished    20/20   1,234.568  best",
-        f"adapter=lora,adapter.r=512  failed       5/20       9.000  {'x' * 71}…",
-        "",
-        "jobs       1 finished, 1 failed",
-        f"best       {sweep / names[0]}: perplexity 1,234.568",
-        f"errors     in full in {sweep / JOBS}; the same command tries these jobs again",
-    ]
 
 
 @pytest.mark.parametrize(
