@@ -118,7 +118,6 @@ def test_a_config_of_other_settings_is_refused_by_its_version(release, run_comma
     ("before", "now"),
     [
         ("layout: text", "layout: reasoning_gym"),
-        ("generator: chain_sum", "generator: gcd"),
         ("start_rows: 256", "start_rows: 8"),
         ("kind: cera\n", "kind: anneal\n"),
     ],
