@@ -2,12 +2,10 @@
 refuses; and what has to answer at once imports nothing heavy."""
 
 import dataclasses
-import errno
 import importlib
 import os
 import pkgutil
 import re
-import resource
 import signal
 import site
 import subprocess
@@ -24,7 +22,7 @@ from cera_train import __version__
 from cera_train.cli.mistakes import SCHEMAS
 from cera_train.cli.train import is_as_published
 from cera_train.common.errors import explain
-from cera_train.common.files import cached_folder, options, write_text
+from cera_train.common.files import options
 from cera_train.common.settings import Changes, section_of
 
 
@@ -116,31 +114,6 @@ def test_out_of_memory_names_the_settings_to_lower():
             "model.quantization=nf4",
         ):
             assert setting in message
-
-
-def test_what_the_system_refuses_is_named_with_the_fix(tmp_path, monkeypatch):
-    fix = "Name another file, or set output_dir and $CERA_TRAIN_CACHE to folders you may write to."
-    refused = PermissionError(errno.EACCES, "Permission denied", "rows.jsonl")
-    assert explain(refused) == f"no access to rows.jsonl: Permission denied. {fix}"
-    (tmp_path / "file").touch()
-    (tmp_path / "loop").symlink_to("loop")
-    for name, reason in (
-        ("file", "Not a directory"),
-        ("loop", "Too many levels of symbolic links"),
-    ):
-        monkeypatch.setenv("CERA_TRAIN_CACHE", str(tmp_path / name))
-        with pytest.raises(OSError, match=reason) as refused:
-            cached_folder("tokens/1", Path.mkdir)
-        assert explain(refused.value) == f"no access to {tmp_path}/{name}/tokens: {reason}. {fix}"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(OSError, match="File too large") as refused:
-            write_text(tmp_path / "file", "long" * 2000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "reached its size limit" in explain(refused.value)
-    assert "Raise `ulimit -f` and repeat the command" in explain(refused.value)
 
 
 def test_a_closed_pipe_ends_a_command_without_a_word(tmp_path):

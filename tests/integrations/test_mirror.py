@@ -91,26 +91,6 @@ def test_a_copy_interrupted_anywhere_resumes(tmp_path, monkeypatch):
         ]
 
 
-def test_a_removed_checkpoint_never_looks_complete(tmp_path, monkeypatch):
-    run = tmp_path / "outputs"
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    write_checkpoint(run, 10)
-    here = mirror.Mirror(run, copy)
-    here.update()
-    shutil.rmtree(run / "checkpoints" / "10")
-    write_checkpoint(run, 20)
-    unlink = Path.unlink
-    removed = []
-    monkeypatch.setattr(
-        Path, "unlink", lambda path, **options: (removed.append(path.name), unlink(path, **options))
-    )
-    here.update()
-    assert removed[-1] == "checksums.json"
-    assert [path.name for path in (copy / "checkpoints").iterdir()] == ["20"]
-    assert (copy / "metrics.jsonl").read_text() == "10\n20\n"
-
-
 def test_an_interrupted_restore_leaves_nothing_partial_and_the_next_one_completes_it(
     tmp_path, monkeypatch
 ):
