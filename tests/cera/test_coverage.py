@@ -100,3 +100,25 @@ def test_experts_without_a_token_are_exempt(running):
         assert coverage.problem() is None
     else:  # the router is not to blame
         assert "10 of 10 adapted modules would not train" in coverage.problem()
+
+
+def test_processes_share_what_they_have_seen(monkeypatch):
+    model = adapted(target_modules=["q_proj"])
+    idle = Coverage(model)
+    busy = Coverage(model)
+    with busy.watch():
+        passes(model)
+    model.zero_grad()
+    with idle.watch():
+        pass
+    assert idle.problem() is not None
+
+    def gather(seen: list, ours: tuple) -> None:
+        seen[:] = ours, (busy.called, busy.moves_loss, busy.has_gradient)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with idle.watch():
+        pass
+    assert idle.problem() is None

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from conftest import TINY
 from moe_models import make_mixture
 from several_processes import cut_copy, popen, train_in_processes
-from tiny_runs import all_losses_of, evaluations_of, losses_of, wait_until
+from tiny_runs import all_losses_of, evaluations_of, losses_of, metrics_of, wait_until
 
 from cera_train.common.errors import UserError
 from cera_train.distributed.accelerator import start_accelerator
@@ -169,6 +169,29 @@ def test_sharding_equals_one_process_for_every_kind_of_adapter_and_base(
             for folder in (one, fsdp)
         ]
         assert sizes[0] == sizes[1]
+
+
+@pytest.mark.slow
+def test_scaled_gradients_are_clipped_by_their_unscaled_norm_under_either_strategy(
+    tmp_path, arguments, compose
+):
+    """As in float16 on a GPU."""
+    short = [*arguments, "train.max_updates=6", "optimizer.max_grad_norm=0.1"]
+    short += ["adapter.target_modules=[q_proj,lm_head]"]
+    train(compose(*short, "name=one"))
+    strategies = ("ddp", "fsdp")
+    runs = [
+        [*short, f"distributed.strategy={strategy}", f"name={strategy}"] for strategy in strategies
+    ]
+    train_in_processes(runs, 2, tmp_path, "scaled")
+    one, *others = (metrics_of(tmp_path / "outputs" / name) for name in ("one", *strategies))
+    for lines in others:
+        for name in ("train/loss", "train/grad_norm"):
+            expected = [line[name] for line in one if name in line]
+            assert [line[name] for line in lines if name in line] == pytest.approx(
+                expected, rel=1e-5
+            )
+    assert min(line["train/grad_norm"] for line in one if "train/grad_norm" in line) > 0.1
 
 
 def test_what_cannot_be_sharded_is_refused(compose):

@@ -20,10 +20,11 @@ def torchrun(*arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
-def train_in_processes(runs: list[list[str]], processes: int, cwd: Path) -> str:
-    """Trains the configs of these overrides; returns what was printed."""
+def train_in_processes(runs: list[list[str]], processes: int, cwd: Path, *words: str) -> str:
+    """Trains the configs of these overrides, scaling gradients at the word "scaled"; returns what
+    was printed."""
     (cwd / "runs.json").write_text(json.dumps(runs))
-    return torchrun(f"--nproc_per_node={processes}", __file__, cwd=cwd)
+    return torchrun(f"--nproc_per_node={processes}", __file__, *words, cwd=cwd)
 
 
 def cut_copy(run: Path, folder: Path, update: int) -> None:
@@ -36,8 +37,14 @@ def cut_copy(run: Path, folder: Path, update: int) -> None:
 
 
 if __name__ == "__main__":
+    import pytest
+    from tiny_runs import scale_gradients
+
     from cera_train.cli.compose import compose
     from cera_train.training.train import train
 
-    for overrides in json.loads(Path("runs.json").read_text()):
-        train(compose(*overrides))
+    with pytest.MonkeyPatch.context() as patch:
+        if "scaled" in sys.argv:
+            scale_gradients(patch)
+        for overrides in json.loads(Path("runs.json").read_text()):
+            train(compose(*overrides))
