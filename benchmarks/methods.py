@@ -26,7 +26,6 @@ from typing import Any
 
 import peft
 import torch
-from cera_train.planning.make import make_plan
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -38,6 +37,7 @@ from cera_train.adapters.saved import attach, is_adapter, keeps_base
 from cera_train.cli.compose import compose
 from cera_train.common.errors import UserError
 from cera_train.common.files import options
+from cera_train.planning.plan import make_plan
 from cera_train.runs.subject import find_subject
 from cera_train.serving.export import export_run
 from cera_train.settings.adapters import Activation, DropoutOn, Init, Mix
