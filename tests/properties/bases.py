@@ -30,7 +30,10 @@ def call(number: int) -> list[dict]:
 
 
 ROWS = {
-    "columns": lambda number: {"prompt": f"Say {number}:", "completion": f" it is {number}"},
+    "columns": lambda number: {
+        "prompt": f"Say {number}, once and for all:",
+        "completion": f" it is {number}, and again it is {number}",
+    },
     "chats": lambda number: {"messages": chat(number)},
     "tools": lambda number: {"messages": call(number)},
     "texts": lambda number: {"text": f"One, two, {number}, and so on, and on."},

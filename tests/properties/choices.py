@@ -76,13 +76,10 @@ FACTORS: dict[str, dict[str, int]] = {
         "evaluation 6": 1,
         "SIGTERM 4": 1,
     },
-    "export": {"": 2, "to=merged": 1, "to=merged weights=nf4": 1},
+    "export": {"": 2, "to=merged": 1, "to=merged weights=nf4 at_most=9": 1},
 }
 
 PLANNED = "a_plan_refuses_what_its_run_refuses_in_the_same_words"
-
-
-EXPORTED = "an_export_holds_its_certificate"
 
 
 class Known(NamedTuple):
@@ -99,6 +96,4 @@ KNOWN = [
     # A gold answer that calls a tool, and a document, which asks nothing.
     Known(PLANNED, "data.train_files=[tools.jsonl] train.tasks=[held_out]"),
     Known(PLANNED, "data.train_files=[texts.jsonl] train.samples=2"),
-    # A quantised export wants at_most=, and its line names no value.
-    Known(EXPORTED, "weights=nf4"),
 ]

@@ -29,14 +29,14 @@ SECONDS = 200
 """A command that takes longer hangs."""
 
 SHORT = (
-    "data.max_length=128 data.eval_rows=6 train.batch_size=8 train.max_updates=6 "
+    "data.max_length=96 data.eval_rows=6 train.batch_size=8 train.max_updates=6 "
     "train.eval_every=3 train.save_every=2 train.micro_batch_tokens=1024 optimizer.lr=1e-2 "
     "adapter.r=4"
 )
 """Five updates are an epoch."""
 
 OTHERWISE = (
-    "train.micro_batch_tokens=128 train.batch_layout=padded train.compile=false "
+    "train.micro_batch_tokens=96 train.batch_layout=padded train.compile=false "
     "model.gradient_checkpointing=true"
 )
 """Settings that change no loss."""
@@ -131,6 +131,10 @@ class Life:
         words = " ".join([SHORT, *chosen]).replace("{life}", str(self.folder))
         return settings_of(words) | self.fixes
 
+    @property
+    def has_start(self) -> bool:
+        return self.settings.get("adapter.start_from", "null") != "null"
+
     def command(self, step: str, *words: str, killed: str = "") -> Ended:
         log = self.folder / "logs" / step
         log.mkdir(parents=True, exist_ok=True)
@@ -174,7 +178,7 @@ class Life:
         and in its processes. Returns what was refused."""
         self.ended.clear()
         steps = {"whole": {}}
-        if "adapter.start_from" in self.settings:
+        if self.has_start:
             start = dict.fromkeys(("adapter.start_from", "train.tasks_every"))
             steps = {"start": start | {"train.max_updates": "2"}} | steps
         here = dict.fromkeys(PARALLEL) | {"plan.gpu": "cpu", "plan.mfu": "0.4"}
