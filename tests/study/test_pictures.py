@@ -3,10 +3,7 @@
 import json
 from xml.etree import ElementTree
 
-from benchmarks.pictures import DOCS, forests, read_findings
-from cera_train.common.files import read_yaml
-
-STUDIES = DOCS.parent / "conf" / "study"
+from benchmarks.pictures import DOCS, forests
 
 
 def test_the_pictures_are_those_of_the_evidence():
@@ -39,13 +36,3 @@ def test_every_main_contrast_of_the_evidence_is_in_the_picture():
                 assert text in texts, f"{path.stem}: {each['asked']}"
                 count += 1
     assert count >= 41
-
-
-def test_the_list_of_what_decides_names_what_is_there():
-    studies = {
-        name.partition(":")[0] for name in (f.name for f in read_findings(DOCS / "evidence"))
-    }
-    for rows in read_yaml(DOCS / "evidence" / "short.yaml").values():
-        for name in rows.values():
-            study = name.partition(":")[0]
-            assert study in studies or (STUDIES / f"{study}.yaml").exists(), name

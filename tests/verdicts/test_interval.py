@@ -1,5 +1,5 @@
-"""The tests of two runs: they agree with other formulas on 1,000 made pairs, and keep their error
-rate and their power on 10,000 simulated ones."""
+"""The tests of two runs: they agree with other formulas on 1,000 made pairs, and have their power
+on 2,000 simulated ones."""
 
 import itertools
 import math
@@ -62,19 +62,6 @@ def test_beyond_many_problems_normal_formulas_continue_the_resampling(draw, monk
     assert ends[0] == pytest.approx(ends[1], abs=2e-3)
     assert ends[0] != ends[1]
     assert normal.p_value == pytest.approx(resampled.p_value, abs=0.02)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("problems", [200, pytest.param(1_319, marks=NIGHTLY)])
-def test_equal_runs_differ_in_at_most_5_percent_of_10000_pairs(draw, problems: int) -> None:
-    """Problems are easy or hard for both runs."""
-    shown = 0
-    for _ in range(10_000):
-        ease = draw.beta(0.5, 0.5, size=problems)
-        first, second = (draw.random((2, problems)) < ease).astype(float)
-        shown += sign_flip(first, second) <= 0.05
-    # at most 500 are expected, with a standard deviation of 22
-    assert 100 < shown < 566
 
 
 @pytest.mark.slow
