@@ -18,29 +18,6 @@ from cera_train.common.errors import UserError
 from cera_train.runs.subject import digest_of, find_start
 from cera_train.training.train import train
 
-KINDS = {
-    "cera_mix": ["adapter=cera_mix", "adapter.alpha=8", "adapter.activation=gelu"],
-    "lora": ["adapter=lora", "adapter.target_modules=all-linear"],
-    "dora": ["adapter=dora", "adapter.target_modules=all-linear", "adapter.layers=[1]"],
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_first_evaluation_equals_the_last_one_of_the_source(tiny_config, kind):
-    settings = [*KINDS[kind], "adapter.r=4", "train.max_updates=2", "train.eval_every=null"]
-    first = train(tiny_config("name=first", *settings))
-    later = tiny_config(
-        "name=later",
-        *settings,
-        f"adapter.start_from={first['folder']}",
-        "adapter.dropout=0.3",
-        "train.seed=5",
-    )
-    result = train(later)
-    assert result["perplexity_before"] == first["eval/perplexity"]
-    assert result["eval/perplexity"] < first["eval/perplexity"]
-    assert [line["update"] for line in metrics_of(later) if "train/loss" in line] == [1, 2]
-
 
 @pytest.fixture
 def first(trained_config, tmp_path) -> Path:
