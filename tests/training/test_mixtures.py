@@ -42,8 +42,6 @@ def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_part(
     result = evaluate(compose(run, "task=perplexity", command="eval"))
     assert result["perplexity"] == pytest.approx(trained["eval/perplexity"], rel=1e-6)
     assert result["rows"] == 4
-    files = [f"task.files=[{tmp_path / 'b.jsonl'}]", "name=small"]
-    assert evaluate(compose(run, "task=perplexity", *files, command="eval"))["rows"] == 8
     card = (tmp_path / "outputs" / "run" / "adapter" / "README.md").read_text()
     assert "| Rows | a.jsonl + b.jsonl |" in card
 
