@@ -102,11 +102,12 @@ class Config(Settings):
         parts = [part for _, part in self.data.parts()]
         layouts = {part.layout for part in parts}
         from_hub = any(part.path and not part.train_files for part in parts)
+        is_dpo = self.train.objective == ObjectiveKind.dpo
         readers = {
-            "dpo": ("train.objective=dpo", self.train.objective == ObjectiveKind.dpo),
+            "dpo": ("train.objective=dpo", is_dpo),
             "grpo": ("train.objective=grpo", self.train.objective == ObjectiveKind.grpo),
             "train.tasks_limit": ("train.tasks", bool(self.train.tasks)),
-            "adapter.dropout": ("train.objective=sft or grpo", self.train.objective != "dpo"),
+            "adapter.dropout": ("other objectives", not (is_dpo and self.adapter.dropout)),
             "data.streaming": ("a data set on the Hub", from_hub),
             "data.logistic_map": ("data.layout=logistic_map", Layout.logistic_map in layouts),
         }
