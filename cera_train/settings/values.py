@@ -83,7 +83,7 @@ def check_growths(growths: Any) -> Any:
     return growths
 
 
-def check_targets(targets: Any) -> Any:
+def check_target_names(targets: Any) -> Any:
     is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     if not (is_list or targets is None or isinstance(targets, str)):
         raise ValueError("expected a list of module names, a regular expression or all-linear")
@@ -112,7 +112,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[Any, AfterValidator(check_rate)]
 Growths = Annotated[Any, AfterValidator(check_growths)]
-Targets = Annotated[Any, AfterValidator(check_targets)]
+Targets = Annotated[Any, AfterValidator(check_target_names)]
 Address = Annotated[str, Field(pattern=r"^https?://[\w.:\[\]-]+(/\S*)?$")]
 FolderName = Annotated[str, AfterValidator(check_folder_name)]
 Processes = Annotated[str, Field(pattern="^(auto|[1-9][0-9]*)$")]
