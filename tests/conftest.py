@@ -304,6 +304,29 @@ def trained_config(tiny_config_in, tmp_path_factory: pytest.TempPathFactory):
     return trained_config
 
 
+@pytest.fixture
+def sweep_here(tmp_path: Path, tiny_folder: Path) -> Path:
+    """A working folder with a user's sweep file: two by two jobs, of which one is impossible."""
+    import yaml
+
+    (tmp_path / "conf" / "sweep").mkdir(parents=True)
+    content = {
+        "defaults": [{"override /protocol": "paper"}],
+        "name": "tiny",
+        "model": {"path": str(tiny_folder), "dtype": "float32"},
+        "adapter": {"r": 4},
+        "data": {"max_length": 256},
+        "train": {"max_updates": 6, "batch_size": 16, "eval_every": None, "save_every": None},
+        "hydra": {
+            "sweeper": {"params": {"adapter": "lora,cera", "adapter.activation": "relu,silu"}}
+        },
+    }
+    (tmp_path / "conf" / "sweep" / "tiny.yaml").write_text(
+        "# @package _global_\n" + yaml.safe_dump(content)
+    )
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def browser():
     """A Chromium of the machine."""

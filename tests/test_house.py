@@ -77,6 +77,34 @@ def test_the_check_finds_what_it_is_for(code, count):
     assert len([*mistakes(code)]) == count
 
 
+# --- where a test is ------------------------------------------------------------------------------
+
+ACROSS = {"compatibility", "faults", "gpu", "integrations", "properties"}
+"""Folders of tests of several rooms at once. Every other test stands where its module does."""
+
+
+def has_module(test: Path) -> bool:
+    """Whether `tests/X/test_Y.py` has `cera_train/X/Y.py` or the folder `X/Y`, and
+    `tests/X/Y/test_Z.py` of a module with several files of tests has `X/Y.py`."""
+    folder = ROOT / "cera_train" / test.parent.relative_to(ROOT / "tests")
+    module = folder / test.name.removeprefix("test_")
+    return any(
+        place.exists() for place in (module, module.with_suffix(""), folder.with_suffix(".py"))
+    )
+
+
+def test_a_test_stands_where_its_module_does():
+    tests = [
+        file
+        for folder in (ROOT / "tests").iterdir()
+        if folder.name not in ACROSS
+        for file in folder.glob("**/test_*.py")
+    ]
+    assert len(tests) > 50
+    astray = [str(test.relative_to(ROOT)) for test in tests if not has_module(test)]
+    assert not astray, f"{astray}: name each after its module, or move it to one of {ACROSS}"
+
+
 # --- how much there is to read --------------------------------------------------------------------
 
 BUDGETS = {

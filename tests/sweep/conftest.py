@@ -1,4 +1,4 @@
-"""Sweeps that a test starts: a user's file, and jobs that train nothing."""
+"""Jobs of a sweep that train nothing."""
 
 import json
 from pathlib import Path
@@ -9,27 +9,6 @@ from made_sweeps import make_job
 
 from cera_train.common.settings import to_plain
 from cera_train.settings.run import Config
-
-
-@pytest.fixture
-def sweep_here(tmp_path, tiny_folder):
-    """A working folder with a user's sweep file: two by two jobs, of which one is impossible."""
-    (tmp_path / "conf" / "sweep").mkdir(parents=True)
-    content = {
-        "defaults": [{"override /protocol": "paper"}],
-        "name": "tiny",
-        "model": {"path": str(tiny_folder), "dtype": "float32"},
-        "adapter": {"r": 4},
-        "data": {"max_length": 256},
-        "train": {"max_updates": 6, "batch_size": 16, "eval_every": None, "save_every": None},
-        "hydra": {
-            "sweeper": {"params": {"adapter": "lora,cera", "adapter.activation": "relu,silu"}}
-        },
-    }
-    (tmp_path / "conf" / "sweep" / "tiny.yaml").write_text(
-        "# @package _global_\n" + yaml.safe_dump(content)
-    )
-    return tmp_path
 
 
 @pytest.fixture
