@@ -145,7 +145,8 @@ def check_export(config: ExportConfig, subject: Subject, run: LoadedModel, folde
     for name, layer in cera_layers(run.model).items():
         require(
             isinstance(layer, CeraLinear) and layer is not head,
-            f"run={config.run} adapts {name}, for which a LoRA has no place: train without it.",
+            f"run={config.run} adapts {name}, for which a LoRA has no place: train with "
+            "adapter.target_modules=all-linear and adapter.experts=false.",
         )
     is_export = (folder / CERTIFICATE).is_file() and not (folder / "eval").exists()
     is_empty = folder.is_dir() and not any(folder.iterdir())

@@ -72,7 +72,9 @@ def evaluations_of(run) -> list[dict]:
 
 
 def adapter_bytes(run) -> bytes:
-    return (folder_of(run) / "adapter" / "adapter_model.safetensors").read_bytes()
+    """Or those of a full model."""
+    [weights] = (folder_of(run) / "adapter").glob("*model.safetensors")
+    return weights.read_bytes()
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 120, every: float = 0.001) -> None:

@@ -223,7 +223,10 @@ class Life:
         self.command("after", "cera-eval", f"run={self.resumed}", task)
         self.command("asked", "cera-chat", run, "prompt=Hello", "max_new_tokens=4")
         exported = self.command("exported", "cera-export", run, *self.row["export"].split())
-        if exported.status == 2 and (fixes := fixes_in(exported.refusal)):
+        fixes = fixes_in(exported.refusal or "")
+        if (
+            exported.status == 2 and fixes and not fixes[0][0].startswith("adapter.")
+        ):  # else: train anew
             self.ended["not exported"] = exported
             self.command("exported", "cera-export", run, "=".join(fixes[0]))
         page = str(self.folder / "page")

@@ -102,7 +102,11 @@ def an_evaluation_has_the_figures_of_the_run(life: Life) -> None:
         assert first == evaluated_losses(life.folder / "start")[-1]
     else:
         [base] = life.folder.glob("base-*")
-        rounded = 0.05 if "adapter=pissa" in life.ended["whole"].words else 1e-5  # it splits W0
+        rounded = 1e-5
+        if life.settings["adapter"] == "pissa":  # it splits W0
+            rounded = 0.05
+        elif life.settings["adapter"] == "full":  # in float32, whatever the dtype
+            rounded = 1e-3
         assert loss_of(base) == pytest.approx(first, rel=rounded)
     assert loss_of(life.resumed) == pytest.approx(last, rel=1e-5)
 
@@ -140,7 +144,8 @@ def plain_peft_computes_the_run(life: Life) -> None:
 def an_export_holds_its_certificate(life: Life) -> None:
     exported = life.ended["exported"]
     is_far = exported.status == 3 and "fit of a LoRA to a CeRA" in exported.refusal
-    assert exported.status == 0 or is_far, exported
+    has_no_form = exported.status == 2 and "train with adapter." in exported.refusal
+    assert exported.status == 0 or is_far or has_no_form, exported
 
 
 def losses_of_row(model: nn.Module, rows: TokenizedRows, row: int) -> torch.Tensor:
