@@ -60,17 +60,17 @@ Row = tuple[str, str]
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with path.open() as file:  # a text may hold other ends of lines
+        return [json.loads(line) for line in file]
 
 
-def write_rows(gsm8k: Path, chats: Path) -> None:
-    """Writes the rows of dates that are learned, with those held out last, and other text: word
-    problems, and the first answers of chats in ShareGPT's layout."""
+def texts_of(gsm8k: Path, chats: Path) -> dict[str, list[Row]]:
+    """Word problems, and the first answers of chats in ShareGPT's layout."""
 
     def said(chat: dict[str, Any], speaker: str) -> str:
         return next(turn["value"] for turn in chat["conversations"] if turn["from"] == speaker)
 
-    texts = {
+    return {
         "gsm8k": [
             (f"Question: {row['question']}\nAnswer:", f" {row['answer']}")
             for row in lines_of(gsm8k)
@@ -81,9 +81,13 @@ def write_rows(gsm8k: Path, chats: Path) -> None:
             if said(chat, "human").isascii()
         ],
     }
+
+
+def write_rows(gsm8k: Path, chats: Path) -> None:
+    """Writes the rows of dates that are learned, with those held out last, and other text."""
     shortest = {
         text: sorted(rows, key=lambda row: len(row[0]))[: ROWS[text]]
-        for text, rows in texts.items()
+        for text, rows in texts_of(gsm8k, chats).items()
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) + "\n" for row in skills.rows(FORMATS)]

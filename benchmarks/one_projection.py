@@ -181,7 +181,7 @@ class Nothing(nn.Linear):
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
-def make(student: Student, d_in: int, r: int) -> nn.Module:
+def make(student: Student, d_in: int, d_out: int, r: int) -> nn.Module:
     torch.manual_seed(STUDENT_SEED)
     config = CeraConfig(
         r=r,
@@ -191,7 +191,7 @@ def make(student: Student, d_in: int, r: int) -> nn.Module:
         init_scale=student.init_scale,
         target_modules=["0"],
     )
-    model = get_peft_model(nn.Sequential(Nothing(d_in, OUTPUTS, bias=False)), config)
+    model = get_peft_model(nn.Sequential(Nothing(d_in, d_out, bias=False)), config)
     if student.has_bias:  # the last input is 1
         model.base_model.model[0].cera_A["default"].weight.data[:, -1] = 0
     return model
@@ -201,7 +201,7 @@ def train(student: Student, r: int, rate: float, data: Data) -> float:
     """R2 on the held-out inputs after STEPS steps of Adam on the mean squared error, at a rate that
     falls to zero."""
     x = nn.functional.pad(data.x, (0, 1), value=1.0) if student.has_bias else data.x
-    model = make(student, x.shape[1], r)
+    model = make(student, x.shape[1], data.y.shape[1], r)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
     generator = torch.Generator().manual_seed(STUDENT_SEED)

@@ -53,11 +53,11 @@ class Config(Settings):
     of an evaluation. Overriding a setting that changes the result empties it."""
 
     def __post_init__(self) -> None:
+        length = self.data.max_length
         require(
-            self.train.micro_batch_tokens >= self.data.max_length,
-            f"train.micro_batch_tokens={self.train.micro_batch_tokens} is less than "
-            f"data.max_length="
-            f"{self.data.max_length}: a micro-batch must hold at least one sequence.",
+            self.train.micro_batch_tokens >= length,
+            f"train.micro_batch_tokens={self.train.micro_batch_tokens} holds no sequence of "
+            f"data.max_length={length}. Set train.micro_batch_tokens={length} or more.",
         )
         check_objective(self.train.objective, self.data)
         if self.distributed.strategy == Strategy.fsdp:

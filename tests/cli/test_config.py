@@ -79,7 +79,7 @@ def test_the_recipe_sft_names_the_defaults(compose):
         ("name=..", "name=..: expected the name of one folder"),
         (
             "train.micro_batch_tokens=10",
-            "train.micro_batch_tokens=10 is less than data.max_length=128",
+            "train.micro_batch_tokens=10 holds no sequence of data.max_length=128",
         ),
         (
             "data=jsonl data.eval_files=[a.jsonl] data.path=x/y",
