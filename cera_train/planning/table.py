@@ -7,9 +7,6 @@ from cera_train.planning.plan import GB, USABLE, RunPlan
 from cera_train.settings.model import Quantization
 
 NOT_COUNTED = "generation time not counted"
-SMALLER = (
-    "model.gradient_checkpointing=true, model.quantization=nf4 or a lower train.micro_batch_tokens"
-)
 TIME = (
     "of updates and evaluations: what each run needs to start (imports, model, data) is not counted"
 )
@@ -53,7 +50,13 @@ def print_plan(plan: RunPlan) -> None:
     if plan.fits:
         print_line("fits", f"{needs} of the {memory}")
     else:
-        print_line("too large", f"{needs}, more than {USABLE:.0%} of the {memory}: try {SMALLER}")
+        smaller = ["a lower train.micro_batch_tokens"]
+        if plan.config.model.quantization == Quantization.none:
+            smaller.insert(0, "model.quantization=nf4")
+        if not plan.config.model.gradient_checkpointing:
+            smaller.insert(0, "model.gradient_checkpointing=true")
+        tries = ", ".join(smaller)
+        print_line("too large", f"{needs}, more than {USABLE:.0%} of the {memory}: try {tries}")
 
 
 def _time_and_cost(plan: RunPlan) -> dict[str, str]:

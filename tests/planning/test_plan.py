@@ -13,6 +13,7 @@ from cera_train.planning.data_size import data_size
 from cera_train.planning.estimate import GPU_MFU, run_totals
 from cera_train.planning.plan import GPUS
 from cera_train.planning.table import name_jobs, print_plan, print_plans
+from cera_train.settings.model import Quantization
 
 MATH = "+recipe=math_r64"
 QUICK = "+recipe=logistic_map"
@@ -183,11 +184,12 @@ def test_a_plan_prints_every_part(math_plan, capsys):
     assert {"an update", "the run, h:mm:ss", "GPU-hours", "cost"} <= rows.keys()
     needs = f"{math_plan.peak / 1e9:.2f} GB needed"
     assert out.endswith(f"fits       {needs} of the 80 GB of H100\n")
-    print_plan(replace(math_plan, device=GPUS["rtx4090"]))
-    assert capsys.readouterr().out.endswith(
+    config = math_plan.config
+    config = replace(config, model=replace(config.model, quantization=Quantization.nf4))
+    print_plan(replace(math_plan, device=GPUS["rtx4090"], config=config))
+    assert capsys.readouterr().out.endswith(  # and no setting that it has
         f"too large  {needs}, more than 95% of the 24 GB of RTX 4090: try "
-        "model.gradient_checkpointing=true, model.quantization=nf4 or "
-        "a lower train.micro_batch_tokens\n"
+        "model.gradient_checkpointing=true, a lower train.micro_batch_tokens\n"
     )
 
 
