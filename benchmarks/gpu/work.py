@@ -31,7 +31,8 @@ from cera_train.common.files import config_dir, write_text
 from cera_train.evaluation.generate import cache_room
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.folder import load_tokenizer
-from cera_train.planning.plan import USABLE, make_plan
+from cera_train.planning.plan import USABLE
+from cera_train.planning.planner import make_plan
 from cera_train.settings.adapters import AdapterKind
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import ModelConfig

@@ -1,5 +1,5 @@
 """Builds an adapter on its base model, counts its parameters and groups them for the optimizer.
-What differs by kind is in families/."""
+What differs by kind is in builders.py."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from cera_train.adapters.families import check_settings, family
-from cera_train.adapters.families.base import place_of
+from cera_train.adapters.builders import builder
+from cera_train.adapters.families import check_settings, family, place_of
 from cera_train.adapters.probe import errors_beside
 from cera_train.adapters.targets import check_targets
 from cera_train.cera.coverage import (
@@ -24,7 +24,7 @@ from cera_train.settings.model import Quantization
 def check(config: AdapterConfig) -> None:
     """Raises UserError for settings that contradict each other or PEFT. Needs no model."""
     check_settings(config)
-    family(config.kind).peft_config(config)
+    builder(config.kind).peft_config(config)
 
 
 WHOLE_ALONE = {
@@ -54,7 +54,7 @@ def check_quantised(config: AdapterConfig, quantization: Quantization) -> None:
 
 def rank(config: AdapterConfig) -> int | None:
     """`adapter.r`, or the default of PEFT's method; None for a method without one."""
-    return config.r or getattr(family(config.kind).peft_config(config), "r", None) or None
+    return config.r or getattr(builder(config.kind).peft_config(config), "r", None) or None
 
 
 def build(
@@ -78,7 +78,7 @@ def build(
     )
     check_quantised(config, kind)
     with errors_beside(base, config):
-        model = family(config.kind).build(base, config, left_out(base, config, idle))
+        model = builder(config.kind).build(base, config, left_out(base, config, idle))
     # PEFT leaves biases and copies of the base's modules in 16 bits, which would round most
     # updates away.
     narrow = [

@@ -9,8 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cera_train.adapters.families import family
-from cera_train.adapters.families.base import replaces_base
+from cera_train.adapters.families import replaces_base
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.settings import require
@@ -93,8 +92,10 @@ targets and layers."""
 def check_start(config: AdapterConfig, folder: Path) -> None:
     """Raises UserError where the adapter in a folder would compute something else under these
     settings (`adapter.start_from`)."""
+    from cera_train.adapters.builders import builder
+
     theirs = check_saved(folder)
-    ours = family(config.kind).peft_config(config).to_dict()
+    ours = builder(config.kind).peft_config(config).to_dict()
     if replaces_base(start := theirs.get("init_lora_weights")):
         raise UserError(
             f"adapter.start_from={config.start_from}: {start} moved a part of W0 into these "

@@ -8,10 +8,10 @@ from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 
-from cera_train.adapters.families.base import is_import_path
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.common.user_code import user_code
+from cera_train.settings.adapters import is_import_path
 
 
 def config_class_of(method: str) -> type[PeftConfig]:

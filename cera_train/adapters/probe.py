@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cera_train.adapters.families.base import place_of
+from cera_train.adapters.families import place_of
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.settings.adapters import AdapterConfig

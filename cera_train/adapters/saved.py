@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cera_train.adapters.build import widen
-from cera_train.adapters.families.base import ADAPTER, replaces_base
+from cera_train.adapters.builders import ADAPTER
+from cera_train.adapters.families import replaces_base
 from cera_train.adapters.folder import (
     ADAPTER_CONFIG,
     FULL_MODEL,

@@ -4,7 +4,7 @@ fixed probe.
 The branch's output is h B^T with h of width r. Its singular values are the square roots of the
 eigenvalues of N (B^T B)^(1/2) Cov(h) (B^T B)^(1/2), an r x r problem, instead of an SVD of tokens x
 d_out: one definition for every method with hidden units. What A, the gate and B are stands in
-families/.
+builders.py.
 """
 
 import math
@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cera_train.adapters.families import FAMILIES
-from cera_train.adapters.families.base import Branch
+from cera_train.adapters.builders import BUILDERS, Branch
 from cera_train.cera.gates import LearnedGate
 
 SUMMARISED = ("effective_rank", "manifold_dimension", "linear_share")
@@ -129,7 +128,7 @@ def find_branches(model: nn.Module) -> dict[str, Branch]:
     hidden units."""
     branches = {}
     for name, module in model.named_modules():
-        for kind in FAMILIES.values():
+        for kind in BUILDERS.values():
             branch = kind.branch(module)
             if branch is not None:
                 branches[name.removeprefix("base_model.model.")] = branch

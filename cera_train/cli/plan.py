@@ -23,7 +23,8 @@ from cera_train.cli.config import (
 from cera_train.cli.start import errors_in_one_line
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted, print_line
-from cera_train.planning.plan import RunPlan, make_plan
+from cera_train.planning.plan import RunPlan
+from cera_train.planning.planner import make_plan
 from cera_train.planning.table import name_jobs, print_plan, print_plans
 from cera_train.runs.subject import is_awaited
 from cera_train.settings.run import PlanRun

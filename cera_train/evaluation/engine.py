@@ -13,7 +13,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from cera_train.adapters.families.base import is_import_path
 from cera_train.adapters.methods import import_method
 from cera_train.adapters.saved import attach, is_adapter, save
 from cera_train.common.errors import UserError, explain
@@ -31,6 +30,7 @@ from cera_train.model.weights import load_model
 from cera_train.runs.base import check_base
 from cera_train.runs.folder import Progress
 from cera_train.runs.subject import Subject, run_of
+from cera_train.settings.adapters import is_import_path
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
 

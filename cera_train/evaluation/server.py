@@ -23,7 +23,7 @@ import torch
 import transformers
 from transformers import TextStreamer
 
-from cera_train.adapters.families.base import replaces_base
+from cera_train.adapters.families import replaces_base
 from cera_train.adapters.folder import ADAPTER_CONFIG
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.settings import require

@@ -8,7 +8,6 @@ from huggingface_hub import HfApi, ModelCardData
 from transformers import PretrainedConfig
 
 from cera_train.adapters.families import family, title
-from cera_train.adapters.families.base import is_import_path
 from cera_train.adapters.folder import description_file
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, read_yaml, write_text
@@ -19,7 +18,7 @@ from cera_train.runs.evaluation_folder import AccuracyResult, find_evaluation_re
 from cera_train.runs.records import load_config
 from cera_train.runs.results import Environment, RunResult, describe_tasks, figure
 from cera_train.runs.subject import digest_of
-from cera_train.settings.adapters import AdapterConfig, AdapterKind
+from cera_train.settings.adapters import AdapterConfig, AdapterKind, is_import_path
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
 

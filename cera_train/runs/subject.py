@@ -9,7 +9,6 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cera_train.adapters.families.base import is_import_path
 from cera_train.adapters.folder import (
     check_saved,
     check_start,
@@ -24,7 +23,7 @@ from cera_train.common.terminal import announce_import
 from cera_train.model.path import check_model
 from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult
-from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.adapters import AdapterConfig, is_import_path
 from cera_train.settings.data import UNKNOWN, TrainedRows
 from cera_train.settings.evaluation import SubjectConfig
 from cera_train.settings.model import ModelConfig

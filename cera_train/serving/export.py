@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from cera_train.adapters.families.base import ADAPTER
+from cera_train.adapters.builders import ADAPTER
 from cera_train.adapters.saved import attach, is_adapter
 from cera_train.cera import CeraLayer
 from cera_train.cera.layer import CeraLinear

@@ -84,3 +84,8 @@ class AdapterConfig(Settings):
             names = "all experts" if self.experts else " ".join(self.target_parameters)
             words.append(f"{names} at r={self.expert_r or self.r}")
         return " and ".join(filter(None, words))
+
+
+def is_import_path(method: str | None) -> bool:
+    """Whether `adapter.method` names code from outside PEFT, which a command imports."""
+    return "." in (method or "")

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from cera_train.adapters import build as adapters
-from cera_train.adapters.families.base import ADAPTER
+from cera_train.adapters.builders import ADAPTER
 from cera_train.adapters.probe import check_effect
 from cera_train.adapters.saved import is_adapter, load, read
 from cera_train.common.errors import UserError, errors_at

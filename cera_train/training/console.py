@@ -7,7 +7,6 @@ from pathlib import Path
 
 from cera_train.adapters.build import rank
 from cera_train.adapters.families import family
-from cera_train.adapters.families.base import is_import_path
 from cera_train.adapters.spectrum import find_branches
 from cera_train.adapters.targets import describe_left_out, describe_targets
 from cera_train.common.terminal import (
@@ -36,7 +35,7 @@ from cera_train.runs.results import (
     describe_tasks,
     read_metrics,
 )
-from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.adapters import AdapterConfig, is_import_path
 from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.run import Config, has_prompts

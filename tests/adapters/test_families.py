@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny_models import tiny_model
 from cera_train.adapters import build, folder, saved, targets
+from cera_train.adapters.builders import builder
 from cera_train.adapters.families import family, title
 from cera_train.adapters.spectrum import find_branches, measure_spectra, spectrum_metrics
 from cera_train.common.errors import UserError
@@ -216,7 +217,7 @@ def test_alpha_scales_the_branch_and_none_is_a_scale_of_1_at_other_ranks_too(ada
                 adapter_of(name), alpha=alpha, settings={"rank_pattern": {"v_proj": 2}}
             )
         )
-        branches = [family(config.kind).branch(module) for module in model.modules()]
+        branches = [builder(config.kind).branch(module) for module in model.modules()]
         assert {(branch.r, round(branch.scaling, 6)) for branch in branches if branch} == scales
         loras = [
             module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)

@@ -1,36 +1,38 @@
-"""A kind of adapter: any method of PEFT, by its name in peft.PeftType, unless a subclass says
-otherwise. CeRA and LoRA give PEFT a config of their own; full fine-tuning has none.
-
-Commands check settings before they load anything: the files of this folder import torch and peft
-inside functions.
-"""
+"""What each kind of adapter is in PEFT: its config, the base with a fresh adapter, and the branches
+of a model. CeRA and LoRA give PEFT a config of their own; full fine-tuning has none."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from enum import StrEnum
+from typing import Any
 
+import peft
+import torch
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from cera_train.adapters.families import place_of
+from cera_train.adapters.methods import config_class_of
+from cera_train.adapters.targets import linear_names
+from cera_train.cera import CeraConfig, CeraLinear
+from cera_train.cera.coverage import exclude_projections
+from cera_train.cera.experts import expert_names
 from cera_train.common.errors import UserError
-from cera_train.common.settings import require, word_of
-from cera_train.common.terminal import announce_import
+from cera_train.common.settings import require
 from cera_train.common.trust import BEYOND_WEIGHTS
-from cera_train.settings.adapters import AdapterConfig
-
-if TYPE_CHECKING:
-    import peft
-    import torch
-    from torch import nn
-    from transformers import PreTrainedModel
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
 
 ADAPTER = "default"  # the name under which PEFT keeps the adapter
-
-REPLACES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Starts of LoRA's init_lora_weights that take something out of W0."""
 
 UNUSABLE_SETTINGS = {
     "arrow_config": "it mixes adapters that are already trained",
@@ -44,11 +46,6 @@ UNUSABLE_SETTINGS = {
 
 NOT_FROM_BASE = ("eva", "corda", "lora_ga", "pissa_niter")
 """Starts of LoRA's init_lora_weights that W0 alone does not give again."""
-
-
-def replaces_base(start: Any) -> bool:
-    """Whether a value of init_lora_weights takes something out of W0."""
-    return isinstance(start, str) and start.lower().startswith(REPLACES_BASE)
 
 
 @dataclasses.dataclass
@@ -66,38 +63,13 @@ class Branch:
     gate: nn.Module | None = None  # None for the identity
 
 
-class Family:
-    """One kind of adapter; as it stands, a method of PEFT."""
-
-    name = "PEFT"  # for tables and pictures
-    # The settings that it reads, beside kind and label. Any other that is set is refused.
-    uses = frozenset({"method", "r", "alpha", "dropout", "target_modules", "layers", "settings"})
-    needs_targets = False  # whether target_modules must be given
-    trains_base = False  # whether the base's weights are trained
-    b_matrix: str | None = None  # the module that holds B, for `adapter.b_lr_ratio`
-
-    def title(self, config: AdapterConfig) -> str:
-        return (config.method or self.name).rpartition(".")[2]
-
-    def check(self, config: AdapterConfig) -> None:
-        """Raises UserError where settings contradict each other. Imports no torch."""
-        require(
-            "method" not in self.uses or config.method is not None,
-            "adapter.method=null: name a method of PEFT, such as adapter.method=MISS.",
-        )
-
-    def rate_factor(self, config: AdapterConfig) -> float | None:
-        """The best learning rate over LoRA's, for `optimizer.lr=auto`. None: unknown."""
-        is_full_rank = (config.method or "").upper() == "LN_TUNING"  # adapter=dense
-        return 0.1 if is_full_rank else None
+class Builder:
+    """A method of PEFT."""
 
     def peft_config(self, config: AdapterConfig) -> peft.PeftConfig | None:
         """The PEFT config; None without an adapter. r, alpha and dropout go to the fields of these
         names, MISS's to miss_alpha and miss_dropout; null and 0 leave PEFT's defaults. Raises
         UserError for what PEFT refuses."""
-        announce_import("PyTorch and PEFT")
-        from cera_train.adapters.methods import config_class_of
-
         config_class = config_class_of(config.method)
         names = {field.name for field in dataclasses.fields(config_class)}
         fields = {}
@@ -117,8 +89,6 @@ class Family:
         self, config_class: type, config: AdapterConfig, fields: dict[str, Any]
     ) -> peft.PeftConfig:
         """A PEFT config of these fields, the targets and `adapter.settings`."""
-        import peft
-
         fields = fields | {"task_type": peft.TaskType.CAUSAL_LM}
         if config.target_modules is not None:
             fields["target_modules"] = config.target_modules
@@ -152,11 +122,6 @@ class Family:
         Args:
             left_out: names of projections that all-linear does not take.
         """
-        import peft
-
-        from cera_train.adapters.targets import linear_names
-        from cera_train.cera.coverage import exclude_projections
-
         if config.target_modules == "all-linear":
             peft_config = as_peft_takes(self.peft_config(config), base)
             taken = peft_config.target_modules
@@ -192,45 +157,7 @@ class Family:
         return None
 
 
-class RankedFamily(Family):
-    """A method with A and B of a rank, which has a kind of its own."""
-
-    uses = Family.uses - {"method"} | {"b_lr_ratio", "start_from"}
-    needs_targets = True
-
-    def check(self, config: AdapterConfig) -> None:
-        require(
-            config.r is not None,
-            f"adapter.r=null: adapter.kind={config.kind} needs a rank, such as adapter.r=64.",
-        )
-        for name in ("rank_pattern", "alpha_pattern"):
-            pattern = config.settings.get(name) or {}
-            is_pattern = isinstance(pattern, dict) and all(
-                isinstance(each, int | float) for each in pattern.values()
-            )
-            require(
-                is_pattern,
-                f"adapter.settings.{name}={pattern}: expected numbers by name, such as "
-                "{q_proj: 8}.",
-            )
-        start = config.settings.get("init_lora_weights")
-        require(
-            config.start_from is None or not replaces_base(start),
-            f"adapter.start_from={config.start_from}: adapter.settings.init_lora_weights={start} "
-            "moves a part of W0 into fresh weights. Leave one of the two out.",
-        )
-
-
-class Full(Family):
-    """Full fine-tuning: every weight of the base, in float32, and no adapter."""
-
-    name = "full fine-tuning"
-    uses = frozenset()
-    trains_base = True
-
-    def rate_factor(self, config: AdapterConfig) -> float:
-        return 0.1
-
+class FullBuilder(Builder):
     def peft_config(self, config: AdapterConfig) -> None:
         return None
 
@@ -239,12 +166,115 @@ class Full(Family):
         return base.float().requires_grad_(True)
 
 
+class CeraBuilder(Builder):
+    def peft_config(self, config: AdapterConfig) -> peft.PeftConfig:
+        shared = {field.name for field in dataclasses.fields(config)} & {
+            field.name for field in dataclasses.fields(CeraConfig)
+        }
+        values = {}
+        for name in shared - {"target_modules"}:
+            value = getattr(config, name)
+            values[name] = str(value) if isinstance(value, StrEnum) else value
+        if config.experts:  # without names until `build` knows the model's
+            values["expert_r"] = None
+        return self.make(CeraConfig, config, values)
+
+    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
+        if config.experts:
+            config = dataclasses.replace(
+                config, experts=False, target_parameters=expert_names(base)
+            )
+        return super().build(base, config, left_out)
+
+    def branch(self, module: nn.Module) -> Branch | None:
+        if not isinstance(module, CeraLinear) or ADAPTER not in module.r:
+            return None
+        A, B, gate, *_ = module.parts(ADAPTER)
+        return Branch(
+            layer=module,
+            A=A,
+            B=lambda: B.weight,
+            scaling=module.scaling[ADAPTER],
+            r=module.r[ADAPTER],
+            out_features=module.out_features,
+            gate=None if isinstance(gate, nn.Identity) else gate,
+        )
+
+
+class LoraBuilder(Builder):
+    def __init__(self, use_rslora: bool = False, use_dora: bool = False) -> None:
+        self.use_rslora = use_rslora
+        self.use_dora = use_dora
+
+    def peft_config(self, config: AdapterConfig) -> peft.PeftConfig:
+        scale_one = math.sqrt if self.use_rslora else int
+        if config.alpha is None and (ranks := config.settings.get("rank_pattern")):
+            alphas = {key: scale_one(r) for key, r in ranks.items()} | (
+                config.settings.get("alpha_pattern") or {}
+            )
+            config = dataclasses.replace(
+                config, settings=config.settings | {"alpha_pattern": alphas}
+            )
+        fields = {
+            "r": config.r,
+            "lora_alpha": scale_one(config.r) if config.alpha is None else config.alpha,
+            "lora_dropout": config.dropout,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+        }
+        return self.make(peft.LoraConfig, config, fields)
+
+    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
+        model = super().build(base, config, left_out)
+        if getattr(model.peft_config[ADAPTER], "target_modules_to_tie", None):
+            tie_again(base)
+        return model
+
+    def branch(self, module: nn.Module) -> Branch | None:
+        if not isinstance(module, LoraLayer) or ADAPTER not in module.lora_A:
+            return None
+        if isinstance(module, ParamWrapper):  # adds to experts' weights, without hidden units
+            return None
+        A = module.lora_A[ADAPTER]
+        variant = module.lora_variant.get(ADAPTER)
+        matrix = {"NoneType": plain_B, "DoraLinearVariant": dora_B}.get(type(variant).__name__)
+        if matrix is None or not isinstance(A, nn.Linear):
+            return None
+
+        scaling = module.scaling[ADAPTER]
+        r = module.r[ADAPTER]
+        return Branch(module, A, lambda: matrix(module), scaling, r, module.out_features)
+
+
+def tie_again(base: PreTrainedModel) -> None:
+    """Lets the adapters of tied embeddings share their memory (ensure_weight_tying). PEFT casts
+    those of a 16-bit base to float32 one by one, which parts them."""
+    embeddings = base.get_input_embeddings()
+    head = base.get_output_embeddings()
+    head.lora_A[ADAPTER].weight.data = embeddings.lora_embedding_B[ADAPTER].data.T
+    head.lora_B[ADAPTER].weight.data = embeddings.lora_embedding_A[ADAPTER].data.T
+
+
+def plain_B(layer: nn.Module) -> torch.Tensor:
+    return layer.lora_B[ADAPTER].weight.double()
+
+
+def dora_B(layer: nn.Module) -> torch.Tensor:
+    """m / |W0 + s B A| B, by which DoRA multiplies A x. The rescaled W0 x is left out: it is of
+    full rank whatever the adapter learns, and would drown the branch."""
+    magnitude = layer.lora_magnitude_vector[ADAPTER]
+    update = layer.lora_B[ADAPTER].weight @ layer.lora_A[ADAPTER].weight
+    weight = dequantize_module_weight(layer.get_base_layer()).to(update.dtype)
+    scale = (
+        magnitude.weight / magnitude.get_weight_norm(weight, update, layer.scaling[ADAPTER])
+    ).double()
+    return scale[:, None] * plain_B(layer)
+
+
 def as_peft_takes(config: peft.PeftConfig, base: PreTrainedModel) -> peft.PeftConfig:
     """A copy of a config with the targets that PEFT would take. A LoRA of a mixture may be of a
     transformers in which experts were modules: PEFT takes names such as down_proj for theirs, which
     are parameters now, and has no names for dense or shared projections that are called so."""
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
     config = copy.deepcopy(config)
     convert_peft_config_for_transformers(config, base, None)
     return config
@@ -280,15 +310,15 @@ def peft_errors(config: AdapterConfig) -> Iterator[None]:
         raise UserError(f"{place_of(config)}: {reason}") from error
 
 
-def place_of(config: AdapterConfig) -> str:
-    """The settings that choose a method."""
-    method = f"adapter.method={config.method}" if config.method else f"adapter.kind={config.kind}"
-    settings = "".join(f" adapter.settings.{key}={value}" for key, value in config.settings.items())
-    if config.target_modules not in (None, "all-linear"):
-        settings += f" adapter.target_modules={word_of(config.target_modules)}"
-    return method + settings
+BUILDERS: dict[AdapterKind, Builder] = {
+    AdapterKind.cera: CeraBuilder(),
+    AdapterKind.lora: LoraBuilder(),
+    AdapterKind.rslora: LoraBuilder(use_rslora=True),
+    AdapterKind.dora: LoraBuilder(use_dora=True),
+    AdapterKind.peft: Builder(),
+    AdapterKind.full: FullBuilder(),
+}
 
 
-def is_import_path(method: str | None) -> bool:
-    """Whether `adapter.method` names code from outside PEFT, which a command imports."""
-    return "." in (method or "")
+def builder(kind: str) -> Builder:
+    return BUILDERS[AdapterKind(kind)]
