@@ -5,7 +5,6 @@ by the commands, go to tests/compatibility/VERSION.tar.gz with the model and the
 makes its own once and never again: tests/compatibility/test_releases.py reads every version's."""
 
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -13,11 +12,10 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.tiny_models import byte_tokenizer
+from benchmarks.rows import write_rows
+from benchmarks.tiny_models import byte_tokenizer, save_random
 from cera_train import __version__
 
 ARCHIVE = Path(f"tests/compatibility/{__version__}.tar.gz")
@@ -54,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_base(folder / "base")
-        write_rows(folder)
+        write_data(folder)
         write_study(folder / "conf" / "study" / "compared.yaml")
         for command in COMMANDS:
             run(command, folder)
@@ -75,11 +73,9 @@ def without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
 
 def write_base(folder: Path) -> None:
     """A random Llama of bytes."""
-    tokenizer = byte_tokenizer("<s>", "</s>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    save_random(
+        folder,
+        byte_tokenizer("<s>", "</s>", bos_token="<s>", eos_token="</s>", pad_token="</s>"),
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -87,14 +83,10 @@ def write_base(folder: Path) -> None:
         num_key_value_heads=1,
         max_position_embeddings=512,
         initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def write_rows(folder: Path) -> None:
+def write_data(folder: Path) -> None:
     names = ["Anna", "Ben", "Carla", "David"]
     orders = list(itertools.product(names, ["apples", "pears"], range(1, 9)))
     rows = [
@@ -104,8 +96,8 @@ def write_rows(folder: Path) -> None:
     pairs = [
         {"prompt": row["question"], "chosen": row["answer"], "rejected": "No."} for row in rows
     ]
-    for name, lines in (("rows.jsonl", rows), ("pairs.jsonl", pairs)):
-        (folder / name).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    write_rows(folder / "rows.jsonl", rows)
+    write_rows(folder / "pairs.jsonl", pairs)
 
 
 def write_study(file: Path) -> None:

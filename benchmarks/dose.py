@@ -27,6 +27,7 @@ from benchmarks.ground_truth import (
     sentences,
     write,
 )
+from benchmarks.rows import write_result
 from cera_train.verdicts.contrast import contrast_over_bases
 from cera_train.verdicts.interval import ERROR_RATE
 from cera_train.verdicts.power import detectable
@@ -57,7 +58,6 @@ def make(seed: int) -> None:
     """Trains a base on sentences of its own. Writes the rows of its teachers, and how well teacher
     and base predict those held out."""
     folder = FOLDER / f"b{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
     make_base(folder, UPDATES, seed, sentences(seed))
     base = LlamaForCausalLM.from_pretrained(folder / "base" / "adapter").eval()
     ends = {}
@@ -71,7 +71,7 @@ def make(seed: int) -> None:
             with teacher.attach():
                 ends[name]["teacher"] = teacher.loss(held_out)
             print(f"{name:14}{len(rows):,} sentences {ends[name]}", flush=True)
-    (folder / "ends.json").write_text(json.dumps(ends, indent=1) + "\n")
+    write_result(folder / "ends.json", ends)
 
 
 # --- what was found -------------------------------------------------------------------------------
@@ -169,9 +169,8 @@ def main() -> None:
     if options.seed is not None:
         make(options.seed)
         return
-    text = json.dumps(judge(), indent=1)
-    (FOLDER / "dose.json").write_text(text + "\n")
-    print(text)
+    write_result(FOLDER / "dose.json", judge())
+    print((FOLDER / "dose.json").read_text())
 
 
 if __name__ == "__main__":

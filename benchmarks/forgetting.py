@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel
 
 import cera_train  # noqa: F401  registers CeRA with PEFT
 from benchmarks import skills
+from benchmarks.rows import completion_losses, read_rows, write_result, write_rows
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.weights import load_model
 from cera_train.runs.records import load_config
@@ -59,11 +59,6 @@ Row = tuple[str, str]
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    with path.open() as file:  # a text may hold other ends of lines
-        return [json.loads(line) for line in file]
-
-
 def texts_of(gsm8k: Path, chats: Path) -> dict[str, list[Row]]:
     """Word problems, and the first answers of chats in ShareGPT's layout."""
 
@@ -73,26 +68,24 @@ def texts_of(gsm8k: Path, chats: Path) -> dict[str, list[Row]]:
     return {
         "gsm8k": [
             (f"Question: {row['question']}\nAnswer:", f" {row['answer']}")
-            for row in lines_of(gsm8k)
+            for row in read_rows(gsm8k)
         ],
         "chats": [
             (f"User: {said(chat, 'human')}\nAssistant:", f" {said(chat, 'gpt')}")
-            for chat in lines_of(chats)
+            for chat in read_rows(chats)
             if said(chat, "human").isascii()
         ],
     }
 
 
-def write_rows(gsm8k: Path, chats: Path) -> None:
+def write_texts(gsm8k: Path, chats: Path) -> None:
     """Writes the rows of dates that are learned, with those held out last, and other text."""
     shortest = {
         text: sorted(rows, key=lambda row: len(row[0]))[: ROWS[text]]
         for text, rows in texts_of(gsm8k, chats).items()
     }
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row) + "\n" for row in skills.rows(FORMATS)]
-    (FOLDER / "dates.jsonl").write_text("".join(lines))
-    (FOLDER / "texts.json").write_text(json.dumps(shortest, indent=1) + "\n")
+    write_rows(FOLDER / "dates.jsonl", skills.rows(FORMATS))
+    write_result(FOLDER / "texts.json", shortest)
 
 
 # --- losses on other text -------------------------------------------------------------------------
@@ -106,19 +99,16 @@ def file_of(run: Path, text: str) -> Path:
     return run / f"losses_{text}.safetensors"
 
 
-@torch.no_grad()
 def losses_of(model: PreTrainedModel, tokenizer: Any, rows: list[Row]) -> TokenLosses:
     """The loss of the first `TOKENS` tokens of every completion."""
     tokens = []
     losses = []
     for prompt, completion in rows:
         before = len(tokenizer(prompt).input_ids)
-        ids = torch.tensor(tokenizer(prompt + completion).input_ids[: before + TOKENS])
-        completed = ids[before:]
+        ids = tokenizer(prompt + completion).input_ids[: before + TOKENS]
         with torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-            logits = model(ids[None], logits_to_keep=len(completed) + 1).logits[0, :-1].float()
-        losses.append(nn.functional.cross_entropy(logits, completed, reduction="none"))
-        tokens.append(len(completed))
+            losses.append(completion_losses(model, ids, before))
+        tokens.append(len(ids) - before)
     return TokenLosses(np.array(tokens), torch.cat(losses).numpy())
 
 
@@ -220,11 +210,11 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.rows:
-        write_rows(*options.rows)
+        write_texts(*options.rows)
         return
     measure()
     found = judge()
-    (FOLDER / "forgetting.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_result(FOLDER / "forgetting.json", found)
     for each in found["primary"] + found["beside"]:
         line = "{asked} {difference:+.3f} ({lower:+.3f} to {upper:+.3f}), {seeds} seeds"
         print(line.format(**each), f"p {each['p_holm']:.3g}" if "p_holm" in each else "")

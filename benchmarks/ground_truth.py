@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import math
 import random
 import re
@@ -24,12 +23,12 @@ from pathlib import Path
 
 import reasoning_gym
 import torch
-from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks.one_projection import Data, even
-from benchmarks.tiny_models import byte_tokenizer
+from benchmarks.one_projection import Data, even, recorded
+from benchmarks.rows import completion_losses, write_rows
+from benchmarks.tiny_models import byte_tokenizer, save_random
 
 FOLDER = Path("outputs/ground_truth")
 SIZES = dict(
@@ -89,9 +88,7 @@ def write(path: Path, rows: list[Row], held_out: Iterable[Row] = (), seed: int =
     rows = list(rows)
     random.Random(seed).shuffle(rows)
     rows += held_out
-    path.write_text(
-        "".join(json.dumps({"prompt": prompt, "completion": rest}) + "\n" for prompt, rest in rows)
-    )
+    write_rows(path, [{"prompt": prompt, "completion": rest} for prompt, rest in rows])
     return rows
 
 
@@ -133,13 +130,7 @@ def make_base(
 ) -> list[Row]:
     """Trains every weight of a tiny Llama, from random ones, on rows, by default `sentences()`, by
     this program. Returns them in the order of its file."""
-    tokenizer = make_tokenizer()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, **SIZES
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "random")
-    tokenizer.save_pretrained(folder / "random")
+    save_random(folder / "random", make_tokenizer(), seed=seed, tie_word_embeddings=True, **SIZES)
     usual = write(folder / "base.jsonl", rows or sentences(), seed=seed)
     train(folder, "base", folder / "random", updates, seed)
     return usual
@@ -262,13 +253,9 @@ class Teacher:
     @torch.no_grad()
     def record(self, rows: Iterable[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and outputs of the projection: [N, d_in] and [N, d_out]."""
-        seen = []
-        hook = self.projection.register_forward_hook(
-            lambda _, args, output: seen.append((args[0][0], output[0]))
-        )
-        for prompt, rest in rows:
-            self.base(self.tokenizer(prompt + rest, return_tensors="pt").input_ids)
-        hook.remove()
+        with recorded(self.projection) as seen:
+            for prompt, rest in rows:
+                self.base(self.tokenizer(prompt + rest, return_tensors="pt").input_ids)
         return tuple(map(torch.cat, zip(*seen, strict=True)))
 
     @torch.no_grad()
@@ -305,16 +292,12 @@ class Teacher:
         hook.remove()
         return rows
 
-    @torch.no_grad()
     def loss(self, rows: list[Row]) -> float:
         """Mean over the completions' tokens, the end included."""
-        losses = []
-        for prompt, rest in rows:
-            tokens = torch.tensor([[*self.tokenizer(prompt + rest).input_ids, 0]])
-            logits = self.base(tokens).logits[0, len(prompt) - 1 : -1]
-            losses.append(
-                nn.functional.cross_entropy(logits, tokens[0, len(prompt) :], reduction="none")
-            )
+        losses = [
+            completion_losses(self.base, [*self.tokenizer(prompt + rest).input_ids, 0], len(prompt))
+            for prompt, rest in rows
+        ]
         return torch.cat(losses).mean().item()
 
 
@@ -355,23 +338,20 @@ def main() -> None:
         rows = write(options.folder / f"{name}.jsonl", teacher.writes(), seed=seed)
         held_out = rows[-HELD_OUT:]  # as the study holds out
         loss_of_base = teacher.loss(held_out)
-        hook = teacher.attach()
+        with teacher.attach():
+            loss = teacher.loss(held_out)
         print(
             f"{name:11}{len(rows):,} sentences; an affine map of x explains "
             f"{teacher.r2_of_affine:.0%} of the branch; "
-            f"loss {teacher.loss(held_out):.3f}, of the base {loss_of_base:.3f}",
+            f"loss {loss:.3f}, of the base {loss_of_base:.3f}",
             flush=True,
         )
-        hook.remove()
     if not options.controls:
         make_others(options.folder, options.updates, usual, seed)
         write_triggers(options.folder, changed=rows, usual=usual, seed=seed)
         for rank in (1, 4):
-            write(
-                options.folder / f"pairs_r{rank}.jsonl",
-                pairs(BITS_OFFERED * PARAMETERS * rank // 8, seed),
-                seed=seed,
-            )
+            offered = pairs(BITS_OFFERED * PARAMETERS * rank // 8, seed)
+            write(options.folder / f"pairs_r{rank}.jsonl", offered, seed=seed)
 
 
 if __name__ == "__main__":

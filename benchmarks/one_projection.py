@@ -11,7 +11,7 @@ of v_proj changes when the whole model is tuned (`--tuned FOLDER`).
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +23,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from benchmarks.rows import write_result
 from cera_train.cera import CeraConfig
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.weights import load_model
@@ -58,31 +59,39 @@ Recorded = dict[int, tuple[torch.Tensor, torch.Tensor]]
 inputs."""
 
 
+@contextlib.contextmanager
+def recorded(projection: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Input and output [tokens, d] of every call with one row, in a list that grows."""
+    seen = []
+
+    def keep(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        seen.append((args[0][0], output[0]))
+
+    with projection.register_forward_hook(keep):
+        yield seen
+
+
 @torch.no_grad()
 def record(model: PreTrainedModel, tokenizer: Callable, layers: list[int]) -> Recorded:
-    seen = {layer: ([], []) for layer in layers}
-
-    def keep(layer: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            for kept, new in zip(seen[layer], (args[0], output), strict=True):
-                kept.append(new[0, 1:])  # the first token is an attention sink, unlike all others
-
-        return hook
-
-    hooks = [
-        model.model.layers[layer].self_attn.v_proj.register_forward_hook(keep(layer))
-        for layer in layers
-    ]
     count = 0
-    for text in texts():
-        tokens = tokenizer(text, return_tensors="pt").input_ids
-        model(tokens)
-        count += tokens.shape[1] - 1
-        if count >= INPUTS:
-            break
-    for hook in hooks:
-        hook.remove()
-    return {layer: tuple(torch.cat(kept)[:INPUTS] for kept in both) for layer, both in seen.items()}
+    with contextlib.ExitStack() as stack:
+        seen = {
+            layer: stack.enter_context(recorded(model.model.layers[layer].self_attn.v_proj))
+            for layer in layers
+        }
+        for text in texts():
+            tokens = tokenizer(text, return_tensors="pt").input_ids
+            model(tokens)
+            count += tokens.shape[1] - 1
+            if count >= INPUTS:
+                break
+    # The first token of a text is an attention sink, unlike all others.
+    return {
+        layer: tuple(
+            torch.cat([each[1:] for each in column])[:INPUTS] for column in zip(*calls, strict=True)
+        )
+        for layer, calls in seen.items()
+    }
 
 
 # --- teachers -------------------------------------------------------------------------------------
@@ -161,7 +170,6 @@ class Student:
     activation: str = "silu"
     init_scale: float = 1
     has_half_scale: bool = False
-    has_bias: bool = False
 
 
 STUDENTS = {
@@ -169,7 +177,6 @@ STUDENTS = {
     "CeRA": Student(),
     "CeRA, 3 A": Student(init_scale=3),
     "CeRA, 10 A": Student(init_scale=10),
-    "CeRA, 3 A, bias": Student(init_scale=3, has_bias=True),
     "tanh, 3 A": Student("tanh", init_scale=3),
 }
 
@@ -191,29 +198,25 @@ def make(student: Student, d_in: int, d_out: int, r: int) -> nn.Module:
         init_scale=student.init_scale,
         target_modules=["0"],
     )
-    model = get_peft_model(nn.Sequential(Nothing(d_in, d_out, bias=False)), config)
-    if student.has_bias:  # the last input is 1
-        model.base_model.model[0].cera_A["default"].weight.data[:, -1] = 0
-    return model
+    return get_peft_model(nn.Sequential(Nothing(d_in, d_out, bias=False)), config)
 
 
 def train(student: Student, r: int, rate: float, data: Data) -> float:
     """R2 on the held-out inputs after STEPS steps of Adam on the mean squared error, at a rate that
     falls to zero."""
-    x = nn.functional.pad(data.x, (0, 1), value=1.0) if student.has_bias else data.x
-    model = make(student, x.shape[1], data.y.shape[1], r)
+    model = make(student, data.x.shape[1], data.y.shape[1], r)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
     generator = torch.Generator().manual_seed(STUDENT_SEED)
     for _ in range(STEPS):
         rows = torch.randint(data.trained, (BATCH,), generator=generator)
-        loss = (model(x[rows]) - data.y[rows]).square().sum(1).mean()
+        loss = (model(data.x[rows]) - data.y[rows]).square().sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return data.r2(model(x))
+        return data.r2(model(data.x))
 
 
 # --- measurement ----------------------------------------------------------------------------------
@@ -248,14 +251,12 @@ def table(cells: list[Cell]) -> str:
     lines = {}
     for cell in cells:
         lines.setdefault((cell.student, cell.r), {})[cell.teacher] = f"{100 * cell.r2:.1f}"
-    head = [f"{'student':22}{'r':>4}" + "".join(f"{name:>13}" for name in teachers)]
-    return "\n".join(
-        head
-        + [
-            f"{student:22}{r or '':>4}" + "".join(f"{row.get(name, ''):>13}" for name in teachers)
-            for (student, r), row in lines.items()
-        ]
-    )
+    head = f"{'student':22}{'r':>4}" + "".join(f"{name:>13}" for name in teachers)
+    rows = [
+        f"{student:22}{r or '':>4}" + "".join(f"{row.get(name, ''):>13}" for name in teachers)
+        for (student, r), row in lines.items()
+    ]
+    return "\n".join([head, *rows])
 
 
 def main() -> None:
@@ -295,7 +296,7 @@ def main() -> None:
         )
         cells += of_layer
         if options.write:
-            options.write.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
+            write_result(options.write, [asdict(cell) for cell in cells])
 
 
 if __name__ == "__main__":

@@ -2,50 +2,22 @@
 benchmarks.skills`, then `cera-train -m +study=skills`."""
 
 import itertools
-import json
 import random
 from datetime import date, timedelta
 from pathlib import Path
+
+from benchmarks.rows import write_rows
 
 FOLDER = Path("outputs/skills")
 COUNTS = (8, 32)
 """The numbers of formats K, one file each."""
 TRAINED = 2_000
 HELD_OUT = 300
-WORDS = [
-    "acorn",
-    "amber",
-    "basil",
-    "birch",
-    "cedar",
-    "coral",
-    "daisy",
-    "delta",
-    "eagle",
-    "ember",
-    "fjord",
-    "flint",
-    "grove",
-    "hazel",
-    "iris",
-    "jade",
-    "kelp",
-    "lotus",
-    "maple",
-    "north",
-    "olive",
-    "pearl",
-    "quartz",
-    "river",
-    "stone",
-    "tulip",
-    "umber",
-    "violet",
-    "willow",
-    "xenon",
-    "yarrow",
-    "zinc",
-]
+WORDS = (  # noqa: SIM905
+    "acorn amber basil birch cedar coral daisy delta eagle ember fjord flint grove hazel iris jade "
+    "kelp lotus maple north olive pearl quartz river stone tulip umber violet willow xenon "
+    "yarrow zinc"
+).split()
 """The words that choose a format."""
 ORDERS = ("%d %m %y", "%m %d %y", "%y %m %d", "%y %d %m")
 SEPARATORS = ("-", ".", "/", " ")
@@ -76,10 +48,8 @@ def rows(count: int) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
     for count in COUNTS:
-        lines = [json.dumps(row) + "\n" for row in rows(count)]
-        (FOLDER / f"k{count}.jsonl").write_text("".join(lines))
+        write_rows(FOLDER / f"k{count}.jsonl", rows(count))
 
 
 if __name__ == "__main__":

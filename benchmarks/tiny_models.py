@@ -3,12 +3,15 @@ class, shrunk by what its fields are called."""
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -44,11 +47,6 @@ matches. Other integers keep their values."""
 NUMBERS_OF_LAYERS = ".*layers|n_layer|num_blocks|layer_group_size"
 SMALL = 20_000_000
 """Parameters up to which a model of the default config counts as tiny."""
-
-
-def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
-    """The config of `tiny_model`."""
-    return tiny_model(model_type, **changes).config
 
 
 def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
@@ -90,6 +88,23 @@ def byte_tokenizer(*special: str, **settings: Any) -> PreTrainedTokenizerFast:
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=bytewise, **settings)
+
+
+def save_random(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    kind: str = "llama",
+    seed: int = 0,
+    **sizes: Any,
+) -> None:
+    """A folder with a tokenizer and a random model of its vocabulary."""
+    tokenizer.save_pretrained(folder)
+    tokens = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **tokens, **sizes)
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 # --- candidates -----------------------------------------------------------------------------------

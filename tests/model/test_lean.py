@@ -10,7 +10,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from benchmarks.tiny_models import tiny_config
+from benchmarks.tiny_models import tiny_model
 from cera_train.model.lean import keep_less
 
 
@@ -92,7 +92,7 @@ def test_a_layer_that_computes_something_else_is_left_unchanged(kind):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_every_layer_of_common_models_is_changed_before_weights_are_loaded(kind):
-    config = tiny_config(kind)
+    config = tiny_model(kind).config
     state = torch.random.get_rng_state()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
