@@ -66,7 +66,7 @@ def estimate(config: PlanRun) -> RunPlan:
         micro_batch=largest,
         memory=memory_by_part(run, peak),
         flops={
-            "training": update.flops / largest.tokens * config.work.passes * totals.tokens,
+            "training": update.flops / largest.tokens * totals.tokens,
             "evaluations": evaluation.flops / largest.tokens * totals.forward_tokens,
         },
     )

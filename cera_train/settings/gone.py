@@ -6,16 +6,24 @@ from typing import Any, NamedTuple
 from cera_train.common.errors import UserError
 from cera_train.common.settings import word_of
 
+ANY = "any"
+
 
 class Gone(NamedTuple):
     instead: str
     unused: Any = None
-    """What a recorded config holds where nobody chose it, besides null: it still loads."""
+    """What a recorded config holds where nobody chose it, besides null: it still loads. ANY: no
+    value changed a result, so all load."""
     last: str = "0.2.0"
     """The last release that had it."""
 
+    def is_unused(self, value: Any) -> bool:
+        """Whether a recorded value means the same to a run as none."""
+        return self.unused == ANY or value in (None, self.unused)
+
 
 ARM = "choose cera, or cera_identity, which merges; an annealed adapter is a LoRA of PEFT"
+BY_TRL = "leave it out, or use TRL's trainer, which takes a CeRA after `import cera_train`"
 GYM = "write its questions to a file for data.train_files"
 
 GONE = {
@@ -32,6 +40,14 @@ GONE = {
     "task.kind=reasoning_gym": Gone("write its questions to a file for task=jsonl"),
     "task.generator": Gone("write its questions to a file for task=jsonl"),
     "task=reasoning_gym": Gone("write its questions to a file for task=jsonl"),
+    "dpo.label_smoothing": Gone(BY_TRL, 0.0),
+    "dpo.loss": Gone(BY_TRL, "sigmoid"),
+    "dpo.reference": Gone("leave it out: the reference is the model as the run starts", "start"),
+    "dpo.sft_weight": Gone(BY_TRL, 0.0),
+    "grpo.epochs": Gone(BY_TRL, 1),
+    "grpo.epsilon": Gone(BY_TRL, 0.2),
+    "grpo.epsilon_high": Gone(BY_TRL),
+    "grpo.max_sampler_distance": Gone("leave it out, and serve the base of the run", ANY),
     "gguf": Gone("compare the file by cera-export check=FILE, and ask llama.cpp's own server"),
     "data.mix_seed": Gone("leave it out: the rows drawn are those of 0", 0),
     "hub.private": Gone("leave it out, and change the repository on its page", True),
@@ -70,7 +86,7 @@ def without_gone(tree: Any, place: str, key: str = "") -> Any:
         kept = {}
         for name, value in tree.items():
             inner = f"{key}.{name}" if key else str(name)
-            if inner not in GONE or value not in (None, GONE[inner].unused):
+            if inner not in GONE or not GONE[inner].is_unused(value):
                 kept[name] = without_gone(value, place, inner)
         return kept
     if isinstance(tree, list):

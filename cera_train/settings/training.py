@@ -44,15 +44,12 @@ Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
 BatchLayout = StrEnum("BatchLayout", ["auto", "flat", "padded"])
 Resume = StrEnum("Resume", ["auto", "never"])
 ObjectiveKind = StrEnum("ObjectiveKind", ["sft", "dpo", "grpo"])
-PreferenceLoss = StrEnum("PreferenceLoss", ["sigmoid", "ipo"])
-Reference = StrEnum("Reference", ["start", "base"])
 
 
 class Work(NamedTuple):
     """What an objective runs for its rows, without evaluations."""
 
     unit: str = "sequences"  # what train.batch_size counts
-    passes: int = 1  # forward and backward, over the sequences of an update
     forward_passes: int = 0  # forward alone, over the sequences of an update
     reference_passes: int = 0  # forward alone, over all rows before the first update
     answers: int = 0  # sampled for each row, and trained on in place of the row
@@ -83,16 +80,7 @@ class DpoConfig(Settings):
     """Direct preference optimisation, arXiv 2305.18290: `train.objective=dpo`."""
 
     beta: PositiveFloat = setting(0.1, "result")
-    """How strongly the model is kept close to the reference."""
-    loss: PreferenceLoss = setting(PreferenceLoss.sigmoid, "result")
-    """sigmoid: DPO's; ipo: (margin a token - 1 / (2 beta))^2, arXiv 2310.12036."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = setting(0.0, "result")
-    """The share of pairs assumed to be labelled the wrong way round; for loss=sigmoid."""
-    sft_weight: NonNegativeFloat = setting(0.0, "result")
-    """Weight of an added loss on the chosen answers, in nats per token."""
-    reference: Reference = setting(Reference.start, "result")
-    """The reference: the adapter at the start of the run (the base without adapter.start_from), or
-    the base."""
+    """How strongly the model is kept close to itself at the start of the run."""
 
     @property
     def work(self) -> Work:
@@ -114,20 +102,8 @@ class GrpoConfig(Settings):
     added to the grade."""
     scale: bool = setting(True, "result")
     """Divide an advantage by the standard deviation of its group's rewards."""
-    epochs: PositiveInt = setting(1, "result")
-    """Steps of the optimizer on the answers of an update. From the second on, ratios are
-    clipped."""
-    epsilon: PositiveFloat = setting(0.2, "result")
-    """Clips the ratio of a token's probability to the one when it was sampled at 1 - epsilon, if
-    that lowers the objective."""
-    epsilon_high: PositiveFloat | None = setting(None, "result")
-    """Clips it at 1 + epsilon_high. null: epsilon."""
     beta: NonNegativeFloat = setting(0.0, "result")
     """Weight of the KL divergence from the base, the model without its adapter."""
-    max_sampler_distance: PositiveFloat | None = setting(None, "nothing")
-    """With train.server: the largest distance of the server's log p from the model's, in nats a
-    token, with which a run goes on. null: 4 times that of the base, measured before the first
-    update."""
 
     def __post_init__(self) -> None:
         require(
@@ -140,8 +116,7 @@ class GrpoConfig(Settings):
         reads_base = int(self.beta > 0)
         return Work(
             "prompts",
-            self.epochs,
-            reads_base,
+            forward_passes=reads_base,
             answers=self.answers,
             answer_tokens=self.max_new_tokens,
         )

@@ -170,8 +170,7 @@ def update(
     log: Log,
     interruption: Interruption,
 ) -> int | None:
-    """An update on `train.batch_size` rows: one step of the optimizer, or more if the objective
-    takes several.
+    """An update on `train.batch_size` rows: one step of the optimizer.
 
     Returns:
         A signal that one of the processes received meanwhile: all of them stop after the same
@@ -184,17 +183,14 @@ def update(
     with saved_on_error(model, progress, log.folder, config.train):
         drawn = objective.draw(sequences)
         part = backward(model, drawn)
-    for number in range(drawn.passes):
-        if number > 0:  # the weights are no longer those of an update: an error saves nothing
-            part = backward(model, drawn)
-        loss, signal = reduce_loss(part, interruption, accelerator)
-        grad_norm = clip_gradients(model, config.optimizer.max_grad_norm)
-        if has_diverged(loss, grad_norm, accelerator.scaler):
-            rows = f"(training rows {sequences})"
-            what = f"the loss of update {progress.update + 1} or its gradient is not finite {rows}"
-            raise_diverged(what, log.folder)
-        model.optimizer.step()
-        model.optimizer.zero_grad()
+    loss, signal = reduce_loss(part, interruption, accelerator)
+    grad_norm = clip_gradients(model, config.optimizer.max_grad_norm)
+    if has_diverged(loss, grad_norm, accelerator.scaler):
+        rows = f"(training rows {sequences})"
+        what = f"the loss of update {progress.update + 1} or its gradient is not finite {rows}"
+        raise_diverged(what, log.folder)
+    model.optimizer.step()
+    model.optimizer.zero_grad()
 
     seconds = time.perf_counter() - started
     progress.updated(drawn.tokens, seconds, data.order.updates_per_epoch)

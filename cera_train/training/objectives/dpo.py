@@ -10,7 +10,6 @@ loss is the perplexity of the choice: 2 for a coin flip.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,15 +20,12 @@ from safetensors.numpy import load, save
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from cera_train.adapters.saved import keeps_base
 from cera_train.common.files import read_parsed, write_bytes
-from cera_train.common.settings import require
 from cera_train.common.terminal import announce
 from cera_train.evaluation.held_out import token_losses
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.results import TokenLosses
 from cera_train.settings.run import Config
-from cera_train.settings.training import DpoConfig, PreferenceLoss, Reference
 from cera_train.training.build import Data, Model
 from cera_train.training.objectives.objective import Update
 
@@ -40,31 +36,13 @@ REFERENCE = "reference.safetensors"
 # --- the loss -------------------------------------------------------------------------------------
 
 
-def preference_losses(gains: Tensor, tokens: Tensor, config: DpoConfig) -> Tensor:
-    """The loss of each pair, without the term of supervised fine-tuning.
+def preference_losses(gains: Tensor, beta: float) -> Tensor:
+    """[pairs] losses.
 
     Args:
         gains: [pairs, 2] log p - log p_ref of the chosen and the rejected answer.
-        tokens: [pairs, 2] their lengths.
     """
-    if config.loss == PreferenceLoss.ipo:
-        chosen, rejected = (gains / tokens).T
-        return (chosen - rejected - 1 / (2 * config.beta)) ** 2
-    margins = config.beta * (gains[:, 0] - gains[:, 1])
-    smoothing = config.label_smoothing
-    return -(1 - smoothing) * logsigmoid(margins) - smoothing * logsigmoid(-margins)
-
-
-def dpo_loss(log_p: Tensor, reference: Tensor, tokens: Tensor, config: DpoConfig) -> Tensor:
-    """The mean loss of pairs, with the term of supervised fine-tuning: a scalar.
-
-    Args:
-        log_p: [pairs, 2] of the chosen and the rejected answers.
-        reference: [pairs, 2] the same under the reference.
-        tokens: [pairs, 2] their lengths.
-    """
-    loss = preference_losses(log_p - reference, tokens, config).mean()
-    return loss - config.sft_weight * log_p[:, 0].sum() / tokens[:, 0].sum()
+    return -logsigmoid(beta * (gains[:, 0] - gains[:, 1]))
 
 
 def preference_figures(gains: Tensor, beta: float, prefix: str) -> dict[str, float]:
@@ -112,37 +90,26 @@ class Dpo:
         run: Path,
         resumes: bool,
     ) -> None:
-        self.config = config.dpo
+        self.beta = config.dpo.beta
         self.language_model = model.language_model
         self.accelerator = model.accelerator
         self.batches = model.micro_batches(data.rows.train)
         turn_dropout_off(model.adapted)
-        # The base with the adapter off, or the adapter at the start of the run.
-        starts_at_base = config.adapter.start_from is None
-        wants_base = starts_at_base or self.config.reference == Reference.base
-        is_base = wants_base and keeps_base(model.adapted)
-        require(
-            is_base or starts_at_base or not wants_base,
-            "dpo.reference=base: this adapter changes weights of the base, such as its biases, so "
-            "the base is gone: set dpo.reference=start.",
-        )
         splits = {"train": self.batches, "held_out": held_out}
-        reference = self._find_reference(splits, is_base, run / REFERENCE, resumes)
+        reference = self._find_reference(splits, run / REFERENCE, resumes)
         self.reference = torch.from_numpy(reference["train"])
         self.held_out_reference = torch.from_numpy(reference["held_out"])
 
     def draw(self, sequences: list[int]) -> Update:
         losses = token_losses(self.language_model, self.batches, sequences, self.accelerator)
         log_p = answer_log_p(losses).requires_grad_()
-        reference = self.reference[sequences].view(-1, 2)
-        tokens = torch.tensor(losses.tokens).view(-1, 2)
-        whole = dpo_loss(log_p, reference, tokens, self.config)
+        gains = log_p - self.reference[sequences].view(-1, 2)
+        whole = preference_losses(gains, self.beta).mean()
         [gradient] = torch.autograd.grad(whole, log_p)
         weights = dict(zip(sequences, gradient.flatten().tolist(), strict=True))
         share = whole.item() / len(sequences)
-        gains = log_p - reference
         figures = {"train/rewards/accuracies": accuracy(gains)}
-        figures |= preference_figures(gains, self.config.beta, "train")
+        figures |= preference_figures(gains, self.beta, "train")
 
         def loss(log_p: Tensor, group: Sequence[int]) -> Tensor:
             answers = torch.tensor([weights[sequence] for sequence in group])
@@ -156,36 +123,28 @@ class Dpo:
 
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
         gains = answer_log_p(losses) - self.held_out_reference.view(-1, 2)
-        tokens = torch.tensor(losses.tokens).view(-1, 2)
-        pairs = preference_losses(gains, tokens, self.config).float().numpy()
-        figures = preference_figures(gains, self.config.beta, "eval")
+        pairs = preference_losses(gains, self.beta).float().numpy()
+        figures = preference_figures(gains, self.beta, "eval")
         one_each = numpy.ones(len(pairs), numpy.int64)
         return TokenLosses(one_each, pairs), {"preferences/accuracy": accuracy(gains), **figures}
 
     def _find_reference(
-        self, splits: dict[str, MicroBatches], is_base: bool, kept: Path, resumes: bool
+        self, splits: dict[str, MicroBatches], kept: Path, resumes: bool
     ) -> dict[str, numpy.ndarray]:
-        """[answers] log p of the answers of each split, float64: as the run kept it if it resumes,
-        else computed and kept."""
+        """[answers] log p of the answers of each split by the model that the run starts from,
+        float64: computed and kept as it starts."""
         is_main = self.accelerator.is_main_process
         if resumes:
             fix = "Restore it, or train in a new folder."
             found = read_parsed(kept, load, fix) if is_main else None
             [found] = broadcast_object_list([found])
             return found
-        reference = self._take_reference(splits, is_base)
+        if is_main:
+            announce("reference", "log p of every answer, once")
+        reference = {name: self._log_p(batches) for name, batches in splits.items()}
         if is_main:
             write_bytes(kept, save(reference))
         return reference
-
-    def _take_reference(
-        self, splits: dict[str, MicroBatches], is_base: bool
-    ) -> dict[str, numpy.ndarray]:
-        if self.accelerator.is_main_process:
-            announce("reference", "log p of every answer, once")
-        model = self.language_model.model  # full fine-tuning has no adapter
-        with model.disable_adapter() if is_base else contextlib.nullcontext():
-            return {name: self._log_p(batches) for name, batches in splits.items()}
 
     def _log_p(self, batches: MicroBatches) -> numpy.ndarray:
         answers = range(len(batches.lengths))

@@ -1,13 +1,13 @@
 """Group relative policy optimisation, arXiv 2402.03300: the model answers each prompt several
 times, and learns from how an answer's reward differs from those of its group:
 
-    loss = mean over the sampled tokens of -min(ratio A, clip(ratio) A) + beta ratio KL
+    loss = mean over the sampled tokens of -ratio A + beta ratio KL
     A = (reward - mean) / (deviation + 1e-4),    ratio = p / p when sampled
     KL = e^x - x - 1 with x = log p_base / p
 
-An update trains on answers of the current model: a ratio is 1 in the first of its `grpo.epochs`
-passes. Random numbers follow from the seed and the update: an interrupted run samples the same
-answers again.
+Every update samples anew from the current model: a ratio is 1, so clipping would never act, and its
+gradient is that of log p. Random numbers follow from the seed and the update: an interrupted run
+samples the same answers again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from cera_train.runs.folder import Progress, RunFolder
 from cera_train.runs.results import SAMPLES, Sample, TokenLosses, figure
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
-from cera_train.settings.training import GrpoConfig
 from cera_train.training.build import Data, Model
 from cera_train.training.objectives.objective import Update
 from cera_train.training.objectives.policy import MOST_ROUNDING, PolicyCheck
@@ -58,9 +57,8 @@ def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
 
 def grpo_loss(
     log_p: Tensor,
-    log_p_before: Tensor,
     advantages: Tensor,
-    config: GrpoConfig,
+    beta: float,
     reference: Tensor | None = None,
     sampled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -68,23 +66,21 @@ def grpo_loss(
     arguments are [N].
 
     Args:
-        log_p_before: log p in the first pass, before any step on these answers.
         advantages: the advantage of each token's answer.
         reference: log p under the base; None: no KL term.
         sampled: log p on the server that sampled the tokens, which are weighted by p here / p
             there.
     """
-    ratios = (log_p - log_p_before).exp()
-    clipped = ratios.clamp(1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon))
-    gains = torch.minimum(ratios * advantages, clipped * advantages)
+    ratios = (log_p - log_p.detach()).exp()
+    gains = ratios * advantages
     if sampled is not None:
-        gains = gains * (log_p_before - sampled).exp().clamp(max=MOST_WEIGHT)
+        gains = gains * (log_p.detach() - sampled).exp().clamp(max=MOST_WEIGHT)
     loss = -gains.sum()
     if reference is None:
         return loss, None
     excess = reference - log_p
     divergence = (ratios * (excess.exp() - excess - 1)).sum()
-    return loss + config.beta * divergence, divergence.detach()
+    return loss + beta * divergence, divergence.detach()
 
 
 # --- the objective --------------------------------------------------------------------------------
@@ -131,9 +127,8 @@ class Grpo:
             f"grpo.beta={self.config.beta:g} needs the base as the reference, and adapter.kind="
             f"{config.adapter.kind} trains it: set grpo.beta=0.",
         )
-        limit = self.config.max_sampler_distance
-        if limit is None and not keeps_base(model.adapted):  # its base cannot be compared
-            limit = MOST_ROUNDING
+        # A base that the adapter moves cannot be compared.
+        limit = None if keeps_base(model.adapted) else MOST_ROUNDING
         self.policy = PolicyCheck(f"train.server={config.train.server}", model, limit)
         longest = max(self._answer_start(row) for row in range(len(self.rows)))
         room = self.config.max_new_tokens
@@ -194,23 +189,21 @@ class Grpo:
             figures[KL] = torch.zeros((), device=batches.device)
         # The processes average their gradients.
         weight = self.model.accelerator.num_processes / lengths.sum().to(batches.device)
-        first: dict[tuple[int, ...], Tensor] = {}  # log p in the first pass, by micro-batch
 
         def loss(log_p: Tensor, group: Sequence[int]) -> Tensor:
             total, divergence = grpo_loss(
                 log_p,
-                first.setdefault(tuple(group), log_p.detach()),
                 advantages[group].repeat_interleave(lengths[group]).to(log_p.device),
-                config,
+                config.beta,
                 join_tokens(reference, group, log_p.device),
                 join_tokens(sampled, group, log_p.device),
             )
             if divergence is not None:
-                figures[KL] += weight * divergence / config.epochs
+                figures[KL] += weight * divergence
             return weight * total
 
         headline = f"reward {figure(rewards.mean().item())}"
-        return Update(batches, sequences, loss, config.epochs, figures, headline)
+        return Update(batches, sequences, loss, figures, headline)
 
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
         return losses, {}

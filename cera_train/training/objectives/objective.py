@@ -24,8 +24,6 @@ class Update:
     loss: Callable[[Tensor, Sequence[int]], Tensor]
     """A micro-batch's part of the loss, a scalar whose gradients the processes average, from [N]
     log p of the supervised tokens of its sequences, one after the other, and their indices."""
-    passes: int = 1
-    """Steps of the optimizer on these sequences."""
     figures: dict[str, float | Tensor] = field(default_factory=dict)
     """For metrics.jsonl. The processes average tensors, to which each micro-batch adds its part."""
     headline: str | None = None

@@ -91,6 +91,5 @@ class PolicyCheck:
             distance <= limit,
             f"{self.place} answers by another policy than {policy}: its log p are {distance:.2g} "
             f"nats a token away (rounding: at most {limit:.2g}). Start vLLM again, on the base of "
-            "this run and at a temperature of 1, and the same command resumes; or allow more by "
-            "grpo.max_sampler_distance.",
+            "this run and at a temperature of 1, and the same command resumes.",
         )

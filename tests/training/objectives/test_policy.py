@@ -145,16 +145,6 @@ def test_four_times_the_distance_of_the_base_is_accepted(run, vllm, monkeypatch)
     assert draw(run)[LIMIT] == pytest.approx(0.04, rel=1e-3)
 
 
-def test_a_limit_of_the_users_lets_a_wrong_policy_pass(config_of, vllm):
-    run = build(config_of("grpo.max_sampler_distance=1", "name=wide", f"train.server={vllm.url}"))
-    move(run, 0.2)
-    vllm.asked.clear()
-    with changed_adapters(WRONG_ADAPTERS["no gate"]):
-        figures = draw(run)
-    assert 0.01 < figures[DISTANCE] < figures[LIMIT] == 1
-    assert "base" not in {body["model"] for body in vllm.asked}
-
-
 def test_an_adapter_that_moves_the_base_has_a_limit_of_its_own(config_of, vllm):
     """Its base without it is none that a server has."""
     run = build(config_of("adapter=pissa", "name=pissa", f"train.server={vllm.url}"))
