@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.tiny_models import byte_tokenizer
 from cera_train.common.errors import UserError
-from cera_train.data.segments import segmenter
+from cera_train.data.reader import Reader
 from cera_train.settings.data import DataConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "chat_templates.md"
@@ -114,11 +114,11 @@ def cell_of(row: dict[str, Any], tokenizer: Any) -> str:
     """What becomes of a chat, in few words."""
     config = DataConfig(layout="messages", train_files=["chats.jsonl"], eval_rows=1)
     try:
-        sequences = segmenter(config, tokenizer)(row)
+        examples = Reader(config, tokenizer).examples([("a chat", row)])
     except UserError as error:
         return next(short for part, short in REFUSALS.items() if part in str(error))
-    openings = {segment.opening for sequence in sequences for segment in sequence} - {""}
-    notes = [f"{len(sequences)} sequences"] if len(sequences) > 1 else []
+    openings = {example.opening for example in examples} - {""}
+    notes = [f"{len(examples)} sequences"] if len(examples) > 1 else []
     cell = ", ".join([*notes, *sorted(openings)]) or "yes"
     return re.sub(r"'(.+?)'", r"`\1`", cell)
 

@@ -24,7 +24,7 @@ from cera_train.common.libraries import heavy_imports
 from cera_train.common.terminal import print_command
 from cera_train.common.trust import redact
 from cera_train.data.look import print_data
-from cera_train.data.prepare import prepare_data, stop_ids
+from cera_train.data.tokens import stop_ids
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.runs.records import changes_result
 from cera_train.settings.run import Config
@@ -67,13 +67,11 @@ def look(composed: DictConfig) -> None:
     config = prepare(composed)
     announce_imports()
     with heavy_imports():
-        from cera_train.model.folder import load_tokenizer, model_ends
-        from cera_train.training.resolve import with_template_settings
-    tokenizer = load_tokenizer(config.model)
-    config = replace(config, data=with_template_settings(config, config.data, None))
-    data = prepare_data(config.data, tokenizer, config.asks)
-    stops = stop_ids(tokenizer, model_ends(config.model))
-    print_data(config.data, data, tokenizer, stops, at_length=True, asks=config.asks)
+        from cera_train.model.folder import model_ends
+        from cera_train.training.build import look_at_data
+    config, data = look_at_data(config)
+    stops = stop_ids(data.tokenizer, model_ends(config.model))
+    print_data(config.data, data.rows, data.tokenizer, stops, data.questions, at_length=True)
     print_command("train it", [TRAIN, *map(redact, sys.argv[1:])])
 
 

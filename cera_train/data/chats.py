@@ -1,15 +1,15 @@
-"""A chat -> its answers, each after what inference would show the model: rendered by the chat
-template, or written as plain text. Nothing here imports torch."""
+"""A row -> a chat, whatever its layout; and its plain text. Nothing here imports a tokenizer, nor
+torch."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.data.messages import messages_of, own_settings, tools_of
-from cera_train.data.rendering import Chat, Exchange, rendered_sequences
+from cera_train.data.columns import pair_readers
+from cera_train.data.messages import TURNS, messages_of, own_settings, tools_of
+from cera_train.data.rendering import Chat, Exchange
 from cera_train.data.rows import Row, kind_of
-from cera_train.data.templates import open_templates
 from cera_train.settings.data import DataConfig, Layout, LossOn, Turns, Writing
 
 ASKS = ("user", "tool")
@@ -19,57 +19,42 @@ WRITTEN = {"system": "System", "developer": "System", "user": "User", "assistant
 """Roles as they appear in plain text."""
 
 
-class Answers(NamedTuple):
-    """The indices of the messages that answer."""
-
-    given: list[int]  # every non-empty answer
-    supervised: list[int]  # those in the loss
-    left_out: list[int]  # those marked `train: false` or `weight: 0`
+# --- a row as a chat ------------------------------------------------------------------------------
 
 
-# --- a row's sequences ----------------------------------------------------------------------------
-
-
-def chat_exchanges(
-    row: Row, config: DataConfig, tokenizer: Any, side: str | None = None, asks: bool = False
-) -> list[list[Exchange]]:
-    """The answers of a row in as few sequences as the chat template allows. Without a tokenizer,
-    the messages' texts, without markup.
+def chat_of(row: Row, config: DataConfig, is_templated: bool, side: int = 0) -> Chat | None:
+    """A row of any layout as a chat; None where no answer is supervised.
 
     Args:
-        side: of a preference, the column of its answer, which may follow a list `prompt`.
-        asks: prompts are those of inference, and an answer is its text: for an objective that
-            samples answers.
+        is_templated: a chat template writes it.
+        side: of a preference, 0 for the chosen answer, 1 for the rejected one.
     """
-    if side is not None:
-        row = row | {str(config.layout): turns_of_side(row, side)}
+    extras = (tools_of(row), own_settings(row)) if is_templated else ()
+    if config.layout not in TURNS:
+        pair = pair_readers(config, is_templated)[side](row)
+        if pair is None:
+            return None
+        # A template needs no spaces around the texts.
+        prompt, answer = (text.strip() if is_templated else text for text in pair)
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return Chat(messages, [1], [1], *extras)
+    turns = config.turns
+    if config.is_paired:
+        row = row | {str(config.layout): turns_of_side(row, ("chosen", config.rejected)[side])}
+        turns = Turns.last
     messages = messages_of(row, config.layout)
-    tools = tools_of(row)
-    own = own_settings(row)
-    turns = config.turns if side is None else Turns.last
-    answers = answers_of(messages, turns, str(config.layout))
-    is_templated = uses_template(config, tokenizer)
+    given, supervised = answers_of(messages, config, turns)
     is_published = config.layout == Layout.conversations and config.turns == Turns.first
-    if answers.supervised and is_published and not is_templated:
+    if supervised and is_published and not is_templated:
         messages = published(messages)
-        answers = answers_of(messages, turns, str(config.layout))
-    if not answers.supervised:
-        return []
-    if is_templated:
-        *_, last = answers.supervised
-        left_out = []
-        if config.loss_on == LossOn.all:
-            left_out = [number for number in answers.left_out if number < last]
-        shown = Chat(messages[: last + 1], tools, tuple(answers.supervised), tuple(left_out))
-        templates = open_templates(tokenizer, tools, config.template_settings, own)
-        return rendered_sequences(shown, templates, asks)
-    write = unmarked_exchanges if tokenizer is None else plain_exchanges
-    exchanges = write(messages, answers)
-    return asked_apart(exchanges) if asks else [exchanges]
+        given, supervised = answers_of(messages, config, turns)
+    if not supervised:
+        return None
+    return Chat(messages[: supervised[-1] + 1], given, supervised, *extras)
 
 
 def turns_of_side(row: Row, side: str) -> list[Row]:
-    """The turns up to one answer of a preference."""
+    """The turns up to one answer of a preference: those of its column, after a list `prompt`."""
     before = row.get("prompt")
     turns = row.get(side)
     require(
@@ -82,7 +67,7 @@ def turns_of_side(row: Row, side: str) -> list[Row]:
 def uses_template(config: DataConfig, tokenizer: Any) -> bool:
     """Whether the chat template writes rows of this layout. Raises UserError where it should and
     the tokenizer has none."""
-    if tokenizer is None or not may_use_template(config):
+    if not may_use_template(config):
         return False
     is_needed = config.chat == Writing.template or config.layout == Layout.messages
     if is_needed and not tokenizer.chat_template:
@@ -100,23 +85,30 @@ def may_use_template(config: DataConfig) -> bool:
     return config.chat == Writing.template or (config.chat == Writing.auto and is_chat)
 
 
-def answers_of(messages: Sequence[Row], wanted: Turns, layout: str) -> Answers:
-    """The answers after the first question, and which of them are supervised: those that
-    `data.turns` selects, without those marked `train: false` or `weight: 0`."""
+def answers_of(
+    messages: Sequence[Row], config: DataConfig, wanted: Turns
+) -> tuple[list[int], list[int]]:
+    """The indices of the answers after the first question, and of those that are supervised: those
+    wanted, without those marked `train: false` or `weight: 0`."""
     question = first_question(messages)
     given = []
     for number, message in enumerate(messages):
         is_answer = number > question and message["role"] == "assistant"
         if is_answer and (message["content"].strip() or message.get("tool_calls")):
             given.append(number)
-    trained = [number for number in given if _is_trained(messages[number], f"{layout}[{number}]")]
-    left_out = [number for number in given if number not in trained]
+    trained = [
+        number for number in given if _is_trained(messages[number], f"{config.layout}[{number}]")
+    ]
+    require(
+        config.loss_on != LossOn.all or trained == given,
+        "data.loss_on=all counts every answer, and one has weight 0: set data.loss_on=completion.",
+    )
     match wanted:
         case Turns.first:
-            return Answers(given, trained[:1], left_out)
+            return given, trained[:1]
         case Turns.last:
-            return Answers(given, trained[-1:], left_out)
-    return Answers(given, trained, left_out)
+            return given, trained[-1:]
+    return given, trained
 
 
 def first_question(messages: Sequence[Row]) -> int:
@@ -146,47 +138,50 @@ def published(messages: Sequence[Row]) -> list[Row]:
     return [first("user"), first("assistant")]
 
 
-def plain_exchanges(messages: Sequence[Row], answers: Answers) -> list[Exchange]:
-    """`User: ...` and `Assistant: ...`, up to the last answer that is supervised."""
+def plain_exchanges(chat: Chat) -> list[Exchange]:
+    """`User: ...` and `Assistant: ...`."""
     exchanges = []
     context = ""
-    for number, message in enumerate(messages[: answers.supervised[-1] + 1]):
+    for number, message in enumerate(chat.messages):
         role = message["role"]
         fix = "needs a chat template: set data.chat=template, and a model that has one."
         require(role != "tool" and not message.get("tool_calls"), f"a call of a tool {fix}")
-        if number in answers.given:
-            exchange = Exchange(
-                f"{context}Assistant:",
-                f" {message['content']}",
-                supervised=number in answers.supervised,
-                left_out=number in answers.left_out,
-            )
-            exchanges.append(exchange)
+        if number in chat.given:
+            answer = f" {message['content']}"
+            exchanges.append(Exchange(f"{context}Assistant:", answer, number in chat.supervised))
             context = "\n"
         else:
             context += f"{WRITTEN[role]}: {message['content']}\n"
     return exchanges
 
 
-def asked_apart(exchanges: Sequence[Exchange]) -> list[list[Exchange]]:
-    """A sequence for each supervised answer, in which those before it are context."""
-    context = [exchange._replace(supervised=False) for exchange in exchanges]
-    return [
-        [*context[:number], exchange]
-        for number, exchange in enumerate(exchanges)
-        if exchange.supervised
-    ]
-
-
-def unmarked_exchanges(messages: Sequence[Row], answers: Answers) -> list[Exchange]:
-    """The texts up to the last supervised answer, without markup."""
+def unmarked_exchanges(chat: Chat) -> list[Exchange]:
+    """The texts without markup: equal under every model."""
     exchanges = []
     context = ""
-    for number, message in enumerate(messages[: answers.supervised[-1] + 1]):
-        if number in answers.given:
-            is_supervised = number in answers.supervised
-            exchanges.append(Exchange(context, message["content"], is_supervised))
+    for number, message in enumerate(chat.messages):
+        if number in chat.given:
+            exchanges.append(Exchange(context, message["content"], number in chat.supervised))
             context = ""
         else:
             context += message["content"]
     return exchanges
+
+
+def up_to_supervised(exchanges: Sequence[Exchange]) -> list[list[Exchange]]:
+    """For each supervised exchange, those up to it."""
+    numbered = enumerate(exchanges, 1)
+    return [[*exchanges[:number]] for number, exchange in numbered if exchange.supervised]
+
+
+def prompt_of(exchanges: Sequence[Exchange]) -> str:
+    """The text up to the last answer."""
+    *before, last = exchanges
+    return "".join(each.prompt + each.answer for each in before) + last.prompt
+
+
+def key_text(exchanges: Sequence[Exchange]) -> str:
+    """The text by which rows with one prompt are found: that before the first supervised answer; of
+    a document, which asks nothing, all of it."""
+    [asked, *_] = up_to_supervised(exchanges)
+    return prompt_of(asked) or exchanges[0].answer

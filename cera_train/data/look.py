@@ -3,7 +3,7 @@ imports torch."""
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -12,9 +12,10 @@ from rich.text import Text
 from cera_train.common.terminal import LABEL_WIDTH, console, print_line
 from cera_train.common.trust import clean
 from cera_train.data.chats import uses_template
+from cera_train.data.columns import columns_of, columns_read
 from cera_train.data.messages import TURNS
 from cera_train.data.prepare import TokenizedData, TokenizedRows
-from cera_train.data.segments import columns_of, columns_read
+from cera_train.data.reader import Question
 from cera_train.data.sources import HELD_OUT, MOST_HELD_OUT
 from cera_train.settings.data import DataConfig, Layout, Turns
 
@@ -26,15 +27,15 @@ def print_data(
     data: TokenizedData,
     tokenizer: Any,
     stops: set[int],
+    questions: Sequence[Question] = (),
     at_length: bool = False,
-    asks: bool = False,
 ) -> None:
     """Layout, rows kept, dropped and truncated, the supervised share, shared prompts, an example;
     `at_length` also how long the rows are, and one more example.
 
     Args:
         stops: the tokens at which generation stops.
-        asks: as of `chats.chat_exchanges`: no end of an answer is learned from the rows.
+        questions: what the model learns to answer, where it does not learn the rows' answers.
     """
     train = data.train
     for line in dict.fromkeys(describe_layouts(config, tokenizer)):
@@ -49,8 +50,13 @@ def print_data(
     print_line("shared", shared)
     if at_length:
         print_lengths(train)
+    if questions:
+        print_line("asks", f"{len(questions):,} questions an epoch")
+        for question in questions[: 1 + at_length]:
+            print_example([(question.prompt, False), (question.gold, True)])
+        return
     is_learned, line = describe_stop(train, config.max_length, stops, tokenizer)
-    if not asks and (at_length or not is_learned):
+    if at_length or not is_learned:
         print_line("stop", line)
     for line in describe_openings(train):
         print_line("prompt", line)
@@ -59,7 +65,7 @@ def print_data(
         shown.add(len(train) // config.sequences // 2 * config.sequences)
     for row in sorted(shown):
         for sequence in train.sequences_of_row(row, config.sequences):
-            print_example(train, sequence, tokenizer)
+            print_example(stretches_of(train, sequence, tokenizer))
 
 
 def describe_openings(rows: TokenizedRows) -> Iterator[str]:
@@ -158,16 +164,21 @@ def tokens_of(rows: TokenizedRows, row: int) -> tuple[list[int], list[bool]]:
     return rows.tokens("input_ids", row).to_pylist(), rows.tokens("loss_mask", row).to_pylist()
 
 
-def print_example(rows: TokenizedRows, row: int, tokenizer: Any) -> None:
-    """A sequence's text with its supervised parts marked: green where there are colours, between
-    [[ ]] elsewhere."""
+def stretches_of(rows: TokenizedRows, row: int, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """A sequence as texts, and whether each is supervised."""
+    tokens = zip(*tokens_of(rows, row), strict=True)
+    for is_supervised, run in itertools.groupby(tokens, key=lambda token: token[1]):
+        yield tokenizer.decode([id for id, _ in run]), is_supervised
+
+
+def print_example(stretches: Iterable[tuple[str, bool]]) -> None:
+    """Texts with those marked that are answers: green where there are colours, between [[ ]]
+    elsewhere."""
     text = Text()
     target = console()
     has_colors = target.color_system is not None and not target.no_color
-    for is_marked, run in itertools.groupby(
-        zip(*tokens_of(rows, row), strict=True), key=lambda token: token[1]
-    ):
-        part = clean(tokenizer.decode([id for id, _ in run]))
+    for stretch, is_marked in stretches:
+        part = clean(stretch)
         marked = f"[[{part}]]" if is_marked and not has_colors else part
         text.append(marked, style="green" if is_marked and has_colors else None)
     label = "example"

@@ -19,27 +19,24 @@ class Exchange(NamedTuple):
     answer: str
     supervised: bool = True
     opening: Opening | None = None
-    left_out: bool = False
-    """Whether no loss counts the answer, not even one on all tokens."""
 
 
 class Chat(NamedTuple):
-    """Messages up to the last supervised answer, and the tools they may call."""
+    """Messages up to the last supervised answer. A prompt and its completion are two."""
 
     messages: list[Row]
-    tools: list[Any] | None
-    supervised: tuple[int, ...]  # the indices of the answers to learn
-    left_out: tuple[int, ...] = ()  # those that a loss on all tokens leaves out
+    given: list[int]  # the indices of the answers that are not empty
+    supervised: list[int]  # of those to learn
+    tools: list[Any] | None = None  # that they may call
+    settings: Row | None = None
+    """The row's own settings of the chat template."""
 
 
-def rendered_sequences(
-    chat: Chat, templates: Sequence[ChatTemplate], asks: bool = False
-) -> list[list[Exchange]]:
-    """The supervised answers as the first template renders them that takes the chat.
+def fitting(chat: Chat, templates: Sequence[ChatTemplate]) -> ChatTemplate:
+    """The first template that renders all of a chat.
 
     Args:
         templates: the same, with different forms of a message.
-        asks: as of `chats.chat_exchanges`.
 
     Raises:
         UserError: the template refuses the messages, or leaves out or repeats a part of them.
@@ -47,44 +44,32 @@ def rendered_sequences(
     marks = Marks()
     marked = [marks.message(message) for message in chat.messages]
     tools = [marks.tool(tool) for tool in chat.tools or []]
-    shape = json.dumps([marked, tools, chat.supervised, chat.left_out])
+    shape = json.dumps([marked, chat.given, chat.supervised, tools])
     faults = []
     for template in templates:
-        fault = fault_of(shape, template, asks)
+        fault = fault_of(shape, template)
         if fault is None:
-            return exchanges_of(chat, template, asks)
+            return template
         faults.append(fault)
     left_out = (fault for fault in faults if not isinstance(fault, Refusal))
     raise UserError(str(next(left_out, faults[0])))
 
 
-def exchanges_of(chat: Chat, template: ChatTemplate, asks: bool) -> list[list[Exchange]]:
-    """Two answers share a sequence if the prompt of the second begins with the prompt and the text
-    of the first. A template may render earlier turns anew, such as without their reasoning."""
-    messages, tools, supervised, left_out = chat
-    if asks:
-        prompts = [
-            template.render(messages[:number], tools, is_prompt=True) for number in supervised
-        ]
-        answers = [messages[number]["content"] for number in supervised]
-        return [[Exchange(*asked)] for asked in zip(prompts, answers, strict=True)]
+def exchanges_of(chat: Chat, template: ChatTemplate) -> list[list[Exchange]]:
+    """The supervised answers in as few sequences as the template allows: two share one if the
+    prompt of the second begins with the prompt and the text of the first. A template may render
+    earlier turns anew, such as without their reasoning."""
     sequences: list[list[Exchange]] = []
     rendered = ""  # up to the last answer
-    for number in sorted({*supervised, *left_out}):
-        prompt, answer, opening = template.answer(messages[:number], messages[number], tools)
+    for number in chat.supervised:
+        before = chat.messages[:number]
+        prompt, answer, opening = template.answer(before, chat.messages[number], chat.tools)
         require(bool(answer), f"messages[{number}]: the chat template renders no answer. {FIX}")
         is_next = bool(sequences) and prompt.startswith(rendered)
         if not is_next:
             sequences.append([])
-            require(
-                all(earlier >= number for earlier in left_out),
-                f"messages[{number}] follows an answer of weight 0 that the chat template writes "
-                "anew, and a loss on all tokens would count it: set data.loss_on=completion.",
-            )
         new = prompt.removeprefix(rendered) if is_next else prompt
-        sequences[-1].append(
-            Exchange(new, answer, number in supervised, opening, number in left_out)
-        )
+        sequences[-1].append(Exchange(new, answer, opening=opening))
         rendered = prompt + answer
     return sequences
 
@@ -97,7 +82,7 @@ FIX_OF_REASONING = "Write it into the content, as <think>...</think>, or remove 
 
 
 @functools.lru_cache(maxsize=4096)
-def fault_of(shape: str, template: ChatTemplate, asks: bool) -> UserError | None:
+def fault_of(shape: str, template: ChatTemplate) -> UserError | None:
     """What the template leaves out of a chat of this shape, or writes twice. Many templates ignore
     tools, developers or reasoning.
 
@@ -106,18 +91,17 @@ def fault_of(shape: str, template: ChatTemplate, asks: bool) -> UserError | None
             once.
     """
     try:
-        check_renders_all(Chat(*json.loads(shape)), template, asks)
+        check_renders_all(Chat(*json.loads(shape)), template)
     except UserError as fault:
         return fault
     return None
 
 
-def check_renders_all(chat: Chat, template: ChatTemplate, asks: bool) -> None:
+def check_renders_all(chat: Chat, template: ChatTemplate) -> None:
     """Raises UserError unless the template renders every mark of the chat, and an answer once."""
-    sequences = exchanges_of(chat, template, asks)
+    sequences = exchanges_of(chat, template)
     rendered = "".join(exchange.prompt + exchange.answer for exchange in sequences[-1])
-    exchanges = [exchange for sequence in sequences for exchange in sequence]
-    answers = [exchange.answer for exchange in exchanges if exchange.supervised]
+    answers = [exchange.answer for sequence in sequences for exchange in sequence]
     for tool in chat.tools or []:
         check_rendered("column 'tools'", tool["function"]["name"], sequences[0][0].prompt)
     for number, message in enumerate(chat.messages):
@@ -132,8 +116,6 @@ def check_renders_all(chat: Chat, template: ChatTemplate, asks: bool) -> None:
             count = sum(answer.count(content.strip()) for answer in answers)
             fix = "Use a model with another template."
             require(count <= is_answer, f"{place} would be supervised {count} times. {fix}")
-        if asks:  # what follows belongs to the answer, of which only the content counts
-            continue
         for call in message.get("tool_calls", []):
             check_rendered(place, call["function"]["name"], text)
             is_python = str({ARGUMENT: MARK}) in text

@@ -11,15 +11,20 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from cera_train.common.errors import UserError, error_text, errors_at
 from cera_train.common.libraries import hub_or_cache, offline_reason
 from cera_train.common.settings import require, word_of
 from cera_train.common.terminal import counted
-from cera_train.data.chats import uses_template
+from cera_train.data.chats import (
+    chat_of,
+    key_text,
+    unmarked_exchanges,
+)
 from cera_train.data.computed import computed_rows
 from cera_train.data.messages import is_continued, own_settings
+from cera_train.data.reader import Reader
 from cera_train.data.rows import (
     PROMPT,
     PlacedRow,
@@ -29,13 +34,6 @@ from cera_train.data.rows import (
     from_files,
     normalized,
     rows_of,
-)
-from cera_train.data.segments import (
-    Segment,
-    prompt_of,
-    segmenter,
-    segmenters,
-    sequences_of,
 )
 from cera_train.data.templates import settings_of
 from cera_train.settings.data import COLUMN_TEMPLATES, DataConfig, Layout, Turns, Writing
@@ -152,20 +150,22 @@ def first_rows(path: str) -> list[PlacedRow]:
     return list(itertools.islice(rows_of([path]), FIRST_ROWS))
 
 
-def decide_switches(config: DataConfig, tokenizer: Any, asks: bool = False) -> DataConfig:
+def decide_switches(config: DataConfig, tokenizer: Any, learns_answers: bool = True) -> DataConfig:
     """The config with the settings of the chat template that every answer of the first training
     rows needs or brings, such as {enable_thinking: false}: whatever asks the model later then asks
     as it was trained. Unchanged where answers need none, or different ones. Raises UserError where
     the config has another value.
 
     Args:
-        asks: as of `chats.chat_exchanges`.
+        learns_answers: False: the model learns from answers of its own, so those of the rows need
+            nothing.
     """
     needed: list[dict[str, Any]] = []  # by each answer
     for place, part in config.trained_parts():
-        if uses_template(part, tokenizer):
-            with errors_at(place):
-                needed += _settings_of_answers(part, tokenizer, asks)
+        with errors_at(place):
+            reader = Reader(part, tokenizer, chosen_only=True)
+            if reader.is_chat:
+                needed += _settings_of_answers(reader, learns_answers)
     first, *others = needed or [{}]
     for name, value in first.items():
         if not all(name in other and other[name] == value for other in others):
@@ -180,17 +180,15 @@ def decide_switches(config: DataConfig, tokenizer: Any, asks: bool = False) -> D
     return config
 
 
-def _settings_of_answers(
-    config: DataConfig, tokenizer: Any, asks: bool
-) -> Iterator[dict[str, Any]]:
+def _settings_of_answers(reader: Reader, learns_answers: bool) -> Iterator[dict[str, Any]]:
     """The settings of the chat template by which each answer of the first training rows is asked,
     beside those of the config."""
-    [to_sequences, *_] = segmenters(config, tokenizer, asks)
-    for place, row in first_training_rows(config):
+    for place, row in first_training_rows(reader.config):
         with errors_at(place):
-            for segment in itertools.chain.from_iterable(to_sequences(row)):
-                if segment.supervised:
-                    yield own_settings(row) | settings_of(segment.opening)
+            for exchange in itertools.chain.from_iterable(reader.sequences(row)):
+                needed = settings_of(exchange.opening) if learns_answers else {}
+                if exchange.supervised:
+                    yield own_settings(row) | needed
 
 
 def first_training_rows(config: DataConfig) -> Iterator[PlacedRow]:
@@ -236,50 +234,6 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
     return train.first(config.train_rows), evaluation.first(config.eval_rows)
 
 
-class AnsweredRow(NamedTuple):
-    """A held-out row that asks something, up to its first supervised answer."""
-
-    part: DataConfig
-    """Of the mix."""
-    question: str
-    """The prompt; of a chat without markup, so that it is the same under every template."""
-    prompt: list[Segment]
-    answer: Segment
-    gold: str
-    """The text of the answer, without markup and reasoning."""
-    is_chat: bool
-    """Whether a chat template wrote it."""
-
-    @property
-    def text(self) -> str:
-        """The prompt."""
-        return "".join(segment.text for segment in self.prompt)
-
-
-def answered_rows(config: DataConfig, tokenizer: Any, asks: bool = False) -> Iterator[AnsweredRow]:
-    """The held-out rows that ask something. Without a tokenizer, chats lack chat markup.
-
-    Args:
-        asks: as of `chats.chat_exchanges`.
-    """
-    for _, part in config.parts():
-        trained, asked, unmarked = itertools.tee(open_sources(part)[1].located(), 3)
-        rows = zip(
-            sequences_of(trained, segmenters(part, tokenizer, asks)[0]),
-            sequences_of(asked, segmenters(part, tokenizer, asks=True)[0]),
-            sequences_of(unmarked, segmenter(part, None)),
-            strict=True,
-        )
-        is_chat = uses_template(part, tokenizer)
-        for sequences, golden, plain in rows:
-            first = next(iter(sequences), [])
-            prompt = list(itertools.takewhile(lambda segment: not segment.supervised, first))
-            if any(segment.text for segment in prompt) and len(prompt) < len(first):
-                question = prompt_of(plain[0] if is_chat else first)
-                gold = next(segment.text for segment in golden[0] if segment.supervised)
-                yield AnsweredRow(part, question, prompt, first[len(prompt)], gold.strip(), is_chat)
-
-
 def _split(
     source: Source, held_out: Callable[[], Container[int]], *names: str
 ) -> tuple[Source, Source]:
@@ -322,9 +276,11 @@ def rows_by_prompt(config: DataConfig, source: Source) -> set[int]:
         UserError: no prompt would be left to train on.
     """
     numbers = collections.defaultdict[bytes, list[int]](list)
-    for number, sequences in enumerate(sequences_of(source.located(), segmenter(config, None))):
-        if sequences:
-            prompt = normalized(prompt_of(sequences[0]))
+    for number, (place, row) in enumerate(source.located()):
+        with errors_at(place):
+            chat = chat_of(row, config, is_templated=False)
+        if chat is not None:
+            prompt = normalized(key_text(unmarked_exchanges(chat)))
             numbers[hashlib.blake2b(prompt.encode(), digest_size=16).digest()].append(number)
     sizes = [len(rows) for rows in numbers.values()]
     room = max(min(max(1, int(HELD_OUT * sum(sizes))), MOST_HELD_OUT), min(sizes, default=0))
@@ -434,7 +390,22 @@ def drawn_rows(available: int, count: int, seed: str) -> list[int]:
     return [*range(available)] * passes + sorted(random.Random(seed).sample(range(available), rest))
 
 
-def interleaved(parts: Sequence[Sequence[int]]) -> list[int]:
+def drawn_of_parts(parts: Sequence[Sequence[Sequence[Any]]], config: DataConfig) -> list[list[Any]]:
+    """The items of the rows that each part of a mix gives to an epoch.
+
+    Args:
+        parts: the rows of each part, and the items of each row.
+    """
+    counts = rows_of_parts([*map(len, parts)], config.weights, config.train_rows)
+    drawn = []
+    for number, (rows, count) in enumerate(zip(parts, counts, strict=True)):
+        # "0 " as in 0.2.0, which had a seed here: its mixes keep their rows.
+        taken = drawn_rows(len(rows), count, f"0 {number}")
+        drawn.append([item for row in taken for item in rows[row]])
+    return drawn
+
+
+def interleaved(parts: Sequence[Sequence[Any]]) -> list[Any]:
     """The rows of all parts as one list in which each part is spread evenly: its first rows
     represent all parts."""
     places = (

@@ -66,7 +66,6 @@ from cera_train.runs.evaluation_folder import (
 )
 from cera_train.runs.results import Environment, RunResult, describe_rank
 from cera_train.runs.subject import Subject, digest_of, find_subject
-from cera_train.settings.data import TrainedRows
 from cera_train.settings.distributed import DistributedConfig, ProcessesConfig
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.verdicts.interval import accuracy_interval, pass_at_k
@@ -97,7 +96,7 @@ def resolve_evaluation(config: EvalConfig) -> ResolvedEvaluation:
         is_on_hub = config.task.path is not None and not config.task.files
         if is_on_hub and is_main_process():
             announce("reading", f"the problems of {config.task.path}")
-        problems = load_problems(task, subject.trained, load_tokenizer(subject.model))
+        problems = load_problems(task, subject.data, load_tokenizer(subject.model))
     return ResolvedEvaluation(config, subject, task, problems)
 
 
@@ -175,11 +174,11 @@ def describe_changed_rows(subject: Subject) -> str:
     """That the rows which the run held out are others now; empty where they are the same, or where
     that is not on record."""
     environment = Environment.find(subject.folder / "environment.json") or Environment()
-    data, asks = subject.trained
+    data = subject.data
     if data is None or data.is_paired or environment.held_out is None:
         return ""
     tokenizer = load_tokenizer(subject.model)
-    rows = prepare_evaluation(data, tokenizer, asks=asks)
+    rows = prepare_evaluation(data, tokenizer)
     if rows.digest == environment.held_out:
         return ""
     if changed := changed_tokenizer(subject.folder, tokenizer):
@@ -219,7 +218,7 @@ def answer_and_grade(
     ]
     missing = {key for key in keys if key not in answers}
     if missing:
-        data = subject.trained.data if subject.adapter else None
+        data = subject.data if subject.adapter else None
         if is_main and data and (shared := describe_trained_on(problems, data)):
             print_line("shared", shared)
         engine = engine or load_subject(subject, accelerator.device)
@@ -347,9 +346,9 @@ def measure_perplexity(
     is on record."""
     config = evaluation.config
     subject = evaluation.subject
-    trained = TrainedRows(config.data or subject.trained.data, subject.trained.asks)
+    data = config.data or subject.data
     tokenizer = load_tokenizer(subject.model)
-    rows = evaluation.task.rows(trained, subject.model, tokenizer)
+    rows = evaluation.task.rows(data, subject.model, tokenizer)
     if (before := find_evaluation_result(folder.path)) is not None:
         changed = changed_tokenizer(subject.folder, tokenizer) or "a data file"
         require(

@@ -7,6 +7,7 @@ number and restores the model, so the losses of a run are equal to the bit with 
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,21 +20,21 @@ from accelerate.utils import gather_object
 from cera_train.common.errors import errors_at
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted
-from cera_train.data.prepare import encode
-from cera_train.data.sources import answered_rows
+from cera_train.data.questions import held_out_questions
+from cera_train.data.tokens import ids_of
 from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.grading import grade_all
 from cera_train.evaluation.requests import Request, requests_for
 from cera_train.evaluation.tasks.task import (
     AnswerTask,
+    fields_of_prompt,
     load_problems,
     mean,
-    question_id,
     training_task,
 )
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.runs.results import GradedProblem, Sample, describe_tasks
-from cera_train.settings.data import TrainedRows
+from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
 
@@ -62,26 +63,22 @@ class Exam:
         return replace(self, problems=self.problems[:count], requests=self.requests[:count])
 
 
-def rows_exam(trained: TrainedRows, count: int, tokenizer: Any, positions: int | None) -> Exam:
-    """The prompts of the first held-out rows that have one, each up to its first answer, which is
-    the reference; none that leaves a sample no room."""
-    problems = []
-    requests = []
-    room = SAMPLE_ROOM
+def rows_exam(data: DataConfig, count: int, tokenizer: Any, positions: int | None) -> Exam:
+    """The first held-out rows of all parts of a mix in turn, without those whose prompt leaves a
+    sample no room."""
+    in_turn = itertools.zip_longest(*held_out_questions(data, tokenizer))
+    questions = (question for each in in_turn for question in each if question is not None)
     longest = sys.maxsize if positions is None else positions - SAMPLE_ROOM
-    for row in answered_rows(trained.data, tokenizer, trained.asks):
-        whole = replace(row.part, max_length=sys.maxsize)
-        [encoded_prompt, encoded_answer] = encode([[row.prompt], [[row.answer]]], whole, tokenizer)
-        if len(encoded_prompt.input_ids) > longest:
-            continue
-        name = f"{question_id(row.text)}-{len(problems)}"
-        problems.append(Problem(name, row.text, row.text, row.gold))
-        requests.append(Request(name, 0, tuple(encoded_prompt.input_ids)))
-        room = max(room, len(encoded_answer.input_ids))
-        if len(problems) == count:
-            break
-    if positions is not None and requests:
-        room = min(room, positions - max(len(request.prompt_ids) for request in requests))
+    fitting = (question for question in questions if len(question.prompt_ids) <= longest)
+    problems = []
+    room = SAMPLE_ROOM
+    for number, question in enumerate(itertools.islice(fitting, count)):
+        asked = fields_of_prompt(question)
+        problems.append(Problem(str(number), question.text, gold=question.gold, **asked))
+        room = max(room, len(ids_of(question.gold, tokenizer)) + 1)  # with its end token
+    if positions is not None:
+        room = min([room, *(positions - len(problem.prompt_ids) for problem in problems)])
+    requests = [Request(problem.id, 0, problem.prompt_ids) for problem in problems]
     return Exam(None, None, problems, requests, room, [])
 
 
@@ -112,7 +109,7 @@ class Exams:
         for name in config.train.tasks:
             with errors_at(f"train.tasks=[{name}]"):
                 task = training_task(name, config.train.changes_of_task(name))
-                problems = load_problems(task, config.trained_rows, tokenizer)
+                problems = load_problems(task, config.data, tokenizer)
                 room = task.config.max_new_tokens
                 requests = requests_for(problems, 1, tokenizer, room, positions)
                 self.tasks.append(Exam(name, task, problems, requests, room, task.config.stop))
@@ -120,7 +117,7 @@ class Exams:
         """The problems that samples answer: the first of each task, without tasks the first
         held-out rows."""
         if count := self.sample_count:
-            exams = self.tasks or [rows_exam(config.trained_rows, count, tokenizer, positions)]
+            exams = self.tasks or [rows_exam(config.data, count, tokenizer, positions)]
             fix = "no held-out row has a prompt with room for an answer: set train.samples=0"
             require(bool(exams[0].problems), f"train.samples={count}: {fix}.")
             self.sampled = [exam.first(count) for exam in exams]

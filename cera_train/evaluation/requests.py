@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import transformers
 
 from cera_train.common.settings import require
-from cera_train.data.prepare import ids_of, start_ids, stop_ids
-from cera_train.runs.evaluation_folder import CHAT, Generation, Key, Problem
+from cera_train.data.tokens import ids_of, start_ids, stop_ids
+from cera_train.runs.evaluation_folder import Generation, Key, Problem
 from cera_train.settings.evaluation import GenerationConfig
 
 
@@ -43,8 +43,7 @@ def requests_for(
     start = start_ids(tokenizer)
     texts = ids_of([problem.prompt for problem in problems], tokenizer)
     prompts = [
-        tuple(ids) if getattr(problem, CHAT, False) else (*start, *ids)
-        for problem, ids in zip(problems, texts, strict=True)
+        problem.prompt_ids or (*start, *ids) for problem, ids in zip(problems, texts, strict=True)
     ]
     check_positions("task.max_new_tokens", max_new_tokens, max(map(len, prompts)), positions)
     return [

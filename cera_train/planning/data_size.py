@@ -13,13 +13,12 @@ from datasets import ReadInstruction
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.common.settings import require
-from cera_train.data.sources import decide_layouts, open_sources, rows_of_parts
+from cera_train.data.sources import open_sources, rows_of_parts
 from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.model.folder import load_tokenizer
 from cera_train.settings.data import DataConfig, DataFacts, LossOn
 from cera_train.settings.run import Config, PlanRun
-from cera_train.training.build import build_data
-from cera_train.training.resolve import with_template_settings
+from cera_train.training.build import look_at_data
 
 COUNTED = "by SmolLM2's tokenizer"
 ESTIMATED = "an estimate"
@@ -88,8 +87,7 @@ def _read_size(config: Config) -> DataSize:
         load_tokenizer(config.model)
     except UserError as error:
         raise UserError(f"{error} Or set plan.tokens_per_row.") from error
-    decided = with_template_settings(config, decide_layouts(config.data), None)
-    data = build_data(replace(config, data=decided))
+    config, data = look_at_data(config)
     train = data.rows.train
     tokens = sum(train.lengths)
     return DataSize(
@@ -185,7 +183,7 @@ def count_problems(name: str, config: Config, data: DataSize) -> int:
         known = data.eval_rows
     elif settings.files or settings.path is None:
         with errors_at(place):
-            return len(load_problems(task, config.trained_rows))
+            return len(load_problems(task, config.data))
     else:
         known = settings.limit
     require(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cera_train.common.errors import UserError
-from cera_train.data.prepare import tokenizer_digests
+from cera_train.data.tokens import tokenizer_digests
 from cera_train.model.identity import BaseIdentity
 from cera_train.runs.records import load_config
 from cera_train.runs.results import Environment

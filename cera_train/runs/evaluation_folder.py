@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
+from pydantic import Field
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import locked, read_json, write_text
@@ -27,7 +28,7 @@ from cera_train.settings.evaluation import EvalConfig
 Key = tuple[str, int]  # problem and sample
 
 CHAT = "is_chat"
-"""Marks a problem whose prompt a chat template wrote, with its start token."""
+"""Marks a problem whose prompt a chat template wrote."""
 
 
 class Problem(Record, extra="allow"):
@@ -38,6 +39,8 @@ class Problem(Record, extra="allow"):
     question: str
     prompt: str
     gold: str
+    prompt_ids: tuple[int, ...] | None = Field(default=None, exclude=True)
+    """Those of a row that a reader read. None: the prompt is text, after a start token."""
 
 
 class Generation(Record):

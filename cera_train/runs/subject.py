@@ -24,7 +24,7 @@ from cera_train.model.path import check_model
 from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult
 from cera_train.settings.adapters import AdapterConfig, is_import_path
-from cera_train.settings.data import UNKNOWN, TrainedRows
+from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import SubjectConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
@@ -62,9 +62,9 @@ class Subject:
         return f"-{'-'.join(self.adapter.relative_to(self.folder).parts)}"
 
     @property
-    def trained(self) -> TrainedRows:
-        """What the adapter was trained on."""
-        return self.run.trained_rows if self.run else UNKNOWN
+    def data(self) -> DataConfig | None:
+        """The rows that the adapter was trained on; None where they are unknown."""
+        return self.run.data if self.run else None
 
     @property
     def train(self) -> TrainConfig:

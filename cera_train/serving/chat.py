@@ -15,20 +15,18 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
-from cera_train.data.messages import TURNS, messages_of, role_of, turns_of
-from cera_train.data.prepare import encode
+from cera_train.data.columns import columns_read
+from cera_train.data.messages import TURNS
+from cera_train.data.reader import Reader
 from cera_train.data.rows import PROMPT, Row, from_files, suffix_of
-from cera_train.data.segments import columns_read, segmenters
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject, open_server
 from cera_train.evaluation.requests import Request, check_positions
 from cera_train.runs.subject import Subject
-from cera_train.settings.data import DataConfig, Layout, Turns
+from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.serving import ChatConfig, Template
 
 NEW = "/new"
-
-ANSWER = "?"  # stands for the answer in a row. Its segment is cut off, so its text changes nothing.
 
 PLAIN = DataConfig(layout=Layout.text, path="a text", prompt="{text}", completion="{answer}")
 """A text as it is: also the question to a model that was trained on documents."""
@@ -44,7 +42,7 @@ def ask(config: ChatConfig, subjects: Sequence[Subject]) -> None:
     elif config.prompt is not None or not sys.stdin.isatty():
         question = config.prompt or sys.stdin.read().strip()
         require(bool(question), "stdin is empty: write a question to it, or set prompt=....")
-        answer_rows(answerers, [answerer.prompts.row([question]) for answerer in answerers])
+        answer_rows(answerers, [answerer.row([question]) for answerer in answerers])
     else:
         converse(answerers)
 
@@ -76,61 +74,24 @@ def choose_rows(
     return PLAIN
 
 
-class Prompts:
-    """Writes questions as the rows of a data set."""
-
-    def __init__(self, data: DataConfig, tokenizer: Any) -> None:
-        self.data = replace(data, max_length=sys.maxsize, turns=Turns.last)
-        self.tokenizer = tokenizer
-        [self._sequences] = segmenters(self.data, tokenizer, asks=True)
-
-    @property
-    def keeps_turns(self) -> bool:
-        """Whether a question is read together with the turns before it."""
-        return self.data.layout in TURNS
-
-    def row(self, turns: Sequence[str]) -> Row:
-        """The row of a conversation: question, answer, question, ..., ending in a question. Raises
-        UserError where the template has more columns than one text can fill."""
-        layout = self.data.layout
-        if self.keeps_turns:
-            speaker, text, speakers = TURNS[layout]
-            speakers = itertools.cycle(speakers[:2])
-            return {
-                str(layout): [
-                    {speaker: name, text: turn} for name, turn in zip(speakers, turns, strict=False)
-                ]
-            }
-        columns, _ = columns_read(self.data)
-        if len(columns) != 1:
-            raise UserError(
-                f"data.prompt={self.data.prompt!r} of this run has {len(columns)} columns, and a "
-                "text fills one: write prompts=FILE.jsonl with these columns, or set template=none."
-            )
-        question = turns[-1]
-        if self.data.is_computed:
-            question = PROMPT.format(question=question)
-        return {columns[0]: question}
-
-    def ids(self, row: Row) -> list[int]:
-        """The token ids of a row's prompt. Raises UserError where the row lacks a column or has
-        another layout."""
-        layout = self.data.layout
-        if layout in TURNS:
-            speaker, text, (_, model, *_) = TURNS[layout]
-            messages_of(row, layout)  # raises for a row of another layout
-            turns = turns_of(row, layout)
-            while turns and role_of(turns[-1][speaker]) == "assistant":
-                turns = turns[:-1]  # a row of training data has its answer
-            answered = row | {str(layout): [*turns, {speaker: model, text: ANSWER}]}
-        else:
-            answered = row | dict.fromkeys(columns_read(self.data)[1], ANSWER)
-        [[*prompt, _]] = self._sequences(answered) or [[None]]
-        require(bool(prompt), f"column {str(layout)!r} asks nothing: write a question.")
-        return encode([[prompt]], self.data, self.tokenizer)[0].input_ids
+def row_of_turns(turns: Sequence[str], data: DataConfig) -> Row:
+    """The row of a conversation: question, answer, question, ..., ending in a question. Raises
+    UserError where the template has more columns than one text can fill."""
+    if data.layout in TURNS:
+        speaker, text, speakers = TURNS[data.layout]
+        pairs = zip(itertools.cycle(speakers[:2]), turns, strict=False)
+        return {str(data.layout): [{speaker: name, text: turn} for name, turn in pairs]}
+    columns, _ = columns_read(data)
+    require(
+        len(columns) == 1,
+        f"data.prompt={data.prompt!r} of this run has {len(columns)} columns, and a text fills "
+        "one: write prompts=FILE.jsonl with these columns, or set template=none.",
+    )
+    question = PROMPT.format(question=turns[-1]) if data.is_computed else turns[-1]
+    return {columns[0]: question}
 
 
-def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
+def read_prompts(file: str, data: DataConfig) -> Iterator[tuple[str, Row]]:
     """The questions of a file, each after its place: rows of a data set, or lines of text."""
     for place, row in from_files([file], "prompts", whole_text=True).located():
         if suffix_of(file) != ".txt":
@@ -138,7 +99,7 @@ def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
             continue
         for number, line in enumerate(row["text"].split("\n"), start=1):
             if question := line.strip():
-                yield f"{file}:{number}", prompts.row([question])
+                yield f"{file}:{number}", row_of_turns([question], data)
 
 
 # --- a model that answers -------------------------------------------------------------------------
@@ -156,18 +117,25 @@ class Answerer:
         else:
             self.engine = open_server(config.server, subject)
         tokenizer = self.engine.tokenizer
-        self.prompts = Prompts(
-            choose_rows(config.template, subject.trained.data, tokenizer, config.template_settings),
-            tokenizer,
-        )
+        rows = choose_rows(config.template, subject.data, tokenizer, config.template_settings)
+        self.reader = Reader(rows, tokenizer)
+
+    @property
+    def keeps_turns(self) -> bool:
+        """Whether a question is read together with the turns before it."""
+        return self.reader.config.layout in TURNS
+
+    def row(self, turns: Sequence[str]) -> Row:
+        """The row of a conversation, as `row_of_turns`."""
+        return row_of_turns(turns, self.reader.config)
 
     def answer(self, row: Row) -> str:
         """Streams the answer to a row's prompt to stdout, and returns it."""
-        ids = self.prompts.ids(row)
+        ids = self.reader.prompt(row)
         room = self.config.max_new_tokens
         check_positions("max_new_tokens", room, len(ids), self.engine.positions)
         # A number of its own, so that every question draws other random numbers.
-        request = Request("chat", self.asked, tuple(ids))
+        request = Request("chat", self.asked, ids)
         self.asked += 1
         streamer = CleanStreamer(self.engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
         [[answer]] = self.engine.answers([[request]], room, [], self.config.generation, streamer)
@@ -203,7 +171,7 @@ def answer_rows(answerers: list[Answerer], rows: list[Row]) -> list[str]:
 def answer_file(answerers: list[Answerer], file: str) -> None:
     """Every question of a file, each after its place."""
     place = None
-    prompts = [read_prompts(file, answerer.prompts) for answerer in answerers]
+    prompts = [read_prompts(file, answerer.reader.config) for answerer in answerers]
     for questions in zip(*prompts, strict=True):
         place, _ = questions[0]
         print(f"--- {place}", flush=True)
@@ -217,7 +185,7 @@ def converse(answerers: list[Answerer]) -> None:
     """A conversation in the terminal, until its input ends."""
     for answerer in answerers:
         print_line("model", answerer.name)
-    keeps_turns = len(answerers) == 1 and answerers[0].prompts.keeps_turns
+    keeps_turns = len(answerers) == 1 and answerers[0].keeps_turns
     memory = "sees the turns before it" if keeps_turns else "stands alone, as in training"
     print_line(
         "chat", f"each question {memory}; {NEW} starts over, Ctrl-C ends an answer, Ctrl-D the chat"
@@ -234,7 +202,7 @@ def converse(answerers: list[Answerer]) -> None:
             turns = []
         elif line:
             try:
-                rows = [answerer.prompts.row([*turns, line]) for answerer in answerers]
+                rows = [answerer.row([*turns, line]) for answerer in answerers]
                 answers = answer_rows(answerers, rows)
             except UserError as error:
                 print_line("note", f"{error} {NEW} starts over." if turns else str(error))

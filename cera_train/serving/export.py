@@ -31,7 +31,8 @@ from cera_train.common.files import read_json, write_folder, write_text
 from cera_train.common.settings import require
 from cera_train.common.terminal import announce, print_fields, print_line
 from cera_train.common.trust import for_markdown
-from cera_train.data.prepare import TokenizedRows, prepare_data, stop_ids
+from cera_train.data.prepare import TokenizedRows, prepare_data
+from cera_train.data.tokens import stop_ids
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.generate import LoadedModel
@@ -63,7 +64,7 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
     if config.to == ExportForm.gguf:
         check_packages("to=gguf")
     subject = choose_dtype(subject)
-    source = config.data or subject.trained.data
+    source = config.data or subject.data
     require(
         source is not None,
         f"run={config.run} is an adapter without its run: name rows to judge on by data=....",
@@ -111,8 +112,7 @@ def write_form(
     adapter = subject.adapter
     if has_gates(run):
         adapter = part
-        asks = subject.trained.asks
-        maps = fit_maps(run, calibration_rows(source, run, asks, config.calibration_tokens))
+        maps = fit_maps(run, calibration_rows(source, run, config.calibration_tokens))
         write_lora(run.model, maps, run.base.name_or_path, subject.model.revision, part)
     if config.to != ExportForm.lora:
         merged = merge(subject, adapter, config.weights)
@@ -224,9 +224,9 @@ def fit(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     return h.T @ z @ torch.linalg.pinv(z.T @ z, hermitian=True)
 
 
-def calibration_rows(source: DataConfig, run: LoadedModel, asks: bool, tokens: int) -> Batch:
+def calibration_rows(source: DataConfig, run: LoadedModel, tokens: int) -> Batch:
     """The first training rows with up to so many tokens; of preferences, the chosen answers."""
-    rows = prepare_data(source, run.tokenizer, asks).train
+    rows = prepare_data(source, run.tokenizer).train
     chosen = TokenizedRows(rows.table, numbers=rows.numbers[:: source.sequences])
     batches = MicroBatches(chosen, False, tokens, run.base.device)
     return batches.load(batches.first(tokens))

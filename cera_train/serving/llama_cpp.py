@@ -17,7 +17,7 @@ from transformers import TextStreamer
 
 from cera_train.common.errors import UserError
 from cera_train.common.user_code import user_code
-from cera_train.data.prepare import ids_of
+from cera_train.data.tokens import ids_of
 from cera_train.evaluation.requests import Answer, Request, answer_of, generation_settings
 from cera_train.settings.evaluation import GenerationConfig
 

@@ -27,7 +27,8 @@ from cera_train.common.errors import DiffersError
 from cera_train.common.settings import Choice, require
 from cera_train.common.terminal import announce, print_fields
 from cera_train.common.user_code import user_code
-from cera_train.data.prepare import ids_of, prepare_evaluation, stop_ids
+from cera_train.data.prepare import prepare_evaluation
+from cera_train.data.tokens import ids_of, stop_ids
 from cera_train.evaluation.engine import load_subject
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Request
@@ -164,7 +165,7 @@ def verify(
         UserError: the folder cannot be loaded.
     """
     announce("loading", "it as its user does")
-    rows = prepare_evaluation(data, run.tokenizer, limit, subject.trained.asks)
+    rows = prepare_evaluation(data, run.tokenizer, limit)
     held_out = MicroBatches(rows, False, 1, run.base.device)
     batches = [held_out.load([number]) for number in range(len(rows))]  # one row a batch
     if folder.suffix == GGUF:

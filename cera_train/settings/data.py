@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -291,20 +291,3 @@ class DataConfig(Settings):
         return (
             ", ".join(Path(name).name for name in self.train_files) or self.path or str(self.layout)
         )
-
-
-class TrainedRows(NamedTuple):
-    """The rows that a model was trained on, and how they asked it."""
-
-    data: DataConfig | None = None
-    """None: unknown."""
-    asks: bool = False
-    """Whether they asked for the model's own answers: see `chats.chat_exchanges`."""
-
-    @property
-    def parts(self) -> list[DataConfig]:
-        """The data sets of a mix; none where they are unknown."""
-        return [] if self.data is None else [part for _, part in self.data.parts()]
-
-
-UNKNOWN = TrainedRows()

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from cera_train.common.settings import require, section, setting
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
-from cera_train.settings.data import DataConfig, Layout, LossOn, TrainedRows
+from cera_train.settings.data import DataConfig, Layout, LossOn
 from cera_train.settings.distributed import DistributedConfig, LaunchConfig, Strategy
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.sweep import StudyConfig, SweepConfig
@@ -127,13 +127,9 @@ class Config(Settings):
         return work
 
     @property
-    def asks(self) -> bool:
-        """Whether prompts are those of inference, for the model's own answers."""
-        return bool(self.work.answers)
-
-    @property
-    def trained_rows(self) -> TrainedRows:
-        return TrainedRows(self.data, self.asks)
+    def learns_answers(self) -> bool:
+        """Whether the model learns the answers of the rows, not answers of its own."""
+        return not self.work.answers
 
     @property
     def sequences(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from cera_train.adapters.saved import is_adapter, load, read
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
 from cera_train.data.prepare import TokenizedData, TokenizedRows, prepare_data
+from cera_train.data.questions import training_questions
+from cera_train.data.reader import Question
+from cera_train.data.sources import decide_layouts
 from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.sharding import load_optimizer_state, share_frozen_weights
 from cera_train.evaluation.engine import Sampler
@@ -40,7 +43,8 @@ from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import build_optimizer
-from cera_train.training.rewards import check_right_answers
+from cera_train.training.resolve import with_template_settings
+from cera_train.training.rewards import right_answer
 
 # --- rows -----------------------------------------------------------------------------------------
 
@@ -53,21 +57,35 @@ class Data:
     rows: TokenizedData
     order: RowOrder
     updates: int
+    questions: list[Question]
+    """Those of an epoch, for an objective that samples answers; `order` numbers them."""
 
 
 def build_data(config: Config) -> Data:
     """Reads and tokenises the rows, before there is a process group with its time limit."""
     tokenizer = load_tokenizer(config.model)
     check_length(config.model, config.data.max_length, "data.max_length")
-    rows = prepare_data(config.data, tokenizer, config.asks)
-    if config.asks and config.grpo.grader is not None:
-        check_right_answers(config.data, config.grpo.grader)
+    rows = prepare_data(config.data, tokenizer)
     together = config.data.sequences
-    order = RowOrder(
-        len(rows.train) // together, config.train.batch_size, config.train.seed, together
-    )
+    count = len(rows.train) // together
+    questions = []
+    if not config.learns_answers:
+        questions = training_questions(config.data, tokenizer)
+        count = len(questions)
+    for question in questions:
+        if config.grpo.grader is not None:
+            with errors_at(question.place):
+                right_answer(question.gold, config.grpo.grader)
+    order = RowOrder(count, config.train.batch_size, config.train.seed, together)
     updates = config.train.max_updates or config.train.epochs * order.updates_per_epoch
-    return Data(tokenizer, rows, order, updates)
+    return Data(tokenizer, rows, order, updates, questions)
+
+
+def look_at_data(config: Config) -> tuple[Config, Data]:
+    """The rows as a new run would read them, after the config in which it decided how."""
+    data = with_template_settings(config, decide_layouts(config.data), None)
+    config = replace(config, data=data)
+    return config, build_data(config)
 
 
 # --- model ----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from cera_train.common.terminal import (
     print_line,
 )
 from cera_train.data.look import print_data
-from cera_train.data.prepare import stop_ids
+from cera_train.data.tokens import stop_ids
 from cera_train.evaluation.tasks.task import describe_trained_on
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.language_model import LanguageModel
@@ -69,7 +69,7 @@ def print_start(
     generation = model.language_model.causal_lm.generation_config
     stops = stop_ids(data.tokenizer, generation.eos_token_id)
     print_line("data", describe_source(config.data))
-    print_data(config.data, data.rows, data.tokenizer, stops, asks=config.asks)
+    print_data(config.data, data.rows, data.tokenizer, stops, data.questions)
     if evaluator.exams.plan:
         print_line("answers", evaluator.exams.plan)
     for exam in evaluator.exams.tasks:

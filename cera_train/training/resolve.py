@@ -137,8 +137,8 @@ def with_template_settings(
     has_chats = any(may_use_template(part) for _, part in data.parts())
     if not has_chats:
         return data
-    data = decide_switches(data, load_tokenizer(config.model), config.asks)
-    return with_settings_of_start(data, config.adapter) if config.asks else data
+    data = decide_switches(data, load_tokenizer(config.model), config.learns_answers)
+    return data if config.learns_answers else with_settings_of_start(data, config.adapter)
 
 
 def with_settings_of_start(data: DataConfig, adapter: AdapterConfig) -> DataConfig:

@@ -1,19 +1,14 @@
 """Rewards of GRPO: the grade of an answer, and functions of the user's. Imports no torch."""
 
-import itertools
 import math
 import pkgutil
 from collections.abc import Callable
 
-from cera_train.common.errors import UserError, errors_at
+from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.common.user_code import user_code
-from cera_train.data.messages import TURNS
 from cera_train.data.rows import kind_of
-from cera_train.data.segments import segmenter
-from cera_train.data.sources import open_sources
 from cera_train.evaluation.tasks.jsonl import find_gold, is_right
-from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import Grader
 
 # Arguments: a prompt, an answer to it, and the row's answer.
@@ -63,17 +58,3 @@ def right_answer(text: str, grader: Grader) -> str:
             "another grader."
         )
     return answer
-
-
-def check_right_answers(data: DataConfig, grader: Grader) -> None:
-    """Raises UserError for the first training row whose answer the grader cannot read, with its
-    place."""
-    for _, part in data.trained_parts():
-        if grader == Grader.text and part.layout not in TURNS:
-            continue  # a row's answer is a text, and any text is right
-        to_sequences = segmenter(part, None)
-        for place, row in open_sources(part)[0].located():
-            with errors_at(place):
-                for segment in itertools.chain.from_iterable(to_sequences(row)):
-                    if segment.supervised:
-                        right_answer(segment.text, grader)

@@ -120,7 +120,7 @@ def train(config: Config) -> dict[str, Any]:
         interruption = stack.enter_context(Interruption())
         log = stack.enter_context(open_log(resolved, folder, data, model, progress))
         console.print_start(resolved, folder.path, data, model, evaluator, progress)
-        prove_coverage(config.train, data, model, progress)
+        prove_coverage(config.train, data, model)
         spectra: Spectra = {}
         if progress.update == 0 or progress.evaluation_pending:
             spectra = evaluate(model, evaluator, objective, timetable, progress, log)
@@ -303,7 +303,7 @@ def raise_diverged(what: str, folder: RunFolder) -> None:
 # --- beside the updates ---------------------------------------------------------------------------
 
 
-def prove_coverage(config: TrainConfig, data: Data, model: Model, progress: Progress) -> None:
+def prove_coverage(config: TrainConfig, data: Data, model: Model) -> None:
     """Runs one forward and backward pass over a short row for each process, without side effects.
 
     Raises:
@@ -314,9 +314,10 @@ def prove_coverage(config: TrainConfig, data: Data, model: Model, progress: Prog
         return
     accelerator = model.accelerator
     batches = model.micro_batches(data.rows.train)
-    sequences = data.order.sequences(progress.update)
     # About 64 tokens: cheap, and long enough for q and k to get a gradient.
-    sequences.sort(key=lambda sequence: abs(batches.lengths[sequence] - 64))
+    sequences = sorted(
+        range(len(batches.lengths)), key=lambda sequence: abs(batches.lengths[sequence] - 64)
+    )
     one_each = sequences[: accelerator.num_processes]
     model.wrapped.train()
     with model.language_model.uncompiled(), coverage.watch():

@@ -6,7 +6,6 @@ import pytest
 
 from cera_train.common.terminal import ProgressBar
 from cera_train.data.look import print_example
-from cera_train.data.prepare import Example, TokenizedRows, table_of
 
 
 @pytest.fixture
@@ -28,15 +27,10 @@ def test_a_terminal_without_a_cursor_gets_the_lines_of_a_log(screen, monkeypatch
 
 
 @pytest.mark.parametrize("no_color", [None, "1"])
-def test_what_is_supervised_is_marked_with_and_without_colours(
-    screen, monkeypatch, tokenizer, no_color
-):
+def test_what_is_supervised_is_marked_with_and_without_colours(screen, monkeypatch, no_color):
     if no_color:
         monkeypatch.setenv("NO_COLOR", no_color)
-    prompt = tokenizer("Question:", add_special_tokens=False).input_ids
-    answer = tokenizer(" a\nb" * 20, add_special_tokens=False).input_ids
-    mask = [False] * len(prompt) + [True] * len(answer)
-    print_example(TokenizedRows(table_of([Example(prompt + answer, mask)])), 0, tokenizer)
+    print_example([("Question:", False), (" a\nb" * 20, True)])
     first, *others = screen().splitlines()
     assert first.startswith("example    Question:")
     assert len(others) == 20

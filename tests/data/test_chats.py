@@ -4,11 +4,19 @@ import json
 
 import pytest
 from conftest import CHAT_TEMPLATE
-from examples import data_config, example_of, supervised_text, texts_of, with_changes
+from examples import (
+    data_config,
+    example_of,
+    examples_of,
+    questions_of,
+    supervised_text,
+    texts_of,
+    with_changes,
+)
 
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
-from cera_train.data.segments import segmenter, segmenters
+from cera_train.data.reader import Reader
 from cera_train.data.sources import decide_switches
 from cera_train.data.templates import Opening
 from cera_train.settings.data import DataConfig, MixPart
@@ -129,8 +137,9 @@ def test_the_papers_rows_stay_plain(compose, tokenizer):
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     for settings in (("data=slimorca",), ("data=jsonl", "protocol=paper")):
         data = compose(*settings, *files, "data.layout=conversations").data
-        [[question, answer]] = segmenter(data, tokenizer)(row)
-        assert (question.text, answer.text) == ("User: a\nAssistant:", " b")
+        [question] = Reader(data, tokenizer).questions("a row", row)
+        assert (question.prompt, question.gold) == ("User: a\nAssistant:", "b")
+        assert (question.text, question.is_chat) == (question.prompt, False)
 
 
 # --- several sequences ----------------------------------------------------------------------------
@@ -165,13 +174,11 @@ def test_an_answer_after_turns_that_the_template_shortens_is_a_sequence_of_its_o
     )
     pair = {"prompt": rows[0]["messages"][:3]} | {"chosen": [assistant("a")]}
     pair |= {"rejected": [assistant("b")]}
-    sides = segmenters(data_config(layout="messages", rejected="rejected"), chat)
-    [[[asked, chosen]], [[again, rejected]]] = [side(pair) for side in sides]
-    assert asked == again
-    assert (chosen.text, rejected.text) == (
+    sides = examples_of(pair, chat, layout="messages", rejected="rejected")
+    assert [supervised_text(side, chat) for side in sides] == [
         "<think></think>a<|im_end|>",
         "<think></think>b<|im_end|>",
-    )
+    ]
 
 
 # --- settings of the template ---------------------------------------------------------------------
@@ -203,10 +210,10 @@ def test_a_switch_follows_whether_the_row_has_reasoning(tokenizer):
     without = {"messages": ASKED}
     thought = {"messages": [ASKED[0], ASKED[1] | {"reasoning_content": "hm"}]}
 
-    def prompt_and_answer(row: dict, asks: bool = False, **settings) -> tuple:
+    def prompt_and_answer(row: dict, **settings) -> tuple:
         config = data_config(layout="messages", template_settings=settings)
-        [[prompt, answer]] = segmenters(config, chat, asks)[0](row)
-        return prompt.text.rpartition("\n")[2], answer.text, answer.opening
+        [[(prompt, answer, _, opening)]] = Reader(config, chat).sequences(row)
+        return prompt.rpartition("\n")[2], answer, opening
 
     assert prompt_and_answer(thought) == ("<think>", "hm</think>hello there<|im_end|>", None)
     switched = ("", "hello there<|im_end|>", ("enable_thinking", False))
@@ -214,8 +221,11 @@ def test_a_switch_follows_whether_the_row_has_reasoning(tokenizer):
     assert str(Opening(*switched[2])) == "enable_thinking=false"
     chosen = prompt_and_answer(without, enable_thinking=False)
     assert chosen == (*switched[:2], None)
-    # What samples an answer asks as inference does, and grades the text of the right one.
-    assert prompt_and_answer(without, asks=True) == ("<think>", "hello there", None)
+    # A question does not show whether its answer reasons.
+    for row in (thought, without):
+        [question] = questions_of(row, chat, layout="messages")
+        assert question.prompt.endswith("assistant\n<think>")
+        assert (question.text, question.gold) == ("hello", "hello there")
     # Without a switch the answer starts where the prompt and the finished chat part.
     chat.chat_template = OPENS.replace("enable_thinking is not defined or enable_thinking", "true")
     assert prompt_and_answer(without) == ("", "hello there<|im_end|>", ("without", "<think>"))
@@ -250,7 +260,7 @@ def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write
     assert settings([own, thought]) == {}
     rows = str(write_jsonl("rows.jsonl", [own] * 3))
     answered = data_config(train_files=[rows], layout="messages")
-    assert decide_switches(answered, chat, asks=True).template_settings == off
+    assert decide_switches(answered, chat, learns_answers=False).template_settings == off
 
     with pytest.raises(UserError, match=r"has enable_thinking=true, and all answers of the first "):
         settings([without] * 3, {"enable_thinking": True})
@@ -268,17 +278,6 @@ def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write
     assert decide_switches(computed, chat).template_settings == {"enable_thinking": False}
     chat.chat_template = OPENS.replace("enable_thinking is not defined or enable_thinking", "true")
     assert settings([without] * 3) == {"without": "<think>"}
-
-
-def test_a_right_answer_ends_as_the_template_ends_it_whether_sampled_or_learned(
-    tokenizer, write_jsonl
-):
-    assert tokenizer.eos_token == "</s>"
-    rows = [str(write_jsonl("rows.jsonl", [{"messages": ASKED}]))]
-    config = data_config(train_files=rows, eval_files=rows, layout="messages", allow_overlap=True)
-    for asks in (False, True):
-        [text] = texts_of(prepare_data(config, tokenizer, asks).evaluation, tokenizer)
-        assert text.endswith("hello there<|im_end|>")
 
 
 # --- refusals -------------------------------------------------------------------------------------

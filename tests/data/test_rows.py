@@ -9,10 +9,11 @@ import pytest
 from examples import CHAT, CONVERSATION
 
 from cera_train.common.errors import UserError
+from cera_train.data.chats import chat_of, unmarked_exchanges
 from cera_train.data.look import describe_stop
 from cera_train.data.prepare import TokenizedRows, prepare_data, prepare_evaluation
+from cera_train.data.rendering import Chat
 from cera_train.data.rows import Source, rows_of
-from cera_train.data.segments import segmenter, segmenters
 from cera_train.data.sources import decide_layouts, rows_by_prompt
 from cera_train.runs.records import load_config
 from cera_train.settings.data import DataConfig, MixPart
@@ -33,6 +34,13 @@ def own(compose, write_jsonl):
         ).data
 
     return own
+
+
+def texts_of_chat(chat: Chat) -> list[str]:
+    """The texts of a chat without markup, those of the context joined."""
+    exchanges = unmarked_exchanges(chat)
+    texts = [text for exchange in exchanges for text in (exchange.prompt, exchange.answer)]
+    return [text for text in texts if text]
 
 
 @pytest.mark.parametrize(
@@ -67,8 +75,7 @@ def own(compose, write_jsonl):
 def test_the_columns_of_the_first_rows_choose_the_layout(own, row, layout, texts):
     config = own([row, row])
     assert config.layout == layout
-    [sequence] = segmenter(config, None)(row)
-    assert [segment.text for segment in sequence] == texts
+    assert texts_of_chat(chat_of(row, config, False)) == texts
     assert decide_layouts(config) == config
 
 
@@ -126,9 +133,8 @@ def test_preferences_are_texts_or_messages(compose, write_jsonl, source, row, la
     file = f"data.train_files=[{write_jsonl('pairs.jsonl', [row])}]"
     data = compose(*source.split(), file).data
     assert data.layout == layout
-    for side, answer in zip(segmenters(data, None), "23", strict=True):
-        [sequence] = side(row)
-        assert [segment.text for segment in sequence] == ["1 + 1?", answer]
+    for side, answer in enumerate("23"):
+        assert texts_of_chat(chat_of(row, data, False, side)) == ["1 + 1?", answer]
 
 
 def test_a_preference_may_name_its_column_and_needs_one(compose, write_jsonl):

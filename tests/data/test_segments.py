@@ -9,8 +9,8 @@ from examples import (
     CHAT,
     CONVERSATION,
     ROLES,
-    data_config,
     example_of,
+    questions_of,
     supervised_text,
     with_changes,
 )
@@ -20,8 +20,12 @@ from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from cera_train.data.prepare import encode, ids_of
-from cera_train.data.segments import segmenter, templates
+from cera_train.common.errors import UserError
+from cera_train.data.columns import templates
+from cera_train.data.reader import Example, Reader
+from cera_train.data.tokens import ids_of
+
+EMPTY = Example([], [], has_answer=False)
 
 # --- layout text ----------------------------------------------------------------------------------
 
@@ -59,7 +63,7 @@ def test_text_layouts_of_conf_are_the_papers_templates(
     compose, tokenizer, name, row, prompt, completion
 ):
     config = compose(f"data={name}", "data.train_files=[t.jsonl]", "data.eval_files=[e.jsonl]").data
-    [example] = encode([segmenter(config, tokenizer)(row)], config, tokenizer)
+    [example] = Reader(config, tokenizer).examples([("a row", row)])
     prompt_ids = ids_of(prompt, tokenizer)
     completion_ids = ids_of(completion, tokenizer)
     assert example.input_ids == [0, *prompt_ids, *completion_ids, 1]  # <s> is 0, </s> is 1
@@ -119,10 +123,11 @@ def test_numbers_become_text_null_becomes_empty_and_braces_in_values_stay(tokeni
 
 
 @pytest.mark.parametrize("answer", [None, " \n\u00a0"])
-def test_a_row_without_an_answer_has_no_segments(tokenizer, answer):
-    assert segmenter(data_config(), tokenizer)({"question": "a", "answer": answer}) == []
-    segments = segmenter(data_config(completion=" {answer} {reason}"), tokenizer)
-    assert segments({"question": "a", "answer": answer, "reason": "because"}) != []
+def test_a_row_without_an_answer_is_empty_and_asks_nothing(tokenizer, answer):
+    row = {"question": "a", "answer": answer, "reason": "because"}
+    assert example_of(row, tokenizer) == EMPTY
+    assert questions_of(row, tokenizer) == []
+    assert example_of(row, tokenizer, completion=" {answer} {reason}").has_answer
 
 
 # --- layout conversations -------------------------------------------------------------------------
@@ -132,7 +137,7 @@ def test_slimorca_takes_the_first_question_and_answer_without_the_system_prompt(
     published = compose(
         "data=slimorca", "data.train_files=[t.jsonl]", "data.eval_files=[e.jsonl]"
     ).data
-    [example] = encode([segmenter(published, tokenizer)(CONVERSATION)], published, tokenizer)
+    [example] = Reader(published, tokenizer).examples([("a row", CONVERSATION)])
     assert supervised_text(example, tokenizer) == "User: hello\nAssistant: hello there</s>"
     example = example_of(CONVERSATION, tokenizer, layout="conversations", chat="plain")
     assert tokenizer.decode(example.input_ids) == "<s>User: hello\nAssistant: hello there</s>"
@@ -149,12 +154,10 @@ def test_turns_all_keeps_the_system_prompt_and_supervises_every_answer(tokenizer
     assert supervised_text(example, tokenizer) == " hello there</s>| 0.84</s>"
     # An empty answer between others is context.
     turns = [("human", "a"), ("gpt", " "), ("human", "b"), ("gpt", "c")]
-    every = segmenter(data_config(**plain), tokenizer)
-    [segments] = every({"conversations": [{"from": role, "value": text} for role, text in turns]})
-    assert [segment.text for segment in segments] == [
-        "User: a\nAssistant:  \nUser: b\nAssistant:",
-        " c",
-    ]
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    [question] = questions_of(row, tokenizer, **plain)
+    assert question.prompt == "User: a\nAssistant:  \nUser: b\nAssistant:"
+    assert supervised_text(example_of(row, tokenizer, **plain), tokenizer) == " c</s>"
 
 
 @pytest.mark.parametrize("before", [[], [{"from": "system", "value": "Be brief."}]])
@@ -166,13 +169,12 @@ def test_what_the_assistant_says_before_a_question_is_context(tokenizer, before)
             *CONVERSATION["conversations"][1:],
         ]
     }
-    [first], [every] = (
-        segmenter(data_config(layout="conversations", turns=turns, chat="plain"), tokenizer)(row)
-        for turns in ("first", "all")
-    )
-    assert [segment.text for segment in first] == ["User: hello\nAssistant:", " hello there"]
-    assert [segment.text for segment in every if segment.supervised] == [" hello there", " 0.84"]
-    assert every[0].text.endswith("Assistant: Hi!\nUser: hello\nAssistant:")
+    plain = {"layout": "conversations", "chat": "plain"}
+    [asked] = questions_of(row, tokenizer, turns="first", **plain)
+    assert (asked.prompt, asked.gold) == ("User: hello\nAssistant:", "hello there")
+    first, second = questions_of(row, tokenizer, turns="all", **plain)
+    assert (first.gold, second.gold) == ("hello there", "0.84")
+    assert first.prompt.endswith("Assistant: Hi!\nUser: hello\nAssistant:")
     chat = {
         "messages": [
             {"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]
@@ -191,15 +193,17 @@ def test_what_the_assistant_says_before_a_question_is_context(tokenizer, before)
 
 
 @pytest.mark.parametrize("turns", ["first", "all"])
-def test_a_conversation_without_an_answer_has_no_segments(tokenizer, turns):
-    plain = data_config(layout="conversations", turns=turns, chat="plain")
-    segments = segmenter(plain, tokenizer)
+def test_a_conversation_without_an_answer_is_empty(tokenizer, turns):
+    def example(conversation: list | None) -> Example:
+        return example_of({"conversations": conversation}, tokenizer, **plain)
+
+    plain = {"layout": "conversations", "turns": turns, "chat": "plain"}
     question = {"from": "human", "value": "a"}
     unasked = [{"from": "gpt", "value": "Hello."}]
-    [by_system] = segments({"conversations": [{"from": "system", "value": "Greet."}, *unasked]})
-    assert [segment.text for segment in by_system if segment.supervised] == [" Hello."]
+    by_system = example([{"from": "system", "value": "Greet."}, *unasked])
+    assert supervised_text(by_system, tokenizer) == " Hello.</s>"
     for conversation in (None, [question], [question, {"from": "gpt", "value": " \n"}], unasked):
-        assert segments({"conversations": conversation}) == []
+        assert example(conversation) == EMPTY
 
 
 @pytest.mark.parametrize(
@@ -229,28 +233,17 @@ def test_flags_and_turns_choose_what_is_supervised(tokenizer, row, layout, first
         row = {"prompt": turns[:4], "completion": turns[4:]}
         assert supervised_text(example_of(row, tokenizer, layout=layout), tokenizer) == last
     first_alone = [*turns[:2], turns[2] | {"weight": 0}]
-    segments = segmenter(data_config(layout=layout, turns="first"), tokenizer)
-    assert segments({layout: first_alone}) == []
+    assert example_of({layout: first_alone}, tokenizer, layout=layout, turns="first") == EMPTY
+    asked = {layout: [*first_alone, *turns[3:]]}
+    [question] = questions_of(asked, tokenizer, layout=layout, turns="first", chat="template")
+    assert question.gold == "0.84"
 
 
-@pytest.mark.parametrize(
-    ("row", "layout", "chat", "left_out"),
-    [
-        (CONVERSATION, "conversations", "plain", " hello there</s>"),
-        (CHAT, "messages", "template", "hello there<|im_end|>"),
-    ],
-)
-def test_a_loss_on_all_tokens_leaves_out_an_answer_of_weight_0(
-    tokenizer, row, layout, chat, left_out
-):
-    turns = row[layout]
-    settings = {"layout": layout, "turns": "all", "chat": chat, "loss_on": "all"}
-    whole = example_of({layout: turns}, tokenizer, **settings)
-    marked = [*turns[:2], turns[2] | {"weight": 0}, *turns[3:]]
-    example = example_of({layout: marked}, tokenizer, **settings)
-    assert example.input_ids == whole.input_ids
-    trained = supervised_text(whole, tokenizer)
-    assert supervised_text(example, tokenizer) == trained.replace(left_out, "|", 1)
+def test_a_loss_on_all_tokens_refuses_an_answer_of_weight_0(tokenizer):
+    turns = CHAT["messages"]
+    marked = {"messages": [*turns[:2], turns[2] | {"weight": 0}, *turns[3:]]}
+    with pytest.raises(UserError, match=r"one has weight 0: set data\.loss_on=completion"):
+        example_of(marked, tokenizer, layout="messages", loss_on="all")
 
 
 # --- layout messages ------------------------------------------------------------------------------
@@ -280,8 +273,8 @@ def test_an_empty_turn_of_the_assistant_is_context(tokenizer):
     example = example_of({"messages": [USER, empty, USER, ANSWER]}, tokenizer, layout="messages")
     assert supervised_text(example, tokenizer) == "b<|im_end|>"
     assert "None" not in tokenizer.decode(example.input_ids)
-    segments = segmenter(data_config(layout="messages"), tokenizer)
-    assert segments({"messages": None}) == segments({"messages": [USER, empty]}) == []
+    for messages in (None, [USER, empty]):
+        assert example_of({"messages": messages}, tokenizer, layout="messages") == EMPTY
 
 
 KNOWS_TWO_ROLES = CHAT_TEMPLATE.replace(

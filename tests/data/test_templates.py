@@ -11,7 +11,8 @@ from examples import data_config
 
 from benchmarks.chat_templates import CHATS, TRL, originals, tokenizer_with
 from cera_train.common.errors import UserError
-from cera_train.data.segments import segmenter, segmenters
+from cera_train.data.chats import prompt_of, up_to_supervised
+from cera_train.data.reader import Reader
 from cera_train.data.sources import decide_switches
 from cera_train.data.templates import DATE, WITHOUT
 
@@ -28,13 +29,9 @@ def sequences_of(row: dict, tokenizer, **settings) -> list:
         settings["template_settings"] = {DATE: date.today().isoformat()}
     config = data_config(layout="messages", **settings)
     sequences = []
-    for segments in segmenter(config, tokenizer)(row):
-        answers = []
-        for number, segment in enumerate(segments):
-            if segment.supervised:
-                before = "".join(each.text for each in segments[:number])
-                answers.append((before, segment.text, segment.opening))
-        sequences.append(answers)
+    for exchanges in Reader(config, tokenizer).sequences(row):
+        asked = up_to_supervised(exchanges)
+        sequences.append([(prompt_of(each), each[-1].answer, each[-1].opening) for each in asked])
     return sequences
 
 
@@ -123,7 +120,6 @@ def test_each_answer_is_the_difference_of_two_renderings_or_cannot_be_expressed(
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_whatever_asks_a_run_asks_as_its_rows_were_answered(name, write_jsonl):
-    """The task held_out takes the prompts of training, cera-chat and a card those of inference."""
     tokenizer = tokenizer_with(TEMPLATES[name])
     for kind in ("one turn", "two turns", "system", "reasoning"):
         row = CHATS[kind]
@@ -131,13 +127,13 @@ def test_whatever_asks_a_run_asks_as_its_rows_were_answered(name, write_jsonl):
             continue
         config = data_config(train_files=[str(write_jsonl("chat.jsonl", [row]))], layout="messages")
         config = decide_switches(config, tokenizer)
-        trained, asked = (segmenters(config, tokenizer, asks)[0](row) for asks in (False, True))
-        prompts = []
-        for sequence in trained:
-            for number, segment in enumerate(sequence):
-                if segment.supervised:
-                    prompts.append("".join(each.text for each in sequence[:number]))
-        assert prompts == [prompt.text for prompt, _ in asked], kind
+        reader = Reader(config, tokenizer)
+        learned = [asked for each in reader.sequences(row) for asked in up_to_supervised(each)]
+        questions = reader.questions("a row", row)
+        assert list(map(prompt_of, learned)) == [question.prompt for question in questions], kind
+        assert reader.prompt(row) == questions[-1].prompt_ids, kind
+        golds = [each["content"] for each in row["messages"] if each["role"] == "assistant"]
+        assert [question.gold for question in questions] == golds, kind
 
 
 def is_difference(tokenizer, messages: list[dict], number: int, tools, answer: tuple) -> bool:

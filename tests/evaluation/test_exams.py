@@ -202,7 +202,7 @@ def test_a_sample_is_a_row_up_to_its_first_answer(
 ):
     file = write_jsonl("rows.jsonl", [row] * 4)
     config = compose("data=jsonl", f"data.train_files=[{file}]", "data.eval_rows=2", *settings)
-    rows = config.trained_rows
+    rows = config.data
     exam = rows_exam(rows, 3, tokenizer, positions=256)
     assert [(problem.prompt, problem.gold) for problem in exam.problems] == [(prompt, gold)] * 2
     start = [] if "messages" in row else [tokenizer.bos_token_id]

@@ -11,7 +11,7 @@ from examples import with_changes
 
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
-from cera_train.data.segments import segmenter
+from cera_train.data.reader import Reader
 from cera_train.settings.data import DataConfig
 
 pytest_plugins = ["examples"]
@@ -164,7 +164,7 @@ def test_a_bad_row_is_refused_with_its_file_and_line(refusal):
     ],
 )
 def test_a_bad_template_is_refused_with_its_key(refusal, settings, line):
-    assert refusal({"x.jsonl": ROWS}, **settings).startswith(line)
+    assert refusal({"x.jsonl": ROWS}, **settings).startswith(f"x.jsonl:1: {line}")
 
 
 def test_a_tokenizer_without_an_end_token_is_refused_with_its_model(refusal, tokenizer):
@@ -220,5 +220,5 @@ def test_a_tokenizer_without_an_end_token_is_refused_with_its_model(refusal, tok
 )
 def test_a_malformed_turn_is_refused_with_its_number(tokenizer, layout, row, line):
     config = DataConfig(layout=layout, train_files=["t.jsonl"], eval_rows=1)
-    with pytest.raises(UserError, match=f"^{re.escape(line)}"):
-        segmenter(config, tokenizer)(row)
+    with pytest.raises(UserError, match=f"^a row: {re.escape(line)}"):
+        Reader(config, tokenizer).examples([("a row", row)])

@@ -18,9 +18,8 @@ from cera_train.adapters.build import build
 from cera_train.adapters.folder import check_saved
 from cera_train.common.files import read_json, read_yaml
 from cera_train.common.trust import clean, for_markdown
-from cera_train.data.prepare import encode
+from cera_train.data.reader import Reader
 from cera_train.data.rows import rows_of
-from cera_train.data.segments import segmenter
 from cera_train.evaluation.tasks import gsm8k
 from cera_train.evaluation.tasks import math as math_task
 from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
@@ -171,10 +170,10 @@ LAYOUTS = {
 @given(row=HOSTILE_ROWS, max_length=st.integers(2, 40))
 def test_any_row_gives_an_example_or_a_reason(tokenizer, layout, row, max_length):
     config = DataConfig(**LAYOUTS[layout], path="x", max_length=max_length)
-    segments = result_or_value_error(segmenter(config, tokenizer), row)
-    if not segments:
+    examples = result_or_value_error(Reader(config, tokenizer).examples, [("a row", row)])
+    if not examples or not examples[0].input_ids:
         return
-    (example,) = encode([segments], config, tokenizer)
+    (example,) = examples
     assert len(example.input_ids) == len(example.loss_mask) <= max_length
     assert all(0 <= token < len(tokenizer) for token in example.input_ids)
     assert not example.loss_mask[0]

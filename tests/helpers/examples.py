@@ -9,8 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cera_train.data import rows as data_rows
-from cera_train.data.prepare import Example, TokenizedRows, encode
-from cera_train.data.segments import segmenter
+from cera_train.data.prepare import TokenizedRows
+from cera_train.data.reader import Example, Question, Reader
 from cera_train.settings.data import DataConfig
 
 TRAIN = [{"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(6)]
@@ -45,9 +45,16 @@ def data_config(**settings) -> DataConfig:
     )
 
 
+def examples_of(row: dict, tokenizer, **settings) -> list[Example]:
+    return Reader(data_config(**settings), tokenizer).examples([("a row", row)])
+
+
 def example_of(row: dict, tokenizer, **settings) -> Example:
-    config = data_config(**settings)
-    return encode([segmenter(config, tokenizer)(row)], config, tokenizer)[0]
+    return examples_of(row, tokenizer, **settings)[0]
+
+
+def questions_of(row: dict, tokenizer, **settings) -> list[Question]:
+    return Reader(data_config(**settings), tokenizer).questions("a row", row)
 
 
 def with_changes(tokenizer: PreTrainedTokenizerFast, **changes) -> PreTrainedTokenizerFast:

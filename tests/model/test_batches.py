@@ -8,7 +8,8 @@ import pyarrow
 import pytest
 import torch
 
-from cera_train.data.prepare import Example, TokenizedRows, table_of
+from cera_train.data.prepare import TokenizedRows, table_of
+from cera_train.data.reader import Example
 from cera_train.model.batches import (
     OVERHEAD_TOKENS,
     MicroBatches,

@@ -40,7 +40,7 @@ def test_local_rows_are_those_that_the_run_reads(compose, size, write_jsonl, tok
     settings = ["data=jsonl", file, "data.eval_rows=10", "data.max_length=24", *words]
     counted = size(*settings)
     config = compose(*settings)
-    data = prepare_data(config.data, tokenizer, config.asks)
+    data = prepare_data(config.data, tokenizer)
     lengths = data.train.lengths
     assert (counted.train_rows, counted.eval_rows) == (len(data.train), len(data.evaluation))
     assert counted.tokens_per_row == pytest.approx(fmean(lengths))

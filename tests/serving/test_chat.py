@@ -8,9 +8,8 @@ import pytest
 from evaluated_runs import chat, evaluate, read
 
 from cera_train.common.errors import UserError
-from cera_train.data.prepare import encode
-from cera_train.data.segments import segmenter
-from cera_train.serving.chat import Prompts, choose_rows, converse, read_prompts
+from cera_train.data.reader import Reader
+from cera_train.serving.chat import choose_rows, converse, read_prompts, row_of_turns
 from cera_train.settings.data import DataConfig, MixPart
 from cera_train.settings.serving import Template
 
@@ -52,13 +51,13 @@ MESSAGES = [
 )
 def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_row, tokenizer):
     config = DataConfig(**data)
-    (example,) = encode([segmenter(config, tokenizer)(trained_row)], config, tokenizer)
-    prompts = Prompts(config, tokenizer)
-    ids = prompts.ids(prompts.row(turns))
-    assert ids == example.input_ids[: len(ids)]
+    reader = Reader(config, tokenizer)
+    (example,) = reader.examples([("a row", trained_row)])
+    ids = reader.prompt(row_of_turns(turns, config))
+    assert [*ids] == example.input_ids[: len(ids)]
     assert not example.loss_mask[len(ids) - 1]
     assert all(example.loss_mask[len(ids) : -1])
-    assert prompts.ids(trained_row) == ids
+    assert reader.prompt(trained_row) == ids
 
 
 def test_an_answer_is_the_one_that_an_evaluation_gives(
@@ -105,12 +104,11 @@ def test_stdin_is_a_question_a_seed_an_answer_and_two_models_answer_one_below_th
     assert answer() == answer("prompt=How many?") != ""
 
 
-def test_a_file_has_a_question_on_each_line_or_row(tmp_path, tokenizer, write_jsonl):
-    prompts = Prompts(DataConfig(**TEXT), tokenizer)
+def test_a_file_has_a_question_on_each_line_or_row(tmp_path, write_jsonl):
     lines = tmp_path / "questions.txt"
     lines.write_text(f"{ONE}\n\n{TWO}\n", encoding="utf-8-sig")
     rows = write_jsonl("rows.jsonl", [{"question": ONE}, {"question": TWO}])
-    by_line, by_row = (list(read_prompts(str(file), prompts)) for file in (lines, rows))
+    by_line, by_row = (list(read_prompts(str(file), DataConfig(**TEXT))) for file in (lines, rows))
     assert [place for place, _ in by_line] == [f"{lines}:1", f"{lines}:3"]
     assert [place for place, _ in by_row] == [f"{rows}:1", f"{rows}:2"]
     assert [row for _, row in by_line] == [row for _, row in by_row]
@@ -143,11 +141,11 @@ def test_what_cannot_be_asked_is_refused_in_one_line(compose, run, tokenizer, wr
     )
     too_long = refusal(f"run={run}", "prompt=a", "max_new_tokens=100000")
     assert too_long.endswith("(--max-model-len): lower max_new_tokens, or shorten the prompt.")
-    two = Prompts(DataConfig(**TEXT | {"prompt": "{context} {question}"}), tokenizer)
+    two = DataConfig(**TEXT | {"prompt": "{context} {question}"})
     with pytest.raises(UserError, match="2 columns, and a text fills one"):
-        two.row([ONE])
+        row_of_turns([ONE], two)
     with pytest.raises(UserError, match="^column 'messages' asks nothing: write a question"):
-        Prompts(DataConfig(layout="messages", path="x"), tokenizer).ids({"messages": []})
+        Reader(DataConfig(layout="messages", path="x"), tokenizer).prompt({"messages": []})
 
 
 @pytest.fixture
@@ -185,13 +183,7 @@ def test_a_conversation_continues_after_ctrl_c_and_can_start_over_when_it_is_too
         return "an answer"
 
     printed = type_lines("cut", "long", "a", "b")
-    converse(
-        [
-            SimpleNamespace(
-                name="it", prompts=SimpleNamespace(keeps_turns=True, row=list), answer=answer
-            )
-        ]
-    )
+    converse([SimpleNamespace(name="it", keeps_turns=True, row=list, answer=answer)])
     notes = [
         line.split(maxsplit=1)[1]
         for line in "".join(printed).splitlines()

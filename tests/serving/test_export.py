@@ -162,7 +162,7 @@ def test_an_export_in_its_run_is_measured_as_the_run(compose, trained):
     evaluate(compose(*words, command="eval"))
     subject = find_subject(compose(f"run={exported}", command="chat"))
     run = load_config(folder / "config.yaml")
-    assert (subject.model, subject.trained.data) == (run.model, run.data)
+    assert (subject.model, subject.data) == (run.model, run.data)
     assert (exported / "eval" / "exported" / "result.json").is_file()
     (folder / "result.json").unlink()  # as where an adapter and its config were copied
     evaluate(compose(f"run={folder / 'adapter'}", "task=perplexity", command="eval"))

@@ -93,7 +93,7 @@ def check_of(run, compose):
     loaded = load_subject(subject, this_device())
 
     def check_of(file: Path) -> Certificate:
-        return verify(file, subject, loaded, subject.trained.data, limit=4)
+        return verify(file, subject, loaded, subject.data, limit=4)
 
     return check_of
 

@@ -93,7 +93,7 @@ def check_of(run, compose):
     loaded = load_subject(subject, this_device())
 
     def check_of(folder: Path, **settings) -> Certificate:
-        return verify(folder, subject, loaded, subject.trained.data, **settings)
+        return verify(folder, subject, loaded, subject.data, **settings)
 
     return check_of
 

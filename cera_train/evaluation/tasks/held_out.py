@@ -1,41 +1,40 @@
 """The held-out rows of a run: their prompts are the questions, their answers the gold ones,
 graded as in jsonl.py."""
 
+import itertools
 from typing import Any
 
+from cera_train.common.errors import errors_at
 from cera_train.common.settings import require
-from cera_train.data.chats import may_use_template
-from cera_train.data.rows import Row, Source
-from cera_train.data.sources import answered_rows
+from cera_train.data.questions import held_out_questions
 from cera_train.evaluation.tasks import jsonl
-from cera_train.runs.evaluation_folder import CHAT
-from cera_train.settings.data import TrainedRows
+from cera_train.evaluation.tasks.task import fields_of_prompt, question_id
+from cera_train.runs.evaluation_folder import Problem
+from cera_train.settings.data import DataConfig
 
 
 class EvaluationRows(jsonl.JsonlTask):
-    def source(self, trained: TrainedRows, tokenizer: Any) -> Source:
+    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> list[Problem]:
         name = f"task={self.config.name}"
         fix = "write the questions into a file, for task=jsonl"
         require(
-            bool(trained.parts),
+            data is not None,
             f"{name}: the rows that this model was trained on are unknown: {fix}.",
         )
-        rows = []
-        for row in answered_rows(trained.data, tokenizer, trained.asks):
-            is_counted = tokenizer is None and may_use_template(row.part)
-            require(
-                row.is_chat or is_counted or len(row.prompt) == 1,
-                f"{name} does not know answers before the asked one in plain text: {fix}.",
-            )
-            asked = {"question": row.text, "without_markup": row.question}
-            rows.append(asked | {"answer": row.gold, CHAT: row.is_chat})
-        require(bool(rows), f"{name}: no held-out row has a prompt and an answer: {fix}.")
-        return Source.numbered("", rows, name)
+        require(
+            self.config.prompt == "{question}",
+            f"{name} asks as the run's rows do: leave out task.prompt, or {fix}.",
+        )
+        questions = itertools.chain.from_iterable(held_out_questions(data, tokenizer))
+        problems = []
+        for question in itertools.islice(questions, self.config.limit):
+            with errors_at(question.place):
+                gold = self.gold({"answer": question.gold})
+            asked = question.text
+            problem = Problem(question_id(asked), asked, gold=gold, **fields_of_prompt(question))
+            problems.append(problem)
+        require(bool(problems), f"{name}: no held-out row has a prompt and an answer: {fix}.")
+        return problems
 
-    def details(self, row: Row) -> dict[str, Any]:
-        return {CHAT: True} if row[CHAT] else {}
 
-
-TASK = EvaluationRows(
-    **vars(jsonl.TASK) | {"settings": ("prompt", "grader"), "question": "without_markup"}
-)
+TASK = EvaluationRows(**vars(jsonl.TASK) | {"settings": ("prompt", "grader")})

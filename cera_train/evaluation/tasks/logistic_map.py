@@ -9,13 +9,18 @@ from typing import Any
 
 from pydantic import Field
 
-from cera_train.data.chats import uses_template
 from cera_train.data.computed import logistic_map_row, starting_points
-from cera_train.data.segments import segmenters
-from cera_train.evaluation.tasks.task import AnswerTask, Metric, mean, question_id
-from cera_train.runs.evaluation_folder import CHAT, COLLAPSED, Generation, Grade, Problem
+from cera_train.data.reader import Reader
+from cera_train.evaluation.tasks.task import (
+    AnswerTask,
+    Metric,
+    fields_of_prompt,
+    mean,
+    question_id,
+)
+from cera_train.runs.evaluation_folder import COLLAPSED, Generation, Grade, Problem
 from cera_train.runs.records import Record
-from cera_train.settings.data import DataConfig, Layout, TrainedRows, as_list
+from cera_train.settings.data import DataConfig, Layout, as_list
 
 # starting points for a model that was not trained on this task: those of
 # conf/data/logistic_map.yaml
@@ -29,14 +34,14 @@ class StepGrades(Record, extra="allow"):
 
 
 class LogisticMap(AnswerTask):
-    def problems(self, trained: TrainedRows, tokenizer: Any = None) -> Iterable[Problem]:
+    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out, in its first data set of
-        such rows. The chat template writes the prompts where it wrote the rows of the run."""
-        parts = [part for part in trained.parts if part.layout == Layout.logistic_map]
+        such rows, asked as its rows are."""
+        parts = [] if data is None else [part for _, part in data.parts()]
+        parts = [part for part in parts if part.layout == Layout.logistic_map]
         [rows] = parts[:1] or [DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)]
         settings = rows.logistic_map
-        is_chat = bool(parts) and tokenizer is not None and uses_template(rows, tokenizer)
-        to_sequences, *_ = segmenters(rows, tokenizer, trained.asks) if is_chat else [None]
+        reader = None if tokenizer is None else Reader(rows, tokenizer)
         _, starts = starting_points(settings, rows.eval_rows)
         pairs = itertools.product(starts, self.config.growths)
         for x0, growth in itertools.islice(pairs, self.config.limit):
@@ -45,9 +50,9 @@ class LogisticMap(AnswerTask):
             details = {"growth": growth, "decimals": settings.decimals}
             details["trained"] = growth in as_list(settings.growth) if parts else None
             details["prompt"] = question
-            if is_chat:
-                [[prompt, _]] = to_sequences(row)
-                details |= {"prompt": prompt.text, CHAT: True}
+            if reader is not None:
+                [asked] = reader.questions("", row)
+                details |= fields_of_prompt(asked)
             gold = row["completion"].strip()
             yield Problem(id=question_id(question), question=question, gold=gold, **details)
 

@@ -8,7 +8,7 @@ from cera_train.common.settings import require
 from cera_train.data.prepare import TokenizedRows, prepare_evaluation, prepare_windows
 from cera_train.data.rows import text_of
 from cera_train.evaluation.tasks.task import Task, open_rows, require_rows
-from cera_train.settings.data import TrainedRows
+from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import TaskConfig
 from cera_train.settings.model import ModelConfig
 
@@ -27,10 +27,9 @@ class Perplexity(Task):
             )
         return super().configured(config)
 
-    def rows(self, trained: TrainedRows, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
+    def rows(self, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
         """The rows to predict; of the run, or of `data=`, those held out."""
         config = self.config
-        data = trained.data
         if config.window is not None:
             from cera_train.model.folder import check_length  # imports torch
 
@@ -46,7 +45,7 @@ class Perplexity(Task):
             data is not None,
             "data=... is missing: this adapter's training data is unknown. Choose the rows.",
         )
-        return prepare_evaluation(data, tokenizer, config.limit, trained.asks)
+        return prepare_evaluation(data, tokenizer, config.limit)
 
 
 TASK = Perplexity(settings=("files", "window"))

@@ -22,11 +22,12 @@ import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, options, read_yaml
 from cera_train.common.settings import flatten, require
+from cera_train.data.columns import columns_of
+from cera_train.data.reader import Question
 from cera_train.data.rows import Row, Source, from_files, normalized, text_of
-from cera_train.data.segments import columns_of
 from cera_train.data.sources import from_hub, open_sources
-from cera_train.runs.evaluation_folder import Generation, Grade, Problem
-from cera_train.settings.data import UNKNOWN, DataConfig, TrainedRows
+from cera_train.runs.evaluation_folder import CHAT, Generation, Grade, Problem
+from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import TaskConfig
 from cera_train.settings.values import checked
 
@@ -82,11 +83,11 @@ class AnswerTask(Task, ABC):
         }
 
     @abstractmethod
-    def problems(self, trained: TrainedRows, tokenizer: Any = None) -> Iterable[Problem]:
+    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterable[Problem]:
         """The problems, in order, at most `config.limit`.
 
         Args:
-            trained: what the run was trained on.
+            data: what the run was trained on; None: unknown.
             tokenizer: of the model that answers, whose chat template may write the prompts; None
                 to count problems.
         """
@@ -129,12 +130,8 @@ class QuestionTask(AnswerTask):
         )
         return super().configured(config)
 
-    def source(self, trained: TrainedRows, tokenizer: Any) -> Source:
-        """The rows to read: by default those of the task's files, or of its data set on the Hub."""
-        return open_rows(self.config)
-
-    def problems(self, trained: TrainedRows, tokenizer: Any = None) -> list[Problem]:
-        source = self.source(trained, tokenizer)
+    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> list[Problem]:
+        source = open_rows(self.config)
         problems = list(itertools.islice(self._read(source), self.config.limit))
         level = "" if self.config.level is None else f" of task.level={self.config.level}"
         require(
@@ -155,11 +152,7 @@ class QuestionTask(AnswerTask):
                     {name: text_of(row, name, "task.prompt") for name in columns}
                 )
                 gold = self.gold(row)
-            yield Problem(question_id(question), question, prompt, gold, **self.details(row))
-
-    def details(self, row: Row) -> dict[str, Any]:
-        """What a problem holds beside its prompt and its gold answer."""
-        return {}
+            yield Problem(question_id(question), question, prompt, gold)
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         answer = None
@@ -180,6 +173,12 @@ def level_of(row: Row) -> str | None:
     """The number in column `level`: MATH writes "Level 5", MATH-500 writes 5."""
     number = re.search(r"\d+", text_of(row, "level"))
     return number and number[0]
+
+
+def fields_of_prompt(question: Question) -> dict[str, Any]:
+    """The fields by which a problem is asked as a row of the run."""
+    fields: dict[str, Any] = {"prompt": question.prompt, "prompt_ids": question.prompt_ids}
+    return fields | ({CHAT: True} if question.is_chat else {})
 
 
 def question_id(question: str) -> str:
@@ -249,13 +248,13 @@ def build_task(config: TaskConfig) -> Task:
 
 
 def load_problems(
-    task: AnswerTask, trained: TrainedRows = UNKNOWN, tokenizer: Any = None
+    task: AnswerTask, data: DataConfig | None = None, tokenizer: Any = None
 ) -> list[Problem]:
     """The problems of a task, in its order. A question that comes again gets -2, -3, ... after its
     id. The arguments are those of `AnswerTask.problems`."""
     seen = Counter()
     problems = []
-    for problem in task.problems(trained, tokenizer):
+    for problem in task.problems(data, tokenizer):
         seen[problem.id] += 1
         count = seen[problem.id]
         problems.append(problem if count == 1 else problem.replace(id=f"{problem.id}-{count}"))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from cera_train.adapters.saved import keeps_base
 from cera_train.common.settings import require
-from cera_train.data.prepare import Example, TokenizedRows, table_of
+from cera_train.data.prepare import TokenizedRows, table_of
+from cera_train.data.reader import Example, Question
 from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.held_out import token_losses
 from cera_train.evaluation.requests import Answer, Request, check_positions
@@ -86,14 +86,6 @@ def grpo_loss(
 # --- the objective --------------------------------------------------------------------------------
 
 
-class Prompt(NamedTuple):
-    """What a row asks."""
-
-    ids: tuple[int, ...]  # the tokens before the row's answer
-    text: str
-    right: str  # the row's answer
-
-
 class Grpo:
     """
     Args:
@@ -113,8 +105,7 @@ class Grpo:
         self.config = config.grpo
         self.seed = config.train.seed
         self.samples = config.train.samples
-        self.rows = data.rows.train
-        self.tokenizer = data.tokenizer
+        self.questions = data.questions
         self.model = model
         self.sampler = sampler
         self.folder = folder
@@ -130,41 +121,40 @@ class Grpo:
         # A base that the adapter moves cannot be compared.
         limit = None if keeps_base(model.adapted) else MOST_ROUNDING
         self.policy = PolicyCheck(f"train.server={config.train.server}", model, limit)
-        longest = max(self._answer_start(row) for row in range(len(self.rows)))
+        longest = max(len(question.prompt_ids) for question in self.questions)
         room = self.config.max_new_tokens
         check_positions("grpo.max_new_tokens", room, longest, sampler.engine.positions)
 
-    def draw(self, rows: list[int]) -> Update:
-        prompts = [self._prompt(row) for row in rows]
-        groups = self._sample(prompts, self.config.answers)
-        batches = self._batches(prompts, groups)
+    def draw(self, numbers: list[int]) -> Update:
+        questions = [self.questions[number] for number in numbers]
+        groups = self._sample(questions, self.config.answers)
+        batches = self._batches(questions, groups)
         distances = {}
         if self.sampler.is_served:
-            distances = self._check_policy(prompts, groups, batches)
-        rewards = self._reward(prompts, groups)
-        self._keep_samples(prompts, groups, rewards)
+            distances = self._check_policy(questions, groups, batches)
+        rewards = self._reward(questions, groups)
+        self._keep_samples(questions, groups, rewards)
         return self._update(groups, batches, rewards, distances)
 
-    def _batches(self, prompts: list[Prompt], groups: list[list[Answer]]) -> MicroBatches:
+    def _batches(self, questions: list[Question], groups: list[list[Answer]]) -> MicroBatches:
         """One sequence for each answer, after its prompt."""
-        examples = [
-            Example(
-                [*prompt.ids, *answer.ids], [False] * len(prompt.ids) + [True] * len(answer.ids)
-            )
-            for prompt, group in zip(prompts, groups, strict=True)
-            for answer in group
-        ]
+        examples = []
+        for question, group in zip(questions, groups, strict=True):
+            is_asked = [False] * len(question.prompt_ids)
+            for answer in group:
+                ids = [*question.prompt_ids, *answer.ids]
+                examples.append(Example(ids, is_asked + [True] * len(answer.ids)))
         return self.model.micro_batches(TokenizedRows(table_of(examples)))
 
     def _check_policy(
-        self, prompts: list[Prompt], groups: list[list[Answer]], batches: MicroBatches
+        self, questions: list[Question], groups: list[list[Answer]], batches: MicroBatches
     ) -> dict[str, float]:
         """Returns figures of how far the server's policy is from the model's. Raises UserError
         where it is another."""
         if self.policy.limit is None:
             with self.sampler.engine.without_adapter():
-                unadapted = self._sample(prompts, 1)
-            self.policy.measure(self._batches(prompts, unadapted), sampled_log_p(unadapted))
+                unadapted = self._sample(questions, 1)
+            self.policy.measure(self._batches(questions, unadapted), sampled_log_p(unadapted))
         return self.policy.check(batches, sampled_log_p(groups))
 
     def _update(
@@ -208,61 +198,48 @@ class Grpo:
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
         return losses, {}
 
-    def _answer_start(self, row: int) -> int:
-        """Tokens before the row's answer."""
-        return self.rows.tokens("loss_mask", row).index(True).as_py()
-
-    def _prompt(self, row: int) -> Prompt:
-        ids = self.rows.tokens("input_ids", row).to_pylist()
-        supervised = self.rows.tokens("loss_mask", row).to_pylist()
-        start = supervised.index(True)
-        end = [*supervised, False].index(False, start)  # of the chat's first answer
-        text = self.tokenizer.decode(ids[:start], skip_special_tokens=True)
-        right = self.tokenizer.decode(ids[start:end], skip_special_tokens=True)
-        return Prompt(tuple(ids[:start]), text, right)
-
-    def _sample(self, prompts: Sequence[Prompt], size: int) -> list[list[Answer]]:
-        """`size` answers to each prompt, the same on every process."""
+    def _sample(self, questions: Sequence[Question], size: int) -> list[list[Answer]]:
+        """`size` answers to each question, the same on every process."""
         requests = [
-            Request(f"{self.progress.update}/{number}", sample, prompt.ids)
-            for number, prompt in enumerate(prompts)
+            Request(f"{self.progress.update}/{number}", sample, question.prompt_ids)
+            for number, question in enumerate(questions)
             for sample in range(size)
         ]
         settings = GenerationConfig(temperature=1.0, seed=self.seed)
         answers = self.sampler.answer(requests, self.config.max_new_tokens, [], settings)
         return [answers[first : first + size] for first in range(0, len(answers), size)]
 
-    def _reward(self, prompts: list[Prompt], groups: list[list[Answer]]) -> Tensor:
-        """[prompts, answers] the sum of each answer's rewards, computed once for all processes: a
+    def _reward(self, questions: list[Question], groups: list[list[Answer]]) -> Tensor:
+        """[questions, answers] the sum of each answer's rewards, computed once for all processes: a
         judge may answer differently when asked again."""
         rewards = None
         if self.model.accelerator.is_main_process:
             rewards = [
-                [self._sum_rewards(prompt, answer) for answer in group]
-                for prompt, group in zip(prompts, groups, strict=True)
+                [self._sum_rewards(question, answer) for answer in group]
+                for question, group in zip(questions, groups, strict=True)
             ]
         [rewards] = broadcast_object_list([rewards])
         return torch.tensor(rewards)
 
-    def _sum_rewards(self, prompt: Prompt, answer: Answer) -> float:
+    def _sum_rewards(self, question: Question, answer: Answer) -> float:
         text = answer.generation.text
-        return sum(reward(prompt.text, text, prompt.right) for reward in self.rewards)
+        return sum(reward(question.text, text, question.gold) for reward in self.rewards)
 
     def _keep_samples(
-        self, prompts: list[Prompt], groups: list[list[Answer]], rewards: Tensor
+        self, questions: list[Question], groups: list[list[Answer]], rewards: Tensor
     ) -> None:
-        """Adds the answers to the first `train.samples` prompts of an update to samples.jsonl."""
+        """Adds the answers to the first `train.samples` questions of an update to samples.jsonl."""
         if not self.model.accelerator.is_main_process:
             return
-        kept = zip(prompts[: self.samples], groups, rewards.tolist(), strict=False)
-        for prompt, group, earned in kept:
+        kept = zip(questions[: self.samples], groups, rewards.tolist(), strict=False)
+        for question, group, earned in kept:
             for answer, reward in zip(group, earned, strict=True):
                 sample = Sample(
                     self.progress.update + 1,
                     None,
-                    prompt.text,
+                    question.prompt,
                     answer.generation.text,
-                    prompt.right,
+                    question.gold,
                     reward=reward,
                     tokens=len(answer.ids),
                 )

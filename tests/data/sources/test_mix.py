@@ -9,11 +9,10 @@ import pytest
 from examples import CONVERSATION, texts_of, with_changes
 
 from cera_train.common.errors import UserError
-from cera_train.data.prepare import (
-    prepare_data,
-    prepare_evaluation,
-)
+from cera_train.data.prepare import prepare_data, prepare_evaluation
+from cera_train.data.questions import training_questions
 from cera_train.data.sources import drawn_rows, interleaved, rows_of_parts
+from cera_train.evaluation.exams import rows_exam
 from cera_train.settings.data import DataConfig, MixPart
 
 pytest_plugins = ["examples"]
@@ -121,14 +120,20 @@ def test_rows_of_several_sequences_are_drawn_as_rows(part, write_jsonl, tokenize
     assert len(texts) == 3 * 2 + 3
 
 
-def test_answers_that_are_cut_are_no_part_of_an_epoch_that_samples(part, write_jsonl, tokenizer):
-    rows = [{"question": f"b{row}?", "answer": "it " * (row % 2 * 99)} for row in range(14)]
-    rows = [row | {"answer": row["answer"] or "it"} for row in rows]
+def test_an_epoch_asks_its_share_of_each_part_without_prompts_that_are_too_long(
+    part, write_jsonl, tokenizer
+):
+    rows = [{"question": "b" * (1 + row % 2 * 99), "answer": "it " * 99} for row in range(14)]
     half = MixPart(train_files=[str(write_jsonl("b.jsonl", rows))], weight=1, eval_rows=2)
-    config = mix(part("a", 32, weight=1), half, max_length=40)
-    for asks, count in ((False, 12), (True, 6)):
-        texts = texts_of(prepare_data(config, tokenizer, asks).train, tokenizer)
-        assert Counter(text[0] for text in texts) == {"a": count, "b": count}
+    config = mix(part("a", 32, weight=1), half, max_length=40, allow_overlap=True)
+    questions = training_questions(config, tokenizer)
+    assert Counter(question.prompt[0] for question in questions) == {"a": 6, "b": 6}
+    assert ("b", ("it " * 99).strip()) in [(each.prompt, each.gold) for each in questions]
+
+
+def test_samples_come_from_all_parts(part, tokenizer):
+    exam = rows_exam(mix(part("a", 9), part("b", 9)), 3, tokenizer, None)
+    assert [problem.prompt for problem in exam.problems] == ["a7?", "b7?", "a8?"]
 
 
 def test_a_part_has_its_own_layout_and_templates_or_those_of_data(part, write_jsonl, tokenizer):

@@ -3,6 +3,7 @@ that has none."""
 
 import copy
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from cera_train.evaluation.evaluate import score
 from cera_train.evaluation.requests import requests_for
 from cera_train.evaluation.tasks.task import build_task, load_problems, trained_on, training_task
 from cera_train.runs.evaluation_folder import Generation, Problem
-from cera_train.settings.data import DataConfig, MixPart, TrainedRows
+from cera_train.settings.data import DataConfig, MixPart
 from cera_train.settings.evaluation import TaskConfig
 
 GSM8K = {"question": "1 + 1", "answer": "It is 2.\n#### 2"}
@@ -169,7 +170,7 @@ TALK = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "It is  4
 
 
 def held_out_problems(data: DataConfig | None, tokenizer=None, **changes) -> list[tuple[str, str]]:
-    problems = load_problems(training_task("held_out", changes), TrainedRows(data), tokenizer)
+    problems = load_problems(training_task("held_out", changes), data, tokenizer)
     return [(problem.prompt, problem.gold) for problem in problems]
 
 
@@ -197,30 +198,35 @@ def test_held_out_asks_chats_by_their_template_with_one_start_token(write_jsonl,
     talk = write_jsonl("talk.jsonl", [{"conversations": TALK}] * 2)
     data = DataConfig(train_files=[str(talk)], layout="conversations", eval_rows=1)
     task = training_task("held_out", {})
-    [problem] = load_problems(task, TrainedRows(data), tokenizer)
+    [problem] = load_problems(task, data, tokenizer)
     asked = TALK[0]["value"]
     prompt = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
     assert (problem.prompt, problem.gold) == (prompt, "It is 4.")
     other = copy.deepcopy(tokenizer)
     other.chat_template = f"[start]{tokenizer.chat_template}"
-    [asked_otherwise] = load_problems(task, TrainedRows(data), other)
+    [asked_otherwise] = load_problems(task, data, other)
     assert asked_otherwise.prompt != prompt
     assert asked_otherwise.id == problem.id  # so two bases are compared by cera-report
     [request] = requests_for([problem], 1, tokenizer, 8, None)
     assert tokenizer.decode(request.prompt_ids) == prompt
 
 
-def test_rows_that_held_out_cannot_ask_are_refused(write_jsonl, tokenizer):
+def test_held_out_ends_answers_before_the_asked_one_as_training_does(write_jsonl, tokenizer):
     turns = {"conversations": [*TALK[:1], TALK[1] | {"train": False}, *TALK]}
     file = str(write_jsonl("chat.jsonl", [turns] * 2))
-    settings = {"layout": "conversations", "turns": "all", "chat": "plain", "eval_rows": 1}
-    # A plan and a study count the problems of chats before there is a tokenizer.
-    by_template = DataConfig(train_files=[file], **settings | {"chat": "auto"})
-    assert len(held_out_problems(by_template)) == len(held_out_problems(by_template, tokenizer))
-    with pytest.raises(UserError, match="does not know answers before the asked one"):
-        held_out_problems(DataConfig(train_files=[file], **settings), tokenizer)
+    data = DataConfig(train_files=[file], layout="conversations", turns="all", chat="plain")
+    [problem] = load_problems(training_task("held_out", {}), replace(data, eval_rows=1), tokenizer)
+    [request] = requests_for([problem], 1, tokenizer, 8, None)
+    asked = f"User: {TALK[0]['value']}\nAssistant:"
+    assert tokenizer.decode(request.prompt_ids) == f"<s>{asked} {TALK[1]['value']}</s>\n{asked}"
+
+
+def test_what_held_out_cannot_ask_is_refused(tokenizer):
     with pytest.raises(UserError, match="task=held_out: the rows that this model was trained on"):
         held_out_problems(None)
+    data = DataConfig(layout="dates", train_rows=1, eval_rows=1)
+    with pytest.raises(UserError, match=r"asks as the run's rows do: leave out task\.prompt"):
+        held_out_problems(data, tokenizer, prompt="Q: {question}")
 
 
 def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and_place(

@@ -25,7 +25,7 @@ from cera_train.runs.evaluation_folder import Problem
 from cera_train.runs.records import read_lines
 from cera_train.runs.results import SAMPLES, Sample
 from cera_train.training.objectives.grpo import KL, MOST_WEIGHT
-from cera_train.training.rewards import grade
+from cera_train.training.rewards import grade, right_answer
 from cera_train.training.train import backward, train
 
 ROWS = [
@@ -114,8 +114,8 @@ def test_loss_gradients_and_figures_are_trls(
     torch.manual_seed(1)
     move()
     model.wrapped.train()
-    prompts = [objective._prompt(row) for row in (0, 2, 3)]
-    answers = objective._sample(prompts, 4)
+    questions = [objective.questions[number] for number in (0, 2, 3)]
+    answers = objective._sample(questions, 4)
     groups = [[answer.ids for answer in group] for group in answers]
     rewards = torch.tensor(
         [[vowels("Say ", tokenizer.decode(ids), "") for ids in group] for group in groups]
@@ -131,7 +131,9 @@ def test_loss_gradients_and_figures_are_trls(
             [torch.ones_like(part) for part in parts], True, 0, side
         )
 
-    prompt_ids, prompt_mask = padded([prompt.ids for prompt in prompts for _ in range(4)], "left")
+    prompt_ids, prompt_mask = padded(
+        [question.prompt_ids for question in questions for _ in range(4)], "left"
+    )
     ids, mask = padded([answer for group in groups for answer in group], "right")
     inputs = {
         "prompt_ids": prompt_ids,
@@ -406,18 +408,8 @@ def test_evaluations_ask_as_updates_do(grpo, thinking_folder, compose, write_jso
     assert {prompt.partition("assistant")[2] for prompt in asked} == {"\n"}
 
 
-def test_an_answer_that_only_calls_a_tool_is_refused_before_the_model_is_loaded(
-    grpo, write_jsonl, monkeypatch
-):
-    call = {"function": {"name": "look", "arguments": {}}}
-    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
-    rows = [{"messages": [{"role": "user", "content": row["prompt"]}, answer]} for row in ROWS]
-    words = (
-        f"data.train_files=[{write_jsonl('calls.jsonl', rows)}]",
-        "data.layout=messages",
-        "data.chat=auto",
-    )
-    monkeypatch.setattr("cera_train.training.build.load_model", None)
-    refused = r"^.*calls.jsonl:1: grpo.grader=text finds no text in an answer, .* a tool: mark it"
-    with pytest.raises(UserError, match=refused):
-        train(grpo(*words))
+def test_an_answer_that_only_calls_a_tool_cannot_be_graded():
+    with pytest.raises(
+        UserError, match=r"finds no text in an answer, .* a tool: mark it weight: 0"
+    ):
+        right_answer("", "text")
