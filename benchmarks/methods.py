@@ -357,7 +357,7 @@ def merges(case: Case, folder: Path) -> None:
 
 def export(run: Path) -> None:
 
-    config = compose(f"run={run}", "at_most=9", "calibration_tokens=200", command="export")
+    config = compose(f"run={run}", "at_most=9", command="export")
     with contextlib.redirect_stdout(io.StringIO()):
         export_run(config, find_subject(config))
 

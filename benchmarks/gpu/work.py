@@ -58,7 +58,6 @@ NEMO = (
     "adapter.dropout=0.1",
     "adapter.target_modules=all-linear",
     "optimizer.lr=1e-5",
-    "train.probe_tokens=2048",
 )
 RECIPES = {"cera": "math_r64", "lora": "math_lora_r512"}
 WORKS = {

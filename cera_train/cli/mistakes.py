@@ -57,7 +57,6 @@ train.batch_size           train_batch_size
 train.micro_batch_tokens   per_device_train_batch_size gradient_accumulation_steps micro_batch_size
 train.epochs               num_epochs num_train_epochs
 train.max_updates          max_steps
-train.resume               resume_from_checkpoint
 """
 """Names that Transformers, PEFT, TRL, axolotl and LLaMA-Factory give to a setting of ours."""
 

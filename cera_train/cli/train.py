@@ -28,7 +28,6 @@ from cera_train.data.tokens import stop_ids
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.runs.records import changes_result
 from cera_train.settings.run import Config
-from cera_train.settings.training import Resume
 from cera_train.study.design import StudySweeper, is_study
 from cera_train.sweep.folder import RECORD, key_of, print_sweep
 from cera_train.sweep.grid import Job, begin, job_composer, record_of
@@ -109,8 +108,6 @@ def prepare(composed: DictConfig, job: Job | None = None) -> Config:
     else:
         tracker = replace(config.tracker, group=config.tracker.group or job.sweep.name)
         config = replace(config, output_dir=str(job.sweep), name=job.name, tracker=tracker)
-        if (job.sweep / job.name / "result.json").exists():  # it stands, by train.resume=never too
-            config = replace(config, train=replace(config.train, resume=Resume.auto))
     if not is_as_published(overrides):
         config = replace(config, published={})
     return config

@@ -20,6 +20,9 @@ def computed_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
 # --- the logistic map -----------------------------------------------------------------------------
 
 
+STEPS = 6  # iterates that a row asks for
+
+
 def logistic_map_rows(config: LogisticMapConfig, eval_rows: int) -> tuple[list[Row], list[Row]]:
     """Rows of x' = growth x (1 - x): given x0, the next iterates. Every starting point has a row
     for each growth."""
@@ -32,7 +35,7 @@ def logistic_map_rows(config: LogisticMapConfig, eval_rows: int) -> tuple[list[R
 
 def starting_points(config: LogisticMapConfig, eval_rows: int) -> tuple[list[float], list[float]]:
     """Training and held-out starting points: all numbers with the config's decimals, split at
-    random by its seed. A held-out point is held out for all growths."""
+    random. A held-out point is held out for all growths."""
     scale = 10**config.decimals
     starts = [number / scale for number in range(1, scale)]
     held_out = math.ceil(eval_rows / len(as_list(config.growth)))
@@ -40,7 +43,7 @@ def starting_points(config: LogisticMapConfig, eval_rows: int) -> tuple[list[flo
         there = f"there are {len(starts)} starting points of {config.decimals} decimals"
         fix = "Lower it, or raise data.logistic_map.decimals."
         raise UserError(f"data.eval_rows={eval_rows} leaves nothing to train on: {there}. {fix}")
-    random.Random(config.seed).shuffle(starts)
+    random.Random(0).shuffle(starts)
     return starts[held_out:], starts[:held_out]
 
 
@@ -48,12 +51,11 @@ def logistic_map_row(x0: float, growth: float, config: LogisticMapConfig) -> Row
     """Rounds iterates only for the text: iterating on rounded numbers soon leaves the
     trajectory."""
     values = [x0]
-    for _ in range(config.steps):
+    for _ in range(STEPS):
         values.append(growth * values[-1] * (1 - values[-1]))
     start, *iterates = (f"{x:.{config.decimals}f}" for x in values)
     question = (
-        f"x' = {growth:g} x (1 - x). Starting from x = {start}, what are the next {config.steps} "
-        f"values?"
+        f"x' = {growth:g} x (1 - x). Starting from x = {start}, what are the next {STEPS} values?"
     )
     return computed_row(question, ", ".join(iterates))
 

@@ -363,7 +363,7 @@ def measure_perplexity(
     micro_batch_tokens = max(subject.train.micro_batch_tokens, *rows.column("length"))
     is_flat = language_model.is_flat
     batches = MicroBatches(rows, is_flat, micro_batch_tokens, accelerator.device)
-    held_out = HeldOut(language_model, batches, accelerator, subject.train.probe_tokens)
+    held_out = HeldOut(language_model, batches, accelerator)
     loss_per_token = held_out.token_losses().mean
     result = PerplexityResult(
         task=config.folder_name,

@@ -13,6 +13,9 @@ from cera_train.model.batches import MicroBatches
 from cera_train.model.language_model import LanguageModel
 from cera_train.runs.results import TokenLosses
 
+PROBE_TOKENS = 2048
+"""Tokens of the first held-out rows, on which spectra are taken."""
+
 
 class HeldOut:
     """Held-out rows, shared out over the processes of a run.
@@ -20,7 +23,6 @@ class HeldOut:
     Args:
         language_model: without DDP around it: processes evaluate without waiting for others.
         batches: micro-batches of the rows.
-        probe_tokens: tokens of the first rows, on which spectra are taken.
     """
 
     def __init__(
@@ -28,13 +30,12 @@ class HeldOut:
         language_model: LanguageModel,
         batches: MicroBatches,
         accelerator: Accelerator,
-        probe_tokens: int,
     ) -> None:
         self.language_model = language_model
         self.batches = batches
         self.accelerator = accelerator
         self.rows = range(len(batches.lengths))
-        self.probe = batches.first(probe_tokens)
+        self.probe = batches.first(PROBE_TOKENS)
 
     def token_losses(self) -> TokenLosses:
         """The loss of every supervised token."""

@@ -20,8 +20,7 @@ from cera_train.settings.data import DataConfig, DataFacts, LossOn
 from cera_train.settings.run import Config, PlanRun
 from cera_train.training.build import look_at_data
 
-COUNTED = "by SmolLM2's tokenizer"
-ESTIMATED = "an estimate"
+BY_FACTS = "data.facts"
 BY_READER = "by the model's tokenizer"
 BY_SETTING = "plan.tokens_per_row"
 
@@ -118,7 +117,7 @@ def _known_size(config: DataConfig, tokens_per_row: float | None) -> DataSize:
         supervised = facts.supervised
         if tokens_per_row is None:
             tokens_per_row = facts.tokens_per_row
-            source = ESTIMATED if facts.estimated else COUNTED
+            source = BY_FACTS
     require(
         None not in (train_rows, eval_rows, tokens_per_row),
         f"data.path={config.path}: its size is unknown. Set data.train_rows, data.eval_rows "

@@ -10,6 +10,7 @@ from torch.utils.benchmark import Timer
 from cera_train.adapters.build import check
 from cera_train.adapters.families import title
 from cera_train.common.terminal import announce
+from cera_train.evaluation.held_out import PROBE_TOKENS
 from cera_train.model.batches import RowOrder
 from cera_train.model.folder import check_length
 from cera_train.model.precision import choose_precision
@@ -57,7 +58,7 @@ def estimate(config: PlanRun) -> RunPlan:
     return RunPlan(
         config=config,
         device=device_of(config),
-        mfu=config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU),
+        mfu=GPU_MFU if on_gpu else CPU_MFU,
         data=data,
         problems=problems,
         totals=totals,
@@ -85,7 +86,7 @@ def run_totals(config: Config, data: DataSize) -> RunTotals:
     evaluations = 2 + ((updates - 1) // train.eval_every if train.eval_every else 0)
     row_tokens = config.data.sequences * data.tokens_per_row
     eval_tokens = data.eval_rows * row_tokens
-    probe_tokens = min(train.probe_tokens, eval_tokens)
+    probe_tokens = min(PROBE_TOKENS, eval_tokens)
     reference_tokens = data.train_rows * row_tokens + eval_tokens
     return RunTotals(
         updates=updates,

@@ -159,10 +159,10 @@ def _describe_data(plan: RunPlan) -> list[tuple[str, str]]:
 def _describe_device(plan: RunPlan) -> str:
     device = plan.device
     settings = plan.config.plan
-    source = "plan.mfu" if settings.mfu else "an assumption; set plan.mfu"
     return (
         f"{settings.gpus} x {device.name}, {device.memory / GB:.0f} GB, "
-        f"{_operations(device.peak_speed)}/s at best, {plan.mfu:.0%} of it in training ({source})"
+        f"{_operations(device.peak_speed)}/s at best, {plan.mfu:.0%} of it in training "
+        "(an assumption)"
     )
 
 

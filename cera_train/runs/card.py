@@ -117,7 +117,6 @@ def card_data(model: ModelConfig, library: str, tag: str) -> ModelCardData:
     return ModelCardData(
         base_model=model.hub_id,
         library_name=library,
-        license=model.facts.license if model.facts else None,
         tags=[tag],
         pipeline_tag="text-generation",
     )

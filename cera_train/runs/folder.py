@@ -50,7 +50,6 @@ from cera_train.runs.results import (
     RunResult,
 )
 from cera_train.runs.tracking import IDS
-from cera_train.settings.training import Resume
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 """environment.json records their versions, beside our own."""
@@ -167,21 +166,12 @@ class RunFolder:
         if damaged:
             raise UserError(
                 f"{self.path} has only damaged checkpoints: {'; '.join(damaged)}. Restore one of "
-                "them, or start again with train.resume=never."
+                "them, or remove the folder to start again."
             )
         return None
 
-    def check_may_run(self, resume: Resume) -> None:
-        """Raises UserError if the folder holds a finished run that may not be replaced, or one
-        whose config gives another result."""
-        is_finished = (self.path / "result.json").is_file()  # even if its adapter was moved away
-        if resume == Resume.never:
-            if is_finished:
-                raise UserError(
-                    f"{self.path} holds a finished run: choose another name=..., or remove the "
-                    "folder."
-                )
-            return
+    def check_may_run(self) -> None:
+        """Raises UserError if the folder holds a run whose config gives another result."""
         config = self.path / "config.yaml"
         can_differ = has_saved(self.path) and config.exists()
         if can_differ and (different := differences(config, self.config)):

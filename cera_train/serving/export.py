@@ -47,6 +47,7 @@ from cera_train.settings.model import Quantization
 from cera_train.settings.serving import ExportConfig, ExportForm, Weights
 
 CERTIFICATE = "certificate.json"
+CALIBRATION_TOKENS = 4096  # of the training rows that linear maps are fitted to
 
 LIBRARIES = {
     ExportForm.lora: "peft",
@@ -112,7 +113,7 @@ def write_form(
     adapter = subject.adapter
     if has_gates(run):
         adapter = part
-        maps = fit_maps(run, calibration_rows(source, run, config.calibration_tokens))
+        maps = fit_maps(run, calibration_rows(source, run))
         write_lora(run.model, maps, run.base.name_or_path, subject.model.revision, part)
     if config.to != ExportForm.lora:
         merged = merge(subject, adapter, config.weights)
@@ -224,12 +225,12 @@ def fit(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     return h.T @ z @ torch.linalg.pinv(z.T @ z, hermitian=True)
 
 
-def calibration_rows(source: DataConfig, run: LoadedModel, tokens: int) -> Batch:
-    """The first training rows with up to so many tokens; of preferences, the chosen answers."""
+def calibration_rows(source: DataConfig, run: LoadedModel) -> Batch:
+    """The first training rows, up to `CALIBRATION_TOKENS`; of preferences, the chosen answers."""
     rows = prepare_data(source, run.tokenizer).train
     chosen = TokenizedRows(rows.table, numbers=rows.numbers[:: source.sequences])
-    batches = MicroBatches(chosen, False, tokens, run.base.device)
-    return batches.load(batches.first(tokens))
+    batches = MicroBatches(chosen, False, CALIBRATION_TOKENS, run.base.device)
+    return batches.load(batches.first(CALIBRATION_TOKENS))
 
 
 @torch.no_grad()

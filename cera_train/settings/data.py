@@ -47,11 +47,8 @@ class LogisticMapConfig(Settings):
 
     growth: Growths = setting(3.5, "result")
     """A number, or a list of them: every starting point gives a row for each."""
-    steps: PositiveInt = setting(6, "result")
     decimals: Annotated[int, Field(gt=0, le=4)] = setting(2, "result")
     """Starting points are all numbers between 0 and 1 with this many decimals."""
-    seed: int = setting(0, "result")
-    """Decides which starting points train and which are held out."""
 
 
 @dataclass
@@ -67,9 +64,6 @@ class DataFacts(Settings):
     """Mean, truncated at the file's max_length."""
     supervised: float = setting(MISSING, "nothing")
     """Share of the tokens that belong to completions, end token included."""
-    estimated: bool = setting(False, "nothing")
-    """Whether tokens_per_row and supervised are estimates; a comment in the file gives their
-    basis."""
 
 
 @dataclass
@@ -92,9 +86,6 @@ class MixPart(Settings):
     layout: Layout | None = setting(None, "tokens")
     prompt: str | None = setting(None, "tokens")
     completion: str | None = setting(None, "tokens")
-    turns: Turns | None = setting(None, "tokens")
-    chat: Writing | None = setting(None, "tokens")
-    loss_on: LossOn | None = setting(None, "tokens")
 
 
 @dataclass
@@ -194,7 +185,7 @@ class DataConfig(Settings):
         require(
             not (is_text_alone and self.chat == Writing.template),
             "data.chat=template writes a question and its answer, and documents ask nothing: leave "
-            "it out, or set chat: plain in this part of data.mix.",
+            "it out.",
         )
         fix = "set data.train_files to local files or data.path to a Hub data set."
         require(bool(self.path or self.train_files), f"there is no training data: {fix}")

@@ -49,8 +49,17 @@ GONE = {
     "grpo.epsilon_high": Gone(BY_TRL),
     "grpo.max_sampler_distance": Gone("leave it out, and serve the base of the run", ANY),
     "gguf": Gone("compare the file by cera-export check=FILE, and ask llama.cpp's own server"),
+    "calibration_tokens": Gone("leave it out: it is 4,096"),
+    "data.facts.estimated": Gone("leave it out", ANY),
+    "data.logistic_map.seed": Gone("leave it out: the starting points are those of 0", 0),
+    "data.logistic_map.steps": Gone("leave it out: a row asks for 6 values", 6),
+    "data.mix.chat": Gone("set data.chat, for all parts"),
+    "data.mix.loss_on": Gone("set data.loss_on, for all parts"),
+    "data.mix.turns": Gone("set data.turns, for all parts"),
     "data.mix_seed": Gone("leave it out: the rows drawn are those of 0", 0),
     "hub.private": Gone("leave it out, and change the repository on its page", True),
+    "model.facts.license": Gone("leave it out, and write it into the card on the Hub", ANY),
+    "plan.mfu": Gone("leave it out, and scale the time"),
     "recipe=grpo_reasoning_gym": Gone("choose grpo_dates"),
     "study.set_aside": Gone("let study.tune_seeds choose, and the other seeds judge", 0.0),
     "study.tuned_elsewhere": Gone("give several values in study.tune, so that each arm chooses"),
@@ -60,6 +69,8 @@ GONE = {
     "tracker=mlflow": Gone("write 'tracker.kinds={mlflow: null}'"),
     "tracker=swanlab": Gone("write 'tracker.kinds={swanlab: null}'"),
     "tracker=trackio": Gone("write 'tracker.kinds={trackio: null}'"),
+    "train.probe_tokens": Gone("leave it out: it is 2,048", 2048),
+    "train.resume": Gone("leave it out; to start again, remove the run's folder", ANY),
 }
 """By setting, SECTION.KEY, or by choice, SECTION.KEY=VALUE or GROUP=NAME. A setting in a list, as
 in each part of data.mix, has the key of the list."""

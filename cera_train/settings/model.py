@@ -24,9 +24,6 @@ class ModelFacts(Settings):
 
     of: str = setting(MISSING, "nothing")
     """The `model.path` that these facts describe: with another path they are dropped."""
-    license: str | None = setting(None, "nothing")
-    """Licence of the weights, for an adapter's model card: an identifier of the Hub, such as
-    apache-2.0."""
     hub_id: str | None = setting(None, "nothing")
     """The weights' id on the Hub if `model.path` is not one, for an adapter's model card."""
     config: FolderName | None = setting(None, "nothing")

@@ -24,7 +24,7 @@ from cera_train.settings.training import (
     TrainConfig,
     Work,
 )
-from cera_train.settings.values import FolderName, Part, Settings, read_as
+from cera_train.settings.values import FolderName, Settings, read_as
 
 
 @dataclass
@@ -177,9 +177,6 @@ class PlanConfig(Settings):
     gpu: GpuKind = setting(GpuKind.h100, "cost")
     """cpu: this machine's CPU; measuring its speed takes half a second."""
     gpus: PositiveInt = setting(1, "cost")
-    mfu: Part | None = setting(None, "cost")
-    """Share of the peak speed that training reaches. null: 0.4 on a GPU; on a CPU the share
-    measured with SmolLM2."""
     price_per_hour: PositiveFloat | None = setting(None, "cost")
     """Price of one GPU, in any currency."""
     tokens_per_row: PositiveFloat | None = setting(None, "cost")

@@ -69,8 +69,6 @@ class ExportConfig(AnsweringConfig):
     """Nats per token: a folder is refused with status 3 if the 95 % interval of its KL divergence
     from the run exceeds this. null: what rounding explains, three times what it changes in the
     run itself, and 0.01 more for a LoRA fitted to a CeRA. What is quantised needs a number."""
-    calibration_tokens: PositiveInt = setting(4096, "result")
-    """The linear maps are fitted to training rows with up to this many tokens."""
     rows: PositiveInt | None = setting(None, "result")
     """Held-out rows to judge on. null: all."""
     data: DataConfig | None = section(None)

@@ -42,7 +42,6 @@ OptimizerKind = StrEnum("OptimizerKind", {kind: kind for kind in OPTIMIZERS}, mo
 
 Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
 BatchLayout = StrEnum("BatchLayout", ["auto", "flat", "padded"])
-Resume = StrEnum("Resume", ["auto", "never"])
 ObjectiveKind = StrEnum("ObjectiveKind", ["sft", "dpo", "grpo"])
 
 
@@ -157,8 +156,6 @@ class TrainConfig(Settings):
     check_coverage: bool = setting(True, "nothing")
     """Check on a few rows, before the first update, that every adapter runs and gets a gradient;
     refuse the run if one does not."""
-    probe_tokens: PositiveInt = setting(2048, "result")
-    """Tokens of held-out rows from which the spectra are computed."""
     tasks: list[str] = setting(list, "result")
     """Tasks of cera-eval (files of conf/task) to answer and grade during training."""
     tasks_every: PositiveInt | None = setting(None, "result")
@@ -177,9 +174,6 @@ class TrainConfig(Settings):
     digest."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = setting(0, "result")
     """Draws the adapter's first weights, the order of the rows, dropout and sampled answers."""
-    resume: Resume = setting(Resume.auto, "nothing")
-    """auto: resume from the last undamaged checkpoint in the run's folder; never: start anew, but
-    refuse to overwrite a finished run."""
 
     def __post_init__(self) -> None:
         for name in self.task_settings or {}:

@@ -263,7 +263,7 @@ def build_evaluator(
     accelerator = model.accelerator
     language_model = model.language_model
     batches = model.micro_batches(data.rows.evaluation)
-    held_out = HeldOut(language_model, batches, accelerator, config.train.probe_tokens)
+    held_out = HeldOut(language_model, batches, accelerator)
     sampler = Sampler(
         config, data.tokenizer, language_model, accelerator, progress, folder / "served"
     )

@@ -23,7 +23,6 @@ from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import DataConfig, Layout, MixPart
 from cera_train.settings.model import Quantization
 from cera_train.settings.run import Config
-from cera_train.settings.training import Resume
 from cera_train.training.optimizer import auto_rate
 
 
@@ -44,7 +43,7 @@ def resolve(config: Config, folder: Path) -> Resolved:
     adapters.check(config.adapter)
     config = replace(config, data=decide_layouts(config.data))
     record = folder / "config.yaml"
-    if starts_anew(config, folder):
+    if starts_anew(folder):
         return decide(config, None, folder)
     resolved = decide(config, load_config(record), folder)
     if not has_saved(folder) and differences(record, redact_tree(to_plain(resolved.config))):
@@ -79,12 +78,12 @@ def decide(config: Config, recorded: Config | None, folder: Path) -> Resolved:
     return Resolved(chosen, why)
 
 
-def starts_anew(config: Config, folder: Path) -> bool:
+def starts_anew(folder: Path) -> bool:
     """Whether there is nothing to resume: no run in the folder, or one that diverged before its
     first checkpoint."""
     is_lost = (folder / DIVERGED).exists() and not has_saved(folder)
     has_config = (folder / "config.yaml").is_file()
-    return config.train.resume == Resume.never or not has_config or is_lost
+    return not has_config or is_lost
 
 
 def choose_rate(config: Config) -> Choice[float]:

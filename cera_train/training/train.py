@@ -49,7 +49,7 @@ from cera_train.runs.results import (
 from cera_train.runs.subject import adapter_identity
 from cera_train.runs.tracking import check_trackers
 from cera_train.settings.run import Config
-from cera_train.settings.training import Resume, TrainConfig
+from cera_train.settings.training import TrainConfig
 from cera_train.training import console
 from cera_train.training.build import (
     Data,
@@ -101,14 +101,13 @@ def train(config: Config) -> dict[str, Any]:
         opened = RunFolder.open(path, to_plain(config), is_main_process())
         folder = stack.enter_context(opened)
         if folder.is_main:
-            folder.check_may_run(config.train.resume)
+            folder.check_may_run()
         if (result := folder.result()) is not None:
             if folder.is_main:
                 reached = f"perplexity {figure(result.perplexity, 2)}"
                 print_line("finished", f"{path}: {reached}. Its result stands.")
             return result.replace(folder=str(path)).to_json()  # it may have been moved
-        resumes = folder.is_main and config.train.resume == Resume.auto
-        checkpoint = folder.newest_checkpoint() if resumes else None
+        checkpoint = folder.newest_checkpoint() if folder.is_main else None
 
         check_trackers(config.tracker)
         # Everything that an update and an evaluation need.

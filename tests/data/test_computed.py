@@ -22,22 +22,19 @@ def starts_of(rows: list[dict[str, str]]) -> list[str]:
 
 def test_the_trajectory_is_the_papers_and_only_what_is_shown_is_rounded():
     # shared/PAPER.md, "State collapse": growth 3.5 from x0 = 0.4.
-    row = logistic_map_row(0.4, 3.5, LogisticMapConfig(decimals=4, steps=5))
-    assert row["completion"] == " 0.8400, 0.4704, 0.8719, 0.3908, 0.8333"
-    rounded = logistic_map_row(0.4, 3.5, LogisticMapConfig(decimals=1, steps=5))
+    row = logistic_map_row(0.4, 3.5, LogisticMapConfig(decimals=4))
+    assert row["completion"].startswith(" 0.8400, 0.4704, 0.8719, 0.3908, 0.8333, ")
+    rounded = logistic_map_row(0.4, 3.5, LogisticMapConfig(decimals=1))
     # Computed from the rounded 0.8, the next would be 0.6.
-    assert rounded["completion"] == " 0.8, 0.5, 0.9, 0.4, 0.8"
+    assert rounded["completion"].startswith(" 0.8, 0.5, 0.9, 0.4, 0.8, ")
 
 
-def test_starting_points_are_split_by_the_seed_without_losing_any():
+def test_starting_points_are_split_without_losing_any():
     train, evaluation = logistic_map_rows(LogisticMapConfig(), 20)
     assert (len(train), len(evaluation)) == (79, 20)
     assert sorted(starts_of(train) + starts_of(evaluation)) == [
         f"0.{number:02}" for number in range(1, 100)
     ]
-    assert {*starts_of(evaluation)} != {
-        *starts_of(logistic_map_rows(LogisticMapConfig(seed=1), 20)[1])
-    }
     with pytest.raises(
         UserError, match=r"data\.eval_rows=99 leaves nothing to train on: there are 99"
     ):

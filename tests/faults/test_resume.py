@@ -228,8 +228,6 @@ def test_a_finished_run_whose_adapter_is_gone_writes_it_again(tiny_config):
     result = train(config)
     adapter = adapter_bytes(config)
     shutil.rmtree(folder_of(config) / "adapter")
-    with pytest.raises(UserError, match="holds a finished run"):
-        train(tiny_config("train.resume=never"))
     checkpoints = folder_of(config) / "checkpoints"
     checkpoints.rename(aside := checkpoints.with_name("aside"))
     with pytest.raises(UserError, match="adapter.r was 4"):
@@ -254,24 +252,12 @@ def test_a_folder_that_is_renamed_while_it_trains_ends_the_run(tiny_config, upda
     assert train(config)["updates"] == 12
 
 
-def test_resume_never_starts_anew_but_does_not_overwrite_a_finished_run(tiny_config):
-    config = tiny_config("train.resume=never")
-    train_and_die_after(config, 6)
-    train(config)
-    assert [line["update"] for line in metrics_of(config) if "train/loss" in line] == list(
-        range(1, 13)
-    )
-    with pytest.raises(ValueError, match="holds a finished run"):
-        train(config)
-
-
 def test_a_mistake_does_not_harm_an_unfinished_run_and_partial_writes_are_removed(tiny_config):
     config = tiny_config()
     train_and_die_after(config, 6)
     (folder_of(config) / "checkpoints" / ".writing-8").mkdir()
-    for settings in (["train.resume=never", "adapter.target_modules=[none]"], ["adapter.r=8"]):
-        with pytest.raises(ValueError, match=r"matches no module|adapter.r was 4"):
-            train(tiny_config(*settings))
+    with pytest.raises(ValueError, match=r"adapter.r was 4"):
+        train(tiny_config("adapter.r=8"))
     assert (folder_of(config) / "checkpoints" / "4").is_dir()
     assert len(metrics_of(config)) == 8
     # These settings change no number.
@@ -338,10 +324,6 @@ def test_auto_ignores_a_folder_with_nothing_to_resume(tiny_config, tmp_path):
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(tiny_config("optimizer.lr=0.5"))))
     assert resolve(auto, folder).config.optimizer.lr == 0.5
-    assert (
-        resolve(tiny_config("optimizer.lr=auto", "train.resume=never"), folder).config.optimizer.lr
-        == 0.038
-    )
     (folder / DIVERGED).touch()
     assert resolve(auto, folder).config.optimizer.lr == 0.038
     (folder / "checkpoints" / "4").mkdir(parents=True)

@@ -61,8 +61,6 @@ def test_the_card_describes_the_adapter_and_its_code_loads_it(finished_run, tiny
     card = ModelCard.load(finished_run / "adapter" / "README.md")
     result = json.loads((finished_run / "result.json").read_text())
     assert card.data.library_name == "peft"
-    # Not apache-2.0, the license of the model file that this config started from.
-    assert card.data.license is None
     for part in (
         str(tiny_folder),
         "CeRA of rank 4 on q_proj v_proj",

@@ -84,7 +84,7 @@ def test_an_unknown_number_of_rows_is_refused(size):
     assert (known.train_rows, known.tokens_per_row, known.prompt_tokens) == (640, 100, 100)
     templates = ["data.prompt='{question}'", "data.completion=' {answer}'"]
     of_conf = size("data=jsonl", "data.path=openai/gsm8k", *templates)
-    assert (of_conf.train_rows, of_conf.source) == (7473, "by SmolLM2's tokenizer")
+    assert (of_conf.train_rows, of_conf.source) == (7473, "data.facts")
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason=f"real rows are not at {GSM8K}")

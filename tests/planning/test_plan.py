@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from conftest import needs_smollm2
 
+from cera_train.evaluation.held_out import PROBE_TOKENS
 from cera_train.planning.data_size import data_size
 from cera_train.planning.estimate import GPU_MFU, run_totals
 from cera_train.planning.plan import GPUS
@@ -93,7 +94,7 @@ def test_processes_share_rows_and_weights(tiny_plan):
 def test_time_and_cost_follow_from_the_operations(tiny_plan):
     run = ["plan.gpu=a100", "plan.price_per_hour=2"]
     one = tiny_plan(*run)
-    eight = tiny_plan(*run, "plan.gpus=8", "plan.mfu=0.2")
+    eight = tiny_plan(*run, "plan.gpus=8")
     operations = sum(one.flops.values())
     assert one.seconds == pytest.approx(operations / (312e12 * GPU_MFU))
     assert one.cost == pytest.approx(one.seconds / 3600 * 2)
@@ -137,9 +138,9 @@ def test_objectives_add_their_passes_and_answers(compose):
     assert held.forward_tokens - plain.forward_tokens == pytest.approx(held.tokens)
     served = size(*words, "train.server=http://localhost:8000")[1]
     assert served.forward_tokens == held.forward_tokens  # the check of the server's log p
-    data, dpo = size("data=preferences", "train.objective=dpo", "train.probe_tokens=1")
+    data, dpo = size("data=preferences", "train.objective=dpo")
     pair = 2 * data.tokens_per_row
-    probes = 3
+    probes = 3 * PROBE_TOKENS
     assert dpo.tokens == 10 * 16 * pair
     reference = (data.train_rows + data.eval_rows) * pair
     assert dpo.forward_tokens == 2 * data.eval_rows * pair + probes + dpo.tokens + reference
@@ -163,7 +164,7 @@ def test_a_plan_prints_every_part(math_plan, capsys):
         "plan       math_r64: cera r=64 on q_proj v_proj\nmodel      meta-llama/Llama-3.1-8B, "
         "bfloat16\n"
     )
-    assert "171 tokens (an estimate), 100% supervised" in out
+    assert "171 tokens (data.facts), 100% supervised" in out
     assert "task       gsm8k: 15 problems (generation time not counted)\n" in out
     for label in ("parameters", "memory of one process", "work", "FLOPs", "time and cost"):
         assert f"\n{label}\n" in out

@@ -181,7 +181,7 @@ class Life:
         if self.has_start:
             start = dict.fromkeys(("adapter.start_from", "train.tasks_every"))
             steps = {"start": start | {"train.max_updates": "2"}} | steps
-        here = dict.fromkeys(PARALLEL) | {"plan.gpu": "cpu", "plan.mfu": "0.4"}
+        here = dict.fromkeys(PARALLEL) | {"plan.gpu": "cpu"}
         if "data.path" in self.settings:  # a plan reads no rows of the Hub
             here["plan.tokens_per_row"] = "30"
         for step, changes in steps.items():

@@ -77,9 +77,7 @@ def test_an_identity_gate_loses_nothing_and_a_learned_one_little(
         "adapter.target_modules=all-linear",
         name=settings.replace("=", "_"),
     )
-    certificate = export(
-        compose(f"run={folder}", "at_most=100", "calibration_tokens=200", command="export")
-    )
+    certificate = export(compose(f"run={folder}", "at_most=100", command="export"))
     assert certificate.loss_form == pytest.approx(
         certificate.loss_run, abs=1e-5 if loses_nothing else 0.3
     )
@@ -131,7 +129,7 @@ def test_what_loses_too_much_is_not_exported(compose, trained):
     before = {file.name: file.read_bytes() for file in output.iterdir()}
     assert "adapter_model.safetensors" in before
     with pytest.raises(DiffersError):
-        export(compose(f"run={folder}", "at_most=0", "calibration_tokens=300", command="export"))
+        export(compose(f"run={folder}", "at_most=0", command="export"))
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
     assert not list(folder.glob(".writing-*"))
 

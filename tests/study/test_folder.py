@@ -86,21 +86,21 @@ def test_with_tune_seeds_the_first_seeds_choose_and_the_others_are_compared(laun
 
 def test_every_arm_runs_on_every_base_and_chooses_one_value_for_all(launcher, run_study):
     """LoRA is best at 0.01 on base b alone, and by more."""
-    seeds = {"a": "0", "b": "1"}
+    growths = {"a": "3.5", "b": "3.7"}
     launcher.loss = lambda values: {("a", "0.001"): 1.0, ("b", "0.01"): 1.0}.get(
         (values["study.base"], values["optimizer.lr"]), 1.1 + 0.1 * (values["study.base"] == "b")
     )
-    bases = {name: [f"data.logistic_map.seed={seed}"] for name, seed in seeds.items()}
+    bases = {name: [f"data.logistic_map.growth={r}"] for name, r in growths.items()}
     study = {"bases": bases, "tune_seeds": 1, "contrasts": {}}
     assert run_study("study.arm=lora,cera", study=study) == 0
     assert launcher.began == [
         f"adapter.r=4,optimizer.lr={lr},study.arm={arm},study.base={base},train.seed={seed}"
         for seed, lrs in ((0, (0.001, 0.01)), (1, (0.01,)))
-        for arm, base, lr in itertools.product(("lora", "cera"), seeds, lrs)
+        for arm, base, lr in itertools.product(("lora", "cera"), growths, lrs)
     ]
     for overrides in SweepRecord.read(launcher.sweep / RECORD).jobs.values():
         words = dict(word.split("=", 1) for word in overrides)
-        assert words["data.logistic_map.seed"] == seeds[words["study.base"]]
+        assert words["data.logistic_map.growth"] == growths[words["study.base"]]
     assert rates(launcher)["lora"] == "0.01"
     assert run_study("study.base=c", study=study) == 2
 

@@ -111,7 +111,7 @@ def test_rows_of_several_sequences_are_drawn_as_rows(part, write_jsonl, tokenize
         for number in range(9)
     ]
     file = str(write_jsonl("chats.jsonl", chats))
-    chats = MixPart(train_files=[file], layout="messages", chat="template", weight=1, eval_rows=1)
+    chats = MixPart(train_files=[file], layout="messages", weight=1, eval_rows=1)
     config = mix(chats, part("a", 9, weight=1), train_rows=6)
     train = prepare_data(config, chat).train
     texts = texts_of(train, chat)
@@ -138,11 +138,12 @@ def test_samples_come_from_all_parts(part, tokenizer):
 
 def test_a_part_has_its_own_layout_and_templates_or_those_of_data(part, write_jsonl, tokenizer):
     chats = str(write_jsonl("chats.jsonl", [CONVERSATION, CONVERSATION]))
-    one = MixPart(train_files=[chats], eval_rows=0, layout="conversations", chat="plain")
+    one = MixPart(train_files=[chats], eval_rows=0, layout="conversations")
     two = part("b", 3, prompt="Q: {question}", completion=" A: {answer}")
     computed = MixPart(layout="logistic_map", train_rows=1, eval_rows=1)
     trained = texts_of(
-        prepare_data(mix(one, two, part("a", 3), computed), tokenizer).train, tokenizer
+        prepare_data(mix(one, two, part("a", 3), computed, chat="plain"), tokenizer).train,
+        tokenizer,
     )
     chat = "User: hello\nAssistant: hello there"
     assert {chat, "Q: b0? A: b is 0", *row_texts("a", [0])} < {*trained}

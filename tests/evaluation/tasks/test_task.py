@@ -182,10 +182,10 @@ def test_the_questions_of_held_out_are_the_evaluation_rows_of_every_part(write_j
     talk = write_jsonl("talk.jsonl", [{"conversations": TALK}] * 2)
     parts = [
         MixPart(train_files=[str(qa)], prompt="{q} ", completion="{a}", eval_rows=3),
-        MixPart(train_files=[str(talk)], layout="conversations", chat="plain"),
+        MixPart(train_files=[str(talk)], layout="conversations"),
         MixPart(layout="dates", train_rows=1, eval_rows=0),
     ]
-    data = DataConfig(prompt="x", completion="{y}", eval_rows=1, mix=parts)
+    data = DataConfig(prompt="x", completion="{y}", chat="plain", eval_rows=1, mix=parts)
     sums = [("1 + 2? ", "It is 3"), ("1 + 3? ", "It is 4")]
     plain = ("User: 2 + 2?\nAssistant:", "It is 4.")
     assert held_out_problems(data, tokenizer) == [*sums, plain]
