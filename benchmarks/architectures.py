@@ -46,13 +46,12 @@ from cera_train.distributed.sharding import trainable_weights
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.compiled import compile_layers
 from cera_train.model.language_model import LanguageModel
-from cera_train.model.layout import choose_layout
+from cera_train.model.layout import choose_layout, probe
 from cera_train.model.weights import load_model
 from cera_train.planning.dry_run import DryRun
 from cera_train.runs.folder import RunFolder
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.model import Dtype, ModelConfig, Quantization
-from cera_train.settings.training import BatchLayout
 from cera_train.training.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -101,10 +100,14 @@ class Subject:
         tokenizer.save_pretrained(self.folder)
         return str(self.folder)
 
-    def adapted(
-        self, base: PreTrainedModel | None = None, layout: BatchLayout = BatchLayout.auto
-    ) -> LanguageModel:
-        """The model with a random adapter on all that can be adapted, in the layout of a run."""
+    def adapted(self, base: PreTrainedModel | None = None) -> LanguageModel:
+        """The model with a random adapter, in the layout of a run."""
+        language_model = self.padded(base)
+        choose_layout(language_model, CPU)
+        return language_model
+
+    def padded(self, base: PreTrainedModel | None = None) -> LanguageModel:
+        """The model with a random adapter on all that can be adapted, for padded rows."""
         base = base or self.base()
         config = AdapterConfig(r=4, alpha=None, experts=self.has_experts)
         model = adapters.build(base, config)
@@ -113,7 +116,6 @@ class Subject:
             if "cera_B" in name:
                 nn.init.normal_(weight, std=0.1)
         language_model = LanguageModel(model, base)
-        choose_layout(layout, language_model, CPU)
         return language_model.eval()  # without the dropout that some types have by default
 
 
@@ -170,8 +172,8 @@ def check_learns(language_model: LanguageModel) -> None:
 def rows(subject: Subject) -> str:
     """flat: sequences stand end to end in one row, by our attention or under the model's mask, with
     the loss and gradients of separate rows; padded where they would see each other."""
-    language_model = subject.adapted(layout=BatchLayout.padded)
-    allowed = language_model.allowed
+    language_model = subject.padded()
+    allowed = probe(language_model)
     apart = [padded_batch([row], [mask]) for row, mask in zip(ROWS, MASKS, strict=True)]
     expected = loss_and_gradients(language_model, *apart)
     check_close(loss_and_gradients(language_model, padded_batch(ROWS, MASKS)), expected)
@@ -204,7 +206,7 @@ def all_linear(subject: Subject) -> str:
     model = adapters.build(base, AdapterConfig(r=4, experts=subject.has_experts))
     check_close(base.eval()(input_ids=IDS, use_cache=False).logits, expected, "logits at the start")
     language_model = LanguageModel(model, base)
-    choose_layout(BatchLayout.auto, language_model, CPU)
+    choose_layout(language_model, CPU)
     check_learns(language_model)
     left_out = linear_names(
         (name, module)
@@ -229,7 +231,7 @@ def experts(subject: Subject) -> str:
 
 def loads(subject: Subject) -> str:
     """A saved adapter gives the same logits on a fresh base, by `cera-train` and by PEFT."""
-    model = subject.adapted(layout=BatchLayout.padded).model
+    model = subject.padded().model
     expected = model(input_ids=IDS, use_cache=False).logits
     folder = subject.folder / "adapter"
     saved.save(model, trainable_weights(model), folder)
@@ -247,7 +249,7 @@ def four_bits(subject: Subject) -> str:
     )
     model = adapters.build(base, AdapterConfig(r=4))
     language_model = LanguageModel(model, base)
-    choose_layout(BatchLayout.auto, language_model, CPU)
+    choose_layout(language_model, CPU)
     check_learns(language_model)
     return YES
 

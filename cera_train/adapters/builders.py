@@ -175,15 +175,12 @@ class CeraBuilder(Builder):
         for name in shared - {"target_modules"}:
             value = getattr(config, name)
             values[name] = str(value) if isinstance(value, StrEnum) else value
-        if config.experts:  # without names until `build` knows the model's
-            values["expert_r"] = None
         return self.make(CeraConfig, config, values)
 
     def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
         if config.experts:
-            config = dataclasses.replace(
-                config, experts=False, target_parameters=expert_names(base)
-            )
+            settings = config.settings | {"target_parameters": expert_names(base)}
+            config = dataclasses.replace(config, experts=False, settings=settings)
         return super().build(base, config, left_out)
 
     def branch(self, module: nn.Module) -> Branch | None:

@@ -94,15 +94,15 @@ class Cera(RankedFamily):
     """CeRA: y = W0 x + s B dropout(gate(A x)), arXiv 2602.22911."""
 
     name = "CeRA"
-    uses = RankedFamily.uses | {"activation", "init", "init_scale", "dropout_on", "mix"}
-    uses |= {"target_parameters", "experts", "expert_r"}
+    uses = RankedFamily.uses | {"activation", "init", "dropout_on", "mix", "experts"}
     b_matrix = "cera_B"
 
     def check(self, config: AdapterConfig) -> None:
         super().check(config)
         require(
-            not (config.experts and config.target_parameters),
-            "adapter.experts=true adapts all experts: leave out adapter.target_parameters.",
+            not (config.experts and config.parameters),
+            "adapter.experts=true adapts all of them, and adapter.settings.target_parameters some: "
+            "leave out one of the two.",
         )
 
     def title(self, config: AdapterConfig) -> str:
@@ -111,10 +111,11 @@ class Cera(RankedFamily):
 
     def variants(self, config: AdapterConfig) -> list[str]:
         """How these settings differ from the paper's."""
+        scale = config.settings.get("init_scale", 1)
         differs = {
             str(config.activation): config.activation != "silu",
             f"init {config.init}": config.init != "kaiming_normal",
-            f"A x {config.init_scale:g}": config.init_scale != 1.0,
+            f"A x {scale}": scale != 1,
             "dropout on input": config.dropout_on == "input",
             "learned mix": config.mix == "learned",
         }
@@ -178,7 +179,7 @@ def check_settings(config: AdapterConfig) -> None:
                 f"adapter.{name}={fix}."
             )
     targets = config.target_modules
-    adapts_experts = config.experts or config.target_parameters
+    adapts_experts = config.experts or config.parameters
     require(
         bool(targets)
         or (targets is None and not kind.needs_targets)

@@ -27,6 +27,7 @@ from cera_train.data.look import print_data
 from cera_train.data.tokens import stop_ids
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.runs.records import changes_result
+from cera_train.runs.tracking import WANDB_NAME
 from cera_train.settings.run import Config
 from cera_train.study.design import StudySweeper, is_study
 from cera_train.sweep.folder import RECORD, key_of, print_sweep
@@ -106,8 +107,8 @@ def prepare(composed: DictConfig, job: Job | None = None) -> Config:
     if job is None:
         check_read(config, overrides)
     else:
-        tracker = replace(config.tracker, group=config.tracker.group or job.sweep.name)
-        config = replace(config, output_dir=str(job.sweep), name=job.name, tracker=tracker)
+        os.environ.setdefault("WANDB_RUN_GROUP", job.sweep.name[:WANDB_NAME])
+        config = replace(config, output_dir=str(job.sweep), name=job.name)
     if not is_as_published(overrides):
         config = replace(config, published={})
     return config

@@ -307,7 +307,7 @@ def from_hub(config: DataConfig | TaskConfig, setting: str, streaming: bool = Fa
     section, _, name = setting.partition(".")
     path = config.path
     subset = config.subset
-    revision = config.revision
+    revision = config.revision if isinstance(config, DataConfig) else None
     split = getattr(config, name)
     place = f"{section}.path={path}"
     try:

@@ -359,7 +359,7 @@ def measure_perplexity(
         return before
     loaded = load_subject(subject, accelerator.device)
     language_model = LanguageModel(loaded.model, loaded.base, loaded.context)
-    choose_layout(subject.train.batch_layout, language_model, accelerator.device)
+    choose_layout(language_model, accelerator.device)
     micro_batch_tokens = max(subject.train.micro_batch_tokens, *rows.column("length"))
     is_flat = language_model.is_flat
     batches = MicroBatches(rows, is_flat, micro_batch_tokens, accelerator.device)

@@ -11,7 +11,6 @@ from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.language_model import Allowed, LanguageModel
 from cera_train.model.weights import quantization_of
 from cera_train.settings.model import Quantization
-from cera_train.settings.training import BatchLayout
 
 REFUSALS = (NotImplementedError, ImportError, RuntimeError, TypeError, AttributeError)
 """Errors of an attention of ours where the model needs what it does not take, or where the kernel
@@ -24,27 +23,19 @@ SAME_IN_16_BITS = 0.05
 
 
 def choose_layout(
-    wanted: BatchLayout,
     language_model: LanguageModel,
     device: torch.device,
     known: Allowed | None = None,
 ) -> None:
     """Probes the model, unless it is `known` what it allows, and makes it take flat batches where
-    that is correct and fast. Raises UserError where flat is wanted, and this model would let
-    sequences see each other."""
+    that is correct and fast: sequences end to end in one row, without padding."""
     allowed = known or language_model.with_whole_weights(probe)
     language_model.allowed = allowed
     language_model.fallbacks = [*allowed.refused]
-    if wanted == BatchLayout.flat and not allowed.flattens:
-        raise UserError(
-            "train.batch_layout=flat: this model mixes sequences that share a row. Use padded or "
-            "auto."
-        )
     # On a CPU, attention over one long row under a mask costs more than the padding of rows of
     # near-equal length.
     is_fast = allowed.attention is not None or device.type != "cpu"
-    is_best = wanted == BatchLayout.auto and allowed.flattens and is_fast
-    if wanted == BatchLayout.flat or is_best:
+    if allowed.flattens and is_fast:
         language_model.use_flat_batches()
 
 

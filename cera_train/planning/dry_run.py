@@ -172,8 +172,7 @@ def try_quantised(config: PlanRun) -> None:
     is_known = isinstance(targets, list) and names.issuperset(targets)
     if not is_known and "norm" not in str(targets or "norm"):
         targets = "all-linear"  # this model's linears have other names
-    no_experts = {"target_parameters": None, "experts": False, "expert_r": None}
-    adapter = replace(config.adapter, target_modules=targets, layers=None, **no_experts)
+    adapter = replace(config.adapter, target_modules=targets, layers=None, experts=False)
     has_autocast = config.model.autocast_dtype(config.train.autocast, config.plan.on_gpu)
 
     def refusal(quantization: Quantization) -> UserError | None:
@@ -302,8 +301,7 @@ class DryRun:
             # Without numbers any logits agree.
             flattens = allowed.flattens and not self.is_scanned
             ALLOWED[probed] = replace(allowed, flattens=flattens)
-        layout = self.config.train.batch_layout
-        choose_layout(layout, self.language_model, self.device, ALLOWED[probed])
+        choose_layout(self.language_model, self.device, ALLOWED[probed])
 
     @contextlib.contextmanager
     def running(self, tensors: contextlib.AbstractContextManager) -> Iterator[None]:

@@ -130,7 +130,6 @@ def build_tracker(
         known = {
             "id": wandb_id(folder),
             "resume": "allow",
-            "group": config.group and config.group[:WANDB_NAME],
             "name": name[:WANDB_NAME],
             "dir": str(folder),
         }

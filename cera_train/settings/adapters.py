@@ -34,8 +34,6 @@ class AdapterConfig(Settings):
     init: Init = setting(Init.kaiming_normal, "result")
     """How cera draws A. kaiming_normal: variance 2 / d_in, the paper's; kaiming_uniform: 1 / (3
     d_in), as LoRA."""
-    init_scale: PositiveFloat = setting(1.0, "result")
-    """cera draws A this many times as large: the larger A x, the less linear the gate."""
     dropout_on: DropoutOn = setting(DropoutOn.hidden, "result")
     """Where cera applies dropout. hidden: after the gate, as in the paper; input: to the input of
     A, as PEFT's LoRA does."""
@@ -45,15 +43,10 @@ class AdapterConfig(Settings):
     target_modules: Targets = setting("all-linear", "result")
     """Module names, one regular expression for the whole name, or `all-linear`. null: PEFT's
     default for `kind=peft`; full trains every module."""
-    target_parameters: Annotated[list[str], Filled] | None = setting(None, "result")
-    """cera: parameters of experts, such as [mlp.experts.down_proj]: every expert gets a branch.
-    null: none."""
     experts: bool = setting(False, "result")
     """cera: adapt all projections of all experts too. false: `all-linear` leaves them out, since
     branches of many experts make up most of an adapter (Qwen3-30B-A3B at r=16: 47 times the
     rest)."""
-    expert_r: PositiveInt | None = setting(None, "result")
-    """Rank of an expert's branch. null: r."""
     layers: Annotated[list[int], Filled] | None = setting(None, "result")
     """Only these layers. null: every layer."""
     method: str | None = setting(None, "result")
@@ -76,13 +69,16 @@ class AdapterConfig(Settings):
         self.settings = self.settings or {}
 
     @property
+    def parameters(self) -> list[str]:
+        """Parameters of experts that get a branch, by name."""
+        return self.settings.get("target_parameters") or []
+
+    @property
     def places(self) -> str:
         """What is adapted, in a few words; empty if the method decides."""
         targets = self.target_modules or ()
         words = [targets if isinstance(targets, str) else " ".join(targets)]
-        if self.experts or self.target_parameters:
-            names = "all experts" if self.experts else " ".join(self.target_parameters)
-            words.append(f"{names} at r={self.expert_r or self.r}")
+        words.append("all experts" if self.experts else " ".join(self.parameters))
         return " and ".join(filter(None, words))
 
 

@@ -75,7 +75,6 @@ class MixPart(Settings):
     each part once."""
     path: str | None = setting(None, "result")
     subset: str | None = setting(None, "result")
-    revision: str | None = setting(None, "result")
     train_split: str | None = setting(None, "result")
     eval_split: str | None = setting(None, "result")
     train_files: list[str] | None = setting(None, "result")

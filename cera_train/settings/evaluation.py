@@ -26,7 +26,6 @@ class TaskConfig(Settings):
     path: str | None = setting(None, "answers")
     """A data set's id on the Hub. Not needed with files."""
     subset: str | None = setting(None, "answers")
-    revision: str | None = setting(None, "answers")
     split: str = setting("test", "answers")
     files: list[str] = setting(list, "answers")
     """jsonl, json, csv or parquet files with the same columns; for running text also .txt."""

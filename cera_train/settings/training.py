@@ -41,7 +41,6 @@ OptimizerKind = StrEnum("OptimizerKind", {kind: kind for kind in OPTIMIZERS}, mo
 
 
 Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
-BatchLayout = StrEnum("BatchLayout", ["auto", "flat", "padded"])
 ObjectiveKind = StrEnum("ObjectiveKind", ["sft", "dpo", "grpo"])
 
 
@@ -99,8 +98,6 @@ class GrpoConfig(Settings):
     rewards: list[str] = setting(list, "result")
     """Functions by import path, such as my_rewards.brevity: f(prompt, answer, gold) -> number,
     added to the grade."""
-    scale: bool = setting(True, "result")
-    """Divide an advantage by the standard deviation of its group's rewards."""
     beta: NonNegativeFloat = setting(0.0, "result")
     """Weight of the KL divergence from the base, the model without its adapter."""
 
@@ -131,9 +128,6 @@ class TrainConfig(Settings):
     micro_batch_tokens: PositiveInt = setting(4096, "cost")
     """Tokens in one forward and backward pass, at most. Bounds memory; the loss does not depend on
     it, but dropout masks differ."""
-    batch_layout: BatchLayout = setting(BatchLayout.auto, "cost")
-    """flat: sequences end to end in one row, no padding; padded: sequences of near-equal length;
-    auto: flat if the model allows it, except on a CPU where it would need a mask."""
     compile: bool | None = setting(None, "cost")
     """torch.compile of the model's layers: about a minute before the first update, and faster
     updates. Dropout draws other masks in compiled layers. null: on CUDA if torch finds a compiler,
@@ -214,8 +208,6 @@ class TrackerConfig(Settings):
     {entity: my-team}, mlflow: null}."""
     project: str = setting("cera-train", "nothing")
     """The project, or the experiment."""
-    group: str | None = setting(None, "nothing")
-    """The group of runs. null: the sweep's name; none for a run outside a sweep."""
 
     def __post_init__(self) -> None:
         self.kinds = self.kinds or {}

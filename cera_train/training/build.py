@@ -148,7 +148,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     if accelerator.is_fsdp2:
         # Sharded weights are whole only inside such methods.
         register_fsdp_forward_method(language_model, "with_whole_weights")
-    choose_layout(config.train.batch_layout, language_model, accelerator.device)
+    choose_layout(language_model, accelerator.device)
     if config.train.compile:
         compile_layers(language_model)
     model = Model(

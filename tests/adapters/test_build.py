@@ -34,8 +34,8 @@ def refuses(message: str):
             "adapter.experts=True: adapter.kind=lora does not use it",
         ),
         (
-            "adapter.experts=true adapter.target_parameters=[x]",
-            "adapter.experts=true adapts all experts: leave out",
+            "adapter.experts=true adapter.settings={target_parameters:[x]}",
+            "adapter.experts=true adapts all of them, and",
         ),
     ],
 )
@@ -171,7 +171,8 @@ def on_a_mixture(model_type: str = "mixtral", **settings):
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_all_linear_has_experts_in_or_out(model_type):
     without = on_a_mixture(model_type, target_modules="all-linear")
-    model = on_a_mixture(model_type, target_modules="all-linear", experts=True, expert_r=2)
+    ranks = {"rank_pattern": {"experts.gate_up_proj": 2, "experts.down_proj": 2}}
+    model = on_a_mixture(model_type, target_modules="all-linear", experts=True, settings=ranks)
     assert not experts_of(without)
     assert len(experts_of(model)) == 2
     linears = [name for name, module in without.named_modules() if type(module) is CeraLinear]

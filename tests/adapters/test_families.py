@@ -23,7 +23,7 @@ from cera_train.distributed.sharding import trainable_weights
 from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout
-from cera_train.settings.training import BatchLayout, OptimizerConfig
+from cera_train.settings.training import OptimizerConfig
 from cera_train.training.optimizer import build_optimizer
 
 CONF = Path(__file__).parents[2] / "conf" / "adapter"
@@ -242,7 +242,7 @@ def test_what_trains_beside_an_adapter_is_float32_over_a_16_bit_base(adapter_of,
     model = build_narrow().train()
     autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
     language_model = LanguageModel(model, causal_lm(model), autocast)
-    choose_layout(BatchLayout.auto, language_model, torch.device("cpu"))
+    choose_layout(language_model, torch.device("cpu"))
     make_batch = flat_batch if language_model.is_flat else padded_batch
     language_model(make_batch(ROWS, MASKS)).sum().backward()
     before = {key: weight.clone() for key, weight in trainable_weights(model).items()}

@@ -75,7 +75,7 @@ def test_losses_equal_those_of_one_process_for_any_number_of_processes_and_eithe
     """Every loss of 20 updates, perplexity and spectra, even when the run resumes from a checkpoint
     of one process."""
     train(compose(*arguments, "name=one"))
-    other = "train.micro_batch_tokens=700" if processes == 4 else "train.batch_layout=flat"
+    other = "train.micro_batch_tokens=700"
     outputs = tmp_path / "outputs"
     for strategy in ("ddp", "fsdp"):
         cut_copy(outputs / "one", outputs / f"{strategy}_resumed", 10)

@@ -15,7 +15,7 @@ BF16 = "model.dtype=bfloat16"
 
 @pytest.mark.parametrize("died_after", [4, 7])
 def test_a_bf16_run_resumes_bit_for_bit(tiny_config, device, bf16, died_after):
-    settings = [BF16, "adapter.dropout=0.3", "train.batch_layout=flat"]
+    settings = [BF16, "adapter.dropout=0.3"]
     whole = tiny_config("name=whole", *settings)
     cut = tiny_config("name=cut", *settings)
     train(whole)

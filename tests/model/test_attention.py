@@ -22,7 +22,6 @@ from cera_train.model.attention import (
 )
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout, probe
-from cera_train.settings.training import BatchLayout
 
 LENGTHS = [5, 1, 9, 3]
 KERNEL = "torch.nn.attention.varlen.varlen_attn"
@@ -172,7 +171,7 @@ def test_the_kernel_is_used_only_if_it_agrees_else_its_fallback_is_named(
 
         monkeypatch.setattr(KERNEL, kernel)
     language_model = LanguageModel(model, model)
-    choose_layout(BatchLayout.auto, language_model, model.device)
+    choose_layout(language_model, model.device)
     assert language_model.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
     fallback = "".join(language_model.fallbacks)
     assert named in fallback

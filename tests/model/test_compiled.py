@@ -30,7 +30,6 @@ from cera_train.model.lean import keep_less
 from cera_train.model.weights import load_model
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.model import ModelConfig, Quantization
-from cera_train.settings.training import BatchLayout
 
 LIMIT = 4
 """Variants of a layer that torch compiles here; else 8."""
@@ -147,7 +146,7 @@ def test_a_layer_has_seven_graphs_and_eleven_with_an_evaluation(
     model = build(base, adapter)
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
     language_model = LanguageModel(model, base, autocast)
-    choose_layout(BatchLayout.flat, language_model, base.device)
+    choose_layout(language_model, base.device)
     compile_layers(language_model, graphs.add)
     batches = list(micro_batches())[3:6]
 

@@ -19,7 +19,6 @@ from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout, probe
 from cera_train.model.weights import load_model
 from cera_train.settings.model import ModelConfig, Quantization
-from cera_train.settings.training import BatchLayout
 
 
 def make_rows(count: int = 7, vocab_size: int = 512):
@@ -158,8 +157,6 @@ def test_a_state_that_crosses_between_sequences_is_found_even_in_16_bits():
         model = tiny_model("xlstm", chunk_size=64).to(dtype)
         language_model = LanguageModel(model, model)
         assert not probe(language_model).flattens
-        with pytest.raises(UserError, match="mixes sequences that share a row"):
-            choose_layout(BatchLayout.flat, language_model, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -186,4 +183,4 @@ def test_a_model_whose_tokens_see_later_ones_is_refused(name, changes, is_causal
         assert probe(language_model).flattens
     else:
         with pytest.raises(UserError, match="see later ones.*is_decoder=true in the config.json"):
-            choose_layout(BatchLayout.auto, language_model, torch.device("cpu"))
+            choose_layout(language_model, torch.device("cpu"))

@@ -127,14 +127,14 @@ def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
         "model.attn_implementation": "eager" if model_type == "gpt_oss" else "sdpa",
     }
     costs = []
-    for experts in (["adapter.experts=false"], ["adapter.experts=true", "adapter.expert_r=8"]):
+    for experts in (["adapter.experts=false"], ["adapter.experts=true"]):
         overrides = [f"{name}={value}" for name, value in changes.items()]
         run = dry_run(model_type, *overrides, "adapter.dropout=0", *experts, **settings)
         costs.append((run.evaluation(BATCH).flops, run.update(BATCH).flops))
     without, with_experts = costs
     width = 16 if "qwen" in model_type else SHAPE["intermediate_size"]
     branches = (
-        2 * 2 * 8 * ((32 + 2 * width) + (width + 32)) * settings["num_experts_per_tok"] * TOKENS
+        2 * 2 * 4 * ((32 + 2 * width) + (width + 32)) * settings["num_experts_per_tok"] * TOKENS
     )
     assert with_experts[0] - without[0] == branches
     assert with_experts[1] - without[1] == 3 * branches

@@ -45,7 +45,6 @@ FACTORS: dict[str, dict[str, int]] = {
     "objective": {"": 5, "train.objective=grpo grpo.answers=2 grpo.max_new_tokens=4": 1},
     "dtype": {"model.dtype=float32": 3, "model.dtype=bfloat16": 1, "": 1},
     "quantisation": {"": 4, "model.quantization=int8": 1, "model.quantization=nf4": 1},
-    "layout": {"": 2, "train.batch_layout=flat": 1, "train.batch_layout=padded": 1},
     "micro-batches": {"": 1, "train.micro_batch_tokens=300": 1},
     "checkpointing": {"": 3, "model.gradient_checkpointing=true": 1},
     "compile": {"": 19, "train.compile=true": 1},

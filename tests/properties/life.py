@@ -35,10 +35,7 @@ SHORT = (
 )
 """Five updates are an epoch."""
 
-OTHERWISE = (
-    "train.micro_batch_tokens=96 train.batch_layout=padded train.compile=false "
-    "model.gradient_checkpointing=true"
-)
+OTHERWISE = "train.micro_batch_tokens=96 train.compile=false model.gradient_checkpointing=true"
 """Settings that change no loss."""
 
 

@@ -83,9 +83,7 @@ def test_several_trackers_run_at_once_and_a_failing_one_is_dropped_once(
 
 
 def test_a_resumed_run_continues_under_the_same_id(compose, tmp_path):
-    config = compose(
-        "tracker=wandb", "tracker.kinds.wandb={entity: ours}", "tracker.group=grid"
-    ).tracker
+    config = compose("tracker=wandb", "tracker.kinds.wandb={entity: ours, group: grid}").tracker
     first, second = (
         tracking.build_tracker("wandb", config, "run", tmp_path, 0).init_kwargs for _ in range(2)
     )

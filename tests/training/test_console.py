@@ -59,8 +59,6 @@ def test_an_adapter_is_described_with_its_projections():
     assert places(target_modules=["q_proj", "v_proj"]) == "q_proj v_proj"
     vera = AdapterConfig(kind="peft", method="VERA", r=None, alpha=None, target_modules=None)
     assert describe_adapter(vera) == "VERA r=256, dropout 0"  # PEFT's default
-    assert places(experts=True, expert_r=2) == "all-linear and all experts at r=2"
-    assert (
-        places(target_modules=[], target_parameters=["experts.down_proj"])
-        == "experts.down_proj at r=8"
-    )
+    assert places(experts=True) == "all-linear and all experts"
+    some = {"target_parameters": ["experts.down_proj"]}
+    assert places(target_modules=[], settings=some) == "experts.down_proj"

@@ -46,13 +46,10 @@ KL = "train/kl"
 # --- the loss -------------------------------------------------------------------------------------
 
 
-def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
+def group_advantages(rewards: Tensor) -> Tensor:
     """[prompts, answers] -> the same: how a reward differs from the mean of its group, in standard
-    deviations where `scale`."""
-    advantages = rewards - rewards.mean(1, keepdim=True)
-    if scale:
-        advantages /= rewards.std(1)[:, None] + 1e-4
-    return advantages
+    deviations."""
+    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1)[:, None] + 1e-4)
 
 
 def grpo_loss(
@@ -166,7 +163,7 @@ class Grpo:
     ) -> Update:
         """The loss of sampled answers, with figures of them."""
         config = self.config
-        advantages = group_advantages(rewards, config.scale).flatten()
+        advantages = group_advantages(rewards).flatten()
         lengths = torch.tensor(batches.supervised)
         # An answer with zero advantage has no gradient, unless KL gives it one.
         sequences = advantages.nonzero().flatten().tolist() or [0]

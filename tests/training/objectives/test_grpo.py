@@ -88,12 +88,11 @@ def in_processes(tiny_folder, tmp_path, on_rows, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "is_served"),
     [
-        (["grpo.scale=true"], False),
-        (["grpo.scale=false"], False),
+        ([], False),
         (["grpo.beta=0.5"], False),
         (["grpo.beta=0.5"], True),
     ],
-    ids=["scaled", "unscaled", "with a reference", "likewise, sampled by a server"],
+    ids=["plain", "with a reference", "likewise, sampled by a server"],
 )
 def test_loss_gradients_and_figures_are_trls(
     grpo, tokenizer, tmp_path, monkeypatch, words, is_served
@@ -121,8 +120,7 @@ def test_loss_gradients_and_figures_are_trls(
         [[vowels("Say ", tokenizer.decode(ids), "") for ids in group] for group in groups]
     ).float()
     advantages = rewards - rewards.mean(1, keepdim=True)
-    if config.scale:
-        advantages /= rewards.std(1, keepdim=True) + 1e-4
+    advantages /= rewards.std(1, keepdim=True) + 1e-4
 
     def padded(parts: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [torch.tensor(part) for part in parts]
