@@ -2,7 +2,6 @@
 OmegaConf's errors are cut to a line, with a suggestion for an unknown setting. Imports no torch."""
 
 import argparse
-import contextlib
 import difflib
 import json
 import os
@@ -11,9 +10,10 @@ import shlex
 import typing
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -153,7 +153,9 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
         if is_single and setting.lstrip("+").replace("hydra/", "hydra.").startswith(OF_GRIDS):
             raise UserError(f"{setting} is for a grid of runs: add -m to take them all.")
     words = [name if value is True else f"{name}={value}" for name, value in flags.items()]
-    return [*words, *with_texts_quoted(program, settings)]
+    # Of a run, several values without -m are a mistake that Hydra names.
+    may_sweep = not is_single or program in ("cera-train", "cera-plan")
+    return [*words, *with_texts_quoted(program, settings, may_sweep)]
 
 
 def with_quickstart(settings: Sequence[str]) -> list[str]:
@@ -205,13 +207,14 @@ def null_sections(schema: type) -> list[str]:
     ]
 
 
+PARSER = OverridesParser.create()
 PLAIN_PATH = re.compile(r"[\w /.+-]*", re.ASCII)  # Hydra takes it as it is
 
 
-def with_texts_quoted(program: str, settings: Sequence[str]) -> list[str]:
+def with_texts_quoted(program: str, settings: Sequence[str], may_sweep: bool = False) -> list[str]:
     """The settings of a command, with quotes where Hydra would read a text otherwise."""
     schema = SCHEMAS[program]
-    return [with_number_quoted(with_path_quoted(setting), schema) for setting in settings]
+    return [with_text_quoted(with_path_quoted(setting), schema, may_sweep) for setting in settings]
 
 
 def with_path_quoted(argument: str) -> str:
@@ -222,21 +225,33 @@ def with_path_quoted(argument: str) -> str:
     return f"{key}={quoted(value)}" if is_path else argument
 
 
-def with_number_quoted(argument: str, schema: type) -> str:
-    """Quotes a text that Hydra would read as a number: name=2026_11_30 would be 20261130, and
-    model.revision=7e49710 infinite."""
+def with_text_quoted(argument: str, schema: type, may_sweep: bool) -> str:
+    """Quotes a text that Hydra would read as a number (name=2026_11_30, model.revision=7e49710), as
+    several values (prompt='Hello, you'; in a grid these may be meant), or not at all."""
     key, _, value = argument.partition("=")
     field = fields_of(schema).get(key.lstrip("+"))
-    is_text = field is not None and str in (field.type, *typing.get_args(field.type))
-    return f"{key}={quoted(value)}" if is_text and changes_as_number(value) else argument
+    is_text = field is not None and is_text_type(field.type)
+    return f"{key}={quoted(value)}" if is_text and changes(argument, may_sweep) else argument
 
 
-def changes_as_number(text: str) -> bool:
-    """Whether a text is a number that is written otherwise."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return str(kind(text)) != text
-    return False
+def is_text_type(annotation: Any) -> bool:
+    is_collection = typing.get_origin(annotation) in (list, dict)
+    return not is_collection and str in (annotation, *typing.get_args(annotation))
+
+
+def changes(argument: str, may_sweep: bool) -> bool:
+    """Whether Hydra reads another text than what was written."""
+    try:
+        override = PARSER.parse_override(argument)
+    except HydraException:
+        return True
+    if override.is_sweep_override():
+        return not may_sweep
+    read = override.value()
+    return (
+        not (read is None or isinstance(read, str))
+        and str(read) != override.input_line.partition("=")[2]
+    )
 
 
 # --- errors of Hydra ------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from commands import WITHOUT_TORCH, command
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from cera_train.cli.compose import compose
 from cera_train.cli.mistakes import SCHEMAS, USUAL_NAMES, did_you_mean, for_hydra
 from cera_train.common.errors import UserError
 from cera_train.common.settings import fields_of, quoted
@@ -347,13 +348,18 @@ def test_without_a_recipe_or_a_model_data_or_tasks_of_ones_own_it_is_the_quickst
         assert "+recipe=quickstart" not in for_hydra(program, arguments)
 
 
-def test_a_text_that_looks_like_a_number_stays_a_text(run_command, compose, capfd):
+def test_a_text_that_looks_like_a_number_stays_a_text(run_command, capfd):
     words = ["name=2026_11_30", "model.revision=7e49710", "adapter.r=1_0"]
     assert run_command("cera-train", "--cfg", "job", *words) == 0
     config = yaml.safe_load(capfd.readouterr().out)
     assert (config["name"], config["model"]["revision"]) == ("2026_11_30", "7e49710")
     assert config["adapter"]["r"] == 10
     assert compose("name=1.10").name == "1.10"
+
+
+@pytest.mark.parametrize("text", ["Hello, (order 5) [sic]", "it's {x}: y", "one, two", "true"])
+def test_a_question_needs_no_quotes_for_hydra(text):
+    assert compose("run=outputs/a", f"prompt={text}", command="chat").prompt == text
 
 
 @pytest.mark.parametrize("text", ["it's", "a\\", "a\\'b", "a\\b", "a,b=c", "größe [2]"])
