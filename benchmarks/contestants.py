@@ -9,9 +9,9 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import datasets
 import peft
@@ -20,73 +20,39 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
+from benchmarks.rows import read_rows
+from cera_train.cli.compose import compose
 from cera_train.common.settings import to_plain
 from cera_train.model.weights import quantization_config
-from cera_train.settings.adapters import AdapterConfig, AdapterKind
-from cera_train.settings.data import DataConfig
-from cera_train.settings.model import Dtype, ModelConfig, Quantization
-from cera_train.settings.run import Config
-from cera_train.settings.training import OptimizerConfig, TrainConfig
+from cera_train.settings.model import Quantization
 
-if TYPE_CHECKING:
-    from cera_train.training.build import Data, Model
-    from cera_train.training.objectives.objective import Objective
-
-PROMPT = "Question: {question}\nAnswer:"
-COMPLETION = " {answer}"
 RANK = 64
 DROPOUT = 0.1
 LEARNING_RATE = 3e-4
 TARGETS = ["q_proj", "v_proj"]
-MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Tokens of one pass of ours, by device: few on a CPU to keep memory small, the default on a
-GPU."""
-
 MICRO_BATCHES = {"cpu": (1, 2, 4), "cuda": (4, 8, 16, 32)}
 """Sequences of one pass of TRL, of which its tuned contestant takes the fastest: few on a CPU,
 since they are padded to the longest."""
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """What all contestants train."""
+class Work:
+    """What all contestants do."""
 
+    precision: str
+    """The frozen weights: float32, bfloat16 or nf4."""
+    sequences: int
+    """An update's: a whole number of the published protocol's micro-batches, few enough for five
+    rounds in minutes."""
+    device: str = "cpu"
     rank: int = RANK
     alpha: int = RANK
-    dropout: float = DROPOUT
-    targets: Any = tuple(TARGETS)
+    targets: list[str] | str = field(default_factory=TARGETS.copy)
     """As PEFT takes them."""
-
-    def lora(self) -> dict[str, Any]:
-        """The arguments of PEFT's LoRA."""
-        targets = self.targets if isinstance(self.targets, str) else [*self.targets]
-        return {
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "target_modules": targets,
-        }
-
-
-PAPER = Adapter()
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all contestants of a race share."""
-
-    base: str
-    """A folder with model and tokenizer."""
-    file: Path
-    """jsonl rows with `question` and `answer`."""
-    rows: Sequence[dict[str, str]]
-    """The same, read."""
-    precision: str
-    """The base's weights: float32, bfloat16 or nf4."""
-    device: torch.device
-    adapter: Adapter = PAPER
     max_length: int = 512
     """Tokens of a sequence."""
+    micro_batch_tokens: int = 1024
+    """Of one pass of ours: few on a CPU, to keep memory small."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,36 +62,37 @@ class Setting:
     def quantization(self) -> Quantization:
         return Quantization.nf4 if self.precision == "nf4" else Quantization.none
 
-    def load_base(self, **more: Any) -> nn.Module:
+    def load_base(self, base: str, **more: Any) -> nn.Module:
         """The base as a user of transformers loads it."""
+        # With an index, which Accelerate compares with that of its device
+        device = torch.device("cuda", 0) if self.device == "cuda" else "cpu"
         return AutoModelForCausalLM.from_pretrained(
-            self.base,
+            base,
             dtype=self.dtype,
-            device_map={"": self.device},
+            device_map={"": device},
             quantization_config=quantization_config(self.quantization, self.dtype),
             **more,
         )
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
-        )
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
-class Contestant:
-    """Built once, in a separate process."""
+class Contestant(Protocol):
+    """Built once, in a separate process.
 
-    model: nn.Module
+    Args:
+        base: a folder with model and tokenizer.
+        file: rows with `prompt` and `completion`.
+    """
 
-    def __init__(self, setting: Setting) -> None:
-        raise NotImplementedError
+    def __init__(self, work: Work, base: str, file: Path) -> None: ...
 
     def update(self, rows: Sequence[int]) -> int:
         """One update on these rows; returns the tokens it supervised."""
-        raise NotImplementedError
 
 
-class Published(Contestant):
+class Published:
     """The protocol of the published runs: CeRA as two linears and a dropout beside each projection,
     sequences padded to 512, gradient checkpointing, the loss on the logits of every position,
     micro-batches of 4."""
@@ -133,59 +100,56 @@ class Published(Contestant):
     LENGTH = 512
     MICRO_BATCH = 4
 
-    def __init__(self, setting: Setting) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(setting.base)
-        self.setting = setting
-        self.model = setting.load_base().requires_grad_(False)
+    def __init__(self, work: Work, base: str, file: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        self.work = work
+        self.model = work.load_base(base).requires_grad_(False)
         for layer in self.model.model.layers:
             for name in TARGETS:
-                setattr(
-                    layer.self_attn,
-                    name,
-                    PublishedBranch(getattr(layer.self_attn, name)).to(setting.device),
-                )
+                branch = PublishedBranch(getattr(layer.self_attn, name))
+                setattr(layer.self_attn, name, branch.to(work.device))
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
-        self.parameters = [
-            parameter for parameter in self.model.parameters() if parameter.requires_grad
-        ]
+        self.parameters = trained(self.model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE)
-        self.batches = [self._padded(row, tokenizer) for row in setting.rows]
+        self.rows = [self._padded(row, tokenizer) for row in read_rows(file)]
 
-    def _padded(
-        self, row: dict[str, str], tokenizer: Any
-    ) -> tuple[list[int], list[int], list[int]]:
-        prompt = tokenizer(PROMPT.format(**row), add_special_tokens=False).input_ids
-        completion = [
-            *tokenizer(COMPLETION.format(**row), add_special_tokens=False).input_ids,
-            tokenizer.eos_token_id,
-        ]
-        ids = [*prompt, *completion][: self.LENGTH]
-        padding = self.LENGTH - len(ids)
-        labels = [*[-100] * len(prompt), *completion][: self.LENGTH]
-        return (
-            ids + [tokenizer.eos_token_id] * padding,
-            [1] * len(ids) + [0] * padding,
-            labels + [-100] * padding,
+    def _padded(self, row: dict[str, str], tokenizer: Any) -> torch.Tensor:
+        """Ids, attention mask and labels: [3, LENGTH]."""
+        prompt, completion = (
+            tokenizer(row[column], add_special_tokens=False).input_ids
+            for column in ("prompt", "completion")
+        )
+        ids = torch.tensor([*prompt, *completion, tokenizer.eos_token_id])[: self.LENGTH]
+        labels = ids.clone()
+        labels[: len(prompt)] = -100
+        padding = (0, self.LENGTH - len(ids))
+        pad = nn.functional.pad
+        return torch.stack(
+            [
+                pad(ids, padding, value=tokenizer.eos_token_id),
+                pad(torch.ones_like(ids), padding),
+                pad(labels, padding, value=-100),
+            ]
         )
 
     def update(self, rows: Sequence[int]) -> int:
         supervised = 0
-        for start in range(0, len(rows), self.MICRO_BATCH):
-            columns = zip(
-                *(self.batches[row] for row in rows[start : start + self.MICRO_BATCH]), strict=True
-            )
-            ids, mask, labels = (
-                torch.tensor(column, device=self.setting.device) for column in columns
-            )
-            with self.setting.autocast():
+        passes = torch.stack([self.rows[row] for row in rows]).split(self.MICRO_BATCH)
+        for batch in passes:
+            ids, mask, labels = batch.to(self.work.device).unbind(1)
+            with self.work.autocast():
                 loss = self.model(input_ids=ids, attention_mask=mask, labels=labels).loss
-            (loss / (len(rows) / self.MICRO_BATCH)).backward()
+            (loss / len(passes)).backward()
             supervised += int((labels != -100).sum())
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return supervised
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class PublishedBranch(nn.Module):
@@ -204,102 +168,81 @@ class PublishedBranch(nn.Module):
         return self.linear(x) + self.B(self.dropout(nn.functional.silu(self.A(x))))
 
 
-class Trl(Contestant):
+class Trl:
     """TRL's SFTTrainer with PEFT's LoRA, its defaults: the trainer's own collator, loss, step and
     optimizer."""
 
     is_tuned = False
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, work: Work, base: str, file: Path) -> None:
         from trl import SFTConfig, SFTTrainer  # only here, since memory is compared
 
-        is_16bit_gpu = setting.device.type == "cuda" and setting.dtype == torch.bfloat16
+        is_16bit_gpu = work.device == "cuda" and work.dtype == torch.bfloat16
         has_flash = self.is_tuned and is_16bit_gpu and is_flash_attn_2_available()
-        tuned = {}
-        if self.is_tuned:
-            has_liger = is_16bit_gpu and is_liger_kernel_available()
-            tuned = {
-                "gradient_checkpointing": False,
-                "max_length": None,
-                "use_liger_kernel": has_liger,
-                "padding_free": has_flash,
-            }
+        tuned = {
+            "gradient_checkpointing": False,
+            "max_length": None,
+            "use_liger_kernel": is_16bit_gpu and is_liger_kernel_available(),
+            "padding_free": has_flash,
+        }
         self.folder = tempfile.TemporaryDirectory()
-        attention = "flash_attention_2" if has_flash else None
         self.trainer = SFTTrainer(
-            setting.load_base(attn_implementation=attention),
+            work.load_base(base, attn_implementation="flash_attention_2" if has_flash else None),
             SFTConfig(
                 self.folder.name,
-                use_cpu=setting.device.type == "cpu",
-                bf16=setting.dtype == torch.bfloat16,
+                use_cpu=work.device == "cpu",
+                bf16=work.dtype == torch.bfloat16,
                 report_to=[],
                 disable_tqdm=True,
                 learning_rate=LEARNING_RATE,
-                **tuned,
+                **(tuned if self.is_tuned else {}),
             ),
-            processing_class=AutoTokenizer.from_pretrained(setting.base),
-            train_dataset=datasets.Dataset.from_list(
-                [
-                    {"prompt": PROMPT.format(**row), "completion": COMPLETION.format(**row)}
-                    for row in setting.rows
-                ]
+            processing_class=AutoTokenizer.from_pretrained(base),
+            train_dataset=datasets.Dataset.from_list(read_rows(file)),
+            peft_config=peft.LoraConfig(
+                r=work.rank,
+                lora_alpha=work.alpha,
+                lora_dropout=DROPOUT,
+                target_modules=work.targets,
             ),
-            peft_config=peft.LoraConfig(**setting.adapter.lora()),
         )
         # As `train` begins, without its loop over batches.
         if (args := self.trainer.args).gradient_checkpointing:
             self.trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self.trainer.create_optimizer()
-        self.trainer._set_signature_columns_if_needed()
         self.model = self.trainer.accelerator.prepare(self.trainer.model)
-        self.parameters = [
-            parameter for parameter in self.model.parameters() if parameter.requires_grad
-        ]
-        self.micro_batch = self.trainer.args.per_device_train_batch_size
+        self.parameters = trained(self.model)
+        self.micro_batch = args.per_device_train_batch_size
         if self.is_tuned:
-            self.micro_batch = min(MICRO_BATCHES[setting.device.type], key=self._seconds)
+            self.micro_batch = min(MICRO_BATCHES[work.device], key=self._seconds)
             print(f"TRL, best: {self.micro_batch} sequences at once", flush=True)
 
     def _seconds(self, micro_batch: int) -> float:
         """Of an update in passes of so many sequences; infinite where they do not fit the GPU."""
-        device = self.trainer.args.device.type
         self.micro_batch = micro_batch
-        rows = range(MICRO_BATCHES[device][-1])
-        synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+        rows = range(MICRO_BATCHES[self.trainer.args.device.type][-1])
         try:
             self.update(rows)  # a warm-up
-            synchronize()
             started = time.perf_counter()
             self.update(rows)
-            synchronize()
         except torch.OutOfMemoryError:
             self.trainer.optimizer.zero_grad()
             return math.inf
         return time.perf_counter() - started
 
     def update(self, rows: Sequence[int]) -> int:
-        columns = self.trainer._signature_columns
-        examples = [
-            {
-                name: value
-                for name, value in self.trainer.train_dataset[row].items()
-                if name in columns
-            }
-            for row in rows
-        ]
+        examples = [self.trainer.train_dataset[row] for row in rows]
         if self.is_tuned:  # as train_sampling_strategy="group_by_length" would, to pad less
             examples.sort(key=lambda example: -len(example["input_ids"]))
-        starts = range(0, len(rows), self.micro_batch)
         batches = [
             self.trainer.data_collator(examples[start : start + self.micro_batch])
-            for start in starts
+            for start in range(0, len(rows), self.micro_batch)
         ]
-        supervised = sum((batch["labels"] != -100).sum() for batch in batches)
+        device = self.trainer.args.device
+        supervised = sum((batch["labels"] != -100).sum() for batch in batches).to(device)
         self.trainer.current_gradient_accumulation_steps = len(batches)
         for batch in batches:
-            self.trainer.training_step(
-                self.model, batch, num_items_in_batch=supervised.to(self.trainer.args.device)
-            )
+            self.trainer.training_step(self.model, batch, num_items_in_batch=supervised)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad()
@@ -314,58 +257,42 @@ class TunedTrl(Trl):
     is_tuned = True
 
 
-def our_run(
-    setting: Setting,
-    kind: str,
-    compile: bool = False,
-    micro_batch_tokens: int | None = None,
-) -> tuple[Data, Model, Objective]:
-    """A run of cera-train, built as the command builds it."""
-    # Only here, since memory is compared.
-    from cera_train.runs.folder import RunFolder
-    from cera_train.training.resolve import resolve
-    from cera_train.training.train import build_parts
-
-    adapter = setting.adapter
-    dtype = Dtype(str(setting.dtype).removeprefix("torch."))
-    tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[setting.device.type]
-    config = Config(
-        model=ModelConfig(path=setting.base, dtype=dtype, quantization=setting.quantization),
-        adapter=AdapterConfig(
-            AdapterKind(kind),
-            adapter.rank,
-            alpha=adapter.alpha,
-            dropout=adapter.dropout,
-            target_modules=adapter.lora()["target_modules"],
-        ),
-        data=DataConfig(
-            train_files=[str(setting.file)],
-            eval_rows=1,
-            max_length=setting.max_length,
-            prompt=PROMPT,
-            completion=COMPLETION,
-            allow_overlap=True,
-        ),
-        optimizer=OptimizerConfig(lr=LEARNING_RATE),
-        train=TrainConfig(micro_batch_tokens=tokens, compile=compile),
-    )
-    path = Path(tempfile.mkdtemp())
-    config = resolve(config, path).config
-    data, model, _, _, objective = build_parts(config, RunFolder(path, to_plain(config)))
-    assert model.accelerator.device.type == setting.device.type, "WITHOUT_GPUS came too late"
-    model.wrapped.train()
-    return data, model, objective
-
-
-class Ours(Contestant):
+class Ours:
     """An update of cera-train, as its loop makes it."""
 
     kind = "cera"
     is_compiled = False
 
-    def __init__(self, setting: Setting) -> None:
-        _, self.ours, self.objective = our_run(setting, self.kind, compile=self.is_compiled)
-        self.model = self.ours.adapted
+    def __init__(self, work: Work, base: str, file: Path) -> None:
+        # Only here, since memory is compared.
+        from cera_train.runs.folder import RunFolder
+        from cera_train.training.resolve import resolve
+        from cera_train.training.train import build_parts
+
+        config = compose(
+            f"model.path={base}",
+            f"model.dtype={str(work.dtype).removeprefix('torch.')}",
+            f"model.quantization={work.quantization}",
+            f"adapter={self.kind}",
+            f"adapter.r={work.rank}",
+            f"adapter.alpha={work.alpha}",
+            f"adapter.dropout={DROPOUT}",
+            f"adapter.target_modules={work.targets}",
+            f"data.train_files=[{file}]",
+            "data.eval_rows=1",
+            f"data.max_length={work.max_length}",
+            "data.allow_overlap=true",
+            f"optimizer.lr={LEARNING_RATE}",
+            f"train.micro_batch_tokens={work.micro_batch_tokens}",
+            f"train.compile={self.is_compiled}",
+        )
+        path = Path(tempfile.mkdtemp())
+        config = resolve(config, path).config
+        folder = RunFolder(path, to_plain(config))
+        _, self.ours, _, _, self.objective = build_parts(config, folder)
+        device = self.ours.accelerator.device.type
+        assert device == work.device, "WITHOUT_GPUS came too late"
+        self.ours.wrapped.train()
 
     def update(self, rows: Sequence[int]) -> int:
         from cera_train.model.compiled import at_recompile_limit

@@ -6,26 +6,17 @@ as a warm-up, then the median of three more.
 
 from __future__ import annotations
 
-import itertools
-import os
-import random
 import statistics
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
-import torch
+from benchmarks.contestants import Work
+from benchmarks.rows import random_rows, write_rows
+from benchmarks.training import PACKAGE, race
+from cera_train.model.folder import load_tokenizer
+from cera_train.settings.model import ModelConfig
 
-from benchmarks import WITHOUT_GPUS
-from benchmarks.contestants import Adapter, Setting, our_run
-from benchmarks.training import PACKAGE, logistic_maps
-from cera_train.distributed.accelerator import peak_memory, quiet_libraries
-from cera_train.model.batches import RowOrder, flat_batch
-
-MICRO_BATCH_TOKENS = 4096
 UPDATES = 3
 
 
@@ -34,17 +25,16 @@ class Point:
     """One update of `sequences` sequences of `length` tokens, two thirds of them supervised, in
     bf16."""
 
-    kind: str = "cera"
+    kind: str = "CeRA"
     rank: int = 64
     length: int = 256
     sequences: int = 8
-    rows: int | None = None
-    """Rows of the data set that the update takes its rows from, read as training reads them; None
-    for rows at hand."""
+    rows: int = 0
+    """Rows of the data set, if more than what is updated on."""
 
 
 POINTS = {
-    "rank": [Point(kind, rank) for kind in ("cera", "lora") for rank in (16, 64, 128, 256, 512)],
+    "rank": [Point(kind, rank) for kind in ("CeRA", "LoRA") for rank in (16, 64, 128, 256, 512)],
     "length": [Point(length=2**power, sequences=1) for power in range(7, 13)],
     "sequences": [Point(sequences=2**power) for power in range(6)],
     "rows": [Point(rows=10**power) for power in (3, 4, 5)],
@@ -52,46 +42,30 @@ POINTS = {
 """The field that grows -> its points."""
 
 
-def measure(point: Point) -> tuple[float, int]:
+def measure(point: Point, file: Path) -> tuple[float, int]:
     """Seconds of an update, and bytes of memory."""
-    quiet_libraries()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
-        rows = itertools.islice(itertools.cycle(logistic_maps()), point.rows or 20)
-        file.write_text("".join(f"{row}\n" for row in rows))
-        adapter = Adapter(point.rank, alpha=point.rank)
-        setting = Setting(PACKAGE, file, [], "bfloat16", torch.device("cpu"), adapter)
-        data, model, _ = our_run(setting, point.kind, micro_batch_tokens=MICRO_BATCH_TOKENS)
-    batches = model.micro_batches(data.rows.train)
-    order = RowOrder(len(data.rows.train), point.sequences, seed=0)
-    if point.rows is None:
-        numbers = random.Random(0)
-        ids = [numbers.randrange(1000) for _ in range(point.length)]
-        mask = [place > point.length // 3 for place in range(point.length)]
-        together = max(1, min(point.sequences, MICRO_BATCH_TOKENS // point.length))
-        passes = [flat_batch([ids] * together, [mask] * together)] * (point.sequences // together)
-
-    taken = []
-    for update in range(UPDATES + 1):
-        started = time.perf_counter()
-        if point.rows is not None:
-            groups = batches.passes(order.sequences(update), 1, 0, in_step=False)
-            passes = [batches.load(group) for group, _ in groups]
-        for batch in passes:
-            (model.wrapped(batch).sum() / (point.length * point.sequences)).backward()
-        model.optimizer.step()
-        model.optimizer.zero_grad()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:]), peak_memory(model.accelerator.device)
+    count = max(point.rows, (UPDATES + 1) * point.sequences + 1)  # one is held out
+    rows = random_rows(count, point.length - 1, prompt=1 / 3, spread=0)
+    work = Work(
+        "bfloat16",
+        point.sequences,
+        rank=point.rank,
+        alpha=point.rank,
+        max_length=4096,
+        micro_batch_tokens=4096,
+    )
+    base = load_tokenizer(ModelConfig(path=PACKAGE)).name_or_path
+    name = f"ours with {point.kind}"
+    found = race([name], work, base, write_rows(file, rows), UPDATES)
+    return statistics.median(found.seconds[name]), found.peak_memory[name]
 
 
 def main() -> None:
-    os.environ |= WITHOUT_GPUS
     for field, points in POINTS.items():
         print(f"\n{field:<12}{'adapter':<8}{'seconds':>10}{'GB':>8}")
         for point in points:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                seconds, memory = process.submit(measure, point).result()
+            with tempfile.TemporaryDirectory() as folder:
+                seconds, memory = measure(point, Path(folder) / "rows.jsonl")
             value = getattr(point, field)
             print(f"{value:<12,}{point.kind:<8}{seconds:>10.2f}{memory / 1e9:>8.2f}", flush=True)
 

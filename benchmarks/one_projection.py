@@ -170,6 +170,7 @@ class Student:
     activation: str = "silu"
     init_scale: float = 1
     has_half_scale: bool = False
+    has_bias: bool = False
 
 
 STUDENTS = {
@@ -177,6 +178,7 @@ STUDENTS = {
     "CeRA": Student(),
     "CeRA, 3 A": Student(init_scale=3),
     "CeRA, 10 A": Student(init_scale=10),
+    "CeRA, 3 A, bias": Student(init_scale=3, has_bias=True),
     "tanh, 3 A": Student("tanh", init_scale=3),
 }
 
@@ -198,25 +200,29 @@ def make(student: Student, d_in: int, d_out: int, r: int) -> nn.Module:
         init_scale=student.init_scale,
         target_modules=["0"],
     )
-    return get_peft_model(nn.Sequential(Nothing(d_in, d_out, bias=False)), config)
+    model = get_peft_model(nn.Sequential(Nothing(d_in, d_out, bias=False)), config)
+    if student.has_bias:  # the last input is 1
+        model.base_model.model[0].cera_A["default"].weight.data[:, -1] = 0
+    return model
 
 
 def train(student: Student, r: int, rate: float, data: Data) -> float:
     """R2 on the held-out inputs after STEPS steps of Adam on the mean squared error, at a rate that
     falls to zero."""
-    model = make(student, data.x.shape[1], data.y.shape[1], r)
+    x = nn.functional.pad(data.x, (0, 1), value=1.0) if student.has_bias else data.x
+    model = make(student, x.shape[1], data.y.shape[1], r)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
     generator = torch.Generator().manual_seed(STUDENT_SEED)
     for _ in range(STEPS):
         rows = torch.randint(data.trained, (BATCH,), generator=generator)
-        loss = (model(data.x[rows]) - data.y[rows]).square().sum(1).mean()
+        loss = (model(x[rows]) - data.y[rows]).square().sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return data.r2(model(data.x))
+        return data.r2(model(x))
 
 
 # --- measurement ----------------------------------------------------------------------------------

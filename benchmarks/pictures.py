@@ -121,7 +121,8 @@ def forest_of(findings: list[Finding], headings: dict[str, dict[str, str]]) -> F
     return Forest("evidence_short", "Should I use CeRA?", EVIDENCE_CAPTION, groups)
 
 
-def forests(evidence: Path = DOCS / "evidence") -> list[Forest]:
+def forests() -> list[Forest]:
+    evidence = DOCS / "evidence"
     findings = read_findings(evidence)
     return [forest_of_all(findings), forest_of(findings, read_yaml(evidence / "short.yaml"))]
 

@@ -160,9 +160,6 @@ def print_errors(studies: int) -> None:
 NOISE = 0.035
 """Standard deviation of a run, for each rate and seed."""
 
-Shares = tuple[float, float]
-"""Wrong verdicts without the widening, and with it."""
-
 
 @dataclass(frozen=True)
 class Tuning:
@@ -212,9 +209,11 @@ TUNINGS = (
 )
 
 
-def wrong_after_tuning(tuning: Tuning, seeds: int, tune_seeds: int, studies: int) -> Shares:
-    """Wrong verdicts where all judge at the rate of the lowest mean: unwidened, and widened as a
-    study does. `tune_seeds` choose and do not judge; 0: all do both."""
+def wrong_after_tuning(
+    tuning: Tuning, seeds: int, tune_seeds: int, studies: int
+) -> tuple[float, float]:
+    """The shares of wrong verdicts where all judge at the rate of the lowest mean: unwidened, and
+    widened as a study does. `tune_seeds` choose and do not judge; 0: all do both."""
     losses = tuning.draw(studies, seeds + tune_seeds, numpy.random.default_rng(0))
     tuning_losses = losses[..., : tune_seeds or seeds]
     judging = losses[..., tune_seeds:]

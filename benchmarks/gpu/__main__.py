@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import WITHOUT_GPUS
-from benchmarks.gpu.pieces import BY_NAME, ROOT, Piece, Place
+from benchmarks.gpu.pieces import BY_NAME, ROOT, SECONDS, Piece, Place
 
 PACKAGES = ("torch", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "trl")
 
@@ -42,21 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "no CUDA GPU here: --device=cpu --size=tiny runs the same in miniature", file=sys.stderr
         )
         return 2
-    deadline = math.inf if options.minutes is None else started + 60 * options.minutes
-    results = {name: read_result(place, name) for name in options.piece}
-    new = [name for name, result in results.items() if result is None]
-    failed = [name for name, result in results.items() if result and result["state"] == "failed"]
+    deadline = started + 60 * options.minutes
+    known = {name: result for name in options.piece if (result := read_result(place, name))}
+    new = [name for name in options.piece if name not in known]
+    failed = [name for name, result in known.items() if result["state"] == "failed"]
     left = []
     for name in [*new, *failed]:  # one that always fails takes no other's time
-        piece = BY_NAME[name]
-        room = deadline - time.monotonic()
-        if piece.expected <= room:
-            print(f"{name} ... ", end="", flush=True)
-            results[name] = result = run(piece, place, min(piece.seconds, room))
-            print(f"{result['state']} {result['reason'][:160]}" if result else "cut", flush=True)
-        if piece.expected > room or result is None:
+        result = run(BY_NAME[name], place, deadline - time.monotonic())
+        if result is None:
             left.append(name)
-    known = {name: result for name, result in results.items() if result is not None}
+        else:
+            known[name] = result
+            print(f"{name} {result['state']} {result['reason'][:160]}", flush=True)
     print("\n" + block(known))
     if left:
         print(f"\n{len(left)} pieces are left: {', '.join(left)}. The same command goes on.")
@@ -67,12 +63,19 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0]
     )
-    names = list(BY_NAME)
     parser.add_argument(
-        "--piece", nargs="+", default=names, choices=names, metavar="PIECE", help="default: all"
+        "--piece",
+        nargs="+",
+        default=[*BY_NAME],
+        choices=BY_NAME,
+        metavar="PIECE",
+        help="default: all",
     )
     parser.add_argument(
-        "--minutes", type=float, help="end within so many minutes, and leave what does not fit"
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="end within so many minutes, and leave what does not fit",
     )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument(
@@ -88,7 +91,7 @@ def gpus() -> str:
         return ""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
-    return "; ".join(done.stdout.split("\n")).strip("; ") if done.returncode == 0 else ""
+    return done.stdout.strip().replace("\n", "; ") if done.returncode == 0 else ""
 
 
 def result_file(place: Place, name: str) -> Path:
@@ -101,9 +104,13 @@ def read_result(place: Place, name: str) -> Result | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def run(piece: Piece, place: Place, seconds: float) -> Result | None:
-    """Runs a piece in a process that ends within so many seconds. Returns None where they were over
-    before the piece's own time limit."""
+def run(piece: Piece, place: Place, room: float) -> Result | None:
+    """Runs a piece in a process that ends within `room` seconds. Returns None where it does not fit
+    in, or they were over before the piece's own time limit."""
+    if piece.expected > room:
+        return None
+    print(f"{piece.name} ...", flush=True)
+    seconds = min(SECONDS, room)
     log = place.folder / "logs" / f"{piece.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     file = result_file(place, piece.name)
@@ -132,25 +139,18 @@ def run(piece: Piece, place: Place, seconds: float) -> Result | None:
         with contextlib.suppress(ProcessLookupError):  # and what it started
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    if not file.is_file() and (status is not None or seconds == piece.seconds):
+    if not file.is_file() and (status is not None or seconds == SECONDS):
         ended = f"time limit of {seconds:g} s"
         if status is not None:
-            ended = f"{error_in(log)}, status {status}"
+            last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            ended = f"{last[:300]}, status {status}"
         result = {"state": "failed", "reason": f"{ended}; see {log}", "figures": {}}
         file.write_text(json.dumps(result, indent=2) + "\n")
     return read_result(place, piece.name)
 
 
-def error_in(log: Path) -> str:
-    """The last error that a piece, or a process of it, printed."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
-    return (errors or lines or ["it printed nothing"])[-1][:300]
-
-
 def block(results: dict[str, Result]) -> str:
-    """Results as Markdown: the machine, the outcomes, and a table for the pieces that measured the
-    same figures."""
+    """Results as Markdown: the machine, the outcomes, and the figures of each piece."""
     installed = {
         package.metadata["Name"]: package.version for package in importlib.metadata.distributions()
     }
@@ -159,24 +159,15 @@ def block(results: dict[str, Result]) -> str:
     counts = ", ".join(
         f"{states.count(state)} {state}" for state in ("passed", "failed", "skipped")
     )
-    lines = [f"Machine: {gpus() or 'no GPU'}; {versions}.", f"Pieces: {counts}."]
-    tables: dict[tuple[str, ...], list[str]] = {}
+    lines = [f"Machine: {gpus() or 'no GPU'}; {versions}.", f"Pieces: {counts}.", ""]
     for name, result in results.items():
-        if figures := result["figures"]:
-            cells = [
-                f"{value:,.4g}" if isinstance(value, float) else str(value)
-                for value in figures.values()
-            ]
-            tables.setdefault(tuple(figures), []).append(f"| {name} | {' | '.join(cells)} |")
-    for columns, rows in tables.items():
-        rule = "|---" * (len(columns) + 1) + "|"
-        lines += ["", f"| piece | {' | '.join(columns)} |", rule, *rows]
-    reasons = [
-        f"- {name}: {result['state']}: {result['reason']}"
-        for name, result in results.items()
-        if result["reason"]
-    ]
-    return "\n".join([*lines, "", *reasons])
+        parts = [result["state"], result["reason"]]
+        parts += [
+            f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in result["figures"].items()
+        ]
+        lines.append(f"- {name}: {'; '.join(filter(None, parts))}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

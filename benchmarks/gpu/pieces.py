@@ -12,6 +12,10 @@ DEVICE = "CERA_TRAIN_GPU_TESTS"
 """The environment variable that lets the tests of tests/gpu run on another device than CUDA."""
 
 
+SECONDS = 540
+"""The time limit of a piece."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a piece runs."""
@@ -28,6 +32,9 @@ class Place:
         """Results, logs, rows and runs of this size on this device."""
         return self.output / f"{self.size}_{self.device}"
 
+    def rows(self, name: str) -> Path:
+        return self.folder / "rows" / f"{name}.jsonl"
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -38,42 +45,39 @@ class Piece:
     """The function of benchmarks.gpu.work that measures its figures."""
     expected: int
     """Seconds that it should take: it starts where so many are left."""
-    seconds: int
-    """Its time limit."""
     settings: dict[str, Any] = field(default_factory=dict)
     takes_all_gpus: bool = False
     """Else it sees the first one only: several would split its work."""
 
 
-def group_of_tests(group: str, expected: int, seconds: int, takes_all_gpus: bool = False) -> Piece:
+def group_of_tests(group: str, expected: int, takes_all_gpus: bool = False) -> Piece:
     settings = {"group": group}
-    return Piece(f"tests_{group}", "run_tests", expected, seconds, settings, takes_all_gpus)
+    return Piece(f"tests_{group}", "run_tests", expected, settings, takes_all_gpus)
 
 
 def race(contestant: str, name: str, work: str) -> Piece:
     settings = {"contestant": contestant, "work": work}
-    return Piece(f"race_{name}_{work}", "lap", 60, 400, settings)
+    return Piece(f"race_{name}_{work}", "lap", 60, settings)
 
 
 PIECES = [
-    Piece("weights", "make_weights", 60, 300),
-    Piece("nemo_cera", "nemo", 200, 540, {"kind": "cera"}),
-    Piece("nemo_lora", "nemo", 100, 300, {"kind": "lora"}),
-    Piece("nemo_trl", "lap", 120, 400, {"contestant": "TRL + LoRA, best", "work": "nemo"}),
-    group_of_tests("attention", 60, 180),
-    group_of_tests("precision", 150, 300),
-    group_of_tests("training", 150, 480),
-    group_of_tests("answers", 60, 180),
-    group_of_tests("processes", 150, 300, takes_all_gpus=True),
-    Piece("math_r64", "recipe", 120, 400, {"name": "math_r64"}),
-    Piece("math_r64_nf4", "recipe", 120, 400, {"name": "math_r64_nf4"}),
+    Piece("weights", "make_weights", 60),
+    Piece("nemo_cera", "nemo", 200, {"kind": "cera"}),
+    Piece("nemo_lora", "nemo", 100, {"kind": "lora"}),
+    Piece("nemo_trl", "lap", 120, {"contestant": "TRL + LoRA, best", "work": "nemo"}),
+    group_of_tests("attention", 60),
+    group_of_tests("precision", 150),
+    group_of_tests("training", 150),
+    group_of_tests("answers", 60),
+    group_of_tests("processes", 150, takes_all_gpus=True),
+    Piece("math_r64", "recipe", 120, {"name": "math_r64"}),
+    Piece("math_r64_nf4", "recipe", 120, {"name": "math_r64_nf4"}),
     race("ours with CeRA", "cera", "bfloat16"),
     race("ours with CeRA, compiled", "cera_compiled", "bfloat16"),
     race("ours with LoRA", "lora", "bfloat16"),
     race("TRL + LoRA, best", "trl", "bfloat16"),
     race("ours with CeRA, compiled", "cera_compiled", "nf4"),
     race("TRL + LoRA, best", "trl", "nf4"),
-    Piece("decoding", "decoding", 100, 400),
-    Piece("answers", "answers", 60, 300),
+    Piece("decoding", "decoding", 100),
 ]
 BY_NAME = {piece.name: piece for piece in PIECES}

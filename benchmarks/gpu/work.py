@@ -4,37 +4,32 @@ PIECE DEVICE SIZE OUTPUT`."""
 from __future__ import annotations
 
 import ctypes
-import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import evaluation
-from benchmarks.contestants import Adapter
+from benchmarks.contestants import Work
 from benchmarks.gpu.pieces import BY_NAME, DEVICE, ROOT, Place
-from benchmarks.training import PACKAGE, Work, race, useful_flops
+from benchmarks.rows import random_rows, write_rows
+from benchmarks.training import PACKAGE, race
 from cera_train.cli.compose import compose
 from cera_train.common.files import config_dir, write_text
-from cera_train.evaluation.generate import cache_room
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.folder import load_tokenizer
 from cera_train.planning.plan import USABLE
 from cera_train.planning.planner import make_plan
-from cera_train.settings.adapters import AdapterKind
-from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.training.train import train
 
@@ -44,9 +39,6 @@ TOKENIZER = ROOT / "tokenizer"
 """SmolLM2's, where `make gpu-bundle` wrote it."""
 ATTENTION = {"cuda": VARLEN, "cpu": BY_SEQUENCE}
 """The fastest by device: a piece fails with any other."""
-WORDS = "the of and to in is that for it as with on by at from this have not are but".split()  # noqa: SIM905
-"""One token each of SmolLM2's tokenizer."""
-
 NEMO_TOKENS_PER_S = 12_473
 """Of NeMo AutoModel's LoRA on Llama-3.1-8B and one H100, by docs/performance-summary.md and
 examples/llm_finetune/llama3_1/llama3_1_8b_peft_benchmark.yaml of github.com/NVIDIA-NeMo/Automodel:
@@ -59,15 +51,21 @@ NEMO = (
     "adapter.target_modules=all-linear",
     "optimizer.lr=1e-5",
 )
+EVAL_ROWS = 8
+COLUMNS = ("instruction", "output")
+"""Of the recipes' rows."""
 RECIPES = {"cera": "math_r64", "lora": "math_lora_r512"}
 WORKS = {
-    "bfloat16": Work("bfloat16", 32),
-    "nf4": Work("nf4", 32),
+    "bfloat16": Work("bfloat16", 32, micro_batch_tokens=4096),
+    "nf4": Work("nf4", 32, micro_batch_tokens=4096),
     "nemo": Work(
         "bfloat16",
         8,
-        adapter=Adapter(rank=16, alpha=32, dropout=0.1, targets="all-linear"),
+        rank=16,
+        alpha=32,
+        targets="all-linear",
         max_length=4096,
+        micro_batch_tokens=4096,
     ),
 }
 """Of the race."""
@@ -81,24 +79,18 @@ class Skipped(Exception):
 class Size:
     """How much work the pieces do."""
 
-    updates: int = 20
-    """Of a recipe."""
+    updates: int = 10
+    """Of a run."""
     warm_up: int = 3
     """Updates at the start that do not count."""
-    batch_size: int = 64
+    batch_size: int = 32
     row_tokens: int = 171
     """Mean tokens of a row of MathInstruct, by conf/data/mathinstruct.yaml."""
-    eval_rows: int = 64
-    long_updates: int = 10
     long_batch: int = 8
     long_tokens: int = 4096
-    """Updates, sequences of an update, and their tokens, of NeMo's setting."""
-    race_batch: int = 32
+    """Sequences of an update, and their tokens, of NeMo's setting."""
     rounds: int = 5
     """Of the race, an update each, and of decoding; a warm-up is not counted."""
-    answers: int = 256
-    answer_tokens: int = 256
-    """Of problems that are answered, and their tokens at most."""
     overrides: tuple[str, ...] = ()
     """Settings of every run."""
 
@@ -110,14 +102,9 @@ SIZES = {
         warm_up=1,
         batch_size=4,
         row_tokens=24,
-        eval_rows=8,
-        long_updates=3,
         long_batch=4,
         long_tokens=128,
-        race_batch=4,
         rounds=1,
-        answers=8,
-        answer_tokens=8,
         overrides=("adapter.r=4", "data.max_length=128"),
     ),
 }
@@ -155,66 +142,39 @@ def random_model(place: Place) -> Path:
     return folder
 
 
-def random_rows(
-    place: Place,
-    name: str,
-    count: int,
-    tokens: int,
-    columns: Sequence[str] = ("instruction", "output"),
-    is_even: bool = False,
-) -> Path:
-    """A file of rows of random words: two fifths of the tokens in the first column, the rest in the
-    second. Rows differ in length as those of questions and answers do, or are `is_even`, with
-    nearly all in the second."""
-    numbers = random.Random(0)
-    file = place.folder / "rows" / f"{name}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lines:
-        for _ in range(count):
-            length = tokens if is_even else max(8, round(numbers.gauss(tokens, 0.4 * tokens)))
-            parts = (1, length) if is_even else (round(0.4 * length), round(0.6 * length))
-            row = {
-                column: " ".join(numbers.choices(WORDS, k=words))
-                for column, words in zip(columns, parts, strict=True)
-            }
-            lines.write(json.dumps(row) + "\n")
-    return file
-
-
 # --- whole runs -----------------------------------------------------------------------------------
 
 
 def recipe(place: Place, name: str) -> dict[str, Any]:
     """A recipe, on rows that are as long as MathInstruct's."""
     size = SIZES[place.size]
-    rows = random_rows(
-        place, "math", size.updates * size.batch_size + size.eval_rows, size.row_tokens
-    )
-    overrides = [f"data.eval_rows={size.eval_rows}", f"train.batch_size={size.batch_size}"]
+    count = size.updates * size.batch_size + EVAL_ROWS
+    rows = random_rows(count, size.row_tokens, COLUMNS)
+    overrides = [f"train.batch_size={size.batch_size}"]
     if name == "math_r64_nf4" and place.device == "cpu":  # its optimizer pages GPU memory
         overrides.append("optimizer=adamw_8bit")
-    return run(place, name, name, rows, size.updates, overrides)
+    return run(place, name, name, write_rows(place.rows(name), rows), overrides)
 
 
 def nemo(place: Place, kind: str) -> dict[str, Any]:
     """NeMo AutoModel's setting with an adapter of ours, all tokens supervised, in updates of fewer
     sequences, one at a time."""
     size = SIZES[place.size]
-    count = size.long_updates * size.long_batch + 2
-    rows = random_rows(place, "long", count, size.long_tokens, is_even=True)
+    count = size.updates * size.long_batch + EVAL_ROWS
+    rows = random_rows(count, size.long_tokens, COLUMNS, prompt=0, spread=0)
     overrides = [
         *NEMO,
-        "data.eval_rows=2",
         f"data.max_length={size.long_tokens}",
         f"train.batch_size={size.long_batch}",
         f"train.micro_batch_tokens={size.long_tokens}",
     ]
-    figures = run(place, f"nemo_{kind}", RECIPES[kind], rows, size.long_updates, overrides)
+    name = f"nemo_{kind}"
+    figures = run(place, name, RECIPES[kind], write_rows(place.rows(name), rows), overrides)
     return figures | {"tokens/s of NeMo's LoRA, as published": NEMO_TOKENS_PER_S}
 
 
 def run(
-    place: Place, name: str, recipe: str, rows: Path, updates: int, overrides: Sequence[str]
+    place: Place, name: str, recipe: str, rows: Path, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """Trains, with compiled layers on a GPU: throughput and peak memory as measured, beside what
     cera-plan predicts.
@@ -232,7 +192,8 @@ def run(
         f"model.path={random_model(place)}",
         "data.path=null",
         f"data.train_files=[{rows}]",
-        f"train.max_updates={updates}",
+        f"data.eval_rows={EVAL_ROWS}",
+        f"train.max_updates={size.updates}",
         f"train.compile={str(on_gpu).lower()}",
         "train.eval_every=null",
         "train.save_every=null",
@@ -266,15 +227,11 @@ def check_speed(result: dict[str, Any], device: str) -> None:
 
 
 def speed(metrics: Path, warm_up: int) -> dict[str, float]:
-    """Median seconds of an update and tokens a second, without the first updates."""
+    """Median tokens a second, without the first updates, and the first and last loss."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     updates = [line for line in lines if "train/loss" in line]
-    totals = [line["train/seconds"] for line in updates[warm_up - 1 :]]
     return {
         "tokens/s": statistics.median(line["train/tokens_per_s"] for line in updates[warm_up:]),
-        "seconds an update": statistics.median(
-            after - before for before, after in itertools.pairwise(totals)
-        ),
         "first loss": updates[0]["train/loss"],
         "last loss": updates[-1]["train/loss"],
     }
@@ -307,20 +264,16 @@ def run_tests(place: Place, group: str) -> dict[str, Any]:
 def lap(place: Place, contestant: str, work: str) -> dict[str, Any]:
     """Updates of one contestant of benchmarks.training, on the rows that all of them get."""
     size = SIZES[place.size]
-    is_long = work == "nemo"
-    sequences = size.long_batch if is_long else size.race_batch
-    chosen = replace(WORKS[work], device=place.device, sequences=sequences)
-    # The template takes some tokens of a full sequence.
-    tokens = size.long_tokens - 16 if is_long else size.row_tokens
-    count = (size.rounds + 1) * sequences + 1  # one is held out
-    columns = ("question", "answer")
-    file = random_rows(place, f"race_{work}", count, tokens, columns, is_even=is_long)
-    base = str(random_model(place))
-    config = AutoConfig.from_pretrained(base)
-    tokenizer = load_tokenizer(ModelConfig(path=base))
-    flops, tokens, supervised = useful_flops(tokenizer, config, file, sequences, size.rounds)
-    measured = race([contestant], chosen, base, file, supervised)
-    seconds = measured["seconds"][contestant]
+    chosen = replace(WORKS[work], device=place.device, sequences=size.batch_size)
+    rows = {"tokens": size.row_tokens}
+    if work == "nemo":
+        chosen = replace(chosen, sequences=size.long_batch)
+        # The template takes some tokens of a full sequence.
+        rows = {"tokens": size.long_tokens - 16, "prompt": 0, "spread": 0}
+    count = (size.rounds + 1) * chosen.sequences + 1  # one is held out
+    file = write_rows(place.rows(f"race_{work}"), random_rows(count, **rows))
+    measured = race([contestant], chosen, str(random_model(place)), file, size.rounds)
+    seconds = measured.seconds[contestant]
 
     def rate(amounts: Sequence[float]) -> float:
         return statistics.median(
@@ -328,20 +281,20 @@ def lap(place: Place, contestant: str, work: str) -> dict[str, Any]:
         )
 
     return {
-        "tokens/s": rate(tokens),
+        "tokens/s": rate(measured.tokens),
         "seconds an update": statistics.median(seconds),
-        "useful TFLOP/s": rate(flops) / 1e12,
-        "peak GB": measured["peak_memory_bytes"][contestant] / 1e9,
+        "useful TFLOP/s": rate(measured.flops) / 1e12,
+        "peak GB": measured.peak_memory[contestant] / 1e9,
     }
 
 
 def decoding(place: Place) -> dict[str, Any]:
     """New tokens a second of the base, or LoRA merged into it, and of CeRA, by the rows of a
     batch."""
-    file = evaluation.word_problems(place.folder / "problems.jsonl")
-    steps = evaluation.decoding(
-        file, SIZES[place.size].rounds, path=str(random_model(place)), device=place.device
-    )
+    size = SIZES[place.size]
+    file = write_rows(place.rows("decoding"), random_rows(1, size.row_tokens))
+    path = str(random_model(place))
+    steps = evaluation.decoding(file, size.rounds, path=path, device=place.device)
     return {
         f"{name}, {rows} rows, tokens/s": rows / statistics.median(seconds)
         for name, taken in steps.items()
@@ -349,27 +302,9 @@ def decoding(place: Place) -> dict[str, Any]:
     }
 
 
-def answers(place: Place) -> dict[str, Any]:
-    """How fast CeRA answers many problems."""
-    size = SIZES[place.size]
-    file = evaluation.word_problems(place.folder / "many_problems.jsonl", size.answers)
-    engine = evaluation.Answering(AdapterKind.cera, str(random_model(place)), place.device)
-    requests = engine.requests(file, size.answers)
-    batches = engine.batches(requests, size.answer_tokens, GenerationConfig(), processes=1)
-    started = time.perf_counter()
-    answered = engine.ours(requests, size.answer_tokens)
-    seconds = time.perf_counter() - started
-    return {
-        "answers/s": len(answered) / seconds,
-        "new tokens/s": sum(answer.tokens for answer in answered) / seconds,
-        "rows of a batch": max(map(len, batches)),
-        "GB of keys and values": cache_room(engine.base.device) / 1e9,
-    }
-
-
 FUNCTIONS = {
     function.__name__: function
-    for function in (make_weights, run_tests, recipe, nemo, lap, decoding, answers)
+    for function in (make_weights, run_tests, recipe, nemo, lap, decoding)
 }
 
 
