@@ -67,7 +67,7 @@ gpu-bundle: $(VENV)/.installed-test  ## write bundle/, which runs the same on a 
 growth: $(VENV)/.installed-test  ## measure how time and memory of an update grow
 	$(BIN)/python -m benchmarks.growth
 
-architectures: $(VENV)/.installed-test  ## check every causal type of transformers, in 40 minutes that resume, and write docs/architectures.md
+architectures: $(VENV)/.installed-test  ## check every causal type of transformers and write docs/architectures.md; a second call goes on
 	$(BIN)/python -m benchmarks.architectures
 
 methods: $(VENV)/.installed-test  ## train every method of PEFT and its variants, and write docs/methods.md

@@ -1,39 +1,39 @@
 """`make architectures`: checks a tiny model of every causal type of transformers, and writes
 docs/architectures.md from what it finds.
 
-python -m benchmarks.architectures [--compile] [TYPE ...]
-
 Cells are kept in outputs/architectures.json as they come: delete it to check all again.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import gc
-import json
-import multiprocessing
-import os
-import re
-import sys
 import tempfile
-import textwrap
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from multiprocessing.connection import Connection
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
+import pebble
 import peft
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from benchmarks import cells
+from benchmarks.cells import (
+    ROOT,
+    YES,
+    Cells,
+    Mismatch,
+    check_resume,
+    fill,
+    in_short,
+    meanings,
+    require,
+    table,
+)
 from benchmarks.tiny_models import MODEL_TYPES, byte_tokenizer, tiny_model
 from cera_train.adapters import build as adapters
 from cera_train.adapters import saved
@@ -49,25 +49,21 @@ from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout, probe
 from cera_train.model.weights import load_model
 from cera_train.planning.dry_run import DryRun
-from cera_train.runs.folder import RunFolder
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.model import Dtype, ModelConfig, Quantization
 from cera_train.training.train import train
 
-ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architectures.md"
 FOUND = ROOT / "outputs" / "architectures.json"
-"""The cells of the types that are done: the same command goes on after an interruption."""
-
 SECONDS = 120
-"""The time limit of one type."""
+"""The time limit of a check."""
 
 CPU = torch.device("cpu")
 ROWS = [[5, 17, 99, 4, 250, 31, 8, 60], [7, 7, 300, 12, 3], [401, 2, 45, 46, 6, 9, 120]]
 MASKS = [[False, True, True] + [True] * (len(row) - 3) for row in ROWS]
 IDS = torch.tensor([ROWS[0], ROWS[0][::-1]])
-YES = "yes"
 BUILT = "built"
+WIDTH = 64
 BY_PARAMETER = "`adapter.experts`"
 NO_EXPERTS = "none"
 ALL = "all"
@@ -100,6 +96,17 @@ class Subject:
         tokenizer.save_pretrained(self.folder)
         return str(self.folder)
 
+    def words(self) -> list[str]:
+        """The settings of its runs."""
+        return [
+            "+recipe=logistic_map",
+            f"model.path={self.path}",
+            "model.dtype=float32",
+            "adapter.r=4",
+            f"adapter.experts={self.has_experts}",
+            "adapter.target_modules=all-linear",
+        ]
+
     def adapted(self, base: PreTrainedModel | None = None) -> LanguageModel:
         """The model with a random adapter, in the layout of a run."""
         language_model = self.padded(base)
@@ -110,12 +117,11 @@ class Subject:
         """The model with a random adapter on all that can be adapted, for padded rows."""
         base = base or self.base()
         config = AdapterConfig(r=4, alpha=None, experts=self.has_experts)
-        model = adapters.build(base, config)
+        language_model = LanguageModel(adapters.build(base, config), base)
         torch.manual_seed(1)
-        for name, weight in model.named_parameters():
+        for name, weight in language_model.named_parameters():
             if "cera_B" in name:
                 nn.init.normal_(weight, std=0.1)
-        language_model = LanguageModel(model, base)
         return language_model.eval()  # without the dropout that some types have by default
 
 
@@ -137,15 +143,6 @@ def check_close(actual: Any, expected: Any, what: str = "loss or gradients") -> 
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
     except AssertionError as error:
         raise Mismatch(f"other {what}") from error
-
-
-def require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise Mismatch(otherwise)
-
-
-class Mismatch(Exception):
-    """What a check has found, in a few words."""
 
 
 def check_learns(language_model: LanguageModel) -> None:
@@ -203,9 +200,9 @@ def all_linear(subject: Subject) -> str:
     base = subject.base()
     expected = base(input_ids=IDS, use_cache=False).logits
     for_text = {name for name, _ in base.named_modules()} - {*projections_outside_text(base)}
-    model = adapters.build(base, AdapterConfig(r=4, experts=subject.has_experts))
+    config = AdapterConfig(r=4, experts=subject.has_experts)
+    language_model = LanguageModel(adapters.build(base, config), base)
     check_close(base.eval()(input_ids=IDS, use_cache=False).logits, expected, "logits at the start")
-    language_model = LanguageModel(model, base)
     choose_layout(language_model, CPU)
     check_learns(language_model)
     left_out = linear_names(
@@ -229,7 +226,7 @@ def experts(subject: Subject) -> str:
     return BY_PARAMETER
 
 
-def loads(subject: Subject) -> str:
+def loads(subject: Subject) -> None:
     """A saved adapter gives the same logits on a fresh base, by `cera-train` and by PEFT."""
     model = subject.padded().model
     expected = model(input_ids=IDS, use_cache=False).logits
@@ -239,31 +236,27 @@ def loads(subject: Subject) -> str:
         again = attach(subject.base(), folder).eval()
         logits = again(input_ids=IDS, use_cache=False).logits
         check_close(logits, expected, "logits")
-    return YES
 
 
-def four_bits(subject: Subject) -> str:
+def four_bits(subject: Subject) -> None:
     """The same as all-linear, over NF4 weights."""
     base = load_model(
         ModelConfig(subject.path, dtype=Dtype.float32, quantization=Quantization.nf4), CPU
     )
-    model = adapters.build(base, AdapterConfig(r=4))
-    language_model = LanguageModel(model, base)
+    language_model = LanguageModel(adapters.build(base, AdapterConfig(r=4)), base)
     choose_layout(language_model, CPU)
     check_learns(language_model)
-    return YES
 
 
-def compiled(subject: Subject) -> str:
+def compiled(subject: Subject) -> None:
     """Compiled layers give the same loss and gradients."""
     language_model = subject.adapted()
     expected = loss_and_gradients(language_model, batch_for(language_model))
     compile_layers(language_model, backend="eager")
     check_close(loss_and_gradients(language_model, batch_for(language_model)), expected)
-    return YES
 
 
-def checkpointed(subject: Subject) -> str:
+def checkpointed(subject: Subject) -> None:
     """Gradient checkpointing gives the same loss and gradients."""
     language_model = subject.adapted()
     expected = loss_and_gradients(language_model.train(), batch_for(language_model))
@@ -271,77 +264,36 @@ def checkpointed(subject: Subject) -> str:
     base.gradient_checkpointing_enable({"use_reentrant": False})
     language_model = subject.adapted(base).train()
     check_close(loss_and_gradients(language_model, batch_for(language_model)), expected)
-    return YES
 
 
-def resumed(subject: Subject) -> str:
+def resumed(subject: Subject) -> None:
     """A run that was cut ends with the same bytes."""
-    settings = [
-        "+recipe=logistic_map",
-        f"model.path={subject.path}",
-        "model.dtype=float32",
-        "adapter.r=4",
-        f"adapter.experts={subject.has_experts}",
+    words = [
+        *subject.words(),
         "train.compile=false",
-        "adapter.target_modules=all-linear",
         "data.eval_rows=4",
         "data.max_length=128",
         "train.max_updates=4",
         "train.save_every=2",
+        "train.keep=2",
         "train.eval_every=4",
         "train.batch_size=2",
+        f"output_dir={subject.folder}",
     ]
-    whole = replace(compose(*settings), name="whole", output_dir=str(subject.folder / "runs"))
-    cut = replace(whole, name="cut")
-    train(whole)
-    with contextlib.suppress(Cut), dying_after(3):
-        train(cut)
-    train(cut)
-    written = [
-        (Path(run.output_dir) / run.name / "adapter" / "adapter_model.safetensors").read_bytes()
-        for run in (whole, cut)
-    ]
-    require(written[0] == written[1], "other bytes")
-    return YES
+    train(compose(*words, "name=whole"))
+    check_resume(subject.folder / "whole", compose(*words, "name=cut"))
 
 
-class Cut(Exception):
-    """The death of a process."""
-
-
-@contextmanager
-def dying_after(update: int) -> Iterator[None]:
-    append = RunFolder.append
-
-    def append_and_die(self: RunFolder, name: str, line: dict[str, Any]) -> None:
-        append(self, name, line)
-        if line.get("update") == update:
-            raise Cut
-
-    with patch.object(RunFolder, "append", append_and_die):
-        yield
-
-
-def planned(subject: Subject) -> str:
+def planned(subject: Subject) -> None:
     """`cera-plan` finds the parameters and the rows from config.json alone."""
-    settings = [
-        "+recipe=logistic_map",
-        f"model.path={subject.path}",
-        "model.dtype=float32",
-        "adapter.r=4",
-        f"adapter.experts={subject.has_experts}",
-        "plan.gpu=cpu",
-        "adapter.target_modules=all-linear",
-    ]
-    run = DryRun(compose(*settings, command="plan"))
+    run = DryRun(compose(*subject.words(), "plan.gpu=cpu", command="plan"))
     language_model = subject.adapted()
     counts = adapters.parameter_counts(language_model.model)
     require((run.trainable, run.total) == counts, "other parameters")
     require(run.language_model.is_flat == language_model.is_flat, "other rows")
-    return YES
 
 
-def generates(subject: Subject) -> str:
+def generates(subject: Subject) -> None:
     """Tokens are the same with a cache and without."""
     with subject.adapted().generating() as model:
         settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -352,15 +304,14 @@ def generates(subject: Subject) -> str:
             logits = model(input_ids=expected, use_cache=False).logits
             expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
     require(tokens.tolist() == expected.tolist(), "other tokens")
-    return YES
 
 
-VARYING: dict[str, Callable[[Subject], str]] = {
+VARYING = {
     "rows": rows,
     "all-linear": all_linear,
     "experts": experts,
 }
-PASSING: dict[str, Callable[[Subject], str]] = {
+PASSING = {
     "loads": loads,
     "4-bit": four_bits,
     "checkpointed": checkpointed,
@@ -375,74 +326,25 @@ CHECKS = VARYING | PASSING
 # --- the sweep ------------------------------------------------------------------------------------
 
 
-def check(model_type: str, checks: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(check, cell) of one type; (BUILT, reason) where there is no model to train."""
+def built(subject: Subject) -> None:
+    """There is a model to train."""
+    subject.adapted()
+
+
+def cell(model_type: str, check: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject(model_type, Path(folder))
-        try:
-            subject.adapted()
-        except Exception as error:  # transformers raises any
-            yield BUILT, reason(error)
-            return
-        for name in checks:
-            try:
-                yield name, CHECKS[name](subject)
-            except Exception as error:
-                yield name, reason(error)
+        return cells.cell((CHECKS | {BUILT: built})[check], Subject(model_type, Path(folder)))
 
 
-def reason(error: Exception) -> str:
-    """An error in one line."""
-    words = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        words = re.sub("^model.path=[^:]*: ", "", words).split(". ")[0]
-    elif not isinstance(error, Mismatch):
-        words = f"{type(error).__name__}: {words}"
-    return words
-
-
-def sweep(model_types: Sequence[str], checks: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The cells of each type, earlier ones too."""
-    found = json.loads(FOUND.read_text()) if FOUND.exists() else {}
-    FOUND.parent.mkdir(exist_ok=True)
-    dict(check("llama", checks))  # what the first model of a process pays for, once for all
-    gc.collect()
-    gc.freeze()
-    for model_type in model_types:
-        row = found.setdefault(model_type, {})
-        missing = [name for name in checks if name not in row]
-        if missing and BUILT not in row:
-            row |= check_apart(model_type, missing)
-            FOUND.write_text(json.dumps(found, indent=1))
-            print(model_type, row, flush=True)
-    return found
-
-
-def check_apart(model_type: str, checks: Sequence[str]) -> dict[str, str]:
-    """The cells of one type, found in a process with a time limit: some types hang or crash."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send_cells, args=(sender, model_type, checks))
-    process.start()
-    sender.close()
-    deadline = time.monotonic() + SECONDS
-    row = {}
-    with contextlib.suppress(EOFError):
-        while receiver.poll(max(0, deadline - time.monotonic())):
-            name, cell = receiver.recv()
-            row[name] = cell
-    unfinished = [name for name in checks if name not in row]
-    if unfinished and BUILT not in row:
-        row[unfinished[0]] = f"over {SECONDS} s" if process.is_alive() else "crashes"
-    process.kill()
-    process.join()
-    return row
-
-
-def send_cells(connection: Connection, model_type: str, checks: Sequence[str]) -> None:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        for cell in check(model_type, checks):
-            connection.send(cell)
+def cell_apart(model_type: str, check: str) -> str:
+    """In a process with a time limit: some types hang or crash."""
+    apart = pebble.concurrent.process(timeout=SECONDS, mp_context=get_context("fork"))
+    try:
+        return apart(cell)(model_type, check).result()
+    except TimeoutError:
+        return f"over {SECONDS} s"
+    except pebble.ProcessExpired:
+        return "crashes"
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -455,34 +357,22 @@ def failing(row: dict[str, str]) -> list[str]:
 def cell_of(row: dict[str, str]) -> str:
     """What the page says of a type: how its rows stand, what most types do not have, and the checks
     that fail."""
-    if BUILT in row:
-        return in_short(row[BUILT])
-    varying = {name: in_short(row[name]) for name in VARYING if row[name] not in USUAL}
+    if row[BUILT] != YES:
+        return in_short(row[BUILT], WIDTH)
+    varying = {name: in_short(row[name], WIDTH) for name in VARYING if row[name] not in USUAL}
     parts = [text if name == "rows" else f"{name}: {text}" for name, text in varying.items()]
     if failing(row):
         parts.append(f"fails: {', '.join(failing(row))}")
     return "; ".join(parts)
 
 
-def in_short(words: str) -> str:
-    return textwrap.shorten(words.replace("|", "/"), 64, placeholder=" ...")
+def table_of(found: Cells) -> str:
+    return table({model_type: [cell_of(found[model_type])] for model_type in sorted(found)})
 
 
-def table_of(found: dict[str, dict[str, str]]) -> str:
-    """The rows of a table: types that are alike share one."""
-    alike: dict[str, list[str]] = {}
-    for model_type in sorted(found):
-        alike.setdefault(cell_of(found[model_type]), []).append(model_type)
-    by_size = sorted(alike.items(), key=lambda group: -len(group[1]))
-    return "\n".join(f"| {', '.join(types)} | {cell} |" for cell, types in by_size)
-
-
-def page(found: dict[str, dict[str, str]]) -> str:
-    trained = {model_type: row for model_type, row in found.items() if BUILT not in row}
-    refused = {model_type: row for model_type, row in found.items() if BUILT in row}
-    meanings = "\n".join(
-        f"- **{name}**: {' '.join(run.__doc__.split())}" for name, run in CHECKS.items()
-    )
+def page(found: Cells) -> str:
+    trained = {model_type: row for model_type, row in found.items() if row[BUILT] == YES}
+    refused = {model_type: row for model_type, row in found.items() if row[BUILT] != YES}
     without_failure = sum(not failing(row) for row in trained.values())
     compiled = sum("compiled" in row for row in trained.values())
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "torch"))
@@ -499,7 +389,7 @@ no check fails.
 
 Where no exception stands, every projection gets a branch, and the type has no experts.
 
-{meanings}
+{meanings(CHECKS)}
 
 Models that also take images or sound train on text: vision towers get no branches. A type without
 a causal class, such as Mistral 3, is loaded whole.
@@ -515,17 +405,14 @@ fused kernels, with {packages}. torch.compile was tried on {compiled}.
 """
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model_types", nargs="*", metavar="TYPE")
-    parser.add_argument("--compile", action="store_true", help="compile too: twice the time")
-    arguments = parser.parse_args()
-    checks = [name for name in CHECKS if name != "compiled" or arguments.compile]
-    found = sweep(arguments.model_types or MODEL_TYPES, checks)
+def main() -> None:
+    cell("llama", "rows")  # what the first model of a process pays for, once for all
+    gc.collect()
+    gc.freeze()
+    found = fill(FOUND, MODEL_TYPES, (BUILT, *CHECKS), cell_apart)
     PAGE.write_text(page(found))
     print(f"{PAGE}: {len(found)} types")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

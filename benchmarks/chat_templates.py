@@ -1,26 +1,24 @@
 """`make templates`: reads seven kinds of chat by every original chat template in TRL's wheel, and
 writes docs/chat_templates.md.
-
-python -m benchmarks.chat_templates [FOLDER]   prints the table for the *.jinja of a folder
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import re
-import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.cells import ROOT, YES, table
 from benchmarks.tiny_models import byte_tokenizer
 from cera_train.common.errors import UserError
 from cera_train.data.reader import Reader
 from cera_train.settings.data import DataConfig
 
-PAGE = Path(__file__).parents[1] / "docs" / "chat_templates.md"
+PAGE = ROOT / "docs" / "chat_templates.md"
 
 TRL = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
 
@@ -61,21 +59,15 @@ CALLING = assistant("", tool_calls=[CALL])
 RESULT = {"role": "tool", "name": "get_weather", "tool_call_id": "a12345678", "content": "sunny"}
 SUM = [user("Two plus two?"), assistant("It is four.")]
 MORE = [user("And six?"), assistant("It is ten.")]
+THOUGHT = [SUM[0], thinking(SUM[1], "Adding two twice.")]
 SUNNY = assistant("It is sunny.")
 
 CHATS: dict[str, dict[str, Any]] = {
     "one turn": {"messages": SUM},
     "two turns": {"messages": [*SUM, *MORE]},
     "system": {"messages": [{"role": "system", "content": "Be kind."}, *SUM]},
-    "reasoning": {"messages": [SUM[0], thinking(SUM[1], "Adding two twice.")]},
-    "reasoning twice": {
-        "messages": [
-            SUM[0],
-            thinking(SUM[1], "Adding two twice."),
-            MORE[0],
-            thinking(MORE[1], "Four and six."),
-        ]
-    },
+    "reasoning": {"messages": THOUGHT},
+    "reasoning twice": {"messages": [*THOUGHT, MORE[0], thinking(MORE[1], "Four and six.")]},
     "tool": {"messages": [user("Weather in Rome?"), CALLING, RESULT, SUNNY], "tools": [TOOL]},
     "tool, reasoning": {
         "messages": [
@@ -119,7 +111,7 @@ def cell_of(row: dict[str, Any], tokenizer: Any) -> str:
         return next(short for part, short in REFUSALS.items() if part in str(error))
     openings = {example.opening for example in examples} - {""}
     notes = [f"{len(examples)} sequences"] if len(examples) > 1 else []
-    cell = ", ".join([*notes, *sorted(openings)]) or "yes"
+    cell = ", ".join([*notes, *sorted(openings)]) or YES
     return re.sub(r"'(.+?)'", r"`\1`", cell)
 
 
@@ -136,39 +128,26 @@ REFUSALS = {
 """A part of a refusal, and the cell."""
 
 
-def table_of(templates: dict[str, str]) -> str:
-    """One row for all templates that read alike."""
-    alike: dict[tuple[str, ...], list[str]] = {}
+def page(templates: dict[str, str]) -> str:
+    rows = {}
     for name, template in templates.items():
         tokenizer = tokenizer_with(template)
-        cells = tuple(cell_of(row, tokenizer) for row in CHATS.values())
-        alike.setdefault(cells, []).append(name)
-    lines = [f"| template | {' | '.join(CHATS)} |", "|---" * (len(CHATS) + 1) + "|"]
-    for cells, names in sorted(alike.items(), key=lambda each: -len(each[1])):
-        lines.append(f"| {', '.join(names)} | {' | '.join(cells)} |")
-    read = sum(len(names) for cells, names in alike.items() for cell in cells if is_read(cell))
-    total = len(templates) * len(CHATS)
-    lines.append(
-        f"\n{read} of {total} are read; in the others the template has no place for a part."
-    )
-    return "\n".join(lines)
-
-
-def is_read(cell: str) -> bool:
-    return cell not in REFUSALS.values()
-
-
-def page(templates: dict[str, str]) -> str:
-    version = importlib.metadata.version("trl")
+        rows[name] = [cell_of(row, tokenizer) for row in CHATS.values()]
+    cells = [cell for row in rows.values() for cell in row]
+    refused = sum(cell in REFUSALS.values() for cell in cells)
     return f"""# Chat templates
 
     cera-train 'data.train_files=[chats.jsonl]' model.path=Qwen/Qwen3-8B name=chats --look
 
 shows how chats are read. What an answer [adds to the prompt of inference](data.md#chats) is
 supervised. `make templates` reads seven kinds of chat by the {len(templates)} original templates in
-TRL {version}, and writes this page:
+TRL {version("trl")}, and writes this page:
 
-{table_of(templates)}
+| template | {" | ".join(CHATS)} |
+{"|---" * (len(CHATS) + 1)}|
+{table(rows)}
+
+{len(cells) - refused} of {len(cells)} are read; in the others the template has no place for a part.
 
 - **N sequences**: the template rewrites earlier turns, such as without their reasoning. Each answer
   then has a sequence of its own.
@@ -178,11 +157,8 @@ TRL {version}, and writes this page:
 
 
 def main() -> None:
-    if sys.argv[1:]:
-        print(table_of(originals(Path(sys.argv[1]))))
-    else:
-        PAGE.write_text(page(originals(TRL)))
-        print(f"wrote {PAGE}")
+    PAGE.write_text(page(originals(TRL)))
+    print(f"wrote {PAGE}")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,17 @@
 """`make methods`: trains every method of the installed PEFT, its variants and starts, and ours, on
 a tiny random model, and writes docs/methods.md.
 
-    python -m benchmarks.methods [NAME ...]
-
-What is known so far is in outputs/methods/cells.json: a second call goes on from there. With names
-it runs these anew, and leaves the page as it is.
+Cells are kept in outputs/methods/cells.json as they come: a second call goes on from there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
 import re
 import shutil
-import subprocess
-import sys
-import textwrap
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,14 +21,27 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from benchmarks.tiny_models import byte_tokenizer
+from benchmarks import cells
+from benchmarks.cells import (
+    ROOT,
+    YES,
+    Cells,
+    Mismatch,
+    check_resume,
+    fill,
+    in_short,
+    meanings,
+    require,
+)
+from benchmarks.rows import completion_losses, write_rows
+from benchmarks.tiny_models import byte_tokenizer, save_random
 from cera_train.adapters.methods import usable_methods
 from cera_train.adapters.saved import attach, is_adapter, keeps_base
 from cera_train.cli.compose import compose
-from cera_train.common.errors import UserError
 from cera_train.common.files import options
+from cera_train.distributed.processes import in_processes
 from cera_train.planning.planner import make_plan
 from cera_train.runs.subject import find_subject
 from cera_train.serving.export import export_run
@@ -44,21 +49,9 @@ from cera_train.settings.adapters import Activation, DropoutOn, Init, Mix
 from cera_train.training.build import build_data
 from cera_train.training.train import train as train_run
 
-ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 WORK = ROOT / "outputs" / "methods"
-YES = "yes"
-
-COLUMNS = {
-    "trains": "every adapted module gets a gradient, and the loss falls",
-    "resumes": "a run that was cut ends with the same bytes",
-    "processes": "two processes have the losses of one, to 1e-6",
-    "plan": "`cera-plan` counts the parameters from config.json alone",
-    "4-bit": "the same as *trains*, over NF4 on a CPU",
-    "loads": "the saved adapter has the same losses on a fresh base, by `cera-train` and by PEFT",
-    "base": "the base comes back where the adapter is switched off",
-    "merges": "PEFT merges it, to 1e-4 nats a token; of CeRA, `cera-export` makes a LoRA",
-}
+WIDTH = 90
 
 NEEDS = {
     "RANDLORA": {"randlora_alpha": 80},
@@ -97,13 +90,14 @@ class Case:
     base: str = "llama"
 
 
+PLAIN = Case("", ("adapter=cera",))
+
 # --- every method ---------------------------------------------------------------------------------
 
 
 def peft_cases() -> Iterator[Case]:
     """Every type of the installed PEFT, as it stands and with each of its variants. A type that is
     refused has no variants."""
-
     for kind in sorted(set(peft.PeftType), key=str):
         if kind.value == "CERA":
             continue
@@ -131,7 +125,6 @@ def peft_case(name: str, has_rank: bool, settings: dict[str, Any]) -> Case:
 def variants(config_class: type) -> dict[str, dict[str, Any]]:
     """Name -> settings of each variant: a switch the other way, another word of a choice, a start
     or a variant of LoRA with a config of its own."""
-
     general = {field.name for field in dataclasses.fields(peft.PeftConfig)}
     hints = typing.get_type_hints(config_class)
     found: dict[str, dict[str, Any]] = {}
@@ -164,7 +157,6 @@ def words_of(annotation: Any) -> list[str]:
 
 def our_cases() -> Iterator[Case]:
     """What conf/adapter has, CeRA's variants, and its experts."""
-
     changed = {"dense": ("adapter.r=null",), "full": ("adapter.r=null",)}
     changed["randlora"] = ("adapter.alpha=80",)
     for name in options("adapter"):
@@ -182,42 +174,32 @@ def our_cases() -> Iterator[Case]:
 
 def make_base(folder: Path, kind: str) -> Path:
     """A random model of two layers, 32 wide, with a tokenizer of letters."""
-
     path = folder / kind
-    if path.exists():
-        return path
-    tokenizer = byte_tokenizer("</s>", eos_token="</s>", pad_token="</s>")
-    tokenizer.save_pretrained(path)
-    config = AutoConfig.for_model(
-        kind,
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        moe_intermediate_size=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    if not path.exists():
+        save_random(
+            path,
+            byte_tokenizer("</s>", eos_token="</s>", pad_token="</s>"),
+            kind,
+            hidden_size=32,
+            intermediate_size=64,
+            moe_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+        )
     return path
 
 
 def make_rows(folder: Path) -> Path:
-    path = folder / "rows.jsonl"
     rows = [
         {"prompt": f"{n} and {n * n}:", "completion": f" {n * 7} or {n + 5}"} for n in range(18)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(folder / "rows.jsonl", rows)
 
 
 def words_of_case(case: Case, folder: Path, *words: str) -> list[str]:
@@ -246,80 +228,96 @@ def words_of_case(case: Case, folder: Path, *words: str) -> list[str]:
     ]
 
 
-class Failed(Exception):
-    """A check that did not hold, in a few words."""
-
-
-def check(holds: bool, reason: str) -> None:
-    if not holds:
-        raise Failed(reason)
-
-
 def figures(run: Path, name: str) -> list[float]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [line[name] for line in lines if name in line]
 
 
 def train(case: Case, folder: Path, *words: str) -> Path:
-    """Trains a case; returns the run's folder."""
-
+    """Trains a case anew; returns the run's folder."""
     config = compose(*words_of_case(case, folder, *words))
     path = folder / config.name
-    if (path / "result.json").exists():
-        shutil.rmtree(path)
-    with contextlib.redirect_stdout(io.StringIO()):
-        train_run(config)
+    shutil.rmtree(path, ignore_errors=True)
+    in_processes(train_run, config)
     return path
 
 
-def trains(case: Case, folder: Path) -> None:
-    check_falls(train(case, folder, "name=one"))
+def load_base(case: Case, folder: Path) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(make_base(folder, case.base), dtype=torch.float32)
+    return base.requires_grad_(False).eval()
+
+
+def losses_of(model: Any, folder: Path) -> torch.Tensor:
+    """The losses of the held-out tokens, a row at a time, by transformers alone."""
+    rows = build_data(compose(*words_of_case(PLAIN, folder))).rows.evaluation
+    losses = []
+    for row in range(len(rows)):
+        ids = rows.tokens("input_ids", row).to_pylist()
+        prompt = rows.tokens("loss_mask", row).to_pylist().index(True)
+        losses.append(completion_losses(model.eval(), ids, prompt))
+    return torch.cat(losses)
+
+
+def held_out_losses(run: Path, when: str = "after") -> torch.Tensor:
+    return load_file(run / f"losses_{when}.safetensors")["losses"]
+
+
+def check_close(losses: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    difference = (losses - expected).abs().max().item()
+    require(difference <= tolerance, f"losses differ by {difference:.2g}")
 
 
 def check_falls(run: Path) -> None:
     """Some update has a lower loss than the first: PVeRA's are noisy."""
     first, *later = figures(run, "train/loss")
-    check(min(later) < first, f"the loss went from {first:.4f} to {later[-1]:.4f}")
+    require(min(later) < first, f"the loss went from {first:.4f} to {later[-1]:.4f}")
+
+
+# --- the checks -----------------------------------------------------------------------------------
+
+
+def trains(case: Case, folder: Path) -> None:
+    """Every adapted module gets a gradient, and the loss falls."""
+    check_falls(train(case, folder, "name=one"))
 
 
 def resumes(case: Case, folder: Path) -> None:
-    cut = folder / "cut"
-    shutil.rmtree(cut, ignore_errors=True)
-    shutil.copytree(folder / "one", cut)
-    (cut / "result.json").unlink()
-    shutil.rmtree(cut / "checkpoints" / "4")
+    """A run that was cut ends with the same bytes."""
+    check_resume(folder / "one", compose(*words_of_case(case, folder, "name=cut")))
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        train_run(compose(*words_of_case(case, folder, "name=cut")))
-    for path in sorted((folder / "one" / "adapter").glob("*.safetensors")):
-        same = path.read_bytes() == (cut / "adapter" / path.name).read_bytes()
-        check(same, f"{path.name} differs")
+
+def processes(case: Case, folder: Path) -> None:
+    """Two processes have the losses of one, to 1e-6."""
+    run = train(case, folder, "name=two", "launch.processes=2")
+    worst = max(
+        abs(two - one) / max(1, abs(one))
+        for name in ("train/loss", "eval/loss")
+        for one, two in zip(figures(folder / "one", name), figures(run, name), strict=True)
+    )
+    require(worst <= 1e-6, f"losses differ by {worst:.1g}")
 
 
 def plans(case: Case, folder: Path) -> None:
-
-    config = compose(*words_of_case(case, folder), "plan.gpu=cpu", command="plan")
-    plan = make_plan(config)
+    """`cera-plan` counts the parameters from config.json alone."""
+    plan = make_plan(compose(*words_of_case(case, folder), "plan.gpu=cpu", command="plan"))
     counted = json.loads((folder / "one" / "result.json").read_text())["trainable_parameters"]
-    check(plan.trainable == counted, f"{plan.trainable} planned, {counted} trained")
+    require(plan.trainable == counted, f"{plan.trainable} planned, {counted} trained")
 
 
 def trains_over_4_bits(case: Case, folder: Path) -> None:
+    """The same as *trains*, over NF4 on a CPU."""
     nf4 = "model.quantization=nf4"
     run = train(case, folder, "name=nf4", nf4)
     check_falls(run)
-    base = WORK / f"{case.base}_nf4"
-    if not base.exists():
-        plain = Case("", ("adapter=cera",), case.base)
-        shutil.copytree(train(plain, folder, "name=nf4_base", nf4), base)
     moved = held_out_losses(folder / "one", "before") - losses_of(load_base(case, folder), folder)
     if moved.abs().max() < 1e-4:  # then it starts as the base does over 4 bits too
+        base = train(dataclasses.replace(PLAIN, base=case.base), folder, "name=nf4_base", nf4)
         off = (held_out_losses(run, "before") - held_out_losses(base, "before")).abs().max()
-        check(off < 1e-3, f"starts up to {off:.1g} nats off the base")
+        require(off < 1e-3, f"starts up to {off:.1g} nats off the base")
 
 
 def loads(case: Case, folder: Path) -> None:
-
+    """The saved adapter has the same losses on a fresh base, by `cera-train` and by PEFT."""
     run = folder / "one"
     expected = held_out_losses(run)
     check_close(losses_of(attach(load_base(case, folder), run / "adapter"), folder), expected)
@@ -327,89 +325,38 @@ def loads(case: Case, folder: Path) -> None:
         model = peft.PeftModel.from_pretrained(load_base(case, folder), run / "adapter")
         try:
             check_close(losses_of(model, folder), expected)
-        except Failed as error:
-            raise Failed(f"PEFT alone: {error}") from None
+        except Mismatch as error:
+            raise Mismatch(f"PEFT alone: {error}") from None
 
 
 def base_comes_back(case: Case, folder: Path) -> None:
-
+    """The base comes back where the adapter is switched off."""
     model = attach(load_base(case, folder), folder / "one" / "adapter")
-    check(is_adapter(model), "trains the base")
+    require(is_adapter(model), "trains the base")
     expected = losses_of(load_base(case, folder), folder)
     with model.disable_adapter():
         is_base = (losses_of(model, folder) - expected).abs().max() < 1e-4
-    check(is_base == keeps_base(model), f"keeps_base says {keeps_base(model)}")
-    check(is_base, "moves a part of W0 into the adapter")
+    require(is_base == keeps_base(model), f"keeps_base says {keeps_base(model)}")
+    require(is_base, "moves a part of W0 into the adapter")
 
 
 def merges(case: Case, folder: Path) -> None:
-
+    """PEFT merges it, to 1e-4 nats a token; of CeRA, `cera-export` makes a LoRA."""
     run = folder / "one"
     model = attach(load_base(case, folder), run / "adapter")
-    check(is_adapter(model), "is the model itself")
+    require(is_adapter(model), "is the model itself")
     if model.peft_config["default"].peft_type == "CERA":
-        export(run)
+        config = compose(f"run={run}", "at_most=9", command="export")
+        export_run(config, find_subject(config))
         return
     expected = losses_of(model, folder)
-    merged = model.merge_and_unload()
-    check_close(losses_of(merged, folder), expected, 1e-4)
+    check_close(losses_of(model.merge_and_unload(), folder), expected, 1e-4)
 
 
-def export(run: Path) -> None:
-
-    config = compose(f"run={run}", "at_most=9", command="export")
-    with contextlib.redirect_stdout(io.StringIO()):
-        export_run(config, find_subject(config))
-
-
-def load_base(case: Case, folder: Path) -> Any:
-
-    base = AutoModelForCausalLM.from_pretrained(make_base(folder, case.base), dtype=torch.float32)
-    return base.requires_grad_(False).eval()
-
-
-def losses_of(model: Any, folder: Path) -> Any:
-    """The losses of the held-out tokens, a row at a time, by transformers alone."""
-
-    losses = []
-    for row in json.loads((folder / "held_out.json").read_text()):
-        ids = torch.tensor([row["ids"]])
-        is_supervised = torch.tensor(row["mask"][1:])
-        with torch.no_grad():
-            logits = model.eval()(input_ids=ids, use_cache=False).logits[0, :-1]
-        wanted = ids[0, 1:]
-        loss = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
-        losses.append(loss[is_supervised])
-    return torch.cat(losses)
-
-
-def held_out_losses(run: Path, when: str = "after") -> Any:
-
-    return load_file(run / f"losses_{when}.safetensors")["losses"]
-
-
-def write_held_out(folder: Path) -> None:
-    """The held-out rows as the runs read them."""
-
-    rows = build_data(compose(*words_of_case(Case("", ()), folder))).rows.evaluation
-    written = [
-        {
-            "ids": rows.tokens("input_ids", row).to_pylist(),
-            "mask": rows.tokens("loss_mask", row).to_pylist(),
-        }
-        for row in range(len(rows))
-    ]
-    (folder / "held_out.json").write_text(json.dumps(written))
-
-
-def check_close(losses: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    difference = (losses - expected).abs().max().item()
-    check(difference <= tolerance, f"losses differ by {difference:.2g}")
-
-
-CHECKS: dict[str, Callable[[Case, Path], None]] = {
+CHECKS = {
     "trains": trains,
     "resumes": resumes,
+    "processes": processes,
     "plan": plans,
     "4-bit": trains_over_4_bits,
     "loads": loads,
@@ -418,75 +365,11 @@ CHECKS: dict[str, Callable[[Case, Path], None]] = {
 }
 
 
-def cell(column: str, case: Case, folder: Path) -> str:
-    """yes, or why not. Whatever a method raises is an answer."""
-    try:
-        CHECKS[column](case, folder)
-    except Exception as error:
-        return reason_of(error)
-    return YES
-
-
-def reason_of(error: Exception) -> str:
-    """An error without the settings and the folder that it is about."""
-    text = " ".join(str(error).split()).replace(str(WORK), "").replace(str(ROOT), "")
-    value = r"(=(\{.*?\}|\S+?))?"
-    place = rf"^(adapter\.(method|kind)=\S+?)?( ?adapter\.settings\.\w+{value})*:? (?=\S)"
-    is_plain = isinstance(error, UserError | Failed)
-    text = re.sub(place, "", text)
-    return text if is_plain else f"{type(error).__name__}: {text}"
-
-
-def in_short(reason: str) -> str:
-    """What is so, without how to fix it."""
-    sentence = re.split(r"\. |[:.,] (?:[Cc]hoose|[Ss]et|Leave|save) ", reason)[0].rstrip(".")
-    return textwrap.shorten(sentence, 90, placeholder=" ...").replace("|", "/")
-
-
-# --- two processes --------------------------------------------------------------------------------
-
-
-def compare_processes(cases: list[Case], folder: Path) -> Iterator[tuple[Case, str]]:
-    """All cases in one launch of two processes."""
-    (folder / "cases.json").write_text(json.dumps([dataclasses.astuple(case) for case in cases]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "benchmarks.methods", "--in-processes", str(folder)]
-    with (folder / "processes.log").open("w") as log:
-        subprocess.run(command, check=False, cwd=ROOT, stdout=log, stderr=log)
-    for case in cases:
-        yield case, compared(folder / slug(case))
-
-
-def compared(folder: Path) -> str:
-    problem = folder / "two.txt"
-    if problem.exists():
-        return problem.read_text()
-    if not (folder / "two" / "result.json").exists():
-        return "the processes end"
-    worst = max(
-        abs(two - one) / max(1, abs(one))
-        for name in ("train/loss", "eval/loss")
-        for one, two in zip(
-            figures(folder / "one", name), figures(folder / "two", name), strict=True
-        )
-    )
-    return YES if worst <= 1e-6 else f"losses differ by {worst:.1g}"
-
-
-def train_in_processes(folder: Path) -> None:
-    """What each process of `compare_processes` runs."""
-    for fields in json.loads((folder / "cases.json").read_text()):
-        case = Case(fields[0], tuple(fields[1]), fields[2])
-        place = folder / slug(case)
-        print(case.name, flush=True)
-        try:
-            train(case, place, "name=two")
-        except Exception as error:
-            (place / "two.txt").write_text(reason_of(error))
-
-
-def slug(case: Case) -> str:
-    return re.sub(r"\W+", "_", case.name)
+def cell(case: Case, check: str) -> str:
+    """Without the folders of this machine."""
+    folder = WORK / re.sub(r"\W+", "_", case.name)
+    text = cells.cell(CHECKS[check], case, folder)
+    return text.replace(str(WORK), "").replace(str(ROOT), "")
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -518,16 +401,15 @@ def ungrouped(text: str) -> list[str]:
     return names
 
 
-def page(cells: dict[str, dict[str, str]]) -> str:
+def page(found: Cells) -> str:
     """Methods that do everything in one paragraph, and each exception with its methods."""
-    whole = [name for name, row in cells.items() if set(row.values()) == {YES}]
-    refused = [name for name, row in cells.items() if row["trains"] != YES]
-    exceptions: dict[str, dict[str, list[str]]] = {column: {} for column in COLUMNS}
-    for name, row in cells.items():
+    whole = [name for name, row in found.items() if set(row.values()) == {YES}]
+    refused = [name for name, row in found.items() if row["trains"] != YES]
+    exceptions: dict[str, dict[str, list[str]]] = {column: {} for column in CHECKS}
+    for name, row in found.items():
         for column, text in row.items():
             if text != YES:
-                exceptions[column].setdefault(in_short(text), []).append(name)
-    meanings = "\n".join(f"- **{name}**: {meaning}." for name, meaning in COLUMNS.items())
+                exceptions[column].setdefault(in_short(text, WIDTH), []).append(name)
     sections = "\n\n".join(
         f"### Fails: {column}\n\n"
         + "\n".join(f"- {grouped(names)}: {reason}" for reason, names in reasons.items())
@@ -539,10 +421,10 @@ def page(cells: dict[str, dict[str, str]]) -> str:
 
     cera-train +recipe=logistic_map adapter=peft adapter.method=MISS name=miss
 
-trains a method of PEFT. Of {len(cells)} methods and variants, {len(whole)} do all of this.
-{len(cells) - len(whole) - len(refused)} do most of it, and {len(refused)} are refused in one line.
+trains a method of PEFT. Of {len(found)} methods and variants, {len(whole)} do all of this.
+{len(found) - len(whole) - len(refused)} do most of it, and {len(refused)} are refused in one line.
 
-{meanings}
+{meanings(CHECKS)}
 
 ## All
 
@@ -559,62 +441,15 @@ What does not train was not tried further.
 """
 
 
-def measure_case(case: Case, folder: Path) -> dict[str, str]:
-    """The cells of one case, but for several processes; of one that does not train, only that."""
-    write_held_out(folder)
-    row = {"trains": cell("trains", case, folder)}
-    if row["trains"] == YES:
-        row |= {column: cell(column, case, folder) for column in CHECKS if column != "trains"}
-    return row
-
-
-def measure(names: list[str]) -> dict[str, dict[str, str]]:
-    """The cells of all cases; those of these names anew."""
-    WORK.mkdir(parents=True, exist_ok=True)
-    known = WORK / "cells.json"
-    cells = json.loads(known.read_text()) if known.exists() else {}
-    cases = [*our_cases(), *peft_cases()]
-    for case in cases:
-        if case.name in names:
-            cells.pop(case.name, None)
-
-    def keep(case: Case, column: str, text: str) -> None:
-        cells.setdefault(case.name, {})[column] = text
-        known.write_text(json.dumps(cells, indent=1) + "\n")
-
-    for case in cases:
-        row = cells.get(case.name, {})
-        folder = WORK / slug(case)
-        if row.get("trains", YES) != YES or set(row) >= set(CHECKS):
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for column, text in measure_case(case, folder).items():
-            keep(case, column, text)
-        print(f"{case.name}: {cells[case.name]}", flush=True)
-    left = [
-        case
-        for case in cases
-        if cells[case.name]["trains"] == YES and "processes" not in cells[case.name]
-    ]
-    if left:
-        for case, text in compare_processes(left, WORK):
-            keep(case, "processes", text)
-    return {case.name: cells[case.name] for case in cases}
-
-
-def main() -> int:
-    if "--in-processes" in sys.argv:
-        train_in_processes(Path(sys.argv[-1]))
-        return 0
-    names = sys.argv[1:]
-    cells = measure(names)
-    if not names:
-        PAGE.write_text(page(cells))
-        shutil.rmtree(WORK)
-        print(f"{PAGE}: {len(cells)} methods")
-    return 0
+def main() -> None:
+    cases = {case.name: case for case in [*our_cases(), *peft_cases()]}
+    found = fill(
+        WORK / "cells.json", cases, [*CHECKS], lambda name, check: cell(cases[name], check)
+    )
+    PAGE.write_text(page(found))
+    shutil.rmtree(WORK)
+    print(f"{PAGE}: {len(found)} methods")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

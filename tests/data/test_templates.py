@@ -4,12 +4,13 @@ transformers alone."""
 
 import json
 from datetime import date
+from importlib.metadata import version
 
 import jinja2
 import pytest
 from examples import data_config
 
-from benchmarks.chat_templates import CHATS, TRL, originals, tokenizer_with
+from benchmarks.chat_templates import CHATS, PAGE, TRL, originals, page, tokenizer_with
 from cera_train.common.errors import UserError
 from cera_train.data.chats import prompt_of, up_to_supervised
 from cera_train.data.reader import Reader
@@ -116,6 +117,11 @@ def test_each_answer_is_the_difference_of_two_renderings_or_cannot_be_expressed(
                 is_difference(tokenizer, form, number, row.get("tools"), answer)
                 for form in forms_of(name, messages)
             ), kind
+
+
+@pytest.mark.skipif(f"TRL {version('trl')}," not in PAGE.read_text(), reason="of another TRL")
+def test_the_page_is_what_make_templates_writes():
+    assert page(TEMPLATES) == PAGE.read_text()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
