@@ -2,6 +2,7 @@
 graded as in jsonl.py."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from cera_train.common.errors import errors_at
@@ -14,7 +15,7 @@ from cera_train.settings.data import DataConfig
 
 
 class EvaluationRows(jsonl.JsonlTask):
-    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> list[Problem]:
+    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterator[Problem]:
         name = f"task={self.config.name}"
         fix = "write the questions into a file, for task=jsonl"
         require(
@@ -26,15 +27,11 @@ class EvaluationRows(jsonl.JsonlTask):
             f"{name} asks as the run's rows do: leave out task.prompt, or {fix}.",
         )
         questions = itertools.chain.from_iterable(held_out_questions(data, tokenizer))
-        problems = []
         for question in itertools.islice(questions, self.config.limit):
             with errors_at(question.place):
                 gold = self.gold({"answer": question.gold})
             asked = question.text
-            problem = Problem(question_id(asked), asked, gold=gold, **fields_of_prompt(question))
-            problems.append(problem)
-        require(bool(problems), f"{name}: no held-out row has a prompt and an answer: {fix}.")
-        return problems
+            yield Problem(question_id(asked), asked, gold=gold, **fields_of_prompt(question))
 
 
 TASK = EvaluationRows(**vars(jsonl.TASK) | {"settings": ("prompt", "grader")})

@@ -260,7 +260,8 @@ def load_problems(
         problems.append(problem if count == 1 else problem.replace(id=f"{problem.id}-{count}"))
     require(
         bool(problems),
-        f"task={task.config.name} has no problems: the run holds out no row that it could ask.",
+        f"task={task.config.name} has no problems: the run holds out no row with a prompt and an "
+        "answer. Write questions into a file, for task=jsonl.",
     )
     return problems
 
