@@ -189,11 +189,22 @@ def tiny_llama():
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all workers of pytest-xdist share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(shared_folder: Path, tokenizer) -> Path:
     """The tiny model and tokenizer as a local folder, for `model.path`."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    make_tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    from filelock import FileLock
+
+    folder = shared_folder / "tiny-llama"
+    with FileLock(shared_folder / "tiny-llama.lock"):
+        if not folder.exists():
+            make_tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -290,18 +301,18 @@ def tiny_config(tiny_config_in, tmp_path: Path):
 
 
 @pytest.fixture(scope="session")
-def trained_config(tiny_config_in, tmp_path_factory: pytest.TempPathFactory):
-    """trained_config("adapter.r=4", ...): the config of a finished run, trained once. Its folder is
-    to be read only."""
+def finished_config(tiny_config_in, shared_folder: Path):
+    """The config of the finished run of 12 updates that all tests and workers share: its folder is
+    to be read, or copied."""
+    from filelock import FileLock
+
     from cera_train.training.train import train
 
-    @functools.cache
-    def trained_config(*overrides: str):
-        config = tiny_config_in(tmp_path_factory.mktemp("trained"), *overrides)
-        train(config)
-        return config
-
-    return trained_config
+    config = tiny_config_in(shared_folder)
+    with FileLock(shared_folder / "run.lock"):
+        if not (shared_folder / config.name / "result.json").exists():
+            train(config)
+    return config
 
 
 @pytest.fixture

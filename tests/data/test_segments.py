@@ -277,33 +277,6 @@ def test_an_empty_turn_of_the_assistant_is_context(tokenizer):
         assert example_of({"messages": messages}, tokenizer, layout="messages") == EMPTY
 
 
-KNOWS_TWO_ROLES = CHAT_TEMPLATE.replace(
-    "messages %}", "messages if message.role in ('user', 'assistant') %}"
-)
-FOR_EACH = "{% for m in messages %}"
-
-
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        (None, r"needs a tokenizer with a chat template.*data\.chat=plain"),
-        ("{{ raise_exception('no') }}", "chat template refuses these messages: no"),
-        (
-            FOR_EACH + "{{ m['content'][:2] if not loop.last else m['content'] }}{% endfor %}",
-            r"before an answer differently.*data\.chat=plain",
-        ),
-        (
-            KNOWS_TWO_ROLES,
-            r"messages\[0\], of role 'system', is left out by this model's chat template",
-        ),
-    ],
-)
-def test_a_template_that_does_not_fit_is_refused(tokenizer, template, reason):
-    row = {"messages": CHAT["messages"]}
-    with pytest.raises(ValueError, match=reason):
-        example_of(row, with_changes(tokenizer, chat_template=template), layout="messages")
-
-
 TOOL_TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"

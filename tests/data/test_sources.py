@@ -230,8 +230,3 @@ def test_a_streamed_row_that_cannot_be_read_is_one_line(folders):
     line = r"^data.path=broken, split train: cannot read its rows: .*JSON.* Fix the file, or repeat"
     with pytest.raises(UserError, match=line):
         read(source)
-
-
-def test_a_part_of_a_split_cannot_be_streamed():
-    with pytest.raises(UserError, match=r"data.eval_split=train\[3:\] is a .* set data.eval_rows"):
-        DataConfig(path="ds", eval_split="train[3:]", streaming=True, **TEXT)

@@ -194,24 +194,6 @@ def test_scaled_gradients_are_clipped_by_their_unscaled_norm_under_either_strate
     assert min(line["train/grad_norm"] for line in one if "train/grad_norm" in line) > 0.1
 
 
-def test_what_cannot_be_sharded_is_refused(compose):
-    nf4 = ["adapter=dora", "model.quantization=nf4"]
-    copies = ["adapter.settings={modules_to_save: [lm_head]}"]
-    tied = ["adapter=lora", "adapter.settings={ensure_weight_tying: true}"]
-    dora = ["adapter=peft", "adapter.method=LORA", "adapter.settings={use_dora: true}", nf4[1]]
-    for settings in (
-        ["optimizer=adamw_8bit"],
-        ["model.quantization=int8"],
-        nf4,
-        ["train.objective=grpo"],
-        copies,
-        tied,
-        dora,
-    ):
-        with pytest.raises(ValueError, match="with distributed.strategy=fsdp (choose|leave)"):
-            compose("distributed.strategy=fsdp", *settings)
-
-
 # --- who starts the processes ---------------------------------------------------------------------
 
 

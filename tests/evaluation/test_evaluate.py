@@ -204,8 +204,8 @@ def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(
     ("inside", "name", "part"),
     [
         ("adapter", ".", ""),
-        ("checkpoints/6", ".", "-checkpoints-6"),
-        ("checkpoints", "6", "-checkpoints-6"),
+        ("checkpoints/12", ".", "-checkpoints-12"),
+        ("checkpoints", "12", "-checkpoints-12"),
     ],
 )
 def test_an_adapter_belongs_to_its_run_wherever_a_command_starts(
@@ -242,11 +242,8 @@ def test_the_untouched_model_is_asked_as_a_run_is(tiny_config, compose, one_veri
 # --- mistakes -------------------------------------------------------------------------------------
 
 
-def test_a_mistake_before_the_first_answer_leaves_no_trace(eval_config, write_jsonl, run):
+def test_a_mistake_before_the_first_answer_leaves_no_trace(eval_config, run):
     """Nor does it bind the folder to its settings."""
-    rows = write_jsonl("other.jsonl", [{"problem": "1 + 1"}])
-    with pytest.raises(ValueError, match="is missing"):
-        evaluate(eval_config(f"task.files=[{rows}]"))
     with pytest.raises(ValueError, match="beyond the 256 positions.*lower task.max_new_tokens"):
         evaluate(eval_config("task.max_new_tokens=250"))
     assert not (run / "eval").exists()
@@ -273,24 +270,6 @@ def test_two_evaluations_do_not_write_to_one_folder(eval_config, run):
         pytest.raises(ValueError, match="another evaluation is writing"),
     ):
         evaluate(eval_config())
-
-
-def test_a_folder_without_a_finished_run_and_its_adapter_is_refused(eval_config, run, tmp_path):
-    with pytest.raises(ValueError, match="is not the folder of a run"):
-        evaluate(eval_config(run=tmp_path))
-    (tmp_path / "config.json").touch()
-    with pytest.raises(ValueError, match=rf"or run=base model.path={tmp_path} for a whole model"):
-        evaluate(eval_config(run=tmp_path))
-    (run / "adapter" / "adapter_model.safetensors").unlink()  # not looked for on the Hub
-    with pytest.raises(ValueError, match=r"adapter lacks its weights, adapter_model.safetensors"):
-        evaluate(eval_config())
-    shutil.rmtree(run / "adapter")
-    with pytest.raises(ValueError, match="lacks its adapter"):
-        evaluate(eval_config())
-    (run / "result.json").unlink()
-    with pytest.raises(ValueError, match=r"is unfinished.*same cera-train command.*run=.*best"):
-        evaluate(eval_config())
-    assert not (run / "eval").exists()
 
 
 def test_an_adapter_of_another_base_model_is_refused(
@@ -333,7 +312,7 @@ def test_another_adapter_in_a_runs_place_is_refused(eval_config, run, tiny_confi
         with pytest.raises(UserError, match=f"^{replaced}"):
             evaluate(eval_config(run=named))
     config.write_text(trained)
-    shutil.copy(run / "checkpoints" / "4" / "adapter_model.safetensors", run / "adapter")
+    shutil.copy(run / "checkpoints" / "8" / "adapter_model.safetensors", run / "adapter")
     with pytest.raises(UserError, match=f"^{replaced}"):
         evaluate(eval_config())
     with pytest.raises(UserError, match=f"^{replaced}"):
@@ -341,7 +320,7 @@ def test_another_adapter_in_a_runs_place_is_refused(eval_config, run, tiny_confi
     assert not (run / "eval").exists()
 
 
-def test_an_adapter_that_diverged_or_is_damaged_is_refused(eval_config, run):
+def test_an_adapter_that_diverged_is_refused(eval_config, run):
     best = run / "best"
     multiply_weights(best, 1e38)
     for sampled in ([], ["generation=sample", "name=sampled"]):
@@ -352,18 +331,11 @@ def test_an_adapter_that_diverged_or_is_damaged_is_refused(eval_config, run):
         UserError, match=r"best: \S+ is not finite: its training diverged. Restore the file"
     ):
         evaluate(eval_config(run=best))
-    for adapter in (best, run / "adapter"):
-        weights = adapter / "adapter_model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:100])
-        with pytest.raises(UserError, match="is damaged"):
-            evaluate(eval_config(run=adapter))
 
 
-def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(
-    tiny_config, compose, tmp_path
-):
-    trained = train(tiny_config("adapter.r=4", "train.max_updates=4"))
-    result = evaluate(compose(f"run={trained['folder']}", "task=perplexity", command="eval"))
+def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(run, compose, tmp_path):
+    trained = json.loads((run / "result.json").read_text())
+    result = evaluate(compose(f"run={run}", "task=perplexity", command="eval"))
     assert result["perplexity"] == pytest.approx(trained["eval/perplexity"], rel=1e-6)
     assert result["perplexity_base"] == pytest.approx(trained["perplexity_before"], rel=1e-6)
     for kind in ("effective_rank", "manifold_dimension"):
@@ -371,7 +343,7 @@ def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(
             name = f"spectrum/{kind}/{of}"
             assert result[name] == pytest.approx(trained[name], rel=1e-6)
     assert result["tokens"] > 0
-    settings = [f"like={trained['folder']}", f"output_dir={tmp_path}", "task=perplexity"]
+    settings = [f"like={run}", f"output_dir={tmp_path}", "task=perplexity"]
     untouched = evaluate(compose("run=base", *settings, command="eval"))
     assert untouched["perplexity"] == result["perplexity_base"]
 

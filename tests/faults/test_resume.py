@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from several_processes import cut_copy
 from tiny_runs import (
     adapter_bytes,
     folder_of,
@@ -71,9 +70,8 @@ def test_a_gradient_scaler_resumes_where_it_was(tiny_config, monkeypatch):
     [(signal.SIGINT, 130, 6, 7), (signal.SIGTERM, 143, 7, 8)],
 )
 def test_an_interrupted_run_saves_without_evaluating_and_resumes(
-    trained_config, tiny_config, number, status, heard, saved
+    finished_config, tiny_config, number, status, heard, saved
 ):
-    whole = trained_config()
     config = tiny_config()
 
     def interrupt() -> None:
@@ -87,13 +85,13 @@ def test_an_interrupted_run_saves_without_evaluating_and_resumes(
     assert "eval/loss" not in metrics_of(config)[-1]
     train_and_die_after(config, 9)  # after the evaluation, and before another checkpoint
     train(config)
-    assert adapter_bytes(config) == adapter_bytes(whole)
-    assert timeless_metrics(config) == timeless_metrics(whole)
-    assert (folder_of(config) / SPECTRA).read_bytes() == (folder_of(whole) / SPECTRA).read_bytes()
+    assert adapter_bytes(config) == adapter_bytes(finished_config)
+    assert timeless_metrics(config) == timeless_metrics(finished_config)
+    spectra, expected = (folder_of(run) / SPECTRA for run in (config, finished_config))
+    assert spectra.read_bytes() == expected.read_bytes()
 
 
-def test_nothing_is_lost_by_an_error_between_two_updates(trained_config, tiny_config, monkeypatch):
-    whole = trained_config()
+def test_nothing_is_lost_by_an_error_between_two_updates(finished_config, tiny_config, monkeypatch):
     config = tiny_config()
 
     def fail(*_: object) -> None:
@@ -107,11 +105,12 @@ def test_nothing_is_lost_by_an_error_between_two_updates(trained_config, tiny_co
     assert (folder_of(config) / "checkpoints" / "6").exists()
     monkeypatch.undo()
     train(config)
-    assert adapter_bytes(config) == adapter_bytes(whole)
+    assert adapter_bytes(config) == adapter_bytes(finished_config)
 
 
-def test_an_evaluation_that_cannot_be_written_is_repeated(trained_config, tiny_config, monkeypatch):
-    whole = trained_config()
+def test_an_evaluation_that_cannot_be_written_is_repeated(
+    finished_config, tiny_config, monkeypatch
+):
     config = tiny_config()
 
     def fail(*_: object) -> None:
@@ -124,17 +123,17 @@ def test_an_evaluation_that_cannot_be_written_is_repeated(trained_config, tiny_c
         train(config)
     monkeypatch.undo()
     train(config)
-    assert timeless_metrics(config) == timeless_metrics(whole)
+    assert timeless_metrics(config) == timeless_metrics(finished_config)
     best, of_whole = (
-        (folder_of(run) / "best" / "metrics.json").read_text() for run in (config, whole)
+        (folder_of(run) / "best" / "metrics.json").read_text() for run in (config, finished_config)
     )
     assert best == of_whole
 
 
 def test_a_finished_run_started_again_returns_its_result(
-    trained_config, tmp_path, capsys, monkeypatch
+    finished_config, tmp_path, capsys, monkeypatch
 ):
-    config = trained_config()
+    config = finished_config
     capsys.readouterr()
     monkeypatch.setattr("cera_train.training.build.load_model", None)  # it loads nothing
     assert train(config) == json.loads((folder_of(config) / "result.json").read_text())
@@ -145,8 +144,8 @@ def test_a_finished_run_started_again_returns_its_result(
     assert train(moved) == train(config) | {"folder": str(folder_of(moved))}
 
 
-def test_a_finished_run_cannot_be_extended(trained_config):
-    longer = copy.deepcopy(trained_config("train.max_updates=2"))
+def test_a_finished_run_cannot_be_extended(finished_config):
+    longer = copy.deepcopy(finished_config)
     longer.train.max_updates += 1
     with pytest.raises(UserError, match="train.max_updates was .* or choose another name=...$"):
         train(longer)
@@ -159,16 +158,6 @@ def test_an_interrupted_run_cannot_be_extended(tiny_config):
     with pytest.raises(UserError, match="another config: train.max_updates was") as error:
         train(config)
     assert "start_from" not in str(error.value)  # it has no result to start from
-
-
-def test_a_resumed_run_keeps_the_layout_of_its_start_over_8_bit_weights(tiny_config):
-    words = ["adapter=lora", "adapter.r=4", "model.quantization=int8", "train.max_updates=6"]
-    whole = tiny_config(*words)
-    train(whole)
-    cut = replace(whole, name="cut")
-    cut_copy(folder_of(whole), folder_of(cut), 4)
-    train(cut)
-    assert adapter_bytes(cut) == adapter_bytes(whole)
 
 
 def test_a_run_resumes_on_the_base_and_the_rows_that_it_was_begun_with(

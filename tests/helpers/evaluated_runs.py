@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_runs import folder_of
 
 from cera_train.evaluation import grading
 from cera_train.evaluation.evaluate import resolve_evaluation, run_evaluation
@@ -88,10 +89,9 @@ def one_verifier(monkeypatch) -> None:
 
 
 @pytest.fixture
-def run(trained_config, tmp_path, one_verifier) -> Path:
-    """A writable copy of a short run of the tiny model on the logistic map, in float32."""
-    config = trained_config("train.max_updates=6")
-    return Path(shutil.copytree(Path(config.output_dir) / config.name, tmp_path / "run"))
+def run(finished_config, tmp_path, one_verifier) -> Path:
+    """A writable copy of the finished run of the tiny model on the logistic map, in float32."""
+    return Path(shutil.copytree(folder_of(finished_config), tmp_path / "run"))
 
 
 @pytest.fixture

@@ -1,12 +1,8 @@
 """Runs on mixtures: of data sets, and of experts."""
 
-import re
-
 import pytest
 from evaluated_runs import evaluate
-from moe_models import make_mixture
-from safetensors.torch import load_file
-from tiny_runs import folder_of, train_and_die_after
+from tiny_runs import train_and_die_after
 
 from cera_train.training.train import train
 
@@ -56,32 +52,3 @@ def test_a_run_on_a_mix_does_not_resume_on_another(mixed, tmp_path):
     rows.write_text(text + text.splitlines(keepends=True)[0])
     with pytest.raises(ValueError, match="the training rows are not those of"):
         train(cut)
-
-
-EXPERTS = ["adapter.experts=true", "adapter.target_modules=all-linear"]
-
-
-@pytest.fixture
-def mixture(tmp_path, tokenizer):
-    make_mixture("mixtral", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return f"model.path={tmp_path / 'base'}"
-
-
-def test_experts_are_trained(tiny_config, mixture, capsys):
-    config = tiny_config(mixture, *EXPERTS)
-    result = train(config)
-    assert result["eval/perplexity"] < 0.8 * result["perplexity_before"]
-    assert "on all-linear and all experts" in capsys.readouterr().out
-    folder = folder_of(config)
-    assert 1 < result["spectrum/effective_rank/mean"] <= result["spectrum/effective_rank/max"] <= 4
-    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-    B = tensors["base_model.model.model.layers.0.mlp.experts.cera_B.gate_up_proj.weight"]
-    assert B.shape == (4, 256, 4)
-    assert all(matrix.any() for matrix in B)
-
-
-def test_all_linear_reports_that_it_leaves_out_experts(tiny_config, mixture, capsys):
-    train(tiny_config(mixture, "adapter.target_modules=all-linear", "train.max_updates=1"))
-    printed = " ".join(capsys.readouterr().out.split())
-    assert re.search("all-linear leaves out [0-9]+ modules: .*experts", printed)

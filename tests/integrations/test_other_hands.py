@@ -12,10 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture
-def finished_run(trained_config) -> Path:
-    return folder_of(
-        trained_config("optimizer.lr=3e-2", "train.max_updates=6", "train.eval_every=null")
-    )
+def finished_run(finished_config) -> Path:
+    return folder_of(finished_config)
 
 
 @pytest.mark.filterwarnings("default")  # the harness' own

@@ -47,18 +47,3 @@ def test_it_trains_resumes_and_is_evaluated_by_whom_trusts_it(words, run_command
         capsys.readouterr().err
     )
     assert run_command(*evaluation, "trust_remote_code=true", "task.max_new_tokens=4") == 0
-
-
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ("no_such_module.Config", "cannot be imported: ModuleNotFoundError"),
-        ("outside_tuner.UnknownConfig", "register_peft_method"),
-        ("peft.AdaLoraConfig", "changes ranks between updates"),
-    ],
-)
-def test_what_is_no_method_is_refused_in_a_line(words, run_command, capsys, method, message):
-    assert run_command("cera-train", *words, f"adapter.method={method}") == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert f"adapter.method={method}" in line
-    assert message in line

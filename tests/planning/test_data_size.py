@@ -6,7 +6,6 @@ from statistics import fmean, pstdev
 import pytest
 from conftest import needs_smollm2
 
-from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
 from cera_train.planning.data_size import count_problems, data_size
 
@@ -20,7 +19,7 @@ def size(compose, tiny_folder):
     return lambda *overrides: data_size(compose(*tiny, *overrides, command="plan"))
 
 
-def test_a_split_is_sliced_as_datasets_does_or_refused(size):
+def test_a_split_is_sliced_as_datasets_does(size):
     for split, rows in (
         ("train", 7473),
         ("train[100:300]", 200),
@@ -29,8 +28,6 @@ def test_a_split_is_sliced_as_datasets_does_or_refused(size):
     ):
         assert size("data=gsm8k", f"data.train_split='{split}'").train_rows == rows
     assert size("data=gsm8k", "data.eval_split='train[90%:]'").eval_rows == 747
-    with pytest.raises(UserError, match="data split 'train.x.': cera-plan reads splits such as"):
-        size("data=gsm8k", "data.train_split='train[x]'")
 
 
 @pytest.mark.parametrize("words", [[], ["data.chat=template"], ["train.objective=grpo"]])
@@ -59,8 +56,6 @@ def test_rows_and_tokens_of_the_hub_are_bounded_by_the_settings(size):
 def test_rows_of_a_model_without_a_tokenizer_need_a_setting(size, tmp_path, write_jsonl):
     file = write_jsonl("rows.jsonl", [{"question": "1", "answer": "2"}] * 20)
     words = ["data=jsonl", f"data.train_files=[{file}]", "data.eval_rows=5"]
-    with pytest.raises(UserError, match="cannot be loaded .* Or set plan.tokens_per_row"):
-        size(*words, "model.path=org/model")
     assert size(*words, "model.path=org/model", "plan.tokens_per_row=9").train_rows == 15
 
 
@@ -75,10 +70,8 @@ def test_a_mix_is_the_sum_of_its_parts_by_their_weights(size):
     assert more.train_rows == 20_000
 
 
-def test_an_unknown_number_of_rows_is_refused(size):
+def test_a_known_data_set_needs_no_settings_beyond_its_templates(size):
     unknown = ["+recipe=math_r64", "data.path=org/rows"]
-    with pytest.raises(UserError, match="data.path=org/rows: its size is unknown. Set data.train"):
-        size(*unknown)
     counts = ["data.train_rows=640", "data.eval_rows=10", "plan.tokens_per_row=100"]
     known = size(*unknown, *counts)
     assert (known.train_rows, known.tokens_per_row, known.prompt_tokens) == (640, 100, 100)
@@ -100,7 +93,7 @@ def test_the_facts_of_gsm8k_are_its_rows(compose):
     assert facts.supervised == pytest.approx(sum(rows.supervised) / sum(rows.lengths), abs=0.02)
 
 
-def test_problems_of_a_task_are_counted_or_known_or_need_a_limit(compose, write_jsonl, tiny_folder):
+def test_problems_of_a_task_are_counted_or_known(compose, write_jsonl, tiny_folder):
     def problems(name: str, *overrides: str) -> int:
         words = [f"model.path={tiny_folder}", "+recipe=logistic_map", f"train.tasks=[{name}]"]
         config = compose(*words, *overrides, command="plan")
@@ -111,5 +104,3 @@ def test_problems_of_a_task_are_counted_or_known_or_need_a_limit(compose, write_
     assert problems("logistic_map", "train.tasks_limit=15") == 15
     path = write_jsonl("test.jsonl", [{"question": "a" * 28, "answer": "#### 1"}] * 7)
     assert problems("gsm8k", f"train.task_settings={{gsm8k: {{files: ['{path}']}}}}") == 7
-    with pytest.raises(UserError, match=r"tasks=\[math500\]: the number of its problems is unk"):
-        problems("math500", "train.task_settings={math500: {limit: null}}")

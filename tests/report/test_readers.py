@@ -132,43 +132,22 @@ def test_scores_of_any_program_are_paired_by_problem(tmp_path: Path) -> None:
 
 # --- bad input ------------------------------------------------------------------------------------
 
-LINE = {
-    "doc_id": 0,
-    "filter": "none",
-    "metrics": ["acc"],
-    "acc": 1.0,
-    "doc_hash": "d",
-    "prompt_hash": "p",
-    "target_hash": "t",
-}
-SAMPLES = f"samples_sums_{DATE}.jsonl"
-
 
 @pytest.mark.parametrize(
-    ("name", "content", "line"),
+    ("content", "reason"),
     [
-        (SAMPLES, '{"doc_id": 1, ', ":1 is broken: EOF while parsing"),
-        (SAMPLES, f"{json.dumps(LINE)}\n{json.dumps(LINE)}", ":2: doc_id 0 comes again"),
-        (f"results_{DATE}.json", '{"results": {}, "n-shot": {}}', "repeat lm_eval with --log_sam"),
-        ("scores.jsonl", '{"problem": 1, "score": NaN}', ":1: score nan: expected a number from 0"),
-        ("scores.jsonl", '{"problem": 1, "score": 1}\n' * 2, ":2: problem '1' comes again"),
-        ("scores.jsonl", "", "holds no results: expected"),
-        (f"results_{DATE}.json", "[" * 100_000, "is broken: recursion limit exceeded"),
-        (f"results_{DATE}.json", " " * 2_000, "has 2,000 bytes, and at most 1,000 are read"),
+        ("[" * 100_000, "is broken: recursion limit exceeded"),
+        (" " * 2_000, "has 2,000 bytes, and at most 1,000 are read"),
     ],
 )
-def test_damaged_files_are_refused_in_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, line: str
+def test_a_file_too_deep_or_too_large_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str
 ) -> None:
     if len(content) == 2_000:
         monkeypatch.setattr("cera_train.report.readers.files.LARGEST_FILE", 1_000)
-    (tmp_path / name).write_text(content, encoding="latin-1")
-    with pytest.raises(UserError) as caught:
+    (tmp_path / f"results_{DATE}.json").write_text(content)
+    with pytest.raises(UserError, match=reason):
         read_runs([tmp_path])
-    assert line in str(caught.value)
-    assert str(caught.value).startswith(str(tmp_path))
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 500 + len(str(tmp_path))
 
 
 def test_an_endless_line_is_not_read_to_its_end(tmp_path: Path, monkeypatch) -> None:

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 from made_runs import add_evaluation, cells, make_run, result_of, two_runs
 
 from cera_train.report.page import compare_runs
@@ -105,26 +104,6 @@ def test_the_base_model_and_an_adapter_take_part_with_their_evaluations(tmp_path
     assert table["method"] == ["untouched base", ""]
     assert table["math exact"][1].startswith("7.5%")
     assert len(compare_runs([tmp_path]).tables[1].rows) == 1
-
-
-@pytest.mark.parametrize("content", ["nothing", "an evaluation", "no folder"])
-def test_a_folder_without_a_run_is_refused(tmp_path: Path, content: str) -> None:
-    folder = tmp_path / "folder"
-    if content != "no folder":
-        folder.mkdir()
-    if content == "an evaluation":
-        folder = add_evaluation(make_run(tmp_path / "a"), "math")
-    with pytest.raises(ValueError, match=f"{folder} (holds no results|does not exist).*expected"):
-        read_runs([folder])
-
-
-@pytest.mark.parametrize("name", ["config.yaml", "spectrum.json", "metrics.jsonl"])
-def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
-    run = make_run(tmp_path / "a")
-    for content in (b"{broken\n{}\n", b"\xff{}\n", b'[1, "}"]\n{}\n'):
-        (run / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{run / name}(:1)? is broken"):
-            read_runs([run])
 
 
 def test_an_unfinished_run_shows_what_it_has_and_is_named(tmp_path: Path) -> None:

@@ -52,25 +52,6 @@ def test_the_mean_spectrum_is_over_modules_of_any_rank(tmp_path: Path) -> None:
     assert mean_spectrum(path) == [(0.75 + 1) / 2, 0.25 / 2]
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (
-            '{"eval/perplexity": "low"}',
-            "eval/perplexity: Input should be a valid number, got 'low'",
-        ),
-        ("[1]", "expected names and values"),
-        ("{", "Expecting property name"),
-    ],
-)
-def test_a_broken_result_is_named_in_one_line(tmp_path: Path, content: str, reason: str) -> None:
-    (path := tmp_path / "result.json").write_text(content)
-    with pytest.raises(UserError, match=f"^{path} is broken") as error:
-        RunResult.read(path)
-    assert reason in str(error.value)
-    assert "\n" not in str(error.value)
-
-
 def test_a_broken_or_missing_file_of_losses_or_grades_is_named(tmp_path: Path) -> None:
     path = tmp_path / LOSSES_AFTER
     for tensors in ({"tokens": numpy.array([2, 1])}, {"a": numpy.ones(3)}):

@@ -118,11 +118,6 @@ class Launcher:
 
 
 @pytest.fixture
-def study_section() -> dict:
-    return STUDY
-
-
-@pytest.fixture
 def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launcher:
     """The launcher of every sweep."""
     launcher = Launcher(tmp_path / "outputs" / "which")

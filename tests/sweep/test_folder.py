@@ -1,6 +1,7 @@
 """A sweep's folder: how its jobs are named, which settings they share, the state of every job and
 the table that shows it, which job is the best; and sweeps that are refused before a job begins."""
 
+import json
 import os
 import re
 from itertools import combinations
@@ -11,14 +12,41 @@ import yaml
 from made_sweeps import FIXED, content_of, make_job, record_job, record_sweep, states
 
 from cera_train.cli.mistakes import with_path_quoted
+from cera_train.common.settings import to_plain
+from cera_train.settings.run import Config
 from cera_train.sweep.folder import (
     LONGEST_NAME,
-    RECORD,
     best_jobs,
     job_choices,
     job_name,
     read_sweep,
 )
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[Config]:
+    """The configs of the runs that were started. They train nothing and finish: the higher the
+    rank, the lower the perplexity, and the accuracy too."""
+    begun = []
+
+    def launch(config: Config) -> dict:
+        folder = Path(config.output_dir) / config.name
+        rank = config.adapter.r
+        result = {
+            "updates": 20,
+            "eval/perplexity": 1 + 1 / rank,
+            "gsm8k/exact": 1 / rank,
+            "seconds": 60.0 * rank,
+        }
+        if not (folder / "result.json").exists():
+            begun.append(config)
+            make_job(folder.parent, folder.name)
+            (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(config)))
+            (folder / "result.json").write_text(json.dumps(result))
+        return result
+
+    monkeypatch.setattr("cera_train.training.train.launch", launch)
+    return begun
 
 
 def test_a_job_is_named_by_what_varies_in_any_order():
@@ -206,54 +234,6 @@ def test_optuna_gets_the_metric_and_its_direction(tmp_path, run_command, capfd, 
     assert "launch.detach=true leaves before a job has a result" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["data.train_files=[rows.jsonl],[no.jsonl]"],
-            "data.train_files=no.jsonl: cannot read the file",
-        ),
-        (["model.path=./no/such"], "model.path=./no/such: folder does not exist"),
-    ],
-)
-def test_a_sweep_whose_files_are_missing_is_refused_once(
-    tmp_path, run_command, capfd, counted, arguments, message
-):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
-    given = {
-        argument.partition("=")[0]: argument
-        for argument in ["adapter.r=range(1,40)", *FIXED, *arguments]
-    }
-    assert run_command("cera-train", "-m", *given.values(), "name=mine") == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert message in line
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
-    assert not counted
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["-m", "adapter.r=2,4", "name=run"],
-            "outputs/run is the folder of a run: choose another name",
-        ),
-        (
-            ["name=swept"],
-            "outputs/swept is the folder of a sweep: choose another name=... for a run, or add -m",
-        ),
-    ],
-)
-def test_a_sweep_and_a_run_share_no_folder(tmp_path, run_command, capfd, arguments, message):
-    (tmp_path / "outputs" / "run").mkdir(parents=True)
-    (tmp_path / "outputs" / "run" / "config.yaml").write_text("adapter: {}\n")
-    record_sweep(tmp_path / "outputs" / "swept")
-    assert run_command("cera-train", *arguments) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert message in line
-    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"run", "swept"}
-
-
 def test_a_state_follows_from_what_lies_in_the_folder(tmp_path):
     names = ["adapter.r=2", "adapter.r=4", "adapter.r=8", "adapter.r=16", "adapter.r=32"]
     record_sweep(tmp_path, *names)
@@ -281,20 +261,3 @@ def test_the_best_is_of_finished_jobs_on_the_same_rows(tmp_path):
     for name, perplexity in zip(names, (2.5, 2.4, None, 3.5), strict=True):
         make_job(tmp_path, name, perplexity, rows=name[5])
     assert [job.name for job in best_jobs(read_sweep(tmp_path))] == [names[1], names[3]]
-
-
-@pytest.mark.parametrize(
-    ("folder", "message"),
-    [
-        (".", r"\. holds no sweep: expected one that cera-train -m left \(with sweep.json\)"),
-        ("run", "run is the folder of a run, not of a sweep: cera-report run shows it"),
-        ("broken", "sweep.json is broken: .* Remove it, and start the sweep again"),
-    ],
-)
-def test_a_folder_that_is_no_sweep_gets_one_line(tmp_path, run_command, capsys, folder, message):
-    (tmp_path / "broken").mkdir()
-    make_job(tmp_path, "run", 1.5)
-    (tmp_path / "broken" / RECORD).write_text('{"jobs": [')
-    assert run_command("cera-sweep", folder) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(f"cera-sweep: .*{message}", line), line

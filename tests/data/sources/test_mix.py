@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from examples import CONVERSATION, texts_of, with_changes
 
-from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data, prepare_evaluation
 from cera_train.data.questions import training_questions
 from cera_train.data.sources import drawn_rows, interleaved, rows_of_parts
@@ -186,42 +185,3 @@ def test_perplexities_compare_across_shares_and_with_a_run_on_the_only_held_out_
 
 
 A = MixPart(train_files=["a.jsonl"], weight=1.0, eval_rows=1)
-
-
-@pytest.mark.parametrize(
-    ("parts", "settings", "line"),
-    [
-        ([], {}, "data.mix=[] has no parts: name some"),
-        (
-            [A],
-            {"path": "org/rows"},
-            "data.path or files beside data.mix: name them in a part, or leave out one",
-        ),
-        (
-            [A, MixPart(train_files=["b.jsonl"], eval_rows=1)],
-            {},
-            "data.mix has weights [1.0, None]: give all parts we",
-        ),
-        (
-            [MixPart(train_files=["a.jsonl"], eval_rows=0)],
-            {},
-            "data.mix holds out no rows: raise an eval_rows.",
-        ),
-    ],
-)
-def test_a_malformed_mix_is_refused_before_anything_is_read(parts, settings, line):
-    with pytest.raises(UserError, match=f"^{re.escape(line)}"):
-        mix(*parts, **settings)
-
-
-def test_mistakes_in_the_rows_of_a_part_name_the_part(part, tokenizer):
-    no_column = part("b", 7, prompt="{query}")
-    no_file = MixPart(train_files=["no.jsonl"], eval_rows=1)
-    for other, line in (
-        (no_column, "^data.mix.1: .*b.jsonl:1: column 'query' is missing; its columns are q"),
-        (no_file, "^data.mix.1: data.train_files=no.jsonl: cannot read the file"),
-    ):
-        with pytest.raises(UserError, match=line):
-            prepare_data(mix(part("a", 7), other), tokenizer)
-    with pytest.raises(UserError, match=r"^data.mix.1: data.eval_rows=9 holds out all 7 rows"):
-        prepare_data(mix(part("a", 7), part("b", 7, eval_rows=9)), tokenizer)

@@ -74,52 +74,6 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
     assert (list(scores.accuracies), scores.details["exact/pass@1"]) == (["exact/pass@1"], 0.5)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"kind": "task"},
-            r"^task.kind=task is unknown: choose one of gsm8k, held_out, jsonl, log",
-        ),
-        (
-            {"kind": "gsm8k", "prompt": "{question}"},
-            "task.files is empty: name local files, or a Hub data set",
-        ),
-        (
-            {"kind": "gsm8k", "level": 5},
-            "task.level=5 has no meaning for a task of kind gsm8k: leave it out",
-        ),
-        (
-            {"kind": "held_out", "prompt": "{question}"},
-            "task.grader is missing: choose one of text, num",
-        ),
-    ],
-)
-def test_a_task_checks_its_settings(settings, message):
-    with pytest.raises(UserError, match=message):
-        build_task(TaskConfig(name="x", **settings))
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        (
-            "forgetting",
-            {},
-            r"train.tasks=\[forgetting\] has no answers to grade: leave it to cera-eval",
-        ),
-        (
-            "gsm8k",
-            {"limits": 3},
-            "^train.task_settings.gsm8k: task.limits=3: unexpected keyword argument",
-        ),
-    ],
-)
-def test_a_task_of_training_checks_its_changes(name, changes, message):
-    with pytest.raises(UserError, match=message):
-        training_task(name, changes)
-
-
 def test_the_same_question_twice_is_two_problems(config_of):
     first, second, third = (problem.id for problem in problems_of(config_of([GSM8K] * 3)))
     assert (second, third) == (f"{first}-2", f"{first}-3")
@@ -133,37 +87,6 @@ def test_problems_of_one_level(config_of):
     for limit, questions in ((None, ["p0", "p2"]), (1, ["p0"])):
         problems = problems_of(config_of(rows, "math", level=5, limit=limit))
         assert [problem.question for problem in problems] == questions
-
-
-@pytest.mark.parametrize(
-    ("rows", "settings", "message"),
-    [
-        (
-            [GSM8K, MATH],
-            {},
-            r"2: column 'question' is missing; its columns are problem, solution. .* of task=jsonl",
-        ),
-        ([GSM8K, {"question": "?", "answer": "18"}], {}, r"2: column 'answer' should end in ####"),
-        (
-            [],
-            {},
-            r"task.files=\[\S+/rows.jsonl\] has no rows: name a file with a problem on each row\.$",
-        ),
-        ([MATH | {"solution": "2"}], {"kind": "math"}, r"1: column 'solution' has no \\boxed"),
-        (
-            [GSM8K],
-            {"kind": "jsonl", "grader": "choice"},
-            r"1: .* task.grader=choice finds no answer in it",
-        ),
-    ],
-)
-def test_a_file_without_what_the_task_needs_gets_one_line_with_its_place(
-    config_of, rows, settings, message
-):
-    with pytest.raises(UserError, match=message) as error:
-        problems_of(config_of(rows, **settings))
-    assert "rows.jsonl" in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 TALK = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "It is  4."}]

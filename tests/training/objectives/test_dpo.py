@@ -6,12 +6,9 @@ import pytest
 import torch
 from built_runs import build_run
 from cera_models import WARNINGS
-from conftest import TINY
 from datasets import Dataset
-from several_processes import train_in_processes
-from tiny_runs import adapter_bytes, all_losses_of, folder_of, metrics_of, train_and_die_after
+from tiny_runs import adapter_bytes, folder_of, metrics_of, train_and_die_after
 
-from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
 from cera_train.training.resolve import resolve
 from cera_train.training.train import train
@@ -140,41 +137,6 @@ def test_the_reference_is_the_start(dpo):
     assert second["perplexity_before"] == pytest.approx(2, rel=1e-6)
 
 
-@pytest.mark.slow
-def test_two_processes_and_sharded_weights_learn_the_same_as_one_process(
-    tiny_folder, tmp_path, write_jsonl, compose
-):
-    words = [
-        f"model.path={tiny_folder}",
-        *TINY,
-        "adapter.r=4",
-        "data=jsonl",
-        f"data.train_files=[{write_jsonl('pairs.jsonl', ROWS)}]",
-        "data.eval_rows=4",
-        "train.objective=dpo",
-        "adapter.dropout=0",
-        "train.batch_size=3",
-        "train.max_updates=6",
-        "train.micro_batch_tokens=256",
-        "optimizer.lr=2e-2",
-        "train.eval_every=3",
-        f"output_dir={tmp_path / 'outputs'}",
-    ]
-    train(compose(*words, "name=one"))
-    train_in_processes(
-        [[*words, f"distributed.strategy={name}", f"name={name}"] for name in ("ddp", "fsdp")],
-        2,
-        tmp_path,
-    )
-    one = tmp_path / "outputs" / "one"
-    for name in ("ddp", "fsdp"):
-        assert all_losses_of(one.with_name(name)) == pytest.approx(all_losses_of(one), rel=1e-4), (
-            name
-        )
-        last = metrics_of(one.with_name(name))[-1]["eval/rewards/margins"]
-        assert last == pytest.approx(metrics_of(one)[-1]["eval/rewards/margins"], rel=1e-4), name
-
-
 # --- rows -----------------------------------------------------------------------------------------
 
 
@@ -213,42 +175,6 @@ def test_messages_are_read_with_and_without_a_separate_prompt(
     assert [text.split("assistant: ")[1].split("<")[0] for text in texts[:2]] == ["yes", "no"]
 
 
-@pytest.mark.parametrize(
-    ("row", "overrides", "message"),
-    [
-        (
-            {"prompt": "a", "chosen": "b"},
-            ["data.rejected='{rejected}'"],
-            "rows.jsonl:2: .*'rejected'",
-        ),
-        (
-            {"prompt": "a", "chosen": "b", "rejected": " "},
-            [],
-            "rows.jsonl:2: the rejected answer is empty",
-        ),
-        (
-            {"prompt": "a", "chosen": "b", "rejected": "b"},
-            [],
-            "rows.jsonl:2: the chosen and the rejected answer are equal",
-        ),
-    ],
-)
-def test_a_row_without_a_preference_is_named(dpo, write_jsonl, row, overrides, message):
-    file = write_jsonl("rows.jsonl", [ROWS[0], row, *ROWS[1:]])
-    with pytest.raises(UserError, match=message):
-        train(dpo(f"data.train_files=[{file}]", *overrides))
-
-
-def test_answers_to_different_prompts_are_no_preference(dpo, write_jsonl):
-    row = {"chosen": [ASKED, YES], "rejected": [ASKED, NO]}
-    other = row | {"rejected": [{"role": "user", "content": "Was it?"}, NO]}
-    file = write_jsonl("rows.jsonl", [row, other, *[row] * 6])
-    with pytest.raises(
-        UserError, match="rows.jsonl:2: the chosen and the rejected answer follow different prompts"
-    ):
-        train(dpo(f"data.train_files=[{file}]"))
-
-
 def test_dropout_is_off(dpo, tmp_path):
     run = build_run(dpo("adapter.dropout=0.5"), tmp_path / "run")
     move(run.model.adapted)
@@ -256,22 +182,3 @@ def test_dropout_is_off(dpo, tmp_path):
     _, gradients = run.backward([0, 1, 4, 5])
     _, again = run.backward([0, 1, 4, 5])
     torch.testing.assert_close(again, gradients, rtol=0, atol=0)
-
-
-def test_the_rows_have_to_fit_the_objective(dpo, write_jsonl):
-    with pytest.raises(
-        UserError,
-        match="train.objective=sft: preferences.jsonl holds preferences: set train.objective=dpo, ",
-    ):
-        train(dpo("train.objective=sft"))
-    messages = [{"prompt": [ASKED], "chosen": [YES], "rejected": [NO]}] * 9
-    file = write_jsonl("messages.jsonl", messages)
-    # No setting reads the chosen ones alone.
-    with pytest.raises(UserError, match=r"holds preferences: set train.objective=dpo\.$"):
-        train(dpo("train.objective=sft", f"data.train_files=[{file}]"))
-    rows = write_jsonl("plain.jsonl", [{"prompt": "a", "completion": "b"}] * 9)
-    with pytest.raises(
-        UserError,
-        match="train.objective=dpo learns from preferences, and plain.jsonl has none: name",
-    ):
-        train(dpo(f"data.train_files=[{rows}]"))

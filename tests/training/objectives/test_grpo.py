@@ -7,12 +7,12 @@ import signal
 import sys
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 
 import pytest
 import torch
 from built_runs import build_run
 from cera_models import WARNINGS
+from conftest import make_tiny_llama
 from datasets import Dataset
 from evaluated_runs import evaluate
 from played_vllm import playing_vllm
@@ -24,9 +24,9 @@ from cera_train.evaluation import server
 from cera_train.runs.evaluation_folder import Problem
 from cera_train.runs.records import read_lines
 from cera_train.runs.results import SAMPLES, Sample
-from cera_train.training.objectives.grpo import KL, MOST_WEIGHT
-from cera_train.training.rewards import grade, right_answer
-from cera_train.training.train import backward, train
+from cera_train.training.objectives.grpo import MOST_WEIGHT, group_advantages, grpo_loss
+from cera_train.training.rewards import grade
+from cera_train.training.train import train
 
 ROWS = [
     {"prompt": f"Say {word}:", "completion": f" {word}"}
@@ -86,120 +86,94 @@ def in_processes(tiny_folder, tmp_path, on_rows, monkeypatch):
 
 @WARNINGS
 @pytest.mark.parametrize(
-    ("words", "is_served"),
-    [
-        ([], False),
-        (["grpo.beta=0.5"], False),
-        (["grpo.beta=0.5"], True),
-    ],
+    ("beta", "is_served"),
+    [(0.0, False), (0.5, False), (0.5, True)],
     ids=["plain", "with a reference", "likewise, sampled by a server"],
 )
-def test_loss_gradients_and_figures_are_trls(
-    grpo, tokenizer, tmp_path, monkeypatch, words, is_served
-):
+def test_the_loss_is_trls(tokenizer, tmp_path, beta, is_served):
+    """For log p drawn at random: the loss, its gradient and the KL."""
     trl = pytest.importorskip("trl")
-    settings = ("adapter.r=4", "adapter.dropout=0", "train.micro_batch_tokens=256", *words)
-    run = build_run(grpo(*settings), tmp_path / "run")
-    model = run.model
-    objective = run.objective
-    causal_lm = model.language_model.causal_lm
-    config = run.config.grpo
+    rewards = torch.rand(2, 4)
+    mask = torch.arange(6) < torch.tensor([6, 1, 3, 6, 2, 4, 5, 1])[:, None]
+    log_p = (-3 * torch.rand(mask.shape)).requires_grad_()
+    before = log_p.detach()
+    reference = before + torch.randn(mask.shape) / 5
+    sampled = before + torch.randn(mask.shape)
+    weights = (before - sampled).exp()
+    assert (weights[mask] > MOST_WEIGHT).any()
 
-    @torch.no_grad()
-    def move() -> None:
-        for parameter in model.trained:
-            parameter += 0.1 * torch.randn_like(parameter)
-
-    torch.manual_seed(1)
-    move()
-    model.wrapped.train()
-    questions = [objective.questions[number] for number in (0, 2, 3)]
-    answers = objective._sample(questions, 4)
-    groups = [[answer.ids for answer in group] for group in answers]
-    rewards = torch.tensor(
-        [[vowels("Say ", tokenizer.decode(ids), "") for ids in group] for group in groups]
-    ).float()
-    advantages = rewards - rewards.mean(1, keepdim=True)
-    advantages /= rewards.std(1, keepdim=True) + 1e-4
-
-    def padded(parts: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [torch.tensor(part) for part in parts]
-        pad = torch.nn.utils.rnn.pad_sequence
-        return pad(parts, True, 0, side), pad(
-            [torch.ones_like(part) for part in parts], True, 0, side
-        )
-
-    prompt_ids, prompt_mask = padded(
-        [question.prompt_ids for question in questions for _ in range(4)], "left"
+    loss, divergence = grpo_loss(
+        log_p[mask],
+        group_advantages(rewards).flatten().repeat_interleave(mask.sum(1)),
+        beta,
+        reference[mask] if beta else None,
+        sampled[mask] if is_served else None,
     )
-    ids, mask = padded([answer for group in groups for answer in group], "right")
-    inputs = {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "completion_ids": ids,
-        "completion_mask": mask,
-    }
-    inputs |= {"advantages": advantages.flatten(), "num_items_in_batch": mask.sum()}
+    [gradient] = torch.autograd.grad(loss / mask.sum(), log_p)
 
-    def log_p() -> torch.Tensor:
-        attention = causal_lm.config._attn_implementation
-        causal_lm.set_attn_implementation("sdpa")
-        whole = torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1)
-        logits = model.adapted(*whole).logits[:, prompt_ids.shape[1] - 1 : -1].log_softmax(-1)
-        causal_lm.set_attn_implementation(attention)
-        return logits.gather(-1, ids[..., None])[..., 0].detach()
-
-    if config.beta:
-        with model.adapted.disable_adapter():
-            inputs["ref_per_token_logps"] = log_p()
-    if is_served:
-        here = log_p()
-        sampled = (here + torch.randn(mask.shape)) * mask
-        weights = (here - sampled).exp()
-        assert (weights[mask > 0] > MOST_WEIGHT).any()
-        inputs["importance_sampling_ratio"] = weights.clamp(max=MOST_WEIGHT)
-        rows = iter(sampled.tolist())
-        served = [
-            [answer._replace(sampled=next(rows)[: len(answer.ids)]) for answer in group]
-            for group in answers
-        ]
-        monkeypatch.setattr(objective, "sampler", SimpleNamespace(is_served=True))
-        monkeypatch.setattr(objective, "_sample", lambda *_: served)
-        monkeypatch.setattr(objective, "_check_policy", lambda *_: {})
-    drawn = objective.draw([0, 2, 3])
-    assert 0 < len(drawn.sequences) <= 12
-    assert drawn.figures["train/reward"] == pytest.approx(rewards.mean().item())
-    # As on a process without rows: it changes no loss, gradient or figure.
-    idle = [([drawn.sequences[0]], False)]
-    of_process = drawn.batches.of_process
-    drawn.batches.of_process = lambda *arguments: [*of_process(*arguments), *idle]
-    loss = backward(model, drawn)
-    gradients = run.take_gradients()
-
-    causal_lm.set_attn_implementation("sdpa")
-    options = {
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "use_cpu": True,
-        "bf16": False,
-    }
-    options |= {"beta": config.beta}
-    settings = trl.GRPOConfig(str(tmp_path / "trl"), report_to="none", **options)
-    rows_of = Dataset.from_list([{"prompt": "Say"}] * 4)
+    settings = trl.GRPOConfig(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+    )
     trainer = trl.GRPOTrainer(
-        model.adapted, vowels, args=settings, train_dataset=rows_of, processing_class=tokenizer
+        make_tiny_llama(),
+        vowels,
+        args=settings,
+        train_dataset=Dataset.from_list([{"prompt": "Say"}] * 4),
+        processing_class=tokenizer,
     )
-    trainer.current_gradient_accumulation_steps = 1
+    trainer.beta = beta
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (log_p, before, None)
+    inputs = {
+        "prompt_ids": mask,
+        "prompt_mask": mask,
+        "completion_ids": mask,
+        "completion_mask": mask.long(),
+        "advantages": (
+            (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+        ).flatten(),
+        "num_items_in_batch": mask.sum(),
+        "old_per_token_logps": before,
+        "ref_per_token_logps": reference,
+    }
     trainer.use_vllm = is_served
+    inputs["importance_sampling_ratio"] = weights.clamp(max=MOST_WEIGHT)
     expected = trainer._compute_loss(trainer.model, inputs)
-    expected.backward()
-    assert float(loss) == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
-    for name, gradient in gradients.items():
-        wanted = trainer.model.get_parameter(name).grad
-        assert (gradient - wanted).norm() <= 1e-5 * wanted.norm(), name
-    if config.beta:
-        logged = trainer._metrics["train"]
-        assert drawn.figures[KL].item() == pytest.approx(logged["kl"][0], rel=1e-4)
+    [wanted] = torch.autograd.grad(expected, log_p)
+    assert (loss / mask.sum()).item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, wanted)
+    if beta:
+        logged = trainer._metrics["eval"]
+        assert (divergence / mask.sum()).item() == pytest.approx(logged["kl"][0], rel=1e-5)
+
+
+def test_an_update_is_the_mean_over_the_tokens_of_its_answers(grpo, tokenizer, tmp_path):
+    """Each by its answer's advantage, and log p under the base."""
+    run = build_run(grpo("adapter.r=4", "grpo.beta=0.5"), tmp_path)
+    with torch.no_grad():
+        for weight in run.model.trained:
+            weight += 0.1 * torch.randn_like(weight)
+    drawn = run.objective.draw([0, 2, 3])
+    assert drawn.sequences == [*range(12)]
+    batches = [drawn.batches.load([sequence]) for sequence in drawn.sequences]
+    answers = [batch.input_ids[batch.loss_mask] for batch in batches]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    rewards = torch.tensor([vowels("Say ", text, "") for text in texts]).view(3, 4).float()
+    assert drawn.figures["train/reward"] == pytest.approx(rewards.mean().item())
+    advantages = group_advantages(rewards).flatten()
+    run.model.language_model.causal_lm.set_attn_implementation("sdpa")
+    for sequence, (batch, ids) in enumerate(zip(batches, answers, strict=True)):
+        with torch.no_grad(), run.model.adapted.disable_adapter():
+            logits = run.model.adapted(**batch.inputs).logits[:, :-1][batch.loss_mask[:, 1:]]
+        reference = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        log_p = reference + torch.randn(len(ids)) / 5
+        expected, _ = grpo_loss(log_p, advantages[sequence], 0.5, reference)
+        part = drawn.loss(log_p, [sequence])
+        assert part.item() == pytest.approx((expected / sum(map(len, answers))).item(), rel=1e-4)
 
 
 def test_rewards_rise_and_answers_are_kept_with_their_rewards(grpo):
@@ -335,40 +309,13 @@ def test_an_answer_is_graded_as_in_a_task():
     assert grade("", "so 1,0 is 10.", "#### 10", "number") == 1
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (
-            [f"grpo.rewards=[{__name__}.fails]"],
-            r"^grpo.rewards=\[.*fails\] fails for the answer .*: LookupError: no such key "
-            r"\(.*/test_grpo.py:\d+\)\.$",
-        ),
-        (
-            ["grpo.rewards=[nowhere.at_all]"],
-            r"^grpo.rewards=\[nowhere.at_all\] cannot be imported: ModuleNotFoun",
-        ),
-        (
-            ["grpo.grader=choice"],
-            r"rows.jsonl:1: grpo.grader=choice finds no answer .*: fix the row",
-        ),
-        (
-            ["data.loss_on=all"],
-            "^train.objective=grpo answers prompts, and rows.jsonl has text without: name",
-        ),
-        (
-            ["grpo.max_new_tokens=256"],
-            "^grpo.max_new_tokens=256 after a prompt of .* beyond the 256 positions",
-        ),
-        (
-            ["grpo.beta=0.1", "adapter=full", "adapter.r=null", "adapter.dropout=0"],
-            "^grpo.beta=0.1 needs the base as",
-        ),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_what_cannot_be_rewarded_is_refused(grpo, words, message):
+def test_a_reward_that_fails_is_named_with_its_place(grpo):
+    place = r"\(.*/test_grpo.py:\d+\)\.$"
+    message = (
+        rf"^grpo.rewards=\[.*fails\] fails for the answer .*: LookupError: no such key {place}"
+    )
     with pytest.raises(UserError, match=message):
-        train(grpo(*words))
+        train(grpo(f"grpo.rewards=[{__name__}.fails]"))
 
 
 def test_evaluations_ask_as_updates_do(grpo, thinking_folder, compose, write_jsonl, monkeypatch):
@@ -404,10 +351,3 @@ def test_evaluations_ask_as_updates_do(grpo, thinking_folder, compose, write_jso
     further = train(grpo(*words, f"adapter.start_from={start}", "name=further"))["folder"]
     asked = {sample.prompt for sample in read_lines(Path(further) / SAMPLES, Sample)}
     assert {prompt.partition("assistant")[2] for prompt in asked} == {"\n"}
-
-
-def test_an_answer_that_only_calls_a_tool_cannot_be_graded():
-    with pytest.raises(
-        UserError, match=r"finds no text in an answer, .* a tool: mark it weight: 0"
-    ):
-        right_answer("", "text")
