@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import reasoning_gym
 import torch
@@ -54,9 +55,7 @@ def texts() -> Iterator[str]:
     )
 
 
-Recorded = dict[int, tuple[torch.Tensor, torch.Tensor]]
-"""Layer -> inputs [INPUTS, d_in] and outputs [INPUTS, d_out] of its v_proj. q_proj has the same
-inputs."""
+Key = TypeVar("Key")
 
 
 @contextlib.contextmanager
@@ -72,25 +71,29 @@ def recorded(projection: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.T
 
 
 @torch.no_grad()
-def record(model: PreTrainedModel, tokenizer: Callable, layers: list[int]) -> Recorded:
-    count = 0
+def record(
+    model: PreTrainedModel,
+    tokenizer: Callable,
+    rows: Iterable[str],
+    projections: Mapping[Key, nn.Module],
+    count: int = INPUTS,
+) -> dict[Key, tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs [count, d_in] and outputs [count, d_out] of projections of the model. The first token
+    of a row is left out: it is an attention sink, unlike all others."""
+    left = count
     with contextlib.ExitStack() as stack:
-        seen = {
-            layer: stack.enter_context(recorded(model.model.layers[layer].self_attn.v_proj))
-            for layer in layers
-        }
-        for text in texts():
-            tokens = tokenizer(text, return_tensors="pt").input_ids
+        seen = {key: stack.enter_context(recorded(each)) for key, each in projections.items()}
+        for row in rows:
+            tokens = tokenizer(row, return_tensors="pt").input_ids
             model(tokens)
-            count += tokens.shape[1] - 1
-            if count >= INPUTS:
+            left -= tokens.shape[1] - 1
+            if left <= 0:
                 break
-    # The first token of a text is an attention sink, unlike all others.
     return {
-        layer: tuple(
-            torch.cat([each[1:] for each in column])[:INPUTS] for column in zip(*calls, strict=True)
+        key: tuple(
+            torch.cat([each[1:] for each in column])[:count] for column in zip(*calls, strict=True)
         )
-        for layer, calls in seen.items()
+        for key, calls in seen.items()
     }
 
 
@@ -277,20 +280,22 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="all numbers, as JSON")
     options = parser.parse_args()
 
-    def record_from(path: str) -> Recorded:
+    def record_from(path: str) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         config = ModelConfig(path=path, dtype=Dtype.float32)
-        return record(
-            load_model(config, torch.device("cpu")), load_tokenizer(config), options.layers
-        )
+        model = load_model(config, torch.device("cpu"))
+        projections = {
+            layer: model.model.layers[layer].self_attn.v_proj for layer in options.layers
+        }
+        return record(model, load_tokenizer(config), texts(), projections)
 
-    recorded = record_from(MODEL)
-    recorded_tuned = record_from(str(options.tuned)) if options.tuned else {}
+    of_base = record_from(MODEL)
+    of_tuned = record_from(str(options.tuned)) if options.tuned else {}
     cells = []
-    for layer, (x, output) in recorded.items():
+    for layer, (x, output) in of_base.items():
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(ROWS_SEED))
         targets = {name: teach(x, *TEACHERS[name]) for name in options.teachers}
         if options.tuned:
-            targets["natural"] = recorded_tuned[layer][1] - output
+            targets["natural"] = of_tuned[layer][1] - output
         of_layer = []
         for name, y in targets.items():
             of_layer += measure(

@@ -112,7 +112,7 @@ BUDGETS = {
     "cera_train/cera": 9_200,
     "cera_train/cli": 8_000,
     "cera_train/common": 5_600,
-    "cera_train/data": 16_700,
+    "cera_train/data": 16_750,
     "cera_train/distributed": 2_700,
     "cera_train/evaluation": 17_200,
     "cera_train/model": 10_100,
