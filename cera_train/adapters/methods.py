@@ -1,45 +1,24 @@
 """The methods of PEFT that the loop can train. Commands that check settings import this file inside
 functions, since it imports PEFT."""
 
-import pkgutil
-
 from peft import PeftConfig, PeftType
 from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 
-from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.common.user_code import user_code
-from cera_train.settings.adapters import is_import_path
 
 
 def config_class_of(method: str) -> type[PeftConfig]:
-    """The config class of a method that the loop can train: PEFT's by the name of its type, another
-    one's by the import path of the class."""
+    """The config class of a method that the loop can train, by the name of its type."""
     place = f"adapter.method={method}"
-    name = import_method(method) if is_import_path(method) else method.upper()
+    name = method.upper()
     classes = {kind.value: each for kind, each in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    choices = f"Choose one of {', '.join(usable_methods())}, or the import path of a config"
+    choices = f"Choose one of {', '.join(usable_methods())}"
     require(name in classes, f"{place} is not a method of PEFT. {choices}.")
     reason = why_unusable(name)
     require(reason is None, f"{place}: {reason}. {choices}.")
     return classes[name]
-
-
-def import_method(path: str) -> str:
-    """The name of the type whose config class is at an import path, where its module has registered
-    it with PEFT; else raises UserError."""
-    fix = "Write module.Config, and mind PYTHONPATH."
-    with user_code(f"adapter.method={path} cannot be imported", fix):
-        config_class = pkgutil.resolve_name(path)
-    for kind, each in PEFT_TYPE_TO_CONFIG_MAPPING.items():
-        if each is config_class:
-            return kind.value
-    raise UserError(
-        f"adapter.method={path} is not a config that PEFT knows: its module has to call "
-        "peft.utils.register_peft_method."
-    )
 
 
 def usable_methods() -> list[str]:

@@ -13,7 +13,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from cera_train.adapters.methods import import_method
 from cera_train.adapters.saved import attach, is_adapter, save
 from cera_train.common.errors import UserError, explain
 from cera_train.common.files import remove_folder, write_folder
@@ -30,7 +29,6 @@ from cera_train.model.weights import load_model
 from cera_train.runs.base import check_base
 from cera_train.runs.folder import Progress
 from cera_train.runs.subject import Subject, run_of
-from cera_train.settings.adapters import is_import_path
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
 
@@ -50,8 +48,6 @@ def load_subject(subject: Subject, device: torch.device) -> LoadedModel:
     base = load_model(subject.model, device)
     model = base
     if subject.adapter is not None:
-        if subject.run is not None and is_import_path(subject.run.adapter.method):
-            import_method(subject.run.adapter.method)  # in each process
         check_same_base(subject, base)
         model = attach(base, subject.adapter)
     dtype = subject.model.autocast_dtype(subject.train.autocast, on_gpu=device.type == "cuda")

@@ -18,7 +18,7 @@ from cera_train.runs.evaluation_folder import AccuracyResult, find_evaluation_re
 from cera_train.runs.records import load_config
 from cera_train.runs.results import Environment, RunResult, describe_tasks, figure
 from cera_train.runs.subject import digest_of
-from cera_train.settings.adapters import AdapterConfig, AdapterKind, is_import_path
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
 
@@ -83,13 +83,9 @@ def write_card(run: Path, result: RunResult, architecture: PretrainedConfig) -> 
 
 
 def registers(adapter: AdapterConfig) -> str:
-    """The line of code that makes a method outside PEFT known to it; empty for PEFT's own."""
-    if adapter.kind == AdapterKind.cera:
-        return "import cera_train  # registers CeRA with PEFT\n"
-    if is_import_path(adapter.method):
-        module, _, name = adapter.method.rpartition(".")
-        return f"import {module}  # registers {name} with PEFT\n"
-    return ""
+    """The line of code that makes CeRA known to PEFT; empty for PEFT's own methods."""
+    is_cera = adapter.kind == AdapterKind.cera
+    return "import cera_train  # registers CeRA with PEFT\n" if is_cera else ""
 
 
 def snippet(

@@ -23,7 +23,7 @@ from cera_train.common.terminal import announce_import
 from cera_train.model.path import check_model
 from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult
-from cera_train.settings.adapters import AdapterConfig, is_import_path
+from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import SubjectConfig
 from cera_train.settings.model import ModelConfig
@@ -108,16 +108,6 @@ def _resolve(config: SubjectConfig, setting: str) -> Subject:
         check_saved(adapter)
         return Subject(folder, config.model or base_of(folder, config.trust_remote_code), folder)
     run = load_config(root / "config.yaml")
-    if is_import_path(run.adapter.method):
-        require(
-            config.trust_remote_code,
-            f"{root}/config.yaml asks to run the Python code of adapter.method="
-            f"{run.adapter.method}. If you trust that code, set trust_remote_code=true on the "
-            "command line.",
-        )
-        from cera_train.adapters.methods import import_method
-
-        import_method(run.adapter.method)
     check_saved(adapter)
     _check_trust(config, root, run)
     place = adapter if is_export(adapter) else root

@@ -80,8 +80,3 @@ class AdapterConfig(Settings):
         words = [targets if isinstance(targets, str) else " ".join(targets)]
         words.append("all experts" if self.experts else " ".join(self.parameters))
         return " and ".join(filter(None, words))
-
-
-def is_import_path(method: str | None) -> bool:
-    """Whether `adapter.method` names code from outside PEFT, which a command imports."""
-    return "." in (method or "")

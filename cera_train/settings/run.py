@@ -197,6 +197,3 @@ class PlanRun(Config):
     """Settings of `cera-plan`: a run's, and the hardware to plan for."""
 
     plan: PlanConfig = section(PlanConfig)
-
-    def unread(self) -> dict[str, str]:
-        return super().unread() | {"distributed": "cera-train, for a plan has whole weights"}

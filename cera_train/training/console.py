@@ -35,7 +35,7 @@ from cera_train.runs.results import (
     describe_tasks,
     read_metrics,
 )
-from cera_train.settings.adapters import AdapterConfig, is_import_path
+from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.run import Config, has_prompts
@@ -167,7 +167,7 @@ def print_result(result: RunResult, config: Config) -> None:
     fitting = "held_out" if has_short_answers(config.data) else "perplexity"
     task = next(iter(config.train.tasks), fitting)
     run = [f"run={result.folder}"]
-    if config.model.trust_remote_code or is_import_path(config.adapter.method):
+    if config.model.trust_remote_code:
         run.append("trust_remote_code=true")
     layers = "layers not compiled"
     if result.compiled_graphs:
