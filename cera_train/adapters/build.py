@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from cera_train.adapters.builders import builder
 from cera_train.adapters.families import check_settings, family, place_of
-from cera_train.adapters.probe import errors_beside
+from cera_train.adapters.probe import errors_beside, is_quantised
 from cera_train.adapters.targets import check_targets
 from cera_train.cera.coverage import (
     bypassed_projections,
@@ -18,7 +18,6 @@ from cera_train.cera.coverage import (
 )
 from cera_train.common.settings import require
 from cera_train.settings.adapters import AdapterConfig
-from cera_train.settings.model import Quantization
 
 
 def check(config: AdapterConfig) -> None:
@@ -27,26 +26,20 @@ def check(config: AdapterConfig) -> None:
     builder(config.kind).peft_config(config)
 
 
-WHOLE_ALONE = {
-    Quantization.none: set(),
-    Quantization.nf4: {"FULL", "DENSE", "PISSA", "PEANUT"},
-    Quantization.int8: {"FULL", "DENSE", "PISSA", "DEFT", "DORA", "HRA"},
-}
-"""Methods that read or train weights as they are stored, packed or without their scale, and compute
-something else without an error; `errors_beside` finds those that raise one."""
+WHOLE_ALONE = {"FULL", "DENSE", "PISSA", "PEANUT"}
+"""Methods that read or train weights as they are stored, packed, and compute something else without
+an error; `errors_beside` finds those that raise one."""
 
 
-def check_quantised(config: AdapterConfig, quantization: Quantization) -> None:
+def check_quantised(config: AdapterConfig) -> None:
     """Raises UserError where a method is known to misread quantised weights."""
     start = str(config.settings.get("init_lora_weights")).partition("_")[0]
     names = {str(name).upper() for name in (config.kind, config.method, start)}
     # LN_TUNING of linears, not of norms
     if "LN_TUNING" in names and "norm" not in str(config.target_modules or "norm"):
         names.add("DENSE")
-    if config.settings.get("use_dora"):
-        names.add("DORA")
     require(
-        not names & WHOLE_ALONE[quantization],
+        not names & WHOLE_ALONE,
         f"{place_of(config)} does not work beside quantised weights: set model.quantization=none, "
         "or choose another adapter.",
     )
@@ -72,11 +65,8 @@ def build(
         has_autocast: the model runs under autocast.
     """
     check_targets(base, config)
-    kinds = {Quantization.nf4: "is_loaded_in_4bit", Quantization.int8: "is_loaded_in_8bit"}
-    kind = next(
-        (kind for kind, flag in kinds.items() if getattr(base, flag, False)), Quantization.none
-    )
-    check_quantised(config, kind)
+    if is_quantised(base):
+        check_quantised(config)
     with errors_beside(base, config):
         model = builder(config.kind).build(base, config, left_out(base, config, idle))
     # PEFT leaves biases and copies of the base's modules in 16 bits, which would round most

@@ -9,8 +9,6 @@ from cera_train.common.errors import UserError, error_text
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, attention_of, kernel_may_run
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.language_model import Allowed, LanguageModel
-from cera_train.model.weights import quantization_of
-from cera_train.settings.model import Quantization
 
 REFUSALS = (NotImplementedError, ImportError, RuntimeError, TypeError, AttributeError)
 """Errors of an attention of ours where the model needs what it does not take, or where the kernel
@@ -67,7 +65,7 @@ def probe(language_model: LanguageModel) -> Allowed:
         chunks_head = _can_chunk_head(language_model, apart, expected)
         beside_other = padded_batch([third, second], masks).to(causal_lm.device)
         moved = causal_lm(**language_model.inputs(beside_other)).logits
-        noise = _distance(moved[1], expected[1])  # 8-bit products depend on the micro-batch
+        noise = _distance(moved[1], expected[1])  # of products of experts
         flat = flat_batch([first, second], masks).to(causal_lm.device)
         other = flat_batch([third, second], masks).to(causal_lm.device)
         flattens, attention, refused = _find_attention(language_model, flat, other, expected, noise)
@@ -143,10 +141,7 @@ def _find_attention(
 
 
 def _tolerance(causal_lm: PreTrainedModel) -> float:
-    # 8-bit products round by what else is in the micro-batch, whatever the dtype around them.
-    is_8bit = quantization_of(causal_lm) == Quantization.int8
-    is_exact = causal_lm.dtype == torch.float32 and not is_8bit
-    return SAME_IN_32_BITS if is_exact else SAME_IN_16_BITS
+    return SAME_IN_32_BITS if causal_lm.dtype == torch.float32 else SAME_IN_16_BITS
 
 
 def _is_close(values: Tensor, expected: Tensor, tolerance: float | Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Base weights, in 32, 16, 8 or 4 bits."""
+"""Base weights, in 32, 16 or 4 bits."""
 
 from __future__ import annotations
 
@@ -147,8 +147,12 @@ def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: Mo
     settings = getattr(architecture, "quantization_config", None)
     if settings is None:
         return False
-    kinds = {"load_in_4bit": Quantization.nf4, "load_in_8bit": Quantization.int8}
-    kind = next((kind for name, kind in kinds.items() if settings.get(name)), Quantization.none)
+    require(
+        not settings.get("load_in_8bit"),
+        f"model.path={config.path}: its weights are stored in 8 bits: name the model in 16 bits, "
+        "and set model.quantization=nf4 for 4.",
+    )
+    kind = Quantization.nf4 if settings.get("load_in_4bit") else Quantization.none
     if kind != config.quantization:
         stored = settings.get("quant_method") if kind == Quantization.none else kind
         raise UserError(
@@ -178,13 +182,12 @@ def quantization_config(
     will_be_sharded: bool = False,
     skip: list[str] | None = None,
 ) -> BitsAndBytesConfig | None:
-    """bitsandbytes' settings: NF4 with double quantisation, computing in `dtype`, or LLM.int8().
-    `skip` names modules that are not quantised; None: the head."""
+    """bitsandbytes' settings: NF4 with double quantisation, computing in `dtype`. `skip` names
+    modules that are not quantised; None: the head."""
     if quantization == Quantization.none:
         return None
     return BitsAndBytesConfig(
-        load_in_8bit=quantization == Quantization.int8,
-        load_in_4bit=quantization == Quantization.nf4,
+        load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
@@ -196,9 +199,7 @@ def quantization_config(
 
 def quantization_of(base: PreTrainedModel) -> Quantization | None:
     """How the weights of a loaded model are quantised; None where they are not."""
-    if getattr(base, "is_loaded_in_4bit", False):
-        return Quantization.nf4
-    return Quantization.int8 if getattr(base, "is_loaded_in_8bit", False) else None
+    return Quantization.nf4 if getattr(base, "is_loaded_in_4bit", False) else None
 
 
 def keep_4bit_weights(model: nn.Module) -> None:

@@ -126,20 +126,15 @@ def errors_without_weights(model: ModelConfig) -> Iterator[None]:
 def stored_sizes(base: PreTrainedModel, quantization: Quantization) -> dict[nn.Parameter, float]:
     """Bytes of each weight of the base as it is stored."""
     sizes: dict[nn.Parameter, float] = {weight: weight.nbytes for weight in base.parameters()}
-    for linear in quantised_linears(base, quantization):
-        numbers = linear.weight.numel()
-        if quantization == Quantization.nf4:
-            sizes[linear.weight] = numbers * NF4_BITS / 8
-        else:  # a byte a weight, and a float32 scale a row
-            sizes[linear.weight] = numbers + 4 * len(linear.weight)
+    if quantization == Quantization.nf4:
+        for linear in quantised_linears(base):
+            sizes[linear.weight] = linear.weight.numel() * NF4_BITS / 8
     return sizes
 
 
-def quantised_linears(base: PreTrainedModel, quantization: Quantization) -> list[nn.Module]:
+def quantised_linears(base: PreTrainedModel) -> list[nn.Module]:
     """The linears that bitsandbytes quantises: all but the head and those whose weights the model
     reads directly."""
-    if quantization == Quantization.none:
-        return []
     head = base.get_output_embeddings()
     bypassed = {name.rpartition(".")[2] for name in bypassed_projections(base)}
     return [
@@ -225,9 +220,6 @@ class DryRun:
         stored = stored_sizes(self.base, config.model.quantization)
         self.layer_bytes, self.outside_bytes = sizes_by_place(self.base, stored)
         """Bytes of the weights of a layer, and of those outside the layers."""
-        if config.model.quantization == Quantization.int8:
-            for linear in quantised_linears(self.base, config.model.quantization):
-                linear.register_forward_hook(keep_input)
         self.is_scanned = mixes_sequences(self.base)
 
         autocast = config.model.autocast_dtype(config.train.autocast, config.plan.on_gpu)
@@ -395,9 +387,3 @@ def memory_by_part(run: DryRun, peak: float) -> dict[str, float]:
         parts["heap's gaps"] = HEAP_SHARE * activations
     parts["gradients, activations"] = activations
     return parts
-
-
-def keep_input(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-    """bitsandbytes' 8-bit linears keep their inputs until the graph is freed."""
-    if output.grad_fn is not None:
-        output.grad_fn.metadata["input"] = inputs[0]

@@ -137,7 +137,6 @@ class Form(NamedTuple):
     kind: str  # for the certificate
     ends: set[int]  # at which its files let an answer end
     dtype: Dtype | None  # of its base; None: a plain model that is quantised
-    is_adapter: bool = False
     is_gated: bool = False
 
 
@@ -221,7 +220,7 @@ def open_folder(folder: Path, model: ModelConfig, device: torch.device, server: 
     if quantization is not None and not has_adapter:
         dtype = None
     ends = stop_ids(loaded.tokenizer, loaded.base.generation_config.eos_token_id)
-    return Form(engine, kind, ends, dtype, has_adapter, has_gates(loaded))
+    return Form(engine, kind, ends, dtype, has_gates(loaded))
 
 
 def open_gguf(file: Path, run: LoadedModel, room: int) -> Form:
@@ -408,9 +407,6 @@ def other_precision(subject: Subject, run: LoadedModel, form: Form) -> ModelConf
     """The run's base in a precision in which it differs from the run as the form does. None where
     both compute in float32."""
     model = subject.model
-    if model.quantization == Quantization.int8 and not form.is_adapter:
-        # The weights are the same, but 8 bits round what goes into their products too.
-        return replace(model, quantization=Quantization.none)
     rounded = None if form.dtype == Dtype.float32 else replace(model, dtype=form.dtype)
     computes = model.autocast_dtype(subject.train.autocast, run.base.device.type == "cuda")
     is_exact = computes is None and model.dtype == Dtype.float32

@@ -61,6 +61,7 @@ GONE = {
     "grpo.scale": Gone(BY_TRL, True),
     "hub.private": Gone("leave it out, and change the repository on its page", True),
     "model.facts.license": Gone("leave it out, and write it into the card on the Hub", ANY),
+    "model.quantization=int8": Gone("choose nf4, or none"),
     "plan.mfu": Gone("leave it out, and scale the time"),
     "recipe=grpo_reasoning_gym": Gone("choose grpo_dates"),
     "study.results": Gone("cera-report compares results of other programs beside runs"),

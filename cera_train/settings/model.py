@@ -9,7 +9,7 @@ from cera_train.common.settings import MISSING, require, section, setting
 from cera_train.settings.values import FolderName, Settings
 
 Dtype = StrEnum("Dtype", ["auto", "bfloat16", "float16", "float32"])
-Quantization = StrEnum("Quantization", ["none", "int8", "nf4"])
+Quantization = StrEnum("Quantization", ["none", "nf4"])
 
 
 def looks_like_id(path: str) -> bool:
@@ -42,8 +42,8 @@ class ModelConfig(Settings):
     """Precision of the base weights; trained weights are float32. auto: bfloat16 if the processor
     or GPU multiplies it, else float32. The run's folder records the choice."""
     quantization: Quantization = setting(Quantization.none, "result")
-    """`int8` or `nf4` (double quantisation, computing in `dtype`) for the frozen linears, by
-    bitsandbytes."""
+    """`nf4` for the frozen linears, by bitsandbytes: with double quantisation, computing in
+    `dtype`."""
     attn_implementation: str = setting("sdpa", "result")
     """sdpa, eager, flash_attention_2 or another of transformers'. sdpa means eager for a model
     without sdpa."""

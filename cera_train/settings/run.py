@@ -78,10 +78,6 @@ class Config(Settings):
             f"optimizer={self.optimizer.kind} keeps moments that cannot be sharded: {fix} "
             f"optimizer=adamw.",
         )
-        require(
-            quantization != Quantization.int8,
-            f"model.quantization=int8 cannot be sharded: {fix} nf4 or none.",
-        )
         is_dora = self.adapter.kind == AdapterKind.dora or self.adapter.settings.get("use_dora")
         require(
             not (is_dora and quantization == Quantization.nf4),

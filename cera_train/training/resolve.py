@@ -21,7 +21,6 @@ from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import digest_of, find_adapter, find_start, run_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import DataConfig, Layout, MixPart
-from cera_train.settings.model import Quantization
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import auto_rate
 
@@ -100,8 +99,6 @@ def choose_compile(config: Config) -> Choice[bool]:
         return Choice(False, "compiling takes longer than it saves on a CPU")
     if config.adapter.kind == AdapterKind.dora:
         return Choice(False, "every layer of DoRA would be compiled anew")
-    if config.model.quantization == Quantization.int8:
-        return Choice(False, "8-bit linears cannot be compiled")
     if not can_compile(device):
         return Choice(False, "there is no compiler")
     return Choice(True, "a GPU and a compiler")

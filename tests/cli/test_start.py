@@ -46,7 +46,7 @@ def test_help_answers_without_torch_and_names_every_choice(tmp_path, name):
 def test_help_lists_the_words_that_a_setting_may_have(run_command, capfd):
     assert run_command("cera-train", "--help") == 0
     printed = capfd.readouterr().out
-    assert "\n  quantization: none  # none | int8 | nf4\n" in printed
+    assert "\n  quantization: none  # none | nf4\n" in printed
     assert "\n  turns: null  # first | last | all\n" in printed  # it may also be null
 
 

@@ -1,4 +1,4 @@
-"""Bases of 4, 8 and 16 bits and 8-bit optimizers as a GPU computes them: runs learn, answer and
+"""Bases of 4 and 16 bits and 8-bit optimizers as a GPU computes them: runs learn, answer and
 resume."""
 
 import bitsandbytes
@@ -30,7 +30,7 @@ def large(tmp_path, tokenizer) -> list[str]:
 
 @pytest.mark.parametrize(
     "settings",
-    [["model.quantization=nf4"], ["model.quantization=int8"], [], ["model.dtype=float16"]],
+    [["model.quantization=nf4"], [], ["model.dtype=float16"]],
     ids=str,
 )
 def test_a_run_in_every_precision_learns_answers_and_resumes(tiny_config, device, bf16, settings):

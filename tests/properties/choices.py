@@ -44,7 +44,7 @@ FACTORS: dict[str, dict[str, int]] = {
     "loss_on": {"": 3, "data.loss_on=all": 1},
     "objective": {"": 5, "train.objective=grpo grpo.answers=2 grpo.max_new_tokens=4": 1},
     "dtype": {"model.dtype=float32": 3, "model.dtype=bfloat16": 1, "": 1},
-    "quantisation": {"": 4, "model.quantization=int8": 1, "model.quantization=nf4": 1},
+    "quantisation": {"": 4, "model.quantization=nf4": 1},
     "micro-batches": {"": 1, "train.micro_batch_tokens=300": 1},
     "checkpointing": {"": 3, "model.gradient_checkpointing=true": 1},
     "compile": {"": 19, "train.compile=true": 1},

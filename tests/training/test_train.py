@@ -227,8 +227,6 @@ def test_a_run_that_fails_before_its_first_update_leaves_no_folder(
     "settings",
     [
         ["model.quantization=nf4", "model.dtype=bfloat16"],
-        ["model.quantization=int8", "model.dtype=bfloat16"],
-        ["model.quantization=int8", "model.dtype=float32"],
         ["model.dtype=bfloat16"],
         ["model.dtype=float16"],
         ["train.autocast=true"],
