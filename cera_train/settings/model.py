@@ -44,9 +44,6 @@ class ModelConfig(Settings):
     quantization: Quantization = setting(Quantization.none, "result")
     """`nf4` for the frozen linears, by bitsandbytes: with double quantisation, computing in
     `dtype`."""
-    attn_implementation: str = setting("sdpa", "result")
-    """sdpa, eager, flash_attention_2 or another of transformers'. sdpa means eager for a model
-    without sdpa."""
     gradient_checkpointing: bool = setting(False, "cost")
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = setting(False, "result")
@@ -61,12 +58,6 @@ class ModelConfig(Settings):
             not (self.quantization == Quantization.nf4 and self.dtype == Dtype.float16),
             "model.quantization=nf4 does not compute in float16: set model.dtype=bfloat16 or "
             "float32.",
-        )
-        require(
-            "/" not in self.attn_implementation or self.trust_remote_code,
-            f"model.attn_implementation={self.attn_implementation} is a kernel from the Hub, "
-            f"which is code: use sdpa, "
-            "eager or flash_attention_2, or set model.trust_remote_code=true if you trust it.",
         )
 
     @property
