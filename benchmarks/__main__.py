@@ -16,7 +16,7 @@ ROWS = 256
 
 
 def main() -> None:
-    names = ["evaluation", "decoding", *training.WORKS]
+    names = ["decoding", *training.WORKS]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--rows",
@@ -39,7 +39,6 @@ def main() -> None:
             ]
         file = write_rows(Path(folder) / "rows.jsonl", rows)
         measures: dict[str, Callable[[int], list[Target]]] = {
-            "evaluation": partial(evaluation.measure, file),
             "decoding": partial(evaluation.measure_decoding, file),
             **{work: partial(training.measure, file, work) for work in training.WORKS},
         }

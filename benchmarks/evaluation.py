@@ -1,14 +1,12 @@
-"""How fast problems are answered, beside transformers' `generate` on problems sorted by length, in
-its best batch size.
+"""What an adapter that is not merged costs a step of decoding.
 
-All ways answer the same problems with the same CeRA adapter in one process, in turn; so a machine
-that slows down slows all. Compare the ratios; the seconds are of this machine, now.
+Both models answer the same problems in one process, in turn; so a machine that slows down slows
+both. Compare the ratios; the seconds are of this machine, now.
 """
 
 from __future__ import annotations
 
 import itertools
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -25,16 +23,13 @@ from cera_train.adapters.build import build
 from cera_train.cera import for_inference
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.generate import LoadedModel
-from cera_train.evaluation.requests import Request, answer_of
+from cera_train.evaluation.requests import Request
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.weights import load_model
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import Dtype, ModelConfig
 
-LIBRARY_BATCHES = (16, 32, 64)
-SPEEDUP = 1.25
-"""Our loop's answers a second, over those of `generate`: a smaller gain is not worth the code."""
 BATCHES = (1, 4, 16, 64)
 MERGED = "base or merged LoRA"
 OVERHEAD = 1.08
@@ -59,52 +54,10 @@ class Answering(LoadedModel):
             model, base, load_tokenizer(config), partial(torch.autocast, device, torch.bfloat16)
         )
 
-    def requests(self, file: Path, problems: int) -> list[Request]:
-        texts = [row["prompt"] for row in read_rows(file)[:problems]]
-        prompts = self.tokenizer(texts, add_special_tokens=False).input_ids
-        return [Request(str(number), 0, tuple(ids)) for number, ids in enumerate(prompts)]
-
-    def ours(self, requests: Sequence[Request], max_new_tokens: int) -> None:
-        """Answers as cera-eval does."""
-        config = GenerationConfig()
-        batches = self.batches(requests, max_new_tokens, config, 1)
-        list(self.answers(batches, max_new_tokens, [], config))
-
-    def library(self, requests: Sequence[Request], max_new_tokens: int, rows: int) -> None:
-        """Answers by `generate` in batches of similar length, padded on the left, each as long as
-        its longest answer."""
-        self.prepare(max_new_tokens, [])
-        longest_first = sorted(requests, key=lambda request: -len(request.prompt_ids))
-        for start in range(0, len(requests), rows):
-            batch = longest_first[start : start + rows]
-            columns = {"input_ids": [list(request.prompt_ids) for request in batch]}
-            inputs = self.tokenizer.pad(columns, padding_side="left", return_tensors="pt")
-            with self.context():
-                output = self.model.generate(**inputs)[:, inputs.input_ids.shape[1] :].tolist()
-            for request, ids in zip(batch, output, strict=True):
-                answer_of(request, ids, self.tokenizer, self.base.generation_config)
-
-
-def measure(file: Path, rounds: int) -> list[Target]:
-    """Ours beside the library's best, on 64 problems of at most 96 new tokens."""
-    quiet_libraries()
-    answering = Answering(AdapterKind.cera)
-    requests = answering.requests(file, 64)
-    ways = {f"generate, {rows}": partial(answering.library, rows=rows) for rows in LIBRARY_BATCHES}
-    ways["ours"] = answering.ours
-    for way in ways.values():
-        way(requests[:4], 8)  # a warm-up
-    seconds = {name: [] for name in ways}
-    for number in range(rounds):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way(requests, 96)
-            seconds[name].append(time.perf_counter() - started)
-        taken = ", ".join(f"{name} {seconds[name][-1]:.1f} s" for name in ways)
-        print(f"round {number + 1} of {rounds}: {taken}", file=sys.stderr, flush=True)
-    best = min([*ways][:-1], key=lambda name: statistics.median(seconds[name]))
-    speedups = ratios(seconds[best], seconds["ours"])
-    return [Target(f"evaluation, {best} at once / ours", speedups, SPEEDUP)]
+    def request(self, file: Path) -> Request:
+        """The first problem of a file."""
+        prompt = read_rows(file)[0]["prompt"]
+        return Request("0", 0, tuple(self.tokenizer(prompt, add_special_tokens=False).input_ids))
 
 
 def step_seconds(adapter: Answering, requests: Sequence[Request], tokens: int = 24) -> float:
@@ -123,10 +76,7 @@ def step_seconds(adapter: Answering, requests: Sequence[Request], tokens: int = 
 
 
 def decoding(
-    file: Path,
-    rounds: int,
-    path: str = PACKAGE,
-    device: str = "cpu",
+    file: Path, rounds: int, path: str = PACKAGE, device: str = "cpu"
 ) -> dict[str, dict[int, list[float]]]:
     """What an adapter costs that is not merged: steps of CeRA beside those of the base, which are
     those of a merged LoRA, by the number of rows, in turn.
@@ -142,18 +92,10 @@ def decoding(
     steps = {name: {rows: [] for rows in BATCHES} for name in contestants}
     for number in range(rounds + 1):
         for rows, (name, contestant) in itertools.product(BATCHES, contestants.items()):
-            taken = step_seconds(contestant, contestant.requests(file, 1) * rows)
+            taken = step_seconds(contestant, [contestant.request(file)] * rows)
             if number:  # the first is a warm-up
                 steps[name][rows].append(taken)
         print(f"decoding, round {number} of {rounds}", file=sys.stderr, flush=True)
-    print(
-        f"\n{'new tokens/s by rows in the batch':<34}" + "".join(f"{rows:>8}" for rows in BATCHES)
-    )
-    for name, taken in steps.items():
-        print(
-            f"{name:<34}"
-            + "".join(f"{rows / statistics.median(taken[rows]):>8.0f}" for rows in BATCHES)
-        )
     return steps
 
 

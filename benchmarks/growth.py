@@ -67,7 +67,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 seconds, memory = measure(point, Path(folder) / "rows.jsonl")
             value = getattr(point, field)
-            print(f"{value:<12,}{point.kind:<8}{seconds:>10.2f}{memory / 1e9:>8.2f}", flush=True)
+            print(f"{value:<12,}{point.kind:<8}{seconds:>10.2f}{memory / 1e9:>8.2f}")
 
 
 if __name__ == "__main__":

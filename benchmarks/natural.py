@@ -18,7 +18,6 @@ import random
 import re
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -97,24 +96,16 @@ def see(path: str, rows: list[str]) -> Seen:
     return record(model, load_tokenizer(config), rows, projections)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Shares of the variance of a change on held-out inputs."""
-
-    affine: float
-    """Of the best affine map."""
-    gain: float
-    """Of a CeRA, fitted to what the affine map leaves."""
-
-    @classmethod
-    def of(cls, x: torch.Tensor, y: torch.Tensor) -> Measured:
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(SEED))
-        data = Data.of(x[order], y[order])
-        affine = data.best_affine()
-        explained = data.r2(affine)
-        left = Data.of(data.x, (data.y - affine).float())
-        best = max(train(STUDENTS["CeRA"], RANK, rate, left) for rate in RATES)
-        return cls(explained, best * (1 - explained))
+def shares(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    """What share of the variance of y on held-out inputs the best affine map of x explains, and
+    what a CeRA gains that is fitted to what it leaves."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(SEED))
+    data = Data.of(x[order], y[order])
+    affine = data.best_affine()
+    explained = data.r2(affine)
+    left = Data.of(data.x, (data.y - affine).float())
+    best = max(train(STUDENTS["CeRA"], RANK, rate, left) for rate in RATES)
+    return {"affine": explained, "gain": best * (1 - explained)}
 
 
 def mixture(x: torch.Tensor, d_out: int, dose: float) -> torch.Tensor:
@@ -133,21 +124,20 @@ def tune(name: str) -> str:
 def measure() -> Iterator[dict[str, Any]]:
     """A dictionary for each layer, projection and text; the first of each projection has the
     scale."""
-    names = sorted(file.stem for file in FOLDER.glob("*.jsonl"))
-    rows = {name: [line["text"] for line in read_rows(FOLDER / f"{name}.jsonl")] for name in names}
+    rows = {file.stem: [row["text"] for row in read_rows(file)] for file in FOLDER.glob("*.jsonl")}
+    names = sorted(rows)
     tuned = {name: see(tune(name), rows[name]) for name in names}
     before = {name: see(MODEL, rows[name]) for name in names}
     for layer, place in before[names[0]]:
         x = torch.cat([before[name][layer, place][0][:: len(names)] for name in names])
         d_out = before[names[0]][layer, place][1].shape[1]
-        scale = {dose: Measured.of(x, mixture(x, d_out, dose)) for dose in DOSES}
-        gains = [scale[dose].gain for dose in DOSES]
-        yield {"layer": layer, "place": place, "text": None, "scale": gains}
+        gains = [shares(x, mixture(x, d_out, dose))["gain"] for dose in DOSES]
+        yield {"layer": layer, "place": place, "scale": gains}
         for name in names:
             inputs, outputs = before[name][layer, place]
-            change = Measured.of(inputs, tuned[name][layer, place][1] - outputs)
-            dose = float(np.interp(change.gain, gains, DOSES))
-            yield {"layer": layer, "place": place, "text": name, "dose": dose} | asdict(change)
+            change = shares(inputs, tuned[name][layer, place][1] - outputs)
+            dose = float(np.interp(change["gain"], gains, DOSES))
+            yield {"layer": layer, "place": place, "text": name, "dose": dose} | change
 
 
 def main() -> None:
@@ -157,7 +147,7 @@ def main() -> None:
     write_texts(*options.rows)
     found = []
     for each in measure():
-        print(each, flush=True)
+        print(each)
         found.append(each)
         write_result(FOLDER / "natural.json", found)
 

