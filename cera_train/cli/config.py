@@ -5,7 +5,7 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,6 @@ from cera_train.common.settings import (
     fields_at,
     flatten,
     quoted,
-    require,
 )
 from cera_train.common.terminal import announce_import
 from cera_train.data.sources import decide_layouts
@@ -93,19 +92,6 @@ def to_config(composed: DictConfig, schema: type = Config) -> Any:
     if issubclass(schema, Config):
         check_settings(config.adapter)
     return config
-
-
-def check_read(config: Config, overrides: Sequence[str]) -> None:
-    """Raises UserError for a setting of the command line that a single run does not read. A sweep's
-    jobs may differ in what they read."""
-    unread = config.unread()
-    for word in overrides:
-        key = word.lstrip("+").partition("=")[0]
-        for place, reader in unread.items():
-            require(
-                not f"{key}.".startswith(f"{place}."),
-                f"{word} does nothing here: it is for {reader}. Leave it out.",
-            )
 
 
 def without_hydra(composed: DictConfig, schema: type = Config) -> Any:

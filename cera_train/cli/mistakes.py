@@ -208,26 +208,18 @@ def null_sections(schema: type) -> list[str]:
 
 
 PARSER = OverridesParser.create()
-PLAIN_PATH = re.compile(r"[\w /.+-]*", re.ASCII)  # Hydra takes it as it is
 
 
 def with_texts_quoted(program: str, settings: Sequence[str], may_sweep: bool = False) -> list[str]:
     """The settings of a command, with quotes where Hydra would read a text otherwise."""
     schema = SCHEMAS[program]
-    return [with_text_quoted(with_path_quoted(setting), schema, may_sweep) for setting in settings]
-
-
-def with_path_quoted(argument: str) -> str:
-    """Quotes run=outputs/rank_lr/adapter=cera,adapter.r=64 as a path: Hydra would parse its commas
-    and equals signs, and knows no letters but those of English."""
-    key, _, value = argument.partition("=")
-    is_path = not PLAIN_PATH.fullmatch(value) and os.path.exists(value)
-    return f"{key}={quoted(value)}" if is_path else argument
+    return [with_text_quoted(setting, schema, may_sweep) for setting in settings]
 
 
 def with_text_quoted(argument: str, schema: type, may_sweep: bool) -> str:
     """Quotes a text that Hydra would read as a number (name=2026_11_30, model.revision=7e49710), as
-    several values (prompt='Hello, you'; in a grid these may be meant), or not at all."""
+    several values (prompt='Hello, you'; in a grid these may be meant, unless it is a path), or not
+    at all."""
     key, _, value = argument.partition("=")
     field = fields_of(schema).get(key.lstrip("+"))
     is_text = field is not None and is_text_type(field.type)
@@ -245,13 +237,11 @@ def changes(argument: str, may_sweep: bool) -> bool:
         override = PARSER.parse_override(argument)
     except HydraException:
         return True
+    text = override.input_line.partition("=")[2]
     if override.is_sweep_override():
-        return not may_sweep
+        return not may_sweep or os.path.exists(text)
     read = override.value()
-    return (
-        not (read is None or isinstance(read, str))
-        and str(read) != override.input_line.partition("=")[2]
-    )
+    return not (read is None or isinstance(read, str)) and str(read) != text
 
 
 # --- errors of Hydra ------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from cera_train.cli.config import (
     announce_imports,
-    check_read,
     start_hydra,
     to_config,
     without_hydra,
@@ -57,18 +56,16 @@ def main() -> None:
     def plan(composed: DictConfig) -> None:
         """Prints the plan of a run; keeps that of a sweep's job, since Hydra runs them one after
         the other."""
-        overrides = list(HydraConfig.get().overrides.task)
         config = to_config(composed, PlanRun)
         is_single = HydraConfig.get().mode == RunMode.RUN
         if is_single:
-            check_read(config, overrides)
             check_planned(config, Path(config.output_dir) / config.name)
         announce_imports()
         planned = make_plan(config)
         if is_single:
             print_plan(planned)
         else:
-            jobs.append((overrides, planned))
+            jobs.append((list(HydraConfig.get().overrides.task), planned))
 
     start_hydra(PLAN, plan, {"StudySweeper": planned_study})
     if jobs:

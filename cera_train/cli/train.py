@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from cera_train.cli.config import (
     announce_imports,
-    check_read,
     start_hydra,
     to_config,
     without_hydra,
@@ -102,14 +101,11 @@ def train_job(composed: DictConfig) -> float | None:
 
 def prepare(composed: DictConfig, job: Job | None = None) -> Config:
     """The checked config of a run as composed; for a job of a sweep, with the job's folder."""
-    overrides = HydraConfig.get().overrides.task
     config = to_config(composed)
-    if job is None:
-        check_read(config, overrides)
-    else:
+    if job is not None:
         os.environ.setdefault("WANDB_RUN_GROUP", job.sweep.name[:WANDB_NAME])
         config = replace(config, output_dir=str(job.sweep), name=job.name)
-    if not is_as_published(overrides):
+    if not is_as_published(HydraConfig.get().overrides.task):
         config = replace(config, published={})
     return config
 

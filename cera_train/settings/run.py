@@ -93,22 +93,6 @@ class Config(Settings):
             f"adapter.settings.ensure_weight_tying: shards share no memory: {fix} none.",
         )
 
-    def unread(self) -> dict[str, str]:
-        """Settings and sections that this run does not read: key -> what would read it."""
-        parts = [part for _, part in self.data.parts()]
-        layouts = {part.layout for part in parts}
-        from_hub = any(part.path and not part.train_files for part in parts)
-        is_dpo = self.train.objective == ObjectiveKind.dpo
-        readers = {
-            "dpo": ("train.objective=dpo", is_dpo),
-            "grpo": ("train.objective=grpo", self.train.objective == ObjectiveKind.grpo),
-            "train.tasks_limit": ("train.tasks", bool(self.train.tasks)),
-            "adapter.dropout": ("other objectives", not (is_dpo and self.adapter.dropout)),
-            "data.streaming": ("a data set on the Hub", from_hub),
-            "data.logistic_map": ("data.layout=logistic_map", Layout.logistic_map in layouts),
-        }
-        return {key: reader for key, (reader, is_there) in readers.items() if not is_there}
-
     @property
     def work(self) -> Work:
         """The passes that the objective runs."""

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from made_sweeps import FIXED, content_of, make_job, record_job, record_sweep, states
 
-from cera_train.cli.mistakes import with_path_quoted
+from cera_train.cli.mistakes import with_texts_quoted
 from cera_train.common.settings import to_plain
 from cera_train.settings.run import Config
 from cera_train.sweep.folder import (
@@ -115,15 +115,9 @@ def test_a_folder_with_signs_of_hydras_is_one_argument(tmp_path, monkeypatch, fo
     monkeypatch.chdir(tmp_path)
     Path(folder).mkdir(parents=True)
     Path("outputs/rank_lr").mkdir(exist_ok=True)
-    assert with_path_quoted(f"run={folder}") == f"run='{folder}'"
-    for argument in (
-        f"run={folder}0",
-        "adapter=cera,lora",
-        "run=outputs/rank_lr",
-        "-m",
-        f"run='{folder}'",
-    ):
-        assert with_path_quoted(argument) == argument
+    words = [f"run={folder}", "run=outputs/rank_lr", "run=a,b", f"run='{folder}'"]
+    quoted = with_texts_quoted("cera-eval", words, may_sweep=True)
+    assert quoted == [f"run='{folder}'", *words[1:]]
 
 
 def test_a_jobs_folder_is_named_by_what_varies_alone(tmp_path, run_command, counted):
