@@ -12,7 +12,8 @@ from tiny_runs import folder_of
 
 REFUSALS = yaml.safe_load(Path(__file__).with_name("refusals.yaml").read_text())
 WORDS = {
-    "LOOK": "cera-train --look model.path=MODEL data.train_files=[x.jsonl] data.eval_rows=1",
+    "LOOK": "cera-train --look model.path=MODEL data.train_files=[x.jsonl] data.eval_rows=1 "
+    "data.max_length=128",
     "GRPO": "cera-train model.path=MODEL data.train_files=[x.jsonl] data.eval_rows=1 "
     "data.max_length=64 train.objective=grpo",
     "PLAN": "cera-plan +recipe=logistic_map model.path=MODEL plan.gpu=h100",

@@ -61,9 +61,7 @@ def test_an_identity_gate_loses_nothing_and_a_learned_one_little(
     compose, trained, settings, loses_nothing
 ):
     folder = trained(settings, "adapter.r=4", name=settings.replace("=", "_"))
-    certificate = export(
-        compose(f"run={folder}", "at_most=100", "calibration_tokens=200", command="export")
-    )
+    certificate = export(compose(f"run={folder}", "at_most=100", command="export"))
     assert certificate.loss_form == pytest.approx(
         certificate.loss_run, abs=1e-5 if loses_nothing else 0.3
     )

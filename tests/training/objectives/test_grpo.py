@@ -25,7 +25,7 @@ from cera_train.runs.evaluation_folder import Problem
 from cera_train.runs.records import read_lines
 from cera_train.runs.results import SAMPLES, Sample
 from cera_train.training.objectives.grpo import MOST_WEIGHT, group_advantages, grpo_loss
-from cera_train.training.rewards import grade
+from cera_train.training.rewards import grade, right_answer
 from cera_train.training.train import train
 
 ROWS = [
@@ -351,3 +351,8 @@ def test_evaluations_ask_as_updates_do(grpo, thinking_folder, compose, write_jso
     further = train(grpo(*words, f"adapter.start_from={start}", "name=further"))["folder"]
     asked = {sample.prompt for sample in read_lines(Path(further) / SAMPLES, Sample)}
     assert {prompt.partition("assistant")[2] for prompt in asked} == {"\n"}
+
+
+def test_an_answer_without_text_cannot_be_graded():
+    with pytest.raises(UserError, match="finds no text in an answer, .* a tool: mark it weight: 0"):
+        right_answer("", "text")
