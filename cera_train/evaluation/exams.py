@@ -82,6 +82,32 @@ def rows_exam(data: DataConfig, count: int, tokenizer: Any, positions: int | Non
     return Exam(None, None, problems, requests, room, [])
 
 
+def exams_of(
+    config: Config, tokenizer: Any, positions: int | None
+) -> tuple[list[Exam], list[Exam]]:
+    """The exams of `train.tasks`, and those of samples: the first problems of each task, without
+    tasks the first held-out rows. Raises UserError for a task or samples without a problem.
+
+    Args:
+        positions: of the model; None: without a limit.
+    """
+    tasks = []
+    for name in config.train.tasks:
+        with errors_at(f"train.tasks=[{name}]"):
+            task = training_task(name, config.train.changes_of_task(name))
+            problems = load_problems(task, config.data, tokenizer)
+            room = task.config.max_new_tokens
+            requests = requests_for(problems, 1, tokenizer, room, positions)
+            tasks.append(Exam(name, task, problems, requests, room, task.config.stop))
+    count = config.train.samples
+    if not count:
+        return tasks, []
+    exams = tasks or [rows_exam(config.data, count, tokenizer, positions)]
+    fix = "no held-out row has a prompt with room for an answer: set train.samples=0"
+    require(bool(exams[0].problems), f"train.samples={count}: {fix}.")
+    return tasks, [exam.first(count) for exam in exams]
+
+
 @dataclass
 class ExamResults:
     """The results of the exams at one update. Only the main process has more than the figures."""
@@ -103,24 +129,7 @@ class Exams:
         self.sample_count = config.train.samples
         self.sampler = sampler
         self.accelerator = sampler.accelerator
-        tokenizer = sampler.tokenizer
-        positions = sampler.engine.positions
-        self.tasks: list[Exam] = []
-        for name in config.train.tasks:
-            with errors_at(f"train.tasks=[{name}]"):
-                task = training_task(name, config.train.changes_of_task(name))
-                problems = load_problems(task, config.data, tokenizer)
-                room = task.config.max_new_tokens
-                requests = requests_for(problems, 1, tokenizer, room, positions)
-                self.tasks.append(Exam(name, task, problems, requests, room, task.config.stop))
-        self.sampled: list[Exam] = []
-        """The problems that samples answer: the first of each task, without tasks the first
-        held-out rows."""
-        if count := self.sample_count:
-            exams = self.tasks or [rows_exam(config.data, count, tokenizer, positions)]
-            fix = "no held-out row has a prompt with room for an answer: set train.samples=0"
-            require(bool(exams[0].problems), f"train.samples={count}: {fix}.")
-            self.sampled = [exam.first(count) for exam in exams]
+        self.tasks, self.sampled = exams_of(config, sampler.tokenizer, sampler.engine.positions)
 
     @property
     def plan(self) -> str:

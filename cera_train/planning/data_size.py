@@ -14,6 +14,7 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.common.settings import require
 from cera_train.data.sources import open_sources, rows_of_parts
+from cera_train.evaluation.exams import exams_of
 from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.model.folder import load_tokenizer
 from cera_train.settings.data import DataConfig, DataFacts, LossOn
@@ -191,3 +192,21 @@ def count_problems(name: str, config: Config, data: DataSize) -> int:
         "task files.",
     )
     return known if settings.limit is None else min(known, settings.limit)
+
+
+def check_exams(config: PlanRun, positions: int | None) -> None:
+    """Raises UserError where the run would refuse its tasks or samples, as far as their rows and
+    problems are of this machine.
+
+    Args:
+        positions: of the model; None: without a limit.
+    """
+    train = config.train
+    tasks = {name: training_task(name, train.changes_of_task(name)).config for name in train.tasks}
+    here = [name for name, task in tasks.items() if task.files or task.path is None]
+    samples = train.samples if len(here) == len(tasks) else 0
+    are_rows_here = all(is_here(part) for _, part in config.data.parts())
+    if (here or samples) and are_rows_here and config.plan.tokens_per_row is None:
+        config, data = look_at_data(config)
+        train = replace(train, tasks=here, samples=samples)
+        exams_of(replace(config, train=train), data.tokenizer, positions)

@@ -12,9 +12,15 @@ from cera_train.adapters.families import title
 from cera_train.common.terminal import announce
 from cera_train.evaluation.held_out import PROBE_TOKENS
 from cera_train.model.batches import RowOrder
-from cera_train.model.folder import check_length
+from cera_train.model.folder import check_length, positions_of
 from cera_train.model.precision import choose_precision
-from cera_train.planning.data_size import DataSize, count_problems, data_size, trained_size
+from cera_train.planning.data_size import (
+    DataSize,
+    check_exams,
+    count_problems,
+    data_size,
+    trained_size,
+)
 from cera_train.planning.dry_run import (
     DryRun,
     largest_micro_batch,
@@ -45,6 +51,7 @@ def estimate(config: PlanRun) -> RunPlan:
     try_quantised(config)
     run = DryRun(config)
     check_length(config.model, config.data.max_length, "data.max_length", run.base.config)
+    check_exams(config, positions_of(run.base.config))
     announce("planning", f"{title(config.adapter)} on {config.model.path}")
 
     trained = trained_size(config, data)

@@ -1,9 +1,6 @@
 """What a user can choose: the words of a command line, each named as often as people take it. A row
 takes one choice of every factor."""
 
-from collections.abc import Set
-from typing import NamedTuple
-
 from cera_train.common.files import options
 
 EVERYDAY = {"adapter=cera": 4, "adapter=lora": 4, "adapter=dora": 2, "adapter=full": 2}
@@ -77,22 +74,3 @@ FACTORS: dict[str, dict[str, int]] = {
     },
     "export": {"": 2, "to=merged": 1, "to=merged weights=nf4 at_most=9": 1},
 }
-
-PLANNED = "a_plan_refuses_what_its_run_refuses_in_the_same_words"
-
-
-class Known(NamedTuple):
-    """A property that a life with all these words breaks, and will as long as it is listed."""
-
-    property: str
-    words: str
-
-    def is_met_by(self, words: Set[str]) -> bool:
-        return set(self.words.split()) <= words
-
-
-KNOWN = [
-    # A gold answer that calls a tool, and a document, which asks nothing.
-    Known(PLANNED, "data.train_files=[tools.jsonl] train.tasks=[held_out]"),
-    Known(PLANNED, "data.train_files=[texts.jsonl] train.samples=2"),
-]

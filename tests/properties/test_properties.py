@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from bases import write_bases
-from choices import FACTORS, KNOWN
+from choices import FACTORS
 from covertable import criteria
 from covertable.main import Controller
 from life import Life, start_forking
@@ -213,6 +213,4 @@ def test_a_life_keeps_its_promises(row, place, tmp_path, monkeypatch):
     for command in life.commands():
         print(command)
     print(broken)
-    words = {word for command in life.commands() for word in command.words}
-    known = {known.property for known in KNOWN if known.is_met_by(words)}
-    assert broken.keys() == known, broken
+    assert not broken
