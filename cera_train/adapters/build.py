@@ -26,13 +26,17 @@ def check(config: AdapterConfig) -> None:
     builder(config.kind).peft_config(config)
 
 
-WHOLE_ALONE = {"FULL", "DENSE", "PISSA", "PEANUT"}
-"""Methods that read or train weights as they are stored, packed, and compute something else without
-an error; `errors_beside` finds those that raise one."""
+NAMES = """
+ADAMSS DEFT DELORA DENSE FROD FULL GLORA HRA LOHA LOKR MICA OLORA ORTHOGONAL OSF PEANUT PISSA PSOFT
+SUPERTUNING TINYLORA UNILORA
+"""
+WHOLE_ALONE = {*NAMES.split()}
+"""Methods, and starts of LoRA, that read or train weights as they are stored: packed ones raise an
+error, or something else is computed without any. docs/methods.md has found them."""
 
 
 def check_quantised(config: AdapterConfig) -> None:
-    """Raises UserError where a method is known to misread quantised weights."""
+    """Raises UserError where a method does not work beside quantised weights."""
     start = str(config.settings.get("init_lora_weights")).partition("_")[0]
     names = {str(name).upper() for name in (config.kind, config.method, start)}
     # LN_TUNING of linears, not of norms

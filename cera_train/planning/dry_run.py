@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -18,8 +17,6 @@ from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from transformers import (
     AutoConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -40,7 +37,6 @@ from cera_train.model.weights import (
     auto_class,
     freeze,
     layer_classes,
-    load_model,
     mixes_sequences,
 )
 from cera_train.planning.data_size import DataSize
@@ -48,7 +44,6 @@ from cera_train.planning.meter import Meter, Reading, allocated
 from cera_train.settings.distributed import Strategy
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.run import Config, PlanRun
-from cera_train.training.build import add_adapter
 from cera_train.training.optimizer import build_optimizer
 
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it also raises
@@ -143,46 +138,6 @@ def quantised_linears(base: PreTrainedModel) -> list[nn.Module]:
         and module is not head
         and name.rpartition(".")[2] not in bypassed
     ]
-
-
-def try_quantised(config: PlanRun) -> None:
-    """Raises the run's UserError where the adapter does not work beside quantised weights: the
-    run's functions load a tiny Llama so and add the adapter. What this Llama refuses unquantised
-    does not count: it is not the model."""
-    if config.model.quantization == Quantization.none:
-        return
-    quiet_libraries()
-    width = max(256, config.adapter.r or 0)
-    shape = LlamaConfig(
-        vocab_size=128,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-    )
-    llama = LlamaForCausalLM(shape)
-    names = {name.rpartition(".")[2] for name, _ in llama.named_modules()}
-    targets = config.adapter.target_modules
-    is_known = isinstance(targets, list) and names.issuperset(targets)
-    if not is_known and "norm" not in str(targets or "norm"):
-        targets = "all-linear"  # this model's linears have other names
-    adapter = replace(config.adapter, target_modules=targets, layers=None, experts=False)
-    has_autocast = config.model.autocast_dtype(config.train.autocast, config.plan.on_gpu)
-
-    def refusal(quantization: Quantization) -> UserError | None:
-        model = ModelConfig(folder, dtype=config.model.dtype, quantization=quantization)
-        run = replace(config, model=model, adapter=adapter)
-        try:
-            add_adapter(load_model(model, torch.device("cpu")), run, has_autocast is not None)
-        except UserError as error:
-            return error
-        return None
-
-    with tempfile.TemporaryDirectory() as folder:
-        llama.save_pretrained(folder)
-        error = refusal(config.model.quantization)
-        if error is not None and refusal(Quantization.none) is None:
-            raise error
 
 
 # --- the update -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch.utils.benchmark import Timer
 
-from cera_train.adapters.build import check
+from cera_train.adapters.build import check, check_quantised
 from cera_train.adapters.families import title
 from cera_train.common.terminal import announce
 from cera_train.evaluation.held_out import PROBE_TOKENS
@@ -26,10 +26,9 @@ from cera_train.planning.dry_run import (
     largest_micro_batch,
     memory_by_part,
     rows_of_process,
-    try_quantised,
 )
 from cera_train.planning.plan import GPUS, Device, RunPlan, RunTotals
-from cera_train.settings.model import Dtype
+from cera_train.settings.model import Dtype, Quantization
 from cera_train.settings.run import Config, PlanRun
 
 GPU_MFU = 0.4
@@ -48,7 +47,8 @@ def estimate(config: PlanRun) -> RunPlan:
         dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).value
         config = replace(config, model=replace(config.model, dtype=dtype))
 
-    try_quantised(config)
+    if config.model.quantization != Quantization.none:
+        check_quantised(config.adapter)
     run = DryRun(config)
     check_length(config.model, config.data.max_length, "data.max_length", run.base.config)
     check_exams(config, positions_of(run.base.config))

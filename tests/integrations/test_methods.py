@@ -4,6 +4,8 @@ import pytest
 
 from benchmarks import methods
 from benchmarks.cells import fill
+from cera_train.adapters.build import check_quantised
+from cera_train.common.errors import UserError
 
 CASES = {case.name: case for case in [*methods.our_cases(), *methods.peft_cases()]}
 LINES = methods.PAGE.read_text().splitlines()
@@ -21,6 +23,22 @@ MECHANISMS = ("OFT",)
 def test_every_method_is_on_the_page():
     assert {*CASES} <= {*WHOLE, *EXCEPTIONS}
     assert {*WHOLE} <= {*CASES}
+
+
+def test_what_fails_over_4_bits_is_refused_before_it_is_built(compose):
+    first = LINES.index("### Fails: 4-bit")
+    last = LINES.index("### Fails: base")
+    failing = {
+        name
+        for line in LINES[first:last]
+        for name in methods.ungrouped(line.removeprefix("- ").partition(": ")[0])
+        if name in CASES and "velora" not in name  # PEFT refuses it itself
+    }
+    assert len(failing) > 30
+    for name in failing:
+        adapter = compose("data=dates", *CASES[name].words).adapter
+        with pytest.raises(UserError, match="set model.quantization=none"):
+            check_quantised(adapter)
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,18 @@
 """An update on fake tensors holds and computes what a real one does."""
 
 import pytest
-import torch
 from moe_models import MIXTURES
 from transformers import AutoConfig
 
-from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir, options
-from cera_train.model.weights import load_model
 from cera_train.planning.dry_run import (
     DryRun,
     MicroBatch,
     build_base,
     stored_sizes,
     trainable_parameters,
-    try_quantised,
 )
 from cera_train.settings.model import Quantization
-from cera_train.training.build import add_adapter
 
 SHAPE = {
     **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6},
@@ -159,24 +154,3 @@ def test_every_file_of_conf_model_has_the_shape_of_its_config_json(compose):
     assert {model.facts.config for model in models.values()} == {
         path.name for path in config_dir("conf").glob("model/*.json")
     }
-
-
-@pytest.mark.parametrize(
-    ("quantization", "words"),
-    [
-        ("nf4", ["adapter=full"]),
-        ("nf4", ["adapter=pissa", "adapter.r=4"]),
-        ("nf4", ["adapter=peft", "adapter.method=DELORA"]),
-    ],
-)
-def test_a_plan_and_its_run_refuse_what_fails_beside_quantised_weights(
-    compose, tiny_folder, quantization, words
-):
-    words = [f"model.path={tiny_folder}", f"model.quantization={quantization}", *words]
-    config = compose(*words, "data=logistic_map", "model.dtype=float32", command="plan")
-    base = load_model(config.model, torch.device("cpu"))
-    with pytest.raises(UserError, match="quantised weights|change nothing") as by_run:
-        add_adapter(base, config, has_autocast=False)
-    with pytest.raises(UserError) as by_plan:
-        try_quantised(config)
-    assert str(by_plan.value) == str(by_run.value)
