@@ -113,9 +113,6 @@ def report() -> None:
     parser.add_argument(
         "--output", type=Path, help="where the page goes (default: report/NAMES_OF_THE_FOLDERS)"
     )
-    parser.add_argument(
-        "--across-engines", action="store_true", help="test answers of different engines too"
-    )
     arguments = parser.parse_args()
     folders = arguments.folders
     names = "_and_".join(folder.resolve().name for folder in folders)
@@ -132,7 +129,7 @@ def report() -> None:
     else:
         from cera_train.report.page import compare_runs
 
-        page = compare_runs(folders, arguments.across_engines)
+        page = compare_runs(folders)
         page.write(output)
     page.print(output)
 

@@ -17,7 +17,6 @@ from cera_train.verdicts.verdict import JudgedContrast, holm
 
 MOST_RUNS_IN_ALL_PAIRS = 6
 
-ENGINE = "engines"
 NOT_ON_RECORD = "not on record"
 SHOWN = 40  # characters of a value in a note
 
@@ -57,15 +56,9 @@ class PairedTest(JudgedContrast):
         }
 
 
-def paired_tests(
-    runs: Sequence[Run], across_engines: bool = False
-) -> tuple[list[PairedTest], list[str]]:
+def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
     """A test of every pair of runs on every task that both have, or of each of more than 6 runs
-    against the first; and notes, such as why a test was not made.
-
-    Args:
-        across_engines: also tests runs whose answers are of different engines.
-    """
+    against the first; and notes, such as why a test was not made."""
     tests: list[PairedTest] = []
     notes = []
     for task in task_names(runs):
@@ -76,7 +69,7 @@ def paired_tests(
         comparable = []
         for first, second in pairs:
             try:
-                comparable.append(pair_of(first, second, task, across_engines))
+                comparable.append(pair_of(first, second, task))
             except UserError as error:
                 notes.append(f"{task}, {first.name} and {second.name}: {error}")
         contrasts = [contrast_of_runs(pair.before, pair.after) for pair in comparable]
@@ -115,7 +108,7 @@ class RunPair:
     after: list[float]
 
 
-def pair_of(first: Run, second: Run, task: str, across_engines: bool) -> RunPair:
+def pair_of(first: Run, second: Run, task: str) -> RunPair:
     """The scores by the best rule that graded both runs.
 
     Raises:
@@ -125,13 +118,8 @@ def pair_of(first: Run, second: Run, task: str, across_engines: bool) -> RunPair
     evaluations = (first.evaluations[task], second.evaluations[task])
     for name in {**evaluations[0].same, **evaluations[1].same}:
         values = [each.same.get(name, NOT_ON_RECORD) for each in evaluations]
-        if values[0] == values[1] or (name == ENGINE and across_engines):
-            continue
         words = " and ".join(value[:SHOWN] for value in values)
-        fix = "evaluate both alike"
-        if name == ENGINE:
-            fix = "evaluate both by one engine, or add --across-engines"
-        raise UserError(f"{name} differ: {words}: {fix}.")
+        require(values[0] == values[1], f"{name} differ: {words}: evaluate both alike.")
     ways = {each.is_chat for each in evaluations}
     require(
         None in ways or len(ways) == 1,

@@ -44,12 +44,12 @@ VERDICTS = (
 )
 
 
-def compare_runs(folders: Sequence[Path], across_engines: bool = False) -> Page:
+def compare_runs(folders: Sequence[Path]) -> Page:
     """The page of some runs: tables of the runs, of paired tests and of settings in which they
     differ."""
     runs = read_runs(folders)
     announce("comparing", counted(len(runs), "run"))
-    tests, notes = paired_tests(runs, across_engines)
+    tests, notes = paired_tests(runs)
     trained = [run for run in runs if run.is_training]
     tables = [
         table_of_runs(runs),
