@@ -26,11 +26,10 @@ def check(config: AdapterConfig) -> None:
     builder(config.kind).peft_config(config)
 
 
-NAMES = """
+WHOLE_ALONE = """
 ADAMSS DEFT DELORA DENSE FROD FULL GLORA HRA LOHA LOKR MICA OLORA ORTHOGONAL OSF PEANUT PISSA PSOFT
 SUPERTUNING TINYLORA UNILORA
-"""
-WHOLE_ALONE = {*NAMES.split()}
+""".split()  # noqa: SIM905
 """Methods, and starts of LoRA, that read or train weights as they are stored: packed ones raise an
 error, or something else is computed without any. docs/methods.md has found them."""
 
@@ -43,7 +42,7 @@ def check_quantised(config: AdapterConfig) -> None:
     if "LN_TUNING" in names and "norm" not in str(config.target_modules or "norm"):
         names.add("DENSE")
     require(
-        not names & WHOLE_ALONE,
+        names.isdisjoint(WHOLE_ALONE),
         f"{place_of(config)} does not work beside quantised weights: set model.quantization=none, "
         "or choose another adapter.",
     )

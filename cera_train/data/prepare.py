@@ -80,13 +80,13 @@ class TokenizedRows:
         """A row of a column with one value for each token."""
         return self.table[name][self.numbers[row]].values
 
-    def sequences_of_row(self, sequence: int, together: int) -> range:
-        """The sequences of the row that one of them is of; a row has at least `together`. In a mix,
+    def sequences_of_row(self, sequence: int, at_least: int) -> range:
+        """The sequences of the row that one of them is of; a row has `at_least` so many. In a mix,
         those that lie side by side."""
         first = sequence
         while self.continues(first):
             first -= 1
-        end = first + together
+        end = first + at_least
         while self.continues(end):
             end += 1
         return range(first, end)

@@ -41,13 +41,13 @@ def fitting(chat: Chat, templates: Sequence[ChatTemplate]) -> ChatTemplate:
     Raises:
         UserError: the template refuses the messages, or leaves out or repeats a part of them.
     """
-    marks = Marks()
+    marks = Placeholders()
     marked = [marks.message(message) for message in chat.messages]
     tools = [marks.tool(tool) for tool in chat.tools or []]
     shape = json.dumps([marked, chat.given, chat.supervised, tools])
     faults = []
     for template in templates:
-        fault = fault_of(shape, template)
+        fault = dropped_part(shape, template)
         if fault is None:
             return template
         faults.append(fault)
@@ -82,7 +82,7 @@ FIX_OF_REASONING = "Write it into the content, as <think>...</think>, or remove 
 
 
 @functools.lru_cache(maxsize=4096)
-def fault_of(shape: str, template: ChatTemplate) -> UserError | None:
+def dropped_part(shape: str, template: ChatTemplate) -> UserError | None:
     """What the template leaves out of a chat of this shape, or writes twice. Many templates ignore
     tools, developers or reasoning.
 
@@ -133,7 +133,7 @@ MARK = "mark"  # of an argument: how many a call has does not matter
 ARGUMENT = "city"
 
 
-class Marks:
+class Placeholders:
     """Copies of messages and tools in which a mark stands for each text: equal copies have the same
     shape. A name has the same mark everywhere."""
 

@@ -30,7 +30,7 @@ class RowOrder:
     rows: int
     batch_size: int
     seed: int
-    together: int = 1  # sequences of a row: two of a preference
+    sequences_per_row: int = 1  # two of a preference
 
     @property
     def updates_per_epoch(self) -> int:
@@ -45,7 +45,11 @@ class RowOrder:
         order = epoch_order(self.rows, self.seed * 1_000_003 + self.epoch(update))
         start = update % self.updates_per_epoch * self.batch_size
         rows = order[start : start + self.batch_size].tolist()
-        return [row * self.together + number for row in rows for number in range(self.together)]
+        return [
+            row * self.sequences_per_row + number
+            for row in rows
+            for number in range(self.sequences_per_row)
+        ]
 
 
 # Takes milliseconds for many rows, and every update needs it.

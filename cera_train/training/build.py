@@ -66,8 +66,7 @@ def build_data(config: Config) -> Data:
     tokenizer = load_tokenizer(config.model)
     check_length(config.model, config.data.max_length, "data.max_length")
     rows = prepare_data(config.data, tokenizer)
-    together = config.data.sequences
-    count = len(rows.train) // together
+    count = len(rows.train) // config.data.sequences
     questions = []
     if not config.learns_answers:
         questions = training_questions(config.data, tokenizer)
@@ -76,7 +75,7 @@ def build_data(config: Config) -> Data:
         if config.grpo.grader is not None:
             with errors_at(question.place):
                 right_answer(question.gold, config.grpo.grader)
-    order = RowOrder(count, config.train.batch_size, config.train.seed, together)
+    order = RowOrder(count, config.train.batch_size, config.train.seed, config.data.sequences)
     updates = config.train.max_updates or config.train.epochs * order.updates_per_epoch
     return Data(tokenizer, rows, order, updates, questions)
 
