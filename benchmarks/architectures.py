@@ -117,8 +117,8 @@ class Subject:
         """The model with a random adapter on all that can be adapted, for padded rows."""
         base = base or self.base()
         config = AdapterConfig(r=4, alpha=None, experts=self.has_experts)
-        language_model = LanguageModel(adapters.build(base, config), base)
         torch.manual_seed(1)
+        language_model = LanguageModel(adapters.build(base, config), base)
         for name, weight in language_model.named_parameters():
             if "cera_B" in name:
                 nn.init.normal_(weight, std=0.1)
