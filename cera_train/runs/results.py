@@ -334,7 +334,9 @@ def describe_linear_share(result: RunResult) -> str:
     if share in (None, 1.0):
         return ""
     at_start = "" if before is None else f", {before:.1%} at the start"
-    return f"{share:.1%} of the branch's variance is linear in A x{at_start}"
+    return (
+        f"{share:.1%} of the branch is linear in A x{at_start}; near 100% the gate is hardly used"
+    )
 
 
 def describe_tasks(figures: dict[str, float], before: dict[str, float] | None = None) -> str:

@@ -177,14 +177,14 @@ def print_result(result: RunResult, config: Config) -> None:
         "tasks": describe_tasks(result.tasks, first.tasks if first.update == 0 else {}),
         **describe_sample(folder / SAMPLES),
         "best": f"{result.best_perplexity:.2f} at update {result.best_update}",
-        "effective rank": rank and f"{rank} (of {result.adapter_r})",
-        "linear share": describe_linear_share(result),
         "trainable": f"{result.trainable_parameters:,} parameters, {result.trainable_share:.2%} "
         f"of the model",
         "speed": f"{result.tokens_per_s:,.0f} tokens/s; {describe_attention(result.attention)}, "
         f"{layers}",
         "fallback": "; ".join(result.fallbacks),
         "time": f"{duration(result.seconds)} for {counted(result.updates, 'update')}",
+        "effective rank": rank and f"{rank}, of {result.adapter_r} directions",
+        "linear share": describe_linear_share(result),
         "folder": result.folder,
         "ask it": shlex.join(["cera-chat", *run]),
         "grade it": shlex.join(["cera-eval", *run, f"task={task}"]),
