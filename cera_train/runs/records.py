@@ -7,6 +7,7 @@ import functools
 import json
 import typing
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -168,6 +169,48 @@ def differences(path: Path, config: dict[str, Any], schema: type = Config) -> di
         for key in sorted(before.keys() | now.keys())
         if before.get(key) not in (now.get(key), AUTO) and changes_result(key, schema)
     }
+
+
+OPEN = (AUTO, None)
+"""Values of a setting that a run decides and records."""
+
+DECIDED = {
+    "model": ("dtype",),
+    "optimizer": ("lr",),
+    "train": ("compile",),
+    "adapter": ("start_digest",),
+    "data": ("layout", "prompt", "completion", "rejected", "turns", "template_settings"),
+}
+"""Settings that may be left open, by section."""
+
+DECIDED_OF_PART = ("layout", "prompt", "completion")
+"""The same of a part of `data.mix`."""
+
+
+def as_recorded(config: Config, recorded: Config) -> Config:
+    """The config with what it leaves open as a run recorded it."""
+    sections = {
+        section: _filled(getattr(config, section), getattr(recorded, section), names)
+        for section, names in DECIDED.items()
+    }
+    parts = config.data.mix or []
+    known = recorded.data.mix or []
+    if config.data.layout == AUTO and len(parts) == len(known) > 0:
+        mix = [_filled(*both, DECIDED_OF_PART) for both in zip(parts, known, strict=True)]
+        sections["data"] = replace(sections["data"], mix=mix)
+    return replace(config, **sections)
+
+
+def _filled(settings: Any, recorded: Any, names: Iterable[str]) -> Any:
+    """The settings with the recorded values of these names, where they are left open."""
+    values = {}
+    for name in names:
+        value = getattr(settings, name)
+        known = getattr(recorded, name)
+        is_part = isinstance(value, dict) and value.items() <= known.items()
+        if value in OPEN or is_part:
+            values[name] = known
+    return replace(settings, **values)
 
 
 def another_config(folder: Path, different: Mapping[str, str]) -> UserError:

@@ -23,13 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import folder_in_use, is_locked, options
 from cera_train.common.libraries import heavy_imports
-from cera_train.common.settings import AUTO, flatten, quoted, to_plain
+from cera_train.common.settings import quoted, to_plain
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
 from cera_train.data.rows import check_files
 from cera_train.distributed.processes import is_main_process
 from cera_train.model.path import check_model
-from cera_train.runs.records import another_config, differences
+from cera_train.runs.records import another_config, as_recorded, differences, load_config
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import find_start
 from cera_train.runs.tracking import check_trackers
@@ -157,21 +157,9 @@ def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJo
         if seen.issuperset(values) or not (has_result and (folder / "config.yaml").exists()):
             continue
         seen.update(values)
-        config = to_plain(compose(values))
-        flat = flatten(config)
-        # Settings that a run decides itself; the layout, if the rows' files are gone.
-        auto = [key for key, value in flat.items() if value == AUTO]
-        decided = (
-            "adapter.start_digest",
-            *("data." if key.endswith(".layout") else key for key in auto),
-        )
-        different = differences(folder / "config.yaml", redact_tree(config))
-        if different := {
-            key: text
-            for key, text in different.items()
-            if not key.startswith(decided)
-            and (key in flat or not key.startswith("data.template_settings."))
-        }:
+        record = folder / "config.yaml"
+        config = as_recorded(compose(values), load_config(record))
+        if different := differences(record, redact_tree(to_plain(config))):
             raise another_config(folder, different)
 
 

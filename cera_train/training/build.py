@@ -43,7 +43,7 @@ from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import build_optimizer
-from cera_train.training.resolve import with_template_settings
+from cera_train.training.resolve import choose_template_settings
 from cera_train.training.rewards import right_answer
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -82,8 +82,9 @@ def build_data(config: Config) -> Data:
 
 def look_at_data(config: Config) -> tuple[Config, Data]:
     """The rows as a new run would read them, after the config in which it decided how."""
-    data = with_template_settings(config, decide_layouts(config.data), None)
-    config = replace(config, data=data)
+    config = replace(config, data=decide_layouts(config.data))
+    settings = choose_template_settings(config).value
+    config = replace(config, data=replace(config.data, template_settings=settings))
     return config, build_data(config)
 
 

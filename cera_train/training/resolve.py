@@ -16,11 +16,10 @@ from cera_train.model.compiled import can_compile
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.precision import choose_precision
 from cera_train.runs.folder import has_saved
-from cera_train.runs.records import differences, load_config
+from cera_train.runs.records import OPEN, as_recorded, differences, load_config
 from cera_train.runs.results import DIVERGED
-from cera_train.runs.subject import digest_of, find_adapter, find_start, run_of
+from cera_train.runs.subject import digest_of, find_adapter, find_start
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
-from cera_train.settings.data import DataConfig, Layout, MixPart
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import auto_rate
 
@@ -40,41 +39,36 @@ def resolve(config: Config, folder: Path) -> Resolved:
         folder: of the run; it may hold an unfinished run.
     """
     adapters.check(config.adapter)
-    config = replace(config, data=decide_layouts(config.data))
     record = folder / "config.yaml"
     if starts_anew(folder):
-        return decide(config, None, folder)
-    resolved = decide(config, load_config(record), folder)
+        return decide(config)
+    resolved = decide(config, load_config(record), f"as {folder} was begun")
     if not has_saved(folder) and differences(record, redact_tree(to_plain(resolved.config))):
         # Another run began here and left nothing: its choices fit other settings.
-        return decide(config, None, folder)
+        return decide(config)
     return resolved
 
 
-def decide(config: Config, recorded: Config | None, folder: Path) -> Resolved:
-    """Decides every `auto` of a config as a run recorded it, else by this machine, the model and
-    the rows."""
-    begun = recorded or config
+def decide(config: Config, recorded: Config | None = None, reason: str = "") -> Resolved:
+    """Decides what a config leaves open: as a run recorded it, else by this machine, the model and
+    the rows.
+
+    Args:
+        reason: for what the record decides.
+    """
+    if recorded is not None:
+        config = as_recorded(config, recorded)
+    config = replace(config, data=decide_layouts(config.data))
     why = {}
-    chosen = config
     for key, choose in CHOICES.items():
         section, name = key.split(".")
-        wanted = getattr(getattr(config, section), name)
-        known = getattr(getattr(begun, section), name)
-        if wanted in OPEN and known not in OPEN:
-            choice = Choice(known, f"as {folder} was begun")
-        else:
-            choice = choose(config)
+        value = getattr(getattr(config, section), name)
+        is_known = recorded is not None and value == getattr(getattr(recorded, section), name)
+        choice = Choice(value, reason) if is_known and value not in OPEN else choose(config)
         decided = replace(getattr(config, section), **{name: choice.value})
-        chosen = replace(chosen, **{section: decided})
+        config = replace(config, **{section: decided})
         why[key] = choice.why
-    data = with_known_layouts(config.data, begun.data)
-    chosen = replace(
-        chosen,
-        adapter=with_start_digest(config.adapter, begun.adapter),
-        data=with_template_settings(config, data, recorded and recorded.data),
-    )
-    return Resolved(chosen, why)
+    return Resolved(config, why)
 
 
 def starts_anew(folder: Path) -> bool:
@@ -104,66 +98,38 @@ def choose_compile(config: Config) -> Choice[bool]:
     return Choice(True, "a GPU and a compiler")
 
 
+def choose_start_digest(config: Config) -> Choice[str | None]:
+    """The digest of the weights that `adapter.start_from` names."""
+    if config.adapter.start_from is None:
+        return Choice(None, "")
+    return Choice(digest_of(find_start(config.adapter)), "")
+
+
+def choose_template_settings(config: Config) -> Choice[dict[str, Any]]:
+    """The chat template's switches that all answers need, or that the run to start from recorded:
+    it answers as it learned to. Those of the command win."""
+    data = config.data
+    if any(may_use_template(part) for _, part in data.parts()):
+        data = decide_switches(data, load_tokenizer(config.model), config.learns_answers)
+        if not config.learns_answers:
+            learned = settings_of_start(config.adapter)
+            return Choice(learned | data.template_settings, "")
+    return Choice(data.template_settings, "")
+
+
+def settings_of_start(adapter: AdapterConfig) -> dict[str, Any]:
+    """The settings of the chat template that the run to start from recorded."""
+    if adapter.start_from is None:
+        return {}
+    run, _ = find_adapter(Path(adapter.start_from), "adapter.start_from")
+    return load_config(run / "config.yaml").data.template_settings if run else {}
+
+
 CHOICES: dict[str, Callable[[Config], Choice]] = {
     "model.dtype": lambda config: choose_precision(config.model.dtype),
     "optimizer.lr": choose_rate,
     "train.compile": choose_compile,
+    "adapter.start_digest": choose_start_digest,
+    "data.template_settings": choose_template_settings,
 }
 """Settings that may be left open -> what chooses them where no record does."""
-
-OPEN = (AUTO, None)
-
-
-def with_start_digest(adapter: AdapterConfig, begun: AdapterConfig) -> AdapterConfig:
-    """The adapter's settings with the digest of the weights that `adapter.start_from` names. A
-    resumed run keeps the recorded digest: the weights may be gone."""
-    if adapter.start_from is None:
-        return adapter
-    recorded = begun.start_digest if adapter.start_from == begun.start_from else None
-    return replace(adapter, start_digest=recorded or digest_of(find_start(adapter)))
-
-
-def with_template_settings(
-    config: Config, data: DataConfig, begun: DataConfig | None
-) -> DataConfig:
-    """The data's settings with the chat template's switches: those of the run in the folder, else
-    those that all answers need, or that the run to start from recorded."""
-    if begun is not None and data.template_settings.items() <= begun.template_settings.items():
-        return replace(data, template_settings=begun.template_settings)
-    has_chats = any(may_use_template(part) for _, part in data.parts())
-    if not has_chats:
-        return data
-    data = decide_switches(data, load_tokenizer(config.model), config.learns_answers)
-    return data if config.learns_answers else with_settings_of_start(data, config.adapter)
-
-
-def with_settings_of_start(data: DataConfig, adapter: AdapterConfig) -> DataConfig:
-    """The data's settings with those of the chat template that the run to start from recorded: it
-    answers as it learned to. Those of the command win."""
-    if adapter.start_from is None:
-        return data
-    _, folder = find_adapter(Path(adapter.start_from), "adapter.start_from")
-    if (run := run_of(folder)) is None:
-        return data
-    learned = load_config(run / "config.yaml").data.template_settings
-    return replace(data, template_settings=learned | data.template_settings)
-
-
-def with_known_layouts(data: DataConfig, begun: DataConfig) -> DataConfig:
-    """The data's settings with layouts taken from the run in the folder if missing files, such as
-    those of a finished run, leave a layout undecided."""
-    is_undecided = any(part.layout == Layout.auto for _, part in data.parts())
-    files = [part.train_files for _, part in data.parts()]
-    begun_files = [part.train_files for _, part in begun.parts()]
-    if not is_undecided or redact_tree(files) != begun_files:
-        return data
-    if data.mix is not None and begun.mix is not None:
-        parts = zip(data.mix, begun.mix, strict=True)
-        return replace(data, mix=[replace(part, **layout_of(known)) for part, known in parts])
-    turns = data.turns or begun.turns
-    return replace(data, turns=turns, rejected=begun.rejected, **layout_of(begun))
-
-
-def layout_of(rows: DataConfig | MixPart) -> dict[str, Any]:
-    """How rows are read."""
-    return {name: getattr(rows, name) for name in ("layout", "prompt", "completion")}
