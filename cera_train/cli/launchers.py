@@ -79,11 +79,6 @@ class SubmititSlurm(MissingJobs, SlurmLauncher):
         setup = ["export SLURM_KILL_BAD_EXIT=1", *(setup or [])]
         super().__init__(setup=setup, **params)
 
-    def setup(self, *, task_function: Callable[[DictConfig], Any], **context: Any) -> None:
-        super().setup(
-            task_function=functools.partial(run_under, sys.argv, task_function), **context
-        )
-
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> list[JobReturn]:
@@ -93,15 +88,6 @@ class SubmititSlurm(MissingJobs, SlurmLauncher):
         replace_waiting(self.config.launch.detach)
         with refusals_in_one_line():
             return super().launch(job_overrides, initial_job_idx)
-
-
-def run_under(
-    command: list[str], task_function: Callable[[DictConfig], Any], composed: DictConfig
-) -> Any:
-    """Runs a job under the command that submitted it, which the job records: its process has one of
-    submitit's."""
-    sys.argv = command
-    return task_function(composed)
 
 
 # --- joblib ---------------------------------------------------------------------------------------

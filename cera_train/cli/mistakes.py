@@ -3,14 +3,13 @@ OmegaConf's errors are cut to a line, with a suggestion for an unknown setting. 
 
 import argparse
 import difflib
-import json
 import os
 import re
-import shlex
+import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,8 +17,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import options
-from cera_train.common.settings import fields_at, fields_of, quoted, require, section_of
+from cera_train.common.settings import fields_at, fields_of, quoted, require
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.gone import describe_gone
 from cera_train.settings.run import Config, PlanRun
@@ -75,11 +73,10 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
 
 def unknown_setting(key: str, place: str, schema: type) -> str:
     """The message about an unknown key in an argument or a file."""
-    program = next(program for program, other in SCHEMAS.items() if other is schema)
     near = did_you_mean(
         key, list(dict.fromkeys([*(field.name for field in fields(schema)), *fields_of(schema)]))
     )
-    return f"{place}: unknown setting {key}. {near}`{program} --help` lists all."
+    return f"{place}: unknown setting {key}. {near}--help lists all."
 
 
 # --- before Hydra ---------------------------------------------------------------------------------
@@ -91,15 +88,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help).")
 
 
-FLAGS = [
-    ("--help", "-h"),
-    ("--multirun", "-m"),
-    ("--shell-completion", "-sc"),
-    ("--resolve",),
-    ("--debug",),
-]
-SHOW_CHOICES = ("--help", "--shell-completion")
-FLAGS_WITH_VALUE = [("--cfg", "-c"), ("--package", "-p"), ("--config-dir", "-cd")]
+FLAGS = [("--help", "-h"), ("--multirun", "-m"), ("--shell-completion", "-sc"), ("--debug",)]
+FLAGS_WITH_VALUE = [("--cfg", "-c"), ("--config-dir", "-cd")]
 """The flags of the commands: Hydra has more."""
 
 OF_GRIDS = ("sweep=", "study=", "sweep.", "hydra.launcher", "hydra.sweeper", "launch.detach=true")
@@ -129,32 +119,29 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
         parser.add_argument(*names, dest=names[0])
     parser.add_argument("settings", nargs="*")
     parsed, unknown = parser.parse_known_intermixed_args(arguments)
-    if unknown:
-        raise UserError(
-            f"{unknown[0]}: unknown option: settings take no dashes, key=value (see {program} "
-            f"--help)."
-        )
+    fix = f"settings take no dashes, key=value (see {program} --help)."
+    require(not unknown, f"{''.join(unknown[:1])}: unknown option: {fix}")
     flags = vars(parsed)
     settings = flags.pop("settings", [])
     flags.pop("--debug", None)
-    if flags.pop("--look", False) and "--multirun" in flags:
-        raise UserError("--look: it shows the rows of one run: leave out -m.")
-    if program in ("cera-train", "cera-plan") and flags.keys().isdisjoint(SHOW_CHOICES):
+    is_single = not flags.keys() - {"--config-dir", "--look"}
+    if flags.pop("--look", False):
+        require("--multirun" not in flags, "--look: it shows the rows of one run: leave out -m.")
+    is_run = program in ("cera-train", "cera-plan")
+    if is_run and flags.keys().isdisjoint(("--help", "--shell-completion")):
         settings = with_quickstart(settings)
     settings = with_implied_files(program, settings)
-    check_sections(program, settings)
-    is_single = not flags.keys() - {"--config-dir"}
     if program == "cera-plan" and not is_single:  # a plan does not depend on where jobs will run
         settings = [setting for setting in settings if not OF_LAUNCHER.match(setting)]
     for setting in settings:
-        key = setting.partition("=")[0]
-        if gone := describe_gone(setting) or describe_gone(key):
-            raise UserError(gone)
-        if is_single and setting.lstrip("+").replace("hydra/", "hydra.").startswith(OF_GRIDS):
-            raise UserError(f"{setting} is for a grid of runs: add -m to take them all.")
+        gone = describe_gone(setting) or describe_gone(setting.partition("=")[0])
+        require(gone is None, str(gone))
+        is_of_grid = setting.lstrip("+").replace("hydra/", "hydra.").startswith(OF_GRIDS)
+        fix = "add -m to take them all."
+        require(not (is_single and is_of_grid), f"{setting} is for a grid of runs: {fix}")
     words = [name if value is True else f"{name}={value}" for name, value in flags.items()]
     # Of a run, several values without -m are a mistake that Hydra names.
-    may_sweep = not is_single or program in ("cera-train", "cera-plan")
+    may_sweep = not is_single or is_run
     return [*words, *with_texts_quoted(program, settings, may_sweep)]
 
 
@@ -184,51 +171,23 @@ def with_implied_files(program: str, settings: Sequence[str]) -> list[str]:
     return [*files, *settings]
 
 
-def check_sections(program: str, settings: Sequence[str]) -> None:
-    """Raises UserError for a setting in a section that is null because no file is chosen for it."""
-    pairs = [setting.partition("=")[::2] for setting in settings]
-    with_file = {key.lstrip("+") for key, value in pairs if not value.startswith("{")}
-    for setting, (key, _) in zip(settings, pairs, strict=True):
-        section = key.lstrip("+~").partition(".")[0]
-        file = "-m +study=NAME" if section == "study" else f"{section}=NAME"
-        require(
-            section not in null_sections(SCHEMAS[program]) or section in with_file,
-            f"{setting}: the section {section} is null here: choose a file for it, {file}.",
-        )
-
-
-def null_sections(schema: type) -> list[str]:
-    """The sections of a command that are null unless a file is chosen for them."""
-    hints = typing.get_type_hints(schema)
-    return [
-        field.name
-        for field in fields(schema)
-        if field.default is None and section_of(hints[field.name]) is not None
-    ]
-
-
 PARSER = OverridesParser.create()
 
 
 def with_texts_quoted(program: str, settings: Sequence[str], may_sweep: bool = False) -> list[str]:
-    """The settings of a command, with quotes where Hydra would read a text otherwise."""
-    schema = SCHEMAS[program]
-    return [with_text_quoted(setting, schema, may_sweep) for setting in settings]
-
-
-def with_text_quoted(argument: str, schema: type, may_sweep: bool) -> str:
-    """Quotes a text that Hydra would read as a number (name=2026_11_30, model.revision=7e49710), as
-    several values (prompt='Hello, you'; in a grid these may be meant, unless it is a path), or not
-    at all."""
-    key, _, value = argument.partition("=")
-    field = fields_of(schema).get(key.lstrip("+"))
-    is_text = field is not None and is_text_type(field.type)
-    return f"{key}={quoted(value)}" if is_text and changes(argument, may_sweep) else argument
-
-
-def is_text_type(annotation: Any) -> bool:
-    is_collection = typing.get_origin(annotation) in (list, dict)
-    return not is_collection and str in (annotation, *typing.get_args(annotation))
+    """The settings of a command, with quotes around a text that Hydra would read as a number
+    (name=2026_11_30, model.revision=7e49710), as several values (prompt='Hello, you'; in a grid
+    these may be meant, unless it is a path), or not at all."""
+    fields = fields_of(SCHEMAS[program])
+    words = []
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        field = fields.get(key.lstrip("+"))
+        is_text = field is not None and str in (field.type, *typing.get_args(field.type))
+        is_list = field is not None and typing.get_origin(field.type) in (list, dict)
+        needs_quotes = is_text and not is_list and changes(setting, may_sweep)
+        words.append(f"{key}={quoted(value)}" if needs_quotes else setting)
+    return words
 
 
 def changes(argument: str, may_sweep: bool) -> bool:
@@ -250,35 +209,24 @@ def changes(argument: str, may_sweep: bool) -> bool:
 def explain_composition(error: Exception, program: str) -> str | None:
     """One line for an error of Hydra, OmegaConf or PyYAML; None for another error."""
     match error:
-        case OverrideParseException():
-            key, is_assigned, value = error.override.partition("=")
-            fix = "expected key=value, without spaces, such as adapter.r=16 or +recipe=NAME"
-            if is_assigned:
-                example = shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}")
-                fix = f"cannot read the value: a text needs quotes for Hydra too, as in {example}"
-            return f"{error.override}: {fix}."
         case MissingConfigException():
             group, _, name = error.missing_cfg_file.rpartition("/")
-            choices = sorted(error.options or options(group))
-            is_plugin = group.startswith("hydra/")
-            plugin = "Is its plugin of Hydra installed? " if is_plugin else ""
+            choices = sorted(error.options or ())
             near = did_you_mean(name, choices)
-            return (
-                f"{group}={name}: there is no such file. {near}{plugin}There are: "
-                f"{', '.join(choices)}."
-            )
-        case yaml.MarkedYAMLError() if error.problem_mark is not None:
-            return (
-                f"{error.problem_mark.name}:{error.problem_mark.line + 1}: broken YAML: "
-                f"{error.problem}."
-            )
+            return f"{group}={name}: there is no such file. {near}There are: {', '.join(choices)}."
+        case OverrideParseException():
+            fix = "a text needs quotes for Hydra too, as in 'name=\"a b\"'"
+            return f"{error.override}: expected key=value, such as adapter.r=16; {fix}."
         case HydraException() | OmegaConfBaseException():
             return _describe(error, SCHEMAS[program])
+        case yaml.MarkedYAMLError(problem=problem, problem_mark=yaml.Mark(name=file, line=line)):
+            return f"{file}:{line + 1}: broken YAML: {problem}."
         case AssertionError() if "Unexpected type" in str(error):  # OmegaConf's
+            words = [word for word in sys.argv[1:] if "." in word.partition("=")[0]]
             return (
-                "a setting stands inside a section that is null, such as data.mix: write the "
-                "section as a whole, as in 'data.mix=[{train_files: [a.jsonl]}]', or in a file of "
-                "conf/."
+                f"{' '.join(words)}: the section of a setting is null: choose a file for it, as in "
+                "task=NAME or -m +study=NAME, or write it as a whole, as in "
+                "'data.mix=[{train_files: [a.jsonl]}]'."
             )
     return None
 
@@ -286,10 +234,11 @@ def explain_composition(error: Exception, program: str) -> str | None:
 def _describe(error: Exception, schema: type) -> str:
     """Hydra's message without the lines about its types, and OmegaConf's reason; for a setting that
     does not exist, a similar one."""
-    first, *others = [line.strip(" .:") for line in str(error).splitlines() if line[:1] != " "]
+    lines = [line.strip(" .:") for line in str(error).splitlines() if line[:1] != " "]
     cause = error.__cause__ or error.__context__ or error
     key = getattr(cause, "full_key", None)
     if key and not fields_at(schema, key):
-        return unknown_setting(key, first, schema)
-    reason = [str(cause).splitlines()[0].rstrip(".")] if key and cause is not error else []
-    return f"{'. '.join([first, *others, *reason])}."
+        return unknown_setting(key, lines[0], schema)
+    if key:
+        lines.append(str(cause).splitlines()[0].rstrip("."))
+    return f"{'. '.join(dict.fromkeys(lines))}."

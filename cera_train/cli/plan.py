@@ -4,8 +4,6 @@ can detect."""
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -25,20 +23,17 @@ from cera_train.common.terminal import counted, print_line
 from cera_train.planning.plan import RunPlan
 from cera_train.planning.planner import make_plan
 from cera_train.planning.table import name_jobs, print_plan, print_plans
-from cera_train.runs.subject import is_awaited
 from cera_train.settings.run import PlanRun
 from cera_train.settings.sweep import LOSS
-from cera_train.settings.training import TrackerConfig
 from cera_train.study.cells import Cell
 from cera_train.study.design import (
     StudySweeper,
     check_cells,
-    is_study,
     study_of,
     study_record,
 )
 from cera_train.study.folder import Study
-from cera_train.sweep.grid import check_inputs, check_jobs, grid, job_composer
+from cera_train.sweep.grid import grid
 from cera_train.verdicts.contrast import Variances
 from cera_train.verdicts.power import POWER, detectable
 
@@ -57,12 +52,9 @@ def main() -> None:
         """Prints the plan of a run; keeps that of a sweep's job, since Hydra runs them one after
         the other."""
         config = to_config(composed, PlanRun)
-        is_single = HydraConfig.get().mode == RunMode.RUN
-        if is_single:
-            check_planned(config, Path(config.output_dir) / config.name)
         announce_imports()
         planned = make_plan(config)
-        if is_single:
+        if HydraConfig.get().mode == RunMode.RUN:
             print_plan(planned)
         else:
             jobs.append((list(HydraConfig.get().overrides.task), planned))
@@ -72,25 +64,12 @@ def main() -> None:
         print_plans("job", name_jobs(jobs))
 
 
-def check_planned(config: PlanRun, folder: Path) -> None:
-    """`check_inputs` without what may come after the plan: a tracker's package, which another
-    machine may have, and an adapter to start from that another run will leave."""
-    if is_awaited(config.adapter.start_from):
-        config = replace(config, adapter=replace(config.adapter, start_from=None))
-    check_inputs(replace(config, tracker=TrackerConfig()), folder)
-
-
 class PlanSweep(Callback):
-    """Hydra's hook at the start of a sweep, which refuses what `cera-train -m` refuses there.
-    conf/plan.yaml names it."""
+    """Hydra's hook at the start of a sweep. conf/plan.yaml names it."""
 
     @errors_in_one_line(PLAN)
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        jobs = grid(config)  # refuses values that a grid cannot have
-        if not is_study(config):
-            by_number = {str(number): job for number, job in enumerate(jobs)}
-            compose = job_composer(config, check_job)
-            check_jobs(Path(config.hydra.sweep.dir), by_number, compose, check_planned)
+        grid(config)  # refuses values that a grid cannot have
 
 
 def planned_study(**settings: Any) -> "PlannedStudy":
@@ -113,7 +92,6 @@ class PlannedStudy(StudySweeper):
                 f"plan.spread: {outcome} is no outcome of this study: choose from {names}.",
             )
         study = Study(self.folder, study_record(self.config))
-        check_jobs(self.folder, study.record.jobs, self.compose, check_planned)
         print_line("study", study.config.question)
         check_cells(self.config, study, self.compose)
         planned: dict[str, list[RunPlan]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from cera_train.cli.config import (
     announce_imports,
@@ -134,19 +134,10 @@ class TrainingSweep(Callback):
 
     @errors_in_one_line(TRAIN)  # Hydra would turn an error here into a warning and continue
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        # Hydra would do this once the sweep has a folder.
-        OmegaConf.to_container(config.hydra.launcher, resolve=True)
         if config.launch.detach and "Submitit" not in str(config.hydra.launcher["_target_"]):
             raise UserError(
                 "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
                 "hydra/launcher=slurm_gpu."
-            )
-        if config.launch.detach and not config.hydra.sweeper["_target_"].endswith(
-            (".BasicSweeper", ".StudySweeper")
-        ):
-            raise UserError(
-                "launch.detach=true leaves before a job has a result, by which this hydra/sweeper "
-                "chooses others: leave one of the two out."
             )
         if config.hub.push is not None:
             raise UserError(

@@ -180,15 +180,6 @@ def find_start(config: AdapterConfig) -> Path:
     return adapter
 
 
-def is_awaited(start_from: str | None) -> bool:
-    """Whether a run to start from has not begun, or has not ended."""
-    if start_from is None:
-        return False
-    folder = Path(start_from)
-    has_begun = (folder / "config.yaml").is_file() and not (folder / "result.json").is_file()
-    return has_begun or not folder.exists()
-
-
 def run_of(adapter: Path) -> Path | None:
     """The run that an adapter's folder belongs to, as adapter/, best/, one of checkpoints/, or an
     export."""

@@ -23,7 +23,6 @@ from cera_train.common.settings import require
 from cera_train.data.prepare import TokenizedData, TokenizedRows, prepare_data
 from cera_train.data.questions import training_questions
 from cera_train.data.reader import Question
-from cera_train.data.sources import decide_layouts
 from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.sharding import load_optimizer_state, share_frozen_weights
 from cera_train.evaluation.engine import Sampler
@@ -82,7 +81,6 @@ def build_data(config: Config) -> Data:
 
 def look_at_data(config: Config) -> tuple[Config, Data]:
     """The rows as a new run would read them, after the config in which it decided how."""
-    config = replace(config, data=decide_layouts(config.data))
     settings = choose_template_settings(config).value
     config = replace(config, data=replace(config.data, template_settings=settings))
     return config, build_data(config)

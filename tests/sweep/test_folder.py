@@ -223,9 +223,6 @@ def test_optuna_gets_the_metric_and_its_direction(tmp_path, run_command, capfd, 
     )
     assert run_command("cera-train", *command) == 0  # draws the same again
     assert len(counted) == 3
-    launcher = ["hydra/launcher=slurm_cpu", "launch.detach=true"]
-    assert run_command("cera-train", *command, *launcher) == 2
-    assert "launch.detach=true leaves before a job has a result" in capfd.readouterr().err
 
 
 def test_a_state_follows_from_what_lies_in_the_folder(tmp_path):
