@@ -4,7 +4,6 @@ imports torch."""
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from statistics import fmean
 from typing import Any
 
 from rich.text import Text
@@ -12,12 +11,11 @@ from rich.text import Text
 from cera_train.common.terminal import LABEL_WIDTH, console, print_line
 from cera_train.common.trust import clean
 from cera_train.data.chats import uses_template
-from cera_train.data.columns import columns_of, columns_read
 from cera_train.data.messages import TURNS
 from cera_train.data.prepare import TokenizedData, TokenizedRows
 from cera_train.data.reader import Question
 from cera_train.data.sources import HELD_OUT, MOST_HELD_OUT
-from cera_train.settings.data import DataConfig, Layout, Turns
+from cera_train.settings.data import DataConfig
 
 LOOKED_AT = 1000  # rows whose tokens are inspected one by one
 
@@ -44,10 +42,7 @@ def print_data(
         print_line(label, split.describe("answers" if config.is_paired else "rows"))
     for line in data.mix:
         print_line("part", line)
-    shared = f"{data.shared_prompts:,} held-out prompts are also training prompts"
-    if data.repeated_prompts:
-        shared += f"; {data.repeated_prompts:,} training rows repeat a prompt"
-    print_line("shared", shared)
+    print_line("shared", f"{data.shared_prompts:,} held-out prompts are also training prompts")
     if at_length:
         print_lengths(train)
     if questions:
@@ -64,7 +59,7 @@ def print_data(
     if at_length:
         shown.add(len(train) // config.sequences // 2 * config.sequences)
     for row in sorted(shown):
-        for sequence in train.sequences_of_row(row, config.sequences):
+        for sequence in range(row, row + config.sequences):
             print_example(stretches_of(train, sequence, tokenizer))
 
 
@@ -79,52 +74,28 @@ def describe_openings(rows: TokenizedRows) -> Iterator[str]:
         )
 
 
-def columns_shown(part: DataConfig) -> list[str]:
-    """The columns that rows are read by; none for chats, whose layout says them."""
-    if part.layout in TURNS:
-        return ["chosen", part.rejected] if part.is_paired else []
-    columns = list(dict.fromkeys(itertools.chain(*columns_read(part))))
-    if part.layout == Layout.instruction:
-        columns.insert(1, "input")
-    if part.is_paired:
-        columns += columns_of(part.rejected, "data.rejected")
-    return columns
-
-
 def describe_layouts(config: DataConfig, tokenizer: Any) -> Iterator[str]:
     """How rows become text, and how some were held out: one line for each part of a mix that is
     read from files."""
     for _, part in config.parts():
         if part.is_computed:
             continue
-        line = str(part.layout)
-        if columns := columns_shown(part):
-            noun = "columns" if len(columns) > 1 else "column"
-            names = " and ".join(f"`{name}`" for name in columns)
-            line += f", by the {noun} {names}"
+        names = ("prompt", "completion", "rejected")
         if part.layout in TURNS:
-            line += ", all answers" if part.turns == Turns.all else f", the {part.turns} answer"
+            names = ("turns", "rejected")
+        settings = {name: getattr(part, name) for name in names}
+        words = [str(part.layout)]
+        words += [f"{name}={str(value)!r}" for name, value in settings.items() if value is not None]
         if uses_template(part, tokenizer):
-            settings = ", ".join(
-                f"{name}={value!r}" for name, value in part.template_settings.items()
-            )
-            line += ", by the chat template" + (f" with {settings}" if settings else "")
+            words.append("by the chat template")
+            words += [f"{name}={value!r}" for name, value in part.template_settings.items()]
+        line = ", ".join(words)
         if part.holds_out_by_prompt:
             line += f"; {HELD_OUT:.0%} of the rows, at most {MOST_HELD_OUT}, are held out by prompt"
         yield line
 
 
 def print_lengths(rows: TokenizedRows) -> None:
-    """Answers and tokens of the rows."""
-    answers = []  # of each row
-    for sequence in range(min(len(rows), LOOKED_AT)):
-        _, mask = tokens_of(rows, sequence)
-        count = sum(is_supervised for is_supervised, _ in itertools.groupby(mask))
-        if rows.continues(sequence):
-            answers[-1] += count
-        else:
-            answers.append(count)
-    print_line("answers", f"{fmean(answers):.1f} a row, {max(answers)} at most")
     lengths = sorted(rows.lengths)
     low, median, high = (lengths[int(share * (len(lengths) - 1))] for share in (0.05, 0.5, 0.95))
     print_line(

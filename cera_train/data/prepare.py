@@ -80,17 +80,6 @@ class TokenizedRows:
         """A row of a column with one value for each token."""
         return self.table[name][self.numbers[row]].values
 
-    def sequences_of_row(self, sequence: int, at_least: int) -> range:
-        """The sequences of the row that one of them is of; a row has `at_least` so many. In a mix,
-        those that lie side by side."""
-        first = sequence
-        while self.continues(first):
-            first -= 1
-        end = first + at_least
-        while self.continues(end):
-            end += 1
-        return range(first, end)
-
     def continues(self, sequence: int) -> bool:
         """Whether a sequence is of the same row as the one before it."""
         if not 0 < sequence < len(self):
@@ -109,11 +98,6 @@ class TokenizedRows:
     def row_count(self) -> int:
         """The rows, each of one sequence or several; the two answers of a preference count both."""
         return len(self) - sum(self.continuing)
-
-    @property
-    def unit(self) -> str:
-        """What is counted where `len` counts."""
-        return "rows" if len(self) == self.row_count else "sequences"
 
     @property
     def dropped(self) -> tuple[int, int]:
@@ -140,7 +124,6 @@ class TokenizedData:
     train: TokenizedRows
     evaluation: TokenizedRows
     shared_prompts: int = 0  # held-out rows whose prompt is also a training row's
-    repeated_prompts: int = 0  # training rows whose prompt is also an earlier one's
     mix: list[str] = field(default_factory=list)
     """One line for each part of a mix: its rows and tokens in an epoch."""
 
@@ -166,7 +149,6 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
     if config.mix is not None:
         _mix(data, config, train, evaluation)
     train_keys = set(data.train.column("prompt_key"))
-    data.repeated_prompts = len(data.train) // config.sequences - len(train_keys)
     eval_keys = data.evaluation.column("prompt_key")[:: config.sequences]
     data.shared_prompts = check_overlap(config, train_keys, eval_keys)
     return data
@@ -202,9 +184,9 @@ def _mix(
     ):
         tokens = sum(rows.lengths[sequence] for sequence in sequences)
         data.mix.append(
-            f"{part.title}: {len(sequences):,} {rows.unit} an epoch, of {len(rows):,} "
+            f"{part.title}: {len(sequences):,} sequences an epoch, of {len(rows):,} "
             f"({len(sequences) / len(data.train):.2%}), {tokens:,} tokens ({tokens / total:.2%}); "
-            f"{len(evaluating):,} {evaluating.unit} evaluate"
+            f"{len(evaluating):,} evaluate"
         )
 
 

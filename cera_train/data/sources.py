@@ -40,7 +40,7 @@ from cera_train.settings.data import COLUMN_TEMPLATES, DataConfig, Layout, Turns
 from cera_train.settings.evaluation import TaskConfig
 
 FIRST_ROWS = 200
-"""Rows of a file that decide its layout."""
+"""The first training rows: they decide the layout, and are checked."""
 
 BY_COLUMNS: dict[tuple[str, ...], dict[str, Any]] = {
     ("messages",): {"layout": Layout.messages},
@@ -145,11 +145,6 @@ def _layout_of_preferences(row: Row, rejected: str) -> dict[str, Any]:
     return {}
 
 
-def first_rows(path: str) -> list[PlacedRow]:
-    """The first rows of a file: they decide the layout, and are checked."""
-    return list(itertools.islice(rows_of([path]), FIRST_ROWS))
-
-
 def decide_switches(config: DataConfig, tokenizer: Any, learns_answers: bool = True) -> DataConfig:
     """The config with the settings of the chat template that every answer of the first training
     rows needs or brings, such as {enable_thinking: false}: whatever asks the model later then asks
@@ -197,8 +192,7 @@ def first_training_rows(config: DataConfig) -> Iterator[PlacedRow]:
     if config.is_computed:
         rows = open_sources(replace(config, train_rows=count))[0].located()
     elif config.train_files:
-        paths = check_files(config.train_files, "data.train_files")
-        rows = itertools.chain.from_iterable(map(first_rows, paths))
+        rows = rows_of(check_files(config.train_files, "data.train_files"))
     else:
         rows = from_hub(config, "data.train_split", config.streaming).located()
     return itertools.islice(rows, count)
@@ -326,7 +320,8 @@ def from_hub(config: DataConfig | TaskConfig, setting: str, streaming: bool = Fa
     # is a Python script.
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         is_wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        reason = " ".join(str(error.__cause__ if is_wrapped else error).split()).rstrip(".")
+        cause = error.__cause__ if is_wrapped else error
+        reason = " ".join(str(cause).split()).rstrip(".")
         if "offline" in reason.lower():
             reason = f"{offline_reason()}, and the cache lacks it"
         fix = (

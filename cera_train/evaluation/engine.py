@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
 from cera_train.adapters.saved import attach, is_adapter, save
 from cera_train.common.errors import UserError, explain
@@ -48,7 +47,7 @@ def load_subject(subject: Subject, device: torch.device) -> LoadedModel:
     base = load_model(subject.model, device)
     model = base
     if subject.adapter is not None:
-        check_same_base(subject, base)
+        check_same_base(subject)
         model = attach(base, subject.adapter)
     dtype = subject.model.autocast_dtype(subject.train.autocast, on_gpu=device.type == "cuda")
     autocast = partial(
@@ -64,16 +63,15 @@ def open_server(url: str, subject: Subject) -> Server:
     return Server(url, subject.model, load_tokenizer(subject.model), subject.adapter)
 
 
-def check_same_base(subject: Subject, base: PreTrainedModel | None = None) -> None:
-    """Raises UserError where the adapter's run recorded another base. `base` is the loaded one;
-    None where a server has it."""
+def check_same_base(subject: Subject) -> None:
+    """Raises UserError where the adapter's run recorded another base."""
     run = run_of(subject.adapter) if subject.run and subject.adapter else None
     if run is not None:
         fix = (
             f"It belongs to {subject.run.model.path} as it was then: leave out model=, or restore "
             "that base, or name it by model=."
         )
-        check_base(subject.adapter, run, subject.model, identity_of(subject.model), fix, base)
+        check_base(subject.adapter, run, subject.model, identity_of(subject.model), fix)
 
 
 # --- answers of all processes ---------------------------------------------------------------------

@@ -48,11 +48,10 @@ from cera_train.evaluation.tasks.task import (
     mean,
 )
 from cera_train.model.batches import MicroBatches
-from cera_train.model.folder import load_architecture, load_tokenizer
+from cera_train.model.folder import load_tokenizer
 from cera_train.model.language_model import LanguageModel, perplexity
 from cera_train.model.layout import choose_layout
 from cera_train.runs.base import changed_tokenizer
-from cera_train.runs.card import write_card
 from cera_train.runs.evaluation_folder import (
     AccuracyResult,
     EvaluationFolder,
@@ -64,7 +63,7 @@ from cera_train.runs.evaluation_folder import (
     ending_shares,
     find_evaluation_result,
 )
-from cera_train.runs.results import Environment, RunResult, describe_rank
+from cera_train.runs.results import Environment, describe_rank
 from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.settings.distributed import DistributedConfig, ProcessesConfig
 from cera_train.settings.evaluation import EvalConfig
@@ -154,10 +153,6 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
             lines = perplexity_lines(result)
         if is_main:
             result.write(path / "result.json")
-            trained = subject.folder / "result.json"  # an export has none, nor an adapter alone
-            if subject.run is not None and not subject.part and trained.is_file():
-                architecture = load_architecture(subject.model)
-                write_card(subject.folder, RunResult.read(trained), architecture)
             print()
             print_fields(lines | {"folder": str(path)})
         return result.to_json()

@@ -1,4 +1,4 @@
-"""The model card of an adapter with its evaluations, and the upload of both to the Hub."""
+"""The model card of an adapter, and the upload of both to the Hub."""
 
 import json
 import sys
@@ -10,14 +10,12 @@ from transformers import PretrainedConfig
 from cera_train.adapters.families import family, title
 from cera_train.adapters.folder import description_file
 from cera_train.common.errors import UserError
-from cera_train.common.files import read_json, read_yaml, write_text
+from cera_train.common.files import read_json, write_text
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import for_markdown
 from cera_train.model.weights import auto_class
-from cera_train.runs.evaluation_folder import AccuracyResult, find_evaluation_result
 from cera_train.runs.records import load_config
 from cera_train.runs.results import Environment, RunResult, describe_tasks, figure
-from cera_train.runs.subject import digest_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
@@ -59,8 +57,8 @@ model = PeftModel.from_pretrained(base, "FOLDER")"""
 
 
 def write_card(run: Path, result: RunResult, architecture: PretrainedConfig) -> None:
-    """Writes adapter/README.md: the method, the base, the rows, the scores of the run and of its
-    evaluations, and code that loads the adapter.
+    """Writes adapter/README.md: the method, the base, the rows, the scores of the run, and code
+    that loads the adapter.
 
     Args:
         architecture: of the base.
@@ -69,7 +67,7 @@ def write_card(run: Path, result: RunResult, architecture: PretrainedConfig) -> 
     method = title(config.adapter)
     is_full = family(config.adapter.kind).trains_base
     library = "transformers" if is_full else "peft"
-    table = _facts(config, result) | _evaluations(run)
+    table = _facts(config, result)
     text = CARD.format(
         data=card_data(config.model, library, config.adapter.kind.value).to_yaml(),
         name=for_markdown(config.name),
@@ -131,26 +129,6 @@ def _facts(config: Config, result: RunResult) -> dict[str, str]:
         "Tasks": describe_tasks(result.tasks),
     }
     return {name: text for name, text in rows.items() if text}
-
-
-def _evaluations(run: Path) -> dict[str, str]:
-    """The evaluations of a run's final adapter, by their main accuracy: 5.1% (95 % interval 3.9%
-    to 6.3%), exact/pass@1, 1,319 problems."""
-    scores = {}
-    folders = sorted((run / "eval").glob("*"))
-    digest = digest_of(run / "adapter") if folders else None  # reads all weights: once
-    for folder in folders:
-        result = find_evaluation_result(folder)
-        if not (isinstance(result, AccuracyResult) and result.accuracies):
-            continue
-        if read_yaml(folder / "config.yaml").get("adapter_digest") != digest:
-            continue
-        key, interval = next(iter(result.accuracies.items()))
-        text = f"{result.details[key]:.1%}"
-        if interval is not None:
-            text += " (95 % interval {:.1%} to {:.1%})".format(*interval)
-        scores[f"Evaluation, {folder.name}"] = f"{text}, {key}, {result.problems:,} problems"
-    return scores
 
 
 # --- the Hub --------------------------------------------------------------------------------------

@@ -143,20 +143,8 @@ def load_config(path: Path, schema: type = Config, section: str | None = None) -
     try:
         return checked(schema, tree if section is None else tree[section], section or "")
     except UserError as error:
-        writer = writer_of(path)
-        raise UserError(
-            f"cannot read {path}, which {writer} wrote: {error} Restore it, or use that version."
-        ) from error
-
-
-def writer_of(config: Path) -> str:
-    """The cera-train that wrote a config: by environment.json of its run, a folder above."""
-    for folder in config.parents[:3]:
-        if (record := folder / "environment.json").is_file():
-            packages = read_json(record).get("packages") or {}
-            if version := packages.get("cera-train"):
-                return f"cera-train {version}"
-    return "another version of cera-train"
+        fix = "Restore it, or use the cera-train that wrote it."
+        raise UserError(f"cannot read {path}: {error} {fix}") from error
 
 
 def differences(path: Path, config: dict[str, Any], schema: type = Config) -> dict[str, str]:
@@ -183,9 +171,6 @@ DECIDED = {
 }
 """Settings that may be left open, by section."""
 
-DECIDED_OF_PART = ("layout", "prompt", "completion")
-"""The same of a part of `data.mix`."""
-
 
 def as_recorded(config: Config, recorded: Config) -> Config:
     """The config with what it leaves open as a run recorded it."""
@@ -193,11 +178,6 @@ def as_recorded(config: Config, recorded: Config) -> Config:
         section: _filled(getattr(config, section), getattr(recorded, section), names)
         for section, names in DECIDED.items()
     }
-    parts = config.data.mix or []
-    known = recorded.data.mix or []
-    if config.data.layout == AUTO and len(parts) == len(known) > 0:
-        mix = [_filled(*both, DECIDED_OF_PART) for both in zip(parts, known, strict=True)]
-        sections["data"] = replace(sections["data"], mix=mix)
     return replace(config, **sections)
 
 

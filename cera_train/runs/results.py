@@ -114,7 +114,6 @@ class Environment(Record, extra="allow"):
     processes: int | None = None
     base_weights: str | None = None  # see `model.identity.BaseIdentity`
     base_config: dict[str, Any] | None = None
-    base_fingerprint: str | None = None  # of cera-train 0.2.0, see `runs.base`
     rows: dict[str, str] | None = None  # digests of the training and the held-out tokens
     # digests of the tokenizer and the chat template; earlier versions recorded none
     tokenizer: dict[str, str] | None = None

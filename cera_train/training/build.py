@@ -123,7 +123,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     [checkpoint] = broadcast_object_list([checkpoint])
     base = load_model(config.model, accelerator.device, accelerator.is_fsdp2)
     identity = identity_of(config.model)
-    check_trained_base(config, data.tokenizer, checkpoint, base, identity)
+    check_trained_base(config, data.tokenizer, checkpoint, identity)
 
     torch.manual_seed(config.train.seed)
     has_autocast = accelerator.mixed_precision != "no"
@@ -183,7 +183,6 @@ def check_trained_base(
     config: Config,
     tokenizer: Any,
     checkpoint: Path | None,
-    base: PreTrainedModel,
     identity: BaseIdentity,
 ) -> None:
     """Raises UserError where the checkpoint to resume from, or the adapter to start from, was
@@ -191,7 +190,7 @@ def check_trained_base(
     if checkpoint is not None:
         run = checkpoint.parent.parent
         fix = "Restore it, or choose another name=... for a new run."
-        check_base(checkpoint, run, config.model, identity, fix, base)
+        check_base(checkpoint, run, config.model, identity, fix)
         changed = changed_tokenizer(run, tokenizer)
         place = f"model.path={config.model.path}"
         require(not changed, f"{place}: {changed} changed since {checkpoint}. {fix}")
@@ -201,7 +200,7 @@ def check_trained_base(
             theirs = load_config(run / "config.yaml", section="model").path
             fix = f"Set model.path to its base ({theirs}), or start from another adapter."
             place = f"adapter.start_from={config.adapter.start_from}"
-            check_base(place, run, config.model, identity, fix, base)
+            check_base(place, run, config.model, identity, fix)
 
 
 def load_weights(

@@ -10,7 +10,7 @@ from cera_train.adapters import build as adapters
 from cera_train.common.settings import AUTO, Choice, to_plain
 from cera_train.common.trust import redact_tree
 from cera_train.data.chats import may_use_template
-from cera_train.data.sources import decide_switches
+from cera_train.data.sources import decide_layouts, decide_switches
 from cera_train.distributed.accelerator import this_device
 from cera_train.model.compiled import can_compile
 from cera_train.model.folder import load_tokenizer
@@ -58,6 +58,7 @@ def decide(config: Config, recorded: Config | None = None, reason: str = "") -> 
     """
     if recorded is not None:
         config = as_recorded(config, recorded)
+    config = replace(config, data=decide_layouts(config.data))
     why = {}
     for key, choose in CHOICES.items():
         section, name = key.split(".")

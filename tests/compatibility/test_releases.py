@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_runs import losses_of
 from torch.testing import assert_close
 
@@ -65,15 +65,6 @@ def test_a_run_answers_and_predicts_as_it_did(release, run_command):
     assert now["perplexity"] == pytest.approx(before["perplexity"], rel=1e-5)
 
 
-def test_another_base_is_told_by_the_record_of_then(release, run_command, capfd):
-    file = Path("base/model.safetensors")
-    weights = load_file(file)
-    norm = {"model.norm.weight": 2 * weights["model.norm.weight"]}
-    save_file(weights | norm, file, {"format": "pt"})
-    assert run_command("cera-eval", "run=outputs/cera", "task=perplexity", "name=again") == 2
-    assert "another base than model.path=base is now: other weights." in capfd.readouterr().err
-
-
 @pytest.mark.slow
 def test_an_export_predicts_as_it_did(release, run_command):
     certificate = json.loads(Path("outputs/cera/export_lora/certificate.json").read_text())
@@ -111,7 +102,7 @@ def test_a_config_of_other_settings_is_refused_by_its_version(release, run_comma
     config.write_text(f"{config.read_text()}a_setting_of_then: 1\n")
     assert run_command("cera-eval", "run=outputs/cera", "task=perplexity") == 2
     error = capfd.readouterr().err
-    assert f"outputs/cera/config.yaml, which cera-train {release} wrote" in error
+    assert "cannot read outputs/cera/config.yaml: " in error
 
 
 @pytest.mark.parametrize(

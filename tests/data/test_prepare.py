@@ -101,8 +101,6 @@ def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer
     )
     nearly = [{"question": row["question"] + " ", "answer": row["answer"]} for row in TRAIN]
     assert prepare_data(config_of(evaluation=nearly), tokenizer).shared_prompts == 0
-    again = [{"question": TRAIN[0]["question"], "answer": answer} for answer in ("one", "two")]
-    assert prepare_data(config_of([*TRAIN, *again]), tokenizer).repeated_prompts == 2
 
 
 def test_the_same_rows_come_from_the_cache_even_from_another_path(

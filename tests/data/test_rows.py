@@ -156,8 +156,6 @@ def test_a_document_longer_than_max_length_is_cut_into_rows_without_loss(write_j
     assert sorted([*documents(data.train), *documents(data.evaluation)]) == sorted(
         [*texts, texts[0]]
     )
-    # The rows of one document.
-    assert data.repeated_prompts == len(data.train) / len(documents(data.train))
     assert data.train.describe().endswith(" 0 truncated")
     is_learned, line = describe_stop(
         data.train, config.max_length, {tokenizer.eos_token_id}, tokenizer
@@ -215,10 +213,9 @@ def test_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
     labels = [line[:11].strip() for line in lines]
     values = dict(zip(labels, (line[11:] for line in lines), strict=True))
     assert values["layout"].startswith(
-        "messages, all answers, by the chat template; 5% of the rows"
+        "messages, turns='all', by the chat template; 5% of the rows"
     )
     assert values["train"].startswith("38 rows, ")
-    assert values["answers"] in ("1.2 a row, 2 at most", "1.3 a row, 2 at most")
     assert values["stop"].startswith(
         "<|im_end|> ends answers, but generation stops at </s> only: set eos_token in"
     )
@@ -259,7 +256,7 @@ def test_a_run_records_its_decisions_and_no_longer_needs_the_files_once_finished
     undecided = replace(config.data, layout="auto", prompt=None, completion=None)
     result = train(replace(config, data=undecided))
     assert re.search(
-        r"^layout +text, by the columns `question` and `answer`; 5% ",
+        r"^layout +text, prompt='Question: {question}\\nAnswer:', completion=' {answer}'; 5% ",
         capsys.readouterr().out,
         re.MULTILINE,
     )

@@ -33,7 +33,7 @@ def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_part(
 ):
     trained = train(mixed("train.max_updates=2"))
     printed = " ".join(capsys.readouterr().out.split())
-    assert "part a.jsonl: 18 rows an epoch, of 30 (66.67%), " in printed
+    assert "part a.jsonl: 18 sequences an epoch, of 30 (66.67%), " in printed
     run = f"run={trained['folder']}"
     result = evaluate(compose(run, "task=perplexity", command="eval"))
     assert result["perplexity"] == pytest.approx(trained["eval/perplexity"], rel=1e-6)

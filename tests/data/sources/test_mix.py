@@ -95,10 +95,10 @@ def test_a_mix_trains_on_its_shares_and_evaluates_on_all_parts(part, tokenizer):
     total = sum(lengths.values())
     of_b = sum(length for text, length in lengths.items() if text.startswith("b"))
     assert data.mix == [
-        f"a.jsonl: 10 rows an epoch, of 30 (66.67%), {total - of_b} tokens "
-        f"({1 - of_b / total:.2%}); 2 rows evaluate",
-        f"b.jsonl: 5 rows an epoch, of 5 (33.33%), {of_b} tokens ({of_b / total:.2%}); 2 rows "
-        f"evaluate",
+        f"a.jsonl: 10 sequences an epoch, of 30 (66.67%), {total - of_b} tokens "
+        f"({1 - of_b / total:.2%}); 2 evaluate",
+        f"b.jsonl: 5 sequences an epoch, of 5 (33.33%), {of_b} tokens ({of_b / total:.2%}); "
+        "2 evaluate",
     ]
 
 
