@@ -1,20 +1,29 @@
 """The first step of every command: it prints its help, which needs the settings alone, or imports
 what runs it."""
 
+import dataclasses
 import functools
 import os
 import pkgutil
-import re
 import sys
+import textwrap
 from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from cera_train.cli.mistakes import SCHEMAS, for_hydra
+from cera_train.cli.mistakes import SCHEMAS, for_hydra, unknown_setting
 from cera_train.common.files import config_dir, options
-from cera_train.common.settings import choices_of, quoted
+from cera_train.common.settings import (
+    choices_of,
+    fields_of,
+    quoted,
+    require,
+    sentences_of,
+    word_of,
+)
+from cera_train.common.terminal import terminal_width
 from cera_train.distributed.processes import join_slurm_step
 
 
@@ -50,10 +59,12 @@ def register_configs(*recipes: str) -> None:
 
 
 def print_help(program: str) -> None:
-    """Prints a command's `hydra.help.template` with its config. Hydra's own --help takes four
-    seconds."""
+    """Prints a command's `hydra.help.template` with its config, or the settings of the sections
+    that are named after --help. Hydra's own --help takes four seconds."""
     words = for_hydra(program, sys.argv[1:])
-    overrides = [word for word in words if not word.startswith("-")]
+    arguments = [word for word in words if not word.startswith("-")]
+    sections = [word for word in arguments if "=" not in word]
+    overrides = [word for word in arguments if "=" in word]
     for folder in [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]:
         path = quoted(f"file://{Path(folder).absolute()}")
         overrides.append(f"hydra.searchpath=[{path}]")
@@ -63,18 +74,25 @@ def print_help(program: str) -> None:
     template = config.hydra.help.template
     with open_dict(config):
         del config["hydra"]
-    yaml = with_choices(OmegaConf.to_yaml(config), SCHEMAS[program])
-    print(template.replace("$CONFIG", yaml))
+    for section in sections:
+        print_settings(SCHEMAS[program], section, config)
+    if not sections:
+        print(template.replace("$CONFIG", OmegaConf.to_yaml(config)))
 
 
-def with_choices(yaml: str, schema: type) -> str:
-    """A config's text with the words that a setting may have beside it."""
-    lines = []
-    path: list[str] = []
-    for line in yaml.splitlines():
-        if key := re.match(r"( *)(\w+):", line):
-            path[len(key[1]) // 2 :] = [key[2]]
-            if choices := choices_of(schema, ".".join(path)):
-                line += f"  # {' | '.join(choices)}"
-        lines.append(line)
-    return "\n".join(lines) + "\n"
+def print_settings(schema: type, section: str, config: DictConfig) -> None:
+    """Prints each setting of a section with its value, its choices and its sentence."""
+    sentences = sentences_of(schema)
+    fields = {
+        key: field
+        for key, field in fields_of(schema).items()
+        if f"{key}.".startswith(f"{section}.")
+    }
+    require(bool(fields), unknown_setting(section, f"--help {section}", schema))
+    for key, field in fields.items():
+        default = None if field.default is dataclasses.MISSING else field.default
+        value = OmegaConf.select(config, key, default=default)  # of a section that is null
+        choices = " | ".join(choices_of(schema, key))
+        print(f"{key}={word_of(value)}" + (f"  # {choices}" if choices else ""))
+        text = textwrap.wrap(sentences.get(key, ""), terminal_width() - 4)
+        print(textwrap.indent("\n".join([*text, ""]), "    "))

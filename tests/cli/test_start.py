@@ -43,11 +43,15 @@ def test_help_answers_without_torch_and_names_every_choice(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_help_lists_the_words_that_a_setting_may_have(run_command, capfd):
-    assert run_command("cera-train", "--help") == 0
+def test_help_for_a_section_explains_its_settings(run_command, capfd):
+    assert run_command("cera-train", "--help", "model", "adapter.r", "adapter.r=8") == 0
     printed = capfd.readouterr().out
-    assert "\n  quantization: none  # none | nf4\n" in printed
-    assert "\n  turns: null  # first | last | all\n" in printed  # it may also be null
+    assert "\nmodel.quantization=none  # none | nf4\n    `nf4` for the frozen linears" in printed
+    assert "\nadapter.r=8\n    Rank. null: PEFT's default" in printed
+    assert run_command("cera-eval", "--help", "task") == 0
+    assert "\ntask.split=test\n" in capfd.readouterr().out  # of a section that is null
+    assert run_command("cera-train", "--help", "adaptr") == 2
+    assert "--help adaptr: unknown setting adaptr. Did you mean adapter?" in capfd.readouterr().err
 
 
 def test_a_shell_completes_settings_and_choices(tmp_path):
