@@ -17,7 +17,7 @@ from cera_train.common.files import cut_bytes
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
 from cera_train.distributed.processes import in_processes, is_one_of_several
-from cera_train.runs.subject import find_subject, find_subjects
+from cera_train.runs.subject import find_subject
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.serving import ChatConfig, ExportConfig
 from cera_train.study.folder import find_study
@@ -71,7 +71,7 @@ def chat(composed: DictConfig) -> None:
     with heavy_imports():
         from cera_train.serving.chat import ask
 
-    ask(config, find_subjects(config))
+    ask(config, find_subject(config))
 
 
 def export_main() -> None:

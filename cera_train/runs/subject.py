@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from cera_train.adapters.folder import (
@@ -28,7 +28,6 @@ from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import SubjectConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
-from cera_train.settings.serving import ChatConfig
 from cera_train.settings.training import TrainConfig
 
 EXPORT = "export_"  # and the form, in the folder of a run
@@ -83,17 +82,6 @@ def find_subject(config: SubjectConfig, setting: str = "run") -> Subject:
     subject = _resolve(config, setting)
     check_model(subject.model.path)
     return subject
-
-
-def find_subjects(config: ChatConfig) -> list[Subject]:
-    """Resolves `run=` and, if it is set, `compare=`."""
-    first = find_subject(config)
-    if config.compare is None:
-        return [first]
-    if config.compare == "base":
-        return [first, replace(first, adapter=None)]
-    other = replace(config, run=config.compare, like=None)
-    return [first, find_subject(other, "compare")]
 
 
 def _resolve(config: SubjectConfig, setting: str) -> Subject:

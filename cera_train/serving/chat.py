@@ -32,19 +32,19 @@ PLAIN = DataConfig(layout=Layout.text, path="a text", prompt="{text}", completio
 """A text as it is: also the question to a model that was trained on documents."""
 
 
-def ask(config: ChatConfig, subjects: Sequence[Subject]) -> None:
+def ask(config: ChatConfig, subject: Subject) -> None:
     """Answers the questions of a config: `prompt`, `prompts`, those of stdin, or a person's in a
     terminal. Raises UserError for a model, a file or a question that cannot be used."""
     quiet_libraries()
-    answerers = [Answerer(config, subject) for subject in subjects]
+    answerer = Answerer(config, subject)
     if config.prompts is not None:
-        answer_file(answerers, config.prompts)
+        answer_file(answerer, config.prompts)
     elif config.prompt is not None or not sys.stdin.isatty():
         question = config.prompt or sys.stdin.read().strip()
         require(bool(question), "stdin is empty: write a question to it, or set prompt=....")
-        answer_rows(answerers, [answerer.row([question]) for answerer in answerers])
+        answerer.answer(answerer.row([question]))
     else:
-        converse(answerers)
+        converse(answerer)
 
 
 # --- how a question is written --------------------------------------------------------------------
@@ -158,35 +158,23 @@ class CleanStreamer(TextStreamer):
 # --- questions ------------------------------------------------------------------------------------
 
 
-def answer_rows(answerers: list[Answerer], rows: list[Row]) -> list[str]:
-    """The answer of each model to its row, under the model's name where there are two."""
-    answers = []
-    for answerer, row in zip(answerers, rows, strict=True):
-        if len(answerers) > 1:
-            print(f"[{answerer.name}]", flush=True)
-        answers.append(answerer.answer(row))
-    return answers
-
-
-def answer_file(answerers: list[Answerer], file: str) -> None:
+def answer_file(answerer: Answerer, file: str) -> None:
     """Every question of a file, each after its place."""
     place = None
-    prompts = [read_prompts(file, answerer.reader.config) for answerer in answerers]
-    for questions in zip(*prompts, strict=True):
-        place, _ = questions[0]
+    for place, row in read_prompts(file, answerer.reader.config):
         print(f"--- {place}", flush=True)
         with errors_at(place):
-            answer_rows(answerers, [row for _, row in questions])
+            answerer.answer(row)
     if place is None:
         raise UserError(f"prompts={file} has no questions: write one on each line.")
 
 
-def converse(answerers: list[Answerer]) -> None:
+def converse(answerer: Answerer) -> None:
     """A conversation in the terminal, until its input ends."""
-    for answerer in answerers:
-        print_line("model", answerer.name)
-    keeps_turns = len(answerers) == 1 and answerers[0].keeps_turns
-    memory = "sees the turns before it" if keeps_turns else "stands alone, as in training"
+    print_line("model", answerer.name)
+    memory = "stands alone, as in training"
+    if answerer.keeps_turns:
+        memory = "sees the turns before it"
     print_line(
         "chat", f"each question {memory}; {NEW} starts over, Ctrl-C ends an answer, Ctrl-D the chat"
     )
@@ -202,8 +190,7 @@ def converse(answerers: list[Answerer]) -> None:
             turns = []
         elif line:
             try:
-                rows = [answerer.row([*turns, line]) for answerer in answerers]
-                answers = answer_rows(answerers, rows)
+                answer = answerer.answer(answerer.row([*turns, line]))
             except UserError as error:
                 print_line("note", f"{error} {NEW} starts over." if turns else str(error))
                 continue
@@ -211,4 +198,5 @@ def converse(answerers: list[Answerer]) -> None:
                 print()
                 print_line("note", "the answer is cut off, and the question dropped.")
                 continue
-            turns = [*turns, line, answers[0]] if keeps_turns else []
+            if answerer.keeps_turns:
+                turns = [*turns, line, answer]

@@ -16,9 +16,6 @@ Template = StrEnum("Template", ["auto", "chat", "none"])
 
 @dataclass
 class ChatConfig(AnsweringConfig):
-    compare: str | None = setting(None, "nothing")
-    """A second run or adapter, which answers the same questions; base: the model without the
-    adapter."""
     prompt: str | None = setting(None, "answers")
     """One question. null: read stdin, or hold a conversation in a terminal."""
     prompts: str | None = setting(None, "answers")

@@ -13,7 +13,7 @@ from tiny_runs import folder_of
 from cera_train.evaluation import grading
 from cera_train.evaluation.evaluate import resolve_evaluation, run_evaluation
 from cera_train.runs.results import RunResult
-from cera_train.runs.subject import adapter_identity, find_subject, find_subjects
+from cera_train.runs.subject import adapter_identity, find_subject
 from cera_train.serving.chat import ask
 from cera_train.serving.export import Certificate, export_run
 from cera_train.settings.evaluation import EvalConfig
@@ -44,7 +44,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 def chat(config: ChatConfig) -> None:
     """As `cera-chat`, in this process."""
-    ask(config, find_subjects(config))
+    ask(config, find_subject(config))
 
 
 def export(config: ExportConfig) -> Certificate:

@@ -9,6 +9,7 @@ from evaluated_runs import chat, evaluate, read
 
 from cera_train.common.errors import UserError
 from cera_train.data.reader import Reader
+from cera_train.data.rows import PROMPT
 from cera_train.serving.chat import choose_rows, converse, read_prompts, row_of_turns
 from cera_train.settings.data import DataConfig, MixPart
 from cera_train.settings.serving import Template
@@ -82,9 +83,7 @@ def test_an_answer_is_the_one_that_an_evaluation_gives(
         assert capsys.readouterr().out.split("\n", 1)[1].strip() == answers[problem].strip()
 
 
-def test_stdin_is_a_question_a_seed_an_answer_and_two_models_answer_one_below_the_other(
-    compose, run, tiny_folder, capsys, monkeypatch, write_jsonl
-):
+def test_stdin_is_a_question_and_a_seed_an_answer(compose, run, capsys, monkeypatch, write_jsonl):
     def answer(*settings: str) -> str:
         chat(compose(f"run={run}", "max_new_tokens=8", *settings, command="chat"))
         return capsys.readouterr().out
@@ -94,14 +93,12 @@ def test_stdin_is_a_question_a_seed_an_answer_and_two_models_answer_one_below_th
         for seed in (1, 1, 2)
     )
     assert first == again != other
-    both = answer("compare=base", "prompt=a").splitlines()
-    names = [f"[{run}/adapter, {tiny_folder}]", f"[the untouched model, {tiny_folder}]"]
-    assert [line for line in both if line.startswith("[")] == names
-    rows = write_jsonl("rows.jsonl", [{"prompt": "How many?"}])  # by the columns of the run
-    both = answer("compare=base", f"prompts={rows}").splitlines()
-    assert [line for line in both if line.startswith("[")] == names
+    row = {"prompt": PROMPT.format(question="How many?")}  # by the columns of the run
+    rows = write_jsonl("rows.jsonl", [row])
     monkeypatch.setattr(sys, "stdin", io.StringIO("How many?\n"))
-    assert answer() == answer("prompt=How many?") != ""
+    asked = answer("prompt=How many?")
+    assert answer() == asked != ""
+    assert answer(f"prompts={rows}") == f"--- {rows}:1\n{asked}"
 
 
 def test_a_file_has_a_question_on_each_line_or_row(tmp_path, write_jsonl):
@@ -172,7 +169,7 @@ def test_a_conversation_continues_after_ctrl_c_and_can_start_over_when_it_is_too
         return "an answer"
 
     printed = type_lines("cut", "long", "a", "b")
-    converse([SimpleNamespace(name="it", keeps_turns=True, row=list, answer=answer)])
+    converse(SimpleNamespace(name="it", keeps_turns=True, row=list, answer=answer))
     notes = [
         line.split(maxsplit=1)[1]
         for line in "".join(printed).splitlines()
