@@ -11,8 +11,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import peft
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cera_train.adapters.builders import ADAPTER
 from cera_train.adapters.saved import attach, is_adapter
@@ -30,7 +28,6 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import read_json, write_folder, write_text
 from cera_train.common.settings import require
 from cera_train.common.terminal import announce, print_fields, print_line
-from cera_train.common.trust import for_markdown
 from cera_train.data.prepare import TokenizedRows, prepare_data
 from cera_train.data.tokens import stop_ids
 from cera_train.distributed.accelerator import quiet_libraries, this_device
@@ -38,7 +35,6 @@ from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
-from cera_train.runs.card import card_data, snippet
 from cera_train.runs.subject import EXPORT, Subject
 from cera_train.serving.llama_cpp import CONVERTER, GGUF, check_packages
 from cera_train.serving.verify import Certificate, has_gates, verify
@@ -48,13 +44,6 @@ from cera_train.settings.serving import ExportConfig, ExportForm, Weights
 
 CERTIFICATE = "certificate.json"
 CALIBRATION_TOKENS = 4096  # of the training rows that linear maps are fitted to
-
-LIBRARIES = {
-    ExportForm.lora: "peft",
-    ExportForm.merged: "transformers",
-    ExportForm.gguf: "gguf",
-}
-"""As the Hub names them."""
 
 
 def export_run(config: ExportConfig, subject: Subject) -> Certificate:
@@ -97,8 +86,6 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
         with errors_at(str(folder)):
             certificate = check(form)
         certificate.write(part / CERTIFICATE)
-        facts = certificate.shown() | needs
-        write_text(part / "README.md", card(facts, config, subject, run.base.config))
 
     write_folder(folder, write)
     print_fields({"folder": str(folder)} | needs)
@@ -118,12 +105,10 @@ def write_form(
     if config.to != ExportForm.lora:
         merged = merge(subject, adapter, config.weights)
         ends = sorted(stop_ids(run.tokenizer, merged.generation_config.eos_token_id))
-        replace_weights(part, merged)
+        empty(part)
+        merged.save_pretrained(part)
         # the tokenizer's end too, at which `generate` would not stop by itself
         write_ends(part / "generation_config.json", ends)
-        if config.weights == Weights.nf4:
-            model = replace(subject.model, path=str(part), quantization=Quantization.nf4)
-            replace_weights(part, load_model(model, this_device()))
     run.tokenizer.save_pretrained(part)
     if config.to != ExportForm.gguf:
         return part
@@ -168,7 +153,7 @@ def merge(subject: Subject, adapter: Path, weights: Weights) -> PreTrainedModel:
     base = load_model(subject.model, this_device())
     if subject.model.quantization != Quantization.none:
         base = base.dequantize(dtype)
-    if weights in (Weights.bfloat16, Weights.float32):
+    if weights != Weights.base:
         dtype = getattr(torch, weights.value)
     if dtype == torch.float32:
         base = base.float()
@@ -179,12 +164,6 @@ def merge(subject: Subject, adapter: Path, weights: Weights) -> PreTrainedModel:
         except (NotImplementedError, ValueError, AttributeError) as error:
             raise UserError(f"to=merged: {adapter} cannot be merged: {error}") from error
     return model.to(dtype)
-
-
-def replace_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Writes a model in place of what a folder holds."""
-    empty(folder)
-    model.save_pretrained(folder)
 
 
 def empty(folder: Path, kept: Path | None = None) -> None:
@@ -317,28 +296,3 @@ def convert(folder: Path, file: Path) -> None:
         raise UserError(
             f"to=gguf: llama.cpp cannot convert this model ({reason[:200]}): set to=merged."
         )
-
-
-def card(
-    facts: Mapping[str, str],
-    config: ExportConfig,
-    subject: Subject,
-    architecture: PretrainedConfig,
-) -> str:
-    """The README of an export.
-
-    Args:
-        facts: labels and values of its table.
-        architecture: of the base.
-    """
-    library = LIBRARIES[config.to]
-    header = card_data(subject.model, library, config.to.value)
-    rows = "".join(f"| {label} | {for_markdown(value)} |\n" for label, value in facts.items())
-    text = (
-        f"---\n{header.to_yaml()}\n---\n\n"
-        f"Made of {subject.name}, and compared with it on held-out rows.\n\n"
-        f"| | |\n|---|---|\n{rows}"
-    )
-    if config.to != ExportForm.gguf:
-        text += f"\n{snippet(library, subject.model, architecture)}\n"
-    return text

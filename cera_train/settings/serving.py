@@ -45,7 +45,7 @@ class ChatConfig(AnsweringConfig):
 
 
 ExportForm = StrEnum("ExportForm", ["lora", "merged", "gguf"])
-Weights = StrEnum("Weights", ["base", "bfloat16", "float32", "nf4"])
+Weights = StrEnum("Weights", ["base", "bfloat16", "float32"])
 
 
 @dataclass
@@ -54,8 +54,7 @@ class ExportConfig(AnsweringConfig):
     """lora: a LoRA of the same rank as a CeRA, in PEFT's format; merged: a plain model, with the
     adapter, or that LoRA, in its weights; gguf: that model for llama.cpp."""
     weights: Weights = setting(Weights.base, "result")
-    """Precision of a merged model or a GGUF. base: that of the run; nf4, of a merged one: quantised
-    anew."""
+    """Precision of a merged model or a GGUF. base: that of the run."""
     check: str | None = setting(None, "nothing")
     """A folder, or a GGUF file, that was made of this run, here or by another program. It is
     compared with the run, and nothing is exported."""
@@ -79,10 +78,6 @@ class ExportConfig(AnsweringConfig):
         require(
             self.weights == Weights.base or self.to != ExportForm.lora,
             f"weights={self.weights} belongs to to=merged or gguf: leave it out.",
-        )
-        require(
-            self.weights != Weights.nf4 or self.to == ExportForm.merged,
-            "weights=nf4 is no type of a GGUF: quantise it by llama-quantize of llama.cpp.",
         )
         require(
             self.check is None or self.output is None,

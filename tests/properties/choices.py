@@ -72,5 +72,5 @@ FACTORS: dict[str, dict[str, int]] = {
         "evaluation 6": 1,
         "SIGTERM 4": 1,
     },
-    "export": {"": 2, "to=merged": 1, "to=merged weights=nf4 at_most=9": 1},
+    "export": {"": 2, "to=merged": 1},
 }

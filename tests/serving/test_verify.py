@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from cera_train.common.errors import DiffersError, UserError
 from cera_train.distributed.accelerator import this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
+from cera_train.model.weights import load_model
 from cera_train.runs.subject import find_subject
 from cera_train.serving.verify import Certificate, verify
 from cera_train.settings.model import ModelConfig
@@ -165,8 +166,8 @@ NO_K = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DISTANT = "its KL divergence from the run may be"
 OF_ADAPTER = {
     "alpha by sqrt(r)": (edit(ADAPTER, use_rslora=True), DISTANT),
-    "tensors missing": (without("0.self_attn.k_proj"), r"0.self_attn.k_proj.* missing"),
-    "a target left out": (edit(ADAPTER, target_modules=NO_K), r"k_proj.* no place"),
+    "tensors missing": (without("0.self_attn.k_proj"), DISTANT),
+    "a target left out": (edit(ADAPTER, target_modules=NO_K), DISTANT),
     "another template": (another_template, "chat template or end token is not"),
 }
 OF_MERGED = {
@@ -197,13 +198,13 @@ def test_a_planted_fault_is_refused(form, name, forms, base, check_of, tmp_path)
         check_of(folder)
 
 
-def test_a_quantised_model_needs_a_limit(train_on_chats, compose, tmp_path):
-    """Some methods have no forward over a quantised base, so a run cannot show what it changes."""
-    run = train_on_chats("adapter=peanut", name="peanut")
-    words = (f"run={run}", f"output={tmp_path / 'merged'}", "to=merged", "weights=nf4")
+def test_a_quantised_model_needs_a_limit(forms, base, check_of, tmp_path):
+    model = load_model(ModelConfig(path=str(forms["merged"]), quantization="nf4"), this_device())
+    folder = Path(shutil.copytree(forms["merged"], tmp_path / "quantised"))
+    model.save_pretrained(folder)
     with pytest.raises(UserError, match="it is quantised, .*: set at_most="):
-        export(compose(*words, command="export"))
-    assert export(compose(*words, "at_most=1", command="export")).kl > 1e-6
+        check_of(folder)
+    assert check_of(folder, at_most=1).kl > 1e-6
 
 
 def test_the_command_ends_with_status_3_and_one_line(run, base, run_command, tmp_path, capsys):
@@ -219,7 +220,6 @@ def test_a_sound_folder_is_the_run(form, forms, check_of):
     certificate = check_of(forms[form])
     assert certificate.holds
     assert certificate.kl_upper < 1e-6
-    assert certificate.changed == 0
 
 
 def test_what_a_vllm_computes_is_the_run_or_it_is_refused(forms, base, check_of):
@@ -228,7 +228,6 @@ def test_what_a_vllm_computes_is_the_run_or_it_is_refused(forms, base, check_of)
         certificate = checked()
         assert certificate.form == "PEFT's LORA, on its base, in vllm 0.32.0"
         assert certificate.kl_upper < 1e-6
-        assert certificate.changed == 0
         ends = vllm.ends
         vllm.ends = set()
         with pytest.raises(DiffersError, match=r"stop at the tokens \[\]"):

@@ -458,7 +458,6 @@ def test_what_vllm_computes_is_the_run(server, exported, compose):
     served = check(compose, run / "adapter", run, f"server={server}")
     assert served.form.startswith("PEFT's CERA, on its base, in vllm ")
     assert served.kl_upper < 1e-6
-    assert served.changed == 0
 
 
 def test_another_template_and_another_end_are_seen_in_vllm(server, folder, tokenizer):
