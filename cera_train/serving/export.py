@@ -63,7 +63,7 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
     check = partial(
         verify,
         subject=subject,
-        run=run,
+        reference=run,
         data=source,
         limit=config.rows,
         at_most=config.at_most,

@@ -44,7 +44,7 @@ SAME = 1e-6
 """Nats per token that the order of float32 sums explains."""
 
 TIMES = 3
-"""Times what rounding changes in a run that rounding explains: run and form round at different
+"""Times what rounding changes in a run that rounding explains: both round at different
 places."""
 
 FITTED = 0.01
@@ -66,7 +66,7 @@ class Certificate(Record):
     tokens: int  # their supervised tokens
     loss_run: float  # mean over the supervised tokens, in nats
     loss_form: float
-    kl: float  # mean of KL(run || form) over the supervised tokens, in nats
+    kl: float  # mean of KL(run || deployed) over the supervised tokens, in nats
     kl_lower: float  # 95 % interval, by a bootstrap over sequences
     kl_upper: float
     at_most: float
@@ -112,8 +112,8 @@ class Folder(LoadedModel):
         return token in (stops if isinstance(stops, list) else [stops])
 
 
-class Form(NamedTuple):
-    """A folder, and what it is for a user of it."""
+class Deployed(NamedTuple):
+    """A folder or a file as its user runs it."""
 
     engine: Folder | Server | LlamaCpp
     kind: str  # for the certificate
@@ -125,7 +125,7 @@ class Form(NamedTuple):
 def verify(
     folder: Path,
     subject: Subject,
-    run: LoadedModel,
+    reference: LoadedModel,
     data: DataConfig,
     limit: int | None = None,
     at_most: float | None = None,
@@ -136,7 +136,7 @@ def verify(
 
     Args:
         folder: or a GGUF file.
-        subject: the run, whose dtype is chosen, and `run`, its model.
+        subject: the run, whose dtype is chosen, and `reference`, its model.
         data: whose held-out rows are scored, the first `limit` of them.
         at_most: as `ExportConfig.at_most`.
         server: address of a vLLM that loads the folder too, and whose answers are judged.
@@ -146,26 +146,26 @@ def verify(
         UserError: the folder cannot be loaded.
     """
     announce("loading", "it as its user does")
-    rows = prepare_evaluation(data, run.tokenizer, limit)
-    held_out = MicroBatches(rows, False, 1, run.base.device)
+    rows = prepare_evaluation(data, reference.tokenizer, limit)
+    held_out = MicroBatches(rows, False, 1, reference.base.device)
     batches = [held_out.load([number]) for number in range(len(rows))]  # one row a batch
     if folder.suffix == GGUF:
         longest = max(row.input_ids.shape[1] for row in batches)
-        form = open_gguf(folder, run, longest)
+        deployed = open_gguf(folder, reference, longest)
     else:
-        form = open_folder(folder, subject.model, run.base.device, server)
+        deployed = open_folder(folder, subject.model, reference.base.device, server)
     require(
-        at_most is not None or form.dtype is not None,
+        at_most is not None or deployed.dtype is not None,
         "it is quantised, which is no rounding of the run: set at_most=.",
     )
-    check_tokens(run, form, batches)
+    check_tokens(reference, deployed, batches)
     announce("judging", f"it on {len(rows):,} held-out rows")
-    figures = compare_models(run, form.engine, batches)
+    figures = compare_models(reference, deployed.engine, batches)
     allowed = Choice(at_most, "at_most")
     if at_most is None:
-        allowed = explained(subject, run, form, batches)
+        allowed = explained(subject, reference, deployed, batches)
     certificate = Certificate(
-        form=form.kind,
+        form=deployed.kind,
         **figures,
         at_most=allowed.value,
         reason=allowed.why,
@@ -182,9 +182,11 @@ def verify(
 # --- a folder, as its user loads it ---------------------------------------------------------------
 
 
-def open_folder(folder: Path, model: ModelConfig, device: torch.device, server: str | None) -> Form:
+def open_folder(
+    folder: Path, model: ModelConfig, device: torch.device, server: str | None
+) -> Deployed:
     """A folder in transformers, or in a vLLM that computes 16 bits where it does not say."""
-    loaded = load_form(folder, model, device)
+    loaded = load_folder(folder, model, device)
     dtype = Dtype(str(loaded.base.dtype).removeprefix("torch."))
     quantization = quantization_of(loaded.base)
     kind = "a plain model"
@@ -201,17 +203,17 @@ def open_folder(folder: Path, model: ModelConfig, device: torch.device, server: 
     if quantization is not None and not has_adapter:
         dtype = None
     ends = stop_ids(loaded.tokenizer, loaded.base.generation_config.eos_token_id)
-    return Form(engine, kind, ends, dtype, has_gates(loaded))
+    return Deployed(engine, kind, ends, dtype, has_gates(loaded))
 
 
-def open_gguf(file: Path, run: LoadedModel, longest: int) -> Form:
+def open_gguf(file: Path, reference: LoadedModel, longest: int) -> Deployed:
     """A GGUF in llama.cpp, for sequences of at most `longest` tokens."""
-    engine = LlamaCpp(file, run.tokenizer, longest)
+    engine = LlamaCpp(file, reference.tokenizer, longest)
     kind = f"a GGUF in llama.cpp, {engine.precision}"
-    return Form(engine, kind, engine.named_ends, DTYPES.get(engine.precision))
+    return Deployed(engine, kind, engine.named_ends, DTYPES.get(engine.precision))
 
 
-def load_form(folder: Path, model: ModelConfig, device: torch.device) -> Folder:
+def load_folder(folder: Path, model: ModelConfig, device: torch.device) -> Folder:
     """The model of a folder by `from_pretrained` alone, with the tokenizer beside it. An adapter's
     base is the one that the folder names, quantised as in training. The libraries only warn of
     tensors that are missing or of no use: the logits show them."""
@@ -244,14 +246,14 @@ def load_plain(model: ModelConfig, device: torch.device, **settings: Any) -> Any
 # --- what no loss shows ---------------------------------------------------------------------------
 
 
-def check_tokens(run: LoadedModel, form: Form, rows: Sequence[Batch]) -> None:
+def check_tokens(reference: LoadedModel, deployed: Deployed, rows: Sequence[Batch]) -> None:
     """Raises DiffersError for another chat template, other end tokens, or a held-out row in other
     tokens."""
-    engine = form.engine
-    if not engine.has_template_of(run.tokenizer):
+    engine = deployed.engine
+    if not engine.has_template_of(reference.tokenizer):
         raise DiffersError(f"its chat template or end token is not that of the run. {engine.fix}")
-    ends = stop_ids(run.tokenizer, run.base.generation_config.eos_token_id)
-    others = {end for end in ends | form.ends if engine.ends_at(end)}
+    ends = stop_ids(reference.tokenizer, reference.base.generation_config.eos_token_id)
+    others = {end for end in ends | deployed.ends if engine.ends_at(end)}
     if ends != others:
         raise DiffersError(
             f"its answers stop at the tokens {sorted(others)}, those of the run at "
@@ -259,8 +261,8 @@ def check_tokens(run: LoadedModel, form: Form, rows: Sequence[Batch]) -> None:
             f"{engine.fix}"
         )
     for number, row in enumerate(rows, start=1):
-        text = run.tokenizer.decode(row.input_ids[0])
-        if engine.ids_of(text) != ids_of(text, run.tokenizer):
+        text = reference.tokenizer.decode(row.input_ids[0])
+        if engine.ids_of(text) != ids_of(text, reference.tokenizer):
             raise DiffersError(f"it writes held-out row {number} in other tokens. {engine.fix}")
 
 
@@ -268,14 +270,14 @@ def check_tokens(run: LoadedModel, form: Form, rows: Sequence[Batch]) -> None:
 
 
 @torch.no_grad()
-def compare_models(run: LoadedModel, engine: Engine, rows: Sequence[Batch]) -> dict[str, Any]:
+def compare_models(reference: LoadedModel, engine: Engine, rows: Sequence[Batch]) -> dict[str, Any]:
     """Compares both on batches of one sequence: no padding, and one sequence's logits in memory.
     Returns the fields of a `Certificate` that result."""
     sums = []
     for row in rows:
         is_supervised = row.loss_mask[0, 1:]
         wanted = row.input_ids[0, 1:][is_supervised, None]
-        log_p = log_probabilities(run, row)
+        log_p = log_probabilities(reference, row)
         log_q = log_probabilities(engine, row)
         if log_p.shape != log_q.shape or not log_q.isfinite().all():
             raise DiffersError(
@@ -321,38 +323,40 @@ def has_gates(loaded: LoadedModel) -> bool:
 
 
 def explained(
-    subject: Subject, run: LoadedModel, form: Form, rows: Sequence[Batch]
+    subject: Subject, reference: LoadedModel, deployed: Deployed, rows: Sequence[Batch]
 ) -> Choice[float]:
-    """The KL divergence that the form alone explains, in nats a token, and how. What its precision
+    """The KL divergence that the form of what is deployed explains, in nats a token, and how. What its precision
     changes is measured on the run itself."""
     value = SAME
     reasons = []
-    if has_gates(run) and not form.is_gated:
+    if has_gates(reference) and not deployed.is_gated:
         value += FITTED
         reasons.append(f"{FITTED} for the fit of a LoRA to a CeRA")
-    other = other_precision(subject, run, form)
+    other = other_precision(subject, reference, deployed)
     if other is not None:
         announce("measuring", "what rounding changes in the run itself")
         subject = replace(subject, model=other)
-        if not is_adapter(run.model):  # its folder is that of a plain model
+        if not is_adapter(reference.model):  # its folder is that of a plain model
             model = replace(other, path=str(subject.adapter), revision=None)
             subject = replace(subject, model=model, adapter=None)
-        rounded = load_subject(subject, run.base.device)
+        rounded = load_subject(subject, reference.base.device)
         if other.dtype == Dtype.float32:
             rounded = replace(rounded, context=nullcontext)  # also where the run sets autocast
-        value += TIMES * compare_models(run, rounded, rows)["kl_upper"]
+        value += TIMES * compare_models(reference, rounded, rows)["kl_upper"]
         reasons.append(f"{TIMES} times what rounding changes in the run itself")
     return Choice(value, " and ".join(reasons) or "the order of float32 sums")
 
 
-def other_precision(subject: Subject, run: LoadedModel, form: Form) -> ModelConfig | None:
-    """The run's base in a precision in which it differs from the run as the form does. None where
+def other_precision(
+    subject: Subject, reference: LoadedModel, deployed: Deployed
+) -> ModelConfig | None:
+    """The run's base in a precision in which it differs from the run as what is deployed does. None where
     both compute in float32."""
     model = subject.model
-    rounded = None if form.dtype == Dtype.float32 else replace(model, dtype=form.dtype)
-    computes = model.autocast_dtype(subject.train.autocast, run.base.device.type == "cuda")
+    rounded = None if deployed.dtype == Dtype.float32 else replace(model, dtype=deployed.dtype)
+    computes = model.autocast_dtype(subject.train.autocast, reference.base.device.type == "cuda")
     is_exact = computes is None and model.dtype == Dtype.float32
-    has_float32_weights = not is_adapter(run.model)
+    has_float32_weights = not is_adapter(reference.model)
     if is_exact or (has_float32_weights and rounded is not None):
         return rounded
     return replace(model, dtype=Dtype.float32)
