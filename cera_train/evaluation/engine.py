@@ -1,7 +1,8 @@
 """Engines that answer requests: the model of a subject, with its adapter and in the precision of
 its training; while a run trains, its own model or a server."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,19 +78,6 @@ def check_same_base(subject: Subject) -> None:
 # --- answers of all processes ---------------------------------------------------------------------
 
 
-def batches_of_process(
-    engine: Engine,
-    requests: Sequence[Request],
-    max_new_tokens: int,
-    config: GenerationConfig,
-    accelerator: Accelerator,
-) -> list[list[Request]]:
-    """The batches of requests that this process answers."""
-    processes = accelerator.num_processes
-    batches = engine.batches(requests, max_new_tokens, config, processes)
-    return batches[accelerator.process_index :: processes]
-
-
 def answer(
     engine: Engine,
     requests: Sequence[Request],
@@ -97,23 +85,33 @@ def answer(
     stop: list[str],
     config: GenerationConfig,
     accelerator: Accelerator,
+    keep: Callable[[list[Answer]], None] | None = None,
 ) -> list[Answer]:
     """The answers in the order of the requests. Processes divide them; every process gets all, and
-    a UserError of one is raised in all."""
-    batches = batches_of_process(engine, requests, max_new_tokens, config, accelerator)
+    a UserError of one is raised in all.
+
+    Args:
+        keep: gets this process's answers as they end.
+    """
+    processes = accelerator.num_processes
+    batches = engine.batches(requests, max_new_tokens, config, processes)
+    share = batches[accelerator.process_index :: processes]
     answered = []
     problem = None
     try:
-        for ended in engine.answers(batches, max_new_tokens, stop, config):
-            answered += ended
+        with closing(engine.answers(share, max_new_tokens, stop, config)) as answers:
+            for ended in answers:
+                if keep is not None:
+                    keep(ended)
+                answered += ended
     except UserError as error:  # of this process alone: the others wait in the gather
         problem = str(error)
-    answers = {}
-    for share, problem_there in gather_object([(answered, problem)]):
+    by_key = {}
+    for answered_there, problem_there in gather_object([(answered, problem)]):
         if problem_there is not None:
             raise UserError(problem_there)
-        answers |= {answer.generation.key: answer for answer in share}
-    return [answers[request.key] for request in requests]
+        by_key |= {answer.generation.key: answer for answer in answered_there}
+    return [by_key[request.key] for request in requests]
 
 
 # --- a model in training --------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Evaluation, top to bottom: generate answers and grade them, or measure perplexity; write and
 print the result. A run's folder is all it needs: the folder holds the config."""
 
+import math
 import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
@@ -30,14 +31,14 @@ from cera_train.distributed.accelerator import (
 from cera_train.distributed.processes import is_main_process
 from cera_train.evaluation.engine import (
     Engine,
-    batches_of_process,
+    answer,
     choose_dtype,
     load_subject,
     open_server,
 )
 from cera_train.evaluation.grading import grade_all
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.evaluation.requests import requests_for
+from cera_train.evaluation.requests import Answer, requests_for
 from cera_train.evaluation.server import Server
 from cera_train.evaluation.tasks.task import (
     AnswerTask,
@@ -254,7 +255,6 @@ def generate_answers(
     task = evaluation.task
     settings = evaluation.config.task
     generation = evaluation.config.generation
-    is_main = accelerator.is_main_process
     room = settings.max_new_tokens
     requests = [
         request
@@ -263,28 +263,23 @@ def generate_answers(
         )
         if request.key in missing
     ]
-    processes = accelerator.num_processes
-    batches = batches_of_process(engine, requests, room, generation, accelerator)
     by_id = {problem.id: problem for problem in evaluation.problems}
-    total = sum(map(len, batches))
-    answered = 0
-    exact = 0
-    started = time.perf_counter()
+    processes = accelerator.num_processes
+    share = math.ceil(len(requests) / processes)
     sharing = f" in this process, {processes - 1} more at work" if processes > 1 else ""
-    with (
-        closing(ProgressBar("answer", total, 0, visible=is_main)) as progress,
-        closing(engine.answers(batches, room, settings.stop, generation)) as answers,
-    ):
-        for ended in answers:
-            generations = [answer.generation for answer in ended]
-            folder.append_answers(generations)
-            answered += len(generations)
-            if is_main:
-                for answer in generations:
-                    exact += task.grade(by_id[answer.problem], answer).exact
-                left = time_left((time.perf_counter() - started) / answered * (total - answered))
-                text = f"exact {exact / answered:.1%}{sharing}{left}"
-                progress.step(text, len(generations))
+    are_exact: list[bool] = []
+    started = time.perf_counter()
+
+    def keep(ended: list[Answer]) -> None:
+        generations = [each.generation for each in ended]
+        folder.append_answers(generations)
+        are_exact.extend(task.grade(by_id[each.problem], each).exact for each in generations)
+        seconds = (time.perf_counter() - started) / len(are_exact)
+        left = time_left(seconds * max(share - len(are_exact), 0))
+        progress.step(f"exact {mean(are_exact):.1%}{sharing}{left}", len(ended))
+
+    with closing(ProgressBar("answer", share, 0, visible=accelerator.is_main_process)) as progress:
+        answer(engine, requests, room, settings.stop, generation, accelerator, keep)
 
 
 def score(

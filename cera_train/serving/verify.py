@@ -44,8 +44,7 @@ SAME = 1e-6
 """Nats per token that the order of float32 sums explains."""
 
 TIMES = 3
-"""Times what rounding changes in a run that rounding explains: both round at different
-places."""
+"""Times what rounding changes in a run that rounding explains: both round at different places."""
 
 FITTED = 0.01
 """Nats per token that a LoRA fitted to a CeRA may lose."""
@@ -325,8 +324,8 @@ def has_gates(loaded: LoadedModel) -> bool:
 def explained(
     subject: Subject, reference: LoadedModel, deployed: Deployed, rows: Sequence[Batch]
 ) -> Choice[float]:
-    """The KL divergence that the form of what is deployed explains, in nats a token, and how. What its precision
-    changes is measured on the run itself."""
+    """The KL divergence that is no fault of an export, in nats a token, and its cause. What its
+    precision changes is measured on the run itself."""
     value = SAME
     reasons = []
     if has_gates(reference) and not deployed.is_gated:
@@ -350,7 +349,7 @@ def explained(
 def other_precision(
     subject: Subject, reference: LoadedModel, deployed: Deployed
 ) -> ModelConfig | None:
-    """The run's base in a precision in which it differs from the run as what is deployed does. None where
+    """The run's base in a precision in which it differs from the run as an export does. None where
     both compute in float32."""
     model = subject.model
     rounded = None if deployed.dtype == Dtype.float32 else replace(model, dtype=deployed.dtype)

@@ -28,6 +28,7 @@ from cera_train.distributed.sharding import load_optimizer_state, share_frozen_w
 from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.exams import Exams
 from cera_train.evaluation.held_out import HeldOut
+from cera_train.evaluation.tasks.jsonl import gold_answer
 from cera_train.model.batches import MicroBatches, RowOrder
 from cera_train.model.compiled import compile_layers
 from cera_train.model.folder import check_length, load_tokenizer
@@ -43,7 +44,7 @@ from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import build_optimizer
 from cera_train.training.resolve import choose_template_settings
-from cera_train.training.rewards import right_answer
+from cera_train.training.rewards import GRADER
 
 # --- rows -----------------------------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ def build_data(config: Config) -> Data:
     for question in questions:
         if config.grpo.grader is not None:
             with errors_at(question.place):
-                right_answer(question.gold, config.grpo.grader)
+                gold_answer(question.gold, config.grpo.grader, GRADER)
     order = RowOrder(count, config.train.batch_size, config.train.seed, config.data.sequences)
     updates = config.train.max_updates or config.train.epochs * order.updates_per_epoch
     return Data(tokenizer, rows, order, updates, questions)

@@ -4,12 +4,13 @@ import math
 import pkgutil
 from collections.abc import Callable
 
-from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.common.user_code import user_code
 from cera_train.data.rows import kind_of
-from cera_train.evaluation.tasks.jsonl import find_gold, is_right
+from cera_train.evaluation.tasks.jsonl import gold_answer, is_right
 from cera_train.settings.evaluation import Grader
+
+GRADER = "grpo.grader"
 
 # Arguments: a prompt, an answer to it, and the row's answer.
 Reward = Callable[[str, str, str], float]
@@ -41,20 +42,4 @@ def import_reward(path: str) -> Reward:
 
 def grade(_: str, answer: str, right: str, grader: Grader) -> float:
     """1 for a right answer, by one of the graders of task=jsonl."""
-    return float(is_right(answer, right_answer(right, grader), grader))
-
-
-def right_answer(text: str, grader: Grader) -> str:
-    """What a grader compares with. Raises UserError if it finds nothing in the row's answer."""
-    require(
-        bool(text.strip()),
-        f"grpo.grader={grader} finds no text in an answer, such as one that only calls a tool: "
-        "mark it weight: 0, or set grpo.grader=null and grade by grpo.rewards.",
-    )
-    answer = find_gold(text, grader)
-    if not answer:
-        raise UserError(
-            f"grpo.grader={grader} finds no answer in {text[-60:]!r}: fix the row, or choose "
-            "another grader."
-        )
-    return answer
+    return float(is_right(answer, gold_answer(right, grader, GRADER), grader))

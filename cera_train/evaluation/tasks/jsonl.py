@@ -52,33 +52,31 @@ IS_EXACT = {Grader.number: gsm8k.same_number, Grader.math: math.same_latex}
 """The graders of mathematics, which math-verify grades too. Other answers are equal or not."""
 
 
-def find_gold(text: str, grader: Grader) -> str | None:
-    """What a gold answer says; empty or None where the grader cannot read it."""
-    match grader:
-        case Grader.math:  # in a box or alone
-            return math.find_box(text) or text.strip()
-        case Grader.choice:
-            return "".join(re.findall(r"^[A-Z]$", text.strip()))
-    return EXTRACT[grader](text)
-
-
 def is_right(text: str, gold: str, grader: Grader) -> bool:
-    """Whether a text gives the answer that `find_gold` found."""
+    """Whether a text gives the answer that `gold_answer` found."""
     answer = EXTRACT[grader](text)
     return answer is not None and IS_EXACT.get(grader, operator.eq)(answer, gold)
 
 
-def gold_answer(row: Row, column: str, grader: Grader) -> str:
-    """The gold answer of a row."""
-    cell = text_of(row, column, "task.answer")
-    answer = find_gold(cell, grader)
+def gold_answer(text: str, grader: Grader, setting: str) -> str:
+    """What a gold answer says. Raises UserError where the grader of a setting finds nothing."""
+    match grader:
+        case Grader.math:  # in a box or alone
+            answer = math.find_box(text) or text.strip()
+        case Grader.choice:
+            answer = "".join(re.findall(r"^[A-Z]$", text.strip()))
+        case _:
+            answer = EXTRACT[grader](text)
     if not answer:
-        reason = (
-            f"column {column!r} holds {cell[-60:]!r}, and task.grader={grader} finds no answer in "
-            f"it"
+        raise UserError(
+            f"{setting}={grader} finds no answer in {text[-60:]!r}: fix the row, or choose another "
+            "grader."
         )
-        raise UserError(f"{reason}: fix the row, or choose another grader.")
     return answer
+
+
+def gold_of_row(row: Row, column: str, grader: Grader) -> str:
+    return gold_answer(text_of(row, column, "task.answer"), grader, "task.grader")
 
 
 class JsonlTask(QuestionTask):
@@ -89,7 +87,7 @@ class JsonlTask(QuestionTask):
         return replace(
             super().configured(config),
             question=config.question or self.question,
-            gold=partial(gold_answer, column=config.answer or "answer", grader=config.grader),
+            gold=partial(gold_of_row, column=config.answer or "answer", grader=config.grader),
             extract=EXTRACT[config.grader],
             is_exact=IS_EXACT.get(config.grader, self.is_exact),
             is_verified=config.grader in IS_EXACT,
@@ -100,6 +98,6 @@ TASK = JsonlTask(
     settings=("files", "prompt", "question", "answer", "grader"),
     question="question",
     # `configured` replaces the rule by that of task.grader.
-    gold=partial(gold_answer, column="answer", grader=Grader.text),
+    gold=partial(gold_of_row, column="answer", grader=Grader.text),
     extract=single_spaced,
 )

@@ -25,7 +25,7 @@ from cera_train.runs.evaluation_folder import Problem
 from cera_train.runs.records import read_lines
 from cera_train.runs.results import SAMPLES, Sample
 from cera_train.training.objectives.grpo import MOST_WEIGHT, group_advantages, grpo_loss
-from cera_train.training.rewards import grade, right_answer
+from cera_train.training.rewards import grade
 from cera_train.training.train import train
 
 ROWS = [
@@ -354,5 +354,5 @@ def test_evaluations_ask_as_updates_do(grpo, thinking_folder, compose, write_jso
 
 
 def test_an_answer_without_text_cannot_be_graded():
-    with pytest.raises(UserError, match="finds no text in an answer, .* a tool: mark it weight: 0"):
-        right_answer("", "text")
+    with pytest.raises(UserError, match="^grpo.grader=text finds no answer in '': fix the row"):
+        grade("", "a", "", "text")
