@@ -1,17 +1,20 @@
 """Whether runs differ: paired tests on the same problems; and what stands in the way of a
 comparison."""
 
+from __future__ import annotations
+
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import Changes, changes_of, differing_settings, require
 from cera_train.report.runs import Run, group_by
 from cera_train.settings.evaluation import EvalConfig
-from cera_train.verdicts.contrast import Contrast, contrast_of_runs
+from cera_train.verdicts.contrast import contrast_of_runs
 from cera_train.verdicts.power import detectable_between_runs
 from cera_train.verdicts.verdict import JudgedContrast, holm
 
@@ -33,6 +36,15 @@ class PairedTest(JudgedContrast):
     grader: str  # exact, verified, or the name of the rule that scored the answers
     only: tuple[int, int] | None
     """Problems that only the first solves, and only the second; None with several answers each."""
+
+    def judged(self, p_holm: float, tests: int) -> PairedTest:
+        """This test as one of so many."""
+        return replace(
+            self,
+            p_holm=p_holm,
+            verdict=self.verdict_at(p_holm, higher_is_better=True),
+            detectable=detectable_between_runs(self.variances.problem, self.problems, tests),
+        )
 
     @property
     def label(self) -> str:
@@ -66,24 +78,22 @@ def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
         pairs = list(itertools.combinations(graded, 2))
         if len(graded) > MOST_RUNS_IN_ALL_PAIRS:
             pairs = [(graded[0], run) for run in graded[1:]]
-        comparable = []
+        of_task = []
         for first, second in pairs:
             try:
-                comparable.append(pair_of(first, second, task))
+                of_task.append(compare_pair(first, second, task))
             except UserError as error:
                 notes.append(f"{task}, {first.name} and {second.name}: {error}")
-        contrasts = [contrast_of_runs(pair.before, pair.after) for pair in comparable]
-        adjusted = holm([contrast.p_value for contrast in contrasts])
-        of_task = [
-            judge_pair(pair, contrast, p_holm, len(comparable))
-            for pair, contrast, p_holm in zip(comparable, contrasts, adjusted, strict=True)
+        adjusted = holm([test.p_value for test in of_task])
+        tests += [
+            test.judged(p_holm, len(of_task))
+            for test, p_holm in zip(of_task, adjusted, strict=True)
         ]
         if len(graded) > MOST_RUNS_IN_ALL_PAIRS:
             notes.append(
                 f"{task}: each of {len(graded)} runs is tested against the first only, "
                 f"{graded[0].name}."
             )
-        tests += of_task
     return tests, notes
 
 
@@ -96,20 +106,8 @@ def graded_runs(runs: Sequence[Run], task: str) -> list[Run]:
     return [run for run in runs if task in run.evaluations and run.evaluations[task].is_graded]
 
 
-@dataclass(frozen=True)
-class RunPair:
-    """The scores of two runs on a task, by one rule, in one order of problems."""
-
-    task: str
-    grader: str
-    first: str  # the names of the runs
-    second: str
-    before: list[float]
-    after: list[float]
-
-
-def pair_of(first: Run, second: Run, task: str) -> RunPair:
-    """The scores by the best rule that graded both runs.
+def compare_pair(first: Run, second: Run, task: str) -> PairedTest:
+    """The difference by the best rule that graded both runs, not judged yet.
 
     Raises:
         UserError: they answered by different engines, prompts, shots or problems, or no rule graded
@@ -143,30 +141,23 @@ def pair_of(first: Run, second: Run, task: str) -> RunPair:
         "them shared), so a paired test would mean nothing: evaluate both with the same task "
         "settings.",
     )
-    values = [after[problem] for problem in before]
-    return RunPair(task, grader, first.name, second.name, [*before.values()], values)
-
-
-def judge_pair(pair: RunPair, contrast: Contrast, p_holm: float, tests: int) -> PairedTest:
-    """
-    Args:
-        tests: the number of tests of the task.
-    """
+    pairs = [(score, after[problem]) for problem, score in before.items()]
+    contrast = contrast_of_runs(*zip(*pairs, strict=True))
     only = None
-    if {*pair.before, *pair.after} <= {0.0, 1.0}:
-        pairs = Counter(zip(pair.before, pair.after, strict=True))
-        only = (pairs[1.0, 0.0], pairs[0.0, 1.0])
+    if {*before.values(), *after.values()} <= {0.0, 1.0}:
+        counts = Counter(pairs)
+        only = (counts[1.0, 0.0], counts[0.0, 1.0])
     return PairedTest(
         **vars(contrast),
-        first=pair.first,
-        second=pair.second,
-        p_holm=p_holm,
-        verdict=contrast.verdict_at(p_holm, higher_is_better=True),
+        first=first.name,
+        second=second.name,
+        p_holm=None,
+        verdict="not shown",
         obstacles=[],
-        detectable=detectable_between_runs(contrast.variances.problem, contrast.problems, tests),
+        detectable=math.inf,
         by_seed=[],
-        task=pair.task,
-        grader=pair.grader,
+        task=task,
+        grader=grader,
         only=only,
     )
 
@@ -210,21 +201,3 @@ def _difference(text: str, groups: dict[Any, list[Run]]) -> str:
         return ""
     values = [f"{', '.join(run.name for run in runs)}: {value}" for value, runs in groups.items()]
     return f"{text}: {'; '.join(values)}."
-
-
-def missing_pieces(runs: Sequence[Run]) -> list[str]:
-    """What is missing: updates of a run, or an evaluation that another run has."""
-    notes = []
-    tasks = task_names(runs)
-    for run in runs:
-        if run.is_unfinished and run.has_diverged:
-            notes.append(f"{run.name} diverged after update {run.metrics.last_update:,}.")
-        elif run.is_unfinished:
-            notes.append(f"{run.name} is unfinished (update {run.metrics.last_update:,}).")
-        for task in tasks:
-            evaluation = run.evaluations.get(task)
-            if evaluation is None or not evaluation.figures:
-                notes.append(f"{run.name} has no finished evaluation on {task}.")
-    if not tasks:
-        notes.append("No run has an evaluation: cera-eval run=DIR task=TASK adds accuracies.")
-    return notes

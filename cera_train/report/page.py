@@ -12,7 +12,6 @@ from cera_train.report.comparison import (
     PairedTest,
     cautions,
     graded_runs,
-    missing_pieces,
     paired_tests,
     task_names,
 )
@@ -60,7 +59,7 @@ def compare_runs(folders: Sequence[Path]) -> Page:
     ]
     title = runs[0].name if len(runs) == 1 else f"Comparison of {len(runs)} runs"
     commands = {run.name: run.environment.command_line or "not on record" for run in trained}
-    notes = [*cautions(runs), *notes, *missing_pieces(runs)]
+    notes = [*cautions(runs), *notes]
     return Page(
         title,
         tables,
@@ -192,9 +191,9 @@ def _perplexity(run: Run) -> str:
     notes = []
     value = figures.perplexity
     best = figures.best_perplexity
-    if run.is_unfinished and value is not None:
-        state = "before it diverged" if run.has_diverged else "unfinished"
-        notes.append(f"{state}, at update {run.metrics.evaluations[-1].update:,}")
+    if run.is_unfinished:
+        state = "diverged" if run.has_diverged else "unfinished"
+        notes.append(f"{state} at update {run.metrics.last_update:,}")
     if None not in (value, best, figures.best_update) and best < value:
         notes.append(f"best {best:.3f} at update {figures.best_update:,}")
     return cell(value, "{:.3f}", *notes, *_paper(run, "eval/perplexity", value))

@@ -271,10 +271,10 @@ class Cell:
         return jobs
 
     @property
-    def lower_by(self) -> float:
-        """The most by which another value, in the grid or between, could lower the loss: in nats,
-        or of a score. Of medians over runs, so that one that breaks down does not bend the curve.
-        """
+    def grid_slack(self) -> tuple[float, float]:
+        """The most by which another value, in the grid or between, could lower and raise the loss:
+        in nats, or of a score. Of medians over runs, so that one that breaks down does not bend the
+        curve. The best value raises nothing."""
         most = 0.0
         for key, chosen in self.chosen.values.items():
             line = self.losses_along(key, median)
@@ -282,10 +282,7 @@ class Cell:
                 continue
             losses = list(line.values())
             most += line[float(chosen)] - min(losses) + float(could_gain(losses))
-        return most
-
-    higher_by = 0.0
-    """The most by which another value could raise the loss: the best one does not."""
+        return most, 0.0
 
 
 def means_of(by_base: dict[str | None, np.ndarray]) -> list[float]:

@@ -141,14 +141,11 @@ class Pair(NamedTuple):
         return means_of(self.by_base(outcome))
 
     @property
-    def lower_by(self) -> float:
-        """The most by which other tuned values could lower the difference."""
-        return self.second.lower_by + self.first.higher_by
-
-    @property
-    def higher_by(self) -> float:
-        """The most by which other tuned values could raise the difference."""
-        return self.second.higher_by + self.first.lower_by
+    def grid_slack(self) -> tuple[float, float]:
+        """The most by which other tuned values could lower and raise the difference."""
+        first_lower, first_higher = self.first.grid_slack
+        second_lower, second_higher = self.second.grid_slack
+        return second_lower + first_higher, second_higher + first_lower
 
 
 def arms_of(sides: Iterable[Any]) -> set[str]:

@@ -105,7 +105,7 @@ def _estimate(study: Study, pair: Pair, outcome: str) -> Contrast:
         return Contrast(math.nan, -math.inf, math.inf, 1.0, None, 0, 0, 0.0)
     # Tuned values are chosen by the first outcome, and how others bend between them is unknown.
     is_primary = outcome == study.config.first_outcome
-    between = max(pair.lower_by, pair.higher_by) if is_primary else 0.0
+    between = max(pair.grid_slack) if is_primary else 0.0
     if study.config.bases:
         runs = itertools.chain.from_iterable(cell.runs for cell in study.cells)
         problems = min(len(run.outcomes[outcome].values) for run in runs)

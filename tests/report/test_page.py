@@ -105,7 +105,7 @@ def test_the_terminal_shows_table_tests_and_notes_as_plain_text(tmp_path: Path, 
     assert re.search(
         r"lora_512 - cera_64 +math, verified +not shown \(detects 31\.9\) +-7\.5", shown
     )
-    assert "unfinished is unfinished (update 50)." in shown
+    assert "unfinished at update 50" in shown
     assert f"report      {tmp_path}/report/report.html" in shown
     assert (
         max(

@@ -1,7 +1,6 @@
 """The runs of a report, whoever made them. A reader finds the run in a path, or None where it is of
 another format. `READERS` lists them."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,8 +14,6 @@ from cera_train.report.readers.scores import find_scored_run
 from cera_train.report.runs import Run
 
 READERS = (find_own_run, find_lm_eval_run, find_scored_run)
-
-NUMBER_IN_NAME = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -40,13 +37,12 @@ def _runs_at(path: Path) -> list[Run]:
         return [run]
     runs = []
     if path.is_dir():
-        inside = sorted(path.iterdir(), key=_by_number)
-        runs = [run for run in map(read_run, inside) if run is not None]
+        runs = [run for run in map(read_run, sorted(path.iterdir())) if run is not None]
     if not runs:
         what = "holds no results" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {what}: expected a folder that cera-train left (outputs/NAME), one of lm-eval "
-            'with samples_*.jsonl, JSON lines of {"problem": ..., "score": ...}, or a folder of '
+            'made with --log_samples, JSON lines of {"problem": ..., "score": ...}, or a folder of '
             "these. Check the path."
         )
     return runs
@@ -56,9 +52,3 @@ def read_run(path: Path) -> Run | None:
     """The run in a path, by the first reader that knows its format."""
     runs = (reader(path) for reader in READERS)
     return next((run for run in runs if run is not None), None)
-
-
-def _by_number(path: Path) -> list[str | float]:
-    """Sorts r16 before r128, and lr=0.0005 before lr=0.001."""
-    parts = re.split(NUMBER_IN_NAME, path.name)  # text, number, text, ...
-    return [float(part) if index % 2 else part for index, part in enumerate(parts)]

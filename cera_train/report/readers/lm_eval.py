@@ -59,8 +59,6 @@ def find_lm_eval_run(folder: Path) -> Run | None:
     evaluations on a task the newest counts."""
     found = files_in(folder, "samples_*.jsonl") or files_in(folder, "*/samples_*.jsonl")
     files = {file: match for file in found if (match := SAMPLES.fullmatch(file.name))}
-    if not files:
-        _require_samples(folder)
     if len({file.parent for file in files}) != 1:
         return None  # of no model, or of several
     newest = {
@@ -78,16 +76,6 @@ def find_lm_eval_run(folder: Path) -> Run | None:
         evaluations |= read_samples(file, task, results, notes)
     name = safe_name(folder.resolve().name)
     return Run(folder, name, {"model.path": base}, evaluations=evaluations, notes=notes)
-
-
-def _require_samples(folder: Path) -> None:
-    """Raises UserError for a folder of lm-eval without answers."""
-    for path in files_in(folder, "results_*.json"):
-        require(
-            not {"results", "n-shot"} <= read_object(path).keys(),
-            f"{folder} has results of lm-eval and no samples_*.jsonl, so problems cannot be "
-            "compared: repeat lm_eval with --log_samples.",
-        )
 
 
 def read_samples(
