@@ -14,7 +14,7 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.common.settings import require
 from cera_train.data.sources import open_sources, rows_of_parts
-from cera_train.evaluation.exams import exams_of
+from cera_train.evaluation.task_evaluation import evaluations_of
 from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.model.folder import load_tokenizer
 from cera_train.settings.data import DataConfig, DataFacts, LossOn
@@ -209,4 +209,4 @@ def check_exams(config: PlanRun, positions: int | None) -> None:
     if (here or samples) and are_rows_here and config.plan.tokens_per_row is None:
         config, data = look_at_data(config)
         train = replace(train, tasks=here, samples=samples)
-        exams_of(replace(config, train=train), data.tokenizer, positions)
+        evaluations_of(replace(config, train=train), data.tokenizer, positions)

@@ -26,8 +26,8 @@ from cera_train.data.reader import Question
 from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.sharding import load_optimizer_state, share_frozen_weights
 from cera_train.evaluation.engine import Sampler
-from cera_train.evaluation.exams import Exams
 from cera_train.evaluation.held_out import HeldOut
+from cera_train.evaluation.task_evaluation import TaskEvaluations
 from cera_train.evaluation.tasks.jsonl import gold_answer
 from cera_train.model.batches import MicroBatches, RowOrder
 from cera_train.model.compiled import compile_layers
@@ -247,7 +247,7 @@ class Evaluator:
 
     held_out: HeldOut
     sampler: Sampler
-    exams: Exams
+    tasks: TaskEvaluations
 
 
 def build_evaluator(
@@ -265,4 +265,4 @@ def build_evaluator(
     sampler = Sampler(
         config, data.tokenizer, language_model, accelerator, progress, folder / "served"
     )
-    return Evaluator(held_out, sampler, Exams(config, sampler))
+    return Evaluator(held_out, sampler, TaskEvaluations(config, sampler))

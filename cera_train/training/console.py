@@ -70,11 +70,11 @@ def print_start(
     stops = stop_ids(data.tokenizer, generation.eos_token_id)
     print_line("data", describe_source(config.data))
     print_data(config.data, data.rows, data.tokenizer, stops, data.questions)
-    if evaluator.exams.plan:
-        print_line("answers", evaluator.exams.plan)
-    for exam in evaluator.exams.tasks:
-        if shared := describe_trained_on(exam.problems, config.data):
-            print_line("shared", f"{exam.name}: {shared}")
+    if evaluator.tasks.plan:
+        print_line("answers", evaluator.tasks.plan)
+    for evaluation in evaluator.tasks.of_tasks:
+        if shared := describe_trained_on(evaluation.problems, config.data):
+            print_line("shared", f"{evaluation.name}: {shared}")
 
 
 def print_model(config: ModelConfig, model: Model) -> None:

@@ -27,7 +27,7 @@ from cera_train.distributed.accelerator import (
     quiet_libraries,
 )
 from cera_train.distributed.processes import in_processes, is_main_process
-from cera_train.evaluation.exams import ExamResults
+from cera_train.evaluation.task_evaluation import TaskResults
 from cera_train.model.compiled import at_recompile_limit, count_graphs, fall_back_to_eager
 from cera_train.model.language_model import perplexity
 from cera_train.runs.card import push, write_card
@@ -359,11 +359,11 @@ def evaluate(
         spectra = evaluator.held_out.spectra()
     since_best = progress.since_best(perplexity(loss))
     ends_run = timetable.ends_after(progress, since_best)
-    exams = evaluator.exams.take(progress.update, ends_run, log.bar.doing)
-    keep_answers(exams, ends_run, progress.update, log)
+    answered = evaluator.tasks.run(progress.update, ends_run, log.bar.doing)
+    keep_answers(answered, ends_run, progress.update, log)
 
     figures = spectrum_metrics(spectra)
-    figures |= judged | exams.figures
+    figures |= judged | answered.figures
     if folder.is_main and progress.update == 0:
         losses.write(folder.path / LOSSES_BEFORE)
     if folder.is_main and ends_run:
@@ -386,16 +386,16 @@ def evaluate(
     return spectra
 
 
-def keep_answers(exams: ExamResults, ends_run: bool, update: int, log: Log) -> None:
+def keep_answers(results: TaskResults, ends_run: bool, update: int, log: Log) -> None:
     """Writes samples, and the grades after the last update, to the run's folder."""
     if log.folder.is_main:
         if ends_run:
-            for name, problems in exams.graded.items():
+            for name, problems in results.graded.items():
                 write_grades(log.folder.path, name, problems)
-        for sample in exams.samples:
+        for sample in results.samples:
             log.folder.append(SAMPLES, sample.to_json())
-    if exams.notes:
-        log.bar.note(f"answers at update {update}: {'; '.join(exams.notes)}")
+    if results.notes:
+        log.bar.note(f"answers at update {update}: {'; '.join(results.notes)}")
 
 
 def save_checkpoint(

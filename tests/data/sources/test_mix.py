@@ -11,7 +11,7 @@ from examples import CONVERSATION, texts_of, with_changes
 from cera_train.data.prepare import prepare_data, prepare_evaluation
 from cera_train.data.questions import training_questions
 from cera_train.data.sources import drawn_rows, interleaved, rows_of_parts
-from cera_train.evaluation.exams import rows_exam
+from cera_train.evaluation.task_evaluation import evaluation_of_rows
 from cera_train.settings.data import DataConfig, MixPart
 
 pytest_plugins = ["examples"]
@@ -131,8 +131,8 @@ def test_an_epoch_asks_its_share_of_each_part_without_prompts_that_are_too_long(
 
 
 def test_samples_come_from_all_parts(part, tokenizer):
-    exam = rows_exam(mix(part("a", 9), part("b", 9)), 3, tokenizer, None)
-    assert [problem.prompt for problem in exam.problems] == ["a7?", "b7?", "a8?"]
+    evaluation = evaluation_of_rows(mix(part("a", 9), part("b", 9)), 3, tokenizer, None)
+    assert [problem.prompt for problem in evaluation.problems] == ["a7?", "b7?", "a8?"]
 
 
 def test_a_part_has_its_own_layout_and_templates_or_those_of_data(part, write_jsonl, tokenizer):

@@ -1,5 +1,5 @@
-"""Exams: a model in training answers problems, for the accuracy on tasks of cera-eval and for
-samples to read.
+"""A model in training answers problems, for the accuracy on tasks of cera-eval and for samples to
+read.
 
 Problems, answers, grades and figures are those of cera-eval, greedy. Answering draws no random
 number and restores the model, so the losses of a run are equal to the bit with and without it.
@@ -45,7 +45,7 @@ GREEDY = GenerationConfig()
 
 
 @dataclass(frozen=True)
-class Exam:
+class TaskEvaluation:
     """Problems that the model answers."""
 
     name: str | None  # the task's. The prompts of held-out rows have no task.
@@ -58,12 +58,32 @@ class Exam:
     def __str__(self) -> str:
         return f"{len(self.problems):,} problems of {self.name}"
 
-    def first(self, count: int) -> Exam:
-        """The exam of the first problems."""
+    def first(self, count: int) -> TaskEvaluation:
+        """The evaluation of the first problems."""
         return replace(self, problems=self.problems[:count], requests=self.requests[:count])
 
+    def figures(self, grades: Sequence[Grade]) -> dict[str, float]:
+        """By their keys in metrics.jsonl, from one answer to each problem."""
+        figures = self.task.scores(self.problems, grades)
+        for grader in self.task.graders:
+            figures[grader] = mean([getattr(grade, grader) for grade in grades])
+        return {f"{self.name}/{key}": figures[key] for key in self.task.figures}
 
-def rows_exam(data: DataConfig, count: int, tokenizer: Any, positions: int | None) -> Exam:
+    def samples(
+        self, update: int, answers: Sequence[Generation], grades: Sequence[Grade | None]
+    ) -> list[Sample]:
+        """The answers to read."""
+        return [
+            Sample(
+                update, self.name, problem.prompt, answer.text, problem.gold, grade and grade.exact
+            )
+            for problem, answer, grade in zip(self.problems, answers, grades, strict=True)
+        ]
+
+
+def evaluation_of_rows(
+    data: DataConfig, count: int, tokenizer: Any, positions: int | None
+) -> TaskEvaluation:
     """The first held-out rows of all parts of a mix in turn, without those whose prompt leaves a
     sample no room."""
     in_turn = itertools.zip_longest(*held_out_questions(data, tokenizer))
@@ -79,14 +99,15 @@ def rows_exam(data: DataConfig, count: int, tokenizer: Any, positions: int | Non
     if positions is not None:
         room = min([room, *(positions - len(problem.prompt_ids) for problem in problems)])
     requests = [Request(problem.id, 0, problem.prompt_ids) for problem in problems]
-    return Exam(None, None, problems, requests, room, [])
+    return TaskEvaluation(None, None, problems, requests, room, [])
 
 
-def exams_of(
+def evaluations_of(
     config: Config, tokenizer: Any, positions: int | None
-) -> tuple[list[Exam], list[Exam]]:
-    """The exams of `train.tasks`, and those of samples: the first problems of each task, without
-    tasks the first held-out rows. Raises UserError for a task or samples without a problem.
+) -> tuple[list[TaskEvaluation], list[TaskEvaluation]]:
+    """The evaluations of `train.tasks`, and those of samples: the first problems of each task,
+    without tasks the first held-out rows. Raises UserError for a task or samples without a
+    problem.
 
     Args:
         positions: of the model; None: without a limit.
@@ -98,19 +119,19 @@ def exams_of(
             problems = load_problems(task, config.data, tokenizer)
             room = task.config.max_new_tokens
             requests = requests_for(problems, 1, tokenizer, room, positions)
-            tasks.append(Exam(name, task, problems, requests, room, task.config.stop))
+            tasks.append(TaskEvaluation(name, task, problems, requests, room, task.config.stop))
     count = config.train.samples
     if not count:
         return tasks, []
-    exams = tasks or [rows_exam(config.data, count, tokenizer, positions)]
+    evaluations = tasks or [evaluation_of_rows(config.data, count, tokenizer, positions)]
     fix = "no held-out row has a prompt with room for an answer: set train.samples=0"
-    require(bool(exams[0].problems), f"train.samples={count}: {fix}.")
-    return tasks, [exam.first(count) for exam in exams]
+    require(bool(evaluations[0].problems), f"train.samples={count}: {fix}.")
+    return tasks, [evaluation.first(count) for evaluation in evaluations]
 
 
 @dataclass
-class ExamResults:
-    """The results of the exams at one update. Only the main process has more than the figures."""
+class TaskResults:
+    """What the evaluations at one update found. Only the main process has more than the figures."""
 
     figures: dict[str, float] = field(default_factory=dict)
     """By their keys in metrics.jsonl, such as gsm8k/exact."""
@@ -121,15 +142,17 @@ class ExamResults:
     """Lines to print."""
 
 
-class Exams:
-    """The exams of a run. Processes divide the answers, and the main process grades them."""
+class TaskEvaluations:
+    """The evaluations of a run. Processes divide the answers, and the main process grades them."""
 
     def __init__(self, config: Config, sampler: Sampler) -> None:
         self.every = config.train.tasks_every
         self.sample_count = config.train.samples
         self.sampler = sampler
         self.accelerator = sampler.accelerator
-        self.tasks, self.sampled = exams_of(config, sampler.tokenizer, sampler.engine.positions)
+        self.of_tasks, self.sampled = evaluations_of(
+            config, sampler.tokenizer, sampler.engine.positions
+        )
 
     @property
     def plan(self) -> str:
@@ -138,83 +161,67 @@ class Exams:
         if self.every:
             when = f"at the start, every {self.every:,} updates and {when}"
         parts = [
-            f"{exam}, up to {exam.max_new_tokens:,} tokens each, {when}" for exam in self.tasks
+            f"{evaluation}, up to {evaluation.max_new_tokens:,} tokens each, {when}"
+            for evaluation in self.of_tasks
         ]
         if self.sampled:
-            count = sum(len(exam.problems) for exam in self.sampled)
+            count = sum(len(evaluation.problems) for evaluation in self.sampled)
             parts.append(f"{counted(count, 'sample')} at each evaluation")
         return "; ".join(parts)
 
-    def take(
+    def run(
         self, update: int, is_last: bool, doing: Callable[[str], AbstractContextManager]
-    ) -> ExamResults:
+    ) -> TaskResults:
         """Answers the tasks where they are due at this update, else the problems of the samples
         alone.
 
         Args:
             doing: shows what is answered while it is.
         """
-        results = ExamResults()
+        results = TaskResults()
         started = time.perf_counter()
         is_due = is_last or (self.every is not None and update % self.every == 0)
-        if self.tasks and is_due:
-            for exam in self.tasks:
-                with doing(f"answers {exam}"):
-                    self._take_task(exam, update, results)
+        if self.of_tasks and is_due:
+            for evaluation in self.of_tasks:
+                with doing(f"answers {evaluation}"):
+                    self._run_task(evaluation, update, results)
         elif self.sampled:
             with doing(f"answers {counted(self.sample_count, 'sample')}"):
-                for exam in self.sampled:
-                    self._take_samples(exam, update, results)
+                for evaluation in self.sampled:
+                    self._run_samples(evaluation, update, results)
             seconds = time.perf_counter() - started
             results.notes.append(f"{counted(len(results.samples), 'sample')} in {seconds:.1f} s")
         [results.figures, *_] = gather_object([results.figures])  # the main process's
         return results
 
-    def _take_task(self, exam: Exam, update: int, results: ExamResults) -> None:
+    def _run_task(self, evaluation: TaskEvaluation, update: int, results: TaskResults) -> None:
         """Answers and grades all problems of a task. Its samples are the first of these answers."""
         started = time.perf_counter()
-        answers = self.answer(exam)
+        answers = self.answer(evaluation)
         if not self.accelerator.is_main_process:
             return
-        task = exam.task
-        grades = grade_all(task, exam.problems, answers)
-        figures = figures_of(exam, grades)
+        task = evaluation.task
+        grades = grade_all(task, evaluation.problems, answers)
+        figures = evaluation.figures(grades)
         results.figures |= figures
-        results.graded[exam.name] = [
+        results.graded[evaluation.name] = [
             GradedProblem(grade.problem, task.paired_value(grade, grade.grader), grade.ending)
             for grade in grades
         ]
-        results.samples += samples_of(update, exam, answers, grades)[: self.sample_count]
+        results.samples += evaluation.samples(update, answers, grades)[: self.sample_count]
         seconds = time.perf_counter() - started
-        results.notes.append(f"{describe_tasks(figures)} ({exam} in {seconds:.1f} s)")
+        results.notes.append(f"{describe_tasks(figures)} ({evaluation} in {seconds:.1f} s)")
 
-    def _take_samples(self, exam: Exam, update: int, results: ExamResults) -> None:
-        answers = self.answer(exam)
+    def _run_samples(self, evaluation: TaskEvaluation, update: int, results: TaskResults) -> None:
+        answers = self.answer(evaluation)
         grades = [None] * len(answers)
-        if exam.task is not None:
-            grades = list(map(exam.task.grade, exam.problems, answers))
-        results.samples += samples_of(update, exam, answers, grades)
+        if evaluation.task is not None:
+            grades = list(map(evaluation.task.grade, evaluation.problems, answers))
+        results.samples += evaluation.samples(update, answers, grades)
 
-    def answer(self, exam: Exam) -> list[Generation]:
+    def answer(self, evaluation: TaskEvaluation) -> list[Generation]:
         """An answer to each problem, in their order."""
-        answers = self.sampler.answer(exam.requests, exam.max_new_tokens, exam.stop, GREEDY)
+        answers = self.sampler.answer(
+            evaluation.requests, evaluation.max_new_tokens, evaluation.stop, GREEDY
+        )
         return [answer.generation for answer in answers]
-
-
-def figures_of(exam: Exam, grades: Sequence[Grade]) -> dict[str, float]:
-    """The figures of a task by their keys in metrics.jsonl, from one answer to each problem."""
-    task = exam.task
-    figures = task.scores(exam.problems, grades)
-    for grader in task.graders:
-        figures[grader] = mean([getattr(grade, grader) for grade in grades])
-    return {f"{exam.name}/{key}": figures[key] for key in task.figures}
-
-
-def samples_of(
-    update: int, exam: Exam, answers: Sequence[Generation], grades: Sequence[Grade | None]
-) -> list[Sample]:
-    """The answers to the problems of an exam, to read."""
-    return [
-        Sample(update, exam.name, problem.prompt, answer.text, problem.gold, grade and grade.exact)
-        for problem, answer, grade in zip(exam.problems, answers, grades, strict=True)
-    ]

@@ -8,7 +8,7 @@ import pytest
 from evaluated_runs import QUESTIONS, evaluate, read
 from tiny_runs import folder_of
 
-from cera_train.evaluation.exams import SAMPLE_ROOM, Exams, rows_exam
+from cera_train.evaluation.task_evaluation import SAMPLE_ROOM, TaskEvaluations, evaluation_of_rows
 from cera_train.runs.evaluation_folder import Generation
 from cera_train.runs.results import GradedProblem, read_grades
 from cera_train.training.train import train
@@ -88,17 +88,17 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
 def half_right(monkeypatch):
     """Every second answer is the gold one."""
 
-    def answer(self, exam):
+    def answer(self, evaluation):
         texts = [
             problem.gold if index % 2 == 0 else "nothing"
-            for index, problem in enumerate(exam.problems)
+            for index, problem in enumerate(evaluation.problems)
         ]
         return [
             Generation(problem.id, 0, text, 1, False)
-            for problem, text in zip(exam.problems, texts, strict=True)
+            for problem, text in zip(evaluation.problems, texts, strict=True)
         ]
 
-    monkeypatch.setattr(Exams, "answer", answer)
+    monkeypatch.setattr(TaskEvaluations, "answer", answer)
 
 
 def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_right, capsys):
@@ -203,12 +203,13 @@ def test_a_sample_is_a_row_up_to_its_first_answer(
     file = write_jsonl("rows.jsonl", [row] * 4)
     config = compose("data=jsonl", f"data.train_files=[{file}]", "data.eval_rows=2", *settings)
     rows = config.data
-    exam = rows_exam(rows, 3, tokenizer, positions=256)
-    assert [(problem.prompt, problem.gold) for problem in exam.problems] == [(prompt, gold)] * 2
+    evaluation = evaluation_of_rows(rows, 3, tokenizer, positions=256)
+    asked = [(problem.prompt, problem.gold) for problem in evaluation.problems]
+    assert asked == [(prompt, gold)] * 2
     start = [] if "messages" in row else [tokenizer.bos_token_id]
     ids = (*start, *tokenizer(prompt, add_special_tokens=False).input_ids)
-    assert [request.prompt_ids for request in exam.requests] == [ids] * 2
-    assert len({request.problem for request in exam.requests}) == 2
-    assert exam.max_new_tokens == SAMPLE_ROOM
-    assert rows_exam(rows, 1, tokenizer, positions=len(ids) + SAMPLE_ROOM).requests
-    assert not rows_exam(rows, 1, tokenizer, positions=len(ids) + SAMPLE_ROOM - 1).requests
+    assert [request.prompt_ids for request in evaluation.requests] == [ids] * 2
+    assert len({request.problem for request in evaluation.requests}) == 2
+    assert evaluation.max_new_tokens == SAMPLE_ROOM
+    assert evaluation_of_rows(rows, 1, tokenizer, positions=len(ids) + SAMPLE_ROOM).requests
+    assert not evaluation_of_rows(rows, 1, tokenizer, positions=len(ids) + SAMPLE_ROOM - 1).requests
