@@ -113,7 +113,7 @@ OF_ANOTHER_RUN = (
 def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     """The arguments as Hydra should read them, flags first. Raises UserError for a mistake."""
     parser = Parser(program, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for names in [*FLAGS, *([("--look",)] if program == "cera-train" else [])]:
+    for names in FLAGS:
         parser.add_argument(*names, dest=names[0], action="store_true")
     for names in FLAGS_WITH_VALUE:
         parser.add_argument(*names, dest=names[0])
@@ -124,9 +124,7 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     flags = vars(parsed)
     settings = flags.pop("settings", [])
     flags.pop("--debug", None)
-    is_single = not flags.keys() - {"--config-dir", "--look"}
-    if flags.pop("--look", False):
-        require("--multirun" not in flags, "--look: it shows the rows of one run: leave out -m.")
+    is_single = not flags.keys() - {"--config-dir"}
     is_run = program in ("cera-train", "cera-plan")
     if is_run and flags.keys().isdisjoint(("--help", "--shell-completion")):
         settings = with_quickstart(settings)

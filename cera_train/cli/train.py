@@ -1,5 +1,6 @@
 """`cera-train`: one training run, or a sweep with -m."""
 
+import functools
 import os
 import sys
 from dataclasses import replace
@@ -17,9 +18,12 @@ from cera_train.cli.config import (
     to_config,
     without_hydra,
 )
+from cera_train.cli.mistakes import Parser
+from cera_train.cli.save import save_recipe
 from cera_train.cli.start import errors_in_one_line, print_error
 from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
+from cera_train.common.settings import require
 from cera_train.common.terminal import print_command
 from cera_train.common.trust import redact
 from cera_train.data.look import print_data
@@ -36,6 +40,16 @@ TRAIN = "cera-train"
 
 
 def main() -> None:
+    parser = Parser(TRAIN, add_help=False, allow_abbrev=False)
+    parser.add_argument("--look", action="store_true")
+    parser.add_argument("--save", type=Path)
+    flags, sys.argv[1:] = parser.parse_known_args()
+    is_sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
+    require(not (flags.look and is_sweep), "--look: it shows the rows of one run: leave out -m.")
+    require(not (flags.save and is_sweep), "--save: a recipe is of one run: leave out -m.")
+    command = look if flags.look else train_job
+    if flags.save:
+        command = functools.partial(save, flags.save)
     # executes the modules of Hydra's plugins, even those imported before
     Plugins.instance()
     from cera_train.cli.launchers import Joblib, SubmititSlurm
@@ -46,7 +60,7 @@ def main() -> None:
         "SubmititSlurm": SubmititSlurm,
     }
     try:
-        start_hydra(TRAIN, look if "--look" in sys.argv else train_job, plugins)
+        start_hydra(TRAIN, command, plugins)
     except ValueError as error:
         if "No trials are completed" in str(error):  # Optuna looks for the best trial
             fix = "look at the errors above, fix these or the ranges, and repeat the command"
@@ -59,6 +73,12 @@ def main() -> None:
 def study_sweeper(**settings: Any) -> StudySweeper:
     """The sweeper of a study. Hydra below 1.3.3 names what it makes, and a partial has no name."""
     return StudySweeper(check=without_hydra, **settings)
+
+
+def save(path: Path, composed: DictConfig) -> None:
+    """Writes what was typed as a recipe, if it makes sense."""
+    prepare(composed)
+    save_recipe(path, list(HydraConfig.get().overrides.task))
 
 
 def look(composed: DictConfig) -> None:
