@@ -35,9 +35,6 @@ except ImportError:  # the extra `slurm`: without it Hydra finds no file of this
 class MissingJobs:
     """Launches the jobs that have no result. Mixed into a launcher."""
 
-    def announce(self, sweep: Path, jobs: int) -> None:
-        """Prints where the output of these jobs is, if it is not here."""
-
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> list[JobReturn]:
@@ -59,7 +56,6 @@ class MissingJobs:
                 "finished",
                 f"{len(finished):,} of {len(job_overrides):,} jobs, which are not started again",
             )
-        self.announce(sweep, len(missing))
         launched = iter(super().launch(missing, initial_job_idx) if missing else ())
         return [
             finished[number] if number in finished else next(launched)
@@ -102,11 +98,6 @@ class Joblib(MissingJobs, JoblibLauncher):
         self.workers = effective_n_jobs(self.joblib["n_jobs"])
         super().setup(task_function=functools.partial(run_in_worker, task_function), **context)
 
-    def announce(self, sweep: Path, jobs: int) -> None:
-        if min(self.workers, jobs) > 1:  # a single job runs in this process
-            print_command("state", ["cera-sweep", str(sweep)])
-            print_line("output", f"{sweep / JOBS}/JOB.log")
-
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> list[JobReturn]:
@@ -118,6 +109,8 @@ class Joblib(MissingJobs, JoblibLauncher):
         )
         if self.workers == 1:  # in this process
             return super().launch(job_overrides, initial_job_idx)
+        print_command("state", ["cera-sweep", self.config.hydra.sweep.dir])
+        print_line("output", f"{self.config.hydra.sweep.dir}/{JOBS}/JOB.log")
         with Interruption(pass_on=signal_children) as interruption:
             try:
                 return super().launch(job_overrides, initial_job_idx)

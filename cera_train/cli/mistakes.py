@@ -31,7 +31,7 @@ SCHEMAS = {
     "cera-export": ExportConfig,
 }
 
-USUAL_NAMES = """
+USUAL_NAMES = """\
 adapter=NAME               peft_type use_dora finetuning_type
 adapter.r                  rank lora_r lora_rank
 adapter.alpha              lora_alpha
@@ -62,9 +62,7 @@ train.max_updates          max_steps
 def did_you_mean(key: str, known: Sequence[str]) -> str:
     """`Did you mean optimizer.lr? ` with a trailing space; empty if no known name is similar."""
     word = key.rpartition(".")[2]
-    usual = [
-        ours for ours, *names in map(str.split, USUAL_NAMES.strip().splitlines()) if word in names
-    ]
+    usual = [ours for ours, *names in map(str.split, USUAL_NAMES.splitlines()) if word in names]
     near = [ours for ours in usual if ours.partition("=")[0] in known]
     near = near or [name for name in known if name.rpartition(".")[2] == word]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
@@ -225,6 +223,11 @@ def explain_composition(error: Exception, program: str) -> str | None:
                 f"{' '.join(words)}: the section of a setting is null: choose a file for it, as in "
                 "task=NAME or -m +study=NAME, or write it as a whole, as in "
                 "'data.mix=[{train_files: [a.jsonl]}]'."
+            )
+        case ValueError() if "No trials are completed" in str(error):  # Optuna looks for the best
+            return (
+                "hydra/sweeper=optuna: all trials failed or diverged: look at the errors above, "
+                "fix these or the ranges, and repeat the command."
             )
     return None
 

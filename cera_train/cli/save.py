@@ -27,8 +27,6 @@ def save_recipe(path: Path, overrides: list[str]) -> None:
     settings: dict[str, Any] = {"name": path.stem}
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
-        fix = "a recipe removes nothing: leave it out."
-        require(not override.is_delete(), f"{place}: {override.input_line}: {fix}")
         if key == "recipe":
             defaults.append(f"  - /recipe/{override.value()}")
         elif options(key):

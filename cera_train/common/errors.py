@@ -7,18 +7,29 @@ import os
 from collections.abc import Iterator
 
 OUT_OF_MEMORY = (
-    "out of memory{where}. Lower train.micro_batch_tokens, set model.gradient_checkpointing=true "
-    "or "
+    "Lower train.micro_batch_tokens, set model.gradient_checkpointing=true or "
     "model.quantization=nf4, or lower adapter.r or data.max_length; for cera-eval, lower "
     "generation.batch_tokens."
 )
 
-LIMITS = {
-    errno.ENOSPC: ("the disk is full", "Free some space"),
-    errno.EDQUOT: ("the disk is full", "Free some space"),
-    errno.EFBIG: ("the file has reached its size limit", "Raise `ulimit -f`"),
+NO_ROOM = "Free some space and repeat the command: a run resumes from its last checkpoint."
+NO_ACCESS = (
+    "Name another file, or set output_dir and $CERA_TRAIN_CACHE to folders you may write to."
+)
+
+FIXES = {
+    errno.ENOSPC: NO_ROOM,
+    errno.EDQUOT: NO_ROOM,
+    errno.EFBIG: "Raise `ulimit -f` and repeat the command.",
+    errno.EACCES: NO_ACCESS,
+    errno.EROFS: NO_ACCESS,
+    errno.ENOTDIR: NO_ACCESS,
+    errno.ELOOP: NO_ACCESS,
+    errno.ENAMETOOLONG: "Shorten it.",
 }
-"""Errno of the operating system -> the problem and its fix."""
+"""Errors of the operating system and their fixes."""
+
+LONGEST_REASON = 200  # characters of such an error
 
 
 class UserError(ValueError):
@@ -51,29 +62,13 @@ def error_text(error: BaseException) -> str:
 def explain(error: BaseException) -> str | None:
     """One line for an error that the user can fix; None for any other."""
     text = " ".join(str(error).split())
-    for number, (what, fix) in LIMITS.items():
+    if isinstance(error, UserError):
+        return text
+    for number, fix in FIXES.items():
         if os.strerror(number) in text:  # safetensors wraps an OSError in an error of its own
-            return (
-                f"{what} ({text}). {fix} and repeat the command: a run resumes from its last "
-                f"checkpoint."
-            )
-    if isinstance(error, OSError) and error.errno in (
-        errno.EACCES,
-        errno.EROFS,
-        errno.ENOTDIR,
-        errno.ELOOP,
-    ):
-        fix = (
-            "Name another file, or set output_dir and $CERA_TRAIN_CACHE to folders you may write "
-            "to."
-        )
-        return f"no access to {error.filename}: {error.strerror}. {fix}"
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return (
-            f"{str(error.filename)[:40]}...: too long for the name of a file or folder. Shorten it."
-        )
-    if type(error).__name__ == "OutOfMemoryError":
-        return OUT_OF_MEMORY.format(where=" on the GPU")
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
-        return OUT_OF_MEMORY.format(where="")
-    return text if isinstance(error, UserError) else None
+            cut = f"{text[:LONGEST_REASON]}..." if len(text) > LONGEST_REASON else text
+            return f"{cut}. {fix}"
+    is_of_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in text
+    if is_of_cpu or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory{'' if is_of_cpu else ' on the GPU'}. {OUT_OF_MEMORY}"
+    return None

@@ -64,7 +64,7 @@ from cera_train.runs.evaluation_folder import (
     ending_shares,
     find_evaluation_result,
 )
-from cera_train.runs.results import Environment, describe_rank
+from cera_train.runs.results import describe_rank, environment_of
 from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.settings.distributed import DistributedConfig, ProcessesConfig
 from cera_train.settings.evaluation import EvalConfig
@@ -169,7 +169,7 @@ def takes_rows_of_run(config: EvalConfig) -> bool:
 def describe_changed_rows(subject: Subject) -> str:
     """That the rows which the run held out are others now; empty where they are the same, or where
     that is not on record."""
-    environment = Environment.find(subject.folder / "environment.json") or Environment()
+    environment = environment_of(subject.folder)
     data = subject.data
     if data is None or data.is_paired or environment.held_out is None:
         return ""

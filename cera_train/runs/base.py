@@ -9,7 +9,7 @@ from typing import Any
 from cera_train.common.errors import UserError
 from cera_train.data.tokens import tokenizer_digests
 from cera_train.model.identity import BaseIdentity
-from cera_train.runs.results import Environment
+from cera_train.runs.results import environment_of
 from cera_train.settings.model import ModelConfig
 
 
@@ -22,7 +22,7 @@ def check_base(
         trained: what was trained, for the message.
         now: the identity of `model`.
     """
-    recorded = Environment.find(run / "environment.json") or Environment()
+    recorded = environment_of(run)
     if recorded.base_config is None:  # as cera-train 0.2.0
         return
     then = BaseIdentity(recorded.base_weights, recorded.base_config)
@@ -36,7 +36,7 @@ def check_base(
 def changed_tokenizer(run: Path, tokenizer: Any) -> str:
     """What of the base's tokenizer is not as the run recorded it, in words; empty if nothing
     changed, or where nothing is on record."""
-    recorded = (Environment.find(run / "environment.json") or Environment()).tokenizer or {}
+    recorded = environment_of(run).tokenizer or {}
     now = tokenizer_digests(tokenizer)
     changed = [name for name, digest in recorded.items() if now.get(name) != digest]
     return f"the {' and the '.join(changed)} of the base" if changed else ""

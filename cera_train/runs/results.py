@@ -146,6 +146,11 @@ class Environment(Record, extra="allow"):
         return f"{device}, {processes} {'process' if processes == 1 else 'processes'}"
 
 
+def environment_of(run: Path) -> Environment:
+    """environment.json of a run; empty without the file."""
+    return Environment.find(run / "environment.json") or Environment()
+
+
 SPECTRUM = "spectrum.json"
 
 

@@ -128,25 +128,20 @@ def find_adapter(folder: Path, setting: str) -> tuple[Path | None, Path]:
     if is_saved_in(folder):
         adapter = Path(os.path.abspath(folder))  # `.` shows no run that it lies in
         root = run_of(adapter)
-    elif not (folder / "config.yaml").is_file():
-        what = (
-            "is not the folder of a run or of an adapter" if folder.exists() else "does not exist"
+    else:
+        require(
+            (folder / "config.yaml").is_file(),
+            f"{setting}={folder} is not the folder of a run or of an adapter: expected a folder "
+            "with config.yaml or adapter_config.json; a whole model is run=base model.path=FOLDER.",
         )
-        places = "a folder that cera-train left (with config.yaml) or an adapter's folder (with "
-        places += "adapter_config.json)"
-        if setting == "run" and (folder / "config.json").is_file():  # such as a merged one
-            places += f", or run=base model.path={folder} for a whole model"
-        elif setting != "adapter.start_from":
-            places += ", or base"
-        raise UserError(f"{setting}={folder} {what}: expected {places}.")
-    elif not (folder / "result.json").is_file():
-        best = ""
-        if (folder / "best").is_dir():
-            best = f", or take its best adapter so far, {setting}={folder}/best"
-        raise UserError(f"{folder} is unfinished: let the same cera-train command finish it{best}.")
-    elif not is_saved_in(adapter):
-        raise UserError(
-            f"{folder} lacks its adapter, {adapter}: restore it, or train under another name."
+        require(
+            (folder / "result.json").is_file(),
+            f"{folder} is unfinished: let the same cera-train command finish it, or take its best "
+            f"adapter so far, {setting}={folder}/best.",
+        )
+        require(
+            is_saved_in(adapter),
+            f"{folder} lacks its adapter, {adapter}: restore it, or train under another name.",
         )
     if root is not None and adapter.name == "adapter":
         recorded = (RunResult.find(root / "result.json") or RunResult()).adapter_identity

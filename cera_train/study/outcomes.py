@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from cera_train.common.settings import require
-from cera_train.runs.results import LOSSES_AFTER, Environment, RunResult, TokenLosses, read_grades
+from cera_train.runs.results import (
+    LOSSES_AFTER,
+    Environment,
+    RunResult,
+    TokenLosses,
+    environment_of,
+    read_grades,
+)
 from cera_train.settings.sweep import LOSS, StudyConfig
 
 
@@ -61,7 +68,7 @@ class ComparedRun:
 
     @cached_property
     def environment(self) -> Environment:
-        return Environment.find(self.folder / "environment.json") or Environment()
+        return environment_of(self.folder)
 
     @cached_property
     def outcomes(self) -> dict[str, Outcome]:

@@ -19,9 +19,9 @@ from cera_train.runs.records import Record, changes_result
 from cera_train.runs.results import (
     DIVERGED,
     METRICS,
-    Environment,
     Metrics,
     RunResult,
+    environment_of,
     is_task_figure,
     read_metrics,
 )
@@ -248,7 +248,7 @@ def job_status(
         state = State.stopped if (folder / "config.yaml").exists() else State.waiting
     metrics = Metrics() if result else read_metrics(folder / METRICS)
     value = (result or metrics.so_far()).to_json().get(metric.key)
-    environment = Environment.find(folder / "environment.json") or Environment()
+    environment = environment_of(folder)
     progress = ""
     if environment.updates is not None:
         progress = (

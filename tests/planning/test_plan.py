@@ -222,4 +222,4 @@ def test_a_plan_needs_no_tracker_and_no_adapter_that_another_run_will_leave(
     assert run_command("cera-plan", *words, "adapter.r=4") == 0
     assert run_command("cera-plan", "-m", *words, "adapter.r=2,4") == 0
     assert run_command("cera-train", *words, "adapter.r=4") == 2
-    assert "adapter.start_from=outputs/first does not exist" in capfd.readouterr().err
+    assert "adapter.start_from=outputs/first is not the folder of a run" in capfd.readouterr().err

@@ -23,8 +23,8 @@ from cera_train.runs.results import (
     DIVERGED,
     METRICS,
     SPECTRUM,
-    Environment,
     RunResult,
+    environment_of,
     mean_spectrum,
     read_metrics,
 )
@@ -56,7 +56,7 @@ def find_own_run(folder: Path) -> Run | None:
         has_diverged=(folder / DIVERGED).exists(),
         result=RunResult.find(folder / "result.json"),
         metrics=read_metrics(folder / METRICS),
-        environment=Environment.find(folder / "environment.json") or Environment(),
+        environment=environment_of(folder),
         spectrum=mean_spectrum(folder / SPECTRUM),
         published=config.published,
     )
