@@ -55,13 +55,5 @@ def words_of(tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     return words, tokenizer.special_tokens_map
 
 
-def tokenizer_digests(tokenizer: Any) -> dict[str, str]:
-    """Digests of what a model's folder says of how rows become tokens."""
-    return {
-        "tokenizer": digest_of_parts(*words_of(tokenizer)),
-        "chat template": digest_of_parts(tokenizer.chat_template),
-    }
-
-
 def digest_of_parts(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

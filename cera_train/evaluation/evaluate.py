@@ -52,7 +52,6 @@ from cera_train.model.batches import MicroBatches
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.language_model import LanguageModel, perplexity
 from cera_train.model.layout import choose_layout
-from cera_train.runs.base import changed_tokenizer
 from cera_train.runs.evaluation_folder import (
     AccuracyResult,
     EvaluationFolder,
@@ -173,15 +172,12 @@ def describe_changed_rows(subject: Subject) -> str:
     data = subject.data
     if data is None or data.is_paired or environment.held_out is None:
         return ""
-    tokenizer = load_tokenizer(subject.model)
-    rows = prepare_evaluation(data, tokenizer)
+    rows = prepare_evaluation(data, load_tokenizer(subject.model))
     if rows.digest == environment.held_out:
         return ""
-    if changed := changed_tokenizer(subject.folder, tokenizer):
-        return f"{changed}, {subject.model.path}, changed since the training"
     return (
-        "those held out now are not those of the training, since a data file or a library has "
-        "changed: the run may have trained on some of them"
+        "those held out now are not those of the training, since a data file, the tokenizer or a "
+        "library has changed: the run may have trained on some of them"
     )
 
 
@@ -340,11 +336,10 @@ def measure_perplexity(
     tokenizer = load_tokenizer(subject.model)
     rows = evaluation.task.rows(data, subject.model, tokenizer)
     if (before := find_evaluation_result(folder.path)) is not None:
-        changed = changed_tokenizer(subject.folder, tokenizer) or "a data file"
         require(
             before.rows_digest == rows.digest,
-            f"{folder.path} has the perplexity of other rows: {changed} changed. Restore it, or "
-            f"set name=... for another folder.",
+            f"{folder.path} has the perplexity of other rows: a data file, the tokenizer or its "
+            "chat template changed. Restore it, or set name=... for another folder.",
         )
         return before
     loaded = load_subject(subject, accelerator.device)

@@ -4,10 +4,8 @@ shapes."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from cera_train.common.errors import UserError
-from cera_train.data.tokens import tokenizer_digests
 from cera_train.model.identity import BaseIdentity
 from cera_train.runs.results import environment_of
 from cera_train.settings.model import ModelConfig
@@ -31,12 +29,3 @@ def check_base(
             f"{trained} was trained on another base than model.path={model.path} is now: "
             f"{difference}. {fix}"
         )
-
-
-def changed_tokenizer(run: Path, tokenizer: Any) -> str:
-    """What of the base's tokenizer is not as the run recorded it, in words; empty if nothing
-    changed, or where nothing is on record."""
-    recorded = environment_of(run).tokenizer or {}
-    now = tokenizer_digests(tokenizer)
-    changed = [name for name, digest in recorded.items() if now.get(name) != digest]
-    return f"the {' and the '.join(changed)} of the base" if changed else ""

@@ -184,7 +184,6 @@ class RunFolder:
         processes: int,
         base: BaseIdentity,
         rows: dict[str, str],
-        tokenizer: dict[str, str],
         updates: int,
         precision: dict[str, str],
     ) -> None:
@@ -202,7 +201,6 @@ class RunFolder:
             base_weights=base.weights,
             base_config=base.config,
             rows=rows,
-            tokenizer=tokenizer,
             updates=updates,
             precision=precision,
         )
@@ -342,8 +340,8 @@ def load_checkpoint(
     ):
         require(
             recorded == now,
-            f"the {rows} rows are not those of {folder}. Restore the files, or choose another "
-            "name=... for a new run.",
+            f"the {rows} rows are not those of {folder}: a file, the tokenizer or its chat "
+            "template changed. Restore it, or choose another name=... for a new run.",
         )
     load(model, weights)
     return progress, state

@@ -115,8 +115,6 @@ class Environment(Record, extra="allow"):
     base_weights: str | None = None  # see `model.identity.BaseIdentity`
     base_config: dict[str, Any] | None = None
     rows: dict[str, str] | None = None  # digests of the training and the held-out tokens
-    # digests of the tokenizer and the chat template; earlier versions recorded none
-    tokenizer: dict[str, str] | None = None
     updates: int | None = None  # updates of the whole run
 
     @property

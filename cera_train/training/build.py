@@ -19,7 +19,6 @@ from cera_train.adapters.builders import ADAPTER
 from cera_train.adapters.probe import check_effect
 from cera_train.adapters.saved import is_adapter, load, read
 from cera_train.common.errors import UserError, errors_at
-from cera_train.common.settings import require
 from cera_train.data.prepare import TokenizedData, TokenizedRows, prepare_data
 from cera_train.data.questions import training_questions
 from cera_train.data.reader import Question
@@ -36,7 +35,7 @@ from cera_train.model.identity import BaseIdentity, identity_of
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout
 from cera_train.model.weights import load_model
-from cera_train.runs.base import changed_tokenizer, check_base
+from cera_train.runs.base import check_base
 from cera_train.runs.folder import Progress, load_checkpoint
 from cera_train.runs.records import load_config
 from cera_train.runs.subject import digest_of, find_start, run_of
@@ -124,7 +123,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     [checkpoint] = broadcast_object_list([checkpoint])
     base = load_model(config.model, accelerator.device, accelerator.is_fsdp2)
     identity = identity_of(config.model)
-    check_trained_base(config, data.tokenizer, checkpoint, identity)
+    check_trained_base(config, checkpoint, identity)
 
     torch.manual_seed(config.train.seed)
     has_autocast = accelerator.mixed_precision != "no"
@@ -180,21 +179,13 @@ def add_adapter(
     return adapted
 
 
-def check_trained_base(
-    config: Config,
-    tokenizer: Any,
-    checkpoint: Path | None,
-    identity: BaseIdentity,
-) -> None:
+def check_trained_base(config: Config, checkpoint: Path | None, identity: BaseIdentity) -> None:
     """Raises UserError where the checkpoint to resume from, or the adapter to start from, was
     trained on another base."""
     if checkpoint is not None:
         run = checkpoint.parent.parent
         fix = "Restore it, or choose another name=... for a new run."
         check_base(checkpoint, run, config.model, identity, fix)
-        changed = changed_tokenizer(run, tokenizer)
-        place = f"model.path={config.model.path}"
-        require(not changed, f"{place}: {changed} changed since {checkpoint}. {fix}")
     elif config.adapter.start_from is not None:
         run = run_of(find_start(config.adapter))
         if run is not None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cera_train.common.terminal import ProgressBar
-from cera_train.data.tokens import tokenizer_digests
 from cera_train.runs.folder import Progress, RunFolder
 from cera_train.runs.results import METRICS, EvaluationMetrics, UpdateMetrics
 from cera_train.runs.tracking import Tracker, start_tracker
@@ -47,7 +46,6 @@ def open_log(
             processes,
             model.base,
             digests,
-            tokenizer_digests(data.tokenizer),
             data.updates,
             {"dtype": config.model.dtype, "reason": resolved.why["model.dtype"]},
         )
