@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from cera_train.cli.mistakes import SCHEMAS
 from cera_train.common.files import options, write_text
@@ -24,7 +25,7 @@ def save_recipe(path: Path, overrides: list[str]) -> None:
     require(is_recipe, f"{place}: name a file in a folder `recipe`, such as mine/recipe/mine.yaml.")
     require(not path.exists(), f"{place} is there: remove it, or choose another name.")
     defaults = []
-    settings: dict[str, Any] = {"name": path.stem}
+    settings = OmegaConf.create({"name": path.stem})
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
         if key == "recipe":
@@ -32,16 +33,12 @@ def save_recipe(path: Path, overrides: list[str]) -> None:
         elif options(key):
             defaults.append(f"  - override /{key}: {override.value()}")
         else:
-            *sections, name = key.split(".")
-            section = settings
-            for each in sections:
-                section = section.setdefault(each, {})
-            section[name] = override.value()
+            OmegaConf.update(settings, key, override.value())
     sentences = sentences_of(SCHEMAS[PROGRAM])
     lines = ["# @package _global_"]
     if defaults:
         lines += ["defaults:", *defaults, ""]
-    lines += lines_of(redact_tree(settings), sentences)
+    lines += lines_of(redact_tree(OmegaConf.to_container(settings)), sentences)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "\n".join([*lines, ""]))
     command = [PROGRAM, "--config-dir", str(path.parent.parent), f"+recipe={path.stem}"]

@@ -8,7 +8,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 import huggingface_hub
 
@@ -28,14 +27,6 @@ def heavy_imports() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def installed_version(name: str) -> str | None:
-    """A package's version; None where it was copied rather than installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 @contextlib.contextmanager

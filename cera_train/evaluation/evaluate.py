@@ -127,7 +127,7 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
     is_main = accelerator.is_main_process
     engine = None
     computes = str(subject.model.dtype)
-    with EvaluationFolder.open(path, is_main, accelerator.process_index) as folder:
+    with EvaluationFolder.open(path, accelerator.process_index) as folder:
         if config.server is not None:
             engine = open_server(config.server, subject)
             computes = f"{engine.version} at {engine.url}"

@@ -169,18 +169,18 @@ def find_evaluation_result(folder: Path) -> AccuracyResult | PerplexityResult | 
 class EvaluationFolder:
     """RUN/eval/NAME."""
 
-    def __init__(self, path: Path, is_main: bool = True, process: int = 0) -> None:
+    def __init__(self, path: Path, process: int = 0) -> None:
         self.path = path
-        name = "generations.jsonl" if is_main else f"generations.{process}.jsonl"
+        name = f"generations.{process}.jsonl" if process else "generations.jsonl"
         self.process_answers = path / name
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path, is_main: bool = True, process: int = 0) -> Iterator[EvaluationFolder]:
-        """The folder, locked by the main process. An error before the first answer leaves no
+    def open(cls, path: Path, process: int = 0) -> Iterator[EvaluationFolder]:
+        """The folder, locked by process 0. An error before the first answer leaves no
         folder."""
-        folder = cls(path, is_main, process)
-        if not is_main:
+        folder = cls(path, process)
+        if process > 0:
             yield folder
             return
         try:

@@ -15,6 +15,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +31,6 @@ from cera_train.adapters.folder import is_saved_in
 from cera_train.adapters.saved import load, read, save
 from cera_train.common import files
 from cera_train.common.errors import UserError
-from cera_train.common.libraries import installed_version
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
@@ -193,8 +193,7 @@ class RunFolder:
             command=sys.argv,
             python=platform.python_version(),
             platform=platform.platform(),
-            packages={"cera-train": __version__}
-            | {name: installed_version(name) for name in PACKAGES},
+            packages={"cera-train": __version__} | {name: version(name) for name in PACKAGES},
             gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
             cpu_threads=torch.get_num_threads(),
             processes=processes,

@@ -212,17 +212,8 @@ def read_sweep(folder: Path) -> list[JobStatus]:
         started.keys() - record.jobs.keys(), key=lambda name: (started[name].number, name)
     )
     overrides = record.jobs | {name: started[name].overrides for name in earlier}
-    # The name of a study's arm replaces its overrides, but not conditions that other arms have too.
-    of_arms = {
-        key_of(word) for arm in (record.study or {"arms": {}})["arms"].values() for word in arm
-    }
-    of_arms -= {*record.swept}
     choices = {
-        name: [
-            choice.replace("\n", "\\n")
-            for choice in job_choices(words, record.swept)
-            if key_of(choice) not in of_arms
-        ]
+        name: [choice.replace("\n", "\\n") for choice in job_choices(words, record.swept)]
         for name, words in overrides.items()
     }
     return [job_status(folder, name, choices[name], record.metric) for name in overrides]

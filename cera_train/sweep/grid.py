@@ -22,7 +22,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import folder_in_use, is_locked, options
-from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import quoted, to_plain
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
@@ -31,10 +30,7 @@ from cera_train.distributed.processes import is_main_process
 from cera_train.model.path import check_model
 from cera_train.runs.records import another_config, as_recorded, differences, load_config
 from cera_train.runs.results import DIVERGED
-from cera_train.runs.subject import find_start
-from cera_train.runs.tracking import check_trackers
 from cera_train.settings.run import Config
-from cera_train.settings.training import ObjectiveKind
 from cera_train.sweep.folder import (
     JOBS,
     RECORD,
@@ -45,7 +41,6 @@ from cera_train.sweep.folder import (
     key_of,
     sweep_metric,
 )
-from cera_train.training.rewards import import_reward
 
 WRITER = "sweep"
 """The holder of the folder's lock, for messages. A study holds the lock while it runs, since it
@@ -109,17 +104,9 @@ def job_composer(config: DictConfig, check: Callable[[DictConfig], Any]) -> Comp
     return lambda overrides: compose(*overrides)
 
 
-def check_jobs(
-    sweep: Path,
-    jobs: Mapping[str, list[str]],
-    compose: ComposeJob,
-    check: Callable[[Any, Path], None],
-) -> None:
+def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) -> None:
     """Composes jobs, name -> overrides, until every value has appeared in a valid one. A value that
     is invalid only beside some others fails in those jobs, and the rest of the sweep runs.
-
-    Args:
-        check: raises UserError for what a job, by its config and its folder, cannot use.
 
     Raises:
         Exception: a UserError or Hydra's, if a value cannot be composed, is invalid in every job,
@@ -141,7 +128,7 @@ def check_jobs(
                 failed.setdefault(value, error)
             continue
         fine.update(values)
-        check(run, sweep / name)
+        check_inputs(run, sweep / name)
     for value, error in failed.items():
         if value not in fine:
             raise error
@@ -164,21 +151,15 @@ def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJo
 
 
 def check_inputs(config: Config, folder: Path) -> None:
-    """Raises UserError for a path, code or a tracker that is not there, before any job of a sweep
-    waits for its machine. The run checks the rest."""
-    if not (folder / "result.json").exists():  # a finished run no longer reads them
-        check_model(config.model.path)
-        for place, part in config.data.parts():
-            with errors_at(place):
-                check_files(part.train_files, "data.train_files")
-                check_files(part.eval_files, "data.eval_files")
-        if config.train.objective == ObjectiveKind.grpo:
-            for path in config.grpo.rewards:
-                import_reward(path)
-        check_trackers(config.tracker)
-    if config.adapter.start_from is not None and not (folder / "config.yaml").exists():
-        with heavy_imports():  # of PEFT
-            find_start(config.adapter)
+    """Raises UserError for a model or files that are not there, before any job of a sweep waits for
+    its machine. The run checks the rest."""
+    if (folder / "result.json").exists():  # a finished run no longer reads them
+        return
+    check_model(config.model.path)
+    for place, part in config.data.parts():
+        with errors_at(place):
+            check_files(part.train_files, "data.train_files")
+            check_files(part.eval_files, "data.eval_files")
 
 
 # --- the record -----------------------------------------------------------------------------------
@@ -245,7 +226,7 @@ def begin(config: DictConfig, compose: ComposeJob, record: SweepRecord) -> None:
     """Writes sweep.json. First refuses what `check_jobs` and `check_results` refuse, and a folder
     that another command holds."""
     folder = Path(config.hydra.sweep.dir)
-    check_jobs(folder, record.jobs, compose, check_inputs)
+    check_jobs(folder, record.jobs, compose)
     check_results(folder, record.jobs, compose)
     # Another process may find the lock of its own command.
     if is_main_process() and is_locked(folder):
