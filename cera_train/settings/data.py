@@ -163,7 +163,15 @@ class DataConfig(Settings):
         if self.mix is not None:
             self._check_mix()
         elif self.is_computed:
-            self._check_computed()
+            require(
+                not (self.path or self.train_files),
+                f"data.layout={self.layout} computes its rows, but others are named: choose "
+                "another data=NAME, such as data=jsonl.",
+            )
+            require(
+                self.eval_rows is not None,
+                f"data.layout={self.layout} needs data.eval_rows, such as 20.",
+            )
         else:
             self._check_sources()
 
@@ -197,18 +205,6 @@ class DataConfig(Settings):
                 f"data.streaming=true reads a split from its start, and data.{name}={split} is a "
                 f"part: name a whole split, and set data.{name.removesuffix('_split')}_rows.",
             )
-
-    def _check_computed(self) -> None:
-        fix = "choose another data=NAME, such as data=jsonl, or another layout"
-        is_named = self.path or self.train_files
-        require(
-            not is_named,
-            f"data.layout={self.layout} computes its rows, but others are named: {fix}.",
-        )
-        require(
-            self.eval_rows is not None,
-            f"data.layout={self.layout} needs data.eval_rows, such as 20.",
-        )
 
     def _check_mix(self) -> None:
         example = "[{train_files:[a.jsonl],weight:1}]"

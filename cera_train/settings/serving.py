@@ -34,14 +34,6 @@ class ChatConfig(AnsweringConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.template_settings = self.template_settings or {}
-        require(
-            self.prompt is None or self.prompts is None,
-            f"prompt={self.prompt!r} and prompts={self.prompts} exclude each other: leave one out.",
-        )
-        require(
-            self.prompt is None or bool(self.prompt.strip()),
-            "prompt='' is empty: write a question.",
-        )
 
 
 ExportForm = StrEnum("ExportForm", ["lora", "merged", "gguf"])
@@ -74,14 +66,6 @@ class ExportConfig(AnsweringConfig):
         require(
             self.run not in (None, "base"),
             "run=... is missing: the folder of a finished run.",
-        )
-        require(
-            self.weights == Weights.base or self.to != ExportForm.lora,
-            f"weights={self.weights} belongs to to=merged or gguf: leave it out.",
-        )
-        require(
-            self.check is None or self.output is None,
-            f"check={self.check} writes nothing to output={self.output}: leave one of them out.",
         )
         super().__post_init__()
         is_folder = self.check is not None and Path(self.check).suffix != ".gguf"

@@ -178,10 +178,6 @@ class TrainConfig(Settings):
             )
         if (every := self.tasks_every) is not None:
             require(
-                bool(self.tasks),
-                f"train.tasks_every={every} without train.tasks: name a task, such as [gsm8k].",
-            )
-            require(
                 self.eval_every is not None and every % self.eval_every == 0,
                 f"train.tasks_every={every} must be a multiple of "
                 f"train.eval_every={word_of(self.eval_every)}, since tasks are part of an "
