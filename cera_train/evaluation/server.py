@@ -275,9 +275,8 @@ class Server:
 
     def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:
         """[V], of the token after these."""
-        words = len(self.vocabulary)
-        log_p = torch.full([words], torch.nan)
-        choice = self._complete(ids, 1, logprobs=words)
+        log_p = torch.full([len(self.vocabulary)], torch.nan)
+        choice = self._complete(ids, 1, logprobs=len(self.vocabulary))
         with self._reading("answers without the log p of its vocabulary"):
             [found] = choice["logprobs"]["top_logprobs"]
             tokens = [int(name.removeprefix("token_id:")) for name in found]
@@ -292,7 +291,7 @@ class Server:
         return self._complete([token], 2, allowed_token_ids=[token])["finish_reason"] == "stop"
 
     def has_template_of(self, tokenizer: Any) -> bool:
-        """By one question."""
+        """Whether one question becomes the same ids there."""
         if tokenizer.chat_template is None:
             return True
         chat = [{"role": "user", "content": "a"}]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from cera_train.common.settings import require
 from cera_train.common.user_code import user_code
 from cera_train.data.rows import kind_of
-from cera_train.evaluation.tasks.jsonl import gold_answer, is_right
+from cera_train.evaluation.tasks.jsonl import TASK, gold_answer
+from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.settings.evaluation import Grader
 
 GRADER = "grpo.grader"
@@ -40,6 +41,13 @@ def import_reward(path: str) -> Reward:
 # --- grades ---------------------------------------------------------------------------------------
 
 
-def grade(_: str, answer: str, right: str, grader: Grader) -> float:
-    """1 for a right answer, by one of the graders of task=jsonl."""
-    return float(is_right(answer, gold_answer(right, grader, GRADER), grader))
+def grade_by(grader: Grader) -> Reward:
+    """1 for a right answer, as task=jsonl grades it by one of its graders."""
+    task = TASK.graded_by(grader)
+
+    def reward(prompt: str, answer: str, right: str) -> float:
+        problem = Problem("", prompt, prompt, gold_answer(right, grader, GRADER))
+        generation = Generation("", 0, answer, tokens=0, truncated=False)
+        return float(task.grade(problem, generation).exact)
+
+    return reward

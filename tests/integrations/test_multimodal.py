@@ -55,9 +55,7 @@ def test_no_branch_goes_into_the_vision_tower(folder_with, tiny_config, targets)
     assert all(".language_model." in name for name in names)
 
 
-def test_an_adapter_and_an_export_of_a_model_without_a_causal_class_load(
-    folder_with, tiny_config, compose
-):
+def test_an_export_of_a_model_without_a_causal_class_loads(folder_with, tiny_config, compose):
     _, folder = folder_with("mistral3")
     config = tiny_config(f"model.path={folder}", "train.max_updates=1")
     train(config)

@@ -6,7 +6,6 @@ last \boxed{}, as MATH reads it. choice: the letter of a choice.
 
 from __future__ import annotations
 
-import operator
 import re
 from dataclasses import replace
 from functools import partial
@@ -52,12 +51,6 @@ IS_EXACT = {Grader.number: gsm8k.same_number, Grader.math: math.same_latex}
 """The graders of mathematics, which math-verify grades too. Other answers are equal or not."""
 
 
-def is_right(text: str, gold: str, grader: Grader) -> bool:
-    """Whether a text gives the answer that `gold_answer` found."""
-    answer = EXTRACT[grader](text)
-    return answer is not None and IS_EXACT.get(grader, operator.eq)(answer, gold)
-
-
 def gold_answer(text: str, grader: Grader, setting: str) -> str:
     """What a gold answer says. Raises UserError where the grader of a setting finds nothing."""
     match grader:
@@ -88,9 +81,14 @@ class JsonlTask(QuestionTask):
             super().configured(config),
             question=config.question or self.question,
             gold=partial(gold_of_row, column=config.answer or "answer", grader=config.grader),
-            extract=EXTRACT[config.grader],
-            is_exact=IS_EXACT.get(config.grader, self.is_exact),
-            is_verified=config.grader in IS_EXACT,
+        ).graded_by(config.grader)
+
+    def graded_by(self, grader: Grader) -> JsonlTask:
+        return replace(
+            self,
+            extract=EXTRACT[grader],
+            is_exact=IS_EXACT.get(grader, self.is_exact),
+            is_verified=grader in IS_EXACT,
         )
 
 

@@ -13,7 +13,6 @@ samples the same answers again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -34,7 +33,7 @@ from cera_train.settings.run import Config
 from cera_train.training.build import Data, Model
 from cera_train.training.objectives.objective import Update
 from cera_train.training.objectives.policy import MOST_ROUNDING, PolicyCheck
-from cera_train.training.rewards import Reward, grade, import_reward
+from cera_train.training.rewards import Reward, grade_by, import_reward
 
 MOST_WEIGHT = 2.0
 """Upper bound of a sampled token's importance weight, p here / p on the server: truncated, as in
@@ -109,7 +108,7 @@ class Grpo:
         self.progress = progress
         self.rewards: list[Reward] = [import_reward(path) for path in self.config.rewards]
         if self.config.grader is not None:
-            self.rewards.append(partial(grade, grader=self.config.grader))
+            self.rewards.append(grade_by(self.config.grader))
         require(
             not self.config.beta or keeps_base(model.adapted),
             f"grpo.beta={self.config.beta:g} needs the base as the reference, and adapter.kind="

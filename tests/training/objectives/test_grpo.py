@@ -25,7 +25,7 @@ from cera_train.runs.evaluation_folder import Problem
 from cera_train.runs.records import read_lines
 from cera_train.runs.results import SAMPLES, Sample
 from cera_train.training.objectives.grpo import MOST_WEIGHT, group_advantages, grpo_loss
-from cera_train.training.rewards import grade
+from cera_train.training.rewards import grade_by
 from cera_train.training.train import train
 
 ROWS = [
@@ -305,8 +305,8 @@ def test_two_processes_sample_and_learn_the_same_as_one(
 
 
 def test_an_answer_is_graded_as_in_a_task():
-    assert [grade("", answer, "a b", "text") for answer in (" a  b", "a c", "")] == [1, 0, 0]
-    assert grade("", "so 1,0 is 10.", "#### 10", "number") == 1
+    assert [grade_by("text")("", answer, "a b") for answer in (" a  b", "a c", "")] == [1, 0, 0]
+    assert grade_by("number")("", "so 1,0 is 10.", "#### 10") == 1
 
 
 def test_a_reward_that_fails_is_named_with_its_place(grpo):
@@ -355,4 +355,4 @@ def test_evaluations_ask_as_updates_do(grpo, thinking_folder, compose, write_jso
 
 def test_an_answer_without_text_cannot_be_graded():
     with pytest.raises(UserError, match="^grpo.grader=text finds no answer in '': fix the row"):
-        grade("", "a", "", "text")
+        grade_by("text")("", "a", "")
