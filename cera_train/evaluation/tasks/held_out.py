@@ -34,4 +34,4 @@ class EvaluationRows(jsonl.JsonlTask):
             yield Problem(question_id(asked), asked, gold=gold, **fields_of_prompt(question))
 
 
-TASK = EvaluationRows(**vars(jsonl.TASK) | {"settings": ("prompt", "grader")})
+TASK = EvaluationRows(**vars(jsonl.TASK) | {"has_files": False})

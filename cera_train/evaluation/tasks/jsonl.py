@@ -93,7 +93,6 @@ class JsonlTask(QuestionTask):
 
 
 TASK = JsonlTask(
-    settings=("files", "prompt", "question", "answer", "grader"),
     question="question",
     # `configured` replaces the rule by that of task.grader.
     gold=partial(gold_of_row, column="answer", grader=Grader.text),

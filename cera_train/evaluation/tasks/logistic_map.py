@@ -97,7 +97,6 @@ class LogisticMap(AnswerTask):
 
 
 TASK = LogisticMap(
-    settings=("growths",),
     shown=(
         Metric("step_accuracy/mean", "steps right"),
         Metric("state_collapse", "state collapse", lower_is_better=True),

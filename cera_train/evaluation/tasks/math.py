@@ -97,7 +97,6 @@ def same_latex(answer: str, gold: str) -> bool:
 
 
 TASK = QuestionTask(
-    settings=("files", "prompt", "level"),
     question="problem",
     gold=gold_latex,
     extract=find_box,

@@ -48,4 +48,4 @@ class Perplexity(Task):
         return prepare_evaluation(data, tokenizer, config.limit)
 
 
-TASK = Perplexity(settings=("files", "window"))
+TASK = Perplexity()

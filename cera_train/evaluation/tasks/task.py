@@ -47,7 +47,6 @@ class Task:
     """A benchmark. `build_task` configures the `TASK` of its file."""
 
     config: TaskConfig | None = None  # None before it is configured
-    settings: tuple[str, ...] = ()  # the settings among `OPTIONAL` that this task has
     score_name: str = ""
     """What `paired_value` counts, in the plural, such as steps. Empty: whole answers, right or
     wrong."""
@@ -109,7 +108,8 @@ class AnswerTask(Task, ABC):
 class QuestionTask(AnswerTask):
     """A benchmark whose rows hold a question and a gold answer."""
 
-    settings: tuple[str, ...] = ("files", "prompt")
+    has_files: bool = True
+    """Whether its rows are those of `task.files`, or of a data set on the Hub."""
     question: str
     """The column with the question."""
     gold: Callable[[Row], str]
@@ -120,7 +120,7 @@ class QuestionTask(AnswerTask):
     """Whether an answer equals the gold answer by the published rule."""
 
     def configured(self, config: TaskConfig) -> Task:
-        if "files" in self.settings:
+        if self.has_files:
             require_rows(config)
         example = f"$'task.prompt=\"Question: {{{self.question}}}\\nAnswer:\"'"
         require(
@@ -207,18 +207,6 @@ def mean(values: Sequence[float]) -> float:
 
 # --- from settings to a task ----------------------------------------------------------------------
 
-OPTIONAL = (
-    "files",
-    "prompt",
-    "level",
-    "growths",
-    "question",
-    "answer",
-    "grader",
-    "window",
-)
-"""Settings that a task has only where it lists them in `Task.settings`."""
-
 
 def all_tasks() -> dict[str, Task]:
     """The `Task` of every benchmark by its kind, in alphabetical order."""
@@ -236,15 +224,7 @@ def build_task(config: TaskConfig) -> Task:
         config.kind in tasks,
         f"task.kind={config.kind} is unknown: choose one of {', '.join(tasks)}.",
     )
-    task = tasks[config.kind]
-    for name in OPTIONAL:
-        value = getattr(config, name)
-        is_unused = value not in (None, []) and name not in task.settings
-        require(
-            not is_unused,
-            f"task.{name}={value} has no meaning for a task of kind {config.kind}: leave it out.",
-        )
-    return task.configured(config)
+    return tasks[config.kind].configured(config)
 
 
 def load_problems(
