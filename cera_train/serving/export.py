@@ -76,10 +76,6 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
     folder = Path(config.output or subject.folder / f"{EXPORT}{config.to}{subject.part}")
     check_export(config, subject, run, folder)
     print_line("export", f"{subject}, as {config.to}, to {folder}")
-    base = run.base.name_or_path
-    needs = {}
-    if config.to == ExportForm.lora and Path(base).exists():
-        needs["needs"] = f"its base at {base}; to=merged stands alone"
 
     def write(part: Path) -> None:
         form = write_form(part, config, subject, run, source)
@@ -88,7 +84,7 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
         certificate.write(part / CERTIFICATE)
 
     write_folder(folder, write)
-    print_fields({"folder": str(folder)} | needs)
+    print_fields({"folder": str(folder)})
     return Certificate.read(folder / CERTIFICATE)
 
 

@@ -177,19 +177,11 @@ class Cell:
         return [run for run in self.runs if run.base == base]
 
     def missing(self) -> list[str]:
-        """The folders of runs that have not ended, each with the reason."""
+        """The folders of runs that have not ended."""
         needed = [(point, run) for point in self.grid for run in self.tuning_runs]
         if self.chosen is not None:
             needed += [(self.chosen, run) for run in self.fresh_runs]
-        lines = []
-        for point, run in needed:
-            if self.loss(point, run) is not None:
-                continue
-            name = self.folder(point, run).name
-            job = job_status(self.study.folder, name)
-            state = f"{job.state}: {job.error}" if job.error else job.state
-            lines.append(f"{name} ({state})")
-        return lines
+        return [self.folder(*each).name for each in needed if self.loss(*each) is None]
 
     def values(self, outcome: str, base: str | None = None) -> np.ndarray:
         """[seeds, problems] on a base."""

@@ -83,8 +83,8 @@ class Study(StudyRecord):
         return max(found, planned)
 
     def missing(self) -> list[str]:
-        """The runs that have not ended, each with the reason."""
-        return [line for cell in self.cells for line in cell.missing()]
+        """The folders of runs that have not ended."""
+        return [name for cell in self.cells for name in cell.missing()]
 
 
 def find_study(folder: Path) -> Study | None:
