@@ -11,8 +11,9 @@ import argparse
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,11 @@ from cera_train.verdicts.power import detectable
 from cera_train.verdicts.verdict import holm
 
 FOLDER = Path("outputs/dose")
-LONGER = Path("outputs/dose_long")
-"""The same studies with more updates, at the ends of the dose."""
+EVIDENCE = Path("docs/evidence/dose")
+LONGER = "_long"
+"""Ends the name of a study with more updates."""
+GAIN = ("difference", "between", "obstacles")
+"""What is kept of a contrast."""
 DOSES = (0.0, 0.1, 0.3, 1.0)
 ENDS = (DOSES[0], DOSES[-1])
 PLACES = {"v_proj": V_PROJ, "down_proj": "mlp.down_proj"}
@@ -45,6 +49,11 @@ UPDATES = 1_500
 """Of the base's training."""
 ARMS = {"q and v": ("half_qv", "cera_qv"), "all linears": ("half_all", "cera_all")}
 """Without the gate and with it, by what adapters are on."""
+
+
+def folder_of(seed: int) -> Path:
+    """Of a base, its teachers and their studies."""
+    return FOLDER / f"b{seed}"
 
 
 def name_of(place: str, dose: float) -> str:
@@ -57,7 +66,7 @@ def name_of(place: str, dose: float) -> str:
 def make(seed: int) -> None:
     """Trains a base on sentences of its own. Writes the rows of its teachers, and how well teacher
     and base predict those held out."""
-    folder = FOLDER / f"b{seed}"
+    folder = folder_of(seed)
     make_base(folder, UPDATES, seed, sentences(seed))
     base = LlamaForCausalLM.from_pretrained(folder / "base" / "adapter").eval()
     ends = {}
@@ -76,46 +85,82 @@ def make(seed: int) -> None:
 
 # --- what was found -------------------------------------------------------------------------------
 
-
-Study = dict[str, Any]
-"""The content of study_results.json."""
-
-
-def read(name: str, folder: Path) -> Study:
-    return json.loads((folder / name / "report" / "study_results.json").read_text())
+Found = dict[str, dict[str, Any]]
+"""What the studies on one base found, by their names."""
 
 
-def contrast_of(study: Study, arms: tuple[str, str]) -> dict[str, Any]:
-    [found] = [each for each in study["contrasts"] if (each["first"], each["second"]) == arms]
+def gather(seed: int) -> Found:
+    """What the studies on a base found whose reports are written: the losses of base, teacher and
+    arms, the rates that were chosen, and the gate's gain by where adapters are."""
+    folder = folder_of(seed)
+    ends = json.loads((folder / "ends.json").read_text())
+    found = {}
+    for report in sorted(folder.glob("*/report/study_results.json")):
+        study = json.loads(report.read_text())
+        contrasts = {(each["first"], each["second"]): each for each in study["contrasts"]}
+        name = report.parts[-3]
+        found[name] = ends[name.removesuffix(LONGER)] | {
+            "losses": {cell["arm"]: fmean(cell["outcomes"]["loss"]) for cell in study["cells"]},
+            "chosen": {cell["arm"]: cell["chosen"] for cell in study["cells"]},
+            "gain": {
+                where: {field: contrasts[arms][field] for field in GAIN}
+                for where, arms in ARMS.items()
+            },
+        }
     return found
 
 
-def change(place: str, arms: tuple[str, str]) -> dict[str, Any]:
-    """The contrast of two arms at the largest dose minus that without any, over bases."""
-    none, most = (contrast_of(read(name_of(place, dose), FOLDER), arms) for dose in ENDS)
-    by_base = np.subtract(most["by_seed"], none["by_seed"]).tolist()
-    between = none["between"] + most["between"]
-    found = contrast_over_bases(by_base, HELD_OUT, between)
-    least = detectable(found.variances, found.seeds, found.problems, len(PLACES)) + between
-    obstacles = none["obstacles"] + most["obstacles"]
-    return asdict(found) | {"by_base": by_base, "detectable": least, "obstacles": obstacles}
+@dataclass(frozen=True)
+class Gain:
+    """CeRA - half, in nats a token."""
 
+    by_base: np.ndarray
+    between: float
+    """What rates between those of the grids could still change."""
+    obstacles: list[str]
 
-def curve(
-    folder: Path, doses: Sequence[float], place: str, arms: tuple[str, str]
-) -> list[dict[str, Any]]:
-    """The contrast at each dose, with Holm's correction over them."""
-    fields = ("difference", "lower", "upper", "p_value", "obstacles")
-    points = []
-    for dose in doses:
-        found = contrast_of(read(name_of(place, dose), folder), arms)
-        points.append({"dose": dose} | {field: found[field] for field in fields})
-    return with_holm(points)
+    @classmethod
+    def of(cls, bases: list[Found], name: str, where: str) -> Gain:
+        found = [base[name]["gain"][where] for base in bases]
+        return cls(
+            np.array([each["difference"] for each in found]),
+            fmean(each["between"] for each in found),
+            list(itertools.chain.from_iterable(each["obstacles"] for each in found)),
+        )
+
+    def __sub__(self, other: Gain) -> Gain:
+        return Gain(
+            self.by_base - other.by_base,
+            self.between + other.between,
+            self.obstacles + other.obstacles,
+        )
+
+    def contrast(self, tests: int) -> dict[str, Any]:
+        """Over bases, with what could have been detected among so many tests."""
+        found = contrast_over_bases(self.by_base.tolist(), HELD_OUT, self.between)
+        least = detectable(found.variances, found.seeds, found.problems, tests) + self.between
+        beside = {"by_base": self.by_base.tolist(), "obstacles": self.obstacles}
+        return asdict(found) | {"detectable": least} | beside
 
 
 def with_holm(contrasts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     p_values = holm([each["p_value"] for each in contrasts])
     return [each | {"p_holm": p} for each, p in zip(contrasts, p_values, strict=True)]
+
+
+def curves(bases: list[Found], doses: Sequence[float], ending: str = "") -> dict[str, Any]:
+    """The gain at each dose, with Holm's correction over them, by place and by where adapters
+    are."""
+    return {
+        f"{place}, adapters on {where}": with_holm(
+            [
+                {"dose": dose}
+                | Gain.of(bases, name_of(place, dose) + ending, where).contrast(len(doses))
+                for dose in doses
+            ]
+        )
+        for place, where in itertools.product(PLACES, ARMS)
+    }
 
 
 def smallest_shown(points: list[dict[str, Any]]) -> float | None:
@@ -128,49 +173,51 @@ def smallest_shown(points: list[dict[str, Any]]) -> float | None:
     return min(doses, default=None)
 
 
-def shares(name: str) -> dict[str, float]:
+def shares(bases: list[Found], name: str) -> dict[str, float]:
     """Arm -> the mean over bases of its share of the way from the base's loss to the teacher's."""
-    study = read(name, FOLDER)
-    bases = study["contrasts"][0]["by_base"]
-    ends = [json.loads((FOLDER / base / "ends.json").read_text())[name] for base in bases]
-    base, teacher = (np.array([each[end] for each in ends]) for end in ("base", "teacher"))
+    found = [base[name] for base in bases]
     return {
-        cell["arm"]: float(((base - cell["outcomes"]["loss"]) / (base - teacher)).mean())
-        for cell in study["cells"]
+        arm: fmean(
+            (each["base"] - each["losses"][arm]) / (each["base"] - each["teacher"])
+            for each in found
+        )
+        for arm in found[0]["losses"]
     }
 
 
-def curves(folder: Path, doses: Sequence[float]) -> dict[str, list[dict[str, Any]]]:
-    return {
-        f"{place}, adapters on {where}": curve(folder, doses, place, arms)
-        for place, (where, arms) in itertools.product(PLACES, ARMS.items())
-    }
-
-
-def judge() -> dict[str, Any]:
+def judge(bases: list[Found]) -> dict[str, Any]:
     """The two primary contrasts of contrasts, curves over the dose, and shares of what can be
     gained."""
-    primary = [{"place": place} | change(place, ARMS["q and v"]) for place in PLACES]
-    by_dose = curves(FOLDER, DOSES)
+    primary = []
+    for place in PLACES:
+        none, most = (Gain.of(bases, name_of(place, dose), "q and v") for dose in ENDS)
+        primary.append({"place": place} | (most - none).contrast(len(PLACES)))
+    by_dose = curves(bases, DOSES)
     names = itertools.starmap(name_of, itertools.product(PLACES, DOSES))
+    longer = [base for base in bases if name_of("v_proj", ENDS[0]) + LONGER in base]
     return {
         "primary": with_holm(primary),
         "smallest_dose": {where: smallest_shown(points) for where, points in by_dose.items()},
         "curves": by_dose,
-        "longer": curves(LONGER, ENDS) if LONGER.exists() else None,
-        "shares": {name: shares(name) for name in names},
+        "longer": curves(longer, ENDS, LONGER) if longer else None,
+        "shares": {name: shares(bases, name) for name in names},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, help="of a base to make, with its teachers")
+    parser.add_argument("--gather", type=int, metavar="SEED", help="of a base with reports")
+    parser.add_argument("bases", type=Path, nargs="*", help="what was gathered, to judge")
     options = parser.parse_args()
     if options.seed is not None:
         make(options.seed)
-        return
-    write_result(FOLDER / "dose.json", judge())
-    print((FOLDER / "dose.json").read_text())
+    elif options.gather is not None:
+        write_result(EVIDENCE / f"b{options.gather}.json", gather(options.gather))
+    else:
+        judged = judge([json.loads(file.read_text()) for file in options.bases])
+        write_result(EVIDENCE / "judged.json", judged)
+        print((EVIDENCE / "judged.json").read_text())
 
 
 if __name__ == "__main__":

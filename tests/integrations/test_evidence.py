@@ -66,30 +66,23 @@ def test_every_dose_has_the_same_power_and_less_of_it_is_affine(teacher_of, plac
 def test_the_gain_of_a_gate_is_found_where_it_grows_with_the_dose(tmp_path, monkeypatch):
     """At v_proj the gate gains the dose, a little more on each base; at down_proj nothing."""
     monkeypatch.setattr(dose, "FOLDER", tmp_path)
-    extra = [0.01, 0.02, 0.03, 0.04]
-    bases = [f"b{number}" for number in range(4)]
-    names = [dose.name_of(place, amount) for place in dose.PLACES for amount in dose.DOSES]
-    for name, (place, amount) in zip(
-        names, itertools.product(dose.PLACES, dose.DOSES), strict=True
-    ):
-        gains = [-(amount + more) if place == "v_proj" else more - 0.025 for more in extra]
-        found = dict(by_seed=gains, between=0.001, obstacles=[], lower=0, upper=0)
-        found |= dict(difference=float(np.mean(gains)), p_value=0.001 if amount else 0.5)
-        contrasts = [
-            found | dict(first=first, second=second, by_base=dict.fromkeys(bases))
-            for first, second in dose.ARMS.values()
-        ]
-        study = dict(
-            contrasts=contrasts, cells=[dict(arm="half_qv", outcomes=dict(loss=[2.5] * 4))]
-        )
-        report = tmp_path / name / "report"
-        report.mkdir(parents=True)
-        (report / "study_results.json").write_text(json.dumps(study))
-    for base in bases:
-        ends = {name: dict(base=3.0, teacher=1.0) for name in names}
-        (tmp_path / base).mkdir()
-        (tmp_path / base / "ends.json").write_text(json.dumps(ends))
-    judged = dose.judge()
+    cells = [dict(arm="half_qv", chosen={}, outcomes=dict(loss=[2.4, 2.6]))]
+    seeds = range(4)
+    for seed in seeds:
+        ends = {}
+        for place, amount in itertools.product(dose.PLACES, dose.DOSES):
+            gain = -amount - seed / 100 if place == "v_proj" else seed / 100 - 0.015
+            found = dict(difference=gain, between=0.001, obstacles=[])
+            pairs = dose.ARMS.values()
+            contrasts = [found | dict(first=first, second=second) for first, second in pairs]
+            name = dose.name_of(place, amount)
+            ends[name] = dict(base=3.0, teacher=1.0)
+            report = dose.folder_of(seed) / name / "report"
+            report.mkdir(parents=True)
+            study = json.dumps(dict(contrasts=contrasts, cells=cells))
+            (report / "study_results.json").write_text(study)
+        (dose.folder_of(seed) / "ends.json").write_text(json.dumps(ends))
+    judged = dose.judge([dose.gather(seed) for seed in seeds])
     adapted, other = judged["primary"]
     assert adapted["difference"] == pytest.approx(-1)
     assert adapted["p_holm"] < 0.001
