@@ -4,7 +4,6 @@ OmegaConf's errors are cut to a line, with a suggestion for an unknown setting. 
 import argparse
 import difflib
 import os
-import re
 import sys
 import typing
 from collections.abc import Sequence
@@ -93,8 +92,6 @@ FLAGS_WITH_VALUE = [("--cfg", "-c"), ("--config-dir", "-cd")]
 OF_GRIDS = ("sweep=", "study=", "sweep.", "hydra.launcher", "hydra.sweeper", "launch.detach=true")
 """Prefixes of settings that mean nothing in a single run."""
 
-OF_LAUNCHER = re.compile(r"\+{0,2}hydra[/.]launcher[.=]")
-
 OF_ANOTHER_RUN = (
     "model",
     "model.path",
@@ -128,17 +125,21 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
         settings = with_quickstart(settings)
     settings = with_implied_files(program, settings)
     if program == "cera-plan" and not is_single:  # a plan does not depend on where jobs will run
-        settings = [setting for setting in settings if not OF_LAUNCHER.match(setting)]
+        settings = [word for word in settings if not is_of(word, "hydra.launcher")]
     for setting in settings:
         gone = describe_gone(setting) or describe_gone(setting.partition("=")[0])
         require(gone is None, str(gone))
-        is_of_grid = setting.lstrip("+").replace("hydra/", "hydra.").startswith(OF_GRIDS)
         fix = "add -m to take them all."
-        require(not (is_single and is_of_grid), f"{setting} is for a grid of runs: {fix}")
+        is_unfit = is_single and is_of(setting, *OF_GRIDS)
+        require(not is_unfit, f"{setting} is for a grid of runs: {fix}")
     words = [name if value is True else f"{name}={value}" for name, value in flags.items()]
     # Of a run, several values without -m are a mistake that Hydra names.
     may_sweep = not is_single or is_run
     return [*words, *with_texts_quoted(program, settings, may_sweep)]
+
+
+def is_of(setting: str, *prefixes: str) -> bool:
+    return setting.lstrip("+").replace("hydra/", "hydra.").startswith(prefixes)
 
 
 def with_quickstart(settings: Sequence[str]) -> list[str]:

@@ -151,11 +151,6 @@ class TrainingSweep(Callback):
                 "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
                 "hydra/launcher=slurm_gpu."
             )
-        if config.hub.push is not None:
-            raise UserError(
-                f"hub.push={config.hub.push}: every job of a sweep would replace the one before. "
-                f"Leave it out, and upload the best one: hf upload {config.hub.push} JOB/adapter."
-            )
         if config.study is not None and not is_study(config):
             raise UserError("+study=NAME has a sweeper: leave hydra/sweeper=... out.")
         if is_study(config):

@@ -2,7 +2,6 @@
 it raises, SystemExit too, becomes a UserError with the line that raised it."""
 
 import contextlib
-import signal
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -19,6 +18,9 @@ NOT_THE_USERS = (
 """Starts of the file names of Python, its libraries and this package."""
 
 
+OF_SIGNALS = (KeyboardInterrupt, Interrupted)
+"""What signals raise, by Python's handler or ours."""
+
 LONGEST_REASON = 200  # characters of an error's message
 
 
@@ -27,17 +29,10 @@ def user_code(place: str, fix: str = "") -> Iterator[None]:
     """Turns whatever is raised inside into a UserError, except a signal's exception."""
     try:
         yield
+    except OF_SIGNALS:
+        raise
     except BaseException as error:
-        if is_of_signal(error):
-            raise
         raise UserError(f"{place}: {reason_of(error)}. {fix}".strip()) from error
-
-
-def is_of_signal(error: BaseException) -> bool:
-    """Whether a signal raised an exception: by a handler of ours, or Ctrl-C by Python's."""
-    has_pythons_handler = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    is_ctrl_c = isinstance(error, KeyboardInterrupt) and has_pythons_handler
-    return is_ctrl_c or isinstance(error, Interrupted)
 
 
 def reason_of(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from cera_train.common.errors import UserError, explain
 from cera_train.common.files import cached_folder
 from cera_train.common.libraries import hub_or_cache, offline_reason
 from cera_train.common.terminal import announce
-from cera_train.common.user_code import is_of_signal, reason_of
+from cera_train.common.user_code import OF_SIGNALS, reason_of
 from cera_train.model.path import PYPI, check_model
 from cera_train.settings.model import ModelConfig
 
@@ -130,9 +130,9 @@ def from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any)
             return from_pretrained(
                 path, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs
             )
+    except OF_SIGNALS:
+        raise
     except BaseException as error:  # the model's own code may even exit
-        if is_of_signal(error):
-            raise
         fix = next((fix for pattern, fix in FIXES.items() if re.search(pattern, str(error))), None)
         may_be_ours = isinstance(error, RuntimeError) and not config.trust_remote_code
         # Such as a GPU out of memory.
