@@ -24,6 +24,7 @@ FIXES = {
     errno.EACCES: NO_ACCESS,
     errno.EROFS: NO_ACCESS,
     errno.ENOTDIR: NO_ACCESS,
+    errno.EEXIST: NO_ACCESS,
     errno.ELOOP: NO_ACCESS,
     errno.ENAMETOOLONG: "Shorten it.",
 }

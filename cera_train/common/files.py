@@ -219,11 +219,6 @@ def locked(
         lock.acquire(timeout=LOOK_SECONDS)
     except Timeout:
         raise folder_in_use(path, writer) from None
-    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"cannot make the {writer}'s folder {path}: {error.strerror}. Set output_dir to "
-            f"another folder."
-        ) from error
     held = os.open(path, os.O_RDONLY)  # while it is open, no new folder gets its number
 
     def check() -> None:

@@ -303,16 +303,13 @@ def cut_log(path: Path, progress: Progress) -> None:
     # lines.
     with contextlib.suppress(LookupError, TypeError, ValueError):
         for line in path.read_bytes().splitlines(keepends=True):
-            if _is_kept(json.loads(line), progress):
+            values = json.loads(line)
+            is_of_evaluation = {"train/loss", "reward"}.isdisjoint(values)
+            is_pending = is_of_evaluation and progress.evaluation_pending
+            newest = progress.update - 1 if is_pending else progress.update
+            if values["update"] <= newest:
                 kept.append(line)
     files.write_bytes(path, b"".join(kept))
-
-
-def _is_kept(line: dict[str, Any], progress: Progress) -> bool:
-    is_of_evaluation = {"train/loss", "reward"}.isdisjoint(line)
-    if is_of_evaluation and progress.evaluation_pending:
-        return line["update"] < progress.update
-    return line["update"] <= progress.update
 
 
 def load_checkpoint(

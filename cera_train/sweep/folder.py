@@ -3,6 +3,7 @@ varies; the state of a job follows from its folder's contents. Imports no torch.
 
 import hashlib
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -277,9 +278,7 @@ def print_sweep(folder: Path) -> bool:
         name = ",".join(choice for choice in job.choices if choice not in shared) or job.name
         note = "best" if job in best else ""
         if job.error and job.state in (State.diverged, State.failed):
-            note = (
-                job.error if len(job.error) <= SHORT_ERROR else job.error[: SHORT_ERROR - 1] + "…"
-            )
+            note = textwrap.shorten(job.error, SHORT_ERROR, placeholder="…")
         rows.append(
             [
                 name,
