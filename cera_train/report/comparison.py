@@ -103,7 +103,7 @@ def task_names(runs: Sequence[Run]) -> list[str]:
 
 def graded_runs(runs: Sequence[Run], task: str) -> list[Run]:
     """The runs with a finished evaluation of answers on a task."""
-    return [run for run in runs if task in run.evaluations and run.evaluations[task].is_graded]
+    return [run for run in runs if task in run.evaluations and run.evaluations[task].scores]
 
 
 def compare_pair(first: Run, second: Run, task: str) -> PairedTest:

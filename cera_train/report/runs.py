@@ -3,7 +3,6 @@ record is None, or empty."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
@@ -36,9 +35,9 @@ class Evaluation:
 
     figures: dict[Metric, Figure]
     """Those to show, in the order of their columns; none: it is unfinished."""
-    read_scores: Callable[[], dict[str, Scores]] | None = None
-    """Scores by the name of the rule that graded the answers, the best rule first. Raises UserError
-    where a file is broken. None: it is unfinished, or has no answers."""
+    scores: dict[str, Scores] = field(default_factory=dict)
+    """By the name of the rule that graded the answers, the best rule first; none: it is unfinished,
+    or has no answers."""
     endings: dict[str, float] = field(default_factory=dict)
     """The share of the answers that ended in each way."""
     same: dict[str, str] = field(default_factory=dict)
@@ -58,16 +57,7 @@ class Evaluation:
             )
             for rule, by_problem in scores.items()
         }
-        return cls(figures, lambda: scores, **others)
-
-    @cached_property
-    def scores(self) -> dict[str, Scores]:
-        return self.read_scores() if self.read_scores else {}
-
-    @property
-    def is_graded(self) -> bool:
-        """Whether it is finished and has answers."""
-        return self.read_scores is not None
+        return cls(figures, scores, **others)
 
 
 def accuracy_metric(name: str) -> Metric:

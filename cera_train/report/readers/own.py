@@ -94,7 +94,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     task = all_tasks().get(result.kind or settings.get("task.kind", ""), Task())
     return Evaluation(
         dict(_figures(result, task)),
-        lambda: _paired_scores(folder, task),
+        _paired_scores(folder, task),
         result.endings,
         same,
         is_chat=any(getattr(problem, CHAT, False) for problem in problems),
