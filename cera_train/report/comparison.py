@@ -118,12 +118,6 @@ def compare_pair(first: Run, second: Run, task: str) -> PairedTest:
         values = [each.same.get(name, NOT_ON_RECORD) for each in evaluations]
         words = " and ".join(value[:SHOWN] for value in values)
         require(values[0] == values[1], f"{name} differ: {words}: evaluate both alike.")
-    ways = {each.is_chat for each in evaluations}
-    require(
-        None in ways or len(ways) == 1,
-        "one was asked in chat markup, the other in plain text: ask the untouched model as its run "
-        "is asked, by cera-eval run=base like=RUN.",
-    )
     first_scores, second_scores = (evaluation.scores for evaluation in evaluations)
     graders = [name for name in first_scores if name in second_scores]
     require(

@@ -42,8 +42,6 @@ class Evaluation:
     """The share of the answers that ended in each way."""
     same: dict[str, str] = field(default_factory=dict)
     """What has to be equal in two evaluations that are compared, such as the shots."""
-    is_chat: bool | None = None
-    """Whether problems came in chat markup; None: unknown."""
     settings: Settings = field(default_factory=dict)
     """What a reader should know to differ."""
     notes: dict[Metric, str] = field(default_factory=dict)  # below a figure

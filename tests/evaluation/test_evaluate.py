@@ -236,7 +236,7 @@ def test_the_untouched_model_is_asked_as_a_run_is(tiny_config, compose, one_veri
     assert not paired_tests(read_runs([run, like]))[1]
     tests, [note] = paired_tests(read_runs([run, plain]))
     assert not tests
-    assert "one was asked in chat markup, the other in plain text" in note
+    assert "prompts differ: chat markup and plain text: evaluate both alike" in note
 
 
 # --- mistakes -------------------------------------------------------------------------------------

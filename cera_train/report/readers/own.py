@@ -79,17 +79,21 @@ def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
 def read_evaluation(folder: Path) -> Evaluation:
     """RUN/eval/NAME."""
     settings: Settings = flatten(read_yaml(folder / "config.yaml"))
-    same = {"engines": settings.get("engine") or "this program"}
     result = find_evaluation_result(folder)
     if result is None:
-        return Evaluation({}, same=same, settings=settings)
+        return Evaluation({}, settings=settings)
     if isinstance(result, PerplexityResult):
         notes = {}
         if result.perplexity_base is not None:
             notes[PERPLEXITY] = f"{result.perplexity_base:.3f} without adapter"
         figures = {PERPLEXITY: Figure(result.perplexity)}
-        return Evaluation(figures, same=same, settings=settings, notes=notes)
+        return Evaluation(figures, settings=settings, notes=notes)
     problems = read_lines(folder / "problems.jsonl", Problem)
+    is_chat = any(getattr(problem, CHAT, False) for problem in problems)
+    same = {
+        "engines": settings.get("engine") or "this program",
+        "prompts": "chat markup" if is_chat else "plain text",
+    }
     # An unknown kind of task shows nothing of its own.
     task = all_tasks().get(result.kind or settings.get("task.kind", ""), Task())
     return Evaluation(
@@ -97,7 +101,6 @@ def read_evaluation(folder: Path) -> Evaluation:
         _paired_scores(folder, task),
         result.endings,
         same,
-        is_chat=any(getattr(problem, CHAT, False) for problem in problems),
         settings=settings,
     )
 
