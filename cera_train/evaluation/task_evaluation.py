@@ -150,7 +150,7 @@ class TaskEvaluations:
         self.sample_count = config.train.samples
         self.sampler = sampler
         self.accelerator = sampler.accelerator
-        self.of_tasks, self.sampled = evaluations_of(
+        self.evaluations, self.sampled = evaluations_of(
             config, sampler.tokenizer, sampler.engine.positions
         )
 
@@ -162,7 +162,7 @@ class TaskEvaluations:
             when = f"at the start, every {self.every:,} updates and {when}"
         parts = [
             f"{evaluation}, up to {evaluation.max_new_tokens:,} tokens each, {when}"
-            for evaluation in self.of_tasks
+            for evaluation in self.evaluations
         ]
         if self.sampled:
             count = sum(len(evaluation.problems) for evaluation in self.sampled)
@@ -181,8 +181,8 @@ class TaskEvaluations:
         results = TaskResults()
         started = time.perf_counter()
         is_due = is_last or (self.every is not None and update % self.every == 0)
-        if self.of_tasks and is_due:
-            for evaluation in self.of_tasks:
+        if self.evaluations and is_due:
+            for evaluation in self.evaluations:
                 with doing(f"answers {evaluation}"):
                     self._run_task(evaluation, update, results)
         elif self.sampled:

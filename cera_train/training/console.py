@@ -72,7 +72,7 @@ def print_start(
     print_data(config.data, data.rows, data.tokenizer, stops, data.questions)
     if evaluator.tasks.plan:
         print_line("answers", evaluator.tasks.plan)
-    for evaluation in evaluator.tasks.of_tasks:
+    for evaluation in evaluator.tasks.evaluations:
         if shared := describe_trained_on(evaluation.problems, config.data):
             print_line("shared", f"{evaluation.name}: {shared}")
 
