@@ -39,7 +39,6 @@ MEMORY_LIMIT = 2**30
 LOOP_TIMES = 3
 LOOP_CHARACTERS = 50
 LONGEST_SEGMENT = 1_000
-LOOP_END = 32  # characters
 PERCENT = re.compile(r"%[\s$.]*$")
 BASE = re.compile(r"-?[\dA-Z]+_\{?(\d+)\}?$")  # 11_8, which math-verify takes for 11
 
@@ -69,7 +68,7 @@ def verify_grades(
         for answer, grade in zip(answers, grades, strict=True)
         if not grade.exact
     ]
-    verdicts = iter(judge(pairs))
+    verdicts = iter(verify_answers(pairs))
     verified = []
     for grade in grades:
         verdict = Verdict(True) if grade.exact else next(verdicts)
@@ -95,9 +94,6 @@ def is_loop(text: str) -> bool:
     """Whether a text ends in a segment that repeats at least 3 times, the first or last perhaps in
     part, over at least 50 characters: repetition at the end, as Holtzman et al. 2020 (arXiv
     1904.09751) count it in tokens."""
-    # Most texts end before this: what repeats ends in at least 33 characters that came before.
-    if text[-LOOP_END:] not in text[-LOOP_END - LONGEST_SEGMENT : -1]:
-        return False
     for length in range(1, min(len(text) // LOOP_TIMES, LONGEST_SEGMENT) + 1):
         start = len(text) - max(LOOP_TIMES * length, LOOP_CHARACTERS)
         # The tail repeats with this period where it equals itself moved by one segment.
@@ -124,7 +120,7 @@ class Verdict:
     failure: str | None = None  # `timeout`, or `crash:` and the error on one line
 
 
-def judge(pairs: Sequence[AnswerPair], seconds: float = SECONDS) -> list[Verdict]:
+def verify_answers(pairs: Sequence[AnswerPair], seconds: float = SECONDS) -> list[Verdict]:
     """Verifies answers in processes that can be stopped, each within `seconds` of when a process
     begins it."""
     workers = min(len(os.sched_getaffinity(0)), len(pairs)) or 1

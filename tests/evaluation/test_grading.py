@@ -13,7 +13,7 @@ from cera_train.evaluation.grading import (
     ending_of,
     grade_all,
     is_loop,
-    judge,
+    verify_answers,
 )
 from cera_train.evaluation.tasks import gsm8k, logistic_map
 from cera_train.evaluation.tasks import math as math_task
@@ -120,8 +120,10 @@ def test_an_extracted_answer_decides_else_the_text_and_a_crash_stops_no_other():
         (AnswerPair("12", None, "the value is x^2 = 5 " * 50_000), Verdict(False)),
     ]
     before = set(multiprocessing.active_children())
-    assert judge([pair for pair, _ in cases], seconds=60) == [verdict for _, verdict in cases]
-    assert judge([], seconds=60) == []
+    assert verify_answers([pair for pair, _ in cases], seconds=60) == [
+        verdict for _, verdict in cases
+    ]
+    assert verify_answers([], seconds=60) == []
     assert set(multiprocessing.active_children()) <= before
 
 
@@ -132,6 +134,6 @@ def test_hostile_answers_are_wrong_and_the_others_go_on():
     pairs = []
     for answer in hostile:
         pairs += [AnswerPair("12", answer, ""), RIGHT]
-    verdicts = judge(pairs, seconds=1)
+    verdicts = verify_answers(pairs, seconds=1)
     assert [verdict.correct for verdict in verdicts] == [False, True] * len(hostile)
     assert verdicts[0] == Verdict(False, "timeout")

@@ -85,7 +85,7 @@ def keep_adapter(run: Path) -> None:
 def one_verifier(monkeypatch) -> None:
     """Evaluations verify answers in this process, instead of starting two each, which takes longer
     than the answers."""
-    monkeypatch.setattr(grading, "judge", lambda pairs: list(map(grading._verdict, pairs)))
+    monkeypatch.setattr(grading, "verify_answers", lambda pairs: list(map(grading._verdict, pairs)))
 
 
 @pytest.fixture

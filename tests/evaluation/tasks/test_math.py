@@ -2,7 +2,7 @@ r"""MATH's answers: the box, and both graders on one table of pairs, judged by h
 
 import pytest
 
-from cera_train.evaluation.grading import AnswerPair, Verdict, judge
+from cera_train.evaluation.grading import AnswerPair, Verdict, verify_answers
 from cera_train.evaluation.tasks.math import find_box, gold_latex, plain_latex, same_latex
 
 # answer, gold, exact?, verified?
@@ -61,7 +61,7 @@ PAIRS = [
 
 
 def test_both_graders_on_the_table():
-    verdicts = judge(
+    verdicts = verify_answers(
         [AnswerPair(reference, answer, "") for answer, reference, _, _ in PAIRS], seconds=20
     )
     for (answer, reference, exact, verified), verdict in zip(PAIRS, verdicts, strict=True):
