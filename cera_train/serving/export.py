@@ -8,11 +8,11 @@ LoRA, B' = s B M. `verify` measures what an export loses.
 import contextlib
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import peft
 import torch
@@ -94,24 +94,26 @@ def write_form(
     """Writes what `config.to` asks for into a folder, and returns what its user loads: the folder,
     or the file in it."""
     adapter = subject.adapter
-    if has_gates(run):
-        adapter = part
-        maps = fit_maps(run, calibration_rows(source, run))
-        write_lora(run.model, maps, run.base.name_or_path, subject.model.revision, part)
-    if config.to != ExportForm.lora:
-        merged = merge(subject, adapter, config.weights)
-        ends = sorted(stop_ids(run.tokenizer, merged.generation_config.eos_token_id))
-        empty(part)
-        merged.save_pretrained(part)
-        # the tokenizer's end too, at which `generate` would not stop by itself
-        write_ends(part / "generation_config.json", ends)
-    run.tokenizer.save_pretrained(part)
-    if config.to != ExportForm.gguf:
-        return part
-    file = part / f"model{GGUF}"
-    announce("converting", "it by llama.cpp")
-    convert(part, file)
-    empty(part, file)
+    plain = part
+    with TemporaryDirectory(dir=part) as scratch:
+        if has_gates(run):
+            adapter = part if config.to == ExportForm.lora else Path(scratch, "lora")
+            maps = fit_maps(run, calibration_rows(source, run))
+            write_lora(run.model, maps, run.base.name_or_path, subject.model.revision, adapter)
+        if config.to == ExportForm.gguf:
+            plain = Path(scratch, "plain")
+        if config.to != ExportForm.lora:
+            merged = merge(subject, adapter, config.weights)
+            ends = sorted(stop_ids(run.tokenizer, merged.generation_config.eos_token_id))
+            merged.save_pretrained(plain)
+            # the tokenizer's end too, at which `generate` would not stop by itself
+            write_ends(plain / "generation_config.json", ends)
+        run.tokenizer.save_pretrained(plain)
+        if config.to != ExportForm.gguf:
+            return part
+        file = part / f"model{GGUF}"
+        announce("converting", "it by llama.cpp")
+        convert(plain, file)
     return file
 
 
@@ -160,16 +162,6 @@ def merge(subject: Subject, adapter: Path, weights: Weights) -> PreTrainedModel:
         except (NotImplementedError, ValueError, AttributeError) as error:
             raise UserError(f"to=merged: {adapter} cannot be merged: {error}") from error
     return model.to(dtype)
-
-
-def empty(folder: Path, kept: Path | None = None) -> None:
-    """Removes what a folder holds, but for one file. A tokenizer with several chat templates has a
-    folder of them."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path != kept:
-            path.unlink()
 
 
 def write_ends(file: Path, ends: list[int]) -> None:
