@@ -34,12 +34,12 @@ class HeldOut:
         self.language_model = language_model
         self.batches = batches
         self.accelerator = accelerator
-        self.rows = range(len(batches.lengths))
+        self.sequences = range(len(batches.lengths))
         self.probe = batches.first(PROBE_TOKENS)
 
     def token_losses(self) -> TokenLosses:
         """The loss of every supervised token."""
-        return token_losses(self.language_model, self.batches, self.rows, self.accelerator)
+        return token_losses(self.language_model, self.batches, self.sequences, self.accelerator)
 
     def spectra(self) -> dict[str, ModuleSpectrum]:
         """The spectrum of every adapted module on the probe."""
@@ -56,23 +56,24 @@ class HeldOut:
 def token_losses(
     language_model: LanguageModel,
     batches: MicroBatches,
-    rows: Sequence[int],
+    sequences: Sequence[int],
     accelerator: Accelerator,
 ) -> TokenLosses:
-    """The loss of every supervised token of these rows, in eval mode; the same on every process."""
-    supervised = [batches.supervised[row] for row in rows]
-    starts = dict(zip(rows, itertools.accumulate(supervised, initial=0), strict=False))
+    """The loss of every supervised token of these sequences, in eval mode; equal on every
+    process."""
+    supervised = [batches.supervised[sequence] for sequence in sequences]
+    starts = dict(zip(sequences, itertools.accumulate(supervised, initial=0), strict=False))
     losses = torch.zeros(sum(supervised), device=accelerator.device)
     was_training = language_model.training
     language_model.eval()
-    for group, counts in batches.of_process(accelerator, rows):
+    for group, counts in batches.of_process(accelerator, sequences):
         group_losses = language_model(batches.load(group))
         if not counts:
             continue
-        by_row = group_losses.split([batches.supervised[row] for row in group])
-        for row, row_losses in zip(group, by_row, strict=True):
-            losses[starts[row] :][: len(row_losses)] = row_losses
+        by_sequence = group_losses.split([batches.supervised[sequence] for sequence in group])
+        for sequence, part in zip(group, by_sequence, strict=True):
+            losses[starts[sequence] :][: len(part)] = part
     language_model.train(was_training)
-    # Zero where another process has the row, so a sum puts them together without rounding.
+    # Zero where another process has the sequence, so a sum puts them together without rounding.
     total = accelerator.reduce(losses).cpu().numpy()
     return TokenLosses(numpy.array(supervised, numpy.int64), total)
