@@ -78,6 +78,32 @@ def check_same_base(subject: Subject) -> None:
 # --- answers of all processes ---------------------------------------------------------------------
 
 
+def answer_share(
+    engine: Engine,
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    stop: list[str],
+    config: GenerationConfig,
+    accelerator: Accelerator,
+    keep: Callable[[list[Answer]], None],
+) -> None:
+    """Processes divide the requests; `keep` gets this one's answers as they end. A UserError of one
+    process is raised in all."""
+    processes = accelerator.num_processes
+    batches = engine.batches(requests, max_new_tokens, config, processes)
+    share = batches[accelerator.process_index :: processes]
+    problem = None
+    try:
+        with closing(engine.answers(share, max_new_tokens, stop, config)) as answers:
+            for ended in answers:
+                keep(ended)
+    except UserError as error:  # of this process alone: the others wait in the gather
+        problem = str(error)
+    for problem_there in gather_object([problem]):
+        if problem_there is not None:
+            raise UserError(problem_there)
+
+
 def answer(
     engine: Engine,
     requests: Sequence[Request],
@@ -85,32 +111,11 @@ def answer(
     stop: list[str],
     config: GenerationConfig,
     accelerator: Accelerator,
-    keep: Callable[[list[Answer]], None] | None = None,
 ) -> list[Answer]:
-    """The answers in the order of the requests. Processes divide them; every process gets all, and
-    a UserError of one is raised in all.
-
-    Args:
-        keep: gets this process's answers as they end.
-    """
-    processes = accelerator.num_processes
-    batches = engine.batches(requests, max_new_tokens, config, processes)
-    share = batches[accelerator.process_index :: processes]
-    answered = []
-    problem = None
-    try:
-        with closing(engine.answers(share, max_new_tokens, stop, config)) as answers:
-            for ended in answers:
-                if keep is not None:
-                    keep(ended)
-                answered += ended
-    except UserError as error:  # of this process alone: the others wait in the gather
-        problem = str(error)
-    by_key = {}
-    for answered_there, problem_there in gather_object([(answered, problem)]):
-        if problem_there is not None:
-            raise UserError(problem_there)
-        by_key |= {answer.generation.key: answer for answer in answered_there}
+    """The answers in the order of the requests, the same on every process."""
+    answers: list[Answer] = []
+    answer_share(engine, requests, max_new_tokens, stop, config, accelerator, answers.extend)
+    by_key = {answer.generation.key: answer for answer in gather_object(answers)}
     return [by_key[request.key] for request in requests]
 
 

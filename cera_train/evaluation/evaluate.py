@@ -31,7 +31,7 @@ from cera_train.distributed.accelerator import (
 from cera_train.distributed.processes import is_main_process
 from cera_train.evaluation.engine import (
     Engine,
-    answer,
+    answer_share,
     choose_dtype,
     load_subject,
     open_server,
@@ -275,7 +275,7 @@ def generate_answers(
         progress.step(f"exact {mean(are_exact):.1%}{sharing}{left}", len(ended))
 
     with closing(ProgressBar("answer", share, 0, visible=accelerator.is_main_process)) as progress:
-        answer(engine, requests, room, settings.stop, generation, accelerator, keep)
+        answer_share(engine, requests, room, settings.stop, generation, accelerator, keep)
 
 
 def score(
