@@ -76,7 +76,7 @@ def write_texts(gsm8k: Path, chats: Path) -> None:
     for name, found in texts(gsm8k, chats).items():
         rows = list(dict.fromkeys(text[:LETTERS] for text in found))
         random.Random(SEED).shuffle(rows)
-        write_rows(FOLDER / f"{name}.jsonl", ({"text": row} for row in rows[:ROWS]))
+        write_rows(FOLDER / f"{name}.jsonl", ({"text": row} for row in rows[:ROWS] if row))
 
 
 # --- changes --------------------------------------------------------------------------------------
