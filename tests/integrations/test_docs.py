@@ -162,7 +162,7 @@ def overrides_of(arguments: list[str]) -> tuple[list[str], bool]:
     settings = []
     words = iter(arguments)
     for word in words:
-        if word in ("--cfg", "--config-dir"):
+        if word in ("--cfg", "--save"):
             next(words)
         elif not word.startswith("-"):
             settings.append(word)
@@ -185,7 +185,7 @@ def test_the_pages_contain_commands():
     ("place", "name", "arguments"), CHECKED, ids=[f"{place} {name}" for place, name, _ in CHECKED]
 )
 def test_every_command_composes_to_a_checked_config(compose, place, name, arguments):
-    if name not in SCHEMAS or {"--help", "-sc"} & {*arguments}:
+    if name not in SCHEMAS or {"--help", "-sc", "--config-dir"} & {*arguments}:
         return
     overrides, is_sweep = overrides_of(arguments)
     jobs = jobs_of(overrides) if is_sweep else [overrides]
@@ -322,9 +322,9 @@ def test_every_named_file_exists(page):
 # --- shape ----------------------------------------------------------------------------------------
 
 
-def test_the_readme_has_at_most_150_lines_and_links_every_page():
+def test_the_readme_has_at_most_120_lines_and_links_every_page():
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= 120
     pages = {page.name for page in DOCS} - {"index.md"}  # the site's first page
     assert all(f"(docs/{name})" in text for name in pages)
 
@@ -377,12 +377,10 @@ def test_the_tutorial_prints_what_it_shows(tmp_path):
         for pair in itertools.pairwise(page)
         if [block.language for block in pair] == [None, ""]
     ]
-    assert len(steps) == 6
+    assert len(steps) == 7
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for block, shown in steps:
-        command = " ".join(block.text.split()).replace(
-            "make quickstart", "cera-train +recipe=quickstart"
-        )
+        command = block.text.replace("make quickstart", "cera-train +recipe=quickstart")
         for name, arguments in SHORT.items():
             command = re.sub(rf"\b{name}\b", f"{name} {arguments}", command)
         shell = ["bash", "-e", "-o", "pipefail", "-c", command]
