@@ -4,15 +4,15 @@ docs/statistics.md"""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy
 from scipy.special import expit, stdtrit
 
-from cera_train.verdicts.contrast import Variances, estimate_mean
+from cera_train.verdicts.contrast import estimate_mean
 from cera_train.verdicts.interval import ERROR_RATE
-from cera_train.verdicts.power import detectable
 from cera_train.verdicts.tuning import could_gain
 from cera_train.verdicts.verdict import holm
 
@@ -39,119 +39,65 @@ class Design:
     difference: float = 0.0
     """Planted; of losses."""
 
-    @property
-    def variances(self) -> Variances:
-        """The variance components of a difference of losses."""
-        return Variances(
-            self.seed[0] ** 2 + self.seed[1] ** 2, 2 * self.problem**2, 2 * self.residual**2
-        )
+    def draw(
+        self, studies: int, arms: int, generator: numpy.random.Generator
+    ) -> Iterator[numpy.ndarray]:
+        """Values [studies, seeds, problems] of a baseline and then of so many arms."""
+        hardness = generator.normal(size=(studies, 1, self.problems))
+        common = 0 if self.rate is None else 2 * hardness
+        for arm in range(1 + arms):
+            is_other = min(arm, 1)
+            values = common + self.problem * generator.normal(size=hardness.shape)
+            values = values + self.seed[is_other] * generator.normal(size=(studies, self.seeds, 1))
+            if self.rate is None:
+                noise = generator.normal(size=(studies, self.seeds, self.problems))
+                yield values + self.residual * noise + is_other * self.difference
+            else:
+                chances = expit(numpy.log(self.rate / (1 - self.rate)) + values)
+                chances *= generator.random((studies, self.seeds, 1)) >= self.collapse
+                yield (generator.random(chances.shape) < chances).astype(float)
 
 
-def draw_common(design: Design, studies: int, generator: numpy.random.Generator) -> numpy.ndarray:
-    """How hard the problems are for both arms [studies, seeds, problems]."""
-    difficulty = generator.normal(size=(studies, 1, design.problems))
-    spread = 0 if design.rate is None else 2
-    return numpy.broadcast_to(spread * difficulty, (studies, design.seeds, design.problems))
-
-
-def draw_arm(
-    design: Design, arm: int, common: numpy.ndarray, generator: numpy.random.Generator
-) -> numpy.ndarray:
-    """Values [studies, seeds, problems] of an arm."""
-    studies, seeds, problems = common.shape
-    values = common + design.problem * generator.normal(size=(studies, 1, problems))
-    values = values + design.seed[arm] * generator.normal(size=(studies, seeds, 1))
-    if design.rate is None:
-        values = values + design.residual * generator.normal(size=values.shape)
-        return values + arm * design.difference
-    chances = expit(numpy.log(design.rate / (1 - design.rate)) + values)
-    chances *= generator.random((studies, seeds, 1)) >= design.collapse
-    return (generator.random(values.shape) < chances).astype(float)
-
-
-def draw_studies(
-    design: Design, studies: int, generator: numpy.random.Generator
-) -> Iterator[list[numpy.ndarray]]:
-    """Both arms' values, in blocks that fit in memory."""
-    block = max(1, BLOCK // (2 * design.seeds * design.problems))
+def p_values(design: Design, studies: int, arms: int = 1) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Differences from the baseline and their p-values [studies, arms]: what `contrast` computes,
+    for many studies at once."""
+    generator = numpy.random.default_rng(0)
+    block = max(1, BLOCK // ((1 + arms) * design.seeds * design.problems))
+    differences = []
+    tests = []
     for start in range(0, studies, block):
-        common = draw_common(design, min(block, studies - start), generator)
-        yield [draw_arm(design, arm, common, generator) for arm in (0, 1)]
+        baseline, *others = design.draw(min(block, studies - start), arms, generator)
+        values = numpy.stack(others, axis=1) - baseline[:, None]
+        difference, spread, _ = estimate_mean(values, numpy.ones(design.problems))
+        differences.append(difference)
+        tests.append(spread.p_value(difference))
+    return numpy.concatenate(differences), numpy.concatenate(tests)
 
 
-def rates(design: Design, studies: int, error_rate: float = ERROR_RATE) -> tuple[float, float]:
-    """Shares of studies with a verdict in the direction of a positive difference, and against it:
-    what `contrast` computes, for many studies at once."""
-    generator = numpy.random.default_rng(0)
-    verdicts = []
-    for first, second in draw_studies(design, studies, generator):
-        difference, spread, _ = estimate_mean(second - first, numpy.ones(design.problems))
-        is_shown = numpy.abs(difference) > spread.half_width(error_rate)
-        verdicts.append(numpy.sign(difference) * is_shown)
-    verdicts = numpy.concatenate(verdicts)
-    return float((verdicts > 0).mean()), float((verdicts < 0).mean())
+def error_of(design: Design, studies: int, arms: int = 1) -> float:
+    """Share of studies with any verdict after Holm, where so many arms equal the baseline that they
+    are compared with."""
+    _, tests = p_values(design, studies, arms)
+    return fmean(min(holm(each)) <= ERROR_RATE for each in tests.tolist())
 
 
-def error_of(design: Design, studies: int) -> float:
-    """Share of verdicts where there is no difference."""
-    return sum(rates(design, studies))
-
-
-def family_error(design: Design, arms: int, studies: int) -> float:
-    """Share of studies with any verdict after Holm, where so many arms are compared with a baseline
-    that they equal."""
-    generator = numpy.random.default_rng(0)
-    wrong = 0
-    for _ in range(studies):
-        common = numpy.repeat(draw_common(design, 1, generator), arms, axis=0)
-        baseline = draw_arm(design, 0, common[:1], generator)
-        others = draw_arm(design, 1, common, generator)
-        difference, spread, _ = estimate_mean(others - baseline, numpy.ones(design.problems))
-        wrong += min(holm(spread.p_value(difference).tolist())) <= ERROR_RATE
-    return wrong / studies
-
-
-def found(design: Design, comparisons: int, studies: int) -> float:
-    """Share of studies that show the difference announced as found by 80 %."""
-    announced = detectable(design.variances, design.seeds, design.problems, comparisons)
-    return rates(replace(design, difference=announced), studies, ERROR_RATE / comparisons)[0]
-
-
-DOMINATED = Design("losses; seeds dominate", seed=(1, 1))
 DESIGNS = (
-    Design("losses; seeds are noise"),
-    DOMINATED,
+    Design("losses; seeds dominate", seed=(1, 1)),
     Design("losses; problems dominate", problem=1, residual=0.1),
     Design("losses; seeds of one arm dominate, ten times the other's", seed=(1, 0.1)),
     Design("scores; half of the seeds collapse to 0 %", rate=0.5, collapse=0.5),
 )
-SEEDS = (2, 3, 5)
-
-
-def print_table(head: str, columns: Sequence[str], rows: Iterable[tuple[str, list[str]]]) -> None:
-    print(f"\n| {head} | {' | '.join(columns)} |\n|---|" + "---:|" * len(columns))
-    for name, cells in rows:
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
-
-
-def percent(*shares: float) -> str:
-    return "/".join(f"{100 * share:.1f}" for share in shares)
 
 
 def print_errors(studies: int) -> None:
-    rows = [
-        (
-            design.name,
-            [percent(error_of(replace(design, seeds=seeds), studies)) for seeds in SEEDS],
-        )
-        for design in DESIGNS
-    ]
-    family = replace(DOMINATED, problems=50)
-    errors = [family_error(replace(family, seeds=seeds), 10, studies // 5) for seeds in SEEDS]
-    rows.append(
-        (f"{DOMINATED.name}; any verdict on ten arms after Holm", list(map(percent, errors)))
-    )
-    print_table("what varies; wrong verdicts in %", [f"{seeds} seeds" for seeds in SEEDS], rows)
+    """Share of wrong verdicts of each design."""
+    family = replace(DESIGNS[0], problems=50)
+    for seeds in (2, 3, 5):
+        for design in DESIGNS:
+            error = error_of(replace(design, seeds=seeds), studies)
+            print(f"{design.name}; {seeds} seeds: {error:.1%}", flush=True)
+        error = error_of(replace(family, seeds=seeds), studies // 5, arms=10)
+        print(f"{family.name}, 50 problems; ten arms after Holm; {seeds} seeds: {error:.1%}")
 
 
 # --- the choice of tuned values -------------------------------------------------------------------
@@ -229,19 +175,12 @@ def wrong_after_tuning(
 
 
 def print_tuning(studies: int) -> None:
-    designs = [(3, 0), (5, 0), (8, 0), (4, 1), (5, 3)]
-    columns = [
-        f"{choose} choosing, {judge} judging" if choose else f"{judge} seeds"
-        for judge, choose in designs
-    ]
-    rows = [
-        (
-            tuning.name,
-            [percent(*wrong_after_tuning(tuning, *design, studies)) for design in designs],
-        )
-        for tuning in TUNINGS
-    ]
-    print_table("two equal arms; wrong verdicts in %, unwidened/widened", columns, rows)
+    """Shares of wrong verdicts of two arms that are equal, without the widening and with it."""
+    for tuning in TUNINGS:
+        for judge, choose in ((3, 0), (5, 0), (8, 0), (4, 1), (5, 3)):
+            plain, widened = wrong_after_tuning(tuning, judge, choose, studies)
+            seeds = f"{judge} seeds judge, {choose or 'all'} choose"
+            print(f"{tuning.name}; {seeds}: {plain:.1%}, widened {widened:.1%}", flush=True)
 
 
 def main() -> None:
@@ -250,8 +189,8 @@ def main() -> None:
         "--studies", type=int, default=20_000, help="simulated for each number of 200 problems"
     )
     studies = parser.parse_args().studies
-    for print_part in (print_errors, print_tuning):
-        print_part(studies)
+    print_errors(studies)
+    print_tuning(studies)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Verdicts keep their error rate and their power on simulated studies, equal textbook tests where
 those apply, and are those of docs/evidence."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -15,8 +16,7 @@ from benchmarks.verdicts import (
     TUNINGS,
     Design,
     error_of,
-    family_error,
-    found,
+    p_values,
     wrong_after_tuning,
 )
 from cera_train.verdicts.contrast import Contrast, Spread, Variances, contrast
@@ -119,19 +119,18 @@ def test_a_neighbour_that_breaks_down_bends_no_curve():
 
 def test_after_holm_at_most_5_percent_of_studies_have_any_wrong_verdict():
     design = Design(seeds=3, problems=50, seed=(0.3, 0.3), problem=0.3)
-    assert family_error(design, arms=10, studies=300) <= at_most(0.05, 300)
+    assert error_of(design, studies=300, arms=10) <= at_most(0.05, 300)
 
 
 @pytest.mark.parametrize("comparisons", [1, 10])
 def test_a_detectable_difference_is_found_by_80_percent(comparisons):
-    for seeds in (2, 5):
-        for design in (
-            Design(problems=50, seed=(1, 1)),
-            Design(problems=100, seed=(0.1, 0.1), problem=1),
-        ):
-            assert found(replace(design, seeds=seeds), comparisons, STUDIES) == pytest.approx(
-                0.8, abs=0.035
-            )
+    for seeds, (problems, seed, problem) in itertools.product((2, 5), ((50, 1, 0), (100, 0.1, 1))):
+        variances = Variances(2 * seed**2, 2 * problem**2, 2)
+        least = detectable(variances, seeds, problems, comparisons)
+        design = Design("", seeds, problems, (seed, seed), problem, difference=least)
+        differences, tests = p_values(design, STUDIES)
+        is_found = (differences > 0) & (tests <= 0.05 / comparisons)
+        assert is_found.mean() == pytest.approx(0.8, abs=0.035)
 
 
 @pytest.mark.parametrize(
