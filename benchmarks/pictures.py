@@ -6,7 +6,6 @@ hand.
 """
 
 import json
-import math
 import re
 from pathlib import Path
 from statistics import fmean
@@ -19,9 +18,6 @@ from cera_train.study.forest import CAPTION, brief, contrast_name, unit_of
 from cera_train.study.results import SHARE, OutcomeContrast
 
 DOCS = Path(__file__).parents[1] / "docs"
-
-UNBOUNDED = {"lower": -math.inf, "upper": math.inf, "detectable": math.inf}
-"""Fields that are null in JSON where there is no bound."""
 
 EVIDENCE_CAPTION = f"{CAPTION} What matters is at most {100 * SHARE:.0f} % of the loss."
 
@@ -65,8 +61,7 @@ def read_findings(folder: Path) -> list[Finding]:
             continue
         has_conditions = len({saved["condition"] for saved in results["contrasts"]}) > 1
         for saved in results["contrasts"]:
-            unbounded = {key: end for key, end in UNBOUNDED.items() if saved[key] is None}
-            contrast = OutcomeContrast(**saved | unbounded)
+            contrast = OutcomeContrast(**saved)
             name = f"{path.stem}: {contrast_name(contrast)}"
             if has_conditions:
                 name += f", {brief(contrast.condition)}"
@@ -105,19 +100,13 @@ def forest_of(findings: list[Finding], headings: dict[str, dict[str, str]]) -> F
     """The contrasts of a list.
 
     Args:
-        headings: heading -> label -> the name of a finding. Studies without results are left out.
+        headings: heading -> label -> the name of a finding.
     """
     by_name = {finding.name: finding for finding in findings}
-    studies = {name.partition(":")[0] for name in by_name}
-    groups = []
-    for heading, names in headings.items():
-        listed = {
-            label: by_name[name]
-            for label, name in names.items()
-            if name.partition(":")[0] in studies
-        }
-        if listed:
-            groups.append(group_of(heading, listed))
+    groups = [
+        group_of(heading, {label: by_name[name] for label, name in names.items()})
+        for heading, names in headings.items()
+    ]
     return Forest("evidence_short", "Should I use CeRA?", EVIDENCE_CAPTION, groups)
 
 
