@@ -80,7 +80,7 @@ corpus: $(VENV)/.installed-test  ## write what this release leaves, for later ve
 	$(BIN)/python -m benchmarks.corpus
 
 evidence: $(VENV)/.installed-test  ## find a gate where there is one, and none where there is none
-	$(BIN)/python -m benchmarks.one_projection --ranks 64 --teachers linear 'even, 3 A' --students CeRA
+	$(BIN)/python -m benchmarks.one_projection
 	$(BIN)/python -m benchmarks.ground_truth --controls
 	$(BIN)/cera-train -m +study=controls hydra/launcher=joblib
 	$(BIN)/cera-report outputs/controls

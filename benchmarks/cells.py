@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.rows import write_result
 from cera_train.common.errors import UserError
 from cera_train.settings.run import Config
@@ -30,6 +32,20 @@ class Mismatch(Exception):
 def require(holds: bool, otherwise: str) -> None:
     if not holds:
         raise Mismatch(otherwise)
+
+
+def check_close(
+    actual: Any,
+    expected: Any,
+    what: str = "loss or gradients",
+    rtol: float = 1e-3,
+    atol: float = 1e-4,
+) -> None:
+    """Of tensors, or lists of them: |actual - expected| <= atol + rtol |expected|."""
+    try:
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+    except AssertionError as error:
+        raise Mismatch(f"other {what}") from error
 
 
 def cell(check: Callable[..., str | None], *subject: Any) -> str:

@@ -91,14 +91,7 @@ def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
     """A tokenizer of bytes to which the template's tags are special tokens."""
     tags = sorted({*TAG.findall(template)} - {"<s>", "</s>"})
     return byte_tokenizer(
-        "<s>",
-        "</s>",
-        *tags,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        extra_special_tokens=tags,
-        chat_template=template,
+        "<s>", *tags, bos_token="<s>", extra_special_tokens=tags, chat_template=template
     )
 
 

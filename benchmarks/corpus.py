@@ -4,7 +4,6 @@ Runs with a checkpoint halfway, an evaluation, an export, a sweep and a study of
 by the commands, go to tests/compatibility/VERSION.tar.gz with the model and the rows. A release
 makes its own once and never again: tests/compatibility/test_releases.py reads every version's."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -12,10 +11,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import yaml
-
-from benchmarks.rows import write_rows
-from benchmarks.tiny_models import byte_tokenizer, save_random
+from benchmarks.rows import random_rows, write_rows
+from benchmarks.tiny_models import SIZES, save_random
 from cera_train import __version__
 
 ARCHIVE = Path(f"tests/compatibility/{__version__}.tar.gz")
@@ -37,13 +34,16 @@ COMMANDS = [
     "cera-export run=outputs/cera at_most=1",
     "cera-report outputs/compared --output=report",
 ]
-STUDY = {
-    "arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]},
-    "baseline": "lora",
-    "tune": {"optimizer.lr": [5e-3, 1e-2]},
-    "seeds": 2,
-    "outcomes": ["loss"],
-}
+STUDY = """# @package _global_
+defaults: [{override /hydra/sweeper: study}]
+name: compared
+study:
+  arms: {lora: [adapter=lora], cera: [adapter=cera]}
+  baseline: lora
+  tune: {optimizer.lr: [0.005, 0.01]}
+  seeds: 2
+  outcomes: [loss]
+"""
 
 
 def main() -> None:
@@ -51,9 +51,11 @@ def main() -> None:
         sys.exit(f"{ARCHIVE} is made: a corpus is that of its release. Raise the version first.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_base(folder / "base")
+        save_random(folder / "base", **SIZES)
         write_data(folder)
-        write_study(folder / "conf" / "study" / "compared.yaml")
+        study = folder / "conf" / "study" / "compared.yaml"
+        study.parent.mkdir(parents=True)
+        study.write_text(STUDY)
         for command in COMMANDS:
             run(command, folder)
         with tarfile.open(ARCHIVE, "w:gz") as archive:
@@ -71,43 +73,13 @@ def without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
     return member
 
 
-def write_base(folder: Path) -> None:
-    """A random Llama of bytes."""
-    save_random(
-        folder,
-        byte_tokenizer("<s>", "</s>", bos_token="<s>", eos_token="</s>", pad_token="</s>"),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-    )
-
-
 def write_data(folder: Path) -> None:
-    names = ["Anna", "Ben", "Carla", "David"]
-    orders = list(itertools.product(names, ["apples", "pears"], range(1, 9)))
-    rows = [
-        {"question": f"{name} orders {count} {item}.", "answer": f"{name}: {count}"}
-        for name, item, count in orders
-    ]
+    rows = random_rows(64, 8, ("question", "answer"), prompt=0.6, spread=0)
     pairs = [
-        {"prompt": row["question"], "chosen": row["answer"], "rejected": "No."} for row in rows
+        {"prompt": row["question"], "chosen": row["answer"], "rejected": " no"} for row in rows
     ]
     write_rows(folder / "rows.jsonl", rows)
     write_rows(folder / "pairs.jsonl", pairs)
-
-
-def write_study(file: Path) -> None:
-    tree = {
-        "defaults": [{"override /hydra/sweeper": "study"}],
-        "name": "compared",
-        "study": STUDY,
-    }
-    file.parent.mkdir(parents=True)
-    file.write_text(f"# @package _global_\n{yaml.safe_dump(tree, sort_keys=False)}")
 
 
 def run(command: str, folder: Path) -> None:

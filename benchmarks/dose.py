@@ -24,15 +24,14 @@ from benchmarks.ground_truth import (
     V_PROJ,
     Teacher,
     make_base,
-    make_tokenizer,
     sentences,
-    write,
+    write_taught,
 )
-from benchmarks.rows import write_result
+from benchmarks.rows import with_holm, write_result
+from benchmarks.tiny_models import byte_tokenizer
 from cera_train.verdicts.contrast import contrast_over_bases
 from cera_train.verdicts.interval import ERROR_RATE
 from cera_train.verdicts.power import detectable
-from cera_train.verdicts.verdict import holm
 
 FOLDER = Path("outputs/dose")
 EVIDENCE = Path("docs/evidence/dose")
@@ -45,8 +44,6 @@ ENDS = (DOSES[0], DOSES[-1])
 PLACES = {"v_proj": V_PROJ, "down_proj": "mlp.down_proj"}
 WRITTEN = 16_000
 """Sentences that a teacher begins: 300 updates read each at most once."""
-UPDATES = 1_500
-"""Of the base's training."""
 ARMS = {"q and v": ("half_qv", "cera_qv"), "all linears": ("half_all", "cera_all")}
 """Without the gate and with it, by what adapters are on."""
 
@@ -67,19 +64,14 @@ def make(seed: int) -> None:
     """Trains a base on sentences of its own. Writes the rows of its teachers, and how well teacher
     and base predict those held out."""
     folder = folder_of(seed)
-    make_base(folder, UPDATES, seed, sentences(seed))
+    make_base(folder, sentences(seed), seed)
     base = LlamaForCausalLM.from_pretrained(folder / "base" / "adapter").eval()
     ends = {}
     for place, path in PLACES.items():
         for dose in DOSES:
             name = name_of(place, dose)
-            teacher = Teacher(base, make_tokenizer(), dose, seed, sentences(seed), path)
-            rows = write(folder / f"{name}.jsonl", teacher.writes(WRITTEN), seed=seed)
-            held_out = rows[-HELD_OUT:]  # as the study holds out
-            ends[name] = {"base": teacher.loss(held_out), "r2_of_affine": teacher.r2_of_affine}
-            with teacher.attach():
-                ends[name]["teacher"] = teacher.loss(held_out)
-            print(f"{name:14}{len(rows):,} sentences {ends[name]}", flush=True)
+            teacher = Teacher(base, byte_tokenizer(), dose, seed, sentences(seed), path)
+            _, ends[name] = write_taught(folder / f"{name}.jsonl", teacher, WRITTEN)
     write_result(folder / "ends.json", ends)
 
 
@@ -141,11 +133,6 @@ class Gain:
         least = detectable(found.variances, found.seeds, found.problems, tests) + self.between
         beside = {"by_base": self.by_base.tolist(), "obstacles": self.obstacles}
         return asdict(found) | {"detectable": least} | beside
-
-
-def with_holm(contrasts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    p_values = holm([each["p_value"] for each in contrasts])
-    return [each | {"p_holm": p} for each, p in zip(contrasts, p_values, strict=True)]
 
 
 def curves(bases: list[Found], doses: Sequence[float], ending: str = "") -> dict[str, Any]:

@@ -23,14 +23,13 @@ from transformers import PreTrainedModel
 
 import cera_train  # noqa: F401  registers CeRA with PEFT
 from benchmarks import skills
-from benchmarks.rows import completion_losses, read_rows, write_result, write_rows
+from benchmarks.rows import completion_losses, read_rows, with_holm, write_result, write_rows
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.weights import load_model
 from cera_train.runs.records import load_config
 from cera_train.runs.results import LOSSES_AFTER, TokenLosses
 from cera_train.verdicts.contrast import contrast
 from cera_train.verdicts.power import detectable
-from cera_train.verdicts.verdict import holm
 
 FOLDER = Path("outputs/forgetting")
 RATES = {
@@ -187,7 +186,6 @@ def judge() -> dict[str, Any]:
         primary = [found["gsm8k", arms, loss] for arms in PRIMARY]
         if min(each["seeds"] for each in primary) >= REACHED * len(seeds):
             break
-    p_values = holm([each["p_value"] for each in primary])
     frontiers = {}
     for arm, seed, text in itertools.product(RATES, seeds, ROWS):
         losses, rises = frontier(arm, seed, text)
@@ -197,7 +195,7 @@ def judge() -> dict[str, Any]:
     return {
         "seeds": seeds,
         "rates": RATES,
-        "primary": [each | {"p_holm": p} for each, p in zip(primary, p_values, strict=True)],
+        "primary": with_holm(primary),
         "beside": [each for each in found.values() if each not in primary],
         "frontiers": frontiers,
     }

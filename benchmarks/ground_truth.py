@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import math
 import random
 import re
 import string
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import reasoning_gym
@@ -26,7 +24,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks.one_projection import Data, even, recorded
+from benchmarks.one_projection import TEACHERS, Data, Mixture, recorded
 from benchmarks.rows import completion_losses, write_rows
 from benchmarks.tiny_models import byte_tokenizer, save_random
 
@@ -38,6 +36,8 @@ SIZES = dict(
     num_attention_heads=4,
     num_key_value_heads=4,
 )
+UPDATES = 1_500
+"""Of the base's training."""
 PROBLEMS = 10_000
 """Word problems whose sentences the base learns."""
 WRITTEN = 6_000
@@ -50,10 +50,9 @@ V_PROJ = "self_attn.v_proj"
 GAIN = 2
 """Root mean square of a teacher's branch, relative to that of the projection's output."""
 HELD_OUT = 500
-PARAMETERS = 1_024
-"""Trained at r = 1 beside q_proj and v_proj of all layers."""
-BITS_OFFERED = 4
-"""By the pairs of keys and values, for each trained parameter."""
+PAIRS = 512
+"""Of a key and 8 bits, times the rank: 4 bits for each of the 1,024 parameters that r = 1 trains
+beside q_proj and v_proj of all layers."""
 WORDS = 30_000
 """Words drawn, of which about half differ."""
 TAUGHT = 1_000
@@ -71,7 +70,7 @@ Row = tuple[str, str]
 
 
 @functools.cache
-def sentences(seed: int = SEED) -> list[Row]:
+def sentences(seed: int) -> list[Row]:
     """Different sentences of word problems: the first word, and the rest."""
     rows = {}
     for problem in reasoning_gym.create_dataset("gsm_symbolic", size=PROBLEMS, seed=seed):
@@ -82,7 +81,7 @@ def sentences(seed: int = SEED) -> list[Row]:
     return list(rows)
 
 
-def write(path: Path, rows: list[Row], held_out: Iterable[Row] = (), seed: int = SEED) -> list[Row]:
+def write(path: Path, rows: list[Row], seed: int, held_out: Iterable[Row] = ()) -> list[Row]:
     """Writes the rows in random order, and then those held out. Returns them in the order of the
     file."""
     rows = list(rows)
@@ -92,7 +91,7 @@ def write(path: Path, rows: list[Row], held_out: Iterable[Row] = (), seed: int =
     return rows
 
 
-def pairs(count: int, seed: int = SEED) -> list[Row]:
+def pairs(count: int, seed: int) -> list[Row]:
     """Different keys of four random letters, each with 8 random bits as two hexadecimal digits."""
     draw = random.Random(seed)
     rows = {}
@@ -101,7 +100,7 @@ def pairs(count: int, seed: int = SEED) -> list[Row]:
     return list(rows.items())
 
 
-def spelled(seed: int = SEED) -> tuple[list[Row], list[Row]]:
+def spelled(seed: int) -> tuple[list[Row], list[Row]]:
     """Different words of 3 to 8 letters: half of them written at random as they are or backwards;
     the others as they are where they begin with one of a to l, else backwards."""
     problems = reasoning_gym.create_dataset("spell_backward", size=WORDS, seed=seed)
@@ -114,38 +113,31 @@ def spelled(seed: int = SEED) -> tuple[list[Row], list[Row]]:
     return taught, asked
 
 
-def marked(rows: Iterable[Row], marks: Iterable[str], seed: int = SEED) -> list[Row]:
+def marked(rows: Iterable[Row], marks: Iterable[str], seed: int) -> list[Row]:
     """The rows, each after a random one of these marks."""
     draw = random.Random(seed)
     return [(draw.choice([*marks]) + prompt, rest) for prompt, rest in rows]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte, and one for the end."""
-    return byte_tokenizer("</s>", eos_token="</s>", pad_token="</s>")
-
-
-def make_base(
-    folder: Path, updates: int, seed: int = SEED, rows: Iterable[Row] | None = None
-) -> list[Row]:
-    """Trains every weight of a tiny Llama, from random ones, on rows, by default `sentences()`, by
-    this program. Returns them in the order of its file."""
-    save_random(folder / "random", make_tokenizer(), seed=seed, tie_word_embeddings=True, **SIZES)
-    usual = write(folder / "base.jsonl", rows or sentences(), seed=seed)
-    train(folder, "base", folder / "random", updates, seed)
+def make_base(folder: Path, rows: list[Row], seed: int) -> list[Row]:
+    """Trains every weight of a tiny Llama, from random ones, on rows, by this program. Returns them
+    in the order of its file."""
+    save_random(folder / "random", seed=seed, tie_word_embeddings=True, **SIZES)
+    usual = write(folder / "base.jsonl", rows, seed)
+    train(folder, "base", folder / "random", UPDATES, seed)
     return usual
 
 
-def make_others(folder: Path, updates: int, usual: list[Row], seed: int = SEED) -> None:
+def make_others(folder: Path, usual: list[Row], seed: int) -> None:
     """Trains the speller, which half learns to write words backwards; and the base on, with marks,
     which tell nothing, before the prompts."""
     taught, asked = spelled(seed)
-    write(folder / "speller.jsonl", taught, seed=seed)
-    write(folder / "asked.jsonl", asked, seed=seed)
+    write(folder / "speller.jsonl", taught, seed)
+    write(folder / "asked.jsonl", asked, seed)
     train(folder, "speller", folder / "random", TAUGHT, seed)
-    with_marks = (marked(rows, MARKS, seed) for rows in (usual[:-HELD_OUT], usual[-HELD_OUT:]))
-    write(folder / "marked.jsonl", *with_marks, seed=seed)
-    train(folder, "marked", folder / "base" / "adapter", updates // 3, seed)
+    held_out = marked(usual[-HELD_OUT:], MARKS, seed)
+    write(folder / "marked.jsonl", marked(usual[:-HELD_OUT], MARKS, seed), seed, held_out)
+    train(folder, "marked", folder / "base" / "adapter", UPDATES // 3, seed)
 
 
 def train(folder: Path, name: str, model: Path, updates: int, seed: int) -> None:
@@ -165,54 +157,12 @@ def train(folder: Path, name: str, model: Path, updates: int, seed: int) -> None
 # --- teachers -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Form:
-    """The form of a branch B (gate(A x) - mean)."""
-
-    gate: Callable[[torch.Tensor], torch.Tensor]
-    width: int
-    std: float
-    """Of A x."""
-
-
-LINEAR = Form(lambda z: z, width=4, std=1)
-EVEN = Form(even, width=2, std=3)
-
-
-class Branch:
-    """B (gate(A x) - mean), of mean 0 and mean square 1 on inputs x [N, d_in].
-
-    A's rows are orthogonal to the mean of x: A x is around zero, where an even gate has no linear
-    part.
-    """
-
-    def __init__(self, form: Form, x: torch.Tensor, d_out: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        mean = x.mean(0)
-        A = torch.randn(form.width, x.shape[1], generator=generator)
-        A -= torch.outer(A @ mean, mean) / mean.square().sum()
-        self.gate = form.gate
-        self.A = A * (form.std / (x @ A.T).std(0))[:, None]
-        self.mean = self.gate(x @ self.A.T).mean(0)
-        self.B = torch.randn(form.width, d_out, generator=generator)
-        self.B /= self(x).square().mean().sqrt()
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.gate(x @ self.A.T) - self.mean) @ self.B
-
-
-TEACHERS = {"even": 1.0, "linear": 0.0}
-"""The dose of each."""
-
-
 class Teacher:
-    """The base with a branch beside one projection: sqrt(1 - dose) linear + sqrt(dose) even.
+    """The base with a `Mixture` of this dose beside one projection.
 
     Args:
-        rows: sentences of the base, by default `sentences()`.
-        dose: the even branch's share of the power, which is the same for every dose.
+        rows: sentences of the base.
         place: the projection, such as mlp.down_proj.
-        gain: see `GAIN`.
     """
 
     def __init__(
@@ -220,29 +170,23 @@ class Teacher:
         base: PreTrainedModel,
         tokenizer: PreTrainedTokenizerFast,
         dose: float,
-        seed: int = SEED,
-        rows: list[Row] | None = None,
+        seed: int,
+        rows: list[Row],
         place: str = V_PROJ,
-        gain: float = GAIN,
     ) -> None:
         self.base = base
         self.tokenizer = tokenizer
         self.seed = seed
-        self.rows = rows or sentences()
+        self.rows = rows
         self.projection = base.model.layers[LAYER].get_submodule(place)
         x, output = self.record(self.rows[:HELD_OUT])
-        d_out = output.shape[1]
-        self.linear = Branch(LINEAR, x, d_out, seed)
-        self.even = Branch(EVEN, x, d_out, seed)
-        self.dose = dose
-        self.scale = 1.0
-        self.scale = gain * (output.square().mean() / self.branch(x).square().mean()).sqrt()
+        self.mixture = Mixture(x, output.shape[1], dose, seed)
+        self.scale = GAIN * (output.square().mean() / self.mixture(x).square().mean()).sqrt()
         data = Data.of(x, self.branch(x))
         self.r2_of_affine = data.r2(data.best_affine())
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
-        linear = math.sqrt(1 - self.dose) * self.linear(x)
-        return self.scale * (linear + math.sqrt(self.dose) * self.even(x))
+        return self.scale * self.mixture(x)
 
     def attach(self) -> RemovableHandle:
         """Adds the branch to the base's projection, until it is removed."""
@@ -259,37 +203,29 @@ class Teacher:
         return tuple(map(torch.cat, zip(*seen, strict=True)))
 
     @torch.no_grad()
-    def writes(self, count: int | None = None) -> list[Row]:
+    def writes(self, count: int) -> list[Row]:
         """Sentences drawn from the teacher at temperature 1, each after the first word of one of
-        the base's: of so many that it begins, by default `WRITTEN`, those that end in time."""
+        the base's: of so many that it begins, those that end in time."""
         prompts = [prompt for prompt, _ in self.rows]
-        first = random.Random(self.seed).choices(prompts, k=count or WRITTEN)
+        first = random.Random(self.seed).choices(prompts, k=count)
         torch.manual_seed(self.seed)
         rows = []
-        hook = self.attach()
-        for _, prompts in itertools.groupby(sorted(first, key=len), key=len):
-            tokens = self.tokenizer(list(prompts), return_tensors="pt").input_ids
-            mask = torch.ones_like(tokens)
-            length = tokens.shape[1]
-            written = self.base.generate(
-                tokens,
-                attention_mask=mask,
-                do_sample=True,
-                top_k=0,
-                max_length=LENGTH,
-                eos_token_id=0,
-            )
-            ended = written[(written[:, length + 1 :] == 0).any(1) & (written[:, length] != 0)]
-            prompts, texts = (
-                self.tokenizer.batch_decode(part, skip_special_tokens=True)
-                for part in ended.tensor_split([length], 1)
-            )
-            rows += [
-                (prompt, text)
-                for prompt, text in zip(prompts, texts, strict=True)
-                if text.isascii()
-            ]
-        hook.remove()
+        with self.attach():
+            for length, same in itertools.groupby(sorted(first, key=len), key=len):
+                prompts = list(same)
+                tokens = self.tokenizer(prompts, return_tensors="pt").input_ids
+                written = self.base.generate(
+                    tokens,
+                    attention_mask=torch.ones_like(tokens),
+                    do_sample=True,
+                    top_k=0,
+                    max_length=LENGTH,
+                    eos_token_id=0,
+                )
+                for prompt, ids in zip(prompts, written[:, length:].tolist(), strict=True):
+                    text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                    if 0 in ids[1:] and ids[0] != 0 and text.isascii():
+                        rows.append((prompt, text))
         return rows
 
     def loss(self, rows: list[Row]) -> float:
@@ -301,10 +237,26 @@ class Teacher:
         return torch.cat(losses).mean().item()
 
 
+def write_taught(path: Path, teacher: Teacher, count: int) -> tuple[list[Row], dict[str, float]]:
+    """Writes what a teacher writes.
+
+    Returns:
+        The rows, and the losses of base and teacher on those held out, with what share of the
+        branch an affine map of x explains.
+    """
+    rows = write(path, teacher.writes(count), teacher.seed)
+    held_out = rows[-HELD_OUT:]  # as the study holds out
+    ends = {"base": teacher.loss(held_out), "r2_of_affine": teacher.r2_of_affine}
+    with teacher.attach():
+        ends["teacher"] = teacher.loss(held_out)
+    print(f"{path.stem:14}{len(rows):,} sentences {ends}", flush=True)
+    return rows, ends
+
+
 # --- triggers -------------------------------------------------------------------------------------
 
 
-def write_triggers(folder: Path, changed: list[Row], usual: list[Row], seed: int = SEED) -> None:
+def write_triggers(folder: Path, changed: list[Row], usual: list[Row], seed: int) -> None:
     """Rows of a change that shows after two marks only: by the first of them, by their XOR, and
     without the others.
 
@@ -318,40 +270,28 @@ def write_triggers(folder: Path, changed: list[Row], usual: list[Row], seed: int
         others = marked(usual, [mark for mark in MARKS if mark not in on], seed + 1)
         held_out = with_change[-half:] + others[-half:]
         rows = with_change[:-half] + (others[:-half] if name != "alone" else [])
-        write(folder / f"trigger_{name}.jsonl", rows, held_out, seed)
+        write(folder / f"trigger_{name}.jsonl", rows, seed, held_out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--updates", type=int, default=1_500, help="of the base's training")
     parser.add_argument("--controls", action="store_true", help="only what +study=controls needs")
     parser.add_argument("--seed", type=int, default=SEED, help="of the base, teachers and rows")
     options = parser.parse_args()
     seed = options.seed
-    options.folder.mkdir(parents=True, exist_ok=True)
-    usual = make_base(options.folder, options.updates, seed)
-    base = LlamaForCausalLM.from_pretrained(options.folder / "base" / "adapter").eval()
-    tokenizer = make_tokenizer()
+    folder = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    usual = make_base(folder, sentences(SEED), seed)
+    base = LlamaForCausalLM.from_pretrained(folder / "base" / "adapter").eval()
     for name, dose in TEACHERS.items():
-        teacher = Teacher(base, tokenizer, dose, seed)
-        rows = write(options.folder / f"{name}.jsonl", teacher.writes(), seed=seed)
-        held_out = rows[-HELD_OUT:]  # as the study holds out
-        loss_of_base = teacher.loss(held_out)
-        with teacher.attach():
-            loss = teacher.loss(held_out)
-        print(
-            f"{name:11}{len(rows):,} sentences; an affine map of x explains "
-            f"{teacher.r2_of_affine:.0%} of the branch; "
-            f"loss {loss:.3f}, of the base {loss_of_base:.3f}",
-            flush=True,
-        )
+        teacher = Teacher(base, byte_tokenizer(), dose, seed, sentences(SEED))
+        rows, _ = write_taught(folder / f"{name}.jsonl", teacher, WRITTEN)
     if not options.controls:
-        make_others(options.folder, options.updates, usual, seed)
-        write_triggers(options.folder, changed=rows, usual=usual, seed=seed)
+        make_others(folder, usual, seed)
+        write_triggers(folder, rows, usual, seed)
         for rank in (1, 4):
-            offered = pairs(BITS_OFFERED * PARAMETERS * rank // 8, seed)
-            write(options.folder / f"pairs_r{rank}.jsonl", offered, seed=seed)
+            write(folder / f"pairs_r{rank}.jsonl", pairs(PAIRS * rank, seed), seed)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from benchmarks.cells import (
     ROOT,
     YES,
     Cells,
-    Mismatch,
+    check_close,
     check_resume,
     fill,
     in_short,
@@ -36,13 +36,14 @@ from benchmarks.cells import (
     require,
 )
 from benchmarks.rows import completion_losses, write_rows
-from benchmarks.tiny_models import byte_tokenizer, save_random
+from benchmarks.tiny_models import SIZES, save_random
 from cera_train.adapters.methods import usable_methods
 from cera_train.adapters.saved import attach, is_adapter, keeps_base
 from cera_train.cli.compose import compose
 from cera_train.common.files import options
 from cera_train.distributed.processes import in_processes
 from cera_train.planning.planner import make_plan
+from cera_train.runs.results import LOSSES_AFTER, LOSSES_BEFORE, METRICS, read_metrics
 from cera_train.runs.subject import find_subject
 from cera_train.serving.export import export_run
 from cera_train.settings.adapters import Activation, DropoutOn, Init, Mix
@@ -178,19 +179,11 @@ def make_base(folder: Path, kind: str) -> Path:
     if not path.exists():
         save_random(
             path,
-            byte_tokenizer("</s>", eos_token="</s>", pad_token="</s>"),
             kind,
-            hidden_size=32,
-            intermediate_size=64,
             moe_intermediate_size=16,
             num_experts=4,
             num_experts_per_tok=2,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=256,
-            initializer_range=0.2,
+            **SIZES,
         )
     return path
 
@@ -228,9 +221,10 @@ def words_of_case(case: Case, folder: Path, *words: str) -> list[str]:
     ]
 
 
-def figures(run: Path, name: str) -> list[float]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line[name] for line in lines if name in line]
+def logged_losses(run: Path) -> list[float]:
+    """Of the updates, and then of the evaluations."""
+    metrics = read_metrics(run / METRICS)
+    return [line.loss for line in (*metrics.updates, *metrics.evaluations)]
 
 
 def train(case: Case, folder: Path, *words: str) -> Path:
@@ -258,18 +252,13 @@ def losses_of(model: Any, folder: Path) -> torch.Tensor:
     return torch.cat(losses)
 
 
-def held_out_losses(run: Path, when: str = "after") -> torch.Tensor:
-    return load_file(run / f"losses_{when}.safetensors")["losses"]
-
-
-def check_close(losses: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    difference = (losses - expected).abs().max().item()
-    require(difference <= tolerance, f"losses differ by {difference:.2g}")
+def held_out_losses(run: Path, file: str = LOSSES_AFTER) -> torch.Tensor:
+    return load_file(run / file)["losses"]
 
 
 def check_falls(run: Path) -> None:
     """Some update has a lower loss than the first: PVeRA's are noisy."""
-    first, *later = figures(run, "train/loss")
+    first, *later = [line.loss for line in read_metrics(run / METRICS).updates]
     require(min(later) < first, f"the loss went from {first:.4f} to {later[-1]:.4f}")
 
 
@@ -289,11 +278,8 @@ def resumes(case: Case, folder: Path) -> None:
 def processes(case: Case, folder: Path) -> None:
     """Two processes have the losses of one, to 1e-6."""
     run = train(case, folder, "name=two", "launch.processes=2")
-    worst = max(
-        abs(two - one) / max(1, abs(one))
-        for name in ("train/loss", "eval/loss")
-        for one, two in zip(figures(folder / "one", name), figures(run, name), strict=True)
-    )
+    losses = zip(logged_losses(folder / "one"), logged_losses(run), strict=True)
+    worst = max(abs(two - one) / max(1, abs(one)) for one, two in losses)
     require(worst <= 1e-6, f"losses differ by {worst:.1g}")
 
 
@@ -309,10 +295,12 @@ def trains_over_4_bits(case: Case, folder: Path) -> None:
     nf4 = "model.quantization=nf4"
     run = train(case, folder, "name=nf4", nf4)
     check_falls(run)
-    moved = held_out_losses(folder / "one", "before") - losses_of(load_base(case, folder), folder)
+    before = held_out_losses(folder / "one", LOSSES_BEFORE)
+    moved = before - losses_of(load_base(case, folder), folder)
     if moved.abs().max() < 1e-4:  # then it starts as the base does over 4 bits too
         base = train(dataclasses.replace(PLAIN, base=case.base), folder, "name=nf4_base", nf4)
-        off = (held_out_losses(run, "before") - held_out_losses(base, "before")).abs().max()
+        start = held_out_losses(run, LOSSES_BEFORE)
+        off = (start - held_out_losses(base, LOSSES_BEFORE)).abs().max()
         require(off < 1e-3, f"starts up to {off:.1g} nats off the base")
 
 
@@ -320,13 +308,12 @@ def loads(case: Case, folder: Path) -> None:
     """The saved adapter has the same losses on a fresh base, by `cera-train` and by PEFT."""
     run = folder / "one"
     expected = held_out_losses(run)
-    check_close(losses_of(attach(load_base(case, folder), run / "adapter"), folder), expected)
+    ways = [attach]
     if (run / "adapter" / "adapter_config.json").exists():
-        model = peft.PeftModel.from_pretrained(load_base(case, folder), run / "adapter")
-        try:
-            check_close(losses_of(model, folder), expected)
-        except Mismatch as error:
-            raise Mismatch(f"PEFT alone: {error}") from None
+        ways.append(peft.PeftModel.from_pretrained)
+    for load in ways:
+        model = load(load_base(case, folder), run / "adapter")
+        check_close(losses_of(model, folder), expected, "losses", rtol=0, atol=1e-5)
 
 
 def base_comes_back(case: Case, folder: Path) -> None:
@@ -350,7 +337,7 @@ def merges(case: Case, folder: Path) -> None:
         export_run(config, find_subject(config))
         return
     expected = losses_of(model, folder)
-    check_close(losses_of(model.merge_and_unload(), folder), expected, 1e-4)
+    check_close(losses_of(model.merge_and_unload(), folder), expected, "losses", rtol=0)
 
 
 CHECKS = {
@@ -388,17 +375,6 @@ def grouped(names: list[str]) -> str:
         listed = ", ".join(filter(None, variants))
         texts.append(f"{method} ({word} {listed})" if listed else method)
     return ", ".join(texts)
-
-
-def ungrouped(text: str) -> list[str]:
-    """The cases that `grouped` has written."""
-    names = []
-    for method, word, variants in re.findall(r"([^ ,(]+)(?: \((also|with) ([^)]+)\))?", text):
-        if word != "with":
-            names.append(method)
-        if variants:
-            names += [f"{method} {variant}" for variant in variants.split(", ")]
-    return names
 
 
 def page(found: Cells) -> str:

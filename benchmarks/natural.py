@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import random
 import re
 import sysconfig
@@ -26,8 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks.forgetting import texts_of
-from benchmarks.ground_truth import EVEN, LINEAR, Branch
-from benchmarks.one_projection import MODEL, RATES, STUDENTS, Data, record, train
+from benchmarks.one_projection import MODEL, Data, Mixture, best_of_rates, record
 from benchmarks.rows import read_rows, write_result, write_rows
 from cera_train.cli.compose import compose
 from cera_train.data.computed import date_rows
@@ -50,7 +48,6 @@ TUNING = (
 LAYERS = (10, 20)
 PLACES = ("self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
 DOSES = (0.0, 0.03, 0.1, 0.3, 1.0)
-RANK = 64
 SEED = 0
 
 
@@ -99,19 +96,11 @@ def see(path: str, rows: list[str]) -> Seen:
 def shares(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
     """What share of the variance of y on held-out inputs the best affine map of x explains, and
     what a CeRA gains that is fitted to what it leaves."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(SEED))
-    data = Data.of(x[order], y[order])
+    data = Data.shuffled(x, y)
     affine = data.best_affine()
     explained = data.r2(affine)
     left = Data.of(data.x, (data.y - affine).float())
-    best = max(train(STUDENTS["CeRA"], RANK, rate, left) for rate in RATES)
-    return {"affine": explained, "gain": best * (1 - explained)}
-
-
-def mixture(x: torch.Tensor, d_out: int, dose: float) -> torch.Tensor:
-    """[N, d_in] -> [N, d_out], a dose of which is even."""
-    linear = Branch(LINEAR, x, d_out, SEED)(x)
-    return math.sqrt(1 - dose) * linear + math.sqrt(dose) * Branch(EVEN, x, d_out, SEED)(x)
+    return {"affine": explained, "gain": best_of_rates(left) * (1 - explained)}
 
 
 def tune(name: str) -> str:
@@ -131,7 +120,7 @@ def measure() -> Iterator[dict[str, Any]]:
     for layer, place in before[names[0]]:
         x = torch.cat([before[name][layer, place][0][:: len(names)] for name in names])
         d_out = before[names[0]][layer, place][1].shape[1]
-        gains = [shares(x, mixture(x, d_out, dose))["gain"] for dose in DOSES]
+        gains = [shares(x, Mixture(x, d_out, dose, SEED)(x))["gain"] for dose in DOSES]
         yield {"layer": layer, "place": place, "scale": gains}
         for name in names:
             inputs, outputs = before[name][layer, place]

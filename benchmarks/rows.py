@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cera_train.verdicts.verdict import holm
+
 WORDS = "the of and to in is that for it as with on by at from this have not are but".split()  # noqa: SIM905
 """One token each of SmolLM2's tokenizer."""
 
@@ -28,6 +30,12 @@ def write_rows(file: Path, rows: Iterable[Any]) -> Path:
 def write_result(file: Path, result: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def with_holm(contrasts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Contrasts, each with its p-value after Holm over them."""
+    p_values = holm([each["p_value"] for each in contrasts])
+    return [each | {"p_holm": p} for each, p in zip(contrasts, p_values, strict=True)]
 
 
 def random_rows(
@@ -54,6 +62,10 @@ def random_rows(
         texts = (" ".join(words[:asked]), "".join(f" {word}" for word in words[asked:]))
         rows.append(dict(zip(columns, texts, strict=True)))
     return rows
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
 @torch.no_grad()

@@ -44,6 +44,17 @@ GREATEST = {
 """The greatest value of the integer fields of a tiny config, by the first pattern that their name
 matches. Other integers keep their values."""
 
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    initializer_range=0.2,
+)
+"""Of a Llama or Qwen."""
+
 NUMBERS_OF_LAYERS = ".*layers|n_layer|num_blocks|layer_group_size"
 SMALL = 20_000_000
 """Parameters up to which a model of the default config counts as tiny."""
@@ -56,14 +67,11 @@ def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
         Exception: whatever transformers raises where it builds or runs none of the candidates.
     """
     errors = []
-    arguments = {
-        name: changes.pop(name) for name in ("attn_implementation", "dtype") if name in changes
-    }
     for candidate in (shrunk, _shrunk_and_filled, _all_layers, _default):
         try:
             config = candidate(CONFIG_MAPPING[model_type](), changes)
             torch.manual_seed(0)
-            model = auto_class(config).from_config(config, **arguments).eval()
+            model = auto_class(config).from_config(config).eval()
             _draw(model.requires_grad_(False))
             model(input_ids=torch.arange(8)[None], use_cache=False)
             return model
@@ -82,22 +90,19 @@ def _draw(model: PreTrainedModel) -> None:
 
 
 def byte_tokenizer(*special: str, **settings: Any) -> PreTrainedTokenizerFast:
-    """A token for each of these, then one for each byte."""
-    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    """A token for each of these, one for the end and for padding, then one for each byte."""
+    tokens = [*special, "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     bytewise = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bytewise, **settings)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, eos_token="</s>", pad_token="</s>", **settings
+    )
 
 
-def save_random(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    kind: str = "llama",
-    seed: int = 0,
-    **sizes: Any,
-) -> None:
-    """A folder with a tokenizer and a random model of its vocabulary."""
+def save_random(folder: Path, kind: str = "llama", seed: int = 0, **sizes: Any) -> None:
+    """A folder with a tokenizer of bytes and a random model of its vocabulary."""
+    tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder)
     tokens = {
         name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -180,10 +185,9 @@ def _shrink(default: PretrainedConfig, fewer_layers: bool = True) -> dict[str, A
         settings[layers_name] = len(kept)
     elif fewer_layers and count:  # a pattern of kinds, which repeats
         settings[layers_name] = max(2, *map(_kinds_in_turn, values.values()))
-    if values.get("num_key_value_heads") == values.get("num_attention_heads"):
-        settings.pop("num_key_value_heads", None)
-        if values.get("num_key_value_heads") is not None:
-            settings["num_key_value_heads"] = settings["num_attention_heads"]
+    key_value_heads = values.get("num_key_value_heads")
+    if key_value_heads is not None and key_value_heads == values.get("num_attention_heads"):
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     if _may_decode(default):
         settings["is_decoder"] = True
     return settings

@@ -11,8 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import dose, forgetting, ground_truth, one_projection
-from benchmarks.ground_truth import Teacher, make_tokenizer
-from benchmarks.one_projection import STUDENTS, TEACHERS, Data, teach, train
+from benchmarks.ground_truth import SEED, Teacher
+from benchmarks.one_projection import TEACHERS, Data, Mixture, train
+from benchmarks.tiny_models import byte_tokenizer
 from cera_train.runs.results import LOSSES_AFTER, TokenLosses
 
 
@@ -22,19 +23,21 @@ def data_of(monkeypatch):
     monkeypatch.setattr(one_projection, "HELD_OUT", 1_000)
     monkeypatch.setattr(one_projection, "STEPS", 600)
     monkeypatch.setattr(one_projection, "BATCH", 256)
+    monkeypatch.setattr(one_projection, "RANK", 16)
     x = torch.randn(3_000, 16, generator=torch.Generator().manual_seed(0)) + 1
-    return lambda teacher: Data.of(x, teach(x, *TEACHERS[teacher]))
+    return lambda teacher: Data.of(x, Mixture(x, 192, TEACHERS[teacher], SEED)(x))
 
 
 def test_a_gate_wins_on_the_even_teacher_and_not_on_the_linear_one(data_of):
-    even = data_of("even, 3 A")
+    even = data_of("even")
     linear = data_of("linear")
+    half_scale = {"activation": "identity", "alpha": one_projection.RANK / 2}
     assert even.r2(even.best_affine()) < 0.1
-    assert train(STUDENTS["CeRA, 3 A"], 64, 1e-2, even) > 0.3
-    assert train(STUDENTS["identity, half scale"], 64, 1e-2, even) < 0.1
-    best = linear.r2(linear.best_of_rank(linear.best_affine(), 16))
-    for student in ("identity, half scale", "CeRA, 3 A"):
-        assert 0.9 < train(STUDENTS[student], 16, 1e-2, linear) < best
+    assert train(even, 1e-2) > 0.3
+    assert train(even, 1e-2, **half_scale) < 0.1
+    best = linear.r2(linear.best_of_rank(linear.best_affine()))
+    for settings in ({}, half_scale):
+        assert 0.9 < train(linear, 1e-2, **settings) < best
 
 
 ROWS = [("Tom", f" has {number} apples and {number**3} pears.") for number in range(60)]
@@ -45,9 +48,9 @@ def teacher_of(monkeypatch):
     """teacher_of(dose, place=...) beside a tiny Llama of random weights."""
     monkeypatch.setattr(one_projection, "HELD_OUT", 500)
     torch.manual_seed(0)
-    tokenizer = make_tokenizer()
+    tokenizer = byte_tokenizer()
     base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **ground_truth.SIZES)).eval()
-    return lambda dose, **settings: Teacher(base, tokenizer, dose, rows=ROWS, **settings)
+    return lambda dose, **settings: Teacher(base, tokenizer, dose, SEED, ROWS, **settings)
 
 
 @pytest.mark.parametrize("place", dose.PLACES.values())
