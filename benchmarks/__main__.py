@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from benchmarks import evaluation, training
 from benchmarks.rows import random_rows, read_rows, write_rows
-from benchmarks.targets import Target, print_targets
+from benchmarks.targets import print_targets
 
 ROWS = 256
+ROUNDS = 5
 
 
 def main() -> None:
@@ -23,10 +22,9 @@ def main() -> None:
         type=Path,
         help="jsonl with question and answer, such as GSM8K's; else random words",
     )
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="NAME")
     options = parser.parse_args()
-    targets: list[Target] = []
+    targets = []
     with tempfile.TemporaryDirectory() as folder:
         rows = random_rows(ROWS, 171)
         if options.rows:
@@ -38,13 +36,11 @@ def main() -> None:
                 for row in read_rows(options.rows)[:ROWS]
             ]
         file = write_rows(Path(folder) / "rows.jsonl", rows)
-        measures: dict[str, Callable[[int], list[Target]]] = {
-            "decoding": partial(evaluation.measure_decoding, file),
-            **{work: partial(training.measure, file, work) for work in training.WORKS},
-        }
-        for name in names:
-            if name in options.only:
-                targets += measures[name](options.rounds)
+        for name in options.only:
+            if name == "decoding":
+                targets += evaluation.measure_decoding(file, ROUNDS)
+            else:
+                targets += training.measure(file, name, ROUNDS)
     print_targets(targets)
 
 

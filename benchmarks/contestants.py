@@ -8,10 +8,11 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import peft
@@ -20,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
-from benchmarks.rows import read_rows
+from benchmarks.rows import read_rows, trained
 from cera_train.cli.compose import compose
 from cera_train.common.settings import to_plain
 from cera_train.model.weights import quantization_config
@@ -78,20 +79,6 @@ class Work:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
-class Contestant(Protocol):
-    """Built once, in a separate process.
-
-    Args:
-        base: a folder with model and tokenizer.
-        file: rows with `prompt` and `completion`.
-    """
-
-    def __init__(self, work: Work, base: str, file: Path) -> None: ...
-
-    def update(self, rows: Sequence[int]) -> int:
-        """One update on these rows; returns the tokens it supervised."""
-
-
 class Published:
     """The protocol of the published runs: CeRA as two linears and a dropout beside each projection,
     sequences padded to 512, gradient checkpointing, the loss on the logits of every position,
@@ -121,17 +108,12 @@ class Published:
             for column in ("prompt", "completion")
         )
         ids = torch.tensor([*prompt, *completion, tokenizer.eos_token_id])[: self.LENGTH]
-        labels = ids.clone()
-        labels[: len(prompt)] = -100
-        padding = (0, self.LENGTH - len(ids))
-        pad = nn.functional.pad
-        return torch.stack(
-            [
-                pad(ids, padding, value=tokenizer.eos_token_id),
-                pad(torch.ones_like(ids), padding),
-                pad(labels, padding, value=-100),
-            ]
-        )
+        padding = torch.tensor([[tokenizer.eos_token_id], [0], [-100]])
+        padded = padding.repeat(1, self.LENGTH)
+        padded[0, : len(ids)] = ids
+        padded[1, : len(ids)] = 1
+        padded[2, len(prompt) : len(ids)] = ids[len(prompt) :]
+        return padded
 
     def update(self, rows: Sequence[int]) -> int:
         supervised = 0
@@ -146,10 +128,6 @@ class Published:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return supervised
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class PublishedBranch(nn.Module):
@@ -169,16 +147,19 @@ class PublishedBranch(nn.Module):
 
 
 class Trl:
-    """TRL's SFTTrainer with PEFT's LoRA, its defaults: the trainer's own collator, loss, step and
-    optimizer."""
+    """TRL's SFTTrainer with PEFT's LoRA: the trainer's own collator, loss, step and optimizer.
 
-    is_tuned = False
+    Tuned, it has its best settings: nothing recomputed, micro-batches of near-equal length of the
+    fastest size. Its own loss is in chunks already. Without flash attention, its packing and
+    padding-free batches put a T x T mask over a row, which takes longer than the padding.
+    """
 
-    def __init__(self, work: Work, base: str, file: Path) -> None:
+    def __init__(self, work: Work, base: str, file: Path, is_tuned: bool = False) -> None:
         from trl import SFTConfig, SFTTrainer  # only here, since memory is compared
 
+        self.is_tuned = is_tuned
         is_16bit_gpu = work.device == "cuda" and work.dtype == torch.bfloat16
-        has_flash = self.is_tuned and is_16bit_gpu and is_flash_attn_2_available()
+        has_flash = is_tuned and is_16bit_gpu and is_flash_attn_2_available()
         tuned = {
             "gradient_checkpointing": False,
             "max_length": None,
@@ -195,7 +176,7 @@ class Trl:
                 report_to=[],
                 disable_tqdm=True,
                 learning_rate=LEARNING_RATE,
-                **(tuned if self.is_tuned else {}),
+                **(tuned if is_tuned else {}),
             ),
             processing_class=AutoTokenizer.from_pretrained(base),
             train_dataset=datasets.Dataset.from_list(read_rows(file)),
@@ -213,7 +194,7 @@ class Trl:
         self.model = self.trainer.accelerator.prepare(self.trainer.model)
         self.parameters = trained(self.model)
         self.micro_batch = args.per_device_train_batch_size
-        if self.is_tuned:
+        if is_tuned:
             self.micro_batch = min(MICRO_BATCHES[work.device], key=self._seconds)
             print(f"TRL, best: {self.micro_batch} sequences at once", flush=True)
 
@@ -249,21 +230,12 @@ class Trl:
         return int(supervised)
 
 
-class TunedTrl(Trl):
-    """The same with its best settings: nothing recomputed, micro-batches of near-equal length of
-    the fastest size. Its own loss is in chunks already. Without flash attention, its packing and
-    padding-free batches put a T x T mask over a row, which takes longer than the padding."""
-
-    is_tuned = True
-
-
 class Ours:
     """An update of cera-train, as its loop makes it."""
 
-    kind = "cera"
-    is_compiled = False
-
-    def __init__(self, work: Work, base: str, file: Path) -> None:
+    def __init__(
+        self, work: Work, base: str, file: Path, kind: str = "cera", is_compiled: bool = False
+    ) -> None:
         # Only here, since memory is compared.
         from cera_train.runs.folder import RunFolder
         from cera_train.training.resolve import resolve
@@ -273,7 +245,7 @@ class Ours:
             f"model.path={base}",
             f"model.dtype={str(work.dtype).removeprefix('torch.')}",
             f"model.quantization={work.quantization}",
-            f"adapter={self.kind}",
+            f"adapter={kind}",
             f"adapter.r={work.rank}",
             f"adapter.alpha={work.alpha}",
             f"adapter.dropout={DROPOUT}",
@@ -284,7 +256,7 @@ class Ours:
             "data.allow_overlap=true",
             f"optimizer.lr={LEARNING_RATE}",
             f"train.micro_batch_tokens={work.micro_batch_tokens}",
-            f"train.compile={self.is_compiled}",
+            f"train.compile={is_compiled}",
         )
         path = Path(tempfile.mkdtemp())
         config = resolve(config, path).config
@@ -299,7 +271,7 @@ class Ours:
         from cera_train.training.train import backward
 
         ours = self.ours
-        if self.is_compiled and at_recompile_limit():
+        if at_recompile_limit():
             raise RuntimeError("torch compiles no further variant of the layers")
         if fallbacks := ours.language_model.fallbacks:
             raise RuntimeError(f"it fell back: {'; '.join(fallbacks)}")
@@ -311,23 +283,14 @@ class Ours:
         return sum(drawn.batches.supervised[row] for row in rows)
 
 
-class OursCompiled(Ours):
-    """The same with train.compile=true."""
-
-    is_compiled = True
-
-
-class OursWithLora(Ours):
-    """The same with LoRA at equal rank."""
-
-    kind = "lora"
-
-
-CONTESTANTS: dict[str, type[Contestant]] = {
+CONTESTANTS: dict[str, Callable] = {
     "published protocol": Published,
     "TRL + LoRA, defaults": Trl,
-    "TRL + LoRA, best": TunedTrl,
-    "ours with LoRA": OursWithLora,
+    "TRL + LoRA, best": partial(Trl, is_tuned=True),
+    "ours with LoRA": partial(Ours, kind="lora"),
     "ours with CeRA": Ours,
-    "ours with CeRA, compiled": OursCompiled,
+    "ours with CeRA, compiled": partial(Ours, is_compiled=True),
 }
+"""What builds each from its work, a folder with model and tokenizer, and a file of rows with
+`prompt` and `completion`. Its method `update` makes an update on rows, and returns the tokens that
+it supervised."""

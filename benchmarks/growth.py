@@ -14,8 +14,6 @@ from pathlib import Path
 from benchmarks.contestants import Work
 from benchmarks.rows import random_rows, write_rows
 from benchmarks.training import PACKAGE, race
-from cera_train.model.folder import load_tokenizer
-from cera_train.settings.model import ModelConfig
 
 UPDATES = 3
 
@@ -50,13 +48,11 @@ def measure(point: Point, file: Path) -> tuple[float, int]:
         "bfloat16",
         point.sequences,
         rank=point.rank,
-        alpha=point.rank,
         max_length=4096,
         micro_batch_tokens=4096,
     )
-    base = load_tokenizer(ModelConfig(path=PACKAGE)).name_or_path
     name = f"ours with {point.kind}"
-    found = race([name], work, base, write_rows(file, rows), UPDATES)
+    found = race([name], work, PACKAGE, write_rows(file, rows), UPDATES)
     return statistics.median(found.seconds[name]), found.peak_memory[name]
 
 

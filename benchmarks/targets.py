@@ -13,24 +13,16 @@ class Target:
 
     name: str
     rounds: Sequence[float]
-    """One value a round, of which the median counts."""
+    """One value a round."""
     bound: float
-    is_least: bool = True
-    """Whether the value is to be at least the bound, or at most."""
-
-    @property
-    def value(self) -> float:
-        return statistics.median(self.rounds)
-
-    @property
-    def is_reached(self) -> bool:
-        return self.value >= self.bound if self.is_least else self.value <= self.bound
+    """The median is to be at least this."""
 
     def line(self) -> str:
+        median = statistics.median(self.rounds)
         spread = f"{min(self.rounds):.2f} to {max(self.rounds):.2f}"
-        wanted = f"{'at least' if self.is_least else 'at most'} {self.bound:.2f}"
-        verdict = "reached" if self.is_reached else "missed"
-        return f"{self.name:<50}{self.value:>8.2f}   {spread:>16}{wanted:>16}  {verdict}"
+        wanted = f"at least {self.bound:.2f}"
+        verdict = "reached" if median >= self.bound else "missed"
+        return f"{self.name:<50}{median:>8.2f}   {spread:>16}{wanted:>16}  {verdict}"
 
 
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import math
 import os
@@ -19,13 +18,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks import WITHOUT_GPUS
 from benchmarks.gpu.pieces import BY_NAME, ROOT, SECONDS, Piece, Place
 
-PACKAGES = ("torch", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "trl")
+PACKAGES = ("torch", "bitsandbytes", "transformers", "peft", "accelerate", "trl")
 
 Result = dict[str, Any]
 """The state of a piece, its reason and its figures."""
@@ -94,13 +94,9 @@ def gpus() -> str:
     return done.stdout.strip().replace("\n", "; ") if done.returncode == 0 else ""
 
 
-def result_file(place: Place, name: str) -> Path:
-    return place.folder / f"{name}.json"
-
-
 def read_result(place: Place, name: str) -> Result | None:
     """None where it has not run."""
-    file = result_file(place, name)
+    file = place.result(name)
     return json.loads(file.read_text()) if file.is_file() else None
 
 
@@ -113,7 +109,7 @@ def run(piece: Piece, place: Place, room: float) -> Result | None:
     seconds = min(SECONDS, room)
     log = place.folder / "logs" / f"{piece.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    file = result_file(place, piece.name)
+    file = place.result(piece.name)
     file.unlink(missing_ok=True)
     environment = os.environ | (WITHOUT_GPUS if place.device == "cpu" else {})
     if place.device == "cuda" and not piece.takes_all_gpus:
@@ -151,10 +147,7 @@ def run(piece: Piece, place: Place, room: float) -> Result | None:
 
 def block(results: dict[str, Result]) -> str:
     """Results as Markdown: the machine, the outcomes, and the figures of each piece."""
-    installed = {
-        package.metadata["Name"]: package.version for package in importlib.metadata.distributions()
-    }
-    versions = ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     states = [result["state"] for result in results.values()]
     counts = ", ".join(
         f"{states.count(state)} {state}" for state in ("passed", "failed", "skipped")

@@ -32,6 +32,9 @@ class Place:
         """Results, logs, rows and runs of this size on this device."""
         return self.output / f"{self.size}_{self.device}"
 
+    def result(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
     def rows(self, name: str) -> Path:
         return self.folder / "rows" / f"{name}.jsonl"
 

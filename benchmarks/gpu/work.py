@@ -3,11 +3,9 @@ PIECE DEVICE SIZE OUTPUT`."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -19,21 +17,21 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import evaluation
+from benchmarks import evaluation, tiny_models
 from benchmarks.contestants import Work
 from benchmarks.gpu.pieces import BY_NAME, DEVICE, ROOT, Place
 from benchmarks.rows import random_rows, write_rows
-from benchmarks.training import PACKAGE, race
+from benchmarks.training import PACKAGE, die_with_parent, race
 from cera_train.cli.compose import compose
 from cera_train.common.files import config_dir, write_text
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.folder import load_tokenizer
 from cera_train.planning.plan import USABLE
 from cera_train.planning.planner import make_plan
+from cera_train.runs.results import METRICS, read_metrics
 from cera_train.settings.model import ModelConfig
 from cera_train.training.train import train
 
-DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 MODEL = "llama3_1_8b"
 TOKENIZER = ROOT / "tokenizer"
 """SmolLM2's, where `make gpu-bundle` wrote it."""
@@ -108,16 +106,6 @@ SIZES = {
         overrides=("adapter.r=4", "data.max_length=128"),
     ),
 }
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 49152,
-}
-"""What is smaller in a model of size tiny."""
 
 
 # --- models and rows ------------------------------------------------------------------------------
@@ -131,7 +119,7 @@ def random_model(place: Place) -> Path:
         part = folder.with_name(f"part-{folder.name}")
         shutil.rmtree(part, ignore_errors=True)
         shape = json.loads((config_dir("conf") / "model" / f"{MODEL}.json").read_text())
-        shape |= TINY if place.size == "tiny" else {}
+        shape |= tiny_models.SIZES if place.size == "tiny" else {}
         with torch.device(place.device):
             config = LlamaConfig(**shape)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -208,7 +196,7 @@ def run(
         raise Skipped(f"needs {planned / 1e9:.0f} GB by cera-plan")
     result = train(compose(*words))
     check_speed(result, place.device)
-    return speed(folder / "metrics.jsonl", size.warm_up) | {
+    return speed(folder / METRICS, size.warm_up) | {
         "attention": result["attention"],
         "graphs": result["compiled_graphs"],
         "peak GB": result["peak_memory_bytes"] / 1e9,
@@ -228,12 +216,11 @@ def check_speed(result: dict[str, Any], device: str) -> None:
 
 def speed(metrics: Path, warm_up: int) -> dict[str, float]:
     """Median tokens a second, without the first updates, and the first and last loss."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    updates = [line for line in lines if "train/loss" in line]
+    updates = read_metrics(metrics).updates
     return {
-        "tokens/s": statistics.median(line["train/tokens_per_s"] for line in updates[warm_up:]),
-        "first loss": updates[0]["train/loss"],
-        "last loss": updates[-1]["train/loss"],
+        "tokens/s": statistics.median(update.tokens_per_s for update in updates[warm_up:]),
+        "first loss": updates[0].loss,
+        "last loss": updates[-1].loss,
     }
 
 
@@ -310,8 +297,7 @@ FUNCTIONS = {
 
 def main() -> None:
     """Writes the figures of a piece, or why it was skipped."""
-    if sys.platform == "linux":  # else a killed command would leave a piece on the GPU
-        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+    die_with_parent()
     os.environ["WANDB_MODE"] = "offline"
     name, device, size, output = sys.argv[1:]
     place = Place(device, size, Path(output))
@@ -321,7 +307,7 @@ def main() -> None:
         result["figures"] = FUNCTIONS[piece.work](place, **piece.settings)
     except Skipped as skipped:
         result |= {"state": "skipped", "reason": str(skipped)}
-    write_text(place.folder / f"{name}.json", json.dumps(result, indent=2) + "\n")
+    write_text(place.result(name), json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -43,9 +43,7 @@ def test_a_failed_piece_stops_nothing_and_is_retried_last(tmp_path, monkeypatch,
             else {"state": "passed", "reason": ""}
         )
         place.folder.mkdir(parents=True, exist_ok=True)
-        command.result_file(place, piece.name).write_text(
-            json.dumps(result | {"figures": {"tokens/s": 7.0}})
-        )
+        place.result(piece.name).write_text(json.dumps(result | {"figures": {"tokens/s": 7.0}}))
         return command.read_result(place, piece.name)
 
     monkeypatch.setattr(command, "run", run)
