@@ -46,12 +46,12 @@ class Design:
         hardness = generator.normal(size=(studies, 1, self.problems))
         common = 0 if self.rate is None else 2 * hardness
         for arm in range(1 + arms):
-            is_other = min(arm, 1)
+            side = min(arm, 1)
             values = common + self.problem * generator.normal(size=hardness.shape)
-            values = values + self.seed[is_other] * generator.normal(size=(studies, self.seeds, 1))
+            values = values + self.seed[side] * generator.normal(size=(studies, self.seeds, 1))
             if self.rate is None:
                 noise = generator.normal(size=(studies, self.seeds, self.problems))
-                yield values + self.residual * noise + is_other * self.difference
+                yield values + self.residual * noise + side * self.difference
             else:
                 chances = expit(numpy.log(self.rate / (1 - self.rate)) + values)
                 chances *= generator.random((studies, self.seeds, 1)) >= self.collapse
