@@ -221,8 +221,8 @@ def explain_composition(error: Exception, program: str) -> str | None:
         case AssertionError() if "Unexpected type" in str(error):  # OmegaConf's
             words = [word for word in sys.argv[1:] if "." in word.partition("=")[0]]
             return (
-                f"{' '.join(words)}: the section of a setting is null: choose a file for it, as in "
-                "task=NAME or -m +study=NAME, or write it as a whole, as in "
+                f"{' '.join(words)}: one stands in a section that is null: choose a file for it, "
+                "as in task=NAME or -m +study=NAME, or write it as a whole, as in "
                 "'data.mix=[{train_files: [a.jsonl]}]'."
             )
         case ValueError() if "No trials are completed" in str(error):  # Optuna looks for the best

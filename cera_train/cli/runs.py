@@ -15,7 +15,6 @@ from cera_train.cli.mistakes import Parser
 from cera_train.cli.start import print_error
 from cera_train.common.files import cut_bytes
 from cera_train.common.libraries import heavy_imports
-from cera_train.common.settings import require
 from cera_train.distributed.processes import in_processes, is_one_of_several
 from cera_train.runs.subject import find_subject
 from cera_train.settings.evaluation import EvalConfig
@@ -117,10 +116,6 @@ def report() -> None:
     folders = arguments.folders
     names = "_and_".join(folder.resolve().name for folder in folders)
     output = arguments.output or Path("report") / cut_bytes(names, LONGEST_NAME)
-    is_free = output.is_dir() or not output.exists()
-    require(
-        is_free, f"--output={output}: it is a file, and a report needs a folder: choose another."
-    )
     studies = list(filter(None, map(find_study, folders)))
     if len(studies) == len(folders):
         from cera_train.study.page import write_studies

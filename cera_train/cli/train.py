@@ -44,12 +44,12 @@ def main() -> None:
     parser.add_argument("--look", action="store_true")
     parser.add_argument("--save", type=Path)
     flags, sys.argv[1:] = parser.parse_known_args()
-    is_sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
-    require(not (flags.look and is_sweep), "--look: it shows the rows of one run: leave out -m.")
-    require(not (flags.save and is_sweep), "--save: a recipe is of one run: leave out -m.")
     command = look if flags.look else train_job
     if flags.save:
         command = functools.partial(save, flags.save)
+    is_sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
+    is_fit = command is train_job or not is_sweep
+    require(is_fit, "--look and --save are for one run: leave out -m.")
     # executes the modules of Hydra's plugins, even those imported before
     Plugins.instance()
     from cera_train.cli.launchers import Joblib, SubmititSlurm
