@@ -52,7 +52,8 @@ def lines_of(
     indent = "  " * section.count(".")
     for name, value in settings.items():
         key = f"{section}{name}"
-        if any(other.startswith(f"{key}.") for other in sentences):
+        is_section = any(other.startswith(f"{key}.") for other in sentences)
+        if is_section and value:
             yield f"{indent}{name}:"
             yield from lines_of(value, sentences, f"{key}.")
         else:
