@@ -57,6 +57,6 @@ def lines_of(
             yield f"{indent}{name}:"
             yield from lines_of(value, sentences, f"{key}.")
         else:
-            sentence = sentences.get(key, "").partition(". ")[0]
+            sentence = sentences.get(key, "").partition(". ")[0].rstrip(".")
             comment = f"  # {sentence}" if sentence else ""
             yield f"{indent}{name}: {json.dumps(value, ensure_ascii=False)}{comment}"

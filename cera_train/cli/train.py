@@ -23,7 +23,7 @@ from cera_train.cli.save import save_recipe
 from cera_train.cli.start import errors_in_one_line, print_error
 from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
-from cera_train.common.settings import require
+from cera_train.common.settings import key_of, require
 from cera_train.common.terminal import print_command
 from cera_train.common.trust import redact
 from cera_train.data.look import print_data
@@ -33,7 +33,7 @@ from cera_train.runs.records import changes_result
 from cera_train.runs.tracking import WANDB_NAME
 from cera_train.settings.run import Config
 from cera_train.study.design import StudySweeper, is_study
-from cera_train.sweep.folder import RECORD, key_of, print_sweep
+from cera_train.sweep.folder import RECORD, print_sweep
 from cera_train.sweep.grid import Job, begin, job_composer, record_of
 
 TRAIN = "cera-train"

@@ -156,6 +156,11 @@ def word_of(value: Any) -> str:
     return f"[{','.join(map(word_of, value))}]" if isinstance(value, list) else str(value)
 
 
+def key_of(override: str) -> str:
+    """The key of an argument, such as +adapter.r=16."""
+    return override.lstrip("+~").partition("=")[0]
+
+
 def quoted(text: str) -> str:
     """A text as one writes it on a command line, whatever its signs: in Hydra's quotes, where a
     backslash means more than itself only before a quote."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from cera_train.common.settings import require, setting
+from cera_train.common.settings import key_of, require, setting
 from cera_train.settings.gone import describe_gone
 from cera_train.settings.values import Filled, Settings
 
@@ -111,13 +111,13 @@ class StudyConfig(Settings):
     def _check_keys(self) -> None:
         """Raises UserError if a setting is set in two places, or has no value."""
         words = [word for words in self.arms.values() for word in words]
-        places = dict.fromkeys(map(_key_of, words), "an arm")
+        places = dict.fromkeys(map(key_of, words), "an arm")
         gone = [message for key in places if (message := describe_gone(key))]
         require(not gone, f"study.arms: {' '.join(gone)}")
         base_words = [word for words in self.bases.values() for word in words]
-        for key in map(_key_of, base_words):
+        for key in map(key_of, base_words):
             require(key not in places, f"study.bases: an arm sets {key} too. Keep one.")
-        places |= dict.fromkeys(map(_key_of, base_words), "a base")
+        places |= dict.fromkeys(map(key_of, base_words), "a base")
         for group, values_by_key in (("tune", self.tune), ("conditions", self.conditions)):
             for key in values_by_key:
                 place = f"study.{group}.{key}"
@@ -144,7 +144,3 @@ class StudyConfig(Settings):
             if self.baseline is not None and is_new:
                 comparisons.append((f"{arm} or {self.baseline}", self.baseline, arm))
         return comparisons
-
-
-def _key_of(override: str) -> str:
-    return override.lstrip("+").partition("=")[0]

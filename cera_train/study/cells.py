@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cera_train.common.settings import require
+from cera_train.common.settings import key_of, require
 from cera_train.runs.results import RunResult
 from cera_train.settings.sweep import LOSS
 from cera_train.study.outcomes import ComparedRun, Outcome
 from cera_train.study.record import BASE, SEED, StudyRecord
-from cera_train.sweep.folder import State, job_name, job_status, key_of
+from cera_train.sweep.folder import State, job_name, job_status
 from cera_train.verdicts.tuning import could_gain
 
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from cera_train.common.errors import UserError
 from cera_train.common.files import locked
 from cera_train.common.libraries import heavy_imports
-from cera_train.common.settings import quoted, require, word_of
+from cera_train.common.settings import key_of, quoted, require, word_of
 from cera_train.distributed.processes import is_main_process
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
@@ -26,7 +26,7 @@ from cera_train.settings.values import checked
 from cera_train.study.cells import Cell, Replicate
 from cera_train.study.folder import Study
 from cera_train.study.record import ARM, BASE, SEED
-from cera_train.sweep.folder import RECORD, SweepRecord, job_status, key_of
+from cera_train.sweep.folder import RECORD, SweepRecord, job_status
 from cera_train.sweep.grid import (
     WRITER,
     ComposeJob,

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cera_train.common.settings import key_of
 from cera_train.study.cells import Cell, GridPoint, Replicate, describe_choices, means_of
 from cera_train.study.record import ARM, SEED, StudyRecord
-from cera_train.sweep.folder import RECORD, SweepRecord, key_of
+from cera_train.sweep.folder import RECORD, SweepRecord
 
 
 class Study(StudyRecord):

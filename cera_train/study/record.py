@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from cera_train.common.settings import key_of
 from cera_train.settings.gone import without_gone
 from cera_train.settings.sweep import StudyConfig
 from cera_train.settings.values import checked
-from cera_train.sweep.folder import RECORD, SweepRecord, key_of
+from cera_train.sweep.folder import RECORD, SweepRecord
 
 ARM = "study.arm"
 BASE = "study.base"

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import is_locked, options
+from cera_train.common.settings import key_of
 from cera_train.common.terminal import print_command, print_line, print_table
 from cera_train.common.trust import redact
 from cera_train.evaluation.tasks.task import task_figures
@@ -76,10 +77,6 @@ def job_choices(overrides: Iterable[str], swept: Collection[str] = ()) -> list[s
         if key in swept or (changes_result(key) and not is_source):
             choices.append(override.lstrip("+").replace("$\\{", "${").replace("\\}", "}"))
     return sorted(choices, key=lambda choice: (key_of(choice), choice))
-
-
-def key_of(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
 
 
 # --- records --------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import folder_in_use, is_locked, options
-from cera_train.common.settings import quoted, to_plain
+from cera_train.common.settings import key_of, quoted, to_plain
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
 from cera_train.data.rows import check_files
@@ -38,7 +38,6 @@ from cera_train.sweep.folder import (
     SweepRecord,
     job_choices,
     job_name,
-    key_of,
     sweep_metric,
 )
 
