@@ -170,7 +170,6 @@ class JobStatus:
     """The status of a job, from the contents of its folder."""
 
     name: str  # the name of its folder
-    choices: Sequence[str]
     state: State
     metric: SweepMetric
     progress: str  # updates done, such as 5/20
@@ -209,17 +208,10 @@ def read_sweep(folder: Path) -> list[JobStatus]:
     earlier = sorted(
         started.keys() - record.jobs.keys(), key=lambda name: (started[name].number, name)
     )
-    overrides = record.jobs | {name: started[name].overrides for name in earlier}
-    choices = {
-        name: [choice.replace("\n", "\\n") for choice in job_choices(words, record.swept)]
-        for name, words in overrides.items()
-    }
-    return [job_status(folder, name, choices[name], record.metric) for name in overrides]
+    return [job_status(folder, name, record.metric) for name in [*record.jobs, *earlier]]
 
 
-def job_status(
-    sweep: Path, name: str, choices: Sequence[str] = (), metric: SweepMetric = PERPLEXITY
-) -> JobStatus:
+def job_status(sweep: Path, name: str, metric: SweepMetric = PERPLEXITY) -> JobStatus:
     """The status of a job of a sweep."""
     folder = sweep / name
     started = JobRecord.find(sweep / JOBS / f"{name}.json")
@@ -243,7 +235,7 @@ def job_status(
         progress = (
             f"{(result.updates or 0) if result else metrics.last_update:,}/{environment.updates:,}"
         )
-    return JobStatus(name, choices, state, metric, progress, value, error, environment.held_out)
+    return JobStatus(name, state, metric, progress, value, error, environment.held_out)
 
 
 def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
@@ -267,18 +259,16 @@ def print_sweep(folder: Path) -> bool:
     record = SweepRecord.read(folder / RECORD)
     best = best_jobs(jobs) if record.study is None else []
     label = jobs[0].metric.label if jobs else PERPLEXITY.label
-    shared = set.intersection(*(set(job.choices) for job in jobs)) if len(jobs) > 1 else set()
-    print_line("sweep", f"{folder}{': ' + ' '.join(sorted(shared)) if shared else ''}")
+    print_line("sweep", str(folder))
     print()
     rows = []
     for job in jobs:
-        name = ",".join(choice for choice in job.choices if choice not in shared) or job.name
         note = "best" if job in best else ""
         if job.error and job.state in (State.diverged, State.failed):
             note = textwrap.shorten(job.error, SHORT_ERROR, placeholder="…")
         rows.append(
             [
-                name,
+                job.name,
                 job.state,
                 job.progress,
                 "" if job.value is None else job.metric.shown(job.value),

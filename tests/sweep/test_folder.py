@@ -216,7 +216,7 @@ def test_optuna_gets_the_metric_and_its_direction(tmp_path, run_command, capfd, 
     assert best.value == (min if metric == "eval/perplexity" else max)(job.value for job in jobs)
     results = yaml.safe_load((tmp_path / "outputs/mine/optimization_results.yaml").read_text())
     assert results["best_value"] == best.value
-    assert f"optimizer.lr={results['best_params']['optimizer.lr']}" in best.choices
+    assert f"optimizer.lr={results['best_params']['optimizer.lr']}" in best.name
     assert (
         f"best       outputs/mine/{best.name}: {metric.removeprefix('eval/')}"
         in capfd.readouterr().out
