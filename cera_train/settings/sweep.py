@@ -109,25 +109,24 @@ class StudyConfig(Settings):
         )
 
     def _check_keys(self) -> None:
-        """Raises UserError if a setting is set in two places, or has no value."""
-        words = [word for words in self.arms.values() for word in words]
-        places = dict.fromkeys(map(key_of, words), "an arm")
-        gone = [message for key in places if (message := describe_gone(key))]
-        require(not gone, f"study.arms: {' '.join(gone)}")
-        base_words = [word for words in self.bases.values() for word in words]
-        for key in map(key_of, base_words):
-            require(key not in places, f"study.bases: an arm sets {key} too. Keep one.")
-        places |= dict.fromkeys(map(key_of, base_words), "a base")
-        for group, values_by_key in (("tune", self.tune), ("conditions", self.conditions)):
-            for key in values_by_key:
-                place = f"study.{group}.{key}"
-                require(
-                    key != "train.seed",
-                    f"{place}: every arm has study.seeds=N seeds. Leave it out.",
-                )
-                is_free = key not in places or (places[key], group) == ("an arm", "conditions")
-                require(is_free, f"{place}: {places.get(key)} sets it too. Keep one.")
-                places[key] = f"study.{group}"
+        """Raises UserError if a setting is set in two places, or is not one of a study."""
+        places: dict[str, str] = {}
+        groups = {
+            "an arm": [key_of(word) for words in self.arms.values() for word in words],
+            "study.bases": [key_of(word) for words in self.bases.values() for word in words],
+            "study.tune": self.tune,
+            "study.conditions": self.conditions,
+        }
+        for group, keys in groups.items():
+            for key in dict.fromkeys(keys):
+                gone = describe_gone(key)
+                require(gone is None, f"{group}: {gone}")
+                fix = "every arm has study.seeds=N seeds. Leave it out."
+                require(key != "train.seed", f"{group}.{key}: {fix}")
+                other = places.get(key)
+                is_free = other is None or (other, group) == ("an arm", "study.conditions")
+                require(is_free, f"{group}.{key}: {other} sets {key} too. Keep one.")
+                places[key] = group
 
     @property
     def first_outcome(self) -> str:
