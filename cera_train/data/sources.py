@@ -121,15 +121,12 @@ def _layout_of(config: DataConfig) -> dict[str, Any]:
         [layout] = fitting.values()
         is_question = layout.get("prompt") == PROMPT and config.chat == Writing.template
         return layout | (QUESTION if is_question else {})
-    if fitting:
-        one, other, *_ = (
-            f"{layout['layout']} ({', '.join(needed)})" for needed, layout in fitting.items()
-        )
-        fix = "set data.layout, for text data.prompt and data.completion"
-        raise UserError(f"{place} finds the columns of both {one} and {other}: {fix}.")
     known = "; ".join(map(", ".join, [*BY_COLUMNS, ("prompt", "chosen", "rejected")]))
-    fix = f"rename them ({known}), or set data.prompt and data.completion"
-    raise UserError(f"{place} does not know these columns, {', '.join(columns) or 'none'}: {fix}.")
+    fix = "set data.layout, and for text data.prompt and data.completion"
+    raise UserError(
+        f"{place} knows {'several layouts' if fitting else 'no layout'} of the columns "
+        f"{', '.join(columns) or 'none'}: rename them to one of {known}; or {fix}."
+    )
 
 
 def _layout_of_preferences(row: Row, rejected: str) -> dict[str, Any]:
