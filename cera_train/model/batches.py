@@ -38,12 +38,10 @@ class RowOrder:
         once."""
         return math.ceil(self.rows / self.batch_size)
 
-    def epoch(self, update: int) -> int:
-        return update // self.updates_per_epoch
-
     def sequences(self, update: int) -> list[int]:
-        order = epoch_order(self.rows, self.seed * 1_000_003 + self.epoch(update))
-        start = update % self.updates_per_epoch * self.batch_size
+        epoch, number = divmod(update, self.updates_per_epoch)
+        order = epoch_order(self.rows, self.seed * 1_000_003 + epoch)
+        start = number * self.batch_size
         rows = order[start : start + self.batch_size].tolist()
         return [
             row * self.sequences_per_row + number
@@ -137,10 +135,12 @@ class Batch:
         return {name: value for name, value in inputs.items() if value is not None}
 
     def to(self, device: torch.device) -> Batch:
-        tensors = {
-            name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        moved = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
         }
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        return replace(self, **moved)
 
 
 def flat_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]]) -> Batch:
@@ -203,34 +203,22 @@ class MicroBatches:
         masks = [torch.from_dlpack(mask.cast(pyarrow.uint8())).bool() for mask in bits]
         return (flat_batch if self.is_flat else padded_batch)(ids, masks).to(self.device)
 
-    def passes(
-        self, rows: Sequence[int], processes: int, process: int, in_step: bool
-    ) -> list[tuple[list[int], bool]]:
-        """The micro-batches that a process runs for its share of these rows, and whether each
-        counts in the loss.
-
-        A process without rows runs one that does not count, since the others wait for its gradient.
-        With `in_step`, all processes run the same number, since they gather sharded weights
-        together.
-        """
-        process_rows = shares(rows, self.lengths, processes)
-        groups = self.groups(process_rows[process])
-        count = (
-            max(len(self.groups(share)) for share in process_rows)
-            if in_step
-            else max(1, len(groups))
-        )
-        return [(group, True) for group in groups] + [(list(rows[:1]), False)] * (
-            count - len(groups)
-        )
-
     def of_process(
         self, accelerator: Accelerator, rows: Sequence[int]
     ) -> list[tuple[list[int], bool]]:
-        """`passes` of this process; all processes gather sharded weights together."""
-        processes = accelerator.num_processes
-        process = accelerator.process_index
-        return self.passes(rows, processes, process, in_step=accelerator.is_fsdp2)
+        """The micro-batches that this process runs for its share of these rows, and whether each
+        counts in the loss.
+
+        A process without rows runs one that does not count, since the others wait for its gradient.
+        Under FSDP all processes run the same number, since they gather sharded weights together.
+        """
+        process_rows = shares(rows, self.lengths, accelerator.num_processes)
+        groups = self.groups(process_rows[accelerator.process_index])
+        count = max(1, len(groups))
+        if accelerator.is_fsdp2:
+            count = max(len(self.groups(share)) for share in process_rows)
+        counted = [(group, True) for group in groups]
+        return counted + [(list(rows[:1]), False)] * (count - len(groups))
 
     def first(self, max_tokens: int) -> list[int]:
         """The longest prefix of the rows with at most `max_tokens` tokens in total; at least one
