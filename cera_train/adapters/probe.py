@@ -7,7 +7,7 @@ At its start an adapter changes nothing, and a pass of training shows none of th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,38 +28,25 @@ tokens change, round differently, and those of the base too."""
 
 @torch.no_grad()
 def check_effect(
-    model: nn.Module, base: PreTrainedModel, config: AdapterConfig, autocast: bool
+    model: nn.Module,
+    base: PreTrainedModel,
+    config: AdapterConfig,
+    pass_twice: Callable[[Sequence[int]], tuple[Tensor, Tensor]],
 ) -> None:
     """Raises UserError for an adapter whose losses would not be those of a language model, or that
-    has no effect."""
-    ids = 7 * torch.arange(1, 17, device=base.device).view(2, 8)
-    ids %= base.config.get_text_config().vocab_size
-    tokens = config.settings.get("token_indices", [])[:4]  # TRAINABLE_TOKENS trains no others
-    ids[0, : len(tokens)] = torch.tensor(tokens, dtype=ids.dtype)
-    other = ids.clone()
-    other[0, 4:] = ids[0, 4:].flip(0)
-    sees_no_change = torch.ones_like(ids, dtype=torch.bool)
-    sees_no_change[0, 4:] = False
-    # Over 32-bit weights autocast computes in bfloat16.
-    dtype = base.dtype if base.dtype.itemsize < 4 else torch.bfloat16
+    has no effect.
 
-    def logits(rows: Tensor) -> Tensor:
-        with torch.autocast(base.device.type, dtype, enabled=autocast):
-            return base(input_ids=rows, use_cache=False).logits.float()
-
-    def moves() -> Tensor:
-        before = logits(ids)[sees_no_change]
-        return (logits(other)[sees_no_change] - before).norm() / before.norm()
-
+    Args:
+        pass_twice: `model.layout.pass_padded` of the model, from tokens of the first sequence.
+    """
+    tokens = config.settings.get("token_indices", [])  # TRAINABLE_TOKENS trains no others
     was_training = model.training
     model.eval()
     with errors_beside(base, config):
-        start = logits(ids)
-        of_base = moves()
+        start, of_base = pass_twice(tokens)
         with moved(model):
-            there = logits(ids)
-            again = logits(ids)
-            of_adapter = moves()
+            there, of_adapter = pass_twice(tokens)
+            again, _ = pass_twice(tokens)
     model.train(was_training)
     place = place_of(config)
     fix = "set model.quantization=none" if is_quantised(base) else "choose another"

@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
         self._parts = {"causal_lm": causal_lm, "decoder": decoder_of(causal_lm)}
         self.allowed = Allowed()
         self.is_flat = False
-        """Whether the model takes flat batches: `layout.choose_layout` decides."""
+        """Whether the model takes flat batches."""
         self.is_compiled = False
         """Whether its layers are compiled: `compiled.compile_layers` sets it."""
         self.fallbacks: list[str] = []
@@ -109,6 +109,16 @@ class LanguageModel(nn.Module):
     def with_whole_weights(self, function: Callable[[LanguageModel], T]) -> T:
         """function(self). FSDP gathers sharded weights for methods of this module alone."""
         return function(self)
+
+    def use(self, allowed: Allowed, device: torch.device) -> None:
+        """Takes the layout and attention that are allowed and fast on a device."""
+        self.allowed = allowed
+        self.fallbacks = [*allowed.refused]
+        # On a CPU, attention over one long row under a mask costs more than the padding of rows of
+        # near-equal length.
+        is_fast = allowed.attention is not None or device.type != "cpu"
+        if allowed.flattens and is_fast:
+            self.use_flat_batches()
 
     def use_flat_batches(self) -> None:
         """Makes the model take flat batches from now on, with the fastest attention that it

@@ -1,11 +1,14 @@
 """Padded or flat: how sequences lie in a micro-batch, and which attention they use. A probe of the
 model finds out which of these give each sequence the logits that it has alone."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cera_train.common.errors import UserError, error_text
+from cera_train.common.errors import error_text
+from cera_train.common.settings import require
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, attention_of, kernel_may_run
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.language_model import Allowed, LanguageModel
@@ -20,21 +23,14 @@ SAME_IN_16_BITS = 0.05
 """Attention rounds differently under another mask; a leak between sequences is far larger."""
 
 
-def choose_layout(
-    language_model: LanguageModel,
-    device: torch.device,
-    known: Allowed | None = None,
-) -> None:
-    """Probes the model, unless it is `known` what it allows, and makes it take flat batches where
-    that is correct and fast: sequences end to end in one row, without padding."""
-    allowed = known or language_model.with_whole_weights(probe)
-    language_model.allowed = allowed
-    language_model.fallbacks = [*allowed.refused]
-    # On a CPU, attention over one long row under a mask costs more than the padding of rows of
-    # near-equal length.
-    is_fast = allowed.attention is not None or device.type != "cpu"
-    if allowed.flattens and is_fast:
-        language_model.use_flat_batches()
+LENGTH = 8  # tokens of each sequence of a probe
+HALF = LENGTH // 2
+
+
+def choose_layout(language_model: LanguageModel, device: torch.device) -> None:
+    """Probes the model, and makes it take flat batches where that is correct and fast: sequences
+    end to end in one row, without padding."""
+    language_model.use(language_model.with_whole_weights(probe), device)
 
 
 @torch.no_grad()
@@ -47,49 +43,73 @@ def probe(language_model: LanguageModel) -> Allowed:
         UserError: tokens see later ones.
     """
     causal_lm = language_model.causal_lm
-    vocabulary = causal_lm.config.get_text_config().vocab_size
-    first, second, third = (
-        [(7 * position + offset) % vocabulary for position in range(1, 9)] for offset in (0, 3, 5)
-    )
-    masks = [[False] + [True] * 7] * 2
     was_training = language_model.training
     language_model.eval()  # dropout would make any two passes differ
     # Autocast for 16-bit weights, since an adapter may need it; else none, to compare more digits.
     is_wide = causal_lm.dtype.itemsize >= 4
     no_autocast = torch.autocast(causal_lm.device.type, enabled=False)
     with no_autocast if is_wide else language_model.autocast():
-        apart = padded_batch([first, second], masks).to(causal_lm.device)
-        expected = causal_lm(**language_model.inputs(apart)).logits
-        changed = padded_batch([first[:4] + third[4:], second], masks).to(causal_lm.device)
-        _check_causal(language_model, expected, changed)
-        chunks_head = _can_chunk_head(language_model, apart, expected)
-        beside_other = padded_batch([third, second], masks).to(causal_lm.device)
-        moved = causal_lm(**language_model.inputs(beside_other)).logits
-        noise = _distance(moved[1], expected[1])  # of products of experts
-        flat = flat_batch([first, second], masks).to(causal_lm.device)
-        other = flat_batch([third, second], masks).to(causal_lm.device)
-        flattens, attention, refused = _find_attention(language_model, flat, other, expected, noise)
+        expected, noise = pass_twice(language_model, padded_batch)
+        require(
+            noise <= _tolerance(causal_lm),
+            f"model.path={causal_lm.name_or_path}: its tokens see later ones, so it does not "
+            "predict the next token. Set is_decoder=true in the config.json of an encoder, or "
+            "choose a causal language model.",
+        )
+        chunks_head = _can_chunk_head(language_model, expected)
+        flattens, attention, refused = _find_attention(language_model, expected, noise)
     language_model.train(was_training)
     language_model.allowed = Allowed(chunks_head, flattens, attention, refused)
     return language_model.allowed
 
 
-def _check_causal(language_model: LanguageModel, expected: Tensor, changed: Batch) -> None:
-    """Raises UserError if the first half of the first sequence gets other logits in a batch with
-    another second half: an encoder such as BERT would see the tokens that it is to predict."""
-    causal_lm = language_model.causal_lm
-    half = expected.shape[1] // 2
-    logits = causal_lm(**language_model.inputs(changed)).logits
-    if not _is_close(logits[0, :half], expected[0, :half], _tolerance(causal_lm)):
-        raise UserError(
-            f"model.path={causal_lm.name_or_path}: its tokens see later ones, so it does not "
-            "predict the next token. Set is_decoder=true in the config.json of an encoder, or "
-            "choose a causal language model."
-        )
+def pass_twice(
+    language_model: LanguageModel, make: Callable[..., Batch], tokens: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Logits [2, T, V] of two sequences, and the distance by which another second half of the first
+    moves those of the tokens before it and of the other sequence: that of rounding in products of
+    experts, unless tokens see later ones or other sequences.
+
+    Args:
+        make: a batch of sequences.
+        tokens: with which the first sequence starts.
+    """
+    batch, other = _batches(language_model.causal_lm, make, tokens)
+    logits, changed = (
+        language_model.causal_lm(**language_model.inputs(each)).logits.view(2, LENGTH, -1)
+        for each in (batch, other)
+    )
+    before, after = (torch.cat([each[0, :HALF], each[1]]) for each in (logits, changed))
+    return logits, _distance(after, before)
 
 
-def _can_chunk_head(language_model: LanguageModel, batch: Batch, expected: Tensor) -> bool:
+def pass_padded(language_model: LanguageModel, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`pass_twice` of padded rows under autocast, in a context of its own: autocast keeps casts of
+    weights until it ends."""
+    with language_model.autocast():
+        return pass_twice(language_model, padded_batch, tokens)
+
+
+def _batches(
+    causal_lm: PreTrainedModel, make: Callable[..., Batch], tokens: Sequence[int] = ()
+) -> tuple[Batch, Batch]:
+    """Two sequences, and the same with another second half of the first."""
+    vocabulary = causal_lm.config.get_text_config().vocab_size
+    first, second, third = (
+        [(7 * position + offset) % vocabulary for position in range(1, LENGTH + 1)]
+        for offset in (0, 3, 5)
+    )
+    start = tokens[:HALF]
+    first[: len(start)] = start
+    masks = [[False] + [True] * (LENGTH - 1)] * 2
+    other = first[:HALF] + third[HALF:]
+    device = causal_lm.device
+    return make([first, second], masks).to(device), make([other, second], masks).to(device)
+
+
+def _can_chunk_head(language_model: LanguageModel, expected: Tensor) -> bool:
     """Whether the head applied to the decoder's states gives the model's logits."""
+    batch, _ = _batches(language_model.causal_lm, padded_batch)
     output = language_model.decoder(**language_model.inputs(batch))
     states = getattr(output, "last_hidden_state", None)  # Llama 4's decoder gives logits
     if states is None:
@@ -98,26 +118,23 @@ def _can_chunk_head(language_model: LanguageModel, batch: Batch, expected: Tenso
 
 
 def _find_attention(
-    language_model: LanguageModel, flat: Batch, other: Batch, expected: Tensor, noise: Tensor
+    language_model: LanguageModel, expected: Tensor, noise: Tensor
 ) -> tuple[bool, str | None, tuple[str, ...]]:
     """Whether sequences that share a row get the logits that they have alone, by which attention
-    of ours, and why not by a faster one. `other` has another first sequence: the second's logits
-    must not change, beyond the `noise` of padded rows, since a state that crosses over may move
-    them less than another mask does in 16 bits."""
+    of ours, and why not by a faster one. One sequence must not move the other beyond the `noise` of
+    padded rows: a state that crosses over may do so less than another mask does in 16 bits."""
     causal_lm = language_model.causal_lm
     tolerance = _tolerance(causal_lm)
 
     def agrees() -> bool:
-        logits = causal_lm(**language_model.inputs(flat)).logits.view_as(expected)
-        moved = causal_lm(**language_model.inputs(other)).logits.view_as(expected)
-        is_kept = _is_close(moved[1], logits[1], noise + tolerance / 10)
-        return _is_close(logits, expected, tolerance) and is_kept
+        logits, leak = pass_twice(language_model, flat_batch)
+        return _is_close(logits, expected, tolerance) and bool(leak <= noise + tolerance / 10)
 
     before = attention_of(causal_lm.config)
     if before != "sdpa":  # chosen by the user
         return agrees(), None, ()
     names = [BY_SEQUENCE]
-    device = language_model.device or flat.input_ids.device
+    device = language_model.device or causal_lm.device
     if kernel_may_run(device, causal_lm.dtype):
         names.insert(0, VARLEN)
     refused = []
@@ -144,7 +161,7 @@ def _tolerance(causal_lm: PreTrainedModel) -> float:
     return SAME_IN_32_BITS if causal_lm.dtype == torch.float32 else SAME_IN_16_BITS
 
 
-def _is_close(values: Tensor, expected: Tensor, tolerance: float | Tensor) -> bool:
+def _is_close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool(_distance(values, expected) <= tolerance)
 
 

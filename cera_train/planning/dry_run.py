@@ -30,7 +30,7 @@ from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.folder import load_architecture
 from cera_train.model.language_model import Allowed, LanguageModel
-from cera_train.model.layout import choose_layout, probe
+from cera_train.model.layout import probe
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import (
     attention_for,
@@ -247,7 +247,7 @@ class DryRun:
             # Without numbers any logits agree.
             flattens = allowed.flattens and not self.is_scanned
             ALLOWED[probed] = replace(allowed, flattens=flattens)
-        choose_layout(self.language_model, self.device, ALLOWED[probed])
+        self.language_model.use(ALLOWED[probed], self.device)
 
     @contextlib.contextmanager
     def running(self, tensors: contextlib.AbstractContextManager) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import PreTrainedModel
 
 from cera_train.adapters import build as adapters
 from cera_train.adapters.builders import ADAPTER
 from cera_train.adapters.probe import check_effect
 from cera_train.adapters.saved import is_adapter, load, read
+from cera_train.cera.coverage import Coverage
 from cera_train.common.errors import UserError, errors_at
 from cera_train.data.prepare import TokenizedData, TokenizedRows, prepare_data
 from cera_train.data.questions import training_questions
@@ -33,7 +34,7 @@ from cera_train.model.compiled import compile_layers
 from cera_train.model.folder import check_length, load_tokenizer
 from cera_train.model.identity import BaseIdentity, identity_of
 from cera_train.model.language_model import LanguageModel
-from cera_train.model.layout import choose_layout
+from cera_train.model.layout import choose_layout, pass_padded
 from cera_train.model.weights import load_model
 from cera_train.runs.base import check_base
 from cera_train.runs.folder import Progress, load_checkpoint
@@ -114,7 +115,8 @@ class Model:
 
 
 def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Model, Progress]:
-    """Joins the processes, loads the base and adds a fresh adapter, or that of a checkpoint.
+    """Joins the processes, loads the base and adds a fresh adapter, or that of a checkpoint. Passes
+    prove that it is a language model, in its layout, and that the whole adapter learns.
 
     Args:
         checkpoint: as process 0 found it; None for a new run.
@@ -126,8 +128,10 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     check_trained_base(config, checkpoint, identity)
 
     torch.manual_seed(config.train.seed)
+    # Only process 0 has weights that will be sharded.
+    idle = [] if accelerator.is_fsdp2 else None
     has_autocast = accelerator.mixed_precision != "no"
-    adapted = add_adapter(base, config, has_autocast, accelerator.is_fsdp2)
+    adapted = adapters.build(base, config.adapter, idle, has_autocast)
     if is_adapter(adapted):  # PEFT knows the name of the base alone
         adapted.peft_config[ADAPTER].revision = config.model.revision
     trainable_count, total_count = adapters.parameter_counts(adapted)
@@ -136,6 +140,9 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     groups = adapters.parameter_groups(adapted, config.adapter)
     optimizer = build_optimizer(groups, config.optimizer, accelerator.device)
     language_model = LanguageModel(adapted, base, accelerator.autocast)
+    is_ours = config.adapter.kind != AdapterKind.peft and not config.adapter.settings
+    if config.train.check_coverage and not (is_ours or accelerator.is_fsdp2):
+        check_effect(adapted, base, config.adapter, functools.partial(pass_padded, language_model))
     share_frozen_weights(language_model)
     wrapped, optimizer = accelerator.prepare(language_model, optimizer)
     language_model = accelerator.unwrap_model(wrapped)
@@ -163,20 +170,39 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
         total_count,
         identity,
     )
+    if config.train.check_coverage:
+        prove_coverage(model, data.rows.train)
     return model, progress
 
 
-def add_adapter(
-    base: PreTrainedModel, config: Config, has_autocast: bool, is_sharded: bool = False
-) -> nn.Module:
-    """The base with a fresh adapter, whose effect is proven by passes unless the method is ours.
-    Raises UserError where it does not fit the base."""
-    idle = [] if is_sharded else None  # only process 0 has weights that will be sharded
-    adapted = adapters.build(base, config.adapter, idle, has_autocast)
-    is_ours = config.adapter.kind != AdapterKind.peft and not config.adapter.settings
-    if config.train.check_coverage and not (is_ours or is_sharded):
-        check_effect(adapted, base, config.adapter, has_autocast)
-    return adapted
+def prove_coverage(model: Model, rows: TokenizedRows) -> None:
+    """Runs one forward and backward pass over a short row for each process, without side effects.
+
+    Raises:
+        UserError: an adapter did not run, or the loss does not depend on it.
+    """
+    coverage = Coverage(model.adapted)
+    if not coverage.layers:  # full fine-tuning has no adapters
+        return
+    accelerator = model.accelerator
+    batches = model.micro_batches(rows)
+    # About 64 tokens: cheap, and long enough for q and k to get a gradient.
+    sequences = sorted(
+        range(len(batches.lengths)), key=lambda sequence: abs(batches.lengths[sequence] - 64)
+    )
+    one_each = sequences[: accelerator.num_processes]
+    model.wrapped.train()
+    with model.language_model.uncompiled(), coverage.watch():
+        for group, _ in batches.of_process(accelerator, one_each):
+            supervised = sum(batches.supervised[sequence] for sequence in group)
+            loss = model.wrapped(batches.load(group)).sum() / supervised
+            accelerator.backward(loss)
+    model.optimizer.zero_grad()
+    if (failure := coverage.problem()) is not None:
+        raise UserError(
+            f"adapter.target_modules: {failure} Leave them out, with all-linear by "
+            "adapter.settings.exclude_modules=[...], or set train.check_coverage=false."
+        )
 
 
 def check_trained_base(config: Config, checkpoint: Path | None, identity: BaseIdentity) -> None:

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 
 from cera_train.adapters.build import rank
 from cera_train.adapters.spectrum import ModuleSpectrum, spectrum_metrics
-from cera_train.cera.coverage import Coverage
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
 from cera_train.common.settings import to_plain
@@ -119,7 +118,6 @@ def train(config: Config) -> dict[str, Any]:
         interruption = stack.enter_context(Interruption())
         log = stack.enter_context(open_log(resolved, folder, data, model, progress))
         console.print_start(resolved, folder.path, data, model, evaluator, progress)
-        prove_coverage(config.train, data, model)
         spectra: Spectra = {}
         if progress.update == 0 or progress.evaluation_pending:
             spectra = evaluate(model, evaluator, objective, timetable, progress, log)
@@ -300,36 +298,6 @@ def raise_diverged(what: str, folder: RunFolder) -> None:
 
 
 # --- beside the updates ---------------------------------------------------------------------------
-
-
-def prove_coverage(config: TrainConfig, data: Data, model: Model) -> None:
-    """Runs one forward and backward pass over a short row for each process, without side effects.
-
-    Raises:
-        UserError: an adapter did not run, or the loss does not depend on it.
-    """
-    coverage = Coverage(model.adapted)
-    if not config.check_coverage or not coverage.layers:  # full fine-tuning has no adapters
-        return
-    accelerator = model.accelerator
-    batches = model.micro_batches(data.rows.train)
-    # About 64 tokens: cheap, and long enough for q and k to get a gradient.
-    sequences = sorted(
-        range(len(batches.lengths)), key=lambda sequence: abs(batches.lengths[sequence] - 64)
-    )
-    one_each = sequences[: accelerator.num_processes]
-    model.wrapped.train()
-    with model.language_model.uncompiled(), coverage.watch():
-        for group, _ in batches.of_process(accelerator, one_each):
-            supervised = sum(batches.supervised[sequence] for sequence in group)
-            loss = model.wrapped(batches.load(group)).sum() / supervised
-            accelerator.backward(loss)
-    model.optimizer.zero_grad()
-    if (failure := coverage.problem()) is not None:
-        raise UserError(
-            f"adapter.target_modules: {failure} Leave them out, with all-linear by "
-            "adapter.settings.exclude_modules=[...], or set train.check_coverage=false."
-        )
 
 
 def evaluate(

@@ -1,6 +1,8 @@
 """The check of an adapter before an update passes sound methods of PEFT, comes back to the start,
 and what they save is whole."""
 
+import functools
+
 import peft
 import pytest
 import torch
@@ -9,6 +11,8 @@ from conftest import make_tiny_llama
 from cera_train.adapters import build, saved
 from cera_train.adapters.probe import check_effect
 from cera_train.distributed.sharding import trainable_weights
+from cera_train.model.language_model import LanguageModel
+from cera_train.model.layout import pass_padded
 from cera_train.settings.adapters import AdapterConfig
 
 IDS = torch.arange(3, 51).view(2, 24)
@@ -36,7 +40,10 @@ def method(name: str, r: int | None = 4, **settings) -> AdapterConfig:
 def test_another_passes_and_comes_back_to_its_start(config, autocast):
     model = build.build(make_tiny_llama().requires_grad_(False), config)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    check_effect(model, model.get_base_model(), config, autocast)
+    base = model.get_base_model()
+    context = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=autocast)
+    passes = functools.partial(pass_padded, LanguageModel(model, base, context))
+    check_effect(model, base, config, passes)
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
 
