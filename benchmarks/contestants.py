@@ -267,14 +267,11 @@ class Ours:
         self.ours.wrapped.train()
 
     def update(self, rows: Sequence[int]) -> int:
-        from cera_train.model.compiled import at_recompile_limit
         from cera_train.training.train import backward
 
         ours = self.ours
-        if at_recompile_limit():
-            raise RuntimeError("torch compiles no further variant of the layers")
-        if fallbacks := ours.language_model.fallbacks:
-            raise RuntimeError(f"it fell back: {'; '.join(fallbacks)}")
+        if refused := ours.language_model.allowed.refused:
+            raise RuntimeError(f"it fell back: {'; '.join(refused)}")
         drawn = self.objective.draw(list(rows))
         backward(ours, drawn)
         ours.accelerator.clip_grad_norm_(ours.trained, 1.0)

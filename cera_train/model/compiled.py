@@ -40,7 +40,6 @@ def compile_layers(language_model: LanguageModel, backend: str | Callable = "ind
         )
     torch.compiler.reset()  # layers of an earlier run count towards the limit of variants
     _counters().clear()
-    torch.compiler.set_stance("default")
     compiled = functools.cache(functools.partial(torch.compile, dynamic=True, backend=backend))
     kinds = layer_classes(causal_lm)
     for layer in causal_lm.modules():
@@ -57,18 +56,6 @@ def compile_layers(language_model: LanguageModel, backend: str | Callable = "ind
     language_model.is_compiled = True
 
 
-def at_recompile_limit() -> bool:
-    """Whether torch has refused to compile another variant of a layer."""
-    return any("recompile limit" in reason for reason in _counters()["unimplemented"])
-
-
-def fall_back_to_eager(language_model: LanguageModel) -> None:
-    """Runs all layers eagerly from now on."""
-    torch.compiler.set_stance("force_eager")
-    language_model.is_compiled = False
-    language_model.fallbacks.append("eager layers: torch compiles no further variant of them")
-
-
 def count_graphs() -> int:
     """The graphs that torch has compiled since `compile_layers`: one for each piece of a layer
     between two breaks, and for each variant of it."""
@@ -76,7 +63,7 @@ def count_graphs() -> int:
 
 
 def _counters() -> dict[str, Counter]:
-    """torch.compile's own: stats, and under `unimplemented` why it fell back to eager code."""
+    """torch.compile's own."""
     from torch._dynamo.utils import counters  # takes a second
 
     return counters

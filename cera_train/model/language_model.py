@@ -73,8 +73,6 @@ class LanguageModel(nn.Module):
         """Whether the model takes flat batches."""
         self.is_compiled = False
         """Whether its layers are compiled: `compiled.compile_layers` sets it."""
-        self.fallbacks: list[str] = []
-        """What runs slower here than it was meant to, and why."""
 
     def forward(self, batch: Batch) -> Tensor:
         """[N] losses of the supervised tokens in nats, float32, in the order of the micro-batch."""
@@ -113,7 +111,6 @@ class LanguageModel(nn.Module):
     def use(self, allowed: Allowed, device: torch.device) -> None:
         """Takes the layout and attention that are allowed and fast on a device."""
         self.allowed = allowed
-        self.fallbacks = [*allowed.refused]
         # On a CPU, attention over one long row under a mask costs more than the padding of rows of
         # near-equal length.
         is_fast = allowed.attention is not None or device.type != "cpu"

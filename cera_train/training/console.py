@@ -154,8 +154,8 @@ def describe_speed(language_model: LanguageModel, why_not_compiled: str) -> str:
     if not language_model.is_compiled:
         compiled = f"layers not compiled ({why_not_compiled})"
     parts = [f"{describe_attention(language_model.attention)}, {padding}", compiled]
-    if language_model.fallbacks:
-        parts.append(f"fallback: {'; '.join(language_model.fallbacks)}")
+    if language_model.allowed.refused:
+        parts.append(f"fallback: {'; '.join(language_model.allowed.refused)}")
     return "; ".join(parts)
 
 

@@ -27,7 +27,7 @@ from cera_train.distributed.accelerator import (
 )
 from cera_train.distributed.processes import in_processes, is_main_process
 from cera_train.evaluation.task_evaluation import TaskResults
-from cera_train.model.compiled import at_recompile_limit, count_graphs, fall_back_to_eager
+from cera_train.model.compiled import count_graphs
 from cera_train.model.language_model import perplexity
 from cera_train.runs.card import push, write_card
 from cera_train.runs.folder import Progress, RunFolder
@@ -206,7 +206,7 @@ def update(
         seconds=progress.seconds,
         **figures,
     )
-    log_update(metrics, drawn.headline, data.updates, model, log)
+    log_update(metrics, drawn.headline, data.updates, log)
     return signal
 
 
@@ -265,15 +265,9 @@ def has_diverged(loss: float, grad_norm: float, scaler: Any) -> bool:
     return not math.isfinite(loss) or not (math.isfinite(grad_norm) or is_skipped)
 
 
-def log_update(
-    metrics: UpdateMetrics, headline: str | None, updates: int, model: Model, log: Log
-) -> None:
-    """Writes the metrics of an update and its progress line. Falls back to eager layers, and says
-    so, where torch compiles no further variant of them."""
+def log_update(metrics: UpdateMetrics, headline: str | None, updates: int, log: Log) -> None:
+    """Writes the metrics of an update and its progress line."""
     log.metrics(metrics)
-    if model.language_model.is_compiled and at_recompile_limit():
-        fall_back_to_eager(model.language_model)
-        log.bar.note(f"speed      {model.language_model.fallbacks[-1]}")
     numbers = f"loss {figure(metrics.loss)}  perplexity {figure(metrics.perplexity, 2)}"
     speed = f"{figure(metrics.tokens_per_s, 0)} tokens/s"
     left = time_left(metrics.seconds / metrics.update * (updates - metrics.update))
@@ -432,7 +426,7 @@ def finish(
         peak_memory_bytes=peak_memory(model.accelerator.device),
         attention=model.language_model.attention,
         compiled_graphs=count_graphs() if config.train.compile else 0,
-        fallbacks=model.language_model.fallbacks,
+        fallbacks=[*model.language_model.allowed.refused],
         folder=str(folder.path),
         **spectrum_metrics(spectra) | progress.tasks,
     )

@@ -16,10 +16,10 @@ def test_attention_padding_compilation_and_fallbacks_are_described(tiny_llama):
     language_model = LanguageModel(tiny_llama, tiny_llama)
     speed = describe_speed(language_model, "train.compile=false")
     assert speed == "sdpa attention, padding; layers not compiled (train.compile=false)"
-    language_model.allowed = Allowed(attention=BY_SEQUENCE)
+    refused = ("varlen attention: other logits",)
+    language_model.allowed = Allowed(attention=BY_SEQUENCE, refused=refused)
     language_model.use_flat_batches()
     language_model.is_compiled = True
-    language_model.fallbacks = ["varlen attention: other logits"]
     assert describe_speed(language_model, "") == (
         "attention within each sequence, no padding; the first updates compile the layers; "
         "fallback: varlen attention: other logits"
