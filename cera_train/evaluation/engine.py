@@ -17,6 +17,7 @@ from cera_train.adapters.saved import attach, is_adapter, save
 from cera_train.common.errors import UserError, explain
 from cera_train.common.files import remove_folder, write_folder
 from cera_train.common.settings import require
+from cera_train.distributed.accelerator import this_device
 from cera_train.distributed.sharding import trainable_weights
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Answer, Request
@@ -38,7 +39,7 @@ Engine = LoadedModel | Server
 
 def choose_dtype(subject: Subject) -> Subject:
     """The subject with the dtype that `model.dtype=auto` stands for on this hardware."""
-    dtype = choose_precision(subject.model.dtype).value
+    dtype = choose_precision(subject.model.dtype, this_device()).value
     return replace(subject, model=replace(subject.model, dtype=dtype))
 
 

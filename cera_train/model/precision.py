@@ -24,10 +24,9 @@ ONEDNN_ISAS_WITH_BF16 = (
 """Values of ONEDNN_MAX_CPU_ISA, by their start, that leave oneDNN its bf16 products."""
 
 
-def choose_precision(wanted: Dtype, cuda: bool | None = None) -> Choice[Dtype]:
-    """The precision of the base weights where `model.dtype` is `wanted`; on a GPU where there is
-    one, unless `cuda` decides."""
-    on_gpu = torch.cuda.is_available() if cuda is None else cuda
+def choose_precision(wanted: Dtype, device: torch.device) -> Choice[Dtype]:
+    """The precision of the base weights on a device where `model.dtype` is `wanted`."""
+    on_gpu = device.type == "cuda"
     bf16, hardware = _gpu_multiplies_bf16() if on_gpu else _cpu_multiplies_bf16()
     if wanted == Dtype.auto:
         return Choice(Dtype.bfloat16 if bf16 else Dtype.float32, hardware)

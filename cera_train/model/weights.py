@@ -41,9 +41,7 @@ def load_model(
     """
     architecture = load_architecture(config)
     is_quantised = config.quantization != Quantization.none
-    dtype = getattr(
-        torch, choose_precision(config.dtype, torch.device(device).type == "cuda").value
-    )
+    dtype = getattr(torch, choose_precision(config.dtype, torch.device(device)).value)
     quantising = {}
     if not _is_stored_quantised(architecture, config):
         skip = left_unquantised(architecture) if is_quantised else None

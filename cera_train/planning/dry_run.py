@@ -82,7 +82,7 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
     quiet_libraries()
     architecture = architecture_of(model)
     # Flash kernels may need a package or a GPU that this machine lacks; sdpa keeps as much.
-    dtype = getattr(torch, choose_precision(model.dtype, cuda=False).value)
+    dtype = getattr(torch, choose_precision(model.dtype, torch.device("cpu")).value)
     with errors_without_weights(model), torch.device("meta"):
         base = auto_class(architecture).from_config(
             architecture,

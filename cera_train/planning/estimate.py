@@ -44,7 +44,8 @@ def estimate(config: PlanRun) -> RunPlan:
     data = data_size(config)
     problems = {name: count_problems(name, config, data) for name in config.train.tasks}
     if config.model.dtype == Dtype.auto:  # every GPU here multiplies bf16
-        dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).value
+        on_cpu = choose_precision(Dtype.auto, torch.device("cpu")).value
+        dtype = Dtype.bfloat16 if on_gpu else on_cpu
         config = replace(config, model=replace(config.model, dtype=dtype))
 
     if config.model.quantization != Quantization.none:

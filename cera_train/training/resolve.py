@@ -126,7 +126,7 @@ def settings_of_start(adapter: AdapterConfig) -> dict[str, Any]:
 
 
 CHOICES: dict[str, Callable[[Config], Choice]] = {
-    "model.dtype": lambda config: choose_precision(config.model.dtype),
+    "model.dtype": lambda config: choose_precision(config.model.dtype, this_device()),
     "optimizer.lr": choose_rate,
     "train.compile": choose_compile,
     "adapter.start_digest": choose_start_digest,

@@ -141,7 +141,7 @@ def test_auto_precision_follows_the_processor(monkeypatch, wanted, units, cap, d
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap) if cap else monkeypatch.delenv(
         "ONEDNN_MAX_CPU_ISA", raising=False
     )
-    chosen = choose_precision(Dtype(wanted), cuda=False)
+    chosen = choose_precision(Dtype(wanted), torch.device("cpu"))
     assert chosen.value == dtype
     assert chosen.why.startswith(reason)
     assert ("slow" in chosen.why) == ("slow" in reason)
@@ -151,7 +151,7 @@ def test_auto_precision_follows_the_processor(monkeypatch, wanted, units, cap, d
 def test_a_gpu_is_judged_by_its_compute_capability(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
-    chosen = choose_precision(Dtype.auto, cuda=True)
+    chosen = choose_precision(Dtype.auto, torch.device("cuda"))
     assert chosen.value == dtype
     assert "some GPU" in chosen.why
 
