@@ -187,7 +187,7 @@ def measure(file: Path, name: str, rounds: int) -> list[Target]:
         Target(f"{name}: {CERA} / {other}", ratios(seconds[other], seconds[CERA]), bound)
         for other, bound in AT_LEAST.items()
     ]
-    peak = this_cpu(is_16bit=work.dtype == torch.bfloat16).peak_speed
+    peak = this_cpu(str(work.dtype).removeprefix("torch.")).peak_speed
     shares = [need / taken / peak for need, taken in zip(found.flops, seconds[CERA], strict=True)]
     targets.append(Target(f"{name}: useful FLOPs of the matrix peak", shares, 0.75))
     times = memory[PUBLISHED] / memory[CERA]

@@ -125,16 +125,20 @@ def attention_for(config: transformers.PretrainedConfig) -> str:
 
 
 def left_unquantised(config: transformers.PretrainedConfig) -> list[str] | None:
-    """Modules that stay in 16 bits: projections whose weights a model reads without calling them
-    (Mamba), and the head. None lets transformers choose, which is the head."""
+    """Names of the modules that stay in 16 bits. None lets transformers choose: the head."""
     if (kind := model_class(config)) is None:
         return None
     with torch.device("meta"):
         model = kind(config)
-    kinds = {name.rpartition(".")[2] for name in bypassed_projections(model)}
+    return sorted(unquantised(model)) if bypassed_projections(model) else None
+
+
+def unquantised(model: PreTrainedModel) -> set[str]:
+    """Names of the projections that quantising leaves out: the last names of those whose weights
+    the model reads without calling them (Mamba), and the head."""
     head = model.get_output_embeddings()
     heads = {name for name, module in model.named_modules() if module is head}
-    return sorted(kinds | heads) if kinds else None
+    return heads | {name.rpartition(".")[2] for name in bypassed_projections(model)}
 
 
 def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: ModelConfig) -> bool:

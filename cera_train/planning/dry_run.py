@@ -23,13 +23,12 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from cera_train.adapters.build import build, parameter_counts, parameter_groups
-from cera_train.cera.coverage import bypassed_projections
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.folder import load_architecture
-from cera_train.model.language_model import Allowed, LanguageModel
+from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import probe
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import (
@@ -38,6 +37,7 @@ from cera_train.model.weights import (
     freeze,
     layer_classes,
     mixes_sequences,
+    unquantised,
 )
 from cera_train.planning.data_size import DataSize
 from cera_train.planning.meter import Meter, Reading, allocated
@@ -47,6 +47,8 @@ from cera_train.settings.run import Config, PlanRun
 from cera_train.training.optimizer import build_optimizer
 
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it also raises
+
+CPU = torch.device("cpu")
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Bits of a weight: 4, an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those (double
@@ -82,7 +84,7 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
     quiet_libraries()
     architecture = architecture_of(model)
     # Flash kernels may need a package or a GPU that this machine lacks; sdpa keeps as much.
-    dtype = getattr(torch, choose_precision(model.dtype, torch.device("cpu")).value)
+    dtype = getattr(torch, choose_precision(model.dtype, CPU).value)
     with errors_without_weights(model), torch.device("meta"):
         base = auto_class(architecture).from_config(
             architecture,
@@ -121,23 +123,12 @@ def stored_sizes(base: PreTrainedModel, quantization: Quantization) -> dict[nn.P
     """Bytes of each weight of the base as it is stored."""
     sizes: dict[nn.Parameter, float] = {weight: weight.nbytes for weight in base.parameters()}
     if quantization == Quantization.nf4:
-        for linear in quantised_linears(base):
-            sizes[linear.weight] = linear.weight.numel() * NF4_BITS / 8
+        left = unquantised(base)
+        for name, module in base.named_modules():
+            is_left = name in left or name.rpartition(".")[2] in left
+            if isinstance(module, nn.Linear | Conv1D) and not is_left:
+                sizes[module.weight] = module.weight.numel() * NF4_BITS / 8
     return sizes
-
-
-def quantised_linears(base: PreTrainedModel) -> list[nn.Module]:
-    """The linears that bitsandbytes quantises: all but the head and those whose weights the model
-    reads directly."""
-    head = base.get_output_embeddings()
-    bypassed = {name.rpartition(".")[2] for name in bypassed_projections(base)}
-    return [
-        module
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and module is not head
-        and name.rpartition(".")[2] not in bypassed
-    ]
 
 
 # --- the update -----------------------------------------------------------------------------------
@@ -156,10 +147,6 @@ class MicroBatch:
         return self.rows * self.length
 
 
-ALLOWED: dict[str, Allowed] = {}
-"""What each base allows under a method, once a process: probing takes half of a dry run."""
-
-
 class DryRun:
     """The model, loss and optimizer of a run.
 
@@ -172,13 +159,16 @@ class DryRun:
         self.device = torch.device("cuda" if config.plan.on_gpu else "cpu")
         self.base = build_base(config.model)
         stored = stored_sizes(self.base, config.model.quantization)
-        self.layer_bytes, self.outside_bytes = sizes_by_place(self.base, stored)
-        """Bytes of the weights of a layer, and of those outside the layers."""
+        classes = layer_classes(self.base)
+        layers = [module for module in self.base.modules() if type(module).__name__ in classes]
+        inside = sum(stored[weight] for layer in layers for weight in layer.parameters())
+        self.layer_bytes = inside / max(1, len(layers))
+        self.outside_bytes = sum(stored.values()) - inside
         self.is_scanned = mixes_sequences(self.base)
 
         autocast = config.model.autocast_dtype(config.train.autocast, config.plan.on_gpu)
-        self.meter = Meter(config.plan.on_gpu)
-        with torch.device("meta"), self.running(contextlib.nullcontext()):
+        builds = errors_without_weights(config.model)
+        with torch.device("meta"), builds, Meter(config.plan.on_gpu):
             self.model = build(self.base, config.adapter, None, autocast is not None).train()
         self.trainable, self.total = parameter_counts(self.model)
         self.meter = Meter(config.plan.on_gpu)
@@ -195,8 +185,11 @@ class DryRun:
             lambda: torch.autocast("cpu", dtype, enabled=dtype is not None),
             self.device,
         )
-        with self.running(self.fake_mode):
-            self._choose_layout()
+        with self.counted():
+            allowed = probe(self.language_model)
+            # Without numbers any logits agree.
+            flattens = allowed.flattens and not self.is_scanned
+            self.language_model.use(replace(allowed, flattens=flattens), self.device)
             for weight in self.trained:
                 weight.grad = torch.zeros_like(weight)
             self.optimizer.step()  # makes the optimizer's states
@@ -219,7 +212,7 @@ class DryRun:
                 if tensor not in fakes:
                     # A few buffers are on the CPU even of a model on the meta device.
                     meta = tensor.detach().to("meta")
-                    fake = FakeTensor(self.fake_mode, meta, torch.device("cpu"))
+                    fake = FakeTensor(self.fake_mode, meta, CPU)
                     self.meter.hold(fake, None if tensor.requires_grad else stored.get(tensor))
                     if isinstance(tensor, nn.Parameter):
                         fake = nn.Parameter(fake, tensor.requires_grad)
@@ -230,8 +223,8 @@ class DryRun:
         kind = self.config.optimizer.kind
         if self.config.plan.on_gpu:  # paged states take as many bytes
             kind = kind.removeprefix("paged_")
-        any_rate = 1.0  # nothing is trained
-        settings = replace(self.config.optimizer, kind=kind, lr=any_rate)
+        # Nothing is trained: any rate will do.
+        settings = replace(self.config.optimizer, kind=kind, lr=1.0)
         groups = parameter_groups(self.model, self.config.adapter)
         optimizer = build_optimizer(groups, settings, self.device)
         if self.config.plan.on_gpu:
@@ -239,29 +232,15 @@ class DryRun:
                 group["foreach"] = True
         return optimizer
 
-    def _choose_layout(self) -> None:
-        adapter = self.config.adapter
-        probed = repr((self.config.model, replace(adapter, r=None, label=None), self.device))
-        if probed not in ALLOWED:
-            allowed = probe(self.language_model)
-            # Without numbers any logits agree.
-            flattens = allowed.flattens and not self.is_scanned
-            ALLOWED[probed] = replace(allowed, flattens=flattens)
-        self.language_model.use(ALLOWED[probed], self.device)
-
     @contextlib.contextmanager
-    def running(self, tensors: contextlib.AbstractContextManager) -> Iterator[None]:
-        """Runs the block on tensors without numbers, and counts.
-
-        Args:
-            tensors: the mode of fake tensors, or nothing for those on the meta device.
-        """
-        with errors_without_weights(self.config.model), tensors, self.meter:
+    def counted(self) -> Iterator[None]:
+        """Runs the block on fake tensors, and counts."""
+        with errors_without_weights(self.config.model), self.fake_mode, self.meter:
             yield
 
     def update(self, batch: MicroBatch) -> Reading:
         """What an update of this micro-batch takes."""
-        with self.running(self.fake_mode):
+        with self.counted():
             inputs = self._inputs(batch)
             self.meter.read()
             self.language_model.train()(inputs).sum().backward()
@@ -271,7 +250,7 @@ class DryRun:
 
     def evaluation(self, batch: MicroBatch) -> Reading:
         """What a micro-batch of held-out rows takes."""
-        with self.running(self.fake_mode), torch.no_grad():
+        with self.counted(), torch.no_grad():
             inputs = self._inputs(batch)
             self.meter.read()
             self.language_model.eval()(inputs).sum()
@@ -284,14 +263,6 @@ class DryRun:
         count = max(1, round(batch.tokens * batch.supervised))
         inputs.predicted = torch.zeros(count, dtype=torch.int64)
         return inputs
-
-
-def sizes_by_place(base: PreTrainedModel, stored: dict[nn.Parameter, float]) -> tuple[float, float]:
-    """Bytes of the weights of a layer, in the mean, and of all weights outside the layers."""
-    classes = layer_classes(base)
-    layers = [module for module in base.modules() if type(module).__name__ in classes]
-    inside = sum(stored[weight] for layer in layers for weight in layer.parameters())
-    return inside / max(1, len(layers)), sum(stored.values()) - inside
 
 
 def rows_of_process(config: PlanRun, size: DataSize) -> int:
@@ -328,10 +299,8 @@ def memory_by_part(run: DryRun, peak: float) -> dict[str, float]:
     parts = dict(run.memory)
     if processes > 1 and run.config.distributed.strategy == Strategy.fsdp:
         parts = {name: size / processes for name, size in parts.items()}
-        # FSDP2 gathers into a buffer and copies from there: as the first layer begins, what is
-        # outside the layers is in memory twice. Later the buffer holds the next layer.
-        twice = max(0, run.outside_bytes - activations)
-        parts["gathered"] = run.outside_bytes + 2 * run.layer_bytes + twice
+        # FSDP2 keeps what is outside the layers, and gathers the next layer beside the present one.
+        parts["gathered"] = run.outside_bytes + 2 * run.layer_bytes
     elif processes > 1:
         parts["buckets"] = parts["adapter"]  # gradients a second time, as DDP sends them
     if not run.config.plan.on_gpu:

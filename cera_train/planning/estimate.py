@@ -16,12 +16,13 @@ from cera_train.model.folder import check_length, positions_of
 from cera_train.model.precision import choose_precision
 from cera_train.planning.data_size import (
     DataSize,
-    check_exams,
     count_problems,
     data_size,
+    read_rows,
     trained_size,
 )
 from cera_train.planning.dry_run import (
+    CPU,
     DryRun,
     largest_micro_batch,
     memory_by_part,
@@ -31,28 +32,26 @@ from cera_train.planning.plan import GPUS, Device, RunPlan, RunTotals
 from cera_train.settings.model import Dtype, Quantization
 from cera_train.settings.run import Config, PlanRun
 
-GPU_MFU = 0.4
 CPU_MFU = 0.45
-"""Share of the peak speed that training reaches. On a GPU an assumption; on a CPU what SmolLM2-135M
-reached with CeRA (with LoRA 0.38: its dropout runs over the whole input of a projection)."""
+"""Share of a CPU's peak speed that SmolLM2-135M reached with CeRA (with LoRA 0.38: its dropout runs
+over the whole input of a projection)."""
 
 
 def estimate(config: PlanRun) -> RunPlan:
     """The plan of a run. Raises UserError where it cannot be planned."""
     on_gpu = config.plan.on_gpu
     check(config.adapter)
-    data = data_size(config)
-    problems = {name: count_problems(name, config, data) for name in config.train.tasks}
+    read = read_rows(config)
+    data = data_size(config, read)
     if config.model.dtype == Dtype.auto:  # every GPU here multiplies bf16
-        on_cpu = choose_precision(Dtype.auto, torch.device("cpu")).value
-        dtype = Dtype.bfloat16 if on_gpu else on_cpu
+        dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, CPU).value
         config = replace(config, model=replace(config.model, dtype=dtype))
 
     if config.model.quantization != Quantization.none:
         check_quantised(config.adapter)
     run = DryRun(config)
     check_length(config.model, config.data.max_length, "data.max_length", run.base.config)
-    check_exams(config, positions_of(run.base.config))
+    problems = count_problems(config, read, positions_of(run.base.config))
     announce("planning", f"{title(config.adapter)} on {config.model.path}")
 
     trained = trained_size(config, data)
@@ -65,14 +64,12 @@ def estimate(config: PlanRun) -> RunPlan:
     totals = run_totals(config, data)
     return RunPlan(
         config=config,
-        device=device_of(config),
-        mfu=GPU_MFU if on_gpu else CPU_MFU,
+        device=GPUS[config.plan.gpu] if on_gpu else this_cpu(config.model.dtype),
         data=data,
         problems=problems,
         totals=totals,
-        frozen=run.total - run.trainable,
+        parameters=run.total,
         trainable=run.trainable,
-        micro_batch=largest,
         memory=memory_by_part(run, peak),
         flops={
             "training": update.flops / largest.tokens * totals.tokens,
@@ -107,24 +104,13 @@ def run_totals(config: Config, data: DataSize) -> RunTotals:
     )
 
 
-def device_of(config: PlanRun) -> Device:
-    """The planned device.
-
-    Args:
-        config: with a decided `model.dtype`.
-    """
-    if config.plan.on_gpu:
-        return GPUS[config.plan.gpu]
-    multiplied = config.model.autocast_dtype(config.train.autocast, on_gpu=False)
-    return this_cpu(is_16bit=(multiplied or config.model.dtype) != Dtype.float32)
-
-
 @functools.cache
-def this_cpu(is_16bit: bool) -> Device:
+def this_cpu(dtype: Dtype) -> Device:
     """This machine: its memory, and its peak speed at matrix products: one thread's best, times the
     threads. Timing all at once would include waiting for other programs."""
-    matrix = torch.randn(512, 512, dtype=torch.bfloat16 if is_16bit else torch.float32)
+    matrix = torch.randn(512, 512, dtype=getattr(torch, dtype))
     timer = Timer("matrix @ matrix", globals={"matrix": matrix})
     fastest = min(timer.blocked_autorange(min_run_time=0.5).times)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("this CPU", memory, torch.get_num_threads() * 2 * 512**3 / fastest)
+    speed = torch.get_num_threads() * 2 * 512**3 / fastest
+    return Device("this CPU", memory, speed, CPU_MFU)

@@ -6,7 +6,6 @@ Memory is the bytes of all living storages; operations follow from torch's formu
 
 import math
 import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,8 @@ from transformers.integrations import moe  # noqa: F401 - registers grouped_mm_f
 ATEN = torch.ops.aten
 ITEM = ATEN._local_scalar_dense  # what `.item()` calls
 GROUPED_PRODUCT = ATEN._grouped_mm
+CPU_ATTENTION = ATEN._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = ATEN._scaled_dot_product_flash_attention_for_cpu_backward
 VARLEN = torch.ops.torch_attn
 MOE = torch.ops.transformers
 
@@ -108,22 +109,11 @@ def allocated(size: float) -> int:
 # --- formulas: two operations for a multiply and add ----------------------------------------------
 
 
-def attention_flops(is_backward: bool) -> Callable[..., int]:
-    """The formula of an attention kernel. Its backward recomputes the scores; where attention is
-    causal, it skips the half of them that the mask takes out. torch's own formulas count less for
-    heads that share keys (2.11), and the whole of a causal mask."""
-
-    def flops(*args: Any, **kwargs: Any) -> int:
-        query, key, value = args[is_backward:][:3]  # the output's gradient comes first
-        is_flat = query.ndim == 3  # [tokens, heads, width], else [batch, heads, length, width]
-        longest = args[8 if is_backward else 5] if is_flat else key.shape[2]
-        pairs = query.numel() // query.shape[-1] * longest
-        widths = (3, 2) if is_backward else (1, 1)
-        operations = 2 * pairs * (widths[0] * query.shape[-1] + widths[1] * value.shape[-1])
-        is_causal = is_flat or any(arg is True for arg in args)
-        return operations // 2 if is_causal else operations
-
-    return flops
+def attention_flops(query: torch.Tensor, longest: int, products: int) -> int:
+    """Operations of an attention kernel with as many products of [tokens, tokens] and heads, of
+    which it skips the half that a causal mask takes out. torch's own formulas count that half, and
+    fail for heads that share keys (2.11)."""
+    return products * query.numel() * longest
 
 
 def grouped_flops(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
@@ -142,10 +132,13 @@ def grouped_output(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torc
 
 FORMULAS = flop_registry | {
     ATEN.addmm_: flop_registry[ATEN.addmm],
-    ATEN._scaled_dot_product_flash_attention_for_cpu: attention_flops(is_backward=False),
-    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: attention_flops(is_backward=True),
-    VARLEN._varlen_attn: attention_flops(is_backward=False),
-    VARLEN._varlen_attn_backward: attention_flops(is_backward=True),
+    CPU_ATTENTION: lambda query, key, *_, **__: attention_flops(query, key.shape[2], 2),
+    # the output's gradient comes first, and the scores are computed again
+    CPU_ATTENTION_BACKWARD: lambda _, query, key, *__, **___: attention_flops(
+        query, key.shape[2], 5
+    ),
+    VARLEN._varlen_attn: lambda *args, **_: attention_flops(args[0], args[5], 2),
+    VARLEN._varlen_attn_backward: lambda *args, **_: attention_flops(args[1], args[8], 5),
     GROUPED_PRODUCT: grouped_flops,
     MOE.grouped_mm_fallback: grouped_flops,
 }

@@ -10,7 +10,6 @@ from cera_train.settings.run import GpuKind, PlanRun
 
 if TYPE_CHECKING:
     from cera_train.planning.data_size import DataSize
-    from cera_train.planning.dry_run import MicroBatch
 
 GB = 1e9
 
@@ -23,6 +22,8 @@ class Device:
     name: str
     memory: float  # bytes
     peak_speed: float  # FLOP/s
+    mfu: float = 0.4
+    """Share of the peak speed that training reaches: on a GPU an assumption."""
 
 
 GPUS = {
@@ -51,13 +52,11 @@ class RunPlan:
 
     config: PlanRun
     device: Device
-    mfu: float
     data: DataSize
     problems: dict[str, int]  # of each of `train.tasks`
     totals: RunTotals
-    frozen: int  # parameters of the base
+    parameters: int
     trainable: int
-    micro_batch: MicroBatch  # the largest one, which needs the most memory
     memory: dict[str, float]  # bytes of one process by part, at the peak of an update
     flops: dict[str, float]  # floating-point operations of the run by part
 
@@ -73,7 +72,7 @@ class RunPlan:
     @property
     def speed(self) -> float:
         """FLOP/s of all processes together."""
-        return self.device.peak_speed * self.mfu * self.config.plan.gpus
+        return self.device.peak_speed * self.device.mfu * self.config.plan.gpus
 
     @property
     def seconds(self) -> float:

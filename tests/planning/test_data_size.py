@@ -6,8 +6,9 @@ from statistics import fmean, pstdev
 import pytest
 from conftest import needs_smollm2
 
+from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
-from cera_train.planning.data_size import count_problems, data_size
+from cera_train.planning.data_size import DataSize, count_problems, data_size, read_rows
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
 
@@ -16,7 +17,12 @@ GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_test.js
 def size(compose, tiny_folder):
     """size("data=gsm8k", ...) -> DataSize, by the tiny model's tokenizer"""
     tiny = (f"model.path={tiny_folder}", "data.max_length=256")
-    return lambda *overrides: data_size(compose(*tiny, *overrides, command="plan"))
+
+    def size(*overrides: str) -> DataSize:
+        config = compose(*tiny, *overrides, command="plan")
+        return data_size(config, read_rows(config))
+
+    return size
 
 
 def test_a_split_is_sliced_as_datasets_does(size):
@@ -45,7 +51,7 @@ def test_local_rows_are_those_that_the_run_reads(compose, size, write_jsonl, tok
     assert counted.supervised == sum(data.train.supervised) / sum(lengths)
     given = size(*settings, "plan.tokens_per_row=20")
     assert (given.train_rows, given.eval_rows, given.tokens_per_row) == (50, 10, 20)
-    assert (given.supervised, given.source) == (1.0, "plan.tokens_per_row")
+    assert given.supervised == 1.0
 
 
 def test_rows_and_tokens_of_the_hub_are_bounded_by_the_settings(size):
@@ -59,15 +65,12 @@ def test_rows_of_a_model_without_a_tokenizer_need_a_setting(size, tmp_path, writ
     assert size(*words, "model.path=org/model", "plan.tokens_per_row=9").train_rows == 15
 
 
-def test_a_mix_is_the_sum_of_its_parts_by_their_weights(size):
-    mixed = size("data=gsm8k_slimorca")
-    gsm8k = size("data=gsm8k")
-    orca = size("data=slimorca")
-    assert (mixed.train_rows, mixed.eval_rows) == (7473 + 2491, 1319 + 2000)
-    tokens = [7473 * gsm8k.tokens_per_row, 2491 * orca.tokens_per_row]
-    assert mixed.tokens_per_row * 9964 == pytest.approx(sum(tokens))
-    more = size("data=gsm8k_slimorca", "data.train_rows=20000", "data.mix.0.weight=4")
-    assert more.train_rows == 20_000
+def test_a_mix_on_the_hub_needs_settings(size):
+    mix = ["data=gsm8k_slimorca", "data.train_rows=20000", "plan.tokens_per_row=200"]
+    with pytest.raises(UserError, match="its size is unknown. Set data.train_rows, data.eval_rows"):
+        size(*mix)
+    known = size(*mix, "data.eval_rows=100")
+    assert (known.train_rows, known.eval_rows, known.tokens_per_row) == (20_000, 200, 200)
 
 
 def test_a_known_data_set_needs_no_settings_beyond_its_templates(size):
@@ -75,9 +78,6 @@ def test_a_known_data_set_needs_no_settings_beyond_its_templates(size):
     counts = ["data.train_rows=640", "data.eval_rows=10", "plan.tokens_per_row=100"]
     known = size(*unknown, *counts)
     assert (known.train_rows, known.tokens_per_row, known.prompt_tokens) == (640, 100, 100)
-    templates = ["data.prompt='{question}'", "data.completion=' {answer}'"]
-    of_conf = size("data=jsonl", "data.path=openai/gsm8k", *templates)
-    assert (of_conf.train_rows, of_conf.source) == (7473, "data.facts")
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason=f"real rows are not at {GSM8K}")
@@ -97,7 +97,7 @@ def test_problems_of_a_task_are_counted_or_known(compose, write_jsonl, tiny_fold
     def problems(name: str, *overrides: str) -> int:
         words = [f"model.path={tiny_folder}", "+recipe=logistic_map", f"train.tasks=[{name}]"]
         config = compose(*words, *overrides, command="plan")
-        return count_problems(name, config, data_size(config))
+        return count_problems(config, read_rows(config), None)[name]
 
     assert problems("gsm8k", "train.tasks_limit=30") == 30
     assert problems("held_out", "data=gsm8k") == 50  # of rows that are on the Hub

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,11 +11,10 @@ import pytest
 from conftest import needs_smollm2
 
 from cera_train.evaluation.held_out import PROBE_TOKENS
-from cera_train.planning.data_size import data_size
-from cera_train.planning.estimate import GPU_MFU, run_totals
+from cera_train.planning.data_size import data_size, read_rows
+from cera_train.planning.estimate import run_totals
 from cera_train.planning.plan import GPUS
 from cera_train.planning.table import name_jobs, print_plan, print_plans
-from cera_train.settings.model import Quantization
 
 MATH = "+recipe=math_r64"
 QUICK = "+recipe=logistic_map"
@@ -96,7 +96,7 @@ def test_time_and_cost_follow_from_the_operations(tiny_plan):
     one = tiny_plan(*run)
     eight = tiny_plan(*run, "plan.gpus=8")
     operations = sum(one.flops.values())
-    assert one.seconds == pytest.approx(operations / (312e12 * GPU_MFU))
+    assert one.seconds == pytest.approx(operations / (312e12 * 0.4))
     assert one.cost == pytest.approx(one.seconds / 3600 * 2)
     assert one.update_seconds * one.totals.updates == pytest.approx(
         one.seconds * one.flops["training"] / operations
@@ -111,7 +111,7 @@ def test_time_and_cost_follow_from_the_operations(tiny_plan):
 def test_totals_follow_from_epochs_or_updates(compose):
     def totals(*overrides: str):
         config = compose(*overrides, command="plan")
-        return run_totals(config, data_size(config))
+        return run_totals(config, data_size(config, read_rows(config)))
 
     quick = totals(QUICK, "plan.tokens_per_row=72", "train.max_updates=20", "train.eval_every=10")
     assert (quick.updates, quick.tokens, quick.evaluations) == (20, 158 * 72, 3)
@@ -124,7 +124,7 @@ def test_totals_follow_from_epochs_or_updates(compose):
 def test_objectives_add_their_passes_and_answers(compose):
     def size(*overrides: str):
         config = compose("train.max_updates=10", "train.batch_size=16", *overrides, command="plan")
-        data = data_size(config)
+        data = data_size(config, read_rows(config))
         return data, run_totals(config, data)
 
     data, plain = size("data=gsm8k")
@@ -150,7 +150,7 @@ def test_objectives_add_their_passes_and_answers(compose):
 def test_updates_on_sampled_answers_are_counted_and_sampling_them_is_not(tiny_plan, capsys):
     words = ["train.objective=grpo", "grpo.max_new_tokens=16", "train.batch_size=4"]
     plan = tiny_plan("plan.gpu=a100", *words)
-    assert plan.seconds == pytest.approx(sum(plan.flops.values()) / (312e12 * GPU_MFU))
+    assert plan.seconds == pytest.approx(sum(plan.flops.values()) / (312e12 * 0.4))
     print_plan(plan)
     assert (
         "answers    32 an update, of up to 16 tokens (generation time not counted)\n"
@@ -165,33 +165,25 @@ def test_a_plan_prints_every_part(math_plan, capsys):
         "plan       math_r64: cera r=64 on q_proj v_proj\nmodel      meta-llama/Llama-3.1-8B, "
         "bfloat16\n"
     )
-    assert "171 tokens (data.facts), 100% supervised" in out
+    assert "171 tokens, 100% supervised" in out
     assert "task       gsm8k: 15 problems (generation time not counted)\n" in out
-    for label in ("parameters", "memory of one process", "work", "FLOPs", "time and cost"):
-        assert f"\n{label}\n" in out
-    rows = {
-        line.rsplit("  ", 1)[0].strip(): line.split()[-1]
-        for line in out.splitlines()
-        if line.startswith("  ")
-    }
-    assert (rows["trainable"], rows["share"], rows["updates"]) == ("27,262,976", "0.34%", "4,689")
-    assert {"frozen", "weights", "optimizer", "gradients, activations"} <= rows.keys()
-    assert {"peak in training", "evaluations", "in all"} <= rows.keys()
-    assert {"an update", "the run, h:mm:ss", "GPU-hours", "cost"} <= rows.keys()
+    assert "\ntrains     27,262,976 of 8,057,524,224 parameters, 0.34%\n" in out
+    assert "\nwork       4,689 updates on " in out
+    for label, part in {"time": "s an update", "cost": ".", "memory": "optimizer"}.items():
+        assert re.search(rf"^{label} .*{part}", out, re.MULTILINE)
     needs = f"{math_plan.peak / 1e9:.2f} GB needed"
     assert out.endswith(f"fits       {needs} of the 80 GB of H100\n")
-    config = math_plan.config
-    config = replace(config, model=replace(config.model, quantization=Quantization.nf4))
-    print_plan(replace(math_plan, device=GPUS["rtx4090"], config=config))
-    assert capsys.readouterr().out.endswith(  # and no setting that it has
+    print_plan(replace(math_plan, device=GPUS["rtx4090"]))
+    assert capsys.readouterr().out.endswith(
         f"too large  {needs}, more than 95% of the 24 GB of RTX 4090: try "
-        "model.gradient_checkpointing=true, a lower train.micro_batch_tokens\n"
+        "model.gradient_checkpointing=true, model.quantization=nf4 or a lower "
+        "train.micro_batch_tokens\n"
     )
 
 
 def test_an_update_takes_no_more_rows_than_there_are(tiny_plan):
     few, fewer = (
-        tiny_plan("data.train_rows=8", f"train.batch_size={rows}").micro_batch for rows in (64, 8)
+        tiny_plan("data.train_rows=8", f"train.batch_size={rows}").memory for rows in (64, 8)
     )
     assert few == fewer
 
