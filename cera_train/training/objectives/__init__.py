@@ -1,8 +1,8 @@
 """Training objectives: their interface and supervised fine-tuning in one file; preferences and
 rewards in a file each.
 
-To add one, write a file with a class that has the three methods of `objective.Objective`, and a
-line in `build_objective`; its loss should be a pure function of tensors with a test of its own.
+To add one, write a file with a subclass of `objective.Objective`, and a line in `build_objective`;
+its loss should be a pure function of tensors with a test of its own.
 """
 
 from cera_train.runs.folder import Progress, RunFolder

@@ -27,7 +27,7 @@ from cera_train.model.batches import MicroBatches
 from cera_train.runs.results import TokenLosses
 from cera_train.settings.run import Config
 from cera_train.training.build import Data, Model
-from cera_train.training.objectives.objective import Update
+from cera_train.training.objectives.objective import Objective, Update
 
 REFERENCE = "reference.safetensors"
 """File in the run's folder: log p of every answer under the reference."""
@@ -73,7 +73,7 @@ def turn_dropout_off(model: nn.Module) -> None:
             module.p = 0.0
 
 
-class Dpo:
+class Dpo(Objective):
     """
     Args:
         held_out: micro-batches of the held-out pairs.

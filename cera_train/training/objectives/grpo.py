@@ -27,11 +27,11 @@ from cera_train.evaluation.held_out import token_losses
 from cera_train.evaluation.requests import Answer, Request, check_positions
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.folder import Progress, RunFolder
-from cera_train.runs.results import SAMPLES, Sample, TokenLosses, figure
+from cera_train.runs.results import SAMPLES, Sample, figure
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
 from cera_train.training.build import Data, Model
-from cera_train.training.objectives.objective import Update
+from cera_train.training.objectives.objective import Objective, Update
 from cera_train.training.objectives.policy import MOST_ROUNDING, PolicyCheck
 from cera_train.training.rewards import Reward, grade_by, import_reward
 
@@ -82,7 +82,7 @@ def grpo_loss(
 # --- the objective --------------------------------------------------------------------------------
 
 
-class Grpo:
+class Grpo(Objective):
     """
     Args:
         folder: its samples.jsonl keeps answers for inspection.
@@ -190,9 +190,6 @@ class Grpo:
 
         headline = f"reward {figure(rewards.mean().item())}"
         return Update(batches, sequences, loss, figures, headline)
-
-    def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
-        return losses, {}
 
     def _sample(self, questions: Sequence[Question], size: int) -> list[list[Answer]]:
         """`size` answers to each question, the same on every process."""

@@ -3,9 +3,9 @@ rows. Also the simplest objective, supervised fine-tuning."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ class Update:
         return sum(self.batches.lengths[sequence] for sequence in self.sequences)
 
 
-class Objective(Protocol):
+class Objective(ABC):
+    @abstractmethod
     def draw(self, sequences: list[int]) -> Update:
         """Prepares an update on these training sequences, the same on every process."""
 
@@ -48,12 +49,13 @@ class Objective(Protocol):
         Returns:
             Losses whose mean is the held-out loss, and further figures by their names in the log.
         """
+        return losses, {}
 
 
 # --- supervised fine-tuning -----------------------------------------------------------------------
 
 
-class Sft:
+class Sft(Objective):
     """The mean next-token loss over the supervised tokens of an update.
 
     Args:
@@ -69,6 +71,3 @@ class Sft:
         # Turns sums over micro-batches, averaged over processes, into a mean over tokens.
         weight = self.processes / torch.tensor(supervised, device=self.batches.device)
         return Update(self.batches, sequences, lambda log_p, _: -weight * log_p.sum())
-
-    def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
-        return losses, {}
