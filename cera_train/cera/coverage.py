@@ -62,14 +62,15 @@ def projections_outside_text(model: PreTrainedModel) -> list[str]:
 def idle_projections(model: PreTrainedModel) -> list[str]:
     """Names of the linear projections beside which a branch would not learn: a pass of the base in
     training does not call them, or no gradient reaches their output. Needs the weights."""
-    outputs: dict[str, list[torch.Tensor]] = {
-        name: [] for name, module in model.named_modules() if is_linear(module)
-    }
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    called: list[str] = []
+    outputs: list[torch.Tensor] = []
 
     def keep_output(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, torch.Tensor) and output.requires_grad:
-                outputs[name].append(output)
+                called.append(name)
+                outputs.append(output)
 
         return keep
 
@@ -80,25 +81,20 @@ def idle_projections(model: PreTrainedModel) -> list[str]:
     was_training = model.training
     ids = torch.ones(1, 8, dtype=torch.long, device=model.device)
     with ExitStack() as stack:
-        for name in outputs:
-            stack.callback(
-                model.get_submodule(name).register_forward_hook(keep_output(name)).remove
-            )
+        for name, module in linears.items():
+            stack.callback(module.register_forward_hook(keep_output(name)).remove)
         stack.callback(model.train, was_training)
         stack.enter_context(torch.random.fork_rng())  # dropout of the base
         stack.callback(model.get_input_embeddings().register_forward_hook(require_gradient).remove)
         logits = model.train()(
             input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
         ).logits
-    calls = [(name, output) for name, called in outputs.items() for output in called]
-    gradients = torch.autograd.grad(
-        logits.sum(), [output for _, output in calls], allow_unused=True
-    )
+    gradients = torch.autograd.grad(logits.sum(), outputs, allow_unused=True)
     trained = {
-        name for (name, _), gradient in zip(calls, gradients, strict=True) if gradient is not None
+        name for name, gradient in zip(called, gradients, strict=True) if gradient is not None
     }
     # Experts that are modules run where a token is routed to them.
-    return [name for name in outputs if name not in trained and not EXPERT.search(name)]
+    return [name for name in linears if name not in trained and not EXPERT.search(name)]
 
 
 def exclude_projections(config: PeftConfig, names: list[str], model: nn.Module) -> None:
