@@ -6,9 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from built_runs import build_run
 from safetensors.torch import load_file
 from tiny_runs import folder_of, metrics_of, scale_gradients
 
@@ -18,7 +20,7 @@ from cera_train.model.language_model import perplexity
 from cera_train.runs.results import DIVERGED, LOSSES_AFTER, LOSSES_BEFORE, TokenLosses
 from cera_train.settings.distributed import Strategy
 from cera_train.training.resolve import resolve
-from cera_train.training.train import train
+from cera_train.training.train import backward, clip_gradients, train
 
 
 @pytest.fixture
@@ -53,11 +55,11 @@ def test_perplexity_falls_and_the_folder_holds_everything(finished):
 
 
 def test_a_learned_mix_logs_its_gamma(tiny_config):
-    config = tiny_config("adapter=cera_mix", "adapter.r=4")
+    config = tiny_config("adapter=cera_mix", "adapter.r=4", "train.max_updates=2")
     train(config)
     gammas = [line["adapter/gamma"] for line in metrics_of(config) if "eval/loss" in line]
     assert gammas[0] == 0
-    assert len(gammas) == 4
+    assert len(gammas) == 2
     modules = json.loads((folder_of(config) / "spectrum.json").read_text())
     assert gammas[-1] == pytest.approx(sum(module["gamma"] for module in modules.values()) / 4) != 0
     weights = load_file(folder_of(config) / "adapter" / "adapter_model.safetensors")
@@ -109,11 +111,13 @@ def test_compiling_without_what_it_needs_is_refused(tiny_config, monkeypatch, mi
         train(tiny_config("train.compile=true"))
 
 
-def test_gradients_are_clipped_to_the_norm(tiny_config):
-    result = train(
-        tiny_config("optimizer.max_grad_norm=1e-9", "optimizer.weight_decay=0", "optimizer.eps=1")
-    )
-    assert result["eval/perplexity"] == pytest.approx(result["perplexity_before"], rel=1e-5)
+def test_gradients_are_clipped_to_the_norm(tiny_config, tmp_path):
+    run = build_run(tiny_config(), tmp_path / "run")
+    backward(run.model, run.objective.draw([0, 1, 2]))
+    norm = clip_gradients(run.model, 1e-3)
+    clipped = torch.cat([weight.grad.flatten() for weight in run.model.trained]).norm().item()
+    assert norm > 0.01
+    assert clipped == pytest.approx(1e-3, rel=1e-4)
 
 
 def test_every_process_leaves_after_the_result_is_written(tiny_config, monkeypatch):
@@ -125,21 +129,15 @@ def test_every_process_leaves_after_the_result_is_written(tiny_config, monkeypat
     assert written == [True]
 
 
-def test_patience_stops_when_perplexity_no_longer_falls(tiny_config):
+def test_patience_ends_a_run_and_best_is_the_adapter_of_the_lowest_perplexity(tiny_config):
     config = tiny_config(
-        "optimizer.lr=3", "train.max_updates=100", "train.eval_every=2", "train.patience=2"
+        "optimizer.lr=2",
+        "train.max_updates=100",
+        "train.eval_every=1",
+        "train.save_every=1",
+        "train.keep=9",
+        "train.patience=2",
     )
-    result = train(config)
-    assert result["updates"] < 100
-    assert result["updates"] == result["best_update"] + 4
-    assert (
-        perplexity(TokenLosses.read(folder_of(config) / LOSSES_AFTER).mean)
-        == result["eval/perplexity"]
-    )
-
-
-def test_best_is_the_adapter_of_the_lowest_perplexity(tiny_config):
-    config = tiny_config("optimizer.lr=0.2", "train.keep=9")
     result = train(config)
     evaluations = {
         line["update"]: line["eval/perplexity"]
@@ -148,8 +146,12 @@ def test_best_is_the_adapter_of_the_lowest_perplexity(tiny_config):
     }
     best = min(evaluations, key=evaluations.get)
     assert (result["best_update"], result["best_perplexity"]) == (best, evaluations[best])
+    assert best > 0
+    assert result["updates"] == best + 2 < 100
     folder = folder_of(config)
-    assert json.loads((folder / "best" / "metrics.json").read_text())["update"] == best > 0
+    after = TokenLosses.read(folder / LOSSES_AFTER)
+    assert perplexity(after.mean) == result["eval/perplexity"]
+    assert json.loads((folder / "best" / "metrics.json").read_text())["update"] == best
     kept = [
         place / "adapter_model.safetensors"
         for place in (folder / "best", folder / "checkpoints" / str(best))
@@ -223,18 +225,9 @@ def test_a_run_that_fails_before_its_first_update_leaves_no_folder(
         train(tiny_config_in(tmp_path / "file"))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ["model.quantization=nf4", "model.dtype=bfloat16"],
-        ["model.dtype=bfloat16"],
-        ["model.dtype=float16"],
-        ["train.autocast=true"],
-    ],
-    ids=lambda settings: settings[0],
-)
-def test_a_run_in_every_precision_learns(tiny_config, settings):
-    result = train(tiny_config(*settings))
+@pytest.mark.parametrize("precision", ["model.dtype=float16", "train.autocast=true"])
+def test_a_run_in_every_precision_learns(tiny_config, precision):
+    result = train(tiny_config(precision))
     assert result["eval/perplexity"] < 0.7 * result["perplexity_before"]
 
 

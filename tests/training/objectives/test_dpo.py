@@ -44,21 +44,18 @@ def move(model: torch.nn.Module) -> None:
 
 
 @WARNINGS
-@pytest.mark.parametrize(
-    ("overrides", "arguments"),
-    [
-        (["adapter=cera"], {}),
-        (["adapter=lora", "dpo.beta=0.5"], {"beta": 0.5}),
-    ],
-)
-def test_loss_gradients_and_figures_are_trls(dpo, tokenizer, tmp_path, overrides, arguments):
+def test_loss_gradients_and_figures_are_trls_whatever_the_micro_batches(dpo, tokenizer, tmp_path):
     trl = pytest.importorskip("trl")
-    run = build_run(dpo(*overrides, "adapter.r=4"), tmp_path / "run")
+    run = build_run(dpo("dpo.beta=0.5"), tmp_path / "run")
     model = run.model
     move(model.adapted)
     model.wrapped.train()
-    loss, gradients = run.backward([*range(6)])
-    figures = run.objective.draw([*range(6)]).figures
+    sequences = [*range(6)]
+    computed = [run.backward(sequences)]
+    run.objective.batches.max_tokens = 30  # the answers of a pair in separate passes
+    assert len(run.objective.batches.groups(sequences)) > 3
+    computed.append(run.backward(sequences))
+    figures = run.objective.draw(sequences).figures
 
     settings = trl.DPOConfig(
         str(tmp_path / "trl"),
@@ -66,7 +63,7 @@ def test_loss_gradients_and_figures_are_trls(dpo, tokenizer, tmp_path, overrides
         use_cpu=True,
         bf16=False,
         report_to="none",
-        **arguments,
+        beta=0.5,
     )
     rows = Dataset.from_list(ROWS[:3])
     model.language_model.causal_lm.set_attn_implementation("sdpa")
@@ -78,44 +75,20 @@ def test_loss_gradients_and_figures_are_trls(dpo, tokenizer, tmp_path, overrides
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(3)])
     expected = trainer.compute_loss(trainer.model, batch)
     expected.backward()
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
-    for name, gradient in gradients.items():
-        wanted = trainer.model.get_parameter(name).grad
-        assert (gradient - wanted).norm() <= 1e-5 * wanted.norm(), name
+    for loss, gradients in computed:
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        for name, gradient in gradients.items():
+            wanted = trainer.model.get_parameter(name).grad
+            assert (gradient - wanted).norm() <= 1e-5 * wanted.norm(), name
     for name, values in trainer._metrics["train"].items():
         if name.startswith("rewards/"):
             assert figures[f"train/{name}"] == pytest.approx(values[0], rel=1e-4, abs=1e-6), name
 
 
-def test_the_loss_follows_the_formula_and_does_not_depend_on_the_micro_batch(dpo, tmp_path):
-    run = build_run(dpo(), tmp_path / "run")
-    move(run.model.adapted)
-    run.model.wrapped.train()
-    whole, gradients = run.backward([0, 1, 4, 5])
-    draw = run.objective.draw
-    figures = draw([0, 1, 4, 5]).figures
-    margins = torch.tensor(
-        [draw(pair).figures["train/rewards/margins"] for pair in ([0, 1], [4, 5])]
-    )
-    expected = -margins.sigmoid().log().mean()
-    assert whole == pytest.approx(expected.item(), rel=1e-5)
-    assert figures["train/rewards/accuracies"] == (margins > 0).float().mean()
-    batches = run.objective.batches
-    batches.max_tokens = 30  # the answers of a pair in separate passes
-    assert len(batches.groups([0, 1, 4, 5])) > 2
-    apart, gradients_apart = run.backward([0, 1, 4, 5])
-    assert apart == pytest.approx(whole, rel=1e-5)
-    for name, gradient in gradients.items():
-        assert (gradient - gradients_apart[name]).norm() <= 1e-5 * gradient.norm(), name
-
-
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_run_learns_the_choice_and_resumes_byte_for_byte(dpo, quantization):
-    words = ["optimizer.lr=2e-2", f"model.quantization={quantization}"]
+def test_a_run_learns_the_choice_and_resumes_byte_for_byte(dpo):
+    words = ["optimizer.lr=2e-2", "train.max_updates=8"]
     whole = dpo("name=whole", *words)
-    part = dpo("name=part", "train.save_every=4", *words)
-    whole.train.max_updates = 8
-    part.train.max_updates = 8
+    part = dpo("name=part", *words)
     result = train(whole)
     assert result["perplexity_before"] == pytest.approx(2, rel=1e-6)  # that of a coin flip
     assert result["eval/perplexity"] < 1.9
@@ -133,7 +106,8 @@ def test_a_run_learns_the_choice_and_resumes_byte_for_byte(dpo, quantization):
 def test_the_reference_is_the_start(dpo):
     first = dpo("name=first", "optimizer.lr=2e-2")
     train(first)
-    second = train(dpo("name=second", f"adapter.start_from={folder_of(first)}"))
+    start = f"adapter.start_from={folder_of(first)}"
+    second = train(dpo("name=second", "train.max_updates=1", start))
     assert second["perplexity_before"] == pytest.approx(2, rel=1e-6)
 
 
@@ -147,32 +121,6 @@ def test_the_answers_of_a_pair_are_dropped_together(dpo, tokenizer, write_jsonl)
     data = prepare_data(resolved.config.data, tokenizer).train
     assert len(data) == 18
     assert data.truncated[:3] == [False, True, False]
-
-
-ASKED = {"role": "user", "content": "Is it?"}
-YES, NO = ({"role": "assistant", "content": text} for text in ("yes", "no"))
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-
-
-def test_messages_are_read_with_and_without_a_separate_prompt(
-    dpo, tokenizer, write_jsonl, monkeypatch
-):
-    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
-    rows = [
-        {"prompt": [ASKED], "chosen": [YES], "rejected": [NO]},
-        {"chosen": [ASKED, YES], "rejected": [ASKED, NO]},
-    ]
-    file = write_jsonl("rows.jsonl", rows * 3)
-    config = dpo(f"data.train_files=[{file}]", "data.allow_overlap=true", "data.chat=auto")
-    config = resolve(config, folder_of(dpo())).config.data
-    data = prepare_data(config, tokenizer).train
-    texts = [tokenizer.decode(data.tokens("input_ids", row).to_pylist()) for row in range(4)]
-    assert texts[:2] == texts[2:]
-    assert [text.split("assistant: ")[1].split("<")[0] for text in texts[:2]] == ["yes", "no"]
 
 
 def test_dropout_is_off(dpo, tmp_path):

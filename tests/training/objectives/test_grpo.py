@@ -1,10 +1,7 @@
 """Group relative policy optimisation: TRL's GRPOTrainer is the oracle."""
 
-import itertools
 import math
 import os
-import signal
-import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -43,6 +40,10 @@ def fails(*_: str) -> float:
     raise LookupError("no such key")
 
 
+def unknown(*_: str) -> float:
+    return math.nan
+
+
 @pytest.fixture
 def on_rows(write_jsonl) -> list[str]:
     """Settings of a run on `ROWS`."""
@@ -67,21 +68,6 @@ def grpo(tiny_config, on_rows):
         "train.patience=null",
     ]
     return lambda *overrides: tiny_config(*words, *overrides)
-
-
-@pytest.fixture
-def in_processes(tiny_folder, tmp_path, on_rows, monkeypatch):
-    """Settings of a run on `ROWS` in processes, which find rewards_of_a_test.py in `tmp_path`."""
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    monkeypatch.setenv("PYTHONPATH", path)
-    return [
-        f"model.path={tiny_folder}",
-        "model.dtype=float32",
-        "data.max_length=256",
-        "adapter.r=4",
-        *on_rows,
-        "grpo.rewards=[rewards_of_a_test.vowels]",
-    ]
 
 
 @WARNINGS
@@ -193,40 +179,14 @@ def test_rewards_rise_and_answers_are_kept_with_their_rewards(grpo):
 
 
 def test_a_run_killed_between_answers_and_update_resumes_byte_for_byte(grpo):
-    words = [
-        "optimizer.lr=5e-2",
-        "grpo.beta=0.01",
-        "train.samples=1",
-        "train.save_every=2",
-    ]
+    words = ["optimizer.lr=5e-2", "grpo.beta=0.01", "train.samples=1", "train.save_every=2"]
     whole, part = (grpo(*words, "train.eval_every=2", name) for name in ("name=whole", "name=part"))
     train(whole)
-    with once_logged(1, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(SystemExit):
-        train(part)  # saved after update 2, whose evaluation is due
     train_and_die_after(part, 4, log=SAMPLES)
     assert metrics_of(part)[-1]["update"] == 3
     train(part)
     assert adapter_bytes(part) == adapter_bytes(whole)
     assert (folder_of(part) / SAMPLES).read_bytes() == (folder_of(whole) / SAMPLES).read_bytes()
-
-
-def test_nothing_is_lost_if_a_reward_fails(grpo, monkeypatch):
-    words = ["optimizer.lr=5e-2", "train.save_every=null"]
-    whole, part = (grpo(*words, name) for name in ("name=whole", "name=part"))
-    train(whole)
-    reward = vowels
-    calls = itertools.count()
-
-    def fails_at_update_3(*words: str) -> float:
-        return reward(*words) if next(calls) < 2 * 3 * 4 else math.nan
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "vowels", fails_at_update_3)
-        with pytest.raises(UserError, match=r"vowels\] gives nan for the answer"):
-            train(part)
-    assert [path.name for path in folder_of(part).glob("checkpoints/*")] == ["2"]
-    train(part)
-    assert adapter_bytes(part) == adapter_bytes(whole)
 
 
 def test_a_server_answers_with_the_adapter_of_each_update(grpo):
@@ -252,31 +212,27 @@ def test_a_server_answers_with_the_adapter_of_each_update(grpo):
     assert not (folder_of(config) / "served").exists()
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("503", "Once it is back, the same command resumes"),
-        ("unknown ids", "answers without token ids of its vocabulary .*: update vLLM"),
-        ("restart", "does not exist. If vLLM was started again, the same command loads the"),
-    ],
-)
-def test_nothing_is_lost_if_a_server_fails(grpo, monkeypatch, fault, message):
+def test_nothing_is_lost_if_a_server_fails(grpo, monkeypatch):
     monkeypatch.setattr(server, "PAUSES", ())
-    words = ["adapter.r=4", "optimizer.lr=5e-2", "train.save_every=null"]
+    words = ["adapter.r=4", "train.save_every=null", "train.eval_every=null"]
     with playing_vllm(grpo(*words).model) as vllm:
         config = grpo(*words, f"train.server={vllm.url}")
-        away = once_logged(2, lambda: vllm.faults.extend([fault] * 999))
-        with away, pytest.raises(UserError, match=message):
-            train(config)
-        assert [path.name for path in folder_of(config).glob("checkpoints/*")] == ["2"]
-        vllm.faults = []
+        for update, fault, message in (
+            (2, "503", "Once it is back, the same command resumes"),
+            (3, "restart", "does not exist. If vLLM was started again, the same command loads the"),
+        ):
+            away = once_logged(update, lambda fault=fault: vllm.faults.extend([fault] * 999))
+            with away, pytest.raises(UserError, match=message):
+                train(config)
+            assert (folder_of(config) / "checkpoints" / str(update)).exists()
+            vllm.faults = []
         train(config)
     assert [line["update"] for line in metrics_of(config) if "train/reward" in line] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
 def test_two_processes_sample_and_learn_the_same_as_one(
-    in_processes, tmp_path, compose, monkeypatch
+    on_rows, tiny_folder, tmp_path, compose, monkeypatch
 ):
     # A judge that answers differently when another process asks: only the main one asks.
     sign = "import os\n\nSIGN = 1 if os.environ.get('RANK', '0') == '0' else -1\n"
@@ -286,8 +242,15 @@ def test_two_processes_sample_and_learn_the_same_as_one(
     )
     (tmp_path / "rewards_of_a_test.py").write_text(sign + reward)
     monkeypatch.syspath_prepend(tmp_path)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
     words = [
-        *in_processes,
+        f"model.path={tiny_folder}",
+        "model.dtype=float32",
+        "data.max_length=256",
+        "adapter.r=4",
+        *on_rows,
+        "grpo.rewards=[rewards_of_a_test.vowels]",
         "adapter.dropout=0",
         "train.max_updates=1",
         "train.micro_batch_tokens=256",
@@ -309,13 +272,16 @@ def test_an_answer_is_graded_as_in_a_task():
     assert grade_by("number")("", "so 1,0 is 10.", "#### 10") == 1
 
 
-def test_a_reward_that_fails_is_named_with_its_place(grpo):
-    place = r"\(.*/test_grpo.py:\d+\)\.$"
-    message = (
-        rf"^grpo.rewards=\[.*fails\] fails for the answer .*: LookupError: no such key {place}"
-    )
-    with pytest.raises(UserError, match=message):
-        train(grpo(f"grpo.rewards=[{__name__}.fails]"))
+@pytest.mark.parametrize(
+    ("reward", "what"),
+    [
+        ("fails", r"fails for the answer .*: LookupError: no such key \(.*/test_grpo.py:\d+\)\.$"),
+        ("unknown", "gives nan for the answer"),
+    ],
+)
+def test_a_reward_that_fails_is_named_with_its_place(grpo, reward, what):
+    with pytest.raises(UserError, match=rf"^grpo.rewards=\[.*{reward}\] {what}"):
+        train(grpo(f"grpo.rewards=[{__name__}.{reward}]", "train.eval_every=null"))
 
 
 def test_evaluations_ask_as_updates_do(grpo, thinking_folder, compose, write_jsonl, monkeypatch):
