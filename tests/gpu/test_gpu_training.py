@@ -13,13 +13,12 @@ pytestmark = pytest.mark.gpu
 BF16 = "model.dtype=bfloat16"
 
 
-@pytest.mark.parametrize("died_after", [4, 7])
-def test_a_bf16_run_resumes_bit_for_bit(tiny_config, device, bf16, died_after):
+def test_a_bf16_run_resumes_bit_for_bit(tiny_config, device, bf16):
     settings = [BF16, "adapter.dropout=0.3"]
     whole = tiny_config("name=whole", *settings)
     cut = tiny_config("name=cut", *settings)
     train(whole)
-    train_and_die_after(cut, died_after)
+    train_and_die_after(cut, 7)
     train(cut)
     assert timeless_metrics(cut) == timeless_metrics(whole)
     assert adapter_bytes(cut) == adapter_bytes(whole)
