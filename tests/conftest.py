@@ -6,7 +6,6 @@ import copy
 import functools
 import gc
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -87,23 +86,24 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def templates_compiled_once() -> None:
-    """PEFT compiles the template of its model card at every save, a seventh of a tiny run."""
+def computed_once() -> None:
+    compute_once()
+
+
+def compute_once() -> None:
+    """PEFT compiles the template of its model card at every save, a seventh of a tiny run. Hydra
+    parses every file and every interpolation, and copies every schema, at each composition, of
+    which a test has up to thirty; and composes twice, to look for a mode that no file of ours sets.
+    """
     import jinja2
+    import omegaconf.base
+    import yaml
+    from hydra._internal.hydra import Hydra
+    from hydra.core.config_store import ConfigStore
 
     jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def configs_parsed_once() -> None:
-    parse_configs_once()
-
-
-def parse_configs_once() -> None:
-    """Hydra parses every file and copies every schema at each composition, of which a test has up
-    to thirty."""
-    import yaml
-    from hydra.core.config_store import ConfigStore
+    omegaconf.base.parse = functools.cache(omegaconf.base.parse)
+    Hydra.get_mode = lambda hydra, config_name, overrides: None
 
     parse = yaml.load
     parsed = {}
@@ -222,11 +222,10 @@ def thinking_folder(tiny_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def write_jsonl(tmp_path: Path):
     """write_jsonl("name.jsonl", rows) -> path"""
+    from made_files import write_lines
 
     def write(name: str, rows: list) -> Path:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
+        return write_lines(tmp_path / name, rows)
 
     return write
 

@@ -1,13 +1,13 @@
 """Handmade run folders, in the format that training and evaluation leave."""
 
 import itertools
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from made_files import write_json, write_lines
 
 from cera_train.evaluation.evaluate import score
 from cera_train.evaluation.tasks import gsm8k
@@ -83,10 +83,6 @@ def result_of(kind: str, r: int, perplexity: float) -> dict[str, Any]:
     }
 
 
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def make_run(path: Path, perplexity: float = 1.9, finished: bool = True, **changes: Any) -> Path:
     """The folder of a training run; `changes` are settings with dotted keys, and `held_out`, its
     rows' digest."""
@@ -95,13 +91,12 @@ def make_run(path: Path, perplexity: float = 1.9, finished: bool = True, **chang
     path.mkdir(parents=True)
     settings = settings_of(name, **changes)
     (path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    (path / "environment.json").write_text(
-        json.dumps(
-            {
-                "command": ["/opt/bin/cera-train", "+recipe=math_r64", f"name={name}"],
-                "rows": {"held_out": held_out},
-            }
-        )
+    write_json(
+        path / "environment.json",
+        {
+            "command": ["/opt/bin/cera-train", "+recipe=math_r64", f"name={name}"],
+            "rows": {"held_out": held_out},
+        },
     )
     r = settings["adapter"]["r"]
     kind = settings["adapter"]["kind"]
@@ -136,8 +131,8 @@ def make_run(path: Path, perplexity: float = 1.9, finished: bool = True, **chang
             }
             for layer in range(2)
         }
-        (path / "spectrum.json").write_text(json.dumps(spectrum))
-        (path / "result.json").write_text(json.dumps(result_of(kind, r, perplexity)))
+        write_json(path / "spectrum.json", spectrum)
+        write_json(path / "result.json", result_of(kind, r, perplexity))
     return path
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from made_files import write_json
 from several_processes import popen
 
 from cera_train.sweep.folder import JOBS, RECORD, State, read_sweep
@@ -34,17 +35,13 @@ def make_job(
     folder = sweep / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"train": {"max_updates": 20}}))
-    (folder / "environment.json").write_text(
-        json.dumps({"rows": {"held_out": rows}, "updates": 20})
-    )
+    write_json(folder / "environment.json", {"rows": {"held_out": rows}, "updates": 20})
     lines = [{"update": 0, "eval/perplexity": 9.0}, {"update": 5, "train/loss": 1.0}]
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines) + '{"update": 6, "tr'
     )
     if perplexity is not None:
-        (folder / "result.json").write_text(
-            json.dumps({"updates": 20, "eval/perplexity": perplexity})
-        )
+        write_json(folder / "result.json", {"updates": 20, "eval/perplexity": perplexity})
     if error is not None:
         record_job(sweep, name, error)
     return folder
@@ -52,15 +49,13 @@ def make_job(
 
 def record_job(sweep: Path, name: str, error: str | None) -> Path:
     path = sweep / JOBS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"number": 1, "overrides": name.split(","), "error": error}))
+    write_json(path, {"number": 1, "overrides": name.split(","), "error": error})
     return path
 
 
 def record_sweep(sweep: Path, *names: str) -> None:
-    sweep.mkdir(parents=True, exist_ok=True)
     jobs = {name: name.split(",") for name in names}
-    (sweep / RECORD).write_text(json.dumps({"swept": [], "jobs": jobs, "fixed": []}))
+    write_json(sweep / RECORD, {"swept": [], "jobs": jobs, "fixed": []})
 
 
 def states(sweep: Path) -> dict[str, State]:

@@ -1,14 +1,15 @@
 """Mistakes in the adapter that a server loads, as changes of its folder."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from made_files import write_json
 from safetensors.torch import load_file, save_file
 
+from cera_train.common.files import read_json
 from cera_train.evaluation.server import Server
 
 Change = Callable[[Path], None]
@@ -16,12 +17,12 @@ Change = Callable[[Path], None]
 
 def set_config(folder: Path, **changes: object) -> None:
     file = folder / "adapter_config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {k: v for k, v in changes.items() if k in config}))
+    config = read_json(file)
+    write_json(file, config | {k: v for k, v in changes.items() if k in config})
 
 
 def scale(folder: Path, factor: float) -> None:
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = read_json(folder / "adapter_config.json")
     set_config(folder, alpha=factor * config["alpha"])
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from made_files import write_json, write_lines
 from made_runs import add_evaluation, make_run, two_runs
 
 from cera_train.common.errors import UserError
@@ -39,13 +40,6 @@ def test_paired_tests_count_the_problems_that_one_run_solves(tmp_path: Path) -> 
     assert notes == []
 
 
-@pytest.mark.parametrize(("counts", "verdict"), [((1, 15), "better"), ((15, 1), "worse")])
-def test_a_verdict_is_on_the_second_run(compare_two, counts: tuple[int, int], verdict: str) -> None:
-    test = compare_two(*({"solved": set(range(count))} for count in counts))
-    assert test.verdict == verdict
-    assert test.p_value < 0.001
-
-
 def test_several_samples_are_tested_by_their_mean_for_each_problem(compare_two) -> None:
     test = compare_two(
         {"solved": lambda n, sample: sample == 0, "samples": 4},
@@ -56,13 +50,9 @@ def test_several_samples_are_tested_by_their_mean_for_each_problem(compare_two) 
     assert test.verdict == "better"
 
 
-@pytest.mark.parametrize("samples", [1, 4])
-def test_few_problems_that_differ_are_not_shown_by_the_interval(compare_two, samples: int) -> None:
+def test_few_problems_that_differ_are_not_shown_by_the_interval(compare_two) -> None:
     """Five problems of 40 all speak for b: p is 1/16, and the interval begins above zero."""
-    test = compare_two(
-        {"solved": set() if samples == 1 else lambda n, sample: False, "samples": samples},
-        {"solved": lambda n, sample: n < 5 and sample < 2, "samples": samples},
-    )
+    test = compare_two({"solved": set()}, {"solved": set(range(5))})
     assert test.p_value == pytest.approx(1 / 16)
     assert test.lower > 0
     assert test.verdict == "not shown"
@@ -90,7 +80,7 @@ def test_trajectories_are_tested_by_their_steps(tmp_path: Path) -> None:
         grades = [json.loads(line) for line in (folder / "grades.jsonl").read_text().splitlines()]
         for grade in grades:
             grade["matches"] = [step < right for step in range(4)]
-        (folder / "grades.jsonl").write_text("".join(json.dumps(grade) + "\n" for grade in grades))
+        write_lines(folder / "grades.jsonl", grades)
     (test,), _ = paired_tests(read_runs(runs))
     assert (test.problems, test.difference, test.only) == (40, 0.25, None)
     assert (test.verdict, test.row["task"]) == ("better", "logistic_map, steps")
@@ -131,7 +121,7 @@ def test_machines_and_settings_of_evaluations_that_differ_are_named(tmp_path: Pa
     for run, gpus in zip(runs, ([], ["NVIDIA H100"]), strict=True):
         environment = {"gpus": gpus, "cpu_threads": 2, "processes": 1}
         environment["rows"] = {"held_out": "the same"}
-        (run / "environment.json").write_text(json.dumps(environment))
+        write_json(run / "environment.json", environment)
     add_evaluation(runs[0])
     add_evaluation(runs[1], problems=30, **{"task.max_new_tokens": 256})
     machines, limit, tokens, problems = compare_runs(runs).notes

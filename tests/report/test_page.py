@@ -1,13 +1,13 @@
 """report.html, report.md, their pictures and the terminal: self-contained, safe, and sound in a
 real browser at a telephone's width."""
 
-import json
 import re
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_files import change_json, write_lines
 from made_runs import HOSTILE, add_evaluation, make_run, two_runs
 from matplotlib.figure import Figure
 
@@ -70,11 +70,10 @@ def test_pages_show_hostile_text_as_text(pages: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [360])
-def test_the_page_is_sound_in_a_browser(browser: Any, pages: Path, width: int) -> None:
+def test_the_page_is_sound_in_a_browser(browser: Any, pages: Path) -> None:
     """No error, no request, pictures with a text, unique ids, and no wider than the window."""
     path = pages / "report.html"
-    page = browser.new_page(viewport={"width": width, "height": 800})
+    page = browser.new_page(viewport={"width": 360, "height": 800})
     problems = []
     requests = []
     page.on("console", lambda message: problems.append(message.text))
@@ -93,7 +92,7 @@ def test_the_page_is_sound_in_a_browser(browser: Any, pages: Path, width: int) -
         const box = text.getBBox(); return [box.x, box.x + box.width]})""")
     assert len(texts) > 20
     assert all(left > 10 and right < 478 for left, right in texts)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.close()
 
 
@@ -134,7 +133,7 @@ def test_rewards_and_the_length_of_answers_are_drawn_by_update(tmp_path: Path) -
         }
         for update in (1, 2)
     ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(run / "metrics.jsonl", lines)
     pictures = pictures_of(run)
     assert pictures["reward-by-update"].alt == "Reward by update. a: 0.25 to 0.5."
     assert pictures["length-of-answers-by-update"].alt == "Length of answers by update. a: 8 to 7."
@@ -154,9 +153,8 @@ def test_how_answers_ended_is_a_table_of_the_ways_in_which_some_did(tmp_path: Pa
     runs = two_runs(tmp_path)
     shares = [{"right": 0.55, "wrong": 0.4, "truncated": 0.05}, {"right": 0.475, "wrong": 0.525}]
     for run, of_run in zip(runs, shares, strict=True):
-        path = run / "eval" / "math" / "result.json"
         endings = {f"ending/{name}": of_run.get(name, 0.0) for name in ENDINGS}
-        path.write_text(json.dumps(json.loads(path.read_text()) | endings))
+        change_json(run / "eval" / "math" / "result.json", endings)
     [table] = [table for table in compare_runs(runs).tables if table.title == "Answers"]
     assert [list(row.values()) for row in table.rows] == [
         ["cera_64", "math", "55.0%", "40.0%", "5.0%"],

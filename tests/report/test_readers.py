@@ -1,11 +1,11 @@
 """Results of other programs: what is read of them, compared, and refused by name."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_files import write_json
 from made_runs import HOSTILE, make_run, write_lines
 
 from cera_train.common.errors import UserError
@@ -25,7 +25,6 @@ def lm_eval_folder(
     more = changes.pop("lines", {})
     date = changes.pop("date", DATE)
     place = folder / "org__model"
-    place.mkdir(parents=True, exist_ok=True)
     rows = [
         {
             "doc_id": number,
@@ -44,14 +43,12 @@ def lm_eval_folder(
     ]
     write_lines(place / f"samples_sums_{date}.jsonl", rows)
     results = {"results": {}, "n-shot": {"sums": 5}, "versions": {"sums": 1}} | changes
-    (place / f"results_{date}.json").write_text(json.dumps(results))
+    write_json(place / f"results_{date}.json", results)
     return folder
 
 
 def scores_file(path: Path, scores: dict[Any, Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(path, [{"problem": name, "score": score} for name, score in scores.items()])
-    return path
+    return write_lines(path, [{"problem": name, "score": score} for name, score in scores.items()])
 
 
 # --- lm-eval --------------------------------------------------------------------------------------

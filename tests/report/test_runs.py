@@ -1,10 +1,11 @@
 """The table's figures against the files they come from, which runs it has, and what is missing."""
 
-import json
 from pathlib import Path
 
-from made_runs import add_evaluation, cells, make_run, result_of, two_runs
+from made_files import change_json, write_json
+from made_runs import add_evaluation, cells, make_run, two_runs
 
+from cera_train.common.files import read_json
 from cera_train.report.page import compare_runs
 from cera_train.report.readers import read_runs
 from cera_train.runs.results import DIVERGED
@@ -23,7 +24,7 @@ def test_every_column_has_the_figures_of_the_files(tmp_path: Path) -> None:
     assert table["tokens/s"][0] == "1,234"
     assert table["peak memory"][0] == "5.4 GB"
     assert table["time"][0] == "1:02:05\n100 updates"
-    result = json.loads((tmp_path / "lora_512/eval/math/result.json").read_text())
+    result = read_json(tmp_path / "lora_512/eval/math/result.json")
     lower, upper = result["exact/pass@1/interval"]
     assert table["math exact"][1] == f"47.5%\n{100 * lower:.1f} to {upper:.1%}"
     paper = "paper 16.36%\ndifference +38.64 points\nours of the first 40 problems"
@@ -41,11 +42,7 @@ def test_a_published_figure_without_an_equal_measurement_is_marked(tmp_path: Pat
 def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     path = add_evaluation(run, "logistic_map", solved={0}, verified=False) / "result.json"
-    path.write_text(
-        json.dumps(
-            json.loads(path.read_text()) | {"step_accuracy/mean": 0.625, "state_collapse": 0.25}
-        )
-    )
+    change_json(path, {"step_accuracy/mean": 0.625, "state_collapse": 0.25})
     forgetting = run / "eval/forgetting"
     forgetting.mkdir()
     (forgetting / "config.yaml").write_text(
@@ -57,7 +54,7 @@ def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -
         "perplexity": 12.345,
         "perplexity_base": 12.0,
     }
-    (forgetting / "result.json").write_text(json.dumps(result))
+    write_json(forgetting / "result.json", result)
     table = cells(run)
     assert table["logistic_map steps right"] == ["62.5%"]
     assert table["logistic_map state collapse"] == ["25.0%"]
@@ -121,7 +118,5 @@ def test_an_unfinished_run_shows_what_it_has_and_is_named(tmp_path: Path) -> Non
 
 def test_a_perplexity_that_is_not_finite_is_shown(tmp_path: Path) -> None:
     first, second = two_runs(tmp_path)
-    (first / "result.json").write_text(
-        json.dumps(result_of("cera", 64, 1.9) | {"eval/perplexity": None})
-    )
+    change_json(first / "result.json", {"eval/perplexity": None})
     assert cells(first, second)["perplexity"][0].startswith("inf")
