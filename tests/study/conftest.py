@@ -2,7 +2,6 @@
 one."""
 
 import itertools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from hydra.core.plugins import Plugins
+from made_files import write_json
 
 from cera_train.runs.results import DIVERGED, LOSSES_AFTER, GradedProblem, TokenLosses, write_grades
 from cera_train.study.folder import Study, find_study
@@ -48,7 +48,6 @@ def leave_run(
     folder: Path, loss: float, seed: int, rows: str = "a", scores: float | None = None
 ) -> None:
     """What a finished run leaves: 80 held-out rows around a loss, and the scores of 80 problems."""
-    folder.mkdir(parents=True, exist_ok=True)
     result = {
         "eval/perplexity": math.exp(loss),
         "updates": 9,
@@ -56,7 +55,7 @@ def leave_run(
         "trainable_parameters": 1234,
         "spectrum/effective_rank/mean": 3.5,
     }
-    (folder / "result.json").write_text(json.dumps(result))
+    write_json(folder / "result.json", result)
     environment = {
         "gpus": [],
         "platform": "Linux",
@@ -64,7 +63,7 @@ def leave_run(
         "packages": {"torch": "2.13"},
         "rows": {"train": rows, "held_out": "b"},
     }
-    (folder / "environment.json").write_text(json.dumps(environment))
+    write_json(folder / "environment.json", environment)
     tokens = np.random.default_rng(0).integers(3, 9, size=80)
     draw = np.random.default_rng([seed, len(folder.name)])
     noise = draw.normal(size=tokens.sum())
@@ -112,8 +111,7 @@ class Launcher:
                 seed = int(values["train.seed"])
                 leave_run(self.sweep / name, self.loss(values), seed, scores=self.scores)
             record = self.sweep / JOBS / f"{name}.json"
-            record.parent.mkdir(exist_ok=True)
-            record.write_text(json.dumps({"number": 1, "overrides": words, "error": error}))
+            write_json(record, {"number": 1, "overrides": words, "error": error})
         return []
 
 
@@ -185,7 +183,7 @@ def make_study(tmp_path: Path) -> Callable[..., Study]:
             "command": ["cera-train", "-m", "+study=which"],
             "study": settings,
         }
-        (folder / RECORD).write_text(json.dumps(record))
+        write_json(folder / RECORD, record)
         return find_study(folder)
 
     return make_study

@@ -2,7 +2,6 @@
 the lowest mean loss."""
 
 import itertools
-import json
 import math
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cera_train.common.files import read_json
 from cera_train.common.settings import to_plain
 from cera_train.settings.sweep import StudyConfig
 from cera_train.study.design import StudySweeper
@@ -60,18 +60,8 @@ def test_a_job_gets_the_secret_that_the_record_leaves_out(launcher, run_study, m
     monkeypatch.setenv("MY_TOKEN", "hf_abcdefghijkl")
     label = "adapter.label=hf_abcdefghijkl"
     assert run_study(label, "study.arm=cera") == 0
-    assert all(
-        label in json.loads(file.read_text())["overrides"]
-        for file in (launcher.sweep / JOBS).iterdir()
-    )
+    assert all(label in read_json(file)["overrides"] for file in (launcher.sweep / JOBS).iterdir())
     assert "hf_abcdefghijkl" not in (launcher.sweep / RECORD).read_text()
-
-
-def test_the_lowest_mean_loss_chooses(launcher, run_study):
-    losses = {("0", "0.001"): 1.0, ("0", "0.01"): 1.4, ("1", "0.001"): 1.5, ("1", "0.01"): 1.2}
-    launcher.loss = lambda values: losses[values["train.seed"], values["optimizer.lr"]]
-    assert run_study() == 0
-    assert rates(launcher)["lora"] == "0.001"
 
 
 def test_with_tune_seeds_the_first_seeds_choose_and_the_others_are_compared(launcher, run_study):
@@ -117,15 +107,6 @@ def test_extend_adds_values_until_the_best_lies_inside(launcher, run_study):
     assert not launcher.began
 
 
-def test_more_seeds_run_only_what_is_missing(launcher, run_study):
-    run_study()
-    launcher.began.clear()
-    assert run_study() == 0
-    assert not launcher.began
-    assert run_study("study.seeds=3") == 0
-    assert launcher.began == [job(arm, lr, 2) for arm in ARMS for lr in (0.001, 0.01)]
-
-
 def test_an_edited_study_keeps_no_old_runs(launcher, run_study, monkeypatch, capfd):
     sweepers = []
     setup = StudySweeper.setup
@@ -145,24 +126,13 @@ def test_an_edited_study_keeps_no_old_runs(launcher, run_study, monkeypatch, cap
     launcher.began.clear()
     assert run_study(study=study) == 0
     arms = {"lora": ["adapter=lora"], "cera": ["adapter=cera", "adapter.b_lr_ratio=4"]}
-    for edited, message in (
-        (
-            {"study": study | {"arms": arms}},
-            "adapter.b_lr_ratio was 1.0, is 4.0. Set these back, or choose another",
-        ),
-        (
-            {"study": study | {"seeds": 3}, "train": {"max_updates": 50}},
-            "train.max_updates was 100, is 50",
-        ),
-    ):
-        assert run_study(**edited) == 2
-        assert re.search(
-            rf"which/\S+ holds a run with another config: {message}", capfd.readouterr().err
-        )
+    assert run_study(study=study | {"arms": arms}) == 2
+    message = r"which/\S+ holds a run with another config: adapter.b_lr_ratio was 1.0, is 4.0. Set"
+    assert re.search(message, capfd.readouterr().err)
     assert not launcher.began
 
 
-def test_a_killed_study_resumes(launcher, run_study):
+def test_a_killed_study_resumes_and_more_seeds_run_only_what_is_missing(launcher, run_study):
     launcher.killed = {job("cera", 0.001, 0)}
     assert run_study() == 130
     missing = find_study(launcher.sweep).missing()
@@ -171,6 +141,9 @@ def test_a_killed_study_resumes(launcher, run_study):
     launcher.killed = set()
     assert run_study() == 0
     assert launcher.began == GRID
+    launcher.began.clear()
+    assert run_study("study.seeds=3") == 0
+    assert launcher.began == [job(arm, lr, 2) for arm in ARMS for lr in (0.001, 0.01)]
 
 
 def test_an_arm_with_its_own_rank_runs_once_and_is_compared_at_every_rank(
@@ -230,7 +203,7 @@ def test_a_judging_run_that_diverges_chooses_no_value_and_allows_no_verdict(
     assert rates(launcher)["cera"] == "0.01"
     assert job("cera", 0.001, 1) not in launcher.began
     assert run_command("cera-report", "outputs/which") == 0
-    results = json.loads(Path("report/which/study_results.json").read_text())
+    results = read_json(Path("report/which/study_results.json"))
     of_cera, _, of_relu = results["contrasts"]
     assert "cera: 1 of 3 judging runs diverged" in of_cera["obstacles"]
     assert (of_cera["verdict"], of_cera["difference"], of_cera["p_holm"]) == ("not shown", None, 1)
@@ -270,42 +243,3 @@ def test_a_grid_is_not_extended_past_zero_or_an_impossible_value(
     launcher.loss = lambda words: 1 + sign * 0.1 * float(words[key])
     assert run_study("study.extend=true", study={"tune": {key: values}, "seeds": 1}) == 0
     assert len(launcher.began) == (9 if key == "adapter.dropout" else 6)  # 0.8
-
-
-STUDY = {
-    "arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]},
-    "contrasts": {},
-    "conditions": {"adapter.r": [2, 4]},
-    "tune": {"optimizer.lr": [1e-3, 1e-2]},
-}
-
-
-@pytest.mark.slow
-def test_a_real_study_gets_its_page_and_notices_edited_rows(
-    tiny_folder: Path, run_study, run_command, capfd: pytest.CaptureFixture
-) -> None:
-    settings = {
-        "study": STUDY,
-        "model": {"path": str(tiny_folder), "dtype": "float32"},
-        "data": {"max_length": 256},
-        "train": {"batch_size": 8, "max_updates": 4, "eval_every": None, "save_every": None},
-    }
-    rows = [{"question": f"{n} + 1", "answer": f"{n + 1}"} for n in range(40)]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    jsonl = [
-        "data=jsonl",
-        "data.train_files=[rows.jsonl]",
-        "data.eval_rows=8",
-        "data.prompt='{question}'",
-    ]
-    jsonl += ["data.completion=' {answer}'"]
-    assert run_study(*jsonl, "hydra/launcher=joblib", **settings) == 0
-    assert run_command("cera-report", "outputs/which") == 0
-    results = json.loads(Path("report/which/study_results.json").read_text())
-    assert [each["condition"] for each in results["contrasts"]] == ["adapter.r=2", "adapter.r=4"]
-
-    rows[0]["answer"] = "7"
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert run_study(*jsonl, "study.seeds=3", **settings) == 0
-    assert run_command("cera-report", "outputs/which") == 2
-    assert "had different train rows" in capfd.readouterr().err
