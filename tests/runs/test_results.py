@@ -1,6 +1,5 @@
 """Records of a run: what is written reads back, and a broken file is named."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cera_train.common.errors import UserError
+from cera_train.common.files import read_json
 from cera_train.runs.evaluation_folder import PerplexityResult
 from cera_train.runs.folder import Progress
 from cera_train.runs.results import (
@@ -33,7 +33,7 @@ def test_an_infinite_perplexity_is_null_on_disk_and_reads_back(tmp_path: Path) -
         Progress(update=3, perplexity=math.inf),
     ):
         result.write(path)
-        assert None in json.loads(path.read_text()).values()
+        assert None in read_json(path).values()
         assert type(result).read(path) == result
     assert RunResult().perplexity is None
     assert [figure(value) for value in (math.inf, None, 1234.5678, 1e12)] == [

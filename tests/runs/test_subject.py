@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import make_tiny_llama
 from safetensors.torch import load_file
 from tiny_runs import adapter_bytes, folder_of, metrics_of, train_and_die_after
 
 from cera_train.common.errors import UserError
+from cera_train.common.files import read_yaml
 from cera_train.runs.subject import digest_of, find_start
 from cera_train.training.train import train
 
@@ -31,7 +31,7 @@ def test_the_optimizer_starts_anew_and_config_names_the_source(first, tiny_confi
         f"start      from {first}, digest {digest}; the optimizer starts anew\n"
         in capsys.readouterr().out
     )
-    adapter = yaml.safe_load((folder_of(later) / "config.yaml").read_text())["adapter"]
+    adapter = read_yaml(folder_of(later) / "config.yaml")["adapter"]
     assert (adapter["start_from"], adapter["start_digest"]) == (str(first), digest)
     # A new AdamW moves every weight by the learning rate in its first update; a resumed one does
     # not.
@@ -43,7 +43,7 @@ def test_the_optimizer_starts_anew_and_config_names_the_source(first, tiny_confi
     assert (after[name] - before[name]).abs().max().item() == pytest.approx(0.01, rel=0.05)
 
 
-@pytest.mark.parametrize("place", ["best", "checkpoints/8", "copy"])
+@pytest.mark.parametrize("place", ["checkpoints/8", "copy"])
 def test_any_adapter_folder_can_be_a_start(first, tiny_config, tmp_path, place):
     folder = first / place
     if place == "copy":  # without the run's config: adapter_config.json decides
@@ -80,21 +80,16 @@ def test_weights_that_changed_since_the_run_began_are_refused(first, tiny_config
 
 
 def test_an_adapter_of_another_base_is_refused(first, tiny_config, tmp_path, tokenizer):
-    def refused(folder: Path, reason: str, **changes) -> None:
-        base = make_tiny_llama(vocab_size=len(tokenizer), **changes)
-        torch.nn.init.constant_(base.model.norm.weight, 0.1)
-        base.save_pretrained(tmp_path / "other")
-        tokenizer.save_pretrained(tmp_path / "other")
-        config = tiny_config(
-            f"model.path={tmp_path / 'other'}", "name=later", f"adapter.start_from={folder}"
-        )
-        with pytest.raises(UserError, match=rf"\Aadapter.start_from={folder} ?{reason}"):
-            train(config)
-
-    refused(first, "was trained on another base than .*: other weights. Set model.path to its base")
-    without_its_run = Path(shutil.copytree(first / "adapter", tmp_path / "copy"))
-    misfit = r": the checkpoint does not fit .* \[4, 32\] in the file and \[4, 64\] in the model"
-    refused(without_its_run, misfit, hidden_size=64)
+    base = make_tiny_llama(vocab_size=len(tokenizer))
+    torch.nn.init.constant_(base.model.norm.weight, 0.1)
+    base.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    config = tiny_config(f"model.path={tmp_path / 'other'}", f"adapter.start_from={first}")
+    line = (
+        r"\Aadapter.start_from=\S+ was trained on another base than .*: other weights. Set model.p"
+    )
+    with pytest.raises(UserError, match=line):
+        train(config)
 
 
 def test_another_dropout_or_init_starts_from_the_same_weights(first, tiny_config):

@@ -1,7 +1,6 @@
 """A sweep's folder: how its jobs are named, which settings they share, the state of every job and
 the table that shows it, which job is the best; and sweeps that are refused before a job begins."""
 
-import json
 import os
 import re
 from itertools import combinations
@@ -9,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from made_files import write_json
 from made_sweeps import FIXED, content_of, make_job, record_job, record_sweep, states
 
 from cera_train.cli.mistakes import with_texts_quoted
+from cera_train.common.files import read_yaml
 from cera_train.common.settings import to_plain
 from cera_train.settings.run import Config
 from cera_train.sweep.folder import (
@@ -42,7 +43,7 @@ def counted(monkeypatch) -> list[Config]:
             begun.append(config)
             make_job(folder.parent, folder.name)
             (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(config)))
-            (folder / "result.json").write_text(json.dumps(result))
+            write_json(folder / "result.json", result)
         return result
 
     monkeypatch.setattr("cera_train.training.train.launch", launch)
@@ -214,7 +215,7 @@ def test_optuna_gets_the_metric_and_its_direction(tmp_path, run_command, capfd, 
     assert [job.state for job in jobs] == ["finished"] * 3
     (best,) = best_jobs(jobs)
     assert best.value == (min if metric == "eval/perplexity" else max)(job.value for job in jobs)
-    results = yaml.safe_load((tmp_path / "outputs/mine/optimization_results.yaml").read_text())
+    results = read_yaml(tmp_path / "outputs/mine/optimization_results.yaml")
     assert results["best_value"] == best.value
     assert f"optimizer.lr={results['best_params']['optimizer.lr']}" in best.name
     assert (

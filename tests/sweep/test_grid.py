@@ -5,12 +5,11 @@ import shlex
 
 import hydra
 import pytest
-import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from cera_train.cli.help import register_configs
-from cera_train.common.files import config_dir, options
+from cera_train.common.files import config_dir, options, read_yaml
 from cera_train.planning.plan import RunPlan
 from cera_train.settings.run import Config
 from cera_train.sweep.folder import job_name
@@ -55,7 +54,7 @@ every_sweep = pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem
 @every_sweep
 def test_the_jobs_of_a_sweep_compose_and_have_names_of_their_own(compose, jobs_of, path):
     jobs = jobs_of(f"+sweep={path.stem}")
-    swept = yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"]
+    swept = read_yaml(path)["hydra"]["sweeper"]["params"]
     assert len({job_name(job, swept) for job in jobs}) == len(jobs) > 1
     for job in (jobs[0], jobs[-1]):
         config = compose(*job)
