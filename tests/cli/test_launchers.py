@@ -43,17 +43,10 @@ def test_jobs_at_once_leave_what_they_leave_in_turn(sweep_here, sweep):
     assert (process.returncode, errors) == (1, "")
     failing, *trained = states(sweep)
     assert list(states(sweep).values()) == ["failed", *["finished"] * 3]
-    lines, table = output.split("\n\nsweep      ")
-    assert set(re.findall(r"^job +\d of 4: (.*)", lines, re.MULTILINE)) == {failing, *trained}
-    assert (
-        len(re.findall(r"^finished   adapter=\S+: perplexity [\d,.]+$", lines, re.MULTILINE)) == 3
-    )
-    assert f"failed     {failing}: adapter." in lines
-    assert lines.startswith(
-        "state      cera-sweep outputs/tiny\noutput     outputs/tiny/.jobs/JOB.log\njob "
-    )
-    assert len(lines.splitlines()) == 10
-    assert "jobs       3 finished, 1 failed" in table
+    begun = re.findall(r"^job +\d of 4: (.*)", output, re.MULTILINE)
+    assert sorted(begun) == sorted([failing, *trained])
+    assert f"failed     {failing}: adapter." in output
+    assert "jobs       3 finished, 1 failed" in output
     adapters = {name: adapter_bytes(sweep / name) for name in trained}
     for name in trained:
         assert "6 updates of 16 sequences" in (sweep / JOBS / f"{name}.log").read_text()
