@@ -1,13 +1,13 @@
 """Every mistake of refusals.yaml gets one line and status 2: the place and the fix. What is refused
 only after more than a command, files or a finished run has a test of its own."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from made_files import change_json, write_lines
 from tiny_runs import folder_of
 
 REFUSALS = yaml.safe_load(Path(__file__).with_name("refusals.yaml").read_text())
@@ -34,17 +34,17 @@ def write_files(files: dict[str, Any], folders: dict[str, Path]) -> None:
             case str() if content in folders:
                 shutil.copytree(folders[content], path)
             case dict():
-                path.write_text(json.dumps(json.loads(path.read_text()) | content))
+                change_json(path, content)
             case list():
-                path.write_text("".join(f"{json.dumps(row)}\n" for row in content))
+                write_lines(path, content)
             case bytes():
                 path.write_bytes(content)
             case str():
                 path.write_text(content)
 
 
-def files_here() -> set[Path]:
-    return {path for path in Path().rglob("*") if path.is_file()}
+def files_in(*folders: Path) -> set[Path]:
+    return {path for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal["run"])
@@ -61,11 +61,11 @@ def test_a_mistake_gets_one_line_and_status_2(
     # What is not refused trains nothing.
     monkeypatch.setattr("cera_train.training.train.evaluate", None)
     write_files(refusal.get("files", {}), folders)
-    before = files_here()
+    before = files_in(Path(), run)
     capfd.readouterr()
     program, *arguments = text.split(" ")
     assert run_command(program, *arguments) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"{program}: ")
     assert [part for part in refusal["line"] if part not in line] == [], line
-    assert files_here() == before
+    assert files_in(Path(), run) == before

@@ -152,6 +152,12 @@ class Life:
             *self.ended.values(),
         ]
 
+    def plan(self, changes: Mapping[str, str | None]) -> Ended:
+        here = dict.fromkeys(PARALLEL) | {"plan.gpu": "cpu"}
+        if "data.path" in self.settings:  # a plan reads no rows of the Hub
+            here["plan.tokens_per_row"] = "30"
+        return self.command("plan", "cera-plan", *self.words(here | changes))
+
     def train(self, step: str, killed: str = "", **changes: str | None) -> Ended:
         changes = {"name": step} | dict.fromkeys(PARALLEL) | changes
         return self.command(step, "cera-train", *self.words(changes), killed=killed)
@@ -171,21 +177,18 @@ class Life:
         self.go_on()
 
     def plan_and_train(self) -> Ended | None:
-        """Plans and trains what to start from and the row, which then trains in other micro-batches
-        and in its processes. Returns what was refused."""
+        """Trains what to start from, and plans and trains the row, which then trains in other
+        micro-batches and in its processes. Returns what was refused."""
         self.ended.clear()
         steps = {"whole": {}}
         if self.has_start:
             start = dict.fromkeys(("adapter.start_from", "train.tasks_every"))
             steps = {"start": start | {"train.max_updates": "2"}} | steps
-        here = dict.fromkeys(PARALLEL) | {"plan.gpu": "cpu"}
-        if "data.path" in self.settings:  # a plan reads no rows of the Hub
-            here["plan.tokens_per_row"] = "30"
         for step, changes in steps.items():
-            plan = self.command("plan", "cera-plan", *self.words(here | changes))
+            plan = self.plan(changes) if step == "whole" else None
             if (ended := self.train(step, **changes)).status:
                 has_begun = any("train/loss" in line for line in metrics_of(self.folder / step))
-                self.refused.append((plan, ended, has_begun))
+                self.refused.append((plan or self.plan(changes), ended, has_begun))
                 return ended
         parallel = {key: self.settings.get(key) for key in PARALLEL}
         other = self.train("other", **settings_of(OTHERWISE) | parallel)
@@ -215,8 +218,9 @@ class Life:
         self.train("resumed", output_dir=str(self.resumed.parent), name="cut")
         run = f"run={self.whole}"
         task = "task=perplexity"
-        base = ["run=base", f"like={self.whole}", f"output_dir={self.folder}"]
-        self.command("before", "cera-eval", *base, task)
+        if not self.has_start:
+            base = ["run=base", f"like={self.whole}", f"output_dir={self.folder}"]
+            self.command("before", "cera-eval", *base, task)
         self.command("after", "cera-eval", f"run={self.resumed}", task)
         self.command("asked", "cera-chat", run, "prompt=Hello", "max_new_tokens=4")
         exported = self.command("exported", "cera-export", run, *self.row["export"].split())
