@@ -150,8 +150,9 @@ def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
             mode = os.environ.get("WANDB_MODE") or (
                 "online" if wandb.login(prompt=False, verify=False) else "offline"
             )
+            self.init_kwargs["mode"] = mode
             try:
-                self.run = wandb.init(project=self.run_name, mode=mode, **self.init_kwargs)
+                super().start()
             except Exception as error:
                 if mode != "online":
                     raise
@@ -159,7 +160,8 @@ def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
                 text = f"W&B cannot be reached, so the run is recorded offline ({reason})."
                 announce("wandb", redact(text))
                 wandb.teardown()  # otherwise W&B's service refuses a second run with the same id
-                self.run = wandb.init(project=self.run_name, mode="offline", **self.init_kwargs)
+                self.init_kwargs["mode"] = "offline"
+                super().start()
             if self.run.offline:
                 # A resumed run has several folders that end in its id.
                 start, _, run_id = self.run.settings.sync_dir.rpartition("/offline-run-")
