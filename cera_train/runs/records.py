@@ -5,7 +5,6 @@ None stands for "not measured"."""
 
 import functools
 import json
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -128,20 +127,12 @@ def read_trees(
 # --- config.yaml ----------------------------------------------------------------------------------
 
 
-def load_config(path: Path, schema: type = Config, section: str | None = None) -> Any:
+def load_config(path: Path, schema: type = Config) -> Any:
     """The config in a file of a run's folder. It was resolved when it was written, so a `${` in it
-    is text.
-
-    Args:
-        section: reads this one alone, whatever became of other settings.
-    """
-    tree = read_yaml(path)
-    if section is not None:
-        schema = typing.get_type_hints(schema)[section]
-        tree = {section: tree.get(section)}
-    tree = without_gone(tree, str(path))
+    is text."""
+    tree = without_gone(read_yaml(path), str(path))
     try:
-        return checked(schema, tree if section is None else tree[section], section or "")
+        return checked(schema, tree)
     except UserError as error:
         fix = "Restore it, or use the cera-train that wrote it."
         raise UserError(f"cannot read {path}: {error} {fix}") from error

@@ -38,7 +38,6 @@ from cera_train.model.layout import choose_layout, pass_padded
 from cera_train.model.weights import load_model
 from cera_train.runs.base import check_base
 from cera_train.runs.folder import Progress, load_checkpoint
-from cera_train.runs.records import load_config
 from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.run import Config
@@ -215,8 +214,7 @@ def check_trained_base(config: Config, checkpoint: Path | None, identity: BaseId
     elif config.adapter.start_from is not None:
         run = run_of(find_start(config.adapter))
         if run is not None:
-            theirs = load_config(run / "config.yaml", section="model").path
-            fix = f"Set model.path to its base ({theirs}), or start from another adapter."
+            fix = f"Set model as in {run}/config.yaml, or start from another adapter."
             place = f"adapter.start_from={config.adapter.start_from}"
             check_base(place, run, config.model, identity, fix)
 
