@@ -82,7 +82,7 @@ def describe_layouts(config: DataConfig, tokenizer: Any) -> Iterator[str]:
             continue
         names = ("prompt", "completion", "rejected")
         if part.layout in TURNS:
-            names = ("turns", "rejected")
+            names = ("rejected",) if part.is_paired else ("turns",)
         settings = {name: getattr(part, name) for name in names}
         words = [str(part.layout)]
         words += [f"{name}={str(value)!r}" for name, value in settings.items() if value is not None]
