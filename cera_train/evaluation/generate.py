@@ -90,7 +90,7 @@ class TokenChoice:
             self.uniform_BT = torch.stack(rows)
 
     def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-        """As a logits processor: makes a greedy `model.generate` take the chosen tokens."""
+        """Makes a greedy `model.generate` take the chosen tokens, as its logits processor."""
         return torch.full_like(logits_BV, -torch.inf).scatter(
             -1, self.tokens(logits_BV)[:, None], 0.0
         )

@@ -63,7 +63,7 @@ class TaskEvaluation:
         return replace(self, problems=self.problems[:count], requests=self.requests[:count])
 
     def figures(self, grades: Sequence[Grade]) -> dict[str, float]:
-        """By their keys in metrics.jsonl, from one answer to each problem."""
+        """Figures by their keys in metrics.jsonl, from one answer to each problem."""
         figures = self.task.scores(self.problems, grades)
         for grader in self.task.graders:
             figures[grader] = mean([getattr(grade, grader) for grade in grades])
@@ -72,7 +72,7 @@ class TaskEvaluation:
     def samples(
         self, update: int, answers: Sequence[Generation], grades: Sequence[Grade | None]
     ) -> list[Sample]:
-        """The answers to read."""
+        """Samples of these answers, to read."""
         return [
             Sample(
                 update, self.name, problem.prompt, answer.text, problem.gold, grade and grade.exact
@@ -134,9 +134,9 @@ class TaskResults:
     """What the evaluations at one update found. Only the main process has more than the figures."""
 
     figures: dict[str, float] = field(default_factory=dict)
-    """By their keys in metrics.jsonl, such as gsm8k/exact."""
+    """Figures by their keys in metrics.jsonl, such as gsm8k/exact."""
     graded: dict[str, list[GradedProblem]] = field(default_factory=dict)
-    """By the task."""
+    """Grades by the task."""
     samples: list[Sample] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Lines to print."""

@@ -109,7 +109,7 @@ class Forest:
 
     @property
     def svg(self) -> str:
-        """For light and dark pages: it brings a background of the reader's theme."""
+        """The picture for light and dark pages: it brings a background of the reader's theme."""
         return load_template("forest.svg").render(forest=self, zero=ZERO, half=HALF_PLOT, line=LINE)
 
     @property

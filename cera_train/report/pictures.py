@@ -20,7 +20,7 @@ OBJECTIVES = {
     ),
     "train/rewards/margins": ("margin", "Of the chosen answer's reward over the rejected one's."),
 }
-"""By key of metrics.jsonl: what only some objectives log, and how."""
+"""Labels and captions of what only some objectives log, by key of metrics.jsonl."""
 
 ON_SAME_ROWS = "Runs on the same held-out rows and model."
 

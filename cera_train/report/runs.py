@@ -34,10 +34,10 @@ class Evaluation:
     """A run on one task."""
 
     figures: dict[Metric, Figure]
-    """Those to show, in the order of their columns; none: it is unfinished."""
+    """Figures to show, in the order of their columns; none: it is unfinished."""
     scores: dict[str, Scores] = field(default_factory=dict)
-    """By the name of the rule that graded the answers, the best rule first; none: it is unfinished,
-    or has no answers."""
+    """Scores by the name of the rule that graded the answers, the best rule first; none: it is
+    unfinished, or has no answers."""
     endings: dict[str, float] = field(default_factory=dict)
     """The share of the answers that ended in each way."""
     same: dict[str, str] = field(default_factory=dict)

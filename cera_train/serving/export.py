@@ -214,7 +214,7 @@ def fit_maps(run: LoadedModel, calibration: Batch) -> dict[str, torch.Tensor]:
     def fit_gate(
         name: str, gate: nn.Module, inputs: tuple[torch.Tensor], h: torch.Tensor
     ) -> torch.Tensor:
-        """As a forward hook: M z in place of gate(z)."""
+        """Puts M z in place of gate(z): a forward hook."""
         [z] = inputs
         if name not in maps:
             maps[name] = fit(z.flatten(0, -2)[is_token], h.flatten(0, -2)[is_token])

@@ -30,7 +30,7 @@ from cera_train.verdicts.tuning import could_gain
 
 
 def describe_choices(choices: Iterable[tuple[str, str]]) -> str:
-    """Such as `adapter.r=16, data.max_length=64`."""
+    """Choices in words, such as `adapter.r=16, data.max_length=64`."""
     return ", ".join(f"{key}={value}" for key, value in choices)
 
 
@@ -58,7 +58,7 @@ class Edge(NamedTuple):
     neighbour: float
 
     def __str__(self) -> str:
-        """Such as `cera at the largest optimizer.lr, 0.01`."""
+        """The edge in words, such as `cera at the largest optimizer.lr, 0.01`."""
         end = "smallest" if self.best < self.neighbour else "largest"
         return f"{self.arm} at the {end} {self.key}, {self.best:g}"
 
@@ -82,7 +82,7 @@ class Cell:
 
     @property
     def condition(self) -> str:
-        """Such as `adapter.r=16`; empty where a study has none."""
+        """The condition in words, such as `adapter.r=16`; empty where a study has none."""
         return describe_choices(self.choices.items())
 
     @property
@@ -91,17 +91,17 @@ class Cell:
 
     @property
     def tuning_runs(self) -> list[Replicate]:
-        """Those at every value, which choose."""
+        """Runs at every value, which choose."""
         return self._replicates(range(self.study.config.tune_seeds or self.study.config.seeds))
 
     @property
     def compared_runs(self) -> list[Replicate]:
-        """Those at the chosen value."""
+        """Runs at the chosen value."""
         return self._replicates(range(self.study.config.tune_seeds or 0, self.study.config.seeds))
 
     @property
     def fresh_runs(self) -> list[Replicate]:
-        """Those that are compared without having chosen."""
+        """Runs that are compared without having chosen."""
         return [run for run in self.compared_runs if run not in self.tuning_runs]
 
     def _replicates(self, seeds: range) -> list[Replicate]:

@@ -22,7 +22,7 @@ class Study(StudyRecord):
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """In the order of the record's jobs."""
+        """Cells in the order of the record's jobs."""
         grids: dict[tuple[str, tuple], dict[tuple, GridPoint]] = {}
         for overrides in self.record.jobs.values():
             values = dict(word.partition("=")[::2] for word in overrides)

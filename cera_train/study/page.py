@@ -94,7 +94,7 @@ def _check_one_family(studies: Sequence[Study], names: Sequence[str]) -> None:
 
 
 def _write_numbers(numbers: dict[str, Any], file: Path) -> None:
-    """With six digits; null for those that are not finite."""
+    """Writes numbers with six digits, and null for those that are not finite."""
     rounded = map_values(lambda number: float(f"{number:.6g}"), finite(numbers), float)
     text = json.dumps(rounded, indent=1, ensure_ascii=False, allow_nan=False)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,8 @@ def verdict_table(
 
 
 def detects(contrast: OutcomeContrast) -> str:
-    """Such as `0.0111 (0.0074 to 0.0263)`; empty where nothing can be shown."""
+    """What a contrast detects, such as `0.0111 (0.0074 to 0.0263)`; empty where nothing can be
+    shown."""
     least, lower, upper = (
         number(difference, contrast.is_loss)
         for difference in (contrast.detectable, *contrast.detectable_range)

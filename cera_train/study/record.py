@@ -29,7 +29,7 @@ class StudyRecord:
 
     @cached_property
     def bases(self) -> list[str | None]:
-        """Those of the record's jobs; [None] where a study has no bases."""
+        """Bases of the record's jobs; [None] where a study has none."""
         words = {word for overrides in self.record.jobs.values() for word in overrides}
         return [name for name in self.config.bases if f"{BASE}={name}" in words] or [None]
 

@@ -17,7 +17,7 @@ from cera_train.verdicts.verdict import JudgedContrast, holm
 MOST_MISSING = 5  # runs that an error names
 
 SHARE = 0.1
-"""Of a loss: what always matters. Otherwise a perfect arm could count as no better."""
+"""Share of a loss that always matters. Otherwise a perfect arm could count as no better."""
 
 
 def check_runs(study: Study) -> None:

@@ -65,9 +65,9 @@ class Spread:
     seeds: ndarray | float  # by A and R
     seed_degrees: int
     residual: ndarray | float
-    """By R alone, which is no larger and better known. The interval is never narrower than that of
-    these seeds on other problems: otherwise a few right answers, whose means agree by chance, would
-    look certain."""
+    """The part by R alone, which is no larger and better known. The interval is never narrower than
+    that of these seeds on other problems: otherwise a few right answers, whose means agree by
+    chance, would look certain."""
     problems: ndarray | float  # by C
     problem_degrees: ndarray | float
 

@@ -37,7 +37,7 @@ class Results(Record):
 
 
 class SampleLine(Record):
-    """One line."""
+    """A line of samples_TASK_DATE.jsonl."""
 
     fix: ClassVar[str] = "Evaluate again, by a newer lm-eval."
 

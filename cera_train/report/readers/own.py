@@ -118,8 +118,8 @@ def _figures(result: AccuracyResult, task: Task) -> Iterator[tuple[Metric, Figur
 
 
 def _paired_scores(folder: Path, task: Task) -> dict[str, Scores]:
-    """By the task's score where it has one, else by math-verify's verdicts where all answers have
-    one, and by the exact rule; the mean over the samples of a problem."""
+    """Scores by the task's own where it has one, else by math-verify's verdicts where all answers
+    have one, and by the exact rule; the mean over the samples of a problem."""
     grades: dict[str, list[Grade]] = {}
     for grade in read_lines(folder / "grades.jsonl", Grade):
         grades.setdefault(grade.problem, []).append(grade)

@@ -34,7 +34,7 @@ def _has_scores(file: Path) -> bool:
 
 
 def read_score_lines(file: Path) -> Evaluation:
-    """One file. Raises UserError for a score outside 0 to 1, and a problem that comes again."""
+    """Scores of a file. Raises UserError for one outside 0 to 1, or a problem that comes again."""
     scores: Scores = {}
     for place, tree in read_objects(file):
         record = ScoredProblem.from_json(tree, place)
