@@ -2,7 +2,6 @@
 disk and renamed. Their checksums reveal damage. Also the folders of configs and caches."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -252,15 +251,14 @@ def folder_in_use(path: Path, writer: str) -> UserError:
 def is_locked(path: Path) -> bool:
     """Whether a writer holds a folder. The lock file exists while it does, or after it was
     killed."""
-    try:
-        # Opening creates no file; closing releases the shared lock.
-        with (path / ".lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    file = path / ".lock"
+    if not file.exists():
         return False
+    try:
+        with FileLock(file).acquire(timeout=LOOK_SECONDS):
+            return False
     except OSError:  # held, or owned by another user
         return True
-    return False
 
 
 def config_dir(name: str) -> Path:

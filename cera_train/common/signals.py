@@ -14,8 +14,11 @@ from typing import NoReturn
 
 from cera_train.common.errors import UserError
 
+OF_SCHEDULERS = tuple(
+    getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
 # In order of precedence: a scheduler's signal wins, since it restarts the job.
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+SIGNALS = (*OF_SCHEDULERS, signal.SIGTERM, signal.SIGINT)
 # A repeat within this time counts as the same signal: a sender may signal every process, and we
 # pass signals on too.
 REPEAT_SECONDS = 1.0
@@ -47,7 +50,7 @@ class Interrupted(SystemExit):
                 f"saved, but the scheduler could not requeue it: {error} "
                 "The same command resumes it."
             ) from error
-        if self.signal in (signal.SIGUSR1, signal.SIGUSR2):
+        if self.signal in OF_SCHEDULERS:
             raise SystemExit(0)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -134,11 +135,15 @@ def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: of the GPU's allocator, or resident on a CPU."""
+    """Peak bytes: of the GPU's allocator, or resident on a CPU. Those of now where the system keeps
+    no peak of a process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return psutil.Process().memory_info().rss
     # Not `ru_maxrss`, which a new process inherits from its parent.
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = status.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 

@@ -203,6 +203,12 @@ def start_processes(
             raise error_of(rank, failure) from None
 
 
+def processors() -> int:
+    """How many this process may use, where the system says so, else all."""
+    may_use = getattr(os, "sched_getaffinity", None)
+    return len(may_use(0)) if may_use else os.cpu_count() or 1
+
+
 def work(target: str, config: Any) -> Any:
     """Calls a function in one of the processes that `in_processes` started.
 
@@ -218,9 +224,7 @@ def work(target: str, config: Any) -> Any:
 
         function = pkgutil.resolve_name(target)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(
-            max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
-        )
+        torch.set_num_threads(max(1, processors() // int(os.environ["LOCAL_WORLD_SIZE"])))
     try:
         result = beside_others(function, config)
     except Exception as error:

@@ -10,17 +10,16 @@ wrong; the others go on.
 import itertools
 import logging
 import multiprocessing
-import os
 import re
-import resource
 import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import TimeoutError
 from dataclasses import dataclass
-from pathlib import Path
 
 import pebble
+import psutil
 
+from cera_train.distributed.processes import processors
 from cera_train.evaluation.tasks import math as math_task
 from cera_train.evaluation.tasks.task import AnswerTask
 from cera_train.runs.evaluation_folder import (
@@ -123,7 +122,7 @@ class Verdict:
 def verify_answers(pairs: Sequence[AnswerPair], seconds: float = SECONDS) -> list[Verdict]:
     """Verifies answers in processes that can be stopped, each within `seconds` of when a process
     begins it."""
-    workers = min(len(os.sched_getaffinity(0)), len(pairs)) or 1
+    workers = min(processors(), len(pairs)) or 1
     # Spawned: a fork of a process with torch's threads can hang.
     pool = pebble.ProcessPool(
         workers, context=multiprocessing.get_context("spawn"), initializer=_start_worker
@@ -154,9 +153,10 @@ def _start_worker() -> None:
     # The first call imports and compiles for seconds, which must not count against an answer's time
     # limit.
     _is_equal(AnswerPair(gold=r"\frac{1}{2}", answer="x^2", text=""))
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MEMORY_LIMIT
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    process = psutil.Process()
+    if hasattr(process, "rlimit"):  # Linux
+        limit = process.memory_info().vms + MEMORY_LIMIT
+        process.rlimit(psutil.RLIMIT_AS, (limit, limit))
 
 
 def _verdict(pair: AnswerPair) -> Verdict:

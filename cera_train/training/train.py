@@ -310,7 +310,7 @@ def evaluate(
         The spectra, by the name of the projection.
     """
     folder = log.folder
-    rows = counted(len(evaluator.held_out.rows), "held-out row")
+    rows = counted(len(evaluator.held_out.sequences), "held-out row")
     with log.bar.doing(f"measures perplexity on {rows}"):
         losses, judged = objective.judge(evaluator.held_out.token_losses())
         loss = losses.mean

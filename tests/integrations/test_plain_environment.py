@@ -82,3 +82,44 @@ def test_every_command_loads_without_the_packages_of_the_tests():
     command = [sys.executable, "-c", IMPORT_WITHOUT, json.dumps(blocked), *COMMANDS]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+HIDE_LINUX = """
+import builtins, os, pathlib, signal, sys
+
+import_module = builtins.__import__
+
+# Libraries know by sys.platform what is there.
+def import_for_ours(name, caller=None, *args, **kwargs):
+    is_ours = (caller or {}).get("__name__", "").startswith("cera_train")
+    if is_ours and name in ("fcntl", "resource"):
+        raise ModuleNotFoundError(name)
+    return import_module(name, caller, *args, **kwargs)
+
+builtins.__import__ = import_for_ours
+for name in ("SIGUSR1", "SIGUSR2"):
+    delattr(signal, name)
+del os.sched_getaffinity
+exists = pathlib.Path.exists
+pathlib.Path.exists = lambda path: not str(path).startswith("/proc") and exists(path)
+sys.argv[0] = "cera-train"
+
+from cera_train.cli.start import main
+main()
+"""
+
+
+def test_a_run_needs_nothing_that_linux_alone_has(tiny_folder, tmp_path):
+    settings = (
+        "data=dates",
+        f"model.path={tiny_folder}",
+        "train.max_updates=2",
+        "data.eval_rows=8",
+        "train.batch_size=4",
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", HIDE_LINUX, *settings], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    [result] = tmp_path.glob("outputs/*/result.json")
+    assert json.loads(result.read_text())["peak_memory"] > 0
