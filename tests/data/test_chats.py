@@ -16,9 +16,7 @@ from examples import (
 
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
-from cera_train.data.reader import Reader
 from cera_train.data.sources import decide_switches
-from cera_train.data.templates import Opening
 from cera_train.settings.data import DataConfig, MixPart
 
 CALLS = (
@@ -63,6 +61,8 @@ def assistant(text: str, **more) -> dict:
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 ASKED = [user("hello"), assistant("hello there")]
+WITHOUT = {"messages": ASKED}
+THOUGHT = {"messages": [ASKED[0], ASKED[1] | {"reasoning_content": "hm"}]}
 
 
 def ids_of_row(row: dict, tokenizer, **settings) -> tuple[list[int], list[bool]]:
@@ -132,16 +132,6 @@ def test_calls_of_tools_are_read_in_sharegpts_form_and_in_openais(tokenizer):
         example_of(sharegpt, chat, layout="conversations", turns="all", chat="plain")
 
 
-def test_the_papers_rows_stay_plain(compose, tokenizer):
-    files = ("data.train_files=[t.jsonl]", "data.eval_files=[e.jsonl]")
-    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
-    for settings in (("data=slimorca",), ("data=jsonl", "protocol=paper")):
-        data = compose(*settings, *files, "data.layout=conversations").data
-        [question] = Reader(data, tokenizer).questions("a row", row)
-        assert (question.prompt, question.gold) == ("User: a\nAssistant:", "b")
-        assert (question.text, question.is_chat) == (question.prompt, False)
-
-
 # --- several sequences ----------------------------------------------------------------------------
 
 
@@ -204,43 +194,17 @@ def test_settings_reach_the_template_and_a_row_has_the_last_word(tokenizer):
         start(row, strftime_now="tomorrow")
 
 
-def test_a_switch_follows_whether_the_row_has_reasoning(tokenizer):
+def test_a_question_does_not_show_whether_its_answer_reasons(tokenizer):
     chat = with_changes(tokenizer, chat_template=OPENS)
-    without = {"messages": ASKED}
-    thought = {"messages": [ASKED[0], ASKED[1] | {"reasoning_content": "hm"}]}
-
-    def prompt_and_answer(row: dict, **settings) -> tuple:
-        config = data_config(layout="messages", template_settings=settings)
-        [[(prompt, answer, _, opening)]] = Reader(config, chat).sequences(row)
-        return prompt.rpartition("\n")[2], answer, opening
-
-    assert prompt_and_answer(thought) == ("<think>", "hm</think>hello there<|im_end|>", None)
-    switched = ("", "hello there<|im_end|>", ("enable_thinking", False))
-    assert prompt_and_answer(without) == switched
-    assert str(Opening(*switched[2])) == "enable_thinking=false"
-    chosen = prompt_and_answer(without, enable_thinking=False)
-    assert chosen == (*switched[:2], None)
-    # A question does not show whether its answer reasons.
-    for row in (thought, without):
+    for row in (THOUGHT, WITHOUT):
         [question] = questions_of(row, chat, layout="messages")
         assert question.prompt.endswith("assistant\n<think>")
         assert (question.text, question.gold) == ("hello", "hello there")
-    # Without a switch the answer starts where the prompt and the finished chat part.
-    chat.chat_template = OPENS.replace("enable_thinking is not defined or enable_thinking", "true")
-    assert prompt_and_answer(without) == ("", "hello there<|im_end|>", ("without", "<think>"))
-    assert str(Opening("without", "<think>")) == "without '<think>'"
-    # A prompt that also closes its reasoning is shown whole.
-    chat.chat_template = chat.chat_template.replace(
-        "<think>{% endif %}", "<think></think>{% endif %}"
-    )
-    assert prompt_and_answer(without) == ("<think></think>", "hello there<|im_end|>", None)
 
 
 def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write_jsonl):
     """What asks the model later asks as it was trained."""
     chat = with_changes(tokenizer, chat_template=OPENS)
-    without = {"messages": ASKED}
-    thought = {"messages": [ASKED[0], ASKED[1] | {"reasoning_content": "hm"}]}
 
     def settings(rows: list[dict], chosen: dict | None = None, count: int | None = None) -> dict:
         file = str(write_jsonl("rows.jsonl", rows))
@@ -249,22 +213,22 @@ def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write
         )
         return decide_switches(config, chat).template_settings
 
-    assert settings([without] * 3) == {"enable_thinking": False}
-    assert settings([without] * 3 + [thought], count=3) == {"enable_thinking": False}
-    assert settings([thought] * 3) == settings([without, thought]) == {}
+    assert settings([WITHOUT] * 3) == {"enable_thinking": False}
+    assert settings([WITHOUT] * 3 + [THOUGHT], count=3) == {"enable_thinking": False}
+    assert settings([THOUGHT] * 3) == settings([WITHOUT, THOUGHT]) == {}
 
     off = {"enable_thinking": False}
-    own = without | {"chat_template_kwargs": off}
-    assert settings([own] * 3) == settings([own, without]) == off
-    assert settings([own, thought]) == {}
+    own = WITHOUT | {"chat_template_kwargs": off}
+    assert settings([own] * 3) == settings([own, WITHOUT]) == off
+    assert settings([own, THOUGHT]) == {}
     rows = str(write_jsonl("rows.jsonl", [own] * 3))
     answered = data_config(train_files=[rows], layout="messages")
     assert decide_switches(answered, chat, learns_answers=False).template_settings == off
 
     with pytest.raises(UserError, match=r"has enable_thinking=true, and all answers of the first "):
-        settings([without] * 3, {"enable_thinking": True})
+        settings([WITHOUT] * 3, {"enable_thinking": True})
 
-    files = [str(write_jsonl(f"{len(rows)}.jsonl", rows)) for rows in ([without], [thought] * 2)]
+    files = [str(write_jsonl(f"{len(rows)}.jsonl", rows)) for rows in ([WITHOUT], [THOUGHT] * 2)]
     parts = [
         MixPart(train_files=[file], weight=weight, eval_rows=0)
         for file, weight in zip(files, (1, 0), strict=True)
@@ -276,7 +240,7 @@ def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write
     computed = DataConfig(layout="logistic_map", chat="template", eval_rows=20)
     assert decide_switches(computed, chat).template_settings == {"enable_thinking": False}
     chat.chat_template = OPENS.replace("enable_thinking is not defined or enable_thinking", "true")
-    assert settings([without] * 3) == {"without": "<think>"}
+    assert settings([WITHOUT] * 3) == {"without": "<think>"}
 
 
 # --- refusals -------------------------------------------------------------------------------------

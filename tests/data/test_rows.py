@@ -107,7 +107,13 @@ MESSAGES = {
 }
 
 
-@pytest.mark.parametrize(("row", "layout"), [(TEXTS, "text"), (MESSAGES, "messages")])
+JOINED = {side: [*ASKED, *MESSAGES[side]] for side in ("chosen", "rejected")}
+"""Each answer after the prompt that both have."""
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"), [(TEXTS, "text"), (MESSAGES, "messages"), (JOINED, "messages")]
+)
 @pytest.mark.parametrize("source", ["+recipe=dpo", "data=jsonl train.objective=dpo"])
 def test_preferences_are_texts_or_messages(compose, write_jsonl, source, row, layout):
     file = f"data.train_files=[{write_jsonl('pairs.jsonl', [row])}]"
@@ -226,24 +232,6 @@ def test_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
     assert files == {tmp_path / "rows.jsonl", sweep}
 
 
-def test_a_look_asks_as_the_run_to_start_from_learned_to_answer(
-    thinking_folder, write_jsonl, run_command, capsys
-):
-    question, answer = CHAT["messages"][1:3]
-    chats = [[question | {"content": f"next to {number}?"}, answer] for number in range(4)]
-    write_jsonl("rows.jsonl", [{"messages": messages} for messages in chats])
-    settings = [f"model.path={thinking_folder}", "data.train_files=[rows.jsonl]", "adapter.r=4"]
-    settings += ["data.max_length=128", "train.max_updates=1", "train.objective=grpo"]
-    learned = ["train.objective=sft", "name=learned"]
-    assert run_command("cera-train", *settings[:-1], *learned) == 0
-    for start, is_opened in ([], True), (["adapter.start_from=outputs/learned"], False):
-        capsys.readouterr()
-        assert run_command("cera-train", *settings, *start, "--look") == 0
-        printed = capsys.readouterr().out
-        assert ("<think>" in printed) == is_opened
-        assert "\nstop " not in printed  # no end of an answer is learned from rows
-
-
 def test_a_run_records_its_decisions_and_no_longer_needs_the_files_once_finished(
     tiny_config, write_jsonl, capsys
 ):
@@ -264,7 +252,5 @@ def test_a_run_records_its_decisions_and_no_longer_needs_the_files_once_finished
     assert recorded == config.data
     path.unlink()
     assert train(tiny_config(*settings)) == result
-    with pytest.raises(UserError, match=r"data\.train_files was"):
-        train(tiny_config("data=jsonl", "data.train_files=[other.jsonl]", "train.max_updates=1"))
     with pytest.raises(UserError, match=r"data\.loss_on was"):
         train(tiny_config(*settings, "data.loss_on=all"))

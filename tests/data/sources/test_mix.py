@@ -182,6 +182,3 @@ def test_perplexities_compare_across_shares_and_with_a_run_on_the_only_held_out_
         for config in (alone, replace(alone, max_length=9))
     ]
     assert digests[0] == held_out(a, silent) != digests[1]
-
-
-A = MixPart(train_files=["a.jsonl"], weight=1.0, eval_rows=1)
