@@ -142,6 +142,7 @@ def test_a_file_too_deep_or_too_large_is_not_read(
 ) -> None:
     if len(content) == 2_000:
         monkeypatch.setattr("cera_train.report.readers.files.LARGEST_FILE", 1_000)
+    (tmp_path / f"samples_sums_{DATE}.jsonl").write_text("")
     (tmp_path / f"results_{DATE}.json").write_text(content)
     with pytest.raises(UserError, match=reason):
         read_runs([tmp_path])

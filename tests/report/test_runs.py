@@ -75,10 +75,11 @@ def test_variants_of_a_method_are_told_apart(tmp_path: Path) -> None:
     assert cells(relu, scaled, matched, mixed)["method"] == methods
 
 
-def test_the_runs_of_a_folder_come_once_and_by_the_numbers_in_their_names(tmp_path: Path) -> None:
+def test_the_runs_of_a_folder_come_once_and_by_name(tmp_path: Path) -> None:
     names = [
         f"adapter.r={r},optimizer.lr={lr}" for r in (64, 512) for lr in ("1e-05", "0.0005", "0.01")
     ]
+    names.sort()
     for name in reversed(names):
         make_run(tmp_path / name)
     (tmp_path / "sweep.json").write_text("{}")
