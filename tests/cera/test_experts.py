@@ -25,15 +25,13 @@ from cera_train.cera import CeraConfig
 pytestmark = WARNINGS
 
 
-@pytest.mark.parametrize("model_type", MIXTURES)
 @pytest.mark.parametrize(
-    ("parameters", "settings"),
+    ("model_type", "parameters", "settings"),
     [
-        (PARAMETERS, {"activation": "gelu", "mix": "learned"}),
-        (PARAMETERS[:1], {"activation": "relu"}),
-        (PARAMETERS[1:], {}),
+        *((each, PARAMETERS, {"activation": "gelu", "mix": "learned"}) for each in MIXTURES),
+        ("mixtral", PARAMETERS[:1], {"activation": "relu"}),
+        ("gpt_oss", PARAMETERS[1:], {}),
     ],
-    ids=["both", "up", "down"],
 )
 def test_model_equals_a_plain_loop_in_double_precision(model_type, parameters, settings):
     """The first layer's gradients pass the hidden states and the routing weights of the second."""
@@ -95,7 +93,10 @@ def test_patterns_choose_the_rank_and_alpha_of_experts():
 @pytest.mark.skipif(
     torch.__version__ < (2, 13), reason="torch 2.12 compiles one graph for each number of tokens"
 )
-@pytest.mark.parametrize(("model_type", "place"), [("mixtral", "hidden"), ("gpt_oss", "input")])
+@pytest.mark.parametrize(
+    ("model_type", "place"),
+    [("mixtral", "hidden"), pytest.param("gpt_oss", "input", marks=pytest.mark.slow)],
+)
 def test_compiled_experts_are_one_graph_with_the_same_numbers(model_type, place):
     layer = experts_of(adapted_mixture(model_type, dropout=0.5, dropout_on=place))[0]
     num_experts = layer.base_layer.num_experts
