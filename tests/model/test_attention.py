@@ -34,7 +34,7 @@ def heads(length: int = sum(LENGTHS), dtype: torch.dtype = torch.float64) -> lis
     ]
 
 
-@pytest.mark.parametrize("lengths", [[6], [3, 3], LENGTHS])
+@pytest.mark.parametrize("lengths", [[3, 3], [4, 1, 3]])
 def test_short_attention_equals_torchs_and_its_gradients_finite_differences(lengths):
     inputs = heads(sum(lengths))
     expected = under_a_mask(*inputs, lengths, None)
