@@ -31,7 +31,7 @@ LIMIT = 4
 
 def micro_batches():
     numbers = random.Random(0)
-    for sequences in range(1, 7):
+    for sequences in range(1, 13):
         rows = [
             [numbers.randrange(64) for _ in range(numbers.randint(3, 9))] for _ in range(sequences)
         ]
