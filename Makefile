@@ -7,6 +7,8 @@ INSTALL := -m pip install --quiet --no-compile
 
 .PHONY: help quickstart install gpu gpu-bundle test test-laptop test-all test-nightly test-peft test-serving test-lowest test-stack lint lock check bench growth architectures methods templates corpus evidence pictures docs clean
 .DEFAULT_GOAL := help
+# Where it is set, every process compiles torch and its companions again.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
