@@ -30,9 +30,7 @@ PROGRAMS = {
 def main() -> None:
     """Runs the command whose name this process was started by. --help imports nothing but the
     settings."""
-    # A letter that the output lacks is printed as its code, here and in the processes of a run.
-    sys.stdout.reconfigure(errors="backslashreplace")
-    os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:backslashreplace"
+    open_streams()
     name = Path(sys.argv[0]).stem
     program = name if name in PROGRAMS else "cera-train"  # `python -m cera_train`
     if "--version" in sys.argv:
@@ -49,6 +47,19 @@ def main() -> None:
 
         run_command(program, f"cera_train.cli.{PROGRAMS[program]}")
         sys.stdout.flush()
+
+
+def open_streams() -> None:
+    """Opens /dev/null for each closed standard stream, as after `<&-`: a file opened later would
+    get its number, and what a library prints. A letter that the output's encoding lacks is printed
+    as its code, here and in the processes of a run."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:backslashreplace"
 
 
 @contextlib.contextmanager

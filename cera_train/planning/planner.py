@@ -6,11 +6,24 @@ from dataclasses import replace
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
 from cera_train.planning.plan import RunPlan
+from cera_train.runs.subject import find_start
 from cera_train.settings.run import PlanRun
+from cera_train.settings.training import ObjectiveKind
+from cera_train.training.rewards import import_reward
 
 PLANS: dict[str, RunPlan] = {}
 """Plans of this process by what they depend on: runs that differ in seed or learning rate have one
 plan."""
+
+
+def check_unread(config: PlanRun) -> None:
+    """Refuses what the run would of what only it reads: rewards, and the adapter that it starts
+    from, which an earlier job of a sweep or a study may be about to leave."""
+    if config.train.objective == ObjectiveKind.grpo:
+        for path in config.grpo.rewards:
+            import_reward(path)
+    if config.adapter.start_from is not None:
+        find_start(config.adapter)
 
 
 def make_plan(config: PlanRun) -> RunPlan:

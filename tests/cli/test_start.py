@@ -147,10 +147,29 @@ def test_a_closed_pipe_ends_a_command_without_a_word(tmp_path):
     assert b"Error executing job" not in done.stderr  # Hydra's report
 
 
-def test_a_letter_that_the_output_lacks_is_printed_as_its_code(tmp_path, tiny_folder):
-    words = ["name=\u6771", f"model.path={tiny_folder}", "--cfg=job"]
-    done = command("cera-train", *words, cwd=tmp_path, PYTHONIOENCODING="ascii")
-    assert "name: \\u6771" in done.stdout
+STREAMS = """
+import subprocess, sys
+from cera_train.cli.start import open_streams
+open_streams()
+print(chr(0xF6), sys.stdin.isatty(), flush=True)
+subprocess.run([sys.executable, "-c", "print(chr(0x6771))"], check=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("closed", "printed"), [("<&- 2>&-", "\\xf6 False\n\\u6771\n"), (">&- 2>&-", "")]
+)
+def test_a_closed_stream_or_a_letter_that_the_output_lacks_ends_no_command(closed, printed):
+    """Nor the processes that a run starts."""
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, STREAMS],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == printed
 
 
 @pytest.mark.parametrize(
