@@ -78,8 +78,8 @@ def a_plan_refuses_what_its_run_refuses_in_the_same_words(life: Life) -> None:
 def a_run_trains_what_was_planned(life: Life) -> None:
     planned = life.ended["plan"].printed
     result = RunResult.read(life.whole / "result.json")
-    assert number_after("trainable", planned) == result.trainable_parameters
-    assert number_after("updates", planned) == result.updates
+    assert number_after("trains", planned) == result.trainable_parameters
+    assert number_after("work", planned) == result.updates
     rows, unit = re.search(r"train +([\d,]+) (\w+)", life.ended["whole"].printed).groups()
     sides = 2 if unit == "answers" else 1  # of a preference
     assert sides * number_after(":", planned) == int(rows.replace(",", ""))
