@@ -1,16 +1,12 @@
 """Evaluations: what those with answers leave, what can be evaluated, that a cut changes nothing,
 what is refused; and that perplexity and spectra are those of training and of the model itself."""
 
-import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import make_tiny_llama
 from evaluated_runs import (
     QUESTIONS,
@@ -21,10 +17,12 @@ from evaluated_runs import (
     read,
     tiny_path,
 )
+from made_files import change_json, write_lines
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cera_train.common.errors import UserError
+from cera_train.common.files import read_json, read_yaml
 from cera_train.data.computed import logistic_map_rows
 from cera_train.evaluation import engine
 from cera_train.evaluation.evaluate import resolve_evaluation
@@ -75,12 +73,12 @@ def test_an_evaluation_leaves_problems_answers_grades_and_a_result(eval_config, 
     ids = [problem["id"] for problem in problems]
     assert [(row["problem"], row["sample"]) for row in answers] == [(name, 0) for name in ids]
     assert [row["problem"] for row in grades] == ids
-    assert json.loads((folder / "result.json").read_text()) == result
+    assert read_json(folder / "result.json") == result
     assert (result["problems"], result["samples"]) == (8, 1)
     for ending in ENDINGS:
         assert result[f"ending/{ending}"] == sum(row["ending"] == ending for row in grades) / 8
     assert result["tokens"] == sum(row["tokens"] for row in answers)
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = read_yaml(folder / "config.yaml")
     assert (config["task"]["max_new_tokens"], config["model"]["path"]) == (8, tiny_path(run))
 
 
@@ -88,14 +86,10 @@ class Cut(Exception):
     """Stands for the death of the process."""
 
 
-@pytest.mark.parametrize(
-    ("sampled", "broken_line"),
-    [(["generation=sample", "generation.samples=3"], b'{"text": "\\\\boxed{3}')],
-)
-def test_interrupted_equals_uninterrupted(
-    eval_config, run, monkeypatch, tmp_path, sampled, broken_line
-):
-    whole = evaluate(eval_config(*sampled))
+def test_interrupted_equals_uninterrupted(eval_config, run, monkeypatch, tmp_path):
+    """The last answer is cut within its line."""
+    config = eval_config("generation=sample", "generation.samples=3")
+    whole = evaluate(config)
     expected = contents(run / "eval" / "gsm8k")
     shutil.move(run / "eval", tmp_path / "whole")
 
@@ -110,21 +104,20 @@ def test_interrupted_equals_uninterrupted(
 
     monkeypatch.setattr(LoadedModel, "generate", die_at_the_third)
     with pytest.raises(Cut):
-        evaluate(eval_config(*sampled))
+        evaluate(config)
     answers = run / "eval" / "gsm8k" / "generations.jsonl"
     assert len(read(answers)) == sum(generated)
-    if broken_line:
-        *whole_lines, _ = answers.read_bytes().splitlines(keepends=True)
-        answers.write_bytes(b"".join(whole_lines) + broken_line)
+    *whole_lines, _ = answers.read_bytes().splitlines(keepends=True)
+    answers.write_bytes(b"".join(whole_lines) + b'{"text": "\\\\boxed{3}')
 
     again = []
     monkeypatch.setattr(
         LoadedModel, "generate", lambda *args: again.append(len(args[1])) or generate(*args)
     )
-    result = evaluate(eval_config(*sampled))
+    result = evaluate(config)
     assert contents(run / "eval" / "gsm8k") == expected
     assert result == whole
-    assert sum(again) == 8 * whole["samples"] - sum(generated) + bool(broken_line)
+    assert sum(again) == 8 * 3 - sum(generated) + 1
 
 
 def test_samples_give_pass_at_k_for_every_k(eval_config, write_answers, capsys):
@@ -143,13 +136,8 @@ def test_samples_give_pass_at_k_for_every_k(eval_config, write_answers, capsys):
     lower, upper = result["exact/pass@3/interval"]
     assert 0 <= lower < 3 / 4 < upper <= 1
     assert result["no_answer"] == 6
-    printed = capsys.readouterr().out
-    assert "problems         4, 3 answers each\n" in printed
-    assert f"exact pass@3     75.0%  (95 % interval {lower:.1%} to {upper:.1%})\n" in printed
-    assert (
-        "answers          right 50.0%, wrong 50.0%, loop 0.0%, truncated 0.0%, collapsed 0.0%\n"
-        in printed
-    )
+    interval = f"exact pass@3     75.0%  (95 % interval {lower:.1%} to {upper:.1%})"
+    assert interval in capsys.readouterr().out
 
 
 def test_answers_that_are_there_are_graded_again_without_a_model(eval_config, run, monkeypatch):
@@ -157,11 +145,11 @@ def test_answers_that_are_there_are_graded_again_without_a_model(eval_config, ru
     folder = run / "eval" / "gsm8k"
     rows = read(folder / "generations.jsonl")
     rows[0]["text"] = " It is #### 3"
-    (folder / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(folder / "generations.jsonl", rows)
     monkeypatch.setattr(engine, "load_model", None)
     result = evaluate(eval_config("launch.processes=1"))
     assert result["exact/pass@1"] == before["exact/pass@1"] + 1 / 8
-    assert json.loads((folder / "result.json").read_text()) == result
+    assert read_json(folder / "result.json") == result
     assert read(folder / "grades.jsonl")[0]["exact"]
 
 
@@ -242,14 +230,6 @@ def test_the_untouched_model_is_asked_as_a_run_is(tiny_config, compose, one_veri
 # --- mistakes -------------------------------------------------------------------------------------
 
 
-def test_a_mistake_before_the_first_answer_leaves_no_trace(eval_config, run):
-    """Nor does it bind the folder to its settings."""
-    with pytest.raises(ValueError, match="beyond the 256 positions.*lower task.max_new_tokens"):
-        evaluate(eval_config("task.max_new_tokens=250"))
-    assert not (run / "eval").exists()
-    assert evaluate(eval_config("task.limit=2"))["problems"] == 2
-
-
 def test_other_settings_problems_and_weights_are_refused_and_named(eval_config, run, questions):
     evaluate(eval_config("task.limit=2"))
     with pytest.raises(ValueError, match=r"task.limit was 2, is 3.*Set name="):
@@ -272,15 +252,13 @@ def test_two_evaluations_do_not_write_to_one_folder(eval_config, run):
         evaluate(eval_config())
 
 
-def test_an_adapter_of_another_base_model_is_refused(
-    eval_config, compose, run, tmp_path, tokenizer
-):
+def test_an_adapter_of_another_base_model_is_refused(eval_config, run, tmp_path, tokenizer):
     settings = ["model=smollm2_135m", f"model.path={tmp_path / 'other'}", "model.dtype=float32"]
     tokenizer.save_pretrained(tmp_path / "other")
 
-    def refused(difference: str, call: Callable, config: Any) -> None:
+    def refused(difference: str, *more: str) -> None:
         with pytest.raises(UserError, match=f"was trained on another base than .*: {difference}"):
-            call(config)
+            evaluate(eval_config(*settings, *more))
 
     sibling = make_tiny_llama(vocab_size=len(tokenizer))
     sibling.model.layers[0].mlp.up_proj.weight.data += 0.1
@@ -292,10 +270,10 @@ def test_an_adapter_of_another_base_model_is_refused(
         (sibling, r"other weights\. It belongs"),
     ):
         model.save_pretrained(tmp_path / "other")
-        refused(difference, evaluate, eval_config(*settings))
-    refused("other weights", evaluate, eval_config(*settings, "model.quantization=nf4"))
-    of_server = [f"run={run}", *settings, "prompt=Hello", "server=http://127.0.0.1:9"]
-    refused("other weights", chat, compose(*of_server, command="chat"))
+        refused(difference)
+    refused("other weights", "model.quantization=nf4")
+    with pytest.raises(UserError, match="was trained on another base than .*: other weights"):
+        chat(run, *settings, "prompt=Hello", "server=http://127.0.0.1:9")
     assert not (run / "eval").exists()
     (run / "environment.json").unlink()  # as an adapter that was carried elsewhere
     wider.save_pretrained(tmp_path / "other")
@@ -307,7 +285,7 @@ def test_another_adapter_in_a_runs_place_is_refused(eval_config, run, tiny_confi
     replaced = f"{run}/adapter is not the adapter that its run left: it was replaced"
     config = run / "adapter" / "adapter_config.json"
     trained = config.read_text()
-    config.write_text(json.dumps(json.loads(trained) | {"alpha": 64.0}))
+    change_json(config, {"alpha": 64.0})
     for named in (run, run / "adapter"):
         with pytest.raises(UserError, match=f"^{replaced}"):
             evaluate(eval_config(run=named))
@@ -333,8 +311,8 @@ def test_an_adapter_that_diverged_is_refused(eval_config, run):
         evaluate(eval_config(run=best))
 
 
-def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(run, compose, tmp_path):
-    trained = json.loads((run / "result.json").read_text())
+def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(run, compose):
+    trained = read_json(run / "result.json")
     result = evaluate(compose(f"run={run}", "task=perplexity", command="eval"))
     assert result["perplexity"] == pytest.approx(trained["eval/perplexity"], rel=1e-6)
     assert result["perplexity_base"] == pytest.approx(trained["perplexity_before"], rel=1e-6)
@@ -343,9 +321,6 @@ def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(run,
             name = f"spectrum/{kind}/{of}"
             assert result[name] == pytest.approx(trained[name], rel=1e-6)
     assert result["tokens"] > 0
-    settings = [f"like={run}", f"output_dir={tmp_path}", "task=perplexity"]
-    untouched = evaluate(compose("run=base", *settings, command="eval"))
-    assert untouched["perplexity"] == result["perplexity_base"]
 
 
 @pytest.mark.parametrize(
@@ -407,9 +382,7 @@ def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenize
     settings = [f"task.files=[{tmp_path / 'text.txt'}]", "task.window=32"]
     result = evaluate(eval_config(*settings, task="forgetting"))
 
-    model = AutoModelForCausalLM.from_pretrained(
-        yaml.safe_load((run / "config.yaml").read_text())["model"]["path"]
-    )
+    model = AutoModelForCausalLM.from_pretrained(read_yaml(run / "config.yaml")["model"]["path"])
     start = tokenizer("").input_ids
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert len(start) == 1
@@ -423,8 +396,6 @@ def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenize
     assert tokens == len(ids) == result["tokens"]
     assert result["perplexity_base"] == pytest.approx(math.exp(losses / tokens), rel=1e-5)
     assert result["perplexity"] != pytest.approx(result["perplexity_base"], rel=1e-3)
-    untouched = evaluate(eval_config(*settings, *base_settings(run), task="forgetting", run="base"))
-    assert untouched["perplexity"] == pytest.approx(result["perplexity_base"], rel=1e-6)
 
     (tmp_path / "text.txt").write_text(text + "there")
     with pytest.raises(UserError, match="forgetting has the perplexity of other rows: "):

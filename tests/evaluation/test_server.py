@@ -2,18 +2,18 @@
 is refused. The server plays vLLM's routes and makes its faults; tests/serving/test_vllm.py has the
 real one."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 from evaluated_runs import chat, contents, evaluate, read
+from made_files import change_json
 from played_vllm import playing_vllm
 
 import cera_train.evaluation.server as server_module
 from cera_train.common.errors import UserError
+from cera_train.common.files import read_yaml
 from cera_train.runs.subject import find_subject
 from cera_train.training.train import train
 
@@ -49,7 +49,7 @@ def test_a_server_that_fails_now_and_then_gives_the_answers_of_the_model_in_this
     vllm.faults = ["503", "gone", "usage", "429", "aborted", "500", "broken", "half a refusal"]
     assert evaluate(served_config(*stop)) == result
     assert contents(run / "eval" / "gsm8k") == contents(here)
-    config = yaml.safe_load((run / "eval" / "gsm8k" / "config.yaml").read_text())
+    config = read_yaml(run / "eval" / "gsm8k" / "config.yaml")
     assert config["engine"] == "vllm 0.32.0"
     assert len(vllm.asked) == 8 + 7
     evaluate(served_config("generation=sample", "generation.samples=2", "name=sampled"))
@@ -91,8 +91,7 @@ def test_a_model_whose_every_weight_was_trained_is_served_as_a_base(tiny_config,
 def test_an_adapter_that_took_a_part_of_the_base_is_not_served(eval_config, vllm, run):
     """vLLM would add it to the whole base."""
     model = find_subject(eval_config()).model
-    file = run / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "pissa"}))
+    change_json(run / "adapter" / "adapter_config.json", {"init_lora_weights": "pissa"})
     with pytest.raises(UserError, match="of which pissa moved a part into .*adapter, so"):
         server_module.Server(vllm.url, model, None, run / "adapter")
     assert not vllm.loaded
@@ -142,11 +141,9 @@ def test_what_a_server_cannot_answer_is_one_line(served_config, vllm, change, pa
         assert part in str(caught.value)
 
 
-def test_a_chat_with_a_server_is_that_with_the_model_in_this_process(compose, run, vllm, capsys):
+def test_a_chat_with_a_server_is_that_with_the_model_in_this_process(run, vllm, capsys):
     def answer(*settings: str) -> str:
-        chat(
-            compose(f"run={run}", "prompt=How many?", "max_new_tokens=8", *settings, command="chat")
-        )
+        chat(run, "prompt=How many?", "max_new_tokens=8", *settings)
         return capsys.readouterr().out
 
     assert answer(f"server={vllm.url}/v1/") == answer() != ""

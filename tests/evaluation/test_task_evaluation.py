@@ -1,16 +1,13 @@
 """Accuracy and samples while a run trains: cera-eval's figures, and a training that does not
 notice."""
 
-import json
-import re
-
-import pytest
 from evaluated_runs import QUESTIONS, evaluate, read
 from tiny_runs import folder_of
 
-from cera_train.evaluation.task_evaluation import SAMPLE_ROOM, TaskEvaluations, evaluation_of_rows
-from cera_train.runs.evaluation_folder import Generation
+from cera_train.common.files import read_json
+from cera_train.evaluation.task_evaluation import SAMPLE_ROOM, evaluation_of_rows
 from cera_train.runs.results import GradedProblem, read_grades
+from cera_train.settings.data import DataConfig
 from cera_train.training.train import train
 
 pytest_plugins = ("evaluated_runs",)
@@ -37,29 +34,37 @@ def learned(config) -> tuple[list, bytes]:
     return [[line.get(name) for name in names] for line in lines], adapter.read_bytes()
 
 
-def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(tiny_config):
+def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(
+    finished_config, tiny_config, capsys
+):
     """Dropout draws random numbers, and attention runs over flat rows: neither notices the answers
-    in between."""
-    plain = tiny_config("name=plain")
-    examined = tiny_config(*TASKS, *SHORT, "name=examined")
-    train(plain)
-    train(examined)
-    assert learned(examined) == learned(plain)
-    assert not (folder_of(plain) / "samples.jsonl").exists()
+    in between, whose figures reach every place where a run shows them."""
+    examined = tiny_config(*TASKS, *SHORT)
+    result = train(examined)
+    assert learned(examined) == learned(finished_config)
+    assert not (folder_of(finished_config) / "samples.jsonl").exists()
+
+    lines = evaluations(examined)
+    reached = [[name for name in FIGURES if name in line] for line in lines]
+    assert reached == [FIGURES, [], FIGURES, FIGURES]
+    assert [result[name] for name in FIGURES] == [lines[-1][name] for name in FIGURES]
+    assert read_json(folder_of(examined) / "result.json") == result
+    samples = read(folder_of(examined) / "samples.jsonl")
+    assert [line["update"] for line in samples] == [0] * 3 + [4] * 3 + [8] * 3 + [12] * 3
+    printed = capsys.readouterr().out
+    before, after = (line["logistic_map/exact"] for line in (lines[0], lines[-1]))
+    assert f"logistic_map exact {before:.1%} before, {after:.1%} after" in printed
+    for name, text in (("asked", samples[0]["prompt"]), ("right", samples[0]["gold"])):
+        assert f"\n{name:<16}{' '.join(text.split())}\n" in printed
 
 
 def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys):
     config = tiny_config(*TASKS, "train.samples=4", "train.max_updates=4", "train.tasks_every=null")
     result = train(config)
     printed = capsys.readouterr().out
-    assert (
-        "4 problems of logistic_map, up to 64 tokens each, at the end; 4 samples at each "
-        "evaluation\n" in printed
-    )
-    assert (printed.count("(4 problems of logistic_map in "), printed.count("4 samples in ")) == (
-        1,
-        1,  # at the end, the samples are the first answers to the task
-    )
+    assert printed.count("(4 problems of logistic_map in ") == 1
+    # At the end, the samples are the first answers to the task.
+    assert printed.count("4 samples in ") == 1
     evaluated = evaluate(
         compose(f"run={folder_of(config)}", "task=logistic_map", "task.limit=4", command="eval")
     )
@@ -82,58 +87,6 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
         evaluated["step_accuracy/mean"],
         evaluated["state_collapse"],
     ]
-
-
-@pytest.fixture
-def half_right(monkeypatch):
-    """Every second answer is the gold one."""
-
-    def answer(self, evaluation):
-        texts = [
-            problem.gold if index % 2 == 0 else "nothing"
-            for index, problem in enumerate(evaluation.problems)
-        ]
-        return [
-            Generation(problem.id, 0, text, 1, False)
-            for problem, text in zip(evaluation.problems, texts, strict=True)
-        ]
-
-    monkeypatch.setattr(TaskEvaluations, "answer", answer)
-
-
-def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_right, capsys):
-    config = tiny_config(*TASKS, *SHORT)
-    result = train(config)
-    lines = evaluations(config)
-    assert [[name for name in FIGURES if name in line] for line in lines] == [
-        FIGURES,
-        [],
-        FIGURES,
-        FIGURES,
-    ]
-    assert (
-        [result[name] for name in FIGURES]
-        == [lines[-1][name] for name in FIGURES]
-        == [0.5, 0.5, 0.0]
-    )
-    assert json.loads((folder_of(config) / "result.json").read_text()) == result
-    samples = read(folder_of(config) / "samples.jsonl")
-    assert [(line["update"], line["exact"]) for line in samples] == [
-        (update, exact) for update in (0, 4, 8, 12) for exact in (True, False, True)
-    ]
-    printed = capsys.readouterr().out
-    before, _, _ = printed.partition("\nanswers at update 0: ")
-    assert re.search(r"\nnow        answers \d+ problems of logistic_map$", before)
-    assert (
-        "\ntasks           logistic_map exact 50.0% before, 50.0% after, step_accuracy/mean 50.0% "
-        "before, 50." in printed
-    )
-    asked = " ".join(samples[0]["prompt"].split())
-    truth = samples[0]["gold"]
-    assert (
-        f"\nasked           {asked}\nbefore          {truth}\nafter           {truth}\nright      "
-        f"     {truth}" in printed
-    )
 
 
 def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation(
@@ -166,48 +119,18 @@ def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation
     assert "shared" not in capsys.readouterr().out
 
 
-CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello there"}]
-TALK = [
-    {"from": "human", "value": "hello"},
-    {"from": "gpt", "value": "hi"},
-    {"from": "human", "value": "and?"},
-]
-
-
-@pytest.mark.parametrize(
-    ("row", "settings", "prompt", "gold"),
-    [
-        (
-            {"q": "what is next?", "a": "it is 0.84"},
-            ["data.prompt='Question: {q}'", "data.completion=' {a}'", "data.loss_on=all"],
-            "Question: what is next?",
-            "it is 0.84",
-        ),
-        (
-            {"messages": CHAT},
-            ["data.layout=messages"],
-            "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n",
-            "hello there",
-        ),
-        (
-            {"conversations": [*TALK, {"from": "gpt", "value": "no"}]},
-            ["data.layout=conversations", "data.turns=all", "data.chat=plain"],
-            "User: hello\nAssistant:",
-            "hi",
-        ),
-    ],
-)
-def test_a_sample_is_a_row_up_to_its_first_answer(
-    tokenizer, compose, write_jsonl, row, settings, prompt, gold
-):
-    file = write_jsonl("rows.jsonl", [row] * 4)
-    config = compose("data=jsonl", f"data.train_files=[{file}]", "data.eval_rows=2", *settings)
-    rows = config.data
+def test_a_sample_is_a_row_up_to_its_first_answer(tokenizer, write_jsonl):
+    """tests/data has that of every layout and template."""
+    turns = [("human", "hello"), ("gpt", "hi"), ("human", "and?"), ("gpt", "no")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    file = str(write_jsonl("rows.jsonl", [row] * 4))
+    chat = {"layout": "conversations", "turns": "all", "chat": "plain"}
+    rows = DataConfig(train_files=[file], eval_rows=2, **chat)
     evaluation = evaluation_of_rows(rows, 3, tokenizer, positions=256)
+    prompt = "User: hello\nAssistant:"
     asked = [(problem.prompt, problem.gold) for problem in evaluation.problems]
-    assert asked == [(prompt, gold)] * 2
-    start = [] if "messages" in row else [tokenizer.bos_token_id]
-    ids = (*start, *tokenizer(prompt, add_special_tokens=False).input_ids)
+    assert asked == [(prompt, "hi")] * 2
+    ids = tuple(tokenizer(prompt).input_ids)
     assert [request.prompt_ids for request in evaluation.requests] == [ids] * 2
     assert len({request.problem for request in evaluation.requests}) == 2
     assert evaluation.max_new_tokens == SAMPLE_ROOM

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from tiny_runs import folder_of
 
+from cera_train.cli.compose import compose
+from cera_train.common.files import read_yaml
 from cera_train.evaluation import grading
 from cera_train.evaluation.evaluate import resolve_evaluation, run_evaluation
 from cera_train.runs.results import RunResult
@@ -17,7 +18,6 @@ from cera_train.runs.subject import adapter_identity, find_subject
 from cera_train.serving.chat import ask
 from cera_train.serving.export import Certificate, export_run
 from cera_train.settings.evaluation import EvalConfig
-from cera_train.settings.serving import ChatConfig, ExportConfig
 
 QUESTIONS = [
     {
@@ -42,18 +42,20 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     return run_evaluation(resolve_evaluation(config))
 
 
-def chat(config: ChatConfig) -> None:
-    """As `cera-chat`, in this process."""
+def chat(run: Path | str, *words: str) -> None:
+    """As `cera-chat run=RUN ...`, in this process."""
+    config = compose(f"run={run}", *words, command="chat")
     ask(config, find_subject(config))
 
 
-def export(config: ExportConfig) -> Certificate:
-    """As `cera-export`, in this process."""
+def export(run: Path, *words: str) -> Certificate:
+    """As `cera-export run=RUN ...`, in this process."""
+    config = compose(f"run={run}", *words, command="export")
     return export_run(config, find_subject(config))
 
 
 def tiny_path(run: Path) -> str:
-    return yaml.safe_load((run / "config.yaml").read_text())["model"]["path"]
+    return read_yaml(run / "config.yaml")["model"]["path"]
 
 
 def base_settings(run: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """`make gpu` without a GPU, and all of it in miniature on a CPU."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,12 +8,14 @@ from dataclasses import replace
 
 import pytest
 from conftest import needs_smollm2
+from made_files import write_json
 from own_imports import failing_imports
 from tiny_runs import wait_until
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import work
 from benchmarks.gpu.pieces import BY_NAME, PIECES, ROOT, SECONDS, Place
+from cera_train.common.files import read_json
 
 BENCHMARKS = sorted(ROOT.glob("benchmarks/**/*.py"))
 
@@ -42,8 +43,7 @@ def test_a_failed_piece_stops_nothing_and_is_retried_last(tmp_path, monkeypatch,
             if has_failed
             else {"state": "passed", "reason": ""}
         )
-        place.folder.mkdir(parents=True, exist_ok=True)
-        place.result(piece.name).write_text(json.dumps(result | {"figures": {"tokens/s": 7.0}}))
+        write_json(place.result(piece.name), result | {"figures": {"tokens/s": 7.0}})
         return command.read_result(place, piece.name)
 
     monkeypatch.setattr(command, "run", run)
@@ -146,7 +146,7 @@ def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path, names, co
     assert not second.exists()
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert first.stat().st_mtime_ns == stamp
-    results = [json.loads((tmp_path / "tiny_cpu" / f"{name}.json").read_text()) for name in names]
+    results = [read_json(tmp_path / "tiny_cpu" / f"{name}.json") for name in names]
     assert {result["state"] for result in results} == {"passed"}, done.stdout
     assert done.returncode == 0
     for column in columns:

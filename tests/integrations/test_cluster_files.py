@@ -16,11 +16,12 @@ import pytest
 import yaml
 from test_docs import command_among, jobs_of, overrides_of
 
+from cera_train.common.files import read_yaml
 from cera_train.common.signals import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
-SKY = yaml.safe_load((CLUSTER / "sky.yaml").read_text())
+SKY = read_yaml(CLUSTER / "sky.yaml")
 FILES = ("kubernetes.yaml", "kubernetes_sweep.yaml")
 KUBERNETES = {name: list(yaml.safe_load_all((CLUSTER / name).read_text())) for name in FILES}
 SAVED = [128 + number for number in SIGNALS if number != signal.SIGINT]

@@ -4,7 +4,6 @@ docs` builds."""
 
 import ast
 import itertools
-import json
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ import yaml
 from conftest import needs_smollm2
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from made_files import write_lines
 from own_imports import failing_imports
 
 from cera_train.cli.mistakes import SCHEMAS
@@ -208,7 +208,8 @@ def test_the_recipe_file_on_the_page_of_recipes_is_the_command_above_it(compose,
 
 @pytest.mark.slow
 def test_the_smallest_study_answers_its_question(run_command, tmp_path, tiny_folder, capfd):
-    """With two rates, seeds and updates in place of the page's."""
+    """With two rates, seeds and updates in place of the page's, and several jobs at once. Rows that
+    were edited between two runs are noticed."""
     page = ROOT / "docs" / "studies.md"
     file = next(block.text for block in blocks(page) if block.language == "yaml")
     study = yaml.safe_load(file)["study"]
@@ -217,12 +218,18 @@ def test_the_smallest_study_answers_its_question(run_command, tmp_path, tiny_fol
     (tmp_path / "mine" / "study").mkdir(parents=True)
     (tmp_path / "mine" / "study" / "orders.yaml").write_text(file)
     rows = [{"question": f"{n} apples?", "answer": f"count={n}"} for n in range(60)]
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_lines(tmp_path / "rows.jsonl", rows)
     short = [f"model.path={tiny_folder}", "model.dtype=float32", "train.max_updates=2"]
-    short += ["data.max_length=64", "study.seeds=2", "study.tune={optimizer.lr:[1e-3,2e-3]}"]
-    assert run_command("cera-train", "-m", "--config-dir", "mine", "+study=orders", *short) == 0
+    short += ["data.max_length=64", "study.tune={optimizer.lr:[1e-3,2e-3]}"]
+    command = ["-m", "--config-dir", "mine", "+study=orders", "hydra/launcher=joblib", *short]
+    assert run_command("cera-train", *command, "study.seeds=2") == 0
     assert run_command("cera-report", "outputs/orders") == 0
     assert "cera - lora" in capfd.readouterr().out
+    rows[0]["answer"] = "count=7"
+    write_lines(tmp_path / "rows.jsonl", rows)
+    assert run_command("cera-train", *command, "study.seeds=3") == 0
+    assert run_command("cera-report", "outputs/orders") == 2
+    assert "had different train rows" in capfd.readouterr().err
 
 
 # --- Python ---------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """An evaluation in several processes over gloo: the answers and figures of one, whoever starts
 them; one error, and one end, for all."""
 
-import json
 import signal
 import sys
 import time
@@ -9,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from evaluated_runs import contents, evaluate, read
+from made_files import write_lines
 from several_processes import popen
+
+from cera_train.common.files import read_json
 
 pytest_plugins = ("evaluated_runs",)
 
@@ -39,7 +41,7 @@ def test_one_command_shares_the_answers_out_and_prints_once(eval_config, run, qu
     out = output(*answering(run, questions, "launch.processes=2", "name=two"), cwd=tmp_path)
     folder = run / "eval"
     assert contents(folder / "two") == contents(folder / "one")  # and no file of a process is left
-    two = json.loads((folder / "two" / "result.json").read_text())
+    two = read_json(folder / "two" / "result.json")
     assert two == one | {"task": "two"}
     assert out.count("folder          ") == out.count("evaluate   ") == 1
     assert "1 more at work" in out
@@ -51,7 +53,7 @@ def test_perplexity_and_spectra_are_those_of_one_process(eval_config, run, tmp_p
     output(
         CERA_EVAL, f"run={run}", "task=perplexity", "launch.processes=2", "name=two", cwd=tmp_path
     )
-    two = json.loads((run / "eval" / "two" / "result.json").read_text())
+    two = read_json(run / "eval" / "two" / "result.json")
     figures = {key: value for key, value in one.items() if not isinstance(value, str)}
     assert {key: two[key] for key in figures} == pytest.approx(figures, rel=1e-5)
 
@@ -59,7 +61,7 @@ def test_perplexity_and_spectra_are_those_of_one_process(eval_config, run, tmp_p
 @pytest.mark.slow
 def test_ctrl_c_ends_every_process_and_one_process_resumes(eval_config, run, questions, tmp_path):
     rows = [{"question": f"{n} and {n}?" + "?" * n, "answer": f"#### {2 * n}"} for n in range(40)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(questions, rows)
     process = popen(
         *answering(run, questions, "launch.processes=2", "name=cut", tokens=64), cwd=tmp_path
     )

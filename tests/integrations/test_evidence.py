@@ -3,11 +3,11 @@ one_projection.py come out right, and every dose of ground_truth.py's teachers h
 dose.py and forgetting.py find what made-up results hold."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
+from made_files import write_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import dose, forgetting, ground_truth, one_projection
@@ -80,11 +80,9 @@ def test_the_gain_of_a_gate_is_found_where_it_grows_with_the_dose(tmp_path, monk
             contrasts = [found | dict(first=first, second=second) for first, second in pairs]
             name = dose.name_of(place, amount)
             ends[name] = dict(base=3.0, teacher=1.0)
-            report = dose.folder_of(seed) / name / "report"
-            report.mkdir(parents=True)
-            study = json.dumps(dict(contrasts=contrasts, cells=cells))
-            (report / "study_results.json").write_text(study)
-        (dose.folder_of(seed) / "ends.json").write_text(json.dumps(ends))
+            study = dict(contrasts=contrasts, cells=cells)
+            write_json(dose.folder_of(seed) / name / "report" / "study_results.json", study)
+        write_json(dose.folder_of(seed) / "ends.json", ends)
     judged = dose.judge([dose.gather(seed) for seed in seeds])
     adapted, other = judged["primary"]
     assert adapted["difference"] == pytest.approx(-1)

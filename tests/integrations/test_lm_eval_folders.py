@@ -6,7 +6,9 @@ import sys
 
 import pytest
 from conftest import make_tiny_llama
+from made_files import write_lines
 
+from cera_train.common.files import read_json
 from cera_train.report.comparison import paired_tests
 from cera_train.report.readers import read_runs
 
@@ -58,12 +60,11 @@ for sys.argv[1:] in json.loads(sys.argv[1]):
 @pytest.fixture
 def folders(tmp_path, tokenizer):
     """What lm-eval leaves of two models, and of the second with two shots."""
-    rows = tmp_path / "rows.jsonl"
     problems = [
         {"left": number, "choices": [str(number + 1), str(number + 2)], "right": number % 2}
         for number in range(PROBLEMS)
     ]
-    rows.write_text("".join(f"{json.dumps(problem)}\n" for problem in problems))
+    rows = write_lines(tmp_path / "rows.jsonl", problems)
     for shots in (0, 2):
         tasks = tmp_path / f"tasks{shots}"
         tasks.mkdir()
@@ -106,7 +107,7 @@ def test_folders_of_lm_eval_are_compared_with_its_own_accuracies(folders):
     assert [run.name for run in runs] == ["first", "second", "other_shots"]
     for run, folder in zip(runs, folders, strict=True):
         [path] = folder.glob("*/results_*.json")
-        results = json.loads(path.read_text())["results"]
+        results = read_json(path)["results"]
         figures = {
             (task, metric.key): figure.value
             for task, evaluation in run.evaluations.items()

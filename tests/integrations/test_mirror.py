@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import TINY
 from tiny_runs import losses_of, wait_until
 
-from cera_train.common.files import write_checksums
+from cera_train.common.files import read_yaml, write_checksums
 from cera_train.training.train import train
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
@@ -178,9 +177,7 @@ def test_a_killed_machine_loses_nothing(tiny_folder, tiny_config, compose, tmp_p
         activate.parent.mkdir(parents=True)
         activate.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
         (tmp_path / machine / "cluster").symlink_to(CLUSTER)
-        script = yaml.safe_load((CLUSTER / "sky.yaml").read_text())["run"].replace(
-            " /bucket ", f" {bucket} "
-        )
+        script = read_yaml(CLUSTER / "sky.yaml")["run"].replace(" /bucket ", f" {bucket} ")
         environment = os.environ | {
             "ARGUMENTS": shlex.join(arguments),
             "MIRROR_SECONDS": "0.2",

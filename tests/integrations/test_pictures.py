@@ -1,9 +1,9 @@
 """docs/pictures are drawn from docs/evidence, of every study that is there."""
 
-import json
 from xml.etree import ElementTree
 
 from benchmarks.pictures import DOCS, forests
+from cera_train.common.files import read_json
 
 
 def test_the_pictures_are_those_of_the_evidence():
@@ -22,7 +22,7 @@ def test_every_main_contrast_of_the_evidence_is_in_the_picture():
     texts = [text for text in drawn.itertext()]
     count = 0
     for path in DOCS.glob("evidence/*.json"):
-        results = json.loads(path.read_text())
+        results = read_json(path)
         primary = results.get("config", {"outcomes": [None]})["outcomes"][0]
         for each in results["contrasts"]:
             is_of_cera = each["second"] == "cera" and each["first"] in ("lora", "half")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -71,6 +72,7 @@ def requires_of(name: str, extras: set[str]) -> list[Requirement]:
     ]
 
 
+@pytest.mark.slow
 def test_every_command_loads_without_the_packages_of_the_tests():
     plain = required("cera-train", {"cera-train", "pip", "setuptools"})
     blocked = [

@@ -1,14 +1,10 @@
 """The quickstart, with the real SmolLM2-135M-Instruct."""
 
-import json
 from pathlib import Path
 
-import peft
 import pytest
-import torch
 from conftest import needs_smollm2
 from evaluated_runs import evaluate
-from transformers import AutoModelForCausalLM
 
 from cera_train.runs.results import read_metrics
 from cera_train.training.train import train
@@ -16,7 +12,7 @@ from cera_train.training.train import train
 pytestmark = [needs_smollm2, pytest.mark.slow]
 
 
-def test_the_quickstart_learns_and_its_adapter_loads_in_plain_peft(compose, tmp_path):
+def test_the_quickstart_learns(compose, tmp_path):
     short = (
         "train.max_updates=20",
         "train.eval_every=20",
@@ -32,15 +28,3 @@ def test_the_quickstart_learns_and_its_adapter_loads_in_plain_peft(compose, tmp_
     measured = evaluate(compose(f"run={folder}", "task=held_out", "task.limit=20", command="eval"))
     assert measured["exact/pass@1"] == pytest.approx(result["held_out/exact"], abs=0.1)
     assert measured["truncated"] == 0  # it has learned to stop
-    saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    base = AutoModelForCausalLM.from_pretrained(
-        saved["base_model_name_or_path"], dtype=torch.bfloat16
-    )
-    ids = torch.arange(100, 140)[None]
-    model = peft.PeftModel.from_pretrained(base, folder / "adapter")
-    again = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.bfloat16)
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits
-        assert torch.equal(logits, again(input_ids=ids).logits)
-        with model.disable_adapter():
-            assert not torch.equal(logits, model(input_ids=ids).logits)

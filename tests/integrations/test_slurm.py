@@ -2,7 +2,6 @@
 preempted."""
 
 import functools
-import json
 import os
 import secrets
 import shutil
@@ -16,6 +15,7 @@ import pytest
 from conftest import TINY
 from tiny_runs import adapter_bytes, losses_of, wait_until
 
+from cera_train.common.files import read_json
 from cera_train.settings.run import Config
 from cera_train.sweep.folder import State, read_sweep
 from cera_train.training.train import train
@@ -243,7 +243,7 @@ def test_the_tasks_of_a_slurm_step_train_together(cluster, arguments, tmp_path, 
     one, *others = (losses_of(folder) for folder in (tmp_path / "one", tmp_path / "srun", job))
     for other in others:
         assert other == pytest.approx(one, rel=1e-5)
-    record = json.loads((job / "environment.json").read_text())
+    record = read_json(job / "environment.json")
     assert record["processes"] == 2
     assert os.environ.get("RANK") is None
 

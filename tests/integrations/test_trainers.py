@@ -115,7 +115,14 @@ def count_letters(completions: list[str], trainer_state: TrainerState, **_: obje
     ]
 
 
-@pytest.mark.parametrize("name", TRL_ROWS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SFT",
+        pytest.param("DPO", marks=pytest.mark.slow),
+        pytest.param("GRPO", marks=pytest.mark.slow),
+    ],
+)
 def test_trls_trainers_train_from_a_cera_config_and_save(
     tiny_folder, tmp_path, tokenizer, ids, name
 ):

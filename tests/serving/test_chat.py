@@ -31,9 +31,6 @@ TURNS = [
     {"from": "gpt", "value": "Six."},
     {"from": "human", "value": TWO},
 ]
-MESSAGES = [
-    {"role": "user" if t["from"] == "human" else "assistant", "content": t["value"]} for t in TURNS
-]
 
 
 @pytest.mark.parametrize(
@@ -42,13 +39,8 @@ MESSAGES = [
         (TEXT, [ONE], {"question": ONE, "answer": "Six."}),
         (COMPUTED, ["How?"], {"prompt": "Question: How?\nAnswer:", "completion": "Six."}),
         (ALL_TURNS, [ONE, "Six.", TWO], {"conversations": [*TURNS, TURNS[1]]}),
-        (
-            {"layout": "messages", "path": "x"},
-            [ONE, "Six.", TWO],
-            {"messages": [*MESSAGES, MESSAGES[1]]},
-        ),
     ],
-    ids=["text", "logistic_map", "all turns", "messages"],
+    ids=["text", "logistic_map", "all turns"],
 )
 def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_row, tokenizer):
     config = DataConfig(**data)
@@ -61,9 +53,7 @@ def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_
     assert reader.prompt(trained_row) == ids
 
 
-def test_an_answer_is_the_one_that_an_evaluation_gives(
-    compose, run, eval_config, write_jsonl, capsys
-):
+def test_an_answer_is_the_one_that_an_evaluation_gives(run, eval_config, write_jsonl, capsys):
     evaluate(eval_config("task.limit=2"))
     folder = run / "eval" / "gsm8k"
     prompts = {line["id"]: line["prompt"] for line in read(folder / "problems.jsonl")}
@@ -71,21 +61,13 @@ def test_an_answer_is_the_one_that_an_evaluation_gives(
     for problem, prompt in prompts.items():
         capsys.readouterr()
         asked = write_jsonl("asked.jsonl", [{"text": prompt}])
-        chat(
-            compose(
-                f"run={run}",
-                f"prompts={asked}",
-                "template=none",
-                "max_new_tokens=8",
-                command="chat",
-            )
-        )
+        chat(run, f"prompts={asked}", "template=none", "max_new_tokens=8")
         assert capsys.readouterr().out.split("\n", 1)[1].strip() == answers[problem].strip()
 
 
-def test_stdin_is_a_question_and_a_seed_an_answer(compose, run, capsys, monkeypatch, write_jsonl):
+def test_stdin_is_a_question_and_a_seed_an_answer(run, capsys, monkeypatch, write_jsonl):
     def answer(*settings: str) -> str:
-        chat(compose(f"run={run}", "max_new_tokens=8", *settings, command="chat"))
+        chat(run, "max_new_tokens=8", *settings)
         return capsys.readouterr().out
 
     first, again, other = (
@@ -183,10 +165,10 @@ def test_a_conversation_continues_after_ctrl_c_and_can_start_over_when_it_is_too
     assert lengths == [1, 1, 1, 3]
 
 
-def test_a_conversation_keeps_the_turns_and_starts_over(compose, tiny_folder, type_lines):
+def test_a_conversation_keeps_the_turns_and_starts_over(tiny_folder, type_lines):
     printed = type_lines("How many?", "How many?", "/new", "How many?")
     model = ["model=smollm2_135m", f"model.path={tiny_folder}", "model.dtype=float32"]
-    chat(compose("run=base", *model, "max_new_tokens=4", command="chat"))
+    chat("base", *model, "max_new_tokens=4")
     head, fresh, again, _, anew = printed
     assert "each question sees the turns before it" in head
     assert fresh == anew != again

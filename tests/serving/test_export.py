@@ -1,6 +1,5 @@
 """`cera-export`: the nearest LoRA, what it loses, and that plain PEFT and transformers take it."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from evaluated_runs import evaluate, export, keep_adapter
+from made_files import write_json
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.tiny_models import tiny_model
 from cera_train.common.errors import DiffersError, UserError
+from cera_train.common.files import read_json
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.model.batches import flat_batch
 from cera_train.runs.records import load_config
@@ -56,11 +56,9 @@ def test_the_map_is_the_least_squares_solution():
         ("adapter=cera_mix", False),
     ],
 )
-def test_an_identity_gate_loses_nothing_and_a_learned_one_little(
-    compose, trained, settings, loses_nothing
-):
+def test_an_identity_gate_loses_nothing_and_a_learned_one_little(trained, settings, loses_nothing):
     folder = trained(settings, "adapter.r=4", name=settings.replace("=", "_"))
-    certificate = export(compose(f"run={folder}", "at_most=100", command="export"))
+    certificate = export(folder, "at_most=100")
     assert certificate.loss_form == pytest.approx(
         certificate.loss_run, abs=1e-5 if loses_nothing else 0.3
     )
@@ -89,7 +87,7 @@ def test_the_certificate_compares_token_by_token():
     assert (figures["kl_lower"], figures["kl_upper"]) == pytest.approx((min(means), max(means)))
 
 
-def test_what_loses_too_much_is_not_exported(compose, trained):
+def test_what_loses_too_much_is_not_exported(trained):
     folder = trained(name="steep")
     weights = folder / "adapter" / "adapter_model.safetensors"
     output = folder / "export_lora"
@@ -104,15 +102,15 @@ def test_what_loses_too_much_is_not_exported(compose, trained):
     with pytest.raises(
         DiffersError, match=r"KL divergence from the run may be .* above at_most=0 "
     ):
-        export(compose(f"run={folder}", "at_most=0", command="export"))
+        export(folder, "at_most=0")
     assert not output.exists()
-    assert export(compose(f"run={folder}", "at_most=100", command="export")).holds
+    assert export(folder, "at_most=100").holds
 
     # The next refusal leaves that export and its certificate as they are.
     before = {file.name: file.read_bytes() for file in output.iterdir()}
     assert "adapter_model.safetensors" in before
     with pytest.raises(DiffersError):
-        export(compose(f"run={folder}", "at_most=0", command="export"))
+        export(folder, "at_most=0")
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
     assert not list(folder.glob(".writing-*"))
 
@@ -127,7 +125,7 @@ def test_an_adapter_and_its_export_name_the_revision_of_their_base(compose, trai
         return load(path, revision=revision, **settings)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    export(compose(f"run={folder}", "at_most=100", command="export"))
+    export(folder, "at_most=100")
     elsewhere = shutil.copytree(folder / "adapter", folder.parent / "pinned_adapter")
     for place in (elsewhere, folder / "export_lora"):
         AutoPeftModelForCausalLM.from_pretrained(place)  # what a card tells to run
@@ -137,7 +135,7 @@ def test_an_adapter_and_its_export_name_the_revision_of_their_base(compose, trai
 
 def test_an_export_in_its_run_is_measured_as_the_run(compose, trained):
     folder = trained("model.dtype=float32", name="measured")
-    export(compose(f"run={folder}", "at_most=100", command="export"))
+    export(folder, "at_most=100")
     exported = folder / "export_lora"
     words = (f"run={exported}", "task=perplexity", "name=exported")
     evaluate(compose(*words, command="eval"))
@@ -149,10 +147,10 @@ def test_an_export_in_its_run_is_measured_as_the_run(compose, trained):
     evaluate(compose(f"run={folder / 'adapter'}", "task=perplexity", command="eval"))
 
 
-def test_merged_is_a_plain_model_that_computes_what_its_lora_does(compose, trained, tiny_folder):
+def test_merged_is_a_plain_model_that_computes_what_its_lora_does(trained, tiny_folder):
     folder = trained()
-    lora = export(compose(f"run={folder}", "at_most=100", command="export"))
-    merged = export(compose(f"run={folder}", "to=merged", "at_most=100", command="export"))
+    lora = export(folder, "at_most=100")
+    merged = export(folder, "to=merged", "at_most=100")
     assert merged.loss_form == pytest.approx(lora.loss_form, abs=1e-5)
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     by_lora = logits(PeftModel.from_pretrained(base, folder / "export_lora"))
@@ -161,44 +159,24 @@ def test_merged_is_a_plain_model_that_computes_what_its_lora_does(compose, train
     assert not list((folder / "export_merged").glob("adapter*"))
 
 
-def test_settings_that_transformers_saves_only_unchanged_are_kept(
-    compose, trained, tiny_folder, tmp_path
-):
+def test_settings_that_transformers_saves_only_unchanged_are_kept(trained, tiny_folder, tmp_path):
     base = shutil.copytree(tiny_folder, tmp_path / "base")
     file = base / "generation_config.json"
-    file.write_text(json.dumps({"temperature": 0.6, "eos_token_id": 2}))  # without do_sample
+    write_json(file, {"temperature": 0.6, "eos_token_id": 2})  # without do_sample
     folder = trained(f"model.path={base}", "adapter=lora", "train.max_updates=1", name="published")
-    export(compose(f"run={folder}", "to=merged", "rows=2", command="export"))
-    settings = json.loads((folder / "export_merged" / file.name).read_text())
+    export(folder, "to=merged", "rows=2")
+    settings = read_json(folder / "export_merged" / file.name)
     assert (settings["temperature"], settings["eos_token_id"]) == (0.6, [1, 2])
 
 
-@pytest.mark.parametrize(
-    ("kind", "targets", "quantization"),
-    [
-        ("mistral3", "all-linear", "none"),  # takes images too
-    ],
-)
-def test_a_folder_is_loaded_as_its_base_is_for_training(
-    compose, trained, tokenizer, tmp_path, kind, targets, quantization
-):
-    tiny_model(kind).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    words = (f"adapter.target_modules={targets}", f"model.quantization={quantization}")
-    base = f"model.path={tmp_path}"
-    folder = trained("adapter=lora", base, *words, "train.max_updates=1", name=kind)
-    for form in (f"check={folder / 'adapter'}", "to=merged"):
-        assert export(compose(f"run={folder}", form, "rows=2", command="export")).holds
-
-
-def test_what_cannot_be_exported_is_refused_in_one_line(compose, trained):
-    def refusal(*settings: str) -> str:
+def test_what_cannot_be_exported_is_refused_in_one_line(trained):
+    def refusal(run: Path) -> str:
         with pytest.raises(UserError) as caught:
-            export(compose(*settings, command="export"))
+            export(run)
         return str(caught.value)
 
     short = "train.max_updates=1"
     lora = trained("adapter=lora", "adapter.r=4", short, name="lora")
-    assert "holds no CeRA adapter" in refusal(f"run={lora}")
+    assert "holds no CeRA adapter" in refusal(lora)
     head = trained("adapter.target_modules=[q_proj,lm_head]", short, name="head")
-    assert "adapts lm_head, for which a LoRA has no place" in refusal(f"run={head}")
+    assert "adapts lm_head, for which a LoRA has no place" in refusal(head)

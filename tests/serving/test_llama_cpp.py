@@ -77,8 +77,8 @@ def run(compose, tokenizer_of_pieces, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def certificate(run, compose) -> Certificate:
-    return export(compose(f"run={run}", "to=gguf", "rows=4", command="export"))
+def certificate(run) -> Certificate:
+    return export(run, "to=gguf", "rows=4")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """`cera-export`: a folder is the run that it was made of, or it is refused."""
 
-import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -10,10 +9,12 @@ import pytest
 import torch
 from conftest import make_tiny_llama
 from evaluated_runs import export
+from made_files import write_json, write_lines
 from played_vllm import playing_vllm
 from safetensors.torch import load_file, save_file
 
 from cera_train.common.errors import DiffersError, UserError
+from cera_train.common.files import read_json
 from cera_train.distributed.accelerator import this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.model.weights import load_model
@@ -51,7 +52,7 @@ def train_on_chats(compose, base):
 
     def train_on_chats(*overrides: str, name: str = "run") -> Path:
         rows = output / "chats.jsonl"
-        rows.write_text("".join(json.dumps(row) + "\n" for row in chats()))
+        write_lines(rows, chats())
         config = compose(
             f"model.path={base}",
             "model.dtype=float32",
@@ -80,10 +81,10 @@ def run(train_on_chats) -> Path:
 
 
 @pytest.fixture(scope="module")
-def forms(run, base, compose) -> dict[str, Path]:
+def forms(run, base) -> dict[str, Path]:
     """The sound folders of a run."""
     merged = base.parent / "merged"
-    export(compose(f"run={run}", "to=merged", f"output={merged}", command="export"))
+    export(run, "to=merged", f"output={merged}")
     return {"adapter": run / "adapter", "merged": merged}
 
 
@@ -106,9 +107,9 @@ def edit(file: str, **changes: object) -> Callable:
     """A fault: other values in a JSON file. Those of None are removed."""
 
     def plant(folder: Path, _: Path) -> None:
-        tree = json.loads((folder / file).read_text()) | changes
+        tree = read_json(folder / file) | changes
         tree = {key: value for key, value in tree.items() if value is not None}
-        (folder / file).write_text(json.dumps(tree))
+        write_json(folder / file, tree)
 
     return plant
 
@@ -150,10 +151,10 @@ def in_bfloat16(weight: torch.Tensor, *_: object) -> torch.Tensor:
 def swap_words(folder: Path, _: Path) -> None:
     """Another vocabulary: two letters change their ids."""
     file = folder / "tokenizer.json"
-    tree = json.loads(file.read_text())
+    tree = read_json(file)
     words = tree["model"]["vocab"]
     words["a"], words["i"] = words["i"], words["a"]
-    file.write_text(json.dumps(tree))
+    write_json(file, tree)
 
 
 def another_template(folder: Path, _: Path) -> None:

@@ -4,7 +4,6 @@ others are nightly."""
 
 import copy
 import itertools
-import json
 import os
 import shutil
 import socket
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from made_files import change_json
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.serving
@@ -28,12 +28,10 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_runs import metrics_of, wait_until  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
-from wrong_policies import WRONG_ADAPTERS, changed_adapters  # noqa: E402
 
 import cera_train.evaluation.server as server_module  # noqa: E402
 from cera_train.cera import CeraConfig  # noqa: E402
 from cera_train.common.errors import UserError  # noqa: E402
-from cera_train.serving.verify import Certificate  # noqa: E402
 from cera_train.settings.model import ModelConfig  # noqa: E402
 from cera_train.training.train import train  # noqa: E402
 
@@ -275,8 +273,7 @@ def test_what_cannot_be_served_is_refused_and_the_server_lives(
         weights = broken / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
     else:
-        file = broken / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        change_json(broken / "adapter_config.json", changes)
     response = post(server, "load_lora_adapter", lora_name="broken", lora_path=str(broken))
     assert response.status_code >= 400
     assert message in response.text
@@ -387,18 +384,6 @@ def test_updates_by_rewards_are_sampled_by_vllm(server, grpo):
     assert len(models_of(server) - before) == 1  # each adapter took the place of the one before
 
 
-ANOTHER = "answers by another policy than the adapter in training"
-
-
-def test_updates_stop_where_vllm_has_a_wrong_adapter(server, grpo):
-    """The first is still the base's: a mistake in it changes nothing."""
-    config = grpo(server)
-    change = changed_adapters(WRONG_ADAPTERS["no adapter"])
-    with change, pytest.raises(UserError, match=ANOTHER):
-        train(config)
-    assert len(rewarded_updates(config)) == 1
-
-
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("options", "environment", "fix"),
@@ -443,19 +428,13 @@ def exported(compose, folder) -> Path:
         weights,
     )
     keep_adapter(run)
-    export(compose(f"run={run}", "at_most=100", command="export"))
+    export(run, "at_most=100")
     return run / "export_lora"
 
 
-def check(compose, folder: Path, run: Path, *settings: str) -> Certificate:
-    """As `cera-export run=RUN check=FOLDER`, on two held-out rows."""
-    words = (f"run={run}", f"check={folder}", "rows=2", *settings)
-    return export(compose(*words, command="export"))
-
-
-def test_what_vllm_computes_is_the_run(server, exported, compose):
+def test_what_vllm_computes_is_the_run(server, exported):
     run = exported.parent
-    served = check(compose, run / "adapter", run, f"server={server}")
+    served = export(run, f"check={run / 'adapter'}", "rows=2", f"server={server}")
     assert served.form.startswith("PEFT's CERA, on its base, in vllm ")
     assert served.kl_upper < 1e-6
 
