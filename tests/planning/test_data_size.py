@@ -59,12 +59,6 @@ def test_rows_and_tokens_of_the_hub_are_bounded_by_the_settings(size):
     assert (bounded.train_rows, bounded.tokens_per_row, bounded.supervised) == (10, 16, 1.0)
 
 
-def test_rows_of_a_model_without_a_tokenizer_need_a_setting(size, tmp_path, write_jsonl):
-    file = write_jsonl("rows.jsonl", [{"question": "1", "answer": "2"}] * 20)
-    words = ["data=jsonl", f"data.train_files=[{file}]", "data.eval_rows=5"]
-    assert size(*words, "model.path=org/model", "plan.tokens_per_row=9").train_rows == 15
-
-
 def test_a_mix_on_the_hub_needs_settings(size):
     mix = ["data=gsm8k_slimorca", "data.train_rows=20000", "plan.tokens_per_row=200"]
     with pytest.raises(UserError, match="its size is unknown. Set data.train_rows, data.eval_rows"):
