@@ -124,4 +124,4 @@ def test_a_run_needs_nothing_that_linux_alone_has(tiny_folder, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     [result] = tmp_path.glob("outputs/*/result.json")
-    assert json.loads(result.read_text())["peak_memory"] > 0
+    assert json.loads(result.read_text())["peak_memory_bytes"] > 0
