@@ -14,11 +14,6 @@ from cera_train.cera import CeraConfig
 from cera_train.model.batches import flat_batch
 
 
-def adapted():
-    config = CeraConfig(r=6, alpha=12, dropout=0.5, init_weights=False, task_type="CAUSAL_LM")
-    return peft.get_peft_model(make_tiny_llama(), config).train()
-
-
 def test_the_linear_share_of_a_fresh_adapter_falls_with_the_scale_of_A():
     shares = []
     for scale in (1, 30):
@@ -34,7 +29,8 @@ def test_the_linear_share_of_a_fresh_adapter_falls_with_the_scale_of_A():
 
 
 def test_the_linear_share_is_what_a_regression_on_z_explains():
-    model = adapted()
+    config = CeraConfig(r=6, alpha=12, dropout=0.5, init_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_tiny_llama(), config).train()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     inputs = []
     layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
@@ -48,6 +44,10 @@ def test_the_linear_share_is_what_a_regression_on_z_explains():
     share = spectra["model.layers.0.self_attn.q_proj"].linear_share
     assert 0 < share < 1
     assert share == pytest.approx(expected.item(), rel=1e-4)
+    metrics = spectrum_metrics(spectra)
+    ranks = [spectrum.effective_rank for spectrum in spectra.values()]
+    assert metrics["spectrum/effective_rank/mean"] == pytest.approx(sum(ranks) / 4)
+    assert metrics["spectrum/effective_rank/max"] == max(ranks) <= 6
 
 
 def test_effective_rank_and_manifold_dimension_by_hand():
@@ -61,13 +61,3 @@ def test_effective_rank_and_manifold_dimension_by_hand():
         math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
     )
     assert mixed.manifold_dimension == 1  # 9 / 10 is 90 %
-
-
-def test_metrics_have_mean_and_max():
-    model = adapted()
-    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
-    metrics = spectrum_metrics(spectra)
-    ranks = [spectrum.effective_rank for spectrum in spectra.values()]
-    assert metrics["spectrum/effective_rank/mean"] == pytest.approx(sum(ranks) / 4)
-    assert metrics["spectrum/effective_rank/max"] == max(ranks) <= 6
-    assert 0 < metrics["spectrum/linear_share/mean"] <= metrics["spectrum/linear_share/max"] <= 1

@@ -105,24 +105,21 @@ def test_a_config_of_other_settings_is_refused_by_its_version(release, run_comma
     assert "cannot read outputs/cera/config.yaml: " in error
 
 
-@pytest.mark.parametrize(
-    ("before", "now"),
-    [
-        ("layout: text", "layout: reasoning_gym"),
-        ("start_rows: 256", "start_rows: 8"),
-        ("kind: cera\n", "kind: anneal\n"),
-    ],
-)
 def test_a_run_that_used_what_is_gone_is_refused_and_its_adapter_still_starts_another(
-    release, run_command, capfd, before, now
+    release, run_command, capfd
 ):
     run = Path("outputs/cera")
     config = run / "config.yaml"
     recorded = config.read_text()
-    assert before in recorded
-    config.write_text(recorded.replace(before, now))
     command = command_of(run)
-    assert run_command(*command) == 2
-    error = capfd.readouterr().err
-    assert re.search(rf"{config}: \S+: cera-train {release} was the last that had it: ", error)
+    for before, now in (
+        ("layout: text", "layout: reasoning_gym"),
+        ("start_rows: 256", "start_rows: 8"),
+        ("kind: cera\n", "kind: anneal\n"),
+    ):
+        assert before in recorded
+        config.write_text(recorded.replace(before, now))
+        assert run_command(*command) == 2
+        error = capfd.readouterr().err
+        assert re.search(rf"{config}: \S+: cera-train {release} was the last that had it: ", error)
     assert run_command(*command, f"adapter.start_from={run}", "name=again") == 0

@@ -122,12 +122,15 @@ def test_calls_of_tools_are_read_in_sharegpts_form_and_in_openais(tokenizer):
     }
     tool = {"role": "tool", "content": "sunny"}
     arguments = json.dumps(CALL["function"]["arguments"])
-    as_text = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
-    for calling in (CALL, as_text):
-        messages = [user("Rome?"), assistant(None, tool_calls=[calling]), tool]
-        openai = {"messages": [*messages, assistant("It is sunny.")], "tools": [TOOL]}
-        wanted = ids_of_row(openai, chat, layout="messages")
-        assert ids_of_row(sharegpt, chat, layout="conversations", turns="all") == wanted
+    # None, as a table fills in what a row lacks.
+    last = assistant("It is sunny.", tool_calls=None)
+    supervised = '[weather {"city": "Rome"}]<|im_end|>|It is sunny.<|im_end|>'
+    for passed in ({"city": "Rome"}, {"city": "Rome", "country": None}, arguments):
+        calling = {"type": "function", "function": {"name": "weather", "arguments": passed}}
+        messages = [user("Rome?"), assistant(None, tool_calls=[calling]), tool, last]
+        openai = example_of({"messages": messages, "tools": [TOOL]}, chat, layout="messages")
+        assert example_of(sharegpt, chat, layout="conversations", turns="all") == openai
+        assert supervised_text(openai, chat) == supervised
     with pytest.raises(UserError, match=r"data\.chat=template"):
         example_of(sharegpt, chat, layout="conversations", turns="all", chat="plain")
 

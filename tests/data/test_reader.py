@@ -275,30 +275,3 @@ def test_an_empty_turn_of_the_assistant_is_context(tokenizer):
     assert "None" not in tokenizer.decode(example.input_ids)
     for messages in (None, [USER, empty]):
         assert example_of({"messages": messages}, tokenizer, layout="messages") == EMPTY
-
-
-TOOL_TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
-    "{% for call in message.tool_calls or [] %}[{{ call.function.name }} {{ "
-    "call.function.arguments | tojson }}]"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% "
-    "endif %}"
-)
-
-
-@pytest.mark.parametrize("arguments", ['{"city": "Paris"}', {"city": "Paris", "country": None}])
-def test_tool_calls_are_supervised_as_the_template_writes_them(tokenizer, arguments):
-    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
-    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
-    # None, as a table fills in a column that a row lacks.
-    last = {"role": "assistant", "content": "It rains.", "tool_calls": None}
-    row = {"messages": [USER, calling, {"role": "tool", "content": "rain"}, last]}
-    example = example_of(
-        row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages"
-    )
-    assert (
-        supervised_text(example, tokenizer)
-        == '[weather {"city": "Paris"}]<|im_end|>|It rains.<|im_end|>'
-    )
-    assert "None" not in tokenizer.decode(example.input_ids)

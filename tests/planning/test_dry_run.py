@@ -14,8 +14,9 @@ from cera_train.planning.dry_run import (
 )
 from cera_train.settings.model import Quantization
 
+LAYERS = 2
 SHAPE = {
-    **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6},
+    **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS},
     **{
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -60,13 +61,13 @@ def test_operations_by_hand(dry_run):
     adapter = 4 * (32 + 32) + 4 * (32 + 16)
     attention = 4 * 32 * LENGTH * LENGTH // 2 * ROWS
     head = 2 * 128 * 32 * SUPERVISED
-    layers = 6 * (2 * (qkv + rest + adapter) * TOKENS + attention)
+    layers = LAYERS * (2 * (qkv + rest + adapter) * TOKENS + attention)
     rotary = run.evaluation(BATCH).flops - layers - head
     # Some releases of transformers compute it as a product.
     assert rotary in (0, 2 * 8 * LENGTH * 2, 2 * 8 * TOKENS)
     forward = layers + 2 * head + rotary
     first_inputs = 2 * (qkv + adapter // 2 - 4 * 8) * TOKENS  # dL/dx of the first layer
-    whole = 6 * (2 * (qkv + rest) * TOKENS + 4 * adapter * TOKENS + attention * 5 // 2)
+    whole = LAYERS * (2 * (qkv + rest) * TOKENS + 4 * adapter * TOKENS + attention * 5 // 2)
     backward = run.update(BATCH).flops - forward
     assert backward == pytest.approx(whole - first_inputs, rel=0.03)
 
@@ -79,8 +80,8 @@ def test_quantised_weights_take_what_is_stored(dry_run):
         held[kind] = run.memory["weights"]
         peaks[kind] = run.update(BATCH).peak - sum(run.memory.values())
     assert held["nf4"] < held["none"]
-    linears = 6 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 48)
-    rest = 2 * (2 * 128 * 64 + 13 * 64)  # embeddings, head, norms
+    linears = LAYERS * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 48)
+    rest = 2 * (2 * 128 * 64 + (2 * LAYERS + 1) * 64)  # embeddings, head, norms
     base = build_base(run.config.model)
     stored = {kind: sum(stored_sizes(base, kind).values()) for kind in Quantization}
     assert stored["none"] == 2 * linears + rest
@@ -111,7 +112,7 @@ def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
     """Each token passes k experts, whose branches cost what other branches do."""
     counts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
     widths = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "head_dim": 8}
-    settings = counts | widths | {"num_hidden_layers": 2}
+    settings = counts | widths
     costs = []
     for experts in (["adapter.experts=false"], ["adapter.experts=true"]):
         words = [f"model.dtype={dtype}", "adapter.dropout=0", *experts]
