@@ -221,7 +221,7 @@ def test_a_mistake_does_not_harm_an_unfinished_run_and_partial_writes_are_remove
 def on(monkeypatch, dtype: str) -> None:
     """Makes the hardware report choose a precision."""
 
-    def choose(wanted: Dtype) -> Choice[Dtype]:
+    def choose(wanted: Dtype, _: torch.device) -> Choice[Dtype]:
         return Choice(Dtype(dtype) if wanted == Dtype.auto else wanted, f"a {dtype} machine")
 
     monkeypatch.setattr("cera_train.training.resolve.choose_precision", choose)
@@ -233,6 +233,7 @@ def on(monkeypatch, dtype: str) -> None:
 def test_layers_are_compiled_by_default_with_a_gpu_and_a_compiler(
     tiny_config, tmp_path, monkeypatch, device, has_compiler
 ):
+    on(monkeypatch, "float32")
     monkeypatch.setattr("cera_train.training.resolve.this_device", lambda: torch.device(device))
     monkeypatch.setattr("cera_train.training.resolve.can_compile", lambda device: has_compiler)
     compiles = device == "cuda" and has_compiler
