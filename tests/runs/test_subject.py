@@ -85,9 +85,7 @@ def test_an_adapter_of_another_base_is_refused(first, tiny_config, tmp_path, tok
     base.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     config = tiny_config(f"model.path={tmp_path / 'other'}", f"adapter.start_from={first}")
-    line = (
-        r"\Aadapter.start_from=\S+ was trained on another base than .*: other weights. Set model"
-    )
+    line = r"\Aadapter.start_from=\S+ was trained on another base than .*: other weights. Set model"
     with pytest.raises(UserError, match=line):
         train(config)
 
