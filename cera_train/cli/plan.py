@@ -21,7 +21,7 @@ from cera_train.cli.start import errors_in_one_line
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted, print_line
 from cera_train.planning.plan import RunPlan
-from cera_train.planning.planner import check_unread, make_plan
+from cera_train.planning.planner import make_plan
 from cera_train.planning.table import name_jobs, print_plan, print_plans
 from cera_train.settings.run import PlanRun
 from cera_train.settings.sweep import LOSS
@@ -52,12 +52,9 @@ def main() -> None:
         """Prints the plan of a run; keeps that of a sweep's job, since Hydra runs them one after
         the other."""
         config = to_config(composed, PlanRun)
-        is_single = HydraConfig.get().mode == RunMode.RUN
-        if is_single:
-            check_unread(config)
         announce_imports()
         planned = make_plan(config)
-        if is_single:
+        if HydraConfig.get().mode == RunMode.RUN:
             print_plan(planned)
         else:
             jobs.append((list(HydraConfig.get().overrides.task), planned))

@@ -6,7 +6,6 @@ from dataclasses import replace
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import require
 from cera_train.planning.plan import RunPlan
-from cera_train.runs.subject import find_start
 from cera_train.settings.run import PlanRun
 from cera_train.settings.training import ObjectiveKind
 from cera_train.training.rewards import import_reward
@@ -16,16 +15,6 @@ PLANS: dict[str, RunPlan] = {}
 plan."""
 
 
-def check_unread(config: PlanRun) -> None:
-    """Refuses what the run would of what only it reads: rewards, and the adapter that it starts
-    from, which an earlier job of a sweep or a study may be about to leave."""
-    if config.train.objective == ObjectiveKind.grpo:
-        for path in config.grpo.rewards:
-            import_reward(path)
-    if config.adapter.start_from is not None:
-        find_start(config.adapter)
-
-
 def make_plan(config: PlanRun) -> RunPlan:
     """Plans a run. Raises UserError where it cannot be planned, or the run would refuse it."""
     require(
@@ -33,6 +22,9 @@ def make_plan(config: PlanRun) -> RunPlan:
         f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes "
         "all its threads. Leave plan.gpus at 1.",
     )
+    if config.train.objective == ObjectiveKind.grpo:
+        for path in config.grpo.rewards:  # which nothing else of a plan reads
+            import_reward(path)
     train = replace(config.train, seed=0)
     sections = [config.model, config.adapter, config.data, train, config.work, config.grpo]
     key = repr([*sections, config.optimizer.kind, config.distributed, config.plan])

@@ -7,6 +7,9 @@ from cera_train.planning.plan import GB, USABLE, RunPlan
 from cera_train.settings.model import Quantization
 
 NOT_COUNTED = "generation time not counted"
+TIME = (
+    "of updates and evaluations: what each run needs to start (imports, model, data) is not counted"
+)
 
 SMALLER = (
     "model.gradient_checkpointing=true, model.quantization=nf4 or a lower train.micro_batch_tokens"
@@ -58,6 +61,7 @@ def print_plans(noun: str, groups: Mapping[str, Sequence[RunPlan]]) -> None:
         rows.append([name, " or ".join(counts), *_sums(plans), note])
     rows.append([counted(len(groups), noun), "", *_sums(every), ""])
     header = [noun, "trainable", "runs", "peak", "updates", "time", "GPU-hours", "cost", ""]
+    print_line("time", TIME)
     print_table(header, rows, right=range(1, 8))
 
 
