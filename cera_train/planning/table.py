@@ -4,15 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from cera_train.common.terminal import counted, duration, gigabytes, print_line, print_table
 from cera_train.planning.plan import GB, USABLE, RunPlan
-from cera_train.settings.model import Quantization
+from cera_train.settings.model import ModelConfig, Quantization
 
 NOT_COUNTED = "generation time not counted"
 TIME = (
     "of updates and evaluations: what each run needs to start (imports, model, data) is not counted"
-)
-
-SMALLER = (
-    "model.gradient_checkpointing=true, model.quantization=nf4 or a lower train.micro_batch_tokens"
 )
 
 
@@ -41,7 +37,18 @@ def print_plan(plan: RunPlan) -> None:
     if plan.fits:
         print_line("fits", f"{needs} of the {memory}")
     else:
-        print_line("too large", f"{needs}, more than {USABLE:.0%} of the {memory}: try {SMALLER}")
+        tries = ", ".join(what_lowers_memory(plan.config.model))
+        print_line("too large", f"{needs}, more than {USABLE:.0%} of the {memory}: try {tries}")
+
+
+def what_lowers_memory(model: ModelConfig) -> list[str]:
+    """Settings that a run has not chosen yet."""
+    tries = ["a lower train.micro_batch_tokens"]
+    if model.quantization == Quantization.none:
+        tries.insert(0, "model.quantization=nf4")
+    if not model.gradient_checkpointing:
+        tries.insert(0, "model.gradient_checkpointing=true")
+    return tries
 
 
 def print_plans(noun: str, groups: Mapping[str, Sequence[RunPlan]]) -> None:

@@ -11,7 +11,8 @@ from conftest import needs_smollm2
 from cera_train.evaluation.held_out import PROBE_TOKENS
 from cera_train.planning.data_size import data_size, read_rows
 from cera_train.planning.estimate import run_totals
-from cera_train.planning.table import name_jobs, print_plans
+from cera_train.planning.table import name_jobs, print_plans, what_lowers_memory
+from cera_train.settings.model import ModelConfig, Quantization
 
 MATH = "+recipe=math_r64"
 QUICK = "+recipe=logistic_map"
@@ -22,6 +23,14 @@ def tiny_plan(plan, tiny_folder):
     """tiny_plan("adapter.r=8", ...) -> RunPlan of the logistic map with a two-layer Llama."""
     tiny = [QUICK, f"model.path={tiny_folder}", "data.max_length=256", "adapter.r=4"]
     return lambda *overrides: plan(*tiny, *overrides)
+
+
+def test_what_lowers_memory_is_not_chosen_yet():
+    last = "a lower train.micro_batch_tokens"
+    nf4 = ModelConfig(path="x", quantization=Quantization.nf4)
+    assert what_lowers_memory(nf4) == ["model.gradient_checkpointing=true", last]
+    checkpointed = ModelConfig(path="x", gradient_checkpointing=True)
+    assert what_lowers_memory(checkpointed) == ["model.quantization=nf4", last]
 
 
 def test_the_activations_of_llama_by_hand(plan):
