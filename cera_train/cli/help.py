@@ -7,6 +7,7 @@ import os
 import pkgutil
 import sys
 import textwrap
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -17,6 +18,7 @@ from cera_train.common.files import config_dir, options
 from cera_train.common.settings import (
     choices_of,
     fields_of,
+    quoted,
     require,
     sentences_of,
     word_of,
@@ -63,6 +65,8 @@ def print_help(program: str) -> None:
     arguments = [word for word in words if not word.startswith("-")]
     sections = [word for word in arguments if "=" not in word]
     overrides = [word for word in arguments if "=" in word]
+    for folder in [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]:
+        overrides.append(f"hydra.searchpath=[{quoted(f'file://{Path(folder).absolute()}')}]")
     register_configs(*options("recipe"))
     with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
         config = hydra.compose(config_name(program), overrides, return_hydra_config=True)

@@ -19,6 +19,7 @@ def test_a_saved_recipe_is_what_was_typed(tmp_path: Path) -> None:
     assert saved == "saved      cera-train --config-dir mine +recipe=orders\n"
     again = run("--cfg", "job", "--config-dir", "mine", "+recipe=orders")
     assert yaml.safe_load(again) == yaml.safe_load(run("--cfg", "job", *TYPED, "name=orders"))
+    assert "\n  r: 8\n" in run("--config-dir", "mine", "+recipe=orders", "--help")
     text = (tmp_path / "mine/recipe/orders.yaml").read_text()
     assert text.startswith("# @package _global_\n")
     assert "\n  r: 8  # Rank\n" in text
