@@ -46,7 +46,7 @@ def main() -> None:
     flags, sys.argv[1:] = parser.parse_known_args()
     command = look if flags.look else train_job
     if flags.save:
-        command = functools.partial(save, flags.save)
+        command = functools.partial(keep_recipe, flags.save)
     is_sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
     is_fit = command is train_job or not is_sweep
     require(is_fit, "--look and --save are for one run: leave out -m.")
@@ -67,7 +67,7 @@ def study_sweeper(**settings: Any) -> StudySweeper:
     return StudySweeper(check=without_hydra, **settings)
 
 
-def save(path: Path, composed: DictConfig) -> None:
+def keep_recipe(path: Path, composed: DictConfig) -> None:
     """Writes what was typed as a recipe, if it makes sense."""
     prepare(composed)
     save_recipe(path, list(HydraConfig.get().overrides.task))
@@ -151,6 +151,12 @@ class TrainingSweep(Callback):
                 "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
                 "hydra/launcher=slurm_gpu."
             )
+        push = config.hub.push
+        require(
+            push is None,
+            f"hub.push={push}: every job of a sweep would replace the one before. Leave it out, "
+            f"and upload the best one: hf upload {push} JOB/adapter.",
+        )
         if config.study is not None and not is_study(config):
             raise UserError("+study=NAME has a sweeper: leave hydra/sweeper=... out.")
         if is_study(config):
