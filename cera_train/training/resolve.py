@@ -16,7 +16,7 @@ from cera_train.model.compiled import can_compile
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.precision import choose_precision
 from cera_train.runs.folder import has_saved
-from cera_train.runs.records import as_recorded, differences, load_config
+from cera_train.runs.records import OPEN, as_recorded, differences, load_config
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import digest_of, find_adapter, find_start
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
@@ -64,8 +64,10 @@ def decide(config: Config, recorded: Config | None = None, reason: str = "") -> 
     for key, choose in CHOICES.items():
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        is_recorded = value != getattr(getattr(given, section), name)
-        choice = Choice(value, reason) if is_recorded else choose(config)
+        before = getattr(getattr(given, section), name)
+        may_be_recorded = recorded is not None and (before in OPEN or isinstance(before, dict))
+        is_recorded = may_be_recorded and value == getattr(getattr(recorded, section), name)
+        choice = Choice(value, reason) if is_recorded and value not in OPEN else choose(config)
         decided = replace(getattr(config, section), **{name: choice.value})
         config = replace(config, **{section: decided})
         why[key] = choice.why
