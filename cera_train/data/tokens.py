@@ -3,7 +3,10 @@ imports torch."""
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
+
+from cera_train.common.files import read_json, write_text
 
 
 def ids_of(texts: str | list[str], tokenizer: Any) -> list:
@@ -44,6 +47,21 @@ def stop_ids(tokenizer: Any, model_ends: int | list[int] | None) -> set[int]:
         tokenizer.eos_token_id,
         *(model_ends if isinstance(model_ends, list) else [model_ends]),
     } - {None}
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer beside a model or an adapter. A plain model then also stops at the
+    tokenizer's end token, as its run does: `generate` knows only the generation settings."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "generation_config.json"
+    if not file.exists():  # beside an adapter
+        return
+    # Not by GenerationConfig, which refuses to save published settings that have a temperature and
+    # no do_sample.
+    settings = read_json(file)
+    ends = sorted(stop_ids(tokenizer, settings.get("eos_token_id")))
+    settings["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    write_text(file, json.dumps(settings, indent=2) + "\n")
 
 
 def words_of(tokenizer: Any) -> tuple[Any, dict[str, Any]]:

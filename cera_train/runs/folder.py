@@ -9,6 +9,7 @@ damage, the run resumes from the one before. One process writes, locked.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -34,6 +35,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
+from cera_train.data.tokens import save_tokenizer
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.identity import BaseIdentity
 from cera_train.runs.records import Record, another_config, differences
@@ -271,7 +273,7 @@ class RunFolder:
     def save_final(self, model: nn.Module, tokenizer: Any) -> None:
         """adapter/: the adapter after the last update, with the tokenizer that it was trained
         with."""
-        self._save("adapter", model, tokenizer.save_pretrained)
+        self._save("adapter", model, functools.partial(save_tokenizer, tokenizer))
 
     def _save(self, name: str, model: nn.Module, write_more: Callable[[Path], Any]) -> None:
         # All processes of a sharded model gather them.

@@ -7,7 +7,6 @@ LoRA, B' = s B M. `verify` measures what an export loses.
 
 import contextlib
 import importlib.util
-import json
 import subprocess
 import sys
 from functools import partial
@@ -25,11 +24,11 @@ from cera_train.adapters.saved import attach, is_adapter
 from cera_train.cera import CeraLayer
 from cera_train.cera.layer import CeraLinear
 from cera_train.common.errors import UserError, errors_at
-from cera_train.common.files import read_json, write_folder, write_text
+from cera_train.common.files import read_json, write_folder
 from cera_train.common.settings import require
 from cera_train.common.terminal import announce, print_fields, print_line
 from cera_train.data.prepare import TokenizedRows, prepare_data
-from cera_train.data.tokens import stop_ids
+from cera_train.data.tokens import save_tokenizer
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.generate import LoadedModel
@@ -103,12 +102,8 @@ def write_form(
         if config.to == ExportForm.gguf:
             plain = Path(scratch, "plain")
         if config.to != ExportForm.lora:
-            merged = merge(subject, adapter, config.weights)
-            ends = sorted(stop_ids(run.tokenizer, merged.generation_config.eos_token_id))
-            merged.save_pretrained(plain)
-            # the tokenizer's end too, at which `generate` would not stop by itself
-            write_ends(plain / "generation_config.json", ends)
-        run.tokenizer.save_pretrained(plain)
+            merge(subject, adapter, config.weights).save_pretrained(plain)
+        save_tokenizer(run.tokenizer, plain)
         if config.to != ExportForm.gguf:
             return part
         file = part / f"model{GGUF}"
@@ -162,14 +157,6 @@ def merge(subject: Subject, adapter: Path, weights: Weights) -> PreTrainedModel:
         except (NotImplementedError, ValueError, AttributeError) as error:
             raise UserError(f"to=merged: {adapter} cannot be merged: {error}") from error
     return model.to(dtype)
-
-
-def write_ends(file: Path, ends: list[int]) -> None:
-    """Sets the tokens at which a saved model stops. In its file, since transformers saves published
-    settings with a temperature but without do_sample as they are, and refuses to save changed
-    ones."""
-    settings = read_json(file) | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
-    write_text(file, json.dumps(settings, indent=2) + "\n")
 
 
 # --- the nearest LoRA -----------------------------------------------------------------------------

@@ -159,14 +159,20 @@ def test_merged_is_a_plain_model_that_computes_what_its_lora_does(trained, tiny_
     assert not list((folder / "export_merged").glob("adapter*"))
 
 
-def test_settings_that_transformers_saves_only_unchanged_are_kept(trained, tiny_folder, tmp_path):
+def test_a_plain_model_has_the_settings_of_its_base_and_stops_where_its_run_does(
+    trained, tiny_folder, tmp_path
+):
     base = shutil.copytree(tiny_folder, tmp_path / "base")
-    file = base / "generation_config.json"
-    write_json(file, {"temperature": 0.6, "eos_token_id": 2})  # without do_sample
-    folder = trained(f"model.path={base}", "adapter=lora", "train.max_updates=1", name="published")
-    export(folder, "to=merged", "rows=2")
-    settings = read_json(folder / "export_merged" / file.name)
-    assert (settings["temperature"], settings["eos_token_id"]) == (0.6, [1, 2])
+    published = {"temperature": 0.6, "eos_token_id": 2}  # without do_sample: never saved if changed
+    write_json(base / "generation_config.json", published)
+    short = (f"model.path={base}", "train.max_updates=1")
+    lora = trained(*short, "adapter=lora", name="published")
+    export(lora, "to=merged", "rows=2")
+    without = ("adapter.r=null", "adapter.target_modules=null")
+    full = trained(*short, "adapter=full", *without, name="full")
+    for plain in (lora / "export_merged", full / "adapter"):
+        settings = read_json(plain / "generation_config.json")
+        assert (settings["temperature"], settings["eos_token_id"]) == (0.6, [1, 2])
 
 
 def test_what_cannot_be_exported_is_refused_in_one_line(trained):
