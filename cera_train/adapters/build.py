@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from cera_train.adapters.builders import builder
+from cera_train.adapters.builders import ADAPTER, builder
 from cera_train.adapters.families import check_settings, family, place_of
 from cera_train.adapters.probe import errors_beside, is_quantised
 from cera_train.adapters.targets import check_targets
@@ -48,9 +48,10 @@ def check_quantised(config: AdapterConfig) -> None:
     )
 
 
-def rank(config: AdapterConfig) -> int | None:
-    """`adapter.r`, or the default of PEFT's method; None for a method without one."""
-    return config.r or getattr(builder(config.kind).peft_config(config), "r", None) or None
+def rank(model: nn.Module) -> int | None:
+    """The rank of a model's adapter; None for a method without one."""
+    configs = getattr(model, "peft_config", {})
+    return getattr(configs.get(ADAPTER), "r", None) or None
 
 
 def build(

@@ -92,9 +92,14 @@ class Builder:
         fields = fields | {"task_type": peft.TaskType.CAUSAL_LM}
         if config.target_modules is not None:
             fields["target_modules"] = config.target_modules
-        # PEFT does not take both: see `build`.
-        if config.layers is not None and config.target_modules != "all-linear":
-            fields["layers_to_transform"] = config.layers
+        if config.layers is not None:
+            require(
+                hasattr(config_class, "layers_to_transform"),
+                f"adapter.layers={config.layers}: adapter.method={config.method} has no layers. "
+                "Set adapter.layers=null.",
+            )
+            if config.target_modules != "all-linear":  # see `name_linears`: PEFT refuses both
+                fields["layers_to_transform"] = config.layers
         start = config.settings.get("init_lora_weights")
         require(
             not (isinstance(start, str) and start.startswith(NOT_FROM_BASE)),
@@ -122,22 +127,9 @@ class Builder:
         Args:
             left_out: names of projections that all-linear does not take.
         """
-        if config.target_modules == "all-linear":
-            peft_config = as_peft_takes(self.peft_config(config), base)
-            taken = peft_config.target_modules
-            # VeRA has no exclude_modules
-            excluded = [] if hasattr(peft_config, "exclude_modules") else left_out
-            names = linear_names(
-                (name, module)
-                for name, module in base.named_modules()
-                if re.search(r"\.\d+\.", name) and name not in excluded
-            )
-            is_mixture = taken != "all-linear"
-            if is_mixture:
-                names = [name for name in names if name in taken]
-            if is_mixture or excluded or config.layers is not None:
-                config = dataclasses.replace(config, target_modules=names)
         peft_config = self.peft_config(config)
+        if config.target_modules == "all-linear":
+            name_linears(peft_config, base, left_out, config.layers)
         exclude_projections(peft_config, left_out, base)
         with peft_errors(config):
             experts = ", ".join(taken_for_experts(peft_config, base))
@@ -266,6 +258,26 @@ def dora_B(layer: nn.Module) -> torch.Tensor:
         magnitude.weight / magnitude.get_weight_norm(weight, update, layer.scaling[ADAPTER])
     ).double()
     return scale[:, None] * plain_B(layer)
+
+
+def name_linears(
+    config: peft.PeftConfig, base: PreTrainedModel, left_out: list[str], layers: list[int] | None
+) -> None:
+    """Names the projections that all-linear stands for, where PEFT would take others: of a mixture
+    of experts, of some layers, and where a method cannot leave some out (VeRA)."""
+    taken = as_peft_takes(config, base).target_modules
+    is_mixture = taken != "all-linear"
+    excluded = [] if hasattr(config, "exclude_modules") else left_out
+    if not (is_mixture or excluded or layers is not None):
+        return
+    names = linear_names(
+        (name, module)
+        for name, module in base.named_modules()
+        if re.search(r"\.\d+\.", name) and name not in excluded
+    )
+    config.target_modules = {name for name in names if not is_mixture or name in taken}
+    if layers is not None:
+        config.layers_to_transform = layers
 
 
 def as_peft_takes(config: peft.PeftConfig, base: PreTrainedModel) -> peft.PeftConfig:

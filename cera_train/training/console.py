@@ -90,7 +90,9 @@ def print_adapter(config: AdapterConfig, model: Model, is_new: bool) -> None:
     """The adapter, the projections and experts that it adapts, and those that all-linear leaves
     out."""
     adapted = model.adapted
-    print_line("adapter", f"{describe_adapter(config)}: {model.trainable_count:,} trainable")
+    print_line(
+        "adapter", f"{describe_adapter(config, rank(adapted))}: {model.trainable_count:,} trainable"
+    )
     if config.start_from is not None and is_new:
         weights = f"from {config.start_from}, digest {config.start_digest}"
         print_line("start", f"{weights}; the optimizer starts anew")
@@ -115,9 +117,9 @@ def print_device(model: Model) -> None:
     print_line("device", ", ".join(parts))
 
 
-def describe_adapter(adapter: AdapterConfig) -> str:
+def describe_adapter(adapter: AdapterConfig, r: int | None) -> str:
     parts = [adapter.method or str(adapter.kind)]
-    if (r := rank(adapter)) is not None:
+    if r is not None:
         parts[0] += f" r={r}"
     kind = family(adapter.kind)
     if "activation" in kind.uses:

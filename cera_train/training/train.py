@@ -417,7 +417,7 @@ def finish(
     result = RunResult(
         **progress.model_dump(include={*RunResult.model_fields}),
         adapter_kind=config.adapter.kind.value,
-        adapter_r=rank(config.adapter),
+        adapter_r=rank(model.adapted),
         trainable_parameters=model.trainable_count,
         trainable_share=model.trainable_count / model.total_count,
         updates=progress.update,
