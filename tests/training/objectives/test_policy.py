@@ -3,15 +3,19 @@ server makes the mistakes; tests/serving has those of a real vLLM."""
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from built_runs import BuiltRun, build_run
+from made_files import change_json
 from played_vllm import playing_vllm
-from wrong_policies import WRONG_ADAPTERS, Stale, changed_adapters
+from safetensors.torch import load_file, save_file
 
 from cera_train.common.errors import UserError
+from cera_train.evaluation.server import Server
 from cera_train.settings.run import Config
 from cera_train.training.objectives.policy import (
     DISTANCE,
@@ -19,6 +23,9 @@ from cera_train.training.objectives.policy import (
     MOST_ROUNDING,
     log_p_distance,
 )
+
+Change = Callable[[Path], None]
+"""Of the folder of an adapter."""
 
 WORDS = ("one", "two", "six", "ten")
 ROWS = [{"prompt": f"Say {word}:", "completion": f" {word}"} for word in WORDS]
@@ -97,20 +104,73 @@ def draw(run: BuiltRun) -> dict[str, float]:
 ANOTHER = "answers by another policy than the adapter in training: its log p are"
 
 
+def without(part: str) -> Change:
+    """Projections of these names have no effect."""
+
+    def change(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        weights = load_file(file)
+        for name, tensor in weights.items():
+            if "_B." in name and part in name:
+                tensor.zero_()
+        save_file(weights, file)
+
+    return change
+
+
+def with_settings(**settings: object) -> Change:
+    return lambda folder: change_json(folder / "adapter_config.json", settings)
+
+
+WRONG_ADAPTERS = {
+    "half the scale": with_settings(alpha=4.0),
+    "no gate": with_settings(activation="identity"),
+    "half the modules": without(".mlp."),
+    "half the layers": without(".layers.1."),
+}
+
+
+@pytest.fixture
+def change_adapters(monkeypatch) -> Callable[[Change], None]:
+    """change_adapters(change): servers load changed copies of the adapters that they are to
+    load."""
+    load_adapter = Server.load_adapter
+
+    def change_adapters(change: Change) -> None:
+        def load_changed(server: Server, adapter: Path) -> None:
+            copy = adapter.with_name("changed")
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(adapter, copy)
+            change(copy)
+            load_adapter(server, copy)
+
+        monkeypatch.setattr(Server, "load_adapter", load_changed)
+
+    return change_adapters
+
+
 @pytest.mark.parametrize("change", WRONG_ADAPTERS.values(), ids=WRONG_ADAPTERS)
-def test_answers_by_a_wrong_adapter_are_refused(run, change):
+def test_answers_by_a_wrong_adapter_are_refused(run, change_adapters, change):
     figures = draw(run)
     assert figures[DISTANCE] < figures[LIMIT] / 10
-    with changed_adapters(change), pytest.raises(UserError, match=ANOTHER):
+    change_adapters(change)
+    with pytest.raises(UserError, match=ANOTHER):
         draw(run)
 
 
-def test_answers_by_the_adapter_of_the_update_before_are_refused(run):
-    with changed_adapters(Stale()):
+def test_answers_by_the_adapter_of_the_update_before_are_refused(run, change_adapters):
+    loads = []
+
+    def load_the_one_before(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        loads.append(file.read_bytes())
+        file.write_bytes(loads[-2:][0])
+
+    change_adapters(load_the_one_before)
+    draw(run)
+    move(run, 0.01)
+    with pytest.raises(UserError, match=ANOTHER):
         draw(run)
-        move(run, 0.01)
-        with pytest.raises(UserError, match=ANOTHER):
-            draw(run)
 
 
 def test_answers_at_another_temperature_are_refused(run, vllm, monkeypatch):
