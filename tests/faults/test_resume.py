@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny_runs import (
     adapter_bytes,
+    assert_resumes_to_the_byte,
     folder_of,
     metrics_of,
     once_logged,
@@ -32,34 +33,19 @@ from cera_train.training.train import train
 
 def test_resume_with_8_bit_moments_is_bit_exact(tiny_config):
     # bitsandbytes keeps 32-bit moments for tensors below 4096 numbers: B of the head is above.
-    settings = [
-        "optimizer=adamw_8bit",
-        "optimizer.lr=1e-3",
-        "adapter.r=32",
-        "adapter.target_modules=[lm_head]",
-    ]
-    whole = tiny_config("name=whole", *settings)
-    cut = tiny_config("name=cut", *settings)
-    train(whole)
-    train_and_die_after(cut, 7)
-    state = torch.load(folder_of(cut) / "checkpoints" / "4" / "optimizer.pt", weights_only=True)
+    settings = ["optimizer=adamw_8bit", "optimizer.lr=1e-3", "adapter.r=32"]
+    cut = assert_resumes_to_the_byte(tiny_config, *settings, "adapter.target_modules=[lm_head]")
+    state = torch.load(folder_of(cut) / "checkpoints" / "8" / "optimizer.pt", weights_only=True)
     moments = state["state"][1]["__bnb_optimizer_quant_state__"]
     assert moments["state1"].dtype == torch.uint8
-    train(cut)
-    assert adapter_bytes(cut) == adapter_bytes(whole)
 
 
 def test_a_gradient_scaler_resumes_where_it_was(tiny_config, monkeypatch):
     scalers = scale_gradients(monkeypatch)
-    whole = tiny_config("name=whole")
-    cut = tiny_config("name=cut")
-    train(whole)
-    train_and_die_after(cut, 11)
-    train(cut)
+    assert_resumes_to_the_byte(tiny_config)
     ends = [scaler.state_dict() for scaler in (scalers[0], scalers[-1])]
     assert ends[0] == ends[1]
     assert (ends[0]["scale"], ends[0]["_growth_tracker"]) == (16, 2)  # 12 updates are twice 5 and 2
-    assert adapter_bytes(cut) == adapter_bytes(whole)
 
 
 def test_an_interrupted_run_saves_without_evaluating_and_resumes(finished_config, tiny_config):
@@ -154,12 +140,6 @@ def test_a_run_resumes_on_the_base_and_the_rows_that_it_was_begun_with(
 
     for file, before, after, difference in (
         ("config.json", '"rope_theta": 10000.0', '"rope_theta": 5e5', f"{message}rope_.* is 5"),
-        (
-            "chat_template.jinja",
-            "<|im_end|>",
-            "</s>",
-            "the training rows are not those of .*checkpoints/4",
-        ),
         (
             "tokenizer.json",
             '_space": false',

@@ -4,28 +4,19 @@ import pytest
 import torch
 from cera_models import gradients
 from moe_models import adapted_mixture, plain_experts
-from tiny_runs import adapter_bytes, losses_of, timeless_metrics, train_and_die_after
+from tiny_runs import assert_resumes_to_the_byte, losses_of
 
 from cera_train.training.train import train
 
 pytestmark = pytest.mark.gpu
 
-BF16 = "model.dtype=bfloat16"
 
-
-def test_a_bf16_run_resumes_bit_for_bit(tiny_config, device, bf16):
-    settings = [BF16, "adapter.dropout=0.3"]
-    whole = tiny_config("name=whole", *settings)
-    cut = tiny_config("name=cut", *settings)
-    train(whole)
-    train_and_die_after(cut, 7)
-    train(cut)
-    assert timeless_metrics(cut) == timeless_metrics(whole)
-    assert adapter_bytes(cut) == adapter_bytes(whole)
+def test_a_bf16_run_resumes_bit_for_bit(tiny_config, bf16):
+    assert_resumes_to_the_byte(tiny_config, "model.dtype=bfloat16", "adapter.dropout=0.3")
 
 
 @pytest.mark.parametrize("adapter", ["cera", "lora"])
-def test_compiled_layers_give_the_losses_of_eager_ones(tiny_config, device, adapter):
+def test_compiled_layers_give_the_losses_of_eager_ones(tiny_config, adapter):
     settings = [f"adapter={adapter}", "adapter.r=4", "adapter.dropout=0", "train.max_updates=6"]
     eager, compiled = (
         tiny_config(f"train.compile={on}", f"name={on}", *settings) for on in ("false", "true")

@@ -13,6 +13,7 @@ from torch.amp import GradScaler
 
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.results import METRICS
+from cera_train.settings.run import Config
 from cera_train.training import build
 from cera_train.training.train import train
 
@@ -113,6 +114,19 @@ def train_and_die_after(config, update: int, log: str = METRICS) -> None:
 
     with once_logged(update, die, log), pytest.raises(Cut):
         train(config)
+
+
+def assert_resumes_to_the_byte(config_of: Callable[..., Config], *settings: str) -> Config:
+    """A run that was cut after 7 updates ends with the adapter and the metrics of a whole one.
+    Returns the config of the cut one."""
+    whole = config_of("name=whole", *settings)
+    cut = config_of("name=cut", *settings)
+    train(whole)
+    train_and_die_after(cut, 7)
+    train(cut)
+    assert adapter_bytes(cut) == adapter_bytes(whole)
+    assert timeless_metrics(cut) == timeless_metrics(whole)
+    return cut
 
 
 def scale_gradients(monkeypatch) -> list[GradScaler]:
