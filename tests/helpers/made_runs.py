@@ -1,5 +1,7 @@
 """Handmade run folders, in the format that training and evaluation leave."""
 
+import copy
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -9,6 +11,8 @@ from typing import Any
 import yaml
 from made_files import write_json, write_lines
 
+from cera_train.cli.compose import compose
+from cera_train.common.settings import to_plain
 from cera_train.evaluation.evaluate import score
 from cera_train.evaluation.tasks import gsm8k
 from cera_train.report.page import table_of_costs, table_of_runs
@@ -22,38 +26,19 @@ HOSTILE = "<script>alert(1)|`*_[x](javascript:alert(2))\nnew \"line\" 'x' $x^2$ 
 """A text that would be a script, a link, a table or a formula."""
 
 
+@functools.cache
+def recipe() -> dict[str, Any]:
+    return to_plain(compose("+recipe=math_r64"))
+
+
 def settings_of(name: str, **changes: Any) -> dict[str, Any]:
-    """A config.yaml, with dotted keys changed."""
-    tree: dict[str, Any] = {
-        "model": {
-            "path": "meta-llama/Llama-3.1-8B",
-            "revision": None,
-            "dtype": "bfloat16",
-            "quantization": "none",
-        },
-        "adapter": {"kind": "cera", "r": 64, "alpha": None, "dropout": 0.1, "activation": "silu"},
-        "data": {
-            "layout": "text",
-            "path": "TIGER-Lab/MathInstruct",
-            "train_split": "train[:100000]",
-            "eval_split": "train[100000:102000]",
-            "loss_on": "all",
-            "max_length": 512,
-            "prompt": "{q}",
-            "completion": "{a}",
-        },
-        "optimizer": {"kind": "adamw", "lr": 3e-4},
-        "train": {"batch_size": 64, "seed": 0},
-        "tracker": {"kinds": {}},
-        "name": name,
-        "output_dir": "outputs",
-        "published": {},
-    }
+    """Those of a recipe, with dotted keys changed."""
+    tree = copy.deepcopy(recipe()) | {"name": name, "published": {}}
     for key, value in changes.items():
         *sections, last = key.split(".")
         place = tree
         for section in sections:
-            place = place.setdefault(section, {})
+            place = place[section]
         place[last] = value
     return tree
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from made_files import write_json, write_lines
-from made_runs import add_evaluation, make_run, two_runs
+from made_runs import add_evaluation, make_run
 
 from cera_train.common.errors import UserError
 from cera_train.report.comparison import PairedTest, paired_tests
@@ -26,18 +26,6 @@ def compare_two(tmp_path: Path):
         return test
 
     return compare_two
-
-
-def test_paired_tests_count_the_problems_that_one_run_solves(tmp_path: Path) -> None:
-    (test,), notes = paired_tests(read_runs(two_runs(tmp_path)))
-    assert (test.only, test.problems) == ((12, 9), 40)
-    assert test.difference == pytest.approx(-3 / 40)
-    assert (test.verdict, test.row["p"], test.row["difference, points"]) == (
-        "not shown",
-        "0.66",
-        "-7.5",
-    )
-    assert notes == []
 
 
 def test_several_samples_are_tested_by_their_mean_for_each_problem(compare_two) -> None:

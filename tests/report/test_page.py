@@ -100,11 +100,8 @@ def test_the_terminal_shows_table_tests_and_notes_as_plain_text(tmp_path: Path, 
     runs = [*two_runs(tmp_path), make_run(tmp_path / "unfinished", finished=False)]
     compare_runs(runs).print(tmp_path / "report")
     shown = capsys.readouterr().out
-    assert re.search(r"cera_64 +CeRA +64 +27,262,976 +1\.850 +55\.0%", shown)
-    assert re.search(
-        r"lora_512 - cera_64 +math, verified +not shown \(detects 31\.9\) +-7\.5", shown
-    )
-    assert "unfinished at update 50" in shown
+    for part in ("27,262,976", "not shown (detects 31.9)", "unfinished at update 50"):
+        assert part in shown
     assert f"report      {tmp_path}/report/report.html" in shown
     assert (
         max(
