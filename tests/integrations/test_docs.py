@@ -196,16 +196,6 @@ def test_every_command_composes_to_a_checked_config(compose, place, name, argume
         assert compose(*job, command=name.removeprefix("cera-")) is not None
 
 
-def test_the_recipe_file_on_the_page_of_recipes_is_the_command_above_it(compose, tmp_path):
-    page = ROOT / "docs" / "recipes.md"
-    file = next(block.text for block in blocks(page) if block.language == "yaml")
-    (tmp_path / "recipe").mkdir()
-    (tmp_path / "recipe" / "moved.yaml").write_text(file)
-    *_, (_, _, command) = (each for each in commands_of(page) if "name=moved" in each[2])
-    from_file = compose(f"hydra.searchpath=['file://{tmp_path}']", "+recipe=moved")
-    assert from_file == compose(*command)
-
-
 @pytest.mark.slow
 def test_the_smallest_study_answers_its_question(run_command, tmp_path, tiny_folder, capfd):
     """With two rates, seeds and updates in place of the page's, and several jobs at once."""
