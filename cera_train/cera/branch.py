@@ -17,7 +17,6 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .config import CeraConfig
 from .gates import LearnedGate
-from .packed import add_product, can_pack, packed, product
 
 
 def start_branch(A: torch.Tensor, B: torch.Tensor, gate: nn.Module, config: CeraConfig) -> None:
@@ -80,11 +79,6 @@ class Hidden:
     p_x: float  # probability of dropping an element of x
     seed: int
 
-    @property
-    def is_random(self) -> bool:
-        """Whether it drops units."""
-        return bool(self.p or self.p_x)
-
     @classmethod
     def of_call(cls, gate: nn.Module, dropout_x: nn.Dropout, dropout: nn.Dropout) -> Hidden:
         """For a new call, with new masks."""
@@ -129,28 +123,6 @@ class FusedBranch:
         h = hidden(hidden.drop_x(x) @ self.A.T)
         result.view(-1, len(self.B)).addmm_(h, self.B.T, alpha=self.scaling)  # result += s h B^T
         return result
-
-    def for_reuse(self) -> FusedBranch | PackedBranch:
-        """A branch without dropout for many calls without gradient, packed if its numbers stay the
-        same to the bit."""
-        # Times a power of two, B keeps its digits.
-        is_exact = math.frexp(self.scaling)[0] == 0.5
-        if not is_exact or not can_pack(self.A):
-            return self
-        return PackedBranch(packed(self.A), packed(self.B * self.scaling), self.hidden.gate)
-
-
-@dataclass(frozen=True)
-class PackedBranch:
-    """A `FusedBranch` without dropout whose matrices are packed, for calls without gradient."""
-
-    A: torch.Tensor
-    B: torch.Tensor  # times s
-    gate: nn.Module
-
-    def add_to(self, result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """result + s B gate(A x), as `FusedBranch.add_to`."""
-        return add_product(result, self.gate(product(x.to(result.dtype), self.A)), self.B)
 
 
 class _AddBranch(torch.autograd.Function):

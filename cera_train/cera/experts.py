@@ -156,18 +156,14 @@ class CeraExperts(CeraLayer):
     def update_layer(self, adapter_name: str, configs: dict[str, CeraConfig]) -> None:
         """Adds an adapter, or replaces the one of that name."""
         check_experts(self.base_layer, configs)
-        branches = {}
-        for name, config in configs.items():
-            num_experts, d_in, d_out = expert_features(self.base_layer, name)
+        parts = {name: nn.ModuleDict() for name in self.module_names} | {"r": {}, "scaling": {}}
+        for parameter, config in configs.items():
+            num_experts, d_in, d_out = expert_features(self.base_layer, parameter)
             A = ExpertMatrices(num_experts, d_in, config.r, dtype=self.adapter_dtype)
             B = ExpertMatrices(num_experts, config.r, d_out, dtype=self.adapter_dtype)
-            branches[name] = self._make_parts(A, B, config)
-        for container in (*self.adapter_layer_names, *self.other_param_names):
-            parts = {name: branch[container] for name, branch in branches.items()}
-            is_modules = isinstance(getattr(self, container), nn.ModuleDict)
-            getattr(self, container)[adapter_name] = nn.ModuleDict(parts) if is_modules else parts
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            for name, part in self._make_parts(A, B, config).items():
+                parts[name][parameter] = part
+        self._add(adapter_name, parts, config)
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -260,7 +256,3 @@ def check_experts(experts: nn.Module, parameters: Iterable[str]) -> None:
             raise TypeError(
                 f"{name} of {kind} is no projection of experts: target {' or '.join(adaptable)}."
             )
-    if getattr(experts, "_is_expert_parallel", False):  # transformers 5.10 does not mark them
-        raise TypeError(
-            f"{kind} is spread over processes (expert parallelism): load the model without it."
-        )

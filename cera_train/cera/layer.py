@@ -15,10 +15,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .branch import FusedBranch, Hidden, PackedBranch, start_branch
+from .branch import FusedBranch, Hidden, start_branch
 from .config import CeraConfig
 from .gates import GATES, LearnedGate
-from .packed import PackedLinear, pack_weights
 
 LINEARS_4BIT = ()
 """bitsandbytes' class, where it is installed."""
@@ -32,6 +31,7 @@ class CeraLayer(nn.Module, BaseTunerLayer):
     """CeRA branches beside a frozen base, by the names of their adapters."""
 
     adapter_layer_names = ("cera_A", "cera_B", "cera_gate")
+    module_names = (*adapter_layer_names, "cera_dropout_x", "cera_dropout")
     other_param_names = ("cera_dropout_x", "cera_dropout", "r", "scaling")
 
     cast_input_dtype_enabled = True
@@ -41,11 +41,8 @@ class CeraLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.cera_A = nn.ModuleDict()
-        self.cera_B = nn.ModuleDict()
-        self.cera_gate = nn.ModuleDict()
-        self.cera_dropout_x = nn.ModuleDict()
-        self.cera_dropout = nn.ModuleDict()
+        for name in self.module_names:
+            setattr(self, name, nn.ModuleDict())
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self._active_adapter = adapter_name
@@ -70,6 +67,13 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         }
         return modules | {"r": config.r, "scaling": config.scaling}
 
+    def _add(self, adapter_name: str, parts: dict[str, Any], config: CeraConfig) -> None:
+        """Adds a branch, or replaces the one of that name."""
+        for name, part in parts.items():
+            getattr(self, name)[adapter_name] = part
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
     @property
     def base_dtype(self) -> torch.dtype:
         """The base's dtype; float32 where a quantised weight has none."""
@@ -89,8 +93,7 @@ class CeraLayer(nn.Module, BaseTunerLayer):
 
     def parts(self, adapter_name: str) -> list[nn.Module]:
         """A, B, the gate, dropout of x, dropout of the hidden units."""
-        parts = self.cera_A, self.cera_B, self.cera_gate, self.cera_dropout_x, self.cera_dropout
-        return [part[adapter_name] for part in parts]
+        return [getattr(self, name)[adapter_name] for name in self.module_names]
 
 
 class CeraLinear(CeraLayer):
@@ -105,7 +108,7 @@ class CeraLinear(CeraLayer):
         TypeError: the base layer is not a linear projection.
     """
 
-    prepared: dict[tuple[str, torch.dtype], FusedBranch | PackedBranch] | None = None
+    prepared: dict[tuple[str, torch.dtype], FusedBranch] | None = None
     """Branches by adapter and the output's dtype, inside `for_inference`; None outside."""
 
     def update_layer(self, adapter_name: str, config: CeraConfig) -> None:
@@ -113,10 +116,7 @@ class CeraLinear(CeraLayer):
         self.in_features, self.out_features = linear_features(self.get_base_layer())
         A = nn.Linear(self.in_features, config.r, bias=False, dtype=self.adapter_dtype)
         B = nn.Linear(config.r, self.out_features, bias=False, dtype=self.adapter_dtype)
-        for name, part in self._make_parts(A, B, config).items():
-            getattr(self, name)[adapter_name] = part
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._add(adapter_name, self._make_parts(A, B, config), config)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """W0 x + s B dropout(gate(A x)), with a branch for every active adapter."""
@@ -158,9 +158,7 @@ class CeraLinear(CeraLayer):
             and result.is_contiguous()
         )
 
-    def fused_branch(
-        self, result: torch.Tensor, adapter_name: str
-    ) -> FusedBranch | PackedBranch | None:
+    def fused_branch(self, result: torch.Tensor, adapter_name: str) -> FusedBranch | None:
         """An adapter's branch, to be added to `result` in one step; None where `can_fuse` is false.
         Inside `for_inference`, the first call prepares it for all."""
         key = adapter_name, result.dtype
@@ -172,7 +170,7 @@ class CeraLinear(CeraLayer):
 
         A, B, gate, dropout_x, dropout = self.parts(adapter_name)
         hidden = Hidden.of_call(gate, dropout_x, dropout)
-        is_reused = may_reuse and not hidden.is_random
+        is_reused = may_reuse and not (hidden.p or hidden.p_x)
         fused = FusedBranch(
             # Reused weights are copies: a sharded weight is whole only during the call.
             A=A.weight.to(result.dtype, copy=is_reused),
@@ -181,15 +179,14 @@ class CeraLinear(CeraLayer):
             hidden=hidden,
             overwrites=self._may_overwrite_output(),
         )
-        if not is_reused:
-            return fused
-        self.prepared[key] = fused.for_reuse()
-        return self.prepared[key]
+        if is_reused:
+            self.prepared[key] = fused
+        return fused
 
     def _may_overwrite_output(self) -> bool:
         """Whether nothing else needs the output of the base layer."""
         # A hook may have kept it, and a layer of another class may need it in backward.
-        if not is_plain(self.base_layer, nn.Linear, PackedLinear, Conv1D, *LINEARS_4BIT):
+        if not is_plain(self.base_layer, nn.Linear, Conv1D, *LINEARS_4BIT):
             return False
         # With a bias it is a view, and writing through one costs autograd more than a copy.
         return self.base_layer.bias is None or not torch.is_grad_enabled()
@@ -197,25 +194,20 @@ class CeraLinear(CeraLayer):
 
 @contextmanager
 def for_inference(model: nn.Module) -> Iterator[None]:
-    """Lets CeRA layers prepare their branches once for all calls without gradient in eval mode,
-    and packs their weights and the base's for the products of a CPU in bfloat16.
+    """Lets CeRA layers cast their branches once for all calls without gradient in eval mode.
 
         with torch.no_grad(), for_inference(model):
             model.generate(**inputs)
 
     Adapters may be switched inside. Their weights and hooks must not change, nor autocast's dtype.
     The results are the same to the bit where x is contiguous. Every active adapter takes its
-    weights' memory once more, in the dtype that it computes in, and so does a base that is packed.
+    weights' memory once more, in the dtype that it computes in.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, CeraLinear)]
-    branches = {
-        part for layer in layers for part in (*layer.cera_A.values(), *layer.cera_B.values())
-    }
     for layer in layers:
         layer.prepared = {}
     try:
-        with pack_weights(module for module in model.modules() if module not in branches):
-            yield
+        yield
     finally:
         for layer in layers:
             layer.prepared = None

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import _get_submodules, get_pattern_key
+from peft.utils.other import _get_submodules
 from torch import nn
 
 from .config import CeraConfig
@@ -36,38 +36,19 @@ class CeraModel(BaseTuner):
     ) -> None:
         """Adds an adapter to the model, as PEFT does. all-linear leaves out the projections that
         kernels bypass, and records them in `exclude_modules`."""
-        keep_scale(model)
         config = self.peft_config[adapter_name]
         if str(config.target_modules).lower() == "all-linear":
             exclude_projections(config, bypassed_projections(model), model)
         try:
             with warnings.catch_warnings():
-                # PEFT looks for patterns among modules alone, not among experts' parameters.
-                warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")
+                if config.target_parameters:  # PEFT looks for patterns among modules alone
+                    warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._check_patterns(config)
         except ValueError:  # a refused adapter leaves no branch behind
             for layer in model.modules():
                 if isinstance(layer, CeraLayer):
                     layer.delete_adapter(adapter_name)
             raise
-
-    def _check_patterns(self, config: CeraConfig) -> None:
-        """Raises ValueError for a pattern that decides for no target module."""
-        # PEFT's list is of all adapters.
-        targets = [
-            name
-            for name in self.targeted_module_names
-            if self._check_target_module_exists(config, name)
-        ]
-        targets += self.targeted_parameter_names
-        for field in ("rank_pattern", "alpha_pattern"):
-            patterns = getattr(config, field)
-            if unmatched := patterns.keys() - {get_pattern_key(patterns, name) for name in targets}:
-                raise ValueError(
-                    f"{field} has {', '.join(map(repr, sorted(unmatched)))}, which matches no "
-                    "target module, or only those of a longer pattern: fix or remove it."
-                )
 
     def _prepare_adapter_config(
         self, config: CeraConfig, model_config: dict[str, Any]
@@ -93,37 +74,25 @@ class CeraModel(BaseTuner):
         config: CeraConfig,
         adapter_name: str,
         target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
+        *args: Any,
         current_key: str,
-        **kwargs: Any,
     ) -> None:
         if isinstance(target, CeraExperts) or expert_parameters(target):
             raise ValueError(
                 f"target module {current_key!r} holds experts: name its parameters in "
                 "target_parameters."
             )
-        self._adapt(
-            CeraLinear,
-            target,
-            parent,
-            target_name,
-            adapter_name,
-            config.of_module(current_key),
-            current_key,
-        )
+        self._adapt(CeraLinear, current_key, adapter_name, config.of_module(current_key))
 
     def _adapt(
         self,
         layer_class: type[CeraLayer],
-        target: nn.Module,
-        parent: nn.Module,
-        target_name: str,
+        key: str,
         adapter_name: str,
         config: CeraConfig | dict[str, CeraConfig],
-        key: str,
     ) -> None:
         """Adds an adapter to a layer, or puts a layer with it in a module's place."""
+        parent, target, target_name = _get_submodules(self.model, key)
         try:
             if isinstance(target, layer_class):
                 target.update_layer(adapter_name, config)
@@ -174,10 +143,9 @@ class CeraModel(BaseTuner):
         """Puts branches on experts, on all targeted parameters of a module at once."""
         targets = self._targeted_parameters(peft_config, model)
         for key, names in targets.items():
-            parent, target, target_name = _get_submodules(model, key)
             configs = {name: peft_config.of_experts(f"{key}.{name}") for name in names}
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
-                self._adapt(CeraExperts, target, parent, target_name, adapter_name, configs, key)
+                self._adapt(CeraExperts, key, adapter_name, configs)
         return [f"{key}.{name}" for key, names in targets.items() for name in names]
 
     def _replace_module(
@@ -224,16 +192,3 @@ class CeraModel(BaseTuner):
             if found:
                 return f"{head}.{part}.{tail}"
         return super()._remove_adapter_name_from_key(key, adapter_name)
-
-
-def keep_scale(model: nn.Module) -> None:
-    """Stops RWKV from halving its weights in eval mode: the halving is for float16, and would not
-    apply to a branch."""
-    for module in model.modules():
-        if hasattr(module, "_rescale_layers") and module.config.rescale_every > 0:
-            if module.layers_are_rescaled:
-                mode = module.training
-                module.training = True
-                module._rescale_layers()  # what its forward calls first
-                module.training = mode
-            module.config.rescale_every = 0

@@ -12,15 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from cera_train.cera import CeraConfig, CeraLinear, for_inference
 from cera_train.cera.branch import seeded_dropout
-from cera_train.cera.packed import PackedLinear, can_pack
 
 pytestmark = pytest.mark.filterwarnings(
     "error",
     "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",  # torch's
-)
-
-packs = pytest.mark.skipif(
-    not can_pack(torch.zeros(2, 2, dtype=torch.bfloat16)), reason="the CPU multiplies no bf16"
 )
 
 GATES = {"silu": silu, "relu": relu, "gelu": gelu, "tanh": torch.tanh, "identity": lambda z: z}
@@ -270,22 +265,6 @@ def test_for_inference_changes_no_bit(name):
             assert not torch.equal(expected, base)
             with for_inference(layer):
                 assert all(torch.equal(layer(x.to(dtype)), expected) for _ in range(3))
-
-
-@torch.no_grad()
-@packs
-@pytest.mark.parametrize("has_memory", [True, False])
-def test_for_inference_packs_a_16_bit_base_where_there_is_memory(monkeypatch, has_memory):
-    monkeypatch.setattr("cera_train.cera.packed.SHARE_OF_MEMORY", 0.5 * has_memory)
-    layer = make_layer(nn.Linear(64, 32, dtype=torch.bfloat16)).eval()
-    x = torch.randn(2, 3, 64).bfloat16()
-    expected = layer(x)
-    with for_inference(layer):
-        assert isinstance(layer.base_layer, PackedLinear) == has_memory
-        assert type(layer.cera_A["default"]) is nn.Linear  # otherwise the branch would not be fused
-        assert torch.equal(layer(x), expected)
-    assert type(layer.base_layer) is nn.Linear
-    assert not hasattr(layer.base_layer, "packed")
 
 
 # --- what other code relies on --------------------------------------------------------------------
