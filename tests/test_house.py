@@ -111,7 +111,7 @@ BUDGETS = {
     "cera_train/adapters": 7_980,
     "cera_train/cera": 8_060,
     "cera_train/cli": 7_800,
-    "cera_train/common": 5_600,
+    "cera_train/common": 5_300,
     "cera_train/data": 16_440,
     "cera_train/distributed": 2_700,
     "cera_train/evaluation": 16_720,

@@ -1,7 +1,9 @@
-"""What every command prints: labelled lines, aligned tables, quantities, and a progress bar that
-becomes plain lines in a log. Colours and a live bar appear in a terminal only."""
+"""What every command prints: labelled lines, aligned tables, quantities, and a line of progress
+that becomes several in a log."""
 
 import contextlib
+import itertools
+import os
 import shlex
 import shutil
 import sys
@@ -9,26 +11,14 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
-from rich.text import Text
-
 from cera_train.common.trust import clean
 
-PIPE_WIDTH = 10_000  # columns of output that is not a terminal: nothing wraps, since its reader can
 TEXT_WIDTH = 100  # columns of running text in output that is not a terminal
 LABEL_WIDTH = 11  # columns of a label and the space after it
 FIELD_WIDTH = 16  # the same where a command has ended
-BAR_WIDTH = 16  # columns: its text fits beside it in 80
+CLEAR = "\r\x1b[K"  # empties a terminal's line
 LINE_SECONDS = 60.0  # a log gets a line of progress at least so often
 PLAIN_LINES = 10  # a log gets at least so many lines of progress, however short the run
-
-
-def console(wraps: bool = True) -> Console:
-    """A console for one print: it uses the current stdout, which tests and pipes replace."""
-    width = None if wraps and sys.stdout.isatty() else PIPE_WIDTH
-    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
 
 def print_line(label: str, text: str, file: TextIO | None = None) -> None:
@@ -60,31 +50,26 @@ def print_fields(fields: Mapping[str, str]) -> None:
 
 
 def print_table(
-    header: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    right: Collection[int] = (),
-    colors: Mapping[str, str] | None = None,
+    header: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[int] = ()
 ) -> None:
     """Prints aligned columns, without a header if all names are empty. Cells may have several
     lines; nothing is wrapped.
 
     Args:
         right: columns aligned to the right.
-        colors: the text of a cell -> its colour in a terminal.
     """
-    colors = colors or {}
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header))
-    for index, name in enumerate(header):
-        table.add_column(
-            Text(clean(name)), justify="right" if index in right else "left", no_wrap=True
-        )
-    for row in rows:
-        table.add_row(*(Text(clean(cell), colors.get(cell, "")) for cell in row))
-    target = console(wraps=False)  # which would cut cells that a terminal is too narrow for
-    with target.capture() as capture:
-        target.print(table)
-    print("\n".join(line.rstrip() for line in capture.get().splitlines()), flush=True)
+    lines: list[Sequence[str]] = []
+    for row in (header, *rows):
+        cells = (clean(cell).split("\n") for cell in row)
+        lines += itertools.zip_longest(*cells, fillvalue="")
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    first = 0 if any(header) else 1
+    for line in lines[first:]:
+        cells = [
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip(), flush=True)
 
 
 def terminal_width() -> int:
@@ -93,23 +78,19 @@ def terminal_width() -> int:
 
 
 class ProgressBar:
-    """A bar in a terminal; elsewhere a line a minute, and one after each tenth of the work."""
+    """A line that changes in a terminal; elsewhere a line a minute, and one after each tenth of the
+    work."""
 
     def __init__(self, unit: str, total: int, done: int, visible: bool = True) -> None:
         self.unit = unit
         self.total = total
         self.done = done
         self.visible = visible
+        is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._is_live = visible and is_terminal
         self._every = max(1, total // PLAIN_LINES)
         self._printed = time.monotonic()
         self._announced: set[str] = set()
-        self._bar: Progress | None = None
-        target = console()
-        if visible and sys.stdout.isatty() and not target.is_dumb_terminal:
-            columns = (MofNCompleteColumn(), BarColumn(BAR_WIDTH), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=target, transient=True)
-            self._task = self._bar.add_task("", total=total, completed=done)
-            self._bar.start()
 
     def step(self, text: str, count: int = 1) -> None:
         """Counts finished units, and shows a text about them."""
@@ -118,37 +99,35 @@ class ProgressBar:
             or self.done + count == self.total
         )
         self.done += count
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, description=text)
+        line = f"{self.unit} {self.done:>{len(str(self.total))}}/{self.total}  {text}"
+        if self._is_live:
+            self._show(line)
         elif self.visible and (is_tenth or time.monotonic() - self._printed >= LINE_SECONDS):
             self._printed = time.monotonic()
-            print(
-                f"{self.unit} {self.done:>{len(str(self.total))}}/{self.total}  {text}", flush=True
-            )
+            print(line, flush=True)
+
+    def _show(self, line: str) -> None:
+        """Replaces the line that the cursor is in."""
+        print(f"{CLEAR}{line[: terminal_width() - 1]}", end="\r", flush=True)
 
     @contextlib.contextmanager
     def doing(self, work: str) -> Iterator[None]:
         """Shows other work than the units. A log gets a line the first time."""
-        if self._bar is not None:
-            self._bar.update(self._task, description=work)
+        if self._is_live:
+            self._show(work)
         elif self.visible and work not in self._announced:
             print_line("now", work)
         self._announced.add(work)
         yield
-        if self._bar is not None:
-            self._bar.update(self._task, description="")
 
     def note(self, text: str) -> None:
-        """A line above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(clean(text))
-        elif self.visible:
-            print(clean(text), flush=True)
+        """A line that stays."""
+        if self.visible:
+            print(f"{CLEAR if self._is_live else ''}{clean(text)}", flush=True)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._is_live:
+            self._show("")
 
 
 def time_left(seconds: float) -> str:

@@ -6,10 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from rich.text import Text
-
-from cera_train.common.terminal import LABEL_WIDTH, console, print_line
-from cera_train.common.trust import clean
+from cera_train.common.terminal import print_line
 from cera_train.data.chats import uses_template
 from cera_train.data.messages import TURNS
 from cera_train.data.prepare import TokenizedData, TokenizedRows
@@ -143,16 +140,9 @@ def stretches_of(rows: TokenizedRows, row: int, tokenizer: Any) -> Iterator[tupl
 
 
 def print_example(stretches: Iterable[tuple[str, bool]]) -> None:
-    """Texts with those marked that are answers: green where there are colours, between [[ ]]
-    elsewhere."""
-    text = Text()
-    target = console()
-    has_colors = target.color_system is not None and not target.no_color
-    for stretch, is_marked in stretches:
-        part = clean(stretch)
-        marked = f"[[{part}]]" if is_marked and not has_colors else part
-        text.append(marked, style="green" if is_marked and has_colors else None)
+    """Prints texts, with those that are answers between [[ ]]."""
+    texts = [f"[[{text}]]" if is_marked else text for text, is_marked in stretches]
     label = "example"
-    for line in text.wrap(target, target.width - LABEL_WIDTH):
-        target.print(Text(f"{label:<{LABEL_WIDTH}}").append_text(line))
+    for line in "".join(texts).split("\n"):
+        print_line(label, line)
         label = ""

@@ -11,12 +11,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from cera_train.common.files import read_json, sampled_digest
 from cera_train.common.settings import flatten
@@ -34,7 +29,7 @@ class BaseIdentity(NamedTuple):
     """What tells a base model from any other."""
 
     weights: str | None
-    """A digest of the weight files; None where they are not on this disk, but on a server's."""
+    """A digest of the weight files; None for pickles, and where they are on a server's disk."""
     config: dict[str, Any] | None
     """config.json, as it is; None likewise."""
 
@@ -59,22 +54,20 @@ def identity_of(model: ModelConfig) -> BaseIdentity:
         cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
         folder = Path(cached).parent if isinstance(cached, str) else folder
     config = folder / "config.json"
-    files = weight_files(folder, model.trust_remote_code)
+    files = weight_files(folder)
     weights = sampled_digest(files) if files else None
     return BaseIdentity(weights, read_json(config) if config.is_file() else None)
 
 
-def weight_files(folder: Path, trusts_pickles: bool) -> list[Path]:
-    """The files whose weights transformers loads; empty without any."""
-    pickles = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if trusts_pickles else ()
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *pickles):
-        file = folder / name
-        if file.is_file() and file.suffix == ".json":
-            shards = [folder / shard for shard in {*read_json(file)["weight_map"].values()}]
-            return shards if all(shard.is_file() for shard in shards) else []  # partly downloaded
-        if file.is_file():
-            return [file]
-    return []
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads; empty where one is missing, as after an
+    interrupted download."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = {SAFE_WEIGHTS_NAME}
+    if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
+        names = {*read_json(index)["weight_map"].values()}
+    files = [folder / name for name in names]
+    return files if all(file.is_file() for file in files) else []
 
 
 def architecture(config: dict[str, Any]) -> dict[str, Any]:

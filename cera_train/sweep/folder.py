@@ -156,15 +156,6 @@ class State(StrEnum):
     waiting = "waiting"
 
 
-COLORS = {
-    State.finished: "green",
-    State.diverged: "red",
-    State.failed: "red",
-    State.stopped: "yellow",
-}
-"""Green has a result, red needs a person, yellow another start."""
-
-
 @dataclass(frozen=True)
 class JobStatus:
     """The status of a job, from the contents of its folder."""
@@ -275,7 +266,7 @@ def print_sweep(folder: Path) -> bool:
                 note,
             ]
         )
-    print_table(["job", "state", "updates", label, ""], rows, right=(2, 3), colors=COLORS)
+    print_table(["job", "state", "updates", label, ""], rows, right=(2, 3))
     print()
     counts = Counter(job.state for job in jobs)
     print_line(

@@ -12,11 +12,11 @@ from cera_train.adapters.targets import describe_left_out, describe_targets
 from cera_train.common.terminal import (
     FIELD_WIDTH,
     TEXT_WIDTH,
-    console,
     counted,
     duration,
     print_fields,
     print_line,
+    terminal_width,
 )
 from cera_train.data.look import print_data
 from cera_train.data.tokens import stop_ids
@@ -221,7 +221,7 @@ def describe_sample(path: Path) -> dict[str, str]:
         "right": same[0].gold,
     }
     lines = {label: " ".join(text.split()) for label, text in texts.items()}
-    room = min(TEXT_WIDTH, console().width - FIELD_WIDTH)
+    room = min(TEXT_WIDTH, terminal_width() - FIELD_WIDTH)
     return {
         label: line if len(line) <= room else f"{line[: room - 3]}..."
         for label, line in lines.items()

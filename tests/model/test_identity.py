@@ -22,8 +22,7 @@ def copy(tiny_folder, tmp_path) -> Path:
 
 
 def test_a_base_in_other_files_is_the_same(tiny_folder, copy, tmp_path, monkeypatch):
-    """Saved again in several files by another version of transformers, in the Hub's cache, in a
-    pickle."""
+    """Saved again in several files by another version of transformers, and in the Hub's cache."""
     AutoModelForCausalLM.from_pretrained(tiny_folder).save_pretrained(copy, max_shard_size="20KB")
     (copy / "model.safetensors").unlink()
     assert len([*copy.glob("*.safetensors")]) > 2
