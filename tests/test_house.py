@@ -118,7 +118,7 @@ BUDGETS = {
     "cera_train/model": 9_850,
     "cera_train/planning": 6_120,
     "cera_train/report": 9_150,
-    "cera_train/runs": 9_000,
+    "cera_train/runs": 8_640,
     "cera_train/serving": 8_210,
     "cera_train/settings": 7_300,
     "cera_train/study": 8_350,

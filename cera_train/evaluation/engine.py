@@ -27,8 +27,7 @@ from cera_train.model.identity import identity_of
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import load_model
-from cera_train.runs.base import check_base
-from cera_train.runs.folder import Progress
+from cera_train.runs.folder import Progress, check_base
 from cera_train.runs.subject import Subject, run_of
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config

@@ -16,8 +16,7 @@ from cera_train.common.trust import for_markdown
 from cera_train.model.weights import auto_class
 from cera_train.runs.records import load_config
 from cera_train.runs.results import Environment, RunResult, describe_tasks, figure
-from cera_train.settings.adapters import AdapterConfig, AdapterKind
-from cera_train.settings.model import ModelConfig
+from cera_train.settings.adapters import AdapterKind
 from cera_train.settings.run import Config
 
 CARD = """---
@@ -32,15 +31,13 @@ CARD = """---
 |---|---|
 {table}
 
-{snippet}
-"""
-
-SNIPPET = """## How to load it
+## How to load it
 
 ```python
-{registers}{load}
+{load}
 tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
-```"""
+```
+"""
 
 LOAD = """from transformers import {loader}, AutoTokenizer
 
@@ -55,6 +52,8 @@ base = {loader}.from_pretrained(
 )
 model = PeftModel.from_pretrained(base, "FOLDER")"""
 
+LOAD_CERA = f"import cera_train  # registers CeRA with PEFT\n{LOAD_ON_BASE}"
+
 
 def write_card(run: Path, result: RunResult, architecture: PretrainedConfig) -> None:
     """Writes adapter/README.md: the method, the base, the rows, the scores of the run, and code
@@ -64,56 +63,34 @@ def write_card(run: Path, result: RunResult, architecture: PretrainedConfig) -> 
         architecture: of the base.
     """
     config = load_config(run / "config.yaml")
+    kind = config.adapter.kind
     method = title(config.adapter)
-    is_full = family(config.adapter.kind).trains_base
-    library = "transformers" if is_full else "peft"
-    table = _facts(config, result)
-    text = CARD.format(
-        data=card_data(config.model, library, config.adapter.kind.value).to_yaml(),
-        name=for_markdown(config.name),
-        what=for_markdown(f"The base model after {method}" if is_full else f"A {method} adapter"),
-        table="\n".join(
-            f"| {for_markdown(name)} | {for_markdown(value)} |" for name, value in table.items()
-        ),
-        snippet=snippet(library, config.model, architecture, registers(config.adapter)),
+    what = f"A {method} adapter"
+    library = "peft"
+    load = LOAD_CERA if kind == AdapterKind.cera else LOAD_ON_BASE
+    if family(kind).trains_base:
+        what = f"The base model after {method}"
+        library = "transformers"
+        load = LOAD
+    data = ModelCardData(
+        base_model=config.model.hub_id,
+        library_name=library,
+        tags=[kind.value],
+        pipeline_tag="text-generation",
     )
-    write_text(run / "adapter" / "README.md", text)
-
-
-def registers(adapter: AdapterConfig) -> str:
-    """The line of code that makes CeRA known to PEFT; empty for PEFT's own methods."""
-    is_cera = adapter.kind == AdapterKind.cera
-    return "import cera_train  # registers CeRA with PEFT\n" if is_cera else ""
-
-
-def snippet(
-    library: str, model: ModelConfig, architecture: PretrainedConfig, registers: str = ""
-) -> str:
-    """The section of a card that loads what a folder holds.
-
-    Args:
-        library: peft for an adapter, transformers for a plain model.
-        model: the base, whose code the loaded model may need.
-        architecture: of the base.
-        registers: a line of code, before all others.
-    """
-    trust = ", trust_remote_code=True" if model.trust_remote_code else ""
-    load = LOAD_ON_BASE if library == "peft" else LOAD
-    return SNIPPET.format(
-        registers=registers,
+    trust = ", trust_remote_code=True" if config.model.trust_remote_code else ""
+    text = CARD.format(
+        data=data.to_yaml(),
+        name=for_markdown(config.name),
+        what=for_markdown(what),
+        table="\n".join(
+            f"| {for_markdown(name)} | {for_markdown(value)} |"
+            for name, value in _facts(config, result).items()
+        ),
         load=load.format(loader=auto_class(architecture).__name__, trust=trust),
         trust=trust,
     )
-
-
-def card_data(model: ModelConfig, library: str, tag: str) -> ModelCardData:
-    """The metadata by which the Hub finds an adapter or a model."""
-    return ModelCardData(
-        base_model=model.hub_id,
-        library_name=library,
-        tags=[tag],
-        pipeline_tag="text-generation",
-    )
+    write_text(run / "adapter" / "README.md", text)
 
 
 def _facts(config: Config, result: RunResult) -> dict[str, str]:

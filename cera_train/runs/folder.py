@@ -50,8 +50,10 @@ from cera_train.runs.results import (
     EvaluationMetrics,
     Perplexity,
     RunResult,
+    environment_of,
 )
 from cera_train.runs.tracking import IDS
+from cera_train.settings.model import ModelConfig
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 """environment.json records their versions, beside our own."""
@@ -343,3 +345,24 @@ def load_checkpoint(
         )
     load(model, weights)
     return progress, state
+
+
+def check_base(
+    trained: str | Path, run: Path, model: ModelConfig, now: BaseIdentity, fix: str
+) -> None:
+    """Raises UserError where a run recorded another base than `model`: an adapter loads on any base
+    of its shapes.
+
+    Args:
+        trained: what was trained, for the message.
+        now: the identity of `model`.
+    """
+    recorded = environment_of(run)
+    if recorded.base_config is None:  # as cera-train 0.2.0
+        return
+    then = BaseIdentity(recorded.base_weights, recorded.base_config)
+    if difference := then.difference(now):
+        raise UserError(
+            f"{trained} was trained on another base than model.path={model.path} is now: "
+            f"{difference}. {fix}"
+        )

@@ -4,20 +4,12 @@ anything, so that a mistake is reported at once."""
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cera_train.adapters.folder import (
-    check_saved,
-    check_start,
-    description_file,
-    is_saved_in,
-    weights_file,
-)
+from cera_train.adapters.folder import check_saved, check_start, is_saved_in, weights_file
 from cera_train.common.errors import UserError
-from cera_train.common.files import read_json, sampled_digest
 from cera_train.common.settings import require
 from cera_train.common.terminal import announce_import
 from cera_train.model.path import check_model
@@ -146,9 +138,9 @@ def find_adapter(folder: Path, setting: str) -> tuple[Path | None, Path]:
     if root is not None and adapter.name == "adapter":
         recorded = (RunResult.find(root / "result.json") or RunResult()).adapter_identity
         require(
-            recorded is None or recorded == adapter_identity(adapter),
-            f"{adapter} is not the adapter that its run left: it was replaced, or its weights or "
-            "settings changed. Restore it, or name the other one in a folder of its own.",
+            recorded is None or recorded == digest_of(adapter),
+            f"{adapter} is not the adapter that its run left: it was replaced, or its weights "
+            "changed. Restore it, or name the other one in a folder of its own.",
         )
     return root, adapter
 
@@ -175,15 +167,6 @@ def run_of(adapter: Path) -> Path | None:
 def is_export(folder: Path) -> bool:
     """Whether a folder has the name that cera-export gives it."""
     return folder.name.startswith(EXPORT)
-
-
-def adapter_identity(adapter: Path) -> str:
-    """A digest of an adapter's tensors, as that of a base, and of its description but for the
-    base's name. Raises UserError where a file is missing or damaged."""
-    weights = sampled_digest([weights_file(adapter)])
-    description = read_json(description_file(adapter)) | {"base_model_name_or_path": None}
-    text = json.dumps([weights, description], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def digest_of(adapter: Path) -> str:

@@ -8,9 +8,9 @@ import importlib.util
 import json
 import os
 import secrets
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
@@ -30,13 +30,6 @@ TENSORBOARD = "tensorboard"
 IDS = "tracker-ids.json"
 """File in the run's folder: the id under which W&B knows the run, so that a resumed run continues
 there."""
-
-DASHBOARD_NAMES = {
-    "update": "train/global_step",
-    "epoch": "train/epoch",
-    "train/lr": "train/learning_rate",
-}
-"""Names in metrics.jsonl -> names that the dashboards of transformers' runs expect."""
 
 WANDB_NAME = 128
 """Most characters that W&B's server accepts in the name of a run or of a group."""
@@ -61,12 +54,10 @@ class Tracker:
         self.trackers: dict[str, GeneralTracker] = {}
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Sends a line of metrics.jsonl, under the names of dashboards."""
-        update = metrics["update"]
-        metrics = {DASHBOARD_NAMES.get(name, name): value for name, value in metrics.items()}
+        """Sends a line of metrics.jsonl."""
         for kind, tracker in [*self.trackers.items()]:
             with self.drop_on_failure(kind):
-                tracker.log(metrics, step=update)
+                tracker.log(metrics, step=metrics["update"])
 
     def finish(self) -> None:
         for kind, tracker in [*self.trackers.items()]:
@@ -113,6 +104,9 @@ def start_tracker(
             tracker = build_tracker(kind, config, name, folder, first_update)
             tracker.start()
             started.trackers[kind] = tracker
+            if kind == WANDB and tracker.run.offline:
+                folder = tracker.run.settings.sync_dir
+                print_line("wandb", f"recorded offline; to upload it: wandb sync {quote(folder)}")
             if kind == TENSORBOARD:
                 # As hyperparameters, TensorBoard would show the config as another run.
                 tracker.log({"config": f"```json\n{json.dumps(run_config, indent=2)}\n```"})
@@ -141,34 +135,13 @@ def build_tracker(
 
 
 def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
-    """Weights & Biases: online with a key and a server that answers, else offline."""
+    """Weights & Biases, offline without a key."""
     import wandb
     from accelerate.tracking import WandBTracker
 
-    class OnlineOrOffline(WandBTracker):
-        def start(self) -> None:
-            mode = os.environ.get("WANDB_MODE") or (
-                "online" if wandb.login(prompt=False, verify=False) else "offline"
-            )
-            self.init_kwargs["mode"] = mode
-            try:
-                super().start()
-            except Exception as error:
-                if mode != "online":
-                    raise
-                reason = " ".join(str(error).split())
-                text = f"W&B cannot be reached, so the run is recorded offline ({reason})."
-                announce("wandb", redact(text))
-                wandb.teardown()  # otherwise W&B's service refuses a second run with the same id
-                self.init_kwargs["mode"] = "offline"
-                super().start()
-            if self.run.offline:
-                # A resumed run has several folders that end in its id.
-                start, _, run_id = self.run.settings.sync_dir.rpartition("/offline-run-")
-                parts = f"{shlex.quote(start)}/offline-run-*-{run_id.rpartition('-')[2]}"
-                print_line("wandb", f"recorded offline; to upload it: wandb sync {parts}")
-
-    return OnlineOrOffline(project, **arguments)
+    has_key = wandb.login(prompt=False, verify=False)
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+    return WandBTracker(project, mode=mode, **arguments)
 
 
 def wandb_id(folder: Path) -> str:

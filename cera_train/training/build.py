@@ -36,8 +36,7 @@ from cera_train.model.identity import BaseIdentity, identity_of
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout, pass_padded
 from cera_train.model.weights import load_model
-from cera_train.runs.base import check_base
-from cera_train.runs.folder import Progress, load_checkpoint
+from cera_train.runs.folder import Progress, check_base, load_checkpoint
 from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.run import Config

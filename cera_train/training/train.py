@@ -45,7 +45,7 @@ from cera_train.runs.results import (
     is_task_figure,
     write_grades,
 )
-from cera_train.runs.subject import adapter_identity
+from cera_train.runs.subject import digest_of
 from cera_train.runs.tracking import check_trackers
 from cera_train.settings.run import Config
 from cera_train.settings.training import TrainConfig
@@ -435,7 +435,7 @@ def finish(
         if spectra:  # a method may have no spectra
             write_spectrum(folder.path / SPECTRUM, spectra)
         write_card(folder.path, result, model.adapted.config)
-        result = result.replace(adapter_identity=adapter_identity(folder.path / "adapter"))
+        result = result.replace(adapter_identity=digest_of(folder.path / "adapter"))
         result.write(folder.path / "result.json")  # the last file: it marks the run as finished
         console.print_result(result, config)
     model.accelerator.wait_for_everyone()  # a study looks for result.json in every process

@@ -17,7 +17,7 @@ from evaluated_runs import (
     read,
     tiny_path,
 )
-from made_files import change_json, write_lines
+from made_files import write_lines
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -283,16 +283,10 @@ def test_an_adapter_of_another_base_model_is_refused(eval_config, run, tmp_path,
 
 def test_another_adapter_in_a_runs_place_is_refused(eval_config, run, tiny_config):
     replaced = f"{run}/adapter is not the adapter that its run left: it was replaced"
-    config = run / "adapter" / "adapter_config.json"
-    trained = config.read_text()
-    change_json(config, {"alpha": 64.0})
+    shutil.copy(run / "checkpoints" / "8" / "adapter_model.safetensors", run / "adapter")
     for named in (run, run / "adapter"):
         with pytest.raises(UserError, match=f"^{replaced}"):
             evaluate(eval_config(run=named))
-    config.write_text(trained)
-    shutil.copy(run / "checkpoints" / "8" / "adapter_model.safetensors", run / "adapter")
-    with pytest.raises(UserError, match=f"^{replaced}"):
-        evaluate(eval_config())
     with pytest.raises(UserError, match=f"^{replaced}"):
         train(tiny_config("name=later", f"adapter.start_from={run}"))
     assert not (run / "eval").exists()

@@ -14,7 +14,7 @@ from cera_train.common.files import read_yaml
 from cera_train.evaluation import grading
 from cera_train.evaluation.evaluate import resolve_evaluation, run_evaluation
 from cera_train.runs.results import RunResult
-from cera_train.runs.subject import adapter_identity, find_subject
+from cera_train.runs.subject import digest_of, find_subject
 from cera_train.serving.chat import ask
 from cera_train.serving.export import Certificate, export_run
 from cera_train.settings.evaluation import EvalConfig
@@ -79,7 +79,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def keep_adapter(run: Path) -> None:
     """Records the adapter that a test has put into a run's folder as the one that it trained."""
     result = RunResult.read(run / "result.json")
-    changed = result.replace(adapter_identity=adapter_identity(run / "adapter"))
+    changed = result.replace(adapter_identity=digest_of(run / "adapter"))
     changed.write(run / "result.json")
 
 
