@@ -112,7 +112,7 @@ BUDGETS = {
     "cera_train/cera": 8_060,
     "cera_train/cli": 7_800,
     "cera_train/common": 5_300,
-    "cera_train/data": 16_440,
+    "cera_train/data": 16_200,
     "cera_train/distributed": 2_700,
     "cera_train/evaluation": 16_720,
     "cera_train/model": 9_850,

@@ -1,16 +1,25 @@
 """A row -> a chat, whatever its layout; and its plain text. Nothing here imports a tokenizer, nor
 torch."""
 
-from collections.abc import Sequence
+import functools
+import re
+import string
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.data.columns import pair_readers
 from cera_train.data.messages import TURNS, messages_of, own_settings, tools_of
 from cera_train.data.rendering import Chat, Exchange
-from cera_train.data.rows import Row, kind_of
-from cera_train.settings.data import DataConfig, Layout, LossOn, Turns, Writing
+from cera_train.data.rows import PROMPT, Row, as_text, kind_of, text_of
+from cera_train.settings.data import (
+    COLUMN_TEMPLATES,
+    DataConfig,
+    Layout,
+    LossOn,
+    Turns,
+    Writing,
+)
 
 ASKS = ("user", "tool")
 """Roles whose messages the assistant answers. What it says before any of them is context."""
@@ -31,7 +40,7 @@ def chat_of(row: Row, config: DataConfig, is_templated: bool, side: int = 0) -> 
     """
     extras = (tools_of(row), own_settings(row)) if is_templated else ()
     if config.layout not in TURNS:
-        pair = pair_readers(config, is_templated)[side](row)
+        pair = pair_of(row, config, is_templated, side)
         if pair is None:
             return None
         # A template needs no spaces around the texts.
@@ -185,3 +194,86 @@ def key_text(exchanges: Sequence[Exchange]) -> str:
     a document, which asks nothing, all of it."""
     [asked, *_] = up_to_supervised(exchanges)
     return prompt_of(asked) or exchanges[0].answer
+
+
+# --- a row as a prompt and its answer -------------------------------------------------------------
+
+
+def pair_of(row: Row, config: DataConfig, is_templated: bool, side: int) -> tuple[str, str] | None:
+    """The prompt and the answer of a row of a layout without turns; None without an answer.
+
+    Args:
+        is_templated: a chat template marks the prompt, instead of words around it.
+        side: of a preference, 0 for the chosen answer, 1 for the rejected one.
+    """
+    if config.layout == Layout.instruction:
+        return instruction(row, is_templated)
+    prompt, completion = templates_of(config)
+    if side == 1:
+        return templates(prompt, config.rejected, "data.rejected")(row)
+    return templates(prompt, completion)(row)
+
+
+def templates_of(config: DataConfig) -> tuple[str, str]:
+    """The templates of layout text, of documents, and of computed rows."""
+    if config.layout == Layout.documents:
+        return "", "{text}"
+    return COLUMN_TEMPLATES if config.is_computed else (config.prompt, config.completion)
+
+
+@functools.lru_cache
+def templates(
+    prompt: str, completion: str, setting: str = "data.completion"
+) -> Callable[[Row], tuple[str, str] | None]:
+    """What reads rows of layout `text`: columns in templates. Without a prompt a row is a
+    document."""
+    prompt_columns = columns_of(prompt, "data.prompt")
+    answer_columns = columns_of(completion, setting)
+    setting_of = dict.fromkeys([*prompt_columns, *answer_columns], setting)
+    setting_of |= dict.fromkeys(prompt_columns, "data.prompt")
+    fix = "write one in braces, such as {answer}."
+    require(bool(answer_columns), f"{setting}={completion!r} names no column: {fix}")
+
+    def pair(row: Row) -> tuple[str, str] | None:
+        values = {name: text_of(row, name, setting) for name, setting in setting_of.items()}
+        if not any(values[name].strip() for name in answer_columns):
+            return None
+        return prompt.format_map(values), completion.format_map(values)
+
+    return pair
+
+
+def instruction(row: Row, is_templated: bool) -> tuple[str, str] | None:
+    """Layout `instruction`: Alpaca's columns; `input` may be empty or missing."""
+    asked = text_of(row, "instruction")
+    context = as_text(row.get("input"), "column 'input'")
+    answer = text_of(row, "output")
+    question = f"{asked}\n{context}" if context else asked
+    if not answer.strip():
+        return None
+    return (question, answer) if is_templated else (PROMPT.format(question=question), f" {answer}")
+
+
+def columns_read(config: DataConfig) -> tuple[list[str], list[str]]:
+    """The columns of the question and those of the answer, for a layout without turns."""
+    if config.layout == Layout.instruction:
+        return ["instruction"], ["output"]
+    prompt, completion = templates_of(config)
+    question = list(dict.fromkeys(columns_of(prompt, "data.prompt")))
+    return question, columns_of(completion, "data.completion")
+
+
+def columns_of(template: str, setting: str = "template") -> list[str]:
+    """The columns that a setting's template names. A template that does more is refused: `{a.b}`,
+    `{a[0]}`, `{a:>9}`."""
+    try:
+        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
+    except ValueError as error:
+        raise UserError(
+            f"{setting}={template!r} is malformed: {error}. Write a literal brace twice."
+        ) from None
+    for _, name, format_spec, conversion in fields:
+        if format_spec or conversion or not re.fullmatch(r"[^\W\d][^.\[{]*", name):
+            reason = f"{{{name}}} is not just the name of a column. Write a literal brace twice."
+            raise UserError(f"{setting}={template!r}: {reason}")
+    return [name for _, name, _, _ in fields]

@@ -1,10 +1,10 @@
 """Rows -> token ids and loss masks, tokenised once: written to the cache in chunks, and
-memory-mapped to read. Memory does not grow with the number of rows."""
+memory-mapped to read. Memory does not grow with the number of rows. Also what a run's rows ask."""
 
 import hashlib
 import itertools
 from array import array
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import require
 from cera_train.common.terminal import announce
-from cera_train.data.reader import Example, Reader
+from cera_train.data.reader import Example, Question, Reader
 from cera_train.data.rows import Source
 from cera_train.data.sources import drawn_of_parts, interleaved, open_sources
 from cera_train.data.tokens import digest_of_parts, ids_of, start_ids
@@ -147,7 +147,7 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
                 evaluation.append(_tokenize(eval_source, reader))
     data = TokenizedData(train[0], _joined_evaluation(evaluation))
     if config.mix is not None:
-        _mix(data, config, train, evaluation)
+        _mix(data, config, train)
     train_keys = set(data.train.column("prompt_key"))
     eval_keys = data.evaluation.column("prompt_key")[:: config.sequences]
     data.shared_prompts = check_overlap(config, train_keys, eval_keys)
@@ -169,24 +169,16 @@ def check_overlap(config: DataConfig, train: Container[str], held_out: Sequence[
     return count
 
 
-def _mix(
-    data: TokenizedData,
-    config: DataConfig,
-    train: Sequence[TokenizedRows],
-    evaluation: Sequence[TokenizedRows],
-) -> None:
+def _mix(data: TokenizedData, config: DataConfig, train: Sequence[TokenizedRows]) -> None:
     """Draws the training rows of an epoch from those of each part, and describes the parts."""
     drawn = drawn_of_parts([part.by_row for part in train], config)
     data.train = _join(train, drawn)
     total = sum(data.train.lengths)
-    for (_, part), rows, sequences, evaluating in zip(
-        config.parts(), train, drawn, evaluation, strict=True
-    ):
+    for (_, part), rows, sequences in zip(config.parts(), train, drawn, strict=True):
         tokens = sum(rows.lengths[sequence] for sequence in sequences)
         data.mix.append(
-            f"{part.title}: {len(sequences):,} sequences an epoch, of {len(rows):,} "
-            f"({len(sequences) / len(data.train):.2%}), {tokens:,} tokens ({tokens / total:.2%}); "
-            f"{len(evaluating):,} evaluate"
+            f"{part.title}: {len(sequences):,} sequences an epoch, of {len(rows):,}, with "
+            f"{tokens / total:.2%} of the tokens"
         )
 
 
@@ -287,3 +279,38 @@ def prepare_windows(text: str, tokenizer: Any, window: int, limit: int | None) -
     if not examples:
         raise UserError("the text has no token to predict: it is empty or a single token.")
     return TokenizedRows(table_of(examples), digest_of_parts(text, window, limit))
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+def held_out_questions(config: DataConfig, tokenizer: Any) -> list[Iterator[Question]]:
+    """The first question of each held-out row, for each part of a mix."""
+    return [_first_questions(part, tokenizer) for _, part in config.parts()]
+
+
+def _first_questions(config: DataConfig, tokenizer: Any) -> Iterator[Question]:
+    reader = Reader(config, tokenizer)
+    _, source = open_sources(config)
+    for place, row in source.located():
+        yield from reader.questions(place, row)[:1]
+
+
+def training_questions(config: DataConfig, tokenizer: Any) -> list[Question]:
+    """Every question of an epoch's rows, except those longer than max_length."""
+    parts = []
+    for place, part in config.parts():
+        with errors_at(place):
+            reader = Reader(part, tokenizer)
+            source, _ = open_sources(part)
+            longest = part.max_length
+            rows = []
+            for each in source.located():
+                questions = reader.questions(*each)
+                rows.append([asked for asked in questions if len(asked.prompt_ids) <= longest])
+            parts.append([*filter(None, rows)])
+            fix = "raise data.max_length."
+            require(bool(parts[-1]), f"{source.name}: no prompt fits data.max_length: {fix}")
+    if config.mix is None:
+        return [*itertools.chain.from_iterable(parts[0])]
+    return interleaved(drawn_of_parts(parts, config))

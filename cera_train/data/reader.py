@@ -15,6 +15,7 @@ from cera_train.common.errors import errors_at
 from cera_train.common.settings import Changes, changes_of, require, to_plain
 from cera_train.data.chats import (
     chat_of,
+    columns_read,
     key_text,
     plain_exchanges,
     prompt_of,
@@ -22,7 +23,6 @@ from cera_train.data.chats import (
     up_to_supervised,
     uses_template,
 )
-from cera_train.data.columns import columns_read
 from cera_train.data.messages import TURNS, messages_of, role_of, turns_of
 from cera_train.data.rendering import Chat, Exchange, exchanges_of, fitting
 from cera_train.data.rows import PlacedRow, Row

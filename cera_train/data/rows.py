@@ -89,13 +89,11 @@ def text_of(row: Row, name: str, setting: str | None = None) -> str:
 
 def as_text(value: Any, cell: str) -> str:
     """A value as text; null is empty. Messages name it as `cell`."""
-    if value is None:
+    # Some programs write NaN for a missing value.
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if not isinstance(value, (str, int, float)):
         raise UserError(f"{cell} holds {kind_of(value)}: expected text.")
-    # Some programs write NaN for a missing value.
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{cell} holds {value}: expected text, or null where there is none.")
     # No tokenizer accepts half of a surrogate pair, as of an emoji that was cut.
     return str(value).encode(errors="replace").decode()
 
@@ -175,23 +173,22 @@ def _matching_files(name: str) -> list[str]:
                 if storage == "file"
                 else map(system.unstrip_protocol, system.glob(name))
             )
-        kinds = {path: system.info(path)["type"] for path in sorted(paths)}
+        paths = sorted(paths)
+        for path in paths:
+            system.info(path)  # raises where there is no such file
     except Exception as error:  # each storage raises its own
         raise UserError(
             f"cannot read the file: {error_text(error)}. Name one that is there."
         ) from error
-    require(bool(kinds), f"no file matches this pattern (from {Path.cwd()}).")
+    require(bool(paths), f"no file matches this pattern (from {Path.cwd()}).")
     suffixes = ", ".join(READERS)
-    for path, kind in kinds.items():
-        require(
-            kind == "file",
-            "it is no file: name files, such as those of 'folder/*.jsonl'.",
-        )
+    for path in paths:
         require(
             suffix_of(path) in READERS,
-            f"unknown kind of file: expected {suffixes}. Convert it, or rename it.",
+            f"unknown kind of file: expected {suffixes}, such as 'folder/*.jsonl'. Convert it, or "
+            "rename it.",
         )
-    return list(kinds)
+    return paths
 
 
 def _content_digest(path: str) -> str:

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from cera_train.common.errors import errors_at
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted
-from cera_train.data.questions import held_out_questions
+from cera_train.data.prepare import held_out_questions
 from cera_train.data.tokens import ids_of
 from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.grading import grade_all

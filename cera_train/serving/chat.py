@@ -15,7 +15,7 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
-from cera_train.data.columns import columns_read
+from cera_train.data.chats import columns_read
 from cera_train.data.messages import TURNS
 from cera_train.data.reader import Reader
 from cera_train.data.rows import PROMPT, Row, from_files, suffix_of

@@ -20,8 +20,7 @@ from cera_train.adapters.probe import check_effect
 from cera_train.adapters.saved import is_adapter, load, read
 from cera_train.cera.coverage import Coverage
 from cera_train.common.errors import UserError, errors_at
-from cera_train.data.prepare import TokenizedData, TokenizedRows, prepare_data
-from cera_train.data.questions import training_questions
+from cera_train.data.prepare import TokenizedData, TokenizedRows, prepare_data, training_questions
 from cera_train.data.reader import Question
 from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.sharding import load_optimizer_state, share_frozen_weights

@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from cera_train.common.errors import UserError
-from cera_train.data.columns import templates
+from cera_train.data.chats import templates
 from cera_train.data.reader import Example, Reader
 from cera_train.data.tokens import ids_of
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from cera_train.common.errors import errors_at
 from cera_train.common.settings import require
-from cera_train.data.questions import held_out_questions
+from cera_train.data.prepare import held_out_questions
 from cera_train.evaluation.tasks import jsonl
 from cera_train.evaluation.tasks.task import fields_of_prompt, question_id
 from cera_train.runs.evaluation_folder import Problem

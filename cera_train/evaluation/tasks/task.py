@@ -22,7 +22,7 @@ import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, options, read_yaml
 from cera_train.common.settings import flatten, require
-from cera_train.data.columns import columns_of
+from cera_train.data.chats import columns_of
 from cera_train.data.reader import Question
 from cera_train.data.rows import Row, Source, from_files, normalized, text_of
 from cera_train.data.sources import from_hub, open_sources
