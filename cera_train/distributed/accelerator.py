@@ -3,9 +3,7 @@ group ends a run when one of its processes hangs."""
 
 import contextlib
 import gc
-import multiprocessing
 import os
-import threading
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -26,15 +24,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.common.terminal import announce
 from cera_train.distributed.processes import MEETING, RANKS, is_one_of_several
 from cera_train.settings.distributed import DistributedConfig, Strategy
 from cera_train.settings.model import Dtype, ModelConfig
 
 MIXED_PRECISIONS = {None: "no", Dtype.bfloat16: "bf16", Dtype.float16: "fp16"}
 """Accelerate's names of the dtypes that autocast computes in."""
-
-SOON = 5.0  # seconds in which the processes of a launcher usually meet
 
 
 def this_device() -> torch.device:
@@ -43,26 +38,21 @@ def this_device() -> torch.device:
 
 
 @contextlib.contextmanager
-def waiting_for_others() -> Iterator[None]:
-    """Prints whom this process waits for if they are not there soon: a launcher's variables may be
-    left over. Raises UserError if they never come."""
-    where = ", ".join(f"{name}={os.environ.get(name)}" for name in MEETING)
-    fix = f"start all of them, or this command alone: unset {' '.join(RANKS)}"
-    text = f"for the other processes of {where}: {fix}"
-    note = threading.Timer(SOON, announce, ["waiting", text])
-    # `work` runs in what this command started itself.
-    if is_one_of_several() and multiprocessing.parent_process() is None:
-        note.start()
+def named_launch() -> Iterator[None]:
+    """Turns a failure to meet the other processes into a UserError with the variables that name
+    them: a launcher's may be left over."""
     try:
         yield
     except torch.distributed.DistError as error:
+        where = ", ".join(f"{name}={os.environ.get(name)}" for name in MEETING)
         cause = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"{where}: {cause}: {fix}.") from error
-    finally:
-        note.cancel()
+        raise UserError(
+            f"{where}: {cause}: start all processes, or this command alone: unset "
+            f"{' '.join(RANKS)}."
+        ) from error
 
 
-@waiting_for_others()
+@named_launch()
 def start_accelerator(
     model: ModelConfig, autocast: bool | None, config: DistributedConfig
 ) -> Accelerator:

@@ -36,14 +36,12 @@ MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def launched_rank() -> int | None:
     """The rank that a launcher set for this process, from the variables that Accelerate reads; None
     without a launcher. Raises UserError for some of these variables without the others."""
-    if "RANK" in os.environ:
-        check_launched(os.environ)
-        return int(os.environ["RANK"])
     for library in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD"):
-        if int(os.environ.get(f"{library}_SIZE", 1)) > 1:  # srun sets a rank for a single task too
+        size = int(os.environ.get(f"{library}_SIZE", 1))
+        if size > 1 and "RANK" not in os.environ:  # srun sets a rank for a single task too
             return int(os.environ[f"{library}_RANK"])
     check_launched(os.environ)
-    return None
+    return int(os.environ["RANK"]) if "RANK" in os.environ else None
 
 
 def check_launched(environment: Mapping[str, str]) -> None:

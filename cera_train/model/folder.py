@@ -15,7 +15,6 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cera_train.common.errors import UserError, explain
 from cera_train.common.files import cached_folder
@@ -33,26 +32,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_architecture(config: ModelConfig) -> PretrainedConfig:
-    """The model's config.json. Raises UserError if it is not that of a causal language model."""
-    loaded = from_hub_or_folder(AutoConfig.from_pretrained, config)
-    kinds = loaded.architectures or []
-    causal = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
-    # Of a model that also takes images, `load_model` gives what generates text.
-    is_multimodal = loaded.get_text_config() is not loaded and not loaded.is_encoder_decoder
-    others = [
-        kind
-        for kind in kinds
-        if "For" in kind
-        and not kind.endswith("ForCausalLM")
-        and kind not in causal
-        and not (is_multimodal and kind.endswith("ForConditionalGeneration"))
-    ]
-    if kinds and len(others) == len(kinds):
-        raise UserError(
-            f"model.path={config.path}: {', '.join(kinds)} does not predict the next token alone: "
-            "set model.path to a causal language model, such as Llama, Qwen or SmolLM2."
-        )
-    return loaded
+    """The model's config.json."""
+    return from_hub_or_folder(AutoConfig.from_pretrained, config)
 
 
 def model_ends(config: ModelConfig) -> int | list[int] | None:
