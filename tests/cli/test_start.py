@@ -56,8 +56,6 @@ def test_help_for_a_section_explains_its_settings(run_command, capfd):
     assert "\nadapter.r=8\n    Rank. null: PEFT's default" in printed
     assert run_command("cera-eval", "--help", "task") == 0
     assert "\ntask.split=test\n" in capfd.readouterr().out  # of a section that is null
-    assert run_command("cera-train", "--help", "adaptr") == 2
-    assert "--help adaptr: unknown setting adaptr. Did you mean adapter?" in capfd.readouterr().err
 
 
 def test_a_shell_completes_settings_and_choices(tmp_path):

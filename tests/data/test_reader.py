@@ -20,7 +20,6 @@ from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from cera_train.common.errors import UserError
 from cera_train.data.chats import templates
 from cera_train.data.reader import Example, Reader
 from cera_train.data.tokens import ids_of
@@ -34,22 +33,10 @@ EMPTY = Example([], [], has_answer=False)
     ("name", "row", "prompt", "completion"),
     [
         (
-            "math",
-            {"problem": "1+1?", "solution": r"\boxed{2}"},
-            "Problem: 1+1?\nSolution:",
-            r" \boxed{2}",
-        ),
-        (
             "mathinstruct",
             {"instruction": "Add {x}.", "output": "2"},
             "Question: Add {x}.\nAnswer:",
             " 2",
-        ),
-        (
-            "metamathqa",
-            {"query": "What is x?", "response": "x is 2"},
-            "Question: What is x?\nAnswer:",
-            " x is 2",
         ),
         (
             "gsm8k",
@@ -84,7 +71,7 @@ def test_prompt_and_completion_never_merge_into_one_token(tokenizer):
 
 
 @pytest.mark.parametrize("prepend", ["always", "first"])
-def test_a_tokenizer_that_adds_a_leading_space_adds_none_within_a_row(tokenizer, prepend):
+def test_a_tokenizer_that_adds_a_leading_space_adds_none_within_a_row(prepend):
     backend = Tokenizer(
         BPE({letter: number for number, letter in enumerate("\u2581\nQA: abc?")}, [])
     )
@@ -183,13 +170,6 @@ def test_what_the_assistant_says_before_a_question_is_context(tokenizer, before)
     example = example_of(chat, tokenizer, layout="messages")
     assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
     assert "<|im_start|>assistant\nHi!<|im_end|>" in tokenizer.decode(example.input_ids)
-    asked_by_system = {
-        "messages": [{"role": "system", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
-    }
-    assert (
-        supervised_text(example_of(asked_by_system, tokenizer, layout="messages"), tokenizer)
-        == "4<|im_end|>"
-    )
 
 
 @pytest.mark.parametrize("turns", ["first", "all"])
@@ -239,13 +219,6 @@ def test_flags_and_turns_choose_what_is_supervised(tokenizer, row, layout, first
     assert question.gold == "0.84"
 
 
-def test_a_loss_on_all_tokens_refuses_an_answer_of_weight_0(tokenizer):
-    turns = CHAT["messages"]
-    marked = {"messages": [*turns[:2], turns[2] | {"weight": 0}, *turns[3:]]}
-    with pytest.raises(UserError, match=r"one has weight 0: set data\.loss_on=completion"):
-        example_of(marked, tokenizer, layout="messages", loss_on="all")
-
-
 # --- layout messages ------------------------------------------------------------------------------
 
 
@@ -262,16 +235,3 @@ def test_a_template_may_write_the_start_token_and_needs_no_end_token(tokenizer):
     unlisted = with_changes(tokenizer, extra_special_tokens=[])
     example = example_of(CHAT, unlisted, layout="messages")
     assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
-
-
-USER = {"role": "user", "content": "a"}
-ANSWER = {"role": "assistant", "content": "b"}
-
-
-def test_an_empty_turn_of_the_assistant_is_context(tokenizer):
-    empty = {"role": "assistant", "content": None}
-    example = example_of({"messages": [USER, empty, USER, ANSWER]}, tokenizer, layout="messages")
-    assert supervised_text(example, tokenizer) == "b<|im_end|>"
-    assert "None" not in tokenizer.decode(example.input_ids)
-    for messages in (None, [USER, empty]):
-        assert example_of({"messages": messages}, tokenizer, layout="messages") == EMPTY

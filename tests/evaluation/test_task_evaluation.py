@@ -35,10 +35,10 @@ def learned(config) -> tuple[list, bytes]:
 
 
 def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(
-    finished_config, tiny_config, capsys
+    finished_config, tiny_config
 ):
     """Dropout draws random numbers, and attention runs over flat rows: neither notices the answers
-    in between, whose figures reach every place where a run shows them."""
+    in between."""
     examined = tiny_config(*TASKS, *SHORT)
     result = train(examined)
     assert learned(examined) == learned(finished_config)
@@ -51,11 +51,6 @@ def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(
     assert read_json(folder_of(examined) / "result.json") == result
     samples = read(folder_of(examined) / "samples.jsonl")
     assert [line["update"] for line in samples] == [0] * 3 + [4] * 3 + [8] * 3 + [12] * 3
-    printed = capsys.readouterr().out
-    before, after = (line["logistic_map/exact"] for line in (lines[0], lines[-1]))
-    assert f"logistic_map exact {before:.1%} before, {after:.1%} after" in printed
-    for name, text in (("asked", samples[0]["prompt"]), ("right", samples[0]["gold"])):
-        assert f"\n{name:<16}{' '.join(text.split())}\n" in printed
 
 
 def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys):
@@ -130,9 +125,6 @@ def test_a_sample_is_a_row_up_to_its_first_answer(tokenizer, write_jsonl):
     prompt = "User: hello\nAssistant:"
     asked = [(problem.prompt, problem.gold) for problem in evaluation.problems]
     assert asked == [(prompt, "hi")] * 2
-    ids = tuple(tokenizer(prompt).input_ids)
-    assert [request.prompt_ids for request in evaluation.requests] == [ids] * 2
-    assert len({request.problem for request in evaluation.requests}) == 2
-    assert evaluation.max_new_tokens == SAMPLE_ROOM
-    assert evaluation_of_rows(rows, 1, tokenizer, positions=len(ids) + SAMPLE_ROOM).requests
-    assert not evaluation_of_rows(rows, 1, tokenizer, positions=len(ids) + SAMPLE_ROOM - 1).requests
+    room = len(tokenizer(prompt).input_ids) + SAMPLE_ROOM
+    assert evaluation_of_rows(rows, 1, tokenizer, positions=room).requests
+    assert not evaluation_of_rows(rows, 1, tokenizer, positions=room - 1).requests

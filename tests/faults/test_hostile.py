@@ -6,7 +6,6 @@ The attacks are real: code that runs creates a file, `marker`.
 
 import json
 import os
-import pickle
 import re
 import shutil
 from dataclasses import replace
@@ -159,31 +158,6 @@ def test_a_runs_yaml_creates_no_objects(tmp_path, marker, text):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"peft_type": "XLORA"}, "is an adapter of type 'XLORA': expected one of .*CERA"),
-        (
-            {"auto_mapping": {"base_model_class": "X", "parent_library": "evil"}},
-            "sets auto_mapping, which can import",
-        ),
-        (
-            {"corda_config": {"cache_file": "/x"}, "loftq_config": {"bits": 4}},
-            "sets loftq_config, corda_config",
-        ),
-    ],
-)
-def test_an_adapter_that_does_more_than_place_weights_is_refused(
-    tmp_path, config, changes, message
-):
-    for folder in (
-        write_adapter(tmp_path / "adapter", "x", **changes),
-        write_run(tmp_path / "run", config, **changes),
-    ):
-        with pytest.raises(ValueError, match=message):
-            find_subject(evaluation(folder))
-
-
 # --- pickles --------------------------------------------------------------------------------------
 
 
@@ -213,8 +187,7 @@ def test_a_base_models_pickle_is_not_read(tmp_path, tiny_folder, marker):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.bin"])
-def test_a_checkpoints_pickle_is_not_read(tmp_path, config, tiny_llama, marker, name):
+def test_a_checkpoints_pickle_is_not_read(tmp_path, config, tiny_llama, marker):
     from cera_train.adapters.build import build
 
     model = build(tiny_llama.requires_grad_(False), config.adapter)
@@ -225,27 +198,19 @@ def test_a_checkpoints_pickle_is_not_read(tmp_path, config, tiny_llama, marker, 
         folder.save_checkpoint(model, optimizer, Progress(update=1, data_digest="digest"), keep=1)
         (checkpoint,) = folder.checkpoints()
         load_checkpoint(checkpoint, model, "digest", "held-out")
-        if name == "adapter_model.bin":
-            (checkpoint / "adapter_model.safetensors").unlink()
-        torch.save(Payload(marker), checkpoint / name)
+        torch.save(Payload(marker), checkpoint / "optimizer.pt")
         with pytest.raises(ValueError, match=str(checkpoint)):
             load_checkpoint(checkpoint, model, "digest", "held-out")
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["rows.py", "train.pkl"])
-def test_code_and_pickles_of_a_data_set_are_not_read(tmp_path, marker, monkeypatch, name):
+def test_code_of_a_data_set_is_not_run(tmp_path, marker, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "rows"
     folder.mkdir()
-    payload = (
-        f"open({str(marker)!r}, 'w')".encode()
-        if name.endswith(".py")
-        else pickle.dumps(Payload(marker))
-    )
-    (folder / name).write_bytes(payload)
+    (folder / "rows.py").write_text(f"open({str(marker)!r}, 'w')")
     with pytest.raises(ValueError, match=f"data.path={folder}"):
         from_hub(DataConfig(path=str(folder), layout="documents"), "data.train_split")
     assert not marker.exists()

@@ -10,7 +10,6 @@ import pytest
 from tiny_runs import folder_of
 
 from cera_train.cli.compose import compose
-from cera_train.common.files import read_yaml
 from cera_train.evaluation import grading
 from cera_train.evaluation.evaluate import resolve_evaluation, run_evaluation
 from cera_train.runs.results import RunResult
@@ -52,20 +51,6 @@ def export(run: Path, *words: str) -> Certificate:
     """As `cera-export run=RUN ...`, in this process."""
     config = compose(f"run={run}", *words, command="export")
     return export_run(config, find_subject(config))
-
-
-def tiny_path(run: Path) -> str:
-    return read_yaml(run / "config.yaml")["model"]["path"]
-
-
-def base_settings(run: Path) -> list[str]:
-    """Settings that name the tiny base model, and where an untouched model's evaluations go."""
-    return [
-        "model=smollm2_135m",
-        f"model.path={tiny_path(run)}",
-        "model.dtype=float32",
-        f"output_dir={run.parent / 'outputs'}",
-    ]
 
 
 def read(path: Path) -> list[dict]:

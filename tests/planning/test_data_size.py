@@ -1,16 +1,11 @@
 """Rows, tokens and problems: read by the run, or from facts."""
 
-from pathlib import Path
 from statistics import fmean, pstdev
 
 import pytest
-from conftest import needs_smollm2
 
-from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
 from cera_train.planning.data_size import DataSize, count_problems, data_size, read_rows
-
-GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
 
 
 @pytest.fixture
@@ -59,10 +54,8 @@ def test_rows_and_tokens_of_the_hub_are_bounded_by_the_settings(size):
     assert (bounded.train_rows, bounded.tokens_per_row, bounded.supervised) == (10, 16, 1.0)
 
 
-def test_a_mix_on_the_hub_needs_settings(size):
+def test_a_mix_on_the_hub_has_the_size_that_is_set(size):
     mix = ["data=gsm8k_slimorca", "data.train_rows=20000", "plan.tokens_per_row=200"]
-    with pytest.raises(UserError, match="its size is unknown. Set data.train_rows, data.eval_rows"):
-        size(*mix)
     known = size(*mix, "data.eval_rows=100")
     assert (known.train_rows, known.eval_rows, known.tokens_per_row) == (20_000, 200, 200)
 
@@ -72,19 +65,6 @@ def test_a_known_data_set_needs_no_settings_beyond_its_templates(size):
     counts = ["data.train_rows=640", "data.eval_rows=10", "plan.tokens_per_row=100"]
     known = size(*unknown, *counts)
     assert (known.train_rows, known.tokens_per_row, known.prompt_tokens) == (640, 100, 100)
-
-
-@pytest.mark.skipif(not GSM8K.is_file(), reason=f"real rows are not at {GSM8K}")
-@needs_smollm2
-def test_the_facts_of_gsm8k_are_its_rows(compose):
-    from cera_train.data.prepare import prepare_evaluation
-    from cera_train.model.folder import load_tokenizer
-
-    config = compose("data=gsm8k", f"data.train_files=[{GSM8K}]", "data.eval_rows=1000")
-    rows = prepare_evaluation(config.data, load_tokenizer(config.model))
-    facts = config.data.facts
-    assert facts.tokens_per_row == pytest.approx(sum(rows.lengths) / len(rows), rel=0.06)
-    assert facts.supervised == pytest.approx(sum(rows.supervised) / sum(rows.lengths), abs=0.02)
 
 
 def test_problems_of_a_task_are_counted_or_known(compose, write_jsonl, tiny_folder):

