@@ -1,19 +1,16 @@
 """--save: what was typed runs again by its name."""
 
-from pathlib import Path
-
 import yaml
-from commands import WITHOUT_TORCH, command
 
 TYPED = ["data.train_files=[a.jsonl]", "model=llama3_2_1b", "adapter=lora", "adapter.r=8"]
 TYPED += ["optimizer.lr=1e-4", "adapter.settings={use_dora: true}", "model.revision=7e49710"]
 
 
-def test_a_saved_recipe_is_what_was_typed(tmp_path: Path) -> None:
+def test_a_saved_recipe_is_what_was_typed(tmp_path, run_command, capfd):
     def run(*words: str) -> str:
-        done = command("cera-train", *words, cwd=tmp_path, **WITHOUT_TORCH)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        capfd.readouterr()
+        assert run_command("cera-train", *words) == 0
+        return capfd.readouterr().out
 
     saved = run(*TYPED, "--save", "mine/recipe/orders.yaml")
     assert saved == "saved      cera-train --config-dir mine +recipe=orders\n"
@@ -23,4 +20,4 @@ def test_a_saved_recipe_is_what_was_typed(tmp_path: Path) -> None:
     text = (tmp_path / "mine/recipe/orders.yaml").read_text()
     assert text.startswith("# @package _global_\n")
     assert "\n  r: 8  # Rank\n" in text
-    assert command("cera-train", "--save", "orders.yaml", cwd=tmp_path).returncode == 2
+    assert run_command("cera-train", "--save", "orders.yaml") == 2

@@ -20,7 +20,7 @@ from benchmarks.tiny_models import byte_tokenizer
 def data_of(monkeypatch):
     """data_of(teacher) -> 3,000 normal inputs of width 16 with a mean, and its targets."""
     monkeypatch.setattr(one_projection, "HELD_OUT", 1_000)
-    monkeypatch.setattr(one_projection, "STEPS", 600)
+    monkeypatch.setattr(one_projection, "STEPS", 300)
     monkeypatch.setattr(one_projection, "BATCH", 256)
     monkeypatch.setattr(one_projection, "RANK", 16)
     x = torch.randn(3_000, 16, generator=torch.Generator().manual_seed(0)) + 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from evaluated_runs import evaluate, export, keep_adapter
 from made_files import write_json
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -22,8 +22,6 @@ from cera_train.serving.export import fit
 from cera_train.serving.verify import compare_models
 from cera_train.training.train import train
 
-IDS = torch.arange(3, 23)[None]
-
 
 @pytest.fixture(scope="module")
 def trained(tiny_config_in, tmp_path_factory):
@@ -36,11 +34,6 @@ def trained(tiny_config_in, tmp_path_factory):
         return Path(train(config)["folder"])
 
     return trained
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
 
 
 def test_the_map_is_the_least_squares_solution():
@@ -125,7 +118,7 @@ def test_an_adapter_and_its_export_name_the_revision_of_their_base(compose, trai
         return load(path, revision=revision, **settings)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    export(folder, "at_most=100")
+    export(folder, "at_most=100", "rows=2")
     elsewhere = shutil.copytree(folder / "adapter", folder.parent / "pinned_adapter")
     for place in (elsewhere, folder / "export_lora"):
         AutoPeftModelForCausalLM.from_pretrained(place)  # what a card tells to run
@@ -135,7 +128,7 @@ def test_an_adapter_and_its_export_name_the_revision_of_their_base(compose, trai
 
 def test_an_export_in_its_run_is_measured_as_the_run(compose, trained):
     folder = trained("model.dtype=float32", name="measured")
-    export(folder, "at_most=100")
+    export(folder, "at_most=100", "rows=2")
     exported = folder / "export_lora"
     words = (f"run={exported}", "task=perplexity", "name=exported")
     evaluate(compose(*words, command="eval"))
@@ -145,18 +138,6 @@ def test_an_export_in_its_run_is_measured_as_the_run(compose, trained):
     assert (exported / "eval" / "exported" / "result.json").is_file()
     (folder / "result.json").unlink()  # as where an adapter and its config were copied
     evaluate(compose(f"run={folder / 'adapter'}", "task=perplexity", command="eval"))
-
-
-def test_merged_is_a_plain_model_that_computes_what_its_lora_does(trained, tiny_folder):
-    folder = trained()
-    lora = export(folder, "at_most=100")
-    merged = export(folder, "to=merged", "at_most=100")
-    assert merged.loss_form == pytest.approx(lora.loss_form, abs=1e-5)
-    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    by_lora = logits(PeftModel.from_pretrained(base, folder / "export_lora"))
-    plain = AutoModelForCausalLM.from_pretrained(folder / "export_merged")
-    torch.testing.assert_close(logits(plain), by_lora, atol=1e-4, rtol=1e-4)
-    assert not list((folder / "export_merged").glob("adapter*"))
 
 
 def test_a_plain_model_has_the_settings_of_its_base_and_stops_where_its_run_does(

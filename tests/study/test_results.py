@@ -59,13 +59,6 @@ def test_primary_contrasts_come_first_and_hold_back_the_others(make_study):
     assert of_three.p_holm == pytest.approx(3 * cera.p_value)
     assert of_three.detectable > cera.detectable > 0
 
-    arms |= {"dora": ["adapter=dora"]}
-    planned = {"arms": arms, "primary": ["the gate", "dora or lora"]}
-    record = study.record.replace(study=study.record.study | planned)
-    [(gate_of_two, later, _)] = contrasts_of(replace(study, record=record))
-    assert gate_of_two.p_holm == pytest.approx(2 * gate.p_value)
-    assert later.p_holm == 1
-
 
 def test_higher_scores_are_better_and_the_first_outcome_chooses_the_rate(make_study):
     study = make_study(

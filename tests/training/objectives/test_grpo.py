@@ -300,8 +300,7 @@ def test_evaluations_ask_as_updates_do(grpo, thinking_folder, compose, write_jso
     rows = f"data.train_files=[{write_jsonl('chats.jsonl', chats)}]"
     settings = ("data.layout=messages", "data.chat=auto", "train.samples=1", "train.max_updates=1")
     words = (rows, *settings, f"model.path={thinking_folder}")
-    trained = train(grpo(*words))
-    run = trained["folder"]
+    run = train(grpo(*words))["folder"]
     samples = read_lines(Path(run) / SAMPLES, Sample)
     held_out = ("task=held_out", "task.max_new_tokens=4")
     evaluate(compose(f"run={run}", *held_out, command="eval"))
@@ -309,8 +308,6 @@ def test_evaluations_ask_as_updates_do(grpo, thinking_folder, compose, write_jso
     prompts = [*samples, *problems]
     assert {sample.reward is None for sample in samples} == {True, False}
     assert {each.prompt.partition("assistant")[2] for each in prompts} == {"\n<think>"}
-    result = evaluate(compose(f"run={run}", "task=perplexity", command="eval"))
-    assert result["perplexity"] == pytest.approx(trained["eval/perplexity"], rel=1e-6)
 
     # A start that learned not to reason is asked so.
     start = train(grpo(*words, "train.objective=sft", "name=start"))["folder"]
