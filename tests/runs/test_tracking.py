@@ -2,14 +2,13 @@
 Also what `hub.push` uploads."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from commands import command
 from conftest import TINY
 from huggingface_hub import RepoUrl
 
@@ -89,28 +88,14 @@ def test_a_resumed_run_continues_under_the_same_id(compose, tmp_path):
 
 
 @pytest.mark.slow
-def test_wandb_without_a_key_is_offline_with_metrics(tiny_config, tmp_path):
+def test_wandb_without_a_key_is_offline_with_metrics(tiny_folder, tmp_path, monkeypatch):
     """In a separate process: W&B starts a service that outlives a test."""
-    arguments = [
-        f"model.path={tiny_config().model.path}",
-        *TINY,
-        "adapter.r=4",
-        "train.max_updates=2",
-        "tracker=wandb",
-        "name=run",
-        f"output_dir={tmp_path}",
-    ]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    command = [sys.executable, "-m", "cera_train", *arguments]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=environment | {"HOME": str(tmp_path)},
-        check=False,
-    )
-    assert (done.returncode, done.stderr.count("left out")) == (0, 0), done.stderr
-    folder = Path(done.stdout.split("to upload it: wandb sync ")[1].split()[0])
+    monkeypatch.delenv("WANDB_MODE")
+    words = [f"model.path={tiny_folder}", *TINY, "train.max_updates=2", "tracker=wandb"]
+    done = command("cera-train", *words, cwd=tmp_path, HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "left out" not in done.stderr
+    folder = tmp_path / done.stdout.split("to upload it: wandb sync ")[1].split()[0]
     recorded = b"".join(path.read_bytes() for path in folder.glob("*.wandb"))
     for name in (b"eval/perplexity", b"spectrum/effective_rank/mean", b"train.max_updates"):
         assert name in recorded
