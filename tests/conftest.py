@@ -346,16 +346,7 @@ def browser():
     )
     if chromium is None:
         pytest.skip("no Chromium is installed")
-    quiet = (
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "no-first-run",
-        "disable-component-update",
-        "disable-sync",
-    )
     with sync_api.sync_playwright() as playwright:
-        arguments = [f"--{option}" for option in (*quiet, "disable-background-networking")]
-        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
         browser.close()

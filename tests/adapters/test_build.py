@@ -64,14 +64,6 @@ def test_all_linear_has_experts_in_or_out(model_type):
     layer = experts_of(model)[0]
     assert list(layer.cera_A["default"]) == ["gate_up_proj", "down_proj"]
     assert layer.r["default"] == {"gate_up_proj": 2, "down_proj": 2}
-    weights = sum(
-        weight.numel()
-        for layer in experts_of(model)
-        for weight in layer.parameters()
-        if weight.requires_grad
-    )
-    trainable, total = build.parameter_counts(model)
-    assert (trainable - weights, total - weights) == build.parameter_counts(without)
     assert model.peft_config["default"].target_parameters == [
         "experts.gate_up_proj",
         "experts.down_proj",

@@ -1,9 +1,6 @@
 """CeRA in a PEFT model: against LoRA, several adapters at once, saving and loading, registration,
 and what a non-linear branch cannot do."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from cera_models import (
@@ -14,6 +11,7 @@ from cera_models import (
     logits,
     with_two,
 )
+from commands import command
 from conftest import make_tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -116,9 +114,9 @@ import peft
 
 @pytest.mark.slow
 @pytest.mark.parametrize("imports", IMPORTS.values(), ids=IMPORTS)
-def test_importing_cera_train_registers_cera_in_any_order(imports):
+def test_importing_cera_train_registers_cera_in_any_order(imports, tmp_path):
     script = f"{imports}\nprint(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType('CERA')].__name__)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = command("python", "-c", script, cwd=tmp_path)
     assert done.stdout == "CeraConfig\n", done.stderr
     if imports.startswith("import cera_train"):  # in time to quiet what PEFT imports
         assert done.stderr == ""

@@ -55,11 +55,6 @@ def test_jobs_at_once_leave_what_they_leave_in_turn(sweep_here, sweep):
     assert "jobs       3 finished, 1 failed" in process.communicate(timeout=300)[0]
     assert adapters == {name: adapter_bytes(sweep.with_name("in_turn") / name) for name in trained}
 
-    process = start(*JOBLIB, cwd=sweep_here)
-    output, _ = process.communicate(timeout=300)
-    assert "\nfinished   3 of 4 jobs, which are not started again\njob        1 of 4: " in output
-    assert len(re.findall(r"^job +\d of 4", output, re.MULTILINE)) == 1
-
 
 @pytest.mark.slow
 def test_jobs_at_once_may_have_several_processes_each(sweep_here, sweep):
@@ -71,11 +66,7 @@ def test_jobs_at_once_may_have_several_processes_each(sweep_here, sweep):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.nightly)],
-)
-def test_a_signal_lets_every_job_save_and_begins_no_other(sweep_here, sweep, number, status):
+def test_a_signal_lets_every_job_save_and_begins_no_other(sweep_here, sweep):
     process = start(*JOBLIB, *ENDLESS, cwd=sweep_here)
     first, second, third = (
         sweep / f"adapter.activation={gate}" for gate in ("relu", "silu", "gelu")
@@ -84,9 +75,9 @@ def test_a_signal_lets_every_job_save_and_begins_no_other(sweep_here, sweep, num
         lambda: process.poll() is not None or (losses_of(first) and losses_of(second)), every=0.1
     )
     workers = psutil.Process(process.pid).children()
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (status, f"cera-train: stopped by {number.name}.\n")
+    assert (process.returncode, errors) == (143, "cera-train: stopped by SIGTERM.\n")
     assert list(states(sweep).values()) == ["stopped", "stopped", "waiting"]
     for job in (first, second):
         updates = len(losses_of(job))

@@ -89,7 +89,7 @@ def test_a_study_has_the_verdicts_it_had(release, run_command):
 
 
 @pytest.mark.slow
-def test_a_finished_sweep_has_nothing_to_run(release, run_command, capsys):
+def test_a_finished_sweep_has_nothing_to_run(release, run_command):
     command = json.loads(Path("outputs/sweep/sweep.json").read_text())["command"]
     results = {path: path.stat().st_mtime_ns for path in Path("outputs/sweep").rglob("result.json")}
     assert run_command(*command) == 0

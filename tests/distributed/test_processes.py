@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from commands import command
 from conftest import TINY
 from moe_models import make_mixture
 from several_processes import cut_copy, popen, train_in_processes
@@ -178,37 +179,11 @@ def test_scaled_gradients_are_clipped_by_their_unscaled_norm_under_either_strate
 
 
 @pytest.mark.slow
-def test_one_command_starts_the_processes_and_prints_once(tmp_path, arguments, run_command, capsys):
-    command = [*arguments, "train.max_updates=2", "launch.processes=2", "name=run"]
-    run = cera_train(*command, cwd=tmp_path)
-    out, err = printed_by(run)
-    assert (run.returncode, err) == (0, "")
-    assert out.count("folder          ") == out.count("perplexity      ") == 1
-    assert "2 x cpu" in out
-    assert run_command("cera-train", *command, "launch.processes=1") == 0
-    assert "Its result stands" in capsys.readouterr().out
-
-
-@pytest.mark.slow
 def test_a_process_of_accelerate_launch_starts_no_others(tmp_path, arguments):
     """With GPUs it starts several processes by torchrun, on CPUs one."""
-    launcher = [
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes=1",
-        "--num_machines=1",
-        "-m",
-    ]
-    run = [
-        sys.executable,
-        *launcher,
-        "cera_train",
-        *arguments,
-        "launch.processes=3",
-        "train.max_updates=2",
-    ]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, check=False)
+    launcher = ["--cpu", "--num_processes=1", "--num_machines=1", "-m", "cera_train"]
+    words = [*arguments, "launch.processes=3", "train.max_updates=2"]
+    done = command("accelerate", "launch", *launcher, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "1 x cpu" in done.stdout
     assert done.stdout.count("folder          ") == 1
@@ -220,23 +195,11 @@ def test_two_nodes_train_together(tmp_path, arguments, compose):
     train(compose(*arguments, "train.max_updates=6", "name=one"))
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes=2",
-        "--nproc_per_node=1",
-        "--rdzv_backend=c10d",
-        f"--rdzv_endpoint=localhost:{port}",
-        "--rdzv_id=two",
-        "--local_addr=localhost",
-        "-m",
-        "cera_train",
-        *arguments,
-        "train.max_updates=6",
-        "name=two",
-    ]
-    nodes = [popen(*command, cwd=tmp_path) for _ in range(2)]
+    meeting = f"--rdzv_backend=c10d --rdzv_endpoint=localhost:{port} --rdzv_id=two".split()
+    meeting += ["--nnodes=2", "--nproc_per_node=1", "--local_addr=localhost"]
+    words = [sys.executable, "-m", "torch.distributed.run", *meeting, "-m", "cera_train"]
+    words += [*arguments, "train.max_updates=6", "name=two"]
+    nodes = [popen(*words, cwd=tmp_path) for _ in range(2)]
     ends = [node.communicate(timeout=200) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], ends
     assert "".join(out for out, _ in ends).count("2 x cpu") == 1
@@ -428,11 +391,3 @@ def test_an_error_of_a_process_keeps_its_type():
         "killed by SIGABRT: it may have waited for another longer than distributed.timeout. The "
         "same" in str(aborted)
     )
-
-
-@pytest.mark.slow
-def test_a_mistake_is_printed_once(tmp_path, arguments):
-    run = cera_train(*arguments, "launch.processes=2", "optimizer.lr=1e30", cwd=tmp_path)
-    _, err = printed_by(run)
-    assert run.returncode == 2
-    assert err.count("is not finite") == len(err.splitlines()) == 1

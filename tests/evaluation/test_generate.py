@@ -9,6 +9,7 @@ import torch
 from conftest import make_tiny_llama
 from oracles import (
     GREEDY,
+    PROMPTS,
     adapted,
     answers_of,
     assert_greedy_answers_are_the_librarys,
@@ -43,16 +44,9 @@ def engine(tokenizer, engine_of) -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def requests(tokenizer) -> list[Request]:
-    texts = [
-        "Question: hello",
-        "the next value",
-        "x",
-        "Question: what is the next value?\nAnswer:",
-        "is it 0.84",
-    ]
     return [
         Request(f"problem-{number}", sample, tuple(tokenizer(text).input_ids))
-        for number, text in enumerate(texts)
+        for number, text in enumerate(PROMPTS)
         for sample in range(2)
     ]
 

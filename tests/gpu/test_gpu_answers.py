@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import make_tiny_llama
-from oracles import adapted, assert_greedy_answers_are_the_librarys, let_answers_end
+from oracles import PROMPTS, adapted, assert_greedy_answers_are_the_librarys, let_answers_end
 
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Request
@@ -12,16 +12,9 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def requests(tokenizer) -> list[Request]:
-    texts = [
-        "Question: hello",
-        "the next value",
-        "x",
-        "Question: what is the next value?\nAnswer:",
-        "is it 0.84",
-    ] * 3
     return [
         Request(f"problem-{number}", 0, tuple(tokenizer(text).input_ids))
-        for number, text in enumerate(texts)
+        for number, text in enumerate(PROMPTS * 3)
     ]
 
 

@@ -14,8 +14,9 @@ WITHOUT_TORCH = {
 def command(
     name: str, *arguments: str, cwd: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
+    """A program of this environment, or any other by its path."""
     program = str(Path(sys.executable).parent / name)
-    settings = {"capture_output": True, "text": True, "check": False, "timeout": 300}
+    settings = {"capture_output": True, "text": True, "check": False, "timeout": 900}
     return subprocess.run([program, *arguments], cwd=cwd, env=os.environ | environment, **settings)
 
 
@@ -29,7 +30,7 @@ def python(*arguments: object, cwd: Path | None = None, **environment: str) -> s
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

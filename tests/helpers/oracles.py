@@ -77,6 +77,14 @@ def assert_nf4_gradients_are_right(folder: Path, device: torch.device) -> None:
 
 
 GREEDY = GenerationConfig()
+PROMPTS = [
+    "Question: hello",
+    "the next value",
+    "x",
+    "Question: what is the next value?\nAnswer:",
+    "is it 0.84",
+]
+"""Of several lengths."""
 
 
 def answers_of(engine: LoadedModel, batches, config) -> dict:

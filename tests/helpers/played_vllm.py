@@ -183,10 +183,6 @@ class Handler(BaseHTTPRequestHandler):
             if fault == "broken":
                 self.wfile.write(b'data: {"error": {"message": "EngineDeadError"}}\n\n')
             return None
-        if fault == "no json":
-            return self.wfile.write(b"data: {token_ids}\n\n")
-        if fault == "unknown ids":
-            return self.send(name, [len(server.tokenizer) + 10**6], reason, first)
         if fault == "cut":
             return self.send(name, tokens[:1], "length", first)
         if fault == "no log p":

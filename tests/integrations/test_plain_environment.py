@@ -1,11 +1,10 @@
 """What `pip install cera-train` alone brings is enough for every command."""
 
 import json
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 
 import pytest
+from commands import command
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -38,51 +37,35 @@ for name in sys.argv[2:]:
 """
 
 
-def required(name: str, found: set[str]) -> set[str]:
-    """The packages that pip installs with a package, without extras that are not asked for."""
-    try:
-        lines = requires(name) or []
-    except PackageNotFoundError:  # of another platform
-        return found
-    for requirement in map(Requirement, lines):
-        needed = canonicalize_name(requirement.name)
-        extras = requirement.extras or {""}
-        is_for_us = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if is_for_us and needed not in found:
-            found.add(needed)
-            for line in requires_of(needed, extras):
-                found.add(canonicalize_name(line.name))
-                required(line.name, found)
-            required(needed, found)
-    return found
-
-
-def requires_of(name: str, extras: set[str]) -> list[Requirement]:
-    """What the extras of a package add."""
-    try:
-        lines = map(Requirement, requires(name) or [])
-    except PackageNotFoundError:
-        return []
-    return [
-        line
-        for line in lines
-        if line.marker is not None
-        and not line.marker.evaluate({"extra": ""})
-        and any(line.marker.evaluate({"extra": extra}) for extra in extras)
-    ]
+def required(name: str) -> set[str]:
+    """A package and those that pip installs with it, without extras that are not asked for."""
+    found = set()
+    left = [(name, "")]
+    while left:
+        name, extra = left.pop()
+        if (name, extra) in found:
+            continue
+        found.add((name, extra))
+        try:
+            lines = requires(name) or []
+        except PackageNotFoundError:  # of another platform
+            continue
+        for line in map(Requirement, lines):
+            if line.marker is None or line.marker.evaluate({"extra": extra}):
+                left += [(canonicalize_name(line.name), each) for each in ("", *line.extras)]
+    return {name for name, _ in found}
 
 
 @pytest.mark.slow
-def test_every_command_loads_without_the_packages_of_the_tests():
-    plain = required("cera-train", {"cera-train", "pip", "setuptools"})
+def test_every_command_loads_without_the_packages_of_the_tests(tmp_path):
+    plain = {"pip", "setuptools"} | required("cera-train")
     blocked = [
         module
         for module, packages in packages_distributions().items()
         if not {*map(canonicalize_name, packages)} & plain
     ]
     assert "trl" in blocked
-    command = [sys.executable, "-c", IMPORT_WITHOUT, json.dumps(blocked), *COMMANDS]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = command("python", "-c", IMPORT_WITHOUT, json.dumps(blocked), *COMMANDS, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 
 
@@ -119,9 +102,7 @@ def test_a_run_needs_nothing_that_linux_alone_has(tiny_folder, tmp_path):
         "data.eval_rows=8",
         "train.batch_size=4",
     )
-    run = subprocess.run(
-        [sys.executable, "-c", HIDE_LINUX, *settings], cwd=tmp_path, capture_output=True, text=True
-    )
+    run = command("python", "-c", HIDE_LINUX, *settings, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     [result] = tmp_path.glob("outputs/*/result.json")
     assert json.loads(result.read_text())["peak_memory_bytes"] > 0

@@ -34,12 +34,8 @@ ROWS = {
         "cera-tokens": {"r": 8, "trainable_token_indices": [0, 1, 3]},
     },
     ("test_name", "model_id", "config_cls", "config_kwargs"): {
-        "cera-1": ("MLP", {"target_modules": "lin0"}),
-        "cera-2": ("MLP", {"target_modules": ["lin0"]}),
-        "cera-3": ("MLP", {"target_modules": ["lin1"]}),
         "cera-4": ("MLP", {"target_modules": ["lin0", "lin1"]}),
         "cera-5": ("MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
-        "cera-6": ("MLP", {"target_modules": ["lin0"], "alpha": 4, "dropout": 0.1}),
         "cera-7": (
             "MLP",
             {
@@ -48,7 +44,6 @@ ROWS = {
                 "alpha_pattern": {"lin1": 4},
             },
         ),
-        "cera-8": ("MLP2", {"target_modules": ["lin0", "lin1"]}),
         "cera-varied": ("MLP", {"target_modules": ["lin0", "lin1"]} | VARIED),
         "cera-conv1d": ("EmbConv1D", {"target_modules": ["conv1d"]}),
         "cera-tokens": (

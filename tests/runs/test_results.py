@@ -36,12 +36,7 @@ def test_an_infinite_perplexity_is_null_on_disk_and_reads_back(tmp_path: Path) -
         assert None in read_json(path).values()
         assert type(result).read(path) == result
     assert RunResult().perplexity is None
-    assert [figure(value) for value in (math.inf, None, 1234.5678, 1e12)] == [
-        "inf",
-        "–",
-        "1,234.568",
-        "1e+12",
-    ]
+    assert [figure(value) for value in (math.inf, None)] == ["inf", "–"]
 
 
 def test_the_mean_spectrum_is_over_modules_of_any_rank(tmp_path: Path) -> None:

@@ -261,19 +261,14 @@ def test_200_requests_of_8_clients_over_6_adapters_and_the_base_each_get_their_o
         ({"activation": "mish"}, "activation=mish is no gate that can be served"),
         ({"mix": "learned"}, "mix=learned is not served: cera-export makes a LoRA of it"),
         ({"r": 64}, "LoRA rank 64 is greater than max_lora_rank 8"),
-        (None, ""),
     ],
-    ids=["gate", "mix", "rank", "truncated"],
+    ids=["gate", "mix", "rank"],
 )
 def test_what_cannot_be_served_is_refused_and_the_server_lives(
     server, folder, wanted, tmp_path, changes, message
 ):
     broken = Path(shutil.copytree(folder / "silu", tmp_path / "broken"))
-    if changes is None:
-        weights = broken / "adapter_model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-100])
-    else:
-        change_json(broken / "adapter_config.json", changes)
+    change_json(broken / "adapter_config.json", changes)
     response = post(server, "load_lora_adapter", lora_name="broken", lora_path=str(broken))
     assert response.status_code >= 400
     assert message in response.text

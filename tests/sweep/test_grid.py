@@ -100,11 +100,9 @@ def test_the_table_of_the_papers_results_says_what_cera_plan_predicts(plans_of):
         for line in (config_dir("recipes") / "README.md").read_text().splitlines()
         if line.startswith("|") and "`cera-train " in line
     ]
-    seen = set()
     for row in rows:
         command, jobs, hours = row[1:4]
         (command,) = re.fullmatch(r"`cera-train (.*)`", command).groups()
-        seen |= set(re.findall(r"\b(?:\w+_)*\w+\b", command))
         # The sweep's header has what cera-plan predicts.
         if sweep := re.fullmatch(r"-m \+sweep=(\w+)", command):
             header = (config_dir("conf") / f"sweep/{sweep[1]}.yaml").read_text()
@@ -118,9 +116,6 @@ def test_the_table_of_the_papers_results_says_what_cera_plan_predicts(plans_of):
             f"{sum(plan.gpu_hours for plan in plans):,.2f}",
         ), command
         assert all(plan.fits for plan in plans), command
-    assert len(SWEEPS) == 8
-    assert {path.stem for path in SWEEPS} - {"logistic_map_grid"} <= seen
-    assert set(options("recipe")) - MEASURED - {"math_r64_nf4"} <= seen
 
 
 def test_an_argument_replaces_a_dimension_of_the_file(jobs_of):
