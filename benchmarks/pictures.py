@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from cera_train.common.files import read_yaml, write_text
 from cera_train.report.forest import Forest, Group, row_of
 from cera_train.settings.sweep import LOSS
-from cera_train.study.forest import CAPTION, brief, contrast_name, unit_of
+from cera_train.study.page import CAPTION, brief, contrast_name, unit_of
 from cera_train.study.results import SHARE, OutcomeContrast
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -26,12 +26,7 @@ from cera_train.planning.table import name_jobs, print_plan, print_plans
 from cera_train.settings.run import PlanRun
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell
-from cera_train.study.design import (
-    StudySweeper,
-    check_cells,
-    study_of,
-    study_record,
-)
+from cera_train.study.design import StudySweeper, check_cells, study_record
 from cera_train.study.folder import Study
 from cera_train.sweep.grid import grid
 from cera_train.verdicts.contrast import Variances
@@ -83,15 +78,13 @@ class PlannedStudy(StudySweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Prints the plan of every cell, their sum, and what the study detects."""
         announce_imports()
-        outcomes = study_of(self.config).outcomes
-        spread = OmegaConf.to_object(self.config.plan).spread or {}
-        for outcome in spread:
-            names = ", ".join(outcomes)
-            require(
-                outcome in outcomes,
-                f"plan.spread: {outcome} is no outcome of this study: choose from {names}.",
-            )
         study = Study(self.folder, study_record(self.config))
+        spread = OmegaConf.to_object(self.config.plan).spread or {}
+        others = ", ".join(spread.keys() - {*study.config.outcomes})
+        names = ", ".join(study.config.outcomes)
+        require(
+            not others, f"plan.spread: {others} is no outcome of this study: choose from {names}."
+        )
         print_line("study", study.config.question)
         check_cells(self.config, study, self.compose)
         planned: dict[str, list[RunPlan]] = {}

@@ -32,7 +32,7 @@ from cera_train.distributed.processes import is_main_process, is_one_of_several,
 from cera_train.runs.records import changes_result
 from cera_train.runs.tracking import WANDB_NAME
 from cera_train.settings.run import Config
-from cera_train.study.design import StudySweeper, is_study
+from cera_train.study.design import StudySweeper
 from cera_train.sweep.folder import RECORD, print_sweep
 from cera_train.sweep.grid import Job, begin, job_composer, record_of
 
@@ -157,12 +157,10 @@ class TrainingSweep(Callback):
             f"hub.push={push}: every job of a sweep would replace the one before. Leave it out, "
             f"and upload the best one: hf upload {push} JOB/adapter.",
         )
-        if config.study is not None and not is_study(config):
-            raise UserError("+study=NAME has a sweeper: leave hydra/sweeper=... out.")
-        if is_study(config):
-            announce_imports()  # to count parameters
-        else:
+        if config.study is None:
             begin(config, job_composer(config, without_hydra), record_of(config))
+        else:
+            announce_imports()  # to count parameters
 
     @errors_in_one_line(TRAIN)
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from cera_train.common.settings import key_of, require, setting
+from cera_train.settings.data import as_list
 from cera_train.settings.gone import describe_gone
 from cera_train.settings.values import Filled, Settings
 
@@ -133,13 +134,16 @@ class StudyConfig(Settings):
         return self.outcomes[0]
 
     @property
-    def comparisons(self) -> list[tuple[str, Any, Any]]:
-        """Every comparison: what it asks, and its first and second side, an arm or a pair of arms.
-        First those of `contrasts`, then with the baseline."""
-        comparisons = [(question, *sides) for question, sides in self.contrasts.items()]
-        compared = [{first, second} for _, first, second in comparisons if isinstance(first, str)]
+    def comparisons(self) -> list[tuple[str, list[str], list[str]]]:
+        """Every comparison: what it asks, and its first and second side, one arm or two. First
+        those of `contrasts`, then with the baseline."""
+        comparisons = [
+            (question, as_list(first), as_list(second))
+            for question, (first, second) in self.contrasts.items()
+        ]
+        compared = [{*first, *second} for _, first, second in comparisons]
         for arm in self.arms:
             is_new = arm != self.baseline and {self.baseline, arm} not in compared
             if self.baseline is not None and is_new:
-                comparisons.append((f"{arm} or {self.baseline}", self.baseline, arm))
+                comparisons.append((f"{arm} or {self.baseline}", [self.baseline], [arm]))
         return comparisons

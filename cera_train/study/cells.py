@@ -16,17 +16,23 @@ from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from cera_train.common.settings import key_of, require
-from cera_train.runs.results import RunResult
+from cera_train.runs.results import DIVERGED, RunResult
 from cera_train.settings.sweep import LOSS
 from cera_train.study.outcomes import ComparedRun, Outcome
-from cera_train.study.record import BASE, SEED, StudyRecord
-from cera_train.sweep.folder import State, job_name, job_status
+from cera_train.sweep.folder import job_name
 from cera_train.verdicts.tuning import could_gain
+
+if TYPE_CHECKING:
+    from cera_train.study.folder import Study
+
+ARM = "study.arm"
+BASE = "study.base"
+SEED = "train.seed"
 
 
 def describe_choices(choices: Iterable[tuple[str, str]]) -> str:
@@ -74,7 +80,7 @@ class Edge(NamedTuple):
 class Cell:
     """An arm under a condition."""
 
-    study: StudyRecord
+    study: Study
     arm: str
     choices: dict[str, str]
     """The condition, such as {"adapter.r": "16"}, without the settings that the arm sets itself."""
@@ -112,7 +118,7 @@ class Cell:
         words = []
         for word in point.overrides:
             if key_of(word) == BASE:
-                words += self.study.words_of_base(run.base)
+                words += [f"{BASE}={run.base}", *self.study.config.bases[run.base]]
             elif key_of(word) == SEED:
                 words.append(f"{SEED}={run.seed}")
             elif key_of(word) not in self.study.keys_of_bases:
@@ -131,8 +137,7 @@ class Cell:
         name = self.study.config.first_outcome
         result = RunResult.find(folder / "result.json")
         if result is None:
-            has_diverged = job_status(self.study.folder, folder.name).state == State.diverged
-            return math.inf if has_diverged else None
+            return math.inf if (folder / DIVERGED).exists() else None
         if name == LOSS and not math.isfinite(result.perplexity or math.inf):
             return math.inf
         mean = Outcome.read(name, folder).mean
@@ -263,10 +268,10 @@ class Cell:
         return jobs
 
     @property
-    def grid_slack(self) -> tuple[float, float]:
-        """The most by which another value, in the grid or between, could lower and raise the loss:
-        in nats, or of a score. Of medians over runs, so that one that breaks down does not bend the
-        curve. The best value raises nothing."""
+    def grid_slack(self) -> float:
+        """The most by which another value, in the grid or between, could lower the loss: in nats,
+        or of a score. Of medians over runs, so that one that breaks down does not bend the
+        curve."""
         most = 0.0
         for key, chosen in self.chosen.values.items():
             line = self.losses_along(key, median)
@@ -274,7 +279,7 @@ class Cell:
                 continue
             losses = list(line.values())
             most += line[float(chosen)] - min(losses) + float(could_gain(losses))
-        return most, 0.0
+        return most
 
 
 def means_of(by_base: dict[str | None, np.ndarray]) -> list[float]:

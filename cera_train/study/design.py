@@ -4,7 +4,7 @@
 import contextlib
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,8 @@ from cera_train.distributed.processes import is_main_process
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
 from cera_train.settings.values import checked
-from cera_train.study.cells import Cell, Replicate
+from cera_train.study.cells import ARM, BASE, SEED, Cell, Replicate
 from cera_train.study.folder import Study
-from cera_train.study.record import ARM, BASE, SEED
 from cera_train.sweep.folder import RECORD, SweepRecord, job_status
 from cera_train.sweep.grid import (
     WRITER,
@@ -51,19 +50,12 @@ baseline's. The rest of conf/adapter/NAME is what the method is."""
 # --- the grid -------------------------------------------------------------------------------------
 
 
-def study_of(config: DictConfig) -> StudyConfig:
-    """The checked section of a study. `config` has Hydra's section."""
-    require(
-        config.study is not None,
-        "hydra/sweeper=study: a study's file says what it compares: add +study=NAME.",
-    )
-    return checked(StudyConfig, OmegaConf.to_container(config.study), "study")
-
-
 def study_record(config: DictConfig) -> SweepRecord:
     """The content of sweep.json: every arm, base, condition, tuned value and seed that tunes. What
-    an arm or a base sets stands in the place of a condition, and of an argument."""
-    study = config.study
+    an arm or a base sets stands in the place of a condition, and of an argument. `config` has
+    Hydra's section."""
+    section = OmegaConf.to_container(config.study)
+    study = checked(StudyConfig, section, "study")
     dimensions: dict[str, Sequence[Any]] = {ARM: list(study.arms)}
     if study.bases:
         dimensions[BASE] = list(study.bases)
@@ -85,7 +77,7 @@ def study_record(config: DictConfig) -> SweepRecord:
             if key_of(choice) not in decided:
                 words += [choice, *of_bases.get(choice, [])]
         jobs.append(words)
-    return record_of(config, jobs, params).replace(study=OmegaConf.to_container(study))
+    return record_of(config, jobs, params).replace(study=section)
 
 
 def grid_word(value: Any) -> str:
@@ -168,26 +160,6 @@ def check_budgets(place: str, runs: dict[str, Config]) -> None:
 # --- running it -----------------------------------------------------------------------------------
 
 
-def is_study(config: DictConfig) -> bool:
-    """Whether a sweep runs a study. `config` has Hydra's section."""
-    return config.hydra.sweeper.get("_target_", "").endswith(f".{StudySweeper.__name__}")
-
-
-def begin_study(config: DictConfig, compose: ComposeJob) -> SweepRecord:
-    """`begin` for a study: first refuses one that could not answer its question. Returns the record
-    of its jobs: the copy in the folder lacks secrets, which jobs may need."""
-    study = study_of(config)
-    require(
-        not (config.launch.detach and (study.tune_seeds or study.extend)),
-        "launch.detach=true with study.tune_seeds or study.extend: further jobs follow from what "
-        "the first find. Leave one out.",
-    )
-    record = study_record(config)
-    check_cells(config, Study(Path(config.hydra.sweep.dir), record), compose)
-    begin(config, compose, record)
-    return record
-
-
 class StudySweeper(Sweeper):
     """Runs the whole grid; with `study.extend`, then values beyond its edges; with
     `study.tune_seeds`, then what these seeds chose with every other seed.
@@ -211,34 +183,34 @@ class StudySweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Locks the folder while it runs; of several processes, the main one does."""
-        self.record = begin_study(self.config, self.compose)
+        """Locks the folder while it runs; of several processes, the main one does. First refuses a
+        study that could not answer its question."""
+        # The copy in the folder lacks secrets, which jobs may need.
+        self.record = study_record(self.config)
+        study = Study(self.folder, self.record)
+        needs_results = study.config.tune_seeds or study.config.extend
+        require(
+            not (self.config.launch.detach and needs_results),
+            "launch.detach=true with study.tune_seeds or study.extend: further jobs follow from "
+            "what the first find. Leave one out.",
+        )
+        check_cells(self.config, study, self.compose)
+        begin(self.config, self.compose, self.record)
         self.launched = 0
         with locked(self.folder, WRITER) if is_main_process() else contextlib.nullcontext():
             self.launch(self.record.jobs)
-            if self.config.study.extend:
-                self.extend_grids()
-            self.run_chosen()
+            for _ in range(EXTENSIONS if study.config.extend else 0):
+                beyond = [job for cell in self.tuned_cells() for job in cell.jobs_beyond()]
+                self.add(filter(self.is_possible, beyond))
+            self.add(
+                cell.overrides(cell.chosen, run)
+                for cell in self.tuned_cells()
+                for run in cell.fresh_runs
+            )
 
-    @property
-    def cells(self) -> list[Cell]:
-        return Study(self.folder, self.record).cells
-
-    def extend_grids(self) -> None:
-        """Runs values beyond the edges until each best value lies inside its grid."""
-        for _ in range(EXTENSIONS):
-            jobs = []
-            for cell in self.cells:
-                if cell.chosen:
-                    jobs += filter(self.is_possible, cell.jobs_beyond())
-            if not jobs:
-                break
-            self.add(jobs)
-
-    def run_chosen(self) -> None:
-        """Runs the chosen values with the other seeds."""
-        chosen = [cell for cell in self.cells if cell.chosen]
-        self.add([cell.overrides(cell.chosen, run) for cell in chosen for run in cell.fresh_runs])
+    def tuned_cells(self) -> list[Cell]:
+        """The cells whose tuned values are chosen."""
+        return [cell for cell in Study(self.folder, self.record).cells if cell.chosen]
 
     def is_possible(self, overrides: list[str]) -> bool:
         """Whether a job composes: a step may leave a setting's range, as a dropout of 1.6 does, or
@@ -249,10 +221,8 @@ class StudySweeper(Sweeper):
             return False
         return True
 
-    def add(self, jobs: list[list[str]]) -> None:
+    def add(self, jobs: Iterable[list[str]]) -> None:
         """Adds jobs to the record, and runs them."""
-        if not jobs:
-            return
         by_name = jobs_by_name(jobs, self.record.swept)
         self.record = self.record.replace(jobs=self.record.jobs | by_name)
         self.record.write(self.folder / RECORD)

@@ -4,21 +4,47 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TypeVar
 
 import numpy as np
 
 from cera_train.common.settings import key_of
-from cera_train.study.cells import Cell, GridPoint, Replicate, describe_choices, means_of
-from cera_train.study.record import ARM, SEED, StudyRecord
+from cera_train.settings.gone import without_gone
+from cera_train.settings.sweep import StudyConfig
+from cera_train.settings.values import checked
+from cera_train.study.cells import ARM, BASE, SEED, Cell, GridPoint, describe_choices, means_of
 from cera_train.sweep.folder import RECORD, SweepRecord
 
+T = TypeVar("T")
 
-class Study(StudyRecord):
-    """A study's folder: what is measured in it and compared."""
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """A study's folder, which has, or will have, this record: what is measured in it and
+    compared."""
+
+    folder: Path
+    record: SweepRecord
+
+    @cached_property
+    def config(self) -> StudyConfig:
+        tree = without_gone(self.record.study, str(self.folder / RECORD), "study")
+        return checked(StudyConfig, tree, "study")
+
+    @cached_property
+    def bases(self) -> list[str | None]:
+        """Bases of the record's jobs; [None] where a study has none."""
+        words = {word for overrides in self.record.jobs.values() for word in overrides}
+        return [name for name in self.config.bases if f"{BASE}={name}" in words] or [None]
+
+    @cached_property
+    def keys_of_bases(self) -> set[str]:
+        """The settings of all bases."""
+        return {key_of(word) for words in self.config.bases.values() for word in words}
 
     @cached_property
     def cells(self) -> list[Cell]:
@@ -58,15 +84,15 @@ class Study(StudyRecord):
             for condition in itertools.product(*filter(None, by_key))
         }
 
-    def pairs(self) -> list[Pair]:
-        """Every pair of cells, or of differences of two, to compare, once."""
-        pairs: dict[tuple[str, str], Pair] = {}
-        for arms in self.by_condition.values():
-            for asked, *sides in self.config.comparisons:
-                if arms_of(sides) <= arms.keys():
-                    pair = Pair(asked, *(side_of(side, arms) for side in sides))
-                    pairs[pair.first.name, pair.second.name] = pair
-        return list(pairs.values())
+    def comparisons(self) -> list[Comparison]:
+        """Every two sides to compare, once."""
+        comparisons = {}
+        for cells in self.by_condition.values():
+            for asked, *arms in self.config.comparisons:
+                if {*itertools.chain(*arms)} <= cells.keys():
+                    sides = [tuple(cells[arm] for arm in side) for side in arms]
+                    comparisons[(*sides,)] = Comparison(asked, *sides)
+        return list(comparisons.values())
 
     def is_primary(self, asked: str) -> bool:
         """Whether a comparison is tested before the others."""
@@ -76,11 +102,11 @@ class Study(StudyRecord):
         """The number of primary, or of other, verdicts that the study's file plans, over which
         Holm's method corrects. Otherwise dropping arms could flip a verdict."""
         planned = 0
-        for asked, *sides in self.config.comparisons:
-            keys = {key for arm in arms_of(sides) for key in self._open_conditions(arm)}
+        for asked, *arms in self.config.comparisons:
+            keys = {key for arm in itertools.chain(*arms) for key in self._open_conditions(arm)}
             if self.is_primary(asked) == is_primary:
                 planned += math.prod(len(self.config.conditions[key]) for key in keys)
-        found = sum(self.is_primary(pair.asked) == is_primary for pair in self.pairs())
+        found = sum(self.is_primary(each.asked) == is_primary for each in self.comparisons())
         return max(found, planned)
 
     def missing(self) -> list[str]:
@@ -94,69 +120,54 @@ def find_study(folder: Path) -> Study | None:
     return None if record is None or record.study is None else Study(folder, record)
 
 
-class Pair(NamedTuple):
-    """Two sides to compare, cells or pairs of them: the second minus the first."""
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides to compare, the second minus the first. A side is one cell, or two, (a, b), whose
+    difference b - a it is."""
 
     asked: str  # what the comparison asks
-    first: Cell | Pair
-    second: Cell | Pair
+    first: tuple[Cell, ...]
+    second: tuple[Cell, ...]
 
     @property
-    def arm(self) -> str:
-        return f"({self.second.arm} - {self.first.arm})"
+    def cells(self) -> list[Cell]:
+        return [*self.first, *self.second]
+
+    def sides(self, value: Callable[[Cell], T]) -> tuple[T, T]:
+        """What a function of a cell gives for the first side, and for the second."""
+        first, second = (
+            value(side[-1]) - value(side[0]) if len(side) == 2 else value(side[0])
+            for side in (self.first, self.second)
+        )
+        return first, second
 
     @property
-    def name(self) -> str:
-        return f"({self.second.name} - {self.first.name})"
-
-    @property
-    def choices(self) -> dict[str, str]:
-        """The condition, by setting, of all sides together."""
-        return self.first.choices | self.second.choices
-
-    @property
-    def obstacles(self) -> list[str]:
-        return list(dict.fromkeys([*self.first.obstacles, *self.second.obstacles]))
-
-    @property
-    def diverged(self) -> list[Replicate]:
-        """The compared runs that diverged, of all sides."""
-        return [*self.first.diverged, *self.second.diverged]
-
-    def values(self, outcome: str) -> np.ndarray:
-        """[seeds, problems], without bases."""
-        return self.second.values(outcome) - self.first.values(outcome)
-
-    def weights(self, outcome: str) -> np.ndarray | None:
-        return self.first.weights(outcome)
+    def has_diverged(self) -> bool:
+        """Whether a compared run did."""
+        return any(cell.diverged for cell in self.cells)
 
     def by_base(self, outcome: str) -> dict[str | None, np.ndarray]:
         """Base -> [seeds] the difference of each seed; none where a compared run diverged."""
-        if self.diverged:
+        if self.has_diverged:
             return {}
-        first = self.first.by_base(outcome)
-        return {base: values - first[base] for base, values in self.second.by_base(outcome).items()}
+        differences = {}
+        for base in self.first[0].study.bases:
+            first, second = self.sides(lambda cell, base=base: cell.by_base(outcome)[base])
+            differences[base] = second - first
+        return differences
 
     def means(self, outcome: str) -> list[float]:
         """The difference of each seed; with bases, of each base."""
         return means_of(self.by_base(outcome))
 
     @property
-    def grid_slack(self) -> tuple[float, float]:
-        """The most by which other tuned values could lower and raise the difference."""
-        first_lower, first_higher = self.first.grid_slack
-        second_lower, second_higher = self.second.grid_slack
-        return second_lower + first_higher, second_higher + first_lower
+    def grid_slack(self) -> float:
+        """The most by which other tuned values could lower, or raise, the difference."""
+        added = [*self.second[-1:], *self.first[:-1]]
+        subtracted = [*self.second[:-1], *self.first[-1:]]
+        return max(sum(cell.grid_slack for cell in cells) for cells in (added, subtracted))
 
 
-def arms_of(sides: Iterable[Any]) -> set[str]:
-    """The arms of the sides of a comparison."""
-    arms = set()
-    for side in sides:
-        arms.update([side] if isinstance(side, str) else side)
-    return arms
-
-
-def side_of(side: Any, cells: dict[str, Cell]) -> Cell | Pair:
-    """The cell of an arm, or the difference of a pair of arms."""
-    return cells[side] if isinstance(side, str) else Pair("", *(cells[arm] for arm in side))
+def name_of(side: Sequence[Cell]) -> str:
+    """The arm of a side, or the difference of its two."""
+    return f"({side[1].arm} - {side[0].arm})" if len(side) == 2 else side[0].arm

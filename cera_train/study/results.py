@@ -7,8 +7,8 @@ from statistics import fmean
 
 from cera_train.common.settings import require
 from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import Cell, describe_choices
-from cera_train.study.folder import Pair, Study
+from cera_train.study.cells import describe_choices
+from cera_train.study.folder import Comparison, Study, name_of
 from cera_train.study.outcomes import ComparedRun
 from cera_train.verdicts.contrast import Contrast, Verdict, contrast, contrast_over_bases
 from cera_train.verdicts.power import detectable, detectable_range
@@ -65,24 +65,25 @@ def contrasts_of(*studies: Study) -> list[list[OutcomeContrast]]:
     """Every contrast of each study in every outcome, in the first one before the others. Holm's
     method corrects over the primary contrasts of all studies, then over the other ones. Raises
     UserError where runs cannot be compared."""
-    estimates: list[tuple[Study, Pair, str, Contrast]] = []
+    estimates: list[tuple[Study, Comparison, str, Contrast]] = []
     for study in studies:
         check_runs(study)
-        pairs = study.pairs()
+        comparisons = study.comparisons()
         require(
-            bool(pairs),
+            bool(comparisons),
             f"{study.folder} has no two arms to compare, only {study.cells[0].arm}. Run it without "
             f"study.arm; cera-report {study.folder}/* compares the runs that are there.",
         )
-        for outcome, pair in itertools.product(study.config.outcomes, pairs):
-            estimates.append((study, pair, outcome, _estimate(study, pair, outcome)))
+        for outcome, comparison in itertools.product(study.config.outcomes, comparisons):
+            estimates.append((study, comparison, outcome, _estimate(study, comparison, outcome)))
     planned: dict[bool, int] = {}
     adjusted: dict[int, float] = {}
     for is_primary in (True, False):
         p_values = {
             number: estimate.p_value
-            for number, (study, pair, outcome, estimate) in enumerate(estimates)
-            if outcome == study.config.first_outcome and study.is_primary(pair.asked) == is_primary
+            for number, (study, comparison, outcome, estimate) in enumerate(estimates)
+            if outcome == study.config.first_outcome
+            and study.is_primary(comparison.asked) == is_primary
         }
         count = sum(study.planned_contrasts(is_primary) for study in studies)
         # A primary contrast that did not run opens no way to the others.
@@ -91,39 +92,37 @@ def contrasts_of(*studies: Study) -> list[list[OutcomeContrast]]:
         adjusted |= zip(p_values, holm([*p_values.values()], count, gate), strict=True)
         planned[is_primary] = count
     contrasts: dict[Study, list[OutcomeContrast]] = {study: [] for study in studies}
-    for number, (study, pair, outcome, estimate) in enumerate(estimates):
-        tests = planned[study.is_primary(pair.asked)]
-        contrast = _with_verdict(study, pair, outcome, estimate, adjusted.get(number), tests)
+    for number, (study, comparison, outcome, estimate) in enumerate(estimates):
+        tests = planned[study.is_primary(comparison.asked)]
+        p_holm = adjusted.get(number)
+        contrast = _with_verdict(study, comparison, outcome, estimate, p_holm, tests)
         contrasts[study].append(contrast)
     return list(contrasts.values())
 
 
-def _estimate(study: Study, pair: Pair, outcome: str) -> Contrast:
+def _estimate(study: Study, comparison: Comparison, outcome: str) -> Contrast:
     """Without a difference where a compared run diverged: that of the others would favour the arm
     that diverges."""
-    if pair.diverged:
+    if comparison.has_diverged:
         return Contrast(math.nan, -math.inf, math.inf, 1.0, None, 0, 0, 0.0)
     # Tuned values are chosen by the first outcome, and how others bend between them is unknown.
-    is_primary = outcome == study.config.first_outcome
-    between = max(pair.grid_slack) if is_primary else 0.0
+    between = comparison.grid_slack if outcome == study.config.first_outcome else 0.0
     if study.config.bases:
         runs = itertools.chain.from_iterable(cell.runs for cell in study.cells)
         problems = min(len(run.outcomes[outcome].values) for run in runs)
-        return contrast_over_bases(pair.means(outcome), problems, between)
-    first = pair.first.values(outcome)
-    second = pair.second.values(outcome)
-    return contrast(first, second, pair.weights(outcome), between)
+        return contrast_over_bases(comparison.means(outcome), problems, between)
+    first, second = comparison.sides(lambda cell: cell.values(outcome))
+    return contrast(first, second, comparison.first[0].weights(outcome), between)
 
 
-def what_matters(study: Study, pair: Pair) -> float:
+def what_matters(study: Study, comparison: Comparison) -> float:
     """The smallest difference in the first outcome that matters: the study's, but at most SHARE of
     the lowest loss of the first side, or of what it misses of a score."""
     outcome = study.config.first_outcome
-    if pair.diverged:
+    if comparison.has_diverged:
         return study.config.matters
-    cells = [pair.first] if isinstance(pair.first, Cell) else [pair.first.first, pair.first.second]
     ends = [study.config.matters]
-    for cell in cells:
+    for cell in comparison.first:
         means = cell.means(outcome)
         loss = fmean(means) if outcome == LOSS else 1 - fmean(means)
         if loss > 0:
@@ -132,34 +131,41 @@ def what_matters(study: Study, pair: Pair) -> float:
 
 
 def _with_verdict(
-    study: Study, pair: Pair, outcome: str, estimate: Contrast, p_holm: float | None, tests: int
+    study: Study,
+    comparison: Comparison,
+    outcome: str,
+    estimate: Contrast,
+    p_holm: float | None,
+    tests: int,
 ) -> OutcomeContrast:
-    obstacles = pair.obstacles
+    obstacles = list(
+        dict.fromkeys(itertools.chain.from_iterable(cell.obstacles for cell in comparison.cells))
+    )
     if p_holm is None:
         obstacles.append(f"values tuned by {study.config.first_outcome}")
     verdict: Verdict = "not shown"
     if not obstacles:
         verdict = estimate.verdict_at(p_holm, higher_is_better=outcome != LOSS)
-    choices = pair.choices
+    choices = {key: value for cell in comparison.cells for key, value in cell.choices.items()}
     design = (estimate.variances, estimate.seeds, estimate.problems, tests)
     lower, upper = detectable_range(*design)
-    by_base = pair.by_base(outcome) if study.config.bases else {}
+    by_base = comparison.by_base(outcome) if study.config.bases else {}
     return OutcomeContrast(
         **vars(estimate),
         outcome=outcome,
-        asked=pair.asked,
-        first=pair.first.arm,
-        second=pair.second.arm,
+        asked=comparison.asked,
+        first=name_of(comparison.first),
+        second=name_of(comparison.second),
         condition=describe_choices(
             (key, choices[key]) for key in study.config.conditions if key in choices
         ),
-        by_seed=pair.means(outcome),
+        by_seed=comparison.means(outcome),
         by_base={base: differences.tolist() for base, differences in by_base.items()},
         p_holm=p_holm,
         verdict=verdict,
         obstacles=obstacles,
         detectable=detectable(*design) + estimate.between,
         detectable_range=[lower + estimate.between, upper + estimate.between],
-        is_primary=study.is_primary(pair.asked),
-        matters=what_matters(study, pair) if outcome == study.config.first_outcome else None,
+        is_primary=study.is_primary(comparison.asked),
+        matters=what_matters(study, comparison) if outcome == study.config.first_outcome else None,
     )

@@ -47,12 +47,10 @@ def test_every_seed_runs_every_value(launcher, run_study, capfd):
     assert [run.folder.name for run in study.cells[1].runs] == [
         job("cera", 0.01, seed) for seed in range(2)
     ]
-    assert [
-        (asked, first.arm, second.arm, second.condition) for asked, first, second in study.pairs()
-    ] == [
-        ("the gate", "relu", "cera", "adapter.r=4"),
-        ("cera or lora", "lora", "cera", "adapter.r=4"),
-        ("relu or lora", "lora", "relu", "adapter.r=4"),
+    assert [(each.asked, *(cell.name for cell in each.cells)) for each in study.comparisons()] == [
+        ("the gate", "relu, adapter.r=4", "cera, adapter.r=4"),
+        ("cera or lora", "lora, adapter.r=4", "cera, adapter.r=4"),
+        ("relu or lora", "lora, adapter.r=4", "relu, adapter.r=4"),
     ]
 
 
@@ -157,7 +155,7 @@ def test_an_arm_with_its_own_rank_runs_once_and_is_compared_at_every_rank(
     assert launcher.began == names
     assert f"\n{names[-1]}  finished" in capfd.readouterr().out
     assert [
-        (first.name, second.name) for _, first, second in find_study(launcher.sweep).pairs()
+        tuple(cell.name for cell in each.cells) for each in find_study(launcher.sweep).comparisons()
     ] == [
         ("lora, adapter.r=4", "wide"),
         ("lora, adapter.r=8", "wide"),
