@@ -7,13 +7,13 @@ section. Imports no torch.
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -56,14 +56,9 @@ def _dimensions(config: DictConfig, params: Mapping[str, str] | None) -> list[Ov
     """The dimensions of a sweep: those of its file, then the arguments, which replace dimensions of
     the same key."""
     params = (config.hydra.sweeper.get("params") or {}) if params is None else params
-    arguments = [*(f"{key}={values}" for key, values in params.items()), *_arguments(config.hydra)]
-    by_key = {override.get_key_element(): override for override in _overrides(arguments)}
-    return list(by_key.values())
-
-
-def _overrides(arguments: list[str]) -> list[Override]:
-    loader = GlobalHydra.instance().config_loader()
-    return OverridesParser.create(loader).parse_overrides(arguments)
+    words = [*(f"{key}={values}" for key, values in params.items()), *_arguments(config.hydra)]
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    return list({each.get_key_element(): each for each in parser.parse_overrides(words)}.values())
 
 
 def _arguments(hydra_config: DictConfig) -> list[str]:
@@ -74,21 +69,8 @@ def _arguments(hydra_config: DictConfig) -> list[str]:
 def grid(config: DictConfig, params: Mapping[str, str] | None = None) -> list[list[str]]:
     """The overrides of every job that Hydra's basic sweeper runs, in its order. `params` are the
     dimensions, key -> values, instead of `hydra.sweeper.params`."""
-    dimensions = map(_values_of, _dimensions(config, params))
-    return [list(job) for job in itertools.product(*dimensions)]
-
-
-def _values_of(override: Override) -> list[str]:
-    """The overrides of a dimension, one for each value."""
-    key = override.get_key_element()
-    if not override.is_sweep_override():
-        return [f"{key}={override.get_value_element_as_str()}"]
-    if not override.is_discrete_sweep():
-        raise UserError(
-            f"{override.input_line}: a grid takes single values, a,b,c. A range to draw from needs "
-            f"a sweeper that draws: hydra/sweeper=optuna."
-        )
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    [jobs] = BasicSweeper.split_arguments(_dimensions(config, params), max_batch_size=None)
+    return jobs
 
 
 def job_composer(config: DictConfig, check: Callable[[DictConfig], Any]) -> ComposeJob:
@@ -175,17 +157,8 @@ def record_of(
             `hydra.sweeper.params`.
 
     Raises:
-        UserError: the folder differs between jobs, or holds a run or a sweep with other fixed
-            settings.
+        UserError: the folder holds a run or a sweep with other fixed settings.
     """
-    for override in _overrides(_arguments(config.hydra)):
-        varies = override.is_sweep_override() or "${" in override.input_line
-        if override.key_or_group in ("name", "output_dir") and varies:
-            raise UserError(
-                f"{override.input_line} is another for each job. In a sweep, name=... is the "
-                "folder of all jobs, and each job's folder in it is named by its choices: give one "
-                "name, or leave it out."
-            )
     folder = Path(config.hydra.sweep.dir)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
