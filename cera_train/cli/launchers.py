@@ -19,10 +19,8 @@ from omegaconf import DictConfig
 
 from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
-from cera_train.common.settings import require
 from cera_train.common.signals import SIGNALS, Interrupted, Interruption, signal_children
 from cera_train.common.terminal import print_command, print_line
-from cera_train.distributed.processes import is_one_of_several
 from cera_train.sweep.folder import JOBS, RECORD, State, SweepRecord, job_name, job_status
 from cera_train.sweep.grid import Job
 
@@ -102,11 +100,6 @@ class Joblib(MissingJobs, JoblibLauncher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> list[JobReturn]:
         """Passes signals on to the jobs, and stops once they have saved."""
-        require(
-            not is_one_of_several(),
-            "hydra/launcher=joblib: it starts the processes of its jobs itself: start one "
-            "command, without torchrun.",
-        )
         if self.workers == 1:  # in this process
             return super().launch(job_overrides, initial_job_idx)
         print_command("state", ["cera-sweep", self.config.hydra.sweep.dir])

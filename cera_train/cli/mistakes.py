@@ -225,11 +225,6 @@ def explain_composition(error: Exception, program: str) -> str | None:
                 "as in task=NAME or -m +study=NAME, or write it as a whole, as in "
                 "'data.mix=[{train_files: [a.jsonl]}]'."
             )
-        case ValueError() if "No trials are completed" in str(error):  # Optuna looks for the best
-            return (
-                "hydra/sweeper=optuna: all trials failed or diverged: look at the errors above, "
-                "fix these or the ranges, and repeat the command."
-            )
     return None
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,7 +16,6 @@ from cera_train.cli.config import (
     to_config,
     without_hydra,
 )
-from cera_train.cli.start import errors_in_one_line
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted, print_line
 from cera_train.planning.plan import RunPlan
@@ -28,13 +26,14 @@ from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell
 from cera_train.study.design import StudySweeper, check_cells, study_record
 from cera_train.study.folder import Study
-from cera_train.sweep.grid import grid
 from cera_train.verdicts.contrast import Variances
 from cera_train.verdicts.power import POWER, detectable
 
 PLAN = "cera-plan"
 
 SPREAD = "to the square roots of `variances` in study_results.json of a pilot or a similar study"
+
+EDGES = "the best is at an edge, which allows no verdict: name more, or set study.extend=true"
 
 check_job = functools.partial(without_hydra, schema=PlanRun)
 """The checked config of a job, from the whole config that Hydra composed for it."""
@@ -59,14 +58,6 @@ def main() -> None:
         print_plans("job", name_jobs(jobs))
 
 
-class PlanSweep(Callback):
-    """Hydra's hook at the start of a sweep. conf/plan.yaml names it."""
-
-    @errors_in_one_line(PLAN)
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        grid(config)  # refuses values that a grid cannot have
-
-
 def planned_study(**settings: Any) -> "PlannedStudy":
     """A function, for the reason of `cli.train.study_sweeper`."""
     return PlannedStudy(check_job, **settings)
@@ -87,6 +78,9 @@ class PlannedStudy(StudySweeper):
         )
         print_line("study", study.config.question)
         check_cells(self.config, study, self.compose)
+        for key, values in study.config.tune.items():
+            if len(values) < 3 and not study.config.extend:
+                print_line("edges", f"{key} has {counted(len(values), 'value')}: {EDGES}")
         planned: dict[str, list[RunPlan]] = {}
         for cell in study.cells:
             planned[cell.name] = []

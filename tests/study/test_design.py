@@ -3,6 +3,8 @@ the study can find."""
 
 import pytest
 
+from cera_train.common.terminal import duration
+from cera_train.planning.table import START
 from cera_train.verdicts.contrast import Variances
 from cera_train.verdicts.power import detectable
 
@@ -35,8 +37,10 @@ def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
     outcomes = ["study.outcomes=[loss,logistic_map]", "train.tasks=[logistic_map]"]
     out = plan_command(*STUDY, spread, *outcomes, "study.tune_seeds=1")
     assert out.startswith("study      Does CeRA reach a lower loss than LoRA on the logistic map")
-    assert "\ntime       of updates and evaluations: what each run needs to start " in out
-    runs, _, _, updates, *_ = row(out, "3 cells")
+    assert "\nedges      optimizer.lr has 2 values: the best is at an edge" in out
+    runs, _, _, updates, time, *_ = row(out, "3 cells")
+    assert time == duration(12 * START)  # the model is tiny
+    assert "\nedges " not in plan_command(*STUDY, "study.extend=true")
     assert (runs, updates) == ("12", f"{3 * (2 + 2) * 24}")  # the compared seeds run one value
     assert row(out, "cera, adapter.r=16")[:2] == [f"{2 * 16 * (32 + 32 + 32 + 16):,}", "4"]
 
