@@ -42,7 +42,7 @@ from cera_train.adapters.saved import attach, is_adapter, keeps_base
 from cera_train.cli.compose import compose
 from cera_train.common.files import options
 from cera_train.distributed.processes import in_processes
-from cera_train.planning.planner import make_plan
+from cera_train.planning.plan import make_plan
 from cera_train.runs.results import LOSSES_AFTER, LOSSES_BEFORE, METRICS, read_metrics
 from cera_train.runs.subject import find_subject
 from cera_train.serving.export import export_run

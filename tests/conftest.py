@@ -262,7 +262,7 @@ def compose():
 @pytest.fixture(scope="session")
 def plan(compose):
     """plan("+recipe=math_r64", ...) -> RunPlan"""
-    from cera_train.planning.planner import make_plan
+    from cera_train.planning.plan import make_plan
 
     return lambda *overrides, **asked: make_plan(compose(*overrides, command="plan"), **asked)
 

@@ -26,8 +26,7 @@ from cera_train.cli.compose import compose
 from cera_train.common.files import config_dir, write_text
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.folder import load_tokenizer
-from cera_train.planning.plan import USABLE
-from cera_train.planning.planner import make_plan
+from cera_train.planning.plan import USABLE, make_plan
 from cera_train.runs.results import METRICS, read_metrics
 from cera_train.settings.model import ModelConfig
 from cera_train.training.train import train

@@ -18,8 +18,7 @@ from cera_train.cli.config import (
 )
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted, print_line
-from cera_train.planning.plan import RunPlan
-from cera_train.planning.planner import make_plan
+from cera_train.planning.plan import RunPlan, make_plan
 from cera_train.planning.table import name_jobs, print_plan, print_plans
 from cera_train.settings.run import PlanRun
 from cera_train.settings.sweep import LOSS

@@ -1,12 +1,15 @@
-"""A run's parameters, memory, updates, time and cost, before it runs: the values of a plan. Imports
-no torch."""
+"""A run's parameters, memory, updates, time and cost, before it runs: the values of a plan. Making
+one imports torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from cera_train.common.libraries import heavy_imports
 from cera_train.settings.run import GpuKind, PlanRun
+from cera_train.settings.training import ObjectiveKind
+from cera_train.training.rewards import import_reward
 
 if TYPE_CHECKING:
     from cera_train.planning.data_size import DataSize
@@ -92,3 +95,24 @@ class RunPlan:
     def cost(self) -> float | None:
         price = self.config.plan.price_per_hour
         return None if price is None else price * self.gpu_hours
+
+
+PLANS: dict[str, RunPlan] = {}
+"""Plans of this process by what they depend on: runs that differ in seed or learning rate have one
+plan."""
+
+
+def make_plan(config: PlanRun) -> RunPlan:
+    """Plans a run. Raises UserError where it cannot be planned, or the run would refuse it."""
+    if config.train.objective == ObjectiveKind.grpo:
+        for path in config.grpo.rewards:  # which nothing else of a plan reads
+            import_reward(path)
+    train = replace(config.train, seed=0)
+    sections = [config.model, config.adapter, config.data, train, config.work, config.grpo]
+    key = repr([*sections, config.optimizer.kind, config.distributed, config.plan])
+    if key not in PLANS:
+        with heavy_imports():
+            from cera_train.planning.estimate import estimate
+
+        PLANS[key] = estimate(config)
+    return replace(PLANS[key], config=replace(config, model=PLANS[key].config.model))

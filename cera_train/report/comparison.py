@@ -4,7 +4,6 @@ comparison."""
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ SHOWN = 40  # characters of a value in a note
 # --- tests ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairedTest(JudgedContrast):
     """The difference of two runs on a task after Holm's correction over the pairs of the task. Its
     detectable difference is that of Holm's first step."""
@@ -145,11 +144,6 @@ def compare_pair(first: Run, second: Run, task: str) -> PairedTest:
         **vars(contrast),
         first=first.name,
         second=second.name,
-        p_holm=None,
-        verdict="not shown",
-        obstacles=[],
-        detectable=math.inf,
-        by_seed=[],
         task=task,
         grader=grader,
         only=only,

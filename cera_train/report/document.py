@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.cells import cell_len
@@ -107,9 +107,6 @@ HEIGHT = 3.1  # without the legend
 LEGEND_LINE = 0.2  # inches
 LONGEST_LABEL = 48
 
-TEXT = "#1f2328"
-GRID = "#d9dde2"
-BACKGROUND = "#ffffff"
 COLORS = {
     "cera": "#0072b2",
     "lora": "#c04a00",
@@ -119,21 +116,7 @@ COLORS = {
     "other": "#7a5c00",
 }
 MARKERS = "os^DvhPX*p"
-STYLE = {
-    **dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT
-    ),
-    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), BACKGROUND),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    "font.size": 10.5,
-    "font.family": "DejaVu Sans",  # comes with matplotlib
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "lines.markersize": 5.5,
-    "text.parse_math": False,  # a run may be named $x$
-}
+STYLE = Path(__file__).with_name("templates") / "report.mplstyle"
 
 
 def shortened(label: str, longest: int) -> str:
@@ -143,7 +126,7 @@ def shortened(label: str, longest: int) -> str:
 
 def render(picture: Picture) -> bytes:
     """The picture as PNG."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.subplots()
         picture.draw(axes)

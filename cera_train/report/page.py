@@ -165,8 +165,6 @@ def _metric_cell(run: Run, task: str, evaluation: Evaluation, metric: Metric) ->
     notes = []
     if interval:
         notes.append(f"{100 * interval[0]:.1f} to {interval[1]:.1%}")
-    if metric in evaluation.notes:
-        notes.append(evaluation.notes[metric])
     notes += _paper(run, key, value, metric.is_share)
     limit = evaluation.settings.get("task.limit")
     if limit is not None and key in run.published:

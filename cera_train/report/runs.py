@@ -44,7 +44,6 @@ class Evaluation:
     """What has to be equal in two evaluations that are compared, such as the shots."""
     settings: Settings = field(default_factory=dict)
     """What a reader should know to differ."""
-    notes: dict[Metric, str] = field(default_factory=dict)  # below a figure
 
     @classmethod
     def of_scores(cls, scores: dict[str, Scores], **others: Any) -> "Evaluation":

@@ -207,8 +207,6 @@ class DataConfig(Settings):
             )
 
     def _check_mix(self) -> None:
-        example = "[{train_files:[a.jsonl],weight:1}]"
-        require(bool(self.mix), f"data.mix=[] has no parts: name some, such as {example}, or null.")
         is_named = self.path or self.train_files or self.eval_files
         require(
             not is_named,

@@ -141,12 +141,7 @@ class EvalConfig(AnsweringConfig):
                 f"server={self.server} answers problems, and task={self.task.name} measures "
                 "losses: leave out server=.",
             )
-            require(
-                self.launch.processes in ("auto", "1"),
-                f"launch.processes={self.launch.processes}: one process asks "
-                f"server={self.server}. Leave one of the two out.",
-            )
-            self.launch = ProcessesConfig("1")
+            self.launch = ProcessesConfig("1")  # which asks the server
         if self.task.kind == "perplexity" and self.task.window is None:
             require(
                 self.data is not None or self.run != "base" or self.like is not None,

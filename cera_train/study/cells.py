@@ -16,14 +16,21 @@ from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cera_train.common.settings import key_of, require
-from cera_train.runs.results import DIVERGED, RunResult
-from cera_train.settings.sweep import LOSS
-from cera_train.study.outcomes import ComparedRun, Outcome
+from cera_train.runs.results import (
+    DIVERGED,
+    LOSSES_AFTER,
+    Environment,
+    RunResult,
+    TokenLosses,
+    environment_of,
+    read_grades,
+)
+from cera_train.settings.sweep import LOSS, StudyConfig
 from cera_train.sweep.folder import job_name
 from cera_train.verdicts.tuning import could_gain
 
@@ -38,6 +45,76 @@ SEED = "train.seed"
 def describe_choices(choices: Iterable[tuple[str, str]]) -> str:
     """Choices in words, such as `adapter.r=16, data.max_length=64`."""
     return ", ".join(f"{key}={value}" for key, value in choices)
+
+
+# --- what a run measured --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An outcome of one run on every problem."""
+
+    problems: list[Any]
+    """Equal for runs on the same problems: their names, or the supervised tokens of held-out
+    rows."""
+    values: np.ndarray  # [problems] nats a token, or scores
+    weights: np.ndarray | None = None  # [problems]: supervised tokens
+
+    @classmethod
+    def read(cls, name: str, run: Path) -> Outcome:
+        if name == LOSS:
+            losses = TokenLosses.read(run / LOSSES_AFTER)
+            require(
+                bool(np.isfinite(losses.losses).all()),
+                f"{run}: a loss is not a number: remove the folder, and the study's command trains "
+                "the run again.",
+            )
+            has_loss = losses.tokens > 0
+            tokens = losses.tokens[has_loss]
+            return cls(losses.tokens.tolist(), losses.sums()[has_loss] / tokens, tokens)
+        grades = sorted(read_grades(run, name), key=lambda grade: grade.problem)
+        return cls(
+            problems=[grade.problem for grade in grades],
+            values=np.array([grade.score for grade in grades]),
+        )
+
+    @property
+    def mean(self) -> float:
+        return float(np.average(self.values, weights=self.weights))
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """A run that stands for its cell."""
+
+    folder: Path
+    base: str | None
+    study: StudyConfig
+
+    @cached_property
+    def result(self) -> RunResult:
+        return RunResult.read(self.folder / "result.json")
+
+    @cached_property
+    def environment(self) -> Environment:
+        return environment_of(self.folder)
+
+    @cached_property
+    def outcomes(self) -> dict[str, Outcome]:
+        return {name: Outcome.read(name, self.folder) for name in self.study.outcomes}
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """What is equal for runs that can be compared."""
+        rows: dict[str, Any] = {}
+        for split, digest in (self.environment.rows or {}).items():
+            rows[f"{split.replace('_', '-')} rows"] = digest
+        for name, outcome in self.outcomes.items():
+            rows[f"problems of {name}"] = outcome.problems
+        return rows
+
+
+# --- cells ----------------------------------------------------------------------------------------
 
 
 class Replicate(NamedTuple):

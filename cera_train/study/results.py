@@ -7,9 +7,8 @@ from statistics import fmean
 
 from cera_train.common.settings import require
 from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import describe_choices
+from cera_train.study.cells import ComparedRun, describe_choices
 from cera_train.study.folder import Comparison, Study, name_of
-from cera_train.study.outcomes import ComparedRun
 from cera_train.verdicts.contrast import Contrast, Verdict, contrast, contrast_over_bases
 from cera_train.verdicts.power import detectable, detectable_range
 from cera_train.verdicts.verdict import JudgedContrast, holm
@@ -43,7 +42,7 @@ def check_runs(study: Study) -> None:
                 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OutcomeContrast(JudgedContrast):
     """Two arms, or two differences of arms, in one outcome under one condition: second - first."""
 

@@ -27,17 +27,17 @@ def holm(p_values: Sequence[float], planned: int = 0, at_least: float = 0.0) -> 
     return adjusted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JudgedContrast(Contrast):
     """A contrast among others: second - first."""
 
     first: str
     second: str
-    p_holm: float | None  # after Holm; None where no verdict is planned
-    verdict: Verdict  # on the second; `not shown` where an obstacle speaks against it
-    obstacles: list[str]  # such as `cera at the largest optimizer.lr, 0.01`
-    detectable: float  # the smallest true difference that is shown with power 80 %
-    by_seed: list[float]  # the difference of each seed; with bases, of each base
+    p_holm: float | None = None  # after Holm; None where no verdict is planned
+    verdict: Verdict = "not shown"  # on the second, where no obstacle speaks against it
+    obstacles: Sequence[str] = ()  # such as `cera at the largest optimizer.lr, 0.01`
+    detectable: float = math.inf  # the smallest true difference that is shown with power 80 %
+    by_seed: Sequence[float] = ()  # the difference of each seed; with bases, of each base
 
     @property
     def is_loss(self) -> bool:

@@ -64,7 +64,6 @@ def test_debug_shows_the_traceback(run_command, monkeypatch, capfd):
             ["-m", "adapter.r=range(1,40)", "train.seed=range(1,40)", "model.path=./no"],
             "model.path=./no",
         ),
-        ("cera-plan", ["plan.gpu=cpu", "plan.gpus=2"], "there is one CPU"),
     ],
 )
 def test_a_mistake_is_answered_before_torch_is_imported(tmp_path, name, arguments, message):

@@ -29,7 +29,11 @@ from cera_train.runs.results import (
     read_metrics,
 )
 
-PERPLEXITY = Metric("perplexity", "perplexity", is_share=False)
+PERPLEXITIES = {
+    "perplexity": "perplexity",
+    "perplexity_base": "perplexity without adapter",
+}
+"""Fields of a PerplexityResult -> their labels."""
 
 
 def find_own_run(folder: Path) -> Run | None:
@@ -83,11 +87,11 @@ def read_evaluation(folder: Path) -> Evaluation:
     if result is None:
         return Evaluation({}, settings=settings)
     if isinstance(result, PerplexityResult):
-        notes = {}
-        if result.perplexity_base is not None:
-            notes[PERPLEXITY] = f"{result.perplexity_base:.3f} without adapter"
-        figures = {PERPLEXITY: Figure(result.perplexity)}
-        return Evaluation(figures, settings=settings, notes=notes)
+        figures = {
+            Metric(field, label, is_share=False): Figure(getattr(result, field))
+            for field, label in PERPLEXITIES.items()
+        }
+        return Evaluation(figures, settings=settings)
     problems = read_lines(folder / "problems.jsonl", Problem)
     is_chat = any(getattr(problem, CHAT, False) for problem in problems)
     same = {
