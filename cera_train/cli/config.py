@@ -35,7 +35,7 @@ from cera_train.settings.values import checked
 def start_hydra(
     program: str,
     command: Callable[[DictConfig], Any],
-    plugins: Mapping[str, Callable[..., Plugin]] | None = None,
+    plugins: Mapping[str, type[Plugin]] | None = None,
 ) -> None:
     """Composes the config of a command and calls it. The only place that changes sys.argv, which
     Hydra reads.

@@ -4,7 +4,6 @@ can detect."""
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -34,9 +33,6 @@ SPREAD = "to the square roots of `variances` in study_results.json of a pilot or
 
 EDGES = "the best is at an edge, which allows no verdict: name more, or set study.extend=true"
 
-check_job = functools.partial(without_hydra, schema=PlanRun)
-"""The checked config of a job, from the whole config that Hydra composed for it."""
-
 
 def main() -> None:
     jobs: list[tuple[list[str], RunPlan]] = []
@@ -52,18 +48,15 @@ def main() -> None:
         else:
             jobs.append((list(HydraConfig.get().overrides.task), planned))
 
-    start_hydra(PLAN, plan, {"StudySweeper": planned_study})
+    start_hydra(PLAN, plan, {"StudySweeper": PlannedStudy})
     if jobs:
         print_plans("job", name_jobs(jobs))
 
 
-def planned_study(**settings: Any) -> "PlannedStudy":
-    """A function, for the reason of `cli.train.study_sweeper`."""
-    return PlannedStudy(check_job, **settings)
-
-
 class PlannedStudy(StudySweeper):
     """Takes the place of a study's sweeper: plans its runs instead of running them."""
+
+    check = staticmethod(functools.partial(without_hydra, schema=PlanRun))
 
     def sweep(self, arguments: list[str]) -> None:
         """Prints the plan of every cell, their sum, and what the study detects."""

@@ -55,16 +55,15 @@ def main() -> None:
     from cera_train.cli.launchers import Joblib, SubmititSlurm
 
     plugins = {
-        "StudySweeper": study_sweeper,
+        "StudySweeper": TrainedStudy,
         "Joblib": Joblib,
         "SubmititSlurm": SubmititSlurm,
     }
     start_hydra(TRAIN, command, plugins)
 
 
-def study_sweeper(**settings: Any) -> StudySweeper:
-    """The sweeper of a study. Hydra below 1.3.3 names what it makes, and a partial has no name."""
-    return StudySweeper(check=without_hydra, **settings)
+class TrainedStudy(StudySweeper):
+    check = staticmethod(without_hydra)
 
 
 def keep_recipe(path: Path, composed: DictConfig) -> None:
@@ -146,11 +145,6 @@ class TrainingSweep(Callback):
 
     @errors_in_one_line(TRAIN)  # Hydra would turn an error here into a warning and continue
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        if config.launch.detach and "Submitit" not in str(config.hydra.launcher["_target_"]):
-            raise UserError(
-                "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
-                "hydra/launcher=slurm_gpu."
-            )
         push = config.hub.push
         require(
             push is None,

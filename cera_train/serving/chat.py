@@ -24,7 +24,7 @@ from cera_train.evaluation.engine import choose_dtype, load_subject, open_server
 from cera_train.evaluation.requests import Request, check_positions
 from cera_train.runs.subject import Subject
 from cera_train.settings.data import DataConfig, Layout
-from cera_train.settings.serving import ChatConfig, Template
+from cera_train.settings.serving import ChatConfig
 
 NEW = "/new"
 
@@ -51,25 +51,20 @@ def ask(config: ChatConfig, subject: Subject) -> None:
 
 
 def choose_rows(
-    template: Template, trained_on: DataConfig | None, tokenizer: Any, settings: dict[str, Any]
+    trained_on: DataConfig | None, tokenizer: Any, settings: dict[str, Any]
 ) -> DataConfig:
-    """The rows as which questions are written. Raises UserError where the template is unavailable.
+    """The rows as which questions are written: those of the run; where these are unknown, messages
+    if the tokenizer has a chat template, else text as it is.
 
     Args:
-        trained_on: the rows of the run; None where that is unknown.
         settings: of the chat template, which win over those of the run.
     """
-    if template == Template.chat and not tokenizer.chat_template:
-        raise UserError(
-            f"template=chat: {tokenizer.name_or_path} has no chat template. Set template=none."
-        )
     if trained_on is not None:
         settings = trained_on.template_settings | settings
-    if template == Template.auto and trained_on is not None:
         asked = replace(trained_on, rejected=None, template_settings=settings)
         _, first = next(asked.trained_parts())
         return PLAIN if first.layout == Layout.documents or first.prompt == "" else first
-    if template != Template.none and tokenizer.chat_template:
+    if tokenizer.chat_template:
         return DataConfig(layout=Layout.messages, path="a chat", template_settings=settings)
     return PLAIN
 
@@ -85,7 +80,7 @@ def row_of_turns(turns: Sequence[str], data: DataConfig) -> Row:
     require(
         len(columns) == 1,
         f"data.prompt={data.prompt!r} of this run has {len(columns)} columns, and a text fills "
-        "one: write prompts=FILE.jsonl with these columns, or set template=none.",
+        "one: write prompts=FILE.jsonl with these columns.",
     )
     question = PROMPT.format(question=turns[-1]) if data.is_computed else turns[-1]
     return {columns[0]: question}
@@ -117,7 +112,7 @@ class Answerer:
         else:
             self.engine = open_server(config.server, subject)
         tokenizer = self.engine.tokenizer
-        rows = choose_rows(config.template, subject.data, tokenizer, config.template_settings)
+        rows = choose_rows(subject.data, tokenizer, config.template_settings)
         self.reader = Reader(rows, tokenizer)
 
     @property

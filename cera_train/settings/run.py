@@ -65,33 +65,23 @@ class Config(Settings):
 
     def _check_sharding(self) -> None:
         """Raises UserError for what sharded weights do not allow."""
-        quantization = self.model.quantization
-        fix = "with distributed.strategy=fsdp choose"
-        require(
-            not self.train.tasks and not self.train.samples and not self.work.answers,
-            "train.tasks, train.samples and train.objective=grpo generate answers, and sharded "
-            "weights cannot: with "
-            "distributed.strategy=fsdp leave them out, and run cera-eval afterwards.",
-        )
-        require(
-            OPTIMIZERS[self.optimizer.kind].bits == 32,
-            f"optimizer={self.optimizer.kind} keeps moments that cannot be sharded: {fix} "
-            f"optimizer=adamw.",
-        )
-        is_dora = self.adapter.kind == AdapterKind.dora or self.adapter.settings.get("use_dora")
-        require(
-            not (is_dora and quantization == Quantization.nf4),
-            "adapter=dora reads the base's weights, and sharded ones of 4 bits cannot be read: "
-            f"{fix} model.quantization=none or another adapter.",
-        )
-        require(
-            "modules_to_save" not in self.adapter.settings,
-            f"adapter.settings: the copies of modules_to_save cannot be sharded: {fix} none.",
-        )
-        require(
-            not self.adapter.settings.get("ensure_weight_tying"),
-            f"adapter.settings.ensure_weight_tying: shards share no memory: {fix} none.",
-        )
+        settings = self.adapter.settings
+        is_dora = self.adapter.kind == AdapterKind.dora or settings.get("use_dora")
+        generates = self.train.tasks or self.train.samples or self.work.answers
+        refused = {
+            "the model of train.tasks, train.samples or train.objective=grpo": generates,
+            f"the moments of optimizer={self.optimizer.kind}": (
+                OPTIMIZERS[self.optimizer.kind].bits < 32
+            ),
+            "adapter=dora over model.quantization=nf4, whose weights it reads": (
+                is_dora and self.model.quantization == Quantization.nf4
+            ),
+            "adapter.settings.modules_to_save": "modules_to_save" in settings,
+            "adapter.settings.ensure_weight_tying": settings.get("ensure_weight_tying"),
+        }
+        for choice, is_chosen in refused.items():
+            fix = "leave it out, or choose ddp"
+            require(not is_chosen, f"distributed.strategy=fsdp does not shard {choice}: {fix}.")
 
     @property
     def work(self) -> Work:

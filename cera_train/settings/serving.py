@@ -11,8 +11,6 @@ from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import AnsweringConfig, GenerationConfig
 from cera_train.settings.values import NamedValues
 
-Template = StrEnum("Template", ["auto", "chat", "none"])
-
 
 @dataclass
 class ChatConfig(AnsweringConfig):
@@ -21,9 +19,6 @@ class ChatConfig(AnsweringConfig):
     prompts: str | None = setting(None, "answers")
     """A file of questions: one a line, or rows with the columns of the template (jsonl, json,
     parquet)."""
-    template: Template = setting(Template.auto, "answers")
-    """chat: the tokenizer's chat template; none: the text as it is; auto: as in the rows that the
-    run was trained on; without a run, chat if the tokenizer has a template, else none."""
     template_settings: NamedValues = setting(None, "answers")
     """Values of the chat template's own variables, such as {enable_thinking: false}; they win over
     those that the run was trained with."""

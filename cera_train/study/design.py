@@ -162,15 +162,10 @@ def check_budgets(place: str, runs: dict[str, Config]) -> None:
 
 class StudySweeper(Sweeper):
     """Runs the whole grid; with `study.extend`, then values beyond its edges; with
-    `study.tune_seeds`, then what these seeds chose with every other seed.
+    `study.tune_seeds`, then what these seeds chose with every other seed."""
 
-    Args:
-        check: turns the composed config of a job into its checked one.
-    """
-
-    def __init__(self, check: Callable[[DictConfig], Any], **_: Any) -> None:
-        # Hydra passes the settings of conf/hydra/sweeper/study.yaml, of which there are none.
-        self.check = check
+    check: Callable[[DictConfig], Any]
+    """Turns the composed config of a job into its checked one."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -188,12 +183,6 @@ class StudySweeper(Sweeper):
         # The copy in the folder lacks secrets, which jobs may need.
         self.record = study_record(self.config)
         study = Study(self.folder, self.record)
-        needs_results = study.config.tune_seeds or study.config.extend
-        require(
-            not (self.config.launch.detach and needs_results),
-            "launch.detach=true with study.tune_seeds or study.extend: further jobs follow from "
-            "what the first find. Leave one out.",
-        )
         check_cells(self.config, study, self.compose)
         begin(self.config, self.compose, self.record)
         self.launched = 0

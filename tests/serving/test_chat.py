@@ -12,7 +12,6 @@ from cera_train.data.reader import Reader
 from cera_train.data.rows import PROMPT
 from cera_train.serving.chat import choose_rows, converse, read_prompts, row_of_turns
 from cera_train.settings.data import DataConfig, MixPart
-from cera_train.settings.serving import Template
 
 pytest_plugins = ["evaluated_runs"]
 
@@ -60,8 +59,8 @@ def test_an_answer_is_the_one_that_an_evaluation_gives(run, eval_config, write_j
     answers = {line["problem"]: line["text"] for line in read(folder / "generations.jsonl")}
     for problem, prompt in prompts.items():
         capsys.readouterr()
-        asked = write_jsonl("asked.jsonl", [{"text": prompt}])
-        chat(run, f"prompts={asked}", "template=none", "max_new_tokens=8")
+        asked = write_jsonl("asked.jsonl", [{"prompt": prompt}])  # the column of the run
+        chat(run, f"prompts={asked}", "max_new_tokens=8")
         assert capsys.readouterr().out.split("\n", 1)[1].strip() == answers[problem].strip()
 
 
@@ -94,18 +93,15 @@ def test_a_file_has_a_question_on_each_line_or_row(tmp_path, write_jsonl):
 
 
 def test_a_question_is_written_as_the_run_reads_or_as_the_template_asks(tokenizer):
-    assert choose_rows(Template.auto, None, tokenizer, {}).layout == "messages"
-    assert choose_rows(Template.none, None, tokenizer, {}).layout == "text"
-    assert choose_rows(Template.auto, DataConfig(**TEXT), tokenizer, {}).prompt == TEXT["prompt"]
-    assert choose_rows(Template.chat, DataConfig(**TEXT), tokenizer, {}).layout == "messages"
+    assert choose_rows(None, tokenizer, {}).layout == "messages"
+    assert choose_rows(None, SimpleNamespace(chat_template=None), {}).layout == "text"
+    assert choose_rows(DataConfig(**TEXT), tokenizer, {}).prompt == TEXT["prompt"]
     parts = [MixPart(path="a/b", prompt="Q: {question}", eval_rows=0), MixPart(path="c/d")]
     mixed = DataConfig(**TEXT | {"path": None, "mix": parts})
-    rows = choose_rows(Template.auto, mixed, tokenizer, {})
+    rows = choose_rows(mixed, tokenizer, {})
     assert (rows.prompt, rows.completion) == ("Q: {question}", TEXT["completion"])
     trained = DataConfig(**TEXT, template_settings={"a": 1, "b": 1})
-    for template in Template.auto, Template.chat:
-        settings = choose_rows(template, trained, tokenizer, {"b": 2}).template_settings
-        assert settings == {"a": 1, "b": 2}
+    assert choose_rows(trained, tokenizer, {"b": 2}).template_settings == {"a": 1, "b": 2}
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line(tokenizer):
