@@ -20,8 +20,8 @@ ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]*[A-Za-z][A-Za-z0-9_.+-
 @dataclass
 class SweepConfig(Settings):
     metric: str = setting("eval/perplexity", "nothing")
-    """The figure that ranks jobs and that a searching sweeper optimises: a key of result.json,
-    including those of train.tasks, such as gsm8k/exact."""
+    """The figure that ranks jobs and that a searching sweeper optimises: eval/perplexity,
+    best_perplexity, or a score of train.tasks, such as gsm8k/exact."""
 
 
 @dataclass

@@ -5,18 +5,17 @@ import hashlib
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import is_locked, options
+from cera_train.common.files import is_locked
 from cera_train.common.settings import key_of
 from cera_train.common.terminal import print_command, print_line, print_table
 from cera_train.common.trust import redact
-from cera_train.evaluation.tasks.task import task_figures
 from cera_train.runs.records import Record, changes_result
 from cera_train.runs.results import (
     DIVERGED,
@@ -86,17 +85,20 @@ PERPLEXITIES = ("eval/perplexity", "best_perplexity")
 
 
 class SweepMetric(Record):
-    """The figure by which jobs are ranked."""
+    """The figure by which jobs are ranked: a perplexity, or a score, where higher is better."""
 
     key: str = PERPLEXITIES[0]
-    higher_is_better: bool = False
+
+    @property
+    def higher_is_better(self) -> bool:
+        return is_task_figure(self.key)
 
     @property
     def label(self) -> str:
         return self.key.removeprefix("eval/")
 
     def shown(self, value: float) -> str:
-        return f"{value:.1%}" if is_task_figure(self.key) else f"{value:,.3f}"
+        return f"{value:.1%}" if self.higher_is_better else f"{value:,.3f}"
 
     def cost(self, value: float) -> float:
         """A number that is lower for a better value."""
@@ -104,20 +106,6 @@ class SweepMetric(Record):
 
 
 PERPLEXITY = SweepMetric()
-
-
-def sweep_metric(key: str, tasks: Mapping[str, Mapping[str, Any] | None]) -> SweepMetric:
-    """The metric of `sweep.metric`; raises UserError if no run of the sweep records it. `tasks`
-    has the changes of each of `train.tasks`, None if they are not known yet."""
-    known = dict.fromkeys(PERPLEXITIES, False)
-    for task, changes in tasks.items():
-        known |= task_figures(task, changes)
-    if key in known:
-        return SweepMetric(key, known[key])
-    task = key.partition("/")[0]
-    is_left_out = task not in tasks and task in options("task") and key in task_figures(task)
-    fix = f"add train.tasks=[{task}]" if is_left_out else f"choose one of {', '.join(known)}"
-    raise UserError(f"sweep.metric={key}: no job has this figure: {fix}.")
 
 
 class SweepRecord(Record):

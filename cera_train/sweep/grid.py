@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError, errors_at
-from cera_train.common.files import folder_in_use, is_locked, options
+from cera_train.common.files import folder_in_use, is_locked
 from cera_train.common.settings import key_of, quoted, to_plain
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
@@ -35,10 +35,10 @@ from cera_train.sweep.folder import (
     JOBS,
     RECORD,
     JobRecord,
+    SweepMetric,
     SweepRecord,
     job_choices,
     job_name,
-    sweep_metric,
 )
 
 WRITER = "sweep"
@@ -100,10 +100,6 @@ def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) 
             continue
         try:
             run = compose(values)
-            sweep_metric(
-                run.sweep.metric,
-                {task: run.train.changes_of_task(task) for task in run.train.tasks},
-            )
         except UserError as error:
             for value in values:
                 failed.setdefault(value, error)
@@ -162,10 +158,9 @@ def record_of(
     folder = Path(config.hydra.sweep.dir)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
-    is_grid = jobs is not None or config.hydra.sweeper["_target_"].endswith(".BasicSweeper")
-    jobs = (grid(config) if is_grid else []) if jobs is None else jobs
-    tasks = [name for name in options("task") if is_grid or name in config.train.tasks]
-    metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
+    if jobs is None:
+        is_grid = config.hydra.sweeper["_target_"].endswith(".BasicSweeper")
+        jobs = grid(config) if is_grid else []
 
     earlier = SweepRecord.find(folder / RECORD)
     # A dimension of an earlier command still names the jobs, even if this command fixes it.
@@ -186,7 +181,13 @@ def record_of(
             f"({' '.join(earlier.fixed) or 'none'}; here {' '.join(fixed) or 'none'}), and its "
             "jobs are named by what varies. Choose another name=..."
         )
-    return SweepRecord(sorted(swept), jobs_by_name(jobs, swept), fixed, sys.argv, metric)
+    return SweepRecord(
+        sorted(swept),
+        jobs_by_name(jobs, swept),
+        fixed,
+        sys.argv,
+        SweepMetric(config.sweep.metric),
+    )
 
 
 def jobs_by_name(jobs: Iterable[list[str]], swept: Collection[str]) -> dict[str, list[str]]:

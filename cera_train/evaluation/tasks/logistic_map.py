@@ -99,7 +99,7 @@ class LogisticMap(AnswerTask):
 TASK = LogisticMap(
     shown=(
         Metric("step_accuracy/mean", "steps right"),
-        Metric("state_collapse", "state collapse", lower_is_better=True),
+        Metric("state_collapse", "state collapse"),
     ),
     is_verified=False,
     score_name="steps",

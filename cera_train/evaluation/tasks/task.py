@@ -39,7 +39,6 @@ class Metric:
     key: str
     label: str  # follows the task's name in the column's header
     is_share: bool = True  # shown in per cent; False: a number with three decimals
-    lower_is_better: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +73,10 @@ class AnswerTask(Task, ABC):
         return ("exact", "verified") if self.is_verified else ("exact",)
 
     @property
-    def figures(self) -> dict[str, bool]:
-        """The shares that a run records while it trains, and whether a higher one is better: pass@1
-        under the name of its grader, and those of `shown`."""
-        return dict.fromkeys(self.graders, True) | {
-            metric.key: not metric.lower_is_better for metric in self.shown
-        }
+    def figures(self) -> list[str]:
+        """The shares that a run records while it trains: pass@1 under the name of its grader, and
+        those of `shown`."""
+        return [*self.graders, *(metric.key for metric in self.shown)]
 
     @abstractmethod
     def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterable[Problem]:
@@ -263,14 +260,6 @@ def training_task(name: str, changes: Mapping[str, Any]) -> AnswerTask:
             f"train.tasks=[{name}] has no answers to grade: leave it to cera-eval, after training."
         )
     return task
-
-
-def task_figures(name: str, changes: Mapping[str, Any] | None = None) -> dict[str, bool]:
-    """The figures of a task by their keys in a run's result.json, and whether a higher one is
-    better. Without changes, all that the task can have."""
-    task = all_tasks()[_file(name)["kind"]] if changes is None else training_task(name, changes)
-    figures = task.figures if isinstance(task, AnswerTask) else {}
-    return {f"{name}/{key}": is_higher_better for key, is_higher_better in figures.items()}
 
 
 def _file(name: str) -> dict[str, Any]:
