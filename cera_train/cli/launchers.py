@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
@@ -59,6 +60,10 @@ class MissingJobs:
             finished[number] if number in finished else next(launched)
             for number in range(len(job_overrides))
         ]
+
+
+class Local(MissingJobs, BasicLauncher):
+    """Runs jobs one after the other, in this process."""
 
 
 class SubmititSlurm(MissingJobs, SlurmLauncher):

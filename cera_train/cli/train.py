@@ -52,11 +52,12 @@ def main() -> None:
     require(is_fit, "--look and --save are for one run: leave out -m.")
     # executes the modules of Hydra's plugins, even those imported before
     Plugins.instance()
-    from cera_train.cli.launchers import Joblib, SubmititSlurm
+    from cera_train.cli.launchers import Joblib, Local, SubmititSlurm
 
     plugins = {
         "StudySweeper": TrainedStudy,
         "Joblib": Joblib,
+        "Local": Local,
         "SubmititSlurm": SubmititSlurm,
     }
     start_hydra(TRAIN, command, plugins)
@@ -98,8 +99,6 @@ def train_job(composed: DictConfig) -> float | None:
         return run(prepare(composed))
     try:
         job.start()
-        if job.has_diverged:
-            return None
         value = run(prepare(composed, job))
         job.clear_error()
         return value

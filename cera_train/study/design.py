@@ -25,7 +25,7 @@ from cera_train.settings.sweep import LOSS, Equal, StudyConfig
 from cera_train.settings.values import checked
 from cera_train.study.cells import ARM, BASE, SEED, Cell, Replicate
 from cera_train.study.folder import Study
-from cera_train.sweep.folder import RECORD, SweepRecord, job_status
+from cera_train.sweep.folder import RECORD, SweepRecord
 from cera_train.sweep.grid import (
     WRITER,
     ComposeJob,
@@ -218,13 +218,7 @@ class StudySweeper(Sweeper):
         self.launch(by_name)
 
     def launch(self, jobs: dict[str, list[str]]) -> None:
-        """Runs the jobs that have not ended, and waits for them."""
-        waiting = [
-            overrides
-            for name, overrides in jobs.items()
-            if not job_status(self.folder, name).is_over
-        ]
-        if waiting:
-            for job in self.launcher.launch(waiting, initial_job_idx=self.launched):
-                _ = job.return_value  # raises what the job did not catch
-        self.launched += len(waiting)
+        """Runs jobs, and waits for them. Those that have ended do not run again."""
+        for job in self.launcher.launch([*jobs.values()], initial_job_idx=self.launched):
+            _ = job.return_value  # raises what the job did not catch
+        self.launched += len(jobs)

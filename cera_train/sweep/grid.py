@@ -255,11 +255,6 @@ class Job:
     def title(self) -> str:
         return f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}"
 
-    @property
-    def has_diverged(self) -> bool:
-        """Whether an earlier start diverged: that result stands until the folder is removed."""
-        return (self.sweep / self.name / DIVERGED).exists()
-
     def start(self) -> None:
         """Prints the job's title and clears the error of an earlier start."""
         if is_main_process():
@@ -267,13 +262,7 @@ class Job:
             (self.sweep / "multirun.yaml").unlink(missing_ok=True)
             print()
             print_line("job", self.title)
-            if self.has_diverged:
-                print_line(
-                    "diverged",
-                    f"{self.sweep / self.name}, before this start; remove it to train it again",
-                )
-            else:
-                self.clear_error()
+            self.clear_error()
 
     def clear_error(self) -> None:
         """Also called at the end: a second command may have recorded that the job is running."""

@@ -14,7 +14,7 @@ from made_files import write_json
 
 from cera_train.runs.results import DIVERGED, LOSSES_AFTER, GradedProblem, TokenLosses, write_grades
 from cera_train.study.folder import Study, find_study
-from cera_train.sweep.folder import JOBS, RECORD, SweepRecord, job_name
+from cera_train.sweep.folder import JOBS, RECORD, SweepRecord, job_name, job_status
 
 STUDY = {
     "question": "Which is better?",
@@ -96,6 +96,8 @@ class Launcher:
         swept = SweepRecord.read(self.sweep / RECORD).swept
         for words in jobs:
             name = job_name(words, swept)
+            if job_status(self.sweep, name).is_over:  # as MissingJobs
+                continue
             values = values_of(words)
             if name in self.killed:
                 raise KeyboardInterrupt
