@@ -135,10 +135,11 @@ def _row(run: Run) -> dict[str, str]:
 
 def _costs(run: Run) -> dict[str, str]:
     figures = run.figures
+    spectrum = figures.spectrum
     updates = cell(figures.updates, "{:,} updates")
     return {
-        "effective rank, mean / max": _mean_and_max(run, "effective_rank"),
-        "manifold dimension, mean / max": _mean_and_max(run, "manifold_dimension"),
+        "effective rank": cell(spectrum.effective_rank_mean, "{:,.1f}"),
+        "manifold dimension": cell(spectrum.manifold_dimension_mean, "{:,.1f}"),
         "linear share": describe_linear_share(figures),
         "tokens/s": cell(figures.tokens_per_s, "{:,.0f}"),
         "peak memory": cell(figures.peak_memory_bytes, gigabytes),
@@ -195,17 +196,6 @@ def _perplexity(run: Run) -> str:
     if None not in (value, best, figures.best_update) and best < value:
         notes.append(f"best {best:.3f} at update {figures.best_update:,}")
     return cell(value, "{:.3f}", *notes, *_paper(run, "eval/perplexity", value))
-
-
-def _mean_and_max(run: Run, quantity: str) -> str:
-    """Over the adapted modules of a run."""
-    spectrum = run.figures.spectrum
-    mean = cell(getattr(spectrum, f"{quantity}_mean"), "{:,.1f}")
-    is_whole = quantity == "manifold_dimension"
-    highest = cell(getattr(spectrum, f"{quantity}_max"), "{:,.0f}" if is_whole else "{:,.1f}")
-    if not mean and not highest:
-        return ""
-    return f"{mean or '–'} / {highest or '–'}"
 
 
 def _paper(run: Run, key: str, value: float | None, is_share: bool = False) -> list[str]:

@@ -1,15 +1,20 @@
-"""The pictures of runs side by side. A run has the same colour and marker in every picture of runs;
-a picture without figures is left out."""
+"""The pictures of runs side by side. Colours stand for methods (Okabe and Ito's palette, for
+colour-blind readers), and markers for runs: the same in every picture. A picture without figures is
+left out."""
 
+import io
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.axes import Axes
+import matplotlib.style
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy import format_float_positional
 
-from cera_train.report.document import Picture, styles_of
 from cera_train.report.runs import Run, group_by
 
 OBJECTIVES = {
@@ -22,7 +27,32 @@ OBJECTIVES = {
 }
 """Labels and captions of what only some objectives log, by key of metrics.jsonl."""
 
+WIDTH = 4.5  # inches: on a telephone the text is still large enough
+HEIGHT = 3.1  # without the legend
+LEGEND_LINE = 0.2  # inches
+LONGEST_LABEL = 48
+
+COLORS = {
+    "cera": "#0072b2",
+    "lora": "#c04a00",
+    "rslora": "#00795a",
+    "dora": "#a8437f",
+    "base": "#5f6670",
+    "other": "#7a5c00",
+}
+MARKERS = "os^DvhPX*p"
+STYLE = Path(__file__).with_name("templates") / "report.mplstyle"
+
 ON_SAME_ROWS = "Runs on the same held-out rows and model."
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str  # the stem of its file
+    title: str
+    alt: str
+    caption: str
+    png: bytes
 
 
 class Line(NamedTuple):
@@ -117,15 +147,21 @@ def _lines(title: str, lines: Mapping[str, Line], caption: str) -> list[Picture]
             points[name] = finite
     if all(len({x for x, _ in line}) < 2 for line in points.values()):
         return []
-    styles = styles_of({name: line.kind for name, line in lines.items()})
+    markers = dict(zip(lines, itertools.cycle(MARKERS), strict=False))
     ylabel, _, xlabel = title.partition(" by ")
-
-    def draw(axes: Axes) -> None:
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.subplots()
         for name, line in points.items():
             places = [x for x, _ in line]
-            style = styles[name] | {"markevery": math.ceil(len(line) / 10)}
-            style["linestyle"] = "-" if len({*places}) == len(places) else "none"
-            axes.plot(*zip(*line, strict=True), **style, label=name)
+            axes.plot(
+                *zip(*line, strict=True),
+                color=COLORS.get(lines[name].kind, COLORS["other"]),
+                marker=markers[name],
+                markevery=math.ceil(len(line) / 10),
+                linestyle="-" if len({*places}) == len(places) else "none",
+                label=shortened(name),
+            )
         axes.set(xlabel=xlabel, ylabel=ylabel)
         if xlabel == "rank":
             axes.set_xscale("log", base=2)
@@ -139,9 +175,21 @@ def _lines(title: str, lines: Mapping[str, Line], caption: str) -> list[Picture]
                 lambda value, _: format_float_positional(value, trim="-")
             )
             axes.yaxis.set_minor_formatter(NullFormatter())
-
+        columns = 2 if max(map(len, points)) <= LONGEST_LABEL // 2 else 1
+        figure.set_figheight(HEIGHT + LEGEND_LINE * math.ceil(len(points) / columns))
+        figure.legend(loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=180)
     ends = "; ".join(
         f"{name}: {line[0][1]:.4g} to {line[-1][1]:.4g}" for name, line in points.items()
     )
     shown = title.capitalize()
-    return [Picture(title.replace(" ", "-"), shown, f"{shown}. {ends}.", caption, draw)]
+    alt = f"{shown}. {ends}."
+    return [Picture(title.replace(" ", "-"), shown, alt, caption, stream.getvalue())]
+
+
+def shortened(label: str) -> str:
+    """A label, without its middle if it is longer."""
+    if len(label) <= LONGEST_LABEL:
+        return label
+    return f"{label[: LONGEST_LABEL - 13]}…{label[-12:]}"
