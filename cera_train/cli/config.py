@@ -19,7 +19,7 @@ from cera_train.cli.help import config_name, register_configs
 from cera_train.cli.mistakes import for_hydra, unknown_setting
 from cera_train.cli.start import errors_in_one_line
 from cera_train.common.errors import UserError
-from cera_train.common.files import config_dir, options
+from cera_train.common.files import config_dir
 from cera_train.common.settings import (
     fields_at,
     flatten,
@@ -55,7 +55,7 @@ def start_hydra(
         "1"  # composition errors come out unchanged, for `main` to explain
     )
     sys.argv[1:] = for_hydra(program, sys.argv[1:])
-    register_configs(*options("recipe"))
+    register_configs()
     # Plugins.register takes a class under the name of its module, and Hydra builds plugins only
     # from names in the package hydra_plugins, whose modules every Hydra program would import.
     names = {f"hydra_plugins.cera_train.{name}": plugin for name, plugin in (plugins or {}).items()}

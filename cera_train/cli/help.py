@@ -42,8 +42,8 @@ def config_name(program: str) -> str:
 
 
 @functools.cache
-def register_configs(*recipes: str) -> None:
-    """Stores the schemas and these recipes with Hydra; a recipe `name` is then `+recipe=name`.
+def register_configs() -> None:
+    """Stores the schemas and the recipes with Hydra; a recipe `name` is then `+recipe=name`.
     ${options:group} in a help text lists the group's choices, and ${half:${adapter.r}} is half of a
     number."""
     OmegaConf.register_new_resolver("half", lambda number: number / 2, replace=True)
@@ -53,7 +53,7 @@ def register_configs(*recipes: str) -> None:
         store.store(
             group="schema", name=program.removeprefix("cera-"), node=schema, package="_global_"
         )
-    for name in recipes:
+    for name in options("recipe"):
         node = OmegaConf.load(config_dir("recipes") / f"{name}.yaml")
         store.store(group="recipe", name=name, node=node, package="_global_")
 
@@ -67,7 +67,7 @@ def print_help(program: str) -> None:
     overrides = [word for word in arguments if "=" in word]
     for folder in [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]:
         overrides.append(f"hydra.searchpath=[{quoted(f'file://{Path(folder).absolute()}')}]")
-    register_configs(*options("recipe"))
+    register_configs()
     with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
         config = hydra.compose(config_name(program), overrides, return_hydra_config=True)
     template = config.hydra.help.template

@@ -3,7 +3,9 @@
 
 The first three check their settings; only then do they import torch, which takes seconds."""
 
+import pkgutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -15,7 +17,7 @@ from cera_train.cli.mistakes import Parser
 from cera_train.cli.start import print_error
 from cera_train.common.files import cut_bytes
 from cera_train.common.libraries import heavy_imports
-from cera_train.distributed.processes import in_processes, is_one_of_several
+from cera_train.distributed.processes import is_one_of_several
 from cera_train.runs.subject import find_subject
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.serving import ChatConfig, ExportConfig
@@ -26,7 +28,16 @@ EVAL = "cera-eval"
 LONGEST_NAME = 100  # bytes of a report's folder; a file system takes 255
 
 
-# --- cera-eval ------------------------------------------------------------------------------------
+# --- cera-eval, cera-chat and cera-export ---------------------------------------------------------
+
+
+def apply(path: str, composed: DictConfig, schema: type) -> None:
+    """Calls a function, by its import path, with the checked config."""
+    config = to_config(composed, schema)
+    announce_imports()
+    with heavy_imports():
+        function = pkgutil.resolve_name(path)
+    function(config)
 
 
 def eval_main() -> None:
@@ -49,28 +60,11 @@ def eval_main() -> None:
 
 
 def measure(composed: DictConfig) -> None:
-    config = to_config(composed, EvalConfig)
-    announce_imports()
-    with heavy_imports():
-        from cera_train.evaluation.evaluate import resolve_evaluation, run_evaluation
-
-    in_processes(run_evaluation, resolve_evaluation(config))
-
-
-# --- cera-chat and cera-export --------------------------------------------------------------------
+    apply("cera_train.evaluation.evaluate:launch", composed, EvalConfig)
 
 
 def chat_main() -> None:
-    start_hydra("cera-chat", chat)
-
-
-def chat(composed: DictConfig) -> None:
-    config = to_config(composed, ChatConfig)
-    announce_imports()
-    with heavy_imports():
-        from cera_train.serving.chat import ask
-
-    ask(config, find_subject(config))
+    start_hydra("cera-chat", partial(apply, "cera_train.serving.chat:ask", schema=ChatConfig))
 
 
 def export_main() -> None:

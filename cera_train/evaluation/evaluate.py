@@ -28,7 +28,7 @@ from cera_train.distributed.accelerator import (
     quiet_libraries,
     start_accelerator,
 )
-from cera_train.distributed.processes import is_main_process
+from cera_train.distributed.processes import in_processes, is_main_process
 from cera_train.evaluation.engine import (
     Engine,
     answer_share,
@@ -97,6 +97,11 @@ def resolve_evaluation(config: EvalConfig) -> ResolvedEvaluation:
             announce("reading", f"the problems of {config.task.path}")
         problems = load_problems(task, subject.data, load_tokenizer(subject.model))
     return ResolvedEvaluation(config, subject, task, problems)
+
+
+def launch(config: EvalConfig) -> None:
+    """Runs an evaluation in `launch.processes` processes."""
+    in_processes(run_evaluation, resolve_evaluation(config))
 
 
 def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from cera_train.data.rows import PROMPT, Row, from_files, suffix_of
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject, open_server
 from cera_train.evaluation.requests import Request, check_positions
-from cera_train.runs.subject import Subject
+from cera_train.runs.subject import Subject, find_subject
 from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.serving import ChatConfig
 
@@ -32,11 +32,11 @@ PLAIN = DataConfig(layout=Layout.text, path="a text", prompt="{text}", completio
 """A text as it is: also the question to a model that was trained on documents."""
 
 
-def ask(config: ChatConfig, subject: Subject) -> None:
+def ask(config: ChatConfig) -> None:
     """Answers the questions of a config: `prompt`, `prompts`, those of stdin, or a person's in a
     terminal. Raises UserError for a model, a file or a question that cannot be used."""
     quiet_libraries()
-    answerer = Answerer(config, subject)
+    answerer = Answerer(config, find_subject(config))
     if config.prompts is not None:
         answer_file(answerer, config.prompts)
     elif config.prompt is not None or not sys.stdin.isatty():

@@ -43,8 +43,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 def chat(run: Path | str, *words: str) -> None:
     """As `cera-chat run=RUN ...`, in this process."""
-    config = compose(f"run={run}", *words, command="chat")
-    ask(config, find_subject(config))
+    ask(compose(f"run={run}", *words, command="chat"))
 
 
 def export(run: Path, *words: str) -> Certificate:

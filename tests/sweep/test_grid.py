@@ -24,7 +24,7 @@ MEASURED = {"quickstart", "logistic_map", "grpo_dates", "sft"}
 def jobs_of():
     """jobs_of("+sweep=rank_lr", ...) -> the overrides of every job, as Hydra's sweeper makes
     them."""
-    register_configs(*options("recipe"))
+    register_configs()
 
     def jobs_of(*arguments: str) -> list[list[str]]:
         with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
