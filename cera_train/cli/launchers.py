@@ -96,17 +96,12 @@ class Joblib(MissingJobs, JoblibLauncher):
     """Trains `n_jobs` jobs at once, in processes that share the cores, each on one GPU."""
 
     def setup(self, *, task_function: Callable[[DictConfig], Any], **context: Any) -> None:
-        from joblib import effective_n_jobs
-
-        self.workers = effective_n_jobs(self.joblib["n_jobs"])
         super().setup(task_function=functools.partial(run_in_worker, task_function), **context)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> list[JobReturn]:
         """Passes signals on to the jobs, and stops once they have saved."""
-        if self.workers == 1:  # in this process
-            return super().launch(job_overrides, initial_job_idx)
         print_command("state", ["cera-sweep", self.config.hydra.sweep.dir])
         print_line("output", f"{self.config.hydra.sweep.dir}/{JOBS}/JOB.log")
         with Interruption(pass_on=signal_children) as interruption:

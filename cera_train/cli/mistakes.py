@@ -127,7 +127,7 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     if program == "cera-plan" and not is_single:  # a plan does not depend on where jobs will run
         settings = [word for word in settings if not is_of(word, "hydra.launcher")]
     for setting in settings:
-        gone = describe_gone(setting) or describe_gone(setting.partition("=")[0])
+        gone = describe_gone(setting)
         require(gone is None, str(gone))
         fix = "add -m to take them all."
         is_unfit = is_single and is_of(setting, *OF_GRIDS)

@@ -25,11 +25,11 @@ TABLE = read_yaml(Path(__file__).with_suffix(".yaml"))
 GONE = {key: Gone(*row) if isinstance(row, list) else Gone(row) for key, row in TABLE.items()}
 
 
-def describe_gone(name: str) -> str | None:
-    """What to do instead of a setting or a choice that is gone; None for any other."""
+def describe_gone(setting: str) -> str | None:
+    """What to do instead of a key, or KEY=VALUE, if the key or the choice is gone; else None."""
     for known, gone in GONE.items():
-        if name == known or name.startswith(f"{known}."):
-            return f"{name}: cera-train {LAST} was the last that had it: {gone.instead}."
+        if setting == known or setting.startswith((f"{known}.", f"{known}=")):
+            return f"{known}: cera-train {LAST} was the last that had it: {gone.instead}."
     return None
 
 
@@ -51,7 +51,6 @@ def without_gone(tree: Any, place: str, key: str = "") -> Any:
         return kept
     if isinstance(tree, list):
         return [without_gone(each, place, key) for each in tree]
-    for name in (key, f"{key}={word_of(tree)}"):
-        if message := describe_gone(name):
-            raise UserError(f"{place}: {message}")
+    if message := describe_gone(f"{key}={word_of(tree)}"):
+        raise UserError(f"{place}: {message}")
     return tree

@@ -174,14 +174,9 @@ def read_sweep(folder: Path) -> list[JobStatus]:
     earlier commands."""
     record = SweepRecord.find(folder / RECORD)
     if record is None:
-        if (folder / "config.yaml").exists():
-            raise UserError(
-                f"{folder} is the folder of a run, not of a sweep: cera-report {folder} shows it."
-            )
-        what = "holds no sweep" if folder.is_dir() else "is not a folder"
         raise UserError(
-            f"{folder} {what}: expected one that cera-train -m left (with {RECORD}), such as "
-            f"outputs/rank_lr."
+            f"{folder} holds no sweep: expected a folder that cera-train -m left, with {RECORD}, "
+            f"such as outputs/rank_lr; cera-report {folder} shows a run."
         )
     started = {path.stem: JobRecord.read(path) for path in (folder / JOBS).glob("[!.]*.json")}
     earlier = sorted(
