@@ -60,7 +60,7 @@ def eval_main() -> None:
 
 
 def measure(composed: DictConfig) -> None:
-    apply("cera_train.evaluation.evaluate:launch", composed, EvalConfig)
+    apply("cera_train.evaluation.evaluate:start_evaluation", composed, EvalConfig)
 
 
 def chat_main() -> None:

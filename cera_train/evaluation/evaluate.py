@@ -99,7 +99,7 @@ def resolve_evaluation(config: EvalConfig) -> ResolvedEvaluation:
     return ResolvedEvaluation(config, subject, task, problems)
 
 
-def launch(config: EvalConfig) -> None:
+def start_evaluation(config: EvalConfig) -> None:
     """Runs an evaluation in `launch.processes` processes."""
     in_processes(run_evaluation, resolve_evaluation(config))
 

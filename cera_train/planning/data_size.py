@@ -32,11 +32,6 @@ class DataSize:
     supervised: float  # share of the tokens whose prediction counts in the loss
     spread: float = ROW_SPREAD  # standard deviation of the tokens in a row over their mean
 
-    @property
-    def prompt_tokens(self) -> float:
-        """Tokens of a row outside its completions; the whole row where no prompt is known."""
-        return self.tokens_per_row * (1 - round(self.supervised, 6)) or self.tokens_per_row
-
 
 def read_rows(config: PlanRun) -> tuple[PlanRun, Data] | None:
     """The rows as the run reads them, after the config in which it decides how; None where they are
@@ -103,7 +98,9 @@ def trained_size(config: Config, data: DataSize) -> DataSize:
     """
     if not config.work.answers:
         return data
-    tokens = data.prompt_tokens + config.work.answer_tokens
+    # the whole row is a prompt where none is known
+    prompt = data.tokens_per_row * (1 - round(data.supervised, 6)) or data.tokens_per_row
+    tokens = prompt + config.work.answer_tokens
     share = config.work.answer_tokens / tokens
     return replace(data, tokens_per_row=tokens, supervised=share, spread=ROW_SPREAD)
 

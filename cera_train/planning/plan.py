@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cera_train.common.libraries import heavy_imports
 from cera_train.settings.run import GpuKind, PlanRun
-from cera_train.settings.training import ObjectiveKind
+from cera_train.settings.training import ObjectiveKind, OptimizerConfig
 from cera_train.training.rewards import import_reward
 
 if TYPE_CHECKING:
@@ -108,8 +108,8 @@ def make_plan(config: PlanRun) -> RunPlan:
         for path in config.grpo.rewards:  # which nothing else of a plan reads
             import_reward(path)
     train = replace(config.train, seed=0)
-    sections = [config.model, config.adapter, config.data, train, config.work, config.grpo]
-    key = repr([*sections, config.optimizer.kind, config.distributed, config.plan])
+    optimizer = OptimizerConfig(config.optimizer.kind)
+    key = repr(replace(config, train=train, optimizer=optimizer, study=None))
     if key not in PLANS:
         with heavy_imports():
             from cera_train.planning.estimate import estimate

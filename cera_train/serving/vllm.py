@@ -85,20 +85,16 @@ def read_adapter(
     config = json.loads((Path(lora_path) / "adapter_config.json").read_text())
     if config.get("peft_type") != "CERA":
         return original(cls, lora_path, max_position_embeddings, *more)
-    if config.get("activation") not in GATES:
-        raise ValueError(
-            f"{lora_path}: activation={config.get('activation')} is no gate that can be served: "
-            f"{', '.join(GATES)}."
-        )
-    for name, unset in (
+    for name, served in (
+        ("activation", GATES),
         ("target_parameters", ([], None)),
         ("bias", ("none", None)),
         ("mix", ("none", None)),
     ):
-        if config.get(name) not in unset:
+        if config.get(name) not in served:
             raise ValueError(
-                f"{lora_path}: {name}={config[name]} is not served: cera-export makes a LoRA of "
-                f"it, if little is lost."
+                f"{lora_path}: {name}={config.get(name)} is not served: cera-export makes a LoRA "
+                f"of it, if little is lost."
             )
     ranks = longest_first(config.get("rank_pattern"))
     alphas = longest_first(config.get("alpha_pattern"))

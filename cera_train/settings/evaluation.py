@@ -91,6 +91,9 @@ class SubjectConfig(Settings):
     """Where run=base leaves its results, in base-MODEL."""
     trust_remote_code: bool = setting(False, "nothing")
     """Runs Python code that comes with the model of a run or an adapter."""
+    server: Address | None = setting(None, "nothing")
+    """Address of a vLLM that answers, such as http://localhost:8000. null: the model in this
+    process."""
 
     def __post_init__(self) -> None:
         require(
@@ -110,16 +113,7 @@ class SubjectConfig(Settings):
 
 
 @dataclass
-class AnsweringConfig(SubjectConfig):
-    """The subject of a command, and the engine that answers for it."""
-
-    server: Address | None = setting(None, "nothing")
-    """Address of a vLLM that answers, such as http://localhost:8000. null: the model in this
-    process."""
-
-
-@dataclass
-class EvalConfig(AnsweringConfig):
+class EvalConfig(SubjectConfig):
     task: TaskConfig | None = section(None)
     generation: GenerationConfig = section()
     data: DataConfig | None = section(None)

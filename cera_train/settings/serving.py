@@ -8,12 +8,12 @@ from pydantic import NonNegativeFloat, PositiveInt
 
 from cera_train.common.settings import require, section, setting
 from cera_train.settings.data import DataConfig
-from cera_train.settings.evaluation import AnsweringConfig, GenerationConfig
+from cera_train.settings.evaluation import GenerationConfig, SubjectConfig
 from cera_train.settings.values import NamedValues
 
 
 @dataclass
-class ChatConfig(AnsweringConfig):
+class ChatConfig(SubjectConfig):
     prompt: str | None = setting(None, "answers")
     """One question. null: read stdin, or hold a conversation in a terminal."""
     prompts: str | None = setting(None, "answers")
@@ -36,7 +36,7 @@ Weights = StrEnum("Weights", ["base", "bfloat16", "float32"])
 
 
 @dataclass
-class ExportConfig(AnsweringConfig):
+class ExportConfig(SubjectConfig):
     to: ExportForm = setting(ExportForm.lora, "result")
     """lora: a LoRA of the same rank as a CeRA, in PEFT's format; merged: a plain model, with the
     adapter, or that LoRA, in its weights; gguf: that model for llama.cpp."""

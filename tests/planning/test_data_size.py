@@ -64,7 +64,7 @@ def test_a_known_data_set_needs_no_settings_beyond_its_templates(size):
     unknown = ["+recipe=math_r64", "data.path=org/rows"]
     counts = ["data.train_rows=640", "data.eval_rows=10", "plan.tokens_per_row=100"]
     known = size(*unknown, *counts)
-    assert (known.train_rows, known.tokens_per_row, known.prompt_tokens) == (640, 100, 100)
+    assert (known.train_rows, known.tokens_per_row) == (640, 100)
 
 
 def test_problems_of_a_task_are_counted_or_known(compose, write_jsonl, tiny_folder):

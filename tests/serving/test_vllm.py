@@ -258,7 +258,7 @@ def test_200_requests_of_8_clients_over_6_adapters_and_the_base_each_get_their_o
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation": "mish"}, "activation=mish is no gate that can be served"),
+        ({"activation": "mish"}, "activation=mish is not served"),
         ({"mix": "learned"}, "mix=learned is not served: cera-export makes a LoRA of it"),
         ({"r": 64}, "LoRA rank 64 is greater than max_lora_rank 8"),
     ],
