@@ -59,8 +59,6 @@ class StudyConfig(Settings):
     two."""
     outcomes: Annotated[list[str], Filled] = setting(lambda: [LOSS], "nothing")
     """The outcomes, the primary one first: loss, or a name in train.tasks for its score."""
-    family: str | None = setting(None, "nothing")
-    """A name that several studies share: cera-report corrects over all of their contrasts."""
     equal: Equal = setting(Equal.parameters, "nothing")
     """What all arms have the same amount of under a condition."""
     matters: PositiveFloat = setting(0.01, "nothing")

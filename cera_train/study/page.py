@@ -44,10 +44,13 @@ FIGURES = {
 
 def write_studies(studies: Sequence[Study], output: Path) -> Page:
     """Writes the page of finished studies, and each one's study_results.json: numbers to commit as
-    evidence. Raises UserError where they are not of one family, where runs are missing, or where
-    they cannot be compared."""
+    evidence. Studies that are reported together are a family, over which Holm's method corrects.
+    Raises UserError where runs are missing, or cannot be compared."""
     names = [study.folder.resolve().name for study in studies]
-    _check_one_family(studies, names)
+    require(
+        len({*names}) == len(names),
+        f"two of the studies have the name {max(names, key=names.count)}: rename a folder.",
+    )
     announce("comparing", counted(sum(len(study.cells) for study in studies), "cell"))
     contrasts = dict(zip(names, contrasts_of(*studies), strict=True))
     primary, others = (
@@ -85,19 +88,6 @@ def write_studies(studies: Sequence[Study], output: Path) -> Page:
     page = Page(title, tables, [], commands, verdicts=verdicts)
     page.write(output)
     return page
-
-
-def _check_one_family(studies: Sequence[Study], names: Sequence[str]) -> None:
-    families = {study.config.family for study in studies}
-    require(
-        len(studies) == 1 or (len(families) == 1 and None not in families),
-        f"{', '.join(names)}: their study.family is {', '.join(map(str, families))}. Report "
-        "families apart.",
-    )
-    require(
-        len({*names}) == len(names),
-        f"two of the studies have the name {max(names, key=names.count)}: rename a folder.",
-    )
 
 
 def _write_numbers(numbers: dict[str, Any], file: Path) -> None:
@@ -192,8 +182,6 @@ def verdict_table(
         rows.append(row)
     replicates = "bases" if study.config.bases else "seeds"
     drawn = "bases" if study.config.bases else "seeds and problems"
-    family = study.config.family
-    of_family = f" of the studies of {family} in this report" if family else ""
     return Table(
         title,
         rows,
@@ -203,7 +191,7 @@ def verdict_table(
         "No verdict: the best value is at an end of its grid (add values beyond it, by "
         "study.extend=true), was alone or has no order, or was chosen by another outcome; or a "
         "judging run diverged (let more seeds choose, by study.tune_seeds, under another name). "
-        f"The interval holds for other {drawn}. Holm corrects p over {corrected}{of_family}. "
+        f"The interval holds for other {drawn}. Holm corrects p over {corrected}. "
         f"Too small: the interval lies within ±{study.config.matters:g}, and within a tenth of the "
         "first side's loss.",
     )
