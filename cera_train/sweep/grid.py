@@ -86,12 +86,13 @@ def job_composer(config: DictConfig, check: Callable[[DictConfig], Any]) -> Comp
 
 
 def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) -> None:
-    """Composes jobs, name -> overrides, until every value has appeared in a valid one. A value that
-    is invalid only beside some others fails in those jobs, and the rest of the sweep runs.
+    """Composes jobs, name -> overrides, until every value has appeared in a valid one, and checks
+    these. A value that is invalid only beside some others fails in those jobs, and the rest of the
+    sweep runs.
 
     Raises:
-        Exception: a UserError or Hydra's, if a value cannot be composed, is invalid in every job,
-            or chooses files that cannot be read.
+        Exception: a UserError or Hydra's, if a value cannot be composed, or is invalid in every
+            job; what `check_job` refuses.
     """
     fine = set[str]()
     failed = dict[str, Exception]()
@@ -105,32 +106,22 @@ def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) 
                 failed.setdefault(value, error)
             continue
         fine.update(values)
-        check_inputs(run, sweep / name)
+        check_job(run, sweep / name)
     for value, error in failed.items():
         if value not in fine:
             raise error
 
 
-def check_results(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) -> None:
-    """Raises UserError if a job that has a result, and is not started again, ran with another
-    config. Composes jobs until every value has appeared in one."""
-    seen = set[str]()
-    for name, values in jobs.items():
-        folder = sweep / name
-        has_result = (folder / "result.json").exists() or (folder / DIVERGED).exists()
-        if seen.issuperset(values) or not (has_result and (folder / "config.yaml").exists()):
-            continue
-        seen.update(values)
-        record = folder / "config.yaml"
-        config = as_recorded(compose(values), load_config(record))
-        if different := differences(record, redact_tree(to_plain(config))):
-            raise another_config(folder, different)
-
-
-def check_inputs(config: Config, folder: Path) -> None:
-    """Raises UserError for a model or files that are not there, before any job of a sweep waits for
-    its machine. The run checks the rest."""
-    if (folder / "result.json").exists():  # a finished run no longer reads them
+def check_job(config: Config, folder: Path) -> None:
+    """Raises UserError for a job that ended with another config, and is not started again; else for
+    a model or files that are not there, before any job waits for its machine. The run checks the
+    rest."""
+    record = folder / "config.yaml"
+    if (folder / "result.json").exists() or (folder / DIVERGED).exists():
+        if record.exists():
+            recorded = as_recorded(config, load_config(record))
+            if different := differences(record, redact_tree(to_plain(recorded))):
+                raise another_config(folder, different)
         return
     check_model(config.model.path)
     for place, part in config.data.parts():
@@ -196,11 +187,10 @@ def jobs_by_name(jobs: Iterable[list[str]], swept: Collection[str]) -> dict[str,
 
 
 def begin(config: DictConfig, compose: ComposeJob, record: SweepRecord) -> None:
-    """Writes sweep.json. First refuses what `check_jobs` and `check_results` refuse, and a folder
-    that another command holds."""
+    """Writes sweep.json. First refuses what `check_jobs` refuses, and a folder that another command
+    holds."""
     folder = Path(config.hydra.sweep.dir)
     check_jobs(folder, record.jobs, compose)
-    check_results(folder, record.jobs, compose)
     # Another process may find the lock of its own command.
     if is_main_process() and is_locked(folder):
         raise folder_in_use(folder, WRITER)
