@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from cera_train.common.settings import key_of, require, setting
 from cera_train.settings.data import as_list
 from cera_train.settings.gone import describe_gone
-from cera_train.settings.values import Filled, Settings
+from cera_train.settings.values import Filled, Number, Settings
 
 LOSS = "loss"
 
@@ -46,8 +46,8 @@ class StudyConfig(Settings):
     interval is Student's over bases. Empty: one base."""
     conditions: dict[str, Annotated[list[Any], Filled]] = setting(dict, "nothing")
     """Settings under which all arms are compared, and their values, such as adapter.r: [16, 64]."""
-    tune: Annotated[dict[str, Annotated[list[Any], Filled]], Filled] = setting(dict, "nothing")
-    """Settings that each arm chooses for itself under each condition, and their values."""
+    tune: Annotated[dict[str, Annotated[list[Number], Filled]], Filled] = setting(dict, "nothing")
+    """Settings that each arm chooses for itself under each condition, and their values: numbers."""
     seeds: PositiveInt = setting(3, "nothing")
     """The number of values of train.seed, from 0. Each seed runs every tuned value; the arm is
     compared at the value with the lowest mean loss."""

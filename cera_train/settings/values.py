@@ -117,5 +117,6 @@ Address = Annotated[str, Field(pattern=r"^https?://[\w.:\[\]-]+(/\S*)?$")]
 FolderName = Annotated[str, AfterValidator(check_folder_name)]
 Processes = Annotated[str, Field(pattern="^(auto|[1-9][0-9]*)$")]
 Repository = Annotated[str, Field(pattern=r"^([\w.-]+/)?[\w.-]{1,96}$")]
+Number = read_as(int | float)
 NamedValues = read_as(dict[str, Any] | None)
 NamedSections = read_as(dict[str, dict[str, Any] | None] | None)

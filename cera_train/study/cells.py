@@ -265,13 +265,13 @@ class Cell:
             needed += [(self.chosen, run) for run in self.fresh_runs]
         return [self.folder(*each).name for each in needed if self.loss(*each) is None]
 
-    def values(self, outcome: str, base: str | None = None) -> np.ndarray:
-        """[seeds, problems] on a base."""
-        return np.array([run.outcomes[outcome].values for run in self.runs_on(base)], dtype=float)
+    def values(self, outcome: str) -> np.ndarray:
+        """[seeds, problems], without bases."""
+        return np.array([run.outcomes[outcome].values for run in self.runs], dtype=float)
 
-    def weights(self, outcome: str, base: str | None = None) -> np.ndarray | None:
+    def weights(self, outcome: str) -> np.ndarray | None:
         """[problems]: supervised tokens of the rows of a loss."""
-        return self.runs_on(base)[0].outcomes[outcome].weights
+        return self.runs[0].outcomes[outcome].weights
 
     def by_base(self, outcome: str) -> dict[str | None, np.ndarray]:
         """Base -> [seeds] an outcome of each seed."""
@@ -292,17 +292,13 @@ class Cell:
 
     def losses_along(self, key: str, average: Callable = fmean) -> dict[float, float]:
         """The line of the grid through the chosen point along one setting: value -> loss over
-        seeds, by size; empty for words."""
+        seeds, by size."""
         others = self.chosen.values | {key: ""}
-        line = {}
-        for point, losses in zip(self.grid, self.losses, strict=True):
-            if point.values | {key: ""} != others:
-                continue
-            try:
-                value = float(point.values[key])
-            except ValueError:
-                return {}
-            line[value] = average(losses)
+        line = {
+            float(point.values[key]): average(losses)
+            for point, losses in zip(self.grid, self.losses, strict=True)
+            if point.values | {key: ""} == others
+        }
         return dict(sorted(line.items()))
 
     @property
@@ -326,10 +322,8 @@ class Cell:
             obstacles.append(f"{self.arm}: {share} judging runs diverged")
         obstacles += [str(edge) for edge in self.edges]
         for key, chosen in self.chosen.values.items():
-            if len({point.values[key] for point in self.grid}) == 1:
+            if len(self.losses_along(key)) == 1:
                 obstacles.append(f"{self.arm} at the only {key}, {chosen}")
-            elif not self.losses_along(key):
-                obstacles.append(f"{self.arm} at {key}={chosen}, which has no order")
         return obstacles
 
     def jobs_beyond(self) -> list[list[str]]:

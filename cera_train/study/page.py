@@ -189,7 +189,7 @@ def verdict_table(
         "first-named arm or difference. Detects: the difference that is shown with power 80 %, by "
         f"the variance between {replicates} as estimated and at both ends of its 95 % interval. "
         "No verdict: the best value is at an end of its grid (add values beyond it, by "
-        "study.extend=true), was alone or has no order, or was chosen by another outcome; or a "
+        "study.extend=true), was alone, or was chosen by another outcome; or a "
         "judging run diverged (let more seeds choose, by study.tune_seeds, under another name). "
         f"The interval holds for other {drawn}. Holm corrects p over {corrected}. "
         f"Too small: the interval lies within ±{study.config.matters:g}, and within a tenth of the "

@@ -177,12 +177,6 @@ def test_a_value_that_was_alone_or_chosen_by_another_outcome_allows_no_verdict(m
     [(first, _)] = contrasts_of(make_study(loss, scores, name="alone", **both | alone))
     assert (first.verdict, len(first.obstacles)) == ("not shown", 2)
 
-    words = {"tune": {"optimizer.kind": ["a", "b"], "optimizer.lr": [3e-4, 1e-3, 3e-3]}}
-    [(first, _)] = contrasts_of(make_study(loss, scores, name="words", **both | words))
-    assert first.obstacles == [
-        f"{arm} at optimizer.kind=a, which has no order" for arm in ("lora", "cera")
-    ]
-
 
 def test_a_study_of_earlier_settings_loads_where_none_was_used(make_study):
     unused = {"set_aside": 0.0, "slope": {}, "tuned_elsewhere": None, "results": None}
