@@ -21,10 +21,6 @@ from cera_train.common.settings import AUTO, word_of
 
 T = TypeVar("T")
 
-LONGEST_NAME = (
-    200  # bytes; a file system takes 255, and a folder is written under a longer name first
-)
-
 
 class Settings:
     """Base of the dataclasses that hold settings."""
@@ -96,13 +92,8 @@ def check_target_names(targets: Any) -> Any:
 
 def check_folder_name(name: str) -> str:
     """A name that breaks no line and controls no terminal when it is printed."""
-    is_short = len(name.encode(errors="replace")) <= LONGEST_NAME
-    is_plain = name.isprintable() and not set(name) & set("/\\")
-    if not (is_short and is_plain) or name in ("", ".", ".."):
-        raise ValueError(
-            "expected the name of one folder, without a slash or a line break and of at most "
-            f"{LONGEST_NAME} bytes"
-        )
+    if not name.isprintable() or set(name) & set("/\\") or not name.strip("."):
+        raise ValueError("expected the name of one folder, without a slash or a line break")
     return name
 
 
@@ -114,7 +105,8 @@ Rate = Annotated[Any, AfterValidator(check_rate)]
 Growths = Annotated[Any, AfterValidator(check_growths)]
 Targets = Annotated[Any, AfterValidator(check_target_names)]
 Address = Annotated[str, Field(pattern=r"^https?://[\w.:\[\]-]+(/\S*)?$")]
-FolderName = Annotated[str, AfterValidator(check_folder_name)]
+# A file system takes names of 255 bytes, and a folder is written under a longer name first.
+FolderName = Annotated[str, Field(max_length=200), AfterValidator(check_folder_name)]
 Processes = Annotated[str, Field(pattern="^(auto|[1-9][0-9]*)$")]
 Repository = Annotated[str, Field(pattern=r"^([\w.-]+/)?[\w.-]{1,96}$")]
 Number = read_as(int | float)
