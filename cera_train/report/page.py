@@ -19,8 +19,8 @@ from cera_train.report.document import Page, Table
 from cera_train.report.forest import Forest, Group, row_of
 from cera_train.report.pictures import curves, spectra
 from cera_train.report.readers import read_runs
-from cera_train.report.runs import Evaluation, Run, accuracy_metric, group_by
-from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share, is_task_figure
+from cera_train.report.runs import Evaluation, Run, group_by
+from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share
 from cera_train.settings.run import Config
 
 CAPTION = (
@@ -148,16 +148,12 @@ def _costs(run: Run) -> dict[str, str]:
 
 
 def _task_cells(run: Run) -> dict[str, str]:
-    """The figures of its evaluations, and the paper's that it has not measured."""
-    cells = {}
-    for task, evaluation in run.evaluations.items():
-        for metric in evaluation.figures:
-            cells[f"{task} {metric.label}"] = _metric_cell(run, task, evaluation, metric)
-    for key in filter(is_task_figure, run.published):
-        task, _, name = key.partition("/")
-        paper = cell(None, "", *_paper(run, key, None, is_share=True))
-        cells.setdefault(f"{task} {accuracy_metric(name).label}", paper)
-    return cells
+    """The figures of its evaluations."""
+    return {
+        f"{task} {metric.label}": _metric_cell(run, task, evaluation, metric)
+        for task, evaluation in run.evaluations.items()
+        for metric in evaluation.figures
+    }
 
 
 def _metric_cell(run: Run, task: str, evaluation: Evaluation, metric: Metric) -> str:
@@ -201,11 +197,9 @@ def _perplexity(run: Run) -> str:
 def _paper(run: Run, key: str, value: float | None, is_share: bool = False) -> list[str]:
     """The published figure and ours minus it: in percentage points for a share, else as it is."""
     published = run.published.get(key)
-    if published is None:
+    if None in (published, value):
         return []
     paper = f"paper {published:.2%}" if is_share else f"paper {published:.2f}"
-    if value is None:
-        return [f"{paper}, not measured here"]
     difference = value - published
     text = f"{100 * difference:+.2f} points" if is_share else f"{difference:+.2f}"
     return [paper, f"difference {text}"]

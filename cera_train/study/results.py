@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from statistics import fmean
 
+from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import ComparedRun, describe_choices
@@ -13,8 +14,6 @@ from cera_train.verdicts.contrast import Contrast, Verdict, contrast, contrast_o
 from cera_train.verdicts.power import detectable, detectable_range
 from cera_train.verdicts.verdict import JudgedContrast, holm
 
-MOST_MISSING = 5  # runs that an error names
-
 SHARE = 0.1
 """Share of a loss that always matters. Otherwise a perfect arm could count as no better."""
 
@@ -22,14 +21,11 @@ SHARE = 0.1
 def check_runs(study: Study) -> None:
     """Raises UserError where runs have not ended, an arm diverged at every value, or compared runs
     have different rows."""
-    missing = study.missing()
-    named = "; ".join(missing[:MOST_MISSING])
-    if len(missing) > MOST_MISSING:
-        named += f"; and {len(missing) - MOST_MISSING:,} more"
-    require(
-        not missing,
-        f"{study.folder} is an unfinished study. Its command runs what is missing: {named}.",
-    )
+    if missing := study.missing():
+        raise UserError(
+            f"{study.folder} is an unfinished study. Its command runs what is missing: "
+            f"{missing[0]}, and {len(missing) - 1:,} more."
+        )
     for cells, base in itertools.product(study.by_condition.values(), study.bases):
         first: dict[str, ComparedRun] = {}  # the first run that each of its rows is known of
         for run in [run for cell in cells.values() for run in cell.runs_on(base)]:

@@ -169,7 +169,7 @@ def test_a_failed_job_is_no_result_and_runs_again(launcher, run_study, run_comma
     assert run_command("cera-report", "outputs/which") == 2
     error = capfd.readouterr().err
     assert "unfinished study. Its command runs what is missing: " in error
-    assert f": {job('cera', 0.01, 1)}." in error
+    assert f": {job('cera', 0.01, 1)}, and 0 more." in error
     launcher.failing = set()
     launcher.began.clear()
     assert run_study() == 0
