@@ -16,13 +16,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cera_train.adapters.families import check_settings
 from cera_train.cli.help import config_name, register_configs
-from cera_train.cli.mistakes import for_hydra, unknown_setting
+from cera_train.cli.mistakes import for_hydra
 from cera_train.cli.start import errors_in_one_line
-from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
 from cera_train.common.settings import (
-    fields_at,
-    flatten,
     quoted,
 )
 from cera_train.common.terminal import announce_import
@@ -83,9 +80,6 @@ def announce_imports() -> None:
 def to_config(composed: DictConfig, schema: type = Config) -> Any:
     """The checked dataclasses of a composed config. Below this line nothing sees OmegaConf."""
     tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    for key, value in flatten(tree).items():  # Hydra accepts any +key=value
-        if not fields_at(schema, key):
-            raise UserError(unknown_setting(key, f"+{key}={value}", schema))
     config = checked(schema, tree)
     if getattr(config, "data", None) is not None:
         config = replace(config, data=decide_layouts(config.data))
