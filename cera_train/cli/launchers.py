@@ -22,6 +22,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.signals import SIGNALS, Interrupted, Interruption, signal_children
 from cera_train.common.terminal import print_command, print_line
+from cera_train.distributed.processes import is_main_process
 from cera_train.sweep.folder import JOBS, RECORD, State, SweepRecord, job_name, job_status
 from cera_train.sweep.grid import Job
 
@@ -50,7 +51,7 @@ class MissingJobs:
                 finished[number] = JobReturn(status=JobStatus.COMPLETED, _return_value=value)
             else:
                 missing.append(overrides)
-        if finished:
+        if finished and is_main_process():
             print_line(
                 "finished",
                 f"{len(finished):,} of {len(job_overrides):,} jobs, which are not started again",
