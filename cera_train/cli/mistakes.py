@@ -85,9 +85,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help).")
 
 
-FLAGS = [("--help", "-h"), ("--multirun", "-m"), ("--shell-completion", "-sc"), ("--debug",)]
-FLAGS_WITH_VALUE = [("--cfg", "-c"), ("--config-dir", "-cd")]
-"""The flags of the commands: Hydra has more."""
+FLAGS = {
+    "-h": "--help",
+    "-m": "--multirun",
+    "-sc": "--shell-completion",
+    "-c": "--cfg",
+    "-cd": "--config-dir",
+    "--debug": "--debug",
+}
+"""The flags of the commands by their short forms: Hydra has more."""
+
+WITH_VALUE = ("--cfg", "--config-dir")
 
 OF_GRIDS = ("sweep=", "study=", "sweep.", "hydra.launcher", "hydra.sweeper", "launch.detach=true")
 """Prefixes of settings that mean nothing in a single run."""
@@ -107,17 +115,20 @@ OF_ANOTHER_RUN = (
 
 def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     """The arguments as Hydra should read them, flags first. Raises UserError for a mistake."""
-    parser = Parser(program, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for names in FLAGS:
-        parser.add_argument(*names, dest=names[0], action="store_true")
-    for names in FLAGS_WITH_VALUE:
-        parser.add_argument(*names, dest=names[0])
-    parser.add_argument("settings", nargs="*")
-    parsed, unknown = parser.parse_known_intermixed_args(arguments)
-    fix = f"settings take no dashes, key=value (see {program} --help)."
-    require(not unknown, f"{''.join(unknown[:1])}: unknown option: {fix}")
-    flags = vars(parsed)
-    settings = flags.pop("settings", [])
+    flags: dict[str, str] = {}
+    settings = []
+    words = iter(arguments)
+    for word in words:
+        name, _, value = word.partition("=")
+        name = FLAGS.get(name, name)
+        if name in WITH_VALUE:
+            flags[name] = f"{name}={value or next(words, '')}"
+        elif name in FLAGS.values():
+            flags[name] = name
+        else:
+            fix = f"settings take no dashes, key=value (see {program} --help)."
+            require(word[:1] != "-", f"{word}: unknown option: {fix}")
+            settings.append(word)
     flags.pop("--debug", None)
     is_single = not flags.keys() - {"--config-dir"}
     is_run = program in ("cera-train", "cera-plan")
@@ -132,10 +143,9 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
         fix = "add -m to take them all."
         is_unfit = is_single and is_of(setting, *OF_GRIDS)
         require(not is_unfit, f"{setting} is for a grid of runs: {fix}")
-    words = [name if value is True else f"{name}={value}" for name, value in flags.items()]
     # Of a run, several values without -m are a mistake that Hydra names.
     may_sweep = not is_single or is_run
-    return [*words, *with_texts_quoted(program, settings, may_sweep)]
+    return [*flags.values(), *with_texts_quoted(program, settings, may_sweep)]
 
 
 def is_of(setting: str, *prefixes: str) -> bool:
