@@ -127,7 +127,6 @@ class JobRecord(Record):
 
     fix: ClassVar[str] = START_AGAIN
 
-    number: int
     overrides: list[str]
     error: str | None = None  # of its last start
 
@@ -178,10 +177,8 @@ def read_sweep(folder: Path) -> list[JobStatus]:
             f"{folder} holds no sweep: expected a folder that cera-train -m left, with {RECORD}, "
             f"such as outputs/rank_lr; cera-report {folder} shows a run."
         )
-    started = {path.stem: JobRecord.read(path) for path in (folder / JOBS).glob("[!.]*.json")}
-    earlier = sorted(
-        started.keys() - record.jobs.keys(), key=lambda name: (started[name].number, name)
-    )
+    started = {path.stem for path in (folder / JOBS).glob("[!.]*.json")}
+    earlier = sorted(started - record.jobs.keys())
     return [job_status(folder, name, record.metric) for name in [*record.jobs, *earlier]]
 
 

@@ -267,4 +267,4 @@ class Job:
 
     def _write(self, error: str | None) -> None:
         self.record.parent.mkdir(parents=True, exist_ok=True)
-        JobRecord(self.number, self.overrides, error).write(self.record)
+        JobRecord(self.overrides, error).write(self.record)
