@@ -41,7 +41,7 @@ def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_m
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 1, errors
     assert content_of(sweep / finished) == before
-    assert "\nfinished   1 of 4 jobs, which are not started again\n" in output
+    assert output.startswith("finished   1 of 4 jobs, which are not started again\n")
     assert f"{cut}, 100 updates of 16 sequences, {int(checkpoint.name)} done" in output
     assert list(states(sweep).values()) == ["failed", "finished", "finished", "finished"]
     # Each error once, and nothing of Hydra's beside the jobs.
