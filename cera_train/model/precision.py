@@ -1,4 +1,5 @@
-"""The precision of `model.dtype=auto`: bfloat16 if the hardware multiplies it, else float32.
+"""The precision of `model.dtype=auto`: bfloat16 if the hardware multiplies it; else float16 with
+scaled gradients on a GPU, whose units multiply that, and float32 on a CPU.
 
 The hardware's own report decides, never a stopwatch, so that one machine always computes the same.
 """
@@ -29,7 +30,8 @@ def choose_precision(wanted: Dtype, device: torch.device) -> Choice[Dtype]:
     on_gpu = device.type == "cuda"
     bf16, hardware = _gpu_multiplies_bf16() if on_gpu else _cpu_multiplies_bf16()
     if wanted == Dtype.auto:
-        return Choice(Dtype.bfloat16 if bf16 else Dtype.float32, hardware)
+        narrow = Dtype.float16 if on_gpu else Dtype.float32
+        return Choice(Dtype.bfloat16 if bf16 else narrow, hardware)
     is_slow = wanted == Dtype.bfloat16 and not bf16
     warning = (
         "; slow: this hardware emulates it, which takes about 20 times as long as float32"
@@ -41,11 +43,10 @@ def choose_precision(wanted: Dtype, device: torch.device) -> Choice[Dtype]:
 
 def _gpu_multiplies_bf16() -> tuple[bool, str]:
     major, minor = torch.cuda.get_device_capability()
-    verb = "multiplies" if major >= 8 else "does not multiply"
-    return (
-        major >= 8,
-        f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}) {verb} bf16",
-    )
+    verb = "multiplies bf16"
+    if major < 8:
+        verb = "does not multiply bf16; where float16 overflows, set model.dtype=float32"
+    return major >= 8, f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}) {verb}"
 
 
 def _cpu_multiplies_bf16() -> tuple[bool, str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from cera_train.common.settings import MISSING, require, section, setting
+from cera_train.common.settings import MISSING, section, setting
 from cera_train.settings.values import FolderName, Settings
 
 Dtype = StrEnum("Dtype", ["auto", "bfloat16", "float16", "float32"])
@@ -40,7 +40,8 @@ class ModelConfig(Settings):
     """Branch, tag or commit on the Hub."""
     dtype: Dtype = setting(Dtype.auto, "result")
     """Precision of the base weights; trained weights are float32. auto: bfloat16 if the processor
-    or GPU multiplies it, else float32. The run's folder records the choice."""
+    or GPU multiplies it, else float16 on a GPU and float32 on a CPU. The run's folder records the
+    choice."""
     quantization: Quantization = setting(Quantization.none, "result")
     """`nf4` for the frozen linears, by bitsandbytes: with double quantisation, computing in
     `dtype`."""
@@ -54,11 +55,6 @@ class ModelConfig(Settings):
     def __post_init__(self) -> None:
         if self.facts is not None and self.facts.of != self.path:
             self.facts = None
-        require(
-            not (self.quantization == Quantization.nf4 and self.dtype == Dtype.float16),
-            "model.quantization=nf4 does not compute in float16: set model.dtype=bfloat16 or "
-            "float32.",
-        )
 
     @property
     def hub_id(self) -> str | None:

@@ -30,7 +30,12 @@ def large(tmp_path, tokenizer) -> list[str]:
 
 @pytest.mark.parametrize(
     "settings",
-    [["model.quantization=nf4"], [], ["model.dtype=float16"]],
+    [
+        ["model.quantization=nf4"],
+        [],
+        ["model.dtype=float16"],
+        ["model.quantization=nf4", "model.dtype=float16"],
+    ],
     ids=str,
 )
 def test_a_run_in_every_precision_learns_answers_and_resumes(tiny_config, device, bf16, settings):

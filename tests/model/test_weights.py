@@ -128,7 +128,7 @@ def test_auto_precision_follows_the_processor(monkeypatch, wanted, units, cap, d
     assert ("slow" in chosen.why) == ("slow" in reason)
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16")])
 def test_a_gpu_is_judged_by_its_compute_capability(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
