@@ -2,13 +2,14 @@
 
 A CeRA becomes a LoRA first: the hidden units h = gate(z) of a branch are replaced by their best
 linear map of z = A x on calibration rows, h ~ M z with M = E[h z^T] E[z z^T]^-1. What is left is a
-LoRA, B' = s B M. `verify` measures what an export loses.
+LoRA, B' = s B M. The other methods change W0 by a matrix, which PEFT cuts off after its largest
+singular values. `verify` measures what an export loses.
 """
 
-import contextlib
 import importlib.util
 import subprocess
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,29 +21,32 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cera_train.adapters.builders import ADAPTER
-from cera_train.adapters.saved import attach, is_adapter
+from cera_train.adapters.saved import attach, is_adapter, saved_tensors
 from cera_train.cera import CeraLayer
 from cera_train.cera.layer import CeraLinear
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import read_json, write_folder
 from cera_train.common.settings import require
 from cera_train.common.terminal import announce, print_fields, print_line
-from cera_train.data.prepare import TokenizedRows, prepare_data
+from cera_train.common.user_code import user_code
+from cera_train.data.prepare import prepare_data
 from cera_train.data.tokens import save_tokenizer
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.generate import LoadedModel
-from cera_train.model.batches import Batch, MicroBatches
+from cera_train.model.batches import MicroBatches
 from cera_train.model.weights import load_model
 from cera_train.runs.subject import EXPORT, Subject
 from cera_train.serving.llama_cpp import CONVERTER, GGUF, check_packages
-from cera_train.serving.verify import Certificate, has_gates, verify
+from cera_train.serving.verify import CERA, Certificate, method_of, verify
 from cera_train.settings.data import DataConfig
 from cera_train.settings.model import Quantization
 from cera_train.settings.serving import ExportConfig, ExportForm, Weights
 
 CERTIFICATE = "certificate.json"
 CALIBRATION_TOKENS = 4096  # of the training rows that linear maps are fitted to
+ENERGY = 0.999  # of a matrix's squared singular values, which its LoRA keeps
+PREFIX = "base_model.model."  # of a module's name in PEFT's file
 
 
 def export_run(config: ExportConfig, subject: Subject) -> Certificate:
@@ -59,15 +63,7 @@ def export_run(config: ExportConfig, subject: Subject) -> Certificate:
         f"run={config.run} is an adapter without its run: name rows to judge on by data=....",
     )
     run = load_subject(subject, this_device())
-    check = partial(
-        verify,
-        subject=subject,
-        reference=run,
-        data=source,
-        limit=config.rows,
-        at_most=config.at_most,
-        server=config.server,
-    )
+    check = partial(verify, subject=subject, reference=run, data=source, config=config)
     if config.check is not None:
         print_line("check", f"{config.check}, of {subject}")
         with errors_at(f"check={config.check}"):
@@ -94,14 +90,14 @@ def write_form(
     or the file in it."""
     adapter = subject.adapter
     plain = part
+    is_lora = config.to == ExportForm.lora
     with TemporaryDirectory(dir=part) as scratch:
-        if has_gates(run):
-            adapter = part if config.to == ExportForm.lora else Path(scratch, "lora")
-            maps = fit_maps(run, calibration_rows(source, run))
-            write_lora(run.model, maps, run.base.name_or_path, subject.model.revision, adapter)
+        if is_lora or method_of(run) == CERA:
+            adapter = part if is_lora else Path(scratch, "lora")
+            write_lora(run, source, subject.model.revision, adapter)
         if config.to == ExportForm.gguf:
             plain = Path(scratch, "plain")
-        if config.to != ExportForm.lora:
+        if not is_lora:
             merge(subject, adapter, config.weights).save_pretrained(plain)
         save_tokenizer(run.tokenizer, plain)
         if config.to != ExportForm.gguf:
@@ -113,15 +109,15 @@ def write_form(
 
 
 def check_export(config: ExportConfig, subject: Subject, run: LoadedModel, folder: Path) -> None:
-    """Raises UserError for a run that has no LoRA, or a folder that holds anything but an earlier
-    export without evaluations: it would be replaced."""
+    """Raises UserError for a run that is a LoRA or can have none, or a folder that holds anything
+    but an earlier export without evaluations: it would be replaced."""
     require(
-        has_gates(run) or config.to != ExportForm.lora,
-        f"run={config.run} holds no CeRA adapter, and {subject.adapter} is in the format of its "
-        f"library already: set check={subject.adapter} to check it, or to=merged or gguf.",
+        config.to != ExportForm.lora or method_of(run) != "LORA",
+        f"run={config.run} is a LoRA already: set check={subject.adapter} to check it, or "
+        "to=merged or gguf.",
     )
     head = run.base.get_output_embeddings()
-    for name, layer in cera_layers(run.model).items():
+    for name, layer in cera_layers(run.base).items():
         require(
             isinstance(layer, CeraLinear) and layer is not head,
             f"run={config.run} adapts {name}, for which a LoRA has no place: train with "
@@ -152,50 +148,76 @@ def merge(subject: Subject, adapter: Path, weights: Weights) -> PreTrainedModel:
         base = base.float()
     model = attach(base, adapter)
     if is_adapter(model):
-        try:
+        with user_code(f"to=merged: {adapter} cannot be merged"):
             model = model.merge_and_unload(safe_merge=True)
-        except (NotImplementedError, ValueError, AttributeError) as error:
-            raise UserError(f"to=merged: {adapter} cannot be merged: {error}") from error
     return model.to(dtype)
 
 
 # --- the nearest LoRA -----------------------------------------------------------------------------
 
 
-def cera_layers(model: nn.Module) -> dict[str, CeraLayer]:
-    """Every CeRA layer, by its name in the base model."""
-    return {
-        name.removeprefix("base_model.model."): layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, CeraLayer)
+def write_lora(run: LoadedModel, source: DataConfig, revision: str | None, folder: Path) -> None:
+    """Writes the LoRA that is nearest to a run's adapter, in PEFT's format, with what the run
+    trained beside it. Raises UserError where there is none.
+
+    Args:
+        source: of the rows to fit it to.
+        revision: of the base model.
+    """
+    if method_of(run) == CERA:
+        tensors = fit_lora(run, source)
+    else:
+        announce("converting", "every changed matrix by its singular values")
+        with user_code("to=lora: PEFT makes no LoRA of this run", "Set to=merged or gguf."):
+            _, tensors = peft.convert_to_lora(run.model, ENERGY)
+    ranks = {
+        name.removeprefix(PREFIX).removesuffix(".lora_A.weight"): len(A)
+        for name, A in tensors.items()
+        if ".lora_A." in name
     }
+    r = max(ranks.values())
+    others = {name: rank for name, rank in ranks.items() if rank != r}
+    print_line("rank", f"at most {r}, of {len(ranks)} matrices")
+    trained = run.model.active_peft_config
+    peft.LoraConfig(
+        r=r,
+        lora_alpha=r,  # a scale of 1: s is in B
+        target_modules=sorted(ranks),
+        rank_pattern=others,
+        alpha_pattern=others,
+        bias="none" if getattr(trained, "bias", "none") == "none" else "all",
+        modules_to_save=trained.modules_to_save,
+        trainable_token_indices=getattr(trained, "trainable_token_indices", None),
+        base_model_name_or_path=run.base.name_or_path,
+        revision=revision,
+        task_type="CAUSAL_LM",
+    ).save_pretrained(folder)
+    tensors = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def cera_layers(base: nn.Module) -> dict[str, CeraLayer]:
+    """Every CeRA layer of a base model, by its name there."""
+    return {name: layer for name, layer in base.named_modules() if isinstance(layer, CeraLayer)}
 
 
 def fit(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """M of the linear map of z that is nearest to h, by least squares over the rows, [N, r]
     both."""
-    z = z.double()
-    h = h.double()
-    return h.T @ z @ torch.linalg.pinv(z.T @ z, hermitian=True)
-
-
-def calibration_rows(source: DataConfig, run: LoadedModel) -> Batch:
-    """The first training rows, up to `CALIBRATION_TOKENS`; of preferences, the chosen answers."""
-    rows = prepare_data(source, run.tokenizer).train
-    chosen = TokenizedRows(rows.table, numbers=rows.numbers[:: source.sequences])
-    batches = MicroBatches(chosen, False, CALIBRATION_TOKENS, run.base.device)
-    return batches.load(batches.first(CALIBRATION_TOKENS))
+    return (torch.linalg.pinv(z.double()) @ h.double()).T
 
 
 @torch.no_grad()
-def fit_maps(run: LoadedModel, calibration: Batch) -> dict[str, torch.Tensor]:
-    """M of every branch, from one pass over the tokens of a batch: each is fitted to the inputs
-    that the maps below give it."""
+def fit_lora(run: LoadedModel, source: DataConfig) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA in place of a CeRA, from one pass over the first training rows: each
+    map is fitted to the inputs that the maps below give it."""
+    rows = prepare_data(source, run.tokenizer).train
+    announce("fitting", "linear maps to training rows")
+    batches = MicroBatches(rows, False, CALIBRATION_TOKENS, run.base.device)
+    calibration = batches.load(batches.first(CALIBRATION_TOKENS))
     mask = calibration.attention_mask
-    if mask is None:
-        mask = torch.ones_like(calibration.input_ids)
-    announce("fitting", f"linear maps to {int(mask.sum()):,} training tokens")
-    is_token = mask.flatten().bool()
+    is_token = slice(None) if mask is None else mask.flatten().bool()
+    layers = cera_layers(run.base)
     maps: dict[str, torch.Tensor] = {}
 
     def fit_gate(
@@ -207,50 +229,19 @@ def fit_maps(run: LoadedModel, calibration: Batch) -> dict[str, torch.Tensor]:
             maps[name] = fit(z.flatten(0, -2)[is_token], h.flatten(0, -2)[is_token])
         return z @ maps[name].T.to(z)
 
-    with contextlib.ExitStack() as hooks:
-        for name, layer in cera_layers(run.model).items():
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
             hook = layer.cera_gate[ADAPTER].register_forward_hook(partial(fit_gate, name))
             hooks.callback(hook.remove)
         hooks.enter_context(run.context())
         run.base.get_decoder()(**calibration.inputs, use_cache=False)
-    return maps
-
-
-def write_lora(
-    model: nn.Module,
-    maps: dict[str, torch.Tensor],
-    base: str,
-    revision: str | None,
-    folder: Path,
-) -> None:
-    """Writes the LoRA in PEFT's format.
-
-    Args:
-        base, revision: the base model that its config names: a Hub id or a folder.
-    """
-    tensors = {}
-    layers = cera_layers(model)
+    saved = saved_tensors(run.model)
+    tensors = {name: tensor for name, tensor in saved.items() if ".cera_" not in name}
     for name, layer in layers.items():
-        A = layer.cera_A[ADAPTER].weight
         B = layer.scaling[ADAPTER] * layer.cera_B[ADAPTER].weight.double() @ maps[name]
-        place = f"base_model.model.{name}"
-        tensors[f"{place}.lora_A.weight"] = A.float().cpu().contiguous()
-        tensors[f"{place}.lora_B.weight"] = B.float().cpu().contiguous()
-    ranks = {name: len(layer.cera_A[ADAPTER].weight) for name, layer in layers.items()}
-    r = max(ranks.values())
-    others = {name: rank for name, rank in ranks.items() if rank != r}
-    peft.LoraConfig(
-        r=r,
-        lora_alpha=r,  # a scale of 1: s is in B
-        target_modules=sorted(ranks),
-        rank_pattern=others,
-        alpha_pattern=others,
-        base_model_name_or_path=base,
-        revision=revision,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    ).save_pretrained(folder)
-    save_file(tensors, folder / "adapter_model.safetensors")
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.cera_A[ADAPTER].weight
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B
+    return tensors
 
 
 def convert(folder: Path, file: Path) -> None:

@@ -20,7 +20,6 @@ from transformers import AutoTokenizer
 
 from cera_train.adapters.folder import ADAPTER_CONFIG, check_saved
 from cera_train.adapters.saved import is_adapter
-from cera_train.cera import CeraLayer
 from cera_train.common.errors import DiffersError
 from cera_train.common.settings import Choice, require
 from cera_train.common.terminal import announce, print_fields
@@ -38,6 +37,7 @@ from cera_train.runs.subject import Subject
 from cera_train.serving.llama_cpp import GGUF, LlamaCpp
 from cera_train.settings.data import DataConfig
 from cera_train.settings.model import Dtype, ModelConfig, Quantization
+from cera_train.settings.serving import ExportConfig
 from cera_train.verdicts.interval import bootstrap_interval
 
 SAME = 1e-6
@@ -47,7 +47,10 @@ TIMES = 3
 """Times what rounding changes in a run that rounding explains: both round at different places."""
 
 FITTED = 0.01
-"""Nats per token that a LoRA fitted to a CeRA may lose."""
+"""Nats per token that a LoRA fitted to another method may lose."""
+
+CERA = "CERA"
+"""The one method that a plain model is fitted to: no matrix is its branch."""
 
 DTYPES = {
     "ALL_F32": Dtype.float32,
@@ -118,7 +121,7 @@ class Deployed(NamedTuple):
     kind: str  # for the certificate
     ends: set[int]  # at which its files let an answer end
     dtype: Dtype | None  # of its base; None: a plain model that is quantised
-    is_gated: bool = False
+    method: str | None = None  # of its adapter
 
 
 def verify(
@@ -126,9 +129,7 @@ def verify(
     subject: Subject,
     reference: LoadedModel,
     data: DataConfig,
-    limit: int | None = None,
-    at_most: float | None = None,
-    server: str | None = None,
+    config: ExportConfig,
 ) -> Certificate:
     """Compares a folder with the run that it was made of, and prints how far it is. Errors name no
     folder.
@@ -136,23 +137,24 @@ def verify(
     Args:
         folder: or a GGUF file.
         subject: the run, whose dtype is chosen, and `reference`, its model.
-        data: whose held-out rows are scored, the first `limit` of them.
-        at_most: as `ExportConfig.at_most`.
-        server: address of a vLLM that loads the folder too, and whose answers are judged.
+        data: whose held-out rows are scored, the first `config.rows` of them.
+        config: also the limit, and the address of a vLLM that loads the folder too, and whose
+            answers are judged.
 
     Raises:
         DiffersError: the folder is not the run.
         UserError: the folder cannot be loaded.
     """
     announce("loading", "it as its user does")
-    rows = prepare_evaluation(data, reference.tokenizer, limit)
+    rows = prepare_evaluation(data, reference.tokenizer, config.rows)
     held_out = MicroBatches(rows, False, 1, reference.base.device)
     batches = [held_out.load([number]) for number in range(len(rows))]  # one row a batch
     if folder.suffix == GGUF:
         longest = max(row.input_ids.shape[1] for row in batches)
         deployed = open_gguf(folder, reference, longest)
     else:
-        deployed = open_folder(folder, subject.model, reference.base.device, server)
+        deployed = open_folder(folder, subject.model, reference.base.device, config.server)
+    at_most = config.at_most
     require(
         at_most is not None or deployed.dtype is not None,
         "it is quantised, which is no rounding of the run: set at_most=.",
@@ -189,9 +191,9 @@ def open_folder(
     dtype = Dtype(str(loaded.base.dtype).removeprefix("torch."))
     quantization = quantization_of(loaded.base)
     kind = "a plain model"
-    has_adapter = is_adapter(loaded.model)
-    if has_adapter:
-        kind = f"PEFT's {loaded.model.active_peft_config.peft_type.value}, on its base"
+    method = method_of(loaded)
+    if method is not None:
+        kind = f"PEFT's {method}, on its base"
     engine = loaded
     if server is None:
         kind += f" in {quantization or dtype}"
@@ -199,10 +201,10 @@ def open_folder(
         engine = Server(server, model, loaded.tokenizer, folder)
         kind += f", in {engine.version}"
         dtype = Dtype.bfloat16
-    if quantization is not None and not has_adapter:
+    if quantization is not None and method is None:
         dtype = None
     ends = stop_ids(loaded.tokenizer, loaded.base.generation_config.eos_token_id)
-    return Deployed(engine, kind, ends, dtype, has_gates(loaded))
+    return Deployed(engine, kind, ends, dtype, method)
 
 
 def open_gguf(file: Path, reference: LoadedModel, longest: int) -> Deployed:
@@ -317,8 +319,9 @@ def log_probabilities(engine: Engine, row: Batch) -> torch.Tensor:
 # --- what may differ ------------------------------------------------------------------------------
 
 
-def has_gates(loaded: LoadedModel) -> bool:
-    return any(isinstance(module, CeraLayer) for module in loaded.model.modules())
+def method_of(loaded: LoadedModel) -> str | None:
+    """The method of an adapter, by its type in PEFT. None: there is no adapter."""
+    return loaded.model.active_peft_config.peft_type.value if is_adapter(loaded.model) else None
 
 
 def explained(
@@ -328,9 +331,11 @@ def explained(
     precision changes is measured on the run itself."""
     value = SAME
     reasons = []
-    if has_gates(reference) and not deployed.is_gated:
+    method = method_of(reference)
+    exact = {method} if method == CERA else {method, None}
+    if deployed.method not in exact:
         value += FITTED
-        reasons.append(f"{FITTED} for the fit of a LoRA to a CeRA")
+        reasons.append(f"{FITTED} for the fit of a LoRA")
     other = other_precision(subject, reference, deployed)
     if other is not None:
         announce("measuring", "what rounding changes in the run itself")

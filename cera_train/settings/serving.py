@@ -38,8 +38,9 @@ Weights = StrEnum("Weights", ["base", "bfloat16", "float32"])
 @dataclass
 class ExportConfig(SubjectConfig):
     to: ExportForm = setting(ExportForm.lora, "result")
-    """lora: a LoRA of the same rank as a CeRA, in PEFT's format; merged: a plain model, with the
-    adapter, or that LoRA, in its weights; gguf: that model for llama.cpp."""
+    """lora: the nearest LoRA, in PEFT's format: of the same rank as a CeRA, of another method with
+    99.9 % of each matrix's squared change; merged: a plain model, with the adapter, or that LoRA of
+    a CeRA, in its weights; gguf: that model for llama.cpp."""
     weights: Weights = setting(Weights.base, "result")
     """Precision of a merged model or a GGUF. base: that of the run."""
     check: str | None = setting(None, "nothing")
@@ -51,7 +52,7 @@ class ExportConfig(SubjectConfig):
     at_most: NonNegativeFloat | None = setting(None, "nothing")
     """Nats per token: a folder is refused with status 3 if the 95 % interval of its KL divergence
     from the run exceeds this. null: what rounding explains, three times what it changes in the
-    run itself, and 0.01 more for a LoRA fitted to a CeRA. What is quantised needs a number."""
+    run itself, and 0.01 more for a LoRA of another method. What is quantised needs a number."""
     rows: PositiveInt | None = setting(None, "result")
     """Held-out rows to judge on. null: all."""
     data: DataConfig | None = section(None)

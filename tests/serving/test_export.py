@@ -8,7 +8,7 @@ import pytest
 import torch
 from evaluated_runs import evaluate, export, keep_adapter
 from made_files import write_json
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -43,19 +43,39 @@ def test_the_map_is_the_least_squares_solution():
 
 
 @pytest.mark.parametrize(
-    ("settings", "loses_nothing"),
+    ("gate", "loses_nothing"),
     [
         ("adapter.activation=identity", True),
         ("adapter=cera_mix", False),
     ],
 )
-def test_an_identity_gate_loses_nothing_and_a_learned_one_little(trained, settings, loses_nothing):
-    folder = trained(settings, "adapter.r=4", name=settings.replace("=", "_"))
+def test_an_identity_gate_loses_nothing_and_a_learned_one_little(trained, gate, loses_nothing):
+    beside = "adapter.settings={modules_to_save:[norm]}"  # trained whole
+    folder = trained(gate, "adapter.r=4", beside, name=gate.replace("=", "_"))
     certificate = export(folder, "at_most=100")
     assert certificate.loss_form == pytest.approx(
         certificate.loss_run, abs=1e-5 if loses_nothing else 0.3
     )
     assert (certificate.kl_upper < 1e-6) == loses_nothing
+
+
+@pytest.mark.parametrize("method", ["LOHA", "MISS"])
+def test_a_method_of_pefts_becomes_a_lora_that_plain_peft_loads(trained, tiny_folder, method):
+    words = ("adapter=peft", f"adapter.method={method}", "adapter.r=4", "optimizer.lr=1e-2")
+    folder = trained(*words, "model.dtype=float32", name=method)
+    certificate = export(folder)
+    assert certificate.form.startswith("PEFT's LORA")
+
+    def computed(*adapter: Path) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        model = PeftModel.from_pretrained(model, *adapter) if adapter else model
+        with torch.no_grad():
+            return model.eval()(input_ids=torch.arange(3, 23)[None]).logits
+
+    trained_logits = computed(folder / "adapter")
+    lora = computed(folder / "export_lora")
+    torch.testing.assert_close(lora, trained_logits, atol=0.05, rtol=0)
+    assert (computed() - trained_logits).abs().max() > 0.5
 
 
 def test_the_certificate_compares_token_by_token():
@@ -164,6 +184,12 @@ def test_what_cannot_be_exported_is_refused_in_one_line(trained):
 
     short = "train.max_updates=1"
     lora = trained("adapter=lora", "adapter.r=4", short, name="lora")
-    assert "holds no CeRA adapter" in refusal(lora)
+    assert "is a LoRA already" in refusal(lora)
+    full = trained(
+        "adapter=full", "adapter.r=null", "adapter.target_modules=null", short, name="whole"
+    )
+    assert "to=merged" in refusal(full)
+    multiplied = trained("adapter=hira", "adapter.r=4", short, name="hira")
+    assert "to=lora: PEFT makes no LoRA of this run" in refusal(multiplied)
     head = trained("adapter.target_modules=[q_proj,lm_head]", short, name="head")
     assert "adapts lm_head, for which a LoRA has no place" in refusal(head)

@@ -89,11 +89,12 @@ def file(run, certificate) -> Path:
 @pytest.fixture(scope="module")
 def check_of(run, compose):
     """check_of(file): as `cera-export run=RUN check=FILE rows=4`; the run is loaded once."""
-    subject = choose_dtype(find_subject(compose(f"run={run}", command="export")))
+    config = compose(f"run={run}", "rows=4", command="export")
+    subject = choose_dtype(find_subject(config))
     loaded = load_subject(subject, this_device())
 
     def check_of(file: Path) -> Certificate:
-        return verify(file, subject, loaded, subject.data, limit=4)
+        return verify(file, subject, loaded, subject.data, config)
 
     return check_of
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -91,11 +92,14 @@ def forms(run, base) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def check_of(run, compose):
     """check_of(folder): as `cera-export run=RUN check=FOLDER`; the run is loaded once."""
-    subject = choose_dtype(find_subject(compose(f"run={run}", command="export")))
+    config = compose(f"run={run}", command="export")
+    subject = choose_dtype(find_subject(config))
     loaded = load_subject(subject, this_device())
 
     def check_of(folder: Path, **settings) -> Certificate:
-        return verify(folder, subject, loaded, subject.data, **settings)
+        return verify(
+            folder, subject, loaded, subject.data, replace(config, check=str(folder), **settings)
+        )
 
     return check_of
 
@@ -222,7 +226,7 @@ def test_a_sound_folder_is_the_run(form, forms, check_of):
 
 def test_what_a_vllm_computes_is_the_run_or_it_is_refused(forms, base, check_of):
     with playing_vllm(ModelConfig(path=str(base), dtype="float32")) as vllm:
-        checked = partial(check_of, forms["adapter"], limit=2, server=vllm.url)
+        checked = partial(check_of, forms["adapter"], rows=2, server=vllm.url)
         certificate = checked()
         assert certificate.form == "PEFT's LORA, on its base, in vllm 0.32.0"
         assert certificate.kl_upper < 1e-6
