@@ -90,7 +90,7 @@ class RunResult(MeasuredAdapter):
     compiled_graphs: int | None = None  # 0: eager layers
     fallbacks: list[str] | None = None  # what ran slower than it was meant to, and why
     folder: str | None = None
-    adapter_identity: str | None = None  # of adapter/; earlier versions recorded none
+    adapter_digest: str | None = None  # of adapter/; earlier versions recorded none
 
 
 def is_task_figure(name: str) -> bool:

@@ -136,7 +136,7 @@ def find_adapter(folder: Path, setting: str) -> tuple[Path | None, Path]:
             f"{folder} lacks its adapter, {adapter}: restore it, or train under another name.",
         )
     if root is not None and adapter.name == "adapter":
-        recorded = (RunResult.find(root / "result.json") or RunResult()).adapter_identity
+        recorded = (RunResult.find(root / "result.json") or RunResult()).adapter_digest
         require(
             recorded is None or recorded == digest_of(adapter),
             f"{adapter} is not the adapter that its run left: it was replaced, or its weights "

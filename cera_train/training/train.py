@@ -435,7 +435,7 @@ def finish(
         if spectra:  # a method may have no spectra
             write_spectrum(folder.path / SPECTRUM, spectra)
         write_card(folder.path, result, model.adapted.config)
-        result = result.replace(adapter_identity=digest_of(folder.path / "adapter"))
+        result = result.replace(adapter_digest=digest_of(folder.path / "adapter"))
         result.write(folder.path / "result.json")  # the last file: it marks the run as finished
         console.print_result(result, config)
     model.accelerator.wait_for_everyone()  # a study looks for result.json in every process

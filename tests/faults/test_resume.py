@@ -166,7 +166,7 @@ def test_a_finished_run_whose_adapter_is_gone_writes_it_again(tiny_config):
     with pytest.raises(UserError, match="adapter.r was 4"):
         train(tiny_config("adapter.r=8"))
     aside.rename(checkpoints)
-    assert train(config)["adapter_identity"] == result["adapter_identity"]
+    assert train(config)["adapter_digest"] == result["adapter_digest"]
     assert adapter_bytes(config) == adapter
 
 

@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def keep_adapter(run: Path) -> None:
     """Records the adapter that a test has put into a run's folder as the one that it trained."""
     result = RunResult.read(run / "result.json")
-    changed = result.replace(adapter_identity=digest_of(run / "adapter"))
+    changed = result.replace(adapter_digest=digest_of(run / "adapter"))
     changed.write(run / "result.json")
 
 
