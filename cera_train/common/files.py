@@ -138,7 +138,7 @@ def find_damage(folder: Path) -> str | None:
     try:
         sums = read_json(folder / checked)
         for checked, written in sums.items():
-            if _sha256(folder / checked) != written:
+            if checked != Path(checked).name or _sha256(folder / checked) != written:
                 return f"{checked}: checksum differs"
     except (OSError, ValueError) as error:
         return f"{checked}: {error_text(error)}"
@@ -165,7 +165,7 @@ def _sample(path: Path) -> dict[str, str]:
     samples = {}
     with path.open("rb", buffering=0) as file:
         length = int.from_bytes(file.read(8), "little")
-        tensors = json.loads(file.read(length))
+        tensors = json.loads(file.read(min(length, path.stat().st_size)))
         tensors.pop("__metadata__", None)
         for name, tensor in tensors.items():
             begin, end = tensor["data_offsets"]
