@@ -94,6 +94,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_run_needs_nothing_that_linux_alone_has(tiny_folder, tmp_path):
     settings = (
         "data=dates",

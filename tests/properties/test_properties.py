@@ -39,7 +39,7 @@ from cera_train.runs.results import (
 SEED = os.environ.get("CERA_SEED", "0")
 IS_NIGHTLY = "CERA_SEED" in os.environ
 COUNT = 300 if IS_NIGHTLY else 10
-FAST = 4
+FAST = 2
 
 Row = dict[str, str]
 

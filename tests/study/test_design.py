@@ -55,6 +55,7 @@ def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
     assert "Holm's first step over 3 contrasts" in plan_command(*STUDY, spread, "study.arm=cera")
 
 
+@pytest.mark.slow
 def test_every_base_of_a_study_is_planned(plan_command):
     bases = '++study.bases={few: ["train.max_updates=10"], many: ["train.max_updates=30"]}'
     study = [*STUDY, "study.arm=lora,cera", "study.seeds=2", "plan.spread={loss:[0.01,0,0]}"]
