@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from cera_train.cli.config import (
     announce_imports,
@@ -20,13 +19,13 @@ from cera_train.cli.config import (
     without_hydra,
 )
 from cera_train.cli.mistakes import Parser
+from cera_train.cli.save import save_recipe
 from cera_train.cli.start import errors_in_one_line, print_error
 from cera_train.common.errors import UserError
-from cera_train.common.files import options, write_text
 from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import key_of, require
 from cera_train.common.terminal import print_command
-from cera_train.common.trust import redact, redact_tree
+from cera_train.common.trust import redact
 from cera_train.data.look import print_data
 from cera_train.data.tokens import stop_ids
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
@@ -47,7 +46,7 @@ def main() -> None:
     flags, sys.argv[1:] = parser.parse_known_args()
     command = look if flags.look else train_job
     if flags.save:
-        command = functools.partial(save_recipe, flags.save)
+        command = functools.partial(keep_recipe, flags.save)
     is_sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
     is_fit = command is train_job or not is_sweep
     require(is_fit, "--look and --save are for one run: leave out -m.")
@@ -68,30 +67,10 @@ class TrainedStudy(StudySweeper):
     check = staticmethod(without_hydra)
 
 
-def save_recipe(path: Path, composed: DictConfig) -> None:
-    """Writes what was typed as a recipe, if it makes sense, and prints the command that runs it.
-    Raises UserError where the recipe cannot be found by its name, or is there."""
+def keep_recipe(path: Path, composed: DictConfig) -> None:
+    """Writes what was typed as a recipe, if it makes sense."""
     prepare(composed)
-    place = f"--save={path}"
-    is_recipe = (path.parent.name, path.suffix) == ("recipe", ".yaml")
-    require(is_recipe, f"{place}: name a file in a folder `recipe`, such as mine/recipe/mine.yaml.")
-    require(not path.exists(), f"{place} is there: remove it, or choose another name.")
-    defaults = []
-    settings = OmegaConf.create({"name": path.stem})
-    typed = list(HydraConfig.get().overrides.task)
-    for override in OverridesParser.create().parse_overrides(typed):
-        key = override.key_or_group
-        if key == "recipe":
-            defaults.append({"/recipe": override.value()})
-        elif options(key):
-            defaults.append({f"override /{key}": override.value()})
-        else:
-            OmegaConf.update(settings, key, override.value())
-    recipe = {"defaults": defaults} | redact_tree(OmegaConf.to_container(settings))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, f"# @package _global_\n{OmegaConf.to_yaml(recipe)}")
-    folder = str(path.parent.parent)
-    print_command("saved", [TRAIN, "--config-dir", folder, f"+recipe={path.stem}"])
+    save_recipe(path, list(HydraConfig.get().overrides.task))
 
 
 def look(composed: DictConfig) -> None:

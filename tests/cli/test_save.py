@@ -19,5 +19,5 @@ def test_a_saved_recipe_is_what_was_typed(tmp_path, run_command, capfd):
     assert "\n  r: 8\n" in run("--config-dir", "mine", "+recipe=orders", "--help")
     text = (tmp_path / "mine/recipe/orders.yaml").read_text()
     assert text.startswith("# @package _global_\n")
-    assert "\n  r: 8\n" in text
+    assert "\n  r: 8  # Rank\n" in text
     assert run_command("cera-train", "--save", "orders.yaml") == 2
