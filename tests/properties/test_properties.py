@@ -107,13 +107,16 @@ def an_evaluation_has_the_figures_of_the_run(life: Life) -> None:
     if life.settings.get("train.objective") == "dpo":  # a run's figure is that of the choice
         return
     first, *_, last = evaluated_losses(life.whole)
+    config = load_config(life.whole / "config.yaml")
+    # Compiled layers, which an evaluation has not, round to 16 bits at fewer places.
+    same = 2e-3 if config.train.compile and config.model.dtype != "float32" else 1e-5
     if life.has_start:
         assert first == evaluated_losses(life.folder / "start")[-1]
     elif life.settings.get("adapter.method") not in STARTS_AWAY:
         [base] = life.folder.glob("base-*")
-        rounded = ROUNDED.get(life.settings["adapter"], 1e-5)
+        rounded = ROUNDED.get(life.settings["adapter"], same)
         assert loss_of(base) == pytest.approx(first, rel=rounded)
-    assert loss_of(life.resumed) == pytest.approx(last, rel=1e-5)
+    assert loss_of(life.resumed) == pytest.approx(last, rel=same)
 
 
 def losses_depend_on_neither_micro_batches_nor_processes(life: Life) -> None:
