@@ -108,8 +108,8 @@ def test_a_test_stands_where_its_module_does():
 # --- how much there is to read --------------------------------------------------------------------
 
 BUDGETS = {
-    "cera_train/adapters": 7_980,
-    "cera_train/cera": 8_060,
+    "cera_train/adapters": 7_970,
+    "cera_train/cera": 8_090,
     "cera_train/cli": 7_520,
     "cera_train/common": 5_310,
     "cera_train/data": 16_180,
@@ -125,7 +125,7 @@ BUDGETS = {
     "cera_train/sweep": 2_960,
     "cera_train/training": 11_825,
     "cera_train/verdicts": 3_420,
-    "cera_train": 138_900,
+    "cera_train": 138_930,
     "tests": 135_000,
     "benchmarks": 27_950,
 }

@@ -165,8 +165,13 @@ class Coverage:
         with ExitStack() as hooks:
             for name, layer in self.layers.items():
                 hooks.callback(layer.register_forward_hook(self._watch_output(name)).remove)
+            for name, weight in self.weights.items():
+                hooks.callback(
+                    weight.register_hook(lambda _, name=name: self.has_gradient.add(name)).remove
+                )
             yield
-        self.has_gradient = {
+        # The hook of a sharded weight is on a tensor that takes no part in the pass.
+        self.has_gradient |= {
             name for name, weight in self.weights.items() if weight.grad is not None
         }
         if torch.distributed.is_available() and torch.distributed.is_initialized():
