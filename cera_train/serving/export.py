@@ -46,6 +46,7 @@ from cera_train.settings.serving import ExportConfig, ExportForm, Weights
 CERTIFICATE = "certificate.json"
 CALIBRATION_TOKENS = 4096  # of the training rows that linear maps are fitted to
 ENERGY = 0.999  # of a matrix's squared singular values, which its LoRA keeps
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank accepts
 PREFIX = "base_model.model."  # of a module's name in PEFT's file
 
 
@@ -177,7 +178,7 @@ def write_lora(run: LoadedModel, source: DataConfig, revision: str | None, folde
     }
     r = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != r}
-    print_line("rank", f"at most {r}, of {len(ranks)} matrices")
+    print_line("rank", f"at most {r}, of {len(ranks)} matrices; {describe_serving(r)}")
     trained = run.model.active_peft_config
     peft.LoraConfig(
         r=r,
@@ -194,6 +195,12 @@ def write_lora(run: LoadedModel, source: DataConfig, revision: str | None, folde
     ).save_pretrained(folder)
     tensors = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def describe_serving(r: int) -> str:
+    """The rank to start a vLLM with for a LoRA of this rank."""
+    taken = [rank for rank in VLLM_RANKS if rank >= r]
+    return f"vLLM needs --max-lora-rank {taken[0]}" if taken else "too high for vLLM"
 
 
 def cera_layers(base: nn.Module) -> dict[str, CeraLayer]:

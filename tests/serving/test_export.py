@@ -18,7 +18,7 @@ from cera_train.evaluation.generate import LoadedModel
 from cera_train.model.batches import flat_batch
 from cera_train.runs.records import load_config
 from cera_train.runs.subject import find_subject
-from cera_train.serving.export import fit
+from cera_train.serving.export import describe_serving, fit
 from cera_train.serving.verify import compare_models
 from cera_train.training.train import train
 
@@ -193,3 +193,8 @@ def test_what_cannot_be_exported_is_refused_in_one_line(trained):
     assert "to=lora: PEFT makes no LoRA of this run" in refusal(multiplied)
     head = trained("adapter.target_modules=[q_proj,lm_head]", short, name="head")
     assert "adapts lm_head, for which a LoRA has no place" in refusal(head)
+
+
+def test_the_rank_to_serve_with_is_one_that_vllm_accepts():
+    assert describe_serving(257).endswith("--max-lora-rank 320")
+    assert "too high" in describe_serving(513)
