@@ -149,7 +149,8 @@ def merge(subject: Subject, adapter: Path, weights: Weights) -> PreTrainedModel:
         base = base.float()
     model = attach(base, adapter)
     if is_adapter(model):
-        with user_code(f"to=merged: {adapter} cannot be merged"):
+        fix = "Use it as an adapter, or train with adapter.kind=lora."
+        with user_code(f"{adapter} cannot be merged", fix):
             model = model.merge_and_unload(safe_merge=True)
     return model.to(dtype)
 
