@@ -109,7 +109,7 @@ def test_a_test_stands_where_its_module_does():
 
 BUDGETS = {
     "cera_train/adapters": 7_970,
-    "cera_train/cera": 8_090,
+    "cera_train/cera": 8_166,
     "cera_train/cli": 7_520,
     "cera_train/common": 5_310,
     "cera_train/data": 16_180,
@@ -125,8 +125,8 @@ BUDGETS = {
     "cera_train/sweep": 2_960,
     "cera_train/training": 11_825,
     "cera_train/verdicts": 3_420,
-    "cera_train": 139_000,
-    "tests": 134_900,
+    "cera_train": 139_058,
+    "tests": 134_824,
     "benchmarks": 27_950,
 }
 """The most tokens of Python in a folder: what a reader has to read."""

@@ -90,14 +90,23 @@ class CeraConfig(PeftConfig):
         self.peft_type = PeftType("CERA")
         self.rank_pattern = longest_first(self.rank_pattern)
         self.alpha_pattern = longest_first(self.alpha_pattern)
-        ranks = {"r": self.r, "expert_r": self.expert_r} | self.rank_pattern
+        ranks = {"r": self.r} | _by_place("rank_pattern", self.rank_pattern)
+        if self.expert_r is not None:
+            ranks["expert_r"] = self.expert_r
         for name, r in ranks.items():
-            if r is not None and not (isinstance(r, int) and r > 0):
+            if not (isinstance(r, int) and r > 0):
                 raise ValueError(f"{name} must be a positive integer, got {r!r}.")
-        scales = {"init_scale": self.init_scale, "alpha": self.alpha} | self.alpha_pattern
+        scales = {"init_scale": self.init_scale}
+        scales |= _by_place("alpha_pattern", self.alpha_pattern)
+        if self.alpha is not None:
+            scales["alpha"] = self.alpha
         for name, scale in scales.items():
-            if scale is not None and not (isinstance(scale, (int, float)) and scale > 0):
+            if not (isinstance(scale, (int, float)) and scale > 0):
                 raise ValueError(f"{name} must be positive, got {scale!r}.")
+        if isinstance(self.target_parameters, str):
+            raise ValueError(
+                f"target_parameters must be a list of names, got {self.target_parameters!r}."
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout!r}.")
         if self.activation == "gated":
@@ -160,3 +169,8 @@ def longest_first(pattern: dict[str, Any] | None) -> dict[str, Any]:
     return dict(
         sorted((pattern or {}).items(), key=lambda item: (-len(str(item[0])), str(item[0])))
     )
+
+
+def _by_place(field: str, pattern: dict[str, Any]) -> dict[str, Any]:
+    """The values of a pattern by field[key]."""
+    return {f"{field}[{key!r}]": value for key, value in pattern.items()}
