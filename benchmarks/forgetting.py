@@ -4,6 +4,8 @@ reaches: `python -m benchmarks.forgetting --rows gsm8k/test.jsonl chats.jsonl`, 
 
 Each method has a frontier over its rates: the held-out loss, and the rise of the loss on other text
 over the base's. Methods are compared where their frontiers reach one loss, seed by seed.
+docs/evidence/forgetting keeps the frontiers of every seed whose runs have ended, and those are
+judged.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,8 @@ from cera_train.verdicts.contrast import contrast
 from cera_train.verdicts.power import detectable
 
 FOLDER = Path("outputs/forgetting")
+EVIDENCE = Path("docs/evidence/forgetting")
+"""Has a file for each seed, so that its 16 runs may be those of another machine."""
 RATES = {
     "lora": (0.0028, 0.004, 0.0056, 0.008),
     "lora_kaiming": (0.0014, 0.002, 0.0028, 0.004),
@@ -131,15 +136,30 @@ def measure() -> None:
 
 # --- frontiers ------------------------------------------------------------------------------------
 
+Frontiers = dict[str, Any]
+"""Of a seed: `tokens`, text -> those of each row, and for each arm its held-out `losses` of dates
+[rates] and text -> rises over the base's loss [rates, rows], in nats of a row."""
 
-def frontier(arm: str, seed: int, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Held-out losses of dates [rates], and rises over the base's loss on a text [rates, rows], in
-    nats a token."""
-    runs = [folder_of(arm, rate, seed) for rate in RATES[arm]]
-    base = TokenLosses.read(file_of(FOLDER, text))
-    losses = [TokenLosses.read(run / LOSSES_AFTER).mean for run in runs]
-    rises = [TokenLosses.read(file_of(run, text)).sums() - base.sums() for run in runs]
-    return np.array(losses), np.array(rises) / base.tokens
+
+def gather(seed: int) -> Frontiers:
+    """The frontiers of a seed whose runs have all been measured."""
+    base = {text: TokenLosses.read(file_of(FOLDER, text)) for text in ROWS}
+    found: Frontiers = {"tokens": {text: losses.tokens.tolist() for text, losses in base.items()}}
+    for arm, rates in RATES.items():
+        runs = [folder_of(arm, rate, seed) for rate in rates]
+        found[arm] = {"losses": [TokenLosses.read(run / LOSSES_AFTER).mean for run in runs]}
+        for text, losses in base.items():
+            after = np.array([TokenLosses.read(file_of(run, text)).sums() for run in runs])
+            found[arm][text] = (after - losses.sums()).round(3).tolist()
+    return found
+
+
+def gather_ended() -> None:
+    """Writes the frontiers of the seeds whose runs have all been measured."""
+    measured = Counter(path.parent.name.rpartition("=")[2] for path in FOLDER.glob("*/*_chats.*"))
+    for seed in SEEDS:
+        if measured[str(seed)] == sum(map(len, RATES.values())):
+            write_result(EVIDENCE / f"s{seed}.json", gather(seed))
 
 
 def at_loss(losses: np.ndarray, values: np.ndarray, loss: float) -> np.ndarray:
@@ -158,13 +178,21 @@ def at_loss(losses: np.ndarray, values: np.ndarray, loss: float) -> np.ndarray:
     return np.full(values.shape[1:], np.nan)
 
 
-def compare(seeds: list[int], text: str, first: str, second: str, loss: float) -> dict[str, Any]:
+def compare(
+    seeds: Sequence[Frontiers], text: str, first: str, second: str, loss: float
+) -> dict[str, Any]:
     """Second - first arm where both reach this loss, over the seeds in which both do."""
+    tokens = np.array(seeds[0]["tokens"][text])
     values = np.array(
-        [[at_loss(*frontier(arm, seed, text), loss) for seed in seeds] for arm in (first, second)]
+        [
+            [
+                at_loss(np.array(seed[arm]["losses"]), np.array(seed[arm][text]) / tokens, loss)
+                for seed in seeds
+            ]
+            for arm in (first, second)
+        ]
     )
     values = values[:, np.isfinite(values).all((0, 2))]
-    tokens = TokenLosses.read(file_of(FOLDER, text)).tokens
     found = contrast(*values, tokens)
     return {
         "asked": f"{text} at {loss:g}: {second} - {first}",
@@ -174,10 +202,8 @@ def compare(seeds: list[int], text: str, first: str, second: str, loss: float) -
     }
 
 
-def judge() -> dict[str, Any]:
-    """Contrasts over the seeds whose runs have all been measured, and every frontier."""
-    measured = Counter(path.parent.name.rpartition("=")[2] for path in FOLDER.glob("*/*_chats.*"))
-    seeds = [seed for seed in SEEDS if measured[str(seed)] == sum(map(len, RATES.values()))]
+def judge(seeds: Sequence[Frontiers]) -> dict[str, Any]:
+    """Contrasts over these seeds."""
     found = {
         (text, arms, loss): compare(seeds, text, *arms, loss)
         for text, arms, loss in itertools.product(ROWS, (*PRIMARY, *OTHERS), LOSSES)
@@ -186,18 +212,11 @@ def judge() -> dict[str, Any]:
         primary = [found["gsm8k", arms, loss] for arms in PRIMARY]
         if min(each["seeds"] for each in primary) >= REACHED * len(seeds):
             break
-    frontiers = {}
-    for arm, seed, text in itertools.product(RATES, seeds, ROWS):
-        losses, rises = frontier(arm, seed, text)
-        tokens = TokenLosses.read(file_of(FOLDER, text)).tokens
-        rises = np.average(rises, axis=1, weights=tokens)
-        frontiers[f"{arm}, seed {seed}, {text}"] = [losses.tolist(), rises.tolist()]
     return {
-        "seeds": seeds,
+        "seeds": len(seeds),
         "rates": RATES,
         "primary": with_holm(primary),
         "beside": [each for each in found.values() if each not in primary],
-        "frontiers": frontiers,
     }
 
 
@@ -211,8 +230,12 @@ def main() -> None:
         write_texts(*options.rows)
         return
     measure()
-    found = judge()
-    write_result(FOLDER / "forgetting.json", found)
+    gather_ended()
+    seeds = [json.loads(file.read_text()) for file in sorted(EVIDENCE.glob("s*.json"))]
+    if not seeds:
+        raise SystemExit(f"no seed has all its runs in {FOLDER}: cera-train -m +sweep=forgetting")
+    found = judge(seeds)
+    write_result(EVIDENCE / "judged.json", found)
     for each in found["primary"] + found["beside"]:
         line = "{asked} {difference:+.3f} ({lower:+.3f} to {upper:+.3f}), {seeds} seeds"
         print(line.format(**each), f"p {each['p_holm']:.3g}" if "p_holm" in each else "")
