@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -138,7 +137,7 @@ def measure() -> None:
 
 Frontiers = dict[str, Any]
 """Of a seed: `tokens`, text -> those of each row, and for each arm its held-out `losses` of dates
-[rates] and text -> rises over the base's loss [rates, rows], in nats of a row."""
+[rates] and text -> rises over the base's loss [rates, rows], in nats a token."""
 
 
 def gather(seed: int) -> Frontiers:
@@ -150,15 +149,15 @@ def gather(seed: int) -> Frontiers:
         found[arm] = {"losses": [TokenLosses.read(run / LOSSES_AFTER).mean for run in runs]}
         for text, losses in base.items():
             after = np.array([TokenLosses.read(file_of(run, text)).sums() for run in runs])
-            found[arm][text] = (after - losses.sums()).round(3).tolist()
+            found[arm][text] = ((after - losses.sums()) / losses.tokens).round(4).tolist()
     return found
 
 
 def gather_ended() -> None:
     """Writes the frontiers of the seeds whose runs have all been measured."""
-    measured = Counter(path.parent.name.rpartition("=")[2] for path in FOLDER.glob("*/*_chats.*"))
     for seed in SEEDS:
-        if measured[str(seed)] == sum(map(len, RATES.values())):
+        runs = [folder_of(arm, rate, seed) for arm, rates in RATES.items() for rate in rates]
+        if all(file_of(run, text).exists() for run in runs for text in ROWS):
             write_result(EVIDENCE / f"s{seed}.json", gather(seed))
 
 
@@ -182,11 +181,11 @@ def compare(
     seeds: Sequence[Frontiers], text: str, first: str, second: str, loss: float
 ) -> dict[str, Any]:
     """Second - first arm where both reach this loss, over the seeds in which both do."""
-    tokens = np.array(seeds[0]["tokens"][text])
+    tokens = seeds[0]["tokens"][text]
     values = np.array(
         [
             [
-                at_loss(np.array(seed[arm]["losses"]), np.array(seed[arm][text]) / tokens, loss)
+                at_loss(*map(np.array, (seed[arm]["losses"], seed[arm][text])), loss)
                 for seed in seeds
             ]
             for arm in (first, second)
@@ -214,7 +213,6 @@ def judge(seeds: Sequence[Frontiers]) -> dict[str, Any]:
             break
     return {
         "seeds": len(seeds),
-        "rates": RATES,
         "primary": with_holm(primary),
         "beside": [each for each in found.values() if each not in primary],
     }

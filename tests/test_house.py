@@ -125,9 +125,9 @@ BUDGETS = {
     "cera_train/sweep": 2_960,
     "cera_train/training": 11_825,
     "cera_train/verdicts": 3_420,
-    "cera_train": 139_058,
-    "tests": 134_824,
-    "benchmarks": 27_950,
+    "cera_train": 139_073,
+    "tests": 134_926,
+    "benchmarks": 28_000,
 }
 """The most tokens of Python in a folder: what a reader has to read."""
 

@@ -101,23 +101,22 @@ def test_arms_are_compared_at_one_loss_however_their_rates_differ():
 
 def test_a_method_that_forgets_less_at_equal_loss_is_found():
     draw = np.random.default_rng(0)
-    tokens = {text: draw.integers(20, 41, rows).tolist() for text, rows in forgetting.ROWS.items()}
     losses = np.array([0.3, 0.15, 0.08, 0.05])
-    seeds = []
-    for _ in range(6):
-        seed = {"tokens": tokens}
-        for arm in forgetting.RATES:
-            # CeRA forgets 0.3 nats a token less at every loss, and learns more at every rate.
-            less, faster = (0.3, 0.9) if arm == "cera" else (0, 1)
-            rises = 1 - np.log(losses * faster) - less + draw.normal(0, 0.01)
-            of_rows = {
-                text: (
-                    np.array(counts) * (rises[:, None] + draw.normal(0, 0.1, (4, len(counts))))
-                ).tolist()
-                for text, counts in tokens.items()
-            }
-            seed[arm] = {"losses": (losses * faster).tolist()} | of_rows
-        seeds.append(seed)
+
+    def frontier(faster: float, less: float) -> forgetting.Frontiers:
+        rises = 1 - np.log(losses * faster) - less + draw.normal(0, 0.01)
+        of_rows = {
+            text: rises[:, None] + draw.normal(0, 0.1, (4, rows))
+            for text, rows in forgetting.ROWS.items()
+        }
+        return {"losses": losses * faster} | of_rows
+
+    tokens = {text: np.full(rows, 30) for text, rows in forgetting.ROWS.items()}
+    others = set(forgetting.RATES) - {"cera"}
+    seeds = [
+        {"tokens": tokens, "cera": frontier(0.9, 0.3)} | {arm: frontier(1, 0) for arm in others}
+        for _ in range(6)
+    ]
     cera, half, gate = forgetting.judge(seeds)["primary"]
     assert cera["difference"] == pytest.approx(-0.3, abs=0.03)
     assert cera["p_holm"] < 0.01
