@@ -43,7 +43,8 @@ def read_rows(config: PlanRun) -> tuple[PlanRun, Data] | None:
     try:
         load_tokenizer(config.model)
     except UserError as error:
-        raise UserError(f"{error} Or set plan.tokens_per_row.") from error
+        fix = "set plan.tokens_per_row, which needs no tokenizer"
+        raise UserError(f"the rows cannot be counted: {fix}, or: {error}") from error
     return look_at_data(config)
 
 

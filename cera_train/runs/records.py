@@ -188,7 +188,7 @@ def another_config(folder: Path, different: Mapping[str, str]) -> UserError:
     """The error for a folder whose run has another config, by their `differences`."""
     return UserError(
         f"{folder} holds a run with another config: {'; '.join(different.values())}. Set these "
-        "back, or choose another name=..."
+        "back to resume it, or choose another name=..."
     )
 
 

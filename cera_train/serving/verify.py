@@ -69,7 +69,7 @@ class Certificate(Record):
     loss_run: float  # mean over the supervised tokens, in nats
     loss_form: float
     kl: float  # mean of KL(run || deployed) over the supervised tokens, in nats
-    kl_lower: float  # 95 % interval, by a bootstrap over sequences
+    kl_lower: float  # 95 % interval, by a bootstrap over sequences; the mean itself of one
     kl_upper: float
     at_most: float
     reason: str  # for at_most
@@ -80,12 +80,14 @@ class Certificate(Record):
 
     def shown(self) -> dict[str, str]:
         """Labels and values."""
+        interval = "and no interval from one row"
+        if self.rows > 1:
+            interval = f"95 % interval {self.kl_lower:.6f} to {self.kl_upper:.6f}"
         return {
             "form": self.form,
             "judged on": f"{self.rows:,} held-out rows, {self.tokens:,} supervised tokens",
             "loss": f"{self.loss_run:.4f} to {self.loss_form:.4f} nats a token",
-            "KL": f"{self.kl:.6f} nats a token, 95 % interval {self.kl_lower:.6f} to "
-            f"{self.kl_upper:.6f}",
+            "KL": f"{self.kl:.6f} nats a token, {interval}",
             "at most": f"{self.at_most:.6f}: {self.reason}",
         }
 

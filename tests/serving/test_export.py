@@ -19,7 +19,7 @@ from cera_train.model.batches import flat_batch
 from cera_train.runs.records import load_config
 from cera_train.runs.subject import find_subject
 from cera_train.serving.export import describe_serving, fit
-from cera_train.serving.verify import compare_models
+from cera_train.serving.verify import Certificate, compare_models
 from cera_train.training.train import train
 
 
@@ -98,6 +98,10 @@ def test_the_certificate_compares_token_by_token():
     assert figures["kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
     means = (kl[:2].mean().item(), kl[2].item())  # drawn twice, one of two rows is the mean
     assert (figures["kl_lower"], figures["kl_upper"]) == pytest.approx((min(means), max(means)))
+
+    of_one = compare_models(loaded(table[0]), loaded(table[1]), rows[:1])
+    certificate = Certificate(form="a LoRA", **of_one, at_most=0.01, reason="a fit")
+    assert certificate.shown()["KL"].endswith("no interval from one row")
 
 
 def test_what_loses_too_much_is_not_exported(trained):
