@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.cells import cell_len
-
 from cera_train.common.files import write_bytes, write_text
 from cera_train.common.terminal import print_line, print_table, terminal_width
 from cera_train.common.trust import clean
@@ -65,7 +63,7 @@ def print_rows(rows: Sequence[dict[str, str]]) -> None:
     """Prints as many tables as the width needs, each with the first column."""
 
     def width(column: list[str]) -> int:
-        return max(cell_len(clean(line)) for text in column for line in text.split("\n"))
+        return max(len(clean(line)) for text in column for line in text.split("\n"))
 
     columns = [[name.replace(", ", "\n"), *(row[name] for row in rows)] for name in rows[0]]
     first = columns[0]
