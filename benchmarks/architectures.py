@@ -129,7 +129,7 @@ def batch_for(language_model: LanguageModel) -> Batch:
 def loss_and_gradients(
     language_model: LanguageModel, *batches: Batch
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Of these batches, or of the rows in the model's layout."""
+    """The loss and gradients of these batches, or of the rows in the model's layout."""
     batches = batches or (batch_for(language_model),)
     loss = sum(language_model(batch).sum() for batch in batches)
     gradients = torch.autograd.grad(
@@ -328,7 +328,7 @@ def cell(model_type: str, check: str) -> str:
 
 
 def cell_apart(model_type: str, check: str) -> str:
-    """In a process with a time limit: some types hang or crash."""
+    """Runs a check in a process with a time limit: some types hang or crash."""
     apart = pebble.concurrent.process(timeout=SECONDS, mp_context=get_context("fork"))
     try:
         return apart(cell)(model_type, check).result()
@@ -346,8 +346,8 @@ def failing(row: dict[str, str]) -> list[str]:
 
 
 def cell_of(row: dict[str, str]) -> str:
-    """What the page says of a type: how its rows stand, what most types do not have, and the checks
-    that fail."""
+    """The words of the page on a type: how its rows stand, what most types do not have, and the
+    checks that fail."""
     if row[BUILT] != YES:
         return in_short(row[BUILT], WIDTH)
     varying = {name: in_short(row[name], WIDTH) for name in VARYING if row[name] not in USUAL}

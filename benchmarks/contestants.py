@@ -38,7 +38,7 @@ since they are padded to the longest."""
 
 @dataclass(frozen=True)
 class Work:
-    """What all contestants do."""
+    """The work that all contestants do."""
 
     precision: str
     """The frozen weights: float32, bfloat16 or nf4."""
@@ -49,11 +49,11 @@ class Work:
     rank: int = RANK
     alpha: int = RANK
     targets: list[str] | str = field(default_factory=TARGETS.copy)
-    """As PEFT takes them."""
+    """Names of modules, as PEFT takes them."""
     max_length: int = 512
     """Tokens of a sequence."""
     micro_batch_tokens: int = 1024
-    """Of one pass of ours: few on a CPU, to keep memory small."""
+    """Tokens of one pass of ours: few on a CPU, to keep memory small."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -199,7 +199,8 @@ class Trl:
             print(f"TRL, best: {self.micro_batch} sequences at once", flush=True)
 
     def _seconds(self, micro_batch: int) -> float:
-        """Of an update in passes of so many sequences; infinite where they do not fit the GPU."""
+        """Seconds of an update in passes of so many sequences; infinite where they do not fit the
+        GPU."""
         self.micro_batch = micro_batch
         rows = range(MICRO_BATCHES[self.trainer.args.device.type][-1])
         try:
@@ -288,6 +289,6 @@ CONTESTANTS: dict[str, Callable] = {
     "ours with CeRA": Ours,
     "ours with CeRA, compiled": partial(Ours, is_compiled=True),
 }
-"""What builds each from its work, a folder with model and tokenizer, and a file of rows with
+"""Builders of each from its work, a folder with model and tokenizer, and a file of rows with
 `prompt` and `completion`. Its method `update` makes an update on rows, and returns the tokens that
 it supervised."""

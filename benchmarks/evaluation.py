@@ -33,7 +33,7 @@ from cera_train.settings.model import Dtype, ModelConfig
 BATCHES = (1, 4, 16, 64)
 MERGED = "base or merged LoRA"
 SPEED = 1 / 1.08
-"""Of decoding one row, over that of a merged LoRA, at least."""
+"""Speed of decoding one row, over that of a merged LoRA, at least."""
 B_STD = 0.02
 """Deviation of the drawn B, so that the branch is not zero."""
 
@@ -78,8 +78,8 @@ def step_seconds(adapter: Answering, requests: Sequence[Request], tokens: int = 
 def decoding(
     file: Path, rounds: int, path: str = PACKAGE, device: str = "cpu"
 ) -> dict[str, dict[int, list[float]]]:
-    """What an adapter costs that is not merged: steps of CeRA beside those of the base, which are
-    those of a merged LoRA, by the number of rows, in turn.
+    """Measures what an adapter costs that is not merged: steps of CeRA beside those of the base,
+    which are those of a merged LoRA, by the number of rows, in turn.
 
     Returns:
         Adapter -> rows -> the seconds of a step in every round.

@@ -171,8 +171,8 @@ def takes_rows_of_run(config: EvalConfig) -> bool:
 
 
 def describe_changed_rows(subject: Subject) -> str:
-    """That the rows which the run held out are others now; empty where they are the same, or where
-    that is not on record."""
+    """A line where the rows which the run held out are others now; empty where they are the same,
+    or where that is not on record."""
     environment = environment_of(subject.folder)
     data = subject.data
     if data is None or data.is_paired or environment.held_out is None:

@@ -204,9 +204,9 @@ def quantization_of(base: PreTrainedModel) -> Quantization | None:
 
 
 def keep_4bit_weights(model: nn.Module) -> None:
-    """On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight for good at its first call in
-    eval mode, for a kernel that computes in bfloat16 and has no backward: training after an
-    evaluation would get wrong gradients, with only a warning."""
+    """Keeps bitsandbytes from repacking 4-bit weights. On a CPU with AVX512-BF16 it does so for
+    good at their first call in eval mode, for a kernel that computes in bfloat16 and has no
+    backward: training after an evaluation would get wrong gradients, with only a warning."""
     import bitsandbytes
 
     for module in model.modules():

@@ -141,13 +141,13 @@ class RunFolder:
     # --- resuming ---------------------------------------------------------------------------------
 
     def result(self) -> RunResult | None:
-        """None for a run that is not finished, or whose adapter is gone: the same command writes it
-        again, from the last checkpoint."""
+        """The result; None for a run that is not finished, or whose adapter is gone: the same
+        command writes it again, from the last checkpoint."""
         has_adapter = is_saved_in(self.path / "adapter")
         return RunResult.find(self.path / "result.json") if has_adapter else None
 
     def checkpoints(self) -> list[Path]:
-        """Oldest first."""
+        """The folders of the checkpoints, oldest first."""
         folders = (self.path / "checkpoints").glob("*")
         checkpoints = [folder for folder in folders if folder.name.isdecimal()]
         return sorted(checkpoints, key=lambda checkpoint: int(checkpoint.name))

@@ -99,7 +99,8 @@ def is_task_figure(name: str) -> bool:
 
 
 DIVERGED = "diverged.txt"
-"""In the folder of a run whose loss became infinite: its error. Such a run has no result.json."""
+"""File in the folder of a run whose loss became infinite: its error. Such a run has no
+result.json."""
 
 
 class Environment(Record, extra="allow"):
@@ -317,7 +318,7 @@ SPECTRUM_TERMS = (
     "how many hold 90 % of its variance. Linear share: how much of its variance an affine map of "
     "A x explains; cera-export measures what is lost without the rest."
 )
-"""For captions."""
+"""Words for captions."""
 
 
 def describe_rank(spectrum: SpectrumSummary) -> str:

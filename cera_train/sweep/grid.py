@@ -255,7 +255,8 @@ class Job:
             self.clear_error()
 
     def clear_error(self) -> None:
-        """Also called at the end: a second command may have recorded that the job is running."""
+        """Clears the recorded error, also at the end: a second command may have recorded that the
+        job is running."""
         if is_main_process():
             self._write(None)
 

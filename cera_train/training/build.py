@@ -55,7 +55,7 @@ class Data:
     order: RowOrder
     updates: int
     questions: list[Question]
-    """Those of an epoch, for an objective that samples answers; `order` numbers them."""
+    """Questions of an epoch, for an objective that samples answers; `order` numbers them."""
 
 
 def build_data(config: Config) -> Data:

@@ -116,7 +116,7 @@ def test_chunking_the_head_changes_nothing_even_if_logits_are_capped_or_scaled(
 
 
 def test_probe_finds_a_model_that_changes_its_logits_after_the_head(monkeypatch):
-    """In an unknown way: the head alone would give another loss."""
+    """The way is unknown: the head alone would give another loss."""
     monkeypatch.setattr(language_model_module, "finish_logits", lambda logits, config: logits)
     model = tiny_model("gemma2", final_logit_softcapping=2.0)
     rows, masks = make_rows()
