@@ -44,7 +44,6 @@ from cera_train.common.files import options
 from cera_train.distributed.processes import in_processes
 from cera_train.planning.plan import make_plan
 from cera_train.runs.results import LOSSES_AFTER, LOSSES_BEFORE, METRICS, read_metrics
-from cera_train.runs.subject import find_subject
 from cera_train.serving.export import export_run
 from cera_train.settings.adapters import Activation, DropoutOn, Init, Mix
 from cera_train.training.build import build_data
@@ -333,8 +332,7 @@ def merges(case: Case, folder: Path) -> None:
     model = attach(load_base(case, folder), run / "adapter")
     require(is_adapter(model), "is the model itself")
     if model.peft_config["default"].peft_type == "CERA":
-        config = compose(f"run={run}", "at_most=9", command="export")
-        export_run(config, find_subject(config))
+        export_run(compose(f"run={run}", "at_most=9", command="export"))
         return
     expected = losses_of(model, folder)
     check_close(losses_of(model.merge_and_unload(), folder), expected, "losses", rtol=0)

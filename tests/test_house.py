@@ -110,11 +110,11 @@ def test_a_test_stands_where_its_module_does():
 BUDGETS = {
     "cera_train/adapters": 7_970,
     "cera_train/cera": 8_166,
-    "cera_train/cli": 7_520,
-    "cera_train/common": 5_310,
+    "cera_train/cli": 7_349,
+    "cera_train/common": 5_308,
     "cera_train/data": 16_180,
     "cera_train/distributed": 2_620,
-    "cera_train/evaluation": 16_630,
+    "cera_train/evaluation": 16_626,
     "cera_train/model": 9_690,
     "cera_train/planning": 6_050,
     "cera_train/report": 8_717,
@@ -123,11 +123,11 @@ BUDGETS = {
     "cera_train/settings": 7_180,
     "cera_train/study": 7_770,
     "cera_train/sweep": 2_960,
-    "cera_train/training": 11_825,
+    "cera_train/training": 11_888,
     "cera_train/verdicts": 3_420,
-    "cera_train": 139_067,
-    "tests": 134_942,
-    "benchmarks": 28_000,
+    "cera_train": 138_966,
+    "tests": 134_914,
+    "benchmarks": 27_976,
 }
 """The most tokens of Python in a folder: what a reader has to read."""
 

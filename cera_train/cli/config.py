@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import pkgutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -12,16 +13,15 @@ from typing import Any
 import hydra
 from hydra.core.plugins import Plugins
 from hydra.plugins.plugin import Plugin
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf
 
 from cera_train.adapters.families import check_settings
 from cera_train.cli.help import config_name, register_configs
 from cera_train.cli.mistakes import for_hydra
 from cera_train.cli.start import errors_in_one_line
 from cera_train.common.files import config_dir
-from cera_train.common.settings import (
-    quoted,
-)
+from cera_train.common.libraries import heavy_imports
+from cera_train.common.settings import quoted
 from cera_train.common.terminal import announce_import
 from cera_train.data.sources import decide_layouts
 from cera_train.distributed.processes import is_main_process
@@ -77,19 +77,23 @@ def announce_imports() -> None:
         announce_import("PyTorch and transformers")
 
 
+def call(path: str, config: Any) -> Any:
+    """Calls a function, by its import path, with a checked config: importing torch takes
+    seconds."""
+    announce_imports()
+    with heavy_imports():
+        function = pkgutil.resolve_name(path)
+    return function(config)
+
+
 def to_config(composed: DictConfig, schema: type = Config) -> Any:
-    """The checked dataclasses of a composed config. Below this line nothing sees OmegaConf."""
-    tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    """The checked dataclasses of a composed config, without Hydra's section. Below this line
+    nothing sees OmegaConf."""
+    settings = OmegaConf.masked_copy(composed, composed.keys() - {"hydra"})
+    tree = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     config = checked(schema, tree)
     if getattr(config, "data", None) is not None:
         config = replace(config, data=decide_layouts(config.data))
     if issubclass(schema, Config):
         check_settings(config.adapter)
     return config
-
-
-def without_hydra(composed: DictConfig, schema: type = Config) -> Any:
-    """The checked config of a job, from the whole config that Hydra composed for it."""
-    with read_write(composed), open_dict(composed):
-        del composed["hydra"]
-    return to_config(composed, schema)

@@ -9,12 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cera_train.cli.config import (
-    announce_imports,
-    start_hydra,
-    to_config,
-    without_hydra,
-)
+from cera_train.cli.config import announce_imports, start_hydra, to_config
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted, print_line
 from cera_train.planning.plan import RunPlan, make_plan
@@ -56,7 +51,7 @@ def main() -> None:
 class PlannedStudy(StudySweeper):
     """Takes the place of a study's sweeper: plans its runs instead of running them."""
 
-    check = staticmethod(functools.partial(without_hydra, schema=PlanRun))
+    check = staticmethod(functools.partial(to_config, schema=PlanRun))
 
     def sweep(self, arguments: list[str]) -> None:
         """Prints the plan of every cell, their sum, and what the study detects."""

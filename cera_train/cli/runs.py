@@ -3,22 +3,18 @@
 
 The first three check their settings; only then do they import torch, which takes seconds."""
 
-import pkgutil
 import sys
-from functools import partial
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from cera_train.cli.config import announce_imports, start_hydra, to_config
+from cera_train.cli.config import call, start_hydra, to_config
 from cera_train.cli.mistakes import Parser
 from cera_train.cli.start import print_error
 from cera_train.common.files import cut_bytes
-from cera_train.common.libraries import heavy_imports
 from cera_train.distributed.processes import is_one_of_several
-from cera_train.runs.subject import find_subject
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.serving import ChatConfig, ExportConfig
 from cera_train.study.folder import find_study
@@ -29,15 +25,6 @@ LONGEST_NAME = 100  # bytes of a report's folder; a file system takes 255
 
 
 # --- cera-eval, cera-chat and cera-export ---------------------------------------------------------
-
-
-def apply(path: str, composed: DictConfig, schema: type) -> None:
-    """Calls a function, by its import path, with the checked config."""
-    config = to_config(composed, schema)
-    announce_imports()
-    with heavy_imports():
-        function = pkgutil.resolve_name(path)
-    function(config)
 
 
 def eval_main() -> None:
@@ -60,11 +47,15 @@ def eval_main() -> None:
 
 
 def measure(composed: DictConfig) -> None:
-    apply("cera_train.evaluation.evaluate:start_evaluation", composed, EvalConfig)
+    call("cera_train.evaluation.evaluate:start_evaluation", to_config(composed, EvalConfig))
 
 
 def chat_main() -> None:
-    start_hydra("cera-chat", partial(apply, "cera_train.serving.chat:ask", schema=ChatConfig))
+    start_hydra("cera-chat", chat)
+
+
+def chat(composed: DictConfig) -> None:
+    call("cera_train.serving.chat:ask", to_config(composed, ChatConfig))
 
 
 def export_main() -> None:
@@ -72,12 +63,7 @@ def export_main() -> None:
 
 
 def export(composed: DictConfig) -> None:
-    config = to_config(composed, ExportConfig)
-    announce_imports()
-    with heavy_imports():
-        from cera_train.serving.export import export_run
-
-    export_run(config, find_subject(config))
+    call("cera_train.serving.export:export_run", to_config(composed, ExportConfig))
 
 
 # --- cera-report and cera-sweep -------------------------------------------------------------------

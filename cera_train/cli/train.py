@@ -12,22 +12,14 @@ from hydra.core.plugins import Plugins
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from cera_train.cli.config import (
-    announce_imports,
-    start_hydra,
-    to_config,
-    without_hydra,
-)
+from cera_train.cli.config import announce_imports, call, start_hydra, to_config
 from cera_train.cli.mistakes import Parser
 from cera_train.cli.save import save_recipe
 from cera_train.cli.start import errors_in_one_line, print_error
 from cera_train.common.errors import UserError
-from cera_train.common.libraries import heavy_imports
 from cera_train.common.settings import key_of, require
 from cera_train.common.terminal import print_command
 from cera_train.common.trust import redact
-from cera_train.data.look import print_data
-from cera_train.data.tokens import stop_ids
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.runs.records import changes_result
 from cera_train.runs.tracking import WANDB_NAME
@@ -64,7 +56,7 @@ def main() -> None:
 
 
 class TrainedStudy(StudySweeper):
-    check = staticmethod(without_hydra)
+    check = staticmethod(to_config)
 
 
 def keep_recipe(path: Path, composed: DictConfig) -> None:
@@ -74,15 +66,8 @@ def keep_recipe(path: Path, composed: DictConfig) -> None:
 
 
 def look(composed: DictConfig) -> None:
-    """Prints the rows as the run would train on them. Their tokens are cached for the run."""
-    config = prepare(composed)
-    announce_imports()
-    with heavy_imports():
-        from cera_train.model.folder import model_ends
-        from cera_train.training.build import look_at_data
-    config, data = look_at_data(config)
-    stops = stop_ids(data.tokenizer, model_ends(config.model))
-    print_data(config.data, data.rows, data.tokenizer, stops, data.questions, at_length=True)
+    """Prints the rows, and the command that trains on them."""
+    call("cera_train.training.console:print_rows", prepare(composed))
     print_command("train it", [TRAIN, *map(redact, sys.argv[1:])])
 
 
@@ -132,11 +117,8 @@ def run(config: Config) -> float | None:
         raise UserError(
             f"{folder} is the folder of a sweep: choose another name=... for a run, or add -m."
         )
-    announce_imports()
-    with heavy_imports():
-        from cera_train.training.train import launch
-
-    return launch(config).get(config.sweep.metric)
+    result = call("cera_train.training.train:launch", config)
+    return result.get(config.sweep.metric)
 
 
 class TrainingSweep(Callback):
@@ -151,7 +133,7 @@ class TrainingSweep(Callback):
             f"and upload the best one: hf upload {push} JOB/adapter.",
         )
         if config.study is None:
-            begin(config, job_composer(config, without_hydra), record_of(config))
+            begin(config, job_composer(config, to_config), record_of(config))
         else:
             announce_imports()  # to count parameters
 

@@ -36,7 +36,7 @@ from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.model.batches import MicroBatches
 from cera_train.model.weights import load_model
-from cera_train.runs.subject import EXPORT, Subject
+from cera_train.runs.subject import EXPORT, Subject, find_subject
 from cera_train.serving.llama_cpp import CONVERTER, GGUF, check_packages
 from cera_train.serving.verify import CERA, Certificate, method_of, verify
 from cera_train.settings.data import DataConfig
@@ -50,14 +50,14 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank acce
 PREFIX = "base_model.model."  # of a module's name in PEFT's file
 
 
-def export_run(config: ExportConfig, subject: Subject) -> Certificate:
+def export_run(config: ExportConfig) -> Certificate:
     """Writes an export of a run, and its certificate; or checks a folder that was made of the run.
     Raises UserError where the run cannot be exported, DiffersError where the export is not the run;
     an earlier export then stays as it is."""
     quiet_libraries()
     if config.to == ExportForm.gguf:
         check_packages("to=gguf")
-    subject = choose_dtype(subject)
+    subject = choose_dtype(find_subject(config))
     source = config.data or subject.data
     require(
         source is not None,

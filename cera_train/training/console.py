@@ -22,6 +22,7 @@ from cera_train.data.look import print_data
 from cera_train.data.tokens import stop_ids
 from cera_train.evaluation.tasks.task import describe_trained_on
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
+from cera_train.model.folder import model_ends
 from cera_train.model.language_model import LanguageModel
 from cera_train.runs.folder import Progress
 from cera_train.runs.records import read_lines
@@ -39,7 +40,7 @@ from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.run import Config, has_prompts
-from cera_train.training.build import Data, Evaluator, Model
+from cera_train.training.build import Data, Evaluator, Model, look_at_data
 from cera_train.training.resolve import Resolved
 
 
@@ -75,6 +76,13 @@ def print_start(
     for evaluation in evaluator.tasks.evaluations:
         if shared := describe_trained_on(evaluation.problems, config.data):
             print_line("shared", f"{evaluation.name}: {shared}")
+
+
+def print_rows(config: Config) -> None:
+    """The rows as a new run would train on them. Their tokens are cached for the run."""
+    config, data = look_at_data(config)
+    stops = stop_ids(data.tokenizer, model_ends(config.model))
+    print_data(config.data, data.rows, data.tokenizer, stops, data.questions, at_length=True)
 
 
 def print_model(config: ModelConfig, model: Model) -> None:

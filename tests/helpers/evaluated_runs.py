@@ -13,7 +13,7 @@ from cera_train.cli.compose import compose
 from cera_train.evaluation import grading
 from cera_train.evaluation.evaluate import resolve_evaluation, run_evaluation
 from cera_train.runs.results import RunResult
-from cera_train.runs.subject import digest_of, find_subject
+from cera_train.runs.subject import digest_of
 from cera_train.serving.chat import ask
 from cera_train.serving.export import Certificate, export_run
 from cera_train.settings.evaluation import EvalConfig
@@ -48,8 +48,7 @@ def chat(run: Path | str, *words: str) -> None:
 
 def export(run: Path, *words: str) -> Certificate:
     """As `cera-export run=RUN ...`, in this process."""
-    config = compose(f"run={run}", *words, command="export")
-    return export_run(config, find_subject(config))
+    return export_run(compose(f"run={run}", *words, command="export"))
 
 
 def read(path: Path) -> list[dict]:

