@@ -91,7 +91,7 @@ def print_settings(schema: type, section: str, config: DictConfig) -> None:
     for key, field in fields.items():
         default = None if field.default is dataclasses.MISSING else field.default
         value = OmegaConf.select(config, key, default=default)  # of a section that is null
-        choices = " | ".join(choices_of(schema, key))
+        choices = " | ".join(choices_of(field))
         print(f"{key}={word_of(value)}" + (f"  # {choices}" if choices else ""))
         text = textwrap.wrap(sentences.get(key, ""), terminal_width() - 4)
         print(textwrap.indent("\n".join([*text, ""]), "    "))

@@ -9,7 +9,7 @@ import inspect
 import itertools
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import EnumType, StrEnum
 from typing import Any, Generic, TypeVar
@@ -93,10 +93,9 @@ def sentences_of(schema: type, prefix: str = "") -> dict[str, str]:
     return sentences
 
 
-def choices_of(schema: type, key: str) -> list[str]:
+def choices_of(field: dataclasses.Field) -> list[str]:
     """The words that a setting may have; none if it is no choice between words."""
-    field = fields_of(schema).get(key)
-    kinds = (field.type, *typing.get_args(field.type)) if field else ()
+    kinds = (field.type, *typing.get_args(field.type))
     return [word for kind in kinds if isinstance(kind, EnumType) for word in kind.__members__]
 
 
@@ -167,20 +166,6 @@ def quoted(text: str) -> str:
     text = re.sub(r"(\\*)'", r"\1\1\\'", text)
     text = re.sub(r"(\\+)\Z", r"\1\1", text)
     return f"'{text}'"
-
-
-def differing_settings(
-    configs: Mapping[str, dict[str, Any]], schema: type
-) -> dict[str, dict[str, str]]:
-    """What differs between flat configs, except what changes nothing measured: key -> name -> value
-    in words."""
-    different = {}
-    for key in dict.fromkeys(itertools.chain.from_iterable(configs.values())):
-        words = {name: word_of(config.get(key)) for name, config in configs.items()}
-        # A setting that means nothing to a method stays auto.
-        if len({*words.values()} - {AUTO}) > 1 and changes_of(schema, key) != Changes.nothing:
-            different[key] = words
-    return different
 
 
 def require(condition: bool, message: str) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cera_train.common.errors import UserError
-from cera_train.common.settings import Changes, changes_of, differing_settings, require
-from cera_train.report.runs import Run, group_by
+from cera_train.common.settings import AUTO, Changes, changes_of, require, word_of
+from cera_train.report.runs import Run, Settings, group_by
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.verdicts.contrast import contrast_of_runs
 from cera_train.verdicts.power import detectable_between_runs
@@ -180,6 +180,18 @@ def cautions(runs: Sequence[Run]) -> list[str]:
                 notes.append(f"Evaluations on {task} differ in {key}: {values}.")
     notes += itertools.chain.from_iterable(run.notes for run in runs)
     return [note for note in notes if note]
+
+
+def differing_settings(configs: Mapping[str, Settings], schema: type) -> dict[str, dict[str, str]]:
+    """What differs between flat configs, except what changes nothing measured: key -> name -> value
+    in words."""
+    different = {}
+    for key in dict.fromkeys(itertools.chain.from_iterable(configs.values())):
+        words = {name: word_of(config.get(key)) for name, config in configs.items()}
+        # A setting that means nothing to a method stays auto.
+        if len({*words.values()} - {AUTO}) > 1 and changes_of(schema, key) != Changes.nothing:
+            different[key] = words
+    return different
 
 
 def _difference(text: str, groups: dict[Any, list[Run]]) -> str:

@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cera_train.common.settings import differing_settings
 from cera_train.common.terminal import announce, counted, duration, gigabytes
 from cera_train.evaluation.tasks.task import Metric
 from cera_train.report.comparison import (
     PairedTest,
     cautions,
+    differing_settings,
     graded_runs,
     paired_tests,
     task_names,
