@@ -1,14 +1,13 @@
 """What every command prints: labelled lines, aligned tables, quantities, and a line of progress
 that becomes several in a log."""
 
-import contextlib
 import itertools
 import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TextIO
 
 from cera_train.common.trust import clean
@@ -110,15 +109,14 @@ class ProgressBar:
         """Replaces the line that the cursor is in."""
         print(f"{CLEAR}{line[: terminal_width() - 1]}", end="\r", flush=True)
 
-    @contextlib.contextmanager
-    def doing(self, work: str) -> Iterator[None]:
-        """Shows other work than the units. A log gets a line the first time."""
+    def show_work(self, work: str) -> None:
+        """Shows other work than the units, until their next step. A log gets a line the first
+        time."""
         if self._is_live:
             self._show(work)
         elif self.visible and work not in self._announced:
             print_line("now", work)
         self._announced.add(work)
-        yield
 
     def note(self, text: str) -> None:
         """A line that stays."""

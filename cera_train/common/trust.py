@@ -78,6 +78,4 @@ def redact_tree(tree: Any) -> Any:
 def for_markdown(text: str) -> str:
     """Text that Markdown shows as it is."""
     text = clean(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
-    for mark in "\\`*_[]|#$~":
-        text = text.replace(mark, f"\\{mark}")
-    return text
+    return re.sub(r"[\\`*_\[\]|#$~]", r"\\\g<0>", text)

@@ -11,7 +11,6 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -169,26 +168,24 @@ class TaskEvaluations:
             parts.append(f"{counted(count, 'sample')} at each evaluation")
         return "; ".join(parts)
 
-    def run(
-        self, update: int, is_last: bool, doing: Callable[[str], AbstractContextManager]
-    ) -> TaskResults:
+    def run(self, update: int, is_last: bool, show_work: Callable[[str], None]) -> TaskResults:
         """Answers the tasks where they are due at this update, else the problems of the samples
         alone.
 
         Args:
-            doing: shows what is answered while it is.
+            show_work: shows what is answered next.
         """
         results = TaskResults()
         started = time.perf_counter()
         is_due = is_last or (self.every is not None and update % self.every == 0)
         if self.evaluations and is_due:
             for evaluation in self.evaluations:
-                with doing(f"answers {evaluation}"):
-                    self._run_task(evaluation, update, results)
+                show_work(f"answers {evaluation}")
+                self._run_task(evaluation, update, results)
         elif self.sampled:
-            with doing(f"answers {counted(self.sample_count, 'sample')}"):
-                for evaluation in self.sampled:
-                    self._run_samples(evaluation, update, results)
+            show_work(f"answers {counted(self.sample_count, 'sample')}")
+            for evaluation in self.sampled:
+                self._run_samples(evaluation, update, results)
             seconds = time.perf_counter() - started
             results.notes.append(f"{counted(len(results.samples), 'sample')} in {seconds:.1f} s")
         [results.figures, *_] = gather_object([results.figures])  # the main process's

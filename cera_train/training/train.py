@@ -311,17 +311,16 @@ def evaluate(
     """
     folder = log.folder
     rows = counted(len(evaluator.held_out.sequences), "held-out row")
-    with log.bar.doing(f"measures perplexity on {rows}"):
-        losses, judged = objective.judge(evaluator.held_out.token_losses())
-        loss = losses.mean
-        was_finite = math.isfinite(progress.perplexity_before or math.inf)
-        if was_finite and not math.isfinite(loss):
-            what = f"the held-out loss after update {progress.update} is not finite"
-            raise_diverged(what, folder)
-        spectra = evaluator.held_out.spectra()
+    log.bar.show_work(f"measures perplexity on {rows}")
+    losses, judged = objective.judge(evaluator.held_out.token_losses())
+    loss = losses.mean
+    was_finite = math.isfinite(progress.perplexity_before or math.inf)
+    if was_finite and not math.isfinite(loss):
+        raise_diverged(f"the held-out loss after update {progress.update} is not finite", folder)
+    spectra = evaluator.held_out.spectra()
     since_best = progress.since_best(perplexity(loss))
     ends_run = timetable.ends_after(progress, since_best)
-    answered = evaluator.tasks.run(progress.update, ends_run, log.bar.doing)
+    answered = evaluator.tasks.run(progress.update, ends_run, log.bar.show_work)
     keep_answers(answered, ends_run, progress.update, log)
 
     figures = spectrum_metrics(spectra)
