@@ -67,7 +67,7 @@ def keep_recipe(path: Path, composed: DictConfig) -> None:
 
 def look(composed: DictConfig) -> None:
     """Prints the rows, and the command that trains on them."""
-    call("cera_train.training.console:print_rows", prepare(composed))
+    call("cera_train.training.console:print_run_rows", prepare(composed))
     print_command("train it", [TRAIN, *map(redact, sys.argv[1:])])
 
 

@@ -78,7 +78,7 @@ def print_start(
             print_line("shared", f"{evaluation.name}: {shared}")
 
 
-def print_rows(config: Config) -> None:
+def print_run_rows(config: Config) -> None:
     """The rows as a new run would train on them. Their tokens are cached for the run."""
     config, data = look_at_data(config)
     stops = stop_ids(data.tokenizer, model_ends(config.model))
