@@ -107,7 +107,7 @@ class Subject:
     def adapted(self, base: PreTrainedModel | None = None) -> LanguageModel:
         """The model with a random adapter, in the layout of a run."""
         language_model = self.padded(base)
-        choose_layout(language_model, CPU)
+        choose_layout(language_model)
         return language_model
 
     def padded(self, base: PreTrainedModel | None = None) -> LanguageModel:
@@ -195,7 +195,7 @@ def all_linear(subject: Subject) -> str:
     config = AdapterConfig(r=4, experts=subject.has_experts)
     language_model = LanguageModel(adapters.build(base, config), base)
     check_close(base.eval()(input_ids=IDS, use_cache=False).logits, expected, "logits at the start")
-    choose_layout(language_model, CPU)
+    choose_layout(language_model)
     check_learns(language_model)
     left_out = linear_names(
         (name, module)
@@ -236,7 +236,7 @@ def four_bits(subject: Subject) -> None:
         ModelConfig(subject.path, dtype=Dtype.float32, quantization=Quantization.nf4), CPU
     )
     language_model = LanguageModel(adapters.build(base, AdapterConfig(r=4)), base)
-    choose_layout(language_model, CPU)
+    choose_layout(language_model)
     check_learns(language_model)
 
 

@@ -10,7 +10,6 @@ import itertools
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Request
 from cera_train.model.folder import load_tokenizer
+from cera_train.model.language_model import LanguageModel
 from cera_train.model.weights import load_model
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.evaluation import GenerationConfig
@@ -44,15 +44,14 @@ class Answering(LoadedModel):
     def __init__(self, has_cera: bool, path: str, device: str) -> None:
         torch.manual_seed(0)
         config = ModelConfig(path=path, dtype=Dtype.bfloat16)
-        base = model = load_model(config, torch.device(device)).eval()
+        base = model = load_model(config, torch.device(device))
         if has_cera:
-            model = build(base, AdapterConfig(r=RANK, target_modules=TARGETS)).eval()
+            model = build(base, AdapterConfig(r=RANK, target_modules=TARGETS))
             for name, parameter in model.named_parameters():
                 if "cera_B" in name:
                     torch.nn.init.normal_(parameter, std=B_STD)
-        super().__init__(
-            model, base, load_tokenizer(config), partial(torch.autocast, device, torch.bfloat16)
-        )
+        language_model = LanguageModel(model, base, Dtype.bfloat16).eval()
+        super().__init__(language_model, load_tokenizer(config))
 
     def request(self, file: Path) -> Request:
         """The first problem of a file."""
@@ -67,7 +66,7 @@ def step_seconds(adapter: Answering, requests: Sequence[Request], tokens: int = 
         adapter.prepare(max_new_tokens, [])
         adapter.base.generation_config.eos_token_id = [-1]  # nobody ends
         started = time.perf_counter()
-        with adapter.context():
+        with adapter.language_model.generating():
             list(adapter.generate(requests, GenerationConfig()))
         return time.perf_counter() - started
 

@@ -4,7 +4,6 @@ its training; while a run trains, its own model or a server."""
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +49,9 @@ def load_subject(subject: Subject, device: torch.device) -> LoadedModel:
     if subject.adapter is not None:
         check_same_base(subject)
         model = attach(base, subject.adapter)
-    dtype = subject.model.autocast_dtype(subject.train.autocast, on_gpu=device.type == "cuda")
-    autocast = partial(
-        torch.autocast, device.type, dtype and getattr(torch, dtype), enabled=dtype is not None
-    )
-    return LoadedModel(model.eval(), base, load_tokenizer(subject.model), autocast)
+    autocast = subject.model.autocast_dtype(subject.train.autocast, on_gpu=device.type == "cuda")
+    language_model = LanguageModel(model, base, autocast).eval()
+    return LoadedModel(language_model, load_tokenizer(subject.model))
 
 
 def open_server(url: str, subject: Subject) -> Server:
@@ -154,9 +151,7 @@ class Sampler:
             )
             self.engine = Server(config.train.server, config.model, tokenizer)
         else:
-            self.engine = LoadedModel(
-                language_model.model, language_model.causal_lm, tokenizer, language_model.generating
-            )
+            self.engine = LoadedModel(language_model, tokenizer)
 
     def close(self) -> None:
         if self.accelerator.is_main_process and self.folder.exists():

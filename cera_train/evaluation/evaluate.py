@@ -50,7 +50,7 @@ from cera_train.evaluation.tasks.task import (
 )
 from cera_train.model.batches import MicroBatches
 from cera_train.model.folder import load_tokenizer
-from cera_train.model.language_model import LanguageModel, perplexity
+from cera_train.model.language_model import perplexity
 from cera_train.model.layout import choose_layout
 from cera_train.runs.evaluation_folder import (
     AccuracyResult,
@@ -347,9 +347,8 @@ def measure_perplexity(
             "chat template changed. Restore it, or set name=... for another folder.",
         )
         return before
-    loaded = load_subject(subject, accelerator.device)
-    language_model = LanguageModel(loaded.model, loaded.base, loaded.context)
-    choose_layout(language_model, accelerator.device)
+    language_model = load_subject(subject, accelerator.device).language_model
+    choose_layout(language_model)
     micro_batch_tokens = max(subject.train.micro_batch_tokens, *rows.column("length"))
     is_flat = language_model.is_flat
     batches = MicroBatches(rows, is_flat, micro_batch_tokens, accelerator.device)
@@ -365,8 +364,9 @@ def measure_perplexity(
         rows_digest=rows.digest,
     )
     if subject.adapter is not None:
-        if keeps_base(loaded.model):
-            with loaded.model.disable_adapter():
+        model = language_model.model
+        if keeps_base(model):
+            with model.disable_adapter():
                 result.perplexity_base = perplexity(held_out.token_losses().mean)
         if config.task.window is None:
             result = result.replace(**spectrum_metrics(held_out.spectra()))

@@ -8,13 +8,13 @@ resumed evaluation answers only what is missing.
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -38,6 +38,7 @@ from cera_train.evaluation.requests import (
     request_seed,
 )
 from cera_train.model.folder import cache_bytes, positions_of
+from cera_train.model.language_model import LanguageModel
 from cera_train.settings.evaluation import GenerationConfig
 
 PROMPTS_AT_ONCE = 8  # few, so that prompts are padded little; enough to keep matrix products large
@@ -125,13 +126,20 @@ class TokenChoice:
 
 @dataclass
 class LoadedModel:
-    """A model that answers, in eval mode."""
+    """A model that answers."""
 
-    model: Any
-    base: PreTrainedModel  # the transformers model in `model`; without an adapter the same
+    language_model: LanguageModel
     tokenizer: Any
-    context: Callable[[], AbstractContextManager] = nullcontext
-    """Entered for each batch, such as autocast."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The base with its adapter."""
+        return self.language_model.model
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model in `model`; without an adapter the same."""
+        return self.language_model.causal_lm
 
     @property
     def positions(self) -> int | None:
@@ -174,7 +182,7 @@ class LoadedModel:
         """
         with for_inference(self.model):
             for batch in batches:
-                with self.context():
+                with self.language_model.generating():
                     self.prepare(max_new_tokens, stop)
                     yield from self.generate(batch, config, streamer)
 

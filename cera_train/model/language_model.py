@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, attention_of
 from cera_train.model.batches import Batch
 from cera_train.model.weights import decoder_of, layer_classes
+from cera_train.settings.model import Dtype
 
 Head = Callable[[Tensor], Tensor]  # [N, d] -> [N, V]
 T = TypeVar("T")
@@ -49,25 +50,25 @@ class LanguageModel(nn.Module):
     Args:
         model: `causal_lm` with an adapter inside it.
         causal_lm: transformers' model.
-        autocast: the context that both compute in.
-        device: what a plan plans for; None: where the batches are.
+        autocast_dtype: what products compute in under autocast; None: without.
+        device: where the model will compute; None: where it is.
     """
 
     def __init__(
         self,
         model: nn.Module,
         causal_lm: PreTrainedModel,
-        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        autocast_dtype: Dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.autocast = autocast
-        self.device = device
+        self.autocast_dtype = autocast_dtype
+        self.device = device or causal_lm.device
         # Accelerate shards by these names.
         self._no_split_modules = layer_classes(causal_lm)
         # Not registered: these are parts of `model`, and their parameters must not appear twice.
-        self._parts = {"causal_lm": causal_lm, "decoder": decoder_of(causal_lm)}
+        vars(self).update(causal_lm=causal_lm, decoder=decoder_of(causal_lm))
         self.allowed = Allowed()
         self.is_flat = False
         """Whether the model takes flat batches."""
@@ -85,7 +86,7 @@ class LanguageModel(nn.Module):
             hidden_states = self.decoder(**self.inputs(batch)).last_hidden_state
             hidden_states = narrow_to_head(states_before(hidden_states, batch), self.head)
             is_head_trained = any(weight.requires_grad for weight in self.head.parameters())
-            size = chunk_tokens(self.device or targets.device)
+            size = chunk_tokens(self.device)
             if torch.is_grad_enabled() and not is_head_trained:
                 return FrozenHeadCrossEntropy.apply(hidden_states, targets, self.logits, size)
             return adapted_head_cross_entropy(hidden_states, targets, self.logits, size)
@@ -108,21 +109,17 @@ class LanguageModel(nn.Module):
         """function(self). FSDP gathers sharded weights for methods of this module alone."""
         return function(self)
 
-    def use(self, allowed: Allowed, device: torch.device) -> None:
-        """Takes the layout and attention that are allowed and fast on a device."""
-        self.allowed = allowed
-        # On a CPU, attention over one long row under a mask costs more than the padding of rows of
-        # near-equal length.
-        is_fast = allowed.attention is not None or device.type != "cpu"
-        if allowed.flattens and is_fast:
-            self.use_flat_batches()
-
     def use_flat_batches(self) -> None:
         """Makes the model take flat batches from now on, with the fastest attention that it
         allows."""
         self.is_flat = True
         if self.allowed.attention is not None:
             self.causal_lm.set_attn_implementation(self.allowed.attention)
+
+    def autocast(self) -> torch.autocast:
+        """The context that the model and its adapter compute in."""
+        dtype = self.autocast_dtype and getattr(torch, self.autocast_dtype)
+        return torch.autocast(self.causal_lm.device.type, dtype, enabled=dtype is not None)
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[PreTrainedModel]:
@@ -155,16 +152,6 @@ class LanguageModel(nn.Module):
     def attention(self) -> str:
         """The name of the attention that computes."""
         return attention_of(self.causal_lm.config)
-
-    @property
-    def causal_lm(self) -> PreTrainedModel:
-        """The transformers model inside `model`."""
-        return self._parts["causal_lm"]
-
-    @property
-    def decoder(self) -> nn.Module:
-        """Its layers, without the head."""
-        return self._parts["decoder"]
 
     @property
     def head(self) -> nn.Module:

@@ -27,10 +27,15 @@ LENGTH = 8  # tokens of each sequence of a probe
 HALF = LENGTH // 2
 
 
-def choose_layout(language_model: LanguageModel, device: torch.device) -> None:
+def choose_layout(language_model: LanguageModel, may_flatten: bool = True) -> None:
     """Probes the model, and makes it take flat batches where that is correct and fast: sequences
     end to end in one row, without padding."""
-    language_model.use(language_model.with_whole_weights(probe), device)
+    allowed = language_model.with_whole_weights(probe)
+    # On a CPU, attention over one long row under a mask costs more than the padding of rows of
+    # near-equal length.
+    is_fast = allowed.attention is not None or language_model.device.type != "cpu"
+    if allowed.flattens and is_fast and may_flatten:
+        language_model.use_flat_batches()
 
 
 @torch.no_grad()
@@ -134,8 +139,7 @@ def _find_attention(
     if before != "sdpa":  # chosen by the user
         return agrees(), None, ()
     names = [BY_SEQUENCE]
-    device = language_model.device or causal_lm.device
-    if kernel_may_run(device, causal_lm.dtype):
+    if kernel_may_run(language_model.device, causal_lm.dtype):
         names.insert(0, VARLEN)
     refused = []
     try:  # the model's sdpa would make a T x T mask for a flat row

@@ -29,7 +29,7 @@ from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.folder import load_architecture
 from cera_train.model.language_model import LanguageModel
-from cera_train.model.layout import probe
+from cera_train.model.layout import choose_layout
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import (
     attention_for,
@@ -178,18 +178,10 @@ class DryRun:
         model_bytes = self.meter.alive
 
         self.optimizer = self._build_optimizer()
-        dtype = None if autocast is None else getattr(torch, autocast)
-        self.language_model = LanguageModel(
-            self.model,
-            self.base,
-            lambda: torch.autocast("cpu", dtype, enabled=dtype is not None),
-            self.device,
-        )
+        self.language_model = LanguageModel(self.model, self.base, autocast, self.device)
         with self.counted():
-            allowed = probe(self.language_model)
             # Without numbers any logits agree.
-            flattens = allowed.flattens and not self.is_scanned
-            self.language_model.use(replace(allowed, flattens=flattens), self.device)
+            choose_layout(self.language_model, may_flatten=not self.is_scanned)
             for weight in self.trained:
                 weight.grad = torch.zeros_like(weight)
             self.optimizer.step()  # makes the optimizer's states

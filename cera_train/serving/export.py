@@ -241,7 +241,7 @@ def fit_lora(run: LoadedModel, source: DataConfig) -> dict[str, torch.Tensor]:
         for name, layer in layers.items():
             hook = layer.cera_gate[ADAPTER].register_forward_hook(partial(fit_gate, name))
             hooks.callback(hook.remove)
-        hooks.enter_context(run.context())
+        hooks.enter_context(run.language_model.autocast())
         run.base.get_decoder()(**calibration.inputs, use_cache=False)
     saved = saved_tensors(run.model)
     tensors = {name: tensor for name, tensor in saved.items() if ".cera_" not in name}

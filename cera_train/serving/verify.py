@@ -8,7 +8,6 @@ cancel, and varies less than a difference of losses.
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.server import Server
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.folder import from_hub_or_folder, load_architecture
+from cera_train.model.language_model import LanguageModel
 from cera_train.model.weights import auto_class, load_model, quantization_of
 from cera_train.runs.records import Record
 from cera_train.runs.subject import Subject
@@ -226,18 +226,18 @@ def load_folder(folder: Path, model: ModelConfig, device: torch.device) -> Folde
     cannot = ("it cannot be loaded", "Export it anew.")
     with user_code(*cannot):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        loaded = load_plain(place, device, use_safetensors=True)
-        return Folder(loaded.eval(), loaded, tokenizer)
-    saved = check_saved(folder)
-    base_path = saved.get("base_model_name_or_path")
-    require(isinstance(base_path, str), f"{ADAPTER_CONFIG} names no base model: export it anew.")
-    named = replace(place, path=base_path, revision=saved.get("revision"))
-    is_whole = model.quantization == Quantization.none
-    base = load_plain(named, device) if is_whole else load_model(named, device)
-    with user_code(*cannot), warnings.catch_warnings(action="ignore"):
-        loaded = peft.PeftModel.from_pretrained(base, str(folder))
-    return Folder(loaded.eval(), base, tokenizer)
+    if (folder / ADAPTER_CONFIG).is_file():
+        saved = check_saved(folder)
+        path = saved.get("base_model_name_or_path")
+        require(isinstance(path, str), f"{ADAPTER_CONFIG} names no base model: export it anew.")
+        named = replace(place, path=path, revision=saved.get("revision"))
+        is_whole = model.quantization == Quantization.none
+        base = load_plain(named, device) if is_whole else load_model(named, device)
+        with user_code(*cannot), warnings.catch_warnings(action="ignore"):
+            loaded = peft.PeftModel.from_pretrained(base, str(folder))
+    else:
+        base = loaded = load_plain(place, device, use_safetensors=True)
+    return Folder(LanguageModel(loaded, base).eval(), tokenizer)
 
 
 def load_plain(model: ModelConfig, device: torch.device, **settings: Any) -> Any:
@@ -313,7 +313,7 @@ def log_probabilities(engine: Engine, row: Batch) -> torch.Tensor:
         places = row.loss_mask[0].nonzero()[:, 0].tolist()
         found = [engine.log_probabilities(ids[:place]) for place in places if place > 0]
         return torch.stack(found).to(row.input_ids.device)
-    with engine.context():
+    with engine.language_model.autocast():
         logits = engine.model(input_ids=row.input_ids, use_cache=False).logits[0, :-1]
     return log_softmax(logits[row.loss_mask[0, 1:]].float(), -1)
 
@@ -347,7 +347,8 @@ def explained(
             subject = replace(subject, model=model, adapter=None)
         rounded = load_subject(subject, reference.base.device)
         if other.dtype == Dtype.float32:
-            rounded = replace(rounded, context=nullcontext)  # also where the run sets autocast
+            # without autocast, also where the run sets it
+            rounded = replace(rounded, language_model=LanguageModel(rounded.model, rounded.base))
         value += TIMES * compare_models(reference, rounded, rows)["kl_upper"]
         reasons.append(f"{TIMES} times what rounding changes in the run itself")
     return Choice(value, " and ".join(reasons) or "the order of float32 sums")

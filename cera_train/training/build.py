@@ -127,8 +127,9 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     torch.manual_seed(config.train.seed)
     # Only process 0 has weights that will be sharded.
     idle = [] if accelerator.is_fsdp2 else None
-    has_autocast = accelerator.mixed_precision != "no"
-    adapted = adapters.build(base, config.adapter, idle, has_autocast)
+    on_gpu = accelerator.device.type == "cuda"
+    autocast = config.model.autocast_dtype(config.train.autocast, on_gpu)
+    adapted = adapters.build(base, config.adapter, idle, autocast is not None)
     if is_adapter(adapted):  # PEFT knows the name of the base alone
         adapted.peft_config[ADAPTER].revision = config.model.revision
     trainable_count, total_count = adapters.parameter_counts(adapted)
@@ -136,7 +137,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
 
     groups = adapters.parameter_groups(adapted, config.adapter)
     optimizer = build_optimizer(groups, config.optimizer, accelerator.device)
-    language_model = LanguageModel(adapted, base, accelerator.autocast)
+    language_model = LanguageModel(adapted, base, autocast, accelerator.device)
     is_ours = config.adapter.kind != AdapterKind.peft and not config.adapter.settings
     if config.train.check_coverage and not (is_ours or accelerator.is_fsdp2):
         check_effect(adapted, base, config.adapter, functools.partial(pass_padded, language_model))
@@ -150,7 +151,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     if accelerator.is_fsdp2:
         # Sharded weights are whole only inside such methods.
         register_fsdp_forward_method(language_model, "with_whole_weights")
-    choose_layout(language_model, accelerator.device)
+    choose_layout(language_model)
     if config.train.compile:
         compile_layers(language_model)
     model = Model(

@@ -23,6 +23,7 @@ from cera_train.distributed.sharding import trainable_weights
 from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout
+from cera_train.settings.model import Dtype
 from cera_train.settings.training import OptimizerConfig
 from cera_train.training.optimizer import build_optimizer
 
@@ -225,9 +226,8 @@ def test_what_trains_beside_an_adapter_is_float32_over_a_16_bit_base(adapter_of,
     with pytest.raises(UserError, match=r"needs autocast: set model\.dtype=float32"):
         build_narrow(has_autocast=False)
     model = build_narrow().train()
-    autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
-    language_model = LanguageModel(model, causal_lm(model), autocast)
-    choose_layout(language_model, torch.device("cpu"))
+    language_model = LanguageModel(model, causal_lm(model), Dtype.bfloat16)
+    choose_layout(language_model)
     make_batch = flat_batch if language_model.is_flat else padded_batch
     language_model(make_batch(ROWS, MASKS)).sum().backward()
     before = {key: weight.clone() for key, weight in trainable_weights(model).items()}

@@ -14,6 +14,7 @@ from cera_train.distributed.sharding import trainable_weights
 from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import pass_padded
 from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.model import Dtype
 
 IDS = torch.arange(3, 51).view(2, 24)
 
@@ -41,8 +42,8 @@ def test_another_passes_and_comes_back_to_its_start(config, autocast):
     model = build.build(make_tiny_llama().requires_grad_(False), config)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     base = model.get_base_model()
-    context = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=autocast)
-    passes = functools.partial(pass_padded, LanguageModel(model, base, context))
+    dtype = Dtype.bfloat16 if autocast else None
+    passes = functools.partial(pass_padded, LanguageModel(model, base, dtype))
     check_effect(model, base, config, passes)
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)

@@ -19,6 +19,7 @@ from oracles import (
 from benchmarks.tiny_models import tiny_model
 from cera_train.evaluation.generate import LoadedModel, TokenChoice, cache_room, cut_batches
 from cera_train.evaluation.requests import Request, generation_settings
+from cera_train.model.language_model import LanguageModel
 from cera_train.settings.evaluation import GenerationConfig
 
 SAMPLED = GenerationConfig(samples=2, temperature=0.8, top_p=0.95)
@@ -29,7 +30,7 @@ def engine_of(tokenizer):
     """engine_of(model, base) -> an engine that gives answers of up to 12 tokens."""
 
     def engine_of(model, base) -> LoadedModel:
-        engine = LoadedModel(model, base, tokenizer)
+        engine = LoadedModel(LanguageModel(model, base), tokenizer)
         engine.prepare(12, [])
         return engine
 
@@ -160,4 +161,4 @@ def test_a_tokenizer_without_an_end_is_refused():
     model = make_tiny_llama(eos_token_id=None)
     model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="no end-of-text token"):
-        LoadedModel(model, model, SimpleNamespace(eos_token_id=None)).prepare(12, [])
+        LoadedModel(LanguageModel(model, model), SimpleNamespace(eos_token_id=None)).prepare(12, [])

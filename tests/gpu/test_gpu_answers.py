@@ -6,6 +6,7 @@ from oracles import PROMPTS, adapted, assert_greedy_answers_are_the_librarys, le
 
 from cera_train.evaluation.generate import LoadedModel
 from cera_train.evaluation.requests import Request
+from cera_train.model.language_model import LanguageModel
 
 pytestmark = pytest.mark.gpu
 
@@ -21,7 +22,8 @@ def requests(tokenizer) -> list[Request]:
 @pytest.mark.parametrize("kind", [None, "cera", "lora", "dora"])
 def test_greedy_answers_are_those_of_the_library_one_by_one(tokenizer, requests, device, kind):
     base = make_tiny_llama(vocab_size=len(tokenizer)).to(device)
-    engine = LoadedModel(base if kind is None else adapted(base, kind), base, tokenizer)
+    model = base if kind is None else adapted(base, kind)
+    engine = LoadedModel(LanguageModel(model, base), tokenizer)
     engine.prepare(12, [])
     assert engine.can_decode
     let_answers_end(engine, requests)

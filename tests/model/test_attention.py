@@ -171,7 +171,7 @@ def test_the_kernel_is_used_only_if_it_agrees_else_its_fallback_is_named(
 
         monkeypatch.setattr(KERNEL, kernel)
     language_model = LanguageModel(model, model)
-    choose_layout(language_model, model.device)
+    choose_layout(language_model)
     assert language_model.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
     fallback = "".join(language_model.allowed.refused)
     assert named in fallback

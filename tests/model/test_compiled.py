@@ -1,7 +1,5 @@
 """Compiled layers stay compiled and have the gradients of eager ones."""
 
-import contextlib
-import functools
 import logging
 import random
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from cera_train.model.layout import choose_layout, probe
 from cera_train.model.lean import keep_less
 from cera_train.model.weights import load_model
 from cera_train.settings.adapters import AdapterConfig
-from cera_train.settings.model import ModelConfig, Quantization
+from cera_train.settings.model import Dtype, ModelConfig, Quantization
 
 LIMIT = 4
 """Variants of a layer that torch compiles here; else 8."""
@@ -49,11 +47,7 @@ def make_language_model(dtype: str, dropout: float, checkpointing: bool) -> Lang
         model.gradient_checkpointing_enable({"use_reentrant": False})
     config = CeraConfig(r=4, dropout=dropout, init_weights=False, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, config)
-    autocast = (
-        contextlib.nullcontext
-        if dtype == "float32"
-        else lambda: torch.autocast("cpu", torch.bfloat16)
-    )
+    autocast = None if dtype == "float32" else Dtype.bfloat16
     language_model = LanguageModel(adapted, model, autocast)
     probe(language_model)
     language_model.use_flat_batches()
@@ -129,9 +123,8 @@ def test_a_layer_has_seven_graphs_and_eleven_with_an_evaluation(graphs, tmp_path
     config = ModelConfig(str(tmp_path), dtype="bfloat16", quantization=Quantization(quantization))
     base = load_model(config, torch.device("cpu"))
     model = build(base, AdapterConfig(r=4, dropout=0.1, target_modules="all-linear"))
-    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
-    language_model = LanguageModel(model, base, autocast)
-    choose_layout(language_model, base.device)
+    language_model = LanguageModel(model, base, Dtype.bfloat16)
+    choose_layout(language_model)
     compile_layers(language_model, graphs.add)
     batches = list(micro_batches())[3:6]
 

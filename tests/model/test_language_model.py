@@ -168,4 +168,4 @@ def test_a_model_whose_tokens_see_later_ones_is_refused(name, changes, is_causal
         assert probe(language_model).flattens
     else:
         with pytest.raises(UserError, match="see later ones.*is_decoder=true in the config.json"):
-            choose_layout(language_model, torch.device("cpu"))
+            choose_layout(language_model)

@@ -1,6 +1,7 @@
 """`cera-export`: the nearest LoRA, what it loses, and that plain PEFT and transformers take it."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,9 +84,10 @@ def test_the_certificate_compares_token_by_token():
     table = torch.randn(2, 5, 5, dtype=torch.float64)
 
     def loaded(each: torch.Tensor) -> LoadedModel:
-        return LoadedModel(
-            lambda input_ids, **_: SimpleNamespace(logits=each[input_ids]), None, None
-        )
+        def model(input_ids, use_cache):
+            return SimpleNamespace(logits=each[input_ids])
+
+        return LoadedModel(SimpleNamespace(model=model, autocast=nullcontext), None)
 
     figures = compare_models(loaded(table[0]), loaded(table[1]), rows)
     inputs = [1, 2, 4]
