@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from cera_train.model.weights import decoder_of, layer_classes
 from cera_train.settings.model import Dtype
 
 Head = Callable[[Tensor], Tensor]  # [N, d] -> [N, V]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,14 +99,13 @@ class LanguageModel(nn.Module):
         """The arguments of transformers' model for a micro-batch."""
         # transformers recognises a flat row only without a cache
         inputs = batch.inputs | {"use_cache": False}
-        attends_by_sequence = attention_of(self.causal_lm.config) in (BY_SEQUENCE, VARLEN)
-        if batch.sequence_lengths is not None and attends_by_sequence:
+        if batch.sequence_lengths is not None and self.attends_by_sequence:
             inputs["sequences"] = Sequences(batch.sequence_lengths)
         return inputs
 
-    def with_whole_weights(self, function: Callable[[LanguageModel], T]) -> T:
-        """function(self). FSDP gathers sharded weights for methods of this module alone."""
-        return function(self)
+    def with_whole_weights(self, function: Callable[[LanguageModel], None]) -> None:
+        """Calls function(self). FSDP gathers sharded weights for methods of this module alone."""
+        function(self)
 
     def use_flat_batches(self) -> None:
         """Makes the model take flat batches from now on, with the fastest attention that it
@@ -128,17 +126,17 @@ class LanguageModel(nn.Module):
         end."""
         causal_lm = self.causal_lm
         was_training = self.training
-        attention = attention_of(causal_lm.config)
+        attention = self.attention
         settings = causal_lm.generation_config
         self.eval()
-        if attention in (BY_SEQUENCE, VARLEN):
+        if self.attends_by_sequence:
             causal_lm.set_attn_implementation("sdpa")  # as the probe found it
         try:
             with self.autocast(), self.uncompiled():
                 yield causal_lm
         finally:
             causal_lm.generation_config = settings
-            if attention in (BY_SEQUENCE, VARLEN):
+            if attention != self.attention:
                 causal_lm.set_attn_implementation(attention)
             self.train(was_training)
 
@@ -152,6 +150,11 @@ class LanguageModel(nn.Module):
     def attention(self) -> str:
         """The name of the attention that computes."""
         return attention_of(self.causal_lm.config)
+
+    @property
+    def attends_by_sequence(self) -> bool:
+        """Whether that is one of ours, which takes the lengths of a flat row's sequences."""
+        return self.attention in (BY_SEQUENCE, VARLEN)
 
     @property
     def head(self) -> nn.Module:

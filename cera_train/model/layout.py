@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from cera_train.common.errors import error_text
 from cera_train.common.settings import require
-from cera_train.model.attention import BY_SEQUENCE, VARLEN, attention_of, kernel_may_run
+from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.language_model import Allowed, LanguageModel
 
@@ -29,8 +29,9 @@ HALF = LENGTH // 2
 
 def choose_layout(language_model: LanguageModel, may_flatten: bool = True) -> None:
     """Probes the model, and makes it take flat batches where that is correct and fast: sequences
-    end to end in one row, without padding."""
-    allowed = language_model.with_whole_weights(probe)
+    end to end in one row, without padding. Sharded weights have to be whole: see
+    `LanguageModel.with_whole_weights`."""
+    allowed = probe(language_model)
     # On a CPU, attention over one long row under a mask costs more than the padding of rows of
     # near-equal length.
     is_fast = allowed.attention is not None or language_model.device.type != "cpu"
@@ -40,13 +41,8 @@ def choose_layout(language_model: LanguageModel, may_flatten: bool = True) -> No
 
 @torch.no_grad()
 def probe(language_model: LanguageModel) -> Allowed:
-    """Finds out by trying what this architecture allows, and keeps it.
-
-    Sharded weights have to be whole: see `LanguageModel.with_whole_weights`.
-
-    Raises:
-        UserError: tokens see later ones.
-    """
+    """Finds out by trying what this architecture allows, and keeps it. Raises UserError where
+    tokens see later ones."""
     causal_lm = language_model.causal_lm
     was_training = language_model.training
     language_model.eval()  # dropout would make any two passes differ
@@ -119,7 +115,7 @@ def _can_chunk_head(language_model: LanguageModel, expected: Tensor) -> bool:
     states = getattr(output, "last_hidden_state", None)  # Llama 4's decoder gives logits
     if states is None:
         return False
-    return _is_close(language_model.logits(states), expected, SAME_IN_32_BITS)
+    return bool(_distance(language_model.logits(states), expected) <= SAME_IN_32_BITS)
 
 
 def _find_attention(
@@ -133,9 +129,10 @@ def _find_attention(
 
     def agrees() -> bool:
         logits, leak = pass_twice(language_model, flat_batch)
-        return _is_close(logits, expected, tolerance) and bool(leak <= noise + tolerance / 10)
+        is_same = _distance(logits, expected) <= tolerance
+        return bool(is_same and leak <= noise + tolerance / 10)
 
-    before = attention_of(causal_lm.config)
+    before = language_model.attention
     if before != "sdpa":  # chosen by the user
         return agrees(), None, ()
     names = [BY_SEQUENCE]
@@ -146,7 +143,7 @@ def _find_attention(
         for name in names:
             causal_lm.set_attn_implementation(name)
             # Some models accept no other implementation.
-            if attention_of(causal_lm.config) != name:
+            if language_model.attention != name:
                 refused.append(f"{name} attention: this model takes no other than its own")
                 break
             try:
@@ -163,10 +160,6 @@ def _find_attention(
 
 def _tolerance(causal_lm: PreTrainedModel) -> float:
     return SAME_IN_32_BITS if causal_lm.dtype == torch.float32 else SAME_IN_16_BITS
-
-
-def _is_close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
-    return bool(_distance(values, expected) <= tolerance)
 
 
 def _distance(values: Tensor, expected: Tensor) -> Tensor:

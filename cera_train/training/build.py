@@ -151,7 +151,7 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     if accelerator.is_fsdp2:
         # Sharded weights are whole only inside such methods.
         register_fsdp_forward_method(language_model, "with_whole_weights")
-    choose_layout(language_model)
+    language_model.with_whole_weights(choose_layout)
     if config.train.compile:
         compile_layers(language_model)
     model = Model(
