@@ -24,7 +24,7 @@ from transformers.utils import is_flash_attn_2_available, is_liger_kernel_availa
 from benchmarks.rows import read_rows, trained
 from cera_train.cli.compose import compose
 from cera_train.common.settings import to_plain
-from cera_train.model.weights import quantization_config
+from cera_train.model.weights import nf4_config
 from cera_train.settings.model import Quantization
 
 RANK = 64
@@ -71,7 +71,7 @@ class Work:
             base,
             dtype=self.dtype,
             device_map={"": device},
-            quantization_config=quantization_config(self.quantization, self.dtype),
+            quantization_config=nf4_config(self.dtype) if self.precision == "nf4" else None,
             **more,
         )
 

@@ -43,11 +43,9 @@ def load_model(
     is_quantised = config.quantization != Quantization.none
     dtype = getattr(torch, choose_precision(config.dtype, torch.device(device)).value)
     quantising = {}
-    if not _is_stored_quantised(architecture, config):
-        skip = left_unquantised(architecture) if is_quantised else None
-        quantising["quantization_config"] = quantization_config(
-            config.quantization, dtype, will_be_sharded, skip
-        )
+    if not _is_stored_quantised(architecture, config) and is_quantised:
+        skip = left_unquantised(architecture)
+        quantising["quantization_config"] = nf4_config(dtype, will_be_sharded, skip)
     model, loading = from_hub_or_folder(
         auto_class(architecture).from_pretrained,
         config,
@@ -61,7 +59,7 @@ def load_model(
         use_safetensors=None if config.trust_remote_code else True,
     )
     _check_all_loaded(model, loading["missing_keys"], config)
-    if config.quantization == Quantization.nf4:
+    if is_quantised:
         keep_4bit_weights(model)
     freeze(model, config)
     return model
@@ -177,16 +175,11 @@ def mixes_sequences(model: PreTrainedModel) -> bool:
     return is_stateful or not takes_positions
 
 
-def quantization_config(
-    quantization: Quantization,
-    dtype: torch.dtype,
-    will_be_sharded: bool = False,
-    skip: list[str] | None = None,
-) -> BitsAndBytesConfig | None:
+def nf4_config(
+    dtype: torch.dtype, will_be_sharded: bool = False, skip: list[str] | None = None
+) -> BitsAndBytesConfig:
     """bitsandbytes' settings: NF4 with double quantisation, computing in `dtype`. `skip` names
     modules that are not quantised; None: the head."""
-    if quantization == Quantization.none:
-        return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
