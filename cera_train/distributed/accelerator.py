@@ -5,7 +5,6 @@ import contextlib
 import gc
 import os
 import warnings
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,26 +36,10 @@ def this_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@contextlib.contextmanager
-def named_launch() -> Iterator[None]:
-    """Turns a failure to meet the other processes into a UserError with the variables that name
-    them: a launcher's may be left over."""
-    try:
-        yield
-    except torch.distributed.DistError as error:
-        where = ", ".join(f"{name}={os.environ.get(name)}" for name in MEETING)
-        cause = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"{where}: {cause}: start all processes, or this command alone: unset "
-            f"{' '.join(RANKS)}."
-        ) from error
-
-
-@named_launch()
 def start_accelerator(
     model: ModelConfig, autocast: bool | None, config: DistributedConfig
 ) -> Accelerator:
-    """Joins the processes of this command."""
+    """Joins the processes of this command. Raises UserError where they do not meet."""
     # Otherwise the first run of a process would fix the precision of later ones.
     AcceleratorState._reset_state(reset_partial_state=True)
     has_gpu = this_device().type == "cuda"
@@ -71,19 +54,28 @@ def start_accelerator(
             cpu_ram_efficient_loading=False,
             mixed_precision_policy=MixedPrecisionPolicy(),
         )
-    accelerator = Accelerator(
-        mixed_precision=MIXED_PRECISIONS[model.autocast_dtype(autocast, has_gpu)],
-        # otherwise Accelerate joins no processes there, or picks another accelerator
-        cpu=not has_gpu,
-        fsdp_plugin=plugin,
-        # train.compile decides, not `accelerate config`
-        dynamo_backend="no",
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout)),
-            # Buffers are not trained: they are the same everywhere.
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=MIXED_PRECISIONS[model.autocast_dtype(autocast, has_gpu)],
+            # otherwise Accelerate joins no processes there, or picks another accelerator
+            cpu=not has_gpu,
+            fsdp_plugin=plugin,
+            # train.compile decides, not `accelerate config`
+            dynamo_backend="no",
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout)),
+                # Buffers are not trained: they are the same everywhere.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+        )
+    except torch.distributed.DistError as error:
+        # A launcher's variables may be left over.
+        where = ", ".join(f"{name}={os.environ.get(name)}" for name in MEETING)
+        cause = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"{where}: {cause}: start all processes, or this command alone: unset "
+            f"{' '.join(RANKS)}."
+        ) from error
     if plugin is not None:
         # Otherwise later runs of this process would use FSDP too.
         os.environ.pop("ACCELERATE_USE_FSDP")
@@ -110,17 +102,17 @@ def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
     supported = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if strategy == Strategy.fsdp:
         supported = {DistributedType.FSDP}
-        if accelerator.num_processes == 1:
-            raise UserError(
-                "distributed.strategy=fsdp shards the weights over several processes, and there "
-                "is one: leave it out."
-            )
-    if accelerator.distributed_type not in supported:
-        raise UserError(
-            f"The launcher set up {accelerator.distributed_type.value}, but "
-            f"distributed.strategy={strategy} needs plain processes: choose no engine in "
-            "`accelerate config`. distributed.strategy=fsdp shards without one."
+        require(
+            accelerator.num_processes > 1,
+            "distributed.strategy=fsdp shards the weights over several processes, and there is "
+            "one: leave it out.",
         )
+    require(
+        accelerator.distributed_type in supported,
+        f"The launcher set up {accelerator.distributed_type.value}, but "
+        f"distributed.strategy={strategy} needs plain processes: choose no engine in `accelerate "
+        "config`. distributed.strategy=fsdp shards without one.",
+    )
     accelerator.gradient_accumulation_steps = 1  # a user's config would divide the loss
 
 
@@ -137,15 +129,12 @@ def peak_memory(device: torch.device) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def let_segments_grow() -> None:
-    """Lets torch's CUDA allocator grow its segments, since micro-batches differ in length. CUDA
-    reads the variable once, when it starts."""
+def prepare_memory() -> None:
+    """Frees the memory of earlier jobs of a sweep in this process, and resets the peak. Lets
+    torch's CUDA allocator grow its segments, since micro-batches differ in length: CUDA reads the
+    variable once, when it starts."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-
-
-def forget_earlier_runs() -> None:
-    """Frees the memory of earlier jobs of a sweep in this process, and resets the peak."""
     gc.collect()  # Accelerate's model and its forward refer to each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

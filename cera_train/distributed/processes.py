@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from cera_train.common.errors import UserError, explain
@@ -40,22 +40,18 @@ def launched_rank() -> int | None:
         size = int(os.environ.get(f"{library}_SIZE", 1))
         if size > 1 and "RANK" not in os.environ:  # srun sets a rank for a single task too
             return int(os.environ[f"{library}_RANK"])
-    check_launched(os.environ)
-    return int(os.environ["RANK"]) if "RANK" in os.environ else None
-
-
-def check_launched(environment: Mapping[str, str]) -> None:
-    """Raises UserError for some of a launcher's variables without the others, by which Accelerate
-    would fail, wait or, on a GPU, train each process alone. A single process needs no address."""
-    found = [name for name in RANKS if name in environment]
-    is_single = environment.get("WORLD_SIZE") == "1" and environment.get("RANK", "0") == "0"
-    missing = [name for name in (*MEETING, "LOCAL_RANK") if name not in environment]
+    found = [name for name in RANKS if name in os.environ]
+    missing = [name for name in (*MEETING, "LOCAL_RANK") if name not in os.environ]
+    is_single = os.environ.get("WORLD_SIZE") == "1" and os.environ.get("RANK", "0") == "0"
+    # By some of the variables Accelerate would fail, wait or, on a GPU, train each process alone. A
+    # single process needs no address.
     require(
         not found or not missing or (is_single and "LOCAL_RANK" not in found),
-        f"{', '.join(f'{name}={environment[name]}' for name in found)} without "
+        f"{', '.join(f'{name}={os.environ[name]}' for name in found)} without "
         f"{', '.join(missing)}: start this command by torchrun, `accelerate launch` or srun, which "
         f"set all of these variables, or alone: unset {' '.join(found)}.",
     )
+    return int(os.environ["RANK"]) if "RANK" in os.environ else None
 
 
 def is_main_process() -> bool:
@@ -98,14 +94,14 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))
 
 
-def leave_slurm_step(environment: Mapping[str, str]) -> None:
+def leave_slurm_step() -> None:
     """Lets process 0 of a Slurm step leave last, and raises SystemExit with status 0 in the others.
 
     At the first status that is not 0, `srun --kill-on-bad-exit` ends the tasks that are still
     leaving by SIGTERM. It returns the highest status, which would be 143: a batch script that
     requeues a saved run would not. A task that a signal ended at once, as while it loads, keeps its
     status: the others may wait for it."""
-    is_alone = int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1 or not is_one_of_several()
+    is_alone = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1 or not is_one_of_several()
     if is_alone or STOPPED:
         return
     if not is_main_process():
@@ -139,7 +135,7 @@ def in_processes(function: Callable[[Any], dict[str, Any]], config: Any) -> dict
         return function(config) if processes == 1 else start_processes(function, config, processes)
     except Interrupted as interrupted:
         interrupted.hand_over()
-        leave_slurm_step(os.environ)
+        leave_slurm_step()
         raise
 
 

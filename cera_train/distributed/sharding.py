@@ -24,10 +24,11 @@ def share_frozen_weights(module: nn.Module) -> None:
 def trainable_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor | None]:
     """The trainable weights, unsharded; a process that does not `keep` them gets None for each. A
     collective."""
-    trainable = {
-        name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad
+    return {
+        name: _whole(weight.detach(), keep)
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
     }
-    return map_values(lambda tensor: _whole(tensor, keep), trainable, torch.Tensor)
 
 
 def optimizer_state(

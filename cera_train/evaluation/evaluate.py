@@ -22,12 +22,7 @@ from cera_train.common.terminal import (
     time_left,
 )
 from cera_train.data.prepare import prepare_evaluation
-from cera_train.distributed.accelerator import (
-    forget_earlier_runs,
-    let_segments_grow,
-    quiet_libraries,
-    start_accelerator,
-)
+from cera_train.distributed.accelerator import prepare_memory, quiet_libraries, start_accelerator
 from cera_train.distributed.processes import in_processes, is_main_process
 from cera_train.evaluation.engine import (
     Engine,
@@ -115,8 +110,7 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
         UserError: the model, its adapter, a server or the evaluation's folder cannot be used.
     """
     quiet_libraries()
-    let_segments_grow()
-    forget_earlier_runs()
+    prepare_memory()
     config = evaluation.config
     subject = evaluation.subject
     name = config.folder_name

@@ -19,12 +19,7 @@ from cera_train.common.files import write_text
 from cera_train.common.settings import to_plain
 from cera_train.common.signals import Interrupted, Interruption, first_heard
 from cera_train.common.terminal import counted, print_line, time_left
-from cera_train.distributed.accelerator import (
-    forget_earlier_runs,
-    let_segments_grow,
-    peak_memory,
-    quiet_libraries,
-)
+from cera_train.distributed.accelerator import peak_memory, prepare_memory, quiet_libraries
 from cera_train.distributed.processes import in_processes, is_main_process
 from cera_train.evaluation.task_evaluation import TaskResults
 from cera_train.model.compiled import count_graphs
@@ -90,8 +85,7 @@ def train(config: Config) -> dict[str, Any]:
         Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, after the update in progress was saved.
     """
     quiet_libraries()
-    let_segments_grow()
-    forget_earlier_runs()
+    prepare_memory()
     path = Path(config.output_dir) / config.name
     resolved = resolve(config, path)
     config = resolved.config

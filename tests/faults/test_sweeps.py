@@ -88,10 +88,10 @@ def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(
 
 def test_the_peak_memory_of_a_job_is_its_own():
     """The jobs of a sweep share a process, whose peak would be the largest job's."""
-    from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory
+    from cera_train.distributed.accelerator import peak_memory, prepare_memory
 
     large = bytearray(300_000_000)
     before = peak_memory(torch.device("cpu"))
     del large
-    forget_earlier_runs()
+    prepare_memory()
     assert peak_memory(torch.device("cpu")) < before - 250_000_000
