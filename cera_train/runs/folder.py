@@ -38,7 +38,7 @@ from cera_train.common.trust import redact_tree
 from cera_train.data.tokens import save_tokenizer
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.identity import BaseIdentity
-from cera_train.runs.records import Record, another_config, differences
+from cera_train.runs.records import Record, check_config
 from cera_train.runs.results import (
     DIVERGED,
     GRADES,
@@ -177,9 +177,8 @@ class RunFolder:
     def check_may_run(self) -> None:
         """Raises UserError if the folder holds a run whose config gives another result."""
         config = self.path / "config.yaml"
-        can_differ = has_saved(self.path) and config.exists()
-        if can_differ and (different := differences(config, self.config)):
-            raise another_config(self.path, different)
+        if has_saved(self.path) and config.exists():
+            check_config(config, self.config)
 
     # --- writing ----------------------------------------------------------------------------------
 

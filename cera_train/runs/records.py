@@ -5,7 +5,7 @@ None stands for "not measured"."""
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.files import finite, read_json, read_yaml, write_text
-from cera_train.common.settings import AUTO, Changes, changes_of, flatten, to_plain
+from cera_train.common.settings import AUTO, Changes, changes_of, flatten, require, to_plain
 from cera_train.common.trust import redact_tree
 from cera_train.settings.gone import without_gone
 from cera_train.settings.run import Config
@@ -184,11 +184,13 @@ def _filled(settings: Any, recorded: Any, names: Iterable[str]) -> Any:
     return replace(settings, **values)
 
 
-def another_config(folder: Path, different: Mapping[str, str]) -> UserError:
-    """The error for a folder whose run has another config, by their `differences`."""
-    return UserError(
-        f"{folder} holds a run with another config: {'; '.join(different.values())}. Set these "
-        "back to resume it, or choose another name=..."
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """Raises UserError where the run that wrote this config.yaml has another config."""
+    different = differences(path, config)
+    require(
+        not different,
+        f"{path.parent} holds a run with another config: {'; '.join(different.values())}. Set "
+        "these back to resume it, or choose another name=...",
     )
 
 

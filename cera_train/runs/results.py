@@ -38,7 +38,6 @@ class SpectrumSummary(Record):
     effective_rank_mean: float | None = key("spectrum/effective_rank/mean")
     effective_rank_max: float | None = key("spectrum/effective_rank/max")
     manifold_dimension_mean: float | None = key("spectrum/manifold_dimension/mean")
-    manifold_dimension_max: float | None = key("spectrum/manifold_dimension/max")
     # The share of a branch's variance that the best affine map of A x explains.
     linear_share_mean: float | None = key("spectrum/linear_share/mean")
     # The share of the gate in z + gamma (gate(z) - z), the mean over modules; None unless it is
@@ -348,11 +347,9 @@ def describe_tasks(figures: dict[str, float], before: dict[str, float] | None = 
     tasks: dict[str, list[str]] = {}
     for full_name, value in figures.items():
         task, _, name = full_name.partition("/")
-        share = (
-            f"{before[full_name]:.1%} before, {value:.1%} after"
-            if full_name in (before or {})
-            else f"{value:.1%}"
-        )
+        share = f"{value:.1%}"
+        if before and full_name in before:
+            share = f"{before[full_name]:.1%} before, {share} after"
         tasks.setdefault(task, []).append(f"{name} {share}")
     return "; ".join(f"{task} {', '.join(texts)}" for task, texts in tasks.items())
 

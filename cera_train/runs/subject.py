@@ -84,12 +84,10 @@ def _resolve(config: SubjectConfig, setting: str) -> Subject:
         return Subject(Path(config.output_dir) / f"base-{name}", model, run=run)
     folder = Path(config.run)
     root, adapter = find_adapter(folder, setting)
-    if root is None:  # an adapter from anywhere
-        check_saved(adapter)
-        return Subject(folder, config.model or base_of(folder, config.trust_remote_code), folder)
-    run = load_config(root / "config.yaml")
     check_saved(adapter)
-    _check_trust(config, root, run)
+    if root is None:  # an adapter from anywhere
+        return Subject(folder, config.model or base_of(folder, config.trust_remote_code), folder)
+    run = _trusted_run(config, root)
     place = adapter if is_export(adapter) else root
     return Subject(place, config.model or run.model, adapter, run)
 
@@ -98,18 +96,19 @@ def _like(config: SubjectConfig) -> Config:
     """The run that `like=` names."""
     root, _ = find_adapter(Path(config.like), "like")
     require(root is not None, f"like={config.like} belongs to no run: name the folder of one.")
+    return _trusted_run(config, root)
+
+
+def _trusted_run(config: SubjectConfig, root: Path) -> Config:
+    """The config of a run. Raises UserError where its model has code that this command does not
+    trust."""
     run = load_config(root / "config.yaml")
-    _check_trust(config, root, run)
-    return run
-
-
-def _check_trust(config: SubjectConfig, root: Path, run: Config) -> None:
-    """Raises UserError where the model of a run has code that this command does not trust."""
     require(
         config.model is not None or config.trust_remote_code or not run.model.trust_remote_code,
         f"{root}/config.yaml asks to run the Python code that comes with {run.model.path}. If you "
         f"trust that code, say so on the command line: trust_remote_code=true.",
     )
+    return run
 
 
 def find_adapter(folder: Path, setting: str) -> tuple[Path | None, Path]:

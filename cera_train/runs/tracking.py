@@ -120,28 +120,26 @@ def build_tracker(
 ) -> GeneralTracker:
     """Accelerate's tracker of a name, not yet started."""
     arguments = config.kinds[kind] or {}
-    if kind == WANDB:
-        known = {
-            "id": wandb_id(folder),
-            "resume": "allow",
-            "name": name[:WANDB_NAME],
-            "dir": str(folder),
-        }
-        return wandb_tracker(config.project, known | arguments)
     tracker_class = tracker_classes()[kind]
     if kind == TENSORBOARD:
         return tracker_class(kind, folder, purge_step=first_update + 1, **arguments)
+    if kind == WANDB:
+        arguments = wandb_arguments(name, folder) | arguments
     return tracker_class(config.project, **arguments)
 
 
-def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
-    """Weights & Biases, offline without a key."""
+def wandb_arguments(name: str, folder: Path) -> dict[str, str]:
+    """What a run of W&B begins with: offline without a key."""
     import wandb
-    from accelerate.tracking import WandBTracker
 
     has_key = wandb.login(prompt=False, verify=False)
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-    return WandBTracker(project, mode=mode, **arguments)
+    return {
+        "id": wandb_id(folder),
+        "resume": "allow",
+        "name": name[:WANDB_NAME],
+        "dir": str(folder),
+        "mode": os.environ.get("WANDB_MODE") or ("online" if has_key else "offline"),
+    }
 
 
 def wandb_id(folder: Path) -> str:

@@ -28,7 +28,7 @@ from cera_train.common.trust import redact_tree
 from cera_train.data.rows import check_files
 from cera_train.distributed.processes import is_main_process
 from cera_train.model.path import check_model
-from cera_train.runs.records import another_config, as_recorded, differences, load_config
+from cera_train.runs.records import as_recorded, check_config, load_config
 from cera_train.runs.results import DIVERGED
 from cera_train.settings.run import Config
 from cera_train.sweep.folder import (
@@ -120,8 +120,7 @@ def check_job(config: Config, folder: Path) -> None:
     if (folder / "result.json").exists() or (folder / DIVERGED).exists():
         if record.exists():
             recorded = as_recorded(config, load_config(record))
-            if different := differences(record, redact_tree(to_plain(recorded))):
-                raise another_config(folder, different)
+            check_config(record, redact_tree(to_plain(recorded)))
         return
     check_model(config.model.path)
     for place, part in config.data.parts():

@@ -51,7 +51,7 @@ def test_several_trackers_run_at_once_and_a_failing_one_is_dropped_once(
 ):
     other = Recording()
     wandb = Recording(fails_at=2)
-    monkeypatch.setattr(tracking, "wandb_tracker", lambda *_: wandb)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", lambda *_, **__: wandb)
     passed = []
 
     def make(project, **arguments):
