@@ -29,12 +29,14 @@ from benchmarks.ground_truth import (
 )
 from benchmarks.rows import with_holm, write_result
 from benchmarks.tiny_models import byte_tokenizer
+from cera_train.report.template import load_template
 from cera_train.verdicts.contrast import contrast_over_bases
 from cera_train.verdicts.interval import ERROR_RATE
 from cera_train.verdicts.power import detectable
 
 FOLDER = Path("outputs/dose")
 EVIDENCE = Path("docs/evidence/dose")
+NATURAL = Path("docs/evidence/natural/layer_10.json")
 LONGER = "_long"
 """Ends the name of a study with more updates."""
 GAIN = ("difference", "between", "obstacles")
@@ -189,6 +191,22 @@ def judge(bases: list[Found]) -> dict[str, Any]:
         "longer": curves(longer, ENDS, LONGER) if longer else None,
         "shares": {name: shares(bases, name) for name in names},
     }
+
+
+# --- the picture ----------------------------------------------------------------------------------
+
+
+def draw(bases: list[Found]) -> str:
+    """The gate's gain by dose, and the doses of natural changes: an SVG for light and dark
+    pages."""
+    return load_template("dose.svg", "benchmarks").render(
+        bases=len(bases),
+        curves=curves(bases, DOSES),
+        arms=ARMS,
+        doses=DOSES,
+        natural=json.loads(NATURAL.read_text()),
+        places={**PLACES, "o_proj": "self_attn.o_proj"},
+    )
 
 
 def main() -> None:

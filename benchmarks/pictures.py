@@ -1,8 +1,7 @@
 """Draws the evidence in docs/pictures: `python -m benchmarks.pictures`.
 
-evidence.svg has the main contrasts of every study in docs/evidence, with a heading a question.
-evidence_short.svg has those that docs/evidence/short.yaml lists. The other pictures are kept by
-hand.
+evidence.svg has the contrasts that docs/evidence/short.yaml lists, dose.svg the curves of
+docs/evidence/dose. The other pictures are kept by hand.
 """
 
 import json
@@ -11,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from benchmarks import dose
 from cera_train.common.files import read_yaml, write_text
 from cera_train.report.forest import Forest, Group, row_of
 from cera_train.settings.sweep import LOSS
@@ -26,18 +26,8 @@ class Finding(NamedTuple):
     """A contrast of a study in its first outcome."""
 
     name: str  # such as `teachers: cera - lora, even`
-    question: str
     matters: float
     contrast: OutcomeContrast
-
-    @property
-    def is_main(self) -> bool:
-        """Whether it compares CeRA with LoRA or half its scale at the same place, such as cera_qv
-        with lora_qv, or two differences."""
-        first = self.contrast.first
-        cera = re.sub("^(lora|half)(?=_|$)", "cera", first)
-        is_of_two_differences = first.startswith("(")
-        return is_of_two_differences or (cera != first and self.contrast.second == cera)
 
 
 def group_of(heading: str, findings: dict[str, Finding]) -> Group:
@@ -67,7 +57,7 @@ def read_findings(folder: Path) -> list[Finding]:
                 name += f", {brief(contrast.condition)}"
             if contrast.outcome == config["outcomes"][0]:
                 matters = what_matters(contrast, results)
-                findings.append(Finding(name, config["question"], matters, contrast))
+                findings.append(Finding(name, matters, contrast))
     return findings
 
 
@@ -86,16 +76,6 @@ def what_matters(contrast: OutcomeContrast, results: dict[str, Any]) -> float:
     return min([matters, *shares])
 
 
-def forest_of_all(findings: list[Finding]) -> Forest:
-    """The main contrasts, by question."""
-    by_question: dict[str, dict[str, Finding]] = {}
-    for finding in findings:
-        if finding.is_main:
-            by_question.setdefault(finding.question, {})[finding.name] = finding
-    groups = [group_of(question, same) for question, same in by_question.items()]
-    return Forest("evidence", "Does CeRA's gate help?", EVIDENCE_CAPTION, groups)
-
-
 def forest_of(findings: list[Finding], headings: dict[str, dict[str, str]]) -> Forest:
     """The contrasts of a list.
 
@@ -107,19 +87,21 @@ def forest_of(findings: list[Finding], headings: dict[str, dict[str, str]]) -> F
         group_of(heading, {label: by_name[name] for label, name in names.items()})
         for heading, names in headings.items()
     ]
-    return Forest("evidence_short", "Should I use CeRA?", EVIDENCE_CAPTION, groups)
+    return Forest("evidence", "Should I use CeRA?", EVIDENCE_CAPTION, groups)
 
 
-def forests() -> list[Forest]:
+def pictures() -> dict[str, str]:
+    """Name -> SVG."""
     evidence = DOCS / "evidence"
-    findings = read_findings(evidence)
-    return [forest_of_all(findings), forest_of(findings, read_yaml(evidence / "short.yaml"))]
+    forest = forest_of(read_findings(evidence), read_yaml(evidence / "short.yaml"))
+    bases = [json.loads(file.read_text()) for file in sorted(evidence.glob("dose/b*.json"))]
+    return {"evidence": forest.svg, "dose": dose.draw(bases)}
 
 
 def main() -> None:
-    for picture in forests():
-        path = DOCS / "pictures" / f"{picture.name}.svg"
-        write_text(path, picture.svg)
+    for name, svg in pictures().items():
+        path = DOCS / "pictures" / f"{name}.svg"
+        write_text(path, svg)
         print(path)
 
 

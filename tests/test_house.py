@@ -114,10 +114,10 @@ BUDGETS = {
     "cera_train/common": 5_133,
     "cera_train/data": 16_180,
     "cera_train/distributed": 2_540,
-    "cera_train/evaluation": 16_618,
+    "cera_train/evaluation": 16_612,
     "cera_train/model": 9_600,
     "cera_train/planning": 5_990,
-    "cera_train/report": 8_834,
+    "cera_train/report": 8_840,
     "cera_train/runs": 8_570,
     "cera_train/serving": 8_245,
     "cera_train/settings": 7_180,
@@ -125,9 +125,9 @@ BUDGETS = {
     "cera_train/sweep": 2_960,
     "cera_train/training": 11_896,
     "cera_train/verdicts": 3_420,
-    "cera_train": 138_590,
+    "cera_train": 138_593,
     "tests": 134_914,
-    "benchmarks": 27_976,
+    "benchmarks": 27_973,
 }
 """The most tokens of Python in a folder: what a reader has to read."""
 
