@@ -87,7 +87,7 @@ evidence: $(VENV)/.installed-test  ## find a gate where there is one, and none w
 	$(BIN)/cera-train -m +study=controls hydra/launcher=joblib
 	$(BIN)/cera-report outputs/controls
 
-pictures: $(VENV)/.installed-test  ## draw docs/pictures/evidence*.svg from docs/evidence
+pictures: $(VENV)/.installed-test  ## draw docs/pictures/evidence.svg and dose.svg from docs/evidence
 	$(BIN)/python -m benchmarks.pictures
 
 docs: $(VENV)/.installed-test  ## build the site from these pages: open site/index.html
