@@ -22,7 +22,7 @@ QUICK = "+recipe=logistic_map"
 def tiny_plan(plan, tiny_folder):
     """tiny_plan("adapter.r=8", ...) -> RunPlan of the logistic map with a two-layer Llama."""
     tiny = [QUICK, f"model.path={tiny_folder}", "data.max_length=256", "adapter.r=4"]
-    return lambda *overrides: plan(*tiny, *overrides)
+    return lambda *overrides: plan(*tiny, "train.batch_size=16", *overrides)
 
 
 def test_what_lowers_memory_is_not_chosen_yet():
@@ -50,9 +50,7 @@ def test_the_activations_of_llama_by_hand(plan):
 
 def test_what_lowers_memory(tiny_plan):
     def activations(*overrides: str) -> float:
-        planned = tiny_plan(
-            "train.batch_size=16", "train.micro_batch_tokens=1152", "adapter.r=1", *overrides
-        )
+        planned = tiny_plan("train.micro_batch_tokens=1152", "adapter.r=1", *overrides)
         return planned.memory["gradients, activations"]
 
     whole = activations()
@@ -82,10 +80,10 @@ def test_a_run_takes_what_was_predicted(plan, tmp_path):
 
 
 def test_processes_share_rows_and_weights(tiny_plan):
-    one, two = (tiny_plan("train.batch_size=16", f"plan.gpus={gpus}") for gpus in (1, 2))
+    one, two = (tiny_plan(f"plan.gpus={gpus}") for gpus in (1, 2))
     assert two.memory["buckets"] == two.memory["adapter"] == one.memory["adapter"]
     assert two.memory["gradients, activations"] < one.memory["gradients, activations"]
-    sharded = tiny_plan("train.batch_size=16", "plan.gpus=2", "distributed.strategy=fsdp").memory
+    sharded = tiny_plan("plan.gpus=2", "distributed.strategy=fsdp").memory
     assert sharded["weights"] == one.memory["weights"] / 2
     assert sharded["gathered"] == pytest.approx(one.memory["weights"], rel=0.1)  # it has two layers
     assert "buckets" not in sharded

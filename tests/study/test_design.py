@@ -35,12 +35,13 @@ def row(out: str, name: str) -> list[str]:
 def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
     spread = "plan.spread={loss:[0.01,0,0.02]}"
     outcomes = ["study.outcomes=[loss,logistic_map]", "train.tasks=[logistic_map]"]
-    out = plan_command(*STUDY, spread, *outcomes, "study.tune_seeds=1")
+    study = [*STUDY, spread, *outcomes]  # the same plans each time
+    out = plan_command(*study, "study.tune_seeds=1")
     assert out.startswith("study      Does CeRA reach a lower loss than LoRA on the logistic map")
     assert "\nedges      optimizer.lr has 2 values: the best is at an edge" in out
     runs, _, _, updates, time, *_ = row(out, "3 cells")
     assert time == duration(12 * START)  # the model is tiny
-    assert "\nedges " not in plan_command(*STUDY, "study.extend=true")
+    assert "\nedges " not in plan_command(*study, "study.extend=true")
     assert (runs, updates) == ("12", f"{3 * (2 + 2) * 24}")  # the compared seeds run one value
     assert row(out, "cera, adapter.r=16")[:2] == [f"{2 * 16 * (32 + 32 + 32 + 16):,}", "4"]
 
@@ -52,7 +53,7 @@ def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
     assert "study.matters=0.02 is not detected\n" in out
     *_, line = out.splitlines()
     assert "logistic_map: set plan.spread={logistic_map: [...]} to the square roots of" in line
-    assert "Holm's first step over 3 contrasts" in plan_command(*STUDY, spread, "study.arm=cera")
+    assert "Holm's first step over 3 contrasts" in plan_command(*study, "study.arm=cera")
 
 
 @pytest.mark.slow

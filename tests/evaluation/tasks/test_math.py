@@ -2,7 +2,7 @@ r"""MATH's answers: the box, and both graders on one table of pairs, judged by h
 
 import pytest
 
-from cera_train.evaluation.grading import AnswerPair, Verdict, verify_answers
+from cera_train.evaluation.grading import AnswerPair, Verdict, _verdict
 from cera_train.evaluation.tasks.math import find_box, gold_latex, plain_latex, same_latex
 
 # answer, gold, exact?, verified?
@@ -61,12 +61,9 @@ PAIRS = [
 
 
 def test_both_graders_on_the_table():
-    verdicts = verify_answers(
-        [AnswerPair(reference, answer, "") for answer, reference, _, _ in PAIRS], seconds=20
-    )
-    for (answer, reference, exact, verified), verdict in zip(PAIRS, verdicts, strict=True):
+    for answer, reference, exact, verified in PAIRS:
         assert same_latex(answer, reference) == same_latex(reference, answer) == exact, answer
-        assert verdict == Verdict(verified), answer
+        assert _verdict(AnswerPair(reference, answer, "")) == Verdict(verified), answer
         for text in (answer, reference):
             assert plain_latex(plain_latex(text)) == plain_latex(text)
 
