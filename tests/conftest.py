@@ -93,17 +93,22 @@ def computed_once() -> None:
 def compute_once() -> None:
     """PEFT compiles the template of its model card at every save, a seventh of a tiny run. Hydra
     parses every file and every interpolation, and copies every schema, at each composition, of
-    which a test has up to thirty; and composes twice, to look for a mode that no file of ours sets.
+    which a test has up to thirty; composes twice, to look for a mode that no file of ours sets; and
+    lists all defaults anew for each, for interpolations by position, which it deprecated.
     """
     import jinja2
     import omegaconf.base
     import yaml
+    from hydra._internal import defaults_list
     from hydra._internal.hydra import Hydra
     from hydra.core.config_store import ConfigStore
 
     jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
     omegaconf.base.parse = functools.cache(omegaconf.base.parse)
     Hydra.get_mode = lambda hydra, config_name, overrides: None
+    defaults_list._create_interpolation_map = lambda overrides, *_: omegaconf.OmegaConf.create(
+        overrides.known_choices
+    )
 
     parse = yaml.load
     parsed = {}
