@@ -203,6 +203,7 @@ def draw(bases: list[Found]) -> str:
         bases=len(bases),
         curves=curves(bases, DOSES),
         arms=ARMS,
+        taught=PLACES,
         doses=DOSES,
         natural=json.loads(NATURAL.read_text()),
         places={**PLACES, "o_proj": "self_attn.o_proj"},
