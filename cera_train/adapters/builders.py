@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cera_train.adapters.families import place_of
+from cera_train.adapters.folder import BEYOND_WEIGHTS
 from cera_train.adapters.methods import config_class_of
 from cera_train.adapters.targets import linear_names
 from cera_train.cera import CeraConfig, CeraLinear
@@ -29,7 +30,6 @@ from cera_train.cera.coverage import exclude_projections
 from cera_train.cera.experts import expert_names
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.common.trust import BEYOND_WEIGHTS
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 
 ADAPTER = "default"  # the name under which PEFT keeps the adapter

@@ -1,12 +1,17 @@
 """The first step of every command: it prints its help, which needs the settings alone, or imports
 what runs it."""
 
+import ast
 import dataclasses
 import functools
+import inspect
+import itertools
 import os
 import pkgutil
 import sys
 import textwrap
+import typing
+from enum import EnumType
 from pathlib import Path
 
 import hydra
@@ -15,14 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cera_train.cli.mistakes import SCHEMAS, for_hydra, unknown_setting
 from cera_train.common.files import config_dir, options
-from cera_train.common.settings import (
-    choices_of,
-    fields_of,
-    quoted,
-    require,
-    sentences_of,
-    word_of,
-)
+from cera_train.common.settings import fields_of, quoted, require, section_of, word_of
 from cera_train.common.terminal import terminal_width
 from cera_train.distributed.processes import join_slurm_step
 
@@ -95,3 +93,25 @@ def print_settings(schema: type, section: str, config: DictConfig) -> None:
         print(f"{key}={word_of(value)}" + (f"  # {choices}" if choices else ""))
         text = textwrap.wrap(sentences.get(key, ""), terminal_width() - 4)
         print(textwrap.indent("\n".join([*text, ""]), "    "))
+
+
+@functools.cache
+def sentences_of(schema: type, prefix: str = "") -> dict[str, str]:
+    """The docstring under the field of each setting that has one, by its dotted key."""
+    sentences = {}
+    for kind in filter(dataclasses.is_dataclass, reversed(schema.__mro__)):
+        [tree] = ast.parse(inspect.getsource(kind)).body
+        for field, below in itertools.pairwise(tree.body):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    sentences[prefix + name] = " ".join(text.split())
+    for name, hint in typing.get_type_hints(schema).items():
+        if inner := section_of(hint):
+            sentences |= sentences_of(inner, f"{prefix}{name}.")
+    return sentences
+
+
+def choices_of(field: dataclasses.Field) -> list[str]:
+    """The words that a setting may have; none if it is no choice between words."""
+    kinds = (field.type, *typing.get_args(field.type))
+    return [word for kind in kinds if isinstance(kind, EnumType) for word in kind.__members__]

@@ -8,9 +8,10 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from cera_train.cli.help import sentences_of
 from cera_train.cli.mistakes import SCHEMAS
 from cera_train.common.files import options, write_text
-from cera_train.common.settings import require, sentences_of
+from cera_train.common.settings import require
 from cera_train.common.terminal import print_command
 from cera_train.common.trust import redact_tree
 

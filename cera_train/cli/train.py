@@ -44,7 +44,8 @@ def main() -> None:
     require(is_fit, "--look and --save are for one run: leave out -m.")
     # executes the modules of Hydra's plugins, even those imported before
     Plugins.instance()
-    from cera_train.cli.launchers import Joblib, Local, SubmititSlurm
+    from cera_train.cli.joblib import Joblib
+    from cera_train.sweep.launchers import Local, SubmititSlurm
 
     plugins = {
         "StudySweeper": TrainedStudy,

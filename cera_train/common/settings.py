@@ -2,16 +2,13 @@
 Resuming, the token cache, sweeps, reports and recipes read the mark, so there is no other list of
 names."""
 
-import ast
 import dataclasses
 import functools
-import inspect
-import itertools
 import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import EnumType, StrEnum
+from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 from cera_train.common.errors import UserError
@@ -75,28 +72,6 @@ def fields_of(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:
             else fields_of(inner, f"{prefix}{field.name}.")
         )
     return fields
-
-
-@functools.cache
-def sentences_of(schema: type, prefix: str = "") -> dict[str, str]:
-    """The docstring under the field of each setting that has one, by its dotted key."""
-    sentences = {}
-    for kind in filter(dataclasses.is_dataclass, reversed(schema.__mro__)):
-        [tree] = ast.parse(inspect.getsource(kind)).body
-        for field, below in itertools.pairwise(tree.body):
-            match field, below:
-                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                    sentences[prefix + name] = " ".join(text.split())
-    for name, hint in typing.get_type_hints(schema).items():
-        if inner := section_of(hint):
-            sentences |= sentences_of(inner, f"{prefix}{name}.")
-    return sentences
-
-
-def choices_of(field: dataclasses.Field) -> list[str]:
-    """The words that a setting may have; none if it is no choice between words."""
-    kinds = (field.type, *typing.get_args(field.type))
-    return [word for kind in kinds if isinstance(kind, EnumType) for word in kind.__members__]
 
 
 def section_of(hint: Any) -> type | None:

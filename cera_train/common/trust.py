@@ -3,38 +3,9 @@ terminal. Secrets stay out of everything that a run writes or prints."""
 
 import os
 import re
-from pathlib import Path
 from typing import Any
 
-from cera_train.common.errors import UserError
 from cera_train.common.settings import map_values
-
-# Fields of PEFT's configs that name modules to import, files to open, or layers to add.
-BEYOND_WEIGHTS = (
-    "auto_mapping",
-    "megatron_config",
-    "loftq_config",
-    "corda_config",
-    "arrow_config",
-    "layer_replication",
-    "runtime_config",
-)
-
-
-def check_adapter_settings(adapter: Path, settings: dict[str, Any]) -> None:
-    """Refuses an adapter_config.json that does more than place weights."""
-    match settings.get("auto_mapping"):
-        # What PEFT writes if task_type is missing: the base's class and its module.
-        case {"base_model_class": str(), "parent_library": str(module), **others} if not others:
-            allowed = {"auto_mapping"} if module.startswith("transformers.models.") else set()
-        case _:
-            allowed = set()
-    if found := [name for name in BEYOND_WEIGHTS if settings.get(name) and name not in allowed]:
-        raise UserError(
-            f"{adapter}/adapter_config.json sets {', '.join(found)}, which can import or open what "
-            "its author chose: set it to null if the adapter does not need it."
-        )
-
 
 UNSAFE_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"

@@ -119,10 +119,7 @@ def describe_stop(
             "data.max_length",
         )
     if ends <= stops:
-        return (
-            True,
-            f"{names(ends)} is supervised at the end of answers, and generation stops there",
-        )
+        return True, f"{names(ends)} is supervised at the end of answers: generation stops there"
     fix = f"set eos_token in the model's tokenizer_config.json to {names(ends - stops)}"
     return False, f"{names(ends)} ends answers, but generation stops at {names(stops)} only: {fix}"
 

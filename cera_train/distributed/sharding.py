@@ -8,17 +8,8 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from cera_train.common.settings import map_values
-
-
-def share_frozen_weights(module: nn.Module) -> None:
-    """Keeps DDP from writing process 0's frozen weights over those of `module`. Every process has
-    read the same files, and on a CPU the processes of a machine share the memory that maps them."""
-    frozen = [name for name, weight in module.named_parameters() if not weight.requires_grad]
-    # DDP's constructor has no argument for it.
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
 
 
 def trainable_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor | None]:

@@ -3,6 +3,7 @@ print the result. A run's folder is all it needs: the folder holds the config.""
 
 import math
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ from cera_train.model.folder import load_tokenizer
 from cera_train.model.language_model import perplexity
 from cera_train.model.layout import choose_layout
 from cera_train.runs.evaluation_folder import (
+    ENDINGS,
     AccuracyResult,
     EvaluationFolder,
     Generation,
@@ -55,7 +57,6 @@ from cera_train.runs.evaluation_folder import (
     Key,
     PerplexityResult,
     Problem,
-    ending_shares,
     find_evaluation_result,
 )
 from cera_train.runs.results import describe_rank, environment_of
@@ -302,6 +303,12 @@ def score(
         tokens=sum(answer.tokens for answer in answers),
         **figures,
     )
+
+
+def ending_shares(endings: Sequence[str]) -> dict[str, float]:
+    """The share of an evaluation's answers that ended in each way, by the keys of result.json."""
+    counts = Counter(endings)
+    return {f"ending/{name}": counts[name] / len(endings) for name in ENDINGS} if endings else {}
 
 
 def accuracy_lines(task: AnswerTask, result: AccuracyResult) -> dict[str, str]:

@@ -21,6 +21,7 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationMixin,
+    PretrainedConfig,
     PreTrainedModel,
     StopStringCriteria,
     TextStreamer,
@@ -37,7 +38,7 @@ from cera_train.evaluation.requests import (
     generation_settings,
     request_seed,
 )
-from cera_train.model.folder import cache_bytes, positions_of
+from cera_train.model.folder import positions_of
 from cera_train.model.language_model import LanguageModel
 from cera_train.settings.evaluation import GenerationConfig
 
@@ -70,6 +71,21 @@ def cache_room(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return 2 ** int(math.log2((free + unused) / 2))
+
+
+def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1)
+    widths = [getattr(text, name, None) or 0 for name in ("head_dim", "qk_head_dim", "v_head_dim")]
+    width = max(widths) or text.hidden_size // heads
+    return (
+        2
+        * text.num_hidden_layers
+        * (getattr(text, "num_key_value_heads", None) or heads)
+        * width
+        * itemsize
+    )
 
 
 class TokenChoice:

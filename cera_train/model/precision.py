@@ -33,11 +33,7 @@ def choose_precision(wanted: Dtype, device: torch.device) -> Choice[Dtype]:
         narrow = Dtype.float16 if on_gpu else Dtype.float32
         return Choice(Dtype.bfloat16 if bf16 else narrow, hardware)
     is_slow = wanted == Dtype.bfloat16 and not bf16
-    warning = (
-        "; slow: this hardware emulates it, which takes about 20 times as long as float32"
-        if is_slow
-        else ""
-    )
+    warning = "; slow: this hardware emulates it, 20 times as slow as float32" if is_slow else ""
     return Choice(wanted, f"model.dtype={wanted}{warning}")
 
 

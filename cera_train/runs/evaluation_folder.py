@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -90,12 +89,6 @@ ENDINGS = RIGHT, WRONG, LOOP, TRUNCATED, COLLAPSED = (
     "collapsed",
 )
 """How an answer ended, so that failures are told apart; `ending_of` decides."""
-
-
-def ending_shares(endings: Sequence[str]) -> dict[str, float]:
-    """The share of an evaluation's answers that ended in each way, by the keys of result.json."""
-    counts = Counter(endings)
-    return {f"ending/{name}": counts[name] / len(endings) for name in ENDINGS} if endings else {}
 
 
 PASS_AT_K = re.compile(r"\w+/pass@\d+")

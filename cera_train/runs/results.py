@@ -7,7 +7,6 @@ tasks."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import shlex
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from pydantic import BeforeValidator
 from safetensors.numpy import load, save
 
 from cera_train.common.errors import UserError, error_text
-from cera_train.common.files import read_json, write_bytes, write_text
+from cera_train.common.files import write_bytes, write_text
 from cera_train.common.terminal import counted
 from cera_train.runs.records import RESTORE, Record, key, read_lines, read_trees, to_lines
 
@@ -150,29 +149,6 @@ def environment_of(run: Path) -> Environment:
 
 
 SPECTRUM = "spectrum.json"
-
-
-class SpectrumRecord(Record, extra="allow"):
-    """A module in spectrum.json."""
-
-    singular_values: list[float]  # those of the centred branch output, descending
-
-
-def mean_spectrum(path: Path) -> list[float]:
-    """Singular values divided by their sum, averaged over the modules of a spectrum.json, as the
-    paper draws them; a module with fewer directions counts as zero beyond them. Empty without the
-    file."""
-    if not path.is_file():
-        return []
-    normalized = []
-    for name, module in read_json(path).items():
-        values = SpectrumRecord.from_json(module, f"{path}: {name}").singular_values
-        total = sum(values)
-        normalized.append([value / total if total > 0 else 0.0 for value in values])
-    return [
-        sum(column) / len(normalized)
-        for column in itertools.zip_longest(*normalized, fillvalue=0.0)
-    ]
 
 
 # --- metrics.jsonl --------------------------------------------------------------------------------

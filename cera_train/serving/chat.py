@@ -2,12 +2,9 @@
 becomes the token ids that the model was trained to answer: a training row without its last answer.
 Answers are streamed."""
 
-import itertools
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
 
 from transformers import TextStreamer
 
@@ -15,21 +12,18 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
-from cera_train.data.chats import columns_read
+from cera_train.data.asked import choose_rows, row_of_turns
 from cera_train.data.messages import TURNS
 from cera_train.data.reader import Reader
-from cera_train.data.rows import PROMPT, Row, from_files, suffix_of
+from cera_train.data.rows import Row, from_files, suffix_of
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject, open_server
 from cera_train.evaluation.requests import Request, check_positions
 from cera_train.runs.subject import Subject, find_subject
-from cera_train.settings.data import DataConfig, Layout
+from cera_train.settings.data import DataConfig
 from cera_train.settings.serving import ChatConfig
 
 NEW = "/new"
-
-PLAIN = DataConfig(layout=Layout.text, path="a text", prompt="{text}", completion="{answer}")
-"""A text as it is: also the question to a model that was trained on documents."""
 
 
 def ask(config: ChatConfig) -> None:
@@ -48,42 +42,6 @@ def ask(config: ChatConfig) -> None:
 
 
 # --- how a question is written --------------------------------------------------------------------
-
-
-def choose_rows(
-    trained_on: DataConfig | None, tokenizer: Any, settings: dict[str, Any]
-) -> DataConfig:
-    """The rows as which questions are written: those of the run; where these are unknown, messages
-    if the tokenizer has a chat template, else text as it is.
-
-    Args:
-        settings: of the chat template, which win over those of the run.
-    """
-    if trained_on is not None:
-        settings = trained_on.template_settings | settings
-        asked = replace(trained_on, rejected=None, template_settings=settings)
-        _, first = next(asked.trained_parts())
-        return PLAIN if first.layout == Layout.documents or first.prompt == "" else first
-    if tokenizer.chat_template:
-        return DataConfig(layout=Layout.messages, path="a chat", template_settings=settings)
-    return PLAIN
-
-
-def row_of_turns(turns: Sequence[str], data: DataConfig) -> Row:
-    """The row of a conversation: question, answer, question, ..., ending in a question. Raises
-    UserError where the template has more columns than one text can fill."""
-    if data.layout in TURNS:
-        speaker, text, speakers = TURNS[data.layout]
-        pairs = zip(itertools.cycle(speakers[:2]), turns, strict=False)
-        return {str(data.layout): [{speaker: name, text: turn} for name, turn in pairs]}
-    columns, _ = columns_read(data)
-    require(
-        len(columns) == 1,
-        f"data.prompt={data.prompt!r} of this run has {len(columns)} columns, and a text fills "
-        "one: write prompts=FILE.jsonl with these columns.",
-    )
-    question = PROMPT.format(question=turns[-1]) if data.is_computed else turns[-1]
-    return {columns[0]: question}
 
 
 def read_prompts(file: str, data: DataConfig) -> Iterator[tuple[str, Row]]:

@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from cera_train.common.settings import key_of, require, setting
+from cera_train.common.settings import require, setting
 from cera_train.settings.data import as_list
-from cera_train.settings.gone import describe_gone
 from cera_train.settings.values import Filled, Number, Settings
 
 LOSS = "loss"
@@ -91,7 +90,6 @@ class StudyConfig(Settings):
                 question in questions,
                 f"study.primary: {question} is no comparison: choose from {', '.join(questions)}.",
             )
-        self._check_keys()
         require(
             self.tune_seeds is None or self.tune_seeds < self.seeds,
             f"study.tune_seeds={self.tune_seeds}: the first of study.seeds={self.seeds} choose, "
@@ -106,26 +104,6 @@ class StudyConfig(Settings):
             and len(arms) == len({*arms}) == 2
             and {*arms} <= self.arms.keys()
         )
-
-    def _check_keys(self) -> None:
-        """Raises UserError if a setting is set in two places, or is not one of a study."""
-        places: dict[str, str] = {}
-        groups = {
-            "an arm": [key_of(word) for words in self.arms.values() for word in words],
-            "study.bases": [key_of(word) for words in self.bases.values() for word in words],
-            "study.tune": self.tune,
-            "study.conditions": self.conditions,
-        }
-        for group, keys in groups.items():
-            for key in dict.fromkeys(keys):
-                gone = describe_gone(key)
-                require(gone is None, f"{group}: {gone}")
-                fix = "every arm has study.seeds=N seeds. Leave it out."
-                require(key != "train.seed", f"{group}.{key}: {fix}")
-                other = places.get(key)
-                is_free = other is None or (other, group) == ("an arm", "study.conditions")
-                require(is_free, f"{group}.{key}: {other} sets {key} too. Keep one.")
-                places[key] = group
 
     @property
     def first_outcome(self) -> str:

@@ -22,9 +22,8 @@ from cera_train.common.settings import key_of, quoted, require, word_of
 from cera_train.distributed.processes import is_main_process
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
-from cera_train.settings.values import checked
 from cera_train.study.cells import ARM, BASE, SEED, Cell, Replicate
-from cera_train.study.folder import Study
+from cera_train.study.folder import Study, read_config
 from cera_train.sweep.folder import RECORD, SweepRecord
 from cera_train.sweep.grid import (
     WRITER,
@@ -55,7 +54,7 @@ def study_record(config: DictConfig) -> SweepRecord:
     an arm or a base sets stands in the place of a condition, and of an argument. `config` has
     Hydra's section."""
     section = OmegaConf.to_container(config.study)
-    study = checked(StudyConfig, section, "study")
+    study = read_config(section)
     dimensions: dict[str, Sequence[Any]] = {ARM: list(study.arms)}
     if study.bases:
         dimensions[BASE] = list(study.bases)

@@ -8,18 +8,45 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from cera_train.common.settings import key_of
-from cera_train.settings.gone import without_gone
+from cera_train.common.settings import key_of, require
+from cera_train.settings.gone import describe_gone, without_gone
 from cera_train.settings.sweep import StudyConfig
 from cera_train.settings.values import checked
 from cera_train.study.cells import ARM, BASE, SEED, Cell, GridPoint, describe_choices, means_of
 from cera_train.sweep.folder import RECORD, SweepRecord
 
 T = TypeVar("T")
+
+
+def read_config(section: Any) -> StudyConfig:
+    """The settings of a study. Raises UserError where they do not fit each other, or a key is set
+    in two places, or is not one of a study."""
+    study = checked(StudyConfig, section, "study")
+    arms, bases = (
+        [key_of(word) for words in groups.values() for word in words]
+        for groups in (study.arms, study.bases)
+    )
+    places: dict[str, str] = {}
+    for group, keys in (
+        ("an arm", arms),
+        ("study.bases", bases),
+        ("study.tune", study.tune),
+        ("study.conditions", study.conditions),
+    ):
+        for key in dict.fromkeys(keys):
+            gone = describe_gone(key)
+            require(gone is None, f"{group}: {gone}")
+            fix = "every arm has study.seeds=N seeds. Leave it out."
+            require(key != SEED, f"{group}.{key}: {fix}")
+            other = places.get(key)
+            is_free = other is None or (other, group) == ("an arm", "study.conditions")
+            require(is_free, f"{group}.{key}: {other} sets {key} too. Keep one.")
+            places[key] = group
+    return study
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +60,7 @@ class Study:
     @cached_property
     def config(self) -> StudyConfig:
         tree = without_gone(self.record.study, str(self.folder / RECORD), "study")
-        return checked(StudyConfig, tree, "study")
+        return read_config(tree)
 
     @cached_property
     def bases(self) -> list[str | None]:

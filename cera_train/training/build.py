@@ -13,6 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
 
 from cera_train.adapters import build as adapters
 from cera_train.adapters.builders import ADAPTER
@@ -23,7 +24,7 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.data.prepare import TokenizedData, TokenizedRows, prepare_data, training_questions
 from cera_train.data.reader import Question
 from cera_train.distributed.accelerator import start_accelerator
-from cera_train.distributed.sharding import load_optimizer_state, share_frozen_weights
+from cera_train.distributed.sharding import load_optimizer_state
 from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.evaluation.task_evaluation import TaskEvaluations
@@ -171,6 +172,14 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     if config.train.check_coverage:
         prove_coverage(model, data.rows.train)
     return model, progress
+
+
+def share_frozen_weights(module: nn.Module) -> None:
+    """Keeps DDP from writing process 0's frozen weights over those of `module`. Every process has
+    read the same files, and on a CPU the processes of a machine share the memory that maps them."""
+    frozen = [name for name, weight in module.named_parameters() if not weight.requires_grad]
+    # DDP's constructor has no argument for it.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
 
 
 def prove_coverage(model: Model, rows: TokenizedRows) -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from cera_train.adapters.build import rank
 from cera_train.adapters.families import family
 from cera_train.adapters.spectrum import find_branches
-from cera_train.adapters.targets import describe_left_out, describe_targets
+from cera_train.cera.experts import expert_parameters
 from cera_train.common.terminal import (
     FIELD_WIDTH,
     TEXT_WIDTH,
@@ -111,6 +117,54 @@ def print_adapter(config: AdapterConfig, model: Model, is_new: bool) -> None:
         print_line("coverage", targets)
     if config.target_modules == "all-linear" and (left_out := describe_left_out(adapted)):
         print_line("coverage", left_out)
+
+
+def describe_targets(model: nn.Module) -> str | None:
+    """How many projections have an adapter, of all with the same names: `q_proj v_proj: 60 of 60`.
+    None for a model without adapter layers."""
+    total = Counter()
+    adapted = Counter()
+    for kind, module in projections(model):
+        total[kind] += 1
+        if isinstance(module, BaseTunerLayer):
+            adapted[kind] += 1
+    whole = [kind for kind in adapted if adapted[kind] == total[kind]]
+    groups = [[kind] for kind in adapted if kind not in whole]
+    if whole:
+        groups.insert(0, whole)
+
+    parts = []
+    for group in groups:
+        adapted_count = sum(adapted[kind] for kind in group)
+        total_count = sum(total[kind] for kind in group)
+        parts.append(f"{' '.join(group)}: {adapted_count} of {total_count}")
+    return "; ".join(parts) or None
+
+
+def describe_left_out(model: nn.Module) -> str | None:
+    """The projections and experts without an adapter, except for the head; None where there are
+    none."""
+    head = model.get_output_embeddings()
+    names = [
+        kind
+        for kind, module in projections(model)
+        if not isinstance(module, BaseTunerLayer) and module is not head
+    ]
+    kinds = ", ".join(dict.fromkeys(names))
+    return f"all-linear leaves out {len(names)} modules: {kinds}" if names else None
+
+
+def projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Adapted layers, and the projections and modules of experts without an adapter, with the last
+    part of their names."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{name}.")
+        if isinstance(module, (BaseTunerLayer, nn.Linear, Conv1D)) or expert_parameters(module):
+            yield name.rpartition(".")[2], module
 
 
 def print_device(model: Model) -> None:

@@ -14,7 +14,7 @@ from moe_models import make_mixture
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny_models import tiny_model
-from cera_train.adapters import build, folder, saved, targets
+from cera_train.adapters import build, folder, saved
 from cera_train.adapters.builders import builder
 from cera_train.adapters.families import family, title
 from cera_train.adapters.spectrum import find_branches, measure_spectra, spectrum_metrics
@@ -25,6 +25,7 @@ from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout
 from cera_train.settings.model import Dtype
 from cera_train.settings.training import OptimizerConfig
+from cera_train.training.console import describe_targets
 from cera_train.training.optimizer import build_optimizer
 
 CONF = Path(__file__).parents[2] / "conf" / "adapter"
@@ -259,7 +260,7 @@ def test_all_linear_of_a_lora_leaves_the_experts_of_a_mixture_out(adapter_of):
     base = tiny_model("deepseek_v3")
     model = build.build(base, adapter_of("lora"))
     attention = "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj"
-    assert targets.describe_targets(model) == f"{attention}: 10 of 10"
+    assert describe_targets(model) == f"{attention}: 10 of 10"
 
     named = replace(adapter_of("lora"), target_modules=["o_proj", "down_proj"])
     with pytest.raises(UserError, match=r"takes a name among these for experts \(down_proj\) of"):

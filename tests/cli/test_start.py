@@ -200,7 +200,7 @@ for name in {modules}:
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
-        assert error.name == "submitit" and name == "cera_train.cli.cluster", error
+        assert error.name == "submitit" and name == "cera_train.sweep.cluster", error
     print(name, *sorted(set({heavy}) & sys.modules.keys()))
 """
 

@@ -13,6 +13,7 @@ from cera_train.common.errors import UserError
 from cera_train.report.comparison import paired_tests
 from cera_train.report.page import compare_runs
 from cera_train.report.readers import read_runs
+from cera_train.report.readers.own import mean_spectrum
 
 DATE = "2026-11-01T10-00-00.000001"
 
@@ -192,3 +193,11 @@ def test_hostile_names_stay_text_inside_the_report(tmp_path: Path, capsys) -> No
     assert len(page.tables[1].rows) == 1
     assert not re.search("<b>|<script", html)
     assert "\x1b" not in html + capsys.readouterr().out
+
+
+def test_the_mean_spectrum_is_over_modules_of_any_rank(tmp_path: Path) -> None:
+    path = tmp_path / "spectrum.json"
+    path.write_text(
+        '{"q_proj": {"singular_values": [3.0, 1.0]}, "v_proj": {"singular_values": [2.0]}}'
+    )
+    assert mean_spectrum(path) == [(0.75 + 1) / 2, 0.25 / 2]

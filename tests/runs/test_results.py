@@ -18,7 +18,6 @@ from cera_train.runs.results import (
     RunResult,
     TokenLosses,
     figure,
-    mean_spectrum,
     read_grades,
     write_grades,
 )
@@ -37,14 +36,6 @@ def test_an_infinite_perplexity_is_null_on_disk_and_reads_back(tmp_path: Path) -
         assert type(result).read(path) == result
     assert RunResult().perplexity is None
     assert [figure(value) for value in (math.inf, None)] == ["inf", "–"]
-
-
-def test_the_mean_spectrum_is_over_modules_of_any_rank(tmp_path: Path) -> None:
-    path = tmp_path / "spectrum.json"
-    path.write_text(
-        '{"q_proj": {"singular_values": [3.0, 1.0]}, "v_proj": {"singular_values": [2.0]}}'
-    )
-    assert mean_spectrum(path) == [(0.75 + 1) / 2, 0.25 / 2]
 
 
 def test_a_broken_or_missing_file_of_losses_or_grades_is_named(tmp_path: Path) -> None:

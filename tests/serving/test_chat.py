@@ -8,9 +8,10 @@ import pytest
 from evaluated_runs import chat, evaluate, read
 
 from cera_train.common.errors import UserError
+from cera_train.data.asked import choose_rows, row_of_turns
 from cera_train.data.reader import Reader
 from cera_train.data.rows import PROMPT
-from cera_train.serving.chat import choose_rows, converse, read_prompts, row_of_turns
+from cera_train.serving.chat import converse, read_prompts
 from cera_train.settings.data import DataConfig, MixPart
 
 pytest_plugins = ["evaluated_runs"]

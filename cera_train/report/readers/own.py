@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
-from cera_train.common.files import read_yaml
+from cera_train.common.files import read_json, read_yaml
 from cera_train.common.settings import flatten, to_plain
 from cera_train.common.trust import clean
 from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
@@ -18,14 +18,13 @@ from cera_train.runs.evaluation_folder import (
     Problem,
     find_evaluation_result,
 )
-from cera_train.runs.records import load_config, read_lines
+from cera_train.runs.records import Record, load_config, read_lines
 from cera_train.runs.results import (
     DIVERGED,
     METRICS,
     SPECTRUM,
     RunResult,
     environment_of,
-    mean_spectrum,
     read_metrics,
 )
 
@@ -75,6 +74,29 @@ def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
     is_base = evaluation.settings.get("adapter_digest") is None
     name = folder.resolve().name
     return Run(folder, name, settings, evaluations=evaluations, is_base=is_base)
+
+
+class SpectrumRecord(Record, extra="allow"):
+    """A module in spectrum.json."""
+
+    singular_values: list[float]  # those of the centred branch output, descending
+
+
+def mean_spectrum(path: Path) -> list[float]:
+    """Singular values divided by their sum, averaged over the modules of a spectrum.json, as the
+    paper draws them; a module with fewer directions counts as zero beyond them. Empty without the
+    file."""
+    if not path.is_file():
+        return []
+    normalized = []
+    for name, module in read_json(path).items():
+        values = SpectrumRecord.from_json(module, f"{path}: {name}").singular_values
+        total = sum(values)
+        normalized.append([value / total if total > 0 else 0.0 for value in values])
+    return [
+        sum(column) / len(normalized)
+        for column in itertools.zip_longest(*normalized, fillvalue=0.0)
+    ]
 
 
 # --- evaluations ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from made_sweeps import TINY, start, states
 from tiny_runs import adapter_bytes, losses_of, wait_until
 
-from cera_train.cli.launchers import take_gpu
+from cera_train.cli.joblib import take_gpu
 from cera_train.sweep.folder import JOBS
 
 JOBLIB = [*TINY, "hydra/launcher=joblib"]
