@@ -7,6 +7,7 @@ import functools
 import gc
 import importlib.util
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -92,37 +93,50 @@ def computed_once() -> None:
 
 def compute_once() -> None:
     """PEFT compiles the template of its model card at every save, a seventh of a tiny run. Hydra
-    parses every file and every interpolation, and copies every schema, at each composition, of
-    which a test has up to thirty; composes twice, to look for a mode that no file of ours sets; and
-    lists all defaults anew for each, for interpolations by position, which it deprecated.
+    composes twice, to look for a mode that no file of ours sets; and reads and merges all files
+    anew at each composition, of which a test has up to thirty: what files of ours give for the same
+    choices of files is kept here.
     """
     import jinja2
     import omegaconf.base
-    import yaml
-    from hydra._internal import defaults_list
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.defaults_list import Overrides
     from hydra._internal.hydra import Hydra
     from hydra.core.config_store import ConfigStore
+
+    from cera_train.common.files import config_dir
 
     jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
     omegaconf.base.parse = functools.cache(omegaconf.base.parse)
     Hydra.get_mode = lambda hydra, config_name, overrides: None
-    defaults_list._create_interpolation_map = lambda overrides, *_: omegaconf.OmegaConf.create(
-        overrides.known_choices
-    )
 
-    parse = yaml.load
-    parsed = {}
+    module = sys.modules[ConfigLoaderImpl.__module__]
+    list_defaults = module.create_defaults_list
+    merge = ConfigLoaderImpl._compose_config_from_defaults_list
+    lists = {}
+    merged = {}
 
-    def parse_once(stream, Loader):
-        text = stream if isinstance(stream, str | bytes) else stream.read()
-        if (key := (text, Loader.__name__)) not in parsed:
-            if text is not stream:
-                stream.seek(0)
-            parsed[key] = parse(stream, Loader)
-        return copy.deepcopy(parsed[key])
+    def list_once(repo, config_name, overrides_list, **settings):
+        folders = {source.path for source in repo.get_sources() if source.scheme() == "file"}
+        if folders != {str(config_dir("conf"))}:
+            return list_defaults(repo, config_name, overrides_list, **settings)
+        values = Overrides(repo, overrides_list).config_overrides
+        choices = [each.input_line for each in overrides_list if each not in values]
+        key = (config_name, *choices, *settings.values())
+        if key not in lists:
+            lists[key] = list_defaults(repo, config_name, overrides_list, **settings)
+        return replace(lists[key], config_overrides=values)
 
-    yaml.load = parse_once
+    def merge_once(loader, defaults, repo):
+        if all(defaults is not kept.defaults for kept in lists.values()):
+            return merge(loader, defaults, repo)
+        if id(defaults) not in merged:
+            merged[id(defaults)] = pickle.dumps(merge(loader, defaults, repo))
+        return pickle.loads(merged[id(defaults)])  # faster than a deep copy
+
     ConfigStore.__deepcopy__ = lambda store, memo: store
+    module.create_defaults_list = list_once
+    ConfigLoaderImpl._compose_config_from_defaults_list = merge_once
 
 
 @pytest.fixture
