@@ -115,7 +115,7 @@ class Gain:
 
     @classmethod
     def of(cls, bases: list[Found], name: str, where: str) -> Gain:
-        found = [base[name]["gain"][where] for base in bases]
+        found = [base[name]["gain"][where] for base in bases if name in base]
         return cls(
             np.array([each["difference"] for each in found]),
             fmean(each["between"] for each in found),
@@ -164,7 +164,7 @@ def smallest_shown(points: list[dict[str, Any]]) -> float | None:
 
 def shares(bases: list[Found], name: str) -> dict[str, float]:
     """Arm -> the mean over bases of its share of the way from the base's loss to the teacher's."""
-    found = [base[name] for base in bases]
+    found = [base[name] for base in bases if name in base]
     return {
         arm: fmean(
             (each["base"] - each["losses"][arm]) / (each["base"] - each["teacher"])
