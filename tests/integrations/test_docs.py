@@ -384,12 +384,12 @@ def test_the_tutorial_prints_what_it_shows(tmp_path):
 
 
 def printed_by(notebook: dict) -> list[list[str]]:
-    return [
-        form("".join(output["text"]))
-        for cell in notebook["cells"]
-        for output in cell.get("outputs", [])
-        if output.get("name") == "stdout"
-    ]
+    """What each cell prints, in however many pieces."""
+    printed = []
+    for cell in notebook["cells"]:
+        outputs = [output for output in cell.get("outputs", []) if output.get("name") == "stdout"]
+        printed.append(form("".join("".join(output["text"]) for output in outputs)))
+    return printed
 
 
 @pytest.mark.nightly
