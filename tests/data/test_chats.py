@@ -65,11 +65,6 @@ WITHOUT = {"messages": ASKED}
 THOUGHT = {"messages": [ASKED[0], ASKED[1] | {"reasoning_content": "hm"}]}
 
 
-def ids_of_row(row: dict, tokenizer, **settings) -> tuple[list[int], list[bool]]:
-    example = example_of(row, tokenizer, **settings)
-    return example.input_ids, example.loss_mask
-
-
 # --- rows that become chats -----------------------------------------------------------------------
 
 
@@ -103,8 +98,8 @@ def ids_of_row(row: dict, tokenizer, **settings) -> tuple[list[int], list[bool]]
     ids=["ShareGPT with a system prompt", "Alpaca", "columns", "parts"],
 )
 def test_rows_of_every_layout_are_written_by_the_chat_template(tokenizer, row, settings, messages):
-    chat = ids_of_row({"messages": messages}, tokenizer, layout="messages")
-    assert ids_of_row(row, tokenizer, **settings) == chat
+    chat = example_of({"messages": messages}, tokenizer, layout="messages")
+    assert example_of(row, tokenizer, **settings) == chat
 
 
 def test_calls_of_tools_are_read_in_sharegpts_form_and_in_openais(tokenizer):

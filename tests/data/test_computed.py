@@ -26,19 +26,12 @@ def test_the_trajectory_is_the_papers_and_only_what_is_shown_is_rounded():
     assert rounded["completion"].startswith(" 0.8, 0.5, 0.9, 0.4, 0.8, ")
 
 
-def test_starting_points_are_split_without_losing_any():
-    train, evaluation = logistic_map_rows(LogisticMapConfig(), 20)
-    assert (len(train), len(evaluation)) == (79, 20)
-    assert sorted(starts_of(train) + starts_of(evaluation)) == [
-        f"0.{number:02}" for number in range(1, 100)
-    ]
-
-
 def test_every_growth_gets_a_row_from_every_start_and_holds_out_the_same_starts():
     train, evaluation = logistic_map_rows(LogisticMapConfig(growth=[3.5, 3.7, 3.9]), 20)
     # 7 starting points are held out, one of them at two growths
     assert (len(train), len(evaluation)) == (3 * 92, 20)
-    assert not set(starts_of(train)) & set(starts_of(evaluation))
+    starts = [*{*starts_of(train)}, *{*starts_of(evaluation)}]
+    assert sorted(starts) == [f"0.{number:02}" for number in range(1, 100)]
     assert [row["prompt"][13:23] for row in train[:4]] == [
         "= 3.5 x (1",
         "= 3.7 x (1",

@@ -130,7 +130,6 @@ def test_the_same_rows_come_from_the_cache_even_from_another_path(
     "change",
     [
         {"train": [*TRAIN[:-1], {"question": "what is 5?", "answer": "it is five"}]},
-        {"train": TRAIN[::-1]},
         {"prompt": "Question: {question}\nSolution:"},
         {"max_length": 511},
         {"loss_on": "all"},

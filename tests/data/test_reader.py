@@ -29,41 +29,6 @@ EMPTY = Example([], [], has_answer=False)
 # --- layout text ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "prompt", "completion"),
-    [
-        (
-            "mathinstruct",
-            {"instruction": "Add {x}.", "output": "2"},
-            "Question: Add {x}.\nAnswer:",
-            " 2",
-        ),
-        (
-            "gsm8k",
-            {"question": "How many?", "answer": "2\n#### 2"},
-            "Question: How many?\nAnswer:",
-            " 2\n#### 2",
-        ),
-    ],
-)
-def test_text_layouts_of_conf_are_the_papers_templates(
-    compose, tokenizer, name, row, prompt, completion
-):
-    config = compose(f"data={name}", "data.train_files=[t.jsonl]", "data.eval_files=[e.jsonl]").data
-    [example] = Reader(config, tokenizer).examples([("a row", row)])
-    prompt_ids = ids_of(prompt, tokenizer)
-    completion_ids = ids_of(completion, tokenizer)
-    assert example.input_ids == [0, *prompt_ids, *completion_ids, 1]  # <s> is 0, </s> is 1
-    on_prompt = name == "mathinstruct"  # as published, its loss is on all tokens
-    assert example.loss_mask == [
-        False,
-        *[on_prompt] * len(prompt_ids),
-        *[True] * len(completion_ids),
-        True,
-    ]
-    assert not example.truncated
-
-
 def test_prompt_and_completion_never_merge_into_one_token(tokenizer):
     example = example_of({"a": "hel", "b": "lo"}, tokenizer, prompt="{a}", completion="{b}")
     assert len(ids_of("hello", tokenizer)) < len(example.input_ids) - 2
@@ -126,9 +91,6 @@ def test_slimorca_takes_the_first_question_and_answer_without_the_system_prompt(
     ).data
     [example] = Reader(published, tokenizer).examples([("a row", CONVERSATION)])
     assert supervised_text(example, tokenizer) == "User: hello\nAssistant: hello there</s>"
-    example = example_of(CONVERSATION, tokenizer, layout="conversations", chat="plain")
-    assert tokenizer.decode(example.input_ids) == "<s>User: hello\nAssistant: hello there</s>"
-    assert supervised_text(example, tokenizer) == " hello there</s>"
 
 
 def test_turns_all_keeps_the_system_prompt_and_supervises_every_answer(tokenizer):
@@ -187,18 +149,16 @@ def test_a_conversation_without_an_answer_is_empty(tokenizer, turns):
 
 
 @pytest.mark.parametrize(
-    ("row", "layout", "first", "last"),
+    ("row", "layout", "chat", "first", "last"),
     [
-        (CONVERSATION, "conversations", " hello there</s>", " 0.84</s>"),
-        (CHAT, "messages", "hello there<|im_end|>", "0.84<|im_end|>"),
+        (CONVERSATION, "conversations", "plain", " hello there</s>", " 0.84</s>"),
+        (CHAT, "messages", "template", "hello there<|im_end|>", "0.84<|im_end|>"),
     ],
 )
-def test_flags_and_turns_choose_what_is_supervised(tokenizer, row, layout, first, last):
+def test_flags_and_turns_choose_what_is_supervised(tokenizer, row, layout, chat, first, last):
     def supervised(turns: list, wanted: str) -> str:
-        chat = {"layout": layout, "turns": wanted, "chat": chat_of[layout]}
-        return supervised_text(example_of({layout: turns}, tokenizer, **chat), tokenizer)
-
-    chat_of = {"conversations": "plain", "messages": "template"}
+        example = example_of({layout: turns}, tokenizer, layout=layout, turns=wanted, chat=chat)
+        return supervised_text(example, tokenizer)
 
     turns = row[layout]
     assert [supervised(turns, wanted) for wanted in ("first", "last", "all")] == [

@@ -43,20 +43,16 @@ def texts_of_chat(chat: Chat) -> list[str]:
     return [text for text in texts if text]
 
 
+TALK = ["Be brief.hello", "hello there", "next?", "0.84"]
+CONTINUED = {"prompt": CHAT["messages"][:4], "completion": CHAT["messages"][4:]}
+
+
 @pytest.mark.parametrize(
     ("row", "layout", "texts"),
     [
-        (CHAT, "messages", ["Be brief.hello", "hello there", "next?", "0.84"]),
-        (
-            {"prompt": CHAT["messages"][:4], "completion": CHAT["messages"][4:]},
-            "messages",
-            ["Be brief.hello", "hello there", "next?", "0.84"],
-        ),
-        (
-            CONVERSATION,
-            "conversations",
-            ["Be brief.hello", "hello there", "next?", "0.84"],
-        ),
+        (CHAT, "messages", TALK),
+        (CONTINUED, "messages", TALK),
+        (CONVERSATION, "conversations", TALK),
         (
             {"instruction": "Add.", "input": "1", "output": "2"},
             "instruction",

@@ -32,8 +32,8 @@ def rows_in(*sources) -> list:
     return [[row for _, row in source.located()] for source in sources]
 
 
-def rows_of(path) -> list[dict]:
-    return rows_in(open_sources(data_config([path], [path]))[0])[0]
+def rows_of(*paths) -> list[dict]:
+    return rows_in(open_sources(data_config(paths, paths))[0])[0]
 
 
 def number_rows(count: int) -> list[dict]:
@@ -108,21 +108,14 @@ def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_rows(tmp_path
 def test_files_are_read_in_the_order_given_and_those_of_a_pattern_by_name(write_jsonl, tmp_path):
     first = write_jsonl("z.jsonl", number_rows(2))
     second = write_jsonl("a.jsonl", number_rows(3)[2:])
-    assert rows_in(open_sources(data_config([first, second], [first]))[0]) == [number_rows(3)]
-    pattern = tmp_path / "*.jsonl"
-    assert rows_in(open_sources(data_config([pattern], [first]))[0]) == [
-        [number_rows(3)[2], *number_rows(2)]
-    ]
+    assert rows_of(first, second) == number_rows(3)
+    assert rows_of(tmp_path / "*.jsonl") == [number_rows(3)[2], *number_rows(2)]
 
 
 def test_without_evaluation_files_the_last_rows_are_held_out(write_jsonl):
-    path = write_jsonl("t.jsonl", number_rows(10))
     rows = number_rows(10)
-    assert rows_in(*open_sources(data_config([path], eval_rows=3))) == [rows[:7], rows[7:]]
-    assert rows_in(*open_sources(data_config([path], eval_rows=3, train_rows=2))) == [
-        rows[:2],
-        rows[7:],
-    ]
+    config = data_config([write_jsonl("t.jsonl", rows)], eval_rows=3, train_rows=2)
+    assert rows_in(*open_sources(config)) == [rows[:2], rows[7:]]
 
 
 def test_train_rows_and_eval_rows_take_the_first_rows_and_read_no_more(tmp_path):

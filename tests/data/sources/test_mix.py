@@ -50,8 +50,7 @@ def row_texts(name: str, numbers) -> list[str]:
 @pytest.mark.parametrize(
     ("available", "weights", "total", "rows"),
     [
-        ([3000, 254], [3, 1], None, [762, 254]),  # as many as possible without repeating a part
-        ([30, 7], [0.7, 0.3], None, [16, 7]),  # 23.3 rows
+        ([30, 7], [0.7, 0.3], None, [16, 7]),  # as many as without repeating a part: 23.3
         ([99, 99, 99], [0.1, 0.2, 0.7], 10, [1, 2, 7]),
         ([5, 5], [1, 3], 100, [25, 75]),  # repeated
         ([30, 7], [None, None], None, [30, 7]),
