@@ -16,23 +16,6 @@ def refuses(message: str):
     return pytest.raises(UserError, match=rf"\A{message}[^\n]*\Z")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (
-            ["adapter=miss", "adapter.settings={init_weights: bat, bias: none}"],
-            {"init_weights": "bat", "bias": "none"},
-        ),
-        (
-            ["adapter=pissa", "adapter.settings.init_lora_weights=olora"],
-            {"init_lora_weights": "olora"},
-        ),
-    ],
-)
-def test_free_form_settings_come_through_the_command_line(compose, overrides, expected):
-    assert compose(*overrides).adapter.settings == expected
-
-
 def test_all_linear_adapts_only_the_chosen_layers():
     config = AdapterConfig("lora", 4, target_modules="all-linear", layers=[1])
     build.check(config)

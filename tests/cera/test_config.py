@@ -1,8 +1,6 @@
 """Which modules get an adapter of which rank, what is trained beside it, and which settings are
 refused."""
 
-from collections.abc import Iterable
-
 import pytest
 from cera_models import WARNINGS, adapted, cera_layers
 from conftest import make_tiny_llama
@@ -30,9 +28,7 @@ def names(projections: list[str], layers: tuple[int, ...] = (0, 1)) -> set[str]:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, names(["q_proj", "v_proj"])),
         ({"target_modules": r".*\.1\..*(k_proj|down_proj)"}, names(["k_proj", "down_proj"], (1,))),
-        ({"target_modules": "all-linear"}, names(ATTENTION + MLP)),
         ({"target_modules": "all-linear", "exclude_modules": MLP}, names(ATTENTION)),
         ({"layers_to_transform": 1}, names(["q_proj", "v_proj"], (1,))),
         ({"target_modules": ["lm_head"]}, {"lm_head"}),
@@ -54,21 +50,13 @@ def test_a_target_that_is_not_a_projection_is_refused_by_name():
         adapted(target_modules=["embed_tokens"])
 
 
-MAPPED = ["llama", "gpt2", "bloom", "mixtral", "falcon"]
-
-
-def skeleton(model_type: str, names: Iterable[str]) -> nn.Module:
-    """A module with linears of these names and the config of a model type."""
-    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
-    model.config = CONFIG_MAPPING[model_type]()
-    return model
-
-
-@pytest.mark.parametrize("model_type", MAPPED)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom", "mixtral", "falcon"])
 def test_the_default_targets_are_the_papers_or_else_pefts_for_lora(model_type):
     targets = set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type])
     paper = {"q_proj", "v_proj"}
-    model = get_peft_model(skeleton(model_type, [*targets, "other"]), CeraConfig(r=2))
+    skeleton = nn.ModuleDict({name: nn.Linear(4, 4) for name in (*targets, "other")})
+    skeleton.config = CONFIG_MAPPING[model_type]()
+    model = get_peft_model(skeleton, CeraConfig(r=2))
     assert set(cera_layers(model)) == (paper if paper <= targets else targets)
 
 

@@ -14,14 +14,14 @@ from cera_train.cera.coverage import Coverage
 pytestmark = WARNINGS
 
 
-def adapted(base: nn.Module | None = None, **settings) -> nn.Module:
+def adapted(**settings) -> nn.Module:
     config = {
         "r": 4,
         "dropout": 0.1,
         "task_type": "CAUSAL_LM",
         "target_modules": "all-linear",
     } | settings
-    return get_peft_model(make_tiny_llama() if base is None else base, CeraConfig(**config)).train()
+    return get_peft_model(make_tiny_llama(), CeraConfig(**config)).train()
 
 
 def passes(model: nn.Module) -> None:
