@@ -41,10 +41,11 @@ def test_every_choice_composes(compose, group, name):
 def test_every_recipe_composes_and_says_what_it_is_for(compose, path):
     config = compose(f"+recipe={path.stem}", *NEEDED.get(("recipe", path.stem), []))
     assert config.name == path.stem
-    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert re.search(rf"command   .*\+recipe={path.stem}\b", "\n".join(header))
-    assert "expected" in "\n".join(header)
-    assert "cost" in "\n".join(header)
+    lines = path.read_text().splitlines()
+    header = "\n".join(line for line in lines if line.startswith("#"))
+    assert re.search(rf"command   .*\+recipe={path.stem}\b", header)
+    assert "expected" in header
+    assert "cost" in header
 
 
 def test_the_recipe_sft_names_the_defaults(compose):

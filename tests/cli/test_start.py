@@ -69,14 +69,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_version_is_that_of_every_file_that_names_it():
-    files = ("pyproject.toml", "CITATION.cff", "CHANGELOG.md", "uv.lock")
     places = {
         "pyproject.toml": f'version = "{__version__}"',
         "uv.lock": f'name = "cera-train"\nversion = "{__version__}"',
         "CITATION.cff": f"version: {__version__}",
         "CHANGELOG.md": f"## {__version__}",
     }
-    assert not [name for name in files if places[name] not in (ROOT / name).read_text()]
+    assert not [name for name, text in places.items() if text not in (ROOT / name).read_text()]
 
 
 @pytest.mark.slow
