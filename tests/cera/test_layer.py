@@ -45,8 +45,8 @@ def make_layer(base: nn.Module | None = None, **settings) -> CeraLinear:
     return CeraLinear(base.requires_grad_(False), "default", config)
 
 
-def x_of(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*(shape or (4, 7)), 6, dtype=dtype)
+def x_of(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(4, 7, 6, dtype=dtype)
 
 
 def leaves(layer: CeraLinear, x: torch.Tensor) -> list[torch.Tensor]:
@@ -90,7 +90,7 @@ def assert_equal_with_gradients(
 @every_variant
 def test_output_and_gradients_equal_the_mathematics(settings):
     layer = make_layer(**settings).train()
-    x = x_of(2, 3).requires_grad_()
+    x = x_of().requires_grad_()
     y = layer(x)
     assert "AddBranch" in str(y.grad_fn)
     assert_equal_with_gradients(layer, x, y, by_hand(layer, x, CeraConfig(r=3, **settings)))
@@ -99,7 +99,7 @@ def test_output_and_gradients_equal_the_mathematics(settings):
 @pytest.mark.parametrize("name", ["as published", "all"])
 def test_a_compiled_layer_is_one_graph_and_equals_the_layer(name):
     layer = make_layer(nn.Linear(6, 5), **VARIANTS[name]).train()
-    x = x_of(dtype=torch.float32).requires_grad_()
+    x = x_of(torch.float32).requires_grad_()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert_equal_with_gradients(layer, x, compiled(x), layer(x))
 
@@ -112,10 +112,7 @@ def test_backward_keeps_x_and_z_and_nothing_as_wide_as_the_output():
         lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
     ):
         layer(x)
-    weights = {
-        layer.base_layer.weight.data_ptr(),
-        *(parameter.data_ptr() for parameter in layer.parameters()),
-    }
+    weights = {parameter.data_ptr() for parameter in layer.parameters()}
     assert sorted(tuple(value.shape) for value in kept if value.data_ptr() not in weights) == [
         (7, 3),
         (7, 6),
@@ -205,7 +202,7 @@ def test_dropout_rounds_what_it_keeps_once_in_16_bits():
 )
 def test_16_bits_stay_near_the_plain_formula(settings, dtype, autocast):
     layer = make_layer(nn.Linear(6, 5, dtype=dtype), **settings).train()
-    x = x_of(dtype=dtype).requires_grad_()
+    x = x_of(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = layer(x)
         plain = layer.base_layer(x) + layer.branch(x, "default")

@@ -152,17 +152,13 @@ subprocess.run([sys.executable, "-c", "print(chr(0x6771))"], check=True)
 @pytest.mark.parametrize(
     ("closed", "printed"), [("<&- 2>&-", "\\xf6 False\n\\u6771\n"), (">&- 2>&-", "")]
 )
-def test_a_closed_stream_or_a_letter_that_the_output_lacks_ends_no_command(closed, printed):
+def test_a_closed_stream_or_a_letter_that_the_output_lacks_ends_no_command(
+    tmp_path, closed, printed
+):
     """Nor the processes that a run starts."""
-    done = subprocess.run(
-        ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, STREAMS],
-        env=os.environ | {"PYTHONIOENCODING": "ascii"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    assert done.stdout == printed
+    words = ["-c", f'exec "$0" -c "$1" {closed}', sys.executable, STREAMS]
+    done = command("/bin/sh", *words, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, printed)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import json
 import pytest
 from conftest import CHAT_TEMPLATE
 from examples import (
-    data_config,
     example_of,
     examples_of,
     questions_of,
@@ -18,6 +17,8 @@ from cera_train.common.errors import UserError
 from cera_train.data.prepare import prepare_data
 from cera_train.data.sources import decide_switches
 from cera_train.settings.data import DataConfig, MixPart
+
+pytest_plugins = ["examples"]
 
 CALLS = (
     "{% for call in message.tool_calls or [] %}[{{ call.function.name }} "
@@ -133,7 +134,7 @@ def test_calls_of_tools_are_read_in_sharegpts_form_and_in_openais(tokenizer):
 
 
 def test_an_answer_after_turns_that_the_template_shortens_is_a_sequence_of_its_own(
-    tokenizer, write_jsonl
+    tokenizer, config_of
 ):
     chat = with_changes(tokenizer, chat_template=THINKS)
     rows = [
@@ -147,8 +148,7 @@ def test_an_answer_after_turns_that_the_template_shortens_is_a_sequence_of_its_o
         }
         for number in range(8)
     ]
-    file = str(write_jsonl("rows.jsonl", rows))
-    data = prepare_data(data_config(train_files=[file], eval_files=[], layout="messages"), chat)
+    data = prepare_data(config_of(rows, [], layout="messages"), chat)
     # Both sequences of a row are on one side, and both are one row.
     assert (len(data.train), len(data.evaluation)) == (14, 2)
     assert data.train.describe().startswith("7 rows as 14 sequences, ")
@@ -193,15 +193,12 @@ def test_a_question_does_not_show_whether_its_answer_reasons(tokenizer):
         assert (question.text, question.gold) == ("hello", "hello there")
 
 
-def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write_jsonl):
+def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, config_of, write_jsonl):
     """What asks the model later asks as it was trained."""
     chat = with_changes(tokenizer, chat_template=OPENS)
 
     def settings(rows: list[dict], chosen: dict | None = None, count: int | None = None) -> dict:
-        file = str(write_jsonl("rows.jsonl", rows))
-        config = data_config(
-            train_files=[file], layout="messages", template_settings=chosen, train_rows=count
-        )
+        config = config_of(rows, layout="messages", template_settings=chosen, train_rows=count)
         return decide_switches(config, chat).template_settings
 
     assert settings([WITHOUT] * 3) == {"enable_thinking": False}
@@ -212,8 +209,7 @@ def test_a_switch_that_all_answers_need_is_a_setting_of_the_run(tokenizer, write
     own = WITHOUT | {"chat_template_kwargs": off}
     assert settings([own] * 3) == settings([own, WITHOUT]) == off
     assert settings([own, THOUGHT]) == {}
-    rows = str(write_jsonl("rows.jsonl", [own] * 3))
-    answered = data_config(train_files=[rows], layout="messages")
+    answered = config_of([own] * 3, layout="messages")
     assert decide_switches(answered, chat, learns_answers=False).template_settings == off
 
     with pytest.raises(UserError, match=r"has enable_thinking=true, and all answers of the first "):

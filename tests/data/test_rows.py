@@ -145,19 +145,17 @@ def test_documents_of_a_text_file_are_lines_or_separated_by_blank_lines(tmp_path
     assert mask == [False, *[True] * (len(mask) - 1)]
 
 
-def test_a_document_longer_than_max_length_is_cut_into_rows_without_loss(write_jsonl, tokenizer):
+def test_a_document_longer_than_max_length_is_cut_into_rows_without_loss(own, tokenizer):
     def documents(rows: TokenizedRows) -> list[str]:
         ids = [rows.tokens("input_ids", row).to_pylist() for row in range(len(rows))]
         assert all(row[0] == tokenizer.bos_token_id and len(row) <= 8 for row in ids)
         return "".join(tokenizer.decode(row[1:]) for row in ids).removesuffix("</s>").split("</s>")
 
     texts = [f"it is {number} next to the value" for number in range(8)]
-    path = write_jsonl("rows.jsonl", [{"text": text} for text in [*texts, texts[0]]])
-    config = decide_layouts(DataConfig(layout="auto", train_files=[str(path)], max_length=8))
+    texts.append(texts[0])
+    config = own([{"text": text} for text in texts], "data.max_length=8")
     data = prepare_data(config, tokenizer)
-    assert sorted([*documents(data.train), *documents(data.evaluation)]) == sorted(
-        [*texts, texts[0]]
-    )
+    assert sorted(documents(data.train) + documents(data.evaluation)) == sorted(texts)
     assert data.train.describe().endswith(" 0 truncated")
     is_learned, line = describe_stop(
         data.train, config.max_length, {tokenizer.eos_token_id}, tokenizer

@@ -132,8 +132,7 @@ def folders(tmp_path, monkeypatch, write_jsonl) -> Path:
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    for name in ("ds", "broken"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "broken").mkdir()
     write_jsonl("ds/train.jsonl", number_rows(4))
     (tmp_path / "broken" / "train.jsonl").write_text('{"a": \n')
     return tmp_path

@@ -253,7 +253,6 @@ ALL = MEETING | {"LOCAL_RANK": "1"}
         (ALL, 1),
         ({"PMI_SIZE": "2", "PMI_RANK": "1", "WORLD_SIZE": "2"}, 1),
         ({"RANK": "0"}, "RANK=0 without WORLD_SIZE, .*unset RANK"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, MASTER_ADDR, MASTER_PORT"),
         (MEETING, "RANK=1, WORLD_SIZE=2 without LOCAL_RANK"),  # of a PyTorchJob on Kubernetes
     ],
 )

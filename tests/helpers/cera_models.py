@@ -43,10 +43,10 @@ def adapted(base=None, name: str = "default", **settings) -> PeftModel:
     ).eval()
 
 
-def with_two(**settings) -> PeftModel:
+def with_two() -> PeftModel:
     """A model with the adapters "first", which is active, and "second", of another rank, gate and
     scale."""
-    model = adapted(name="first", **settings)
+    model = adapted(name="first")
     model.add_adapter(
         "second", cera(r=6, alpha=12, activation="gelu", target_modules=["k_proj", "v_proj"])
     )

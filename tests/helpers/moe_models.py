@@ -40,17 +40,6 @@ def expert_config(**settings) -> CeraConfig:
     return cera(**{"target_parameters": PARAMETERS} | settings)
 
 
-def mixture_with_two(model_type: str = "mixtral") -> PeftModel:
-    """A mixture with the adapters "first", which is active, and "second", of other experts'
-    parameters and rank."""
-    model = adapted_mixture(model_type, "first")
-    model.add_adapter(
-        "second",
-        expert_config(expert_r=6, alpha=12, activation="gelu", target_parameters=["down_proj"]),
-    )
-    return model
-
-
 def experts_of(model: nn.Module) -> list[CeraExperts]:
     return [module for module in model.modules() if isinstance(module, CeraExperts)]
 
