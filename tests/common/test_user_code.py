@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.common.signals import Interrupted, stop_at_once
+from cera_train.common.signals import Interrupted
 from cera_train.common.user_code import user_code
 
 
@@ -14,14 +14,7 @@ def leave() -> None:
     sys.exit(0)
 
 
-@pytest.fixture
-def our_handler():
-    before = signal.signal(signal.SIGINT, stop_at_once)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_whatever_the_users_code_raises_is_one_line_with_its_place(our_handler):
+def test_whatever_the_users_code_raises_is_one_line_with_its_place():
     line = leave.__code__.co_firstlineno + 1
     with pytest.raises(UserError) as caught, user_code("reward=x fails", "Fix it."):
         leave()

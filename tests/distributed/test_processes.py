@@ -1,7 +1,6 @@
 """Several real processes over gloo compute the same as one, whoever starts them; when one of them
 fails, hangs or is told to stop, the others end with it."""
 
-import json
 import os
 import signal
 import socket
@@ -29,6 +28,7 @@ from tiny_runs import (
 )
 
 from cera_train.common.errors import UserError
+from cera_train.common.files import read_json
 from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.processes import (
     error_of,
@@ -147,8 +147,8 @@ def test_sharding_equals_one_process_for_every_kind_of_adapter_and_base(
         assert all_losses_of(fsdp) == pytest.approx(all_losses_of(one), rel=tolerance), name
         for evaluation, expected in zip(evaluations_of(fsdp), evaluations_of(one), strict=True):
             assert evaluation == pytest.approx(expected, rel=max(tolerance, 1e-4), abs=1e-3), name
-        results = [json.loads((folder / "result.json").read_text()) for folder in (one, fsdp)]
-        assert results[0]["trainable_share"] == results[1]["trainable_share"]
+        shares = [read_json(run / "result.json")["trainable_share"] for run in (one, fsdp)]
+        assert shares[0] == shares[1]
         assert len(adapter_bytes(fsdp)) == len(adapter_bytes(one))
 
 

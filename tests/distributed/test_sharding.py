@@ -67,9 +67,10 @@ def test_only_one_unsharded_tensor_at_a_time_is_on_the_gpu(sharded, on_the_gpu, 
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
 def test_replicas_share_the_memory_mapped_frozen_weights(tiny_config, team_of_one, monkeypatch):
     """The processes of a machine share these pages until one writes to them."""
-    sizes = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    for name in ("RANK", "LOCAL_RANK", *sizes, "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "1" if "SIZE" in name else "0")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
     config = tiny_config("train.max_updates=1")
     run = build_run(config, folder_of(config))
     assert isinstance(run.model.wrapped, DistributedDataParallel)

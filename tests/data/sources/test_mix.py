@@ -3,7 +3,6 @@ runs on one of them."""
 
 import re
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 from examples import CONVERSATION, texts_of, with_changes
@@ -173,8 +172,4 @@ def test_perplexities_compare_across_shares_and_with_a_run_on_the_only_held_out_
     others = (part("c", 7, weight=1), part("b", 7, weight=1, prompt="{answer}"), silent)
     assert len({held_out(a, b), *(held_out(a, other) for other in others)}) == 4
     alone = DataConfig(**TEXT, train_files=a.train_files, eval_rows=2)
-    digests = [
-        prepare_evaluation(config, tokenizer).digest
-        for config in (alone, replace(alone, max_length=9))
-    ]
-    assert digests[0] == held_out(a, silent) != digests[1]
+    assert prepare_evaluation(alone, tokenizer).digest == held_out(a, silent)
