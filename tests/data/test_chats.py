@@ -158,8 +158,11 @@ def test_an_answer_after_turns_that_the_template_shortens_is_a_sequence_of_its_o
     assert second.endswith(
         "next?<|im_end|>\n<|im_start|>assistant\n<think>so</think>value<|im_end|>"
     )
-    pair = {"prompt": rows[0]["messages"][:3]} | {"chosen": [assistant("a")]}
-    pair |= {"rejected": [assistant("b")]}
+    pair = {
+        "prompt": rows[0]["messages"][:3],
+        "chosen": [assistant("a")],
+        "rejected": [assistant("b")],
+    }
     sides = examples_of(pair, chat, layout="messages", rejected="rejected")
     assert [supervised_text(side, chat) for side in sides] == [
         "<think></think>a<|im_end|>",
