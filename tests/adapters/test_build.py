@@ -27,8 +27,6 @@ def test_all_linear_adapts_only_the_chosen_layers():
 
 # --- experts --------------------------------------------------------------------------------------
 
-DOWN = ["mlp.experts.down_proj"]
-
 
 def on_a_mixture(model_type: str = "mixtral", **settings):
     config = AdapterConfig(**({"r": 4, "dropout": 0.0} | settings))
@@ -57,7 +55,7 @@ def test_pefts_lora_takes_experts_by_its_own_settings():
     settings = {
         "kind": "lora",
         "target_modules": ["q_proj"],
-        "settings": {"target_parameters": DOWN},
+        "settings": {"target_parameters": ["mlp.experts.down_proj"]},
     }
     lora = on_a_mixture(**settings)
     assert [list(wrappers) for wrappers in expert_loras(lora)] == [["down_proj"]] * 2

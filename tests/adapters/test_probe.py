@@ -6,6 +6,7 @@ import functools
 import peft
 import pytest
 import torch
+from cera_models import logits
 from conftest import make_tiny_llama
 
 from cera_train.adapters import build, saved
@@ -38,11 +39,6 @@ def test_a_method_for_two_tokens_passes_and_comes_back_to_its_start(autocast):
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model.eval()(input_ids=IDS).logits
-
-
 @pytest.mark.filterwarnings("ignore:Specified to not save")
 @pytest.mark.parametrize(
     ("method", "settings"),
@@ -63,4 +59,5 @@ def test_what_is_saved_is_whole_for_us_and_for_peft_alone(method, settings, tmp_
     loaded = peft.PeftModel.from_pretrained(make_tiny_llama(), tmp_path)
     torch.manual_seed(5)
     for other in (attached, loaded):
-        torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-4)
+        theirs = logits(other.eval(), IDS)
+        torch.testing.assert_close(theirs, logits(model.eval(), IDS), rtol=1e-4, atol=1e-4)

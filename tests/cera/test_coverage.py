@@ -3,8 +3,7 @@ that do not."""
 
 import pytest
 import torch
-from cera_models import IDS, WARNINGS
-from conftest import make_tiny_llama
+from cera_models import IDS, WARNINGS, adapted
 from peft import get_peft_model
 from torch import nn
 
@@ -14,14 +13,10 @@ from cera_train.cera.coverage import Coverage
 pytestmark = WARNINGS
 
 
-def adapted(**settings) -> nn.Module:
-    config = {
-        "r": 4,
-        "dropout": 0.1,
-        "task_type": "CAUSAL_LM",
-        "target_modules": "all-linear",
-    } | settings
-    return get_peft_model(make_tiny_llama(), CeraConfig(**config)).train()
+def fresh(**settings) -> nn.Module:
+    """A model with a fresh adapter, by default on all linears, in train mode."""
+    defaults = {"init_weights": True, "dropout": 0.1, "target_modules": "all-linear"}
+    return adapted(**defaults | settings).train()
 
 
 def passes(model: nn.Module) -> None:
@@ -36,7 +31,7 @@ def refusal(model: nn.Module) -> str:
 
 
 def test_a_fresh_adapter_is_proven_though_the_gradient_of_A_is_zero():
-    model = adapted(activation="relu", r=1)  # relu may switch off the only unit
+    model = fresh(activation="relu", r=1)  # relu may switch off the only unit
     with check_coverage(model) as coverage:
         passes(model)
     assert len(coverage.layers) == 14
@@ -47,7 +42,7 @@ def test_a_fresh_adapter_is_proven_though_the_gradient_of_A_is_zero():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_and_several_passes_are_proven(reentrant):
-    model = adapted()
+    model = fresh()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     with check_coverage(model):
@@ -57,14 +52,14 @@ def test_checkpointing_and_several_passes_are_proven(reentrant):
 
 @pytest.mark.parametrize("change", [lambda output: output.detach(), lambda output: output * 0])
 def test_an_output_that_does_not_reach_the_loss_is_refused(change):
-    model = adapted(target_modules=["up_proj"])
+    model = fresh(target_modules=["up_proj"])
     mlp = model.base_model.model.model.layers[0].mlp
     mlp.register_forward_hook(lambda module, args, output: change(output))
     assert "model.layers.0.mlp.up_proj: called, but the loss has no gradient" in refusal(model)
 
 
 def test_a_matrix_without_gradient_is_refused():
-    model = adapted(target_modules=["q_proj"])
+    model = fresh(target_modules=["q_proj"])
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     A = layer.cera_A["default"]
     # A hook selects the plain formula.
@@ -103,7 +98,7 @@ def test_experts_without_a_token_are_exempt(running):
 
 
 def test_processes_share_what_they_have_seen(monkeypatch):
-    model = adapted(target_modules=["q_proj"])
+    model = fresh(target_modules=["q_proj"])
     idle = Coverage(model)
     busy = Coverage(model)
     with busy.watch():

@@ -69,8 +69,9 @@ def test_a_part_is_used_up_before_any_row_repeats():
 
 
 def test_every_part_is_spread_evenly():
-    rows = interleaved([range(70), range(100, 120), range(200, 210)])
-    assert sorted(rows) == [*range(70), *range(100, 120), *range(200, 210)]
+    parts = [range(70), range(100, 120), range(200, 210)]
+    rows = interleaved(parts)
+    assert sorted(rows) == [row for part in parts for row in part]
     for end in range(1, 101):
         shares = Counter(row // 100 for row in rows[:end])
         assert all(
