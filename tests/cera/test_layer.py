@@ -132,6 +132,20 @@ def test_backward_keeps_x_and_z_and_nothing_as_wide_as_the_output():
     ]
 
 
+@every_variant
+def test_the_start_is_the_base_layer_and_only_b_has_a_gradient(settings):
+    layer = make_layer(**settings, init_weights=True).train()
+    x = x_of()
+    assert torch.equal(layer(x), layer.base_layer(x))
+    layer(x).square().sum().backward()
+    moved = {
+        name
+        for name, value in layer.named_parameters()
+        if value.grad is not None and value.grad.any()
+    }
+    assert moved == {"cera_B.default.weight"}
+
+
 @pytest.mark.parametrize(
     ("init", "deviation", "fourth_moment"),
     [

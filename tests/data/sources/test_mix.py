@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 import pytest
-from examples import texts_of, with_changes
+from examples import CONVERSATION, texts_of, with_changes
 
 from cera_train.data.prepare import prepare_data, prepare_evaluation, training_questions
 from cera_train.data.sources import drawn_rows, interleaved, rows_of_parts
@@ -129,6 +129,20 @@ def test_an_epoch_asks_its_share_of_each_part_without_prompts_that_are_too_long(
 def test_samples_come_from_all_parts(part, tokenizer):
     evaluation = evaluation_of_rows(mix(part("a", 9), part("b", 9)), 3, tokenizer, None)
     assert [problem.prompt for problem in evaluation.problems] == ["a7?", "b7?", "a8?"]
+
+
+def test_a_part_has_its_own_layout_and_templates_or_those_of_data(part, write_jsonl, tokenizer):
+    chats = str(write_jsonl("chats.jsonl", [CONVERSATION, CONVERSATION]))
+    one = MixPart(train_files=[chats], eval_rows=0, layout="conversations")
+    two = part("b", 3, prompt="Q: {question}", completion=" A: {answer}")
+    computed = MixPart(layout="logistic_map", train_rows=1, eval_rows=1)
+    trained = texts_of(
+        prepare_data(mix(one, two, part("a", 3), computed, chat="plain"), tokenizer).train,
+        tokenizer,
+    )
+    chat = "User: hello\nAssistant: hello there"
+    assert {chat, "Q: b0? A: b is 0", *row_texts("a", [0])} < {*trained}
+    assert any(text.startswith("Question: x' = 3.5 x (1 - x).") for text in trained)
 
 
 def test_mixes_have_different_digests_and_a_part_shares_the_cache_with_a_run_on_it_alone(
