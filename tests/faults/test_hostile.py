@@ -4,17 +4,17 @@ cannot control the terminal.
 The attacks are real: code that runs creates a file, `marker`.
 """
 
-import json
 import os
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
+from made_files import change_json
+from tiny_runs import folder_of, train_and_die_after
 from transformers import LlamaConfig
 
 from cera_train.common.files import write_text
@@ -27,42 +27,20 @@ from cera_train.data.sources import from_hub
 from cera_train.model.folder import check_length, load_tokenizer
 from cera_train.model.weights import load_model
 from cera_train.runs.card import write_card
-from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import find_subject
 from cera_train.settings.data import DataConfig
-from cera_train.settings.evaluation import EvalConfig, GenerationConfig, TaskConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
+from cera_train.training.train import train
 
-ADAPTER_CONFIG = {
-    "peft_type": "LORA",
-    "r": 2,
-    "target_modules": ["q_proj"],
-    "task_type": "CAUSAL_LM",
-}
+pytest_plugins = ("evaluated_runs",)
 
 
-def write_adapter(folder: Path, base: str, **changes: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = ADAPTER_CONFIG | {"base_model_name_or_path": base} | changes
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    (folder / "adapter_model.safetensors").touch()
-    return folder
-
-
-def write_run(folder: Path, config: Config, **changes: Any) -> Path:
-    """A stranger's finished run."""
-    write_adapter(folder / "adapter", config.model.path, **changes)
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(config)))
-    (folder / "result.json").write_text("{}")
-    return folder
-
-
-def evaluation(run: Path, **changes: Any) -> EvalConfig:
-    task = TaskConfig(kind="gsm8k", name="gsm8k", prompt="{question}", files=["rows.jsonl"])
-    return EvalConfig(run=str(run), task=task, generation=GenerationConfig(), **changes)
+def write_config(run: Path, config: Config) -> None:
+    """Makes a run a stranger's."""
+    (run / "config.yaml").write_text(yaml.safe_dump(to_plain(config)))
 
 
 class Payload:
@@ -84,8 +62,8 @@ def marker(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def config(tiny_config) -> Config:
-    return tiny_config("adapter.r=2")
+def config(run) -> Config:
+    return load_config(run / "config.yaml")
 
 
 @pytest.fixture
@@ -94,13 +72,9 @@ def model_with_code(tmp_path, tiny_folder, marker, monkeypatch) -> str:
     from transformers import dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = tmp_path / "model-with-code"
-    shutil.copytree(tiny_folder, folder)
-    settings = json.loads((folder / "config.json").read_text())
+    folder = shutil.copytree(tiny_folder, tmp_path / "model-with-code")
     classes = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
-    (folder / "config.json").write_text(
-        json.dumps(settings | {"model_type": "evil", "auto_map": classes})
-    )
+    change_json(folder / "config.json", {"model_type": "evil", "auto_map": classes})
     (folder / "evil.py").write_text(
         f"open({str(marker)!r}, 'w')\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
@@ -120,39 +94,34 @@ def test_a_models_own_code_runs_only_when_asked(model_with_code, marker):
     assert marker.exists()
 
 
-def test_a_runs_config_cannot_ask_to_run_its_models_code(tmp_path, config, model_with_code, marker):
+def test_a_runs_config_cannot_ask_to_run_its_models_code(
+    tmp_path, run, config, eval_config, model_with_code, marker
+):
+    trust = "trust_remote_code=true"
     trusting = replace(config.model, path=model_with_code, trust_remote_code=True)
-    run = write_run(tmp_path / "run", replace(config, model=trusting))
+    write_config(run, replace(config, model=trusting))
     for folder in (run, run / "adapter"):
-        with pytest.raises(
-            ValueError, match="asks to run the Python code .*: trust_remote_code=true"
-        ):
-            find_subject(evaluation(folder))
-        assert find_subject(evaluation(folder, trust_remote_code=True)).model == trusting
-    adapter = write_adapter(tmp_path / "download", model_with_code)
-    with pytest.raises(ValueError, match="set model.trust_remote_code=true"):
-        load_model(find_subject(evaluation(adapter)).model, "cpu")
+        with pytest.raises(ValueError, match=f"asks to run the Python code .*: {trust}"):
+            find_subject(eval_config(run=folder))
+        assert find_subject(eval_config(trust, run=folder)).model == trusting
+    adapter = shutil.copytree(run / "adapter", tmp_path / "download")
+    change_json(adapter / "adapter_config.json", {"base_model_name_or_path": model_with_code})
+    with pytest.raises(ValueError, match=f"set model.{trust}"):
+        load_model(find_subject(eval_config(run=adapter)).model, "cpu")
     assert not marker.exists()
-    assert find_subject(evaluation(adapter, trust_remote_code=True)).model.trust_remote_code
+    assert find_subject(eval_config(trust, run=adapter)).model.trust_remote_code
 
 
-def test_a_runs_config_is_plain_text_without_lookups(tmp_path, config, monkeypatch):
+def test_a_runs_config_is_plain_text_without_lookups(run, config, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_reader")
     prompt = "${oc.env:HF_TOKEN} {question} ${name} \\${x}"
-    run = write_run(
-        tmp_path,
-        replace(config, name="${oc.env:HF_TOKEN}", data=replace(config.data, prompt=prompt)),
-    )
-    read = load_config(run / "config.yaml")
-    assert (read.name, read.data.prompt) == ("${oc.env:HF_TOKEN}", prompt)
-    assert "hf_secret" not in str(read)
+    write_config(run, replace(config, data=replace(config.data, prompt=prompt)))
+    assert load_config(run / "config.yaml").data.prompt == prompt
 
 
-@pytest.mark.parametrize(
-    "text", ["!!python/object/apply:io.open [MARKER, w]", "!!python/name:os.system ''"]
-)
-def test_a_runs_yaml_creates_no_objects(tmp_path, marker, text):
-    (tmp_path / "config.yaml").write_text(f"name: {text.replace('MARKER', str(marker))}\n")
+def test_a_runs_yaml_creates_no_objects(tmp_path, marker):
+    text = f"name: !!python/object/apply:io.open [{marker}, w]\n"
+    (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match="config.yaml"):
         load_config(tmp_path / "config.yaml")
     assert not marker.exists()
@@ -161,23 +130,21 @@ def test_a_runs_yaml_creates_no_objects(tmp_path, marker, text):
 # --- pickles --------------------------------------------------------------------------------------
 
 
-def test_an_adapters_pickle_is_not_read(tmp_path, config, marker):
-    run = write_run(tmp_path / "run", config)
+def test_an_adapters_pickle_is_not_read(run, eval_config, marker):
     (run / "adapter" / "adapter_model.safetensors").unlink()
     torch.save(Payload(marker), run / "adapter" / "adapter_model.bin")
     for folder in (run, run / "adapter"):
         with pytest.raises(
             ValueError, match="lacks its weights, adapter_model.safetensors: .*convert a pickle"
         ):
-            find_subject(evaluation(folder))
+            find_subject(eval_config(run=folder))
     assert not marker.exists()
     torch.load(run / "adapter" / "adapter_model.bin", weights_only=False)
     assert marker.exists()
 
 
 def test_a_base_models_pickle_is_not_read(tmp_path, tiny_folder, marker):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder, folder)
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "model.safetensors").unlink()
     torch.save(Payload(marker), folder / "pytorch_model.bin")
     with pytest.raises(
@@ -187,20 +154,14 @@ def test_a_base_models_pickle_is_not_read(tmp_path, tiny_folder, marker):
     assert not marker.exists()
 
 
-def test_a_checkpoints_pickle_is_not_read(tmp_path, config, tiny_llama, marker):
-    from cera_train.adapters.build import build
-
-    model = build(tiny_llama.requires_grad_(False), config.adapter)
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad]
-    )
-    with RunFolder.open(tmp_path / "run", to_plain(config)) as folder:
-        folder.save_checkpoint(model, optimizer, Progress(update=1, data_digest="digest"), keep=1)
-        (checkpoint,) = folder.checkpoints()
-        load_checkpoint(checkpoint, model, "digest", "held-out")
-        torch.save(Payload(marker), checkpoint / "optimizer.pt")
-        with pytest.raises(ValueError, match=str(checkpoint)):
-            load_checkpoint(checkpoint, model, "digest", "held-out")
+def test_a_checkpoints_pickle_is_not_read(tiny_config, marker):
+    config = tiny_config()
+    train_and_die_after(config, 5)
+    checkpoint = folder_of(config) / "checkpoints" / "4"
+    torch.save(Payload(marker), checkpoint / "optimizer.pt")
+    (checkpoint / "checksums.json").unlink()
+    with pytest.raises(ValueError, match=f"{checkpoint} is damaged or no checkpoint"):
+        train(config)
     assert not marker.exists()
 
 
@@ -230,19 +191,11 @@ def test_no_line_controls_the_terminal(capsys, tokenizer):
     assert not STEERS.search(capsys.readouterr().out)
 
 
-def test_a_card_shows_hostile_text_as_text(tmp_path, config):
+def test_a_card_shows_hostile_text_as_text(run, config):
     name = "<script>x|`*_[a](javascript:b)![c](data:d)"  # others are refused
     hostile = f"{name}\n---\n# e{STEERING}"
     model = replace(config.model, path=hostile, revision=hostile)
-    run = write_run(tmp_path, replace(config, name=name, model=model))
-    names = (
-        "eval/perplexity",
-        "perplexity_before",
-        "spectrum/effective_rank/mean",
-        "spectrum/effective_rank/max",
-    )
-    result = dict.fromkeys(names, 1.5) | {"trainable_parameters": 1, "updates": 1}
-    (run / "result.json").write_text(json.dumps(result))
+    write_config(run, replace(config, name=name, model=model))
     write_card(run, RunResult.read(run / "result.json"), LlamaConfig())
     text = (run / "adapter" / "README.md").read_text()
     front, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", text, re.DOTALL).groups()
