@@ -43,7 +43,9 @@ def multiply_weights(adapter: Path, factor: float) -> None:
     save_file(tensors, weights, {"format": "pt"})
 
 
-def test_an_evaluation_leaves_problems_answers_grades_and_a_result(eval_config, run, tiny_folder):
+def test_what_an_evaluation_leaves_and_that_it_grades_again_without_a_model(
+    eval_config, run, tiny_folder, monkeypatch
+):
     result = evaluate(eval_config())
     folder = run / "eval" / "gsm8k"
     problems, answers, grades = (
@@ -62,6 +64,14 @@ def test_an_evaluation_leaves_problems_answers_grades_and_a_result(eval_config, 
     assert result["tokens"] == sum(row["tokens"] for row in answers)
     config = read_yaml(folder / "config.yaml")
     assert (config["task"]["max_new_tokens"], config["model"]["path"]) == (8, str(tiny_folder))
+
+    answers[0]["text"] = " It is #### 3"
+    write_lines(folder / "generations.jsonl", answers)
+    monkeypatch.setattr(engine, "load_model", None)
+    again = evaluate(eval_config("launch.processes=1"))
+    assert again["exact/pass@1"] == result["exact/pass@1"] + 1 / 8
+    assert read_json(folder / "result.json") == again
+    assert read(folder / "grades.jsonl")[0]["exact"]
 
 
 def test_interrupted_equals_uninterrupted(eval_config, run, monkeypatch, tmp_path):
@@ -122,19 +132,6 @@ def test_samples_give_pass_at_k_for_every_k(eval_config, monkeypatch, capsys):
     assert result["no_answer"] == 6
     interval = f"exact pass@3     75.0%  (95 % interval {lower:.1%} to {upper:.1%})"
     assert interval in capsys.readouterr().out
-
-
-def test_answers_that_are_there_are_graded_again_without_a_model(eval_config, run, monkeypatch):
-    before = evaluate(eval_config())
-    folder = run / "eval" / "gsm8k"
-    rows = read(folder / "generations.jsonl")
-    rows[0]["text"] = " It is #### 3"
-    write_lines(folder / "generations.jsonl", rows)
-    monkeypatch.setattr(engine, "load_model", None)
-    result = evaluate(eval_config("launch.processes=1"))
-    assert result["exact/pass@1"] == before["exact/pass@1"] + 1 / 8
-    assert read_json(folder / "result.json") == result
-    assert read(folder / "grades.jsonl")[0]["exact"]
 
 
 def test_logistic_map_asks_the_held_out_starts(eval_config, run):
@@ -221,16 +218,14 @@ def test_an_adapter_of_another_base_model_is_refused(eval_config, run, tmp_path,
     settings = ["model=smollm2_135m", f"model.path={tmp_path / 'other'}", "model.dtype=float32"]
     tokenizer.save_pretrained(tmp_path / "other")
 
-    def refused(difference: str, *more: str) -> None:
-        with pytest.raises(UserError, match=f"was trained on another base than .*: {difference}"):
-            evaluate(eval_config(*settings, *more))
-
     sibling = make_tiny_llama(vocab_size=len(tokenizer))
     sibling.model.layers[0].mlp.up_proj.weight.data += 0.1
     sibling.save_pretrained(tmp_path / "other")
-    refused(r"other weights\. It belongs")
-    refused("other weights", "model.quantization=nf4")
-    with pytest.raises(UserError, match="was trained on another base than .*: other weights"):
+    differs = "was trained on another base than .*: other weights"
+    for quantization in ("none", "nf4"):
+        with pytest.raises(UserError, match=differs):
+            evaluate(eval_config(*settings, f"model.quantization={quantization}"))
+    with pytest.raises(UserError, match=differs):
         chat(run, *settings, "prompt=Hello", "server=http://127.0.0.1:9")
     assert not (run / "eval").exists()
     (run / "environment.json").unlink()  # as an adapter that was carried elsewhere
@@ -263,16 +258,19 @@ def test_an_adapter_that_diverged_is_refused(eval_config, run):
         evaluate(eval_config(run=best))
 
 
-def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(run, compose):
+def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(eval_config, run):
+    """On the held-out rows, of which a limit takes the first: it never adds a training row."""
     trained = read_json(run / "result.json")
-    result = evaluate(compose(f"run={run}", "task=perplexity", command="eval"))
+    result = evaluate(eval_config("task.limit=60", task="perplexity"))
+    assert result["rows"] == 20
     assert result["perplexity"] == pytest.approx(trained["eval/perplexity"], rel=1e-6)
     assert result["perplexity_base"] == pytest.approx(trained["perplexity_before"], rel=1e-6)
     for kind in ("effective_rank", "manifold_dimension"):
         for of in ("mean", "max"):
             name = f"spectrum/{kind}/{of}"
             assert result[name] == pytest.approx(trained[name], rel=1e-6)
-    assert result["tokens"] > 0
+    limited = evaluate(eval_config("task.limit=7", "name=limited", task="perplexity"))
+    assert limited["rows"] == 7
 
 
 @pytest.mark.parametrize(
@@ -311,13 +309,6 @@ def test_rows_that_were_added_after_the_training_are_named(
     assert changed in printed(*held_out, "name=later_held_out")
     other = ("data=jsonl", f"data.train_files=[{file}]", "data.max_length=256")
     assert changed not in printed("task=perplexity", "name=others", *other)
-
-
-@pytest.mark.parametrize(("limit", "rows"), [(7, 7), (60, 20)])
-def test_a_limit_takes_the_first_held_out_rows_and_never_a_training_row(
-    eval_config, run, limit, rows
-):
-    assert evaluate(eval_config(f"task.limit={limit}", task="perplexity"))["rows"] == rows
 
 
 def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenizer, tmp_path):

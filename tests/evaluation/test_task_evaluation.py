@@ -2,7 +2,7 @@
 notice."""
 
 from evaluated_runs import QUESTIONS, evaluate, read
-from tiny_runs import folder_of
+from tiny_runs import adapter_bytes, evaluations_of, folder_of, timeless_metrics
 
 from cera_train.common.files import read_json
 from cera_train.evaluation.task_evaluation import SAMPLE_ROOM, evaluation_of_rows
@@ -22,18 +22,6 @@ TASKS = [
 SHORT = ["train.task_settings={logistic_map: {max_new_tokens: 8}}"]
 
 
-def evaluations(config) -> list[dict]:
-    return [line for line in read(folder_of(config) / "metrics.jsonl") if "eval/loss" in line]
-
-
-def learned(config) -> tuple[list, bytes]:
-    """Every loss and norm of a run, and its adapter."""
-    lines = read(folder_of(config) / "metrics.jsonl")
-    names = ("train/loss", "train/grad_norm", "eval/loss", "spectrum/effective_rank/mean")
-    [adapter] = (folder_of(config) / "adapter").glob("*model.safetensors")
-    return [[line.get(name) for name in names] for line in lines], adapter.read_bytes()
-
-
 def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(
     finished_config, tiny_config
 ):
@@ -41,10 +29,13 @@ def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(
     in between."""
     examined = tiny_config(*TASKS, *SHORT)
     result = train(examined)
-    assert learned(examined) == learned(finished_config)
+    assert adapter_bytes(examined) == adapter_bytes(finished_config)
+    plain = timeless_metrics(finished_config)
+    for expected, line in zip(plain, timeless_metrics(examined), strict=True):
+        assert expected.items() <= line.items()
     assert not (folder_of(finished_config) / "samples.jsonl").exists()
 
-    lines = evaluations(examined)
+    lines = evaluations_of(examined)
     reached = [[name for name in FIGURES if name in line] for line in lines]
     assert reached == [FIGURES, [], FIGURES, FIGURES]
     assert [result[name] for name in FIGURES] == [lines[-1][name] for name in FIGURES]
@@ -85,13 +76,12 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
 
 
 def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation(
-    tiny_config, compose, write_jsonl, one_verifier, capsys
+    tiny_config, eval_config, write_jsonl, questions, capsys
 ):
-    rows, questions = (write_jsonl(f"{name}.jsonl", QUESTIONS) for name in ("rows", "questions"))
     config = tiny_config(
         "data=gsm8k",
         "data.path=null",
-        f"data.train_files=[{rows}]",
+        f"data.train_files=[{write_jsonl('rows.jsonl', QUESTIONS)}]",
         "data.eval_rows=2",
         "train.max_updates=1",
         "train.tasks=[gsm8k]",
@@ -102,23 +92,16 @@ def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation
     )
     train(config)
     assert f"\nshared     gsm8k: {shared}" in capsys.readouterr().out
-    settings = [
-        f"run={folder_of(config)}",
-        "task=gsm8k",
-        f"task.files=[{questions}]",
-        "task.max_new_tokens=8",
-    ]
-    evaluate(compose(*settings, command="eval"))
+    evaluate(eval_config(run=folder_of(config)))
     assert f"\nshared     {shared}" in capsys.readouterr().out
-    evaluate(compose(*settings, command="eval"))  # no answer is missing: nothing is compared
+    evaluate(eval_config(run=folder_of(config)))  # no answer is missing: nothing is compared
     assert "shared" not in capsys.readouterr().out
 
 
 def test_a_sample_is_a_row_up_to_its_first_answer(tokenizer, write_jsonl):
     """tests/data has that of every layout and template."""
-    turns = [("human", "hello"), ("gpt", "hi"), ("human", "and?"), ("gpt", "no")]
-    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
-    file = str(write_jsonl("rows.jsonl", [row] * 4))
+    turns = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
+    file = str(write_jsonl("rows.jsonl", [{"conversations": turns * 2}] * 4))
     chat = {"layout": "conversations", "turns": "all", "chat": "plain"}
     rows = DataConfig(train_files=[file], eval_rows=2, **chat)
     evaluation = evaluation_of_rows(rows, 3, tokenizer, positions=256)
