@@ -174,31 +174,27 @@ def test_damage_to_any_file_of_a_folder_is_found(tmp_path, damage):
         assert find_damage(folder)
 
 
-def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one_or_is_refused(
     finished_config, tiny_config, capsys
 ):
     config = tiny_config()
     train_and_die_after(config, 9)
     before, newest = (folder_of(config) / "checkpoints" / update for update in "48")
     flip_a_bit(newest / "optimizer.pt")
+    aside = before.with_name("aside")
+    (before / "optimizer.pt").rename(aside)
+    left = content(folder_of(config))
+    message = "has only damaged checkpoints: .*Restore one of them, or remove the folder"
+    with pytest.raises(UserError, match=message):
+        train(config)
+    assert content(folder_of(config)) == left
+    aside.rename(before / "optimizer.pt")
     capsys.readouterr()
     train(config)
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damaged ")]
     assert f"{newest} (optimizer.pt: checksum differs" in line
     assert line.endswith(f"Resuming from {before}.")
     assert adapter_bytes(config) == adapter_bytes(finished_config)
-
-
-def test_a_run_with_only_damaged_checkpoints_is_refused(tiny_config):
-    config = tiny_config()
-    train_and_die_after(config, 9)
-    for checkpoint in (folder_of(config) / "checkpoints").iterdir():
-        truncate(checkpoint / "optimizer.pt")
-    before = content(folder_of(config))
-    message = "has only damaged checkpoints: .*Restore one of them, or remove the folder"
-    with pytest.raises(UserError, match=message):
-        train(config)
-    assert content(folder_of(config)) == before
 
 
 def test_a_folder_lost_between_two_renames_is_restored(tmp_path):

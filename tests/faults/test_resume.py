@@ -251,31 +251,23 @@ def test_values_chosen_by_auto_are_printed_recorded_and_kept_on_another_machine(
         train(tiny_config(*settings))
 
 
-def test_auto_ignores_a_folder_with_nothing_to_resume(tiny_config, tmp_path):
-    auto = tiny_config("optimizer.lr=auto")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(tiny_config("optimizer.lr=0.5"))))
-    assert resolve(auto, folder).config.optimizer.lr == 0.5
-    (folder / DIVERGED).touch()
-    assert resolve(auto, folder).config.optimizer.lr == 0.038
-    (folder / "checkpoints" / "4").mkdir(parents=True)
-    assert resolve(auto, folder).config.optimizer.lr == 0.5
-
-
-def test_auto_ignores_a_run_of_other_settings_that_saved_nothing(tiny_config, tmp_path):
-    settings = ["optimizer.lr=auto", "train.compile=null"]
-    folder = tmp_path / "run"
-    # A kill cut the writing of its first checkpoint.
-    (folder / "checkpoints" / ".writing-4").mkdir(parents=True)
-    begun = to_plain(resolve(tiny_config(*settings, "adapter=lora"), folder).config)
-    (folder / "config.yaml").write_text(yaml.safe_dump(begun))
-    assert (
-        resolve(tiny_config(*settings, "adapter=lora"), folder)
-        .why["optimizer.lr"]
-        .endswith("was begun")
+def test_auto_is_what_a_run_began_with_unless_it_diverged_or_was_another_and_saved_nothing(
+    tiny_config, tmp_path
+):
+    auto, lora = (
+        tiny_config("optimizer.lr=auto", "train.compile=null", f"adapter={kind}")
+        for kind in ("cera", "lora")
     )
-    assert resolve(tiny_config(*settings), folder).config.optimizer.lr == 0.038  # not LoRA's
+    begun = to_plain(tiny_config("optimizer.lr=0.5"))
+    # A kill cut the writing of its first checkpoint.
+    (tmp_path / "checkpoints" / ".writing-4").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(begun))
+    assert resolve(auto, tmp_path).config.optimizer.lr == 0.5
+    assert resolve(lora, tmp_path).config.optimizer.lr < 0.5
+    (tmp_path / DIVERGED).touch()
+    assert resolve(auto, tmp_path).config.optimizer.lr == 0.038
+    (tmp_path / "checkpoints" / "4").mkdir()
+    assert resolve(auto, tmp_path).config.optimizer.lr == 0.5
 
 
 def test_a_resumed_run_asks_as_it_was_begun_without_looking_at_its_rows(tiny_config, tmp_path):
