@@ -3,6 +3,7 @@ grader gives a verdict."""
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from conftest import make_tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_runs import folder_of
 
 from cera_train.adapters.build import build
 from cera_train.adapters.folder import check_saved
@@ -22,10 +23,9 @@ from cera_train.data.reader import Reader
 from cera_train.data.rows import rows_of
 from cera_train.evaluation.tasks import gsm8k
 from cera_train.evaluation.tasks import math as math_task
-from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
-from cera_train.runs.results import METRICS
+from cera_train.model.weights import load_model
+from cera_train.runs.folder import Progress, load_checkpoint
 from cera_train.runs.subject import base_of
-from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig
 
 fuzz = settings(
@@ -272,19 +272,14 @@ def test_an_adapter_is_checked_whatever_its_config_says(tmp_path, data):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
-    """A checkpoint that can be loaded, and its model."""
-    model = build(make_tiny_llama().requires_grad_(False), AdapterConfig(r=2))
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad]
-    )
-    model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
-    optimizer.step()
-    with RunFolder.open(tmp_path_factory.mktemp("run") / "run", {"name": "run"}) as folder:
-        folder.save_checkpoint(model, optimizer, Progress(update=3, data_digest="digest"), keep=1)
-        (path,) = folder.checkpoints()
-        folder.append(METRICS, {"update": 3})
-    return path, model
+def checkpoint(finished_config, tmp_path_factory) -> tuple[Path, torch.nn.Module, str, str]:
+    """A checkpoint that can be loaded, its model, and the digests of its rows."""
+    saved = folder_of(finished_config) / "checkpoints" / "12"
+    folder = shutil.copytree(saved, tmp_path_factory.mktemp("run") / "12")
+    base = load_model(finished_config.model, torch.device("cpu"))
+    progress = Progress.read(folder / "progress.json")
+    digests = (progress.data_digest, progress.held_out_digest)
+    return folder, build(base, finished_config.adapter), *digests
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -292,7 +287,7 @@ def checkpoint(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
 @fuzz
 @given(data=st.data())
 def test_a_damaged_checkpoint_is_loaded_or_refused(checkpoint, name, data):
-    folder, model = checkpoint
+    folder, *expected = checkpoint
     path = folder / name
     valid = path.read_bytes()
     broken = mutated(valid)
@@ -300,7 +295,7 @@ def test_a_damaged_checkpoint_is_loaded_or_refused(checkpoint, name, data):
         broken = broken | changed(json.loads(valid)).map(lambda tree: json.dumps(tree).encode())
     path.write_bytes(data.draw(broken))
     try:
-        loaded = result_or_value_error(load_checkpoint, folder, model, "digest", "held-out")
+        loaded = result_or_value_error(load_checkpoint, folder, *expected)
     finally:
         path.write_bytes(valid)
     assert loaded is None or (isinstance(loaded[0], Progress) and isinstance(loaded[0].update, int))

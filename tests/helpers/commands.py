@@ -12,7 +12,7 @@ WITHOUT_TORCH = {
 
 
 def command(
-    name: str, *arguments: str, cwd: Path, **environment: str
+    name: str, *arguments: str, cwd: Path | None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """A program of this environment, or any other by its path."""
     program = str(Path(sys.executable).parent / name)
@@ -22,15 +22,6 @@ def command(
 
 def python(*arguments: object, cwd: Path | None = None, **environment: str) -> str:
     """What Python prints with these arguments; it must end well."""
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
+    done = command(sys.executable, *map(str, arguments), cwd=cwd, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -46,10 +46,6 @@ def brute_force(model, rows, masks) -> float:
     return total
 
 
-def groups_of(rows, masks, size: int, batch):
-    return [batch(rows[i : i + size], masks[i : i + size]) for i in range(0, len(rows), size)]
-
-
 @pytest.mark.parametrize("batch", [flat_batch, padded_batch])
 @pytest.mark.parametrize("size", [1, 3])
 def test_loss_equals_brute_force_and_only_supervised_positions_reach_the_head(
@@ -62,8 +58,9 @@ def test_loss_equals_brute_force_and_only_supervised_positions_reach_the_head(
         lambda module, args, output: seen.append(args[0].shape[0])
     )
     total = sum(
-        language_model(micro_batch).sum() for micro_batch in groups_of(rows, masks, size, batch)
-    ).item()
+        language_model(batch(rows[i : i + size], masks[i : i + size])).sum().item()
+        for i in range(0, len(rows), size)
+    )
     hook.remove()
     assert sum(seen) == sum(map(sum, masks))
     assert total == pytest.approx(brute_force(language_model.model, rows, masks), rel=1e-5)
@@ -122,9 +119,7 @@ def test_probe_finds_a_model_that_changes_its_logits_after_the_head(monkeypatch)
     rows, masks = make_rows()
     language_model = make_language_model(model)
     assert not language_model.allowed.chunks_head
-    total = sum(
-        language_model(micro_batch).sum() for micro_batch in groups_of(rows, masks, 3, padded_batch)
-    ).item()
+    total = language_model(padded_batch(rows, masks)).sum().item()
     assert total == pytest.approx(brute_force(language_model.model, rows, masks), rel=1e-5)
 
 

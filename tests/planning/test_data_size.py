@@ -60,13 +60,6 @@ def test_a_mix_on_the_hub_has_the_size_that_is_set(size):
     assert (known.train_rows, known.eval_rows, known.tokens_per_row) == (20_000, 200, 200)
 
 
-def test_a_known_data_set_needs_no_settings_beyond_its_templates(size):
-    unknown = ["+recipe=math_r64", "data.path=org/rows"]
-    counts = ["data.train_rows=640", "data.eval_rows=10", "plan.tokens_per_row=100"]
-    known = size(*unknown, *counts)
-    assert (known.train_rows, known.tokens_per_row) == (640, 100)
-
-
 def test_problems_of_a_task_are_counted_or_known(compose, write_jsonl, tiny_folder):
     def problems(name: str, *overrides: str) -> int:
         words = [f"model.path={tiny_folder}", "+recipe=logistic_map", f"train.tasks=[{name}]"]

@@ -16,13 +16,14 @@ from cera_train.settings.model import Quantization
 
 LAYERS = 2
 SHAPE = {
-    **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS},
-    **{
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-    },
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
 }
 
 ROWS = 4

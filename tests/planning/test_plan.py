@@ -1,13 +1,10 @@
 """Memory, work, time and cost of a run, and what `cera-plan` prints."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+from commands import command
 from conftest import needs_smollm2
 
+from cera_train.common.files import read_json
 from cera_train.evaluation.held_out import PROBE_TOKENS
 from cera_train.planning.data_size import data_size, read_rows
 from cera_train.planning.estimate import run_totals
@@ -16,6 +13,18 @@ from cera_train.settings.model import ModelConfig, Quantization
 
 MATH = "+recipe=math_r64"
 QUICK = "+recipe=logistic_map"
+
+
+@pytest.fixture
+def size_and_totals(compose):
+    """size_and_totals("data=gsm8k", ...) -> DataSize and the totals of a run on it."""
+
+    def size_and_totals(*overrides: str):
+        config = compose(*overrides, command="plan")
+        size = data_size(config, read_rows(config))
+        return size, run_totals(config, size)
+
+    return size_and_totals
 
 
 @pytest.fixture
@@ -61,15 +70,14 @@ def test_what_lowers_memory(tiny_plan):
 
 @pytest.mark.slow
 @needs_smollm2
-def test_a_run_takes_what_was_predicted(plan, tmp_path):
+def test_a_run_takes_what_was_predicted(plan, tmp_path, monkeypatch):
     """In a process of its own: the peak counts everything a process ever held."""
     settings = [QUICK, "train.max_updates=12", "train.eval_every=12"]
-    script = "import sys; from cera_train.cli.train import main; main()"
     # With all threads, as a user's: a test's one thread holds a tenth less.
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-c", script, *settings, f"output_dir={tmp_path}", "name=run"]
-    subprocess.run(command, check=True, capture_output=True, env=environment)
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    done = command("cera-train", *settings, "name=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = read_json(tmp_path / "outputs" / "run" / "result.json")
     planned = plan(*settings, "plan.gpu=cpu")
     assert (planned.trainable, planned.totals.tokens) == (
         result["trainable_parameters"],
@@ -106,38 +114,33 @@ def test_time_and_cost_follow_from_the_operations(tiny_plan):
     assert with_task.seconds == one.seconds  # generating its answers is not counted
 
 
-def test_totals_follow_from_epochs_or_updates(compose):
-    def totals(*overrides: str):
-        config = compose(*overrides, command="plan")
-        return run_totals(config, data_size(config, read_rows(config)))
-
-    quick = totals(QUICK, "plan.tokens_per_row=72", "train.max_updates=20", "train.eval_every=10")
+def test_totals_follow_from_epochs_or_updates(size_and_totals):
+    updates = ["train.max_updates=20", "train.eval_every=10"]
+    quick = size_and_totals(QUICK, "plan.tokens_per_row=72", *updates)[1]
     assert (quick.updates, quick.tokens, quick.evaluations) == (20, 158 * 72, 3)
     # Training, and a probe before, after and between.
     assert quick.forward_tokens == 3 * 20 * 72 + 4 * 20 * 72
-    gsm8k = totals("+recipe=gsm8k_r64", "train.epochs=2", "train.eval_every=null")
+    epochs = ["train.epochs=2", "train.eval_every=null"]
+    gsm8k = size_and_totals("+recipe=gsm8k_r64", *epochs)[1]
     assert (gsm8k.updates, gsm8k.tokens, gsm8k.evaluations) == (2 * 117, 2 * 7473 * 187, 2)
 
 
-def test_objectives_add_their_passes_and_answers(compose):
-    def size(*overrides: str):
-        config = compose("train.max_updates=10", "train.batch_size=16", *overrides, command="plan")
-        data = data_size(config, read_rows(config))
-        return data, run_totals(config, data)
-
-    data, plain = size("data=gsm8k")
-    words = ["data=gsm8k", "train.objective=grpo", "grpo.answers=4", "grpo.max_new_tokens=100"]
-    grpo = size(*words)[1]
-    held = size(*words, "grpo.beta=0.1")[1]
+def test_objectives_add_their_passes_and_answers(size_and_totals):
+    updates = ["train.max_updates=10", "train.batch_size=16"]
+    data, plain = size_and_totals(*updates, "data=gsm8k")
+    words = [*updates, "data=gsm8k", "train.objective=grpo"]
+    words += ["grpo.answers=4", "grpo.max_new_tokens=100"]
+    grpo = size_and_totals(*words)[1]
+    held = size_and_totals(*words, "grpo.beta=0.1")[1]
     sequence = data.tokens_per_row * (1 - data.supervised) + 100
     assert (grpo.tokens, grpo.forward_tokens) == (
         pytest.approx(10 * 16 * 4 * sequence),
         plain.forward_tokens,
     )
     assert held.forward_tokens - plain.forward_tokens == pytest.approx(held.tokens)
-    served = size(*words, "train.server=http://localhost:8000")[1]
+    served = size_and_totals(*words, "train.server=http://localhost:8000")[1]
     assert served.forward_tokens == held.forward_tokens  # the check of the server's log p
-    data, dpo = size("data=preferences", "train.objective=dpo")
+    data, dpo = size_and_totals(*updates, "data=preferences", "train.objective=dpo")
     pair = 2 * data.tokens_per_row
     probes = 3 * PROBE_TOKENS
     assert dpo.tokens == 10 * 16 * pair

@@ -227,24 +227,21 @@ def test_optuna_gets_the_metric_and_its_direction(tmp_path, run_command, capfd, 
 
 
 def test_a_state_follows_from_what_lies_in_the_folder(tmp_path):
-    names = ["adapter.r=2", "adapter.r=4", "adapter.r=8", "adapter.r=16", "adapter.r=32"]
-    record_sweep(tmp_path, *names)
+    expected = [
+        ("adapter.r=2", "finished", "20/20", 2.5),
+        ("adapter.r=4", "stopped", "5/20", 9.0),
+        ("adapter.r=8", "failed", "5/20", 9.0),
+        ("adapter.r=16", "failed", "", None),
+        ("adapter.r=32", "waiting", "", None),
+    ]
+    record_sweep(tmp_path, *(name for name, *_ in expected))
     make_job(tmp_path, "adapter.r=2", 2.5)
     make_job(tmp_path, "adapter.r=4")
     make_job(tmp_path, "adapter.r=8", error="the loss is not finite")
     record_job(tmp_path, "adapter.r=16", "impossible")
-    jobs = {job.name: job for job in read_sweep(tmp_path)}
-    assert list(jobs) == names  # in the order of the grid
-    assert [job.state for job in jobs.values()] == [
-        "finished",
-        "stopped",
-        "failed",
-        "failed",
-        "waiting",
-    ]
-    assert [job.progress for job in jobs.values()] == ["20/20", "5/20", "5/20", "", ""]
-    assert [job.value for job in jobs.values()] == [2.5, 9.0, 9.0, None, None]
-    assert jobs["adapter.r=8"].error == "the loss is not finite"
+    jobs = read_sweep(tmp_path)  # in the order of the grid
+    assert [(job.name, job.state, job.progress, job.value) for job in jobs] == expected
+    assert jobs[2].error == "the loss is not finite"
 
 
 def test_the_best_is_of_finished_jobs_on_the_same_rows(tmp_path):
