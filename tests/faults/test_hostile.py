@@ -24,7 +24,7 @@ from cera_train.data.look import print_example, stretches_of
 from cera_train.data.prepare import TokenizedRows, table_of
 from cera_train.data.reader import Example
 from cera_train.data.sources import from_hub
-from cera_train.model.folder import check_length, load_tokenizer
+from cera_train.model.folder import check_length
 from cera_train.model.weights import load_model
 from cera_train.runs.card import write_card
 from cera_train.runs.records import load_config
@@ -84,16 +84,6 @@ def model_with_code(tmp_path, tiny_folder, marker, monkeypatch) -> str:
     return str(folder)
 
 
-def test_a_models_own_code_runs_only_when_asked(model_with_code, marker):
-    load_tokenizer(ModelConfig(path=model_with_code))  # it has no code of its own
-    for load in (lambda model: check_length(model, 1, "x"), lambda model: load_model(model, "cpu")):
-        with pytest.raises(ValueError, match="set model.trust_remote_code=true"):
-            load(ModelConfig(path=model_with_code, dtype="float32"))
-    assert not marker.exists()
-    check_length(ModelConfig(path=model_with_code, trust_remote_code=True), 1, "x")
-    assert marker.exists()
-
-
 def test_a_runs_config_cannot_ask_to_run_its_models_code(
     tmp_path, run, config, eval_config, model_with_code, marker
 ):
@@ -109,7 +99,8 @@ def test_a_runs_config_cannot_ask_to_run_its_models_code(
     with pytest.raises(ValueError, match=f"set model.{trust}"):
         load_model(find_subject(eval_config(run=adapter)).model, "cpu")
     assert not marker.exists()
-    assert find_subject(eval_config(trust, run=adapter)).model.trust_remote_code
+    check_length(find_subject(eval_config(trust, run=adapter)).model, 1, "x")
+    assert marker.exists()
 
 
 def test_a_runs_config_is_plain_text_without_lookups(run, config, monkeypatch):

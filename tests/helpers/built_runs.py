@@ -27,17 +27,13 @@ class BuiltRun(NamedTuple):
     def backward(self, sequences: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
         """Loss and gradients, by name, of an update on these sequences."""
         loss = backward(self.model, self.objective.draw(sequences))
-        return float(loss), self.take_gradients()
-
-    def take_gradients(self) -> dict[str, torch.Tensor]:
-        """The gradients by name; resets them."""
         gradients = {
             name: parameter.grad.clone()
             for name, parameter in self.model.adapted.named_parameters()
             if parameter.grad is not None
         }
         self.model.optimizer.zero_grad()
-        return gradients
+        return float(loss), gradients
 
 
 def build_run(config: Config, folder: Path) -> BuiltRun:

@@ -150,20 +150,17 @@ def test_torchs_kernel_accepts_our_call():
 
 
 @pytest.mark.parametrize(
-    ("reason", "named"),
+    ("error", "named"),
     [
-        ("it fails", "varlen attention: Could not run "),
-        ("it errs", "varlen attention: other logits"),
-        ("it is there", ""),
+        (None, "varlen attention: Could not run "),  # as torch's own on a CPU
+        (0.1, "varlen attention: other logits"),
+        (0.0, ""),
     ],
 )
-def test_the_kernel_is_used_only_if_it_agrees_else_its_fallback_is_named(
-    monkeypatch, reason, named
-):
+def test_the_kernel_is_used_only_if_it_agrees_else_its_fallback_is_named(monkeypatch, error, named):
     model = make_tiny_llama()
     monkeypatch.setattr("cera_train.model.layout.kernel_may_run", lambda device, dtype: True)
-    if reason != "it fails":  # as torch's own does on a CPU
-        error = 0.1 * (reason == "it errs")
+    if error is not None:
 
         @functools.wraps(sequence_after_sequence)
         def kernel(*args, **kwargs):
@@ -172,7 +169,7 @@ def test_the_kernel_is_used_only_if_it_agrees_else_its_fallback_is_named(
         monkeypatch.setattr(KERNEL, kernel)
     language_model = LanguageModel(model, model)
     choose_layout(language_model)
-    assert language_model.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
+    assert language_model.attention == (BY_SEQUENCE if named else VARLEN)
     fallback = "".join(language_model.allowed.refused)
     assert named in fallback
     assert bool(fallback) == bool(named)

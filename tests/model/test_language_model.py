@@ -93,23 +93,23 @@ def test_chunking_the_head_changes_nothing_even_if_logits_are_capped_or_scaled(
     model = tiny_model(name, **changes)
     rows, masks = make_rows()
     language_model = make_language_model(model)
-    results = {}
-    assert language_model.allowed.chunks_head
-    for chunks_head in (True, False):
-        language_model.allowed = replace(language_model.allowed, chunks_head=chunks_head)
+    batch = padded_batch(rows, masks)
+
+    def loss_and_gradients() -> list[torch.Tensor]:
         language_model.zero_grad()
-        loss = language_model(padded_batch(rows, masks)).sum()
+        loss = language_model(batch).sum()
         loss.backward()
-        results[chunks_head] = [
-            loss,
-            *(weight.grad for weight in language_model.parameters() if weight.requires_grad),
-        ]
-    torch.testing.assert_close(results[True], results[False], rtol=1e-4, atol=1e-5)
-    language_model.allowed = replace(language_model.allowed, chunks_head=True)
+        weights = language_model.parameters()
+        return [loss, *(weight.grad for weight in weights if weight.requires_grad)]
+
+    assert language_model.allowed.chunks_head
+    chunked = loss_and_gradients()
     with torch.no_grad():
-        torch.testing.assert_close(
-            language_model(padded_batch(rows, masks)).sum(), results[False][0], rtol=1e-4, atol=1e-5
-        )
+        without_gradients = language_model(batch).sum()
+    language_model.allowed = replace(language_model.allowed, chunks_head=False)
+    whole = loss_and_gradients()
+    torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(without_gradients, whole[0], rtol=1e-4, atol=1e-5)
 
 
 def test_probe_finds_a_model_that_changes_its_logits_after_the_head(monkeypatch):

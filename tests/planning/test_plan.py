@@ -157,10 +157,9 @@ def test_an_update_takes_no_more_rows_than_there_are(tiny_plan):
 
 @pytest.mark.slow
 def test_a_sweep_adds_up_its_jobs_and_marks_what_does_not_fit(plan, capsys):
-    jobs = []
-    for name in ("llama3_2_1b", "llama3_1_8b"):
-        overrides = [MATH, f"model={name}", "plan.gpu=rtx4090", "plan.price_per_hour=2"]
-        jobs.append((overrides, plan(*overrides)))
+    words = [MATH, "plan.gpu=rtx4090", "plan.price_per_hour=2"]
+    models = ("model=llama3_2_1b", "model=llama3_1_8b")
+    jobs = [([*words, model], plan(*words, model)) for model in models]
     plans = [planned for _, planned in jobs]
     print_plans("job", name_jobs(jobs))
     *_, small, large, total = (line for line in capsys.readouterr().out.splitlines() if line)

@@ -26,14 +26,12 @@ def batch_script(tmp_path, monkeypatch):
     return tmp_path / "script"
 
 
-def test_what_sbatch_refuses_is_one_line(run_command, capsys, batch_script):
-    assert run_command("cera-train", *GRID, "hydra.launcher.partition=nope") == 2
+def test_what_sbatch_gets_and_that_its_refusal_is_one_line(run_command, capsys, batch_script):
+    words = ["hydra.launcher.partition=nope", "hydra.launcher.setup=[module load cuda]"]
+    assert run_command("cera-train", *GRID, *words) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "cera-train: hydra/launcher: sbatch submitted no job: Batch job submission failed: Invalid "
         "partition name specified. Change hydra.launcher.NAME=..."
     )
-
-
-def test_a_users_setup_keeps_that_a_failed_task_ends_the_others(run_command, batch_script):
-    run_command("cera-train", *GRID, "hydra.launcher.setup=[module load cuda]")
+    # A failed task ends the others, also with a user's setup.
     assert "\nexport SLURM_KILL_BAD_EXIT=1\nmodule load cuda\n" in batch_script.read_text()

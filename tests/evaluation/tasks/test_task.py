@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 import cera_train.evaluation.tasks
-from cera_train.evaluation.evaluate import score
 from cera_train.evaluation.requests import requests_for
 from cera_train.evaluation.tasks.task import build_task, load_problems, trained_on, training_task
 from cera_train.runs.evaluation_folder import Generation, Problem
@@ -67,10 +66,11 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
         ("1 + 2 =", "3"),
     ]
     answers = [Generation(problem.id, 0, " 2", 2, False) for problem in problems]
-    scores = score(
-        task, problems, answers, [task.grade(*pair) for pair in zip(problems, answers, strict=True)]
-    )
-    assert (list(scores.accuracies), scores.details["exact/pass@1"]) == (["exact/pass@1"], 0.5)
+    assert [task.grade(*pair).exact for pair in zip(problems, answers, strict=True)] == [
+        True,
+        False,
+    ]
+    assert task.graders == ("exact",)
 
 
 def test_the_same_question_twice_is_two_problems(config_of):
