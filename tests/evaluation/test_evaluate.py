@@ -102,6 +102,7 @@ def test_interrupted_equals_uninterrupted(eval_config, run, monkeypatch, tmp_pat
     assert contents(run / "eval" / "gsm8k") == expected
     assert result == whole
     assert sum(generated[3:]) == 8 * 3 - sum(generated[:2]) + 1
+    assert len({answer["text"] for answer in read(answers)}) > 8  # samples differ
 
 
 def test_samples_give_pass_at_k_for_every_k(eval_config, monkeypatch, capsys):

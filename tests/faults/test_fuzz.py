@@ -125,18 +125,14 @@ VALID = {
 }
 
 
-def read_rows(path: Path, content: bytes) -> list | None:
-    path.write_bytes(content)
-    rows = result_or_value_error(lambda: [row for _, row in rows_of([str(path)])])
-    assert rows is None or all(isinstance(row, dict) for row in rows)
-    return rows
-
-
 @pytest.mark.parametrize("suffix", VALID)
 @fuzz
 @given(data=st.data())
 def test_any_bytes_give_rows_or_a_reason(tmp_path, suffix, data):
-    read_rows(tmp_path / f"x{suffix}", data.draw(st.binary(max_size=200) | mutated(VALID[suffix])))
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(data.draw(st.binary(max_size=200) | mutated(VALID[suffix])))
+    rows = result_or_value_error(lambda: [row for _, row in rows_of([str(path)])])
+    assert rows is None or all(isinstance(row, dict) for row in rows)
 
 
 # --- rows -----------------------------------------------------------------------------------------

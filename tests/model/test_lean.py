@@ -20,10 +20,9 @@ def norm(dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def mlp(dtype: torch.dtype, act: str = "gelu_pytorch_tanh", kind: type = LlamaMLP) -> nn.Module:
-    config = LlamaConfig(
-        hidden_size=48, intermediate_size=96, num_attention_heads=4, hidden_act=act
-    )
+def mlp(dtype: torch.dtype, kind: type = LlamaMLP) -> nn.Module:
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, hidden_act="gelu_pytorch_tanh")
     return kind(config).to(dtype).requires_grad_(False)
 
 

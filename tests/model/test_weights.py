@@ -86,16 +86,6 @@ def test_a_hub_id_without_a_network_is_refused_at_once(no_network, caplog):
     assert not huggingface_hub.constants.HF_HUB_OFFLINE  # a later job of a sweep may have a network
 
 
-def test_a_cached_model_loads_without_a_network(tiny_folder, tmp_path, no_network, monkeypatch):
-    cache = tmp_path / "models--some--tiny"
-    (cache / "refs").mkdir(parents=True)
-    (cache / "refs" / "main").write_text("abc")
-    shutil.copytree(tiny_folder, cache / "snapshots" / "abc")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    load_tokenizer(ModelConfig(path="some/tiny"))
-    load_model(ModelConfig(path="some/tiny"), CPU)
-
-
 @pytest.mark.parametrize(
     ("wanted", "units", "cap", "dtype", "reason"),
     [

@@ -116,13 +116,13 @@ def test_no_secret_reaches_the_folder_or_the_terminal(tiny_config, monkeypatch, 
         monkeypatch.setenv(name, secret)
     monkeypatch.setattr(sys, "argv", ["cera-train", f"tracker.project={secret}"])
     config = tiny_config(f"tracker.project={secret}", "tracker=tensorboard", "train.max_updates=2")
-    result = train(config)
-    files = [path for path in Path(result["folder"]).rglob("*") if path.is_file()]
+    folder = Path(train(config)["folder"])
+    files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 8
     assert not [path for path in files if secret.encode() in path.read_bytes()]
     captured = capfd.readouterr()
     assert secret not in captured.out + captured.err
-    assert "project: '***'" in Path(result["folder"], "config.yaml").read_text()
+    assert "project: '***'" in (folder / "config.yaml").read_text()
 
 
 @pytest.fixture

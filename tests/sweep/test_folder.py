@@ -3,7 +3,6 @@ the table that shows it, which job is the best; and sweeps that are refused befo
 
 import os
 import re
-from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -99,13 +98,11 @@ def test_no_two_jobs_share_a_folder_and_every_name_is_plain_and_without_secrets(
 ):
     monkeypatch.setenv("MY_TOKEN", "hf_abcdefghijkl")
     names = [job_name(job) for job in ODD]
-    for one, other in combinations(names, 2):
-        assert one != other
     for name in names:
         assert re.fullmatch(r"[\w=+][\w.=,+-]*", name, re.ASCII), name
         assert len(name) <= LONGEST_NAME
         assert "hf_abc" not in name
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir()  # fails where another has the name
     assert names[0].startswith("adapter.target_modules=q_proj-v_proj-")
 
 

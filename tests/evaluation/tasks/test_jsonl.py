@@ -3,25 +3,8 @@
 import pytest
 
 from cera_train.evaluation.tasks.jsonl import chosen
-from cera_train.evaluation.tasks.task import build_task, load_problems
+from cera_train.evaluation.tasks.task import load_problems
 from cera_train.runs.evaluation_folder import Generation
-from cera_train.settings.evaluation import TaskConfig
-
-
-@pytest.fixture
-def config_of(write_jsonl):
-    """config_of(rows, grader, ...) -> TaskConfig on a file of these rows"""
-
-    def config_of(rows: list[dict], grader: str | None, **settings) -> TaskConfig:
-        fixed = {
-            "kind": "jsonl",
-            "name": "mine",
-            "files": [str(write_jsonl("mine.jsonl", rows))],
-            "grader": grader,
-        }
-        return TaskConfig(**fixed | {"prompt": "Question: {question}\nAnswer:"} | settings)
-
-    return config_of
 
 
 @pytest.mark.parametrize(
@@ -36,9 +19,8 @@ def config_of(write_jsonl):
         ("choice", "B", " B. Paris", True),
     ],
 )
-def test_each_grader_reads_gold_and_answer_by_its_rule(config_of, grader, gold, answer, is_exact):
-    config = config_of([{"question": "?", "answer": gold}], grader)
-    task = build_task(config)
+def test_each_grader_reads_gold_and_answer_by_its_rule(task_of, grader, gold, answer, is_exact):
+    task = task_of([{"question": "?", "answer": gold}], "jsonl", grader=grader)
     [problem] = load_problems(task)
     grade = task.grade(problem, Generation(problem.id, 0, answer, 1, False))
     assert (grade.exact, grade.failure) == (is_exact, None)
@@ -62,8 +44,8 @@ def test_the_letter_of_an_answer(text, letter):
     assert chosen(text) == letter
 
 
-def test_columns_of_other_names(config_of):
+def test_columns_of_other_names(task_of):
     rows = [{"query": "1 + 1", "response": "2"}]
-    config = config_of(rows, "number", question="query", answer="response", prompt="{query} =")
-    [problem] = load_problems(build_task(config))
+    columns = {"question": "query", "answer": "response", "prompt": "{query} ="}
+    [problem] = load_problems(task_of(rows, "jsonl", grader="number", **columns))
     assert (problem.question, problem.prompt, problem.gold) == ("1 + 1", "1 + 1 =", "2")

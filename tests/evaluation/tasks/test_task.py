@@ -5,14 +5,11 @@ import copy
 import sys
 from dataclasses import replace
 
-import pytest
-
 import cera_train.evaluation.tasks
 from cera_train.evaluation.requests import requests_for
-from cera_train.evaluation.tasks.task import build_task, load_problems, trained_on, training_task
-from cera_train.runs.evaluation_folder import Generation, Problem
+from cera_train.evaluation.tasks.task import load_problems, trained_on, training_task
+from cera_train.runs.evaluation_folder import Generation
 from cera_train.settings.data import DataConfig, MixPart
-from cera_train.settings.evaluation import TaskConfig
 
 GSM8K = {"question": "1 + 1", "answer": "It is 2.\n#### 2"}
 MATH = {"problem": "1 + 1", "solution": r"\boxed{2}"}
@@ -30,25 +27,7 @@ TASK = QuestionTask(
 """
 
 
-@pytest.fixture
-def config_of(write_jsonl):
-    """config_of(rows, "gsm8k", ...) -> the settings of a task on a file of these rows."""
-
-    def config_of(rows, kind="gsm8k", **settings):
-        prompt = {"math": "Problem: {problem}", "arithmetic": "{sum} ="}.get(
-            kind, "Question: {question}"
-        )
-        settings = {"kind": kind, "name": kind, "prompt": prompt} | settings
-        return TaskConfig(files=[str(write_jsonl("rows.jsonl", rows))], **settings)
-
-    return config_of
-
-
-def problems_of(config: TaskConfig) -> list[Problem]:
-    return load_problems(build_task(config))
-
-
-def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
+def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, task_of):
     (tmp_path / "arithmetic.py").write_text(ARITHMETIC)
     monkeypatch.setattr(
         cera_train.evaluation.tasks,
@@ -58,8 +37,8 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
     monkeypatch.setitem(sys.modules, "cera_train.evaluation.tasks.arithmetic", None)
     # After the test, monkeypatch removes the module again.
     del sys.modules["cera_train.evaluation.tasks.arithmetic"]
-    config = config_of([{"sum": "1 + 1", "result": 2}, {"sum": "1 + 2", "result": 3}], "arithmetic")
-    task = build_task(config)
+    rows = [{"sum": "1 + 1", "result": 2}, {"sum": "1 + 2", "result": 3}]
+    task = task_of(rows, "arithmetic", prompt="{sum} =")
     problems = load_problems(task)
     assert [(problem.prompt, problem.gold) for problem in problems] == [
         ("1 + 1 =", "2"),
@@ -73,18 +52,20 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
     assert task.graders == ("exact",)
 
 
-def test_the_same_question_twice_is_two_problems(config_of):
-    first, second, third = (problem.id for problem in problems_of(config_of([GSM8K] * 3)))
+def test_the_same_question_twice_is_two_problems(task_of):
+    problems = load_problems(task_of([GSM8K] * 3, "gsm8k"))
+    first, second, third = (problem.id for problem in problems)
     assert (second, third) == (f"{first}-2", f"{first}-3")
 
 
-def test_problems_of_one_level(config_of):
+def test_problems_of_one_level(task_of):
     rows = [
         MATH | {"problem": f"p{n}", "level": level}
         for n, level in enumerate(["Level 5", "Level 1", 5, "Level ?"])
     ]
     for limit, questions in ((None, ["p0", "p2"]), (1, ["p0"])):
-        problems = problems_of(config_of(rows, "math", level=5, limit=limit))
+        task = task_of(rows, "math", prompt="{problem}", level=5, limit=limit)
+        problems = load_problems(task)
         assert [problem.question for problem in problems] == questions
 
 
@@ -144,10 +125,11 @@ def test_held_out_ends_answers_before_the_asked_one_as_training_does(write_jsonl
 
 
 def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and_place(
-    config_of, write_jsonl
+    task_of, write_jsonl
 ):
     questions = [f"How many apples has {name}?" for name in ("Ann", "Bob", "Cem", "Dan", "Eve")]
-    config = config_of([GSM8K | {"question": question} for question in questions])
+    asked = [GSM8K | {"question": question} for question in questions]
+    problems = load_problems(task_of(asked, "gsm8k"))
     rows = [
         {"question": "HOW many\n apples  has bob? ", "answer": "3"},
         {
@@ -168,4 +150,4 @@ def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and
         file = str(write_jsonl(f"{name}.jsonl", content))
         parts.append(MixPart(train_files=[file], weight=float(name != "silent")))
     data = DataConfig(prompt="{question}", completion="{answer}", eval_rows=1, mix=parts)
-    assert trained_on(problems_of(config), data) == [questions[1], questions[2], questions[4]]
+    assert trained_on(problems, data) == [questions[1], questions[2], questions[4]]
