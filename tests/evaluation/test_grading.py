@@ -30,8 +30,8 @@ pytest_plugins = ("evaluated_runs",)
 RIGHT = AnswerPair("12", r"\frac{24}{2}", "")
 
 
-def answer(problem: str, text: str, sample: int = 0, truncated: bool = False) -> Generation:
-    return Generation(problem, sample, text, len(text), truncated)
+def answer(problem: str, text: str, truncated: bool = False) -> Generation:
+    return Generation(problem, 0, text, len(text), truncated)
 
 
 def test_both_graders_count_side_by_side(one_verifier):

@@ -2,9 +2,7 @@
 is refused. The server plays vLLM's routes and makes its faults; tests/serving/test_vllm.py has the
 real one."""
 
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from evaluated_runs import chat, contents, evaluate, read
@@ -32,21 +30,17 @@ def served_config(eval_config, vllm):
     return lambda *overrides: eval_config(f"server={vllm.url}", *overrides)
 
 
-def move_away(run: Path, name: str) -> Path:
-    return Path(shutil.move(run / "eval", run.parent / name)) / "gsm8k"
-
-
 STOP = 'task.stop=["e"]'  # a letter that its answers have
 
 
 def test_a_server_that_fails_now_and_then_gives_the_answers_of_the_model_in_this_process(
     eval_config, served_config, vllm, run
 ):
-    result = evaluate(eval_config(STOP))
-    here = move_away(run, "here")
+    result = evaluate(eval_config(STOP, "name=here"))
+    here = run / "eval" / "here"
     assert any(answer["tokens"] < 8 for answer in read(here / "generations.jsonl"))
     vllm.faults = ["503", "gone", "usage", "429", "aborted", "500", "broken", "half a refusal"]
-    assert evaluate(served_config(STOP)) == result
+    assert evaluate(served_config(STOP)) == result | {"task": "gsm8k"}
     assert contents(run / "eval" / "gsm8k") == contents(here)
     config = read_yaml(run / "eval" / "gsm8k" / "config.yaml")
     assert config["engine"] == "vllm 0.32.0"
@@ -60,8 +54,7 @@ def test_a_server_that_fails_now_and_then_gives_the_answers_of_the_model_in_this
 def test_a_server_that_goes_away_gives_one_line_and_the_same_command_resumes(
     eval_config, served_config, vllm, run
 ):
-    evaluate(eval_config())
-    expected = contents(move_away(run, "here"))
+    evaluate(eval_config("name=here"))
     vllm.faults = ["", "", ""] + ["503"] * 99
     with pytest.raises(UserError) as caught:
         evaluate(served_config())
@@ -75,12 +68,12 @@ def test_a_server_that_goes_away_gives_one_line_and_the_same_command_resumes(
     vllm.loaded = {}
     evaluate(served_config())
     assert len(vllm.asked) == 8 - len(kept) > 0
-    assert contents(run / "eval" / "gsm8k") == expected
+    assert contents(run / "eval" / "gsm8k") == contents(run / "eval" / "here")
 
 
-def test_a_model_whose_every_weight_was_trained_is_served_as_a_base(tiny_config, compose):
+def test_a_model_whose_every_weight_was_trained_is_served_as_a_base(tiny_config, eval_config):
     trained = train(tiny_config("adapter=full", "adapter.r=null", "train.max_updates=1"))
-    subject = find_subject(compose(f"run={trained['folder']}", "prompt=a", command="chat"))
+    subject = find_subject(eval_config(run=trained["folder"]))
     with playing_vllm(replace(subject.model, path=str(subject.adapter))) as vllm:
         server = server_module.Server(vllm.url, subject.model, None, subject.adapter)
     assert server.name == "base"

@@ -54,13 +54,6 @@ def make_language_model(dtype: str, dropout: float, checkpointing: bool) -> Lang
     return language_model.train()
 
 
-def shard(language_model: LanguageModel) -> None:
-    mesh = init_device_mesh("cpu", (1,))
-    for layer in language_model.causal_lm.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(language_model, mesh=mesh)
-
-
 @pytest.fixture
 def graphs(request):
     """Collects the graphs of layers that `compile_layers(graphs.add)` compiled."""
@@ -103,7 +96,10 @@ def test_layers_stay_compiled_for_any_number_of_sequences(
 ):
     compiled = make_language_model(dtype, dropout, checkpointing)
     if is_sharded:
-        shard(compiled)
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in compiled.causal_lm.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(compiled, mesh=mesh)
     compile_layers(compiled, graphs.add)
     got, counts = gradients(compiled, graphs)
     # where dropout draws, the second batch and the third add one each

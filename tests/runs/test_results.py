@@ -40,12 +40,13 @@ def test_an_infinite_perplexity_is_null_on_disk_and_reads_back(tmp_path: Path) -
 
 def test_a_broken_or_missing_file_of_losses_or_grades_is_named(tmp_path: Path) -> None:
     path = tmp_path / LOSSES_AFTER
+    broken = rf"^{re.escape(str(path))} is broken: "
     for tensors in ({"tokens": numpy.array([2, 1])}, {"a": numpy.ones(3)}):
         save_file(tensors, path)
-        with pytest.raises(UserError, match=rf"^{re.escape(str(path))} is broken: .* Restore it"):
+        with pytest.raises(UserError, match=f"{broken}.* Restore it"):
             TokenLosses.read(path)
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(UserError, match=rf"^{re.escape(str(path))} is broken: "):
+    with pytest.raises(UserError, match=broken):
         TokenLosses.read(path)
     with pytest.raises(
         UserError, match="gsm8k.jsonl is broken: No such file .* with this task in train.tasks"

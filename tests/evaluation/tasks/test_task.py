@@ -1,9 +1,10 @@
 """A benchmark is one file: its settings, its problems and their ids, and the line that a file gets
 that has none."""
 
-import copy
 import sys
 from dataclasses import replace
+
+from examples import with_changes
 
 import cera_train.evaluation.tasks
 from cera_train.evaluation.requests import requests_for
@@ -105,8 +106,7 @@ def test_held_out_asks_chats_by_their_template_with_one_start_token(write_jsonl,
     asked = TALK[0]["value"]
     prompt = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
     assert (problem.prompt, problem.gold) == (prompt, "It is 4.")
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = f"[start]{tokenizer.chat_template}"
+    other = with_changes(tokenizer, chat_template=f"[start]{tokenizer.chat_template}")
     [asked_otherwise] = load_problems(task, data, other)
     assert asked_otherwise.prompt != prompt
     assert asked_otherwise.id == problem.id  # so two bases are compared by cera-report
