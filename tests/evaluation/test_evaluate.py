@@ -189,8 +189,15 @@ def test_the_untouched_model_is_asked_as_a_run_is(
 # --- mistakes -------------------------------------------------------------------------------------
 
 
-def test_other_settings_problems_and_weights_are_refused_and_named(eval_config, run, questions):
+def test_a_folder_of_other_settings_problems_weights_or_in_use_is_refused(
+    eval_config, run, questions
+):
     evaluate(eval_config("task.limit=2"))
+    with (
+        EvaluationFolder.open(run / "eval" / "gsm8k"),
+        pytest.raises(ValueError, match="another evaluation is writing"),
+    ):
+        evaluate(eval_config("task.limit=2"))
     with pytest.raises(ValueError, match=r"task.limit was 2, is 3.*Set name="):
         evaluate(eval_config("task.limit=3"))
     best = eval_config("task.limit=2", run=run / "best")
@@ -201,14 +208,6 @@ def test_other_settings_problems_and_weights_are_refused_and_named(eval_config, 
     questions.write_text(questions.read_text().replace("1 apples", "one apple"))
     with pytest.raises(ValueError, match="a data file changed"):
         evaluate(eval_config("task.limit=2"))
-
-
-def test_two_evaluations_do_not_write_to_one_folder(eval_config, run):
-    with (
-        EvaluationFolder.open(run / "eval" / "gsm8k"),
-        pytest.raises(ValueError, match="another evaluation is writing"),
-    ):
-        evaluate(eval_config())
 
 
 def test_an_adapter_of_another_base_model_is_refused(eval_config, run, tmp_path, tokenizer):

@@ -56,14 +56,13 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
     )
     folder = folder_of(config) / "eval" / "logistic_map"
     samples = [line for line in read(folder_of(config) / "samples.jsonl") if line["update"] == 4]
-    assert [line["answer"] for line in samples] == [
-        line["text"] for line in read(folder / "generations.jsonl")
-    ]
-    assert [line["prompt"] for line in samples] == [
-        line["prompt"] for line in read(folder / "problems.jsonl")
-    ]
-    graded = read(folder / "grades.jsonl")
-    assert [line["exact"] for line in samples] == [line["exact"] for line in graded]
+    problems, answers, graded = (
+        read(folder / f"{name}.jsonl") for name in ("problems", "generations", "grades")
+    )
+    for sample, problem, answer, grade in zip(samples, problems, answers, graded, strict=True):
+        assert sample["prompt"] == problem["prompt"]
+        assert sample["answer"] == answer["text"]
+        assert sample["exact"] == grade["exact"]
     assert read_grades(folder_of(config), "logistic_map") == [
         GradedProblem(line["problem"], sum(line["matches"]) / len(line["matches"]), line["ending"])
         for line in graded

@@ -49,15 +49,12 @@ def test_local_rows_are_those_that_the_run_reads(compose, size, write_jsonl, tok
     assert given.supervised == 1.0
 
 
-def test_rows_and_tokens_of_the_hub_are_bounded_by_the_settings(size):
+def test_settings_bound_what_is_known_of_the_hub_and_give_what_is_not(size):
     bounded = size("data=gsm8k", "data.train_rows=10", "data.max_length=16", "data.loss_on=all")
     assert (bounded.train_rows, bounded.tokens_per_row, bounded.supervised) == (10, 16, 1.0)
-
-
-def test_a_mix_on_the_hub_has_the_size_that_is_set(size):
-    mix = ["data=gsm8k_slimorca", "data.train_rows=20000", "plan.tokens_per_row=200"]
-    known = size(*mix, "data.eval_rows=100")
-    assert (known.train_rows, known.eval_rows, known.tokens_per_row) == (20_000, 200, 200)
+    counts = ["data.train_rows=20000", "data.eval_rows=100", "plan.tokens_per_row=200"]
+    mix = size("data=gsm8k_slimorca", *counts)
+    assert (mix.train_rows, mix.eval_rows, mix.tokens_per_row) == (20_000, 200, 200)
 
 
 def test_problems_of_a_task_are_counted_or_known(compose, write_jsonl, tiny_folder):
