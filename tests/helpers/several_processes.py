@@ -7,24 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+from commands import python
+
 
 def popen(*command: object, cwd: Path) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*map(str, command)], cwd=cwd, **pipes)
 
 
-def torchrun(*arguments: str, cwd: Path) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def train_in_processes(runs: list[list[str]], processes: int, cwd: Path, *words: str) -> str:
     """Trains the configs of these overrides, scaling gradients at the word "scaled"; returns what
     was printed."""
     (cwd / "runs.json").write_text(json.dumps(runs))
-    return torchrun(f"--nproc_per_node={processes}", __file__, *words, cwd=cwd)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return python(*torchrun, __file__, *words, cwd=cwd)
 
 
 def cut_copy(run: Path, folder: Path, update: int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import python
 from conftest import needs_smollm2
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
@@ -415,10 +416,8 @@ def site(tmp_path_factory) -> Path:
     pytest.importorskip("material")
     pytest.importorskip("mkdocstrings_handlers.python")
     folder = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
-    env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(build, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    build = ["mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
+    python("-m", *build, cwd=ROOT, NO_MKDOCS_2_WARNING="1")
     return folder
 
 

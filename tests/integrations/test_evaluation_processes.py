@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import python
 from evaluated_runs import contents, evaluate, read
 from made_files import write_lines
 from several_processes import popen
@@ -16,13 +17,6 @@ from cera_train.common.files import read_json
 pytest_plugins = ("evaluated_runs",)
 
 CERA_EVAL = str(Path(sys.executable).parent / "cera-eval")
-
-
-def output(*command: str, cwd: Path) -> str:
-    process = popen(*command, cwd=cwd)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out
 
 
 def answering(run: Path, questions: Path, *arguments: str, tokens: int = 8) -> list[str]:
@@ -38,7 +32,7 @@ def answering(run: Path, questions: Path, *arguments: str, tokens: int = 8) -> l
 def test_one_command_shares_the_answers_out_and_prints_once(eval_config, run, questions, tmp_path):
     """The answers that one process gives, each generated once."""
     one = evaluate(eval_config("name=one"))
-    out = output(*answering(run, questions, "launch.processes=2", "name=two"), cwd=tmp_path)
+    out = python(*answering(run, questions, "launch.processes=2", "name=two"), cwd=tmp_path)
     folder = run / "eval"
     assert contents(folder / "two") == contents(folder / "one")  # and no file of a process is left
     two = read_json(folder / "two" / "result.json")
@@ -50,7 +44,7 @@ def test_one_command_shares_the_answers_out_and_prints_once(eval_config, run, qu
 @pytest.mark.slow
 def test_perplexity_and_spectra_are_those_of_one_process(eval_config, run, tmp_path):
     one = evaluate(eval_config("name=one", task="perplexity"))
-    output(
+    python(
         CERA_EVAL, f"run={run}", "task=perplexity", "launch.processes=2", "name=two", cwd=tmp_path
     )
     two = read_json(run / "eval" / "two" / "result.json")

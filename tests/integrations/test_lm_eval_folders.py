@@ -1,10 +1,9 @@
 """Folders that the installed lm-eval makes of two tiny models are compared by `cera-report`."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from commands import python
 from conftest import make_tiny_llama
 from made_files import write_lines
 
@@ -82,7 +81,7 @@ def folders(tmp_path, tokenizer):
         f"--output_path {tmp_path}/{name} --log_samples".split()
         for name, (model, shots) in made.items()
     ]
-    subprocess.run([sys.executable, "-c", EVALUATE, json.dumps(commands)], check=True)
+    python("-c", EVALUATE, json.dumps(commands))
     return [tmp_path / name for name in made]
 
 

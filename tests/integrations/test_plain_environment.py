@@ -4,9 +4,11 @@ import json
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 
 import pytest
-from commands import command
+from commands import python
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from cera_train.common.files import read_json
 
 COMMANDS = (
     "training.train",
@@ -65,8 +67,7 @@ def test_every_command_loads_without_the_packages_of_the_tests(tmp_path):
         if not {*map(canonicalize_name, packages)} & plain
     ]
     assert "trl" in blocked
-    result = command("python", "-c", IMPORT_WITHOUT, json.dumps(blocked), *COMMANDS, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    python("-c", IMPORT_WITHOUT, json.dumps(blocked), *COMMANDS, cwd=tmp_path)
 
 
 HIDE_LINUX = """
@@ -103,7 +104,6 @@ def test_a_run_needs_nothing_that_linux_alone_has(tiny_folder, tmp_path):
         "data.eval_rows=8",
         "train.batch_size=4",
     )
-    run = command("python", "-c", HIDE_LINUX, *settings, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
+    python("-c", HIDE_LINUX, *settings, cwd=tmp_path)
     [result] = tmp_path.glob("outputs/*/result.json")
-    assert json.loads(result.read_text())["peak_memory_bytes"] > 0
+    assert read_json(result)["peak_memory_bytes"] > 0

@@ -6,12 +6,11 @@ Without a GPU the kernels run in Triton's interpreter, in a process of their own
 
 import importlib
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import python
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.serving
@@ -122,16 +121,9 @@ def use(wrapper, adapters: tuple[int, ...], is_prefill: bool = True) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="is in the interpreter")
 def test_the_kernels_of_gpus_pass_the_tests_below():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", __file__],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "4 passed, 1 skipped" in done.stdout
+    options = ["-q", "-W", "default", "-p", "no:cacheprovider"]
+    printed = python("-m", "pytest", *options, __file__, TRITON_INTERPRET="1")
+    assert "4 passed, 1 skipped" in printed
 
 
 @pytest.mark.parametrize("is_prefill", [True, False])
