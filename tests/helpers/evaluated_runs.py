@@ -3,6 +3,8 @@ evaluate it, and readers of what an evaluation leaves."""
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,17 @@ import pytest
 from tiny_runs import folder_of
 
 from cera_train.cli.compose import compose
+from cera_train.distributed.accelerator import this_device
 from cera_train.evaluation import grading
+from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.evaluation.evaluate import resolve_evaluation, run_evaluation
 from cera_train.runs.results import RunResult
-from cera_train.runs.subject import digest_of
+from cera_train.runs.subject import digest_of, find_subject
 from cera_train.serving.chat import ask
-from cera_train.serving.export import Certificate, export_run
+from cera_train.serving.export import export_run
+from cera_train.serving.verify import Certificate, verify
 from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.serving import ExportConfig
 
 QUESTIONS = [
     {
@@ -49,6 +55,19 @@ def chat(run: Path | str, *words: str) -> None:
 def export(run: Path, *words: str) -> Certificate:
     """As `cera-export run=RUN ...`, in this process."""
     return export_run(compose(f"run={run}", *words, command="export"))
+
+
+def checker_of(config: ExportConfig) -> Callable[..., Certificate]:
+    """checker_of(config)(form, rows=2): as `cera-export check=FORM rows=2`; the run is loaded
+    once."""
+    subject = choose_dtype(find_subject(config))
+    loaded = load_subject(subject, this_device())
+
+    def check(form: Path, **settings: object) -> Certificate:
+        changed = replace(config, check=str(form), **settings)
+        return verify(form, subject, loaded, subject.data, changed)
+
+    return check
 
 
 def read(path: Path) -> list[dict]:

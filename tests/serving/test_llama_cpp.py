@@ -7,17 +7,14 @@ from pathlib import Path
 import gguf
 import pytest
 from conftest import CHAT_TEMPLATE, TINY, make_tiny_llama
-from evaluated_runs import export
+from evaluated_runs import checker_of, export
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cera_train.common.errors import DiffersError, UserError
-from cera_train.distributed.accelerator import this_device
-from cera_train.evaluation.engine import choose_dtype, load_subject
-from cera_train.runs.subject import find_subject
 from cera_train.serving import llama_cpp
 from cera_train.serving.export import export_run
-from cera_train.serving.verify import Certificate, verify
+from cera_train.serving.verify import Certificate
 from cera_train.training.train import train
 
 pytest_plugins = ("evaluated_runs",)
@@ -88,15 +85,7 @@ def file(run, certificate) -> Path:
 
 @pytest.fixture(scope="module")
 def check_of(run, compose):
-    """check_of(file): as `cera-export run=RUN check=FILE rows=4`; the run is loaded once."""
-    config = compose(f"run={run}", "rows=4", command="export")
-    subject = choose_dtype(find_subject(config))
-    loaded = load_subject(subject, this_device())
-
-    def check_of(file: Path) -> Certificate:
-        return verify(file, subject, loaded, subject.data, config)
-
-    return check_of
+    return checker_of(compose(f"run={run}", "rows=4", command="export"))
 
 
 @pytest.mark.slow

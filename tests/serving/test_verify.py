@@ -2,25 +2,20 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import make_tiny_llama
-from evaluated_runs import export
-from made_files import write_json, write_lines
+from evaluated_runs import checker_of, export
+from made_files import change_json, write_json, write_lines
 from played_vllm import playing_vllm
 from safetensors.torch import load_file, save_file
 
 from cera_train.common.errors import DiffersError, UserError
 from cera_train.common.files import read_json
 from cera_train.distributed.accelerator import this_device
-from cera_train.evaluation.engine import choose_dtype, load_subject
 from cera_train.model.weights import load_model
-from cera_train.runs.subject import find_subject
-from cera_train.serving.verify import Certificate, verify
 from cera_train.settings.model import ModelConfig
 from cera_train.training.train import train
 
@@ -47,38 +42,27 @@ def base(tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def train_on_chats(compose, base):
-    """train_on_chats("adapter=lora", ...) -> the folder of a run of the tiny model on chats."""
+def run(compose, base) -> Path:
+    """A run of the tiny model on chats."""
     output = base.parent
-
-    def train_on_chats(*overrides: str, name: str = "run") -> Path:
-        rows = output / "chats.jsonl"
-        write_lines(rows, chats())
-        config = compose(
-            f"model.path={base}",
-            "model.dtype=float32",
-            f"data.train_files=[{rows}]",
-            "data.eval_rows=8",
-            "data.max_length=128",
-            "adapter=lora",
-            "adapter.r=4",
-            "adapter.target_modules=all-linear",
-            "optimizer.lr=1e-2",
-            "train.max_updates=20",
-            "train.batch_size=16",
-            "train.compile=false",
-            f"name={name}",
-            f"output_dir={output}",
-            *overrides,
-        )
-        return Path(train(config)["folder"])
-
-    return train_on_chats
-
-
-@pytest.fixture(scope="module")
-def run(train_on_chats) -> Path:
-    return train_on_chats()
+    rows = write_lines(output / "chats.jsonl", chats())
+    config = compose(
+        f"model.path={base}",
+        "model.dtype=float32",
+        f"data.train_files=[{rows}]",
+        "data.eval_rows=8",
+        "data.max_length=128",
+        "adapter=lora",
+        "adapter.r=4",
+        "adapter.target_modules=all-linear",
+        "optimizer.lr=1e-2",
+        "train.max_updates=20",
+        "train.batch_size=16",
+        "train.compile=false",
+        "name=run",
+        f"output_dir={output}",
+    )
+    return Path(train(config)["folder"])
 
 
 @pytest.fixture(scope="module")
@@ -91,68 +75,35 @@ def forms(run, base) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def check_of(run, compose):
-    """check_of(folder): as `cera-export run=RUN check=FOLDER`; the run is loaded once."""
-    config = compose(f"run={run}", command="export")
-    subject = choose_dtype(find_subject(config))
-    loaded = load_subject(subject, this_device())
-
-    def check_of(folder: Path, **settings) -> Certificate:
-        return verify(
-            folder, subject, loaded, subject.data, replace(config, check=str(folder), **settings)
-        )
-
-    return check_of
+    return checker_of(compose(f"run={run}", command="export"))
 
 
 # --- faults ---------------------------------------------------------------------------------------
 
 
 def edit(file: str, **changes: object) -> Callable:
-    """A fault: other values in a JSON file. Those of None are removed."""
-
-    def plant(folder: Path, _: Path) -> None:
-        tree = read_json(folder / file) | changes
-        tree = {key: value for key, value in tree.items() if value is not None}
-        write_json(folder / file, tree)
-
-    return plant
+    """A fault: other values in a JSON file."""
+    return lambda folder: change_json(folder / file, changes)
 
 
-def tensors(change: Callable) -> Callable:
-    """A fault: other weights. `change` gets those of the folder and of the base."""
-
-    def plant(folder: Path, base: Path) -> None:
-        [file] = folder.glob("*.safetensors")
-        weights = change(load_file(file), load_file(base / "model.safetensors"))
-        save_file(
-            {name: each.contiguous() for name, each in weights.items()}, file, {"format": "pt"}
-        )
-
-    return plant
+def leave_out_a_projection(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file).items()
+    kept = {name: weight for name, weight in weights if "0.self_attn.k_proj" not in name}
+    save_file(kept, file, {"format": "pt"})
 
 
-def each(part: str, change: Callable) -> Callable:
-    """A fault: another value of every tensor whose name has a part, from it and the base's."""
-
-    def changed(weights: dict, base: dict) -> dict:
-        return weights | {
-            name: change(weight, base.get(name)) for name, weight in weights.items() if part in name
-        }
-
-    return tensors(changed)
-
-
-def without(part: str) -> Callable:
-    return tensors(
-        lambda weights, _: {name: each for name, each in weights.items() if part not in name}
-    )
+def round_projections(folder: Path) -> None:
+    """To bfloat16."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if "_proj" in name:
+            weights[name] = weight.bfloat16().to(weight.dtype)
+    save_file(weights, file, {"format": "pt"})
 
 
-def in_bfloat16(weight: torch.Tensor, *_: object) -> torch.Tensor:
-    return weight.bfloat16().to(weight.dtype)
-
-
-def swap_words(folder: Path, _: Path) -> None:
+def swap_words(folder: Path) -> None:
     """Another vocabulary: two letters change their ids."""
     file = folder / "tokenizer.json"
     tree = read_json(file)
@@ -161,41 +112,33 @@ def swap_words(folder: Path, _: Path) -> None:
     write_json(file, tree)
 
 
-def another_template(folder: Path, _: Path) -> None:
+def another_template(folder: Path) -> None:
     file = folder / "chat_template.jinja"
     file.write_text(file.read_text().replace("<|im_start|>", "### "))
 
 
-ADAPTER = "adapter_config.json"
 DISTANT = "its KL divergence from the run may be"
-OF_ADAPTER = {
-    "tensors missing": (without("0.self_attn.k_proj"), DISTANT),
-    "another template": (another_template, "chat template or end token is not"),
-}
-OF_MERGED = {
-    "rounded to bfloat16": (each("_proj", in_bfloat16), DISTANT),
-    "another base of rotations": (
+FAULTS = {
+    ("adapter", "tensors missing"): (leave_out_a_projection, DISTANT),
+    ("adapter", "another template"): (another_template, "chat template or end token is not"),
+    ("merged", "rounded to bfloat16"): (round_projections, DISTANT),
+    ("merged", "another base of rotations"): (
         edit("config.json", rope_parameters={"rope_type": "default", "rope_theta": 100.0}),
         DISTANT,
     ),
-    "another end": (
+    ("merged", "another end"): (
         edit("generation_config.json", eos_token_id=[1, 3]),
         r"stop at the tokens \[1, 3\]",
     ),
-    "another vocabulary": (swap_words, "writes held-out row 1 in other tokens"),
-}
-FAULTS = {
-    (form, name): fault
-    for form, faults in (("adapter", OF_ADAPTER), ("merged", OF_MERGED))
-    for name, fault in faults.items()
+    ("merged", "another vocabulary"): (swap_words, "writes held-out row 1 in other tokens"),
 }
 
 
 @pytest.mark.parametrize(("form", "name"), FAULTS)
-def test_a_planted_fault_is_refused(form, name, forms, base, check_of, tmp_path):
+def test_a_planted_fault_is_refused(form, name, forms, check_of, tmp_path):
     plant, line = FAULTS[form, name]
     folder = Path(shutil.copytree(forms[form], tmp_path / "form"))
-    plant(folder, base)
+    plant(folder)
     with pytest.raises(DiffersError, match=line):
         check_of(folder)
 
@@ -209,9 +152,9 @@ def test_a_quantised_model_needs_a_limit(forms, check_of, tmp_path):
     assert check_of(folder, at_most=1).kl > 1e-6
 
 
-def test_the_command_ends_with_status_3_and_one_line(run, base, run_command, tmp_path, capsys):
+def test_the_command_ends_with_status_3_and_one_line(run, run_command, tmp_path, capsys):
     folder = Path(shutil.copytree(run / "adapter", tmp_path / "form"))
-    edit(ADAPTER, lora_alpha=64)(folder, base)
+    change_json(folder / "adapter_config.json", {"lora_alpha": 64})
     assert run_command("cera-export", f"run={run}", f"check={folder}") == 3
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"cera-export: check={folder}: its KL divergence from the run may be ")
