@@ -1,9 +1,9 @@
 """Paired tests of two runs on the same problems, and what stands in the way of a comparison."""
 
-import json
 from pathlib import Path
 
 import pytest
+from evaluated_runs import read
 from made_files import write_json, write_lines
 from made_runs import add_evaluation, make_run
 
@@ -65,7 +65,7 @@ def test_trajectories_are_tested_by_their_steps(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in "ab"]
     for run, right in zip(runs, (0, 1), strict=True):
         folder = add_evaluation(run, "logistic_map", solved=set(), verified=False)
-        grades = [json.loads(line) for line in (folder / "grades.jsonl").read_text().splitlines()]
+        grades = read(folder / "grades.jsonl")
         for grade in grades:
             grade["matches"] = [step < right for step in range(4)]
         write_lines(folder / "grades.jsonl", grades)

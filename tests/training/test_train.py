@@ -1,19 +1,19 @@
 """Whole runs of the tiny model, in this process: what they learn, print and leave."""
 
 import itertools
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from built_runs import build_run
+from evaluated_runs import read
 from safetensors.torch import load_file
 from tiny_runs import folder_of, metrics_of, scale_gradients
 
+from cera_train.common.files import read_json, read_yaml
 from cera_train.common.settings import to_plain
 from cera_train.distributed.accelerator import check_distribution
 from cera_train.model.language_model import perplexity
@@ -26,7 +26,7 @@ from cera_train.training.train import backward, clip_gradients, train
 @pytest.fixture
 def finished(finished_config):
     """The config and the result of a finished run."""
-    return finished_config, json.loads((folder_of(finished_config) / "result.json").read_text())
+    return finished_config, read_json(folder_of(finished_config) / "result.json")
 
 
 def test_perplexity_falls_and_the_folder_holds_everything(finished):
@@ -49,9 +49,7 @@ def test_perplexity_falls_and_the_folder_holds_everything(finished):
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["12", "8"]
     modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
     assert modes == {(folder / "config.yaml").stat().st_mode}  # whoever may read one may read all
-    assert yaml.safe_load((folder / "config.yaml").read_text()) == to_plain(
-        resolve(config, folder).config
-    )
+    assert read_yaml(folder / "config.yaml") == to_plain(resolve(config, folder).config)
 
 
 def test_a_learned_mix_logs_its_gamma(tiny_config):
@@ -60,7 +58,7 @@ def test_a_learned_mix_logs_its_gamma(tiny_config):
     gammas = [line["adapter/gamma"] for line in metrics_of(config) if "eval/loss" in line]
     assert gammas[0] == 0
     assert len(gammas) == 2
-    modules = json.loads((folder_of(config) / "spectrum.json").read_text())
+    modules = read_json(folder_of(config) / "spectrum.json")
     assert gammas[-1] == pytest.approx(sum(module["gamma"] for module in modules.values()) / 4) != 0
     weights = load_file(folder_of(config) / "adapter" / "adapter_model.safetensors")
     assert sum(name.endswith("cera_gate.gamma") for name in weights) == 4
@@ -81,9 +79,7 @@ def test_metrics_have_the_promised_names(finished):
         "spectrum/manifold_dimension/mean",
         "spectrum/linear_share/mean",
     } <= evaluation.keys()
-    spectra = [
-        json.loads(line) for line in (folder_of(config) / "spectra.jsonl").read_text().splitlines()
-    ]
+    spectra = read(folder_of(config) / "spectra.jsonl")
     assert [line["update"] for line in spectra] == [0, 4, 8, 12]
     module = spectra[-1]["modules"]["model.layers.0.self_attn.q_proj"]
     assert module.keys() == {"effective_rank", "manifold_dimension", "linear_share"}
@@ -151,7 +147,7 @@ def test_patience_ends_a_run_and_best_is_the_adapter_of_the_lowest_perplexity(ti
     folder = folder_of(config)
     after = TokenLosses.read(folder / LOSSES_AFTER)
     assert perplexity(after.mean) == result["eval/perplexity"]
-    assert json.loads((folder / "best" / "metrics.json").read_text())["update"] == best
+    assert read_json(folder / "best" / "metrics.json")["update"] == best
     kept = [
         place / "adapter_model.safetensors"
         for place in (folder / "best", folder / "checkpoints" / str(best))
