@@ -20,8 +20,6 @@ from cera_train.report.readers import read_runs
 from cera_train.runs.evaluation_folder import Grade, Problem
 from cera_train.runs.records import to_lines
 
-PROBLEMS = 40
-
 HOSTILE = "<script>alert(1)|`*_[x](javascript:alert(2))\nnew \"line\" 'x' $x^2$ & {{ 7 * 7 }}"
 """A text that would be a script, a link, a table or a formula."""
 
@@ -34,45 +32,47 @@ def recipe() -> dict[str, Any]:
 def settings_of(name: str, **changes: Any) -> dict[str, Any]:
     """Those of a recipe, with dotted keys changed."""
     tree = copy.deepcopy(recipe()) | {"name": name, "published": {}}
+    change(tree, changes)
+    return tree
+
+
+def change(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Sets the values of dotted keys."""
     for key, value in changes.items():
         *sections, last = key.split(".")
         place = tree
         for section in sections:
             place = place[section]
         place[last] = value
-    return tree
 
 
-def result_of(kind: str, r: int, perplexity: float) -> dict[str, Any]:
+def result_of(r: int, perplexity: float) -> dict[str, Any]:
+    """What the report reads of it."""
     return {
         "eval/perplexity": perplexity,
-        "perplexity_before": 3.5,
         "best_perplexity": perplexity - 0.1,
         "best_update": 80,
         "spectrum/effective_rank/mean": r * 0.4,
-        "spectrum/effective_rank/max": r * 0.6,
         "spectrum/manifold_dimension/mean": r * 0.2,
-        "spectrum/manifold_dimension/max": r // 3,
-        "spectrum/linear_share/mean": 0.9,
-        "adapter_kind": kind,
-        "adapter_r": r,
         "trainable_parameters": 425984 * r,
         "trainable_share": 0.0034,
         "updates": 100,
-        "epochs": 1.5,
-        "tokens": 123456,
         "tokens_per_s": 1234.5,
         "seconds": 3725.4,
         "peak_memory_bytes": 5 * 2**30,
-        "folder": "outputs/x",
     }
 
 
-def make_run(path: Path, perplexity: float = 1.9, finished: bool = True, **changes: Any) -> Path:
-    """The folder of a training run; `changes` are settings with dotted keys, and `held_out`, its
-    rows' digest."""
+def make_run(
+    path: Path,
+    perplexity: float = 1.9,
+    finished: bool = True,
+    held_out: str = "rows",
+    **changes: Any,
+) -> Path:
+    """The folder of a training run; `held_out` is the digest of its rows, and `changes` are
+    settings with dotted keys."""
     name = changes.pop("name", path.name)
-    held_out = changes.pop("held_out", "rows")
     path.mkdir(parents=True)
     settings = settings_of(name, **changes)
     (path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -84,20 +84,16 @@ def make_run(path: Path, perplexity: float = 1.9, finished: bool = True, **chang
         },
     )
     r = settings["adapter"]["r"]
-    kind = settings["adapter"]["kind"]
     lines: list[dict[str, Any]] = []
     for update in range(0, 101, 10):
         value = perplexity + 1.6 * (1 - update / 100)
         if update:
             speed = {"train/seconds": 6.0 * update, "train/tokens_per_s": 1000.0 + update}
-            lines.append(
-                {"update": update, "epoch": 0, "train/loss": math.log(value) + 0.02} | speed
-            )
+            lines.append({"update": update, "train/loss": math.log(value) + 0.02} | speed)
         if update % 20 == 0:
             lines.append(
                 {
                     "update": update,
-                    "epoch": 0,
                     "eval/loss": math.log(value),
                     "eval/perplexity": value,
                     "spectrum/effective_rank/mean": r * 0.004 * update,
@@ -110,14 +106,12 @@ def make_run(path: Path, perplexity: float = 1.9, finished: bool = True, **chang
     if finished:
         spectrum = {
             f"model.layers.{layer}.self_attn.q_proj": {
-                "effective_rank": r * 0.4,
-                "manifold_dimension": r // 5,
                 "singular_values": [math.exp(-k / (r / (3 + layer))) for k in range(r)],
             }
             for layer in range(2)
         }
         write_json(path / "spectrum.json", spectrum)
-        write_json(path / "result.json", result_of(kind, r, perplexity))
+        write_json(path / "result.json", result_of(r, perplexity))
     return path
 
 
@@ -126,9 +120,8 @@ def add_evaluation(
     task: str = "gsm8k",
     solved: Any = frozenset(),
     verified: bool = True,
-    problems: int = PROBLEMS,
+    problems: int = 40,
     samples: int = 1,
-    finished: bool = True,
     **changes: Any,
 ) -> Path:
     """Graded answers to a task. `solved` are the problems answered right, or a function of problem
@@ -138,21 +131,15 @@ def add_evaluation(
     kind = task if task in ("math", "gsm8k", "logistic_map") else "math"
     settings = {
         "run": str(run),
-        "name": None,
         "adapter_digest": str(run),
-        "data": None,
         "model": {"path": "meta-llama/Llama-3.1-8B"},
         "task": {"kind": kind, "name": task, "limit": problems, "max_new_tokens": 512},
         "generation": {"samples": samples, "temperature": 0.8 if samples > 1 else 0.0},
     }
-    for key, value in changes.items():
-        section, _, last = key.rpartition(".")
-        (settings[section] if section else settings)[last] = value
+    change(settings, changes)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     asked = [Problem(f"id{n:03}", f"What is {n} + 1?", "Q", str(n + 1)) for n in range(problems)]
     (folder / "problems.jsonl").write_text(to_lines(asked))
-    if not finished:
-        return folder
     grades = []
     for n, sample in itertools.product(range(problems), range(samples)):
         is_right = solved(n, sample) if callable(solved) else n in solved

@@ -123,7 +123,6 @@ def test_rewards_and_the_length_of_answers_are_drawn_by_update(tmp_path: Path) -
     lines = [
         {
             "update": update,
-            "epoch": 0,
             "train/reward": update / 4,
             "train/completions/mean_length": 9 - update,
         }
