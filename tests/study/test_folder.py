@@ -14,7 +14,7 @@ from cera_train.common.settings import to_plain
 from cera_train.settings.sweep import StudyConfig
 from cera_train.study.design import StudySweeper
 from cera_train.study.folder import find_study
-from cera_train.sweep.folder import JOBS, RECORD, State, SweepRecord, read_sweep
+from cera_train.sweep.folder import JOBS, RECORD, SweepRecord
 
 ARMS = ("lora", "cera", "relu")
 
@@ -129,17 +129,28 @@ def test_an_edited_study_keeps_no_old_runs(launcher, run_study, monkeypatch, cap
     assert not launcher.began
 
 
-def test_a_killed_study_resumes_and_more_seeds_run_only_what_is_missing(launcher, run_study):
-    grid = [name for name in GRID if "cera" in name]
-    launcher.killed = {grid[1]}
-    assert run_study("study.arm=cera") == 130
-    assert find_study(launcher.sweep).missing() == grid[1:]
+def test_a_killed_study_runs_what_failed_or_is_missing_and_later_only_more_seeds(
+    launcher, run_study, run_command, capfd
+):
+    launcher.failing = {job("cera", 0.01, 1)}
+    launcher.killed = {GRID[8]}
+    assert run_study() == 130
+    missing = [job("cera", 0.01, 1), *GRID[8:]]
+    assert find_study(launcher.sweep).missing() == missing
+    assert run_command("cera-report", "outputs/which") == 2
+    error = capfd.readouterr().err
+    assert "unfinished study. Its command runs what is missing: " in error
+    assert f": {missing[0]}, and 4 more." in error
     launcher.killed = set()
-    assert run_study("study.arm=cera") == 0
-    assert launcher.began == grid
+    assert run_study() == 1
+    launcher.failing = set()
     launcher.began.clear()
-    assert run_study("study.arm=cera", "study.seeds=3") == 0
-    assert launcher.began == [job("cera", lr, 2) for lr in (0.001, 0.01)]
+    assert run_study() == 0
+    assert launcher.began == missing[:1]
+    assert run_command("cera-report", "outputs/which") == 0
+    launcher.began.clear()
+    assert run_study("study.seeds=3") == 0
+    assert launcher.began == [job(arm, lr, 2) for arm in ARMS for lr in (0.001, 0.01)]
 
 
 def test_an_arm_with_its_own_rank_runs_once_and_is_compared_at_every_rank(
@@ -160,34 +171,6 @@ def test_an_arm_with_its_own_rank_runs_once_and_is_compared_at_every_rank(
         ("lora, adapter.r=4", "wide"),
         ("lora, adapter.r=8", "wide"),
     ]
-
-
-@pytest.mark.slow
-def test_a_failed_job_is_no_result_and_runs_again(launcher, run_study, run_command, capfd):
-    launcher.failing = {job("cera", 0.01, 1)}
-    assert run_study() == 1
-    assert run_command("cera-report", "outputs/which") == 2
-    error = capfd.readouterr().err
-    assert "unfinished study. Its command runs what is missing: " in error
-    assert f": {job('cera', 0.01, 1)}, and 0 more." in error
-    launcher.failing = set()
-    launcher.began.clear()
-    assert run_study() == 0
-    assert launcher.began == [job("cera", 0.01, 1)]
-    assert run_command("cera-report", "outputs/which") == 0
-
-
-def test_divergence_is_a_result(launcher, run_study, run_command):
-    launcher.diverging = {job("cera", 0.01, 1)}
-    assert run_study(study=TWO) == 0
-    assert {status.name: status.state for status in read_sweep(launcher.sweep)}[
-        job("cera", 0.01, 1)
-    ] == State.diverged
-    assert rates(launcher)["cera"] == "0.001"
-    launcher.began.clear()
-    assert run_study(study=TWO) == 0
-    assert not launcher.began
-    assert run_command("cera-report", "outputs/which") == 0
 
 
 def test_a_judging_run_that_diverges_chooses_no_value_and_allows_no_verdict(
