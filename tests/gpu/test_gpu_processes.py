@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import TINY
 from several_processes import train_in_processes
 from tiny_runs import all_losses_of, evaluations_of
 
@@ -19,8 +20,7 @@ def test_two_gpus_replicated_or_sharded_give_the_losses_of_one(
         pytest.skip("needs two GPUs")
     arguments = [
         f"model.path={tiny_folder}",
-        "protocol=paper",
-        "data.max_length=256",
+        *TINY,
         "adapter.r=4",
         "adapter.dropout=0",
         "train.batch_size=13",
@@ -32,7 +32,7 @@ def test_two_gpus_replicated_or_sharded_give_the_losses_of_one(
         "train.compile=false",
     ]
     one = {
-        "float32": ["model.dtype=float32"],
+        "float32": [],
         "nf4": ["model.dtype=bfloat16", "model.quantization=nf4"],
     }
     runs = [

@@ -3,7 +3,6 @@ them; one error, and one end, for all."""
 
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from commands import python
 from evaluated_runs import contents, evaluate, read
 from made_files import write_lines
 from several_processes import popen
+from tiny_runs import wait_until
 
 from cera_train.common.files import read_json
 
@@ -60,9 +60,7 @@ def test_ctrl_c_ends_every_process_and_one_process_resumes(eval_config, run, que
         *answering(run, questions, "launch.processes=2", "name=cut", tokens=64), cwd=tmp_path
     )
     answers = run / "eval" / "cut" / "generations.1.jsonl"
-    while not (answers.exists() and answers.read_text().count("\n") > 1):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    wait_until(lambda: answers.exists() and answers.read_text().count("\n") > 1, every=0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     evaluating = [
         path

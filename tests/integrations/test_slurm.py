@@ -147,10 +147,6 @@ def sweep_command(arguments: list[str], *settings: str) -> list[str]:
     return [CERA_TRAIN, "-m", *arguments, "name=sweep", "hydra/launcher=slurm_cpu", *settings]
 
 
-def updates_of(folder: Path) -> int:
-    return len(losses_of(folder))
-
-
 def assert_equals_an_uncut_run(job: Path, config: Config) -> None:
     train(config)
     assert adapter_bytes(job) == adapter_bytes(config)
@@ -168,7 +164,7 @@ def test_a_sweep_with_cancelled_and_preempted_jobs_ends_as_if_undisturbed(
     jobs = [folder / job.name for job in read_sweep(folder)]
     assert len(jobs) == 4
 
-    wait(lambda: min(updates_of(job) for job in jobs[1:3]) > 20)
+    wait(lambda: min(len(losses_of(job)) for job in jobs[1:3]) > 20)
     run("scancel", f"{array}_1")  # SIGTERM
     # As before a time limit: the job saves, and submitit requeues it.
     run("scancel", "--signal=USR2", f"{array}_2")

@@ -89,9 +89,6 @@ def test_transformers_trainer_trains_saves_and_resumes_to_the_bit(tiny_folder, t
     end = tensors(trainer.model, adapter=True)
     assert not any(torch.equal(end[key], value) for key, value in start.items())
 
-    loaded = PeftModel.from_pretrained(plain(tiny_folder), tmp_path / "run/checkpoint-4")
-    assert torch.equal(logits(loaded, ids), logits(trainer.model.eval(), ids))
-
     resumed = trainer_of(tmp_path / "run", tiny_folder, ids)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
     assert resumed.state.global_step == 4

@@ -59,6 +59,7 @@ def test_pages_show_hostile_text_as_text(pages: Path) -> None:
     assert "<i>" not in html
     assert "&lt;script&gt;alert(1)" in html
     assert "{{ 7 * 7 }}" in html
+    assert html.index("<svg") < html.index("<table")  # it opens with the verdicts
     assert "<code>cera-train +recipe=math_r64 name=cera_64</code>" in unescape(html)
     assert not re.search(r"(?<!\\)\]\(javascript", markdown)
     for table in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
@@ -174,6 +175,3 @@ def test_the_page_opens_with_the_verdict_of_each_pair(tmp_path: Path) -> None:
     assert rows["c - a"].difference == pytest.approx(-62.5)
     assert rows["c - a"].lower < -62.5 < rows["c - a"].upper < 0
     assert rows["b - a"].verdict == f"not shown (detects {rows['b - a'].detectable:.1f})"
-    page.write(tmp_path / "report")
-    html = (tmp_path / "report" / "report.html").read_text()
-    assert html.index("<svg") < html.index("<table")

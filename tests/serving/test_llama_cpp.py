@@ -99,14 +99,9 @@ def test_an_export_is_the_run_in_llama_cpp(certificate, file):
     }
 
 
-def tensor(name: str, change: Callable) -> Callable:
-    """A fault: other weights."""
-
-    def plant(reader: gguf.GGUFReader) -> None:
-        [weights] = [each for each in reader.tensors if each.name == name]
-        weights.data[:] = change(weights.data.copy())
-
-    return plant
+def scale_weights(reader: gguf.GGUFReader) -> None:
+    [weights] = [each for each in reader.tensors if each.name == "blk.0.attn_q.weight"]
+    weights.data[:] *= 1.5
 
 
 def field(name: str, before: object, after: object) -> Callable:
@@ -124,9 +119,8 @@ def field(name: str, before: object, after: object) -> Callable:
     return plant
 
 
-DISTANT = "its KL divergence from the run may be"
 FAULTS = {
-    "weights scaled": (tensor("blk.0.attn_q.weight", lambda W: 1.5 * W), DISTANT),
+    "weights scaled": (scale_weights, "its KL divergence from the run may be"),
     "another template": (
         field("tokenizer.chat_template", b"<|im_start|>", b"<|im_begin|>"),
         "chat template or end token is not",

@@ -25,14 +25,10 @@ def draw() -> numpy.random.Generator:
     return numpy.random.default_rng(0)
 
 
-def right_or_wrong(draw: numpy.random.Generator, shares, problems: int) -> numpy.ndarray:
-    """[runs, problems]"""
-    return (draw.random((len(shares), problems)) < numpy.reshape(shares, (-1, 1))).astype(float)
-
-
 def test_mcnemars_p_is_that_of_the_binomial_on_1000_made_pairs(draw) -> None:
     for _ in range(1_000):
-        first, second = right_or_wrong(draw, draw.random(2), int(draw.integers(2, 400)))
+        values = draw.random((2, int(draw.integers(2, 400))))
+        first, second = (values < draw.random((2, 1))).astype(float)
         only = [(first > second).sum(), (second > first).sum()]
         tail = binom.cdf(min(only), sum(only), 0.5)
         assert sign_flip(first, second) == pytest.approx(min(1, 2 * tail))

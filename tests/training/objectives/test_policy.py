@@ -29,10 +29,6 @@ WORDS = ("one", "two", "six", "ten")
 ROWS = [{"prompt": f"Say {word}:", "completion": f" {word}"} for word in WORDS]
 
 
-def vowels(prompt: str, answer: str, right: str) -> float:
-    return sum(letter in "aeiou" for letter in answer)
-
-
 # --- the distance ---------------------------------------------------------------------------------
 
 
@@ -57,7 +53,6 @@ def config_of(tiny_config_in, tmp_path_factory):
         "train.objective=grpo",
         "grpo.answers=2",
         "grpo.max_new_tokens=8",
-        f"grpo.rewards=[{__name__}.vowels]",
         "adapter.r=8",
         "adapter.alpha=8",
         "adapter.target_modules=all-linear",
