@@ -35,6 +35,13 @@ class BuiltRun(NamedTuple):
         self.model.optimizer.zero_grad()
         return float(loss), gradients
 
+    @torch.no_grad()
+    def move(self, distance: float) -> None:
+        """Changes what trains, as updates do: at the start, B is zero."""
+        for weight in self.model.trained:
+            weight += distance * torch.randn_like(weight)
+        self.progress.update += 1
+
 
 def build_run(config: Config, folder: Path) -> BuiltRun:
     """A new run, before its first update. Creates its folder."""

@@ -34,21 +34,13 @@ def dpo(tiny_config, write_jsonl):
     )
 
 
-def move(model: torch.nn.Module) -> None:
-    """After the start, where every margin is zero."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-
-
 @WARNINGS
 def test_loss_gradients_and_figures_are_trls_whatever_the_micro_batches(dpo, tokenizer, tmp_path):
     trl = pytest.importorskip("trl")
     run = build_run(dpo("dpo.beta=0.5"), tmp_path / "run")
     model = run.model
-    move(model.adapted)
+    torch.manual_seed(1)
+    run.move(0.1)  # at the start every margin is zero
     model.wrapped.train()
     sequences = [*range(6)]
     computed = [run.backward(sequences)]
@@ -120,7 +112,7 @@ def test_the_answers_of_a_pair_are_dropped_together(dpo, tokenizer, write_jsonl)
 
 def test_dropout_is_off(dpo, tmp_path):
     run = build_run(dpo("adapter.dropout=0.5"), tmp_path / "run")
-    move(run.model.adapted)
+    run.move(0.1)
     run.model.wrapped.train()
     _, gradients = run.backward([0, 1, 4, 5])
     _, again = run.backward([0, 1, 4, 5])

@@ -140,9 +140,7 @@ def test_the_loss_is_trls(tokenizer, tmp_path, beta, is_served):
 def test_an_update_is_the_mean_over_the_tokens_of_its_answers(grpo, tokenizer, tmp_path):
     """Each by its answer's advantage, and log p under the base."""
     run = build_run(grpo("adapter.r=4", "grpo.beta=0.5"), tmp_path)
-    with torch.no_grad():
-        for weight in run.model.trained:
-            weight += 0.1 * torch.randn_like(weight)
+    run.move(0.1)
     drawn = run.objective.draw([0, 2, 3])
     assert drawn.sequences == [*range(12)]
     batches = [drawn.batches.load([sequence]) for sequence in drawn.sequences]

@@ -75,16 +75,8 @@ def run(config_of, vllm) -> BuiltRun:
     """A run whose adapter matters, and whose answers `vllm` samples."""
     run = build(config_of("adapter.dropout=0.3", f"train.server={vllm.url}"))
     torch.manual_seed(0)
-    move(run, 0.2)
+    run.move(0.2)
     return run
-
-
-@torch.no_grad()
-def move(run: BuiltRun, distance: float) -> None:
-    """As an update does."""
-    for weight in run.model.trained:
-        weight += distance * torch.randn_like(weight)
-    run.progress.update += 1
 
 
 def draw(run: BuiltRun) -> dict[str, float]:
@@ -138,7 +130,7 @@ def test_answers_by_the_adapter_of_the_update_before_are_refused(run, change_ada
 
     change_adapters(load_the_one_before)
     draw(run)
-    move(run, 0.01)
+    run.move(0.01)
     with pytest.raises(UserError, match=ANOTHER):
         draw(run)
 
