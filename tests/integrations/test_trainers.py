@@ -124,14 +124,9 @@ def test_trls_trainers_train_from_a_cera_config_and_save(
     tiny_folder, tmp_path, tokenizer, ids, name
 ):
     trl = pytest.importorskip("trl")
-    settings = (
-        arguments(tmp_path / "run")
-        | {
-            "GRPO": {"num_generations": 4, "max_completion_length": 4},
-            "SFT": {"max_length": 64},
-            "DPO": {"max_length": 64},
-        }[name]
-    )
+    settings = arguments(tmp_path / "run")
+    if name == "GRPO":
+        settings |= {"num_generations": 4, "max_completion_length": 4}
     trainer = getattr(trl, f"{name}Trainer")(
         model=plain(tiny_folder),
         args=getattr(trl, f"{name}Config")(**settings),

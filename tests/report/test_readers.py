@@ -136,14 +136,13 @@ def test_scores_of_any_program_are_paired_by_problem(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         ("[" * 100_000, "is broken: recursion limit exceeded"),
-        (" " * 2_000, "has 2,000 bytes, and at most 1,000 are read"),
+        (" " * 300_000, "has 300,000 bytes, and at most 200,000 are read"),
     ],
 )
 def test_a_file_too_deep_or_too_large_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str
 ) -> None:
-    if len(content) == 2_000:
-        monkeypatch.setattr("cera_train.report.readers.files.LARGEST_FILE", 1_000)
+    monkeypatch.setattr("cera_train.report.readers.files.LARGEST_FILE", 200_000)
     (tmp_path / f"samples_sums_{DATE}.jsonl").write_text("")
     (tmp_path / f"results_{DATE}.json").write_text(content)
     with pytest.raises(UserError, match=reason):

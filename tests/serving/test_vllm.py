@@ -364,15 +364,11 @@ def grpo(compose, folder, write_jsonl, tmp_path, monkeypatch):
     )
 
 
-def rewarded_updates(config) -> list[dict]:
-    return [line for line in metrics_of(config) if "train/reward" in line]
-
-
 def test_updates_by_rewards_are_sampled_by_vllm(server, grpo):
     config = grpo(server, "adapter.target_modules=[q_proj,v_proj]")
     before = models_of(server)
     train(config)
-    updates = rewarded_updates(config)
+    updates = [line for line in metrics_of(config) if "train/reward" in line]
     assert len(updates) == 2
     assert all(line["train/grad_norm"] > 0 for line in updates)
     assert max(line["train/sampling/log_p_difference"] for line in updates) < 1e-3

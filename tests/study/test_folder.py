@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cera_train.common.files import read_json
+from cera_train.common.files import options, read_json
 from cera_train.common.settings import to_plain
 from cera_train.settings.sweep import StudyConfig
 from cera_train.study.design import StudySweeper
@@ -199,8 +199,6 @@ def test_an_arm_that_diverges_at_every_value_gets_no_verdict(
 
 
 def test_every_study_of_conf_composes(compose):
-    from cera_train.common.files import options
-
     for name in options("study"):
         config = compose(f"+study={name}")
         assert isinstance(config.study, StudyConfig)

@@ -268,6 +268,8 @@ def test_two_processes_sample_and_learn_the_same_as_one(
 def test_an_answer_is_graded_as_in_a_task():
     assert [grade_by("text")("", answer, "a b") for answer in (" a  b", "a c", "")] == [1, 0, 0]
     assert grade_by("number")("", "so 1,0 is 10.", "#### 10") == 1
+    with pytest.raises(UserError, match="^grpo.grader=text finds no answer in '': fix the row"):
+        grade_by("text")("", "a", "")
 
 
 @pytest.mark.parametrize(
@@ -312,8 +314,3 @@ def test_evaluations_ask_as_updates_do(grpo, thinking_folder, compose, write_jso
     further = train(grpo(*words, f"adapter.start_from={start}", "name=further"))["folder"]
     asked = {sample.prompt for sample in read_lines(Path(further) / SAMPLES, Sample)}
     assert {prompt.partition("assistant")[2] for prompt in asked} == {"\n"}
-
-
-def test_an_answer_without_text_cannot_be_graded():
-    with pytest.raises(UserError, match="^grpo.grader=text finds no answer in '': fix the row"):
-        grade_by("text")("", "a", "")
