@@ -83,26 +83,21 @@ def cluster(tmp_path_factory):
     ports = dict(zip(("controller_port", "node_port"), free_ports(2), strict=True))
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, **ports))
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+
+    def printed_by(*words: str) -> bytes:
+        return subprocess.run(words, capture_output=True, env=environment).stdout
+
     try:
         subprocess.run(["munged", "--force", *options], check=True, stderr=subprocess.DEVNULL)
         for daemon in ("slurmctld", "slurmd"):
             subprocess.run([daemon], check=True, env=environment)
-        wait(
-            lambda: (
-                b"idle"
-                in subprocess.run(["sinfo", "-h"], capture_output=True, env=environment).stdout
-            )
-        )
+        wait(lambda: b"idle" in printed_by("sinfo", "-h"))
         yield environment | {"OMP_NUM_THREADS": "1"}
     finally:
         subprocess.run(
             ["scancel", "--signal=KILL", "--full", "--user=root"], env=environment, check=False
         )
-        wait(
-            lambda: (
-                not subprocess.run(["squeue", "-h"], capture_output=True, env=environment).stdout
-            )
-        )
+        wait(lambda: not printed_by("squeue", "-h"))
         for file in (folder / "slurmd.pid", folder / "slurmctld.pid", folder / "munge" / "pid"):
             if file.exists():
                 pid = int(file.read_text())

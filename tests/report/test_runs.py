@@ -12,15 +12,16 @@ from cera_train.runs.results import DIVERGED
 
 
 def test_every_column_has_the_figures_of_the_files(tmp_path: Path) -> None:
-    table = cells(*two_runs(tmp_path))
-    assert table["method"] == ["CeRA", "LoRA"]
-    assert table["r"] == ["64", "512"]
+    unmeasured = make_run(tmp_path / "c", published={"math/exact/pass@1": 0.1636})
+    table = cells(*two_runs(tmp_path), unmeasured)
+    assert table["method"] == ["CeRA", "LoRA", "CeRA"]
+    assert table["r"] == ["64", "512", "64"]
     assert table["parameters"][0] == "27,262,976\n0.34% of the model"
-    assert table["perplexity"] == [
+    assert table["perplexity"][:2] == [
         "1.850\nbest 1.750 at update 80\npaper 1.97\ndifference -0.12",
         "2.020\nbest 1.920 at update 80",
     ]
-    assert table["effective rank"] == ["25.6", "204.8"]
+    assert table["effective rank"] == ["25.6", "204.8", "25.6"]
     assert table["tokens/s"][0] == "1,234"
     assert table["peak memory"][0] == "5.4 GB"
     assert table["time"][0] == "1:02:05\n100 updates"
@@ -29,14 +30,7 @@ def test_every_column_has_the_figures_of_the_files(tmp_path: Path) -> None:
     assert table["math exact"][1] == f"47.5%\n{100 * lower:.1f} to {upper:.1%}"
     paper = "paper 16.36%\ndifference +38.64 points\nours of the first 40 problems"
     assert table["math exact"][0].endswith(paper)
-
-
-def test_a_published_figure_without_an_equal_measurement_is_marked(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / name, published={"math/exact/pass@1": 0.1636}) for name in "ab"]
-    add_evaluation(runs[0], "math")
-    measured, missing = cells(*runs)["math exact"]
-    assert measured.endswith("ours of the first 40 problems")
-    assert missing == ""
+    assert table["math exact"][2] == ""
 
 
 def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -> None:

@@ -147,20 +147,12 @@ def test_what_few_bases_detect_is_as_uncertain_as_their_standard_deviation():
     )
 
 
-def test_seeds_that_change_nothing_leave_the_paired_t_test_over_problems():
-    first, second = (numpy.repeat(values(1, seed=seed), 3, axis=0) for seed in (0, 1))
-    expected = scipy.stats.ttest_rel(second[0], first[0])
-    result = contrast(first, second)
-    assert result.p_value == pytest.approx(expected.pvalue, rel=1e-6)
-    assert (result.lower, result.upper) == pytest.approx(tuple(expected.confidence_interval(0.95)))
-
-
-def test_problems_that_change_nothing_leave_the_paired_t_test_over_seeds():
-    first = [0.0, 1.0, 2.0]
-    second = [5.0, 5.5, 7.5]
+@pytest.mark.parametrize("axis", [0, 1], ids=["seeds", "problems"])
+def test_what_changes_nothing_leaves_the_paired_t_test_over_the_other(axis):
+    first, second = (values(1, 9, seed=seed)[0] for seed in (0, 1))
     expected = scipy.stats.ttest_rel(second, first)
     result = contrast(
-        *(numpy.repeat(numpy.array(arm)[:, None], 50, axis=1) for arm in (first, second))
+        *(numpy.repeat(numpy.expand_dims(arm, axis), 50, axis) for arm in (first, second))
     )
     assert result.p_value == pytest.approx(expected.pvalue, rel=1e-6)
     assert (result.lower, result.upper) == pytest.approx(tuple(expected.confidence_interval(0.95)))
