@@ -71,8 +71,7 @@ class PlayedVllm(ThreadingHTTPServer):
                 tokenizer=self.tokenizer,
             )
         tokens = output.sequences[0, ids.shape[1] :]
-        divisor = self.temperature
-        log_p = (torch.cat(output.logits).float() / divisor).log_softmax(-1)
+        log_p = (torch.cat(output.logits).float() / self.temperature).log_softmax(-1)
         highest, likeliest = log_p.max(-1)
         log_p = log_p.gather(1, tokens[:, None])[:, 0]
         sent = [

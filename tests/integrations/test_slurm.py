@@ -80,7 +80,12 @@ def cluster(tmp_path_factory):
     }
     options = [f"--{option}={folder / 'munge' / name}" for option, name in munge.items()]
     host = socket.gethostname().split(".")[0]
-    ports = dict(zip(("controller_port", "node_port"), free_ports(2), strict=True))
+    sockets = {
+        name: socket.create_server(("127.0.0.1", 0)) for name in ("controller_port", "node_port")
+    }
+    ports = {name: free.getsockname()[1] for name, free in sockets.items()}
+    for free in sockets.values():
+        free.close()
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, **ports))
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
 
@@ -103,14 +108,6 @@ def cluster(tmp_path_factory):
                 pid = int(file.read_text())
                 os.kill(pid, signal.SIGTERM)
                 wait(lambda pid=pid: not Path(f"/proc/{pid}").exists())
-
-
-def free_ports(count: int) -> list[int]:
-    opened = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in opened]
-    for each in opened:
-        each.close()
-    return ports
 
 
 @pytest.fixture

@@ -30,8 +30,6 @@ def lm_eval_folder(
     rows = [
         {
             "doc_id": number,
-            "arguments": {"gen_args_0": {"arg_0": "Q", "arg_1": {"until": ["Q"]}}},
-            "resps": [["text"]],
             "filter": filter_name,
             "metrics": ["exact_match"],
             "doc_hash": f"{number:064}",
