@@ -1,6 +1,5 @@
 """CeRA under the usual trainers, unchanged: transformers' Trainer and those of TRL."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -69,14 +68,12 @@ def assert_the_adapter_alone_moved(model: PeftModel, base: nn.Module) -> None:
         ), name
 
 
-def trainer_of(
-    folder: Path, tiny_folder: Path, ids: torch.Tensor, callbacks: Sequence = ()
-) -> Trainer:
+def trainer_of(folder: Path, tiny_folder: Path, ids: torch.Tensor) -> Trainer:
     torch.manual_seed(1)
     model = get_peft_model(plain(tiny_folder), CeraConfig(**CONFIG))
     rows = [{"input_ids": row, "labels": row} for row in ids]
     settings = TrainingArguments(**arguments(folder), gradient_accumulation_steps=2)
-    return Trainer(model=model, args=settings, train_dataset=rows, callbacks=list(callbacks))
+    return Trainer(model=model, args=settings, train_dataset=rows)
 
 
 def test_transformers_trainer_trains_saves_and_resumes_to_the_bit(tiny_folder, tmp_path, ids):

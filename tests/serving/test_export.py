@@ -23,6 +23,8 @@ from cera_train.serving.export import describe_serving, fit
 from cera_train.serving.verify import Certificate, compare_models
 from cera_train.training.train import train
 
+FULL = ("adapter=full", "adapter.r=null", "adapter.target_modules=null")
+
 
 @pytest.fixture(scope="module")
 def trained(tiny_config_in, tmp_path_factory):
@@ -52,7 +54,7 @@ def test_the_map_is_the_least_squares_solution():
 )
 def test_an_identity_gate_loses_nothing_and_a_learned_one_little(trained, gate, loses_nothing):
     beside = "adapter.settings={modules_to_save:[norm]}"  # trained whole
-    folder = trained(gate, "adapter.r=4", beside, name=gate.replace("=", "_"))
+    folder = trained(gate, beside, name=gate.replace("=", "_"))
     certificate = export(folder, "at_most=100")
     assert certificate.loss_form == pytest.approx(
         certificate.loss_run, abs=1e-5 if loses_nothing else 0.3
@@ -62,8 +64,7 @@ def test_an_identity_gate_loses_nothing_and_a_learned_one_little(trained, gate, 
 
 @pytest.mark.parametrize("method", ["LOHA", "MISS"])
 def test_a_method_of_pefts_becomes_a_lora_that_plain_peft_loads(trained, tiny_folder, method):
-    words = ("adapter=peft", f"adapter.method={method}", "adapter.r=4", "optimizer.lr=1e-2")
-    folder = trained(*words, "model.dtype=float32", name=method)
+    folder = trained("adapter=peft", f"adapter.method={method}", name=method)
     certificate = export(folder)
     assert certificate.form.startswith("PEFT's LORA")
 
@@ -172,8 +173,7 @@ def test_a_plain_model_has_the_settings_of_its_base_and_stops_where_its_run_does
     short = (f"model.path={base}", "train.max_updates=1")
     lora = trained(*short, "adapter=lora", name="published")
     export(lora, "to=merged", "rows=2")
-    without = ("adapter.r=null", "adapter.target_modules=null")
-    full = trained(*short, "adapter=full", *without, name="full")
+    full = trained(*short, *FULL, name="full")
     for plain in (lora / "export_merged", full / "adapter"):
         settings = read_json(plain / "generation_config.json")
         assert (settings["temperature"], settings["eos_token_id"]) == (0.6, [1, 2])
@@ -186,13 +186,11 @@ def test_what_cannot_be_exported_is_refused_in_one_line(trained):
         return str(caught.value)
 
     short = "train.max_updates=1"
-    lora = trained("adapter=lora", "adapter.r=4", short, name="lora")
+    lora = trained("adapter=lora", short, name="lora")
     assert "is a LoRA already" in refusal(lora)
-    full = trained(
-        "adapter=full", "adapter.r=null", "adapter.target_modules=null", short, name="whole"
-    )
+    full = trained(*FULL, short, name="whole")
     assert "to=merged" in refusal(full)
-    multiplied = trained("adapter=hira", "adapter.r=4", short, name="hira")
+    multiplied = trained("adapter=hira", short, name="hira")
     assert "to=lora: PEFT makes no LoRA of this run" in refusal(multiplied)
     head = trained("adapter.target_modules=[q_proj,lm_head]", short, name="head")
     assert "adapts lm_head, for which a LoRA has no place" in refusal(head)

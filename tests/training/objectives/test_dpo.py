@@ -77,7 +77,7 @@ def test_loss_gradients_and_figures_are_trls_whatever_the_micro_batches(dpo, tok
             assert figures[f"train/{name}"] == pytest.approx(values[0], rel=1e-4, abs=1e-6), name
 
 
-def test_a_run_learns_the_choice(dpo):
+def test_a_run_learns_the_choice_and_is_the_reference_of_one_that_starts_from_it(dpo):
     config = dpo("optimizer.lr=2e-2", "train.max_updates=8")
     result = train(config)
     assert result["perplexity_before"] == pytest.approx(2, rel=1e-6)  # that of a coin flip
@@ -89,11 +89,7 @@ def test_a_run_learns_the_choice(dpo):
         last["eval/rewards/chosen"] - last["eval/rewards/rejected"]
     )
 
-
-def test_the_reference_is_the_start(dpo):
-    first = dpo("name=first", "optimizer.lr=2e-2")
-    train(first)
-    start = f"adapter.start_from={folder_of(first)}"
+    start = f"adapter.start_from={folder_of(config)}"
     second = train(dpo("name=second", "train.max_updates=1", start))
     assert second["perplexity_before"] == pytest.approx(2, rel=1e-6)
 

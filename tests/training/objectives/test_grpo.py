@@ -139,7 +139,7 @@ def test_the_loss_is_trls(tokenizer, tmp_path, beta, is_served):
 
 def test_an_update_is_the_mean_over_the_tokens_of_its_answers(grpo, tokenizer, tmp_path):
     """Each by its answer's advantage, and log p under the base."""
-    run = build_run(grpo("adapter.r=4", "grpo.beta=0.5"), tmp_path)
+    run = build_run(grpo("grpo.beta=0.5"), tmp_path)
     run.move(0.1)
     drawn = run.objective.draw([0, 2, 3])
     assert drawn.sequences == [*range(12)]
@@ -193,7 +193,7 @@ def test_a_server_answers_with_the_adapter_of_each_update(grpo):
         "train.task_settings={held_out: {max_new_tokens: 8}}",
         "train.samples=1",
     ]
-    words = ["adapter.r=4", "adapter.dropout=0", "optimizer.lr=5e-2", "train.max_updates=3", *tasks]
+    words = ["adapter.dropout=0", "optimizer.lr=5e-2", "train.max_updates=3", *tasks]
     with playing_vllm(grpo(*words).model) as vllm:
         config = grpo(*words, f"train.server={vllm.url}")
         train(config)
@@ -212,7 +212,7 @@ def test_a_server_answers_with_the_adapter_of_each_update(grpo):
 
 def test_nothing_is_lost_if_a_server_fails(grpo, monkeypatch):
     monkeypatch.setattr(server, "PAUSES", ())
-    words = ["adapter.r=4", "train.save_every=null", "train.eval_every=null"]
+    words = ["train.save_every=null", "train.eval_every=null"]
     with playing_vllm(grpo(*words).model) as vllm:
         config = grpo(*words, f"train.server={vllm.url}")
         for update, fault, message in (
