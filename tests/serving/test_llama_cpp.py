@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gguf
 import pytest
-from conftest import CHAT_TEMPLATE, TINY, make_tiny_llama
+from conftest import CHAT_TEMPLATE, make_tiny_llama
 from evaluated_runs import checker_of, export
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -51,7 +51,7 @@ def tokenizer_of_pieces() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def run(compose, tokenizer_of_pieces, tmp_path_factory) -> Path:
+def run(tiny_config_in, tokenizer_of_pieces, tmp_path_factory) -> Path:
     for package in llama_cpp.PACKAGES:
         pytest.importorskip(package)
     output = tmp_path_factory.mktemp("for_llama_cpp")
@@ -59,17 +59,8 @@ def run(compose, tokenizer_of_pieces, tmp_path_factory) -> Path:
     model = make_tiny_llama(words, bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.save_pretrained(output / "base")
     tokenizer_of_pieces.save_pretrained(output / "base")
-    config = compose(
-        f"model.path={output / 'base'}",
-        *TINY,
-        "adapter=lora",
-        "adapter.r=4",
-        "adapter.target_modules=all-linear",
-        "optimizer.lr=1e-2",
-        "train.max_updates=10",
-        "train.batch_size=16",
-        f"output_dir={output}",
-    )
+    changes = ["adapter=lora", "adapter.target_modules=all-linear"]
+    config = tiny_config_in(output, f"model.path={output / 'base'}", *changes)
     return Path(train(config)["folder"])
 
 
