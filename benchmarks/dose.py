@@ -200,7 +200,6 @@ def draw(bases: list[Found]) -> str:
     """The gate's gain by dose, and the doses of natural changes: an SVG for light and dark
     pages."""
     return load_template("dose.svg", "benchmarks").render(
-        bases=len(bases),
         curves=curves(bases, DOSES),
         arms=ARMS,
         taught=PLACES,
