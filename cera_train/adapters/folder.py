@@ -72,7 +72,6 @@ def check_saved(folder: Path) -> dict[str, Any]:
     return description
 
 
-# Fields of PEFT's configs that name modules to import, files to open, or layers to add.
 BEYOND_WEIGHTS = (
     "auto_mapping",
     "megatron_config",
@@ -82,6 +81,7 @@ BEYOND_WEIGHTS = (
     "layer_replication",
     "runtime_config",
 )
+"""Fields of PEFT's configs that name modules to import, files to open, or layers to add."""
 
 
 def check_adapter_settings(adapter: Path, settings: dict[str, Any]) -> None:

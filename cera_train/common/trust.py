@@ -1,5 +1,5 @@
-"""Protection against files from strangers: no config or adapter runs code, no text controls the
-terminal. Secrets stay out of everything that a run writes or prints."""
+"""Protection against texts of strangers: none controls the terminal. Secrets stay out of everything
+that a run writes or prints."""
 
 import os
 import re
