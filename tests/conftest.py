@@ -125,14 +125,15 @@ def compute_once() -> None:
         key = (config_name, *choices, *settings.values())
         if key not in lists:
             lists[key] = list_defaults(repo, config_name, overrides_list, **settings)
+            merged[id(lists[key].defaults)] = None
         return replace(lists[key], config_overrides=values)
 
     def merge_once(loader, defaults, repo):
-        if all(defaults is not kept.defaults for kept in lists.values()):
+        key = id(defaults)
+        if key not in merged:
             return merge(loader, defaults, repo)
-        if id(defaults) not in merged:
-            merged[id(defaults)] = pickle.dumps(merge(loader, defaults, repo))
-        return pickle.loads(merged[id(defaults)])  # faster than a deep copy
+        merged[key] = merged[key] or pickle.dumps(merge(loader, defaults, repo))
+        return pickle.loads(merged[key])  # faster than a deep copy
 
     ConfigStore.__deepcopy__ = lambda store, memo: store
     module.create_defaults_list = list_once

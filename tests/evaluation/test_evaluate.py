@@ -213,7 +213,7 @@ def test_an_adapter_of_another_base_model_is_refused(eval_config, run, tmp_path,
     sibling = make_tiny_llama(vocab_size=len(tokenizer))
     sibling.model.layers[0].mlp.up_proj.weight.data += 0.1
     sibling.save_pretrained(tmp_path / "other")
-    differs = "was trained on another base than .*: other weights"
+    differs = r"was trained on another base than .*: other weights\. It belongs"
     for quantization in ("none", "nf4"):
         with pytest.raises(UserError, match=differs):
             evaluate(eval_config(*settings, f"model.quantization={quantization}"))

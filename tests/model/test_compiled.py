@@ -103,7 +103,7 @@ def test_layers_stay_compiled_for_any_number_of_sequences(
     compile_layers(compiled, graphs.add)
     got, counts = gradients(compiled, graphs)
     # where dropout draws, the second batch and the third add one each
-    assert len({*counts[2:]}) == 1
+    assert len({*counts[2 if dropout else 0 :]}) == 1
     assert counts[0] >= 2
     if not dropout:
         expected, _ = gradients(make_language_model(dtype, dropout, checkpointing), graphs)
