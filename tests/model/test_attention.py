@@ -46,31 +46,6 @@ def test_short_attention_equals_torchs_and_its_gradients_finite_differences(leng
     assert torch.autograd.gradcheck(short, inputs)
 
 
-def test_short_attention_is_about_as_exact_as_torchs():
-    exact = heads(150)
-    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
-    exact = [x.detach().double().requires_grad_() for x in rounded]
-    upstream = torch.randn(1, 4, 150, 8).bfloat16()
-
-    def torchs(query, key, value):
-        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-    def short(*qkv):
-        return ShortAttention.apply(*qkv, [150], 8**-0.5).transpose(1, 2)
-
-    def output_and_gradients(attend, inputs):
-        output = attend(*inputs)
-        return [output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))]
-
-    assert ShortAttention.is_faster(*rounded, 150)
-    compared = (
-        output_and_gradients(*each)
-        for each in ((short, rounded), (torchs, rounded), (torchs, exact))
-    )
-    for ours, theirs, true in zip(*compared, strict=True):
-        assert (ours - true).norm() < 2 * (theirs - true).norm()
-
-
 def sequence_after_sequence(
     query, key, value, starts, key_starts, longest, longest_key, *, scale, window_size, enable_gqa
 ):
@@ -197,17 +172,18 @@ def test_attention_that_is_more_than_causal_or_restricted_only_by_a_mask_is_refu
         attend_by_sequence(module, *heads(), None, sequences=Sequences(LENGTHS), **settings)
 
 
-def test_keys_in_float32_beside_16_bit_queries_have_gradients_under_autocast():
+def test_in_16_bits_short_attention_is_torchs_which_takes_keys_in_float32():
     query, key, value = heads(dtype=torch.bfloat16)
-    wide = key.detach().float().requires_grad_()
-    gradients = []
-    for k in (key, wide):
+    assert ShortAttention.is_faster(query, key, value, max(LENGTHS))
+    outcomes = []
+    for k in (key, key.detach().float().requires_grad_()):
         with torch.autocast("cpu", torch.bfloat16):
             output, _ = attend_by_sequence(
                 Causal(), query, k, value, None, sequences=Sequences(LENGTHS)
             )
-        gradients.append(torch.autograd.grad(output.float().square().sum(), k)[0].float())
-    torch.testing.assert_close(*gradients, rtol=0.1, atol=0.1)
+        gradients = torch.autograd.grad(output.float().square().sum(), (query, k, value))
+        outcomes.append([output, *(each.bfloat16() for each in gradients)])
+    torch.testing.assert_close(*outcomes, rtol=0.05, atol=0.05)
 
 
 def test_the_users_choice_of_attention_is_kept():

@@ -28,7 +28,7 @@ def compare_two(tmp_path: Path):
     return compare_two
 
 
-def test_several_samples_are_tested_by_their_mean_for_each_problem(compare_two) -> None:
+def test_several_samples_are_tested_by_their_mean_for_each_problem(compare_two):
     test = compare_two(
         {"solved": lambda n, sample: sample == 0, "samples": 4},
         {"solved": lambda n, sample: sample < 2, "samples": 4},
@@ -38,7 +38,7 @@ def test_several_samples_are_tested_by_their_mean_for_each_problem(compare_two) 
     assert test.verdict == "better"
 
 
-def test_few_problems_that_differ_are_not_shown_by_the_interval(compare_two) -> None:
+def test_few_problems_that_differ_are_not_shown_by_the_interval(compare_two):
     """Five problems of 40 all speak for b: p is 1/16, and the interval begins above zero."""
     test = compare_two({"solved": set()}, {"solved": set(range(5))})
     assert test.p_value == pytest.approx(1 / 16)
@@ -47,7 +47,7 @@ def test_few_problems_that_differ_are_not_shown_by_the_interval(compare_two) -> 
 
 
 @pytest.mark.slow
-def test_p_is_corrected_over_the_pairs_of_a_task(tmp_path: Path) -> None:
+def test_p_is_corrected_over_the_pairs_of_a_task(tmp_path):
     """Seven problems to none: p is 1/64 for two runs alone, and 6/64 as the smallest of six
     pairs."""
     runs = [make_run(tmp_path / name) for name in "abcd"]
@@ -60,7 +60,7 @@ def test_p_is_corrected_over_the_pairs_of_a_task(tmp_path: Path) -> None:
     assert {test.verdict for test in tests} == {"not shown"}
 
 
-def test_trajectories_are_tested_by_their_steps(tmp_path: Path) -> None:
+def test_trajectories_are_tested_by_their_steps(tmp_path):
     """The second run has one step of four right where the first has none, on every problem."""
     runs = [make_run(tmp_path / name) for name in "ab"]
     for run, right in zip(runs, (0, 1), strict=True):
@@ -74,7 +74,7 @@ def test_trajectories_are_tested_by_their_steps(tmp_path: Path) -> None:
     assert (test.verdict, test.row["task"]) == ("better", "logistic_map, steps")
 
 
-def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path: Path) -> None:
+def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path):
     runs = [make_run(tmp_path / name) for name in "abcdefg"]
     for run in runs:
         add_evaluation(run, solved={1})
@@ -98,13 +98,13 @@ def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path: Path) ->
         ({"optimizer.lr": 1e-3}, None),
     ],
 )
-def test_what_cannot_be_ranked_is_named(tmp_path: Path, changes: dict, note: str | None) -> None:
+def test_what_cannot_be_ranked_is_named(tmp_path, changes, note):
     notes = compare_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b", **changes)]).notes
     assert len(notes) == (note is not None)
     assert note is None or notes[0].endswith(note)
 
 
-def test_machines_and_settings_of_evaluations_that_differ_are_named(tmp_path: Path) -> None:
+def test_machines_and_settings_of_evaluations_that_differ_are_named(tmp_path):
     runs = [make_run(tmp_path / name) for name in "ab"]
     for run, gpus in zip(runs, ([], ["NVIDIA H100"]), strict=True):
         environment = {"gpus": gpus, "cpu_threads": 2, "processes": 1}
@@ -121,7 +121,7 @@ def test_machines_and_settings_of_evaluations_that_differ_are_named(tmp_path: Pa
     )
 
 
-def test_answers_of_two_engines_are_not_compared(tmp_path: Path) -> None:
+def test_answers_of_two_engines_are_not_compared(tmp_path):
     runs = [make_run(tmp_path / name) for name in "ab"]
     for run, engine in zip(runs, (None, "vLLM 0.32.0"), strict=True):
         add_evaluation(run, engine=engine)
@@ -132,7 +132,7 @@ def test_answers_of_two_engines_are_not_compared(tmp_path: Path) -> None:
     ]
 
 
-def test_a_grade_without_what_its_task_scores_is_named(tmp_path: Path) -> None:
+def test_a_grade_without_what_its_task_scores_is_named(tmp_path):
     run = make_run(tmp_path / "a")
     grade = {"problem": "x", "sample": 0, "exact": True}
     write_lines(add_evaluation(run, "logistic_map") / "grades.jsonl", [grade])

@@ -4,7 +4,6 @@ real browser at a telephone's width."""
 import re
 from html import unescape
 from pathlib import Path
-from typing import Any
 
 import pytest
 from made_files import change_json, write_lines
@@ -40,7 +39,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report"
 
 
-def test_the_page_loads_nothing_from_elsewhere(pages: Path) -> None:
+def test_the_page_loads_nothing_from_elsewhere(pages):
     html = (pages / "report.html").read_text()
     targets = re.findall(r"""(?:src|srcset|href|data|action|poster)\s*=\s*["']?([^"'>]*)""", html)
     assert len(targets) == 6
@@ -52,7 +51,7 @@ def test_the_page_loads_nothing_from_elsewhere(pages: Path) -> None:
     assert len(html) < 1_500_000
 
 
-def test_pages_show_hostile_text_as_text(pages: Path) -> None:
+def test_pages_show_hostile_text_as_text(pages):
     html = (pages / "report.html").read_text()
     markdown = (pages / "report.md").read_text()
     assert "<script" not in html + markdown
@@ -70,7 +69,7 @@ def test_pages_show_hostile_text_as_text(pages: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_is_sound_in_a_browser(browser: Any, pages: Path) -> None:
+def test_the_page_is_sound_in_a_browser(browser, pages):
     """No error, no request, pictures with a text, unique ids, and no wider than the window."""
     path = pages / "report.html"
     page = browser.new_page(viewport={"width": 360, "height": 800})
@@ -96,7 +95,7 @@ def test_the_page_is_sound_in_a_browser(browser: Any, pages: Path) -> None:
     page.close()
 
 
-def test_the_terminal_shows_table_tests_and_notes_as_plain_text(tmp_path: Path, capsys) -> None:
+def test_the_terminal_shows_table_tests_and_notes_as_plain_text(tmp_path, capsys):
     runs = [*two_runs(tmp_path), make_run(tmp_path / "unfinished", finished=False)]
     compare_runs(runs).print(tmp_path / "report")
     shown = capsys.readouterr().out
@@ -119,7 +118,7 @@ def pictures_of(*runs: Path) -> dict[str, Picture]:
     return {picture.name: picture for picture in [*page.pictures, *page.spectra]}
 
 
-def test_rewards_and_the_length_of_answers_are_drawn_by_update(tmp_path: Path) -> None:
+def test_rewards_and_the_length_of_answers_are_drawn_by_update(tmp_path):
     run = make_run(tmp_path / "a")
     lines = [
         {
@@ -136,7 +135,7 @@ def test_rewards_and_the_length_of_answers_are_drawn_by_update(tmp_path: Path) -
     assert "margin-by-update" not in pictures
 
 
-def test_runs_on_other_rows_or_that_diverged_are_not_drawn_beside_the_rest(tmp_path: Path) -> None:
+def test_runs_on_other_rows_or_that_diverged_are_not_drawn_beside_the_rest(tmp_path):
     runs = [make_run(tmp_path / f"r{r}", 1 + 1 / r, **{"adapter.r": r}) for r in (64, 128)]
     runs.append(make_run(tmp_path / "c", 1.5, **{"adapter.kind": "lora"}))
     runs.append(make_run(tmp_path / "d", held_out="others", **{"adapter.r": 8}))
@@ -145,7 +144,7 @@ def test_runs_on_other_rows_or_that_diverged_are_not_drawn_beside_the_rest(tmp_p
     assert picture.alt == "Perplexity by rank. CeRA: 1.016 to 1.008; LoRA: 1.5 to 1.5."
 
 
-def test_how_answers_ended_is_a_table_of_the_ways_in_which_some_did(tmp_path: Path) -> None:
+def test_how_answers_ended_is_a_table_of_the_ways_in_which_some_did(tmp_path):
     runs = two_runs(tmp_path)
     shares = [{"right": 0.55, "wrong": 0.4, "truncated": 0.05}, {"right": 0.475, "wrong": 0.525}]
     for run, of_run in zip(runs, shares, strict=True):
@@ -158,7 +157,7 @@ def test_how_answers_ended_is_a_table_of_the_ways_in_which_some_did(tmp_path: Pa
     ]
 
 
-def test_the_page_opens_with_the_verdict_of_each_pair(tmp_path: Path) -> None:
+def test_the_page_opens_with_the_verdict_of_each_pair(tmp_path):
     """In points; a run that solves more is on the side of the better."""
     runs = [make_run(tmp_path / name) for name in "abc"]
     for run, solved in zip(runs, (10, 12, 35), strict=True):

@@ -54,7 +54,7 @@ def scores_file(path: Path, scores: dict[Any, Any]) -> Path:
 # --- lm-eval --------------------------------------------------------------------------------------
 
 
-def test_folders_of_lm_eval_are_paired_by_problem(tmp_path: Path) -> None:
+def test_folders_of_lm_eval_are_paired_by_problem(tmp_path):
     folders = [
         lm_eval_folder(tmp_path / "a", {0, 1, 2}, ("strict", "flexible")),
         lm_eval_folder(tmp_path / "b", {2, *range(8, 16)}, ("flexible", "strict")),
@@ -75,9 +75,7 @@ def test_folders_of_lm_eval_are_paired_by_problem(tmp_path: Path) -> None:
         ({"lines": {"target_hash": "u" * 64}}, "different problems (20 and 20, 0 of them shared)"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_by_name(
-    tmp_path: Path, changes: dict, note: str
-) -> None:
+def test_what_cannot_be_compared_is_refused_by_name(tmp_path, changes, note):
     folders = [
         lm_eval_folder(tmp_path / "a", {1}),
         lm_eval_folder(tmp_path / "b", {2}, **changes),
@@ -88,7 +86,7 @@ def test_what_cannot_be_compared_is_refused_by_name(
     assert note in notes[0]
 
 
-def test_other_prompts_are_a_caution(tmp_path: Path) -> None:
+def test_other_prompts_are_a_caution(tmp_path):
     """Two models may have chat templates of their own."""
     folders = [
         lm_eval_folder(tmp_path / "a", {1}),
@@ -99,14 +97,14 @@ def test_other_prompts_are_a_caution(tmp_path: Path) -> None:
     assert any("sums exact_match differ in prompts" in note for note in page.notes)
 
 
-def test_the_newest_of_two_evaluations_counts(tmp_path: Path) -> None:
+def test_the_newest_of_two_evaluations_counts(tmp_path):
     folder = lm_eval_folder(tmp_path / "a", set())
     lm_eval_folder(folder, set(range(10)), date="2026-11-02T10-00-00.000001")
     [run] = read_runs([folder])
     assert run.evaluations["sums exact_match"].figures.popitem()[1].value == 0.5
 
 
-def test_metrics_that_are_no_scores_are_left_out_by_name(tmp_path: Path) -> None:
+def test_metrics_that_are_no_scores_are_left_out_by_name(tmp_path):
     lines = {"metrics": ["bleu", "exact_match", "error"], "bleu": 37.5, "error": 0.5}
     directions = {"sums": {"bleu": True, "exact_match": True, "error": False}}
     folder = lm_eval_folder(tmp_path / "a", {1}, lines=lines, higher_is_better=directions)
@@ -118,7 +116,7 @@ def test_metrics_that_are_no_scores_are_left_out_by_name(tmp_path: Path) -> None
 # --- scores by problem ----------------------------------------------------------------------------
 
 
-def test_scores_of_any_program_are_paired_by_problem(tmp_path: Path) -> None:
+def test_scores_of_any_program_are_paired_by_problem(tmp_path):
     first = scores_file(tmp_path / "a" / "sums.jsonl", {1: 0, "x": 0.5, "y": True})
     second = scores_file(tmp_path / "b" / "sums.jsonl", {"y": 1, "x": 1, "1": 0})
     (test,), notes = paired_tests(read_runs([first.parent, second.parent]))
@@ -137,9 +135,7 @@ def test_scores_of_any_program_are_paired_by_problem(tmp_path: Path) -> None:
         (" " * 300_000, "has 300,000 bytes, and at most 200,000 are read"),
     ],
 )
-def test_a_file_too_deep_or_too_large_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str
-) -> None:
+def test_a_file_too_deep_or_too_large_is_not_read(tmp_path, monkeypatch, content, reason):
     monkeypatch.setattr("cera_train.report.readers.files.LARGEST_FILE", 200_000)
     (tmp_path / f"samples_sums_{DATE}.jsonl").write_text("")
     (tmp_path / f"results_{DATE}.json").write_text(content)
@@ -147,14 +143,14 @@ def test_a_file_too_deep_or_too_large_is_not_read(
         read_runs([tmp_path])
 
 
-def test_an_endless_line_is_not_read_to_its_end(tmp_path: Path, monkeypatch) -> None:
+def test_an_endless_line_is_not_read_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr("cera_train.report.readers.files.LONGEST_LINE", 100)
     (tmp_path / "scores.jsonl").write_text('{"problem": "' + "x" * 200)
     with pytest.raises(UserError, match="a line of more than 100 bytes"):
         read_runs([tmp_path])
 
 
-def test_links_out_of_a_folder_and_pipes_are_not_followed(tmp_path: Path) -> None:
+def test_links_out_of_a_folder_and_pipes_are_not_followed(tmp_path):
     secret = scores_file(tmp_path / "secret" / "secret.jsonl", {"password": 1})
     folder = tmp_path / "theirs"
     folder.mkdir()
@@ -166,7 +162,7 @@ def test_links_out_of_a_folder_and_pipes_are_not_followed(tmp_path: Path) -> Non
         read_runs([folder])
 
 
-def test_a_folder_of_several_formats_holds_several_runs(tmp_path: Path) -> None:
+def test_a_folder_of_several_formats_holds_several_runs(tmp_path):
     lm_eval_folder(tmp_path / "harness", {1})
     scores_file(tmp_path / "own" / "sums.jsonl", {1: 1, 2: 0})
     (tmp_path / "notes.txt").write_text("of no format")
@@ -176,7 +172,7 @@ def test_a_folder_of_several_formats_holds_several_runs(tmp_path: Path) -> None:
     assert page.tables[1].rows == []
 
 
-def test_hostile_names_stay_text_inside_the_report(tmp_path: Path, capsys) -> None:
+def test_hostile_names_stay_text_inside_the_report(tmp_path, capsys):
     hostile = f"{HOSTILE}\x1b[31m/../../x"
     lines = {"metrics": [hostile], hostile: 1.0, "filter": hostile, "resps": [[hostile]]}
     folders = [lm_eval_folder(tmp_path / name, {1}, lines=lines) for name in "ab"]
@@ -192,7 +188,7 @@ def test_hostile_names_stay_text_inside_the_report(tmp_path: Path, capsys) -> No
     assert "\x1b" not in html + capsys.readouterr().out
 
 
-def test_the_mean_spectrum_is_over_modules_of_any_rank(tmp_path: Path) -> None:
+def test_the_mean_spectrum_is_over_modules_of_any_rank(tmp_path):
     path = tmp_path / "spectrum.json"
     path.write_text(
         '{"q_proj": {"singular_values": [3.0, 1.0]}, "v_proj": {"singular_values": [2.0]}}'

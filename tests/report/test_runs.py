@@ -1,7 +1,5 @@
 """The table's figures against the files they come from, which runs it has, and what is missing."""
 
-from pathlib import Path
-
 from made_files import change_json, write_json
 from made_runs import add_evaluation, cells, make_run, two_runs
 
@@ -11,7 +9,7 @@ from cera_train.report.readers import read_runs
 from cera_train.runs.results import DIVERGED
 
 
-def test_every_column_has_the_figures_of_the_files(tmp_path: Path) -> None:
+def test_every_column_has_the_figures_of_the_files(tmp_path):
     unmeasured = make_run(tmp_path / "c", published={"math/exact/pass@1": 0.1636})
     table = cells(*two_runs(tmp_path), unmeasured)
     assert table["method"] == ["CeRA", "LoRA", "CeRA"]
@@ -33,7 +31,7 @@ def test_every_column_has_the_figures_of_the_files(tmp_path: Path) -> None:
     assert table["math exact"][2] == ""
 
 
-def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -> None:
+def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path):
     run = make_run(tmp_path / "a")
     path = add_evaluation(run, "logistic_map", solved={0}, verified=False) / "result.json"
     change_json(path, {"step_accuracy/mean": 0.625, "state_collapse": 0.25})
@@ -57,7 +55,7 @@ def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -
     assert table["forgetting perplexity without adapter"] == ["12.000"]
 
 
-def test_variants_of_a_method_are_told_apart(tmp_path: Path) -> None:
+def test_variants_of_a_method_are_told_apart(tmp_path):
     relu = make_run(tmp_path / "a", **{"adapter.activation": "relu"})
     scaled = make_run(
         tmp_path / "b", **{"adapter.kind": "lora", "adapter.alpha": 32, "adapter.r": 512}
@@ -70,7 +68,7 @@ def test_variants_of_a_method_are_told_apart(tmp_path: Path) -> None:
     assert cells(relu, scaled, matched, mixed)["method"] == methods
 
 
-def test_the_runs_of_a_folder_come_once_and_by_name(tmp_path: Path) -> None:
+def test_the_runs_of_a_folder_come_once_and_by_name(tmp_path):
     names = [
         f"adapter.r={r},optimizer.lr={lr}" for r in (64, 512) for lr in ("1e-05", "0.0005", "0.01")
     ]
@@ -82,13 +80,13 @@ def test_the_runs_of_a_folder_come_once_and_by_name(tmp_path: Path) -> None:
     assert [run.name for run in read_runs([tmp_path, tmp_path / names[1]])] == names
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     first = make_run(tmp_path / "x" / "run")
     second = make_run(tmp_path / "y" / "run")
     assert [run.name for run in read_runs([first, second])] == [str(first), str(second)]
 
 
-def test_the_base_model_and_an_adapter_take_part_with_their_evaluations(tmp_path: Path) -> None:
+def test_the_base_model_and_an_adapter_take_part_with_their_evaluations(tmp_path):
     """By name: what an adapter from elsewhere is, its evaluation does not know."""
     add_evaluation(tmp_path / "base-Llama", "math", solved={1, 2}, adapter_digest=None)
     add_evaluation(tmp_path / "lora", "math", solved={1, 2, 3})
@@ -99,7 +97,7 @@ def test_the_base_model_and_an_adapter_take_part_with_their_evaluations(tmp_path
     assert len(compare_runs([tmp_path]).tables[1].rows) == 1
 
 
-def test_an_unfinished_run_shows_what_it_has_and_is_named(tmp_path: Path) -> None:
+def test_an_unfinished_run_shows_what_it_has_and_is_named(tmp_path):
     run = make_run(tmp_path / "a", perplexity=2.0, finished=False)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"update": 60, "train/lo')  # the line a killed process was writing
@@ -112,7 +110,7 @@ def test_an_unfinished_run_shows_what_it_has_and_is_named(tmp_path: Path) -> Non
     assert cells(run)["perplexity"] == ["2.960\ndiverged at update 50"]
 
 
-def test_a_perplexity_that_is_not_finite_is_shown(tmp_path: Path) -> None:
+def test_a_perplexity_that_is_not_finite_is_shown(tmp_path):
     first, second = two_runs(tmp_path)
     change_json(first / "result.json", {"eval/perplexity": None})
     assert cells(first, second)["perplexity"][0].startswith("inf")

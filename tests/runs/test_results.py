@@ -2,7 +2,6 @@
 
 import math
 import re
-from pathlib import Path
 
 import numpy
 import pytest
@@ -23,7 +22,7 @@ from cera_train.runs.results import (
 )
 
 
-def test_an_infinite_perplexity_is_null_on_disk_and_reads_back(tmp_path: Path) -> None:
+def test_an_infinite_perplexity_is_null_on_disk_and_reads_back(tmp_path):
     path = tmp_path / "result.json"
     evaluation = PerplexityResult("forgetting", "perplexity", math.inf, rows=3)
     for result in (
@@ -38,7 +37,7 @@ def test_an_infinite_perplexity_is_null_on_disk_and_reads_back(tmp_path: Path) -
     assert [figure(value) for value in (math.inf, None)] == ["inf", "–"]
 
 
-def test_a_broken_or_missing_file_of_losses_or_grades_is_named(tmp_path: Path) -> None:
+def test_a_broken_or_missing_file_of_losses_or_grades_is_named(tmp_path):
     path = tmp_path / LOSSES_AFTER
     broken = rf"^{re.escape(str(path))} is broken: "
     for tensors in ({"tokens": numpy.array([2, 1])}, {"a": numpy.ones(3)}):

@@ -25,7 +25,7 @@ def draw() -> numpy.random.Generator:
     return numpy.random.default_rng(0)
 
 
-def test_mcnemars_p_is_that_of_the_binomial_on_1000_made_pairs(draw) -> None:
+def test_mcnemars_p_is_that_of_the_binomial_on_1000_made_pairs(draw):
     for _ in range(1_000):
         values = draw.random((2, int(draw.integers(2, 400))))
         first, second = (values < draw.random((2, 1))).astype(float)
@@ -34,7 +34,7 @@ def test_mcnemars_p_is_that_of_the_binomial_on_1000_made_pairs(draw) -> None:
         assert sign_flip(first, second) == pytest.approx(min(1, 2 * tail))
 
 
-def test_the_p_of_scores_is_that_of_all_flips(draw) -> None:
+def test_the_p_of_scores_is_that_of_all_flips(draw):
     for _ in range(30):
         first, second = draw.random((2, int(draw.integers(2, 9)))).round(1)
         every = permutation_test(
@@ -47,7 +47,7 @@ def test_the_p_of_scores_is_that_of_all_flips(draw) -> None:
         assert sign_flip(first, second) == pytest.approx(every.pvalue)
 
 
-def test_beyond_many_problems_normal_formulas_continue_the_resampling(draw, monkeypatch) -> None:
+def test_beyond_many_problems_normal_formulas_continue_the_resampling(draw, monkeypatch):
     first, second = draw.random((2, 500))
     resampled = contrast_of_runs(first, second)
     monkeypatch.setattr(interval, "MANY", 499)
@@ -60,7 +60,7 @@ def test_beyond_many_problems_normal_formulas_continue_the_resampling(draw, monk
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tests", [1, pytest.param(62, marks=pytest.mark.nightly)])
-def test_a_detectable_difference_is_shown_in_80_percent_of_pairs(draw, tests: int) -> None:
+def test_a_detectable_difference_is_shown_in_80_percent_of_pairs(draw, tests):
     """A third of 200 problems differ by chance."""
     problems = 200
     shown = 0
