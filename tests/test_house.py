@@ -126,7 +126,7 @@ BUDGETS = {
     "cera_train/training": 12_290,
     "cera_train/verdicts": 3_420,
     "cera_train": 138_682,
-    "tests": 130_262,
+    "tests": 130_000,
     "benchmarks": 27_960,
 }
 """The most tokens of Python in a folder: what a reader has to read."""
