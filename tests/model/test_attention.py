@@ -172,7 +172,8 @@ def test_attention_that_is_more_than_causal_or_restricted_only_by_a_mask_is_refu
         attend_by_sequence(module, *heads(), None, sequences=Sequences(LENGTHS), **settings)
 
 
-def test_in_16_bits_short_attention_is_torchs_which_takes_keys_in_float32():
+def test_in_16_bits_short_attention_agrees_with_torchs_kernel():
+    """Torch's gets those with keys in float32."""
     query, key, value = heads(dtype=torch.bfloat16)
     assert ShortAttention.is_faster(query, key, value, max(LENGTHS))
     outcomes = []
