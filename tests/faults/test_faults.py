@@ -209,7 +209,7 @@ def test_a_folder_lost_between_two_renames_is_restored(tmp_path):
 
 
 @pytest.fixture
-def disk(tmp_path: Path):
+def disk(tmp_path):
     """disk(folder, "size=64k") mounts a small file system there; disk(folder, "remount,ro") changes
     it."""
     mounted = []

@@ -52,7 +52,7 @@ class Payload:
 
 
 @pytest.fixture
-def marker(tmp_path: Path) -> Path:
+def marker(tmp_path):
     return tmp_path / "marker"
 
 

@@ -82,7 +82,7 @@ def texts_of(rows: TokenizedRows, tokenizer) -> list[str]:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """The folder of tokenised rows in an empty cache."""
     monkeypatch.setenv("CERA_TRAIN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "tokens"

@@ -46,6 +46,29 @@ def test_short_attention_equals_torchs_and_its_gradients_finite_differences(leng
     assert torch.autograd.gradcheck(short, inputs)
 
 
+def test_short_attention_is_about_as_exact_as_torchs():
+    rounded = heads(150, torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in rounded]
+    upstream = torch.randn(1, 4, 150, 8).bfloat16()
+    torchs = functools.partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+
+    def short(*qkv):
+        return ShortAttention.apply(*qkv, [150], 8**-0.5).transpose(1, 2)
+
+    def output_and_gradients(attend, inputs):
+        output = attend(*inputs)
+        return [output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))]
+
+    assert ShortAttention.is_faster(*rounded, 150)
+    for ours, theirs, true in zip(
+        output_and_gradients(short, rounded),
+        output_and_gradients(torchs, rounded),
+        output_and_gradients(torchs, exact),
+        strict=True,
+    ):
+        assert (ours - true).norm() < 2 * (theirs - true).norm()
+
+
 def sequence_after_sequence(
     query, key, value, starts, key_starts, longest, longest_key, *, scale, window_size, enable_gqa
 ):
@@ -172,19 +195,16 @@ def test_attention_that_is_more_than_causal_or_restricted_only_by_a_mask_is_refu
         attend_by_sequence(module, *heads(), None, sequences=Sequences(LENGTHS), **settings)
 
 
-def test_in_16_bits_short_attention_agrees_with_torchs_kernel():
-    """Torch's gets those with keys in float32."""
+def test_keys_in_float32_beside_16_bit_queries_have_gradients_under_autocast():
     query, key, value = heads(dtype=torch.bfloat16)
-    assert ShortAttention.is_faster(query, key, value, max(LENGTHS))
-    outcomes = []
+    gradients = []
     for k in (key, key.detach().float().requires_grad_()):
         with torch.autocast("cpu", torch.bfloat16):
             output, _ = attend_by_sequence(
                 Causal(), query, k, value, None, sequences=Sequences(LENGTHS)
             )
-        gradients = torch.autograd.grad(output.float().square().sum(), (query, k, value))
-        outcomes.append([output, *(each.bfloat16() for each in gradients)])
-    torch.testing.assert_close(*outcomes, rtol=0.05, atol=0.05)
+        gradients.append(torch.autograd.grad(output.float().square().sum(), k)[0].float())
+    torch.testing.assert_close(*gradients, rtol=0.1, atol=0.1)
 
 
 def test_the_users_choice_of_attention_is_kept():

@@ -1,7 +1,5 @@
 """Paired tests of two runs on the same problems, and what stands in the way of a comparison."""
 
-from pathlib import Path
-
 import pytest
 from evaluated_runs import read
 from made_files import write_json, write_lines
@@ -14,7 +12,7 @@ from cera_train.report.readers import read_runs
 
 
 @pytest.fixture
-def compare_two(tmp_path: Path):
+def compare_two(tmp_path):
     """compare_two(first, second) -> the paired test of two runs with these evaluations."""
 
     def compare_two(first: dict, second: dict) -> PairedTest:

@@ -28,7 +28,7 @@ def hostile_runs(folder: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pages(tmp_path_factory):
     """The page of a dozen runs, one with a name without a place to break, one unfinished, two
     hostile."""
     folder = tmp_path_factory.mktemp("browser")

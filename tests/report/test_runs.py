@@ -69,10 +69,9 @@ def test_variants_of_a_method_are_told_apart(tmp_path):
 
 
 def test_the_runs_of_a_folder_come_once_and_by_name(tmp_path):
-    names = [
+    names = sorted(
         f"adapter.r={r},optimizer.lr={lr}" for r in (64, 512) for lr in ("1e-05", "0.0005", "0.01")
-    ]
-    names.sort()
+    )
     for name in reversed(names):
         make_run(tmp_path / name)
     (tmp_path / "sweep.json").write_text("{}")
