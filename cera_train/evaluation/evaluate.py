@@ -33,7 +33,7 @@ from cera_train.evaluation.engine import (
     open_server,
 )
 from cera_train.evaluation.grading import grade_all
-from cera_train.evaluation.held_out import HeldOut
+from cera_train.evaluation.held_out import probe_spectra, token_losses
 from cera_train.evaluation.requests import Answer, requests_for
 from cera_train.evaluation.server import Server
 from cera_train.evaluation.tasks.task import (
@@ -353,24 +353,24 @@ def measure_perplexity(
     micro_batch_tokens = max(subject.train.micro_batch_tokens, *rows.column("length"))
     is_flat = language_model.is_flat
     batches = MicroBatches(rows, is_flat, micro_batch_tokens, accelerator.device)
-    held_out = HeldOut(language_model, batches, accelerator)
-    loss_per_token = held_out.token_losses().mean
+    measured = (language_model, batches, accelerator)
+    loss_per_token = token_losses(*measured).mean
     result = PerplexityResult(
         task=config.folder_name,
         kind="perplexity",
         perplexity=perplexity(loss_per_token),
         loss=loss_per_token,
         rows=len(rows),
-        tokens=sum(held_out.batches.supervised),
+        tokens=sum(batches.supervised),
         rows_digest=rows.digest,
     )
     if subject.adapter is not None:
         model = language_model.model
         if keeps_base(model):
             with model.disable_adapter():
-                result.perplexity_base = perplexity(held_out.token_losses().mean)
+                result.perplexity_base = perplexity(token_losses(*measured).mean)
         if config.task.window is None:
-            result = result.replace(**spectrum_metrics(held_out.spectra()))
+            result = result.replace(**spectrum_metrics(probe_spectra(*measured)))
     return result
 
 

@@ -26,7 +26,6 @@ from cera_train.data.reader import Question
 from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.sharding import load_optimizer_state
 from cera_train.evaluation.engine import Sampler
-from cera_train.evaluation.held_out import HeldOut
 from cera_train.evaluation.task_evaluation import TaskEvaluations
 from cera_train.evaluation.tasks.jsonl import gold_answer
 from cera_train.model.batches import MicroBatches, RowOrder
@@ -268,7 +267,7 @@ def load_start(model: nn.Module, config: AdapterConfig) -> None:
 class Evaluator:
     """What measures the model while it trains."""
 
-    held_out: HeldOut
+    held_out: MicroBatches
     sampler: Sampler
     tasks: TaskEvaluations
 
@@ -281,11 +280,8 @@ def build_evaluator(
         progress: its update tells a sampler's server when its adapter is out of date.
         folder: the run's.
     """
-    accelerator = model.accelerator
-    language_model = model.language_model
-    batches = model.micro_batches(data.rows.evaluation)
-    held_out = HeldOut(language_model, batches, accelerator)
+    held_out = model.micro_batches(data.rows.evaluation)
     sampler = Sampler(
-        config, data.tokenizer, language_model, accelerator, progress, folder / "served"
+        config, data.tokenizer, model.language_model, model.accelerator, progress, folder / "served"
     )
     return Evaluator(held_out, sampler, TaskEvaluations(config, sampler))

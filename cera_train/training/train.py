@@ -21,6 +21,7 @@ from cera_train.common.signals import Interrupted, Interruption, first_heard
 from cera_train.common.terminal import counted, print_line, time_left
 from cera_train.distributed.accelerator import peak_memory, prepare_memory, quiet_libraries
 from cera_train.distributed.processes import in_processes, is_main_process
+from cera_train.evaluation.held_out import probe_spectra, token_losses
 from cera_train.evaluation.task_evaluation import TaskResults
 from cera_train.model.compiled import count_graphs
 from cera_train.model.language_model import perplexity
@@ -129,7 +130,8 @@ def train(config: Config) -> dict[str, Any]:
             if timetable.saves(progress.update) and not timetable.is_done(progress):
                 save_checkpoint(model, progress, folder, config.train)
         # A run that resumes after its last evaluation has no spectra yet.
-        spectra = spectra or evaluator.held_out.spectra()
+        if not spectra:
+            spectra = probe_spectra(model.language_model, evaluator.held_out, model.accelerator)
         return finish(config, data, model, progress, log, spectra)
 
 
@@ -304,14 +306,15 @@ def evaluate(
         The spectra, by the name of the projection.
     """
     folder = log.folder
-    rows = counted(len(evaluator.held_out.sequences), "held-out row")
+    measured = (model.language_model, evaluator.held_out, model.accelerator)
+    rows = counted(len(evaluator.held_out.lengths), "held-out row")
     log.bar.show_work(f"measures perplexity on {rows}")
-    losses, judged = objective.judge(evaluator.held_out.token_losses())
+    losses, judged = objective.judge(token_losses(*measured))
     loss = losses.mean
     was_finite = math.isfinite(progress.perplexity_before or math.inf)
     if was_finite and not math.isfinite(loss):
         raise_diverged(f"the held-out loss after update {progress.update} is not finite", folder)
-    spectra = evaluator.held_out.spectra()
+    spectra = probe_spectra(*measured)
     since_best = progress.since_best(perplexity(loss))
     ends_run = timetable.ends_after(progress, since_best)
     answered = evaluator.tasks.run(progress.update, ends_run, log.bar.show_work)

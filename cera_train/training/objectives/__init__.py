@@ -25,8 +25,8 @@ def build_objective(
     """The objective of a config. DPO keeps its reference in the run's folder, GRPO its answers."""
     kind = config.train.objective
     if kind == ObjectiveKind.dpo:
-        held_out = evaluator.held_out.batches
-        return Dpo(config, data, model, held_out, folder.path, resumes=progress.update > 0)
+        resumes = progress.update > 0
+        return Dpo(config, data, model, evaluator.held_out, folder.path, resumes)
     if kind == ObjectiveKind.grpo:
         return Grpo(config, data, model, evaluator.sampler, folder, progress)
     batches = model.micro_batches(data.rows.train)

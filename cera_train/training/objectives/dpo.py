@@ -101,7 +101,7 @@ class Dpo(Objective):
         self.held_out_reference = torch.from_numpy(reference["held_out"])
 
     def draw(self, sequences: list[int]) -> Update:
-        losses = token_losses(self.language_model, self.batches, sequences, self.accelerator)
+        losses = token_losses(self.language_model, self.batches, self.accelerator, sequences)
         log_p = answer_log_p(losses).requires_grad_()
         gains = log_p - self.reference[sequences].view(-1, 2)
         whole = preference_losses(gains, self.beta).mean()
@@ -147,5 +147,4 @@ class Dpo(Objective):
         return reference
 
     def _log_p(self, batches: MicroBatches) -> numpy.ndarray:
-        answers = range(len(batches.lengths))
-        return -token_losses(self.language_model, batches, answers, self.accelerator).sums()
+        return -token_losses(self.language_model, batches, self.accelerator).sums()

@@ -171,7 +171,7 @@ class Grpo(Objective):
         reference = None
         if config.beta:
             sequences = [*range(len(lengths))]
-            reference = self._reference_log_p(batches, sequences)
+            reference = self._reference_log_p(batches)
             figures[KL] = torch.zeros((), device=batches.device)
         # The processes average their gradients.
         weight = self.model.accelerator.num_processes / lengths.sum().to(batches.device)
@@ -238,11 +238,11 @@ class Grpo(Objective):
                 )
                 self.folder.append(SAMPLES, sample.to_json())
 
-    def _reference_log_p(self, batches: MicroBatches, sequences: list[int]) -> list[Tensor]:
+    def _reference_log_p(self, batches: MicroBatches) -> list[Tensor]:
         """log p of each answer's tokens under the base."""
         model = self.model
         with model.adapted.disable_adapter():
-            losses = token_losses(model.language_model, batches, sequences, model.accelerator)
+            losses = token_losses(model.language_model, batches, model.accelerator)
         return [*(-torch.from_numpy(losses.losses)).split(batches.supervised)]
 
 

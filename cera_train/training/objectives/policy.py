@@ -81,9 +81,8 @@ class PolicyCheck:
 
     def _log_p(self, batches: MicroBatches) -> Tensor:
         """[N] log p of the answers' tokens under the model as it is."""
-        rows = range(len(batches.lengths))
         model = self.model
-        losses = token_losses(model.language_model, batches, rows, model.accelerator)
+        losses = token_losses(model.language_model, batches, model.accelerator)
         return -torch.from_numpy(losses.losses)
 
     def _refuse_beyond(self, limit: float, distance: float, policy: str) -> None:
