@@ -101,21 +101,6 @@ def answer_share(
             raise UserError(problem_there)
 
 
-def answer(
-    engine: Engine,
-    requests: Sequence[Request],
-    max_new_tokens: int,
-    stop: list[str],
-    config: GenerationConfig,
-    accelerator: Accelerator,
-) -> list[Answer]:
-    """The answers in the order of the requests, the same on every process."""
-    answers: list[Answer] = []
-    answer_share(engine, requests, max_new_tokens, stop, config, accelerator, answers.extend)
-    by_key = {answer.generation.key: answer for answer in gather_object(answers)}
-    return [by_key[request.key] for request in requests]
-
-
 # --- a model in training --------------------------------------------------------------------------
 
 
@@ -164,9 +149,15 @@ class Sampler:
         stop: list[str],
         config: GenerationConfig,
     ) -> list[Answer]:
+        """The answers in the order of the requests, the same on every process."""
         if self.is_served and self.served_update != self.progress.update:
             self._serve()
-        return answer(self.engine, requests, max_new_tokens, stop, config, self.accelerator)
+        answers: list[Answer] = []
+        answer_share(
+            self.engine, requests, max_new_tokens, stop, config, self.accelerator, answers.extend
+        )
+        by_key = {answer.generation.key: answer for answer in gather_object(answers)}
+        return [by_key[request.key] for request in requests]
 
     def _serve(self) -> None:
         """Gives the server the adapter of this update."""
