@@ -15,7 +15,7 @@ from cera_train.settings.data import DataConfig
 
 
 class EvaluationRows(jsonl.JsonlTask):
-    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterator[Problem]:
+    def problems(self, data: DataConfig | None, tokenizer: Any) -> Iterator[Problem]:
         name = f"task={self.config.name}"
         fix = "write the questions into a file, for task=jsonl"
         require(

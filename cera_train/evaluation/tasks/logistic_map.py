@@ -34,14 +34,14 @@ class StepGrades(Record, extra="allow"):
 
 
 class LogisticMap(AnswerTask):
-    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterable[Problem]:
+    def problems(self, data: DataConfig | None, tokenizer: Any) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out, in its first data set of
         such rows, asked as its rows are."""
         parts = [] if data is None else [part for _, part in data.parts()]
         parts = [part for part in parts if part.layout == Layout.logistic_map]
         [rows] = parts[:1] or [DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)]
         settings = rows.logistic_map
-        reader = None if tokenizer is None else Reader(rows, tokenizer)
+        reader = Reader(rows, tokenizer)
         _, starts = starting_points(settings, rows.eval_rows)
         pairs = itertools.product(starts, self.config.growths)
         for x0, growth in itertools.islice(pairs, self.config.limit):
@@ -49,10 +49,8 @@ class LogisticMap(AnswerTask):
             question = row["prompt"]
             details = {"growth": growth, "decimals": settings.decimals}
             details["trained"] = growth in as_list(settings.growth) if parts else None
-            details["prompt"] = question
-            if reader is not None:
-                [asked] = reader.questions("", row)
-                details |= fields_of_prompt(asked)
+            [asked] = reader.questions("", row)
+            details |= fields_of_prompt(asked)
             gold = row["completion"].strip()
             yield Problem(id=question_id(question), question=question, gold=gold, **details)
 

@@ -79,13 +79,12 @@ class AnswerTask(Task, ABC):
         return [*self.graders, *(metric.key for metric in self.shown)]
 
     @abstractmethod
-    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> Iterable[Problem]:
+    def problems(self, data: DataConfig | None, tokenizer: Any) -> Iterable[Problem]:
         """The problems, in order, at most `config.limit`.
 
         Args:
             data: what the run was trained on; None: unknown.
-            tokenizer: of the model that answers, whose chat template may write the prompts; None
-                to count problems.
+            tokenizer: of the model that answers, whose chat template may write the prompts.
         """
 
     @abstractmethod
@@ -127,7 +126,7 @@ class QuestionTask(AnswerTask):
         )
         return super().configured(config)
 
-    def problems(self, data: DataConfig | None, tokenizer: Any = None) -> list[Problem]:
+    def problems(self, data: DataConfig | None, tokenizer: Any) -> list[Problem]:
         source = open_rows(self.config)
         problems = list(itertools.islice(self._read(source), self.config.limit))
         level = "" if self.config.level is None else f" of task.level={self.config.level}"
