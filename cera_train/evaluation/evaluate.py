@@ -285,7 +285,7 @@ def score(
     grades: Sequence[Grade],
 ) -> AccuracyResult:
     """The scores of an evaluation: pass@k for every k up to the number of samples, with its 95 %
-    interval, and what the task adds."""
+    interval, the share of the answers that ended in each way, and what the task adds."""
     figures = task.scores(problems, grades)
     for grader in task.graders:
         by_problem: dict[str, list[bool]] = {}
@@ -295,7 +295,8 @@ def score(
             values = [pass_at_k(len(correct), sum(correct), k) for correct in by_problem.values()]
             figures[f"{grader}/pass@{k}"] = mean(values)
             figures[f"{grader}/pass@{k}/interval"] = [*accuracy_interval(values)]
-    figures |= ending_shares([grade.ending for grade in grades])
+    endings = Counter(grade.ending for grade in grades)
+    figures |= {f"ending/{name}": endings[name] / len(grades) for name in ENDINGS}
     return AccuracyResult(
         truncated=sum(answer.truncated for answer in answers),
         no_answer=sum(grade.answer is None for grade in grades),
@@ -303,12 +304,6 @@ def score(
         tokens=sum(answer.tokens for answer in answers),
         **figures,
     )
-
-
-def ending_shares(endings: Sequence[str]) -> dict[str, float]:
-    """The share of an evaluation's answers that ended in each way, by the keys of result.json."""
-    counts = Counter(endings)
-    return {f"ending/{name}": counts[name] / len(endings) for name in ENDINGS} if endings else {}
 
 
 def accuracy_lines(task: AnswerTask, result: AccuracyResult) -> dict[str, str]:

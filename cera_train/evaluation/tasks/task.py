@@ -249,9 +249,14 @@ def training_task(name: str, changes: Mapping[str, Any]) -> AnswerTask:
     """The task of conf/task/NAME.yaml with some settings changed.
 
     Raises:
-        UserError: a change is no setting of the task, or the task has no answers to grade.
+        UserError: there is no such task, a change is no setting of it, or it has no answers to
+            grade.
     """
-    file = _file(name)
+    require(
+        name in options("task"),
+        f"train.tasks=[{name}]: there is no such task: choose from {', '.join(options('task'))}.",
+    )
+    file = read_yaml(config_dir("conf") / "task" / f"{name}.yaml")
     with errors_at(f"train.task_settings.{name}"):
         task = build_task(checked(TaskConfig, file | dict(changes), "task"))
     if not isinstance(task, AnswerTask):
@@ -259,14 +264,6 @@ def training_task(name: str, changes: Mapping[str, Any]) -> AnswerTask:
             f"train.tasks=[{name}] has no answers to grade: leave it to cera-eval, after training."
         )
     return task
-
-
-def _file(name: str) -> dict[str, Any]:
-    require(
-        name in options("task"),
-        f"train.tasks=[{name}]: there is no such task: choose from {', '.join(options('task'))}.",
-    )
-    return read_yaml(config_dir("conf") / "task" / f"{name}.yaml")
 
 
 # --- problems among the training rows -------------------------------------------------------------
