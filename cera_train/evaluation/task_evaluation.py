@@ -63,10 +63,16 @@ class TaskEvaluation:
 
     def figures(self, grades: Sequence[Grade]) -> dict[str, float]:
         """Figures by their keys in metrics.jsonl, from one answer to each problem."""
-        figures = self.task.scores(self.problems, grades)
-        for grader in self.task.graders:
-            figures[grader] = mean([getattr(grade, grader) for grade in grades])
-        return {f"{self.name}/{key}": figures[key] for key in self.task.figures}
+        figures = {
+            grader: mean([getattr(grade, grader) for grade in grades])
+            for grader in self.task.graders
+        }
+        figures |= self.task.scores(self.problems, grades)
+        return {
+            f"{self.name}/{key}": value
+            for key, value in figures.items()
+            if isinstance(value, float)
+        }
 
     def samples(
         self, update: int, answers: Sequence[Generation], grades: Sequence[Grade | None]
@@ -202,8 +208,7 @@ class TaskEvaluations:
         figures = evaluation.figures(grades)
         results.figures |= figures
         results.graded[evaluation.name] = [
-            GradedProblem(grade.problem, task.paired_value(grade, grade.grader), grade.ending)
-            for grade in grades
+            GradedProblem(grade.problem, grade.value, grade.ending) for grade in grades
         ]
         results.samples += evaluation.samples(update, answers, grades)[: self.sample_count]
         seconds = time.perf_counter() - started

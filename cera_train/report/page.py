@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cera_train.common.terminal import announce, counted, duration, gigabytes
-from cera_train.evaluation.tasks.task import Metric
 from cera_train.report.comparison import (
     PairedTest,
     cautions,
@@ -19,7 +18,7 @@ from cera_train.report.document import Page, Table
 from cera_train.report.forest import Forest, Group, row_of
 from cera_train.report.pictures import curves, spectra
 from cera_train.report.readers import read_runs
-from cera_train.report.runs import Evaluation, Run, group_by
+from cera_train.report.runs import Evaluation, Metric, Run, group_by
 from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share
 from cera_train.settings.run import Config
 

@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
 from cera_train.adapters.families import title
-from cera_train.evaluation.tasks.task import Metric
 from cera_train.runs.results import Environment, Metrics, RunResult
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.verdicts.interval import accuracy_interval
@@ -20,6 +19,14 @@ T = TypeVar("T")
 
 Scores = dict[str, float]
 """Problem -> how right its answers are by one rule, from 0 to 1."""
+
+
+class Metric(NamedTuple):
+    """A number of result.json that a report shows."""
+
+    key: str
+    label: str  # follows the task's name in the column's header
+    is_share: bool = True  # shown in per cent; False: a number with three decimals
 
 
 class Figure(NamedTuple):
@@ -55,11 +62,6 @@ class Evaluation:
             for rule, by_problem in scores.items()
         }
         return cls(figures, scores, **others)
-
-
-def accuracy_metric(name: str) -> Metric:
-    """The column of GRADER/pass@K."""
-    return Metric(name, name.removesuffix("/pass@1").replace("/", " "))
 
 
 @dataclass(frozen=True)

@@ -68,17 +68,20 @@ class Grade(Record, extra="allow"):
     answer: str | None = None  # what was extracted from the text
     exact: bool
     verified: bool | None = None  # None if math-verify does not apply
+    score: float | None = Field(default=None, ge=0, le=1)
+    """How much of the answer is right; None where it is right or wrong as a whole."""
     failure: str | None = None  # an error of the grader: a time-out, a crash
     ending: str | None = None  # how the answer ended: one of ENDINGS
 
     @property
-    def grader(self) -> str:
-        """The grader that decides: verified if math-verify graded the answer, else exact."""
-        return "exact" if self.verified is None else "verified"
+    def is_right(self) -> bool:
+        """By math-verify if it graded the answer, else by the exact rule."""
+        return self.exact if self.verified is None else self.verified
 
     @property
-    def is_right(self) -> bool:
-        return getattr(self, self.grader)
+    def value(self) -> float:
+        """How much of the answer is right, from 0 to 1."""
+        return float(self.is_right) if self.score is None else self.score
 
 
 ENDINGS = RIGHT, WRONG, LOOP, TRUNCATED, COLLAPSED = (

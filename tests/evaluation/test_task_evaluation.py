@@ -64,8 +64,7 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
         assert sample["answer"] == answer["text"]
         assert sample["exact"] == grade["exact"]
     assert read_grades(folder_of(config), "logistic_map") == [
-        GradedProblem(line["problem"], sum(line["matches"]) / len(line["matches"]), line["ending"])
-        for line in graded
+        GradedProblem(line["problem"], line["score"], line["ending"]) for line in graded
     ]
     assert [result[name] for name in FIGURES] == [
         evaluated["exact/pass@1"],

@@ -143,10 +143,7 @@ def add_evaluation(
     grades = []
     for n, sample in itertools.product(range(problems), range(samples)):
         is_right = solved(n, sample) if callable(solved) else n in solved
-        steps = {"matches": [is_right]} if kind == "logistic_map" else {}
-        grades.append(
-            Grade(asked[n].id, sample, "7", is_right, is_right if verified else None, **steps)
-        )
+        grades.append(Grade(asked[n].id, sample, "7", is_right, is_right if verified else None))
     (folder / "grades.jsonl").write_text(to_lines(grades))
     result = score(replace(gsm8k.TASK, is_verified=verified), asked, [], grades)
     result.replace(task=task, kind=kind, problems=problems, samples=samples).write(

@@ -65,11 +65,11 @@ def test_trajectories_are_tested_by_their_steps(tmp_path):
         folder = add_evaluation(run, "logistic_map", solved=set(), verified=False)
         grades = read(folder / "grades.jsonl")
         for grade in grades:
-            grade["matches"] = [step < right for step in range(4)]
+            grade["score"] = right / 4
         write_lines(folder / "grades.jsonl", grades)
     (test,), _ = paired_tests(read_runs(runs))
     assert (test.problems, test.difference, test.only) == (40, 0.25, None)
-    assert (test.verdict, test.row["task"]) == ("better", "logistic_map, steps")
+    assert (test.verdict, test.row["task"]) == ("better", "logistic_map, score")
 
 
 def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path):
@@ -130,9 +130,9 @@ def test_answers_of_two_engines_are_not_compared(tmp_path):
     ]
 
 
-def test_a_grade_without_what_its_task_scores_is_named(tmp_path):
+def test_a_grade_beyond_the_whole_is_named(tmp_path):
     run = make_run(tmp_path / "a")
-    grade = {"problem": "x", "sample": 0, "exact": True}
-    write_lines(add_evaluation(run, "logistic_map") / "grades.jsonl", [grade])
-    with pytest.raises(UserError, match="grade of problem x is broken: matches"):
+    grade = {"problem": "x", "sample": 0, "exact": True, "score": 2.0}
+    write_lines(add_evaluation(run) / "grades.jsonl", [grade])
+    with pytest.raises(UserError, match=r"grades.jsonl:1 is broken: score"):
         read_runs([run])

@@ -48,7 +48,7 @@ def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path):
     }
     write_json(forgetting / "result.json", result)
     table = cells(run)
-    assert table["logistic_map steps right"] == ["62.5%"]
+    assert table["logistic_map step accuracy"] == ["62.5%"]
     assert table["logistic_map state collapse"] == ["25.0%"]
     assert "logistic_map verified" not in table
     assert table["forgetting perplexity"] == ["12.345"]

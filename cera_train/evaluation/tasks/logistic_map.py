@@ -7,30 +7,20 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pydantic import Field
-
 from cera_train.data.computed import logistic_map_row, starting_points
 from cera_train.data.reader import Reader
 from cera_train.evaluation.tasks.task import (
     AnswerTask,
-    Metric,
     fields_of_prompt,
     mean,
     question_id,
 )
 from cera_train.runs.evaluation_folder import COLLAPSED, Generation, Grade, Problem
-from cera_train.runs.records import Record
 from cera_train.settings.data import DataConfig, Layout, as_list
 
 # starting points for a model that was not trained on this task: those of
 # conf/data/logistic_map.yaml
 EVAL_ROWS = 20
-
-
-class StepGrades(Record, extra="allow"):
-    """What a grade of this task holds beside its verdict."""
-
-    matches: list[bool] = Field(min_length=1)  # by step
 
 
 class LogisticMap(AnswerTask):
@@ -65,7 +55,13 @@ class LogisticMap(AnswerTask):
         ending = COLLAPSED if details["collapsed"] else None
         answer = ", ".join(values) or None
         return Grade(
-            generation.problem, generation.sample, answer, all(matches), ending=ending, **details
+            generation.problem,
+            generation.sample,
+            answer,
+            all(matches),
+            score=mean(matches),
+            ending=ending,
+            **details,
         )
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
@@ -78,11 +74,6 @@ class LogisticMap(AnswerTask):
             by_growth[f"{growth:g}"] = {"trained": trained} | step_scores(same)
         return step_scores(grades) | {"by_growth": by_growth}
 
-    def paired_value(self, grade: Grade, grader: str) -> float:
-        return mean(
-            StepGrades.from_json(grade.details, f"the grade of problem {grade.problem}").matches
-        )
-
     def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
         lines = {"by step": "  ".join(f"{share:.0%}" for share in result["step_accuracy"])}
         for growth, scores in result["by_growth"].items():
@@ -94,14 +85,7 @@ class LogisticMap(AnswerTask):
         return lines
 
 
-TASK = LogisticMap(
-    shown=(
-        Metric("step_accuracy/mean", "steps right"),
-        Metric("state_collapse", "state collapse"),
-    ),
-    is_verified=False,
-    score_name="steps",
-)
+TASK = LogisticMap(is_verified=False)
 
 
 def read_values(text: str, steps: int) -> list[float]:

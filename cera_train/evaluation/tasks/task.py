@@ -32,34 +32,16 @@ from cera_train.settings.evaluation import TaskConfig
 from cera_train.settings.values import checked
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A number of result.json that a report shows."""
-
-    key: str
-    label: str  # follows the task's name in the column's header
-    is_share: bool = True  # shown in per cent; False: a number with three decimals
-
-
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A benchmark. `build_task` configures the `TASK` of its file."""
 
     config: TaskConfig | None = None  # None before it is configured
-    score_name: str = ""
-    """What `paired_value` counts, in the plural, such as steps. Empty: whole answers, right or
-    wrong."""
-    shown: tuple[Metric, ...] = ()  # what a report shows beside accuracy or perplexity
 
     def configured(self, config: TaskConfig) -> Task:
         """This task with its settings. Raises UserError for settings that it cannot use. Imports no
         torch."""
         return replace(self, config=config)
-
-    def paired_value(self, grade: Grade, grader: str) -> float:
-        """How much of an answer is right, from 0 to 1, for the paired test of two runs. The grader,
-        exact or verified, has no effect where `score_name` is set."""
-        return float(getattr(grade, grader))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +54,6 @@ class AnswerTask(Task, ABC):
     def graders(self) -> tuple[str, ...]:
         return ("exact", "verified") if self.is_verified else ("exact",)
 
-    @property
-    def figures(self) -> list[str]:
-        """The shares that a run records while it trains: pass@1 under the name of its grader, and
-        those of `shown`."""
-        return [*self.graders, *(metric.key for metric in self.shown)]
-
     @abstractmethod
     def problems(self, data: DataConfig | None, tokenizer: Any) -> Iterable[Problem]:
         """The problems, in order, at most `config.limit`.
@@ -89,10 +65,12 @@ class AnswerTask(Task, ABC):
 
     @abstractmethod
     def grade(self, problem: Problem, generation: Generation) -> Grade:
-        """Grades one answer by the task's published rule. May name the ending of a wrong answer."""
+        """Grades one answer by the task's published rule. May score its parts, and name the ending
+        of a wrong answer."""
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
-        """What result.json holds beside pass@k."""
+        """What result.json holds beside pass@k. A float is a share: a run records it while it
+        trains, and a report shows it."""
         return {}
 
     def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
@@ -204,18 +182,13 @@ def mean(values: Sequence[float]) -> float:
 # --- from settings to a task ----------------------------------------------------------------------
 
 
-def all_tasks() -> dict[str, Task]:
-    """The `Task` of every benchmark by its kind, in alphabetical order."""
+def build_task(config: TaskConfig) -> Task:
+    """The task of these settings. Raises UserError for a setting that it cannot use."""
     package = cera_train.evaluation.tasks
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     modules = {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
-    return {name: module.TASK for name, module in modules.items() if hasattr(module, "TASK")}
-
-
-def build_task(config: TaskConfig) -> Task:
-    """The task of these settings. Raises UserError for a setting that it cannot use."""
+    tasks = {name: module.TASK for name, module in modules.items() if hasattr(module, "TASK")}
     # config.yaml may come from a stranger: only modules of this folder are imported
-    tasks = all_tasks()
     require(
         config.kind in tasks,
         f"task.kind={config.kind} is unknown: choose one of {', '.join(tasks)}.",

@@ -1,6 +1,7 @@
 """The folder of a run of cera-train, or of an adapter or a base model with evaluations."""
 
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -8,8 +9,7 @@ from statistics import fmean
 from cera_train.common.files import read_json, read_yaml
 from cera_train.common.settings import flatten, to_plain
 from cera_train.common.trust import clean
-from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
-from cera_train.report.runs import Evaluation, Figure, Run, Scores, Settings, accuracy_metric
+from cera_train.report.runs import Evaluation, Figure, Metric, Run, Scores, Settings, group_by
 from cera_train.runs.evaluation_folder import (
     CHAT,
     AccuracyResult,
@@ -120,43 +120,37 @@ def read_evaluation(folder: Path) -> Evaluation:
         "engines": settings.get("engine") or "this program",
         "prompts": "chat markup" if is_chat else "plain text",
     }
-    # An unknown kind of task shows nothing of its own.
-    task = all_tasks().get(result.kind or settings.get("task.kind", ""), Task())
-    return Evaluation(
-        dict(_figures(result, task)),
-        _paired_scores(folder, task),
-        result.endings,
-        same,
-        settings=settings,
-    )
+    scores = _paired_scores(folder)
+    return Evaluation(dict(_figures(result)), scores, result.endings, same, settings=settings)
 
 
-def _figures(result: AccuracyResult, task: Task) -> Iterator[tuple[Metric, Figure]]:
-    """Pass@1 and pass@n of n samples by each grader, and what the task adds."""
+def _figures(result: AccuracyResult) -> Iterator[tuple[Metric, Figure]]:
+    """Pass@1 and pass@n of n samples by each grader, and the shares that the task adds."""
     first = "/pass@1"
     last = f"/pass@{result.samples}"
-    rates = [key for key in result.accuracies if key.endswith((first, last))]
-    for key in sorted(rates, key=lambda key: (not key.endswith(first), key)):
-        yield accuracy_metric(key), Figure(result.figure(key), result.accuracies[key])
-    for metric in task.shown:
-        if metric.key in result.details:
-            yield metric, Figure(result.figure(metric.key))
+    accuracies = result.accuracies
+    rates = [key for key in accuracies if key.endswith((first, last))]
+    rates.sort(key=lambda key: (not key.endswith(first), key))
+    shares = [
+        key
+        for key, value in result.details.items()
+        if isinstance(value, float) and key not in accuracies and not key.startswith("ending/")
+    ]
+    for key in [*rates, *shares]:
+        label = re.sub("[/_]", " ", re.sub("/(pass@1|mean)$", "", key))
+        yield Metric(key, label), Figure(result.figure(key), accuracies.get(key))
 
 
-def _paired_scores(folder: Path, task: Task) -> dict[str, Scores]:
-    """Scores by the task's own where it has one, else by math-verify's verdicts where all answers
-    have one, and by the exact rule; the mean over the samples of a problem."""
-    grades: dict[str, list[Grade]] = {}
-    for grade in read_lines(folder / "grades.jsonl", Grade):
-        grades.setdefault(grade.problem, []).append(grade)
-    graders = [task.score_name] if task.score_name else ["verified", "exact"]
-    answers = itertools.chain.from_iterable(grades.values())
-    if "verified" in graders and any(grade.verified is None for grade in answers):
-        graders = ["exact"]
+def _paired_scores(folder: Path) -> dict[str, Scores]:
+    """Scores by each rule that graded all answers: those of an answer's parts, math-verify's
+    verdicts, the exact rule; the mean over the samples of a problem."""
+    grades = read_lines(folder / "grades.jsonl", Grade)
+    by_problem = group_by(grades, lambda grade: grade.problem)
     return {
-        grader: {
-            problem: fmean(task.paired_value(grade, grader) for grade in samples)
-            for problem, samples in grades.items()
+        rule: {
+            problem: fmean(getattr(grade, rule) for grade in samples)
+            for problem, samples in by_problem.items()
         }
-        for grader in graders
+        for rule in ("score", "verified", "exact")
+        if all(getattr(grade, rule) is not None for grade in grades)
     }

@@ -29,9 +29,9 @@ def test_steps_are_compared_one_by_one():
         [True, True, False, False],
         [True] * 4,
     ]
-    assert [(grade.answer, grade.exact) for grade in grades] == [
-        ("0.56, 0.86, 0.50", False),
-        (problem.gold, True),
+    assert [(grade.answer, grade.exact, grade.score) for grade in grades] == [
+        ("0.56, 0.86, 0.50", False, 0.5),
+        (problem.gold, True, 1.0),
     ]
     scores = TASK.scores([problem], grades)
     assert (scores["step_accuracy"], scores["step_accuracy/mean"]) == ([1, 1, 0.5, 0.5], 0.75)
