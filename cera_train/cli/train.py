@@ -1,6 +1,5 @@
 """`cera-train`: one training run, or a sweep with -m."""
 
-import functools
 import os
 import sys
 from dataclasses import replace
@@ -13,8 +12,6 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from cera_train.cli.config import announce_imports, call, start_hydra, to_config
-from cera_train.cli.mistakes import Parser
-from cera_train.cli.save import save_recipe
 from cera_train.cli.start import errors_in_one_line, print_error
 from cera_train.common.errors import UserError
 from cera_train.common.settings import key_of, require
@@ -32,16 +29,12 @@ TRAIN = "cera-train"
 
 
 def main() -> None:
-    parser = Parser(TRAIN, add_help=False, allow_abbrev=False)
-    parser.add_argument("--look", action="store_true")
-    parser.add_argument("--save", type=Path)
-    flags, sys.argv[1:] = parser.parse_known_args()
-    command = look if flags.look else train_job
-    if flags.save:
-        command = functools.partial(keep_recipe, flags.save)
-    is_sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
-    is_fit = command is train_job or not is_sweep
-    require(is_fit, "--look and --save are for one run: leave out -m.")
+    command = train_job
+    if "--look" in sys.argv:
+        sys.argv.remove("--look")
+        is_sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
+        require(not is_sweep, "--look is for one run: leave out -m.")
+        command = look
     # executes the modules of Hydra's plugins, even those imported before
     Plugins.instance()
     from cera_train.cli.joblib import Joblib
@@ -58,12 +51,6 @@ def main() -> None:
 
 class TrainedStudy(StudySweeper):
     check = staticmethod(to_config)
-
-
-def keep_recipe(path: Path, composed: DictConfig) -> None:
-    """Writes what was typed as a recipe, if it makes sense."""
-    prepare(composed)
-    save_recipe(path, list(HydraConfig.get().overrides.task))
 
 
 def look(composed: DictConfig) -> None:

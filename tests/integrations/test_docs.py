@@ -163,7 +163,7 @@ def overrides_of(arguments: list[str]) -> tuple[list[str], bool]:
     settings = []
     words = iter(arguments)
     for word in words:
-        if word in ("--cfg", "--save"):
+        if word == "--cfg":
             next(words)
         elif not word.startswith("-"):
             settings.append(word)
