@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from cera_train.cli.config import call, start_hydra, to_config
 from cera_train.cli.mistakes import Parser
 from cera_train.cli.start import print_error
-from cera_train.common.files import cut_bytes
+from cera_train.common.files import cut_name
 from cera_train.distributed.processes import is_one_of_several
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.serving import ChatConfig, ExportConfig
@@ -21,7 +21,6 @@ from cera_train.study.folder import find_study
 from cera_train.sweep.folder import print_sweep
 
 EVAL = "cera-eval"
-LONGEST_NAME = 100  # bytes of a report's folder; a file system takes 255
 
 
 # --- cera-eval, cera-chat and cera-export ---------------------------------------------------------
@@ -95,7 +94,7 @@ def report() -> None:
     arguments = parser.parse_args()
     folders = arguments.folders
     names = "_and_".join(folder.resolve().name for folder in folders)
-    output = arguments.output or Path("report") / cut_bytes(names, LONGEST_NAME)
+    output = arguments.output or Path("report") / cut_name(names)
     studies = list(filter(None, map(find_study, folders)))
     if len(studies) == len(folders):
         from cera_train.study.page import write_studies

@@ -21,6 +21,7 @@ WRITING = ".writing-"  # prefix of files and folders that are still being writte
 OLD = f"{WRITING}old-"  # prefix of a folder that is about to be replaced
 # seconds that a writer waits for a lock, which another process's `is_locked` holds for an instant
 LOOK_SECONDS = 0.2
+LONGEST_NAME = 100  # bytes
 CHECKSUMS = "checksums.json"  # the SHA-256 of every other file of its folder
 
 
@@ -45,9 +46,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
-def cut_bytes(name: str, most: int) -> str:
-    """The start of a name, of at most so many bytes, by which file systems count."""
-    return name.encode(errors="replace")[:most].decode(errors="ignore")
+def cut_name(name: str) -> str:
+    """The start of a name, short enough for a file or a folder: a file system takes 255 bytes."""
+    return name.encode(errors="replace")[:LONGEST_NAME].decode(errors="ignore")
 
 
 def finite(tree: Any) -> Any:

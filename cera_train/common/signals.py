@@ -14,9 +14,7 @@ from typing import NoReturn
 
 from cera_train.common.errors import UserError
 
-OF_SCHEDULERS = tuple(
-    getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-)
+OF_SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)
 # In order of precedence: a scheduler's signal wins, since it restarts the job.
 SIGNALS = (*OF_SCHEDULERS, signal.SIGTERM, signal.SIGINT)
 # A repeat within this time counts as the same signal: a sender may signal every process, and we

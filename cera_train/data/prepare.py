@@ -95,11 +95,6 @@ class TokenizedRows:
         return [range(*ends) for ends in itertools.pairwise([*starts, len(self)])]
 
     @property
-    def row_count(self) -> int:
-        """The rows, each of one sequence or several; the two answers of a preference count both."""
-        return len(self) - sum(self.continuing)
-
-    @property
     def dropped(self) -> tuple[int, int]:
         """Rows without an answer, and rows whose answer lies wholly beyond max_length."""
         empty = self.table["length"].to_pylist().count(0)
@@ -110,7 +105,7 @@ class TokenizedRows:
         tokens = sum(self.lengths)
         supervised = sum(self.supervised) / tokens
         empty, beyond = self.dropped
-        rows = self.row_count
+        rows = len(self) - sum(self.continuing)  # the two answers of a preference count both
         sequences = f" as {len(self):,} sequences" if rows < len(self) else ""
         return (
             f"{rows:,} {unit}{sequences}, {tokens:,} tokens, {supervised:.0%} supervised; "
@@ -141,9 +136,7 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
             reader = Reader(part, tokenizer)
             train_source, eval_source = open_sources(part)
             train.append(_tokenize(train_source, reader))
-            if part.eval_rows == 0:
-                evaluation.append(TokenizedRows(table_of([])))
-            else:
+            if part.eval_rows != 0:
                 evaluation.append(_tokenize(eval_source, reader))
     data = TokenizedData(train[0], _joined_evaluation(evaluation))
     if config.mix is not None:
@@ -199,7 +192,6 @@ def prepare_evaluation(
 def _joined_evaluation(splits: list[TokenizedRows], limit: int | None = None) -> TokenizedRows:
     """The held-out splits of all parts as one, or its first `limit` rows. If only one part has
     rows, its digest is kept: perplexities compare with those of runs on that part alone."""
-    splits = [rows for rows in splits if rows]
     require(bool(splits), "data.eval_rows=0: no rows to evaluate on. Raise it.")
     if len(splits) == 1 and limit is None:
         return splits[0]

@@ -158,12 +158,6 @@ class ChatTemplate:
         start = shared.rindex(tail) + len(tail)
         return RenderedAnswer(prompt, self._ended(full[start:]))
 
-    def end(self) -> str | None:
-        """The special token that ends an answer; None if the template writes none."""
-        turns = [{"role": role, "content": OTHER} for role in ("user", "assistant")]
-        answer = self._ended(self.render(turns, None, is_prompt=False))
-        return next((token for token in self.special if answer.endswith(token)), None)
-
     def _ended(self, answer: str) -> str:
         """The answer up to its end token. No model generates what a template writes after it: a
         line break, which is left to the next prompt, or the end token of a whole chat."""

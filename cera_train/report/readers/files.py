@@ -8,13 +8,12 @@ from typing import Any
 from pydantic_core import from_json
 
 from cera_train.common.errors import UserError, error_text
-from cera_train.common.files import cut_bytes, read_parsed
+from cera_train.common.files import cut_name, read_parsed
 from cera_train.common.settings import require
 from cera_train.common.trust import clean
 
 LARGEST_FILE = 100_000_000  # bytes of a file that is read whole
 LONGEST_LINE = 20_000_000  # bytes
-LONGEST_NAME = 100  # bytes
 LEAVE_OUT = "Restore it, or leave it out."
 
 
@@ -62,7 +61,7 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def safe_name(text: str) -> str:
     """A name in a stranger's file: on one line, and part of no path."""
-    return cut_bytes(clean(" ".join(text.split())), LONGEST_NAME).replace("/", "_")
+    return cut_name(clean(" ".join(text.split()))).replace("/", "_")
 
 
 def is_score(value: Any) -> bool:
