@@ -105,7 +105,7 @@ def cell_of(row: dict[str, Any], tokenizer: Any) -> str:
     openings = {example.opening for example in examples} - {""}
     notes = [f"{len(examples)} sequences"] if len(examples) > 1 else []
     cell = ", ".join([*notes, *sorted(openings)]) or YES
-    return re.sub(r"'(.+?)'", r"`\1`", cell)
+    return re.sub(r'"(.+?)"', r"`\1`", cell)
 
 
 REFUSALS = {
@@ -145,7 +145,7 @@ TRL {version("trl")}, and writes this page:
 - **N sequences**: the template rewrites earlier turns, such as without their reasoning. Each answer
   then has a sequence of its own.
 - **enable_thinking=...**: answers follow this generation prompt.
-- **without ...**: the answer follows the generation prompt without the reasoning that it opens.
+- **without=...**: the answer follows the generation prompt without the reasoning that it opens.
 """
 
 

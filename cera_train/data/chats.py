@@ -10,8 +10,9 @@ from typing import Any
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.data.messages import TURNS, messages_of, own_settings, tools_of
-from cera_train.data.rendering import Chat, Exchange
+from cera_train.data.rendering import Chat
 from cera_train.data.rows import PROMPT, Row, as_text, kind_of, text_of
+from cera_train.data.templates import Exchange
 from cera_train.settings.data import (
     COLUMN_TEMPLATES,
     DataConfig,

@@ -7,6 +7,7 @@ Training learns `examples`; held-out tasks, samples and GRPO ask `questions`; ce
 
 import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -24,9 +25,9 @@ from cera_train.data.chats import (
     uses_template,
 )
 from cera_train.data.messages import TURNS, messages_of, role_of, turns_of
-from cera_train.data.rendering import Chat, Exchange, exchanges_of, fitting
+from cera_train.data.rendering import Chat, exchanges_of, fitting
 from cera_train.data.rows import PlacedRow, Row
-from cera_train.data.templates import ChatTemplate, open_templates
+from cera_train.data.templates import ChatTemplate, Exchange, open_templates
 from cera_train.data.tokens import digest_of_parts, ids_of_pieces, start_ids, words_of
 from cera_train.settings.data import DataConfig, Layout, LossOn, Turns
 
@@ -258,7 +259,8 @@ class Reader:
             input_ids += prompt + answer
             supervised += [False] * len(prompt) + [exchange.supervised] * len(answer)
         key = hashlib.blake2b(key_text(exchanges).encode(), digest_size=16).hexdigest()
-        opening = next(exchange.opening for exchange in exchanges if exchange.supervised)
+        changed = next(exchange.opening for exchange in exchanges if exchange.supervised)
+        opening = " ".join(f"{name}={json.dumps(value)}" for name, value in changed.items())
         step = self.config.max_length - len(self.start)
         is_document = self.config.layout == Layout.documents
         firsts: Iterable[int] = [0]
@@ -280,7 +282,7 @@ class Reader:
                 has_answer,
                 len(input_ids) > step and not is_document,
                 continues,
-                str(opening or ""),
+                opening,
             )
 
 

@@ -9,16 +9,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.data.messages import REASONING
 from cera_train.data.rows import Row
-from cera_train.data.templates import ChatTemplate, Opening, Refusal
-
-
-class Exchange(NamedTuple):
-    """An answer, after the text between it and the answer before it in its sequence."""
-
-    prompt: str
-    answer: str
-    supervised: bool = True
-    opening: Opening | None = None
+from cera_train.data.templates import ChatTemplate, Exchange, Refusal
 
 
 class Chat(NamedTuple):
@@ -63,14 +54,15 @@ def exchanges_of(chat: Chat, template: ChatTemplate) -> list[list[Exchange]]:
     rendered = ""  # up to the last answer
     for number in chat.supervised:
         before = chat.messages[:number]
-        prompt, answer, opening = template.answer(before, chat.messages[number], chat.tools)
-        require(bool(answer), f"messages[{number}]: the chat template renders no answer. {FIX}")
-        is_next = bool(sequences) and prompt.startswith(rendered)
+        whole = template.answer(before, chat.messages[number], chat.tools)
+        no_answer = f"messages[{number}]: the chat template renders no answer. {FIX}"
+        require(bool(whole.answer), no_answer)
+        is_next = bool(sequences) and whole.prompt.startswith(rendered)
         if not is_next:
             sequences.append([])
-        new = prompt.removeprefix(rendered) if is_next else prompt
-        sequences[-1].append(Exchange(new, answer, opening=opening))
-        rendered = prompt + answer
+        new = whole.prompt.removeprefix(rendered) if is_next else whole.prompt
+        sequences[-1].append(whole._replace(prompt=new))
+        rendered = whole.prompt + whole.answer
     return sequences
 
 

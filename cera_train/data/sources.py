@@ -35,7 +35,6 @@ from cera_train.data.rows import (
     normalized,
     rows_of,
 )
-from cera_train.data.templates import settings_of
 from cera_train.settings.data import COLUMN_TEMPLATES, DataConfig, Layout, Turns, Writing
 from cera_train.settings.evaluation import TaskConfig
 
@@ -178,7 +177,7 @@ def _settings_of_answers(reader: Reader, learns_answers: bool) -> Iterator[dict[
     for place, row in first_training_rows(reader.config):
         with errors_at(place):
             for exchange in itertools.chain.from_iterable(reader.sequences(row)):
-                needed = settings_of(exchange.opening) if learns_answers else {}
+                needed = exchange.opening if learns_answers else {}
                 if exchange.supervised:
                     yield own_settings(row) | needed
 

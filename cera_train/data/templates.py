@@ -16,7 +16,7 @@ import jinja2.meta
 import jinja2.sandbox
 
 from cera_train.common.errors import UserError, errors_at
-from cera_train.common.settings import require, word_of
+from cera_train.common.settings import require
 from cera_train.data.rows import Row, as_text
 
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "namespace"}
@@ -47,29 +47,15 @@ class Refusal(UserError):
     """A template raised an error."""
 
 
-class Opening(NamedTuple):
-    """The setting of the template by which a prompt differs from that of inference by default."""
+class Exchange(NamedTuple):
+    """An answer, after the text between it and the answer before it in its sequence."""
 
-    name: str
-    value: bool | str
-
-    def __str__(self) -> str:
-        if self.name == WITHOUT:
-            return f"{WITHOUT} {self.value!r}"
-        return f"{self.name}={word_of(self.value)}"
-
-
-def settings_of(opening: Opening | None) -> dict[str, Any]:
-    """The settings of the template by which a prompt of inference is opened so."""
-    return {} if opening is None else {opening.name: opening.value}
-
-
-class RenderedAnswer(NamedTuple):
     prompt: str
-    """What inference would show the model."""
-    text: str
-    """What the model would have to write, its end token included."""
-    opening: Opening | None = None
+    answer: str
+    supervised: bool = True
+    opening: Row = {}  # noqa: RUF012 - nobody changes it
+    """The settings of the template by which the prompt differs from that of inference by
+    default."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,27 +97,26 @@ class ChatTemplate:
     def _form(self, message: Row) -> Row:
         return functools.reduce(lambda formed, form: form(formed), self.forms, message)
 
-    def answer(
-        self, before: Sequence[Row], message: Row, tools: list[Any] | None
-    ) -> RenderedAnswer:
-        """The answer as the model would have to write it: what its message adds to the prompt
-        before it, so there is no marker to search for.
+    def answer(self, before: Sequence[Row], message: Row, tools: list[Any] | None) -> Exchange:
+        """The answer as the model would have to write it, its end token included: what its message
+        adds to the prompt before it, so there is no marker to search for. The prompt is all that
+        inference would show the model.
 
         Raises:
             UserError: the template refuses the messages, or changes those before the answer.
         """
-        switches = [Opening(name, has_reasoning(message)) for name in self.switches]
-        for opening in (None, *switches):
-            switch = settings_of(opening)
-            prompt = self.render(before, tools, is_prompt=True, **switch)
-            full = self.render([*before, message], tools, is_prompt=False, **switch)
+        switches = [{name: has_reasoning(message)} for name in self.switches]
+        for opening in ({}, *switches):
+            prompt = self.render(before, tools, is_prompt=True, **opening)
+            full = self.render([*before, message], tools, is_prompt=False, **opening)
             if full.startswith(prompt):
-                return RenderedAnswer(prompt, self._ended(full.removeprefix(prompt)), opening)
+                answer = self._ended(full.removeprefix(prompt))
+                return Exchange(prompt, answer, opening=opening)
         return self._parted_answer(before, message, tools)
 
     def _parted_answer(
         self, before: Sequence[Row], message: Row, tools: list[Any] | None
-    ) -> RenderedAnswer:
+    ) -> Exchange:
         """An answer after which the template renders the text before it otherwise."""
         prompt = self.render(before, tools, is_prompt=True)
         full = self.render([*before, message], tools, is_prompt=False)
@@ -141,8 +126,8 @@ class ChatTemplate:
             opened = prompt.removeprefix(shared)
             answer = self._ended(full.removeprefix(shared))
             if opened.count("<") > 1:  # and closes it
-                return RenderedAnswer(prompt, answer)
-            return RenderedAnswer(shared, answer, Opening(WITHOUT, opened))
+                return Exchange(prompt, answer)
+            return Exchange(shared, answer, opening={WITHOUT: opened})
         # Earlier messages are rendered anew: gpt-oss drops the reasoning of its calls, Mistral
         # moves the system prompt. Texts with other answers share all but the answer, so it starts
         # where the shared text last ends as the prompt does.
@@ -156,7 +141,7 @@ class ChatTemplate:
             f"so it cannot be told apart. {fix}",
         )
         start = shared.rindex(tail) + len(tail)
-        return RenderedAnswer(prompt, self._ended(full[start:]))
+        return Exchange(prompt, self._ended(full[start:]))
 
     def _ended(self, answer: str) -> str:
         """The answer up to its end token. No model generates what a template writes after it: a

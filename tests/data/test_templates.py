@@ -144,9 +144,7 @@ def test_whatever_asks_a_run_asks_as_its_rows_were_answered(name, write_jsonl):
 
 def is_difference(tokenizer, messages: list[dict], number: int, tools, answer: tuple) -> bool:
     before, text, opening = answer
-    switch = {}
-    if opening is not None and opening.name != WITHOUT:
-        switch = {opening.name: opening.value}
+    switch = {name: value for name, value in opening.items() if name != WITHOUT}
     try:
         prompt = rendering(tokenizer, messages[:number], tools, prompt=True, **switch)
         full = rendering(tokenizer, messages[: number + 1], tools, **switch)
@@ -167,4 +165,4 @@ def test_a_row_that_does_not_fit_a_switch_of_the_run_has_its_own():
     fitting = sequences_of(CHATS["one turn"], tokenizer, template_settings=settings)
     other = sequences_of(CHATS["reasoning"], tokenizer, template_settings=settings)
     openings = [opening for [[(_, _, opening)]] in (fitting, other)]
-    assert openings == [None, ("enable_thinking", True)]
+    assert openings == [{}, {"enable_thinking": True}]
