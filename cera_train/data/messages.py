@@ -87,7 +87,7 @@ def _message_of(turn: Any, layout: str, place: str) -> Row:
         "content": text_of_content(turn.get(text), f"{place} {text!r}")
     }
     if layout == Layout.conversations:
-        message["role"] = role_of(turn[speaker])
+        message["role"] = SHAREGPT.get(turn[speaker], turn[speaker])
         del message[speaker], message[text]
         if turn[speaker] == "function_call":
             call = _parsed(message["content"], place)
@@ -99,10 +99,6 @@ def _message_of(turn: Any, layout: str, place: str) -> Row:
         thought = as_text(thoughts[0], f"{place} {REASONING[0]!r}")
         message |= {"reasoning_content": thought, "thinking": thought}
     return message
-
-
-def role_of(speaker: str) -> str:
-    return SHAREGPT.get(speaker, speaker)
 
 
 def text_of_content(content: Any, cell: str) -> str:

@@ -24,7 +24,7 @@ from cera_train.data.chats import (
     up_to_supervised,
     uses_template,
 )
-from cera_train.data.messages import TURNS, messages_of, role_of, turns_of
+from cera_train.data.messages import TURNS, messages_of
 from cera_train.data.rendering import Chat, exchanges_of, fitting
 from cera_train.data.rows import PlacedRow, Row
 from cera_train.data.templates import ChatTemplate, Exchange, open_templates
@@ -139,19 +139,20 @@ class Reader:
     def prompt(self, row: Row) -> tuple[int, ...]:
         """The ids that ask what the last turn of a row asks; the row may lack its answer. Raises
         UserError where it asks nothing, lacks a column or has another layout."""
-        config = self.config
-        if config.layout not in TURNS:
+        layout = self.config.layout
+        config = replace(self.config, turns=Turns.last)
+        if layout not in TURNS:
             _, answer = columns_read(config)
             answered = row | dict.fromkeys(answer, ANSWER)
         else:
-            speaker, text, (_, model, *_) = TURNS[config.layout]
-            messages_of(row, config.layout)  # raises for a row of another layout
-            turns = turns_of(row, config.layout)
-            while turns and role_of(turns[-1][speaker]) == "assistant":
-                turns = turns[:-1]  # a row of training data has its answer
-            answered = row | {str(config.layout): [*turns, {speaker: model, text: ANSWER}]}
-        chat = chat_of(answered, replace(config, turns=Turns.last), self.is_chat)
-        asks_nothing = f"column {str(config.layout)!r} asks nothing: write a question."
+            messages = messages_of(row, layout)
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()  # a row of training data has its answer
+            messages.append({"role": "assistant", "content": ANSWER})
+            answered = row | {"messages": messages}
+            config = replace(config, layout=Layout.messages)
+        chat = chat_of(answered, config, self.is_chat)
+        asks_nothing = f"column {str(layout)!r} asks nothing: write a question."
         require(chat is not None, asks_nothing)
         [prompt] = self._prompts(chat)
         return self._prompt_ids(prompt)
