@@ -10,7 +10,7 @@ from cera_train.common.settings import MISSING, require, section, setting
 from cera_train.settings.data import DataConfig
 from cera_train.settings.distributed import ProcessesConfig
 from cera_train.settings.model import ModelConfig
-from cera_train.settings.values import Address, FolderName, Part, Settings
+from cera_train.settings.values import Address, FolderName, Growth, Part, Settings
 
 Grader = StrEnum("Grader", ["text", "number", "math", "choice"])
 
@@ -35,7 +35,7 @@ class TaskConfig(Settings):
     """Template with {column} for a row's columns."""
     level: int | None = setting(None, "answers")
     """Takes only the problems of this level, for math. null: all."""
-    growths: list[Annotated[float, Field(gt=0, le=4)]] = setting(list, "answers")
+    growths: list[Growth] = setting(list, "answers")
     """Values of r in x' = r x (1 - x), for logistic_map."""
     question: str | None = setting(None, "answers")
     """The column with the question, for jsonl."""

@@ -5,19 +5,21 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     GetPydanticSchema,
     TypeAdapter,
     ValidationError,
 )
+from pydantic_core.core_schema import CoreSchema, custom_error_schema
 
 from cera_train.common.errors import UserError
-from cera_train.common.settings import AUTO, word_of
+from cera_train.common.settings import word_of
 
 T = TypeVar("T")
 
@@ -59,30 +61,23 @@ def _adapter(schema: type) -> TypeAdapter:
 # --- types ----------------------------------------------------------------------------------------
 
 
-def read_as(kind: Any) -> Any:
-    """A type that OmegaConf takes any value for, such as a dict with new names."""
-    return Annotated[Any, GetPydanticSchema(lambda _, handler: handler.generate_schema(kind))]
+def read_as(kind: Any, expected: str = "") -> Any:
+    """A type that OmegaConf takes any value for, such as a dict with new names.
+
+    Args:
+        expected: the reason for which any other value is refused; by default pydantic's.
+    """
+
+    def schema(_: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        inner = handler.generate_schema(kind)
+        if not expected:
+            return inner
+        return custom_error_schema(inner, "unexpected", custom_error_message=expected)
+
+    return Annotated[Any, GetPydanticSchema(schema)]
 
 
-def check_rate(rate: Any) -> Any:
-    is_number = type(rate) in (int, float) and 0 < rate < math.inf
-    if rate != AUTO and not is_number:
-        raise ValueError("expected a positive number, or auto")
-    return rate
-
-
-def check_growths(growths: Any) -> Any:
-    """One growth r of x' = r x (1 - x), which leaves [0, 1] above 4, or several."""
-    numbers = growths if isinstance(growths, list) else [growths]
-    if not all(type(growth) in (int, float) and 0 < growth <= 4 for growth in numbers):
-        raise ValueError("expected numbers above 0 and up to 4")
-    return growths
-
-
-def check_target_names(targets: Any) -> Any:
-    is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    if not (is_list or targets is None or isinstance(targets, str)):
-        raise ValueError("expected a list of module names, a regular expression or all-linear")
+def check_pattern(targets: list[str] | str | None) -> list[str] | str | None:
     try:
         re.compile(targets if isinstance(targets, str) else "")
     except re.error as error:
@@ -101,9 +96,20 @@ Filled = Field(min_length=1)
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
-Rate = Annotated[Any, AfterValidator(check_rate)]
-Growths = Annotated[Any, AfterValidator(check_growths)]
-Targets = Annotated[Any, AfterValidator(check_target_names)]
+Rate = read_as(
+    Annotated[float, Field(strict=True, gt=0, lt=math.inf)] | Literal["auto"],
+    "expected a positive number, or auto",
+)
+Growth = Annotated[float, Field(strict=True, gt=0, le=4)]
+"""r of x' = r x (1 - x), which leaves [0, 1] above 4."""
+Growths = read_as(Growth | list[Growth], "expected numbers above 0 and up to 4")
+Targets = Annotated[
+    read_as(
+        list[str] | str | None,
+        "expected a list of module names, a regular expression or all-linear",
+    ),
+    AfterValidator(check_pattern),
+]
 Address = Annotated[str, Field(pattern=r"^https?://[\w.:\[\]-]+(/\S*)?$")]
 # A file system takes names of 255 bytes, and a folder is written under a longer name first.
 FolderName = Annotated[str, Field(max_length=200), AfterValidator(check_folder_name)]
