@@ -224,7 +224,7 @@ def _tokenize(source: Source, reader: Reader) -> TokenizedRows:
     digest = reader.digest(source.fingerprint)
 
     def write(folder: Path) -> None:
-        rows = iter(source.located())
+        rows = iter(source)
         with pyarrow.ipc.new_stream(str(folder / "rows.arrow"), SCHEMA) as writer:
             for number, chunk in enumerate(
                 iter(lambda: list(itertools.islice(rows, ROWS_AT_ONCE)), [])
@@ -284,7 +284,7 @@ def held_out_questions(config: DataConfig, tokenizer: Any) -> list[Iterator[Ques
 def _first_questions(config: DataConfig, tokenizer: Any) -> Iterator[Question]:
     reader = Reader(config, tokenizer)
     _, source = open_sources(config)
-    for place, row in source.located():
+    for place, row in source:
         yield from reader.questions(place, row)[:1]
 
 
@@ -297,7 +297,7 @@ def training_questions(config: DataConfig, tokenizer: Any) -> list[Question]:
             source, _ = open_sources(part)
             longest = part.max_length
             rows = []
-            for each in source.located():
+            for each in source:
                 questions = reader.questions(*each)
                 rows.append([asked for asked in questions if len(asked.prompt_ids) <= longest])
             parts.append([*filter(None, rows)])

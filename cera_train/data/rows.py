@@ -62,14 +62,15 @@ class Source:
             name,
         )
 
+    def __iter__(self) -> Iterator[PlacedRow]:
+        return iter(self.located())
+
     def first(self, count: int | None) -> Source:
         """The first rows; None: all."""
         if count is None:
             return self
         fingerprint = f"{self.fingerprint} [0:{count}]"
-        return replace(
-            self, fingerprint=fingerprint, located=lambda: itertools.islice(self.located(), count)
-        )
+        return replace(self, fingerprint=fingerprint, located=lambda: itertools.islice(self, count))
 
 
 def cell_of(row: Row, name: str, fix: str) -> Any:

@@ -186,11 +186,11 @@ def first_training_rows(config: DataConfig) -> Iterator[PlacedRow]:
     """The first rows of the training files, of the split on the Hub, or of those computed."""
     count = min(FIRST_ROWS, config.train_rows or FIRST_ROWS)
     if config.is_computed:
-        rows = open_sources(replace(config, train_rows=count))[0].located()
+        rows = open_sources(replace(config, train_rows=count))[0]
     elif config.train_files:
         rows = rows_of(check_files(config.train_files, "data.train_files"))
     else:
-        rows = from_hub(config, "data.train_split", config.streaming).located()
+        rows = from_hub(config, "data.train_split", config.streaming)
     return itertools.islice(rows, count)
 
 
@@ -232,9 +232,7 @@ def _split(
     numbers = functools.cache(held_out)
 
     def rows(evaluate: bool) -> Iterator[PlacedRow]:
-        return (
-            row for number, row in enumerate(source.located()) if (number in numbers()) == evaluate
-        )
+        return (row for number, row in enumerate(source) if (number in numbers()) == evaluate)
 
     train, evaluation = (
         replace(source, fingerprint=f"{source.fingerprint} {name}", located=partial(rows, evaluate))
@@ -244,7 +242,7 @@ def _split(
 
 
 def last_rows(count: int, source: Source) -> range:
-    total = sum(1 for _ in source.located())
+    total = sum(1 for _ in source)
     require(
         count < total or total == 0,
         f"data.eval_rows={count} holds out all {counted(total, 'row')} of {source.name}: lower it.",
@@ -266,7 +264,7 @@ def rows_by_prompt(config: DataConfig, source: Source) -> set[int]:
         UserError: no prompt would be left to train on.
     """
     numbers = collections.defaultdict[bytes, list[int]](list)
-    for number, (place, row) in enumerate(source.located()):
+    for number, (place, row) in enumerate(source):
         with errors_at(place):
             chat = chat_of(row, config, is_templated=False)
         if chat is not None:
@@ -335,7 +333,7 @@ def from_hub(config: DataConfig | TaskConfig, setting: str, streaming: bool = Fa
 def streamed(source: Source) -> Iterator[PlacedRow]:
     """Rows that are downloaded as they are read. Raises UserError where one cannot be read."""
     try:
-        yield from source.located()
+        yield from source
     except Exception as error:  # each format and storage raises its own
         reason = " ".join(error_text(error).split()).rstrip(".")
         raise UserError(

@@ -64,7 +64,7 @@ def data_size(config: PlanRun, read: tuple[PlanRun, Data] | None) -> DataSize:
     supervised = 1.0
     facts = data.facts
     if is_here(data):
-        train_rows, eval_rows = (sum(1 for _ in rows.located()) for rows in open_sources(data))
+        train_rows, eval_rows = (sum(1 for _ in rows) for rows in open_sources(data))
     elif data.mix is not None and eval_rows is not None:
         eval_rows *= len(data.mix)
     elif facts is not None and facts.of == data.path:

@@ -46,7 +46,7 @@ def ask(config: ChatConfig) -> None:
 
 def read_prompts(file: str, data: DataConfig) -> Iterator[tuple[str, Row]]:
     """The questions of a file, each after its place: rows of a data set, or lines of text."""
-    for place, row in from_files([file], "prompts", whole_text=True).located():
+    for place, row in from_files([file], "prompts", whole_text=True):
         if suffix_of(file) != ".txt":
             yield place, row
             continue

@@ -29,7 +29,7 @@ def data_config(train, evaluation=(), **settings) -> DataConfig:
 
 
 def rows_in(*sources) -> list:
-    return [[row for _, row in source.located()] for source in sources]
+    return [[row for _, row in source] for source in sources]
 
 
 def rows_of(*paths) -> list[dict]:

@@ -36,7 +36,7 @@ class Perplexity(Task):
             check_length(model, config.window, "task.window")
             source = open_rows(config)
             texts = []
-            for place, row in source.located():
+            for place, row in source:
                 with errors_at(place):
                     texts.append(text_of(row, "text"))
             with errors_at(source.name):

@@ -117,7 +117,7 @@ class QuestionTask(AnswerTask):
     def _read(self, source: Source) -> Iterator[Problem]:
         config = self.config
         columns = columns_of(config.prompt)
-        for place, row in source.located():
+        for place, row in source:
             with errors_at(place):
                 if config.level is not None and level_of(row) != str(config.level):
                     continue
@@ -270,7 +270,7 @@ def training_texts(data: DataConfig) -> Iterator[str]:
     """The texts in the cells of all training rows, normalised."""
     for _, part in data.trained_parts():
         source, *_ = open_sources(part)
-        for _, row in source.located():
+        for _, row in source:
             yield from (normalized(cell) for cell in flatten(row).values() if isinstance(cell, str))
 
 
