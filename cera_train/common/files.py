@@ -126,7 +126,7 @@ def remove_folder(path: Path) -> None:
 
 def write_checksums(folder: Path) -> None:
     """Writes the checksum of every file in a folder, for `find_damage`."""
-    sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    sums = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
 
 
@@ -139,7 +139,7 @@ def find_damage(folder: Path) -> str | None:
     try:
         sums = read_json(folder / checked)
         for checked, written in sums.items():
-            if checked != Path(checked).name or _sha256(folder / checked) != written:
+            if checked != Path(checked).name or sha256_of(folder / checked) != written:
                 return f"{checked}: checksum differs"
     except (OSError, ValueError) as error:
         return f"{checked}: {error_text(error)}"
@@ -178,8 +178,8 @@ def _sample(path: Path) -> dict[str, str]:
     return samples
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+def sha256_of(path: str | Path) -> str:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import hashlib
 import io
 import itertools
 import json
@@ -24,6 +23,7 @@ from typing import Any
 import fsspec
 
 from cera_train.common.errors import UserError, error_text, errors_at
+from cera_train.common.files import sha256_of
 from cera_train.common.settings import require
 
 Row = dict[str, Any]
@@ -197,8 +197,7 @@ def _content_digest(path: str) -> str:
     storage reports them."""
     if "://" in path:
         return str(fsspec.filesystem(path.partition("://")[0]).info(path))
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def _open(path: str) -> Any:

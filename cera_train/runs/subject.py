@@ -3,13 +3,13 @@ anything, so that a mistake is reported at once."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from cera_train.adapters.folder import check_saved, check_start, is_saved_in, weights_file
 from cera_train.common.errors import UserError
+from cera_train.common.files import sha256_of
 from cera_train.common.settings import require
 from cera_train.common.terminal import announce_import
 from cera_train.model.path import check_model
@@ -170,8 +170,7 @@ def is_export(folder: Path) -> bool:
 
 def digest_of(adapter: Path) -> str:
     """Digest of an adapter's weights: the files in a folder can change."""
-    with weights_file(adapter).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256_of(weights_file(adapter))[:16]
 
 
 def base_of(adapter: Path, trust_remote_code: bool = False) -> ModelConfig:
