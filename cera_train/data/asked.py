@@ -27,7 +27,7 @@ def choose_rows(
     """
     if trained_on is not None:
         _, rows = next(trained_on.trained_parts())
-        if rows.layout == Layout.documents or rows.prompt == "":
+        if not rows.asks:
             return PLAIN
         settings = rows.template_settings | settings
         return replace(rows, rejected=None, template_settings=settings)

@@ -186,11 +186,8 @@ class DataConfig(Settings):
             has_templates,
             f"data.layout=text needs data.prompt and data.completion, such as {example}.",
         )
-        is_text_alone = self.layout == Layout.documents or (
-            self.layout == Layout.text and not self.prompt
-        )
         require(
-            not (is_text_alone and self.chat == Writing.template),
+            self.asks or self.chat != Writing.template,
             "data.chat=template writes a question and its answer, and documents ask nothing: leave "
             "it out.",
         )
@@ -246,6 +243,13 @@ class DataConfig(Settings):
         for number, part in enumerate(self.parts()):
             if self.mix is None or self.mix[number].weight != 0:
                 yield part
+
+    @property
+    def asks(self) -> bool:
+        """Whether a row has a prompt: a document has none, nor a text where data.prompt is
+        empty."""
+        has_none = self.layout == Layout.text and not self.prompt
+        return self.layout != Layout.documents and not has_none
 
     @property
     def is_paired(self) -> bool:

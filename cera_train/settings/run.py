@@ -132,8 +132,7 @@ def check_objective(objective: ObjectiveKind, data: DataConfig) -> None:
 
 def has_prompts(data: DataConfig) -> bool:
     """Whether a row has a prompt before the text that is supervised."""
-    is_running_text = data.layout == Layout.text and not data.prompt
-    return data.layout != Layout.documents and not is_running_text and data.loss_on != LossOn.all
+    return data.asks and data.loss_on != LossOn.all
 
 
 GpuKind = StrEnum("GpuKind", ["h100", "a100", "l40s", "rtx4090", "cpu"])
