@@ -2,7 +2,7 @@
 and commands may still name them."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_yaml
@@ -12,24 +12,16 @@ LAST = "0.2.0"  # the last release that had them
 ANY = "any"
 
 
-class Gone(NamedTuple):
-    instead: str
-    unused: Any = None
-
-    def is_unused(self, value: Any) -> bool:
-        """Whether a recorded value means the same to a run as none."""
-        return self.unused == ANY or value in (None, self.unused)
-
-
 TABLE = read_yaml(Path(__file__).with_suffix(".yaml"))
-GONE = {key: Gone(*row) if isinstance(row, list) else Gone(row) for key, row in TABLE.items()}
+GONE = {key: row if isinstance(row, list) else [row, None] for key, row in TABLE.items()}
+"""What to do instead, and the recorded value that means the same to a run as none."""
 
 
 def describe_gone(setting: str) -> str | None:
     """What to do instead of a key, or KEY=VALUE, if the key or the choice is gone; else None."""
-    for known, gone in GONE.items():
+    for known, (instead, _) in GONE.items():
         if setting == known or setting.startswith((f"{known}.", f"{known}=")):
-            return f"{known}: cera-train {LAST} was the last that had it: {gone.instead}."
+            return f"{known}: cera-train {LAST} was the last that had it: {instead}."
     return None
 
 
@@ -46,7 +38,8 @@ def without_gone(tree: Any, place: str, key: str = "") -> Any:
         kept = {}
         for name, value in tree.items():
             inner = f"{key}.{name}" if key else str(name)
-            if inner not in GONE or not GONE[inner].is_unused(value):
+            instead, unused = GONE.get(inner, (None, None))
+            if instead is None or (unused != ANY and value not in (None, unused)):
                 kept[name] = without_gone(value, place, inner)
         return kept
     if isinstance(tree, list):
