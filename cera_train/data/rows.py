@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.utils import infer_compression
 
 from cera_train.common.errors import UserError, error_text, errors_at
 from cera_train.common.files import sha256_of
@@ -107,8 +108,6 @@ def kind_of(value: Any) -> str:
 
 # --- rows of files --------------------------------------------------------------------------------
 
-COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
-
 STORAGES = ("file", "s3", "gs", "az", "hf", "https", "http")
 """Where files are read from. fsspec knows more protocols, such as one that renders a stranger's
 template."""
@@ -144,8 +143,8 @@ def rows_of(paths: Iterable[str], whole_text: bool = False) -> Iterator[PlacedRo
 
 def suffix_of(path: str) -> str:
     """The suffix that chooses the reader: .jsonl of rows.jsonl.gz."""
-    name = path.lower()
-    return Path(name.removesuffix(Path(name).suffix) if name.endswith(COMPRESSED) else name).suffix
+    name = Path(path.lower())
+    return Path(name.stem if infer_compression(path) else name).suffix
 
 
 def check_files(names: Sequence[str], setting: str) -> list[str]:
