@@ -112,7 +112,7 @@ BUDGETS = {
     "cera_train/cera": 8_166,
     "cera_train/cli": 6_431,
     "cera_train/common": 4_779,
-    "cera_train/data": 16_225,
+    "cera_train/data": 16_104,
     "cera_train/distributed": 2_490,
     "cera_train/evaluation": 16_718,
     "cera_train/model": 9_500,
@@ -125,7 +125,7 @@ BUDGETS = {
     "cera_train/sweep": 3_595,
     "cera_train/training": 12_290,
     "cera_train/verdicts": 3_420,
-    "cera_train": 137_728,
+    "cera_train": 137_607,
     "tests": 130_000,
     "benchmarks": 27_960,
 }

@@ -1,5 +1,5 @@
-"""A row of a data set, its place and the text in its cells; and the rows of files, local or
-wherever fsspec reaches: s3://..., hf://..., https://.... Nothing here imports torch.
+"""A row of a data set, its place and the text in its cells; and the rows of files. Nothing here
+imports torch.
 
 The readers of `datasets` change rows: 42 beside 0.5 becomes 42.0, 2026-01-01 a date, a missing
 column null. The tokens of a row would then depend on the rows around it.
@@ -108,10 +108,6 @@ def kind_of(value: Any) -> str:
 
 # --- rows of files --------------------------------------------------------------------------------
 
-STORAGES = ("file", "s3", "gs", "az", "hf", "https", "http")
-"""Where files are read from. fsspec knows more protocols, such as one that renders a stranger's
-template."""
-
 
 def from_files(names: Sequence[str], setting: str, whole_text: bool = False) -> Source:
     """The rows of files, one file after the other. Messages name `setting`, the key that names the
@@ -119,7 +115,7 @@ def from_files(names: Sequence[str], setting: str, whole_text: bool = False) -> 
     paths = check_files(names, setting)
     title = f"{setting}=[{','.join(names[:3])}{',...' if len(names) > 3 else ''}]"
     return Source(
-        " ".join(map(_content_digest, paths)),
+        " ".join(map(sha256_of, paths)),
         lambda: rows_of(paths, whole_text),
         title,
         is_text=".txt" in map(suffix_of, paths),
@@ -134,7 +130,7 @@ def rows_of(paths: Iterable[str], whole_text: bool = False) -> Iterator[PlacedRo
             yield from readers[suffix_of(path)](path)
         except UserError:
             raise
-        except Exception as error:  # each storage, compression and format raises its own errors
+        except Exception as error:  # each compression and format raises its own errors
             reason = " ".join(error_text(error).split())
             raise UserError(
                 f"{path}: cannot read it: {reason}. Fix it, or write it again as UTF-8."
@@ -148,8 +144,8 @@ def suffix_of(path: str) -> str:
 
 
 def check_files(names: Sequence[str], setting: str) -> list[str]:
-    """The files of these names; a name with a * stands for all files that match. Opens no local
-    file: a pipe would wait for a writer."""
+    """The files of these names; a name with a * stands for all files that match. Opens none: a pipe
+    would wait for a writer."""
     paths = []
     for name in names:
         with errors_at(f"{setting}={name}"):
@@ -158,25 +154,18 @@ def check_files(names: Sequence[str], setting: str) -> list[str]:
 
 
 def _matching_files(name: str) -> list[str]:
-    storage = name.partition("://")[0] if "://" in name else "file"
-    if "::" in name or storage not in STORAGES:
-        raise UserError(
-            f"files are read from {', '.join(f'{each}://' for each in STORAGES)}: copy it to one "
-            f"of these."
-        )
+    # fsspec knows protocols that run programs, such as one that renders a stranger's template.
+    require(
+        "://" not in name and "::" not in name,
+        "files of this machine are read, by their paths: copy it here first, or set data.path to a "
+        "data set on the Hub.",
+    )
+    path = os.path.expanduser(name)
+    paths = sorted(glob.glob(path)) if "*" in name else [path]
     try:
-        system = fsspec.filesystem(storage)
-        paths = [os.path.expanduser(name.removeprefix("file://")) if storage == "file" else name]
-        if "*" in name:
-            paths = (
-                glob.glob(paths[0])
-                if storage == "file"
-                else map(system.unstrip_protocol, system.glob(name))
-            )
-        paths = sorted(paths)
         for path in paths:
-            system.info(path)  # raises where there is no such file
-    except Exception as error:  # each storage raises its own
+            os.stat(path)
+    except OSError as error:
         raise UserError(
             f"cannot read the file: {error_text(error)}. Name one that is there."
         ) from error
@@ -189,14 +178,6 @@ def _matching_files(name: str) -> list[str]:
             "rename it.",
         )
     return paths
-
-
-def _content_digest(path: str) -> str:
-    """A digest that changes with the content. For a remote file: its size and version, as the
-    storage reports them."""
-    if "://" in path:
-        return str(fsspec.filesystem(path.partition("://")[0]).info(path))
-    return sha256_of(path)
 
 
 def _open(path: str) -> Any:

@@ -107,9 +107,9 @@ class DataConfig(Settings):
     """Splits in the notation of `datasets`: `train[:100000]`."""
     train_files: list[str] = setting(list, "result")
     eval_files: list[str] = setting(list, "result")
-    """jsonl, json, csv, parquet or txt files, here or elsewhere (s3://...). Without eval_files, the
-    last eval_rows rows of train_files are held out; without eval_rows too, 5 % of the rows, at most
-    500, by their prompts."""
+    """jsonl, json, csv, parquet or txt files. Without eval_files, the last eval_rows rows of
+    train_files are held out; without eval_rows too, 5 % of the rows, at most 500, by their
+    prompts."""
     prompt: str | None = setting(None, "tokens")
     completion: str | None = setting(None, "tokens")
     """Templates of layout text, with {column} for a row's columns. The completion starts where the

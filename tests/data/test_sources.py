@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.data import rows as data_rows
 from cera_train.data.sources import open_sources
 from cera_train.settings.data import DataConfig
 
@@ -68,27 +67,6 @@ def test_cells_of_a_table_are_text(tmp_path, name, separator):
         {"question": "007", "answer": 'a "b", c\nd'},
         {"question": "2026-01-01", "answer": ""},
     ]
-
-
-def test_remote_files_are_read_like_local_ones(monkeypatch):
-    import fsspec
-
-    monkeypatch.setattr(data_rows, "STORAGES", ("memory",))
-    lines = [json.dumps(row) + "\n" for row in number_rows(5)]
-    with fsspec.open("memory://bucket/a.jsonl.gz", "wt", compression="gzip") as one:
-        one.writelines(lines[:3])
-    with fsspec.open("memory://bucket/b.jsonl", "wt") as other:
-        other.writelines(lines[3:])
-    config = data_config(["memory://bucket/*"], eval_rows=2)
-    assert rows_in(*open_sources(config)) == [number_rows(3), number_rows(5)[3:]]
-    before = open_sources(config)[0].fingerprint
-    with fsspec.open("memory://bucket/b.jsonl", "wt") as other:
-        other.writelines(lines[2:])
-    assert open_sources(config)[0].fingerprint != before
-    with pytest.raises(
-        UserError, match=r"data.train_files=memory://bucket/no.jsonl: cannot read the file: "
-    ):
-        open_sources(data_config(["memory://bucket/no.jsonl"], eval_rows=1))
 
 
 def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_rows(tmp_path):
