@@ -55,9 +55,21 @@ def errors_at(place: str) -> Iterator[None]:
         raise type(error)(f"{place}: {error}" if place else str(error)) from error
 
 
+@contextlib.contextmanager
+def errors_as(problem: str, fix: str) -> Iterator[None]:
+    """Turns what a library raises inside, as on a stranger's file, into a UserError. UserErrors
+    pass."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # parsers can raise any exception on arbitrary bytes
+        raise UserError(f"{problem}: {error_text(error).rstrip('.')}. {fix}") from error
+
+
 def error_text(error: BaseException) -> str:
-    """The message of an error; for an OSError, without its number and path."""
-    return getattr(error, "strerror", None) or str(error)
+    """The message of an error on one line; for an OSError, without its number and path."""
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())
 
 
 def explain(error: BaseException) -> str | None:

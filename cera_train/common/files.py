@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from cera_train.common.errors import UserError, error_text
+from cera_train.common.errors import UserError, error_text, errors_as
 from cera_train.common.settings import map_values
 
 WRITING = ".writing-"  # prefix of files and folders that are still being written
@@ -69,12 +69,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def read_parsed(path: Path, parse: Callable[[bytes], Any], fix: str) -> dict[str, Any]:
     """Reads names and values; raises UserError with the fix for anything else."""
-    try:
+    with errors_as(f"{path} is broken", fix):
         tree = parse(path.read_bytes())
-    except Exception as error:  # parsers can raise any exception on arbitrary bytes
-        raise UserError(
-            f"{path} is broken: {' '.join(error_text(error).split())}. {fix}"
-        ) from error
     if not isinstance(tree, dict):
         raise UserError(
             f"{path} is broken: expected names and values, got {type(tree).__name__}. {fix}"
@@ -154,10 +150,8 @@ def sampled_digest(files: Iterable[Path]) -> str:
     Equal however they are divided into files. Raises UserError for a damaged file."""
     samples = {}
     for path in files:
-        try:
+        with errors_as(f"{path} is damaged", "Restore it."):
             samples |= _sample(path)
-        except Exception as error:  # the header may hold anything
-            raise UserError(f"{path} is damaged: {error_text(error)}. Restore it.") from error
     return hashlib.sha256(json.dumps(samples, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import errors_as
 
 OF_SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)
 # In order of precedence: a scheduler's signal wins, since it restarts the job.
@@ -41,13 +41,9 @@ class Interrupted(SystemExit):
         handler = signal.getsignal(self.signal)
         if not callable(handler) or handler in (signal.default_int_handler, stop_at_once):
             return
-        try:
+        problem = "saved, but the scheduler could not requeue it"
+        with errors_as(problem, "The same command resumes it."):
             handler(self.signal, None)
-        except Exception as error:
-            raise UserError(
-                f"saved, but the scheduler could not requeue it: {error} "
-                "The same command resumes it."
-            ) from error
         if self.signal in OF_SCHEDULERS:
             raise SystemExit(0)
 

@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, errors_as
 from cera_train.common.settings import require
 from cera_train.data.messages import TURNS, messages_of, own_settings, tools_of
 from cera_train.data.rendering import Chat
@@ -267,12 +267,8 @@ def columns_read(config: DataConfig) -> tuple[list[str], list[str]]:
 def columns_of(template: str, setting: str = "template") -> list[str]:
     """The columns that a setting's template names. A template that does more is refused: `{a.b}`,
     `{a[0]}`, `{a:>9}`."""
-    try:
+    with errors_as(f"{setting}={template!r} is malformed", "Write a literal brace twice."):
         fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
-    except ValueError as error:
-        raise UserError(
-            f"{setting}={template!r} is malformed: {error}. Write a literal brace twice."
-        ) from None
     for _, name, format_spec, conversion in fields:
         if format_spec or conversion or not re.fullmatch(r"[^\W\d][^.\[{]*", name):
             reason = f"{{{name}}} is not just the name of a column. Write a literal brace twice."

@@ -4,7 +4,7 @@ here imports torch."""
 import json
 from typing import Any
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, errors_as
 from cera_train.common.settings import require
 from cera_train.data.rows import Row, as_text, cell_of, kind_of
 from cera_train.settings.data import Layout
@@ -147,12 +147,8 @@ def tools_of(row: Row) -> list[Row] | None:
     """The tools that a row's column `tools` describes to the model: a list, or a list as JSON."""
     tools = row.get("tools")
     if isinstance(tools, str):
-        try:
+        with errors_as("column 'tools' holds broken JSON", "Write a list of tools."):
             tools = json.loads(tools.strip() or "null")
-        except ValueError as error:
-            raise UserError(
-                f"column 'tools' holds broken JSON ({error}): write a list of tools."
-            ) from error
     tools = _without_nulls(tools) or []
     are_tools = isinstance(tools, list) and all(map(_is_tool, tools))
     require(are_tools, f"column 'tools' is {str(tools)[:60]!r}: {TOOLS}.")

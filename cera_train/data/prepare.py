@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.compute
 
-from cera_train.common.errors import UserError, errors_at
+from cera_train.common.errors import UserError, errors_as, errors_at
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import require
 from cera_train.common.terminal import announce
@@ -238,14 +238,9 @@ def _tokenize(source: Source, reader: Reader) -> TokenizedRows:
     # A .txt file that is renamed to .jsonl has the same content, and other rows.
     folder = f"tokens/{digest}-txt" if source.is_text else f"tokens/{digest}"
     file = cached_folder(folder, write) / "rows.arrow"
-    try:
-        rows = TokenizedRows(
-            pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all(), digest
-        )
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise UserError(
-            f"{file} is broken: {error}. Remove {file.parent}: it is written anew."
-        ) from error
+    with errors_as(f"{file} is broken", f"Remove {file.parent}: it is written anew."):
+        table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
+    rows = TokenizedRows(table, digest)
     if not rows:
         empty, beyond = rows.dropped
         raise UserError(

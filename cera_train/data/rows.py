@@ -23,7 +23,7 @@ from typing import Any
 import fsspec
 from fsspec.utils import infer_compression
 
-from cera_train.common.errors import UserError, error_text, errors_at
+from cera_train.common.errors import UserError, errors_as, errors_at
 from cera_train.common.files import sha256_of
 from cera_train.common.settings import require
 
@@ -126,15 +126,8 @@ def rows_of(paths: Iterable[str], whole_text: bool = False) -> Iterator[PlacedRo
     """The rows of files, one file after the other."""
     readers = READERS | {".txt": _read_text} if whole_text else READERS
     for path in paths:
-        try:
+        with errors_as(f"{path}: cannot read it", "Fix it, or write it again as UTF-8."):
             yield from readers[suffix_of(path)](path)
-        except UserError:
-            raise
-        except Exception as error:  # each compression and format raises its own errors
-            reason = " ".join(error_text(error).split())
-            raise UserError(
-                f"{path}: cannot read it: {reason}. Fix it, or write it again as UTF-8."
-            ) from error
 
 
 def suffix_of(path: str) -> str:
@@ -162,13 +155,9 @@ def _matching_files(name: str) -> list[str]:
     )
     path = os.path.expanduser(name)
     paths = sorted(glob.glob(path)) if "*" in name else [path]
-    try:
+    with errors_as("cannot read the file", "Name one that is there."):
         for path in paths:
             os.stat(path)
-    except OSError as error:
-        raise UserError(
-            f"cannot read the file: {error_text(error)}. Name one that is there."
-        ) from error
     require(bool(paths), f"no file matches this pattern (from {Path.cwd()}).")
     suffixes = ", ".join(READERS)
     for path in paths:

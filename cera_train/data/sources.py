@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from cera_train.common.errors import UserError, error_text, errors_at
+from cera_train.common.errors import UserError, errors_as, errors_at
 from cera_train.common.libraries import hub_or_cache, offline_reason
 from cera_train.common.settings import require, word_of
 from cera_train.common.terminal import counted
@@ -332,14 +332,9 @@ def from_hub(config: DataConfig | TaskConfig, setting: str, streaming: bool = Fa
 
 def streamed(source: Source) -> Iterator[PlacedRow]:
     """Rows that are downloaded as they are read. Raises UserError where one cannot be read."""
-    try:
+    fix = "Fix the file, or repeat the command if the network failed."
+    with errors_as(f"{source.name}: cannot read its rows", fix):
         yield from source
-    except Exception as error:  # each format and storage raises its own
-        reason = " ".join(error_text(error).split()).rstrip(".")
-        raise UserError(
-            f"{source.name}: cannot read its rows: {reason}. Fix the file, or repeat the command "
-            "if the network failed."
-        ) from error
 
 
 # --- a mix of sources -----------------------------------------------------------------------------

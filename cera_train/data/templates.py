@@ -15,7 +15,7 @@ import jinja2
 import jinja2.meta
 import jinja2.sandbox
 
-from cera_train.common.errors import UserError, errors_at
+from cera_train.common.errors import UserError, error_text, errors_as, errors_at
 from cera_train.common.settings import require
 from cera_train.data.rows import Row, as_text
 
@@ -88,7 +88,7 @@ class ChatTemplate:
                 **self.settings | switch,
             )
         except Exception as error:  # a template is a program, and raises what it likes
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = error_text(error) or type(error).__name__
             fix = "Fix the row, or use data.chat=plain."
             raise Refusal(f"the chat template refuses these messages: {reason}. {fix}") from error
         text = as_text(text, "the chat")
@@ -244,11 +244,9 @@ def variables_of(text: str) -> frozenset[str]:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         extensions=["jinja2.ext.loopcontrols"]
     )
-    try:
+    fix = "Fix chat_template.jinja beside the model's tokenizer, or use data.chat=plain."
+    with errors_as("the chat template is malformed", fix):
         return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(text)))
-    except jinja2.TemplateError as error:
-        fix = "Fix chat_template.jinja beside the model's tokenizer, or use data.chat=plain."
-        raise UserError(f"the chat template is malformed: {error}. {fix}") from error
 
 
 def with_date(text: str, today: str) -> str:

@@ -151,7 +151,7 @@ def _find_attention(
                     return True, name, tuple(refused)
                 reason = "other logits"
             except REFUSALS as error:
-                reason = " ".join(error_text(error).split())[:200]
+                reason = error_text(error)[:200]
             refused.append(f"{name} attention: {reason}")
     finally:
         causal_lm.set_attn_implementation(before)
