@@ -10,7 +10,7 @@ that is chosen for not having diverged would be chosen by what judges.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -40,11 +40,6 @@ if TYPE_CHECKING:
 ARM = "study.arm"
 BASE = "study.base"
 SEED = "train.seed"
-
-
-def describe_choices(choices: Iterable[tuple[str, str]]) -> str:
-    """Choices in words, such as `adapter.r=16, data.max_length=64`."""
-    return ", ".join(f"{key}={value}" for key, value in choices)
 
 
 # --- what a run measured --------------------------------------------------------------------------
@@ -160,13 +155,13 @@ class Cell:
     study: Study
     arm: str
     choices: dict[str, str]
-    """The condition, such as {"adapter.r": "16"}, without the settings that the arm sets itself."""
+    """The condition, such as {"adapter.r": "16"}."""
     grid: list[GridPoint]
 
     @property
     def condition(self) -> str:
         """The condition in words, such as `adapter.r=16`; empty where a study has none."""
-        return describe_choices(self.choices.items())
+        return ", ".join(f"{key}={value}" for key, value in self.choices.items())
 
     @property
     def name(self) -> str:

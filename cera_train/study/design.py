@@ -51,8 +51,7 @@ baseline's. The rest of conf/adapter/NAME is what the method is."""
 
 def study_record(config: DictConfig) -> SweepRecord:
     """The content of sweep.json: every arm, base, condition, tuned value and seed that tunes. What
-    an arm or a base sets stands in the place of a condition, and of an argument. `config` has
-    Hydra's section."""
+    an arm or a base sets stands in the place of an argument. `config` has Hydra's section."""
     section = OmegaConf.to_container(config.study)
     study = read_config(section)
     dimensions: dict[str, Sequence[Any]] = {ARM: list(study.arms)}

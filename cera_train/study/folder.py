@@ -16,7 +16,7 @@ from cera_train.common.settings import key_of, require
 from cera_train.settings.gone import describe_gone, without_gone
 from cera_train.settings.sweep import StudyConfig
 from cera_train.settings.values import checked
-from cera_train.study.cells import ARM, BASE, SEED, Cell, GridPoint, describe_choices, means_of
+from cera_train.study.cells import ARM, BASE, SEED, Cell, GridPoint, means_of
 from cera_train.sweep.folder import RECORD, SweepRecord
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ def read_config(section: Any) -> StudyConfig:
     in two places, or is not one of a study."""
     study = checked(StudyConfig, section, "study")
     arms, bases = (
-        [key_of(word) for words in groups.values() for word in words]
+        [word for words in groups.values() for word in words]
         for groups in (study.arms, study.bases)
     )
     places: dict[str, str] = {}
@@ -37,14 +37,14 @@ def read_config(section: Any) -> StudyConfig:
         ("study.tune", study.tune),
         ("study.conditions", study.conditions),
     ):
-        for key in dict.fromkeys(keys):
+        for key in dict.fromkeys(map(key_of, keys)):
             gone = describe_gone(key)
             require(gone is None, f"{group}: {gone}")
             fix = "every arm has study.seeds=N seeds. Leave it out."
             require(key != SEED, f"{group}.{key}: {fix}")
             other = places.get(key)
-            is_free = other is None or (other, group) == ("an arm", "study.conditions")
-            require(is_free, f"{group}.{key}: {other} sets {key} too. Keep one.")
+            fix = "Keep one: 0.2.0 was the last to take an arm's beside a condition's."
+            require(other is None, f"{group}.{key}: {other} sets {key} too. {fix}")
             places[key] = group
     return study
 
@@ -82,7 +82,7 @@ class Study:
             if values[SEED] != "0":
                 continue
             arm = values[ARM]
-            choices = tuple((key, values[key]) for key in self._open_conditions(arm))
+            choices = tuple((key, values[key]) for key in self.config.conditions)
             tuned = {key: values[key] for key in self.config.tune if key in values}
             grid = grids.setdefault((arm, choices), {})
             grid.setdefault(tuple(tuned.values()), GridPoint(tuned, overrides))
@@ -91,35 +91,22 @@ class Study:
             for (arm, choices), grid in grids.items()
         ]
 
-    def _open_conditions(self, arm: str) -> list[str]:
-        """The conditions whose setting an arm does not set itself."""
-        set_by_arm = {key_of(word) for word in self.config.arms[arm]}
-        return [key for key in self.config.conditions if key_of(key) not in set_by_arm]
-
     @property
     def by_condition(self) -> dict[str, dict[str, Cell]]:
-        """Condition -> arm -> cell. An arm that has a condition's setting itself stands under all
-        of its values."""
-        choices = dict.fromkeys(choice for cell in self.cells for choice in cell.choices.items())
-        by_key = [
-            [choice for choice in choices if choice[0] == key] for key in self.config.conditions
-        ]
-        return {
-            describe_choices(condition): {
-                cell.arm: cell for cell in self.cells if cell.choices.items() <= {*condition}
-            }
-            for condition in itertools.product(*filter(None, by_key))
-        }
+        """Condition -> arm -> cell."""
+        cells: dict[str, dict[str, Cell]] = {}
+        for cell in self.cells:
+            cells.setdefault(cell.condition, {})[cell.arm] = cell
+        return cells
 
     def comparisons(self) -> list[Comparison]:
-        """Every two sides to compare, once."""
-        comparisons = {}
-        for cells in self.by_condition.values():
-            for asked, *arms in self.config.comparisons:
-                if {*itertools.chain(*arms)} <= cells.keys():
-                    sides = [tuple(cells[arm] for arm in side) for side in arms]
-                    comparisons[(*sides,)] = Comparison(asked, *sides)
-        return list(comparisons.values())
+        """Every two sides to compare."""
+        return [
+            Comparison(asked, *(tuple(cells[arm] for arm in side) for side in arms))
+            for cells in self.by_condition.values()
+            for asked, *arms in self.config.comparisons
+            if {*itertools.chain(*arms)} <= cells.keys()
+        ]
 
     def is_primary(self, asked: str) -> bool:
         """Whether a comparison is tested before the others."""
@@ -128,11 +115,9 @@ class Study:
     def planned_contrasts(self, is_primary: bool) -> int:
         """The number of primary, or of other, verdicts that the study's file plans, over which
         Holm's method corrects. Otherwise dropping arms could flip a verdict."""
-        planned = 0
-        for asked, *arms in self.config.comparisons:
-            keys = {key for arm in itertools.chain(*arms) for key in self._open_conditions(arm)}
-            if self.is_primary(asked) == is_primary:
-                planned += math.prod(len(self.config.conditions[key]) for key in keys)
+        questions = [question for question, *_ in self.config.comparisons]
+        planned = sum(self.is_primary(question) == is_primary for question in questions)
+        planned *= math.prod(map(len, self.config.conditions.values()))
         found = sum(self.is_primary(each.asked) == is_primary for each in self.comparisons())
         return max(found, planned)
 

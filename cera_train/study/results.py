@@ -8,7 +8,7 @@ from statistics import fmean
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import ComparedRun, describe_choices
+from cera_train.study.cells import ComparedRun
 from cera_train.study.folder import Comparison, Study, name_of
 from cera_train.verdicts.contrast import Contrast, Verdict, contrast, contrast_over_bases
 from cera_train.verdicts.power import detectable, detectable_range
@@ -141,7 +141,6 @@ def _with_verdict(
     verdict: Verdict = "not shown"
     if not obstacles:
         verdict = estimate.verdict_at(p_holm, higher_is_better=outcome != LOSS)
-    choices = {key: value for cell in comparison.cells for key, value in cell.choices.items()}
     design = (estimate.variances, estimate.seeds, estimate.problems, tests)
     lower, upper = detectable_range(*design)
     by_base = comparison.by_base(outcome) if study.config.bases else {}
@@ -151,9 +150,7 @@ def _with_verdict(
         asked=comparison.asked,
         first=name_of(comparison.first),
         second=name_of(comparison.second),
-        condition=describe_choices(
-            (key, choices[key]) for key in study.config.conditions if key in choices
-        ),
+        condition=comparison.first[0].condition,
         by_seed=comparison.means(outcome),
         by_base={base: differences.tolist() for base, differences in by_base.items()},
         p_holm=p_holm,

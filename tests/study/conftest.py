@@ -29,7 +29,7 @@ STUDY = {
     "tune": {"optimizer.lr": [1e-3, 1e-2]},
     "seeds": 2,
 }
-BEST = {"lora": 1e-3, "cera": 1e-2, "relu": 1e-3, "wide": 1e-3}
+BEST = {"lora": 1e-3, "cera": 1e-2, "relu": 1e-3}
 
 Loss = Callable[[dict[str, str]], float]
 """The held-out loss of a job by its overrides, key -> value."""

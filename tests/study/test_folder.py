@@ -153,26 +153,6 @@ def test_a_killed_study_runs_what_failed_or_is_missing_and_later_only_more_seeds
     assert launcher.began == [job(arm, lr, 2) for arm in ARMS for lr in (0.001, 0.01)]
 
 
-def test_an_arm_with_its_own_rank_runs_once_and_is_compared_at_every_rank(
-    launcher, run_study, capfd
-):
-    arms = {"lora": ["adapter=lora"], "wide": ["adapter=lora", "adapter.r=64"]}
-    study = {"arms": arms, "contrasts": {}, "conditions": {"adapter.r": [4, 8]}, "seeds": 1}
-    assert run_study("study.equal=none", study=study | {"tune": {"optimizer.lr": [1e-3]}}) == 0
-    names = [
-        f"adapter.r={r},optimizer.lr=0.001,study.arm={arm},train.seed=0"
-        for r, arm in ((4, "lora"), (8, "lora"), (64, "wide"))
-    ]
-    assert launcher.began == names
-    assert f"\n{names[-1]}  finished" in capfd.readouterr().out
-    assert [
-        tuple(cell.name for cell in each.cells) for each in find_study(launcher.sweep).comparisons()
-    ] == [
-        ("lora, adapter.r=4", "wide"),
-        ("lora, adapter.r=8", "wide"),
-    ]
-
-
 def test_a_judging_run_that_diverges_chooses_no_value_and_allows_no_verdict(
     launcher, run_study, run_command
 ):
