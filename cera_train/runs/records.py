@@ -5,7 +5,7 @@ None stands for "not measured"."""
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -103,25 +103,22 @@ def read_lines(path: Path, kind: type[Record], may_break_off: bool = False) -> l
 
 def read_trees(
     path: Path, fix: str = RESTORE, may_break_off: bool = False
-) -> list[tuple[str, Any]]:
-    """The JSON values in a file, one on each line, each with its place.
+) -> Iterator[tuple[str, Any]]:
+    """The JSON value of each line, with its place FILE:LINE.
 
     Args:
         may_break_off: skips a partial last line: the run is still writing it, or was killed.
     """
-    number = 0
-    trees = []
+    place = str(path)
     try:
-        text = path.read_text()
-        lines = text.splitlines()
-        if may_break_off and not text.endswith("\n"):
-            lines = lines[:-1]
-        for number, line in enumerate(lines, start=1):
-            trees.append((f"{path}:{number}", json.loads(line)))
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                place = f"{path}:{number}"
+                if may_break_off and not line.endswith(b"\n"):
+                    return
+                yield place, json.loads(line)
     except (OSError, ValueError, RecursionError) as error:
-        place = f"{path}:{number}" if number else str(path)
         raise UserError(f"{place} is broken: {error_text(error)}. {fix}") from error
-    return trees
 
 
 # --- config.yaml ----------------------------------------------------------------------------------

@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
+from pydantic_core import from_json
 
+from cera_train.common.files import read_parsed
 from cera_train.common.settings import flatten, require
-from cera_train.report.readers.files import (
-    files_in,
-    is_score,
-    read_object,
-    read_objects,
-    safe_name,
-)
+from cera_train.report.readers.files import files_in, is_score, safe_name
 from cera_train.report.runs import Evaluation, Run, Scores
-from cera_train.runs.records import Record
+from cera_train.runs.records import RESTORE, Record, read_trees
 
 SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-[^_]+)\.jsonl", re.DOTALL)
 MOST_NAMED = 5  # metrics in a note
@@ -71,7 +67,7 @@ def find_lm_eval_run(folder: Path) -> Run | None:
         path = file.with_name(f"results_{files[file]['date']}.json")
         results = Results()
         if path in files_in(file.parent, "results_*.json"):
-            results = Results.from_json(read_object(path), path)
+            results = Results.from_json(read_parsed(path, from_json, RESTORE), path)
             base = results.base
         evaluations |= read_samples(file, task, results, notes)
     name = safe_name(folder.resolve().name)
@@ -87,7 +83,7 @@ def read_samples(
     metrics: dict[str, dict[str, Scores]] = {}  # metric -> filter -> problem -> score
     left_out: dict[str, None] = {}
     prompts = set[str]()
-    for place, tree in read_objects(file):
+    for place, tree in read_trees(file):
         sample = SampleLine.from_json(tree, place)
         prompts.add(sample.prompt_hash)
         for metric in sample.metrics:

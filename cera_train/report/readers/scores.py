@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from cera_train.common.settings import require
-from cera_train.report.readers.files import files_in, is_score, read_objects, safe_name
+from cera_train.report.readers.files import files_in, is_score, safe_name
 from cera_train.report.runs import Evaluation, Run, Scores
-from cera_train.runs.records import Record
+from cera_train.runs.records import Record, read_trees
 
 RULE = "score"
 
@@ -28,15 +28,15 @@ def find_scored_run(path: Path) -> Run | None:
 
 
 def _has_scores(file: Path) -> bool:
-    for _, tree in read_objects(file):
-        return {"problem", "score"} <= tree.keys()
+    for _, tree in read_trees(file):
+        return isinstance(tree, dict) and {"problem", "score"} <= tree.keys()
     return False
 
 
 def read_score_lines(file: Path) -> Evaluation:
     """Scores of a file. Raises UserError for one outside 0 to 1, or a problem that comes again."""
     scores: Scores = {}
-    for place, tree in read_objects(file):
+    for place, tree in read_trees(file):
         record = ScoredProblem.from_json(tree, place)
         require(
             is_score(record.score),
