@@ -65,7 +65,7 @@ class Record(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object: the keys that were given, in the order of the fields."""
-        return self.model_dump(exclude_unset=True) | self.details
+        return self.model_dump(exclude_unset=True)
 
     def replace(self, **changes: Any) -> Self:
         return self.model_copy(update=changes)
