@@ -5,10 +5,11 @@ left out."""
 import io
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib.style
 from matplotlib.figure import Figure
@@ -17,15 +18,24 @@ from numpy import format_float_positional
 
 from cera_train.report.runs import Run, group_by
 
-OBJECTIVES = {
-    "train/reward": ("reward", "In the mean over the answers of an update."),
-    "train/completions/mean_length": (
+CURVES = (
+    ("updates", "loss", "training loss", "In nats per supervised token."),
+    (
+        "evaluations",
+        "perplexity",
+        "perplexity",
+        "On the held-out rows; update 0 is before training.",
+    ),
+    ("updates", "reward", "reward", "In the mean over the answers of an update."),
+    (
+        "updates",
+        "answer_length",
         "length of answers",
         "In tokens, in the mean over the answers of an update.",
     ),
-    "train/rewards/margins": ("margin", "Of the chosen answer's reward over the rejected one's."),
-}
-"""Labels and captions of what only some objectives log, by key of metrics.jsonl."""
+    ("updates", "margin", "margin", "Of the chosen answer's reward over the rejected one's."),
+)
+"""Lines of metrics.jsonl and a figure of theirs, by update: its label and caption."""
 
 WIDTH = 4.5  # inches: on a telephone the text is still large enough
 HEIGHT = 3.1  # without the legend
@@ -62,36 +72,20 @@ class Line(NamedTuple):
 
 def curves(runs: Sequence[Run]) -> list[Picture]:
     """Losses, perplexities and what the objective logs by update, and by rank."""
-    losses = _by_update(runs, lambda run: run.metrics.updates, lambda line: line.loss)
-    perplexities = _by_update(
-        runs, lambda run: run.metrics.evaluations, lambda line: line.perplexity
-    )
-    pictures = [
-        *_lines("training loss by update", losses, "In nats per supervised token."),
-        *_lines(
-            "perplexity by update",
-            perplexities,
-            "On the held-out rows; update 0 is before training.",
-        ),
-    ]
-    for key, (label, caption) in OBJECTIVES.items():
-        logged = _by_update(
-            runs, lambda run: run.metrics.updates, lambda line, key=key: line.details.get(key)
-        )
-        pictures += _lines(f"{label} by update", logged, caption)
-    perplexities = _by_rank(runs, lambda run: run.figures.perplexity)
+    pictures = []
+    for lines, field, label, caption in CURVES:
+        pictures += _lines(f"{label} by update", _by_update(runs, lines, field), caption)
+    perplexities = _by_rank(runs, "perplexity")
     return [*pictures, *_lines("perplexity by rank", perplexities, ON_SAME_ROWS)]
 
 
 def spectra(runs: Sequence[Run]) -> list[Picture]:
     """What the adapters' branches do."""
-    effective_ranks = _by_rank(runs, lambda run: run.figures.spectrum.effective_rank_mean)
+    effective_ranks = _by_rank(runs, "spectrum.effective_rank_mean")
     singular_values = {
         run.name: Line(run.kind, list(enumerate(run.spectrum, start=1))) for run in runs
     }
-    linear_shares = _by_update(
-        runs, lambda run: run.metrics.evaluations, lambda line: line.spectrum.linear_share_mean
-    )
+    linear_shares = _by_update(runs, "evaluations", "spectrum.linear_share_mean")
     return [
         *_lines("effective rank by rank", effective_ranks, ON_SAME_ROWS),
         *_lines(
@@ -109,14 +103,13 @@ def spectra(runs: Sequence[Run]) -> list[Picture]:
     ]
 
 
-def _by_update(
-    runs: Sequence[Run],
-    lines: Callable[[Run], Sequence[Any]],
-    value: Callable[[Any], float | None],
-) -> dict[str, Line]:
+def _by_update(runs: Sequence[Run], lines: str, field: str) -> dict[str, Line]:
     """A figure in lines of metrics.jsonl."""
+    value = attrgetter(field)
     return {
-        run.name: Line(run.kind, [(line.update, value(line)) for line in lines(run)])
+        run.name: Line(
+            run.kind, [(line.update, value(line)) for line in getattr(run.metrics, lines)]
+        )
         for run in runs
     }
 
@@ -125,9 +118,10 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _by_rank(runs: Sequence[Run], value: Callable[[Run], float | None]) -> dict[str, Line]:
+def _by_rank(runs: Sequence[Run], field: str) -> dict[str, Line]:
     """A figure of the finished runs of each method on the same held-out rows and base model: of
     the largest such group."""
+    value = attrgetter(f"figures.{field}")
     runs = [run for run in runs if run.result and run.rank and _is_finite(value(run))]
     groups = group_by(runs, lambda run: (run.environment.held_out, run.base))
     largest = max(groups.values(), key=len, default=[])

@@ -171,6 +171,10 @@ class UpdateMetrics(Record, extra="allow"):
     lr: float | None = key("train/lr")
     tokens_per_s: float | None = key("train/tokens_per_s")
     seconds: float | None = key("train/seconds")  # time spent in updates so far
+    # of the objectives that log them
+    reward: float | None = key("train/reward")
+    answer_length: float | None = key("train/completions/mean_length")
+    margin: float | None = key("train/rewards/margins")
 
 
 class EvaluationMetrics(MeasuredAdapter):
