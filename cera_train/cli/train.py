@@ -72,9 +72,7 @@ def train_job(composed: DictConfig) -> float | None:
         return run(prepare(composed))
     try:
         job.start()
-        value = run(prepare(composed, job))
-        job.clear_error()
-        return value
+        return run(prepare(composed, job))
     except Exception as error:
         job.fail(print_error(TRAIN, error) or f"a bug: {type(error).__name__}: {error}")
         if is_one_of_several():

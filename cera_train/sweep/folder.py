@@ -127,7 +127,6 @@ class JobRecord(Record):
 
     fix: ClassVar[str] = START_AGAIN
 
-    overrides: list[str]
     error: str | None = None  # of its last start
 
 
@@ -190,12 +189,12 @@ def job_status(sweep: Path, name: str, metric: SweepMetric = PERPLEXITY) -> JobS
     error = started and started.error
     if is_locked(folder):
         state = State.running
-    elif result is None and (folder / DIVERGED).exists():
+    elif result is not None:
+        state = State.finished
+    elif (folder / DIVERGED).exists():
         state = State.diverged
     elif error:
         state = State.failed
-    elif result is not None:
-        state = State.finished
     else:
         state = State.stopped if (folder / "config.yaml").exists() else State.waiting
     metrics = Metrics() if result else read_metrics(folder / METRICS)

@@ -214,7 +214,6 @@ class Job:
 
     sweep: Path  # the sweep's folder
     name: str  # the job's folder in it
-    overrides: list[str]
     number: int
     count: int  # number of jobs; 0: the sweeper decides as it goes
 
@@ -224,12 +223,11 @@ class Job:
         if hydra_config.mode != RunMode.MULTIRUN:
             return None
         sweep = Path(hydra_config.sweep.dir)
-        overrides = _arguments(hydra_config)
         record = SweepRecord.read(sweep / RECORD)
-        name = job_name(overrides, record.swept)
+        name = job_name(_arguments(hydra_config), record.swept)
         names = list(record.jobs)
         number = names.index(name) if name in names else hydra_config.job.num
-        return cls(sweep, name, overrides, number + 1, len(names))
+        return cls(sweep, name, number + 1, len(names))
 
     @property
     def record(self) -> Path:
@@ -251,12 +249,6 @@ class Job:
             (self.sweep / "multirun.yaml").unlink(missing_ok=True)
             print()
             print_line("job", self.title)
-            self.clear_error()
-
-    def clear_error(self) -> None:
-        """Clears the recorded error, also at the end: a second command may have recorded that the
-        job is running."""
-        if is_main_process():
             self._write(None)
 
     def fail(self, error: str) -> None:
@@ -267,4 +259,4 @@ class Job:
 
     def _write(self, error: str | None) -> None:
         self.record.parent.mkdir(parents=True, exist_ok=True)
-        JobRecord(self.overrides, error).write(self.record)
+        JobRecord(error).write(self.record)

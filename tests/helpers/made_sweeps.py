@@ -49,7 +49,7 @@ def make_job(
 
 def record_job(sweep: Path, name: str, error: str | None) -> Path:
     path = sweep / JOBS / f"{name}.json"
-    write_json(path, {"number": 1, "overrides": name.split(","), "error": error})
+    write_json(path, {"error": error})
     return path
 
 

@@ -111,7 +111,7 @@ class Launcher:
                 seed = int(values["train.seed"])
                 leave_run(self.sweep / name, self.loss(values), seed, scores=self.scores)
             record = self.sweep / JOBS / f"{name}.json"
-            write_json(record, {"number": 1, "overrides": words, "error": error})
+            write_json(record, {"overrides": words, "error": error})
         return []
 
 
