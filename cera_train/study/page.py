@@ -14,6 +14,7 @@ from cera_train.common.settings import map_values, require
 from cera_train.common.terminal import announce, counted, duration
 from cera_train.report.document import Page, Table
 from cera_train.report.forest import Forest, Group, row_of
+from cera_train.report.runs import group_by
 from cera_train.runs.results import SPECTRUM_TERMS, Environment
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell
@@ -114,17 +115,18 @@ def _environments(study: Study) -> dict[str, Any]:
 def groups_of(study: Study, contrasts: Sequence[OutcomeContrast], of_study: str) -> list[Group]:
     """The contrasts of the first outcome that have a difference, by condition."""
     config = study.config
-    by_condition: dict[str, list[OutcomeContrast]] = {}
-    for contrast in contrasts:
-        if contrast.outcome == config.first_outcome and math.isfinite(contrast.difference):
-            by_condition.setdefault(contrast.condition, []).append(contrast)
+    shown = [
+        contrast
+        for contrast in contrasts
+        if contrast.outcome == config.first_outcome and math.isfinite(contrast.difference)
+    ]
     return [
         Group(
             f"{of_study}{brief(condition) or config.first_outcome}",
             unit_of(config.first_outcome, [contrast.matters for contrast in same]),
             [row_of(contrast, contrast.matters, contrast_name(contrast)) for contrast in same],
         )
-        for condition, same in by_condition.items()
+        for condition, same in group_by(shown, lambda contrast: contrast.condition).items()
     ]
 
 
