@@ -220,9 +220,9 @@ class RunFolder:
         if self.is_main:
             files.write_text(self.path / DIVERGED, message + "\n")
 
-    def rewind(self, progress: Progress | None) -> None:
+    def rewind(self, progress: Progress) -> None:
         """Removes what was written after the checkpoint of this progress: the resumed run writes
-        it again. Without a checkpoint, removes everything.
+        it again. Before the first update, removes everything.
 
         Keeps best/, even from a later update, and losses and grades: the resumed run repeats the
         same evaluations and writes the same files.
@@ -230,9 +230,9 @@ class RunFolder:
         for name in (DIVERGED, "result.json"):
             (self.path / name).unlink(missing_ok=True)
         for checkpoint in reversed(self.checkpoints()):
-            if progress is None or int(checkpoint.name) > progress.update:
+            if int(checkpoint.name) > progress.update:
                 files.remove_folder(checkpoint)
-        if progress is not None:
+        if progress.update > 0:
             for name in LOGS:
                 cut_log(self.path / name, progress)
             return

@@ -64,26 +64,22 @@ class Subject:
         return self.run.train if self.run else TrainConfig()
 
 
-def find_subject(config: SubjectConfig, setting: str = "run") -> Subject:
+def find_subject(config: SubjectConfig) -> Subject:
     """Resolves `run=` and `model=`. Raises UserError if a folder is missing, unfinished or without
-    an adapter, or if the path cannot be that of a base model.
-
-    Args:
-        setting: that names the run, for messages.
-    """
-    subject = _resolve(config, setting)
+    an adapter, or if the path cannot be that of a base model."""
+    subject = _resolve(config)
     check_model(subject.model.path)
     return subject
 
 
-def _resolve(config: SubjectConfig, setting: str) -> Subject:
+def _resolve(config: SubjectConfig) -> Subject:
     if config.run == "base":
         run = None if config.like is None else _like(config)
         model = config.model or run.model
         name = Path(model.path).name.removeprefix("pypi:")
         return Subject(Path(config.output_dir) / f"base-{name}", model, run=run)
     folder = Path(config.run)
-    root, adapter = find_adapter(folder, setting)
+    root, adapter = find_adapter(folder, "run")
     check_saved(adapter)
     if root is None:  # an adapter from anywhere
         return Subject(folder, config.model or base_of(folder, config.trust_remote_code), folder)

@@ -39,7 +39,7 @@ def open_log(
     config = resolved.config
     tracker = Tracker()
     if folder.is_main:
-        folder.rewind(progress if progress.update > 0 else None)
+        folder.rewind(progress)
         digests = {"train": data.rows.train.digest, "held_out": data.rows.evaluation.digest}
         processes = model.accelerator.num_processes
         folder.write_config(
