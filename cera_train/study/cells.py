@@ -203,15 +203,11 @@ class Cell:
 
     def loss(self, point: GridPoint, run: Replicate) -> float | None:
         """After the last update, the held-out loss, or the part of a task's score that is missed;
-        infinite for a run that diverged, None for one that has not
-        ended."""
+        infinite for a run that diverged, None for one that has not ended."""
         folder = self.folder(point, run)
-        name = self.study.config.first_outcome
-        result = RunResult.find(folder / "result.json")
-        if result is None:
+        if not (folder / "result.json").exists():
             return math.inf if (folder / DIVERGED).exists() else None
-        if name == LOSS and not math.isfinite(result.perplexity or math.inf):
-            return math.inf
+        name = self.study.config.first_outcome
         mean = Outcome.read(name, folder).mean
         return mean if name == LOSS else 1 - mean
 

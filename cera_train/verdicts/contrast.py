@@ -35,7 +35,6 @@ from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 from scipy.stats import binomtest
 
-from cera_train.common.errors import UserError
 from cera_train.verdicts.interval import (
     ERROR_RATE,
     bootstrap_interval,
@@ -128,22 +127,16 @@ def contrast(
     Args:
         first, second: [seeds, problems], the same seeds and problems in the same order.
         weights: [problems], the supervised tokens of each row, where values are nats a token: means
-            are then sums of nats over sums of tokens. Rows of weight 0 are left out. Values without
-            weights are scores from 0 to 1.
+            are then sums of nats over sums of tokens. Values without weights are scores from 0 to
+            1.
         between: what a tuned value between those of the grid could still change, by which the
             interval is widened on both sides.
-
-    Raises:
-        UserError: a value is not a number.
     """
     first = numpy.asarray(first, dtype=float)
     second = numpy.asarray(second, dtype=float)
     is_score = weights is None
     weights = numpy.ones(first.shape[1]) if weights is None else numpy.asarray(weights, dtype=float)
-    differences = (second - first)[:, weights > 0]
-    weights = weights[weights > 0]
-    if not numpy.isfinite(differences).all():
-        raise UserError("a value is not a number. Leave out a run that diverged.")
+    differences = second - first
     seeds, problems = differences.shape
     if min(seeds, problems) < 2:
         mean = float((differences @ weights / weights.sum()).mean())

@@ -5,12 +5,15 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.stats
 from made_files import change_json
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
+from cera_train.runs.results import LOSSES_AFTER, TokenLosses
+from cera_train.study.cells import Outcome
 from cera_train.study.page import write_studies
 from cera_train.study.results import contrasts_of
 from cera_train.verdicts.contrast import contrast
@@ -21,6 +24,16 @@ def loss_by_rank(values: dict[str, str]) -> float:
     is_better = values["study.arm"] == "cera" and values["adapter.r"] == "64"
     rate = 0.02 * (values["optimizer.lr"] != "0.001")
     return 1 - 0.05 * is_better + rate + 0.001 * int(values["train.seed"])
+
+
+def test_rows_without_tokens_are_left_out_and_a_loss_that_is_no_number_is_refused(tmp_path):
+    losses = np.array([1, 2, 3], dtype="float32")
+    TokenLosses(np.array([2, 0, 1]), losses).write(tmp_path / LOSSES_AFTER)
+    outcome = Outcome.read("loss", tmp_path)
+    assert (outcome.values.tolist(), outcome.mean) == ([1.5, 3], 2)
+    TokenLosses(np.array([3]), losses * np.nan).write(tmp_path / LOSSES_AFTER)
+    with pytest.raises(UserError, match="a loss is not a number"):
+        Outcome.read("loss", tmp_path)
 
 
 RANKS = {"conditions": {"adapter.r": [16, 64]}, "seeds": 3}

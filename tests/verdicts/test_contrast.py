@@ -158,11 +158,10 @@ def test_what_changes_nothing_leaves_the_paired_t_test_over_the_other(axis):
     assert (result.lower, result.upper) == pytest.approx(tuple(expected.confidence_interval(0.95)))
 
 
-def test_a_weighted_mean_is_nats_over_tokens_and_rows_without_tokens_are_left_out():
-    tokens = numpy.array([1.0, 10, 0, 100])
-    first, second = (values(3, 4, seed=seed) for seed in (0, 1))
+def test_a_weighted_mean_is_nats_over_tokens():
+    tokens = numpy.array([1.0, 10, 100])
+    first, second = (values(3, 3, seed=seed) for seed in (0, 1))
     expected = ((second - first) * tokens).sum() / (3 * 111)
-    first[:, 2] = numpy.nan
     assert contrast(first, second, tokens).difference == pytest.approx(expected)
     assert contrast(first, second, tokens).p_value == pytest.approx(
         contrast(first, second, tokens / 7).p_value
@@ -216,11 +215,6 @@ def test_one_seed_or_one_problem_shows_nothing():
             1,
             None,
         )
-
-
-def test_a_value_that_is_no_number_is_refused():
-    with pytest.raises(ValueError, match="not a number"):
-        contrast(values(1, 3), [[1, 2, numpy.nan]])
 
 
 def test_holm_multiplies_the_smallest_by_all_and_never_decreases():
