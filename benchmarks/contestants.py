@@ -23,7 +23,6 @@ from transformers.utils import is_flash_attn_2_available, is_liger_kernel_availa
 
 from benchmarks.rows import read_rows, trained
 from cera_train.cli.compose import compose
-from cera_train.common.settings import to_plain
 from cera_train.model.weights import nf4_config
 from cera_train.settings.model import Quantization
 
@@ -261,8 +260,7 @@ class Ours:
         )
         path = Path(tempfile.mkdtemp())
         config = resolve(config, path).config
-        folder = RunFolder(path, to_plain(config))
-        _, self.ours, _, _, self.objective = build_parts(config, folder)
+        _, self.ours, _, _, self.objective = build_parts(config, RunFolder(path))
         device = self.ours.accelerator.device.type
         assert device == work.device, "WITHOUT_GPUS came too late"
         self.ours.wrapped.train()

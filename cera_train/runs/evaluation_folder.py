@@ -9,7 +9,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import yaml
 from pydantic import Field
@@ -18,7 +18,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import locked, read_json, write_text
 from cera_train.common.settings import require, to_plain
 from cera_train.common.trust import redact_tree
-from cera_train.runs.records import Record, differences, read_lines, to_lines
+from cera_train.runs.records import Record, differences, load_config, read_lines, to_lines
 from cera_train.runs.results import MeasuredAdapter, Perplexity
 from cera_train.settings.evaluation import EvalConfig
 
@@ -199,9 +199,8 @@ class EvaluationFolder:
     def write_config(self, config: EvalConfig) -> None:
         """Records the settings. Raises UserError if the folder has answers under other settings."""
         path = self.path / "config.yaml"
-        plain = redact_tree(to_plain(config))
         if path.exists() and self.has_begun():
-            different = differences(path, plain, EvalConfig)
+            different = differences(load_config(path, EvalConfig), config)
             require(
                 not different,
                 f"{self.path} holds an evaluation with other settings: "
@@ -209,14 +208,15 @@ class EvaluationFolder:
                 f"back to resume it.",
             )
         if config.run == "base":
-            self._check_model(plain)
+            self._check_model(config)
+        plain = redact_tree(to_plain(config))
         write_text(path, yaml.safe_dump(plain, sort_keys=False))
 
-    def _check_model(self, config: dict[str, Any]) -> None:
+    def _check_model(self, config: EvalConfig) -> None:
         """Raises UserError if the folder's other evaluations measure another untouched model: only
         the last part of its path names the folder."""
         for other in self.path.parent.glob("*/config.yaml"):
-            different = differences(other, config, EvalConfig)
+            different = differences(load_config(other, EvalConfig), config)
             models = [
                 different[key] for key in ("model.path", "model.quantization") if key in different
             ]

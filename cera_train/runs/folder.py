@@ -34,11 +34,10 @@ from cera_train.common import files
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
-from cera_train.common.trust import redact_tree
 from cera_train.data.tokens import save_tokenizer
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.identity import BaseIdentity
-from cera_train.runs.records import Record, check_config
+from cera_train.runs.records import Record
 from cera_train.runs.results import (
     DIVERGED,
     GRADES,
@@ -116,27 +115,25 @@ class RunFolder:
     def __init__(
         self,
         path: Path,
-        config: dict[str, Any],
         is_main: bool = True,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         """`check` raises UserError where `path` leads to another folder than at the start."""
         self.path = path
-        self.config = redact_tree(config)  # no secret reaches the disk or a tracker
         self.is_main = is_main
         self.check = check
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path, config: dict[str, Any], is_main: bool = True) -> Iterator[RunFolder]:
+    def open(cls, path: Path, is_main: bool = True) -> Iterator[RunFolder]:
         """The folder, locked by the main process and cleared of interrupted writes."""
         if not is_main:
-            yield cls(path, config, is_main)
+            yield cls(path, is_main)
             return
         with files.locked(path, "run", (path / METRICS).exists) as check:
             for inside in ("", "checkpoints", GRADES):
                 files.clean_folder(path / inside)
-            yield cls(path, config, is_main, check)
+            yield cls(path, is_main, check)
 
     # --- resuming ---------------------------------------------------------------------------------
 
@@ -174,16 +171,11 @@ class RunFolder:
             )
         return None
 
-    def check_may_run(self) -> None:
-        """Raises UserError if the folder holds a run whose config gives another result."""
-        config = self.path / "config.yaml"
-        if has_saved(self.path) and config.exists():
-            check_config(config, self.config)
-
     # --- writing ----------------------------------------------------------------------------------
 
     def write_config(
         self,
+        config: dict[str, Any],
         processes: int,
         base: BaseIdentity,
         rows: dict[str, str],
@@ -191,7 +183,7 @@ class RunFolder:
         precision: dict[str, str],
     ) -> None:
         """Writes config.yaml, resolved, and environment.json, before the first update."""
-        files.write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        files.write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         environment = Environment(
             command=sys.argv,
             python=platform.python_version(),

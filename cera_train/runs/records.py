@@ -135,15 +135,14 @@ def load_config(path: Path, schema: type = Config) -> Any:
         raise UserError(f"cannot read {path}: {error} {fix}") from error
 
 
-def differences(path: Path, config: dict[str, Any], schema: type = Config) -> dict[str, str]:
-    """The settings that change results and differ between a file and plain values: key -> both
-    values in words."""
-    before = flatten(redact_tree(to_plain(load_config(path, schema))))
-    now = flatten(config)
+def differences(recorded: Any, config: Any) -> dict[str, str]:
+    """The settings that change results and differ between two configs: key -> both values in
+    words."""
+    before, now = (flatten(redact_tree(to_plain(each))) for each in (recorded, config))
     return {
         key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) not in (now.get(key), AUTO) and changes_result(key, schema)
+        if before.get(key) not in (now.get(key), AUTO) and changes_result(key, type(config))
     }
 
 
@@ -181,9 +180,11 @@ def _filled(settings: Any, recorded: Any, names: Iterable[str]) -> Any:
     return replace(settings, **values)
 
 
-def check_config(path: Path, config: dict[str, Any]) -> None:
-    """Raises UserError where the run that wrote this config.yaml has another config."""
-    different = differences(path, config)
+def check_config(path: Path, config: Config) -> None:
+    """Raises UserError where the run that wrote this config.yaml has another config, beside what
+    this one leaves open."""
+    recorded = load_config(path)
+    different = differences(recorded, as_recorded(config, recorded))
     require(
         not different,
         f"{path.parent} holds a run with another config: {'; '.join(different.values())}. Set "

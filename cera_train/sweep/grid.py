@@ -22,13 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import folder_in_use, is_locked
-from cera_train.common.settings import key_of, quoted, to_plain
+from cera_train.common.settings import key_of, quoted
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
 from cera_train.data.rows import check_files
 from cera_train.distributed.processes import is_main_process
 from cera_train.model.path import check_model
-from cera_train.runs.records import as_recorded, check_config, load_config
+from cera_train.runs.records import check_config
 from cera_train.runs.results import DIVERGED
 from cera_train.settings.run import Config
 from cera_train.sweep.folder import (
@@ -119,8 +119,7 @@ def check_job(config: Config, folder: Path) -> None:
     record = folder / "config.yaml"
     if (folder / "result.json").exists() or (folder / DIVERGED).exists():
         if record.exists():
-            recorded = as_recorded(config, load_config(record))
-            check_config(record, redact_tree(to_plain(recorded)))
+            check_config(record, config)
         return
     check_model(config.model.path)
     for place, part in config.data.parts():

@@ -6,7 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cera_train.common.settings import to_plain
 from cera_train.common.terminal import ProgressBar
+from cera_train.common.trust import redact_tree
 from cera_train.runs.folder import Progress, RunFolder
 from cera_train.runs.results import METRICS, EvaluationMetrics, UpdateMetrics
 from cera_train.runs.tracking import Tracker, start_tracker
@@ -42,16 +44,16 @@ def open_log(
         folder.rewind(progress)
         digests = {"train": data.rows.train.digest, "held_out": data.rows.evaluation.digest}
         processes = model.accelerator.num_processes
+        plain = redact_tree(to_plain(config))  # no secret reaches the disk or a tracker
         folder.write_config(
+            plain,
             processes,
             model.base,
             digests,
             data.updates,
             {"dtype": config.model.dtype, "reason": resolved.why["model.dtype"]},
         )
-        tracker = start_tracker(
-            config.tracker, folder.config, config.name, folder.path, progress.update
-        )
+        tracker = start_tracker(config.tracker, plain, config.name, folder.path, progress.update)
     bar = ProgressBar("update", data.updates, progress.update, visible=folder.is_main)
     try:
         yield Log(folder, tracker, bar)

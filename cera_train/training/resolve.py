@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.adapters import build as adapters
-from cera_train.common.settings import AUTO, Choice, to_plain
-from cera_train.common.trust import redact_tree
+from cera_train.common.settings import AUTO, Choice
 from cera_train.data.chats import may_use_template
 from cera_train.data.sources import decide_layouts, decide_switches
 from cera_train.distributed.accelerator import this_device
@@ -16,7 +15,7 @@ from cera_train.model.compiled import can_compile
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.precision import choose_precision
 from cera_train.runs.folder import has_saved
-from cera_train.runs.records import OPEN, as_recorded, differences, load_config
+from cera_train.runs.records import OPEN, as_recorded, check_config, differences, load_config
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import digest_of, find_adapter, find_start
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
@@ -42,8 +41,11 @@ def resolve(config: Config, folder: Path) -> Resolved:
     record = folder / "config.yaml"
     if starts_anew(folder):
         return decide(config)
-    resolved = decide(config, load_config(record), f"as {folder} was begun")
-    if not has_saved(folder) and differences(record, redact_tree(to_plain(resolved.config))):
+    recorded = load_config(record)
+    resolved = decide(config, recorded, f"as {folder} was begun")
+    if has_saved(folder):
+        check_config(record, resolved.config)
+    elif differences(recorded, resolved.config):
         # Another run began here and left nothing: its choices fit other settings.
         return decide(config)
     return resolved

@@ -16,7 +16,6 @@ from cera_train.adapters.build import rank
 from cera_train.adapters.spectrum import ModuleSpectrum, spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
-from cera_train.common.settings import to_plain
 from cera_train.common.signals import Interrupted, Interruption, first_heard
 from cera_train.common.terminal import counted, print_line, time_left
 from cera_train.distributed.accelerator import peak_memory, prepare_memory, quiet_libraries
@@ -88,14 +87,11 @@ def train(config: Config) -> dict[str, Any]:
     quiet_libraries()
     prepare_memory()
     path = Path(config.output_dir) / config.name
-    resolved = resolve(config, path)
-    config = resolved.config
     with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(RunFolder.open(path, is_main_process()))
+        resolved = resolve(config, path)
+        config = resolved.config
         # The folder's contents decide whether there is anything to do.
-        opened = RunFolder.open(path, to_plain(config), is_main_process())
-        folder = stack.enter_context(opened)
-        if folder.is_main:
-            folder.check_may_run()
         if (result := folder.result()) is not None:
             if folder.is_main:
                 reached = f"perplexity {figure(result.perplexity, 2)}"

@@ -23,7 +23,6 @@ from tiny_runs import TIMINGS, adapter_bytes, folder_of, train_and_die_after
 from cera_train.cli.train import main
 from cera_train.common.errors import UserError, explain
 from cera_train.common.files import WRITING, find_damage, write_checksums, write_folder, write_text
-from cera_train.common.settings import to_plain
 from cera_train.runs.folder import RunFolder
 from cera_train.training.train import train
 
@@ -203,7 +202,7 @@ def test_a_folder_lost_between_two_renames_is_restored(tmp_path):
     write_folder(tmp_path / "best", lambda folder: (folder / "weights").write_text("old"))
     (tmp_path / "best").rename(tmp_path / f"{WRITING}old-best")
     (tmp_path / f"{WRITING}best").mkdir()
-    with RunFolder.open(tmp_path, {}):
+    with RunFolder.open(tmp_path):
         assert (tmp_path / "best" / "weights").read_text() == "old"
         assert not list(tmp_path.glob(f"{WRITING}*"))
 
@@ -283,7 +282,7 @@ def test_a_read_only_folder_is_named_and_left_unharmed(
 def test_a_second_run_in_a_folder_is_refused_while_the_first_trains(tiny_config):
     config = tiny_config()
     with (
-        RunFolder.open(folder_of(config), to_plain(config)),
+        RunFolder.open(folder_of(config)),
         pytest.raises(UserError, match="another run is writing to .*: wait for it, or choose"),
     ):
         train(config)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from cera_train.common.settings import to_plain
 from cera_train.runs.folder import Progress, RunFolder
 from cera_train.settings.run import Config
 from cera_train.training.build import Data, Evaluator, Model
@@ -47,4 +46,4 @@ def build_run(config: Config, folder: Path) -> BuiltRun:
     """A new run, before its first update. Creates its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     config = resolve(config, folder).config
-    return BuiltRun(config, *build_parts(config, RunFolder(folder, to_plain(config))))
+    return BuiltRun(config, *build_parts(config, RunFolder(folder)))
