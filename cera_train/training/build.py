@@ -36,7 +36,7 @@ from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout, pass_padded
 from cera_train.model.weights import load_model
 from cera_train.runs.folder import Progress, check_base, load_checkpoint
-from cera_train.runs.subject import digest_of, find_start, run_of
+from cera_train.runs.subject import find_start, run_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import build_optimizer
@@ -246,18 +246,9 @@ def load_weights(
 
 
 def load_start(model: nn.Module, config: AdapterConfig) -> None:
-    """Loads the weights that `adapter.start_from` names into a fresh adapter. Raises UserError if
-    their digest differs."""
-    place = f"adapter.start_from={config.start_from}"
-    folder = find_start(config)
-    if (digest := digest_of(folder)) != config.start_digest:
-        raise UserError(
-            f"{place}: its weights have the digest {digest} now, but this run was begun with "
-            f"{config.start_digest}. Restore them, or choose another name=... for a run from the "
-            "new ones."
-        )
-    with errors_at(place):
-        load(model, read(folder))
+    """Loads the weights that `adapter.start_from` names into a fresh adapter."""
+    with errors_at(f"adapter.start_from={config.start_from}"):
+        load(model, read(find_start(config)))
 
 
 # --- evaluation -----------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ from cera_train.model.compiled import can_compile
 from cera_train.model.folder import load_tokenizer
 from cera_train.model.precision import choose_precision
 from cera_train.runs.folder import has_saved
-from cera_train.runs.records import OPEN, as_recorded, check_config, differences, load_config
-from cera_train.runs.results import DIVERGED
+from cera_train.runs.records import OPEN, as_recorded, check_config, load_config
 from cera_train.runs.subject import digest_of, find_adapter, find_start
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.run import Config
@@ -38,16 +37,11 @@ def resolve(config: Config, folder: Path) -> Resolved:
         folder: of the run; it may hold an unfinished run.
     """
     adapters.check(config.adapter)
+    if not has_saved(folder):
+        return decide(config)
     record = folder / "config.yaml"
-    if starts_anew(folder):
-        return decide(config)
-    recorded = load_config(record)
-    resolved = decide(config, recorded, f"as {folder} was begun")
-    if has_saved(folder):
-        check_config(record, resolved.config)
-    elif differences(recorded, resolved.config):
-        # Another run began here and left nothing: its choices fit other settings.
-        return decide(config)
+    resolved = decide(config, load_config(record), f"as {folder} was begun")
+    check_config(record, resolved.config)
     return resolved
 
 
@@ -74,14 +68,6 @@ def decide(config: Config, recorded: Config | None = None, reason: str = "") -> 
         config = replace(config, **{section: decided})
         why[key] = choice.why
     return Resolved(config, why)
-
-
-def starts_anew(folder: Path) -> bool:
-    """Whether there is nothing to resume: no run in the folder, or one that diverged before its
-    first checkpoint."""
-    is_lost = (folder / DIVERGED).exists() and not has_saved(folder)
-    has_config = (folder / "config.yaml").is_file()
-    return not has_config or is_lost
 
 
 def choose_rate(config: Config) -> Choice[float]:
