@@ -1,31 +1,24 @@
 """y = W_e x + s B_e dropout(gate(A_e x)) for every expert e of a mixture, in the experts'
 projections.
 
-transformers keeps the experts of a layer as 3-D parameters, W: [E, out, in], and calls them through
-an interface of implementations. Ours sorts the tokens by expert, runs the base's grouped product,
-and adds the branch to gate and up before their product, to down before the routing weights. A: [E,
-r, in], B: [E, out, r].
+transformers keeps the experts of a layer as 3-D parameters, W: [E, out, in]. A layer in their place
+sorts the tokens by expert, runs the base's grouped product, and adds the branch to gate and up
+before their product, to down before the routing weights. A: [E, r, in], B: [E, out, r].
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm
+from transformers.integrations.moe import _grouped_mm
 
 from .branch import Hidden
 from .config import CeraConfig
 from .layer import CeraLayer, autocast_dtype, is_transformed
-
-IMPLEMENTATION = "cera"  # our name in transformers' experts interface
-
-Branches = Callable[[str, torch.Tensor, torch.Tensor, "Routing"], torch.Tensor]
-"""(parameter name, W x, x, routing) -> W x with the branches added."""
 
 
 @dataclass
@@ -55,60 +48,6 @@ def grouped_product(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -
     return _grouped_mm(x, weight, ends)
 
 
-# --- the implementation ---------------------------------------------------------------------------
-
-
-def experts_forward(
-    experts: nn.Module,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    branches: Branches | None = None,
-) -> torch.Tensor:
-    """The experts' output with branches; without any, the base's by the implementation that the
-    model is set to.
-
-    Args:
-        hidden_states: [tokens, d].
-        top_k_index: the experts of every token, [tokens, k].
-        top_k_weights: their weights, [tokens, k].
-    """
-    # transformers names the parts of its interface with an underscore, and has no others.
-    if branches is None:
-        base_implementation = experts.config.base_config._experts_implementation
-        forward = ALL_EXPERTS_FUNCTIONS.get_interface(
-            base_implementation, type(experts).forward.__wrapped__
-        )
-        return forward(experts, hidden_states, top_k_index, top_k_weights)
-    routing = Routing.by_expert(top_k_index, experts.num_experts)
-    up = "gate_up_proj" if experts.has_gate else "up_proj"
-    x = _project(experts, up, hidden_states[routing.tokens], routing, branches)
-    x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
-    x = _project(experts, "down_proj", x, routing, branches)
-    if getattr(experts, "has_post_expert_norm", False):  # transformers 5.10 knows none
-        x = experts.post_expert_norm(x)
-    weighted = x * top_k_weights.reshape(-1)[routing.order, None]
-    unsorted = torch.empty_like(routing.order)
-    unsorted[routing.order] = torch.arange(len(unsorted), device=unsorted.device)
-    outputs = weighted[unsorted].view(*top_k_index.shape, weighted.shape[-1])
-    # A sum over k, not index_add_, which on CUDA adds in any order.
-    return outputs.sum(1).to(hidden_states.dtype)
-
-
-def _project(
-    experts: nn.Module, name: str, x: torch.Tensor, routing: Routing, branches: Branches
-) -> torch.Tensor:
-    weight = getattr(experts, name)
-    W = weight if experts.is_transposed else weight.transpose(-2, -1)
-    result = grouped_product(x.to(weight.dtype), W, routing.ends)
-    if experts.has_bias:
-        result = result + getattr(experts, f"{name}_bias")[routing.experts]
-    return branches(name, result, x, routing)
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-
-
 # --- the layer ------------------------------------------------------------------------------------
 
 
@@ -130,7 +69,8 @@ class CeraExperts(CeraLayer):
     """Frozen experts with CeRA branches beside their projections.
 
     An adapter's A and B hold one `ExpertMatrices` for each adapted parameter, by its name. The
-    experts of a parameter share a gate that learns.
+    experts of a parameter share a gate that learns. With an active branch, the layer computes from
+    the base's weights and does not call it: hooks on the base do not run.
 
     Args:
         base_layer: a module of experts that transformers calls through its interface.
@@ -140,18 +80,6 @@ class CeraExperts(CeraLayer):
     Raises:
         TypeError: the experts cannot be called with branches.
     """
-
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, configs: dict[str, CeraConfig]
-    ) -> None:
-        super().__init__(base_layer, adapter_name, configs)
-        # A config for this module alone: the model's keeps naming the implementation without
-        # branches, and generate() changes it. The property would also set the configs of
-        # submodels, which the copy shares.
-        config = copy.copy(base_layer.config)
-        config.base_config = base_layer.config
-        config._experts_implementation_internal = IMPLEMENTATION
-        base_layer.config = config
 
     def update_layer(self, adapter_name: str, configs: dict[str, CeraConfig]) -> None:
         """Adds an adapter, or replaces the one of that name."""
@@ -172,16 +100,44 @@ class CeraExperts(CeraLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
         return base_layer.down_proj.device, None
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The experts with their active branches."""
-        is_adapted = any(name in self.cera_A for name in self.active_adapters)
-        if is_adapted and not self.disable_adapters:
-            kwargs["branches"] = self._add_branches
-        return self.base_layer(hidden_states, *args, **kwargs)
-
-    def _add_branches(
-        self, name: str, result: torch.Tensor, x: torch.Tensor, routing: Routing
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
+        """The experts with their active branches; without any, the base's by the implementation
+        that the model is set to.
+
+        Args:
+            hidden_states: [tokens, d].
+            top_k_index: the experts of every token, [tokens, k].
+            top_k_weights: their weights, [tokens, k].
+        """
+        experts = self.base_layer
+        is_adapted = any(name in self.cera_A for name in self.active_adapters)
+        if self.disable_adapters or not is_adapted:
+            return experts(hidden_states, top_k_index, top_k_weights)
+        routing = Routing.by_expert(top_k_index, experts.num_experts)
+        up = "gate_up_proj" if experts.has_gate else "up_proj"
+        x = self._project(up, hidden_states[routing.tokens], routing)
+        # transformers names some parts of its interface with an underscore, and has no others.
+        x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+        x = self._project("down_proj", x, routing)
+        if getattr(experts, "has_post_expert_norm", False):  # transformers 5.17 knows none
+            x = experts.post_expert_norm(x)
+        weighted = x * top_k_weights.reshape(-1)[routing.order, None]
+        unsorted = torch.empty_like(routing.order)
+        unsorted[routing.order] = torch.arange(len(unsorted), device=unsorted.device)
+        outputs = weighted[unsorted].view(*top_k_index.shape, weighted.shape[-1])
+        # A sum over k, not index_add_, which on CUDA adds in any order.
+        return outputs.sum(1).to(hidden_states.dtype)
+
+    def _project(self, name: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """W_e x of one projection with its active branches, [S, d_in] -> [S, d_out]."""
+        experts = self.base_layer
+        weight = getattr(experts, name)
+        W = weight if experts.is_transposed else weight.transpose(-2, -1)
+        result = grouped_product(x.to(weight.dtype), W, routing.ends)
+        if experts.has_bias:
+            result = result + getattr(experts, f"{name}_bias")[routing.experts]
         for adapter_name in self.active_adapters:
             if adapter_name in self.cera_A and name in self.cera_A[adapter_name]:
                 result = result.add_(self.branch(x, adapter_name, name, routing))
@@ -201,11 +157,6 @@ class CeraExperts(CeraLayer):
             hidden = Hidden.of_call(gate, dropout_x, dropout)
             h = hidden(A(hidden.drop_x(x), routing))
         return B(h * self.scaling[adapter_name][name], routing)
-
-    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The experts as they were. PEFT calls this, and has refused to merge before."""
-        self.base_layer.config = self.base_layer.config.base_config
-        return self.base_layer
 
 
 # --- what can be adapted --------------------------------------------------------------------------
