@@ -62,39 +62,26 @@ def projections_outside_text(model: PreTrainedModel) -> list[str]:
 def idle_projections(model: PreTrainedModel) -> list[str]:
     """Names of the linear projections beside which a branch would not learn: a pass of the base in
     training does not call them, or no gradient reaches their output. Needs the weights."""
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    called: list[str] = []
-    outputs: list[torch.Tensor] = []
-
-    def keep_output(name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor) and output.requires_grad:
-                called.append(name)
-                outputs.append(output)
-
-        return keep
 
     def require_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         # In a frozen base nothing else does. A clone, since some models scale it in place.
         return output.detach().requires_grad_().clone()
 
-    was_training = model.training
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    coverage = Coverage(linears, {})
     ids = torch.ones(1, 8, dtype=torch.long, device=model.device)
     with ExitStack() as stack:
-        for name, module in linears.items():
-            stack.callback(module.register_forward_hook(keep_output(name)).remove)
-        stack.callback(model.train, was_training)
+        stack.enter_context(coverage.watch())
+        stack.callback(model.train, model.training)
         stack.enter_context(torch.random.fork_rng())  # dropout of the base
         stack.callback(model.get_input_embeddings().register_forward_hook(require_gradient).remove)
-        logits = model.train()(
+        model.train()(
             input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-        ).logits
-    gradients = torch.autograd.grad(logits.sum(), outputs, allow_unused=True)
-    trained = {
-        name for name, gradient in zip(called, gradients, strict=True) if gradient is not None
-    }
+        ).logits.sum().backward()
     # Experts that are modules run where a token is routed to them.
-    return [name for name in linears if name not in trained and not EXPERT.search(name)]
+    return [
+        name for name in linears if name not in coverage.has_gradient and not EXPERT.search(name)
+    ]
 
 
 def exclude_projections(config: PeftConfig, names: list[str], model: nn.Module) -> None:
@@ -128,7 +115,7 @@ def check_coverage(model: nn.Module) -> Iterator[Coverage]:
     Raises:
         ValueError: the message names the modules and the likely reason.
     """
-    coverage = Coverage(model)
+    coverage = Coverage.of_adapters(model)
     with coverage.watch():
         yield coverage
     if (problem := coverage.problem()) is not None:
@@ -136,28 +123,36 @@ def check_coverage(model: nn.Module) -> Iterator[Coverage]:
 
 
 class Coverage:
-    """What the adapted modules of a model did while they were watched.
+    """What layers did while they were watched.
 
     Args:
-        model: a model with trainable adapters, of any PEFT method that puts layers beside
-            projections.
+        layers: by name, those to watch.
+        weights: by name, those that should learn.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.layers: dict[str, nn.Module] = {
+    def __init__(self, layers: dict[str, nn.Module], weights: dict[str, nn.Parameter]) -> None:
+        self.layers = layers
+        self.weights = weights
+        self.called: set[str] = set()
+        self.moves_loss: set[str] = set()
+        """Layers whose output has a gradient that is not zero."""
+        self.has_gradient: set[str] = set()
+        """Weights, and layers at their output, that have a gradient, though it may be zero."""
+
+    @classmethod
+    def of_adapters(cls, model: nn.Module) -> Coverage:
+        """What to watch of a model with trainable adapters, of any PEFT method that puts layers
+        beside projections."""
+        layers = {
             name: module
             for name, module in model.named_modules()
             if isinstance(module, BaseTunerLayer)
             and any(weight.requires_grad for weight in module.parameters())
         }
-        self.weights = {
+        weights = {
             name: weight for name, weight in model.named_parameters() if weight.requires_grad
         }
-        self.called: set[str] = set()
-        self.moves_loss: set[str] = set()
-        """Layers whose output has a gradient that is not zero."""
-        self.has_gradient: set[str] = set()
-        """Weights that have a gradient, though it may be zero."""
+        return cls(layers, weights)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -185,6 +180,7 @@ class Coverage:
 
     def _watch_output(self, name: str) -> Callable[..., None]:
         def look(gradient: torch.Tensor) -> None:
+            self.has_gradient.add(name)
             if gradient.any():
                 self.moves_loss.add(name)
 

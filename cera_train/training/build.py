@@ -187,7 +187,7 @@ def prove_coverage(model: Model, rows: TokenizedRows) -> None:
     Raises:
         UserError: an adapter did not run, or the loss does not depend on it.
     """
-    coverage = Coverage(model.adapted)
+    coverage = Coverage.of_adapters(model.adapted)
     if not coverage.layers:  # full fine-tuning has no adapters
         return
     accelerator = model.accelerator
