@@ -130,7 +130,7 @@ class Builder:
         peft_config = self.peft_config(config)
         if config.target_modules == "all-linear":
             name_linears(peft_config, base, left_out, config.layers)
-        exclude_projections(peft_config, left_out, base)
+        exclude_projections(peft_config, left_out)
         with peft_errors(config):
             experts = ", ".join(taken_for_experts(peft_config, base))
             require(

@@ -84,24 +84,16 @@ def idle_projections(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def exclude_projections(config: PeftConfig, names: list[str], model: nn.Module) -> None:
-    """Adds projections to the `exclude_modules` of a config: by their last name where all of that
-    name are excluded."""
+def exclude_projections(config: PeftConfig, names: list[str]) -> None:
+    """Adds projections to the `exclude_modules` of a config."""
     if not (names and hasattr(config, "exclude_modules")):
         return
-    kept = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if is_linear(module) and name not in names
-    }
-    short = {last if (last := name.rpartition(".")[2]) not in kept else name for name in names}
     excluded = config.exclude_modules or []
     if isinstance(excluded, str):
-        config.exclude_modules = "|".join(
-            [excluded, *(rf"(.*\.)?{re.escape(name)}" for name in sorted(short))]
-        )
+        expressions = (rf"(.*\.)?{re.escape(name)}" for name in names)
+        config.exclude_modules = "|".join([excluded, *expressions])
     else:
-        config.exclude_modules = sorted({*excluded, *short})
+        config.exclude_modules = sorted({*excluded, *names})
 
 
 @contextmanager

@@ -38,7 +38,7 @@ class CeraModel(BaseTuner):
         kernels bypass, and records them in `exclude_modules`."""
         config = self.peft_config[adapter_name]
         if str(config.target_modules).lower() == "all-linear":
-            exclude_projections(config, bypassed_projections(model), model)
+            exclude_projections(config, bypassed_projections(model))
         try:
             with warnings.catch_warnings():
                 if config.target_parameters:  # PEFT looks for patterns among modules alone
