@@ -73,7 +73,8 @@ def unknown_setting(key: str, place: str, schema: type) -> str:
     near = did_you_mean(
         key, list(dict.fromkeys([*(field.name for field in fields(schema)), *fields_of(schema)]))
     )
-    return f"{place}: unknown setting {key}. {near}--help lists all."
+    unknown = f"unknown setting {key}. {near}--help lists all."
+    return f"{place}: {describe_gone(key) or unknown}"
 
 
 # --- before Hydra ---------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 computed rows by the run's own reader, whose tokens the run then finds in the cache; of data sets on
 the Hub, which a plan does not download, by data.facts or plan.tokens_per_row."""
 
-import re
 from dataclasses import dataclass, replace
 from statistics import pstdev
 
@@ -68,10 +67,8 @@ def data_size(config: PlanRun, read: tuple[PlanRun, Data] | None) -> DataSize:
     elif data.mix is not None and eval_rows is not None:
         eval_rows *= len(data.mix)
     elif facts is not None and facts.of == data.path:
-        is_one_split = _name_of(data.train_split) == _name_of(data.eval_split)
-        evaluated = facts.train_rows if is_one_split else facts.eval_rows
-        train_rows = _sliced(data.train_split, facts.train_rows, train_rows)
-        eval_rows = _sliced(data.eval_split, evaluated, eval_rows)
+        train_rows = _sliced(data.train_split, facts.splits, train_rows)
+        eval_rows = _sliced(data.eval_split, facts.splits, eval_rows)
         supervised = facts.supervised
         tokens_per_row = tokens_per_row or facts.tokens_per_row
     place = f"data.path={data.path}" if data.mix is None else "data.mix"
@@ -118,20 +115,19 @@ def _read_size(config: Config, data: Data) -> DataSize:
     )
 
 
-def _name_of(split: str) -> str:
-    """`train` of train[:1000]."""
-    return re.match(r"\w*", split)[0]
+def _sliced(split: str, splits: dict[str, int], limit: int | None) -> int:
+    """Rows of a split, or of a slice such as train[:100000] or test[:10%], up to a limit. Raises
+    UserError for any other.
 
-
-def _sliced(split: str, rows: int, limit: int | None) -> int:
-    """Rows of a slice such as train[:100000] or test[:10%], up to a limit. Raises UserError for any
-    other form."""
+    Args:
+        splits: rows of every split.
+    """
     try:
-        parts = ReadInstruction.from_spec(split).to_absolute({_name_of(split): rows})
+        parts = ReadInstruction.from_spec(split).to_absolute(splits)
     except (ValueError, AssertionError) as error:
         raise UserError(
-            f"data split {split!r}: cera-plan reads splits such as train or train[:1000]. Use one "
-            "of that form."
+            f"data split {split!r}: data.facts has {', '.join(splits)}. Use one of these, or a "
+            "slice such as train[:1000]."
         ) from error
     count = sum(part.to - part.from_ for part in parts)
     return count if limit is None else min(count, limit)

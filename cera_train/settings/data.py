@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from cera_train.common.errors import errors_at
 from cera_train.common.settings import MISSING, require, section, setting
-from cera_train.settings.values import Growths, NamedValues, Settings
+from cera_train.settings.values import Growths, NamedValues, Settings, read_as
 
 Layout = StrEnum(
     "Layout",
@@ -57,9 +57,8 @@ class DataFacts(Settings):
 
     of: str | None = setting(None, "nothing")
     """The `data.path` that these facts describe."""
-    train_rows: int = setting(MISSING, "nothing")
-    """Rows of the split that data.train_split names, before it is sliced."""
-    eval_rows: int = setting(MISSING, "nothing")
+    splits: read_as(dict[str, int]) = setting(dict, "nothing")
+    """Rows of each split, by its name."""
     tokens_per_row: float = setting(MISSING, "nothing")
     """Mean, truncated at the file's max_length."""
     supervised: float = setting(MISSING, "nothing")
