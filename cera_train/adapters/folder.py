@@ -68,6 +68,11 @@ def check_saved(folder: Path) -> dict[str, Any]:
             f"{folder} lacks the part of W0 that its start, {start}, moved into it: save it as a "
             "plain LoRA, by PEFT's path_initial_model_for_weight_conversion, where it was trained.",
         )
+        require(
+            not description.get("alora_invocation_tokens"),
+            f"{folder} is an aLoRA, which acts after its invocation tokens: only PEFT's own calls "
+            "run it. Generate by peft.AutoPeftModelForCausalLM.",
+        )
         check_adapter_settings(folder, description)
     return description
 

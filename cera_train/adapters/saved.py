@@ -42,15 +42,6 @@ def keeps_base(model: nn.Module) -> bool:
     return keeps_biases and is_whole and not getattr(config, "kasa_config", None)
 
 
-def sees_whole_prompt(model: nn.Module) -> bool:
-    """Whether an adapter acts on the whole prompt: virtual tokens before it, or aLoRA, which begins
-    at its invocation tokens."""
-    if not is_adapter(model):
-        return False
-    config = model.active_peft_config
-    return bool(config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None))
-
-
 def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Writes trained weights, whole and by parameter name, into a folder."""
     if not is_adapter(model):

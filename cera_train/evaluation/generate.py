@@ -28,7 +28,6 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from cera_train.adapters.saved import sees_whole_prompt
 from cera_train.cera import for_inference
 from cera_train.common.errors import UserError
 from cera_train.evaluation.requests import (
@@ -242,12 +241,10 @@ class LoadedModel:
     @property
     def can_decode(self) -> bool:
         """Whether keys and values are all that the model keeps of earlier tokens, and its inputs
-        are the usual ones. False for sliding windows, recurrent states, and adapters that act on
-        the whole prompt."""
+        are the usual ones. False for sliding windows and recurrent states."""
         base = self.base
         prepare = type(base).prepare_inputs_for_generation
-        is_usual = prepare is GenerationMixin.prepare_inputs_for_generation
-        if sees_whole_prompt(self.model) or not is_usual:
+        if prepare is not GenerationMixin.prepare_inputs_for_generation:
             return False
         arguments = inspect.signature(base.forward).parameters.keys()
         if not {"attention_mask", "position_ids", "logits_to_keep"} <= arguments:
