@@ -39,6 +39,7 @@ UNUSABLE_SETTINGS = {
     "loftq_config": "PEFT computes LoftQ on CUDA alone, where it is not tested",
     "apply_GS": "HRA starts from equal pairs, whose difference Gram-Schmidt would divide by",
     "use_asa": "ranks change between updates, by scores that no checkpoint keeps",
+    "ensure_weight_tying": "PEFT unties it over 16-bit bases",
     "monteclora_config": "it draws from a buffer that no checkpoint keeps, and needs its own loss",
     "save_only_topk_weights": "what is saved is too little to resume from",
 }
@@ -213,12 +214,6 @@ class LoraBuilder(Builder):
         }
         return self.make(peft.LoraConfig, config, fields)
 
-    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
-        model = super().build(base, config, left_out)
-        if getattr(model.peft_config[ADAPTER], "target_modules_to_tie", None):
-            tie_again(base)
-        return model
-
     def branch(self, module: nn.Module) -> Branch | None:
         if not isinstance(module, LoraLayer) or ADAPTER not in module.lora_A:
             return None
@@ -233,15 +228,6 @@ class LoraBuilder(Builder):
         scaling = module.scaling[ADAPTER]
         r = module.r[ADAPTER]
         return Branch(module, A, lambda: matrix(module), scaling, r, module.out_features)
-
-
-def tie_again(base: PreTrainedModel) -> None:
-    """Lets the adapters of tied embeddings share their memory (ensure_weight_tying). PEFT casts
-    those of a 16-bit base to float32 one by one, which parts them."""
-    embeddings = base.get_input_embeddings()
-    head = base.get_output_embeddings()
-    head.lora_A[ADAPTER].weight.data = embeddings.lora_embedding_B[ADAPTER].data.T
-    head.lora_B[ADAPTER].weight.data = embeddings.lora_embedding_A[ADAPTER].data.T
 
 
 def plain_B(layer: nn.Module) -> torch.Tensor:
@@ -312,10 +298,7 @@ def peft_errors(config: AdapterConfig) -> Iterator[None]:
     except (TypeError, ValueError, NotImplementedError, ImportError, re.error, Warning) as error:
         reason = " ".join(str(error).split())
         if "tied layer" in reason:
-            reason = (
-                "lm_head and embed_tokens are one weight here: leave them out, or for LoRA set "
-                "++adapter.settings.ensure_weight_tying=true."
-            )
+            reason = "lm_head and embed_tokens are one weight here: leave them out."
         raise UserError(f"{place_of(config)}: {reason}") from error
 
 

@@ -77,7 +77,6 @@ class Config(Settings):
                 is_dora and self.model.quantization == Quantization.nf4
             ),
             "adapter.settings.modules_to_save": "modules_to_save" in settings,
-            "adapter.settings.ensure_weight_tying": settings.get("ensure_weight_tying"),
         }
         for choice, is_chosen in refused.items():
             fix = "leave it out, or choose ddp"
