@@ -54,8 +54,8 @@ class CeraConfig(PeftConfig):
     target_parameters: list[str] | None = None
     """Experts' 3-D parameters (matched from the end), such as mlp.experts.gate_up_proj: every
     expert gets a branch."""
-    expert_r: int | None = None
-    """Rank of an expert's branch; None means r."""
+    expert_r: None = None
+    """Always None: cera-train 0.2.0 saved it, and `rank_pattern` has taken its place."""
     exclude_modules: list[str] | str | None = None
     """Modules to leave out again."""
     layers_to_transform: list[int] | int | None = None
@@ -91,8 +91,6 @@ class CeraConfig(PeftConfig):
         self.rank_pattern = longest_first(self.rank_pattern)
         self.alpha_pattern = longest_first(self.alpha_pattern)
         ranks = {"r": self.r} | _by_place("rank_pattern", self.rank_pattern)
-        if self.expert_r is not None:
-            ranks["expert_r"] = self.expert_r
         for name, r in ranks.items():
             if not (isinstance(r, int) and r > 0):
                 raise ValueError(f"{name} must be a positive integer, got {r!r}.")
@@ -116,9 +114,10 @@ class CeraConfig(PeftConfig):
                 raise ValueError(
                     f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}."
                 )
-        if self.expert_r is not None and not self.target_parameters:
+        if self.expert_r is not None:
             raise ValueError(
-                "expert_r needs target_parameters: name the parameters of experts there."
+                "expert_r was last in cera-train 0.2.0: set it to null, and its value in "
+                "rank_pattern={'experts.gate_up_proj': 8, 'experts.down_proj': 8}."
             )
         if self.mix == "learned" and self.activation == "identity":
             raise ValueError(
@@ -137,15 +136,11 @@ class CeraConfig(PeftConfig):
             )
 
     def of_module(self, name: str) -> CeraConfig:
-        """The settings of one module: its rank and alpha by the patterns."""
+        """The settings of one module, or of an experts' parameter: its rank and alpha by the
+        patterns."""
         r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, name), self.r)
         alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, name), self.alpha)
         return replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
-
-    def of_experts(self, name: str) -> CeraConfig:
-        """The settings of an experts' parameter: `expert_r` in place of r, then the patterns."""
-        r = self.r if self.expert_r is None else self.expert_r
-        return replace(self, r=r, expert_r=None).of_module(name)
 
     @property
     def scaling(self) -> float:

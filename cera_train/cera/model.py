@@ -143,7 +143,7 @@ class CeraModel(BaseTuner):
         """Puts branches on experts, on all targeted parameters of a module at once."""
         targets = self._targeted_parameters(peft_config, model)
         for key, names in targets.items():
-            configs = {name: peft_config.of_experts(f"{key}.{name}") for name in names}
+            configs = {name: peft_config.of_module(f"{key}.{name}") for name in names}
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
                 self._adapt(CeraExperts, key, adapter_name, configs)
         return [f"{key}.{name}" for key, names in targets.items() for name in names]

@@ -77,7 +77,7 @@ def test_the_default_targets_are_the_papers_or_else_pefts_for_lora(model_type):
         ),
         ({"mix": "learned", "activation": "identity"}, "activation must not be 'identity'"),
         ({"use_rslora": True}, "use_rslora divides alpha by sqrt"),
-        ({"expert_r": 2}, "expert_r needs target_parameters"),
+        ({"expert_r": 2}, "expert_r was last in cera-train 0.2.0"),
     ],
     ids=str,
 )

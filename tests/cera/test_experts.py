@@ -75,9 +75,13 @@ def test_a_fresh_adapter_is_the_base_model(model_type):
 
 
 def test_patterns_choose_the_rank_and_alpha_of_experts():
-    settings = {"expert_r": 2, "alpha": 4, "use_rslora": True, "target_modules": ["q_proj"]}
+    settings = {"alpha": 4, "use_rslora": True, "target_modules": ["q_proj"]}
     patterns = {
-        "rank_pattern": {"layers.1.mlp.experts.down_proj": 9, "experts.down_proj": 4},
+        "rank_pattern": {
+            "layers.1.mlp.experts.down_proj": 9,
+            "experts.down_proj": 4,
+            "gate_up_proj": 2,
+        },
         "alpha_pattern": {"gate_up_proj": 8},
     }
     first, last = experts_of(adapted_mixture(r=8, **settings, **patterns))
@@ -112,7 +116,7 @@ def test_compiled_experts_are_one_graph_with_the_same_numbers(model_type, place)
 def test_adapters_switch_add_up_and_turn_off():
     values = [logits(make_mixture())]
     model = adapted_mixture(name="first")
-    other = {"expert_r": 6, "alpha": 12, "activation": "gelu", "target_parameters": ["down_proj"]}
+    other = {"r": 6, "alpha": 12, "activation": "gelu", "target_parameters": ["down_proj"]}
     model.add_adapter("second", expert_config(**other))
     for names in (["first"], ["second"], ["first", "second"]):
         model.base_model.set_adapter(names)
@@ -135,11 +139,10 @@ def test_adapters_switch_add_up_and_turn_off():
     ("model_type", "low_cpu_mem_usage"), [("qwen2_moe", False), ("gpt_oss", True)]
 )
 def test_plain_peft_loads_what_it_saved(model_type, low_cpu_mem_usage, tmp_path):
-    model = adapted_mixture(model_type, expert_r=3, target_modules=["q_proj"])
+    model = adapted_mixture(model_type, rank_pattern={"down_proj": 3}, target_modules=["q_proj"])
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_parameters"] == PARAMETERS
-    assert config["expert_r"] == 3
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert len(tensors) == 2 * (2 + 4)
     assert "base_model.model.model.layers.1.mlp.experts.cera_A.down_proj.weight" in tensors
