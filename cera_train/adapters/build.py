@@ -4,6 +4,7 @@ What differs by kind is in builders.py."""
 from collections.abc import Sequence
 from typing import Any
 
+import peft
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -116,15 +117,7 @@ def left_out(
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters. A 4-bit weight counts as the numbers it stands for."""
-    trainable = 0
-    total = 0
-    for parameter in model.parameters():
-        # bitsandbytes packs two 4-bit numbers into a byte.
-        state = getattr(parameter, "quant_state", None)
-        count = parameter.numel() if state is None else state.shape.numel()
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    return trainable, total
+    return peft.PeftModel.get_nb_trainable_parameters(model)  # of any module
 
 
 def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, Any]]:
