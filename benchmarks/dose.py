@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -137,7 +137,9 @@ class Gain:
         return asdict(found) | {"detectable": least} | beside
 
 
-def curves(bases: list[Found], doses: Sequence[float], ending: str = "") -> dict[str, Any]:
+def curves(
+    bases: list[Found], places: Iterable[str], doses: Sequence[float], ending: str = ""
+) -> dict[str, Any]:
     """The gain at each dose, with Holm's correction over them, by place and by where adapters
     are."""
     return {
@@ -148,7 +150,7 @@ def curves(bases: list[Found], doses: Sequence[float], ending: str = "") -> dict
                 for dose in doses
             ]
         )
-        for place, where in itertools.product(PLACES, ARMS)
+        for place, where in itertools.product(places, ARMS)
     }
 
 
@@ -181,14 +183,14 @@ def judge(bases: list[Found]) -> dict[str, Any]:
     for place in PLACES:
         none, most = (Gain.of(bases, name_of(place, dose), "q and v") for dose in ENDS)
         primary.append({"place": place} | (most - none).contrast(len(PLACES)))
-    by_dose = curves(bases, DOSES)
+    by_dose = curves(bases, PLACES, DOSES)
     names = itertools.starmap(name_of, itertools.product(PLACES, DOSES))
     longer = [base for base in bases if name_of("v_proj", ENDS[0]) + LONGER in base]
     return {
         "primary": with_holm(primary),
         "smallest_dose": {where: smallest_shown(points) for where, points in by_dose.items()},
         "curves": by_dose,
-        "longer": curves(longer, ENDS, LONGER) if longer else None,
+        "longer": curves(longer, ["v_proj"], ENDS, LONGER) if longer else None,
         "shares": {name: shares(bases, name) for name in names},
     }
 
@@ -200,7 +202,7 @@ def draw(bases: list[Found]) -> str:
     """The gate's gain by dose, and the doses of natural changes: an SVG for light and dark
     pages."""
     return load_template("dose.svg", "benchmarks").render(
-        curves=curves(bases, DOSES),
+        curves=curves(bases, PLACES, DOSES),
         arms=ARMS,
         taught=PLACES,
         doses=DOSES,

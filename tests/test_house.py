@@ -127,7 +127,7 @@ BUDGETS = {
     "cera_train/verdicts": 3_368,
     "cera_train": 135_411,
     "tests": 130_000,
-    "benchmarks": 27_943,
+    "benchmarks": 27_960,
 }
 """The most tokens of Python in a folder: what a reader has to read."""
 
