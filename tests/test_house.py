@@ -123,9 +123,9 @@ BUDGETS = {
     "cera_train/settings": 6_911,
     "cera_train/study": 7_670,
     "cera_train/sweep": 3_525,
-    "cera_train/training": 12_137,
+    "cera_train/training": 12_162,
     "cera_train/verdicts": 3_368,
-    "cera_train": 135_411,
+    "cera_train": 135_436,
     "tests": 130_000,
     "benchmarks": 27_960,
 }

@@ -114,7 +114,8 @@ def train(config: Config) -> dict[str, Any]:
             spectra = evaluate(model, evaluator, objective, timetable, progress, log)
         model.wrapped.train()
         while not timetable.is_done(progress):
-            signal = update(config, data, model, objective, progress, log, interruption)
+            metrics, signal = update(config, data, model, objective, progress, folder, interruption)
+            log_update(metrics, objective.headline(metrics), data.updates, log)
             is_last_update = progress.update == data.updates
             progress.evaluation_pending = timetable.evaluates(progress.update)
             if signal is not None and not is_last_update:
@@ -156,20 +157,20 @@ def update(
     model: Model,
     objective: Objective,
     progress: Progress,
-    log: Log,
+    folder: RunFolder,
     interruption: Interruption,
-) -> int | None:
+) -> tuple[UpdateMetrics, int | None]:
     """An update on `train.batch_size` rows: one step of the optimizer.
 
     Returns:
-        A signal that one of the processes received meanwhile: all of them stop after the same
-        update.
+        Its metrics, and a signal that one of the processes received meanwhile: all of them stop
+        after the same update.
     """
     started = time.perf_counter()
     accelerator = model.accelerator
     sequences = data.order.sequences(progress.update)
     lr = begin_update(config, model, progress, data.updates)
-    with saved_on_error(model, progress, log.folder, config.train):
+    with saved_on_error(model, progress, folder, config.train):
         drawn = objective.draw(sequences)
         part = backward(model, drawn)
     loss, signal = reduce_loss(part, interruption, accelerator)
@@ -177,7 +178,7 @@ def update(
     if has_diverged(loss, grad_norm, accelerator.scaler):
         rows = f"(training rows {sequences})"
         what = f"the loss of update {progress.update + 1} or its gradient is not finite {rows}"
-        raise_diverged(what, log.folder)
+        raise_diverged(what, folder)
     model.optimizer.step()
     model.optimizer.zero_grad()
 
@@ -198,8 +199,7 @@ def update(
         seconds=progress.seconds,
         **figures,
     )
-    log_update(metrics, drawn.headline, data.updates, log)
-    return signal
+    return metrics, signal
 
 
 def begin_update(config: Config, model: Model, progress: Progress, updates: int) -> float:
@@ -257,13 +257,12 @@ def has_diverged(loss: float, grad_norm: float, scaler: Any) -> bool:
     return not math.isfinite(loss) or not (math.isfinite(grad_norm) or is_skipped)
 
 
-def log_update(metrics: UpdateMetrics, headline: str | None, updates: int, log: Log) -> None:
+def log_update(metrics: UpdateMetrics, headline: str, updates: int, log: Log) -> None:
     """Writes the metrics of an update and its progress line."""
     log.metrics(metrics)
-    numbers = f"loss {figure(metrics.loss)}  perplexity {figure(metrics.perplexity, 2)}"
     speed = f"{figure(metrics.tokens_per_s, 0)} tokens/s"
     left = time_left(metrics.seconds / metrics.update * (updates - metrics.update))
-    log.bar.step(f"{headline or numbers}  {speed}{left}")
+    log.bar.step(f"{headline}  {speed}{left}")
 
 
 class Diverged(UserError):

@@ -27,7 +27,7 @@ from cera_train.evaluation.held_out import token_losses
 from cera_train.evaluation.requests import Answer, Request, check_positions
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.folder import Progress, RunFolder
-from cera_train.runs.results import SAMPLES, Sample, figure
+from cera_train.runs.results import SAMPLES, Sample, UpdateMetrics, figure
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
 from cera_train.training.build import Data, Model
@@ -188,8 +188,10 @@ class Grpo(Objective):
                 figures[KL] += weight * divergence
             return weight * total
 
-        headline = f"reward {figure(rewards.mean().item())}"
-        return Update(batches, sequences, loss, figures, headline)
+        return Update(batches, sequences, loss, figures)
+
+    def headline(self, metrics: UpdateMetrics) -> str:
+        return f"reward {figure(metrics.reward)}"
 
     def _sample(self, questions: Sequence[Question], size: int) -> list[list[Answer]]:
         """`size` answers to each question, the same on every process."""

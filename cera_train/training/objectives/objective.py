@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cera_train.model.batches import MicroBatches
-from cera_train.runs.results import TokenLosses
+from cera_train.runs.results import TokenLosses, UpdateMetrics, figure
 
 
 @dataclass
@@ -26,8 +26,6 @@ class Update:
     log p of the supervised tokens of its sequences, one after the other, and their indices."""
     figures: dict[str, float | Tensor] = field(default_factory=dict)
     """For metrics.jsonl. The processes average tensors, to which each micro-batch adds its part."""
-    headline: str | None = None
-    """Shown in the progress line instead of the loss."""
 
     @property
     def tokens(self) -> int:
@@ -50,6 +48,10 @@ class Objective(ABC):
             Losses whose mean is the held-out loss, and further figures by their names in the log.
         """
         return losses, {}
+
+    def headline(self, metrics: UpdateMetrics) -> str:
+        """What the progress line shows of an update."""
+        return f"loss {figure(metrics.loss)}  perplexity {figure(metrics.perplexity, 2)}"
 
 
 # --- supervised fine-tuning -----------------------------------------------------------------------
