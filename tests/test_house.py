@@ -124,8 +124,8 @@ BUDGETS = {
     "cera_train/study": 7_670,
     "cera_train/sweep": 3_525,
     "cera_train/training": 12_162,
-    "cera_train/verdicts": 3_368,
-    "cera_train": 135_436,
+    "cera_train/verdicts": 3_394,
+    "cera_train": 135_462,
     "tests": 130_000,
     "benchmarks": 27_960,
 }

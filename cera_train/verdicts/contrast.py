@@ -35,6 +35,7 @@ from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 from scipy.stats import binomtest
 
+from cera_train.common.errors import UserError
 from cera_train.verdicts.interval import (
     ERROR_RATE,
     bootstrap_interval,
@@ -131,12 +132,17 @@ def contrast(
             1.
         between: what a tuned value between those of the grid could still change, by which the
             interval is widened on both sides.
+
+    Raises:
+        UserError: a value is not a number.
     """
     first = numpy.asarray(first, dtype=float)
     second = numpy.asarray(second, dtype=float)
     is_score = weights is None
     weights = numpy.ones(first.shape[1]) if weights is None else numpy.asarray(weights, dtype=float)
     differences = second - first
+    if not numpy.isfinite(differences).all():
+        raise UserError("a value is not a number. Leave out a run that diverged.")
     seeds, problems = differences.shape
     if min(seeds, problems) < 2:
         mean = float((differences @ weights / weights.sum()).mean())

@@ -217,6 +217,11 @@ def test_one_seed_or_one_problem_shows_nothing():
         )
 
 
+def test_a_value_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="not a number"):
+        contrast(values(1, 3), [[1, 2, numpy.nan]])
+
+
 def test_holm_multiplies_the_smallest_by_all_and_never_decreases():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1, 1]
