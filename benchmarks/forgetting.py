@@ -117,10 +117,11 @@ def losses_of(model: PreTrainedModel, tokenizer: Any, rows: list[Row]) -> TokenL
 
 def measure() -> None:
     """Writes the losses of the base, and of every run that has ended, where they are missing."""
-    texts = json.loads((FOLDER / "texts.json").read_text())
     ended = sorted(path.parent for path in FOLDER.glob("*/result.json"))
-    runs = [FOLDER, *ended] if ended else []
-    for run in runs:
+    if not ended:  # a clone has the frontiers alone
+        return
+    texts = json.loads((FOLDER / "texts.json").read_text())
+    for run in [FOLDER, *ended]:
         if all(file_of(run, text).exists() for text in texts):
             continue
         config = load_config(ended[0] / "config.yaml").model
