@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -141,12 +141,11 @@ Frontiers = dict[str, Any]
 [rates] and text -> rises over the base's loss [rates, rows], in nats a token."""
 
 
-def gather(seed: int) -> Frontiers:
-    """The frontiers of a seed whose runs have all been measured."""
+def gather(arms: Mapping[str, list[Path]]) -> Frontiers:
+    """The frontiers of a seed, from the runs of its arms."""
     base = {text: TokenLosses.read(file_of(FOLDER, text)) for text in ROWS}
     found: Frontiers = {"tokens": {text: losses.tokens.tolist() for text, losses in base.items()}}
-    for arm, rates in RATES.items():
-        runs = [folder_of(arm, rate, seed) for rate in rates]
+    for arm, runs in arms.items():
         found[arm] = {"losses": [TokenLosses.read(run / LOSSES_AFTER).mean for run in runs]}
         for text, losses in base.items():
             after = np.array([TokenLosses.read(file_of(run, text)).sums() for run in runs])
@@ -155,11 +154,15 @@ def gather(seed: int) -> Frontiers:
 
 
 def gather_ended() -> None:
-    """Writes the frontiers of the seeds whose runs have all been measured."""
+    """Writes the frontiers of the seeds whose primary arms have been measured."""
     for seed in SEEDS:
-        runs = [folder_of(arm, rate, seed) for arm, rates in RATES.items() for rate in rates]
-        if all(file_of(run, text).exists() for run in runs for text in ROWS):
-            write_result(EVIDENCE / f"s{seed}.json", gather(seed))
+        measured = {}
+        for arm, rates in RATES.items():
+            runs = [folder_of(arm, rate, seed) for rate in rates]
+            if all(file_of(run, text).exists() for run in runs for text in ROWS):
+                measured[arm] = runs
+        if measured.keys() >= {"lora", "cera_identity", "cera"}:
+            write_result(EVIDENCE / f"s{seed}.json", gather(measured))
 
 
 def at_loss(losses: np.ndarray, values: np.ndarray, loss: float) -> np.ndarray:
@@ -182,6 +185,7 @@ def compare(
     seeds: Sequence[Frontiers], text: str, first: str, second: str, loss: float
 ) -> dict[str, Any]:
     """Second - first arm where both reach this loss, over the seeds in which both do."""
+    seeds = [seed for seed in seeds if {first, second} <= seed.keys()]
     tokens = seeds[0]["tokens"][text]
     values = np.array(
         [

@@ -110,11 +110,11 @@ def test_a_test_stands_where_its_module_does():
 BUDGETS = {
     "cera_train/adapters": 7_542,
     "cera_train/cera": 7_667,
-    "cera_train/cli": 6_426,
+    "cera_train/cli": 6_524,
     "cera_train/common": 4_815,
     "cera_train/data": 16_019,
     "cera_train/distributed": 2_489,
-    "cera_train/evaluation": 16_295,
+    "cera_train/evaluation": 16_261,
     "cera_train/model": 9_490,
     "cera_train/planning": 5_935,
     "cera_train/report": 8_582,
@@ -122,12 +122,12 @@ BUDGETS = {
     "cera_train/serving": 7_961,
     "cera_train/settings": 6_911,
     "cera_train/study": 7_670,
-    "cera_train/sweep": 3_525,
+    "cera_train/sweep": 3_512,
     "cera_train/training": 12_162,
     "cera_train/verdicts": 3_394,
-    "cera_train": 135_462,
-    "tests": 130_000,
-    "benchmarks": 27_960,
+    "cera_train": 135_513,
+    "tests": 129_900,
+    "benchmarks": 27_998,
 }
 """The most tokens of Python in a folder: what a reader has to read."""
 

@@ -6,7 +6,7 @@ import os
 import pkgutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,18 +29,17 @@ from cera_train.settings.run import Config
 from cera_train.settings.values import checked
 
 
-def start_hydra(
-    program: str,
-    command: Callable[[DictConfig], Any],
-    plugins: Mapping[str, type[Plugin]] | None = None,
-) -> None:
-    """Composes the config of a command and calls it. The only place that changes sys.argv, which
-    Hydra reads.
+def register_plugins(**plugins: type[Plugin]) -> None:
+    """Lets files in conf/hydra name sweepers and launchers of ours as their `_target_`."""
+    # Plugins.register takes a class under the name of its module, and Hydra builds plugins only
+    # from names in the package hydra_plugins, whose modules every Hydra program would import.
+    names = {f"hydra_plugins.cera_train.{name}": plugin for name, plugin in plugins.items()}
+    Plugins.instance().class_name_to_class.update(names)
 
-    Args:
-        plugins: sweepers and launchers of ours by name, for the `_target_` of their files in
-            conf/hydra.
-    """
+
+def start_hydra(program: str, command: Callable[[DictConfig], Any]) -> None:
+    """Composes the config of a command and calls it. The only place that changes sys.argv, which
+    Hydra reads."""
 
     @functools.wraps(command)
     def explained(composed: DictConfig) -> Any:
@@ -53,10 +52,6 @@ def start_hydra(
     )
     sys.argv[1:] = for_hydra(program, sys.argv[1:])
     register_configs()
-    # Plugins.register takes a class under the name of its module, and Hydra builds plugins only
-    # from names in the package hydra_plugins, whose modules every Hydra program would import.
-    names = {f"hydra_plugins.cera_train.{name}": plugin for name, plugin in (plugins or {}).items()}
-    Plugins.instance().class_name_to_class.update(names)
     decorate = hydra.main(
         version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name(program)
     )

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cera_train.cli.config import announce_imports, start_hydra, to_config
+from cera_train.cli.config import announce_imports, register_plugins, start_hydra, to_config
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted, print_line
 from cera_train.planning.plan import RunPlan, make_plan
@@ -43,7 +43,8 @@ def main() -> None:
         else:
             jobs.append((list(HydraConfig.get().overrides.task), planned))
 
-    start_hydra(PLAN, plan, {"StudySweeper": PlannedStudy})
+    register_plugins(StudySweeper=PlannedStudy)
+    start_hydra(PLAN, plan)
     if jobs:
         print_plans("job", name_jobs(jobs))
 

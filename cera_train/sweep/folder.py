@@ -26,8 +26,8 @@ from cera_train.runs.results import (
     is_task_figure,
     read_metrics,
 )
+from cera_train.sweep import RECORD
 
-RECORD = "sweep.json"
 # subfolder with NAME.json for every job that was started, written by the job itself
 JOBS = ".jobs"
 

@@ -17,7 +17,6 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError, errors_at
@@ -217,10 +216,8 @@ class Job:
     count: int  # number of jobs; 0: the sweeper decides as it goes
 
     @classmethod
-    def current(cls, hydra_config: DictConfig) -> Job | None:
-        """The job that Hydra has just started, from `HydraConfig.get()`; None in a single run."""
-        if hydra_config.mode != RunMode.MULTIRUN:
-            return None
+    def current(cls, hydra_config: DictConfig) -> Job:
+        """The job that Hydra has just started, from `HydraConfig.get()`."""
         sweep = Path(hydra_config.sweep.dir)
         record = SweepRecord.read(sweep / RECORD)
         name = job_name(_arguments(hydra_config), record.swept)

@@ -117,7 +117,12 @@ def test_a_method_that_forgets_less_at_equal_loss_is_found():
         {"tokens": tokens, "cera": frontier(0.9, 0.3)} | {arm: frontier(1, 0) for arm in others}
         for _ in range(6)
     ]
-    cera, half, gate = forgetting.judge(seeds)["primary"]
+    del seeds[0]["lora_kaiming"]
+    judged = forgetting.judge(seeds)
+    assert {each["asked"]: each["seeds"] for each in judged["beside"]}[
+        "gsm8k at 0.1: lora_kaiming - lora"
+    ] == 5
+    cera, half, gate = judged["primary"]
     assert cera["difference"] == pytest.approx(-0.3, abs=0.03)
     assert cera["p_holm"] < 0.01
     assert half["p_holm"] > 0.05

@@ -185,15 +185,14 @@ def mean(values: Sequence[float]) -> float:
 def build_task(config: TaskConfig) -> Task:
     """The task of these settings. Raises UserError for a setting that it cannot use."""
     package = cera_train.evaluation.tasks
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    modules = {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
-    tasks = {name: module.TASK for name, module in modules.items() if hasattr(module, "TASK")}
+    kinds = {module.name for module in pkgutil.iter_modules(package.__path__)} - {"task"}
     # config.yaml may come from a stranger: only modules of this folder are imported
     require(
-        config.kind in tasks,
-        f"task.kind={config.kind} is unknown: choose one of {', '.join(tasks)}.",
+        config.kind in kinds,
+        f"task.kind={config.kind} is unknown: choose one of {', '.join(sorted(kinds))}.",
     )
-    return tasks[config.kind].configured(config)
+    task = importlib.import_module(f"{package.__name__}.{config.kind}").TASK
+    return task.configured(config)
 
 
 def load_problems(

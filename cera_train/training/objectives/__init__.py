@@ -9,8 +9,6 @@ from cera_train.runs.folder import Progress, RunFolder
 from cera_train.settings.run import Config
 from cera_train.settings.training import ObjectiveKind
 from cera_train.training.build import Data, Evaluator, Model
-from cera_train.training.objectives.dpo import Dpo
-from cera_train.training.objectives.grpo import Grpo
 from cera_train.training.objectives.objective import Objective, Sft
 
 
@@ -25,9 +23,13 @@ def build_objective(
     """The objective of a config. DPO keeps its reference in the run's folder, GRPO its answers."""
     kind = config.train.objective
     if kind == ObjectiveKind.dpo:
+        from cera_train.training.objectives.dpo import Dpo
+
         resumes = progress.update > 0
         return Dpo(config, data, model, evaluator.held_out, folder.path, resumes)
     if kind == ObjectiveKind.grpo:
+        from cera_train.training.objectives.grpo import Grpo
+
         return Grpo(config, data, model, evaluator.sampler, folder, progress)
     batches = model.micro_batches(data.rows.train)
     return Sft(batches, model.accelerator.num_processes)
