@@ -16,7 +16,6 @@ from cera_train.model.attention import (
     BY_SEQUENCE,
     VARLEN,
     Sequences,
-    ShortAttention,
     attend_by_sequence,
     attend_varlen,
 )
@@ -32,41 +31,6 @@ def heads(length: int = sum(LENGTHS), dtype: torch.dtype = torch.float64) -> lis
     return [
         torch.randn(1, count, length, 8, dtype=dtype, requires_grad=True) for count in (4, 2, 2)
     ]
-
-
-@pytest.mark.parametrize("lengths", [[3, 3], [4, 1, 3]])
-def test_short_attention_equals_torchs_and_its_gradients_finite_differences(lengths):
-    inputs = heads(sum(lengths))
-    expected = under_a_mask(*inputs, lengths, None)
-
-    def short(*qkv):
-        return ShortAttention.apply(*qkv, lengths, 8**-0.5)
-
-    torch.testing.assert_close(short(*inputs), expected)
-    assert torch.autograd.gradcheck(short, inputs)
-
-
-def test_short_attention_is_about_as_exact_as_torchs():
-    rounded = heads(150, torch.bfloat16)
-    exact = [x.detach().double().requires_grad_() for x in rounded]
-    upstream = torch.randn(1, 4, 150, 8).bfloat16()
-    torchs = functools.partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-
-    def short(*qkv):
-        return ShortAttention.apply(*qkv, [150], 8**-0.5).transpose(1, 2)
-
-    def output_and_gradients(attend, inputs):
-        output = attend(*inputs)
-        return [output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))]
-
-    assert ShortAttention.is_faster(*rounded, 150)
-    for ours, theirs, true in zip(
-        output_and_gradients(short, rounded),
-        output_and_gradients(torchs, rounded),
-        output_and_gradients(torchs, exact),
-        strict=True,
-    ):
-        assert (ours - true).norm() < 2 * (theirs - true).norm()
 
 
 def sequence_after_sequence(
